@@ -1,0 +1,33 @@
+# make train   set everything up, train the quickstart and evaluate it
+# make test    set everything up, run the tests; make test-all adds the slow ones
+# make lint    style and types
+PYTHON ?= python3.11
+VENV := .venv
+RUN := $(VENV)/bin/python
+export DS_ACCELERATOR ?= cpu
+
+.PHONY: train test test-all lint clean
+train: $(VENV)/ready
+	$(RUN) -m launch.train experiment=quickstart train.resume=true $(ARGS)
+
+test: $(VENV)/ready
+	$(RUN) -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-all: $(VENV)/ready
+	$(RUN) -m pytest -m "not gpu" $(ARGS)
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+# torch first and alone, at its pinned version: otherwise a dependency may pull another build of several GB.
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[mpi,dev]"
+	$(RUN) -m pip check
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache *.egg-info

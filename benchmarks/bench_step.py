@@ -1,0 +1,162 @@
+"""Time of a whole training step with experts against the dense model of equal parameters: `python -m benchmarks.bench_step`.
+
+Published shapes of SMoE-Dropout (4 layers, width 256, 16 experts x 512, segment and memory 512) with 4 streams. All
+cases take turns in one process and share attention, optimizer (Adam through DeepSpeed) and text; only the feed-forward
+differs. Reported: ratio of the fastest steps; the same for the feed-forward layer alone, forward and backward; the
+share of step time outside forward, backward and optimizer.
+
+FLOPs of the step allow 0.50, 0.67, 0.83 and 1.0 at k = 4, 8, 12, 16.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from benchmarks.harness import environment, interleave, minima_ms, print_result, print_table
+from engine.build import build_model, build_routers
+from engine.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    Precision,
+    Router,
+    ScheduleConfig,
+    Split,
+    TrainConfig,
+)
+from engine.corpus import PreparedCorpus, prepare
+from engine.data import Batch, Streams
+from engine.deepspeed_adapter import start
+from engine.feed_forward import FeedForward
+from engine.loader import PlannedLoader, plan_batch
+from engine.model import Memory
+from engine.moe.layer import LayerCall, MoELayer
+from engine.step import StepTimes, train_step
+from engine.tuning import resolve
+
+KS = (2, 4, 8, 12, 16)
+
+
+def shapes(args: argparse.Namespace) -> Config:
+    """The published model with 4 streams."""
+    return resolve(
+        Config(
+            data=DataConfig(streams=4, segment=512),
+            model=ModelConfig(dropout=args.dropout),
+            moe=MoEConfig(router=Router.hashed),
+            schedule=ScheduleConfig(k_min=4, k_max=16),
+            optim=OptimConfig(),
+            train=TrainConfig(steps=10**6, precision=Precision[args.precision]),
+            eval=EvalConfig(),
+        )
+    )
+
+
+class Arm:
+    """One case: a loader at a fixed k in front of an engine that other cases may share."""
+
+    def __init__(self, config: Config, corpus: PreparedCorpus, engine: object, k: int) -> None:
+        hashed = config.moe.router is Router.hashed
+        streams = Streams(
+            corpus.split(Split.train),
+            config.data.streams,
+            config.data.segment,
+            config.moe.ngram - 1 if hashed else 0,
+        )
+        self.config, self.engine = config, engine
+        self.memory: list[Memory | None] = [None]
+        self.step = 0
+        self.times: list[StepTimes] = []
+
+        def make_batch(step: int, micro: int) -> Batch:
+            return streams.batch(step, range(config.data.streams))
+
+        self.loader = PlannedLoader(
+            make_batch, build_routers(config, corpus), lambda step: k,
+            num_experts=config.moe.experts, steps=range(10**6), accumulation=1, prefetch=2,
+        )  # fmt: skip
+
+    def __call__(self) -> None:
+        """Run one training step."""
+        result = train_step(self.engine, self.loader, self.memory, self.config, self.step)  # type: ignore[arg-type]
+        self.times.append(result.times)
+        self.step += 1
+
+
+def layer_cases(config: Config, corpus: PreparedCorpus) -> dict[str, Callable[[], object]]:
+    """Forward and backward of the feed-forward part alone, at each k and dense."""
+    torch.manual_seed(0)
+    streams = Streams(
+        corpus.split(Split.train), config.data.streams, config.data.segment, config.moe.ngram - 1
+    )
+    batch = streams.batch(0, range(config.data.streams))
+    routers = build_routers(config, corpus)
+    layer = MoELayer(config.model, config.moe, config.kernels, 0).train()
+    dense = FeedForward(
+        config.model.width, config.moe.dense_width, config.moe.activation, config.model.dropout
+    )
+    tokens = batch.ids_BQ.numel()
+    dtype = torch.bfloat16 if config.train.precision is Precision.bf16 else torch.float32
+    layer, dense = layer.to(dtype), dense.train().to(dtype)
+    x_TD = torch.randn(tokens, config.model.width, dtype=dtype).requires_grad_()
+    cotangent_TD = torch.randn_like(x_TD)
+    cases: dict[str, Callable[[], object]] = {"dense": lambda: dense(x_TD).backward(cotangent_TD)}
+    for k in KS:
+        plans = plan_batch(batch, k, routers, config.moe.experts).plans
+        assert plans is not None
+        call = LayerCall(k, plans[0], torch.arange(tokens), 1, config.model.dropout)
+        cases[str(k)] = lambda call=call: layer(x_TD, call).y_TD.backward(cotangent_TD)  # type: ignore[misc]
+    return cases
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--dropout", type=float, default=0.1, help="the published value by default")
+    parser.add_argument("--precision", choices=[p.name for p in Precision], default="fp32")
+    args = parser.parse_args()
+    config = shapes(args)
+    corpus = prepare(config.corpus)
+    dense_config = replace(config, moe=replace(config.moe, router=Router.dense))
+    engine = start(build_model(config, corpus.vocab.size), config)
+    dense_engine = start(build_model(dense_config, corpus.vocab.size), dense_config)
+    arms = {"dense": Arm(dense_config, corpus, dense_engine, 1)}
+    arms.update({str(k): Arm(config, corpus, engine, k) for k in KS})
+    step_ms = minima_ms(interleave(arms, args.rounds))
+    layer_ms = minima_ms(interleave(layer_cases(config, corpus), args.rounds))
+    times = [time for arm in arms.values() for time in arm.times[1:]]
+    outside = sum(time.outside_ms for time in times) / sum(time.step_ms for time in times)
+    for arm in arms.values():
+        arm.loader.close()
+    print(
+        f"{environment()}, {args.precision}, dropout {args.dropout}, masked from k={config.kernels.masked_from_k}"
+    )
+    print_table(
+        ["feed-forward", "step ms", "to dense", "layer ms", "to dense"],
+        [
+            [name if name == "dense" else f"k={name}", step_ms[name], step_ms[name] / step_ms["dense"],
+             layer_ms[name], layer_ms[name] / layer_ms["dense"]]
+            for name in arms
+        ],
+    )  # fmt: skip
+    shown = [str(k) for k in KS if k > 2]
+    print_result(
+        {
+            "ratio_to_dense": {k: step_ms[k] / step_ms["dense"] for k in shown},
+            "layer_ratio": {k: layer_ms[k] / layer_ms["dense"] for k in shown},
+            "dense_ms": step_ms["dense"],
+            "outside_fraction": outside,
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()

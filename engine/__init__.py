@@ -1,0 +1,1 @@
+"""What training is: data, model, routing, optimisation, checkpoints. Imports kernels, never launch."""

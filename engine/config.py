@@ -1,0 +1,429 @@
+"""The run's configuration as validated dataclasses; the schema that the Hydra files in conf/ fill in.
+
+Each field says its unit and what a larger value does. Everything is checked here, at start-up; the rest of
+the engine receives these plain objects and may trust them. Derived numbers are properties, computed once here.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from engine.errors import UserError
+
+
+class Corpus(Enum):
+    """Where the text comes from."""
+
+    stdlib = "stdlib"  # the Python standard library's own sources; on every machine
+    enwik8 = "enwik8"
+    file = "file"
+
+
+class Tokens(Enum):
+    """How text becomes ids."""
+
+    bytes = "bytes"  # 256 symbols, true bits per byte
+    txl = "txl"  # without newlines, as all published Transformer-XL enwik8 numbers
+
+
+class Router(Enum):
+    """Who chooses the experts."""
+
+    hashed = "hashed"  # planned: a function of token ids
+    frozen = "frozen"  # live: SMoE-Dropout's fixed random projection
+    learned = "learned"  # live: top-k with balance loss
+    dense = "dense"  # no router: one feed-forward of equal parameters
+
+
+class Builder(Enum):
+    """How a hashed router's table is filled."""
+
+    random = "random"
+    balanced = "balanced"
+
+
+class RouteWeights(Enum):
+    """Mixing weights of the active experts of a hashed router."""
+
+    table = "table"  # softmax over the active prefix of fixed random logits
+    uniform = "uniform"  # 1/k
+
+
+class Activation(Enum):
+    """Non-linearity of an expert."""
+
+    relu = "relu"
+    swiglu = "swiglu"
+
+
+class Growth(Enum):
+    """How the number of active experts k changes over training."""
+
+    linear = "linear"
+    cosine = "cosine"
+    exponential = "exponential"
+    multi_step = "multi_step"
+    constant = "constant"
+
+
+class Decay(Enum):
+    """Learning-rate schedule after warm-up."""
+
+    cosine = "cosine"
+    constant = "constant"
+
+
+class Precision(Enum):
+    """Number format of the compute copy of the weights; master weights and moments stay fp32."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Backend(Enum):
+    """Who executes the expert layer."""
+
+    cpu = "cpu"  # PyTorch products, grouped or masked
+    reference = "reference"  # plain loops, the truth for tests; slow
+
+
+class WandbMode(Enum):
+    """Weights & Biases logging."""
+
+    disabled = "disabled"
+    offline = "offline"
+    online = "online"
+
+
+class Split(Enum):
+    """Part of the corpus."""
+
+    train = "train"
+    valid = "valid"
+    test = "test"
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise UserError(message) unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def _at_least(section: str, config: object, **minimum: float) -> None:
+    for name, low in minimum.items():
+        value = getattr(config, name)
+        require(value >= low, f"{section}.{name}={value}: must be at least {low}")
+
+
+def _fraction(section: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(0 <= value < 1, f"{section}.{name}={value}: must be in [0, 1)")
+
+
+@dataclass
+class CorpusConfig:
+    """Text and how it is cut into symbols."""
+
+    name: Corpus = Corpus.stdlib
+    path: str | None = None
+    """File to read: required for `file`; for `enwik8` a local copy, whole or a prefix of it."""
+    tokens: Tokens = Tokens.bytes
+    cache_dir: str = ".cache"
+    """Folder of prepared corpora and tables; safe to delete."""
+
+    def __post_init__(self) -> None:
+        require(
+            not (self.name is Corpus.file and not self.path),
+            "corpus.path is missing: corpus=file needs corpus.path=FILE",
+        )
+        require(
+            not (self.name is Corpus.stdlib and self.path),
+            f"corpus.path={self.path}: corpus=stdlib takes no path (use corpus=file)",
+        )
+
+
+@dataclass
+class DataConfig:
+    """How the training stream is laid out (see docs in engine/data.py)."""
+
+    streams: int = 22
+    """Contiguous streams over all ranks; = world x accumulation x streams per micro-batch."""
+    segment: int = 512
+    """Symbols per stream and step (Q)."""
+    prefetch: int = 2
+    """Batches planned ahead of the step by the background worker."""
+
+    def __post_init__(self) -> None:
+        _at_least("data", self, streams=1, segment=1, prefetch=1)
+
+
+@dataclass
+class ModelConfig:
+    """Transformer-XL (Dai et al. 2019, arXiv 1901.02860)."""
+
+    layers: int = 4
+    width: int = 256
+    """Model width D."""
+    heads: int = 8
+    head_width: int = 64
+    """Width per head; heads x head_width may differ from width."""
+    memory: int = 512
+    """Positions of the previous segments that attention sees (M)."""
+    dropout: float = 0.1
+    attention_dropout: float = 0.0
+    pre_norm: bool = False
+    """LayerNorm before each sublayer instead of after the residual sum (the published form)."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights."""
+
+    def __post_init__(self) -> None:
+        _at_least("model", self, layers=1, width=1, heads=1, head_width=1, memory=0, init_std=0)
+        _fraction("model", self, "dropout", "attention_dropout")
+        require(self.width % 2 == 0, f"model.width={self.width}: must be even (sine and cosine)")
+
+
+@dataclass
+class MoEConfig:
+    """The expert layers. With router=dense: one feed-forward of width experts x expert_width + shared_width."""
+
+    router: Router = Router.hashed
+    experts: int = 16
+    expert_width: int = 512
+    """Hidden width of one expert (F)."""
+    shared_width: int = 0
+    """Hidden width of the always-active shared expert with weight 1; 0 for none."""
+    activation: Activation = Activation.relu
+    ngram: int = 3
+    """Ids in a hashed router's key: the n-gram that ends at the token."""
+    rows: int = 65536
+    """Rows of a table; n-grams beyond it share rows by hash."""
+    builder: Builder = Builder.balanced
+    weights: RouteWeights = RouteWeights.table
+    spread: float = 2.0
+    """Standard deviation of a row's fixed logits; larger means more unequal weights."""
+    share_table: bool = False
+    """One table for all layers instead of one for each."""
+    balance_loss: float = 0.01
+    """Weight of the load-balance loss of a learned router."""
+    z_loss: float = 0.0
+    """Weight of the router z-loss of a learned router."""
+
+    def __post_init__(self) -> None:
+        _at_least("moe", self, experts=1, expert_width=1, shared_width=0, rows=1, spread=0)
+        _at_least("moe", self, balance_loss=0, z_loss=0)
+        require(1 <= self.ngram <= 3, f"moe.ngram={self.ngram}: must be 1, 2 or 3")
+        require(self.experts <= 256, f"moe.experts={self.experts}: must be at most 256")
+
+    @property
+    def dense_width(self) -> int:
+        """Hidden width of the dense layer of equal parameters."""
+        return self.experts * self.expert_width + self.shared_width
+
+
+@dataclass
+class ScheduleConfig:
+    """Number of active experts k over optimizer steps."""
+
+    growth: Growth = Growth.constant
+    k_min: int = 4
+    k_max: int = 4
+    """Largest k in training; the k of `constant`. May stay below moe.experts."""
+    steps: int | None = None
+    """Steps over which k grows; None means train.steps."""
+
+    def __post_init__(self) -> None:
+        _at_least("schedule", self, k_min=1, k_max=1)
+        require(
+            self.k_min <= self.k_max,
+            f"schedule.k_min={self.k_min}: must be at most schedule.k_max={self.k_max}",
+        )
+        require(
+            self.steps is None or self.steps >= 1,
+            f"schedule.steps={self.steps}: must be at least 1",
+        )
+
+
+@dataclass
+class OptimConfig:
+    """Adam with warm-up and decay to final_lr."""
+
+    lr: float = 2.5e-4
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    """Decoupled (AdamW); 0 is plain Adam."""
+    clip: float = 0.25
+    """Largest global gradient norm; 0 turns clipping off."""
+    warmup_steps: int = 0
+    decay: Decay = Decay.cosine
+    final_lr: float = 0.0
+
+    def __post_init__(self) -> None:
+        _at_least("optim", self, lr=0, weight_decay=0, clip=0, warmup_steps=0, final_lr=0, eps=0)
+        _fraction("optim", self, "beta1", "beta2")
+
+
+@dataclass
+class TrainConfig:
+    """The training loop."""
+
+    name: str = "run"
+    """Name of the run; its folder is runs_dir/name."""
+    runs_dir: str = "runs"
+    steps: int = 1000
+    """Optimizer steps."""
+    seed: int = 1111
+    precision: Precision = Precision.fp32
+    accumulation: int = 1
+    """Micro-batches per optimizer step; splits streams, never time."""
+    recompute: bool = False
+    """Activation checkpointing: keep one tensor per layer, compute the rest again in backward."""
+    zero_stage: int = 1
+    """DeepSpeed ZeRO stage."""
+    log_every: int = 20
+    """Steps between metric lines."""
+    valid_every: int = 0
+    """Steps between validations at k_max; 0 for none before the end."""
+    save_every: int = 0
+    """Steps between checkpoints; 0 for one at the end only."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+    resume: bool = False
+    """Go on from the newest whole checkpoint of this run's folder."""
+    threads: int = 0
+    """CPU threads of PyTorch; 0 leaves its default."""
+
+    def __post_init__(self) -> None:
+        _at_least("train", self, steps=1, seed=0, accumulation=1, log_every=1, valid_every=0)
+        _at_least("train", self, save_every=0, keep=1, threads=0)
+        require(
+            self.zero_stage in (0, 1, 2), f"train.zero_stage={self.zero_stage}: must be 0, 1 or 2"
+        )
+        require(
+            bool(self.name) and "/" not in self.name and not self.name.startswith("."),
+            f"train.name={self.name!r}: must be a plain folder name",
+        )
+
+
+@dataclass
+class EvalConfig:
+    """Held-out bits per symbol."""
+
+    k: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
+    """Numbers of active experts to evaluate."""
+    split: Split = Split.test
+    streams: int = 8
+    """Contiguous shares of the split; changes speed, not the result (warm-up covers the cuts)."""
+    segment: int | None = None
+    """Symbols per forward pass; None means data.segment."""
+    memory: int | None = None
+    """Memory length; None means model.memory."""
+    clamp_len: int = 0
+    """Distances beyond this count as this; 0 for no clamp."""
+    same_length: bool = False
+    """Every symbol sees exactly `memory` positions."""
+    max_symbols: int = 0
+    """Evaluate only the first so many symbols of the split; 0 for all."""
+
+    def __post_init__(self) -> None:
+        _at_least("eval", self, streams=1, clamp_len=0, max_symbols=0)
+        for name in ("segment", "memory"):
+            value = getattr(self, name)
+            low = 1 if name == "segment" else 0
+            require(value is None or value >= low, f"eval.{name}={value}: must be at least {low}")
+        require(
+            len(self.k) > 0 and min(self.k) >= 1, f"eval.k={self.k}: needs one or more k, each >= 1"
+        )
+
+
+@dataclass
+class KernelsConfig:
+    """How the expert layer is executed."""
+
+    backend: Backend = Backend.cpu
+    masked_from_k: int | None = None
+    """From this k on, one dense product with inactive experts masked replaces the grouped products. None: measured
+    once at the start of the run and written into its resolved config."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.masked_from_k is None or self.masked_from_k >= 1,
+            f"kernels.masked_from_k={self.masked_from_k}: must be at least 1",
+        )
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases."""
+
+    mode: WandbMode = WandbMode.disabled
+    project: str = "foreroute"
+    group: str | None = None
+
+
+@dataclass
+class Config:
+    """Everything that defines a run."""
+
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def __post_init__(self) -> None:
+        experts, k_max = self.moe.experts, self.schedule.k_max
+        if self.moe.router is not Router.dense:
+            require(
+                k_max <= experts, f"schedule.k_max={k_max}: must be at most moe.experts={experts}"
+            )
+            too_big = [k for k in self.eval.k if k > experts]
+            require(not too_big, f"eval.k={too_big}: must be at most moe.experts={experts}")
+        require(
+            self.optim.warmup_steps <= self.train.steps,
+            f"optim.warmup_steps={self.optim.warmup_steps}: must be at most train.steps={self.train.steps}",
+        )
+        self.streams_per_micro_batch(world=1)
+
+    def streams_per_micro_batch(self, world: int) -> int:
+        """Streams that one rank runs in one forward pass.
+
+        Raises:
+            UserError: data.streams is no multiple of world x accumulation.
+        """
+        parts = world * self.train.accumulation
+        require(
+            self.data.streams % parts == 0,
+            f"data.streams={self.data.streams}: must be a multiple of world x train.accumulation = "
+            f"{world} x {self.train.accumulation}",
+        )
+        return self.data.streams // parts
+
+    @property
+    def symbols_per_step(self) -> int:
+        """Training symbols consumed by one optimizer step over all ranks."""
+        return self.data.streams * self.data.segment
+
+    @property
+    def schedule_steps(self) -> int:
+        """Steps over which k grows."""
+        return self.schedule.steps or self.train.steps
+
+
+def to_plain(config: object) -> Any:
+    """Turn a config object into dicts, lists, numbers and strings (enums by name), for YAML or JSON."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {f.name: to_plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, Enum):
+        return config.name
+    if isinstance(config, list):
+        return [to_plain(item) for item in config]
+    return config

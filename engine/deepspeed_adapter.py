@@ -1,0 +1,241 @@
+"""The only file that knows DeepSpeed: our Config in, a small Engine out.
+
+DeepSpeed runs every training step, also on one process. Its config is built here from ours and exists nowhere else.
+`Engine` offers a step (forward, backward, step) and, for engine/checkpoint.py, the fp32 master weight and the Adam
+moments of each parameter by name, whatever the ZeRO stage. DeepSpeed's own checkpoints, schedulers and loggers are not
+used. PRIVATE_NAMES lists the undocumented names relied on; a test fails when one is gone.
+"""
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from engine.config import Config, Precision, require
+from engine.optim import build_optimizer
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed guesses, with a warning
+import deepspeed
+import deepspeed.ops
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+
+TESTED_VERSIONS = ("0.19.8",)
+COMPATIBLE_OPS = "__compatible_ops__"  # of deepspeed.ops: name of a C++ op -> may it be built
+SHARED_MEMORY_OP = "deepspeed_shm_comm"
+PRIVATE_NAMES = ("_lazy_init_hp_params_optimizer_state", "_hp_optimizer_states_linked")
+"""Of DeepSpeed's ZeRO-1/2 and BF16 optimizers: link each parameter to its slice of the flat Adam state."""
+TIMEOUT = timedelta(minutes=10)
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_MAX_BUCKET = 500_000_000  # elements; DeepSpeed's default
+
+
+class Engine:
+    """A model in training: what foreroute needs of a DeepSpeed engine."""
+
+    def __init__(self, engine: Any, accumulation: int) -> None:
+        self._engine = engine
+        self._zero = engine.zero_optimization_stage() > 0
+        self._adam = engine.optimizer.optimizer if self._zero else engine.optimizer
+        self._accumulation = accumulation
+        self._micro_batches = 0  # since the last optimizer step
+        self._grad_norm: float | Tensor = float("nan")
+        self._create_adam_state()
+
+    @property
+    def module(self) -> nn.Module:
+        """The model, holding the compute copy of the weights."""
+        return self._engine.module
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return torch.device(self._engine.device)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model for training."""
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of one micro-batch's mean loss, divided by the number of micro-batches."""
+        if self._micro_batches == self._accumulation:
+            raise RuntimeError(f"step() is due after {self._accumulation} micro-batches")
+        self._engine.backward(loss)
+        self._micro_batches += 1
+        if self._micro_batches < self._accumulation:
+            self._engine.step()  # inside the accumulation this only counts the micro-batch
+
+    def step(self) -> bool:
+        """Clip and update the weights, once per accumulation; False if the gradient was not finite and is dropped."""
+        if self._micro_batches != self._accumulation:
+            raise RuntimeError(
+                f"step() after {self._micro_batches} of {self._accumulation} micro-batches"
+            )
+        self._micro_batches = 0
+        if self._zero:
+            self._engine.step()
+            self._grad_norm = self._engine.get_global_grad_norm()
+            return bool(self._engine.was_step_applied())
+        # ZeRO-0 has neither a norm without clipping nor a check: ZeRO-1 and 2 skip such a step, so do the same here.
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        self._grad_norm = nn.utils.get_total_norm(gradients)
+        finite = bool(self._grad_norm.isfinite())
+        if not finite:
+            self.module.zero_grad(
+                set_to_none=True
+            )  # Adam passes over parameters without a gradient
+        self._engine.step()
+        return finite
+
+    def grad_norm(self) -> float:
+        """Give the global gradient norm of the last step before clipping; inf or nan when that step was dropped."""
+        return float(self._grad_norm)
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of the following steps."""
+        for group in self._adam.param_groups:
+            group["lr"] = lr
+
+    def adam_step(self) -> int:
+        """Give the number of updates that Adam has made (its bias correction)."""
+        steps = {int(self._adam.state[flat]["step"]) for flat in self._flats()}
+        if len(steps) != 1:
+            raise RuntimeError(f"parameter groups differ in their Adam step: {sorted(steps)}")
+        return steps.pop()
+
+    def set_adam_step(self, step: int) -> None:
+        """Set the number of updates that Adam has made."""
+        for flat in self._flats():
+            self._adam.state[flat]["step"].fill_(step)
+
+    def read_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Yield (parameter name, {"weight", "exp_avg", "exp_avg_sq"}): fp32, in the parameter's full shape.
+
+        "weight" is the master weight. A collective over each parameter's ZeRO group: every rank must read to the end.
+        Values may alias the live state.
+        """
+        for name, param in self.module.named_parameters():
+            if self._zero:
+                state = {key: safe_get_full_optimizer_state(param, key) for key in MOMENTS}
+                yield name, {"weight": safe_get_full_fp32_param(param), **state}
+            else:
+                state = {key: self._adam.state[param][key] for key in MOMENTS}
+                yield name, {"weight": param.detach(), **state}
+
+    def write_state(self, name: str, state: Mapping[str, Tensor]) -> None:
+        """Overwrite a parameter's master weight, compute copy and Adam moments (the form that read_state yields)."""
+        param = self.module.get_parameter(name)
+        param.data.copy_(state["weight"])  # DeepSpeed's setter below changes the master only
+        for key in MOMENTS:
+            if self._zero:
+                safe_set_full_optimizer_state(param, state[key], key)
+            else:
+                self._adam.state[param][key].copy_(state[key])
+        if self._zero:
+            safe_set_full_fp32_param(param, state["weight"])
+
+    def _flats(self) -> Iterator[Tensor]:
+        """The tensors that Adam really steps: with ZeRO one flat fp32 partition per group, else the parameters."""
+        for group in self._adam.param_groups:
+            yield from group["params"]
+
+    def _create_adam_state(self) -> None:
+        """Create Adam's state as its first step would, so that it can be read and written at any time.
+
+        DeepSpeed links parameters to their moments once, at the first step of the first group, when the other groups
+        have none yet; those would stay unlinked. Here all groups have a state when the one link is made.
+        """
+        for flat in self._flats():
+            self._adam.state[flat] = {
+                "step": torch.zeros((), dtype=torch.float32, device=flat.device),
+                **{key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS},
+            }
+        if self._zero:
+            link, linked = PRIVATE_NAMES
+            setattr(self._engine.optimizer, linked, False)
+            getattr(self._engine.optimizer, link)()
+
+
+def check_version(version: str = deepspeed.__version__) -> None:
+    """Raise UserError unless this is a DeepSpeed version whose internals were tested."""
+    require(
+        version in TESTED_VERSIONS,
+        f"DeepSpeed {version} is installed: foreroute relies on internals tested with "
+        f"{', '.join(TESTED_VERSIONS)} only (pip install deepspeed=={TESTED_VERSIONS[-1]})",
+    )
+
+
+def start(model: nn.Module, config: Config, world: int = 1) -> Engine:
+    """Hand the model to DeepSpeed and return the engine that trains it.
+
+    The model is changed in place: with bf16 its parameters become the compute copy (buffers keep their type). Starts the
+    process group if there is none, which works for one process only.
+
+    Raises:
+        UserError: an untested DeepSpeed, or options that DeepSpeed gets wrong.
+    """
+    check_version()
+    ds_config = _deepspeed_config(config, world, sum(p.numel() for p in model.parameters()))
+    _start_process_group(world)
+    optimizer = build_optimizer(model.parameters(), config.optim)
+    with contextlib.redirect_stdout(io.StringIO()):  # bf16 prints memory use; warnings pass
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    return Engine(engine, config.train.accumulation)
+
+
+def _deepspeed_config(config: Config, world: int, num_params: int) -> dict[str, Any]:
+    """Translate our configuration; refuse what is wrong upstream (DeepSpeed issues 8475 and 8613)."""
+    train, bf16 = config.train, config.train.precision is Precision.bf16
+    if train.zero_stage == 0:
+        require(
+            config.optim.clip == 0,
+            f"optim.clip={config.optim.clip}: DeepSpeed clips wrongly at train.zero_stage=0; "
+            "use train.zero_stage=1 or optim.clip=0",
+        )
+        require(
+            not bf16,
+            "train.precision=bf16: needs train.zero_stage=1 or 2, which keep the fp32 weights",
+        )
+    result: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.streams_per_micro_batch(world),
+        "gradient_accumulation_steps": train.accumulation,
+        "gradient_clipping": config.optim.clip,
+        "zero_optimization": {
+            "stage": train.zero_stage,
+            "reduce_bucket_size": min(num_params, _MAX_BUCKET),  # allocated at every backward pass
+            "round_robin_gradients": False,  # True makes all reads and writes of state by parameter wrong
+        },
+        "steps_per_print": 2**62,
+        "wall_clock_breakdown": False,
+    }
+    if bf16:
+        result["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        result["data_types"] = {"grad_accum_dtype": "fp32"}
+        # The default, bf16, rounds the accumulated gradient, on one rank too.
+        result["communication_data_type"] = "fp32"
+    return result
+
+
+def _start_process_group(world: int) -> None:
+    """Start a process group of this process alone, in memory: no port, no address, no MPI."""
+    # The op is for inference; DeepSpeed would compile it, for a minute, at its first start on a CPU.
+    getattr(deepspeed.ops, COMPATIBLE_OPS)[SHARED_MEMORY_OP] = False
+    if world == 1:
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+    if dist.is_initialized():
+        return
+    if world != 1:
+        raise RuntimeError(f"world={world}: start the process group before the engine")
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)

@@ -1,0 +1,107 @@
+"""Held-out bits per symbol at a given number of active experts.
+
+Every symbol of the split counts exactly once and the result does not depend on the number of evaluation streams
+(engine/data.py, EvalShares). Used during training, by launch/evaluate.py and at the end of a run.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from engine.config import Config, Router, Split
+from engine.corpus import PreparedCorpus
+from engine.data import EvalShares, eval_batches, warm_symbols
+from engine.loader import plan_batch
+from engine.model import Memory, Routing, TransformerXL
+from engine.moe.routers import HashedRouter
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Result of one pass over a split."""
+
+    bpc: float  # bits per symbol
+    symbols: int  # counted symbols
+    seconds: float
+
+    @property
+    def nats(self) -> float:
+        """Mean loss in nats."""
+        return self.bpc * math.log(2)
+
+
+def evaluate(
+    model: TransformerXL,
+    routers: Sequence[HashedRouter] | None,
+    corpus: PreparedCorpus,
+    config: Config,
+    *,
+    split: Split,
+    k: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Measure the split at k active experts.
+
+    Args:
+        routers: one per table; None for live routers and dense.
+        progress: called with (segments done, segments in all).
+    """
+    start = time.perf_counter()
+    ids = corpus.split(split)
+    if config.eval.max_symbols:
+        ids = ids[: config.eval.max_symbols]
+    memory_len = config.model.memory if config.eval.memory is None else config.eval.memory
+    segment = config.eval.segment or config.data.segment
+    warm = warm_symbols(config.model.layers, memory_len, segment)
+    shares = EvalShares(len(ids), config.eval.streams, segment, warm)
+    context = config.moe.ngram - 1 if config.moe.router is Router.hashed else 0
+    nats, symbols = 0.0, 0
+    memory: Memory | None = None
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        for batch, counted_BQ in eval_batches(ids, corpus.previous_id(split), shares, context):
+            planned = plan_batch(batch, k, routers, config.moe.experts)
+            output = model(
+                batch.ids_BQ, batch.targets_BQ, memory, Routing(k, planned.plans),
+                memory_len=memory_len, clamp_len=config.eval.clamp_len, same_length=config.eval.same_length,
+            )  # fmt: skip
+            memory = output.memory
+            nats += output.nll_BQ[counted_BQ].double().sum().item()
+            symbols += int(counted_BQ.sum())
+            if progress is not None:
+                progress(batch.index + 1, shares.num_segments)
+    model.train(was_training)
+    return Evaluation(nats / symbols / math.log(2), symbols, time.perf_counter() - start)
+
+
+def slimming_curve(
+    model: TransformerXL,
+    routers: Sequence[HashedRouter] | None,
+    corpus: PreparedCorpus,
+    config: Config,
+    *,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Evaluation]:
+    """Evaluate config.eval.split at every k of config.eval.k; a dense model has one result, called "dense"."""
+    dense = config.moe.router is Router.dense
+    results = {}
+    for k in [config.moe.experts] if dense else config.eval.k:
+        name = "dense" if dense else str(k)
+
+        def show(done: int, total: int, name: str = name) -> None:
+            if progress is not None:
+                progress(name, done, total)
+
+        results[name] = evaluate(
+            model, routers, corpus, config, split=config.eval.split, k=k, progress=show
+        )
+    return results
+
+
+def quick(config: Config, symbols: int) -> Config:
+    """A copy of the configuration that evaluates at most the first `symbols` symbols of a split."""
+    return replace(config, eval=replace(config.eval, max_symbols=symbols))

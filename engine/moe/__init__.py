@@ -1,0 +1,1 @@
+"""Mixture-of-Experts: routers, tables, k schedule, plan, exchange, experts, layer."""

@@ -1,0 +1,99 @@
+"""The Mixture-of-Experts layer: dispatch -> experts -> combine, driven by a Plan.
+
+A planned router's Plan comes with the batch. A live router routes here, inside the forward pass, and builds the same
+Plan; after that nothing differs. No routing decision is taken below this file.
+
+Letters: T local tokens, D width, R received rows, E experts.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from engine.config import KernelsConfig, ModelConfig, MoEConfig, Router
+from engine.feed_forward import FeedForward
+from engine.moe.exchange import Local
+from engine.moe.experts import Experts
+from engine.moe.losses import balance_loss, z_loss
+from engine.moe.plan import Plan, build_plan
+from engine.moe.routers import FrozenRouter, LearnedRouter
+from kernels import Dropout
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCall:
+    """What a layer needs besides its input."""
+
+    k: int  # active experts
+    plan: Plan | None  # of a planned router; None for live ones
+    token_T: Tensor  # int64: global number of each token, for the experts' stateless dropout
+    dropout_seed: int  # of (run, step); the layer's number is mixed in here
+    dropout: float  # rate on the experts' hidden units, 0 in evaluation
+
+
+class LayerOutput(NamedTuple):
+    """Result of a layer."""
+
+    y_TD: Tensor
+    auxiliary_loss: Tensor  # fp32 scalar, already weighted; zero unless the router is learned
+    count_E: Tensor  # int64: rows of each expert
+
+
+class MoELayer(nn.Module):
+    """Expert feed-forward layer of one block."""
+
+    router: FrozenRouter | LearnedRouter | None
+    shared: FeedForward | None
+
+    def __init__(
+        self, model: ModelConfig, moe: MoEConfig, kernels: KernelsConfig, layer: int
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.balance_weight, self.z_weight = moe.balance_loss, moe.z_loss
+        self.router = None
+        if moe.router is Router.frozen:
+            self.router = FrozenRouter(model.width, moe.experts)
+        elif moe.router is Router.learned:
+            self.router = LearnedRouter(model.width, moe.experts)
+        self.experts = Experts(model.width, moe, kernels)
+        self.exchange = Local()
+        self.shared = None
+        if moe.shared_width:
+            self.shared = FeedForward(model.width, moe.shared_width, moe.activation, model.dropout)
+
+    def forward(self, x_TD: Tensor, call: LayerCall) -> LayerOutput:
+        """Apply the layer to the tokens x_TD.
+
+        Raises:
+            ValueError: a planned router's plan is missing or is for another k or number of tokens.
+        """
+        plan, auxiliary_loss = self._plan(x_TD, call)
+        received_RD = self.exchange.dispatch(x_TD, plan)
+        partial_RD = self.experts(received_RD, plan, self._dropout(call))
+        y_TD = self.exchange.combine(partial_RD, plan)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
+        return LayerOutput(y_TD, auxiliary_loss, plan.count_E)
+
+    def _plan(self, x_TD: Tensor, call: LayerCall) -> tuple[Plan, Tensor]:
+        no_loss = x_TD.new_zeros(())
+        if self.router is None:
+            if call.plan is None or call.plan.k != call.k:
+                found = "no plan" if call.plan is None else f"a plan for k={call.plan.k}"
+                raise ValueError(
+                    f"layer {self.layer} has a planned router, k={call.k}, and got {found}"
+                )
+            return call.plan, no_loss
+        live = self.router(x_TD, call.k)
+        plan = build_plan(live.route, live.logits_TE.shape[1])
+        if isinstance(self.router, FrozenRouter):
+            return plan, no_loss
+        loss = self.balance_weight * balance_loss(live.logits_TE, plan.count_E)
+        return plan, loss + self.z_weight * z_loss(live.logits_TE)
+
+    def _dropout(self, call: LayerCall) -> Dropout | None:
+        if call.dropout == 0.0:
+            return None
+        return Dropout(call.dropout, call.dropout_seed * 1_000_003 + self.layer, call.token_T)

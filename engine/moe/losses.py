@@ -1,0 +1,27 @@
+"""Auxiliary losses of learned routers; the caller multiplies them by their configured weights.
+
+Letters: T tokens, E experts, K active experts per token.
+"""
+
+import torch
+from torch import Tensor
+
+
+def balance_loss(logits_TE: Tensor, count_E: Tensor) -> Tensor:
+    """Return E * sum_e f_e P_e (Switch Transformer, arXiv 2101.03961, eq. 4, for any K): 1 when all is even.
+
+    f_e is the fraction of the T*K expert rows that went to expert e (a constant), P_e the mean over tokens of the
+    softmax probability of e over all E experts (carries the gradient). SMoE-Dropout's public code divides the
+    probabilities by T*K instead of T, so its loss is 1/K of this one: multiply its coefficient accordingly.
+
+    Args:
+        count_E: expert rows of each expert, as in Plan.count_E.
+    """
+    fraction_E = count_E.to(logits_TE.device, torch.float32) / count_E.sum()
+    mean_probability_E = logits_TE.float().softmax(dim=-1).mean(dim=0)
+    return logits_TE.shape[-1] * torch.dot(fraction_E, mean_probability_E)
+
+
+def z_loss(logits_TE: Tensor) -> Tensor:
+    """Return the mean over tokens of log(sum_e exp(logit_e)) squared (ST-MoE, arXiv 2202.08906, eq. 5)."""
+    return logits_TE.float().logsumexp(dim=-1).square().mean()

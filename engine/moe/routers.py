@@ -1,0 +1,105 @@
+"""Routers: who chooses the experts of a token.
+
+A planned router (HashedRouter) reads token ids only, so the loader can route a batch before it reaches the device. Live
+routers (FrozenRouter, LearnedRouter) read hidden states inside the forward pass. All give k distinct experts per token
+in order of preference, nested in k, with weights that sum to 1.
+
+Letters: T tokens (= B*Q, row-major), B streams, Q segment length, C = ngram - 1 ids left of a segment, D width,
+E experts, K active experts per token.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.moe.plan import Route
+from engine.moe.tables import Table
+
+_GATE_STD = 0.02  # SMoE-Dropout's public code, whatever the model's own init_std
+
+
+@dataclass(frozen=True, slots=True)
+class LiveRoute:
+    """A live router's choice and the scores it came from."""
+
+    route: Route
+    logits_TE: Tensor  # fp32, connected to x (and to the gate, if learned)
+
+
+class HashedRouter:
+    """Planned router: the first k experts of the table row that the token's n-gram falls into."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+
+    def route(self, ids_BQ: Tensor, left_BC: Tensor, k: int) -> Route:
+        """Route each token; weights are the softmax over its row's first k logits, or 1/k without logits.
+
+        Args:
+            ids_BQ: int64 ids.
+            left_BC: int64, the C true ids left of each segment.
+        """
+        row_T = self.table.rows_of(ids_BQ, left_BC).reshape(-1)
+        expert_TK = self.table.order_rE.index_select(0, row_T)[:, :k].long()
+        if self.table.logits_rE is None:
+            return Route(expert_TK, torch.full(expert_TK.shape, 1.0 / k))
+        logits_KT = self.table.logits_rE.index_select(0, row_T).T[:k].contiguous()
+        # Token-last: on 2 CPU cores a softmax over a last dim of 8 took 0.5 ms for T = 2048, this one 0.07 ms.
+        return Route(expert_TK, logits_KT.softmax(dim=0).T.contiguous())
+
+
+class FrozenRouter(nn.Module):
+    """SMoE-Dropout's router (arXiv 2303.01610): a random linear gate that is never trained.
+
+    logits = x W^T + b with W ~ N(0, 0.02^2) and b = 0, top k, softmax over those k. The gradient flows through the
+    weights into x, not into W: the gate is held in buffers. It is part of the model's state.
+    """
+
+    gate_weight: Tensor
+    gate_bias: Tensor
+
+    def __init__(
+        self, width: int, experts: int, *, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        weight = torch.empty(experts, width).normal_(0.0, _GATE_STD, generator=generator)
+        self.register_buffer("gate_weight", weight)
+        self.register_buffer("gate_bias", torch.zeros(experts))
+
+    def forward(self, x_TD: Tensor, k: int) -> LiveRoute:
+        """Route hidden states [T, D] to k experts each."""
+        return top_k_route(gate_logits(x_TD, self.gate_weight, self.gate_bias), k)
+
+
+class LearnedRouter(nn.Module):
+    """The same gate as FrozenRouter with trainable parameters; see engine/moe/losses.py for its auxiliary losses."""
+
+    def __init__(
+        self, width: int, experts: int, *, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        weight = torch.empty(experts, width).normal_(0.0, _GATE_STD, generator=generator)
+        self.gate_weight = nn.Parameter(weight)
+        self.gate_bias = nn.Parameter(torch.zeros(experts))
+
+    def forward(self, x_TD: Tensor, k: int) -> LiveRoute:
+        """Route hidden states [T, D] to k experts each."""
+        return top_k_route(gate_logits(x_TD, self.gate_weight, self.gate_bias), k)
+
+
+def gate_logits(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor) -> Tensor:
+    """Return x W^T + b in fp32, also for a bf16 model and under autocast.
+
+    A module that was cast to bf16 holds the gate rounded to bf16; the product is of those rounded numbers, but exact to
+    fp32, so near-ties are not decided by bf16 sums. It is therefore a slightly different gate than the fp32 one.
+    """
+    with torch.autocast(x_TD.device.type, enabled=False):
+        return F.linear(x_TD.float(), weight_ED.float(), bias_E.float())
+
+
+def top_k_route(logits_TE: Tensor, k: int) -> LiveRoute:
+    """Take the k largest logits of each token, largest first; weights are the softmax over these k."""
+    top_TK, expert_TK = logits_TE.topk(k, dim=-1, sorted=True)
+    return LiveRoute(Route(expert_TK, top_TK.softmax(dim=-1)), logits_TE)

@@ -1,0 +1,45 @@
+"""A trained run, opened for evaluation or sampling: model and tables from its newest whole checkpoint, no DeepSpeed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine import checkpoint
+from engine.build import build_model
+from engine.config import Config, Router
+from engine.corpus import PreparedCorpus, prepare
+from engine.errors import UserError
+from engine.model import TransformerXL
+from engine.moe.routers import HashedRouter
+from engine.moe.tables import table_from_state
+
+
+@dataclass(frozen=True, slots=True)
+class SavedRun:
+    """What launch/evaluate.py and launch/generate.py need."""
+
+    config: Config
+    corpus: PreparedCorpus
+    model: TransformerXL
+    routers: list[HashedRouter] | None
+    step: int
+
+
+def open_saved(folder: Path, config: Config, note: Callable[[str], None]) -> SavedRun:
+    """Load the newest whole checkpoint of a run folder.
+
+    Raises:
+        UserError: there is none, or the corpus now differs from the one trained on in its vocabulary.
+    """
+    path, warnings = checkpoint.find_newest(folder / "checkpoints")
+    for warning in warnings:
+        note(warning)
+    if path is None:
+        raise UserError(f"run={folder}: no whole checkpoint in {folder / 'checkpoints'}")
+    corpus = prepare(config.corpus)
+    model = build_model(config, corpus.vocab.size)
+    state = checkpoint.load_weights(path, model)
+    routers = None
+    if config.moe.router is Router.hashed:
+        routers = [HashedRouter(table_from_state(table)) for table in state.tables]
+    return SavedRun(config, corpus, model.eval(), routers, state.step)

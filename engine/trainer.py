@@ -1,0 +1,266 @@
+"""The training loop: steps, logged metrics, validation, checkpoints, and a clean stop.
+
+Owns the run's moving parts (engine, loader, memory, counters); says what happens through a Reporter, prints nothing.
+A stop asked for (Ctrl-C, SIGTERM) takes effect between two steps, after a checkpoint.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from engine import checkpoint
+from engine.build import build_model
+from engine.config import Config, Router, Split, to_plain
+from engine.corpus import PreparedCorpus
+from engine.data import Batch, Streams
+from engine.deepspeed_adapter import start
+from engine.errors import RunFailed
+from engine.evaluate import evaluate
+from engine.loader import PlannedLoader
+from engine.metrics import Metrics, memory_bytes, peak_memory_bytes
+from engine.model import Memory
+from engine.moe.routers import HashedRouter
+from engine.moe.schedule import active_experts
+from engine.moe.tables import table_state
+from engine.step import StepResult, train_step
+
+
+class Reporter(Protocol):
+    """Where a run tells a person how it is doing."""
+
+    def note(self, line: str) -> None:
+        """Say something once."""
+
+    def step(self, step: int) -> None:
+        """Say that so many steps are finished."""
+
+    def metrics(self, step: int, values: Mapping[str, float], seconds_left: float) -> None:
+        """Show the metrics of a logged step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended."""
+
+    steps: int  # finished
+    complete: bool  # False when it was asked to stop
+    tokens_per_second: float  # training symbols per second of training time, this process
+    training_seconds: float  # in steps, this process
+    outside_fraction: float  # share of step time outside forward, backward and optimizer
+
+
+class Trainer:
+    """One run on one rank.
+
+    Args:
+        config: resolved (kernels.masked_from_k is set).
+        routers: one per table; None for live routers and dense.
+        folder: the run folder; checkpoints go to folder/checkpoints.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        corpus: PreparedCorpus,
+        routers: list[HashedRouter] | None,
+        folder: Path,
+        reporter: Reporter,
+    ) -> None:
+        self.config, self.corpus, self.routers = config, corpus, routers
+        self.folder, self.reporter = folder, reporter
+        context = config.moe.ngram - 1 if config.moe.router is Router.hashed else 0
+        self.streams = Streams(
+            corpus.split(Split.train), config.data.streams, config.data.segment, context
+        )
+        self.model = build_model(config, corpus.vocab.size)
+        self.engine = start(self.model, config)
+        self.memory: list[Memory | None] = [None] * config.train.accumulation
+        self.step = 0
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of this run's checkpoints."""
+        return self.folder / "checkpoints"
+
+    def resume(self) -> None:
+        """Go on from the newest whole checkpoint, if there is one; damaged ones are named and skipped."""
+        path, warnings = checkpoint.find_newest(self.checkpoints)
+        for warning in warnings:
+            self.reporter.note(warning)
+        if path is None:
+            self.reporter.note("no checkpoint to resume from: starting at step 0")
+            return
+        state = checkpoint.load(path, self.engine)
+        self.step = state.step
+        torch.set_rng_state(state.rng)
+        if state.memory is not None:
+            parts = [layer.tensor_split(len(self.memory)) for layer in state.memory]
+            self.memory = [tuple(micro) for micro in zip(*parts, strict=True)]
+        self.reporter.note(f"resumed at step {self.step} from {path}")
+
+    def save(self) -> Path:
+        """Write a checkpoint of this moment."""
+        state = checkpoint.TrainingState(
+            step=self.step,
+            cursor=self.step,  # one segment of every stream per step
+            rng=torch.get_rng_state(),
+            memory=_join(self.memory),
+            stream_B=torch.arange(self.config.data.streams),
+            tables=[table_state(router.table) for router in self.routers or []],
+            table_meta=[{} for _ in self.routers or []],
+        )
+        try:
+            return checkpoint.save(
+                self.checkpoints, self.engine, state,
+                config_plain=to_plain(self.config), keep=self.config.train.keep,
+            )  # fmt: skip
+        except OSError as error:
+            raise RunFailed(f"cannot write a checkpoint at step {self.step}: {error}") from error
+
+    def run(self, metrics: Metrics, stop_asked: Callable[[], bool]) -> Outcome:
+        """Train until train.steps, or until stop_asked() says so; a checkpoint is written in both cases.
+
+        Raises:
+            RunFailed: the loss is not finite, or a checkpoint cannot be written.
+        """
+        train, first, seconds, outside_ms = self.config.train, self.step, 0.0, 0.0
+        window = _Window(self.config.symbols_per_step)
+        loader = self._loader()
+        saved = -1
+        try:
+            while self.step < train.steps and not stop_asked():
+                result = train_step(self.engine, loader, self.memory, self.config, self.step)
+                self.step += 1
+                seconds += result.times.step_ms / 1e3
+                outside_ms += result.times.outside_ms
+                window.add(result)
+                self.reporter.step(self.step)
+                if self.step % train.log_every == 0 or self.step == train.steps:
+                    values = window.close(self.step)
+                    metrics.log(self.step, values)
+                    left = seconds / (self.step - first) * (train.steps - self.step)
+                    self.reporter.metrics(self.step, values, left)
+                if train.valid_every and self.step % train.valid_every == 0:
+                    self._validate(metrics)
+                if train.save_every and self.step % train.save_every == 0:
+                    self.save()
+                    saved = self.step
+        except RunFailed as error:
+            raise RunFailed(f"{error}; {self._last_good()}") from error
+        finally:
+            loader.close()
+        if saved != self.step:
+            self.save()
+        done = self.step - first
+        return Outcome(
+            steps=self.step,
+            complete=self.step >= train.steps,
+            tokens_per_second=done * self.config.symbols_per_step / seconds if seconds else 0.0,
+            training_seconds=seconds,
+            outside_fraction=outside_ms / 1e3 / seconds if seconds else 0.0,
+        )
+
+    def _loader(self) -> PlannedLoader:
+        config = self.config
+        accumulation = config.train.accumulation
+
+        def make_batch(step: int, micro: int) -> Batch:
+            rows = self.streams.streams_of(0, micro, world=1, accumulation=accumulation)
+            return self.streams.batch(step, rows)
+
+        return PlannedLoader(
+            make_batch,
+            self.routers,
+            lambda step: active_experts(config.schedule, step, config.schedule_steps),
+            num_experts=config.moe.experts,
+            steps=range(self.step, config.train.steps),
+            accumulation=accumulation,
+            prefetch=config.data.prefetch,
+        )
+
+    def _validate(self, metrics: Metrics) -> None:
+        found = evaluate(
+            self.model, self.routers, self.corpus, self.config,
+            split=Split.valid, k=self.config.schedule.k_max,
+        )  # fmt: skip
+        metrics.log(
+            self.step,
+            {
+                "valid_loss": found.nats,
+                "valid_bpc": found.bpc,
+                "tokens": float(self.step * self.config.symbols_per_step),
+            },
+        )
+        self.reporter.note(
+            f"step {self.step}: valid bpc {found.bpc:.4f} at k={self.config.schedule.k_max}"
+        )
+
+    def _last_good(self) -> str:
+        path, _ = checkpoint.find_newest(self.checkpoints)
+        return (
+            "no checkpoint was written yet"
+            if path is None
+            else f"the last good checkpoint is {path}"
+        )
+
+
+def _join(memory: list[Memory | None]) -> Memory | None:
+    """Put the micro-batches' streams one after the other: global stream order on one rank."""
+    present = [micro for micro in memory if micro is not None]
+    if len(present) < len(memory):
+        return None
+    return tuple(torch.cat(layer) for layer in zip(*present, strict=True))
+
+
+class _Window:
+    """Means over the steps since the last logged one."""
+
+    def __init__(self, symbols_per_step: int) -> None:
+        self.symbols_per_step = symbols_per_step
+        self.results: list[StepResult] = []
+        self.start = time.perf_counter()
+
+    def add(self, result: StepResult) -> None:
+        """Take in a step."""
+        self.results.append(result)
+
+    def close(self, step: int) -> dict[str, float]:
+        """Give the metrics of the window that ends with `step` and start the next."""
+        count, last = len(self.results), self.results[-1]
+        loss = sum(result.loss for result in self.results) / count
+
+        def mean_ms(name: str) -> float:
+            return sum(float(getattr(result.times, name)) for result in self.results) / count
+
+        values: dict[str, float] = {
+            "loss": loss,
+            "bpc": loss / math.log(2),
+            "k": last.k,
+            "learning_rate": last.learning_rate,
+            "grad_norm": last.grad_norm,
+            "load_max_over_mean": last.load_max_over_mean,
+            "tokens": step * self.symbols_per_step,
+            "tokens_per_second": 1e3 * self.symbols_per_step / mean_ms("step_ms"),
+            "memory_bytes": memory_bytes(),
+            "peak_memory_bytes": peak_memory_bytes(),
+            "wire_bytes": 0,  # one rank
+            "exchange_exposed_ms": 0,
+            "exchange_hidden_ms": 0,
+            "mfu": 0,  # peak unknown
+        }
+        for name in (
+            "step_ms",
+            "plan_wait_ms",
+            "forward_ms",
+            "backward_ms",
+            "optimizer_ms",
+            "outside_ms",
+        ):
+            values[name] = mean_ms(name)
+        self.results = []
+        return values

@@ -1,0 +1,56 @@
+"""Stateless dropout for expert hidden units: the mask is a function of (seed, token, expert, unit) alone.
+
+Nothing is drawn from a generator and nothing is saved: backward and recomputation ask again and get the same mask, and
+a token keeps its mask wherever its expert lives. A unit is kept when the 32-bit product row_hash * unit_hash (both odd,
+both from a full avalanche hash) reaches a threshold: one multiplication and one comparison per unit.
+
+Letters: N expert rows, F expert hidden width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_MASK32 = 0xFFFFFFFF
+
+
+@dataclass(frozen=True, slots=True)
+class Dropout:
+    """What a mask depends on besides expert and unit."""
+
+    rate: float  # probability of zeroing a unit, in [0, 1)
+    seed: int  # of (run, step, micro-batch, layer)
+    token_R: Tensor  # int64: global token number of each input row
+
+    @property
+    def scale(self) -> float:
+        """Factor that keeps the expectation: 1 / (1 - rate)."""
+        return 1.0 / (1.0 - self.rate)
+
+
+def hash32(value: Tensor) -> Tensor:
+    """Avalanche 32-bit values held in int64 (the finaliser of MurmurHash3)."""
+    value = value & _MASK32
+    value = ((value ^ (value >> 16)) * 0x85EBCA6B) & _MASK32
+    value = ((value ^ (value >> 13)) * 0xC2B2AE35) & _MASK32
+    return value ^ (value >> 16)
+
+
+def row_hash(dropout: Dropout, token_N: Tensor, expert: int | Tensor) -> Tensor:
+    """Hash (seed, token, global expert) to odd int32, one for each expert row."""
+    low, high = dropout.seed & _MASK32, (dropout.seed >> 32) & _MASK32
+    mixed_N = hash32(token_N ^ low)
+    mixed_N = hash32(mixed_N ^ (token_N >> 32) ^ high)
+    return (hash32(mixed_N + expert * 0x9E3779B1) | 1).to(torch.int32)
+
+
+def unit_hash(width: int, device: torch.device | None = None) -> Tensor:
+    """Hash the unit numbers 0..F-1 to odd int32."""
+    return (hash32(torch.arange(1, width + 1, device=device) * 0x9E3779B1) | 1).to(torch.int32)
+
+
+def keep_mask(row_hash_N: Tensor, unit_hash_F: Tensor, rate: float) -> Tensor:
+    """Return the mask [N, F], bool, True where a unit is kept (probability 1 - rate)."""
+    threshold = round(rate * 2**32) - 2**31
+    return (row_hash_N[:, None] * unit_hash_F) >= threshold

@@ -1,0 +1,132 @@
+"""Between a person's command line and the engine: Hydra composes, dataclasses validate, errors become one line.
+
+The only file that knows Hydra and OmegaConf. A program is `run_program("NAME", Schema, task)` with conf/NAME.yaml; the
+task receives the validated object and returns an exit code. What the user can mend ends with one line and exit code 2.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from engine.config import Config, to_plain
+from engine.errors import RunFailed, UserError
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+T = TypeVar("T")
+
+
+def run_program(name: str, schema: type[T], task: Callable[[T], int]) -> NoReturn:
+    """Compose conf/`name`.yaml with the command line into a `schema` object, run the task and exit with its code."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed by Hydra
+    ConfigStore.instance().store("schema", schema)
+    code = 0
+
+    def job(cfg: DictConfig) -> None:
+        nonlocal code
+        if code == 0:  # a sweep stops at the first job that fails
+            code = _guarded(lambda: task(_to_object(cfg, schema)))
+
+    def compose_and_run() -> int:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
+        return code
+
+    sys.exit(_guarded(compose_and_run))
+
+
+def _guarded(run: Callable[[], int]) -> int:
+    """Turn expected failures into one line on stderr and an exit code; anything else is a bug and keeps its traceback."""
+    try:
+        return run()
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        print(f"foreroute: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except RunFailed as error:
+        print(f"foreroute: {error}", file=sys.stderr)
+        return 1
+
+
+def _to_object(cfg: DictConfig, schema: type[T]) -> T:
+    found = OmegaConf.to_object(cfg)
+    if not isinstance(found, schema):
+        raise UserError(f"the configuration is no {schema.__name__}")
+    return found
+
+
+_NOISE = (
+    "full_key:",
+    "object_type=",
+    "reference_type=",
+    "Set the environment",
+    "See https",
+    "Config search path",
+    "provider=",
+)
+
+
+def _one_line(error: BaseException) -> str:
+    """The message in one line: what Hydra and OmegaConf spread over lines and causes, joined, without their advice."""
+    parts = _lines(error)
+    cause = error.__cause__
+    if isinstance(cause, OmegaConfBaseException):
+        parts += _lines(cause)
+    text = ": ".join(part.rstrip(".") for part in dict.fromkeys(parts)) or type(error).__name__
+    text = text.split(" To append to your config")[0]
+    return text + _allowed_keys(text)
+
+
+def _lines(error: BaseException) -> list[str]:
+    lines = [line.strip() for line in str(error).splitlines()]
+    return [line for line in lines if line and not line.startswith(_NOISE)]
+
+
+def _allowed_keys(text: str) -> str:
+    """For an unknown option: the names that its section has."""
+    found = re.match(r"Could not override '([\w.]+)'", text)
+    if not found:
+        return ""
+    node: Any = ConfigStore.instance().load("schema.yaml").node
+    for part in found[1].split(".")[:-1]:
+        node = OmegaConf.select(node, part)
+    names = ", ".join(str(name) for name in node) if OmegaConf.is_dict(node) else ""
+    return f": no such option; allowed: {names}" if names else ""
+
+
+def job_name(name: str) -> str:
+    """The run's name; in a sweep (-m) with the job's own options, so that every job has its own folder."""
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode is not RunMode.MULTIRUN:
+        return name
+    return re.sub(r"[^A-Za-z0-9_.=-]+", "_", f"{name}-{hydra_config.job.override_dirname}")
+
+
+def write_config(config: object, path: Path) -> None:
+    """Write a configuration object as YAML."""
+    OmegaConf.save(OmegaConf.create(to_plain(config)), path)
+
+
+def read_config(path: Path) -> Config:
+    """Read a run's resolved configuration.
+
+    Raises:
+        UserError: the file is missing or does not fit this version.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; a run folder holds a config.yaml")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
+        config: Any = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {_one_line(error)}") from error
+    assert isinstance(config, Config)
+    return config

@@ -1,0 +1,75 @@
+"""What a person sees in the terminal: notes, a progress bar on a terminal, plain lines elsewhere, and tables."""
+
+import sys
+from collections.abc import Mapping, Sequence
+
+from tqdm import tqdm
+
+
+class Console:
+    """Progress of one run; a bar when stdout is a terminal, else one line per logged step."""
+
+    def __init__(self, total_steps: int, *, enabled: bool = True) -> None:
+        self._total = total_steps
+        self._enabled = enabled
+        self._bar: tqdm | None = None  # type: ignore[type-arg]
+        self._terminal = sys.stdout.isatty()
+
+    def note(self, line: str) -> None:
+        """Print a line above the progress bar."""
+        if self._enabled:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    def step(self, step: int) -> None:
+        """Advance the bar to `step` finished steps."""
+        if not (self._enabled and self._terminal):
+            return
+        if self._bar is None:
+            self._bar = tqdm(
+                total=self._total, initial=step, unit="step", dynamic_ncols=True, file=sys.stdout,
+                bar_format="{percentage:3.0f}%|{bar}| {n}/{total} {postfix} [{elapsed}<{remaining}]",
+            )  # fmt: skip
+        self._bar.update(step - self._bar.n)
+
+    def metrics(self, step: int, values: Mapping[str, float], seconds_left: float) -> None:
+        """Show the metrics of a logged step."""
+        text = " ".join(
+            f"{name} {values[key]:{form}}"
+            for name, key, form in (
+                ("loss", "loss", ".3f"),
+                ("bpc", "bpc", ".3f"),
+                ("k", "k", ".0f"),
+                ("tok/s", "tokens_per_second", ",.0f"),
+            )
+        )
+        if self._bar is not None:
+            self._bar.set_postfix_str(text)
+        elif self._enabled:
+            self.note(f"step {step}/{self._total}  {text}  left {clock(seconds_left)}")
+
+    def close(self) -> None:
+        """Leave the bar as it is and go on below it."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def clock(seconds: float) -> str:
+    """Write a duration as m:ss or h:mm:ss."""
+    whole = max(0, round(seconds))
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay out cells in columns, the first aligned left."""
+    lines = [list(header), *[list(row) for row in rows]]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )

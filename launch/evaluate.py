@@ -1,0 +1,85 @@
+"""Held-out bits per symbol of a trained run at any k: `python -m launch.evaluate run=runs/NAME k=[1,2,4,8,16]`.
+
+`protocol=published` is Transformer-XL's own final evaluation (segments of 80, memory 2100, clamp 820, same length);
+the default is the run's own eval section. Prints a table and, as its last line, one JSON object.
+"""
+
+import json
+from dataclasses import dataclass, fields, replace
+from enum import Enum
+from pathlib import Path
+
+from omegaconf import MISSING
+
+from engine.config import Config, EvalConfig, Split
+from engine.evaluate import slimming_curve
+from engine.saved import open_saved
+from launch.cli import read_config, run_program
+from launch.console import table
+from launch.process import set_up
+
+
+class Protocol(Enum):
+    """Segment, memory, clamp and mask of an evaluation."""
+
+    run = "run"
+    published = "published"
+
+
+@dataclass
+class EvaluateArgs:
+    """Options; None means the run's own."""
+
+    run: str = MISSING
+    k: list[int] | None = None
+    split: Split | None = None
+    protocol: Protocol = Protocol.run
+    streams: int | None = None
+    segment: int | None = None
+    memory: int | None = None
+    clamp_len: int | None = None
+    same_length: bool | None = None
+    max_symbols: int | None = None
+    threads: int = 0
+
+
+PUBLISHED = {"segment": 80, "memory": 2100, "clamp_len": 820, "same_length": True}
+
+
+def evaluation_config(config: Config, args: EvaluateArgs) -> Config:
+    """The run's configuration with the evaluation that was asked for (validated)."""
+    changes: dict[str, object] = dict(PUBLISHED) if args.protocol is Protocol.published else {}
+    for option in fields(EvalConfig):
+        asked = getattr(args, option.name)
+        if asked is not None:
+            changes[option.name] = asked
+    return replace(config, eval=replace(config.eval, **changes))  # type: ignore[arg-type]
+
+
+def evaluate(args: EvaluateArgs) -> int:
+    """Evaluate; returns the exit code."""
+    set_up(args.threads)
+    folder = Path(args.run)
+    config = evaluation_config(read_config(folder / "config.yaml"), args)
+    saved = open_saved(folder, config, print)
+    curve = slimming_curve(saved.model, saved.routers, saved.corpus, config)
+    rows = [
+        [name, f"{found.bpc:.4f}", f"{found.symbols:,}", f"{found.symbols / found.seconds:,.0f}"]
+        for name, found in curve.items()
+    ]
+    print(
+        f"{folder} at step {saved.step}, {config.eval.split.name} split, {config.corpus.tokens.name}"
+    )
+    print(table(["k", "bpc", "symbols", "symbols/s"], rows))
+    bpc = {name: found.bpc for name, found in curve.items()}
+    print(json.dumps({"bpc": bpc, "split": config.eval.split.name, "step": saved.step}))
+    return 0
+
+
+def main() -> None:
+    """Entry point."""
+    run_program("evaluate", EvaluateArgs, evaluate)
+
+
+if __name__ == "__main__":
+    main()

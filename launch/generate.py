@@ -1,0 +1,74 @@
+"""Sample from a trained run at any k: `python -m launch.generate run=runs/NAME prompt="def " k=8 length=400`."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import MISSING
+
+from engine.config import Router, require
+from engine.generate import generate as sample_ids
+from engine.saved import open_saved
+from launch.cli import read_config, run_program
+from launch.process import set_up
+
+
+@dataclass
+class GenerateArgs:
+    """Options of a sample."""
+
+    run: str = MISSING
+    prompt: str = ""
+    k: int | None = None  # None: schedule.k_max of the run
+    length: int = 400
+    temperature: float = 0.8
+    top_p: float = 0.95
+    seed: int = 1
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.length >= 1, f"length={self.length}: must be at least 1")
+        require(self.temperature >= 0, f"temperature={self.temperature}: must be at least 0")
+        require(0 < self.top_p <= 1, f"top_p={self.top_p}: must be in (0, 1]")
+
+
+def generate(args: GenerateArgs) -> int:
+    """Write the prompt and its continuation to stdout, byte by byte as they come; returns the exit code."""
+    set_up(args.threads)
+    folder = Path(args.run)
+    config = read_config(folder / "config.yaml")
+    k = config.schedule.k_max if args.k is None else args.k
+    require(1 <= k <= config.moe.experts, f"k={k}: must be 1 to moe.experts={config.moe.experts}")
+    saved = open_saved(folder, config, lambda line: print(line, file=sys.stderr))
+    prompt = args.prompt.encode()
+    hashed = config.moe.router is Router.hashed
+    ids = sample_ids(
+        saved.model,
+        saved.routers,
+        [int(i) for i in saved.corpus.vocab.encode(prompt)],
+        k=k,
+        length=args.length,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        segment=config.data.segment,
+        context=config.moe.ngram - 1 if hashed else 0,
+        num_experts=config.moe.experts,
+        generator=torch.Generator().manual_seed(args.seed),
+    )
+    out = sys.stdout.buffer
+    out.write(prompt)
+    for i in ids:
+        out.write(saved.corpus.vocab.symbols[i : i + 1])
+        out.flush()
+    out.write(b"\n")
+    return 0
+
+
+def main() -> None:
+    """Entry point."""
+    run_program("generate", GenerateArgs, generate)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Train, evaluate at every k, and leave a run folder behind: `python -m launch.train experiment=NAME [SECTION.OPTION=VALUE]`.
+
+Follow one run from here: configuration -> corpus -> tables -> Trainer (engine/trainer.py) -> slimming curve -> summary.
+"""
+
+import json
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+from engine.build import build_routers
+from engine.config import Config, Router, Split, to_plain
+from engine.corpus import PreparedCorpus, prepare
+from engine.counting import bzip2_bpc, order_n_bpc
+from engine.evaluate import Evaluation, slimming_curve
+from engine.metrics import Metrics, peak_memory_bytes
+from engine.trainer import Outcome, Trainer
+from launch.cli import job_name, run_program
+from launch.console import Console, table
+from launch.plots import plot_loss, plot_slimming
+from launch.process import StopSignal, set_up
+from launch.run_folder import RunFolder, open_run
+
+
+def train(config: Config) -> int:
+    """Run a configuration; returns the exit code."""
+    config = replace(config, train=replace(config.train, name=job_name(config.train.name)))
+    set_up(config.train.threads)
+    stop = StopSignal()
+    console = Console(config.train.steps)
+    corpus = prepare(config.corpus, console.note)
+    run = open_run(config)
+    config = run.config
+    for line in corpus.notes:
+        console.note(line)
+    routers = build_routers(config, corpus)
+    trainer = Trainer(config, corpus, routers, run.path, console)
+    if run.resuming:
+        trainer.resume()
+    _describe(console, trainer)
+    metrics = Metrics(
+        run.path,
+        config.wandb,
+        name=config.train.name,
+        config_plain=to_plain(config),
+        resume_step=trainer.step if run.resuming else None,
+    )
+    with closing(metrics), closing(console):
+        outcome = trainer.run(metrics, stop)
+    if not outcome.complete:
+        console.note(f"stopped at step {outcome.steps}; train.resume=true goes on from there")
+        return stop.exit_code
+    _finish(run, trainer, corpus, outcome)
+    return 0
+
+
+def _describe(console: Console, trainer: Trainer) -> None:
+    config, corpus = trainer.config, trainer.corpus
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    train_symbols = len(corpus.split(Split.train))
+    console.note(
+        f"corpus {config.corpus.name.name}: {len(corpus.ids):,} symbols ({config.corpus.tokens.name}), "
+        f"sha256 {corpus.sha256[:16]}..., {train_symbols:,} to train on"
+    )
+    console.note(
+        f"model: {config.model.layers} layers, {parameters:,} parameters, router {config.moe.router.name}; "
+        f"{config.symbols_per_step:,} symbols per step, {config.train.steps:,} steps, "
+        f"{config.train.steps / trainer.streams.segments_per_epoch:.2f} passes over the text "
+        f"(ragged tail of {trainer.streams.dropped_symbols} symbols dropped)"
+    )
+    if config.moe.router is not Router.dense:
+        console.note(f"experts: masked products from k={config.kernels.masked_from_k} on")
+
+
+def _finish(run: RunFolder, trainer: Trainer, corpus: PreparedCorpus, outcome: Outcome) -> None:
+    """Evaluate, compare with counting, draw, and write summary.json."""
+    config = run.config
+    split = config.eval.split
+    print(f"evaluating the {split.name} split at k = {', '.join(map(str, config.eval.k))} ...")
+    curve = slimming_curve(trainer.model, trainer.routers, corpus, config)
+    baselines = counting_baselines(corpus, split, config.eval.max_symbols)
+    bpc = {name: found.bpc for name, found in curve.items()}
+    summary: dict[str, Any] = {
+        "bpc": bpc,
+        "tokens_per_second": outcome.tokens_per_second,
+        "peak_memory_bytes": peak_memory_bytes(),
+        **baselines,
+        "training_seconds": outcome.training_seconds,
+        "outside_fraction": outcome.outside_fraction,
+        "steps": outcome.steps,
+        "split": split.name,
+        "symbols": next(iter(curve.values())).symbols,
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "corpus_sha256": corpus.sha256,
+    }
+    (run.path / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    plot_loss(run.path / "metrics.jsonl", run.path / "loss.png")
+    lines = {"order 3": baselines["order3_bpc"], "bzip2 -9": baselines["bzip2_bpc"]}
+    plot_slimming(bpc, lines, run.path / "slimming.png")
+    print(result_table(curve, baselines))
+    print(f"{run.path}: config.yaml metrics.jsonl checkpoints/ loss.png slimming.png summary.json")
+
+
+def counting_baselines(corpus: PreparedCorpus, split: Split, max_symbols: int) -> dict[str, float]:
+    """Bits per symbol of counting models fitted on the training split, and of bzip2, on the same held-out text."""
+    held_out = corpus.split(split)[: max_symbols or None]
+    train_ids, size = corpus.split(Split.train), corpus.vocab.size
+    return {
+        "order2_bpc": order_n_bpc(train_ids, held_out, 2, size),
+        "order3_bpc": order_n_bpc(train_ids, held_out, 3, size),
+        "bzip2_bpc": bzip2_bpc(corpus.vocab.decode(held_out)),
+    }
+
+
+def result_table(curve: Mapping[str, Evaluation], baselines: Mapping[str, float]) -> str:
+    """Lay out held-out bpc at each k beside what counting gets."""
+    best = min(found.bpc for found in curve.values())
+    rows = [
+        [
+            name if name == "dense" else f"k = {name}",
+            f"{found.bpc:.3f}",
+            f"{100 * (found.bpc / best - 1):+.1f}%",
+            f"{found.symbols / found.seconds:,.0f}",
+        ]
+        for name, found in curve.items()
+    ]
+    names = {"order2_bpc": "order 2", "order3_bpc": "order 3", "bzip2_bpc": "bzip2 -9"}
+    rows += [
+        [label, f"{baselines[key]:.3f}", f"{100 * (baselines[key] / best - 1):+.1f}%", ""]
+        for key, label in names.items()
+    ]
+    return table(["held-out text", "bpc", "to best", "symbols/s"], rows)
+
+
+def main() -> None:
+    """Entry point."""
+    run_program("train", Config, train)
+
+
+if __name__ == "__main__":
+    main()

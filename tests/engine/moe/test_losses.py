@@ -1,0 +1,53 @@
+import math
+
+import pytest
+import torch
+
+from engine.moe.losses import balance_loss, z_loss
+from engine.moe.routers import top_k_route
+
+
+def plain_balance(logits, experts):
+    """Switch Transformer eq. 4 in Python floats."""
+    num_tokens, num_experts, k = len(logits), len(logits[0]), len(experts[0])
+    total = 0.0
+    for e in range(num_experts):
+        fraction = sum(chosen.count(e) for chosen in experts) / (num_tokens * k)
+        probability = sum(
+            math.exp(row[e]) / sum(math.exp(value) for value in row) for row in logits
+        )
+        total += fraction * probability / num_tokens
+    return num_experts * total
+
+
+@pytest.mark.parametrize("k", [1, 3, 6])
+def test_losses_equal_plain_loops(k):
+    logits = 3 * torch.randn(40, 6, generator=torch.Generator().manual_seed(k))
+    expert_TK = top_k_route(logits, k).route.expert_TK
+    count = torch.bincount(expert_TK.reshape(-1), minlength=6)
+    rows = logits.double().tolist()
+    expected = plain_balance(rows, expert_TK.tolist())
+    assert balance_loss(logits, count).item() == pytest.approx(expected, rel=1e-6)
+    squares = [math.log(sum(math.exp(value) for value in row)) ** 2 for row in rows]
+    assert z_loss(logits).item() == pytest.approx(sum(squares) / 40, rel=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_balance_loss_is_one_when_all_is_even_and_more_otherwise(k):
+    num_experts = 4
+    logits = torch.stack([torch.arange(4.0).roll(shift) for shift in range(4)])
+    count = torch.full((num_experts,), k)
+    assert balance_loss(logits, count).item() == pytest.approx(1, rel=1e-6)
+    collapsed = torch.tensor([[9.0, 0, 0, 0]]).expand(4, 4)
+    assert balance_loss(collapsed, torch.tensor([4, 0, 0, 0])).item() == pytest.approx(4, abs=0.01)
+
+
+def test_gradients_of_bf16_logits_are_finite_and_push_towards_balance():
+    logits = torch.zeros(8, 4, dtype=torch.bfloat16, requires_grad=True)
+    loss = balance_loss(logits, torch.tensor([8, 0, 0, 0]))
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert (logits.grad[:, 0] > 0).all() and (logits.grad[:, 1:] < 0).all()
+    big = torch.full((2, 4), 100.0, requires_grad=True)
+    z_loss(big).backward()
+    assert (big.grad > 0).all() and big.grad.isfinite().all()

@@ -1,0 +1,334 @@
+"""The adapter against plain torch: five steps at each ZeRO stage, accumulation, clipping, bf16 masters, dropped steps."""
+
+import copy
+import gc
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+import deepspeed
+import pytest
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor, nn
+
+from engine import deepspeed_adapter as adapter
+from engine.config import Config, DataConfig, OptimConfig, Precision, TrainConfig
+from engine.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def quick_collections() -> None:
+    """DeepSpeed's bf16 optimizer collects garbage four times at its start: pass over what is imported."""
+    gc.freeze()
+
+
+class Output(NamedTuple):
+    loss: Tensor
+    memory: tuple[Tensor, ...]
+    count_LE: Tensor | None = None
+
+
+class Experts(nn.Module):
+    def __init__(self, experts: int = 3, width: int = 8, hidden: int = 5) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(torch.randn(experts, hidden, width) * 0.4)
+        self.b1 = nn.Parameter(torch.randn(experts, hidden) * 0.1)
+        self.w2 = nn.Parameter(torch.randn(experts, hidden, width) * 0.4)
+        self.b2 = nn.Parameter(torch.randn(experts, width) * 0.1)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        hidden_ETF = torch.relu(torch.einsum("td,efd->etf", x_TD, self.w1) + self.b1[:, None])
+        return (torch.einsum("etf,efd->etd", hidden_ETF, self.w2) + self.b2[:, None]).mean(0)
+
+
+class Tiny(nn.Module):
+    """Parameters of odd sizes, experts, and a buffer that bf16 must not touch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.blocks = nn.ModuleList([nn.ModuleDict({"moe": nn.ModuleDict({"experts": Experts()})})])
+        self.out = nn.Linear(8, 11)
+        self.gain = nn.Parameter(torch.ones(3))
+        self.register_buffer("gate_weight", torch.randn(3, 8) / 3)
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Output:
+        x = self.embed(ids).flatten(0, 1)
+        x = x + self.get_submodule("blocks.0.moe.experts")(x)
+        logits = self.out(x).float() * self.gain.float().mean()
+        return Output(nn.functional.cross_entropy(logits, targets.flatten()), (x.detach(),))
+
+
+def config(stage: int, clip: float = 0.0, **train: Any) -> Config:
+    return Config(
+        data=DataConfig(streams=4, segment=6),
+        optim=OptimConfig(lr=0.01, clip=clip),
+        train=TrainConfig(zero_stage=stage, **train),
+    )
+
+
+def model(seed: int = 0) -> Tiny:
+    torch.manual_seed(seed)
+    return Tiny()
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(100 + step)
+    ids = torch.randint(0, 11, (4, 7), generator=generator)
+    return ids[:, :-1], ids[:, 1:]
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def train(engine: adapter.Engine, steps: int, micro_batches: int = 1) -> list[float]:
+    losses = []
+    for step in range(steps):
+        engine.set_lr(0.01 / (step + 1))
+        total = 0.0
+        ids, targets = batch(step)
+        for i, t in zip(ids.chunk(micro_batches), targets.chunk(micro_batches), strict=True):
+            loss = engine.forward(i, t).loss
+            engine.backward(loss)
+            total += loss.item() / micro_batches
+        assert engine.step()
+        losses.append(total)
+    return losses
+
+
+def train_plainly(
+    module: nn.Module, steps: int, clip: float
+) -> tuple[list[float], list[float], torch.optim.Adam]:
+    adam = torch.optim.Adam(module.parameters(), lr=1.0)
+    losses, norms = [], []
+    for step in range(steps):
+        adam.param_groups[0]["lr"] = 0.01 / (step + 1)
+        adam.zero_grad()
+        loss = module(*batch(step)).loss
+        loss.backward()
+        norms.append(nn.utils.clip_grad_norm_(module.parameters(), clip or float("inf")).item())
+        adam.step()
+        losses.append(loss.item())
+    return losses, norms, adam
+
+
+@pytest.mark.parametrize(
+    "stage,clip", [(0, 0.0), (1, 0.0), (1, 0.1), (2, 0.0), (2, 0.1)], ids=lambda v: str(v)
+)
+def test_five_steps_equal_plain_torch(stage: int, clip: float) -> None:
+    reference = model()
+    engine = adapter.start(copy.deepcopy(reference), config(stage, clip))
+    losses, norms, adam = train_plainly(reference, 5, clip)
+    assert train(engine, 5) == pytest.approx(losses, rel=1e-6)
+    assert engine.grad_norm() == pytest.approx(norms[-1], rel=1e-5)
+    assert clip == 0 or min(norms) > clip  # the clip really acts
+    assert engine.adam_step() == 5
+    wanted = dict(reference.named_parameters())
+    seen = []
+    for name, state in engine.read_state():
+        seen.append(name)
+        assert error(state["weight"], wanted[name]) < 1e-6
+        assert torch.equal(engine.module.get_parameter(name), state["weight"])
+        for key in adapter.MOMENTS:
+            assert state[key].shape == wanted[name].shape
+            assert error(state[key], adam.state[wanted[name]][key]) < 2e-6
+    assert seen == list(wanted)
+
+
+def test_clipping_changes_the_result() -> None:
+    plain, clipped = model(), model()
+    train_plainly(plain, 5, 0.0)
+    train_plainly(clipped, 5, 0.1)
+    assert error(clipped.out.weight, plain.out.weight) > 1e-5
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_two_micro_batches_equal_one_batch(stage: int) -> None:
+    clip = 0.1 if stage else 0.0
+    whole = adapter.start(model(), config(stage, clip))
+    halves = adapter.start(model(), config(stage, clip, accumulation=2))
+    assert train(halves, 3, micro_batches=2) == pytest.approx(train(whole, 3), rel=1e-6)
+    assert halves.grad_norm() == pytest.approx(whole.grad_norm(), rel=1e-5)
+    assert halves.adam_step() == 3
+    for (_, a), (_, b) in zip(halves.read_state(), whole.read_state(), strict=True):
+        assert error(a["exp_avg"], b["exp_avg"]) < 1e-6  # Adam's weights would hide a wrong scale
+        assert error(a["exp_avg_sq"], b["exp_avg_sq"]) < 2e-6
+
+
+def test_step_only_at_the_boundary() -> None:
+    engine = adapter.start(model(), config(1, accumulation=2))
+    ids, targets = batch(0)
+    before = engine.module.get_parameter("out.weight").clone()
+    engine.backward(engine.forward(ids[:2], targets[:2]).loss)
+    with pytest.raises(RuntimeError, match="1 of 2"):
+        engine.step()
+    assert torch.equal(engine.module.get_parameter("out.weight"), before)
+    engine.backward(engine.forward(ids[2:], targets[2:]).loss)
+    with pytest.raises(RuntimeError, match="is due"):
+        engine.backward(engine.forward(ids[2:], targets[2:]).loss)
+    assert engine.step()
+    assert not torch.equal(engine.module.get_parameter("out.weight"), before)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_bf16_keeps_fp32_masters(stage: int) -> None:
+    engine = adapter.start(model(), config(stage, 0.25, precision=Precision.bf16))
+    gate = engine.module.get_buffer("gate_weight")
+    assert gate.dtype == torch.float32 and torch.equal(gate, model().get_buffer("gate_weight"))
+    losses = []
+    for _ in range(20):
+        loss = engine.forward(*batch(0)).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.2
+    differ = 0
+    for name, state in engine.read_state():
+        param = engine.module.get_parameter(name)
+        assert param.dtype == torch.bfloat16 and state["weight"].dtype == torch.float32
+        assert torch.equal(param, state["weight"].bfloat16())
+        differ += int(not torch.equal(param.float(), state["weight"]))
+    assert differ >= 6
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_bf16_accumulates_in_fp32(stage: int) -> None:
+    """One large and three tiny gradients: a sum in bf16 would lose the tiny ones."""
+
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(4))
+
+        def forward(self, factor: Tensor) -> Tensor:
+            return (self.w.float() * factor).sum()
+
+    setup = config(stage, precision=Precision.bf16, accumulation=4)
+    engine = adapter.start(Scale(), setup)
+    for factor in (1.0, 2**-9, 2**-9, 2**-9):
+        engine.backward(engine.forward(torch.tensor(factor)))
+    engine.step()
+    ((_, state),) = engine.read_state()
+    wanted = 0.1 * (1 + 3 * 2**-9) / 4
+    assert state["exp_avg"].tolist() == pytest.approx([wanted] * 4, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "stage,precision",
+    [(0, Precision.fp32), (1, Precision.fp32), (1, Precision.bf16), (2, Precision.bf16)],
+)
+def test_a_step_that_is_not_finite_is_dropped(stage: int, precision: Precision) -> None:
+    engine = adapter.start(model(), config(stage, precision=precision))
+    train(engine, 1)
+    before = {name: state["weight"].clone() for name, state in engine.read_state()}
+    engine.backward(engine.forward(*batch(1)).loss * float("nan"))
+    assert not engine.step()
+    assert not torch.tensor(engine.grad_norm()).isfinite()
+    assert engine.adam_step() == 1
+    assert all(torch.equal(state["weight"], before[name]) for name, state in engine.read_state())
+    train(engine, 1)
+    assert engine.adam_step() == 2
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_written_state_is_read_back_and_used(stage: int) -> None:
+    source, target = adapter.start(model(1), config(stage)), adapter.start(model(2), config(stage))
+    train(source, 3)
+    for name, state in source.read_state():
+        target.write_state(name, state)
+    target.set_adam_step(source.adam_step())
+    assert train(target, 2) == train(source, 2)
+    for (_, a), (_, b) in zip(target.read_state(), source.read_state(), strict=True):
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_state_of_every_parameter_group_is_linked(
+    stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def two_groups(params: Any, optim: OptimConfig) -> torch.optim.Optimizer:
+        tensors = list(params)
+        groups = [{"params": tensors[:3]}, {"params": tensors[3:]}]
+        return torch.optim.Adam(groups, optim.lr, fused=True)
+
+    monkeypatch.setattr(adapter, "build_optimizer", two_groups)
+    engine, reference = adapter.start(model(), config(stage)), model()
+    train(engine, 3)
+    _, _, adam = train_plainly(reference, 3, 0.0)
+    for name, state in engine.read_state():
+        wanted = adam.state[reference.get_parameter(name)]["exp_avg"]
+        assert error(state["exp_avg"], wanted) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "setup,message",
+    [
+        (config(0, 0.25), "optim.clip=0.25"),
+        (config(0, precision=Precision.bf16), "train.precision=bf16"),
+    ],
+)
+def test_what_deepspeed_gets_wrong_is_refused(setup: Config, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        adapter.start(model(), setup)
+
+
+def test_contract_with_this_deepspeed_version() -> None:
+    adapter.check_version()
+    with pytest.raises(UserError, match=r"DeepSpeed 0\.20\.0 is installed.*0\.19\.8"):
+        adapter.check_version("0.20.0")
+    assert adapter.SHARED_MEMORY_OP in getattr(deepspeed.ops, adapter.COMPATIBLE_OPS)
+    for setup, kind in (
+        (config(1), DeepSpeedZeroOptimizer),
+        (config(2), DeepSpeedZeroOptimizer),
+        (config(1, precision=Precision.bf16), BF16_Optimizer),
+        (config(2, precision=Precision.bf16), DeepSpeedZeroOptimizer),
+    ):
+        engine = adapter.start(model(), setup)
+        assert type(engine._engine.optimizer) is kind
+        for name in adapter.PRIVATE_NAMES:
+            assert hasattr(engine._engine.optimizer, name)
+        assert isinstance(engine._adam, torch.optim.Adam)
+        for param in engine.module.parameters():
+            fragment: Any = getattr(param, "_hp_mapping", None)
+            assert fragment.get_hp_fragment("exp_avg") is not None
+
+
+START_ALONE = """
+import torch
+from torch.utils import cpp_extension
+from engine import deepspeed_adapter as adapter
+from engine.config import Config, OptimConfig, TrainConfig
+def no_build(*args, **kwargs): raise SystemExit("an op was compiled")
+cpp_extension.load = no_build
+engine = adapter.start(
+    torch.nn.Linear(2, 1),
+    Config(optim=OptimConfig(clip=0), train=TrainConfig(zero_stage=0)),
+)
+engine.backward(engine.forward(torch.ones(4, 2)).mean())
+engine.step()
+print("backend", torch.distributed.get_backend(), "world", torch.distributed.get_world_size())
+"""
+
+
+def test_start_alone_is_quiet_and_compiles_nothing(tmp_path: Any) -> None:
+    """A fresh process without launcher variables and with an empty cache of compiled ops."""
+    env = {
+        "PATH": "/usr/bin:/bin",
+        "PYTHONPATH": ".",
+        "OMP_NUM_THREADS": "1",
+        "HOME": str(tmp_path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", START_ALONE], env=env, capture_output=True, text=True, timeout=100
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "backend gloo world 1\n"
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_bf16_start_is_quiet(capfd: pytest.CaptureFixture[str]) -> None:
+    train(adapter.start(model(), config(1, 0.25, precision=Precision.bf16)), 1)
+    assert capfd.readouterr() == ("", "")

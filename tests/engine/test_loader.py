@@ -1,0 +1,174 @@
+import dataclasses
+import threading
+import traceback
+
+import numpy as np
+import pytest
+import torch
+
+from engine.config import MoEConfig
+from engine.data import Batch
+from engine.loader import PlannedLoader, plan_batch
+from engine.moe.routers import HashedRouter
+from engine.moe.tables import build_tables
+
+EXPERTS = 4
+
+
+@pytest.fixture(scope="module")
+def routers():
+    ids = np.random.default_rng(0).integers(0, 8, 500).astype(np.uint8)
+    moe = MoEConfig(experts=EXPERTS, ngram=2, rows=64)
+    tables = build_tables(moe, 8, ids, num_tables=2, seed=1, cache_dir=None)
+    return [HashedRouter(table) for table in tables]
+
+
+def make_batch(step, micro):
+    ids = (torch.arange(13) * (step + 3) + micro) % 8
+    return Batch(
+        ids_BQ=ids[1:].reshape(1, 12),
+        targets_BQ=ids[1:].reshape(1, 12),
+        left_BC=ids[:1].reshape(1, 1),
+        stream_B=torch.tensor([micro]),
+        index=step,
+        fresh=False,
+    )
+
+
+def start(routers, make=make_batch, *, steps=range(2, 6), prefetch=1, accumulation=2):
+    return PlannedLoader(
+        make,
+        routers,
+        lambda step: 1 + step % 3,
+        num_experts=EXPERTS,
+        steps=steps,
+        accumulation=accumulation,
+        prefetch=prefetch,
+    )
+
+
+def flatten(value):
+    """List the numbers of nested dataclasses and tuples."""
+    if dataclasses.is_dataclass(value):
+        return [
+            item
+            for field in dataclasses.fields(value)
+            for item in flatten(getattr(value, field.name))
+        ]
+    if isinstance(value, tuple):
+        return [item for part in value for item in flatten(part)]
+    return [value.tolist()] if isinstance(value, torch.Tensor) else [value]
+
+
+@pytest.mark.parametrize("prefetch", [1, 3])
+def test_batches_come_in_order_and_equal_planning_inline(routers, prefetch):
+    loader = start(routers, prefetch=prefetch)
+    for step in range(2, 6):
+        for micro in range(2):
+            planned, wait_seconds = loader.next()
+            inline = plan_batch(make_batch(step, micro), 1 + step % 3, routers, EXPERTS)
+            assert flatten(planned) == flatten(inline)
+            assert len(planned.plans) == 2 and wait_seconds >= 0
+            assert planned.k == planned.plans[1].k == 1 + step % 3
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="all steps are done"):
+            loader.next()
+    loader.close()
+
+
+def test_without_planned_routers_there_is_no_plan():
+    loader = start(None)
+    planned, _ = loader.next()
+    loader.close()
+    assert planned.plans is None and planned.k == 3 and planned.batch.index == 2
+
+
+def test_worker_stays_a_whole_number_of_steps_ahead(routers):
+    made = []
+    enough = threading.Event()
+
+    def make(step, micro):
+        made.append((step, micro))
+        if len(made) == 5:  # a full queue of 2 steps x 2 and the one in the worker's hands
+            enough.set()
+        return make_batch(step, micro)
+
+    loader = start(routers, make, steps=range(100), prefetch=2)
+    assert enough.wait(20)
+    assert made[:5] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)]
+    for _ in range(2):
+        loader.next()
+    loader.close()
+    assert len(made) <= 8
+
+
+def test_error_of_the_worker_reaches_the_consumer_with_its_traceback(routers):
+    def make(step, micro):
+        if (step, micro) == (3, 1):
+            raise KeyError("the missing shard")
+        return make_batch(step, micro)
+
+    loader = start(routers, make)
+    for _ in range(3):
+        loader.next()
+    for _ in range(2):
+        with pytest.raises(KeyError, match="the missing shard") as info:
+            loader.next()
+        assert "in make" in "".join(traceback.format_tb(info.value.__traceback__))
+    loader.close()
+
+
+def test_a_stop_iteration_of_the_worker_is_an_error_too(routers):
+    loader = start(routers, lambda step, micro: next(iter([])))
+    with pytest.raises(StopIteration):
+        loader.next()
+    loader.close()
+
+
+@pytest.mark.parametrize("taken", [0, 1])
+def test_close_while_the_queue_is_full_ends_the_worker(routers, taken):
+    before = threading.active_count()
+    full = threading.Event()
+
+    def make(step, micro):
+        if step == taken + 1:  # the step before it fills the queue
+            full.set()
+        return make_batch(step, micro)
+
+    loader = start(routers, make, steps=range(10**6), accumulation=1)
+    for _ in range(taken):
+        loader.next()
+    assert full.wait(20)
+    loader.close()
+    loader.close()
+    assert threading.active_count() == before
+    with pytest.raises(RuntimeError, match="closed"):
+        loader.next()
+
+
+def test_close_when_the_worker_fails_at_the_same_moment(routers):
+    closing = threading.Event()
+
+    def make(step, micro):
+        if step == 1:
+            closing.wait(20)
+            raise KeyError("late")
+        return make_batch(step, micro)
+
+    loader = start(routers, make, accumulation=1, steps=range(5))
+    timer = threading.Timer(0.05, closing.set)
+    timer.start()
+    loader.close()
+    timer.join()
+    assert not loader._worker.is_alive()
+
+
+def test_no_generator_is_consumed(routers):
+    torch.manual_seed(5)
+    state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    loader = start(routers)
+    for _ in range(8):
+        loader.next()
+    loader.close()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (np.random.get_state()[1] == numpy_state).all()

@@ -1,0 +1,229 @@
+"""The training loop end to end on a tiny text: learning, determinism, resume, and what happens when things go wrong."""
+
+import json
+import math
+from contextlib import closing
+from dataclasses import replace
+
+import pytest
+import torch
+
+from engine import checkpoint
+from engine.build import build_routers
+from engine.config import (
+    Config,
+    Corpus,
+    CorpusConfig,
+    DataConfig,
+    EvalConfig,
+    Growth,
+    KernelsConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    Precision,
+    Router,
+    ScheduleConfig,
+    TrainConfig,
+    WandbConfig,
+)
+from engine.corpus import prepare
+from engine.errors import RunFailed
+from engine.metrics import Metrics
+from engine.trainer import Trainer
+
+
+class Silent:
+    def __init__(self):
+        self.notes = []
+
+    def note(self, line):
+        self.notes.append(line)
+
+    def step(self, step):
+        pass
+
+    def metrics(self, step, values, seconds_left):
+        pass
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    generator = torch.Generator().manual_seed(3)
+    words = [b"alpha ", b"beta ", b"gamma(", b"delta)\n", b"epsilon, "]
+    picks = torch.randint(0, 5, (6000,), generator=generator).tolist()
+    path = tmp_path_factory.mktemp("corpus") / "words.txt"
+    path.write_bytes(b"".join(words[i] for i in picks))
+    return path
+
+
+def make_config(text, **sections):
+    config = Config(
+        corpus=CorpusConfig(Corpus.file, str(text), cache_dir=str(text.parent / "cache")),
+        data=DataConfig(streams=4, segment=16),
+        model=ModelConfig(
+            layers=2,
+            width=32,
+            heads=2,
+            head_width=16,
+            memory=16,
+            dropout=0.1,
+            attention_dropout=0.1,
+        ),
+        moe=MoEConfig(experts=4, expert_width=32, ngram=2, rows=512),
+        schedule=ScheduleConfig(Growth.linear, 1, 4),
+        optim=OptimConfig(lr=3e-3, clip=1.0),
+        train=TrainConfig(steps=20, log_every=5),
+        eval=EvalConfig(k=[1, 4]),
+        kernels=KernelsConfig(masked_from_k=4),
+    )
+    return replace(
+        config, **{name: replace(getattr(config, name), **new) for name, new in sections.items()}
+    )
+
+
+def make_trainer(config, folder):
+    corpus = prepare(config.corpus)
+    folder.mkdir(parents=True, exist_ok=True)
+    return Trainer(config, corpus, build_routers(config, corpus), folder, Silent())
+
+
+def train(trainer, stop_asked=lambda: False):
+    """Run with metrics in the run's folder, as launch/train.py does."""
+    metrics = Metrics(
+        trainer.folder,
+        WandbConfig(),
+        name="test",
+        config_plain={},
+        resume_step=trainer.step or None,
+    )
+    with closing(metrics):
+        return trainer.run(metrics, stop_asked)
+
+
+def stop_at(trainer, step):
+    return lambda: trainer.step >= step
+
+
+def parameters(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def losses(folder):
+    return [
+        json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
+
+
+ROUTERS = {router.name: {"moe": {"router": router}} for router in Router}
+VARIANTS = {
+    **ROUTERS,
+    "shared": {"moe": {"shared_width": 16, "share_table": True}},
+    "accumulation": {"train": {"accumulation": 2}},
+    "bf16": {"train": {"precision": Precision.bf16}},
+    "recompute": {"train": {"recompute": True}},
+    "pre_norm": {"model": {"pre_norm": True}},
+}
+
+
+@pytest.mark.parametrize("change", VARIANTS.values(), ids=VARIANTS.keys())
+def test_resume_is_bit_identical_to_never_stopping(tmp_path, text, change):
+    config = make_config(text, **change)
+    whole = make_trainer(config, tmp_path / "whole")
+    assert train(whole).complete
+    first = make_trainer(config, tmp_path / "parts")
+    outcome = train(first, stop_at(first, 10))
+    assert (outcome.steps, outcome.complete) == (10, False)
+    torch.manual_seed(999)  # whatever ran in between
+    second = make_trainer(config, tmp_path / "parts")
+    second.resume()
+    assert second.step == 10
+    train(second)
+    want, got = parameters(whole), parameters(second)
+    assert all(torch.equal(want[name], got[name]) for name in want)
+    for one, other in zip(whole.memory, second.memory, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert losses(tmp_path / "whole")[-2:] == losses(tmp_path / "parts")[-2:]
+
+
+def test_the_resume_test_sees_what_it_should(tmp_path, text):
+    """Negative control: without the restored random numbers or memory the run goes on differently."""
+    config = make_config(text)
+    whole = make_trainer(config, tmp_path / "whole")
+    train(whole)
+    for lost in ("rng", "memory"):
+        folder = tmp_path / lost
+        first = make_trainer(config, folder)
+        train(first, stop_at(first, 10))
+        second = make_trainer(config, folder)
+        second.resume()
+        if lost == "rng":
+            torch.manual_seed(999)
+        else:
+            second.memory = [None]
+        train(second)
+        want, got = parameters(whole), parameters(second)
+        assert not all(torch.equal(want[name], got[name]) for name in want), lost
+
+
+def test_it_learns_and_repeats(tmp_path, text):
+    config = make_config(
+        text, train={"steps": 150}, model={"dropout": 0.0, "attention_dropout": 0.0}
+    )
+    runs = []
+    for name in ("a", "b"):
+        train(make_trainer(config, tmp_path / name))
+        runs.append(losses(tmp_path / name))
+    assert runs[0] == runs[1]
+    assert (
+        runs[0][0] > 3.0 and runs[0][-1] < 1.0
+    )  # words of 5 known kinds: log(5)/6 nats is the floor
+
+
+def test_accumulation_equals_one_batch(tmp_path, text):
+    quiet = {"dropout": 0.0, "attention_dropout": 0.0}
+    one = make_trainer(make_config(text, model=quiet), tmp_path / "one")
+    two = make_trainer(make_config(text, model=quiet, train={"accumulation": 2}), tmp_path / "two")
+    train(one)
+    train(two)
+    for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_frozen_router_is_never_updated(tmp_path, text):
+    trainer = make_trainer(make_config(text, moe={"router": Router.frozen}), tmp_path)
+    before = {name: b.clone() for name, b in trainer.model.named_buffers()}
+    assert any("gate_weight" in name for name in before)
+    train(trainer)
+    assert all(torch.equal(before[name], b) for name, b in trainer.model.named_buffers())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, text):
+    config = make_config(text, train={"save_every": 5})
+    trainer = make_trainer(config, tmp_path)
+    original = trainer.engine.forward
+
+    def forward(*args):
+        output = original(*args)
+        return output._replace(nll_BQ=output.nll_BQ * math.nan) if trainer.step == 7 else output
+
+    trainer.engine.forward = forward
+    with pytest.raises(
+        RunFailed, match=r"loss is nan at step 7; the last good checkpoint is .*step-00000005"
+    ):
+        train(trainer)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, text):
+    config = make_config(text, train={"save_every": 5})
+    train(make_trainer(config, tmp_path))
+    newest, _ = checkpoint.find_newest(tmp_path / "checkpoints")
+    shard = next(newest.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    again = make_trainer(config, tmp_path)
+    again.resume()
+    assert again.step == 15
+    assert any("step-00000020" in note for note in again.reporter.notes)
