@@ -20,11 +20,14 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def cases(streams: int, segment: int, memory: int, dtype: torch.dtype) -> dict[str, Case]:
     keys = memory + segment
-    shapes = [(streams, segment, HEADS, WIDTH), *[(streams, keys, HEADS, WIDTH)] * 2]
-    shapes += [(keys, HEADS, WIDTH), *[(HEADS, WIDTH)] * 2]
-    inputs = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+
+    def leaf(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, HEADS, WIDTH, dtype=dtype, requires_grad=True)
+
+    query, key, value = leaf(streams, segment), leaf(streams, keys), leaf(streams, keys)
+    inputs = [query, key, value, leaf(keys), leaf(), leaf()]
     by_head = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in inputs[:3]]
-    d_out = torch.randn_like(inputs[0])
+    d_out = torch.randn_like(query)
     d_out_by_head = d_out.transpose(1, 2).contiguous()
     visible = torch.arange(segment)[:, None] + memory >= torch.arange(keys)
 
@@ -33,7 +36,7 @@ def cases(streams: int, segment: int, memory: int, dtype: torch.dtype) -> dict[s
         torch.autograd.grad(out, inputs, d_out)
 
     def plain() -> None:
-        out = F.scaled_dot_product_attention(*by_head, attn_mask=visible)
+        out = F.scaled_dot_product_attention(by_head[0], by_head[1], by_head[2], attn_mask=visible)
         torch.autograd.grad(out, by_head, d_out_by_head)
 
     return {"relative": relative, "plain": plain}

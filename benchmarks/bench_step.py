@@ -9,7 +9,7 @@ FLOPs of the step allow 0.50, 0.67, 0.83 and 1.0 at k = 4, 8, 12, 16.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -31,12 +31,13 @@ from engine.config import (
 )
 from engine.corpus import PreparedCorpus, prepare
 from engine.data import Batch, Streams
-from engine.deepspeed_adapter import start
+from engine.deepspeed_adapter import Engine, start
 from engine.feed_forward import FeedForward
 from engine.loader import PlannedLoader, plan_batch
 from engine.model import Memory
 from engine.moe.layer import LayerCall, MoELayer
 from engine.step import StepTimes, train_step
+from engine.timing import ForwardTimes
 from engine.tuning import resolve
 
 KS = (2, 4, 8, 12, 16)
@@ -60,7 +61,14 @@ def shapes(args: argparse.Namespace) -> Config:
 class Arm:
     """One case: a loader at a fixed k in front of an engine that other cases may share."""
 
-    def __init__(self, config: Config, corpus: PreparedCorpus, engine: object, k: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        corpus: PreparedCorpus,
+        engine: Engine,
+        forward_times: ForwardTimes,
+        k: int,
+    ) -> None:
         hashed = config.moe.router is Router.hashed
         streams = Streams(
             corpus.split(Split.train),
@@ -68,7 +76,7 @@ class Arm:
             config.data.segment,
             config.moe.ngram - 1 if hashed else 0,
         )
-        self.config, self.engine = config, engine
+        self.config, self.engine, self.forward_times = config, engine, forward_times
         self.memory: list[Memory | None] = [None]
         self.step = 0
         self.times: list[StepTimes] = []
@@ -83,9 +91,22 @@ class Arm:
 
     def __call__(self) -> None:
         """Run one training step."""
-        result = train_step(self.engine, self.loader, self.memory, self.config, self.step)  # type: ignore[arg-type]
+        result = train_step(
+            self.engine,
+            self.loader,
+            self.memory,
+            self.config,
+            step=self.step,
+            forward_times=self.forward_times,
+        )
         self.times.append(result.times)
         self.step += 1
+
+
+def _arms(config: Config, corpus: PreparedCorpus, ks: Sequence[int]) -> list[Arm]:
+    model = build_model(config, corpus.vocab.size)
+    engine, forward_times = start(model, config), ForwardTimes(model)
+    return [Arm(config, corpus, engine, forward_times, k) for k in ks]
 
 
 def layer_cases(config: Config, corpus: PreparedCorpus) -> dict[str, Callable[[], object]]:
@@ -126,10 +147,8 @@ def main() -> None:
     config = shapes(args)
     corpus = prepare(config.corpus)
     dense_config = replace(config, moe=replace(config.moe, router=Router.dense))
-    engine = start(build_model(config, corpus.vocab.size), config)
-    dense_engine = start(build_model(dense_config, corpus.vocab.size), dense_config)
-    arms = {"dense": Arm(dense_config, corpus, dense_engine, 1)}
-    arms.update({str(k): Arm(config, corpus, engine, k) for k in KS})
+    arms = {"dense": _arms(dense_config, corpus, [1])[0]}
+    arms.update({str(k): arm for k, arm in zip(KS, _arms(config, corpus, KS), strict=True)})
     step_ms = minima_ms(interleave(arms, args.rounds))
     layer_ms = minima_ms(interleave(layer_cases(config, corpus), args.rounds))
     times = [time for arm in arms.values() for time in arm.times[1:]]

@@ -1,9 +1,12 @@
-"""Relative multi-head attention of Transformer-XL (Dai et al. 2019, arXiv 1901.02860), projections and positions.
+"""Multi-head relative attention of one block: projections around kernels.relative_attention.
 
-The products of queries, keys and distances are in kernels/relative_attention.py. Residual sum and norm are the block's.
+LayerNorm, output dropout and the residual sum are the block's. What all layers share (u, v, the encoded distances) is
+made once in engine/model.py and comes in as SharedAttention.
 
-Letters: B streams, Q query length, M memory length, S = M+Q, D width, H heads, W head width.
+Letters: B streams, Q query length, M memory length, S = M+Q, D model width, H heads, W head width.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,58 +15,58 @@ from engine.config import ModelConfig
 from kernels.relative_attention import relative_attention
 
 
-def sinusoids(distances_S: Tensor, width: int) -> Tensor:
-    """Encode distances as [S, D]: sines then cosines of d / 10000^(2i/D), as published."""
-    frequency = 10000 ** (-torch.arange(0, width, 2, device=distances_S.device) / width)
-    angle = distances_S[:, None].float() * frequency
-    return torch.cat([angle.sin(), angle.cos()], dim=1)
+@dataclass(frozen=True, slots=True)
+class SharedAttention:
+    """What the attention of all layers has in common in one forward pass."""
+
+    distance_SD: Tensor  # encodings of the distances 0..S-1, after dropout
+    u_HW: Tensor  # added to the query against the content of keys
+    v_HW: Tensor  # added to the query against their distance
+    window: int | None  # keys this far away or farther are hidden; None for no limit
+
+
+def encode_distances(count: int, width: int, *, clamp_len: int, like: Tensor) -> Tensor:
+    """Encode the distances 0..count-1 as sines, then cosines, of wavelengths 2 pi 10000^(2i/D); [count, D].
+
+    Args:
+        clamp_len: distances beyond this are encoded as this; 0 for no clamp.
+        like: gives device and dtype of the result; computed in fp32 at least.
+    """
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    distance_S = torch.arange(count, device=like.device, dtype=dtype)
+    if clamp_len > 0:
+        distance_S = distance_S.clamp(max=clamp_len)
+    exponent = torch.arange(0, width, 2, device=like.device, dtype=dtype) / width
+    angle = torch.outer(distance_S, 10000.0**-exponent)
+    return torch.cat((angle.sin(), angle.cos()), dim=-1).to(like.dtype)
 
 
 class RelativeAttention(nn.Module):
-    """Attention of each position to itself and what is left of it; no biases in the projections."""
+    """Attention from the queries to memory and themselves; no biases in the projections."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, model: ModelConfig) -> None:
         super().__init__()
-        self.heads, self.head_width = config.heads, config.head_width
-        inner = config.heads * config.head_width
-        self.qkv = nn.Linear(config.width, 3 * inner, bias=False)
-        self.r = nn.Linear(config.width, inner, bias=False)
-        self.out = nn.Linear(inner, config.width, bias=False)
-        self.dropout = config.attention_dropout
+        inner = model.heads * model.head_width
+        self.heads, self.head_width = model.heads, model.head_width
+        self.query = nn.Linear(model.width, inner, bias=False)
+        self.key_value = nn.Linear(model.width, 2 * inner, bias=False)
+        self.distance = nn.Linear(model.width, inner, bias=False)
+        self.output = nn.Linear(inner, model.width, bias=False)
+        self.dropout = model.attention_dropout
 
-    def forward(
-        self,
-        x_BSD: Tensor,
-        position_SD: Tensor,
-        u_HW: Tensor,
-        v_HW: Tensor,
-        *,
-        queries: int,
-        window: int | None,
-    ) -> Tensor:
-        """Return [B, Q, D] for the last `queries` positions of x_BSD (memory, then the segment).
-
-        Args:
-            position_SD: encodings of the distances 0..S-1.
-            window: keys at this distance or more are hidden; None for no limit.
-        """
-        streams, keys, _ = x_BSD.shape
-        inner = self.heads * self.head_width
-        heads = (self.heads, self.head_width)
-        memory = keys - queries
-        query_weight, key_value_weight = self.qkv.weight.split([inner, 2 * inner])
-        query = nn.functional.linear(x_BSD[:, memory:], query_weight)
-        key, value = nn.functional.linear(x_BSD, key_value_weight).chunk(2, dim=-1)
+    def forward(self, x_BQD: Tensor, context_BSD: Tensor, shared: SharedAttention) -> Tensor:
+        """Attend from x to the context, which is memory followed by x; return [B, Q, D]."""
+        heads = self.heads, self.head_width
+        key, value = self.key_value(context_BSD).unflatten(-1, (2, *heads)).unbind(2)
         out_BQHW = relative_attention(
-            query.view(streams, queries, *heads),
-            key.view(streams, keys, *heads),
-            value.view(streams, keys, *heads),
-            self.r(position_SD).view(keys, *heads),
-            u_HW,
-            v_HW,
+            self.query(x_BQD).unflatten(-1, heads),
+            key,
+            value,
+            self.distance(shared.distance_SD).unflatten(-1, heads),
+            shared.u_HW,
+            shared.v_HW,
             scale=self.head_width**-0.5,
-            window=window,
+            window=shared.window,
             dropout=self.dropout if self.training else 0.0,
         )
-        out_BQD: Tensor = self.out(out_BQHW.reshape(streams, queries, inner))
-        return out_BQD
+        return self.output(out_BQHW.flatten(2))

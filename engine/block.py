@@ -1,8 +1,9 @@
-"""One layer of the model: attention, then a feed-forward (dense or experts), each with residual sum and LayerNorm.
+"""One Transformer-XL block: attention, then a dense feed-forward or an expert layer, with residual sums.
 
-Post-norm (published): h = LN(x + Dropout(sublayer(x))). Pre-norm: h = x + Dropout(sublayer(LN(x))).
+post-LN (published): h = LN(x + Dropout(f(x)));  pre-LN: h = x + Dropout(f(LN(x))), where memory is normalised too.
 
-Letters: B streams, Q query length, S = M+Q, D width, T = B*Q tokens.
+Letters: B streams, Q query length, M memory length, S = M+Q, D model width, T = B*Q tokens (row-major: b, then q),
+E experts.
 """
 
 from typing import NamedTuple
@@ -10,23 +11,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from engine.attention import RelativeAttention
+from engine.attention import RelativeAttention, SharedAttention
 from engine.config import KernelsConfig, ModelConfig, MoEConfig, Router
 from engine.feed_forward import FeedForward
-from engine.moe.layer import LayerCall, LayerOutput, MoELayer
+from engine.moe.layer import LayerCall, MoELayer
 
 
-class Positions(NamedTuple):
-    """What all blocks share in a forward pass."""
+class BlockOutput(NamedTuple):
+    """Result of a block."""
 
-    encoding_SD: Tensor  # of the distances 0..S-1
-    u_HW: Tensor
-    v_HW: Tensor
-    window: int | None
+    y_BQD: Tensor
+    auxiliary_loss: Tensor | None  # scalar, already weighted; None when dense
+    count_E: Tensor | None  # int64: rows of each expert; None when dense
 
 
 class Block(nn.Module):
-    """Attention and feed-forward of one layer."""
+    """Attention and feed-forward of layer number `layer`."""
 
     def __init__(
         self, model: ModelConfig, moe: MoEConfig, kernels: KernelsConfig, layer: int
@@ -35,8 +35,7 @@ class Block(nn.Module):
         self.pre_norm = model.pre_norm
         self.attention = RelativeAttention(model)
         self.attention_norm = nn.LayerNorm(model.width)
-        self.dense = moe.router is Router.dense
-        if self.dense:
+        if moe.router is Router.dense:
             self.feed_forward = FeedForward(
                 model.width, moe.dense_width, moe.activation, model.dropout
             )
@@ -46,29 +45,26 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(model.dropout)
 
     def forward(
-        self, x_BQD: Tensor, memory_BMD: Tensor, positions: Positions, call: LayerCall
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the next hidden states [B, Q, D], the auxiliary loss, and the rows of each expert (None: dense)."""
-        norm, pre = self.attention_norm, self.pre_norm
-        both_BSD = torch.cat([memory_BMD, x_BQD], dim=1)
-        attended_BQD = self.attention(
-            norm(both_BSD) if pre else both_BSD, positions.encoding_SD, positions.u_HW, positions.v_HW,
-            queries=x_BQD.shape[1], window=positions.window,
-        )  # fmt: skip
-        x_BQD = x_BQD + self.dropout(attended_BQD)
-        x_BQD = x_BQD if pre else norm(x_BQD)
-        norm = self.feed_forward_norm
-        found = self._feed_forward((norm(x_BQD) if pre else x_BQD).flatten(0, 1), call)
-        x_BQD = x_BQD + self.dropout(found.y_TD).view_as(x_BQD)
-        return (
-            x_BQD if pre else norm(x_BQD),
-            found.auxiliary_loss,
-            None if self.dense else found.count_E,
-        )
+        self, x_BQD: Tensor, memory_BMD: Tensor, shared: SharedAttention, call: LayerCall | None
+    ) -> BlockOutput:
+        """Apply the block to x; the call, for the expert layer, is None when dense."""
+        x_BQD = self._attend(x_BQD, memory_BMD, shared)
+        inner_BQD = self.feed_forward_norm(x_BQD) if self.pre_norm else x_BQD
+        auxiliary_loss, count_E = None, None
+        if call is None:
+            y_BQD = self.feed_forward(inner_BQD)
+        else:
+            y_TD, auxiliary_loss, count_E = self.moe(inner_BQD.flatten(0, 1), call)
+            y_BQD = y_TD.view_as(x_BQD)
+        y_BQD = x_BQD + self.dropout(y_BQD)
+        if not self.pre_norm:
+            y_BQD = self.feed_forward_norm(y_BQD)
+        return BlockOutput(y_BQD, auxiliary_loss, count_E)
 
-    def _feed_forward(self, x_TD: Tensor, call: LayerCall) -> LayerOutput:
-        if self.dense:
-            zero = x_TD.new_zeros(())
-            return LayerOutput(self.feed_forward(x_TD), zero, zero)
-        output: LayerOutput = self.moe(x_TD, call)
-        return output
+    def _attend(self, x_BQD: Tensor, memory_BMD: Tensor, shared: SharedAttention) -> Tensor:
+        context_BSD = torch.cat((memory_BMD, x_BQD), dim=1)
+        if self.pre_norm:
+            context_BSD = self.attention_norm(context_BSD)
+            query_BQD = context_BSD[:, memory_BMD.shape[1] :]
+            return x_BQD + self.dropout(self.attention(query_BQD, context_BSD, shared))
+        return self.attention_norm(x_BQD + self.dropout(self.attention(x_BQD, context_BSD, shared)))

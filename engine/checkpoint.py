@@ -54,7 +54,6 @@ class TrainingState:
     memory: tuple[Tensor, ...] | None = None  # one [streams, m, D] tensor per layer
     stream_B: Tensor | None = None  # int64: global stream id of each row of memory
     tables: list[dict[str, Tensor]] = field(default_factory=list)
-    table_meta: list[dict[str, Any]] = field(default_factory=list)  # one per table, JSON values
 
 
 def save(
@@ -186,7 +185,7 @@ class _Reader:
                 )
 
     def training_state(self) -> TrainingState:
-        tables: list[dict[str, Tensor]] = [{} for _ in self.manifest["tables"]]
+        tables: list[dict[str, Tensor]] = [{} for _ in range(self.manifest["tables"])]
         memory: dict[int, dict[int, Tensor]] = {}
         for key in self._keys:
             kind, *rest = key.split("/")
@@ -205,7 +204,6 @@ class _Reader:
             or None,
             stream_B=torch.tensor(streams) if streams else None,
             tables=tables,
-            table_meta=self.manifest["tables"],
         )
 
 
@@ -247,14 +245,13 @@ def _tensors(engine: "Engine", state: TrainingState) -> dict[str, Tensor]:
 
 
 def _header(engine: "Engine", state: TrainingState, config_plain: Any) -> dict[str, Any]:
-    assert len(state.tables) == len(state.table_meta)
     return {
         "format": FORMAT,
         "step": state.step,
         "adam_step": engine.adam_step(),
         "schedule_step": state.step,
         "cursor": state.cursor,
-        "tables": state.table_meta,
+        "tables": len(state.tables),
         "config": config_plain,
     }
 

@@ -1,6 +1,8 @@
-"""One feed-forward network: the dense baseline's, and the shared expert's."""
+"""The dense feed-forward: linear, ReLU or SwiGLU, dropout, linear, with biases. Dense blocks and the shared expert.
 
-import torch
+Letters: D model width, F hidden width.
+"""
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -8,21 +10,20 @@ from engine.config import Activation
 
 
 class FeedForward(nn.Module):
-    """W2 Dropout(act(W1 x + b1)) + b2 with act = ReLU, or SwiGLU = silu(.) * (W3 x) (arXiv 2002.05202)."""
+    """W2 Dropout(act(W1 x + b1)) + b2; for SwiGLU act(z) is silu(z) * (W3 x), as in the experts."""
 
-    gate: nn.Linear | None
+    w3: nn.Linear | None
 
     def __init__(self, width: int, inner: int, activation: Activation, dropout: float) -> None:
         super().__init__()
-        self.up = nn.Linear(width, inner)
-        self.down = nn.Linear(inner, width)
+        self.w1 = nn.Linear(width, inner)
+        self.w2 = nn.Linear(inner, width)
         gated = activation is Activation.swiglu
-        self.gate = nn.Linear(width, inner, bias=False) if gated else None
+        self.w3 = nn.Linear(width, inner, bias=False) if gated else None
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """Apply to rows [..., D]."""
-        hidden = self.up(x_TD)
-        hidden = torch.relu(hidden) if self.gate is None else F.silu(hidden) * self.gate(x_TD)
-        out: Tensor = self.down(self.dropout(hidden))
-        return out
+    def forward(self, x_D: Tensor) -> Tensor:
+        """Apply to the last dim of x."""
+        z_F = self.w1(x_D)
+        hidden_F = F.relu(z_F) if self.w3 is None else F.silu(z_F) * self.w3(x_D)
+        return self.w2(self.dropout(hidden_F))

@@ -1,11 +1,14 @@
-"""Transformer-XL (Dai et al. 2019, arXiv 1901.02860) with a feed-forward or an expert layer in every block.
+"""Transformer-XL (arXiv 1901.02860): tied embedding, blocks with segment memory, loss in nats.
 
-Memory goes in and comes out: the inputs of each layer at the last M positions, without gradient. Routing comes in as
-plans (planned routers) or happens inside the layers (live ones). Knows no optimizer, no process group, no text.
+As in the public code: embeddings times sqrt(D), dropout on embeddings, encoded distances and the final hidden state, u
+and v shared by all layers. A final LayerNorm is added for pre-LN. Memory is a value: it comes in and goes out.
+Parameter names are checkpoint keys.
 
-Letters: B streams, Q segment length, M memory length, S = M+Q, D width, V vocabulary, L layers, E experts, T = B*Q.
+Letters: B streams, Q query length, M memory length (m <= M of it filled), S = m+Q, D model width, V vocabulary,
+H heads, W head width, L layers here, E experts.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,87 +17,94 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from engine.attention import sinusoids
-from engine.block import Block, Positions
-from engine.config import KernelsConfig, ModelConfig, MoEConfig
+from engine.attention import SharedAttention, encode_distances
+from engine.block import Block, BlockOutput
+from engine.config import KernelsConfig, ModelConfig, MoEConfig, Router
 from engine.moe.experts import Experts
 from engine.moe.layer import LayerCall
 from engine.moe.plan import Plan
 
 Memory = tuple[Tensor, ...]
+"""Each layer's input at the newest m positions, [B, m, D], detached."""
 
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """How the expert layers of one forward pass route."""
+    """What the expert layers of one forward pass need besides their input; a dense model ignores it."""
 
     k: int  # active experts
     plans: tuple[Plan, ...] | None = (
-        None  # one per table: per layer, or a single one that all layers share
+        None  # one shared by all layers or one per layer; None for live routers
     )
-    dropout_seed: int = 0  # of (run, step, micro-batch)
-    first_token: int = 0  # global number of the first token; they are consecutive
+    token_T: Tensor | None = None  # int64: global number of each token; None counts from 0
+    dropout_seed: int = 0  # of (run, step), for the experts' stateless dropout
 
 
 class Output(NamedTuple):
     """Result of a forward pass with targets."""
 
-    loss: Tensor  # scalar: mean nats plus auxiliary losses
-    nll_BQ: Tensor  # fp32 nats of each symbol, detached
-    memory: Memory  # a [B, m, D] tensor per layer
-    count_LE: Tensor | None  # int64 rows of each layer's experts; None for dense
+    loss: Tensor  # fp32 scalar: mean nats plus auxiliary losses
+    nll_BQ: Tensor  # fp32, detached: nats of each target
+    memory: Memory  # for the next segment
+    count_LE: Tensor | None  # int64: rows of each layer's experts; None when dense
 
 
-class Hidden(NamedTuple):
-    """Result of a forward pass before the loss."""
+class Logits(NamedTuple):
+    """Result of a forward pass without targets."""
 
-    logits_BQV: Tensor
+    logits_BQV: Tensor  # in the model's dtype
     memory: Memory
-    auxiliary_loss: Tensor
-    count_LE: Tensor | None
+    auxiliary_loss: Tensor  # fp32 scalar
+    count_LE: Tensor | None  # as in Output
 
 
 class TransformerXL(nn.Module):
-    """Language model over symbols.
+    """The language model."""
 
-    `recompute` (off) keeps only each block's input for backward and runs the block again.
-    """
+    recompute: bool = False
+    """Activation checkpointing: keep one tensor per block, compute the rest again in backward."""
 
     def __init__(
         self, model: ModelConfig, moe: MoEConfig, kernels: KernelsConfig, vocab_size: int
     ) -> None:
         super().__init__()
         self.config = model
-        self.recompute = False
+        self.dense = moe.router is Router.dense
         self.embedding = nn.Embedding(vocab_size, model.width)
         self.output_bias = nn.Parameter(torch.zeros(vocab_size))
         self.u = nn.Parameter(torch.empty(model.heads, model.head_width))
         self.v = nn.Parameter(torch.empty(model.heads, model.head_width))
         self.blocks = nn.ModuleList(Block(model, moe, kernels, i) for i in range(model.layers))
-        self.final_norm = nn.LayerNorm(model.width) if model.pre_norm else None
+        self.final_norm = nn.LayerNorm(model.width) if model.pre_norm else nn.Identity()
         self.dropout = nn.Dropout(model.dropout)
-        self._init_weights(model.init_std)
+        self.init_weights(model.init_std)
 
-    def _init_weights(self, std: float) -> None:
-        """Draw as published: matrices, embeddings, u and v from N(0, std^2), LayerNorm gains N(1, std^2), biases 0."""
+    def init_weights(self, std: float) -> None:
+        """Draw weights, u and v from N(0, std^2), LayerNorm gains from N(1, std^2); biases are zero."""
         nn.init.normal_(self.u, 0.0, std)
         nn.init.normal_(self.v, 0.0, std)
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, 0.0, std)
-            elif isinstance(module, nn.LayerNorm):
-                nn.init.normal_(module.weight, 1.0, std)
-            elif isinstance(module, Experts):
+            if isinstance(module, Experts):
                 module.init_weights(std)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Linear | nn.Embedding | nn.LayerNorm):
+                mean = 1.0 if isinstance(module, nn.LayerNorm) else 0.0
+                nn.init.normal_(module.weight, mean, std)
+                if isinstance(bias := getattr(module, "bias", None), Tensor):
+                    nn.init.zeros_(bias)
 
     def forward(
-        self, ids_BQ: Tensor, targets_BQ: Tensor, memory: Memory | None, routing: Routing, *,
-        memory_len: int | None = None, clamp_len: int = 0, same_length: bool = False,
-    ) -> Output:  # fmt: skip
-        """Predict targets_BQ; arguments as in `logits`."""
-        hidden = self.logits(
+        self,
+        ids_BQ: Tensor,
+        targets_BQ: Tensor,
+        memory: Sequence[Tensor] | None,
+        routing: Routing,
+        *,
+        memory_len: int | None = None,
+        clamp_len: int = 0,
+        same_length: bool = False,
+    ) -> Output:
+        """Predict each target from the ids up to its place; arguments as for `logits`."""
+        logits_BQV, memory, auxiliary_loss, count_LE = self.logits(
             ids_BQ,
             memory,
             routing,
@@ -102,67 +112,79 @@ class TransformerXL(nn.Module):
             clamp_len=clamp_len,
             same_length=same_length,
         )
-        logits_TV = hidden.logits_BQV.flatten(0, 1).float()
-        nll_T = F.cross_entropy(logits_TV, targets_BQ.flatten(), reduction="none")
-        loss = nll_T.mean() + hidden.auxiliary_loss
-        return Output(loss, nll_T.detach().view_as(targets_BQ), hidden.memory, hidden.count_LE)
+        nll_T = F.cross_entropy(
+            logits_BQV.float().flatten(0, 1), targets_BQ.flatten(), reduction="none"
+        )
+        nll_BQ = nll_T.detach().view(targets_BQ.shape)
+        return Output(nll_T.mean() + auxiliary_loss, nll_BQ, memory, count_LE)
 
     def logits(
-        self, ids_BQ: Tensor, memory: Memory | None, routing: Routing, *,
-        memory_len: int | None = None, clamp_len: int = 0, same_length: bool = False,
-    ) -> Hidden:  # fmt: skip
-        """Run the model on a segment.
+        self,
+        ids_BQ: Tensor,
+        memory: Sequence[Tensor] | None,
+        routing: Routing,
+        *,
+        memory_len: int | None = None,
+        clamp_len: int = 0,
+        same_length: bool = False,
+    ) -> Logits:
+        """Compute the logits of the next id at every place.
 
         Args:
-            memory: of the previous segment; None at the start of a stream.
-            memory_len: positions kept in the memory; None means the model's.
-            clamp_len: distances beyond this are encoded as this; 0 for no clamp.
-            same_length: every position sees exactly memory_len positions (itself and what is left of it).
+            memory: of the previous segment; None or empty at the start of a text.
+            memory_len: positions that the returned memory holds at most (M); None means the model's own.
+            clamp_len: distances beyond this count as this; 0 for no clamp.
+            same_length: let each query see exactly M positions, itself included (fewer while memory fills up).
         """
-        keep = self.config.memory if memory_len is None else memory_len
+        limit = self.config.memory if memory_len is None else memory_len
         x_BQD = self.dropout(self.embedding(ids_BQ) * self.config.width**0.5)
-        if memory is None:
-            memory = tuple(x_BQD[:, :0].detach() for _ in self.blocks)
-        positions = self._positions(
-            memory[0].shape[1] + ids_BQ.shape[1], clamp_len, keep if same_length else None
+        memory = memory or (x_BQD.new_empty(x_BQD.shape[0], 0, x_BQD.shape[2]),) * len(self.blocks)
+        distance_SD = encode_distances(
+            memory[0].shape[1] + ids_BQ.shape[1], self.config.width, clamp_len=clamp_len, like=x_BQD
         )
-        new_memory, losses, counts = [], [], []
-        for i, (block, memory_BMD) in enumerate(zip(self.blocks, memory, strict=True)):
-            new_memory.append(
-                torch.cat([memory_BMD, x_BQD.detach()], dim=1)[:, -keep:]
-                if keep
-                else memory_BMD[:, :0]
-            )
-            arguments = (x_BQD, memory_BMD, positions, self._call(i, routing, ids_BQ))
-            if self.recompute and torch.is_grad_enabled():
-                x_BQD, loss, count_E = checkpoint(block, *arguments, use_reentrant=False)
-            else:
-                x_BQD, loss, count_E = block(*arguments)
-            losses.append(loss)
-            if count_E is not None:
-                counts.append(count_E)
-        if self.final_norm is not None:
-            x_BQD = self.final_norm(x_BQD)
-        logits_BQV = F.linear(self.dropout(x_BQD), self.embedding.weight, self.output_bias)
-        return Hidden(
-            logits_BQV,
+        window = limit if same_length else None
+        shared = SharedAttention(self.dropout(distance_SD), self.u, self.v, window)
+        calls = self._calls(routing, ids_BQ)
+        new_memory, outputs = [], []
+        for block, memory_BmD, call in zip(self.blocks, memory, calls, strict=True):
+            new_memory.append(extend_memory(memory_BmD, x_BQD, limit))
+            outputs.append(self._run(block, x_BQD, memory_BmD, shared, call))
+            x_BQD = outputs[-1].y_BQD
+        hidden_BQD = self.dropout(self.final_norm(x_BQD))
+        losses = [out.auxiliary_loss.float() for out in outputs if out.auxiliary_loss is not None]
+        counts = [out.count_E for out in outputs if out.count_E is not None]
+        return Logits(
+            F.linear(hidden_BQD, self.embedding.weight, self.output_bias),
             tuple(new_memory),
-            torch.stack(losses).sum(),
+            torch.stack(losses).sum() if losses else hidden_BQD.new_zeros((), dtype=torch.float32),
             torch.stack(counts) if counts else None,
         )
 
-    def _positions(self, keys: int, clamp_len: int, window: int | None) -> Positions:
-        distances_S = torch.arange(keys, device=self.u.device)
-        if clamp_len:
-            distances_S = distances_S.clamp(max=clamp_len)
-        encoding_SD = sinusoids(distances_S, self.config.width).to(self.u.dtype)
-        return Positions(self.dropout(encoding_SD), self.u, self.v, window)
+    def _calls(self, routing: Routing, ids_BQ: Tensor) -> list[LayerCall | None]:
+        layers = len(self.blocks)
+        if self.dense:
+            return [None] * layers
+        plans: tuple[Plan | None, ...] = routing.plans or (None,)
+        token_T = routing.token_T
+        if token_T is None:
+            token_T = torch.arange(ids_BQ.numel(), device=ids_BQ.device)
+        dropout = self.config.dropout if self.training else 0.0
+        return [
+            LayerCall(routing.k, plan, token_T, routing.dropout_seed, dropout)
+            for plan in (plans if len(plans) > 1 else plans * layers)
+        ]
 
-    def _call(self, layer: int, routing: Routing, ids_BQ: Tensor) -> LayerCall:
-        plan = None
-        if routing.plans is not None:
-            plan = routing.plans[layer if len(routing.plans) > 1 else 0]
-        first = routing.first_token
-        token_T = torch.arange(first, first + ids_BQ.numel(), device=ids_BQ.device)
-        rate = self.config.dropout if self.training else 0.0
-        return LayerCall(routing.k, plan, token_T, routing.dropout_seed, rate)
+    def _run(self, block: nn.Module, *inputs: object) -> BlockOutput:
+        if self.recompute and torch.is_grad_enabled():
+            output: BlockOutput = checkpoint(block, *inputs, use_reentrant=False)
+            return output
+        return block(*inputs)
+
+
+def extend_memory(memory_BmD: Tensor, x_BQD: Tensor, limit: int) -> Tensor:
+    """Return the newest `limit` positions, or all there are, of memory followed by x, detached."""
+    missing = limit - x_BQD.shape[1]
+    if missing <= 0:
+        return x_BQD[:, -missing:].detach()
+    old_BmD = memory_BmD[:, max(0, memory_BmD.shape[1] - missing) :]
+    return torch.cat((old_BmD, x_BQD), dim=1).detach()

@@ -16,6 +16,7 @@ from engine.errors import RunFailed
 from engine.loader import PlannedBatch, PlannedLoader
 from engine.model import Memory, Output, Routing
 from engine.optim import learning_rate
+from engine.timing import ForwardTimes
 
 
 @dataclass(slots=True)
@@ -25,6 +26,8 @@ class StepTimes:
     step_ms: float = 0.0
     plan_wait_ms: float = 0.0
     forward_ms: float = 0.0
+    attention_ms: float = 0.0  # part of forward_ms
+    experts_ms: float = 0.0  # part of forward_ms
     backward_ms: float = 0.0
     optimizer_ms: float = 0.0
 
@@ -39,6 +42,7 @@ class StepResult:
     """What one step gives."""
 
     loss: float  # mean nats per symbol over the micro-batches, without auxiliary losses
+    auxiliary_loss: float
     k: int
     learning_rate: float
     grad_norm: float
@@ -66,7 +70,13 @@ class Clock:
 
 
 def train_step(
-    engine: Engine, loader: PlannedLoader, memory: list[Memory | None], config: Config, step: int
+    engine: Engine,
+    loader: PlannedLoader,
+    memory: list[Memory | None],
+    config: Config,
+    *,
+    step: int,
+    forward_times: ForwardTimes,
 ) -> StepResult:
     """Run one optimizer step and replace each micro-batch's entry of `memory` by its new memory.
 
@@ -76,19 +86,22 @@ def train_step(
     clock, times = Clock(), StepTimes()
     rate = learning_rate(config.optim, step, config.train.steps)
     engine.set_lr(rate)
-    losses, counts = [], []
+    losses, auxiliary, counts = [], [], []
     for micro in range(config.train.accumulation):
         planned, wait_seconds = loader.next()
         times.plan_wait_ms += 1e3 * wait_seconds
         clock.lap_ms()
-        output = _forward(
-            engine, planned, memory[micro], config, step * config.train.accumulation + micro
-        )
+        output = _forward(engine, planned, memory[micro], config, step)
         times.forward_ms += clock.lap_ms()
+        attention_ms, experts_ms = forward_times.take()
+        times.attention_ms += attention_ms
+        times.experts_ms += experts_ms
         losses.append(_finite(output, step))
+        auxiliary.append(output.loss.item() - losses[-1])
         clock.lap_ms()
         engine.backward(output.loss)
         times.backward_ms += clock.lap_ms()
+        forward_times.take()  # with recomputation, backward runs the modules again
         memory[micro] = output.memory
         counts.append(output.count_LE)
     clock.lap_ms()
@@ -98,6 +111,7 @@ def train_step(
         raise RunFailed(f"the gradient norm is {engine.grad_norm()} at step {step}")
     result = StepResult(
         loss=sum(losses) / len(losses),
+        auxiliary_loss=sum(auxiliary) / len(auxiliary),
         k=planned.k,
         learning_rate=rate,
         grad_norm=engine.grad_norm(),
@@ -109,14 +123,16 @@ def train_step(
 
 
 def _forward(
-    engine: Engine, planned: PlannedBatch, memory: Memory | None, config: Config, number: int
+    engine: Engine, planned: PlannedBatch, memory: Memory | None, config: Config, step: int
 ) -> Output:
     batch = planned.batch
+    segment = config.data.segment
+    token_BQ = batch.stream_B[:, None] * segment + torch.arange(segment)
     routing = Routing(
         planned.k,
         planned.plans,
-        dropout_seed=config.train.seed * 2**32 + number,
-        first_token=int(batch.stream_B[0]) * config.data.segment,
+        token_T=token_BQ.flatten(),
+        dropout_seed=config.train.seed * 2**32 + step,
     )
     output: Output = engine.forward(
         batch.ids_BQ, batch.targets_BQ, None if batch.fresh else memory, routing

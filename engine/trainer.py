@@ -19,7 +19,7 @@ from engine.config import Config, Router, Split, to_plain
 from engine.corpus import PreparedCorpus
 from engine.data import Batch, Streams
 from engine.deepspeed_adapter import start
-from engine.errors import RunFailed
+from engine.errors import RunFailed, UserError
 from engine.evaluate import evaluate
 from engine.loader import PlannedLoader
 from engine.metrics import Metrics, memory_bytes, peak_memory_bytes
@@ -27,7 +27,8 @@ from engine.model import Memory
 from engine.moe.routers import HashedRouter
 from engine.moe.schedule import active_experts
 from engine.moe.tables import table_state
-from engine.step import StepResult, train_step
+from engine.step import StepResult, StepTimes, train_step
+from engine.timing import ForwardTimes
 
 
 class Reporter(Protocol):
@@ -79,6 +80,7 @@ class Trainer:
         )
         self.model = build_model(config, corpus.vocab.size)
         self.engine = start(self.model, config)
+        self.forward_times = ForwardTimes(self.model)
         self.memory: list[Memory | None] = [None] * config.train.accumulation
         self.step = 0
 
@@ -88,10 +90,16 @@ class Trainer:
         return self.folder / "checkpoints"
 
     def resume(self) -> None:
-        """Go on from the newest whole checkpoint, if there is one; damaged ones are named and skipped."""
+        """Go on from the newest whole checkpoint, if there is one; damaged ones are named and skipped.
+
+        Raises:
+            UserError: there are checkpoints, and none is whole or fits.
+        """
         path, warnings = checkpoint.find_newest(self.checkpoints)
         for warning in warnings:
             self.reporter.note(warning)
+        if path is None and warnings:
+            raise UserError(f"{self.checkpoints}: no whole checkpoint is left; {warnings[0]}")
         if path is None:
             self.reporter.note("no checkpoint to resume from: starting at step 0")
             return
@@ -112,7 +120,6 @@ class Trainer:
             memory=_join(self.memory),
             stream_B=torch.arange(self.config.data.streams),
             tables=[table_state(router.table) for router in self.routers or []],
-            table_meta=[{} for _ in self.routers or []],
         )
         try:
             return checkpoint.save(
@@ -134,7 +141,10 @@ class Trainer:
         saved = -1
         try:
             while self.step < train.steps and not stop_asked():
-                result = train_step(self.engine, loader, self.memory, self.config, self.step)
+                result = train_step(
+                    self.engine, loader, self.memory, self.config,
+                    step=self.step, forward_times=self.forward_times,
+                )  # fmt: skip
                 self.step += 1
                 seconds += result.times.step_ms / 1e3
                 outside_ms += result.times.outside_ms
@@ -233,12 +243,14 @@ class _Window:
         """Give the metrics of the window that ends with `step` and start the next."""
         count, last = len(self.results), self.results[-1]
         loss = sum(result.loss for result in self.results) / count
+        auxiliary_loss = sum(result.auxiliary_loss for result in self.results) / count
 
         def mean_ms(name: str) -> float:
             return sum(float(getattr(result.times, name)) for result in self.results) / count
 
         values: dict[str, float] = {
             "loss": loss,
+            "auxiliary_loss": auxiliary_loss,
             "bpc": loss / math.log(2),
             "k": last.k,
             "learning_rate": last.learning_rate,
@@ -253,14 +265,7 @@ class _Window:
             "exchange_hidden_ms": 0,
             "mfu": 0,  # peak unknown
         }
-        for name in (
-            "step_ms",
-            "plan_wait_ms",
-            "forward_ms",
-            "backward_ms",
-            "optimizer_ms",
-            "outside_ms",
-        ):
+        for name in (*StepTimes.__dataclass_fields__, "outside_ms"):
             values[name] = mean_ms(name)
         self.results = []
         return values

@@ -56,11 +56,14 @@ def relative_attention(
         raise ValueError(f"query, key, value and r of shapes {shapes} do not fit each other")
     if window is not None and window < 1:
         raise ValueError(f"window={window}: must be at least 1")
+    query_HBQW, key_HBSW, value_HBSW = (
+        x.permute(2, 0, 1, 3).contiguous() for x in (query_BQHW * scale, key_BSHW, value_BSHW)
+    )
     operands = _Operands(
-        ((query_BQHW + u_HW) * scale).permute(2, 0, 1, 3).contiguous(),
-        ((query_BQHW + v_HW) * scale).permute(2, 0, 1, 3).contiguous(),
-        key_BSHW.permute(2, 0, 1, 3).contiguous(),
-        value_BSHW.permute(2, 0, 1, 3).contiguous(),
+        query_HBQW + (u_HW * scale)[:, None, None],
+        query_HBQW + (v_HW * scale)[:, None, None],
+        key_HBSW,
+        value_HBSW,
         F.pad(r_SHW.flip(0).transpose(0, 1), (0, 0, 0, 1)),
     )
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in operands)
@@ -248,8 +251,8 @@ class _RelativeAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out_HBQW: Tensor) -> tuple[Tensor | None, ...]:
-        operands = _Operands(*ctx.saved_tensors[:5])
-        out_HBQW, total_HBQ1, weights, masks = ctx.saved_tensors[5:]
+        *inputs, out_HBQW, total_HBQ1, weights, masks = ctx.saved_tensors
+        operands = _Operands(*inputs)
         dtype, wide = out_HBQW.dtype, total_HBQ1.dtype
         # softmax = exp(score - maximum) / total: the small tensors are divided instead of the weights.
         mean_HBQ1 = ((d_out_HBQW * out_HBQW).sum(-1, keepdim=True, dtype=wide) / total_HBQ1).to(

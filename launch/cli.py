@@ -97,9 +97,11 @@ def _allowed_keys(text: str) -> str:
         return ""
     node: Any = ConfigStore.instance().load("schema.yaml").node
     for part in found[1].split(".")[:-1]:
-        node = OmegaConf.select(node, part)
-    names = ", ".join(str(name) for name in node) if OmegaConf.is_dict(node) else ""
-    return f": no such option; allowed: {names}" if names else ""
+        inner = OmegaConf.select(node, part)
+        if not OmegaConf.is_dict(inner):
+            break
+        node = inner
+    return f" no such option; allowed: {', '.join(str(name) for name in node)}"
 
 
 def job_name(name: str) -> str:

@@ -1,20 +1,42 @@
 """The command line as a person meets it: what is refused, with which line, and that nothing is overwritten."""
 
+import importlib
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(program, *args, cwd=ROOT, **env):
-    import os
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Run a program in this process, as `python -m launch.PROGRAM ARGS` would; gives exit code, stdout and stderr."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    return subprocess.run(
+    def run(program, *args):
+        monkeypatch.setattr(sys, "argv", [program, *args])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            importlib.import_module(f"launch.{program}").main()
+        out, err = capfd.readouterr()
+        return SimpleNamespace(returncode=end.value.code, stdout=out, stderr=err)
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def spawn(program, *args):
+    return subprocess.Popen(
         [sys.executable, "-m", f"launch.{program}", *args],
-        cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1", **env}, capture_output=True, text=True, timeout=120,
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 
@@ -51,7 +73,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("options", "words"), BAD.values(), ids=BAD.keys())
-def test_bad_input_is_one_line_and_code_2(tmp_path, text, options, words):
+def test_bad_input_is_one_line_and_code_2(run, tmp_path, text, options, words):
     done = run("train", *small(tmp_path, text, *options))
     assert done.returncode == 2, done.stderr
     lines = done.stderr.strip().splitlines()
@@ -60,7 +82,7 @@ def test_bad_input_is_one_line_and_code_2(tmp_path, text, options, words):
     assert not list(tmp_path.glob("runs/*/checkpoints"))
 
 
-def test_empty_and_short_corpora_are_refused(tmp_path):
+def test_empty_and_short_corpora_are_refused(run, tmp_path):
     for content, word in ((b"", "empty"), (b"short text, " * 12, "data.streams")):
         path = tmp_path / "small.txt"
         path.write_bytes(content)
@@ -69,7 +91,7 @@ def test_empty_and_short_corpora_are_refused(tmp_path):
         assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_run_folder_is_never_overwritten(tmp_path, text):
+def test_a_run_folder_is_never_overwritten(run, tmp_path, text):
     first = run("train", *small(tmp_path, text))
     assert first.returncode == 0, first.stderr
     folder = tmp_path / "runs/debug"
@@ -91,13 +113,76 @@ def test_a_run_folder_is_never_overwritten(tmp_path, text):
         ("prepare", ["corpus=wiki"], "wiki"),
     ],
 )
-def test_other_programs_refuse_likewise(program, options, word):
+def test_other_programs_refuse_likewise(run, program, options, word):
     done = run(program, *options)
     assert done.returncode == 2 and word in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_help_names_groups_and_experiments():
+def test_help_names_groups_and_experiments(run):
     done = run("train", "--help")
     assert done.returncode == 0
     assert "experiment" in done.stdout and "enwik8_smoe_dropout" in done.stdout
+
+
+def test_a_process_of_its_own_ends_likewise(tmp_path, text):
+    """The same through a real process: exit code 2, one line, no traceback."""
+    process = spawn("train", *small(tmp_path, text, "moe.experts=many"))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and len(err.strip().splitlines()) == 1, err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_stop_saves_and_the_run_goes_on(run, tmp_path, text, number):
+    options = small(tmp_path, text, "train.steps=100000", "train.log_every=1")
+    process = spawn("train", *options)
+    metrics = tmp_path / "runs/debug/metrics.jsonl"
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline and not (
+        metrics.exists() and metrics.read_text().count("\n") > 3
+    ):
+        time.sleep(0.1)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and err == "", err
+    assert "train.resume=true goes on" in out
+    step = int(next((tmp_path / "runs/debug/checkpoints").iterdir()).name.removeprefix("step-"))
+    assert step >= 4
+    # the run's length may not change: it belongs to the learning-rate schedule
+    done = run("train", *small(tmp_path, text, f"train.steps={step + 2}", "train.resume=true"))
+    assert done.returncode == 2 and "train.steps" in done.stderr
+
+
+def test_the_whole_way_of_a_run(run, tmp_path, text):
+    """Train, read what it left, evaluate and sample from it."""
+    import json
+
+    assert run("train", *small(tmp_path, text)).returncode == 0
+    folder = tmp_path / "runs/debug"
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {
+        "config.yaml",
+        "metrics.jsonl",
+        "checkpoints",
+        "loss.png",
+        "slimming.png",
+        "summary.json",
+    }
+    summary = json.loads((folder / "summary.json").read_text())
+    assert set(summary["bpc"]) == {"1", "2", "4"}
+    assert {"tokens_per_second", "peak_memory_bytes", "bzip2_bpc", "order3_bpc"} <= set(summary)
+    done = run("evaluate", f"run={folder}", "k=[1,4]", "streams=1")
+    assert done.returncode == 0, done.stderr
+    again = json.loads(done.stdout.strip().splitlines()[-1])["bpc"]
+    assert set(again) == {"1", "4"}
+    # from the checkpoint, with another number of streams: the same text, the same bits
+    assert all(abs(again[k] - summary["bpc"][k]) < 1e-5 for k in again)
+    samples = [
+        run("generate", f"run={folder}", 'prompt="the "', "k=2", "length=20", f"seed={seed}")
+        for seed in (1, 1, 2)
+    ]
+    texts = [sample.stdout for sample in samples]
+    assert texts[0] == texts[1] != texts[2] and texts[0].startswith("the ")
+    resumed = run("train", *small(tmp_path, text, "train.resume=true"))
+    assert resumed.returncode == 0 and "resumed at step 4" in resumed.stdout
+    assert json.loads((folder / "summary.json").read_text())["bpc"] == summary["bpc"]

@@ -1,0 +1,138 @@
+"""kernels.relative_attention against one query at a time in fp64, forward and every gradient."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import relative_attention as module
+from kernels.relative_attention import relative_attention, relative_attention_reference
+
+NAMES = ("query", "key", "value", "r", "u", "v")
+
+
+def inputs(b: int, q: int, m: int, h: int = 2, w: int = 4, dtype=torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1000 * q + m)
+    s = m + q
+    shapes = [(b, q, h, w), (b, s, h, w), (b, s, h, w), (s, h, w), (h, w), (h, w)]
+    return [
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        for shape in shapes
+    ]
+
+
+def results(function, tensors: list[Tensor], **options) -> dict[str, Tensor]:
+    """Output and gradients; the gradient that comes in is the same for every function."""
+    out = function(*tensors, scale=0.5, **options)
+    d_out = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).cos().view(out.shape)
+    grads = torch.autograd.grad(out, tensors, d_out.to(out.dtype))
+    return dict(zip(("out", *NAMES), (out, *grads), strict=True))
+
+
+def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -> None:
+    for name, value in want.items():
+        error = (got[name].double() - value.double()).norm() / value.double().norm().clamp(min=1e-9)
+        assert error < tolerance, f"{name}: relative error {error:.2e}"
+
+
+CASES = [
+    (2, 7, 5, None),
+    (5, 1, 0, None),  # more streams than a tile holds; one query that sees itself
+    (1, 1, 6, None),
+    (2, 6, 0, None),
+    (1, 66, 3, None),  # fp64 blocks hold 64 queries
+    (2, 7, 5, 3),
+    (1, 7, 5, 1),
+    (2, 9, 4, 100),  # wider than all keys
+    (1, 67, 3, 65),  # the window starts inside the second block
+    (1, 70, 10, 20),
+]
+
+
+@pytest.mark.parametrize(
+    "b, q, m, window", CASES, ids=[f"B{b}-Q{q}-M{m}-w{w}" for b, q, m, w in CASES]
+)
+def test_fp64_equals_reference(b, q, m, window):
+    tensors = inputs(b, q, m)
+    want = results(relative_attention_reference, tensors, window=window)
+    assert_close(results(relative_attention, tensors, window=window), want, 1e-12)
+
+
+# fp32: sums of up to 133 terms, each rounded to 6e-8. bf16: scores and weights are rounded to 4e-3 each.
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"]
+)
+def test_precision(dtype, tolerance):
+    tensors = inputs(1, 130, 3, dtype=dtype)  # fp32 blocks hold 128 queries
+    want = results(relative_attention_reference, tensors)
+    assert_close(results(relative_attention, tensors), want, tolerance)
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_gradcheck(window):
+    def function(*tensors):
+        return relative_attention(*tensors, scale=0.7, window=window)
+
+    assert torch.autograd.gradcheck(function, inputs(1, 3, 2, w=2))
+
+
+def test_no_grad_gives_the_same():
+    tensors = inputs(2, 70, 5)
+    want = relative_attention(*tensors, scale=0.5)
+    with torch.no_grad():
+        assert torch.equal(relative_attention(*tensors, scale=0.5), want)
+
+
+@pytest.mark.parametrize("index", range(6), ids=NAMES)
+def test_negative_control(index):
+    tensors = inputs(2, 7, 5)
+    want = results(relative_attention_reference, tensors)
+    with torch.no_grad():
+        tensors[index][0] *= 1.001  # of r only the encoding of distance 0
+    got = results(relative_attention, tensors)
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_close(got, want, 1e-6)
+
+
+def test_scores_do_not_overflow():
+    tensors = [x.detach().float() * 100 for x in inputs(1, 7, 5)]
+    assert relative_attention(*tensors, scale=1.0).isfinite().all()
+
+
+def test_dropout_zeroes_weights_and_keeps_the_mean():
+    query, key, value, r, u, v = (x.detach() for x in inputs(3, 70, 6))
+    value = torch.eye(76, dtype=torch.float64)[None, :, None].expand(3, 76, 2, 76).contiguous()
+    pad = [0, 72]  # the weights themselves are the output: head width 76
+    query, key, r, u, v = (torch.nn.functional.pad(x, pad) for x in (query, key, r, u, v))
+    plain = relative_attention(query, key, value, r, u, v, scale=0.5)
+    torch.manual_seed(3)
+    dropped = relative_attention(query, key, value, r, u, v, scale=0.5, dropout=0.25)
+    seen = plain > 0
+    kept = dropped > 0
+    assert torch.allclose(dropped[kept], plain[kept] / 0.75)
+    assert kept[seen].double().mean().item() == pytest.approx(0.75, abs=0.02)  # 20,000 draws: 0.003
+
+
+def test_dropout_gradients():
+    def function(*tensors):
+        torch.manual_seed(3)  # the same mask in every evaluation
+        return relative_attention(*tensors, scale=0.7, dropout=0.4)
+
+    assert torch.autograd.gradcheck(function, inputs(1, 3, 2, w=2))
+
+
+def test_shifted_example():
+    tile = module._Tile(0, slice(0, 1), slice(0, 2), slice(0, 3), (1, 2, 3), 0)
+    buffer = torch.tensor([2, 1, 0, -1, 2, 1, 0, -1, 99])
+    by_distance, by_key = module._shifted(buffer, tile)
+    assert by_distance.tolist() == [[[2, 1, 0, -1], [2, 1, 0, -1]]]
+    assert by_key.tolist() == [[[1, 0, -1], [2, 1, 0]]]
+
+
+def test_refuses_what_does_not_fit():
+    query, key, value, r, u, v = inputs(2, 7, 5)
+    with pytest.raises(ValueError, match="do not fit"):
+        relative_attention(query, key[:, 1:], value, r, u, v, scale=1.0)
+    with pytest.raises(ValueError, match="do not fit"):
+        relative_attention(query, key, value, r[1:], u, v, scale=1.0)
+    with pytest.raises(ValueError, match="window=0"):
+        relative_attention(query, key, value, r, u, v, scale=1.0, window=0)
