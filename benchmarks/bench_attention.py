@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from benchmarks.harness import Case, environment, interleave, minima_ms, print_result, print_table
 from kernels.relative_attention import relative_attention
+from launch.process import keep_freed_memory
 
 HEADS, WIDTH = 8, 64
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
+    keep_freed_memory()  # as every program of launch/ does
     torch.set_num_threads(args.threads)
     rows, ratio = [], {}
     for name, dtype in PRECISIONS.items():

@@ -39,6 +39,7 @@ from engine.moe.layer import LayerCall, MoELayer
 from engine.step import StepTimes, train_step
 from engine.timing import ForwardTimes
 from engine.tuning import resolve
+from launch.process import keep_freed_memory
 
 KS = (2, 4, 8, 12, 16)
 
@@ -144,6 +145,7 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.1, help="the published value by default")
     parser.add_argument("--precision", choices=[p.name for p in Precision], default="fp32")
     args = parser.parse_args()
+    keep_freed_memory()  # as every program of launch/ does
     config = shapes(args)
     corpus = prepare(config.corpus)
     dense_config = replace(config, moe=replace(config.moe, router=Router.dense))

@@ -57,10 +57,11 @@ class TrainingState:
 
 
 def save(
-    folder: Path, engine: "Engine", state: TrainingState, *, config_plain: Any, keep: int
+    folder: Path, engine: "Engine", state: TrainingState, *, facts: dict[str, Any], keep: int
 ) -> Path:
     """Write folder/step-<step> and then remove all but the newest `keep` checkpoints up to this step.
 
+    `facts` are JSON values that the manifest keeps beside its own, such as the run's configuration.
     A checkpoint of the same step is replaced; those of later steps (damaged, or this run would start there) are left.
 
     Raises:
@@ -73,7 +74,7 @@ def save(
     try:
         new = temporary / "new"
         new.mkdir(parents=True)
-        _write(new, _tensors(engine, state), _header(engine, state, config_plain))
+        _write(new, _tensors(engine, state), _header(engine, state, facts))
         if target.exists():
             target.rename(temporary / "replaced")
         new.rename(target)
@@ -244,7 +245,7 @@ def _tensors(engine: "Engine", state: TrainingState) -> dict[str, Tensor]:
     return {key: value.detach().cpu().contiguous() for key, value in result.items()}
 
 
-def _header(engine: "Engine", state: TrainingState, config_plain: Any) -> dict[str, Any]:
+def _header(engine: "Engine", state: TrainingState, facts: dict[str, Any]) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "step": state.step,
@@ -252,7 +253,7 @@ def _header(engine: "Engine", state: TrainingState, config_plain: Any) -> dict[s
         "schedule_step": state.step,
         "cursor": state.cursor,
         "tables": len(state.tables),
-        "config": config_plain,
+        **facts,
     }
 
 

@@ -29,7 +29,7 @@ def open_saved(folder: Path, config: Config, note: Callable[[str], None]) -> Sav
     """Load the newest whole checkpoint of a run folder.
 
     Raises:
-        UserError: there is none, or the corpus now differs from the one trained on in its vocabulary.
+        UserError: there is none, or it does not fit the model (a corpus with another vocabulary).
     """
     path, warnings = checkpoint.find_newest(folder / "checkpoints")
     for warning in warnings:
@@ -37,6 +37,8 @@ def open_saved(folder: Path, config: Config, note: Callable[[str], None]) -> Sav
     if path is None:
         raise UserError(f"run={folder}: no whole checkpoint in {folder / 'checkpoints'}")
     corpus = prepare(config.corpus)
+    if checkpoint.read_manifest(path)["corpus_sha256"] != corpus.sha256:
+        note(f"the corpus has changed since {path} was trained: its held-out text is another one")
     model = build_model(config, corpus.vocab.size)
     state = checkpoint.load_weights(path, model)
     routers = None

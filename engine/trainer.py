@@ -93,7 +93,7 @@ class Trainer:
         """Go on from the newest whole checkpoint, if there is one; damaged ones are named and skipped.
 
         Raises:
-            UserError: there are checkpoints, and none is whole or fits.
+            UserError: there are checkpoints, and none is whole or fits, or the text has changed.
         """
         path, warnings = checkpoint.find_newest(self.checkpoints)
         for warning in warnings:
@@ -103,6 +103,11 @@ class Trainer:
         if path is None:
             self.reporter.note("no checkpoint to resume from: starting at step 0")
             return
+        trained_on = checkpoint.read_manifest(path)["corpus_sha256"]
+        if trained_on != self.corpus.sha256:
+            raise UserError(
+                f"{path}: trained on text with sha256 {trained_on[:16]}..., the corpus is now {self.corpus.sha256[:16]}..."
+            )
         state = checkpoint.load(path, self.engine)
         self.step = state.step
         torch.set_rng_state(state.rng)
@@ -124,7 +129,8 @@ class Trainer:
         try:
             return checkpoint.save(
                 self.checkpoints, self.engine, state,
-                config_plain=to_plain(self.config), keep=self.config.train.keep,
+                facts={"config": to_plain(self.config), "corpus_sha256": self.corpus.sha256},
+                keep=self.config.train.keep,
             )  # fmt: skip
         except OSError as error:
             raise RunFailed(f"cannot write a checkpoint at step {self.step}: {error}") from error
@@ -138,7 +144,7 @@ class Trainer:
         train, first, seconds, outside_ms = self.config.train, self.step, 0.0, 0.0
         window = _Window(self.config.symbols_per_step)
         loader = self._loader()
-        saved = -1
+        saved = first or -1  # a resumed run starts at its checkpoint
         try:
             while self.step < train.steps and not stop_asked():
                 result = train_step(

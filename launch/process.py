@@ -1,10 +1,14 @@
 """What a process needs before training: threads, a quiet start, and a stop that waits for the end of a step."""
 
+import ctypes
 import os
 import signal
+import sys
 from types import FrameType
 
 import torch
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # options of glibc's mallopt(3)
 
 
 class StopSignal:
@@ -30,8 +34,24 @@ class StopSignal:
 
 
 def set_up(threads: int) -> None:
-    """Set PyTorch's CPU threads (0 leaves the default) and make denormals zero."""
+    """Set PyTorch's CPU threads (0 leaves the default), make denormals zero, and keep freed memory."""
     if threads:
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_flush_denormal(True)
+    keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Make glibc keep what is freed for the next step instead of giving it back to the system.
+
+    Otherwise every large activation is mapped anew and its pages fault in one by one: relative attention at the
+    published shapes took 223 ms with the defaults and 179 ms so (fp32, 2 cores, 2026-11). No effect without glibc.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_M_TOP_PAD, 64 << 20)

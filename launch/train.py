@@ -13,7 +13,7 @@ from engine.build import build_routers
 from engine.config import Config, Router, Split, to_plain
 from engine.corpus import PreparedCorpus, prepare
 from engine.counting import bzip2_bpc, order_n_bpc
-from engine.evaluate import Evaluation, slimming_curve
+from engine.evaluate import slimming_curve
 from engine.metrics import Metrics, peak_memory_bytes
 from engine.trainer import Outcome, Trainer
 from launch.cli import job_name, run_program
@@ -38,6 +38,13 @@ def train(config: Config) -> int:
     trainer = Trainer(config, corpus, routers, run.path, console)
     if run.resuming:
         trainer.resume()
+        summary = run.path / "summary.json"
+        if trainer.step == config.train.steps and summary.exists():
+            print(result_table(json.loads(summary.read_text())))
+            print(
+                f"{run.path} is complete; python -m launch.evaluate run={run.path} measures it again"
+            )
+            return 0
     _describe(console, trainer)
     metrics = Metrics(
         run.path,
@@ -77,7 +84,10 @@ def _finish(run: RunFolder, trainer: Trainer, corpus: PreparedCorpus, outcome: O
     """Evaluate, compare with counting, draw, and write summary.json."""
     config = run.config
     split = config.eval.split
-    print(f"evaluating the {split.name} split at k = {', '.join(map(str, config.eval.k))} ...")
+    print(
+        f"evaluating the {split.name} split ({', '.join(f'k={k}' for k in config.eval.k)}) ...",
+        flush=True,
+    )
     curve = slimming_curve(trainer.model, trainer.routers, corpus, config)
     baselines = counting_baselines(corpus, split, config.eval.max_symbols)
     bpc = {name: found.bpc for name, found in curve.items()}
@@ -98,7 +108,7 @@ def _finish(run: RunFolder, trainer: Trainer, corpus: PreparedCorpus, outcome: O
     plot_loss(run.path / "metrics.jsonl", run.path / "loss.png")
     lines = {"order 3": baselines["order3_bpc"], "bzip2 -9": baselines["bzip2_bpc"]}
     plot_slimming(bpc, lines, run.path / "slimming.png")
-    print(result_table(curve, baselines))
+    print(result_table(summary))
     print(f"{run.path}: config.yaml metrics.jsonl checkpoints/ loss.png slimming.png summary.json")
 
 
@@ -113,24 +123,18 @@ def counting_baselines(corpus: PreparedCorpus, split: Split, max_symbols: int) -
     }
 
 
-def result_table(curve: Mapping[str, Evaluation], baselines: Mapping[str, float]) -> str:
+def result_table(summary: Mapping[str, Any]) -> str:
     """Lay out held-out bpc at each k beside what counting gets."""
-    best = min(found.bpc for found in curve.values())
+    best = min(summary["bpc"].values())
+    found = {
+        name if name == "dense" else f"k = {name}": bpc for name, bpc in summary["bpc"].items()
+    }
+    names = {"order 2": "order2_bpc", "order 3": "order3_bpc", "bzip2 -9": "bzip2_bpc"}
+    found |= {label: summary[key] for label, key in names.items()}
     rows = [
-        [
-            name if name == "dense" else f"k = {name}",
-            f"{found.bpc:.3f}",
-            f"{100 * (found.bpc / best - 1):+.1f}%",
-            f"{found.symbols / found.seconds:,.0f}",
-        ]
-        for name, found in curve.items()
+        [label, f"{bpc:.3f}", f"{100 * (bpc / best - 1):+.1f}%"] for label, bpc in found.items()
     ]
-    names = {"order2_bpc": "order 2", "order3_bpc": "order 3", "bzip2_bpc": "bzip2 -9"}
-    rows += [
-        [label, f"{baselines[key]:.3f}", f"{100 * (baselines[key] / best - 1):+.1f}%", ""]
-        for key, label in names.items()
-    ]
-    return table(["held-out text", "bpc", "to best", "symbols/s"], rows)
+    return table([f"{summary['split']} split", "bpc", "to best"], rows)
 
 
 def main() -> None:

@@ -98,7 +98,7 @@ def full_state(step: int = 4) -> TrainingState:
 
 def save(folder: Path, engine: Engine, step: int, keep: int = 2) -> Path:
     state = TrainingState(step=step, cursor=step, rng=torch.get_rng_state())
-    return checkpoint.save(folder, engine, state, config_plain=to_plain(config()), keep=keep)
+    return checkpoint.save(folder, engine, state, facts={"config": to_plain(config())}, keep=keep)
 
 
 def everything(engine: Engine) -> dict[str, Tensor]:
@@ -196,7 +196,7 @@ def test_keys_and_values(tmp_path: Path) -> None:
     train(engine, 0, 3)
     state = full_state()
     path = checkpoint.save(
-        tmp_path / "checkpoints", engine, state, config_plain=to_plain(config()), keep=1
+        tmp_path / "checkpoints", engine, state, facts={"config": to_plain(config())}, keep=1
     )
     assert path == tmp_path / "checkpoints" / "step-00000004"
     assert sorted(p.name for p in path.iterdir()) == ["manifest.json", "shard-00000.safetensors"]
@@ -231,7 +231,7 @@ def test_keys_and_values(tmp_path: Path) -> None:
 def test_the_rest_of_the_state_comes_back(tmp_path: Path) -> None:
     engine = start(Tiny(), config())
     state = full_state()
-    path = checkpoint.save(tmp_path, engine, state, config_plain={}, keep=1)
+    path = checkpoint.save(tmp_path, engine, state, facts={}, keep=1)
     got = checkpoint.load(path, engine)
     assert (got.step, got.cursor) == (4, 104)
     assert torch.equal(got.rng, state.rng)
@@ -243,7 +243,7 @@ def test_the_rest_of_the_state_comes_back(tmp_path: Path) -> None:
         assert differ(table, wanted) == []
     empty = TrainingState(step=5, cursor=1, rng=state.rng, memory=(torch.zeros(1, 0, 8),) * 2)
     empty.stream_B = torch.tensor([0])
-    path = checkpoint.save(tmp_path, engine, empty, config_plain={}, keep=1)
+    path = checkpoint.save(tmp_path, engine, empty, facts={}, keep=1)
     memory = checkpoint.load(path, engine).memory
     assert memory is not None and [tuple(m.shape) for m in memory] == [(1, 0, 8)] * 2
     assert checkpoint.load(save(tmp_path, engine, 6), engine).memory is None
@@ -252,7 +252,7 @@ def test_the_rest_of_the_state_comes_back(tmp_path: Path) -> None:
 def test_weights_for_evaluation(tmp_path: Path) -> None:
     engine = start(Tiny(), config(precision=Precision.bf16))
     train(engine, 0, 3)
-    path = checkpoint.save(tmp_path, engine, full_state(), config_plain={}, keep=1)
+    path = checkpoint.save(tmp_path, engine, full_state(), facts={}, keep=1)
     module = Tiny(seed=9)
     assert len(checkpoint.load_weights(path, module).tables) == 2
     for name, state in engine.read_state():
@@ -416,7 +416,7 @@ class Stub:
 assert "deepspeed" not in sys.modules  # evaluation must do without
 checkpoint._sync = lambda path: os.kill(os.getpid(), signal.SIGKILL)
 state = checkpoint.TrainingState(step=8, cursor=8, rng=torch.get_rng_state())
-checkpoint.save(Path(sys.argv[1]), Stub(), state, config_plain={}, keep=1)
+checkpoint.save(Path(sys.argv[1]), Stub(), state, facts={}, keep=1)
 """
 
 

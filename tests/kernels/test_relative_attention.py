@@ -122,7 +122,8 @@ def test_dropout_gradients():
 
 def test_shifted_example():
     tile = module._Tile(0, slice(0, 1), slice(0, 2), slice(0, 3), (1, 2, 3), 0)
-    buffer = torch.tensor([2, 1, 0, -1, 2, 1, 0, -1, 99])
+    buffer = torch.full((8 + module._ALIGN,), 99)
+    buffer[15:23] = torch.tensor([2, 1, 0, -1, 2, 1, 0, -1])  # by key it starts at a multiple of 16
     by_distance, by_key = module._shifted(buffer, tile)
     assert by_distance.tolist() == [[[2, 1, 0, -1], [2, 1, 0, -1]]]
     assert by_key.tolist() == [[[1, 0, -1], [2, 1, 0]]]
