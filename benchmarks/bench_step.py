@@ -70,12 +70,11 @@ class Arm:
         forward_times: ForwardTimes,
         k: int,
     ) -> None:
-        hashed = config.moe.router is Router.hashed
         streams = Streams(
             corpus.split(Split.train),
             config.data.streams,
             config.data.segment,
-            config.moe.ngram - 1 if hashed else 0,
+            config.context,
         )
         self.config, self.engine, self.forward_times = config, engine, forward_times
         self.memory: list[Memory | None] = [None]
@@ -114,7 +113,7 @@ def layer_cases(config: Config, corpus: PreparedCorpus) -> dict[str, Callable[[]
     """Forward and backward of the feed-forward part alone, at each k and dense."""
     torch.manual_seed(0)
     streams = Streams(
-        corpus.split(Split.train), config.data.streams, config.data.segment, config.moe.ngram - 1
+        corpus.split(Split.train), config.data.streams, config.data.segment, config.context
     )
     batch = streams.batch(0, range(config.data.streams))
     routers = build_routers(config, corpus)

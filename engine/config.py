@@ -413,6 +413,11 @@ class Config:
         return self.data.streams * self.data.segment
 
     @property
+    def context(self) -> int:
+        """Ids left of a segment that the router's keys need: n - 1 for hashed routers, else 0."""
+        return self.moe.ngram - 1 if self.moe.router is Router.hashed else 0
+
+    @property
     def schedule_steps(self) -> int:
         """Steps over which k grows."""
         return self.schedule.steps or self.train.steps

@@ -7,7 +7,7 @@ Every symbol of the split counts exactly once and the result does not depend on 
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -57,13 +57,14 @@ def evaluate(
     segment = config.eval.segment or config.data.segment
     warm = warm_symbols(config.model.layers, memory_len, segment)
     shares = EvalShares(len(ids), config.eval.streams, segment, warm)
-    context = config.moe.ngram - 1 if config.moe.router is Router.hashed else 0
     nats, symbols = 0.0, 0
     memory: Memory | None = None
     was_training = model.training
     model.eval()
     with torch.inference_mode():
-        for batch, counted_BQ in eval_batches(ids, corpus.previous_id(split), shares, context):
+        for batch, counted_BQ in eval_batches(
+            ids, corpus.previous_id(split), shares, config.context
+        ):
             planned = plan_batch(batch, k, routers, config.moe.experts)
             output = model(
                 batch.ids_BQ, batch.targets_BQ, memory, Routing(k, planned.plans),
@@ -100,8 +101,3 @@ def slimming_curve(
             model, routers, corpus, config, split=config.eval.split, k=k, progress=show
         )
     return results
-
-
-def quick(config: Config, symbols: int) -> Config:
-    """A copy of the configuration that evaluates at most the first `symbols` symbols of a split."""
-    return replace(config, eval=replace(config.eval, max_symbols=symbols))

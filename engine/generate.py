@@ -1,39 +1,44 @@
 """Sampling from a trained model: temperature, top-p, memory reused from symbol to symbol, at any k."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from engine.config import Config
 from engine.data import Batch
 from engine.loader import plan_batch
 from engine.model import Memory, Routing, TransformerXL
 from engine.moe.routers import HashedRouter
 
 
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How an id is drawn from the model's distribution."""
+
+    temperature: float  # 0 takes the most probable id
+    top_p: float  # from the fewest ids whose probability reaches this (Holtzman et al. 2019, arXiv 1904.09751)
+    generator: torch.Generator
+
+
 def generate(
     model: TransformerXL,
     routers: Sequence[HashedRouter] | None,
+    config: Config,
     prompt: Sequence[int],
     *,
     k: int,
     length: int,
-    temperature: float,
-    top_p: float,
-    segment: int,
-    context: int,
-    num_experts: int,
-    generator: torch.Generator,
+    sampling: Sampling,
 ) -> Iterator[int]:
-    """Yield `length` sampled ids that continue the prompt.
+    """Yield `length` sampled ids that continue the prompt, at k active experts.
 
     Args:
+        routers: one per table; None for live routers and dense.
         prompt: ids; an empty prompt starts from id 0, as ids before a stream's start do.
-        temperature: 0 takes the most probable id.
-        top_p: sample from the fewest ids whose probability reaches this (Holtzman et al. 2019, arXiv 1904.09751).
-        segment: symbols of the prompt per forward pass.
-        context: ids left of a symbol that the router's n-grams need.
     """
+    context = config.context
     history = list(prompt) or [0]
     memory: Memory | None = None
     start = 0
@@ -41,14 +46,14 @@ def generate(
     for _ in range(length):
         with torch.inference_mode():
             while start < len(history):
-                part = history[start : start + segment]
+                part = history[start : start + config.data.segment]
                 left = ([0] * context + history)[start : start + context]
-                planned = plan_batch(_batch(part, left), k, routers, num_experts)
+                planned = plan_batch(_batch(part, left), k, routers, config.moe.experts)
                 logits_BQV, memory = model.logits(
                     planned.batch.ids_BQ, memory, Routing(k, planned.plans)
                 )[:2]
                 start += len(part)
-            chosen = sample(logits_BQV[0, -1], temperature, top_p, generator)
+            chosen = sample(logits_BQV[0, -1], sampling)
         history.append(chosen)
         yield chosen
 
@@ -59,11 +64,11 @@ def _batch(ids: list[int], left: list[int]) -> Batch:
     return Batch(ids_BQ, ids_BQ, left_BC, torch.zeros(1, dtype=torch.int64), index=0, fresh=False)
 
 
-def sample(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """Draw one id; see generate."""
-    if temperature == 0:
+def sample(logits_V: Tensor, sampling: Sampling) -> int:
+    """Draw one id from logits."""
+    if sampling.temperature == 0:
         return int(logits_V.argmax())
-    probability_V = (logits_V.double() / temperature).softmax(-1)
+    probability_V = (logits_V.double() / sampling.temperature).softmax(-1)
     sorted_V, order_V = probability_V.sort(descending=True)
-    sorted_V[sorted_V.cumsum(0) - sorted_V >= top_p] = 0  # the first id always stays
-    return int(order_V[torch.multinomial(sorted_V, 1, generator=generator)])
+    sorted_V[sorted_V.cumsum(0) - sorted_V >= sampling.top_p] = 0  # the first id always stays
+    return int(order_V[torch.multinomial(sorted_V, 1, generator=sampling.generator)])

@@ -15,7 +15,7 @@ import torch
 
 from engine import checkpoint
 from engine.build import build_model
-from engine.config import Config, Router, Split, to_plain
+from engine.config import Config, Split, to_plain
 from engine.corpus import PreparedCorpus
 from engine.data import Batch, Streams
 from engine.deepspeed_adapter import start
@@ -74,9 +74,8 @@ class Trainer:
     ) -> None:
         self.config, self.corpus, self.routers = config, corpus, routers
         self.folder, self.reporter = folder, reporter
-        context = config.moe.ngram - 1 if config.moe.router is Router.hashed else 0
         self.streams = Streams(
-            corpus.split(Split.train), config.data.streams, config.data.segment, context
+            corpus.split(Split.train), config.data.streams, config.data.segment, config.context
         )
         self.model = build_model(config, corpus.vocab.size)
         self.engine = start(self.model, config)

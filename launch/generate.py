@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from omegaconf import MISSING
 
-from engine.config import Router, require
+from engine.config import require
+from engine.generate import Sampling
 from engine.generate import generate as sample_ids
 from engine.saved import open_saved
 from launch.cli import read_config, run_program
@@ -42,19 +43,14 @@ def generate(args: GenerateArgs) -> int:
     require(1 <= k <= config.moe.experts, f"k={k}: must be 1 to moe.experts={config.moe.experts}")
     saved = open_saved(folder, config, lambda line: print(line, file=sys.stderr))
     prompt = args.prompt.encode()
-    hashed = config.moe.router is Router.hashed
     ids = sample_ids(
         saved.model,
         saved.routers,
+        config,
         [int(i) for i in saved.corpus.vocab.encode(prompt)],
         k=k,
         length=args.length,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        segment=config.data.segment,
-        context=config.moe.ngram - 1 if hashed else 0,
-        num_experts=config.moe.experts,
-        generator=torch.Generator().manual_seed(args.seed),
+        sampling=Sampling(args.temperature, args.top_p, torch.Generator().manual_seed(args.seed)),
     )
     out = sys.stdout.buffer
     out.write(prompt)

@@ -2,17 +2,18 @@
 
 import torch
 
-from engine.generate import sample
+from engine.generate import Sampling, sample
 
 
 def draws(logits, temperature, top_p, count=2000):
     generator = torch.Generator().manual_seed(0)
-    found = [sample(logits, temperature, top_p, generator) for _ in range(count)]
+    sampling = Sampling(temperature, top_p, generator)
+    found = [sample(logits, sampling) for _ in range(count)]
     return torch.bincount(torch.tensor(found), minlength=len(logits)) / count
 
 
 def test_temperature_zero_takes_the_most_probable():
-    assert sample(torch.tensor([0.1, 2.0, -1.0]), 0, 1.0, torch.Generator()) == 1
+    assert sample(torch.tensor([0.1, 2.0, -1.0]), Sampling(0, 1.0, torch.Generator())) == 1
 
 
 def test_top_p_cuts_the_tail():
