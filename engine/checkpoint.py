@@ -80,6 +80,8 @@ def save(
         new.rename(target)
         _sync(folder)
     except (OSError, SafetensorError) as error:
+        if (temporary / "replaced").exists() and not target.exists():
+            (temporary / "replaced").rename(target)
         raise OSError(f"checkpoint {target} could not be written: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

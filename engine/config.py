@@ -229,14 +229,14 @@ class ScheduleConfig:
     growth: Growth = Growth.constant
     k_min: int = 4
     k_max: int = 4
-    """Largest k in training; the k of `constant`. May stay below moe.experts."""
+    """Largest k in training; the k of `constant`, which ignores k_min. May stay below moe.experts."""
     steps: int | None = None
     """Steps over which k grows; None means train.steps."""
 
     def __post_init__(self) -> None:
         _at_least("schedule", self, k_min=1, k_max=1)
         require(
-            self.k_min <= self.k_max,
+            self.growth is Growth.constant or self.k_min <= self.k_max,
             f"schedule.k_min={self.k_min}: must be at most schedule.k_max={self.k_max}",
         )
         require(
@@ -299,6 +299,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _at_least("train", self, steps=1, seed=0, accumulation=1, log_every=1, valid_every=0)
         _at_least("train", self, save_every=0, keep=1, threads=0)
+        require(self.seed < 2**32, f"train.seed={self.seed}: must be below 2**32")
         require(
             self.zero_stage in (0, 1, 2), f"train.zero_stage={self.zero_stage}: must be 0, 1 or 2"
         )
@@ -390,6 +391,11 @@ class Config:
         require(
             self.optim.warmup_steps <= self.train.steps,
             f"optim.warmup_steps={self.optim.warmup_steps}: must be at most train.steps={self.train.steps}",
+        )
+        memory = self.model.memory if self.eval.memory is None else self.eval.memory
+        require(
+            not self.eval.same_length or memory >= 1,
+            f"eval.same_length=true: needs a memory of at least 1, it is {memory}",
         )
         self.streams_per_micro_batch(world=1)
 

@@ -20,8 +20,9 @@ from torch import distributed as dist
 from engine.config import Config, Precision, require
 from engine.optim import build_optimizer
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed guesses, with a warning
+os.environ["DS_ACCELERATOR"] = (
+    "cpu"  # all of foreroute runs on the CPU so far, also where there is a GPU
+)
 import deepspeed
 import deepspeed.ops
 from deepspeed.utils import (
@@ -237,5 +238,4 @@ def _start_process_group(world: int) -> None:
         return
     if world != 1:
         raise RuntimeError(f"world={world}: start the process group before the engine")
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)

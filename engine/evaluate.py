@@ -47,7 +47,7 @@ def evaluate(
 
     Args:
         routers: one per table; None for live routers and dense.
-        progress: called with (segments done, segments in all).
+        progress: called with (segments done, segments in all); may raise to leave.
     """
     start = time.perf_counter()
     ids = corpus.split(split)
@@ -84,20 +84,13 @@ def slimming_curve(
     routers: Sequence[HashedRouter] | None,
     corpus: PreparedCorpus,
     config: Config,
-    *,
-    progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Evaluation]:
     """Evaluate config.eval.split at every k of config.eval.k; a dense model has one result, called "dense"."""
-    dense = config.moe.router is Router.dense
-    results = {}
-    for k in [config.moe.experts] if dense else config.eval.k:
-        name = "dense" if dense else str(k)
-
-        def show(done: int, total: int, name: str = name) -> None:
-            if progress is not None:
-                progress(name, done, total)
-
-        results[name] = evaluate(
-            model, routers, corpus, config, split=config.eval.split, k=k, progress=show
-        )
-    return results
+    if config.moe.router is Router.dense:
+        asked = {"dense": config.moe.experts}
+    else:
+        asked = {str(k): k for k in config.eval.k}
+    return {
+        name: evaluate(model, routers, corpus, config, split=config.eval.split, k=k)
+        for name, k in asked.items()
+    }

@@ -39,6 +39,8 @@ def generate(
         prompt: ids; an empty prompt starts from id 0, as ids before a stream's start do.
     """
     context = config.context
+    # one symbol at a time needs a longer memory to see as far as a whole segment does
+    memory_len = max(config.model.memory, config.data.segment)
     history = list(prompt) or [0]
     memory: Memory | None = None
     start = 0
@@ -50,7 +52,7 @@ def generate(
                 left = ([0] * context + history)[start : start + context]
                 planned = plan_batch(_batch(part, left), k, routers, config.moe.experts)
                 logits_BQV, memory = model.logits(
-                    planned.batch.ids_BQ, memory, Routing(k, planned.plans)
+                    planned.batch.ids_BQ, memory, Routing(k, planned.plans), memory_len=memory_len
                 )[:2]
                 start += len(part)
             chosen = sample(logits_BQV[0, -1], sampling)

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: a console callback, metrics.jsonl and Weights & Biases, all under the names of METRICS.
+"""Where a run's numbers go: metrics.jsonl and Weights & Biases, all under the names of METRICS.
 
 The only file that imports wandb, and only when its mode is not disabled. One process of a run (rank 0) owns a `Metrics`.
 metrics.jsonl has one object per call, {"step": 20, "loss": 1.25, ...}, complete after every line; a value that is not
@@ -11,13 +11,14 @@ import os
 import resource
 import sys
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 
 from engine.config import WandbConfig, WandbMode
+from engine.errors import UserError
 
 JSONL = "metrics.jsonl"
 WANDB_ID = "wandb_id.txt"
@@ -76,7 +77,6 @@ class Metrics:
         name: str,
         config_plain: Any,
         resume_step: int | None = None,
-        console: Callable[[int, Mapping[str, float]], None] | None = None,
     ) -> None:
         """Open the outputs in the run's folder.
 
@@ -86,10 +86,8 @@ class Metrics:
             name: The run's name in W&B.
             config_plain: The run's configuration as dicts, lists and numbers.
             resume_step: The run goes on after this step: later lines are dropped. None starts a new run.
-            console: Called with step and values at each log().
         """
         folder.mkdir(parents=True, exist_ok=True)
-        self._console = console
         if resume_step is not None:
             _drop_lines_after(folder / JSONL, resume_step)
         self._file = (folder / JSONL).open("w" if resume_step is None else "a")
@@ -108,8 +106,6 @@ class Metrics:
         self._file.flush()
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
-        if self._console is not None:
-            self._console(step, values)
 
     def close(self) -> None:
         """Close the file and finish the W&B run; returns when everything is written."""
@@ -156,15 +152,19 @@ def _start_wandb(
     id_file = folder / WANDB_ID
     if not (resumed and id_file.exists()):
         id_file.write_text(uuid.uuid4().hex[:12])
-    run = wandb.init(
-        project=config.project,
-        group=config.group,
-        name=name,
-        id=id_file.read_text().strip(),
-        resume="allow" if config.mode is WandbMode.online else None,  # an offline log has no past
-        config=config_plain,
-        dir=folder,
-        mode=config.mode.value,
-        settings=wandb.Settings(silent=True, console="off"),
-    )
-    return run
+    try:
+        return wandb.init(
+            project=config.project,
+            group=config.group,
+            name=name,
+            id=id_file.read_text().strip(),
+            resume="allow"
+            if config.mode is WandbMode.online
+            else None,  # an offline log has no past
+            config=config_plain,
+            dir=folder,
+            mode=config.mode.value,
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+    except wandb.Error as error:
+        raise UserError(f"wandb.mode={config.mode.value}: {error}") from error

@@ -44,6 +44,7 @@ class Output(NamedTuple):
     """Result of a forward pass with targets."""
 
     loss: Tensor  # fp32 scalar: mean nats plus auxiliary losses
+    auxiliary_loss: Tensor  # fp32 scalar, detached: the part of the loss that is not nats
     nll_BQ: Tensor  # fp32, detached: nats of each target
     memory: Memory  # for the next segment
     count_LE: Tensor | None  # int64: rows of each layer's experts; None when dense
@@ -116,7 +117,8 @@ class TransformerXL(nn.Module):
             logits_BQV.float().flatten(0, 1), targets_BQ.flatten(), reduction="none"
         )
         nll_BQ = nll_T.detach().view(targets_BQ.shape)
-        return Output(nll_T.mean() + auxiliary_loss, nll_BQ, memory, count_LE)
+        loss = nll_T.mean() + auxiliary_loss
+        return Output(loss, auxiliary_loss.detach(), nll_BQ, memory, count_LE)
 
     def logits(
         self,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from engine import checkpoint
 from engine.build import build_model
-from engine.config import Config, Router
+from engine.config import Config, Precision, Router, require
 from engine.corpus import PreparedCorpus, prepare
 from engine.errors import UserError
 from engine.model import TransformerXL
@@ -37,10 +37,18 @@ def open_saved(folder: Path, config: Config, note: Callable[[str], None]) -> Sav
     if path is None:
         raise UserError(f"run={folder}: no whole checkpoint in {folder / 'checkpoints'}")
     corpus = prepare(config.corpus)
-    if checkpoint.read_manifest(path)["corpus_sha256"] != corpus.sha256:
+    manifest = checkpoint.read_manifest(path)
+    require(
+        manifest["symbols"] == corpus.vocab.symbols.hex(),
+        f"run={folder}: the corpus has changed and has another vocabulary than the one trained on",
+    )
+    if manifest["corpus_sha256"] != corpus.sha256:
         note(f"the corpus has changed since {path} was trained: its held-out text is another one")
     model = build_model(config, corpus.vocab.size)
     state = checkpoint.load_weights(path, model)
+    if config.train.precision is Precision.bf16:  # as in training: buffers keep fp32
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
     routers = None
     if config.moe.router is Router.hashed:
         routers = [HashedRouter(table_from_state(table)) for table in state.tables]

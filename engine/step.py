@@ -97,7 +97,7 @@ def train_step(
         times.attention_ms += attention_ms
         times.experts_ms += experts_ms
         losses.append(_finite(output, step))
-        auxiliary.append(output.loss.item() - losses[-1])
+        auxiliary.append(output.auxiliary_loss.item())
         clock.lap_ms()
         engine.backward(output.loss)
         times.backward_ms += clock.lap_ms()

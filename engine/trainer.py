@@ -7,7 +7,6 @@ A stop asked for (Ctrl-C, SIGTERM) takes effect between two steps, after a check
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -26,7 +25,7 @@ from engine.metrics import Metrics, memory_bytes, peak_memory_bytes
 from engine.model import Memory
 from engine.moe.routers import HashedRouter
 from engine.moe.schedule import active_experts
-from engine.moe.tables import table_state
+from engine.moe.tables import table_from_state, table_state
 from engine.step import StepResult, StepTimes, train_step
 from engine.timing import ForwardTimes
 
@@ -44,15 +43,8 @@ class Reporter(Protocol):
         """Show the metrics of a logged step."""
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a run ended."""
-
-    steps: int  # finished
-    complete: bool  # False when it was asked to stop
-    tokens_per_second: float  # training symbols per second of training time, this process
-    training_seconds: float  # in steps, this process
-    outside_fraction: float  # share of step time outside forward, backward and optimizer
+class _StopAsked(Exception):
+    """A stop was asked for during a validation."""
 
 
 class Trainer:
@@ -109,6 +101,10 @@ class Trainer:
             )
         state = checkpoint.load(path, self.engine)
         self.step = state.step
+        if (
+            self.routers is not None
+        ):  # tables belong to the model: the saved ones, whatever would be built today
+            self.routers = [HashedRouter(table_from_state(table)) for table in state.tables]
         torch.set_rng_state(state.rng)
         if state.memory is not None:
             parts = [layer.tensor_split(len(self.memory)) for layer in state.memory]
@@ -128,19 +124,26 @@ class Trainer:
         try:
             return checkpoint.save(
                 self.checkpoints, self.engine, state,
-                facts={"config": to_plain(self.config), "corpus_sha256": self.corpus.sha256},
+                facts={
+                    "config": to_plain(self.config),
+                    "corpus_sha256": self.corpus.sha256,
+                    "symbols": self.corpus.vocab.symbols.hex(),
+                },
                 keep=self.config.train.keep,
             )  # fmt: skip
         except OSError as error:
             raise RunFailed(f"cannot write a checkpoint at step {self.step}: {error}") from error
 
-    def run(self, metrics: Metrics, stop_asked: Callable[[], bool]) -> Outcome:
+    def run(self, metrics: Metrics, stop_asked: Callable[[], bool]) -> bool:
         """Train until train.steps, or until stop_asked() says so; a checkpoint is written in both cases.
+
+        Returns:
+            True when all steps are done.
 
         Raises:
             RunFailed: the loss is not finite, or a checkpoint cannot be written.
         """
-        train, first, seconds, outside_ms = self.config.train, self.step, 0.0, 0.0
+        train, first, start = self.config.train, self.step, time.perf_counter()
         window = _Window(self.config.symbols_per_step)
         loader = self._loader()
         saved = first or -1  # a resumed run starts at its checkpoint
@@ -151,34 +154,28 @@ class Trainer:
                     step=self.step, forward_times=self.forward_times,
                 )  # fmt: skip
                 self.step += 1
-                seconds += result.times.step_ms / 1e3
-                outside_ms += result.times.outside_ms
                 window.add(result)
                 self.reporter.step(self.step)
                 if self.step % train.log_every == 0 or self.step == train.steps:
                     values = window.close(self.step)
                     metrics.log(self.step, values)
-                    left = seconds / (self.step - first) * (train.steps - self.step)
+                    elapsed = time.perf_counter() - start
+                    left = elapsed / (self.step - first) * (train.steps - self.step)
                     self.reporter.metrics(self.step, values, left)
                 if train.valid_every and self.step % train.valid_every == 0:
-                    self._validate(metrics)
+                    self._validate(metrics, stop_asked)
                 if train.save_every and self.step % train.save_every == 0:
                     self.save()
                     saved = self.step
+        except _StopAsked:
+            pass
         except RunFailed as error:
             raise RunFailed(f"{error}; {self._last_good()}") from error
         finally:
             loader.close()
         if saved != self.step:
             self.save()
-        done = self.step - first
-        return Outcome(
-            steps=self.step,
-            complete=self.step >= train.steps,
-            tokens_per_second=done * self.config.symbols_per_step / seconds if seconds else 0.0,
-            training_seconds=seconds,
-            outside_fraction=outside_ms / 1e3 / seconds if seconds else 0.0,
-        )
+        return self.step >= train.steps
 
     def _loader(self) -> PlannedLoader:
         config = self.config
@@ -198,10 +195,14 @@ class Trainer:
             prefetch=config.data.prefetch,
         )
 
-    def _validate(self, metrics: Metrics) -> None:
+    def _validate(self, metrics: Metrics, stop_asked: Callable[[], bool]) -> None:
+        def leave_if_asked(done: int, total: int) -> None:
+            if stop_asked():
+                raise _StopAsked
+
         found = evaluate(
             self.model, self.routers, self.corpus, self.config,
-            split=Split.valid, k=self.config.schedule.k_max,
+            split=Split.valid, k=self.config.schedule.k_max, progress=leave_if_asked,
         )  # fmt: skip
         metrics.log(
             self.step,
@@ -211,9 +212,7 @@ class Trainer:
                 "tokens": float(self.step * self.config.symbols_per_step),
             },
         )
-        self.reporter.note(
-            f"step {self.step}: valid bpc {found.bpc:.4f} at k={self.config.schedule.k_max}"
-        )
+        self.reporter.note(f"step {self.step}: valid bpc {found.bpc:.4f}")
 
     def _last_good(self) -> str:
         path, _ = checkpoint.find_newest(self.checkpoints)

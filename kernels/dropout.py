@@ -39,10 +39,21 @@ def hash32(value: Tensor) -> Tensor:
 
 def row_hash(dropout: Dropout, token_N: Tensor, expert: int | Tensor) -> Tensor:
     """Hash (seed, token, global expert) to odd int32, one for each expert row."""
-    low, high = dropout.seed & _MASK32, (dropout.seed >> 32) & _MASK32
-    mixed_N = hash32(token_N ^ low)
-    mixed_N = hash32(mixed_N ^ (token_N >> 32) ^ high)
+    seed = _mix64(
+        dropout.seed
+    )  # seeds are often neighbours, and so are tokens: neither may stand for the other
+    mixed_N = hash32(token_N ^ (seed & _MASK32))
+    mixed_N = hash32(mixed_N ^ (token_N >> 32) ^ (seed >> 32))
     return (hash32(mixed_N + expert * 0x9E3779B1) | 1).to(torch.int32)
+
+
+def _mix64(value: int) -> int:
+    """Avalanche a 64-bit number (the finaliser of SplitMix64)."""
+    mask = 2**64 - 1
+    value = (value + 0x9E3779B97F4A7C15) & mask
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
+    return value ^ (value >> 31)
 
 
 def unit_hash(width: int, device: torch.device | None = None) -> Tensor:

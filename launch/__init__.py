@@ -1,1 +1,14 @@
 """How processes start: the programs a person runs. The only place that knows Hydra."""
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+_ROOT = Path(__file__).resolve().parents[1]
+_found = find_spec("kernels")
+if _found is None or _found.origin is None or Path(_found.origin).resolve().parents[1] != _ROOT:
+    # Hugging Face publishes a package of the same name.
+    sys.exit(
+        f"foreroute: `import kernels` finds {_found and _found.origin}, not {_ROOT / 'kernels'}: "
+        "start from the checkout with `python -m`, and uninstall the package `kernels`"
+    )

@@ -6,6 +6,7 @@ task receives the validated object and returns an exit code. What the user can m
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from engine.config import Config, to_plain
 from engine.errors import RunFailed, UserError
@@ -51,9 +53,17 @@ def _guarded(run: Callable[[], int]) -> int:
     except (UserError, HydraException, OmegaConfBaseException) as error:
         print(f"foreroute: {_one_line(error)}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of our output went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        print(f"foreroute: {error}", file=sys.stderr)
+        return 2
     except RunFailed as error:
         print(f"foreroute: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
 
 
 def _to_object(cfg: DictConfig, schema: type[T]) -> T:
@@ -128,7 +138,7 @@ def read_config(path: Path) -> Config:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
         config: Any = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {_one_line(error)}") from error
     assert isinstance(config, Config)
     return config

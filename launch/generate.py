@@ -1,5 +1,6 @@
-"""Sample from a trained run at any k: `python -m launch.generate run=runs/NAME prompt="def " k=8 length=400`."""
+"""Sample from a trained run at any k: `python -m launch.generate run=runs/NAME prompt='"def "' k=8 length=400`."""
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import torch
 from omegaconf import MISSING
 
-from engine.config import require
+from engine.config import Router, require
 from engine.generate import Sampling
 from engine.generate import generate as sample_ids
 from engine.saved import open_saved
@@ -40,9 +41,12 @@ def generate(args: GenerateArgs) -> int:
     folder = Path(args.run)
     config = read_config(folder / "config.yaml")
     k = config.schedule.k_max if args.k is None else args.k
-    require(1 <= k <= config.moe.experts, f"k={k}: must be 1 to moe.experts={config.moe.experts}")
+    require(
+        config.moe.router is Router.dense or 1 <= k <= config.moe.experts,
+        f"k={k}: must be 1 to moe.experts={config.moe.experts}",
+    )
     saved = open_saved(folder, config, lambda line: print(line, file=sys.stderr))
-    prompt = args.prompt.encode()
+    prompt = os.fsencode(args.prompt)
     ids = sample_ids(
         saved.model,
         saved.routers,

@@ -4,24 +4,41 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import torch
+
+from engine.config import require
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # options of glibc's mallopt(3)
 
 
 class StopSignal:
-    """Notes SIGINT and SIGTERM; the trainer asks between steps. A second signal ends the process at once."""
+    """Ends the program with 128 + number on SIGINT and SIGTERM: at once, or, while `deferred`, when the trainer asks.
+
+    So a signal in the middle of a step waits for its end and a checkpoint. A second one ends the process at once.
+    """
 
     def __init__(self) -> None:
         self.number = 0
+        self._deferred = False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 
     def __call__(self) -> bool:
         """Say whether a stop was asked for."""
         return self.number != 0
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Only take note of a signal, for whoever calls this object."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
 
     @property
     def exit_code(self) -> int:
@@ -31,10 +48,13 @@ class StopSignal:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         signal.signal(number, signal.SIG_DFL)
+        if not self._deferred:
+            sys.exit(self.exit_code)
 
 
 def set_up(threads: int) -> None:
     """Set PyTorch's CPU threads (0 leaves the default), make denormals zero, and keep freed memory."""
+    require(threads >= 0, f"threads={threads}: must be at least 0")
     if threads:
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)

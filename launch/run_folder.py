@@ -3,16 +3,19 @@
 config.yaml (resolved), metrics.jsonl, checkpoints/, loss.png, slimming.png, summary.json.
 """
 
+import fcntl
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from engine.config import Config, to_plain
+from engine.config import Config, require, to_plain
 from engine.errors import UserError
 from engine.tuning import resolve
 from launch.cli import read_config, write_config
 
-# Options that may differ when a run is resumed: they change what is written and how far it goes, not a step's numbers.
+CONFIG, LOCK = "config.yaml", ".lock"
+
+# Options that may differ when a run is resumed: they change what is written and shown, not a step's numbers.
 FREE = (
     "train.resume", "train.log_every", "train.valid_every", "train.save_every", "train.keep", "train.threads",
     "train.runs_dir", "data.prefetch", "corpus.cache_dir", "eval", "wandb",
@@ -21,40 +24,61 @@ FREE = (
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """An opened run folder."""
+    """An opened run folder; locked against other processes as long as this object lives."""
 
     path: Path
     config: Config  # resolved
-    resuming: bool  # the folder already held this run
+    earlier: Config | None  # what the folder's run was started with; None for a new run
+    lock: IO[str]
+
+    @property
+    def resuming(self) -> bool:
+        """The folder already held this run."""
+        return self.earlier is not None
+
+    def claim(self) -> None:
+        """Write the resolved configuration: from now on the folder holds this run."""
+        write_config(self.config, self.path / CONFIG)
 
 
 def open_run(config: Config) -> RunFolder:
-    """Create the run's folder and write its resolved configuration, or open it to resume.
+    """Check and lock the run's folder, and resolve the configuration; `claim` it once everything else is known good.
 
     Raises:
-        UserError: the folder holds a run and train.resume is false, or it holds a run of another configuration.
+        UserError: the folder holds a run and train.resume is false, or a run of another configuration, or something
+            else, or another process is using it.
     """
     path = Path(config.train.runs_dir) / config.train.name
-    file = path / "config.yaml"
-    if not file.exists():
-        if path.exists() and any(path.iterdir()):
-            raise UserError(f"train.name={config.train.name}: {path} exists and is no run folder")
-        path.mkdir(parents=True, exist_ok=True)
-        resolved = resolve(config)
-        write_config(resolved, file)
-        return RunFolder(path, resolved, resuming=False)
-    if not config.train.resume:
-        raise UserError(
-            f"train.name={config.train.name}: {path} already holds a run; take another train.name, "
-            "or train.resume=true to go on with it"
+    path.mkdir(parents=True, exist_ok=True)
+    lock = _lock(path)
+    if not (path / CONFIG).exists():
+        foreign = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK)
+        require(
+            not foreign,
+            f"train.name={config.train.name}: {path} holds {', '.join(foreign[:3])} and is no run folder",
         )
-    earlier = read_config(file)
+        return RunFolder(path, resolve(config), None, lock)
+    require(
+        config.train.resume,
+        f"train.name={config.train.name}: {path} already holds a run; take another train.name, "
+        "or train.resume=true to go on with it",
+    )
+    earlier = read_config(path / CONFIG)
     if config.kernels.masked_from_k is None:
-        config = replace(
-            config, kernels=replace(config.kernels, masked_from_k=earlier.kernels.masked_from_k)
-        )
+        measured = earlier.kernels.masked_from_k
+        config = replace(config, kernels=replace(config.kernels, masked_from_k=measured))
     _refuse_changes(to_plain(earlier), to_plain(config), path)
-    return RunFolder(path, config, resuming=True)
+    return RunFolder(path, config, earlier, lock)
+
+
+def _lock(path: Path) -> IO[str]:
+    """Take the folder's lock; it is released when the file is closed or the process ends, however it ends."""
+    file = (path / LOCK).open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{path} is in use by another process") from None
+    return file
 
 
 def _refuse_changes(earlier: dict[str, Any], now: dict[str, Any], path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from engine.build import build_routers
@@ -15,12 +16,14 @@ from engine.corpus import PreparedCorpus, prepare
 from engine.counting import bzip2_bpc, order_n_bpc
 from engine.evaluate import slimming_curve
 from engine.metrics import Metrics, peak_memory_bytes
-from engine.trainer import Outcome, Trainer
+from engine.trainer import Trainer
 from launch.cli import job_name, run_program
 from launch.console import Console, table
 from launch.plots import plot_loss, plot_slimming
 from launch.process import StopSignal, set_up
 from launch.run_folder import RunFolder, open_run
+
+SUMMARY = "summary.json"
 
 
 def train(config: Config) -> int:
@@ -38,13 +41,17 @@ def train(config: Config) -> int:
     trainer = Trainer(config, corpus, routers, run.path, console)
     if run.resuming:
         trainer.resume()
-        summary = run.path / "summary.json"
-        if trainer.step == config.train.steps and summary.exists():
-            print(result_table(json.loads(summary.read_text())))
-            print(
-                f"{run.path} is complete; python -m launch.evaluate run={run.path} measures it again"
-            )
-            return 0
+    summary = run.path / SUMMARY
+    if (
+        run.earlier
+        and run.earlier.eval == config.eval
+        and trainer.step == config.train.steps
+        and summary.exists()
+    ):
+        print(result_table(json.loads(summary.read_text())))
+        print(f"{run.path} is complete; python -m launch.evaluate run={run.path} measures it again")
+        return 0
+    run.claim()
     _describe(console, trainer)
     metrics = Metrics(
         run.path,
@@ -53,12 +60,12 @@ def train(config: Config) -> int:
         config_plain=to_plain(config),
         resume_step=trainer.step if run.resuming else None,
     )
-    with closing(metrics), closing(console):
-        outcome = trainer.run(metrics, stop)
-    if not outcome.complete:
-        console.note(f"stopped at step {outcome.steps}; train.resume=true goes on from there")
+    with closing(metrics), closing(console), stop.deferred():
+        complete = trainer.run(metrics, stop)
+    if not complete:
+        print(f"stopped at step {trainer.step}; train.resume=true goes on from there")
         return stop.exit_code
-    _finish(run, trainer, corpus, outcome)
+    _finish(run, trainer, corpus)
     return 0
 
 
@@ -80,36 +87,48 @@ def _describe(console: Console, trainer: Trainer) -> None:
         console.note(f"experts: masked products from k={config.kernels.masked_from_k} on")
 
 
-def _finish(run: RunFolder, trainer: Trainer, corpus: PreparedCorpus, outcome: Outcome) -> None:
+def _finish(run: RunFolder, trainer: Trainer, corpus: PreparedCorpus) -> None:
     """Evaluate, compare with counting, draw, and write summary.json."""
     config = run.config
     split = config.eval.split
-    print(
-        f"evaluating the {split.name} split ({', '.join(f'k={k}' for k in config.eval.k)}) ...",
-        flush=True,
-    )
+    print(f"evaluating the {split.name} split ...", flush=True)
     curve = slimming_curve(trainer.model, trainer.routers, corpus, config)
     baselines = counting_baselines(corpus, split, config.eval.max_symbols)
     bpc = {name: found.bpc for name, found in curve.items()}
     summary: dict[str, Any] = {
         "bpc": bpc,
-        "tokens_per_second": outcome.tokens_per_second,
+        **training_totals(run.path / "metrics.jsonl"),
         "peak_memory_bytes": peak_memory_bytes(),
         **baselines,
-        "training_seconds": outcome.training_seconds,
-        "outside_fraction": outcome.outside_fraction,
-        "steps": outcome.steps,
+        "steps": trainer.step,
         "split": split.name,
         "symbols": next(iter(curve.values())).symbols,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "corpus_sha256": corpus.sha256,
     }
-    (run.path / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (run.path / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
     plot_loss(run.path / "metrics.jsonl", run.path / "loss.png")
     lines = {"order 3": baselines["order3_bpc"], "bzip2 -9": baselines["bzip2_bpc"]}
     plot_slimming(bpc, lines, run.path / "slimming.png")
     print(result_table(summary))
     print(f"{run.path}: config.yaml metrics.jsonl checkpoints/ loss.png slimming.png summary.json")
+
+
+def training_totals(metrics: Path) -> dict[str, float]:
+    """Add up a run's logged steps, over all its processes: speed, time, and the share outside the model's own work."""
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    rows = [row for row in rows if "step_ms" in row]
+    steps = [
+        row["step"] - before
+        for row, before in zip(rows, [0, *(row["step"] for row in rows)], strict=False)
+    ]
+    total_ms = sum(count * row["step_ms"] for count, row in zip(steps, rows, strict=True))
+    outside_ms = sum(count * row["outside_ms"] for count, row in zip(steps, rows, strict=True))
+    return {
+        "tokens_per_second": 1e3 * rows[-1]["tokens"] / total_ms,
+        "training_seconds": total_ms / 1e3,
+        "outside_fraction": outside_ms / total_ms,
+    }
 
 
 def counting_baselines(corpus: PreparedCorpus, split: Split, max_symbols: int) -> dict[str, float]:

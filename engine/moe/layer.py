@@ -9,6 +9,7 @@ Letters: T local tokens, D width, R received rows, E experts.
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from engine.config import KernelsConfig, ModelConfig, MoEConfig, Router
@@ -78,7 +79,7 @@ class MoELayer(nn.Module):
         return LayerOutput(y_TD, auxiliary_loss, plan.count_E)
 
     def _plan(self, x_TD: Tensor, call: LayerCall) -> tuple[Plan, Tensor]:
-        no_loss = x_TD.new_zeros(())
+        no_loss = torch.zeros((), device=x_TD.device)
         if self.router is None:
             if call.plan is None or call.plan.k != call.k:
                 found = "no plan" if call.plan is None else f"a plan for k={call.plan.k}"

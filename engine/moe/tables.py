@@ -93,7 +93,10 @@ def build_tables(
         path = cache_dir / f"tables-{key}.npz"
         arrays = _load(path) or _build(moe, vocab_size, train_ids, num_tables, seed)
         if not path.exists():
-            _save(path, arrays)
+            try:
+                _save(path, arrays)
+            except OSError as error:
+                _log.warning("the tables are not cached: %s", error)
     order_trE = torch.from_numpy(arrays["order"])
     logits_trE = torch.from_numpy(arrays["logits"]) if "logits" in arrays else None
     return [

@@ -1,8 +1,19 @@
 """Sampling: top-p keeps the fewest ids that reach p, temperature 0 is the arg max."""
 
+import pytest
 import torch
 
-from engine.generate import Sampling, sample
+from engine.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    KernelsConfig,
+    ModelConfig,
+    MoEConfig,
+    Router,
+)
+from engine.generate import Sampling, generate, sample
+from engine.model import Routing, TransformerXL
 
 
 def draws(logits, temperature, top_p, count=2000):
@@ -27,3 +38,28 @@ def test_top_p_cuts_the_tail():
 def test_low_temperature_sharpens():
     logits = torch.tensor([0.6, 0.4]).log()
     assert draws(logits, 0.25, 1.0)[0] > 0.8 > draws(logits, 1.0, 1.0)[0]
+
+
+@pytest.mark.parametrize("memory", [0, 3])
+def test_symbol_by_symbol_equals_a_whole_segment(memory):
+    """Greedy sampling inside one segment must agree with the model run over the whole text at once."""
+    torch.manual_seed(0)
+    config = Config(
+        data=DataConfig(streams=1, segment=12),
+        model=ModelConfig(
+            layers=1, width=16, heads=2, head_width=8, memory=memory, dropout=0.0, init_std=0.5
+        ),
+        moe=MoEConfig(router=Router.frozen, experts=4, expert_width=8),
+        eval=EvalConfig(k=[2]),
+        kernels=KernelsConfig(masked_from_k=5),
+    )
+    model = TransformerXL(config.model, config.moe, config.kernels, 20).eval()
+    greedy = Sampling(0, 1.0, torch.Generator())
+    prompt = [3, 1, 4]
+    found = list(generate(model, None, config, prompt, k=2, length=9, sampling=greedy))
+    text = prompt[:]
+    with torch.inference_mode():
+        for _ in range(9):
+            logits = model.logits(torch.tensor([text]), None, Routing(2)).logits_BQV
+            text.append(int(logits[0, -1].argmax()))
+    assert prompt + found == text

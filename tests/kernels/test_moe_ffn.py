@@ -149,6 +149,16 @@ def self_mask(tokens, units, rate, *, seed, expert, sigma):
     return (keep - keep.mean()) / sigma
 
 
+def test_neighbouring_seeds_share_no_row():
+    """The layers of a step have neighbouring seeds; no token of one may have the mask of another token of the other."""
+    tokens = torch.arange(4096)
+    rows = [
+        set(row_hash(Dropout(0.1, seed, tokens), tokens, 0).tolist()) for seed in range(6000, 6008)
+    ]
+    shared = sum(len(a & b) for i, a in enumerate(rows) for b in rows[:i])
+    assert shared <= 4  # 28 pairs x 4096^2 / 2^31: 0.2 expected by chance
+
+
 def test_keep_mask_depends_on_token_not_on_row_number():
     tokens = torch.tensor([5, 9, 5])
     keep = keep_mask(row_hash(Dropout(0.5, 1, tokens), tokens, 0), unit_hash(64), 0.5)

@@ -1,6 +1,8 @@
 """The command line as a person meets it: what is refused, with which line, and that nothing is overwritten."""
 
+import fcntl
 import importlib
+import json
 import os
 import signal
 import subprocess
@@ -68,6 +70,9 @@ BAD = {
     "n-gram": (["moe.ngram=4"], ["moe.ngram=4", "1, 2 or 3"]),
     "missing file": (["corpus.path=/does/not/exist"], ["/does/not/exist", "no such file"]),
     "clipping at ZeRO-0": (["train.zero_stage=0"], ["optim.clip", "zero_stage"]),
+    "no memory": (["model.memory=0", "eval.same_length=true"], ["eval.same_length", "memory"]),
+    "threads": (["train.threads=-1"], ["train.threads=-1", "at least 0"]),
+    "seed": (["train.seed=4294967296"], ["train.seed=4294967296", "below"]),
     "run name": (["train.name=../x"], ["../x", "folder name"]),
 }
 
@@ -101,6 +106,37 @@ def test_a_run_folder_is_never_overwritten(run, tmp_path, text):
     other = run("train", *small(tmp_path, text, "train.resume=true", "optim.lr=0.5"))
     assert other.returncode == 2 and "optim.lr=0.5" in other.stderr and "0.002" in other.stderr
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_start_that_failed_does_not_take_the_name(run, tmp_path, text):
+    failed = run("train", *small(tmp_path, text, "train.zero_stage=0"))
+    assert failed.returncode == 2 and "zero_stage" in failed.stderr
+    assert run("train", *small(tmp_path, text, "train.steps=2")).returncode == 0
+
+
+def test_a_folder_in_use_or_not_a_run_is_refused(run, tmp_path, text):
+    folder = tmp_path / "runs/debug"
+    folder.mkdir(parents=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = run("train", *small(tmp_path, text))
+        assert done.returncode == 2 and "in use by another process" in done.stderr
+    (folder / "thesis.txt").write_text("precious")
+    done = run("train", *small(tmp_path, text))
+    assert done.returncode == 2 and "thesis.txt" in done.stderr
+    (tmp_path / "file").write_text("")
+    done = run("train", *small(tmp_path, text), f"train.runs_dir={tmp_path / 'file'}")
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_sweep_gives_each_job_a_folder_and_resumes(run, tmp_path, text):
+    options = ["-m", *small(tmp_path, text, "moe.spread=1,2", "train.name=sweep")]
+    assert run("train", *options).returncode == 0
+    folders = sorted(path.name for path in (tmp_path / "runs").iterdir() if path.is_dir())
+    assert len(folders) == 2 and all("moe.spread=" in name for name in folders)
+    again = run("train", *options, "train.resume=true")
+    assert again.returncode == 0 and again.stdout.count("is complete") == 2
+    assert folders == sorted(path.name for path in (tmp_path / "runs").iterdir() if path.is_dir())
 
 
 @pytest.mark.parametrize(
@@ -155,8 +191,6 @@ def test_a_stop_saves_and_the_run_goes_on(run, tmp_path, text, number):
 
 def test_the_whole_way_of_a_run(run, tmp_path, text):
     """Train, read what it left, evaluate and sample from it."""
-    import json
-
     assert run("train", *small(tmp_path, text)).returncode == 0
     folder = tmp_path / "runs/debug"
     names = {path.name for path in folder.iterdir()}
@@ -184,5 +218,9 @@ def test_the_whole_way_of_a_run(run, tmp_path, text):
     texts = [sample.stdout for sample in samples]
     assert texts[0] == texts[1] != texts[2] and texts[0].startswith("the ")
     resumed = run("train", *small(tmp_path, text, "train.resume=true"))
-    assert resumed.returncode == 0 and "resumed at step 4" in resumed.stdout
+    assert resumed.returncode == 0 and "is complete" in resumed.stdout
+    done = run("evaluate", f"run={folder}", "memory=0", "same_length=true")
+    assert done.returncode == 2 and "same_length" in done.stderr
+    done = run("evaluate", f"run={folder}", "protocol=published", "k=[2]", "max_symbols=300")
+    assert done.returncode == 0, done.stderr
     assert json.loads((folder / "summary.json").read_text())["bpc"] == summary["bpc"]
