@@ -7,6 +7,8 @@ RUN := $(VENV)/bin/python
 export DS_ACCELERATOR ?= cpu
 
 .PHONY: train test test-all lint clean
+# One thread: tests are many small operations, and a second core is often busy.
+test test-all: export OMP_NUM_THREADS = 1
 train: $(VENV)/ready
 	$(RUN) -m launch.train experiment=quickstart train.resume=true $(ARGS)
 
