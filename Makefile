@@ -4,7 +4,6 @@
 PYTHON ?= python3.11
 VENV := .venv
 RUN := $(VENV)/bin/python
-export DS_ACCELERATOR ?= cpu
 
 .PHONY: train test test-all lint clean
 # One thread: tests are many small operations, and a second core is often busy.

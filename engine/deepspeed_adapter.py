@@ -20,9 +20,8 @@ from torch import distributed as dist
 from engine.config import Config, Precision, require
 from engine.optim import build_optimizer
 
-os.environ["DS_ACCELERATOR"] = (
-    "cpu"  # all of foreroute runs on the CPU so far, also where there is a GPU
-)
+# All of foreroute runs on the CPU so far, also where there is a GPU.
+os.environ["DS_ACCELERATOR"] = "cpu"
 import deepspeed
 import deepspeed.ops
 from deepspeed.utils import (

@@ -158,9 +158,8 @@ def _start_wandb(
             group=config.group,
             name=name,
             id=id_file.read_text().strip(),
-            resume="allow"
-            if config.mode is WandbMode.online
-            else None,  # an offline log has no past
+            # an offline log has no past
+            resume="allow" if config.mode is WandbMode.online else None,
             config=config_plain,
             dir=folder,
             mode=config.mode.value,

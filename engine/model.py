@@ -33,9 +33,7 @@ class Routing:
     """What the expert layers of one forward pass need besides their input; a dense model ignores it."""
 
     k: int  # active experts
-    plans: tuple[Plan, ...] | None = (
-        None  # one shared by all layers or one per layer; None for live routers
-    )
+    plans: tuple[Plan, ...] | None = None  # one for all layers, or one each; None for live routers
     token_T: Tensor | None = None  # int64: global number of each token; None counts from 0
     dropout_seed: int = 0  # of (run, step), for the experts' stateless dropout
 

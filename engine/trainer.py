@@ -101,9 +101,7 @@ class Trainer:
             )
         state = checkpoint.load(path, self.engine)
         self.step = state.step
-        if (
-            self.routers is not None
-        ):  # tables belong to the model: the saved ones, whatever would be built today
+        if self.routers is not None:  # tables belong to the model: take the saved ones
             self.routers = [HashedRouter(table_from_state(table)) for table in state.tables]
         torch.set_rng_state(state.rng)
         if state.memory is not None:

@@ -62,7 +62,7 @@ def train(config: Config) -> int:
     )
     with closing(metrics), closing(console), stop.deferred():
         complete = trainer.run(metrics, stop)
-    if not complete:
+    if not complete or stop():
         print(f"stopped at step {trainer.step}; train.resume=true goes on from there")
         return stop.exit_code
     _finish(run, trainer, corpus)
