@@ -4,8 +4,24 @@ Knows tensors and integers only: no configuration, no process group, no nn.Modul
 reference beside it. Import from here: `from kernels import moe_ffn, ExpertRows`.
 """
 
+from kernels.combine import combine
 from kernels.dropout import Dropout, keep_mask
-from kernels.moe_ffn import ExpertWeights, moe_ffn
-from kernels.rows import ExpertRows, expert_rows
+from kernels.expert_ffn import expert_ffn
+from kernels.moe_ffn import moe_ffn
+from kernels.operands import ExpertWeights
+from kernels.permute_rows import permute_rows, unpermute_rows
+from kernels.rows import ExpertRows, expert_rows, expert_rows_from_lists
 
-__all__ = ["Dropout", "ExpertRows", "ExpertWeights", "expert_rows", "keep_mask", "moe_ffn"]
+__all__ = [
+    "Dropout",
+    "ExpertRows",
+    "ExpertWeights",
+    "combine",
+    "expert_ffn",
+    "expert_rows",
+    "expert_rows_from_lists",
+    "keep_mask",
+    "moe_ffn",
+    "permute_rows",
+    "unpermute_rows",
+]

@@ -22,6 +22,19 @@ class Dropout:
     rate: float  # probability of zeroing a unit, in [0, 1)
     seed: int  # of (run, step, micro-batch, layer)
     token_R: Tensor  # int64: global token number of each input row
+    first_expert: int = 0  # global number of local expert 0
+
+    @property
+    def threshold(self) -> int:
+        """A unit is kept when the product of its hashes, as int32, is at least this."""
+        return round(self.rate * 2**32) - 2**31
+
+    @property
+    def seed_words(self) -> tuple[int, int]:
+        """The mixed seed's low and high word, each as int32: neighbouring seeds have unlike words."""
+        mixed = _mix64(self.seed)
+        low, high = (word - 2**32 * (word >> 31) for word in (mixed & _MASK32, mixed >> 32))
+        return low, high
 
     @property
     def scale(self) -> float:
@@ -38,13 +51,12 @@ def hash32(value: Tensor) -> Tensor:
 
 
 def row_hash(dropout: Dropout, token_N: Tensor, expert: int | Tensor) -> Tensor:
-    """Hash (seed, token, global expert) to odd int32, one for each expert row."""
-    seed = _mix64(
-        dropout.seed
-    )  # seeds are often neighbours, and so are tokens: neither may stand for the other
-    mixed_N = hash32(token_N ^ (seed & _MASK32))
-    mixed_N = hash32(mixed_N ^ (token_N >> 32) ^ (seed >> 32))
-    return (hash32(mixed_N + expert * 0x9E3779B1) | 1).to(torch.int32)
+    """Hash (seed, token, global number of the local expert) to odd int32, one for each expert row."""
+    # Seeds are often neighbours, and so are tokens: neither may stand for the other, so the seed is mixed first.
+    low, high = dropout.seed_words
+    mixed_N = hash32(token_N ^ low)
+    mixed_N = hash32(mixed_N ^ (token_N >> 32) ^ high)
+    return (hash32(mixed_N + (dropout.first_expert + expert) * 0x9E3779B1) | 1).to(torch.int32)
 
 
 def _mix64(value: int) -> int:
@@ -61,7 +73,6 @@ def unit_hash(width: int, device: torch.device | None = None) -> Tensor:
     return (hash32(torch.arange(1, width + 1, device=device) * 0x9E3779B1) | 1).to(torch.int32)
 
 
-def keep_mask(row_hash_N: Tensor, unit_hash_F: Tensor, rate: float) -> Tensor:
+def keep_mask(row_hash_N: Tensor, unit_hash_F: Tensor, threshold: int) -> Tensor:
     """Return the mask [N, F], bool, True where a unit is kept (probability 1 - rate)."""
-    threshold = round(rate * 2**32) - 2**31
     return (row_hash_N[:, None] * unit_hash_F) >= threshold

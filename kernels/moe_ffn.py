@@ -1,36 +1,45 @@
-"""The expert layer as one operation: gather rows, feed-forward of each expert, weighted sum per input row.
+"""moe_ffn: the expert layer as one operation: expert_ffn, then combine.
 
     out[r] = sum over the expert rows n of r:  weight[n] * FFN_e(n)(x[r])
-    FFN_e(x) = dropout(act(x @ w1[e].T + b1[e])) @ w2[e] + b2[e],   act = ReLU, or SwiGLU = silu(.) * (x @ w3[e].T)
 
-Two ways to compute it, same inputs, same result up to rounding. `grouped`: each expert multiplies only the rows that
-chose it. `masked`: each expert multiplies all rows and rows that did not choose it get weight 0; no gather and no
-scatter, so it wins when k is near E. Both walk expert by expert, so that an expert's hidden units stay in the cache
-between their two products, and keep only x and the pre-activations for backward.
+What the pair gains by being one: backward reads the output's gradient through the index (no copy of it for each expert
+row), and the gradient of the weights, if anybody wants it, is rewritten so that the experts' outputs are not saved.
+Planned routers' weights are constants and their gradient is not computed. On the CPU, `masked` computes the same with
+all rows through all experts, which wins when k is near E (kernels/moe_ffn_masked.py).
 
-Letters: R input rows, D width, L experts here, F expert hidden width, N expert rows, n rows of one expert.
+Letters: R input rows, D width, L experts here, F expert hidden width, N expert rows.
 """
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.dropout import Dropout, keep_mask, row_hash, unit_hash
-from kernels.reference import moe_ffn_reference
+from kernels.combine import check_weight, combine_forward, combine_reference
+from kernels.dropout import Dropout
+from kernels.expert_ffn import (
+    expert_ffn_reference,
+    fake_saved,
+    ffn_backward,
+    ffn_forward,
+    split,
+)
+from kernels.moe_ffn_masked import masked_backward, masked_forward
+from kernels.operands import (
+    ExpertWeights,
+    Options,
+    Saved,
+    check_dropout,
+    check_rows,
+    check_weights,
+    pack_dropout,
+    pack_weights,
+    resolve_options,
+    unpack_dropout,
+    unpack_weights,
+    wants_grad,
+)
 from kernels.rows import ExpertRows
-
-
-class ExpertWeights(NamedTuple):
-    """Stacked parameters of the local experts; w3 (the gate) only for SwiGLU."""
-
-    w1_LFD: Tensor
-    b1_LF: Tensor
-    w2_LFD: Tensor  # second product, stored with the hidden unit first: y = a @ w2
-    b2_LD: Tensor
-    w3_LFD: Tensor | None = None
 
 
 def moe_ffn(
@@ -41,262 +50,136 @@ def moe_ffn(
     *,
     dropout: Dropout | None = None,
     masked: bool = False,
-    backend: str = "cpu",
+    backend: str | None = None,
+    mode: str = "lean",
+    precision: str = "ieee",
+    debug: bool = False,
 ) -> Tensor:
     """Apply each row's experts and add up their weighted outputs.
 
     Args:
-        x_RD: input rows, fp32, bf16 or fp64.
+        x_RD: input rows, contiguous; fp32, bf16 or fp16 (fp64 too on the CPU).
         weight_N: fp32 mixing weight of each expert row; gets a gradient only if it asks for one.
-        weights: stacked expert parameters, dtype of x.
-        rows: which row each expert row reads (see kernels/rows.py).
-        dropout: stateless dropout on the hidden units; None for none.
-        masked: multiply all rows by all experts (see above) instead of only the chosen ones.
-        backend: "cpu" or "reference" (plain loops).
+        masked: on the CPU, multiply all rows by all experts instead of only the chosen ones; keeps R * L * F numbers.
+        weights, rows, dropout, backend, mode, precision, debug: see kernels.expert_ffn.
 
     Returns:
         out_RD, dtype of x. A row without expert rows gives zeros.
 
     Raises:
-        ValueError: shapes or dtypes disagree, or the backend is unknown.
+        ValueError: an argument does not fit; the message names it, its value and what is allowed.
+
+    Example, the rows and experts of kernels.expert_ffn; row 1 mixes [17, 0.5] and [0, 38.5]:
+
+        >>> import torch
+        >>> from kernels import ExpertWeights, expert_rows_from_lists, moe_ffn
+        >>> rows = expert_rows_from_lists([[0], [0, 1]], num_experts=2)
+        >>> x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> w1 = torch.tensor([[[1.0, 1.0]], [[1.0, -1.0]]])
+        >>> b1 = torch.tensor([[10.0], [20.0]])
+        >>> w2 = torch.tensor([[[1.0, 0.0]], [[0.0, 2.0]]])
+        >>> b2 = torch.tensor([[0.0, 0.5], [0.0, 0.5]])
+        >>> moe_ffn(x, torch.tensor([1.0, 0.5, 0.5]), ExpertWeights(w1, b1, w2, b2), rows).tolist()
+        [[13.0, 0.5], [8.5, 19.5]]
     """
-    _check(x_RD, weight_N, weights, rows)
-    if backend == "reference":
-        return moe_ffn_reference(x_RD, weight_N, weights, rows, dropout)
-    if backend != "cpu":
-        raise ValueError(f"backend={backend!r}: must be 'cpu' or 'reference'")
-    function = _Masked if masked else _Grouped
-    out_RD: Tensor = function.apply(x_RD, weight_N, *weights, rows, dropout)
+    options = resolve_options(x_RD, backend, mode, precision)
+    check_weights(x_RD, weights, rows, options.backend)
+    check_rows(rows, x_RD, debug=debug)
+    check_weight(weight_N, rows, x_RD)
+    check_dropout(dropout, x_RD)
+    if masked and options.backend == "triton":
+        raise ValueError("masked=True: backend 'triton' multiplies only the chosen experts")
+    if options.backend == "reference":
+        y_ND = expert_ffn_reference(x_RD, weights, rows, dropout)
+        return combine_reference(y_ND, weight_N, rows)
+    save, dweight = wants_grad(x_RD, weight_N, *weights), wants_grad(weight_N)
+    out_RD, *_ = _moe_ffn(
+        x_RD, weight_N, pack_weights(weights), list(rows.tensors()), *pack_dropout(dropout), save, dweight, masked,
+        *options,
+    )  # fmt: skip
     return out_RD
 
 
-def _check(x_RD: Tensor, weight_N: Tensor, weights: ExpertWeights, rows: ExpertRows) -> None:
-    num_experts, width_F, width_D = weights.w1_LFD.shape
-    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
-        "x_RD": (x_RD, (rows.num_inputs, width_D)),
-        "weight_N": (weight_N, (rows.num_rows,)),
-        "b1_LF": (weights.b1_LF, (num_experts, width_F)),
-        "w2_LFD": (weights.w2_LFD, (num_experts, width_F, width_D)),
-        "b2_LD": (weights.b2_LD, (num_experts, width_D)),
-        "rows.offset_L": (rows.offset_L, (num_experts,)),
-    }
-    w3_LFD = weights.w3_LFD
-    if w3_LFD is not None:
-        expected["w3_LFD"] = (w3_LFD, (num_experts, width_F, width_D))
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: must be {shape}")
-    for name, (tensor, _) in expected.items():
-        if tensor.dtype != x_RD.dtype and name not in ("weight_N", "rows.offset_L"):
-            raise ValueError(f"{name} is {tensor.dtype}: must be {x_RD.dtype} like x_RD")
+@torch.library.custom_op("foreroute::moe_ffn", mutates_args=())
+def _moe_ffn(
+    x_RD: Tensor, weight_N: Tensor, weights: list[Tensor], rows: list[Tensor], token_R: Tensor | None, rate: float,
+    seed: int, first_expert: int, save: bool, dweight: bool, masked: bool, backend: str, mode: str, precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """out_RD, then Saved."""
+    dropout = unpack_dropout(token_R, rate, seed, first_expert)
+    experts, index = unpack_weights(weights), ExpertRows(*rows)
+    if masked:
+        out_RD, saved = masked_forward(x_RD, weight_N, experts, index, dropout, dweight=dweight)
+    else:
+        options = Options(backend, mode, precision)
+        y_ND, saved = ffn_forward(x_RD, experts, index, dropout, save, options)
+        out_RD = combine_forward(y_ND, weight_N, index, backend)
+    return out_RD, *saved
 
 
-def _act(z_nF: Tensor, u_nF: Tensor | None) -> Tensor:
-    return torch.relu(z_nF) if u_nF is None else F.silu(z_nF).mul_(u_nF)
+@_moe_ffn.register_fake
+def _(
+    x_RD: Tensor, weight_N: Tensor, weights: list[Tensor], rows: list[Tensor], *rest: Any
+) -> tuple[Tensor, ...]:
+    *_, save, _, masked, backend, mode, _ = rest
+    if not masked:
+        return torch.empty_like(x_RD), *fake_saved(x_RD, weights, rows, save, backend, mode)
+    width = weights[1].shape[0] * weights[1].shape[1]
+    num_gates = x_RD.shape[0] if len(weights) == 5 else 0
+    hidden_RH, gate_RH = x_RD.new_empty(x_RD.shape[0], width), x_RD.new_empty(num_gates, width)
+    return torch.empty_like(x_RD), hidden_RH, gate_RH, x_RD.new_empty(0)
 
 
-def _act_backward(da_nF: Tensor, z_nF: Tensor, u_nF: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Gradient at the pre-activation and at the gate input."""
-    if u_nF is None:
-        return torch.ops.aten.threshold_backward(da_nF, z_nF, 0), None
-    return torch.ops.aten.silu_backward(da_nF * u_nF, z_nF), F.silu(z_nF).mul_(da_nF)
+@torch.library.custom_op("foreroute::moe_ffn_backward", mutates_args=())
+def _moe_ffn_backward(
+    dout_RD: Tensor, x_RD: Tensor, weight_N: Tensor, weights: list[Tensor], rows: list[Tensor], saved: list[Tensor],
+    token_R: Tensor | None, rate: float, seed: int, first_expert: int, dweight: bool, masked: bool, backend: str,
+    mode: str, precision: str,
+) -> list[Tensor]:  # fmt: skip
+    """dx_RD, dweight_N (empty unless dweight), then the gradients of the weights."""
+    dropout = unpack_dropout(token_R, rate, seed, first_expert)
+    experts, index = unpack_weights(weights), ExpertRows(*rows)
+    if masked:
+        grads = masked_backward(
+            dout_RD, x_RD, weight_N, experts, index, dropout, Saved(*saved), dweight=dweight
+        )
+    else:
+        grads = ffn_backward(
+            dout_RD, x_RD, experts, index, dropout, Saved(*saved), weight_N=weight_N, dweight=dweight,
+            options=Options(backend, mode, precision),
+        )  # fmt: skip
+    dweight_N = weight_N.new_empty(0) if grads.weight_N is None else grads.weight_N
+    return [grads.x_RD, dweight_N, *pack_weights(grads.weights)]
 
 
-class _Saved(NamedTuple):
-    """What backward needs; z_MF (and u_MF for SwiGLU) are the pre-activations of all experts, expert-major."""
-
-    x_RD: Tensor
-    weight_N: Tensor
-    w1_LFD: Tensor
-    b1_LF: Tensor
-    w2_LFD: Tensor
-    b2_LD: Tensor
-    w3_LFD: Tensor | None
-    z_MF: Tensor
-    u_MF: Tensor | None
+@_moe_ffn_backward.register_fake
+def _(
+    dout_RD: Tensor, x_RD: Tensor, weight_N: Tensor, weights: list[Tensor], rows: list[Tensor], *rest: Any
+) -> list[Tensor]:  # fmt: skip
+    dweight = rest[5]
+    dweight_N = torch.empty_like(weight_N) if dweight else weight_N.new_empty(0)
+    return [torch.empty_like(x_RD), dweight_N, *(torch.empty_like(w) for w in weights)]
 
 
-def _forward_expert(
-    saved: _Saved, expert: int, span: slice, x_nD: Tensor, keep_nF: Tensor | None, scale: float
-) -> Tensor:
-    """Unweighted output [n, D] of one expert; leaves its pre-activations in saved.z_MF[span]."""
-    z_nF = torch.addmm(saved.b1_LF[expert], x_nD, saved.w1_LFD[expert].T, out=saved.z_MF[span])
-    u_nF = None
-    if saved.w3_LFD is not None and saved.u_MF is not None:
-        u_nF = torch.mm(x_nD, saved.w3_LFD[expert].T, out=saved.u_MF[span])
-    a_nF = _act(z_nF, u_nF)
-    if keep_nF is not None:
-        a_nF.mul_(keep_nF)
-    return torch.addmm(saved.b2_LD[expert], a_nF, saved.w2_LFD[expert], alpha=scale)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x_RD, weight_N, weights, rows, token_R, *rest = inputs
+    rate, seed, first_expert, _save, ctx.dweight, *ctx.how = rest
+    ctx.dropout = rate, seed, first_expert
+    ctx.num_weights = len(weights)
+    ctx.save_for_backward(x_RD, weight_N, *weights, *rows, *output[1:], token_R)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
-class _Gradients:
-    """Gradient buffers of the parameters, filled expert by expert."""
-
-    def __init__(self, saved: _Saved) -> None:
-        self.w1_LFD = torch.empty_like(saved.w1_LFD)
-        self.b1_LF = torch.empty_like(saved.b1_LF)
-        self.w2_LFD = torch.empty_like(saved.w2_LFD)
-        self.b2_LD = torch.empty_like(saved.b2_LD)
-        self.w3_LFD = None if saved.w3_LFD is None else torch.empty_like(saved.w3_LFD)
-
-    def expert(
-        self,
-        saved: _Saved,
-        expert: int,
-        span: slice,
-        x_nD: Tensor,
-        dout_nD: Tensor,
-        weight_n: Tensor,
-        keep_nF: Tensor | None,
-        scale: float,
-        dweight_n: Tensor | None,
-    ) -> Tensor:
-        """Write one expert's parameter gradients (and dweight_n if given) and return its dx [n, D].
-
-        The mixing weight is multiplied into the D-wide output gradient, not into the F-wide hidden units. Its own
-        gradient <dout, FFN(x)> is rewritten as <dout @ w2.T, a> + <dout, b2>, so that FFN(x) is not saved.
-        """
-        z_nF, w2_FD = saved.z_MF[span], saved.w2_LFD[expert]
-        u_nF = None if saved.u_MF is None else saved.u_MF[span]
-        a_nF = _act(z_nF, u_nF)
-        if keep_nF is not None:
-            a_nF.mul_(keep_nF)
-        weighted_nD = dout_nD * weight_n[:, None].to(dout_nD.dtype)
-        if dweight_n is not None:
-            hidden_n = ((dout_nD @ w2_FD.T) * a_nF).sum(1, dtype=dweight_n.dtype)
-            torch.add(dout_nD @ saved.b2_LD[expert], hidden_n, alpha=scale, out=dweight_n)
-        da_nF = weighted_nD @ w2_FD.T
-        if scale != 1.0:
-            da_nF.mul_(scale)
-        torch.addmm(w2_FD, a_nF.T, weighted_nD, beta=0, alpha=scale, out=self.w2_LFD[expert])
-        torch.sum(weighted_nD, 0, out=self.b2_LD[expert])
-        if keep_nF is not None:
-            da_nF.mul_(keep_nF)
-        dz_nF, du_nF = _act_backward(da_nF, z_nF, u_nF)
-        torch.mm(dz_nF.T, x_nD, out=self.w1_LFD[expert])
-        torch.sum(dz_nF, 0, out=self.b1_LF[expert])
-        dx_nD = dz_nF @ saved.w1_LFD[expert]
-        if du_nF is not None and saved.w3_LFD is not None and self.w3_LFD is not None:
-            torch.mm(du_nF.T, x_nD, out=self.w3_LFD[expert])
-            dx_nD.addmm_(du_nF, saved.w3_LFD[expert])
-        return dx_nD
-
-    def all(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """Return the buffers in the order of ExpertWeights."""
-        return self.w1_LFD, self.b1_LF, self.w2_LFD, self.b2_LD, self.w3_LFD
+def _backward(ctx: Any, dout_RD: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if dout_RD is None:
+        return None, None, [None] * ctx.num_weights, [None] * 4, *(None,) * 10
+    x_RD, weight_N, *tensors, token_R = ctx.saved_tensors
+    weights, rows, saved = split(tensors, ctx.num_weights)
+    dx_RD, dweight_N, *dweights = _moe_ffn_backward(
+        dout_RD.contiguous(), x_RD, weight_N, weights, rows, saved, token_R, *ctx.dropout, ctx.dweight, *ctx.how
+    )  # fmt: skip
+    return dx_RD, dweight_N if ctx.dweight else None, dweights, [None] * 4, *(None,) * 10
 
 
-def _spans(rows: ExpertRows) -> Iterator[tuple[int, slice]]:
-    start = 0
-    for expert, count in enumerate(rows.counts()):
-        yield expert, slice(start, start + count)
-        start += count
-
-
-class _Masks:
-    """Dropout masks of one operation, made one expert at a time."""
-
-    def __init__(self, dropout: Dropout | None, width: int, device: torch.device) -> None:
-        self.dropout = dropout
-        self.scale = 1.0 if dropout is None else dropout.scale
-        self.unit_F = None if dropout is None else unit_hash(width, device)
-
-    def keep(self, expert: int, source_n: Tensor | None) -> Tensor | None:
-        """Mask [n, F] of an expert for the given input rows (None: all of them)."""
-        if self.dropout is None or self.unit_F is None:
-            return None
-        token_R = self.dropout.token_R
-        token_n = token_R if source_n is None else token_R.index_select(0, source_n)
-        return keep_mask(row_hash(self.dropout, token_n, expert), self.unit_F, self.dropout.rate)
-
-
-def _pre_activations(count: int, b1_LF: Tensor, gated: bool) -> tuple[Tensor, Tensor | None]:
-    z_MF = b1_LF.new_empty(count, b1_LF.shape[1])
-    return z_MF, torch.empty_like(z_MF) if gated else None
-
-
-class _Grouped(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, weight_N: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor,
-                w3: Tensor | None, rows: ExpertRows, dropout: Dropout | None) -> Tensor:  # fmt: skip
-        z_MF, u_MF = _pre_activations(rows.num_rows, b1, w3 is not None)
-        saved = _Saved(x_RD, weight_N, w1, b1, w2, b2, w3, z_MF, u_MF)
-        masks = _Masks(dropout, w1.shape[1], x_RD.device)
-        y_ND = x_RD.new_empty(rows.num_rows, x_RD.shape[1])
-        for expert, span in _spans(rows):
-            source_n = rows.source_N[span]
-            x_nD = x_RD.index_select(0, source_n)
-            y_nD = _forward_expert(
-                saved, expert, span, x_nD, masks.keep(expert, source_n), masks.scale
-            )
-            torch.mul(y_nD, weight_N[span, None].to(y_nD.dtype), out=y_ND[span])
-        ctx.save_for_backward(*saved)
-        ctx.rows, ctx.dropout = rows, dropout
-        return F.embedding_bag(rows.slot_N, y_ND, rows.slot_offset_R, mode="sum")
-
-    @staticmethod
-    def backward(ctx: Any, dout_RD: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        saved, rows = _Saved(*ctx.saved_tensors), ctx.rows
-        masks = _Masks(ctx.dropout, saved.w1_LFD.shape[1], dout_RD.device)
-        gradients = _Gradients(saved)
-        dweight_N = torch.empty_like(saved.weight_N) if ctx.needs_input_grad[1] else None
-        dx_ND = saved.x_RD.new_empty(rows.num_rows, saved.x_RD.shape[1])
-        for expert, span in _spans(rows):
-            source_n = rows.source_N[span]
-            dweight_n = None if dweight_N is None else dweight_N[span]
-            dx_ND[span] = gradients.expert(
-                saved, expert, span, saved.x_RD.index_select(0, source_n), dout_RD.index_select(0, source_n),
-                saved.weight_N[span], masks.keep(expert, source_n), masks.scale, dweight_n,
-            )  # fmt: skip
-        dx_RD = F.embedding_bag(rows.slot_N, dx_ND, rows.slot_offset_R, mode="sum")
-        return dx_RD, dweight_N, *gradients.all(), None, None
-
-
-class _Masked(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, weight_N: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor,
-                w3: Tensor | None, rows: ExpertRows, dropout: Dropout | None) -> Tensor:  # fmt: skip
-        num_experts, num_inputs = w1.shape[0], x_RD.shape[0]
-        weight_LR = weight_N.new_zeros(num_experts, num_inputs)
-        weight_LR[_expert_of(rows), rows.source_N] = weight_N
-        z_MF, u_MF = _pre_activations(num_experts * num_inputs, b1, w3 is not None)
-        saved = _Saved(x_RD, weight_LR, w1, b1, w2, b2, w3, z_MF, u_MF)
-        masks = _Masks(dropout, w1.shape[1], x_RD.device)
-        out_RD = _accumulator(x_RD)
-        for expert in range(num_experts):
-            span = slice(expert * num_inputs, (expert + 1) * num_inputs)
-            y_RD = _forward_expert(saved, expert, span, x_RD, masks.keep(expert, None), masks.scale)
-            out_RD.addcmul_(y_RD, weight_LR[expert, :, None].to(y_RD.dtype))
-        ctx.save_for_backward(*saved)
-        ctx.rows, ctx.dropout = rows, dropout
-        return out_RD.to(x_RD.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, dout_RD: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        saved, rows = _Saved(*ctx.saved_tensors), ctx.rows
-        masks = _Masks(ctx.dropout, saved.w1_LFD.shape[1], dout_RD.device)
-        gradients = _Gradients(saved)
-        dweight_LR = torch.empty_like(saved.weight_N) if ctx.needs_input_grad[1] else None
-        dx_RD = _accumulator(saved.x_RD)
-        num_inputs = dx_RD.shape[0]
-        for expert in range(rows.num_experts):
-            span = slice(expert * num_inputs, (expert + 1) * num_inputs)
-            dweight_R = None if dweight_LR is None else dweight_LR[expert]
-            dx_RD += gradients.expert(
-                saved, expert, span, saved.x_RD, dout_RD, saved.weight_N[expert],
-                masks.keep(expert, None), masks.scale, dweight_R,
-            )  # fmt: skip
-        dweight_N = None if dweight_LR is None else dweight_LR[_expert_of(rows), rows.source_N]
-        return dx_RD.to(dout_RD.dtype), dweight_N, *gradients.all(), None, None
-
-
-def _accumulator(like: Tensor) -> Tensor:
-    """Zeros in at least fp32, to add up experts in."""
-    return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
-
-
-def _expert_of(rows: ExpertRows) -> Tensor:
-    """Local expert of each expert row, [N]."""
-    counts = torch.diff(rows.offset_L, prepend=rows.offset_L.new_zeros(1))
-    return torch.arange(rows.num_experts, device=counts.device).repeat_interleave(counts)
+_moe_ffn.register_autograd(_backward, setup_context=_setup_context)

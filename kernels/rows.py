@@ -1,6 +1,6 @@
 """Expert rows: which input row each expert-row reads and where its result is added, as plain index tensors.
 
-Built by engine/moe/plan.py (or by hand in tests), read by every backend of kernels.moe_ffn. No values of x in here.
+Built by engine/moe/plan.py (or by hand in tests), read by every operation of an expert layer. No values of x in here.
 
 Letters: R input rows, L experts here, N expert rows (one per input row and active local expert).
 """
@@ -49,6 +49,47 @@ class ExpertRows:
         ends = self.offset_L.tolist()
         return [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Give the fields in order."""
+        return self.source_N, self.offset_L, self.slot_N, self.slot_offset_R
+
+    def expert_N(self) -> Tensor:
+        """Local expert of each expert row, int64."""
+        counts_L = torch.diff(self.offset_L, prepend=self.offset_L.new_zeros(1))
+        expert_L = torch.arange(self.num_experts, device=counts_L.device)
+        return expert_L.repeat_interleave(counts_L, output_size=self.num_rows)
+
+    def validate(self) -> None:
+        """Check every index, on the host.
+
+        Raises:
+            ValueError: an index is out of range, or the fields contradict each other; names field and value.
+        """
+        num_rows, num_inputs = self.num_rows, self.num_inputs
+        _check_range("rows.source_N", self.source_N, num_inputs)
+        _check_range("rows.slot_N", self.slot_N, num_rows)
+        for name, ends in (("offset_L", self.offset_L), ("slot_offset_R", self.slot_offset_R)):
+            if (torch.diff(ends) < 0).any():
+                raise ValueError(f"rows.{name}={ends.tolist()}: must not decrease")
+            _check_range(f"rows.{name}", ends, num_rows + 1)
+        last = int(self.offset_L[-1]) if self.num_experts else 0
+        if last != num_rows:
+            raise ValueError(f"rows.offset_L ends at {last}: must end at {num_rows}")
+        if num_inputs and int(self.slot_offset_R[0]) != 0:
+            raise ValueError(
+                f"rows.slot_offset_R starts at {int(self.slot_offset_R[0])}: must be 0"
+            )
+        counts_R = torch.diff(self.slot_offset_R, append=self.slot_offset_R.new_tensor([num_rows]))
+        reader_N = torch.arange(num_inputs, device=counts_R.device).repeat_interleave(counts_R)
+        if not torch.equal(self.source_N[self.slot_N], reader_N):
+            raise ValueError("rows.slot_N does not list the expert rows of each input row")
+
+
+def _check_range(name: str, index: Tensor, end: int) -> None:
+    bad = index[(index < 0) | (index >= end)]
+    if bad.numel():
+        raise ValueError(f"{name} holds {int(bad[0])}: must be from 0 to {end - 1}")
+
 
 def expert_rows(expert_RK: Tensor, num_experts: int) -> tuple[ExpertRows, Tensor]:
     """Sort the choices [R, K] of local experts into expert-major order.
@@ -72,3 +113,22 @@ def _stable_order(key_N: Tensor, num_keys: int) -> Tensor:
     if key_N.is_cuda or num_keys > 256:
         return torch.argsort(key_N, stable=True)
     return torch.from_numpy(np.argsort(key_N.to(torch.uint8).numpy(), kind="stable"))
+
+
+def expert_rows_from_lists(experts: list[list[int]], num_experts: int) -> ExpertRows:
+    """Make expert rows from each input row's local experts, any number of them; for tests, examples and small tools.
+
+    Example: [[0], [0, 1]] for two experts gives source_N = [0, 1, 1], offset_L = [2, 3], slot_N = [0, 1, 2],
+    slot_offset_R = [0, 1].
+    """
+    pairs = sorted((e, r, k) for r, chosen in enumerate(experts) for k, e in enumerate(chosen))
+    row_of = {(r, k): n for n, (_, r, k) in enumerate(pairs)}
+    slots = [row_of[r, k] for r, chosen in enumerate(experts) for k in range(len(chosen))]
+    offset = [sum(e <= last for e, _, _ in pairs) for last in range(num_experts)]
+    starts = [sum(map(len, experts[:r])) for r in range(len(experts))]
+    return ExpertRows(
+        torch.tensor([r for _, r, _ in pairs], dtype=torch.int64),
+        torch.tensor(offset, dtype=torch.int32),
+        torch.tensor(slots, dtype=torch.int64),
+        torch.tensor(starts, dtype=torch.int64),
+    )

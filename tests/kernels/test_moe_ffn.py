@@ -127,7 +127,7 @@ def test_bad_input_is_named(field, value, message):
 def test_keep_mask_is_uniform_and_uncorrelated():
     tokens, units, rate = 2000, 512, 0.1
     dropout = Dropout(rate, 42, torch.arange(tokens))
-    keep = keep_mask(row_hash(dropout, dropout.token_R, 3), unit_hash(units), rate).double()
+    keep = keep_mask(row_hash(dropout, dropout.token_R, 3), unit_hash(units), dropout.threshold).double()
     sigma = (rate * (1 - rate)) ** 0.5
     assert abs(keep.mean() - (1 - rate)) < 5 * sigma / (tokens * units) ** 0.5
     # each row and each column is a sample of its own: the spread of the means must be binomial
@@ -145,7 +145,7 @@ def test_keep_mask_is_uniform_and_uncorrelated():
 
 def self_mask(tokens, units, rate, *, seed, expert, sigma):
     dropout = Dropout(rate, seed, torch.arange(tokens))
-    keep = keep_mask(row_hash(dropout, dropout.token_R, expert), unit_hash(units), rate).double()
+    keep = keep_mask(row_hash(dropout, dropout.token_R, expert), unit_hash(units), dropout.threshold).double()
     return (keep - keep.mean()) / sigma
 
 
@@ -161,5 +161,5 @@ def test_neighbouring_seeds_share_no_row():
 
 def test_keep_mask_depends_on_token_not_on_row_number():
     tokens = torch.tensor([5, 9, 5])
-    keep = keep_mask(row_hash(Dropout(0.5, 1, tokens), tokens, 0), unit_hash(64), 0.5)
+    keep = keep_mask(row_hash(Dropout(0.5, 1, tokens), tokens, 0), unit_hash(64), 0)
     assert torch.equal(keep[0], keep[2]) and not torch.equal(keep[0], keep[1])

@@ -1,0 +1,144 @@
+"""combine: the weighted sum of expert rows into token rows; one pass, summed in fp32 in a fixed order.
+
+    out[r] = sum over the expert rows n of r, in order, of weight[n] * y[n]
+
+Rows may have any number of expert rows, none included: an expert rank adds up what its own experts gave (a partial
+result), and the token's rank adds up the partial results, then without weights.
+
+Letters: N expert rows, R token rows, D columns.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import combine_cpu, combine_launch
+from kernels.operands import (
+    check_dtype,
+    check_float,
+    check_rows,
+    check_tensor,
+    resolve_backend,
+    wants_grad,
+)
+from kernels.rows import ExpertRows
+
+
+def combine(
+    y_ND: Tensor,
+    weight_N: Tensor | None,
+    rows: ExpertRows,
+    *,
+    backend: str | None = None,
+    debug: bool = False,
+) -> Tensor:
+    """Add up each token row's expert rows.
+
+    Args:
+        y_ND: expert rows, contiguous; fp32, bf16 or fp16 (fp64 too on the CPU).
+        weight_N: fp32 weights (fp64 for fp64), or None for ones. The CPU rounds them to the dtype of y.
+        rows: source_N, slot_N and slot_offset_R say which rows belong together (kernels/rows.py).
+        backend: "cpu", "triton" or "reference"; by default "triton" on a GPU and "cpu" elsewhere.
+        debug: check every index on the host.
+
+    Returns:
+        out_RD, dtype of y. A row without expert rows gives zeros.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, its value and what is allowed.
+
+    Example:
+        >>> import torch
+        >>> from kernels import combine, expert_rows_from_lists
+        >>> rows = expert_rows_from_lists([[0], [1, 0], []], num_experts=2)
+        >>> rows.slot_N.tolist()
+        [0, 2, 1]
+        >>> y = torch.tensor([[1.0, 2.0], [10.0, 20.0], [100.0, 200.0]])
+        >>> combine(y, torch.tensor([1.0, 0.5, 0.1]), rows).tolist()
+        [[1.0, 2.0], [15.0, 30.0], [0.0, 0.0]]
+    """
+    backend = resolve_backend(y_ND, backend)
+    check_float("y_ND", y_ND, backend)
+    aligned = backend == "triton"
+    check_tensor("y_ND", y_ND, (rows.num_rows, y_ND.shape[-1]), y_ND, aligned=aligned)
+    if weight_N is not None:
+        check_weight(weight_N, rows, y_ND)
+    check_rows(rows, y_ND, debug=debug)
+    if backend == "reference":
+        return combine_reference(y_ND, weight_N, rows)
+    out_RD: Tensor = _combine(y_ND, weight_N, list(rows.tensors()), backend)
+    return out_RD
+
+
+def check_weight(weight_N: Tensor, rows: ExpertRows, like: Tensor) -> None:
+    """Raise ValueError unless mixing weights fit the expert rows."""
+    check_tensor("weight_N", weight_N, (rows.num_rows,), like)
+    check_dtype("weight_N", weight_N, (torch.promote_types(like.dtype, torch.float32),))
+
+
+def combine_reference(y_ND: Tensor, weight_N: Tensor | None, rows: ExpertRows) -> Tensor:
+    """Compute combine one row at a time in fp64, differentiated by autograd: the truth for tests."""
+    y = y_ND.double()
+    weight = y.new_ones(y.shape[0]) if weight_N is None else weight_N.double()
+    starts = [*rows.slot_offset_R.tolist(), rows.num_rows]
+    out = []
+    for r in range(rows.num_inputs):
+        total = y.new_zeros(y.shape[1])
+        for n in rows.slot_N[starts[r] : starts[r + 1]].tolist():
+            total = total + weight[n] * y[n]
+        out.append(total)
+    return torch.stack(out).to(y_ND.dtype) if out else y_ND[:0]
+
+
+def combine_forward(
+    y_ND: Tensor, weight_N: Tensor | None, rows: ExpertRows, backend: str
+) -> Tensor:
+    """Run the forward pass on the backend chosen."""
+    module = combine_launch if backend == "triton" else combine_cpu
+    return module.combine_forward(y_ND, weight_N, rows)
+
+
+@torch.library.custom_op("foreroute::combine", mutates_args=())
+def _combine(y_ND: Tensor, weight_N: Tensor | None, rows: list[Tensor], backend: str) -> Tensor:
+    return combine_forward(y_ND, weight_N, ExpertRows(*rows), backend)
+
+
+@_combine.register_fake
+def _(y_ND: Tensor, weight_N: Tensor | None, rows: list[Tensor], backend: str) -> Tensor:
+    return y_ND.new_empty(rows[3].shape[0], y_ND.shape[1])
+
+
+@torch.library.custom_op("foreroute::combine_backward", mutates_args=())
+def _combine_backward(
+    dout_RD: Tensor, y_ND: Tensor | None, weight_N: Tensor | None, rows: list[Tensor], backend: str
+) -> tuple[Tensor, Tensor]:
+    """dy_ND and dweight_N (empty without y_ND)."""
+    module = combine_launch if backend == "triton" else combine_cpu
+    dy_ND, dweight_N = module.combine_backward(dout_RD, y_ND, weight_N, ExpertRows(*rows))
+    return dy_ND, dout_RD.new_empty(0) if dweight_N is None else dweight_N
+
+
+@_combine_backward.register_fake
+def _(
+    dout_RD: Tensor, y_ND: Tensor | None, weight_N: Tensor | None, rows: list[Tensor], backend: str
+) -> tuple[Tensor, Tensor]:
+    dy_ND = dout_RD.new_empty(rows[0].shape[0], dout_RD.shape[1])
+    if y_ND is None or weight_N is None:
+        return dy_ND, dout_RD.new_empty(0)
+    return dy_ND, torch.empty_like(weight_N)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    y_ND, weight_N, rows, ctx.backend = inputs
+    ctx.dweight = wants_grad(weight_N)
+    ctx.save_for_backward(y_ND if ctx.dweight else None, weight_N, *rows)
+
+
+def _backward(ctx: Any, dout_RD: Tensor) -> tuple[Any, ...]:
+    y_ND, weight_N, *rows = ctx.saved_tensors
+    dy_ND, dweight_N = _combine_backward(dout_RD.contiguous(), y_ND, weight_N, rows, ctx.backend)
+    return dy_ND, dweight_N if ctx.dweight else None, [None] * 4, None
+
+
+_combine.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,198 @@
+"""What the operations of an expert layer take and give: weights, what backward needs, gradients; and their checks.
+
+Letters: R input rows, N expert rows, L experts here, D width, F expert hidden width.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from kernels.dropout import Dropout
+from kernels.launching import MAX_INT32, can_launch
+from kernels.rows import ExpertRows
+
+BACKENDS = ("cpu", "triton", "reference")
+MODES = ("lean", "fast")
+PRECISIONS = ("ieee", "tf32")
+_ALIGNMENT = 16  # bytes: the widest access of a GPU thread
+
+
+class ExpertWeights(NamedTuple):
+    """Stacked parameters of the local experts; w3 (the gate) only for SwiGLU."""
+
+    w1_LFD: Tensor
+    b1_LF: Tensor
+    w2_LFD: Tensor  # second product, stored with the hidden unit first: y = a @ w2
+    b2_LD: Tensor
+    w3_LFD: Tensor | None = None
+
+
+class Saved(NamedTuple):
+    """What the forward pass keeps for backward besides its inputs; empty tensors where there is nothing."""
+
+    hidden_NF: Tensor  # hidden units after activation and dropout; for SwiGLU the pre-activation
+    gate_NF: Tensor  # SwiGLU: input of the gate
+    x_ND: Tensor  # mode "fast": the gathered input rows
+
+
+class Options(NamedTuple):
+    """How an operation is executed; see kernels.expert_ffn."""
+
+    backend: str
+    mode: str
+    precision: str
+
+
+class FfnGradients(NamedTuple):
+    """Gradients of an expert feed-forward."""
+
+    x_RD: Tensor
+    weights: ExpertWeights
+    weight_N: Tensor | None  # of the mixing weights, if asked for
+
+
+def resolve_options(x: Tensor, backend: str | None, mode: str, precision: str) -> Options:
+    """Check how an operation shall be executed and choose the backend if the caller did not.
+
+    Raises:
+        ValueError: a value is unknown or the backend does not have it.
+    """
+    backend = resolve_backend(x, backend)
+    check_choice("mode", mode, MODES)
+    check_choice("precision", precision, PRECISIONS)
+    if mode == "fast" and backend == "triton":
+        raise ValueError("mode='fast': backend 'triton' has only 'lean'")
+    if precision == "tf32" and backend != "triton":
+        raise ValueError(f"precision='tf32': backend {backend!r} has only 'ieee'")
+    return Options(backend, mode, precision)
+
+
+def resolve_backend(x: Tensor, backend: str | None) -> str:
+    """Choose "triton" for tensors on a GPU and "cpu" otherwise, unless the caller said.
+
+    Raises:
+        ValueError: the backend is unknown or cannot run where the tensor is.
+    """
+    if backend is None:
+        return "triton" if x.is_cuda else "cpu"
+    check_choice("backend", backend, BACKENDS)
+    if backend == "triton" and not can_launch(x):
+        raise ValueError(
+            f"backend='triton': the tensors are on {x.device}; needs a GPU, or TRITON_INTERPRET=1 set before start"
+        )
+    if backend == "cpu" and x.is_cuda:
+        raise ValueError(f"backend='cpu': the tensors are on {x.device}")
+    return backend
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Say whether backward may follow."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def pack_weights(weights: ExpertWeights) -> list[Tensor]:
+    """Give the weights as the list that a custom operation takes: four, or five with the gate."""
+    return [w for w in weights if w is not None]
+
+
+def unpack_weights(weights: list[Tensor]) -> ExpertWeights:
+    """Undo pack_weights."""
+    return ExpertWeights(*weights)
+
+
+def pack_dropout(dropout: Dropout | None) -> tuple[Tensor | None, float, int, int]:
+    """Give dropout as token numbers, rate, seed (as int64) and first expert."""
+    if dropout is None:
+        return None, 0.0, 0, 0
+    seed = (dropout.seed + 2**63) % 2**64 - 2**63
+    return dropout.token_R, dropout.rate, seed, dropout.first_expert
+
+
+def unpack_dropout(
+    token_R: Tensor | None, rate: float, seed: int, first_expert: int
+) -> Dropout | None:
+    """Undo pack_dropout; the seed is the same modulo 2**64."""
+    return None if token_R is None else Dropout(rate, seed, token_R, first_expert)
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise ValueError unless the value is one of those allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
+
+
+def check_tensor(
+    name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor, *, aligned: bool = False
+) -> None:
+    """Raise ValueError unless a tensor has this shape, lies where `like` lies, is dense and, if asked, 16-byte aligned."""
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: must be {shape}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device}: must be on {like.device}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} has strides {tensor.stride()}: must be contiguous")
+    without_memory = torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)
+    if aligned and not without_memory and tensor.data_ptr() % _ALIGNMENT:
+        raise ValueError(f"{name} starts at an address that {_ALIGNMENT} does not divide")
+
+
+def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    """Raise ValueError unless a tensor has one of these dtypes."""
+    if tensor.dtype not in allowed:
+        raise ValueError(
+            f"{name} is {tensor.dtype}: must be {' or '.join(str(dtype) for dtype in allowed)}"
+        )
+
+
+def check_float(name: str, tensor: Tensor, backend: str) -> None:
+    """Raise ValueError unless the backend computes in this dtype."""
+    allowed = (torch.float32, torch.bfloat16, torch.float16)
+    check_dtype(name, tensor, allowed if backend == "triton" else (*allowed, torch.float64))
+
+
+def check_dropout(dropout: Dropout | None, x_RD: Tensor) -> None:
+    """Raise ValueError unless the dropout's rate and token numbers are usable."""
+    if dropout is None:
+        return
+    if not 0.0 <= dropout.rate < 1.0:
+        raise ValueError(f"dropout.rate={dropout.rate}: must be in [0, 1)")
+    check_dtype("dropout.token_R", dropout.token_R, (torch.int64,))
+    check_tensor("dropout.token_R", dropout.token_R, (x_RD.shape[0],), x_RD)
+
+
+def check_rows(rows: ExpertRows, like: Tensor, *, debug: bool) -> None:
+    """Raise ValueError unless expert rows fit each other and int32; with debug, also unless every index is in range."""
+    for name in ("num_rows", "num_inputs"):
+        if getattr(rows, name) > MAX_INT32:
+            raise ValueError(f"rows.{name}={getattr(rows, name)}: must be at most {MAX_INT32}")
+    for name, dtype, length in (
+        ("source_N", torch.int64, rows.num_rows),
+        ("offset_L", torch.int32, rows.num_experts),
+        ("slot_N", torch.int64, rows.num_rows),
+        ("slot_offset_R", torch.int64, rows.num_inputs),
+    ):
+        tensor = getattr(rows, name)
+        check_dtype(f"rows.{name}", tensor, (dtype,))
+        check_tensor(f"rows.{name}", tensor, (length,), like)
+    if debug:
+        rows.validate()
+
+
+def check_weights(x_RD: Tensor, weights: ExpertWeights, rows: ExpertRows, backend: str) -> None:
+    """Raise ValueError unless input rows, weights and expert rows fit each other and the backend."""
+    check_float("x_RD", x_RD, backend)
+    if weights.w1_LFD.dim() != 3:
+        raise ValueError(f"w1_LFD has shape {tuple(weights.w1_LFD.shape)}: must be [L, F, D]")
+    num_experts, width_F, width_D = weights.w1_LFD.shape
+    aligned = backend == "triton"
+    check_tensor("x_RD", x_RD, (rows.num_inputs, width_D), x_RD, aligned=aligned)
+    matrix = (num_experts, width_F, width_D)
+    shapes = (matrix, (num_experts, width_F), matrix, (num_experts, width_D), matrix)
+    for name, tensor, shape in zip(weights._fields, weights, shapes, strict=True):
+        if tensor is not None:
+            check_tensor(name, tensor, shape, x_RD, aligned=aligned)
+            check_dtype(name, tensor, (x_RD.dtype,))
+    if rows.num_experts != num_experts:
+        raise ValueError(f"rows.offset_L has {rows.num_experts} experts: must be {num_experts}")

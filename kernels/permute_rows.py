@@ -1,0 +1,191 @@
+"""permute_rows and unpermute_rows: copies of whole rows by index, of any dtype, converted on the way if asked.
+
+    permute_rows:    out[m] = x[index[m]]      the send side of the exchange: rows in the order of their ranks
+    unpermute_rows:  out[index[m]] = y[m]      its inverse; rows that no index names are zeros
+
+Letters: R rows, M permuted rows, D columns.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import combine_cpu, combine_launch
+from kernels.launching import MAX_INT32
+from kernels.operands import check_dtype, check_tensor, resolve_backend
+
+
+def permute_rows(
+    x_RD: Tensor,
+    index_M: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+    debug: bool = False,
+) -> Tensor:
+    """Copy rows into the order of an index; a row may be taken often or never.
+
+    Args:
+        x_RD: rows, contiguous, of any dtype of 1 to 8 bytes.
+        index_M: int64, which row goes where.
+        dtype: of the result, if not that of x; between fp32, bf16 and fp16 only.
+        backend: "cpu", "triton" or "reference"; by default "triton" on a GPU and "cpu" elsewhere.
+        debug: check every index on the host.
+
+    Returns:
+        out_MD. Its gradient is added up over the copies of a row, in fp32 and in the order of m.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, its value and what is allowed.
+
+    Example:
+        >>> import torch
+        >>> from kernels import permute_rows, unpermute_rows
+        >>> x = torch.tensor([[1, 2], [3, 4], [5, 6]])
+        >>> permute_rows(x, torch.tensor([2, 0, 2])).tolist()
+        [[5, 6], [1, 2], [5, 6]]
+        >>> unpermute_rows(torch.tensor([[1, 2], [3, 4]]), torch.tensor([2, 0]), num_rows=3).tolist()
+        [[3, 4], [0, 0], [1, 2]]
+    """
+    backend = _check("x_RD", x_RD, index_M, dtype, backend)
+    if debug:
+        _check_index(index_M, x_RD.shape[0])
+    if backend == "reference":
+        rows = [x_RD[r].to(dtype or x_RD.dtype) for r in index_M.tolist()]
+        return torch.stack(rows) if rows else x_RD.new_empty(0, x_RD.shape[1], dtype=dtype)
+    out_MD: Tensor = _permute_rows(x_RD, index_M, dtype or x_RD.dtype, backend)
+    return out_MD
+
+
+def unpermute_rows(
+    y_MD: Tensor,
+    index_M: Tensor,
+    num_rows: int,
+    *,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+    debug: bool = False,
+) -> Tensor:
+    """Undo permute_rows: put each row back where an index of distinct numbers took it from.
+
+    To add up several rows that go to one place use kernels.combine. Arguments, errors and example: see permute_rows.
+
+    Returns:
+        out of num_rows rows.
+    """
+    backend = _check("y_MD", y_MD, index_M, dtype, backend)
+    check_tensor("index_M", index_M, (y_MD.shape[0],), y_MD)
+    if debug:
+        _check_index(index_M, num_rows)
+        if index_M.unique().numel() != index_M.numel():
+            raise ValueError(f"index_M={index_M.tolist()}: must not repeat a row")
+    if backend == "reference":
+        out = [y_MD.new_zeros(y_MD.shape[1], dtype=dtype) for _ in range(num_rows)]
+        for m, r in enumerate(index_M.tolist()):
+            out[r] = y_MD[m].to(dtype or y_MD.dtype)
+        return torch.stack(out) if out else y_MD.new_empty(0, y_MD.shape[1], dtype=dtype)
+    out_RD: Tensor = _unpermute_rows(y_MD, index_M, num_rows, dtype or y_MD.dtype, backend)
+    return out_RD
+
+
+def _check(
+    name: str, x: Tensor, index_M: Tensor, dtype: torch.dtype | None, backend: str | None
+) -> str:
+    backend = resolve_backend(x, backend)
+    if x.dim() != 2:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}: must have two dimensions")
+    check_tensor(name, x, tuple(x.shape), x, aligned=backend == "triton")
+    check_dtype("index_M", index_M, (torch.int64,))
+    check_tensor("index_M", index_M, (index_M.numel(),), x)
+    if max(index_M.numel(), x.shape[0]) > MAX_INT32:
+        raise ValueError(f"{name} or index_M has more than {MAX_INT32} rows")
+    if x.element_size() not in (1, 2, 4, 8):
+        raise ValueError(f"{name} is {x.dtype}: must be a dtype of 1, 2, 4 or 8 bytes")
+    floats = (torch.float32, torch.bfloat16, torch.float16)
+    if dtype not in (None, x.dtype) and not (dtype in floats and x.dtype in floats):
+        raise ValueError(f"dtype={dtype}: {name} is {x.dtype}; only fp32, bf16 and fp16 convert")
+    return backend
+
+
+def _check_index(index_M: Tensor, num_rows: int) -> None:
+    bad = index_M[(index_M < 0) | (index_M >= num_rows)]
+    if bad.numel():
+        raise ValueError(f"index_M holds {int(bad[0])}: must be from 0 to {num_rows - 1}")
+
+
+def _copy(x: Tensor, index_M: Tensor, out: Tensor, backend: str, *, scatter: bool) -> Tensor:
+    module = combine_launch if backend == "triton" else combine_cpu
+    module.permute_forward(x, index_M, out, scatter=scatter)
+    return out
+
+
+@torch.library.custom_op("foreroute::permute_rows", mutates_args=())
+def _permute_rows(x_RD: Tensor, index_M: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    out_MD = x_RD.new_empty(index_M.numel(), x_RD.shape[1], dtype=dtype)
+    return _copy(x_RD, index_M, out_MD, backend, scatter=False)
+
+
+@_permute_rows.register_fake
+def _(x_RD: Tensor, index_M: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    return x_RD.new_empty(index_M.shape[0], x_RD.shape[1], dtype=dtype)
+
+
+@torch.library.custom_op("foreroute::permute_rows_backward", mutates_args=())
+def _permute_rows_backward(
+    dout_MD: Tensor, index_M: Tensor, num_rows: int, dtype: torch.dtype, backend: str
+) -> Tensor:
+    """Sum of the gradients of a row's copies."""
+    order_M = torch.argsort(index_M, stable=True)
+    row_R = torch.arange(num_rows, device=index_M.device)
+    slot_offset_R = torch.searchsorted(index_M[order_M], row_R)
+    module = combine_launch if backend == "triton" else combine_cpu
+    return module.add_rows(dout_MD, order_M, slot_offset_R, dtype)
+
+
+@_permute_rows_backward.register_fake
+def _(dout_MD: Tensor, index_M: Tensor, num_rows: int, dtype: torch.dtype, backend: str) -> Tensor:
+    return dout_MD.new_empty(num_rows, dout_MD.shape[1], dtype=dtype)
+
+
+@torch.library.custom_op("foreroute::unpermute_rows", mutates_args=())
+def _unpermute_rows(
+    y_MD: Tensor, index_M: Tensor, num_rows: int, dtype: torch.dtype, backend: str
+) -> Tensor:
+    shape = num_rows, y_MD.shape[1]
+    complete = index_M.numel() == num_rows  # distinct numbers: every row is written
+    make = y_MD.new_empty if complete else y_MD.new_zeros
+    return _copy(y_MD, index_M, make(shape, dtype=dtype), backend, scatter=True)
+
+
+@_unpermute_rows.register_fake
+def _(y_MD: Tensor, index_M: Tensor, num_rows: int, dtype: torch.dtype, backend: str) -> Tensor:
+    return y_MD.new_empty(num_rows, y_MD.shape[1], dtype=dtype)
+
+
+def _setup_permute(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x_RD, index_M, _, ctx.backend = inputs
+    ctx.num_rows, ctx.dtype = x_RD.shape[0], x_RD.dtype
+    ctx.save_for_backward(index_M)
+
+
+def _backward_permute(ctx: Any, dout_MD: Tensor) -> tuple[Any, ...]:
+    (index_M,) = ctx.saved_tensors
+    dx_RD = _permute_rows_backward(dout_MD.contiguous(), index_M, ctx.num_rows, ctx.dtype, ctx.backend)  # fmt: skip
+    return dx_RD, None, None, None
+
+
+def _setup_unpermute(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    y_MD, index_M, _, _, ctx.backend = inputs
+    ctx.dtype = y_MD.dtype
+    ctx.save_for_backward(index_M)
+
+
+def _backward_unpermute(ctx: Any, dout_RD: Tensor) -> tuple[Any, ...]:
+    (index_M,) = ctx.saved_tensors
+    dy_MD = _permute_rows(dout_RD.contiguous(), index_M, ctx.dtype, ctx.backend)
+    return dy_MD, None, None, None, None
+
+
+_permute_rows.register_autograd(_backward_permute, setup_context=_setup_permute)
+_unpermute_rows.register_autograd(_backward_unpermute, setup_context=_setup_unpermute)
