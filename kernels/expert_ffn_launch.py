@@ -88,31 +88,30 @@ def ffn_backward(
         a2_ptr=du_NF, w2_ptr=weights.w3_LFD, b_ptr=None, y_ptr=dx_ND, BIAS=False, SECOND=gated,
         **shared, **_blocks(tile),
     )  # fmt: skip
-    dw2, db2 = _weights_gradient(ga_NF, dout, weights, rows, tiles.weights, precision, bias="right", gather=weighted, weight_N=weight_N)  # fmt: skip
-    dw1, db1 = _weights_gradient(dz_NF, x_RD, weights, rows, tiles.weights, precision, bias="left")
-    dw3 = None
-    if du_NF is not None:
-        dw3, _ = _weights_gradient(du_NF, x_RD, weights, rows, tiles.weights, precision, bias="none")  # fmt: skip
+    dw2, _, db2 = _weights_gradient(ga_NF, None, dout, weights, rows, tiles.weights, precision, weight_N=weight_N, bias="right", gather=weighted)  # fmt: skip
+    tile = tiles.weights_pair if gated else tiles.weights
+    dw1, dw3, db1 = _weights_gradient(dz_NF, du_NF, x_RD, weights, rows, tile, precision, bias="left")  # fmt: skip
     dx_RD = combine_forward(dx_ND, None, rows)
     return FfnGradients(dx_RD, ExpertWeights(dw1, db1, dw2, db2, dw3), dweight_N)
 
 
 def _weights_gradient(
-    left_NF: Tensor, right: Tensor, weights: ExpertWeights, rows: ExpertRows, tile: Tile, precision: str, *,
-    bias: str, gather: bool = True, weight_N: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradient [L, F, D] of a weight matrix, and of the bias that belongs to it."""
+    left_NF: Tensor, left2_NF: Tensor | None, right: Tensor, weights: ExpertWeights, rows: ExpertRows, tile: Tile,
+    precision: str, *, bias: str, gather: bool = True, weight_N: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """Gradients [L, F, D] of a weight matrix and of one that shares its right side, and of the bias."""
     num_experts, width_F, width_D = weights.w1_LFD.shape
     dw_LFD = torch.empty_like(weights.w1_LFD)
-    db = torch.empty_like({"left": weights.b1_LF, "right": weights.b2_LD}.get(bias, left_NF[:0]))
+    dw2_LFD = None if left2_NF is None else torch.empty_like(dw_LFD)
+    db = torch.empty_like(weights.b1_LF if bias == "left" else weights.b2_LD)
     programs = num_experts * triton.cdiv(width_F, tile.rows) * triton.cdiv(width_D, tile.columns)
     launch(
-        jit._weights_kernel, programs, tile, left_ptr=left_NF, right_ptr=right, source_ptr=rows.source_N,
-        weight_ptr=weight_N, offset_ptr=rows.offset_L, dw_ptr=dw_LFD, db_ptr=db, D=width_D, F=width_F, GATHER=gather,
-        WEIGHTED=weight_N is not None, BIAS=bias, PRECISION=precision, BLOCK_F=tile.rows, BLOCK_D=tile.columns,
-        BLOCK_M=tile.depth,
+        jit._weights_kernel, programs, tile, left_ptr=left_NF, left2_ptr=left2_NF, right_ptr=right,
+        source_ptr=rows.source_N, weight_ptr=weight_N, offset_ptr=rows.offset_L, dw_ptr=dw_LFD, dw2_ptr=dw2_LFD,
+        db_ptr=db, D=width_D, F=width_F, GATHER=gather, WEIGHTED=weight_N is not None, BIAS=bias,
+        PAIR=left2_NF is not None, PRECISION=precision, BLOCK_F=tile.rows, BLOCK_D=tile.columns, BLOCK_M=tile.depth,
     )  # fmt: skip
-    return dw_LFD, db
+    return dw_LFD, dw2_LFD, db
 
 
 def _dweight(

@@ -365,17 +365,20 @@ def _dweight_kernel(
 @triton.jit
 def _weights_kernel(
     left_ptr,  # [N, F]
+    left2_ptr,  # [N, F], only if PAIR
     right_ptr,  # [R, D] if GATHER, else [N, D]
     source_ptr,  # [N] int64, only if GATHER
     weight_ptr,  # [N] fp32, only if WEIGHTED
     offset_ptr,  # [L] int32
     dw_ptr,  # [L, F, D], output
+    dw2_ptr,  # [L, F, D], output if PAIR
     db_ptr,  # [L, F] or [L, D], output by BIAS
     D: tl.constexpr,
     F: tl.constexpr,
     GATHER: tl.constexpr,
     WEIGHTED: tl.constexpr,
     BIAS: tl.constexpr,
+    PAIR: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -383,8 +386,9 @@ def _weights_kernel(
 ):
     """dw[e] = left^T right over the rows of expert e, where right is read through the index if GATHER.
 
+    PAIR: also dw2[e] = left2^T right, with the right rows read once (w1 and w3 of SwiGLU).
     BIAS "left": db[e] is the sum of the left rows (b1, whose gradient is that of the pre-activation). BIAS "right": the
-    sum of the right rows times their mixing weight (b2). BIAS "none": no db. An expert without rows gets zeros.
+    sum of the right rows times their mixing weight (b2). An expert without rows gets zeros.
 
     Example: left = [[1], [2], [3]], right = [[10, 20], [30, 40]], source = [1, 0, 1], offset = [1, 3]:
     dw = [[[30, 40]], [[2*10 + 3*30, 2*20 + 3*40]]] = [[[30, 40]], [[110, 160]]]; BIAS "left": db = [[1], [5]].
@@ -401,6 +405,8 @@ def _weights_kernel(
     d = column * BLOCK_D + tl.arange(0, BLOCK_D)
     m = tl.arange(0, BLOCK_M)
     acc = tl.zeros((BLOCK_F, BLOCK_D), tl.float32)
+    if PAIR:
+        acc2 = tl.zeros((BLOCK_F, BLOCK_D), tl.float32)
     if BIAS == "left":
         bias = tl.zeros((BLOCK_F,), tl.float32)
     else:
@@ -412,13 +418,15 @@ def _weights_kernel(
         right_row_M = row64_M
         if GATHER:
             right_row_M = tl.load(source_ptr + row_M, mask=in_M, other=0)
-        left = tl.load(
-            left_ptr + row64_M[None, :] * F + f[:, None], mask=in_M[None, :] & (f < F)[:, None], other=0.0
-        )  # fmt: skip
-        right = tl.load(
-            right_ptr + right_row_M[:, None] * D + d[None, :], mask=in_M[:, None] & (d < D)[None, :], other=0.0
-        )  # fmt: skip
+        left_spot = row64_M[None, :] * F + f[:, None]
+        in_left = in_M[None, :] & (f < F)[:, None]
+        left = tl.load(left_ptr + left_spot, mask=in_left, other=0.0)
+        right_spot = right_row_M[:, None] * D + d[None, :]
+        right = tl.load(right_ptr + right_spot, mask=in_M[:, None] & (d < D)[None, :], other=0.0)
         acc = tl.dot(left, right, acc, input_precision=PRECISION)
+        if PAIR:
+            left2 = tl.load(left2_ptr + left_spot, mask=in_left, other=0.0)
+            acc2 = tl.dot(left2, right, acc2, input_precision=PRECISION)
         if BIAS == "left":
             if column == 0:
                 bias += tl.sum(left.to(tl.float32), axis=1)
@@ -432,6 +440,8 @@ def _weights_kernel(
     spot = expert.to(tl.int64) * F * D + f[:, None] * D + d[None, :]
     inside = (f < F)[:, None] & (d < D)[None, :]
     tl.store(dw_ptr + spot, acc.to(dw_ptr.dtype.element_ty), mask=inside)
+    if PAIR:
+        tl.store(dw2_ptr + spot, acc2.to(dw2_ptr.dtype.element_ty), mask=inside)
     if BIAS == "left":
         if column == 0:
             tl.store(db_ptr + expert * F + f, bias.to(db_ptr.dtype.element_ty), mask=f < F)

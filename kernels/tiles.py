@@ -25,13 +25,14 @@ class Tile:
 
 
 class Tiles(NamedTuple):
-    """Tiles of the five products of an expert feed-forward; the first four share their number of rows."""
+    """Tiles of the products of an expert feed-forward; the first four share their number of rows."""
 
     up: Tile  # [M, D] x [D, F]: first product (and the gate's)
     down: Tile  # [M, F] x [F, D]: second product
     down_backward: Tile  # [M, D] x [D, F]: gradient of the hidden units
     up_backward: Tile  # [M, F] x [F, D]: gradient of the input rows
     weights: Tile  # [F, M] x [M, D]: gradient of a weight matrix
+    weights_pair: Tile  # the same for w1 and w3 at once, which share the right side
 
 
 FEW_ROWS = 64  # rows per expert below which small tiles waste less
@@ -41,9 +42,10 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 def _square(tile: Tile, gated: Tile, weights: Tile) -> dict[bool, Tiles]:
     """Use one tile for the plain products and another where a program holds two accumulators or more operands."""
+    pair = replace(weights, columns=weights.columns // 2)
     return {
-        False: Tiles(tile, tile, tile, tile, weights),
-        True: Tiles(gated, tile, gated, tile, weights),
+        False: Tiles(tile, tile, tile, tile, weights, pair),
+        True: Tiles(gated, tile, gated, tile, weights, pair),
     }
 
 
@@ -101,10 +103,13 @@ def ffn_tiles(
         deep(found.down),
         wide(found.down_backward),
         deep(found.up_backward),
-        replace(
-            found.weights,
-            rows=min(found.weights.rows, _power_of_two(hidden)),
-            columns=min(found.weights.columns, _power_of_two(width)),
+        *(
+            replace(
+                tile,
+                rows=min(tile.rows, _power_of_two(hidden)),
+                columns=min(tile.columns, _power_of_two(width)),
+            )
+            for tile in (found.weights, found.weights_pair)
         ),
     )
 
