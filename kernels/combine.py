@@ -20,7 +20,6 @@ from kernels.operands import (
     check_rows,
     check_tensor,
     resolve_backend,
-    wants_grad,
 )
 from kernels.rows import ExpertRows
 
@@ -131,7 +130,7 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     y_ND, weight_N, rows, ctx.backend = inputs
-    ctx.dweight = wants_grad(weight_N)
+    ctx.dweight = weight_N is not None and weight_N.requires_grad
     ctx.save_for_backward(y_ND if ctx.dweight else None, weight_N, *rows)
 
 

@@ -1,165 +1,126 @@
-"""moe_ffn on the cpu backend against the plain-loop reference in fp64: outputs and every gradient."""
+"""moe_ffn on the CPU against the plain-loop reference in fp64: outputs and every gradient."""
 
 import pytest
 import torch
 
-from kernels import Dropout, ExpertWeights, expert_rows, keep_mask, moe_ffn
-from kernels.dropout import row_hash, unit_hash
+from kernels import Dropout, moe_ffn
+from kernels.testing import make_case, run_layer, worst_error
 
 SHAPES = {  # tokens, width, hidden, experts, active
     "T13-D8-F12-E4-K2": (13, 8, 12, 4, 2),
     "T7-D20-F8-E5-K5": (7, 20, 8, 5, 5),
+    "T5-D6-F8-E9-K1": (5, 6, 8, 9, 1),
     "T1-D4-F4-E3-K1": (1, 4, 4, 3, 1),
     "T9-D4-F4-E1-K1": (9, 4, 4, 1, 1),
     "T0-D4-F4-E3-K2": (0, 4, 4, 3, 2),
 }
-
-
-def make_case(shape, *, gated=False, only_expert=None, seed=0):
-    tokens, width, hidden, experts, active = shape
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*size):
-        return torch.randn(*size, generator=generator, dtype=torch.float64)
-
-    scores = normal(tokens, experts)
-    if only_expert is not None:
-        scores[:, only_expert] += 100
-    expert_TK = scores.topk(active, 1).indices if tokens else torch.zeros(0, active).long()
-    rows, _ = expert_rows(expert_TK, experts)
-    weights = ExpertWeights(
-        normal(experts, hidden, width),
-        normal(experts, hidden),
-        normal(experts, hidden, width),
-        normal(experts, width),
-        normal(experts, hidden, width) if gated else None,
-    )
-    return normal(tokens, width), normal(tokens * active).abs(), weights, rows
-
-
-def run(case, dtype, *, dweight=True, **options):
-    x, weight, weights, rows = case
-    leaves = [x.to(dtype), weight.to(torch.promote_types(dtype, torch.float32))]
-    leaves += [w.to(dtype) for w in weights if w is not None]
-    leaves = [leaf.detach().requires_grad_(i != 1 or dweight) for i, leaf in enumerate(leaves)]
-    out = moe_ffn(leaves[0], leaves[1], ExpertWeights(*leaves[2:]), rows, **options)
-    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(9))
-    out.backward(cotangent.to(out.dtype))
-    return [out.detach(), *(leaf.grad for leaf in leaves)]
-
-
-def worst_error(got, want):
-    errors = []
-    for a, b in zip(got, want, strict=True):
-        if b is None:  # the reference of zero rows touches no parameter
-            assert a is None or a.abs().sum() == 0
-        else:
-            norm = b.double().norm()
-            errors.append(((a.double() - b.double()).norm() / norm.clamp(min=1e-30)).item())
-    return max(errors)
+WAYS = {"lean": {}, "fast": {"mode": "fast"}, "masked": {"masked": True}}
+USUAL = SHAPES["T13-D8-F12-E4-K2"]
+way = pytest.mark.parametrize("options", WAYS.values(), ids=WAYS.keys())
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("gated", [False, True], ids=["relu", "swiglu"])
-@pytest.mark.parametrize("masked", [False, True], ids=["grouped", "masked"])
+@pytest.mark.parametrize("dweight", [False, True], ids=["constant", "live"])
 @pytest.mark.parametrize("rate", [0.0, 0.3], ids=["plain", "dropout"])
-def test_equals_reference(shape, gated, masked, rate):
+@way
+def test_equals_reference(shape, gated, dweight, rate, options):
     case = make_case(shape, gated=gated)
     tokens = torch.arange(shape[0]) * 7 + 3
-    dropout = Dropout(rate, 1234567890123, tokens) if rate else None
-    want = run(case, torch.float64, backend="reference", dropout=dropout)
+    dropout = Dropout(rate, 1234567890123 * 2**20, tokens) if rate else None
+    shared = {"dropout": dropout, "dweight": dweight}
+    want = run_layer(moe_ffn, case, torch.float64, backend="reference", **shared)
     # fp64 leaves only the order of additions: widths are at most 20, so 1e-13 is generous
-    got = run(case, torch.float64, masked=masked, dropout=dropout)
-    assert worst_error(got, want) < 1e-13
+    got = run_layer(moe_ffn, case, torch.float64, **shared, **options)
+    assert worst_error(got, want)[0] < 1e-13
     # fp32: eps 6e-8 times a few dozen additions, one rounding for each of three products
-    got = run(case, torch.float32, masked=masked, dropout=dropout)
-    assert worst_error(got, want) < 2e-6
+    got = run_layer(moe_ffn, case, torch.float32, **shared, **options)
+    assert worst_error(got, want)[0] < 2e-6
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["grouped", "masked"])
-def test_bf16(masked):
-    case = make_case(SHAPES["T13-D8-F12-E4-K2"])
-    rounded = (*[t.bfloat16().double() for t in case[:2]], ExpertWeights(*[None if w is None else w.bfloat16().double() for w in case[2]]), case[3])  # fmt: skip
-    want = run(rounded, torch.float64, backend="reference")
-    got = run(rounded, torch.bfloat16, masked=masked)
+@way
+def test_bf16(options):
+    case = make_case(USUAL).rounded(torch.bfloat16)
+    want = run_layer(moe_ffn, case, torch.float64, backend="reference")
+    got = run_layer(moe_ffn, case, torch.bfloat16, **options)
     # bf16 rounds to 2^-9 relative; hidden units, outputs and gradients each round once or twice
-    assert 1e-4 < worst_error(got, want) < 2e-2
+    assert 1e-4 < worst_error(got, want)[0] < 2e-2
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["grouped", "masked"])
-def test_one_expert_has_everything(masked):
-    case = make_case((6, 4, 8, 4, 1), only_expert=2)
-    assert case[3].counts() == [0, 0, 6, 0]
-    got = run(case, torch.float64, masked=masked)
-    assert worst_error(got, run(case, torch.float64, backend="reference")) < 1e-13
-    assert (
-        got[3][0].abs().sum() == 0 and got[3][2].abs().sum() > 0
-    )  # dw1 of an idle and the busy expert
+@way
+def test_one_expert_has_everything(options):
+    case = make_case((6, 4, 8, 4, 1), only_expert=2, gated=True)
+    assert case.rows.counts() == [0, 0, 6, 0]
+    got = run_layer(moe_ffn, case, torch.float64, **options)
+    want = run_layer(moe_ffn, case, torch.float64, backend="reference")
+    assert worst_error(got, want)[0] < 1e-13
+    idle, busy = got["d_w3"][0], got["d_w3"][2]
+    assert idle.abs().sum() == 0 and busy.abs().sum() > 0
+
+
+@way
+def test_negative_weights(options):
+    """Nothing in the operation says that mixing weights are positive."""
+    case = make_case(USUAL)
+    case = case._replace(weight_N=-case.weight_N)
+    for dweight in (False, True):
+        got = run_layer(moe_ffn, case, torch.float64, dweight=dweight, **options)
+        want = run_layer(moe_ffn, case, torch.float64, backend="reference", dweight=dweight)
+        assert worst_error(got, want)[0] < 1e-13
 
 
 def test_constant_weights_get_no_gradient():
-    case = make_case(SHAPES["T13-D8-F12-E4-K2"])
-    assert run(case, torch.float32, dweight=False)[2] is None
+    assert "d_weight" not in run_layer(moe_ffn, make_case(USUAL), torch.float32, dweight=False)
 
 
-def test_a_wrong_row_is_seen():
-    case = make_case(SHAPES["T13-D8-F12-E4-K2"])
-    want = run(case, torch.float64, backend="reference")
-    case[3].source_N[4] = (case[3].source_N[4] + 1) % 13
-    assert worst_error(run(case, torch.float64), want) > 1e-2
+def test_backward_twice_gives_the_same():
+    """Nothing saved is changed by backward."""
+    case = make_case(USUAL)
+    for options in WAYS.values():
+        x = case.x_TD.clone().requires_grad_()
+        out = moe_ffn(x, case.weight_N, case.weights, case.rows, **options)
+        (first,) = torch.autograd.grad(out.sum(), x, retain_graph=True)
+        (second,) = torch.autograd.grad(out.sum(), x)
+        assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("b1_LF", torch.zeros(4, 11, dtype=torch.float64), "b1_LF has shape"),
-        ("w2_LFD", torch.zeros(4, 12, 8), "w2_LFD is torch.float32"),
-    ],
-)
-def test_bad_input_is_named(field, value, message):
-    x, weight, weights, rows = make_case(SHAPES["T13-D8-F12-E4-K2"])
-    with pytest.raises(ValueError, match=message):
-        moe_ffn(x, weight, weights._replace(**{field: value}), rows)
-    with pytest.raises(ValueError, match="backend='cuda'"):
-        moe_ffn(x, weight, weights, rows, backend="cuda")
+@way
+def test_a_wrong_row_is_seen(options):
+    case = make_case(USUAL)
+    want = run_layer(moe_ffn, case, torch.float64, backend="reference")
+    case.rows.source_N[4] = (case.rows.source_N[4] + 1) % 13
+    assert worst_error(run_layer(moe_ffn, case, torch.float64, **options), want)[0] > 1e-2
 
 
-def test_keep_mask_is_uniform_and_uncorrelated():
-    tokens, units, rate = 2000, 512, 0.1
-    dropout = Dropout(rate, 42, torch.arange(tokens))
-    keep = keep_mask(row_hash(dropout, dropout.token_R, 3), unit_hash(units), dropout.threshold).double()
-    sigma = (rate * (1 - rate)) ** 0.5
-    assert abs(keep.mean() - (1 - rate)) < 5 * sigma / (tokens * units) ** 0.5
-    # each row and each column is a sample of its own: the spread of the means must be binomial
-    assert keep.mean(1).std() / (sigma / units**0.5) == pytest.approx(1, abs=0.1)
-    assert keep.mean(0).std() / (sigma / tokens**0.5) == pytest.approx(1, abs=0.2)
-    centred = (keep - keep.mean()) / sigma
-    for other in (
-        centred.roll(1, 0),  # next token
-        centred.roll(1, 1),  # next unit
-        self_mask(tokens, units, rate, seed=43, expert=3, sigma=sigma),  # next step
-        self_mask(tokens, units, rate, seed=42, expert=4, sigma=sigma),  # next expert
-    ):
-        assert abs((centred * other).mean()) < 5 / (tokens * units) ** 0.5
+def saved_bytes(case, dtype, **options):
+    """Bytes of activations kept for backward: distinct storages that are no parameter and no index."""
+    leaves = [w.to(dtype).requires_grad_() for w in case.weights[:4]]
+    x, weight = case.x_TD.to(dtype).requires_grad_(), case.weight_N.float()
+    known = {t.untyped_storage().data_ptr() for t in (*leaves, *case.rows.tensors(), weight)}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        moe_ffn(x, weight, case.weights._make([*leaves, None]), case.rows, **options)
+    return sum(kept.values())
 
 
-def self_mask(tokens, units, rate, *, seed, expert, sigma):
-    dropout = Dropout(rate, seed, torch.arange(tokens))
-    keep = keep_mask(row_hash(dropout, dropout.token_R, expert), unit_hash(units), dropout.threshold).double()
-    return (keep - keep.mean()) / sigma
+def test_what_is_kept_for_backward():
+    tokens, width, hidden, experts, active = shape = (16, 8, 12, 4, 2)
+    case, rows = make_case(shape), tokens * active
+    lean = 4 * (tokens * width + rows * hidden)
+    assert saved_bytes(case, torch.float32) == lean
+    assert saved_bytes(case, torch.float32, mode="fast") == lean + 4 * rows * width
+    masked = 4 * (tokens * width + tokens * experts * hidden)
+    assert saved_bytes(case, torch.float32, masked=True) == masked
 
 
-def test_neighbouring_seeds_share_no_row():
-    """The layers of a step have neighbouring seeds; no token of one may have the mask of another token of the other."""
-    tokens = torch.arange(4096)
-    rows = [
-        set(row_hash(Dropout(0.1, seed, tokens), tokens, 0).tolist()) for seed in range(6000, 6008)
-    ]
-    shared = sum(len(a & b) for i, a in enumerate(rows) for b in rows[:i])
-    assert shared <= 4  # 28 pairs x 4096^2 / 2^31: 0.2 expected by chance
-
-
-def test_keep_mask_depends_on_token_not_on_row_number():
-    tokens = torch.tensor([5, 9, 5])
-    keep = keep_mask(row_hash(Dropout(0.5, 1, tokens), tokens, 0), unit_hash(64), 0)
-    assert torch.equal(keep[0], keep[2]) and not torch.equal(keep[0], keep[1])
+def test_nothing_is_kept_without_gradients():
+    case = make_case(USUAL)
+    with torch.no_grad():
+        assert saved_bytes(case, torch.float32) == 0

@@ -1,0 +1,256 @@
+"""expert_ffn, combine and the row copies on the CPU against their references; all operations as PyTorch operators."""
+
+import doctest
+import importlib
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from kernels import (
+    Dropout,
+    ExpertRows,
+    ExpertWeights,
+    combine,
+    expert_ffn,
+    expert_rows_from_lists,
+    moe_ffn,
+    permute_rows,
+    unpermute_rows,
+)
+from kernels.testing import layer_inputs, make_case, run_layer, run_with_gradients, worst_error
+
+SHAPE = (13, 8, 12, 4, 2)
+PARTIAL = [
+    [0, 2],
+    [],
+    [1],
+    [2, 1, 0],
+    [],
+]  # an expert rank's rows: none to three local experts each
+
+
+def ffn_function(rows, **options):
+    def call(x, **weights):
+        return expert_ffn(x, ExpertWeights(*weights.values()), rows, **options)
+
+    return call
+
+
+def ffn_inputs(case, dtype):
+    inputs = layer_inputs(case, dtype)
+    del inputs["weight"]
+    return inputs
+
+
+@pytest.mark.parametrize("name", ["combine", "expert_ffn", "moe_ffn", "permute_rows"])
+def test_docstring_examples(name):
+    result = doctest.testmod(importlib.import_module(f"kernels.{name}"))
+    assert result.attempted > 3 and result.failed == 0
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["relu", "swiglu"])
+@pytest.mark.parametrize("mode", ["lean", "fast"])
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_expert_ffn_equals_reference(gated, mode, rate):
+    case = make_case(SHAPE, gated=gated)
+    dropout = Dropout(rate, 77, torch.arange(13), first_expert=5) if rate else None
+    function = ffn_function(case.rows, mode=mode, dropout=dropout)
+    reference = ffn_function(case.rows, backend="reference", dropout=dropout)
+    want = run_with_gradients(reference, ffn_inputs(case, torch.float64))
+    got = run_with_gradients(function, ffn_inputs(case, torch.float64))
+    assert worst_error(got, want)[0] < 1e-13
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_combine_of_partial_rows_equals_reference(weighted, dtype):
+    rows = expert_rows_from_lists(PARTIAL, 3)
+    rows.validate()
+    wide = torch.promote_types(dtype, torch.float32)
+    y = torch.randn(6, 5, generator=torch.Generator().manual_seed(1)).to(dtype)
+    weight = torch.rand(6, generator=torch.Generator().manual_seed(2)).to(wide)
+    inputs = {"y_ND": y, "weight_N": weight if weighted else None}
+
+    def call(backend):
+        return run_with_gradients(lambda y_ND, weight_N: combine(y_ND, weight_N, rows, backend=backend), inputs)  # fmt: skip
+
+    got, want = call("cpu"), call("reference")
+    assert got["out"][1].abs().sum() == 0  # no expert rows
+    # bf16: the weight and the sum are each rounded to 2^-9
+    assert worst_error(got, want)[0] < (1e-14 if dtype == torch.float64 else 8e-3)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.complex64]
+)
+def test_row_copies_of_any_dtype(dtype):
+    x = torch.arange(40).view(8, 5).to(dtype)
+    index = torch.tensor([7, 0, 3, 1])
+    assert torch.equal(permute_rows(x, index), x[index])
+    back = unpermute_rows(permute_rows(x, index), index, 8)
+    kept = torch.zeros(8, 1, dtype=torch.bool).index_fill_(0, index, True)
+    assert torch.equal(back, torch.where(kept, x, torch.zeros_like(x)))
+    assert torch.equal(back, unpermute_rows(x[index], index, 8, backend="reference"))
+
+
+def test_gradients_of_row_copies_add_up_over_repeats():
+    index = torch.tensor([2, 0, 2, 2])
+    x = torch.arange(12.0, dtype=torch.float64).view(4, 3)
+
+    def call(backend):
+        return run_with_gradients(lambda x_RD: permute_rows(x_RD, index, backend=backend), {"x_RD": x})  # fmt: skip
+
+    got, want = call("cpu"), call("reference")
+    assert worst_error(got, want)[0] < 1e-15
+    assert got["d_x_RD"][1].abs().sum() == 0 and got["d_x_RD"][2].abs().sum() > 0
+
+
+def test_cast_on_the_way():
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(3))
+    index = torch.tensor([5, 4, 3, 2, 1, 0])
+    got = run_with_gradients(lambda x_RD: permute_rows(x_RD, index, dtype=torch.bfloat16), {"x_RD": x})  # fmt: skip
+    assert torch.equal(got["out"], x.flip(0).bfloat16()) and got["d_x_RD"].dtype == torch.float32
+    back = unpermute_rows(got["out"], index, 6, dtype=torch.float32)
+    assert torch.equal(back, x.bfloat16().float())
+
+
+def operator_arguments(*, gated=True, grad=True):
+    case = make_case(SHAPE, gated=gated)
+    x, weight, *weights = layer_inputs(case, torch.float32).values()
+    weights = [w.requires_grad_(grad) for w in weights if w is not None]
+    x, weight = x.requires_grad_(grad), weight.requires_grad_(grad)
+    return x, weight, weights, list(case.rows.tensors())
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["relu", "swiglu"])
+def test_opcheck(gated):
+    """PyTorch's own test of operators: schema, fakes, autograd registration, tracing with symbolic shapes."""
+    x, weight, weights, rows = operator_arguments(gated=gated)
+    dropout = torch.arange(13), 0.3, 7, 0
+    ops = torch.ops.foreroute
+    how = "cpu", "lean", "ieee"
+    torch.library.opcheck(ops.expert_ffn, (x, weights, rows, *dropout, True, *how))
+    torch.library.opcheck(ops.expert_ffn, (x, weights, rows, *dropout, True, "cpu", "fast", "ieee"))
+    for masked in (False, True):
+        arguments = (x, weight, weights, rows, *dropout, True, True, masked, *how)
+        torch.library.opcheck(ops.moe_ffn, arguments)
+    y = torch.randn(26, 8, requires_grad=True)
+    torch.library.opcheck(ops.combine, (y, weight, rows, "cpu"))
+    index = torch.tensor([3, 1, 3])
+    torch.library.opcheck(ops.permute_rows, (x, index, torch.bfloat16, "cpu"))
+    distinct = torch.tensor([3, 1, 5, 0])
+    y = torch.randn(4, 8, requires_grad=True)
+    torch.library.opcheck(ops.unpermute_rows, (y, distinct, 6, torch.float32, "cpu"))
+
+
+def compiled_and_eager(function, *inputs):
+    results = []
+    for call in (torch.compile(function, fullgraph=True, backend="aot_eager"), function):
+        leaves = [x.detach().clone().requires_grad_() for x in inputs]
+        call(*leaves).square().sum().backward()
+        results.append([leaf.grad for leaf in leaves])
+    return results
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "fast"}, {"masked": True}], ids=str)
+def test_compiled_layer_equals_eager(options):
+    x, weight, weights, rows = operator_arguments(gated=False)
+    dropout = Dropout(0.2, 5, torch.arange(13))
+
+    def layer(x, weight, *weights):
+        return moe_ffn(x, weight, ExpertWeights(*weights), ExpertRows(*rows), dropout=dropout, **options)  # fmt: skip
+
+    compiled, eager = compiled_and_eager(layer, x, weight, *weights)
+    assert all(torch.equal(a, b) for a, b in zip(compiled, eager, strict=True))
+
+
+def test_compiled_parts_equal_eager():
+    x, weight, weights, rows = operator_arguments()
+    order = torch.randperm(13, generator=torch.Generator().manual_seed(0))
+
+    def layer(x, weight, *weights):
+        back = unpermute_rows(permute_rows(x, order), order, 13)
+        y = expert_ffn(back, ExpertWeights(*weights), ExpertRows(*rows))
+        return combine(y, weight, ExpertRows(*rows))
+
+    compiled, eager = compiled_and_eager(layer, x, weight, *weights)
+    assert all(torch.equal(a, b) for a, b in zip(compiled, eager, strict=True))
+    want = run_layer(moe_ffn, make_case(SHAPE, gated=True), torch.float32)["out"]
+    assert torch.allclose(layer(x, weight, *weights), want, rtol=1e-5, atol=1e-5)
+
+
+def test_no_value_is_read_back_by_a_fake_layer():
+    """Fake tensors hold no data: a read-back (.item(), .tolist()) in forward or backward would raise."""
+    real = make_case(SHAPE)
+    inputs = layer_inputs(real, torch.float32)
+    with FakeTensorMode():
+        x, weight, w1, b1, w2, b2 = (
+            torch.empty(v.shape).requires_grad_() for v in inputs.values() if v is not None
+        )
+        rows = ExpertRows(*(torch.empty(t.shape, dtype=t.dtype) for t in real.rows.tensors()))
+        out = moe_ffn(x, weight, ExpertWeights(w1, b1, w2, b2), rows)
+        out.sum().backward()
+        assert w1.grad.shape == w1.shape
+        with pytest.raises(Exception, match="_local_scalar_dense"):  # the mode does catch it
+            out.sum().item()
+
+
+def bad_rows(**changes):
+    rows = make_case(SHAPE).rows
+    fields = dict(zip(("source_N", "offset_L", "slot_N", "slot_offset_R"), rows.tensors(), strict=True))  # fmt: skip
+    return ExpertRows(**{name: changes.get(name, value.clone()) for name, value in fields.items()})
+
+
+X, W, WEIGHTS, ROWS = make_case(SHAPE)
+BAD = {  # what is changed: arguments of moe_ffn, and the line that must name it
+    "shape": ({"weights": WEIGHTS._replace(b1_LF=torch.zeros(4, 11).double())}, r"b1_LF has shape \(4, 11\): must be \(4, 12\)"),
+    "dtype": ({"weights": WEIGHTS._replace(w2_LFD=WEIGHTS.w2_LFD.float())}, "w2_LFD is torch.float32: must be torch.float64"),
+    "kind": ({"x_RD": X.int()}, "x_RD is torch.int32: must be"),
+    "stride": ({"x_RD": X.t().contiguous().t()}, r"x_RD has strides \(1, 13\): must be contiguous"),
+    "device": ({"weight_N": W.to("meta")}, "weight_N is on meta: must be on cpu"),
+    "weights": ({"weight_N": W.float()}, "weight_N is torch.float32: must be torch.float64"),
+    "tokens": ({"dropout": Dropout(0.1, 1, torch.arange(12))}, r"dropout.token_R has shape \(12,\)"),
+    "rate": ({"dropout": Dropout(1.0, 1, torch.arange(13))}, r"dropout.rate=1.0: must be in \[0, 1\)"),
+    "backend": ({"backend": "cuda"}, "backend='cuda': must be one of 'cpu', 'triton', 'reference'"),
+    "no gpu": ({"backend": "triton"}, "backend='triton': the tensors are on cpu"),
+    "mode": ({"mode": "small"}, "mode='small': must be one of 'lean', 'fast'"),
+    "precision": ({"precision": "tf32"}, "precision='tf32': backend 'cpu' has only 'ieee'"),
+    "index type": ({"rows": bad_rows(source_N=ROWS.source_N.int())}, "rows.source_N is torch.int32: must be torch.int64"),
+    "index": ({"rows": bad_rows(source_N=ROWS.source_N.clone().fill_(13)), "debug": True}, "rows.source_N holds 13: must be from 0 to 12"),
+    "slots": ({"rows": bad_rows(slot_N=ROWS.slot_N.flip(0)), "debug": True}, "rows.slot_N does not list the expert rows"),
+    "counts": ({"rows": bad_rows(offset_L=ROWS.offset_L.flip(0)), "debug": True}, "rows.offset_L=.*must not decrease"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_input_is_named(changes, message):
+    good = {"x_RD": X, "weight_N": W, "weights": WEIGHTS, "rows": ROWS}
+    moe_ffn(**good, debug=True)
+    arguments = {**good, **changes}
+    with pytest.raises(ValueError, match=message):
+        moe_ffn(**arguments)
+
+
+def test_bad_input_of_the_other_operations_is_named():
+    index = torch.tensor([0, 13])
+    for call, message in (
+        (lambda: permute_rows(X, index, debug=True), "index_M holds 13: must be from 0 to 12"),
+        (lambda: permute_rows(X, index.int()), "index_M is torch.int32"),
+        (lambda: permute_rows(X.to(torch.complex128), index), "x_RD is torch.complex128"),
+        (lambda: permute_rows(X.long(), index, dtype=torch.float32), "dtype=torch.float32: x_RD is torch.int64"),
+        (lambda: unpermute_rows(X[:2], index.fill_(1), 5, debug=True), r"index_M=\[1, 1\]: must not repeat"),
+        (lambda: unpermute_rows(X, index, 20), r"index_M has shape \(2,\): must be \(13,\)"),
+        (lambda: combine(X, None, ROWS), r"y_ND has shape \(13, 8\): must be \(26, 8\)"),
+        (lambda: expert_ffn(X[:5], WEIGHTS, ROWS), r"x_RD has shape \(5, 8\): must be \(13, 8\)"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_more_rows_than_int32_are_refused():
+    many = torch.empty(0, dtype=torch.int64, device="meta").expand(0)
+    huge = torch.empty(2**31, dtype=torch.int64, device="meta")
+    rows = ExpertRows(huge, many.int(), huge, many)
+    with pytest.raises(ValueError, match=r"rows\.num_rows=2147483648: must be at most 2147483647"):
+        combine(torch.empty(2**31, 1, device="meta"), None, rows)
