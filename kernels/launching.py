@@ -7,7 +7,6 @@ exactly what a GPU of a given architecture would be asked to run, and tests prov
 
 import contextlib
 from collections.abc import Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +34,7 @@ class Launch:
         return str(self.kernel.fn.__name__)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Recorder:
     """What `recording` gives: the launches so far."""
 
@@ -44,7 +43,8 @@ class Recorder:
     launches: list[Launch] = field(default_factory=list)
 
 
-_RECORDER: ContextVar[Recorder | None] = ContextVar("kernels_recorder", default=None)
+# Innermost last. Global, not a context variable: PyTorch runs backward passes on GPUs in threads of its own.
+_recorders: list[Recorder] = []
 
 
 @contextlib.contextmanager
@@ -56,11 +56,11 @@ def recording(*, run: bool = True, arch: str | None = None) -> Iterator[Recorder
         arch: choose tiles for this architecture (a key of kernels.tiles), whatever the device is.
     """
     recorder = Recorder(arch, run)
-    token = _RECORDER.set(recorder)
+    _recorders.append(recorder)
     try:
         yield recorder
     finally:
-        _RECORDER.reset(token)
+        _recorders.remove(recorder)
 
 
 def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> None:
@@ -74,11 +74,10 @@ def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> None:
     if programs > MAX_INT32:
         raise ValueError(f"{programs} programs: a grid has at most {MAX_INT32}")
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    recorder = _RECORDER.get()
-    if recorder is not None:
+    for recorder in _recorders:
         recorder.launches.append(Launch(kernel, programs, dict(arguments), options))
-        if not recorder.run:
-            return
+    if not all(recorder.run for recorder in _recorders):
+        return
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[(programs,)](**arguments, **options)
@@ -91,15 +90,15 @@ def is_interpreted() -> bool:
 
 def can_launch(tensor: Tensor) -> bool:
     """Say whether a kernel can be launched on this tensor: on a GPU, interpreted, or only recorded."""
-    recorder = _RECORDER.get()
-    return tensor.is_cuda or is_interpreted() or (recorder is not None and not recorder.run)
+    recorded_only = any(not recorder.run for recorder in _recorders)
+    return tensor.is_cuda or is_interpreted() or recorded_only
 
 
 def arch_of(tensor: Tensor) -> str:
     """Name the architecture that tiles are chosen for: sm_XY, gfxNNN, or "interpreter"."""
-    recorder = _RECORDER.get()
-    if recorder is not None and recorder.arch is not None:
-        return recorder.arch
+    for recorder in _recorders:
+        if recorder.arch is not None:
+            return recorder.arch
     if not tensor.is_cuda:
         return "interpreter"
     if torch.version.hip:
