@@ -85,7 +85,22 @@ class Backend(Enum):
     """Who executes the expert layer."""
 
     cpu = "cpu"  # PyTorch products, grouped or masked
+    triton = "triton"  # Triton kernels; needs a GPU, or TRITON_INTERPRET=1 for tests
     reference = "reference"  # plain loops, the truth for tests; slow
+
+
+class Kept(Enum):
+    """What the expert layer keeps for backward."""
+
+    lean = "lean"  # the input and the hidden units
+    fast = "fast"  # also the gathered input rows; backend cpu only
+
+
+class Products(Enum):
+    """How fp32 operands are multiplied."""
+
+    ieee = "ieee"  # exactly as fp32
+    tf32 = "tf32"  # on tensor cores, with 10 bits of mantissa; backend triton only
 
 
 class WandbMode(Enum):
@@ -346,13 +361,25 @@ class KernelsConfig:
 
     backend: Backend = Backend.cpu
     masked_from_k: int | None = None
-    """From this k on, one dense product with inactive experts masked replaces the grouped products. None: measured
-    once at the start of the run and written into its resolved config."""
+    """From this k on, one dense product with inactive experts masked replaces the grouped products (backend cpu). None:
+    measured once at the start of the run and written into its resolved config."""
+    mode: Kept = Kept.lean
+    precision: Products = Products.ieee
+    debug: bool = False
+    """Check every row index of every layer on the host: slow, for hunting a fault."""
 
     def __post_init__(self) -> None:
         require(
             self.masked_from_k is None or self.masked_from_k >= 1,
             f"kernels.masked_from_k={self.masked_from_k}: must be at least 1",
+        )
+        require(
+            self.mode is Kept.lean or self.backend is Backend.cpu,
+            f"kernels.mode=fast: kernels.backend={self.backend.value} has only lean",
+        )
+        require(
+            self.precision is Products.ieee or self.backend is Backend.triton,
+            f"kernels.precision=tf32: kernels.backend={self.backend.value} has only ieee",
         )
 
 

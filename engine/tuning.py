@@ -22,7 +22,7 @@ def resolve(config: Config) -> Config:
     kernels = config.kernels
     if kernels.masked_from_k is not None:
         return config
-    needless = config.moe.router is Router.dense or kernels.backend is Backend.reference
+    needless = config.moe.router is Router.dense or kernels.backend is not Backend.cpu
     found = config.moe.experts + 1 if needless else measure_masked_from_k(config)
     return replace(config, kernels=replace(kernels, masked_from_k=found))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.build import build_routers
-from engine.config import Config, Router, Split, to_plain
+from engine.config import Backend, Config, Router, Split, to_plain
 from engine.corpus import PreparedCorpus, prepare
 from engine.counting import bzip2_bpc, order_n_bpc
 from engine.evaluate import slimming_curve
@@ -84,7 +84,9 @@ def _describe(console: Console, trainer: Trainer) -> None:
         f"(ragged tail of {trainer.streams.dropped_symbols} symbols dropped)"
     )
     if config.moe.router is not Router.dense:
-        console.note(f"experts: masked products from k={config.kernels.masked_from_k} on")
+        masked = f", masked products from k={config.kernels.masked_from_k} on"
+        on_cpu = config.kernels.backend is Backend.cpu
+        console.note(f"experts: backend {config.kernels.backend.value}{masked if on_cpu else ''}")
 
 
 def _finish(run: RunFolder, trainer: Trainer, corpus: PreparedCorpus) -> None:

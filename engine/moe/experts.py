@@ -10,9 +10,10 @@ Letters: L experts on this rank, D width, F expert hidden width, R received rows
 import torch
 from torch import Tensor, nn
 
-from engine.config import Activation, Backend, KernelsConfig, MoEConfig
+from engine.config import Activation, Backend, KernelsConfig, MoEConfig, require
 from engine.moe.plan import Plan
 from kernels import Dropout, ExpertWeights, moe_ffn
+from kernels.launching import can_launch
 
 
 class Experts(nn.Module):
@@ -29,8 +30,14 @@ class Experts(nn.Module):
         self.b2 = nn.Parameter(torch.zeros(moe.experts, width))
         gated = moe.activation is Activation.swiglu
         self.register_parameter("w3", nn.Parameter(torch.empty(shape)) if gated else None)
-        self.masked_from_k = kernels.masked_from_k or moe.experts + 1
-        self.backend: Backend = kernels.backend
+        self.kernels = kernels
+        self.masked_from_k = moe.experts + 1
+        if kernels.backend is Backend.cpu and kernels.masked_from_k is not None:
+            self.masked_from_k = kernels.masked_from_k
+        require(
+            kernels.backend is not Backend.triton or can_launch(self.w1),
+            f"kernels.backend=triton: the model is on {self.w1.device}; needs a GPU, or TRITON_INTERPRET=1 for tests",
+        )
         self.init_weights(0.02)
 
     def init_weights(self, std: float) -> None:
@@ -48,5 +55,8 @@ class Experts(nn.Module):
             plan.rows,
             dropout=dropout,
             masked=plan.k >= self.masked_from_k,
-            backend=self.backend.value,
+            backend=self.kernels.backend.value,
+            mode=self.kernels.mode.value,
+            precision=self.kernels.precision.value,
+            debug=self.kernels.debug,
         )

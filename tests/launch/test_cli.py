@@ -74,6 +74,9 @@ BAD = {
     "threads": (["train.threads=-1"], ["train.threads=-1", "at least 0"]),
     "seed": (["train.seed=4294967296"], ["train.seed=4294967296", "below"]),
     "run name": (["train.name=../x"], ["../x", "folder name"]),
+    "no GPU": (["kernels.backend=triton"], ["kernels.backend=triton", "on cpu", "GPU"]),
+    "fast": (["kernels.mode=fast", "kernels.backend=reference"], ["kernels.mode=fast", "lean"]),
+    "tf32": (["kernels.precision=tf32"], ["kernels.precision=tf32", "kernels.backend=cpu", "ieee"]),
 }
 
 
