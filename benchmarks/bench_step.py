@@ -86,7 +86,6 @@ class Arm:
 
         self.loader = PlannedLoader(
             make_batch, build_routers(config, corpus), lambda step: k,
-            num_experts=config.moe.experts, steps=range(10**6), accumulation=1, prefetch=2,
         )  # fmt: skip
 
     def __call__(self) -> None:
@@ -128,7 +127,7 @@ def layer_cases(config: Config, corpus: PreparedCorpus) -> dict[str, Callable[[]
     cotangent_TD = torch.randn_like(x_TD)
     cases: dict[str, Callable[[], object]] = {"dense": lambda: dense(x_TD).backward(cotangent_TD)}
     for k in KS:
-        plans = plan_batch(batch, k, routers, config.moe.experts).plans
+        plans = plan_batch(batch, k, routers).plans
         assert plans is not None
         call = LayerCall(k, plans[0], torch.arange(tokens), 1, config.model.dropout)
         cases[str(k)] = lambda call=call: layer(x_TD, call).y_TD.backward(cotangent_TD)  # type: ignore[misc]

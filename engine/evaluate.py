@@ -65,7 +65,7 @@ def evaluate(
         for batch, counted_BQ in eval_batches(
             ids, corpus.previous_id(split), shares, config.context
         ):
-            planned = plan_batch(batch, k, routers, config.moe.experts)
+            planned = plan_batch(batch, k, routers)
             output = model(
                 batch.ids_BQ, batch.targets_BQ, memory, Routing(k, planned.plans),
                 memory_len=memory_len, clamp_len=config.eval.clamp_len, same_length=config.eval.same_length,

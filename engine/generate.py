@@ -50,7 +50,7 @@ def generate(
             while start < len(history):
                 part = history[start : start + config.data.segment]
                 left = ([0] * context + history)[start : start + context]
-                planned = plan_batch(_batch(part, left), k, routers, config.moe.experts)
+                planned = plan_batch(_batch(part, left), k, routers)
                 logits_BQV, memory = model.logits(
                     planned.batch.ids_BQ, memory, Routing(k, planned.plans), memory_len=memory_len
                 )[:2]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from engine.data import Batch
-from engine.moe.plan import Plan, build_plan
+from engine.moe.plan import Plan
 from engine.moe.routers import HashedRouter
 
 
@@ -25,14 +25,12 @@ class PlannedBatch:
     plans: tuple[Plan, ...] | None  # one per table; None for live routers and dense
 
 
-def plan_batch(
-    batch: Batch, k: int, routers: Sequence[HashedRouter] | None, num_experts: int
-) -> PlannedBatch:
-    """Route the batch through each router's table and plan it; without routers, pass it on with its k."""
+def plan_batch(batch: Batch, k: int, routers: Sequence[HashedRouter] | None) -> PlannedBatch:
+    """Plan the batch for each router's table; without routers, pass it on with its k."""
     if routers is None:
         return PlannedBatch(batch, k, None)
-    routes = [router.route(batch.ids_BQ, batch.left_BC, k) for router in routers]
-    return PlannedBatch(batch, k, tuple(build_plan(route, num_experts) for route in routes))
+    ids_PBQ, left_PBC = batch.ids_BQ[None], batch.left_BC[None]  # one rank so far
+    return PlannedBatch(batch, k, tuple(router.plan(ids_PBQ, left_PBC, k) for router in routers))
 
 
 class PlannedLoader:
@@ -53,7 +51,6 @@ class PlannedLoader:
         routers: Sequence[HashedRouter] | None,
         k_of_step: Callable[[int], int],
         *,
-        num_experts: int,
         steps: range,
         accumulation: int,
         prefetch: int,
@@ -61,7 +58,6 @@ class PlannedLoader:
         self._make_batch = make_batch
         self._routers = routers
         self._k_of_step = k_of_step
-        self._num_experts = num_experts
         self._steps = steps
         self._accumulation = accumulation
         self._queue: queue.Queue[PlannedBatch | BaseException] = queue.Queue(
@@ -104,7 +100,7 @@ class PlannedLoader:
                 k = self._k_of_step(step)
                 for micro in range(self._accumulation):
                     batch = self._make_batch(step, micro)
-                    planned = plan_batch(batch, k, self._routers, self._num_experts)
+                    planned = plan_batch(batch, k, self._routers)
                     if not self._put(planned):
                         return
             self._put(RuntimeError("no batch left: all steps are done"))

@@ -187,7 +187,6 @@ class Trainer:
             make_batch,
             self.routers,
             lambda step: active_experts(config.schedule, step, config.schedule_steps),
-            num_experts=config.moe.experts,
             steps=range(self.step, config.train.steps),
             accumulation=accumulation,
             prefetch=config.data.prefetch,

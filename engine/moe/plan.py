@@ -1,10 +1,10 @@
 """The plan: everything a layer needs to know about routing, computed before the layer runs.
 
-`build_plan` turns a Route into a Plan; for planned routers it runs in the data loader (engine/loader.py), for live
-routers inside the forward pass. After that both share engine/moe/layer.py. One rank for now: every token stays here,
-so the received rows are the local tokens and no byte is sent.
+For planned routers engine/moe/planner.py makes it in the data loader, from the token ids of all ranks of the expert
+group. `build_plan` makes it from a live router's Route inside the forward pass, so far on one rank only: every token
+stays there, so the received rows are the local tokens. After that both share engine/moe/layer.py.
 
-Letters: T local tokens, K active experts, N = T*K expert rows, E experts, R received rows (= T on one rank).
+Letters: T local tokens, K active experts, N expert rows (T*K on one rank), E experts, S sent and R received rows.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,10 @@ class Plan:
     rows: ExpertRows  # expert-major rows over the received rows
     weight_N: Tensor  # fp32: mixing weight of each expert row
     count_E: Tensor  # int64: rows of every expert over the expert group
-    send_splits: tuple[int, ...]  # rows to each rank of the expert group
+    send: (
+        ExpertRows | None
+    )  # rows to send, rank by rank: "experts" are ranks, source_N the tokens; None on one rank
+    send_splits: tuple[int, ...]  # rows to each rank of the expert group, this one included
     recv_splits: tuple[int, ...]  # rows from each rank of the expert group
     wire_rows: int  # rows that leave this rank, per layer and direction
 
@@ -53,6 +56,7 @@ def build_plan(route: Route, num_experts: int) -> Plan:
         rows=rows,
         weight_N=route.weight_TK.reshape(-1)[choice_N],
         count_E=count_E,
+        send=None,
         send_splits=(num_tokens,),
         recv_splits=(num_tokens,),
         wire_rows=0,

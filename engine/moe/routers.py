@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.moe.plan import Route
+from engine.moe.plan import Plan, Route
+from engine.moe.planner import TablePlanner
 from engine.moe.tables import Table
 
 _GATE_STD = 0.02  # SMoE-Dropout's public code, whatever the model's own init_std
@@ -31,8 +32,15 @@ class LiveRoute:
 class HashedRouter:
     """Planned router: the first k experts of the table row that the token's n-gram falls into."""
 
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: Table, *, rank: int = 0, ranks: int = 1) -> None:
+        """Take a table, and this rank's place in its expert group for the plans."""
         self.table = table
+        self.planner = TablePlanner(table, rank=rank, ranks=ranks)
+
+    def plan(self, ids_PBQ: Tensor, left_PBC: Tensor, k: int) -> Plan:
+        """Plan a micro-batch from the ids of every rank of the expert group; gives what `route` says, rank by rank."""
+        row_PBQ = [self.table.rows_of(ids, left) for ids, left in zip(ids_PBQ, left_PBC, strict=True)]  # fmt: skip
+        return self.planner.plan(torch.stack(row_PBQ).flatten(1).numpy(), k)
 
     def route(self, ids_BQ: Tensor, left_BC: Tensor, k: int) -> Route:
         """Route each token; weights are the softmax over its row's first k logits, or 1/k without logits.

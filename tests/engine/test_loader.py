@@ -40,7 +40,6 @@ def start(routers, make=make_batch, *, steps=range(2, 6), prefetch=1, accumulati
         make,
         routers,
         lambda step: 1 + step % 3,
-        num_experts=EXPERTS,
         steps=steps,
         accumulation=accumulation,
         prefetch=prefetch,
@@ -66,7 +65,7 @@ def test_batches_come_in_order_and_equal_planning_inline(routers, prefetch):
     for step in range(2, 6):
         for micro in range(2):
             planned, wait_seconds = loader.next()
-            inline = plan_batch(make_batch(step, micro), 1 + step % 3, routers, EXPERTS)
+            inline = plan_batch(make_batch(step, micro), 1 + step % 3, routers)
             assert flatten(planned) == flatten(inline)
             assert len(planned.plans) == 2 and wait_seconds >= 0
             assert planned.k == planned.plans[1].k == 1 + step % 3
