@@ -70,10 +70,9 @@ def test_layer_equals_reference(shape, gated, rate, dtype, device):
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", LARGE.values(), ids=LARGE.keys())
 @pytest.mark.parametrize("gated", [False, True], ids=["relu", "swiglu"])
-@pytest.mark.parametrize("rate", [0.0, 0.3], ids=["plain", "dropout"])
-@floats
-def test_large_layer_equals_reference(shape, gated, rate, dtype, device):
-    check_layer(shape, dtype, device, gated=gated, rate=rate)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+def test_large_layer_equals_reference(shape, gated, dtype, device):
+    check_layer(shape, dtype, device, gated=gated, rate=0.2)
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["relu", "swiglu"])
