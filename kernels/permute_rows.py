@@ -29,7 +29,7 @@ def permute_rows(
     Args:
         x_RD: rows, contiguous, of any dtype of 1 to 8 bytes.
         index_M: int64, which row goes where.
-        dtype: of the result, if not that of x; between fp32, bf16 and fp16 only.
+        dtype: of the result, if not that of x; between floats only.
         backend: "cpu", "triton" or "reference"; by default "triton" on a GPU and "cpu" elsewhere.
         debug: check every index on the host.
 
@@ -102,9 +102,9 @@ def _check(
         raise ValueError(f"{name} or index_M has more than {MAX_INT32} rows")
     if x.element_size() not in (1, 2, 4, 8):
         raise ValueError(f"{name} is {x.dtype}: must be a dtype of 1, 2, 4 or 8 bytes")
-    floats = (torch.float32, torch.bfloat16, torch.float16)
+    floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     if dtype not in (None, x.dtype) and not (dtype in floats and x.dtype in floats):
-        raise ValueError(f"dtype={dtype}: {name} is {x.dtype}; only fp32, bf16 and fp16 convert")
+        raise ValueError(f"dtype={dtype}: {name} is {x.dtype}; only floats convert")
     return backend
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from engine.config import KernelsConfig, ModelConfig, MoEConfig, Router
 from engine.feed_forward import FeedForward
-from engine.moe.exchange import Local
+from engine.moe.exchange import Exchange, Local
 from engine.moe.experts import Experts
 from engine.moe.losses import balance_loss, z_loss
 from engine.moe.plan import Plan, build_plan
@@ -59,7 +59,7 @@ class MoELayer(nn.Module):
         elif moe.router is Router.learned:
             self.router = LearnedRouter(model.width, moe.experts)
         self.experts = Experts(model.width, moe, kernels)
-        self.exchange = Local()
+        self.exchange: Exchange = Local()
         self.shared = None
         if moe.shared_width:
             self.shared = FeedForward(model.width, moe.shared_width, moe.activation, model.dropout)

@@ -49,20 +49,29 @@ class TablePlanner:
         self._lookups: dict[int, _Lookups] = {}
         self._lock = threading.Lock()  # the loader's thread plans while validation does
 
-    def plan(self, row_PT: NDArray[np.int64], k: int) -> Plan:
-        """Plan a micro-batch from the table rows of every rank's tokens."""
+    def plan(self, row_PT: NDArray[np.int64], k: int, *, gather: bool = False) -> Plan:
+        """Plan a micro-batch from the table rows of every rank's tokens.
+
+        Args:
+            gather: for the exchange in which every rank receives all rows, needed or not.
+        """
         found = self._lookups_of(k)
         num_tokens = row_PT.shape[1]
         own_T, all_N = row_PT[self.rank], row_PT.reshape(-1)
         row_R, send = all_N, None
         send_splits: tuple[int, ...] = (num_tokens,)
         recv_splits: tuple[int, ...] = (num_tokens,)
-        if self.ranks > 1:
+        wire_rows = 0
+        if gather:
+            send_splits, recv_splits = (num_tokens,) * self.ranks, (num_tokens,) * self.ranks
+            wire_rows = (self.ranks - 1) * num_tokens
+        elif self.ranks > 1:
             send, _ = _expert_rows(found.rank_Pr, own_T)
             received_R = np.flatnonzero(found.rank_Pr[self.rank].take(all_N))
             row_R = all_N.take(received_R)
             first_P = np.searchsorted(received_R, np.arange(self.ranks + 1) * num_tokens)
             send_splits, recv_splits = tuple(send.counts()), tuple(np.diff(first_P).tolist())
+            wire_rows = sum(send_splits) - send_splits[self.rank]
         rows, weight_N = _expert_rows(found.local_Lr, row_R, found.weight_Lr)
         return Plan(
             k=k,
@@ -72,7 +81,7 @@ class TablePlanner:
             send=send,
             send_splits=send_splits,
             recv_splits=recv_splits,
-            wire_rows=sum(send_splits) - send_splits[self.rank],
+            wire_rows=wire_rows,
         )
 
     def _lookups_of(self, k: int) -> _Lookups:

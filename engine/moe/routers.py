@@ -37,10 +37,10 @@ class HashedRouter:
         self.table = table
         self.planner = TablePlanner(table, rank=rank, ranks=ranks)
 
-    def plan(self, ids_PBQ: Tensor, left_PBC: Tensor, k: int) -> Plan:
+    def plan(self, ids_PBQ: Tensor, left_PBC: Tensor, k: int, *, gather: bool = False) -> Plan:
         """Plan a micro-batch from the ids of every rank of the expert group; gives what `route` says, rank by rank."""
         row_PBQ = [self.table.rows_of(ids, left) for ids, left in zip(ids_PBQ, left_PBC, strict=True)]  # fmt: skip
-        return self.planner.plan(torch.stack(row_PBQ).flatten(1).numpy(), k)
+        return self.planner.plan(torch.stack(row_PBQ).flatten(1).numpy(), k, gather=gather)
 
     def route(self, ids_BQ: Tensor, left_BC: Tensor, k: int) -> Route:
         """Route each token; weights are the softmax over its row's first k logits, or 1/k without logits.

@@ -1,0 +1,76 @@
+"""Several ranks on one machine, for tests: `run_ranks` starts processes that form a gloo group and gathers what they say."""
+
+import importlib.util
+import inspect
+import multiprocessing
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.queues import Queue
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+
+def run_ranks(
+    function: Callable[..., Any], ranks: int, *arguments: Any, seconds: float = 120
+) -> list[Any]:
+    """Call function(rank, *arguments) in each of `ranks` new processes of one gloo group; return what they return.
+
+    Args:
+        function: at the top level of its file, which each process loads again.
+        seconds: what all of it may take; collectives give up then, too.
+
+    Raises:
+        RuntimeError: a rank raised (its traceback is in the message) or did not answer; no process is left behind.
+    """
+    context = multiprocessing.get_context("spawn")
+    answers: Queue[tuple[int, bool, Any]] = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        place = str(Path(folder) / "store"), inspect.getfile(function), function.__name__
+        workers = [
+            context.Process(target=_work, args=(rank, ranks, seconds, place, arguments, answers))
+            for rank in range(ranks)
+        ]
+        for worker in workers:
+            worker.start()
+        try:
+            return _collect(answers, ranks, seconds)
+        finally:
+            for worker in workers:
+                worker.terminate()
+                worker.join()
+
+
+def _collect(answers: "Queue[tuple[int, bool, Any]]", ranks: int, seconds: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    for _ in range(ranks):
+        rank, fine, result = answers.get(timeout=seconds)
+        if not fine:
+            raise RuntimeError(f"rank {rank} of {ranks}:\n{result}")
+        results[rank] = result
+    return [results[rank] for rank in range(ranks)]
+
+
+def _work(
+    rank: int, ranks: int, seconds: float, place: tuple[str, str, str], arguments: tuple[Any, ...],
+    answers: "Queue[tuple[int, bool, Any]]",
+) -> None:  # fmt: skip
+    store, file, name = place
+    try:
+        torch.set_num_threads(1)
+        spec = importlib.util.spec_from_file_location("foreroute_ranks", file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        dist.init_process_group(
+            "gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks,
+            timeout=timedelta(seconds=seconds),
+        )  # fmt: skip
+        answers.put((rank, True, getattr(module, name)(rank, *arguments)))
+        dist.barrier()
+    except BaseException:
+        answers.put((rank, False, traceback.format_exc()))
