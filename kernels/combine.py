@@ -60,6 +60,8 @@ def combine(
     backend = resolve_backend(y_ND, backend)
     check_float("y_ND", y_ND, backend)
     aligned = backend == "triton"
+    if y_ND.dim() != 2:
+        raise ValueError(f"y_ND has shape {tuple(y_ND.shape)}: must have two dimensions")
     check_tensor("y_ND", y_ND, (rows.num_rows, y_ND.shape[-1]), y_ND, aligned=aligned)
     if weight_N is not None:
         check_weight(weight_N, rows, y_ND)

@@ -44,7 +44,8 @@ def take_rows(x_RD: Tensor, source_N: Tensor, weight_N: Tensor) -> Tensor:
 
 def add_rows(y_MD: Tensor, slot_M: Tensor, slot_offset_R: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum the rows slot[slot_offset[r]:slot_offset[r + 1]] of y into row r."""
-    return F.embedding_bag(slot_M, y_MD, slot_offset_R, mode="sum").to(dtype)
+    wide = y_MD.to(torch.promote_types(y_MD.dtype, dtype))
+    return F.embedding_bag(slot_M, wide, slot_offset_R, mode="sum").to(dtype)
 
 
 def permute_forward(x: Tensor, index_M: Tensor, out: Tensor, *, scatter: bool) -> None:

@@ -12,8 +12,6 @@ from kernels.launching import launch
 from kernels.rows import ExpertRows
 from kernels.tiles import row_tile
 
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
 
 def combine_forward(y_ND: Tensor, weight_N: Tensor | None, rows: ExpertRows) -> Tensor:
     """Sum each row's expert rows, weighted if weight_N is given."""
@@ -53,9 +51,6 @@ def combine_backward(
 
 def permute_forward(x: Tensor, index_M: Tensor, out: Tensor, *, scatter: bool) -> None:
     """Copy rows: out[m] = x[index[m]], or out[index[m]] = x[m] if scatter; converts when the dtypes differ."""
-    if x.dtype == out.dtype:  # a copy of bits
-        word = _WORDS[x.element_size()]
-        x, out = x.view(word), out.view(word)
     width = x.shape[1]
     tile = row_tile(width, min(x.element_size(), out.element_size()))
     launch(

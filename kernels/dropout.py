@@ -27,7 +27,7 @@ class Dropout:
     @property
     def threshold(self) -> int:
         """A unit is kept when the product of its hashes, as int32, is at least this."""
-        return round(self.rate * 2**32) - 2**31
+        return min(round(self.rate * 2**32), 2**32 - 1) - 2**31
 
     @property
     def seed_words(self) -> tuple[int, int]:

@@ -49,7 +49,8 @@ def expert_ffn(
     """Apply its expert to each expert row.
 
     Args:
-        x_RD: input rows, contiguous; fp32, bf16 or fp16 (fp64 too on the CPU).
+        x_RD: input rows, contiguous; fp32, bf16 or fp16 (fp64 too on the CPU). On "triton" all numbers start at an
+            address that 16 divides.
         weights: stacked expert parameters, dtype of x.
         rows: which input row each expert row reads (kernels/rows.py).
         dropout: stateless dropout on the hidden units; None for none.

@@ -19,6 +19,7 @@ from kernels.operands import ExpertWeights, FfnGradients, Saved
 from kernels.rows import ExpertRows
 
 
+@torch.autocast("cpu", enabled=False)
 def ffn_forward(
     x_RD: Tensor, weights: ExpertWeights, rows: ExpertRows, dropout: Dropout | None, *, save: bool, mode: str
 ) -> tuple[Tensor, Saved]:  # fmt: skip
@@ -47,6 +48,7 @@ def ffn_forward(
     return y_ND, Saved(hidden_NF, gate_NF, kept)
 
 
+@torch.autocast("cpu", enabled=False)
 def ffn_backward(
     dout: Tensor, x_RD: Tensor, weights: ExpertWeights, rows: ExpertRows, dropout: Dropout | None, saved: Saved, *,
     weight_N: Tensor | None, dweight: bool,
@@ -125,8 +127,11 @@ def weight_gradient(
 
 def spans(rows: ExpertRows) -> Iterator[tuple[int, slice]]:
     """Give each local expert and its range of expert rows."""
+    counts = rows.counts()
+    if min(counts, default=0) < 0 or sum(counts) != rows.num_rows:
+        raise ValueError(f"rows.offset_L counts {counts}: must add up to {rows.num_rows} rows")
     start = 0
-    for expert, count in enumerate(rows.counts()):
+    for expert, count in enumerate(counts):
         yield expert, slice(start, start + count)
         start += count
 

@@ -146,7 +146,7 @@ def _tile_map(rows: ExpertRows, block: int) -> tuple[Tensor, int]:
         launch(
             jit._tile_map_kernel, rows.num_experts, Tile(block, 1, 1, 1, 1), offset_ptr=rows.offset_L,
             tile_ptr=tile_map, num_tiles=num_tiles, EXPERTS=rows.num_experts,
-            BLOCK_E=triton.next_power_of_2(rows.num_experts), BLOCK_M=block,
+            BLOCK_E=max(32, triton.next_power_of_2(rows.num_experts)), BLOCK_M=block,
         )  # fmt: skip
     return tile_map, num_tiles
 

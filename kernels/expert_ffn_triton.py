@@ -1,4 +1,4 @@
-"""Triton kernels of the expert feed-forward, forward and backward; the launchers are in kernels/expert_ffn_gpu.py.
+"""Triton kernels of the expert feed-forward, forward and backward; the launchers are in kernels/expert_ffn_launch.py.
 
 Expert rows lie expert by expert; a tile of rows never crosses experts. Input rows are read through an index inside the
 product, so no permuted copy of them is ever written, and experts are not padded. The number of tiles is bounded from
@@ -37,8 +37,9 @@ def _tile_map_kernel(
     start = tl.sum(tl.where(e == expert, start_e, 0))
     for i in range(0, count, BLOCK_E):
         tile = i + e
-        tl.store(tile_ptr + 2 * (first + tile), tl.zeros_like(tile) + expert, mask=tile < count)
-        tl.store(tile_ptr + 2 * (first + tile) + 1, start + tile * BLOCK_M, mask=tile < count)
+        inside = (tile < count) & (first + tile < num_tiles)  # also if offset_L is wrong
+        tl.store(tile_ptr + 2 * (first + tile), tl.zeros_like(tile) + expert, mask=inside)
+        tl.store(tile_ptr + 2 * (first + tile) + 1, start + tile * BLOCK_M, mask=inside)
     if expert == EXPERTS - 1:
         for i in range(first + count, num_tiles, BLOCK_E):
             tile = i + e
@@ -181,7 +182,7 @@ def _up_kernel(
             tl.store(u_ptr + out, gate.to(u_ptr.dtype.element_ty), mask=inside)
         hidden = acc * tl.sigmoid(acc) * gate
     else:
-        hidden = tl.maximum(acc, 0.0)
+        hidden = tl.where(acc < 0.0, 0.0, acc)  # a GPU's max would turn NaN into 0
     if DROPOUT:
         token_M = tl.load(token_ptr + source_M, mask=in_M, other=0)
         keep = _keep(token_M, first_expert + expert, n, seed_low, seed_high, threshold)
@@ -314,7 +315,7 @@ def _down_backward_kernel(
             silu = tl.where(keep, silu * keep_scale, 0.0)
     else:
         a = hidden
-        factor = tl.where(a > 0.0, keep_scale, 0.0)
+        factor = tl.where(a <= 0.0, 0.0, keep_scale)
     if DWEIGHT:
         partial_M = tl.sum(da * a, axis=1)
         tl.store(partial_ptr + row_M.to(tl.int64) * COLUMNS + column, partial_M, mask=in_M)

@@ -201,7 +201,8 @@ def guarded(*, races: bool = True) -> Iterator[Guard]:
     An active lane must lie on elements of one of the launch's tensor arguments: not before or after
     the view, nor in the gaps that its strides leave. Where arguments share elements, an access
     belongs to the first. The launch raises GuardError at its first fault, and is then not recorded.
-    A program that reads what another writes, or stores what another adds to, is not seen.
+    A program that reads what another writes, or stores what another adds to, is not seen. As on a
+    GPU, and unlike upstream's interpreter, tl.maximum and tl.minimum prefer a number to NaN.
 
     Args:
         races: also refuse plain stores of one byte by two programs, or by two lanes of one store.
@@ -209,6 +210,7 @@ def guarded(*, races: bool = True) -> Iterator[Guard]:
     _require_interpreter()
     guard, executor = Guard(), interpreter.GridExecutor
     prepare, call = executor._init_args_hst, executor.__call__
+    builder = interpreter.InterpreterBuilder
     running = _Running("", [], races)
 
     def prepare_and_note(self: Any, args: Any, kwargs: Any) -> Any:
@@ -236,6 +238,8 @@ def guarded(*, races: bool = True) -> Iterator[Guard]:
         patch.object(interpreter, "_interpreter", memory),
         patch.object(executor, "_init_args_hst", prepare_and_note),
         patch.object(executor, "__call__", call_and_record),
+        patch.object(builder, "create_maxnumf", lambda self, a, b: self.binary_op(a, b, np.fmax)),
+        patch.object(builder, "create_minnumf", lambda self, a, b: self.binary_op(a, b, np.fmin)),
     ):
         yield guard
 

@@ -1,8 +1,8 @@
 """The one place from which Triton kernels are launched, so that launches can be watched.
 
 `launch` runs a kernel. Under `recording` each launch is also kept as a `Launch`; with `run=False` nothing is executed,
-and operations can be driven with tensors on the meta device: so the static gate (benchmarks/kernels_static.py) compiles
-exactly what a GPU of a given architecture would be asked to run, and tests prove which kernels a step has launched.
+and the launchers (kernels/*_launch.py) can be driven with tensors on the meta device: so the static gate compiles exactly
+what a GPU of a given architecture would be asked to run, and tests prove which kernels a step has launched.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels.tiles import Tile
 
-MAX_INT32 = 2**31 - 1
+MAX_ROWS = 2**31 - 2**10  # row numbers are int32, up to the end of the last tile
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,8 @@ class Recorder:
     run: bool
     launches: list[Launch] = field(default_factory=list)
 
+
+_INTERPRETED = bool(triton.knobs.runtime.interpret)  # decided when the kernels are defined
 
 # Innermost last. Global, not a context variable: PyTorch runs backward passes on GPUs in threads of its own.
 _recorders: list[Recorder] = []
@@ -71,8 +73,8 @@ def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> None:
     """
     if programs == 0:
         return
-    if programs > MAX_INT32:
-        raise ValueError(f"{programs} programs: a grid has at most {MAX_INT32}")
+    if programs > 2**31 - 1:
+        raise ValueError(f"{programs} programs: a grid has at most {2**31 - 1}")
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     for recorder in _recorders:
         recorder.launches.append(Launch(kernel, programs, dict(arguments), options))
@@ -85,13 +87,12 @@ def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> None:
 
 def is_interpreted() -> bool:
     """Say whether Triton kernels run in its interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
-    return bool(triton.knobs.runtime.interpret)
+    return _INTERPRETED
 
 
 def can_launch(tensor: Tensor) -> bool:
-    """Say whether a kernel can be launched on this tensor: on a GPU, interpreted, or only recorded."""
-    recorded_only = any(not recorder.run for recorder in _recorders)
-    return tensor.is_cuda or is_interpreted() or recorded_only
+    """Say whether a kernel can be launched on this tensor: on a GPU, or interpreted."""
+    return tensor.is_cuda or is_interpreted()
 
 
 def arch_of(tensor: Tensor) -> str:

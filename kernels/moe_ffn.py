@@ -59,8 +59,10 @@ def moe_ffn(
 
     Args:
         x_RD: input rows, contiguous; fp32, bf16 or fp16 (fp64 too on the CPU).
-        weight_N: fp32 mixing weight of each expert row; gets a gradient only if it asks for one.
-        masked: on the CPU, multiply all rows by all experts instead of only the chosen ones; keeps R * L * F numbers.
+        weight_N: fp32 mixing weight of each expert row (the CPU rounds it to the dtype of x); gets a gradient only if it
+            asks for one.
+        masked: on the CPU, multiply all rows by all experts instead of only the chosen ones; keeps R * L * F numbers in
+            either mode, and lets an expert that overflows reach rows that did not choose it.
         weights, rows, dropout, backend, mode, precision, debug: see kernels.expert_ffn.
 
     Returns:
@@ -87,8 +89,10 @@ def moe_ffn(
     check_rows(rows, x_RD, debug=debug)
     check_weight(weight_N, rows, x_RD)
     check_dropout(dropout, x_RD)
-    if masked and options.backend == "triton":
-        raise ValueError("masked=True: backend 'triton' multiplies only the chosen experts")
+    if masked and options.backend != "cpu":
+        raise ValueError(
+            f"masked=True: backend {options.backend!r} multiplies only the chosen experts"
+        )
     if options.backend == "reference":
         y_ND = expert_ffn_reference(x_RD, weights, rows, dropout)
         return combine_reference(y_ND, weight_N, rows)

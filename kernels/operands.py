@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from kernels.dropout import Dropout
-from kernels.launching import MAX_INT32, can_launch
+from kernels.launching import MAX_ROWS, can_launch
 from kernels.rows import ExpertRows
 
 BACKENDS = ("cpu", "triton", "reference")
@@ -165,8 +165,8 @@ def check_dropout(dropout: Dropout | None, x_RD: Tensor) -> None:
 def check_rows(rows: ExpertRows, like: Tensor, *, debug: bool) -> None:
     """Raise ValueError unless expert rows fit each other and int32; with debug, also unless every index is in range."""
     for name in ("num_rows", "num_inputs"):
-        if getattr(rows, name) > MAX_INT32:
-            raise ValueError(f"rows.{name}={getattr(rows, name)}: must be at most {MAX_INT32}")
+        if getattr(rows, name) > MAX_ROWS:
+            raise ValueError(f"rows.{name}={getattr(rows, name)}: must be at most {MAX_ROWS}")
     for name, dtype, length in (
         ("source_N", torch.int64, rows.num_rows),
         ("offset_L", torch.int32, rows.num_experts),
@@ -186,13 +186,20 @@ def check_weights(x_RD: Tensor, weights: ExpertWeights, rows: ExpertRows, backen
     if weights.w1_LFD.dim() != 3:
         raise ValueError(f"w1_LFD has shape {tuple(weights.w1_LFD.shape)}: must be [L, F, D]")
     num_experts, width_F, width_D = weights.w1_LFD.shape
+    if not (width_F and width_D):
+        raise ValueError(
+            f"w1_LFD has shape {(num_experts, width_F, width_D)}: widths must be at least 1"
+        )
     aligned = backend == "triton"
     check_tensor("x_RD", x_RD, (rows.num_inputs, width_D), x_RD, aligned=aligned)
     matrix = (num_experts, width_F, width_D)
     shapes = (matrix, (num_experts, width_F), matrix, (num_experts, width_D), matrix)
     for name, tensor, shape in zip(weights._fields, weights, shapes, strict=True):
-        if tensor is not None:
-            check_tensor(name, tensor, shape, x_RD, aligned=aligned)
-            check_dtype(name, tensor, (x_RD.dtype,))
+        if tensor is None:
+            if name != "w3_LFD":
+                raise ValueError(f"{name} is None: only w3_LFD may be left out")
+            continue
+        check_tensor(name, tensor, shape, x_RD, aligned=aligned)
+        check_dtype(name, tensor, (x_RD.dtype,))
     if rows.num_experts != num_experts:
         raise ValueError(f"rows.offset_L has {rows.num_experts} experts: must be {num_experts}")

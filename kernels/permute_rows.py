@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from kernels import combine_cpu, combine_launch
-from kernels.launching import MAX_INT32
+from kernels.launching import MAX_ROWS
 from kernels.operands import check_dtype, check_tensor, resolve_backend
+
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def permute_rows(
@@ -76,6 +78,8 @@ def unpermute_rows(
     """
     backend = _check("y_MD", y_MD, index_M, dtype, backend)
     check_tensor("index_M", index_M, (y_MD.shape[0],), y_MD)
+    if not 0 <= num_rows <= MAX_ROWS:
+        raise ValueError(f"num_rows={num_rows}: must be from 0 to {MAX_ROWS}")
     if debug:
         _check_index(index_M, num_rows)
         if index_M.unique().numel() != index_M.numel():
@@ -98,10 +102,14 @@ def _check(
     check_tensor(name, x, tuple(x.shape), x, aligned=backend == "triton")
     check_dtype("index_M", index_M, (torch.int64,))
     check_tensor("index_M", index_M, (index_M.numel(),), x)
-    if max(index_M.numel(), x.shape[0]) > MAX_INT32:
-        raise ValueError(f"{name} or index_M has more than {MAX_INT32} rows")
+    if max(index_M.numel(), x.shape[0]) > MAX_ROWS:
+        raise ValueError(f"{name} or index_M has more than {MAX_ROWS} rows")
     if x.element_size() not in (1, 2, 4, 8):
         raise ValueError(f"{name} is {x.dtype}: must be a dtype of 1, 2, 4 or 8 bytes")
+    if x.is_complex() and x.requires_grad:
+        raise ValueError(
+            f"{name} is {x.dtype} and wants a gradient: only real numbers have one here"
+        )
     floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     if dtype not in (None, x.dtype) and not (dtype in floats and x.dtype in floats):
         raise ValueError(f"dtype={dtype}: {name} is {x.dtype}; only floats convert")
@@ -116,7 +124,11 @@ def _check_index(index_M: Tensor, num_rows: int) -> None:
 
 def _copy(x: Tensor, index_M: Tensor, out: Tensor, backend: str, *, scatter: bool) -> Tensor:
     module = combine_launch if backend == "triton" else combine_cpu
-    module.permute_forward(x, index_M, out, scatter=scatter)
+    if x.dtype == out.dtype:  # a copy of bits
+        word = _WORDS[x.element_size()]
+        module.permute_forward(x.view(word), index_M, out.view(word), scatter=scatter)
+    else:
+        module.permute_forward(x, index_M, out, scatter=scatter)
     return out
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class ExpertRows:
-    """Expert-major list of the (input row, expert) pairs of one layer.
+    """Expert-major list of the (input row, expert) pairs of one layer; a pair occurs once.
 
     Example with R=3 input rows, L=2 experts; row 0 uses experts 1 and 0, row 1 expert 1, row 2 expert 0:
 
@@ -47,7 +47,7 @@ class ExpertRows:
     def counts(self) -> list[int]:
         """Expert rows of each expert, on the host (reads offset_L back)."""
         ends = self.offset_L.tolist()
-        return [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+        return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Give the fields in order."""
@@ -79,6 +79,11 @@ class ExpertRows:
             raise ValueError(
                 f"rows.slot_offset_R starts at {int(self.slot_offset_R[0])}: must be 0"
             )
+        if (self.slot_N.bincount(minlength=num_rows) != 1).any():
+            raise ValueError("rows.slot_N lists an expert row twice")
+        pair_N = self.source_N * max(self.num_experts, 1) + self.expert_N()
+        if pair_N.unique().numel() != num_rows:
+            raise ValueError("rows.source_N has an input row twice within one expert")
         counts_R = torch.diff(self.slot_offset_R, append=self.slot_offset_R.new_tensor([num_rows]))
         reader_N = torch.arange(num_inputs, device=counts_R.device).repeat_interleave(counts_R)
         if not torch.equal(self.source_N[self.slot_N], reader_N):

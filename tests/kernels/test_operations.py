@@ -13,12 +13,21 @@ from kernels import (
     ExpertWeights,
     combine,
     expert_ffn,
+    expert_ffn_launch,
     expert_rows_from_lists,
     moe_ffn,
     permute_rows,
     unpermute_rows,
 )
-from kernels.testing import layer_inputs, make_case, run_layer, run_with_gradients, worst_error
+from kernels.launching import recording
+from kernels.testing import (
+    layer_inputs,
+    make_case,
+    relative_error,
+    run_layer,
+    run_with_gradients,
+    worst_error,
+)
 
 SHAPE = (13, 8, 12, 4, 2)
 PARTIAL = [
@@ -82,7 +91,7 @@ def test_combine_of_partial_rows_equals_reference(weighted, dtype):
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.complex64]
+    "dtype", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.complex64, torch.uint16]
 )
 def test_row_copies_of_any_dtype(dtype):
     x = torch.arange(40).view(8, 5).to(dtype)
@@ -113,6 +122,10 @@ def test_cast_on_the_way():
     assert torch.equal(got["out"], x.flip(0).bfloat16()) and got["d_x_RD"].dtype == torch.float32
     back = unpermute_rows(got["out"], index, 6, dtype=torch.float32)
     assert torch.equal(back, x.bfloat16().float())
+    often = torch.zeros(64, dtype=torch.int64)
+    got = run_with_gradients(lambda x_RD: permute_rows(x_RD, often, dtype=torch.bfloat16), {"x_RD": x})  # fmt: skip
+    cotangent = torch.randn(64, 4, generator=torch.Generator().manual_seed(9)).bfloat16()
+    assert relative_error(got["d_x_RD"][0], cotangent.double().sum(0)) < 1e-6  # added up in fp32
 
 
 def operator_arguments(*, gated=True, grad=True):
@@ -180,8 +193,8 @@ def test_compiled_parts_equal_eager():
     assert torch.allclose(layer(x, weight, *weights), want, rtol=1e-5, atol=1e-5)
 
 
-def test_no_value_is_read_back_by_a_fake_layer():
-    """Fake tensors hold no data: a read-back (.item(), .tolist()) in forward or backward would raise."""
+def test_the_public_call_reads_nothing_back():
+    """Fake tensors hold no data: a read-back (.item(), .tolist()) in checks, fakes or autograd would raise."""
     real = make_case(SHAPE)
     inputs = layer_inputs(real, torch.float32)
     with FakeTensorMode():
@@ -194,6 +207,47 @@ def test_no_value_is_read_back_by_a_fake_layer():
         assert w1.grad.shape == w1.shape
         with pytest.raises(Exception, match="_local_scalar_dense"):  # the mode does catch it
             out.sum().item()
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["relu", "swiglu"])
+def test_the_triton_launchers_read_nothing_back(gated):
+    """Meta tensors hold no data either, and reach everything down to the launches; forward and backward."""
+    case = make_case(SHAPE, gated=gated)
+    meta = [None if w is None else w.float().to("meta") for w in case.weights]
+    rows = ExpertRows(*(t.to("meta") for t in case.rows.tensors()))
+    x, weight, weights = case.x_TD.float().to("meta"), case.weight_N.float().to("meta"), ExpertWeights._make(meta)  # fmt: skip
+    dropout = Dropout(0.1, 1, torch.empty(13, dtype=torch.int64, device="meta"))
+    with recording(run=False, arch="sm_90") as recorder:
+        y, saved = expert_ffn_launch.ffn_forward(x, weights, rows, dropout, save=True, precision="ieee")  # fmt: skip
+        grads = expert_ffn_launch.ffn_backward(x, x, weights, rows, dropout, saved, weight_N=weight, dweight=True, precision="ieee")  # fmt: skip
+    assert y.shape == (26, 8) and grads.weight_N.shape == (26,) and len(recorder.launches) == 10
+
+
+def test_fp16_underflow_of_weighted_units():
+    """Hidden units times their weight may be 0 in fp16 where neither is."""
+    case = make_case((60, 8, 12, 4, 3))
+    small = case.weights._replace(w1_LFD=case.weights.w1_LFD * 1e-4, b1_LF=case.weights.b1_LF * 0)
+    case = case._replace(weights=small, weight_N=case.weight_N * 0 + 0.01).rounded(torch.float16)
+    want = run_layer(moe_ffn, case, torch.float64, backend="reference", dweight=False)
+    got = run_layer(moe_ffn, case, torch.float16, masked=True, dweight=False)
+    assert relative_error(got["d_x"], want["d_x"]) < 3e-3
+
+
+@pytest.mark.parametrize("options", [{}, {"masked": True}], ids=str)
+@pytest.mark.parametrize("gated", [False, True], ids=["relu", "swiglu"])
+def test_autocast_changes_nothing(options, gated):
+    case = make_case(SHAPE, gated=gated)
+    want = run_layer(moe_ffn, case, torch.float32, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run_layer(moe_ffn, case, torch.float32, **options)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_all_units_may_be_dropped():
+    case = make_case(SHAPE)
+    dropout = Dropout(1 - 2**-40, 1, torch.arange(13))
+    want = run_layer(moe_ffn, case, torch.float64, backend="reference", dropout=dropout)
+    assert worst_error(run_layer(moe_ffn, case, torch.float64, dropout=dropout), want)[0] < 1e-13
 
 
 def bad_rows(**changes):
@@ -219,6 +273,12 @@ BAD = {  # what is changed: arguments of moe_ffn, and the line that must name it
     "index type": ({"rows": bad_rows(source_N=ROWS.source_N.int())}, "rows.source_N is torch.int32: must be torch.int64"),
     "index": ({"rows": bad_rows(source_N=ROWS.source_N.clone().fill_(13)), "debug": True}, "rows.source_N holds 13: must be from 0 to 12"),
     "slots": ({"rows": bad_rows(slot_N=ROWS.slot_N.flip(0)), "debug": True}, "rows.slot_N does not list the expert rows"),
+    "twice": ({"rows": bad_rows(slot_N=ROWS.slot_N.clone().fill_(0)), "debug": True}, "rows.slot_N lists an expert row twice"),
+    "pair twice": ({"rows": bad_rows(source_N=ROWS.source_N.clone().fill_(3)), "debug": True}, "rows.source_N has an input row twice within one expert"),
+    "end": ({"rows": bad_rows(offset_L=ROWS.offset_L - 1)}, r"rows.offset_L counts \[.*must add up to 26 rows"),
+    "missing": ({"weights": WEIGHTS._replace(b2_LD=None)}, "b2_LD is None: only w3_LFD may be left out"),
+    "no width": ({"weights": WEIGHTS._replace(w1_LFD=WEIGHTS.w1_LFD[:, :0])}, "widths must be at least 1"),
+    "masked": ({"masked": True, "backend": "reference"}, "masked=True: backend 'reference'"),
     "counts": ({"rows": bad_rows(offset_L=ROWS.offset_L.flip(0)), "debug": True}, "rows.offset_L=.*must not decrease"),
 }  # fmt: skip
 
@@ -241,6 +301,8 @@ def test_bad_input_of_the_other_operations_is_named():
         (lambda: permute_rows(X.long(), index, dtype=torch.float32), "dtype=torch.float32: x_RD is torch.int64"),
         (lambda: unpermute_rows(X[:2], index.fill_(1), 5, debug=True), r"index_M=\[1, 1\]: must not repeat"),
         (lambda: unpermute_rows(X, index, 20), r"index_M has shape \(2,\): must be \(13,\)"),
+        (lambda: unpermute_rows(X[:2], index, -1), "num_rows=-1: must be from 0"),
+        (lambda: combine(X[0], None, ROWS), r"y_ND has shape \(8,\): must have two dimensions"),
         (lambda: combine(X, None, ROWS), r"y_ND has shape \(13, 8\): must be \(26, 8\)"),
         (lambda: expert_ffn(X[:5], WEIGHTS, ROWS), r"x_RD has shape \(5, 8\): must be \(13, 8\)"),
     ):  # fmt: skip
@@ -252,5 +314,5 @@ def test_more_rows_than_int32_are_refused():
     many = torch.empty(0, dtype=torch.int64, device="meta").expand(0)
     huge = torch.empty(2**31, dtype=torch.int64, device="meta")
     rows = ExpertRows(huge, many.int(), huge, many)
-    with pytest.raises(ValueError, match=r"rows\.num_rows=2147483648: must be at most 2147483647"):
+    with pytest.raises(ValueError, match=r"rows\.num_rows=2147483648: must be at most 2147482624"):
         combine(torch.empty(2**31, 1, device="meta"), None, rows)
