@@ -36,6 +36,7 @@ from engine.feed_forward import FeedForward
 from engine.loader import PlannedLoader, plan_batch
 from engine.model import Memory
 from engine.moe.layer import LayerCall, MoELayer
+from engine.moe.routers import HashedRouter
 from engine.step import StepTimes, train_step
 from engine.timing import ForwardTimes
 from engine.tuning import resolve
@@ -69,6 +70,7 @@ class Arm:
         engine: Engine,
         forward_times: ForwardTimes,
         k: int,
+        routers: list[HashedRouter] | None,
     ) -> None:
         streams = Streams(
             corpus.split(Split.train),
@@ -85,7 +87,7 @@ class Arm:
             return streams.batch(step, range(config.data.streams))
 
         self.loader = PlannedLoader(
-            make_batch, build_routers(config, corpus), lambda step: k,
+            make_batch, routers, lambda step: k, steps=range(10**6), accumulation=1, prefetch=2,
         )  # fmt: skip
 
     def __call__(self) -> None:
@@ -105,7 +107,8 @@ class Arm:
 def _arms(config: Config, corpus: PreparedCorpus, ks: Sequence[int]) -> list[Arm]:
     model = build_model(config, corpus.vocab.size)
     engine, forward_times = start(model, config), ForwardTimes(model)
-    return [Arm(config, corpus, engine, forward_times, k) for k in ks]
+    routers = build_routers(config, corpus)
+    return [Arm(config, corpus, engine, forward_times, k, routers) for k in ks]
 
 
 def layer_cases(config: Config, corpus: PreparedCorpus) -> dict[str, Callable[[], object]]:

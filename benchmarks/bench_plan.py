@@ -1,0 +1,109 @@
+"""Time of planning a micro-batch for one rank of eight: `python -m benchmarks.bench_plan`.
+
+The published batch of SMoE-Dropout on each rank, 22 streams of 512: 11,264 tokens, 16 experts, 8 active, trigrams in
+65,536 rows. `plan_ms` is for one table and one core, from the ids of all eight ranks to the plan; the lookups that are
+made once for each k are listed beside it. `plan_wait_fraction` is the share of step time for which a training step of
+the published model (4 streams, one rank) waits for its plan while the loader's thread plans for eight ranks, 4 tables.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.bench_step import Arm, shapes
+from benchmarks.harness import environment, print_result, print_table
+from engine.build import build_model, build_routers
+from engine.config import Split
+from engine.corpus import prepare
+from engine.data import Streams
+from engine.deepspeed_adapter import start
+from engine.moe.plan import Plan
+from engine.moe.planner import TablePlanner
+from engine.moe.routers import HashedRouter
+from engine.timing import ForwardTimes
+from launch.process import keep_freed_memory
+
+RANKS, STREAMS, SEGMENT, K = 8, 22, 512, 8
+
+
+class GroupRouter(HashedRouter):
+    """Plans for one rank of eight, as on eight GPUs, and then gives the plan of the one rank that really runs."""
+
+    def plan(self, ids_PBQ: Tensor, left_PBC: Tensor, k: int, *, gather: bool = False) -> Plan:
+        """Plan twice."""
+        everyone = torch.cat([ids_PBQ] * RANKS), torch.cat([left_PBC] * RANKS)
+        self.group.plan(*everyone, k)
+        return super().plan(ids_PBQ, left_PBC, k, gather=gather)
+
+    @property
+    def group(self) -> HashedRouter:
+        """The router of rank 3 of eight."""
+        if not hasattr(self, "_group"):
+            self._group = HashedRouter(self.table, rank=3, ranks=RANKS)
+        return self._group
+
+
+def fastest_ms(case: Callable[[], object], rounds: int) -> float:
+    """Fastest of several runs."""
+    found = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        case()
+        found.append(time.perf_counter() - begin)
+    return 1e3 * min(found)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument(
+        "--steps", type=int, default=6, help="training steps for plan_wait_fraction"
+    )
+    args = parser.parse_args()
+    keep_freed_memory()
+    step = argparse.Namespace(dropout=0.1, precision="fp32")
+    config = shapes(step)
+    corpus = prepare(config.corpus)
+    routers = build_routers(config, corpus)
+    assert routers is not None
+
+    streams = Streams(corpus.split(Split.train), RANKS * STREAMS, SEGMENT, config.context)
+    batch = streams.batch(0, range(RANKS * STREAMS))
+    ids_PBQ = batch.ids_BQ.view(RANKS, STREAMS, SEGMENT)
+    left_PBC = batch.left_BC.view(RANKS, STREAMS, -1)
+    router = HashedRouter(routers[0].table, rank=3, ranks=RANKS)
+    table_rows = [router.table.rows_of(*pair) for pair in zip(ids_PBQ, left_PBC, strict=True)]
+    row_PT = np.stack([rows.flatten().numpy() for rows in table_rows])
+    planner = TablePlanner(router.table, rank=3, ranks=RANKS)
+    plan = planner.plan(row_PT, K)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    times = {
+        "ids to plan": fastest_ms(lambda: router.plan(ids_PBQ, left_PBC, K), args.rounds),
+        "of it: table rows to plan": fastest_ms(lambda: planner.plan(row_PT, K), args.rounds),
+        "lookups, once for each k": fastest_ms(lambda: planner._look_up(K), 5),
+    }
+    torch.set_num_threads(threads)
+
+    model = build_model(config, corpus.vocab.size)
+    engine, forward_times = start(model, config), ForwardTimes(model)
+    group = [GroupRouter(router.table) for router in routers]
+    arm = Arm(config, corpus, engine, forward_times, K, list(group))
+    for _ in range(args.steps + 1):
+        arm()
+    arm.loader.close()
+    wait = sum(t.plan_wait_ms for t in arm.times[1:]) / sum(t.step_ms for t in arm.times[1:])
+    print(f"{environment()}, {plan.rows.num_rows} expert rows over {plan.rows.num_inputs} received")
+    print_table(["one table, one core", "ms"], [[name, ms] for name, ms in times.items()])
+    print_result({"plan_ms": times["ids to plan"], "plan_wait_fraction": wait})
+
+
+if __name__ == "__main__":
+    main()
