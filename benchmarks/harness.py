@@ -4,24 +4,65 @@ Timings of a shared machine are noisy, so cases are run in turn, round after rou
 fastest rounds.
 """
 
+import argparse
 import json
 import platform
+import random
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 Case = Callable[[], object]
 
 
+@dataclass(frozen=True, slots=True)
+class GradCase:
+    """A case that is differentiated: a call runs forward and backward."""
+
+    forward: Callable[[], Tensor]
+    x: Tensor
+    parameters: Mapping[str, Sequence[Tensor]]  # several under one name: one array kept in pieces
+    cotangent: Tensor
+    tables: Sequence[
+        Tensor
+    ] = ()  # constants made beforehand; count as indices in what backward keeps
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        """Give the output and every gradient."""
+        out = self.forward()
+        leaves = [self.x, *chain(*self.parameters.values())]
+        return out.detach(), *torch.autograd.grad(out, leaves, self.cotangent)
+
+    def results(self) -> dict[str, Tensor]:
+        """Give the output and every gradient by name, pieces stacked."""
+        out, dx, *grads = self()
+        named, rest = {"out": out, "dx": dx}, iter(grads)
+        for name, pieces in self.parameters.items():
+            own = list(islice(rest, len(pieces)))
+            named[f"d{name}"] = own[0] if len(own) == 1 else torch.stack(own)
+        return named
+
+
+class SavedBytes(NamedTuple):
+    """What a forward pass keeps for backward, parameters left out."""
+
+    numbers: int
+    indices: int
+
+
 def interleave(cases: Mapping[str, Case], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Run every case once per round, in turn; return each case's seconds per round."""
+    """Run every case once per round, in an order drawn anew (what ran before matters); return seconds per round."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for i in range(warmup + rounds):
-        for name, case in cases.items():
+        for name in random.Random(i).sample(list(cases), len(cases)):
             start = time.perf_counter()
-            case()
+            cases[name]()
             if i >= warmup:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
@@ -30,6 +71,94 @@ def interleave(cases: Mapping[str, Case], rounds: int, warmup: int = 1) -> dict[
 def minima_ms(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """Fastest round of each case in milliseconds."""
     return {name: 1e3 * min(values) for name, values in seconds.items()}
+
+
+def median_cuda_ms(cases: Mapping[str, Case], rounds: int, warmup: int = 3) -> dict[str, float]:
+    """Run every case once per round, in turn, on the GPU; return each case's median milliseconds by CUDA events."""
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {
+        name: [] for name in cases
+    }
+    for i in range(warmup + rounds):
+        for name, case in cases.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            case()
+            end.record()
+            if i >= warmup:
+                events[name].append((start, end))
+    torch.cuda.synchronize()
+    return {
+        name: statistics.median(start.elapsed_time(end) for start, end in pairs)
+        for name, pairs in events.items()
+    }
+
+
+def cuda_peaks(dtype: torch.dtype) -> tuple[float, float]:
+    """Measure a GPU's TFLOP/s in a large product and GB/s, read and written, in a large copy."""
+    size = 8192
+    a = torch.randn(size, size, device="cuda").to(dtype)
+    source = torch.zeros(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    ms = median_cuda_ms({"product": lambda: a @ a, "copy": lambda: target.copy_(source)}, 10)
+    return 2 * size**3 / ms["product"] / 1e9, 2 * source.nbytes / ms["copy"] / 1e6
+
+
+def saved_bytes(case: GradCase) -> SavedBytes:
+    """Run a forward pass and count the bytes that autograd keeps, each storage once and whole.
+
+    Parameters are not counted; integers and the case's tables count as indices.
+    """
+    left_out = {p.untyped_storage().data_ptr() for p in chain(*case.parameters.values())}
+    known = {table.untyped_storage().data_ptr() for table in case.tables}
+    numbers: dict[int, int] = {}
+    others: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        address = storage.data_ptr()
+        if address not in left_out:
+            is_index = address in known or not tensor.is_floating_point()
+            (others if is_index else numbers)[address] = storage.nbytes()
+        return tensor.detach()  # itself would be a cycle that is never freed
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = case.forward()  # keeps everything alive until it is counted
+    del out
+    return SavedBytes(sum(numbers.values()), sum(others.values()))
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """Norm of the difference, relative to the norm of what is wanted, in fp64."""
+    wide = want.double()
+    return float((got.double() - wide).norm() / wide.norm())
+
+
+def passing(
+    label: str, cases: Mapping[str, GradCase], truths: Mapping[str, Mapping[str, Tensor]], tolerance: float
+) -> tuple[dict[str, GradCase], list[str]]:  # fmt: skip
+    """Leave out and name the cases that raise or differ from their truth; a case without one passes."""
+    passed, failed = {}, []
+    for name, case in cases.items():
+        wrong = []
+        try:
+            got = case.results()
+            errors = {key: relative_error(got[key], t) for key, t in truths.get(name, {}).items()}
+            wrong = [f"{key} is off by {e:.1e}" for key, e in errors.items() if not e <= tolerance]
+        except RuntimeError as error:
+            wrong = [str(error).splitlines()[0]]
+        if wrong:
+            print(f"NOT TIMED: {label} {name}: {', '.join(wrong)} (allowed: {tolerance})")
+            failed.append(f"{label} {name}")
+        else:
+            passed[name] = case
+    return passed, failed
+
+
+def positive(text: str) -> int:
+    """Read a whole number of at least 1, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number of at least 1")
+    return int(text)
 
 
 def environment() -> dict[str, str | int]:

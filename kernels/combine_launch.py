@@ -24,7 +24,7 @@ def add_rows(
     """Sum the (weighted) rows slot[slot_offset[r]:slot_offset[r + 1]] of y into row r."""
     width, num_inputs = y_ND.shape[1], slot_offset_R.numel()
     out_RD = y_ND.new_empty(num_inputs, width, dtype=dtype)
-    tile = row_tile(width, y_ND.element_size())
+    tile = row_tile(width, min(y_ND.element_size(), out_RD.element_size()))
     launch(
         jit._combine_kernel, num_inputs * triton.cdiv(width, tile.columns), tile, y_ptr=y_ND, weight_ptr=weight_N,
         slot_ptr=slot_N, slot_offset_ptr=slot_offset_R, out_ptr=out_RD, num_inputs=num_inputs,

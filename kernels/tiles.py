@@ -37,44 +37,120 @@ class Tiles(NamedTuple):
 
 FEW_ROWS = 64  # rows per expert below which small tiles waste less
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
-
-def _square(tile: Tile, gated: Tile, weights: Tile) -> dict[bool, Tiles]:
-    """Use one tile for the plain products and another where a program holds two accumulators or more operands."""
-    pair = replace(weights, columns=weights.columns // 2)
+def _tiles(
+    up: Tile, gated_up: Tile, down: Tile, backward: Tile, gated_backward: Tile, weights: Tile, pair: Tile
+) -> dict[bool, Tiles]:  # fmt: skip
+    """Tiles of a plain expert (False) and of one with a gate (True)."""
     return {
-        False: Tiles(tile, tile, tile, tile, weights, pair),
-        True: Tiles(gated, tile, gated, tile, weights, pair),
+        False: Tiles(up, down, backward, down, weights, pair),
+        True: Tiles(gated_up, down, gated_backward, down, weights, pair),
     }
 
 
-_HALF_MANY = _square(Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(128, 128, 32, 8, 3))
-_HALF_FEW = _square(Tile(32, 128, 64, 4, 3), Tile(32, 64, 64, 4, 3), Tile(128, 128, 32, 8, 3))
-_TF32_MANY = _square(Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(128, 128, 32, 8, 2))
-_TF32_FEW = _square(Tile(32, 64, 32, 4, 3), Tile(32, 64, 32, 4, 3), Tile(64, 64, 32, 4, 2))
-_IEEE = _square(Tile(64, 64, 16, 8, 2), Tile(64, 32, 16, 8, 2), Tile(64, 64, 16, 8, 2))
-_AMD_HALF_MANY = _square(
-    Tile(128, 128, 64, 8, 2), Tile(128, 64, 64, 8, 2), Tile(128, 128, 32, 8, 2)
+# The gradient of the hidden units has the longest epilogue: with wider tiles registers spill on sm_80 and sm_90.
+_SM80_HALF = _tiles(
+    up=Tile(128, 128, 64, 8, 3),
+    gated_up=Tile(128, 64, 64, 8, 3),
+    down=Tile(128, 128, 64, 8, 3),
+    backward=Tile(128, 64, 64, 8, 3),
+    gated_backward=Tile(128, 32, 64, 8, 3),
+    weights=Tile(128, 128, 32, 8, 3),
+    pair=Tile(128, 64, 32, 8, 3),
 )
-_AMD_HALF_FEW = _square(Tile(32, 128, 64, 4, 2), Tile(32, 64, 64, 4, 2), Tile(128, 128, 32, 8, 2))
-_INTERPRETER = _square(Tile(16, 32, 16, 1, 1), Tile(16, 16, 32, 1, 1), Tile(16, 32, 16, 1, 1))
+_SM90_HALF = _tiles(
+    up=Tile(128, 128, 64, 8, 3),
+    gated_up=Tile(128, 64, 64, 8, 3),
+    down=Tile(128, 128, 64, 8, 3),
+    backward=Tile(128, 64, 64, 8, 3),
+    gated_backward=Tile(128, 64, 64, 8, 3),
+    weights=Tile(128, 128, 32, 8, 3),
+    pair=Tile(128, 64, 32, 8, 3),
+)
+_SM100_HALF = _tiles(
+    up=Tile(128, 128, 64, 8, 3),
+    gated_up=Tile(128, 64, 64, 8, 3),
+    down=Tile(128, 128, 64, 8, 3),
+    backward=Tile(128, 128, 64, 8, 3),
+    gated_backward=Tile(128, 64, 64, 8, 3),
+    weights=Tile(128, 128, 32, 8, 3),
+    pair=Tile(128, 64, 64, 8, 3),  # depth 32 spills one register
+)
+_HALF_FEW = _tiles(
+    up=Tile(32, 128, 64, 8, 3),
+    gated_up=Tile(32, 64, 64, 8, 3),
+    down=Tile(32, 128, 64, 8, 3),
+    backward=Tile(32, 128, 64, 8, 3),
+    gated_backward=Tile(32, 64, 64, 8, 3),
+    weights=Tile(128, 128, 32, 8, 3),
+    pair=Tile(128, 64, 64, 8, 3),
+)
+_SM80_TF32 = _tiles(
+    up=Tile(128, 128, 32, 8, 3),
+    gated_up=Tile(128, 64, 32, 8, 3),
+    down=Tile(128, 128, 32, 8, 3),
+    backward=Tile(128, 64, 32, 8, 3),
+    gated_backward=Tile(128, 32, 32, 8, 3),
+    weights=Tile(128, 128, 32, 8, 2),
+    pair=Tile(128, 64, 32, 8, 2),
+)
+# From sm_90 on, a product of 64 rows and 4 warps is done by instructions that want fp32 operands contiguous along the
+# contraction; others would be copied four bytes at a time. Two warps, or 32 rows, keep to those that do not care.
+_SM90_TF32 = _tiles(
+    up=Tile(64, 128, 32, 8, 3),
+    gated_up=Tile(64, 64, 32, 4, 3),
+    down=Tile(64, 64, 32, 2, 3),
+    backward=Tile(64, 64, 32, 4, 3),
+    gated_backward=Tile(64, 64, 32, 8, 3),
+    weights=Tile(32, 128, 32, 4, 3),
+    pair=Tile(32, 128, 32, 4, 2),
+)
+_TF32_FEW = _tiles(
+    up=Tile(32, 64, 32, 4, 3),
+    gated_up=Tile(32, 64, 32, 4, 3),
+    down=Tile(32, 64, 32, 4, 3),
+    backward=Tile(32, 64, 32, 4, 3),
+    gated_backward=Tile(32, 64, 32, 4, 3),
+    weights=Tile(32, 128, 32, 4, 3),
+    pair=Tile(32, 128, 32, 4, 2),
+)
+_IEEE = _tiles(Tile(64, 64, 16, 4, 2), *[Tile(64, 64, 16, 8, 3)] * 6)
+_AMD_HALF_MANY = _tiles(
+    up=Tile(128, 128, 64, 8, 2),
+    gated_up=Tile(128, 64, 64, 8, 2),
+    down=Tile(128, 128, 64, 8, 2),
+    backward=Tile(128, 128, 64, 8, 2),
+    gated_backward=Tile(128, 64, 64, 8, 2),
+    weights=Tile(128, 128, 32, 8, 2),
+    pair=Tile(128, 64, 32, 8, 2),
+)
+_AMD_HALF_FEW = _tiles(
+    up=Tile(32, 128, 64, 4, 2),
+    gated_up=Tile(32, 64, 64, 4, 2),
+    down=Tile(32, 128, 64, 4, 2),
+    backward=Tile(32, 128, 64, 4, 2),
+    gated_backward=Tile(32, 64, 64, 4, 2),
+    weights=Tile(128, 128, 32, 8, 2),
+    pair=Tile(128, 64, 32, 8, 2),
+)
+_AMD_IEEE = _tiles(*[Tile(64, 64, 16, 8, 2)] * 7)
+_INTERPRETER = _tiles(
+    up=Tile(16, 32, 16, 1, 1),
+    gated_up=Tile(16, 16, 32, 1, 1),
+    down=Tile(16, 32, 16, 1, 1),
+    backward=Tile(16, 32, 16, 1, 1),
+    gated_backward=Tile(16, 16, 32, 1, 1),
+    weights=Tile(16, 32, 16, 1, 1),
+    pair=Tile(16, 16, 16, 1, 1),
+)
 
-# (family, arithmetic, few rows per expert)
-_TABLE: dict[tuple[str, str, bool], dict[bool, Tiles]] = {
-    ("nvidia", "half", False): _HALF_MANY,
-    ("nvidia", "half", True): _HALF_FEW,
-    ("nvidia", "tf32", False): _TF32_MANY,
-    ("nvidia", "tf32", True): _TF32_FEW,
-    ("nvidia", "ieee", False): _IEEE,
-    ("nvidia", "ieee", True): _IEEE,
-    ("amd", "half", False): _AMD_HALF_MANY,
-    ("amd", "half", True): _AMD_HALF_FEW,
-    ("amd", "tf32", False): _IEEE,
-    ("amd", "tf32", True): _IEEE,
-    ("amd", "ieee", False): _IEEE,
-    ("amd", "ieee", True): _IEEE,
-}
+# architecture, then arithmetic: many rows per expert, few rows per expert
+_TABLE = {
+    "sm_80": {"half": (_SM80_HALF, _HALF_FEW), "tf32": (_SM80_TF32, _TF32_FEW), "ieee": (_IEEE, _IEEE)},
+    "sm_90": {"half": (_SM90_HALF, _HALF_FEW), "tf32": (_SM90_TF32, _TF32_FEW), "ieee": (_IEEE, _IEEE)},
+    "sm_100": {"half": (_SM100_HALF, _HALF_FEW), "tf32": (_SM90_TF32, _TF32_FEW), "ieee": (_IEEE, _IEEE)},
+    "gfx942": {"half": (_AMD_HALF_MANY, _AMD_HALF_FEW), "tf32": (_AMD_IEEE, _AMD_IEEE), "ieee": (_AMD_IEEE, _AMD_IEEE)},
+}  # fmt: skip
 
 
 def ffn_tiles(
@@ -83,7 +159,7 @@ def ffn_tiles(
     """Look up the tiles of an expert feed-forward, narrowed to its widths.
 
     Args:
-        arch: as kernels.launching.arch_of names it. Unknown ones use the entries of their maker.
+        arch: as kernels.launching.arch_of names it; those without entries use those of a chip like them.
         precision: "ieee" or "tf32", how fp32 operands are multiplied.
         rows: expert rows of all experts together.
     """
@@ -92,8 +168,7 @@ def ffn_tiles(
     else:
         arithmetic = precision if dtype == torch.float32 else "half"
         few = rows < FEW_ROWS * max(experts, 1)
-        family = "amd" if arch.startswith("gfx") else "nvidia"
-        found = _TABLE[family, arithmetic, few][gated]
+        found = _TABLE[_like(arch)][arithmetic][few][gated]
     wide, deep = (
         lambda t: _narrowed(t, columns=hidden, depth=width),
         lambda t: _narrowed(t, columns=width, depth=hidden),
@@ -119,6 +194,15 @@ def row_tile(columns: int, item_bytes: int) -> Tile:
     block = min(_power_of_two(columns), 4096 // item_bytes)
     warps = max(1, min(4, block * item_bytes // (32 * 16)))
     return Tile(1, block, 1, warps, 1)
+
+
+def _like(arch: str) -> str:
+    """Architecture whose entries fit: data centre chips go by their generation, all other NVIDIA chips are like sm_80."""
+    if arch.startswith("gfx"):
+        return "gfx942"
+    if arch.startswith("sm_10"):
+        return "sm_100"
+    return "sm_90" if arch.startswith("sm_9") else "sm_80"
 
 
 def _narrowed(tile: Tile, *, columns: int, depth: int) -> Tile:

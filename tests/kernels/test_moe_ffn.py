@@ -47,6 +47,19 @@ def test_bf16(options):
     assert 1e-4 < worst_error(got, want)[0] < 2e-2
 
 
+@pytest.mark.parametrize("shape", [*SHAPES.values(), (150, 8, 12, 3, 2)], ids=str)
+@pytest.mark.parametrize("gated", [False, True], ids=["relu", "swiglu"])
+@pytest.mark.parametrize("mode", ["lean", "fast"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_half_precision_products_reach_into_other_experts_rows(shape, gated, mode, dtype):
+    """They take up to 31 rows more; none of it may be seen in a result."""
+    case = make_case(shape, gated=gated).rounded(dtype)
+    options = {"dropout": Dropout(0.3, 5, torch.arange(shape[0]))}
+    want = run_layer(moe_ffn, case, torch.float64, backend="reference", **options)
+    got = run_layer(moe_ffn, case, dtype, mode=mode, **options)
+    assert worst_error(got, want)[0] < (3e-2 if dtype == torch.bfloat16 else 4e-3)
+
+
 @way
 def test_one_expert_has_everything(options):
     case = make_case((6, 4, 8, 4, 1), only_expert=2, gated=True)

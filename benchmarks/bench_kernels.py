@@ -1,0 +1,324 @@
+"""Time of the expert layer, forward and backward, against one dense feed-forward of equal FLOPs, and against its peers.
+
+    python -m benchmarks.bench_kernels [--rounds N] [--device cpu|cuda] [--quick]
+
+Ours (kernels.moe_ffn) have their routing tables made beforehand, as in training, where they are planned; peers
+(benchmarks/peers.py) sort at every step, except those named _planned. A case whose output or gradients differ from
+those in fp64 is not timed. On the CPU the cases of a dtype take turns, every round has a new routing, as every batch of
+a training, and fastest rounds are compared; a GPU is measured in medians of CUDA events, beside the peaks of a product
+and a copy. Letters: see benchmarks/peers.py; s bytes of a number.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import peers
+from benchmarks.harness import (
+    GradCase,
+    SavedBytes,
+    cuda_peaks,
+    environment,
+    interleave,
+    median_cuda_ms,
+    minima_ms,
+    passing,
+    positive,
+    print_result,
+    print_table,
+    saved_bytes,
+)
+from benchmarks.peers import Problem, Shape, choose, make_problem, truth
+from kernels import expert_rows, moe_ffn
+from launch.process import keep_freed_memory
+
+THREADS = 2
+SHAPE = Shape(tokens=4096, width=512, hidden=512, experts=16, k=2)
+LARGER = (Shape(8192, 1024, 4096, 8, 2), Shape(8192, 2048, 768, 128, 8))  # coarse, fine experts
+QUICK = Shape(tokens=256, width=64, hidden=128, experts=16, k=2)
+LOADS = ("uniform", "skewed")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "tf32": torch.float32}
+TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2, "tf32": 5e-3}  # of a relative norm
+AHEAD = 0.97  # a peer that takes less than this share of our time is ahead
+
+Truth = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The cases of one dtype on the CPU."""
+
+    ms: dict[str, float]
+    saved: dict[str, SavedBytes]
+    failed: list[str]
+
+    def ratio(self, name: str) -> float | None:
+        """Time relative to the dense layer of equal FLOPs; None for a case that was not timed."""
+        base = "dense_all" if name in ("all", "dense_all") else "dense"
+        return self.ms[name] / self.ms[base] if name in self.ms else None
+
+
+def dense(
+    rows: int, width: int, hidden: int, dtype: torch.dtype, *, bias: bool = True, device: str = "cpu"
+) -> GradCase:  # fmt: skip
+    """Make the plain feed-forward that ratios refer to."""
+
+    def leaf(*size: int) -> Tensor:
+        return (torch.randn(*size, device=device) / size[-1] ** 0.5).to(dtype).requires_grad_()
+
+    x_ND, w1_FD, w2_DF = leaf(rows, width), leaf(hidden, width), leaf(width, hidden)
+    b1_F, b2_D = (leaf(hidden), leaf(width)) if bias else (None, None)
+    named = {"w1": w1_FD, "b1": b1_F, "w2": w2_DF, "b2": b2_D}
+
+    def forward() -> Tensor:
+        return F.linear(F.linear(x_ND, w1_FD, b1_F).relu(), w2_DF, b2_D)
+
+    parameters = {name: [tensor] for name, tensor in named.items() if tensor is not None}
+    return GradCase(forward, x_ND, parameters, torch.randn_like(x_ND))
+
+
+def ours(
+    problem: Problem, mode: str, *, masked: bool = False, backend: str = "cpu", precision: str = "ieee"
+) -> GradCase:  # fmt: skip
+    """Make a case of kernels.moe_ffn."""
+    rows, choice_N = expert_rows(problem.expert_TK, problem.num_experts)
+    weight_N = problem.weight_TK.flatten()[choice_N].float()
+
+    def forward() -> Tensor:
+        return moe_ffn(
+            problem.x_TD, weight_N, problem.weights, rows,
+            masked=masked, mode=mode, backend=backend, precision=precision,
+        )  # fmt: skip
+
+    return peers.case(problem, forward, tables=(*rows.tensors(), weight_N))
+
+
+def routed_cases(problem: Problem, load: str) -> dict[str, GradCase]:
+    """Give ours and the peers' cases of a problem."""
+    made = {"fast": ours(problem, "fast"), "lean": ours(problem, "lean"), **peers.peers(problem)}
+    return {f"{name} {load}": one for name, one in made.items()}
+
+
+def rounds_of(
+    shape: Shape, dtype: torch.dtype, problems: Mapping[str, Problem], rounds: int
+) -> dict[str, Callable[[], object]]:
+    """Give the routed cases as calls, of which each has a routing of its own."""
+    calls: dict[str, list[GradCase]] = {}
+    for i, load in product(range(rounds), LOADS):
+        generator = torch.Generator().manual_seed(1 + i)
+        expert_TK = choose(shape, generator, skewed=load == "skewed")
+        problem = replace(problems[load].cast(dtype), expert_TK=expert_TK)
+        for name, one in routed_cases(problem, load).items():
+            calls.setdefault(name, []).append(one)
+    turns = {name: iter(ones) for name, ones in calls.items()}
+    return {name: lambda turn=turn: next(turn)() for name, turn in turns.items()}  # type: ignore[misc]
+
+
+def cpu_cases(
+    shape: Shape, dtype: torch.dtype, problems: Mapping[str, Problem], truths: Mapping[str, Truth]
+) -> tuple[dict[str, GradCase], dict[str, Truth]]:
+    """Give the cases of a dtype, and the truth of each that is not dense."""
+    tokens, width, hidden, experts, _ = shape
+    cases = {
+        "dense": dense(shape.rows, width, hidden, dtype),
+        "dense_product": dense(shape.rows, width, hidden, dtype, bias=False),
+        "dense_all": dense(tokens, width, experts * hidden, dtype),
+    }
+    case_truths: dict[str, Truth] = {"all": truths["all"]}
+    for load in LOADS:
+        made = routed_cases(problems[load].cast(dtype), load)
+        cases |= made
+        case_truths |= dict.fromkeys(made, truths[load])
+    cases["all"] = ours(problems["all"].cast(dtype), "lean", masked=True)
+    return cases, case_truths
+
+
+def measure(
+    label: str, cases: Mapping[str, GradCase], truths: Mapping[str, Truth], rounds: int,
+    turns: Mapping[str, Callable[[], object]],
+) -> Measured:  # fmt: skip
+    """Check, count what is kept for backward, time (the routed cases by their turns), and print the table."""
+    passed, failed = passing(label, cases, truths, TOLERANCE[label])
+    print(f"\n{label}: {len(truths) - len(failed)} of {len(truths)} cases pass their check")
+    saved = {name: saved_bytes(one) for name, one in passed.items()}
+    timed = {name: turns.get(name, one) for name, one in passed.items()}
+    seconds = interleave(timed, rounds, warmup=0)  # the check has warmed up
+    measured = Measured(minima_ms(seconds), saved, failed)
+    print_table(
+        ("case", "ms", "ratio", "saved MB", "without indices"),
+        [(name, ms, measured.ratio(name), sum(saved[name]) / 1e6, saved[name].numbers / 1e6)
+         for name, ms in measured.ms.items()],
+    )  # fmt: skip
+    return measured
+
+
+def compare(measured: Mapping[str, Measured]) -> None:
+    """Say whether a peer is ahead of ours."""
+    shares = {
+        f"{name} ({label} {load})": one.ms[f"{name} {load}"] / one.ms[f"fast {load}"]
+        for label, one in measured.items()
+        for load in LOADS
+        for name in peers.NAMES
+        if f"{name} {load}" in one.ms and f"fast {load}" in one.ms
+    }
+    ahead = [f"{name} takes {share:.3f}" for name, share in shares.items() if share < AHEAD]
+    print(f"\npeers more than 3% ahead of ours (fast): {', '.join(ahead) or 'none'}")
+    if shares:
+        name = min(shares, key=lambda name: shares[name])
+        print(f"closest peer: {name} takes {shares[name]:.3f} of our time")
+
+
+def print_bounds(shape: Shape, size: int, index_bytes: int) -> int:
+    """Print what formulas say is kept for backward; return the bound of lean with its indices."""
+    tokens, width, hidden, experts, _ = shape
+    lean = size * (tokens * width + shape.rows * hidden)
+    scatter = lean + size * shape.rows * (hidden + width)
+    bounds = {
+        "lean: s(TD + NF)": lean,
+        "lean with its indices": lean + index_bytes,
+        "masked dense: s(TD + TEF)": size * tokens * (width + experts * hidden),
+        "ScatterMoE: s(TD + 2NF + ND)": scatter,
+        "and with a permute: 2ND more": scatter + 2 * size * shape.rows * width,
+    }
+    print("\nkept for backward by formula, fp32")
+    print_table(("bound", "MB"), [(name, count / 1e6) for name, count in bounds.items()])
+    return lean + index_bytes
+
+
+def run_cpu(rounds: int, shape: Shape) -> int:
+    """Measure on the CPU; return the exit code."""
+    print(environment(), shape)
+    problems = {load: make_problem(shape, skewed=load == "skewed") for load in LOADS}
+    problems["all"] = make_problem(shape._replace(k=shape.experts))
+    truths = {load: truth(problem) for load, problem in problems.items()}
+    measured, index_bytes = {}, 0
+    for label in ("fp32", "bf16"):
+        cases, case_truths = cpu_cases(shape, DTYPES[label], problems, truths)
+        turns = rounds_of(shape, DTYPES[label], problems, rounds)
+        measured[label] = measure(label, cases, case_truths, rounds, turns)
+        index_bytes = sum(table.nbytes for table in cases["lean uniform"].tables)
+    bound = print_bounds(shape, 4, index_bytes)
+    compare(measured)
+    own = {"uniform": "fast uniform", "skewed": "fast skewed", "all": "all", "lean": "lean uniform"}
+    lean = measured["fp32"].saved.get("lean uniform")
+    print_result(
+        {
+            **{
+                label: {key: one.ratio(name) for key, name in own.items()}
+                for label, one in measured.items()
+            },
+            "peers": {name: _peer_ratios(measured, name) for name in peers.NAMES},
+            "saved_bytes": None if lean is None else sum(lean),
+            "saved_bytes_bound": bound,
+        }
+    )
+    return 1 if any(one.failed for one in measured.values()) else 0
+
+
+def _peer_ratios(measured: Mapping[str, Measured], name: str) -> dict[str, float | None]:
+    return {
+        label + suffix: one.ratio(f"{name} {load}")
+        for load, suffix in zip(LOADS, ("", "_skewed"), strict=True)
+        for label, one in measured.items()
+    }
+
+
+def set_tf32(label: str) -> None:
+    """Allow PyTorch's fp32 products to use tf32, or not."""
+    torch.set_float32_matmul_precision("high" if label == "tf32" else "highest")
+
+
+def least_bytes(shape: Shape, size: int) -> int:
+    """Bytes that forward and backward move at least if each kernel reads and writes every row once.
+
+    Forward s(2EDF + 2TD + 2NF + 2ND), backward s(4EDF + 4TD + 5NF + 2ND).
+    """
+    tokens, width, hidden, experts, _ = shape
+    weights, rows = experts * width * hidden, shape.rows
+    return size * (6 * weights + 6 * tokens * width + 7 * rows * hidden + 4 * rows * width)
+
+
+def gpu_cases(shape: Shape, label: str, exact: Problem, permuted: Problem) -> dict[str, GradCase]:
+    """Give the cases of one precision on the GPU."""
+    problem = exact.cast(DTYPES[label])
+    precision = "tf32" if label == "tf32" else "ieee"
+    return {
+        "dense": dense(shape.rows, shape.width, shape.hidden, DTYPES[label], device="cuda"),
+        "ours": ours(problem, "lean", backend="triton", precision=precision),
+        **peers.peers(problem, ("grouped_mm", "grouped_mm_planned")),
+        "grouped products": peers.products_only(permuted.cast(DTYPES[label])),
+    }
+
+
+def run_gpu(rounds: int, shapes: tuple[Shape, ...]) -> int:
+    """Measure on the GPU; return the exit code.
+
+    grouped_mm_planned is a permute, torch's grouped products and an index_add, unfused; "grouped products" only those.
+    """
+    peaks = {}
+    for label, dtype in DTYPES.items():
+        set_tf32(label)
+        peaks[label] = cuda_peaks(dtype)
+    name = torch.cuda.get_device_name()
+    print(f"{name}; {environment()}; peak TFLOP/s and GB/s: {peaks}")
+    ratios: dict[str, dict[str, float]] = {}
+    failed: list[str] = []
+    for shape, load in ((shape, load) for shape in shapes for load in LOADS):
+        exact = make_problem(shape, skewed=load == "skewed", device="cuda")
+        permuted = peers.permuted(exact)
+        truths = dict.fromkeys(("ours", "grouped_mm", "grouped_mm_planned"), truth(exact))
+        truths["grouped products"] = truth(permuted)
+        for label in DTYPES:
+            set_tf32(label)
+            title = f"{label} {load} " + " ".join(f"{k}={v}" for k, v in shape._asdict().items())
+            print(f"\n{title}")
+            cases = gpu_cases(shape, label, exact, permuted)
+            passed, wrong = passing(title, cases, truths, TOLERANCE[label])
+            failed += wrong
+            ms = median_cuda_ms(passed, rounds)
+            ratios[title] = {key: value / ms["dense"] for key, value in ms.items()}
+            print_gpu_table(shape, label, ms, *peaks[label])
+    print_result({"device": name, "ratio_to_dense": ratios})
+    return 1 if failed else 0
+
+
+def print_gpu_table(
+    shape: Shape, label: str, ms: Mapping[str, float], peak_tflops: float, peak_gbytes: float
+) -> None:
+    """Print times and what they mean for a shape: FLOPs are 12 NDF, bytes those of least_bytes."""
+    flops = 12 * shape.rows * shape.width * shape.hidden
+    moved = least_bytes(shape, DTYPES[label].itemsize)
+    rows = []
+    for name, value in ms.items():
+        done, rate = flops / value / 1e9, moved / value / 1e6
+        rows.append((name, value, value / ms["dense"], done, done / peak_tflops, rate, rate / peak_gbytes))  # fmt: skip
+    print_table(("case", "ms", "ratio", "TFLOP/s", "of peak", "GB/s", "of peak"), rows)
+
+
+def main() -> int:
+    """Measure and print; return the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=positive, default=10)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quick", action="store_true", help="a small shape; times mean nothing")
+    args = parser.parse_args()
+    keep_freed_memory()  # as every program of launch/ does
+    if args.device == "cpu":
+        torch.set_num_threads(THREADS)
+        return run_cpu(args.rounds, QUICK if args.quick else SHAPE)
+    if not torch.cuda.is_available():
+        print("--device cuda: PyTorch finds no CUDA device here", file=sys.stderr)
+        return 2
+    return run_gpu(args.rounds, (QUICK,) if args.quick else (SHAPE, *LARGER))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
