@@ -84,9 +84,10 @@ def _describe(console: Console, trainer: Trainer) -> None:
         f"(ragged tail of {trainer.streams.dropped_symbols} symbols dropped)"
     )
     if config.moe.router is not Router.dense:
-        masked = f", masked products from k={config.kernels.masked_from_k} on"
-        on_cpu = config.kernels.backend is Backend.cpu
-        console.note(f"experts: backend {config.kernels.backend.value}{masked if on_cpu else ''}")
+        first = config.kernels.masked_from_k or config.moe.experts + 1
+        masked = config.kernels.backend is Backend.cpu and first <= config.moe.experts
+        how = f", masked products from k={first} on" if masked else ""
+        console.note(f"experts: backend {config.kernels.backend.value}{how}")
 
 
 def _finish(run: RunFolder, trainer: Trainer, corpus: PreparedCorpus) -> None:
