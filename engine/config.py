@@ -9,114 +9,23 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from engine.choices import (
+    Activation,
+    Backend,
+    Builder,
+    Corpus,
+    Decay,
+    Growth,
+    Kept,
+    Precision,
+    Products,
+    Router,
+    RouteWeights,
+    Split,
+    Tokens,
+    WandbMode,
+)
 from engine.errors import UserError
-
-
-class Corpus(Enum):
-    """Where the text comes from."""
-
-    stdlib = "stdlib"  # the Python standard library's own sources; on every machine
-    enwik8 = "enwik8"
-    file = "file"
-
-
-class Tokens(Enum):
-    """How text becomes ids."""
-
-    bytes = "bytes"  # 256 symbols, true bits per byte
-    txl = "txl"  # without newlines, as all published Transformer-XL enwik8 numbers
-
-
-class Router(Enum):
-    """Who chooses the experts."""
-
-    hashed = "hashed"  # planned: a function of token ids
-    frozen = "frozen"  # live: SMoE-Dropout's fixed random projection
-    learned = "learned"  # live: top-k with balance loss
-    dense = "dense"  # no router: one feed-forward of equal parameters
-
-
-class Builder(Enum):
-    """How a hashed router's table is filled."""
-
-    random = "random"
-    balanced = "balanced"
-
-
-class RouteWeights(Enum):
-    """Mixing weights of the active experts of a hashed router."""
-
-    table = "table"  # softmax over the active prefix of fixed random logits
-    uniform = "uniform"  # 1/k
-
-
-class Activation(Enum):
-    """Non-linearity of an expert."""
-
-    relu = "relu"
-    swiglu = "swiglu"
-
-
-class Growth(Enum):
-    """How the number of active experts k changes over training."""
-
-    linear = "linear"
-    cosine = "cosine"
-    exponential = "exponential"
-    multi_step = "multi_step"
-    constant = "constant"
-
-
-class Decay(Enum):
-    """Learning-rate schedule after warm-up."""
-
-    cosine = "cosine"
-    constant = "constant"
-
-
-class Precision(Enum):
-    """Number format of the compute copy of the weights; master weights and moments stay fp32."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-
-
-class Backend(Enum):
-    """Who executes the expert layer."""
-
-    cpu = "cpu"  # PyTorch products, grouped or masked
-    triton = "triton"  # Triton kernels; needs a GPU, or TRITON_INTERPRET=1 for tests
-    reference = "reference"  # plain loops, the truth for tests; slow
-
-
-class Kept(Enum):
-    """What the expert layer keeps for backward."""
-
-    lean = "lean"  # the input and the hidden units
-    fast = "fast"  # also the gathered input rows; backend cpu only
-
-
-class Products(Enum):
-    """How fp32 operands are multiplied."""
-
-    ieee = "ieee"  # exactly as fp32
-    tf32 = "tf32"  # on tensor cores, with 10 bits of mantissa; backend triton only
-
-
-class WandbMode(Enum):
-    """Weights & Biases logging."""
-
-    disabled = "disabled"
-    offline = "offline"
-    online = "online"
-
-
-class Split(Enum):
-    """Part of the corpus."""
-
-    train = "train"
-    valid = "valid"
-    test = "test"
 
 
 def require(condition: bool, message: str) -> None:

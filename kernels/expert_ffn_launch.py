@@ -2,7 +2,7 @@
 
 Forward: list the row tiles, first product, second product. Backward: gradient of the hidden units, input rows (summed
 by kernels/rows_triton.py), two or three weight matrices with their biases; for live routers the mixing weights. The
-kernels are in kernels/expert_ffn_triton.py. Nothing is read back from the GPU.
+kernels are in kernels/expert_ffn_triton.py and expert_ffn_backward_triton.py. Nothing is read back from the GPU.
 
 Letters: R input rows, N expert rows, L experts here, D width, F expert hidden width.
 """
@@ -13,7 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels import expert_ffn_triton as jit
+from kernels import expert_ffn_backward_triton as backward
+from kernels import expert_ffn_triton as forward
 from kernels.combine_launch import combine_forward
 from kernels.dropout import Dropout
 from kernels.launching import arch_of, launch
@@ -35,13 +36,13 @@ def ffn_forward(
     shared = {"offset_ptr": rows.offset_L, "tile_ptr": tile_map, "num_tiles": num_tiles, "PRECISION": precision,
               "D": width_D, "F": width_F}  # fmt: skip
     launch(
-        jit._up_kernel, num_tiles * triton.cdiv(width_F, tiles.up.columns), tiles.up, x_ptr=x_RD,
+        forward._up_kernel, num_tiles * triton.cdiv(width_F, tiles.up.columns), tiles.up, x_ptr=x_RD,
         w1_ptr=weights.w1_LFD, b1_ptr=weights.b1_LF, w3_ptr=weights.w3_LFD, source_ptr=rows.source_N, a_ptr=a_NF,
         z_ptr=z_NF, u_ptr=u_NF, GATED=gated, SAVE=save, **shared, **_dropout(dropout), **_blocks(tiles.up),
     )  # fmt: skip
     y_ND = x_RD.new_empty(rows.num_rows, width_D)
     launch(
-        jit._down_kernel, num_tiles * triton.cdiv(width_D, tiles.down.columns), tiles.down, a_ptr=a_NF,
+        forward._down_kernel, num_tiles * triton.cdiv(width_D, tiles.down.columns), tiles.down, a_ptr=a_NF,
         w_ptr=weights.w2_LFD, a2_ptr=None, w2_ptr=None, b_ptr=weights.b2_LD, y_ptr=y_ND, BIAS=True, SECOND=False,
         **shared, **_blocks(tiles.down),
     )  # fmt: skip
@@ -73,7 +74,7 @@ def ffn_backward(
     ga_NF = torch.empty_like(dz_NF) if gated or weighted else saved.hidden_NF
     partial = x_RD.new_empty(rows.num_rows, columns, dtype=torch.float32) if dweight else None
     launch(
-        jit._down_backward_kernel, num_tiles * columns, tile, dout_ptr=dout, w2_ptr=weights.w2_LFD,
+        backward._down_backward_kernel, num_tiles * columns, tile, dout_ptr=dout, w2_ptr=weights.w2_LFD,
         weight_ptr=weight_N, source_ptr=rows.source_N, hidden_ptr=saved.hidden_NF, u_ptr=saved.gate_NF, dz_ptr=dz_NF,
         du_ptr=du_NF, ga_ptr=ga_NF, partial_ptr=partial, GATED=gated, GATHER=weighted, WEIGHTED=weighted,
         DWEIGHT=dweight, **shared, **_dropout(dropout), **_blocks(tile),
@@ -84,7 +85,7 @@ def ffn_backward(
     dx_ND = x_RD.new_empty(rows.num_rows, width_D)
     tile = tiles.up_backward
     launch(
-        jit._down_kernel, num_tiles * triton.cdiv(width_D, tile.columns), tile, a_ptr=dz_NF, w_ptr=weights.w1_LFD,
+        forward._down_kernel, num_tiles * triton.cdiv(width_D, tile.columns), tile, a_ptr=dz_NF, w_ptr=weights.w1_LFD,
         a2_ptr=du_NF, w2_ptr=weights.w3_LFD, b_ptr=None, y_ptr=dx_ND, BIAS=False, SECOND=gated,
         **shared, **_blocks(tile),
     )  # fmt: skip
@@ -106,7 +107,7 @@ def _weights_gradient(
     db = torch.empty_like(weights.b1_LF if bias == "left" else weights.b2_LD)
     programs = num_experts * triton.cdiv(width_F, tile.rows) * triton.cdiv(width_D, tile.columns)
     launch(
-        jit._weights_kernel, programs, tile, left_ptr=left_NF, left2_ptr=left2_NF, right_ptr=right,
+        backward._weights_kernel, programs, tile, left_ptr=left_NF, left2_ptr=left2_NF, right_ptr=right,
         source_ptr=rows.source_N, weight_ptr=weight_N, offset_ptr=rows.offset_L, dw_ptr=dw_LFD, dw2_ptr=dw2_LFD,
         db_ptr=db, D=width_D, F=width_F, GATHER=gather, WEIGHTED=weight_N is not None, BIAS=bias,
         PAIR=left2_NF is not None, PRECISION=precision, BLOCK_F=tile.rows, BLOCK_D=tile.columns, BLOCK_M=tile.depth,
@@ -127,7 +128,7 @@ def _dweight(
     dweight_N = partial.new_empty(rows.num_rows)
     block_c = triton.next_power_of_2(columns)
     launch(
-        jit._dweight_kernel, tile_map.shape[0], Tile(block, block_c, 1, 4, 1), partial_ptr=partial, dout_ptr=dout_RD,
+        backward._dweight_kernel, tile_map.shape[0], Tile(block, block_c, 1, 4, 1), partial_ptr=partial, dout_ptr=dout_RD,
         b2_ptr=weights.b2_LD, source_ptr=rows.source_N, offset_ptr=rows.offset_L, tile_ptr=tile_map,
         dweight_ptr=dweight_N, D=width_D, COLUMNS=columns, BLOCK_M=block, BLOCK_C=block_c,
         BLOCK_D=min(64, triton.next_power_of_2(width_D)),
@@ -144,7 +145,7 @@ def _tile_map(rows: ExpertRows, block: int) -> tuple[Tensor, int]:
     tile_map = rows.offset_L.new_empty(num_tiles, 2)
     if num_tiles:
         launch(
-            jit._tile_map_kernel, rows.num_experts, Tile(block, 1, 1, 1, 1), offset_ptr=rows.offset_L,
+            forward._tile_map_kernel, rows.num_experts, Tile(block, 1, 1, 1, 1), offset_ptr=rows.offset_L,
             tile_ptr=tile_map, num_tiles=num_tiles, EXPERTS=rows.num_experts,
             BLOCK_E=max(32, triton.next_power_of_2(rows.num_experts)), BLOCK_M=block,
         )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import torch
 
+from kernels import expert_ffn_backward_triton as backward
 from kernels import expert_ffn_triton as ffn
 from kernels import rows_triton as rows
 from kernels.launching import launch
@@ -54,14 +55,14 @@ def test_down_backward(device):
     shared = tile_map([1], device, 1)
     dz, ga, partial = (torch.empty(1, n, device=device) for n in (2, 2, 1))
     operands = tensors(device, dout_ptr=[[1, 2]], w2_ptr=[[[3, 4], [5, 6]]], weight_ptr=[0.5], source_ptr=[0], hidden_ptr=[[0, 7]])  # fmt: skip
-    launch(ffn._down_backward_kernel, 1, SMALL, **operands, **shared, **NO_DROPOUT, **BLOCKS, u_ptr=None, dz_ptr=dz, du_ptr=None, ga_ptr=ga, partial_ptr=partial, D=2, F=2, GATED=False, GATHER=True, WEIGHTED=True, DWEIGHT=True, PRECISION="ieee")  # fmt: skip
+    launch(backward._down_backward_kernel, 1, SMALL, **operands, **shared, **NO_DROPOUT, **BLOCKS, u_ptr=None, dz_ptr=dz, du_ptr=None, ga_ptr=ga, partial_ptr=partial, D=2, F=2, GATED=False, GATHER=True, WEIGHTED=True, DWEIGHT=True, PRECISION="ieee")  # fmt: skip
     assert dz.tolist() == [[0, 8.5]] and ga.tolist() == [[0, 3.5]] and partial.tolist() == [[119]]
 
 
 def test_weights(device):
     dw, db = torch.empty(2, 1, 2, device=device), torch.empty(2, 1, device=device)
     operands = tensors(device, left_ptr=[[1], [2], [3]], right_ptr=[[10, 20], [30, 40]], source_ptr=[1, 0, 1], offset_ptr=[1, 3])  # fmt: skip
-    launch(ffn._weights_kernel, 2, SMALL, **operands, left2_ptr=None, weight_ptr=None, dw_ptr=dw, dw2_ptr=None, db_ptr=db, D=2, F=1, GATHER=True, WEIGHTED=False, BIAS="left", PAIR=False, PRECISION="ieee", BLOCK_F=16, BLOCK_D=16, BLOCK_M=16)  # fmt: skip
+    launch(backward._weights_kernel, 2, SMALL, **operands, left2_ptr=None, weight_ptr=None, dw_ptr=dw, dw2_ptr=None, db_ptr=db, D=2, F=1, GATHER=True, WEIGHTED=False, BIAS="left", PAIR=False, PRECISION="ieee", BLOCK_F=16, BLOCK_D=16, BLOCK_M=16)  # fmt: skip
     assert dw.tolist() == [[[30, 40]], [[110, 160]]] and db.tolist() == [[1], [5]]
 
 

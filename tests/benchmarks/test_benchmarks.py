@@ -1,0 +1,51 @@
+"""The benchmarks run to their last line, which has the keys that others read; small shapes, times mean nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(module, *arguments):
+    """Exit code, stdout and stderr of a benchmark."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{module}", *arguments],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, capture_output=True, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_bench_kernels():
+    code, out, err = run("bench_kernels", "--quick", "--rounds", "2")
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert list(result) == ["fp32", "bf16", "peers", "saved_bytes", "saved_bytes_bound"]
+    assert list(result["bf16"]) == ["uniform", "skewed", "all", "lean"]
+    assert result["saved_bytes"] == result["saved_bytes_bound"]
+    assert all(ratio > 0 for peer in result["peers"].values() for ratio in peer.values())
+    assert "19 of 19 cases pass their check" in out
+
+
+@pytest.mark.slow
+def test_bench_plan():
+    code, out, err = run("bench_plan", "--rounds", "2", "--steps", "1")
+    assert code == 0, err
+    assert list(json.loads(out.splitlines()[-1])) == ["plan_ms", "plan_wait_fraction"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("--rounds", "0"), "must be a whole number of at least 1"),
+        (("--device", "cuda"), "PyTorch finds no CUDA device here"),
+    ],
+)
+def test_bad_arguments_end_with_one_line_and_code_2(arguments, line):
+    code, _, err = run("bench_kernels", *arguments)
+    assert code == 2 and line in err.splitlines()[-1]
