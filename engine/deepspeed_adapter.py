@@ -18,12 +18,18 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from engine.config import Config, Precision, require
+from engine.moe.exchange import Tokens
+from engine.moe.layer import MoELayer
 from engine.optim import build_optimizer
+from engine.parallel.collectives import Wire
+from engine.parallel.mesh import Mesh
 
 # All of foreroute runs on the CPU so far, also where there is a GPU.
 os.environ["DS_ACCELERATOR"] = "cpu"
 import deepspeed
 import deepspeed.ops
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -176,22 +182,64 @@ def check_version(version: str = deepspeed.__version__) -> None:
     )
 
 
-def start(model: nn.Module, config: Config, world: int = 1) -> Engine:
+class _SharedLayer(MoELayer, AutoEPMoELayer):
+    """A layer whose experts are shared out, as DeepSpeed 0.19.8 knows one: its class decides how it is treated."""
+
+
+def start(model: nn.Module, config: Config, mesh: Mesh | None = None) -> Engine:
     """Hand the model to DeepSpeed and return the engine that trains it.
 
-    The model is changed in place: with bf16 its parameters become the compute copy (buffers keep their type). Starts the
-    process group if there is none, which works for one process only.
+    The model, built with all experts, is changed in place: it keeps the experts of this rank, and with bf16 its
+    parameters become the compute copy (buffers keep their type). Starts the process group if there is none, which works
+    for one process only.
 
     Raises:
         UserError: an untested DeepSpeed, or options that DeepSpeed gets wrong.
     """
     check_version()
-    ds_config = _deepspeed_config(config, world, sum(p.numel() for p in model.parameters()))
-    _start_process_group(world)
-    optimizer = build_optimizer(model.parameters(), config.optim)
+    mesh = mesh or Mesh()
+    shared = (
+        [m for m in model.modules() if isinstance(m, MoELayer)] if mesh.expert_ranks > 1 else []
+    )
+    for layer in shared:
+        _share_experts(layer, mesh)
+    ds_config = _deepspeed_config(config, mesh.world, sum(p.numel() for p in model.parameters()))
+    _start_process_group(mesh.world)
+    parameters: Any = model.parameters()
+    if shared:
+        everything = {"params": list(parameters), "name": "parameters"}
+        parameters = split_params_into_different_moe_groups_for_optimizer(everything)
+    optimizer = build_optimizer(parameters, config.optim)
     with contextlib.redirect_stdout(io.StringIO()):  # bf16 prints memory use; warnings pass
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    for layer in shared:
+        layer.exchange = Tokens(Wire(layer.ep_group))  # type: ignore[arg-type]
     return Engine(engine, config.train.accumulation)
+
+
+def _share_experts(layer: MoELayer, mesh: Mesh) -> None:
+    """Keep this rank's experts and present the layer as DeepSpeed's expert parallelism asks (AutoEPMoELayer).
+
+    Every parameter of an expert carries four tags: which ranks add up its gradient and share its optimizer state.
+    """
+    experts = mesh.local_experts(layer.experts.w1.shape[0])
+    group_name = f"ep_size_{mesh.expert_ranks}"  # the form is parsed by DeepSpeed
+    for name, parameter in list(layer.experts.named_parameters()):
+        own = nn.Parameter(parameter.detach()[experts.start : experts.stop].clone())
+        own.allreduce, own.group_name = False, group_name  # type: ignore[attr-defined]
+        own.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
+        own.ds_zero_partition_group_name = group_name  # type: ignore[attr-defined]
+        setattr(layer.experts, name, own)
+    layer.first_expert = experts.start
+    contract = {
+        "num_experts": len(experts) * mesh.expert_ranks, "num_local_experts": len(experts),
+        "ep_size": mesh.expert_ranks, "ep_rank": mesh.expert_rank, "ep_group_name": group_name, "ep_group": None,
+        "hidden_size": layer.experts.w1.shape[2], "folding_group_handles": None, "combine_impl": "weighted_sum",
+        "comm_backend": "comm", "expert_placement_descriptor": None,
+    }  # fmt: skip
+    for name, value in contract.items():
+        setattr(layer, name, value)
+    layer.__class__ = _SharedLayer
 
 
 def _deepspeed_config(config: Config, world: int, num_params: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import multiprocessing
+import os
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -62,6 +63,7 @@ def _work(
     store, file, name = place
     try:
         torch.set_num_threads(1)
+        os.environ["LOCAL_RANK"] = str(rank)  # as launchers do
         spec = importlib.util.spec_from_file_location("foreroute_ranks", file)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)

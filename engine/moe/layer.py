@@ -28,7 +28,7 @@ class LayerCall:
 
     k: int  # active experts
     plan: Plan | None  # of a planned router; None for live ones
-    token_T: Tensor  # int64: global number of each token, for the experts' stateless dropout
+    token_T: Tensor  # int64: global numbers of the tokens of the expert group, rank by rank, for the experts' dropout
     dropout_seed: int  # of (run, step); the layer's number is mixed in here
     dropout: float  # rate on the experts' hidden units, 0 in evaluation
 
@@ -60,6 +60,7 @@ class MoELayer(nn.Module):
             self.router = LearnedRouter(model.width, moe.experts)
         self.experts = Experts(model.width, moe, kernels)
         self.exchange: Exchange = Local()
+        self.first_expert = 0  # global number of the first expert on this rank
         self.shared = None
         if moe.shared_width:
             self.shared = FeedForward(model.width, moe.shared_width, moe.activation, model.dropout)
@@ -72,7 +73,7 @@ class MoELayer(nn.Module):
         """
         plan, auxiliary_loss = self._plan(x_TD, call)
         received_RD = self.exchange.dispatch(x_TD, plan)
-        partial_RD = self.experts(received_RD, plan, self._dropout(call))
+        partial_RD = self.experts(received_RD, plan, self._dropout(call, plan))
         y_TD = self.exchange.combine(partial_RD, plan)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
@@ -94,7 +95,9 @@ class MoELayer(nn.Module):
         loss = self.balance_weight * balance_loss(live.logits_TE, plan.count_E)
         return plan, loss + self.z_weight * z_loss(live.logits_TE)
 
-    def _dropout(self, call: LayerCall) -> Dropout | None:
+    def _dropout(self, call: LayerCall, plan: Plan) -> Dropout | None:
         if call.dropout == 0.0:
             return None
-        return Dropout(call.dropout, call.dropout_seed * 1_000_003 + self.layer, call.token_T)
+        token_R = call.token_T if plan.received_R is None else call.token_T[plan.received_R]
+        seed = call.dropout_seed * 1_000_003 + self.layer
+        return Dropout(call.dropout, seed, token_R, self.first_expert)

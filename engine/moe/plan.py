@@ -34,6 +34,9 @@ class Plan:
     send: (
         ExpertRows | None
     )  # rows to send, rank by rank: "experts" are ranks, source_N the tokens; None on one rank
+    received_R: (
+        Tensor | None
+    )  # int64: which of the group's tokens, rank by rank, each received row is; None: all, in order
     send_splits: tuple[int, ...]  # rows to each rank of the expert group, this one included
     recv_splits: tuple[int, ...]  # rows from each rank of the expert group
     wire_rows: int  # rows that leave this rank, per layer and direction
@@ -57,6 +60,7 @@ def build_plan(route: Route, num_experts: int) -> Plan:
         weight_N=route.weight_TK.reshape(-1)[choice_N],
         count_E=count_E,
         send=None,
+        received_R=None,
         send_splits=(num_tokens,),
         recv_splits=(num_tokens,),
         wire_rows=0,

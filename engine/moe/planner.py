@@ -58,7 +58,7 @@ class TablePlanner:
         found = self._lookups_of(k)
         num_tokens = row_PT.shape[1]
         own_T, all_N = row_PT[self.rank], row_PT.reshape(-1)
-        row_R, send = all_N, None
+        row_R, send, received = all_N, None, None
         send_splits: tuple[int, ...] = (num_tokens,)
         recv_splits: tuple[int, ...] = (num_tokens,)
         wire_rows = 0
@@ -68,7 +68,7 @@ class TablePlanner:
         elif self.ranks > 1:
             send, _ = _expert_rows(found.rank_Pr, own_T)
             received_R = np.flatnonzero(found.rank_Pr[self.rank].take(all_N))
-            row_R = all_N.take(received_R)
+            row_R, received = all_N.take(received_R), torch.from_numpy(received_R)
             first_P = np.searchsorted(received_R, np.arange(self.ranks + 1) * num_tokens)
             send_splits, recv_splits = tuple(send.counts()), tuple(np.diff(first_P).tolist())
             wire_rows = sum(send_splits) - send_splits[self.rank]
@@ -79,6 +79,7 @@ class TablePlanner:
             weight_N=torch.from_numpy(weight_N),
             count_E=torch.from_numpy(_count(found.active_rE, all_N)),
             send=send,
+            received_R=received,
             send_splits=send_splits,
             recv_splits=recv_splits,
             wire_rows=wire_rows,

@@ -1,0 +1,56 @@
+"""The process mesh: world = data x expert groups, consecutive ranks in an expert group.
+
+Eight ranks in expert groups of four, 16 experts:
+
+    rank                0     1     2     3      4     5     6     7
+    expert group        0     0     0     0      1     1     1     1
+    rank in the group   0     1     2     3      0     1     2     3
+    experts             0-3   4-7   8-11  12-15  0-3   4-7   8-11  12-15
+    holds the same as   4     5     6     7      0     1     2     3
+
+Rows travel inside an expert group. The gradients of an expert are added up over the ranks that hold the same experts, those
+of everything else over all ranks. DeepSpeed forms the same groups (engine/deepspeed_adapter.py).
+"""
+
+from dataclasses import dataclass
+
+from engine.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """Where this rank stands."""
+
+    rank: int = 0
+    world: int = 1
+    expert_ranks: int = 1  # ranks of an expert group
+
+    def __post_init__(self) -> None:
+        if self.world % self.expert_ranks:
+            raise UserError(
+                f"an expert group of {self.expert_ranks} ranks: must divide the {self.world} ranks of the run"
+            )
+
+    @property
+    def expert_rank(self) -> int:
+        """This rank's number in its expert group."""
+        return self.rank % self.expert_ranks
+
+    @property
+    def group_ranks(self) -> range:
+        """The ranks of this rank's expert group."""
+        first = self.rank - self.expert_rank
+        return range(first, first + self.expert_ranks)
+
+    def local_experts(self, experts: int) -> range:
+        """Global numbers of the experts that this rank holds.
+
+        Raises:
+            UserError: the experts cannot be shared out evenly.
+        """
+        if experts % self.expert_ranks:
+            raise UserError(
+                f"moe.experts={experts}: must be a multiple of the expert group's {self.expert_ranks} ranks"
+            )
+        count = experts // self.expert_ranks
+        return range(self.expert_rank * count, (self.expert_rank + 1) * count)
