@@ -306,7 +306,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=positive, default=10)
+    parser.add_argument("--rounds", type=positive, default=10, help="default 10")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="a small shape; times mean nothing")
     args = parser.parse_args()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import aot
-from benchmarks.harness import print_result, print_table
+from benchmarks.harness import positive, print_result, print_table
 from kernels import Dropout, ExpertRows, ExpertWeights
 from kernels.combine_launch import add_rows, combine_backward, combine_forward, permute_forward
 from kernels.expert_ffn_launch import ffn_backward, ffn_forward
@@ -274,7 +274,9 @@ def main() -> None:
     """Run the gate."""
     parser = argparse.ArgumentParser(description="Static gate of the Triton kernels; no GPU.")
     parser.add_argument("--quick", action="store_true", help="one configuration of each kernel")
-    parser.add_argument("--processes", type=int, default=2, help="compile in this many")
+    parser.add_argument(
+        "--processes", type=positive, default=2, help="compile in this many (default 2)"
+    )
     args = parser.parse_args()
     list_builds = quick_builds if args.quick else full_builds
     builds = [build for arch in aot.CHIPS for build in list_builds(arch)]

@@ -269,11 +269,14 @@ class KernelsConfig:
     """How the expert layer is executed."""
 
     backend: Backend = Backend.cpu
+    """Who computes: cpu, triton, or reference (plain loops, slow)."""
     masked_from_k: int | None = None
     """From this k on, one dense product with inactive experts masked replaces the grouped products (backend cpu). None:
     measured once at the start of the run and written into its resolved config."""
     mode: Kept = Kept.lean
+    """What is kept for backward: lean, or fast (backend cpu), which also keeps the gathered input rows."""
     precision: Products = Products.ieee
+    """How fp32 is multiplied: ieee, or tf32 (backend triton), with 10 bits of mantissa on tensor cores."""
     debug: bool = False
     """Check every row index of every layer on the host: slow, for hunting a fault."""
 

@@ -51,14 +51,14 @@ def expert_ffn(
     Args:
         x_RD: input rows, contiguous; fp32, bf16 or fp16 (fp64 too on the CPU). On "triton" all numbers start at an
             address that 16 divides.
-        weights: stacked expert parameters, dtype of x.
+        weights: stacked expert parameters, dtype of x; with w3 the activation is SwiGLU.
         rows: which input row each expert row reads (kernels/rows.py).
-        dropout: stateless dropout on the hidden units; None for none.
+        dropout: Dropout(rate, seed, token_R) on the hidden units, a function of seed, token, expert and unit alone.
         backend: "cpu", "triton" or "reference" (plain loops in fp64); by default "triton" on a GPU and "cpu" elsewhere.
         mode: what is kept for backward: "lean" x and the hidden units, N * F numbers (2 N * F for SwiGLU); "fast", on
             the CPU only, also the gathered input rows, N * D numbers.
         precision: of fp32 products on "triton": "ieee", or "tf32" (tensor cores, 10 bits of mantissa).
-        debug: check every index on the host.
+        debug: check every index on the host. Otherwise an index out of range is an error of PyTorch's at best.
 
     Returns:
         y_ND, dtype of x: the output of expert row n, not weighted.
@@ -80,8 +80,8 @@ def expert_ffn(
         [[13.0, 0.5], [17.0, 0.5], [0.0, 38.5]]
     """
     options = resolve_options(x_RD, backend, mode, precision)
-    check_weights(x_RD, weights, rows, options.backend)
     check_rows(rows, x_RD, debug=debug)
+    check_weights(x_RD, weights, rows, options.backend)
     check_dropout(dropout, x_RD)
     if options.backend == "reference":
         return expert_ffn_reference(x_RD, weights, rows, dropout)

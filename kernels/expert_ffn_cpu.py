@@ -6,7 +6,8 @@ and which were dropped. Mode "fast" keeps the gathered input rows for backward, 
 
 The library compiles a bf16 product for each new number of rows, which takes as long as the product, and experts have
 new numbers in every batch. So in half precision products take a few rows more, up to a multiple: those of the experts
-that follow, whose results are written after, with gradients of 0. Nothing is stored for them.
+that follow, whose results are written after, with gradients of 0. Nothing is stored for them; where they are infinite, the
+gradients of the expert before become NaN as theirs do.
 
 Letters: R input rows, N expert rows, n rows of one expert, m the same rounded up, D width, F expert hidden width.
 """
@@ -47,10 +48,8 @@ def ffn_forward(
             gate_mF = torch.mm(x_mD, weights.w3_LFD[expert].T, out=part.room(gate_NF))
         keep_nF = masks.keep(expert, rows.source_N[part.own])
         a_mF = hidden_units(hidden_mF, gate_mF, None)
-        if keep_nF is not None:
-            a_mF[: part.count].mul_(
-                keep_nF
-            )  # for ReLU in place: its units are saved as they leave here
+        if keep_nF is not None:  # ReLU's units are saved as they leave here
+            a_mF[: part.count].mul_(keep_nF)
         second = weights.b2_LD[expert], a_mF, weights.w2_LFD[expert]
         torch.addmm(*second, alpha=masks.scale, out=y_MD[part.wide])
         part.keep(hidden_NF, hidden_mF)

@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from triton.runtime import interpreter
 
+from kernels.launching import bf16_allowed
+
 
 class GuardError(RuntimeError):
     """A kernel touched memory that it was not given, or stored one address twice."""
@@ -331,6 +333,7 @@ def bf16_semantics() -> Iterator[None]:
         for name in names:
             stack.enter_context(patch.object(builder, name, getattr(bf16, name), create=True))
         stack.enter_context(patch.object(interpreter.ReduceOps, "sum", sum_of_values))
+        stack.enter_context(bf16_allowed())
         yield
 
 

@@ -45,8 +45,20 @@ class Recorder:
 
 _INTERPRETED = bool(triton.knobs.runtime.interpret)  # decided when the kernels are defined
 
+_bf16_shims: list[bool] = []  # one entry for each kernels.interpreter.bf16_semantics in force
+
 # Innermost last. Global, not a context variable: PyTorch runs backward passes on GPUs in threads of its own.
 _recorders: list[Recorder] = []
+
+
+@contextlib.contextmanager
+def bf16_allowed() -> Iterator[None]:
+    """Let interpreted kernels work on bf16 in this context: somebody has mended the interpreter."""
+    _bf16_shims.append(True)
+    try:
+        yield
+    finally:
+        _bf16_shims.pop()
 
 
 @contextlib.contextmanager
@@ -69,7 +81,7 @@ def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> None:
     """Launch a kernel over a one-dimensional grid; no programs, no launch.
 
     Raises:
-        ValueError: more programs than a grid can have.
+        ValueError: more programs than a grid can have, or bf16 in an interpreter that was not mended for it.
     """
     if programs == 0:
         return
@@ -80,6 +92,13 @@ def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> None:
         recorder.launches.append(Launch(kernel, programs, dict(arguments), options))
     if not all(recorder.run for recorder in _recorders):
         return
+    if _INTERPRETED and not _bf16_shims:
+        for name, value in arguments.items():
+            if isinstance(value, Tensor) and value.dtype == torch.bfloat16:
+                raise ValueError(
+                    f"{name.removesuffix('_ptr')} is torch.bfloat16: Triton's interpreter computes it wrongly; use fp32 "
+                    "or fp16, or kernels.interpreter.bf16_semantics()"
+                )
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[(programs,)](**arguments, **options)

@@ -59,10 +59,11 @@ def moe_ffn(
 
     Args:
         x_RD: input rows, contiguous; fp32, bf16 or fp16 (fp64 too on the CPU).
-        weight_N: fp32 mixing weight of each expert row (the CPU rounds it to the dtype of x); gets a gradient only if it
-            asks for one.
+        weight_N: fp32 mixing weight of each expert row, in their order: `weight_RK.flatten()[choice_N]`, where choice_N is
+            the second result of expert_rows. The CPU rounds it to the dtype of x. Gets a gradient only if it asks for one.
         masked: on the CPU, multiply all rows by all experts instead of only the chosen ones; keeps R * L * F numbers in
-            either mode, and lets an expert that overflows reach rows that did not choose it.
+            either mode, and lets an expert that overflows reach rows that did not choose it. An input row must not
+            choose an expert twice (debug checks it).
         weights, rows, dropout, backend, mode, precision, debug: see kernels.expert_ffn.
 
     Returns:
@@ -85,8 +86,8 @@ def moe_ffn(
         [[13.0, 0.5], [8.5, 19.5]]
     """
     options = resolve_options(x_RD, backend, mode, precision)
-    check_weights(x_RD, weights, rows, options.backend)
     check_rows(rows, x_RD, debug=debug)
+    check_weights(x_RD, weights, rows, options.backend)
     check_weight(weight_N, rows, x_RD)
     check_dropout(dropout, x_RD)
     if masked and options.backend != "cpu":

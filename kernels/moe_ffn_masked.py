@@ -1,8 +1,8 @@
 """moe_ffn on the CPU when k is near E: all rows through all experts as one dense feed-forward of width L * F.
 
 Hidden units are multiplied by the mixing weight of their row and expert, 0 where the expert was not chosen. Nothing is
-gathered or scattered and all products are large; what is wasted is the share of experts that were not chosen. A block
-of rows at a time is activated and weighted while it is in the cache. An expert that overflows reaches all rows: 0 times
+gathered or scattered and all products are large; what is wasted is the share of experts that were not chosen. Rows go
+block by block, which bounds what is held besides the hidden units. An expert that overflows reaches all rows: 0 times
 infinity is not 0.
 
 Letters: R input rows, N expert rows, L experts here, D width, F expert hidden width, H = L * F, r rows of a block.
@@ -18,7 +18,7 @@ from kernels.expert_ffn_cpu import activate_backward, hidden_units
 from kernels.operands import ExpertWeights, FfnGradients, Saved
 from kernels.rows import ExpertRows
 
-_BLOCK = 512  # rows; of 128 to 4,096 the fastest with H = 8,192 on 2 cores sharing 32 MiB of third-level cache
+_BLOCK = 2048  # rows; fewer than 1,024 were slower, more made no difference (H = 8,192, 2 cores)
 
 
 @torch.autocast("cpu", enabled=False)
@@ -62,10 +62,8 @@ def masked_backward(
 ) -> FfnGradients:  # fmt: skip
     """Give every gradient; an expert that was not chosen gets 0, being weighted with 0."""
     w1_HD, w2_HD = weights.w1_LFD.flatten(0, 1), weights.w2_LFD.flatten(0, 1)
-    weight_RL, scale = (
-        _spread(weight_N, rows, x_RD.dtype),
-        1.0 if dropout is None else dropout.scale,
-    )
+    weight_RL = _spread(weight_N, rows, x_RD.dtype)
+    scale = 1.0 if dropout is None else dropout.scale
     kept = _keeps_weighted(weight_N, weights, dweight)
     weighted_RH = saved.hidden_NF if kept else torch.empty_like(saved.hidden_NF)
     dz_RH, du_RH = torch.empty_like(saved.hidden_NF), torch.empty_like(saved.gate_NF)
@@ -79,7 +77,7 @@ def masked_backward(
             a_rH = hidden_units(hidden_rH, gate_rH, None)
             if gate_rH is not None:
                 _drop(a_rH, dropout, block, weights)
-            torch.mul(a_rH.unflatten(1, weights.b1_LF.shape), weight_rL[..., None], out=weighted_RH[block].unflatten(1, weights.b1_LF.shape))  # fmt: skip
+            weighted_RH[block] = _weighted(a_rH, weight_rL)
             if dweight_RL is not None:
                 product_rLF = (da_rH * a_rH).unflatten(1, weights.b1_LF.shape)
                 hidden_rL = product_rLF.sum(-1, dtype=weight_N.dtype)

@@ -62,8 +62,8 @@ def resolve_options(x: Tensor, backend: str | None, mode: str, precision: str) -
     backend = resolve_backend(x, backend)
     check_choice("mode", mode, MODES)
     check_choice("precision", precision, PRECISIONS)
-    if mode == "fast" and backend == "triton":
-        raise ValueError("mode='fast': backend 'triton' has only 'lean'")
+    if mode == "fast" and backend != "cpu":
+        raise ValueError(f"mode='fast': backend {backend!r} has only 'lean'")
     if precision == "tf32" and backend != "triton":
         raise ValueError(f"precision='tf32': backend {backend!r} has only 'ieee'")
     return Options(backend, mode, precision)
@@ -75,6 +75,8 @@ def resolve_backend(x: Tensor, backend: str | None) -> str:
     Raises:
         ValueError: the backend is unknown or cannot run where the tensor is.
     """
+    if not isinstance(x, Tensor):
+        raise ValueError(f"the input is a {type(x).__name__}: must be a tensor")
     if backend is None:
         return "triton" if x.is_cuda else "cpu"
     check_choice("backend", backend, BACKENDS)
@@ -127,6 +129,8 @@ def check_tensor(
     name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor, *, aligned: bool = False
 ) -> None:
     """Raise ValueError unless a tensor has this shape, lies where `like` lies, is dense and, if asked, 16-byte aligned."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} is a {type(tensor).__name__}: must be a tensor")
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}: must be {shape}")
     if tensor.device != like.device:
@@ -135,7 +139,9 @@ def check_tensor(
         raise ValueError(f"{name} has strides {tensor.stride()}: must be contiguous")
     without_memory = torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)
     if aligned and not without_memory and tensor.data_ptr() % _ALIGNMENT:
-        raise ValueError(f"{name} starts at an address that {_ALIGNMENT} does not divide")
+        raise ValueError(
+            f"{name} starts at an address that {_ALIGNMENT} does not divide: clone() gives one that does"
+        )
 
 
 def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
@@ -156,6 +162,12 @@ def check_dropout(dropout: Dropout | None, x_RD: Tensor) -> None:
     """Raise ValueError unless the dropout's rate and token numbers are usable."""
     if dropout is None:
         return
+    if not isinstance(dropout, Dropout):
+        raise ValueError(
+            f"dropout is a {type(dropout).__name__}: must be Dropout(rate, seed, token_R)"
+        )
+    if not (isinstance(dropout.rate, float | int) and isinstance(dropout.seed, int)):
+        raise ValueError("dropout: rate must be a number and seed a whole number")
     if not 0.0 <= dropout.rate < 1.0:
         raise ValueError(f"dropout.rate={dropout.rate}: must be in [0, 1)")
     check_dtype("dropout.token_R", dropout.token_R, (torch.int64,))
@@ -164,6 +176,8 @@ def check_dropout(dropout: Dropout | None, x_RD: Tensor) -> None:
 
 def check_rows(rows: ExpertRows, like: Tensor, *, debug: bool) -> None:
     """Raise ValueError unless expert rows fit each other and int32; with debug, also unless every index is in range."""
+    if not isinstance(rows, ExpertRows):
+        raise ValueError(f"rows is a {type(rows).__name__}: must be ExpertRows, the first of expert_rows' results")  # fmt: skip
     for name in ("num_rows", "num_inputs"):
         if getattr(rows, name) > MAX_ROWS:
             raise ValueError(f"rows.{name}={getattr(rows, name)}: must be at most {MAX_ROWS}")
@@ -182,7 +196,11 @@ def check_rows(rows: ExpertRows, like: Tensor, *, debug: bool) -> None:
 
 def check_weights(x_RD: Tensor, weights: ExpertWeights, rows: ExpertRows, backend: str) -> None:
     """Raise ValueError unless input rows, weights and expert rows fit each other and the backend."""
+    if not isinstance(weights, ExpertWeights):
+        raise ValueError(f"weights is a {type(weights).__name__}: must be ExpertWeights")
     check_float("x_RD", x_RD, backend)
+    if not isinstance(weights.w1_LFD, Tensor):
+        raise ValueError("w1_LFD is None: only w3_LFD may be left out")
     if weights.w1_LFD.dim() != 3:
         raise ValueError(f"w1_LFD has shape {tuple(weights.w1_LFD.shape)}: must be [L, F, D]")
     num_experts, width_F, width_D = weights.w1_LFD.shape

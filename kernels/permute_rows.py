@@ -54,7 +54,8 @@ def permute_rows(
     if debug:
         _check_index(index_M, x_RD.shape[0])
     if backend == "reference":
-        rows = [x_RD[r].to(dtype or x_RD.dtype) for r in index_M.tolist()]
+        wide = x_RD.double() if x_RD.is_floating_point() else x_RD
+        rows = [wide[r].to(dtype or x_RD.dtype) for r in index_M.tolist()]
         return torch.stack(rows) if rows else x_RD.new_empty(0, x_RD.shape[1], dtype=dtype)
     out_MD: Tensor = _permute_rows(x_RD, index_M, dtype or x_RD.dtype, backend)
     return out_MD
@@ -69,12 +70,20 @@ def unpermute_rows(
     backend: str | None = None,
     debug: bool = False,
 ) -> Tensor:
-    """Undo permute_rows: put each row back where an index of distinct numbers took it from.
+    """Undo permute_rows: put each row back where it was taken from.
 
-    To add up several rows that go to one place use kernels.combine. Arguments, errors and example: see permute_rows.
+    Args:
+        y_MD: rows, as in permute_rows.
+        index_M: int64, which row of the result each becomes. It must not repeat a number (debug checks it): what then
+            comes out is undefined. To add up rows that go to one place use kernels.combine.
+        num_rows: rows of the result; those that index_M does not name are zeros.
+        dtype, backend, debug: as in permute_rows.
 
     Returns:
         out of num_rows rows.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, its value and what is allowed.
     """
     backend = _check("y_MD", y_MD, index_M, dtype, backend)
     check_tensor("index_M", index_M, (y_MD.shape[0],), y_MD)

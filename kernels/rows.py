@@ -99,9 +99,23 @@ def _check_range(name: str, index: Tensor, end: int) -> None:
 def expert_rows(expert_RK: Tensor, num_experts: int) -> tuple[ExpertRows, Tensor]:
     """Sort the choices [R, K] of local experts into expert-major order.
 
+    Args:
+        expert_RK: whole numbers from 0 to num_experts - 1, no expert twice in a row; the range is checked on the CPU.
+
     Returns:
         The rows, and choice_N int64: expert-row n is entry choice_N[n] of the flattened [R, K] choices.
+
+    Raises:
+        ValueError: the choices are no matrix of whole numbers, or out of range.
     """
+    if expert_RK.dim() != 2 or expert_RK.is_floating_point() or expert_RK.dtype == torch.bool:
+        raise ValueError(
+            f"expert_RK is {expert_RK.dtype} of shape {tuple(expert_RK.shape)}: must be whole numbers [R, K]"
+        )
+    if expert_RK.device.type == "cpu" and expert_RK.numel():
+        low, high = int(expert_RK.min()), int(expert_RK.max())
+        if low < 0 or high >= num_experts:
+            raise ValueError(f"expert_RK holds {low if low < 0 else high}: must be from 0 to {num_experts - 1}")  # fmt: skip
     num_inputs, num_choices = expert_RK.shape
     flat_N = expert_RK.reshape(-1)
     choice_N = _stable_order(flat_N, num_experts)
@@ -126,6 +140,9 @@ def expert_rows_from_lists(experts: list[list[int]], num_experts: int) -> Expert
     Example: [[0], [0, 1]] for two experts gives source_N = [0, 1, 1], offset_L = [2, 3], slot_N = [0, 1, 2],
     slot_offset_R = [0, 1].
     """
+    for chosen in experts:
+        if any(not 0 <= e < num_experts for e in chosen) or len(set(chosen)) < len(chosen):
+            raise ValueError(f"experts={chosen}: must be distinct, from 0 to {num_experts - 1}")
     pairs = sorted((e, r, k) for r, chosen in enumerate(experts) for k, e in enumerate(chosen))
     row_of = {(r, k): n for n, (_, r, k) in enumerate(pairs)}
     slots = [row_of[r, k] for r, chosen in enumerate(experts) for k in range(len(chosen))]

@@ -14,6 +14,7 @@ from kernels import (
     combine,
     expert_ffn,
     expert_ffn_launch,
+    expert_rows,
     expert_rows_from_lists,
     moe_ffn,
     permute_rows,
@@ -278,6 +279,13 @@ BAD = {  # what is changed: arguments of moe_ffn, and the line that must name it
     "end": ({"rows": bad_rows(offset_L=ROWS.offset_L - 1)}, r"rows.offset_L counts \[.*must add up to 26 rows"),
     "missing": ({"weights": WEIGHTS._replace(b2_LD=None)}, "b2_LD is None: only w3_LFD may be left out"),
     "no width": ({"weights": WEIGHTS._replace(w1_LFD=WEIGHTS.w1_LFD[:, :0])}, "widths must be at least 1"),
+    "no weights": ({"weight_N": None}, "weight_N is a NoneType: must be a tensor"),
+    "no w1": ({"weights": WEIGHTS._replace(w1_LFD=None)}, "w1_LFD is None"),
+    "a list": ({"weights": list(WEIGHTS)}, "weights is a list: must be ExpertWeights"),
+    "a pair": ({"rows": (ROWS, None)}, "rows is a tuple: must be ExpertRows"),
+    "a rate": ({"dropout": 0.1}, r"dropout is a float: must be Dropout\(rate, seed, token_R\)"),
+    "a seed": ({"dropout": Dropout(0.1, torch.arange(13), 5)}, "seed a whole number"),
+    "fast": ({"mode": "fast", "backend": "reference"}, "mode='fast': backend 'reference' has only 'lean'"),
     "masked": ({"masked": True, "backend": "reference"}, "masked=True: backend 'reference'"),
     "counts": ({"rows": bad_rows(offset_L=ROWS.offset_L.flip(0)), "debug": True}, "rows.offset_L=.*must not decrease"),
 }  # fmt: skip
@@ -308,6 +316,20 @@ def test_bad_input_of_the_other_operations_is_named():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_choices_out_of_range_are_refused():
+    for choices, message in (
+        (torch.tensor([[0, 4]]), "expert_RK holds 4: must be from 0 to 3"),
+        (torch.tensor([[-1, 2]]), "expert_RK holds -1: must be from 0 to 3"),
+        (torch.tensor([[0.5, 2]]), "expert_RK is torch.float32 of shape"),
+        (torch.tensor([0, 2]), r"of shape \(2,\): must be whole numbers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            expert_rows(choices, 4)
+    for experts in ([[0], [2]], [[-1]], [[1, 1]]):
+        with pytest.raises(ValueError, match="must be distinct, from 0 to 1"):
+            expert_rows_from_lists(experts, 2)
 
 
 def test_more_rows_than_int32_are_refused():

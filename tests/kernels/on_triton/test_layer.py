@@ -126,6 +126,12 @@ def test_nan_is_not_hidden(gated, device):
         assert torch.equal(value.isnan(), got[name].cpu().isnan()), name
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU computes bf16")
+def test_bf16_is_refused_where_the_interpreter_would_be_wrong(device):
+    with pytest.raises(ValueError, match=r"x is torch\.bfloat16: Triton's interpreter"):
+        run_layer(moe_ffn, make_case((5, 8, 8, 2, 1)), torch.bfloat16, backend="triton")
+
+
 def test_a_wrong_index_is_seen(device):
     case = make_case((13, 8, 12, 4, 2))
     want = run_layer(moe_ffn, case, torch.float64, backend="reference")
