@@ -23,7 +23,7 @@ from kernels.dropout import Dropout, keep_mask, row_hash, unit_hash
 from kernels.operands import ExpertWeights, FfnGradients, Saved
 from kernels.rows import ExpertRows
 
-_MULTIPLE = 16  # rows; of 1 to 64 the fastest when every batch is routed anew
+_MULTIPLE = 8  # rows; of 1 to 64 the fastest when every batch is routed anew
 
 
 @torch.autocast("cpu", enabled=False)
