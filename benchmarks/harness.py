@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.testing import relative_error
+
 Case = Callable[[], object]
 
 
@@ -125,12 +127,6 @@ def saved_bytes(case: GradCase) -> SavedBytes:
         out = case.forward()  # keeps everything alive until it is counted
     del out
     return SavedBytes(sum(numbers.values()), sum(others.values()))
-
-
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """Norm of the difference, relative to the norm of what is wanted, in fp64."""
-    wide = want.double()
-    return float((got.double() - wide).norm() / wide.norm())
 
 
 def passing(

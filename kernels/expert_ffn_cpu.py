@@ -216,11 +216,10 @@ class Masks:
         self.scale = 1.0 if dropout is None else dropout.scale
         self.unit_F = None if dropout is None else unit_hash(width, device)
 
-    def keep(self, expert: int, source_n: Tensor | None) -> Tensor | None:
-        """Mask [n, F] of an expert for the given input rows (None: all of them)."""
+    def keep(self, expert: int, source_n: Tensor) -> Tensor | None:
+        """Mask [n, F] of an expert for the given input rows; None without dropout."""
         if self.dropout is None or self.unit_F is None:
             return None
-        token_R = self.dropout.token_R
-        token_n = token_R if source_n is None else token_R.index_select(0, source_n)
+        token_n = self.dropout.token_R.index_select(0, source_n)
         row_n = row_hash(self.dropout, token_n, expert)
         return keep_mask(row_n, self.unit_F, self.dropout.threshold)

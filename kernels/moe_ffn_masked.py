@@ -36,6 +36,7 @@ def masked_forward(
     hidden_RH = x_RD.new_empty(num_inputs, width_H)
     gate_RH = x_RD.new_empty(0 if weights.w3_LFD is None else num_inputs, width_H)
     out_RD = torch.empty_like(x_RD)
+    kept = _keeps_weighted(weight_N, weights, dweight)
     for block in _blocks(num_inputs):
         x_rD, weight_rL = x_RD[block], weight_RL[block]
         torch.addmm(weights.b1_LF.flatten(), x_rD, w1_HD.T, out=hidden_RH[block])
@@ -46,7 +47,7 @@ def masked_forward(
             gate_rH = torch.mm(x_rD, weights.w3_LFD.flatten(0, 1).T, out=gate_RH[block])
         a_rH = hidden_units(hidden_RH[block], gate_rH, None)
         _drop(a_rH, dropout, block, weights)
-        if _keeps_weighted(weight_N, weights, dweight):
+        if kept:
             a_rH.unflatten(1, weights.b1_LF.shape).mul_(weight_rL[..., None])
         else:
             a_rH = _weighted(a_rH, weight_rL)

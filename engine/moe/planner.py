@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.errors import UserError
 from engine.moe.plan import Plan
 from engine.moe.tables import Table
+from engine.parallel.mesh import Mesh
 from kernels.rows import ExpertRows
 
 _KEPT = 2  # values of k whose lookups are kept: training's and, at a change of k, the one before
@@ -43,8 +43,7 @@ class TablePlanner:
             UserError: the experts cannot be shared out evenly.
         """
         experts = table.order_rE.shape[1]
-        if experts % ranks:
-            raise UserError(f"moe.experts={experts}: must be a multiple of the expert group's {ranks} ranks")  # fmt: skip
+        self.local = Mesh(rank, ranks, ranks).local_experts(experts)
         self.table, self.rank, self.ranks, self.experts = table, rank, ranks, experts
         self._lookups: dict[int, _Lookups] = {}
         self._lock = threading.Lock()  # the loader's thread plans while validation does
@@ -102,9 +101,8 @@ class TablePlanner:
         else:
             weight_rK = self.table.logits_rE[:, :k].softmax(dim=1)
             weight_rE = torch.zeros(shape).scatter_(1, order_rK, weight_rK)
-        local = self.experts // self.ranks
-        here = slice(self.rank * local, (self.rank + 1) * local)
-        rank_rP = active_rE.view(-1, self.ranks, local).amax(dim=2).bool()
+        here = slice(self.local.start, self.local.stop)
+        rank_rP = active_rE.view(-1, self.ranks, len(self.local)).amax(dim=2).bool()
         return _Lookups(
             rank_Pr=rank_rP.T.contiguous().numpy(),
             local_Lr=active_rE[:, here].bool().T.contiguous().numpy(),
