@@ -94,6 +94,29 @@ class Products(Enum):
     tf32 = "tf32"  # on tensor cores, with 10 bits of mantissa; backend triton only
 
 
+class ExchangeKind(Enum):
+    """How rows travel between the ranks of an expert group; one rank has nothing to exchange, whatever this says."""
+
+    auto = "auto"  # tokens or gather, per k, by modelled time
+    tokens = "tokens"  # each token once to each rank that has one of its experts
+    gather = "gather"  # all rows to all ranks
+
+
+class WireFormat(Enum):
+    """Number format of rows on their way between ranks."""
+
+    model = "model"  # as they are
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class PeerIds(Enum):
+    """Where a rank learns the token ids of the others of its expert group, for its plans."""
+
+    corpus = "corpus"  # reads their streams itself
+    exchange = "exchange"  # one exchange between the hosts per micro-batch; each rank reads its own streams only
+
+
 class WandbMode(Enum):
     """Weights & Biases logging."""
 

@@ -15,8 +15,10 @@ from engine.choices import (
     Builder,
     Corpus,
     Decay,
+    ExchangeKind,
     Growth,
     Kept,
+    PeerIds,
     Precision,
     Products,
     Router,
@@ -24,6 +26,7 @@ from engine.choices import (
     Split,
     Tokens,
     WandbMode,
+    WireFormat,
 )
 from engine.errors import UserError
 
@@ -296,6 +299,24 @@ class KernelsConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """Many ranks: world = data x expert groups (engine/parallel/mesh.py)."""
+
+    expert_ranks: int = 1
+    """Ranks of an expert group: each holds moe.experts / expert_ranks experts; must divide the world."""
+    exchange: ExchangeKind = ExchangeKind.tokens
+    wire: WireFormat = WireFormat.model
+    chunks: int = 1
+    """Parts of a micro-batch that are exchanged one behind the other, so that rows travel while experts compute. 1 is off."""
+    peer_ids: PeerIds = PeerIds.corpus
+    timeout_s: float = 120.0
+    """Seconds without a sign of life after which a rank counts as lost and the others end."""
+
+    def __post_init__(self) -> None:
+        _at_least("parallel", self, expert_ranks=1, chunks=1, timeout_s=1)
+
+
+@dataclass
 class WandbConfig:
     """Weights & Biases."""
 
@@ -317,6 +338,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:

@@ -1,0 +1,71 @@
+"""The ranks of a run talking through host memory, beside what moves on the device: who they are, what they have, what went wrong.
+
+One primitive, `all_gather`, over a gloo group, over MPI, or on one rank over nothing; the rest is made of it. Each object has
+connections of its own, so one thread may use one while another thread trains; two threads must not share one.
+"""
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import distributed as dist
+
+
+class Host:
+    """A rank alone; the base of those with company."""
+
+    rank = 0
+    ranks = 1
+
+    def all_gather(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Give every rank's array, [ranks, *values.shape]; all must have the same shape and type."""
+        return values[None].copy()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Give every rank's value, which must be JSON: numbers, text, lists, dicts with text keys, None."""
+        text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+        length_P = self.all_gather(np.array([text.size]))[:, 0]
+        padded = np.zeros(length_P.max(), np.uint8)
+        padded[: text.size] = text
+        rows = self.all_gather(padded)
+        return [json.loads(row[:length].tobytes()) for row, length in zip(rows, length_P, strict=True)]  # fmt: skip
+
+    def broadcast(self, value: Any, source: int = 0) -> Any:
+        """Give the source rank's value, which must be JSON; the other ranks' values are not looked at."""
+        return self.gather(value if self.rank == source else None)[source]
+
+    def barrier(self) -> None:
+        """Return when all ranks are here."""
+        self.all_gather(np.zeros(1, np.int64))
+
+
+class GlooHost(Host):
+    """Over a gloo process group; errors and timeouts are gloo's, as RuntimeError."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+
+    def all_gather(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Give every rank's array, [ranks, *values.shape]."""
+        own = torch.from_numpy(np.ascontiguousarray(values).copy().reshape(-1))
+        found = own.new_empty(self.ranks * own.numel())
+        dist.all_gather_into_tensor(found, own, group=self.group)
+        return found.numpy().reshape(self.ranks, *values.shape)
+
+
+class MpiHost(Host):
+    """Over a communicator of its own, a duplicate of the one given; needs MPI_THREAD_MULTIPLE beside other threads."""
+
+    def __init__(self, comm: Any) -> None:
+        self.comm = comm.Dup()
+        self.rank, self.ranks = self.comm.Get_rank(), self.comm.Get_size()
+
+    def all_gather(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Give every rank's array, [ranks, *values.shape]."""
+        own = np.ascontiguousarray(values)
+        found = np.empty((self.ranks, *own.shape), own.dtype)
+        self.comm.Allgather(own, found)
+        return found
