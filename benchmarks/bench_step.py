@@ -30,10 +30,10 @@ from engine.config import (
     TrainConfig,
 )
 from engine.corpus import PreparedCorpus, prepare
-from engine.data import Batch, Streams
+from engine.data import Streams
 from engine.deepspeed_adapter import Engine, start
 from engine.feed_forward import FeedForward
-from engine.loader import PlannedLoader, plan_batch
+from engine.loader import GroupBatch, PlannedBatch, PlannedLoader, group_batch, plan_batch
 from engine.model import Memory
 from engine.moe.layer import LayerCall, MoELayer
 from engine.moe.routers import HashedRouter
@@ -83,11 +83,14 @@ class Arm:
         self.step = 0
         self.times: list[StepTimes] = []
 
-        def make_batch(step: int, micro: int) -> Batch:
-            return streams.batch(step, range(config.data.streams))
+        def make_batch(step: int, micro: int) -> GroupBatch:
+            return group_batch([streams.batch(step, range(config.data.streams))])
+
+        def plan(group: GroupBatch, k: int) -> PlannedBatch:
+            return plan_batch(group, k, routers)
 
         self.loader = PlannedLoader(
-            make_batch, routers, lambda step: k, steps=range(10**6), accumulation=1, prefetch=2,
+            make_batch, plan, lambda step: k, steps=range(10**6), accumulation=1, prefetch=2,
         )  # fmt: skip
 
     def __call__(self) -> None:
@@ -130,7 +133,7 @@ def layer_cases(config: Config, corpus: PreparedCorpus) -> dict[str, Callable[[]
     cotangent_TD = torch.randn_like(x_TD)
     cases: dict[str, Callable[[], object]] = {"dense": lambda: dense(x_TD).backward(cotangent_TD)}
     for k in KS:
-        plans = plan_batch(batch, k, routers).plans
+        plans = plan_batch(group_batch([batch]), k, routers).plans
         assert plans is not None
         call = LayerCall(k, plans[0], torch.arange(tokens), 1, config.model.dropout)
         cases[str(k)] = lambda call=call: layer(x_TD, call).y_TD.backward(cotangent_TD)  # type: ignore[misc]

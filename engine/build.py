@@ -1,5 +1,6 @@
 """From a configuration to the objects of a run: routers with their tables, and the initialised model."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -8,11 +9,18 @@ from engine.config import Config, Router, Split
 from engine.corpus import PreparedCorpus
 from engine.model import TransformerXL
 from engine.moe.routers import HashedRouter
-from engine.moe.tables import build_tables
+from engine.moe.tables import Table, build_tables
+from engine.parallel.mesh import Mesh
 
 
-def build_routers(config: Config, corpus: PreparedCorpus) -> list[HashedRouter] | None:
-    """Build a planned router for each table (or load the tables from the cache); None for live routers and dense."""
+def build_routers(
+    config: Config, corpus: PreparedCorpus, mesh: Mesh | None = None
+) -> list[HashedRouter] | None:
+    """Build a planned router for each table (or load the tables from the cache); None for live routers and dense.
+
+    Args:
+        mesh: this rank's place; one rank alone by default.
+    """
     if config.moe.router is not Router.hashed:
         return None
     tables = build_tables(
@@ -23,7 +31,12 @@ def build_routers(config: Config, corpus: PreparedCorpus) -> list[HashedRouter] 
         seed=config.train.seed,
         cache_dir=Path(config.corpus.cache_dir) / "tables",
     )
-    return [HashedRouter(table) for table in tables]
+    return routers_of(tables, mesh or Mesh())
+
+
+def routers_of(tables: Sequence[Table], mesh: Mesh) -> list[HashedRouter]:
+    """Make a router of each table that plans for this rank of its expert group."""
+    return [HashedRouter(t, rank=mesh.expert_rank, ranks=mesh.expert_ranks) for t in tables]
 
 
 def build_model(config: Config, vocab_size: int) -> TransformerXL:

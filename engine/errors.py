@@ -1,9 +1,16 @@
-"""The one exception that means: the user can mend this. Programs print its line and exit with code 2."""
+"""The exceptions that a program turns into one line: what the user can mend (exit code 2), and a run that cannot go on (1)."""
 
 
 class UserError(ValueError):
-    """Bad input from a person; the message names the value and what is allowed, in one line."""
+    """Bad input from a person; the message names the value and what is allowed, in one line.
+
+    `everywhere`: every rank of the run raises the same, so one of them may speak for all.
+    """
+
+    everywhere = False
 
 
 class RunFailed(RuntimeError):
     """A run cannot go on (a loss that is not finite, a disk that is full); one line says why and what was kept."""
+
+    everywhere = False

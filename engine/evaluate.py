@@ -7,16 +7,18 @@ Every symbol of the split counts exactly once and the result does not depend on 
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from engine.config import Config, Router, Split
 from engine.corpus import PreparedCorpus
-from engine.data import EvalShares, eval_batches, warm_symbols
-from engine.loader import plan_batch
+from engine.data import Batch, EvalShares, eval_batches, warm_symbols
+from engine.loader import group_batch, plan_batch
 from engine.model import Memory, Routing, TransformerXL
 from engine.moe.routers import HashedRouter
+from engine.parallel.world import World
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +44,16 @@ def evaluate(
     split: Split,
     k: int,
     progress: Callable[[int, int], None] | None = None,
+    world: World | None = None,
 ) -> Evaluation:
     """Measure the split at k active experts.
 
     Args:
         routers: one per table; None for live routers and dense.
-        progress: called with (segments done, segments in all); may raise to leave.
+        progress: called with (segments done, segments in all); may raise to leave, on all ranks alike.
+        world: the ranks, which share the streams; every rank gets the whole result.
     """
+    world = world or World()
     start = time.perf_counter()
     ids = corpus.split(split)
     if config.eval.max_symbols:
@@ -57,15 +62,19 @@ def evaluate(
     segment = config.eval.segment or config.data.segment
     warm = warm_symbols(config.model.layers, memory_len, segment)
     shares = EvalShares(len(ids), config.eval.streams, segment, warm)
+    ranks = world.mesh.group_ranks
     nats, symbols = 0.0, 0
     memory: Memory | None = None
     was_training = model.training
     model.eval()
     with torch.inference_mode():
-        for batch, counted_BQ in eval_batches(
+        for whole, whole_counted_BQ in eval_batches(
             ids, corpus.previous_id(split), shares, config.context
         ):
-            planned = plan_batch(batch, k, routers)
+            parts = [_share(whole, whole_counted_BQ, rank, world.mesh.world) for rank in ranks]
+            batch, counted_BQ = parts[world.mesh.expert_rank]
+            group = group_batch([part for part, _ in parts], world.mesh.expert_rank)
+            planned = plan_batch(group, k, routers)
             output = model(
                 batch.ids_BQ, batch.targets_BQ, memory, Routing(k, planned.plans),
                 memory_len=memory_len, clamp_len=config.eval.clamp_len, same_length=config.eval.same_length,
@@ -76,7 +85,26 @@ def evaluate(
             if progress is not None:
                 progress(batch.index + 1, shares.num_segments)
     model.train(was_training)
+    total = world.sum(torch.tensor([nats, symbols], dtype=torch.float64))
+    nats, symbols = total[0].item(), int(total[1])
     return Evaluation(nats / symbols / math.log(2), symbols, time.perf_counter() - start)
+
+
+def _share(whole: Batch, counted_BQ: Tensor, rank: int, ranks: int) -> tuple[Batch, Tensor]:
+    """A rank's streams of a batch; where they do not divide, the last ranks run some twice that do not count."""
+    streams = whole.ids_BQ.shape[0]
+    size = -(-streams // ranks)
+    row_B = torch.arange(rank * size, (rank + 1) * size)
+    real_B = row_B < streams
+    row_B = row_B.clamp(max=streams - 1)
+    part = replace(
+        whole,
+        ids_BQ=whole.ids_BQ[row_B],
+        targets_BQ=whole.targets_BQ[row_B],
+        left_BC=whole.left_BC[row_B],
+        stream_B=whole.stream_B[row_B],
+    )
+    return part, counted_BQ[row_B] & real_B[:, None]
 
 
 def slimming_curve(
@@ -84,6 +112,7 @@ def slimming_curve(
     routers: Sequence[HashedRouter] | None,
     corpus: PreparedCorpus,
     config: Config,
+    world: World | None = None,
 ) -> dict[str, Evaluation]:
     """Evaluate config.eval.split at every k of config.eval.k; a dense model has one result, called "dense"."""
     if config.moe.router is Router.dense:
@@ -91,6 +120,6 @@ def slimming_curve(
     else:
         asked = {str(k): k for k in config.eval.k}
     return {
-        name: evaluate(model, routers, corpus, config, split=config.eval.split, k=k)
+        name: evaluate(model, routers, corpus, config, split=config.eval.split, k=k, world=world)
         for name, k in asked.items()
     }

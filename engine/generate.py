@@ -8,7 +8,7 @@ from torch import Tensor
 
 from engine.config import Config
 from engine.data import Batch
-from engine.loader import plan_batch
+from engine.loader import group_batch, plan_batch
 from engine.model import Memory, Routing, TransformerXL
 from engine.moe.routers import HashedRouter
 
@@ -50,7 +50,7 @@ def generate(
             while start < len(history):
                 part = history[start : start + config.data.segment]
                 left = ([0] * context + history)[start : start + context]
-                planned = plan_batch(_batch(part, left), k, routers)
+                planned = plan_batch(group_batch([_batch(part, left)]), k, routers)
                 logits_BQV, memory = model.logits(
                     planned.batch.ids_BQ, memory, Routing(k, planned.plans), memory_len=memory_len
                 )[:2]

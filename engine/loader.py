@@ -1,8 +1,15 @@
 """The background planner: batches with their plans, ready before the step asks for them.
 
-One worker thread prepares every (step, micro-batch) in order, `prefetch` steps ahead, into a bounded queue. It runs no
-collective and draws from no generator: a planned batch is a pure function of (step, micro-batch, tables, k), so the
-thread cannot change a run's numbers, and planning inline (`plan_batch`, as evaluation does) gives the same tensors.
+One thread prepares every (step, micro-batch) in order, `prefetch` steps ahead of the step. A planned batch is a pure
+function of (step, micro-batch, tables, k), so the thread cannot change a run's numbers, and planning inline
+(`plan_batch`, as evaluation does) gives the same tensors.
+
+With many ranks the thread is also the one that talks to the other ranks' loaders, over connections of its own and in the
+order of the steps: it asks for the peers' ids where this rank does not read them (`share_ids`), and before a plan may be
+used it compares what the ranks planned (engine/agreement.py). How far ahead it works depends on what was taken alone, so
+when a run stops, all ranks' threads stop behind the same micro-batch and none waits for another.
+
+Letters: P ranks of the expert group, B streams, Q segment length, C ids left of a segment.
 """
 
 import queue
@@ -11,59 +18,110 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.agreement import Agreement
 from engine.data import Batch
 from engine.moe.plan import Plan
 from engine.moe.routers import HashedRouter
+from engine.parallel.host import Host
+
+_CLOSE_S = 10.0  # how long `close` waits for the other ranks' threads
+
+
+@dataclass(frozen=True, slots=True)
+class GroupBatch:
+    """A rank's own batch, and of the whole expert group what planning needs, rank by rank."""
+
+    own: Batch
+    ids_PBQ: Tensor  # int64
+    left_PBC: Tensor  # int64
+    stream_PB: Tensor  # int64: global stream of each row
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedBatch:
     """A batch and everything its forward pass needs to know about routing."""
 
-    batch: Batch
+    group: GroupBatch
     k: int  # active experts
     plans: tuple[Plan, ...] | None  # one per table; None for live routers and dense
 
+    @property
+    def batch(self) -> Batch:
+        """This rank's own batch."""
+        return self.group.own
 
-def plan_batch(batch: Batch, k: int, routers: Sequence[HashedRouter] | None) -> PlannedBatch:
+    def token_T(self) -> Tensor:
+        """Global numbers of the group's tokens [P * B * Q] within the step: stream x Q + place in the segment."""
+        segment = self.group.ids_PBQ.shape[2]
+        return (self.group.stream_PB[..., None] * segment + torch.arange(segment)).flatten()
+
+
+def group_batch(batches: Sequence[Batch], own: int = 0) -> GroupBatch:
+    """Put the batches of an expert group together; `own` is this rank's number in it."""
+    return GroupBatch(
+        batches[own],
+        torch.stack([batch.ids_BQ for batch in batches]),
+        torch.stack([batch.left_BC for batch in batches]),
+        torch.stack([batch.stream_B for batch in batches]),
+    )
+
+
+def share_ids(alone: GroupBatch, host: Host) -> GroupBatch:
+    """Fill in what the other ranks of the expert group read: one exchange of ids, left contexts and stream numbers."""
+    own = alone.own
+    parts = [own.left_BC, own.ids_BQ, own.stream_B[:, None]]
+    found = torch.from_numpy(host.all_gather(torch.cat(parts, dim=1).numpy().astype(np.int32)))
+    context, segment = own.left_BC.shape[1], own.ids_BQ.shape[1]
+    left_PBC, ids_PBQ, stream_PB1 = found.long().split([context, segment, 1], dim=2)
+    return GroupBatch(own, ids_PBQ.contiguous(), left_PBC.contiguous(), stream_PB1[..., 0])
+
+
+def plan_batch(
+    group: GroupBatch, k: int, routers: Sequence[HashedRouter] | None, *, gather: bool = False
+) -> PlannedBatch:
     """Plan the batch for each router's table; without routers, pass it on with its k."""
     if routers is None:
-        return PlannedBatch(batch, k, None)
-    ids_PBQ, left_PBC = batch.ids_BQ[None], batch.left_BC[None]  # one rank so far
-    return PlannedBatch(batch, k, tuple(router.plan(ids_PBQ, left_PBC, k) for router in routers))
+        return PlannedBatch(group, k, None)
+    ids_PBQ, left_PBC = group.ids_PBQ, group.left_PBC
+    plans = tuple(router.plan(ids_PBQ, left_PBC, k, gather=gather) for router in routers)
+    return PlannedBatch(group, k, plans)
 
 
 class PlannedLoader:
     """Prepares planned batches in a daemon thread, from construction until `close` (or the last step).
 
     Args:
-        make_batch: (step, micro) -> Batch; called in the worker thread only.
-        routers: one per table; None for live routers and dense.
+        make_batch: (step, micro) -> GroupBatch; called in the thread only.
+        plan: (GroupBatch, k) -> PlannedBatch, such as plan_batch with its routers; called in the thread only.
         k_of_step: active experts at a step.
         steps: the steps to prepare, such as range(first, total).
         accumulation: micro-batches per step.
         prefetch: steps prepared ahead, at least 1.
+        agreement: compares the plans between the ranks; None on one rank.
     """
 
     def __init__(
         self,
-        make_batch: Callable[[int, int], Batch],
-        routers: Sequence[HashedRouter] | None,
+        make_batch: Callable[[int, int], GroupBatch],
+        plan: Callable[[GroupBatch, int], PlannedBatch],
         k_of_step: Callable[[int], int],
         *,
         steps: range,
         accumulation: int,
         prefetch: int,
+        agreement: Agreement | None = None,
     ) -> None:
-        self._make_batch = make_batch
-        self._routers = routers
-        self._k_of_step = k_of_step
-        self._steps = steps
-        self._accumulation = accumulation
-        self._queue: queue.Queue[PlannedBatch | BaseException] = queue.Queue(
-            prefetch * accumulation
-        )
-        self._closed = threading.Event()
+        self._make_batch, self._plan, self._k_of_step = make_batch, plan, k_of_step
+        self._steps, self._accumulation = steps, accumulation
+        self._agreement = agreement
+        self._queue: queue.Queue[PlannedBatch | BaseException] = queue.Queue()
+        self._change = threading.Condition()
+        self._allowed = prefetch * accumulation  # micro-batches that may be prepared so far
+        self._closed = False
         self._end: BaseException | None = None
         self._worker = threading.Thread(target=self._work, name="foreroute-planner", daemon=True)
         self._worker.start()
@@ -79,36 +137,43 @@ class PlannedLoader:
             raise self._end
         start = time.perf_counter()
         item = self._queue.get()
+        with self._change:
+            self._allowed += 1
+            self._change.notify()
         if isinstance(item, BaseException):
             self._end = item
             raise item
         return item, time.perf_counter() - start
 
     def close(self) -> None:
-        """End the worker (after the micro-batch in its hands) and drop what was prepared; may be called twice."""
-        self._closed.set()
-        while (
-            not self._queue.empty()
-        ):  # makes room, so that a worker blocked in put() sees the flag
-            self._queue.get_nowait()
-        self._worker.join()
+        """End the worker and drop what was prepared; may be called twice.
+
+        With other ranks it first prepares what was still allowed, which they may wait for; if they do not answer any
+        more it is left behind.
+        """
+        with self._change:
+            self._closed = True
+            self._change.notify()
+        self._worker.join(None if self._agreement is None else _CLOSE_S)
         self._end = self._end or RuntimeError("the loader is closed")
 
     def _work(self) -> None:
         try:
-            for step in self._steps:
-                k = self._k_of_step(step)
-                for micro in range(self._accumulation):
-                    batch = self._make_batch(step, micro)
-                    planned = plan_batch(batch, k, self._routers)
-                    if not self._put(planned):
-                        return
-            self._put(RuntimeError("no batch left: all steps are done"))
+            places = [(step, micro) for step in self._steps for micro in range(self._accumulation)]
+            for done, (step, micro) in enumerate(places):
+                if not self._may_prepare(done):
+                    return
+                planned = self._plan(self._make_batch(step, micro), self._k_of_step(step))
+                if self._agreement is not None:
+                    self._agreement.check(step, micro, planned.k, planned.group, planned.plans)
+                self._queue.put(planned)
+            self._queue.put(RuntimeError("no batch left: all steps are done"))
         except BaseException as error:  # handed to the consumer, which re-raises it
-            self._put(error)
+            self._queue.put(error)
 
-    def _put(self, item: PlannedBatch | BaseException) -> bool:
-        """Wait for room and put; False when closed. At most one item follows `close`, into the room it made."""
-        if not self._closed.is_set():
-            self._queue.put(item)
-        return not self._closed.is_set()
+    def _may_prepare(self, done: int) -> bool:
+        """Wait until one more than `done` micro-batches are allowed; False when closed."""
+        with self._change:
+            self._change.wait_for(lambda: self._closed or done < self._allowed)
+            waited_for = self._agreement is not None and done < self._allowed
+            return waited_for or not self._closed

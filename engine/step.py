@@ -6,9 +6,9 @@ Routing is already planned when a batch arrives (engine/loader.py); memory goes 
 import math
 import time
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from engine.config import Config
 from engine.deepspeed_adapter import Engine
@@ -16,6 +16,7 @@ from engine.errors import RunFailed
 from engine.loader import PlannedBatch, PlannedLoader
 from engine.model import Memory, Output, Routing
 from engine.optim import learning_rate
+from engine.parallel.world import World
 from engine.timing import ForwardTimes
 
 
@@ -39,9 +40,9 @@ class StepTimes:
 
 @dataclass(slots=True)
 class StepResult:
-    """What one step gives."""
+    """What one step gives; the same on every rank but for the times."""
 
-    loss: float  # mean nats per symbol over the micro-batches, without auxiliary losses
+    loss: float  # mean nats per symbol over micro-batches and ranks, without auxiliary losses
     auxiliary_loss: float
     k: int
     learning_rate: float
@@ -49,6 +50,7 @@ class StepResult:
     load_max_over_mean: (
         float  # busiest expert of any layer against the mean; 1 is perfect, 0 for dense
     )
+    stop_asked: bool = False  # of any rank
     times: StepTimes = field(default_factory=StepTimes)
 
 
@@ -77,16 +79,19 @@ def train_step(
     *,
     step: int,
     forward_times: ForwardTimes,
+    world: World | None = None,
+    stop_asked: bool = False,
 ) -> StepResult:
     """Run one optimizer step and replace each micro-batch's entry of `memory` by its new memory.
 
     Raises:
         RunFailed: the loss or the gradient is not finite; no weight has been changed by this step.
     """
+    world = world or World()
     clock, times = Clock(), StepTimes()
     rate = learning_rate(config.optim, step, config.train.steps)
     engine.set_lr(rate)
-    losses, auxiliary, counts = [], [], []
+    outputs: list[Output] = []
     for micro in range(config.train.accumulation):
         planned, wait_seconds = loader.next()
         times.plan_wait_ms += 1e3 * wait_seconds
@@ -96,26 +101,28 @@ def train_step(
         attention_ms, experts_ms = forward_times.take()
         times.attention_ms += attention_ms
         times.experts_ms += experts_ms
-        losses.append(_finite(output, step))
-        auxiliary.append(output.auxiliary_loss.item())
         clock.lap_ms()
         engine.backward(output.loss)
         times.backward_ms += clock.lap_ms()
         forward_times.take()  # with recomputation, backward runs the modules again
         memory[micro] = output.memory
-        counts.append(output.count_LE)
+        outputs.append(output)
+    totals = _totals(outputs, world, stop_asked)
+    if not math.isfinite(totals.loss + totals.auxiliary_loss):
+        raise _everywhere(f"the loss is {totals.loss + totals.auxiliary_loss} at step {step}")
     clock.lap_ms()
     applied = engine.step()
     times.optimizer_ms = clock.lap_ms()
     if not applied:
-        raise RunFailed(f"the gradient norm is {engine.grad_norm()} at step {step}")
+        raise _everywhere(f"the gradient norm is {engine.grad_norm()} at step {step}")
     result = StepResult(
-        loss=sum(losses) / len(losses),
-        auxiliary_loss=sum(auxiliary) / len(auxiliary),
+        loss=totals.loss,
+        auxiliary_loss=totals.auxiliary_loss,
         k=planned.k,
         learning_rate=rate,
         grad_norm=engine.grad_norm(),
-        load_max_over_mean=_load(counts),
+        load_max_over_mean=totals.load_max_over_mean,
+        stop_asked=totals.stop_asked,
         times=times,
     )
     times.step_ms = clock.total_ms()
@@ -126,12 +133,10 @@ def _forward(
     engine: Engine, planned: PlannedBatch, memory: Memory | None, config: Config, step: int
 ) -> Output:
     batch = planned.batch
-    segment = config.data.segment
-    token_BQ = batch.stream_B[:, None] * segment + torch.arange(segment)
     routing = Routing(
         planned.k,
         planned.plans,
-        token_T=token_BQ.flatten(),
+        token_T=planned.token_T(),
         dropout_seed=config.train.seed * 2**32 + step,
     )
     output: Output = engine.forward(
@@ -140,17 +145,33 @@ def _forward(
     return output
 
 
-def _finite(output: Output, step: int) -> float:
-    """Mean nats of the micro-batch; reads the loss back from the device."""
-    loss = output.nll_BQ.mean().item()
-    if not math.isfinite(loss) or not math.isfinite(output.loss.item()):
-        raise RunFailed(f"the loss is {loss} at step {step}")
-    return loss
+class _Totals(NamedTuple):
+    loss: float
+    auxiliary_loss: float
+    stop_asked: bool
+    load_max_over_mean: float
 
 
-def _load(counts: list[Tensor | None]) -> float:
-    present = [count_LE for count_LE in counts if count_LE is not None]
-    if not present:
-        return 0.0
-    total_LE = torch.stack(present).sum(0).double()
-    return (total_LE.max() / total_LE.mean()).item()
+def _totals(outputs: list[Output], world: World, stop_asked: bool) -> _Totals:
+    """Means over micro-batches and ranks: one sum over the ranks, and the only read-back of a step from the device."""
+    nll = torch.stack([output.nll_BQ.mean() for output in outputs]).double().sum()
+    auxiliary = torch.stack([output.auxiliary_loss for output in outputs]).double().sum()
+    counts = [output.count_LE for output in outputs if output.count_LE is not None]
+    parts = [torch.stack((nll, auxiliary, torch.full_like(nll, float(stop_asked))))]
+    if counts:
+        parts.append(torch.stack(counts).sum(0).to(nll.device, torch.float64).flatten())
+    loss, auxiliary_loss, stops, *load = world.sum(torch.cat(parts)).tolist()
+    number = len(outputs) * world.mesh.world
+    return _Totals(
+        loss / number,
+        auxiliary_loss / number,
+        stops > 0,
+        max(load) * len(load) / sum(load) if load else 0.0,
+    )
+
+
+def _everywhere(message: str) -> RunFailed:
+    """All ranks see the same numbers and raise the same."""
+    error = RunFailed(message)
+    error.everywhere = True
+    return error

@@ -1,19 +1,27 @@
-"""Several ranks on one machine, for tests: `run_ranks` starts processes that form a gloo group and gathers what they say."""
+"""Several ranks on one machine, for tests: `run_ranks` starts processes that form a gloo group and gathers what they say,
+`run_threads` gives threads of this process a Host each.
+"""
 
 import importlib.util
 import inspect
 import multiprocessing
 import os
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import distributed as dist
+
+from engine.parallel.host import Host
 
 
 def run_ranks(
@@ -76,3 +84,30 @@ def _work(
         dist.barrier()
     except BaseException:
         answers.put((rank, False, traceback.format_exc()))
+
+
+class _ThreadHost(Host):
+    def __init__(self, rank: int, board: list[Any], barrier: threading.Barrier) -> None:
+        self.rank, self.ranks, self._board, self._barrier = rank, len(board), board, barrier
+
+    def all_gather(self, values: NDArray[Any]) -> NDArray[Any]:
+        self._board[self.rank] = values
+        self._barrier.wait()
+        found = np.stack(self._board)
+        self._barrier.wait()  # nobody writes again before all have read
+        return found
+
+
+def run_threads(function: Callable[[Host], Any], ranks: int, *, seconds: float = 60) -> list[Any]:
+    """Call function(host) in `ranks` threads whose hosts know each other; return results, or what was raised, by rank."""
+    board: list[Any] = [None] * ranks
+    barrier = threading.Barrier(ranks, timeout=seconds)
+
+    def call(rank: int) -> Any:
+        try:
+            return function(_ThreadHost(rank, board, barrier))
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(ranks) as pool:
+        return list(pool.map(call, range(ranks)))

@@ -13,19 +13,29 @@ from typing import Protocol
 import torch
 
 from engine import checkpoint
-from engine.build import build_model
-from engine.config import Config, Split, to_plain
+from engine.agreement import Agreement
+from engine.build import build_model, routers_of
+from engine.config import Config, PeerIds, Split, to_plain
 from engine.corpus import PreparedCorpus
-from engine.data import Batch, Streams
+from engine.data import Streams
 from engine.deepspeed_adapter import start
 from engine.errors import RunFailed, UserError
 from engine.evaluate import evaluate
-from engine.loader import PlannedLoader
+from engine.loader import (
+    GroupBatch,
+    PlannedBatch,
+    PlannedLoader,
+    group_batch,
+    plan_batch,
+    share_ids,
+)
 from engine.metrics import Metrics, memory_bytes, peak_memory_bytes
 from engine.model import Memory
+from engine.moe.hashing import hash64
 from engine.moe.routers import HashedRouter
 from engine.moe.schedule import active_experts
 from engine.moe.tables import table_from_state, table_state
+from engine.parallel.world import World
 from engine.step import StepResult, StepTimes, train_step
 from engine.timing import ForwardTimes
 
@@ -48,12 +58,13 @@ class _StopAsked(Exception):
 
 
 class Trainer:
-    """One run on one rank.
+    """One rank's part of a run.
 
     Args:
         config: resolved (kernels.masked_from_k is set).
-        routers: one per table; None for live routers and dense.
+        routers: one per table, for this rank's place; None for live routers and dense.
         folder: the run folder; checkpoints go to folder/checkpoints.
+        world: the ranks; one alone by default.
     """
 
     def __init__(
@@ -63,17 +74,21 @@ class Trainer:
         routers: list[HashedRouter] | None,
         folder: Path,
         reporter: Reporter,
+        world: World | None = None,
     ) -> None:
         self.config, self.corpus, self.routers = config, corpus, routers
+        self.world = world or World()
         self.folder, self.reporter = folder, reporter
         self.streams = Streams(
             corpus.split(Split.train), config.data.streams, config.data.segment, config.context
         )
         self.model = build_model(config, corpus.vocab.size)
-        self.engine = start(self.model, config)
+        self.parameters = sum(p.numel() for p in self.model.parameters())  # of all ranks together
+        self.engine = start(self.model, config, self.world.mesh)
         self.forward_times = ForwardTimes(self.model)
         self.memory: list[Memory | None] = [None] * config.train.accumulation
         self.step = 0
+        self._seed_generator()
 
     @property
     def checkpoints(self) -> Path:
@@ -102,7 +117,8 @@ class Trainer:
         state = checkpoint.load(path, self.engine)
         self.step = state.step
         if self.routers is not None:  # tables belong to the model: take the saved ones
-            self.routers = [HashedRouter(table_from_state(table)) for table in state.tables]
+            tables = [table_from_state(table) for table in state.tables]
+            self.routers = routers_of(tables, self.world.mesh)
         torch.set_rng_state(state.rng)
         if state.memory is not None:
             parts = [layer.tensor_split(len(self.memory)) for layer in state.memory]
@@ -132,8 +148,12 @@ class Trainer:
         except OSError as error:
             raise RunFailed(f"cannot write a checkpoint at step {self.step}: {error}") from error
 
-    def run(self, metrics: Metrics, stop_asked: Callable[[], bool]) -> bool:
+    def run(self, metrics: Metrics | None, stop_asked: Callable[[], bool]) -> bool:
         """Train until train.steps, or until stop_asked() says so; a checkpoint is written in both cases.
+
+        Args:
+            metrics: where numbers go; None on all ranks but the first.
+            stop_asked: may differ between the ranks, which stop behind the same step.
 
         Returns:
             True when all steps are done.
@@ -145,30 +165,38 @@ class Trainer:
         window = _Window(self.config.symbols_per_step)
         loader = self._loader()
         saved = first or -1  # a resumed run starts at its checkpoint
+        alone = self.world.mesh.world == 1
+        stopping = alone and stop_asked()
         try:
-            while self.step < train.steps and not stop_asked():
+            while self.step < train.steps and not stopping:
+                self.world.watch.at(f"step {self.step}")
                 result = train_step(
                     self.engine, loader, self.memory, self.config,
                     step=self.step, forward_times=self.forward_times,
+                    world=self.world, stop_asked=stop_asked(),
                 )  # fmt: skip
                 self.step += 1
+                stopping = result.stop_asked or (alone and stop_asked())
                 window.add(result)
                 self.reporter.step(self.step)
                 if self.step % train.log_every == 0 or self.step == train.steps:
                     values = window.close(self.step)
-                    metrics.log(self.step, values)
+                    if metrics is not None:
+                        metrics.log(self.step, values)
                     elapsed = time.perf_counter() - start
                     left = elapsed / (self.step - first) * (train.steps - self.step)
                     self.reporter.metrics(self.step, values, left)
                 if train.valid_every and self.step % train.valid_every == 0:
-                    self._validate(metrics, stop_asked)
+                    self._validate(metrics, stop_asked if alone else lambda: False)
                 if train.save_every and self.step % train.save_every == 0:
                     self.save()
                     saved = self.step
         except _StopAsked:
             pass
         except RunFailed as error:
-            raise RunFailed(f"{error}; {self._last_good()}") from error
+            failure = RunFailed(f"{error}; {self._last_good()}")
+            failure.everywhere = error.everywhere
+            raise failure from error
         finally:
             loader.close()
         if saved != self.step:
@@ -176,39 +204,55 @@ class Trainer:
         return self.step >= train.steps
 
     def _loader(self) -> PlannedLoader:
-        config = self.config
-        accumulation = config.train.accumulation
+        config, world, mesh = self.config, self.world, self.world.mesh
+        alone = mesh.expert_ranks == 1 or config.parallel.peer_ids is PeerIds.exchange
 
-        def make_batch(step: int, micro: int) -> Batch:
-            rows = self.streams.streams_of(0, micro, world=1, accumulation=accumulation)
-            return self.streams.batch(step, rows)
+        def make_batch(step: int, micro: int) -> GroupBatch:
+            ranks = [mesh.rank] if alone else mesh.group_ranks
+            batches = [
+                self.streams.batch(step, self.streams.streams_of(rank, micro, world=mesh.world, accumulation=config.train.accumulation))
+                for rank in ranks
+            ]  # fmt: skip
+            if not alone:
+                return group_batch(batches, mesh.expert_rank)
+            return share_ids(group_batch(batches), world.planning_group)
+
+        def plan(group: GroupBatch, k: int) -> PlannedBatch:
+            return plan_batch(group, k, self.routers)
 
         return PlannedLoader(
             make_batch,
-            self.routers,
+            plan,
             lambda step: active_experts(config.schedule, step, config.schedule_steps),
             steps=range(self.step, config.train.steps),
-            accumulation=accumulation,
+            accumulation=config.train.accumulation,
             prefetch=config.data.prefetch,
+            agreement=Agreement(world.planning, mesh, self.routers) if mesh.world > 1 else None,
         )
 
-    def _validate(self, metrics: Metrics, stop_asked: Callable[[], bool]) -> None:
+    def _seed_generator(self) -> None:
+        """Give every rank other random numbers for dropout outside the experts; all ranks built the same model."""
+        if self.world.mesh.world > 1:
+            torch.manual_seed(
+                hash64(self.config.train.seed, self.world.mesh.rank, self.step).item()
+            )
+
+    def _validate(self, metrics: Metrics | None, stop_asked: Callable[[], bool]) -> None:
         def leave_if_asked(done: int, total: int) -> None:
             if stop_asked():
                 raise _StopAsked
 
         found = evaluate(
             self.model, self.routers, self.corpus, self.config,
-            split=Split.valid, k=self.config.schedule.k_max, progress=leave_if_asked,
+            split=Split.valid, k=self.config.schedule.k_max, progress=leave_if_asked, world=self.world,
         )  # fmt: skip
-        metrics.log(
-            self.step,
-            {
-                "valid_loss": found.nats,
-                "valid_bpc": found.bpc,
-                "tokens": float(self.step * self.config.symbols_per_step),
-            },
-        )
+        values = {
+            "valid_loss": found.nats,
+            "valid_bpc": found.bpc,
+            "tokens": float(self.step * self.config.symbols_per_step),
+        }
+        if metrics is not None:
+            metrics.log(self.step, values)
         self.reporter.note(f"step {self.step}: valid bpc {found.bpc:.4f}")
 
     def _last_good(self) -> str:

@@ -23,6 +23,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from engine.config import Config, to_plain
 from engine.errors import RunFailed, UserError
+from launch.process import find_place
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 T = TypeVar("T")
@@ -50,18 +51,23 @@ def _guarded(run: Callable[[], int]) -> int:
     """Turn expected failures into one line on stderr and an exit code; anything else is a bug and keeps its traceback."""
     try:
         return run()
-    except (UserError, HydraException, OmegaConfBaseException) as error:
-        print(f"foreroute: {_one_line(error)}", file=sys.stderr)
+    except (
+        HydraException,
+        OmegaConfBaseException,
+    ) as error:  # the command line, the same on every rank
+        if find_place().local_rank == 0:
+            print(f"foreroute: {_one_line(error)}", file=sys.stderr)
         return 2
+    except (UserError, RunFailed) as error:
+        if not error.everywhere or find_place().rank == 0:
+            print(f"foreroute: {_one_line(error)}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
         print(f"foreroute: {error}", file=sys.stderr)
         return 2
-    except RunFailed as error:
-        print(f"foreroute: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 
@@ -136,9 +142,14 @@ def read_config(path: Path) -> Config:
     if not path.is_file():
         raise UserError(f"{path}: no such file; a run folder holds a config.yaml")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
-        config: Any = OmegaConf.to_object(merged)
+        return config_of(OmegaConf.load(path))
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {_one_line(error)}") from error
+
+
+def config_of(plain: Any) -> Config:
+    """Build a configuration from dicts, lists, numbers and text (the inverse of to_plain)."""
+    merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
+    config: Any = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
     return config

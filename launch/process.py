@@ -1,18 +1,152 @@
-"""What a process needs before training: threads, a quiet start, and a stop that waits for the end of a step."""
+"""How a process finds its place among the ranks, and what it needs before training: threads, signals, memory."""
 
 import ctypes
 import os
 import signal
+import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 from types import FrameType
+from typing import Any
 
 import torch
+from torch import distributed as dist
 
-from engine.config import require
+from engine.config import ParallelConfig, require
+from engine.errors import UserError
+from engine.parallel.host import GlooHost, Host, MpiHost
+from engine.parallel.mesh import Mesh
+from engine.parallel.watch import Watch
+from engine.parallel.world import World
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # options of glibc's mallopt(3)
+_HOST_TIMEOUT = timedelta(
+    hours=1
+)  # rank 0 may build tables or write plots meanwhile; the watch sees who is lost
+
+LAUNCHERS = {
+    "torchrun or deepspeed": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "MPICH or Intel MPI": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+}
+"""Who starts processes: the variables in which it tells each its rank, their number, and its rank on its machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What the launcher told this process."""
+
+    rank: int = 0
+    ranks: int = 1
+    local_rank: int = 0
+    mpi: bool = False
+
+
+def find_place(environ: Mapping[str, str] = os.environ) -> Place:
+    """Read the launcher's variables; one rank alone if there are none.
+
+    Raises:
+        UserError: a variable is missing or no number.
+    """
+    for launcher, names in LAUNCHERS.items():
+        if names[0] not in environ:
+            continue
+        found = []
+        for name in names:
+            value = environ.get(name, "0" if name == "MPI_LOCALRANKID" else "")
+            require(value.isdecimal(), f"{name}={value}: {launcher} sets it to a whole number")
+            found.append(int(value))
+        rank, ranks, local_rank = found
+        require(rank < ranks, f"{names[0]}={rank}: must be below {names[1]}={ranks}")
+        return Place(rank, ranks, local_rank, mpi=names[0] != "RANK")
+    return Place()
+
+
+_stores: list[Any] = []  # of this process: kept for all jobs of a sweep
+
+
+def connect(parallel: ParallelConfig) -> World:
+    """Meet the other ranks; returns at once when there are none.
+
+    Raises:
+        UserError: the expert group does not divide the ranks, or the others did not come.
+    """
+    place = find_place()
+    mesh = Mesh(place.rank, place.ranks, parallel.expert_ranks)
+    if place.ranks == 1:
+        return World(mesh)
+    if not _stores:
+        _stores.append(_meet(place, parallel.timeout_s))
+    watch_store = dist.PrefixStore("watch", _stores[0].clone())
+    group_ranks = range(0, place.ranks, parallel.expert_ranks)
+    groups = [list(range(first, first + parallel.expert_ranks)) for first in group_ranks]
+    planning, planning_group = _hosts_for_planning(place, groups)
+    return World(
+        mesh,
+        host=GlooHost(_host_group(None)),
+        planning=planning,
+        planning_group=planning_group,
+        watch=Watch(watch_store, place.rank, place.ranks, parallel.timeout_s),
+    )
+
+
+def _meet(place: Place, timeout_s: float) -> Any:
+    """Form the process group over which tensors travel; gives the store that all ranks share."""
+    os.environ |= {"RANK": str(place.rank), "WORLD_SIZE": str(place.ranks)}
+    os.environ["LOCAL_RANK"] = str(place.local_rank)  # DeepSpeed insists on it
+    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+        require(place.mpi, "MASTER_ADDR and MASTER_PORT: the launcher must set them")
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = _address_by_mpi()
+    timeout = timedelta(seconds=timeout_s)
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        dist.init_process_group(
+            "gloo", store=dist.PrefixStore("ranks", store), rank=place.rank, world_size=place.ranks,
+            timeout=timeout,
+        )  # fmt: skip
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"rank {place.rank} of {place.ranks} did not meet the others at {address}: {reason}"
+        ) from error
+    return store
+
+
+def _address_by_mpi() -> tuple[str, str]:
+    """A free port of rank 0's machine, told to all ranks."""
+    from mpi4py import MPI
+
+    names = MPI.COMM_WORLD.allgather(socket.gethostname())
+    address = "127.0.0.1" if len(set(names)) == 1 else socket.gethostbyname(names[0])
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    found: tuple[str, str] = MPI.COMM_WORLD.bcast((address, port))
+    return found
+
+
+def _hosts_for_planning(place: Place, groups: list[list[int]]) -> tuple[Host, Host]:
+    """Connections of the loader's thread: all ranks, and this rank's expert group."""
+    if place.mpi:
+        from mpi4py import MPI
+
+        if MPI.Query_thread() == MPI.THREAD_MULTIPLE:
+            world = MPI.COMM_WORLD
+            color = next(i for i, ranks in enumerate(groups) if place.rank in ranks)
+            return MpiHost(world), MpiHost(world.Split(color, place.rank))
+    everyone = _host_group(None)
+    own = [_host_group(ranks) for ranks in groups]  # every rank takes part in making each
+    return GlooHost(everyone), next(
+        GlooHost(group) for group, ranks in zip(own, groups, strict=True) if place.rank in ranks
+    )
+
+
+def _host_group(ranks: list[int] | None) -> dist.ProcessGroup:
+    return dist.new_group(ranks, backend="gloo", timeout=_HOST_TIMEOUT)
 
 
 class StopSignal:

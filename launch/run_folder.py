@@ -10,26 +10,28 @@ from typing import IO, Any
 
 from engine.config import Config, require, to_plain
 from engine.errors import UserError
+from engine.parallel.host import Host
+from engine.parallel.world import together
 from engine.tuning import resolve
-from launch.cli import read_config, write_config
+from launch.cli import config_of, read_config, write_config
 
 CONFIG, LOCK = "config.yaml", ".lock"
 
 # Options that may differ when a run is resumed: they change what is written and shown, not a step's numbers.
 FREE = (
     "train.resume", "train.log_every", "train.valid_every", "train.save_every", "train.keep", "train.threads",
-    "train.runs_dir", "data.prefetch", "corpus.cache_dir", "eval", "wandb",
+    "train.runs_dir", "data.prefetch", "parallel.timeout_s", "parallel.peer_ids", "corpus.cache_dir", "eval", "wandb",
 )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """An opened run folder; locked against other processes as long as this object lives."""
+    """An opened run folder; locked against other runs as long as rank 0's object lives."""
 
     path: Path
     config: Config  # resolved
     earlier: Config | None  # what the folder's run was started with; None for a new run
-    lock: IO[str]
+    lock: IO[str] | None  # of rank 0
 
     @property
     def resuming(self) -> bool:
@@ -37,17 +39,39 @@ class RunFolder:
         return self.earlier is not None
 
     def claim(self) -> None:
-        """Write the resolved configuration: from now on the folder holds this run."""
-        write_config(self.config, self.path / CONFIG)
+        """Write the resolved configuration: from now on the folder holds this run. Only rank 0 writes."""
+        if self.lock is not None:
+            write_config(self.config, self.path / CONFIG)
 
 
-def open_run(config: Config) -> RunFolder:
+def open_run(config: Config, host: Host | None = None) -> RunFolder:
     """Check and lock the run's folder, and resolve the configuration; `claim` it once everything else is known good.
+
+    Rank 0 does so, and measures what is chosen by measurement; the other ranks are told.
+
+    Args:
+        host: connections between the ranks; one rank alone by default.
 
     Raises:
         UserError: the folder holds a run and train.resume is false, or a run of another configuration, or something
             else, or another process is using it.
     """
+    host = host or Host()
+    opened = together(host, lambda: _open(config) if host.rank == 0 else None, rank_0_first=True)
+    if host.ranks == 1:
+        assert opened is not None
+        return opened
+    told = None
+    if opened is not None:
+        told = [to_plain(opened.config), opened.earlier and to_plain(opened.earlier)]
+    now, earlier = host.broadcast(told)
+    if opened is not None:
+        return opened
+    path = Path(config.train.runs_dir) / config.train.name
+    return RunFolder(path, config_of(now), config_of(earlier) if earlier else None, None)
+
+
+def _open(config: Config) -> RunFolder:
     path = Path(config.train.runs_dir) / config.train.name
     path.mkdir(parents=True, exist_ok=True)
     lock = _lock(path)

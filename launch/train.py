@@ -5,7 +5,7 @@ Follow one run from here: configuration -> corpus -> tables -> Trainer (engine/t
 
 import json
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,29 +16,40 @@ from engine.corpus import PreparedCorpus, prepare
 from engine.counting import bzip2_bpc, order_n_bpc
 from engine.evaluate import slimming_curve
 from engine.metrics import Metrics, peak_memory_bytes
+from engine.parallel.world import World, agree, together
 from engine.trainer import Trainer
 from launch.cli import job_name, run_program
 from launch.console import Console, table
 from launch.plots import plot_loss, plot_slimming
-from launch.process import StopSignal, set_up
+from launch.process import StopSignal, connect, set_up
 from launch.run_folder import RunFolder, open_run
 
 SUMMARY = "summary.json"
 
 
 def train(config: Config) -> int:
-    """Run a configuration; returns the exit code."""
+    """Run a configuration on this rank; returns the exit code."""
     config = replace(config, train=replace(config.train, name=job_name(config.train.name)))
     set_up(config.train.threads)
     stop = StopSignal()
-    console = Console(config.train.steps)
-    corpus = prepare(config.corpus, console.note)
-    run = open_run(config)
+    world = connect(config.parallel)
+    with closing(world.watch), world.watch.guard():
+        return _train(config, world, stop)
+
+
+def _train(config: Config, world: World, stop: StopSignal) -> int:
+    host = world.host
+    console = Console(config.train.steps, enabled=world.first)
+    agree(host, _options(config))
+    config.streams_per_micro_batch(world.mesh.world)
+    corpus = together(host, lambda: prepare(config.corpus, console.note), rank_0_first=True)
+    agree(host, {"the text (its sha256)": corpus.sha256})
+    run = open_run(config, host)
     config = run.config
     for line in corpus.notes:
         console.note(line)
-    routers = build_routers(config, corpus)
-    trainer = Trainer(config, corpus, routers, run.path, console)
+    routers = together(host, lambda: build_routers(config, corpus, world.mesh), rank_0_first=True)
+    trainer = together(host, lambda: Trainer(config, corpus, routers, run.path, console, world))
     if run.resuming:
         trainer.resume()
     summary = run.path / SUMMARY
@@ -46,39 +57,61 @@ def train(config: Config) -> int:
         run.earlier
         and run.earlier.eval == config.eval
         and trainer.step == config.train.steps
-        and summary.exists()
+        and host.broadcast(summary.exists())
     ):
-        print(result_table(json.loads(summary.read_text())))
-        print(f"{run.path} is complete; python -m launch.evaluate run={run.path} measures it again")
+        if world.first:
+            print(result_table(json.loads(summary.read_text())))
+            print(
+                f"{run.path} is complete; python -m launch.evaluate run={run.path} measures it again"
+            )
         return 0
     run.claim()
     _describe(console, trainer)
-    metrics = Metrics(
+    metrics = together(host, lambda: _open_metrics(run, trainer))
+    with closing(metrics) if metrics else nullcontext(), closing(console), stop.deferred():
+        complete = trainer.run(metrics, stop)
+    if not complete or (stop() and world.mesh.world == 1):
+        console.note(f"stopped at step {trainer.step}; train.resume=true goes on from there")
+        return stop.exit_code
+    _finish(run, trainer, corpus)
+    return 0
+
+
+def _options(config: Config) -> dict[str, Any]:
+    """Every option by its name on the command line."""
+    plain = to_plain(config)
+    return {f"{s}.{name}": value for s, options in plain.items() for name, value in options.items()}
+
+
+def _open_metrics(run: RunFolder, trainer: Trainer) -> Metrics | None:
+    """The run's outputs; rank 0 alone has them."""
+    if not trainer.world.first:
+        return None
+    config = run.config
+    return Metrics(
         run.path,
         config.wandb,
         name=config.train.name,
         config_plain=to_plain(config),
         resume_step=trainer.step if run.resuming else None,
     )
-    with closing(metrics), closing(console), stop.deferred():
-        complete = trainer.run(metrics, stop)
-    if not complete or stop():
-        print(f"stopped at step {trainer.step}; train.resume=true goes on from there")
-        return stop.exit_code
-    _finish(run, trainer, corpus)
-    return 0
 
 
 def _describe(console: Console, trainer: Trainer) -> None:
     config, corpus = trainer.config, trainer.corpus
-    parameters = sum(p.numel() for p in trainer.model.parameters())
+    mesh = trainer.world.mesh
+    if mesh.world > 1:
+        console.note(
+            f"ranks: {mesh.world}, in expert groups of {mesh.expert_ranks}; ZeRO stage {config.train.zero_stage}, "
+            f"{config.streams_per_micro_batch(mesh.world)} streams per micro-batch on each"
+        )
     train_symbols = len(corpus.split(Split.train))
     console.note(
         f"corpus {config.corpus.name.name}: {len(corpus.ids):,} symbols ({config.corpus.tokens.name}), "
         f"sha256 {corpus.sha256[:16]}..., {train_symbols:,} to train on"
     )
     console.note(
-        f"model: {config.model.layers} layers, {parameters:,} parameters, router {config.moe.router.name}; "
+        f"model: {config.model.layers} layers, {trainer.parameters:,} parameters, router {config.moe.router.name}; "
         f"{config.symbols_per_step:,} symbols per step, {config.train.steps:,} steps, "
         f"{config.train.steps / trainer.streams.segments_per_epoch:.2f} passes over the text "
         f"(ragged tail of {trainer.streams.dropped_symbols} symbols dropped)"
@@ -94,8 +127,12 @@ def _finish(run: RunFolder, trainer: Trainer, corpus: PreparedCorpus) -> None:
     """Evaluate, compare with counting, draw, and write summary.json."""
     config = run.config
     split = config.eval.split
-    print(f"evaluating the {split.name} split ...", flush=True)
-    curve = slimming_curve(trainer.model, trainer.routers, corpus, config)
+    if trainer.world.first:
+        print(f"evaluating the {split.name} split ...", flush=True)
+    trainer.world.watch.at("the evaluation")
+    curve = slimming_curve(trainer.model, trainer.routers, corpus, config, trainer.world)
+    if not trainer.world.first:
+        return
     baselines = counting_baselines(corpus, split, config.eval.max_symbols)
     bpc = {name: found.bpc for name, found in curve.items()}
     summary: dict[str, Any] = {
@@ -106,7 +143,7 @@ def _finish(run: RunFolder, trainer: Trainer, corpus: PreparedCorpus) -> None:
         "steps": trainer.step,
         "split": split.name,
         "symbols": next(iter(curve.values())).symbols,
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "parameters": trainer.parameters,
         "corpus_sha256": corpus.sha256,
     }
     (run.path / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")

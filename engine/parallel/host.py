@@ -52,7 +52,7 @@ class GlooHost(Host):
         """Give every rank's array, [ranks, *values.shape]."""
         own = torch.from_numpy(np.ascontiguousarray(values).copy().reshape(-1))
         found = own.new_empty(self.ranks * own.numel())
-        dist.all_gather_into_tensor(found, own, group=self.group)
+        dist.all_gather_single(found, own, group=self.group)
         return found.numpy().reshape(self.ranks, *values.shape)
 
 

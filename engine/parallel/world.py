@@ -1,0 +1,110 @@
+"""The ranks of a run as the rest of the engine sees them; `World()` is one rank alone.
+
+`together` and `agree` belong to start-up: what fails on one rank fails on all with the same line, and a rank that was
+started differently is named.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torch import Tensor
+from torch import distributed as dist
+
+from engine.errors import RunFailed, UserError
+from engine.parallel.host import Host
+from engine.parallel.mesh import Mesh
+from engine.parallel.watch import Watch
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """Where this rank stands and how it talks to the others."""
+
+    mesh: Mesh = field(default_factory=Mesh)
+    host: Host = field(default_factory=Host)  # all ranks; for the main thread
+    planning: Host = field(default_factory=Host)  # all ranks; for the loader's thread
+    planning_group: Host = field(default_factory=Host)  # the expert group; for the loader's thread
+    watch: Watch = field(default_factory=Watch)
+
+    @property
+    def first(self) -> bool:
+        """This is rank 0, which writes and speaks."""
+        return self.mesh.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Add up the ranks' values, in place; world group, [N], N numbers leave this rank."""
+        if self.mesh.world > 1:
+            dist.all_reduce(values)
+        return values
+
+
+def together(host: Host, make: Callable[[], T], *, rank_0_first: bool = False) -> T:
+    """Run make() on every rank and return its result; what cannot be done on one rank raises on all.
+
+    Args:
+        rank_0_first: the others start when rank 0 is done, and find what it left on the disk.
+
+    Raises:
+        UserError, RunFailed: of the first rank that raised one (an OSError counts as UserError).
+    """
+    if host.ranks == 1:
+        return make()
+    made: list[T] = []
+    problem: list[str] | None = None
+
+    def attempt() -> None:
+        nonlocal problem
+        try:
+            made.append(make())
+        except (UserError, RunFailed, OSError) as error:
+            problem = ["failed" if isinstance(error, RunFailed) else "user", str(error)]
+
+    if rank_0_first and host.rank == 0:
+        attempt()
+    if rank_0_first:
+        _raise_first([host.broadcast(problem)])
+    if not made:
+        attempt()
+    _raise_first(host.gather(problem))
+    return made[0]
+
+
+def _raise_first(problems: list[list[str] | None]) -> None:
+    for rank, problem in enumerate(problems):
+        if problem is not None:
+            kind, text = problem
+            error: UserError | RunFailed = UserError(text) if kind == "user" else RunFailed(text)
+            if rank:
+                error = type(error)(f"rank {rank}: {text}")
+            error.everywhere = True
+            raise error
+
+
+def agree(host: Host, facts: Mapping[str, Any]) -> None:
+    """Compare facts (JSON) between the ranks.
+
+    Raises:
+        UserError: on every rank; names a fact that differs, the ranks and their values.
+    """
+    everyone = host.gather(dict(facts))
+    for name in facts:
+        values = [str(other.get(name)) for other in everyone]
+        if len(set(values)) > 1:
+            error = UserError(f"{name} differs between the ranks: {odd_ones(values)}")
+            error.everywhere = True
+            raise error
+
+
+def odd_ones(values: list[Any]) -> str:
+    """Say which ranks have another value than most: "rank 3 has 5, the other 7 have 4"."""
+    (common, count), *others = Counter(values).most_common()
+    odd = [rank for rank, value in enumerate(values) if value != common]
+    if others and others[0][1] == count:  # no majority
+        return ", ".join(f"rank {rank} has {value}" for rank, value in enumerate(values))
+    named = ", ".join(f"rank {rank} has {values[rank]}" for rank in odd[:4])
+    more = f" and {len(odd) - 4} more ranks differ" if len(odd) > 4 else ""
+    return f"{named}{more}, the other {count} have {common}"

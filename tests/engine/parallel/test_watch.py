@@ -1,0 +1,99 @@
+"""A lost, failing or late rank is named: two watches of one process on a store in memory."""
+
+import queue
+
+import pytest
+from torch import distributed as dist
+
+from engine.errors import RunFailed, UserError
+from engine.parallel.watch import Watch
+
+
+@pytest.fixture
+def store():
+    return dist.HashStore()
+
+
+def watch(store, rank, ranks=2, timeout_s=2.0):
+    lines = queue.Queue()
+    return Watch(store, rank, ranks, timeout_s, end=lines.put), lines
+
+
+def test_a_rank_without_a_sign_of_life_is_named(store):
+    lost, _ = watch(store, 1)
+    store.set("alive/1", "7 step 12")
+    lost._closed.set()  # its thread ends without a word, as with its process
+    _, lines = watch(store, 0)
+    assert lines.get(timeout=20) == "rank 1 is lost: no sign of life for 1 s, last seen at step 12"
+
+
+def test_a_rank_that_came_to_its_end_is_not_missed(store):
+    done, _ = watch(store, 1)
+    done.close()
+    other, lines = watch(store, 0)
+    with pytest.raises(queue.Empty):
+        lines.get(timeout=3)
+    other.close()
+
+
+def test_a_failure_is_told_to_all(store):
+    watches = [watch(store, rank, ranks=3) for rank in range(3)]
+    with pytest.raises(KeyError), watches[1][0].guard():
+        raise KeyError("the missing shard")
+    for rank in (0, 2):
+        assert watches[rank][1].get(timeout=20) == "rank 1 ended: KeyError 'the missing shard'"
+    assert watches[1][1].empty()  # it ends by itself, with its traceback
+
+
+def test_what_all_ranks_raise_is_not_reported(store):
+    error = UserError("wrong everywhere")
+    error.everywhere = True
+    both = [watch(store, rank) for rank in range(2)]
+    with pytest.raises(UserError), both[1][0].guard():
+        raise error
+    assert not store.check(["fault"])
+    for one, _ in both:
+        one.close()
+
+
+def test_a_broken_connection_is_blamed_on_the_rank_that_is_gone(store):
+    lost, _ = watch(store, 1)
+    lost.at("step 3")
+    lost._closed.set()
+    store.set("alive/1", "7 step 3")
+    other, lines = watch(store, 0, timeout_s=8.0)
+    with pytest.raises(RunFailed, match="rank 1 is lost: no sign of life, last seen at step 3"), other.guard():  # fmt: skip
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer [127.0.0.1]:1")
+    other.close()
+    assert lines.empty()
+
+
+def test_a_rank_that_stays_behind_is_named(store):
+    late, _ = watch(store, 1)
+    late.at("step 11")
+    waiting, _ = watch(store, 0)
+    waiting.at("step 12")
+    with pytest.raises(RunFailed, match=r"rank 1 is at step 11, this rank at step 12: .*Timed out"), waiting.guard():  # fmt: skip
+        raise RuntimeError(
+            "[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 2000ms\nmore"
+        )
+    for one in (late, waiting):
+        one.close()
+
+
+def test_a_bug_keeps_its_type(store):
+    other, _ = watch(store, 0)
+    with pytest.raises(RuntimeError, match="shape"), other.guard():
+        raise RuntimeError("shape '[2, 3]' is invalid")
+    other.close()
+
+
+def test_a_lost_store_is_rank_0s(store):
+    class Gone:
+        def check(self, *arguments):
+            raise dist.DistNetworkError("Connection reset by peer")
+
+        set = get = compare_set = check
+
+    _, lines = watch(Gone(), 1)
+    assert lines.get(timeout=20) == "rank 0 is lost: its store does not answer"

@@ -1,0 +1,85 @@
+"""What ranks tell each other at start-up: threads of this process, and gloo processes for the connections themselves."""
+
+import numpy as np
+import pytest
+from torch import distributed as dist
+
+from engine.errors import RunFailed, UserError
+from engine.parallel.host import GlooHost, Host
+from engine.parallel.world import agree, odd_ones, together
+from engine.testing import run_ranks, run_threads
+
+
+def gloo(rank):
+    host = GlooHost(dist.group.WORLD)
+    array = np.arange(6, dtype=np.int64).reshape(2, 3) + 100 * rank
+    answer = {"rank": rank, "text": "ü" * rank, "none": None}
+    return host.all_gather(array), host.gather(answer), host.broadcast([rank], source=1)
+
+
+@pytest.mark.dist
+def test_gloo_host():
+    for arrays, values, one in run_ranks(gloo, 2):
+        assert arrays.tolist() == [[[0, 1, 2], [3, 4, 5]], [[100, 101, 102], [103, 104, 105]]]
+        assert values == [{"rank": r, "text": "ü" * r, "none": None} for r in range(2)]
+        assert one == [1]
+
+
+def test_one_rank_talks_to_itself():
+    host = Host()
+    assert host.gather({"a": 1}) == [{"a": 1}] and host.broadcast("x") == "x"
+    assert together(host, lambda: 5) == 5
+    agree(host, {"a": 1})
+    host.barrier()
+
+
+@pytest.mark.parametrize("rank_0_first", [False, True])
+def test_together_gives_each_its_own_result(rank_0_first):
+    seen = []
+
+    def make(host):
+        seen.append(host.rank)
+        return host.rank
+
+    assert run_threads(lambda h: together(h, lambda: make(h), rank_0_first=rank_0_first), 3) == [0, 1, 2]  # fmt: skip
+    assert not rank_0_first or seen[0] == 0
+
+
+@pytest.mark.parametrize("bad", [0, 2])
+@pytest.mark.parametrize("error", [UserError("no such file"), OSError("no such file"), RunFailed("no such file")])  # fmt: skip
+@pytest.mark.parametrize("rank_0_first", [False, True])
+def test_what_fails_on_one_rank_fails_on_all(bad, error, rank_0_first):
+    def make(host):
+        if host.rank == bad:
+            raise error
+
+    found = run_threads(lambda h: together(h, lambda: make(h), rank_0_first=rank_0_first), 3)
+    kind = RunFailed if isinstance(error, RunFailed) else UserError
+    assert [type(problem) for problem in found] == [kind] * 3
+    assert {str(problem) for problem in found} == {
+        "rank 2: no such file" if bad else "no such file"
+    }
+    assert all(problem.everywhere for problem in found)
+
+
+def test_a_bug_is_not_caught():
+    assert isinstance(run_threads(lambda h: together(h, lambda: 1 / 0), 1)[0], ZeroDivisionError)
+
+
+def test_a_rank_with_other_facts_is_named():
+    def compare(host):
+        agree(host, {"train.seed": 1, "optim.lr": 0.5 if host.rank == 2 else 0.1})
+
+    for problem in run_threads(compare, 4):
+        assert (
+            str(problem)
+            == "optim.lr differs between the ranks: rank 2 has 0.5, the other 3 have 0.1"
+        )
+        assert problem.everywhere
+
+
+def test_the_odd_ones():
+    assert odd_ones([4, 5]) == "rank 0 has 4, rank 1 has 5"
+    assert odd_ones([7] * 3 + [1, 2, 3, 4, 5] + [7] * 2) == (
+        "rank 3 has 1, rank 4 has 2, rank 5 has 3, rank 6 has 4 and 1 more ranks differ, the other 5 have 7"
+    )
