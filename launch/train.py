@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from signal import SIGTERM
 from typing import Any
 
 from engine.build import build_routers
@@ -72,7 +73,7 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
         complete = trainer.run(metrics, stop)
     if not complete or (stop() and world.mesh.world == 1):
         console.note(f"stopped at step {trainer.step}; train.resume=true goes on from there")
-        return stop.exit_code
+        return stop.exit_code if stop() else 128 + SIGTERM  # of another rank
     _finish(run, trainer, corpus)
     return 0
 

@@ -1,0 +1,130 @@
+"""The training program as two processes: like one process, and what happens when one of them differs or is lost."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+OPTIONS = (
+    "experiment=debug",
+    "parallel.expert_ranks=2",
+    "parallel.timeout_s=20",
+    "train.threads=1",
+)
+
+
+class Ranks:
+    """Two processes of the training program, started as torchrun would, without its agent."""
+
+    def __init__(self, folder, options, own_options=((), ())):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
+        self.folder = folder
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "launch.train", *OPTIONS, f"train.runs_dir={folder}", *options, *own],
+                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+            for rank, own in enumerate(own_options)
+        ]  # fmt: skip
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            process.kill()
+            process.communicate()
+
+    def wait(self):
+        """(exit code, stdout, stderr) of each rank."""
+        found = [process.communicate(timeout=100) for process in self.processes]
+        return [(p.returncode, *texts) for p, texts in zip(self.processes, found, strict=True)]
+
+    def wait_for_steps(self):
+        """Return when the first steps are logged."""
+        log = self.folder / "debug" / "metrics.jsonl"
+        for _ in range(600):
+            if log.exists() and log.read_text().count("\n") >= 2:
+                return
+            assert all(process.poll() is None for process in self.processes)
+            time.sleep(0.1)
+        raise AssertionError("no step was logged")
+
+
+def lines(stderr):
+    return [line for line in stderr.splitlines() if line.startswith("foreroute:")]
+
+
+def losses(folder):
+    rows = [json.loads(line) for line in (folder / "debug/metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The same run as one process, without expert groups."""
+    folder = tmp_path_factory.mktemp("alone")
+    command = [sys.executable, "-m", "launch.train", "experiment=debug", "model.dropout=0", f"train.runs_dir={folder}"]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, timeout=100)
+    return losses(folder), json.loads((folder / "debug/summary.json").read_text())
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("peer_ids", ["corpus", "exchange"])
+def test_two_processes_train_like_one(tmp_path, alone, peer_ids):
+    with Ranks(tmp_path, ["model.dropout=0", f"parallel.peer_ids={peer_ids}"]) as ranks:
+        first, second = ranks.wait()
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+    assert lines(first[2] + second[2]) == [] and second[1] == ""
+    assert losses(tmp_path) == pytest.approx(alone[0], rel=1e-5)
+    summary = json.loads((tmp_path / "debug/summary.json").read_text())
+    assert summary["bpc"] == pytest.approx(alone[1]["bpc"], rel=1e-4)
+    assert summary["symbols"] == alone[1]["symbols"]
+
+
+@pytest.mark.dist
+def test_a_killed_rank_is_named(tmp_path):
+    with Ranks(tmp_path, ["train.steps=100000", "train.log_every=5"]) as ranks:
+        ranks.wait_for_steps()
+        ranks.processes[1].kill()
+        code, _, stderr = ranks.wait()[0]
+    assert code == 1
+    (line,) = lines(stderr)
+    assert "rank 1 is lost" in line and "step" in line
+
+
+@pytest.mark.dist
+def test_a_rank_with_another_option_is_named(tmp_path):
+    with Ranks(tmp_path, [], own_options=((), ("optim.lr=0.5",))) as ranks:
+        (code, _, stderr), second = ranks.wait()
+    assert (code, second[0]) == (2, 2)
+    assert lines(stderr) == ["foreroute: optim.lr differs between the ranks: rank 0 has 0.002, rank 1 has 0.5"]  # fmt: skip
+    assert lines(second[2]) == []  # one of them speaks for all
+    assert not (tmp_path / "debug/config.yaml").exists()
+
+
+@pytest.mark.dist
+def test_a_stop_of_one_rank_stops_all_behind_the_same_step(tmp_path):
+    with Ranks(tmp_path, ["train.steps=100000", "train.log_every=5"]) as ranks:
+        ranks.wait_for_steps()
+        ranks.processes[1].send_signal(signal.SIGTERM)
+        first, second = ranks.wait()
+    assert (first[0], second[0]) == (143, 143), first[2] + second[2]
+    assert "stopped at step" in first[1]
+
+
+def test_experts_that_do_not_divide(tmp_path):
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}
+    command = [sys.executable, "-m", "launch.train", "experiment=debug", "parallel.expert_ranks=3", f"train.runs_dir={tmp_path}"]  # fmt: skip
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert lines(done.stderr) == ["foreroute: an expert group of 3 ranks: must divide the 4 ranks of the run"]  # fmt: skip
