@@ -15,6 +15,7 @@ from torch import Tensor
 from engine.config import Config, Router, Split
 from engine.corpus import PreparedCorpus
 from engine.data import Batch, EvalShares, eval_batches, warm_symbols
+from engine.delivery import Delivery, receive
 from engine.loader import group_batch, plan_batch
 from engine.model import Memory, Routing, TransformerXL
 from engine.moe.routers import HashedRouter
@@ -62,7 +63,7 @@ def evaluate(
     segment = config.eval.segment or config.data.segment
     warm = warm_symbols(config.model.layers, memory_len, segment)
     shares = EvalShares(len(ids), config.eval.streams, segment, warm)
-    ranks = world.mesh.group_ranks
+    ranks, delivery = world.mesh.group_ranks, Delivery(world.device)
     nats, symbols = 0.0, 0
     memory: Memory | None = None
     was_training = model.training
@@ -74,9 +75,11 @@ def evaluate(
             parts = [_share(whole, whole_counted_BQ, rank, world.mesh.world) for rank in ranks]
             batch, counted_BQ = parts[world.mesh.expert_rank]
             group = group_batch([part for part, _ in parts], world.mesh.expert_rank)
-            planned = plan_batch(group, k, routers)
+            plans = plan_batch(group, k, routers).plans
+            sent, copied = delivery.send((batch, counted_BQ, plans))
+            batch, counted_BQ, plans = receive(sent, copied)
             output = model(
-                batch.ids_BQ, batch.targets_BQ, memory, Routing(k, planned.plans),
+                batch.ids_BQ, batch.targets_BQ, memory, Routing(k, plans),
                 memory_len=memory_len, clamp_len=config.eval.clamp_len, same_length=config.eval.same_length,
             )  # fmt: skip
             memory = output.memory

@@ -16,7 +16,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from engine.agreement import Agreement
 from engine.data import Batch
+from engine.delivery import Delivery, receive
 from engine.moe.plan import Plan
 from engine.moe.routers import HashedRouter
 from engine.parallel.host import Host
@@ -45,19 +46,12 @@ class GroupBatch:
 class PlannedBatch:
     """A batch and everything its forward pass needs to know about routing."""
 
-    group: GroupBatch
+    group: GroupBatch  # on the host
+    batch: Batch  # this rank's own
     k: int  # active experts
     plans: tuple[Plan, ...] | None  # one per table; None for live routers and dense
-
-    @property
-    def batch(self) -> Batch:
-        """This rank's own batch."""
-        return self.group.own
-
-    def token_T(self) -> Tensor:
-        """Global numbers of the group's tokens [P * B * Q] within the step: stream x Q + place in the segment."""
-        segment = self.group.ids_PBQ.shape[2]
-        return (self.group.stream_PB[..., None] * segment + torch.arange(segment)).flatten()
+    token_T: Tensor  # int64: numbers of the group's tokens within the step: stream x Q + place in the segment
+    copied: torch.cuda.Event | None = None  # of the copy to a GPU
 
 
 def group_batch(batches: Sequence[Batch], own: int = 0) -> GroupBatch:
@@ -84,11 +78,13 @@ def plan_batch(
     group: GroupBatch, k: int, routers: Sequence[HashedRouter] | None, *, gather: bool = False
 ) -> PlannedBatch:
     """Plan the batch for each router's table; without routers, pass it on with its k."""
-    if routers is None:
-        return PlannedBatch(group, k, None)
     ids_PBQ, left_PBC = group.ids_PBQ, group.left_PBC
-    plans = tuple(router.plan(ids_PBQ, left_PBC, k, gather=gather) for router in routers)
-    return PlannedBatch(group, k, plans)
+    segment = ids_PBQ.shape[2]
+    token_T = (group.stream_PB[..., None] * segment + torch.arange(segment)).flatten()
+    plans = None
+    if routers is not None:
+        plans = tuple(router.plan(ids_PBQ, left_PBC, k, gather=gather) for router in routers)
+    return PlannedBatch(group, group.own, k, plans, token_T)
 
 
 class PlannedLoader:
@@ -102,6 +98,7 @@ class PlannedLoader:
         accumulation: micro-batches per step.
         prefetch: steps prepared ahead, at least 1.
         agreement: compares the plans between the ranks; None on one rank.
+        device: where `next` gives tensors.
     """
 
     def __init__(
@@ -114,10 +111,12 @@ class PlannedLoader:
         accumulation: int,
         prefetch: int,
         agreement: Agreement | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self._make_batch, self._plan, self._k_of_step = make_batch, plan, k_of_step
         self._steps, self._accumulation = steps, accumulation
         self._agreement = agreement
+        self._delivery = Delivery(device or torch.device("cpu"))
         self._queue: queue.Queue[PlannedBatch | BaseException] = queue.Queue()
         self._change = threading.Condition()
         self._allowed = prefetch * accumulation  # micro-batches that may be prepared so far
@@ -143,6 +142,7 @@ class PlannedLoader:
         if isinstance(item, BaseException):
             self._end = item
             raise item
+        receive((item.batch, item.plans, item.token_T), item.copied)
         return item, time.perf_counter() - start
 
     def close(self) -> None:
@@ -166,10 +166,15 @@ class PlannedLoader:
                 planned = self._plan(self._make_batch(step, micro), self._k_of_step(step))
                 if self._agreement is not None:
                     self._agreement.check(step, micro, planned.k, planned.group, planned.plans)
-                self._queue.put(planned)
+                self._queue.put(self._deliver(planned))
             self._queue.put(RuntimeError("no batch left: all steps are done"))
         except BaseException as error:  # handed to the consumer, which re-raises it
             self._queue.put(error)
+
+    def _deliver(self, planned: PlannedBatch) -> PlannedBatch:
+        moved = planned.batch, planned.plans, planned.token_T
+        (batch, plans, token_T), copied = self._delivery.send(moved)
+        return replace(planned, batch=batch, plans=plans, token_T=token_T, copied=copied)
 
     def _may_prepare(self, done: int) -> bool:
         """Wait until one more than `done` micro-batches are allowed; False when closed."""

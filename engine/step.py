@@ -136,7 +136,7 @@ def _forward(
     routing = Routing(
         planned.k,
         planned.plans,
-        token_T=planned.token_T(),
+        token_T=planned.token_T,
         dropout_seed=config.train.seed * 2**32 + step,
     )
     output: Output = engine.forward(

@@ -228,6 +228,7 @@ class Trainer:
             accumulation=config.train.accumulation,
             prefetch=config.data.prefetch,
             agreement=Agreement(world.planning, mesh, self.routers) if mesh.world > 1 else None,
+            device=self.engine.device,
         )
 
     def _seed_generator(self) -> None:

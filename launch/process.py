@@ -65,6 +65,25 @@ def find_place(environ: Mapping[str, str] = os.environ) -> Place:
     return Place()
 
 
+def find_device(place: Place, environ: Mapping[str, str] = os.environ) -> torch.device:
+    """This process's GPU, the one of its rank on its machine, or the CPU.
+
+    DS_ACCELERATOR=cpu, DeepSpeed's own switch, keeps a run off the GPUs.
+
+    Raises:
+        UserError: the machine has fewer GPUs than processes.
+    """
+    if environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    gpus = torch.cuda.device_count()
+    require(
+        place.local_rank < gpus,
+        f"local rank {place.local_rank}: this machine has {gpus} GPUs; start at most as many processes on it",
+    )
+    torch.cuda.set_device(place.local_rank)
+    return torch.device("cuda", place.local_rank)
+
+
 _stores: list[Any] = []  # of this process: kept for all jobs of a sweep
 
 
@@ -76,8 +95,9 @@ def connect(parallel: ParallelConfig) -> World:
     """
     place = find_place()
     mesh = Mesh(place.rank, place.ranks, parallel.expert_ranks)
+    device = find_device(place)
     if place.ranks == 1:
-        return World(mesh)
+        return World(mesh, device)
     if not _stores:
         _stores.append(_meet(place, parallel.timeout_s))
     watch_store = dist.PrefixStore("watch", _stores[0].clone())
@@ -86,6 +106,7 @@ def connect(parallel: ParallelConfig) -> World:
     planning, planning_group = _hosts_for_planning(place, groups)
     return World(
         mesh,
+        device,
         host=GlooHost(_host_group(None)),
         planning=planning,
         planning_group=planning_group,
@@ -105,7 +126,7 @@ def _meet(place: Place, timeout_s: float) -> Any:
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
         dist.init_process_group(
-            "gloo", store=dist.PrefixStore("ranks", store), rank=place.rank, world_size=place.ranks,
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=dist.PrefixStore("ranks", store), rank=place.rank, world_size=place.ranks,
             timeout=timeout,
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from torch import distributed as dist
 
@@ -25,6 +26,7 @@ class World:
     """Where this rank stands and how it talks to the others."""
 
     mesh: Mesh = field(default_factory=Mesh)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     host: Host = field(default_factory=Host)  # all ranks; for the main thread
     planning: Host = field(default_factory=Host)  # all ranks; for the loader's thread
     planning_group: Host = field(default_factory=Host)  # the expert group; for the loader's thread

@@ -63,7 +63,7 @@ def test_equal_ranks_go_on():
     for rank, found in enumerate(run_threads(take, RANKS)):
         assert [planned.batch.index for planned in found] == [0, 0, 1, 1, 2, 2]
         assert found[0].batch.stream_B.tolist() == [2 * rank]
-        tokens = found[1].token_T().tolist()
+        tokens = found[1].token_T.tolist()
         first = 2 * (rank - rank % GROUP) + 1  # micro-batch 1 of the group's first rank
         assert tokens == [s * SEGMENT + q for s in (first, first + 2) for q in range(SEGMENT)]
 

@@ -1,0 +1,38 @@
+"""Where a process finds itself, from the variables of each launcher."""
+
+import pytest
+
+from engine.errors import UserError
+from launch.process import Place, find_device, find_place
+
+
+@pytest.mark.parametrize(
+    "environ,place",
+    [
+        ({}, Place(0, 1, 0)),
+        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, Place(5, 8, 1)),
+        ({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}, Place(3, 4, 1, mpi=True)),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1"}, Place(1, 2, 1, mpi=True)),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, Place(1, 2, 0, mpi=True)),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "PMI_RANK": "1"}, Place()),
+    ],
+)  # fmt: skip
+def test_places(environ, place):
+    assert find_place(environ) == place
+
+
+@pytest.mark.parametrize(
+    "environ,message",
+    [
+        ({"RANK": "1", "LOCAL_RANK": "0"}, "WORLD_SIZE=: torchrun or deepspeed sets it"),
+        ({"RANK": "one", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK=one"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK=2: must be below WORLD_SIZE=2"),
+    ],
+)
+def test_places_that_cannot_be(environ, message):
+    with pytest.raises(UserError, match=message):
+        find_place(environ)
+
+
+def test_the_cpu_on_request():
+    assert find_device(Place(), {"DS_ACCELERATOR": "cpu"}).type == "cpu"
