@@ -55,7 +55,9 @@ GROUP_NAMES = ("_get_expert_parallel_group", "_get_expert_data_parallel_group")
 """Of deepspeed.utils.groups: the ranks that exchange rows with this one, and those that hold the same experts."""
 TIMEOUT = timedelta(minutes=10)
 MOMENTS = ("exp_avg", "exp_avg_sq")
-KEPT_WHOLE = 100_000  # elements: at ZeRO-3, parameters up to this size stay gathered; DeepSpeed's default
+KEPT_WHOLE = (
+    100_000  # elements: at ZeRO-3, parameters up to this size stay gathered; DeepSpeed's default
+)
 _MAX_BUCKET = 500_000_000  # elements; DeepSpeed's default
 
 
@@ -63,9 +65,10 @@ class Engine:
     """A model in training: what foreroute needs of a DeepSpeed engine."""
 
     def __init__(
-        self, engine: Any, accumulation: int, expert_group: dist.ProcessGroup | None = None
+        self, engine: Any, accumulation: int, mesh: Mesh, expert_group: dist.ProcessGroup | None
     ) -> None:
         """Take a DeepSpeed engine; expert_group is the group that experts are shared out over, None if they are not."""
+        self.mesh = mesh
         self._engine = engine
         self._expert_group = expert_group
         self._stage = int(engine.zero_optimization_stage())
@@ -141,10 +144,8 @@ class Engine:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Give each parameter's name and shape on this rank, where an expert parameter has this rank's experts."""
-        return {
-            name: tuple(param.ds_shape if self._stage == 3 else param.shape)
-            for name, param in self.module.named_parameters()
-        }
+        parameters = self.module.named_parameters()
+        return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters}
 
     def read_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Yield (parameter name, {"weight", "exp_avg", "exp_avg_sq"}): fp32, in the shape that shapes() says.
@@ -183,7 +184,9 @@ class Engine:
 
     def _leave_inference(self) -> None:
         """At ZeRO-3, give up weights that were gathered in torch.inference_mode(): autograd cannot use them."""
-        if self._stage == 3 and any(p.is_inference() and p.numel() for p in self.module.parameters()):
+        if self._stage == 3 and any(
+            p.is_inference() and p.numel() for p in self.module.parameters()
+        ):
             for name in REGATHER_NAMES:
                 getattr(self._engine.optimizer, name)()
 
@@ -191,7 +194,11 @@ class Engine:
         """Norm of all gradients of the model at ZeRO-0; a collective over the expert group if experts are shared out."""
         norms: dict[bool, Tensor] = {}
         for expert in (False, True):
-            gradients = [p.grad for p in self.module.parameters() if p.grad is not None and _is_expert(p) == expert]
+            gradients = [
+                p.grad
+                for p in self.module.parameters()
+                if p.grad is not None and _is_expert(p) == expert
+            ]
             norms[expert] = nn.utils.get_total_norm(gradients)
         if self._expert_group is not None:
             norms[True] = add_up(norms[True] ** 2, self._expert_group).sqrt()
@@ -277,7 +284,7 @@ def start(model: nn.Module, config: Config, mesh: Mesh | None = None) -> Engine:
     expert_group = _expert_group(mesh) if shared else None
     for layer in shared:
         layer.exchange = Tokens(Wire(layer.ep_group))  # type: ignore[arg-type]
-    return Engine(engine, config.train.accumulation, expert_group)
+    return Engine(engine, config.train.accumulation, mesh, expert_group)
 
 
 def _group_name(mesh: Mesh) -> str:

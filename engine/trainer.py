@@ -103,7 +103,10 @@ class Trainer:
         self.step = state.step
         if self.routers is not None:  # tables belong to the model: take the saved ones
             self.routers = [HashedRouter(table_from_state(table)) for table in state.tables]
-        torch.set_rng_state(state.rng)
+        if state.rng is None:  # saved by another number of ranks
+            torch.manual_seed(self.config.train.seed + self.step)
+        else:
+            torch.set_rng_state(state.rng)
         if state.memory is not None:
             parts = [layer.tensor_split(len(self.memory)) for layer in state.memory]
             self.memory = [tuple(micro) for micro in zip(*parts, strict=True)]
