@@ -1,183 +1,206 @@
-"""Checkpoints that hold the model, not the cluster: a folder step-00001234/ of safetensors shards and one manifest.
+"""Checkpoints that hold the model, not the cluster: saved by any number of ranks, loaded by any other.
 
 Keys, where an expert parameter (its name contains ".experts.", dim 0 = expert) is cut into one tensor per global expert id:
 
     weight/<parameter>[/<expert:05d>]    fp32 master; exp_avg/... and exp_avg_sq/... likewise
-    buffer/<name>    memory/<layer>/<global stream id:06d>    table/<i>/<field>    rng/torch/rank-00000
+    buffer/<name>    memory/<layer>/<global stream id:06d>    table/<i>/<field>    rng/torch/rank-<rank:05d>
 
-The manifest (JSON, with a checksum of itself) has everything that is no tensor, and size and sha256 of each shard. A
-checkpoint is written beside the others, made durable and renamed, so it is whole or absent. Nothing is pickled. One rank
-writes and holds all experts, so local and global expert ids agree. Inverse of `save`: `load`, or `load_weights`.
+Each rank writes one shard: the experts that it holds, shared with the ranks that hold the same ones, its share of all
+other parameters, and its own memory and random state. Nothing is gathered on one rank but the manifest, which has all
+that is no tensor (engine/checkpoint_files.py). Nothing is pickled. Inverse of `save`: `load`, or `load_weights`.
 """
 
-import hashlib
-import json
-import os
-import re
 import shutil
-import socket
-import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
+from engine import checkpoint_files as files
+from engine.checkpoint_files import read_manifest
 from engine.config import require
 from engine.errors import UserError
+from engine.parallel.host import Host
+from engine.parallel.mesh import Mesh
 
 if TYPE_CHECKING:  # evaluation loads weights without DeepSpeed
     from engine.deepspeed_adapter import Engine
 
-FORMAT = 1
-SHARD = "shard-00000.safetensors"
-MANIFEST = "manifest.json"
-RNG = "rng/torch/rank-00000"
+__all__ = ["TrainingState", "find_newest", "load", "load_weights", "read_manifest", "save"]
 STATE_KEYS = ("weight", "exp_avg", "exp_avg_sq")
-_STEP_FOLDER = re.compile(r"step-(\d{8,})")
-_TEMPORARY = re.compile(r"\.writing-\d+-(?P<pid>\d+)@(?P<host>.+)")
-_ABANDONED_S = 24 * 3600  # a temporary folder of another host is left alone for a day
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass
 class TrainingState:
-    """What a run needs to go on, beside what the engine holds."""
+    """What a rank needs to go on, beside what the engine holds."""
 
     step: int  # optimizer steps done; the k schedule and the learning rate follow it
     cursor: int  # index of the next segment in the data stream
-    rng: Tensor  # uint8: torch.get_rng_state()
+    rng: (
+        Tensor | None
+    )  # uint8: torch.get_rng_state() of this rank; None: saved by other ranks, draw new numbers
     memory: tuple[Tensor, ...] | None = None  # one [streams, m, D] tensor per layer
     stream_B: Tensor | None = None  # int64: global stream id of each row of memory
-    tables: list[dict[str, Tensor]] = field(default_factory=list)
+    tables: list[dict[str, Tensor]] = field(default_factory=list)  # the same on every rank
 
 
 def save(
-    folder: Path, engine: "Engine", state: TrainingState, *, facts: dict[str, Any], keep: int
+    folder: Path,
+    engine: "Engine",
+    state: TrainingState,
+    *,
+    facts: dict[str, Any],
+    keep: int,
+    host: Host | None = None,
 ) -> Path:
     """Write folder/step-<step> and then remove all but the newest `keep` checkpoints up to this step.
 
-    `facts` are JSON values that the manifest keeps beside its own, such as the run's configuration.
     A checkpoint of the same step is replaced; those of later steps (damaged, or this run would start there) are left.
+    Every rank of the run takes part; all see the same folder.
+
+    Args:
+        state: of this rank; each rank has the memory of its own streams.
+        facts: JSON values that the manifest keeps beside its own, such as the run's configuration; rank 0's are taken.
+        host: how the ranks talk; None for a rank alone.
 
     Raises:
-        OSError: it could not be written; older checkpoints are untouched and nothing half-written is left.
+        OSError: on every rank: it could not be written; older checkpoints are untouched and nothing half-written is left.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(folder)
+    host = _checked(host, engine.mesh)
     target = folder / f"step-{state.step:08d}"
-    temporary = folder / f".writing-{state.step}-{os.getpid()}@{socket.gethostname()}"
-    try:
-        new = temporary / "new"
+    temporary = folder / host.broadcast(files.temporary_name(state.step))
+    new = temporary / "new"
+
+    def begin() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        files.remove_leftovers(folder)
         new.mkdir(parents=True)
-        _write(new, _tensors(engine, state), _header(engine, state, facts))
-        if target.exists():
-            target.rename(temporary / "replaced")
-        new.rename(target)
-        _sync(folder)
-    except (OSError, SafetensorError) as error:
-        if (temporary / "replaced").exists() and not target.exists():
-            (temporary / "replaced").rename(target)
+
+    def write() -> dict[str, Any]:
+        return files.write_shard(new / files.shard_name(host.rank), _tensors(engine, state))
+
+    def finish() -> None:
+        files.write_manifest(new, _header(engine, state, facts), shards)
+        files.publish(new, target)
+
+    try:
+        files.together(host, begin, only=0)
+        described = files.together(host, write)
+        shards = {files.shard_name(rank): shard for rank, shard in enumerate(described)}
+        _check_disjoint(shards)
+        files.together(host, finish, only=0)
+    except OSError as error:
         raise OSError(f"checkpoint {target} could not be written: {error}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    older = [path for path in _checkpoints(folder) if _step(path) <= state.step]
-    for path in older[keep:]:
-        shutil.rmtree(path)
+        if host.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+    if host.rank == 0:
+        older = [path for path in files.checkpoints(folder) if files.step_of(path) <= state.step]
+        for path in older[keep:]:
+            shutil.rmtree(path)
     return target
 
 
-def find_newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """Give the newest whole checkpoint (None: there is none) and a warning line for each newer one that is not."""
+def find_newest(folder: Path, host: Host | None = None) -> tuple[Path | None, list[str]]:
+    """Give the newest whole checkpoint (None: there is none) and a warning line for each newer one that is not.
+
+    With many ranks all call it, share the work and get the same answer.
+    """
+    host = host or Host()
     warnings = []
-    for path in _checkpoints(folder):
+    for name in host.broadcast([path.name for path in files.checkpoints(folder)]):
         try:
-            _verify(path)
+            files.verify(folder / name, host)
         except UserError as error:
             warnings.append(f"skipped a damaged checkpoint: {error}")
         else:
-            return path, warnings
+            return folder / name, warnings
     return None, warnings
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Read and check a checkpoint's manifest, without touching the shards.
-
-    Raises:
-        UserError: it is missing, damaged or of another format version; names the file and says why.
-    """
-    file = path / MANIFEST
-    try:
-        manifest = json.loads(file.read_bytes())
-        stored = manifest.pop("checksum")
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror}") from None
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{file}: not a manifest ({type(error).__name__}: {error})") from None
-    require(stored == _checksum(manifest), f"{file}: its checksum does not match its content")
-    require(
-        manifest["format"] == FORMAT,
-        f"{file}: format version {manifest['format']}, this program reads {FORMAT}",
-    )
-    return manifest
-
-
-def load(path: Path, engine: "Engine") -> TrainingState:
+def load(
+    path: Path,
+    engine: "Engine",
+    *,
+    host: Host | None = None,
+    streams: Sequence[int] | None = None,
+) -> TrainingState:
     """Restore weights, masters, moments, Adam step and buffers bit for bit, and give back the rest.
 
+    Every rank of the run takes part and reads only what it holds. The checkpoint may come from any other number of ranks,
+    size of expert groups and ZeRO stage; only this rank's random state is then absent.
+
+    Args:
+        streams: global ids of the streams whose memory this rank wants, in this order; None for all, in ascending order.
+
     Raises:
-        UserError: the checkpoint is damaged, or does not fit the model (names the first difference).
+        UserError: on every rank: the checkpoint is damaged, or does not fit the model (names the first difference).
     """
-    reader = _Reader(path)
-    reader.check_fits(engine.module, STATE_KEYS)
-    for name, param in engine.module.named_parameters():
-        engine.write_state(name, {kind: reader.parameter(kind, name, param) for kind in STATE_KEYS})
+    host = _checked(host, engine.mesh)
+    reader, shapes = _Reader(path, host), engine.shapes()
+    reader.check_fits(engine.module, shapes, STATE_KEYS, engine.mesh.expert_ranks)
+    for name, shape in shapes.items():
+        experts = _experts(name, shape, engine.mesh)
+        engine.write_state(name, {kind: reader.parameter(kind, name, experts) for kind in STATE_KEYS})  # fmt: skip
     engine.set_adam_step(reader.manifest["adam_step"])
     reader.load_buffers(engine.module)
-    return reader.training_state()
+    return reader.training_state(engine.mesh, streams)
 
 
 def load_weights(path: Path, module: nn.Module) -> TrainingState:
-    """Load the fp32 master weights and buffers into a plain module, for evaluation; raises as `load`."""
-    reader = _Reader(path)
-    reader.check_fits(module, STATE_KEYS[:1])
+    """Load the fp32 master weights and buffers into a plain module, for evaluation; raises as `load`.
+
+    Memory and random state are not read.
+    """
+    reader = _Reader(path, Host())
+    shapes = {name: tuple(param.shape) for name, param in module.named_parameters()}
+    reader.check_fits(module, shapes, STATE_KEYS[:1], expert_ranks=1)
     for name, param in module.named_parameters():
-        param.data.copy_(reader.parameter("weight", name, param))
+        param.data.copy_(reader.parameter("weight", name, _experts(name, param.shape, Mesh())))
     reader.load_buffers(module)
-    return reader.training_state()
+    return reader.training_state(None, [])
 
 
 class _Reader:
     """An opened checkpoint whose checksums agree; tensors are read one by one."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, host: Host) -> None:
         self.path = path
-        self.manifest = _verify(path)
+        self.manifest = files.verify(path, host)
         self._keys = self.manifest["tensors"]
-        self._files = {name: safe_open(path / name, "pt") for name in self.manifest["files"]}
+        self._open: dict[str, Any] = {}
 
     def get(self, key: str) -> Tensor:
-        return self._files[self._keys[key]["file"]].get_tensor(key)
+        name = self._keys[key]["file"]
+        if name not in self._open:
+            self._open[name] = safe_open(self.path / name, "pt")
+        value: Tensor = self._open[name].get_tensor(key)
+        return value
 
-    def parameter(self, kind: str, name: str, param: Tensor) -> Tensor:
-        """A parameter's value; its experts are put together again."""
-        parts = [self.get(key) for key, _ in _parts(kind, name, param)]
-        return torch.stack(parts) if _is_expert(name) else parts[0]
+    def parameter(self, kind: str, name: str, experts: range | None) -> Tensor:
+        """A parameter's value; the experts asked for are put together."""
+        parts = [self.get(key) for key in _keys(kind, name, experts)]
+        return parts[0] if experts is None else torch.stack(parts)
 
     def load_buffers(self, module: nn.Module) -> None:
         for name, buffer in _buffers(module).items():
             buffer.copy_(self.get(f"buffer/{name}"))
 
-    def check_fits(self, module: nn.Module, kinds: tuple[str, ...]) -> None:
-        """Compare names and shapes of a module's tensors with the stored ones."""
+    def check_fits(
+        self, module: nn.Module, shapes: Shapes, kinds: tuple[str, ...], expert_ranks: int
+    ) -> None:
+        """Compare names and shapes of the whole model, all its experts included, with the stored ones."""
         wanted = {f"buffer/{name}": list(b.shape) for name, b in _buffers(module).items()}
         for kind in kinds:
-            for name, param in module.named_parameters():
-                wanted.update((key, list(part.shape)) for key, part in _parts(kind, name, param))
+            for name, shape in shapes.items():
+                experts = range(shape[0] * expert_ranks) if _is_expert(name) else None
+                part = list(shape if experts is None else shape[1:])
+                wanted.update((key, part) for key in _keys(kind, name, experts))
         prefixes = tuple(f"{kind}/" for kind in (*kinds, "buffer"))
         stored = {k: v["shape"] for k, v in self._keys.items() if k.startswith(prefixes)}
         for key in dict.fromkeys([*wanted, *stored]):
@@ -187,40 +210,79 @@ class _Reader:
                     f"{stored.get(key, 'none')} in the checkpoint, {wanted.get(key, 'none')} here"
                 )
 
-    def training_state(self) -> TrainingState:
+    def training_state(self, mesh: Mesh | None, streams: Sequence[int] | None) -> TrainingState:
+        """What is not in the engine; the random state only if the same ranks had saved it."""
         tables: list[dict[str, Tensor]] = [{} for _ in range(self.manifest["tables"])]
-        memory: dict[int, dict[int, Tensor]] = {}
+        layers: set[int] = set()
+        saved: set[int] = set()
         for key in self._keys:
             kind, *rest = key.split("/")
             if kind == "table":
                 tables[int(rest[0])][rest[1]] = self.get(key)
             elif kind == "memory":
-                memory.setdefault(int(rest[0]), {})[int(rest[1])] = self.get(key)
-        streams = sorted(memory[0]) if memory else []
+                layers.add(int(rest[0]))
+                saved.add(int(rest[1]))
+        wanted = sorted(saved) if streams is None else list(streams)
+        has_memory = bool(layers and wanted)
+        missing = [stream for stream in wanted if stream not in saved] if has_memory else []
+        require(not missing, f"{self.path}: holds no memory of streams {missing}")
+        topology = self.manifest.get("ranks", 1), self.manifest.get("expert_ranks", 1)
+        rng = None
+        if (
+            mesh is not None
+            and topology == (mesh.world, mesh.expert_ranks)
+            and _rng(mesh.rank) in self._keys
+        ):
+            rng = self.get(_rng(mesh.rank))
         return TrainingState(
             step=self.manifest["step"],
             cursor=self.manifest["cursor"],
-            rng=self.get(RNG),
-            memory=tuple(
-                torch.stack([memory[layer][s] for s in streams]) for layer in sorted(memory)
-            )
-            or None,
-            stream_B=torch.tensor(streams) if streams else None,
+            rng=rng,
+            memory=tuple(self._memory(layer, wanted) for layer in sorted(layers)) if has_memory else None,
+            stream_B=torch.tensor(wanted) if has_memory else None,
             tables=tables,
+        )  # fmt: skip
+
+    def _memory(self, layer: int, streams: list[int]) -> Tensor:
+        return torch.stack([self.get(f"memory/{layer}/{stream:06d}") for stream in streams])
+
+
+def _checked(host: Host | None, mesh: Mesh) -> Host:
+    host = host or Host()
+    if (host.rank, host.ranks) != (mesh.rank, mesh.world):
+        raise ValueError(
+            f"host is rank {host.rank} of {host.ranks}, the engine {mesh.rank} of {mesh.world}"
         )
+    return host
+
+
+def _check_disjoint(shards: dict[str, dict[str, Any]]) -> None:
+    """Every rank sees the same: a tensor that two ranks wrote (such as a stream that both claim) is an error."""
+    seen: dict[str, str] = {}
+    for name, shard in shards.items():
+        for key in shard["tensors"]:
+            if key in seen:
+                raise RuntimeError(f"{key} is in {seen[key]} and in {name}")
+            seen[key] = name
+
+
+def _rng(rank: int) -> str:
+    return f"rng/torch/rank-{rank:05d}"
 
 
 def _is_expert(name: str) -> bool:
     return ".experts." in name
 
 
-def _parts(kind: str, name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Cut a parameter-shaped value into what is stored under one key each."""
-    if not _is_expert(name):
-        yield f"{kind}/{name}", value
-        return
-    for expert, part in enumerate(value):
-        yield f"{kind}/{name}/{expert:05d}", part
+def _experts(name: str, shape: Sequence[int], mesh: Mesh) -> range | None:
+    """Global ids of the experts of this rank's parameter; None if it is not one of experts."""
+    return mesh.local_experts(shape[0] * mesh.expert_ranks) if _is_expert(name) else None
+
+
+def _keys(kind: str, name: str, experts: range | None) -> list[str]:
+    """What a parameter is stored under: one key, or one for each expert."""
+    key = f"{kind}/{name}"
+    return [key] if experts is None else [f"{key}/{expert:05d}" for expert in experts]
 
 
 def _buffers(module: nn.Module) -> dict[str, Tensor]:
@@ -230,15 +292,15 @@ def _buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _tensors(engine: "Engine", state: TrainingState) -> dict[str, Tensor]:
-    """Everything that goes into the shard; values may alias live tensors."""
-    result = {RNG: state.rng}
-    for name, values in engine.read_state():
-        for kind in STATE_KEYS:
-            result.update(_parts(kind, name, values[kind]))
-    for name, buffer in _buffers(engine.module).items():
-        result[f"buffer/{name}"] = buffer
-    for index, table in enumerate(state.tables):
-        result.update((f"table/{index}/{name}", value) for name, value in table.items())
+    """What this rank writes; values may alias live tensors. A collective, as Engine.read_state."""
+    result: dict[str, Tensor] = dict(_own_state(engine))
+    if state.rng is not None:
+        result[_rng(engine.mesh.rank)] = state.rng
+    if engine.mesh.rank == 0:
+        for name, buffer in _buffers(engine.module).items():
+            result[f"buffer/{name}"] = buffer
+        for index, table in enumerate(state.tables):
+            result.update((f"table/{index}/{name}", value) for name, value in table.items())
     if state.memory is not None:
         assert state.stream_B is not None
         for layer, memory_BMD in enumerate(state.memory):
@@ -247,9 +309,30 @@ def _tensors(engine: "Engine", state: TrainingState) -> dict[str, Tensor]:
     return {key: value.detach().cpu().contiguous() for key, value in result.items()}
 
 
+def _own_state(engine: "Engine") -> Iterable[tuple[str, Tensor]]:
+    """The parameters' state that this rank writes.
+
+    Of R ranks that hold the same experts, the r-th takes the experts r, r + R, ... of those; of all W ranks the w-th
+    takes the other parameters w, w + W, ...
+    """
+    mesh = engine.mesh
+    replicas, replica = mesh.world // mesh.expert_ranks, mesh.rank // mesh.expert_ranks
+    for number, (name, values) in enumerate(engine.read_state()):
+        experts = _experts(name, values["weight"].shape, mesh)
+        for kind in STATE_KEYS:
+            keys = _keys(kind, name, experts)
+            if experts is not None:
+                for row in range(replica, len(keys), replicas):
+                    yield keys[row], values[kind][row].clone()  # a slice would keep the whole
+            elif number % mesh.world == mesh.rank:
+                yield keys[0], values[kind]
+
+
 def _header(engine: "Engine", state: TrainingState, facts: dict[str, Any]) -> dict[str, Any]:
     return {
-        "format": FORMAT,
+        "format": files.FORMAT,
+        "ranks": engine.mesh.world,
+        "expert_ranks": engine.mesh.expert_ranks,
         "step": state.step,
         "adam_step": engine.adam_step(),
         "schedule_step": state.step,
@@ -257,74 +340,3 @@ def _header(engine: "Engine", state: TrainingState, facts: dict[str, Any]) -> di
         "tables": len(state.tables),
         **facts,
     }
-
-
-def _write(folder: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-    """Write the shard, then the manifest that describes it, and wait until both are on the disk."""
-    shard = folder / SHARD
-    save_file(tensors, shard)
-    files = {SHARD: {"bytes": shard.stat().st_size, "sha256": _sha256(shard)}}
-    keys = {
-        key: {"file": SHARD, "dtype": str(value.dtype), "shape": list(value.shape)}
-        for key, value in tensors.items()
-    }
-    manifest = {**header, "files": files, "tensors": keys}
-    manifest["checksum"] = _checksum(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for path in (shard, folder / MANIFEST, folder):
-        _sync(path)
-
-
-def _verify(path: Path) -> dict[str, Any]:
-    """Read the manifest and compare size and checksum of every shard; raises as read_manifest."""
-    manifest = read_manifest(path)
-    for name, entry in manifest["files"].items():
-        file = path / name
-        require(file.is_file(), f"{file}: missing")
-        size = file.stat().st_size
-        require(size == entry["bytes"], f"{file}: {size} bytes instead of {entry['bytes']}")
-        require(_sha256(file) == entry["sha256"], f"{file}: sha256 differs from the manifest's")
-    return manifest
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """All checkpoints by name, the newest first."""
-    found = [path for path in folder.glob("step-*") if _STEP_FOLDER.fullmatch(path.name)]
-    return sorted(found, key=_step, reverse=True)
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove temporary folders whose writer is dead; this process is writing nothing yet."""
-    for path in folder.glob(".writing-*"):
-        match = _TEMPORARY.fullmatch(path.name)
-        if match is None:
-            continue
-        if match["host"] == socket.gethostname():
-            pid = int(match["pid"])
-            dead = pid == os.getpid() or not psutil.pid_exists(pid)
-        else:
-            dead = time.time() - path.stat().st_mtime > _ABANDONED_S
-        if dead:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _checksum(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

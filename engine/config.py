@@ -209,7 +209,10 @@ class TrainConfig:
     recompute: bool = False
     """Activation checkpointing: keep one tensor per layer, compute the rest again in backward."""
     zero_stage: int = 1
-    """DeepSpeed ZeRO stage."""
+    """DeepSpeed ZeRO stage: what is shared out over the ranks. 0 nothing, 1 the optimizer's state, 2 also gradients, 3 also
+    weights."""
+    offload: bool = False
+    """Keep the optimizer's state, and update the weights, in host memory: slower, frees device memory (zero_stage >= 1)."""
     log_every: int = 20
     """Steps between metric lines."""
     valid_every: int = 0
@@ -228,7 +231,12 @@ class TrainConfig:
         _at_least("train", self, save_every=0, keep=1, threads=0)
         require(self.seed < 2**32, f"train.seed={self.seed}: must be below 2**32")
         require(
-            self.zero_stage in (0, 1, 2), f"train.zero_stage={self.zero_stage}: must be 0, 1 or 2"
+            self.zero_stage in (0, 1, 2, 3),
+            f"train.zero_stage={self.zero_stage}: must be 0, 1, 2 or 3",
+        )
+        require(
+            not self.offload or self.zero_stage >= 1,
+            f"train.offload=true: needs train.zero_stage=1, 2 or 3, it is {self.zero_stage}",
         )
         require(
             bool(self.name) and "/" not in self.name and not self.name.startswith("."),

@@ -21,7 +21,7 @@ from engine.config import Config, Precision, require
 from engine.moe.exchange import Tokens
 from engine.moe.layer import MoELayer
 from engine.optim import build_optimizer
-from engine.parallel.collectives import Wire
+from engine.parallel.collectives import Wire, add_up
 from engine.parallel.mesh import Mesh
 
 # All of foreroute runs on the CPU so far, also where there is a GPU.
@@ -31,29 +31,48 @@ import deepspeed.ops
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.utils import (
+    groups,
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
 
 TESTED_VERSIONS = ("0.19.8",)
 COMPATIBLE_OPS = "__compatible_ops__"  # of deepspeed.ops: name of a C++ op -> may it be built
 SHARED_MEMORY_OP = "deepspeed_shm_comm"
-PRIVATE_NAMES = ("_lazy_init_hp_params_optimizer_state", "_hp_optimizer_states_linked")
-"""Of DeepSpeed's ZeRO-1/2 and BF16 optimizers: link each parameter to its slice of the flat Adam state."""
+LINK_NAMES = ("_lazy_init_hp_params_optimizer_state", "_hp_optimizer_states_linked")
+"""Of the optimizers of ZeRO-1 and 2: link each parameter to its slice of the flat Adam state."""
+FLATS_NAME = "fp32_partitioned_groups_flat"
+"""Of the optimizer of ZeRO-3: the flat fp32 tensors that Adam steps."""
+REGATHER_NAMES = ("checkpoint_event_prologue", "checkpoint_event_epilogue")
+"""Of the optimizer of ZeRO-3: give up all gathered weights; gather those that are kept whole again."""
+SHARD_NAMES = ("ds_shape", "ds_tensor", "ds_zero_partition_rank", "ds_zero_partition_world_size")
+"""Of a parameter at ZeRO-3: its whole shape, this rank's padded part of the compute copy, which part that is, of how many."""
+GROUP_NAMES = ("_get_expert_parallel_group", "_get_expert_data_parallel_group")
+"""Of deepspeed.utils.groups: the ranks that exchange rows with this one, and those that hold the same experts."""
 TIMEOUT = timedelta(minutes=10)
 MOMENTS = ("exp_avg", "exp_avg_sq")
+KEPT_WHOLE = (
+    100_000  # elements: at ZeRO-3, parameters up to this size stay gathered; DeepSpeed's default
+)
 _MAX_BUCKET = 500_000_000  # elements; DeepSpeed's default
 
 
 class Engine:
     """A model in training: what foreroute needs of a DeepSpeed engine."""
 
-    def __init__(self, engine: Any, accumulation: int) -> None:
+    def __init__(
+        self, engine: Any, accumulation: int, mesh: Mesh, expert_group: dist.ProcessGroup | None
+    ) -> None:
+        """Take a DeepSpeed engine; expert_group is the group that experts are shared out over, None if they are not."""
+        self.mesh = mesh
         self._engine = engine
-        self._zero = engine.zero_optimization_stage() > 0
-        self._adam = engine.optimizer.optimizer if self._zero else engine.optimizer
+        self._expert_group = expert_group
+        self._stage = int(engine.zero_optimization_stage())
+        self._adam = engine.optimizer.optimizer if self._stage else engine.optimizer
         self._accumulation = accumulation
         self._micro_batches = 0  # since the last optimizer step
         self._grad_norm: float | Tensor = float("nan")
@@ -71,6 +90,7 @@ class Engine:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model for training."""
+        self._leave_inference()
         return self._engine(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
@@ -89,18 +109,15 @@ class Engine:
                 f"step() after {self._micro_batches} of {self._accumulation} micro-batches"
             )
         self._micro_batches = 0
-        if self._zero:
+        if self._stage:
             self._engine.step()
             self._grad_norm = self._engine.get_global_grad_norm()
             return bool(self._engine.was_step_applied())
-        # ZeRO-0 has neither a norm without clipping nor a check: ZeRO-1 and 2 skip such a step, so do the same here.
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        self._grad_norm = nn.utils.get_total_norm(gradients)
+        # ZeRO-0 has neither a norm without clipping nor a check: the others skip such a step, so do the same here.
+        self._grad_norm = self._plain_grad_norm()
         finite = bool(self._grad_norm.isfinite())
-        if not finite:
-            self.module.zero_grad(
-                set_to_none=True
-            )  # Adam passes over parameters without a gradient
+        if not finite:  # Adam passes over parameters without a gradient
+            self.module.zero_grad(set_to_none=True)
         self._engine.step()
         return finite
 
@@ -125,34 +142,73 @@ class Engine:
         for flat in self._flats():
             self._adam.state[flat]["step"].fill_(step)
 
-    def read_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Yield (parameter name, {"weight", "exp_avg", "exp_avg_sq"}): fp32, in the parameter's full shape.
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Give each parameter's name and shape on this rank, where an expert parameter has this rank's experts."""
+        parameters = self.module.named_parameters()
+        return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters}
 
-        "weight" is the master weight. A collective over each parameter's ZeRO group: every rank must read to the end.
-        Values may alias the live state.
+    def read_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Yield (parameter name, {"weight", "exp_avg", "exp_avg_sq"}): fp32, in the shape that shapes() says.
+
+        "weight" is the master weight. A collective over the ranks that share the parameter's state: every rank must read
+        to the end. Values may alias the live state.
         """
         for name, param in self.module.named_parameters():
-            if self._zero:
+            if self._stage:
                 state = {key: safe_get_full_optimizer_state(param, key) for key in MOMENTS}
                 yield name, {"weight": safe_get_full_fp32_param(param), **state}
             else:
                 state = {key: self._adam.state[param][key] for key in MOMENTS}
                 yield name, {"weight": param.detach(), **state}
 
+    @torch.no_grad()
     def write_state(self, name: str, state: Mapping[str, Tensor]) -> None:
-        """Overwrite a parameter's master weight, compute copy and Adam moments (the form that read_state yields)."""
+        """Overwrite a parameter's master weight, compute copies and Adam moments (the form that read_state yields)."""
+        self._leave_inference()
         param = self.module.get_parameter(name)
-        param.data.copy_(state["weight"])  # DeepSpeed's setter below changes the master only
+        weight = state["weight"]
+        if param.shape == weight.shape:  # DeepSpeed's setters below change the master only
+            param.copy_(weight)
+        if self._stage == 3:
+            safe_set_local_fp32_param(param, _shard(weight, param))
+            param.ds_tensor.data.copy_(_shard(weight, param))  # type: ignore[attr-defined]
+        elif self._stage:
+            safe_set_full_fp32_param(param, weight)
         for key in MOMENTS:
-            if self._zero:
+            if self._stage == 3:
+                safe_set_local_optimizer_state(param, _shard(state[key], param), key)
+            elif self._stage:
                 safe_set_full_optimizer_state(param, state[key], key)
             else:
                 self._adam.state[param][key].copy_(state[key])
-        if self._zero:
-            safe_set_full_fp32_param(param, state["weight"])
+
+    def _leave_inference(self) -> None:
+        """At ZeRO-3, give up weights that were gathered in torch.inference_mode(): autograd cannot use them."""
+        if self._stage == 3 and any(
+            p.is_inference() and p.numel() for p in self.module.parameters()
+        ):
+            for name in REGATHER_NAMES:
+                getattr(self._engine.optimizer, name)()
+
+    def _plain_grad_norm(self) -> Tensor:
+        """Norm of all gradients of the model at ZeRO-0; a collective over the expert group if experts are shared out."""
+        norms: dict[bool, Tensor] = {}
+        for expert in (False, True):
+            gradients = [
+                p.grad
+                for p in self.module.parameters()
+                if p.grad is not None and _is_expert(p) == expert
+            ]
+            norms[expert] = nn.utils.get_total_norm(gradients)
+        if self._expert_group is not None:
+            norms[True] = add_up(norms[True] ** 2, self._expert_group).sqrt()
+        return torch.linalg.vector_norm(torch.stack(tuple(norms.values())))
 
     def _flats(self) -> Iterator[Tensor]:
-        """The tensors that Adam really steps: with ZeRO one flat fp32 partition per group, else the parameters."""
+        """The tensors that Adam really steps: with ZeRO flat fp32 partitions, else the parameters."""
+        if self._stage == 3:  # Adam's own groups are empty between steps
+            yield from getattr(self._engine.optimizer, FLATS_NAME)
+            return
         for group in self._adam.param_groups:
             yield from group["params"]
 
@@ -167,10 +223,23 @@ class Engine:
                 "step": torch.zeros((), dtype=torch.float32, device=flat.device),
                 **{key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS},
             }
-        if self._zero:
-            link, linked = PRIVATE_NAMES
+        if self._stage in (1, 2):
+            link, linked = LINK_NAMES
             setattr(self._engine.optimizer, linked, False)
             getattr(self._engine.optimizer, link)()
+
+
+def _is_expert(param: nn.Parameter) -> bool:
+    """Whether the parameter's experts are shared out."""
+    return not getattr(param, "allreduce", True)
+
+
+def _shard(value: Tensor, param: nn.Parameter) -> Tensor:
+    """This rank's part of a parameter-shaped value at ZeRO-3: equal parts, the last ones padded with zeros."""
+    shard: Any = param
+    numel = shard.ds_tensor.numel()
+    padding = numel * shard.ds_zero_partition_world_size - value.numel()
+    return nn.functional.pad(value.flatten(), (0, padding)).narrow(0, numel * shard.ds_zero_partition_rank, numel)  # fmt: skip
 
 
 def check_version(version: str = deepspeed.__version__) -> None:
@@ -212,9 +281,33 @@ def start(model: nn.Module, config: Config, mesh: Mesh | None = None) -> Engine:
     optimizer = build_optimizer(parameters, config.optim)
     with contextlib.redirect_stdout(io.StringIO()):  # bf16 prints memory use; warnings pass
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    expert_group = _expert_group(mesh) if shared else None
     for layer in shared:
         layer.exchange = Tokens(Wire(layer.ep_group))  # type: ignore[arg-type]
-    return Engine(engine, config.train.accumulation)
+    return Engine(engine, config.train.accumulation, mesh, expert_group)
+
+
+def _group_name(mesh: Mesh) -> str:
+    return f"ep_size_{mesh.expert_ranks}"  # the form is parsed by DeepSpeed
+
+
+def _expert_group(mesh: Mesh) -> dist.ProcessGroup:
+    """Give DeepSpeed's expert group of this rank.
+
+    Raises:
+        RuntimeError: DeepSpeed groups the ranks in another way than the mesh.
+    """
+    exchanging, same_experts = (getattr(groups, name)(_group_name(mesh)) for name in GROUP_NAMES)
+    for what, group, ranks in (
+        ("expert group", exchanging, mesh.group_ranks),
+        ("ranks with the same experts", same_experts, mesh.replica_ranks),
+    ):
+        found = dist.get_process_group_ranks(group)
+        if found != list(ranks):
+            raise RuntimeError(
+                f"{what} of rank {mesh.rank}: DeepSpeed says {found}, the mesh {list(ranks)}"
+            )
+    return exchanging
 
 
 def _share_experts(layer: MoELayer, mesh: Mesh) -> None:
@@ -223,7 +316,7 @@ def _share_experts(layer: MoELayer, mesh: Mesh) -> None:
     Every parameter of an expert carries four tags: which ranks add up its gradient and share its optimizer state.
     """
     experts = mesh.local_experts(layer.experts.w1.shape[0])
-    group_name = f"ep_size_{mesh.expert_ranks}"  # the form is parsed by DeepSpeed
+    group_name = _group_name(mesh)
     for name, parameter in list(layer.experts.named_parameters()):
         own = nn.Parameter(parameter.detach()[experts.start : experts.stop].clone())
         own.allreduce, own.group_name = False, group_name  # type: ignore[attr-defined]
@@ -253,17 +346,23 @@ def _deepspeed_config(config: Config, world: int, num_params: int) -> dict[str, 
         )
         require(
             not bf16,
-            "train.precision=bf16: needs train.zero_stage=1 or 2, which keep the fp32 weights",
+            "train.precision=bf16: needs train.zero_stage=1, 2 or 3, which keep the fp32 weights",
         )
+    zero: dict[str, Any] = {
+        "stage": train.zero_stage,
+        "reduce_bucket_size": min(num_params, _MAX_BUCKET),  # allocated at every backward pass
+        "round_robin_gradients": False,  # True makes all reads and writes of state by parameter wrong
+    }
+    if train.zero_stage == 3:
+        zero["stage3_param_persistence_threshold"] = KEPT_WHOLE
+    if train.offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
     result: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.streams_per_micro_batch(world),
         "gradient_accumulation_steps": train.accumulation,
         "gradient_clipping": config.optim.clip,
-        "zero_optimization": {
-            "stage": train.zero_stage,
-            "reduce_bucket_size": min(num_params, _MAX_BUCKET),  # allocated at every backward pass
-            "round_robin_gradients": False,  # True makes all reads and writes of state by parameter wrong
-        },
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,  # PyTorch's Adam also for offloaded state: DeepSpeed's own would be compiled
         "steps_per_print": 2**62,
         "wall_clock_breakdown": False,
     }

@@ -101,7 +101,8 @@ class Trainer:
         Raises:
             UserError: there are checkpoints, and none is whole or fits, or the text has changed.
         """
-        path, warnings = checkpoint.find_newest(self.checkpoints)
+        host = self.world.host
+        path, warnings = checkpoint.find_newest(self.checkpoints, host)
         for warning in warnings:
             self.reporter.note(warning)
         if path is None and warnings:
@@ -114,12 +115,15 @@ class Trainer:
             raise UserError(
                 f"{path}: trained on text with sha256 {trained_on[:16]}..., the corpus is now {self.corpus.sha256[:16]}..."
             )
-        state = checkpoint.load(path, self.engine)
+        state = checkpoint.load(path, self.engine, host=host, streams=self._own_streams())
         self.step = state.step
         if self.routers is not None:  # tables belong to the model: take the saved ones
             tables = [table_from_state(table) for table in state.tables]
             self.routers = routers_of(tables, self.world.mesh)
-        torch.set_rng_state(state.rng)
+        if state.rng is None:  # saved by other ranks than these
+            self._seed_generator()
+        else:
+            torch.set_rng_state(state.rng)
         if state.memory is not None:
             parts = [layer.tensor_split(len(self.memory)) for layer in state.memory]
             self.memory = [tuple(micro) for micro in zip(*parts, strict=True)]
@@ -132,7 +136,7 @@ class Trainer:
             cursor=self.step,  # one segment of every stream per step
             rng=torch.get_rng_state(),
             memory=_join(self.memory),
-            stream_B=torch.arange(self.config.data.streams),
+            stream_B=torch.tensor(self._own_streams()),
             tables=[table_state(router.table) for router in self.routers or []],
         )
         try:
@@ -144,6 +148,7 @@ class Trainer:
                     "symbols": self.corpus.vocab.symbols.hex(),
                 },
                 keep=self.config.train.keep,
+                host=self.world.host,
             )  # fmt: skip
         except OSError as error:
             raise RunFailed(f"cannot write a checkpoint at step {self.step}: {error}") from error
@@ -194,7 +199,7 @@ class Trainer:
         except _StopAsked:
             pass
         except RunFailed as error:
-            failure = RunFailed(f"{error}; {self._last_good()}")
+            failure = RunFailed(f"{error}; {self._last_good()}" if self.world.first else str(error))
             failure.everywhere = error.everywhere
             raise failure from error
         finally:
@@ -231,12 +236,20 @@ class Trainer:
             device=self.engine.device,
         )
 
+    def _own_streams(self) -> list[int]:
+        """Global streams of this rank, micro-batch by micro-batch."""
+        mesh, accumulation = self.world.mesh, self.config.train.accumulation
+        return [
+            stream
+            for micro in range(accumulation)
+            for stream in self.streams.streams_of(mesh.rank, micro, world=mesh.world, accumulation=accumulation)
+        ]  # fmt: skip
+
     def _seed_generator(self) -> None:
         """Give every rank other random numbers for dropout outside the experts; all ranks built the same model."""
-        if self.world.mesh.world > 1:
-            torch.manual_seed(
-                hash64(self.config.train.seed, self.world.mesh.rank, self.step).item()
-            )
+        mesh, seed = self.world.mesh, self.config.train.seed
+        if mesh.world > 1 or self.step > 0:
+            torch.manual_seed(hash64(seed, mesh.rank, self.step).item())
 
     def _validate(self, metrics: Metrics | None, stop_asked: Callable[[], bool]) -> None:
         def leave_if_asked(done: int, total: int) -> None:
@@ -257,7 +270,7 @@ class Trainer:
         self.reporter.note(f"step {self.step}: valid bpc {found.bpc:.4f}")
 
     def _last_good(self) -> str:
-        path, _ = checkpoint.find_newest(self.checkpoints)
+        path, _ = checkpoint.find_newest(self.checkpoints)  # by this rank alone
         return (
             "no checkpoint was written yet"
             if path is None

@@ -42,6 +42,11 @@ class Mesh:
         first = self.rank - self.expert_rank
         return range(first, first + self.expert_ranks)
 
+    @property
+    def replica_ranks(self) -> range:
+        """The ranks that hold the same experts as this one."""
+        return range(self.expert_rank, self.world, self.expert_ranks)
+
     def local_experts(self, experts: int) -> range:
         """Global numbers of the experts that this rank holds.
 

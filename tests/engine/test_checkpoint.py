@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from engine import checkpoint
+from engine import checkpoint_files as files
 from engine.checkpoint import TrainingState
 from engine.config import Config, DataConfig, OptimConfig, Precision, TrainConfig, to_plain
 from engine.deepspeed_adapter import Engine, start
@@ -201,7 +202,7 @@ def test_keys_and_values(tmp_path: Path) -> None:
     assert path == tmp_path / "checkpoints" / "step-00000004"
     assert sorted(p.name for p in path.iterdir()) == ["manifest.json", "shard-00000.safetensors"]
     live = dict(engine.read_state())
-    with safe_open(path / checkpoint.SHARD, "pt") as shard:
+    with safe_open(path / files.shard_name(0), "pt") as shard:
         keys = set(shard.keys())
         for name, values in live.items():
             for kind, value in values.items():
@@ -220,7 +221,7 @@ def test_keys_and_values(tmp_path: Path) -> None:
     manifest = checkpoint.read_manifest(path)
     assert keys == set(manifest["tensors"])
     assert manifest["tensors"]["weight/blocks.0.moe.experts.w1/00002"] == {
-        "file": checkpoint.SHARD,
+        "file": files.shard_name(0),
         "dtype": "torch.float32",
         "shape": [5, 8],
     }
@@ -343,7 +344,7 @@ def test_a_changed_number_in_the_manifest_is_found(two_checkpoints: Path, tmp_pa
     manifest = json.loads((two_checkpoints / "step-00000008" / "manifest.json").read_text())
     del manifest["checksum"]
     manifest["format"] = 2
-    file.write_text(json.dumps({**manifest, "checksum": checkpoint._checksum(manifest)}))
+    file.write_text(json.dumps({**manifest, "checksum": files.checksum(manifest)}))
     with pytest.raises(UserError, match="format version 2, this program reads 1"):
         checkpoint.read_manifest(path)
 
@@ -358,7 +359,7 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
         save(tmp_path, engine, step, keep=2)
     names = ["step-00000012", "step-100000000"]
     assert sorted(p.name for p in tmp_path.iterdir()) == names
-    flip(tmp_path / "step-100000000" / checkpoint.SHARD)
+    flip(tmp_path / "step-100000000" / files.shard_name(0))
     save(tmp_path, engine, 14, keep=1)  # resumed from 12: the damaged one does not count
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000014", "step-100000000"]
     save(tmp_path, engine, 100_000_000, keep=1)  # and is replaced in the end
@@ -405,8 +406,11 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from engine import checkpoint
+from engine import checkpoint_files as files
+from engine.parallel.mesh import Mesh
 
 class Stub:
+    mesh = Mesh()
     module = torch.nn.Linear(2, 2)
     def adam_step(self): return 8
     def read_state(self):
@@ -414,7 +418,7 @@ class Stub:
             yield name, {kind: p.detach().clone() for kind in checkpoint.STATE_KEYS}
 
 assert "deepspeed" not in sys.modules  # evaluation must do without
-checkpoint._sync = lambda path: os.kill(os.getpid(), signal.SIGKILL)
+files.sync = lambda path: path.name == files.MANIFEST and os.kill(os.getpid(), signal.SIGKILL)
 state = checkpoint.TrainingState(step=8, cursor=8, rng=torch.get_rng_state())
 checkpoint.save(Path(sys.argv[1]), Stub(), state, facts={}, keep=1)
 """
