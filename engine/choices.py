@@ -30,8 +30,11 @@ class Router(Enum):
 class Builder(Enum):
     """How a hashed router's table is filled."""
 
-    random = "random"
-    balanced = "balanced"
+    random = "random"  # every ordering equally likely
+    balanced = "balanced"  # even load on the training text at every k
+    packed = (
+        "packed"  # balanced, and a prefix fills one block of experts before it touches the next
+    )
 
 
 class RouteWeights(Enum):

@@ -127,6 +127,9 @@ class MoEConfig:
     rows: int = 65536
     """Rows of a table; n-grams beyond it share rows by hash."""
     builder: Builder = Builder.balanced
+    pack: int | None = None
+    """Experts of one block, for builder packed: a token with k active experts uses ceil(k / pack) blocks. Larger: its row
+    travels to fewer ranks, and experts form fewer combinations."""
     weights: RouteWeights = RouteWeights.table
     spread: float = 2.0
     """Standard deviation of a row's fixed logits; larger means more unequal weights."""
@@ -142,6 +145,14 @@ class MoEConfig:
         _at_least("moe", self, balance_loss=0, z_loss=0)
         require(1 <= self.ngram <= 3, f"moe.ngram={self.ngram}: must be 1, 2 or 3")
         require(self.experts <= 256, f"moe.experts={self.experts}: must be at most 256")
+        require(
+            (self.builder is Builder.packed) == (self.pack is not None),
+            f"moe.builder={self.builder.name} with moe.pack={self.pack}: packed needs moe.pack, the others take none",
+        )
+        require(
+            self.pack is None or (self.pack >= 1 and self.experts % self.pack == 0),
+            f"moe.pack={self.pack}: must divide moe.experts={self.experts}",
+        )
 
     @property
     def dense_width(self) -> int:

@@ -1,10 +1,14 @@
 """Tables: the fixed map of a hashed router from the n-gram that ends at a token to an ordering of all experts.
 
-`build_tables` makes the tables of a run from its configuration and (builder `balanced`) its training ids, and keeps them
-in the cache folder. The first k experts of a row are active, so sets are nested in k. A table is part of the model:
-`table_state` turns it into tensors for a checkpoint. All randomness is stateless (engine/moe/hashing.py).
+`build_tables` makes the tables of a run from its configuration and (unless its builder is `random`) its training ids, and
+keeps them in the cache folder. The first k experts of a row are active, so sets are nested in k. A table is part of the
+model: `table_state` turns it into tensors for a checkpoint. All randomness is stateless (engine/moe/hashing.py).
 
-Letters: E experts, B streams, Q segment length, C = ngram - 1 ids left of a segment, r table rows, t tables.
+A row is an ordering of blocks of `pack` neighbouring experts, and inside each block an ordering of its experts; without
+packing all experts are one block. So the first k experts lie in ceil(k / pack) blocks.
+
+Letters: E experts, G blocks of experts, B streams, Q segment length, C = ngram - 1 ids left of a segment, r table rows,
+t tables, s rows seen in training, w waves.
 """
 
 import hashlib
@@ -26,8 +30,15 @@ from engine.config import Builder, MoEConfig, RouteWeights
 from engine.moe.hashing import hash64, normal, uniform
 
 _FORMAT = 1  # part of the cache key; raise it when the same inputs would give another table
-_ROW, _ORDER, _TIE, _LOGIT = 1, 2, 3, 4  # first part of each hash: what the number is for
-_NUMBERS = ("ngram", "vocab_size", "seed", "index")
+_ROW, _ORDER, _TIE, _LOGIT, _BLOCK_ORDER, _BLOCK_TIE = (
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+)  # first part of each hash: what the number is for
+_NUMBERS = ("ngram", "vocab_size", "seed", "index", "pack")
 _CHUNK = 1 << 22  # symbols counted at a time, to bound memory
 
 _log = logging.getLogger(__name__)
@@ -44,6 +55,7 @@ class Table:
     seed: int
     index: int  # number of the table within the run
     builder: Builder
+    pack: int  # experts of a block: a row uses up one block before it touches the next; E without packing
 
     def rows_of(self, ids_BQ: Tensor, left_BC: Tensor) -> Tensor:
         """Return the int64 row [B, Q] of each id, given the C true ids left of each segment.
@@ -108,19 +120,17 @@ def build_tables(
             seed=seed,
             index=index,
             builder=moe.builder,
+            pack=moe.pack or moe.experts,
         )
         for index in range(num_tables)
     ]
 
 
-def load_balance(table: Table, ids: NDArray[np.uint8], k: int) -> float:
-    """Return max / mean over the experts of the expert rows that a text gives at k active experts; 1 is perfect."""
+def row_frequency(table: Table, ids: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Return how often a text uses each row [r]; ids before its first count as 0."""
     keys, counts = _ngram_counts(ids, table.vocab_size, table.ngram)
-    order_rE = table.order_rE.numpy()
-    load_E = np.zeros(order_rE.shape[1])
-    for expert_n in order_rE[table.keys_to_rows(keys), :k].T:
-        load_E += np.bincount(expert_n, weights=counts, minlength=load_E.size)
-    return float(load_E.max() / load_E.mean())
+    rows = table.order_rE.shape[0]
+    return np.bincount(table.keys_to_rows(keys), counts, rows).astype(np.float64, copy=False)
 
 
 def table_state(table: Table) -> dict[str, Tensor]:
@@ -134,7 +144,8 @@ def table_state(table: Table) -> dict[str, Tensor]:
 
 
 def table_from_state(state: dict[str, Tensor]) -> Table:
-    """Rebuild a table from table_state's tensors."""
+    """Rebuild a table from table_state's tensors; a state without `pack` is of a table without packing."""
+    state = {"pack": torch.tensor(state["order_rE"].shape[1]), **state}
     return Table(
         order_rE=state["order_rE"],
         logits_rE=state.get("logits_rE"),
@@ -169,17 +180,18 @@ def _build(
 ) -> dict[str, NDArray[Any]]:
     """Return order uint8 [t, r, E] and, for table weights, logits fp32 [t, r, E]."""
     row_r1, expert_E = np.arange(moe.rows)[:, None], np.arange(moe.experts)
+    pack = moe.pack or moe.experts
     order_trE = np.empty((num_tables, moe.rows, moe.experts), np.uint8)
     for index, order_rE in enumerate(order_trE):
-        order_rE[:] = hash64(_ORDER, seed, index, row_r1, expert_E).argsort(axis=1)
-    if moe.builder is Builder.balanced:
+        order_rE[:] = _random_order(moe.rows, moe.experts, pack, seed, index)
+    if moe.builder is not Builder.random:
         keys, counts = _ngram_counts(train_ids, vocab_size, moe.ngram)
         freq_tr = np.empty((num_tables, moe.rows))
         for index, freq_r in enumerate(freq_tr):
             exact = vocab_size**moe.ngram <= moe.rows
             row = keys if exact else _hashed_rows(keys, moe.rows, seed, index)
             freq_r[:] = np.bincount(row, weights=counts, minlength=moe.rows)
-        _balance(order_trE, freq_tr, seed)
+        _balance(order_trE, freq_tr, pack, seed)
     if moe.weights is RouteWeights.uniform:
         return {"order": order_trE}
     logits_trE = np.empty(order_trE.shape, np.float32)
@@ -189,62 +201,99 @@ def _build(
     return {"order": order_trE, "logits": logits_trE}
 
 
-def _balance(order_trE: NDArray[np.uint8], freq_tr: NDArray[np.float64], seed: int) -> None:
+def _random_order(rows: int, experts: int, pack: int, seed: int, index: int) -> NDArray[np.int64]:
+    """Return for each row a random ordering of its blocks, and of the experts inside each block, [r, E]."""
+    row_r1, blocks = np.arange(rows)[:, None], experts // pack
+    draw_rE = hash64(_ORDER, seed, index, row_r1, np.arange(experts))
+    inner_rGp = draw_rE.reshape(rows, blocks, pack).argsort(axis=2)
+    inner_rGp += pack * np.arange(blocks)[:, None]
+    block_rG = hash64(_BLOCK_ORDER, seed, index, row_r1, np.arange(blocks)).argsort(axis=1)
+    return np.take_along_axis(inner_rGp, block_rG[:, :, None], axis=1).reshape(rows, experts)
+
+
+def _balance(
+    order_trE: NDArray[np.uint8], freq_tr: NDArray[np.float64], pack: int, seed: int
+) -> None:
     """Overwrite the orderings of rows seen in training so that the load is even at every k.
 
-    For each row in descending frequency (ties by row number) and each choice c in turn: of the experts that the row has
-    not used, those whose load_c is within the row's frequency of the lightest are candidates; a hash of (seed, table,
-    row, c) takes one; then load_c grows by the frequency for every expert among the row's first c + 1 choices.
+    One greedy rule orders the blocks of each row and then, block by block, the experts inside. For each row in descending
+    frequency (ties by row number) and each choice c in turn: of the things (blocks, or experts of the block in turn)
+    that the row has not used, those whose load_c is within the row's frequency of the lightest are candidates; a hash of
+    (seed, table, row, c) takes one; then load_c grows by the frequency for every thing among the row's first c + 1
+    choices.
+    """
+    experts = order_trE.shape[2]
+    seen = (freq_tr > 0).sum(axis=1)
+    row_ts = np.argsort(-freq_tr, axis=1, kind="stable")[:, : seen.max()]
+    freq_ts = np.take_along_axis(freq_tr, row_ts, axis=1)
+    anywhere = np.zeros((*row_ts.shape, experts // pack), np.uint8)
+    block_tsG = _greedy(row_ts, freq_ts, anywhere, experts // pack, (_BLOCK_TIE, seed))
+    expert_tsE = _greedy(row_ts, freq_ts, block_tsG.repeat(pack, axis=2), pack, (_TIE, seed))
+    for index, num_seen in enumerate(seen):  # the other tables' further rows are padding
+        order_trE[index, row_ts[index, :num_seen]] = expert_tsE[index, :num_seen]
+
+
+def _greedy(
+    row_ts: NDArray[np.int64], freq_ts: NDArray[np.float64], block_tsE: NDArray[np.uint8], pack: int, tie: tuple[int, int]
+) -> NDArray[np.uint8]:  # fmt: skip
+    """Order the E things of each row by _balance's rule; choice c of a row is from block block_tsE[.., c].
 
     Choice c of a row needs only the row's earlier choices and load_c after the row before, so wave w makes choice c of
     row w - c for all c and tables at once: slot t*E + c of the arrays below. All counts are exact in float64.
+
+    Args:
+        row_ts: row numbers in the order in which they choose.
+        freq_ts: their frequencies.
+        pack: things of a block; thing e is in block e // pack.
+        tie: purpose and seed of the tie-breaking hash.
     """
-    num_tables, _, experts = order_trE.shape
-    row_ts = np.argsort(-freq_tr, axis=1, kind="stable")[:, : (freq_tr > 0).sum(axis=1).max()]
-    seen = row_ts.shape[1]
-    freq_wtE, draw_wtE = np.zeros((2, seen + experts - 1, num_tables, experts))
+    num_tables, seen, things = block_tsE.shape
+    shape = seen + things - 1, num_tables, things
+    freq_wtE, draw_wtE, block_wtE = np.zeros(shape), np.zeros(shape), np.zeros(shape, np.uint8)
     for index, row_s in enumerate(row_ts):
-        for choice in range(experts):
+        for choice in range(things):
             wave = slice(choice, choice + seen)
-            freq_wtE[wave, index, choice] = freq_tr[index, row_s]
-            draw_wtE[wave, index, choice] = uniform(hash64(_TIE, seed, index, row_s, choice))
-    chosen_wtE = _waves(freq_wtE, draw_wtE)
-    for index, row_s in enumerate(row_ts):
-        num_seen = np.count_nonzero(freq_tr[index])  # the other tables' further rows are padding
-        for choice in range(experts):
-            chosen = chosen_wtE[choice : choice + num_seen, index, choice]
-            order_trE[index, row_s[:num_seen], choice] = chosen
+            freq_wtE[wave, index, choice] = freq_ts[index]
+            draw_wtE[wave, index, choice] = uniform(hash64(*tie, index, row_s, choice))
+            block_wtE[wave, index, choice] = block_tsE[index, :, choice]
+    chosen_wtE = _waves(freq_wtE, draw_wtE, block_wtE, pack)
+    chosen_tsE = np.empty_like(block_tsE)
+    for choice in range(things):
+        chosen_tsE[:, :, choice] = chosen_wtE[choice : choice + seen, :, choice].T
+    return chosen_tsE
 
 
-def _waves(freq_wtE: NDArray[np.float64], draw_wtE: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Return the expert chosen in each wave and slot (see _balance); slots of padding have frequency 0."""
-    num_waves, num_tables, experts = freq_wtE.shape
-    expert_E1 = np.arange(experts)[:, None]
-    load = np.zeros((experts, num_tables * experts))  # [expert, slot]
-    used = np.zeros(load.shape, bool)  # experts that the row now in each slot has used
+def _waves(
+    freq_wtE: NDArray[np.float64], draw_wtE: NDArray[np.float64], block_wtE: NDArray[np.uint8], pack: int
+) -> NDArray[np.uint8]:  # fmt: skip
+    """Return the thing chosen in each wave and slot (see _greedy); slots without a row have frequency 0."""
+    num_waves, num_tables, things = freq_wtE.shape
+    thing_E1 = np.arange(things, dtype=np.uint8)[:, None]
+    home_E1 = thing_E1 // np.uint16(pack)
+    load = np.zeros((things, num_tables * things))  # [thing, slot]
+    used = np.zeros(load.shape, bool)  # things that the row in each slot has used
     chosen = np.empty((num_waves, load.shape[1]), np.uint8)
-    for wave, (freq, draw) in enumerate(
-        zip(freq_wtE.reshape(num_waves, -1), draw_wtE.reshape(num_waves, -1), strict=True)
-    ):
-        cost = np.where(used, np.inf, load)
+    slots = (x.reshape(num_waves, -1) for x in (freq_wtE, draw_wtE, block_wtE))
+    for wave, (freq, draw, block) in enumerate(zip(*slots, strict=True)):
+        cost = np.where(used | (home_E1 != block), np.inf, load)
         candidate = cost <= cost.min(axis=0) + freq
         rank = candidate.cumsum(axis=0, dtype=np.uint16)
         pick = (draw * rank[-1]).astype(np.uint16)  # 0 .. candidates - 1
-        chosen[wave] = (rank <= pick).sum(axis=0, dtype=np.uint8)  # first expert with rank pick + 1
-        used |= expert_E1 == chosen[wave]
+        chosen[wave] = (rank <= pick).sum(axis=0, dtype=np.uint8)  # first thing with rank pick + 1
+        used |= thing_E1 == chosen[wave]
         load += used * freq
         used[:, 1:] = used[:, :-1]  # each row moves on to its next choice
-        used[:, ::experts] = False  # and a new row enters at choice 0
-    return chosen.reshape(num_waves, num_tables, experts)
+        used[:, ::things] = False  # and a new row enters at choice 0
+    return chosen.reshape(num_waves, num_tables, things)
 
 
 def _cache_key(
     moe: MoEConfig, vocab_size: int, train_ids: NDArray[np.uint8], num_tables: int, seed: int
 ) -> str:
     text = b""
-    if moe.builder is Builder.balanced:
+    if moe.builder is not Builder.random:
         text = hashlib.sha256(np.ascontiguousarray(train_ids).data).digest()
-    names = ("experts", "ngram", "rows", "spread")
+    names = ("experts", "ngram", "rows", "spread", "pack")
     inputs = [_FORMAT, moe.builder.name, moe.weights.name, *(getattr(moe, name) for name in names)]
     inputs += [vocab_size, num_tables, seed, text.hex()]
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:32]

@@ -13,6 +13,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from engine.config import Split
+from engine.moe.balance import balances
+from engine.saved import open_saved
+from launch.cli import read_config
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -68,6 +73,9 @@ BAD = {
     "streams": (["train.accumulation=3"], ["data.streams=4", "multiple", "3"]),
     "zero steps": (["train.steps=0"], ["train.steps=0", "at least 1"]),
     "n-gram": (["moe.ngram=4"], ["moe.ngram=4", "1, 2 or 3"]),
+    "pack": (["moe.builder=packed", "moe.pack=3"], ["moe.pack=3", "moe.experts=4"]),
+    "no pack": (["moe.builder=packed"], ["moe.builder=packed", "moe.pack=None"]),
+    "pack of another builder": (["moe.pack=2"], ["moe.builder=balanced", "moe.pack=2"]),
     "missing file": (["corpus.path=/does/not/exist"], ["/does/not/exist", "no such file"]),
     "clipping at ZeRO-0": (["train.zero_stage=0"], ["optim.clip", "zero_stage"]),
     "no memory": (["model.memory=0", "eval.same_length=true"], ["eval.same_length", "memory"]),
@@ -150,12 +158,33 @@ def test_a_sweep_gives_each_job_a_folder_and_resumes(run, tmp_path, text):
         ("generate", ["run=/does/not/exist"], "/does/not/exist"),
         ("generate", ["run=x", "top_p=2"], "top_p=2"),
         ("prepare", ["corpus=wiki"], "wiki"),
+        ("tables", ["ranks=[2,3]"], "ranks=[3]: must divide moe.experts=16"),
+        ("tables", ["moe.router=frozen"], "moe.router=frozen: only hashed has tables"),
     ],
 )
 def test_other_programs_refuse_likewise(run, program, options, word):
     done = run(program, *options)
     assert done.returncode == 2 and word in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_the_balance_of_packed_tables(run, tmp_path, text):
+    """launch.tables counts what a run with the same options trains with."""
+    packed = small(tmp_path, text, "moe.builder=packed", "moe.pack=2")
+    done = run("tables", *packed, "ranks=[2,4]", "split=train")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.strip().splitlines()
+    assert "builder packed, blocks of 2" in lines[-7] and lines[-6].split()[:3] == ["k", "experts", "blocks"]  # fmt: skip
+    found = json.loads(lines[-1])
+    assert found["pack"] == 2 and [line["k"] for line in found["k"]] == [1, 2, 3, 4]
+    assert [line["ranks"]["2"]["touched"] for line in found["k"]] == [1, 1, 2, 2]
+    assert lines[-4].split()[0] == "2" and lines[-4].split()[4:6] == ["1.000", "0.500"]
+    assert run("train", *packed).returncode == 0
+    folder = tmp_path / "runs/debug"
+    saved = open_saved(folder, read_config(folder / "config.yaml"), print)
+    assert {router.table.pack for router in saved.routers} == {2}
+    again = balances(saved.routers[0].table, saved.corpus.split(Split.train), (2,))[2]
+    assert again.ranks[2].touched == 2
 
 
 def test_help_names_groups_and_experiments(run):

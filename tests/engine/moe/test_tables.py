@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from engine.config import Builder, MoEConfig, RouteWeights
+from engine.errors import UserError
 from engine.moe import tables
+from engine.moe.balance import balances
 from engine.moe.hashing import hash64, uniform
-from engine.moe.tables import Table, build_tables, load_balance, table_from_state, table_state
+from engine.moe.tables import Table, build_tables, table_from_state, table_state
 
 VOCAB = 8
 SMALL = MoEConfig(experts=4, ngram=2, rows=64)
+PACKED = replace(SMALL, experts=8, builder=Builder.packed, pack=4)
 
 
 def text(seed=0, size=4000, vocab=VOCAB):
@@ -34,6 +37,11 @@ def same(left: Table, right: Table) -> bool:
     )
 
 
+def load_balance(table, ids, k):
+    """Max / mean of the experts' rows at k active experts."""
+    return balances(table, ids, ())[k - 1].experts
+
+
 def plain_row(table, ngram):
     """Row of a tuple of ids, by the definition."""
     rows = table.order_rE.shape[0]
@@ -45,8 +53,13 @@ def plain_row(table, ngram):
     return int(hash64(1, table.seed, table.index, key)) % rows
 
 
+def plain_frequency(table, ids, ngram):
+    stream = [0] * (ngram - 1) + ids.tolist()
+    return Counter(plain_row(table, tuple(stream[i : i + ngram])) for i in range(ids.size))
+
+
 def plain_greedy(frequency, experts, seed, index):
-    """The builder's definition, one choice at a time, with Python ints; rows -> order."""
+    """Builder balanced by its definition, one choice at a time, with Python ints; rows -> order."""
     load = [[0] * experts for _ in range(experts)]
     orders = {}
     for row in sorted(frequency, key=lambda r: (-frequency[r], r)):
@@ -62,23 +75,84 @@ def plain_greedy(frequency, experts, seed, index):
     return orders
 
 
+def plain_packed(frequency, experts, pack, seed, index):
+    """Builder packed by its definition: the order of the blocks first, then that of the experts inside each."""
+    block_load = Counter()  # (number of blocks used so far, block)
+    load = Counter()  # (prefix length, expert)
+    orders = {}
+    for row in sorted(frequency, key=lambda r: (-frequency[r], r)):
+        count, blocks, order = frequency[row], [], []
+        for turn in range(experts // pack):
+            free = [b for b in range(experts // pack) if b not in blocks]
+            lightest = min(block_load[turn, b] for b in free)
+            near = [b for b in free if block_load[turn, b] <= lightest + count]
+            blocks.append(near[int(uniform(hash64(6, seed, index, row, turn)) * len(near))])
+            for block in blocks:
+                block_load[turn, block] += count
+            for _ in range(pack):
+                length = len(order)
+                free = [
+                    e for e in range(blocks[-1] * pack, (blocks[-1] + 1) * pack) if e not in order
+                ]
+                lightest = min(load[length, e] for e in free)
+                near = [e for e in free if load[length, e] <= lightest + count]
+                order.append(near[int(uniform(hash64(3, seed, index, row, length)) * len(near))])
+                for expert in order:
+                    load[length, expert] += count
+        orders[row] = order
+    return orders
+
+
 @pytest.mark.parametrize(("ngram", "rows"), [(1, 8), (2, 64), (2, 100), (2, 23), (3, 97)])
 def test_balanced_equals_the_plain_greedy(ngram, rows):
     moe = replace(SMALL, experts=5, ngram=ngram, rows=rows)
     ids = text(size=300)
     for table in build(moe, ids, num_tables=3):
-        stream = [0] * (ngram - 1) + ids.tolist()
-        grams = [tuple(stream[i : i + ngram]) for i in range(ids.size)]
-        frequency = Counter(plain_row(table, gram) for gram in grams)
-        expected = plain_greedy(frequency, 5, 3, table.index)
+        expected = plain_greedy(plain_frequency(table, ids, ngram), 5, 3, table.index)
         assert {row: table.order_rE[row].tolist() for row in expected} == expected
+
+
+@pytest.mark.parametrize(("experts", "pack"), [(6, 3), (6, 2), (8, 4), (4, 1), (4, 4)])
+@pytest.mark.parametrize(("ngram", "rows"), [(2, 64), (3, 97)])
+def test_packed_equals_the_plain_greedy(ngram, rows, experts, pack):
+    moe = replace(PACKED, experts=experts, ngram=ngram, rows=rows, pack=pack)
+    ids = text(size=300)
+    for table in build(moe, ids, num_tables=3):
+        frequency = plain_frequency(table, ids, ngram)
+        expected = plain_packed(frequency, experts, pack, 3, table.index)
+        assert {row: table.order_rE[row].tolist() for row in expected} == expected
+
+
+@pytest.mark.parametrize("pack", [1, 2, 4, 8, 16])
+def test_a_prefix_fills_a_block_before_it_touches_the_next(pack):
+    moe = replace(PACKED, experts=16, pack=pack, rows=100)
+    half = text(size=600) // 2 * 2  # odd ids, and rows that only they reach, are unseen
+    for table in build(moe, half):
+        touched_rE = touched_blocks(table, pack)
+        assert (
+            len(plain_frequency(table, half, 2)) < 64
+        )  # rows without a training n-gram are packed too
+        assert (touched_rE == [-(-k // pack) for k in range(1, 17)]).all()
+    if 1 < pack < 16:  # negative control
+        other = build(replace(moe, builder=Builder.balanced, pack=None), half)[0]
+        assert (touched_blocks(other, pack)[:, pack - 1] > 1).mean() > 0.9
+
+
+def touched_blocks(table, pack):
+    """Distinct blocks among the first 1 .. E experts of each row."""
+    order = table.order_rE.tolist()
+    return np.array(
+        [[len({e // pack for e in row[:k]}) for k in range(1, len(row) + 1)] for row in order]
+    )
 
 
 @pytest.mark.parametrize("experts", [1, 2, 256])
 def test_any_number_of_experts(experts):
-    moe = replace(SMALL, experts=experts)
-    for builder in Builder:
-        (table,) = build(replace(moe, builder=builder), text(size=200), num_tables=1)
+    kinds = [(builder, None) for builder in Builder if builder is not Builder.packed]
+    kinds += [(Builder.packed, pack) for pack in {1, (experts + 1) // 2, experts}]
+    for builder, pack in kinds:
+        moe = replace(SMALL, experts=experts, builder=builder, pack=pack)
+        (table,) = build(moe, text(size=200), num_tables=1)
         assert table.order_rE.dtype == torch.uint8
         assert (table.order_rE.long().sort(dim=1).values == torch.arange(experts)).all()
 
@@ -120,6 +194,38 @@ def test_every_prefix_is_balanced_on_the_fitted_text_and_random_is_not():
         assert k > 6 or min(load_balance(table, ids, k) for table in random) > 1.02
 
 
+@pytest.mark.parametrize("pack", [2, 4])
+def test_packed_is_balanced_at_every_prefix_over_experts_and_blocks(pack):
+    moe, ids = replace(PACKED, pack=pack, rows=4096, ngram=3), text(1, 60_000, 16)
+    for table in build(moe, ids, vocab=16):
+        for found in balances(table, ids, (2,)):
+            assert max(found.experts, found.blocks, found.ranks[2].load) < 1.001
+    random = build(replace(moe, builder=Builder.random, pack=None), ids, vocab=16)[0]
+    assert balances(random, ids, (2,))[0].ranks[2].load > 1.01
+
+
+def test_unseen_rows_are_random_packed_orders():
+    (table,) = build(replace(PACKED, experts=4, pack=2, rows=20_000, ngram=3), text(size=10), num_tables=1)  # fmt: skip
+    codes, counts = np.unique(table.order_rE.numpy() @ np.array([64, 16, 4, 1]), return_counts=True)
+    assert codes.size == 8  # two orders of the blocks, two of the experts inside each
+    assert np.abs(counts / (20_000 / 8) - 1).max() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"pack": 3}, r"moe\.pack=3: must divide moe\.experts=8"),
+        ({"pack": 0}, r"moe\.pack=0: must divide"),
+        ({"pack": 16}, r"moe\.pack=16: must divide"),
+        ({"pack": None}, r"packed needs moe\.pack"),
+        ({"builder": Builder.balanced}, r"moe\.builder=balanced with moe\.pack=4"),
+    ],
+)
+def test_a_wrong_pack_is_refused(options, line):
+    with pytest.raises(UserError, match=line):
+        replace(PACKED, **options)
+
+
 def test_load_balance_equals_a_plain_count():
     table = build(replace(SMALL, rows=23), num_tables=2)[1]
     ids = text(5, 500)
@@ -135,12 +241,13 @@ def test_long_texts_are_counted_in_chunks(monkeypatch):
     assert all(map(same, whole, build()))
 
 
-def test_a_table_depends_on_seed_and_number_only():
-    first, second = build()
-    assert all(map(same, (first, second), build()))
-    assert same(first, build(num_tables=1)[0])
-    assert same(second, build(num_tables=5)[1])
-    other = build(seed=4)[0]
+@pytest.mark.parametrize("moe", [SMALL, PACKED], ids=["balanced", "packed"])
+def test_a_table_depends_on_seed_and_number_only(moe):
+    first, second = build(moe)
+    assert all(map(same, (first, second), build(moe)))
+    assert same(first, build(moe, num_tables=1)[0])
+    assert same(second, build(moe, num_tables=5)[1])
+    other = build(moe, seed=4)[0]
     for different in (second, other):
         assert not torch.equal(first.order_rE, different.order_rE)
         assert not torch.equal(first.logits_rE, different.logits_rE)
@@ -192,6 +299,13 @@ def test_cache_key_covers_every_input(change, tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_cache_key_of_packed_tables_covers_pack_and_text(tmp_path):
+    build(PACKED, cache_dir=tmp_path)
+    build(replace(PACKED, pack=2), cache_dir=tmp_path)
+    build(PACKED, text(1), cache_dir=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_a_damaged_cache_file_is_built_again(tmp_path, caplog):
     cold = build(cache_dir=tmp_path)
     (path,) = tmp_path.iterdir()
@@ -206,15 +320,25 @@ def test_a_damaged_cache_file_is_built_again(tmp_path, caplog):
 @pytest.mark.parametrize("weights", list(RouteWeights))
 @pytest.mark.parametrize("builder", list(Builder))
 def test_state_round_trip(weights, builder):
-    table = build(replace(SMALL, weights=weights, builder=builder), seed=2**62)[1]
+    pack = 2 if builder is Builder.packed else None
+    table = build(replace(SMALL, weights=weights, builder=builder, pack=pack), seed=2**62)[1]
     state = table_state(table)
     assert all(tensor.is_contiguous() for tensor in state.values())
     back = table_from_state({name: tensor.clone() for name, tensor in state.items()})
-    for name in ("ngram", "vocab_size", "seed", "index", "builder"):
+    assert table.pack == (pack or 4)
+    for name in ("ngram", "vocab_size", "seed", "index", "builder", "pack"):
         assert getattr(back, name) == getattr(table, name)
     assert torch.equal(back.order_rE, table.order_rE)
     assert (back.logits_rE is None) == (table.logits_rE is None)
     assert back.logits_rE is None or torch.equal(back.logits_rE, table.logits_rE)
+
+
+def test_a_state_from_before_packing_still_loads():
+    table = build()[0]
+    state = table_state(table)
+    del state["pack"]
+    back = table_from_state(state)
+    assert same(back, table) and back.pack == 4
 
 
 @pytest.fixture(scope="module")
@@ -225,8 +349,8 @@ def enwik8():
     return np.fromfile(path, np.uint8)
 
 
-def enwik8_tables(ids, builder=Builder.balanced):
-    moe = MoEConfig(ngram=2, experts=16, builder=builder, weights=RouteWeights.uniform)
+def enwik8_tables(ids, builder=Builder.balanced, pack=None):
+    moe = MoEConfig(ngram=2, experts=16, builder=builder, pack=pack, weights=RouteWeights.uniform)
     return build_tables(moe, 256, ids, num_tables=4, seed=1111, cache_dir=None)
 
 
@@ -239,6 +363,21 @@ def test_second_half_of_enwik8_is_balanced(enwik8):
     assert (
         min(load_balance(table, second, 1) for table in enwik8_tables(first, Builder.random)) > 1.2
     )
+
+
+def test_packed_tables_on_the_second_half_of_enwik8(enwik8):
+    half = enwik8.size // 2
+    first, second = enwik8[:half], enwik8[half:]
+    for table in enwik8_tables(first, Builder.packed, pack=8):
+        for fitted, held_out in zip(
+            balances(table, first, (4,)), balances(table, second, (4,)), strict=True
+        ):
+            assert (
+                max(fitted.experts, fitted.blocks, fitted.ranks[4].load) <= 1.001 or fitted.k == 1
+            )
+            assert held_out.experts <= 1.06 and held_out.blocks <= 1.03
+        assert held_out.k == 16
+        assert balances(table, second, (4,))[7].ranks[4].touched == 2
 
 
 def test_valid_split_of_enwik8_and_independent_layers(enwik8):

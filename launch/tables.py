@@ -1,0 +1,85 @@
+"""How evenly a run's tables load experts and ranks: `python -m launch.tables experiment=enwik8_hashed ranks=[2,4,8]`.
+
+Builds the tables as training would and counts them on one split of the text. Loads are max / mean (1 is perfectly even) of
+the worst table; ranks touched by a token and rows on the wire are means over the tables. Prints one line for each k and,
+as its last line, one JSON object.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import fmean
+
+from engine.build import build_routers
+from engine.config import Config, Router, Split, require
+from engine.corpus import prepare
+from engine.moe.balance import Balance, RankBalance, balances
+from launch.cli import run_program
+from launch.console import table
+
+
+@dataclass
+class TablesArgs(Config):
+    """Options: a run's configuration, and what to count."""
+
+    ranks: list[int] = field(default_factory=lambda: [2, 4, 8])
+    """Sizes of the expert group."""
+    split: Split = Split.valid
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        bad = [num for num in self.ranks if num < 1 or self.moe.experts % num]
+        require(not bad, f"ranks={bad}: must divide moe.experts={self.moe.experts}")
+        require(
+            self.moe.router is Router.hashed,
+            f"moe.router={self.moe.router.name}: only hashed has tables",
+        )
+
+
+def over_tables(same_k: Sequence[Balance]) -> Balance:
+    """Put the balances of several tables at one k together: the worst loads, the mean of what travels."""
+    ranks = {
+        num: RankBalance(
+            load=max(found.ranks[num].load for found in same_k),
+            touched=fmean(found.ranks[num].touched for found in same_k),
+            wire_rows=fmean(found.ranks[num].wire_rows for found in same_k),
+        )
+        for num in same_k[0].ranks
+    }
+    experts, blocks = (max(getattr(found, name) for found in same_k) for name in ("experts", "blocks"))  # fmt: skip
+    return Balance(same_k[0].k, experts, blocks, ranks)
+
+
+def tables(args: TablesArgs) -> int:
+    """Build, count and print; returns the exit code."""
+    corpus = prepare(args.corpus, print)
+    routers = build_routers(args, corpus)
+    assert routers is not None
+    ids, pack = corpus.split(args.split), routers[0].table.pack
+    of_tables = [balances(router.table, ids, args.ranks) for router in routers]
+    found = [over_tables(same_k) for same_k in zip(*of_tables, strict=True)]
+    print(
+        f"{len(routers)} tables, builder {args.moe.builder.name}, blocks of {pack}, on {ids.size:,} symbols of the "
+        f"{args.split.name} split"
+    )
+    header = ["k", "experts", "blocks"]
+    for num in args.ranks:
+        header += [f"{num} ranks", "touched", "wire rows"]
+    rows = []
+    for line in found:
+        values = [line.experts, line.blocks]
+        for on in line.ranks.values():
+            values += [on.load, on.touched, on.wire_rows]
+        rows.append([str(line.k), *(f"{value:.3f}" for value in values)])
+    print(table(header, rows))
+    print(json.dumps({"split": args.split.name, "pack": pack, "k": [asdict(line) for line in found]}))  # fmt: skip
+    return 0
+
+
+def main() -> None:
+    """Entry point."""
+    run_program("tables", TablesArgs, tables)
+
+
+if __name__ == "__main__":
+    main()
