@@ -18,6 +18,7 @@ from engine.data import Batch, EvalShares, eval_batches, warm_symbols
 from engine.delivery import Delivery, receive
 from engine.loader import group_batch, plan_batch
 from engine.model import Memory, Routing, TransformerXL
+from engine.moe.auto import gathers
 from engine.moe.routers import HashedRouter
 from engine.parallel.world import World
 
@@ -75,7 +76,8 @@ def evaluate(
             parts = [_share(whole, whole_counted_BQ, rank, world.mesh.world) for rank in ranks]
             batch, counted_BQ = parts[world.mesh.expert_rank]
             group = group_batch([part for part, _ in parts], world.mesh.expert_rank)
-            plans = plan_batch(group, k, routers).plans
+            gather = gathers(config, world.mesh.expert_ranks, k, batch.ids_BQ.numel())
+            plans = plan_batch(group, k, routers, gather=gather).plans
             sent, copied = delivery.send((batch, counted_BQ, plans))
             batch, counted_BQ, plans = receive(sent, copied)
             output = model(

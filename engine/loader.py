@@ -75,15 +75,27 @@ def share_ids(alone: GroupBatch, host: Host) -> GroupBatch:
 
 
 def plan_batch(
-    group: GroupBatch, k: int, routers: Sequence[HashedRouter] | None, *, gather: bool = False
+    group: GroupBatch,
+    k: int,
+    routers: Sequence[HashedRouter] | None,
+    *,
+    gather: bool = False,
+    chunks: int = 1,
 ) -> PlannedBatch:
-    """Plan the batch for each router's table; without routers, pass it on with its k."""
+    """Plan the batch for each router's table; without routers, pass it on with its k.
+
+    Args:
+        gather: for the exchange of all rows (engine/moe/auto.py says when).
+        chunks: parts that are exchanged one behind the other.
+    """
     ids_PBQ, left_PBC = group.ids_PBQ, group.left_PBC
     segment = ids_PBQ.shape[2]
     token_T = (group.stream_PB[..., None] * segment + torch.arange(segment)).flatten()
     plans = None
     if routers is not None:
-        plans = tuple(router.plan(ids_PBQ, left_PBC, k, gather=gather) for router in routers)
+        plans = tuple(
+            router.plan(ids_PBQ, left_PBC, k, gather=gather, chunks=chunks) for router in routers
+        )
     return PlannedBatch(group, group.own, k, plans, token_T)
 
 

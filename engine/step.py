@@ -31,6 +31,8 @@ class StepTimes:
     experts_ms: float = 0.0  # part of forward_ms
     backward_ms: float = 0.0
     optimizer_ms: float = 0.0
+    exchange_exposed_ms: float = 0.0  # part of forward_ms and backward_ms
+    exchange_hidden_ms: float = 0.0  # beside computation
 
     @property
     def outside_ms(self) -> float:
@@ -50,6 +52,7 @@ class StepResult:
     load_max_over_mean: (
         float  # busiest expert of any layer against the mean; 1 is perfect, 0 for dense
     )
+    wire_bytes: int = 0  # rows that left any rank
     stop_asked: bool = False  # of any rank
     times: StepTimes = field(default_factory=StepTimes)
 
@@ -92,6 +95,8 @@ def train_step(
     rate = learning_rate(config.optim, step, config.train.steps)
     engine.set_lr(rate)
     outputs: list[Output] = []
+    wire = engine.wire
+    sent_before = wire.sent_bytes if wire else 0
     for micro in range(config.train.accumulation):
         planned, wait_seconds = loader.next()
         times.plan_wait_ms += 1e3 * wait_seconds
@@ -107,7 +112,8 @@ def train_step(
         forward_times.take()  # with recomputation, backward runs the modules again
         memory[micro] = output.memory
         outputs.append(output)
-    totals = _totals(outputs, world, stop_asked)
+    sent = wire.sent_bytes - sent_before if wire else 0
+    totals = _totals(outputs, world, stop_asked, sent)
     if not math.isfinite(totals.loss + totals.auxiliary_loss):
         raise _everywhere(f"the loss is {totals.loss + totals.auxiliary_loss} at step {step}")
     clock.lap_ms()
@@ -122,9 +128,12 @@ def train_step(
         learning_rate=rate,
         grad_norm=engine.grad_norm(),
         load_max_over_mean=totals.load_max_over_mean,
+        wire_bytes=totals.wire_bytes,
         stop_asked=totals.stop_asked,
         times=times,
     )
+    if wire is not None:
+        times.exchange_exposed_ms, times.exchange_hidden_ms = wire.take_times()
     times.step_ms = clock.total_ms()
     return result
 
@@ -149,23 +158,26 @@ class _Totals(NamedTuple):
     loss: float
     auxiliary_loss: float
     stop_asked: bool
+    wire_bytes: int
     load_max_over_mean: float
 
 
-def _totals(outputs: list[Output], world: World, stop_asked: bool) -> _Totals:
+def _totals(outputs: list[Output], world: World, stop_asked: bool, sent_bytes: int) -> _Totals:
     """Means over micro-batches and ranks: one sum over the ranks, and the only read-back of a step from the device."""
     nll = torch.stack([output.nll_BQ.mean() for output in outputs]).double().sum()
     auxiliary = torch.stack([output.auxiliary_loss for output in outputs]).double().sum()
     counts = [output.count_LE for output in outputs if output.count_LE is not None]
-    parts = [torch.stack((nll, auxiliary, torch.full_like(nll, float(stop_asked))))]
+    own = torch.tensor([stop_asked, sent_bytes], dtype=torch.float64, device=nll.device)
+    parts = [torch.stack((nll, auxiliary)), own]
     if counts:
         parts.append(torch.stack(counts).sum(0).to(nll.device, torch.float64).flatten())
-    loss, auxiliary_loss, stops, *load = world.sum(torch.cat(parts)).tolist()
+    loss, auxiliary_loss, stops, wire_bytes, *load = world.sum(torch.cat(parts)).tolist()
     number = len(outputs) * world.mesh.world
     return _Totals(
         loss / number,
         auxiliary_loss / number,
         stops > 0,
+        int(wire_bytes),
         max(load) * len(load) / sum(load) if load else 0.0,
     )
 

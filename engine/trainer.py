@@ -31,6 +31,7 @@ from engine.loader import (
 )
 from engine.metrics import Metrics, memory_bytes, peak_memory_bytes
 from engine.model import Memory
+from engine.moe.auto import gathers
 from engine.moe.hashing import hash64
 from engine.moe.routers import HashedRouter
 from engine.moe.schedule import active_experts
@@ -223,7 +224,9 @@ class Trainer:
             return share_ids(group_batch(batches), world.planning_group)
 
         def plan(group: GroupBatch, k: int) -> PlannedBatch:
-            return plan_batch(group, k, self.routers)
+            tokens = group.own.ids_BQ.numel()
+            gather = gathers(config, mesh.expert_ranks, k, tokens)
+            return plan_batch(group, k, self.routers, gather=gather, chunks=config.parallel.chunks)
 
         return PlannedLoader(
             make_batch,
@@ -319,9 +322,7 @@ class _Window:
             "tokens_per_second": 1e3 * self.symbols_per_step / mean_ms("step_ms"),
             "memory_bytes": memory_bytes(),
             "peak_memory_bytes": peak_memory_bytes(),
-            "wire_bytes": 0,  # one rank
-            "exchange_exposed_ms": 0,
-            "exchange_hidden_ms": 0,
+            "wire_bytes": last.wire_bytes,
             "mfu": 0,  # peak unknown
         }
         for name in (*StepTimes.__dataclass_fields__, "outside_ms"):

@@ -94,9 +94,10 @@ def test_other_splits_are_seen():
     """Negative control of the last comparison: ids and tables agree and the plan is still another one."""
 
     def spoil(planned):
-        sent = planned.plans[1].send_splits
-        wrong = replace(planned.plans[1], send_splits=(sent[0] - 1, sent[1] + 1))
-        return replace(planned, plans=(planned.plans[0], wrong))
+        plan = planned.plans[1]
+        sent = plan.send_splits
+        part = replace(plan.parts[0], send_splits=(sent[0] - 1, sent[1] + 1))
+        return replace(planned, plans=(planned.plans[0], replace(plan, parts=(part,))))
 
     found = run_threads(lambda host: take(host, spoil=spoil if host.rank == 3 else None), RANKS)
     for problem in found:

@@ -22,7 +22,6 @@ from engine.config import (
     ModelConfig,
     MoEConfig,
     OptimConfig,
-    Precision,
     ScheduleConfig,
     TrainConfig,
 )
