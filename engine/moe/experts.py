@@ -71,7 +71,7 @@ class Experts(nn.Module):
 
     def _call(self, rows_RD: Tensor, part: Part, k: int, dropout: Dropout | None) -> PartCall:
         if dropout is not None and part.received_R is not None:
-            dropout = replace(dropout, token_R=dropout.token_R[part.received_R])
+            dropout = replace(dropout, token_R=dropout.token_R.index_select(0, part.received_R))
         options = {
             "dropout": dropout,
             "masked": k >= self.masked_from_k,
