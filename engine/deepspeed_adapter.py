@@ -9,6 +9,7 @@ used. PRIVATE_NAMES lists the undocumented names relied on; a test fails when on
 import contextlib
 import io
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any
@@ -25,8 +26,10 @@ from engine.optim import build_optimizer
 from engine.parallel.collectives import Wire, add_up
 from engine.parallel.mesh import Mesh
 
-# All of foreroute runs on the CPU so far, also where there is a GPU.
-os.environ["DS_ACCELERATOR"] = "cpu"
+# DeepSpeed looks for its accelerator when it is imported. DS_ACCELERATOR=cpu keeps a run off the GPUs.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+# DeepSpeed calls collectives by names that PyTorch is about to drop.
+warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", FutureWarning)
 import deepspeed
 import deepspeed.ops
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
@@ -403,4 +406,5 @@ def _start_process_group(world: int) -> None:
         return
     if world != 1:
         raise RuntimeError(f"world={world}: start the process group before the engine")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
