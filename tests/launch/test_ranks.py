@@ -92,14 +92,16 @@ def test_two_processes_train_like_one(tmp_path, alone, peer_ids):
 
 
 @pytest.mark.dist
-def test_a_killed_rank_is_named(tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=lambda how: how.name)
+def test_a_lost_rank_is_named(tmp_path, how):
+    """Killed: its connections break. Stopped: they stay, and the other rank waits in a collective."""
     with Ranks(tmp_path, ["train.steps=100000", "train.log_every=5"]) as ranks:
         ranks.wait_for_steps()
-        ranks.processes[1].kill()
-        code, _, stderr = ranks.wait()[0]
-    assert code == 1
+        ranks.processes[1].send_signal(how)
+        _, stderr = ranks.processes[0].communicate(timeout=100)
+    assert ranks.processes[0].returncode == 1
     (line,) = lines(stderr)
-    assert "rank 1 is lost" in line and "step" in line
+    assert line.startswith("foreroute: rank 1 is lost: no sign of life") and "last seen at" in line
 
 
 @pytest.mark.dist
