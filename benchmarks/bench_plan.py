@@ -33,11 +33,13 @@ RANKS, STREAMS, SEGMENT, K = 8, 22, 512, 8
 class GroupRouter(HashedRouter):
     """Plans for one rank of eight, as on eight GPUs, and then gives the plan of the one rank that really runs."""
 
-    def plan(self, ids_PBQ: Tensor, left_PBC: Tensor, k: int, *, gather: bool = False) -> Plan:
+    def plan(
+        self, ids_PBQ: Tensor, left_PBC: Tensor, k: int, *, gather: bool = False, chunks: int = 1
+    ) -> Plan:
         """Plan twice."""
         everyone = torch.cat([ids_PBQ] * RANKS), torch.cat([left_PBC] * RANKS)
         self.group.plan(*everyone, k)
-        return super().plan(ids_PBQ, left_PBC, k, gather=gather)
+        return super().plan(ids_PBQ, left_PBC, k, gather=gather, chunks=chunks)
 
     @property
     def group(self) -> HashedRouter:
@@ -100,7 +102,8 @@ def main() -> None:
         arm()
     arm.loader.close()
     wait = sum(t.plan_wait_ms for t in arm.times[1:]) / sum(t.step_ms for t in arm.times[1:])
-    print(f"{environment()}, {plan.rows.num_rows} expert rows over {plan.rows.num_inputs} received")
+    rows = plan.parts[0].rows
+    print(f"{environment()}, {rows.num_rows} expert rows over {rows.num_inputs} received")
     print_table(["one table, one core", "ms"], [[name, ms] for name, ms in times.items()])
     print_result({"plan_ms": times["ids to plan"], "plan_wait_fraction": wait})
 

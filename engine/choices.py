@@ -113,6 +113,13 @@ class WireFormat(Enum):
     bf16 = "bf16"
 
 
+BalanceOver = Enum("BalanceOver", {"global": "global", "micro": "micro"})
+"""Whose tokens a learned router's balance loss counts: those of all ranks in a forward pass, or each rank's own.
+
+A call, because `global` is a word of Python's.
+"""
+
+
 class PeerIds(Enum):
     """Where a rank learns the token ids of the others of its expert group, for its plans."""
 

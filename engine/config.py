@@ -12,6 +12,7 @@ from typing import Any
 from engine.choices import (
     Activation,
     Backend,
+    BalanceOver,
     Builder,
     Corpus,
     Decay,
@@ -137,6 +138,9 @@ class MoEConfig:
     """One table for all layers instead of one for each."""
     balance_loss: float = 0.01
     """Weight of the load-balance loss of a learned router."""
+    balance_over: BalanceOver = BalanceOver["global"]
+    """Tokens over which a learned router is balanced: global, those of all ranks in one forward pass, or micro, each rank's
+    own, which forces every small share of the text to be balanced by itself."""
     z_loss: float = 0.0
     """Weight of the router z-loss of a learned router."""
 
@@ -316,6 +320,12 @@ class ParallelConfig:
     expert_ranks: int = 1
     """Ranks of an expert group: each holds moe.experts / expert_ranks experts; must divide the world."""
     exchange: ExchangeKind = ExchangeKind.tokens
+    link_gb_per_s: float = 50.0
+    """For exchange=auto: what a rank sends to other ranks, in 1e9 bytes per second; 50 is a port of 400 Gbit/s."""
+    message_us: float = 5.0
+    """For exchange=auto: microseconds that a message costs whatever its size; more favours gather, which needs fewer."""
+    memory_gb_per_s: float = 2000.0
+    """For exchange=auto: memory bandwidth for packing rows, in 1e9 bytes per second; 2000 is a recent GPU's."""
     wire: WireFormat = WireFormat.model
     chunks: int = 1
     """Parts of a micro-batch that are exchanged one behind the other, so that rows travel while experts compute. 1 is off."""
@@ -324,7 +334,11 @@ class ParallelConfig:
     """Seconds without a sign of life after which a rank counts as lost and the others end."""
 
     def __post_init__(self) -> None:
-        _at_least("parallel", self, expert_ranks=1, chunks=1, timeout_s=1)
+        _at_least("parallel", self, expert_ranks=1, chunks=1, timeout_s=1, message_us=0)
+        for name in ("link_gb_per_s", "memory_gb_per_s"):
+            require(
+                getattr(self, name) > 0, f"parallel.{name}={getattr(self, name)}: must be above 0"
+            )
 
 
 @dataclass
@@ -368,6 +382,10 @@ class Config:
         require(
             not self.eval.same_length or memory >= 1,
             f"eval.same_length=true: needs a memory of at least 1, it is {memory}",
+        )
+        require(
+            self.parallel.chunks == 1 or self.kernels.backend is not Backend.reference,
+            f"parallel.chunks={self.parallel.chunks}: kernels.backend=reference has only 1",
         )
         self.streams_per_micro_batch(world=1)
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from engine.config import Config, Precision, require
-from engine.moe.exchange import Tokens
+from engine.choices import BalanceOver
+from engine.config import Config, Precision, Router, require
+from engine.moe.exchange import build_exchange
 from engine.moe.layer import MoELayer
 from engine.optim import build_optimizer
 from engine.parallel.collectives import Wire
@@ -49,6 +50,9 @@ _MAX_BUCKET = 500_000_000  # elements; DeepSpeed's default
 
 class Engine:
     """A model in training: what foreroute needs of a DeepSpeed engine."""
+
+    wire: Wire | None = None
+    """What the layers exchange rows through, with its counts and times; None on one rank."""
 
     def __init__(self, engine: Any, accumulation: int) -> None:
         self._engine = engine
@@ -212,9 +216,24 @@ def start(model: nn.Module, config: Config, mesh: Mesh | None = None) -> Engine:
     optimizer = build_optimizer(parameters, config.optim)
     with contextlib.redirect_stdout(io.StringIO()):  # bf16 prints memory use; warnings pass
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
-    for layer in shared:
-        layer.exchange = Tokens(Wire(layer.ep_group))  # type: ignore[arg-type]
-    return Engine(engine, config.train.accumulation)
+    result = Engine(engine, config.train.accumulation)
+    if shared:
+        result.wire = Wire(shared[0].ep_group, deepspeed.comm, result.device)  # type: ignore[arg-type]
+        for layer in shared:
+            layer.exchange = build_exchange(result.wire, config.parallel)
+    _balance_over_ranks(model, config, mesh)
+    return result
+
+
+def _balance_over_ranks(model: nn.Module, config: Config, mesh: Mesh) -> None:
+    """Let learned routers count the tokens of all ranks for their balance loss, if they shall."""
+    everywhere = config.moe.balance_over is BalanceOver["global"] and mesh.world > 1
+    if config.moe.router is not Router.learned or not everywhere:
+        return
+    world = Wire(None, deepspeed.comm)
+    for layer in model.modules():
+        if isinstance(layer, MoELayer):
+            layer.world = world
 
 
 def _share_experts(layer: MoELayer, mesh: Mesh) -> None:

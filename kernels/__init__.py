@@ -7,7 +7,7 @@ reference beside it. Import from here: `from kernels import moe_ffn, ExpertRows`
 from kernels.combine import combine
 from kernels.dropout import Dropout, keep_mask
 from kernels.expert_ffn import expert_ffn
-from kernels.moe_ffn import moe_ffn
+from kernels.moe_ffn import moe_ffn, moe_ffn_backward, moe_ffn_forward
 from kernels.operands import ExpertWeights
 from kernels.permute_rows import permute_rows, unpermute_rows
 from kernels.rows import ExpertRows, expert_rows, expert_rows_from_lists
@@ -22,6 +22,8 @@ __all__ = [
     "expert_rows_from_lists",
     "keep_mask",
     "moe_ffn",
+    "moe_ffn_backward",
+    "moe_ffn_forward",
     "permute_rows",
     "unpermute_rows",
 ]

@@ -27,10 +27,12 @@ from kernels.expert_ffn import (
 from kernels.moe_ffn_masked import masked_backward, masked_forward
 from kernels.operands import (
     ExpertWeights,
+    FfnGradients,
     Options,
     Saved,
     check_dropout,
     check_rows,
+    check_tensor,
     check_weights,
     pack_dropout,
     pack_weights,
@@ -86,14 +88,7 @@ def moe_ffn(
         [[13.0, 0.5], [8.5, 19.5]]
     """
     options = resolve_options(x_RD, backend, mode, precision)
-    check_rows(rows, x_RD, debug=debug)
-    check_weights(x_RD, weights, rows, options.backend)
-    check_weight(weight_N, rows, x_RD)
-    check_dropout(dropout, x_RD)
-    if masked and options.backend != "cpu":
-        raise ValueError(
-            f"masked=True: backend {options.backend!r} multiplies only the chosen experts"
-        )
+    _check(x_RD, weight_N, weights, rows, dropout, options, masked=masked, debug=debug)
     if options.backend == "reference":
         y_ND = expert_ffn_reference(x_RD, weights, rows, dropout)
         return combine_reference(y_ND, weight_N, rows)
@@ -103,6 +98,84 @@ def moe_ffn(
         *options,
     )  # fmt: skip
     return out_RD
+
+
+def moe_ffn_forward(
+    x_RD: Tensor,
+    weight_N: Tensor,
+    weights: ExpertWeights,
+    rows: ExpertRows,
+    *,
+    save: bool,
+    dweight: bool,
+    dropout: Dropout | None = None,
+    masked: bool = False,
+    backend: str | None = None,
+    mode: str = "lean",
+    precision: str = "ieee",
+    debug: bool = False,
+) -> tuple[Tensor, Saved]:
+    """Run moe_ffn without autograd, for a caller that writes its own autograd function.
+
+    Args:
+        save: moe_ffn_backward will follow; otherwise what is given for it is incomplete.
+        dweight: it will be asked for the gradient of weight_N.
+        others: as for moe_ffn; backend "reference" has no backward pass of its own and is refused.
+
+    Returns:
+        out_RD, and what moe_ffn_backward needs besides the arguments.
+    """
+    options = resolve_options(x_RD, backend, mode, precision)
+    _check(x_RD, weight_N, weights, rows, dropout, options, masked=masked, debug=debug)
+    if options.backend == "reference":
+        raise ValueError("backend='reference': has no backward pass of its own; use moe_ffn")
+    with torch.no_grad():
+        out_RD, *saved = _moe_ffn(
+            x_RD, weight_N, pack_weights(weights), list(rows.tensors()), *pack_dropout(dropout), save, dweight, masked,
+            *options,
+        )  # fmt: skip
+    return out_RD, Saved(*saved)
+
+
+def moe_ffn_backward(
+    dout_RD: Tensor,
+    x_RD: Tensor,
+    weight_N: Tensor,
+    weights: ExpertWeights,
+    rows: ExpertRows,
+    saved: Saved,
+    *,
+    dweight: bool,
+    dropout: Dropout | None = None,
+    masked: bool = False,
+    backend: str | None = None,
+    mode: str = "lean",
+    precision: str = "ieee",
+    debug: bool = False,
+) -> FfnGradients:
+    """Give the gradients of what moe_ffn_forward computed from the same arguments; dout_RD: of out_RD, contiguous."""
+    options = resolve_options(x_RD, backend, mode, precision)
+    check_tensor("dout_RD", dout_RD, tuple(x_RD.shape), x_RD)
+    with torch.no_grad():
+        dx_RD, dweight_N, *dweights = _moe_ffn_backward(
+            dout_RD, x_RD, weight_N, pack_weights(weights), list(rows.tensors()), list(saved), *pack_dropout(dropout),
+            dweight, masked, *options,
+        )  # fmt: skip
+    return FfnGradients(dx_RD, unpack_weights(dweights), dweight_N if dweight else None)
+
+
+def _check(
+    x_RD: Tensor, weight_N: Tensor, weights: ExpertWeights, rows: ExpertRows, dropout: Dropout | None, options: Options,
+    *, masked: bool, debug: bool,
+) -> None:  # fmt: skip
+    check_rows(rows, x_RD, debug=debug)
+    check_weights(x_RD, weights, rows, options.backend)
+    check_weight(weight_N, rows, x_RD)
+    check_dropout(dropout, x_RD)
+    if masked and options.backend != "cpu":
+        raise ValueError(
+            f"masked=True: backend {options.backend!r} multiplies only the chosen experts"
+        )
 
 
 @torch.library.custom_op("foreroute::moe_ffn", mutates_args=())

@@ -2,42 +2,49 @@
 
 `dispatch` gives the rows that this rank's experts read (the Plan's received rows); `combine` takes one partial result
 per received row and gives one row per local token. The two are each other's transposes, so backward is one of them.
-`Local`: one rank, nothing moves. `Tokens`: one uneven all-to-all, each token once per rank that has one of its experts.
-`Gather`: all rows to all ranks, for large k. Two collectives a layer and direction, whose sizes the Plan knows: no
-counts are exchanged and the host is never waited for.
+`Local`: one rank, nothing moves. `Exchange`: over a process group, in the way that the plan was made for:
 
-Letters: T local tokens, D width, S sent rows, R received rows.
+    tokens   one uneven all-to-all: each token once to each rank that has one of its experts, where the partial sum of
+             these experts is made; one row back from there
+    gather   all rows to all ranks, and the partial results added up on the way back, for large k
+
+Either way two collectives a layer, part and direction, whose sizes the Plan knows: no counts are exchanged and the host is
+never waited for. A plan in several parts is exchanged inside the experts' call (engine/moe/pipeline.py): dispatch and
+combine then leave the rows as they are.
+
+Letters: T local tokens (t: of one part), D width, S sent rows, R received rows, P ranks of the expert group.
 """
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from engine.moe.plan import Plan
+from engine.choices import WireFormat
+from engine.config import ParallelConfig
+from engine.moe.auto import use_gather
+from engine.moe.live_plan import build_live_plan
+from engine.moe.plan import Part, Plan, Route, build_plan
 from engine.parallel.collectives import Wire
+from engine.parallel.flights import Flight
 from kernels import combine, permute_rows
 
-
-class Exchange(Protocol):
-    """What the layer needs of an exchange."""
-
-    def dispatch(self, x_TD: Tensor, plan: Plan) -> Tensor:
-        """Return the received rows [R, D]."""
-        ...
-
-    def combine(self, partial_RD: Tensor, plan: Plan) -> Tensor:
-        """Return one row for each local token [T, D]."""
-        ...
+_DTYPES = {WireFormat.model: None, WireFormat.fp32: torch.float32, WireFormat.bf16: torch.bfloat16}
 
 
 class Local:
     """Exchange of a one-rank expert group: no collective, no copy, zero bytes."""
 
+    def plan(self, route: Route, num_experts: int, x_TD: Tensor) -> Plan:
+        """Make the plan of a live router's route."""
+        return build_plan(route, num_experts)
+
     def dispatch(self, x_TD: Tensor, plan: Plan) -> Tensor:
         """Return the received rows [R, D], here the tokens themselves."""
-        _check_tokens(x_TD, plan.send_splits[0])
+        _check(x_TD, plan, ranks=1)
         return x_TD
 
     def combine(self, partial_RD: Tensor, plan: Plan) -> Tensor:
@@ -45,94 +52,110 @@ class Local:
         return partial_RD
 
 
-class Tokens:
-    """Each token goes once to each rank that holds one of its experts; one partial sum comes back from there."""
+@dataclass(frozen=True, slots=True)
+class Moving:
+    """Rows on their way."""
 
-    def __init__(self, wire: Wire, dtype: torch.dtype | None = None) -> None:
-        """Exchange over a process group; rows travel in `dtype`, or as they are."""
-        self.wire, self.dtype = wire, dtype
+    flight: Flight
+    finish: Callable[[Tensor], Tensor]
+
+    def wait(self) -> Tensor:
+        """Give them where they arrive."""
+        return self.finish(self.flight.wait())
+
+
+class Exchange:
+    """Exchange over a process group."""
+
+    def __init__(self, wire: Wire, parallel: ParallelConfig) -> None:
+        """Take the group; rows travel in the configuration's number format, and gather adds them up in it."""
+        self.wire, self.parallel = wire, parallel
+        self.dtype: torch.dtype | None = _DTYPES[parallel.wire]
+
+    def plan(self, route: Route, num_experts: int, x_TD: Tensor) -> Plan:
+        """Make the plan of a live router's routes, one of each rank; a collective (engine/moe/live_plan.py)."""
+        tokens, width = x_TD.shape
+        gather = use_gather(
+            self.parallel, experts=num_experts, ranks=self.wire.ranks, k=route.expert_TK.shape[1], tokens=tokens,
+            width=width, itemsize=(self.dtype or x_TD.dtype).itemsize,
+        )  # fmt: skip
+        return build_live_plan(route, num_experts, self.wire, gather=gather, chunks=self.parallel.chunks)  # fmt: skip
 
     def dispatch(self, x_TD: Tensor, plan: Plan) -> Tensor:
         """Return the received rows [R, D]: rank by rank, in the order of the sender's tokens."""
-        if plan.send is None:
-            raise ValueError("the plan was made for another exchange than tokens")
-        _check_tokens(x_TD, plan.send.num_inputs)
-        received_RD: Tensor = _ToExperts.apply(x_TD, self, plan)
+        _check(x_TD, plan, ranks=self.wire.ranks)
+        if len(plan.parts) > 1:
+            return x_TD
+        received_RD: Tensor = _ToExperts.apply(x_TD, self, plan.parts[0])
         return received_RD
 
     def combine(self, partial_RD: Tensor, plan: Plan) -> Tensor:
         """Return the sum of each local token's partial results [T, D]."""
-        y_TD: Tensor = _ToTokens.apply(partial_RD, self, plan)
+        if len(plan.parts) > 1:
+            return partial_RD
+        y_TD: Tensor = _ToTokens.apply(partial_RD, self, plan.parts[0])
         return y_TD
 
-    def to_experts(self, x_TD: Tensor, plan: Plan) -> Tensor:
-        """Move rows from tokens to experts, without autograd."""
-        assert plan.send is not None
-        rows_SD = permute_rows(x_TD, plan.send.source_N, dtype=self.dtype)
-        received_RD = self.wire.all_to_all(rows_SD, plan.send_splits, plan.recv_splits)
-        return received_RD.to(x_TD.dtype)
+    def to_experts(self, x_tD: Tensor, part: Part) -> Moving:
+        """Send a part's rows from tokens to experts, without autograd; the received rows arrive."""
+        dtype = self.dtype or x_tD.dtype
+        with self.wire.aside(x_tD):
+            if part.send is None:
+                # Expert group, [t, D] to [P * t, D].
+                flight = self.wire.all_gather(x_tD.to(dtype))
+            else:
+                # Expert group, [S, D] to [R, D].
+                rows_SD = permute_rows(x_tD, part.send.source_N, dtype=dtype)
+                flight = self.wire.all_to_all(rows_SD, part.send_splits, part.recv_splits)
+        return Moving(flight, lambda received_RD: received_RD.to(x_tD.dtype))
 
-    def to_tokens(self, partial_RD: Tensor, plan: Plan) -> Tensor:
-        """Move rows from experts to tokens and add up each token's, without autograd."""
-        assert plan.send is not None
-        rows_RD = partial_RD.to(self.dtype or partial_RD.dtype)
-        rows_SD = self.wire.all_to_all(rows_RD, plan.recv_splits, plan.send_splits)
-        return combine(rows_SD.to(partial_RD.dtype), None, plan.send)
-
-
-class Gather:
-    """All rows go to all ranks and the partial results are added up on the way back; needs a plan with gather=True."""
-
-    def __init__(self, wire: Wire, dtype: torch.dtype | None = None) -> None:
-        """Exchange over a process group; rows travel (and are added up) in `dtype`, or as they are."""
-        self.wire, self.dtype = wire, dtype
-
-    def dispatch(self, x_TD: Tensor, plan: Plan) -> Tensor:
-        """Return the rows of all ranks [R, D], R = P * T."""
-        if plan.send is not None or plan.rows.num_inputs != self.wire.ranks * x_TD.shape[0]:
-            raise ValueError("the plan was made for another exchange than gather")
-        received_RD: Tensor = _ToExperts.apply(x_TD, self, plan)
-        return received_RD
-
-    def combine(self, partial_RD: Tensor, plan: Plan) -> Tensor:
-        """Return the sum of the ranks' partial results for the local tokens [T, D]."""
-        y_TD: Tensor = _ToTokens.apply(partial_RD, self, plan)
-        return y_TD
-
-    def to_experts(self, x_TD: Tensor, plan: Plan) -> Tensor:
-        """Move rows from tokens to experts, without autograd."""
-        return self.wire.all_gather(x_TD.to(self.dtype or x_TD.dtype)).to(x_TD.dtype)
-
-    def to_tokens(self, partial_RD: Tensor, plan: Plan) -> Tensor:
-        """Move rows from experts to tokens and add up each token's, without autograd."""
-        rows_RD = partial_RD.to(self.dtype or partial_RD.dtype)
-        return self.wire.reduce_scatter(rows_RD).to(partial_RD.dtype)
+    def to_tokens(self, partial_RD: Tensor, part: Part) -> Moving:
+        """Send a part's rows from experts to tokens, without autograd; the sum of each token's rows arrives."""
+        dtype, send = partial_RD.dtype, part.send
+        with self.wire.aside(partial_RD):
+            rows_RD = partial_RD.to(self.dtype or dtype)
+            if send is None:
+                # Expert group, [P * t, D] to [t, D].
+                flight = self.wire.reduce_scatter(rows_RD)
+                return Moving(flight, lambda sum_tD: sum_tD.to(dtype))
+            # Expert group, [R, D] to [S, D].
+            flight = self.wire.all_to_all(rows_RD, part.recv_splits, part.send_splits)
+        return Moving(flight, lambda rows_SD: combine(rows_SD.to(dtype), None, send))
 
 
-def _check_tokens(x_TD: Tensor, num_tokens: int) -> None:
-    if x_TD.shape[0] != num_tokens:
-        raise ValueError(f"x_TD has {x_TD.shape[0]} rows: the plan is for {num_tokens} tokens")
+def build_exchange(wire: Wire, parallel: ParallelConfig) -> Exchange | Local:
+    """Make the exchange of a process group."""
+    return Local() if wire.ranks == 1 else Exchange(wire, parallel)
+
+
+def _check(x_TD: Tensor, plan: Plan, *, ranks: int) -> None:
+    if len(plan.parts[0].send_splits) != ranks:
+        raise ValueError(
+            f"the plan is for an expert group of {len(plan.parts[0].send_splits)} ranks: this one has {ranks}"
+        )
+    if x_TD.shape[0] != plan.num_tokens:
+        raise ValueError(f"x_TD has {x_TD.shape[0]} rows: the plan is for {plan.num_tokens} tokens")
 
 
 class _ToExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, exchange: Tokens | Gather, plan: Plan) -> Tensor:
-        ctx.exchange, ctx.plan = exchange, plan
-        return exchange.to_experts(x_TD.contiguous(), plan)
+    def forward(ctx: Any, x_TD: Tensor, exchange: Exchange, part: Part) -> Tensor:
+        ctx.exchange, ctx.part = exchange, part
+        return exchange.to_experts(x_TD.contiguous(), part).wait()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_received_RD: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.exchange.to_tokens(d_received_RD.contiguous(), ctx.plan), None, None
+        return ctx.exchange.to_tokens(d_received_RD.contiguous(), ctx.part).wait(), None, None
 
 
 class _ToTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, partial_RD: Tensor, exchange: Tokens | Gather, plan: Plan) -> Tensor:
-        ctx.exchange, ctx.plan = exchange, plan
-        return exchange.to_tokens(partial_RD.contiguous(), plan)
+    def forward(ctx: Any, partial_RD: Tensor, exchange: Exchange, part: Part) -> Tensor:
+        ctx.exchange, ctx.part = exchange, part
+        return exchange.to_tokens(partial_RD.contiguous(), part).wait()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_y_TD: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.exchange.to_experts(d_y_TD.contiguous(), ctx.plan), None, None
+        return ctx.exchange.to_experts(d_y_TD.contiguous(), ctx.part).wait(), None, None

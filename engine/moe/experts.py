@@ -4,14 +4,18 @@ Parameter names and layout decide checkpoint keys and are what DeepSpeed's exper
 and, for SwiGLU, w3, each [L, F, D] (one row per hidden unit, also in w2, so that all experts together are one dense
 feed-forward seen as [L*F, D]), and the biases b1 [L, F], b2 [L, D].
 
-Letters: L experts on this rank, D width, F expert hidden width, R received rows.
+Letters: L experts on this rank, D width, F expert hidden width, R received rows, T local tokens.
 """
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from engine.config import Activation, Backend, KernelsConfig, MoEConfig, require
-from engine.moe.plan import Plan
+from engine.moe.exchange import Exchange, Local
+from engine.moe.pipeline import PartCall, run_in_parts
+from engine.moe.plan import Part, Plan
 from kernels import Dropout, ExpertWeights, moe_ffn
 from kernels.launching import can_launch
 
@@ -46,17 +50,35 @@ class Experts(nn.Module):
             if weight is not None:
                 nn.init.normal_(weight, 0.0, std)
 
-    def forward(self, received_RD: Tensor, plan: Plan, dropout: Dropout | None) -> Tensor:
-        """Return the weighted sum [R, D] of each received row's local experts."""
-        return moe_ffn(
-            received_RD,
-            plan.weight_N,
-            ExpertWeights(self.w1, self.b1, self.w2, self.b2, self.w3),
-            plan.rows,
-            dropout=dropout,
-            masked=plan.k >= self.masked_from_k,
-            backend=self.kernels.backend.value,
-            mode=self.kernels.mode.value,
-            precision=self.kernels.precision.value,
-            debug=self.kernels.debug,
-        )
+    def forward(
+        self, rows_RD: Tensor, plan: Plan, dropout: Dropout | None, exchange: Exchange | Local
+    ) -> Tensor:
+        """Return the weighted sum of each received row's local experts.
+
+        All that needs the weights happens in this one call, as ZeRO-3 gathers them around it. So a plan in several parts is
+        exchanged in here, and then rows_RD and the result are the tokens' [T, D].
+
+        Args:
+            dropout: with the numbers of all tokens of the expert group, rank by rank.
+        """
+        weights = ExpertWeights(self.w1, self.b1, self.w2, self.b2, self.w3)
+        calls = [self._call(rows_RD, part, plan.k, dropout) for part in plan.parts]
+        if len(calls) > 1:
+            assert isinstance(exchange, Exchange), "one rank has plans of one part"
+            return run_in_parts(rows_RD, calls, weights, exchange)
+        (call,) = calls
+        return moe_ffn(rows_RD, call.weight_N, weights, call.part.rows, **call.options)
+
+    def _call(self, rows_RD: Tensor, part: Part, k: int, dropout: Dropout | None) -> PartCall:
+        if dropout is not None and part.received_R is not None:
+            dropout = replace(dropout, token_R=dropout.token_R.index_select(0, part.received_R))
+        options = {
+            "dropout": dropout,
+            "masked": k >= self.masked_from_k,
+            "backend": self.kernels.backend.value,
+            "mode": self.kernels.mode.value,
+            "precision": self.kernels.precision.value,
+            "debug": self.kernels.debug,
+        }
+        wide = torch.promote_types(rows_RD.dtype, torch.float32)
+        return PartCall(part, part.weight_N.to(wide), options)

@@ -1,7 +1,7 @@
 """The Mixture-of-Experts layer: dispatch -> experts -> combine, driven by a Plan.
 
 A planned router's Plan comes with the batch. A live router routes here, inside the forward pass, and builds the same
-Plan; after that nothing differs. No routing decision is taken below this file.
+Plan; after that nothing differs. A plan in several parts is exchanged inside the experts' call. No routing decision is taken below this file.
 
 Letters: T local tokens, D width, R received rows, E experts.
 """
@@ -16,9 +16,10 @@ from engine.config import KernelsConfig, ModelConfig, MoEConfig, Router
 from engine.feed_forward import FeedForward
 from engine.moe.exchange import Exchange, Local
 from engine.moe.experts import Experts
-from engine.moe.losses import balance_loss, z_loss
-from engine.moe.plan import Plan, build_plan
+from engine.moe.losses import balance_loss, chosen_counts, z_loss
+from engine.moe.plan import Plan
 from engine.moe.routers import FrozenRouter, LearnedRouter
+from engine.parallel.collectives import Wire
 from kernels import Dropout
 
 
@@ -38,7 +39,7 @@ class LayerOutput(NamedTuple):
 
     y_TD: Tensor
     auxiliary_loss: Tensor  # fp32 scalar, already weighted; zero unless the router is learned
-    count_E: Tensor  # int64: rows of each expert
+    count_E: Tensor  # int64: rows of each expert over the expert group
 
 
 class MoELayer(nn.Module):
@@ -59,7 +60,10 @@ class MoELayer(nn.Module):
         elif moe.router is Router.learned:
             self.router = LearnedRouter(model.width, moe.experts)
         self.experts = Experts(model.width, moe, kernels)
-        self.exchange: Exchange = Local()
+        self.exchange: Exchange | Local = Local()
+        self.world: Wire | None = (
+            None  # all ranks, over which a learned router is balanced; None: this rank's tokens
+        )
         self.first_expert = 0  # global number of the first expert on this rank
         self.shared = None
         if moe.shared_width:
@@ -73,7 +77,7 @@ class MoELayer(nn.Module):
         """
         plan, auxiliary_loss = self._plan(x_TD, call)
         received_RD = self.exchange.dispatch(x_TD, plan)
-        partial_RD = self.experts(received_RD, plan, self._dropout(call, plan))
+        partial_RD = self.experts(received_RD, plan, self._dropout(call), self.exchange)
         y_TD = self.exchange.combine(partial_RD, plan)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
@@ -89,15 +93,18 @@ class MoELayer(nn.Module):
                 )
             return call.plan, no_loss
         live = self.router(x_TD, call.k)
-        plan = build_plan(live.route, live.logits_TE.shape[1])
+        num_experts = live.logits_TE.shape[1]
+        plan = self.exchange.plan(live.route, num_experts, x_TD)
         if isinstance(self.router, FrozenRouter):
             return plan, no_loss
-        loss = self.balance_weight * balance_loss(live.logits_TE, plan.count_E)
+        count_E = chosen_counts(live.route.expert_TK, num_experts)
+        if self.world is not None:
+            count_E = self.world.all_reduce(count_E)
+        loss = self.balance_weight * balance_loss(live.logits_TE, count_E)
         return plan, loss + self.z_weight * z_loss(live.logits_TE)
 
-    def _dropout(self, call: LayerCall, plan: Plan) -> Dropout | None:
+    def _dropout(self, call: LayerCall) -> Dropout | None:
         if call.dropout == 0.0:
             return None
-        token_R = call.token_T if plan.received_R is None else call.token_T[plan.received_R]
         seed = call.dropout_seed * 1_000_003 + self.layer
-        return Dropout(call.dropout, seed, token_R, self.first_expert)
+        return Dropout(call.dropout, seed, call.token_T, self.first_expert)

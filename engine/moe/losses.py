@@ -15,13 +15,25 @@ def balance_loss(logits_TE: Tensor, count_E: Tensor) -> Tensor:
     probabilities by T*K instead of T, so its loss is 1/K of this one: multiply its coefficient accordingly.
 
     Args:
-        count_E: expert rows of each expert, as in Plan.count_E.
+        count_E: expert rows of each expert, from chosen_counts. Added up over the ranks of a run with equal numbers of
+            tokens, they make the mean over ranks of this loss, and of its gradient, those of the ranks' tokens together.
     """
-    fraction_E = count_E.to(logits_TE.device, torch.float32) / count_E.sum()
-    mean_probability_E = logits_TE.float().softmax(dim=-1).mean(dim=0)
+    logits_TE = _wide(logits_TE)
+    fraction_E = count_E.to(logits_TE.device, logits_TE.dtype) / count_E.sum()
+    mean_probability_E = logits_TE.softmax(dim=-1).mean(dim=0)
     return logits_TE.shape[-1] * torch.dot(fraction_E, mean_probability_E)
 
 
 def z_loss(logits_TE: Tensor) -> Tensor:
     """Return the mean over tokens of log(sum_e exp(logit_e)) squared (ST-MoE, arXiv 2202.08906, eq. 5)."""
-    return logits_TE.float().logsumexp(dim=-1).square().mean()
+    return _wide(logits_TE).logsumexp(dim=-1).square().mean()
+
+
+def chosen_counts(expert_TK: Tensor, num_experts: int) -> Tensor:
+    """Count the tokens that chose each expert, int64 [E]; nothing is read back from a device."""
+    chosen_N = expert_TK.reshape(-1)
+    return chosen_N.new_zeros(num_experts).scatter_add_(0, chosen_N, torch.ones_like(chosen_N))
+
+
+def _wide(logits_TE: Tensor) -> Tensor:
+    return logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))

@@ -4,7 +4,7 @@ Everything that depends on the table, k and the rank alone is worked out once fo
 ranks and which local experts it uses, with which weights. A plan is then a few lookups over the tokens of all ranks of
 the group. Pure numpy on the host: no collective, no generator, any thread.
 
-Letters: P ranks of the expert group, T tokens of a rank, E experts, L = E / P experts of a rank, K active experts,
+Letters: P ranks of the expert group, T tokens of a rank, t of them in one part, E experts, L = E / P experts of a rank, K active experts,
 R received rows, N expert rows of this rank, r table rows. Expert e lives on rank e // L.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.moe.plan import Plan
+from engine.moe.plan import Part, Plan, cut
 from engine.moe.tables import Table
 from engine.parallel.mesh import Mesh
 from kernels.rows import ExpertRows
@@ -48,40 +48,51 @@ class TablePlanner:
         self._lookups: dict[int, _Lookups] = {}
         self._lock = threading.Lock()  # the loader's thread plans while validation does
 
-    def plan(self, row_PT: NDArray[np.int64], k: int, *, gather: bool = False) -> Plan:
+    def plan(
+        self, row_PT: NDArray[np.int64], k: int, *, gather: bool = False, chunks: int = 1
+    ) -> Plan:
         """Plan a micro-batch from the table rows of every rank's tokens.
 
         Args:
             gather: for the exchange in which every rank receives all rows, needed or not.
+            chunks: parts that are exchanged one behind the other; one rank has nothing to exchange and makes one.
         """
         found = self._lookups_of(k)
-        num_tokens = row_PT.shape[1]
-        own_T, all_N = row_PT[self.rank], row_PT.reshape(-1)
-        row_R, send, received = all_N, None, None
-        send_splits: tuple[int, ...] = (num_tokens,)
-        recv_splits: tuple[int, ...] = (num_tokens,)
-        wire_rows = 0
-        if gather:
-            send_splits, recv_splits = (num_tokens,) * self.ranks, (num_tokens,) * self.ranks
-            wire_rows = (self.ranks - 1) * num_tokens
-        elif self.ranks > 1:
-            send, _ = _expert_rows(found.rank_Pr, own_T)
+        spans = cut(row_PT.shape[1], chunks if self.ranks > 1 else 1)
+        parts = tuple(self._part(found, row_PT, span, gather=gather) for span in spans)
+        count_E = torch.from_numpy(_count(found.active_rE, row_PT.reshape(-1)))
+        return Plan(k, self.rank, count_E, parts)
+
+    def _part(
+        self, found: _Lookups, row_PT: NDArray[np.int64], span: slice, *, gather: bool
+    ) -> Part:
+        """Plan a share of every rank's tokens."""
+        row_Pt = row_PT[:, span]
+        all_tokens, num_tokens = row_PT.shape[1], row_Pt.shape[1]
+        own_t, all_N = row_Pt[self.rank], row_Pt.reshape(-1)
+        row_R, send, received_R = all_N, None, None
+        send_splits = recv_splits = (num_tokens,) * self.ranks
+        if gather and num_tokens < all_tokens:
+            received_R = np.arange(all_N.size)
+        elif not gather and self.ranks > 1:
+            send, _ = _expert_rows(found.rank_Pr, own_t)
             received_R = np.flatnonzero(found.rank_Pr[self.rank].take(all_N))
-            row_R, received = all_N.take(received_R), torch.from_numpy(received_R)
+            row_R = all_N.take(received_R)
             first_P = np.searchsorted(received_R, np.arange(self.ranks + 1) * num_tokens)
             send_splits, recv_splits = tuple(send.counts()), tuple(np.diff(first_P).tolist())
-            wire_rows = sum(send_splits) - send_splits[self.rank]
+        if (
+            received_R is not None and num_tokens < all_tokens
+        ):  # from places in the part to places in the group
+            others = all_tokens - num_tokens
+            received_R = received_R + received_R // num_tokens * others + span.start
         rows, weight_N = _expert_rows(found.local_Lr, row_R, found.weight_Lr)
-        return Plan(
-            k=k,
+        return Part(
             rows=rows,
             weight_N=torch.from_numpy(weight_N),
-            count_E=torch.from_numpy(_count(found.active_rE, all_N)),
             send=send,
-            received_R=received,
+            received_R=None if received_R is None else torch.from_numpy(received_R),
             send_splits=send_splits,
             recv_splits=recv_splits,
-            wire_rows=wire_rows,
         )
 
     def _lookups_of(self, k: int) -> _Lookups:

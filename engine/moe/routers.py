@@ -26,7 +26,7 @@ class LiveRoute:
     """A live router's choice and the scores it came from."""
 
     route: Route
-    logits_TE: Tensor  # fp32, connected to x (and to the gate, if learned)
+    logits_TE: Tensor  # fp32 (fp64 for fp64 x), connected to x (and to the gate, if learned)
 
 
 class HashedRouter:
@@ -37,10 +37,17 @@ class HashedRouter:
         self.table = table
         self.planner = TablePlanner(table, rank=rank, ranks=ranks)
 
-    def plan(self, ids_PBQ: Tensor, left_PBC: Tensor, k: int, *, gather: bool = False) -> Plan:
-        """Plan a micro-batch from the ids of every rank of the expert group; gives what `route` says, rank by rank."""
+    def plan(
+        self, ids_PBQ: Tensor, left_PBC: Tensor, k: int, *, gather: bool = False, chunks: int = 1
+    ) -> Plan:
+        """Plan a micro-batch from the ids of every rank of the expert group; gives what `route` says, rank by rank.
+
+        Args:
+            gather, chunks: as for TablePlanner.plan.
+        """
         row_PBQ = [self.table.rows_of(ids, left) for ids, left in zip(ids_PBQ, left_PBC, strict=True)]  # fmt: skip
-        return self.planner.plan(torch.stack(row_PBQ).flatten(1).numpy(), k, gather=gather)
+        row_PT = torch.stack(row_PBQ).flatten(1).numpy()
+        return self.planner.plan(row_PT, k, gather=gather, chunks=chunks)
 
     def route(self, ids_BQ: Tensor, left_BC: Tensor, k: int) -> Route:
         """Route each token; weights are the softmax over its row's first k logits, or 1/k without logits.
@@ -98,13 +105,14 @@ class LearnedRouter(nn.Module):
 
 
 def gate_logits(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor) -> Tensor:
-    """Return x W^T + b in fp32, also for a bf16 model and under autocast.
+    """Return x W^T + b in fp32, also for a bf16 model and under autocast; in fp64 for fp64 x.
 
     A module that was cast to bf16 holds the gate rounded to bf16; the product is of those rounded numbers, but exact to
     fp32, so near-ties are not decided by bf16 sums. It is therefore a slightly different gate than the fp32 one.
     """
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
     with torch.autocast(x_TD.device.type, enabled=False):
-        return F.linear(x_TD.float(), weight_ED.float(), bias_E.float())
+        return F.linear(x_TD.to(wide), weight_ED.to(wide), bias_E.to(wide))
 
 
 def top_k_route(logits_TE: Tensor, k: int) -> LiveRoute:

@@ -1,31 +1,73 @@
-"""The collectives that move rows between the ranks of an expert group, and a count of the bytes that leave this rank.
+"""The collectives that move rows between ranks, and a count of the bytes that leave this rank.
 
 Splits come from the Plan and are known on the host: nothing here asks another rank how much will come, and nothing is
-read back from a device. A rank's own rows stay on it and do not count.
+read back from a device. A rank's own rows stay on it and do not count. Every collective is issued at once and gives a
+Flight (engine/parallel/flights.py); what it brings may be used after `wait`.
 
 Letters: P ranks of the group, D columns.
 """
 
-from dataclasses import dataclass, field
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from engine.parallel.flights import (
+    DeviceFlight,
+    DeviceLog,
+    ExchangeTimes,
+    Flight,
+    HostFlight,
+    HostLog,
+    Streams,
+    SumFlight,
+)
 
-@dataclass(slots=True)
+
 class Wire:
-    """One process group and what this rank has sent through it."""
+    """One process group: what this rank has sent through it and how long that took."""
 
-    group: dist.ProcessGroup
-    sent_bytes: int = 0
-    collectives: int = 0
-    rank: int = field(init=False)
-    ranks: int = field(init=False)
+    def __init__(
+        self, group: dist.ProcessGroup | None, comm: Any = dist, device: torch.device | str = "cpu"
+    ) -> None:
+        """Take a group and the module that offers the collectives, with the functions and arguments of torch.distributed.
 
-    def __post_init__(self) -> None:
-        self.rank, self.ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
+        Args:
+            group: None for all ranks.
+            device: of the rows; on a GPU packing and collectives get streams of their own.
+        """
+        self.group, self._comm = group, comm
+        self.rank, self.ranks = comm.get_rank(group), comm.get_world_size(group)
+        self.sent_bytes = 0  # left this rank since construction
+        self.collectives = 0  # issued since construction
+        self._streams: Streams | None = None
+        self._log: HostLog | DeviceLog = HostLog()
+        if torch.device(device).type == "cuda":
+            self._streams = Streams(torch.cuda.Stream(device), torch.cuda.Stream(device))
+            self._log = DeviceLog()
 
-    def all_to_all(self, rows: Tensor, splits: tuple[int, ...], got_splits: tuple[int, ...]) -> Tensor:  # fmt: skip
+    def take_times(self) -> ExchangeTimes:
+        """Give exposed and hidden time since the last call (see engine/parallel/flights.py); on a GPU waits for it."""
+        return self._log.take()
+
+    @contextlib.contextmanager
+    def aside(self, *tensors: Tensor) -> Iterator[None]:
+        """On a GPU, put work on these tensors and the collective that follows beside the computation."""
+        if self._streams is None:
+            yield
+            return
+        side = self._streams.side
+        side.wait_stream(torch.cuda.current_stream())
+        for tensor in tensors:
+            tensor.record_stream(side)
+        with torch.cuda.stream(side):
+            yield
+
+    def all_to_all(self, rows: Tensor, splits: tuple[int, ...], got_splits: tuple[int, ...]) -> Flight:  # fmt: skip
         """Send rows[splits[0] + .. + splits[q-1] :][: splits[q]] to rank q; give what came, rank by rank.
 
         Expert group; [sum(splits), D] to [sum(got_splits), D]; leaves: rows to other ranks x D x item bytes. No sync
@@ -33,23 +75,48 @@ class Wire:
         """
         got = rows.new_empty(sum(got_splits), rows.shape[1])
         self._count(rows, sum(splits) - splits[self.rank])
-        dist.all_to_all_single(got, rows, list(got_splits), list(splits), group=self.group)
-        return got
+        return self._issue(self._comm.all_to_all_single, got, rows, list(got_splits), list(splits))
 
-    def all_gather(self, rows: Tensor) -> Tensor:
+    def all_gather(self, rows: Tensor) -> Flight:
         """Give the rows of all ranks, rank by rank: [T, D] to [P * T, D]; leaves: (P - 1) x T x D x item bytes."""
         got = rows.new_empty(self.ranks * rows.shape[0], rows.shape[1])
         self._count(rows, (self.ranks - 1) * rows.shape[0])
-        dist.all_gather_into_tensor(got, rows, group=self.group)
-        return got
+        return self._issue(self._comm.all_gather_into_tensor, got, rows)
 
-    def reduce_scatter(self, rows: Tensor) -> Tensor:
-        """Add up the ranks' rows and keep this rank's part: [P * T, D] to [T, D]; leaves (P - 1) x T x D x item bytes."""
+    def reduce_scatter(self, rows: Tensor) -> Flight:
+        """Add up the ranks' rows and keep this rank's part: [P * T, D] to [T, D]; leaves (P - 1) x T x D x item bytes.
+
+        On a CPU an all-to-all, added up here in rank order and fp32: gloo's own is an all-reduce, twice the bytes (measured).
+        """
         got = rows.new_empty(rows.shape[0] // self.ranks, rows.shape[1])
         self._count(rows, (self.ranks - 1) * got.shape[0])
-        dist.reduce_scatter_tensor(got, rows, group=self.group)
-        return got
+        if self._streams is not None:
+            return self._issue(self._comm.reduce_scatter_tensor, got, rows)
+        parts = self._issue(self._comm.all_to_all_single, torch.empty_like(rows), rows)
+        return SumFlight(parts, self.ranks)
+
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """Add up the ranks' values, of any shape; leaves about 2 (P - 1) / P x item bytes each, as round a ring."""
+        total = values.clone()
+        self.collectives += 1
+        self.sent_bytes += (
+            2 * (self.ranks - 1) * values.numel() * values.element_size() // self.ranks
+        )
+        self._comm.all_reduce(total, group=self.group)
+        return total
 
     def _count(self, rows: Tensor, num_rows: int) -> None:
         self.collectives += 1
         self.sent_bytes += num_rows * rows.shape[1] * rows.element_size()
+
+    def _issue(self, collective: Callable[..., Any], got: Tensor, rows: Tensor, *splits: list[int]) -> Flight:  # fmt: skip
+        if self._streams is None:
+            assert isinstance(self._log, HostLog)
+            issued = time.perf_counter()
+            work = collective(got, rows, *splits, group=self.group, async_op=True)
+            return HostFlight(work, got, self._log, issued)
+        assert isinstance(self._log, DeviceLog)
+        issue = torch.cuda.Event(enable_timing=True)
+        issue.record()
+        work = collective(got, rows, *splits, group=self.group, async_op=True)
+        return DeviceFlight(work, got, rows, self._log, self._streams, issue)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernels import Dropout, moe_ffn
-from kernels.testing import make_case, run_layer, worst_error
+from kernels import Dropout, ExpertWeights, moe_ffn, moe_ffn_backward, moe_ffn_forward
+from kernels.testing import layer_inputs, make_case, run_layer, worst_error
 
 SHAPES = {  # tokens, width, hidden, experts, active
     "T13-D8-F12-E4-K2": (13, 8, 12, 4, 2),
@@ -36,6 +36,26 @@ def test_equals_reference(shape, gated, dweight, rate, options):
     # fp32: eps 6e-8 times a few dozen additions, one rounding for each of three products
     got = run_layer(moe_ffn, case, torch.float32, **shared, **options)
     assert worst_error(got, want)[0] < 2e-6
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["relu", "swiglu"])
+@pytest.mark.parametrize("dweight", [False, True], ids=["constant", "live"])
+@way
+def test_forward_and_backward_by_hand_are_those_of_autograd(gated, dweight, options):
+    case = make_case(USUAL, gated=gated)
+    options = {**options, "dropout": Dropout(0.3, 5, torch.arange(USUAL[0]))}
+    want = run_layer(moe_ffn, case, torch.float64, dweight=dweight, **options)
+    x, weight, *weights = layer_inputs(case, torch.float64).values()
+    call = x, weight, ExpertWeights(*weights), case.rows
+    out, saved = moe_ffn_forward(*call, save=True, dweight=dweight, **options)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).double()
+    found = moe_ffn_backward(cotangent, *call, saved, dweight=dweight, **options)
+    assert torch.equal(out, want["out"]) and torch.equal(found.x_RD, want["d_x"])
+    assert torch.equal(found.weight_N, want["d_weight"]) if dweight else found.weight_N is None
+    for name, gradient in zip(("w1", "b1", "w2", "b2", "w3"), found.weights, strict=True):
+        assert gradient is None or torch.equal(gradient, want[f"d_{name}"])
+    with pytest.raises(ValueError, match="'reference': has no backward pass of its own"):
+        moe_ffn_forward(*call, save=True, dweight=dweight, backend="reference")
 
 
 @way

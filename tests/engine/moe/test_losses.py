@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from engine.moe.losses import balance_loss, z_loss
+from engine.moe.losses import balance_loss, chosen_counts, z_loss
 from engine.moe.routers import top_k_route
 
 
@@ -51,3 +51,23 @@ def test_gradients_of_bf16_logits_are_finite_and_push_towards_balance():
     big = torch.full((2, 4), 100.0, requires_grad=True)
     z_loss(big).backward()
     assert (big.grad > 0).all() and big.grad.isfinite().all()
+
+
+def test_counts_of_all_ranks_make_the_loss_that_of_all_tokens():
+    """Three ranks with unlike routes: the mean of their losses and gradients; each rank's own counts give another."""
+    logits = 2 * torch.randn(3, 10, 5, generator=torch.Generator().manual_seed(0)).double()
+    logits[1, :, 2] += 2
+    chosen = logits.topk(2, dim=2).indices
+    own = [chosen_counts(expert_TK, 5) for expert_TK in chosen]
+    for expert_TK, count_E in zip(chosen.tolist(), own, strict=True):
+        assert count_E.tolist() == [sum(row.count(e) for row in expert_TK) for e in range(5)]
+    whole = logits.flatten(0, 1).requires_grad_()
+    want = balance_loss(whole, sum(own))
+    want.backward()
+    parts = [part.clone().requires_grad_() for part in logits]
+    losses = [balance_loss(part, sum(own)) / 3 for part in parts]
+    sum(losses).backward()
+    torch.testing.assert_close(sum(losses), want, rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.cat([p.grad for p in parts]), whole.grad, rtol=1e-12, atol=0)
+    alone = sum(balance_loss(part, count_E) for part, count_E in zip(parts, own, strict=True)) / 3
+    assert abs(alone - want) > 1e-2

@@ -1,0 +1,186 @@
+"""Training steps through DeepSpeed with live routers, parts and recomputation on 2 gloo ranks against one rank.
+
+The optimizer is linear in the gradient, which shows every gradient with its scale (Adam as usual would hide it).
+"""
+
+from typing import NamedTuple
+
+import deepspeed
+import numpy as np
+import pytest
+import torch
+from torch import distributed as dist
+
+from engine import deepspeed_adapter as adapter
+from engine.build import build_model
+from engine.choices import BalanceOver, ExchangeKind
+from engine.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    ParallelConfig,
+    Router,
+    ScheduleConfig,
+    TrainConfig,
+)
+from engine.model import Routing
+from engine.moe.routers import HashedRouter
+from engine.moe.tables import build_tables
+from engine.parallel.mesh import Mesh
+from engine.testing import run_ranks
+
+SYMBOLS, STREAMS, SEGMENT, STEPS, K, MARGIN = 11, 4, 8, 3, 2, 1e-5
+
+
+class Case(NamedTuple):
+    router: Router
+    exchange: ExchangeKind = ExchangeKind.tokens
+    chunks: int = 1
+    recompute: bool = False
+    stage: int = 1
+    expert_ranks: int = 2
+    balance_over: str = "global"
+
+
+CASES = [
+    Case(Router.hashed, chunks=3, recompute=True),
+    Case(Router.frozen, ExchangeKind.gather, 3, recompute=True, stage=2),
+    Case(Router.learned, stage=0),
+    Case(Router.learned, chunks=3, expert_ranks=1),
+]
+MICRO = Case(Router.learned, balance_over="micro")
+
+
+def make_config(case):
+    return Config(
+        data=DataConfig(streams=STREAMS, segment=SEGMENT),
+        model=ModelConfig(layers=2, width=16, heads=2, head_width=8, memory=8, dropout=0.0, attention_dropout=0.0, init_std=0.3),
+        moe=MoEConfig(router=case.router, experts=4, expert_width=12, ngram=2, rows=64, balance_loss=0.5,
+                      balance_over=BalanceOver[case.balance_over]),
+        schedule=ScheduleConfig(k_min=K, k_max=K),
+        optim=OptimConfig(clip=0.0),
+        train=TrainConfig(steps=10, zero_stage=case.stage, recompute=case.recompute),
+        eval=EvalConfig(k=[1]),
+        parallel=ParallelConfig(expert_ranks=case.expert_ranks, exchange=case.exchange, chunks=case.chunks),
+    )  # fmt: skip
+
+
+def train(case, rank, ranks):
+    """Mean losses of the steps, final parameters, and what was sent and predicted on the last step."""
+    config, mesh = make_config(case), Mesh(rank, ranks, case.expert_ranks)
+    # Adam with a huge epsilon: the update is 0.5 times the gradient
+    adapter.build_optimizer = lambda params, _: torch.optim.Adam(params, 500.0, (0.0, 0.999), 1e3)
+    text = np.random.default_rng(0).integers(0, SYMBOLS, 2000).astype(np.uint8)
+    routers = None
+    if case.router is Router.hashed:
+        tables = build_tables(config.moe, SYMBOLS, text, num_tables=2, seed=1, cache_dir=None)
+        routers = [HashedRouter(t, rank=mesh.expert_rank, ranks=case.expert_ranks) for t in tables]
+    model = build_model(config, SYMBOLS)
+    watch_margins(model)
+    engine = adapter.start(model, config, mesh)
+    generator, losses, sent = torch.Generator().manual_seed(1), [], 0
+    for step in range(STEPS):
+        ids = torch.randint(0, SYMBOLS, (STREAMS, SEGMENT), generator=generator)
+        targets = torch.randint(0, SYMBOLS, (STREAMS, SEGMENT), generator=generator)
+        size = STREAMS // ranks
+        here = slice(rank * size, (rank + 1) * size)
+        plans = None
+        if routers is not None:
+            group = ids.view(ranks, size, SEGMENT)[list(mesh.group_ranks)]
+            gather = case.exchange is ExchangeKind.gather
+            plans = tuple(r.plan(group, group[..., :1] * 0, K, gather=gather, chunks=case.chunks) for r in routers)  # fmt: skip
+        before = 0 if engine.wire is None else engine.wire.sent_bytes
+        deepspeed.comm.configure(enabled=step == STEPS - 1, prof_all=True, verbose=False, debug=False)  # fmt: skip
+        out = engine.forward(ids[here], targets[here], None, Routing(K, plans))
+        engine.backward(out.loss)
+        engine.step()
+        sent = 0 if engine.wire is None else engine.wire.sent_bytes - before
+        loss = out.loss.detach().clone()
+        dist.all_reduce(loss)
+        losses.append(float(loss) / ranks)
+    deepspeed.comm.configure(enabled=False)
+    logged = sorted(deepspeed.comm.comm.comms_logger.comms_dict)
+    deepspeed.comm.comm.comms_logger.comms_dict.clear()
+    predicted = sum(plan.wire_bytes(16, 4) for plan in plans) if plans else 0
+    times = None if engine.wire is None else tuple(engine.wire.take_times())
+    return losses, dict(named(engine.module, mesh)), (sent, predicted), logged, times
+
+
+def watch_margins(model):
+    """Refuse a route that rounding could turn."""
+    for block in model.blocks:
+        if block.moe.router is not None:
+            block.moe.router.register_forward_hook(check_margin)
+
+
+def check_margin(_module, _inputs, live):
+    top = live.logits_TE.sort(dim=1, descending=True).values
+    assert (top[:, K - 1] - top[:, K]).min() > MARGIN
+
+
+def named(model, mesh):
+    """Parameters; of experts each by itself under its global number."""
+    for name, value in model.named_parameters():
+        if ".experts." in name:
+            for number, expert in zip(mesh.local_experts(4), value, strict=True):
+                yield f"{name}@{number}", expert.detach().numpy()
+        else:
+            yield name, value.detach().numpy()
+
+
+def several(rank, ranks, cases):
+    """Run several cases in one group of processes, one engine after the other."""
+    return [train(case, rank, ranks) for case in cases]
+
+
+def difference(got, want):
+    """Largest error of a loss or parameter against what it may be, by name."""
+    largest = max(np.linalg.norm(value) for value in want[1].values())
+    worst = max((np.linalg.norm(value - want[1][name]) / (1e-6 * np.linalg.norm(want[1][name]) + 1e-7 * largest), name)
+                for name, value in got[1].items())  # fmt: skip
+    losses = max(abs(a - b) / abs(b) / 1e-6 for a, b in zip(got[0], want[0], strict=True))
+    return max(worst, (losses, "loss"))
+
+
+@pytest.fixture(scope="module")
+def one_rank():
+    """What every number of ranks must equal, by router."""
+    routers = [Router.hashed, Router.frozen, Router.learned]
+    answers = run_ranks(several, 1, 1, [Case(router, expert_ranks=1) for router in routers])[0]
+    return dict(zip(routers, answers, strict=True))
+
+
+@pytest.fixture(scope="module")
+def two_ranks():
+    """Results of the cases, of each rank."""
+    return run_ranks(several, 2, 2, [*CASES, MICRO])
+
+
+@pytest.mark.dist
+def test_ranks_train_like_one(two_ranks, one_rank):
+    for index, case in enumerate(CASES):
+        for answer in two_ranks:
+            assert difference(answer[index], one_rank[case.router]) < (1,), case
+        experts = {name for answer in two_ranks for name in answer[index][1] if "@" in name}
+        assert len(experts) == 2 * 4 * 4, case  # layers, experts, parameters: none is missing
+
+
+@pytest.mark.dist
+def test_balance_over_each_ranks_own_tokens_is_another_loss(two_ranks, one_rank):
+    """Negative control of the global loss, and the other choice."""
+    for answer in two_ranks:
+        assert difference(answer[len(CASES)], one_rank[Router.learned]) > (100,)
+
+
+@pytest.mark.dist
+def test_deepspeeds_logger_sees_the_exchange_and_the_wire_counts_it(two_ranks):
+    for answer in two_ranks:
+        _, _, (sent, predicted), logged, times = answer[0]
+        # in parts recomputation repeats the whole forward exchange
+        assert sent == 3 * predicted > 0 and "all_to_all_single" in logged
+        assert min(times) >= 0 and sum(times) > 0
+        assert "all_gather_into_tensor" in answer[1][3]
+        assert answer[3][2:] == ((0, 0), answer[3][3], None)  # one rank in each expert group

@@ -1,0 +1,103 @@
+"""The times of flights with a clock that the test sets; what a wire counts, against a module that records its calls."""
+
+import pytest
+import torch
+
+from engine.parallel import flights
+from engine.parallel.collectives import Wire
+from engine.parallel.flights import HostFlight, HostLog, covered
+
+
+def test_covered_is_the_length_of_the_union():
+    assert covered([(0, 2), (1, 4), (6, 7)]) == 5  # the docstring's
+    assert covered([]) == 0
+    assert covered([(6, 7), (0, 9), (1, 2)]) == 9
+    assert covered([(0, 1), (1, 2), (2, 2)]) == 2
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+class Work:
+    """A collective that ends when the test says so, or when it is waited for, at a time of its own."""
+
+    def __init__(self, clock, end):
+        self.clock, self.end, self.future = clock, end, torch.futures.Future()
+
+    def get_future(self):
+        return self.future
+
+    def land(self):
+        self.clock.now = self.end
+        self.future.set_result(None)
+
+    def wait(self):
+        if not self.future.done():
+            self.land()
+
+
+def test_exposed_is_blocked_time_and_hidden_the_rest(monkeypatch):
+    clock, log = Clock(), HostLog()
+    monkeypatch.setattr(flights, "time", clock)
+    result = torch.zeros(1)
+    first = HostFlight(Work(clock, end=4.0), result, log, issued=1.0)
+    first.work.land()  # behind computation: nobody waits for it
+    clock.now = 5.0
+    assert first.wait() is result
+    second = HostFlight(Work(clock, end=9.0), result, log, issued=6.0)
+    third = HostFlight(Work(clock, end=11.0), result, log, issued=7.0)
+    clock.now = 8.0
+    second.wait()  # blocked from 8 to 9
+    third.wait()  # blocked from 9 to 11
+    times = log.take()
+    assert times.exposed_ms == pytest.approx(3000)
+    assert times.hidden_ms == pytest.approx(3000 + 2000)  # 1 to 4, and 6 to 8
+    assert log.take() == (0, 0)
+
+
+class Recorder:
+    """The collectives of torch.distributed, without ranks: keeps the arguments."""
+
+    def __init__(self):
+        self.calls = []
+
+    def get_rank(self, group):
+        return 1
+
+    def get_world_size(self, group):
+        return 3
+
+    def __getattr__(self, name):
+        def call(*arguments, **options):
+            self.calls.append((name, arguments, options))
+            done = torch.futures.Future()
+            done.set_result(None)
+            return type("Work", (), {"get_future": lambda _: done, "wait": lambda _: None})()
+
+        return call
+
+
+def test_a_wire_counts_what_leaves_and_calls_the_module_it_was_given():
+    comm = Recorder()
+    wire = Wire("group", comm)
+    rows = torch.ones(6, 5, dtype=torch.bfloat16)
+    assert wire.all_to_all(rows, (1, 2, 3), (4, 2, 0)).wait().shape == (6, 5)
+    assert (wire.collectives, wire.sent_bytes) == (1, (1 + 3) * 5 * 2)
+    name, arguments, options = comm.calls[0]
+    assert name == "all_to_all_single" and arguments[1] is rows and arguments[2:] == ([4, 2, 0], [1, 2, 3])  # fmt: skip
+    assert options == {"group": "group", "async_op": True}
+    before = wire.sent_bytes
+    assert wire.all_gather(rows).wait().shape == (18, 5)
+    assert wire.sent_bytes - before == 2 * 6 * 5 * 2
+    before = wire.sent_bytes
+    assert wire.reduce_scatter(rows).wait().shape == (2, 5)
+    assert wire.sent_bytes - before == 2 * 2 * 5 * 2
+    before = wire.sent_bytes
+    assert torch.equal(wire.all_reduce(torch.arange(9)), torch.arange(9))
+    assert wire.sent_bytes - before == 2 * 2 * 9 * 8 // 3
+    assert wire.collectives == len(comm.calls) == 4
