@@ -75,10 +75,13 @@ class Problem:
         routers = [HashedRouter(table) for table in self.tables]
         return [[router.route(*pair, self.shape.k) for pair in pairs] for router in routers]
 
-    def plans(self, rank: int) -> list[Plan]:
+    def plans(self, rank: int, chunks: int = 1) -> list[Plan]:
         """Plan of each layer for one rank."""
         routers = [HashedRouter(table, rank=rank, ranks=self.ranks) for table in self.tables]
-        return [router.plan(self.ids_PBQ, self.left_PBC, self.shape.k) for router in routers]
+        return [
+            router.plan(self.ids_PBQ, self.left_PBC, self.shape.k, chunks=chunks)
+            for router in routers
+        ]
 
     def x(self, rank: int) -> Tensor:
         """Input of a rank [T, D]; seed + 1000 gives its cotangent."""

@@ -1,6 +1,7 @@
 """The same layers with the same routing in three systems, for benchmarks/bench_exchange.py.
 
     ours     engine/moe/layer.py with the exchange `tokens`: each row once to each rank, one row back
+    parts    the same in 4 parts: while experts compute one, the rows of others travel
     moe      DeepSpeed 0.19.8's MOELayer (deepspeed/moe/sharded_moe.py) without drops
     autoep   DeepSpeed 0.19.8's AutoEPMoELayer (deepspeed/module_inject/auto_ep_layer.py)
 
@@ -11,7 +12,7 @@ layer, as DeepSpeed does without drops. A model is x = x + layer(x), layer by la
 Letters: T tokens, D width, E experts, L experts on this rank, K active experts, P ranks, N expert rows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import deepspeed.comm as deepspeed_comm
@@ -27,15 +28,15 @@ from torch import distributed as dist
 from benchmarks.exchange_problem import Problem
 from benchmarks.harness import GradCase
 from benchmarks.peers import ExpertModule, separate
-from engine.config import KernelsConfig, ModelConfig, MoEConfig
-from engine.moe.exchange import Tokens
+from engine.config import KernelsConfig, ModelConfig, MoEConfig, ParallelConfig
+from engine.moe.exchange import build_exchange
 from engine.moe.layer import LayerCall, MoELayer
 from engine.moe.plan import Plan, Route
 from engine.parallel.collectives import Wire
 from kernels import ExpertWeights
 
 NAMES = "w1", "b1", "w2", "b2"
-Layer = Callable[[Tensor], Tensor]
+PARTS = {"ours": 1, "parts": 4}
 
 
 def start_deepspeed() -> None:
@@ -45,27 +46,25 @@ def start_deepspeed() -> None:
     deepspeed_comm.init_distributed("gloo", verbose=False)
 
 
-def systems(problem: Problem, plans: Sequence[Plan], rank: int) -> dict[str, GradCase]:
-    """Make the model of each system, each with parameters of its own; a call runs forward and backward."""
-    group = dist.group.WORLD
-    routes = [layer[rank] for layer in problem.routes]
+def systems(problem: Problem, rank: int, names: Sequence[str]) -> dict[str, GradCase]:
+    """Make the model of some systems, each with parameters of its own; a call runs forward and backward."""
     weights = problem.weights(rank)
-    ours = [_Ours(problem, w, plan, i, group) for i, (w, plan) in enumerate(zip(weights, plans, strict=True))]  # fmt: skip
-    moe = [_MoE(problem, w, route, group) for w, route in zip(weights, routes, strict=True)]
-    autoep = [_AutoEP(problem, w, route, group) for w, route in zip(weights, routes, strict=True)]
-    return {
-        "ours": _case(problem, rank, ours, [layer.layer.experts for layer in ours]),
-        "moe": _case(
-            problem, rank, moe, [e for layer in moe for e in layer.experts.deepspeed_experts]
-        ),
-        "autoep": _case(problem, rank, autoep, [layer.experts for layer in autoep]),
-    }
+    routes = [layer[rank] for layer in problem.routes]
+    found = {}
+    for name in names:
+        layers: list[Any]
+        if name in PARTS:
+            plans = problem.plans(rank, PARTS[name])
+            layers = [_Ours(problem, *pair) for pair in zip(weights, plans, strict=True)]
+        else:
+            kind = {"moe": _MoE, "autoep": _AutoEP}[name]
+            layers = [kind(problem, *pair) for pair in zip(weights, routes, strict=True)]
+        found[name] = _case(problem, rank, layers)
+    return found
 
 
-def _case(
-    problem: Problem, rank: int, layers: Sequence[Layer], experts: Sequence[nn.Module]
-) -> GradCase:
-    """Make the model of some layers; the parameters of each module of experts come in the order of NAMES."""
+def _case(problem: Problem, rank: int, layers: Sequence[Any]) -> GradCase:
+    """Make the model of some layers; the modules of their experts have parameters in the order of NAMES."""
     x_TD = problem.x(rank).requires_grad_()
 
     def forward() -> Tensor:
@@ -74,7 +73,8 @@ def _case(
             out_TD = out_TD + layer(out_TD)
         return out_TD
 
-    pieces = zip(*(list(module.parameters()) for module in experts), strict=True)
+    modules = [module for layer in layers for module in layer.modules_of_experts()]
+    pieces = zip(*(list(module.parameters()) for module in modules), strict=True)
     parameters = dict(zip(NAMES, pieces, strict=True))
     return GradCase(forward, x_TD, parameters, problem.x(rank + 1000))
 
@@ -82,33 +82,34 @@ def _case(
 class _Ours:
     """Our layer with its plan."""
 
-    def __init__(
-        self, problem: Problem, weights: ExpertWeights, plan: Plan, number: int, group: Any
-    ) -> None:
+    def __init__(self, problem: Problem, weights: ExpertWeights, plan: Plan) -> None:
         shape = problem.shape
         moe = MoEConfig(experts=shape.experts, expert_width=shape.hidden)
-        self.layer = MoELayer(ModelConfig(width=shape.width), moe, KernelsConfig(), number)
+        self.layer = MoELayer(ModelConfig(width=shape.width), moe, KernelsConfig(), layer=0)
         for name, value in zip(NAMES, weights, strict=False):  # relu: no w3
             assert value is not None
             setattr(self.layer.experts, name, nn.Parameter(value))
-        self.layer.exchange = Tokens(Wire(group))
+        self.layer.exchange = build_exchange(Wire(dist.group.WORLD), ParallelConfig())
         everyone = torch.arange(problem.ranks * shape.tokens)
         self.call = LayerCall(shape.k, plan, everyone, dropout_seed=0, dropout=0.0)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         return self.layer(x_TD, self.call).y_TD
 
+    def modules_of_experts(self) -> list[nn.Module]:
+        return [self.layer.experts]
+
 
 class _MoE(DeepSpeedLayer):  # type: ignore[misc]
     """MOELayer whose gate gives (loss, capacity, E, experts, places, weights, counts) of the fixed route."""
 
-    def __init__(self, problem: Problem, weights: ExpertWeights, route: Route, group: Any) -> None:
+    def __init__(self, problem: Problem, weights: ExpertWeights, route: Route) -> None:
         modules = [ExpertModule(expert) for expert in separate(weights)]
         experts = DeepSpeedExperts(nn.Identity(), 0, "all")
         experts.deepspeed_experts, experts.num_local_experts = nn.ModuleList(modules), len(modules)
         num_experts = problem.shape.experts
         super().__init__(self.hand_out, experts, "all", problem.ranks, len(modules))
-        self.ep_group = group
+        self.ep_group = dist.group.WORLD
         chosen_TE = torch.zeros(problem.shape.tokens, num_experts).long()
         chosen_TE.scatter_(1, route.expert_TK, 1)
         place_TK = (chosen_TE.cumsum(0) - 1).gather(1, route.expert_TK)
@@ -126,6 +127,9 @@ class _MoE(DeepSpeedLayer):  # type: ignore[misc]
     def forward(self, x_TD: Tensor) -> Tensor:
         out_TD: Tensor = super().forward(x_TD, None)
         return out_TD
+
+    def modules_of_experts(self) -> list[nn.Module]:
+        return list(self.experts.deepspeed_experts)
 
 
 class _GroupedExperts(nn.Module):
@@ -147,11 +151,11 @@ class _GroupedExperts(nn.Module):
 class _AutoEP(AutoEPMoELayer):  # type: ignore[misc]
     """AutoEP's layer without its constructor, which wants a Hugging Face model to replace."""
 
-    def __init__(self, problem: Problem, weights: ExpertWeights, route: Route, group: Any) -> None:
+    def __init__(self, problem: Problem, weights: ExpertWeights, route: Route) -> None:
         nn.Module.__init__(self)
         experts = problem.shape.experts
         given = {
-            "num_experts": experts, "num_local_experts": problem.local, "ep_size": problem.ranks, "ep_group": group,
+            "num_experts": experts, "num_local_experts": problem.local, "ep_size": problem.ranks, "ep_group": dist.group.WORLD,
             "top_k": problem.shape.k, "score_apply": "post", "combine_impl": "weighted_sum", "row_weighting_impl": "eager",
             "comm_backend": "comm", "async_split_plan": False, "_async_split_plan_pending": None, "expert_bias": None,
             "folding_group_handles": None, "moe_output_shape": "batched", "shared_experts": None,
@@ -166,3 +170,6 @@ class _AutoEP(AutoEPMoELayer):  # type: ignore[misc]
     def forward(self, x_TD: Tensor) -> Tensor:
         out_TD: Tensor = super().forward(x_TD[None])[0]
         return out_TD
+
+    def modules_of_experts(self) -> list[nn.Module]:
+        return [self.experts]

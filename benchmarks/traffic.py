@@ -86,21 +86,20 @@ class Meter:
         finally:
             dist.all_to_all_single, dist.all_reduce = self._all_to_all, self._all_reduce
 
-    def kinds(self, case: Callable[[], object]) -> dict[str, Callable[[], object]]:
-        """Record a case, and give it back in three KINDS: the whole of it, counted; muted; and its calls alone."""
-        with self.on(record=True) as recorded:
-            case()
+    def kinds(
+        self, case: Callable[[], object], calls: Sequence[Call]
+    ) -> tuple[Callable[[], object], ...]:
+        """Give a case in three KINDS: the whole of it, counted; muted; and its calls alone."""
 
         def counted() -> None:
             with self.on():
                 case()
 
         def muted() -> None:
-            with self.on(muted=recorded.calls):
+            with self.on(muted=calls):
                 case()
 
-        runs = counted, muted, lambda: self.replay(recorded.calls)
-        return dict(zip(KINDS, runs, strict=True))
+        return counted, muted, lambda: self.replay(calls)
 
     def replay(self, calls: Sequence[Call]) -> None:
         """Make the calls of a step one after the other."""
