@@ -245,7 +245,7 @@ def products_only(problem: Problem) -> GradCase:
     return case(problem, lambda: grouped_products(problem.x_TD, problem.weights, order))
 
 
-class _ExpertModule(nn.Module):
+class ExpertModule(nn.Module):
     """One expert as a module."""
 
     def __init__(self, expert: Expert) -> None:
@@ -271,7 +271,7 @@ def deepspeed(problem: Problem, order: Order) -> GradCase:
     routes = (problem.expert_TK.int(), place_TK.int(), problem.weight_TK.float())
     routes_KT = (route_TK.T.contiguous() for route_TK in routes)
     given = (load_loss, capacity, problem.num_experts, *routes_KT, order.count_E)
-    modules = [_ExpertModule(expert) for expert in separate(problem.weights)]
+    modules = [ExpertModule(expert) for expert in separate(problem.weights)]
     experts = Experts(nn.Identity(), 0, "all")
     experts.deepspeed_experts, experts.num_local_experts = nn.ModuleList(modules), len(modules)
     layer = MOELayer(lambda *_: given, experts, "all", 1, len(modules))
