@@ -13,6 +13,7 @@ of the expert group.
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +21,7 @@ from torch import Tensor
 from kernels.rows import ExpertRows, expert_rows
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(NamedTuple):
     """A router's choice for each token, in order of preference."""
 
     expert_TK: Tensor  # int64: global expert ids, distinct within a token

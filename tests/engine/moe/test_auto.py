@@ -6,8 +6,8 @@ from math import comb
 
 import pytest
 
-from engine.choices import ExchangeKind
-from engine.config import ParallelConfig
+from engine.choices import Backend, ExchangeKind
+from engine.config import Config, KernelsConfig, ParallelConfig
 from engine.errors import UserError
 from engine.moe.auto import gather_seconds, rank_share, tokens_seconds, use_gather
 
@@ -72,3 +72,10 @@ def test_one_rank_never_gathers_and_a_fixed_choice_is_kept(kind):
 def test_wrong_constants_are_refused(name, value):
     with pytest.raises(UserError, match=rf"parallel\.{name}={value}: must be"):
         ParallelConfig(**{name: value})
+
+
+def test_parts_need_a_backend_with_a_backward_pass():
+    with pytest.raises(
+        UserError, match=r"parallel\.chunks=4: kernels\.backend=reference has only 1"
+    ):
+        Config(parallel=ParallelConfig(chunks=4), kernels=KernelsConfig(backend=Backend.reference))
