@@ -28,8 +28,6 @@ from engine.parallel.mesh import Mesh
 
 # DeepSpeed looks for its accelerator when it is imported. DS_ACCELERATOR=cpu keeps a run off the GPUs.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-# DeepSpeed calls collectives by names that PyTorch is about to drop.
-warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", FutureWarning)
 import deepspeed
 import deepspeed.ops
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
@@ -43,6 +41,9 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
+
+# DeepSpeed calls collectives by names that PyTorch is about to drop.
+warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", FutureWarning)
 
 TESTED_VERSIONS = ("0.19.8",)
 COMPATIBLE_OPS = "__compatible_ops__"  # of deepspeed.ops: name of a C++ op -> may it be built

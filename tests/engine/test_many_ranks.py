@@ -23,6 +23,7 @@ from engine.config import (
     ModelConfig,
     MoEConfig,
     OptimConfig,
+    Precision,
     ScheduleConfig,
     TrainConfig,
 )
