@@ -56,7 +56,8 @@ def shapes(args: argparse.Namespace) -> Config:
             optim=OptimConfig(),
             train=TrainConfig(steps=10**6, precision=Precision[args.precision]),
             eval=EvalConfig(),
-        )
+        ),
+        torch.device("cpu"),
     )
 
 

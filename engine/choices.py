@@ -78,6 +78,7 @@ class Precision(Enum):
 class Backend(Enum):
     """Who executes the expert layer."""
 
+    auto = "auto"  # triton on a GPU, cpu elsewhere; decided at the start of a run
     cpu = "cpu"  # PyTorch products, grouped or masked
     triton = "triton"  # Triton kernels; needs a GPU, or TRITON_INTERPRET=1 for tests
     reference = "reference"  # plain loops, the truth for tests; slow

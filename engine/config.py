@@ -294,7 +294,7 @@ class EvalConfig:
 class KernelsConfig:
     """How the expert layer is executed."""
 
-    backend: Backend = Backend.cpu
+    backend: Backend = Backend.auto
     """Who computes: cpu, triton, or reference (plain loops, slow)."""
     masked_from_k: int | None = None
     """From this k on, one dense product with inactive experts masked replaces the grouped products (backend cpu). None:
@@ -312,12 +312,12 @@ class KernelsConfig:
             f"kernels.masked_from_k={self.masked_from_k}: must be at least 1",
         )
         require(
-            self.mode is Kept.lean or self.backend is Backend.cpu,
+            self.mode is Kept.lean or self.backend in (Backend.cpu, Backend.auto),
             f"kernels.mode=fast: kernels.backend={self.backend.value} has only lean",
         )
         require(
             self.precision is Products.ieee or self.backend is Backend.triton,
-            f"kernels.precision=tf32: kernels.backend={self.backend.value} has only ieee",
+            f"kernels.precision=tf32: needs kernels.backend=triton, it is {self.backend.value}",
         )
 
 

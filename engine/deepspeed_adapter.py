@@ -294,7 +294,7 @@ def start(model: nn.Module, config: Config, mesh: Mesh | None = None) -> Engine:
     if expert_group is not None:
         result.wire = Wire(expert_group, deepspeed.comm, result.device)
         for layer in shared:
-            layer.exchange = build_exchange(result.wire, config.parallel)
+            layer.exchange = build_exchange(result.wire, config.parallel, config.kernels.backend)
     _balance_over_ranks(model, config, mesh)
     return result
 

@@ -1,12 +1,12 @@
 """A trained run, opened for evaluation or sampling: model and tables from its newest whole checkpoint, no DeepSpeed."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine import checkpoint
 from engine.build import build_model
-from engine.config import Config, Precision, Router, require
+from engine.config import Backend, Config, Kept, Precision, Products, Router, require
 from engine.corpus import PreparedCorpus, prepare
 from engine.errors import UserError
 from engine.model import TransformerXL
@@ -44,6 +44,9 @@ def open_saved(folder: Path, config: Config, note: Callable[[str], None]) -> Sav
     )
     if manifest["corpus_sha256"] != corpus.sha256:
         note(f"the corpus has changed since {path} was trained: its held-out text is another one")
+    # by the device of today, whatever the run was trained on
+    today = replace(config.kernels, backend=Backend.auto, mode=Kept.lean, precision=Products.ieee)
+    config = replace(config, kernels=today)
     model = build_model(config, corpus.vocab.size)
     state = checkpoint.load_weights(path, model)
     if config.train.precision is Precision.bf16:  # as in training: buffers keep fp32

@@ -1,4 +1,4 @@
-"""The one choice made by measurement: from which k on an expert layer runs masked instead of grouped.
+"""What a run decides at its start: the backend, by the device, and by measurement from which k on layers run masked.
 
 Measured once at the start of a run and written into its resolved configuration, so that a resumed run computes exactly
 as before: numerics must not depend on timing. Nothing else in the engine reads a clock to decide.
@@ -10,21 +10,34 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from engine.config import Backend, Config, Router
+from engine.config import Backend, Config, Router, require
 from kernels import ExpertWeights, expert_rows, moe_ffn
+from kernels.launching import is_interpreted
 
 _TOKENS = 1024  # enough for stable products; a step of a small run has as many
 _ROUNDS = 3
 
 
-def resolve(config: Config) -> Config:
-    """Fill in what the configuration leaves to measurement; returns a copy."""
+def resolve(config: Config, device: torch.device) -> Config:
+    """Fill in what the configuration leaves to the device and to measurement; returns a copy.
+
+    Raises:
+        UserError: the Triton kernels are asked for where they cannot run.
+    """
     kernels = config.kernels
+    if kernels.backend is Backend.auto:
+        found = Backend.triton if device.type == "cuda" else Backend.cpu
+        kernels = replace(kernels, backend=found)
+    require(
+        kernels.backend is not Backend.triton or device.type == "cuda" or is_interpreted(),
+        f"kernels.backend=triton: the model is on {device}; needs a GPU, or TRITON_INTERPRET=1 for tests",
+    )
+    config = replace(config, kernels=kernels)
     if kernels.masked_from_k is not None:
         return config
     needless = config.moe.router is Router.dense or kernels.backend is not Backend.cpu
-    found = config.moe.experts + 1 if needless else measure_masked_from_k(config)
-    return replace(config, kernels=replace(kernels, masked_from_k=found))
+    first = config.moe.experts + 1 if needless else measure_masked_from_k(config)
+    return replace(config, kernels=replace(kernels, masked_from_k=first))
 
 
 def measure_masked_from_k(config: Config) -> int:

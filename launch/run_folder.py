@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from engine.config import Config, require, to_plain
+import torch
+
+from engine.config import Backend, Config, require, to_plain
 from engine.errors import UserError
-from engine.parallel.host import Host
-from engine.parallel.world import together
+from engine.parallel.world import World, together
 from engine.tuning import resolve
 from launch.cli import config_of, read_config, write_config
 
@@ -44,20 +45,23 @@ class RunFolder:
             write_config(self.config, self.path / CONFIG)
 
 
-def open_run(config: Config, host: Host | None = None) -> RunFolder:
+def open_run(config: Config, world: World | None = None) -> RunFolder:
     """Check and lock the run's folder, and resolve the configuration; `claim` it once everything else is known good.
 
     Rank 0 does so, and measures what is chosen by measurement; the other ranks are told.
 
     Args:
-        host: connections between the ranks; one rank alone by default.
+        world: the ranks; one alone by default.
 
     Raises:
         UserError: the folder holds a run and train.resume is false, or a run of another configuration, or something
             else, or another process is using it.
     """
-    host = host or Host()
-    opened = together(host, lambda: _open(config) if host.rank == 0 else None, rank_0_first=True)
+    world = world or World()
+    host, device = world.host, world.device
+    opened = together(
+        host, lambda: _open(config, device) if world.first else None, rank_0_first=True
+    )
     if host.ranks == 1:
         assert opened is not None
         return opened
@@ -71,7 +75,7 @@ def open_run(config: Config, host: Host | None = None) -> RunFolder:
     return RunFolder(path, config_of(now), config_of(earlier) if earlier else None, None)
 
 
-def _open(config: Config) -> RunFolder:
+def _open(config: Config, device: torch.device) -> RunFolder:
     path = Path(config.train.runs_dir) / config.train.name
     path.mkdir(parents=True, exist_ok=True)
     lock = _lock(path)
@@ -81,16 +85,19 @@ def _open(config: Config) -> RunFolder:
             not foreign,
             f"train.name={config.train.name}: {path} holds {', '.join(foreign[:3])} and is no run folder",
         )
-        return RunFolder(path, resolve(config), None, lock)
+        return RunFolder(path, resolve(config, device), None, lock)
     require(
         config.train.resume,
         f"train.name={config.train.name}: {path} already holds a run; take another train.name, "
         "or train.resume=true to go on with it",
     )
     earlier = read_config(path / CONFIG)
-    if config.kernels.masked_from_k is None:
-        measured = earlier.kernels.masked_from_k
-        config = replace(config, kernels=replace(config.kernels, masked_from_k=measured))
+    kernels = config.kernels
+    if kernels.masked_from_k is None:
+        kernels = replace(kernels, masked_from_k=earlier.kernels.masked_from_k)
+    if kernels.backend is Backend.auto:
+        kernels = replace(kernels, backend=earlier.kernels.backend)
+    config = resolve(replace(config, kernels=kernels), device)
     _refuse_changes(to_plain(earlier), to_plain(config), path)
     return RunFolder(path, config, earlier, lock)
 

@@ -45,7 +45,7 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
     config.streams_per_micro_batch(world.mesh.world)
     corpus = together(host, lambda: prepare(config.corpus, console.note), rank_0_first=True)
     agree(host, {"the text (its sha256)": corpus.sha256})
-    run = open_run(config, host)
+    run = open_run(config, world)
     config = run.config
     for line in corpus.notes:
         console.note(line)

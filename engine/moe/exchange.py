@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from engine.choices import WireFormat
+from engine.choices import Backend, WireFormat
 from engine.config import ParallelConfig
 from engine.moe.auto import use_gather
 from engine.moe.live_plan import build_live_plan
@@ -67,9 +67,13 @@ class Moving:
 class Exchange:
     """Exchange over a process group."""
 
-    def __init__(self, wire: Wire, parallel: ParallelConfig) -> None:
-        """Take the group; rows travel in the configuration's number format, and gather adds them up in it."""
-        self.wire, self.parallel = wire, parallel
+    def __init__(self, wire: Wire, parallel: ParallelConfig, backend: str | None = None) -> None:
+        """Take the group; rows travel in the configuration's number format, and gather adds them up in it.
+
+        Args:
+            backend: of the kernels that pack rows and add them up; None goes by their device.
+        """
+        self.wire, self.parallel, self.backend = wire, parallel, backend
         self.dtype: torch.dtype | None = _DTYPES[parallel.wire]
 
     def plan(self, route: Route, num_experts: int, x_TD: Tensor) -> Plan:
@@ -105,7 +109,7 @@ class Exchange:
                 flight = self.wire.all_gather(x_tD.to(dtype))
             else:
                 # Expert group, [S, D] to [R, D].
-                rows_SD = permute_rows(x_tD, part.send.source_N, dtype=dtype)
+                rows_SD = permute_rows(x_tD, part.send.source_N, dtype=dtype, backend=self.backend)
                 flight = self.wire.all_to_all(rows_SD, part.send_splits, part.recv_splits)
         return Moving(flight, lambda received_RD: received_RD.to(x_tD.dtype))
 
@@ -120,12 +124,18 @@ class Exchange:
                 return Moving(flight, lambda sum_tD: sum_tD.to(dtype))
             # Expert group, [R, D] to [S, D].
             flight = self.wire.all_to_all(rows_RD, part.recv_splits, part.send_splits)
-        return Moving(flight, lambda rows_SD: combine(rows_SD.to(dtype), None, send))
+        return Moving(
+            flight, lambda rows_SD: combine(rows_SD.to(dtype), None, send, backend=self.backend)
+        )
 
 
-def build_exchange(wire: Wire, parallel: ParallelConfig) -> Exchange | Local:
+def build_exchange(
+    wire: Wire, parallel: ParallelConfig, backend: Backend = Backend.auto
+) -> Exchange | Local:
     """Make the exchange of a process group."""
-    return Local() if wire.ranks == 1 else Exchange(wire, parallel)
+    if wire.ranks == 1:
+        return Local()
+    return Exchange(wire, parallel, None if backend is Backend.auto else backend.value)
 
 
 def _check(x_TD: Tensor, plan: Plan, *, ranks: int) -> None:

@@ -84,7 +84,10 @@ BAD = {
     "run name": (["train.name=../x"], ["../x", "folder name"]),
     "no GPU": (["kernels.backend=triton"], ["kernels.backend=triton", "on cpu", "GPU"]),
     "fast": (["kernels.mode=fast", "kernels.backend=reference"], ["kernels.mode=fast", "lean"]),
-    "tf32": (["kernels.precision=tf32"], ["kernels.precision=tf32", "kernels.backend=cpu", "ieee"]),
+    "tf32": (
+        ["kernels.precision=tf32"],
+        ["kernels.precision=tf32", "kernels.backend=triton", "auto"],
+    ),
 }
 
 
