@@ -68,7 +68,7 @@ class Exchange:
     """Exchange over a process group."""
 
     def __init__(self, wire: Wire, parallel: ParallelConfig) -> None:
-        """Take the group; rows travel in the configuration's number format, and gather adds them up in it."""
+        """Take the group; rows travel in the configuration's number format (on a GPU, gather adds them up in it)."""
         self.wire, self.parallel = wire, parallel
         self.dtype: torch.dtype | None = _DTYPES[parallel.wire]
 
