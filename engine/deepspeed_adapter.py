@@ -70,7 +70,7 @@ class Engine:
     """A model in training: what foreroute needs of a DeepSpeed engine."""
 
     wire: Wire | None = None
-    """What the layers exchange rows through, with its counts and times; None on one rank."""
+    """What the layers exchange rows through, with its counts and times; None if expert groups have one rank."""
 
     def __init__(
         self, engine: Any, accumulation: int, mesh: Mesh, expert_group: dist.ProcessGroup | None

@@ -68,7 +68,7 @@ class Exchange:
     """Exchange over a process group."""
 
     def __init__(self, wire: Wire, parallel: ParallelConfig, backend: str | None = None) -> None:
-        """Take the group; rows travel in the configuration's number format, and gather adds them up in it.
+        """Take the group; rows travel in the configuration's number format (on a GPU, gather adds them up in it).
 
         Args:
             backend: of the kernels that pack rows and add them up; None goes by their device.

@@ -1,7 +1,8 @@
 """The Mixture-of-Experts layer: dispatch -> experts -> combine, driven by a Plan.
 
 A planned router's Plan comes with the batch. A live router routes here, inside the forward pass, and builds the same
-Plan; after that nothing differs. A plan in several parts is exchanged inside the experts' call. No routing decision is taken below this file.
+Plan; after that nothing differs. A plan in several parts is exchanged inside the experts' call. No routing decision is
+taken below this file.
 
 Letters: T local tokens, D width, R received rows, E experts.
 """

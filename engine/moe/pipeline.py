@@ -3,9 +3,9 @@
     forward    send 0 | send 1, experts 0, return 0 | send 2, experts 1, return 1 | ... | wait for all that returns
     backward   the same, with the gradients of the results going out and those of the rows coming back
 
-One autograd function holds all parts, so every gradient of a parameter is the sum over the parts and arrives once. It keeps
-for backward what the parts one by one would keep, the parameters themselves among it (not views or copies, which ZeRO-3
-would leave empty), all through save_for_backward, so recomputation drops it.
+One autograd function holds all parts, so every gradient of a parameter is the sum over the parts, added up in its own
+number format, and arrives once. It keeps for backward what the parts one by one would keep, the parameters themselves among
+it (not views or copies, which ZeRO-3 would leave empty), all through save_for_backward, so recomputation drops it.
 
 Letters: T local tokens (t: of one part), D width, R received rows, N expert rows, of one part.
 """
@@ -76,7 +76,8 @@ class _InParts(torch.autograd.Function):
         kept: list[Tensor] = []
         going: list[Moving] = []
         dweight = trip.save and any(ctx.needs_input_grad[2 : 2 + len(trip.calls)])
-        for received_RD, call, weight_N in zip(_sent(x_TD, trip), trip.calls, tensors, strict=False):  # fmt: skip
+        coming = _sent(x_TD, trip)
+        for received_RD, call, weight_N in zip(coming, trip.calls, tensors, strict=False):
             partial_RD, saved = moe_ffn_forward(
                 received_RD, weight_N, weights, call.part.rows, save=trip.save, dweight=dweight, **call.options
             )  # fmt: skip
@@ -98,7 +99,8 @@ class _InParts(torch.autograd.Function):
         going: list[Moving] = []
         d_weights_N: list[Tensor | None] = []
         d_parameters: list[Tensor] = []
-        for d_partial_RD, call, weight_N in zip(_sent(d_y_TD.contiguous(), trip), trip.calls, weights_N, strict=True):  # fmt: skip
+        coming = _sent(d_y_TD.contiguous(), trip)
+        for d_partial_RD, call, weight_N in zip(coming, trip.calls, weights_N, strict=True):
             received_RD, *saved = (next(kept) for _ in range(1 + len(Saved._fields)))
             gradients = moe_ffn_backward(
                 d_partial_RD, received_RD, weight_N, weights, call.part.rows, Saved(*saved), dweight=ctx.dweight,

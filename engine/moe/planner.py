@@ -4,8 +4,8 @@ Everything that depends on the table, k and the rank alone is worked out once fo
 ranks and which local experts it uses, with which weights. A plan is then a few lookups over the tokens of all ranks of
 the group. Pure numpy on the host: no collective, no generator, any thread.
 
-Letters: P ranks of the expert group, T tokens of a rank, t of them in one part, E experts, L = E / P experts of a rank, K active experts,
-R received rows, N expert rows of this rank, r table rows. Expert e lives on rank e // L.
+Letters: P ranks of the expert group, T tokens of a rank, t of them in one part, E experts, L = E / P experts of a rank,
+K active experts, R received rows, N expert rows of this rank, r table rows. Expert e lives on rank e // L.
 """
 
 import threading
