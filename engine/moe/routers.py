@@ -8,7 +8,7 @@ Letters: T tokens (= B*Q, row-major), B streams, Q segment length, C = ngram - 1
 E experts, K active experts per token.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,8 @@ from engine.moe.tables import Table
 _GATE_STD = 0.02  # SMoE-Dropout's public code, whatever the model's own init_std
 
 
-@dataclass(frozen=True, slots=True)
-class LiveRoute:
-    """A live router's choice and the scores it came from."""
+class LiveRoute(NamedTuple):
+    """A live router's choice and the scores it came from: a tuple, since ZeRO-3 looks for tensors in what modules give."""
 
     route: Route
     logits_TE: Tensor  # fp32, connected to x (and to the gate, if learned)
