@@ -1,27 +1,39 @@
-"""The adapter against plain torch: five steps at each ZeRO stage, accumulation, clipping, bf16 masters, dropped steps."""
+"""The adapter against plain torch: each ZeRO stage, accumulation, clipping, offload, bf16 masters, dropped steps, state."""
 
 import copy
 import gc
+import itertools
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import deepspeed
 import pytest
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import groups
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from engine import deepspeed_adapter as adapter
-from engine.config import Config, DataConfig, OptimConfig, Precision, TrainConfig
+from engine.build import build_model
+from engine.config import Config, DataConfig, OptimConfig, Precision, Router, TrainConfig
 from engine.errors import UserError
+from engine.model import Routing
+from engine.parallel.mesh import Mesh
+from engine.testing_run import SYMBOLS, tiny_config
 
 
 @pytest.fixture(autouse=True)
-def quick_collections() -> None:
-    """DeepSpeed's bf16 optimizer collects garbage four times at its start: pass over what is imported."""
+def side_effects(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's bf16 optimizer collects garbage four times at its start: pass over what is imported. ZeRO-3 replaces
+    torch.nn.functional.linear in the whole process: put it back. Here it keeps no parameter whole."""
     gc.freeze()
+    monkeypatch.setattr(nn.functional, "linear", nn.functional.linear)
+    monkeypatch.setattr(adapter, "KEPT_WHOLE", 0)
 
 
 class Output(NamedTuple):
@@ -99,6 +111,15 @@ def train(engine: adapter.Engine, steps: int, micro_batches: int = 1) -> list[fl
     return losses
 
 
+def compute_copy(engine: adapter.Engine, name: str) -> Tensor:
+    """The weight that the forward pass uses."""
+    param = engine.module.get_parameter(name)
+    if not hasattr(param, "ds_id"):
+        return param.detach()
+    with deepspeed.zero.GatheredParameters([param]):
+        return param.detach().clone()
+
+
 def train_plainly(
     module: nn.Module, steps: int, clip: float
 ) -> tuple[list[float], list[float], torch.optim.Adam]:
@@ -116,11 +137,12 @@ def train_plainly(
 
 
 @pytest.mark.parametrize(
-    "stage,clip", [(0, 0.0), (1, 0.0), (1, 0.1), (2, 0.0), (2, 0.1)], ids=lambda v: str(v)
+    "stage,clip,offload",
+    [(0, 0.0, False), *itertools.product((1, 2, 3), (0.0, 0.1), (False, True))],
 )
-def test_five_steps_equal_plain_torch(stage: int, clip: float) -> None:
+def test_five_steps_equal_plain_torch(stage: int, clip: float, offload: bool) -> None:
     reference = model()
-    engine = adapter.start(copy.deepcopy(reference), config(stage, clip))
+    engine = adapter.start(copy.deepcopy(reference), config(stage, clip, offload=offload))
     losses, norms, adam = train_plainly(reference, 5, clip)
     assert train(engine, 5) == pytest.approx(losses, rel=1e-6)
     assert engine.grad_norm() == pytest.approx(norms[-1], rel=1e-5)
@@ -131,11 +153,12 @@ def test_five_steps_equal_plain_torch(stage: int, clip: float) -> None:
     for name, state in engine.read_state():
         seen.append(name)
         assert error(state["weight"], wanted[name]) < 1e-6
-        assert torch.equal(engine.module.get_parameter(name), state["weight"])
+        assert torch.equal(compute_copy(engine, name), state["weight"])
         for key in adapter.MOMENTS:
             assert state[key].shape == wanted[name].shape
             assert error(state[key], adam.state[wanted[name]][key]) < 2e-6
     assert seen == list(wanted)
+    assert engine.shapes() == {name: tuple(param.shape) for name, param in wanted.items()}
 
 
 def test_clipping_changes_the_result() -> None:
@@ -145,12 +168,13 @@ def test_clipping_changes_the_result() -> None:
     assert error(clipped.out.weight, plain.out.weight) > 1e-5
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_micro_batches_equal_one_batch(stage: int) -> None:
     clip = 0.1 if stage else 0.0
     whole = adapter.start(model(), config(stage, clip))
+    losses = train(whole, 3)
     halves = adapter.start(model(), config(stage, clip, accumulation=2))
-    assert train(halves, 3, micro_batches=2) == pytest.approx(train(whole, 3), rel=1e-6)
+    assert train(halves, 3, micro_batches=2) == pytest.approx(losses, rel=1e-6)
     assert halves.grad_norm() == pytest.approx(whole.grad_norm(), rel=1e-5)
     assert halves.adam_step() == 3
     for (_, a), (_, b) in zip(halves.read_state(), whole.read_state(), strict=True):
@@ -173,9 +197,10 @@ def test_step_only_at_the_boundary() -> None:
     assert not torch.equal(engine.module.get_parameter("out.weight"), before)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_bf16_keeps_fp32_masters(stage: int) -> None:
-    engine = adapter.start(model(), config(stage, 0.25, precision=Precision.bf16))
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_keeps_fp32_masters(stage: int, offload: bool) -> None:
+    engine = adapter.start(model(), config(stage, 0.25, precision=Precision.bf16, offload=offload))
     gate = engine.module.get_buffer("gate_weight")
     assert gate.dtype == torch.float32 and torch.equal(gate, model().get_buffer("gate_weight"))
     losses = []
@@ -187,14 +212,14 @@ def test_bf16_keeps_fp32_masters(stage: int) -> None:
     assert losses[-1] < losses[0] - 0.2
     differ = 0
     for name, state in engine.read_state():
-        param = engine.module.get_parameter(name)
+        param = compute_copy(engine, name)
         assert param.dtype == torch.bfloat16 and state["weight"].dtype == torch.float32
         assert torch.equal(param, state["weight"].bfloat16())
         differ += int(not torch.equal(param.float(), state["weight"]))
     assert differ >= 6
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16_accumulates_in_fp32(stage: int) -> None:
     """One large and three tiny gradients: a sum in bf16 would lose the tiny ones."""
 
@@ -218,7 +243,8 @@ def test_bf16_accumulates_in_fp32(stage: int) -> None:
 
 @pytest.mark.parametrize(
     "stage,precision",
-    [(0, Precision.fp32), (1, Precision.fp32), (1, Precision.bf16), (2, Precision.bf16)],
+    [(0, Precision.fp32), (1, Precision.fp32), (3, Precision.fp32)]
+    + [(stage, Precision.bf16) for stage in (1, 2, 3)],
 )
 def test_a_step_that_is_not_finite_is_dropped(stage: int, precision: Precision) -> None:
     engine = adapter.start(model(), config(stage, precision=precision))
@@ -233,16 +259,92 @@ def test_a_step_that_is_not_finite_is_dropped(stage: int, precision: Precision) 
     assert engine.adam_step() == 2
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_written_state_is_read_back_and_used(stage: int) -> None:
-    source, target = adapter.start(model(1), config(stage)), adapter.start(model(2), config(stage))
+@pytest.mark.parametrize("whole", [0, 100_000])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_written_state_is_read_back_and_used(
+    stage: int, whole: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter, "KEPT_WHOLE", whole)
+    source = adapter.start(model(1), config(stage))
     train(source, 3)
-    for name, state in source.read_state():
+    stored = [
+        (name, {k: v.clone() for k, v in state.items()}) for name, state in source.read_state()
+    ]
+    losses = train(source, 2)
+    target = adapter.start(model(2), config(stage))
+    train(target, 1)
+    for name, state in stored:
         target.write_state(name, state)
-    target.set_adam_step(source.adam_step())
-    assert train(target, 2) == train(source, 2)
+    target.set_adam_step(3)
+    for name, state in stored:
+        assert torch.equal(compute_copy(target, name), state["weight"])
+    assert train(target, 2) == losses
     for (_, a), (_, b) in zip(target.read_state(), source.read_state(), strict=True):
         assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_zero_3_holds_no_whole_weight_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = adapter.start(model(), config(3))
+    train(engine, 1)
+    assert all(param.numel() == 0 for param in engine.module.parameters())
+    monkeypatch.setattr(adapter, "KEPT_WHOLE", 20)
+    engine = adapter.start(model(), config(3))
+    train(engine, 1)
+    whole = {name for name, param in engine.module.named_parameters() if param.numel()}
+    assert whole == {name for name, param in model().named_parameters() if param.numel() <= 20}
+
+
+@pytest.mark.parametrize("router", [Router.frozen, Router.learned, Router.dense])
+def test_zero_3_with_routers_inside_the_model(router: Router) -> None:
+    """A gate's weight is gathered for its backward pass too; without experts nothing is special."""
+
+    def run(
+        stage: int, recompute: bool
+    ) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
+        setup = tiny_config(stage, recompute=recompute)
+        setup = replace(setup, moe=replace(setup.moe, router=router, balance_loss=0.0))
+        engine = adapter.start(build_model(setup, SYMBOLS), setup)
+        ids = torch.randint(0, SYMBOLS, (4, 17), generator=torch.Generator().manual_seed(0))
+        losses = []
+        for _ in range(3):
+            loss = engine.forward(ids[:, :-1], ids[:, 1:], None, Routing(2)).loss
+            engine.backward(loss)
+            assert engine.step()
+            losses.append(loss.item())
+        moments = {name: state["exp_avg"].clone() for name, state in engine.read_state()}
+        return losses, moments, {name: b.clone() for name, b in engine.module.named_buffers()}
+
+    losses, moments, buffers = run(1, recompute=False)
+    assert losses[2] < losses[0]
+    for recompute in (False, True):
+        got = run(3, recompute)
+        assert got[0] == pytest.approx(losses, rel=1e-6)
+        assert all(error(got[1][name], value) < 1e-5 for name, value in moments.items())
+        assert all(torch.equal(got[2][name], value) for name, value in buffers.items())
+    gates = [name for name in (*moments, *buffers) if name.endswith("gate_weight")]
+    assert len(gates) == (0 if router is Router.dense else 2)
+
+
+@pytest.mark.parametrize("whole", [0, 100_000])
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+def test_a_validation_between_steps_changes_nothing(
+    guard: Any, whole: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter, "KEPT_WHOLE", whole)
+    losses = train(adapter.start(model(), config(3)), 2)
+    engine = adapter.start(model(), config(3))
+    for _ in range(2):  # also before the first step, when nothing is gathered
+        engine.module.eval()
+        with guard():
+            assert engine.module(*batch(0)).loss.item() == losses[0]
+        engine.module.train()
+        state = list(engine.read_state())
+        assert train(engine, 2) == losses
+        for name, values in state:  # back to the start, from weights gathered by a validation
+            with guard():
+                engine.module(*batch(0))
+            engine.write_state(name, values)
+        engine.set_adam_step(0)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -267,7 +369,7 @@ def test_state_of_every_parameter_group_is_linked(
     "setup,message",
     [
         (config(0, 0.25), "optim.clip=0.25"),
-        (config(0, precision=Precision.bf16), "train.precision=bf16"),
+        (config(0, precision=Precision.bf16), "train.precision=bf16.*zero_stage=1, 2 or 3"),
     ],
 )
 def test_what_deepspeed_gets_wrong_is_refused(setup: Config, message: str) -> None:
@@ -280,20 +382,47 @@ def test_contract_with_this_deepspeed_version() -> None:
     with pytest.raises(UserError, match=r"DeepSpeed 0\.20\.0 is installed.*0\.19\.8"):
         adapter.check_version("0.20.0")
     assert adapter.SHARED_MEMORY_OP in getattr(deepspeed.ops, adapter.COMPATIBLE_OPS)
-    for setup, kind in (
-        (config(1), DeepSpeedZeroOptimizer),
-        (config(2), DeepSpeedZeroOptimizer),
-        (config(1, precision=Precision.bf16), BF16_Optimizer),
-        (config(2, precision=Precision.bf16), DeepSpeedZeroOptimizer),
-    ):
-        engine = adapter.start(model(), setup)
+    for name in adapter.GROUP_NAMES:
+        assert callable(getattr(groups, name))
+    for stage, precision, offload in itertools.product((1, 2, 3), Precision, (False, True)):
+        engine = adapter.start(model(), config(stage, precision=precision, offload=offload))
+        kind: Any = DeepSpeedZeroOptimizer_Stage3 if stage == 3 else DeepSpeedZeroOptimizer
+        if (stage, precision, offload) == (1, Precision.bf16, False):
+            kind = BF16_Optimizer
         assert type(engine._engine.optimizer) is kind
-        for name in adapter.PRIVATE_NAMES:
-            assert hasattr(engine._engine.optimizer, name)
         assert isinstance(engine._adam, torch.optim.Adam)
+        names = (adapter.FLATS_NAME, *adapter.REGATHER_NAMES) if stage == 3 else adapter.LINK_NAMES
+        for name in names:
+            assert hasattr(engine._engine.optimizer, name)
         for param in engine.module.parameters():
-            fragment: Any = getattr(param, "_hp_mapping", None)
-            assert fragment.get_hp_fragment("exp_avg") is not None
+            if stage == 3:
+                assert all(hasattr(param, name) for name in adapter.SHARD_NAMES)
+            else:
+                fragment: Any = getattr(param, "_hp_mapping", None)
+                assert fragment.get_hp_fragment("exp_avg") is not None
+
+
+@pytest.mark.parametrize("name", adapter.GROUP_NAMES)
+def test_other_groups_than_the_meshs_are_an_error(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mesh = Mesh(1, 4, 2)
+    ranks = {"_get_expert_parallel_group": [0, 1], "_get_expert_data_parallel_group": [1, 3]}
+    for other in adapter.GROUP_NAMES:
+        monkeypatch.setattr(groups, other, lambda group_name, other=other: (group_name, other))
+    monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: ranks[group[1]])
+    assert adapter._expert_group(mesh) == ("ep_size_2", "_get_expert_parallel_group")
+    right = ranks[name]
+    ranks[name] = [0, 3]
+    with pytest.raises(RuntimeError) as caught:
+        adapter._expert_group(mesh)
+    assert f"of rank 1: DeepSpeed says [0, 3], the mesh {right}" in str(caught.value)
+
+
+def test_experts_that_cannot_be_shared_out() -> None:
+    whole = build_model(tiny_config(), SYMBOLS)
+    with pytest.raises(UserError, match=r"moe.experts=4: must be a multiple.*3 ranks"):
+        adapter.start(whole, tiny_config(), Mesh(0, 3, 3))
 
 
 START_ALONE = """
@@ -329,6 +458,9 @@ def test_start_alone_is_quiet_and_compiles_nothing(tmp_path: Any) -> None:
     assert not list(tmp_path.rglob("*.so"))
 
 
-def test_bf16_start_is_quiet(capfd: pytest.CaptureFixture[str]) -> None:
-    train(adapter.start(model(), config(1, 0.25, precision=Precision.bf16)), 1)
+@pytest.mark.parametrize("stage", [1, 3])
+def test_bf16_start_is_quiet(stage: int, capfd: pytest.CaptureFixture[str]) -> None:
+    train(
+        adapter.start(model(), config(stage, 0.25, precision=Precision.bf16, offload=stage == 3)), 1
+    )
     assert capfd.readouterr() == ("", "")
