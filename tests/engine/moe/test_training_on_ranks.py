@@ -1,8 +1,10 @@
-"""Training steps through DeepSpeed with live routers, parts and recomputation on 2 gloo ranks against one rank.
+"""Training steps through DeepSpeed on 2 and 4 gloo ranks against one rank, for every way to run an expert layer.
 
-The optimizer is linear in the gradient, which shows every gradient with its scale (Adam as usual would hide it).
+ZeRO stage x router x exchange x parts x recomputation: a cover of all pairs here, all 96 combinations in the slow set. The
+optimizer is linear in the gradient, which shows every gradient with its scale (Adam as usual would hide it).
 """
 
+import itertools
 from typing import NamedTuple
 
 import deepspeed
@@ -43,6 +45,25 @@ class Case(NamedTuple):
     stage: int = 1
     expert_ranks: int = 2
     balance_over: str = "global"
+
+
+ROUTERS = (Router.hashed, Router.frozen, Router.learned)
+FACTORS = (ROUTERS, (ExchangeKind.tokens, ExchangeKind.gather), (1, 4), (False, True), (0, 1, 2, 3))
+ALL = [Case(*levels) for levels in itertools.product(*FACTORS)]
+
+
+def pairs(case):
+    """Every two levels that the case combines."""
+    return set(itertools.combinations(enumerate(case[: len(FACTORS)]), 2))
+
+
+def cover():
+    """Some of all cases, in which every pair of levels occurs: each next one has the most new pairs."""
+    chosen, missing = [], set().union(*map(pairs, ALL))
+    while missing:
+        chosen.append(max(ALL, key=lambda case: len(pairs(case) & missing)))
+        missing -= pairs(chosen[-1])
+    return chosen
 
 
 CASES = [
@@ -106,7 +127,7 @@ def train(case, rank, ranks):
     deepspeed.comm.comm.comms_logger.comms_dict.clear()
     predicted = sum(plan.wire_bytes(16, 4) for plan in plans) if plans else 0
     times = None if engine.wire is None else tuple(engine.wire.take_times())
-    return losses, dict(named(engine.module, mesh)), (sent, predicted), logged, times
+    return losses, dict(named(engine, mesh)), (sent, predicted), logged, times
 
 
 def watch_margins(model):
@@ -121,14 +142,15 @@ def check_margin(_module, _inputs, live):
     assert (top[:, K - 1] - top[:, K]).min() > MARGIN
 
 
-def named(model, mesh):
+def named(engine, mesh):
     """Parameters; of experts each by itself under its global number."""
-    for name, value in model.named_parameters():
+    for name, state in engine.read_state():
+        value = state["weight"].numpy().copy()
         if ".experts." in name:
             for number, expert in zip(mesh.local_experts(4), value, strict=True):
-                yield f"{name}@{number}", expert.detach().numpy()
+                yield f"{name}@{number}", expert
         else:
-            yield name, value.detach().numpy()
+            yield name, value
 
 
 def several(rank, ranks, cases):
@@ -148,24 +170,52 @@ def difference(got, want):
 @pytest.fixture(scope="module")
 def one_rank():
     """What every number of ranks must equal, by router."""
-    routers = [Router.hashed, Router.frozen, Router.learned]
-    answers = run_ranks(several, 1, 1, [Case(router, expert_ranks=1) for router in routers])[0]
-    return dict(zip(routers, answers, strict=True))
+    answers = run_ranks(several, 1, 1, [Case(router, expert_ranks=1) for router in ROUTERS])[0]
+    return dict(zip(ROUTERS, answers, strict=True))
 
 
 @pytest.fixture(scope="module")
 def two_ranks():
     """Results of the cases, of each rank."""
-    return run_ranks(several, 2, 2, [*CASES, MICRO])
+    return run_ranks(several, 2, 2, [*CASES, MICRO, *cover()], seconds=300)
+
+
+def check(cases, answers, one_rank):
+    for index, case in enumerate(cases):
+        for answer in answers:
+            assert difference(answer[index], one_rank[case.router]) < (1,), case
+        experts = {name for answer in answers for name in answer[index][1] if "@" in name}
+        assert len(experts) == 2 * 4 * 4, case  # layers, experts, parameters: none is missing
+
+
+def test_the_cover_is_one():
+    assert len(ALL) == 96 and len(cover()) < 20
+    assert set().union(*map(pairs, cover())) == set().union(*map(pairs, ALL))
 
 
 @pytest.mark.dist
-def test_ranks_train_like_one(two_ranks, one_rank):
-    for index, case in enumerate(CASES):
-        for answer in two_ranks:
-            assert difference(answer[index], one_rank[case.router]) < (1,), case
-        experts = {name for answer in two_ranks for name in answer[index][1] if "@" in name}
-        assert len(experts) == 2 * 4 * 4, case  # layers, experts, parameters: none is missing
+def test_two_ranks_train_like_one(two_ranks, one_rank):
+    check(CASES, two_ranks, one_rank)
+    check(cover(), [answer[len(CASES) + 1 :] for answer in two_ranks], one_rank)
+
+
+def on_four_ranks(cases):
+    """Expert groups of 4 and of 2 by turns."""
+    return [case._replace(expert_ranks=(4, 2)[i % 2]) for i, case in enumerate(cases)]
+
+
+@pytest.mark.dist
+def test_four_ranks_train_like_one(one_rank):
+    cases = on_four_ranks(cover())
+    check(cases, run_ranks(several, 4, 4, cases, seconds=300), one_rank)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_every_combination_trains_like_one_rank(ranks, one_rank):
+    cases = ALL if ranks == 2 else on_four_ranks(ALL)
+    check(cases, run_ranks(several, ranks, ranks, cases, seconds=1200), one_rank)
 
 
 @pytest.mark.dist
