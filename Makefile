@@ -16,7 +16,7 @@ train: $(VENV)/ready
 	$(RUN) -m launch.train experiment=quickstart train.resume=true $(ARGS)
 
 test: $(VENV)/ready
-	$(RUN) -m pytest --ignore=tests/kernels/on_triton -m "not slow and not gpu" $(ARGS)
+	$(RUN) -m pytest --ignore=tests/kernels/on_triton -m "not slow and not gpu and not cluster" $(ARGS)
 	$(TRITON_SUITE) -m "not slow and not gpu" $(ARGS) || [ $$? -eq 5 ]
 
 test-all: $(VENV)/ready
@@ -26,6 +26,7 @@ test-all: $(VENV)/ready
 test-gpu: $(VENV)/ready
 	$(RUN) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make test-gpu: PyTorch sees no GPU')"
 	$(RUN) -m pytest tests/kernels $(ARGS)
+	$(RUN) -m pytest tests/engine -m gpu $(ARGS)
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

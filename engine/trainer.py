@@ -151,8 +151,10 @@ class Trainer:
                 keep=self.config.train.keep,
                 host=self.world.host,
             )  # fmt: skip
-        except OSError as error:
-            raise RunFailed(f"cannot write a checkpoint at step {self.step}: {error}") from error
+        except OSError as error:  # the same on every rank
+            failure = RunFailed(f"cannot write a checkpoint at step {self.step}: {error}")
+            failure.everywhere = True
+            raise failure from error
 
     def run(self, metrics: Metrics | None, stop_asked: Callable[[], bool]) -> bool:
         """Train until train.steps, or until stop_asked() says so; a checkpoint is written in both cases.

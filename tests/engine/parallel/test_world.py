@@ -1,5 +1,10 @@
 """What ranks tell each other at start-up: threads of this process, and gloo processes for the connections themselves."""
 
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from torch import distributed as dist
@@ -8,6 +13,8 @@ from engine.errors import RunFailed, UserError
 from engine.parallel.host import GlooHost, Host
 from engine.parallel.world import agree, odd_ones, together
 from engine.testing import run_ranks, run_threads
+
+MPIRUN = shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil.which("mpirun")
 
 
 def gloo(rank):
@@ -83,3 +90,25 @@ def test_the_odd_ones():
     assert odd_ones([7] * 3 + [1, 2, 3, 4, 5] + [7] * 2) == (
         "rank 3 has 1, rank 4 has 2, rank 5 has 3, rank 6 has 4 and 1 more ranks differ, the other 5 have 7"
     )
+
+
+MPI = """
+import numpy as np
+from mpi4py import MPI
+from engine.parallel.host import MpiHost
+host = MpiHost(MPI.COMM_WORLD)
+found = host.all_gather(np.arange(3) + 10 * host.rank).tolist()
+assert found == [[0, 1, 2], [10, 11, 12]], found
+assert host.gather({"rank": host.rank}) == [{"rank": 0}, {"rank": 1}]
+assert MPI.Query_thread() == MPI.THREAD_MULTIPLE
+print("same", flush=True)
+"""
+
+
+@pytest.mark.dist
+@pytest.mark.skipif(MPIRUN is None, reason="there is no mpirun")
+def test_mpi_host():
+    command = [MPIRUN, "--allow-run-as-root", "--oversubscribe", "-np", "2", sys.executable, "-c", MPI]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["same", "same"]
