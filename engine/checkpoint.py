@@ -11,7 +11,7 @@ that is no tensor (engine/checkpoint_files.py). Nothing is pickled. Inverse of `
 """
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,7 @@ class TrainingState:
     cursor: int  # index of the next segment in the data stream
     rng: (
         Tensor | None
-    )  # uint8: torch.get_rng_state() of this rank; None: saved by other ranks, draw new numbers
+    )  # uint8: this rank's torch.get_rng_state(); None after loading on other ranks: draw new numbers
     memory: tuple[Tensor, ...] | None = None  # one [streams, m, D] tensor per layer
     stream_B: Tensor | None = None  # int64: global stream id of each row of memory
     tables: list[dict[str, Tensor]] = field(default_factory=list)  # the same on every rank
@@ -144,6 +144,8 @@ def load(
     host = _checked(host, engine.mesh)
     reader, shapes = _Reader(path, host), engine.shapes()
     reader.check_fits(engine.module, shapes, STATE_KEYS, engine.mesh.expert_ranks)
+    missing = [stream for rank in host.gather(reader.missing(streams)) for stream in rank]
+    require(not missing, f"{path}: holds no memory of streams {missing}")
     for name, shape in shapes.items():
         experts = _experts(name, shape, engine.mesh)
         engine.write_state(name, {kind: reader.parameter(kind, name, experts) for kind in STATE_KEYS})  # fmt: skip
@@ -210,44 +212,51 @@ class _Reader:
                     f"{stored.get(key, 'none')} in the checkpoint, {wanted.get(key, 'none')} here"
                 )
 
+    def missing(self, streams: Sequence[int] | None) -> list[int]:
+        """Those of the streams whose memory is not here, though there is some."""
+        saved = self._streams()
+        return [stream for stream in streams or [] if stream not in saved] if saved else []
+
     def training_state(self, mesh: Mesh | None, streams: Sequence[int] | None) -> TrainingState:
-        """What is not in the engine; the random state only if the same ranks had saved it."""
+        """What is not in the engine; the random state only if as many ranks in equal groups had saved it."""
         tables: list[dict[str, Tensor]] = [{} for _ in range(self.manifest["tables"])]
-        layers: set[int] = set()
-        saved: set[int] = set()
         for key in self._keys:
             kind, *rest = key.split("/")
             if kind == "table":
                 tables[int(rest[0])][rest[1]] = self.get(key)
-            elif kind == "memory":
-                layers.add(int(rest[0]))
-                saved.add(int(rest[1]))
-        wanted = sorted(saved) if streams is None else list(streams)
-        has_memory = bool(layers and wanted)
-        missing = [stream for stream in wanted if stream not in saved] if has_memory else []
-        require(not missing, f"{self.path}: holds no memory of streams {missing}")
-        topology = self.manifest.get("ranks", 1), self.manifest.get("expert_ranks", 1)
+        saved_by = self.manifest.get("ranks", 1), self.manifest.get("expert_ranks", 1)
         rng = None
-        if (
-            mesh is not None
-            and topology == (mesh.world, mesh.expert_ranks)
-            and _rng(mesh.rank) in self._keys
-        ):
+        if mesh is not None and saved_by == (mesh.world, mesh.expert_ranks):
             rng = self.get(_rng(mesh.rank))
+        memory = None
+        saved = self._streams()
+        wanted = sorted(saved) if streams is None else list(streams)
+        if saved and wanted:
+            memory = tuple(self._memory(layer, wanted) for layer in sorted(saved[wanted[0]]))
         return TrainingState(
             step=self.manifest["step"],
             cursor=self.manifest["cursor"],
             rng=rng,
-            memory=tuple(self._memory(layer, wanted) for layer in sorted(layers)) if has_memory else None,
-            stream_B=torch.tensor(wanted) if has_memory else None,
+            memory=memory,
+            stream_B=None if memory is None else torch.tensor(wanted),
             tables=tables,
-        )  # fmt: skip
+        )
+
+    def _streams(self) -> dict[int, list[int]]:
+        """The layers whose memory is here, by stream."""
+        found: dict[int, list[int]] = {}
+        for key in self._keys:
+            kind, *rest = key.split("/")
+            if kind == "memory":
+                found.setdefault(int(rest[1]), []).append(int(rest[0]))
+        return found
 
     def _memory(self, layer: int, streams: list[int]) -> Tensor:
         return torch.stack([self.get(f"memory/{layer}/{stream:06d}") for stream in streams])
 
 
 def _checked(host: Host | None, mesh: Mesh) -> Host:
+    """The host, which must be for the engine's ranks: each would write a checkpoint of its own otherwise."""
     host = host or Host()
     if (host.rank, host.ranks) != (mesh.rank, mesh.world):
         raise ValueError(
@@ -293,9 +302,9 @@ def _buffers(module: nn.Module) -> dict[str, Tensor]:
 
 def _tensors(engine: "Engine", state: TrainingState) -> dict[str, Tensor]:
     """What this rank writes; values may alias live tensors. A collective, as Engine.read_state."""
-    result: dict[str, Tensor] = dict(_own_state(engine))
-    if state.rng is not None:
-        result[_rng(engine.mesh.rank)] = state.rng
+    result = dict(_own_state(engine))
+    assert state.rng is not None
+    result[_rng(engine.mesh.rank)] = state.rng
     if engine.mesh.rank == 0:
         for name, buffer in _buffers(engine.module).items():
             result[f"buffer/{name}"] = buffer
@@ -309,7 +318,7 @@ def _tensors(engine: "Engine", state: TrainingState) -> dict[str, Tensor]:
     return {key: value.detach().cpu().contiguous() for key, value in result.items()}
 
 
-def _own_state(engine: "Engine") -> Iterable[tuple[str, Tensor]]:
+def _own_state(engine: "Engine") -> Iterator[tuple[str, Tensor]]:
     """The parameters' state that this rank writes.
 
     Of R ranks that hold the same experts, the r-th takes the experts r, r + R, ... of those; of all W ranks the w-th

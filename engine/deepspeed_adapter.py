@@ -3,11 +3,12 @@
 DeepSpeed runs every training step, also on one process. Its config is built here from ours and exists nowhere else.
 `Engine` offers a step (forward, backward, step) and, for engine/checkpoint.py, the fp32 master weight and the Adam
 moments of each parameter by name, whatever the ZeRO stage. DeepSpeed's own checkpoints, schedulers and loggers are not
-used. PRIVATE_NAMES lists the undocumented names relied on; a test fails when one is gone.
+used. Constants whose names end in NAME or NAMES list the undocumented names relied on; a test fails when one is gone.
 """
 
 import contextlib
 import io
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -60,9 +61,8 @@ GROUP_NAMES = ("_get_expert_parallel_group", "_get_expert_data_parallel_group")
 """Of deepspeed.utils.groups: the ranks that exchange rows with this one, and those that hold the same experts."""
 TIMEOUT = timedelta(minutes=10)
 MOMENTS = ("exp_avg", "exp_avg_sq")
-KEPT_WHOLE = (
-    100_000  # elements: at ZeRO-3, parameters up to this size stay gathered; DeepSpeed's default
-)
+KEPT_WHOLE = 100_000
+"""Elements: at ZeRO-3, parameters up to this size stay gathered. DeepSpeed's default."""
 _MAX_BUCKET = 500_000_000  # elements; DeepSpeed's default
 
 
@@ -155,6 +155,14 @@ class Engine:
         parameters = self.module.named_parameters()
         return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters}
 
+    def num_parameters(self) -> int:
+        """Give the size of the whole model, with the experts of other ranks."""
+        total = 0
+        for name, shape in self.shapes().items():
+            shared_out = _is_shared_out(self.module.get_parameter(name))
+            total += math.prod(shape) * (self.mesh.expert_ranks if shared_out else 1)
+        return total
+
     def read_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Yield (parameter name, {"weight", "exp_avg", "exp_avg_sq"}): fp32, in the shape that shapes() says.
 
@@ -192,25 +200,21 @@ class Engine:
 
     def _leave_inference(self) -> None:
         """At ZeRO-3, give up weights that were gathered in torch.inference_mode(): autograd cannot use them."""
-        if self._stage == 3 and any(
-            p.is_inference() and p.numel() for p in self.module.parameters()
-        ):
+        parameters = self.module.parameters()
+        if self._stage == 3 and any(p.is_inference() and p.numel() for p in parameters):
             for name in REGATHER_NAMES:
                 getattr(self._engine.optimizer, name)()
 
     def _plain_grad_norm(self) -> Tensor:
         """Norm of all gradients of the model at ZeRO-0; a collective over the expert group if experts are shared out."""
-        norms: dict[bool, Tensor] = {}
-        for expert in (False, True):
-            gradients = [
-                p.grad
-                for p in self.module.parameters()
-                if p.grad is not None and _is_expert(p) == expert
-            ]
-            norms[expert] = nn.utils.get_total_norm(gradients)
+        gradients: dict[bool, list[Tensor]] = {False: [], True: []}
+        for param in self.module.parameters():
+            if param.grad is not None:
+                gradients[_is_shared_out(param)].append(param.grad)
+        dense, experts = (nn.utils.get_total_norm(part) for part in gradients.values())
         if self._expert_group is not None:
-            norms[True] = add_up(norms[True] ** 2, self._expert_group).sqrt()
-        return torch.linalg.vector_norm(torch.stack(tuple(norms.values())))
+            experts = add_up(experts**2, self._expert_group).sqrt()
+        return torch.hypot(dense, experts)
 
     def _flats(self) -> Iterator[Tensor]:
         """The tensors that Adam really steps: with ZeRO flat fp32 partitions, else the parameters."""
@@ -237,8 +241,8 @@ class Engine:
             getattr(self._engine.optimizer, link)()
 
 
-def _is_expert(param: nn.Parameter) -> bool:
-    """Whether the parameter's experts are shared out."""
+def _is_shared_out(param: nn.Parameter) -> bool:
+    """Whether other ranks of the expert group hold other experts of this parameter."""
     return not getattr(param, "allreduce", True)
 
 
@@ -247,7 +251,8 @@ def _shard(value: Tensor, param: nn.Parameter) -> Tensor:
     shard: Any = param
     numel = shard.ds_tensor.numel()
     padding = numel * shard.ds_zero_partition_world_size - value.numel()
-    return nn.functional.pad(value.flatten(), (0, padding)).narrow(0, numel * shard.ds_zero_partition_rank, numel)  # fmt: skip
+    padded = nn.functional.pad(value.flatten(), (0, padding))
+    return padded.narrow(0, numel * shard.ds_zero_partition_rank, numel)
 
 
 def check_version(version: str = deepspeed.__version__) -> None:
@@ -271,7 +276,8 @@ def start(model: nn.Module, config: Config, mesh: Mesh | None = None) -> Engine:
     for one process only.
 
     Raises:
-        UserError: an untested DeepSpeed, or options that DeepSpeed gets wrong.
+        UserError: an untested DeepSpeed, options that DeepSpeed gets wrong, or experts that cannot be shared out evenly.
+        RuntimeError: DeepSpeed groups the ranks in another way than the mesh.
     """
     check_version()
     mesh = mesh or Mesh()

@@ -33,12 +33,14 @@ def train(rank, ranks, cases):
                 result.evaluated.append(run.evaluate(guard))
             result.losses.append(run.step())
             result.norms.append(run.engine.grad_norm())
+        result.size = run.engine.num_parameters()
         result.state = {k: v for k, v in run.state().items() if k.startswith("weight/")}
         results.append(result)
     return results
 
 
 def compare(got, want):
+    assert got.size == want.size == sum(value.size for value in want.state.values())
     assert got.losses == pytest.approx(want.losses, rel=1e-6)
     assert got.norms == pytest.approx(want.norms, rel=1e-6)
     largest = max(np.linalg.norm(value) for value in want.state.values())
@@ -170,6 +172,6 @@ def test_a_wrong_scale_is_seen(one_rank):
     start = build_model(tiny_config(), SYMBOLS).get_parameter("blocks.0.moe.experts.w1")
     name = "weight/blocks.0.moe.experts.w1@0"
     wrong = want.state[name] + 0.01 * (want.state[name] - start[0].detach().numpy())
-    got = SimpleNamespace(losses=want.losses, norms=want.norms, state={**want.state, name: wrong})
+    got = SimpleNamespace(**{**vars(want), "state": {**want.state, name: wrong}})
     with pytest.raises(AssertionError, match="w1@"):
         compare(got, want)
