@@ -30,14 +30,8 @@ from engine.config import Builder, MoEConfig, RouteWeights
 from engine.moe.hashing import hash64, normal, uniform
 
 _FORMAT = 1  # part of the cache key; raise it when the same inputs would give another table
-_ROW, _ORDER, _TIE, _LOGIT, _BLOCK_ORDER, _BLOCK_TIE = (
-    1,
-    2,
-    3,
-    4,
-    5,
-    6,
-)  # first part of each hash: what the number is for
+# First part of each hash: what the number is for.
+_ROW, _ORDER, _TIE, _LOGIT, _BLOCK_ORDER, _BLOCK_TIE = range(1, 7)
 _NUMBERS = ("ngram", "vocab_size", "seed", "index", "pack")
 _CHUNK = 1 << 22  # symbols counted at a time, to bound memory
 
