@@ -18,10 +18,12 @@ from launch.cli import config_of, read_config, write_config
 
 CONFIG, LOCK = "config.yaml", ".lock"
 
-# Options that may differ when a run is resumed: they change what is written and shown, not a step's numbers.
+# Options that may differ when a run is resumed: they change what is written and shown, or on which ranks and how the same
+# steps are computed, which is seen in the rounding alone.
 FREE = (
     "train.resume", "train.log_every", "train.valid_every", "train.save_every", "train.keep", "train.threads",
-    "train.runs_dir", "data.prefetch", "parallel.timeout_s", "parallel.peer_ids", "corpus.cache_dir", "eval", "wandb",
+    "train.runs_dir", "data.prefetch", "corpus.cache_dir", "eval", "wandb",
+    "parallel", "train.zero_stage", "train.offload", "train.accumulation", "train.recompute",
 )  # fmt: skip
 
 

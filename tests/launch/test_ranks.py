@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -89,6 +90,22 @@ def test_two_processes_train_like_one(tmp_path, alone, peer_ids):
     summary = json.loads((tmp_path / "debug/summary.json").read_text())
     assert summary["bpc"] == pytest.approx(alone[1]["bpc"], rel=1e-4)
     assert summary["symbols"] == alone[1]["symbols"]
+
+
+@pytest.mark.dist
+def test_a_run_goes_on_with_other_ranks(tmp_path, alone):
+    """Two ranks at ZeRO stage 3, from step 10 on one rank at stage 2 and two micro-batches."""
+    options = ["model.dropout=0", "train.save_every=10", "train.zero_stage=3"]
+    with Ranks(tmp_path, options) as ranks:
+        assert [code for code, *_ in ranks.wait()] == [0, 0]
+    shutil.rmtree(tmp_path / "debug/checkpoints/step-00000020")
+    changed = ["train.zero_stage=2", "train.accumulation=2", "train.resume=true"]
+    command = [sys.executable, "-m", "launch.train", "experiment=debug", *options[:2], *changed, f"train.runs_dir={tmp_path}"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and "resumed at step 10" in done.stdout, done.stderr
+    assert losses(tmp_path) == pytest.approx(alone[0], rel=1e-5)
+    summary = json.loads((tmp_path / "debug/summary.json").read_text())
+    assert summary["bpc"] == pytest.approx(alone[1]["bpc"], rel=1e-4)
 
 
 @pytest.mark.dist
