@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 from engine.errors import RunFailed
 from engine.moe.plan import Plan
 from engine.moe.routers import HashedRouter
-from engine.parallel.host import Host
+from engine.parallel.host import Host, odd_ones
 from engine.parallel.mesh import Mesh
-from engine.parallel.world import odd_ones
 
 if TYPE_CHECKING:  # the loader calls this file
     from engine.loader import GroupBatch

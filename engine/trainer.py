@@ -132,6 +132,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of this moment."""
+        self.world.watch.at(f"the checkpoint of step {self.step}")
         state = checkpoint.TrainingState(
             step=self.step,
             cursor=self.step,  # one segment of every stream per step
@@ -177,7 +178,8 @@ class Trainer:
         stopping = alone and stop_asked()
         try:
             while self.step < train.steps and not stopping:
-                self.world.watch.at(f"step {self.step}")
+                # the first step may compile kernels
+                self.world.watch.at(f"step {self.step}", timed=self.step > first)
                 result = train_step(
                     self.engine, loader, self.memory, self.config,
                     step=self.step, forward_times=self.forward_times,
@@ -257,6 +259,8 @@ class Trainer:
             torch.manual_seed(hash64(seed, mesh.rank, self.step).item())
 
     def _validate(self, metrics: Metrics | None, stop_asked: Callable[[], bool]) -> None:
+        self.world.watch.at(f"the validation at step {self.step}")
+
         def leave_if_asked(done: int, total: int) -> None:
             if stop_asked():
                 raise _StopAsked

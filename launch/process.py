@@ -103,11 +103,11 @@ def connect(parallel: ParallelConfig) -> World:
     watch_store = dist.PrefixStore("watch", _stores[0].clone())
     group_ranks = range(0, place.ranks, parallel.expert_ranks)
     groups = [list(range(first, first + parallel.expert_ranks)) for first in group_ranks]
-    planning, planning_group = _hosts_for_planning(place, groups)
+    planning, planning_group = _hosts_for_planning(place, groups, parallel.timeout_s)
     return World(
         mesh,
         device,
-        host=GlooHost(_host_group(None)),
+        host=GlooHost(_host_group(None, _HOST_TIMEOUT)),
         planning=planning,
         planning_group=planning_group,
         watch=Watch(watch_store, place.rank, place.ranks, parallel.timeout_s),
@@ -150,7 +150,9 @@ def _address_by_mpi() -> tuple[str, str]:
     return found
 
 
-def _hosts_for_planning(place: Place, groups: list[list[int]]) -> tuple[Host, Host]:
+def _hosts_for_planning(
+    place: Place, groups: list[list[int]], timeout_s: float
+) -> tuple[Host, Host]:
     """Connections of the loader's thread: all ranks, and this rank's expert group."""
     if place.mpi:
         from mpi4py import MPI
@@ -159,15 +161,16 @@ def _hosts_for_planning(place: Place, groups: list[list[int]]) -> tuple[Host, Ho
             world = MPI.COMM_WORLD
             color = next(i for i, ranks in enumerate(groups) if place.rank in ranks)
             return MpiHost(world), MpiHost(world.Split(color, place.rank))
-    everyone = _host_group(None)
-    own = [_host_group(ranks) for ranks in groups]  # every rank takes part in making each
+    timeout = timedelta(seconds=timeout_s)
+    everyone = _host_group(None, timeout)
+    own = [_host_group(ranks, timeout) for ranks in groups]  # every rank takes part in making each
     return GlooHost(everyone), next(
         GlooHost(group) for group, ranks in zip(own, groups, strict=True) if place.rank in ranks
     )
 
 
-def _host_group(ranks: list[int] | None) -> dist.ProcessGroup:
-    return dist.new_group(ranks, backend="gloo", timeout=_HOST_TIMEOUT)
+def _host_group(ranks: list[int] | None, timeout: timedelta) -> dist.ProcessGroup:
+    return dist.new_group(ranks, backend="gloo", timeout=timeout)
 
 
 class StopSignal:

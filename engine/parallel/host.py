@@ -5,6 +5,7 @@ connections of its own, so one thread may use one while another thread trains; t
 """
 
 import json
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -69,3 +70,16 @@ class MpiHost(Host):
         found = np.empty((self.ranks, *own.shape), own.dtype)
         self.comm.Allgather(own, found)
         return found
+
+
+def odd_ones(values: list[Any], has: str = "has", have: str = "have") -> str:
+    """Say which ranks have another value than most: "rank 3 has 5, the other 7 have 4"."""
+    (common, count), *others = Counter(values).most_common()
+    odd = [rank for rank, value in enumerate(values) if value != common]
+    if not odd:
+        return f"all {count} ranks {have} {common}"
+    if others and others[0][1] == count:  # no majority
+        return ", ".join(f"rank {rank} {has} {value}" for rank, value in enumerate(values))
+    named = ", ".join(f"rank {rank} {has} {values[rank]}" for rank in odd[:4])
+    more = f" and {len(odd) - 4} more ranks differ" if len(odd) > 4 else ""
+    return f"{named}{more}, the other {count} {have} {common}"

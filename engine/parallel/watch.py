@@ -1,8 +1,9 @@
 """A hang is a message: when a rank is lost, fails or stays behind, every other rank ends with a line that says which and why.
 
 Each rank leaves a sign of life and the place that it has reached in a store (torch.distributed's key-value store), once a
-period, and looks whether its right neighbour still does and whether anybody has reported a fault. A thread of its own does
-this, so it also ends a process whose main thread waits inside a collective for ever.
+period, and looks whether its right neighbour still does, whether anybody has reported a fault, and whether its own main
+thread gets on. A thread of its own does this, so it also ends a process whose main thread waits inside a collective for
+ever.
 """
 
 import os
@@ -16,6 +17,7 @@ from typing import Any
 from torch import distributed as dist
 
 from engine.errors import RunFailed, UserError
+from engine.parallel.host import odd_ones
 
 _FAULT, _DONE = "fault", "done"
 _MARKS = ("gloo", "Gloo", "NCCL", "Connection closed", "Connection reset", "MPI_ERR", "TCPStore")
@@ -49,17 +51,21 @@ class Watch:
         self._store, self._rank, self._ranks, self._end = store, rank, ranks, end
         self._lost_after_s = timeout_s / 2  # half to notice, half to end
         self._period_s = min(1.0, timeout_s / 10)
-        self._place = "the start"
-        self._beats = 0
+        self._place, self._since = "the start", float("inf")
+        self._timeout_s, self._beats = timeout_s, 0
         self._lock = threading.Lock()  # one use of the store at a time
         self._closed = threading.Event()
         self._spoken = False  # the main thread is ending with a line of its own
         if store is not None and ranks > 1:
             threading.Thread(target=self._run, name="foreroute-watch", daemon=True).start()
 
-    def at(self, place: str) -> None:
-        """Note what the main thread is doing, such as "step 12": told when this rank keeps others waiting."""
-        self._place = place
+    def at(self, place: str, *, timed: bool = False) -> None:
+        """Note what the main thread is doing, such as "step 12": told when this rank keeps others waiting.
+
+        Args:
+            timed: it takes less than timeout_s; otherwise the ranks end, for some wait for ever.
+        """
+        self._place, self._since = place, time.monotonic() if timed else float("inf")
 
     def close(self) -> None:
         """Say that this rank has come to its end; nobody waits for its signs any more."""
@@ -138,6 +144,9 @@ class Watch:
                     f"no sign of life for {self._lost_after_s:.0f} s, last seen at {_place(sign)}"
                 )
                 self._post(f"{_named([neighbour])} lost: {silence}")
+            if time.monotonic() - self._since > self._timeout_s:
+                places = odd_ones([_place(sign) for sign in self._signs()], "is at", "are at")
+                self._post(f"no progress for {self._timeout_s:.0f} s: {places}")
 
     def _leave(self, fault: str) -> None:
         """Give the main thread time to end by itself, which failed collectives make it do."""
@@ -158,7 +167,8 @@ class Watch:
         if found is _GONE:
             return "rank 0 is lost: its store does not answer"
         rank, message = found.decode().split(" ", 1)
-        return message if message.startswith("rank ") else f"rank {rank} ended: {message}"
+        by_all = message.startswith(("rank ", "ranks ", "no progress "))
+        return message if by_all else f"rank {rank} ended: {message}"
 
     def _signs(self) -> list[str]:
         return [self._sign(rank) for rank in range(self._ranks)]

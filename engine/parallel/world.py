@@ -4,7 +4,6 @@
 started differently is named.
 """
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from engine.errors import RunFailed, UserError
-from engine.parallel.host import Host
+from engine.parallel.host import Host, odd_ones
 from engine.parallel.mesh import Mesh
 from engine.parallel.watch import Watch
 
@@ -99,14 +98,3 @@ def agree(host: Host, facts: Mapping[str, Any]) -> None:
             error = UserError(f"{name} differs between the ranks: {odd_ones(values)}")
             error.everywhere = True
             raise error
-
-
-def odd_ones(values: list[Any]) -> str:
-    """Say which ranks have another value than most: "rank 3 has 5, the other 7 have 4"."""
-    (common, count), *others = Counter(values).most_common()
-    odd = [rank for rank, value in enumerate(values) if value != common]
-    if others and others[0][1] == count:  # no majority
-        return ", ".join(f"rank {rank} has {value}" for rank, value in enumerate(values))
-    named = ", ".join(f"rank {rank} has {values[rank]}" for rank in odd[:4])
-    more = f" and {len(odd) - 4} more ranks differ" if len(odd) > 4 else ""
-    return f"{named}{more}, the other {count} have {common}"

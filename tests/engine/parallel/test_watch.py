@@ -81,6 +81,27 @@ def test_a_rank_that_stays_behind_is_named(store):
         one.close()
 
 
+def test_no_progress_ends_all_and_names_who_is_behind(store):
+    """All threads are alive and the main threads wait for each other, as in a collective that nobody else enters."""
+    ranks = [watch(store, rank, ranks=3) for rank in range(3)]
+    for rank, (one, _) in enumerate(ranks):
+        one.at("step 2" if rank == 1 else "step 3", timed=True)
+    for _, lines in ranks:
+        line = lines.get(timeout=20)
+        assert line == "no progress for 2 s: rank 1 is at step 2, the other 2 are at step 3"
+
+
+def test_what_may_take_long_is_not_timed(store):
+    both = [watch(store, rank, timeout_s=1.0) for rank in range(2)]
+    for one, _ in both:
+        one.at("step 3", timed=True)
+        one.at("the checkpoint of step 4")
+    for one, lines in both:
+        with pytest.raises(queue.Empty):
+            lines.get(timeout=2)
+        one.close()
+
+
 def test_a_bug_keeps_its_type(store):
     other, _ = watch(store, 0)
     with pytest.raises(RuntimeError, match="shape"), other.guard():

@@ -10,8 +10,8 @@ import pytest
 from torch import distributed as dist
 
 from engine.errors import RunFailed, UserError
-from engine.parallel.host import GlooHost, Host
-from engine.parallel.world import agree, odd_ones, together
+from engine.parallel.host import GlooHost, Host, odd_ones
+from engine.parallel.world import agree, together
 from engine.testing import run_ranks, run_threads
 
 MPIRUN = shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil.which("mpirun")
