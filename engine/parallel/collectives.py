@@ -51,7 +51,10 @@ class Wire:
             self._log = DeviceLog()
 
     def take_times(self) -> ExchangeTimes:
-        """Give exposed and hidden time since the last call (see engine/parallel/flights.py); on a GPU waits for it."""
+        """Give exposed and hidden time since the last call (see engine/parallel/flights.py); on a GPU waits for it.
+
+        What is sent in torch.inference_mode is not timed.
+        """
         return self._log.take()
 
     @contextlib.contextmanager
@@ -110,16 +113,18 @@ class Wire:
         self.sent_bytes += num_rows * rows.shape[1] * rows.element_size()
 
     def _issue(self, collective: Callable[..., Any], got: Tensor, rows: Tensor, *splits: list[int]) -> Flight:  # fmt: skip
+        # Evaluation takes no times: its logs would only grow.
+        log = type(self._log)() if torch.is_inference_mode_enabled() else self._log
         if self._streams is None:
-            assert isinstance(self._log, HostLog)
+            assert isinstance(log, HostLog)
             issued = time.perf_counter()
             work = collective(got, rows, *splits, group=self.group, async_op=True)
-            return HostFlight(work, got, self._log, issued)
-        assert isinstance(self._log, DeviceLog)
+            return HostFlight(work, got, log, issued)
+        assert isinstance(log, DeviceLog)
         issue = torch.cuda.Event(enable_timing=True)
         issue.record()
         work = collective(got, rows, *splits, group=self.group, async_op=True)
-        return DeviceFlight(work, got, rows, self._log, self._streams, issue)
+        return DeviceFlight(work, got, rows, log, self._streams, issue)
 
 
 def add_up(value: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -101,3 +101,12 @@ def test_a_wire_counts_what_leaves_and_calls_the_module_it_was_given():
     assert torch.equal(wire.all_reduce(torch.arange(9)), torch.arange(9))
     assert wire.sent_bytes - before == 2 * 2 * 9 * 8 // 3
     assert wire.collectives == len(comm.calls) == 4
+
+
+def test_evaluation_is_not_timed():
+    wire, rows = Wire("group", Recorder()), torch.ones(3, 5)
+    with torch.inference_mode():
+        wire.all_gather(rows).wait()
+    assert wire.take_times() == (0, 0) and wire.collectives == 1
+    wire.all_gather(rows).wait()
+    assert sum(wire.take_times()) > 0
