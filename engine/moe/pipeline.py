@@ -109,10 +109,17 @@ class _InParts(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 going.append(trip.exchange.to_tokens(gradients.x_RD, call.part))
             d_weights_N.append(gradients.weight_N)
-            found = pack_weights(gradients.weights)
+            found = [_wide(gradient) for gradient in pack_weights(gradients.weights)]
             if d_parameters:
                 torch._foreach_add_(d_parameters, found)
             else:
                 d_parameters = found
         d_x_TD = torch.cat([moving.wait() for moving in going]) if going else None
+        parameters = tensors[num_parts:num_inputs]
+        d_parameters = [d.to(p.dtype) for d, p in zip(d_parameters, parameters, strict=True)]
         return None, d_x_TD, *d_weights_N, *d_parameters
+
+
+def _wide(gradient: Tensor) -> Tensor:
+    """Parts are added up in fp32 at least."""
+    return gradient.to(torch.promote_types(gradient.dtype, torch.float32))

@@ -1,0 +1,70 @@
+"""A layer in parts on one rank, where rows arrive at once: gradients of parts add up as those of one part."""
+
+import pytest
+import torch
+
+from engine.moe.pipeline import PartCall, run_in_parts
+from engine.moe.plan import Route, build_plan, cut
+from kernels import ExpertWeights, moe_ffn
+
+TOKENS, WIDTH, HIDDEN, EXPERTS, K, PARTS = 64, 16, 24, 4, 2, 32
+
+
+class Here:
+    """An exchange whose rows are there already."""
+
+    def __init__(self, rows=None):
+        self.rows = rows
+
+    def to_experts(self, x_tD, part):
+        return Here(x_tD)
+
+    to_tokens = to_experts
+
+    def wait(self):
+        return self.rows
+
+
+def problem(dtype):
+    generator = torch.Generator().manual_seed(4)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).bfloat16().to(dtype)
+
+    matrix = EXPERTS, HIDDEN, WIDTH
+    weights = [normal(*matrix), normal(*matrix[:2]), normal(*matrix), normal(EXPERTS, WIDTH)]
+    expert_TK = torch.rand(TOKENS, EXPERTS, generator=generator).topk(K).indices
+    route = Route(expert_TK, torch.full((TOKENS, K), 1 / K))
+    leaves = [x.requires_grad_() for x in (normal(TOKENS, WIDTH), *weights)]
+    return route, leaves, normal(TOKENS, WIDTH)
+
+
+def run(dtype, parts):
+    """Output and gradients; one part by kernels.moe_ffn."""
+    route, leaves, cotangent = problem(dtype)
+    weights, wide = ExpertWeights(*leaves[1:]), torch.promote_types(dtype, torch.float32)
+    options = {"dropout": None, "masked": False, "backend": "cpu", "mode": "lean", "precision": "ieee", "debug": False}  # fmt: skip
+    calls = []
+    for span in cut(TOKENS, parts):
+        part = build_plan(Route(route.expert_TK[span], route.weight_TK[span]), EXPERTS).parts[0]
+        calls.append(PartCall(part, part.weight_N.to(wide), options))
+    if parts == 1:
+        y = moe_ffn(leaves[0], calls[0].weight_N, weights, calls[0].part.rows, **options)
+    else:
+        y = run_in_parts(leaves[0], calls, weights, Here())
+    return [y.detach(), *torch.autograd.grad(y, leaves, cotangent)]
+
+
+def errors(got, want):
+    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, want, strict=True)]
+
+
+@pytest.mark.parametrize("parts", [2, PARTS])
+def test_parts_equal_the_whole(parts):
+    assert max(errors(run(torch.float64, parts), run(torch.float64, 1))) < 1e-14
+
+
+def test_parts_of_bf16_are_added_up_in_fp32():
+    whole = run(torch.float64, 1)
+    once = max(errors(run(torch.bfloat16, 1), whole))
+    assert max(errors(run(torch.bfloat16, PARTS), whole)) < 1.5 * once
