@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import distributed as dist
 
+from engine.parallel.mesh import Mesh
+
 
 class Host:
     """A rank alone; the base of those with company."""
@@ -69,3 +71,12 @@ class MpiHost(Host):
         found = np.empty((self.ranks, *own.shape), own.dtype)
         self.comm.Allgather(own, found)
         return found
+
+
+def expert_group_host(mesh: Mesh) -> Host:
+    """Connect this rank to its expert group over gloo; every rank of the run calls it, as groups are made by all ranks."""
+    if mesh.expert_ranks == 1:
+        return Host()
+    firsts = range(0, mesh.world, mesh.expert_ranks)
+    groups = [dist.new_group(list(range(first, first + mesh.expert_ranks)), backend="gloo") for first in firsts]  # fmt: skip
+    return GlooHost(groups[mesh.rank // mesh.expert_ranks])
