@@ -220,14 +220,14 @@ class PlannedExperts:
         plan = plans.plans[layer if len(plans.plans) > 1 else 0]
         return LayerCall(plans.k, plan, plans.token_T, running.dropout_seed, dropout)
 
-    # Beside a checkpoint.
+    # State.
 
     def state_dict(self) -> dict[str, Any]:
-        """Give k and the tables, a part of the model that its own state_dict lacks; for client_state of save_checkpoint."""
+        """Give k and the tables, a part of the model that its own state_dict lacks, and whose they are."""
         return {
+            "place": self._place(),
             "k": self.k,
-            "passes": self._passes,
-            "expert_ranks": self._mesh.expert_ranks,
+            "dropout": (self._seed, self._passes),
             "tables": [table_state(router.table) for router in self._routers],
         }
 
@@ -235,18 +235,26 @@ class PlannedExperts:
         """Go on with what state_dict gave.
 
         Raises:
-            UserError: it is of another number of layers or experts, or of expert groups of another size.
+            UserError: it is of another number of tables or experts; or experts are shared out and it is of another rank,
+                number of ranks or size of an expert group, where the same file holds other experts.
         """
         tables = [table_from_state(table) for table in state["tables"]]
-        found = state["expert_ranks"], len(tables), tables[0].order_rE.shape[1]
-        here = self._mesh.expert_ranks, len(self._routers), self._num_experts
-        for what, old, new in zip(("ranks of an expert group", "tables", "experts"), found, here, strict=True):  # fmt: skip
-            require(
-                old == new,
-                f"the checkpoint was saved with {old} {what}: there must be as many, not {new}",
-            )
+        shape, here = (
+            (len(tables), tables[0].order_rE.shape[1]),
+            (len(self._routers), self._num_experts),
+        )
+        require(shape == here, f"saved with (tables, experts) = {shape}: must be {here} as here")
+        place, here_place = tuple(state["place"]), self._place()
+        require(
+            place == here_place,
+            f"saved by (rank, of ranks, in expert groups of) = {place}: must be {here_place} as here",
+        )
         self._use(tables)
-        self.k, self._passes = state["k"], state["passes"]
+        self.k, (self._seed, self._passes) = state["k"], state["dropout"]
+
+    def _place(self) -> tuple[int, int, int]:
+        mesh = self._mesh
+        return (mesh.rank, mesh.world, mesh.expert_ranks) if mesh.expert_ranks > 1 else (0, 1, 1)
 
     def _use(self, tables: Sequence[Table]) -> None:
         rank, ranks = self._mesh.expert_rank, self._mesh.expert_ranks

@@ -14,13 +14,21 @@ there and then; `ahead`, or `plan` in a loader's thread, does it before the step
 plans from its own ids. On one rank DeepSpeed is not needed. On several it is: a group of `parallel.expert_ranks` neighbouring
 ranks shares out the experts, DeepSpeed forms the groups and adds up the gradients, at ZeRO 0 to 3.
 
-DeepSpeed 0.19.8 gets some things wrong that are not seen from here:
+What DeepSpeed 0.19.8 makes of shared-out experts, and nothing here can mend:
 
-* gradient clipping at ZeRO-0, where norms of ranks are averaged: clip at ZeRO 1, 2 or 3
-* a client optimizer without `parameter_groups` at ZeRO-0: replicas of an expert drift apart; ZeRO 1 to 3 refuse it
-* its checkpoints know weights of experts only, not their biases, and a checkpoint loaded with another expert_ranks or world
-  gives wrong experts without a word: see PlannedExperts.state_dict
-* models built inside deepspeed.zero.Init: refused here
+* gradient_clipping, 1.0 unless its config says otherwise, is wrong at ZeRO-0, where it averages the norms of ranks: set 0
+  there, or use ZeRO 1, 2 or 3.
+* A client optimizer without `parameter_groups` is refused by ZeRO 1 and 2.
+* A model built inside deepspeed.zero.Init is refused here, and use_data_before_expert_parallelism at the first forward pass.
+* save_checkpoint refuses the layers. What each rank holds can be saved, and goes on bit for bit on as many ranks, expert
+  groups of the same size and the same ZeRO stage; on other ranks or groups load_state_dict of the experts raises:
+
+      state = {"optimizer": engine.optimizer.state_dict(), "experts": experts.state_dict()}
+      state["module"] = engine.module.state_dict()                           # ZeRO 0 to 2
+      torch.save(state, f"rank{rank}.pt")                                    # later: state = torch.load(..)
+      experts.load_state_dict(state["experts"])
+      engine.module.load_state_dict(state["module"])                         # ZeRO 0 to 2
+      engine.optimizer.load_state_dict([state["optimizer"]] * ranks, load_from_fp32_weights=True)  # ZeRO-0: the state alone
 
 Letters: B sequences, Q ids of each, C = ngram - 1 ids left of them, D width, T = B*Q tokens, P ranks of the expert group.
 """
