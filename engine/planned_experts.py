@@ -32,7 +32,7 @@ from engine.moe.plan import Plan
 from engine.moe.routers import HashedRouter
 from engine.moe.tables import Table, table_from_state, table_state
 from engine.parallel.collectives import Wire
-from engine.parallel.host import Host, expert_group_host
+from engine.parallel.host import expert_group_host
 from engine.parallel.mesh import Mesh
 
 Batch = TypeVar("Batch", bound=Sequence[Any])
@@ -46,9 +46,7 @@ class Plans:
     shape: tuple[int, ...]  # B, Q
     tables: int  # digest of the tables
     plans: tuple[Plan, ...]  # one for all layers, or one each
-    token_T: (
-        Tensor  # int64: numbers of the expert group's tokens among those of all ranks, rank by rank
-    )
+    token_T: Tensor  # int64: numbers of the expert group's tokens among those of all ranks
     copied: torch.cuda.Event | None  # of the copy to a GPU
     used: set[int] = field(default_factory=set)  # layers that have run by it
 
@@ -99,7 +97,10 @@ class PlannedExperts:
         self._width, self._seed = width, seed
         self._use(tables)
         self.k = k
-        self._host, self._host_ahead = expert_group_host(mesh), expert_group_host(mesh)
+        self._host = expert_group_host(mesh)
+        self._thread = ThreadPoolExecutor(
+            1, "foreroute-planner"
+        )  # all plans, in the order in which they were asked for
         self._delivery: Delivery | None = None
         self._pass: _Pass | None = None
         self._passes = 0  # begun so far
@@ -117,10 +118,10 @@ class PlannedExperts:
     # Plans.
 
     def plan(self, ids: Tensor, left: Tensor | None = None) -> Plans:
-        """Plan a batch for one forward pass, in any thread of the training process, as early as its ids are known.
+        """Plan a batch for one forward pass, as early as its ids are known; in the training process, not in a loader's.
 
-        With several ranks in an expert group, each needs the ids of all. They are exchanged between the hosts, unless given:
-        then every rank of the group plans at the same places in the same order, so call it from one thread only.
+        With several ranks in an expert group, each needs the ids of all. They are exchanged between the hosts, unless given.
+        So the ranks must ask for plans, here and by all other ways, in the same order.
 
         Args:
             ids: int [B, Q] of this rank; or [P, B, Q] of all ranks of the expert group, and then nothing is exchanged.
@@ -130,7 +131,7 @@ class PlannedExperts:
             UserError: ids that are not in the vocabulary, or of a wrong shape.
             RunFailed: the ranks of the expert group differ in B, Q, k or their tables.
         """
-        return self._plan(ids, left, self.k, self._host)
+        return self._thread.submit(self._plan, ids, left, self.k).result()
 
     def ahead(self, batches: Iterable[Batch], depth: int = 2) -> Iterator[tuple[Plans, Batch]]:
         """Yield each batch with its plans, made in a thread while earlier ones train; ids come first in a batch.
@@ -140,18 +141,16 @@ class PlannedExperts:
                     ...
 
         A changed k holds from the batch after the next `depth` on. With several ranks in an expert group all must take
-        equally many batches, and one such loop runs at a time; it may be left early only on all ranks at the same place.
+        equally many batches.
         """
         waiting: deque[tuple[Future[Plans], Batch]] = deque()
-        with ThreadPoolExecutor(1, "foreroute-planner") as pool:
-            for batch in batches:
-                plans = pool.submit(self._plan, batch[0], None, self.k, self._host_ahead)
-                waiting.append((plans, batch))
-                if len(waiting) > depth:
-                    plans, batch = waiting.popleft()
-                    yield plans.result(), batch
-            for plans, batch in waiting:
+        for batch in batches:
+            waiting.append((self._thread.submit(self._plan, batch[0], None, self.k), batch))
+            if len(waiting) > depth:
+                plans, batch = waiting.popleft()
                 yield plans.result(), batch
+        for plans, batch in waiting:
+            yield plans.result(), batch
 
     # Forward passes.
 
@@ -184,9 +183,7 @@ class PlannedExperts:
             if by_hand or _backward_node() is not None:  # a whole model may be recomputed
                 return
             self._pass = None
-            given: Mapping[Any, Any] = (
-                kwargs if isinstance(argument, str) else dict(enumerate(args))
-            )
+            given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
             if argument not in given:
                 raise RuntimeError(f"the model was called without argument {argument!r}, which holds the ids: see attach")  # fmt: skip
             self._begin(self.plan(given[argument]), by_hook=True)
@@ -239,10 +236,8 @@ class PlannedExperts:
                 number of ranks or size of an expert group, where the same file holds other experts.
         """
         tables = [table_from_state(table) for table in state["tables"]]
-        shape, here = (
-            (len(tables), tables[0].order_rE.shape[1]),
-            (len(self._routers), self._num_experts),
-        )
+        shape = len(tables), tables[0].order_rE.shape[1]
+        here = len(self._routers), self._num_experts
         require(shape == here, f"saved with (tables, experts) = {shape}: must be {here} as here")
         place, here_place = tuple(state["place"]), self._place()
         require(
@@ -262,9 +257,9 @@ class PlannedExperts:
         self._num_experts = tables[0].order_rE.shape[1]
         self._tables = tables_digest(self._routers)
 
-    def _plan(self, ids: Tensor, left: Tensor | None, k: int, host: Host) -> Plans:
+    def _plan(self, ids: Tensor, left: Tensor | None, k: int) -> Plans:
         ids, left = self._check(ids, left)
-        ids_PBQ, left_PBC = (ids, left) if ids.dim() == 3 else self._share(ids, left, k, host)
+        ids_PBQ, left_PBC = (ids, left) if ids.dim() == 3 else self._share(ids, left, k)
         mesh, parallel = self._mesh, self._parallel
         shape, weight = tuple(ids_PBQ.shape[1:]), self.layers[0].experts.w1
         tokens = shape[0] * shape[1]
@@ -303,31 +298,22 @@ class PlannedExperts:
             )
         return ids.cpu().long(), left.cpu().long()
 
-    def _share(self, ids_BQ: Tensor, left_BC: Tensor, k: int, host: Host) -> tuple[Tensor, Tensor]:
+    def _share(self, ids_BQ: Tensor, left_BC: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Exchange ids and left context in the expert group: first the sizes, then [B, C + Q] numbers of 4 bytes."""
-        facts = {
-            "sequences": ids_BQ.shape[0],
-            "length": ids_BQ.shape[1],
-            "k": k,
-            "tables": self._tables,
-        }
-        found = host.all_gather(np.array(list(facts.values()), np.int64))
-        for name, value_P in zip(facts, found.T.tolist(), strict=True):
+        names = "sequences", "length", "k", "tables"
+        found = self._host.all_gather(np.array([*ids_BQ.shape, k, self._tables], np.int64))
+        for name, value_P in zip(names, found.T.tolist(), strict=True):
             if len(set(value_P)) > 1:
-                each = ", ".join(
-                    f"rank {r} has {v}"
-                    for r, v in zip(self._mesh.group_ranks, value_P, strict=True)
-                )
+                values = zip(self._mesh.group_ranks, value_P, strict=True)
+                each = ", ".join(f"rank {rank} has {value}" for rank, value in values)
                 raise RunFailed(f"the ranks of an expert group differ in their {name}: {each}")
         both_BS = torch.cat((left_BC, ids_BQ), dim=1).numpy().astype(np.int32)
-        both_PBS = torch.from_numpy(host.all_gather(both_BS)).long()
+        both_PBS = torch.from_numpy(self._host.all_gather(both_BS)).long()
         context = left_BC.shape[1]
         return both_PBS[..., context:].contiguous(), both_PBS[..., :context].contiguous()
 
     def _begin(self, plans: Plans, *, by_hook: bool) -> None:
-        require(
-            plans.tables == self._tables, "these plans are of other experts: their tables differ"
-        )
+        require(plans.tables == self._tables, "these plans are of other tables than the model's")
         receive((plans.plans, plans.token_T), plans.copied)
         seed = self._seed * 2**32 + self._passes
         self._passes += 1

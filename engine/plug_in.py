@@ -10,8 +10,7 @@
             engine.step()
 
 Hashed routers only. A forward pass needs the plan of its own ids and uses it up; a pass without one raises. `planned` plans
-there and then; `ahead`, or `plan` in a loader's thread, does it before the step; after `attach(model)` each call of the model
-plans from its own ids. On one rank DeepSpeed is not needed. On several it is: a group of `parallel.expert_ranks` neighbouring
+there and then; `ahead`, or `plan`, does it before the step; after `attach(model)` each call of the model plans from its ids. On one rank DeepSpeed is not needed. On several it is: a group of `parallel.expert_ranks` neighbouring
 ranks shares out the experts, DeepSpeed forms the groups and adds up the gradients, at ZeRO 0 to 3.
 
 What DeepSpeed 0.19.8 makes of shared-out experts, and nothing here can mend:
@@ -142,7 +141,7 @@ def replace_feed_forwards(
 
 
 def _mesh(expert_ranks: int) -> Mesh:
-    started = dist.is_available() and dist.is_initialized()
+    started = dist.is_initialized()
     require(
         started or expert_ranks == 1,
         f"parallel.expert_ranks={expert_ranks}: start the process group first (torch.distributed.init_process_group)",
