@@ -4,8 +4,6 @@ DeepSpeed runs every training step, also on one process. Its config is built her
 `Engine` offers a step (forward, backward, step) and, for engine/checkpoint.py, the fp32 master weight and the Adam
 moments of each parameter by name, whatever the ZeRO stage. DeepSpeed's own checkpoints, schedulers and loggers are not
 used. PRIVATE_NAMES lists the undocumented names relied on; a test fails when one is gone.
-
-`share_experts`, `expert_wire` and `parameter_groups` are for models that others hand to DeepSpeed (engine/plug_in.py).
 """
 
 import contextlib
@@ -297,6 +295,7 @@ def start(model: nn.Module, config: Config, mesh: Mesh | None = None) -> Engine:
     return result
 
 
+# These two, and share_experts, are also for models that others hand to DeepSpeed (engine/plug_in.py).
 def expert_wire(mesh: Mesh, device: torch.device) -> Wire:
     """Give what the ranks of this rank's expert group exchange rows through; deepspeed.initialize forms the group.
 

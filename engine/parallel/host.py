@@ -58,6 +58,15 @@ class GlooHost(Host):
         return found.numpy().reshape(self.ranks, *values.shape)
 
 
+def expert_group_host(mesh: Mesh) -> Host:
+    """Connect this rank to its expert group over gloo; every rank of the run calls it, as groups are made by all ranks."""
+    if mesh.expert_ranks == 1:
+        return Host()
+    firsts = range(0, mesh.world, mesh.expert_ranks)
+    groups = [dist.new_group(list(range(first, first + mesh.expert_ranks)), backend="gloo") for first in firsts]  # fmt: skip
+    return GlooHost(groups[mesh.rank // mesh.expert_ranks])
+
+
 class MpiHost(Host):
     """Over a communicator of its own, a duplicate of the one given; needs MPI_THREAD_MULTIPLE beside other threads."""
 
@@ -71,12 +80,3 @@ class MpiHost(Host):
         found = np.empty((self.ranks, *own.shape), own.dtype)
         self.comm.Allgather(own, found)
         return found
-
-
-def expert_group_host(mesh: Mesh) -> Host:
-    """Connect this rank to its expert group over gloo; every rank of the run calls it, as groups are made by all ranks."""
-    if mesh.expert_ranks == 1:
-        return Host()
-    firsts = range(0, mesh.world, mesh.expert_ranks)
-    groups = [dist.new_group(list(range(first, first + mesh.expert_ranks)), backend="gloo") for first in firsts]  # fmt: skip
-    return GlooHost(groups[mesh.rank // mesh.expert_ranks])
