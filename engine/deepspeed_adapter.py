@@ -11,7 +11,7 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -285,13 +285,10 @@ def start(model: nn.Module, config: Config, mesh: Mesh | None = None) -> Engine:
         [m for m in model.modules() if isinstance(m, MoELayer)] if mesh.expert_ranks > 1 else []
     )
     for layer in shared:
-        _share_experts(layer, mesh)
+        share_experts(layer, mesh)
     ds_config = _deepspeed_config(config, mesh.world, sum(p.numel() for p in model.parameters()))
     _start_process_group(mesh.world)
-    parameters: Any = model.parameters()
-    if shared:
-        everything = {"params": list(parameters), "name": "parameters"}
-        parameters = split_params_into_different_moe_groups_for_optimizer(everything)
+    parameters: Any = parameter_groups(model.parameters()) if shared else model.parameters()
     optimizer = build_optimizer(parameters, config.optim)
     with contextlib.redirect_stdout(io.StringIO()):  # bf16 prints memory use; warnings pass
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
@@ -303,6 +300,37 @@ def start(model: nn.Module, config: Config, mesh: Mesh | None = None) -> Engine:
             layer.exchange = build_exchange(result.wire, config.parallel, config.kernels.backend)
     _balance_over_ranks(model, config, mesh)
     return result
+
+
+# These two, and share_experts, are also for models that others hand to DeepSpeed (engine/plug_in.py).
+def expert_wire(mesh: Mesh, device: torch.device) -> Wire:
+    """Give what the ranks of this rank's expert group exchange rows through; deepspeed.initialize forms the group.
+
+    Raises:
+        RuntimeError: it has not yet, or in another way than the mesh.
+    """
+    try:
+        return Wire(_expert_group(mesh), deepspeed.comm, device)
+    except (AssertionError, KeyError) as error:  # as DeepSpeed says that there is no such group
+        raise RuntimeError(
+            f"experts are shared out over {mesh.expert_ranks} ranks that have no group yet: "
+            "give the model to deepspeed.initialize before you run it"
+        ) from error
+
+
+def parameter_groups(params: Iterable[nn.Parameter | dict[str, Any]]) -> list[dict[str, Any]]:
+    """Turn what a torch.optim optimizer takes into groups in which DeepSpeed can tell shared-out experts from the rest.
+
+    Needed for an optimizer that is passed to deepspeed.initialize; of one that is named in its config DeepSpeed sees to it.
+
+    Args:
+        params: parameters, or groups of them as dicts with further options, each a group "params".
+    """
+    given = list(params)
+    groups = [p for p in given if isinstance(p, dict)] or [{"params": given}]
+    named = [{"name": f"parameters {i}", **group, "params": list(group["params"])} for i, group in enumerate(groups)]  # fmt: skip
+    result: list[dict[str, Any]] = split_params_into_different_moe_groups_for_optimizer(named)
+    return [group for group in result if group["params"]]
 
 
 def _group_name(mesh: Mesh) -> str:
@@ -339,10 +367,13 @@ def _balance_over_ranks(model: nn.Module, config: Config, mesh: Mesh) -> None:
             layer.world = world
 
 
-def _share_experts(layer: MoELayer, mesh: Mesh) -> None:
+def share_experts(layer: MoELayer, mesh: Mesh) -> None:
     """Keep this rank's experts and present the layer as DeepSpeed's expert parallelism asks (AutoEPMoELayer).
 
     Every parameter of an expert carries four tags: which ranks add up its gradient and share its optimizer state.
+
+    Raises:
+        UserError: the experts cannot be shared out evenly.
     """
     experts = mesh.local_experts(layer.experts.w1.shape[0])
     group_name = _group_name(mesh)
@@ -403,10 +434,14 @@ def _deepspeed_config(config: Config, world: int, num_params: int) -> dict[str, 
     return result
 
 
+def skip_shared_memory_op() -> None:
+    """Keep DeepSpeed from compiling an op for inference, for a minute, at its first start on a CPU."""
+    getattr(deepspeed.ops, COMPATIBLE_OPS)[SHARED_MEMORY_OP] = False
+
+
 def _start_process_group(world: int) -> None:
     """Start a process group of this process alone, in memory: no port, no address, no MPI."""
-    # The op is for inference; DeepSpeed would compile it, for a minute, at its first start on a CPU.
-    getattr(deepspeed.ops, COMPATIBLE_OPS)[SHARED_MEMORY_OP] = False
+    skip_shared_memory_op()
     if world == 1:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
     if dist.is_initialized():

@@ -18,7 +18,7 @@ class Delivery:
     """Copies to one device, in the loader's thread."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def send(self, value: T) -> tuple[T, torch.cuda.Event | None]:
@@ -26,7 +26,7 @@ class Delivery:
         if self._stream is None:
             return value, None
         with torch.cuda.stream(self._stream):
-            copy = map_tensors(lambda t: t.pin_memory().to(self._device, non_blocking=True), value)
+            copy = map_tensors(lambda t: t.pin_memory().to(self.device, non_blocking=True), value)
             return copy, self._stream.record_event()
 
 

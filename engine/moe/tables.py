@@ -17,6 +17,7 @@ import logging
 import os
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ _FORMAT = 1  # part of the cache key; raise it when the same inputs would give a
 _ROW, _ORDER, _TIE, _LOGIT, _BLOCK_ORDER, _BLOCK_TIE = range(1, 7)
 _NUMBERS = ("ngram", "vocab_size", "seed", "index", "pack")
 _CHUNK = 1 << 22  # symbols counted at a time, to bound memory
+_COUNTERS = (
+    1 << 25
+)  # n-grams that may have a counter each (256 MiB); beyond it those that occur are sorted
 
 _log = logging.getLogger(__name__)
 
@@ -78,7 +82,7 @@ class Table:
 def build_tables(
     moe: MoEConfig,
     vocab_size: int,
-    train_ids: NDArray[np.uint8],
+    train_ids: NDArray[np.integer[Any]],
     *,
     num_tables: int,
     seed: int,
@@ -120,7 +124,7 @@ def build_tables(
     ]
 
 
-def row_frequency(table: Table, ids: NDArray[np.uint8]) -> NDArray[np.float64]:
+def row_frequency(table: Table, ids: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
     """Return how often a text uses each row [r]; ids before its first count as 0."""
     keys, counts = _ngram_counts(ids, table.vocab_size, table.ngram)
     rows = table.order_rE.shape[0]
@@ -153,10 +157,27 @@ def _hashed_rows(keys: NDArray[np.int64], rows: int, seed: int, index: int) -> N
 
 
 def _ngram_counts(
-    ids: NDArray[np.uint8], vocab_size: int, ngram: int
+    ids: NDArray[np.integer[Any]], vocab_size: int, ngram: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the n-gram numbers that occur in a stream, ascending, and how often."""
-    counts = np.zeros(vocab_size**ngram, np.int64)
+    chunks = _ngram_keys(ids, vocab_size, ngram)
+    if vocab_size**ngram <= _COUNTERS:
+        counts = np.zeros(vocab_size**ngram, np.int64)
+        for key in chunks:
+            counts += np.bincount(key, minlength=counts.size)
+        keys = np.flatnonzero(counts)
+        return keys, counts[keys]
+    found = [np.unique(key, return_counts=True) for key in chunks]
+    keys, place = np.unique(np.concatenate([key for key, _ in found]), return_inverse=True)
+    counts = np.zeros(keys.size, np.int64)
+    np.add.at(counts, place, np.concatenate([count for _, count in found]))
+    return keys, counts
+
+
+def _ngram_keys(
+    ids: NDArray[np.integer[Any]], vocab_size: int, ngram: int
+) -> Iterator[NDArray[np.int64]]:
+    """Yield the number of the n-gram that ends at each id, a chunk at a time."""
     padded = np.concatenate([np.zeros(ngram - 1, ids.dtype), ids])
     for start in range(0, ids.size, _CHUNK):
         part = padded[start : start + _CHUNK + ngram - 1].astype(np.int64)
@@ -164,13 +185,11 @@ def _ngram_counts(
         key = part[:size]
         for shift in range(1, ngram):
             key = key * vocab_size + part[shift : shift + size]
-        counts += np.bincount(key, minlength=counts.size)
-    keys = np.flatnonzero(counts)
-    return keys, counts[keys]
+        yield key
 
 
 def _build(
-    moe: MoEConfig, vocab_size: int, train_ids: NDArray[np.uint8], num_tables: int, seed: int
+    moe: MoEConfig, vocab_size: int, train_ids: NDArray[np.integer[Any]], num_tables: int, seed: int
 ) -> dict[str, NDArray[Any]]:
     """Return order uint8 [t, r, E] and, for table weights, logits fp32 [t, r, E]."""
     row_r1, expert_E = np.arange(moe.rows)[:, None], np.arange(moe.experts)
@@ -282,7 +301,7 @@ def _waves(
 
 
 def _cache_key(
-    moe: MoEConfig, vocab_size: int, train_ids: NDArray[np.uint8], num_tables: int, seed: int
+    moe: MoEConfig, vocab_size: int, train_ids: NDArray[np.integer[Any]], num_tables: int, seed: int
 ) -> str:
     text = b""
     if moe.builder is not Builder.random:

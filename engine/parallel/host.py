@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import distributed as dist
 
+from engine.parallel.mesh import Mesh
+
 
 class Host:
     """A rank alone; the base of those with company."""
@@ -55,6 +57,15 @@ class GlooHost(Host):
         found = own.new_empty(self.ranks * own.numel())
         dist.all_gather_single(found, own, group=self.group)
         return found.numpy().reshape(self.ranks, *values.shape)
+
+
+def expert_group_host(mesh: Mesh) -> Host:
+    """Connect this rank to its expert group over gloo; every rank of the run calls it, as groups are made by all ranks."""
+    if mesh.expert_ranks == 1:
+        return Host()
+    firsts = range(0, mesh.world, mesh.expert_ranks)
+    groups = [dist.new_group(list(range(first, first + mesh.expert_ranks)), backend="gloo") for first in firsts]  # fmt: skip
+    return GlooHost(groups[mesh.rank // mesh.expert_ranks])
 
 
 class MpiHost(Host):

@@ -1,0 +1,333 @@
+"""Expert layers that run inside somebody else's model, and the plans that they run by; engine/plug_in.py puts them there.
+
+A layer gets hidden states only; the model around it knows nothing of plans. So PlannedExperts keeps the plans of the forward
+pass that is under way, and each layer asks it. A plan is for one forward pass: what would run by the plan of another raises.
+
+Letters: B sequences, Q ids of each, C = ngram - 1 ids left of them, D width, T = B*Q tokens, P ranks of the expert group.
+"""
+
+import contextlib
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.utils.hooks import RemovableHandle
+
+from engine.agreement import tables_digest
+from engine.choices import WireFormat
+from engine.config import ParallelConfig, require
+from engine.deepspeed_adapter import expert_wire
+from engine.delivery import Delivery, receive
+from engine.errors import RunFailed
+from engine.moe.auto import use_gather
+from engine.moe.exchange import build_exchange
+from engine.moe.layer import LayerCall, MoELayer
+from engine.moe.plan import Plan
+from engine.moe.routers import HashedRouter
+from engine.moe.tables import Table, table_from_state, table_state
+from engine.parallel.collectives import Wire
+from engine.parallel.host import expert_group_host
+from engine.parallel.mesh import Mesh
+
+Batch = TypeVar("Batch", bound=Sequence[Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Plans:
+    """The routing of one batch in every replaced layer, for one forward pass."""
+
+    k: int  # active experts
+    shape: tuple[int, ...]  # B, Q
+    tables: int  # digest of the tables
+    plans: tuple[Plan, ...]  # one for all layers, or one each
+    token_T: Tensor  # int64: numbers of the expert group's tokens among those of all ranks
+    copied: torch.cuda.Event | None  # of the copy to a GPU
+    used: set[int] = field(default_factory=set)  # layers that have run by it
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """A forward pass and its backward: what layers run by."""
+
+    plans: Plans
+    dropout_seed: int
+    first_node: int  # autograd numbers its nodes; those of this pass begin here
+    by_hook: bool
+
+
+class PlannedFeedForward(nn.Module):
+    """An expert layer in the place of a feed-forward: x [..., D] to [..., D]."""
+
+    def __init__(self, moe: MoELayer, experts: "PlannedExperts", dropout: float) -> None:
+        super().__init__()
+        self.moe = moe
+        self.dropout = dropout
+        self._experts = experts
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to x [B, Q, D], or to the same tokens row by row, [T, D].
+
+        Raises:
+            RuntimeError: no plan, or one that is not of this forward pass.
+            ValueError: x is not of the batch that was planned.
+        """
+        call = self._experts.call(self.moe.layer, x, self.dropout if self.training else 0.0)
+        x_TD = x.reshape(-1, x.shape[-1]).to(self.moe.experts.w1.dtype)
+        return self.moe(x_TD, call).y_TD.to(x.dtype).view_as(x)
+
+
+class PlannedExperts:
+    """The replaced layers of a model, their tables, and the plans of the pass under way. Made by replace_feed_forwards."""
+
+    wire: Wire | None = None
+    """What the layers exchange rows through, with its counts and times; None before the first pass and on one rank."""
+
+    def __init__(
+        self, layers: Sequence[MoELayer], tables: Sequence[Table], mesh: Mesh, parallel: ParallelConfig,
+        *, width: int, k: int, seed: int,
+    ) -> None:  # fmt: skip
+        """Take the layers, numbered from 0, with a table for all or one each; collective over all ranks."""
+        self.layers, self._mesh, self._parallel = layers, mesh, parallel
+        self._width, self._seed = width, seed
+        self._use(tables)
+        self.k = k
+        self._host = expert_group_host(mesh)
+        self._thread = ThreadPoolExecutor(
+            1, "foreroute-planner"
+        )  # all plans, in the order in which they were asked for
+        self._delivery: Delivery | None = None
+        self._pass: _Pass | None = None
+        self._passes = 0  # begun so far
+
+    @property
+    def k(self) -> int:
+        """Active experts of what is planned from here on; the same on all ranks."""
+        return self._k
+
+    @k.setter
+    def k(self, k: int) -> None:
+        require(1 <= k <= self._num_experts, f"k={k}: must be in 1 .. {self._num_experts}, the number of experts")  # fmt: skip
+        self._k = k
+
+    # Plans.
+
+    def plan(self, ids: Tensor, left: Tensor | None = None) -> Plans:
+        """Plan a batch for one forward pass, as early as its ids are known; in the training process, not in a loader's.
+
+        With several ranks in an expert group, each needs the ids of all. They are exchanged between the hosts, unless given.
+        So the ranks must ask for plans, here and by all other ways, in the same order.
+
+        Args:
+            ids: int [B, Q] of this rank; or [P, B, Q] of all ranks of the expert group, and then nothing is exchanged.
+            left: as ids with C for Q, the true ids left of each sequence. Without it they count as 0, as at the start of a text.
+
+        Raises:
+            UserError: ids that are not in the vocabulary, or of a wrong shape.
+            RunFailed: the ranks of the expert group differ in B, Q, k or their tables.
+        """
+        return self._thread.submit(self._plan, ids, left, self.k).result()
+
+    def ahead(self, batches: Iterable[Batch], depth: int = 2) -> Iterator[tuple[Plans, Batch]]:
+        """Yield each batch with its plans, made in a thread while earlier ones train; ids come first in a batch.
+
+            for plans, (ids, targets) in experts.ahead(loader):
+                with experts.planned(plans):
+                    ...
+
+        A changed k holds from the batch after the next `depth` on. With several ranks in an expert group all must take
+        equally many batches.
+        """
+        waiting: deque[tuple[Future[Plans], Batch]] = deque()
+        for batch in batches:
+            waiting.append((self._thread.submit(self._plan, batch[0], None, self.k), batch))
+            if len(waiting) > depth:
+                plans, batch = waiting.popleft()
+                yield plans.result(), batch
+        for plans, batch in waiting:
+            yield plans.result(), batch
+
+    # Forward passes.
+
+    @contextlib.contextmanager
+    def planned(self, ids: Tensor | Plans, left: Tensor | None = None) -> Iterator[Plans]:
+        """Run one forward pass of the model inside, by these plans or those of these ids (arguments as for `plan`).
+
+        With activation checkpointing, backward runs the layers again: then it belongs inside, too.
+        """
+        if self._pass is not None and not self._pass.by_hook:
+            raise RuntimeError("planned() inside planned(): one forward pass at a time")
+        plans = ids if isinstance(ids, Plans) else self.plan(ids, left)
+        self._begin(plans, by_hook=False)
+        try:
+            yield plans
+        finally:
+            self._pass = None
+
+    def attach(self, model: nn.Module, argument: int | str = 0) -> RemovableHandle:
+        """Let each call of the model, or of a DeepSpeed engine, plan from its own ids; inside `planned` it does not.
+
+        Planning is then part of the step. The plans stay until the next call, so backward may recompute.
+
+        Args:
+            argument: of the call, the ids [B, Q]: the place among the positional ones, or a keyword.
+        """
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            by_hand = self._pass is not None and not self._pass.by_hook
+            if by_hand or _backward_node() is not None:  # a whole model may be recomputed
+                return
+            self._pass = None
+            given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+            if argument not in given:
+                raise RuntimeError(f"the model was called without argument {argument!r}, which holds the ids: see attach")  # fmt: skip
+            self._begin(self.plan(given[argument]), by_hook=True)
+
+        return model.register_forward_pre_hook(before, with_kwargs=True)
+
+    def call(self, layer: int, x: Tensor, dropout: float) -> LayerCall:
+        """Give a layer what it needs for x; the layers ask by themselves."""
+        node, running = _backward_node(), self._pass
+        if node is None and running is None:
+            raise RuntimeError(
+                "an expert layer has no plan: call the model inside `with experts.planned(ids):`, or experts.attach(model) once"
+            )
+        if node is not None and (
+            running is None or layer not in running.plans.used or node._sequence_nr() < running.first_node
+        ):  # fmt: skip
+            raise RuntimeError(
+                "an expert layer is recomputed in backward, and the plan of its forward pass is gone: run backward before the "
+                "next forward pass, and inside the same `with experts.planned(ids):`"
+            )
+        assert running is not None
+        plans = running.plans
+        if node is None and layer in plans.used:
+            raise RuntimeError(
+                "an expert layer has run by this plan before: every forward pass needs a plan of its own ids"
+            )
+        if x.shape[:-1] not in (plans.shape, (plans.shape[0] * plans.shape[1],)):
+            raise ValueError(f"x is {list(x.shape)}: the plan is for ids {list(plans.shape)}, first the sequences")  # fmt: skip
+        self._connect(x.device)
+        plans.used.add(layer)
+        plan = plans.plans[layer if len(plans.plans) > 1 else 0]
+        return LayerCall(plans.k, plan, plans.token_T, running.dropout_seed, dropout)
+
+    # State.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give k and the tables, a part of the model that its own state_dict lacks, and whose they are."""
+        return {
+            "place": self._place(),
+            "k": self.k,
+            "dropout": (self._seed, self._passes),
+            "tables": [table_state(router.table) for router in self._routers],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with what state_dict gave.
+
+        Raises:
+            UserError: it is of another number of tables or experts; or experts are shared out and it is of another rank,
+                number of ranks or size of an expert group, where the same file holds other experts.
+        """
+        tables = [table_from_state(table) for table in state["tables"]]
+        shape = len(tables), tables[0].order_rE.shape[1]
+        here = len(self._routers), self._num_experts
+        require(shape == here, f"saved with (tables, experts) = {shape}: must be {here} as here")
+        place, here_place = tuple(state["place"]), self._place()
+        require(
+            place == here_place,
+            f"saved by (rank, of ranks, in expert groups of) = {place}: must be {here_place} as here",
+        )
+        self._use(tables)
+        self.k, (self._seed, self._passes) = state["k"], state["dropout"]
+
+    def _place(self) -> tuple[int, int, int]:
+        mesh = self._mesh
+        return (mesh.rank, mesh.world, mesh.expert_ranks) if mesh.expert_ranks > 1 else (0, 1, 1)
+
+    def _use(self, tables: Sequence[Table]) -> None:
+        rank, ranks = self._mesh.expert_rank, self._mesh.expert_ranks
+        self._routers = [HashedRouter(table, rank=rank, ranks=ranks) for table in tables]
+        self._num_experts = tables[0].order_rE.shape[1]
+        self._tables = tables_digest(self._routers)
+
+    def _plan(self, ids: Tensor, left: Tensor | None, k: int) -> Plans:
+        ids, left = self._check(ids, left)
+        ids_PBQ, left_PBC = (ids, left) if ids.dim() == 3 else self._share(ids, left, k)
+        mesh, parallel = self._mesh, self._parallel
+        shape, weight = tuple(ids_PBQ.shape[1:]), self.layers[0].experts.w1
+        tokens = shape[0] * shape[1]
+        itemsize = {WireFormat.fp32: 4, WireFormat.bf16: 2}.get(parallel.wire, weight.itemsize)
+        gather = use_gather(
+            parallel, experts=self._num_experts, ranks=mesh.expert_ranks, k=k, tokens=tokens, width=self._width,
+            itemsize=itemsize,
+        )  # fmt: skip
+        plans = tuple(
+            router.plan(ids_PBQ, left_PBC, k, gather=gather, chunks=parallel.chunks)
+            for router in self._routers
+        )
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        token_T = (rank - mesh.expert_rank) * tokens + torch.arange(mesh.expert_ranks * tokens)
+        if self._delivery is None or self._delivery.device != weight.device:
+            self._delivery = Delivery(weight.device)
+        (plans, token_T), copied = self._delivery.send((plans, token_T))
+        return Plans(k, shape, self._tables, plans, token_T, copied)
+
+    def _check(self, ids: Tensor, left: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Give ids and left context as int64 on the host."""
+        table, ranks = self._routers[0].table, self._mesh.expert_ranks
+        require(
+            ids.dim() == 2 or (ids.dim() == 3 and ids.shape[0] == ranks),
+            f"ids of shape {list(ids.shape)}: must be [sequences, length] or, of all ranks of the expert group, "
+            f"[{ranks}, sequences, length]",
+        )
+        shape = (*ids.shape[:-1], table.ngram - 1)
+        left = ids.new_zeros(shape) if left is None else left
+        require(left.shape == shape, f"left of shape {list(left.shape)}: must be {list(shape)}, as moe.ngram={table.ngram}")  # fmt: skip
+        for name, values in (("ids", ids), ("left", left)):
+            low, high = (int(x) for x in values.aminmax()) if values.numel() else (0, 0)
+            require(
+                not values.is_floating_point() and low >= 0 and high < table.vocab_size,
+                f"{name} from {low} to {high}, {values.dtype}: must be whole numbers in 0 .. {table.vocab_size - 1}, the vocabulary",
+            )
+        return ids.cpu().long(), left.cpu().long()
+
+    def _share(self, ids_BQ: Tensor, left_BC: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Exchange ids and left context in the expert group: first the sizes, then [B, C + Q] numbers of 4 bytes."""
+        names = "sequences", "length", "k", "tables"
+        found = self._host.all_gather(np.array([*ids_BQ.shape, k, self._tables], np.int64))
+        for name, value_P in zip(names, found.T.tolist(), strict=True):
+            if len(set(value_P)) > 1:
+                values = zip(self._mesh.group_ranks, value_P, strict=True)
+                each = ", ".join(f"rank {rank} has {value}" for rank, value in values)
+                raise RunFailed(f"the ranks of an expert group differ in their {name}: {each}")
+        both_BS = torch.cat((left_BC, ids_BQ), dim=1).numpy().astype(np.int32)
+        both_PBS = torch.from_numpy(self._host.all_gather(both_BS)).long()
+        context = left_BC.shape[1]
+        return both_PBS[..., context:].contiguous(), both_PBS[..., :context].contiguous()
+
+    def _begin(self, plans: Plans, *, by_hook: bool) -> None:
+        require(plans.tables == self._tables, "these plans are of other tables than the model's")
+        receive((plans.plans, plans.token_T), plans.copied)
+        seed = self._seed * 2**32 + self._passes
+        self._passes += 1
+        self._pass = _Pass(plans, seed, torch.autograd._get_sequence_nr(), by_hook)
+
+    def _connect(self, device: torch.device) -> None:
+        """Let the layers exchange rows, once DeepSpeed has formed the groups."""
+        if self.wire is not None or self._mesh.expert_ranks == 1:
+            return
+        self.wire = expert_wire(self._mesh, device)
+        for layer in self.layers:
+            layer.exchange = build_exchange(self.wire, self._parallel)
+
+
+def _backward_node() -> Any:
+    """The autograd node that is being run, None outside of backward: what runs a layer there is recomputation."""
+    return torch._C._current_autograd_node()

@@ -1,0 +1,198 @@
+"""foreroute's expert layer in somebody else's model: their feed-forwards replaced, their loop, DeepSpeed or plain PyTorch.
+
+    experts = replace_feed_forwards(model, r"layers\\.\\d+\\.mlp", width=256, vocab_size=256, moe=MoEConfig(), k=4, text_ids=text)
+    optimizer = torch.optim.Adam(parameter_groups(model.parameters()), lr=1e-3)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    for ids, targets in batches:
+        with experts.planned(ids):
+            loss = engine(ids, targets)
+            engine.backward(loss)
+            engine.step()
+
+Hashed routers only. A forward pass needs the plan of its own ids and uses it up; a pass without one raises. `planned` plans
+there and then; `ahead`, or `plan`, does it before the step; after `attach(model)` each call of the model plans from its ids. On one rank DeepSpeed is not needed. On several it is: a group of `parallel.expert_ranks` neighbouring
+ranks shares out the experts, DeepSpeed forms the groups and adds up the gradients, at ZeRO 0 to 3.
+
+What DeepSpeed 0.19.8 makes of shared-out experts, and nothing here can mend:
+
+* gradient_clipping, 1.0 unless its config says otherwise, is wrong at ZeRO-0, where it averages the norms of ranks: set 0
+  there, or use ZeRO 1, 2 or 3.
+* A client optimizer without `parameter_groups` is refused by ZeRO 1 and 2.
+* A model built inside deepspeed.zero.Init is refused here, and use_data_before_expert_parallelism at the first forward pass.
+* save_checkpoint refuses the layers. What each rank holds can be saved, and goes on bit for bit on as many ranks, expert
+  groups of the same size and the same ZeRO stage; on other ranks or groups load_state_dict of the experts raises:
+
+      state = {"optimizer": engine.optimizer.state_dict(), "experts": experts.state_dict()}
+      state["module"] = engine.module.state_dict()                           # ZeRO 0 to 2
+      torch.save(state, f"rank{rank}.pt")                                    # later: state = torch.load(..)
+      experts.load_state_dict(state["experts"])
+      engine.module.load_state_dict(state["module"])                         # ZeRO 0 to 2
+      engine.optimizer.load_state_dict([state["optimizer"]] * ranks, load_from_fp32_weights=True)  # ZeRO-0: the state alone
+
+Letters: B sequences, Q ids of each, C = ngram - 1 ids left of them, D width, T = B*Q tokens, P ranks of the expert group.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from engine.config import (
+    Builder,
+    KernelsConfig,
+    ModelConfig,
+    MoEConfig,
+    ParallelConfig,
+    Router,
+    require,
+)
+from engine.deepspeed_adapter import (
+    check_version,
+    parameter_groups,
+    share_experts,
+    skip_shared_memory_op,
+)
+from engine.moe.layer import MoELayer
+from engine.moe.tables import Table, build_tables
+from engine.parallel.mesh import Mesh
+from engine.planned_experts import PlannedExperts, PlannedFeedForward, Plans
+
+__all__ = [
+    "PlannedExperts",
+    "PlannedFeedForward",
+    "Plans",
+    "parameter_groups",
+    "replace_feed_forwards",
+]
+
+Text = Tensor | NDArray[np.integer[Any]] | Sequence[int]
+"""Token ids, as one stream."""
+
+
+def replace_feed_forwards(
+    model: nn.Module,
+    pattern: str,
+    *,
+    width: int,
+    vocab_size: int,
+    moe: MoEConfig,
+    k: int,
+    text_ids: Text | None = None,
+    seed: int = 0,
+    dropout: float = 0.0,
+    init_std: float = 0.02,
+    parallel: ParallelConfig | None = None,
+    kernels: KernelsConfig | None = None,
+) -> PlannedExperts:
+    """Put an expert layer in the place of each feed-forward of a model, before DeepSpeed or an optimizer sees its parameters.
+
+    The new modules take x [..., D] alone and give as much; number format and device are those of what they replace. Nothing
+    else of the model changes, nor does PyTorch's random state. Every rank calls it with the same arguments.
+
+    Args:
+        pattern: regular expression; modules whose whole name (as in named_modules) it matches are replaced.
+        width: of the hidden states (D).
+        k: active experts to begin with; experts.k = .. changes it.
+        text_ids: training text as one stream of ids, from which builders balanced and packed make their tables; of builder
+            random None.
+        seed: of weights, tables and the experts' dropout.
+        dropout: rate on the experts' hidden units, and those of the shared expert.
+        init_std: standard deviation of the experts' first weights; their biases are 0.
+        parallel: expert_ranks above 1 shares the experts out over so many neighbouring ranks, for which the process group must
+            be there already; exchange, wire and chunks say how rows travel. By default each rank has all experts.
+
+    Raises:
+        UserError: no such module, one that is no feed-forward, or options that do not go together.
+    """
+    parallel = parallel or ParallelConfig()
+    require(
+        moe.router is Router.hashed,
+        f"moe.router={moe.router.name}: must be hashed, as others have no plan",
+    )
+    mesh = _mesh(parallel.expert_ranks)
+    names = _find(model, pattern, width)
+    tables = _tables(moe, vocab_size, text_ids, len(names), seed)
+    sizes = ModelConfig(dropout=dropout)
+    sizes.width = width  # unlike there, it may be odd
+    layers = []
+    with torch.random.fork_rng({p.device for p in model.parameters() if p.is_cuda}):
+        torch.manual_seed(seed)
+        for number, name in enumerate(names):
+            like = next(model.get_submodule(name).parameters())
+            with torch.device(like.device):
+                layer = MoELayer(sizes, moe, kernels or KernelsConfig(), number)
+            layer.experts.init_weights(init_std)
+            layers.append(layer.to(like.dtype))
+    skip_shared_memory_op()
+    if mesh.expert_ranks > 1:
+        check_version()
+        for layer in layers:
+            share_experts(layer, mesh)
+    experts = PlannedExperts(layers, tables, mesh, parallel, width=width, k=k, seed=seed)
+    for name, layer in zip(names, layers, strict=True):
+        replacement = PlannedFeedForward(layer, experts, dropout)
+        model.set_submodule(name, replacement.train(model.get_submodule(name).training))
+    return experts
+
+
+def _mesh(expert_ranks: int) -> Mesh:
+    started = dist.is_initialized()
+    require(
+        started or expert_ranks == 1,
+        f"parallel.expert_ranks={expert_ranks}: start the process group first (torch.distributed.init_process_group)",
+    )
+    return Mesh(dist.get_rank(), dist.get_world_size(), expert_ranks) if started else Mesh()
+
+
+def _find(model: nn.Module, pattern: str, width: int) -> list[str]:
+    """Names of the modules to replace, in the model's order."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names = [name for name in modules if re.fullmatch(pattern, name)]
+    known = ", ".join(name for name in list(modules)[:9] if name)
+    require(
+        len(names) > 0,
+        f"pattern {pattern!r}: matches no module; the model's names begin with {known}",
+    )
+    for name in names:
+        module = modules[name]
+        others = [other for other, same in modules.items() if same is module and other != name]
+        around = [other for other in names if other != name and name.startswith(f"{other}.")]
+        parameters = list(module.parameters())
+        matrices = [p for p in parameters if p.dim() >= 2 and width in p.shape]
+        faults = {
+            "is the model itself": not name,
+            "is a list of modules": isinstance(module, nn.ModuleList | nn.ModuleDict),
+            f"is the same module as {', '.join(others)}": bool(others),
+            f"lies inside {', '.join(around)}, which matches too": bool(around),
+            "holds an expert layer": any(isinstance(m, MoELayer) for m in module.modules()),
+            "was built inside deepspeed.zero.Init": any(hasattr(p, "ds_id") for p in parameters),
+            f"has fewer than two matrices with {width} rows or columns": len(matrices) < 2,
+        }
+        for fault, found in faults.items():
+            require(
+                not found,
+                f"pattern {pattern!r}: {name or 'the empty name'} {fault}; match feed-forwards only",
+            )
+    return names
+
+
+def _tables(
+    moe: MoEConfig, vocab_size: int, text_ids: Text | None, layers: int, seed: int
+) -> list[Table]:  # fmt: skip
+    random = moe.builder is Builder.random
+    require(
+        random or text_ids is not None,
+        f"moe.builder={moe.builder.name}: needs text_ids; without a text use moe.builder=random",
+    )
+    text = np.zeros(1, np.int64) if text_ids is None else np.asarray(text_ids).reshape(-1)
+    require(
+        text.size > 0 and text.min() >= 0 and text.max() < vocab_size,
+        f"text_ids: must be ids in 0 .. {vocab_size - 1}, at least one",
+    )
+    count = 1 if moe.share_table else layers
+    return build_tables(moe, vocab_size, text, num_tables=count, seed=seed, cache_dir=None)
