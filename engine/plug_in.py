@@ -183,7 +183,7 @@ def _find(model: nn.Module, pattern: str, width: int) -> list[str]:
 
 def _tables(
     moe: MoEConfig, vocab_size: int, text_ids: Text | None, layers: int, seed: int
-) -> list[Table]:  # fmt: skip
+) -> list[Table]:
     random = moe.builder is Builder.random
     require(
         random or text_ids is not None,

@@ -230,7 +230,7 @@ def truth():
 
 @pytest.fixture(scope="module")
 def on_two_ranks():
-    return run_ranks(work, 2, CASES[2])
+    return run_ranks(work, 2, CASES[2], seconds=300)
 
 
 def compare(got, want):
@@ -265,7 +265,7 @@ def test_two_ranks_train_like_plain_pytorch(on_two_ranks, truth):
 @pytest.mark.dist
 @pytest.mark.slow
 def test_four_ranks_in_two_groups_train_like_plain_pytorch(truth):
-    check(run_ranks(work, 4, CASES[4]), CASES[4], truth)
+    check(run_ranks(work, 4, CASES[4], seconds=300), CASES[4], truth)
 
 
 def test_three_steps_move_everything(truth):
