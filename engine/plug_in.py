@@ -10,8 +10,9 @@
             engine.step()
 
 Hashed routers only. A forward pass needs the plan of its own ids and uses it up; a pass without one raises. `planned` plans
-there and then; `ahead`, or `plan`, does it before the step; after `attach(model)` each call of the model plans from its ids. On one rank DeepSpeed is not needed. On several it is: a group of `parallel.expert_ranks` neighbouring
-ranks shares out the experts, DeepSpeed forms the groups and adds up the gradients, at ZeRO 0 to 3.
+there and then; `ahead`, or `plan`, does it before the step; after `attach(model)` each call of the model plans from its
+ids. On one rank DeepSpeed is not needed. On several it is: a group of `parallel.expert_ranks` neighbouring ranks shares out
+the experts, DeepSpeed forms the groups and adds up the gradients, at ZeRO 0 to 3.
 
 What DeepSpeed 0.19.8 makes of shared-out experts, and nothing here can mend:
 
