@@ -325,7 +325,8 @@ class PlannedExperts:
             return
         self.wire = expert_wire(self._mesh, device)
         for layer in self.layers:
-            layer.exchange = build_exchange(self.wire, self._parallel)
+            backend = layer.experts.kernels.backend
+            layer.exchange = build_exchange(self.wire, self._parallel, backend)
 
 
 def _backward_node() -> Any:
