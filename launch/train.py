@@ -17,12 +17,13 @@ from engine.corpus import PreparedCorpus, prepare
 from engine.counting import bzip2_bpc, order_n_bpc
 from engine.evaluate import slimming_curve
 from engine.metrics import Metrics, peak_memory_bytes
+from engine.parallel.mesh import Mesh
 from engine.parallel.world import World, agree, together
 from engine.trainer import Trainer
 from launch.cli import job_name, run_program
 from launch.console import Console, table
 from launch.plots import plot_loss, plot_slimming
-from launch.process import StopSignal, connect, set_up
+from launch.process import StopSignal, connected, set_up
 from launch.run_folder import RunFolder, open_run
 
 SUMMARY = "summary.json"
@@ -33,16 +34,14 @@ def train(config: Config) -> int:
     config = replace(config, train=replace(config.train, name=job_name(config.train.name)))
     set_up(config.train.threads)
     stop = StopSignal()
-    world = connect(config.parallel)
-    with closing(world.watch), world.watch.guard():
+    with connected(config.parallel, _options(config)) as world:
         return _train(config, world, stop)
 
 
 def _train(config: Config, world: World, stop: StopSignal) -> int:
     host = world.host
     console = Console(config.train.steps, enabled=world.first)
-    agree(host, _options(config))
-    config.streams_per_micro_batch(world.mesh.world)
+    together(host, lambda: _share_out(config, world.mesh))
     corpus = together(host, lambda: prepare(config.corpus, console.note), rank_0_first=True)
     agree(host, {"the text (its sha256)": corpus.sha256})
     run = open_run(config, world)
@@ -76,6 +75,13 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
         return stop.exit_code if stop() else 128 + SIGTERM  # of another rank
     _finish(run, trainer, corpus)
     return 0
+
+
+def _share_out(config: Config, mesh: Mesh) -> None:
+    """Refuse streams or experts that the ranks cannot share out evenly, before any text is read."""
+    config.streams_per_micro_batch(mesh.world)
+    if config.moe.router is not Router.dense:
+        mesh.local_experts(config.moe.experts)
 
 
 def _options(config: Config) -> dict[str, Any]:
@@ -199,7 +205,7 @@ def result_table(summary: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Entry point."""
-    run_program("train", Config, train)
+    run_program("train", Config, train, many_ranks=True)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from torch import distributed as dist
 from engine.errors import RunFailed, UserError
 
 _FAULT, _DONE = "fault", "done"
+_CLOSE_S = 10.0  # how long `close` waits for the thread, which may wait for the store
 _MARKS = ("gloo", "Gloo", "NCCL", "Connection closed", "Connection reset", "MPI_ERR", "TCPStore")
 
 
@@ -54,8 +55,9 @@ class Watch:
         self._lock = threading.Lock()  # one use of the store at a time
         self._closed = threading.Event()
         self._spoken = False  # the main thread is ending with a line of its own
+        self._thread = threading.Thread(target=self._run, name="foreroute-watch", daemon=True)
         if store is not None and ranks > 1:
-            threading.Thread(target=self._run, name="foreroute-watch", daemon=True).start()
+            self._thread.start()
 
     def at(self, place: str) -> None:
         """Note what the main thread is doing, such as "step 12": told when this rank keeps others waiting."""
@@ -64,6 +66,10 @@ class Watch:
     def close(self) -> None:
         """Say that this rank has come to its end; nobody waits for its signs any more."""
         self._closed.set()
+        if (
+            self._thread.is_alive()
+        ):  # or the interpreter's end aborts it, when it is inside the store
+            self._thread.join(_CLOSE_S)
         if self._store is not None:
             self._try(lambda store: store.set(f"alive/{self._rank}", _DONE))
 

@@ -36,6 +36,14 @@ def test_a_rank_that_came_to_its_end_is_not_missed(store):
     other.close()
 
 
+def test_nothing_is_left_of_a_closed_watch(store):
+    """Its thread must not be in the store when the interpreter ends, nor take back that its rank has come to its end."""
+    for _ in range(20):
+        closed, _ = watch(store, 0, timeout_s=1e-3)
+        closed.close()
+        assert not closed._thread.is_alive() and store.get("alive/0") == b"done"
+
+
 def test_a_failure_is_told_to_all(store):
     watches = [watch(store, rank, ranks=3) for rank in range(3)]
     with pytest.raises(KeyError), watches[1][0].guard():
