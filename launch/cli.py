@@ -29,8 +29,18 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 T = TypeVar("T")
 
 
-def run_program(name: str, schema: type[T], task: Callable[[T], int]) -> NoReturn:
-    """Compose conf/`name`.yaml with the command line into a `schema` object, run the task and exit with its code."""
+class _BadOption(UserError):
+    """A value on the command line that its section refuses."""
+
+
+def run_program(
+    name: str, schema: type[T], task: Callable[[T], int], *, many_ranks: bool = False
+) -> NoReturn:
+    """Compose conf/`name`.yaml with the command line into a `schema` object, run the task and exit with its code.
+
+    Args:
+        many_ranks: the task knows how to be one rank of many; otherwise a launcher's second process is refused.
+    """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed by Hydra
     ConfigStore.instance().store("schema", schema)
     code = 0
@@ -41,6 +51,9 @@ def run_program(name: str, schema: type[T], task: Callable[[T], int]) -> NoRetur
             code = _guarded(lambda: task(_to_object(cfg, schema)))
 
     def compose_and_run() -> int:
+        ranks = find_place().ranks
+        if ranks > 1 and not many_ranks:
+            raise _BadOption(f"launch.{name} runs as one process: started as {ranks}")
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
         return code
 
@@ -51,29 +64,34 @@ def _guarded(run: Callable[[], int]) -> int:
     """Turn expected failures into one line on stderr and an exit code; anything else is a bug and keeps its traceback."""
     try:
         return run()
-    except (
-        HydraException,
-        OmegaConfBaseException,
-    ) as error:  # the command line, the same on every rank
-        if find_place().local_rank == 0:
-            print(f"foreroute: {_one_line(error)}", file=sys.stderr)
+    except (HydraException, OmegaConfBaseException, _BadOption) as error:
+        if find_place().local_rank == 0:  # a machine's ranks share the command line
+            _say(_one_line(error))
         return 2
     except (UserError, RunFailed) as error:
         if not error.everywhere or find_place().rank == 0:
-            print(f"foreroute: {_one_line(error)}", file=sys.stderr)
+            _say(_one_line(error))
         return 2 if isinstance(error, UserError) else 1
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
-        print(f"foreroute: {error}", file=sys.stderr)
+        _say(str(error))
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 
 
+def _say(line: str) -> None:
+    """Write in one piece: other ranks write to the same terminal."""
+    sys.stderr.write(f"foreroute: {line}\n")
+
+
 def _to_object(cfg: DictConfig, schema: type[T]) -> T:
-    found = OmegaConf.to_object(cfg)
+    try:
+        found = OmegaConf.to_object(cfg)
+    except UserError as error:
+        raise _BadOption(str(error)) from error
     if not isinstance(found, schema):
         raise UserError(f"the configuration is no {schema.__name__}")
     return found

@@ -1,5 +1,6 @@
 """What a person sees in the terminal: notes, a progress bar on a terminal, plain lines elsewhere, and tables."""
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -13,7 +14,10 @@ class Console:
         self._total = total_steps
         self._enabled = enabled
         self._bar: tqdm | None = None  # type: ignore[type-arg]
-        self._terminal = sys.stdout.isatty()
+        # mpirun gives its processes a terminal without columns when its own output goes elsewhere
+        self._terminal = (
+            sys.stdout.isatty() and os.get_terminal_size(sys.stdout.fileno()).columns > 0
+        )
 
     def note(self, line: str) -> None:
         """Print a line above the progress bar."""

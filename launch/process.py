@@ -6,7 +6,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -20,7 +20,7 @@ from engine.errors import UserError
 from engine.parallel.host import GlooHost, Host, MpiHost
 from engine.parallel.mesh import Mesh
 from engine.parallel.watch import Watch
-from engine.parallel.world import World
+from engine.parallel.world import World, agree, together
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # options of glibc's mallopt(3)
 _HOST_TIMEOUT = timedelta(
@@ -87,31 +87,35 @@ def find_device(place: Place, environ: Mapping[str, str] = os.environ) -> torch.
 _stores: list[Any] = []  # of this process: kept for all jobs of a sweep
 
 
-def connect(parallel: ParallelConfig) -> World:
-    """Meet the other ranks; returns at once when there are none.
+@contextmanager
+def connected(parallel: ParallelConfig, options: Mapping[str, Any]) -> Iterator[World]:
+    """Meet the other ranks (if there are any), and be watched with them until the block ends.
+
+    Args:
+        options: every option by name; compared before anything is done that depends on them.
 
     Raises:
-        UserError: the expert group does not divide the ranks, or the others did not come.
+        UserError: the others did not come, or have other options, or the expert group does not divide the ranks.
     """
     place = find_place()
-    mesh = Mesh(place.rank, place.ranks, parallel.expert_ranks)
     device = find_device(place)
     if place.ranks == 1:
-        return World(mesh, device)
+        yield World(Mesh(expert_ranks=parallel.expert_ranks), device)
+        return
     if not _stores:
         _stores.append(_meet(place, parallel.timeout_s))
     watch_store = dist.PrefixStore("watch", _stores[0].clone())
-    group_ranks = range(0, place.ranks, parallel.expert_ranks)
-    groups = [list(range(first, first + parallel.expert_ranks)) for first in group_ranks]
-    planning, planning_group = _hosts_for_planning(place, groups, parallel.timeout_s)
-    return World(
-        mesh,
-        device,
-        host=GlooHost(_host_group(None, _HOST_TIMEOUT)),
-        planning=planning,
-        planning_group=planning_group,
-        watch=Watch(watch_store, place.rank, place.ranks, parallel.timeout_s),
-    )
+    watch = Watch(watch_store, place.rank, place.ranks, parallel.timeout_s)
+    with closing(watch), watch.guard():
+        host = GlooHost(_host_group(None, _HOST_TIMEOUT))
+        agree(host, options)
+        mesh = together(host, lambda: Mesh(place.rank, place.ranks, parallel.expert_ranks))
+        group_ranks = range(0, place.ranks, parallel.expert_ranks)
+        groups = [list(range(first, first + parallel.expert_ranks)) for first in group_ranks]
+        planning, planning_group = _hosts_for_planning(place, groups, parallel.timeout_s)
+        yield World(
+            mesh, device, host=host, planning=planning, planning_group=planning_group, watch=watch
+        )
 
 
 def _meet(place: Place, timeout_s: float) -> Any:
@@ -191,12 +195,13 @@ class StopSignal:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Only take note of a signal, for whoever calls this object."""
+        """Only take note of a signal, for whoever calls this object.
+
+        Behind an error too: launchers send one as soon as a rank is gone, and the others have yet to say which.
+        """
         self._deferred = True
-        try:
-            yield
-        finally:
-            self._deferred = False
+        yield
+        self._deferred = False
 
     @property
     def exit_code(self) -> int:

@@ -28,7 +28,7 @@ class Mesh:
     def __post_init__(self) -> None:
         if self.world % self.expert_ranks:
             raise UserError(
-                f"an expert group of {self.expert_ranks} ranks: must divide the {self.world} ranks of the run"
+                f"parallel.expert_ranks={self.expert_ranks}: must divide the number of ranks, {self.world}"
             )
 
     @property
@@ -55,7 +55,7 @@ class Mesh:
         """
         if experts % self.expert_ranks:
             raise UserError(
-                f"moe.experts={experts}: must be a multiple of the expert group's {self.expert_ranks} ranks"
+                f"moe.experts={experts}: must be a multiple of parallel.expert_ranks={self.expert_ranks}"
             )
         count = experts // self.expert_ranks
         return range(self.expert_rank * count, (self.expert_rank + 1) * count)

@@ -20,6 +20,7 @@ from engine.errors import RunFailed, UserError
 from engine.parallel.host import odd_ones
 
 _FAULT, _DONE = "fault", "done"
+_CLOSE_S = 10.0  # how long `close` waits for the thread, which may wait for the store
 _MARKS = ("gloo", "Gloo", "NCCL", "Connection closed", "Connection reset", "MPI_ERR", "TCPStore")
 
 
@@ -56,8 +57,10 @@ class Watch:
         self._lock = threading.Lock()  # one use of the store at a time
         self._closed = threading.Event()
         self._spoken = False  # the main thread is ending with a line of its own
+        self._reported = ""  # why this rank ends
+        self._thread = threading.Thread(target=self._run, name="foreroute-watch", daemon=True)
         if store is not None and ranks > 1:
-            threading.Thread(target=self._run, name="foreroute-watch", daemon=True).start()
+            self._thread.start()
 
     def at(self, place: str, *, timed: bool = False) -> None:
         """Note what the main thread is doing, such as "step 12": told when this rank keeps others waiting.
@@ -70,12 +73,16 @@ class Watch:
     def close(self) -> None:
         """Say that this rank has come to its end; nobody waits for its signs any more."""
         self._closed.set()
+        if (
+            self._thread.is_alive()
+        ):  # or the interpreter's end aborts it, when it is inside the store
+            self._thread.join(_CLOSE_S)
         if self._store is not None:
             self._try(lambda store: store.set(f"alive/{self._rank}", _DONE))
 
     def report(self, message: str) -> None:
         """Tell the other ranks why this one ends; the first report of all counts."""
-        self._spoken = True
+        self._spoken, self._reported = True, message
         self._post(message)
 
     @contextmanager
@@ -98,6 +105,8 @@ class Watch:
 
     def explain(self, error: Exception) -> str:
         """Find out which rank a failed collective is to be blamed on; takes a few periods."""
+        if self._reported:  # the others ended because this one did
+            return self._reported
         self._spoken = True
         first = self._signs()
         deadline = time.monotonic() + 5 * self._period_s
@@ -197,4 +206,4 @@ def _named(ranks: list[int]) -> str:
 
 
 def _place(sign: str) -> str:
-    return sign.partition(" ")[2] or "the start"
+    return "its end" if sign == _DONE else sign.partition(" ")[2] or "the start"

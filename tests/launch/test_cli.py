@@ -190,6 +190,23 @@ def test_the_balance_of_packed_tables(run, tmp_path, text):
     assert again.ranks[2].touched == 2
 
 
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_a_machines_first_rank_speaks_for_all(run, monkeypatch, local_rank):
+    """All have the same command line, and see the same fault in it."""
+    place = {"RANK": local_rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": 2}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+    for program, options, line in (
+        ("train", ["parallel.chunks=0"], "parallel.chunks=0: must be at least 1"),
+        ("train", ["parallel.chunk=2"], "Could not override 'parallel.chunk'"),
+        ("evaluate", ["run=x"], "launch.evaluate runs as one process: started as 2"),
+    ):
+        done = run(program, *options)
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"foreroute: {line}" if local_rank == 0 else ""), done.stderr
+        assert done.stderr.count("\n") == (1 if local_rank == 0 else 0)
+
+
 def test_help_names_groups_and_experiments(run):
     done = run("train", "--help")
     assert done.returncode == 0

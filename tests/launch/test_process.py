@@ -1,9 +1,12 @@
 """Where a process finds itself, from the variables of each launcher."""
 
+import os
+import signal
+
 import pytest
 
 from engine.errors import UserError
-from launch.process import Place, find_device, find_place
+from launch.process import Place, StopSignal, find_device, find_place
 
 
 @pytest.mark.parametrize(
@@ -36,3 +39,21 @@ def test_places_that_cannot_be(environ, message):
 
 def test_the_cpu_on_request():
     assert find_device(Place(), {"DS_ACCELERATOR": "cpu"}).type == "cpu"
+
+
+def test_a_signal_behind_an_error_does_not_hide_it():
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        stop = StopSignal()
+        with pytest.raises(KeyError), stop.deferred():
+            raise KeyError
+        os.kill(os.getpid(), signal.SIGTERM)  # as torchrun does when another rank is gone
+        assert stop() and stop.exit_code == 143
+        stop = StopSignal()
+        with stop.deferred():
+            pass
+        with pytest.raises(SystemExit):
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

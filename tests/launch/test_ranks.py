@@ -122,11 +122,15 @@ def test_a_lost_rank_is_named(tmp_path, how):
 
 
 @pytest.mark.dist
-def test_a_rank_with_another_option_is_named(tmp_path):
-    with Ranks(tmp_path, [], own_options=((), ("optim.lr=0.5",))) as ranks:
+@pytest.mark.parametrize(
+    ("name", "values"), [("optim.lr", (0.002, 0.5)), ("parallel.expert_ranks", (2, 1))]
+)
+def test_a_rank_with_another_option_is_named(tmp_path, name, values):
+    """Also one on which it depends which ranks form a group."""
+    with Ranks(tmp_path, [], own_options=((), (f"{name}={values[1]}",))) as ranks:
         (code, _, stderr), second = ranks.wait()
     assert (code, second[0]) == (2, 2)
-    assert lines(stderr) == ["foreroute: optim.lr differs between the ranks: rank 0 has 0.002, rank 1 has 0.5"]  # fmt: skip
+    assert lines(stderr) == [f"foreroute: {name} differs between the ranks: rank 0 has {values[0]}, rank 1 has {values[1]}"]  # fmt: skip
     assert lines(second[2]) == []  # one of them speaks for all
     assert not (tmp_path / "debug/config.yaml").exists()
 
@@ -141,9 +145,10 @@ def test_a_stop_of_one_rank_stops_all_behind_the_same_step(tmp_path):
     assert "stopped at step" in first[1]
 
 
+@pytest.mark.dist
 def test_experts_that_do_not_divide(tmp_path):
-    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}
-    command = [sys.executable, "-m", "launch.train", "experiment=debug", "parallel.expert_ranks=3", f"train.runs_dir={tmp_path}"]  # fmt: skip
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 2
-    assert lines(done.stderr) == ["foreroute: an expert group of 3 ranks: must divide the 4 ranks of the run"]  # fmt: skip
+    with Ranks(tmp_path, ["parallel.expert_ranks=3"]) as ranks:
+        first, second = ranks.wait()
+    assert (first[0], second[0]) == (2, 2)
+    assert lines(first[2]) == ["foreroute: parallel.expert_ranks=3: must divide the number of ranks, 2"]  # fmt: skip
+    assert lines(second[2]) == []

@@ -36,6 +36,14 @@ def test_a_rank_that_came_to_its_end_is_not_missed(store):
     other.close()
 
 
+def test_nothing_is_left_of_a_closed_watch(store):
+    """Its thread must not be in the store when the interpreter ends, nor take back that its rank has come to its end."""
+    for _ in range(20):
+        closed, _ = watch(store, 0, timeout_s=1e-3)
+        closed.close()
+        assert not closed._thread.is_alive() and store.get("alive/0") == b"done"
+
+
 def test_a_failure_is_told_to_all(store):
     watches = [watch(store, rank, ranks=3) for rank in range(3)]
     with pytest.raises(KeyError), watches[1][0].guard():
@@ -100,6 +108,25 @@ def test_what_may_take_long_is_not_timed(store):
         with pytest.raises(queue.Empty):
             lines.get(timeout=2)
         one.close()
+
+
+def test_a_rank_that_reported_keeps_its_own_reason(store):
+    """Its connections break because the others end; by then the store may be gone."""
+    first, _ = watch(store, 0)
+    first.report("another version is installed")
+    with pytest.raises(RunFailed, match=r"^another version is installed$"), first.guard():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer")
+    first.close()
+
+
+def test_a_rank_that_ended_is_not_at_the_start(store):
+    ended, _ = watch(store, 1)
+    ended.close()
+    waiting, _ = watch(store, 0)
+    waiting.at("step 12")
+    with pytest.raises(RunFailed, match="rank 1 is at its end, this rank at step 12"), waiting.guard():  # fmt: skip
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer")
+    waiting.close()
 
 
 def test_a_bug_keeps_its_type(store):
