@@ -69,7 +69,8 @@ def save(
         host: how the ranks talk; None for a rank alone.
 
     Raises:
-        OSError: on every rank: it could not be written; older checkpoints are untouched and nothing half-written is left.
+        OSError: on every rank: it could not be written, older checkpoints are untouched and nothing half-written is left;
+            or it is written and an older one could not be removed.
     """
     host = _checked(host, engine.mesh)
     target = folder / f"step-{state.step:08d}"
@@ -88,6 +89,11 @@ def save(
         files.write_manifest(new, _header(engine, state, facts), shards)
         files.publish(new, target)
 
+    def remove_older() -> None:
+        older = [path for path in files.checkpoints(folder) if files.step_of(path) <= state.step]
+        for path in older[keep:]:
+            shutil.rmtree(path)
+
     try:
         files.together(host, begin, only=0)
         described = files.together(host, write)
@@ -99,10 +105,7 @@ def save(
     finally:
         if host.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-    if host.rank == 0:
-        older = [path for path in files.checkpoints(folder) if files.step_of(path) <= state.step]
-        for path in older[keep:]:
-            shutil.rmtree(path)
+    files.together(host, remove_older, only=0)
     return target
 
 

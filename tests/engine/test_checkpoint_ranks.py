@@ -85,9 +85,9 @@ def four_ranks(rank, ranks, folder):
     mesh, host, found = Mesh(rank, ranks, GROUP), GlooHost(dist.group.WORLD), {}
     engine = PlainEngine(mesh)
 
-    def save(step, streams=STREAMS[rank], host=host):
-        state = training_state(step, rank, streams)
-        return str(checkpoint.save(folder, engine, state, facts={"rank": rank}, keep=9, host=host))
+    def save(step, streams=STREAMS[rank], host=host, keep=9):
+        state, facts = training_state(step, rank, streams), {"rank": rank}
+        return str(checkpoint.save(folder, engine, state, facts=facts, keep=keep, host=host))
 
     def attempt(name, act):
         found[name] = outcome(act)
@@ -106,7 +106,12 @@ def four_ranks(rank, ranks, folder):
         if rank == full:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     attempt("saved later", lambda: save(8))
+    stuck = folder / "step-00000001"
     if rank == 0:
+        stuck.touch()  # no folder, so it cannot be removed like one
+    attempt("an older one stays", lambda: save(8, keep=2))
+    if rank == 0:
+        stuck.unlink()
         shard = folder / "step-00000008" / files.shard_name(3)
         shard.write_bytes(shard.read_bytes()[:-9])
     host.barrier()
@@ -223,6 +228,8 @@ def test_all_ranks_fail_together_and_leave_nothing(tried):
         ):
             assert found[what, "left"] == ["step-00000004"]
         assert found["saved later"] == str(folder / "step-00000008")
+        message = found["an older one stays"]
+        assert message.startswith("OSError: rank 0: ") and "step-00000001" in message
 
 
 @pytest.mark.dist
