@@ -204,7 +204,7 @@ class Trainer:
         except _StopAsked:
             pass
         except RunFailed as error:
-            failure = RunFailed(f"{error}; {self._last_good()}" if self.world.first else str(error))
+            failure = RunFailed(f"{error}; {self._last_good()}" if error.everywhere else str(error))
             failure.everywhere = error.everywhere
             raise failure from error
         finally:
@@ -279,7 +279,9 @@ class Trainer:
         self.reporter.note(f"step {self.step}: valid bpc {found.bpc:.4f}")
 
     def _last_good(self) -> str:
-        path, _ = checkpoint.find_newest(self.checkpoints)  # by this rank alone
+        """Say which checkpoint the run can go on from; all ranks look together."""
+        self.world.watch.at("the search for the last good checkpoint")
+        path, _ = checkpoint.find_newest(self.checkpoints, self.world.host)
         return (
             "no checkpoint was written yet"
             if path is None
