@@ -15,7 +15,7 @@ from engine.build import build_routers
 from engine.config import Backend, Config, Router, Split, to_plain
 from engine.corpus import PreparedCorpus, prepare
 from engine.counting import bzip2_bpc, order_n_bpc
-from engine.evaluate import slimming_curve
+from engine.evaluate import Evaluation, slimming_curve
 from engine.metrics import Metrics, peak_memory_bytes
 from engine.parallel.world import World, agree, together
 from engine.trainer import Trainer
@@ -50,7 +50,9 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
     for line in corpus.notes:
         console.note(line)
     routers = together(host, lambda: build_routers(config, corpus, world.mesh), rank_0_first=True)
-    trainer = together(host, lambda: Trainer(config, corpus, routers, run.path, console, world))
+    trainer = together(
+        host, lambda: Trainer(config, corpus, routers, run.path, console, world), watch=world.watch
+    )
     if run.resuming:
         trainer.resume()
     summary = run.path / SUMMARY
@@ -71,6 +73,7 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
     metrics = together(host, lambda: _open_metrics(run, trainer))
     with closing(metrics) if metrics else nullcontext(), closing(console), stop.deferred():
         complete = trainer.run(metrics, stop)
+    host.barrier()  # rank 0 may have waited long for W&B; collectives of the evaluation would give up
     if not complete or (stop() and world.mesh.world == 1):
         console.note(f"stopped at step {trainer.step}; train.resume=true goes on from there")
         return stop.exit_code if stop() else 128 + SIGTERM  # of another rank
@@ -125,15 +128,28 @@ def _describe(console: Console, trainer: Trainer) -> None:
 
 
 def _finish(run: RunFolder, trainer: Trainer, corpus: PreparedCorpus) -> None:
-    """Evaluate, compare with counting, draw, and write summary.json."""
-    config = run.config
-    split = config.eval.split
-    if trainer.world.first:
-        print(f"evaluating the {split.name} split ...", flush=True)
-    trainer.world.watch.at("the evaluation")
-    curve = slimming_curve(trainer.model, trainer.routers, corpus, config, trainer.world)
-    if not trainer.world.first:
-        return
+    """Evaluate, and let rank 0 compare with counting, draw, and write summary.json; the others wait for it."""
+    config, world = run.config, trainer.world
+    if world.first:
+        print(f"evaluating the {config.eval.split.name} split ...", flush=True)
+    world.watch.at("the evaluation")
+    curve = slimming_curve(trainer.model, trainer.routers, corpus, config, world)
+    world.watch.at("the summary")
+    summary = together(
+        world.host, lambda: _summarise(run, trainer, corpus, curve) if world.first else None
+    )
+    if summary is not None:
+        print(result_table(summary))
+        print(
+            f"{run.path}: config.yaml metrics.jsonl checkpoints/ loss.png slimming.png summary.json"
+        )
+
+
+def _summarise(
+    run: RunFolder, trainer: Trainer, corpus: PreparedCorpus, curve: Mapping[str, Evaluation]
+) -> dict[str, Any]:
+    """Write summary.json and the plots; gives what is in the summary."""
+    config, split = run.config, run.config.eval.split
     baselines = counting_baselines(corpus, split, config.eval.max_symbols)
     bpc = {name: found.bpc for name, found in curve.items()}
     summary: dict[str, Any] = {
@@ -151,8 +167,7 @@ def _finish(run: RunFolder, trainer: Trainer, corpus: PreparedCorpus) -> None:
     plot_loss(run.path / "metrics.jsonl", run.path / "loss.png")
     lines = {"order 3": baselines["order3_bpc"], "bzip2 -9": baselines["bzip2_bpc"]}
     plot_slimming(bpc, lines, run.path / "slimming.png")
-    print(result_table(summary))
-    print(f"{run.path}: config.yaml metrics.jsonl checkpoints/ loss.png slimming.png summary.json")
+    return summary
 
 
 def training_totals(metrics: Path) -> dict[str, float]:

@@ -56,6 +56,7 @@ class Watch:
         self._lock = threading.Lock()  # one use of the store at a time
         self._closed = threading.Event()
         self._spoken = False  # the main thread is ending with a line of its own
+        self._reported = ""  # why this rank ends
         if store is not None and ranks > 1:
             threading.Thread(target=self._run, name="foreroute-watch", daemon=True).start()
 
@@ -72,10 +73,12 @@ class Watch:
         self._closed.set()
         if self._store is not None:
             self._try(lambda store: store.set(f"alive/{self._rank}", _DONE))
+        if self._reported and self._rank == 0 and self._ranks > 1:
+            time.sleep(2 * self._period_s)  # its store may end with it: let the others read why
 
     def report(self, message: str) -> None:
         """Tell the other ranks why this one ends; the first report of all counts."""
-        self._spoken = True
+        self._spoken, self._reported = True, message
         self._post(message)
 
     @contextmanager
@@ -98,6 +101,8 @@ class Watch:
 
     def explain(self, error: Exception) -> str:
         """Find out which rank a failed collective is to be blamed on; takes a few periods."""
+        if self._reported:  # the others ended because this one did
+            return self._reported
         self._spoken = True
         first = self._signs()
         deadline = time.monotonic() + 5 * self._period_s
@@ -197,4 +202,4 @@ def _named(ranks: list[int]) -> str:
 
 
 def _place(sign: str) -> str:
-    return sign.partition(" ")[2] or "the start"
+    return "its end" if sign == _DONE else sign.partition(" ")[2] or "the start"

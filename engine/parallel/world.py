@@ -43,11 +43,14 @@ class World:
         return values
 
 
-def together(host: Host, make: Callable[[], T], *, rank_0_first: bool = False) -> T:
+def together(
+    host: Host, make: Callable[[], T], *, rank_0_first: bool = False, watch: Watch | None = None
+) -> T:
     """Run make() on every rank and return its result; what cannot be done on one rank raises on all.
 
     Args:
         rank_0_first: the others start when rank 0 is done, and find what it left on the disk.
+        watch: for a make() with collectives, in which the others would wait for a rank that failed: it ends them.
 
     Raises:
         UserError, RunFailed: of the first rank that raised one (an OSError counts as UserError).
@@ -63,6 +66,8 @@ def together(host: Host, make: Callable[[], T], *, rank_0_first: bool = False) -
             made.append(make())
         except (UserError, RunFailed, OSError) as error:
             problem = ["failed" if isinstance(error, RunFailed) else "user", str(error)]
+            if watch is not None:
+                watch.report(str(error))
 
     if rank_0_first and host.rank == 0:
         attempt()

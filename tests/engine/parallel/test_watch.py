@@ -102,6 +102,25 @@ def test_what_may_take_long_is_not_timed(store):
         one.close()
 
 
+def test_a_rank_that_reported_keeps_its_own_reason(store):
+    """Its connections break because the others end; by then the store may be gone."""
+    first, _ = watch(store, 0)
+    first.report("another version is installed")
+    with pytest.raises(RunFailed, match=r"^another version is installed$"), first.guard():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer")
+    first.close()
+
+
+def test_a_rank_that_ended_is_not_at_the_start(store):
+    ended, _ = watch(store, 1)
+    ended.close()
+    waiting, _ = watch(store, 0)
+    waiting.at("step 12")
+    with pytest.raises(RunFailed, match="rank 1 is at its end, this rank at step 12"), waiting.guard():  # fmt: skip
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer")
+    waiting.close()
+
+
 def test_a_bug_keeps_its_type(store):
     other, _ = watch(store, 0)
     with pytest.raises(RuntimeError, match="shape"), other.guard():

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import distributed as dist
 
 from engine.errors import RunFailed, UserError
 from engine.parallel.host import GlooHost, Host, odd_ones
+from engine.parallel.watch import Watch
 from engine.parallel.world import agree, together
 from engine.testing import run_ranks, run_threads
 
@@ -67,6 +69,27 @@ def test_what_fails_on_one_rank_fails_on_all(bad, error, rank_0_first):
         "rank 2: no such file" if bad else "no such file"
     }
     assert all(problem.everywhere for problem in found)
+
+
+def test_ranks_inside_a_collective_learn_of_a_failure():
+    """Rank 2 fails before a collective of make(): the others are told through the store, not only behind make()."""
+    store, told = dist.HashStore(), threading.Event()
+
+    def make(host):
+        if host.rank == 2:
+            raise UserError("another version is installed")
+        assert told.wait(timeout=20)  # a collective that the others wait in
+
+    def start(host):
+        watch = Watch(store, host.rank, host.ranks, timeout_s=8.0, end=lambda line: told.set())
+        try:
+            return together(host, lambda: make(host), watch=watch)
+        finally:
+            watch.close()
+
+    found = run_threads(start, 3)
+    assert {str(problem) for problem in found} == {"rank 2: another version is installed"}
+    assert store.get("fault") == b"2 another version is installed"
 
 
 def test_a_bug_is_not_caught():
