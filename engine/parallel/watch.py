@@ -73,12 +73,12 @@ class Watch:
     def close(self) -> None:
         """Say that this rank has come to its end; nobody waits for its signs any more."""
         self._closed.set()
-        if (
-            self._thread.is_alive()
-        ):  # or the interpreter's end aborts it, when it is inside the store
+        if self._thread.is_alive():  # the interpreter's end would abort it inside the store
             self._thread.join(_CLOSE_S)
         if self._store is not None:
             self._try(lambda store: store.set(f"alive/{self._rank}", _DONE))
+        if self._reported and self._rank == 0 and self._ranks > 1:
+            time.sleep(2 * self._period_s)  # its store may end with it: let the others read why
 
     def report(self, message: str) -> None:
         """Tell the other ranks why this one ends; the first report of all counts."""
