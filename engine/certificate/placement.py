@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.config import Config, require
+from engine.config import Config, Router, require
 from engine.parallel.mesh import Mesh
 
 
@@ -56,11 +56,21 @@ class Placement:
         return node_P[:, None] == node_P
 
     def check(self, config: Config) -> None:
-        """Refuse a configuration that cannot run on these ranks.
+        """Refuse a configuration that cannot be certified on these ranks.
 
         Raises:
-            UserError: experts or streams cannot be shared out evenly.
+            UserError: experts or streams cannot be shared out evenly, or routes are not known before the run.
         """
+        router = config.moe.router
+        require(
+            router is not Router.dense,
+            "moe.router=dense: no experts and no rows that travel, so there is nothing to certify",
+        )
+        require(
+            router is Router.hashed,
+            f"moe.router={router.name}: routes depend on hidden states, so rows and bytes are not known before the run; "
+            "only hashed can be certified",
+        )
         Mesh(0, self.world, self.expert_ranks).local_experts(config.moe.experts)
         config.streams_per_micro_batch(self.world)
 
