@@ -61,18 +61,19 @@ def page(found: Certificate) -> str:
 
 def _heading(found: Certificate) -> list[str]:
     place = found.placement
-    nodes = "one node" if place.group_nodes == 1 else f"{place.group_nodes} nodes"
+    nodes = "1 node" if place.group_nodes == 1 else f"{place.group_nodes} nodes"
+    groups = "1 expert group" if place.groups == 1 else f"{place.groups} expert groups"
     counted = found.whole.steps
     if found.sample == 1:
         scope = f"steps: the first {found.steps:,}, all counted"
     else:
         scope = (
-            f"steps: {counted:,} of the first {found.steps:,}, every {found.sample}th: maxima, bounds and empty steps are of "
+            f"steps: {counted:,} of the first {found.steps:,}, one in {found.sample}: maxima, bounds and empty steps are of "
             "these alone"
         )
     return [
-        f"ranks: {place.world} in {place.groups} expert groups of {place.expert_ranks}, each on {nodes} of "
-        f"{place.ranks_per_node} ranks; {found.experts // place.expert_ranks} of {found.experts} experts on a rank",
+        f"ranks: {place.world_size}, {place.ranks_per_node} on a node, in {groups} of {place.expert_ranks}, each on {nodes}; "
+        f"{found.experts // place.expert_ranks} of {found.experts} experts on a rank",
         f"a rank: {found.tokens:,} tokens in a micro-batch, {found.layers} layers, {found.row_bytes:,} bytes a row; rows go to "
         f"experts {found.trips.to_experts} times a step and layer, results come back {found.trips.to_tokens} times",
         scope,

@@ -96,7 +96,7 @@ def certify(
     """
     chosen = counted_steps(config, steps, sample)
     placement.check(config)
-    tokens = config.streams_per_micro_batch(placement.world) * config.data.segment
+    tokens = config.streams_per_micro_batch(placement.world_size) * config.data.segment
     frame = _Frame(placement, tokens, config.model.width * wire_itemsize(config), trips_of(config))
     sums: dict[int, _Sums] = {}
     for counts in replay(config, ids, tables, placement, chosen):

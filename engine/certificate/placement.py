@@ -23,15 +23,15 @@ from engine.parallel.mesh import Mesh
 class Placement:
     """Where the ranks of a run stand; consecutive ranks form expert groups (engine/parallel/mesh.py) and nodes."""
 
-    world: int = 1
+    world_size: int = 1
     expert_ranks: int = 1
     """Ranks of an expert group (P)."""
     ranks_per_node: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("world", "expert_ranks", "ranks_per_node"):
+        for name in ("world_size", "expert_ranks", "ranks_per_node"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: must be at least 1")
-        Mesh(0, self.world, self.expert_ranks)
+        Mesh(0, self.world_size, self.expert_ranks)
         here = self._ranks_here
         require(
             here % self.expert_ranks == 0 or self.expert_ranks % here == 0,
@@ -42,7 +42,7 @@ class Placement:
     @property
     def groups(self) -> int:
         """Expert groups."""
-        return self.world // self.expert_ranks
+        return self.world_size // self.expert_ranks
 
     @property
     def group_nodes(self) -> int:
@@ -71,9 +71,9 @@ class Placement:
             f"moe.router={router.name}: routes depend on hidden states, so rows and bytes are not known before the run; "
             "only hashed can be certified",
         )
-        Mesh(0, self.world, self.expert_ranks).local_experts(config.moe.experts)
-        config.streams_per_micro_batch(self.world)
+        Mesh(0, self.world_size, self.expert_ranks).local_experts(config.moe.experts)
+        config.streams_per_micro_batch(self.world_size)
 
     @property
     def _ranks_here(self) -> int:
-        return min(self.ranks_per_node, self.world)
+        return min(self.ranks_per_node, self.world_size)

@@ -139,7 +139,7 @@ class _Counter:
         batch = self.streams.batch(work.step, range(self.streams.streams))
         place, accumulation = self.placement, self.config.train.accumulation
         shares = (
-            place.world * accumulation
+            place.world_size * accumulation
         )  # rank by rank, micro-batch by micro-batch, as Streams.streams_of
         found = []
         for table, word_wr in zip(self.tables, self.words, strict=True):
