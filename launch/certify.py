@@ -106,7 +106,7 @@ def _rows(sections: list[Section]) -> str:
     for section in sections:
         for what, spread in (
             ("received by a rank", section.received_rows),
-            ("computed by a rank", section.rank_rows),
+            ("computed by a rank", section.computed_rows),
             ("of an expert", section.expert_rows),
         ):
             rows.append([_name(section), _whole(section.steps), what, *_spread(spread, _whole)])
@@ -118,7 +118,7 @@ def _static(sections: list[Section]) -> str:
     rows = []
     for section in sections:
         static = section.static
-        row = [_whole(static.rank_rows), f"{static.rank_padding:.1%}"]
+        row = [_whole(static.pair_rows), f"{static.pair_padding:.1%}"]
         row += [_whole(static.expert_rows), f"{static.expert_padding:.1%}"]
         rows.append([_name(section), *row])
     return table(header, rows)

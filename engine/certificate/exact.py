@@ -31,8 +31,8 @@ class Idle:
 class Static:
     """Shapes that never overflow, and the share of their rows that would be padding."""
 
-    rank_rows: int  # that one rank sends another, as an even all-to-all needs it: the received rows are P times as many
-    rank_padding: float
+    pair_rows: int  # that one rank sends another, as an even all-to-all needs it: the received rows are P times as many
+    pair_padding: float
     expert_rows: int  # of one expert
     expert_padding: float
 
@@ -55,7 +55,7 @@ class Section:
     steps: int  # counted
     exchange: str  # that the run uses: tokens, gather, local (one rank: nothing moves), or mixed
     received_rows: Spread  # over layers, micro-batches and ranks: rows that a rank receives by `tokens`, its own included
-    rank_rows: Spread  # likewise: expert rows that a rank computes
+    computed_rows: Spread  # likewise: expert rows that a rank computes
     expert_rows: Spread  # over layers, micro-batches and experts of a group: rows of an expert
     idle_rank: Idle
     idle_expert: Idle
@@ -97,7 +97,9 @@ def certify(
     chosen = counted_steps(config, steps, sample)
     placement.check(config)
     tokens = config.streams_per_micro_batch(placement.world_size) * config.data.segment
-    frame = _Frame(placement, tokens, config.model.width * wire_itemsize(config), trips_of(config))
+    frame = _Frame(
+        placement, tokens, config.model.width * wire_itemsize(config), trips_of(config, tokens)
+    )
     sums: dict[int, _Sums] = {}
     for counts in replay(config, ids, tables, placement, chosen):
         sums.setdefault(counts.k, _Sums(frame)).add(counts)
@@ -158,13 +160,13 @@ class _Sums:
         self.steps += counts.times
         rows = {
             "received": counts.received_ymgP,
-            "rank": counts.rank_rows_ymgP,
+            "computed": counts.computed_ymgP,
             "expert": counts.count_ymgE,
             "pair": counts.sent_ymgPP,
         }
         for name, values in rows.items():
             self._tally(name).add(values, counts.step, counts.times)
-        for name in ("rank", "expert"):
+        for name in ("received", "expert"):
             before = self.idle.get(name, Idle(0, None))
             if rows[name].min() == 0:
                 first = counts.step if before.first_step is None else before.first_step
@@ -195,13 +197,13 @@ def _section(k: int | None, exchange: str, sums: Sequence[_Sums]) -> Section:
         steps=sum(part.steps for part in sums),
         exchange=exchange,
         received_rows=spreads["received"],
-        rank_rows=spreads["rank"],
+        computed_rows=spreads["computed"],
         expert_rows=spreads["expert"],
-        idle_rank=_idle([part.idle["rank"] for part in sums]),
+        idle_rank=_idle([part.idle["received"] for part in sums]),
         idle_expert=_idle([part.idle["expert"] for part in sums]),
         static=Static(
-            rank_rows=spreads["pair"].max,
-            rank_padding=1 - spreads["pair"].mean / spreads["pair"].max,
+            pair_rows=spreads["pair"].max,
+            pair_padding=1 - spreads["pair"].mean / spreads["pair"].max,
             expert_rows=spreads["expert"].max,
             expert_padding=1 - spreads["expert"].mean / spreads["expert"].max,
         ),

@@ -51,7 +51,7 @@ class StepCounts:
         return self.sent_ymgPP.sum(axis=3)
 
     @property
-    def rank_rows_ymgP(self) -> Counts:
+    def computed_ymgP(self) -> Counts:
         """Expert rows that a rank computes."""
         ranks = self.sent_ymgPP.shape[-1]
         return self.count_ymgE.reshape(*self.count_ymgE.shape[:3], ranks, -1).sum(axis=4)

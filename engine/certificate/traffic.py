@@ -35,17 +35,20 @@ class Trips(NamedTuple):
 FORWARD = Trips(1, 1)
 
 
-def trips_of(config: Config) -> Trips:
+def trips_of(config: Config, tokens: int) -> Trips:
     """Count the trips of a layer in one micro-batch: forward, backward, and what recomputation repeats.
 
     Recomputation ends as soon as everything that backward needs is there again: results do not come back once more where
-    nothing behind them is kept for backward.
+    nothing behind them is kept for backward. A layer in parts (engine/moe/pipeline.py) repeats everything.
+
+    Args:
+        tokens: of a rank in a micro-batch.
     """
     if not config.train.recompute:
         return Trips(2, 2)
     model, moe = config.model, config.moe
     kept_behind = not model.pre_norm or model.dropout > 0 or moe.shared_width > 0
-    return Trips(3, 3 if kept_behind or config.parallel.chunks > 1 else 2)
+    return Trips(3, 3 if kept_behind or min(config.parallel.chunks, tokens) > 1 else 2)
 
 
 def hops(counts: StepCounts, kind: str, placement: Placement, tokens: int) -> Counts:

@@ -93,7 +93,23 @@ def in_parts(folder):
     return replace(config, parallel=replace(config.parallel, chunks=3))
 
 
-CASES = {1: [one_rank], 2: [two_ranks], 4: [four_ranks, two_groups, in_parts]}
+def with_shared_expert(folder):
+    """What is behind the way back keeps something, so recomputation needs it."""
+    config = two_groups(folder)
+    return replace(config, moe=replace(config.moe, shared_width=4))
+
+
+def with_dropout(folder):
+    """Likewise."""
+    config = two_groups(folder)
+    return replace(config, model=replace(config.model, dropout=0.1))
+
+
+CASES = {
+    1: [one_rank],
+    2: [two_ranks, with_shared_expert, with_dropout],
+    4: [four_ranks, two_groups, in_parts],
+}
 
 
 class Recorder:
@@ -197,7 +213,9 @@ def certified(config, ranks, seed=None):
         experts = np.stack(np.split(counts.count_ymgE, place.expert_ranks, axis=-1), axis=3)
         found["experts"].append(experts.reshape(LAYERS, -1, ranks, experts.shape[-1]))
         found["bytes"].append(leaving(moved, FORWARD).reshape(LAYERS, -1, ranks))
-        found["sent"].append(leaving(moved, trips_of(config)).sum(axis=(0, 1)).reshape(ranks))
+        found["sent"].append(
+            leaving(moved, trips_of(config, tokens)).sum(axis=(0, 1)).reshape(ranks)
+        )
     arrays = {name: np.array(values) for name, values in found.items()}
     rank_axis = {"received": 3, "experts": 3, "bytes": 3, "sent": 1}
     return {name: np.moveaxis(a, rank_axis[name], 0) for name, a in arrays.items()}
@@ -224,6 +242,6 @@ def test_runs_do_what_their_certificates_say(ranks, folder):
 def test_the_cases_cover_what_they_say(folder):
     config = four_ranks(folder)
     assert {gathers(config, 4, k, SEGMENT) for k in range(1, EXPERTS + 1)} == {False, True}
-    assert [trips_of(make(folder)) for make in (one_rank, two_ranks, two_groups, in_parts)] == [
-        (2, 2), (3, 3), (3, 2), (3, 3),
+    assert [trips_of(make(folder), SEGMENT) for make in (one_rank, two_ranks, with_shared_expert, with_dropout, two_groups, in_parts)] == [
+        (2, 2), (3, 3), (3, 3), (3, 3), (3, 2), (3, 3),
     ]  # fmt: skip

@@ -120,7 +120,7 @@ def loops(config, ids, tables, steps):
         local = EXPERTS // RANKS
         groups = range(WORLD // RANKS)
         note("expert_rows", k, step, [by_expert[*p, g, e] for p in places for g in groups for e in range(EXPERTS)])  # fmt: skip
-        note("rank_rows", k, step, [
+        note("computed_rows", k, step, [
             sum(by_expert[*p, g, e] for e in range(r * local, (r + 1) * local))
             for p in places for g in groups for r in range(RANKS)
         ])  # fmt: skip
@@ -160,13 +160,13 @@ def section(lists):
     return {
         "steps": len({step for _, step, _ in lists["pair"]}),
         "received_rows": spread(lists["received_rows"]),
-        "rank_rows": spread(lists["rank_rows"]),
+        "computed_rows": spread(lists["computed_rows"]),
         "expert_rows": expert,
         "idle_rank": idle(lists["received_rows"]),
         "idle_expert": idle(lists["expert_rows"]),
         "static": {
-            "rank_rows": pair["max"],
-            "rank_padding": padding(lists["pair"]),
+            "pair_rows": pair["max"],
+            "pair_padding": padding(lists["pair"]),
             "expert_rows": expert["max"],
             "expert_padding": padding(lists["expert_rows"]),
         },
