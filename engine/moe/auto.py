@@ -32,12 +32,17 @@ def use_gather(
 
 def gathers(config: Config, ranks: int, k: int, tokens: int) -> bool:
     """Say whether the layers of a run with this configuration gather at this k; as use_gather."""
-    wire, precision = config.parallel.wire, config.train.precision
-    bf16 = wire is WireFormat.bf16 or (wire is WireFormat.model and precision is Precision.bf16)
     return use_gather(
         config.parallel, experts=config.moe.experts, ranks=ranks, k=k, tokens=tokens, width=config.model.width,
-        itemsize=2 if bf16 else 4,
+        itemsize=wire_itemsize(config),
     )  # fmt: skip
+
+
+def wire_itemsize(config: Config) -> int:
+    """Bytes of a number on the wire."""
+    wire, precision = config.parallel.wire, config.train.precision
+    bf16 = wire is WireFormat.bf16 or (wire is WireFormat.model and precision is Precision.bf16)
+    return 2 if bf16 else 4
 
 
 def rank_share(experts: int, ranks: int, k: int) -> float:

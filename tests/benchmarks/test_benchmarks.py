@@ -4,9 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from benchmarks import bench_certify
+from engine.certificate.replay import replay
+from engine.moe.tables import build_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,6 +59,29 @@ def test_bench_exchange():
     assert list(result["step_ratio"]) == ["loopback", "1gbit", "200mbit", "200mbit_packed"]
     assert result["bytes_ratio"]["spread"] <= 0.49 and result["bytes_ratio"]["packed"] <= 0.26
     assert ("NOT MEASURED: 2 nodes" in out) == (result["hidden_fraction"] is None)
+
+
+def test_bench_certify(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_bytes(b"the quick brown fox jumps over the lazy dog. " * 50)
+    code, out, err = run("bench_certify", "--text", str(text), "--ids", "140000", "--checked", "2")
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert list(result) == ["seconds", "peak_bytes", "count_mismatches"]
+    assert result["count_mismatches"] == 0 and result["peak_bytes"] > 1e7
+
+
+def test_bench_certify_sees_a_mismatch():
+    """Negative control: one row too many is four numbers of two ranks that differ."""
+    ids = np.resize(np.arange(97, 123, dtype=np.uint8), 40_000)
+    config = bench_certify.epoch(ids)
+    tables = build_tables(config.moe, 256, ids, num_tables=4, seed=1, cache_dir=None)[:1]
+    (counts,) = replay(config, ids, tables * 4, bench_certify.PLACEMENT, [0])
+    assert bench_certify.differing(config, ids, tables, counts) == 0
+    sent_ymgPP = counts.sent_ymgPP.copy()
+    sent_ymgPP[0, 0, 5, 1, 2] += 1
+    wrong = replace(counts, sent_ymgPP=sent_ymgPP)
+    assert bench_certify.differing(config, ids, tables, wrong) == 4
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,13 @@ def test_a_sweep_gives_each_job_a_folder_and_resumes(run, tmp_path, text):
         ("prepare", ["corpus=wiki"], "wiki"),
         ("tables", ["ranks=[2,3]"], "ranks=[3]: must divide moe.experts=16"),
         ("tables", ["moe.router=frozen"], "moe.router=frozen: only hashed has tables"),
+        ("certify", ["world_size=3"], "data.streams=16: must be a multiple of world"),
+        ("certify", ["world_size=8", "expert_group=3"], "3 ranks: must divide the 8 ranks"),
+        ("certify", ["world_size=0"], "world_size=0: must be at least 1"),
+        ("certify", ["moe.experts=4", "schedule.k_max=8"], "schedule.k_max=8"),
+        ("certify", ["moe.router=frozen"], "moe.router=frozen: routes depend on hidden states"),
+        ("certify", ["sample=1201"], "sample=1201: must be from 1 to the 1200 steps"),
+        ("certify", ["expert_groups=2"], "allowed: corpus, data"),
     ],
 )
 def test_other_programs_refuse_likewise(run, program, options, word):
@@ -205,6 +212,23 @@ def test_a_machines_first_rank_speaks_for_all(run, monkeypatch, local_rank):
         assert done.returncode == 2
         assert done.stderr.startswith(f"foreroute: {line}" if local_rank == 0 else ""), done.stderr
         assert done.stderr.count("\n") == (1 if local_rank == 0 else 0)
+
+
+def test_a_certificate_is_printed_and_written(run, tmp_path, text):
+    options = small(tmp_path, text, "train.log_every=1", "train.steps=6")
+    ranks = ["world_size=4", "expert_group=4", "ranks_per_node=2"]
+    path = tmp_path / "found/certificate.json"
+    done = run("certify", *options, *ranks, f"out={path.parent}")
+    assert done.returncode == 0, done.stderr
+    assert "ranks: 4, 2 on a node, in 1 expert group of 4, each on 2 nodes; 1 of 4 experts on a rank" in done.stdout  # fmt: skip
+    assert "steps: the first 6, all counted" in done.stdout and "two_level" in done.stdout
+    found = json.loads(path.read_text())
+    assert found["placement"] == {"world_size": 4, "expert_ranks": 4, "ranks_per_node": 2}
+    assert [part["k"] for part in found["by_k"]] == [1, 2, 3] and found["whole"]["steps"] == 6
+    assert found["options"]["parallel"]["expert_ranks"] == 4 and len(found["corpus_sha256"]) == 64
+    done = run("certify", *options, *ranks, "sample=5", f"out={path.parent}")
+    assert done.returncode == 0 and "2 of the first 6, one in 5" in done.stdout
+    assert json.loads(path.read_text())["whole"]["steps"] == 2
 
 
 def test_help_names_groups_and_experiments(run):

@@ -1,0 +1,124 @@
+"""Time and memory of certifying a whole epoch of enwik8: `python -m benchmarks.bench_certify`.
+
+90,000,000 training ids, 4 layers with a table each (trigrams, 65,536 rows, 16 experts), k growing from 8 to 16, 64 ranks in
+expert groups of 8, 64 streams of 512: 2,746 steps, all counted. The text is a prefix of enwik8, repeated (`--text`, or
+enwik8_prefix/enwik8.first4154394 in the folder FOREROUTE_DATA), or random bytes where there is none. `--sample` counts every so
+manieth step only.
+
+`seconds` is for building the tables and counting; `peak_bytes` is the most memory that the process held until then.
+`count_mismatches`: some steps are planned by TablePlanner for every rank, as a run does, and every number that differs from the
+certificate's counts is one mismatch.
+"""
+
+import argparse
+import os
+import resource
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.harness import environment, positive, print_result, print_table
+from engine.certificate.exact import certify
+from engine.certificate.placement import Placement
+from engine.certificate.replay import StepCounts, replay
+from engine.certificate.traffic import FORWARD, hops, leaving
+from engine.config import Config, DataConfig, Growth, MoEConfig, ScheduleConfig, TrainConfig
+from engine.data import Ids, Streams
+from engine.loader import group_batch
+from engine.moe.planner import TablePlanner
+from engine.moe.tables import Table, build_tables
+from engine.parallel.mesh import Mesh
+
+SYMBOLS, STREAMS, SEGMENT, IDS = 256, 64, 512, 90_000_000
+PLACEMENT = Placement(world_size=64, expert_ranks=8, ranks_per_node=4)
+PREFIX = "enwik8_prefix/enwik8.first4154394"
+
+
+def epoch(ids: Ids) -> Config:
+    """Give the run: one pass over the ids."""
+    data = DataConfig(streams=STREAMS, segment=SEGMENT)
+    steps = Streams(ids, STREAMS, SEGMENT, 0).segments_per_epoch
+    return Config(
+        data=data, moe=MoEConfig(), schedule=ScheduleConfig(Growth.linear, 8, 16), train=TrainConfig(steps=steps)
+    )  # fmt: skip
+
+
+def read_text(path: str | None) -> Ids:
+    """Read a text, or make one of random bytes."""
+    found = Path(path or Path(os.environ.get("FOREROUTE_DATA", "")) / PREFIX)
+    if path is None and not found.exists():
+        print("no text found: random bytes")
+        return np.random.default_rng(0).integers(0, SYMBOLS, IDS).astype(np.uint8)
+    return np.fromfile(found, np.uint8)
+
+
+def mismatches(config: Config, ids: Ids, tables: Sequence[Table], steps: Sequence[int]) -> int:
+    """Plan the steps for every rank and count what differs from the certificate's counts."""
+    return sum(
+        differing(config, ids, tables, counts)
+        for counts in replay(config, ids, tables, PLACEMENT, steps)
+    )
+
+
+def differing(config: Config, ids: Ids, tables: Sequence[Table], counts: StepCounts) -> int:
+    """Plan one step for every rank and count the numbers that differ."""
+    streams, ranks, width = Streams(ids, STREAMS, SEGMENT, config.context), PLACEMENT.expert_ranks, config.model.width  # fmt: skip
+    tokens = config.streams_per_micro_batch(PLACEMENT.world_size) * SEGMENT
+    left_ygP = leaving(hops(counts, "tokens", PLACEMENT, tokens), FORWARD)[:, 0] * width * 4
+    wrong = 0
+    for layer, table in enumerate(tables):
+        planners = [TablePlanner(table, rank=rank, ranks=ranks) for rank in range(ranks)]
+        for group in range(PLACEMENT.groups):
+            mesh = Mesh(group * ranks, PLACEMENT.world_size, ranks)
+            batches = [
+                streams.batch(counts.step, streams.streams_of(rank, 0, world=PLACEMENT.world_size, accumulation=1))
+                for rank in mesh.group_ranks
+            ]  # fmt: skip
+            both = group_batch(batches)
+            rows = [table.rows_of(*pair) for pair in zip(both.ids_PBQ, both.left_PBC, strict=True)]
+            row_PT = np.stack([row_BQ.numpy().reshape(-1) for row_BQ in rows])
+            sent_PP = counts.sent_ymgPP[layer, 0, group]
+            for rank, planner in enumerate(planners):
+                plan = planner.plan(row_PT, counts.k)
+                wrong += int((np.array(plan.send_splits) != sent_PP[rank]).sum())
+                wrong += int((np.array(plan.recv_splits) != sent_PP[:, rank]).sum())
+                wrong += int((plan.count_E.numpy() != counts.count_ymgE[layer, 0, group]).sum())
+                wrong += int(plan.wire_bytes(width, 4) != left_ygP[layer, group, rank])
+    return wrong
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--text", help="file to repeat")
+    parser.add_argument("--ids", type=positive, default=IDS, help="training ids")
+    parser.add_argument("--sample", type=positive, default=1, help="count every so manieth step")
+    parser.add_argument("--checked", type=positive, default=9, help="steps to plan for every rank")
+    args = parser.parse_args()
+    ids = np.resize(read_text(args.text), args.ids)
+    config = epoch(ids)
+    begin = time.perf_counter()
+    tables = build_tables(
+        config.moe, SYMBOLS, ids, num_tables=config.model.layers, seed=1, cache_dir=None
+    )
+    built, cpu = time.perf_counter(), time.process_time()
+    found = certify(config, ids, tables, PLACEMENT, sample=args.sample)
+    done, cpu = time.perf_counter(), time.process_time() - cpu
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    last = config.train.steps - 1
+    checked = sorted({round(last * i / args.checked) for i in range(1, args.checked + 1)})
+    wrong = mismatches(config, ids, tables, checked)
+    print(f"{environment()}, {found.whole.steps:,} steps, {len(checked)} of them planned as a run does")  # fmt: skip
+    rows: list[list[object]] = [
+        ["tables", built - begin],
+        ["count", done - built],
+        ["of it: processor time, both cores", cpu],
+    ]
+    print_table(["", "seconds"], rows)
+    print_result({"seconds": done - begin, "peak_bytes": peak_bytes, "count_mismatches": wrong})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""Runs of 200 steps on 1, 2 and 4 ranks: rows and bytes of every step, micro-batch, layer and rank are the certificate's.
+
+The text is read in 146 steps: the runs go on into a second epoch.
+"""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import distributed as dist
+
+from engine.build import build_routers
+from engine.certificate.placement import Placement
+from engine.certificate.replay import replay
+from engine.certificate.traffic import FORWARD, hops, leaving, trips_of
+from engine.choices import ExchangeKind
+from engine.config import (
+    Builder,
+    Config,
+    Corpus,
+    CorpusConfig,
+    DataConfig,
+    EvalConfig,
+    Growth,
+    KernelsConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    ParallelConfig,
+    ScheduleConfig,
+    Split,
+    TrainConfig,
+)
+from engine.corpus import prepare
+from engine.moe.auto import gathers
+from engine.parallel.host import GlooHost
+from engine.parallel.mesh import Mesh
+from engine.parallel.world import World
+from engine.testing import run_ranks
+from engine.trainer import Trainer
+
+STEPS, WIDTH, EXPERTS, LAYERS, SEGMENT, STREAMS = 200, 8, 4, 2, 4, 4
+
+
+def plain(folder, expert_ranks, **parallel):
+    return Config(
+        corpus=CorpusConfig(Corpus.file, str(folder / "text.txt"), cache_dir=str(folder / "cache")),
+        data=DataConfig(streams=STREAMS, segment=SEGMENT),
+        model=ModelConfig(layers=LAYERS, width=WIDTH, heads=1, head_width=8, memory=4),
+        moe=MoEConfig(experts=EXPERTS, expert_width=8, ngram=2, rows=512),
+        schedule=ScheduleConfig(Growth.linear, 1, EXPERTS),
+        optim=OptimConfig(),
+        train=TrainConfig(steps=STEPS),
+        eval=EvalConfig(k=[1]),
+        kernels=KernelsConfig(masked_from_k=EXPERTS + 1),
+        parallel=ParallelConfig(expert_ranks=expert_ranks, **parallel),
+    )
+
+
+def one_rank(folder):
+    return plain(folder, 1)
+
+
+def two_ranks(folder):
+    """Micro-batches; recomputation that repeats the whole exchange."""
+    config = plain(folder, 2)
+    return replace(config, train=replace(config.train, accumulation=2, recompute=True))
+
+
+def four_ranks(folder):
+    """One exchange at small k, another at large."""
+    slow = {"exchange": ExchangeKind.auto, "link_gb_per_s": 1e-3}
+    config = plain(folder, 4, **slow)
+    return replace(config, moe=replace(config.moe, rows=676, ngram=1, share_table=True))
+
+
+def two_groups(folder):
+    """Packed tables; recomputation that leaves the way back out; fewer steps."""
+    config = plain(folder, 2)
+    return replace(
+        config,
+        model=replace(config.model, pre_norm=True, dropout=0.0),
+        moe=replace(config.moe, builder=Builder.packed, pack=2),
+        train=replace(config.train, recompute=True, steps=20),
+    )
+
+
+def in_parts(folder):
+    """The same in parts, which repeats the whole exchange."""
+    config = two_groups(folder)
+    return replace(config, parallel=replace(config.parallel, chunks=3))
+
+
+def with_shared_expert(folder):
+    """What is behind the way back keeps something, so recomputation needs it."""
+    config = two_groups(folder)
+    return replace(config, moe=replace(config.moe, shared_width=4))
+
+
+def with_dropout(folder):
+    """Likewise."""
+    config = two_groups(folder)
+    return replace(config, model=replace(config.model, dropout=0.1))
+
+
+CASES = {
+    1: [one_rank],
+    2: [two_ranks, with_shared_expert, with_dropout],
+    4: [four_ranks, two_groups, in_parts],
+}
+
+
+class Recorder:
+    """A reporter that notes what was sent by the end of each step, and hooks that note what layers get."""
+
+    def __init__(self, trainer):
+        self.engine, self.sent, self.layers = trainer.engine, [], []
+        self.on = False
+        trainer.reporter = self
+        forward = trainer.engine.forward
+
+        def watched(*inputs):
+            self.on = True
+            output = forward(*inputs)
+            self.on = False  # recomputation comes after
+            return output
+
+        trainer.engine.forward = watched
+        for block in trainer.model.blocks:
+            block.moe.register_forward_pre_hook(self.before_layer)
+            block.moe.experts.register_forward_pre_hook(self.before_experts)
+            block.moe.register_forward_hook(self.after_layer)
+
+    def sent_bytes(self):
+        return self.engine.wire.sent_bytes if self.engine.wire else 0
+
+    def before_layer(self, _module, _inputs):
+        if self.on:
+            self.layers.append({"bytes": -self.sent_bytes()})
+
+    def before_experts(self, _module, inputs):
+        rows_RD, plan, *_ = inputs
+        if self.on:
+            offsets = [np.diff(part.rows.offset_L.numpy(), prepend=0) for part in plan.parts]
+            received = len(rows_RD) if len(plan.parts) == 1 else sum(plan.recv_splits)
+            self.layers[-1] |= {"received": received, "experts": np.sum(offsets, axis=0)}
+
+    def after_layer(self, _module, _inputs, _output):
+        if self.on:
+            self.layers[-1]["bytes"] += self.sent_bytes()
+
+    def note(self, line):
+        pass
+
+    def step(self, step):
+        self.sent.append(self.sent_bytes())
+
+    def metrics(self, step, values, seconds_left):
+        pass
+
+    def found(self, config):
+        """Arrays of [step, layer, micro-batch] and, of what was sent, [step]."""
+        shape = config.train.steps, config.train.accumulation, LAYERS
+        arrays = {name: np.array([one[name] for one in self.layers]) for name in self.layers[0]}
+        arrays = {name: a.reshape(*shape, *a.shape[1:]).swapaxes(1, 2) for name, a in arrays.items()}  # fmt: skip
+        return SimpleNamespace(**arrays, sent=np.diff(self.sent, prepend=0))
+
+
+def train(rank, ranks, folder):
+    results = []
+    for make in CASES[ranks]:
+        config = make(folder)
+        world = World(Mesh(rank, ranks, config.parallel.expert_ranks))
+        if ranks > 1:
+            host, planning = GlooHost(dist.group.WORLD), GlooHost(dist.new_group())
+            world = replace(world, host=host, planning=planning)
+        corpus = prepare(config.corpus)
+        routers = build_routers(config, corpus, world.mesh)
+        runs = folder / f"{make.__name__}"
+        trainer = Trainer(config, corpus, routers, runs, None, world)
+        recorder = Recorder(trainer)
+        assert trainer.run(None, lambda: False)
+        results.append(recorder.found(config))
+    return results
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    draw = torch.randint(0, 26, (2600,), generator=torch.Generator().manual_seed(2)) + 97
+    (folder / "text.txt").write_bytes(bytes(draw.tolist()))
+    return folder
+
+
+def certified(config, ranks, seed=None):
+    """The certificate of every step by itself, in the Recorder's form, with ranks as the first axis."""
+    corpus = prepare(config.corpus)
+    other = replace(config, train=replace(config.train, seed=seed or config.train.seed))
+    tables = [router.table for router in build_routers(other, corpus)]
+    place = Placement(ranks, config.parallel.expert_ranks, ranks)
+    tokens = config.streams_per_micro_batch(ranks) * SEGMENT
+    found = {name: [] for name in ("received", "experts", "bytes", "sent")}
+    for step in range(config.train.steps):
+        (counts,) = replay(config, corpus.split(Split.train), tables, place, [step])
+        gather = gathers(config, place.expert_ranks, counts.k, tokens)
+        received = counts.received_ymgP
+        if gather:
+            received = np.full_like(received, place.expert_ranks * tokens)
+        moved = hops(counts, "gather" if gather else "tokens", place, tokens) * WIDTH * 4
+        found["received"].append(received.reshape(LAYERS, -1, ranks))
+        experts = np.stack(np.split(counts.count_ymgE, place.expert_ranks, axis=-1), axis=3)
+        found["experts"].append(experts.reshape(LAYERS, -1, ranks, experts.shape[-1]))
+        found["bytes"].append(leaving(moved, FORWARD).reshape(LAYERS, -1, ranks))
+        found["sent"].append(
+            leaving(moved, trips_of(config, tokens)).sum(axis=(0, 1)).reshape(ranks)
+        )
+    arrays = {name: np.array(values) for name, values in found.items()}
+    rank_axis = {"received": 3, "experts": 3, "bytes": 3, "sent": 1}
+    return {name: np.moveaxis(a, rank_axis[name], 0) for name, a in arrays.items()}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("ranks", CASES)
+def test_runs_do_what_their_certificates_say(ranks, folder):
+    answers = run_ranks(train, ranks, ranks, folder, seconds=300)
+    for index, make in enumerate(CASES[ranks]):
+        config = make(folder)
+        want = certified(config, ranks)
+        another = certified(config, ranks, seed=5)
+        for rank, answer in enumerate(answers):
+            for name, array in want.items():
+                got = getattr(answer[index], name)
+                assert got.shape == array[rank].shape and got.size >= config.train.steps
+                assert np.array_equal(got, array[rank]), (make, name, rank)
+        got = [answer[index].experts for answer in answers]
+        assert not np.array_equal(got, another["experts"])  # negative control: other tables
+        assert (want["sent"].min() > 0) == (ranks > 1)
+
+
+def test_the_cases_cover_what_they_say(folder):
+    config = four_ranks(folder)
+    assert {gathers(config, 4, k, SEGMENT) for k in range(1, EXPERTS + 1)} == {False, True}
+    assert [trips_of(make(folder), SEGMENT) for make in (one_rank, two_ranks, with_shared_expert, with_dropout, two_groups, in_parts)] == [
+        (2, 2), (3, 3), (3, 3), (3, 3), (3, 2), (3, 3),
+    ]  # fmt: skip
