@@ -324,7 +324,7 @@ def test_mistakes_are_named_on_every_rank(on_two_ranks):
         assert said["k"] == f"{differ} k: rank 0 has 1, rank 1 has 3"
         assert said["tables"].startswith(f"{differ} tables: rank 0 has ")
         assert said["nested"]
-        assert said["experts"].startswith("UserError: an expert group of 3 ranks: must divide")
+        assert said["experts"].startswith("UserError: parallel.expert_ranks=3: must divide")
 
 
 # Going on from what each rank has saved, as engine/plug_in.py says.

@@ -164,7 +164,11 @@ def test_a_sweep_gives_each_job_a_folder_and_resumes(run, tmp_path, text):
         ("tables", ["ranks=[2,3]"], "ranks=[3]: must divide moe.experts=16"),
         ("tables", ["moe.router=frozen"], "moe.router=frozen: only hashed has tables"),
         ("certify", ["world_size=3"], "data.streams=16: must be a multiple of world"),
-        ("certify", ["world_size=8", "expert_group=3"], "3 ranks: must divide the 8 ranks"),
+        (
+            "certify",
+            ["world_size=8", "expert_group=3"],
+            "expert_ranks=3: must divide the number of ranks, 8",
+        ),
         ("certify", ["world_size=0"], "world_size=0: must be at least 1"),
         ("certify", ["moe.experts=4", "schedule.k_max=8"], "schedule.k_max=8"),
         ("certify", ["moe.router=frozen"], "moe.router=frozen: routes depend on hidden states"),

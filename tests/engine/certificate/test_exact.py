@@ -271,8 +271,8 @@ def test_bytes_are_those_of_the_wire_format():
     ("changes", "place", "options", "words"),
     [
         ({}, (3, 1), {}, "data.streams=16: must be a multiple of world x train.accumulation = 3 x 2"),
-        ({}, (8, 3), {}, "an expert group of 3 ranks: must divide the 8 ranks"),
-        ({"data": DataConfig(480, 3)}, (16, 16), {}, "moe.experts=8: must be a multiple of the expert group's 16"),
+        ({}, (8, 3), {}, "parallel.expert_ranks=3: must divide the number of ranks, 8"),
+        ({"data": DataConfig(480, 3)}, (16, 16), {}, "moe.experts=8: must be a multiple of parallel.expert_ranks=16"),
         ({}, (8, 8, 3), {}, "ranks_per_node=3: must be a multiple or a divisor of the expert group's 8"),
         ({}, (8, 8, 0), {}, "ranks_per_node=0: must be at least 1"),
         ({}, (8, 4), {"steps": STEPS + 1}, "steps=10: must be from 1 to train.steps=9"),
