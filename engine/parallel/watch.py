@@ -66,9 +66,8 @@ class Watch:
     def close(self) -> None:
         """Say that this rank has come to its end; nobody waits for its signs any more."""
         self._closed.set()
-        if (
-            self._thread.is_alive()
-        ):  # or the interpreter's end aborts it, when it is inside the store
+        if self._thread.is_alive():
+            # a daemon thread inside the store would make the interpreter's end abort the process
             self._thread.join(_CLOSE_S)
         if self._store is not None:
             self._try(lambda store: store.set(f"alive/{self._rank}", _DONE))
