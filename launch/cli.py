@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class _BadOption(UserError):
-    """A value on the command line that its section refuses."""
+    """What is wrong with a start before the ranks meet; all ranks of a machine see it alike."""
 
 
 def run_program(
