@@ -88,9 +88,13 @@ def _share_out(config: Config, mesh: Mesh) -> None:
 
 
 def _options(config: Config) -> dict[str, Any]:
-    """Every option by its name on the command line."""
+    """Every option on which the ranks must agree, by its name; machines may have the same text in different places."""
     plain = to_plain(config)
-    return {f"{s}.{name}": value for s, options in plain.items() for name, value in options.items()}
+    found = {
+        f"{s}.{name}": value for s, options in plain.items() for name, value in options.items()
+    }
+    own = "corpus.path", "corpus.cache_dir"
+    return {name: value for name, value in found.items() if name not in own}
 
 
 def _open_metrics(run: RunFolder, trainer: Trainer) -> Metrics | None:

@@ -82,7 +82,9 @@ def alone(tmp_path_factory):
 @pytest.mark.dist
 @pytest.mark.parametrize("peer_ids", ["corpus", "exchange"])
 def test_two_processes_train_like_one(tmp_path, alone, peer_ids):
-    with Ranks(tmp_path, ["model.dropout=0", f"parallel.peer_ids={peer_ids}"]) as ranks:
+    options = ["model.dropout=0", f"parallel.peer_ids={peer_ids}"]
+    elsewhere = (f"corpus.cache_dir={tmp_path / 'own'}",) if peer_ids == "exchange" else ()
+    with Ranks(tmp_path, options, own_options=((), elsewhere)) as ranks:
         first, second = ranks.wait()
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
     assert lines(first[2] + second[2]) == [] and second[1] == ""
