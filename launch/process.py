@@ -6,7 +6,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -106,8 +106,8 @@ def connected(parallel: ParallelConfig, options: Mapping[str, Any]) -> Iterator[
         _stores.append(_meet(place, parallel.timeout_s))
     watch_store = dist.PrefixStore("watch", _stores[0].clone())
     watch = Watch(watch_store, place.rank, place.ranks, parallel.timeout_s)
-    with closing(watch), watch.guard():
-        host = GlooHost(_host_group(None, _HOST_TIMEOUT))
+    with closing(watch), watch.guard(), ExitStack() as stack:
+        host = stack.enter_context(closing(GlooHost(_host_group(None, _HOST_TIMEOUT))))
         agree(host, options)
         mesh = together(host, lambda: Mesh(place.rank, place.ranks, parallel.expert_ranks))
         group_ranks = range(0, place.ranks, parallel.expert_ranks)
@@ -116,6 +116,8 @@ def connected(parallel: ParallelConfig, options: Mapping[str, Any]) -> Iterator[
         yield World(
             mesh, device, host=host, planning=planning, planning_group=planning_group, watch=watch
         )
+        for connection in (planning, planning_group):  # after a failure a thread may be inside
+            connection.close()
 
 
 def _meet(place: Place, timeout_s: float) -> Any:

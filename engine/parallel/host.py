@@ -43,6 +43,9 @@ class Host:
         """Return when all ranks are here."""
         self.all_gather(np.zeros(1, np.int64))
 
+    def close(self) -> None:
+        """Give the connections back; nothing can be sent any more."""
+
 
 class GlooHost(Host):
     """Over a gloo process group; errors and timeouts are gloo's, as RuntimeError."""
@@ -57,6 +60,15 @@ class GlooHost(Host):
         found = own.new_empty(self.ranks * own.numel())
         dist.all_gather_single(found, own, group=self.group)
         return found.numpy().reshape(self.ranks, *values.shape)
+
+    def close(self) -> None:
+        """Give the connections back and wait for gloo's threads.
+
+        One of them may still hold the tensors of the last call. To let them go it needs the interpreter, and a process
+        whose interpreter is ending would abort (seen with torch 2.13 in one of ten ends on busy cores).
+        """
+        dist.destroy_process_group(self.group)
+        del self.group  # the last reference
 
 
 def expert_group_host(mesh: Mesh) -> Host:

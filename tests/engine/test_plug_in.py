@@ -141,7 +141,8 @@ def test_unsuitable_modules_are_named(pattern, fault):
         ({"parallel": ParallelConfig(expert_ranks=2)}, "parallel.expert_ranks=2: start the process group first"),
     ],
 )  # fmt: skip
-def test_wrong_options_are_named(options, fault):
+def test_wrong_options_are_named(monkeypatch, options, fault):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)  # whatever ran before
     with pytest.raises(UserError, match=fault.replace(".", r"\.")):
         make(**options)
 

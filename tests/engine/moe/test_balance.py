@@ -77,5 +77,7 @@ def test_worked_example():
 
 
 def test_ranks_that_cannot_share_the_experts_are_refused():
-    with pytest.raises(UserError, match=r"moe\.experts=8: must be a multiple of .* 3 ranks"):
+    with pytest.raises(
+        UserError, match=r"moe\.experts=8: must be a multiple of parallel\.expert_ranks=3"
+    ):
         balances(make(), text(), (3,))

@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from torch import distributed as dist
 
@@ -23,15 +24,25 @@ def gloo(rank):
     host = GlooHost(dist.group.WORLD)
     array = np.arange(6, dtype=np.int64).reshape(2, 3) + 100 * rank
     answer = {"rank": rank, "text": "ü" * rank, "none": None}
-    return host.all_gather(array), host.gather(answer), host.broadcast([rank], source=1)
+    found = host.all_gather(array), host.gather(answer), host.broadcast([rank], source=1)
+    threads = []
+    for _ in range(2):
+        threads.append(psutil.Process().num_threads())
+        other = GlooHost(dist.new_group(backend="gloo"))
+        other.barrier()
+        threads.append(psutil.Process().num_threads())
+        other.close()
+    return *found, threads
 
 
 @pytest.mark.dist
 def test_gloo_host():
-    for arrays, values, one in run_ranks(gloo, 2):
+    for arrays, values, one, threads in run_ranks(gloo, 2):
         assert arrays.tolist() == [[[0, 1, 2], [3, 4, 5]], [[100, 101, 102], [103, 104, 105]]]
         assert values == [{"rank": r, "text": "ü" * r, "none": None} for r in range(2)]
         assert one == [1]
+        before, opened, closed, opened_again = threads
+        assert before == closed < opened == opened_again  # `close` leaves no thread behind
 
 
 def test_one_rank_talks_to_itself():
