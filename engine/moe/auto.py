@@ -8,7 +8,7 @@ Letters: T tokens of a rank, D width, E experts, L = E / P experts of a rank, K 
 
 from math import ceil, comb, log2
 
-from engine.choices import ExchangeKind, Precision, WireFormat
+from engine.choices import ExchangeKind, Precision, Router, WireFormat
 from engine.config import Config, ParallelConfig
 
 
@@ -31,7 +31,9 @@ def use_gather(
 
 
 def gathers(config: Config, ranks: int, k: int, tokens: int) -> bool:
-    """Say whether the layers of a run with this configuration gather at this k; as use_gather."""
+    """Say whether the layers of a run with this configuration gather at this k; as use_gather. Dense ones never do."""
+    if config.moe.router is Router.dense:  # k may be above moe.experts
+        return False
     return use_gather(
         config.parallel, experts=config.moe.experts, ranks=ranks, k=k, tokens=tokens, width=config.model.width,
         itemsize=wire_itemsize(config),

@@ -6,10 +6,10 @@ from math import comb
 
 import pytest
 
-from engine.choices import Backend, ExchangeKind
-from engine.config import Config, KernelsConfig, ParallelConfig
+from engine.choices import Backend, ExchangeKind, Router
+from engine.config import Config, KernelsConfig, MoEConfig, ParallelConfig
 from engine.errors import UserError
-from engine.moe.auto import gather_seconds, rank_share, tokens_seconds, use_gather
+from engine.moe.auto import gather_seconds, gathers, rank_share, tokens_seconds, use_gather
 
 AUTO = ParallelConfig(exchange=ExchangeKind.auto, link_gb_per_s=10, message_us=5, memory_gb_per_s=100)  # fmt: skip
 SIZES = {"experts": 16, "ranks": 8, "tokens": 4096, "width": 512, "itemsize": 2}
@@ -79,3 +79,9 @@ def test_parts_need_a_backend_with_a_backward_pass():
         UserError, match=r"parallel\.chunks=4: kernels\.backend=reference has only 1"
     ):
         Config(parallel=ParallelConfig(chunks=4), kernels=KernelsConfig(backend=Backend.reference))
+
+
+def test_a_dense_run_has_nothing_to_gather():
+    """Whatever its k, which nothing reads and which may be above its experts."""
+    moe = MoEConfig(router=Router.dense, experts=2)
+    assert not gathers(Config(moe=moe, parallel=AUTO), 2, k=4, tokens=100)
