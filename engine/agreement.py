@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.errors import RunFailed
+from engine.errors import RunFailed, everywhere
 from engine.moe.plan import Plan
 from engine.moe.routers import HashedRouter
 from engine.parallel.host import Host, odd_ones
@@ -58,7 +58,8 @@ class Agreement:
                 if len(set(values)) > 1:
                     if name in ("tables", "token ids"):
                         values = [f"digest {value & 0xFFFFFFFF:08x}" for value in values]
-                    raise _differ(f"{where}: the ranks differ in their {name}: {odd_ones(values)}")
+                    what = f"the ranks differ in their {name}: {odd_ones(values)}"
+                    raise everywhere(RunFailed(f"{where}: {what}"))
         start = len(_FIELDS)
         sends_GPP = found[:, start : start + ranks].reshape(-1, ranks, ranks)
         gets_GPP = found[:, start + ranks :].reshape(-1, ranks, ranks)
@@ -66,9 +67,8 @@ class Agreement:
         if wrong.size:
             group, sender, receiver = (int(number) for number in wrong[0])
             sender, receiver = group * ranks + sender, group * ranks + receiver
-            raise _differ(
-                f"{where}: rank {sender} plans to send other numbers of rows to rank {receiver} than that one expects"
-            )
+            what = f"rank {sender} plans to send other numbers of rows to rank {receiver} than that one expects"
+            raise everywhere(RunFailed(f"{where}: {what}"))
 
 
 def tables_digest(routers: Sequence[HashedRouter] | None) -> int:
@@ -89,9 +89,3 @@ def _digest(*arrays: NDArray[np.generic]) -> int:
         digest.update(str(array.shape).encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return int.from_bytes(digest.digest(), "little", signed=True)
-
-
-def _differ(message: str) -> RunFailed:
-    error = RunFailed(message)
-    error.everywhere = True
-    return error

@@ -12,7 +12,7 @@ import torch
 
 from engine.config import Config
 from engine.deepspeed_adapter import Engine
-from engine.errors import RunFailed
+from engine.errors import RunFailed, everywhere
 from engine.loader import PlannedBatch, PlannedLoader
 from engine.model import Memory, Output, Routing
 from engine.optim import learning_rate
@@ -115,12 +115,14 @@ def train_step(
     sent = wire.sent_bytes - sent_before if wire else 0
     totals = _totals(outputs, world, stop_asked, sent)
     if not math.isfinite(totals.loss + totals.auxiliary_loss):
-        raise _everywhere(f"the loss is {totals.loss + totals.auxiliary_loss} at step {step}")
+        raise everywhere(
+            RunFailed(f"the loss is {totals.loss + totals.auxiliary_loss} at step {step}")
+        )
     clock.lap_ms()
     applied = engine.step()
     times.optimizer_ms = clock.lap_ms()
     if not applied:
-        raise _everywhere(f"the gradient norm is {engine.grad_norm()} at step {step}")
+        raise everywhere(RunFailed(f"the gradient norm is {engine.grad_norm()} at step {step}"))
     result = StepResult(
         loss=totals.loss,
         auxiliary_loss=totals.auxiliary_loss,
@@ -180,10 +182,3 @@ def _totals(outputs: list[Output], world: World, stop_asked: bool, sent_bytes: i
         int(wire_bytes),
         max(load) * len(load) / sum(load) if load else 0.0,
     )
-
-
-def _everywhere(message: str) -> RunFailed:
-    """All ranks see the same numbers and raise the same."""
-    error = RunFailed(message)
-    error.everywhere = True
-    return error

@@ -19,7 +19,7 @@ from engine.config import Config, PeerIds, Split, to_plain
 from engine.corpus import PreparedCorpus
 from engine.data import Streams
 from engine.deepspeed_adapter import start
-from engine.errors import RunFailed, UserError
+from engine.errors import RunFailed, UserError, everywhere
 from engine.evaluate import evaluate
 from engine.loader import (
     GroupBatch,
@@ -100,8 +100,15 @@ class Trainer:
         """Go on from the newest whole checkpoint, if there is one; damaged ones are named and skipped.
 
         Raises:
-            UserError: there are checkpoints, and none is whole or fits, or the text has changed.
+            UserError: on every rank: there are checkpoints, and none is whole or fits, or the text has changed.
         """
+        try:
+            self._resume()
+        except UserError as error:
+            everywhere(error)
+            raise
+
+    def _resume(self) -> None:
         host = self.world.host
         path, warnings = checkpoint.find_newest(self.checkpoints, host)
         for warning in warnings:
@@ -154,8 +161,7 @@ class Trainer:
             )  # fmt: skip
         except OSError as error:  # the same on every rank
             failure = RunFailed(f"cannot write a checkpoint at step {self.step}: {error}")
-            failure.everywhere = True
-            raise failure from error
+            raise everywhere(failure) from error
 
     def run(self, metrics: Metrics | None, stop_asked: Callable[[], bool]) -> bool:
         """Train until train.steps, or until stop_asked() says so; a checkpoint is written in both cases.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from engine.errors import RunFailed, UserError
+from engine.errors import RunFailed, UserError, everywhere
 from engine.parallel.host import Host, odd_ones
 from engine.parallel.mesh import Mesh
 from engine.parallel.watch import Watch
@@ -83,11 +83,8 @@ def _raise_first(problems: list[list[str] | None]) -> None:
     for rank, problem in enumerate(problems):
         if problem is not None:
             kind, text = problem
-            error: UserError | RunFailed = UserError(text) if kind == "user" else RunFailed(text)
-            if rank:
-                error = type(error)(f"rank {rank}: {text}")
-            error.everywhere = True
-            raise error
+            message = f"rank {rank}: {text}" if rank else text
+            raise everywhere(UserError(message) if kind == "user" else RunFailed(message))
 
 
 def agree(host: Host, facts: Mapping[str, Any]) -> None:
@@ -100,6 +97,4 @@ def agree(host: Host, facts: Mapping[str, Any]) -> None:
     for name in facts:
         values = [str(other.get(name)) for other in everyone]
         if len(set(values)) > 1:
-            error = UserError(f"{name} differs between the ranks: {odd_ones(values)}")
-            error.everywhere = True
-            raise error
+            raise everywhere(UserError(f"{name} differs between the ranks: {odd_ones(values)}"))
