@@ -17,12 +17,34 @@ OPTIONS = (
     "parallel.timeout_s=20",
     "train.threads=1",
 )
+MAIN = "import launch.train; launch.train.main()"
+LATE = """
+import time, launch.train
+from pathlib import Path
+from engine import checkpoint_files
+from engine.metrics import Metrics
+def make_late(owner, name, mark):
+    call = getattr(owner, name)
+    def late(*arguments):
+        time.sleep(2)
+        result = call(*arguments)
+        Path({folder!r}, mark).touch()
+        return result
+    setattr(owner, name, late)
+"""
+"""make_late(owner, name, mark): a call takes 2 s more and leaves the file `mark`."""
+LEAVE = """
+import atexit, os
+from pathlib import Path
+atexit.register(lambda: Path({folder!r}, {mark!r}).exists() or os._exit(9))
+"""
+"""Exit code 9 if the process ends before the mark is there."""
 
 
 class Ranks:
-    """Two processes of the training program, started as torchrun would, without its agent."""
+    """Two processes of the training program, started as torchrun would, without its agent; each may run code before it."""
 
-    def __init__(self, folder, options, own_options=((), ())):
+    def __init__(self, folder, options, own_options=((), ()), code=("", "")):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -30,11 +52,11 @@ class Ranks:
         self.folder = folder
         self.processes = [
             subprocess.Popen(
-                [sys.executable, "-m", "launch.train", *OPTIONS, f"train.runs_dir={folder}", *options, *own],
+                [sys.executable, "-c", f"{own_code}\n{MAIN}", *OPTIONS, f"train.runs_dir={folder}", *options, *own],
                 env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             )
-            for rank, own in enumerate(own_options)
+            for rank, (own, own_code) in enumerate(zip(own_options, code, strict=True))
         ]  # fmt: skip
 
     def __enter__(self):
@@ -135,6 +157,49 @@ def test_a_rank_with_another_option_is_named(tmp_path, name, values):
     assert lines(stderr) == [f"foreroute: {name} differs between the ranks: rank 0 has {values[0]}, rank 1 has {values[1]}"]  # fmt: skip
     assert lines(second[2]) == []  # one of them speaks for all
     assert not (tmp_path / "debug/config.yaml").exists()
+
+
+@pytest.mark.dist
+def test_nobody_goes_on_while_rank_0_works_alone(tmp_path):
+    """Rank 0 closes the metrics (W&B may take minutes) and draws; in collectives the other would give up meanwhile."""
+    folder = str(tmp_path)
+    late = LATE.format(folder=folder) + (
+        "make_late(Metrics, 'close', 'closed')\nmake_late(launch.train, 'plot_slimming', 'drawn')"
+    )
+    evaluate = f"""
+import launch.train
+curve = launch.train.slimming_curve
+def check(*arguments):
+    assert Path({folder!r}, "closed").exists()
+    return curve(*arguments)
+launch.train.slimming_curve = check
+"""
+    code = late, LEAVE.format(folder=folder, mark="drawn") + evaluate
+    with Ranks(tmp_path, ["train.steps=2"], code=code) as ranks:
+        first, second = ranks.wait()
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+
+
+@pytest.mark.dist
+def test_a_failure_of_all_is_one_line(tmp_path):
+    """Rank 0 takes long to find the last good checkpoint; a launcher would end it if the other had ended by then."""
+    folder = str(tmp_path)
+    late = LATE.format(folder=folder) + "make_late(checkpoint_files, 'verify', 'verified')"
+    code = late, LEAVE.format(folder=folder, mark="verified")
+    with Ranks(tmp_path, ["optim.lr=1e30", "train.save_every=1"], code=code) as ranks:
+        first, second = ranks.wait()
+    assert (first[0], second[0]) == (1, 1), first[2] + second[2]
+    (line,) = lines(first[2])
+    assert "is nan at step" in line and "; the last good checkpoint is" in line
+    assert lines(second[2]) == []  # one of them speaks for all
+    for shard in tmp_path.glob("debug/checkpoints/*/shard-00001.safetensors"):
+        shard.unlink()
+    with Ranks(tmp_path, ["optim.lr=1e30", "train.save_every=1", "train.resume=true"]) as ranks:
+        first, second = ranks.wait()
+    assert (first[0], second[0]) == (2, 2), first[2] + second[2]
+    (line,) = lines(first[2])
+    assert "no whole checkpoint is left" in line and "shard-00001.safetensors: missing" in line
+    assert lines(second[2]) == []
 
 
 @pytest.mark.dist
