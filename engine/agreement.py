@@ -58,7 +58,8 @@ class Agreement:
                 if len(set(values)) > 1:
                     if name in ("tables", "token ids"):
                         values = [f"digest {value & 0xFFFFFFFF:08x}" for value in values]
-                    what = f"the ranks differ in their {name}: {odd_ones(values)}"
+                    odd = odd_ones(values, first=first)
+                    what = f"the ranks differ in their {name}: {odd}"
                     raise everywhere(RunFailed(f"{where}: {what}"))
         start = len(_FIELDS)
         sends_GPP = found[:, start : start + ranks].reshape(-1, ranks, ranks)

@@ -32,7 +32,7 @@ from engine.moe.plan import Plan
 from engine.moe.routers import HashedRouter
 from engine.moe.tables import Table, table_from_state, table_state
 from engine.parallel.collectives import Wire
-from engine.parallel.host import expert_group_host
+from engine.parallel.host import expert_group_host, odd_ones
 from engine.parallel.mesh import Mesh
 
 Batch = TypeVar("Batch", bound=Sequence[Any])
@@ -304,9 +304,8 @@ class PlannedExperts:
         found = self._host.all_gather(np.array([*ids_BQ.shape, k, self._tables], np.int64))
         for name, value_P in zip(names, found.T.tolist(), strict=True):
             if len(set(value_P)) > 1:
-                values = zip(self._mesh.group_ranks, value_P, strict=True)
-                each = ", ".join(f"rank {rank} has {value}" for rank, value in values)
-                raise RunFailed(f"the ranks of an expert group differ in their {name}: {each}")
+                odd = odd_ones(value_P, first=self._mesh.group_ranks.start)
+                raise RunFailed(f"the ranks of an expert group differ in their {name}: {odd}")
         both_BS = torch.cat((left_BC, ids_BQ), dim=1).numpy().astype(np.int32)
         both_PBS = torch.from_numpy(self._host.all_gather(both_BS)).long()
         context = left_BC.shape[1]

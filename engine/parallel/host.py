@@ -95,14 +95,18 @@ class MpiHost(Host):
         return found
 
 
-def odd_ones(values: list[Any], has: str = "has", have: str = "have") -> str:
-    """Say which ranks have another value than most: "rank 3 has 5, the other 7 have 4"."""
+def odd_ones(values: list[Any], has: str = "has", have: str = "have", *, first: int = 0) -> str:
+    """Say which ranks have another value than most: "rank 3 has 5, the other 7 have 4".
+
+    Args:
+        first: rank of the first value; the others follow it.
+    """
     (common, count), *others = Counter(values).most_common()
-    odd = [rank for rank, value in enumerate(values) if value != common]
+    odd = [rank for rank, value in enumerate(values, first) if value != common]
     if not odd:
         return f"all {count} ranks {have} {common}"
     if others and others[0][1] == count:  # no majority
-        return ", ".join(f"rank {rank} {has} {value}" for rank, value in enumerate(values))
-    named = ", ".join(f"rank {rank} {has} {values[rank]}" for rank in odd[:4])
+        return ", ".join(f"rank {rank} {has} {value}" for rank, value in enumerate(values, first))
+    named = ", ".join(f"rank {rank} {has} {values[rank - first]}" for rank in odd[:4])
     more = f" and {len(odd) - 4} more ranks differ" if len(odd) > 4 else ""
     return f"{named}{more}, the other {count} {have} {common}"

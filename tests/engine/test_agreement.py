@@ -79,6 +79,7 @@ def test_ranks_that_close_at_different_speeds_do_not_wait_for_ever():
         (2, {"k": lambda step: 2 + (step == 1)}, "step 1, micro-batch 0: the ranks differ in their number of active experts k: rank 2 has 3, the other 3 have 2"),
         (3, {"seed": 2}, "step 0, micro-batch 0: the ranks differ in their tables: rank 3 has digest"),
         (1, {"text": TEXT[::-1].copy()}, "step 0, micro-batch 0: the ranks differ in their token ids: rank 0 has digest"),
+        (3, {"text": TEXT[::-1].copy()}, "step 0, micro-batch 0: the ranks differ in their token ids: rank 2 has digest"),
         (2, {"steps": range(1, 9)}, "the ranks differ in their step: rank 2 has 1, the other 3 have 0"),
     ],
 )  # fmt: skip
