@@ -6,6 +6,7 @@ slowest rank, and the fastest of the rounds.
 
 import argparse
 import json
+import os
 import random
 import time
 from collections.abc import Callable
@@ -127,9 +128,10 @@ def main() -> None:
         problem = make_problem(shape, tables, ranks)
         found[tables] = measure(problem, args.systems, per_node=args.per_node, rounds=args.rounds)
     if dist.get_rank() == 0:
-        print(json.dumps(found))
+        print(json.dumps(found), flush=True)
     dist.barrier()
-    dist.destroy_process_group()
+    # DeepSpeed keeps the group, so gloo's threads may still hold tensors, and abort a process whose interpreter ends.
+    os._exit(0)
 
 
 if __name__ == "__main__":
