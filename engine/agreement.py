@@ -4,7 +4,7 @@ A rank with another k, table or text would wait for rows that nobody sends, or t
 a plan may be used the ranks compare what it was made from, and the sizes of what they are going to send each other. A
 difference ends every rank with the name of the one that differs.
 
-Letters: P ranks of the expert group.
+Letters: P ranks of the expert group, y tables.
 """
 
 import hashlib
@@ -44,8 +44,9 @@ class Agreement:
         """
         ranks = self._mesh.expert_ranks
         ids = _digest(group.ids_PBQ.numpy(), group.left_PBC.numpy(), group.stream_PB.numpy())
-        sends = [_digest(np.array([p.send_splits[q] for p in plans or ()])) for q in range(ranks)]
-        gets = [_digest(np.array([p.recv_splits[q] for p in plans or ()])) for q in range(ranks)]
+        send_Py = np.array([plan.send_splits for plan in plans or ()]).reshape(-1, ranks).T
+        recv_Py = np.array([plan.recv_splits for plan in plans or ()]).reshape(-1, ranks).T
+        sends, gets = ([_digest(split_y) for split_y in both] for both in (send_Py, recv_Py))
         own = np.array([step, micro, k, self._tables, ids, *sends, *gets], np.int64)
         self._compare(self._host.all_gather(own), f"step {step}, micro-batch {micro}")
 

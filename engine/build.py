@@ -1,6 +1,5 @@
 """From a configuration to the objects of a run: routers with their tables, and the initialised model."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -8,8 +7,8 @@ import torch
 from engine.config import Config, Router, Split
 from engine.corpus import PreparedCorpus
 from engine.model import TransformerXL
-from engine.moe.routers import HashedRouter
-from engine.moe.tables import Table, build_tables
+from engine.moe.routers import HashedRouter, routers_of
+from engine.moe.tables import build_tables
 from engine.parallel.mesh import Mesh
 
 
@@ -32,11 +31,6 @@ def build_routers(
         cache_dir=Path(config.corpus.cache_dir) / "tables",
     )
     return routers_of(tables, mesh or Mesh())
-
-
-def routers_of(tables: Sequence[Table], mesh: Mesh) -> list[HashedRouter]:
-    """Make a router of each table that plans for this rank of its expert group."""
-    return [HashedRouter(t, rank=mesh.expert_rank, ranks=mesh.expert_ranks) for t in tables]
 
 
 def build_model(config: Config, vocab_size: int) -> TransformerXL:

@@ -41,9 +41,8 @@ class TrainingState:
 
     step: int  # optimizer steps done; the k schedule and the learning rate follow it
     cursor: int  # index of the next segment in the data stream
-    rng: (
-        Tensor | None
-    )  # uint8: this rank's torch.get_rng_state(); None after loading on other ranks: draw new numbers
+    rng: Tensor | None
+    """uint8: this rank's torch.get_rng_state(); None after loading on other ranks: draw new numbers."""
     memory: tuple[Tensor, ...] | None = None  # one [streams, m, D] tensor per layer
     stream_B: Tensor | None = None  # int64: global stream id of each row of memory
     tables: list[dict[str, Tensor]] = field(default_factory=list)  # the same on every rank

@@ -69,16 +69,10 @@ _MAX_BUCKET = 500_000_000  # elements; DeepSpeed's default
 class Engine:
     """A model in training: what foreroute needs of a DeepSpeed engine."""
 
-    wire: Wire | None = None
-    """What the layers exchange rows through, with its counts and times; None if expert groups have one rank."""
-
-    def __init__(
-        self, engine: Any, accumulation: int, mesh: Mesh, expert_group: dist.ProcessGroup | None
-    ) -> None:
-        """Take a DeepSpeed engine; expert_group is the group that experts are shared out over, None if they are not."""
-        self.mesh = mesh
+    def __init__(self, engine: Any, accumulation: int, mesh: Mesh, wire: Wire | None) -> None:
+        """Take a DeepSpeed engine, and what its layers exchange rows through; None if experts are not shared out."""
+        self.mesh, self.wire = mesh, wire
         self._engine = engine
-        self._expert_group = expert_group
         self._stage = int(engine.zero_optimization_stage())
         self._adam = engine.optimizer.optimizer if self._stage else engine.optimizer
         self._accumulation = accumulation
@@ -212,8 +206,8 @@ class Engine:
             if param.grad is not None:
                 gradients[_is_shared_out(param)].append(param.grad)
         dense, experts = (nn.utils.get_total_norm(part) for part in gradients.values())
-        if self._expert_group is not None:
-            experts = add_up(experts**2, self._expert_group).sqrt()
+        if self.wire is not None:
+            experts = add_up(experts**2, self.wire.group).sqrt()
         return torch.hypot(dense, experts)
 
     def _flats(self) -> Iterator[Tensor]:
@@ -292,14 +286,12 @@ def start(model: nn.Module, config: Config, mesh: Mesh | None = None) -> Engine:
     optimizer = build_optimizer(parameters, config.optim)
     with contextlib.redirect_stdout(io.StringIO()):  # bf16 prints memory use; warnings pass
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
-    expert_group = _expert_group(mesh) if shared else None
-    result = Engine(engine, config.train.accumulation, mesh, expert_group)
-    if expert_group is not None:
-        result.wire = Wire(expert_group, deepspeed.comm, result.device)
-        for layer in shared:
-            layer.exchange = build_exchange(result.wire, config.parallel, config.kernels.backend)
+    wire = expert_wire(mesh, torch.device(engine.device)) if shared else None
+    for layer in shared:
+        assert wire is not None
+        layer.exchange = build_exchange(wire, config.parallel, config.kernels.backend)
     _balance_over_ranks(model, config, mesh)
-    return result
+    return Engine(engine, config.train.accumulation, mesh, wire)
 
 
 # These two, and share_experts, are also for models that others hand to DeepSpeed (engine/plug_in.py).

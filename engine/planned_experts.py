@@ -20,16 +20,15 @@ from torch import distributed as dist
 from torch.utils.hooks import RemovableHandle
 
 from engine.agreement import tables_digest
-from engine.choices import WireFormat
 from engine.config import ParallelConfig, require
 from engine.deepspeed_adapter import expert_wire
 from engine.delivery import Delivery, receive
 from engine.errors import RunFailed
-from engine.moe.auto import use_gather
+from engine.moe.auto import use_gather, wire_dtype
 from engine.moe.exchange import build_exchange
 from engine.moe.layer import LayerCall, MoELayer
 from engine.moe.plan import Plan
-from engine.moe.routers import HashedRouter
+from engine.moe.routers import routers_of
 from engine.moe.tables import Table, table_from_state, table_state
 from engine.parallel.collectives import Wire
 from engine.parallel.host import expert_group_host, odd_ones
@@ -98,9 +97,8 @@ class PlannedExperts:
         self._use(tables)
         self.k = k
         self._host = expert_group_host(mesh)
-        self._thread = ThreadPoolExecutor(
-            1, "foreroute-planner"
-        )  # all plans, in the order in which they were asked for
+        # all plans, in the order in which they were asked for
+        self._thread = ThreadPoolExecutor(1, "foreroute-planner")
         self._delivery: Delivery | None = None
         self._pass: _Pass | None = None
         self._passes = 0  # begun so far
@@ -252,8 +250,7 @@ class PlannedExperts:
         return (mesh.rank, mesh.world, mesh.expert_ranks) if mesh.expert_ranks > 1 else (0, 1, 1)
 
     def _use(self, tables: Sequence[Table]) -> None:
-        rank, ranks = self._mesh.expert_rank, self._mesh.expert_ranks
-        self._routers = [HashedRouter(table, rank=rank, ranks=ranks) for table in tables]
+        self._routers = routers_of(tables, self._mesh)
         self._num_experts = tables[0].order_rE.shape[1]
         self._tables = tables_digest(self._routers)
 
@@ -263,10 +260,9 @@ class PlannedExperts:
         mesh, parallel = self._mesh, self._parallel
         shape, weight = tuple(ids_PBQ.shape[1:]), self.layers[0].experts.w1
         tokens = shape[0] * shape[1]
-        itemsize = {WireFormat.fp32: 4, WireFormat.bf16: 2}.get(parallel.wire, weight.itemsize)
         gather = use_gather(
             parallel, experts=self._num_experts, ranks=mesh.expert_ranks, k=k, tokens=tokens, width=self._width,
-            itemsize=itemsize,
+            itemsize=wire_dtype(parallel, weight.dtype).itemsize,
         )  # fmt: skip
         plans = tuple(
             router.plan(ids_PBQ, left_PBC, k, gather=gather, chunks=parallel.chunks)

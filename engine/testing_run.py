@@ -29,8 +29,9 @@ from engine.config import (
     TrainConfig,
 )
 from engine.data import Streams
+from engine.loader import group_batch, plan_batch
 from engine.model import Memory, Routing
-from engine.moe.routers import HashedRouter
+from engine.moe.routers import routers_of
 from engine.moe.tables import Table, build_tables, table_from_state, table_state
 from engine.optim import build_optimizer
 from engine.parallel.collectives import add_up
@@ -102,7 +103,7 @@ class Run:
             total += out.loss.detach().float() / self.accumulation
         assert self.engine.step()
         self.index += 1
-        return add_up(total, dist.group.WORLD).item() / self.mesh.world  # type: ignore[arg-type]
+        return add_up(total).item() / self.mesh.world
 
     def evaluate(self, guard: Callable[[], AbstractContextManager[Any]]) -> float:
         """Give this rank's loss on the next step's first micro-batch, by the bare model under torch.no_grad or the like."""
@@ -151,8 +152,7 @@ class Run:
         return state
 
     def _route_by(self, tables: list[Table]) -> None:
-        rank, ranks = self.mesh.expert_rank, self.mesh.expert_ranks
-        self.tables, self.routers = tables, [HashedRouter(t, rank=rank, ranks=ranks) for t in tables]  # fmt: skip
+        self.tables, self.routers = tables, routers_of(tables, self.mesh)
 
     def _streams_of(self, rank: int, micro: int) -> range:
         return self.streams.streams_of(
@@ -167,10 +167,6 @@ class Run:
         """What the model takes in the next step."""
         ranks = self.mesh.group_ranks
         batches = [self.streams.batch(self.index, self._streams_of(r, micro)) for r in ranks]
-        own = batches[self.mesh.expert_rank]
-        ids_PBQ, left_PBC = ([getattr(b, name) for b in batches] for name in ("ids_BQ", "left_BC"))
-        plans = tuple(router.plan(ids_PBQ, left_PBC, K) for router in self.routers)  # type: ignore[arg-type]
-        stream_B = torch.cat([b.stream_B for b in batches])
-        token_BQ = stream_B[:, None] * SEGMENT + torch.arange(SEGMENT)
-        routing = Routing(K, plans, token_BQ.flatten(), dropout_seed=self.index)
-        return own.ids_BQ, own.targets_BQ, self.memory[micro], routing
+        planned = plan_batch(group_batch(batches, self.mesh.expert_rank), K, self.routers)
+        routing = Routing(K, planned.plans, planned.token_T, dropout_seed=self.index)
+        return planned.batch.ids_BQ, planned.batch.targets_BQ, self.memory[micro], routing

@@ -14,7 +14,7 @@ import torch
 
 from engine import checkpoint
 from engine.agreement import Agreement
-from engine.build import build_model, routers_of
+from engine.build import build_model
 from engine.config import Config, PeerIds, Split, to_plain
 from engine.corpus import PreparedCorpus
 from engine.data import Streams
@@ -33,7 +33,7 @@ from engine.metrics import Metrics, memory_bytes, peak_memory_bytes
 from engine.model import Memory
 from engine.moe.auto import gathers
 from engine.moe.hashing import hash64
-from engine.moe.routers import HashedRouter
+from engine.moe.routers import HashedRouter, routers_of
 from engine.moe.schedule import active_experts
 from engine.moe.tables import table_from_state, table_state
 from engine.parallel.world import World

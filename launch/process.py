@@ -17,15 +17,14 @@ from torch import distributed as dist
 
 from engine.config import ParallelConfig, require
 from engine.errors import UserError
-from engine.parallel.host import GlooHost, Host, MpiHost
+from engine.parallel.host import GlooHost, Host, MpiHost, expert_group_host
 from engine.parallel.mesh import Mesh
 from engine.parallel.watch import Watch
 from engine.parallel.world import World, agree, together
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # options of glibc's mallopt(3)
-_HOST_TIMEOUT = timedelta(
-    hours=1
-)  # rank 0 may build tables or write plots meanwhile; the watch sees who is lost
+_HOST_TIMEOUT = timedelta(hours=1)
+"""Rank 0 may build tables or write plots meanwhile; the watch sees who is lost."""
 
 LAUNCHERS = {
     "torchrun or deepspeed": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
@@ -107,12 +106,10 @@ def connected(parallel: ParallelConfig, options: Mapping[str, Any]) -> Iterator[
     watch_store = dist.PrefixStore("watch", _stores[0].clone())
     watch = Watch(watch_store, place.rank, place.ranks, parallel.timeout_s)
     with closing(watch), watch.guard(), ExitStack() as stack:
-        host = stack.enter_context(closing(GlooHost(_host_group(None, _HOST_TIMEOUT))))
+        host = stack.enter_context(closing(_host_of_all(_HOST_TIMEOUT)))
         agree(host, options)
         mesh = together(host, lambda: Mesh(place.rank, place.ranks, parallel.expert_ranks))
-        group_ranks = range(0, place.ranks, parallel.expert_ranks)
-        groups = [list(range(first, first + parallel.expert_ranks)) for first in group_ranks]
-        planning, planning_group = _hosts_for_planning(place, groups, parallel.timeout_s)
+        planning, planning_group = _hosts_for_planning(place, mesh, parallel.timeout_s)
         yield World(
             mesh, device, host=host, planning=planning, planning_group=planning_group, watch=watch
         )
@@ -156,27 +153,20 @@ def _address_by_mpi() -> tuple[str, str]:
     return found
 
 
-def _hosts_for_planning(
-    place: Place, groups: list[list[int]], timeout_s: float
-) -> tuple[Host, Host]:
+def _hosts_for_planning(place: Place, mesh: Mesh, timeout_s: float) -> tuple[Host, Host]:
     """Connections of the loader's thread: all ranks, and this rank's expert group."""
     if place.mpi:
         from mpi4py import MPI
 
         if MPI.Query_thread() == MPI.THREAD_MULTIPLE:
             world = MPI.COMM_WORLD
-            color = next(i for i, ranks in enumerate(groups) if place.rank in ranks)
-            return MpiHost(world), MpiHost(world.Split(color, place.rank))
+            return MpiHost(world), MpiHost(world.Split(mesh.group_number, place.rank))
     timeout = timedelta(seconds=timeout_s)
-    everyone = _host_group(None, timeout)
-    own = [_host_group(ranks, timeout) for ranks in groups]  # every rank takes part in making each
-    return GlooHost(everyone), next(
-        GlooHost(group) for group, ranks in zip(own, groups, strict=True) if place.rank in ranks
-    )
+    return _host_of_all(timeout), expert_group_host(mesh, timeout)
 
 
-def _host_group(ranks: list[int] | None, timeout: timedelta) -> dist.ProcessGroup:
-    return dist.new_group(ranks, backend="gloo", timeout=timeout)
+def _host_of_all(timeout: timedelta) -> Host:
+    return GlooHost(dist.new_group(backend="gloo", timeout=timeout))
 
 
 class StopSignal:

@@ -138,9 +138,8 @@ class _Counter:
         """Count a step."""
         batch = self.streams.batch(work.step, range(self.streams.streams))
         place, accumulation = self.placement, self.config.train.accumulation
-        shares = (
-            place.world_size * accumulation
-        )  # rank by rank, micro-batch by micro-batch, as Streams.streams_of
+        # rank by rank, micro-batch by micro-batch, as Streams.streams_of
+        shares = place.world_size * accumulation
         found = []
         for table, word_wr in zip(self.tables, self.words, strict=True):
             row_sT = table.rows_of(batch.ids_BQ, batch.left_BC).numpy().reshape(shares, -1)

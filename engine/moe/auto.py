@@ -8,6 +8,8 @@ Letters: T tokens of a rank, D width, E experts, L = E / P experts of a rank, K 
 
 from math import ceil, comb, log2
 
+import torch
+
 from engine.choices import ExchangeKind, Precision, Router, WireFormat
 from engine.config import Config, ParallelConfig
 
@@ -42,9 +44,14 @@ def gathers(config: Config, ranks: int, k: int, tokens: int) -> bool:
 
 def wire_itemsize(config: Config) -> int:
     """Bytes of a number on the wire."""
-    wire, precision = config.parallel.wire, config.train.precision
-    bf16 = wire is WireFormat.bf16 or (wire is WireFormat.model and precision is Precision.bf16)
-    return 2 if bf16 else 4
+    bf16 = config.train.precision is Precision.bf16
+    return wire_dtype(config.parallel, torch.bfloat16 if bf16 else torch.float32).itemsize
+
+
+def wire_dtype(parallel: ParallelConfig, model: torch.dtype) -> torch.dtype:
+    """Number format in which the rows of a model in this format travel."""
+    formats = {WireFormat.fp32: torch.float32, WireFormat.bf16: torch.bfloat16}
+    return formats.get(parallel.wire, model)
 
 
 def rank_share(experts: int, ranks: int, k: int) -> float:

@@ -23,16 +23,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from engine.choices import Backend, WireFormat
+from engine.choices import Backend
 from engine.config import ParallelConfig
-from engine.moe.auto import use_gather
+from engine.moe.auto import use_gather, wire_dtype
 from engine.moe.live_plan import build_live_plan
 from engine.moe.plan import Part, Plan, Route, build_plan
 from engine.parallel.collectives import Wire
 from engine.parallel.flights import Flight
 from kernels import combine, permute_rows
-
-_DTYPES = {WireFormat.model: None, WireFormat.fp32: torch.float32, WireFormat.bf16: torch.bfloat16}
 
 
 class Local:
@@ -74,14 +72,13 @@ class Exchange:
             backend: of the kernels that pack rows and add them up; None goes by their device.
         """
         self.wire, self.parallel, self.backend = wire, parallel, backend
-        self.dtype: torch.dtype | None = _DTYPES[parallel.wire]
 
     def plan(self, route: Route, num_experts: int, x_TD: Tensor) -> Plan:
         """Make the plan of a live router's routes, one of each rank; a collective (engine/moe/live_plan.py)."""
         tokens, width = x_TD.shape
         gather = use_gather(
             self.parallel, experts=num_experts, ranks=self.wire.ranks, k=route.expert_TK.shape[1], tokens=tokens,
-            width=width, itemsize=(self.dtype or x_TD.dtype).itemsize,
+            width=width, itemsize=wire_dtype(self.parallel, x_TD.dtype).itemsize,
         )  # fmt: skip
         return build_live_plan(route, num_experts, self.wire, gather=gather, chunks=self.parallel.chunks)  # fmt: skip
 
@@ -102,7 +99,7 @@ class Exchange:
 
     def to_experts(self, x_tD: Tensor, part: Part) -> Moving:
         """Send a part's rows from tokens to experts, without autograd; the received rows arrive."""
-        dtype = self.dtype or x_tD.dtype
+        dtype = wire_dtype(self.parallel, x_tD.dtype)
         with self.wire.aside(x_tD):
             if part.send is None:
                 # Expert group, [t, D] to [P * t, D].
@@ -117,7 +114,7 @@ class Exchange:
         """Send a part's rows from experts to tokens, without autograd; the sum of each token's rows arrives."""
         dtype, send = partial_RD.dtype, part.send
         with self.wire.aside(partial_RD):
-            rows_RD = partial_RD.to(self.dtype or dtype)
+            rows_RD = partial_RD.to(wire_dtype(self.parallel, dtype))
             if send is None:
                 # Expert group, [P * t, D] to [t, D].
                 flight = self.wire.reduce_scatter(rows_RD)

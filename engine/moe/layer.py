@@ -62,9 +62,8 @@ class MoELayer(nn.Module):
             self.router = LearnedRouter(model.width, moe.experts)
         self.experts = Experts(model.width, moe, kernels)
         self.exchange: Exchange | Local = Local()
-        self.world: Wire | None = (
-            None  # all ranks, over which a learned router is balanced; None: this rank's tokens
-        )
+        # all ranks, over which a learned router is balanced; None: this rank's tokens
+        self.world: Wire | None = None
         self.first_expert = 0  # global number of the first expert on this rank
         self.shared = None
         if moe.shared_width:

@@ -20,9 +20,8 @@ from engine.moe.plan import Part, Plan, Route, cut
 from engine.parallel.collectives import Wire
 from kernels.rows import ExpertRows
 
-_UNUSED = (
-    -1.0
-)  # in a weight block: the token did not choose this expert; a weight that was chosen may be 0
+# In a weight block: the token did not choose this expert. A weight that was chosen may be 0.
+_UNUSED = -1.0
 
 
 def build_live_plan(
@@ -50,9 +49,8 @@ def build_live_plan(
     counts = _exchange_counts(used_TP, chosen_TPL.flatten(1), spans, wire)
     _check_tokens(counts, num_tokens, k, ranks)
 
-    flat_S = _true_places(
-        used_TP.T, int(counts.rows_PCP[rank].sum())
-    )  # rank by rank, its tokens in order
+    # rank by rank, its tokens in order
+    flat_S = _true_places(used_TP.T, int(counts.rows_PCP[rank].sum()))
     weight_SL = weight_TPL.transpose(0, 1).reshape(-1, local)[flat_S]
     token_S = rank * num_tokens + flat_S % max(num_tokens, 1)
     splits = counts.splits(rank, slice(None))
@@ -84,9 +82,8 @@ class _Counts:
         """Read the gathered counts [P * C, P + E] back."""
         counts: NDArray[np.int64] = got.cpu().numpy().reshape(ranks, parts, -1)
         self.rows_PCP = counts[..., :ranks]  # rows from a rank, in a part, to a rank
-        self.experts_PCE = counts[
-            ..., ranks:
-        ]  # expert rows of a rank's tokens, in a part, for an expert
+        # expert rows of a rank's tokens, in a part, for an expert
+        self.experts_PCE = counts[..., ranks:]
         self.total_E = got[:, ranks:].sum(dim=0)
 
     def splits(self, rank: int, parts: slice) -> tuple[tuple[int, ...], tuple[int, ...]]:

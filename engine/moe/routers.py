@@ -8,6 +8,7 @@ Letters: T tokens (= B*Q, row-major), B streams, Q segment length, C = ngram - 1
 E experts, K active experts per token.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from engine.moe.plan import Plan, Route
 from engine.moe.planner import TablePlanner
 from engine.moe.tables import Table
+from engine.parallel.mesh import Mesh
 
 _GATE_STD = 0.02  # SMoE-Dropout's public code, whatever the model's own init_std
 
@@ -62,6 +64,11 @@ class HashedRouter:
         logits_KT = self.table.logits_rE.index_select(0, row_T).T[:k].contiguous()
         # Token-last: on 2 CPU cores a softmax over a last dim of 8 took 0.5 ms for T = 2048, this one 0.07 ms.
         return Route(expert_TK, logits_KT.softmax(dim=0).T.contiguous())
+
+
+def routers_of(tables: Sequence[Table], mesh: Mesh) -> list[HashedRouter]:
+    """Make a router of each table that plans for this rank of its expert group."""
+    return [HashedRouter(t, rank=mesh.expert_rank, ranks=mesh.expert_ranks) for t in tables]
 
 
 class FrozenRouter(nn.Module):

@@ -35,9 +35,8 @@ _FORMAT = 1  # part of the cache key; raise it when the same inputs would give a
 _ROW, _ORDER, _TIE, _LOGIT, _BLOCK_ORDER, _BLOCK_TIE = range(1, 7)
 _NUMBERS = ("ngram", "vocab_size", "seed", "index", "pack")
 _CHUNK = 1 << 22  # symbols counted at a time, to bound memory
-_COUNTERS = (
-    1 << 25
-)  # n-grams that may have a counter each (256 MiB); beyond it those that occur are sorted
+# n-grams that may have a counter each (256 MiB); beyond it those that occur are sorted
+_COUNTERS = 1 << 25
 
 _log = logging.getLogger(__name__)
 

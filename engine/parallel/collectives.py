@@ -127,8 +127,8 @@ class Wire:
         return DeviceFlight(work, got, rows, log, self._streams, issue)
 
 
-def add_up(value: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Give the sum of the ranks' values. Any group; leaves: about 2 x value's bytes; no sync with the host."""
+def add_up(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Give the sum of the ranks' values. Any group, all ranks by default; leaves: about 2 x value's bytes; no sync with the host."""
     total = value.clone()
     dist.all_reduce(total, group=group)
     return total

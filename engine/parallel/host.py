@@ -6,6 +6,7 @@ connections of its own, so one thread may use one while another thread trains; t
 
 import json
 from collections import Counter
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -71,13 +72,15 @@ class GlooHost(Host):
         del self.group  # the last reference
 
 
-def expert_group_host(mesh: Mesh) -> Host:
+def expert_group_host(mesh: Mesh, timeout: timedelta | None = None) -> Host:
     """Connect this rank to its expert group over gloo; every rank of the run calls it, as groups are made by all ranks."""
     if mesh.expert_ranks == 1:
         return Host()
-    firsts = range(0, mesh.world, mesh.expert_ranks)
-    groups = [dist.new_group(list(range(first, first + mesh.expert_ranks)), backend="gloo") for first in firsts]  # fmt: skip
-    return GlooHost(groups[mesh.rank // mesh.expert_ranks])
+    groups = [
+        dist.new_group(list(range(first, first + mesh.expert_ranks)), timeout, backend="gloo")
+        for first in range(0, mesh.world, mesh.expert_ranks)
+    ]
+    return GlooHost(groups[mesh.group_number])
 
 
 class MpiHost(Host):

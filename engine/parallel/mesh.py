@@ -37,6 +37,11 @@ class Mesh:
         return self.rank % self.expert_ranks
 
     @property
+    def group_number(self) -> int:
+        """The number of this rank's expert group."""
+        return self.rank // self.expert_ranks
+
+    @property
     def group_ranks(self) -> range:
         """The ranks of this rank's expert group."""
         first = self.rank - self.expert_rank

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from engine.errors import RunFailed, UserError, everywhere
+from engine.parallel.collectives import add_up
 from engine.parallel.host import Host, odd_ones
 from engine.parallel.mesh import Mesh
 from engine.parallel.watch import Watch
@@ -37,10 +37,8 @@ class World:
         return self.mesh.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Add up the ranks' values, in place; world group, [N], N numbers leave this rank."""
-        if self.mesh.world > 1:
-            dist.all_reduce(values)
-        return values
+        """Give the sum of the ranks' values."""
+        return add_up(values) if self.mesh.world > 1 else values
 
 
 def together(
