@@ -1,0 +1,279 @@
+"""Measure this machine for the time model: `python -m benchmarks.calibrate` writes conf/cluster/this_machine.yaml.
+
+    product_*       products of square matrices from 16 to 1,024 rows, one thread
+    memory, start   adding two arrays of 32 MB, and of one number
+    scale           steps of small one-rank runs through the engine, fitted by non-negative least squares on relative errors
+    inside          all-to-alls between ranks of this machine, all at once (benchmarks/link_rank.py)
+    sharing         a computation on 1, 2 and 4 ranks at once
+
+None of the runs has the shape of one whose time benchmarks/bench_certify.py predicts. The link between nodes is not
+measured, as there is one machine: it is written as this machine's own; edit it, or take it from a preset.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from datetime import date
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.cluster import ROOT, Cluster, Finished, one_node
+from benchmarks.harness import print_table
+from engine.build import build_routers
+from engine.certificate.cluster import ClusterConfig, LinkConfig, ScaleConfig, SharingConfig
+from engine.certificate.placement import Placement
+from engine.certificate.replay import replay
+from engine.certificate.time_model import StepTime, step_time
+from engine.config import (
+    Config,
+    CorpusConfig,
+    DataConfig,
+    EvalConfig,
+    KernelsConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    ScheduleConfig,
+    Split,
+    TrainConfig,
+    to_plain,
+)
+from engine.corpus import prepare
+from launch.cli import write_config
+
+WARM_STEPS = 4  # of every run, not counted
+TARGET = ROOT / "conf" / "cluster" / "this_machine.yaml"
+
+
+def small_run(
+    *, streams: int = 4, segment: int = 64, layers: int = 2, width: int = 128, heads: int = 4, memory: int = 64,
+    experts: int = 8, expert_width: int = 128, k: int = 2, dropout: float = 0.0, steps: int = 12, stage: int = 1,
+) -> Config:  # fmt: skip
+    """Give a run of the quickstart's text with a hashed router, without masked products."""
+    return Config(
+        corpus=CorpusConfig(cache_dir=str(ROOT / ".cache")),
+        data=DataConfig(streams=streams, segment=segment),
+        model=ModelConfig(layers, width, heads=heads, head_width=width // heads, memory=memory, dropout=dropout),
+        moe=MoEConfig(experts=experts, expert_width=expert_width, ngram=2, rows=4096),
+        schedule=ScheduleConfig(k_min=k, k_max=k),
+        optim=OptimConfig(lr=1e-3),
+        train=TrainConfig(steps=WARM_STEPS + steps, zero_stage=stage),
+        eval=EvalConfig(k=[1]),
+        kernels=KernelsConfig(masked_from_k=experts + 1),
+    )  # fmt: skip
+
+
+RUNS: list[Config] = [
+    small_run(),
+    small_run(layers=1, width=96, heads=2),
+    small_run(layers=4, width=64),
+    small_run(streams=8, segment=32, memory=128, k=4),
+    small_run(streams=2, segment=96, memory=96, expert_width=512),
+    small_run(streams=16, segment=48, width=96, k=1),
+    small_run(streams=8, segment=96, width=192, heads=6, k=3),
+    small_run(layers=1, streams=24, segment=64, width=128, expert_width=384, k=6),
+    small_run(experts=16, expert_width=320, width=192, heads=6, k=5),
+    small_run(layers=3, width=96, heads=3, experts=16, expert_width=64, k=12),
+    small_run(layers=1, width=256, heads=8, expert_width=512),
+    small_run(layers=2, streams=6, segment=128, memory=128, width=96, heads=6),
+]
+"""What the scales are fitted to."""
+
+
+def timed(case: Callable[[], object], rounds: int = 7) -> float:
+    """Seconds of the fastest round."""
+    found = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        case()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def product_rates(dtype: torch.dtype) -> list[list[float]]:
+    """Measure products of square matrices; pairs of GFLOP and TFLOP/s."""
+    curve = []
+    for size in (16, 32, 64, 128, 256, 512, 1024):
+        a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+        repeats = max(1, 2**20 // size**2 // 4)
+
+        def case(a: torch.Tensor = a, b: torch.Tensor = b, repeats: int = repeats) -> None:
+            for _ in range(repeats):
+                torch.mm(a, b)
+
+        flop = 2.0 * size**3
+        curve.append([flop / 1e9, flop * repeats / timed(case) / 1e12])
+    return [[float(f"{value:.4g}") for value in point] for point in curve]
+
+
+def device() -> ClusterConfig:
+    """Measure what one thread computes."""
+    torch.set_num_threads(1)
+    large, other, tiny = torch.zeros(8 << 20), torch.zeros(8 << 20), torch.zeros(1)
+
+    def start_operations() -> None:
+        for _ in range(1000):
+            tiny.add_(1.0)
+
+    return ClusterConfig(
+        name=f"this machine: {psutil.cpu_count()} cores",
+        ranks_per_node=psutil.cpu_count() or 1,
+        device_memory_gb=round(psutil.virtual_memory().total / (psutil.cpu_count() or 1) / 1e9, 1),
+        product_fp32=product_rates(torch.float32),
+        product_bf16=product_rates(torch.bfloat16),
+        memory_gb_per_s=round(3 * large.nbytes / timed(lambda: large.add_(other)) / 1e9, 2),
+        operation_us=round(timed(start_operations) * 1e3, 3),
+        host_copies=True,
+    )
+
+
+def outputs(done: Sequence[Finished]) -> str:
+    """What rank 0 printed last.
+
+    Raises:
+        SystemExit: a rank failed; says which and what it wrote.
+    """
+    for rank, process in enumerate(done):
+        if process.code != 0:
+            raise SystemExit(f"rank {rank} ended with {process.code}:\n{process.err[-2000:]}")
+    return done[0].out.strip().splitlines()[-1]
+
+
+def step_seconds(
+    configs: Sequence[Config], cluster: Cluster, *, per_node: int, seconds: float = 900
+) -> list[float]:
+    """Run configurations one after the other on all ranks of a cluster; gives the fastest step of each."""
+    with tempfile.TemporaryDirectory() as folder:
+        cases = Path(folder) / "cases.json"
+        cases.write_text(json.dumps([to_plain(config) for config in configs]))
+        arguments = ["-m", "benchmarks.step_rank", str(cases), folder]
+        env = {"OMP_NUM_THREADS": "1"}
+        found = json.loads(
+            outputs(cluster.run_ranks(arguments, per_node=per_node, seconds=seconds, env=env))
+        )
+    return [min(row["step_ms"] for row in rows[WARM_STEPS:]) / 1e3 for rows in found]
+
+
+def predict(config: Config, cluster: ClusterConfig, placement: Placement) -> StepTime:
+    """Model the steps that step_seconds counts; their mean."""
+    corpus = prepare(config.corpus, lambda line: None)
+    routers = build_routers(config, corpus)
+    assert routers is not None
+    steps = range(WARM_STEPS, config.train.steps)
+    tables = [router.table for router in routers]
+    counts = replay(config, corpus.split(Split.train), tables, placement, steps)
+    found = [step_time(config, cluster, placement, step, corpus.vocab.size) for step in counts]
+    names = [f.name for f in fields(StepTime)]
+    return StepTime(
+        **{name: sum(getattr(step, name) for step in found) / len(found) for name in names}
+    )
+
+
+def parts_of(config: Config, cluster: ClusterConfig) -> NDArray[np.float64]:
+    """Seconds of a one-rank step that each scale multiplies."""
+    names = [f.name for f in fields(ScaleConfig)]
+    zero = dict.fromkeys(names, 0.0)
+    return np.array(
+        [
+            predict(
+                config, replace(cluster, scale=ScaleConfig(**{**zero, name: 1.0})), Placement()
+            ).total
+            for name in names
+        ]
+    )
+
+
+def fit(parts: NDArray[np.float64], measured: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Fit measured = parts @ scales with scales >= 0, minimising the squared relative errors; tries every set of scales."""
+    relative = parts / measured[:, None]
+    best, least = np.zeros(parts.shape[1]), np.inf
+    for size in range(1, parts.shape[1] + 1):
+        for chosen in combinations(range(parts.shape[1]), size):
+            found, *_ = np.linalg.lstsq(relative[:, chosen], np.ones(len(measured)))
+            error = float(((relative[:, chosen] @ found - 1) ** 2).sum())
+            if found.min() >= 0 and error < least:
+                best, least = np.zeros(parts.shape[1]), error
+                best[list(chosen)] = found
+    return best
+
+
+def scales(
+    cluster: ClusterConfig, measured: Sequence[float]
+) -> tuple[ScaleConfig, list[list[object]]]:
+    """Fit the scales; gives them and a table of the runs."""
+    parts = np.stack([parts_of(config, cluster) for config in RUNS])
+    found = fit(parts, np.array(measured))
+    names = [f.name for f in fields(ScaleConfig)]
+    rows: list[list[object]] = []
+    for number, (part, seconds) in enumerate(zip(parts, measured, strict=True)):
+        others = [i for i in range(len(RUNS)) if i != number]
+        left_out = fit(parts[others], np.array(measured)[others])
+        rows.append([number, 1e3 * seconds, 1e3 * part @ found, 1e3 * part @ left_out])
+    values = {name: round(float(value), 4) for name, value in zip(names, found, strict=True)}
+    return ScaleConfig(**values), rows
+
+
+def measure_links(cluster: Cluster, *, per_node: int) -> dict[str, float]:
+    """Run benchmarks/link_rank.py on all ranks of a cluster."""
+    env = {"OMP_NUM_THREADS": "1"}
+    done = cluster.run_ranks(
+        ["-m", "benchmarks.link_rank"], per_node=per_node, seconds=300, env=env
+    )
+    found: dict[str, float] = json.loads(outputs(done))
+    return found
+
+
+def inside_link(found: dict[str, float], ranks: int) -> LinkConfig:
+    """Turn the measured all-to-alls of a node's ranks into a link."""
+    return LinkConfig(
+        gb_per_s=round((ranks - 1) * found["bytes"] / found["bytes_s"] / 1e9, 4),
+        message_us=round(found["message_us"], 2),
+    )
+
+
+def calibrate(rank_numbers: Sequence[int] = (2, 4)) -> tuple[ClusterConfig, list[list[object]]]:
+    """Measure this machine; gives its description and a table of the runs that its scales were fitted to."""
+    cluster = device()
+    with one_node() as node:
+        measured = step_seconds(RUNS, node, per_node=1)
+        links = {ranks: measure_links(node, per_node=ranks) for ranks in rank_numbers}
+    scale, rows = scales(cluster, measured)
+    shared = [SharingConfig(ranks, round(found["slowdown"], 3)) for ranks, found in links.items()]
+    first = rank_numbers[0]
+    link = inside_link(links[first], first)
+    today = f"measured by benchmarks/calibrate.py, {date.today():%Y-%m}"
+    sources = dict.fromkeys(
+        ("product_fp32", "product_bf16", "memory_gb_per_s", "operation_us", "scale", "inside", "sharing"), today
+    )  # fmt: skip
+    sources["between"] = "not measured: this machine's own ranks"
+    return replace(
+        cluster,
+        scale=scale,
+        inside=link,
+        between=link,
+        sharing=[SharingConfig(1, 1.0), *shared],
+        sources=sources,
+    ), rows
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--out", type=Path, default=TARGET, help="file to write")
+    args = parser.parse_args()
+    cluster, rows = calibrate()
+    print_table(["run", "ms", "fitted", "by the others"], rows)
+    write_config(cluster, args.out)
+    print(f"written to {args.out}: cluster={args.out.stem}")
+
+
+if __name__ == "__main__":
+    main()

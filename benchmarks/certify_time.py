@@ -1,0 +1,131 @@
+"""How far the certificate's time model is from measured steps, for benchmarks/bench_certify.py.
+
+2 and 4 ranks on two simulated nodes (benchmarks/cluster.py) whose link has three speeds; several ways to train one model
+on them. The cluster is described by benchmarks/calibrate.py: its one-rank runs have other shapes, and the links are
+measured by all-to-alls. Compared are fastest steps, and the way that the model recommends with the fastest one measured.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+from benchmarks.calibrate import inside_link, measure_links, predict, small_run, step_seconds
+from benchmarks.cluster import Cluster, one_node, two_nodes
+from engine.certificate.cluster import ClusterConfig, LinkConfig, SharingConfig
+from engine.certificate.placement import Placement
+from engine.certificate.time_model import StepTime
+from engine.choices import Builder, ExchangeKind
+from engine.config import Config, ParallelConfig
+
+RATES = "200mbit", "500mbit", "1gbit"
+NODES = 2
+RUN = small_run(streams=16, width=160, heads=5, experts=16, expert_width=256, k=8, steps=10)
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One way to train, on one cluster."""
+
+    rate: str
+    ranks: int
+    name: str
+    predicted: StepTime
+    measured_s: float
+
+    @property
+    def error(self) -> float:
+        """Relative error of the prediction."""
+        return abs(self.predicted.total - self.measured_s) / self.measured_s
+
+
+def ways(ranks: int) -> Iterator[tuple[str, Config]]:
+    """Give ways to train RUN on so many ranks, with a name for each."""
+    sizes = [size for size in (1, 2, 4) if size <= ranks]
+    for size in sizes:
+        kinds = [("tokens", 1, None), ("tokens", 4, None), ("gather", 1, None), ("tokens", 1, 16 // size)]  # fmt: skip
+        for kind, chunks, pack in kinds if size > 1 else kinds[:1]:
+            name = f"group {size} {kind}" if size > 1 else "no groups"
+            name += f", {chunks} chunks" if chunks > 1 else ""
+            name += ", packed" if pack else ""
+            builder = Builder.packed if pack else Builder.balanced
+            yield (
+                name,
+                replace(
+                    RUN,
+                    moe=replace(RUN.moe, builder=builder, pack=pack),
+                    parallel=ParallelConfig(
+                        expert_ranks=size, exchange=ExchangeKind[kind], chunks=chunks
+                    ),
+                ),
+            )
+
+
+def between_link(cluster: Cluster, *, per_node: int) -> LinkConfig:
+    """Measure the link between two nodes: what leaves one node in one direction."""
+    found = measure_links(cluster, per_node=per_node)
+    crossing = per_node * per_node * found["bytes"]
+    return LinkConfig(gb_per_s=crossing / found["bytes_s"] / 1e9, message_us=found["message_us"])
+
+
+def compare(
+    cluster: ClusterConfig, per_node: int, rates: Sequence[str], limit: int | None = None
+) -> list[Compared]:
+    """Predict and measure on two nodes of so many ranks, at each speed of their link.
+
+    Args:
+        cluster: this machine, one thread; its links are measured anew for these ranks.
+        limit: try so many ways only.
+    """
+    ranks = NODES * per_node
+    with one_node() as node:
+        found = measure_links(node, per_node=ranks)
+    shared = [SharingConfig(per_node, found["slowdown"])]  # simulated nodes share the cores
+    described = replace(
+        cluster, ranks_per_node=per_node, inside=inside_link(found, ranks), sharing=shared
+    )
+    chosen = list(ways(ranks))[:limit]
+    configs = [config for _, config in chosen]
+    results = []
+    for rate in rates:
+        with two_nodes(rate) as nodes:
+            here = replace(described, between=between_link(nodes, per_node=per_node))
+            predicted = [
+                predict(config, here, Placement(ranks, config.parallel.expert_ranks, per_node))
+                for config in configs
+            ]
+            measured = step_seconds(configs, nodes, per_node=per_node)
+        results += [
+            Compared(rate, ranks, name, time, seconds)
+            for (name, _), time, seconds in zip(chosen, predicted, measured, strict=True)
+        ]
+    return results
+
+
+def median_error(found: Sequence[Compared]) -> float:
+    """Median of the relative errors."""
+    return median(one.error for one in found)
+
+
+def regrets(found: Sequence[Compared]) -> dict[str, float]:
+    """For each cluster: how much longer the recommended way takes than the fastest, both measured."""
+    clusters: dict[str, list[Compared]] = {}
+    for one in found:
+        clusters.setdefault(f"{one.ranks} ranks, {one.rate}", []).append(one)
+    return {
+        name: min(ways_here, key=lambda one: one.predicted.total).measured_s
+        / min(one.measured_s for one in ways_here)
+        - 1
+        for name, ways_here in clusters.items()
+    }
+
+
+def table(found: Sequence[Compared]) -> tuple[list[str], list[list[object]]]:
+    """Lay out what was compared: times in ms."""
+    header = ["link", "ranks", "way", "measured", "model", "error", "compute", "exchange", "gradients", "optimizer"]  # fmt: skip
+    rows: list[list[object]] = []
+    for one in found:
+        time = one.predicted
+        parts = time.attention + time.experts + time.rest, time.exchange, time.gradients, time.optimizer  # fmt: skip
+        values = [f"{1e3 * value:.1f}" for value in (one.measured_s, time.total)]
+        rows.append([one.rate, one.ranks, one.name, *values, f"{one.error:.1%}", *(f"{1e3 * p:.1f}" for p in parts)])  # fmt: skip
+    return header, rows

@@ -1,0 +1,99 @@
+"""One rank that measures links and shared cores for benchmarks/calibrate.py; rank 0 prints one JSON object.
+
+    message_us    of an all-to-all of one number per rank, over its messages to other ranks
+    gb_per_s      bytes that leave a rank (inside) in an all-to-all of 1 MiB per rank, over the time beyond that of the messages
+    slowdown      a small model's forward and backward on all ranks at once, against rank 0 alone while the others wait
+
+Each is the fastest of several rounds, of the slowest rank. Started by benchmarks/cluster.py.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+from torch import distributed as dist
+
+from engine.build import build_model
+from engine.config import Config, DataConfig, EvalConfig, ModelConfig, MoEConfig, Router
+from engine.model import Routing
+from launch.process import keep_freed_memory
+
+_ROUNDS = 12
+_SYMBOLS = 64
+SHARED = Config(
+    data=DataConfig(streams=4, segment=48),
+    model=ModelConfig(2, 112, heads=4, head_width=28, memory=48, dropout=0.0),
+    moe=MoEConfig(router=Router.frozen, experts=8, expert_width=144),
+    eval=EvalConfig(k=[1]),
+)
+"""What all ranks compute at once; no configuration that is ever predicted."""
+
+
+def slowest(seconds: float) -> float:
+    """The slowest rank's time."""
+    found = torch.tensor(seconds, dtype=torch.float64)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return float(found)
+
+
+def fastest(case: Callable[[], object], rounds: int = _ROUNDS) -> float:
+    """Seconds of a case that all ranks start together."""
+    found = []
+    for _ in range(rounds + 2):
+        dist.barrier()
+        start = time.perf_counter()
+        case()
+        found.append(slowest(time.perf_counter() - start))
+    return min(found[2:])
+
+
+def all_to_all_seconds(numbers: int) -> float:
+    """Time of an all-to-all of so many fp32 numbers to each rank."""
+    rows = torch.zeros(dist.get_world_size() * numbers)
+    got = torch.empty_like(rows)
+    return fastest(lambda: dist.all_to_all_single(got, rows))
+
+
+def computation() -> Callable[[], object]:
+    """Give a forward and backward pass of a small model."""
+    model = build_model(SHARED, _SYMBOLS)
+    ids_BQ = torch.zeros(SHARED.data.streams, SHARED.data.segment, dtype=torch.long)
+
+    def run() -> None:
+        for _ in range(3):
+            model(ids_BQ, ids_BQ, None, Routing(2)).loss.backward()
+
+    return run
+
+
+def main() -> None:
+    """Run as one rank."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    keep_freed_memory()
+    dist.init_process_group("gloo", timeout=timedelta(minutes=5))
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    run = computation()
+    together = fastest(run)
+    alone = fastest(lambda: run() if rank == 0 else None)
+    small, large = 1, 1 << 18
+    small_s, large_s = all_to_all_seconds(small), all_to_all_seconds(large)
+    if rank == 0:
+        print(
+            json.dumps(
+                {
+                    "message_us": 1e6 * small_s / (ranks - 1),
+                    "bytes": 4 * large,
+                    "bytes_s": large_s - small_s,
+                    "slowdown": together / alone,
+                }
+            )
+        )
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

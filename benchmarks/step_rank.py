@@ -1,0 +1,82 @@
+"""One rank that trains several small runs for a few steps each and says how long each step took.
+
+    python -m benchmarks.step_rank CASES.json FOLDER
+
+CASES.json: a list of configurations as engine.config.to_plain gives them. Started alone or by benchmarks/cluster.py with
+the launcher variables. Rank 0 prints one JSON list: for each case the metrics of every step (engine/trainer.py). FOLDER
+takes checkpoints and caches.
+"""
+
+import argparse
+import gc
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from engine.build import build_routers
+from engine.config import Config
+from engine.corpus import prepare
+from engine.metrics import Metrics
+from engine.parallel.world import World
+from engine.trainer import Trainer
+from launch.cli import config_of
+from launch.process import connected, set_up
+
+
+class Kept(Metrics):
+    """Keeps what a run would write."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def log(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Take in the metrics of a step."""
+        self.rows.append({name: value for name, value in values.items() if value is not None})
+
+
+class Silent:
+    """A Reporter that says nothing."""
+
+    def note(self, line: str) -> None:
+        """Say nothing."""
+
+    def step(self, step: int) -> None:
+        """Say nothing."""
+
+    def metrics(self, step: int, values: Mapping[str, float], seconds_left: float) -> None:
+        """Say nothing."""
+
+
+def time_steps(config: Config, world: World, folder: Path) -> list[dict[str, float]]:
+    """Train a run; gives the metrics of every step on rank 0, nothing elsewhere."""
+    corpus = prepare(config.corpus, lambda line: None)
+    routers = build_routers(config, corpus, world.mesh)
+    trainer = Trainer(config, corpus, routers, folder, Silent(), world)
+    kept = Kept() if world.first else None
+    trainer.run(kept, lambda: False)
+    return kept.rows if kept else []
+
+
+def main() -> None:
+    """Run as one rank."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cases", type=Path)
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    cases: list[Any] = json.loads(args.cases.read_text())
+    set_up(threads=1)
+    found = []
+    for number, plain in enumerate(cases):
+        config = config_of(plain)
+        config = replace(config, train=replace(config.train, log_every=1, keep=1, threads=1))
+        with connected(config.parallel, {"case": number}) as world:
+            found.append(time_steps(config, world, args.folder / f"case-{number}"))
+        gc.collect()
+    if found[0]:
+        print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,303 @@
+"""A model of the time of one optimizer step, from exact counts of its rows and the rates of a cluster.
+
+Not exact, unlike the counts: benchmarks/bench_certify.py measures its error. The ranks of an expert group wait for each
+other in every layer, so a layer takes as long as its busiest rank, and all groups wait for the slowest one.
+
+    step = attention + experts + rest + exchange that nothing hides + gradients + optimizer
+
+Rows leave through two bottlenecks at once and the slower one counts: a rank's own port, and the link of its node for
+what goes to other nodes. With chunks, rows of one part travel while experts compute another. DeepSpeed sums gradients
+after backward, hidden behind nothing.
+
+Letters: as in engine/certificate/replay.py.
+"""
+
+from dataclasses import dataclass, fields
+from math import ceil, log2
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.certificate.cluster import ClusterConfig
+from engine.certificate.placement import Placement
+from engine.certificate.replay import Counts, StepCounts
+from engine.certificate.traffic import FORWARD, Trips, hops, trips_of
+from engine.certificate.work import (
+    expert_seconds,
+    item_bytes,
+    model_seconds,
+    optimizer_seconds,
+    packing_seconds,
+    passes,
+)
+from engine.choices import Activation
+from engine.config import Config
+from engine.moe.auto import gathers, wire_itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Modelled seconds of a step, of the slowest rank."""
+
+    attention: float
+    experts: float
+    rest: float
+    exchange: float  # that nothing hides
+    gradients: float  # summed over the ranks, and weights gathered
+    optimizer: float
+    hidden: float  # exchange behind computation; not part of the sum
+
+    @property
+    def total(self) -> float:
+        """The whole step."""
+        return sum(getattr(self, f.name) for f in fields(self) if f.name != "hidden")
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Numbers of parameters, by who holds them."""
+
+    shared: int  # on every rank
+    experts: int  # of all experts
+    tensors: int  # of a rank
+
+
+def count_parameters(config: Config, vocab: int) -> Parameters:
+    """Count the parameters of a run's model (engine/model.py)."""
+    model, moe = config.model, config.moe
+    inner, width = model.heads * model.head_width, model.width
+    matrices = 3 if moe.activation is Activation.swiglu else 2
+
+    def feed_forward(hidden: int) -> int:
+        return matrices * width * hidden + hidden + width if hidden else 0
+
+    block = 5 * width * inner + 4 * width + feed_forward(moe.shared_width)
+    ends = vocab * width + vocab + 2 * inner + (2 * width if model.pre_norm else 0)
+    tensors = model.layers * (5 + 4 + 2 * matrices + (2 * matrices if moe.shared_width else 0)) + 4
+    return Parameters(
+        shared=model.layers * block + ends,
+        experts=model.layers * moe.experts * feed_forward(moe.expert_width),
+        tensors=tensors,
+    )
+
+
+def step_time(
+    config: Config, cluster: ClusterConfig, placement: Placement, counts: StepCounts, vocab: int
+) -> StepTime:
+    """Model one step.
+
+    Args:
+        config: of a hashed run; its parallel.expert_ranks is not looked at.
+        placement: ranks; its ranks_per_node is used, not the cluster's.
+        counts: of a step of this placement, or of one expert group of it.
+        vocab: symbols.
+    """
+    streams = config.streams_per_micro_batch(placement.world_size)
+    tokens, accumulation = streams * config.data.segment, config.train.accumulation
+    slower = cluster.slowdown(min(placement.ranks_per_node, placement.world_size))
+    model = model_seconds(config, cluster, streams, vocab)
+    layers = layer_times(config, cluster, placement, counts, tokens)
+    parameters = count_parameters(config, vocab)
+    local = parameters.shared + parameters.experts // placement.expert_ranks
+    updated = _updated(config, placement, parameters)
+    starts = model.operations
+    if not cluster.host_copies:  # the host starts operations ahead of the device that runs them
+        starts = max(0.0, starts - model.attention - model.rest)
+    return StepTime(
+        attention=slower * accumulation * model.attention,
+        experts=slower * layers.experts,
+        rest=slower * accumulation * (model.rest + starts),
+        exchange=layers.exchange,
+        gradients=_gradient_seconds(config, cluster, placement, parameters),
+        optimizer=slower * optimizer_seconds(config, cluster, local, updated),
+        hidden=layers.hidden,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTimes:
+    """All expert layers of a step, of the slowest expert group."""
+
+    experts: float
+    exchange: float
+    hidden: float
+
+
+def layer_times(
+    config: Config, cluster: ClusterConfig, placement: Placement, counts: StepCounts, tokens: int
+) -> LayerTimes:
+    """Model the expert layers of a step: arguments as for step_time, experts' time without the ranks' sharing of cores."""
+    ranks = placement.expert_ranks
+    gather = ranks > 1 and gathers(config, ranks, counts.k, tokens)
+    received = counts.received_ymgP.astype(np.float64)
+    if gather:
+        received = np.full_like(received, tokens * ranks)
+    parts = min(config.parallel.chunks, tokens) if ranks > 1 else 1
+    experts = parts * expert_seconds(
+        config, cluster, counts.k, counts.computed_ymgP / parts, received / parts,
+        local=config.moe.experts // ranks, tokens=tokens,
+    )  # fmt: skip
+    if ranks > 1 and not gather:
+        experts = experts + packing_seconds(config, cluster, received, tokens)
+    experts_ymg = experts.max(axis=3)
+    if ranks == 1:
+        return LayerTimes(float(experts_ymg.sum(axis=(0, 1)).max()), 0.0, 0.0)
+    kind = "gather" if gather else "tokens"
+    hops_ymgPP = hops(counts, kind, placement, tokens)
+    trips = trips_of(config, tokens)
+    trip = _trip_seconds(config, cluster, placement, hops_ymgPP, kind, parts)
+    exchange_ymg = trip.weighed(trips)
+    hidden_ymg = np.zeros_like(exchange_ymg)
+    if parts > 1:
+        # forward and backward each hide what waits for the link, up to what their experts compute meanwhile
+        forward = np.minimum(trip.hideable(FORWARD, parts), experts_ymg / passes(config))
+        rest = Trips(trips.to_experts - 1, trips.to_tokens - 1)
+        backward = np.minimum(trip.hideable(rest, parts), experts_ymg * (1 - 1 / passes(config)))
+        hidden_ymg = forward + backward
+    total_g = (experts_ymg + exchange_ymg - hidden_ymg).sum(axis=(0, 1))
+    group = int(total_g.argmax())
+    experts_s, exchange_s, hidden_s = (
+        float(x.sum(axis=(0, 1))[group]) for x in (experts_ymg, exchange_ymg, hidden_ymg)
+    )
+    return LayerTimes(experts_s, exchange_s - hidden_s, hidden_s)
+
+
+@dataclass(frozen=True, slots=True)
+class _Trip:
+    """Seconds of all parts' rows from tokens to experts and back, one way each [y, m, g]."""
+
+    to_experts: NDArray[np.float64]
+    to_tokens: NDArray[np.float64]
+    waiting_to_experts: NDArray[np.float64]  # of it, without the computing processor
+    waiting_to_tokens: NDArray[np.float64]
+
+    def weighed(self, trips: Trips) -> NDArray[np.float64]:
+        """Time of so many trips."""
+        return trips.to_experts * self.to_experts + trips.to_tokens * self.to_tokens
+
+    def hideable(self, trips: Trips, parts: int) -> NDArray[np.float64]:
+        """Time that computation may hide: the first part's way there and the last one's way back have none beside them."""
+        waiting = (
+            trips.to_experts * self.waiting_to_experts + trips.to_tokens * self.waiting_to_tokens
+        )
+        return waiting * (parts - 1) / parts
+
+
+def _trip_seconds(
+    config: Config,
+    cluster: ClusterConfig,
+    placement: Placement,
+    hops_ymgPP: Counts,
+    kind: str,
+    parts: int,
+) -> _Trip:
+    row_bytes = config.model.width * wire_itemsize(config)
+    ranks, nodes = placement.expert_ranks, placement.group_nodes
+    crosses = nodes > 1
+    link = cluster.between if crosses else cluster.inside
+    doubling = kind == "gather" and not cluster.host_copies  # NCCL's; gloo sends to each rank
+    messages = ceil(log2(ranks)) if doubling else ranks - 1
+    start = parts * messages * link.message_us * 1e-6
+    far_PP = ~placement.same_node_PP
+    bytes_ymgPP = hops_ymgPP * float(row_bytes)
+    sent, got = bytes_ymgPP.sum(axis=4), bytes_ymgPP.sum(axis=3)
+    port_s = np.maximum(sent, got).max(axis=3) / (cluster.inside.gb_per_s * 1e9)
+    link_s = np.zeros_like(port_s)
+    if crosses:
+        far = bytes_ymgPP * far_PP
+        shape = (*port_s.shape, nodes, ranks // nodes)
+        out = far.sum(axis=4).reshape(shape).sum(axis=4)
+        into = far.sum(axis=3).reshape(shape).sum(axis=4)
+        link_s = np.maximum(out, into).max(axis=3) / (cluster.between.gb_per_s * 1e9)
+    way = start + np.maximum(port_s, link_s)
+    waiting = np.maximum(0.0, link_s - port_s) if cluster.host_copies else way
+    return _Trip(way, way, waiting, waiting)
+
+
+def _gradient_seconds(
+    config: Config, cluster: ClusterConfig, placement: Placement, parameters: Parameters
+) -> float:
+    """Time of DeepSpeed's collectives in a step, by ZeRO stage; not hidden."""
+    stage, accumulation, item = (
+        config.train.zero_stage,
+        config.train.accumulation,
+        item_bytes(config),
+    )
+    world, ranks = placement.world_size, placement.expert_ranks
+    local = parameters.experts // ranks
+    total = 0.0
+    for number, size, stride in ((parameters.shared, world, 1), (local, world // ranks, ranks)):
+        if size == 1 or number == 0:
+            continue
+        ring = _Ring(cluster, placement, size, stride)
+        gradient, weights = 4.0 * number, float(item * number)
+        if stage < 3:
+            total += (accumulation if stage == 2 else 1) * ring.all_reduce(gradient)
+            total += ring.all_gather(weights) if stage else 0.0
+        else:
+            gathers_a_pass = 3 if config.train.recompute else 2
+            tensors = parameters.tensors // 2
+            reduce = (
+                ring.all_reduce if cluster.host_copies else ring.reduce_scatter
+            )  # gloo's is one
+            passes_s = reduce(gradient) + gathers_a_pass * ring.all_gather(weights, tensors)
+            total += accumulation * passes_s
+    return total
+
+
+@dataclass(frozen=True, slots=True)
+class _Ring:
+    """Collectives of `size` ranks that stand `stride` apart."""
+
+    cluster: ClusterConfig
+    placement: Placement
+    size: int
+    stride: int
+
+    @property
+    def _crosses(self) -> bool:
+        return (self.size - 1) * self.stride >= min(
+            self.placement.ranks_per_node, self.placement.world_size
+        )
+
+    @property
+    def _bytes_per_s(self) -> float:
+        """Of the narrowest place of the ring; rings of ranks between these share the nodes' links."""
+        port = self.cluster.inside.gb_per_s * 1e9
+        if not self._crosses:
+            return port
+        beside = min(self.stride, self.placement.ranks_per_node)
+        return min(port, self.cluster.between.gb_per_s * 1e9 / beside)
+
+    @property
+    def _message_s(self) -> float:
+        link = self.cluster.between if self._crosses else self.cluster.inside
+        return link.message_us * 1e-6
+
+    def all_reduce(self, num_bytes: float) -> float:
+        """Round a ring, or by a tree when that is faster."""
+        return self._best(2 * num_bytes)
+
+    def reduce_scatter(self, num_bytes: float) -> float:
+        """Half of an all-reduce."""
+        return self._best(num_bytes)
+
+    def all_gather(self, num_bytes: float, messages: int = 1) -> float:
+        """The other half; messages: tensors that are gathered one by one."""
+        return self._best(num_bytes) + (messages - 1) * ceil(log2(self.size)) * self._message_s
+
+    def _best(self, num_bytes: float) -> float:
+        ring = (self.size - 1) * self._message_s + (
+            self.size - 1
+        ) / self.size * num_bytes / self._bytes_per_s
+        tree = ceil(log2(self.size)) * self._message_s + num_bytes / self._bytes_per_s
+        return min(ring, tree)
+
+
+def _updated(config: Config, placement: Placement, parameters: Parameters) -> float:
+    """Parameters whose moments one rank keeps."""
+    local = parameters.experts // placement.expert_ranks
+    if config.train.zero_stage == 0:
+        return parameters.shared + local
+    replicas = placement.world_size // placement.expert_ranks
+    return parameters.shared / placement.world_size + local / replicas

@@ -1,0 +1,164 @@
+"""What one rank computes in a step, counted in matrix products, bytes and operations, and its time on a cluster.
+
+The counts follow the code that runs: engine/model.py, engine/attention.py, kernels/relative_attention.py, engine/moe,
+kernels/ and DeepSpeed's Adam. Products are exact; bytes of elementwise operations and numbers of operations are counted
+by hand to about a fifth, which the cluster's scales take up where they were measured.
+
+Letters: B streams of a rank in a micro-batch, Q segment, M memory, S = M + Q, T = B x Q tokens, D width, H heads, W head
+width, I = H x W, V vocabulary, L experts of a rank, F expert width, N computed expert rows, R received rows.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.certificate.cluster import ClusterConfig
+from engine.choices import Activation, Backend, Precision
+from engine.config import Config
+
+Seconds = NDArray[np.float64]
+Rows = NDArray[np.float64]
+
+_BACKWARD = 2.0  # products, bytes and operations of backward against forward: two gradients for each product
+_TILE_COLUMN_BYTES, _TILE_BYTES = 512, 2 << 20  # of kernels/relative_attention.py
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSeconds:
+    """One micro-batch through all layers, without what the experts compute; forward and backward."""
+
+    attention: float
+    rest: float
+    operations: float
+
+
+def item_bytes(config: Config) -> int:
+    """Bytes of a number of the model."""
+    return 2 if config.train.precision is Precision.bf16 else 4
+
+
+def passes(config: Config) -> float:
+    """Forward passes that one forward and backward pass weighs; recomputation makes one more."""
+    return 1 + _BACKWARD + (1 if config.train.recompute else 0)
+
+
+def model_seconds(config: Config, cluster: ClusterConfig, streams: int, vocab: int) -> ModelSeconds:
+    """Time of one micro-batch outside the experts.
+
+    Args:
+        streams: of this rank in the micro-batch (B).
+        vocab: symbols (V).
+    """
+    model, item, bf16 = config.model, item_bytes(config), item_bytes(config) == 2
+    queries, keys = config.data.segment, config.data.segment + model.memory
+    inner, width, tokens = (
+        model.heads * model.head_width,
+        model.width,
+        streams * config.data.segment,
+    )
+
+    def product(rows: float, columns: float, depth: float, count: float = 1) -> float:
+        return count * float(cluster.product_seconds(2 * rows * columns * depth, bf16=bf16))
+
+    projections = (
+        product(tokens, inner, width)
+        + product(streams * keys, 2 * inner, width)
+        + product(keys, inner, width)
+        + product(tokens, width, inner)
+    )
+    block = min(queries, _TILE_COLUMN_BYTES // item)
+    together = min(streams, max(1, _TILE_BYTES // (block * keys * item)))
+    tiles = model.heads * ceil(queries / block) * ceil(streams / together)
+    seen = keys - (queries - block) / 2  # keys of a block of queries, on average
+    scores = 3 * product(together * block, seen, model.head_width, tiles)
+    score_bytes = 6 * item * streams * model.heads * queries * seen
+    moved_bytes = item * (
+        8 * tokens * inner + 6 * streams * keys * inner + 2 * streams * keys * width
+    )
+    attention = projections + scores + float(cluster.memory_seconds(score_bytes + moved_bytes))
+    residual = float(cluster.memory_seconds(20 * item * tokens * width))
+    loss = product(tokens, vocab, width) + float(
+        cluster.memory_seconds((item + 16) * tokens * vocab)
+    )
+    operations = model.layers * (45 + 9 * tiles) + 25
+    layers, weigh = model.layers, passes(config)
+    return ModelSeconds(
+        attention=cluster.scale.attention * weigh * layers * attention,
+        rest=cluster.scale.rest * (weigh * layers * residual + (1 + _BACKWARD) * loss),
+        operations=cluster.scale.operations * weigh * operations * cluster.operation_us * 1e-6,
+    )
+
+
+def expert_seconds(
+    config: Config, cluster: ClusterConfig, k: int, computed: Rows, received: Rows, *, local: int, tokens: int
+) -> Seconds:  # fmt: skip
+    """Time of the experts of one layer for one micro-batch, forward and backward; of any shape.
+
+    Args:
+        computed: expert rows (N).
+        received: rows that they are computed from (R).
+        local: experts of the rank (L).
+        tokens: of the rank, for the shared expert (T).
+    """
+    moe, item, width = config.moe, item_bytes(config), config.model.width
+    hidden = moe.expert_width
+    matrices = 3 if moe.activation is Activation.swiglu else 2
+    grouped = config.kernels.backend is Backend.triton or _on_gpu(cluster, config)
+    masked = not grouped and k >= (config.kernels.masked_from_k or moe.experts + 1)
+    drops = 8 if config.model.dropout > 0 else 0  # hashing a mask, in passes over the hidden units
+    if masked:
+        flops, products = 2.0 * received * width * hidden * local, 1
+        hidden_bytes = item * received * local * hidden * (4 + drops)
+        row_bytes = item * received * width * 4
+        operations = 20
+    else:
+        flops = 2.0 * computed * width * hidden
+        products = 1 if grouped else local
+        hidden_bytes = item * computed * hidden * (3 + drops)
+        row_bytes = item * width * (6 * computed + 2 * received)
+        operations = 12 if grouped else 10 + 9 * local
+    seconds = matrices * products * cluster.product_seconds(flops / products, bf16=item == 2)
+    seconds = seconds + cluster.memory_seconds(hidden_bytes + row_bytes)
+    if moe.shared_width:
+        shared = 2.0 * tokens * width * moe.shared_width
+        seconds = seconds + matrices * cluster.product_seconds(shared, bf16=item == 2)
+    start = cluster.scale.operations * operations * cluster.operation_us * 1e-6
+    found: Seconds = passes(config) * (cluster.scale.experts * seconds + start)
+    return found
+
+
+def packing_seconds(config: Config, cluster: ClusterConfig, rows: Rows, tokens: int) -> Seconds:
+    """Time of packing rows for other ranks and of adding up what comes back, of one layer, forward and backward.
+
+    Args:
+        rows: received by a rank, its own included.
+        tokens: of a rank in a micro-batch.
+    """
+    item, width = item_bytes(config), config.model.width
+    moved = cluster.memory_seconds(item * width * (5.0 * rows + tokens))
+    start = cluster.scale.operations * 12 * cluster.operation_us * 1e-6
+    found: Seconds = passes(config) * (cluster.scale.experts * moved + start)
+    return found
+
+
+def optimizer_seconds(config: Config, cluster: ClusterConfig, held: float, updated: float) -> float:
+    """Time of gathering, clipping and applying gradients.
+
+    Args:
+        held: parameters of the rank.
+        updated: parameters whose moments the rank keeps (ZeRO).
+    """
+    adam = 16 * 2 + 8  # fp32 weight, gradient and two moments read and written, and the norm
+    copies = (
+        2 * 4 + 2 * 4 + 2 * item_bytes(config)
+    )  # into the bucket, out of it, and the model's copy
+    moved = float(cluster.memory_seconds(adam * updated + copies * held))
+    operations = 40 * cluster.operation_us * 1e-6 * cluster.scale.operations
+    return cluster.scale.optimizer * moved + operations
+
+
+def _on_gpu(cluster: ClusterConfig, config: Config) -> bool:
+    """kernels.backend=auto takes Triton on a GPU; ranks whose processor copies what is sent run on CPUs."""
+    return config.kernels.backend is Backend.auto and not cluster.host_copies

@@ -1,0 +1,191 @@
+"""The time model against sums worked out by hand and the model's own parameters; it times nothing."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from engine.build import build_model
+from engine.certificate.cluster import ClusterConfig, LinkConfig, ScaleConfig, SharingConfig
+from engine.certificate.placement import Placement
+from engine.certificate.replay import StepCounts
+from engine.certificate.time_model import count_parameters, layer_times, step_time
+from engine.choices import Activation, ExchangeKind
+from engine.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    KernelsConfig,
+    ModelConfig,
+    MoEConfig,
+    ParallelConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from engine.errors import UserError
+
+VOCAB, WIDTH = 11, 16
+# One product takes 1 us whatever its size, elementwise work and starts take nothing: easy sums.
+PLAIN = ClusterConfig(
+    ranks_per_node=2,
+    product_fp32=[[1000.0, 1e6]],
+    memory_gb_per_s=1e12,
+    operation_us=0.0,
+    inside=LinkConfig(gb_per_s=1e-3, message_us=100.0),  # a million bytes a second
+    between=LinkConfig(gb_per_s=0.5e-3, message_us=500.0),
+)
+
+
+def config(**sections: object) -> Config:
+    base = Config(
+        data=DataConfig(streams=4, segment=8),
+        model=ModelConfig(2, WIDTH, heads=2, head_width=8, memory=8, dropout=0.0),
+        moe=MoEConfig(experts=4, expert_width=12, ngram=1, rows=16),
+        schedule=ScheduleConfig(k_min=2, k_max=2),
+        train=TrainConfig(steps=10, zero_stage=1),
+        eval=EvalConfig(k=[1]),
+        kernels=KernelsConfig(masked_from_k=5),
+    )
+    return replace(base, **sections)
+
+
+def counts(sent_PP: list[list[int]], count_E: list[int]) -> StepCounts:
+    """One step, layer, micro-batch and expert group."""
+    sent = np.array(sent_PP)[None, None, None]
+    return StepCounts(0, 1, 2, sent, sent, np.array(count_E)[None, None, None])
+
+
+@pytest.mark.parametrize("activation", list(Activation))
+@pytest.mark.parametrize("pre_norm", [False, True])
+@pytest.mark.parametrize("shared_width", [0, 20])
+def test_parameters_are_those_of_the_model(activation: Activation, pre_norm: bool, shared_width: int) -> None:  # fmt: skip
+    cfg = config()
+    cfg = replace(
+        cfg,
+        model=replace(cfg.model, pre_norm=pre_norm),
+        moe=replace(cfg.moe, activation=activation, shared_width=shared_width),
+    )
+    model = build_model(cfg, VOCAB)
+    found = count_parameters(cfg, VOCAB)
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    assert found.experts == experts > 0
+    assert found.shared == sum(p.numel() for p in model.parameters()) - experts
+
+
+def test_products_take_what_the_curve_says() -> None:
+    cluster = ClusterConfig(product_fp32=[[1.0, 0.5], [100.0, 2.0]], product_bf16=[[1.0, 4.0]])
+    seconds = cluster.product_seconds(np.array([1e9, 10e9, 100e9, 1e12]), bf16=False)
+    # 10 GFLOP is half way between 1 and 100 on the logarithmic scale: 1.25 TFLOP/s
+    np.testing.assert_allclose(seconds, [2e-3, 8e-3, 0.05, 0.5])
+    assert cluster.product_seconds(1.0, bf16=False) == pytest.approx(2e-3)  # never below the first
+    assert cluster.product_seconds(8e9, bf16=True) == pytest.approx(2e-3)
+
+
+def test_rows_inside_a_node_leave_through_the_ports_of_their_ranks() -> None:
+    cfg = config()
+    step = counts([[10, 4], [6, 9]], [20, 10, 15, 5])
+    found = layer_times(cfg, PLAIN, Placement(2, 2, 2), step, tokens=16)
+    # The busier direction carries 6 rows of 64 bytes; one message; twice to experts and twice back.
+    assert found.exchange == pytest.approx(4 * (100e-6 + 6 * 64 / 1e6))
+    assert found.hidden == 0.0
+    # 3 passes x 2 matrices x 1 us: one launch computes all experts on a GPU, on a CPU each is a product of its own
+    assert found.experts == pytest.approx(6e-6)
+    on_cpu = layer_times(cfg, replace(PLAIN, host_copies=True), Placement(2, 2, 2), step, tokens=16)
+    assert on_cpu.experts == pytest.approx(12e-6)
+
+
+def test_rows_between_nodes_share_the_link_of_their_node() -> None:
+    cfg = config()
+    sent = [[9, 1, 2, 3], [1, 9, 4, 5], [6, 0, 9, 1], [0, 0, 1, 9]]
+    step = counts(sent, [9, 9, 9, 9])
+    found = layer_times(cfg, PLAIN, Placement(4, 4, 2), step, tokens=16)
+    # Node 0 sends 2 + 3 + 4 + 5 rows to node 1: 14 x 64 bytes at 0.5 MB/s, more than any port (10 rows at 1 MB/s); 3 messages.
+    assert found.exchange == pytest.approx(4 * (3 * 500e-6 + 14 * 64 / 0.5e6))
+    narrow = replace(PLAIN, inside=LinkConfig(gb_per_s=0.2e-3, message_us=100.0))
+    slower = layer_times(cfg, narrow, Placement(4, 4, 2), step, tokens=16)
+    # rank 1 sends 10 rows at 0.2 MB/s
+    assert slower.exchange == pytest.approx(4 * (3 * 500e-6 + 10 * 64 / 0.2e6))
+
+
+def test_the_slowest_group_counts_with_its_busiest_rank() -> None:
+    cfg = config()
+    sent = np.array([[[5, 1], [1, 5]], [[5, 7], [2, 5]]])[None, None]
+    count = np.array([[3, 3, 3, 3], [9, 9, 1, 1]])[None, None]
+    step = StepCounts(0, 1, 2, sent, sent, count)
+    found = layer_times(cfg, PLAIN, Placement(4, 2, 4), step, tokens=8)
+    assert found.exchange == pytest.approx(4 * (100e-6 + 7 * 64 / 1e6))
+
+
+def test_gather_sends_all_tokens_to_all() -> None:
+    cfg = config(parallel=ParallelConfig(expert_ranks=2, exchange=ExchangeKind.gather))
+    found = layer_times(cfg, PLAIN, Placement(2, 2, 2), counts([[1, 0], [0, 1]], [1, 0, 1, 0]), 16)
+    assert found.exchange == pytest.approx(4 * (100e-6 + 16 * 64 / 1e6))
+
+
+def test_parts_hide_what_experts_have_time_for() -> None:
+    step = counts([[8, 8], [8, 8]], [8, 8, 8, 8])
+    slow = replace(
+        PLAIN, product_fp32=[[1000.0, 1e3]]
+    )  # a product takes 1 s: experts hide all they can
+    parallel = ParallelConfig(expert_ranks=2, chunks=4)
+    way = 4 * 100e-6 + 8 * 64 / 1e6  # four messages
+    found = layer_times(config(parallel=parallel), slow, Placement(2, 2, 2), step, tokens=16)
+    assert found.hidden == pytest.approx(4 * way * 3 / 4)
+    assert found.exchange == pytest.approx(4 * way / 4)
+    # experts that take no time hide nothing
+    fast = replace(PLAIN, product_fp32=[[1e-9, 1e9]])
+    found = layer_times(config(parallel=parallel), fast, Placement(2, 2, 2), step, tokens=16)
+    assert found.hidden < 1e-9
+    assert found.exchange == pytest.approx(4 * way)
+    # a processor that copies what it sends hides only the wait for a link, and there is none inside a node
+    copying = replace(slow, host_copies=True)
+    found = layer_times(config(parallel=parallel), copying, Placement(2, 2, 2), step, tokens=16)
+    assert found.hidden == 0.0
+
+
+@pytest.mark.parametrize(("stage", "times"), [(0, 1.0), (1, 1.5), (2, 1.5), (3, 1.5)])
+def test_gradients_are_summed_over_who_shares_the_weights(stage: int, times: float) -> None:
+    """Stage 0 reduces; 1 and 2 also gather weights; 3 scatters and gathers twice: in all-reduces of fp32 parameters."""
+    cluster = replace(PLAIN, inside=LinkConfig(1e-3, 0.0), between=LinkConfig(1e-3, 0.0))
+    cfg = config(train=TrainConfig(steps=10, zero_stage=stage))
+    parameters = count_parameters(cfg, VOCAB)
+    step = counts([[8, 8], [8, 8]], [8, 8, 8, 8])
+    found = step_time(cfg, cluster, Placement(4, 2, 4), step, VOCAB)
+    # round a ring of n ranks an all-reduce sends 2 (n - 1) / n x bytes: 4 ranks share all but experts, 2 share half of these
+    ring = 2 * 3 / 4 * 4 * parameters.shared + 2 * 1 / 2 * 4 * parameters.experts / 2
+    assert found.gradients == pytest.approx(times * ring / 1e6)
+
+
+def test_ranks_on_shared_cores_are_slower() -> None:
+    cluster = replace(PLAIN, sharing=[SharingConfig(1, 1.0), SharingConfig(4, 2.5)])
+    assert [cluster.slowdown(n) for n in (1, 2, 4, 8)] == pytest.approx([1.0, 1.5, 2.5, 5.0])
+    cfg, step = config(), counts([[16, 8], [8, 16]], [8, 8, 8, 8])
+    alone = step_time(cfg, PLAIN, Placement(4, 2, 4), step, VOCAB)
+    together = step_time(cfg, cluster, Placement(4, 2, 4), step, VOCAB)
+    assert together.attention == pytest.approx(2.5 * alone.attention)
+    assert together.exchange == pytest.approx(alone.exchange)
+
+
+def test_scales_multiply_their_part_alone() -> None:
+    cfg, step = config(), counts([[16, 8], [8, 16]], [8, 8, 8, 8])
+    plain = step_time(cfg, PLAIN, Placement(2, 2, 2), step, VOCAB)
+    scaled = replace(PLAIN, scale=ScaleConfig(attention=3.0))
+    found = step_time(cfg, scaled, Placement(2, 2, 2), step, VOCAB)
+    assert found.attention == pytest.approx(3 * plain.attention)
+    assert found.total - plain.total == pytest.approx(2 * plain.attention)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"ranks_per_node": 0}, "cluster.ranks_per_node=0"),
+        ({"product_fp32": [[2.0, 1.0], [1.0, 1.0]]}, "ascending"),
+        ({"product_bf16": [[1.0]]}, "pairs"),
+        ({"memory_gb_per_s": 0.0}, "memory_gb_per_s=0.0"),
+    ],
+)
+def test_a_cluster_that_cannot_be_is_refused(options: dict[str, object], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        ClusterConfig(**options)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="gb_per_s=0"):
+        LinkConfig(gb_per_s=0)
