@@ -60,11 +60,12 @@ def ways(ranks: int) -> Iterator[tuple[str, Config]]:
             )
 
 
-def between_link(cluster: Cluster, *, per_node: int) -> LinkConfig:
-    """Measure the link between two nodes: what leaves one node in one direction."""
-    found = measure_links(cluster, per_node=per_node)
+def linked(cluster: ClusterConfig, nodes: Cluster, *, per_node: int) -> ClusterConfig:
+    """Measure the link between two nodes, by what leaves one of them in one direction, and what of it can be hidden."""
+    found = measure_links(nodes, per_node=per_node)
     crossing = per_node * per_node * found["bytes"]
-    return LinkConfig(gb_per_s=crossing / found["bytes_s"] / 1e9, message_us=found["message_us"])
+    link = LinkConfig(gb_per_s=crossing / found["bytes_s"] / 1e9, message_us=found["message_us"])
+    return replace(cluster, between=link, overlap=found["overlap"])
 
 
 def compare(
@@ -88,7 +89,7 @@ def compare(
     results = []
     for rate in rates:
         with two_nodes(rate) as nodes:
-            here = replace(described, between=between_link(nodes, per_node=per_node))
+            here = linked(described, nodes, per_node=per_node)
             predicted = [
                 predict(config, here, Placement(ranks, config.parallel.expert_ranks, per_node))
                 for config in configs

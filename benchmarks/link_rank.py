@@ -3,6 +3,8 @@
     message_us    of an all-to-all of one number per rank, over its messages to other ranks
     gb_per_s      bytes that leave a rank (inside) in an all-to-all of 1 MiB per rank, over the time beyond that of the messages
     slowdown      a small model's forward and backward on all ranks at once, against rank 0 alone while the others wait
+    overlap       of such an all-to-all and about as long a computation at once: the time saved over one after the other, as a
+                  share of the shorter one
 
 Each is the fastest of several rounds, of the slowest rank. Started by benchmarks/cluster.py.
 """
@@ -56,6 +58,22 @@ def all_to_all_seconds(numbers: int) -> float:
     return fastest(lambda: dist.all_to_all_single(got, rows))
 
 
+def overlap(run: Callable[[], object], run_s: float, numbers: int, exchange_s: float) -> float:
+    """Share of the shorter of exchange and computation that is hidden when both run at once."""
+    rows = torch.zeros(dist.get_world_size() * numbers)
+    got = torch.empty_like(rows)
+    repeats = max(1, round(exchange_s / run_s))
+
+    def both() -> None:
+        work = dist.all_to_all_single(got, rows, async_op=True)
+        for _ in range(repeats):
+            run()
+        work.wait()
+
+    saved = exchange_s + repeats * run_s - fastest(both)
+    return min(1.0, max(0.0, saved / min(exchange_s, repeats * run_s)))
+
+
 def computation() -> Callable[[], object]:
     """Give a forward and backward pass of a small model."""
     model = build_model(SHARED, _SYMBOLS)
@@ -80,17 +98,15 @@ def main() -> None:
     alone = fastest(lambda: run() if rank == 0 else None)
     small, large = 1, 1 << 18
     small_s, large_s = all_to_all_seconds(small), all_to_all_seconds(large)
+    found = {
+        "message_us": 1e6 * small_s / (ranks - 1),
+        "bytes": 4 * large,
+        "bytes_s": large_s - small_s,
+        "slowdown": together / alone,
+        "overlap": overlap(run, together, large, large_s),
+    }
     if rank == 0:
-        print(
-            json.dumps(
-                {
-                    "message_us": 1e6 * small_s / (ranks - 1),
-                    "bytes": 4 * large,
-                    "bytes_s": large_s - small_s,
-                    "slowdown": together / alone,
-                }
-            )
-        )
+        print(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -73,6 +73,8 @@ class ClusterConfig:
     host_copies: bool = False
     """Whether ranks run on CPUs: the processor that computes also starts operations and copies what is sent, so that only
     waiting for the link between nodes is hidden behind computation."""
+    overlap: float = 1.0
+    """Share of the time that could be hidden behind computation that is."""
     scale: ScaleConfig = field(default_factory=ScaleConfig)
     sharing: list[SharingConfig] = field(default_factory=list)
     """For ranks on CPUs, which share cores; interpolated."""
@@ -88,6 +90,7 @@ class ClusterConfig:
                 good and [p[0] for p in curve] == sorted({p[0] for p in curve}),
                 f"cluster.{name}={curve}: must be pairs [GFLOP, TFLOP/s] above 0, ascending",
             )
+        require(0 <= self.overlap <= 1, f"cluster.overlap={self.overlap}: must be from 0 to 1")
         require(self.memory_gb_per_s > 0, f"cluster.memory_gb_per_s={self.memory_gb_per_s}: must be above 0")  # fmt: skip
 
     def product_seconds(self, flops: NDArray[np.float64] | float, *, bf16: bool) -> NDArray[np.float64]:  # fmt: skip

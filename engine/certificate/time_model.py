@@ -153,7 +153,7 @@ def layer_times(
         forward = np.minimum(trip.hideable(FORWARD, parts), experts_ymg / passes(config))
         rest = Trips(trips.to_experts - 1, trips.to_tokens - 1)
         backward = np.minimum(trip.hideable(rest, parts), experts_ymg * (1 - 1 / passes(config)))
-        hidden_ymg = forward + backward
+        hidden_ymg = cluster.overlap * (forward + backward)
     total_g = (experts_ymg + exchange_ymg - hidden_ymg).sum(axis=(0, 1))
     group = int(total_g.argmax())
     experts_s, exchange_s, hidden_s = (

@@ -132,6 +132,10 @@ def test_parts_hide_what_experts_have_time_for() -> None:
     found = layer_times(config(parallel=parallel), slow, Placement(2, 2, 2), step, tokens=16)
     assert found.hidden == pytest.approx(4 * way * 3 / 4)
     assert found.exchange == pytest.approx(4 * way / 4)
+    half = layer_times(
+        config(parallel=parallel), replace(slow, overlap=0.5), Placement(2, 2, 2), step, 16
+    )
+    assert half.hidden == pytest.approx(found.hidden / 2)
     # experts that take no time hide nothing
     fast = replace(PLAIN, product_fp32=[[1e-9, 1e9]])
     found = layer_times(config(parallel=parallel), fast, Placement(2, 2, 2), step, tokens=16)
