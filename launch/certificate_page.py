@@ -61,13 +61,14 @@ def _lead(found: Certificate) -> str:
 
 def _figures(found: Certificate) -> list[KeyFigure]:
     whole = found.whole
-    computed = whole.computed_rows
     kinds = " or ".join(sorted({part.exchange for part in found.by_k}))
+    load = max(part.computed_rows.max / part.computed_rows.mean for part in found.by_k)
+    of_k = "" if len(found.by_k) == 1 else " of the same k"
     figures = [
         KeyFigure(
             "Rows of the busiest rank",
-            f"{computed.max:,}",
-            f"computed in one layer and micro-batch: {computed.max / computed.mean:.2f} x the mean",
+            f"{whole.computed_rows.max:,}",
+            f"computed in one layer and micro-batch; at most {load:.2f} x the mean{of_k}",
         )
     ]
     for label, values, note in (
@@ -151,7 +152,8 @@ def _rows(found: Certificate, parts: Sequence[Section]) -> page.Section:
     notes = [
         "received: tokens that a rank gets by exchange=tokens, its own included, each once however many of its experts it "
         "uses. computed: rows that go through a rank's experts, k for each token.",
-        "p99: 99 % of all values do not exceed it. load: max / mean. worst step: the first step with the maximum.",
+        "p99: 99 % of all values do not exceed it. load: max / mean. worst step: the first step with the maximum; the first of "
+        "all is step 0.",
     ]
     idle = [
         _idle_row("a rank receives no row", found.whole.idle_rank, found.whole.steps),

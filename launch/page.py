@@ -136,7 +136,7 @@ class Page:
     lead: str  # one paragraph: what is seen here
     sections: Sequence[Section]
     figures: Sequence[KeyFigure] = field(default_factory=list)
-    footer: str = ""
+    footer: str = ""  # of the file; a terminal does not show it
 
 
 def byte_text(value: float) -> str:

@@ -100,19 +100,20 @@ def _range_text(values: Sequence[float]) -> str:
 
 
 def _band_text(line: Line) -> str:
-    return "" if line.upper is None else f", its band up to {number_text(max(line.upper))}"
+    found = [value for value in line.upper or () if isfinite(value)]
+    return f", its band up to {number_text(max(found))}" if found else ""
 
 
 def _draw_curve(axes: Axes, chart: Curve) -> None:
     for line, colour in zip(chart.lines, _SERIES, strict=False):
         marker = "o" if len(line.x) <= _MARKED and not line.dashed else ""
         axes.plot(
-            line.x, line.y, linestyle="--" if line.dashed else "-", color=colour, linewidth=1.4, marker=marker, markersize=3.2
+            line.x, line.y, linestyle="--" if line.dashed else "-", color=colour, linewidth=1.2, marker=marker, markersize=3.2
         )  # fmt: skip
         if line.upper is not None:
             axes.fill_between(line.x, line.y, line.upper, color=colour, alpha=0.28, linewidth=0)
     if chart.y_from is not None and min(_lowest(line.y) for line in chart.lines) >= chart.y_from:
-        axes.set_ylim(bottom=chart.y_from)
+        axes.set_ylim(chart.y_from, axes.get_ylim()[1] + 0.04 * (axes.get_ylim()[1] - chart.y_from))
     axes.grid(axis="both" if chart.x_log else "y")
     _scale(axes, "x", log_base=2 if chart.x_log else None)
     _scale(axes, "y", log_base=10 if chart.y_log else None)
@@ -144,7 +145,7 @@ def _draw_bars(axes: Axes, chart: Bars) -> None:
             axes.bar(places, values, 0.86 * width, bottom, color=colour, alpha=alpha, linewidth=0)
             bottom = [low + value for low, value in zip(bottom, values, strict=True)]
         if bar.mark is not None:
-            axes.hlines(bar.mark, [x - 0.43 * width for x in places], [x + 0.43 * width for x in places], colour, linewidth=1.4)  # fmt: skip
+            axes.hlines(bar.mark, [x - 0.43 * width for x in places], [x + 0.43 * width for x in places], _INK, linewidth=1.2)  # fmt: skip
     every = -(-len(chart.groups) // 16)
     axes.set_xticks(range(0, len(chart.groups), every), chart.groups[::every])
     margin = 1.0 if len(chart.groups) == 1 else 0.6

@@ -63,7 +63,7 @@ pre {{ background: var(--card); padding: .75rem .9rem; border-radius: .4rem; ove
 @media (max-width: 36rem) {{ th, td {{ padding: .3rem .45rem; }} table {{ font-size: .8125rem; }} h1 {{ font-size: 1.5rem; }} }}
 footer {{ margin-top: 3rem; border-top: 1px solid var(--rule); padding-top: .75rem; }}
 @media print {{ body {{ max-width: none; padding: 0; font-size: 10pt; }} h2 {{ break-after: avoid; }} tr {{ break-inside: avoid; }}
-  .scroll {{ overflow: visible; }} dl div, pre, .verdict {{ border: 1px solid var(--rule); }} pre {{ white-space: pre-wrap; }}
+  .scroll {{ overflow: visible; }} th:first-child {{ position: static; background: none; }} h2 + p {{ break-after: avoid; }} dl div, pre, .verdict {{ border: 1px solid var(--rule); }} pre {{ white-space: pre-wrap; }}
   .charts {{ grid-template-columns: 1fr 1fr; }} dl {{ grid-template-columns: repeat(3, 1fr); }} }}
 """
 

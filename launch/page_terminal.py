@@ -5,18 +5,18 @@ printed wider than the terminal.
 """
 
 import textwrap
+from collections.abc import Sequence
 from typing import TextIO
 
 from rich import box
-from rich.console import Console
-from rich.measure import Measurement
-from rich.padding import Padding
+from rich.cells import cell_len
+from rich.console import Console, JustifyMethod
 from rich.table import Table as Grid
 from rich.text import Text
 
 from launch.page import Bars, Code, Curve, Page, Table, Verdict
 
-_UNBOUNDED = 100_000  # columns
+_GAP = "  "  # between columns
 
 
 def print_page(page: Page, file: TextIO | None = None, width: int | None = None) -> None:
@@ -32,7 +32,7 @@ def print_page(page: Page, file: TextIO | None = None, width: int | None = None)
     if page.figures:
         rows = [[figure.label, figure.value, figure.note] for figure in page.figures]
         out.gap()
-        out.grid(rows, ["bold cyan" if i == 1 else "" for i in range(3)])
+        out.grid(rows, ["", "bold cyan", ""])
     for section in page.sections:
         out.gap()
         out.text(section.title, "bold underline")
@@ -47,9 +47,6 @@ def print_page(page: Page, file: TextIO | None = None, width: int | None = None)
                 out.code(part.text)
             else:
                 out.text(part)
-    if page.footer:
-        out.gap()
-        out.text(page.footer)
 
 
 class _Out:
@@ -63,20 +60,24 @@ class _Out:
 
     def text(self, text: str, style: str = "") -> None:
         """Print a paragraph."""
-        self._print(Text(text, style))
+        self._print(Text(text, style), self._width)
 
     def code(self, text: str) -> None:
         """Print lines that can be copied: indented, never wrapped."""
-        self._print(Padding(Text(text, no_wrap=True), (0, 0, 0, 4)))
+        for line in text.splitlines():
+            self._console.file.write(f"    {line}\n")
 
-    def grid(self, rows: list[list[str]], styles: list[str]) -> None:
-        """Print names, values and notes in columns without a header; the last column wraps."""
-        found = Grid.grid(padding=(0, 2, 0, 0))
-        for i, style in enumerate(styles):
-            found.add_column(style=style, no_wrap=i < len(styles) - 1)
+    def grid(self, rows: Sequence[Sequence[str]], styles: Sequence[str]) -> None:
+        """Print rows without a header: names, whole values between, and texts that wrap."""
+        columns = list(zip(*rows, strict=True))
+        whole = [0 < i < len(columns) - 1 for i in range(len(columns))]
+        widths = _widths(columns, whole, self._width)
+        found = Grid.grid(padding=(0, len(_GAP), 0, 0))
+        for width, style in zip(widths, styles, strict=True):
+            found.add_column(style=style, width=width, overflow="fold")
         for row in rows:
             found.add_row(*(Text(cell) for cell in row))
-        self._print(found)
+        self._print(found, _total(widths))
 
     def table(self, table: Table) -> None:
         """Print a table between free lines, with its caption above and its notes below."""
@@ -84,49 +85,72 @@ class _Out:
         if table.caption:
             self.text(table.caption, "bold")
         if table.header:
-            self._print(_rich_table(table))
+            self._headed(table)
         else:
-            self.grid([list(row) for row in table.rows], [""] * table.text_columns)
+            self.grid(table.rows, [""] * len(table.rows[0]))
         for note in table.notes:
             self.text(note, "dim")
 
-    def _print(self, what: Text | Grid | Padding) -> None:
-        """Print at the terminal's width, or wider where a table needs it."""
-        console = self._console
-        if not isinstance(what, Text):
-            unbounded = console.options.update(max_width=_UNBOUNDED)
-            console.width = max(self._width, Measurement.get(console, unbounded, what).minimum)
-        with console.capture() as written:
-            console.print(what)
-        console.width = self._width
-        for (
-            line
-        ) in written.get().splitlines():  # what Rich fills lines up with helps nobody in a file
-            console.file.write(line.rstrip() + "\n")
+    def _headed(self, table: Table) -> None:
+        columns = list(zip(*filter(None, table.rows), strict=True))
+        heads = [_head(head, cells) for head, cells in zip(table.header, columns, strict=True)]
+        height = max(len(head) for head in heads)
+        whole = [i >= table.text_columns for i in range(len(columns))]
+        widths = _widths(
+            [[*cells, *head] for cells, head in zip(columns, heads, strict=True)],
+            whole,
+            self._width,
+        )
+        found = Grid(
+            box=box.SIMPLE_HEAD, padding=(0, len(_GAP) - 1, 0, 0), show_edge=False, pad_edge=False, header_style="bold"
+        )  # fmt: skip
+        for width, head, number in zip(widths, heads, whole, strict=True):
+            low = "\n" * (height - len(head)) + "\n".join(head)  # stands on the rule, however short
+            justify: JustifyMethod = "right" if number else "left"
+            found.add_column(Text(low), justify=justify, width=width, overflow="fold")
+        for row in table.rows:
+            if row:
+                found.add_row(*(Text(cell) for cell in row))
+            else:
+                found.add_section()
+        self._print(found, _total(widths))
+
+    def _print(self, what: Text | Grid, width: int) -> None:
+        self._console.width = width
+        with self._console.capture() as written:
+            self._console.print(what)
+        for line in written.get().splitlines():
+            self._console.file.write(line.rstrip() + "\n")  # Rich fills lines up with spaces
 
 
-def _rich_table(table: Table) -> Grid:
-    found = Grid(
-        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False, header_style="bold"
-    )  # fmt: skip
-    columns = list(zip(*filter(None, table.rows), strict=True))
-    heads = [_wrapped(head, cells) for head, cells in zip(table.header, columns, strict=True)]
-    lines = max(head.count("\n") for head in heads)
-    for i, head in enumerate(heads):
-        low = "\n" * (lines - head.count("\n")) + head  # stands on the rule, however short
-        number = i >= table.text_columns
-        found.add_column(Text(low), justify="right" if number else "left", no_wrap=number)
-    for row in table.rows:
-        if row:
-            found.add_row(*(Text(cell) for cell in row))
-        else:
-            found.add_section()
-    return found
-
-
-def _wrapped(head: str, cells: tuple[str, ...]) -> str:
+def _head(head: str, cells: Sequence[str]) -> list[str]:
     """Break a header in two between words where its column is narrower."""
-    width = max(len(word) for word in [*cells, *head.split()])
+    width = max(cell_len(word) for word in [*cells, *head.split()])
     while len(lines := textwrap.wrap(head, width, break_on_hyphens=False)) > 2:
         width += 1
-    return "\n".join(lines)
+    return lines
+
+
+def _widths(columns: Sequence[Sequence[str]], whole: Sequence[bool], room: int) -> list[int]:
+    """Give each column as much as its cells need where there is room; else the later ones wrap between words.
+
+    Args:
+        whole: columns that never wrap.
+        room: columns of the terminal; the widths may come to more where even that is not enough.
+    """
+    most = [max(cell_len(cell) for cell in cells) for cells in columns]
+    least = [
+        wide if keep else max((cell_len(word) for cell in cells for word in cell.split()), default=1)
+        for cells, keep, wide in zip(columns, whole, most, strict=True)
+    ]  # fmt: skip
+    spare = max(0, room - _total(least))
+    widths = []
+    for narrow, wide in zip(least, most, strict=True):
+        more = min(wide - narrow, spare)
+        spare -= more
+        widths.append(narrow + more)
+    return widths
+
+
+def _total(widths: Sequence[int]) -> int:
+    return sum(widths) + len(_GAP) * (len(widths) - 1)
