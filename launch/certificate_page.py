@@ -5,7 +5,7 @@ Everything here is exact and counted; what others add (memory, a model of the ti
 
 from collections.abc import Sequence
 
-from engine.certificate.exact import Bytes, Certificate, Idle, Section
+from engine.certificate.exact import Bytes, Certificate, Idle, Section, counted_kind
 from engine.certificate.series import Line as SeriesLine
 from engine.certificate.tally import Spread
 from engine.certificate.traffic import KINDS
@@ -64,48 +64,50 @@ def _figures(found: Certificate) -> list[KeyFigure]:
     kinds = " or ".join(sorted({part.exchange for part in found.by_k}))
     load = max(part.computed_rows.max / part.computed_rows.mean for part in found.by_k)
     of_k = "" if len(found.by_k) == 1 else " of the same k"
-    figures = [
+    mean, most = _used(found, "rank")
+    far_mean, far_most = _used(found, "between")
+    return [
         KeyFigure(
             "Rows of the busiest rank",
             f"{whole.computed_rows.max:,}",
             f"computed in one layer and micro-batch; at most {load:.2f} x the mean{of_k}",
-        )
-    ]
-    for label, values, note in (
-        ("Bytes a rank sends", "rank", f", exchange {kinds}"),
-        ("Bytes between nodes", "between", ""),
-    ):
-        mean, most = _used(found, values)
-        figures.append(
-            KeyFigure(label, byte_text(mean), f"of a rank in a step; at most {byte_text(most)}{note}")
-        )  # fmt: skip
-    for label, idle, note in (
-        ("Steps with an idle rank", whole.idle_rank, "a rank receives no row in some layer and micro-batch"),
-        ("Steps with an idle expert", whole.idle_expert, "an expert gets no row in some layer and micro-batch"),
-    ):  # fmt: skip
-        figures.append(KeyFigure(label, f"{idle.steps:,}", f"of {whole.steps:,}: {note}"))
-    figures.append(
+        ),
+        KeyFigure(
+            "Bytes a rank sends",
+            byte_text(mean),
+            f"of a rank in a step; at most {byte_text(most)}, exchange {kinds}",
+        ),
+        KeyFigure(
+            "Bytes between nodes",
+            byte_text(far_mean),
+            f"of a rank in a step; at most {byte_text(far_most)}",
+        ),
+        KeyFigure(
+            "Steps with an idle rank",
+            f"{whole.idle_rank.steps:,}",
+            f"of {whole.steps:,}: a rank receives no row in some layer and micro-batch",
+        ),
+        KeyFigure(
+            "Steps with an idle expert",
+            f"{whole.idle_expert.steps:,}",
+            f"of {whole.steps:,}: an expert gets no row in some layer and micro-batch",
+        ),
         KeyFigure(
             "Padding of fixed shapes",
             f"{whole.static.pair_padding:.1%}",
             "of the rows, if each rank sent each other equally many in every step",
-        )
-    )
-    return figures
+        ),
+    ]
 
 
 def _used(found: Certificate, values: str) -> tuple[float, int]:
     """Give the mean and the maximum over steps and ranks of a field of Bytes, by the exchange that the run uses at each k."""
     total, most = 0.0, 0
     for part in found.by_k:
-        spread: Spread = getattr(part.bytes[_counted_kind(part)], values)
+        spread: Spread = getattr(part.bytes[counted_kind(part.exchange)], values)
         total += spread.mean * part.steps
         most = max(most, spread.max)
     return total / found.whole.steps, most
-
-
-def _counted_kind(part: Section) -> str:
-    return "tokens" if part.exchange == "local" else part.exchange  # local: nothing moves by any
 
 
 def _run(found: Certificate, config: Config, corpus: PreparedCorpus) -> page.Section:
@@ -189,7 +191,7 @@ def _bytes(found: Certificate, parts: Sequence[Section]) -> page.Section:
     notes = [
         "* the exchange that the run uses. tokens: each token once to each rank that has one of its experts. gather: all "
         "tokens to all ranks. two_level: each token once to each other node, and from there to that node's ranks; the engine "
-        "does not run it, the count says what it would save.",
+        "does not run it, the count says what it would send.",
     ]
     return page.Section(
         "Bytes",

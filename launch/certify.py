@@ -65,9 +65,7 @@ def run(args: CertifyArgs) -> int:
     described = certificate_page(found, args, corpus)
     path.with_suffix(".html").write_text(html(described), encoding="ascii")
     print_page(described)
-    print(
-        f"written: {path} and {path.with_suffix('.html').name} (with charts; opens in any browser)"
-    )
+    print(f"written: {path} and, with charts, {path.with_suffix('.html')}")
     return 0
 
 

@@ -144,7 +144,7 @@ def _table(table: Table) -> str:
     caption = f"<caption>{escape(table.caption)}</caption>" if table.caption else ""
     facts = "" if table.header else ' class="facts"'
     return (
-        f'<div class="scroll" tabindex="0"><table{facts}>{caption}'
+        f'<div class="scroll" role="region" aria-label="{escape(table.caption or "table")}" tabindex="0"><table{facts}>{caption}'
         + (f"<thead><tr>{head}</tr></thead>" if head else "")
         + f"<tbody>{''.join(line(row) for row in table.rows)}</tbody></table></div>"
         + "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)

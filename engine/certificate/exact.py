@@ -110,8 +110,7 @@ def certify(
         if k not in sums:
             sums[k], exchange[k] = _Sums(), _exchange(config, placement, k, tokens)
         sums[k].add(counts, left)
-        used = "tokens" if exchange[k] == "local" else exchange[k]  # local: nothing moves by any
-        series.add(counts, left[used].all_gP)
+        series.add(counts, left[counted_kind(exchange[k])].all_gP)
     mixed = exchange[min(sums)] if len(set(exchange.values())) == 1 else "mixed"
     return Certificate(
         placement=placement,
@@ -137,6 +136,11 @@ def counted_steps(config: Config, steps: int | None, sample: int) -> range:
         1 <= sample <= steps, f"sample={sample}: must be from 1 to the {steps} steps to certify"
     )
     return range(0, steps, sample)
+
+
+def counted_kind(exchange: str) -> str:
+    """Give the kind of exchange whose bytes are those of a Section's exchange at one k."""
+    return "tokens" if exchange == "local" else exchange  # local: nothing moves by any kind
 
 
 def _exchange(config: Config, placement: Placement, k: int, tokens: int) -> str:

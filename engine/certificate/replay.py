@@ -38,9 +38,7 @@ Result = TypeVar("Result")
 class StepCounts:
     """What one step moves and computes, in rows; all in all groups, of every layer and micro-batch."""
 
-    steps: NDArray[
-        np.int64
-    ]  # ascending; all that do exactly this: the same segments at the same k in later epochs
+    steps: Counts  # ascending, all that do exactly this: same segments, same k, later epochs
     k: int
     sent_ymgPP: Counts  # by source, then destination: each token once to each rank that has one of its experts
     nodes_ymgPh: Counts  # by source, then node of the group: each token once to each node that has one of its experts

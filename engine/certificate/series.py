@@ -3,9 +3,10 @@
 A value belongs to one step. A point holds the mean and the maximum of a run of counted steps, and the points together hold every
 counted step once: a single bad step stays visible as a maximum, however long the run is.
 
-Letters: g expert groups, P ranks of a group, s distinct steps, n counted steps.
+Letters: g expert groups, P ranks of a group, s distinct steps, n counted steps, v values of a step.
 """
 
+from array import array
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,9 +41,7 @@ class Series:
     received_load: Line  # rows that a rank receives by `tokens`, its own included
     computed_load: Line  # expert rows that a rank computes
     expert_load: Line  # rows of an expert
-    busiest_rank_bytes: (
-        Line  # that leave the rank which sends most, by the exchange that the run uses
-    )
+    busiest_rank_bytes: Line  # that leave the rank which sends most, by the run's own exchange
     mean_rank_bytes: Line  # that leave a rank in the mean, likewise
 
 
@@ -51,7 +50,7 @@ class SeriesCollector:
 
     def __init__(self) -> None:
         self._steps: list[NDArray[np.int64]] = []
-        self._values: list[tuple[float, ...]] = []  # in the order of _NAMES
+        self._values = array("d")  # step after step, in the order of _NAMES
 
     def add(self, counts: StepCounts, left_bytes_gP: Counts) -> None:
         """Take in a step, with the bytes that leave each rank in it."""
@@ -59,7 +58,7 @@ class SeriesCollector:
         loads = [float(values.max() / values.mean()) for values in rows]
         sent = float(left_bytes_gP.max()), float(left_bytes_gP.mean())
         self._steps.append(counts.steps)
-        self._values.append((counts.k, *loads, *sent))
+        self._values.extend((counts.k, *loads, *sent))
 
     def series(self, points: int = POINTS) -> Series:
         """Thin to at most so many points, runs of nearly equally many counted steps each.
@@ -75,7 +74,8 @@ class SeriesCollector:
         ends = np.arange(1, points + 1) * step_n.size // points
         starts = np.concatenate([[0], ends[:-1]])
         lines = {}
-        for name, value_s in zip(_NAMES, np.array(self._values).T, strict=True):
+        values_sv = np.array(self._values).reshape(-1, len(_NAMES))
+        for name, value_s in zip(_NAMES, values_sv.T, strict=True):
             value_n = value_s[distinct_n]
             mean = np.add.reduceat(value_n, starts) / (ends - starts)
             lines[name] = Line(mean.tolist(), np.maximum.reduceat(value_n, starts).tolist())
