@@ -6,11 +6,12 @@ of their gradients; what data parallelism, checkpoints and planning send is not 
 Letters: as in engine/certificate/replay.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from engine.certificate.placement import Placement
-from engine.certificate.replay import StepCounts, replay
+from engine.certificate.replay import Counts, StepCounts, replay
+from engine.certificate.series import Series, SeriesCollector
 from engine.certificate.tally import Spread, Tally
 from engine.certificate.traffic import KINDS, Trips, hops, leaving, trips_of
 from engine.config import Config, require
@@ -77,6 +78,7 @@ class Certificate:
     trips: Trips  # of a layer's rows in one micro-batch
     whole: Section
     by_k: list[Section]
+    series: Series  # over the counted steps
 
 
 def certify(
@@ -101,9 +103,14 @@ def certify(
         placement, tokens, config.model.width * wire_itemsize(config), trips_of(config, tokens)
     )
     sums: dict[int, _Sums] = {}
+    exchange: dict[int, str] = {}
+    series = SeriesCollector()
     for counts in replay(config, ids, tables, placement, chosen):
-        sums.setdefault(counts.k, _Sums(frame)).add(counts)
-    exchange = {k: _exchange(config, placement, k, tokens) for k in sums}
+        k, left = counts.k, frame.left(counts)
+        if k not in sums:
+            sums[k], exchange[k] = _Sums(), _exchange(config, placement, k, tokens)
+        sums[k].add(counts, left)
+        series.add(counts, left[counted_kind(exchange[k])].all_gP)
     mixed = exchange[min(sums)] if len(set(exchange.values())) == 1 else "mixed"
     return Certificate(
         placement=placement,
@@ -116,6 +123,7 @@ def certify(
         trips=frame.trips,
         whole=_section(None, mixed, list(sums.values())),
         by_k=[_section(k, exchange[k], [found]) for k, found in sorted(sums.items())],
+        series=series.series(),
     )
 
 
@@ -130,10 +138,23 @@ def counted_steps(config: Config, steps: int | None, sample: int) -> range:
     return range(0, steps, sample)
 
 
+def counted_kind(exchange: str) -> str:
+    """Give the kind of exchange whose bytes are those of a Section's exchange at one k."""
+    return "tokens" if exchange == "local" else exchange  # local: nothing moves by any kind
+
+
 def _exchange(config: Config, placement: Placement, k: int, tokens: int) -> str:
     if placement.expert_ranks == 1:
         return "local"
     return "gather" if gathers(config, placement.expert_ranks, k, tokens) else "tokens"
+
+
+@dataclass(frozen=True, slots=True)
+class _Left:
+    """Bytes that leave each rank in a step; layers and micro-batches added up."""
+
+    all_gP: Counts
+    inside_gP: Counts  # to ranks of the same node
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,18 +166,30 @@ class _Frame:
     row_bytes: int
     trips: Trips
 
+    def left(self, counts: StepCounts) -> dict[str, _Left]:
+        """Give what leaves the ranks in a step by each kind of exchange."""
+        near_PP = self.placement.same_node_PP
+        found = {}
+        for kind in KINDS:
+            hops_ymgPP = hops(counts, kind, self.placement, self.tokens)
+            all_gP, inside_gP = (
+                leaving(hops_ymgPP, self.trips, near).sum(axis=(0, 1)) * self.row_bytes
+                for near in (None, near_PP)
+            )
+            found[kind] = _Left(all_gP, inside_gP)
+        return found
+
 
 @dataclass(slots=True)
 class _Sums:
     """Counts of the steps of one k."""
 
-    frame: _Frame
     steps: int = 0
     tallies: dict[str, Tally] = field(default_factory=dict)
     idle: dict[str, Idle] = field(default_factory=dict)
 
-    def add(self, counts: StepCounts) -> None:
-        """Take in a step."""
+    def add(self, counts: StepCounts, left: Mapping[str, _Left]) -> None:
+        """Take in a step, with what leaves the ranks in it by each kind of exchange."""
         self.steps += counts.times
         rows = {
             "received": counts.received_ymgP,
@@ -172,15 +205,8 @@ class _Sums:
                 first = counts.step if before.first_step is None else before.first_step
                 before = Idle(before.steps + counts.times, first)
             self.idle[name] = before
-        near_PP = self.frame.placement.same_node_PP
-        for kind in KINDS:
-            hops_ymgPP = hops(counts, kind, self.frame.placement, self.frame.tokens)
-            # of a step: layers and micro-batches added up
-            all_gP, inside_gP = (
-                leaving(hops_ymgPP, self.frame.trips, near).sum(axis=(0, 1)) * self.frame.row_bytes
-                for near in (None, near_PP)
-            )
-            parts = {"": all_gP, " inside": inside_gP, " between": all_gP - inside_gP}
+        for kind, sent in left.items():
+            parts = {"": sent.all_gP, " inside": sent.inside_gP, " between": sent.all_gP - sent.inside_gP}  # fmt: skip
             for name, bytes_gP in parts.items():
                 self._tally(kind + name).add(bytes_gP, counts.step, counts.times)
 

@@ -38,12 +38,21 @@ Result = TypeVar("Result")
 class StepCounts:
     """What one step moves and computes, in rows; all in all groups, of every layer and micro-batch."""
 
-    step: int
-    times: int  # steps that do exactly this: the same segments at the same k in later epochs; step is the first
+    steps: Counts  # ascending, all that do exactly this: same segments, same k, later epochs
     k: int
     sent_ymgPP: Counts  # by source, then destination: each token once to each rank that has one of its experts
     nodes_ymgPh: Counts  # by source, then node of the group: each token once to each node that has one of its experts
     count_ymgE: Counts  # rows of each expert
+
+    @property
+    def step(self) -> int:
+        """The first of the steps."""
+        return int(self.steps[0])
+
+    @property
+    def times(self) -> int:
+        """Number of the steps."""
+        return self.steps.size
 
     @property
     def received_ymgP(self) -> Counts:
@@ -58,15 +67,14 @@ class StepCounts:
 
 
 class _Work(NamedTuple):
-    step: int
-    times: int
+    steps: NDArray[np.int64]
     k: int
 
 
 def replay(
     config: Config, ids: Ids, tables: Sequence[Table], placement: Placement, steps: Sequence[int]
 ) -> Iterator[StepCounts]:
-    """Count step after step; a step whose segments and k were counted before is not counted again (see StepCounts.times).
+    """Count step after step; a step whose segments and k were counted before is not counted again (see StepCounts.steps).
 
     Args:
         ids: the training split.
@@ -88,13 +96,11 @@ def replay(
 
 def _distinct(config: Config, segments_per_epoch: int, steps: Iterable[int]) -> list[_Work]:
     """List what there is to count, in the order of first steps."""
-    found: dict[tuple[int, int], _Work] = {}
+    found: dict[tuple[int, int], list[int]] = {}
     for step in steps:
         k = active_experts(config.schedule, step, config.schedule_steps)
-        key = step % segments_per_epoch, k
-        before = found.get(key, _Work(step, 0, k))
-        found[key] = before._replace(times=before.times + 1)
-    return list(found.values())
+        found.setdefault((step % segments_per_epoch, k), []).append(step)
+    return [_Work(np.array(same), k) for (_, k), same in found.items()]
 
 
 def _pack(table: Table, k: int, placement: Placement) -> NDArray[np.uint64]:
@@ -136,7 +142,7 @@ class _Counter:
 
     def count(self, work: _Work) -> StepCounts:
         """Count a step."""
-        batch = self.streams.batch(work.step, range(self.streams.streams))
+        batch = self.streams.batch(int(work.steps[0]), range(self.streams.streams))
         place, accumulation = self.placement, self.config.train.accumulation
         # rank by rank, micro-batch by micro-batch, as Streams.streams_of
         shares = place.world_size * accumulation

@@ -224,14 +224,18 @@ def test_a_certificate_is_printed_and_written(run, tmp_path, text):
     path = tmp_path / "found/certificate.json"
     done = run("certify", *options, *ranks, f"out={path.parent}")
     assert done.returncode == 0, done.stderr
-    assert "ranks: 4, 2 on a node, in 1 expert group of 4, each on 2 nodes; 1 of 4 experts on a rank" in done.stdout  # fmt: skip
-    assert "steps: the first 6, all counted" in done.stdout and "two_level" in done.stdout
+    assert "4, 2 on a node, in 1 expert group of 4, each on 2 nodes\n" in done.stdout
+    assert "the first 6, all counted\n" in done.stdout and "two_level" in done.stdout
+    assert "\x1b" not in done.stdout  # no terminal, no colours
+    assert "<h1>Certificate of " in path.with_suffix(".html").read_text("ascii")
     found = json.loads(path.read_text())
     assert found["placement"] == {"world_size": 4, "expert_ranks": 4, "ranks_per_node": 2}
     assert [part["k"] for part in found["by_k"]] == [1, 2, 3] and found["whole"]["steps"] == 6
     assert found["options"]["parallel"]["expert_ranks"] == 4 and len(found["corpus_sha256"]) == 64
     done = run("certify", *options, *ranks, "sample=5", f"out={path.parent}")
-    assert done.returncode == 0 and "2 of the first 6, one in 5" in done.stdout
+    assert done.returncode == 0 and "Counted: 2 of the first 6 steps, one in 5" in " ".join(
+        done.stdout.split()
+    )
     assert json.loads(path.read_text())["whole"]["steps"] == 2
 
 

@@ -244,7 +244,7 @@ def test_the_example_of_a_two_level_exchange():
     """Two nodes of two ranks: one token with experts on ranks 1, 2 and 3, one with experts on rank 3."""
     sent, nodes = np.zeros((1, 1, 1, 4, 4), np.int64), np.zeros((1, 1, 1, 4, 2), np.int64)
     sent[..., 0, :], nodes[..., 0, :] = [0, 1, 1, 2], [1, 2]
-    counts = StepCounts(0, 1, 3, sent, nodes, np.zeros((1, 1, 1, 8), np.int64))
+    counts = StepCounts(np.array([0]), 3, sent, nodes, np.zeros((1, 1, 1, 8), np.int64))
     found = hops(counts, "two_level", Placement(4, 4, 2), tokens=2)[0, 0, 0]
     assert found.tolist() == [[0, 1, 2, 0], [0, 0, 0, 0], [0, 0, 0, 2], [0, 0, 0, 0]]
 
