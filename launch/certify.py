@@ -1,11 +1,10 @@
 """What a run will do, before it starts: `python -m launch.certify experiment=NAME world_size=64 expert_group=8`.
 
 Replays the ids, tables and k of the run on this machine's CPU, without a GPU or a cluster: rows of every rank and expert, and
-bytes inside and between nodes, exactly. Prints one page and writes certificate.json. Numbers are of one layer and micro-batch
-unless said.
+bytes inside and between nodes, exactly. Prints one page and writes certificate.json, and certificate.safetensors, to which
+launch.train certificate=FOLDER holds the run. Numbers are of one layer and micro-batch unless said.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 from engine.build import build_routers
 from engine.certificate.exact import Bytes, Certificate, Idle, Section, certify, counted_steps
 from engine.certificate.placement import Placement
+from engine.certificate.record import ARRAYS, JSON, Record, tables_sha256
 from engine.certificate.tally import Spread
 from engine.certificate.traffic import KINDS
 from engine.config import Config, Split, to_plain
@@ -35,7 +35,7 @@ class CertifyArgs(Config):
     sample: int = 1
     """Count every so manieth step only."""
     out: str | None = None
-    """Folder of certificate.json; None means certificates/ and train.name."""
+    """Folder of what is written; None means certificates/ and train.name."""
 
     def __post_init__(self) -> None:
         if self.expert_group is not None:
@@ -146,14 +146,23 @@ def run(args: CertifyArgs) -> int:
     assert routers is not None
     tables = [router.table for router in routers]
     ids = corpus.split(Split.train)
-    found = certify(args, ids, tables, args.placement, steps=args.steps, sample=args.sample)
+    record = Record(args, ids, args.placement, counted_steps(args, args.steps, args.sample))
+    found = certify(
+        args, ids, tables, args.placement, steps=args.steps, sample=args.sample, also=record.add
+    )
     folder = Path(args.out or Path("certificates") / args.train.name)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "certificate.json"
-    plain = {"options": to_plain(args), "corpus_sha256": corpus.sha256, **asdict(found)}
-    path.write_text(json.dumps(plain, indent=1) + "\n", encoding="ascii")
+    plain = {
+        "options": to_plain(args),
+        "corpus_sha256": corpus.sha256,
+        "tables_sha256": tables_sha256(tables),
+        **asdict(found),
+    }
+    arrays_bytes = record.write(folder, plain)
     print(page(found))
-    print(f"written to {path}")
+    print(
+        f"written to {folder / JSON}, and what each rank must do in each step to {folder / ARRAYS} ({arrays_bytes:,} bytes); "
+        f"launch.train certificate={folder} holds the run to it"
+    )
     return 0
 
 

@@ -6,7 +6,7 @@ of their gradients; what data parallelism, checkpoints and planning send is not 
 Letters: as in engine/certificate/replay.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from engine.certificate.placement import Placement
@@ -80,7 +80,8 @@ class Certificate:
 
 
 def certify(
-    config: Config, ids: Ids, tables: Sequence[Table], placement: Placement, *, steps: int | None = None, sample: int = 1
+    config: Config, ids: Ids, tables: Sequence[Table], placement: Placement, *, steps: int | None = None, sample: int = 1,
+    also: Callable[[StepCounts], None] | None = None,
 ) -> Certificate:  # fmt: skip
     """Count what a run does on these ranks; a pure function of its arguments.
 
@@ -89,6 +90,7 @@ def certify(
         tables: of the run, one for each layer or one for all.
         steps: count the first so many; None for train.steps.
         sample: count every so manieth only; maxima and bounds then hold for those steps alone.
+        also: is given the counts of each step as well, such as Record.add (engine/certificate/record.py).
 
     Raises:
         UserError: the run cannot be laid out on these ranks, its routes are not known beforehand, or steps or sample is out
@@ -96,14 +98,13 @@ def certify(
     """
     chosen = counted_steps(config, steps, sample)
     placement.check(config)
-    tokens = config.streams_per_micro_batch(placement.world_size) * config.data.segment
-    frame = _Frame(
-        placement, tokens, config.model.width * wire_itemsize(config), trips_of(config, tokens)
-    )
+    frame = frame_of(config, placement)
     sums: dict[int, _Sums] = {}
     for counts in replay(config, ids, tables, placement, chosen):
         sums.setdefault(counts.k, _Sums(frame)).add(counts)
-    exchange = {k: _exchange(config, placement, k, tokens) for k in sums}
+        if also is not None:
+            also(counts)
+    exchange = {k: exchange_of(config, frame, k) for k in sums}
     mixed = exchange[min(sums)] if len(set(exchange.values())) == 1 else "mixed"
     return Certificate(
         placement=placement,
@@ -111,7 +112,7 @@ def certify(
         sample=sample,
         layers=config.model.layers,
         experts=config.moe.experts,
-        tokens=tokens,
+        tokens=frame.tokens,
         row_bytes=frame.row_bytes,
         trips=frame.trips,
         whole=_section(None, mixed, list(sums.values())),
@@ -130,27 +131,36 @@ def counted_steps(config: Config, steps: int | None, sample: int) -> range:
     return range(0, steps, sample)
 
 
-def _exchange(config: Config, placement: Placement, k: int, tokens: int) -> str:
-    if placement.expert_ranks == 1:
-        return "local"
-    return "gather" if gathers(config, placement.expert_ranks, k, tokens) else "tokens"
-
-
 @dataclass(frozen=True, slots=True)
-class _Frame:
+class Frame:
     """What all steps share."""
 
     placement: Placement
-    tokens: int
-    row_bytes: int
-    trips: Trips
+    tokens: int  # of a rank in a micro-batch
+    row_bytes: int  # of one row on the wire
+    trips: Trips  # of a layer's rows in one micro-batch
+
+
+def frame_of(config: Config, placement: Placement) -> Frame:
+    """Give what all steps of a run on these ranks share."""
+    tokens = config.streams_per_micro_batch(placement.world_size) * config.data.segment
+    row_bytes = config.model.width * wire_itemsize(config)
+    return Frame(placement, tokens, row_bytes, trips_of(config, tokens))
+
+
+def exchange_of(config: Config, frame: Frame, k: int) -> str:
+    """Name the exchange that a run uses at this k: tokens, gather, or local (one rank: nothing moves)."""
+    ranks = frame.placement.expert_ranks
+    if ranks == 1:
+        return "local"
+    return "gather" if gathers(config, ranks, k, frame.tokens) else "tokens"
 
 
 @dataclass(slots=True)
 class _Sums:
     """Counts of the steps of one k."""
 
-    frame: _Frame
+    frame: Frame
     steps: int = 0
     tallies: dict[str, Tally] = field(default_factory=dict)
     idle: dict[str, Idle] = field(default_factory=dict)

@@ -78,7 +78,7 @@ def replay(
     """
     placement.check(config)
     streams = Streams(ids, config.data.streams, config.data.segment, config.context)
-    work = _distinct(config, streams.segments_per_epoch, steps)
+    work = _distinct(config, streams, steps)
     with ThreadPoolExecutor(_THREADS) as pool:
         for k, same_k in groupby(work, key=lambda item: item.k):
             words = [_pack(table, k, placement) for table in tables]
@@ -86,13 +86,27 @@ def replay(
             yield from _in_order(pool, counter.count, same_k)
 
 
-def _distinct(config: Config, segments_per_epoch: int, steps: Iterable[int]) -> list[_Work]:
-    """List what there is to count, in the order of first steps."""
-    found: dict[tuple[int, int], _Work] = {}
+def first_steps(config: Config, ids: Ids, steps: Sequence[int]) -> list[int]:
+    """Give for each step the first of the steps that does exactly the same (see StepCounts.times); arguments as for replay."""
+    streams = Streams(ids, config.data.streams, config.data.segment, config.context)
+    found: dict[tuple[int, int], int] = {}
+    return [found.setdefault(key, step) for step, key in _keys(config, streams, steps)]
+
+
+def _keys(
+    config: Config, streams: Streams, steps: Iterable[int]
+) -> Iterator[tuple[int, tuple[int, int]]]:
+    """Yield each step with what decides what it does: its segments, and k."""
     for step in steps:
         k = active_experts(config.schedule, step, config.schedule_steps)
-        key = step % segments_per_epoch, k
-        before = found.get(key, _Work(step, 0, k))
+        yield step, (step % streams.segments_per_epoch, k)
+
+
+def _distinct(config: Config, streams: Streams, steps: Iterable[int]) -> list[_Work]:
+    """List what there is to count, in the order of first steps."""
+    found: dict[tuple[int, int], _Work] = {}
+    for step, key in _keys(config, streams, steps):
+        before = found.get(key, _Work(step, 0, key[1]))
         found[key] = before._replace(times=before.times + 1)
     return list(found.values())
 
