@@ -214,7 +214,8 @@ class Trainer:
         except _StopAsked:
             pass
         except RunFailed as error:
-            failure = RunFailed(f"{error}; {self._last_good()}" if error.everywhere else str(error))
+            together = error.everywhere or alone
+            failure = RunFailed(f"{error}; {self._last_good()}" if together else str(error))
             failure.everywhere = error.everywhere
             raise failure from error
         finally:

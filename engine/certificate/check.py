@@ -1,9 +1,10 @@
 """Holds a run to its certificate: what each step did on this rank against what was counted before the run.
 
-`fits` and its like refuse a certificate of another run before the first step. `Check` watches the expert layers where the rows are: rows
-received are the rows of the tensors that arrive, expert rows those of the index tensors that the kernels are given, bytes what
-the collectives of a layer counted (engine/parallel/collectives.py). They are compared on the host behind the backward passes
-and before the weights change, each rank for itself: no collective, nothing read back from a device.
+`fits`, `fits_text` and `fits_tables` refuse a certificate of another run before the first step. `Check` watches the expert
+layers where the rows are: rows received are the rows of the tensors that arrive, expert rows those of the index tensors that
+the kernels are given, bytes what the collectives of a layer counted (engine/parallel/collectives.py). They are compared on the
+host, behind the backward passes and before the weights change, each rank for itself: no collective, nothing read back from a
+device.
 
 Letters: y layers, m micro-batches of a step.
 """
@@ -53,11 +54,12 @@ def fits(written: Written, config: Config, world_size: int) -> None:
     difference = _difference(written, config, _ROUTES)
     if difference is None and placement.expert_ranks > 1:
         frame = frame_of(config, placement)
-        exchange = {part["k"]: exchange_of(config, frame, part["k"]) for part in facts["by_k"]}
+        certified_exchange = {part["k"]: part["exchange"] for part in facts["by_k"]}
+        exchange = {k: exchange_of(config, frame, k) for k in certified_exchange}
         for names, certified, now in (
             (_ROW, facts["row_bytes"], frame.row_bytes),
             (_TRIPS, facts["trips"], list(frame.trips)),
-            (_EXCHANGE, [part["exchange"] for part in facts["by_k"]], list(exchange.values())),
+            (_EXCHANGE, certified_exchange, exchange),
         ):
             if difference is None and certified != now:
                 difference = _difference(written, config, names) or "written by another version"
@@ -88,7 +90,7 @@ def fits_tables(written: Written, config: Config, tables: Sequence[Table]) -> No
     seed = _difference(written, config, ["train.seed"])
     require(
         certified == now,
-        f"{written.path} is the certificate of a run with other tables: {seed or 'the options are the same'}; "
+        f"{written.path} is the certificate of a run with other tables: {seed or 'train.seed is the same'}; "
         f"their sha256 was {certified[:16]}..., now it is {now[:16]}...",
     )
 

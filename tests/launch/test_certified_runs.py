@@ -29,14 +29,15 @@ def test_a_run_is_held_to_its_certificate(run, tmp_path, text, certificate):
     """Options that change no count may differ; the first step that differs ends the run, and it can be resumed with another."""
     right = shutil.copytree(certificate, tmp_path / "right")
     rows = change_certificate(certificate, "computed_uyrm", (4, 1, 0, 0))
-    free = "optim.lr=0.001", "train.save_every=2", "train.name=held", "moe.expert_width=8", "parallel.wire=bf16"  # fmt: skip
+    free = "optim.lr=0.001", "train.save_every=2", "train.name=held", "moe.expert_width=8", "moe.spread=1", "parallel.wire=bf16"  # fmt: skip
     run_options = options(tmp_path, text, *free)
     done = run("train", *run_options, f"certificate={certificate}")
     assert done.returncode == 1
     lines = [line for line in done.stderr.splitlines() if line.startswith("foreroute: ")]
+    kept = tmp_path / "runs/held/checkpoints/step-00000004"
     assert lines == [
         f"foreroute: rank 0 differs from its certificate at step 4, layer 1, micro-batch 0: expert rows computed {rows}, "
-        f"certified {rows + 1}"
+        f"certified {rows + 1}; the last good checkpoint is {kept}"
     ]
     log = tmp_path / "runs/held/metrics.jsonl"
     assert json.loads(log.read_text().splitlines()[-1])["step"] == 4
