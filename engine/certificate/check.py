@@ -49,7 +49,7 @@ def fits(written: Written, config: Config, world_size: int) -> None:
     placement = Placement(**facts["placement"])
     require(
         placement.world_size == world_size,
-        f"{world_size} ranks: {path} is the certificate of a run on {placement.world_size}",
+        f"ranks: {world_size}; {path} is the certificate of a run on {placement.world_size}",
     )
     difference = _difference(written, config, _ROUTES)
     if difference is None and placement.expert_ranks > 1:

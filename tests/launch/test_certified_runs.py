@@ -80,6 +80,13 @@ def test_a_certificate_of_another_text_is_refused(run, tmp_path, text, certifica
     refused(done, tmp_path, "the corpus has changed since")
 
 
+def test_a_certificate_of_other_ranks_is_refused(run, tmp_path, text):
+    path = tmp_path / "found/certificate.json"
+    assert run("certify", *options(tmp_path, text), "world_size=2", f"out={path.parent}").returncode == 0  # fmt: skip
+    done = run("train", *options(tmp_path, text), f"certificate={path}")
+    refused(done, tmp_path, f"ranks: 1; {path} is the certificate of a run on 2")
+
+
 def test_what_is_no_certificate_is_refused(run, tmp_path, text, certificate):
     def start(path):
         return run("train", *options(tmp_path, text), f"certificate={path}")
