@@ -78,7 +78,7 @@ def write_shard(file: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     sync(file)
     return {
         "bytes": file.stat().st_size,
-        "sha256": _sha256(file),
+        "sha256": sha256_of(file),
         "tensors": {
             key: {"file": file.name, "dtype": str(value.dtype), "shape": list(value.shape)}
             for key, value in tensors.items()
@@ -119,20 +119,28 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is missing, damaged or of another format version; names the file and says why.
     """
-    file = path / MANIFEST
+    return read_sealed(path / MANIFEST, "manifest", FORMAT)
+
+
+def read_sealed(file: Path, what: str, version: int) -> dict[str, Any]:
+    """Read a JSON object that holds a checksum of the rest of itself, and its format version; gives it without the checksum.
+
+    Raises:
+        UserError: as read_manifest.
+    """
     try:
-        manifest = json.loads(file.read_bytes())
-        stored = manifest.pop("checksum")
+        found = json.loads(file.read_bytes())
+        stored = found.pop("checksum")
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from None
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{file}: not a manifest ({type(error).__name__}: {error})") from None
-    require(stored == checksum(manifest), f"{file}: its checksum does not match its content")
+        raise UserError(f"{file}: not a {what} ({type(error).__name__}: {error})") from None
+    require(stored == checksum(found), f"{file}: its checksum does not match its content")
     require(
-        manifest["format"] == FORMAT,
-        f"{file}: format version {manifest['format']}, this program reads {FORMAT}",
+        found["format"] == version,
+        f"{file}: format version {found['format']}, this program reads {version}",
     )
-    return manifest
+    return dict(found)
 
 
 def verify(path: Path, host: Host) -> dict[str, Any]:
@@ -159,7 +167,7 @@ def _verify_shard(file: Path, manifest: dict[str, Any]) -> None:
     try:
         size = file.stat().st_size
         require(size == entry["bytes"], f"{file}: {size} bytes instead of {entry['bytes']}")
-        require(_sha256(file) == entry["sha256"], f"{file}: sha256 differs from the manifest's")
+        require(sha256_of(file) == entry["sha256"], f"{file}: sha256 differs from the manifest's")
         with safe_open(file, "pt") as shard:
             found = {key: shard.get_slice(key).get_shape() for key in shard.keys()}  # noqa: SIM118
     except FileNotFoundError:
@@ -199,6 +207,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """sha256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,11 +5,13 @@ Routing is already planned when a batch arrives (engine/loader.py); memory goes 
 
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
+from engine.certificate.check import Check
 from engine.config import Config
 from engine.deepspeed_adapter import Engine
 from engine.errors import RunFailed, everywhere
@@ -84,11 +86,16 @@ def train_step(
     forward_times: ForwardTimes,
     world: World | None = None,
     stop_asked: bool = False,
+    check: Check | None = None,
 ) -> StepResult:
     """Run one optimizer step and replace each micro-batch's entry of `memory` by its new memory.
 
+    Args:
+        check: what the step is held to.
+
     Raises:
-        RunFailed: the loss or the gradient is not finite; no weight has been changed by this step.
+        RunFailed: the loss or the gradient is not finite, or the step differs from its certificate; no weight has been
+            changed by this step.
     """
     world = world or World()
     clock, times = Clock(), StepTimes()
@@ -101,7 +108,8 @@ def train_step(
         planned, wait_seconds = loader.next()
         times.plan_wait_ms += 1e3 * wait_seconds
         clock.lap_ms()
-        output = _forward(engine, planned, memory[micro], config, step)
+        with check.forward() if check else nullcontext():
+            output = _forward(engine, planned, memory[micro], config, step)
         times.forward_ms += clock.lap_ms()
         attention_ms, experts_ms = forward_times.take()
         times.attention_ms += attention_ms
@@ -112,6 +120,8 @@ def train_step(
         forward_times.take()  # with recomputation, backward runs the modules again
         memory[micro] = output.memory
         outputs.append(output)
+    if check is not None:
+        check.compare(step)
     sent = wire.sent_bytes - sent_before if wire else 0
     totals = _totals(outputs, world, stop_asked, sent)
     if not math.isfinite(totals.loss + totals.auxiliary_loss):

@@ -1,5 +1,5 @@
 """Several ranks on one machine, for tests: `run_ranks` starts processes that form a gloo group and gathers what they say,
-`run_threads` gives threads of this process a Host each.
+`run_threads` gives threads of this process a Host each. And `change_certificate`, for tests of runs that shall differ from it.
 """
 
 import importlib.util
@@ -19,8 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.numpy import load_file
 from torch import distributed as dist
 
+from engine.certificate.record import ARRAYS, read, write
 from engine.parallel.host import Host
 
 
@@ -111,3 +113,12 @@ def run_threads(function: Callable[[Host], Any], ranks: int, *, seconds: float =
 
     with ThreadPoolExecutor(ranks) as pool:
         return list(pool.map(call, range(ranks)))
+
+
+def change_certificate(folder: Path, array: str, place: tuple[int, ...]) -> int:
+    """Add 1 to one number of a certificate's arrays, as if it had been written so; gives the number that was there."""
+    arrays = load_file(folder / ARRAYS)
+    before = int(arrays[array][place])
+    arrays[array][place] += 1
+    write(folder, read(folder).facts, arrays)
+    return before

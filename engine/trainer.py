@@ -15,6 +15,7 @@ import torch
 from engine import checkpoint
 from engine.agreement import Agreement
 from engine.build import build_model
+from engine.certificate.check import Check
 from engine.config import Config, PeerIds, Split, to_plain
 from engine.corpus import PreparedCorpus
 from engine.data import Streams
@@ -163,18 +164,21 @@ class Trainer:
             failure = RunFailed(f"cannot write a checkpoint at step {self.step}: {error}")
             raise everywhere(failure) from error
 
-    def run(self, metrics: Metrics | None, stop_asked: Callable[[], bool]) -> bool:
+    def run(
+        self, metrics: Metrics | None, stop_asked: Callable[[], bool], check: Check | None = None
+    ) -> bool:
         """Train until train.steps, or until stop_asked() says so; a checkpoint is written in both cases.
 
         Args:
             metrics: where numbers go; None on all ranks but the first.
             stop_asked: may differ between the ranks, which stop behind the same step.
+            check: what every step is held to.
 
         Returns:
             True when all steps are done.
 
         Raises:
-            RunFailed: the loss is not finite, or a checkpoint cannot be written.
+            RunFailed: the loss is not finite, a step differs from its certificate, or a checkpoint cannot be written.
         """
         train, first, start = self.config.train, self.step, time.perf_counter()
         window = _Window(self.config.symbols_per_step)
@@ -189,7 +193,7 @@ class Trainer:
                 result = train_step(
                     self.engine, loader, self.memory, self.config,
                     step=self.step, forward_times=self.forward_times,
-                    world=self.world, stop_asked=stop_asked(),
+                    world=self.world, stop_asked=stop_asked(), check=check,
                 )  # fmt: skip
                 self.step += 1
                 stopping = result.stop_asked or (alone and stop_asked())
@@ -210,7 +214,8 @@ class Trainer:
         except _StopAsked:
             pass
         except RunFailed as error:
-            failure = RunFailed(f"{error}; {self._last_good()}" if error.everywhere else str(error))
+            together = error.everywhere or alone
+            failure = RunFailed(f"{error}; {self._last_good()}" if together else str(error))
             failure.everywhere = error.everywhere
             raise failure from error
         finally:

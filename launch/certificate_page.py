@@ -22,19 +22,21 @@ _WORKED = (
 
 
 def certificate_page(
-    found: Certificate, config: Config, corpus: PreparedCorpus, further: Sequence[page.Section] = ()
-) -> Page:
+    found: Certificate, config: Config, corpus: PreparedCorpus, further: Sequence[page.Section] = (),
+    figures: Sequence[KeyFigure] = (),
+) -> Page:  # fmt: skip
     """Describe a certificate.
 
     Args:
         config: of the run.
         further: sections that follow the counted ones.
+        figures: key figures of theirs.
     """
     parts = [*found.by_k, found.whole] if len(found.by_k) > 1 else found.by_k
     return Page(
         title=f"Certificate of {config.train.name}",
         lead=_lead(found),
-        figures=_figures(found),
+        figures=[*_figures(found), *figures],
         sections=[
             _run(found, config, corpus),
             _rows(found, parts),

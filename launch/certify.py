@@ -1,23 +1,32 @@
 """What a run will do, before it starts: `python -m launch.certify experiment=NAME world_size=64 expert_group=8`.
 
 Replays the ids, tables and k of the run on this machine's CPU, without a GPU or a cluster: rows of every rank and expert, and
-bytes inside and between nodes, exactly. Prints one page, and writes it with charts as certificate.html and every number as
-certificate.json.
+bytes inside and between nodes, exactly. With cluster=NAME also models its time there. Prints one page, and writes it with
+charts as certificate.html, every number as certificate.json, and what each rank must do in each step as
+certificate.safetensors, to which launch.train certificate=FOLDER holds the run.
 """
 
-import json
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from engine.build import build_routers
+from engine.certificate.cluster import ClusterConfig
 from engine.certificate.exact import certify, counted_steps
+from engine.certificate.forecast import Forecaster, TimePart, time_part
 from engine.certificate.placement import Placement
-from engine.config import Config, Split, to_plain
-from engine.corpus import prepare
+from engine.certificate.record import ARRAYS, JSON, Record, tables_sha256
+from engine.config import Config, MoEConfig, Split, to_plain
+from engine.corpus import PreparedCorpus, prepare
+from engine.moe.tables import Table
 from launch.certificate_page import certificate_page
+from launch.certificate_time import time_figures, time_section
 from launch.cli import run_program
 from launch.page_html import html
 from launch.page_terminal import print_page
+
+HTML = "certificate.html"
+_RANKS_PER_NODE = 8  # where no cluster is named
 
 
 @dataclass
@@ -28,13 +37,18 @@ class CertifyArgs(Config):
     """Ranks of the run."""
     expert_group: int | None = None
     """Ranks of an expert group; None means parallel.expert_ranks."""
-    ranks_per_node: int = 8
+    ranks_per_node: int | None = None
+    """Ranks of a node; None means the cluster's, and 8 without one."""
+    cluster: ClusterConfig | None = None
+    """What the run's time is modelled on: one of conf/cluster/; None models no time."""
+    search: bool = True
+    """Model other layouts on these ranks too, and name the fastest; with tables of its own for some."""
     steps: int | None = None
     """Count the first so many steps; None means train.steps."""
     sample: int = 1
     """Count every so manieth step only."""
     out: str | None = None
-    """Folder of certificate.json and certificate.html; None means certificates/ and train.name."""
+    """Folder of what is written; None means certificates/ and train.name."""
 
     def __post_init__(self) -> None:
         if self.expert_group is not None:
@@ -46,27 +60,67 @@ class CertifyArgs(Config):
     @property
     def placement(self) -> Placement:
         """Where the ranks stand."""
-        return Placement(self.world_size, self.parallel.expert_ranks, self.ranks_per_node)
+        per_node = self.ranks_per_node
+        if per_node is None:
+            per_node = _RANKS_PER_NODE if self.cluster is None else self.cluster.ranks_per_node
+        return Placement(self.world_size, self.parallel.expert_ranks, per_node)
+
+    @property
+    def config(self) -> Config:
+        """The run's configuration alone."""
+        return Config(**{f.name: getattr(self, f.name) for f in fields(Config)})
 
 
 def run(args: CertifyArgs) -> int:
     """Count, print and write; returns the exit code."""
     corpus = prepare(args.corpus, print)
-    routers = build_routers(args, corpus)
-    assert routers is not None
-    tables = [router.table for router in routers]
-    ids = corpus.split(Split.train)
-    found = certify(args, ids, tables, args.placement, steps=args.steps, sample=args.sample)
+    tables, ids, config = _tables(args.config, corpus), corpus.split(Split.train), args.config
+    record = Record(config, ids, args.placement, counted_steps(config, args.steps, args.sample))
+    found = certify(
+        config, ids, tables, args.placement, steps=args.steps, sample=args.sample, also=record.add
+    )
+    time = _time(args, corpus)
     folder = Path(args.out or Path("certificates") / args.train.name)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "certificate.json"
-    plain = {"options": to_plain(args), "corpus_sha256": corpus.sha256, **asdict(found)}
-    path.write_text(json.dumps(plain, indent=1) + "\n", encoding="ascii")
-    described = certificate_page(found, args, corpus)
-    path.with_suffix(".html").write_text(html(described), encoding="ascii")
+    plain = {
+        "options": to_plain(args),
+        "corpus_sha256": corpus.sha256,
+        "tables_sha256": tables_sha256(tables),
+        **asdict(found),
+        "time_model": time and asdict(time),
+    }
+    arrays_bytes = record.write(folder, plain)
+    figures, further = [], []
+    if time is not None and args.cluster is not None:
+        figures += time_figures(time)
+        further.append(time_section(time, args.cluster, args.placement))
+    described = certificate_page(found, config, corpus, further, figures)
+    (folder / HTML).write_text(html(described), encoding="ascii")
     print_page(described)
-    print(f"written: {path} and, with charts, {path.with_suffix('.html')}")
+    print(
+        f"written: {folder / JSON}, with charts {folder / HTML}, and what each rank must do in each step {folder / ARRAYS} "
+        f"({arrays_bytes:,} bytes); launch.train certificate={folder} holds the run to it"
+    )
     return 0
+
+
+def _tables(config: Config, corpus: PreparedCorpus) -> Sequence[Table]:
+    routers = build_routers(config, corpus)
+    assert routers is not None, "Placement.check lets hashed routers pass only"
+    return [router.table for router in routers]
+
+
+def _time(args: CertifyArgs, corpus: PreparedCorpus) -> TimePart | None:
+    """Model the time; None without a cluster."""
+    if args.cluster is None:
+        return None
+    config = args.config
+
+    def tables_of(moe: MoEConfig) -> Sequence[Table]:
+        return _tables(replace(config, moe=moe), corpus)
+
+    ids, vocab = corpus.split(Split.train), corpus.vocab.size
+    forecaster = Forecaster(config, args.cluster, ids, vocab, tables_of)
+    return time_part(forecaster, args.placement, search=args.search)
 
 
 def main() -> None:

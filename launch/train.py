@@ -6,12 +6,14 @@ Follow one run from here: configuration -> corpus -> tables -> Trainer (engine/t
 import json
 from collections.abc import Mapping
 from contextlib import closing, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from signal import SIGTERM
 from typing import Any
 
 from engine.build import build_routers
+from engine.certificate.check import Check, fits, fits_tables, fits_text
+from engine.certificate.record import Written, read
 from engine.config import Backend, Config, Router, Split, to_plain
 from engine.corpus import PreparedCorpus, prepare
 from engine.counting import bzip2_bpc, order_n_bpc
@@ -29,21 +31,42 @@ from launch.run_folder import RunFolder, open_run
 SUMMARY = "summary.json"
 
 
-def train(config: Config) -> int:
+@dataclass
+class TrainArgs(Config):
+    """Options: a run's configuration, and what it is held to."""
+
+    certificate: str | None = None
+    """What launch.certify wrote, the folder or its certificate.json: every step that it counted must move and compute the same
+    rows and bytes, or the run ends. No part of the run: a resumed run may take one or drop it."""
+
+    @property
+    def config(self) -> Config:
+        """The run's configuration alone."""
+        return Config(**{field.name: getattr(self, field.name) for field in fields(Config)})
+
+
+def train(args: TrainArgs) -> int:
     """Run a configuration on this rank; returns the exit code."""
+    config = args.config
     config = replace(config, train=replace(config.train, name=job_name(config.train.name)))
     set_up(config.train.threads)
     stop = StopSignal()
     with connected(config.parallel, _options(config)) as world:
-        return _train(config, world, stop)
+        return _train(config, world, stop, args.certificate)
 
 
-def _train(config: Config, world: World, stop: StopSignal) -> int:
+def _train(config: Config, world: World, stop: StopSignal, certificate: str | None) -> int:
     host = world.host
     console = Console(config.train.steps, enabled=world.first)
     together(host, lambda: _share_out(config, world.mesh))
+    written = together(host, lambda: _read_certificate(certificate, config, world.mesh))
     corpus = together(host, lambda: prepare(config.corpus, console.note), rank_0_first=True)
-    agree(host, {"the text (its sha256)": corpus.sha256})
+    agree(host, {
+        "the text (its sha256)": corpus.sha256,
+        "the certificate (its arrays' sha256)": written and written.facts["arrays_sha256"],
+    })  # fmt: skip
+    if written is not None:
+        together(host, lambda: fits_text(written, corpus.sha256))
     run = open_run(config, world)
     config = run.config
     for line in corpus.notes:
@@ -67,17 +90,39 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
                 f"{run.path} is complete; python -m launch.evaluate run={run.path} measures it again"
             )
         return 0
+    check = together(host, lambda: _check(written, trainer))
     run.claim()
     _describe(console, trainer)
+    if written is not None:
+        console.note(f"held to {written.path}: {written.scope}")
     metrics = together(host, lambda: _open_metrics(run, trainer))
     with closing(metrics) if metrics else nullcontext(), closing(console), stop.deferred():
-        complete = trainer.run(metrics, stop)
+        complete = trainer.run(metrics, stop, check)
     host.barrier()  # rank 0 may have waited long for W&B; collectives of the evaluation would give up
     if not complete or (stop() and world.mesh.world == 1):
         console.note(f"stopped at step {trainer.step}; train.resume=true goes on from there")
         return stop.exit_code if stop() else 128 + SIGTERM  # of another rank
+    if check is not None:
+        console.note(f"{check.steps:,} steps were as certified")
     _finish(run, trainer, corpus)
     return 0
+
+
+def _read_certificate(path: str | None, config: Config, mesh: Mesh) -> Written | None:
+    if path is None:
+        return None
+    written = read(Path(path))
+    fits(written, config, mesh.world)
+    return written
+
+
+def _check(written: Written | None, trainer: Trainer) -> Check | None:
+    """Hold the trainer's model, with the tables that it trains with, to a certificate."""
+    if written is None:
+        return None
+    assert trainer.routers is not None, "only planned routers have certificates"
+    fits_tables(written, trainer.config, [router.table for router in trainer.routers])
+    return Check(written, trainer.model, trainer.world.mesh.rank)
 
 
 def _share_out(config: Config, mesh: Mesh) -> None:
@@ -224,7 +269,7 @@ def result_table(summary: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Entry point."""
-    run_program("train", Config, train, many_ranks=True)
+    run_program("train", TrainArgs, train, many_ranks=True)
 
 
 if __name__ == "__main__":

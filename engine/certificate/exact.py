@@ -6,7 +6,7 @@ of their gradients; what data parallelism, checkpoints and planning send is not 
 Letters: as in engine/certificate/replay.py.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from engine.certificate.placement import Placement
@@ -82,7 +82,8 @@ class Certificate:
 
 
 def certify(
-    config: Config, ids: Ids, tables: Sequence[Table], placement: Placement, *, steps: int | None = None, sample: int = 1
+    config: Config, ids: Ids, tables: Sequence[Table], placement: Placement, *, steps: int | None = None, sample: int = 1,
+    also: Callable[[StepCounts], None] | None = None,
 ) -> Certificate:  # fmt: skip
     """Count what a run does on these ranks; a pure function of its arguments.
 
@@ -91,6 +92,7 @@ def certify(
         tables: of the run, one for each layer or one for all.
         steps: count the first so many; None for train.steps.
         sample: count every so manieth only; maxima and bounds then hold for those steps alone.
+        also: is given the counts of each step as well, such as Record.add (engine/certificate/record.py).
 
     Raises:
         UserError: the run cannot be laid out on these ranks, its routes are not known beforehand, or steps or sample is out
@@ -98,19 +100,18 @@ def certify(
     """
     chosen = counted_steps(config, steps, sample)
     placement.check(config)
-    tokens = config.streams_per_micro_batch(placement.world_size) * config.data.segment
-    frame = _Frame(
-        placement, tokens, config.model.width * wire_itemsize(config), trips_of(config, tokens)
-    )
+    frame = frame_of(config, placement)
     sums: dict[int, _Sums] = {}
     exchange: dict[int, str] = {}
     series = SeriesCollector()
     for counts in replay(config, ids, tables, placement, chosen):
         k, left = counts.k, frame.left(counts)
         if k not in sums:
-            sums[k], exchange[k] = _Sums(), _exchange(config, placement, k, tokens)
+            sums[k], exchange[k] = _Sums(), exchange_of(config, frame, k)
         sums[k].add(counts, left)
         series.add(counts, left[counted_kind(exchange[k])].all_gP)
+        if also is not None:
+            also(counts)
     mixed = exchange[min(sums)] if len(set(exchange.values())) == 1 else "mixed"
     return Certificate(
         placement=placement,
@@ -118,7 +119,7 @@ def certify(
         sample=sample,
         layers=config.model.layers,
         experts=config.moe.experts,
-        tokens=tokens,
+        tokens=frame.tokens,
         row_bytes=frame.row_bytes,
         trips=frame.trips,
         whole=_section(None, mixed, list(sums.values())),
@@ -143,12 +144,6 @@ def counted_kind(exchange: str) -> str:
     return "tokens" if exchange == "local" else exchange  # local: nothing moves by any kind
 
 
-def _exchange(config: Config, placement: Placement, k: int, tokens: int) -> str:
-    if placement.expert_ranks == 1:
-        return "local"
-    return "gather" if gathers(config, placement.expert_ranks, k, tokens) else "tokens"
-
-
 @dataclass(frozen=True, slots=True)
 class _Left:
     """Bytes that leave each rank in a step; layers and micro-batches added up."""
@@ -158,13 +153,13 @@ class _Left:
 
 
 @dataclass(frozen=True, slots=True)
-class _Frame:
+class Frame:
     """What all steps share."""
 
     placement: Placement
-    tokens: int
-    row_bytes: int
-    trips: Trips
+    tokens: int  # of a rank in a micro-batch
+    row_bytes: int  # of one row on the wire
+    trips: Trips  # of a layer's rows in one micro-batch
 
     def left(self, counts: StepCounts) -> dict[str, _Left]:
         """Give what leaves the ranks in a step by each kind of exchange."""
@@ -178,6 +173,21 @@ class _Frame:
             )
             found[kind] = _Left(all_gP, inside_gP)
         return found
+
+
+def frame_of(config: Config, placement: Placement) -> Frame:
+    """Give what all steps of a run on these ranks share."""
+    tokens = config.streams_per_micro_batch(placement.world_size) * config.data.segment
+    row_bytes = config.model.width * wire_itemsize(config)
+    return Frame(placement, tokens, row_bytes, trips_of(config, tokens))
+
+
+def exchange_of(config: Config, frame: Frame, k: int) -> str:
+    """Name the exchange that a run uses at this k: tokens, gather, or local (one rank: nothing moves)."""
+    ranks = frame.placement.expert_ranks
+    if ranks == 1:
+        return "local"
+    return "gather" if gathers(config, ranks, k, frame.tokens) else "tokens"
 
 
 @dataclass(slots=True)

@@ -86,7 +86,7 @@ def replay(
     """
     placement.check(config)
     streams = Streams(ids, config.data.streams, config.data.segment, config.context)
-    work = _distinct(config, streams.segments_per_epoch, steps)
+    work = _distinct(config, streams, steps)
     with ThreadPoolExecutor(_THREADS) as pool:
         for k, same_k in groupby(work, key=lambda item: item.k):
             words = [_pack(table, k, placement) for table in tables]
@@ -94,12 +94,27 @@ def replay(
             yield from _in_order(pool, counter.count, same_k)
 
 
-def _distinct(config: Config, segments_per_epoch: int, steps: Iterable[int]) -> list[_Work]:
-    """List what there is to count, in the order of first steps."""
-    found: dict[tuple[int, int], list[int]] = {}
+def first_steps(config: Config, ids: Ids, steps: Sequence[int]) -> list[int]:
+    """Give for each step the first of the steps that does exactly the same (see StepCounts.times); arguments as for replay."""
+    streams = Streams(ids, config.data.streams, config.data.segment, config.context)
+    found: dict[tuple[int, int], int] = {}
+    return [found.setdefault(key, step) for step, key in _keys(config, streams, steps)]
+
+
+def _keys(
+    config: Config, streams: Streams, steps: Iterable[int]
+) -> Iterator[tuple[int, tuple[int, int]]]:
+    """Yield each step with what decides what it does: its segments, and k."""
     for step in steps:
         k = active_experts(config.schedule, step, config.schedule_steps)
-        found.setdefault((step % segments_per_epoch, k), []).append(step)
+        yield step, (step % streams.segments_per_epoch, k)
+
+
+def _distinct(config: Config, streams: Streams, steps: Iterable[int]) -> list[_Work]:
+    """List what there is to count, in the order of first steps."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for step, key in _keys(config, streams, steps):
+        found.setdefault(key, []).append(step)
     return [_Work(np.array(same), k) for (_, k), same in found.items()]
 
 

@@ -11,6 +11,9 @@ import time
 
 import pytest
 
+import launch.certify
+from engine.testing import change_certificate
+
 OPTIONS = (
     "experiment=debug",
     "parallel.expert_ranks=2",
@@ -42,13 +45,15 @@ atexit.register(lambda: Path({folder!r}, {mark!r}).exists() or os._exit(9))
 
 
 class Ranks:
-    """Two processes of the training program, started as torchrun would, without its agent; each may run code before it."""
+    """Two processes of the training program (or as many as have options of their own), started as torchrun would, without its
+    agent; each may run code before it."""
 
     def __init__(self, folder, options, own_options=((), ()), code=("", "")):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
+        world = str(len(own_options))
+        shared = {**os.environ, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
         self.folder = folder
         self.processes = [
             subprocess.Popen(
@@ -210,6 +215,68 @@ def test_a_stop_of_one_rank_stops_all_behind_the_same_step(tmp_path):
         first, second = ranks.wait()
     assert (first[0], second[0]) == (143, 143), first[2] + second[2]
     assert "stopped at step" in first[1]
+
+
+def certify(monkeypatch, folder, *options):
+    monkeypatch.setattr("sys.argv", ["certify", *OPTIONS, f"out={folder}", *options])  # fmt: skip
+    with pytest.raises(SystemExit) as end:
+        launch.certify.main()
+    assert end.value.code == 0
+
+
+@pytest.mark.dist
+def test_a_run_that_differs_from_its_certificate_ends_on_every_rank(tmp_path, monkeypatch):
+    """One rank sees it, both say it."""
+    certify(monkeypatch, tmp_path, "world_size=2")
+    sent = change_certificate(tmp_path, "bytes_uyr", (7, 1, 1))
+    with Ranks(tmp_path, ["train.log_every=1", f"certificate={tmp_path}"]) as ranks:
+        first, second = ranks.wait()
+    assert (first[0], second[0]) == (1, 1), first[2] + second[2]
+    line = f"foreroute: rank 1 differs from its certificate at step 7, layer 1: bytes sent {sent}, certified {sent + 1}"  # fmt: skip
+    assert lines(first[2]) == lines(second[2]) == [line]
+    assert len(losses(tmp_path)) == 7  # steps 0 to 6
+
+
+CERTIFIED = {
+    "gather": (2, ["parallel.exchange=gather", "train.zero_stage=3", "train.valid_every=5"]),
+    "in parts": (2, ["parallel.chunks=3", "train.recompute=true", "train.accumulation=2", "train.save_every=10"]),
+    "two groups": (4, ["train.precision=bf16", "parallel.exchange=auto", "parallel.link_gb_per_s=0.0001"]),
+}  # fmt: skip
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "options"), CERTIFIED.values(), ids=CERTIFIED)
+def test_runs_that_their_certificates_describe(tmp_path, monkeypatch, number, options):
+    """One of them also goes on from its middle."""
+    certify(monkeypatch, tmp_path, f"world_size={number}", *options)
+    own = {"own_options": ((),) * number, "code": ("",) * number}
+    for resumed, steps in ((False, 20), (True, 10)):
+        more = [*options, f"certificate={tmp_path}", f"train.resume={resumed}"]
+        with Ranks(tmp_path, more, **own) as ranks:
+            answers = ranks.wait()
+        assert [code for code, *_ in answers] == [0] * number, [err for *_, err in answers]
+        assert f"{steps} steps were as certified" in answers[0][1]
+        if "train.save_every=10" not in options:
+            return
+        shutil.rmtree(tmp_path / "debug/checkpoints/step-00000020")
+
+
+@pytest.mark.dist
+def test_a_certificate_that_one_rank_cannot_take(tmp_path, monkeypatch):
+    """Of another expert group; all end with one line."""
+    for name, options in {
+        "right": ["world_size=2"],
+        "other": ["world_size=2", "expert_group=1"],
+    }.items():
+        certify(monkeypatch, tmp_path / name, *options)
+    own_options = [(f"certificate={tmp_path / name}",) for name in ("right", "other")]
+    with Ranks(tmp_path, [], own_options=own_options) as ranks:
+        first, second = ranks.wait()
+    assert (first[0], second[0]) == (2, 2)
+    (line,) = lines(first[2])
+    assert line.startswith("foreroute: rank 1: ") and line.endswith("parallel.expert_ranks=2, certified 1")  # fmt: skip
+    assert lines(second[2]) == []
 
 
 @pytest.mark.dist

@@ -1,9 +1,11 @@
 """Runs of 200 steps on 1, 2 and 4 ranks: rows and bytes of every step, micro-batch, layer and rank are the certificate's.
 
-The text is read in 146 steps: the runs go on into a second epoch.
+The text is read in 146 steps: the runs go on into a second epoch. Each run is held to its certificate; those that differ from it
+in one step end there.
 """
 
-from dataclasses import replace
+import shutil
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +13,12 @@ import pytest
 import torch
 from torch import distributed as dist
 
+from engine import trainer as trainer_module
 from engine.build import build_routers
+from engine.certificate.check import Check
+from engine.certificate.exact import certify
 from engine.certificate.placement import Placement
+from engine.certificate.record import Record, read
 from engine.certificate.replay import replay
 from engine.certificate.traffic import FORWARD, hops, leaving, trips_of
 from engine.choices import ExchangeKind
@@ -32,13 +38,16 @@ from engine.config import (
     ScheduleConfig,
     Split,
     TrainConfig,
+    to_plain,
 )
 from engine.corpus import prepare
+from engine.errors import RunFailed
 from engine.moe.auto import gathers
+from engine.moe.schedule import active_experts
 from engine.parallel.host import GlooHost
 from engine.parallel.mesh import Mesh
 from engine.parallel.world import World
-from engine.testing import run_ranks
+from engine.testing import change_certificate, run_ranks
 from engine.trainer import Trainer
 
 STEPS, WIDTH, EXPERTS, LAYERS, SEGMENT, STREAMS = 200, 8, 4, 2, 4, 4
@@ -168,21 +177,36 @@ class Recorder:
         return SimpleNamespace(**arrays, sent=np.diff(self.sent, prepend=0))
 
 
+def trainer_of(make, rank, ranks, folder):
+    config = make(folder)
+    world = World(Mesh(rank, ranks, config.parallel.expert_ranks))
+    if ranks > 1:
+        host, planning = GlooHost(dist.group.WORLD), GlooHost(dist.new_group())
+        world = replace(world, host=host, planning=planning)
+    corpus = prepare(config.corpus)
+    routers = build_routers(config, corpus, world.mesh)
+    trainer = Trainer(config, corpus, routers, folder / make.__name__, None, world)
+    return trainer, Recorder(trainer)
+
+
+def write_certificate(make, ranks, folder, **options):
+    config = make(folder)
+    corpus = prepare(config.corpus)
+    ids, place = corpus.split(Split.train), Placement(ranks, config.parallel.expert_ranks, ranks)
+    tables = [router.table for router in build_routers(config, corpus)]
+    record = Record(config, ids, place, range(0, config.train.steps, options.get("sample", 1)))
+    found = certify(config, ids, tables, place, also=record.add, **options)
+    record.write(folder / f"{make.__name__} certificate", {"options": to_plain(config), **asdict(found)})  # fmt: skip
+
+
 def train(rank, ranks, folder):
     results = []
     for make in CASES[ranks]:
-        config = make(folder)
-        world = World(Mesh(rank, ranks, config.parallel.expert_ranks))
-        if ranks > 1:
-            host, planning = GlooHost(dist.group.WORLD), GlooHost(dist.new_group())
-            world = replace(world, host=host, planning=planning)
-        corpus = prepare(config.corpus)
-        routers = build_routers(config, corpus, world.mesh)
-        runs = folder / f"{make.__name__}"
-        trainer = Trainer(config, corpus, routers, runs, None, world)
-        recorder = Recorder(trainer)
-        assert trainer.run(None, lambda: False)
-        results.append(recorder.found(config))
+        trainer, recorder = trainer_of(make, rank, ranks, folder)
+        check = Check(read(folder / f"{make.__name__} certificate"), trainer.model, rank)
+        assert trainer.run(None, lambda: False, check)
+        assert check.steps == trainer.config.train.steps
+        results.append(recorder.found(trainer.config))
     return results
 
 
@@ -224,6 +248,8 @@ def certified(config, ranks, seed=None):
 @pytest.mark.dist
 @pytest.mark.parametrize("ranks", CASES)
 def test_runs_do_what_their_certificates_say(ranks, folder):
+    for make in CASES[ranks]:
+        write_certificate(make, ranks, folder)
     answers = run_ranks(train, ranks, ranks, folder, seconds=300)
     for index, make in enumerate(CASES[ranks]):
         config = make(folder)
@@ -245,3 +271,76 @@ def test_the_cases_cover_what_they_say(folder):
     assert [trips_of(make(folder), SEGMENT) for make in (one_rank, two_ranks, with_shared_expert, with_dropout, two_groups, in_parts)] == [
         (2, 2), (3, 3), (3, 3), (3, 3), (3, 2), (3, 3),
     ]  # fmt: skip
+
+
+CHANGES = {  # array -> micro-batch or none
+    "received_uyrm": (1,),
+    "computed_uyrm": (0,),
+    "bytes_uyr": (),
+}
+STEP, LAYER = 11, 1
+
+
+def two_short(folder):
+    config = two_ranks(folder)
+    return replace(config, train=replace(config.train, steps=STEP + 2))
+
+
+def another_k(schedule, step, steps, right=trainer_module.active_experts):
+    return right(schedule, step, steps) - (step == STEP)
+
+
+def differ(rank, ranks, folder):
+    """Lines with which runs end: by a certificate with another number of this rank, and one with another k in one step."""
+    lines = []
+    for name in [*CHANGES, None]:
+        trainer, recorder = trainer_of(two_short, rank, ranks, folder)
+        check = Check(read(folder / (name or "two_short certificate")), trainer.model, rank)
+        trainer_module.active_experts = another_k if name is None else active_experts
+        with pytest.raises(RunFailed) as error:
+            trainer.run(None, lambda: False, check)
+        lines.append(str(error.value))
+        assert len(recorder.sent) == trainer.step == STEP  # finished steps
+    return lines
+
+
+@pytest.mark.dist
+def test_a_step_that_differs_ends_the_run(folder):
+    """Each of the numbers that are compared, at exactly its step, layer, micro-batch and rank."""
+    write_certificate(two_short, 2, folder)
+    before = {}
+    for name, micro in CHANGES.items():
+        shutil.copytree(folder / "two_short certificate", folder / name)
+        for rank in (0, 1):
+            before[name, rank] = change_certificate(folder / name, name, (STEP, LAYER, rank, *micro))  # fmt: skip
+    for rank, lines in enumerate(run_ranks(differ, 2, 2, folder)):
+        where = f"rank {rank} differs from its certificate at step {STEP}, layer "
+        numbers = [before[name, rank] for name in CHANGES]
+        assert lines[:3] == [
+            f"{where}{LAYER}, micro-batch 1: rows received {numbers[0]}, certified {numbers[0] + 1}",
+            f"{where}{LAYER}, micro-batch 0: expert rows computed {numbers[1]}, certified {numbers[1] + 1}",
+            f"{where}{LAYER}: bytes sent {numbers[2]}, certified {numbers[2] + 1}",
+        ]
+        assert lines[3].startswith(f"{where}0, micro-batch 0: ")
+
+
+def test_a_sampled_certificate_checks_its_steps_alone(folder):
+    config = one_rank(folder)
+    sampled = replace(config, train=replace(config.train, steps=12))
+
+    def one_short(_folder):
+        return sampled
+
+    write_certificate(one_short, 1, folder, sample=5)
+    path = folder / "one_short certificate"
+    trainer, _ = trainer_of(one_short, 0, 1, folder)
+    check = Check(read(path), trainer.model, 0)
+    assert trainer.run(None, lambda: False, check) and check.steps == 3
+    assert read(path).scope == "one in 5 of all 12 steps"
+    before = change_certificate(path, "computed_uyrm", (2, 0, 0, 0))
+    trainer, _ = trainer_of(one_short, 0, 1, folder)
+    with pytest.raises(
+        RunFailed,
+        match=f"at step 10, layer 0, micro-batch 0: expert rows computed {before}, certified {before + 1}",
+    ):
+        trainer.run(None, lambda: False, Check(read(path), trainer.model, 0))

@@ -52,7 +52,7 @@ def config(**sections: object) -> Config:
 def counts(sent_PP: list[list[int]], count_E: list[int]) -> StepCounts:
     """One step, layer, micro-batch and expert group."""
     sent = np.array(sent_PP)[None, None, None]
-    return StepCounts(0, 1, 2, sent, sent, np.array(count_E)[None, None, None])
+    return StepCounts(np.array([0]), 2, sent, sent, np.array(count_E)[None, None, None])
 
 
 @pytest.mark.parametrize("activation", list(Activation))
@@ -111,7 +111,7 @@ def test_the_slowest_group_counts_with_its_busiest_rank() -> None:
     cfg = config()
     sent = np.array([[[5, 1], [1, 5]], [[5, 7], [2, 5]]])[None, None]
     count = np.array([[3, 3, 3, 3], [9, 9, 1, 1]])[None, None]
-    step = StepCounts(0, 1, 2, sent, sent, count)
+    step = StepCounts(np.array([0]), 2, sent, sent, count)
     found = layer_times(cfg, PLAIN, Placement(4, 2, 4), step, tokens=8)
     assert found.exchange == pytest.approx(4 * (100e-6 + 7 * 64 / 1e6))
 

@@ -1,0 +1,217 @@
+"""Holds a run to its certificate: what each step did on this rank against what was counted before the run.
+
+`fits`, `fits_text` and `fits_tables` refuse a certificate of another run before the first step. `Check` watches the expert
+layers where the rows are: rows received are the rows of the tensors that arrive, expert rows those of the index tensors that
+the kernels are given, bytes what the collectives of a layer counted (engine/parallel/collectives.py). They are compared on the
+host, behind the backward passes and before the weights change, each rank for itself: no collective, nothing read back from a
+device.
+
+Letters: y layers, m micro-batches of a step.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from engine.certificate.exact import exchange_of, frame_of
+from engine.certificate.placement import Placement
+from engine.certificate.record import Written, tables_sha256
+from engine.config import Config, require, to_plain
+from engine.errors import RunFailed
+from engine.moe.exchange import Exchange, Local, Moving
+from engine.moe.layer import MoELayer
+from engine.moe.plan import Part
+from engine.moe.tables import Table
+
+# Options that decide which rows go to which rank and when.
+_ROUTES = (
+    "corpus.tokens", "data.streams", "data.segment", "model.layers", "moe.router", "moe.experts", "moe.ngram", "moe.rows",
+    "moe.builder", "moe.pack", "moe.share_table", "schedule.growth", "schedule.k_min", "schedule.k_max", "schedule.steps",
+    "train.steps", "train.accumulation", "parallel.expert_ranks",
+)  # fmt: skip
+# Options that may decide what a row weighs, how often it travels and by which exchange.
+_ROW = ("model.width", "train.precision", "parallel.wire")
+_TRIPS = ("train.recompute", "parallel.chunks", "model.pre_norm", "model.dropout", "moe.shared_width")  # fmt: skip
+_EXCHANGE = ("parallel.exchange", "parallel.link_gb_per_s", "parallel.message_us", "parallel.memory_gb_per_s", *_ROW)  # fmt: skip
+
+
+def fits(written: Written, config: Config, world_size: int) -> None:
+    """Refuse a certificate that was made for other ranks, or with an option that changes rows or bytes.
+
+    Raises:
+        UserError: names the first such option, its value and the certificate's.
+    """
+    facts, path = written.facts, written.path
+    placement = Placement(**facts["placement"])
+    require(
+        placement.world_size == world_size,
+        f"ranks: {world_size}; {path} is the certificate of a run on {placement.world_size}",
+    )
+    difference = _difference(written, config, _ROUTES)
+    if difference is None and placement.expert_ranks > 1:
+        frame = frame_of(config, placement)
+        certified_exchange = {part["k"]: part["exchange"] for part in facts["by_k"]}
+        exchange = {k: exchange_of(config, frame, k) for k in certified_exchange}
+        for names, certified, now in (
+            (_ROW, facts["row_bytes"], frame.row_bytes),
+            (_TRIPS, facts["trips"], list(frame.trips)),
+            (_EXCHANGE, certified_exchange, exchange),
+        ):
+            if difference is None and certified != now:
+                difference = _difference(written, config, names) or "written by another version"
+    require(difference is None, f"{path} is the certificate of another run: {difference}")
+
+
+def fits_text(written: Written, sha256: str) -> None:
+    """Refuse a certificate of another text.
+
+    Raises:
+        UserError: the text's sha256 is not the certificate's.
+    """
+    certified = written.facts["corpus_sha256"]
+    require(
+        certified == sha256,
+        f"the corpus has changed since {written.path} was written: its sha256 was {certified[:16]}..., "
+        f"now it is {sha256[:16]}...",
+    )
+
+
+def fits_tables(written: Written, config: Config, tables: Sequence[Table]) -> None:
+    """Refuse a certificate of other tables, such as those of another seed.
+
+    Raises:
+        UserError: the tables' digest is not the certificate's.
+    """
+    certified, now = written.facts["tables_sha256"], tables_sha256(tables)
+    seed = _difference(written, config, ["train.seed"])
+    require(
+        certified == now,
+        f"{written.path} is the certificate of a run with other tables: {seed or 'train.seed is the same'}; "
+        f"their sha256 was {certified[:16]}..., now it is {now[:16]}...",
+    )
+
+
+def _difference(written: Written, config: Config, names: Sequence[str]) -> str | None:
+    """Name the first option that is not as it was certified."""
+    now, certified = to_plain(config), written.facts["options"]
+    for name in names:
+        section, option = name.split(".")
+        if now[section][option] != certified[section][option]:
+            return f"{name}={now[section][option]}, certified {certified[section][option]}"
+    return None
+
+
+@dataclass(slots=True)
+class _Done:
+    """What a layer has done since it is watched."""
+
+    received_rows: int = 0
+    computed_rows: int = 0
+    sent_bytes: int = 0
+
+
+class _Watched(Exchange):
+    """An exchange that notes what arrives at a layer's experts, and what leaves for its sake."""
+
+    def __init__(self, exchange: Exchange, done: _Done) -> None:
+        super().__init__(exchange.wire, exchange.parallel, exchange.backend)
+        self._done = done
+
+    def to_experts(self, x_tD: Tensor, part: Part) -> Moving:
+        """Send a part's rows from tokens to experts."""
+        with self._sending():
+            moving = super().to_experts(x_tD, part)
+
+        def finish(rows: Tensor) -> Tensor:
+            arrived_RD = moving.finish(rows)
+            self._done.received_rows += arrived_RD.shape[0]
+            return arrived_RD
+
+        return Moving(moving.flight, finish)
+
+    def to_tokens(self, partial_RD: Tensor, part: Part) -> Moving:
+        """Send a part's rows from experts to tokens."""
+        with self._sending():
+            return super().to_tokens(partial_RD, part)
+
+    @contextmanager
+    def _sending(self) -> Iterator[None]:
+        before = self.wire.sent_bytes
+        yield
+        self._done.sent_bytes += self.wire.sent_bytes - before
+
+
+def _watch(layer: MoELayer) -> _Done:
+    """Note from now on what a layer does."""
+    done = _Done()
+    alone = isinstance(layer.exchange, Local)
+    if isinstance(layer.exchange, Exchange):
+        layer.exchange = _Watched(layer.exchange, done)
+
+    def before_experts(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        rows_RD, plan = inputs[:2]
+        done.computed_rows += sum(part.rows.num_rows for part in plan.parts)
+        if alone:  # nothing arrives by an exchange
+            done.received_rows += rows_RD.shape[0]
+
+    layer.experts.register_forward_pre_hook(before_experts)
+    return done
+
+
+class Check:
+    """Compares the steps of one rank with its certificate.
+
+    Args:
+        model: as it trains, its experts shared out over the ranks.
+    """
+
+    def __init__(self, written: Written, model: nn.Module, rank: int) -> None:
+        self._rank, self._expected = rank, written.of_rank(rank)
+        layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+        self._done_y = [_watch(layer) for layer in layers]
+        self._sent_before_y: list[int] = []
+        self._rows_my: list[list[tuple[int, int]]] = []  # of this step: received and computed
+        self.steps = 0  # compared so far
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Note what the forward pass of the step's next micro-batch does, which runs inside."""
+        if not self._rows_my:
+            self._sent_before_y = [done.sent_bytes for done in self._done_y]
+        before_y = [(done.received_rows, done.computed_rows) for done in self._done_y]
+        yield
+        self._rows_my.append([
+            (done.received_rows - received, done.computed_rows - computed)
+            for done, (received, computed) in zip(self._done_y, before_y, strict=True)
+        ])  # fmt: skip
+
+    def compare(self, step: int) -> None:
+        """Compare what has been done since the step's first forward pass.
+
+        Raises:
+            RunFailed: on this rank; names the first difference, by layer and micro-batch.
+        """
+        rows_2ym = np.array(self._rows_my).transpose(2, 1, 0)
+        bytes_y = np.array([done.sent_bytes for done in self._done_y]) - self._sent_before_y
+        self._rows_my = []
+        found = self._expected.find(step)
+        if found is None:
+            return
+        self.steps += 1
+        for what, certified, seen in (
+            ("rows received", self._expected.received_uym[found], rows_2ym[0]),
+            ("expert rows computed", self._expected.computed_uym[found], rows_2ym[1]),
+            ("bytes sent", self._expected.bytes_uy[found], bytes_y),
+        ):
+            if np.array_equal(certified, seen):
+                continue
+            place = tuple(np.argwhere(certified != seen)[0])
+            micro = f", micro-batch {place[1]}" if len(place) > 1 else ""
+            raise RunFailed(
+                f"rank {self._rank} differs from its certificate at step {step}, layer {place[0]}{micro}: "
+                f"{what} {seen[place]}, certified {certified[place]}"
+            )

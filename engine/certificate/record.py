@@ -1,0 +1,174 @@
+"""A certificate on the disk: certificate.json, and beside it certificate.safetensors with what each step must do on every rank.
+
+`Record` collects while the steps are counted (exact.certify's `also`) and writes; `read` is for the run that is held to it
+(engine/certificate/check.py). Steps that repeat are stored once. The JSON seals both files by checksums.
+
+Letters: s counted steps, u distinct ones, y layers, m micro-batches of a step, r ranks of the run, g expert groups and P ranks
+of one.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save
+
+from engine.certificate.exact import exchange_of, frame_of
+from engine.certificate.placement import Placement
+from engine.certificate.replay import StepCounts, first_steps
+from engine.certificate.traffic import hops, leaving
+from engine.checkpoint_files import checksum, read_sealed, sha256_of
+from engine.config import Config, require
+from engine.data import Ids
+from engine.moe.tables import Table
+
+FORMAT = 1  # raise it when something else is written, or other options are compared
+JSON, ARRAYS = "certificate.json", "certificate.safetensors"
+Counts = NDArray[np.unsignedinteger[Any]]
+
+
+class Record:
+    """What a run must do in each step, by the exchange that it uses at that step's k.
+
+    Args:
+        ids: the training split.
+        steps: those that are counted; as for engine.certificate.exact.certify.
+    """
+
+    def __init__(self, config: Config, ids: Ids, placement: Placement, steps: range) -> None:
+        self._config, self._frame = config, frame_of(config, placement)
+        first_s = first_steps(config, ids, steps)
+        self._first_u, place_s = np.unique(first_s, return_inverse=True)
+        self._place_s = place_s.astype(np.min_scalar_type(self._first_u.size))
+        group_tokens = placement.expert_ranks * self._frame.tokens
+        micro, trips = config.train.accumulation, sum(self._frame.trips)
+        local = config.moe.experts // placement.expert_ranks
+        shape = self._first_u.size, config.model.layers, placement.world_size
+
+        def zeros(largest: int, *more: int) -> Counts:
+            return np.zeros((*shape, *more), np.min_scalar_type(largest))
+
+        self._received_uyrm = zeros(group_tokens, micro)
+        self._computed_uyrm = zeros(group_tokens * local, micro)
+        self._bytes_uyr = zeros(micro * trips * group_tokens * self._frame.row_bytes)
+
+    def add(self, counts: StepCounts) -> None:
+        """Take in a step."""
+        frame = self._frame
+        ranks, world = frame.placement.expert_ranks, frame.placement.world_size
+        gather = exchange_of(self._config, frame, counts.k) == "gather"
+        received_ymgP = counts.received_ymgP
+        if gather:
+            received_ymgP = np.full_like(received_ymgP, ranks * frame.tokens)
+        hops_ymgPP = hops(counts, "gather" if gather else "tokens", frame.placement, frame.tokens)
+        rows_ygP = leaving(hops_ymgPP, frame.trips).sum(axis=1)
+        place = int(np.searchsorted(self._first_u, counts.step))
+        for to_uyrm, rows_ymgP in (
+            (self._received_uyrm, received_ymgP),
+            (self._computed_uyrm, counts.computed_ymgP),
+        ):
+            to_uyrm[place] = np.moveaxis(rows_ymgP, 1, 3).reshape(-1, world, rows_ymgP.shape[1])
+        self._bytes_uyr[place] = rows_ygP.reshape(-1, world) * frame.row_bytes
+
+    def write(self, folder: Path, facts: dict[str, Any]) -> int:
+        """Write both files; gives the bytes of the arrays.
+
+        Args:
+            facts: the JSON's content: "options", "corpus_sha256", "tables_sha256" and the certificate (exact.Certificate).
+        """
+        arrays = {
+            "place_s": self._place_s,
+            "received_uyrm": self._received_uyrm,
+            "computed_uyrm": self._computed_uyrm,
+            "bytes_uyr": self._bytes_uyr,
+        }
+        return write(folder, facts, arrays)
+
+
+def write(folder: Path, facts: dict[str, Any], arrays: dict[str, Counts]) -> int:
+    """Write and seal both files; gives the bytes of the arrays."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = save(arrays)
+    (folder / ARRAYS).write_bytes(content)
+    sealed = {**facts, "format": FORMAT, "arrays_sha256": hashlib.sha256(content).hexdigest()}
+    sealed["checksum"] = checksum(json.loads(json.dumps(sealed)))
+    (folder / JSON).write_text(json.dumps(sealed, indent=1) + "\n", encoding="ascii")
+    return len(content)
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A certificate that was read."""
+
+    path: Path  # of the JSON
+    facts: dict[str, Any]
+
+    @property
+    def scope(self) -> str:
+        """Say which steps it knows."""
+        steps, sample = self.facts["steps"], self.facts["sample"]
+        last = self.facts["options"]["train"]["steps"]
+        span = f"all {last:,} steps" if steps == last else f"the first {steps:,} of {last:,} steps"
+        return span if sample == 1 else f"one in {sample} of {span}"
+
+    def of_rank(self, rank: int) -> "Expected":
+        """Read what one rank of the run must do."""
+        with safe_open(self.path.with_name(ARRAYS), "numpy") as file:
+            return Expected(
+                self.facts["sample"],
+                file.get_tensor("place_s"),
+                file.get_slice("received_uyrm")[:, :, rank],
+                file.get_slice("computed_uyrm")[:, :, rank],
+                file.get_slice("bytes_uyr")[:, :, rank],
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What one rank of a run must do."""
+
+    sample: int  # every so manieth step is known
+    place_s: Counts  # of each known step, its number among the distinct ones
+    received_uym: (
+        Counts  # rows that arrive at the rank's experts in a forward pass, the rank's own included
+    )
+    computed_uym: Counts  # expert rows of a forward pass
+    bytes_uy: (
+        Counts  # that leave the rank in a step: forward, backward, and what recomputation repeats
+    )
+
+    def find(self, step: int) -> int | None:
+        """Give a step's number among the distinct ones; None if it is not known."""
+        known, between = divmod(step, self.sample)
+        return None if between or known >= len(self.place_s) else int(self.place_s[known])
+
+
+def read(path: Path) -> Written:
+    """Read a certificate, given its folder or its JSON.
+
+    Raises:
+        UserError: there is none, or it is damaged or of another format version.
+    """
+    path = path / JSON if path.is_dir() else path
+    require(path.is_file(), f"certificate={path}: no such file; launch.certify writes one")
+    facts = read_sealed(path, "certificate", FORMAT)
+    arrays = path.with_name(ARRAYS)
+    require(arrays.is_file(), f"{arrays}: no such file; it belongs to {path}")
+    require(sha256_of(arrays) == facts["arrays_sha256"], f"{arrays}: damaged or not of {path}: its sha256 differs")  # fmt: skip
+    return Written(path, facts)
+
+
+def tables_sha256(tables: Iterable[Table]) -> str:
+    """Digest of what decides which experts a token uses; the weights of their mixture are not in it."""
+    digest = hashlib.sha256()
+    for table in tables:
+        numbers = [table.ngram, table.vocab_size, table.seed, table.index, *table.order_rE.shape]
+        digest.update(json.dumps(numbers).encode())
+        digest.update(np.ascontiguousarray(table.order_rE.numpy()).data)
+    return digest.hexdigest()
