@@ -1,0 +1,45 @@
+"""What the calibration makes of measurements; the measuring itself is run by the slow tests of benchmarks."""
+
+import numpy as np
+import pytest
+
+from benchmarks.calibrate import RUNS, fit, inside_link
+from benchmarks.certify_time import Compared, median_error, regrets, ways
+from engine.certificate.time_model import StepTime
+
+
+def test_fit_finds_the_scales_that_made_the_times() -> None:
+    parts = np.random.default_rng(0).uniform(0.1, 1.0, (12, 5))
+    scales = np.array([1.5, 0.0, 2.0, 4.0, 0.3])
+    np.testing.assert_allclose(fit(parts, parts @ scales), scales, atol=1e-9)
+
+
+def test_fit_takes_no_scale_below_zero() -> None:
+    """Times that only a negative scale explains; against a search on a grid."""
+    parts = np.random.default_rng(1).uniform(0.1, 1.0, (8, 2))
+    measured = parts @ np.array([2.0, -0.4])
+    found = fit(parts, measured)
+    assert found.min() == 0.0
+    errors = [float(((parts[:, 0] * s / measured - 1) ** 2).sum()) for s in np.linspace(0, 3, 3001)]
+    assert found[0] == pytest.approx(np.linspace(0, 3, 3001)[int(np.argmin(errors))], abs=1e-3)
+
+
+def test_a_link_is_what_all_to_alls_took() -> None:
+    link = inside_link({"bytes": 1e6, "bytes_s": 0.01, "message_us": 50.0}, ranks=4)
+    assert (link.gb_per_s, link.message_us) == (3 * 1e6 / 0.01 / 1e9, 50.0)
+
+
+def test_no_calibrating_run_has_the_shape_of_a_predicted_one() -> None:
+    predicted = [config for ranks in (2, 4) for _, config in ways(ranks)]
+    assert len(predicted) == 5 + 9
+    shapes = [(c.data, c.model, c.moe.experts, c.moe.expert_width) for c in RUNS]
+    assert not any((c.data, c.model, c.moe.experts, c.moe.expert_width) in shapes for c in predicted)  # fmt: skip
+
+
+def test_the_recommended_way_is_judged_by_what_was_measured() -> None:
+    def compared(name: str, predicted: float, measured: float) -> Compared:
+        return Compared("1gbit", 2, name, StepTime(predicted, 0, 0, 0, 0, 0, 0), measured)
+
+    found = [compared("a", 1.0, 1.2), compared("b", 1.1, 1.0), compared("c", 3.0, 2.0)]
+    assert regrets(found) == {"2 ranks, 1gbit": pytest.approx(0.2)}
+    assert median_error(found) == pytest.approx(0.2 / 1.2)
