@@ -1,7 +1,7 @@
 """What a run will do, before it starts: `python -m launch.certify experiment=NAME world_size=64 expert_group=8`.
 
 Replays the ids, tables and k of the run on this machine's CPU, without a GPU or a cluster: rows of every rank and expert, and
-bytes inside and between nodes, exactly. Prints one page and writes certificate.json. Numbers are of one layer and micro-batch
+bytes inside and between nodes, exactly; and the memory of a rank, by formula. Prints one page and writes certificate.json. Numbers are of one layer and micro-batch
 unless said.
 """
 
@@ -12,13 +12,15 @@ from pathlib import Path
 
 from engine.build import build_routers
 from engine.certificate.exact import Bytes, Certificate, Idle, Section, certify, counted_steps
+from engine.certificate.memory import Memory, predict
 from engine.certificate.placement import Placement
 from engine.certificate.tally import Spread
 from engine.certificate.traffic import KINDS
-from engine.config import Config, Split, to_plain
+from engine.config import Config, Split, require, to_plain
 from engine.corpus import prepare
 from launch.cli import run_program
 from launch.console import table
+from launch.memory_page import memory_heading, memory_table, verdict_line
 
 
 @dataclass
@@ -34,6 +36,8 @@ class CertifyArgs(Config):
     """Count the first so many steps; None means train.steps."""
     sample: int = 1
     """Count every so manieth step only."""
+    device_memory_gb: float | None = None
+    """Memory of a rank's device in 1e9 bytes: says whether the run fits, on a GPU unless kernels.backend=cpu. None: no verdict."""
     out: str | None = None
     """Folder of certificate.json; None means certificates/ and train.name."""
 
@@ -43,6 +47,15 @@ class CertifyArgs(Config):
         super().__post_init__()
         self.placement.check(self)
         counted_steps(self, self.steps, self.sample)
+        memory_gb = self.device_memory_gb
+        require(
+            memory_gb is None or memory_gb > 0, f"device_memory_gb={memory_gb}: must be above 0"
+        )
+
+    @property
+    def device_memory_bytes(self) -> int | None:
+        """Memory of a rank's device."""
+        return None if self.device_memory_gb is None else int(self.device_memory_gb * 1e9)
 
     @property
     def placement(self) -> Placement:
@@ -50,12 +63,13 @@ class CertifyArgs(Config):
         return Placement(self.world_size, self.parallel.expert_ranks, self.ranks_per_node)
 
 
-def page(found: Certificate) -> str:
+def page(found: Certificate, memory: Memory) -> str:
     """Lay out a certificate for a terminal."""
     sections = [*found.by_k, found.whole] if len(found.by_k) > 1 else found.by_k
     parts = [*_heading(found), "", "Rows"]
     parts += [_rows(sections), "", "Padding, if every step had the same shapes", _static(sections)]
     parts += ["", "Bytes of a rank in a step, all layers and directions, MB (1e6)", _bytes(sections)]  # fmt: skip
+    parts += ["", memory_heading(memory), table(*memory_table(memory)), verdict_line(memory)]
     return "\n".join(parts)
 
 
@@ -147,12 +161,15 @@ def run(args: CertifyArgs) -> int:
     tables = [router.table for router in routers]
     ids = corpus.split(Split.train)
     found = certify(args, ids, tables, args.placement, steps=args.steps, sample=args.sample)
+    vocab, device_bytes = corpus.vocab.size, args.device_memory_bytes
+    memory = predict(args, found, vocab, device_memory_bytes=device_bytes)
     folder = Path(args.out or Path("certificates") / args.train.name)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "certificate.json"
     plain = {"options": to_plain(args), "corpus_sha256": corpus.sha256, **asdict(found)}
+    plain["memory"] = asdict(memory)
     path.write_text(json.dumps(plain, indent=1) + "\n", encoding="ascii")
-    print(page(found))
+    print(page(found, memory))
     print(f"written to {path}")
     return 0
 
