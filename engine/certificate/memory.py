@@ -56,47 +56,58 @@ class Memory:
 def predict(
     config: Config, found: Certificate, vocab_size: int, *, device_memory_bytes: int | None = None
 ) -> Memory:
-    """Predict the memory of a certified run.
-
-    Largest number of streams: rows are known for the certified number b0 only. For b streams they are taken as at most
-    ceil(b / b0) times as many, and never more than all tokens of the expert group for one rank. For b above b0 that is
-    exact or too much as long as a step has the same streams, that is if train.accumulation shrinks as b grows; for a larger
-    data.streams it is an assumption. Below b0 it is too much.
+    """Predict the memory of a certified run, and judge it.
 
     Args:
-        found: the certificate of the same configuration.
-        device_memory_bytes: of a rank's device; None: no verdict. Naming one means that kernels.backend=auto is a GPU.
+        config: as certified.
+        device_memory_bytes: of a rank's device; None: no verdict. With one, kernels.backend=auto means a GPU.
 
     Raises:
         UserError: device_memory_bytes is below 1.
     """
-    if device_memory_bytes is not None:
-        require(
-            device_memory_bytes > 0,
-            f"device memory of {device_memory_bytes} bytes: must be above 0",
-        )
-    known_streams = config.streams_per_micro_batch(found.placement.world_size)
     gpu = runs_on_gpu(config, device_memory_bytes)
-    parameters = count_parameters(config, found.placement, vocab_size)
-
-    def peak(streams: int) -> Memory:
-        candidates = []
-        for section in found.by_k:
-            assert section.k is not None
-            sizes = Sizes(config, found.placement, vocab_size, known_streams, section.k, gpu)
-            rows = exact_rows(section, sizes)
-            if streams != known_streams:
-                sizes = replace(sizes, streams=streams)
-                rows = bounded_rows(rows, sizes, known_streams)
-            candidates.append(_peak(sizes, rows, parameters))
-        return max(candidates, key=lambda memory: memory.peak_bytes)
-
-    memory = peak(known_streams)
+    memory = predict_at(config, found, vocab_size, gpu=gpu)
     if device_memory_bytes is None:
         return memory
+    require(
+        device_memory_bytes > 0, f"device memory of {device_memory_bytes} bytes: must be above 0"
+    )
+
+    def fits(streams: int) -> bool:
+        other = predict_at(config, found, vocab_size, gpu=gpu, streams=streams)
+        return other.peak_bytes <= device_memory_bytes
+
     headroom = device_memory_bytes - memory.peak_bytes
-    most = largest_number(lambda streams: peak(streams).peak_bytes <= device_memory_bytes)
-    return replace(memory, verdict=Verdict(device_memory_bytes, headroom >= 0, headroom, most))
+    verdict = Verdict(device_memory_bytes, headroom >= 0, headroom, largest_number(fits))
+    return replace(memory, verdict=verdict)
+
+
+def predict_at(
+    config: Config, found: Certificate, vocab_size: int, *, gpu: bool, streams: int | None = None
+) -> Memory:
+    """Predict the memory of a certified run at another number of streams of a rank in a micro-batch.
+
+    Rows are known at the certified number b0 only. At b they are taken as at most ceil(b / b0) times as many, and never more
+    than if all tokens of the expert group chose the same rank's experts. For b below b0 that is never too little. Above b0 it
+    is so for multiples of b0 that share out the same streams of a step in fewer micro-batches (train.accumulation); with more
+    data.streams the text is cut elsewhere, and then it is an assumption.
+
+    Args:
+        gpu: count for a GPU and the Triton kernels, otherwise for a CPU.
+        streams: None for the certified number.
+    """
+    known_streams = config.streams_per_micro_batch(found.placement.world_size)
+    parameters = count_parameters(config, found.placement, vocab_size)
+    candidates = []
+    for section in found.by_k:
+        assert section.k is not None
+        sizes = Sizes(config, found.placement, vocab_size, known_streams, section.k, gpu)
+        rows = exact_rows(section, sizes)
+        if streams is not None:
+            sizes = replace(sizes, streams=streams)
+            rows = bounded_rows(rows, sizes, known_streams)
+        candidates.append(_peak(sizes, rows, parameters))
+    return max(candidates, key=lambda memory: memory.peak_bytes)
 
 
 def largest_number(fits: Callable[[int], bool]) -> int:
