@@ -65,13 +65,14 @@ def predict(
     Raises:
         UserError: device_memory_bytes is below 1.
     """
+    require(
+        device_memory_bytes is None or device_memory_bytes > 0,
+        f"device memory of {device_memory_bytes} bytes: must be above 0",
+    )
     gpu = runs_on_gpu(config, device_memory_bytes)
     memory = predict_at(config, found, vocab_size, gpu=gpu)
     if device_memory_bytes is None:
         return memory
-    require(
-        device_memory_bytes > 0, f"device memory of {device_memory_bytes} bytes: must be above 0"
-    )
 
     def fits(streams: int) -> bool:
         other = predict_at(config, found, vocab_size, gpu=gpu, streams=streams)

@@ -10,11 +10,11 @@ Letters: as in engine/certificate/memory_shapes.py.
 from dataclasses import dataclass
 from math import ceil
 
-from engine.certificate.memory_shapes import Rows, Sizes
+from engine.certificate.memory_shapes import COLUMN_BYTES, Rows, Sizes
 from engine.certificate.memory_terms import Term, term
 
-_TILE_BYTES = 2 << 20  # kernels/relative_attention.py
-_BLOCK_ROWS = 2048  # kernels/moe_ffn_masked.py
+_TILE_BYTES = 2 << 20  # _TILE_BYTES of kernels/relative_attention.py
+_BLOCK_ROWS = 2048  # _BLOCK of kernels/moe_ffn_masked.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,10 @@ class Activations:
         return found
 
     def experts_backward(self) -> list[Term]:
-        """Give what the backward pass of one layer's experts needs, gradients of parameters left out."""
+        """Give what the backward pass of one layer's experts needs, gradients of parameters left out.
+
+        With parallel.chunks a part has its share of the rows; it may have a few more.
+        """
         s, moe = self.sizes, self.sizes.config.moe
         width, c = s.config.model.width, s.number
         received, computed, expert = (
@@ -167,7 +170,7 @@ class Activations:
         """Give what the backward pass of one layer's attention needs."""
         s = self.sizes
         positions, c = s.streams * s.keys, s.number
-        queries = min(s.config.data.segment, 512 // c)
+        queries = min(s.config.data.segment, COLUMN_BYTES // c)
         together = min(s.streams, max(1, _TILE_BYTES // (queries * s.keys * c)))
         return [
             term("attention's backward", "{} tokens x {} width x {} bytes", s.tokens, s.config.model.width, 2 * c),

@@ -17,6 +17,8 @@ from engine.config import Config
 from engine.model import TransformerXL
 from engine.moe.auto import gathers, wire_itemsize
 
+COLUMN_BYTES = 512  # of a tile's scores: _COLUMN_BYTES of kernels/relative_attention.py
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:
@@ -112,7 +114,7 @@ class Sizes:
     def pairs(self) -> int:
         """Query-key pairs of one stream and head that attention computes: block by block, all keys up to the block's end."""
         segment, memory = self.config.data.segment, self.config.model.memory
-        block = 512 // self.number  # kernels/relative_attention.py: _COLUMN_BYTES
+        block = COLUMN_BYTES // self.number
         ends = [min(start + block, segment) for start in range(0, segment, block)]
         starts = [0, *ends[:-1]]
         return sum((end - start) * (memory + end) for start, end in zip(starts, ends, strict=True))

@@ -3,8 +3,11 @@
 from dataclasses import asdict, replace
 
 import pytest
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from benchmarks.memory_model import SMALL, SYMBOLS, Case, compare, make_config, material
+from engine import deepspeed_adapter
+from engine.certificate import memory_activations, memory_shapes, memory_state
 from engine.certificate.exact import certify
 from engine.certificate.memory import largest_number, predict, predict_at
 from engine.certificate.memory_shapes import (
@@ -20,8 +23,9 @@ from engine.certificate.placement import Placement
 from engine.choices import Backend
 from engine.config import Growth, KernelsConfig
 from engine.errors import UserError
+from kernels import moe_ffn_masked, relative_attention
 
-CLOSE = 0.10
+CLOSE = 0.08  # of the 0.10 that is promised
 
 # Tiny shapes, counted by hand: width 128, 4 x 32 heads, 2 layers, 64 symbols, 8 experts x 256.
 _ATTENTION = 5 * 128 * 128 + 2 * 128  # query, key, value, distance, output; a LayerNorm
@@ -57,11 +61,11 @@ def test_predicted_bytes_are_the_allocated_ones(cases):
         assert abs(outcome.error) < CLOSE, outcome
         assert outcome.measured > 5e6
         # negative control: without any one of the large terms the same check fails
-        big = [each for each in outcome.predicted.terms if each.bytes > 1.6 * CLOSE * outcome.measured]  # fmt: skip
+        big = [each for each in outcome.predicted.terms if each.bytes > 2 * CLOSE * outcome.measured]  # fmt: skip
         assert big
         for left_out in big:
             rest = outcome.predicted.peak_bytes - left_out.bytes
-            assert abs(rest / outcome.measured - 1) > CLOSE / 2, left_out
+            assert abs(rest / outcome.measured - 1) > CLOSE, left_out
 
 
 def test_parameters_are_those_counted_by_hand():
@@ -223,3 +227,13 @@ def test_the_k_with_the_most_rows_decides():
     config, found = certified({"schedule": growing, "train": {"steps": 4}})
     assert [section.k for section in found.by_k] == [1, 2, 3]
     assert predict(config, found, SYMBOLS).k == 3
+
+
+def test_constants_are_those_of_the_code_that_is_counted():
+    assert memory_state._KEPT_WHOLE == deepspeed_adapter.KEPT_WHOLE
+    assert memory_state._MAX_BUCKET == deepspeed_adapter._MAX_BUCKET
+    zero = DeepSpeedZeroConfig(stage=3)
+    assert (zero.prefetch_bucket_size, zero.max_live_parameters) == (memory_state._FETCHED, memory_state._LIVE)  # fmt: skip
+    assert memory_shapes.COLUMN_BYTES == relative_attention._COLUMN_BYTES
+    assert memory_activations._TILE_BYTES == relative_attention._TILE_BYTES
+    assert memory_activations._BLOCK_ROWS == moe_ffn_masked._BLOCK
