@@ -96,7 +96,10 @@ class Sizes:
 
     @property
     def masked(self) -> bool:
-        """Whether all rows go through all experts of the rank, as on a CPU for k near E."""
+        """Whether all rows go through all experts of the rank, as on a CPU for k near E.
+
+        A run measures kernels.masked_from_k when it starts; where it is not set, rows are taken as grouped.
+        """
         from_k = self.config.kernels.masked_from_k
         return not self.gpu and from_k is not None and self.k >= from_k
 
