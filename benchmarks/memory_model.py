@@ -138,7 +138,7 @@ CASES = (
     _case(2, group=2, chunks=3, precision=_BF16),
     _case(2, group=2, recompute=True, accumulation=2),
     _case(4, group=2),
-    _case(4, group=2, zero=2, accumulation=1),
+    _case(4, group=2, zero=2),
     _case(4, group=4),
     _case(4, group=4, zero=3),
 )
