@@ -7,7 +7,8 @@ manieth step only.
 
 `seconds` is for building the tables and counting; `peak_bytes` is the most memory that the process held until then.
 `count_mismatches`: some steps are planned by TablePlanner for every rank, as a run does, and every number that differs from the
-certificate's counts is one mismatch.
+certificate's counts is one mismatch. `memory_model_error`: of the memory part, see benchmarks/memory_model.py; `--memory-cases`
+measures only the first so many of its cases, and no growth.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.harness import environment, positive, print_result, print_table
+from benchmarks.memory_model import memory_model_error
 from engine.certificate.exact import certify
 from engine.certificate.placement import Placement
 from engine.certificate.replay import StepCounts, replay
@@ -96,6 +98,7 @@ def main() -> None:
     parser.add_argument("--ids", type=positive, default=IDS, help="training ids")
     parser.add_argument("--sample", type=positive, default=1, help="count every so manieth step")
     parser.add_argument("--checked", type=positive, default=9, help="steps to plan for every rank")
+    parser.add_argument("--memory-cases", type=positive, help="memory cases to measure")
     args = parser.parse_args()
     ids = np.resize(read_text(args.text), args.ids)
     config = epoch(ids)
@@ -117,7 +120,10 @@ def main() -> None:
         ["of it: processor time, both cores", cpu],
     ]
     print_table(["", "seconds"], rows)
-    print_result({"seconds": done - begin, "peak_bytes": peak_bytes, "count_mismatches": wrong})
+    memory_error = memory_model_error(args.memory_cases)
+    print_result({
+        "seconds": done - begin, "peak_bytes": peak_bytes, "count_mismatches": wrong, "memory_model_error": memory_error,
+    })  # fmt: skip
 
 
 if __name__ == "__main__":

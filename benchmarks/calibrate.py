@@ -31,7 +31,7 @@ from engine.build import build_routers
 from engine.certificate.cluster import ClusterConfig, LinkConfig, ScaleConfig, SharingConfig
 from engine.certificate.placement import Placement
 from engine.certificate.replay import replay
-from engine.certificate.time_model import StepTime, step_time
+from engine.certificate.time_model import StepModel, StepTime
 from engine.config import (
     Config,
     CorpusConfig,
@@ -170,7 +170,8 @@ def predict(config: Config, cluster: ClusterConfig, placement: Placement) -> Ste
     steps = range(WARM_STEPS, config.train.steps)
     tables = [router.table for router in routers]
     counts = replay(config, corpus.split(Split.train), tables, placement, steps)
-    found = [step_time(config, cluster, placement, step, corpus.vocab.size) for step in counts]
+    model = StepModel(config, cluster, placement, corpus.vocab.size)
+    found = [model.time(step) for step in counts]
     names = [f.name for f in fields(StepTime)]
     return StepTime(
         **{name: sum(getattr(step, name) for step in found) / len(found) for name in names}

@@ -1,7 +1,8 @@
 """What a run will do, before it starts: `python -m launch.certify experiment=NAME world_size=64 expert_group=8`.
 
 Replays the ids, tables and k of the run on this machine's CPU, without a GPU or a cluster: rows of every rank and expert, and
-bytes inside and between nodes, exactly. With cluster=NAME also models its time there. Prints one page, and writes it with
+bytes inside and between nodes, exactly, and the memory of a rank, by formula. With cluster=NAME also says whether it fits
+there, and models its time. Prints one page, and writes it with
 charts as certificate.html, every number as certificate.json, and what each rank must do in each step as
 certificate.safetensors, to which launch.train certificate=FOLDER holds the run.
 """
@@ -12,16 +13,18 @@ from pathlib import Path
 
 from engine.build import build_routers
 from engine.certificate.cluster import ClusterConfig
-from engine.certificate.exact import certify, counted_steps
+from engine.certificate.exact import Certificate, certify, counted_steps
 from engine.certificate.forecast import Forecaster, TimePart, time_part
+from engine.certificate.memory import Memory, predict
 from engine.certificate.placement import Placement
 from engine.certificate.record import ARRAYS, JSON, Record, tables_sha256
-from engine.config import Config, MoEConfig, Split, to_plain
+from engine.config import Backend, Config, MoEConfig, Split, require, to_plain
 from engine.corpus import PreparedCorpus, prepare
 from engine.moe.tables import Table
 from launch.certificate_page import certificate_page
 from launch.certificate_time import time_figures, time_section
 from launch.cli import run_program
+from launch.memory_page import memory_figures, memory_section
 from launch.page_html import html
 from launch.page_terminal import print_page
 
@@ -47,6 +50,9 @@ class CertifyArgs(Config):
     """Count the first so many steps; None means train.steps."""
     sample: int = 1
     """Count every so manieth step only."""
+    device_memory_gb: float | None = None
+    """Memory of a rank's device in 1e9 bytes: says whether the run fits, on a GPU unless kernels.backend=cpu. None: the cluster's;
+    without one there is no verdict."""
     out: str | None = None
     """Folder of what is written; None means certificates/ and train.name."""
 
@@ -56,6 +62,18 @@ class CertifyArgs(Config):
         super().__post_init__()
         self.placement.check(self)
         counted_steps(self, self.steps, self.sample)
+        memory_gb = self.device_memory_gb
+        require(
+            memory_gb is None or memory_gb > 0, f"device_memory_gb={memory_gb}: must be above 0"
+        )
+
+    @property
+    def device_memory_bytes(self) -> int | None:
+        """Memory of a rank's device; None if nobody said."""
+        memory_gb = self.device_memory_gb
+        if memory_gb is None and self.cluster is not None:
+            memory_gb = self.cluster.device_memory_gb
+        return None if memory_gb is None else int(memory_gb * 1e9)
 
     @property
     def placement(self) -> Placement:
@@ -79,17 +97,18 @@ def run(args: CertifyArgs) -> int:
     found = certify(
         config, ids, tables, args.placement, steps=args.steps, sample=args.sample, also=record.add
     )
-    time = _time(args, corpus)
+    memory, time = _memory(args, found, corpus), _time(args, corpus)
     folder = Path(args.out or Path("certificates") / args.train.name)
     plain = {
         "options": to_plain(args),
         "corpus_sha256": corpus.sha256,
         "tables_sha256": tables_sha256(tables),
         **asdict(found),
+        "memory": asdict(memory),
         "time_model": time and asdict(time),
     }
     arrays_bytes = record.write(folder, plain)
-    figures, further = [], []
+    figures, further = memory_figures(memory), [memory_section(memory)]
     if time is not None and args.cluster is not None:
         figures += time_figures(time)
         further.append(time_section(time, args.cluster, args.placement))
@@ -107,6 +126,13 @@ def _tables(config: Config, corpus: PreparedCorpus) -> Sequence[Table]:
     routers = build_routers(config, corpus)
     assert routers is not None, "Placement.check lets hashed routers pass only"
     return [router.table for router in routers]
+
+
+def _memory(args: CertifyArgs, found: Certificate, corpus: PreparedCorpus) -> Memory:
+    config = args.config
+    if args.cluster is not None and args.cluster.host_copies and config.kernels.backend is Backend.auto:  # fmt: skip
+        config = replace(config, kernels=replace(config.kernels, backend=Backend.cpu))
+    return predict(config, found, corpus.vocab.size, device_memory_bytes=args.device_memory_bytes)
 
 
 def _time(args: CertifyArgs, corpus: PreparedCorpus) -> TimePart | None:

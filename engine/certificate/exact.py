@@ -57,6 +57,8 @@ class Section:
     exchange: str  # that the run uses: tokens, gather, local (one rank: nothing moves), or mixed
     received_rows: Spread  # over layers, micro-batches and ranks: rows that a rank receives by `tokens`, its own included
     computed_rows: Spread  # likewise: expert rows that a rank computes
+    received_layers: Spread  # over micro-batches and ranks: received_rows, all layers added up
+    computed_layers: Spread  # likewise: computed_rows
     expert_rows: Spread  # over layers, micro-batches and experts of a group: rows of an expert
     idle_rank: Idle
     idle_expert: Idle
@@ -207,6 +209,8 @@ class _Sums:
             "expert": counts.count_ymgE,
             "pair": counts.sent_ymgPP,
         }
+        for name in ("received", "computed"):
+            rows[f"{name} layers"] = rows[name].sum(axis=0)
         for name, values in rows.items():
             self._tally(name).add(values, counts.step, counts.times)
         for name in ("received", "expert"):
@@ -234,6 +238,8 @@ def _section(k: int | None, exchange: str, sums: Sequence[_Sums]) -> Section:
         exchange=exchange,
         received_rows=spreads["received"],
         computed_rows=spreads["computed"],
+        received_layers=spreads["received layers"],
+        computed_layers=spreads["computed layers"],
         expert_rows=spreads["expert"],
         idle_rank=_idle([part.idle["received"] for part in sums]),
         idle_expert=_idle([part.idle["expert"] for part in sums]),

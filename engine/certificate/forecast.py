@@ -13,7 +13,7 @@ from typing import Any
 from engine.certificate.cluster import ClusterConfig
 from engine.certificate.placement import Placement
 from engine.certificate.replay import StepCounts, replay
-from engine.certificate.time_model import StepTime, step_time
+from engine.certificate.time_model import StepModel, StepTime
 from engine.choices import Builder, ExchangeKind
 from engine.config import Config, MoEConfig, ParallelConfig, ScheduleConfig
 from engine.data import Ids
@@ -116,15 +116,11 @@ class Forecaster:
             config: the run's with other data.streams, moe.builder, moe.pack or parallel; parallel.expert_ranks is the placement's.
         """
         counts = self._count(config, placement)
+        model = StepModel(config, self.cluster, placement, self.vocab)
         by_k, total = [], 0.0
         symbols = config.symbols_per_step
         for part in steps_of_k(config, placement):
-            times = [
-                step_time(config, self.cluster, placement, step, self.vocab)
-                for step in counts
-                if step.k == part.k
-            ]
-            time = _mean(times)
+            time = _mean([model.time(step) for step in counts if step.k == part.k])
             total += part.steps * time.total
             by_k.append(
                 TimeOfK(part.k, part.steps, part.exchange, time, time.total, symbols / time.total)

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.certificate.cluster import ClusterConfig
+from engine.certificate.memory_shapes import Parameters, count_parameters
 from engine.certificate.placement import Placement
 from engine.certificate.replay import Counts, StepCounts
 from engine.certificate.traffic import FORWARD, Trips, hops, trips_of
@@ -30,7 +31,6 @@ from engine.certificate.work import (
     packing_seconds,
     passes,
 )
-from engine.choices import Activation
 from engine.config import Config
 from engine.moe.auto import gathers, wire_itemsize
 
@@ -53,65 +53,48 @@ class StepTime:
         return sum(getattr(self, f.name) for f in fields(self) if f.name != "hidden")
 
 
-@dataclass(frozen=True, slots=True)
-class Parameters:
-    """Numbers of parameters, by who holds them."""
-
-    shared: int  # on every rank
-    experts: int  # of all experts
-    tensors: int  # of a rank
-
-
-def count_parameters(config: Config, vocab: int) -> Parameters:
-    """Count the parameters of a run's model (engine/model.py)."""
-    model, moe = config.model, config.moe
-    inner, width = model.heads * model.head_width, model.width
-    matrices = 3 if moe.activation is Activation.swiglu else 2
-
-    def feed_forward(hidden: int) -> int:
-        return matrices * width * hidden + hidden + width if hidden else 0
-
-    block = 5 * width * inner + 4 * width + feed_forward(moe.shared_width)
-    ends = vocab * width + vocab + 2 * inner + (2 * width if model.pre_norm else 0)
-    tensors = model.layers * (5 + 4 + 2 * matrices + (2 * matrices if moe.shared_width else 0)) + 4
-    return Parameters(
-        shared=model.layers * block + ends,
-        experts=model.layers * moe.experts * feed_forward(moe.expert_width),
-        tensors=tensors,
-    )
-
-
-def step_time(
-    config: Config, cluster: ClusterConfig, placement: Placement, counts: StepCounts, vocab: int
-) -> StepTime:
-    """Model one step.
+class StepModel:
+    """Models the steps of one run on one cluster.
 
     Args:
         config: of a hashed run; its parallel.expert_ranks is not looked at.
         placement: ranks; its ranks_per_node is used, not the cluster's.
-        counts: of a step of this placement, or of one expert group of it.
         vocab: symbols.
     """
-    streams = config.streams_per_micro_batch(placement.world_size)
-    tokens, accumulation = streams * config.data.segment, config.train.accumulation
-    slower = cluster.slowdown(min(placement.ranks_per_node, placement.world_size))
-    model = model_seconds(config, cluster, streams, vocab)
-    layers = layer_times(config, cluster, placement, counts, tokens)
-    parameters = count_parameters(config, vocab)
-    local = parameters.shared + parameters.experts // placement.expert_ranks
-    updated = _updated(config, placement, parameters)
-    starts = model.operations
-    if not cluster.host_copies:  # the host starts operations ahead of the device that runs them
-        starts = max(0.0, starts - model.attention - model.rest)
-    return StepTime(
-        attention=slower * accumulation * model.attention,
-        experts=slower * layers.experts,
-        rest=slower * accumulation * (model.rest + starts),
-        exchange=layers.exchange,
-        gradients=_gradient_seconds(config, cluster, placement, parameters),
-        optimizer=slower * optimizer_seconds(config, cluster, local, updated),
-        hidden=layers.hidden,
-    )
+
+    def __init__(
+        self, config: Config, cluster: ClusterConfig, placement: Placement, vocab: int
+    ) -> None:
+        self.config, self.cluster, self.placement = config, cluster, placement
+        self._streams = config.streams_per_micro_batch(placement.world_size)
+        self._parameters = count_parameters(config, placement, vocab)
+        self._model = model_seconds(config, cluster, self._streams, vocab)
+        self._gradients = gradient_seconds(config, cluster, placement, self._parameters)
+
+    def time(self, counts: StepCounts) -> StepTime:
+        """Model one step.
+
+        Args:
+            counts: of a step of this placement, or of one expert group of it.
+        """
+        config, cluster, place, model = self.config, self.cluster, self.placement, self._model
+        accumulation = config.train.accumulation
+        slower = cluster.slowdown(min(place.ranks_per_node, place.world_size))
+        layers = layer_times(config, cluster, place, counts, self._streams * config.data.segment)
+        starts = model.operations
+        if not cluster.host_copies:  # the host starts operations ahead of the device that runs them
+            starts = max(0.0, starts - model.attention - model.rest)
+        updated = self._parameters.part if config.train.zero_stage else self._parameters.numbers
+        optimizer = optimizer_seconds(config, cluster, self._parameters.numbers, updated)
+        return StepTime(
+            attention=slower * accumulation * model.attention,
+            experts=slower * layers.experts,
+            rest=slower * accumulation * (model.rest + starts),
+            exchange=layers.exchange,
+            gradients=self._gradients,
+            optimizer=slower * optimizer,
+            hidden=layers.hidden,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +109,7 @@ class LayerTimes:
 def layer_times(
     config: Config, cluster: ClusterConfig, placement: Placement, counts: StepCounts, tokens: int
 ) -> LayerTimes:
-    """Model the expert layers of a step: arguments as for step_time, experts' time without the ranks' sharing of cores."""
+    """Model the expert layers of a step: arguments as for StepModel, experts' time without the ranks' sharing of cores."""
     ranks = placement.expert_ranks
     gather = ranks > 1 and gathers(config, ranks, counts.k, tokens)
     received = counts.received_ymgP.astype(np.float64)
@@ -214,34 +197,27 @@ def _trip_seconds(
     return _Trip(way, way, waiting, waiting)
 
 
-def _gradient_seconds(
+def gradient_seconds(
     config: Config, cluster: ClusterConfig, placement: Placement, parameters: Parameters
 ) -> float:
-    """Time of DeepSpeed's collectives in a step, by ZeRO stage; not hidden."""
-    stage, accumulation, item = (
-        config.train.zero_stage,
-        config.train.accumulation,
-        item_bytes(config),
-    )
-    world, ranks = placement.world_size, placement.expert_ranks
-    local = parameters.experts // ranks
+    """Model the collectives of DeepSpeed in a step, by ZeRO stage; nothing hides them."""
+    stage, accumulation = config.train.zero_stage, config.train.accumulation
     total = 0.0
-    for number, size, stride in ((parameters.shared, world, 1), (local, world // ranks, ranks)):
-        if size == 1 or number == 0:
+    for number, group in enumerate(parameters.groups):  # experts, if shared out, are the second
+        if group.ranks == 1:
             continue
-        ring = _Ring(cluster, placement, size, stride)
-        gradient, weights = 4.0 * number, float(item * number)
+        ring = _Ring(cluster, placement, group.ranks, placement.expert_ranks if number else 1)
+        gradient, weights = 4.0 * group.numbers, float(item_bytes(config) * group.numbers)
         if stage < 3:
             total += (accumulation if stage == 2 else 1) * ring.all_reduce(gradient)
             total += ring.all_gather(weights) if stage else 0.0
         else:
-            gathers_a_pass = 3 if config.train.recompute else 2
-            tensors = parameters.tensors // 2
+            times = 3 if config.train.recompute else 2
             reduce = (
                 ring.all_reduce if cluster.host_copies else ring.reduce_scatter
             )  # gloo's is one
-            passes_s = reduce(gradient) + gathers_a_pass * ring.all_gather(weights, tensors)
-            total += accumulation * passes_s
+            gathered = times * ring.all_gather(weights, len(group.numels))
+            total += accumulation * (reduce(gradient) + gathered)
     return total
 
 
@@ -292,12 +268,3 @@ class _Ring:
         ) / self.size * num_bytes / self._bytes_per_s
         tree = ceil(log2(self.size)) * self._message_s + num_bytes / self._bytes_per_s
         return min(ring, tree)
-
-
-def _updated(config: Config, placement: Placement, parameters: Parameters) -> float:
-    """Parameters whose moments one rank keeps."""
-    local = parameters.experts // placement.expert_ranks
-    if config.train.zero_stage == 0:
-        return parameters.shared + local
-    replicas = placement.world_size // placement.expert_ranks
-    return parameters.shared / placement.world_size + local / replicas

@@ -64,10 +64,21 @@ def test_bench_exchange():
 def test_bench_certify(tmp_path):
     text = tmp_path / "text.txt"
     text.write_bytes(b"the quick brown fox jumps over the lazy dog. " * 50)
-    code, out, err = run("bench_certify", "--text", str(text), "--ids", "140000", "--checked", "2")
+    code, out, err = run(
+        "bench_certify",
+        "--text",
+        str(text),
+        "--ids",
+        "140000",
+        "--checked",
+        "2",
+        "--memory-cases",
+        "1",
+    )
     assert code == 0, err
     result = json.loads(out.splitlines()[-1])
-    assert list(result) == ["seconds", "peak_bytes", "count_mismatches"]
+    assert list(result) == ["seconds", "peak_bytes", "count_mismatches", "memory_model_error"]
+    assert 0 <= result["memory_model_error"] < 0.1
     assert result["count_mismatches"] == 0 and result["peak_bytes"] > 1e7
 
 

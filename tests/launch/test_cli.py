@@ -145,6 +145,7 @@ def test_a_sweep_gives_each_job_a_folder_and_resumes(run, tmp_path, text):
         ("certify", ["world_size=0"], "world_size=0: must be at least 1"),
         ("certify", ["moe.experts=4", "schedule.k_max=8"], "schedule.k_max=8"),
         ("certify", ["moe.router=frozen"], "moe.router=frozen: routes depend on hidden states"),
+        ("certify", ["device_memory_gb=0"], "device_memory_gb=0.0: must be above 0"),
         ("certify", ["sample=1201"], "sample=1201: must be from 1 to the 1200 steps"),
         ("certify", ["expert_groups=2"], "allowed: corpus, data"),
     ],
@@ -205,10 +206,14 @@ def test_a_certificate_is_printed_and_written(run, tmp_path, text):
     assert found["placement"] == {"world_size": 4, "expert_ranks": 4, "ranks_per_node": 2}
     assert [part["k"] for part in found["by_k"]] == [1, 2, 3] and found["whole"]["steps"] == 6
     assert found["options"]["parallel"]["expert_ranks"] == 4 and len(found["corpus_sha256"]) == 64
-    done = run("certify", *options, *ranks, "sample=5", f"out={path.parent}")
-    assert done.returncode == 0 and "Counted: 2 of the first 6 steps, one in 5" in " ".join(
-        done.stdout.split()
-    )
+    assert found["memory"]["verdict"] is None and not found["memory"]["gpu"]
+    assert found["memory"]["peak_bytes"] == sum(term["bytes"] for term in found["memory"]["terms"])
+    judged = [*options, *ranks, "sample=5", f"out={path.parent}", "device_memory_gb=1"]
+    done = run("certify", *judged)
+    printed = " ".join(done.stdout.split())
+    assert done.returncode == 0 and "Counted: 2 of the first 6 steps, one in 5" in printed
+    assert "at the peak: fits into 1.000 GB" in printed
+    assert json.loads(path.read_text())["memory"]["verdict"]["fits"]
     assert json.loads(path.read_text())["whole"]["steps"] == 2
 
 

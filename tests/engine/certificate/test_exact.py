@@ -98,7 +98,7 @@ def loops(config, ids, tables, steps):
         lists.setdefault(name, []).extend((k, step, value) for value in values)
 
     for step in steps:
-        received, by_expert, pairs, sent = Counter(), Counter(), Counter(), Counter()
+        received, computed, by_expert, pairs, sent = (Counter() for _ in range(5))
         k = active_experts(config.schedule, step, config.schedule_steps)
         for layer, micro, rank, experts in routes(config, ids, tables, step, k):
             group = rank // RANKS * RANKS
@@ -108,6 +108,7 @@ def loops(config, ids, tables, steps):
                 pairs[layer, micro, rank, home] += 1
             for expert in experts:
                 by_expert[layer, micro, group // RANKS, expert] += 1
+                computed[layer, micro, group + expert // (EXPERTS // RANKS)] += 1
             for kind in KINDS:
                 for a, b in trips(kind, rank, homes):  # forward and backward, there and back
                     size = 2 * WIDTH * 4
@@ -124,6 +125,9 @@ def loops(config, ids, tables, steps):
             sum(by_expert[*p, g, e] for e in range(r * local, (r + 1) * local))
             for p in places for g in groups for r in range(RANKS)
         ])  # fmt: skip
+        for name, rows in (("received", received), ("computed", computed)):
+            sums = [sum(rows[layer, micro, r] for layer in range(LAYERS)) for micro in range(MICRO) for r in range(WORLD)]  # fmt: skip
+            note(f"{name}_layers", k, step, sums)
         note("pair", k, step, [
             pairs[*p, g * RANKS + a, g * RANKS + b]
             for p in places for g in groups for a in range(RANKS) for b in range(RANKS)
@@ -161,6 +165,8 @@ def section(lists):
         "steps": len({step for _, step, _ in lists["pair"]}),
         "received_rows": spread(lists["received_rows"]),
         "computed_rows": spread(lists["computed_rows"]),
+        "received_layers": spread(lists["received_layers"]),
+        "computed_layers": spread(lists["computed_layers"]),
         "expert_rows": expert,
         "idle_rank": idle(lists["received_rows"]),
         "idle_expert": idle(lists["expert_rows"]),

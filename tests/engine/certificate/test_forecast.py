@@ -10,7 +10,7 @@ from engine.certificate.cluster import ClusterConfig, LinkConfig
 from engine.certificate.forecast import Forecaster, StepsOfK, steps_of_k, time_part
 from engine.certificate.placement import Placement
 from engine.certificate.replay import replay
-from engine.certificate.time_model import step_time
+from engine.certificate.time_model import StepModel
 from engine.choices import Builder, ExchangeKind, Growth
 from engine.config import (
     Config,
@@ -71,7 +71,7 @@ def test_a_run_is_the_sum_of_its_steps() -> None:
     for part in steps_of_k(config(), PLACE):
         steps = [part.first + part.steps // 4, part.first + part.steps * 3 // 4]
         times = [
-            step_time(config(), SLOW_LINK, PLACE, counts, VOCAB).total
+            StepModel(config(), SLOW_LINK, PLACE, VOCAB).time(counts).total
             for counts in replay(config(), TEXT, tables_of(config().moe), PLACE, steps)
         ]
         total += part.steps * sum(times) / len(times)

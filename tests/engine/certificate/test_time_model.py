@@ -9,8 +9,8 @@ from engine.build import build_model
 from engine.certificate.cluster import ClusterConfig, LinkConfig, ScaleConfig, SharingConfig
 from engine.certificate.placement import Placement
 from engine.certificate.replay import StepCounts
-from engine.certificate.time_model import count_parameters, layer_times, step_time
-from engine.choices import Activation, ExchangeKind
+from engine.certificate.time_model import StepModel, layer_times
+from engine.choices import ExchangeKind
 from engine.config import (
     Config,
     DataConfig,
@@ -53,23 +53,6 @@ def counts(sent_PP: list[list[int]], count_E: list[int]) -> StepCounts:
     """One step, layer, micro-batch and expert group."""
     sent = np.array(sent_PP)[None, None, None]
     return StepCounts(np.array([0]), 2, sent, sent, np.array(count_E)[None, None, None])
-
-
-@pytest.mark.parametrize("activation", list(Activation))
-@pytest.mark.parametrize("pre_norm", [False, True])
-@pytest.mark.parametrize("shared_width", [0, 20])
-def test_parameters_are_those_of_the_model(activation: Activation, pre_norm: bool, shared_width: int) -> None:  # fmt: skip
-    cfg = config()
-    cfg = replace(
-        cfg,
-        model=replace(cfg.model, pre_norm=pre_norm),
-        moe=replace(cfg.moe, activation=activation, shared_width=shared_width),
-    )
-    model = build_model(cfg, VOCAB)
-    found = count_parameters(cfg, VOCAB)
-    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
-    assert found.experts == experts > 0
-    assert found.shared == sum(p.numel() for p in model.parameters()) - experts
 
 
 def test_products_take_what_the_curve_says() -> None:
@@ -152,11 +135,13 @@ def test_gradients_are_summed_over_who_shares_the_weights(stage: int, times: flo
     """Stage 0 reduces; 1 and 2 also gather weights; 3 scatters and gathers twice: in all-reduces of fp32 parameters."""
     cluster = replace(PLAIN, inside=LinkConfig(1e-3, 0.0), between=LinkConfig(1e-3, 0.0))
     cfg = config(train=TrainConfig(steps=10, zero_stage=stage))
-    parameters = count_parameters(cfg, VOCAB)
+    model = build_model(cfg, VOCAB)
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    shared = sum(p.numel() for p in model.parameters()) - experts
     step = counts([[8, 8], [8, 8]], [8, 8, 8, 8])
-    found = step_time(cfg, cluster, Placement(4, 2, 4), step, VOCAB)
+    found = StepModel(cfg, cluster, Placement(4, 2, 4), VOCAB).time(step)
     # round a ring of n ranks an all-reduce sends 2 (n - 1) / n x bytes: 4 ranks share all but experts, 2 share half of these
-    ring = 2 * 3 / 4 * 4 * parameters.shared + 2 * 1 / 2 * 4 * parameters.experts / 2
+    ring = 2 * 3 / 4 * 4 * shared + 2 * 1 / 2 * 4 * experts / 2
     assert found.gradients == pytest.approx(times * ring / 1e6)
 
 
@@ -164,17 +149,17 @@ def test_ranks_on_shared_cores_are_slower() -> None:
     cluster = replace(PLAIN, sharing=[SharingConfig(1, 1.0), SharingConfig(4, 2.5)])
     assert [cluster.slowdown(n) for n in (1, 2, 4, 8)] == pytest.approx([1.0, 1.5, 2.5, 5.0])
     cfg, step = config(), counts([[16, 8], [8, 16]], [8, 8, 8, 8])
-    alone = step_time(cfg, PLAIN, Placement(4, 2, 4), step, VOCAB)
-    together = step_time(cfg, cluster, Placement(4, 2, 4), step, VOCAB)
+    alone = StepModel(cfg, PLAIN, Placement(4, 2, 4), VOCAB).time(step)
+    together = StepModel(cfg, cluster, Placement(4, 2, 4), VOCAB).time(step)
     assert together.attention == pytest.approx(2.5 * alone.attention)
     assert together.exchange == pytest.approx(alone.exchange)
 
 
 def test_scales_multiply_their_part_alone() -> None:
     cfg, step = config(), counts([[16, 8], [8, 16]], [8, 8, 8, 8])
-    plain = step_time(cfg, PLAIN, Placement(2, 2, 2), step, VOCAB)
+    plain = StepModel(cfg, PLAIN, Placement(2, 2, 2), VOCAB).time(step)
     scaled = replace(PLAIN, scale=ScaleConfig(attention=3.0))
-    found = step_time(cfg, scaled, Placement(2, 2, 2), step, VOCAB)
+    found = StepModel(cfg, scaled, Placement(2, 2, 2), VOCAB).time(step)
     assert found.attention == pytest.approx(3 * plain.attention)
     assert found.total - plain.total == pytest.approx(2 * plain.attention)
 

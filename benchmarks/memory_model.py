@@ -1,0 +1,262 @@
+"""Predicted against measured memory: `python -m benchmarks.memory_model`, and as a part of `python -m benchmarks.bench_certify`.
+
+Each case is a small run of a few steps in processes of its own, on 1, 2 or 4 gloo ranks, whose tensors are counted as PyTorch
+allocates them (engine/testing_memory.py) and compared with engine/certificate/memory.py; of the ranks the one with the most.
+Then one larger run on one rank, uncounted: how much the process grows from before the model is built to its peak. The
+interpreter, libraries and threads grow it too, so that figure is above the tensors' bytes.
+
+`memory_model_error` is the median over the cases of |predicted - measured| / measured.
+"""
+
+import argparse
+import resource
+import statistics
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import psutil
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.harness import environment, positive, print_result, print_table
+from engine.certificate.exact import certify
+from engine.certificate.memory import Memory, predict
+from engine.certificate.placement import Placement
+from engine.config import (
+    Activation,
+    Config,
+    DataConfig,
+    EvalConfig,
+    ExchangeKind,
+    Kept,
+    KernelsConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    ParallelConfig,
+    Precision,
+    ScheduleConfig,
+    TrainConfig,
+)
+from engine.moe.tables import Table, build_tables
+from engine.parallel.mesh import Mesh
+from engine.testing import run_ranks
+from engine.testing_memory import train
+from launch.process import keep_freed_memory
+
+SYMBOLS, STEPS = 64, 3
+SMALL = {
+    "data": {"streams": 4, "segment": 128},
+    "model": {"layers": 2, "width": 128, "heads": 4, "head_width": 32, "memory": 128},
+    "moe": {"experts": 8, "expert_width": 256, "ngram": 2, "rows": 512},
+    "schedule": {"k_min": 2, "k_max": 2},
+    "train": {"steps": STEPS},
+}
+"""Every case changes some of this."""
+
+GROWTH = {
+    "data": {"streams": 4, "segment": 512},
+    "model": {"layers": 4, "width": 512, "heads": 8, "head_width": 64, "memory": 512},
+    "moe": {"experts": 16, "expert_width": 512, "ngram": 3, "rows": 4096},
+    "schedule": {"k_min": 4, "k_max": 4},
+    "train": {"steps": 2},
+}
+"""Whose process grows by more than 1 GB."""
+
+
+class Case(NamedTuple):
+    """A run."""
+
+    ranks: int
+    changes: dict[str, dict[str, Any]]  # by section of the configuration
+
+
+def _case(ranks: int, **changes: Any) -> Case:
+    """Make a case from options by their own names, which differ between sections."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, value in changes.items():
+        section, option = _SECTION[name]
+        found.setdefault(section, {})[option] = value
+    return Case(ranks, found)
+
+
+_SECTION = {
+    "streams": ("data", "streams"),
+    "layers": ("model", "layers"),
+    "memory": ("model", "memory"),
+    "dropout": ("model", "dropout"),
+    "pre_norm": ("model", "pre_norm"),
+    "attention_dropout": ("model", "attention_dropout"),
+    "expert_width": ("moe", "expert_width"),
+    "shared_width": ("moe", "shared_width"),
+    "activation": ("moe", "activation"),
+    "k": ("schedule", "k_max"),
+    "zero": ("train", "zero_stage"),
+    "precision": ("train", "precision"),
+    "accumulation": ("train", "accumulation"),
+    "recompute": ("train", "recompute"),
+    "offload": ("train", "offload"),
+    "masked_from_k": ("kernels", "masked_from_k"),
+    "mode": ("kernels", "mode"),
+    "group": ("parallel", "expert_ranks"),
+    "exchange": ("parallel", "exchange"),
+    "chunks": ("parallel", "chunks"),
+}
+_BF16, _GATHER = Precision.bf16, ExchangeKind.gather
+CASES = (
+    _case(1),
+    _case(2, group=2, zero=3),
+    _case(1, zero=0, layers=4),
+    _case(1, zero=2),
+    _case(1, zero=3),
+    _case(1, precision=_BF16),
+    _case(1, precision=_BF16, zero=2),
+    _case(1, precision=_BF16, zero=3),
+    _case(1, recompute=True),
+    _case(1, accumulation=2),
+    _case(1, dropout=0.0),
+    _case(1, attention_dropout=0.1),
+    _case(1, masked_from_k=1),
+    _case(1, k=8),
+    _case(1, mode=Kept.fast),
+    _case(1, activation=Activation.swiglu),
+    _case(1, shared_width=128, pre_norm=True),
+    _case(1, memory=256),
+    _case(1, memory=64, streams=8, layers=6, expert_width=64),
+    _case(1, offload=True),
+    _case(1, offload=True, precision=_BF16, zero=2),
+    _case(2),
+    _case(2, zero=3),
+    _case(2, accumulation=2),
+    _case(2, group=2),
+    _case(2, group=2, zero=0),
+    _case(2, group=2, zero=2, precision=_BF16),
+    _case(2, group=2, zero=3, precision=_BF16),
+    _case(2, group=2, exchange=_GATHER, k=6),
+    _case(2, group=2, chunks=3),
+    _case(2, group=2, chunks=3, precision=_BF16),
+    _case(2, group=2, recompute=True, accumulation=2),
+    _case(4, group=2),
+    _case(4, group=2, zero=2),
+    _case(4, group=4),
+    _case(4, group=4, zero=3),
+)
+
+
+class Outcome(NamedTuple):
+    """Bytes of one case."""
+
+    case: Case
+    predicted: Memory
+    measured: int
+
+    @property
+    def error(self) -> float:
+        """Relative error."""
+        return self.predicted.peak_bytes / self.measured - 1
+
+
+def make_config(changes: dict[str, dict[str, Any]], base: dict[str, dict[str, Any]]) -> Config:
+    """Give a run's configuration: the base's options, changed."""
+    merged = {name: {**base.get(name, {}), **changes.get(name, {})} for name in {*base, *changes}}
+    train = TrainConfig(**merged["train"])
+    return Config(
+        data=DataConfig(**merged["data"]), model=ModelConfig(**merged["model"]), moe=MoEConfig(**merged["moe"]),
+        schedule=ScheduleConfig(**merged["schedule"]), optim=OptimConfig(clip=0.25 if train.zero_stage else 0.0),
+        train=train, eval=EvalConfig(k=[1]), kernels=KernelsConfig(**merged.get("kernels", {})),
+        parallel=ParallelConfig(**merged.get("parallel", {})),
+    )  # fmt: skip
+
+
+def material(config: Config) -> tuple[NDArray[np.uint8], list[Table]]:
+    """Make a text of random symbols, skewed so that experts differ in their rows, and the tables."""
+    number = config.data.streams * (config.data.segment * (config.train.steps + 1) + 1)
+    ids = (np.random.default_rng(0).random(number) ** 2 * SYMBOLS).astype(np.uint8)
+    tables = build_tables(
+        config.moe, SYMBOLS, ids, num_tables=config.model.layers, seed=1, cache_dir=None
+    )
+    return ids, tables
+
+
+def predicted(config: Config, ranks: int) -> Memory:
+    """Predict a run's memory."""
+    ids, tables = material(config)
+    place = Placement(ranks, config.parallel.expert_ranks, ranks)
+    return predict(config, certify(config, ids, tables, place), SYMBOLS)
+
+
+def measured(rank: int, ranks: int, configs: Sequence[Config]) -> list[int]:
+    """Run some configurations one after the other as one rank; give the most bytes of each."""
+    found = []
+    for config in configs:
+        mesh = Mesh(rank, ranks, config.parallel.expert_ranks)
+        found.append(train(config, mesh, *material(config), SYMBOLS))
+    return found
+
+
+def compare(cases: Sequence[Case]) -> list[Outcome]:
+    """Measure and predict cases, those of one number of ranks in the same processes."""
+    outcomes = []
+    for ranks in sorted({case.ranks for case in cases}):
+        own = [case for case in cases if case.ranks == ranks]
+        configs = [make_config(case.changes, SMALL) for case in own]
+        of_ranks = run_ranks(measured, ranks, ranks, configs, seconds=900)
+        for case, config, *found in zip(own, configs, *of_ranks, strict=True):
+            outcomes.append(Outcome(case, predicted(config, ranks), max(found)))
+    return outcomes
+
+
+def grown(rank: int, config: Config) -> int:
+    """Train on one rank; give how many bytes the process is larger at its peak than before the model was built."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    text = material(config)
+    before = psutil.Process().memory_info().rss
+    train(config, Mesh(), *text, SYMBOLS, counted=False)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+def growth() -> tuple[int, int]:
+    """Predict and measure the growth of a large run's process, in bytes."""
+    config = make_config({}, GROWTH)
+    (found,) = run_ranks(grown, 1, config, seconds=600)
+    return predicted(config, 1).peak_bytes, found
+
+
+def _row(name: str, when: str, guess: int, truth: int) -> list[object]:
+    return [name, f"{guess / 1e6:,.2f}", f"{truth / 1e6:,.2f}", f"{guess / truth - 1:+.1%}", when]
+
+
+def describe(case: Case) -> str:
+    """Name a case by its ranks and changes."""
+    changes = [f"{key}={getattr(value, 'name', value)}" for part in case.changes.values() for key, value in part.items()]  # fmt: skip
+    return " ".join([f"{case.ranks} rank{'s' * (case.ranks > 1)}", *changes])
+
+
+def memory_model_error(number: int | None = None) -> float:
+    """Measure the cases (or the first so many) and the growth, print them, give the cases' median relative error."""
+    outcomes = compare(CASES[:number])
+    rows = [
+        _row(describe(one.case), one.predicted.when, one.predicted.peak_bytes, one.measured)
+        for one in outcomes
+    ]
+    if number is None:
+        rows.append(_row("growth of a process, 1 rank", "", *growth()))
+    print_table(["memory, MB (1e6)", "predicted", "measured", "error", "peak in"], rows)
+    errors = [abs(one.error) for one in outcomes]
+    print(f"largest error {max(errors):.1%}, {len(errors)} cases")
+    return statistics.median(errors)
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--cases", type=positive, help="measure only the first so many")
+    args = parser.parse_args()
+    print(environment())
+    print_result({"memory_model_error": memory_model_error(args.cases)})
+
+
+if __name__ == "__main__":
+    main()

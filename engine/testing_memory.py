@@ -1,0 +1,174 @@
+"""Bytes of tensors while a rank trains, as PyTorch's allocator counts them: the truth for engine/certificate/memory.py.
+
+`TensorBytes` counts every block that PyTorch allocates on the CPU from `with` on, those inside its own and our operations too,
+through the events that its profiler records. Arrays of numpy are not among them, so plans are counted where they are made.
+"""
+
+import dataclasses
+import gc
+import weakref
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch import distributed as dist
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from engine import deepspeed_adapter as adapter
+from engine.build import build_model
+from engine.config import Config
+from engine.data import Streams
+from engine.loader import GroupBatch, PlannedBatch, PlannedLoader, group_batch, plan_batch
+from engine.model import Memory
+from engine.moe.auto import gathers
+from engine.moe.routers import routers_of
+from engine.moe.schedule import active_experts
+from engine.moe.tables import Table
+from engine.parallel.collectives import add_up
+from engine.parallel.host import GlooHost
+from engine.parallel.mesh import Mesh
+from engine.parallel.world import World
+from engine.step import train_step
+from engine.timing import ForwardTimes
+
+_MARK = "foreroute: counted"
+_GLOO_THREADS = (
+    8  # at least as many as there are; each keeps the last tensors it moved until it gets others
+)
+
+
+class TensorBytes:
+    """Counts allocated bytes in a `with` block; `peak_bytes` is there behind it."""
+
+    peak_bytes: int
+    """The most bytes inside marked() that were allocated within the block and not yet freed."""
+
+    def __init__(self) -> None:
+        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+
+    def __enter__(self) -> "TensorBytes":
+        gc.collect()
+        gc.freeze()  # what is there now is not freed within the block
+        self._profile.__enter__()
+        return self
+
+    def marked(self) -> record_function:
+        """Mark a part of the block in which the peak is looked for."""
+        return record_function(_MARK)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:  # fmt: skip
+        self._profile.__exit__(kind, error, trace)
+        gc.unfreeze()
+        if error is None:
+            events = sorted(_allocations(self._profile))
+            first = events[0]
+            self.peak_bytes = max(total for _, _, total, marked in events if marked) - (first[2] - first[1])  # fmt: skip
+
+
+def _allocations(found: Any) -> Iterator[tuple[int, int, int, bool]]:
+    """Yield (time, bytes of the block, negative when freed; bytes allocated behind it; inside a mark)."""
+    left = [(node, False) for node in found.profiler.kineto_results.experimental_event_tree()]
+    while left:
+        node, marked = left.pop()
+        if node.tag == _EventType.Allocation:
+            block = node.extra_fields
+            yield node.start_time_ns, block.alloc_size, block.total_allocated, marked
+        else:
+            marked = marked or node.name == _MARK
+            left += [(child, marked) for child in node.children]
+
+
+class PlanBytes:
+    """Counts the bytes of plans that are alive."""
+
+    def __init__(self) -> None:
+        self.peak_bytes = self._alive = 0
+
+    def add(self, planned: PlannedBatch) -> None:
+        """Count a batch's plans until they are gone."""
+        assert planned.plans is not None
+        held = sum(tensor.nbytes for tensor in _tensors(planned.plans))
+        self._alive += held
+        self.peak_bytes = max(self.peak_bytes, self._alive)
+        weakref.finalize(planned.plans[0].count_E, self._drop, held)
+
+    def _drop(self, held: int) -> None:
+        self._alive -= held
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _tensors(getattr(value, field.name))
+
+
+def train(
+    config: Config, mesh: Mesh, ids: NDArray[np.uint8], tables: list[Table], vocab_size: int, *, counted: bool = True
+) -> int:  # fmt: skip
+    """Train train.steps steps on this rank, in the process group that there is.
+
+    Returns:
+        The most bytes of tensors and plans that were held in a step; 0 unless counted.
+    """
+    plans, held = PlanBytes(), TensorBytes()
+    if not counted:
+        _train(config, mesh, ids, tables, vocab_size, plans, None)
+        return 0
+    with held:
+        _train(config, mesh, ids, tables, vocab_size, plans, held)
+    return held.peak_bytes + plans.peak_bytes
+
+
+def _train(
+    config: Config, mesh: Mesh, ids: NDArray[np.uint8], tables: list[Table], vocab_size: int, plans: PlanBytes,
+    held: TensorBytes | None,
+) -> None:  # fmt: skip
+    engine = adapter.start(build_model(config, vocab_size), config, mesh)
+    loader = _loader(config, mesh, ids, tables, plans)
+    world = World(mesh) if mesh.world == 1 else World(mesh, host=GlooHost(dist.group.WORLD))  # type: ignore[arg-type]
+    memory: list[Memory | None] = [None] * config.train.accumulation
+    times = ForwardTimes(engine.module)
+    for step in range(config.train.steps):
+        with held.marked() if held else record_function(""):
+            train_step(engine, loader, memory, config, step=step, forward_times=times, world=world)
+        for _ in range(_GLOO_THREADS):
+            add_up(torch.zeros(1))
+    loader.close()
+
+
+def _loader(
+    config: Config, mesh: Mesh, ids: NDArray[np.uint8], tables: list[Table], plans: PlanBytes
+) -> PlannedLoader:
+    streams = Streams(ids, config.data.streams, config.data.segment, config.context)
+    routers, accumulation = routers_of(tables, mesh), config.train.accumulation
+
+    def make_batch(step: int, micro: int) -> GroupBatch:
+        shares = [
+            streams.streams_of(rank, micro, world=mesh.world, accumulation=accumulation) for rank in mesh.group_ranks
+        ]  # fmt: skip
+        return group_batch([streams.batch(step, share) for share in shares], mesh.expert_rank)
+
+    def plan(group: GroupBatch, k: int) -> PlannedBatch:
+        gather = gathers(config, mesh.expert_ranks, k, group.own.ids_BQ.numel())
+        planned = plan_batch(group, k, routers, gather=gather, chunks=config.parallel.chunks)
+        plans.add(planned)
+        return planned
+
+    def k_of_step(step: int) -> int:
+        return active_experts(config.schedule, step, config.schedule_steps)
+
+    return PlannedLoader(
+        make_batch, plan, k_of_step, steps=range(config.train.steps), accumulation=accumulation, prefetch=config.data.prefetch
+    )  # fmt: skip
