@@ -1,4 +1,4 @@
-"""Time and memory of certifying a whole epoch of enwik8: `python -m benchmarks.bench_certify`.
+"""Time and memory of certifying a whole epoch of enwik8, and the errors of the models: `python -m benchmarks.bench_certify`.
 
 90,000,000 training ids, 4 layers with a table each (trigrams, 65,536 rows, 16 experts), k growing from 8 to 16, 64 ranks in
 expert groups of 8, 64 streams of 512: 2,746 steps, all counted. The text is a prefix of enwik8, repeated (`--text`, or
@@ -8,7 +8,9 @@ manieth step only.
 `seconds` is for building the tables and counting; `peak_bytes` is the most memory that the process held until then.
 `count_mismatches`: some steps are planned by TablePlanner for every rank, as a run does, and every number that differs from the
 certificate's counts is one mismatch. `memory_model_error`: of the memory part, see benchmarks/memory_model.py; `--memory-cases`
-measures only the first so many of its cases, and no growth.
+measures only the first so many of its cases, and no growth. `time_model_median_error`: of the time part, see
+benchmarks/certify_time.py, after calibrating this machine; `--time-ways` measures only the first so many ways to train, on one
+speed of the link.
 """
 
 import argparse
@@ -20,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.certify_time import time_model_error
 from benchmarks.harness import environment, positive, print_result, print_table
 from benchmarks.memory_model import memory_model_error
 from engine.certificate.exact import certify
@@ -99,6 +102,7 @@ def main() -> None:
     parser.add_argument("--sample", type=positive, default=1, help="count every so manieth step")
     parser.add_argument("--checked", type=positive, default=9, help="steps to plan for every rank")
     parser.add_argument("--memory-cases", type=positive, help="memory cases to measure")
+    parser.add_argument("--time-ways", type=positive, help="ways to train to time on each cluster")
     args = parser.parse_args()
     ids = np.resize(read_text(args.text), args.ids)
     config = epoch(ids)
@@ -121,8 +125,10 @@ def main() -> None:
     ]
     print_table(["", "seconds"], rows)
     memory_error = memory_model_error(args.memory_cases)
+    time_error = time_model_error(args.time_ways)
     print_result({
-        "seconds": done - begin, "peak_bytes": peak_bytes, "count_mismatches": wrong, "memory_model_error": memory_error,
+        "seconds": done - begin, "peak_bytes": peak_bytes, "count_mismatches": wrong,
+        "time_model_median_error": time_error, "memory_model_error": memory_error,
     })  # fmt: skip
 
 

@@ -9,8 +9,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
-from benchmarks.calibrate import inside_link, measure_links, predict, small_run, step_seconds
-from benchmarks.cluster import Cluster, one_node, two_nodes
+from benchmarks.calibrate import (
+    calibrate,
+    inside_link,
+    measure_links,
+    predict,
+    small_run,
+    step_seconds,
+)
+from benchmarks.cluster import Cluster, one_node, two_nodes, why_not
+from benchmarks.harness import print_table
 from engine.certificate.cluster import ClusterConfig, LinkConfig, SharingConfig
 from engine.certificate.placement import Placement
 from engine.certificate.time_model import StepTime
@@ -100,6 +108,28 @@ def compare(
             for (name, _), time, seconds in zip(chosen, predicted, measured, strict=True)
         ]
     return results
+
+
+def time_model_error(limit: int | None = None) -> float | None:
+    """Calibrate, compare on all clusters and print; gives the median error, None where nodes cannot be simulated.
+
+    Args:
+        limit: try so many ways on each cluster, on the fastest link only.
+    """
+    if (reason := why_not()) is not None:
+        print(f"the time model was not measured: {reason}")
+        return None
+    cluster, rows = calibrate()
+    print("one-rank runs that the scales are fitted to; by the others: each left out of the fit")
+    print_table(["run", "ms", "fitted", "by the others"], rows)
+    rates = RATES if limit is None else RATES[-1:]
+    found = [one for per_node in (1, 2) for one in compare(cluster, per_node, rates, limit)]
+    print_table(*table(found))
+    for name, regret in regrets(found).items():
+        print(
+            f"{name}: the recommended way takes {regret:.1%} longer than the fastest one measured"
+        )
+    return median_error(found)
 
 
 def median_error(found: Sequence[Compared]) -> float:

@@ -61,6 +61,7 @@ def test_bench_exchange():
     assert ("NOT MEASURED: 2 nodes" in out) == (result["hidden_fraction"] is None)
 
 
+@pytest.mark.slow
 def test_bench_certify(tmp_path):
     text = tmp_path / "text.txt"
     text.write_bytes(b"the quick brown fox jumps over the lazy dog. " * 50)
@@ -74,11 +75,15 @@ def test_bench_certify(tmp_path):
         "2",
         "--memory-cases",
         "1",
+        "--time-ways",
+        "2",
     )
     assert code == 0, err
     result = json.loads(out.splitlines()[-1])
-    assert list(result) == ["seconds", "peak_bytes", "count_mismatches", "memory_model_error"]
+    errors = ["time_model_median_error", "memory_model_error"]
+    assert list(result) == ["seconds", "peak_bytes", "count_mismatches", *errors]
     assert 0 <= result["memory_model_error"] < 0.1
+    assert ("time model was not measured" in out) == (result["time_model_median_error"] is None)
     assert result["count_mismatches"] == 0 and result["peak_bytes"] > 1e7
 
 
