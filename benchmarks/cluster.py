@@ -116,6 +116,12 @@ class Cluster:
         ]
         return _run(commands, seconds)
 
+    def run_first(
+        self, command: Sequence[str], *, seconds: float, env: Mapping[str, str] | None = None
+    ) -> Finished:
+        """Run a command on the first node, such as mpirun, which reaches the others by itself."""
+        return _run([(self.nodes[0], command, env or {})], seconds)[0]
+
     def write_ssh(self, folder: Path) -> None:
         """Write a stand-in for ssh into a folder, to be put first in PATH: it runs commands in the nodes, by hostname.
 

@@ -165,33 +165,33 @@ def find_device(place: Place, environ: Mapping[str, str] = os.environ) -> torch.
 def find_address(place: Place, environ: Mapping[str, str] = os.environ) -> tuple[str, str]:
     """Host and port at which rank 0 waits for the others: MASTER_ADDR and MASTER_PORT, and what is missing of them from the launcher.
 
-    A collective under MPI.
+    A collective under MPI, where rank 0's variables count.
 
     Raises:
         UserError: one is missing and the launcher cannot say.
     """
     address, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
+    if place.mpi:
+        return _address_by_mpi(address, port)
+    if place.launcher is SLURM:
+        return address or _first_host_of_slurm(environ), port or _port_by_slurm(environ)
     if address and port:
         return address, port
-    if place.mpi:
-        found = _address_by_mpi()
-    elif place.launcher is SLURM:
-        found = (address or _first_host_of_slurm(environ), _port_by_slurm(environ))
-    else:
-        raise UserError("MASTER_ADDR and MASTER_PORT: the launcher must set them")
-    return address or found[0], port or found[1]
+    raise UserError("MASTER_ADDR and MASTER_PORT: the launcher must set them")
 
 
-def _address_by_mpi() -> tuple[str, str]:
-    """A free port of rank 0's machine, told to all ranks."""
+def _address_by_mpi(address: str | None, port: str | None) -> tuple[str, str]:
+    """Rank 0's, or a free port of its machine, told to all ranks."""
     from mpi4py import MPI
 
     name = socket.gethostname()
     names = MPI.COMM_WORLD.allgather(name)
-    address = "127.0.0.1" if len(set(names)) == 1 else _own_address(name)
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = str(free.getsockname()[1])
+    if not address:
+        address = "127.0.0.1" if len(set(names)) == 1 else _own_address(name)
+    if not port:
+        with socket.socket() as free:
+            free.bind(("", 0))
+            port = str(free.getsockname()[1])
     found: tuple[str, str] = MPI.COMM_WORLD.bcast((address, port))
     return found
 

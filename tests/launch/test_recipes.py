@@ -1,0 +1,67 @@
+"""The recipes for many machines, run as they are on simulated ones: they train like one process, and a stop saves."""
+
+import os
+import sys
+
+import pytest
+
+from benchmarks.cluster import ROOT, two_nodes, why_not
+from launch.testing import read_losses
+
+REASON = why_not()
+RECIPES = ROOT / "launch/recipes"
+LAUNCHERS = ["torchrun_static", "torchrun_c10d", "deepspeed", "mpirun"]
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.dist,
+    pytest.mark.skipif(REASON is not None, reason=str(REASON)),
+]
+
+
+class Machines:
+    """Two nodes that reach each other by ssh; a recipe starts two ranks on each of one or both."""
+
+    def __init__(self, cluster, folder):
+        self.cluster, self.folder = cluster, folder
+        cluster.write_ssh(folder)
+        self.names = [node.hostname for node in cluster.nodes]
+
+    def command(self, recipe, count, options, number=0):
+        """The command line on node `number`."""
+        hosts = self.folder / f"hosts{count}"
+        hosts.write_text("".join(f"{name} slots=2\n" for name in self.names[:count]))
+        settings = {
+            "PATH": f"{self.folder}:{os.environ['PATH']}", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1",
+            "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+            "MPIRUN": f"{sys.prefix}/bin/mpirun", "HOSTFILE": hosts,
+        }  # fmt: skip
+        if recipe.startswith("torchrun"):
+            first = self.names[0]
+            settings |= {"NODES": count, "RANKS_PER_NODE": 2, "NODE_RANK": number, "MASTER_ADDR": first, "RDZV_HOST": first}  # fmt: skip
+        variables = [f"{name}={value}" for name, value in settings.items()]
+        groups = f"parallel.expert_ranks={2 * count}"
+        return ["env", *variables, f"{RECIPES}/{recipe}.sh", *options, groups]
+
+    def run(self, recipe, count, options):
+        """What came of it on each node on which the recipe has to be started."""
+        if count == 2 and recipe.startswith("torchrun"):
+            return self.cluster.run_nodes(
+                lambda number: self.command(recipe, 2, options, number), seconds=300
+            )
+        return [self.cluster.run_first(self.command(recipe, count, options), seconds=300)]
+
+
+@pytest.fixture(scope="module")
+def machines(tmp_path_factory):
+    with two_nodes("1gbit") as cluster:
+        yield Machines(cluster, tmp_path_factory.mktemp("ssh"))
+
+
+@pytest.mark.parametrize("count", [1, 2], ids=["one", "two"])
+@pytest.mark.parametrize("recipe", LAUNCHERS)
+def test_it_trains_like_one_process(machines, small_run, alone, tmp_path, recipe, count):
+    sent = machines.cluster.link_bytes()
+    done = machines.run(recipe, count, [*small_run, f"train.runs_dir={tmp_path}"])
+    assert [node.code for node in done] == [0] * len(done), done
+    assert read_losses(tmp_path) == pytest.approx(alone, rel=1e-6)
+    assert (machines.cluster.link_bytes() - sent > 1_000_000) == (count == 2)
