@@ -1,7 +1,9 @@
 """Two ranks under each launcher of this machine: one that raises ends all and says where, and a stop saves."""
 
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -9,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from benchmarks.cluster import ROOT
-from launch.testing import last_step, processes_of, read_losses, wait_until
+from launch.testing import last_step, processes_of, wait_until
 
 PROGRAM = """
 import launch.train
@@ -19,35 +21,79 @@ def fail(trainer, *arguments):
     if trainer.world.mesh.rank == 1:
         raise ZeroDivisionError("planted")
     return run(trainer, *arguments)
-if {planted}:
-    Trainer.run = fail
+Trainer.run = fail
 launch.train.main()
 """
 BIN = f"{sys.prefix}/bin"
 LAUNCHERS = {
     "torchrun": [f"{BIN}/torchrun", "--standalone", "--nproc_per_node=2"],
-    "deepspeed": [f"{BIN}/deepspeed", "--num_accelerators=2", "--no_local_rank"],
-    "mpirun": [f"{BIN}/mpirun", "-np", "2", "--oversubscribe", sys.executable, "-m", "mpi4py"],
+    "deepspeed": [f"{BIN}/deepspeed", "--num_accelerators=2", "--no_local_rank", "--master_port=PORT"],
+    "mpirun": [f"{BIN}/mpirun", "-np", "2", "--oversubscribe", sys.executable, "-u", "-m", "mpi4py"],
+}  # fmt: skip
+MODULE = {
+    "torchrun": ["-m", "launch.train"],
+    "deepspeed": ["--module", "launch.train"],
+    "mpirun": ["-m", "launch.train"],
 }
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
 @contextmanager
-def started(launcher, folder, options, planted=False):
-    """The launcher's process; in the end everything of the run is killed."""
-    program = folder / "program.py"
-    program.write_text(PROGRAM.format(planted=planted))
-    with socket_of_any_port() as port:
-        own = ["--master_port", port] if launcher == "deepspeed" else []
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-               "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}  # fmt: skip
-    command = [*LAUNCHERS[launcher], *own, str(program), *options]
+def started(launcher, folder, what):
+    """The launcher's process, which writes to the file log; in the end everything of the run is killed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [part.replace("PORT", port) for part in LAUNCHERS[launcher]]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+               "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}  # fmt: skip
+    runs = ["parallel.expert_ranks=2", f"train.runs_dir={folder}"]
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environ, start_new_session=True)  # fmt: skip
-        try:
-            yield process
-        finally:
-            process.kill()
-            process.wait()
-            for left in processes_of(folder):
-                left.kill()
+        process = subprocess.Popen([*command, *what, *runs], stdout=log, stderr=log, env=environ)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        for left in processes_of(folder):
+            left.kill()
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_an_exception_ends_all(launcher, tmp_path, small_run):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    with started(launcher, tmp_path, [str(program), *small_run]) as process:
+        assert process.wait(timeout=200) == 1
+        wait_until(lambda: not processes_of(tmp_path), 30)
+    log = (tmp_path / "log").read_text()
+    assert "Traceback" in log and log.count("This was rank 1 of 2.\n") == 1
+
+
+SIGNALS = {  # to whom, which, and the launcher's exit code then
+    "torchrun": ("launcher", signal.SIGTERM, 1),
+    "deepspeed": ("rank", signal.SIGTERM, 143),
+    "mpirun": ("launcher", signal.SIGUSR1, 143),
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_stop_saves(launcher, tmp_path, small_run, record_property):
+    whom, number, code = SIGNALS[launcher]
+    long = ["train.steps=100000", "train.log_every=1"]
+    with started(launcher, tmp_path, [*MODULE[launcher], *small_run, *long]) as process:
+        wait_until(lambda: last_step(tmp_path) > 1)
+        ranks = [
+            p
+            for p in processes_of(tmp_path)
+            if "RANK" in p.environ() or "OMPI_COMM_WORLD_RANK" in p.environ()
+        ]
+        assert len(ranks) == 2
+        (process if whom == "launcher" else ranks[1]).send_signal(number)
+        took_s = wait_until(lambda: process.poll() is not None and not processes_of(tmp_path), 60)
+    record_property("seconds_to_the_end", took_s)
+    log = (tmp_path / "log").read_text()
+    step = int(re.search(r"stopped at step (\d+);", log)[1])
+    assert process.returncode == code
+    assert (tmp_path / f"debug/checkpoints/step-{step:08d}").is_dir()
+    assert step <= last_step(tmp_path) + 1

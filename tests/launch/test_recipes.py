@@ -1,16 +1,22 @@
 """The recipes for many machines, run as they are on simulated ones: they train like one process, and a stop saves."""
 
 import os
+import re
+import shutil
+import subprocess
 import sys
+from contextlib import ExitStack
 
 import pytest
 
 from benchmarks.cluster import ROOT, two_nodes, why_not
-from launch.testing import read_losses
+from launch.testing import last_step, processes_of, read_losses, wait_until
 
 REASON = why_not()
 RECIPES = ROOT / "launch/recipes"
-LAUNCHERS = ["torchrun_static", "torchrun_c10d", "deepspeed", "mpirun"]
+CASES = [
+    (recipe, count) for recipe in ("torchrun_static", "deepspeed", "mpirun") for count in (1, 2)
+]
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.dist,
@@ -57,11 +63,39 @@ def machines(tmp_path_factory):
         yield Machines(cluster, tmp_path_factory.mktemp("ssh"))
 
 
-@pytest.mark.parametrize("count", [1, 2], ids=["one", "two"])
-@pytest.mark.parametrize("recipe", LAUNCHERS)
+@pytest.mark.parametrize(("recipe", "count"), CASES)
 def test_it_trains_like_one_process(machines, small_run, alone, tmp_path, recipe, count):
+    if recipe == "deepspeed" and shutil.which("pdsh") is None:
+        pytest.skip("there is no `pdsh` here; `make test-cluster` installs it")
     sent = machines.cluster.link_bytes()
     done = machines.run(recipe, count, [*small_run, f"train.runs_dir={tmp_path}"])
     assert [node.code for node in done] == [0] * len(done), done
     assert read_losses(tmp_path) == pytest.approx(alone, rel=1e-6)
     assert (machines.cluster.link_bytes() - sent > 1_000_000) == (count == 2)
+
+
+def test_a_killed_rank_is_started_again(machines, small_run, tmp_path):
+    """torchrun's restarts, on both machines: the run goes on from its newest checkpoint as if nothing had been."""
+    options = [*small_run, f"train.runs_dir={tmp_path}", "train.steps=120", "train.log_every=1", "train.save_every=20"]  # fmt: skip
+    commands = [machines.command("torchrun_c10d", 2, options, number) for number in (0, 1)]
+    nodes = machines.cluster.nodes
+    with ExitStack() as stack:
+        logs = [stack.enter_context((tmp_path / f"log{number}").open("w+")) for number in (0, 1)]
+        agents = [
+            subprocess.Popen(node.inside(command), stdout=log, stderr=log)
+            for node, command, log in zip(nodes, commands, logs, strict=True)
+        ]
+        for agent in agents:
+            stack.callback(agent.kill)
+        wait_until(lambda: last_step(tmp_path) > 40 and last_step(tmp_path) % 20 > 5)
+        (victim,) = (p for p in processes_of(tmp_path) if p.environ().get("RANK") == "3")
+        before = read_losses(tmp_path)
+        victim.kill()
+        assert [agent.wait(timeout=200) for agent in agents] == [0, 0], logs[0].read()
+        logs[0].seek(0)
+        resumed = int(re.search(r"resumed at step (\d+) ", logs[0].read())[1])
+    after = read_losses(tmp_path)
+    again = {step: loss for step, loss in before.items() if step > resumed}
+    assert again and resumed >= 40
+    assert {step: after[step] for step in again} == again
+    assert sorted(after) == list(range(1, 121))
