@@ -67,7 +67,7 @@ def _meet(place: Place, timeout_s: float) -> Any:
     timeout = timedelta(seconds=timeout_s)
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        store = _fresh(next(dist.rendezvous("env://", timeout=timeout))[0])
         _take_place(store, place, address)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=dist.PrefixStore("ranks", store), rank=place.rank, world_size=place.ranks,
@@ -83,11 +83,21 @@ def _meet(place: Place, timeout_s: float) -> Any:
     return store
 
 
+def _fresh(store: Any) -> Any:
+    """The store without what an earlier attempt left in it.
+
+    torchrun's agents keep one store for all restarts (2.13). Their counts of restarts agree on one machine only: on
+    several, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives every attempt a store (launch/recipes/torchrun_c10d.sh).
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store
+    return dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+
+
 def _take_place(store: Any, place: Place, address: str) -> None:
     """Refuse to be a rank that is there already, before anything is exchanged: that would disturb a run that goes well."""
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # some agents keep the store
     require(
-        store.add(f"came/{attempt}/{place.rank}", 1) == 1,
+        store.add(f"came/{place.rank}", 1) == 1,
         f"rank {place.rank} is at {address} already: another run meets there; give this one another port "
         "(--master_port, MASTER_PORT)",
     )

@@ -15,9 +15,13 @@ cd "$(dirname "$0")/../.."
 : "${RDZV_PORT:=29400}"                             # a free port of that machine
 : "${RUN_ID:=foreroute}"                            # the same on all machines, and another for every run
 : "${MAX_RESTARTS:=3}"
+: "${SAVE_S:=120}"                                  # on SIGTERM or Ctrl-C: for the ranks to save
 : "${PYTHON:=.venv/bin/python}"
 
+# Otherwise the processes that are started again find what the lost ones left in the store through which they meet.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec "$PYTHON" -m torch.distributed.run \
     --nnodes="$NODES" --nproc-per-node="$RANKS_PER_NODE" --max-restarts="$MAX_RESTARTS" \
+    --shutdown-timeout="$SAVE_S" \
     --rdzv-backend=c10d --rdzv-endpoint="$RDZV_HOST:$RDZV_PORT" --rdzv-id="$RUN_ID" \
     -m launch.train train.resume=true "$@"

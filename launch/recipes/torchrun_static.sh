@@ -12,9 +12,11 @@ cd "$(dirname "$0")/../.."
 : "${NODE_RANK:?is the number of this machine, from 0 on}"
 : "${MASTER_ADDR:?is the name or address of machine 0}"
 : "${MASTER_PORT:=29500}"                           # a free port of machine 0
+: "${SAVE_S:=120}"                                  # on SIGTERM or Ctrl-C: for the ranks to save
 : "${PYTHON:=.venv/bin/python}"
 
 exec "$PYTHON" -m torch.distributed.run \
     --nnodes="$NODES" --nproc-per-node="$RANKS_PER_NODE" --node-rank="$NODE_RANK" \
     --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" \
+    --shutdown-timeout="$SAVE_S" \
     -m launch.train "$@"

@@ -97,3 +97,17 @@ def test_a_stop_saves(launcher, tmp_path, small_run, record_property):
     assert process.returncode == code
     assert (tmp_path / f"debug/checkpoints/step-{step:08d}").is_dir()
     assert step <= last_step(tmp_path) + 1
+
+
+def test_torchrun_starts_a_killed_rank_again(tmp_path, small_run):
+    """Its agent keeps the store of the first attempt, with what the lost ranks left there."""
+    options = ["train.steps=60", "train.log_every=1", "train.save_every=10", "train.resume=true"]
+    program = ["--max-restarts=1", *MODULE["torchrun"], *small_run, *options]
+    with started("torchrun", tmp_path, program) as process:
+        wait_until(lambda: last_step(tmp_path) > 15)
+        (victim,) = (p for p in processes_of(tmp_path) if p.environ().get("RANK") == "1")
+        victim.kill()
+        assert process.wait(timeout=200) == 0
+    log = (tmp_path / "log").read_text()
+    assert "foreroute: rank 1 is lost" in log and "resumed at step" in log
+    assert last_step(tmp_path) == 60
