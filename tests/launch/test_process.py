@@ -1,10 +1,16 @@
-"""What a process does with signals."""
+"""What a process does with signals, and at a meeting point that is taken."""
 
 import os
+import re
 import signal
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
 
 import pytest
 
+from launch import testing
 from launch.process import StopSignal
 
 
@@ -31,3 +37,37 @@ def test_a_signal_behind_an_error_does_not_hide_it():
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+REFUSED = {"0": "failed to listen", "1": "rank 1 is at .* already: another run meets there; give"}
+
+
+@pytest.mark.dist
+def test_a_second_run_at_the_same_port_is_refused(tmp_path):
+    """As when deepspeed is started twice on one machine; the first run does not notice."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
+    long = [*testing.small_run(tmp_path), "parallel.expert_ranks=2", "train.steps=100000"]
+
+    def start(rank, folder):
+        command = [sys.executable, "-m", "launch.train", *long, f"train.runs_dir={folder}"]
+        environ = {**shared, "RANK": rank, "LOCAL_RANK": rank}
+        return subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+    with ExitStack() as stack:
+        ranks = [start(number, tmp_path) for number in ("0", "1")]
+        for process in ranks:
+            stack.callback(process.kill)
+        testing.wait_until(lambda: testing.last_step(tmp_path) > 0)
+        others = {number: start(number, tmp_path / "second") for number in REFUSED}
+        for number, process in others.items():
+            stack.callback(process.kill)
+            err = process.communicate(timeout=100)[1]
+            (line,) = (line for line in err.splitlines() if line.startswith("foreroute:"))
+            assert process.returncode == 2 and re.search(REFUSED[number], line), line
+        ranks[0].send_signal(signal.SIGTERM)
+        for process in ranks:
+            process.communicate(timeout=100)
+            assert process.returncode == 143
