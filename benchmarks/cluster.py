@@ -8,8 +8,9 @@ rate, in both directions. Traffic inside a node goes over the loopback device of
 hostname of its own, which both nodes can look up; processes and files are this machine's. It needs root and iproute2
 (`ip`, `tc`); why_not() says what is missing. `one_node` is this machine itself, for comparison: no namespace, no root.
 
-Namespaces, and so the hostnames, are called foreroute-PID-NUMBER-NODE. They are removed, with every process in them, when the block is left,
-however it is left; those of a user that was killed are removed by the next one. Other users' are left alone.
+Namespaces, and so the hostnames, are called foreroute-PID-NUMBER-NODE. They are removed, with every process in them, when
+the block is left, however it is left; those of a user that was killed are removed by the next one. Other users' are left
+alone.
 """
 
 import itertools

@@ -82,7 +82,7 @@ def _guarded(run: Callable[[], int]) -> int:
         return 128 + signal.SIGINT
     except Exception as error:
         place = find_place()
-        if place.ranks > 1 and not hasattr(error, "__notes__"):
+        if place.ranks > 1 and not hasattr(error, "__notes__"):  # the job's guard is inside another
             error.add_note(f"This was rank {place.rank} of {place.ranks}.")
         raise
 

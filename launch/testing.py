@@ -47,15 +47,14 @@ def processes_of(runs: Path) -> list[psutil.Process]:
     return found
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 200.0) -> float:
-    """Return when the condition holds; gives the seconds that it took.
+def wait_until(condition: Callable[[], bool], seconds: float = 200.0) -> None:
+    """Return when the condition holds.
 
     Raises:
         TimeoutError: it did not hold in time.
     """
-    begun = time.monotonic()
+    deadline = time.monotonic() + seconds
     while not condition():
-        if time.monotonic() > begun + seconds:
+        if time.monotonic() > deadline:
             raise TimeoutError(f"not after {seconds:.0f} s")
         time.sleep(0.1)
-    return time.monotonic() - begun
