@@ -103,10 +103,10 @@ def test_a_killed_rank_is_started_again(machines, small_run, tmp_path):
 
 def test_restarts_that_could_not_meet_are_refused_at_once(machines, small_run, tmp_path):
     """Of torchrun by hand, without what the recipe sets."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--max-restarts=2", "--rdzv-backend=c10d",
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--max-restarts=1", "--rdzv-backend=c10d",
                 f"--rdzv-endpoint={machines.names[0]}:29400", "--rdzv-id=by_hand"]  # fmt: skip
     program = ["-m", "launch.train", *small_run, f"train.runs_dir={tmp_path}"]
     done = machines.cluster.run_nodes(lambda _: [*torchrun, *program], seconds=200)
     said = [line for node in done for line in node.err.splitlines() if line.startswith("foreroute:")]  # fmt: skip
-    assert said and all("foreroute: --max-restarts=2: on several machines" in line for line in said)
+    assert said and all("foreroute: --max-restarts=1: on several machines" in line for line in said)
     assert not (tmp_path / "debug").exists()
