@@ -1,27 +1,32 @@
 # make train   set everything up, train the quickstart and evaluate it
 # make test    set everything up, run the tests; make test-all adds the slow ones
+# make test-cluster   tests on simulated machines and on a real Slurm; as root it installs what they need (Debian, Ubuntu)
 # make test-gpu   on a machine with a GPU: all tests of the kernels, natively
 # make lint    style and types
 PYTHON ?= python3.11
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train test test-all test-gpu lint clean
+.PHONY: train test test-all test-cluster test-gpu lint clean
 # The Triton kernels run in their interpreter, which must be chosen before the start: a process of its own. Exit code 5:
 # ARGS left no test.
 TRITON_SUITE = TRITON_INTERPRET=1 $(RUN) -m pytest tests/kernels/on_triton
 # One thread: tests are many small operations, and a second core is often busy.
-test test-all: export OMP_NUM_THREADS = 1
+test test-all test-cluster: export OMP_NUM_THREADS = 1
 train: $(VENV)/ready
 	$(RUN) -m launch.train experiment=quickstart train.resume=true $(ARGS)
 
 test: $(VENV)/ready
-	$(RUN) -m pytest --ignore=tests/kernels/on_triton -m "not slow and not gpu and not cluster" $(ARGS)
+	$(RUN) -m pytest --ignore=tests/kernels/on_triton -m "not slow and not gpu" $(ARGS)
 	$(TRITON_SUITE) -m "not slow and not gpu" $(ARGS) || [ $$? -eq 5 ]
 
 test-all: $(VENV)/ready
 	$(RUN) -m pytest --ignore=tests/kernels/on_triton -m "not gpu" $(ARGS)
 	$(TRITON_SUITE) -m "not gpu" $(ARGS) || [ $$? -eq 5 ]
+
+test-cluster: $(VENV)/ready
+	./tests/install_cluster.sh
+	$(RUN) -m pytest --ignore=tests/kernels/on_triton -m cluster $(ARGS)
 
 test-gpu: $(VENV)/ready
 	$(RUN) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make test-gpu: PyTorch sees no GPU')"

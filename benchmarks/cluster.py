@@ -4,17 +4,19 @@
         done = cluster.run_ranks(["-m", "benchmarks.exchange_rank"], per_node=2, seconds=300)
 
 Two nodes are two network namespaces joined by a veth pair; what a node sends over it is shaped by tbf (token bucket) to the
-rate, in both directions. Traffic inside a node goes over the loopback device of its namespace, unlimited. It needs root
-and iproute2 (`ip`, `tc`); why_not() says what is missing. `one_node` is this machine itself, for comparison: no
-namespace, no root.
+rate, in both directions. Traffic inside a node goes over the loopback device of its namespace, unlimited. A node has a
+hostname of its own, which both nodes can look up; processes and files are this machine's. It needs root and iproute2
+(`ip`, `tc`); why_not() says what is missing. `one_node` is this machine itself, for comparison: no namespace, no root.
 
-Namespaces are called foreroute-PID-NUMBER-NODE. They are removed, with every process in them, when the block is left,
-however it is left; those of a user that was killed are removed by the next one. Other users' are left alone.
+Namespaces, and so the hostnames, are called foreroute-PID-NUMBER-NODE. They are removed, with every process in them, when
+the block is left, however it is left; those of a user that was killed are removed by the next one. Other users' are left
+alone.
 """
 
 import itertools
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -33,6 +35,14 @@ ROOT = Path(__file__).resolve().parents[1]
 LINK = "veth0"  # name of a node's end of the link
 _PREFIX = "foreroute"
 _BURST = {"burst": "256kb", "latency": "50ms"}  # of tbf: a TCP segment of 64 kB must fit in it
+_ETC = Path("/etc/netns")  # NAMESPACE/hosts is /etc/hosts in the namespace: see ip-netns(8)
+_NAMED = 'hostname "$0" && exec "$@"'
+_SSH = """#!/bin/sh
+# ssh [options] HOST COMMAND... between the simulated nodes of benchmarks/cluster.py
+while case $1 in -[bFilop]) shift ;; -*) ;; *) false ;; esac do shift; done
+node=$1 && shift && cd
+exec env -i HOME="$HOME" PATH={here}:/usr/sbin:/usr/bin:/sbin:/bin {enter} sh -c "$*"
+"""
 _numbers = itertools.count()
 
 
@@ -47,6 +57,15 @@ class Node:
     namespace: str | None  # None: this machine itself
     interface: str  # through which its ranks talk
     address: str
+
+    @property
+    def hostname(self) -> str:
+        """What `hostname` says in it."""
+        return self.namespace or socket.gethostname()
+
+    def inside(self, command: Sequence[str]) -> list[str]:
+        """The command line that runs a command in the node; it has the process id of the command."""
+        return [*_enter(self.namespace), *command] if self.namespace else [*command]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +117,21 @@ class Cluster:
         ]
         return _run(commands, seconds)
 
+    def run_first(
+        self, command: Sequence[str], *, seconds: float, env: Mapping[str, str] | None = None
+    ) -> Finished:
+        """Run a command on the first node, such as mpirun, which reaches the others by itself."""
+        return _run([(self.nodes[0], command, env or {})], seconds)[0]
+
+    def write_ssh(self, folder: Path) -> None:
+        """Write a stand-in for ssh into a folder, to be put first in PATH: it runs commands in the nodes, by hostname.
+
+        As with ssh, a command starts in the home folder with none of the caller's variables.
+        """
+        enter = shlex.join(_enter("NODE")).replace("NODE", '"$node"')
+        (folder / "ssh").write_text(_SSH.format(enter=enter, here=shlex.quote(str(folder))))
+        (folder / "ssh").chmod(0o755)
+
     def link_bytes(self) -> int:
         """Bytes that the nodes have sent to each other, protocol included."""
         total = 0
@@ -133,9 +167,12 @@ def two_nodes(rate: str | None) -> Iterator[Cluster]:
     nodes = tuple(Node(f"{first}-{i}", LINK, f"10.77.0.{i + 1}") for i in range(2))
     names = [str(node.namespace) for node in nodes]
     with ExitStack() as stack:
+        hosts = [f"{node.address} {node.hostname}" for node in nodes]
         for name in names:
             stack.callback(_remove, name)
             _call("ip", "netns", "add", name)
+            (_ETC / name).mkdir(parents=True, exist_ok=True)
+            (_ETC / name / "hosts").write_text("\n".join(["127.0.0.1 localhost", *hosts, ""]))
         _call("ip", "link", "add", LINK, "netns", names[0], "type", "veth", "peer", "name", LINK, "netns", names[1])  # fmt: skip
         for name, node in zip(names, nodes, strict=True):
             _call("ip", "-n", name, "addr", "add", f"{node.address}/24", "dev", LINK)
@@ -173,12 +210,17 @@ def _call(*command: str) -> str:
     return done.stdout
 
 
+def _enter(namespace: str) -> list[str]:
+    return ["ip", "netns", "exec", namespace, "unshare", "--uts", "sh", "-c", _NAMED, namespace]
+
+
 def _namespaces() -> list[str]:
     return [line.split()[0] for line in _call("ip", "netns", "list").splitlines() if line.strip()]
 
 
 def _remove(name: str) -> None:
     """Kill every process in a namespace and remove it; the veth pair goes with it."""
+    shutil.rmtree(_ETC / name, ignore_errors=True)
     try:
         while pids := _call("ip", "netns", "pids", name).split():
             for pid in pids:
@@ -214,10 +256,9 @@ def _run(
     with ExitStack() as stack:
         started = []
         for node, command, variables in commands:
-            inside = [] if node.namespace is None else ["ip", "netns", "exec", node.namespace]
             out, err = (stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2))
             process = subprocess.Popen(
-                [*inside, *command], cwd=ROOT, env={**os.environ, **variables}, stdout=out, stderr=err,
+                node.inside(command), cwd=ROOT, env={**os.environ, **variables}, stdout=out, stderr=err,
                 stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
             stack.callback(_end, process)

@@ -23,7 +23,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from engine.config import Config, to_plain
 from engine.errors import RunFailed, UserError
-from launch.process import find_place
+from launch.bootstrap import find_place
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 T = TypeVar("T")
@@ -80,6 +80,11 @@ def _guarded(run: Callable[[], int]) -> int:
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except Exception as error:
+        place = find_place()
+        if place.ranks > 1 and not hasattr(error, "__notes__"):  # the job's guard is inside another
+            error.add_note(f"This was rank {place.rank} of {place.ranks}.")
+        raise
 
 
 def _say(line: str) -> None:

@@ -1,13 +1,11 @@
-"""How a process finds its place among the ranks, and what it needs before training: threads, signals, memory."""
+"""How a process joins the other ranks, and what else it needs before training: threads, signals, memory."""
 
 import ctypes
 import os
 import signal
-import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -21,67 +19,11 @@ from engine.parallel.host import GlooHost, Host, MpiHost, expert_group_host
 from engine.parallel.mesh import Mesh
 from engine.parallel.watch import Watch
 from engine.parallel.world import World, agree, together
+from launch.bootstrap import Place, find_address, find_device, find_place
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # options of glibc's mallopt(3)
 _HOST_TIMEOUT = timedelta(hours=1)
 """Rank 0 may build tables or write plots meanwhile; the watch sees who is lost."""
-
-LAUNCHERS = {
-    "torchrun or deepspeed": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    "MPICH or Intel MPI": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-}
-"""Who starts processes: the variables in which it tells each its rank, their number, and its rank on its machine."""
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """What the launcher told this process."""
-
-    rank: int = 0
-    ranks: int = 1
-    local_rank: int = 0
-    mpi: bool = False
-
-
-def find_place(environ: Mapping[str, str] = os.environ) -> Place:
-    """Read the launcher's variables; one rank alone if there are none.
-
-    Raises:
-        UserError: a variable is missing or no number.
-    """
-    for launcher, names in LAUNCHERS.items():
-        if names[0] not in environ:
-            continue
-        found = []
-        for name in names:
-            value = environ.get(name, "0" if name == "MPI_LOCALRANKID" else "")
-            require(value.isdecimal(), f"{name}={value}: {launcher} sets it to a whole number")
-            found.append(int(value))
-        rank, ranks, local_rank = found
-        require(rank < ranks, f"{names[0]}={rank}: must be below {names[1]}={ranks}")
-        return Place(rank, ranks, local_rank, mpi=names[0] != "RANK")
-    return Place()
-
-
-def find_device(place: Place, environ: Mapping[str, str] = os.environ) -> torch.device:
-    """This process's GPU, the one of its rank on its machine, or the CPU.
-
-    DS_ACCELERATOR=cpu, DeepSpeed's own switch, keeps a run off the GPUs.
-
-    Raises:
-        UserError: the machine has fewer GPUs than processes.
-    """
-    if environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    gpus = torch.cuda.device_count()
-    require(
-        place.local_rank < gpus,
-        f"local rank {place.local_rank}: this machine has {gpus} GPUs; start at most as many processes on it",
-    )
-    torch.cuda.set_device(place.local_rank)
-    return torch.device("cuda", place.local_rank)
-
 
 _stores: list[Any] = []  # of this process: kept for all jobs of a sweep
 
@@ -119,19 +61,20 @@ def connected(parallel: ParallelConfig, options: Mapping[str, Any]) -> Iterator[
 
 def _meet(place: Place, timeout_s: float) -> Any:
     """Form the process group over which tensors travel; gives the store that all ranks share."""
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = find_address(place)
     os.environ |= {"RANK": str(place.rank), "WORLD_SIZE": str(place.ranks)}
     os.environ["LOCAL_RANK"] = str(place.local_rank)  # DeepSpeed insists on it
-    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
-        require(place.mpi, "MASTER_ADDR and MASTER_PORT: the launcher must set them")
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = _address_by_mpi()
     timeout = timedelta(seconds=timeout_s)
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        store = _fresh(next(dist.rendezvous("env://", timeout=timeout))[0])
+        _take_place(store, place, address)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=dist.PrefixStore("ranks", store), rank=place.rank, world_size=place.ranks,
             timeout=timeout,
         )  # fmt: skip
+    except UserError:
+        raise
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
@@ -140,17 +83,33 @@ def _meet(place: Place, timeout_s: float) -> Any:
     return store
 
 
-def _address_by_mpi() -> tuple[str, str]:
-    """A free port of rank 0's machine, told to all ranks."""
-    from mpi4py import MPI
+def _fresh(store: Any) -> Any:
+    """The store without what an earlier attempt left in it.
 
-    names = MPI.COMM_WORLD.allgather(socket.gethostname())
-    address = "127.0.0.1" if len(set(names)) == 1 else socket.gethostbyname(names[0])
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = str(free.getsockname()[1])
-    found: tuple[str, str] = MPI.COMM_WORLD.bcast((address, port))
-    return found
+    torchrun's agents keep one store for all restarts (2.13), and count these each for itself.
+
+    Raises:
+        UserError: the counts of several machines would not agree.
+    """
+    environ = os.environ
+    if environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store
+    restarts = environ["TORCHELASTIC_MAX_RESTARTS"]
+    require(
+        environ["GROUP_WORLD_SIZE"] == "1" or restarts == "0",
+        f"--max-restarts={restarts}: on several machines the ranks of a second attempt would meet what is left of the "
+        "first; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 as launch/recipes/torchrun_c10d.sh does",
+    )
+    return dist.PrefixStore(f"attempt {environ['TORCHELASTIC_RESTART_COUNT']}", store)
+
+
+def _take_place(store: Any, place: Place, address: str) -> None:
+    """Refuse to be a rank that is there already, before anything is exchanged: that would disturb a run that goes well."""
+    require(
+        store.add(f"came/{place.rank}", 1) == 1,
+        f"rank {place.rank} is at {address} already: another run meets there; give this one another port "
+        "(--master_port, MASTER_PORT)",
+    )
 
 
 def _hosts_for_planning(place: Place, mesh: Mesh, timeout_s: float) -> tuple[Host, Host]:
@@ -173,12 +132,13 @@ class StopSignal:
     """Ends the program with 128 + number on SIGINT and SIGTERM: at once, or, while `deferred`, when the trainer asks.
 
     So a signal in the middle of a step waits for its end and a checkpoint. A second one ends the process at once.
+    SIGUSR1 counts as SIGTERM: mpirun passes it on and waits, while its own end on SIGTERM leaves the ranks a second.
     """
 
     def __init__(self) -> None:
         self.number = 0
         self._deferred = False
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._handle)
 
     def __call__(self) -> bool:
@@ -201,7 +161,7 @@ class StopSignal:
         return 128 + self.number
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
+        self.number = signal.SIGTERM if number == signal.SIGUSR1 else number
         signal.signal(number, signal.SIG_DFL)
         if not self._deferred:
             sys.exit(self.exit_code)

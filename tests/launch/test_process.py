@@ -1,48 +1,24 @@
-"""Where a process finds itself, from the variables of each launcher."""
+"""What a process does with signals, and at a meeting point that is taken."""
 
 import os
+import re
 import signal
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
 
 import pytest
 
-from engine.errors import UserError
-from launch.process import Place, StopSignal, find_device, find_place
-
-
-@pytest.mark.parametrize(
-    "environ,place",
-    [
-        ({}, Place(0, 1, 0)),
-        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, Place(5, 8, 1)),
-        ({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}, Place(3, 4, 1, mpi=True)),
-        ({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1"}, Place(1, 2, 1, mpi=True)),
-        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, Place(1, 2, 0, mpi=True)),
-        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "PMI_RANK": "1"}, Place()),
-    ],
-)  # fmt: skip
-def test_places(environ, place):
-    assert find_place(environ) == place
-
-
-@pytest.mark.parametrize(
-    "environ,message",
-    [
-        ({"RANK": "1", "LOCAL_RANK": "0"}, "WORLD_SIZE=: torchrun or deepspeed sets it"),
-        ({"RANK": "one", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK=one"),
-        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK=2: must be below WORLD_SIZE=2"),
-    ],
-)
-def test_places_that_cannot_be(environ, message):
-    with pytest.raises(UserError, match=message):
-        find_place(environ)
-
-
-def test_the_cpu_on_request():
-    assert find_device(Place(), {"DS_ACCELERATOR": "cpu"}).type == "cpu"
+from launch import testing
+from launch.process import StopSignal
 
 
 def test_a_signal_behind_an_error_does_not_hide_it():
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    }
     try:
         stop = StopSignal()
         with pytest.raises(KeyError), stop.deferred():
@@ -51,9 +27,47 @@ def test_a_signal_behind_an_error_does_not_hide_it():
         assert stop() and stop.exit_code == 143
         stop = StopSignal()
         with stop.deferred():
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert stop() and stop.exit_code == 143
+        stop = StopSignal()
+        with stop.deferred():
             pass
         with pytest.raises(SystemExit):
             os.kill(os.getpid(), signal.SIGTERM)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+REFUSED = {"0": "failed to listen", "1": "rank 1 is at .* already: another run meets there; give"}
+
+
+@pytest.mark.dist
+def test_a_second_run_at_the_same_port_is_refused(tmp_path):
+    """As when deepspeed is started twice on one machine; the first run does not notice."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
+    long = [*testing.small_run(tmp_path), "parallel.expert_ranks=2", "train.steps=100000"]
+
+    def start(rank, folder):
+        command = [sys.executable, "-m", "launch.train", *long, f"train.runs_dir={folder}"]
+        environ = {**shared, "RANK": rank, "LOCAL_RANK": rank}
+        return subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+    with ExitStack() as stack:
+        ranks = [start(number, tmp_path) for number in ("0", "1")]
+        for process in ranks:
+            stack.callback(process.kill)
+        testing.wait_until(lambda: testing.last_step(tmp_path) > 0)
+        others = {number: start(number, tmp_path / "second") for number in REFUSED}
+        for number, process in others.items():
+            stack.callback(process.kill)
+            err = process.communicate(timeout=100)[1]
+            (line,) = (line for line in err.splitlines() if line.startswith("foreroute:"))
+            assert process.returncode == 2 and re.search(REFUSED[number], line), line
+        ranks[0].send_signal(signal.SIGTERM)
+        for process in ranks:
+            process.communicate(timeout=100)
+            assert process.returncode == 143
