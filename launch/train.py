@@ -15,6 +15,7 @@ from engine.build import build_routers
 from engine.config import Backend, Config, Router, Split, to_plain
 from engine.corpus import PreparedCorpus, prepare
 from engine.counting import bzip2_bpc, order_n_bpc
+from engine.errors import RunFailed
 from engine.evaluate import Evaluation, slimming_curve
 from engine.metrics import Metrics, peak_memory_bytes
 from engine.parallel.mesh import Mesh
@@ -24,7 +25,7 @@ from launch.cli import job_name, run_program
 from launch.console import Console, table
 from launch.plots import plot_loss, plot_slimming
 from launch.process import StopSignal, connected, set_up
-from launch.run_folder import RunFolder, open_run
+from launch.run_folder import RunFolder, open_run, write_json
 
 SUMMARY = "summary.json"
 
@@ -66,14 +67,23 @@ def _train(config: Config, world: World, stop: StopSignal) -> int:
             print(
                 f"{run.path} is complete; python -m launch.evaluate run={run.path} measures it again"
             )
+        run.record("complete", trainer.step)
         return 0
     run.claim()
+    return run.recorded(lambda: _run(run, trainer, corpus, console, stop), lambda: trainer.step)
+
+
+def _run(
+    run: RunFolder, trainer: Trainer, corpus: PreparedCorpus, console: Console, stop: StopSignal
+) -> int:
+    """Train and evaluate; gives the exit code."""
+    host = trainer.world.host
     _describe(console, trainer)
     metrics = together(host, lambda: _open_metrics(run, trainer))
     with closing(metrics) if metrics else nullcontext(), closing(console), stop.deferred():
         complete = trainer.run(metrics, stop)
     host.barrier()  # rank 0 may have waited long for W&B; collectives of the evaluation would give up
-    if not complete or (stop() and world.mesh.world == 1):
+    if not complete or (stop() and host.ranks == 1):
         console.note(f"stopped at step {trainer.step}; train.resume=true goes on from there")
         return stop.exit_code if stop() else 128 + SIGTERM  # of another rank
     _finish(run, trainer, corpus)
@@ -173,10 +183,13 @@ def _summarise(
         "parameters": trainer.parameters,
         "corpus_sha256": corpus.sha256,
     }
-    (run.path / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
-    plot_loss(run.path / "metrics.jsonl", run.path / "loss.png")
     lines = {"order 3": baselines["order3_bpc"], "bzip2 -9": baselines["bzip2_bpc"]}
-    plot_slimming(bpc, lines, run.path / "slimming.png")
+    try:
+        plot_loss(run.path / "metrics.jsonl", run.path / "loss.png")
+        plot_slimming(bpc, lines, run.path / "slimming.png")
+        write_json(run.path / SUMMARY, summary)
+    except OSError as error:
+        raise RunFailed(f"cannot write the results into {run.path}: {error}") from error
     return summary
 
 

@@ -1,7 +1,6 @@
 """The command line as a person meets it: what is refused, with which line, and that nothing is overwritten."""
 
 import fcntl
-import importlib
 import json
 import os
 import signal
@@ -9,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -21,37 +19,12 @@ from launch.cli import read_config
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture
-def run(monkeypatch, capfd):
-    """Run a program in this process, as `python -m launch.PROGRAM ARGS` would; gives exit code, stdout and stderr."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def run(program, *args):
-        monkeypatch.setattr(sys, "argv", [program, *args])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as end:
-            importlib.import_module(f"launch.{program}").main()
-        out, err = capfd.readouterr()
-        return SimpleNamespace(returncode=end.value.code, stdout=out, stderr=err)
-
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
 def spawn(program, *args):
     return subprocess.Popen(
         [sys.executable, "-m", f"launch.{program}", *args],
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-
-
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_bytes(b"the quick brown fox jumps over the lazy dog. " * 500)
-    return path
 
 
 def small(tmp_path, text, *more):

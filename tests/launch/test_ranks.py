@@ -92,6 +92,17 @@ def losses(folder):
     return [row["loss"] for row in rows]
 
 
+SLOW = """
+import time
+import engine.step
+forward = engine.step._forward
+def slow(*arguments):
+    time.sleep(0.1)
+    return forward(*arguments)
+engine.step._forward = slow
+"""
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """The same run as one process, without expert groups."""
@@ -104,12 +115,19 @@ def alone(tmp_path_factory):
 @pytest.mark.dist
 @pytest.mark.parametrize("peer_ids", ["corpus", "exchange"])
 def test_two_processes_train_like_one(tmp_path, alone, peer_ids):
+    """Also when one of them is slow, which is said."""
     options = ["model.dropout=0", f"parallel.peer_ids={peer_ids}"]
     elsewhere = (f"corpus.cache_dir={tmp_path / 'own'}",) if peer_ids == "exchange" else ()
-    with Ranks(tmp_path, options, own_options=((), elsewhere)) as ranks:
+    slow = SLOW if peer_ids == "corpus" else ""
+    with Ranks(tmp_path, options, own_options=((), elsewhere), code=("", slow)) as ranks:
         first, second = ranks.wait()
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
     assert lines(first[2] + second[2]) == [] and second[1] == ""
+    if slow:
+        assert "step 10: rank 1 is slow: " in first[1]
+        rows = (tmp_path / "debug/metrics.jsonl").read_text().splitlines()
+        assert [json.loads(row)["slowest_rank"] for row in rows] == [1, 1, 1, 1]
+        assert all(json.loads(row)["rank_skew"] > 1.5 for row in rows)
     assert losses(tmp_path) == pytest.approx(alone[0], rel=1e-5)
     summary = json.loads((tmp_path / "debug/summary.json").read_text())
     assert summary["bpc"] == pytest.approx(alone[1]["bpc"], rel=1e-4)

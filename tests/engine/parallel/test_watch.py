@@ -1,6 +1,7 @@
 """A lost, failing or late rank is named: two watches of one process on a store in memory."""
 
 import queue
+import threading
 
 import pytest
 from torch import distributed as dist
@@ -145,3 +146,23 @@ def test_a_lost_store_is_rank_0s(store):
 
     _, lines = watch(Gone(), 1)
     assert lines.get(timeout=20) == "rank 0 is lost: its store does not answer"
+
+
+def test_a_store_that_does_not_answer_is_rank_0s():
+    """As behind a cut network. Neither the watching thread nor the main thread, whose collective gave up, waits for ever."""
+    answered = threading.Event()
+
+    class Silent:
+        def check(self, *arguments):
+            answered.wait()
+
+        set = get = compare_set = check
+
+    one, lines = watch(Silent(), 1)
+    with pytest.raises(RunFailed, match="rank 0 is lost: its store does not answer"), one.guard():
+        raise RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 2000ms")
+    one.close()
+    assert lines.empty()  # the main thread ends by itself
+    _, lines = watch(Silent(), 1)
+    assert lines.get(timeout=20) == "rank 0 is lost: its store does not answer"
+    answered.set()

@@ -1,0 +1,31 @@
+import importlib
+import signal
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Run a program in this process, as `python -m launch.PROGRAM ARGS` would; gives exit code, stdout and stderr."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(program, *args):
+        monkeypatch.setattr(sys, "argv", [program, *args])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            importlib.import_module(f"launch.{program}").main()
+        out, err = capfd.readouterr()
+        return SimpleNamespace(returncode=end.value.code, stdout=out, stderr=err)
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"the quick brown fox jumps over the lazy dog. " * 500)
+    return path
