@@ -25,9 +25,8 @@ from launch.cli import job_name, run_program
 from launch.console import Console, table
 from launch.plots import plot_loss, plot_slimming
 from launch.process import StopSignal, connected, set_up
-from launch.run_folder import RunFolder, open_run, write_json
-
-SUMMARY = "summary.json"
+from launch.run_folder import SUMMARY, RunFolder, open_run, write_json
+from launch.sweep import report_sweep
 
 
 def train(config: Config) -> int:
@@ -237,7 +236,7 @@ def result_table(summary: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Entry point."""
-    run_program("train", Config, train, many_ranks=True)
+    run_program("train", Config, train, many_ranks=True, report_sweep=report_sweep)
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ def test_secrets_of_the_environment_are_written_nowhere(tmp_path, text):
     home.mkdir()
     command = [
         sys.executable, "-m", "launch.train", "-m", *options(tmp_path, text, "wandb.mode=offline"),
-        "optim.lr=0.002,1e30",
+        "optim.lr=1e30,0.002",
     ]  # fmt: skip
     env = {**os.environ, **SECRETS, "HOME": str(home), "TMPDIR": str(tmp_path)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
