@@ -5,8 +5,9 @@
 Two ranks of experiment=debug with a checkpoint every few steps. A trial kills a random rank with SIGKILL: in the middle of
 training, inside the writing of a checkpoint, or in training and again while the restart starts up. Then it resumes. Every
 tensor of the last checkpoint (weights, moments, memories, random state) must equal the uninterrupted run's, bit for bit. Some
-runs are also stopped with SIGTERM. `lost` is the wall time of a trial beyond the uninterrupted run's: until the other rank
-has ended, another start, and steps done twice. `inside` counts kills while a checkpoint's temporary folder was there.
+runs are also stopped with SIGTERM. `end` is the time from the signal until all ranks have ended; `lost` is that and the time
+from the restart until the step in which the run was killed is done again: a start and steps done twice. `inside` counts
+kills while a checkpoint's temporary folder was there.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import json
 import os
 import random
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -28,7 +30,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.cluster import ROOT, free_port
+from benchmarks.cluster import ROOT
 from benchmarks.harness import environment, positive, print_result, print_table
 
 RANKS, SAVE_EVERY, TIMEOUT_S = 2, 5, 120
@@ -48,7 +50,7 @@ class Trial:
     step: int  # finished when it was killed
     inside: bool  # a checkpoint was being written
     end_s: float  # from the signal until all ranks had ended
-    lost_s: float
+    lost_s: float  # and until the run was as far as before
     fault: str  # what went wrong; empty: nothing
 
     def row(self) -> list[object]:
@@ -82,7 +84,10 @@ class Job:
             f"train.save_every={SAVE_EVERY}", f"parallel.expert_ranks={RANKS}", f"parallel.timeout_s={TIMEOUT_S}",
             "train.threads=1", "eval.k=[1]", "eval.max_symbols=256",
         ]  # fmt: skip
-        shared = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}  # fmt: skip
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        shared = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}  # fmt: skip
         with (self.folder / "log.txt").open("ab") as log:
             self.processes = [
                 subprocess.Popen(
@@ -104,6 +109,13 @@ class Job:
             return (self.folder / "debug/metrics.jsonl").read_bytes().count(b"\n")
         except FileNotFoundError:
             return 0
+
+    def _metrics_file(self) -> int | None:
+        """Identify metrics.jsonl; a resumed run replaces it by one without the steps that it does again."""
+        try:
+            return (self.folder / "debug/metrics.jsonl").stat().st_ino
+        except FileNotFoundError:
+            return None
 
     def is_writing(self, step: int | None = None) -> bool:
         """Whether a checkpoint (of that step) is being written."""
@@ -130,13 +142,21 @@ class Job:
         except subprocess.TimeoutExpired:
             raise TrialFailed(f"a rank goes on {PATIENCE_S:.0f} s later") from None
 
-    def go_to_the_end(self) -> None:
-        """Start it, and let it finish; raises TrialFailed when it does not."""
+    def go_to_the_end(self, step: int = 0) -> float:
+        """Start it, and let it finish; give the seconds until `step` steps were done (again).
+
+        Raises:
+            TrialFailed: it does not finish.
+        """
+        begun, old = time.monotonic(), self._metrics_file()
         with self.started():
+            self.wait_until(lambda: self._metrics_file() != old and self.finished_steps() >= step)
+            seconds = time.monotonic() - begun
             codes = self.ended()
         if codes != [0] * RANKS:
             log = (self.folder / "log.txt").read_text(errors="replace").splitlines()
             raise TrialFailed(f"exit codes {codes}: {' / '.join(log[-3:])}")
+        return seconds
 
     def result(self) -> dict[str, torch.Tensor]:
         """Give all tensors of the last step's checkpoint."""
@@ -147,28 +167,29 @@ class Job:
 
 
 def attempt(
-    kind: str, job: Job, wanted: dict[str, torch.Tensor], whole_s: float, chance: random.Random
+    kind: str, job: Job, wanted: dict[str, torch.Tensor], start_s: float, chance: random.Random
 ) -> Trial:
     """Kill or stop one run, restart it, and compare its end with what is wanted."""
-    begun, end_s, step, inside = time.monotonic(), 0.0, 0, False
+    end_s, lost_s, step, inside = 0.0, 0.0, 0, False
     rank, fault = chance.randrange(RANKS), ""
     try:
         with job.started():
             wait_for_the_moment(kind, job, chance)
             step, inside = job.finished_steps(), job.is_writing()
-            end_s = end(job, rank, stop=kind == "SIGTERM")
-        if kind == "restart":  # killed again before it trains
+            lost_s = end_s = end(job, rank, stop=kind == "SIGTERM")
+        if kind == "restart":  # killed again, most likely before it trains
             with job.started():
-                time.sleep(chance.uniform(0, 0.6 * whole_s))
-                end(job, chance.randrange(RANKS))
-        job.go_to_the_end()
+                wait_s = chance.uniform(0, start_s)
+                time.sleep(wait_s)
+                lost_s += wait_s + end(job, chance.randrange(RANKS))
+        lost_s += job.go_to_the_end(step)
         found = job.result()
         differ = [key for key in wanted if key not in found or not torch.equal(found[key], wanted[key])]  # fmt: skip
         if differ or found.keys() != wanted.keys():
             fault = f"{len(differ)} of {len(wanted)} tensors differ"
     except TrialFailed as error:
         fault = str(error)
-    return Trial(kind, rank, step, inside, end_s, time.monotonic() - begun - whole_s, fault)
+    return Trial(kind, rank, step, inside, end_s, lost_s, fault)
 
 
 def wait_for_the_moment(kind: str, job: Job, chance: random.Random) -> None:
@@ -216,14 +237,13 @@ def main(arguments: list[str] | None = None) -> None:
         folder = Path(name)
         Job(folder / "first", steps).go_to_the_end()  # fills the caches
         whole = Job(folder / "whole", steps)
-        begun = time.monotonic()
-        whole.go_to_the_end()
-        whole_s, wanted = time.monotonic() - begun, whole.result()
-        print(f"{environment()}; the uninterrupted run takes {whole_s:.1f} s", flush=True)
+        start_s = whole.go_to_the_end(1)
+        wanted = whole.result()
+        print(f"{environment()}; a start takes {start_s:.1f} s until the first step", flush=True)
         kinds = [kind for _, kind in zip(range(trials), cycle(KINDS), strict=False)]
         done = []
         for number, kind in enumerate([*kinds, *["SIGTERM"] * stops]):
-            trial = attempt(kind, Job(folder / f"{number}", steps), wanted, whole_s, chance)
+            trial = attempt(kind, Job(folder / f"{number}", steps), wanted, start_s, chance)
             print(f"trial {number + 1}: {' '.join(map(str, trial.row()))}", flush=True)
             done.append(trial)
     header = ["moment", "rank", "step", "inside", "end s", "lost s", "result"]

@@ -1,3 +1,5 @@
+"""The programs run inside the test process, and a small text for them."""
+
 import importlib
 import signal
 import sys
@@ -9,7 +11,10 @@ import pytest
 @pytest.fixture
 def run(monkeypatch, capfd):
     """Run a program in this process, as `python -m launch.PROGRAM ARGS` would; gives exit code, stdout and stderr."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    }
 
     def run(program, *args):
         monkeypatch.setattr(sys, "argv", [program, *args])
