@@ -112,41 +112,40 @@ class _Jobs:
 
     def run(self, cfg: DictConfig, task: Callable[[], int]) -> None:
         """Run one job and leave its outcome."""
-        hydra_config, place = HydraConfig.get(), find_place()
+        hydra_config = HydraConfig.get()
         sweep = hydra_config.mode is RunMode.MULTIRUN
-        code: int | None = None
         if sweep:
             self._sweep.touch()
-        if not self._stop.exists():
-            try:
-                if (
-                    place.ranks > 1
-                    and sweep
-                    and "BasicLauncher" not in hydra_config.launcher._target_
-                ):
-                    raise _BadOption(
-                        "hydra/launcher: jobs of many ranks run one behind the other; leave it out"
-                    )
-                code, by_all = task(), True
-            except (Exception, SystemExit, KeyboardInterrupt) as error:
-                code = _told(error)
-                if code is None and not sweep:
-                    raise
-                if code is None:
-                    traceback.print_exc()
-                    code = 1
-                by_all = isinstance(error, _BadOption) or getattr(error, "everywhere", False)
-            if code >= 128 or (code and place.ranks > 1 and not by_all):
-                self._stop.touch()
+        code = None if self._stop.exists() else self._exit_code(task, sweep)
         number = hydra_config.job.num if sweep else 0
-        options = dict(
-            option.split("=", 1) for option in hydra_config.overrides.task if "=" in option
-        )
-        dirname = hydra_config.job.override_dirname
+        own = [option for option in hydra_config.overrides.task if "=" in option]
         outcome = Outcome(
-            number, options, dirname, OmegaConf.to_container(cfg, enum_to_str=True), code
+            number,
+            dict(option.split("=", 1) for option in own),
+            hydra_config.job.override_dirname,
+            OmegaConf.to_container(cfg, enum_to_str=True),
+            code,
         )
         (self._folder / f"{number:06d}.json").write_text(json.dumps(asdict(outcome)))
+
+    def _exit_code(self, task: Callable[[], int], sweep: bool) -> int:
+        """Run the task; a bug in a sweep is printed and counts as a failed run. Decides whether the sweep goes on."""
+        ranks, by_all = find_place().ranks, True
+        try:
+            if sweep and ranks > 1:
+                _check_launcher()
+            code = task()
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
+            told = _told(error)
+            if told is None:
+                if not sweep:
+                    raise
+                traceback.print_exc()
+            code = 1 if told is None else told
+            by_all = isinstance(error, _BadOption) or getattr(error, "everywhere", False)
+        if code >= 128 or (code and ranks > 1 and not by_all):  # a rank that is lost stays lost
+            self._stop.touch()
+        return code
 
     def outcomes(self) -> list[Outcome]:
         """Give the outcomes that are there, in the order of the jobs."""
@@ -178,6 +177,12 @@ class _Jobs:
     def signal_code(self) -> int:
         """128 + the number of the signal that this process got; 0 for none."""
         return int(self._stop.read_text() or 0) if self._stop.exists() else 0
+
+
+def _check_launcher() -> None:
+    name = HydraConfig.get().runtime.choices["hydra/launcher"]
+    if name != "basic":
+        raise _BadOption(f"hydra/launcher={name}: many ranks run a sweep's jobs one by one; leave it out")  # fmt: skip
 
 
 def _guarded(run: Callable[[], int]) -> int:
