@@ -36,7 +36,7 @@ def end_process(line: str) -> None:
 _GONE = object()
 
 
-class _Line:
+class _AskedStore:
     """A store that may not answer, as behind a cut network, where some of its calls would wait for ever.
 
     A thread of its own makes the calls, one at a time. After one without an answer nothing is asked any more.
@@ -54,11 +54,15 @@ class _Line:
             return _GONE
         answer: Future[Any] = Future()
         self._calls.put((use, answer))
-        try:
-            return answer.result(self._answer_s)
-        except TimeoutError:
-            self._gone = True
-            return _GONE
+        for _ in range(
+            2
+        ):  # a process that stood still as a whole finds its first wait over at once
+            try:
+                return answer.result(self._answer_s / 2)
+            except TimeoutError:
+                continue
+        self._gone = True
+        return _GONE
 
     def close(self) -> None:
         """End the thread: the interpreter's end would abort it inside the store."""
@@ -99,7 +103,7 @@ class Watch:
         self._period_s = min(1.0, timeout_s / 10)
         self._place, self._since = "the start", float("inf")
         self._timeout_s, self._beats = timeout_s, 0
-        self._line = None if store is None else _Line(store, self._lost_after_s)
+        self._store = None if store is None else _AskedStore(store, self._lost_after_s)
         self._closed = threading.Event()
         self._spoken = False  # the main thread is ending with a line of its own
         self._reported = ""  # why this rank ends
@@ -121,8 +125,8 @@ class Watch:
         if self._thread.is_alive():
             self._thread.join(_CLOSE_S)
         self._try(lambda store: store.set(f"alive/{self._rank}", _DONE))
-        if self._line is not None:
-            self._line.close()
+        if self._store is not None:
+            self._store.close()
         if self._reported and self._rank == 0 and self._ranks > 1:
             time.sleep(2 * self._period_s)  # its store may end with it: let the others read why
 
@@ -236,7 +240,7 @@ class Watch:
 
     def _try(self, use: Callable[[Any], Any]) -> Any:
         """Use the store; _GONE if there is none any more."""
-        return _GONE if self._line is None else self._line.ask(use)
+        return _GONE if self._store is None else self._store.ask(use)
 
 
 def _named(ranks: list[int]) -> str:

