@@ -54,9 +54,7 @@ class _AskedStore:
             return _GONE
         answer: Future[Any] = Future()
         self._calls.put((use, answer))
-        for _ in range(
-            2
-        ):  # a process that stood still as a whole finds its first wait over at once
+        for _ in range(2):  # where a process stood still as a whole, the first wait is over at once
             try:
                 return answer.result(self._answer_s / 2)
             except TimeoutError:
@@ -103,7 +101,7 @@ class Watch:
         self._period_s = min(1.0, timeout_s / 10)
         self._place, self._since = "the start", float("inf")
         self._timeout_s, self._beats = timeout_s, 0
-        self._store = None if store is None else _AskedStore(store, self._lost_after_s)
+        self._store = None if store is None else _AskedStore(store, max(1.0, self._lost_after_s))
         self._closed = threading.Event()
         self._spoken = False  # the main thread is ending with a line of its own
         self._reported = ""  # why this rank ends
