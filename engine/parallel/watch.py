@@ -177,10 +177,12 @@ class Watch:
             return message
         places = [_place(sign) for sign in last]
         behind = [rank for rank, place in enumerate(places) if place != places[self._rank]]
-        reason = str(error).splitlines()[0]
+        message = f"all ranks are alive and at {places[0]}: {str(error).splitlines()[0]}"
         if behind:
-            return f"rank {behind[0]} is at {places[behind[0]]}, this rank at {places[self._rank]}: {reason}"
-        return f"all ranks are alive and at {places[0]}: {reason}"
+            where = f"rank {behind[0]} is at {places[behind[0]]}, rank {self._rank} at {places[self._rank]}"
+            message = f"{where}: {str(error).splitlines()[0]}"
+        self.report(message)  # a rank that is stuck would go on for ever
+        return message
 
     def _run(self) -> None:
         neighbour = (self._rank + 1) % self._ranks

@@ -162,6 +162,19 @@ def test_a_lost_rank_is_named(tmp_path, how):
     assert line.startswith("foreroute: rank 1 is lost: no sign of life") and "last seen at" in line
 
 
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_rank_that_is_stuck_in_the_first_step_ends_all(tmp_path):
+    """It is alive, and waits for ever; the other waits for it in a group that DeepSpeed made."""
+    code = "", SLOW.replace("sleep(0.25)", "sleep(1e6)")
+    with Ranks(tmp_path, [], code=code) as ranks:
+        found = ranks.wait()
+    assert [code for code, *_ in found] == [1, 1]
+    for _, _, stderr in found:
+        (line,) = lines(stderr)
+        assert "at step 0: " in line and "imed out" in line
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize(
     ("name", "values"), [("optim.lr", (0.002, 0.5)), ("parallel.expert_ranks", (2, 1))]
