@@ -28,6 +28,7 @@ from engine.parallel.host import Host
 FORMAT = 1
 MANIFEST = "manifest.json"
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
+_SHARD = re.compile(r"shard-\d{5,}\.safetensors")
 _TEMPORARY = re.compile(r"\.writing-\d+-(?P<pid>\d+)@(?P<host>.+)")
 _ABANDONED_S = 24 * 3600  # a temporary folder of another host is left alone for a day
 
@@ -117,17 +118,19 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """Read and check a checkpoint's manifest, without touching the shards.
 
     Raises:
-        UserError: it is missing, damaged or of another format version; names the file and says why.
+        UserError: it is missing, damaged, of another format version or names files that are no shards beside it; says why.
     """
-    return read_sealed(path / MANIFEST, "manifest", FORMAT)
+    file = path / MANIFEST
+    return _checked_names(file, read_sealed(file, "manifest", FORMAT))
 
 
 def read_sealed(file: Path, what: str, version: int) -> dict[str, Any]:
     """Read a JSON object that holds a checksum of the rest of itself, and its format version; gives it without the checksum.
 
     Raises:
-        UserError: as read_manifest.
+        UserError: it is missing, damaged, of another format version or a link; names the file and says why.
     """
+    _refuse_link(file)
     try:
         found = json.loads(file.read_bytes())
         stored = found.pop("checksum")
@@ -141,6 +144,21 @@ def read_sealed(file: Path, what: str, version: int) -> dict[str, Any]:
         f"{file}: format version {found['format']}, this program reads {version}",
     )
     return dict(found)
+
+
+def _checked_names(file: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Give the manifest; refuse one that names files that are no shards beside it."""
+    held = [entry["file"] for entry in manifest["tensors"].values()]
+    for name in dict.fromkeys([*manifest["files"], *held]):
+        require(
+            _SHARD.fullmatch(name) is not None and name in manifest["files"],
+            f"{file}: names {name!r}, which is none of its shards",
+        )
+    return manifest
+
+
+def _refuse_link(file: Path) -> None:
+    require(not file.is_symlink(), f"{file}: is a link; a checkpoint's files lie in its folder")
 
 
 def verify(path: Path, host: Host) -> dict[str, Any]:
@@ -164,6 +182,7 @@ def verify(path: Path, host: Host) -> dict[str, Any]:
 
 def _verify_shard(file: Path, manifest: dict[str, Any]) -> None:
     entry = manifest["files"][file.name]
+    _refuse_link(file)
     try:
         size = file.stat().st_size
         require(size == entry["bytes"], f"{file}: {size} bytes instead of {entry['bytes']}")

@@ -31,6 +31,7 @@ from engine.parallel.mesh import Mesh
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed
 import deepspeed.ops
+from deepspeed.comm.torch import TorchBackend
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.utils import (
@@ -59,6 +60,8 @@ SHARD_NAMES = ("ds_shape", "ds_tensor", "ds_zero_partition_rank", "ds_zero_parti
 """Of a parameter at ZeRO-3: its whole shape, this rank's padded part of the compute copy, which part that is, of how many."""
 GROUP_NAMES = ("_get_expert_parallel_group", "_get_expert_data_parallel_group")
 """Of deepspeed.utils.groups: the ranks that exchange rows with this one, and those that hold the same experts."""
+NEW_GROUP_NAME = "new_group"
+"""Of TorchBackend: takes ranks, makes every group of them."""
 TIMEOUT = timedelta(minutes=10)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KEPT_WHOLE = 100_000
@@ -284,6 +287,7 @@ def start(model: nn.Module, config: Config, mesh: Mesh | None = None) -> Engine:
     _start_process_group(mesh.world)
     parameters: Any = parameter_groups(model.parameters()) if shared else model.parameters()
     optimizer = build_optimizer(parameters, config.optim)
+    _give_up_after(config.parallel.timeout_s)
     with contextlib.redirect_stdout(io.StringIO()):  # bf16 prints memory use; warnings pass
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     wire = expert_wire(mesh, torch.device(engine.device)) if shared else None
@@ -424,6 +428,12 @@ def _deepspeed_config(config: Config, world: int, num_params: int) -> dict[str, 
         # The default, bf16, rounds the accumulated gradient, on one rank too.
         result["communication_data_type"] = "fp32"
     return result
+
+
+def _give_up_after(timeout_s: float) -> None:
+    """Let collectives of DeepSpeed's groups wait so long for a stuck rank, instead of PyTorch's 30 minutes."""
+    timeout = timedelta(seconds=timeout_s)
+    setattr(TorchBackend, NEW_GROUP_NAME, lambda _, ranks: dist.new_group(ranks, timeout))
 
 
 def skip_shared_memory_op() -> None:

@@ -11,14 +11,15 @@ import os
 import resource
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 
 from engine.config import WandbConfig, WandbMode
-from engine.errors import UserError
+from engine.errors import RunFailed, UserError
 
 JSONL = "metrics.jsonl"
 WANDB_ID = "wandb_id.txt"
@@ -56,6 +57,11 @@ METRICS: dict[str, Metric] = {
     "experts_ms": Metric("ms", "expert layers, part of forward_ms"),
     "exchange_exposed_ms": Metric("ms", "exchanging rows while nothing is computed; 0 on one rank"),
     "exchange_hidden_ms": Metric("ms", "exchanging rows behind computation; 0 on one rank"),
+    "own_ms": Metric(
+        "ms", "forward passes without waiting for other ranks, part of forward_ms; of rank 0"
+    ),
+    "slowest_rank": Metric("rank", "the rank with the most own_ms since the last line"),
+    "rank_skew": Metric("1", "its own_ms over the median rank's; 1 on one rank"),
     "wire_bytes": Metric(
         "bytes", "rows sent to other ranks in one step, over all ranks and layers"
     ),
@@ -86,32 +92,52 @@ class Metrics:
             name: The run's name in W&B.
             config_plain: The run's configuration as dicts, lists and numbers.
             resume_step: The run goes on after this step: later lines are dropped. None starts a new run.
+
+        Raises:
+            RunFailed: metrics.jsonl cannot be written.
+            UserError: W&B cannot be started.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        if resume_step is not None:
-            _drop_lines_after(folder / JSONL, resume_step)
-        self._file = (folder / JSONL).open("w" if resume_step is None else "a")
+        with _writing(folder / JSONL):
+            folder.mkdir(parents=True, exist_ok=True)
+            if resume_step is not None:
+                _drop_lines_after(folder / JSONL, resume_step)
+            self._file = (folder / JSONL).open("w" if resume_step is None else "a")
         self._wandb = None
         if wandb_config.mode is not WandbMode.disabled:
             resumed = resume_step is not None
             self._wandb = _start_wandb(folder, wandb_config, name, config_plain, resumed)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Write values under a step's number; raises KeyError for a name that METRICS lacks."""
+        """Write values under a step's number.
+
+        Raises:
+            KeyError: a name that METRICS lacks.
+            RunFailed: metrics.jsonl cannot be written.
+        """
         unknown = sorted(set(values) - set(METRICS))
         if unknown:
             raise KeyError(f"no such metric: {', '.join(unknown)} (engine/metrics.py lists them)")
         finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
-        self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
-        self._file.flush()
+        with _writing(Path(self._file.name)):
+            self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+            self._file.flush()
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
 
     def close(self) -> None:
         """Close the file and finish the W&B run; returns when everything is written."""
-        self._file.close()
+        with suppress(OSError):  # of a line that could not be written, and log has said so
+            self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+@contextmanager
+def _writing(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(f"cannot write {file}: {error}") from error
 
 
 def memory_bytes() -> int:

@@ -19,7 +19,7 @@ from engine.loader import PlannedBatch, PlannedLoader
 from engine.model import Memory, Output, Routing
 from engine.optim import learning_rate
 from engine.parallel.world import World
-from engine.timing import ForwardTimes
+from engine.timing import ForwardTimes, OwnTime
 
 
 @dataclass(slots=True)
@@ -35,6 +35,7 @@ class StepTimes:
     optimizer_ms: float = 0.0
     exchange_exposed_ms: float = 0.0  # part of forward_ms and backward_ms
     exchange_hidden_ms: float = 0.0  # beside computation
+    own_ms: float = 0.0  # part of forward_ms: not waiting for other ranks
 
     @property
     def outside_ms(self) -> float:
@@ -56,6 +57,7 @@ class StepResult:
     )
     wire_bytes: int = 0  # rows that left any rank
     stop_asked: bool = False  # of any rank
+    own_ms_P: list[float] = field(default_factory=list)  # what was passed in, of all ranks
     times: StepTimes = field(default_factory=StepTimes)
 
 
@@ -87,18 +89,20 @@ def train_step(
     world: World | None = None,
     stop_asked: bool = False,
     check: Check | None = None,
+    own_ms: float = 0.0,
 ) -> StepResult:
     """Run one optimizer step and replace each micro-batch's entry of `memory` by its new memory.
 
     Args:
         check: what the step is held to.
+        stop_asked, own_ms: of this rank; all ranks learn of them. own_ms is StepTimes.own_ms of the step before.
 
     Raises:
         RunFailed: the loss or the gradient is not finite, or the step differs from its certificate; no weight has been
             changed by this step.
     """
     world = world or World()
-    clock, times = Clock(), StepTimes()
+    clock, times, own = Clock(), StepTimes(), OwnTime(engine.device, engine.wire)
     rate = learning_rate(config.optim, step, config.train.steps)
     engine.set_lr(rate)
     outputs: list[Output] = []
@@ -108,7 +112,7 @@ def train_step(
         planned, wait_seconds = loader.next()
         times.plan_wait_ms += 1e3 * wait_seconds
         clock.lap_ms()
-        with check.forward() if check else nullcontext():
+        with own.forward(), check.forward() if check else nullcontext():
             output = _forward(engine, planned, memory[micro], config, step)
         times.forward_ms += clock.lap_ms()
         attention_ms, experts_ms = forward_times.take()
@@ -123,7 +127,7 @@ def train_step(
     if check is not None:
         check.compare(step)
     sent = wire.sent_bytes - sent_before if wire else 0
-    totals = _totals(outputs, world, stop_asked, sent)
+    totals = _totals(outputs, world, [stop_asked, sent], own_ms)
     if not math.isfinite(totals.loss + totals.auxiliary_loss):
         raise everywhere(
             RunFailed(f"the loss is {totals.loss + totals.auxiliary_loss} at step {step}")
@@ -142,8 +146,10 @@ def train_step(
         load_max_over_mean=totals.load_max_over_mean,
         wire_bytes=totals.wire_bytes,
         stop_asked=totals.stop_asked,
+        own_ms_P=totals.own_ms_P,
         times=times,
     )
+    times.own_ms = own.total_ms()
     if wire is not None:
         times.exchange_exposed_ms, times.exchange_hidden_ms = wire.take_times()
     times.step_ms = clock.total_ms()
@@ -172,23 +178,30 @@ class _Totals(NamedTuple):
     stop_asked: bool
     wire_bytes: int
     load_max_over_mean: float
+    own_ms_P: list[float]
 
 
-def _totals(outputs: list[Output], world: World, stop_asked: bool, sent_bytes: int) -> _Totals:
+def _totals(
+    outputs: list[Output], world: World, stop_and_sent_bytes: list[float], own_ms: float
+) -> _Totals:
     """Means over micro-batches and ranks: one sum over the ranks, and the only read-back of a step from the device."""
+    mesh = world.mesh
     nll = torch.stack([output.nll_BQ.mean() for output in outputs]).double().sum()
     auxiliary = torch.stack([output.auxiliary_loss for output in outputs]).double().sum()
     counts = [output.count_LE for output in outputs if output.count_LE is not None]
-    own = torch.tensor([stop_asked, sent_bytes], dtype=torch.float64, device=nll.device)
+    own_P = [own_ms if rank == mesh.rank else 0.0 for rank in range(mesh.world)]
+    own = torch.tensor([*stop_and_sent_bytes, *own_P], dtype=torch.float64, device=nll.device)
     parts = [torch.stack((nll, auxiliary)), own]
     if counts:
         parts.append(torch.stack(counts).sum(0).to(nll.device, torch.float64).flatten())
-    loss, auxiliary_loss, stops, wire_bytes, *load = world.sum(torch.cat(parts)).tolist()
-    number = len(outputs) * world.mesh.world
+    loss, auxiliary_loss, stops, wire_bytes, *rest = world.sum(torch.cat(parts)).tolist()
+    own_ms_P, load = rest[: mesh.world], rest[mesh.world :]
+    number = len(outputs) * mesh.world
     return _Totals(
         loss / number,
         auxiliary_loss / number,
         stops > 0,
         int(wire_bytes),
         max(load) * len(load) / sum(load) if load else 0.0,
+        own_ms_P,
     )

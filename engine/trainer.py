@@ -38,6 +38,7 @@ from engine.moe.routers import HashedRouter, routers_of
 from engine.moe.schedule import active_experts
 from engine.moe.tables import table_from_state, table_state
 from engine.parallel.world import World
+from engine.skew import SlowRank, skew
 from engine.step import StepResult, StepTimes, train_step
 from engine.timing import ForwardTimes
 
@@ -186,6 +187,7 @@ class Trainer:
         saved = first or -1  # a resumed run starts at its checkpoint
         alone = self.world.mesh.world == 1
         stopping = alone and stop_asked()
+        slow, own_ms = SlowRank(), 0.0
         try:
             while self.step < train.steps and not stopping:
                 # the first step may compile kernels
@@ -193,13 +195,16 @@ class Trainer:
                 result = train_step(
                     self.engine, loader, self.memory, self.config,
                     step=self.step, forward_times=self.forward_times,
-                    world=self.world, stop_asked=stop_asked(), check=check,
+                    world=self.world, stop_asked=stop_asked(), own_ms=own_ms, check=check,
                 )  # fmt: skip
+                own_ms = result.times.own_ms
                 self.step += 1
                 stopping = result.stop_asked or (alone and stop_asked())
                 window.add(result)
                 self.reporter.step(self.step)
                 if self.step % train.log_every == 0 or self.step == train.steps:
+                    for line in slow.lines(window.own_ms_P()):
+                        self.reporter.note(f"step {self.step}: {line}")
                     values = window.close(self.step)
                     if metrics is not None:
                         metrics.log(self.step, values)
@@ -320,11 +325,17 @@ class _Window:
         """Take in a step."""
         self.results.append(result)
 
+    def own_ms_P(self) -> list[float]:
+        """Each rank's mean own time."""
+        columns = zip(*(result.own_ms_P for result in self.results), strict=True)
+        return [sum(column) / len(self.results) for column in columns]
+
     def close(self, step: int) -> dict[str, float]:
         """Give the metrics of the window that ends with `step` and start the next."""
         count, last = len(self.results), self.results[-1]
         loss = sum(result.loss for result in self.results) / count
         auxiliary_loss = sum(result.auxiliary_loss for result in self.results) / count
+        slowest_rank, rank_skew = skew(self.own_ms_P())
 
         def mean_ms(name: str) -> float:
             return sum(float(getattr(result.times, name)) for result in self.results) / count
@@ -342,6 +353,8 @@ class _Window:
             "memory_bytes": memory_bytes(),
             "peak_memory_bytes": peak_memory_bytes(),
             "wire_bytes": last.wire_bytes,
+            "slowest_rank": slowest_rank,
+            "rank_skew": rank_skew,
             "mfu": 0,  # peak unknown
         }
         for name in (*StepTimes.__dataclass_fields__, "outside_ms"):

@@ -2,14 +2,24 @@
 
 The only file that knows Hydra and OmegaConf. A program is `run_program("NAME", Schema, task)` with conf/NAME.yaml; the
 task receives the validated object and returns an exit code. What the user can mend ends with one line and exit code 2.
+
+In a sweep (-m) each job leaves its Outcome in a temporary folder, for jobs may be processes of their own (joblib). One that
+fails does not stop the others; a signal does.
 """
 
+import json
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import hydra
@@ -33,58 +43,189 @@ class _BadOption(UserError):
     """What is wrong with a start before the ranks meet; all ranks of a machine see it alike."""
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How one job ended."""
+
+    number: int
+    options: dict[str, str]  # its own: what the command line and the sweep gave it
+    dirname: str  # the options as job_name has them
+    config: Any  # composed, as dicts and lists
+    exit_code: int | None  # None: it was not started, for the sweep was stopped
+
+
 def run_program(
-    name: str, schema: type[T], task: Callable[[T], int], *, many_ranks: bool = False
+    name: str,
+    schema: type[T],
+    task: Callable[[T], int],
+    *,
+    many_ranks: bool = False,
+    report_sweep: Callable[[list[Outcome]], None] | None = None,
 ) -> NoReturn:
     """Compose conf/`name`.yaml with the command line into a `schema` object, run the task and exit with its code.
 
+    A sweep exits with the largest code of its jobs.
+
     Args:
         many_ranks: the task knows how to be one rank of many; otherwise a launcher's second process is refused.
+        report_sweep: called by rank 0 at the end of a sweep, also of one that was stopped.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed by Hydra
     ConfigStore.instance().store("schema", schema)
-    code = 0
-
-    def job(cfg: DictConfig) -> None:
-        nonlocal code
-        if code == 0:  # a sweep stops at the first job that fails
-            code = _guarded(lambda: task(_to_object(cfg, schema)))
 
     def compose_and_run() -> int:
-        ranks = find_place().ranks
-        if ranks > 1 and not many_ranks:
-            raise _BadOption(f"launch.{name} runs as one process: started as {ranks}")
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
-        return code
+        place = find_place()
+        if place.ranks > 1 and not many_ranks:
+            raise _BadOption(f"launch.{name} runs as one process: started as {place.ranks}")
+        with tempfile.TemporaryDirectory(prefix="foreroute-jobs-") as folder:
+            jobs = _Jobs(Path(folder))
+
+            def job(cfg: DictConfig) -> None:
+                jobs.run(cfg, lambda: task(_to_object(cfg, schema)))
+
+            start = hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)
+            try:
+                with jobs.stopped_by_signals():
+                    start()
+            except BrokenExecutor as error:
+                raise RunFailed(f"a process of the sweep was killed: {_one_line(error)}") from error
+            finally:
+                outcomes = jobs.outcomes()
+                if jobs.sweep and report_sweep is not None and place.rank == 0:
+                    report_sweep(outcomes)
+            return max([jobs.signal_code(), *(o.exit_code or 0 for o in outcomes)])
 
     sys.exit(_guarded(compose_and_run))
+
+
+class _Jobs:
+    """The jobs of one start of a program, known to each other through a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._stop, self._sweep = folder / "stop", folder / "sweep"
+
+    @property
+    def sweep(self) -> bool:
+        """There are jobs of a sweep."""
+        return self._sweep.exists()
+
+    def run(self, cfg: DictConfig, task: Callable[[], int]) -> None:
+        """Run one job and leave its outcome."""
+        hydra_config = HydraConfig.get()
+        sweep = hydra_config.mode is RunMode.MULTIRUN
+        if sweep:
+            self._sweep.touch()
+        code = None if self._stop.exists() else self._exit_code(task, sweep)
+        number = hydra_config.job.num if sweep else 0
+        own = [option for option in hydra_config.overrides.task if "=" in option]
+        outcome = Outcome(
+            number,
+            dict(option.split("=", 1) for option in own),
+            hydra_config.job.override_dirname,
+            OmegaConf.to_container(cfg, enum_to_str=True),
+            code,
+        )
+        (self._folder / f"{number:06d}.json").write_text(json.dumps(asdict(outcome)))
+
+    def _exit_code(self, task: Callable[[], int], sweep: bool) -> int:
+        """Run the task; a bug in a sweep is printed and counts as a failed run. Decides whether the sweep goes on."""
+        ranks, by_all = find_place().ranks, True
+        try:
+            if sweep and ranks > 1:
+                _check_launcher()
+            code = task()
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
+            told = _told(error)
+            if told is None:
+                if not sweep:
+                    raise
+                _name_rank(error)
+                traceback.print_exc()
+            code = 1 if told is None else told
+            by_all = isinstance(error, _BadOption) or getattr(error, "everywhere", False)
+        if code >= 128 or (code and ranks > 1 and not by_all):  # a rank that is lost stays lost
+            self._stop.touch()
+        return code
+
+    def outcomes(self) -> list[Outcome]:
+        """Give the outcomes that are there, in the order of the jobs."""
+        found = sorted(self._folder.glob("*.json"))
+        return [Outcome(**json.loads(path.read_text())) for path in found]
+
+    @contextmanager
+    def stopped_by_signals(self) -> Iterator[None]:
+        """Start no further job after SIGINT or SIGTERM; a job that gets one itself, in this process or another, stops, too.
+
+        A second one ends the process.
+        """
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            signal.signal(number, signal.SIG_DFL)
+            self._stop.write_text(str(128 + number))
+            if not self.sweep:
+                sys.exit(128 + number)
+
+        before = {
+            number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def signal_code(self) -> int:
+        """128 + the number of the signal that this process got; 0 for none."""
+        return int(self._stop.read_text() or 0) if self._stop.exists() else 0
+
+
+def _check_launcher() -> None:
+    name = HydraConfig.get().runtime.choices["hydra/launcher"]
+    if name != "basic":
+        raise _BadOption(f"hydra/launcher={name}: many ranks run a sweep's jobs one by one; leave it out")  # fmt: skip
 
 
 def _guarded(run: Callable[[], int]) -> int:
     """Turn expected failures into one line on stderr and an exit code; anything else is a bug and keeps its traceback."""
     try:
         return run()
-    except (HydraException, OmegaConfBaseException, _BadOption) as error:
+    except (Exception, KeyboardInterrupt) as error:
+        code = _told(error)
+        if code is None:
+            _name_rank(error)
+            raise
+        return code
+
+
+def _name_rank(bug: BaseException) -> None:
+    """Let a traceback say whose it is, where there are many ranks."""
+    place = find_place()
+    if place.ranks > 1:
+        bug.add_note(f"This was rank {place.rank} of {place.ranks}.")
+
+
+def _told(error: BaseException) -> int | None:
+    """Say an expected failure in one line and give its exit code; None for a bug."""
+    if isinstance(error, HydraException | OmegaConfBaseException | _BadOption):
         if find_place().local_rank == 0:  # a machine's ranks share the command line
             _say(_one_line(error))
         return 2
-    except (UserError, RunFailed) as error:
+    if isinstance(error, UserError | RunFailed):
         if not error.everywhere or find_place().rank == 0:
             _say(_one_line(error))
         return 2 if isinstance(error, UserError) else 1
-    except BrokenPipeError:  # the reader of our output went away, as `head` does
+    if isinstance(error, BrokenPipeError):  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except OSError as error:
+    if isinstance(error, OSError):
         _say(str(error))
         return 2
-    except KeyboardInterrupt:
+    if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT
-    except Exception as error:
-        place = find_place()
-        if place.ranks > 1 and not hasattr(error, "__notes__"):  # the job's guard is inside another
-            error.add_note(f"This was rank {place.rank} of {place.ranks}.")
-        raise
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code
+    return None
 
 
 def _say(line: str) -> None:
@@ -148,7 +289,12 @@ def job_name(name: str) -> str:
     hydra_config = HydraConfig.get()
     if hydra_config.mode is not RunMode.MULTIRUN:
         return name
-    return re.sub(r"[^A-Za-z0-9_.=-]+", "_", f"{name}-{hydra_config.job.override_dirname}")
+    return swept_name(name, hydra_config.job.override_dirname)
+
+
+def swept_name(name: str, dirname: str) -> str:
+    """The name of a sweep's job: the sweep's name and its own options."""
+    return re.sub(r"[^A-Za-z0-9_.=-]+", "_", f"{name}-{dirname}")
 
 
 def write_config(config: object, path: Path) -> None:

@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from datetime import timedelta
@@ -24,6 +25,9 @@ from launch.bootstrap import Place, find_address, find_device, find_place
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # options of glibc's mallopt(3)
 _HOST_TIMEOUT = timedelta(hours=1)
 """Rank 0 may build tables or write plots meanwhile; the watch sees who is lost."""
+
+GRACE_S = 3.0
+"""Seconds from a signal in which others only repeat it."""
 
 _stores: list[Any] = []  # of this process: kept for all jobs of a sweep
 
@@ -131,13 +135,15 @@ def _host_of_all(timeout: timedelta) -> Host:
 class StopSignal:
     """Ends the program with 128 + number on SIGINT and SIGTERM: at once, or, while `deferred`, when the trainer asks.
 
-    So a signal in the middle of a step waits for its end and a checkpoint. A second one ends the process at once.
+    So a signal in the middle of a step waits for its end and a checkpoint. Another one ends the process at once, unless it
+    comes within GRACE_S: a scheduler signals every process, and a launcher among them passes it on.
     SIGUSR1 counts as SIGTERM: mpirun passes it on and waits, while its own end on SIGTERM leaves the ranks a second.
     """
 
     def __init__(self) -> None:
         self.number = 0
         self._deferred = False
+        self._since = 0.0
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._handle)
 
@@ -161,10 +167,14 @@ class StopSignal:
         return 128 + self.number
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.number = signal.SIGTERM if number == signal.SIGUSR1 else number
-        signal.signal(number, signal.SIG_DFL)
-        if not self._deferred:
-            sys.exit(self.exit_code)
+        if self.number == 0:
+            self.number = signal.SIGTERM if number == signal.SIGUSR1 else number
+            self._since = time.monotonic()
+            if not self._deferred:
+                sys.exit(self.exit_code)
+        elif time.monotonic() - self._since > GRACE_S:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
 
 def set_up(threads: int) -> None:

@@ -1,9 +1,15 @@
 """The folder of a run, runs/<name>: what is in it, and the rule that nothing in it is ever overwritten by another run.
 
-config.yaml (resolved), metrics.jsonl, checkpoints/, loss.png, slimming.png, summary.json.
+config.yaml (resolved), state.json, metrics.jsonl, checkpoints/, loss.png, slimming.png, summary.json.
+
+state.json says how the run stands, for whoever starts it again: {"state": "stopped", "step": 400}. `running`: it is, or it
+was killed; `stopped`: by SIGTERM or Ctrl-C; `failed`: it ended with a line or a traceback; `complete`: nothing is left to do.
 """
 
 import fcntl
+import json
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -16,7 +22,8 @@ from engine.parallel.world import World, together
 from engine.tuning import resolve
 from launch.cli import config_of, read_config, write_config
 
-CONFIG, LOCK = "config.yaml", ".lock"
+CONFIG, LOCK, STATE = "config.yaml", ".lock", "state.json"
+SUMMARY = "summary.json"
 
 # Options that may differ when a run is resumed: they change what is written and shown, or on which ranks and how the same
 # steps are computed, which is seen in the rounding alone.
@@ -44,7 +51,41 @@ class RunFolder:
     def claim(self) -> None:
         """Write the resolved configuration: from now on the folder holds this run. Only rank 0 writes."""
         if self.lock is not None:
-            write_config(self.config, self.path / CONFIG)
+            new = self.path / f".{CONFIG}.new"
+            write_config(self.config, new)
+            new.replace(self.path / CONFIG)
+
+    def record(self, state: str, step: int) -> None:
+        """Write state.json, if the disk allows it; only rank 0 does."""
+        if self.lock is None:
+            return
+        with suppress(OSError):
+            write_json(self.path / STATE, {"state": state, "step": step})
+
+    def recorded(self, act: Callable[[], int], step: Callable[[], int]) -> int:
+        """Train and evaluate by act(), with state.json kept; gives its exit code, which is 0 for a complete run.
+
+        Args:
+            step: gives the number of finished steps.
+        """
+        self.record("running", step())
+        state = "failed"
+        try:
+            code = act()
+            state = "stopped" if code else "complete"
+            return code
+        except SystemExit:  # a signal outside the training loop
+            state = "stopped"
+            raise
+        finally:
+            self.record(state, step())
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write a JSON file at once: it is whole, or it is as it was."""
+    new = file.with_name(f".{file.name}.new")
+    new.write_text(json.dumps(value, indent=2) + "\n")
+    new.replace(file)
 
 
 def open_run(config: Config, world: World | None = None) -> RunFolder:
@@ -82,7 +123,8 @@ def _open(config: Config, device: torch.device) -> RunFolder:
     path.mkdir(parents=True, exist_ok=True)
     lock = _lock(path)
     if not (path / CONFIG).exists():
-        foreign = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK)
+        known = (LOCK, f".{CONFIG}.new")  # also of a run that was killed early
+        foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in known)
         require(
             not foreign,
             f"train.name={config.train.name}: {path} holds {', '.join(foreign[:3])} and is no run folder",

@@ -17,6 +17,7 @@ from engine.certificate.record import Written, read
 from engine.config import Backend, Config, Router, Split, to_plain
 from engine.corpus import PreparedCorpus, prepare
 from engine.counting import bzip2_bpc, order_n_bpc
+from engine.errors import RunFailed
 from engine.evaluate import Evaluation, slimming_curve
 from engine.metrics import Metrics, peak_memory_bytes
 from engine.parallel.mesh import Mesh
@@ -26,9 +27,8 @@ from launch.cli import job_name, run_program
 from launch.console import Console, table
 from launch.plots import plot_loss, plot_slimming
 from launch.process import StopSignal, connected, set_up
-from launch.run_folder import RunFolder, open_run
-
-SUMMARY = "summary.json"
+from launch.run_folder import SUMMARY, RunFolder, open_run, write_json
+from launch.sweep import report_sweep
 
 
 @dataclass
@@ -89,17 +89,28 @@ def _train(config: Config, world: World, stop: StopSignal, certificate: str | No
             print(
                 f"{run.path} is complete; python -m launch.evaluate run={run.path} measures it again"
             )
+        run.record("complete", trainer.step)
         return 0
     check = together(host, lambda: _check(written, trainer))
     run.claim()
+    return run.recorded(
+        lambda: _run(run, trainer, corpus, console, stop, check), lambda: trainer.step
+    )
+
+
+def _run(
+    run: RunFolder, trainer: Trainer, corpus: PreparedCorpus, console: Console, stop: StopSignal, check: Check | None
+) -> int:  # fmt: skip
+    """Train and evaluate; gives the exit code."""
+    host = trainer.world.host
     _describe(console, trainer)
-    if written is not None:
-        console.note(f"held to {written.path}: {written.scope}")
+    if check is not None:
+        console.note(f"held to {check.written.path}: {check.written.scope}")
     metrics = together(host, lambda: _open_metrics(run, trainer))
     with closing(metrics) if metrics else nullcontext(), closing(console), stop.deferred():
         complete = trainer.run(metrics, stop, check)
     host.barrier()  # rank 0 may have waited long for W&B; collectives of the evaluation would give up
-    if not complete or (stop() and world.mesh.world == 1):
+    if not complete or (stop() and host.ranks == 1):
         console.note(f"stopped at step {trainer.step}; train.resume=true goes on from there")
         return stop.exit_code if stop() else 128 + SIGTERM  # of another rank
     if check is not None:
@@ -218,10 +229,13 @@ def _summarise(
         "parameters": trainer.parameters,
         "corpus_sha256": corpus.sha256,
     }
-    (run.path / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
-    plot_loss(run.path / "metrics.jsonl", run.path / "loss.png")
     lines = {"order 3": baselines["order3_bpc"], "bzip2 -9": baselines["bzip2_bpc"]}
-    plot_slimming(bpc, lines, run.path / "slimming.png")
+    try:
+        plot_loss(run.path / "metrics.jsonl", run.path / "loss.png")
+        plot_slimming(bpc, lines, run.path / "slimming.png")
+        write_json(run.path / SUMMARY, summary)
+    except OSError as error:
+        raise RunFailed(f"cannot write the results into {run.path}: {error}") from error
     return summary
 
 
@@ -269,7 +283,7 @@ def result_table(summary: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Entry point."""
-    run_program("train", TrainArgs, train, many_ranks=True)
+    run_program("train", TrainArgs, train, many_ranks=True, report_sweep=report_sweep)
 
 
 if __name__ == "__main__":

@@ -170,6 +170,7 @@ class Check:
     """
 
     def __init__(self, written: Written, model: nn.Module, rank: int) -> None:
+        self.written = written
         self._rank, self._expected = rank, written.of_rank(rank)
         layers = [module for module in model.modules() if isinstance(module, MoELayer)]
         self._done_y = [_watch(layer) for layer in layers]

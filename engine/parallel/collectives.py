@@ -57,6 +57,14 @@ class Wire:
         """
         return self._log.take()
 
+    def mark(self) -> float:
+        """Give the place where the log of times is now, for exposed_ms."""
+        return self._log.mark()
+
+    def exposed_ms(self, begin: float, end: float) -> float:
+        """Give the exposed time between two marks made since the last take_times; a GPU must be past them."""
+        return self._log.exposed_ms(begin, end)
+
     @contextlib.contextmanager
     def aside(self, *tensors: Tensor) -> Iterator[None]:
         """On a GPU, put work on these tensors and the collective that follows beside the computation."""

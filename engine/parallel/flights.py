@@ -46,6 +46,14 @@ class HostLog:
     spans: list[tuple[float, float]] = field(default_factory=list)  # seconds: issue, completion
     exposed: float = 0.0  # seconds
 
+    def mark(self) -> float:
+        """Give the place where the log is now."""
+        return self.exposed
+
+    def exposed_ms(self, begin: float, end: float) -> float:
+        """Give the exposed milliseconds between two marks made since the last `take`."""
+        return 1e3 * (end - begin)
+
     def take(self) -> ExchangeTimes:
         """Give the times since the last call, of flights that were waited for."""
         spans, exposed_ms = self.spans, 1e3 * self.exposed
@@ -58,6 +66,15 @@ class DeviceLog:
     """Times of the flights of a GPU, as CUDA events: issue, completion, before and after the wait for it."""
 
     events: list[tuple[torch.cuda.Event, ...]] = field(default_factory=list)
+
+    def mark(self) -> int:
+        """Give the place where the log is now."""
+        return len(self.events)
+
+    def exposed_ms(self, begin: float, end: float) -> float:
+        """Give the exposed milliseconds between two marks made since the last `take`; the device must be past them."""
+        flights = self.events[int(begin) : int(end)]
+        return sum(before.elapsed_time(after) for *_, before, after in flights)
 
     def take(self) -> ExchangeTimes:
         """Give the times since the last call; waits for the device."""

@@ -7,10 +7,12 @@ ever.
 """
 
 import os
+import queue
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +22,7 @@ from engine.errors import RunFailed, UserError
 from engine.parallel.host import odd_ones
 
 _FAULT, _DONE = "fault", "done"
-_CLOSE_S = 10.0  # how long `close` waits for the thread, which may wait for the store
+_CLOSE_S = 10.0  # how long `close` waits for a thread, which may wait for the store
 _MARKS = ("gloo", "Gloo", "NCCL", "Connection closed", "Connection reset", "MPI_ERR", "TCPStore")
 
 
@@ -29,6 +31,51 @@ def end_process(line: str) -> None:
     sys.stderr.write(f"foreroute: {line}\n")
     sys.stderr.flush()
     os._exit(1)
+
+
+_GONE = object()
+
+
+class _AskedStore:
+    """A store that may not answer, as behind a cut network, where some of its calls would wait for ever.
+
+    A thread of its own makes the calls, one at a time. After one without an answer nothing is asked any more.
+    """
+
+    def __init__(self, store: Any, answer_s: float) -> None:
+        self._store, self._answer_s, self._gone = store, answer_s, False
+        self._calls: queue.SimpleQueue[tuple[Callable[[Any], Any], Future[Any]] | None] = queue.SimpleQueue()  # fmt: skip
+        self._thread = threading.Thread(target=self._run, name="foreroute-store", daemon=True)
+        self._thread.start()
+
+    def ask(self, use: Callable[[Any], Any]) -> Any:
+        """Give use(store); _GONE if whoever holds it has ended or does not answer."""
+        if self._gone:
+            return _GONE
+        answer: Future[Any] = Future()
+        self._calls.put((use, answer))
+        for _ in range(2):  # where a process stood still as a whole, the first wait is over at once
+            try:
+                return answer.result(self._answer_s / 2)
+            except TimeoutError:
+                continue
+        self._gone = True
+        return _GONE
+
+    def close(self) -> None:
+        """End the thread: the interpreter's end would abort it inside the store."""
+        self._calls.put(None)
+        self._thread.join(0.0 if self._gone else _CLOSE_S)
+
+    def _run(self) -> None:
+        while (call := self._calls.get()) is not None:
+            use, answer = call
+            try:
+                answer.set_result(use(self._store))
+            except RuntimeError:  # torch.distributed's errors are
+                answer.set_result(_GONE)
+            except Exception as bug:
+                answer.set_exception(bug)
 
 
 class Watch:
@@ -45,16 +92,16 @@ class Watch:
         """Start to watch.
 
         Args:
-            store: used by this object's threads only; a clone, so that a wait of another user does not block it.
+            store: used by one thread of this object only; a clone, so that a wait of another user does not block it.
             timeout_s: seconds from the last sign of life of a rank to the end of the others.
             end: what ends the process.
         """
-        self._store, self._rank, self._ranks, self._end = store, rank, ranks, end
+        self._rank, self._ranks, self._end = rank, ranks, end
         self._lost_after_s = timeout_s / 2  # half to notice, half to end
         self._period_s = min(1.0, timeout_s / 10)
         self._place, self._since = "the start", float("inf")
         self._timeout_s, self._beats = timeout_s, 0
-        self._lock = threading.Lock()  # one use of the store at a time
+        self._store = None if store is None else _AskedStore(store, max(1.0, self._lost_after_s))
         self._closed = threading.Event()
         self._spoken = False  # the main thread is ending with a line of its own
         self._reported = ""  # why this rank ends
@@ -73,10 +120,11 @@ class Watch:
     def close(self) -> None:
         """Say that this rank has come to its end; nobody waits for its signs any more."""
         self._closed.set()
-        if self._thread.is_alive():  # the interpreter's end would abort it inside the store
+        if self._thread.is_alive():
             self._thread.join(_CLOSE_S)
+        self._try(lambda store: store.set(f"alive/{self._rank}", _DONE))
         if self._store is not None:
-            self._try(lambda store: store.set(f"alive/{self._rank}", _DONE))
+            self._store.close()
         if self._reported and self._rank == 0 and self._ranks > 1:
             time.sleep(2 * self._period_s)  # its store may end with it: let the others read why
 
@@ -129,10 +177,12 @@ class Watch:
             return message
         places = [_place(sign) for sign in last]
         behind = [rank for rank, place in enumerate(places) if place != places[self._rank]]
-        reason = str(error).splitlines()[0]
+        message = f"all ranks are alive and at {places[0]}: {str(error).splitlines()[0]}"
         if behind:
-            return f"rank {behind[0]} is at {places[behind[0]]}, this rank at {places[self._rank]}: {reason}"
-        return f"all ranks are alive and at {places[0]}: {reason}"
+            where = f"rank {behind[0]} is at {places[behind[0]]}, rank {self._rank} at {places[self._rank]}"
+            message = f"{where}: {str(error).splitlines()[0]}"
+        self.report(message)  # a rank that is stuck would go on for ever
+        return message
 
     def _run(self) -> None:
         neighbour = (self._rank + 1) % self._ranks
@@ -164,8 +214,7 @@ class Watch:
             self._end(fault)
 
     def _post(self, message: str) -> None:
-        if self._store is not None:
-            self._try(lambda store: store.compare_set(_FAULT, "", f"{self._rank} {message}"))
+        self._try(lambda store: store.compare_set(_FAULT, "", f"{self._rank} {message}"))
 
     def _fault(self) -> str | None:
         """What was reported; None if nothing was."""
@@ -190,15 +239,8 @@ class Watch:
         return "" if found is _GONE else found.decode()
 
     def _try(self, use: Callable[[Any], Any]) -> Any:
-        """Use the store; _GONE if whoever holds it has ended."""
-        try:
-            with self._lock:
-                return use(self._store)
-        except RuntimeError:  # torch.distributed's errors are
-            return _GONE
-
-
-_GONE = object()
+        """Use the store; _GONE if there is none any more."""
+        return _GONE if self._store is None else self._store.ask(use)
 
 
 def _named(ranks: list[int]) -> str:

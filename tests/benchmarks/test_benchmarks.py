@@ -110,3 +110,14 @@ def test_bench_certify_sees_a_mismatch():
 def test_bad_arguments_end_with_one_line_and_code_2(arguments, line):
     code, _, err = run("bench_kernels", *arguments)
     assert code == 2 and line in err.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_bench_faults():
+    """A rank is killed in training, inside a checkpoint and at a restart, and one is stopped: the run ends the same."""
+    code, out, err = run("bench_faults", "--quick")
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert (result["trials"], result["identical"], result["inside_checkpoint"]) == (3, 3, 1), out
+    assert (result["stops"], result["stops_identical"]) == (1, 1), out
+    assert result["sigterm_seconds_median"] > 0 and result["end_seconds_median"] > 0

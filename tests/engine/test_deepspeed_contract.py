@@ -9,6 +9,7 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
+from deepspeed.comm.torch import TorchBackend
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -55,6 +56,21 @@ def test_contract_with_this_deepspeed_version() -> None:
             else:
                 fragment: Any = getattr(param, "_hp_mapping", None)
                 assert fragment.get_hp_fragment("exp_avg") is not None
+
+
+def test_deepspeeds_groups_give_up_in_time() -> None:
+    """A rank that is stuck in one of them, as in a save, ends the others."""
+
+    def seconds(group: dist.ProcessGroup) -> float:
+        backend: Any = group._get_backend(torch.device("cpu"))
+        return backend.options._timeout.total_seconds()
+
+    assert callable(getattr(TorchBackend, adapter.NEW_GROUP_NAME))
+    setup = tiny_config()
+    setup.parallel.timeout_s = 77.0
+    adapter.start(build_model(setup, SYMBOLS), setup)
+    deepspeeds, plain = deepspeed.comm.new_group([0]), dist.new_group([0])
+    assert seconds(deepspeeds) == 77 and seconds(plain) == 1800  # negative control: PyTorch's own
 
 
 @pytest.mark.parametrize("name", adapter.GROUP_NAMES)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from engine.config import WandbConfig, WandbMode
+from engine.errors import RunFailed
 from engine.metrics import (
     METRICS,
     WANDB_ID,
@@ -52,6 +53,14 @@ def test_an_unknown_name_is_refused(tmp_path: Path) -> None:
         metrics.log(1, {"x": 1.0, "loss": 1.0, "los": 1.0})
     metrics.close()
     assert lines(tmp_path) == []
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    metrics = open_metrics(tmp_path)
+    with pytest.raises(RunFailed, match=r"cannot write .*metrics.jsonl: .*No space left"):
+        metrics.log(1, {"loss": 1.0})
+    metrics.close()  # tries again, and does not hide the line
 
 
 def test_no_step_twice_after_resuming(tmp_path: Path) -> None:
@@ -136,6 +145,7 @@ OFFLINE = """
 import sys
 from pathlib import Path
 from engine.config import WandbConfig, WandbMode
+from engine.errors import RunFailed
 from engine.metrics import METRICS, Metrics
 wandb = WandbConfig(mode=WandbMode.offline, project="study", group="hashed")
 metrics = Metrics(Path(sys.argv[1]), wandb, name="r", config_plain={"moe": {"experts": 7}})

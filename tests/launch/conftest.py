@@ -1,4 +1,4 @@
-"""A text, and programs run in this process."""
+"""The programs run inside the test process, and a small text for them."""
 
 import importlib
 import signal

@@ -246,6 +246,8 @@ def test_a_stop_saves_and_the_run_goes_on(run, tmp_path, text, number):
     assert "train.resume=true goes on" in out
     step = int(next((tmp_path / "runs/debug/checkpoints").iterdir()).name.removeprefix("step-"))
     assert step >= 4
+    state = json.loads((tmp_path / "runs/debug/state.json").read_text())
+    assert state == {"state": "stopped", "step": step}
     # the run's length may not change: it belongs to the learning-rate schedule
     done = run("train", *small(tmp_path, text, f"train.steps={step + 2}", "train.resume=true"))
     assert done.returncode == 2 and "train.steps" in done.stderr

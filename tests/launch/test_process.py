@@ -14,6 +14,24 @@ from launch import testing
 from launch.process import StopSignal
 
 
+def test_a_signal_that_a_launcher_repeats_does_not_hinder_the_checkpoint():
+    """In a process of its own, which a later signal ends."""
+    code = """
+import os, signal, sys, time
+from launch import process
+stop = process.StopSignal()
+with stop.deferred():
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        os.kill(os.getpid(), number)
+    print(stop.exit_code, flush=True)
+    process.GRACE_S = 0.0
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("still here")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "143\n"), done.stderr
+
+
 def test_a_signal_behind_an_error_does_not_hide_it():
     handlers = {
         number: signal.getsignal(number)

@@ -97,6 +97,17 @@ def losses(folder):
     return [row["loss"] for row in rows]
 
 
+SLOW = """
+import time
+import engine.step
+forward = engine.step._forward
+def slow(*arguments):
+    time.sleep(0.25)
+    return forward(*arguments)
+engine.step._forward = slow
+"""
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """The same run as one process, without expert groups."""
@@ -109,12 +120,18 @@ def alone(tmp_path_factory):
 @pytest.mark.dist
 @pytest.mark.parametrize("peer_ids", ["corpus", "exchange"])
 def test_two_processes_train_like_one(tmp_path, alone, peer_ids):
+    """Also when one of them is slow, which is said."""
     options = ["model.dropout=0", f"parallel.peer_ids={peer_ids}"]
     elsewhere = (f"corpus.cache_dir={tmp_path / 'own'}",) if peer_ids == "exchange" else ()
-    with Ranks(tmp_path, options, own_options=((), elsewhere)) as ranks:
+    slow = SLOW if peer_ids == "corpus" else ""
+    with Ranks(tmp_path, options, own_options=((), elsewhere), code=("", slow)) as ranks:
         first, second = ranks.wait()
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
     assert lines(first[2] + second[2]) == [] and second[1] == ""
+    if slow:
+        assert ": rank 1 is slow: " in first[1]
+        rows = [json.loads(row) for row in (tmp_path / "debug/metrics.jsonl").read_text().splitlines()]  # fmt: skip
+        assert sum(row["slowest_rank"] == 1 and row["rank_skew"] > 1.5 for row in rows) >= 3
     assert losses(tmp_path) == pytest.approx(alone[0], rel=1e-5)
     summary = json.loads((tmp_path / "debug/summary.json").read_text())
     assert summary["bpc"] == pytest.approx(alone[1]["bpc"], rel=1e-4)
@@ -148,6 +165,19 @@ def test_a_lost_rank_is_named(tmp_path, how):
     assert ranks.processes[0].returncode == 1
     (line,) = lines(stderr)
     assert line.startswith("foreroute: rank 1 is lost: no sign of life") and "last seen at" in line
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_rank_that_is_stuck_in_the_first_step_ends_all(tmp_path):
+    """It is alive, and waits for ever; the other waits for it in a group that DeepSpeed made."""
+    code = "", SLOW.replace("sleep(0.25)", "sleep(1e6)")
+    with Ranks(tmp_path, [], code=code) as ranks:
+        found = ranks.wait()
+    assert [code for code, *_ in found] == [1, 1]
+    for _, _, stderr in found:
+        (line,) = lines(stderr)
+        assert "at step 0: " in line and "imed out" in line
 
 
 @pytest.mark.dist

@@ -1,6 +1,7 @@
 """A lost, failing or late rank is named: two watches of one process on a store in memory."""
 
 import queue
+import threading
 
 import pytest
 from torch import distributed as dist
@@ -77,14 +78,15 @@ def test_a_broken_connection_is_blamed_on_the_rank_that_is_gone(store):
 
 
 def test_a_rank_that_stays_behind_is_named(store):
-    late, _ = watch(store, 1)
+    late, lines = watch(store, 1)
     late.at("step 11")
     waiting, _ = watch(store, 0)
     waiting.at("step 12")
-    with pytest.raises(RunFailed, match=r"rank 1 is at step 11, this rank at step 12: .*Timed out"), waiting.guard():  # fmt: skip
+    with pytest.raises(RunFailed, match=r"rank 1 is at step 11, rank 0 at step 12: .*Timed out"), waiting.guard():  # fmt: skip
         raise RuntimeError(
             "[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 2000ms\nmore"
         )
+    assert lines.get(timeout=20).startswith("rank 1 is at step 11, rank 0 at step 12: ")  # its end
     for one in (late, waiting):
         one.close()
 
@@ -124,7 +126,7 @@ def test_a_rank_that_ended_is_not_at_the_start(store):
     ended.close()
     waiting, _ = watch(store, 0)
     waiting.at("step 12")
-    with pytest.raises(RunFailed, match="rank 1 is at its end, this rank at step 12"), waiting.guard():  # fmt: skip
+    with pytest.raises(RunFailed, match="rank 1 is at its end, rank 0 at step 12"), waiting.guard():  # fmt: skip
         raise RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer")
     waiting.close()
 
@@ -145,3 +147,23 @@ def test_a_lost_store_is_rank_0s(store):
 
     _, lines = watch(Gone(), 1)
     assert lines.get(timeout=20) == "rank 0 is lost: its store does not answer"
+
+
+def test_a_store_that_does_not_answer_is_rank_0s():
+    """As behind a cut network. Neither the watching thread nor the main thread, whose collective gave up, waits for ever."""
+    answered = threading.Event()
+
+    class Silent:
+        def check(self, *arguments):
+            answered.wait()
+
+        set = get = compare_set = check
+
+    one, lines = watch(Silent(), 1)
+    with pytest.raises(RunFailed, match="rank 0 is lost: its store does not answer"), one.guard():
+        raise RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 2000ms")
+    one.close()
+    assert lines.empty()  # the main thread ends by itself
+    _, lines = watch(Silent(), 1)
+    assert lines.get(timeout=20) == "rank 0 is lost: its store does not answer"
+    answered.set()
