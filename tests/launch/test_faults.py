@@ -100,7 +100,7 @@ def plant(folder, payload):
     (shard / "shard-00000.pt").write_bytes(payload)
     entry = json.loads((shard / files.MANIFEST).read_text())
     del entry["checksum"]
-    real = files._sha256(shard / "shard-00000.safetensors")
+    real = files.sha256_of(shard / "shard-00000.safetensors")
     entry["files"] = {"shard-00000.safetensors": {"bytes": len(payload), "sha256": real}}
     entry["checksum"] = files.checksum(entry)  # all checksums are right
     (shard / files.MANIFEST).write_text(json.dumps(entry))
