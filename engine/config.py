@@ -411,6 +411,10 @@ class Config:
         )
         return self.data.streams // parts
 
+    def alone(self) -> "Config":
+        """The run's configuration alone, of a program's options that extend it."""
+        return Config(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Config)})
+
     @property
     def symbols_per_step(self) -> int:
         """Training symbols consumed by one optimizer step over all ranks."""

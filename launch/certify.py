@@ -8,7 +8,7 @@ certificate.safetensors, to which launch.train certificate=FOLDER holds the run.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from engine.build import build_routers
@@ -83,16 +83,11 @@ class CertifyArgs(Config):
             per_node = _RANKS_PER_NODE if self.cluster is None else self.cluster.ranks_per_node
         return Placement(self.world_size, self.parallel.expert_ranks, per_node)
 
-    @property
-    def config(self) -> Config:
-        """The run's configuration alone."""
-        return Config(**{f.name: getattr(self, f.name) for f in fields(Config)})
-
 
 def run(args: CertifyArgs) -> int:
     """Count, print and write; returns the exit code."""
     corpus = prepare(args.corpus, print)
-    tables, ids, config = _tables(args.config, corpus), corpus.split(Split.train), args.config
+    tables, ids, config = _tables(args.alone(), corpus), corpus.split(Split.train), args.alone()
     record = Record(config, ids, args.placement, counted_steps(config, args.steps, args.sample))
     found = certify(
         config, ids, tables, args.placement, steps=args.steps, sample=args.sample, also=record.add
@@ -129,7 +124,7 @@ def _tables(config: Config, corpus: PreparedCorpus) -> Sequence[Table]:
 
 
 def _memory(args: CertifyArgs, found: Certificate, corpus: PreparedCorpus) -> Memory:
-    config = args.config
+    config = args.alone()
     if args.cluster is not None and args.cluster.host_copies and config.kernels.backend is Backend.auto:  # fmt: skip
         config = replace(config, kernels=replace(config.kernels, backend=Backend.cpu))
     return predict(config, found, corpus.vocab.size, device_memory_bytes=args.device_memory_bytes)
@@ -139,7 +134,7 @@ def _time(args: CertifyArgs, corpus: PreparedCorpus) -> TimePart | None:
     """Model the time; None without a cluster."""
     if args.cluster is None:
         return None
-    config = args.config
+    config = args.alone()
 
     def tables_of(moe: MoEConfig) -> Sequence[Table]:
         return _tables(replace(config, moe=moe), corpus)

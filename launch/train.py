@@ -6,7 +6,7 @@ Follow one run from here: configuration -> corpus -> tables -> Trainer (engine/t
 import json
 from collections.abc import Mapping
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from signal import SIGTERM
 from typing import Any
@@ -39,15 +39,10 @@ class TrainArgs(Config):
     """What launch.certify wrote, the folder or its certificate.json: every step that it counted must move and compute the same
     rows and bytes, or the run ends. No part of the run: a resumed run may take one or drop it."""
 
-    @property
-    def config(self) -> Config:
-        """The run's configuration alone."""
-        return Config(**{field.name: getattr(self, field.name) for field in fields(Config)})
-
 
 def train(args: TrainArgs) -> int:
     """Run a configuration on this rank; returns the exit code."""
-    config = args.config
+    config = args.alone()
     config = replace(config, train=replace(config.train, name=job_name(config.train.name)))
     set_up(config.train.threads)
     stop = StopSignal()
