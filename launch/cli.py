@@ -27,6 +27,8 @@ from launch.process import find_place
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 T = TypeVar("T")
+_BELOW_NULL = "Unexpected type: None"
+"""What OmegaConf asserts when an option lies two levels below null, such as cluster.inside.gb_per_s without a cluster."""
 
 
 class _BadOption(UserError):
@@ -54,7 +56,12 @@ def run_program(
         ranks = find_place().ranks
         if ranks > 1 and not many_ranks:
             raise _BadOption(f"launch.{name} runs as one process: started as {ranks}")
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
+        try:
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
+        except AssertionError as error:
+            if str(error) != _BELOW_NULL:
+                raise
+            raise _BadOption("an option belongs to a section that is null; name the section first, such as cluster=NAME") from error  # fmt: skip
         return code
 
     sys.exit(_guarded(compose_and_run))
@@ -64,7 +71,7 @@ def _guarded(run: Callable[[], int]) -> int:
     """Turn expected failures into one line on stderr and an exit code; anything else is a bug and keeps its traceback."""
     try:
         return run()
-    except (HydraException, OmegaConfBaseException, _BadOption) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, _BadOption) as error:
         if find_place().local_rank == 0:  # a machine's ranks share the command line
             _say(_one_line(error))
         return 2
