@@ -237,7 +237,7 @@ def time_part(forecaster: Forecaster, placement: Placement, *, search: bool = Tr
         weak=forecaster.weak(placement),
         strong=forecaster.strong(placement),
         choices=forecaster.choices(placement) if search else [],
-        left_out=_left_out(config),
+        left_out=_left_out(config, forecaster.cluster),
     )
 
 
@@ -252,17 +252,16 @@ def worlds(placement: Placement) -> list[int]:
     return sorted({1, placement.world_size, *doubled})
 
 
-def _left_out(config: Config) -> list[str]:
-    found = []
-    if config.train.offload:
-        found.append(
-            "train.offload: weights are updated as if on the device, and nothing travels between host and device"
-        )
-    if config.kernels.precision is not Products.ieee:
-        found.append(
-            f"kernels.precision={config.kernels.precision.value}: products at the rate of product_fp32"
-        )
-    return found
+def _left_out(config: Config, cluster: ClusterConfig) -> list[str]:
+    """Name what the run does and engine/certificate/time_model.py does not know."""
+    train, kernels, on_cpu = config.train, config.kernels, cluster.host_copies
+    lines = {
+        "train.offload: weights are updated as if on the device, and nothing travels between host and device": train.offload,
+        "train.zero_stage=3: DeepSpeed sends weights and gradients beside computation, here nothing hides them": train.zero_stage == 3 and not on_cpu,
+        f"kernels.precision={kernels.precision.value}: products run at the rate of product_fp32": kernels.precision is not Products.ieee,
+        "kernels.masked_from_k: a run measures it at its start; here all experts are grouped, as below it": on_cpu and kernels.masked_from_k is None,
+    }  # fmt: skip
+    return [line for line, true in lines.items() if true]
 
 
 def steps_of_k(config: Config, placement: Placement) -> list[StepsOfK]:

@@ -6,8 +6,8 @@ other in every layer, so a layer takes as long as its busiest rank, and all grou
     step = attention + experts + rest + exchange that nothing hides + gradients + optimizer
 
 Rows leave through two bottlenecks at once and the slower one counts: a rank's own port, and the link of its node for
-what goes to other nodes. With chunks, rows of one part travel while experts compute another. DeepSpeed sums gradients
-after backward, hidden behind nothing.
+what goes to other nodes. With chunks, rows of one part travel while experts compute another. What DeepSpeed sends is hidden
+behind nothing: so it is at ZeRO-0 to 2, where it does not overlap; at ZeRO-3 a GPU may be faster.
 
 Letters: as in engine/certificate/replay.py.
 """

@@ -160,6 +160,8 @@ def test_scaling_has_the_runs_own_ranks_and_what_is_not_modelled_is_named() -> N
     assert part.strong[-1].step_s == pytest.approx(part.forecast.run_s / 30)
     assert len(part.left_out) == 1 and part.left_out[0].startswith("train.offload:")
     assert time_part(forecaster(), PLACE, search=False).left_out == []
+    on_cpu = time_part(forecaster(replace(SLOW_LINK, host_copies=True)), PLACE, search=False)
+    assert [line.split(":")[0] for line in on_cpu.left_out] == ["kernels.masked_from_k"]
     assert worlds(Placement(6, 2, 2)) == sorted([6, *(2**i for i in range(11))])
     assert worlds(Placement(12, 6, 6)) == [1, 6, 12, 24, 48, 96, 192, 384, 768]
 
