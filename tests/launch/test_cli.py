@@ -165,6 +165,23 @@ def test_other_programs_refuse_likewise(run, program, options, word):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        ("name: mine\n  inside: [", "mapping values are not allowed here"),
+        ("name: mine\ninsid: {gb_per_s: 3}", "Key 'insid'"),
+        ("name: mine\noperation_us: -1", "cluster.operation_us=-1.0: must be at least 0"),
+    ],
+)
+def test_a_wrong_cluster_file_is_one_line(run, tmp_path, content, word):
+    path = tmp_path / "conf" / "cluster" / "mine.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    done = run("certify", "--config-dir", str(tmp_path / "conf"), "cluster=mine")
+    assert done.returncode == 2 and word in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
 def test_the_balance_of_packed_tables(run, tmp_path, text):
     """launch.tables counts what a run with the same options trains with."""
     packed = small(tmp_path, text, "moe.builder=packed", "moe.pack=2")
