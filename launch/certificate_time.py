@@ -168,7 +168,8 @@ def _choices(found: TimePart, placement: Placement) -> list[page.Part]:
         text_columns=2,
         notes=[
             "other tables are other routes, and so another model: packed ones send less",
-            "memory is not looked at: certify a layout to know whether it fits",
+            "memory is not looked at: certify a layout to know whether it fits, without expert_group=, which overrides "
+            "parallel.expert_ranks=",
         ],
     )
     best = own or found.choices[0]

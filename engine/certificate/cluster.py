@@ -3,7 +3,6 @@
 Rates are of what a program gets, not of what a data sheet promises, where that is known; `sources` says of each which.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import isfinite
 
@@ -23,8 +22,8 @@ class LinkConfig:
     """Microseconds that a message costs whatever its size."""
 
     def __post_init__(self) -> None:
-        _above_0("link", self, "gb_per_s")
-        _at_least_0("link", self, "message_us")
+        _above_0("cluster link ", self, "gb_per_s")
+        _at_least_0("cluster link ", self, "message_us")
 
 
 @dataclass
@@ -41,7 +40,9 @@ class ScaleConfig:
     optimizer: float = 1.0
 
     def __post_init__(self) -> None:
-        _at_least_0("scale", self, "attention", "experts", "rest", "operations", "optimizer")
+        _at_least_0(
+            "cluster scale ", self, "attention", "experts", "rest", "operations", "optimizer"
+        )
 
 
 @dataclass
@@ -53,7 +54,7 @@ class SharingConfig:
     """Time of a computation on each of so many ranks at once, against one rank alone."""
 
     def __post_init__(self) -> None:
-        _above_0("sharing", self, "ranks", "slowdown")
+        _above_0("cluster sharing ", self, "ranks", "slowdown")
 
 
 @dataclass
@@ -97,10 +98,10 @@ class ClusterConfig:
                 f"cluster.{name}={curve}: must be pairs [GFLOP, TFLOP/s] above 0, ascending",
             )
         require(0 <= self.overlap <= 1, f"cluster.overlap={self.overlap}: must be from 0 to 1")
-        _above_0("cluster", self, "memory_gb_per_s")
-        _at_least_0("cluster", self, "operation_us")
+        _above_0("cluster.", self, "memory_gb_per_s")
+        _at_least_0("cluster.", self, "operation_us")
         if self.device_memory_gb is not None:
-            _above_0("cluster", self, "device_memory_gb")
+            _above_0("cluster.", self, "device_memory_gb")
 
     def product_seconds(self, flops: NDArray[np.float64] | float, *, bf16: bool) -> NDArray[np.float64]:  # fmt: skip
         """Time of one product of so many floating-point operations (2 x rows x columns x depth)."""
@@ -124,18 +125,13 @@ class ClusterConfig:
         return float(found * max(1.0, ranks / last.ranks))
 
 
-def _above_0(section: str, config: object, *names: str) -> None:
-    _check(section, config, names, zero=False)
-
-
-def _at_least_0(section: str, config: object, *names: str) -> None:
-    _check(section, config, names, zero=True)
-
-
-def _check(section: str, config: object, names: Iterable[str], *, zero: bool) -> None:
-    where = section if section == "cluster" else f"cluster {section}"
+def _above_0(where: str, config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        text = f"{where}{'.' if where == section else ' '}{name}={value}"
-        good = isfinite(value) and (value >= 0 if zero else value > 0)
-        require(good, f"{text}: must be {'at least' if zero else 'above'} 0 and finite")
+        require(value > 0 and isfinite(value), f"{where}{name}={value}: must be above 0 and finite")
+
+
+def _at_least_0(where: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value >= 0 and isfinite(value), f"{where}{name}={value}: must be at least 0 and finite")  # fmt: skip
