@@ -7,10 +7,10 @@ charts as certificate.html, every number as certificate.json, and what each rank
 certificate.safetensors, to which launch.train certificate=FOLDER holds the run.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from math import isfinite
 from pathlib import Path
 
 from engine.build import build_routers
@@ -66,7 +66,7 @@ class CertifyArgs(Config):
         counted_steps(self, self.steps, self.sample)
         memory_gb = self.device_memory_gb
         require(
-            memory_gb is None or (memory_gb * 1e9 >= 1 and isfinite(memory_gb)),
+            memory_gb is None or (memory_gb * 1e9 >= 1 and math.isfinite(memory_gb)),
             f"device_memory_gb={memory_gb}: must be above 0, at least one byte, and finite",
         )
         self._check_backend()

@@ -56,12 +56,7 @@ def run_program(
         ranks = find_place().ranks
         if ranks > 1 and not many_ranks:
             raise _BadOption(f"launch.{name} runs as one process: started as {ranks}")
-        try:
-            hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
-        except AssertionError as error:
-            if str(error) != _BELOW_NULL:
-                raise
-            raise _BadOption("an option belongs to a section that is null; name the section first, such as cluster=NAME") from error  # fmt: skip
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
         return code
 
     sys.exit(_guarded(compose_and_run))
@@ -74,6 +69,12 @@ def _guarded(run: Callable[[], int]) -> int:
     except (HydraException, OmegaConfBaseException, YAMLError, _BadOption) as error:
         if find_place().local_rank == 0:  # a machine's ranks share the command line
             _say(_one_line(error))
+        return 2
+    except AssertionError as error:
+        if str(error) != _BELOW_NULL:
+            raise
+        if find_place().local_rank == 0:
+            _say("an option is of a section that is null: name that first, such as cluster=NAME")
         return 2
     except (UserError, RunFailed) as error:
         if not error.everywhere or find_place().rank == 0:
