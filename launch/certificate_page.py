@@ -192,7 +192,7 @@ def _bytes(found: Certificate, parts: Sequence[Section]) -> page.Section:
             rows.append([kind + mark, _k(part), *_spread(sent.rank, "{:,.3f}", 1e-6), *near])
     notes = [
         "* the exchange that the run uses. tokens: each token once to each rank that has one of its experts. gather: all "
-        "tokens to all ranks. two_level: each token once to each other node, and from there to that node's ranks; the engine "
+        "tokens to all ranks, counted as if sent to each by itself; round a ring fewer cross between nodes. two_level: each token once to each other node, and from there to that node's ranks; the engine "
         "does not run it, the count says what it would send.",
     ]
     return page.Section(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from engine.certificate.cluster import ClusterConfig
-from engine.certificate.forecast import Scale, StepsOfK, TimePart
+from engine.certificate.forecast import Scale, StepsOfK, TimePart, worlds
 from engine.certificate.placement import Placement
 from launch import page
 from launch.page import Code, Curve, KeyFigure, Line, Table
@@ -12,7 +12,8 @@ _SHOWN = 5  # choices
 
 _MODEL = (
     "A model, not a count: products, bytes and messages of a step over the rates of the cluster. benchmarks/bench_certify.py "
-    "measures its error on this software's own steps between CPUs; on the described cluster nobody has."
+    "measures its error on this software's own steps between CPUs; on the described cluster nobody has. Training steps alone: the "
+    "start, validation and checkpoints are not in it."
 )
 
 
@@ -32,6 +33,7 @@ def time_section(found: TimePart, cluster: ClusterConfig, placement: Placement) 
     """Describe the time part."""
     parts: list[page.Part] = [
         _MODEL,
+        *(f"Not modelled: {line}." for line in found.left_out),
         _steps(found),
         *_exchanges(found),
         *_scaling(found, placement),
@@ -70,6 +72,8 @@ def _steps(found: TimePart) -> Table:
 
 def _exchanges(found: TimePart) -> list[page.Part]:
     """Say where the exchange changes with k, as configured and as auto would choose on this cluster."""
+    if {part.exchange for part in found.exchanges} == {"local"}:
+        return ["Exchange: local, as an expert group is one rank; auto changes nothing."]
     lines = []
     for name, parts in (("as configured", found.exchanges), ("auto, with the rates of this cluster", found.auto)):  # fmt: skip
         lines.append(f"{name}: {_changes(parts)}")
@@ -102,6 +106,7 @@ def _scaling(found: TimePart, placement: Placement) -> list[page.Part]:
         notes=[
             "weak: every rank keeps the streams that it has in this run; strong: all ranks share this run's streams",
             "efficiency: tokens per second and rank, against the fewest ranks",
+            *_not_scaled(found, placement),
         ],
     )
     lines = [
@@ -120,6 +125,17 @@ def _scaling(found: TimePart, placement: Placement) -> list[page.Part]:
         "Scaling (model)", "ranks", "tokens per second, all ranks", lines, x_log=True, y_log=True
     )
     return [table, curve]
+
+
+def _not_scaled(found: TimePart, placement: Placement) -> list[str]:
+    """Say which numbers of ranks are missing."""
+    missing = []
+    for name, scales in (("weak", found.weak), ("strong", found.strong)):
+        there = {scale.ranks for scale in scales}
+        lacks = [f"{world:,}" for world in worlds(placement) if world not in there]
+        missing += [f"{name} on {', '.join(lacks)} ranks"] if lacks else []
+    why = "streams or expert groups cannot be shared out evenly, or the text is too short for so many streams"
+    return [f"left out: {'; '.join(missing)}: {why}"] if missing else []
 
 
 def _scale(scale: Scale) -> list[str]:
@@ -150,7 +166,11 @@ def _choices(found: TimePart, placement: Placement) -> list[page.Part]:
         rows,
         caption=f"The fastest of {len(found.choices)} layouts on {placement.world_size} ranks: expert group, exchange, chunks, tables",
         text_columns=2,
-        notes=["other tables are other routes, and so another model: packed ones send less"],
+        notes=[
+            "other tables are other routes, and so another model: packed ones send less",
+            "memory is not looked at: certify a layout to know whether it fits, without expert_group=, which overrides "
+            "parallel.expert_ranks=",
+        ],
     )
     best = own or found.choices[0]
     return [table, "Options of the fastest layout with this run's tables:", Code(" ".join(best.overrides))]  # fmt: skip
@@ -159,6 +179,7 @@ def _choices(found: TimePart, placement: Placement) -> list[page.Part]:
 def _cluster(cluster: ClusterConfig) -> Table:
     curve = "product_fp32", "product_bf16"
     plain: dict[str, str] = {
+        "ranks on": "CPUs" if cluster.host_copies else "GPUs",
         "ranks_per_node": str(cluster.ranks_per_node),
         "device_memory_gb": "-" if cluster.device_memory_gb is None else f"{cluster.device_memory_gb:g}",
         "memory_gb_per_s": f"{cluster.memory_gb_per_s:g}",
@@ -172,7 +193,11 @@ def _cluster(cluster: ClusterConfig) -> Table:
         plain[f"{level}.gb_per_s"] = f"{link.gb_per_s:g}"
         plain[f"{level}.message_us"] = f"{link.message_us:g}"
     known = {**cluster.sources, **_of_links(cluster.sources)}
-    rows = [[name, value, known.get(name, "")] for name, value in plain.items()]
+    described = "ranks on", "ranks_per_node"
+    rows = [
+        [name, value, known.get(name, "" if name in described else "no source given")]
+        for name, value in plain.items()
+    ]
     return Table(["figure", "value", "source"], rows, caption="The cluster", text_columns=3)
 
 

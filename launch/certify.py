@@ -7,6 +7,8 @@ charts as certificate.html, every number as certificate.json, and what each rank
 certificate.safetensors, to which launch.train certificate=FOLDER holds the run.
 """
 
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -64,7 +66,20 @@ class CertifyArgs(Config):
         counted_steps(self, self.steps, self.sample)
         memory_gb = self.device_memory_gb
         require(
-            memory_gb is None or memory_gb > 0, f"device_memory_gb={memory_gb}: must be above 0"
+            memory_gb is None or (memory_gb * 1e9 >= 1 and math.isfinite(memory_gb)),
+            f"device_memory_gb={memory_gb}: must be above 0, at least one byte, and finite",
+        )
+        self._check_backend()
+
+    def _check_backend(self) -> None:
+        """Refuse kernels that do not run on the cluster's devices."""
+        if self.cluster is None:
+            return
+        runs = (Backend.auto, Backend.cpu if self.cluster.host_copies else Backend.triton)
+        names = " or ".join(backend.value for backend in runs)
+        require(
+            self.kernels.backend in runs,
+            f"kernels.backend={self.kernels.backend.value}: cluster={self.cluster.name} is modelled with {names} only",
         )
 
     @property
@@ -86,6 +101,8 @@ class CertifyArgs(Config):
 
 def run(args: CertifyArgs) -> int:
     """Count, print and write; returns the exit code."""
+    folder = Path(args.out or Path("certificates") / args.train.name)
+    _check_folder(folder)
     corpus = prepare(args.corpus, print)
     tables, ids, config = _tables(args.alone(), corpus), corpus.split(Split.train), args.alone()
     record = Record(config, ids, args.placement, counted_steps(config, args.steps, args.sample))
@@ -93,7 +110,6 @@ def run(args: CertifyArgs) -> int:
         config, ids, tables, args.placement, steps=args.steps, sample=args.sample, also=record.add
     )
     memory, time = _memory(args, found, corpus), _time(args, corpus)
-    folder = Path(args.out or Path("certificates") / args.train.name)
     plain = {
         "options": to_plain(args),
         "corpus_sha256": corpus.sha256,
@@ -115,6 +131,15 @@ def run(args: CertifyArgs) -> int:
         f"({arrays_bytes:,} bytes); launch.train certificate={folder} holds the run to it"
     )
     return 0
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be written, before anything is counted."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    require(
+        there.is_dir() and os.access(there, os.W_OK),
+        f"out={folder}: {there} is not a folder that can be written to",
+    )
 
 
 def _tables(config: Config, corpus: PreparedCorpus) -> Sequence[Table]:

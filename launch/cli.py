@@ -37,6 +37,8 @@ from launch.bootstrap import find_place
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 T = TypeVar("T")
+_BELOW_NULL = "Unexpected type: None"
+"""What OmegaConf asserts when an option lies two levels below null, such as cluster.inside.gb_per_s without a cluster."""
 
 
 class _BadOption(UserError):
@@ -207,9 +209,13 @@ def _name_rank(bug: BaseException) -> None:
 
 def _told(error: BaseException) -> int | None:
     """Say an expected failure in one line and give its exit code; None for a bug."""
-    if isinstance(error, HydraException | OmegaConfBaseException | _BadOption):
+    if isinstance(error, HydraException | OmegaConfBaseException | YAMLError | _BadOption):
         if find_place().local_rank == 0:  # a machine's ranks share the command line
             _say(_one_line(error))
+        return 2
+    if isinstance(error, AssertionError) and str(error) == _BELOW_NULL:
+        if find_place().local_rank == 0:
+            _say("an option is of a section that is null: name that first, such as cluster=NAME")
         return 2
     if isinstance(error, UserError | RunFailed):
         if not error.everywhere or find_place().rank == 0:

@@ -17,10 +17,14 @@ def memory_section(memory: Memory) -> page.Section:
 
 def _lead(memory: Memory) -> str:
     device = "a GPU with the Triton kernels" if memory.gpu else "a CPU"
-    return (
+    text = (
         f"Tensors of the rank that needs the most, on {device}, when it does: {memory.when}, k = {memory.k}, "
         f"{memory.streams} streams in a micro-batch. The libraries' own memory is not in it."
     )
+    if memory.uncounted_k:
+        ks = ", ".join(str(k) for k in memory.uncounted_k)
+        text += f" Not looked at: steps of k = {ks}, of which none was counted; they may need more."
+    return text
 
 
 def _terms(memory: Memory) -> Table:
@@ -45,7 +49,7 @@ def _verdict(memory: Memory) -> page.Part:
     fits = f"fits into {device:,.3f} GB: {left:,.3f} GB are left"
     if not verdict.fits:
         fits = f"does not fit into {device:,.3f} GB: {left:,.3f} GB are missing"
-    most = f"at most {verdict.largest_streams} streams of a rank in a micro-batch fit"
+    most = f"at most {verdict.largest_streams:,} streams of a rank in a micro-batch fit"
     if not verdict.largest_streams:
         most = "not even one stream of a rank in a micro-batch fits"
     return page.Verdict(f"{peak}: {fits}; {most}", verdict.fits)

@@ -4,6 +4,7 @@ Rates are of what a program gets, not of what a data sheet promises, where that 
 """
 
 from dataclasses import dataclass, field
+from math import isfinite
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +22,8 @@ class LinkConfig:
     """Microseconds that a message costs whatever its size."""
 
     def __post_init__(self) -> None:
-        require(self.gb_per_s > 0, f"cluster link gb_per_s={self.gb_per_s}: must be above 0")
-        require(
-            self.message_us >= 0, f"cluster link message_us={self.message_us}: must be at least 0"
-        )
+        _above_0("cluster link ", self, "gb_per_s")
+        _at_least_0("cluster link ", self, "message_us")
 
 
 @dataclass
@@ -40,6 +39,11 @@ class ScaleConfig:
     operations: float = 1.0
     optimizer: float = 1.0
 
+    def __post_init__(self) -> None:
+        _at_least_0(
+            "cluster scale ", self, "attention", "experts", "rest", "operations", "optimizer"
+        )
+
 
 @dataclass
 class SharingConfig:
@@ -48,6 +52,9 @@ class SharingConfig:
     ranks: int = 1
     slowdown: float = 1.0
     """Time of a computation on each of so many ranks at once, against one rank alone."""
+
+    def __post_init__(self) -> None:
+        _above_0("cluster sharing ", self, "ranks", "slowdown")
 
 
 @dataclass
@@ -85,13 +92,16 @@ class ClusterConfig:
         require(self.ranks_per_node >= 1, f"cluster.ranks_per_node={self.ranks_per_node}: must be at least 1")  # fmt: skip
         for name in ("product_fp32", "product_bf16"):
             curve = getattr(self, name)
-            good = len(curve) > 0 and all(len(p) == 2 and min(p) > 0 for p in curve)
+            good = len(curve) > 0 and all(len(p) == 2 and min(p) > 0 and isfinite(sum(p)) for p in curve)  # fmt: skip
             require(
                 good and [p[0] for p in curve] == sorted({p[0] for p in curve}),
                 f"cluster.{name}={curve}: must be pairs [GFLOP, TFLOP/s] above 0, ascending",
             )
         require(0 <= self.overlap <= 1, f"cluster.overlap={self.overlap}: must be from 0 to 1")
-        require(self.memory_gb_per_s > 0, f"cluster.memory_gb_per_s={self.memory_gb_per_s}: must be above 0")  # fmt: skip
+        _above_0("cluster.", self, "memory_gb_per_s")
+        _at_least_0("cluster.", self, "operation_us")
+        if self.device_memory_gb is not None:
+            _above_0("cluster.", self, "device_memory_gb")
 
     def product_seconds(self, flops: NDArray[np.float64] | float, *, bf16: bool) -> NDArray[np.float64]:  # fmt: skip
         """Time of one product of so many floating-point operations (2 x rows x columns x depth)."""
@@ -113,3 +123,15 @@ class ClusterConfig:
         found = np.interp(ranks, [s.ranks for s in known], [s.slowdown for s in known])
         last = known[-1]
         return float(found * max(1.0, ranks / last.ranks))
+
+
+def _above_0(where: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value > 0 and isfinite(value), f"{where}{name}={value}: must be above 0 and finite")
+
+
+def _at_least_0(where: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value >= 0 and isfinite(value), f"{where}{name}={value}: must be at least 0 and finite")  # fmt: skip

@@ -14,7 +14,7 @@ from engine.certificate.cluster import ClusterConfig
 from engine.certificate.placement import Placement
 from engine.certificate.replay import StepCounts, replay
 from engine.certificate.time_model import StepModel, StepTime
-from engine.choices import Builder, ExchangeKind
+from engine.choices import Builder, ExchangeKind, Products
 from engine.config import Config, MoEConfig, ParallelConfig, ScheduleConfig
 from engine.data import Ids
 from engine.errors import UserError
@@ -23,7 +23,7 @@ from engine.moe.schedule import active_experts
 from engine.moe.tables import Table
 
 SAMPLED = 2  # steps of each k
-WORLDS = [2**i for i in range(11)]  # 1 to 1,024 ranks
+MOST_RANKS = 1024  # to which scaling is modelled
 CHUNKS = 1, 2, 4
 
 
@@ -91,6 +91,7 @@ class TimePart:
     weak: list[Scale]  # streams of a rank stay
     strong: list[Scale]  # streams of all ranks stay
     choices: list[Choice]  # fastest first; empty if not searched
+    left_out: list[str]  # what this run does and the model does not know
 
 
 class Forecaster:
@@ -139,12 +140,7 @@ class Forecaster:
     def choices(self, placement: Placement) -> list[Choice]:
         """Model every expert group, exchange, number of chunks and kind of table on the ranks, fastest first."""
         found = []
-        for config in self._candidates(placement.world_size):
-            ranks = config.parallel.expert_ranks
-            try:
-                here = Placement(placement.world_size, ranks, placement.ranks_per_node)
-            except UserError:  # groups that would lie on the nodes in different ways
-                continue
+        for config, here in self._candidates(placement):
             step_s = self.forecast(config, here).run_s / config.train.steps
             found.append(Choice(_overrides(self.config, config), step_s, config.moe == self.config.moe))  # fmt: skip
         return sorted(found, key=lambda choice: choice.step_s)
@@ -155,7 +151,7 @@ class Forecaster:
 
     def _scale(self, placement: Placement, streams_of: Callable[[int], int]) -> list[Scale]:
         found: list[Scale] = []
-        for world in WORLDS:
+        for world in worlds(placement):
             ranks = min(placement.expert_ranks, world)
             streams = streams_of(world)
             if streams % (world * self.config.train.accumulation):
@@ -174,13 +170,18 @@ class Forecaster:
             found.append(Scale(world, ranks, streams, step_s, result.tokens_per_s, each / first))
         return found
 
-    def _candidates(self, world: int) -> Iterator[Config]:
-        config, experts = self.config, self.config.moe.experts
+    def _candidates(self, placement: Placement) -> Iterator[tuple[Config, Placement]]:
+        config, experts, world = self.config, self.config.moe.experts, placement.world_size
         for ranks in range(1, min(world, experts) + 1):
             if world % ranks or experts % ranks:
                 continue
+            try:
+                here = Placement(world, ranks, placement.ranks_per_node)
+            except UserError:  # groups that would lie on the nodes in different ways
+                continue
             if ranks == 1:
-                yield replace(config, parallel=replace(config.parallel, expert_ranks=1, chunks=1))
+                alone = replace(config.parallel, expert_ranks=1, chunks=1)
+                yield replace(config, parallel=alone), here
                 continue
             packed = replace(config.moe, builder=Builder.packed, pack=experts // ranks)
             tables = [config.moe] if packed == config.moe else [config.moe, packed]
@@ -191,7 +192,6 @@ class Forecaster:
                 )
                 found = replace(config, moe=moe, parallel=parallel)
                 if kind is ExchangeKind.auto:
-                    here = Placement(world, ranks, self.cluster.ranks_per_node)
                     rates = auto_rates(found, self.cluster, here)
                     found = replace(
                         found, parallel=replace(rates, chunks=chunks, expert_ranks=ranks)
@@ -199,7 +199,7 @@ class Forecaster:
                     kinds_used = {part.exchange for part in steps_of_k(found, here)}
                     if len(kinds_used) == 1:  # the same as one of the fixed kinds
                         continue
-                yield found
+                yield found, here
 
     def _count(self, config: Config, placement: Placement) -> list[StepCounts]:
         """Count a few steps of each k, of one expert group."""
@@ -237,7 +237,31 @@ def time_part(forecaster: Forecaster, placement: Placement, *, search: bool = Tr
         weak=forecaster.weak(placement),
         strong=forecaster.strong(placement),
         choices=forecaster.choices(placement) if search else [],
+        left_out=_left_out(config, forecaster.cluster),
     )
+
+
+def worlds(placement: Placement) -> list[int]:
+    """Give the numbers of ranks at which scaling is modelled: one, the run's own, and those that double.
+
+    Doubling starts at 1, or at the expert group if that is no power of two: other numbers would hold no whole groups.
+    """
+    ranks = placement.expert_ranks
+    first = 1 if ranks.bit_count() == 1 else ranks
+    doubled = {first << i for i in range(MOST_RANKS.bit_length()) if first << i <= MOST_RANKS}
+    return sorted({1, placement.world_size, *doubled})
+
+
+def _left_out(config: Config, cluster: ClusterConfig) -> list[str]:
+    """Name what the run does and engine/certificate/time_model.py does not know."""
+    train, kernels, on_cpu = config.train, config.kernels, cluster.host_copies
+    lines = {
+        "train.offload: weights are updated as if on the device, and nothing travels between host and device": train.offload,
+        "train.zero_stage=3: DeepSpeed sends weights and gradients beside computation, here nothing hides them": train.zero_stage == 3 and not on_cpu,
+        f"kernels.precision={kernels.precision.value}: products run at the rate of product_fp32": kernels.precision is not Products.ieee,
+        "kernels.masked_from_k: a run measures it at its start; here all experts are grouped, as below it": on_cpu and kernels.masked_from_k is None,
+    }  # fmt: skip
+    return [line for line, true in lines.items() if true]
 
 
 def steps_of_k(config: Config, placement: Placement) -> list[StepsOfK]:

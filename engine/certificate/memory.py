@@ -26,6 +26,7 @@ from engine.certificate.memory_shapes import (
 from engine.certificate.memory_state import START, Phase, Progress, State
 from engine.certificate.memory_terms import Term, merged, term, total
 from engine.config import Config, require
+from engine.moe.schedule import active_experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class Memory:
     terms: tuple[Term, ...]  # those of the peak
     moments: dict[str, int]  # bytes at each moment looked at, at that k
     verdict: Verdict | None  # None: no device was named
+    uncounted_k: tuple[int, ...] = ()  # of the run, if no step of that k was counted
 
 
 def predict(
@@ -71,6 +73,7 @@ def predict(
     )
     gpu = runs_on_gpu(config, device_memory_bytes)
     memory = predict_at(config, found, vocab_size, gpu=gpu)
+    memory = replace(memory, uncounted_k=_uncounted_k(config, found))
     if device_memory_bytes is None:
         return memory
 
@@ -109,6 +112,12 @@ def predict_at(
             rows = bounded_rows(rows, sizes, known_streams)
         candidates.append(_peak(sizes, rows, parameters))
     return max(candidates, key=lambda memory: memory.peak_bytes)
+
+
+def _uncounted_k(config: Config, found: Certificate) -> tuple[int, ...]:
+    steps = range(config.train.steps)
+    ks = {active_experts(config.schedule, step, config.schedule_steps) for step in steps}
+    return tuple(sorted(ks - {section.k for section in found.by_k if section.k is not None}))
 
 
 def largest_number(fits: Callable[[int], bool]) -> int:

@@ -4,16 +4,19 @@ Letters: B streams, Q segment, M memory, S = M + Q, T = B * Q tokens, D width, H
 hidden width, L experts of a rank, N expert rows, R received rows, P ranks of an expert group.
 """
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import cache
 from itertools import accumulate
 from math import ceil
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from engine.certificate.exact import Section
 from engine.certificate.placement import Placement
 from engine.choices import Activation, Backend, Kept, Precision
-from engine.config import Config
+from engine.config import Config, KernelsConfig, ModelConfig, MoEConfig
 from engine.model import TransformerXL
 from engine.moe.auto import gathers, wire_itemsize
 
@@ -227,13 +230,10 @@ class Parameters:
 
 def count_parameters(config: Config, placement: Placement, vocab_size: int) -> Parameters:
     """Count the parameters of a rank from the model itself, built without memory."""
-    with torch.device("meta"):
-        model = TransformerXL(config.model, config.moe, config.kernels, vocab_size)
     dense: list[int] = []
     experts: list[int] = []
     layer = layer_experts = 0
-    for name, parameter in model.named_parameters():
-        numel = parameter.numel()
+    for name, numel in _numels(astuple(config.model), astuple(config.moe), vocab_size):
         is_expert = ".experts." in name
         if is_expert:
             numel //= placement.expert_ranks
@@ -247,3 +247,21 @@ def count_parameters(config: Config, placement: Placement, vocab_size: int) -> P
         groups.append(Group("experts", tuple(experts), placement.groups))
     total = sum(group.numbers for group in groups)
     return Parameters(tuple(groups), layer, layer_experts, total - config.model.layers * layer)
+
+
+class _NoValues(TorchFunctionMode):
+    """Leaves out initial values: without memory there are none, and PyTorch would load its compiler to draw them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Give the tensor to be drawn as it is; call everything else."""
+        if getattr(func, "__name__", "") in ("normal_", "uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@cache
+def _numels(model: tuple[Any, ...], moe: tuple[Any, ...], vocab_size: int) -> list[tuple[str, int]]:
+    """Name each parameter of a model of all experts, with its size."""
+    with torch.device("meta"), _NoValues():
+        built = TransformerXL(ModelConfig(*model), MoEConfig(*moe), KernelsConfig(), vocab_size)
+    return [(name, parameter.numel()) for name, parameter in built.named_parameters()]

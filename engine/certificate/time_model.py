@@ -6,8 +6,8 @@ other in every layer, so a layer takes as long as its busiest rank, and all grou
     step = attention + experts + rest + exchange that nothing hides + gradients + optimizer
 
 Rows leave through two bottlenecks at once and the slower one counts: a rank's own port, and the link of its node for
-what goes to other nodes. With chunks, rows of one part travel while experts compute another. DeepSpeed sums gradients
-after backward, hidden behind nothing.
+what goes to other nodes. With chunks, rows of one part travel while experts compute another. What DeepSpeed sends is hidden
+behind nothing: so it is at ZeRO-0 to 2, where it does not overlap; at ZeRO-3 a GPU may be faster.
 
 Letters: as in engine/certificate/replay.py.
 """
@@ -30,6 +30,7 @@ from engine.certificate.work import (
     optimizer_seconds,
     packing_seconds,
     passes,
+    shared_seconds,
 )
 from engine.config import Config
 from engine.moe.auto import gathers, wire_itemsize
@@ -118,17 +119,19 @@ def layer_times(
     parts = min(config.parallel.chunks, tokens) if ranks > 1 else 1
     experts = parts * expert_seconds(
         config, cluster, counts.k, counts.computed_ymgP / parts, received / parts,
-        local=config.moe.experts // ranks, tokens=tokens,
+        local=config.moe.experts // ranks,
     )  # fmt: skip
     if ranks > 1 and not gather:
-        experts = experts + packing_seconds(config, cluster, received, tokens)
+        packing = packing_seconds(config, cluster, received / parts, tokens / parts)
+        experts = experts + parts * packing
     experts_ymg = experts.max(axis=3)
+    shared = experts_ymg[..., 0].size * shared_seconds(config, cluster, tokens)
     if ranks == 1:
-        return LayerTimes(float(experts_ymg.sum(axis=(0, 1)).max()), 0.0, 0.0)
+        return LayerTimes(float(experts_ymg.sum(axis=(0, 1)).max()) + shared, 0.0, 0.0)
     kind = "gather" if gather else "tokens"
     hops_ymgPP = hops(counts, kind, placement, tokens)
     trips = trips_of(config, tokens)
-    trip = _trip_seconds(config, cluster, placement, hops_ymgPP, kind, parts)
+    trip = _trip(config, cluster, placement, hops_ymgPP, gathered=tokens if gather else 0, parts=parts)  # fmt: skip
     exchange_ymg = trip.weighed(trips)
     hidden_ymg = np.zeros_like(exchange_ymg)
     if parts > 1:
@@ -142,7 +145,7 @@ def layer_times(
     experts_s, exchange_s, hidden_s = (
         float(x.sum(axis=(0, 1))[group]) for x in (experts_ymg, exchange_ymg, hidden_ymg)
     )
-    return LayerTimes(experts_s, exchange_s - hidden_s, hidden_s)
+    return LayerTimes(experts_s + shared, exchange_s - hidden_s, hidden_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,35 +169,43 @@ class _Trip:
         return waiting * (parts - 1) / parts
 
 
-def _trip_seconds(
-    config: Config,
-    cluster: ClusterConfig,
-    placement: Placement,
-    hops_ymgPP: Counts,
-    kind: str,
-    parts: int,
-) -> _Trip:
+def _trip(
+    config: Config, cluster: ClusterConfig, placement: Placement, hops_ymgPP: Counts, *, gathered: int, parts: int
+) -> _Trip:  # fmt: skip
+    """Time the ways of one layer's rows.
+
+    An all-gather goes round a ring, as NCCL's reduce-scatter does: all rows but a rank's own pass each link between nodes once.
+    Without NCCL rows come back by an all-to-all, rank to rank (engine/parallel/collectives.py).
+
+    Args:
+        gathered: rows of a rank that all ranks gather; 0 if rows go where they are needed.
+    """
     row_bytes = config.model.width * wire_itemsize(config)
     ranks, nodes = placement.expert_ranks, placement.group_nodes
     crosses = nodes > 1
     link = cluster.between if crosses else cluster.inside
-    doubling = kind == "gather" and not cluster.host_copies  # NCCL's; gloo sends to each rank
+    doubling = gathered and not cluster.host_copies  # NCCL's; gloo sends to each rank
     messages = ceil(log2(ranks)) if doubling else ranks - 1
     start = parts * messages * link.message_us * 1e-6
-    far_PP = ~placement.same_node_PP
     bytes_ymgPP = hops_ymgPP * float(row_bytes)
     sent, got = bytes_ymgPP.sum(axis=4), bytes_ymgPP.sum(axis=3)
     port_s = np.maximum(sent, got).max(axis=3) / (cluster.inside.gb_per_s * 1e9)
-    link_s = np.zeros_like(port_s)
+    pairs_s = ring_s = np.zeros_like(port_s)
     if crosses:
-        far = bytes_ymgPP * far_PP
+        far = bytes_ymgPP * ~placement.same_node_PP
         shape = (*port_s.shape, nodes, ranks // nodes)
         out = far.sum(axis=4).reshape(shape).sum(axis=4)
         into = far.sum(axis=3).reshape(shape).sum(axis=4)
-        link_s = np.maximum(out, into).max(axis=3) / (cluster.between.gb_per_s * 1e9)
-    way = start + np.maximum(port_s, link_s)
-    waiting = np.maximum(0.0, link_s - port_s) if cluster.host_copies else way
-    return _Trip(way, way, waiting, waiting)
+        pairs_s = np.maximum(out, into).max(axis=3) / (cluster.between.gb_per_s * 1e9)
+        ring_bytes = (ranks - 1) * gathered * row_bytes
+        ring_s = np.full_like(port_s, ring_bytes / (cluster.between.gb_per_s * 1e9))
+    ways = []
+    for link_s in (ring_s if gathered else pairs_s, ring_s if doubling else pairs_s):
+        way = start + np.maximum(port_s, link_s)
+        waiting = np.maximum(0.0, link_s - port_s) if cluster.host_copies else way
+        ways.append((way, waiting))
+    (there, waiting_there), (back, waiting_back) = ways
+    return _Trip(there, back, waiting_there, waiting_back)
 
 
 def gradient_seconds(
@@ -251,8 +262,8 @@ class _Ring:
         return link.message_us * 1e-6
 
     def all_reduce(self, num_bytes: float) -> float:
-        """Round a ring, or by a tree when that is faster."""
-        return self._best(2 * num_bytes)
+        """Twice round a ring, or up and down a tree when that is faster."""
+        return 2 * self._best(num_bytes)
 
     def reduce_scatter(self, num_bytes: float) -> float:
         """Half of an all-reduce."""

@@ -92,19 +92,18 @@ def model_seconds(config: Config, cluster: ClusterConfig, streams: int, vocab: i
 
 
 def expert_seconds(
-    config: Config, cluster: ClusterConfig, k: int, computed: Rows, received: Rows, *, local: int, tokens: int
+    config: Config, cluster: ClusterConfig, k: int, computed: Rows, received: Rows, *, local: int
 ) -> Seconds:  # fmt: skip
-    """Time of the experts of one layer for one micro-batch, forward and backward; of any shape.
+    """Time of the routed experts of one layer for one part of a micro-batch, forward and backward; of any shape.
 
     Args:
         computed: expert rows (N).
         received: rows that they are computed from (R).
         local: experts of the rank (L).
-        tokens: of the rank, for the shared expert (T).
     """
     moe, item, width = config.moe, item_bytes(config), config.model.width
     hidden = moe.expert_width
-    matrices = 3 if moe.activation is Activation.swiglu else 2
+    matrices = _matrices(config)
     grouped = config.kernels.backend is Backend.triton or _on_gpu(cluster, config)
     masked = not grouped and k >= (config.kernels.masked_from_k or moe.experts + 1)
     drops = 8 if config.model.dropout > 0 else 0  # hashing a mask, in passes over the hidden units
@@ -121,20 +120,31 @@ def expert_seconds(
         operations = 12 if grouped else 10 + 9 * local
     seconds = matrices * products * cluster.product_seconds(flops / products, bf16=item == 2)
     seconds = seconds + cluster.memory_seconds(hidden_bytes + row_bytes)
-    if moe.shared_width:
-        shared = 2.0 * tokens * width * moe.shared_width
-        seconds = seconds + matrices * cluster.product_seconds(shared, bf16=item == 2)
     start = cluster.scale.operations * operations * cluster.operation_us * 1e-6
     found: Seconds = passes(config) * (cluster.scale.experts * seconds + start)
     return found
 
 
-def packing_seconds(config: Config, cluster: ClusterConfig, rows: Rows, tokens: int) -> Seconds:
-    """Time of packing rows for other ranks and of adding up what comes back, of one layer, forward and backward.
+def shared_seconds(config: Config, cluster: ClusterConfig, tokens: int) -> float:
+    """Time of the shared expert of one layer for one micro-batch, forward and backward; it is never cut into parts.
+
+    Args:
+        tokens: of the rank (T).
+    """
+    moe, item = config.moe, item_bytes(config)
+    if not moe.shared_width:
+        return 0.0
+    flops = 2.0 * tokens * config.model.width * moe.shared_width
+    seconds = _matrices(config) * float(cluster.product_seconds(flops, bf16=item == 2))
+    return passes(config) * cluster.scale.experts * seconds
+
+
+def packing_seconds(config: Config, cluster: ClusterConfig, rows: Rows, tokens: float) -> Seconds:
+    """Time of packing rows for other ranks and of adding up what comes back, of one part of a layer, forward and backward.
 
     Args:
         rows: received by a rank, its own included.
-        tokens: of a rank in a micro-batch.
+        tokens: of a rank in the part.
     """
     item, width = item_bytes(config), config.model.width
     moved = cluster.memory_seconds(item * width * (5.0 * rows + tokens))
@@ -157,6 +167,11 @@ def optimizer_seconds(config: Config, cluster: ClusterConfig, held: float, updat
     moved = float(cluster.memory_seconds(adam * updated + copies * held))
     operations = 40 * cluster.operation_us * 1e-6 * cluster.scale.operations
     return cluster.scale.optimizer * moved + operations
+
+
+def _matrices(config: Config) -> int:
+    """Products of an expert in a forward pass."""
+    return 3 if config.moe.activation is Activation.swiglu else 2
 
 
 def _on_gpu(cluster: ClusterConfig, config: Config) -> bool:

@@ -146,12 +146,38 @@ def test_a_sweep_gives_each_job_a_folder_and_resumes(run, tmp_path, text):
         ("certify", ["moe.experts=4", "schedule.k_max=8"], "schedule.k_max=8"),
         ("certify", ["moe.router=frozen"], "moe.router=frozen: routes depend on hidden states"),
         ("certify", ["device_memory_gb=0"], "device_memory_gb=0.0: must be above 0"),
+        ("certify", ["device_memory_gb=inf"], "device_memory_gb=inf: must be above 0"),
+        (
+            "certify",
+            ["cluster=dgx_a100", "kernels.backend=cpu"],
+            "kernels.backend=cpu: cluster=dgx_a100",
+        ),
+        ("certify", ["cluster=none_such"], "dgx_h100"),
+        ("certify", ["cluster.inside.gb_per_s=3"], "such as cluster=NAME"),
+        ("certify", [f"out={__file__}/found"], "is not a folder"),
         ("certify", ["sample=1201"], "sample=1201: must be from 1 to the 1200 steps"),
         ("certify", ["expert_groups=2"], "allowed: corpus, data"),
     ],
 )
 def test_other_programs_refuse_likewise(run, program, options, word):
     done = run(program, *options)
+    assert done.returncode == 2 and word in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        ("name: mine\n  inside: [", "mapping values are not allowed here"),
+        ("name: mine\ninsid: {gb_per_s: 3}", "Key 'insid'"),
+        ("name: mine\noperation_us: -1", "cluster.operation_us=-1.0: must be at least 0"),
+    ],
+)
+def test_a_wrong_cluster_file_is_one_line(run, tmp_path, content, word):
+    path = tmp_path / "conf" / "cluster" / "mine.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    done = run("certify", "--config-dir", str(tmp_path / "conf"), "cluster=mine")
     assert done.returncode == 2 and word in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 

@@ -1,5 +1,7 @@
 """The memory section: terms in rows, largest first, and a verdict in words."""
 
+from dataclasses import replace
+
 from engine.certificate.memory import Memory, Verdict
 from engine.certificate.memory_terms import Term
 from launch.memory_page import memory_section
@@ -42,3 +44,9 @@ def test_the_verdict_in_words():
         "not even one stream of a rank in a micro-batch fits",
         good=False,
     )
+
+
+def test_k_whose_steps_were_not_counted_are_named():
+    assert "Not looked at" not in memory_section(memory()).parts[0]
+    some = replace(memory(), uncounted_k=(5, 6))
+    assert "Not looked at: steps of k = 5, 6" in memory_section(some).parts[0]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from engine.certificate.cluster import ClusterConfig, LinkConfig
-from engine.certificate.forecast import Forecaster, StepsOfK, steps_of_k, time_part
+from engine.certificate.forecast import Forecaster, StepsOfK, steps_of_k, time_part, worlds
 from engine.certificate.placement import Placement
 from engine.certificate.replay import replay
 from engine.certificate.time_model import StepModel
@@ -133,6 +133,37 @@ def test_the_best_choice_follows_the_cluster() -> None:
     by_messages = forecaster(SLOW_MESSAGES).choices(PLACE)
     assert by_messages[0].overrides == ["parallel.expert_ranks=1"]
     assert "parallel.chunks=4" in by_messages[-1].overrides
+
+
+def test_choices_stand_on_the_nodes_of_the_run() -> None:
+    """The run's nodes have 2 ranks. The cluster's of 8 would split groups of 3 or 6 of 12 ranks unevenly."""
+    cfg = replace(config(), data=DataConfig(streams=12, segment=16), moe=MoEConfig(experts=12, expert_width=16, ngram=2, rows=32))  # fmt: skip
+    made = Forecaster(cfg, replace(SLOW_LINK, ranks_per_node=8), TEXT, VOCAB, tables_of)
+    choices = made.choices(Placement(12, 4, 2))
+    groups = {int(choice.overrides[0].split("=")[1]) for choice in choices}
+    assert groups == {
+        1,
+        2,
+        4,
+        6,
+        12,
+    }  # of 3 ranks none: they would lie on two nodes in different ways
+    eights = made.choices(Placement(12, 4, 8))
+    assert {int(c.overrides[0].split("=")[1]) for c in eights} == {1, 2, 4}
+
+
+def test_scaling_has_the_runs_own_ranks_and_what_is_not_modelled_is_named() -> None:
+    cfg = replace(config(), data=DataConfig(streams=12, segment=16), train=TrainConfig(steps=30, offload=True))  # fmt: skip
+    place = Placement(6, 2, 2)
+    part = time_part(Forecaster(cfg, SLOW_LINK, TEXT, VOCAB, tables_of), place, search=False)
+    assert [scale.ranks for scale in part.strong] == [1, 2, 4, 6]
+    assert part.strong[-1].step_s == pytest.approx(part.forecast.run_s / 30)
+    assert len(part.left_out) == 1 and part.left_out[0].startswith("train.offload:")
+    assert time_part(forecaster(), PLACE, search=False).left_out == []
+    on_cpu = time_part(forecaster(replace(SLOW_LINK, host_copies=True)), PLACE, search=False)
+    assert [line.split(":")[0] for line in on_cpu.left_out] == ["kernels.masked_from_k"]
+    assert worlds(Placement(6, 2, 2)) == sorted([6, *(2**i for i in range(11))])
+    assert worlds(Placement(12, 6, 6)) == [1, 6, 12, 24, 48, 96, 192, 384, 768]
 
 
 def test_auto_is_asked_with_the_rates_of_the_cluster() -> None:

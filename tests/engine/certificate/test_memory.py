@@ -21,7 +21,7 @@ from engine.certificate.memory_state import Phase, State
 from engine.certificate.memory_terms import merged, term, total
 from engine.certificate.placement import Placement
 from engine.choices import Backend
-from engine.config import Growth, KernelsConfig
+from engine.config import Growth, KernelsConfig, ScheduleConfig
 from engine.errors import UserError
 from kernels import moe_ffn_masked, relative_attention
 
@@ -162,6 +162,16 @@ def test_the_largest_micro_batch_fits_and_one_more_stream_does_not():
     judged = predict(config, found, SYMBOLS, device_memory_bytes=exact.peak_bytes)
     assert judged.verdict is not None and judged.verdict.fits
     assert judged.verdict.headroom_bytes == 0 and judged.verdict.largest_streams >= exact.streams
+
+
+def test_k_of_which_no_step_was_counted_are_named():
+    schedule = ScheduleConfig(Growth.linear, k_min=1, k_max=3)
+    config, whole = certified({"train": {"steps": 9}}, schedule=schedule)
+    assert {part.k for part in whole.by_k} == {1, 2, 3}
+    assert predict(config, whole, SYMBOLS).uncounted_k == ()
+    ids, tables = material(config)
+    start = certify(config, ids, tables, Placement(), steps=1)
+    assert predict(config, start, SYMBOLS).uncounted_k == (2, 3)
 
 
 @pytest.mark.parametrize("most", [0, 1, 2, 3, 7, 8, 100])

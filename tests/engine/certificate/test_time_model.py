@@ -105,6 +105,36 @@ def test_gather_sends_all_tokens_to_all() -> None:
     assert found.exchange == pytest.approx(4 * (100e-6 + 16 * 64 / 1e6))
 
 
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_a_gather_between_nodes_goes_round_a_ring(on_cpu: bool) -> None:
+    """Of 4 ranks' 16 rows each, 3 x 16 pass the link of a node; by an all-to-all each of 2 ranks sends 16 to each of 2."""
+    cfg = config(parallel=ParallelConfig(expert_ranks=4, exchange=ExchangeKind.gather))
+    cluster = replace(PLAIN, host_copies=on_cpu)
+    step = counts([[1, 0, 0, 0]] * 4, [1, 0, 1, 0])
+    found = layer_times(cfg, cluster, Placement(4, 4, 2), step, tokens=16)
+    ring, pairs = (rows * 64 / 0.5e6 for rows in (3 * 16, 2 * 2 * 16))
+    starts = (3 if on_cpu else 2) * 500e-6  # gloo sends three messages, NCCL doubles twice
+    assert found.exchange == pytest.approx(4 * starts + 2 * ring + 2 * (pairs if on_cpu else ring))
+
+
+def test_parts_repeat_the_experts_and_the_packing_but_not_the_shared_expert() -> None:
+    """A product takes 1 us whatever its size, and starting an operation another."""
+    step = counts([[8, 8], [8, 8]], [8, 8, 8, 8])
+
+    def experts(cluster: ClusterConfig, shared_width: int, chunks: int) -> float:
+        moe = replace(config().moe, shared_width=shared_width)
+        cfg = config(moe=moe, parallel=ParallelConfig(expert_ranks=2, chunks=chunks))
+        return layer_times(cfg, cluster, Placement(2, 2, 2), step, tokens=16).experts
+
+    products, shared = 3 * 2 * 1e-6, 3 * 2 * 1e-6
+    assert experts(PLAIN, 0, 4) == pytest.approx(4 * products)
+    assert experts(PLAIN, 12, 4) == pytest.approx(4 * products + shared)
+    started = replace(PLAIN, operation_us=1.0)
+    starts = experts(started, 0, 1) - products
+    assert starts > 3 * 12e-6  # the packing's alone
+    assert experts(started, 0, 4) == pytest.approx(4 * (products + starts))
+
+
 def test_parts_hide_what_experts_have_time_for() -> None:
     step = counts([[8, 8], [8, 8]], [8, 8, 8, 8])
     slow = replace(
@@ -145,6 +175,15 @@ def test_gradients_are_summed_over_who_shares_the_weights(stage: int, times: flo
     assert found.gradients == pytest.approx(times * ring / 1e6)
 
 
+def test_an_all_reduce_costs_the_messages_of_both_its_halves() -> None:
+    """A 4 kB all-reduce of 8 ranks takes 6 messages one after the other (as conf/cluster/dgx_h100.yaml reads its source)."""
+    cluster = replace(PLAIN, ranks_per_node=8, inside=LinkConfig(1e9, 4.0))
+    cfg = config(data=DataConfig(streams=8, segment=8), train=TrainConfig(steps=10, zero_stage=0))
+    step = counts([[8]], [8, 8, 8, 8])
+    found = StepModel(cfg, cluster, Placement(8, 1, 8), VOCAB).time(step)
+    assert found.gradients == pytest.approx(6 * 4e-6)
+
+
 def test_ranks_on_shared_cores_are_slower() -> None:
     cluster = replace(PLAIN, sharing=[SharingConfig(1, 1.0), SharingConfig(4, 2.5)])
     assert [cluster.slowdown(n) for n in (1, 2, 4, 8)] == pytest.approx([1.0, 1.5, 2.5, 5.0])
@@ -170,11 +209,19 @@ def test_scales_multiply_their_part_alone() -> None:
         ({"ranks_per_node": 0}, "cluster.ranks_per_node=0"),
         ({"product_fp32": [[2.0, 1.0], [1.0, 1.0]]}, "ascending"),
         ({"product_bf16": [[1.0]]}, "pairs"),
-        ({"memory_gb_per_s": 0.0}, "memory_gb_per_s=0.0"),
+        ({"product_bf16": [[1.0, float("inf")]]}, "pairs"),
+        ({"memory_gb_per_s": 0.0}, "cluster.memory_gb_per_s=0.0"),
+        ({"memory_gb_per_s": float("inf")}, "cluster.memory_gb_per_s=inf"),
+        ({"device_memory_gb": -1.0}, "cluster.device_memory_gb=-1.0"),
+        ({"operation_us": -1.0}, "cluster.operation_us=-1.0"),
     ],
 )
 def test_a_cluster_that_cannot_be_is_refused(options: dict[str, object], says: str) -> None:
     with pytest.raises(UserError, match=says):
         ClusterConfig(**options)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="gb_per_s=0"):
+    with pytest.raises(UserError, match="link gb_per_s=0"):
         LinkConfig(gb_per_s=0)
+    with pytest.raises(UserError, match="scale rest=-1"):
+        ScaleConfig(rest=-1.0)
+    with pytest.raises(UserError, match="sharing slowdown=0"):
+        SharingConfig(2, 0.0)
