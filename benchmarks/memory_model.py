@@ -208,9 +208,14 @@ def compare(cases: Sequence[Case]) -> list[Outcome]:
 
 
 def grown(rank: int, config: Config) -> int:
-    """Train on one rank; give how many bytes the process is larger at its peak than before the model was built."""
+    """Train on one rank; give how many bytes the process is larger at its peak than before the model was built.
+
+    A small run before it loads the libraries, whose memory is not predicted.
+    """
     torch.set_num_threads(1)
     keep_freed_memory()
+    small = make_config({}, SMALL)
+    train(small, Mesh(), *material(small), SYMBOLS, counted=False)
     text = material(config)
     before = psutil.Process().memory_info().rss
     train(config, Mesh(), *text, SYMBOLS, counted=False)

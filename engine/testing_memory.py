@@ -29,7 +29,6 @@ from engine.moe.auto import gathers
 from engine.moe.routers import routers_of
 from engine.moe.schedule import active_experts
 from engine.moe.tables import Table
-from engine.parallel.collectives import add_up
 from engine.parallel.host import GlooHost
 from engine.parallel.mesh import Mesh
 from engine.parallel.world import World
@@ -143,9 +142,15 @@ def _train(
     for step in range(config.train.steps):
         with held.marked() if held else record_function(""):
             train_step(engine, loader, memory, config, step=step, forward_times=times, world=world)
-        for _ in range(_GLOO_THREADS):
-            add_up(torch.zeros(1))
+        _let_gloo_go()
     loader.close()
+
+
+def _let_gloo_go() -> None:
+    """Give every thread of gloo something tiny to hold: all at once, as one thread could take all one by one."""
+    works = [dist.all_reduce(torch.zeros(1), async_op=True) for _ in range(_GLOO_THREADS)]
+    for work in works:
+        work.wait()
 
 
 def _loader(
