@@ -7,15 +7,13 @@ the published model (4 streams, one rank) waits for its plan while the loader's 
 """
 
 import argparse
-import time
-from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks.bench_step import Arm, shapes
-from benchmarks.harness import environment, print_result, print_table
+from benchmarks.harness import environment, fastest, print_result, print_table
 from engine.build import build_model, build_routers
 from engine.config import Split
 from engine.corpus import prepare
@@ -49,16 +47,6 @@ class GroupRouter(HashedRouter):
         return self._group
 
 
-def fastest_ms(case: Callable[[], object], rounds: int) -> float:
-    """Fastest of several runs."""
-    found = []
-    for _ in range(rounds):
-        begin = time.perf_counter()
-        case()
-        found.append(time.perf_counter() - begin)
-    return 1e3 * min(found)
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(
@@ -88,9 +76,9 @@ def main() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     times = {
-        "ids to plan": fastest_ms(lambda: router.plan(ids_PBQ, left_PBC, K), args.rounds),
-        "of it: table rows to plan": fastest_ms(lambda: planner.plan(row_PT, K), args.rounds),
-        "lookups, once for each k": fastest_ms(lambda: planner._look_up(K), 5),
+        "ids to plan": 1e3 * fastest(lambda: router.plan(ids_PBQ, left_PBC, K), args.rounds),
+        "of it: table rows to plan": 1e3 * fastest(lambda: planner.plan(row_PT, K), args.rounds),
+        "lookups, once for each k": 1e3 * fastest(lambda: planner._look_up(K), 5),
     }
     torch.set_num_threads(threads)
 

@@ -13,8 +13,7 @@ measured, as there is one machine: it is written as this machine's own; edit it,
 import argparse
 import json
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from datetime import date
 from itertools import combinations
@@ -26,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.cluster import ROOT, Cluster, Finished, one_node
-from benchmarks.harness import print_table
+from benchmarks.harness import fastest, print_table
 from engine.build import build_routers
 from engine.certificate.cluster import ClusterConfig, LinkConfig, ScaleConfig, SharingConfig
 from engine.certificate.placement import Placement
@@ -88,16 +87,6 @@ RUNS: list[Config] = [
 """What the scales are fitted to."""
 
 
-def timed(case: Callable[[], object], rounds: int = 7) -> float:
-    """Seconds of the fastest round."""
-    found = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        case()
-        found.append(time.perf_counter() - start)
-    return min(found)
-
-
 def product_rates(dtype: torch.dtype) -> list[list[float]]:
     """Measure products of square matrices; pairs of GFLOP and TFLOP/s."""
     curve = []
@@ -110,7 +99,7 @@ def product_rates(dtype: torch.dtype) -> list[list[float]]:
                 torch.mm(a, b)
 
         flop = 2.0 * size**3
-        curve.append([flop / 1e9, flop * repeats / timed(case) / 1e12])
+        curve.append([flop / 1e9, flop * repeats / fastest(case) / 1e12])
     return [[float(f"{value:.4g}") for value in point] for point in curve]
 
 
@@ -129,8 +118,8 @@ def device() -> ClusterConfig:
         device_memory_gb=round(psutil.virtual_memory().total / (psutil.cpu_count() or 1) / 1e9, 1),
         product_fp32=product_rates(torch.float32),
         product_bf16=product_rates(torch.bfloat16),
-        memory_gb_per_s=round(3 * large.nbytes / timed(lambda: large.add_(other)) / 1e9, 2),
-        operation_us=round(timed(start_operations) * 1e3, 3),
+        memory_gb_per_s=round(3 * large.nbytes / fastest(lambda: large.add_(other)) / 1e9, 2),
+        operation_us=round(fastest(start_operations) * 1e3, 3),
         host_copies=True,
     )
 
@@ -171,11 +160,7 @@ def predict(config: Config, cluster: ClusterConfig, placement: Placement) -> Ste
     tables = [router.table for router in routers]
     counts = replay(config, corpus.split(Split.train), tables, placement, steps)
     model = StepModel(config, cluster, placement, corpus.vocab.size)
-    found = [model.time(step) for step in counts]
-    names = [f.name for f in fields(StepTime)]
-    return StepTime(
-        **{name: sum(getattr(step, name) for step in found) / len(found) for name in names}
-    )
+    return StepTime.mean([model.time(step) for step in counts])
 
 
 def parts_of(config: Config, cluster: ClusterConfig) -> NDArray[np.float64]:

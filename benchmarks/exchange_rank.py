@@ -8,7 +8,6 @@ import argparse
 import json
 import os
 import random
-import time
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -28,6 +27,7 @@ from benchmarks.exchange_problem import (
     planned_bytes,
 )
 from benchmarks.exchange_systems import PARTS, start_deepspeed, systems
+from benchmarks.harness import together
 from benchmarks.traffic import KINDS, Meter
 from kernels.testing import relative_error
 from launch.process import keep_freed_memory
@@ -53,26 +53,11 @@ def check(results: dict[str, dict[str, Tensor]]) -> None:
                 raise RuntimeError(f"NOT TIMED: {name} differs from ours in {key} by {error:.1e}")
 
 
-def slowest(seconds: float) -> float:
-    """The slowest rank's time."""
-    found = torch.tensor(seconds, dtype=torch.float64)
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return float(found)
-
-
 def total(*values: int) -> Bytes:
     """Sum over the ranks."""
     found = torch.tensor(values)
     dist.all_reduce(found)
     return Bytes(*found.tolist())
-
-
-def timed(case: Callable[[], object]) -> float:
-    """Milliseconds of the slowest rank, all starting together."""
-    dist.barrier()
-    start = time.perf_counter()
-    case()
-    return 1e3 * slowest(time.perf_counter() - start)
 
 
 def measure(
@@ -100,7 +85,7 @@ def measure(
         for name, kind in random.Random(number).sample(list(runs), len(runs)):
             if number > 0 and kind != "step" and name not in PARTS:
                 continue
-            times[name, kind].append(timed(runs[name, kind]))
+            times[name, kind].append(1e3 * together(runs[name, kind]))
             found = total(meter.traffic.left_bytes, meter.traffic.crossed_bytes)
             if kind == "step" and found != sent[name]:
                 raise RuntimeError(f"{name} sent {found}, counted beforehand: {sent[name]}")

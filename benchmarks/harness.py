@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from kernels.testing import relative_error
 
@@ -68,6 +69,22 @@ def interleave(cases: Mapping[str, Case], rounds: int, warmup: int = 1) -> dict[
             if i >= warmup:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def fastest(case: Case, rounds: int = 7) -> float:
+    """Seconds of the fastest round of one case."""
+    (seconds,) = interleave({"": case}, rounds, warmup=0).values()
+    return min(seconds)
+
+
+def together(case: Case) -> float:
+    """Run a case on all ranks of the process group, started together; give the seconds of the slowest."""
+    dist.barrier()
+    start = time.perf_counter()
+    case()
+    found = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return float(found)
 
 
 def minima_ms(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:

@@ -10,13 +10,13 @@ Each is the fastest of several rounds, of the slowest rank. Started by benchmark
 """
 
 import json
-import time
 from collections.abc import Callable
 from datetime import timedelta
 
 import torch
 from torch import distributed as dist
 
+from benchmarks.harness import together
 from engine.build import build_model
 from engine.config import Config, DataConfig, EvalConfig, ModelConfig, MoEConfig, Router
 from engine.model import Routing
@@ -33,22 +33,9 @@ SHARED = Config(
 """What all ranks compute at once; no configuration that is ever predicted."""
 
 
-def slowest(seconds: float) -> float:
-    """The slowest rank's time."""
-    found = torch.tensor(seconds, dtype=torch.float64)
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return float(found)
-
-
 def fastest(case: Callable[[], object], rounds: int = _ROUNDS) -> float:
     """Seconds of a case that all ranks start together."""
-    found = []
-    for _ in range(rounds + 2):
-        dist.barrier()
-        start = time.perf_counter()
-        case()
-        found.append(slowest(time.perf_counter() - start))
-    return min(found[2:])
+    return min([together(case) for _ in range(rounds + 2)][2:])
 
 
 def all_to_all_seconds(numbers: int) -> float:
@@ -94,7 +81,7 @@ def main() -> None:
     dist.init_process_group("gloo", timeout=timedelta(minutes=5))
     ranks, rank = dist.get_world_size(), dist.get_rank()
     run = computation()
-    together = fastest(run)
+    all_s = fastest(run)
     alone = fastest(lambda: run() if rank == 0 else None)
     small, large = 1, 1 << 18
     small_s, large_s = all_to_all_seconds(small), all_to_all_seconds(large)
@@ -102,8 +89,8 @@ def main() -> None:
         "message_us": 1e6 * small_s / (ranks - 1),
         "bytes": 4 * large,
         "bytes_s": large_s - small_s,
-        "slowdown": together / alone,
-        "overlap": overlap(run, together, large, large_s),
+        "slowdown": all_s / alone,
+        "overlap": overlap(run, all_s, large, large_s),
     }
     if rank == 0:
         print(json.dumps(found))

@@ -11,6 +11,7 @@ from itertools import groupby, product
 from typing import Any
 
 from engine.certificate.cluster import ClusterConfig
+from engine.certificate.exact import exchange_of, frame_of
 from engine.certificate.placement import Placement
 from engine.certificate.replay import StepCounts, replay
 from engine.certificate.time_model import StepModel, StepTime
@@ -18,7 +19,6 @@ from engine.choices import Builder, ExchangeKind, Products
 from engine.config import Config, MoEConfig, ParallelConfig, ScheduleConfig
 from engine.data import Ids
 from engine.errors import UserError
-from engine.moe.auto import gathers
 from engine.moe.schedule import active_experts
 from engine.moe.tables import Table
 
@@ -121,7 +121,7 @@ class Forecaster:
         by_k, total = [], 0.0
         symbols = config.symbols_per_step
         for part in steps_of_k(config, placement):
-            time = _mean([model.time(step) for step in counts if step.k == part.k])
+            time = StepTime.mean([model.time(step) for step in counts if step.k == part.k])
             total += part.steps * time.total
             by_k.append(
                 TimeOfK(part.k, part.steps, part.exchange, time, time.total, symbols / time.total)
@@ -192,10 +192,7 @@ class Forecaster:
                 )
                 found = replace(config, moe=moe, parallel=parallel)
                 if kind is ExchangeKind.auto:
-                    rates = auto_rates(found, self.cluster, here)
-                    found = replace(
-                        found, parallel=replace(rates, chunks=chunks, expert_ranks=ranks)
-                    )
+                    found = replace(found, parallel=auto_rates(found, self.cluster, here))
                     kinds_used = {part.exchange for part in steps_of_k(found, here)}
                     if len(kinds_used) == 1:  # the same as one of the fixed kinds
                         continue
@@ -266,16 +263,9 @@ def _left_out(config: Config, cluster: ClusterConfig) -> list[str]:
 
 def steps_of_k(config: Config, placement: Placement) -> list[StepsOfK]:
     """Say from which step on a run uses each k, and by which exchange."""
-    ranks = placement.expert_ranks
-    tokens = config.streams_per_micro_batch(placement.world_size) * config.data.segment
-
-    def exchange(k: int) -> str:
-        if ranks == 1:
-            return "local"
-        return "gather" if gathers(config, ranks, k, tokens) else "tokens"
-
+    frame = frame_of(config, placement)
     parts = _parts_of_schedule(astuple(config.schedule), config.train.steps)
-    return [StepsOfK(k, first, steps, exchange(k)) for k, first, steps in parts]
+    return [StepsOfK(k, first, steps, exchange_of(config, frame, k)) for k, first, steps in parts]
 
 
 @cache
@@ -306,13 +296,6 @@ def auto_rates(config: Config, cluster: ClusterConfig, placement: Placement) -> 
 def _sampled(part: StepsOfK) -> set[int]:
     """Choose steps of one k, spread over them; k grows and never shrinks."""
     return {part.first + part.steps * (2 * i + 1) // (2 * SAMPLED) for i in range(SAMPLED)}
-
-
-def _mean(times: Sequence[StepTime]) -> StepTime:
-    names = [f.name for f in fields(StepTime)]
-    return StepTime(
-        **{name: sum(getattr(time, name) for time in times) / len(times) for name in names}
-    )
 
 
 def _overrides(before: Config, after: Config) -> list[str]:

@@ -63,7 +63,7 @@ class Sizes:
     @property
     def number(self) -> int:
         """Bytes of a number of the compute copy and of activations."""
-        return 2 if self.config.train.precision is Precision.bf16 else 4
+        return item_bytes(self.config)
 
     @property
     def mask(self) -> int:
@@ -124,6 +124,11 @@ class Sizes:
         ends = [min(start + block, segment) for start in range(0, segment, block)]
         starts = [0, *ends[:-1]]
         return sum((end - start) * (memory + end) for start, end in zip(starts, ends, strict=True))
+
+
+def item_bytes(config: Config) -> int:
+    """Bytes of a number of the model's compute copy and of activations."""
+    return 2 if config.train.precision is Precision.bf16 else 4
 
 
 def runs_on_gpu(config: Config, device_memory_bytes: int | None) -> bool:

@@ -12,6 +12,7 @@ behind nothing: so it is at ZeRO-0 to 2, where it does not overlap; at ZeRO-3 a 
 Letters: as in engine/certificate/replay.py.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from math import ceil, log2
 
@@ -19,13 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.certificate.cluster import ClusterConfig
-from engine.certificate.memory_shapes import Parameters, count_parameters
+from engine.certificate.memory_shapes import Parameters, count_parameters, item_bytes
 from engine.certificate.placement import Placement
 from engine.certificate.replay import Counts, StepCounts
 from engine.certificate.traffic import FORWARD, Trips, hops, trips_of
 from engine.certificate.work import (
     expert_seconds,
-    item_bytes,
     model_seconds,
     optimizer_seconds,
     packing_seconds,
@@ -52,6 +52,14 @@ class StepTime:
     def total(self) -> float:
         """The whole step."""
         return sum(getattr(self, f.name) for f in fields(self) if f.name != "hidden")
+
+    @staticmethod
+    def mean(times: "Sequence[StepTime]") -> "StepTime":
+        """Average several steps, part by part."""
+        names = [f.name for f in fields(StepTime)]
+        return StepTime(
+            **{name: sum(getattr(time, name) for time in times) / len(times) for name in names}
+        )
 
 
 class StepModel:

@@ -15,14 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.certificate.cluster import ClusterConfig
-from engine.choices import Activation, Backend, Precision
+from engine.certificate.memory_shapes import COLUMN_BYTES, item_bytes
+from engine.choices import Activation, Backend
 from engine.config import Config
 
 Seconds = NDArray[np.float64]
 Rows = NDArray[np.float64]
 
 _BACKWARD = 2.0  # products, bytes and operations of backward against forward: two gradients for each product
-_TILE_COLUMN_BYTES, _TILE_BYTES = 512, 2 << 20  # of kernels/relative_attention.py
+_TILE_BYTES = 2 << 20  # of kernels/relative_attention.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +33,6 @@ class ModelSeconds:
     attention: float
     rest: float
     operations: float
-
-
-def item_bytes(config: Config) -> int:
-    """Bytes of a number of the model."""
-    return 2 if config.train.precision is Precision.bf16 else 4
 
 
 def passes(config: Config) -> float:
@@ -68,7 +64,7 @@ def model_seconds(config: Config, cluster: ClusterConfig, streams: int, vocab: i
         + product(keys, inner, width)
         + product(tokens, width, inner)
     )
-    block = min(queries, _TILE_COLUMN_BYTES // item)
+    block = min(queries, COLUMN_BYTES // item)
     together = min(streams, max(1, _TILE_BYTES // (block * keys * item)))
     tiles = model.heads * ceil(queries / block) * ceil(streams / together)
     seen = keys - (queries - block) / 2  # keys of a block of queries, on average
