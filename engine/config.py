@@ -240,10 +240,17 @@ class TrainConfig:
     """Go on from the newest whole checkpoint of this run's folder."""
     threads: int = 0
     """CPU threads of PyTorch; 0 leaves its default."""
+    peak_tflops: float | None = None
+    """For the metric mfu: what one rank's device reaches at most, in 1e12 FLOP/s of dense products in this run's number
+    format. None: by the data sheet of a known GPU, else unknown, and mfu is 0; benchmarks.calibrate measures a CPU."""
 
     def __post_init__(self) -> None:
         _at_least("train", self, steps=1, seed=0, accumulation=1, log_every=1, valid_every=0)
         _at_least("train", self, save_every=0, keep=1, threads=0)
+        require(
+            self.peak_tflops is None or self.peak_tflops > 0,
+            f"train.peak_tflops={self.peak_tflops}: must be above 0, or null where it is unknown",
+        )
         require(self.seed < 2**32, f"train.seed={self.seed}: must be below 2**32")
         require(
             self.zero_stage in (0, 1, 2, 3),
@@ -356,6 +363,10 @@ class WandbConfig:
     mode: WandbMode = WandbMode.disabled
     project: str = "foreroute"
     group: str | None = None
+    """None: in a sweep the sweep's name, else no group."""
+    job_type: str = "train"
+    tags: list[str] = field(default_factory=list)
+    notes: str | None = None
 
 
 @dataclass

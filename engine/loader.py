@@ -53,6 +53,7 @@ class PlannedBatch:
     plans: tuple[Plan, ...] | None  # one per table; None for live routers and dense
     token_T: Tensor  # int64: numbers of the group's tokens within the step: stream x Q + place in the segment
     copied: torch.cuda.Event | None = None  # of the copy to a GPU
+    prepare_ms: float = 0.0  # what the loader's thread needed to read and plan it
 
 
 def group_batch(batches: Sequence[Batch], own: int = 0) -> GroupBatch:
@@ -176,7 +177,9 @@ class PlannedLoader:
             for done, (step, micro) in enumerate(places):
                 if not self._may_prepare(done):
                     return
+                start = time.perf_counter()
                 planned = self._plan(self._make_batch(step, micro), self._k_of_step(step))
+                planned = replace(planned, prepare_ms=1e3 * (time.perf_counter() - start))
                 if self._agreement is not None:
                     self._agreement.check(step, micro, planned.k, planned.group, planned.plans)
                 self._queue.put(self._deliver(planned))

@@ -1,8 +1,8 @@
-"""Where a run's numbers go: metrics.jsonl and Weights & Biases, all under the names of METRICS.
+"""Where a run's numbers go: metrics.jsonl and Weights & Biases (engine/wandb_run.py), all under the names of METRICS.
 
-The only file that imports wandb, and only when its mode is not disabled. One process of a run (rank 0) owns a `Metrics`.
-metrics.jsonl has one object per call, {"step": 20, "loss": 1.25, ...}, complete after every line; a value that is not
-finite is null there. The W&B id lives in the run's folder, so a resumed run goes on in the same W&B run.
+One process of a run (rank 0) owns a `Metrics`. metrics.jsonl has one object per call, {"step": 20, "loss": 1.25, ...}, complete
+after every line; a metric with axes is a list there, or a list of lists, and a number that is not finite is null.
+engine/window.py makes the numbers of training.
 """
 
 import json
@@ -10,19 +10,19 @@ import math
 import os
 import resource
 import sys
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 
 from engine.config import WandbConfig, WandbMode
-from engine.errors import RunFailed, UserError
+from engine.errors import RunFailed
 
 JSONL = "metrics.jsonl"
-WANDB_ID = "wandb_id.txt"
+WANDB_ID = "wandb_id.txt"  # in the run's folder: the id of its W&B run
 
 
 class Metric(NamedTuple):
@@ -30,50 +30,63 @@ class Metric(NamedTuple):
 
     unit: str
     meaning: str
+    axes: tuple[str, ...] = ()  # of its lists: rank, layer, or layer and expert; () is a number
 
 
+_RANK, _LAYER, _EXPERT = ("rank",), ("layer",), ("layer", "expert")
 METRICS: dict[str, Metric] = {
-    "loss": Metric(
-        "nats/symbol", "training loss without auxiliary losses, mean since the last line"
-    ),
+    "loss": Metric("nats/symbol", "training loss without auxiliary losses"),
     "auxiliary_loss": Metric("nats/symbol", "balance and z-loss, weighted; 0 for fixed routers"),
     "bpc": Metric("bits/symbol", "loss in bits"),
-    "valid_loss": Metric("nats/symbol", "loss on the validation split at k_max"),
-    "valid_bpc": Metric("bits/symbol", "valid_loss in bits"),
-    "k": Metric("experts", "active experts per token"),
+    "valid_loss": Metric("nats/symbol", "loss on the validation split at k_max, now"),
+    "valid_bpc": Metric("bits/symbol", "valid_loss in bits, now"),
+    "k": Metric("experts", "active experts per token in this step"),
+    "active_parameters": Metric("parameters", "that one token uses at the k of this step"),
     "learning_rate": Metric("1", "learning rate of this step"),
-    "grad_norm": Metric("1", "global gradient norm before clipping"),
+    "grad_norm": Metric("1", "global gradient norm before clipping, of this step"),
     "tokens": Metric("symbols", "trained on since the start of the run, over all ranks"),
-    "tokens_per_second": Metric(
-        "symbols/s", "trained on per second since the last line, over all ranks"
-    ),
-    "step_ms": Metric("ms", "one optimizer step, mean since the last line; the parts below too"),
+    "flops": Metric("FLOP", "useful arithmetic of training since the start of the run, over all ranks: forward and backward, recomputation not counted"),
+    "tokens_per_second": Metric("symbols/s", "trained on per second, over all ranks"),
+    "tokens_per_second_per_rank": Metric("symbols/s", "the same over the number of ranks"),
+    "mfu": Metric("1", "useful arithmetic per second over the peak of all ranks' devices; 0 when the peak is unknown"),
+    "step_ms": Metric("ms", "one optimizer step; the parts below too"),
     "plan_wait_ms": Metric("ms", "waiting for a batch and its plans"),
     "forward_ms": Metric("ms", "forward passes"),
     "backward_ms": Metric("ms", "backward passes"),
     "optimizer_ms": Metric("ms", "gradient clipping and update"),
     "outside_ms": Metric("ms", "step time outside forward, backward and optimizer"),
+    "metric_ms": Metric("ms", "time in the code of metrics itself, part of outside_ms"),
     "attention_ms": Metric("ms", "attention, part of forward_ms"),
     "experts_ms": Metric("ms", "expert layers, part of forward_ms"),
     "exchange_exposed_ms": Metric("ms", "exchanging rows while nothing is computed; 0 on one rank"),
     "exchange_hidden_ms": Metric("ms", "exchanging rows behind computation; 0 on one rank"),
-    "own_ms": Metric(
-        "ms", "forward passes without waiting for other ranks, part of forward_ms; of rank 0"
-    ),
+    "own_ms": Metric("ms", "forward passes without waiting for other ranks, part of forward_ms; of rank 0"),
+    "data_ms": Metric("ms", "the loader's thread reading and planning one step's batches, beside the step"),
     "slowest_rank": Metric("rank", "the rank with the most own_ms since the last line"),
     "rank_skew": Metric("1", "its own_ms over the median rank's; 1 on one rank"),
-    "wire_bytes": Metric(
-        "bytes", "rows sent to other ranks in one step, over all ranks and layers"
-    ),
-    "load_max_over_mean": Metric("1", "rows of the busiest expert over the mean, worst layer"),
+    "wire_bytes": Metric("bytes", "sent to other ranks in one step for the experts' sake, over all ranks and layers"),
+    "wire_bytes_inside": Metric("bytes", "of wire_bytes, between ranks of one node"),
+    "wire_bytes_between": Metric("bytes", "of wire_bytes, between ranks of different nodes"),
+    "load_max_over_mean": Metric("1", "rows of the busiest expert over the mean, worst layer; 0 when dense"),
+    "rank_load_max_over_mean": Metric("1", "expert rows computed by the busiest rank over the mean rank; 0 when dense"),
     "memory_bytes": Metric("bytes", "resident memory of this process now"),
-    "peak_memory_bytes": Metric("bytes", "largest resident memory of this process so far"),
-    "mfu": Metric("1", "useful arithmetic over the machine's peak; 0 when the peak is unknown"),
-}
+    "peak_memory_bytes": Metric("bytes", "largest resident memory of this process since its start"),
+    "device_memory_bytes": Metric("bytes", "of rank 0's GPU in use by tensors now; 0 on a CPU"),
+    "peak_device_memory_bytes": Metric("bytes", "largest device_memory_bytes since the start of the process"),
+    "rank_own_ms": Metric("ms", "own_ms of each rank, up to the step before this one", _RANK),
+    "rank_plan_wait_ms": Metric("ms", "plan_wait_ms of each rank", _RANK),
+    "rank_exchange_exposed_ms": Metric("ms", "exchange_exposed_ms of each rank, up to the step before this one", _RANK),
+    "rank_memory_bytes": Metric("bytes", "memory_bytes of each rank in this step", _RANK),
+    "rank_wire_bytes": Metric("bytes", "wire_bytes that each rank sent in one step", _RANK),
+    "rank_rows": Metric("rows", "expert rows computed by each rank in one step, all layers", _RANK),
+    "layer_load": Metric("1", "rows of the busiest expert over the mean, in each layer", _LAYER),
+    "expert_rows": Metric("rows", "of each expert in one step, over all ranks", _EXPERT),
+}  # fmt: skip
+"""Means over the steps since the last line, of rank 0 where ranks differ, unless the meaning says otherwise."""
 
 
 class Metrics:
-    """The open outputs of one run."""
+    """The open outputs of one run; a context manager that closes them, and calls the run failed behind an error."""
 
     def __init__(
         self,
@@ -88,9 +101,9 @@ class Metrics:
 
         Args:
             folder: The run's folder.
-            wandb_config: Mode, project and group.
+            wandb_config: Section wandb of the configuration.
             name: The run's name in W&B.
-            config_plain: The run's configuration as dicts, lists and numbers.
+            config_plain: The run's configuration, and what else W&B shall show of it, as dicts, lists and numbers.
             resume_step: The run goes on after this step: later lines are dropped. None starts a new run.
 
         Raises:
@@ -104,11 +117,19 @@ class Metrics:
             self._file = (folder / JSONL).open("w" if resume_step is None else "a")
         self._wandb = None
         if wandb_config.mode is not WandbMode.disabled:
-            resumed = resume_step is not None
-            self._wandb = _start_wandb(folder, wandb_config, name, config_plain, resumed)
+            from engine.wandb_run import WandbRun
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Write values under a step's number.
+            resumed = resume_step is not None
+            self._wandb = WandbRun(folder, wandb_config, name, config_plain, resumed)
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=kind is not None and issubclass(kind, Exception))  # else a signal
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write values under a step's number; METRICS says which are lists.
 
         Raises:
             KeyError: a name that METRICS lacks.
@@ -117,19 +138,31 @@ class Metrics:
         unknown = sorted(set(values) - set(METRICS))
         if unknown:
             raise KeyError(f"no such metric: {', '.join(unknown)} (engine/metrics.py lists them)")
-        finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
+        finite = {name: _finite(value) for name, value in values.items()}
         with _writing(Path(self._file.name)):
             self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
             self._file.flush()
         if self._wandb is not None:
-            self._wandb.log(dict(values), step=step)
+            self._wandb.log(step, values)
 
-    def close(self) -> None:
+    def summarise(self, values: Mapping[str, float]) -> None:
+        """Put final numbers beside the run in W&B, such as test_bpc/k4; metrics.jsonl does not have them."""
+        if self._wandb is not None:
+            self._wandb.summarise(values)
+
+    def close(self, *, failed: bool = False) -> None:
         """Close the file and finish the W&B run; returns when everything is written."""
         with suppress(OSError):  # of a line that could not be written, and log has said so
             self._file.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.close(failed=failed)
+
+
+def _finite(value: Any) -> Any:
+    """Put None for what JSON cannot say."""
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return value if math.isfinite(value) else None
 
 
 @contextmanager
@@ -142,7 +175,13 @@ def _writing(file: Path) -> Iterator[None]:
 
 def memory_bytes() -> int:
     """Give the resident memory of this process."""
-    return psutil.Process().memory_info().rss
+    rss: int = _process(os.getpid()).memory_info().rss
+    return rss
+
+
+@cache
+def _process(pid: int) -> psutil.Process:
+    return psutil.Process(pid)
 
 
 def peak_memory_bytes() -> int:
@@ -165,31 +204,3 @@ def _drop_lines_after(file: Path, step: int) -> None:
     new = file.with_name(file.name + ".new")
     new.write_text("".join(kept))
     new.replace(file)
-
-
-def _start_wandb(
-    folder: Path, config: WandbConfig, name: str, config_plain: Any, resumed: bool
-) -> Any:
-    """Start the W&B run; offline runs are written to folder/wandb for a later `wandb sync`."""
-    if config.mode is WandbMode.offline:
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its service stays off the network
-    import wandb
-
-    id_file = folder / WANDB_ID
-    if not (resumed and id_file.exists()):
-        id_file.write_text(uuid.uuid4().hex[:12])
-    try:
-        return wandb.init(
-            project=config.project,
-            group=config.group,
-            name=name,
-            id=id_file.read_text().strip(),
-            # an offline log has no past
-            resume="allow" if config.mode is WandbMode.online else None,
-            config=config_plain,
-            dir=folder,
-            mode=config.mode.value,
-            settings=wandb.Settings(silent=True, console="off"),
-        )
-    except wandb.Error as error:
-        raise UserError(f"wandb.mode={config.mode.value}: {error}") from error

@@ -7,19 +7,18 @@ import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import NamedTuple
-
-import torch
 
 from engine.certificate.check import Check
 from engine.config import Config
 from engine.deepspeed_adapter import Engine
 from engine.errors import RunFailed, everywhere
 from engine.loader import PlannedBatch, PlannedLoader
+from engine.metrics import memory_bytes
 from engine.model import Memory, Output, Routing
 from engine.optim import learning_rate
 from engine.parallel.world import World
 from engine.timing import ForwardTimes, OwnTime
+from engine.totals import COLUMN, Numbers, RankRow, add_up, block_of
 
 
 @dataclass(slots=True)
@@ -36,6 +35,8 @@ class StepTimes:
     exchange_exposed_ms: float = 0.0  # part of forward_ms and backward_ms
     exchange_hidden_ms: float = 0.0  # beside computation
     own_ms: float = 0.0  # part of forward_ms: not waiting for other ranks
+    data_ms: float = 0.0  # of the loader's thread, beside the step
+    metric_ms: float = 0.0  # collecting what metrics need
 
     @property
     def outside_ms(self) -> float:
@@ -52,13 +53,19 @@ class StepResult:
     k: int
     learning_rate: float
     grad_norm: float
-    load_max_over_mean: (
-        float  # busiest expert of any layer against the mean; 1 is perfect, 0 for dense
-    )
-    wire_bytes: int = 0  # rows that left any rank
-    stop_asked: bool = False  # of any rank
-    own_ms_P: list[float] = field(default_factory=list)  # what was passed in, of all ranks
+    block_PX: Numbers  # what each rank told the others (engine/totals.py)
+    count_LE: Numbers  # rows of each expert over all ranks; [0, 0] when dense
     times: StepTimes = field(default_factory=StepTimes)
+
+    def of_ranks(self, name: str) -> Numbers:
+        """Give what the ranks told each other under this name of RankRow [P]."""
+        column_P: Numbers = self.block_PX[:, COLUMN[name]]
+        return column_P
+
+    @property
+    def stop_asked(self) -> bool:
+        """A stop was asked for on any rank."""
+        return bool(self.of_ranks("stop_asked").any())
 
 
 class Clock:
@@ -89,13 +96,14 @@ def train_step(
     world: World | None = None,
     stop_asked: bool = False,
     check: Check | None = None,
-    own_ms: float = 0.0,
+    before: StepTimes | None = None,
 ) -> StepResult:
     """Run one optimizer step and replace each micro-batch's entry of `memory` by its new memory.
 
     Args:
         check: what the step is held to.
-        stop_asked, own_ms: of this rank; all ranks learn of them. own_ms is StepTimes.own_ms of the step before.
+        stop_asked: of this rank; all ranks learn of it.
+        before: this rank's times of the step before; all ranks learn of some of them.
 
     Raises:
         RunFailed: the loss or the gradient is not finite, or the step differs from its certificate; no weight has been
@@ -107,10 +115,11 @@ def train_step(
     engine.set_lr(rate)
     outputs: list[Output] = []
     wire = engine.wire
-    sent_before = wire.sent_bytes if wire else 0
+    sent_before_P = list(wire.sent_bytes_P) if wire else []
     for micro in range(config.train.accumulation):
         planned, wait_seconds = loader.next()
         times.plan_wait_ms += 1e3 * wait_seconds
+        times.data_ms += planned.prepare_ms
         clock.lap_ms()
         with own.forward(), check.forward() if check else nullcontext():
             output = _forward(engine, planned, memory[micro], config, step)
@@ -126,8 +135,11 @@ def train_step(
         outputs.append(output)
     if check is not None:
         check.compare(step)
-    sent = wire.sent_bytes - sent_before if wire else 0
-    totals = _totals(outputs, world, [stop_asked, sent], own_ms)
+    clock.lap_ms()
+    row = _row(engine, world, sent_before_P, times, before or StepTimes(), stop_asked)
+    block = block_of(row, world.mesh)
+    times.metric_ms = clock.lap_ms()
+    totals = add_up(outputs, world, block)
     if not math.isfinite(totals.loss + totals.auxiliary_loss):
         raise everywhere(
             RunFailed(f"the loss is {totals.loss + totals.auxiliary_loss} at step {step}")
@@ -143,17 +155,36 @@ def train_step(
         k=planned.k,
         learning_rate=rate,
         grad_norm=engine.grad_norm(),
-        load_max_over_mean=totals.load_max_over_mean,
-        wire_bytes=totals.wire_bytes,
-        stop_asked=totals.stop_asked,
-        own_ms_P=totals.own_ms_P,
+        block_PX=totals.block_PX,
+        count_LE=totals.count_LE,
         times=times,
     )
+    clock.lap_ms()
     times.own_ms = own.total_ms()
     if wire is not None:
         times.exchange_exposed_ms, times.exchange_hidden_ms = wire.take_times()
+    times.metric_ms += clock.lap_ms()
     times.step_ms = clock.total_ms()
     return result
+
+
+def _row(
+    engine: Engine, world: World, sent_before_P: list[int], times: StepTimes, before: StepTimes, stop_asked: bool
+) -> RankRow:  # fmt: skip
+    """What this rank tells the others: all that is known on the host before the ranks' sum."""
+    row = RankRow(
+        stop_asked=float(stop_asked),
+        own_ms=before.own_ms,
+        exchange_exposed_ms=before.exchange_exposed_ms,
+        plan_wait_ms=times.plan_wait_ms,
+        memory_bytes=memory_bytes(),
+    )
+    if engine.wire is not None:
+        near_P = world.near(world.mesh.group_ranks)
+        sent_P = [now - then for now, then in zip(engine.wire.sent_bytes_P, sent_before_P, strict=True)]  # fmt: skip
+        row.wire_bytes = sum(sent_P)
+        row.wire_bytes_inside = sum(sent for sent, near in zip(sent_P, near_P, strict=True) if near)
+    return row
 
 
 def _forward(
@@ -170,38 +201,3 @@ def _forward(
         batch.ids_BQ, batch.targets_BQ, None if batch.fresh else memory, routing
     )
     return output
-
-
-class _Totals(NamedTuple):
-    loss: float
-    auxiliary_loss: float
-    stop_asked: bool
-    wire_bytes: int
-    load_max_over_mean: float
-    own_ms_P: list[float]
-
-
-def _totals(
-    outputs: list[Output], world: World, stop_and_sent_bytes: list[float], own_ms: float
-) -> _Totals:
-    """Means over micro-batches and ranks: one sum over the ranks, and the only read-back of a step from the device."""
-    mesh = world.mesh
-    nll = torch.stack([output.nll_BQ.mean() for output in outputs]).double().sum()
-    auxiliary = torch.stack([output.auxiliary_loss for output in outputs]).double().sum()
-    counts = [output.count_LE for output in outputs if output.count_LE is not None]
-    own_P = [own_ms if rank == mesh.rank else 0.0 for rank in range(mesh.world)]
-    own = torch.tensor([*stop_and_sent_bytes, *own_P], dtype=torch.float64, device=nll.device)
-    parts = [torch.stack((nll, auxiliary)), own]
-    if counts:
-        parts.append(torch.stack(counts).sum(0).to(nll.device, torch.float64).flatten())
-    loss, auxiliary_loss, stops, wire_bytes, *rest = world.sum(torch.cat(parts)).tolist()
-    own_ms_P, load = rest[: mesh.world], rest[mesh.world :]
-    number = len(outputs) * mesh.world
-    return _Totals(
-        loss / number,
-        auxiliary_loss / number,
-        stops > 0,
-        int(wire_bytes),
-        max(load) * len(load) / sum(load) if load else 0.0,
-        own_ms_P,
-    )

@@ -4,16 +4,16 @@ Owns the run's moving parts (engine, loader, memory, counters); says what happen
 A stop asked for (Ctrl-C, SIGTERM) takes effect between two steps, after a checkpoint.
 """
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from engine import checkpoint
 from engine.agreement import Agreement
+from engine.arithmetic import Arithmetic
 from engine.build import build_model
 from engine.certificate.check import Check
 from engine.config import Config, PeerIds, Split, to_plain
@@ -30,7 +30,7 @@ from engine.loader import (
     plan_batch,
     share_ids,
 )
-from engine.metrics import Metrics, memory_bytes, peak_memory_bytes
+from engine.metrics import Metrics
 from engine.model import Memory
 from engine.moe.auto import gathers
 from engine.moe.hashing import hash64
@@ -38,9 +38,11 @@ from engine.moe.routers import HashedRouter, routers_of
 from engine.moe.schedule import active_experts
 from engine.moe.tables import table_from_state, table_state
 from engine.parallel.world import World
-from engine.skew import SlowRank, skew
-from engine.step import StepResult, StepTimes, train_step
+from engine.peak import peak_of
+from engine.skew import SlowRank
+from engine.step import StepTimes, train_step
 from engine.timing import ForwardTimes
+from engine.window import Window
 
 
 class Reporter(Protocol):
@@ -52,7 +54,7 @@ class Reporter(Protocol):
     def step(self, step: int) -> None:
         """Say that so many steps are finished."""
 
-    def metrics(self, step: int, values: Mapping[str, float], seconds_left: float) -> None:
+    def metrics(self, step: int, values: Mapping[str, Any], seconds_left: float) -> None:
         """Show the metrics of a logged step."""
 
 
@@ -87,6 +89,8 @@ class Trainer:
         )
         self.model = build_model(config, corpus.vocab.size)
         self.parameters = sum(p.numel() for p in self.model.parameters())  # of all ranks together
+        self.arithmetic = Arithmetic(config, corpus.vocab.size, self.parameters)
+        self.peak = peak_of(config, self.world.device)
         self.engine = start(self.model, config, self.world.mesh)
         self.forward_times = ForwardTimes(self.model)
         self.memory: list[Memory | None] = [None] * config.train.accumulation
@@ -182,12 +186,12 @@ class Trainer:
             RunFailed: the loss is not finite, a step differs from its certificate, or a checkpoint cannot be written.
         """
         train, first, start = self.config.train, self.step, time.perf_counter()
-        window = _Window(self.config.symbols_per_step)
+        window = self._window()
         loader = self._loader()
         saved = first or -1  # a resumed run starts at its checkpoint
         alone = self.world.mesh.world == 1
         stopping = alone and stop_asked()
-        slow, own_ms = SlowRank(), 0.0
+        slow, before = SlowRank(), StepTimes()
         try:
             while self.step < train.steps and not stopping:
                 # the first step may compile kernels
@@ -195,24 +199,26 @@ class Trainer:
                 result = train_step(
                     self.engine, loader, self.memory, self.config,
                     step=self.step, forward_times=self.forward_times,
-                    world=self.world, stop_asked=stop_asked(), own_ms=own_ms, check=check,
+                    world=self.world, stop_asked=stop_asked(), before=before, check=check,
                 )  # fmt: skip
-                own_ms = result.times.own_ms
+                before = result.times
                 self.step += 1
                 stopping = result.stop_asked or (alone and stop_asked())
-                window.add(result)
+                with window.timed():
+                    window.add(result)
                 self.reporter.step(self.step)
                 if self.step % train.log_every == 0 or self.step == train.steps:
                     for line in slow.lines(window.own_ms_P()):
                         self.reporter.note(f"step {self.step}: {line}")
-                    values = window.close(self.step)
-                    if metrics is not None:
-                        metrics.log(self.step, values)
+                    with window.timed():
+                        values = window.close(self.step)
+                        if metrics is not None:
+                            metrics.log(self.step, values)
                     elapsed = time.perf_counter() - start
                     left = elapsed / (self.step - first) * (train.steps - self.step)
                     self.reporter.metrics(self.step, values, left)
                 if train.valid_every and self.step % train.valid_every == 0:
-                    self._validate(metrics, stop_asked if alone else lambda: False)
+                    self._validate(metrics, window, stop_asked if alone else lambda: False)
                 if train.save_every and self.step % train.save_every == 0:
                     self.save()
                     saved = self.step
@@ -228,6 +234,12 @@ class Trainer:
         if saved != self.step:
             self.save()
         return self.step >= train.steps
+
+    def _window(self) -> Window:
+        return Window(
+            self.config, self.arithmetic,
+            ranks=self.world.mesh.world, device=self.world.device, peak=self.peak, flops=self.arithmetic.flops_before(self.step),
+        )  # fmt: skip
 
     def _loader(self) -> PlannedLoader:
         config, world, mesh = self.config, self.world, self.world.mesh
@@ -274,7 +286,9 @@ class Trainer:
         if mesh.world > 1 or self.step > 0:
             torch.manual_seed(hash64(seed, mesh.rank, self.step).item())
 
-    def _validate(self, metrics: Metrics | None, stop_asked: Callable[[], bool]) -> None:
+    def _validate(
+        self, metrics: Metrics | None, window: Window, stop_asked: Callable[[], bool]
+    ) -> None:
         self.world.watch.at(f"the validation at step {self.step}")
 
         def leave_if_asked(done: int, total: int) -> None:
@@ -285,13 +299,11 @@ class Trainer:
             self.model, self.routers, self.corpus, self.config,
             split=Split.valid, k=self.config.schedule.k_max, progress=leave_if_asked, world=self.world,
         )  # fmt: skip
-        values = {
-            "valid_loss": found.nats,
-            "valid_bpc": found.bpc,
-            "tokens": float(self.step * self.config.symbols_per_step),
-        }
+        k = self.config.schedule.k_max
+        values = {"valid_loss": found.nats, "valid_bpc": found.bpc, "k": k, **window.progress(self.step)}  # fmt: skip
         if metrics is not None:
-            metrics.log(self.step, values)
+            with window.timed():
+                metrics.log(self.step, values)
         self.reporter.note(f"step {self.step}: valid bpc {found.bpc:.4f}")
 
     def _last_good(self) -> str:
@@ -311,53 +323,3 @@ def _join(memory: list[Memory | None]) -> Memory | None:
     if len(present) < len(memory):
         return None
     return tuple(torch.cat(layer) for layer in zip(*present, strict=True))
-
-
-class _Window:
-    """Means over the steps since the last logged one."""
-
-    def __init__(self, symbols_per_step: int) -> None:
-        self.symbols_per_step = symbols_per_step
-        self.results: list[StepResult] = []
-        self.start = time.perf_counter()
-
-    def add(self, result: StepResult) -> None:
-        """Take in a step."""
-        self.results.append(result)
-
-    def own_ms_P(self) -> list[float]:
-        """Each rank's mean own time."""
-        columns = zip(*(result.own_ms_P for result in self.results), strict=True)
-        return [sum(column) / len(self.results) for column in columns]
-
-    def close(self, step: int) -> dict[str, float]:
-        """Give the metrics of the window that ends with `step` and start the next."""
-        count, last = len(self.results), self.results[-1]
-        loss = sum(result.loss for result in self.results) / count
-        auxiliary_loss = sum(result.auxiliary_loss for result in self.results) / count
-        slowest_rank, rank_skew = skew(self.own_ms_P())
-
-        def mean_ms(name: str) -> float:
-            return sum(float(getattr(result.times, name)) for result in self.results) / count
-
-        values: dict[str, float] = {
-            "loss": loss,
-            "auxiliary_loss": auxiliary_loss,
-            "bpc": loss / math.log(2),
-            "k": last.k,
-            "learning_rate": last.learning_rate,
-            "grad_norm": last.grad_norm,
-            "load_max_over_mean": last.load_max_over_mean,
-            "tokens": step * self.symbols_per_step,
-            "tokens_per_second": 1e3 * self.symbols_per_step / mean_ms("step_ms"),
-            "memory_bytes": memory_bytes(),
-            "peak_memory_bytes": peak_memory_bytes(),
-            "wire_bytes": last.wire_bytes,
-            "slowest_rank": slowest_rank,
-            "rank_skew": rank_skew,
-            "mfu": 0,  # peak unknown
-        }
-        for name in (*StepTimes.__dataclass_fields__, "outside_ms"):
-            values[name] = mean_ms(name)
-        self.results = []
-        return values

@@ -22,6 +22,7 @@ import socket
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -160,6 +161,16 @@ def find_device(place: Place, environ: Mapping[str, str] = os.environ) -> torch.
     )
     torch.cuda.set_device(place.local_rank)
     return torch.device("cuda", place.local_rank)
+
+
+def find_node() -> str:
+    """Name the machine on which this process runs: its host name and, on Linux, what the kernel drew at its boot.
+
+    Machines may have the same host name; containers and network namespaces of one machine may have several, and then they
+    count as machines of their own.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}"
 
 
 def find_address(place: Place, environ: Mapping[str, str] = os.environ) -> tuple[str, str]:

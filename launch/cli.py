@@ -292,10 +292,12 @@ def _allowed_keys(text: str) -> str:
 
 def job_name(name: str) -> str:
     """The run's name; in a sweep (-m) with the job's own options, so that every job has its own folder."""
-    hydra_config = HydraConfig.get()
-    if hydra_config.mode is not RunMode.MULTIRUN:
-        return name
-    return swept_name(name, hydra_config.job.override_dirname)
+    return swept_name(name, HydraConfig.get().job.override_dirname) if in_sweep() else name
+
+
+def in_sweep() -> bool:
+    """Whether this is a job of a sweep (-m)."""
+    return HydraConfig.get().mode is RunMode.MULTIRUN
 
 
 def swept_name(name: str, dirname: str) -> str:

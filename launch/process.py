@@ -20,7 +20,7 @@ from engine.parallel.host import GlooHost, Host, MpiHost, expert_group_host
 from engine.parallel.mesh import Mesh
 from engine.parallel.watch import Watch
 from engine.parallel.world import World, agree, together
-from launch.bootstrap import Place, find_address, find_device, find_place
+from launch.bootstrap import Place, find_address, find_device, find_node, find_place
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # options of glibc's mallopt(3)
 _HOST_TIMEOUT = timedelta(hours=1)
@@ -55,10 +55,13 @@ def connected(parallel: ParallelConfig, options: Mapping[str, Any]) -> Iterator[
         host = stack.enter_context(closing(_host_of_all(_HOST_TIMEOUT)))
         agree(host, options)
         mesh = together(host, lambda: Mesh(place.rank, place.ranks, parallel.expert_ranks))
+        nodes = host.gather(find_node())
+        names = list(dict.fromkeys(nodes))
         planning, planning_group = _hosts_for_planning(place, mesh, parallel.timeout_s)
         yield World(
-            mesh, device, host=host, planning=planning, planning_group=planning_group, watch=watch
-        )
+            mesh, device, host=host, planning=planning, planning_group=planning_group, watch=watch,
+            node_P=tuple(names.index(node) for node in nodes),
+        )  # fmt: skip
         for connection in (planning, planning_group):  # after a failure a thread may be inside
             connection.close()
 

@@ -23,8 +23,9 @@ from engine.metrics import Metrics, peak_memory_bytes
 from engine.parallel.mesh import Mesh
 from engine.parallel.world import World, agree, together
 from engine.trainer import Trainer
-from launch.cli import job_name, run_program
+from launch.cli import in_sweep, job_name, run_program
 from launch.console import Console, table
+from launch.facts import write_facts
 from launch.plots import plot_loss, plot_slimming
 from launch.process import StopSignal, connected, set_up
 from launch.run_folder import SUMMARY, RunFolder, open_run, write_json
@@ -43,7 +44,14 @@ class TrainArgs(Config):
 def train(args: TrainArgs) -> int:
     """Run a configuration on this rank; returns the exit code."""
     config = args.alone()
-    config = replace(config, train=replace(config.train, name=job_name(config.train.name)))
+    name, group = config.train.name, config.wandb.group
+    if in_sweep() and group is None:
+        group = name
+    config = replace(
+        config,
+        train=replace(config.train, name=job_name(name)),
+        wandb=replace(config.wandb, group=group),
+    )
     set_up(config.train.threads)
     stop = StopSignal()
     with connected(config.parallel, _options(config)) as world:
@@ -101,17 +109,21 @@ def _run(
     _describe(console, trainer)
     if check is not None:
         console.note(f"held to {check.written.path}: {check.written.scope}")
-    metrics = together(host, lambda: _open_metrics(run, trainer))
-    with closing(metrics) if metrics else nullcontext(), closing(console), stop.deferred():
-        complete = trainer.run(metrics, stop, check)
-    host.barrier()  # rank 0 may have waited long for W&B; collectives of the evaluation would give up
-    if not complete or (stop() and host.ranks == 1):
-        console.note(f"stopped at step {trainer.step}; train.resume=true goes on from there")
-        return stop.exit_code if stop() else 128 + SIGTERM  # of another rank
-    if check is not None:
-        console.note(f"{check.steps:,} steps were as certified")
-    _finish(run, trainer, corpus)
-    return 0
+    metrics = together(host, lambda: _open_metrics(run, trainer, check))
+    with metrics or nullcontext():
+        with closing(console), stop.deferred():
+            complete = trainer.run(metrics, stop, check)
+        stopped = not complete or (stop() and host.ranks == 1)
+        if stopped:
+            console.note(f"stopped at step {trainer.step}; train.resume=true goes on from there")
+        else:
+            if check is not None:
+                console.note(f"{check.steps:,} steps were as certified")
+            _finish(run, trainer, corpus, metrics)
+    host.barrier()  # rank 0 may have waited long for W&B
+    if not stopped:
+        return 0
+    return stop.exit_code if stop() else 128 + SIGTERM  # of another rank
 
 
 def _read_certificate(path: str | None, config: Config, mesh: Mesh) -> Written | None:
@@ -148,16 +160,17 @@ def _options(config: Config) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name not in own}
 
 
-def _open_metrics(run: RunFolder, trainer: Trainer) -> Metrics | None:
+def _open_metrics(run: RunFolder, trainer: Trainer, check: Check | None) -> Metrics | None:
     """The run's outputs; rank 0 alone has them."""
     if not trainer.world.first:
         return None
     config = run.config
+    facts = write_facts(trainer, None if check is None else check.written)
     return Metrics(
         run.path,
         config.wandb,
         name=config.train.name,
-        config_plain=to_plain(config),
+        config_plain={**to_plain(config), "facts": facts},
         resume_step=trainer.step if run.resuming else None,
     )
 
@@ -188,7 +201,9 @@ def _describe(console: Console, trainer: Trainer) -> None:
         console.note(f"experts: backend {config.kernels.backend.value}{how}")
 
 
-def _finish(run: RunFolder, trainer: Trainer, corpus: PreparedCorpus) -> None:
+def _finish(
+    run: RunFolder, trainer: Trainer, corpus: PreparedCorpus, metrics: Metrics | None
+) -> None:
     """Evaluate, and let rank 0 compare with counting, draw, and write summary.json; the others wait for it."""
     config, world = run.config, trainer.world
     if world.first:
@@ -200,9 +215,11 @@ def _finish(run: RunFolder, trainer: Trainer, corpus: PreparedCorpus) -> None:
         world.host, lambda: _summarise(run, trainer, corpus, curve) if world.first else None
     )
     if summary is not None:
+        if metrics is not None:
+            metrics.summarise(final_numbers(summary))
         print(result_table(summary))
         print(
-            f"{run.path}: config.yaml metrics.jsonl checkpoints/ loss.png slimming.png summary.json"
+            f"{run.path}: config.yaml facts.json metrics.jsonl checkpoints/ loss.png slimming.png summary.json"
         )
 
 
@@ -232,6 +249,15 @@ def _summarise(
     except OSError as error:
         raise RunFailed(f"cannot write the results into {run.path}: {error}") from error
     return summary
+
+
+def final_numbers(summary: Mapping[str, Any]) -> dict[str, float]:
+    """Name what W&B's table of runs shows of a summary, such as test_bpc/k4."""
+    split = summary["split"]
+    return {
+        f"{split}_bpc/{f'k{name}' if name.isdigit() else name}": bpc
+        for name, bpc in summary["bpc"].items()
+    }
 
 
 def training_totals(metrics: Path) -> dict[str, float]:

@@ -1,4 +1,5 @@
-"""What one rank computes in a step, counted in matrix products, bytes and operations, and its time on a cluster.
+"""What a step computes, counted in matrix products, bytes and operations: its useful arithmetic (`forward_flops`), and what of
+it all one rank does and how long that takes on a cluster.
 
 The counts follow the code that runs: engine/model.py, engine/attention.py, kernels/relative_attention.py, engine/moe,
 kernels/ and DeepSpeed's Adam. Products are exact; bytes of elementwise operations and numbers of operations are counted
@@ -8,6 +9,7 @@ Letters: B streams of a rank in a micro-batch, Q segment, M memory, S = M + Q, T
 width, I = H x W, V vocabulary, L experts of a rank, F expert width, N computed expert rows, R received rows.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil
 
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 
 from engine.certificate.cluster import ClusterConfig
 from engine.certificate.memory_shapes import COLUMN_BYTES, item_bytes
-from engine.choices import Activation, Backend
+from engine.choices import Activation, Backend, Router
 from engine.config import Config
 
 Seconds = NDArray[np.float64]
@@ -24,6 +26,85 @@ Rows = NDArray[np.float64]
 
 _BACKWARD = 2.0  # products, bytes and operations of backward against forward: two gradients for each product
 _TILE_BYTES = 2 << 20  # of kernels/relative_attention.py
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """So many products of matrices, [rows, depth] by [depth, columns]."""
+
+    rows: float
+    columns: float
+    depth: float
+    count: float = 1
+
+    @property
+    def flops(self) -> float:
+        """Multiplications and additions of one of them."""
+        return 2 * self.rows * self.columns * self.depth
+
+
+def forward_flops(config: Config, vocab: int, k: int) -> float:
+    """Count the useful arithmetic of one optimizer step's forward passes, of all ranks; backward is twice as much.
+
+    Useful is what the model asks for, whatever way it is computed in: products of matrices with the memory full, each query
+    with the keys that it may see, k experts for each symbol. Hidden keys of a tile, experts that a masked product computes in
+    vain, recomputation, and distances that each rank and micro-batch projects anew are not in it; nor is anything that is no
+    product of matrices (embedding, normalisation, softmax, weighted sums).
+
+    Example: a dense feed-forward of width 3 in a model of width 2 adds 2 x 2 x 2 x 3 = 24 for each symbol and layer.
+
+    Args:
+        vocab: symbols (V).
+        k: active experts; no matter when dense.
+    """
+    model, moe, tokens = config.model, config.moe, config.symbols_per_step
+    streams = config.data.streams
+    attention = [
+        *projection_products(config, streams),
+        score_products(config, block=1, together=streams, tiles=model.heads * config.data.segment),
+    ]
+    dense = moe.router is Router.dense
+    hidden = moe.dense_width if dense else k * moe.expert_width + moe.shared_width
+    layer = [*attention, _feed_forward_product(config, tokens, hidden)]
+    if moe.router in (Router.frozen, Router.learned):
+        layer.append(Product(tokens, moe.experts, model.width))
+    return model.layers * _flops(layer) + _flops([Product(tokens, vocab, model.width)])
+
+
+def projection_products(config: Config, streams: int) -> list[Product]:
+    """Projections of one layer's attention: queries, keys and values, distances, output.
+
+    Args:
+        streams: that share the projected distances.
+    """
+    model, queries = config.model, config.data.segment
+    keys, inner, tokens = queries + model.memory, model.heads * model.head_width, streams * queries
+    return [
+        Product(tokens, inner, model.width),
+        Product(streams * keys, 2 * inner, model.width),
+        Product(keys, inner, model.width),
+        Product(tokens, model.width, inner),
+    ]
+
+
+def score_products(config: Config, *, block: int, together: int, tiles: int) -> Product:
+    """Scores by content, scores by distance and weighted values of one layer, in so many tiles.
+
+    Args:
+        block: queries of a tile; it computes the keys that any of them sees.
+        together: streams of a tile.
+    """
+    queries, keys = config.data.segment, config.data.segment + config.model.memory
+    seen = keys - (queries - block) / 2  # keys of a block of queries, on average
+    return Product(together * block, seen, config.model.head_width, 3 * tiles)
+
+
+def _feed_forward_product(config: Config, rows: float, hidden: float) -> Product:
+    return Product(rows, hidden, config.model.width, _matrices(config))
+
+
+def _flops(products: Iterable[Product]) -> float:
+    return sum(product.count * product.flops for product in products)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,27 +136,25 @@ def model_seconds(config: Config, cluster: ClusterConfig, streams: int, vocab: i
         streams * config.data.segment,
     )
 
-    def product(rows: float, columns: float, depth: float, count: float = 1) -> float:
-        return count * float(cluster.product_seconds(2 * rows * columns * depth, bf16=bf16))
+    def seconds(*products: Product) -> float:
+        return sum(
+            product.count * float(cluster.product_seconds(product.flops, bf16=bf16))
+            for product in products
+        )
 
-    projections = (
-        product(tokens, inner, width)
-        + product(streams * keys, 2 * inner, width)
-        + product(keys, inner, width)
-        + product(tokens, width, inner)
-    )
     block = min(queries, COLUMN_BYTES // item)
     together = min(streams, max(1, _TILE_BYTES // (block * keys * item)))
     tiles = model.heads * ceil(queries / block) * ceil(streams / together)
-    seen = keys - (queries - block) / 2  # keys of a block of queries, on average
-    scores = 3 * product(together * block, seen, model.head_width, tiles)
-    score_bytes = 6 * item * streams * model.heads * queries * seen
+    projections = seconds(*projection_products(config, streams))
+    score_product = score_products(config, block=block, together=together, tiles=tiles)
+    scores = seconds(score_product)
+    score_bytes = 6 * item * streams * model.heads * queries * score_product.columns
     moved_bytes = item * (
         8 * tokens * inner + 6 * streams * keys * inner + 2 * streams * keys * width
     )
     attention = projections + scores + float(cluster.memory_seconds(score_bytes + moved_bytes))
     residual = float(cluster.memory_seconds(20 * item * tokens * width))
-    loss = product(tokens, vocab, width) + float(
+    loss = seconds(Product(tokens, vocab, width)) + float(
         cluster.memory_seconds((item + 16) * tokens * vocab)
     )
     operations = model.layers * (45 + 9 * tiles) + 25
@@ -130,8 +209,8 @@ def shared_seconds(config: Config, cluster: ClusterConfig, tokens: int) -> float
     moe, item = config.moe, item_bytes(config)
     if not moe.shared_width:
         return 0.0
-    flops = 2.0 * tokens * config.model.width * moe.shared_width
-    seconds = _matrices(config) * float(cluster.product_seconds(flops, bf16=item == 2))
+    product = _feed_forward_product(config, tokens, moe.shared_width)
+    seconds = product.count * float(cluster.product_seconds(product.flops, bf16=item == 2))
     return passes(config) * cluster.scale.experts * seconds
 
 

@@ -9,7 +9,7 @@ Letters: P ranks of the group, D columns.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,13 +42,18 @@ class Wire:
         """
         self.group, self._comm = group, comm
         self.rank, self.ranks = comm.get_rank(group), comm.get_world_size(group)
-        self.sent_bytes = 0  # left this rank since construction
+        self.sent_bytes_P = [0] * self.ranks  # left this rank since construction, by destination
         self.collectives = 0  # issued since construction
         self._streams: Streams | None = None
         self._log: HostLog | DeviceLog = HostLog()
         if torch.device(device).type == "cuda":
             self._streams = Streams(torch.cuda.Stream(device), torch.cuda.Stream(device))
             self._log = DeviceLog()
+
+    @property
+    def sent_bytes(self) -> int:
+        """All that left this rank since construction."""
+        return sum(self.sent_bytes_P)
 
     def take_times(self) -> ExchangeTimes:
         """Give exposed and hidden time since the last call (see engine/parallel/flights.py); on a GPU waits for it.
@@ -85,13 +90,13 @@ class Wire:
         with the host.
         """
         got = rows.new_empty(sum(got_splits), rows.shape[1])
-        self._count(rows, sum(splits) - splits[self.rank])
+        self._count(rows, splits)
         return self._issue(self._comm.all_to_all_single, got, rows, list(got_splits), list(splits))
 
     def all_gather(self, rows: Tensor) -> Flight:
         """Give the rows of all ranks, rank by rank: [T, D] to [P * T, D]; leaves: (P - 1) x T x D x item bytes."""
         got = rows.new_empty(self.ranks * rows.shape[0], rows.shape[1])
-        self._count(rows, (self.ranks - 1) * rows.shape[0])
+        self._count(rows, [rows.shape[0]] * self.ranks)
         return self._issue(self._comm.all_gather_into_tensor, got, rows)
 
     def reduce_scatter(self, rows: Tensor) -> Flight:
@@ -100,25 +105,28 @@ class Wire:
         On a CPU an all-to-all, added up here in rank order and fp32: gloo's own is an all-reduce, twice the bytes (measured).
         """
         got = rows.new_empty(rows.shape[0] // self.ranks, rows.shape[1])
-        self._count(rows, (self.ranks - 1) * got.shape[0])
+        self._count(rows, [got.shape[0]] * self.ranks)
         if self._streams is not None:
             return self._issue(self._comm.reduce_scatter_tensor, got, rows)
         parts = self._issue(self._comm.all_to_all_single, torch.empty_like(rows), rows)
         return SumFlight(parts, self.ranks)
 
     def all_reduce(self, values: Tensor) -> Tensor:
-        """Add up the ranks' values, of any shape; leaves about 2 (P - 1) / P x item bytes each, as round a ring."""
+        """Add up the ranks' values, of any shape; leaves about 2 (P - 1) / P x item bytes each, as round a ring to the next rank."""
         total = values.clone()
         self.collectives += 1
-        self.sent_bytes += (
+        self.sent_bytes_P[(self.rank + 1) % self.ranks] += (
             2 * (self.ranks - 1) * values.numel() * values.element_size() // self.ranks
         )
         self._comm.all_reduce(total, group=self.group)
         return total
 
-    def _count(self, rows: Tensor, num_rows: int) -> None:
+    def _count(self, rows: Tensor, num_rows_P: Sequence[int]) -> None:
         self.collectives += 1
-        self.sent_bytes += num_rows * rows.shape[1] * rows.element_size()
+        row_bytes = rows.shape[1] * rows.element_size()
+        for rank, num_rows in enumerate(num_rows_P):
+            if rank != self.rank:
+                self.sent_bytes_P[rank] += num_rows * row_bytes
 
     def _issue(self, collective: Callable[..., Any], got: Tensor, rows: Tensor, *splits: list[int]) -> Flight:  # fmt: skip
         # Evaluation takes no times: its logs would only grow.

@@ -4,7 +4,7 @@
 started differently is named.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -30,11 +30,24 @@ class World:
     planning: Host = field(default_factory=Host)  # all ranks; for the loader's thread
     planning_group: Host = field(default_factory=Host)  # the expert group; for the loader's thread
     watch: Watch = field(default_factory=Watch)
+    node_P: tuple[int, ...] = ()  # each rank's node, from 0 on; empty: all are on one
 
     @property
     def first(self) -> bool:
         """This is rank 0, which writes and speaks."""
         return self.mesh.rank == 0
+
+    @property
+    def nodes(self) -> int:
+        """Nodes on which there are ranks."""
+        return len(set(self.node_P)) or 1
+
+    def near(self, ranks: Iterable[int]) -> list[bool]:
+        """Say of each of these ranks whether it is on this rank's node.
+
+        Example: rank 1 of ranks on the nodes (0, 0, 1): ranks 0 and 2 are [True, False].
+        """
+        return [not self.node_P or self.node_P[rank] == self.node_P[self.mesh.rank] for rank in ranks]  # fmt: skip
 
     def sum(self, values: Tensor) -> Tensor:
         """Give the sum of the ranks' values."""

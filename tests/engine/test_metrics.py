@@ -14,13 +14,7 @@ import pytest
 
 from engine.config import WandbConfig, WandbMode
 from engine.errors import RunFailed
-from engine.metrics import (
-    METRICS,
-    WANDB_ID,
-    Metrics,
-    memory_bytes,
-    peak_memory_bytes,
-)
+from engine.metrics import METRICS, WANDB_ID, Metrics, memory_bytes, peak_memory_bytes
 
 
 def open_metrics(folder: Path, wandb: WandbConfig | None = None, **options: Any) -> Metrics:

@@ -1,0 +1,104 @@
+"""A run in Weights & Biases: the metrics under their names, lists as W&B can draw them. The only file that imports wandb.
+
+Scalars keep their names. Of a rank's series each rank has one (rank_own_ms/0, ...), or with more than 64 ranks /min, /median and
+/max; of a layer's each layer. The rows of a layer's experts are a histogram whose bins are the experts (expert_rows/0), which
+W&B draws as a heat map over the steps. W&B's id lives in the run's folder, so a resumed run goes on in the same W&B run.
+"""
+
+import os
+import statistics
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import wandb
+
+from engine.config import WandbConfig, WandbMode
+from engine.errors import UserError
+from engine.metrics import METRICS, WANDB_ID
+
+MOST_RANKS = 64
+"""With more ranks, W&B gets the least, the median and the largest of a rank's series alone."""
+
+
+class WandbRun:
+    """The run in W&B, from its start to its end."""
+
+    def __init__(
+        self, folder: Path, config: WandbConfig, name: str, config_plain: Any, resumed: bool
+    ) -> None:
+        """Start or go on; offline runs are written to folder/wandb for a later `wandb sync`.
+
+        Raises:
+            UserError: W&B cannot be started.
+        """
+        offline = config.mode is WandbMode.offline
+        if offline:  # its service stays off the network
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        id_file = folder / WANDB_ID
+        if not (resumed and id_file.exists()):
+            id_file.write_text(uuid.uuid4().hex[:12])
+        try:
+            self._run = wandb.init(
+                project=config.project,
+                group=config.group,
+                job_type=config.job_type,
+                tags=config.tags or None,  # None: what WANDB_TAGS says
+                notes=config.notes,
+                name=name,
+                id=id_file.read_text().strip(),
+                resume=None if offline else "allow",  # an offline log has no past
+                config=config_plain,
+                dir=folder,
+                mode=config.mode.value,
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except wandb.Error as error:
+            raise UserError(f"wandb.mode={config.mode.value}: {error}") from error
+        self._define()
+
+    def _define(self) -> None:
+        """Say what charts begin with, and what the table of runs shows of a series."""
+        for axis in ("tokens", "flops"):
+            self._run.define_metric(axis, summary="max")
+        for name in ("valid_loss", "valid_bpc"):
+            self._run.define_metric(name, step_metric="tokens", summary="min")
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Hand over the values of a step; W&B's service writes and sends them."""
+        if (
+            "valid_bpc" in values
+        ):  # W&B has one row a step, and the training line's k is already in it
+            values = {name: value for name, value in values.items() if name != "k"}
+        shown: dict[str, Any] = {}
+        for name, value in values.items():
+            shown |= _drawn(name, value)
+        self._run.log(shown, step=step)
+
+    def summarise(self, values: Mapping[str, float]) -> None:
+        """Put numbers into the table of runs."""
+        self._run.summary.update(dict(values))
+
+    def close(self, *, failed: bool) -> None:
+        """Finish; returns when everything is written, and online sent."""
+        self._run.finish(exit_code=1 if failed else 0)
+
+
+def _drawn(name: str, value: Any) -> dict[str, Any]:
+    """Turn a metric into what W&B can draw.
+
+    Example: layer_load [1.5, 2.0] gives layer_load/0 and layer_load/1.
+    """
+    axes = METRICS[name].axes
+    if not axes:
+        return {name: value}
+    if axes == ("rank",) and len(value) > MOST_RANKS:
+        return {f"{name}/{of.__name__}": of(value) for of in (min, statistics.median, max)}
+    if axes == ("layer", "expert"):
+        return {f"{name}/{layer}": _histogram(rows_E) for layer, rows_E in enumerate(value)}
+    return {f"{name}/{place}": number for place, number in enumerate(value)}
+
+
+def _histogram(rows_E: list[float]) -> wandb.Histogram:
+    return wandb.Histogram(np_histogram=(rows_E, list(range(len(rows_E) + 1))))
