@@ -6,7 +6,7 @@ every other's times, memory, rows and bytes, and no further collective is needed
 Letters: L layers, E experts, P ranks of the run, X columns of a row.
 """
 
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
@@ -49,9 +49,9 @@ class Totals(NamedTuple):
 
 def block_of(row: RankRow, mesh: Mesh) -> Tensor:
     """Give the block [P, X] in which this rank's row alone is filled."""
-    block = torch.zeros(mesh.world, len(COLUMN), dtype=torch.float64)
-    block[mesh.rank] = torch.tensor(astuple(row), dtype=torch.float64)
-    return block
+    block = np.zeros((mesh.world, len(COLUMN)))
+    block[mesh.rank] = [getattr(row, name) for name in COLUMN]
+    return torch.from_numpy(block)
 
 
 def add_up(outputs: list[Output], world: World, block: Tensor) -> Totals:

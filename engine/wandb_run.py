@@ -61,7 +61,7 @@ class WandbRun:
     def _define(self) -> None:
         """Say what charts begin with, and what the table of runs shows of a series."""
         for axis in ("tokens", "flops"):
-            self._run.define_metric(axis, summary="max")
+            self._run.define_metric(axis)
         for name in ("valid_loss", "valid_bpc"):
             self._run.define_metric(name, step_metric="tokens", summary="min")
 

@@ -1,20 +1,19 @@
-"""Every sink gets every name: metrics.jsonl, console, and a W&B offline log that is parsed back record by record."""
+"""Every sink gets every name: metrics.jsonl, and a W&B offline log that is parsed back record by record."""
 
 import json
 import math
-import struct
 import subprocess
 import sys
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
 from engine.config import WandbConfig, WandbMode
 from engine.errors import RunFailed
 from engine.metrics import METRICS, WANDB_ID, Metrics, memory_bytes, peak_memory_bytes
+from launch.testing_wandb import Offline, offline_runs
 
 
 def open_metrics(folder: Path, wandb: WandbConfig | None = None, **options: Any) -> Metrics:
@@ -36,9 +35,11 @@ def test_lines_are_complete_while_the_run_goes_on(tmp_path: Path) -> None:
 
 def test_values_that_are_not_finite_are_null(tmp_path: Path) -> None:
     metrics = open_metrics(tmp_path)
-    metrics.log(1, {"loss": math.nan, "grad_norm": math.inf, "bpc": -math.inf, "k": 2})
+    values = {"loss": math.nan, "grad_norm": math.inf, "bpc": -math.inf, "k": 2}
+    metrics.log(1, {**values, "expert_rows": [[math.nan, 1.0], [2.0, math.inf]]})
     metrics.close()
-    assert lines(tmp_path) == [{"step": 1, "loss": None, "grad_norm": None, "bpc": None, "k": 2}]
+    null = {"loss": None, "grad_norm": None, "bpc": None, "k": 2}
+    assert lines(tmp_path) == [{"step": 1, **null, "expert_rows": [[None, 1.0], [2.0, None]]}]
 
 
 def test_an_unknown_name_is_refused(tmp_path: Path) -> None:
@@ -88,90 +89,103 @@ def test_memory_is_in_bytes() -> None:
 
 def test_every_metric_has_a_unit_and_a_meaning() -> None:
     assert all(metric.unit and metric.meaning for metric in METRICS.values())
+    axes = {(), ("rank",), ("layer",), ("layer", "expert")}
+    assert {metric.axes for metric in METRICS.values()} == axes
     assert {"loss", "bpc", "k", "tokens_per_second", "wire_bytes", "mfu"} <= set(METRICS)
-
-
-def _records(file: Path) -> Iterator[bytes]:
-    """Parse W&B's record log: 7 bytes header, then 32 KiB blocks of (crc32, length, type) + payload.
-
-    Type 1 is a whole record, 2 a first, 3 a middle and 4 a last part; a block's last bytes, if too few for a record's
-    head, are padding.
-    """
-    data = file.read_bytes()
-    assert data[:4] == b":W&B"
-    position, parts = 7, b""
-    while position + 7 <= len(data):
-        room = 32768 - position % 32768
-        if room < 7:
-            position += room
-            continue
-        crc, length, kind = struct.unpack_from("<IHB", data, position)
-        payload = data[position + 7 : position + 7 + length]
-        assert zlib.crc32(bytes([kind]) + payload) == crc
-        position += 7 + length
-        parts = payload if kind in (1, 2) else parts + payload
-        if kind in (1, 4):
-            yield parts
-
-
-def _offline_log(folder: Path) -> tuple[dict[int, dict[str, Any]], Any]:
-    """The history of an offline run by step, and its run record."""
-    from wandb.proto import wandb_internal_pb2
-
-    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    history: dict[int, dict[str, Any]] = {}
-    run = None
-    for data in _records(file):
-        record: Any = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
-        record.ParseFromString(data)
-        if record.WhichOneof("record_type") == "run":
-            run = record.run
-        if record.WhichOneof("record_type") == "history":
-            items = {
-                i.key or "/".join(i.nested_key): json.loads(i.value_json)
-                for i in record.history.item
-            }
-            history[items["_step"]] = items
-    return history, run
 
 
 OFFLINE = """
 import sys
 from pathlib import Path
 from engine.config import WandbConfig, WandbMode
-from engine.errors import RunFailed
 from engine.metrics import METRICS, Metrics
-wandb = WandbConfig(mode=WandbMode.offline, project="study", group="hashed")
-metrics = Metrics(Path(sys.argv[1]), wandb, name="r", config_plain={"moe": {"experts": 7}})
-for step in range(1, 41):  # more than one block of the log
-    metrics.log(step, {name: step + i / 64 for i, name in enumerate(METRICS)})
-metrics.log(41, {"loss": float("nan")})
-metrics.close()
+wandb = WandbConfig(mode=WandbMode.offline, project="study", group="hashed", tags=["a", "b"], notes="n")
+SIZES = {"rank": int(sys.argv[2]), "layer": 2, "expert": 3}
+def value(number, axes):
+    if not axes:
+        return number
+    return [value(number + place, axes[1:]) for place in range(SIZES[axes[0]])]
+with Metrics(Path(sys.argv[1]), wandb, name="r", config_plain={"moe": {"experts": 7}, "facts": {"ranks": 2}}) as metrics:
+    for step in range(1, 41):  # more than one block of the log
+        metrics.log(step, {name: value(step + i / 64, about.axes) for i, (name, about) in enumerate(METRICS.items()) if "valid" not in name})
+    metrics.log(40, {"valid_bpc": 1.5, "valid_loss": 1.0, "k": 99, "tokens": 5, "flops": 7})
+    metrics.log(41, {"loss": float("nan"), "rank_own_ms": [float("inf"), 1.0]})
+    metrics.summarise({"test_bpc/k4": 1.25})
+    if len(sys.argv) > 3:
+        raise KeyError("a bug")
 """
 
 
-def test_offline_wandb_run_has_everything(tmp_path: Path) -> None:
-    """In a process of its own, so that all its output is seen."""
+def offline(
+    folder: Path, ranks: int, *more: str
+) -> tuple[subprocess.CompletedProcess[str], Offline]:
+    """Run the script above in a process of its own, so that all its output is seen."""
     done = subprocess.run(
-        [sys.executable, "-c", OFFLINE, str(tmp_path)], capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", OFFLINE, str(folder), str(ranks), *more],
+        capture_output=True,
+        text=True,
+        timeout=100,
     )
+    (found,) = offline_runs(folder)
+    return done, found
+
+
+def test_offline_wandb_run_has_everything(tmp_path: Path) -> None:
+    done, found = offline(tmp_path, ranks=2)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    history, run = _offline_log(tmp_path)
-    assert sorted(history) == list(range(1, 42))
+    assert sorted(found.history) == list(range(1, 42))
     for step in (1, 40):
-        for i, name in enumerate(METRICS):
-            assert history[step][name] == step + i / 64
+        row = found.history[step]
+        for i, (name, about) in enumerate(METRICS.items()):
+            number = step + i / 64
+            if name.startswith("valid") or (step == 40 and name in ("tokens", "flops")):
+                continue
+            if not about.axes:
+                assert row[name] == number, name
+            elif about.axes != ("layer", "expert"):
+                assert [row[f"{name}/{place}"] for place in range(2)] == [number, number + 1]
+        rows = found.history[step]["expert_rows/1"]
+        first = step + list(METRICS).index("expert_rows") / 64 + 1
+        assert rows == {"_type": "histogram", "values": [first, first + 1, first + 2], "bins": [0, 1, 2, 3]}  # fmt: skip
+    assert found.history[40]["valid_bpc"] == 1.5
+    assert found.history[40]["k"] == 40 + list(METRICS).index("k") / 64  # the training line's
+    assert not any(name.endswith("/2") for name in found.history[1])
+    assert found.summary["test_bpc/k4"] == 1.25 and found.exit_code == 0
+    assert len(lines(tmp_path)) == 42
+
+
+def test_the_wandb_run_says_what_it_is(tmp_path: Path) -> None:
+    """And a run that failed is shown as failed."""
+    done, found = offline(tmp_path, 2, "fail")
+    assert done.returncode == 1 and "KeyError: 'a bug'" in done.stderr and found.exit_code == 1
+    run = found.run
     assert (run.project, run.run_group, run.display_name) == ("study", "hashed", "r")
+    assert (run.job_type, list(run.tags), run.notes) == ("train", ["a", "b"], "n")
     assert run.run_id == (tmp_path / WANDB_ID).read_text()
-    config = {item.key: json.loads(item.value_json) for item in run.config.update}
-    assert config["moe"] == {"experts": 7}
-    assert len(lines(tmp_path)) == 41
+    assert found.config["moe"] == {"experts": 7} and found.config["facts"] == {"ranks": 2}
+    for name in ("valid_loss", "valid_bpc"):
+        definition = found.metrics[name]
+        assert (definition.step_metric, definition.summary.min) == ("tokens", True)
+    assert {"tokens", "flops"} <= set(found.metrics)
+
+
+def test_many_ranks_are_three_series(tmp_path: Path) -> None:
+    _, found = offline(tmp_path, ranks=65)
+    first = 1 + list(METRICS).index("rank_rows") / 64
+    row = {name: value for name, value in found.history[1].items() if name.startswith("rank_rows")}
+    assert row == {"rank_rows/min": first, "rank_rows/median": first + 32, "rank_rows/max": first + 64}  # fmt: skip
+    assert len(lines(tmp_path)[0]["rank_rows"]) == 65  # the file has all of them
 
 
 def test_wandb_id_is_kept_on_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = pytest.importorskip("wandb")
     calls: list[dict[str, Any]] = []
-    monkeypatch.setattr(wandb, "init", lambda **options: calls.append(options))
+
+    def init(**options: Any) -> MagicMock:
+        calls.append(options)
+        return MagicMock()
+
+    monkeypatch.setattr(wandb, "init", init)
     online = WandbConfig(mode=WandbMode.online, group="g")
     open_metrics(tmp_path, online)
     open_metrics(tmp_path, online, resume_step=5)
@@ -187,5 +201,5 @@ def test_disabled_wandb_is_not_even_imported(tmp_path: Path) -> None:
         OFFLINE.replace("WandbMode.offline", "WandbMode.disabled")
         + "assert 'wandb' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=100)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path), "2"], check=True, timeout=100)
     assert not (tmp_path / "wandb").exists() and not (tmp_path / WANDB_ID).exists()

@@ -1,0 +1,68 @@
+"""What MFU is measured against: said, looked up, or unknown; never guessed."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from engine.choices import Backend, Precision, Products
+from engine.config import KernelsConfig, TrainConfig
+from engine.errors import UserError
+from engine.peak import SHEETS, peak_of
+from engine.testing_run import tiny_config
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU of this name, as far as a look-up goes."""
+
+    def named(name):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        return torch.device("cuda", 0)
+
+    return named
+
+
+def with_formats(precision, products=Products.ieee):
+    backend = Backend.triton if products is Products.tf32 else Backend.auto
+    config = tiny_config()
+    return replace(
+        config,
+        train=replace(config.train, precision=precision),
+        kernels=KernelsConfig(backend=backend, precision=products),
+    )
+
+
+def test_a_known_gpu_in_the_number_format_of_the_run(gpu):
+    device = gpu("NVIDIA H100 80GB HBM3")
+    found = peak_of(with_formats(Precision.bf16), device)
+    assert found.flops == 989.5e12 and found.source == "NVIDIA H100 data sheet (SXM), dense bf16"
+    assert peak_of(with_formats(Precision.fp32), device).flops == 67e12
+    assert peak_of(with_formats(Precision.fp32, Products.tf32), device).flops == 494.5e12
+
+
+def test_an_unknown_device_has_no_peak(gpu):
+    """Also a part of a known one."""
+    for name in ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA GeForce RTX 4090", "NVIDIA H100"):
+        found = peak_of(with_formats(Precision.bf16), gpu(name))
+        assert found.flops == 0 and name in found.source and "train.peak_tflops" in found.source
+    assert peak_of(with_formats(Precision.fp32), torch.device("cpu")).flops == 0
+
+
+def test_what_the_run_says_counts(gpu):
+    config = with_formats(Precision.bf16)
+    config = replace(config, train=replace(config.train, peak_tflops=0.5))
+    for device in (gpu("NVIDIA H200"), torch.device("cpu")):
+        assert peak_of(config, device) == (0.5e12, "train.peak_tflops")
+
+
+def test_a_peak_of_nothing_is_refused():
+    with pytest.raises(UserError, match=r"train.peak_tflops=0.0: must be above 0"):
+        TrainConfig(peak_tflops=0.0)
+
+
+def test_figures_are_dense_ones():
+    """Of all of these tensor cores, bf16 is twice tf32; a sparse figure in one column would not be."""
+    for name, sheet in SHEETS.items():
+        assert sheet.bf16 == pytest.approx(2 * sheet.tf32, rel=0.02), name
+        assert sheet.fp32 < sheet.tf32, name
