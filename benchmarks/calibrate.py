@@ -6,6 +6,8 @@
     inside          all-to-alls between ranks of this machine, all at once (benchmarks/link_rank.py)
     sharing         a computation on 1, 2 and 4 ranks at once
 
+Its last lines say what to set train.peak_tflops to on this machine, for the metric mfu: the rate of the fastest product.
+
 None of the runs has the shape of one whose time benchmarks/bench_certify.py predicts. The link between nodes is not
 measured, as there is one machine: it is written as this machine's own; edit it, or take it from a preset.
 """
@@ -101,6 +103,22 @@ def product_rates(dtype: torch.dtype) -> list[list[float]]:
         flop = 2.0 * size**3
         curve.append([flop / 1e9, flop * repeats / fastest(case) / 1e12])
     return [[float(f"{value:.4g}") for value in point] for point in curve]
+
+
+def peak_lines() -> list[str]:
+    """Measure the largest rate of a product, by one thread and by PyTorch's own number of them; says how to set it."""
+    lines = []
+    for threads in sorted({1, torch.get_num_threads()}):  # in the end as many as before
+        torch.set_num_threads(threads)
+        rates = {
+            precision: max(rate for _, rate in product_rates(dtype))
+            for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+        }
+        lines += [
+            f"peak of a rank of {threads} threads in {precision}, for the metric mfu: train.peak_tflops={rate}"
+            for precision, rate in rates.items()
+        ]
+    return lines
 
 
 def device() -> ClusterConfig:
@@ -255,9 +273,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--out", type=Path, default=TARGET, help="file to write")
     args = parser.parse_args()
+    peaks = peak_lines()
     cluster, rows = calibrate()
     print_table(["run", "ms", "fitted", "by the others"], rows)
     write_config(cluster, args.out)
+    print("\n".join(peaks))
     print(f"written to {args.out}: cluster={args.out.stem}")
 
 

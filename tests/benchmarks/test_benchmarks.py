@@ -39,6 +39,16 @@ def test_bench_kernels():
 
 
 @pytest.mark.slow
+def test_bench_metrics():
+    code, out, err = run("bench_metrics", "--steps", "40")
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert list(result) == ["metric_share", "most", "hook_us"]
+    assert len(result["metric_share"]) == 8 and result["most"] == max(result["metric_share"].values())  # fmt: skip
+    assert all(share > 0 for share in result["metric_share"].values())
+
+
+@pytest.mark.slow
 def test_bench_plan():
     code, out, err = run("bench_plan", "--rounds", "2", "--steps", "1")
     assert code == 0, err

@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
 
+from benchmarks import calibrate
 from benchmarks.calibrate import RUNS, fit, inside_link
 from benchmarks.certify_time import Compared, median_error, regrets, ways
 from engine.certificate.time_model import StepTime
@@ -43,3 +45,20 @@ def test_the_recommended_way_is_judged_by_what_was_measured() -> None:
     found = [compared("a", 1.0, 1.2), compared("b", 1.1, 1.0), compared("c", 3.0, 2.0)]
     assert regrets(found) == {"2 ranks, 1gbit": pytest.approx(0.2)}
     assert median_error(found) == pytest.approx(0.2 / 1.2)
+
+
+def test_the_peak_is_that_of_the_largest_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By each number of threads, which is as before at the end."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(
+        calibrate,
+        "product_rates",
+        lambda dtype: [[1.0, 0.1], [2.0, dtype.itemsize + torch.get_num_threads() / 100]],
+    )
+    torch.set_num_threads(2)
+    lines = calibrate.peak_lines()
+    assert [line.split("train.")[1] for line in lines] == [
+        "peak_tflops=4.01", "peak_tflops=2.01", "peak_tflops=4.02", "peak_tflops=2.02"
+    ]  # fmt: skip
+    assert "2 threads in bf16" in lines[3] and torch.get_num_threads() == 2
+    torch.set_num_threads(threads)

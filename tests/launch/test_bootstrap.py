@@ -1,6 +1,7 @@
 """Where a process finds itself and the others, from the variables of each launcher, alone and beside one another."""
 
 import os
+import socket
 
 import pytest
 
@@ -13,6 +14,7 @@ from launch.bootstrap import (  # fmt: skip
     Place,
     find_address,
     find_device,
+    find_node,
     find_place,
 )
 
@@ -114,3 +116,10 @@ def test_addresses(tmp_path, monkeypatch):
         find_address(by_slurm, step | {"SLURM_STEP_NODELIST": "?"})
     with pytest.raises(UserError, match="MASTER_ADDR and MASTER_PORT: the launcher must set them"):
         find_address(Place(1, 2, 0, TORCH), {"MASTER_ADDR": "h"})
+
+
+def test_a_node_is_a_machine_with_a_name(monkeypatch):
+    here = find_node()
+    assert here == find_node() and socket.gethostname() in here
+    monkeypatch.setattr(socket, "gethostname", lambda: "another")
+    assert find_node() != here

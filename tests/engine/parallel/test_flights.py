@@ -101,6 +101,8 @@ def test_a_wire_counts_what_leaves_and_calls_the_module_it_was_given():
     assert torch.equal(wire.all_reduce(torch.arange(9)), torch.arange(9))
     assert wire.sent_bytes - before == 2 * 2 * 9 * 8 // 3
     assert wire.collectives == len(comm.calls) == 4
+    # by destination; the ring goes on to rank 2
+    assert wire.sent_bytes_P == [(1 + 6 + 2) * 10, 0, (3 + 6 + 2) * 10 + 96]
 
 
 def test_evaluation_is_not_timed():

@@ -13,8 +13,9 @@ from torch import distributed as dist
 
 from engine.errors import RunFailed, UserError
 from engine.parallel.host import GlooHost, Host, odd_ones
+from engine.parallel.mesh import Mesh
 from engine.parallel.watch import Watch
-from engine.parallel.world import agree, together
+from engine.parallel.world import World, agree, together
 from engine.testing import run_ranks, run_threads
 
 MPIRUN = shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil.which("mpirun")
@@ -124,6 +125,13 @@ def test_the_odd_ones():
     assert odd_ones([7] * 3 + [1, 2, 3, 4, 5] + [7] * 2) == (
         "rank 3 has 1, rank 4 has 2, rank 5 has 3, rank 6 has 4 and 1 more ranks differ, the other 5 have 7"
     )
+
+
+def test_which_ranks_share_a_node():
+    world = World(Mesh(2, 4, 2), node_P=(0, 0, 1, 0))
+    assert world.nodes == 2 and world.near(range(4)) == [False, False, True, False]
+    assert World(Mesh(3, 4, 2), node_P=(0, 0, 1, 0)).near([0, 2]) == [True, False]
+    assert World().nodes == 1 and World(Mesh(1, 2, 2)).near(range(2)) == [True, True]
 
 
 MPI = """

@@ -1,5 +1,6 @@
 """The recipes for many machines, run as they are on simulated ones: they train like one process, and a stop saves."""
 
+import json
 import os
 import re
 import shutil
@@ -72,6 +73,9 @@ def test_it_trains_like_one_process(machines, small_run, alone, tmp_path, recipe
     assert [node.code for node in done] == [0] * len(done), done
     assert read_losses(tmp_path) == pytest.approx(alone, rel=1e-6)
     assert (machines.cluster.link_bytes() - sent > 1_000_000) == (count == 2)
+    assert json.loads((tmp_path / "debug/facts.json").read_text())["nodes"] == count
+    last = json.loads((tmp_path / "debug/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["wire_bytes_inside"] > 0 and (last["wire_bytes_between"] > 0) == (count == 2)
 
 
 def test_a_killed_rank_is_started_again(machines, small_run, tmp_path):
