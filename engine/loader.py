@@ -17,7 +17,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -53,7 +53,9 @@ class PlannedBatch:
     plans: tuple[Plan, ...] | None  # one per table; None for live routers and dense
     token_T: Tensor  # int64: numbers of the group's tokens within the step: stream x Q + place in the segment
     copied: torch.cuda.Event | None = None  # of the copy to a GPU
-    prepare_ms: float = 0.0  # what the loader's thread needed to read and plan it
+    prepare_ms: float = field(
+        default=0.0, compare=False
+    )  # the loader's thread needed to read and plan it
 
 
 def group_batch(batches: Sequence[Batch], own: int = 0) -> GroupBatch:

@@ -30,11 +30,13 @@ class WandbRun:
     ) -> None:
         """Start or go on; offline runs are written to folder/wandb for a later `wandb sync`.
 
+        Each offline start has a log of its own, which says that it goes on with the run of this id (wandb 0.31 and later), so
+        that `wandb sync` appends it to what came before.
+
         Raises:
             UserError: W&B cannot be started.
         """
-        offline = config.mode is WandbMode.offline
-        if offline:  # its service stays off the network
+        if config.mode is WandbMode.offline:  # its service stays off the network
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         id_file = folder / WANDB_ID
         if not (resumed and id_file.exists()):
@@ -48,7 +50,7 @@ class WandbRun:
                 notes=config.notes,
                 name=name,
                 id=id_file.read_text().strip(),
-                resume=None if offline else "allow",  # an offline log has no past
+                resume="allow",
                 config=config_plain,
                 dir=folder,
                 mode=config.mode.value,

@@ -1,5 +1,6 @@
 import dataclasses
 import threading
+import time
 import traceback
 
 import numpy as np
@@ -53,6 +54,7 @@ def flatten(value):
         return [
             item
             for field in dataclasses.fields(value)
+            if field.compare
             for item in flatten(getattr(value, field.name))
         ]
     if isinstance(value, tuple):
@@ -74,6 +76,19 @@ def test_batches_come_in_order_and_equal_planning_inline(routers, prefetch):
         with pytest.raises(RuntimeError, match="all steps are done"):
             loader.next()
     loader.close()
+
+
+def test_each_batch_says_how_long_it_took_to_make(routers):
+    """Reading and planning, not the wait for its turn."""
+
+    def make(step, micro):
+        time.sleep(0.03 if micro else 0.0)
+        return make_batch(step, micro)
+
+    loader = start(routers, make)
+    found = [loader.next()[0].prepare_ms for _ in range(4)]
+    loader.close()
+    assert min(found) > 0 and min(found[1::2]) >= 30
 
 
 def test_without_planned_routers_there_is_no_plan():

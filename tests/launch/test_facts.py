@@ -158,6 +158,7 @@ def test_a_watched_run_that_is_started_again(tmp_path, text):
     (folder / "summary.json").unlink()  # as if it had been stopped in the evaluation
     start(tmp_path, text, "train.resume=true")
     again = offline_runs(folder)
+    assert all(one.run.resume for one in again)  # so that wandb sync appends
     assert [one.run.run_id for one in again] == [(folder / WANDB_ID).read_text()] * 2
     assert facts_of(folder)["started"][0] == first["started"][0]
     assert len(facts_of(folder)["started"]) == 2
