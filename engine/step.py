@@ -20,6 +20,7 @@ from engine.model import Memory, Output, Routing
 from engine.optim import learning_rate
 from engine.parallel.world import World
 from engine.timing import ForwardTimes, OwnTime
+from engine.tracing import span
 
 
 @dataclass(slots=True)
@@ -109,17 +110,19 @@ def train_step(
     wire = engine.wire
     sent_before = wire.sent_bytes if wire else 0
     for micro in range(config.train.accumulation):
-        planned, wait_seconds = loader.next()
+        with span("plan_wait"):
+            planned, wait_seconds = loader.next()
         times.plan_wait_ms += 1e3 * wait_seconds
         clock.lap_ms()
-        with own.forward(), check.forward() if check else nullcontext():
+        with span("forward"), own.forward(), check.forward() if check else nullcontext():
             output = _forward(engine, planned, memory[micro], config, step)
         times.forward_ms += clock.lap_ms()
         attention_ms, experts_ms = forward_times.take()
         times.attention_ms += attention_ms
         times.experts_ms += experts_ms
         clock.lap_ms()
-        engine.backward(output.loss)
+        with span("backward"):
+            engine.backward(output.loss)
         times.backward_ms += clock.lap_ms()
         forward_times.take()  # with recomputation, backward runs the modules again
         memory[micro] = output.memory
@@ -127,13 +130,15 @@ def train_step(
     if check is not None:
         check.compare(step)
     sent = wire.sent_bytes - sent_before if wire else 0
-    totals = _totals(outputs, world, [stop_asked, sent], own_ms)
+    with span("totals"):
+        totals = _totals(outputs, world, [stop_asked, sent], own_ms)
     if not math.isfinite(totals.loss + totals.auxiliary_loss):
         raise everywhere(
             RunFailed(f"the loss is {totals.loss + totals.auxiliary_loss} at step {step}")
         )
     clock.lap_ms()
-    applied = engine.step()
+    with span("optimizer"):
+        applied = engine.step()
     times.optimizer_ms = clock.lap_ms()
     if not applied:
         raise everywhere(RunFailed(f"the gradient norm is {engine.grad_norm()} at step {step}"))

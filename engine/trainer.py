@@ -38,9 +38,11 @@ from engine.moe.routers import HashedRouter, routers_of
 from engine.moe.schedule import active_experts
 from engine.moe.tables import table_from_state, table_state
 from engine.parallel.world import World
+from engine.profiler import Profiler
 from engine.skew import SlowRank, skew
 from engine.step import StepResult, StepTimes, train_step
 from engine.timing import ForwardTimes
+from engine.tracing import span
 
 
 class Reporter(Protocol):
@@ -188,10 +190,14 @@ class Trainer:
         alone = self.world.mesh.world == 1
         stopping = alone and stop_asked()
         slow, own_ms = SlowRank(), 0.0
+        profiler = Profiler(
+            self.config.profile, self.folder / "trace", self.world, self.reporter.note, done=first
+        )
         try:
             while self.step < train.steps and not stopping:
                 # the first step may compile kernels
                 self.world.watch.at(f"step {self.step}", timed=self.step > first)
+                profiler.begin(self.step + 1)
                 result = train_step(
                     self.engine, loader, self.memory, self.config,
                     step=self.step, forward_times=self.forward_times,
@@ -199,6 +205,7 @@ class Trainer:
                 )  # fmt: skip
                 own_ms = result.times.own_ms
                 self.step += 1
+                profiler.end(self.step, result.times)
                 stopping = result.stop_asked or (alone and stop_asked())
                 window.add(result)
                 self.reporter.step(self.step)
@@ -212,10 +219,13 @@ class Trainer:
                     left = elapsed / (self.step - first) * (train.steps - self.step)
                     self.reporter.metrics(self.step, values, left)
                 if train.valid_every and self.step % train.valid_every == 0:
-                    self._validate(metrics, stop_asked if alone else lambda: False)
+                    with span("validation"):
+                        self._validate(metrics, stop_asked if alone else lambda: False)
                 if train.save_every and self.step % train.save_every == 0:
-                    self.save()
+                    with span("checkpoint"):
+                        self.save()
                     saved = self.step
+            profiler.close()
         except _StopAsked:
             pass
         except RunFailed as error:
@@ -225,6 +235,7 @@ class Trainer:
             raise failure from error
         finally:
             loader.close()
+            profiler.leave()
         if saved != self.step:
             self.save()
         return self.step >= train.steps
