@@ -15,8 +15,8 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -122,44 +122,41 @@ class Profiler:
         self._end_step()
         record_into(None)
         self._recorder = None
-        if self._torch is not None:
-            self._torch.stop()
+        profiler, self._torch = self._torch, None
+        if profiler is not None:
+            profiler.stop()
         issued = [Range("", f.thread, f.issued_ns, f.issued_ns) for f in recorder.flights]
         nested = nest([*recorder.ranges, *issued])
         ranges, places = nested[: len(recorder.ranges)], nested[len(recorder.ranges) :]
         issued_in = [place.path.rpartition("/")[0] for place in places]
         events = [
-            *self._process.names(),
             *range_events(ranges, self._process, self._clock),
             *flight_events(recorder.flights, issued_in, self._process, self._clock),
         ]
         return {
             "costs": costs(ranges),
             "overlap_ms": self._overlap_ms(ranges, recorder.flights, issued_in),
-            "problem": self._attempt(lambda: self._write_own(events, ranges)),
+            "problem": self._attempt(lambda: self._write_own(profiler, events, ranges)),
         }
 
     def _overlap_ms(self, ranges: list[Nested], flights: list[InFlight], issued_in: list[str]) -> list[float]:  # fmt: skip
         """Give the exchange's exposed and hidden time per step."""
         steps = len(self._traced)
-        if (
-            self._world.device.type == "cuda"
-        ):  # flights are the device's, whose times the step has taken
+        if self._world.device.type == "cuda":
+            # Flights are the device's, and not recorded; the steps have their times.
             found = [(t.exchange_exposed_ms, t.exchange_hidden_ms) for t in self._times]
             return [sum(column) / steps for column in zip(*found, strict=True)] or [0.0, 0.0]
         in_steps = [f for f, path in zip(flights, issued_in, strict=True) if path.startswith("step ")]  # fmt: skip
         waits = [part for part in ranges if part.path.startswith("step ")]
         return [value / steps for value in overlap_ms(waits, in_steps)]
 
-    def _write_own(self, events: list[Event], ranges: list[Nested]) -> None:
+    def _write_own(
+        self, profiler: torch.profiler.profile | None, events: list[Event], ranges: list[Nested]
+    ) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         more: dict[str, Any] = {}
-        if self._torch is not None:
-            with tempfile.TemporaryDirectory(dir=self._folder) as folder:
-                path = Path(folder) / "torch.json"
-                self._torch.export_chrome_trace(str(path))
-                more = json.loads(path.read_text())
-            self._torch = None
+        if profiler is not None:
+            more = self._export(profiler)
             names = {part.name for part in ranges}
             events = events + torch_events(more, self._process, self._clock, names)
         more |= {
@@ -167,6 +164,17 @@ class Profiler:
             "clock_unsure_us": self._clock.unsure_ns / 1e3,
         }
         _write(self._file(f"rank{self._process.rank}.json.gz"), events, self._clock, more)
+
+    def _export(self, profiler: torch.profiler.profile) -> dict[str, Any]:
+        """Give what PyTorch's profiler recorded; it can only be had by way of a file."""
+        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+            path = Path(folder) / "torch.json"
+            profiler.export_chrome_trace(str(path))
+            try:
+                found: dict[str, Any] = json.loads(path.read_text())
+            except (FileNotFoundError, json.JSONDecodeError) as error:  # it does not say so itself
+                raise OSError(f"PyTorch's profiler could not write into {self._folder}") from error
+        return found
 
     def _report(self, ranks: list[dict[str, Any]]) -> None:
         """Let rank 0 put together, write and say what the ranks, or rank 0 alone, found out."""
@@ -186,7 +194,8 @@ class Profiler:
         self._note(f"{self._folder}: the trace of {self._title}, for https://ui.perfetto.dev")
 
     def _write_together(self, text: str, num_ranks: int) -> None:
-        self._file("txt").write_text(text + "\n")
+        with _whole(self._file("txt")) as path:
+            path.write_text(text + "\n")
         files = [self._file(f"rank{rank}.json.gz") for rank in range(num_ranks)]
         if 2 <= num_ranks <= MERGED_RANKS and all(file.exists() for file in files):
             traces = (json.loads(gzip.decompress(file.read_bytes())) for file in files)
@@ -198,20 +207,17 @@ class Profiler:
         """Give what is wrong, or None."""
         try:
             write()
-        except (
-            OSError,
-            json.JSONDecodeError,
-        ) as error:  # the profiler itself does not say when its file is cut off
+        except OSError as error:
             return str(error)
         return None
 
 
 def agree_on_clock(host: Host) -> Clock:
-    """Find out how this rank's time of day differs from rank 0's, as far as collectives tell; one itself.
+    """Find out how this rank's time of day differs from rank 0's, as far as collectives tell. A collective.
 
     No rank leaves a barrier before another has entered it. So between two ranks' clocks lies at least (one's entry - the
-    other's exit), and at most the reverse; the tightest bounds of a few barriers are taken. If no difference is
-    possible, as between ranks of one machine, none is assumed, else the middle.
+    other's exit), and at most the reverse; the tightest bounds of a few barriers are taken. If they allow for no
+    difference, as between ranks of one machine, none is assumed, else the middle.
     """
     marks = []
     for _ in range(_CLOCK_ROUNDS):
@@ -223,8 +229,11 @@ def agree_on_clock(host: Host) -> Clock:
     low, high = int((entry_0 - exit_own).max()), int((exit_0 - entry_own).min())
     apart = not low <= 0 <= high
     return Clock(
-        _wall_ns(), (low + high) // 2 if apart else 0, (high - low) // 2 if apart else 0, int(exit_0[-1])
-    )  # fmt: skip
+        wall_ns=_wall_ns(),
+        shift_ns=(low + high) // 2 if apart else 0,
+        unsure_ns=(high - low) // 2 if apart else 0,
+        origin_ns=int(exit_0[-1]),
+    )
 
 
 def _wall_ns() -> int:
@@ -236,13 +245,18 @@ def _wall_ns() -> int:
     return min(found)[1]
 
 
-def _write(path: Path, events: Iterable[Event], clock: Clock, more: dict[str, Any]) -> None:
-    """Write a whole file or none."""
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """Give a file to write, which gets its name when it is whole."""
     new = path.with_name(f".{path.name}.new")
-    trace = {**more, "displayTimeUnit": "ms", "baseTimeNanoseconds": clock.origin_ns, "traceEvents": list(events)}  # fmt: skip
     try:
-        with gzip.open(new, "wt", compresslevel=3) as file:
-            json.dump(trace, file)
+        yield new
         new.replace(path)
     finally:
         new.unlink(missing_ok=True)
+
+
+def _write(path: Path, events: Iterable[Event], clock: Clock, more: dict[str, Any]) -> None:
+    trace = {**more, "displayTimeUnit": "ms", "baseTimeNanoseconds": clock.origin_ns, "traceEvents": list(events)}  # fmt: skip
+    with _whole(path) as new, gzip.open(new, "wt", compresslevel=3) as file:
+        json.dump(trace, file)

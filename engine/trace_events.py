@@ -27,9 +27,7 @@ class Clock:
 
     wall_ns: int  # to add to time.perf_counter_ns for the time of day
     shift_ns: int  # to add to this rank's time of day for rank 0's
-    unsure_ns: (
-        int  # by how much the shift may be wrong; 0 where the clocks agree as far as can be told
-    )
+    unsure_ns: int  # by how much the shift may be wrong; 0 where no difference can be seen
     origin_ns: int  # rank 0's time of day at which the trace's time is 0
 
     def us(self, perf_ns: int) -> float:
@@ -44,13 +42,6 @@ class Process:
     rank: int
     world: int
 
-    def names(self) -> list[Event]:
-        """Events that name them."""
-        return [
-            *_named("process", self.rank, 0, f"rank {self.rank} (host)", 2 * self.rank),
-            *_named("process", self.gpu, 0, f"rank {self.rank} (GPU)", 2 * self.rank + 1),
-        ]
-
     @property
     def gpu(self) -> int:
         """Number of the GPU."""
@@ -58,7 +49,7 @@ class Process:
 
 
 def range_events(nested: Sequence[Nested], process: Process, clock: Clock) -> list[Event]:
-    """Give an event for each range, and names for their tracks."""
+    """Give an event for each range, and names for the rank and the tracks."""
     tracks = sorted({part.track for part in nested}, key=lambda track: (track != MAIN, track))
     number = {track: _OUR_TID + i for i, track in enumerate(tracks)}
     found = [
@@ -66,6 +57,7 @@ def range_events(nested: Sequence[Nested], process: Process, clock: Clock) -> li
         | {"args": {"path": part.path, "own_ms": part.own_ns / 1e6}}
         for part in nested
     ]  # fmt: skip
+    found += _named("process", process.rank, 0, f"rank {process.rank} (host)", 2 * process.rank)
     for track, tid in number.items():
         found += _named("thread", process.rank, tid, _NAMES.get(track, track), tid - _OUR_TID)
     return found
@@ -102,10 +94,8 @@ def torch_events(trace: Mapping[str, Any], process: Process, clock: Clock, ours:
     found: list[Event] = []
     tracks: set[tuple[bool, int]] = set()
     for event in trace["traceEvents"]:
-        if event["ph"] == "M" or not isinstance(
-            event["pid"], int
-        ):  # names, and marks of the profiler itself
-            continue
+        if event["ph"] == "M" or not isinstance(event["pid"], int):
+            continue  # names, and marks of the profiler itself
         host = event["pid"] == os.getpid()  # else the number of a GPU
         if host and event.get("cat") == "user_annotation" and event["name"] in ours:
             continue
@@ -117,6 +107,8 @@ def torch_events(trace: Mapping[str, Any], process: Process, clock: Clock, ours:
         if "id" in event:  # of an arrow between two events
             event["id"] = event["id"] * process.world + process.rank
         found.append(event)
+    if any(not host for host, _ in tracks):
+        found += _named("process", process.gpu, 0, f"rank {process.rank} (GPU)", 2 * process.rank + 1)  # fmt: skip
     for host, tid in tracks:
         pid = process.rank if host else process.gpu
         main = tid == os.getpid()  # so Linux numbers a process's main thread

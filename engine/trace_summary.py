@@ -87,9 +87,11 @@ def summary(title: str, ranks: Sequence[Mapping[str, Any]]) -> str:
         ranks: of every rank, from rank 0 on, or of rank 0 alone: "costs" as of `costs`, and "overlap_ms", the exchange's
             exposed and hidden time per step.
     """
+    none = [0.0, 0.0, 0.0]
     first = ranks[0]["costs"]
     step_ms = first["step"][1]
-    own_ms_R = {key: [rank["costs"].get(key, [0, 0, 0])[2] for rank in ranks] for key in first}
+    keys = dict.fromkeys(key for rank in ranks for key in rank["costs"])
+    own_ms_R = {key: [rank["costs"].get(key, none)[2] for rank in ranks] for key in keys}
     top = sorted(own_ms_R, key=lambda key: -sum(own_ms_R[key]))[:TOP]
     names = ["(the step's rest)" if key == "step" else key for key in top]
     width = max(map(len, [*names, "range"]))
@@ -100,7 +102,7 @@ def summary(title: str, ranks: Sequence[Mapping[str, Any]]) -> str:
     if len(ranks) > 1:
         lines[1] += f"   own ms of {len(ranks)} ranks: {'mean':>9} {'max':>9} {'rank':>5}"
     for key, name in zip(top, names, strict=True):
-        calls, ms, own_ms = first[key]
+        calls, ms, own_ms = first.get(key, none)
         line = f"{name:{width}}  {calls:6.4g} {ms:9.2f} {own_ms:9.2f} {own_ms / step_ms:8.1%}"
         if len(ranks) > 1:
             own_ms_r = own_ms_R[key]

@@ -172,6 +172,8 @@ def test_events_of_pytorch_become_the_ranks(monkeypatch):
     events = torch_events(trace, Process(1, 2), clock, {"experts"})
     named = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
     assert named == {(1, 77): "operators", (3, 7): "stream 7"}
+    processes = [(e["pid"], e["args"]["name"]) for e in events if e["name"] == "process_name"]
+    assert processes == [(3, "rank 1 (GPU)")]
     assert [(e["name"], e["pid"], e["ts"], e.get("id")) for e in events if e["ph"] != "M"] == [
         ("aten::mm", 1, 6, None),
         ("ac2g", 1, 6, 9),
