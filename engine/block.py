@@ -15,6 +15,7 @@ from engine.attention import RelativeAttention, SharedAttention
 from engine.config import KernelsConfig, ModelConfig, MoEConfig, Router
 from engine.feed_forward import FeedForward
 from engine.moe.layer import LayerCall, MoELayer
+from engine.tracing import traced
 
 
 class BlockOutput(NamedTuple):
@@ -52,7 +53,7 @@ class Block(nn.Module):
         inner_BQD = self.feed_forward_norm(x_BQD) if self.pre_norm else x_BQD
         auxiliary_loss, count_E = None, None
         if call is None:
-            y_BQD = self.feed_forward(inner_BQD)
+            y_BQD = traced("feed_forward", self.feed_forward, inner_BQD)
         else:
             y_TD, auxiliary_loss, count_E = self.moe(inner_BQD.flatten(0, 1), call)
             y_BQD = y_TD.view_as(x_BQD)
@@ -66,5 +67,7 @@ class Block(nn.Module):
         if self.pre_norm:
             context_BSD = self.attention_norm(context_BSD)
             query_BQD = context_BSD[:, memory_BMD.shape[1] :]
-            return x_BQD + self.dropout(self.attention(query_BQD, context_BSD, shared))
-        return self.attention_norm(x_BQD + self.dropout(self.attention(x_BQD, context_BSD, shared)))
+            y_BQD = traced("attention", self.attention, query_BQD, context_BSD, shared)
+            return x_BQD + self.dropout(y_BQD)
+        y_BQD = traced("attention", self.attention, x_BQD, context_BSD, shared)
+        return self.attention_norm(x_BQD + self.dropout(y_BQD))

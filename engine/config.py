@@ -370,6 +370,23 @@ class WandbConfig:
 
 
 @dataclass
+class ProfileConfig:
+    """A trace of a few steps (engine/profiler.py)."""
+
+    steps: list[int] | None = None
+    """First and last step traced, counted from 1 as the console does; None is off."""
+    operators: bool = True
+    """Also PyTorch's operators and a GPU's kernels; false disturbs the traced steps less."""
+
+    def __post_init__(self) -> None:
+        steps = self.steps
+        require(
+            steps is None or (len(steps) == 2 and 1 <= steps[0] <= steps[1]),
+            f"profile.steps={steps}: must be the first and the last step, such as [5,8], counted from 1",
+        )
+
+
+@dataclass
 class Config:
     """Everything that defines a run."""
 
@@ -384,6 +401,7 @@ class Config:
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         experts, k_max = self.moe.experts, self.schedule.k_max
@@ -405,6 +423,10 @@ class Config:
         require(
             self.parallel.chunks == 1 or self.kernels.backend is not Backend.reference,
             f"parallel.chunks={self.parallel.chunks}: kernels.backend=reference has only 1",
+        )
+        require(
+            self.profile.steps is None or self.profile.steps[1] <= self.train.steps,
+            f"profile.steps={self.profile.steps}: must end by train.steps={self.train.steps}",
         )
         self.streams_per_micro_batch(world=1)
 

@@ -29,6 +29,7 @@ from engine.delivery import Delivery, receive
 from engine.moe.plan import Plan
 from engine.moe.routers import HashedRouter
 from engine.parallel.host import Host
+from engine.tracing import span
 
 _CLOSE_S = 10.0  # how long `close` waits for the other ranks' threads
 
@@ -180,10 +181,12 @@ class PlannedLoader:
                 if not self._may_prepare(done):
                     return
                 start = time.perf_counter()
-                planned = self._plan(self._make_batch(step, micro), self._k_of_step(step))
+                with span("plan"):
+                    planned = self._plan(self._make_batch(step, micro), self._k_of_step(step))
                 planned = replace(planned, prepare_ms=1e3 * (time.perf_counter() - start))
                 if self._agreement is not None:
-                    self._agreement.check(step, micro, planned.k, planned.group, planned.plans)
+                    with span("agree"):
+                        self._agreement.check(step, micro, planned.k, planned.group, planned.plans)
                 self._queue.put(self._deliver(planned))
             self._queue.put(RuntimeError("no batch left: all steps are done"))
         except BaseException as error:  # handed to the consumer, which re-raises it

@@ -19,6 +19,7 @@ from engine.optim import learning_rate
 from engine.parallel.world import World
 from engine.timing import ForwardTimes, OwnTime
 from engine.totals import COLUMN, Numbers, RankRow, add_up, block_of
+from engine.tracing import span
 
 
 @dataclass(slots=True)
@@ -117,18 +118,20 @@ def train_step(
     wire = engine.wire
     sent_before_P = list(wire.sent_bytes_P) if wire else []
     for micro in range(config.train.accumulation):
-        planned, wait_seconds = loader.next()
+        with span("plan_wait"):
+            planned, wait_seconds = loader.next()
         times.plan_wait_ms += 1e3 * wait_seconds
         times.data_ms += planned.prepare_ms
         clock.lap_ms()
-        with own.forward(), check.forward() if check else nullcontext():
+        with span("forward"), own.forward(), check.forward() if check else nullcontext():
             output = _forward(engine, planned, memory[micro], config, step)
         times.forward_ms += clock.lap_ms()
         attention_ms, experts_ms = forward_times.take()
         times.attention_ms += attention_ms
         times.experts_ms += experts_ms
         clock.lap_ms()
-        engine.backward(output.loss)
+        with span("backward"):
+            engine.backward(output.loss)
         times.backward_ms += clock.lap_ms()
         forward_times.take()  # with recomputation, backward runs the modules again
         memory[micro] = output.memory
@@ -139,13 +142,15 @@ def train_step(
     row = _row(engine, world, sent_before_P, times, before or StepTimes(), stop_asked)
     block = block_of(row, world.mesh)
     times.metric_ms = clock.lap_ms()
-    totals = add_up(outputs, world, block)
+    with span("totals"):
+        totals = add_up(outputs, world, block)
     if not math.isfinite(totals.loss + totals.auxiliary_loss):
         raise everywhere(
             RunFailed(f"the loss is {totals.loss + totals.auxiliary_loss} at step {step}")
         )
     clock.lap_ms()
-    applied = engine.step()
+    with span("optimizer"):
+        applied = engine.step()
     times.optimizer_ms = clock.lap_ms()
     if not applied:
         raise everywhere(RunFailed(f"the gradient norm is {engine.grad_norm()} at step {step}"))

@@ -39,9 +39,11 @@ from engine.moe.schedule import active_experts
 from engine.moe.tables import table_from_state, table_state
 from engine.parallel.world import World
 from engine.peak import peak_of
+from engine.profiler import Profiler
 from engine.skew import SlowRank
 from engine.step import StepTimes, train_step
 from engine.timing import ForwardTimes
+from engine.tracing import span
 from engine.window import Window
 
 
@@ -192,10 +194,14 @@ class Trainer:
         alone = self.world.mesh.world == 1
         stopping = alone and stop_asked()
         slow, before = SlowRank(), StepTimes()
+        profiler = Profiler(
+            self.config.profile, self.folder / "trace", self.world, self.reporter.note, done=first
+        )
         try:
             while self.step < train.steps and not stopping:
                 # the first step may compile kernels
                 self.world.watch.at(f"step {self.step}", timed=self.step > first)
+                profiler.begin(self.step + 1)
                 result = train_step(
                     self.engine, loader, self.memory, self.config,
                     step=self.step, forward_times=self.forward_times,
@@ -203,6 +209,7 @@ class Trainer:
                 )  # fmt: skip
                 before = result.times
                 self.step += 1
+                profiler.end(self.step, result.times)
                 stopping = result.stop_asked or (alone and stop_asked())
                 with window.timed():
                     window.add(result)
@@ -218,10 +225,13 @@ class Trainer:
                     left = elapsed / (self.step - first) * (train.steps - self.step)
                     self.reporter.metrics(self.step, values, left)
                 if train.valid_every and self.step % train.valid_every == 0:
-                    self._validate(metrics, window, stop_asked if alone else lambda: False)
+                    with span("validation"):
+                        self._validate(metrics, window, stop_asked if alone else lambda: False)
                 if train.save_every and self.step % train.save_every == 0:
-                    self.save()
+                    with span("checkpoint"):
+                        self.save()
                     saved = self.step
+            profiler.close()
         except _StopAsked:
             pass
         except RunFailed as error:
@@ -231,6 +241,7 @@ class Trainer:
             raise failure from error
         finally:
             loader.close()
+            profiler.leave()
         if saved != self.step:
             self.save()
         return self.step >= train.steps

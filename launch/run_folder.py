@@ -1,7 +1,7 @@
 """The folder of a run, runs/<name>: what is in it, and the rule that nothing in it is ever overwritten by another run.
 
 config.yaml (resolved), facts.json (launch/facts.py), state.json, metrics.jsonl, checkpoints/, loss.png, slimming.png,
-summary.json.
+summary.json; trace/ of profiled steps.
 
 state.json says how the run stands, for whoever starts it again: {"state": "stopped", "step": 400}. `running`: it is, or it
 was killed; `stopped`: by SIGTERM or Ctrl-C; `failed`: it ended with a line or a traceback; `complete`: nothing is left to do.
@@ -30,7 +30,7 @@ SUMMARY = "summary.json"
 # steps are computed, which is seen in the rounding alone.
 FREE = (
     "train.resume", "train.log_every", "train.valid_every", "train.save_every", "train.keep", "train.threads",
-    "train.peak_tflops", "train.runs_dir", "data.prefetch", "corpus.cache_dir", "eval", "wandb",
+    "train.peak_tflops", "train.runs_dir", "data.prefetch", "corpus.cache_dir", "eval", "wandb", "profile",
     "parallel", "train.zero_stage", "train.offload", "train.accumulation", "train.recompute",
 )  # fmt: skip
 

@@ -30,6 +30,7 @@ from engine.moe.live_plan import build_live_plan
 from engine.moe.plan import Part, Plan, Route, build_plan
 from engine.parallel.collectives import Wire
 from engine.parallel.flights import Flight
+from engine.tracing import span
 from kernels import combine, permute_rows
 
 
@@ -100,7 +101,7 @@ class Exchange:
     def to_experts(self, x_tD: Tensor, part: Part) -> Moving:
         """Send a part's rows from tokens to experts, without autograd; the received rows arrive."""
         dtype = wire_dtype(self.parallel, x_tD.dtype)
-        with self.wire.aside(x_tD):
+        with span("dispatch"), self.wire.aside(x_tD):
             if part.send is None:
                 # Expert group, [t, D] to [P * t, D].
                 flight = self.wire.all_gather(x_tD.to(dtype))
@@ -113,7 +114,7 @@ class Exchange:
     def to_tokens(self, partial_RD: Tensor, part: Part) -> Moving:
         """Send a part's rows from experts to tokens, without autograd; the sum of each token's rows arrives."""
         dtype, send = partial_RD.dtype, part.send
-        with self.wire.aside(partial_RD):
+        with span("combine"), self.wire.aside(partial_RD):
             rows_RD = partial_RD.to(wire_dtype(self.parallel, dtype))
             if send is None:
                 # Expert group, [P * t, D] to [t, D].
@@ -121,9 +122,12 @@ class Exchange:
                 return Moving(flight, lambda sum_tD: sum_tD.to(dtype))
             # Expert group, [R, D] to [S, D].
             flight = self.wire.all_to_all(rows_RD, part.recv_splits, part.send_splits)
-        return Moving(
-            flight, lambda rows_SD: combine(rows_SD.to(dtype), None, send, backend=self.backend)
-        )
+
+        def add_up(rows_SD: Tensor) -> Tensor:
+            with span("combine"):
+                return combine(rows_SD.to(dtype), None, send, backend=self.backend)
+
+        return Moving(flight, add_up)
 
 
 def build_exchange(

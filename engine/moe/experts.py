@@ -16,6 +16,7 @@ from engine.config import Activation, Backend, KernelsConfig, MoEConfig
 from engine.moe.exchange import Exchange, Local
 from engine.moe.pipeline import PartCall, run_in_parts
 from engine.moe.plan import Part, Plan
+from engine.tracing import traced
 from kernels import Dropout, ExpertWeights, moe_ffn
 
 
@@ -62,7 +63,9 @@ class Experts(nn.Module):
             assert isinstance(exchange, Exchange), "one rank has plans of one part"
             return run_in_parts(rows_RD, calls, weights, exchange)
         (call,) = calls
-        return moe_ffn(rows_RD, call.weight_N, weights, call.part.rows, **call.options)
+        return traced(
+            "experts", moe_ffn, rows_RD, call.weight_N, weights, call.part.rows, **call.options
+        )
 
     def _call(self, rows_RD: Tensor, part: Part, k: int, dropout: Dropout | None) -> PartCall:
         if dropout is not None and part.received_R is not None:

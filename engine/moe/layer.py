@@ -21,6 +21,7 @@ from engine.moe.losses import balance_loss, chosen_counts, z_loss
 from engine.moe.plan import Plan
 from engine.moe.routers import FrozenRouter, LearnedRouter
 from engine.parallel.collectives import Wire
+from engine.tracing import span, traced
 from kernels import Dropout
 
 
@@ -80,7 +81,7 @@ class MoELayer(nn.Module):
         partial_RD = self.experts(received_RD, plan, self._dropout(call), self.exchange)
         y_TD = self.exchange.combine(partial_RD, plan)
         if self.shared is not None:
-            y_TD = y_TD + self.shared(x_TD)
+            y_TD = y_TD + traced("shared_expert", self.shared, x_TD)
         return LayerOutput(y_TD, auxiliary_loss, plan.count_E)
 
     def _plan(self, x_TD: Tensor, call: LayerCall) -> tuple[Plan, Tensor]:
@@ -94,7 +95,8 @@ class MoELayer(nn.Module):
             return call.plan, no_loss
         live = self.router(x_TD, call.k)
         num_experts = live.logits_TE.shape[1]
-        plan = self.exchange.plan(live.route, num_experts, x_TD)
+        with span("plan"):
+            plan = self.exchange.plan(live.route, num_experts, x_TD)
         if isinstance(self.router, FrozenRouter):
             return plan, no_loss
         count_E = chosen_counts(live.route.expert_TK, num_experts)

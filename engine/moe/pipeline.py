@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from engine.moe.exchange import Exchange, Moving
 from engine.moe.plan import Part
+from engine.tracing import span
 from kernels import ExpertWeights, moe_ffn_backward, moe_ffn_forward
 from kernels.operands import Saved, pack_weights, unpack_weights, wants_grad
 
@@ -78,9 +79,10 @@ class _InParts(torch.autograd.Function):
         dweight = trip.save and any(ctx.needs_input_grad[2 : 2 + len(trip.calls)])
         coming = _sent(x_TD, trip)
         for received_RD, call, weight_N in zip(coming, trip.calls, tensors, strict=False):
-            partial_RD, saved = moe_ffn_forward(
-                received_RD, weight_N, weights, call.part.rows, save=trip.save, dweight=dweight, **call.options
-            )  # fmt: skip
+            with span("experts"):
+                partial_RD, saved = moe_ffn_forward(
+                    received_RD, weight_N, weights, call.part.rows, save=trip.save, dweight=dweight, **call.options
+                )  # fmt: skip
             going.append(trip.exchange.to_tokens(partial_RD, call.part))
             if trip.save:
                 kept += [received_RD, *saved]
@@ -102,10 +104,11 @@ class _InParts(torch.autograd.Function):
         coming = _sent(d_y_TD.contiguous(), trip)
         for d_partial_RD, call, weight_N in zip(coming, trip.calls, weights_N, strict=True):
             received_RD, *saved = (next(kept) for _ in range(1 + len(Saved._fields)))
-            gradients = moe_ffn_backward(
-                d_partial_RD, received_RD, weight_N, weights, call.part.rows, Saved(*saved), dweight=ctx.dweight,
-                **call.options,
-            )  # fmt: skip
+            with span("experts"):
+                gradients = moe_ffn_backward(
+                    d_partial_RD, received_RD, weight_N, weights, call.part.rows, Saved(*saved), dweight=ctx.dweight,
+                    **call.options,
+                )  # fmt: skip
             if ctx.needs_input_grad[1]:
                 going.append(trip.exchange.to_tokens(gradients.x_RD, call.part))
             d_weights_N.append(gradients.weight_N)

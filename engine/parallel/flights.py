@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from engine.tracing import flown, span
+
 
 class ExchangeTimes(NamedTuple):
     """Milliseconds since the last reading."""
@@ -114,10 +116,13 @@ class HostFlight:
     def wait(self) -> Tensor:
         """Block the host until the result is there."""
         start = time.perf_counter()
-        self.work.wait()
+        with span("exchange"):
+            self.work.wait()
         end = time.perf_counter()
         self.log.exposed += end - start
-        self.log.spans.append((self.issued, end if self.done is None else self.done))
+        arrived = end if self.done is None else self.done
+        self.log.spans.append((self.issued, arrived))
+        flown(self.issued, arrived)
         return self.got
 
     def _land(self, _: Any) -> None:
@@ -133,7 +138,8 @@ class SumFlight:
     def wait(self) -> Tensor:
         """Give the sum over the ranks."""
         got = self.flight.wait()
-        return got.view(self.ranks, -1, got.shape[1]).sum(dim=0)
+        with span("combine"):
+            return got.view(self.ranks, -1, got.shape[1]).sum(dim=0)
 
 
 class DeviceFlight:
@@ -153,9 +159,10 @@ class DeviceFlight:
         """Let the current stream wait for the result."""
         current = torch.cuda.current_stream()
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record(current)
-        current.wait_event(self.end)
-        after.record(current)
+        with span("exchange"):
+            before.record(current)
+            current.wait_event(self.end)
+            after.record(current)
         # Both were allocated on another stream: their memory is free again only when this one is past this place.
         self.got.record_stream(current)
         self.rows.record_stream(current)
