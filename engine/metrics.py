@@ -30,6 +30,7 @@ class Metric(NamedTuple):
 
     unit: str
     meaning: str
+    axes: tuple[str, ...] = ()
 
 
 METRICS: dict[str, Metric] = {
@@ -69,6 +70,24 @@ METRICS: dict[str, Metric] = {
     "memory_bytes": Metric("bytes", "resident memory of this process now"),
     "peak_memory_bytes": Metric("bytes", "largest resident memory of this process so far"),
     "mfu": Metric("1", "useful arithmetic over the machine's peak; 0 when the peak is unknown"),
+    "tokens_per_second_per_rank": Metric("symbols/s", "tokens_per_second of the mean rank"),
+    "data_ms": Metric("ms", "reading and planning one step's batches, beside the step"),
+    "wire_bytes_inside": Metric("bytes", "wire_bytes between ranks of one node"),
+    "wire_bytes_between": Metric("bytes", "wire_bytes between ranks of different nodes"),
+    "active_parameters": Metric("parameters", "parameters that a token uses at this k"),
+    "flops": Metric("FLOP", "useful training arithmetic since the start of the run, all ranks"),
+    "device_memory_bytes": Metric("bytes", "of the GPU's allocator, rank 0; 0 on a CPU"),
+    "peak_device_memory_bytes": Metric("bytes", "largest device_memory_bytes so far"),
+    "metric_ms": Metric("ms", "metric code itself, part of outside_ms"),
+    "rank_load_max_over_mean": Metric("1", "expert rows of the busiest rank over the mean rank"),
+    "rank_own_ms": Metric("ms", "own_ms of each rank", ("rank",)),
+    "rank_plan_wait_ms": Metric("ms", "plan_wait_ms of each rank", ("rank",)),
+    "rank_exchange_exposed_ms": Metric("ms", "exchange_exposed_ms of each rank", ("rank",)),
+    "rank_memory_bytes": Metric("bytes", "memory_bytes of each rank", ("rank",)),
+    "rank_wire_bytes": Metric("bytes", "sent by each rank in one step", ("rank",)),
+    "rank_rows": Metric("rows", "expert rows computed by each rank in one step", ("rank",)),
+    "layer_load": Metric("1", "rows of the busiest expert over the mean", ("layer",)),
+    "expert_rows": Metric("rows", "mean rows of each expert in one step", ("layer", "expert")),
 }
 
 
