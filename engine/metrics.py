@@ -30,65 +30,59 @@ class Metric(NamedTuple):
 
     unit: str
     meaning: str
-    axes: tuple[str, ...] = ()
+    axes: tuple[str, ...] = ()  # of its lists: rank, layer, or layer and expert; () is a number
 
 
+_RANK, _LAYER, _EXPERT = ("rank",), ("layer",), ("layer", "expert")
 METRICS: dict[str, Metric] = {
-    "loss": Metric(
-        "nats/symbol", "training loss without auxiliary losses, mean since the last line"
-    ),
+    "loss": Metric("nats/symbol", "training loss without auxiliary losses"),
     "auxiliary_loss": Metric("nats/symbol", "balance and z-loss, weighted; 0 for fixed routers"),
     "bpc": Metric("bits/symbol", "loss in bits"),
-    "valid_loss": Metric("nats/symbol", "loss on the validation split at k_max"),
-    "valid_bpc": Metric("bits/symbol", "valid_loss in bits"),
-    "k": Metric("experts", "active experts per token"),
+    "valid_loss": Metric("nats/symbol", "loss on the validation split at k_max, now"),
+    "valid_bpc": Metric("bits/symbol", "valid_loss in bits, now"),
+    "k": Metric("experts", "active experts per token in this step"),
+    "active_parameters": Metric("parameters", "that one token uses at the k of this step"),
     "learning_rate": Metric("1", "learning rate of this step"),
-    "grad_norm": Metric("1", "global gradient norm before clipping"),
+    "grad_norm": Metric("1", "global gradient norm before clipping, of this step"),
     "tokens": Metric("symbols", "trained on since the start of the run, over all ranks"),
-    "tokens_per_second": Metric(
-        "symbols/s", "trained on per second since the last line, over all ranks"
-    ),
-    "step_ms": Metric("ms", "one optimizer step, mean since the last line; the parts below too"),
+    "flops": Metric("FLOP", "useful arithmetic of training since the start of the run, over all ranks: forward and backward, recomputation not counted"),
+    "tokens_per_second": Metric("symbols/s", "trained on per second, over all ranks"),
+    "tokens_per_second_per_rank": Metric("symbols/s", "the same over the number of ranks"),
+    "mfu": Metric("1", "useful arithmetic per second over the peak of all ranks' devices; 0 when the peak is unknown"),
+    "step_ms": Metric("ms", "one optimizer step; the parts below too"),
     "plan_wait_ms": Metric("ms", "waiting for a batch and its plans"),
     "forward_ms": Metric("ms", "forward passes"),
     "backward_ms": Metric("ms", "backward passes"),
     "optimizer_ms": Metric("ms", "gradient clipping and update"),
     "outside_ms": Metric("ms", "step time outside forward, backward and optimizer"),
+    "metric_ms": Metric("ms", "time in the code of metrics itself, part of outside_ms"),
     "attention_ms": Metric("ms", "attention, part of forward_ms"),
     "experts_ms": Metric("ms", "expert layers, part of forward_ms"),
     "exchange_exposed_ms": Metric("ms", "exchanging rows while nothing is computed; 0 on one rank"),
     "exchange_hidden_ms": Metric("ms", "exchanging rows behind computation; 0 on one rank"),
-    "own_ms": Metric(
-        "ms", "forward passes without waiting for other ranks, part of forward_ms; of rank 0"
-    ),
+    "own_ms": Metric("ms", "forward passes without waiting for other ranks, part of forward_ms; of rank 0"),
+    "data_ms": Metric("ms", "the loader's thread reading and planning one step's batches, beside the step"),
     "slowest_rank": Metric("rank", "the rank with the most own_ms since the last line"),
     "rank_skew": Metric("1", "its own_ms over the median rank's; 1 on one rank"),
-    "wire_bytes": Metric(
-        "bytes", "rows sent to other ranks in one step, over all ranks and layers"
-    ),
-    "load_max_over_mean": Metric("1", "rows of the busiest expert over the mean, worst layer"),
+    "wire_bytes": Metric("bytes", "sent to other ranks in one step for the experts' sake, over all ranks and layers"),
+    "wire_bytes_inside": Metric("bytes", "of wire_bytes, between ranks of one node"),
+    "wire_bytes_between": Metric("bytes", "of wire_bytes, between ranks of different nodes"),
+    "load_max_over_mean": Metric("1", "rows of the busiest expert over the mean, worst layer; 0 when dense"),
+    "rank_load_max_over_mean": Metric("1", "expert rows computed by the busiest rank over the mean rank; 0 when dense"),
     "memory_bytes": Metric("bytes", "resident memory of this process now"),
-    "peak_memory_bytes": Metric("bytes", "largest resident memory of this process so far"),
-    "mfu": Metric("1", "useful arithmetic over the machine's peak; 0 when the peak is unknown"),
-    "tokens_per_second_per_rank": Metric("symbols/s", "tokens_per_second of the mean rank"),
-    "data_ms": Metric("ms", "reading and planning one step's batches, beside the step"),
-    "wire_bytes_inside": Metric("bytes", "wire_bytes between ranks of one node"),
-    "wire_bytes_between": Metric("bytes", "wire_bytes between ranks of different nodes"),
-    "active_parameters": Metric("parameters", "parameters that a token uses at this k"),
-    "flops": Metric("FLOP", "useful training arithmetic since the start of the run, all ranks"),
-    "device_memory_bytes": Metric("bytes", "of the GPU's allocator, rank 0; 0 on a CPU"),
-    "peak_device_memory_bytes": Metric("bytes", "largest device_memory_bytes so far"),
-    "metric_ms": Metric("ms", "metric code itself, part of outside_ms"),
-    "rank_load_max_over_mean": Metric("1", "expert rows of the busiest rank over the mean rank"),
-    "rank_own_ms": Metric("ms", "own_ms of each rank", ("rank",)),
-    "rank_plan_wait_ms": Metric("ms", "plan_wait_ms of each rank", ("rank",)),
-    "rank_exchange_exposed_ms": Metric("ms", "exchange_exposed_ms of each rank", ("rank",)),
-    "rank_memory_bytes": Metric("bytes", "memory_bytes of each rank", ("rank",)),
-    "rank_wire_bytes": Metric("bytes", "sent by each rank in one step", ("rank",)),
-    "rank_rows": Metric("rows", "expert rows computed by each rank in one step", ("rank",)),
-    "layer_load": Metric("1", "rows of the busiest expert over the mean", ("layer",)),
-    "expert_rows": Metric("rows", "mean rows of each expert in one step", ("layer", "expert")),
-}
+    "peak_memory_bytes": Metric("bytes", "largest resident memory of this process since its start"),
+    "device_memory_bytes": Metric("bytes", "of rank 0's GPU in use by tensors now; 0 on a CPU"),
+    "peak_device_memory_bytes": Metric("bytes", "largest device_memory_bytes since the start of the process"),
+    "rank_own_ms": Metric("ms", "own_ms of each rank, up to the step before this one", _RANK),
+    "rank_plan_wait_ms": Metric("ms", "plan_wait_ms of each rank", _RANK),
+    "rank_exchange_exposed_ms": Metric("ms", "exchange_exposed_ms of each rank, up to the step before this one", _RANK),
+    "rank_memory_bytes": Metric("bytes", "memory_bytes of each rank in this step", _RANK),
+    "rank_wire_bytes": Metric("bytes", "wire_bytes that each rank sent in one step", _RANK),
+    "rank_rows": Metric("rows", "expert rows computed by each rank in one step, all layers", _RANK),
+    "layer_load": Metric("1", "rows of the busiest expert over the mean, in each layer", _LAYER),
+    "expert_rows": Metric("rows", "of each expert in one step, over all ranks", _EXPERT),
+}  # fmt: skip
+"""Means over the steps since the last line, of rank 0 where ranks differ, unless the meaning says otherwise."""
 
 
 class Metrics:

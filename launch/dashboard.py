@@ -28,6 +28,7 @@ class DashboardArgs:
     """Options: the project, and what to do with its dashboard."""
 
     project: str = WandbConfig.project
+    """Project at W&B, as wandb.project of its runs."""
     entity: str | None = None
     """Team or user that the project belongs to; needed with apply=true."""
     name: str = "foreroute"

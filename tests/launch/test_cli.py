@@ -243,12 +243,6 @@ def test_a_certificate_is_printed_and_written(run, tmp_path, text):
     assert json.loads(path.read_text())["whole"]["steps"] == 2
 
 
-def test_help_names_groups_and_experiments(run):
-    done = run("train", "--help")
-    assert done.returncode == 0
-    assert "experiment" in done.stdout and "enwik8_smoe_dropout" in done.stdout
-
-
 def test_a_process_of_its_own_ends_likewise(tmp_path, text):
     """The same through a real process: exit code 2, one line, no traceback."""
     process = spawn("train", *small(tmp_path, text, "moe.experts=many"))
