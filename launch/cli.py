@@ -24,6 +24,7 @@ from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -86,6 +87,7 @@ def run_program(
             if place.rank == 0:
                 _print_help(name, schema, sys.argv[1:])
             return 0
+        _check_flags(sys.argv[1:])
         with tempfile.TemporaryDirectory(prefix="foreroute-jobs-") as folder:
             jobs = _Jobs(Path(folder))
 
@@ -105,6 +107,13 @@ def run_program(
             return max([jobs.signal_code(), *(o.exit_code or 0 for o in outcomes)])
 
     sys.exit(_guarded(compose_and_run))
+
+
+def _check_flags(arguments: Sequence[str]) -> None:
+    """Refuse a flag that Hydra does not have in one line; Hydra itself would print all that it has."""
+    _, unknown = get_args_parser().parse_known_args(arguments)
+    if unknown:
+        raise _BadOption(f"{unknown[0]}: no such flag; options are NAME=VALUE, and --help lists them")  # fmt: skip
 
 
 def _print_help(name: str, schema: type, arguments: Sequence[str]) -> None:
@@ -291,7 +300,8 @@ def _one_line(error: BaseException) -> str:
 
 
 def _lines(error: BaseException) -> list[str]:
-    lines = [line.strip() for line in str(error).splitlines()]
+    text = str(error).replace(":\n\t", ": ").replace("\n\t", ", ")  # a list of choices
+    lines = [line.strip() for line in text.splitlines()]
     return [line for line in lines if line and not line.startswith(_NOISE)]
 
 

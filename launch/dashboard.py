@@ -20,7 +20,7 @@ from engine.errors import RunFailed, UserError
 from engine.metrics import METRICS
 from launch.cli import run_program
 
-Size = Literal["Step", "tokens", "flops"]
+XAxis = Literal["Step", "tokens", "flops"]
 
 
 @dataclass
@@ -58,14 +58,13 @@ class Panel:
     """One line chart: a line for each metric, or for each rank or layer of one that has them."""
 
     title: str
-    names: tuple[
-        str, ...
-    ]  # of METRICS, all in the same unit; one alone where it has a rank or layer axis
-    x: Size = "Step"
+    # Of METRICS, all in the same unit; a metric with a rank or layer axis has a panel alone.
+    names: tuple[str, ...]
+    x: XAxis = "Step"
     log_x: bool = False
 
 
-def _panel(title: str, *names: str, x: Size = "Step", log_x: bool = False) -> Panel:
+def _panel(title: str, *names: str, x: XAxis = "Step", log_x: bool = False) -> Panel:
     return Panel(title, names, x, log_x)
 
 
@@ -114,7 +113,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
 }  # fmt: skip
 HEAT_MAPS = "expert_rows"
 """The metric with a heat map for each layer, in the section Experts: W&B draws histograms over steps so."""
-LEFT_OUT = {"own_ms": "rank 0's line of rank_own_ms"}
+LEFT_OUT = {"own_ms": "rank_own_ms has it for every rank"}
 """Metrics without a panel, and why."""
 
 

@@ -37,9 +37,10 @@ def small(tmp_path, text, *more):
 BAD = {
     "unknown option": (["moe.exprts=3"], ["moe.exprts", "experts", "expert_width"]),
     "unknown section": (["foo.bar=1"], ["foo", "corpus", "moe"]),
+    "unknown flag": (["--local_rank=3"], ["--local_rank=3", "NAME=VALUE"]),
     "wrong type": (["moe.experts=many"], ["moe.experts", "many"]),
     "wrong choice": (["moe.router=magic"], ["magic", "hashed", "frozen", "learned", "dense"]),
-    "unknown experiment": (["experiment=nope"], ["nope", "quickstart", "enwik8_hashed"]),
+    "unknown experiment": (["experiment=nope"], ["nope", "': debug, enwik8_12l, ", "quickstart"]),
     "k above E": (["schedule.k_max=5"], ["schedule.k_max=5", "moe.experts=4"]),
     "eval k above E": (["eval.k=[1,8]"], ["eval.k=[8]", "moe.experts=4"]),
     "k_min above k_max": (["schedule.k_min=4", "schedule.k_max=2"], ["schedule.k_min=4", "2"]),
