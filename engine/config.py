@@ -92,15 +92,19 @@ class ModelConfig:
     """Transformer-XL (Dai et al. 2019, arXiv 1901.02860)."""
 
     layers: int = 4
+    """Blocks of attention and feed-forward."""
     width: int = 256
     """Model width D."""
     heads: int = 8
+    """Attention heads."""
     head_width: int = 64
     """Width per head; heads x head_width may differ from width."""
     memory: int = 512
     """Positions of the previous segments that attention sees (M)."""
     dropout: float = 0.1
+    """Share of activations that training sets to zero."""
     attention_dropout: float = 0.0
+    """Share of attention weights that training sets to zero."""
     pre_norm: bool = False
     """LayerNorm before each sublayer instead of after the residual sum (the published form)."""
     init_std: float = 0.02
@@ -118,13 +122,14 @@ class MoEConfig:
 
     router: Router = Router.hashed
     experts: int = 16
+    """Experts of a layer (E), 256 at most."""
     expert_width: int = 512
     """Hidden width of one expert (F)."""
     shared_width: int = 0
     """Hidden width of the always-active shared expert with weight 1; 0 for none."""
     activation: Activation = Activation.relu
     ngram: int = 3
-    """Ids in a hashed router's key: the n-gram that ends at the token."""
+    """Ids in a hashed router's key: the n-gram that ends at the token, 1 to 3."""
     rows: int = 65536
     """Rows of a table; n-grams beyond it share rows by hash."""
     builder: Builder = Builder.balanced
@@ -170,6 +175,7 @@ class ScheduleConfig:
 
     growth: Growth = Growth.constant
     k_min: int = 4
+    """k of the first step, where it grows."""
     k_max: int = 4
     """Largest k in training; the k of `constant`, which ignores k_min. May stay below moe.experts."""
     steps: int | None = None
@@ -192,16 +198,22 @@ class OptimConfig:
     """Adam with warm-up and decay to final_lr."""
 
     lr: float = 2.5e-4
+    """Learning rate after warm-up, the largest of the run."""
     beta1: float = 0.9
+    """Decay of the mean of gradients."""
     beta2: float = 0.999
+    """Decay of the mean of squared gradients."""
     eps: float = 1e-8
+    """Added to the root of the mean of squares; larger shortens the steps of rare weights."""
     weight_decay: float = 0.0
     """Decoupled (AdamW); 0 is plain Adam."""
     clip: float = 0.25
     """Largest global gradient norm; 0 turns clipping off."""
     warmup_steps: int = 0
+    """Steps over which the learning rate rises to lr."""
     decay: Decay = Decay.cosine
     final_lr: float = 0.0
+    """Learning rate of the last step, where it decays."""
 
     def __post_init__(self) -> None:
         _at_least("optim", self, lr=0, weight_decay=0, clip=0, warmup_steps=0, final_lr=0, eps=0)
@@ -215,9 +227,11 @@ class TrainConfig:
     name: str = "run"
     """Name of the run; its folder is runs_dir/name."""
     runs_dir: str = "runs"
+    """Folder of run folders; many machines must share it."""
     steps: int = 1000
     """Optimizer steps."""
     seed: int = 1111
+    """Of initial weights, dropout and tables, below 2**32."""
     precision: Precision = Precision.fp32
     accumulation: int = 1
     """Micro-batches per optimizer step; splits streams, never time."""

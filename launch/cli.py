@@ -10,11 +10,12 @@ fails does not stop the others; a signal does.
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -34,6 +36,8 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from engine.config import Config, to_plain
 from engine.errors import RunFailed, UserError
 from launch.bootstrap import find_place
+from launch.console import styled
+from launch.help import groups_of, help_text
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 T = TypeVar("T")
@@ -79,6 +83,11 @@ def run_program(
         place = find_place()
         if place.ranks > 1 and not many_ranks:
             raise _BadOption(f"launch.{name} runs as one process: started as {place.ranks}")
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            if place.rank == 0:
+                _print_help(name, schema, sys.argv[1:])
+            return 0
+        _check_flags(sys.argv[1:])
         with tempfile.TemporaryDirectory(prefix="foreroute-jobs-") as folder:
             jobs = _Jobs(Path(folder))
 
@@ -98,6 +107,25 @@ def run_program(
             return max([jobs.signal_code(), *(o.exit_code or 0 for o in outcomes)])
 
     sys.exit(_guarded(compose_and_run))
+
+
+def _check_flags(arguments: Sequence[str]) -> None:
+    """Refuse a flag that Hydra does not have in one line; Hydra itself would print all that it has."""
+    _, unknown = get_args_parser().parse_known_args(arguments)
+    if unknown:
+        raise _BadOption(f"{unknown[0]}: no such flag; options are NAME=VALUE, and --help lists them")  # fmt: skip
+
+
+def _print_help(name: str, schema: type, arguments: Sequence[str]) -> None:
+    """Print the program's help, with the options' values under the groups' choices of the command line."""
+    groups = groups_of(CONF / f"{name}.yaml")
+    chosen = [text for text in arguments if text.split("=")[0] in groups and "," not in text]
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        values: Any = OmegaConf.to_container(hydra.compose(name, chosen), enum_to_str=True)
+    width = min(shutil.get_terminal_size().columns, 100)
+    for line in help_text(CONF, name, schema, values, width=width).splitlines():
+        title = line.endswith(":") and not line.startswith(" ")
+        print(styled(line, "bold", sys.stdout) if title else line)
 
 
 class _Jobs:
@@ -236,7 +264,7 @@ def _told(error: BaseException) -> int | None:
 
 def _say(line: str) -> None:
     """Write in one piece: other ranks write to the same terminal."""
-    sys.stderr.write(f"foreroute: {line}\n")
+    sys.stderr.write(styled(f"foreroute: {line}", "red", sys.stderr) + "\n")
 
 
 def _to_object(cfg: DictConfig, schema: type[T]) -> T:
@@ -272,7 +300,8 @@ def _one_line(error: BaseException) -> str:
 
 
 def _lines(error: BaseException) -> list[str]:
-    lines = [line.strip() for line in str(error).splitlines()]
+    text = str(error).replace(":\n\t", ": ").replace("\n\t", ", ")  # a list of choices
+    lines = [line.strip() for line in text.splitlines()]
     return [line for line in lines if line and not line.startswith(_NOISE)]
 
 

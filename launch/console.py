@@ -3,7 +3,10 @@
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from typing import TextIO
 
+from rich.console import Console as RichConsole
+from rich.text import Text
 from tqdm import tqdm
 
 
@@ -14,10 +17,8 @@ class Console:
         self._total = total_steps
         self._enabled = enabled
         self._bar: tqdm | None = None  # type: ignore[type-arg]
-        # mpirun gives its processes a terminal without columns when its own output goes elsewhere
-        self._terminal = (
-            sys.stdout.isatty() and os.get_terminal_size(sys.stdout.fileno()).columns > 0
-        )
+        # mpirun gives its processes a terminal without columns when its own output goes elsewhere; tqdm needs lines, too
+        self._terminal = sys.stdout.isatty() and min(os.get_terminal_size(sys.stdout.fileno())) > 0
 
     def note(self, line: str) -> None:
         """Print a line above the progress bar."""
@@ -32,7 +33,7 @@ class Console:
         if self._bar is None:
             self._bar = tqdm(
                 total=self._total, initial=step, unit="step", dynamic_ncols=True, file=sys.stdout,
-                bar_format="{percentage:3.0f}%|{bar}| {n}/{total} {postfix} [{elapsed}<{remaining}]",
+                bar_format="{percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}]{postfix}",  # cut on the right
             )  # fmt: skip
         self._bar.update(step - self._bar.n)
 
@@ -57,6 +58,32 @@ class Console:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def rich_console(file: TextIO | None, width: int | None = None) -> RichConsole:
+    """Open a Rich console that styles nothing where the file is no terminal or NO_COLOR is set.
+
+    Args:
+        file: None for stdout.
+        width: columns; None for the terminal's own.
+    """
+    plain = bool(os.environ.get("NO_COLOR"))
+    return RichConsole(
+        file=file,
+        width=width,
+        color_system=None if plain else "auto",
+        highlight=False,
+        markup=False,
+        emoji=False,
+    )
+
+
+def styled(line: str, style: str, file: TextIO) -> str:
+    """Give a line in a style of Rich's, such as "bold red", for a file that may be no terminal; it is not wrapped."""
+    console = rich_console(file)
+    with console.capture() as written:
+        console.print(Text(line, style), end="", soft_wrap=True)
+    return written.get()
 
 
 def clock(seconds: float) -> str:

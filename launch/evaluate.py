@@ -31,16 +31,25 @@ class EvaluateArgs:
     """Options; None means the run's own."""
 
     run: str = MISSING
+    """Folder of the run."""
     k: list[int] | None = None
+    """Numbers of active experts to evaluate."""
     split: Split | None = None
     protocol: Protocol = Protocol.run
     streams: int | None = None
+    """Contiguous shares of the split; changes speed, not the result."""
     segment: int | None = None
+    """Symbols per forward pass."""
     memory: int | None = None
+    """Memory length."""
     clamp_len: int | None = None
+    """Distances beyond this count as this; 0 for no clamp."""
     same_length: bool | None = None
+    """Every symbol sees exactly `memory` positions."""
     max_symbols: int | None = None
+    """Evaluate only the first so many symbols of the split; 0 for all."""
     threads: int = 0
+    """CPU threads of PyTorch; 0 leaves its default."""
 
 
 PUBLISHED = {"segment": 80, "memory": 2100, "clamp_len": 820, "same_length": True}

@@ -21,13 +21,21 @@ class GenerateArgs:
     """Options of a sample."""
 
     run: str = MISSING
+    """Folder of the run."""
     prompt: str = ""
-    k: int | None = None  # None: schedule.k_max of the run
+    """Text that the sample continues."""
+    k: int | None = None
+    """Active experts; None means schedule.k_max of the run."""
     length: int = 400
+    """Symbols to sample, at least 1."""
     temperature: float = 0.8
+    """Divides the logits: larger is more varied, 0 takes the likeliest symbol."""
     top_p: float = 0.95
+    """Sample among the likeliest symbols that make up this probability, above 0 and at most 1."""
     seed: int = 1
+    """Of the sample."""
     threads: int = 0
+    """CPU threads of PyTorch; 0 leaves its default."""
 
     def __post_init__(self) -> None:
         require(self.length >= 1, f"length={self.length}: must be at least 1")

@@ -10,10 +10,11 @@ from typing import TextIO
 
 from rich import box
 from rich.cells import cell_len
-from rich.console import Console, JustifyMethod
+from rich.console import JustifyMethod
 from rich.table import Table as Grid
 from rich.text import Text
 
+from launch.console import rich_console
 from launch.page import Bars, Code, Curve, Page, Table, Verdict
 
 _GAP = "  "  # between columns
@@ -23,7 +24,7 @@ def print_page(page: Page, file: TextIO | None = None, width: int | None = None)
     """Print a page.
 
     Args:
-        file: None for stdout; colours only where it is a terminal.
+        file: None for stdout; colours only where it is a terminal, and none with NO_COLOR.
         width: columns; None for the terminal's own.
     """
     out = _Out(file, width)
@@ -51,7 +52,7 @@ def print_page(page: Page, file: TextIO | None = None, width: int | None = None)
 
 class _Out:
     def __init__(self, file: TextIO | None, width: int | None) -> None:
-        self._console = Console(file=file, width=width, highlight=False, markup=False, emoji=False)
+        self._console = rich_console(file, width)
         self._width = self._console.width
 
     def gap(self) -> None:

@@ -20,7 +20,7 @@ def prepare_corpus(args: PrepareArgs) -> int:
     """Download if needed, tokenise, split, and say what came out; returns the exit code."""
     config = args.corpus
     if config.name is Corpus.enwik8 and config.path is None:
-        with tqdm(unit="B", unit_scale=True, desc="enwik8") as bar:
+        with tqdm(unit="B", unit_scale=True, desc="enwik8", disable=None) as bar:
 
             def progress(done: int, total: int) -> None:
                 bar.total = total

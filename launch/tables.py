@@ -25,6 +25,7 @@ class TablesArgs(Config):
     ranks: list[int] = field(default_factory=lambda: [2, 4, 8])
     """Sizes of the expert group."""
     split: Split = Split.valid
+    """Part of the corpus that is counted."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -24,12 +24,15 @@ from engine.parallel.mesh import Mesh
 from engine.parallel.world import World, agree, together
 from engine.trainer import Trainer
 from launch.cli import in_sweep, job_name, run_program
-from launch.console import Console, table
+from launch.console import Console, clock, table
 from launch.facts import write_facts
+from launch.page import byte_text
 from launch.plots import plot_loss, plot_slimming
 from launch.process import StopSignal, connected, set_up
 from launch.run_folder import SUMMARY, RunFolder, open_run, write_json
 from launch.sweep import report_sweep
+
+_LAST_LINE = "flops", "peak_device_memory_bytes"  # of metrics.jsonl, for the summary
 
 
 @dataclass
@@ -261,7 +264,10 @@ def final_numbers(summary: Mapping[str, Any]) -> dict[str, float]:
 
 
 def training_totals(metrics: Path) -> dict[str, float]:
-    """Add up a run's logged steps, over all its processes: speed, time, and the share outside the model's own work."""
+    """Add up a run's logged steps, over all its processes: speed, time, and the share outside the model's own work.
+
+    FLOPs and the GPU's memory are there when the last line has them.
+    """
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     rows = [row for row in rows if "step_ms" in row]
     steps = [
@@ -270,10 +276,12 @@ def training_totals(metrics: Path) -> dict[str, float]:
     ]
     total_ms = sum(count * row["step_ms"] for count, row in zip(steps, rows, strict=True))
     outside_ms = sum(count * row["outside_ms"] for count, row in zip(steps, rows, strict=True))
+    known = {name: rows[-1][name] for name in _LAST_LINE if rows[-1].get(name)}
     return {
         "tokens_per_second": 1e3 * rows[-1]["tokens"] / total_ms,
         "training_seconds": total_ms / 1e3,
         "outside_fraction": outside_ms / total_ms,
+        **known,
     }
 
 
@@ -289,7 +297,7 @@ def counting_baselines(corpus: PreparedCorpus, split: Split, max_symbols: int) -
 
 
 def result_table(summary: Mapping[str, Any]) -> str:
-    """Lay out held-out bpc at each k beside what counting gets."""
+    """Lay out held-out bpc at each k beside what counting gets, and below it what the training took."""
     best = min(summary["bpc"].values())
     found = {
         name if name == "dense" else f"k = {name}": bpc for name, bpc in summary["bpc"].items()
@@ -299,7 +307,24 @@ def result_table(summary: Mapping[str, Any]) -> str:
     rows = [
         [label, f"{bpc:.3f}", f"{100 * (bpc / best - 1):+.1f}%"] for label, bpc in found.items()
     ]
-    return table([f"{summary['split']} split", "bpc", "to best"], rows)
+    return "\n".join(
+        [table([f"{summary['split']} split", "bpc", "to best"], rows), *_training_lines(summary)]
+    )
+
+
+def _training_lines(summary: Mapping[str, Any]) -> list[str]:
+    seconds, speed = summary["training_seconds"], summary["tokens_per_second"]
+    device = summary.get("peak_device_memory_bytes")
+    found = {
+        "training": f"{summary['steps']:,} steps, {seconds * speed:,.0f} symbols, {summary['parameters']:,} parameters",
+        "time": f"{clock(seconds)}, {speed:,.0f} symbols/s, {summary['outside_fraction']:.1%} outside forward, backward and optimizer",
+        "memory": f"{byte_text(summary['peak_memory_bytes'])} at most"
+        + (f", {byte_text(device)} on the GPU" if device else "")
+        + " (rank 0)",
+    }
+    if "flops" in summary:
+        found["compute"] = f"{summary['flops']:.3g} FLOP"
+    return [f"{label:<10}{text}" for label, text in found.items()]
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ ONLY_IN = {
     "omegaconf": {"launch/cli.py", "launch/evaluate.py", "launch/generate.py"},
     "deepspeed": {"engine/deepspeed_adapter.py"},
     "wandb": {"engine/metrics.py"},
+    "wandb_workspaces": {"launch/dashboard.py"},
 }
 
 
