@@ -322,6 +322,21 @@ def read_config(path: Path) -> Config:
         raise UserError(f"{path}: {_one_line(error)}") from error
 
 
+def read_plain(path: Path) -> dict[str, Any]:
+    """Read a run's resolved configuration as dicts, lists, numbers and text, whatever version wrote it.
+
+    Raises:
+        UserError: the file is missing or is no configuration.
+    """
+    try:
+        found = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {_one_line(error)}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: holds no options")
+    return {str(name): value for name, value in found.items()}
+
+
 def config_of(plain: Any) -> Config:
     """Build a configuration from dicts, lists, numbers and text (the inverse of to_plain)."""
     merged = OmegaConf.merge(OmegaConf.structured(Config), plain)

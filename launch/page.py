@@ -99,7 +99,41 @@ class Bars:
                 raise ValueError(f"bars {bar.name!r}: need {len(self.stack)} parts of {len(self.groups)} groups")  # fmt: skip
 
 
-Chart: TypeAlias = Curve | Bars
+@dataclass(frozen=True, slots=True)
+class Areas:
+    """Parts that add up to a whole, stacked from the bottom, over one quantity that they share."""
+
+    title: str
+    x_label: str  # with its unit
+    y_label: str
+    lines: Sequence[Line]
+
+    def __post_init__(self) -> None:
+        _check_colours(self.title, self.lines)
+        if any(list(line.x) != list(self.lines[0].x) for line in self.lines):
+            raise ValueError(f"chart {self.title!r}: areas must have the same x")
+
+
+@dataclass(frozen=True, slots=True)
+class HeatMap:
+    """A number for each row and place, as a colour."""
+
+    title: str
+    x_label: str  # with its unit
+    y_label: str  # what the rows are
+    value_label: str
+    x: Sequence[float]
+    rows: Sequence[str]  # from the bottom
+    values: Sequence[Sequence[float]]  # [row][x]; may hold nan
+    middle: float | None = None  # drawn without colour: what is below has one hue, above another
+
+    def __post_init__(self) -> None:
+        widths = {len(row) for row in self.values}
+        if len(self.values) != len(self.rows) or widths != {len(self.x)}:
+            raise ValueError(f"heat map {self.title!r}: need {len(self.rows)} rows of {len(self.x)} values")  # fmt: skip
+
+
+Chart: TypeAlias = Curve | Bars | Areas | HeatMap
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +171,7 @@ class Page:
     sections: Sequence[Section]
     figures: Sequence[KeyFigure] = field(default_factory=list)
     footer: str = ""  # of the file; a terminal does not show it
+    contents: bool = False  # of the file: links to the sections, on top
 
 
 def byte_text(value: float) -> str:
