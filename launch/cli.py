@@ -10,6 +10,7 @@ fails does not stop the others; a signal does.
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import tempfile
@@ -301,6 +302,14 @@ def job_name(name: str) -> str:
 def swept_name(name: str, dirname: str) -> str:
     """The name of a sweep's job: the sweep's name and its own options."""
     return re.sub(r"[^A-Za-z0-9_.=-]+", "_", f"{name}-{dirname}")
+
+
+def command_option(name: str, value: str | Path) -> str:
+    """Write an option as a person would type it: quoted for Hydra and the shell where it must be, as with an = in a folder's name."""
+    if re.fullmatch(r"[\w./-]+", str(value)):
+        return f"{name}={value}"
+    quoted = "{}='{}'".format(name, str(value).replace("'", r"\'"))
+    return shlex.quote(quoted) if re.search(r'["$`\\!]', quoted) else f'"{quoted}"'
 
 
 def write_config(config: object, path: Path) -> None:

@@ -47,6 +47,7 @@ class Line:
     y: Sequence[float]
     upper: Sequence[float] | None = None  # a light band goes from y to here
     dashed: bool = False
+    hue: int | None = None  # which of the COLOURS; None: by its place among the chart's lines
 
     def __post_init__(self) -> None:
         if not len(self.x) == len(self.y) == len(self.x if self.upper is None else self.upper):
@@ -126,6 +127,7 @@ class HeatMap:
     rows: Sequence[str]  # from the bottom
     values: Sequence[Sequence[float]]  # [row][x]; may hold nan
     middle: float | None = None  # drawn without colour: what is below has one hue, above another
+    ends: tuple[float, float] | None = None  # of the colours; None: those of the values
 
     def __post_init__(self) -> None:
         widths = {len(row) for row in self.values}
@@ -182,6 +184,11 @@ def byte_text(value: float) -> str:
         value, place = value / 1000, place + 1
     digits = 0 if place == 0 or value >= 99.95 else 1 if value >= 9.995 else 2
     return f"{value:.{digits}f} {units[place]}"
+
+
+def hue_of(line: Line, place: int) -> int:
+    """Give the colour of a line at a place among its chart's lines."""
+    return place if line.hue is None else line.hue
 
 
 def _check_colours(title: str, named: Sequence[object]) -> None:

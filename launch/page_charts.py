@@ -18,7 +18,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from launch.page import COLOURS, Bars, Curve
+from launch.page import COLOURS, Bars, Curve, hue_of
 from launch.page_words import describe, number_text
 
 _SIZE_INCHES = 4.7, 2.7
@@ -73,7 +73,8 @@ def draw(chart: Curve | Bars, prefix: str) -> str:
 
 
 def _draw_curve(axes: Axes, chart: Curve) -> None:
-    for line, colour in zip(chart.lines, _SERIES, strict=False):
+    for i, line in enumerate(chart.lines):
+        colour = _SERIES[hue_of(line, i)]
         marker = "o" if len(line.x) <= _MARKED and not line.dashed else ""
         axes.plot(
             line.x, line.y, linestyle="--" if line.dashed else "-", color=colour, linewidth=1.2, marker=marker, markersize=3.2

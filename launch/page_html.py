@@ -21,6 +21,7 @@ from launch.page import (
     Section,
     Table,
     Verdict,
+    hue_of,
 )
 from launch.page_charts import draw
 
@@ -239,7 +240,7 @@ def legend(chart: Chart) -> list[LegendKey]:
         band = isinstance(chart, Curve) and chart.band
         kind = "line" if isinstance(chart, Curve) else ""
         lines = [
-            LegendKey(line.name, f"c{i}", f"{kind} dashed" if line.dashed else kind)
+            LegendKey(line.name, f"c{hue_of(line, i)}", f"{kind} dashed" if line.dashed else kind)
             for i, line in enumerate(chart.lines)
         ]
         return [*lines, LegendKey(band, "muted", "faint")] if band else lines

@@ -18,7 +18,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from launch.page import COLOURS, Areas, Bars, Chart, Curve, HeatMap, Page
+from launch.page import COLOURS, Areas, Bars, Chart, Curve, HeatMap, Page, hue_of
 from launch.page_html import DARK, LIGHT, Drawing, html, legend, table_html
 from launch.page_words import describe, number_text, numbers
 
@@ -27,8 +27,9 @@ _FAINT = "47"  # alpha of bands, in hexadecimal: 28 %
 _MARKED = 24  # lines of at most so many points show them
 _STYLE = """<style>
 .plot { height: 20rem; }
-figure { max-width: none; min-width: 0; }
-.legend { align-items: center; gap: .1rem .5rem; } ul.legend { gap: .1rem 1rem; }
+figure { max-width: none; min-width: 0; display: grid; grid-template: subgrid / minmax(0, 1fr); grid-row: span 4; row-gap: 0; align-content: start; }
+figure .scroll { margin: .5rem 0; }
+.legend { align-items: center; align-content: start; gap: .1rem .5rem; } ul.legend { gap: .1rem 1rem; }
 .legend i.scale { width: 7rem; margin: 0; border: 1px solid var(--rule); }
 .legend button { font: inherit; color: inherit; background: none; border: 0; padding: .15rem 0; cursor: pointer; text-align: left; }
 .legend button[aria-pressed="false"] { text-decoration: line-through; opacity: .6; }
@@ -59,15 +60,15 @@ def figure_of(chart: Chart) -> go.Figure:
         traces, layout = _bars(chart)
     else:
         traces, layout = _heat_map(chart)
-    axis = {"gridcolor": "var(--rule)", "linecolor": "var(--muted)", "zeroline": False, "automargin": True, "exponentformat": "power"}  # fmt: skip
+    axis = {"gridcolor": "var(--rule)", "linecolor": "var(--muted)", "zeroline": False, "automargin": True, "exponentformat": "power", "separatethousands": True}  # fmt: skip
     figure = go.Figure(traces)
     figure.update_layout(
         template="none", showlegend=False, uirevision="kept", margin={"l": 8, "r": 12, "t": 12, "b": 8},
         paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "system-ui, sans-serif", "size": 12, "color": "var(--muted)"},
         hoverlabel={"bgcolor": "var(--card)", "bordercolor": "var(--rule)", "font": {"color": "var(--ink)"}, "namelength": -1},
-        xaxis={**axis, "title": {"text": escape(chart.x_label), "standoff": 8}},
-        yaxis={**axis, "title": {"text": escape(chart.y_label), "standoff": 8}},
+        xaxis={**axis, "title": {"text": escape(chart.x_label), "standoff": 8}, "ticks": ""},
+        yaxis={**axis, "title": {"text": escape(chart.y_label), "standoff": 8}, "ticks": ""},
     )  # fmt: skip
     figure.update_layout(layout)
     return figure
@@ -80,15 +81,16 @@ def _curve(chart: Curve) -> tuple[list[Any], dict[str, Any]]:
         marked = len(line.x) <= _MARKED and not line.dashed
         if line.upper is not None:
             none = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
-            faint = f"var(--c{i}-faint)"
+            faint = f"var(--c{hue_of(line, i)}-faint)"
             traces += [
                 go.Scatter(**common, **none, y=_short(line.y)),
                 go.Scatter(**common, **none, y=_short(line.upper), fill="tonexty", fillcolor=faint),
             ]
-        style = {"color": f"var(--c{i})", "width": 1.8, "dash": "dash" if line.dashed else "solid"}
+        colour = f"var(--c{hue_of(line, i)})"
+        style = {"color": colour, "width": 1.8, "dash": "dash" if line.dashed else "solid"}
         traces.append(
             go.Scatter(
-                **common, y=_short(line.y), name=escape(line.name), line=style, marker={"color": f"var(--c{i})", "size": 6},
+                **common, y=_short(line.y), name=escape(line.name), line=style, marker={"color": colour, "size": 6},
                 mode="lines+markers" if marked else "lines", hovertemplate="%{y:,.5~g}",
             )
         )  # fmt: skip
@@ -99,7 +101,7 @@ def _curve(chart: Curve) -> tuple[list[Any], dict[str, Any]]:
     else:
         layout["xaxis"] = {"tickformat": _tick_format(chart.lines[0].x)}
     if chart.y_log:
-        layout["yaxis"]["type"] = "log"
+        layout["yaxis"] = {"type": "log", "dtick": "D2"}
     values = [y for line in chart.lines for y in [*line.y, *(line.upper or ())] if isfinite(y)]
     low = chart.y_from
     if low is not None and values and min(values) >= low:
@@ -112,7 +114,7 @@ def _areas(chart: Areas) -> tuple[list[Any], dict[str, Any]]:
     traces = [
         go.Scatter(
             x=_short(line.x), y=_short(line.y), name=escape(line.name), legendgroup=str(i), stackgroup="all", mode="lines",
-            line={"width": 0.5, "color": f"var(--c{i})"}, fillcolor=f"var(--c{i})", hovertemplate="%{y:,.4~g}",
+            line={"width": 0.5, "color": f"var(--c{hue_of(line, i)})"}, fillcolor=f"var(--c{hue_of(line, i)})", hovertemplate="%{y:,.4~g}",
         )
         for i, line in enumerate(chart.lines)
     ]  # fmt: skip
@@ -153,12 +155,17 @@ def _heat_map(chart: HeatMap) -> tuple[list[Any], dict[str, Any]]:
 
 
 def _colours(chart: HeatMap) -> tuple[float, float, list[tuple[float, str]]]:
-    """Give the lowest and highest value, and the palette's names at places from 0 to 1 between them."""
+    """Give the values at the ends of the scale, and the palette's names at places from 0 to 1 between them.
+
+    Around a middle both ends are equally far from it, as long as no end is below 0 for values that are not.
+    """
     values = [value for row in chart.values for value in row if isfinite(value)]
-    low, high = min([0.0, *values]), max(values, default=1.0)
+    low, high = chart.ends or (min(values, default=0.0), max(values, default=1.0))
     if chart.middle is None:
         return low, high if high > low else low + 1, [(0, "card"), (1, "c0")]
-    high = max(high, 2 * chart.middle - low)
+    reach = max(high - chart.middle, chart.middle - low, 0.05 * abs(chart.middle))
+    bottom = chart.middle - reach
+    low, high = max(bottom, 0.0) if low >= 0 else bottom, chart.middle + reach
     return low, high, [(0, "c0"), ((chart.middle - low) / (high - low), "card"), (1, "c1")]
 
 
@@ -179,7 +186,7 @@ def _figure(chart: Chart, prefix: str) -> str:
         f'<li><button type="button" aria-pressed="true">{key.html()}</button></li>' if i < named else f"<li>{key.html()}</li>"
         for i, key in enumerate(keys)
     ]  # fmt: skip
-    names = f'<ul class="legend">{"".join(items)}</ul>' if len(items) > 1 else ""
+    names = f'<ul class="legend">{"".join(items)}</ul>' if len(items) > 1 else "<div></div>"
     if isinstance(chart, HeatMap):
         names = _colour_key(chart)
     data = json.dumps(figure_of(chart).to_plotly_json(), separators=(",", ":")).replace("<", "\\u003c")  # fmt: skip

@@ -77,16 +77,16 @@ def expert_maps(run: RunData) -> list[Chart]:
     found = grid(run, "expert_rows", axes=2)
     if not found:
         return []
-    maps: list[Chart] = []
-    for layer in range(found.values.shape[1]):
-        rows = found.values[:, layer]  # [column, expert]
-        mean = rows.mean(axis=1, keepdims=True)
-        over = rows / mean.clip(min=1e-30)
-        experts = [str(expert) for expert in range(rows.shape[1])]
-        maps.append(
-            HeatMap(f"Layer {layer}: load of the experts", "step", "expert", "rows over the mean", found.steps, experts, over.T.tolist(), 1.0)
-        )  # fmt: skip
-    return maps
+    over = found.values / found.values.mean(axis=2, keepdims=True).clip(min=1e-30)
+    names = [str(expert) for expert in range(over.shape[2])]
+    ends = float(over.min()), float(over.max())  # one scale, so that layers can be compared
+    return [
+        HeatMap(
+            f"Layer {layer}: load of the experts", "step", "expert", "rows over the mean", found.steps, names,
+            over[:, layer].T.tolist(), middle=1.0, ends=ends,
+        )
+        for layer in range(over.shape[1])
+    ]  # fmt: skip
 
 
 def areas(title: str, y_label: str, x: Sequence[float], parts: Mapping[str, Sequence[float]]) -> list[Chart]:  # fmt: skip

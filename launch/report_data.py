@@ -19,8 +19,17 @@ from launch.cli import read_plain
 from launch.run_folder import CONFIG, STATE, SUMMARY
 
 FACTS = "facts.json"
-POINTS = 1000  # of a line, at most
+POINTS = 500  # of a line, at most
 _COLUMNS, _CELLS = 150, 40_000  # of a heat map, at most
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Quality:
+    """Bits per symbol. Ordered: what was measured on held-out text at the end comes before what is known of other runs."""
+
+    order: int
+    bpc: float  # nan if there is none
+    source: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +71,17 @@ class RunData:
         return {str(k): bpc for k, bpc in plain_dict(self.summary.get("bpc")).items() if isfinite(number(bpc))}  # fmt: skip
 
     @property
-    def bpc(self) -> tuple[float, str]:
-        """The best figure for the run's quality, and what it is; nan if there is none."""
+    def quality(self) -> "Quality":
+        """The best figure for what the run reached."""
         if self.bpc_by_k:
             best = min(self.bpc_by_k, key=lambda k: self.bpc_by_k[k])
             at = "dense" if best == "dense" else f"k = {best}"
-            return self.bpc_by_k[best], f"{self.summary.get('split', 'held-out')} split, {at}"
-        for lines, name, what in ((self.valid, "valid_bpc", "last validation"), (self.lines, "bpc", "last line of training")):  # fmt: skip
+            return Quality(0, self.bpc_by_k[best], f"{self.summary.get('split', 'held-out')} split, {at}")  # fmt: skip
+        for order, lines, name, source in ((1, self.valid, "valid_bpc", "last validation"), (2, self.lines, "bpc", "last line of training")):  # fmt: skip
             found = [number(line.get(name)) for line in lines]
             if found and isfinite(found[-1]):
-                return found[-1], what
-        return nan, "none yet"
+                return Quality(order, found[-1], source)
+        return Quality(3, nan, "none yet")
 
 
 def read_run(folder: Path) -> RunData:

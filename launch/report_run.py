@@ -115,7 +115,7 @@ def _state(run: RunData) -> str:
 
 
 def _figures(run: RunData) -> list[KeyFigure]:
-    bpc, what = run.bpc
+    quality = run.quality
     state = state_of(run)
     steps = f"after step {step_of(run):,} of {text(steps_of(run))}"
     note = _STATES.get(state, "")
@@ -124,7 +124,7 @@ def _figures(run: RunData) -> list[KeyFigure]:
     k = run.last("k")
     found = [
         KeyFigure("State", state, f"{steps}; {note}" if note else steps),
-        KeyFigure("Bits per symbol", text(bpc, "{:.3f}"), what),
+        KeyFigure("Bits per symbol", text(quality.bpc, "{:.3f}"), quality.source),
         KeyFigure("Symbols per second", text(tokens_per_second_of(run)), "of training, over all ranks; mean"),
         KeyFigure("Training time", duration(seconds_of(run)), "of steps alone"),
     ]  # fmt: skip
@@ -149,13 +149,15 @@ def _quality(run: RunData) -> list[Section]:
         lines = _quality_lines(run, x)
         if lines:
             charts.append(Curve(f"Bits per symbol over {OVER[x]}", X_LABELS[x], "bits per symbol", lines))  # fmt: skip
-    loss = curve(run, "Loss over symbols", "nats per symbol", {"loss": "loss", "balance and z-loss": "auxiliary_loss"}, x="tokens")  # fmt: skip
+    names = {"loss": "loss", "balance and z-loss": "auxiliary_loss"}
+    for x in ("tokens", "flops"):
+        charts += curve(run, f"Loss over {OVER[x]}", "nats per symbol", names, x=x)
     k = curve(run, "Active experts over steps", "active experts k", {"k": "k"}, y_from=0)
-    varies = len({line.get("k") for line in run.lines}) > 1
+    varies = len({number(line.get("k")) for line in run.lines}) > 1
     each = -(-len(run.lines) // POINTS)
     note = f"Each point of the training lines is the mean of {each} lines of metrics.jsonl." if each > 1 else ""  # fmt: skip
     missing = "No curve over training arithmetic: the run did not log it." if charts and not isfinite(run.last("flops")) else ""  # fmt: skip
-    return section("Quality", note, missing, charts, loss, k if varies else [])
+    return section("Quality", note, missing, charts, k if varies else [])
 
 
 def _quality_lines(run: RunData, x: str) -> list[Line]:
@@ -237,7 +239,7 @@ def _facts(run: RunData) -> Table:
     parameters = parameters_of(run)
     sha256 = str(corpus.get("sha256", run.summary.get("corpus_sha256", "")))[:16]
     commit = str(code.get("commit") or "")[:12] + (", with changes" if code.get("changed") else "")
-    nodes = number(facts.get("nodes"))
+    nodes, started = number(facts.get("nodes")), facts.get("started")
     ranks = f"{facts['ranks']}, expert groups of {facts.get('expert_ranks', '?')}" if "ranks" in facts else ""  # fmt: skip
     known = {
         "router": facts.get("router", options.get("moe.router")),
@@ -247,8 +249,8 @@ def _facts(run: RunData) -> Table:
         "text": f"{corpus.get('name', options.get('corpus.name', ''))}, sha256 {sha256}..." if sha256 else options.get("corpus.name"),
         "version": code.get("version"),
         "commit": commit,
-        "libraries": ", ".join(f"{name} {version}" for name, version in versions.items()),
-        "started": ", ".join(map(str, facts.get("started") or [])),
+        "libraries": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
+        "started": ", ".join(map(str, started)) if isinstance(started, list) else "",
         "folder": run.folder,
     }  # fmt: skip
     rows = [[name, str(value)] for name, value in known.items() if value]

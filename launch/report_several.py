@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf, isfinite
+from math import isfinite, nan
 
 from launch.page import COLOURS, Chart, Curve, KeyFigure, Line, Page, Table
-from launch.report_charts import OVER, X_LABELS, count_text, duration, line_of, section, text
+from launch.report_charts import OVER, X_LABELS, count_text, duration, section, text
 from launch.report_data import RunData, number, plain_dict, series
 from launch.report_run import (
     LEAD,
@@ -32,12 +32,22 @@ class Absent:
     state: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    hue: int
+    label: str
+    run: RunData
+
+    def line(self, x: Sequence[float], y: Sequence[float]) -> Line:
+        return Line(self.label, x, y, hue=self.hue)
+
+
 def several_page(title: str, runs: Sequence[RunData], absent: Sequence[Absent] = ()) -> Page:
-    """Describe several runs; the best is on top and the first in every chart."""
-    runs = sorted(runs, key=lambda run: value if isfinite(value := run.bpc[0]) else inf)
+    """Describe several runs; the best is on top and the first in every chart, in which a run keeps its colour."""
+    runs = sorted(runs, key=lambda run: run.quality)
     differing = differing_options(runs)
     labels = labels_of(runs, differing)
-    drawn = list(zip(labels, runs, strict=True))[:COLOURS]
+    drawn = [_Drawn(hue, *of_run) for hue, of_run in enumerate(zip(labels, runs, strict=True))][:COLOURS]  # fmt: skip
     left_out = ""
     if len(runs) > COLOURS:
         left_out = f" Charts show the best {COLOURS} of {len(runs)}, the table all."
@@ -77,9 +87,9 @@ def labels_of(runs: Sequence[RunData], differing: Sequence[str]) -> list[str]:
 
 
 def _figures(best: RunData, label: str) -> list[KeyFigure]:
-    bpc, what = best.bpc
+    quality = best.quality
     return [
-        KeyFigure("Best bits per symbol", text(bpc, "{:.3f}"), f"{label}: {what}"),
+        KeyFigure("Best bits per symbol", text(quality.bpc, "{:.3f}"), f"{label}: {quality.source}"),
         KeyFigure("Its symbols per second", text(tokens_per_second_of(best)), "of training, over all ranks; mean"),
         KeyFigure("Its training time", duration(seconds_of(best)), "of steps alone"),
     ]  # fmt: skip
@@ -101,36 +111,36 @@ def _table(
 ) -> list[Table]:
     ks = sorted({k for run in runs for k, _ in by_k(run)})
     header = [
-        "run", "state", *differing, "parameters", "active", "FLOP of the run", "bpc", "which", *(f"k = {k}" for k in ks), "time",
-        "symbols/s",
+        "run", "state", *differing, "bpc", "of", *(f"k = {k}" for k in ks), "symbols/s", "time", "FLOP", "parameters", "active",
     ]  # fmt: skip
     rows = [_row(run, differing, ks) for run in runs]
     rows += [[run.name, run.state, *["-"] * (len(header) - 2)] for run in absent]
-    notes = ["bpc: bits per symbol, the best that is known; k = 1 and so on: of the held-out split at that k. active: parameters used at the last k."]  # fmt: skip
+    notes = [
+        "bpc: bits per symbol, the best that is known; k = 1 and so on: of the held-out split at that k. Runs without a held-out result "
+        "come last. FLOP: of training, forward and backward, all ranks. active: parameters used at the last k."
+    ]
     text_columns = 2 + len(differing)
     return [Table(header, rows, text_columns=text_columns, notes=notes)] if rows else []
 
 
 def _row(run: RunData, differing: Sequence[str], ks: Sequence[int]) -> list[str]:
-    bpc, what = run.bpc
     found = dict(by_k(run))
     active = plain_dict(run.facts.get("active_parameters"))
     k = run.last("k")
     now = active.get("dense", active.get(f"{k:.0f}" if isfinite(k) else ""))
     state = state_of(run)
-    flops = run.last("flops")
     return [
         run.name,
         state if state == "complete" else f"{state}, step {step_of(run):,}",
         *(option_text(run.options[name]) if name in run.options else "-" for name in differing),
+        text(run.quality.bpc, "{:.3f}"),
+        run.quality.source,
+        *(text(found.get(k, nan), "{:.3f}") for k in ks),
+        text(tokens_per_second_of(run)),
+        duration(seconds_of(run)),
+        count_text(run.last("flops")),
         count_text(parameters_of(run)),
         count_text(number(now)),
-        count_text(flops),
-        text(bpc, "{:.3f}"),
-        what,
-        *(text(found.get(k, float("nan")), "{:.3f}") for k in ks),
-        duration(seconds_of(run)),
-        text(tokens_per_second_of(run)),
     ]
 
 
@@ -142,40 +152,35 @@ _QUALITY = (
 )
 
 
-def _quality(
-    drawn: Sequence[tuple[str, RunData]], what: str, lines: str, name: str, x: str
-) -> list[Chart]:
-    found = [(label, series(getattr(run, lines), name, x)) for label, run in drawn]
-    shown = [line_of(label, points) for label, points in found if points.x]
+def _quality(drawn: Sequence[_Drawn], what: str, lines: str, name: str, x: str) -> list[Chart]:
+    found = [(each, series(getattr(each.run, lines), name, x)) for each in drawn]
     title = f"{what}: bits per symbol over {OVER[x]}"
-    return [Curve(title, X_LABELS[x], "bits per symbol", shown)] if shown else []
+    return _chart(title, X_LABELS[x], "bits per symbol", [each.line(points.x, points.mean) for each, points in found])  # fmt: skip
 
 
-def _slimming(drawn: Sequence[tuple[str, RunData]]) -> list[Chart]:
-    over_k = [
-        Line(label, [float(k) for k, _ in by_k(run)], [bpc for _, bpc in by_k(run)])
-        for label, run in drawn
-        if by_k(run)
-    ]
+def _slimming(drawn: Sequence[_Drawn]) -> list[Chart]:
+    over_k = [each.line([float(k) for k, _ in by_k(each.run)], [bpc for _, bpc in by_k(each.run)]) for each in drawn]  # fmt: skip
     over_flops = [
-        Line(label, [flops for _, flops, _ in points], [bpc for *_, bpc in points])
-        for label, run in drawn
-        if (points := by_arithmetic(run))
+        each.line([flops for _, flops, _ in points], [bpc for *_, bpc in points])
+        for each in drawn
+        if (points := by_arithmetic(each.run))
     ]
-    charts: list[Chart] = []
-    if over_k:
-        charts.append(Curve("Bits per symbol over k", "active experts k", "bits per symbol", over_k, x_log=True))  # fmt: skip
-    if over_flops:
-        charts.append(Curve("Bits per symbol over inference arithmetic", "FLOP per symbol, forward pass", "bits per symbol", over_flops))  # fmt: skip
-    return charts
+    return [
+        *_chart("Bits per symbol over k", "active experts k", "bits per symbol", over_k, x_log=True),
+        *_chart("Bits per symbol over inference arithmetic", "FLOP per symbol, forward pass", "bits per symbol", over_flops),
+    ]  # fmt: skip
 
 
-def _speed(drawn: Sequence[tuple[str, RunData]]) -> list[Chart]:
-    found = [(label, series(run.lines, "tokens_per_second")) for label, run in drawn]
-    lines = [line_of(label, points) for label, points in found if points.x]
-    if not lines:
-        return []
-    return [Curve("Symbols per second over steps", "step", "symbols per second, all ranks", lines, y_from=0)]  # fmt: skip
+def _speed(drawn: Sequence[_Drawn]) -> list[Chart]:
+    found = [(each, series(each.run.lines, "tokens_per_second")) for each in drawn]
+    lines = [each.line(points.x, points.mean) for each, points in found]
+    return _chart("Symbols per second over steps", "step", "symbols per second, all ranks", lines, y_from=0)  # fmt: skip
+
+
+def _chart(title: str, x_label: str, y_label: str, lines: Sequence[Line], *, x_log: bool = False, y_from: float | None = None) -> list[Chart]:  # fmt: skip
+    """Give a chart of the lines that have points; none without any."""
+    shown = [line for line in lines if len(line.x)]
+    return [Curve(title, x_label, y_label, shown, x_log=x_log, y_from=y_from)] if shown else []
 
 
 def _missing(labels: Sequence[str], runs: Sequence[RunData]) -> list[Table]:

@@ -98,9 +98,9 @@ def _time_table(run: RunData, x: list[float], parts: dict[str, list[float]]) -> 
     rows = [["whole step", text(whole, "{:,.2f}"), "100.0%"]]
     means = {name: run.mean(f"{name}_ms") for name in ("forward", "attention", "experts", "backward", "optimizer", "outside", "plan_wait", "metric", "exchange_exposed", "exchange_hidden", "own", "data")}  # fmt: skip
     labels = {
-        "forward": "forward", "attention": "of it attention", "experts": "of it experts", "own": "of it without waiting for other ranks",
-        "backward": "backward", "optimizer": "optimizer", "outside": "outside these", "plan_wait": "of it waiting for plans",
-        "metric": "of it metrics", "exchange_exposed": "exchange, exposed (in forward and backward)",
+        "forward": "forward", "attention": "forward, attention", "experts": "forward, experts", "own": "forward, without waiting for other ranks",
+        "backward": "backward", "optimizer": "optimizer", "outside": "outside", "plan_wait": "outside, waiting for plans",
+        "metric": "outside, metrics", "exchange_exposed": "exchange, exposed (in forward and backward)",
         "exchange_hidden": "exchange, hidden", "data": "background: reading and planning, beside the step",
     }  # fmt: skip
     rows += [
@@ -108,7 +108,9 @@ def _time_table(run: RunData, x: list[float], parts: dict[str, list[float]]) -> 
         for name, label in labels.items()
         if isfinite(means[name])
     ]
-    note = "Means over all logged steps, of rank 0."
+    note = (
+        "Means over all logged steps, of rank 0. Outside: neither forward, backward nor optimizer."
+    )
     return [Table(["part", "ms in a step", "of the step"], rows, "Mean time of a step", notes=[note])]  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from engine.metrics import Metrics, peak_memory_bytes
 from engine.parallel.mesh import Mesh
 from engine.parallel.world import World, agree, together
 from engine.trainer import Trainer
-from launch.cli import job_name, run_program
+from launch.cli import command_option, job_name, run_program
 from launch.console import Console, table
 from launch.plots import plot_loss, plot_slimming
 from launch.process import StopSignal, connected, set_up
@@ -204,6 +204,7 @@ def _finish(run: RunFolder, trainer: Trainer, corpus: PreparedCorpus) -> None:
         print(
             f"{run.path}: config.yaml metrics.jsonl checkpoints/ loss.png slimming.png summary.json"
         )
+        print(f"python -m launch.report {command_option('run', run.path)} makes a page of it")
 
 
 def _summarise(
