@@ -10,6 +10,7 @@ fails does not stop the others; a signal does.
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -334,6 +335,14 @@ def swept_name(name: str, dirname: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.=-]+", "_", f"{name}-{dirname}")
 
 
+def command_option(name: str, value: str | Path) -> str:
+    """Write an option as a person would type it: quoted for Hydra and the shell where it must be, as with an = in a folder's name."""
+    if re.fullmatch(r"[\w./-]+", str(value)):
+        return f"{name}={value}"
+    quoted = "{}='{}'".format(name, str(value).replace("'", r"\'"))
+    return shlex.quote(quoted) if re.search(r'["$`\\!]', quoted) else f'"{quoted}"'
+
+
 def write_config(config: object, path: Path) -> None:
     """Write a configuration object as YAML."""
     OmegaConf.save(OmegaConf.create(to_plain(config)), path)
@@ -351,6 +360,21 @@ def read_config(path: Path) -> Config:
         return config_of(OmegaConf.load(path))
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {_one_line(error)}") from error
+
+
+def read_plain(path: Path) -> dict[str, Any]:
+    """Read a run's resolved configuration as dicts, lists, numbers and text, whatever version wrote it.
+
+    Raises:
+        UserError: the file is missing or is no configuration.
+    """
+    try:
+        found = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {_one_line(error)}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: holds no options")
+    return {str(name): value for name, value in found.items()}
 
 
 def config_of(plain: Any) -> Config:

@@ -47,6 +47,7 @@ class Line:
     y: Sequence[float]
     upper: Sequence[float] | None = None  # a light band goes from y to here
     dashed: bool = False
+    hue: int | None = None  # which of the COLOURS; None: by its place among the chart's lines
 
     def __post_init__(self) -> None:
         if not len(self.x) == len(self.y) == len(self.x if self.upper is None else self.upper):
@@ -99,7 +100,42 @@ class Bars:
                 raise ValueError(f"bars {bar.name!r}: need {len(self.stack)} parts of {len(self.groups)} groups")  # fmt: skip
 
 
-Chart: TypeAlias = Curve | Bars
+@dataclass(frozen=True, slots=True)
+class Areas:
+    """Parts that add up to a whole, stacked from the bottom, over one quantity that they share."""
+
+    title: str
+    x_label: str  # with its unit
+    y_label: str
+    lines: Sequence[Line]
+
+    def __post_init__(self) -> None:
+        _check_colours(self.title, self.lines)
+        if any(list(line.x) != list(self.lines[0].x) for line in self.lines):
+            raise ValueError(f"chart {self.title!r}: areas must have the same x")
+
+
+@dataclass(frozen=True, slots=True)
+class HeatMap:
+    """A number for each row and place, as a colour."""
+
+    title: str
+    x_label: str  # with its unit
+    y_label: str  # what the rows are
+    value_label: str
+    x: Sequence[float]
+    rows: Sequence[str]  # from the bottom
+    values: Sequence[Sequence[float]]  # [row][x]; may hold nan
+    middle: float | None = None  # drawn without colour: what is below has one hue, above another
+    ends: tuple[float, float] | None = None  # of the colours; None: those of the values
+
+    def __post_init__(self) -> None:
+        widths = {len(row) for row in self.values}
+        if len(self.values) != len(self.rows) or widths != {len(self.x)}:
+            raise ValueError(f"heat map {self.title!r}: need {len(self.rows)} rows of {len(self.x)} values")  # fmt: skip
+
+
+Chart: TypeAlias = Curve | Bars | Areas | HeatMap
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +173,7 @@ class Page:
     sections: Sequence[Section]
     figures: Sequence[KeyFigure] = field(default_factory=list)
     footer: str = ""  # of the file; a terminal does not show it
+    contents: bool = False  # of the file: links to the sections, on top
 
 
 def byte_text(value: float) -> str:
@@ -147,6 +184,11 @@ def byte_text(value: float) -> str:
         value, place = value / 1000, place + 1
     digits = 0 if place == 0 or value >= 99.95 else 1 if value >= 9.995 else 2
     return f"{value:.{digits}f} {units[place]}"
+
+
+def hue_of(line: Line, place: int) -> int:
+    """Give the colour of a line at a place among its chart's lines."""
+    return place if line.hue is None else line.hue
 
 
 def _check_colours(title: str, named: Sequence[object]) -> None:

@@ -18,7 +18,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from launch.page import COLOURS, Bars, Chart, Curve, Line
+from launch.page import COLOURS, Bars, Curve, hue_of
+from launch.page_words import describe, number_text
 
 _SIZE_INCHES = 4.7, 2.7
 _MARKED = 24  # lines of at most so many points show them
@@ -50,7 +51,7 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def draw(chart: Chart, prefix: str) -> str:
+def draw(chart: Curve | Bars, prefix: str) -> str:
     """Give the chart as an <svg> element.
 
     Args:
@@ -71,41 +72,9 @@ def draw(chart: Chart, prefix: str) -> str:
     return _for_page(written.getvalue(), describe(chart), prefix)
 
 
-def describe(chart: Chart) -> str:
-    """Say in words what a chart shows, for those who cannot see it."""
-    if isinstance(chart, Curve):
-        kind = "Line chart"
-        said = [f"{line.name}: {_range_text(line.y)}{_band_text(line)}" for line in chart.lines]
-    else:
-        kind = "Bar chart"
-        totals = [[sum(parts) for parts in zip(*bar.parts, strict=True)] for bar in chart.bars]
-        said = [f"{bar.name}: {_range_text(sums)}" for bar, sums in zip(chart.bars, totals, strict=True)]  # fmt: skip
-    return f"{kind}. {chart.title}: {chart.y_label} over {chart.x_label}. {'; '.join(said)}."
-
-
-def number_text(value: float) -> str:
-    """Write a number of an axis or a description: four digits, thousands apart, no exponent between 1e-4 and 1e15."""
-    if value == 0 or not 1e-4 <= abs(value) < 1e15:
-        return f"{value:.4g}"
-    return f"{float(f'{value:.4g}'):,.10f}".rstrip("0").rstrip(".")
-
-
-def _range_text(values: Sequence[float]) -> str:
-    found = [value for value in values if isfinite(value)]
-    if not found:
-        return "no values"
-    if min(found) == max(found):
-        return number_text(found[0])
-    return f"{number_text(min(found))} to {number_text(max(found))}, last {number_text(found[-1])}"
-
-
-def _band_text(line: Line) -> str:
-    found = [value for value in line.upper or () if isfinite(value)]
-    return f", its band up to {number_text(max(found))}" if found else ""
-
-
 def _draw_curve(axes: Axes, chart: Curve) -> None:
-    for line, colour in zip(chart.lines, _SERIES, strict=False):
+    for i, line in enumerate(chart.lines):
+        colour = _SERIES[hue_of(line, i)]
         marker = "o" if len(line.x) <= _MARKED and not line.dashed else ""
         axes.plot(
             line.x, line.y, linestyle="--" if line.dashed else "-", color=colour, linewidth=1.2, marker=marker, markersize=3.2

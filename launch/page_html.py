@@ -1,26 +1,52 @@
-"""Makes one HTML file of a page: its style and charts are inside it, it runs no script and asks nothing of any server.
+"""Makes one HTML file of a page: its style and charts are inside it, and it asks nothing of any server.
 
 It reads well on a phone, in dark and light (as the reader's system says) and on paper. A content security policy in the file
-itself forbids every request.
+itself forbids every request. By itself it runs no script: how charts are drawn is a Drawing, which may bring one
+(launch/page_plotly.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from html import escape
 
-from launch.page import Bars, Chart, Code, Curve, KeyFigure, Page, Part, Section, Table, Verdict
+from launch.page import (
+    Bars,
+    Chart,
+    Code,
+    Curve,
+    HeatMap,
+    KeyFigure,
+    Page,
+    Part,
+    Section,
+    Table,
+    Verdict,
+    hue_of,
+)
 from launch.page_charts import draw
 
-_LIGHT = """
---paper: #fff; --card: #f5f6f8; --ink: #1c2127; --muted: #586370; --rule: #d9dde2; --good: #1d7a46; --bad: #b3261e;
---c0: #2463ad; --c1: #c4560f; --c2: #2a8057; --c3: #8447a8; --c4: #b12c62; --c5: #6a6f00;"""
-_DARK = """
---paper: #14171b; --card: #1d2126; --ink: #e4e8ec; --muted: #9aa6b2; --rule: #343b43; --good: #6fcf97; --bad: #ff8a80;
---c0: #78b1f2; --c1: #f2a05f; --c2: #72c79a; --c3: #c79ae6; --c4: #f089ad; --c5: #c9cc5a;"""
+LIGHT = {
+    "paper": "#ffffff", "card": "#f5f6f8", "ink": "#1c2127", "muted": "#586370", "rule": "#d9dde2", "good": "#1d7a46", "bad": "#b3261e",
+    "c0": "#2463ad", "c1": "#c4560f", "c2": "#2a8057", "c3": "#8447a8", "c4": "#b12c62", "c5": "#6a6f00",
+}  # fmt: skip
+DARK = {
+    "paper": "#14171b", "card": "#1d2126", "ink": "#e4e8ec", "muted": "#9aa6b2", "rule": "#343b43", "good": "#6fcf97", "bad": "#ff8a80",
+    "c0": "#78b1f2", "c1": "#f2a05f", "c2": "#72c79a", "c3": "#c79ae6", "c4": "#f089ad", "c5": "#c9cc5a",
+}  # fmt: skip
+
+
+def _variables(palette: dict[str, str]) -> str:
+    return " ".join(f"--{name}: {colour};" for name, colour in palette.items())
+
 
 _STYLE = f"""
-:root {{ color-scheme: light dark; {_LIGHT} }}
-@media screen and (prefers-color-scheme: dark) {{ :root {{ {_DARK} }} }}
+:root {{ color-scheme: light dark; {_variables(LIGHT)} }}
+@media screen and (prefers-color-scheme: dark) {{ :root {{ {_variables(DARK)} }} }}
 * {{ box-sizing: border-box; }}
+:focus-visible {{ outline: 2px solid var(--c0); outline-offset: 2px; }}
+a {{ color: var(--c0); }}
+.skip {{ position: absolute; left: -100rem; }} .skip:focus {{ position: static; }}
+nav ul {{ list-style: none; margin: 1.25rem 0 0; padding: 0; display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; }}
 body {{ margin: 0 auto; max-width: 66rem; padding: 2rem 1.25rem 3rem; background: var(--paper); color: var(--ink);
   font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
   -webkit-text-size-adjust: 100%; overflow-wrap: anywhere; }}
@@ -68,18 +94,34 @@ footer {{ margin-top: 3rem; border-top: 1px solid var(--rule); padding-top: .75r
 """
 
 
-def html(page: Page) -> str:
-    """Give the whole file, in ASCII."""
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """How charts become HTML, and what that needs in the file."""
+
+    figure: Callable[[Chart, str], str]  # of a chart and the prefix of its ids: a <figure>
+    policy: str = "default-src 'none'; style-src 'unsafe-inline'"  # content security policy
+    head: str = ""  # last in <head>
+    end: str = ""  # last in <body>
+
+
+def html(page: Page, drawing: Drawing | None = None) -> str:
+    """Give the whole file, in ASCII.
+
+    Args:
+        drawing: small pictures without a script by default, of curves and bars alone.
+    """
+    drawing = drawing or Drawing(_figure)
+    main = ' id="main"' if page.contents else ""
     return _ascii(
         "<!doctype html>\n"
         '<html lang="en"><head><meta charset="utf-8">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        f'<meta http-equiv="Content-Security-Policy" content="{drawing.policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(page.title)}</title><style>{_STYLE}</style></head>\n"
-        f'<body><header><h1>{escape(page.title)}</h1><p class="lead">{escape(page.lead)}</p>{_figures(page)}</header>\n'
-        f"<main>{_sections(page)}</main>\n"
+        f"<title>{escape(page.title)}</title><style>{_STYLE}</style>{drawing.head}</head>\n"
+        f'<body>{_skip(page)}<header><h1>{escape(page.title)}</h1><p class="lead">{escape(page.lead)}</p>{_figures(page)}</header>\n'
+        f"{_contents(page)}<main{main}>{_sections(page, drawing)}</main>\n"
         + (f"<footer>{escape(page.footer)}</footer>" if page.footer else "")
-        + "</body></html>\n"
+        + f"{drawing.end}</body></html>\n"
     )
 
 
@@ -87,27 +129,41 @@ def _ascii(text: str) -> str:
     return text.encode("ascii", "xmlcharrefreplace").decode("ascii")
 
 
+def _skip(page: Page) -> str:
+    return '<a class="skip" href="#main">Skip to the content</a>' if page.contents else ""
+
+
+def _contents(page: Page) -> str:
+    if not page.contents:
+        return ""
+    links = "".join(
+        f'<li><a href="#s{i}">{escape(section.title)}</a></li>'
+        for i, section in enumerate(page.sections)
+    )
+    return f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n'
+
+
 def _figures(page: Page) -> str:
-    return f"<dl>{''.join(_figure(figure) for figure in page.figures)}</dl>" if page.figures else ""
+    return f"<dl>{''.join(_key_figure(figure) for figure in page.figures)}</dl>" if page.figures else ""  # fmt: skip
 
 
-def _figure(figure: KeyFigure) -> str:
+def _key_figure(figure: KeyFigure) -> str:
     note = f"<dd>{escape(figure.note)}</dd>" if figure.note else ""
     return f'<div><dt>{escape(figure.label)}</dt><dd class="value">{escape(figure.value)}</dd>{note}</div>'
 
 
-def _sections(page: Page) -> str:
-    return "\n".join(_section(section, f"s{i}") for i, section in enumerate(page.sections))
+def _sections(page: Page, drawing: Drawing) -> str:
+    return "\n".join(_section(section, f"s{i}", drawing) for i, section in enumerate(page.sections))
 
 
-def _section(section: Section, prefix: str) -> str:
+def _section(section: Section, prefix: str, drawing: Drawing) -> str:
     """Lay out a section; charts that follow each other stand side by side where there is room."""
     title = f'<h2 id="{prefix}">{escape(section.title)}</h2>'
     found = [title]
     charts: list[str] = []
     for i, part in enumerate([*section.parts, ""]):
-        if isinstance(part, Curve | Bars):
-            charts.append(_chart(part, f"{prefix}c{i}"))
+        if isinstance(part, Chart):
+            charts.append(drawing.figure(part, f"{prefix}c{i}"))
             continue
         if charts:
             found.append(f'<div class="charts">{"".join(charts)}</div>')
@@ -119,7 +175,7 @@ def _section(section: Section, prefix: str) -> str:
 
 def _part(part: Part) -> str:
     if isinstance(part, Table):
-        return _table(part)
+        return table_html(part)
     if isinstance(part, Verdict):
         return f'<p class="verdict {"good" if part.good else "bad"}">{escape(part.text)}</p>'
     if isinstance(part, Code):
@@ -128,7 +184,9 @@ def _part(part: Part) -> str:
     return f"<p>{escape(part)}</p>"
 
 
-def _table(table: Table) -> str:
+def table_html(table: Table) -> str:
+    """Give a table with its caption and notes."""
+
     def cell(tag: str, i: int, text: str, scope: str = "") -> str:
         kind = ' class="text"' if i < table.text_columns else ""
         return f"<{tag}{scope}{kind}>{escape(text)}</{tag}>"
@@ -151,27 +209,45 @@ def _table(table: Table) -> str:
     )
 
 
-def _chart(chart: Chart, prefix: str) -> str:
+def _figure(chart: Chart, prefix: str) -> str:
+    if not isinstance(chart, Curve | Bars):
+        raise TypeError(f"chart {chart.title!r}: {type(chart).__name__} has no picture without a script")  # fmt: skip
+    items = "".join(f"<li>{key.html()}</li>" for key in legend(chart))
     return (
         f"<figure><figcaption>{escape(chart.title)}</figcaption>"
-        f'<ul class="legend">{"".join(_legend(chart))}</ul>{draw(chart, prefix)}</figure>'
+        f'<ul class="legend">{items}</ul>{draw(chart, prefix)}</figure>'
     )
 
 
-def _legend(chart: Chart) -> list[str]:
-    def item(name: str, hue: str, kind: str) -> str:
-        return f'<li><i class="{kind}" style="--hue: var(--{hue})"></i>{escape(name)}</li>'
+@dataclass(frozen=True, slots=True)
+class LegendKey:
+    """A name in a legend."""
 
-    if isinstance(chart, Curve):
+    name: str
+    hue: str  # of the palette
+    kind: str  # class of the sample beside it
+
+    def html(self) -> str:
+        """Give the sample and the name."""
+        return f'<i class="{self.kind}" style="--hue: var(--{self.hue})"></i>{escape(self.name)}'
+
+
+def legend(chart: Chart) -> list[LegendKey]:
+    """Give the names of a chart: of its lines or bars, in order, then of what else there is to tell apart."""
+    if isinstance(chart, HeatMap):
+        return []
+    if not isinstance(chart, Bars):
+        band = isinstance(chart, Curve) and chart.band
+        kind = "line" if isinstance(chart, Curve) else ""
         lines = [
-            item(line.name, f"c{i}", "line dashed" if line.dashed else "line")
+            LegendKey(line.name, f"c{hue_of(line, i)}", f"{kind} dashed" if line.dashed else kind)
             for i, line in enumerate(chart.lines)
         ]
-        return [*lines, item(chart.band, "muted", "faint")] if chart.band else lines
-    found = [item(bar.name, f"c{i}", "") for i, bar in enumerate(chart.bars)]
+        return [*lines, LegendKey(band, "muted", "faint")] if band else lines
+    found = [LegendKey(bar.name, f"c{i}", "") for i, bar in enumerate(chart.bars)]
     if len(chart.stack) > 1:
         last = len(chart.stack) - 1
-        found += [item(name, "muted", "" if i == last else "faint") for i, name in enumerate(chart.stack)]  # fmt: skip
+        found += [LegendKey(name, "muted", "" if i == last else "faint") for i, name in enumerate(chart.stack)]  # fmt: skip
     if chart.mark:
-        found.append(item(chart.mark, "muted", "line"))
+        found.append(LegendKey(chart.mark, "muted", "line"))
     return found

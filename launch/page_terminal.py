@@ -15,7 +15,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from launch.console import rich_console
-from launch.page import Bars, Code, Curve, Page, Table, Verdict
+from launch.page import Chart, Code, Page, Table, Verdict
 
 _GAP = "  "  # between columns
 
@@ -38,7 +38,7 @@ def print_page(page: Page, file: TextIO | None = None, width: int | None = None)
         out.gap()
         out.text(section.title, "bold underline")
         for part in section.parts:
-            if isinstance(part, Curve | Bars):
+            if isinstance(part, Chart):
                 continue
             if isinstance(part, Table):
                 out.table(part)

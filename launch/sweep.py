@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from launch.cli import Outcome, swept_name
+from launch.cli import Outcome, command_option, swept_name
 from launch.console import table
 from launch.run_folder import SUMMARY, write_json
 
@@ -18,6 +18,8 @@ def report_sweep(outcomes: list[Outcome]) -> None:
     file = Path(train["runs_dir"]) / f"{train['name']}.sweep.json"
     print(sweep_table(runs))
     write_json(file, {"runs": runs})
+    asked = command_option("run", file.with_name(train["name"]))
+    print(f"python -m launch.report {asked} makes a page of them")
     print(f"{len(runs)} runs, {sum(run['state'] == 'complete' for run in runs)} complete: {file}")
 
 

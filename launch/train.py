@@ -23,7 +23,7 @@ from engine.metrics import Metrics, peak_memory_bytes
 from engine.parallel.mesh import Mesh
 from engine.parallel.world import World, agree, together
 from engine.trainer import Trainer
-from launch.cli import in_sweep, job_name, run_program
+from launch.cli import command_option, in_sweep, job_name, run_program
 from launch.console import Console, clock, table
 from launch.facts import write_facts
 from launch.page import byte_text
@@ -224,6 +224,7 @@ def _finish(
         print(
             f"{run.path}: config.yaml facts.json metrics.jsonl checkpoints/ loss.png slimming.png summary.json"
         )
+        print(f"python -m launch.report {command_option('run', run.path)} makes a page of it")
 
 
 def _summarise(

@@ -14,7 +14,7 @@ MAY_IMPORT = {
 }
 ONLY_IN = {
     "hydra": {"launch/cli.py"},
-    "omegaconf": {"launch/cli.py", "launch/evaluate.py", "launch/generate.py"},
+    "omegaconf": {"launch/cli.py", "launch/evaluate.py", "launch/generate.py", "launch/report.py"},
     "deepspeed": {"engine/deepspeed_adapter.py"},
     "wandb": {"engine/metrics.py"},
     "wandb_workspaces": {"launch/dashboard.py"},

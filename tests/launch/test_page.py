@@ -23,9 +23,10 @@ from launch.page import (
     Verdict,
     byte_text,
 )
-from launch.page_charts import describe, draw, number_text
+from launch.page_charts import draw
 from launch.page_html import html
 from launch.page_terminal import print_page
+from launch.page_words import describe, number_text
 
 EVIL = "</style></title><script>alert(1)</script>\" onload='x' &amp; $x$"
 
