@@ -57,6 +57,15 @@ class Logits(NamedTuple):
     count_LE: Tensor | None  # as in Output
 
 
+class Hidden(NamedTuple):
+    """Result of a forward pass up to the output layer."""
+
+    hidden_BQD: Tensor  # after the final norm and dropout
+    memory: Memory
+    auxiliary_loss: Tensor  # fp32 scalar
+    count_LE: Tensor | None  # as in Output
+
+
 class TransformerXL(nn.Module):
     """The language model."""
 
@@ -128,7 +137,29 @@ class TransformerXL(nn.Module):
         clamp_len: int = 0,
         same_length: bool = False,
     ) -> Logits:
-        """Compute the logits of the next id at every place.
+        """Compute the logits of the next id at every place; arguments as for `hidden`."""
+        hidden_BQD, memory, auxiliary_loss, count_LE = self.hidden(
+            ids_BQ,
+            memory,
+            routing,
+            memory_len=memory_len,
+            clamp_len=clamp_len,
+            same_length=same_length,
+        )
+        logits_BQV = F.linear(hidden_BQD, self.embedding.weight, self.output_bias)
+        return Logits(logits_BQV, memory, auxiliary_loss, count_LE)
+
+    def hidden(
+        self,
+        ids_BQ: Tensor,
+        memory: Sequence[Tensor] | None,
+        routing: Routing,
+        *,
+        memory_len: int | None = None,
+        clamp_len: int = 0,
+        same_length: bool = False,
+    ) -> Hidden:
+        """Compute the hidden state at every place.
 
         Args:
             memory: of the previous segment; None or empty at the start of a text.
@@ -153,8 +184,8 @@ class TransformerXL(nn.Module):
         hidden_BQD = self.dropout(self.final_norm(x_BQD))
         losses = [out.auxiliary_loss.float() for out in outputs if out.auxiliary_loss is not None]
         counts = [out.count_E for out in outputs if out.count_E is not None]
-        return Logits(
-            F.linear(hidden_BQD, self.embedding.weight, self.output_bias),
+        return Hidden(
+            hidden_BQD,
             tuple(new_memory),
             torch.stack(losses).sum() if losses else hidden_BQD.new_zeros((), dtype=torch.float32),
             torch.stack(counts) if counts else None,
