@@ -36,7 +36,7 @@ TRAIN, DEV = "train.tsv", "dev.tsv"
 class TaskArgs:
     """The examples."""
 
-    path: str = MISSING
+    path: str = ""
 
 
 @dataclass
@@ -59,6 +59,7 @@ class FinetuneArgs:
     threads: int = 0
 
     def __post_init__(self) -> None:
+        require(bool(self.task.path), f"task.path is missing: the folder of {TRAIN} and {DEV}")
         for option in ("steps", "batch", "eval_every", "held_out"):
             value = getattr(self, option)
             require(value >= 1, f"{option}={value}: must be at least 1")
@@ -71,9 +72,9 @@ class FinetuneArgs:
         require(bool(plain), f"name={self.name!r}: must be a plain file name, without .json")
 
     @property
-    def looks(self) -> range:
+    def total_steps(self) -> int:
         """Steps over all learning rates."""
-        return range(self.steps * len(self.lr))
+        return self.steps * len(self.lr)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,44 +91,49 @@ def finetune(args: FinetuneArgs) -> int:
     """Fine-tune; returns the exit code."""
     set_up(args.threads)
     stop = StopSignal()  # ends the program at once: a result is written whole or not at all
+    started = time.perf_counter()
     folder = Path(args.run)
     config = _config(read_config(folder / "config.yaml"), args)
     k, eval_k = _active_experts(config, args)
     target = _target(folder, args, k)
-    console = Console(len(args.looks))
+    console = Console(args.total_steps)
     read = {name: read_examples(Path(args.task.path) / name) for name in (TRAIN, DEV)}
     saved = open_saved(folder, config, console.note)
     examples = _prepare(read, saved, args, console)
-    classifier = _classifier(saved, args)
     console.note(_heading(folder, saved, args, k))
-    recipe = Recipe(k, args.steps, args.batch, tuple(args.lr), args.eval_every, args.seed)
     try:
         with closing(console):
-            progress = _Progress(console, len(args.looks))
-            found = train_and_select(classifier, examples.train, examples.held_out, recipe, progress)  # fmt: skip
-            scores = {
-                name: accuracy(predict(classifier, examples.dev, dev_k), examples.dev)
-                for name, dev_k in eval_k.items()
-            }
+            found, scores = _run(_classifier(saved, args), examples, args, k, eval_k, console)
     except SystemExit:
         console.note("stopped; no result was written")
         raise
     always = majority([sentence.label for sentence in examples.dev])
     result = {
         **_scores(scores, always),
-        "selection": _plain(found),
+        "selection": asdict(found),
         "examples": examples.facts,
         "router": config.moe.router.name,
         "run_step": saved.step,
         "trained_k": None if config.moe.router is Router.dense else k,
         "settings": to_plain(args),
+        "seconds": time.perf_counter() - started,
     }
     with stop.deferred():
-        target.parent.mkdir(exist_ok=True)
-        write_json(target, result)
+        target = _write(target, result)
     print(_report(found, scores, always))
     print(f"{target} has all of it; {found.sentences / found.seconds:,.0f} sentences/s in training")
     return 0
+
+
+def _run(
+    classifier: Classifier, examples: _Examples, args: FinetuneArgs, k: int, eval_k: dict[str, int], console: Console
+) -> tuple[Selection, dict[str, Accuracy]]:  # fmt: skip
+    """Train and select at k; then look at dev, once for each name of eval_k."""
+    recipe = Recipe(k, args.steps, args.batch, tuple(args.lr), args.eval_every, args.seed)
+    progress = _Progress(console, args.total_steps)
+    found = train_and_select(classifier, examples.train, examples.held_out, recipe, progress)
+    dev = examples.dev
+    return found, {name: accuracy(predict(classifier, dev, k), dev) for name, k in eval_k.items()}
 
 
 def _config(config: Config, args: FinetuneArgs) -> Config:
@@ -159,6 +165,15 @@ def _target(folder: Path, args: FinetuneArgs, k: int) -> Path:
     start = "pretrained" if args.pretrained else "none"
     target = folder / "finetune" / f"{args.name or f'{start}-k{k}-seed{args.seed}'}.json"
     require(not target.exists(), f"{target} is there already: take another name=NAME, or remove it")
+    return target
+
+
+def _write(target: Path, result: dict[str, Any]) -> Path:
+    """Write the result; give its place, which is another one if somebody took the name meanwhile."""
+    target.parent.mkdir(exist_ok=True)
+    while target.exists():
+        target = target.with_stem(f"{target.stem}-again")
+    write_json(target, result)
     return target
 
 
@@ -236,27 +251,22 @@ def _scores(scores: dict[str, Accuracy], always: Majority) -> dict[str, Any]:
     }
 
 
-def _plain(found: Selection) -> dict[str, Any]:
-    """The selection, for the file."""
-    return asdict(found)
-
-
 def _report(found: Selection, scores: dict[str, Accuracy], always: Majority) -> str:
     """What the console says at the end."""
     chosen = found.chosen
+    names = {name: f"k = {name}" if name.isdigit() else name for name in scores}
     rows = [
-        [f"k = {name}" if name.isdigit() else name, _percent(score.share), f"{_percent(score.interval.low)} to {_percent(score.interval.high)}"]
+        [names[name], _percent(score.share), " to ".join(map(_percent, score.interval))]
         for name, score in scores.items()
-    ]  # fmt: skip
-    lines = [
-        f"selected lr {chosen.lr:g}, step {chosen.step}: held-out {_percent(chosen.held_out.share)}",
-        table(["dev", "accuracy %", "95 % interval"], [*rows, [f"always {always.label}", _percent(always.share), ""]]),
-    ]  # fmt: skip
-    lines += [
-        f"{row[0]}: not better than always saying {always.label}"
-        for row, score in zip(rows, scores.values(), strict=True)
-        if not score.beats(always.share)
     ]
+    rows.append([f"always {always.label}", _percent(always.share), ""])
+    lines = [
+        f"selected lr {chosen.lr:g}, step {chosen.step}: held-out {_percent(chosen.held_out.share)} %",
+        table(["dev", "accuracy %", "95 % interval"], rows),
+    ]
+    near = [names[name] for name, score in scores.items() if not score.beats(always.share)]
+    if near:
+        lines.append(f"not better than always saying {always.label}: {', '.join(near)}")
     return "\n".join(lines)
 
 
