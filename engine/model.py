@@ -10,7 +10,7 @@ H heads, W head width, L layers here, E experts.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,14 @@ class Routing:
     plans: tuple[Plan, ...] | None = None  # one for all layers, or one each; None for live routers
     token_T: Tensor | None = None  # int64: global number of each token; None counts from 0
     dropout_seed: int = 0  # of (run, step), for the experts' stateless dropout
+
+
+class AttentionOptions(TypedDict, total=False):
+    """How far attention sees; TransformerXL.hidden says what each does."""
+
+    memory_len: int | None
+    clamp_len: int
+    same_length: bool
 
 
 class Output(NamedTuple):
@@ -106,19 +114,11 @@ class TransformerXL(nn.Module):
         targets_BQ: Tensor,
         memory: Sequence[Tensor] | None,
         routing: Routing,
-        *,
-        memory_len: int | None = None,
-        clamp_len: int = 0,
-        same_length: bool = False,
+        **options: Unpack[AttentionOptions],
     ) -> Output:
-        """Predict each target from the ids up to its place; arguments as for `logits`."""
+        """Predict each target from the ids up to its place; arguments as for `hidden`."""
         logits_BQV, memory, auxiliary_loss, count_LE = self.logits(
-            ids_BQ,
-            memory,
-            routing,
-            memory_len=memory_len,
-            clamp_len=clamp_len,
-            same_length=same_length,
+            ids_BQ, memory, routing, **options
         )
         nll_T = F.cross_entropy(
             logits_BQV.float().flatten(0, 1), targets_BQ.flatten(), reduction="none"
@@ -132,19 +132,11 @@ class TransformerXL(nn.Module):
         ids_BQ: Tensor,
         memory: Sequence[Tensor] | None,
         routing: Routing,
-        *,
-        memory_len: int | None = None,
-        clamp_len: int = 0,
-        same_length: bool = False,
+        **options: Unpack[AttentionOptions],
     ) -> Logits:
         """Compute the logits of the next id at every place; arguments as for `hidden`."""
         hidden_BQD, memory, auxiliary_loss, count_LE = self.hidden(
-            ids_BQ,
-            memory,
-            routing,
-            memory_len=memory_len,
-            clamp_len=clamp_len,
-            same_length=same_length,
+            ids_BQ, memory, routing, **options
         )
         logits_BQV = F.linear(hidden_BQD, self.embedding.weight, self.output_bias)
         return Logits(logits_BQV, memory, auxiliary_loss, count_LE)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import MISSING
 
 from engine.accuracy import Accuracy, Majority, majority
 from engine.build import build_model
@@ -43,7 +42,7 @@ class TaskArgs:
 class FinetuneArgs:
     """Options; the defaults are the published recipe, shortened."""
 
-    run: str = MISSING
+    run: str = ""
     task: TaskArgs = field(default_factory=TaskArgs)
     name: str | None = None  # of the result; None: made of the options below
     pretrained: bool = True  # false: the same model from new weights, with the run's tables
@@ -59,6 +58,7 @@ class FinetuneArgs:
     threads: int = 0
 
     def __post_init__(self) -> None:
+        require(bool(self.run), "run is missing: the folder of a trained run")
         require(bool(self.task.path), f"task.path is missing: the folder of {TRAIN} and {DEV}")
         for option in ("steps", "batch", "eval_every", "held_out"):
             value = getattr(self, option)

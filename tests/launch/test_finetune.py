@@ -190,7 +190,7 @@ def test_bad_options_are_one_line(run, runs, tmp_path, task, options, word):
 
 def test_what_is_missing_is_named(run, runs):
     for options, word in (
-        (["task.path=x"], "missing mandatory value: run"),
+        (["task.path=x"], "run is missing"),
         ([f"run={runs / 'hashed'}"], "task.path is missing"),
     ):
         done = run("finetune", *options)
