@@ -95,7 +95,8 @@ def finetune(args: FinetuneArgs) -> int:
     folder = Path(args.run)
     config = _config(read_config(folder / "config.yaml"), args)
     k, eval_k = _active_experts(config, args)
-    target = _target(folder, args, k)
+    trained_k = None if config.moe.router is Router.dense else k
+    target = _target(folder, args, trained_k)
     console = Console(args.total_steps)
     read = {name: read_examples(Path(args.task.path) / name) for name in (TRAIN, DEV)}
     saved = open_saved(folder, config, console.note)
@@ -114,7 +115,7 @@ def finetune(args: FinetuneArgs) -> int:
         "examples": examples.facts,
         "router": config.moe.router.name,
         "run_step": saved.step,
-        "trained_k": None if config.moe.router is Router.dense else k,
+        "trained_k": trained_k,
         "settings": to_plain(args),
         "seconds": time.perf_counter() - started,
     }
@@ -160,10 +161,11 @@ def _active_experts(config: Config, args: FinetuneArgs) -> tuple[int, dict[str, 
     return k, {str(k): k for k in sorted(set(asked))}
 
 
-def _target(folder: Path, args: FinetuneArgs, k: int) -> Path:
+def _target(folder: Path, args: FinetuneArgs, trained_k: int | None) -> Path:
     """The result's file, which must not be there."""
     start = "pretrained" if args.pretrained else "none"
-    target = folder / "finetune" / f"{args.name or f'{start}-k{k}-seed{args.seed}'}.json"
+    at = "" if trained_k is None else f"-k{trained_k}"
+    target = folder / "finetune" / f"{args.name or f'{start}{at}-seed{args.seed}'}.json"
     require(not target.exists(), f"{target} is there already: take another name=NAME, or remove it")
     return target
 
