@@ -92,39 +92,45 @@ def test_the_whole_way(run, runs, tmp_path, task, router):
         assert bool(told and label in told[0].splitlines()[0].split(", ")) != score["better_than_majority"]  # fmt: skip
 
 
-def test_fine_tuning_starts_from_the_checkpoint(runs):
-    """Embeddings, attention, experts, gates and tables are those of the file; without pretraining none of the weights is."""
-    for router in ("hashed", "frozen", "dense"):
-        folder = runs / router
-        args = program.FinetuneArgs(run=str(folder), task=TASK, seed=7)
-        config = program._config(read_config(folder / "config.yaml"), args)
-        saved = open_saved(folder, config, print)
-        (checkpoint,) = (folder / "checkpoints").iterdir()
-        (path,) = checkpoint.glob("*.safetensors")
-        parts: dict[str, list[torch.Tensor]] = {}
-        with safe_open(path, "pt") as file:
-            for key in sorted(file.keys()):
-                kind, name = key.split("/", 1)
-                if kind in ("weight", "buffer"):
-                    parts.setdefault(name.split("/")[0], []).append(file.get_tensor(key))
-            tables = [
-                file.get_tensor(key) for key in sorted(file.keys()) if key.endswith("/order_rE")
-            ]
-        stored = {n: torch.stack(p) if ".experts." in n else p[0] for n, p in parts.items()}
-        state = {n.removeprefix("model."): v for n, v in program._classifier(saved, args).state_dict().items()}  # fmt: skip
-        assert set(state) - set(stored) == {f"head.{i}.{n}" for i in (0, 3) for n in ("weight", "bias")}  # fmt: skip
-        assert {"embedding.weight", "blocks.1.attention.key_value.weight"} <= set(stored)
-        assert ("blocks.0.moe.experts.w1" in stored) == (router != "dense")
-        assert all(torch.equal(state[name], value) for name, value in stored.items())
-        if router == "hashed":
-            assert len(tables) == 2
-            for table, hashed in zip(tables, saved.routers, strict=True):
-                assert torch.equal(table, hashed.table.order_rE)
-        new = program._classifier(saved, replace(args, pretrained=False))  # fmt: skip
-        other = {n.removeprefix("model."): v for n, v in new.state_dict().items()}
-        same = {name for name, value in stored.items() if torch.equal(other[name], value)}
-        assert same <= {"blocks.0.moe.router.gate_bias", "blocks.1.moe.router.gate_bias"}
-        assert all(torch.equal(other[n], v) for n, v in state.items() if n.startswith("head."))
+def read_checkpoint(run_folder):
+    """Weights and buffers by parameter, experts stacked; and the tables' orderings. Read from the file itself."""
+    (path,) = run_folder.glob("checkpoints/*/*.safetensors")
+    parts: dict[str, list[torch.Tensor]] = {}
+    tables = []
+    with safe_open(path, "pt") as file:
+        for key in sorted(file.keys()):
+            kind, name = key.split("/", 1)
+            if kind in ("weight", "buffer"):
+                parts.setdefault(name.split("/")[0], []).append(file.get_tensor(key))
+            elif key.endswith("/order_rE"):
+                tables.append(file.get_tensor(key))
+    weights = {n: torch.stack(p) if ".experts." in n else p[0] for n, p in parts.items()}
+    return weights, tables
+
+
+@pytest.mark.parametrize("router", ["hashed", "frozen", "dense"])
+def test_fine_tuning_starts_from_the_checkpoint(runs, router):
+    """Embeddings, attention, experts, gates and tables are those of the file; pretrained=false has none of the weights."""
+    folder = runs / router
+    stored, tables = read_checkpoint(folder)
+    args = program.FinetuneArgs(run=str(folder), task=TASK, seed=7)
+    saved = open_saved(folder, program._config(read_config(folder / "config.yaml"), args), print)
+
+    def start(pretrained):
+        state = program._classifier(saved, replace(args, pretrained=pretrained)).state_dict()
+        return {name.removeprefix("model."): value for name, value in state.items()}
+
+    reused, new = start(True), start(False)
+    head = {f"head.{i}.{name}" for i in (0, 3) for name in ("weight", "bias")}
+    assert set(reused) == set(stored) | head and "embedding.weight" in stored
+    assert ("blocks.0.moe.experts.w1" in stored) == (router != "dense")
+    assert all(torch.equal(reused[name], value) for name, value in stored.items())
+    assert all(torch.equal(reused[name], new[name]) for name in head)
+    same = {name for name, value in stored.items() if torch.equal(new[name], value)}
+    assert same <= {"blocks.0.moe.router.gate_bias", "blocks.1.moe.router.gate_bias"}
+    assert len(tables) == (2 if router == "hashed" else 0)
+    for table, hashed in zip(tables, saved.routers or [], strict=True):
+        assert torch.equal(table, hashed.table.order_rE)
 
 
 def test_selection_never_sees_dev(run, runs, tmp_path, task):
