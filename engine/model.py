@@ -10,7 +10,7 @@ H heads, W head width, L layers here, E experts.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,14 @@ class Routing:
     dropout_seed: int = 0  # of (run, step), for the experts' stateless dropout
 
 
+class AttentionOptions(TypedDict, total=False):
+    """How far attention sees; TransformerXL.hidden says what each does."""
+
+    memory_len: int | None
+    clamp_len: int
+    same_length: bool
+
+
 class Output(NamedTuple):
     """Result of a forward pass with targets."""
 
@@ -52,6 +60,15 @@ class Logits(NamedTuple):
     """Result of a forward pass without targets."""
 
     logits_BQV: Tensor  # in the model's dtype
+    memory: Memory
+    auxiliary_loss: Tensor  # fp32 scalar
+    count_LE: Tensor | None  # as in Output
+
+
+class Hidden(NamedTuple):
+    """Result of a forward pass up to the output layer."""
+
+    hidden_BQD: Tensor  # after the final norm and dropout
     memory: Memory
     auxiliary_loss: Tensor  # fp32 scalar
     count_LE: Tensor | None  # as in Output
@@ -97,19 +114,11 @@ class TransformerXL(nn.Module):
         targets_BQ: Tensor,
         memory: Sequence[Tensor] | None,
         routing: Routing,
-        *,
-        memory_len: int | None = None,
-        clamp_len: int = 0,
-        same_length: bool = False,
+        **options: Unpack[AttentionOptions],
     ) -> Output:
-        """Predict each target from the ids up to its place; arguments as for `logits`."""
+        """Predict each target from the ids up to its place; arguments as for `hidden`."""
         logits_BQV, memory, auxiliary_loss, count_LE = self.logits(
-            ids_BQ,
-            memory,
-            routing,
-            memory_len=memory_len,
-            clamp_len=clamp_len,
-            same_length=same_length,
+            ids_BQ, memory, routing, **options
         )
         nll_T = F.cross_entropy(
             logits_BQV.float().flatten(0, 1), targets_BQ.flatten(), reduction="none"
@@ -123,12 +132,26 @@ class TransformerXL(nn.Module):
         ids_BQ: Tensor,
         memory: Sequence[Tensor] | None,
         routing: Routing,
+        **options: Unpack[AttentionOptions],
+    ) -> Logits:
+        """Compute the logits of the next id at every place; arguments as for `hidden`."""
+        hidden_BQD, memory, auxiliary_loss, count_LE = self.hidden(
+            ids_BQ, memory, routing, **options
+        )
+        logits_BQV = F.linear(hidden_BQD, self.embedding.weight, self.output_bias)
+        return Logits(logits_BQV, memory, auxiliary_loss, count_LE)
+
+    def hidden(
+        self,
+        ids_BQ: Tensor,
+        memory: Sequence[Tensor] | None,
+        routing: Routing,
         *,
         memory_len: int | None = None,
         clamp_len: int = 0,
         same_length: bool = False,
-    ) -> Logits:
-        """Compute the logits of the next id at every place.
+    ) -> Hidden:
+        """Compute the hidden state at every place.
 
         Args:
             memory: of the previous segment; None or empty at the start of a text.
@@ -153,8 +176,8 @@ class TransformerXL(nn.Module):
         hidden_BQD = self.dropout(self.final_norm(x_BQD))
         losses = [out.auxiliary_loss.float() for out in outputs if out.auxiliary_loss is not None]
         counts = [out.count_E for out in outputs if out.count_E is not None]
-        return Logits(
-            F.linear(hidden_BQD, self.embedding.weight, self.output_bias),
+        return Hidden(
+            hidden_BQD,
             tuple(new_memory),
             torch.stack(losses).sum() if losses else hidden_BQD.new_zeros((), dtype=torch.float32),
             torch.stack(counts) if counts else None,

@@ -48,6 +48,10 @@ class Console:
                 ("tok/s", "tokens_per_second", ",.0f"),
             )
         )
+        self.say(step, text, seconds_left)
+
+    def say(self, step: int, text: str, seconds_left: float) -> None:
+        """Show a text beside the bar, or in a line of its own."""
         if self._bar is not None:
             self._bar.set_postfix_str(text)
         elif self._enabled:

@@ -1,0 +1,63 @@
+"""How well a classifier does: accuracy with its interval, and whether that is better than always giving one answer."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import NamedTuple
+
+CONFIDENCE = 0.95
+
+
+class Interval(NamedTuple):
+    """Bounds of a proportion, both in [0, 1]."""
+
+    low: float
+    high: float
+
+
+class Majority(NamedTuple):
+    """The most frequent label, the smallest of several, and its share."""
+
+    label: int
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """Right answers among the examples."""
+
+    correct: int
+    examples: int  # at least 1
+
+    @property
+    def share(self) -> float:
+        """Accuracy, in [0, 1]."""
+        return self.correct / self.examples
+
+    @property
+    def interval(self) -> Interval:
+        """Its 95 % interval."""
+        return wilson(self.correct, self.examples)
+
+    def beats(self, share: float) -> bool:
+        """Whether the whole interval lies above a share that one gets without looking."""
+        return self.interval.low > share
+
+
+def wilson(correct: int, examples: int, confidence: float = CONFIDENCE) -> Interval:
+    """Give the score interval of a proportion (Wilson 1927), without continuity correction."""
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share = correct / examples
+    scale = 1 + z * z / examples
+    middle = (share + z * z / (2 * examples)) / scale
+    half = z * math.sqrt(share * (1 - share) / examples + (z / (2 * examples)) ** 2) / scale
+    return Interval(max(0.0, middle - half), min(1.0, middle + half))
+
+
+def majority(labels: Sequence[int]) -> Majority:
+    """Find what always giving one answer gets."""
+    counts = Counter(sorted(labels))
+    ((label, count),) = counts.most_common(1)
+    return Majority(label, count / len(labels))
