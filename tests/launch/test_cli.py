@@ -45,7 +45,7 @@ BAD = {
     "k_min above k_max": (["schedule.k_min=4", "schedule.k_max=2"], ["schedule.k_min=4", "2"]),
     "streams": (["train.accumulation=3"], ["data.streams=4", "multiple", "3"]),
     "zero steps": (["train.steps=0"], ["train.steps=0", "at least 1"]),
-    "n-gram": (["moe.ngram=4"], ["moe.ngram=4", "1, 2 or 3"]),
+    "n-gram": (["moe.ngram=5"], ["moe.ngram=5", "1 .. 4"]),
     "pack": (["moe.builder=packed", "moe.pack=3"], ["moe.pack=3", "moe.experts=4"]),
     "no pack": (["moe.builder=packed"], ["moe.builder=packed", "moe.pack=None"]),
     "pack of another builder": (["moe.pack=2"], ["moe.builder=balanced", "moe.pack=2"]),
