@@ -36,7 +36,9 @@ METRICS: dict[str, Metric] = {
     "loss": Metric(
         "nats/symbol", "training loss without auxiliary losses, mean since the last line"
     ),
-    "auxiliary_loss": Metric("nats/symbol", "balance and z-loss, weighted; 0 for fixed routers"),
+    "auxiliary_loss": Metric(
+        "nats/symbol", "balance, z- or consistency loss, weighted; 0 for fixed routers"
+    ),
     "bpc": Metric("bits/symbol", "loss in bits"),
     "valid_loss": Metric("nats/symbol", "loss on the validation split at k_max"),
     "valid_bpc": Metric("bits/symbol", "valid_loss in bits"),

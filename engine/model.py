@@ -78,7 +78,7 @@ class TransformerXL(nn.Module):
     """Activation checkpointing: keep one tensor per block, compute the rest again in backward."""
 
     def __init__(
-        self, model: ModelConfig, moe: MoEConfig, kernels: KernelsConfig, vocab_size: int, seed: int = 0
+        self, model: ModelConfig, moe: MoEConfig, kernels: KernelsConfig, vocab_size: int, *, seed: int = 0
     ) -> None:  # fmt: skip
         """Build the model with random weights.
 

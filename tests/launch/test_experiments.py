@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,17 +67,7 @@ def composed(name, *options):
     return config
 
 
-class Silent:
-    def note(self, line):
-        pass
-
-    def step(self, step):
-        pass
-
-    def metrics(self, step, values, seconds_left):
-        pass
-
-
+SILENT = SimpleNamespace(**dict.fromkeys(("note", "step", "metrics"), lambda *_: None))
 SHRUNK = (
     "corpus=file", "corpus.tokens=bytes", "data.segment=8", "data.streams=2", "model.width=8", "model.heads=2",
     "model.head_width=4", "model.memory=8", "moe.expert_width=4", "moe.plain_width=4", "moe.rows=64", "train.steps=1",
@@ -93,7 +84,7 @@ def test_a_shrunk_copy_trains_and_evaluates(tmp_path, text, name):
     paths = [f"corpus.path={text}", f"corpus.cache_dir={tmp_path}"]
     config = composed(name, *SHRUNK, *further, *paths)
     corpus = prepare(config.corpus)
-    trainer = Trainer(config, corpus, build_routers(config, corpus), tmp_path, Silent())
+    trainer = Trainer(config, corpus, build_routers(config, corpus), tmp_path, SILENT)
     before = [p.detach().clone() for p in trainer.model.parameters()]
     assert trainer.run(None, lambda: False)
     changed = [not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True)]  # fmt: skip
