@@ -14,14 +14,14 @@ from torch import Tensor
 
 from benchmarks.bench_step import Arm, shapes
 from benchmarks.harness import environment, fastest, print_result, print_table
-from engine.build import build_model, build_routers
+from engine.build import build_model, build_routers, router_tables
 from engine.config import Split
 from engine.corpus import prepare
 from engine.data import Streams
 from engine.deepspeed_adapter import start
 from engine.moe.plan import Plan
 from engine.moe.planner import TablePlanner
-from engine.moe.routers import HashedRouter
+from engine.moe.routers import Draw, HashedRouter
 from engine.timing import ForwardTimes
 from launch.process import keep_freed_memory
 
@@ -32,8 +32,8 @@ class GroupRouter(HashedRouter):
     """Plans for one rank of eight, as on eight GPUs, and then gives the plan of the one rank that really runs."""
 
     def plan(
-        self, ids_PBQ: Tensor, left_PBC: Tensor, k: int, *, gather: bool = False, chunks: int = 1
-    ) -> Plan:
+        self, ids_PBQ: Tensor, left_PBC: Tensor, k: int, *, draw: Draw | None = None, gather: bool = False, chunks: int = 1
+    ) -> Plan:  # fmt: skip
         """Plan twice."""
         everyone = torch.cat([ids_PBQ] * RANKS), torch.cat([left_PBC] * RANKS)
         self.group.plan(*everyone, k)
@@ -61,14 +61,12 @@ def main() -> None:
     step = argparse.Namespace(dropout=0.1, precision="fp32")
     config = shapes(step)
     corpus = prepare(config.corpus)
-    routers = build_routers(config, corpus)
-    assert routers is not None
-
+    tables = router_tables(build_routers(config, corpus))
     streams = Streams(corpus.split(Split.train), RANKS * STREAMS, SEGMENT, config.context)
     batch = streams.batch(0, range(RANKS * STREAMS))
     ids_PBQ = batch.ids_BQ.view(RANKS, STREAMS, SEGMENT)
     left_PBC = batch.left_BC.view(RANKS, STREAMS, -1)
-    router = HashedRouter(routers[0].table, rank=3, ranks=RANKS)
+    router = HashedRouter(tables[0], rank=3, ranks=RANKS)
     table_rows = [router.table.rows_of(*pair) for pair in zip(ids_PBQ, left_PBC, strict=True)]
     row_PT = np.stack([rows.flatten().numpy() for rows in table_rows])
     planner = TablePlanner(router.table, rank=3, ranks=RANKS)
@@ -84,7 +82,7 @@ def main() -> None:
 
     model = build_model(config, corpus.vocab.size)
     engine, forward_times = start(model, config), ForwardTimes(model)
-    group = [GroupRouter(router.table) for router in routers]
+    group = [GroupRouter(table) for table in tables]
     arm = Arm(config, corpus, engine, forward_times, K, list(group))
     for _ in range(args.steps + 1):
         arm()

@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 
 from benchmarks.harness import environment, interleave, minima_ms, print_result, print_table
+from engine.architecture import feed_forward_width
 from engine.build import build_model, build_routers
 from engine.config import (
     Config,
@@ -36,7 +37,7 @@ from engine.feed_forward import FeedForward
 from engine.loader import GroupBatch, PlannedBatch, PlannedLoader, group_batch, plan_batch
 from engine.model import Memory
 from engine.moe.layer import LayerCall, MoELayer
-from engine.moe.routers import HashedRouter
+from engine.moe.routers import PlannedRouter
 from engine.step import StepTimes, train_step
 from engine.timing import ForwardTimes
 from engine.tuning import resolve
@@ -71,7 +72,7 @@ class Arm:
         engine: Engine,
         forward_times: ForwardTimes,
         k: int,
-        routers: list[HashedRouter] | None,
+        routers: list[PlannedRouter] | None,
     ) -> None:
         streams = Streams(
             corpus.split(Split.train),
@@ -124,9 +125,8 @@ def layer_cases(config: Config, corpus: PreparedCorpus) -> dict[str, Callable[[]
     batch = streams.batch(0, range(config.data.streams))
     routers = build_routers(config, corpus)
     layer = MoELayer(config.model, config.moe, config.kernels, 0).train()
-    dense = FeedForward(
-        config.model.width, config.moe.dense_width, config.moe.activation, config.model.dropout
-    )
+    inner = feed_forward_width(config.model, config.moe, 0)
+    dense = FeedForward(config.model.width, inner, config.moe.activation, config.model.dropout)
     tokens = batch.ids_BQ.numel()
     dtype = torch.bfloat16 if config.train.precision is Precision.bf16 else torch.float32
     layer, dense = layer.to(dtype), dense.train().to(dtype)

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from benchmarks.cluster import ROOT, Cluster, Finished, one_node
 from benchmarks.harness import fastest, print_table
-from engine.build import build_routers
+from engine.build import build_routers, router_tables
 from engine.certificate.cluster import ClusterConfig, LinkConfig, ScaleConfig, SharingConfig
 from engine.certificate.placement import Placement
 from engine.certificate.replay import replay
@@ -172,10 +172,8 @@ def step_seconds(
 def predict(config: Config, cluster: ClusterConfig, placement: Placement) -> StepTime:
     """Model the steps that step_seconds counts; their mean."""
     corpus = prepare(config.corpus, lambda line: None)
-    routers = build_routers(config, corpus)
-    assert routers is not None
+    tables = router_tables(build_routers(config, corpus))
     steps = range(WARM_STEPS, config.train.steps)
-    tables = [router.table for router in routers]
     counts = replay(config, corpus.split(Split.train), tables, placement, steps)
     model = StepModel(config, cluster, placement, corpus.vocab.size)
     return StepTime.mean([model.time(step) for step in counts])

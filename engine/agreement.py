@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from engine.errors import RunFailed, everywhere
 from engine.moe.plan import Plan
-from engine.moe.routers import HashedRouter
+from engine.moe.routers import PlannedRouter
 from engine.parallel.host import Host, odd_ones
 from engine.parallel.mesh import Mesh
 
@@ -29,7 +29,7 @@ _FIELDS = ("step", "micro-batch", "number of active experts k", "tables", "token
 class Agreement:
     """Compares plans between the ranks; used by one thread of each rank, in the order of the steps."""
 
-    def __init__(self, host: Host, mesh: Mesh, routers: Sequence[HashedRouter] | None) -> None:
+    def __init__(self, host: Host, mesh: Mesh, routers: Sequence[PlannedRouter] | None) -> None:
         """Take connections to all ranks that no other thread uses, and the routers whose tables must agree."""
         self._host, self._mesh = host, mesh
         self._tables = tables_digest(routers)
@@ -37,7 +37,7 @@ class Agreement:
     def check(
         self, step: int, micro: int, k: int, group: "GroupBatch", plans: tuple[Plan, ...] | None
     ) -> None:
-        """Compare this micro-batch's plans with the other ranks'; collective.
+        """Compare this micro-batch's plans, of all its passes, with the other ranks'; collective.
 
         Raises:
             RunFailed: on every rank; names what differs, where, and the ranks.
@@ -73,15 +73,9 @@ class Agreement:
             raise everywhere(RunFailed(f"{where}: {what}"))
 
 
-def tables_digest(routers: Sequence[HashedRouter] | None) -> int:
-    """A 64-bit digest of all tables."""
-    arrays = []
-    for router in routers or ():
-        table = router.table
-        numbers = [table.ngram, table.vocab_size, table.seed, table.index]
-        arrays += [np.array(numbers), table.order_rE.numpy()]
-        if table.logits_rE is not None:
-            arrays.append(table.logits_rE.numpy())
+def tables_digest(routers: Sequence[PlannedRouter] | None) -> int:
+    """A 64-bit digest of all tables, or of what routers draw from."""
+    arrays = [array for router in routers or () for array in router.identity()]
     return _digest(*arrays)
 
 

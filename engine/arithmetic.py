@@ -30,13 +30,13 @@ class Arithmetic:
     def step_flops(self, k: int) -> float:
         """Forward and backward of one optimizer step at this k, all ranks."""
         if k not in self._step_flops:
-            forward = forward_flops(self._config, self._vocab, k)
-            self._step_flops[k] = FORWARD_AND_BACKWARD * forward
+            passes = FORWARD_AND_BACKWARD * self._config.training_passes
+            self._step_flops[k] = passes * forward_flops(self._config, self._vocab, k)
         return self._step_flops[k]
 
     def flops_per_symbol(self, k: int) -> float:
-        """Forward pass of one symbol."""
-        return self.step_flops(k) / FORWARD_AND_BACKWARD / self._config.symbols_per_step
+        """One forward pass of one symbol."""
+        return forward_flops(self._config, self._vocab, k) / self._config.symbols_per_step
 
     def flops_before(self, step: int) -> float:
         """Of the first so many steps."""
@@ -45,16 +45,16 @@ class Arithmetic:
         return sum(times * self.step_flops(k) for k, times in steps.items())
 
     def active_parameters(self, k: int) -> int:
-        """Parameters that a symbol uses: all but those of the experts that it does not.
+        """Parameters that a symbol uses: all but those of the experts, and of the n-grams' embeddings, that it does not.
 
         Example: experts of 10 parameters each, 4 in each of 3 layers: at k = 1 a model of 500 uses 500 - 3 x 3 x 10 = 410.
         """
         model, moe = self._config.model, self._config.moe
         if moe.router is Router.dense:
-            return self._parameters
+            return self._parameters - (model.ngram > 0) * (model.ngram_rows - 1) * model.width
         matrices = 3 if moe.activation is Activation.swiglu else 2
         expert = matrices * moe.expert_width * model.width + moe.expert_width + model.width
-        return self._parameters - model.layers * (moe.experts - k) * expert
+        return self._parameters - self._config.expert_layers * (moe.experts - k) * expert
 
     def by_k(self) -> dict[str, int]:
         """Name each k of the schedule and of the evaluation; "dense" where there are no experts."""

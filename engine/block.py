@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from engine.architecture import expert_layers, feed_forward_width
 from engine.attention import RelativeAttention, SharedAttention
 from engine.config import KernelsConfig, ModelConfig, MoEConfig, Router
 from engine.feed_forward import FeedForward
@@ -36,12 +37,12 @@ class Block(nn.Module):
         self.pre_norm = model.pre_norm
         self.attention = RelativeAttention(model)
         self.attention_norm = nn.LayerNorm(model.width)
-        if moe.router is Router.dense:
-            self.feed_forward = FeedForward(
-                model.width, moe.dense_width, moe.activation, model.dropout
-            )
-        else:
+        self.has_experts = moe.router is not Router.dense and layer < expert_layers(model, moe)
+        if self.has_experts:
             self.moe = MoELayer(model, moe, kernels, layer)
+        else:
+            inner = feed_forward_width(model, moe, layer)
+            self.feed_forward = FeedForward(model.width, inner, moe.activation, model.dropout)
         self.feed_forward_norm = nn.LayerNorm(model.width)
         self.dropout = nn.Dropout(model.dropout)
 

@@ -1,41 +1,79 @@
 """From a configuration to the objects of a run: routers with their tables, and the initialised model."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from engine.choices import Keys
 from engine.config import Config, Router, Split
 from engine.corpus import PreparedCorpus
+from engine.input_tables import Signatures
 from engine.model import TransformerXL
-from engine.moe.routers import HashedRouter, routers_of
-from engine.moe.tables import build_tables
+from engine.moe.planner import mixing_weights
+from engine.moe.routers import DrawnRouter, HashedRouter, PlannedRouter, routers_of
+from engine.moe.tables import Table, build_tables
 from engine.parallel.mesh import Mesh
 
 
 def build_routers(
     config: Config, corpus: PreparedCorpus, mesh: Mesh | None = None
-) -> list[HashedRouter] | None:
-    """Build a planned router for each table (or load the tables from the cache); None for live routers and dense.
+) -> list[PlannedRouter] | None:
+    """Build the planned routers, for a hashed one with its table from the cache if it is there; None for live routers and dense.
 
     Args:
         mesh: this rank's place; one rank alone by default.
     """
-    if config.moe.router is not Router.hashed:
+    tables = _build_tables(config, corpus) if config.moe.router is Router.hashed else []
+    return planned_routers(config, tables, mesh or Mesh())
+
+
+def planned_routers(
+    config: Config, tables: Sequence[Table], mesh: Mesh
+) -> list[PlannedRouter] | None:
+    """Make the run's planned routers for this rank, of hashed routing by these tables; None for live routers and dense."""
+    router = config.moe.router
+    if router is Router.hashed:
+        return list(routers_of(tables, mesh, shuffled=config.moe.keys is Keys.shuffled))
+    if router not in (Router.fresh, Router.stochastic):
         return None
-    tables = build_tables(
+    return [
+        DrawnRouter(
+            config.moe.experts, each_token=router is Router.fresh, seed=config.train.seed, index=index,
+            rank=mesh.expert_rank, ranks=mesh.expert_ranks,
+        )
+        for index in range(config.num_tables)
+    ]  # fmt: skip
+
+
+def router_tables(routers: Sequence[PlannedRouter] | None) -> list[Table]:
+    """Give the tables of planned routers, a part of the model; others have none."""
+    return [router.table for router in routers or () if isinstance(router, HashedRouter)]
+
+
+def fill_signatures(model: TransformerXL, config: Config, corpus: PreparedCorpus) -> None:
+    """Give a model with signatures those of the tables that hashed routing would have; others are left as they are."""
+    if isinstance(model.input_tables, Signatures):
+        tables = _build_tables(config, corpus)
+        model.input_tables.fill([mixing_weights(t, config.schedule.k_max) for t in tables])
+
+
+def _build_tables(config: Config, corpus: PreparedCorpus) -> list[Table]:
+    return build_tables(
         config.moe,
         corpus.vocab.size,
         corpus.split(Split.train),
-        num_tables=1 if config.moe.share_table else config.model.layers,
+        num_tables=config.num_tables,
         seed=config.train.seed,
         cache_dir=Path(config.corpus.cache_dir) / "tables",
     )
-    return routers_of(tables, mesh or Mesh())
 
 
 def build_model(config: Config, vocab_size: int) -> TransformerXL:
     """Build the model with fp32 weights drawn from train.seed (sets PyTorch's global generator)."""
     torch.manual_seed(config.train.seed)
-    model = TransformerXL(config.model, config.moe, config.kernels, vocab_size)
+    model = TransformerXL(
+        config.model, config.moe, config.kernels, vocab_size, seed=config.train.seed
+    )
     model.recompute = config.train.recompute
     return model

@@ -24,7 +24,18 @@ class Router(Enum):
     hashed = "hashed"  # planned: a function of token ids
     frozen = "frozen"  # live: SMoE-Dropout's fixed random projection
     learned = "learned"  # live: top-k with balance loss
+    fresh = "fresh"  # planned: new random experts for each token at each forward pass
+    stochastic = (
+        "stochastic"  # planned: THOR, one new random order of experts at each of two passes
+    )
     dense = "dense"  # no router: one feed-forward of equal parameters
+
+
+class Keys(Enum):
+    """Whose key a hashed router looks up for a token."""
+
+    own = "own"
+    shuffled = "shuffled"  # that of another token of the micro-batch: a control
 
 
 class Builder(Enum):

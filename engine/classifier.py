@@ -18,7 +18,7 @@ from engine.delivery import map_tensors
 from engine.glue import LABELS
 from engine.loader import group_batch, plan_batch
 from engine.model import Routing, TransformerXL
-from engine.moe.routers import HashedRouter
+from engine.moe.routers import PlannedRouter
 from engine.sentences import Sentence, SentenceBatch, by_length, pad
 
 _PREDICTED = 64  # sentences in a batch without gradients
@@ -29,12 +29,12 @@ class Classifier(nn.Module):
 
     Args:
         model: used as it is, not copied.
-        routers: one per table; None for live routers and dense.
+        routers: planned ones; None for live routers and dense.
         config: of the model; its dropout is the head's, too.
     """
 
     def __init__(
-        self, model: TransformerXL, routers: Sequence[HashedRouter] | None, config: Config
+        self, model: TransformerXL, routers: Sequence[PlannedRouter] | None, config: Config
     ) -> None:
         super().__init__()
         width = config.model.width
@@ -54,17 +54,22 @@ class Classifier(nn.Module):
         """Where the weights are."""
         return self.model.embedding.weight.device
 
-    def forward(self, batch: SentenceBatch, k: int, dropout_seed: int = 0) -> Tensor:
+    def forward(self, batch: SentenceBatch, k: int, seed: int = 0) -> Tensor:
         """Give the logits [B, C] at k active experts; the batch is on the host.
 
         The balance loss of a learned router is left out: it would count padding.
 
         Args:
-            dropout_seed: of (run, step), for the experts' stateless dropout.
+            seed: of (run, step), for the experts' stateless dropout and for routers that draw.
         """
-        plans = plan_batch(group_batch([self._unplanned(batch.ids_BQ)]), k, self.routers).plans
-        batch, plans = map_tensors(lambda tensor: tensor.to(self.device), (batch, plans))
-        routing = Routing(k, plans, dropout_seed=dropout_seed)
+        planned = plan_batch(
+            group_batch([self._unplanned(batch.ids_BQ, seed)]), k, self.routers,
+            held_out=not self.training, input_keys=self.model.input_keys,
+        )  # fmt: skip
+        batch, plans, input_row_tBQ = map_tensors(
+            lambda tensor: tensor.to(self.device), (batch, planned.plans, planned.input_row_tBQ)
+        )
+        routing = Routing(k, plans, dropout_seed=seed, input_row_tBQ=input_row_tBQ)
         hidden_BQD = self.model.hidden(
             batch.ids_BQ, None, routing, memory_len=0, clamp_len=self.clamp_len
         ).hidden_BQD
@@ -72,11 +77,11 @@ class Classifier(nn.Module):
         logits_BC: Tensor = self.head(hidden_BQD[row_B, batch.length_B - 1])
         return logits_BC
 
-    def _unplanned(self, ids_BQ: Tensor) -> Batch:
+    def _unplanned(self, ids_BQ: Tensor, index: int) -> Batch:
         """The ids as routers take them: the ids left of a sentence count as 0."""
         rows = ids_BQ.shape[0]
         left_BC = torch.zeros(rows, self.context, dtype=torch.int64)
-        return Batch(ids_BQ, ids_BQ, left_BC, torch.arange(rows), index=0, fresh=True)
+        return Batch(ids_BQ, ids_BQ, left_BC, torch.arange(rows), index, fresh=True)
 
 
 def predict(classifier: Classifier, sentences: Sequence[Sentence], k: int) -> Tensor:

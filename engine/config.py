@@ -2,6 +2,7 @@
 
 Each field says its unit and what a larger value does. Everything is checked here, at start-up; the rest of
 the engine receives these plain objects and may trust them. Derived numbers are properties, computed once here.
+All names of a configuration can be imported from here.
 """
 
 import dataclasses
@@ -9,7 +10,14 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from engine.choices import (
+from engine.architecture import (
+    ModelConfig,
+    MoEConfig,
+    expert_layers,
+    feed_forward_width,
+    num_tables,
+)
+from engine.choices import (  # noqa: F401
     Activation,
     Backend,
     BalanceOver,
@@ -29,25 +37,7 @@ from engine.choices import (
     WandbMode,
     WireFormat,
 )
-from engine.errors import UserError
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise UserError(message) unless the condition holds."""
-    if not condition:
-        raise UserError(message)
-
-
-def _at_least(section: str, config: object, **minimum: float) -> None:
-    for name, low in minimum.items():
-        value = getattr(config, name)
-        require(value >= low, f"{section}.{name}={value}: must be at least {low}")
-
-
-def _fraction(section: str, config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        require(0 <= value < 1, f"{section}.{name}={value}: must be in [0, 1)")
+from engine.errors import UserError, at_least, fraction, require  # noqa: F401
 
 
 @dataclass
@@ -84,89 +74,7 @@ class DataConfig:
     """Batches planned ahead of the step by the background worker."""
 
     def __post_init__(self) -> None:
-        _at_least("data", self, streams=1, segment=1, prefetch=1)
-
-
-@dataclass
-class ModelConfig:
-    """Transformer-XL (Dai et al. 2019, arXiv 1901.02860)."""
-
-    layers: int = 4
-    """Blocks of attention and feed-forward."""
-    width: int = 256
-    """Model width D."""
-    heads: int = 8
-    """Attention heads."""
-    head_width: int = 64
-    """Width per head; heads x head_width may differ from width."""
-    memory: int = 512
-    """Positions of the previous segments that attention sees (M)."""
-    dropout: float = 0.1
-    """Share of activations that training sets to zero."""
-    attention_dropout: float = 0.0
-    """Share of attention weights that training sets to zero."""
-    pre_norm: bool = False
-    """LayerNorm before each sublayer instead of after the residual sum (the published form)."""
-    init_std: float = 0.02
-    """Standard deviation of initial weights."""
-
-    def __post_init__(self) -> None:
-        _at_least("model", self, layers=1, width=1, heads=1, head_width=1, memory=0, init_std=0)
-        _fraction("model", self, "dropout", "attention_dropout")
-        require(self.width % 2 == 0, f"model.width={self.width}: must be even (sine and cosine)")
-
-
-@dataclass
-class MoEConfig:
-    """The expert layers. With router=dense: one feed-forward of width experts x expert_width + shared_width."""
-
-    router: Router = Router.hashed
-    experts: int = 16
-    """Experts of a layer (E), 256 at most."""
-    expert_width: int = 512
-    """Hidden width of one expert (F)."""
-    shared_width: int = 0
-    """Hidden width of the always-active shared expert with weight 1; 0 for none."""
-    activation: Activation = Activation.relu
-    ngram: int = 3
-    """Ids in a hashed router's key: the n-gram that ends at the token, 1 to 3."""
-    rows: int = 65536
-    """Rows of a table; n-grams beyond it share rows by hash."""
-    builder: Builder = Builder.balanced
-    pack: int | None = None
-    """Experts of one block, for builder packed: a token with k active experts uses ceil(k / pack) blocks. Larger: its row
-    travels to fewer ranks, and experts form fewer combinations."""
-    weights: RouteWeights = RouteWeights.table
-    spread: float = 2.0
-    """Standard deviation of a row's fixed logits; larger means more unequal weights."""
-    share_table: bool = False
-    """One table for all layers instead of one for each."""
-    balance_loss: float = 0.01
-    """Weight of the load-balance loss of a learned router."""
-    balance_over: BalanceOver = BalanceOver["global"]
-    """Tokens over which a learned router is balanced: global, those of all ranks in one forward pass, or micro, each rank's
-    own, which forces every small share of the text to be balanced by itself."""
-    z_loss: float = 0.0
-    """Weight of the router z-loss of a learned router."""
-
-    def __post_init__(self) -> None:
-        _at_least("moe", self, experts=1, expert_width=1, shared_width=0, rows=1, spread=0)
-        _at_least("moe", self, balance_loss=0, z_loss=0)
-        require(1 <= self.ngram <= 3, f"moe.ngram={self.ngram}: must be 1, 2 or 3")
-        require(self.experts <= 256, f"moe.experts={self.experts}: must be at most 256")
-        require(
-            (self.builder is Builder.packed) == (self.pack is not None),
-            f"moe.builder={self.builder.name} with moe.pack={self.pack}: packed needs moe.pack, the others take none",
-        )
-        require(
-            self.pack is None or (self.pack >= 1 and self.experts % self.pack == 0),
-            f"moe.pack={self.pack}: must divide moe.experts={self.experts}",
-        )
-
-    @property
-    def dense_width(self) -> int:
-        """Hidden width of the dense layer of equal parameters."""
-        return self.experts * self.expert_width + self.shared_width
+        at_least("data", self, streams=1, segment=1, prefetch=1)
 
 
 @dataclass
@@ -182,7 +90,7 @@ class ScheduleConfig:
     """Steps over which k grows; None means train.steps."""
 
     def __post_init__(self) -> None:
-        _at_least("schedule", self, k_min=1, k_max=1)
+        at_least("schedule", self, k_min=1, k_max=1)
         require(
             self.growth is Growth.constant or self.k_min <= self.k_max,
             f"schedule.k_min={self.k_min}: must be at most schedule.k_max={self.k_max}",
@@ -216,8 +124,8 @@ class OptimConfig:
     """Learning rate of the last step, where it decays."""
 
     def __post_init__(self) -> None:
-        _at_least("optim", self, lr=0, weight_decay=0, clip=0, warmup_steps=0, final_lr=0, eps=0)
-        _fraction("optim", self, "beta1", "beta2")
+        at_least("optim", self, lr=0, weight_decay=0, clip=0, warmup_steps=0, final_lr=0, eps=0)
+        fraction("optim", self, "beta1", "beta2")
 
 
 @dataclass
@@ -259,8 +167,8 @@ class TrainConfig:
     format. None: by the data sheet of a known GPU, else unknown, and mfu is 0; benchmarks.calibrate measures a CPU."""
 
     def __post_init__(self) -> None:
-        _at_least("train", self, steps=1, seed=0, accumulation=1, log_every=1, valid_every=0)
-        _at_least("train", self, save_every=0, keep=1, threads=0)
+        at_least("train", self, steps=1, seed=0, accumulation=1, log_every=1, valid_every=0)
+        at_least("train", self, save_every=0, keep=1, threads=0)
         require(
             self.peak_tflops is None or self.peak_tflops > 0,
             f"train.peak_tflops={self.peak_tflops}: must be above 0, or null where it is unknown",
@@ -301,7 +209,7 @@ class EvalConfig:
     """Evaluate only the first so many symbols of the split; 0 for all."""
 
     def __post_init__(self) -> None:
-        _at_least("eval", self, streams=1, clamp_len=0, max_symbols=0)
+        at_least("eval", self, streams=1, clamp_len=0, max_symbols=0)
         for name in ("segment", "memory"):
             value = getattr(self, name)
             low = 1 if name == "segment" else 0
@@ -363,7 +271,7 @@ class ParallelConfig:
     """Seconds without a sign of life after which a rank counts as lost and the others end."""
 
     def __post_init__(self) -> None:
-        _at_least("parallel", self, expert_ranks=1, chunks=1, timeout_s=1, message_us=0)
+        at_least("parallel", self, expert_ranks=1, chunks=1, timeout_s=1, message_us=0)
         for name in ("link_gb_per_s", "memory_gb_per_s"):
             require(
                 getattr(self, name) > 0, f"parallel.{name}={getattr(self, name)}: must be above 0"
@@ -442,7 +350,24 @@ class Config:
             self.profile.steps is None or self.profile.steps[1] <= self.train.steps,
             f"profile.steps={self.profile.steps}: must end by train.steps={self.train.steps}",
         )
+        self._check_input()
         self.streams_per_micro_batch(world=1)
+
+    def _check_input(self) -> None:
+        """Check what a dense model is given at its input, and which layers have experts."""
+        model, moe = self.model, self.moe
+        dense = moe.router is Router.dense
+        for name, value in (("ngram", model.ngram), ("signatures", model.signatures)):
+            require(
+                dense or not value,
+                f"model.{name}={value}: needs moe.router=dense, it is {moe.router.name}",
+            )
+        require(
+            moe.layers is None or moe.layers <= model.layers,
+            f"moe.layers={moe.layers}: must be at most model.layers={model.layers}",
+        )
+        if dense:
+            feed_forward_width(model, moe, 0)
 
     def streams_per_micro_batch(self, world: int) -> int:
         """Streams that one rank runs in one forward pass.
@@ -469,8 +394,25 @@ class Config:
 
     @property
     def context(self) -> int:
-        """Ids left of a segment that the router's keys need: n - 1 for hashed routers, else 0."""
-        return self.moe.ngram - 1 if self.moe.router is Router.hashed else 0
+        """Ids left of a segment that the n-grams of router or input need: n - 1, or 0 without any."""
+        if self.moe.router is Router.hashed or self.model.signatures:
+            return self.moe.ngram - 1
+        return max(self.model.ngram - 1, 0)
+
+    @property
+    def expert_layers(self) -> int:
+        """Layers that have experts or, with router=dense, are as wide."""
+        return expert_layers(self.model, self.moe)
+
+    @property
+    def num_tables(self) -> int:
+        """Tables of the run's hashed routing, or orders that a router draws at each pass."""
+        return num_tables(self.model, self.moe)
+
+    @property
+    def training_passes(self) -> int:
+        """Forward and backward passes that each training symbol goes through: two for stochastic routers."""
+        return 2 if self.moe.router is Router.stochastic else 1
 
     @property
     def schedule_steps(self) -> int:

@@ -1,4 +1,6 @@
-"""The exceptions that a program turns into one line: what the user can mend (exit code 2), and a run that cannot go on (1)."""
+"""The exceptions that a program turns into one line: what the user can mend (exit code 2), and a run that cannot go on (1); and
+the checks of options that raise the first.
+"""
 
 from typing import TypeVar
 
@@ -25,3 +27,23 @@ def everywhere(error: E) -> E:
     """Mark an error that every rank of the run raises."""
     error.everywhere = True
     return error
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise UserError(message) unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def at_least(section: str, config: object, **minimum: float) -> None:
+    """Require options of a section to be at least so large."""
+    for name, low in minimum.items():
+        value = getattr(config, name)
+        require(value >= low, f"{section}.{name}={value}: must be at least {low}")
+
+
+def fraction(section: str, config: object, *names: str) -> None:
+    """Require options of a section to be in [0, 1)."""
+    for name in names:
+        value = getattr(config, name)
+        require(0 <= value < 1, f"{section}.{name}={value}: must be in [0, 1)")

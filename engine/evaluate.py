@@ -1,7 +1,7 @@
 """Held-out bits per symbol at a given number of active experts.
 
 Every symbol of the split counts exactly once and the result does not depend on the number of evaluation streams
-(engine/data.py, EvalShares). Used during training, by launch/evaluate.py and at the end of a run.
+(engine/data.py, EvalShares), except by what is drawn: routes that are drawn depend on stream and segment, and repeat. Used during training, by launch/evaluate.py and at the end of a run.
 """
 
 import math
@@ -19,7 +19,7 @@ from engine.delivery import Delivery, receive
 from engine.loader import group_batch, plan_batch
 from engine.model import Memory, Routing, TransformerXL
 from engine.moe.auto import gathers
-from engine.moe.routers import HashedRouter
+from engine.moe.routers import PlannedRouter
 from engine.parallel.world import World
 
 
@@ -39,7 +39,7 @@ class Evaluation:
 
 def evaluate(
     model: TransformerXL,
-    routers: Sequence[HashedRouter] | None,
+    routers: Sequence[PlannedRouter] | None,
     corpus: PreparedCorpus,
     config: Config,
     *,
@@ -51,7 +51,7 @@ def evaluate(
     """Measure the split at k active experts.
 
     Args:
-        routers: one per table; None for live routers and dense.
+        routers: planned ones; None for live routers and dense.
         progress: called with (segments done, segments in all); may raise to leave, on all ranks alike.
         world: the ranks, which share the streams; every rank gets the whole result.
     """
@@ -77,11 +77,13 @@ def evaluate(
             batch, counted_BQ = parts[world.mesh.expert_rank]
             group = group_batch([part for part, _ in parts], world.mesh.expert_rank)
             gather = gathers(config, world.mesh.expert_ranks, k, batch.ids_BQ.numel())
-            plans = plan_batch(group, k, routers, gather=gather).plans
-            sent, copied = delivery.send((batch, counted_BQ, plans))
-            batch, counted_BQ, plans = receive(sent, copied)
+            planned = plan_batch(
+                group, k, routers, gather=gather, held_out=True, input_keys=model.input_keys
+            )
+            moved = batch, counted_BQ, planned.plans, planned.input_row_tBQ
+            batch, counted_BQ, plans, row_tBQ = receive(*delivery.send(moved))
             output = model(
-                batch.ids_BQ, batch.targets_BQ, memory, Routing(k, plans),
+                batch.ids_BQ, batch.targets_BQ, memory, Routing(k, plans, input_row_tBQ=row_tBQ),
                 memory_len=memory_len, clamp_len=config.eval.clamp_len, same_length=config.eval.same_length,
             )  # fmt: skip
             memory = output.memory
@@ -114,7 +116,7 @@ def _share(whole: Batch, counted_BQ: Tensor, rank: int, ranks: int) -> tuple[Bat
 
 def slimming_curve(
     model: TransformerXL,
-    routers: Sequence[HashedRouter] | None,
+    routers: Sequence[PlannedRouter] | None,
     corpus: PreparedCorpus,
     config: Config,
     world: World | None = None,

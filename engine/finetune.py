@@ -125,7 +125,7 @@ class _Steps:
             group["lr"] = rate
         batch = next(self.batches)
         seed = self.recipe.seed * 2**32 + self.done
-        logits_BC = self.classifier(batch, self.recipe.k, dropout_seed=seed)
+        logits_BC = self.classifier(batch, self.recipe.k, seed=seed)
         loss = F.cross_entropy(logits_BC.float(), batch.label_B.to(logits_BC.device))
         if not math.isfinite(value := loss.item()):
             raise RunFailed(f"the loss is {value} at step {self.done}, lr={self.optim.lr}")

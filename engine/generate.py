@@ -6,11 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.config import Config
+from engine.choices import Keys
+from engine.config import Config, require
 from engine.data import Batch
 from engine.loader import group_batch, plan_batch
 from engine.model import Memory, Routing, TransformerXL
-from engine.moe.routers import HashedRouter
+from engine.moe.routers import PlannedRouter
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,7 @@ class Sampling:
 
 def generate(
     model: TransformerXL,
-    routers: Sequence[HashedRouter] | None,
+    routers: Sequence[PlannedRouter] | None,
     config: Config,
     prompt: Sequence[int],
     *,
@@ -35,9 +36,16 @@ def generate(
     """Yield `length` sampled ids that continue the prompt, at k active experts.
 
     Args:
-        routers: one per table; None for live routers and dense.
+        routers: planned ones; None for live routers and dense.
         prompt: ids; an empty prompt starts from id 0, as ids before a stream's start do.
+
+    Raises:
+        UserError: keys were shuffled in training, and one symbol at a time has no others to shuffle with.
     """
+    require(
+        config.moe.keys is Keys.own,
+        f"moe.keys={config.moe.keys.name}: a control that cannot generate; only moe.keys=own can",
+    )
     context = config.context
     # one symbol at a time needs a longer memory to see as far as a whole segment does
     memory_len = max(config.model.memory, config.data.segment)
@@ -50,9 +58,12 @@ def generate(
             while start < len(history):
                 part = history[start : start + config.data.segment]
                 left = ([0] * context + history)[start : start + context]
-                planned = plan_batch(group_batch([_batch(part, left)]), k, routers)
+                planned = plan_batch(
+                    group_batch([_batch(part, left, start)]), k, routers, held_out=True, input_keys=model.input_keys
+                )  # fmt: skip
+                routing = Routing(k, planned.plans, input_row_tBQ=planned.input_row_tBQ)
                 logits_BQV, memory = model.logits(
-                    planned.batch.ids_BQ, memory, Routing(k, planned.plans), memory_len=memory_len
+                    planned.batch.ids_BQ, memory, routing, memory_len=memory_len
                 )[:2]
                 start += len(part)
             chosen = sample(logits_BQV[0, -1], sampling)
@@ -60,10 +71,10 @@ def generate(
         yield chosen
 
 
-def _batch(ids: list[int], left: list[int]) -> Batch:
+def _batch(ids: list[int], left: list[int], index: int) -> Batch:
     ids_BQ = torch.tensor([ids])
     left_BC = torch.tensor([left], dtype=torch.int64).reshape(1, len(left))
-    return Batch(ids_BQ, ids_BQ, left_BC, torch.zeros(1, dtype=torch.int64), index=0, fresh=False)
+    return Batch(ids_BQ, ids_BQ, left_BC, torch.zeros(1, dtype=torch.int64), index, fresh=False)
 
 
 def sample(logits_V: Tensor, sampling: Sampling) -> int:

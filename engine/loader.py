@@ -26,11 +26,14 @@ from torch import Tensor
 from engine.agreement import Agreement
 from engine.data import Batch
 from engine.delivery import Delivery, receive
+from engine.moe.keys import KeyRows
 from engine.moe.plan import Plan
-from engine.moe.routers import HashedRouter
+from engine.moe.routers import Draw, PlannedRouter
 from engine.parallel.host import Host
 from engine.tracing import span
 
+# Of a planned batch, what the step needs on the device.
+_MOVED = "batch", "plans", "second_plans", "input_row_tBQ", "token_T"
 _CLOSE_S = 10.0  # how long `close` waits for the other ranks' threads
 
 
@@ -52,6 +55,10 @@ class PlannedBatch:
     batch: Batch  # this rank's own
     k: int  # active experts
     plans: tuple[Plan, ...] | None  # one per table; None for live routers and dense
+    second_plans: tuple[Plan, ...] | None  # of a second pass over the batch; None without one
+    input_row_tBQ: (
+        Tensor | None
+    )  # int64: this rank's rows of tables at the input; None without such tables
     token_T: Tensor  # int64: numbers of the group's tokens within the step: stream x Q + place in the segment
     copied: torch.cuda.Event | None = None  # of the copy to a GPU
     prepare_ms: float = field(
@@ -82,26 +89,44 @@ def share_ids(alone: GroupBatch, host: Host) -> GroupBatch:
 def plan_batch(
     group: GroupBatch,
     k: int,
-    routers: Sequence[HashedRouter] | None,
+    routers: Sequence[PlannedRouter] | None,
     *,
     gather: bool = False,
     chunks: int = 1,
+    passes: int = 1,
+    held_out: bool = False,
+    input_keys: Sequence[KeyRows] = (),
 ) -> PlannedBatch:
-    """Plan the batch for each router's table; without routers, pass it on with its k.
+    """Plan the batch for each router; without routers, pass it on with its k.
 
     Args:
         gather: for the exchange of all rows (engine/moe/auto.py says when).
         chunks: parts that are exchanged one behind the other.
+        passes: over the batch, 1 or 2, each with plans of its own.
+        held_out: the batch is not trained on; what is drawn then depends on batch.index and streams alone.
+        input_keys: of the tables at the input of the model (TransformerXL.input_keys).
     """
-    ids_PBQ, left_PBC = group.ids_PBQ, group.left_PBC
-    segment = ids_PBQ.shape[2]
-    token_T = (group.stream_PB[..., None] * segment + torch.arange(segment)).flatten()
-    plans = None
-    if routers is not None:
-        plans = tuple(
-            router.plan(ids_PBQ, left_PBC, k, gather=gather, chunks=chunks) for router in routers
+    segment = group.ids_PBQ.shape[2]
+    token_PT = (group.stream_PB[..., None] * segment + torch.arange(segment)).flatten(1)
+    draw = Draw(token_PT.numpy(), group.own.index, held_out)
+
+    def plans(number: int) -> tuple[Plan, ...] | None:
+        if routers is None or number >= passes:
+            return None
+        this = replace(draw, number=number)
+        return tuple(
+            router.plan(group.ids_PBQ, group.left_PBC, k, draw=this, gather=gather, chunks=chunks)
+            for router in routers
         )
-    return PlannedBatch(group, group.own, k, plans, token_T)
+
+    row_tBQ = [keys.of(group.own.ids_BQ, group.own.left_BC) for keys in input_keys]
+    return PlannedBatch(
+        group, group.own, k,
+        plans=plans(0),
+        second_plans=plans(1),
+        input_row_tBQ=torch.stack(row_tBQ) if row_tBQ else None,
+        token_T=token_PT.flatten(),
+    )  # fmt: skip
 
 
 class PlannedLoader:
@@ -159,7 +184,7 @@ class PlannedLoader:
         if isinstance(item, BaseException):
             self._end = item
             raise item
-        receive((item.batch, item.plans, item.token_T), item.copied)
+        receive(tuple(getattr(item, name) for name in _MOVED), item.copied)
         return item, time.perf_counter() - start
 
     def close(self) -> None:
@@ -185,17 +210,18 @@ class PlannedLoader:
                     planned = self._plan(self._make_batch(step, micro), self._k_of_step(step))
                 planned = replace(planned, prepare_ms=1e3 * (time.perf_counter() - start))
                 if self._agreement is not None:
+                    plans = (planned.plans or ()) + (planned.second_plans or ())
                     with span("agree"):
-                        self._agreement.check(step, micro, planned.k, planned.group, planned.plans)
+                        self._agreement.check(step, micro, planned.k, planned.group, plans)
                 self._queue.put(self._deliver(planned))
             self._queue.put(RuntimeError("no batch left: all steps are done"))
         except BaseException as error:  # handed to the consumer, which re-raises it
             self._queue.put(error)
 
     def _deliver(self, planned: PlannedBatch) -> PlannedBatch:
-        moved = planned.batch, planned.plans, planned.token_T
-        (batch, plans, token_T), copied = self._delivery.send(moved)
-        return replace(planned, batch=batch, plans=plans, token_T=token_T, copied=copied)
+        moved = tuple(getattr(planned, name) for name in _MOVED)
+        sent, copied = self._delivery.send(moved)
+        return replace(planned, **dict(zip(_MOVED, sent, strict=True)), copied=copied)
 
     def _may_prepare(self, done: int) -> bool:
         """Wait until one more than `done` micro-batches are allowed; False when closed."""

@@ -36,7 +36,9 @@ class Metric(NamedTuple):
 _RANK, _LAYER, _EXPERT = ("rank",), ("layer",), ("layer", "expert")
 METRICS: dict[str, Metric] = {
     "loss": Metric("nats/symbol", "training loss without auxiliary losses"),
-    "auxiliary_loss": Metric("nats/symbol", "balance and z-loss, weighted; 0 for fixed routers"),
+    "auxiliary_loss": Metric(
+        "nats/symbol", "balance, z- or consistency loss, weighted; 0 for fixed routers"
+    ),
     "bpc": Metric("bits/symbol", "loss in bits"),
     "valid_loss": Metric("nats/symbol", "loss on the validation split at k_max, now"),
     "valid_bpc": Metric("bits/symbol", "valid_loss in bits, now"),

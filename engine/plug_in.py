@@ -43,6 +43,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from engine.choices import Keys
 from engine.config import (
     Builder,
     KernelsConfig,
@@ -113,7 +114,14 @@ def replace_feed_forwards(
     parallel = parallel or ParallelConfig()
     require(
         moe.router is Router.hashed,
-        f"moe.router={moe.router.name}: must be hashed, as others have no plan",
+        f"moe.router={moe.router.name}: must be hashed, whose plans depend on the ids alone",
+    )
+    require(
+        moe.keys is Keys.own,
+        f"moe.keys={moe.keys.name}: only own keys have plans that depend on the ids alone",
+    )
+    require(
+        moe.layers is None, f"moe.layers={moe.layers}: the pattern says which layers have experts"
     )
     mesh = _mesh(parallel.expert_ranks)
     names = _find(model, pattern, width)

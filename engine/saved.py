@@ -5,13 +5,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine import checkpoint
-from engine.build import build_model
-from engine.config import Backend, Config, Kept, Precision, Products, Router, require
+from engine.build import build_model, planned_routers
+from engine.config import Backend, Config, Kept, Precision, Products, require
 from engine.corpus import PreparedCorpus, prepare
 from engine.errors import UserError
 from engine.model import TransformerXL
-from engine.moe.routers import HashedRouter
+from engine.moe.routers import PlannedRouter
 from engine.moe.tables import table_from_state
+from engine.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,7 @@ class SavedRun:
     config: Config
     corpus: PreparedCorpus
     model: TransformerXL
-    routers: list[HashedRouter] | None
+    routers: list[PlannedRouter] | None
     step: int
 
 
@@ -52,7 +53,6 @@ def open_saved(folder: Path, config: Config, note: Callable[[str], None]) -> Sav
     if config.train.precision is Precision.bf16:  # as in training: buffers keep fp32
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16()
-    routers = None
-    if config.moe.router is Router.hashed:
-        routers = [HashedRouter(table_from_state(table)) for table in state.tables]
+    tables = [table_from_state(table) for table in state.tables]
+    routers = planned_routers(config, tables, Mesh())
     return SavedRun(config, corpus, model.eval(), routers, state.step)

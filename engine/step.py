@@ -201,6 +201,8 @@ def _forward(
         planned.plans,
         token_T=planned.token_T,
         dropout_seed=config.train.seed * 2**32 + step,
+        second_plans=planned.second_plans,
+        input_row_tBQ=planned.input_row_tBQ,
     )
     output: Output = engine.forward(
         batch.ids_BQ, batch.targets_BQ, None if batch.fresh else memory, routing

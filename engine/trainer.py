@@ -14,7 +14,7 @@ import torch
 from engine import checkpoint
 from engine.agreement import Agreement
 from engine.arithmetic import Arithmetic
-from engine.build import build_model
+from engine.build import build_model, fill_signatures, planned_routers, router_tables
 from engine.certificate.check import Check
 from engine.config import Config, PeerIds, Split, to_plain
 from engine.corpus import PreparedCorpus
@@ -34,7 +34,7 @@ from engine.metrics import Metrics
 from engine.model import Memory
 from engine.moe.auto import gathers
 from engine.moe.hashing import hash64
-from engine.moe.routers import HashedRouter, routers_of
+from engine.moe.routers import PlannedRouter
 from engine.moe.schedule import active_experts
 from engine.moe.tables import table_from_state, table_state
 from engine.parallel.world import World
@@ -69,7 +69,7 @@ class Trainer:
 
     Args:
         config: resolved (kernels.masked_from_k is set).
-        routers: one per table, for this rank's place; None for live routers and dense.
+        routers: planned ones, for this rank's place; None for live routers and dense.
         folder: the run folder; checkpoints go to folder/checkpoints.
         world: the ranks; one alone by default.
     """
@@ -78,7 +78,7 @@ class Trainer:
         self,
         config: Config,
         corpus: PreparedCorpus,
-        routers: list[HashedRouter] | None,
+        routers: list[PlannedRouter] | None,
         folder: Path,
         reporter: Reporter,
         world: World | None = None,
@@ -90,6 +90,7 @@ class Trainer:
             corpus.split(Split.train), config.data.streams, config.data.segment, config.context
         )
         self.model = build_model(config, corpus.vocab.size)
+        fill_signatures(self.model, config, corpus)
         self.parameters = sum(p.numel() for p in self.model.parameters())  # of all ranks together
         self.arithmetic = Arithmetic(config, corpus.vocab.size, self.parameters)
         self.peak = peak_of(config, self.world.device)
@@ -133,9 +134,9 @@ class Trainer:
             )
         state = checkpoint.load(path, self.engine, host=host, streams=self._own_streams())
         self.step = state.step
-        if self.routers is not None:  # tables belong to the model: take the saved ones
-            tables = [table_from_state(table) for table in state.tables]
-            self.routers = routers_of(tables, self.world.mesh)
+        # tables belong to the model: take the saved ones
+        tables = [table_from_state(table) for table in state.tables]
+        self.routers = planned_routers(self.config, tables, self.world.mesh)
         if state.rng is None:  # saved by other ranks than these
             self._seed_generator()
         else:
@@ -154,7 +155,7 @@ class Trainer:
             rng=torch.get_rng_state(),
             memory=_join(self.memory),
             stream_B=torch.tensor(self._own_streams()),
-            tables=[table_state(router.table) for router in self.routers or []],
+            tables=[table_state(table) for table in router_tables(self.routers)],
         )
         try:
             return checkpoint.save(
@@ -269,7 +270,10 @@ class Trainer:
         def plan(group: GroupBatch, k: int) -> PlannedBatch:
             tokens = group.own.ids_BQ.numel()
             gather = gathers(config, mesh.expert_ranks, k, tokens)
-            return plan_batch(group, k, self.routers, gather=gather, chunks=config.parallel.chunks)
+            return plan_batch(
+                group, k, self.routers, gather=gather, chunks=config.parallel.chunks,
+                passes=config.training_passes, input_keys=self.model.input_keys,
+            )  # fmt: skip
 
         return PlannedLoader(
             make_batch,

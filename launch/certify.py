@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from engine.build import build_routers
+from engine.build import build_routers, router_tables
 from engine.certificate.cluster import ClusterConfig
 from engine.certificate.exact import Certificate, certify, counted_steps
 from engine.certificate.forecast import Forecaster, TimePart, time_part
@@ -144,8 +144,7 @@ def _check_folder(folder: Path) -> None:
 
 def _tables(config: Config, corpus: PreparedCorpus) -> Sequence[Table]:
     routers = build_routers(config, corpus)
-    assert routers is not None, "Placement.check lets hashed routers pass only"
-    return [router.table for router in routers]
+    return router_tables(routers)
 
 
 def _memory(args: CertifyArgs, found: Certificate, corpus: PreparedCorpus) -> Memory:

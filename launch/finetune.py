@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from engine.accuracy import Accuracy, Majority, majority
-from engine.build import build_model
+from engine.build import build_model, fill_signatures
 from engine.classifier import Classifier, predict
 from engine.config import Config, Precision, Router, require, to_plain
 from engine.finetune import Point, Recipe, Selection, accuracy
@@ -211,6 +211,7 @@ def _classifier(saved: SavedRun, args: FinetuneArgs) -> Classifier:
     model = saved.model
     if not args.pretrained:
         model = build_model(saved.config, saved.corpus.vocab.size)
+        fill_signatures(model, saved.config, saved.corpus)
     torch.manual_seed(args.seed)
     return Classifier(model, saved.routers, saved.config).to(find_device(find_place()))
 

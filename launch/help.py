@@ -139,14 +139,14 @@ def _docs(schema: type) -> dict[str, str]:
 
 
 def _bounds(schema: type) -> dict[str, str]:
-    """What `_at_least` and `_fraction` of engine/config.py check, by field."""
+    """What `at_least` and `fraction` of engine/errors.py check, by field."""
     found: dict[str, str] = {}
     for node in _bodies(schema):
         for call in ast.walk(node):
             match call:
-                case ast.Call(func=ast.Name(id="_at_least"), keywords=keywords):
+                case ast.Call(func=ast.Name(id="at_least"), keywords=keywords):
                     found |= {str(k.arg): f"at least {ast.literal_eval(k.value)}" for k in keywords}
-                case ast.Call(func=ast.Name(id="_fraction"), args=[_, _, *names]):
+                case ast.Call(func=ast.Name(id="fraction"), args=[_, _, *names]):
                     found |= {ast.literal_eval(name): "at least 0, below 1" for name in names}
     return found
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
 
-from engine.build import build_routers
+from engine.build import build_routers, router_tables
 from engine.config import Config, Router, Split, require
 from engine.corpus import prepare
 from engine.moe.balance import Balance, RankBalance, balances
@@ -54,13 +54,12 @@ def over_tables(same_k: Sequence[Balance]) -> Balance:
 def tables(args: TablesArgs) -> int:
     """Build, count and print; returns the exit code."""
     corpus = prepare(args.corpus, print)
-    routers = build_routers(args, corpus)
-    assert routers is not None
-    ids, pack = corpus.split(args.split), routers[0].table.pack
-    of_tables = [balances(router.table, ids, args.ranks) for router in routers]
+    found_tables = router_tables(build_routers(args, corpus))
+    ids, pack = corpus.split(args.split), found_tables[0].pack
+    of_tables = [balances(table, ids, args.ranks) for table in found_tables]
     found = [over_tables(same_k) for same_k in zip(*of_tables, strict=True)]
     print(
-        f"{len(routers)} tables, builder {args.moe.builder.name}, blocks of {pack}, on {ids.size:,} symbols of the "
+        f"{len(found_tables)} tables, builder {args.moe.builder.name}, blocks of {pack}, on {ids.size:,} symbols of the "
         f"{args.split.name} split"
     )
     header = ["k", "experts", "blocks"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from signal import SIGTERM
 from typing import Any
 
-from engine.build import build_routers
+from engine.build import build_routers, router_tables
 from engine.certificate.check import Check, fits, fits_tables, fits_text
 from engine.certificate.record import Written, read
 from engine.config import Backend, Config, Router, Split, to_plain
@@ -141,8 +141,7 @@ def _check(written: Written | None, trainer: Trainer) -> Check | None:
     """Hold the trainer's model, with the tables that it trains with, to a certificate."""
     if written is None:
         return None
-    assert trainer.routers is not None, "only planned routers have certificates"
-    fits_tables(written, trainer.config, [router.table for router in trainer.routers])
+    fits_tables(written, trainer.config, router_tables(trainer.routers))
     return Check(written, trainer.model, trainer.world.mesh.rank)
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.choices import Keys
 from engine.config import Config, Router, require
 from engine.parallel.mesh import Mesh
 
@@ -66,10 +67,24 @@ class Placement:
             router is not Router.dense,
             "moe.router=dense: no experts and no rows that travel, so there is nothing to certify",
         )
+        live = router in (Router.frozen, Router.learned)
+        why = (
+            "routes depend on hidden states, so rows and bytes are not known before the run"
+            if live
+            else "routes are drawn at each forward pass and not replayed"
+        )
         require(
             router is Router.hashed,
-            f"moe.router={router.name}: routes depend on hidden states, so rows and bytes are not known before the run; "
-            "only hashed can be certified",
+            f"moe.router={router.name}: {why}; only hashed can be certified",
+        )
+        require(
+            config.moe.keys is Keys.own,
+            f"moe.keys={config.moe.keys.name}: routes are drawn at each forward pass and not replayed; only own can be certified",
+        )
+        require(
+            config.expert_layers == config.model.layers,
+            f"moe.layers={config.moe.layers} of model.layers={config.model.layers}: only models with experts in every layer can be "
+            "certified",
         )
         Mesh(0, self.world_size, self.expert_ranks).local_experts(config.moe.experts)
         config.streams_per_micro_batch(self.world_size)

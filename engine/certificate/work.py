@@ -11,11 +11,13 @@ width, I = H x W, V vocabulary, L experts of a rank, F expert width, N computed 
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.architecture import feed_forward_width
 from engine.certificate.cluster import ClusterConfig
 from engine.certificate.memory_shapes import COLUMN_BYTES, item_bytes
 from engine.choices import Activation, Backend, Router
@@ -44,7 +46,7 @@ class Product:
 
 
 def forward_flops(config: Config, vocab: int, k: int) -> float:
-    """Count the useful arithmetic of one optimizer step's forward passes, of all ranks; backward is twice as much.
+    """Count the useful arithmetic of one forward pass over a step's symbols, of all ranks; backward is twice as much.
 
     Useful is what the model asks for, whatever way it is computed in: products of matrices with the memory full, each query
     with the keys that it may see, k experts for each symbol. Hidden keys of a tile, experts that a masked product computes in
@@ -63,12 +65,10 @@ def forward_flops(config: Config, vocab: int, k: int) -> float:
         *projection_products(config, streams),
         score_products(config, block=1, together=streams, tiles=model.heads * config.data.segment),
     ]
-    dense = moe.router is Router.dense
-    hidden = moe.dense_width if dense else k * moe.expert_width + moe.shared_width
-    layer = [*attention, _feed_forward_product(config, tokens, hidden)]
-    if moe.router in (Router.frozen, Router.learned):
-        layer.append(Product(tokens, moe.experts, model.width))
-    return model.layers * _flops(layer) + _flops([Product(tokens, vocab, model.width)])
+    layers = [_layer_products(config, tokens, layer, k) for layer in range(model.layers)]
+    at_input = config.num_tables * moe.experts if model.signatures else 0
+    ends = [Product(tokens, vocab, model.width), Product(tokens, model.width, at_input)]
+    return model.layers * _flops(attention) + _flops(chain(*layers, ends))
 
 
 def projection_products(config: Config, streams: int) -> list[Product]:
@@ -97,6 +97,17 @@ def score_products(config: Config, *, block: int, together: int, tiles: int) -> 
     queries, keys = config.data.segment, config.data.segment + config.model.memory
     seen = keys - (queries - block) / 2  # keys of a block of queries, on average
     return Product(together * block, seen, config.model.head_width, 3 * tiles)
+
+
+def _layer_products(config: Config, rows: float, layer: int, k: int) -> list[Product]:
+    """Router and feed-forward or active experts of a layer."""
+    model, moe = config.model, config.moe
+    if moe.router is Router.dense or layer >= config.expert_layers:
+        return [_feed_forward_product(config, rows, feed_forward_width(model, moe, layer))]
+    found = [_feed_forward_product(config, rows, k * moe.expert_width + moe.shared_width)]
+    if moe.router in (Router.frozen, Router.learned):
+        found.append(Product(rows, moe.experts, model.width))
+    return found
 
 
 def _feed_forward_product(config: Config, rows: float, hidden: float) -> Product:

@@ -1,6 +1,6 @@
-"""Auxiliary losses of learned routers; the caller multiplies them by their configured weights.
+"""Auxiliary losses of learned and stochastic routers; the caller multiplies them by their configured weights.
 
-Letters: T tokens, E experts, K active experts per token.
+Letters: T tokens, E experts, K active experts per token, V vocabulary.
 """
 
 import torch
@@ -27,6 +27,18 @@ def balance_loss(logits_TE: Tensor, count_E: Tensor) -> Tensor:
 def z_loss(logits_TE: Tensor) -> Tensor:
     """Return the mean over tokens of log(sum_e exp(logit_e)) squared (ST-MoE, arXiv 2202.08906, eq. 5)."""
     return _wide(logits_TE).logsumexp(dim=-1).square().mean()
+
+
+def consistency_loss(one_TV: Tensor, other_TV: Tensor) -> Tensor:
+    """Return the mean over tokens of (KL(p||q) + KL(q||p)) / 2 = 1/2 sum_v (p_v - q_v)(log p_v - log q_v).
+
+    p and q are the softmax of two passes' logits (THOR, Zuo et al., ICLR 2022, arXiv 2110.04260). The public code adds up over
+    tokens where this, as our cross-entropy, is a mean: its whole loss is ours times the tokens of a batch, so its weight alpha
+    means the same. Logarithms come from log_softmax in fp32 at least: a probability may underflow, its logarithm does not.
+    """
+    log_p_TV, log_q_TV = (_wide(logits_TV).log_softmax(-1) for logits_TV in (one_TV, other_TV))
+    difference_TV = (log_p_TV.exp() - log_q_TV.exp()) * (log_p_TV - log_q_TV)
+    return 0.5 * difference_TV.sum(-1).mean()
 
 
 def chosen_counts(expert_TK: Tensor, num_experts: int) -> Tensor:

@@ -10,17 +10,40 @@ K active experts, R received rows, N expert rows of this rank, r table rows. Exp
 
 import threading
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from engine.moe.plan import Part, Plan, cut
-from engine.moe.tables import Table
 from engine.parallel.mesh import Mesh
 from kernels.rows import ExpertRows
 
 _KEPT = 2  # values of k whose lookups are kept: training's and, at a change of k, the one before
+
+
+class Orders(Protocol):
+    """What a plan is made from: a Table, or orders drawn for one forward pass."""
+
+    @property
+    def order_rE(self) -> Tensor:
+        """uint8: in each row all experts, the active ones first."""
+
+    @property
+    def logits_rE(self) -> Tensor | None:
+        """fp32 in the order of order_rE; None for uniform weights."""
+
+
+def mixing_weights(table: Orders, k: int) -> Tensor:
+    """Return the fp32 weights [r, E] of every row's first k experts: softmax of their logits, or 1/k; 0 for the others."""
+    order_rK = table.order_rE[:, :k].long()
+    if table.logits_rE is None:
+        weight_rK = torch.full(order_rK.shape, 1.0 / k)
+    else:
+        weight_rK = table.logits_rE[:, :k].softmax(dim=1)
+    return torch.zeros(table.order_rE.shape).scatter_(1, order_rK, weight_rK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +59,7 @@ class _Lookups:
 class TablePlanner:
     """Plans the micro-batches of one table for one rank."""
 
-    def __init__(self, table: Table, *, rank: int = 0, ranks: int = 1) -> None:
+    def __init__(self, table: Orders, *, rank: int = 0, ranks: int = 1) -> None:
         """Take a table and this rank's place in its expert group.
 
         Raises:
@@ -105,13 +128,8 @@ class TablePlanner:
 
     def _look_up(self, k: int) -> _Lookups:
         order_rK = self.table.order_rE[:, :k].long()
-        shape = order_rK.shape[0], self.experts
-        active_rE = torch.zeros(shape).scatter_(1, order_rK, 1.0)
-        if self.table.logits_rE is None:
-            weight_rE = active_rE / k
-        else:
-            weight_rK = self.table.logits_rE[:, :k].softmax(dim=1)
-            weight_rE = torch.zeros(shape).scatter_(1, order_rK, weight_rK)
+        active_rE = torch.zeros(self.table.order_rE.shape).scatter_(1, order_rK, 1.0)
+        weight_rE = mixing_weights(self.table, k)
         here = slice(self.local.start, self.local.stop)
         rank_rP = active_rE.view(-1, self.ranks, len(self.local)).amax(dim=2).bool()
         return _Lookups(

@@ -29,10 +29,11 @@ from torch import Tensor
 
 from engine.config import Builder, MoEConfig, RouteWeights
 from engine.moe.hashing import hash64, normal, uniform
+from engine.moe.keys import KeyRows
 
 _FORMAT = 1  # part of the cache key; raise it when the same inputs would give another table
-# First part of each hash: what the number is for.
-_ROW, _ORDER, _TIE, _LOGIT, _BLOCK_ORDER, _BLOCK_TIE = range(1, 7)
+# First part of each hash: what the number is for; engine/moe/keys.py has 1.
+_ORDER, _TIE, _LOGIT, _BLOCK_ORDER, _BLOCK_TIE = range(2, 7)
 _NUMBERS = ("ngram", "vocab_size", "seed", "index", "pack")
 _CHUNK = 1 << 22  # symbols counted at a time, to bound memory
 # n-grams that may have a counter each (256 MiB); beyond it those that occur are sorted
@@ -54,28 +55,15 @@ class Table:
     builder: Builder
     pack: int  # experts of a block: a row uses up one block before it touches the next; E without packing
 
-    def rows_of(self, ids_BQ: Tensor, left_BC: Tensor) -> Tensor:
-        """Return the int64 row [B, Q] of each id, given the C true ids left of each segment.
-
-        Example: bigrams of 10 symbols in at least 100 rows: ids [[3, 4]] with left [[7]] give rows [[73, 34]].
-        """
-        segment, context = ids_BQ.shape[1], left_BC.shape[1]
-        if context != self.ngram - 1:
-            raise ValueError(
-                f"left_BC has {context} ids: ngram={self.ngram} needs {self.ngram - 1}"
-            )
-        stream = torch.cat([left_BC, ids_BQ], dim=1).numpy()
-        key_BQ = stream[:, :segment]
-        for shift in range(1, self.ngram):
-            key_BQ = key_BQ * self.vocab_size + stream[:, shift : shift + segment]
-        return torch.from_numpy(self.keys_to_rows(key_BQ))
-
-    def keys_to_rows(self, keys: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the rows of n-grams given as numbers (base vocab_size, newest id last): the number itself if all fit."""
+    @property
+    def key_rows(self) -> KeyRows:
+        """How an n-gram finds its row."""
         rows = self.order_rE.shape[0]
-        if self.vocab_size**self.ngram <= rows:
-            return keys
-        return _hashed_rows(keys, rows, self.seed, self.index)
+        return KeyRows(self.ngram, self.vocab_size, rows, self.seed, self.index)
+
+    def rows_of(self, ids_BQ: Tensor, left_BC: Tensor) -> Tensor:
+        """Return the int64 row [B, Q] of each id, given the C true ids left of each segment."""
+        return self.key_rows.of(ids_BQ, left_BC)
 
 
 def build_tables(
@@ -127,7 +115,7 @@ def row_frequency(table: Table, ids: NDArray[np.integer[Any]]) -> NDArray[np.flo
     """Return how often a text uses each row [r]; ids before its first count as 0."""
     keys, counts = _ngram_counts(ids, table.vocab_size, table.ngram)
     rows = table.order_rE.shape[0]
-    return np.bincount(table.keys_to_rows(keys), counts, rows).astype(np.float64, copy=False)
+    return np.bincount(table.key_rows.of_keys(keys), counts, rows).astype(np.float64, copy=False)
 
 
 def table_state(table: Table) -> dict[str, Tensor]:
@@ -149,10 +137,6 @@ def table_from_state(state: dict[str, Tensor]) -> Table:
         builder=Builder[bytes(state["builder"].tolist()).decode()],
         **{name: int(state[name]) for name in _NUMBERS},
     )
-
-
-def _hashed_rows(keys: NDArray[np.int64], rows: int, seed: int, index: int) -> NDArray[np.int64]:
-    return (hash64(_ROW, seed, index, keys) % np.uint64(rows)).astype(np.int64)
 
 
 def _ngram_counts(
@@ -200,8 +184,7 @@ def _build(
         keys, counts = _ngram_counts(train_ids, vocab_size, moe.ngram)
         freq_tr = np.empty((num_tables, moe.rows))
         for index, freq_r in enumerate(freq_tr):
-            exact = vocab_size**moe.ngram <= moe.rows
-            row = keys if exact else _hashed_rows(keys, moe.rows, seed, index)
+            row = KeyRows(moe.ngram, vocab_size, moe.rows, seed, index).of_keys(keys)
             freq_r[:] = np.bincount(row, weights=counts, minlength=moe.rows)
         _balance(order_trE, freq_tr, pack, seed)
     if moe.weights is RouteWeights.uniform:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from engine.choices import ExchangeKind
+from engine.choices import ExchangeKind, Keys
 from engine.config import Activation, Builder, MoEConfig, ParallelConfig, Router
 from engine.errors import UserError
 from engine.plug_in import PlannedFeedForward, parameter_groups, replace_feed_forwards
@@ -135,6 +135,8 @@ def test_unsuitable_modules_are_named(pattern, fault):
     [
         ({"k": 5}, "k=5: must be in 1 .. 4"),
         ({"moe": replace(MOE, router=Router.frozen)}, "moe.router=frozen: must be hashed"),
+        ({"moe": replace(MOE, keys=Keys.shuffled)}, "moe.keys=shuffled: only own"),
+        ({"moe": replace(MOE, layers=1)}, "moe.layers=1: the pattern says"),
         ({"moe": replace(MOE, builder=Builder.balanced)}, "moe.builder=balanced: needs text_ids"),
         ({"text_ids": [3, 11]}, "text_ids: must be ids in 0 .. 10"),
         ({"dropout": 1.0}, "model.dropout=1.0"),

@@ -10,6 +10,7 @@ import torch
 
 from engine import checkpoint
 from engine.build import build_routers
+from engine.choices import Keys
 from engine.config import (
     Config,
     Corpus,
@@ -118,6 +119,14 @@ def losses(folder):
 ROUTERS = {router.name: {"moe": {"router": router}} for router in Router}
 VARIANTS = {
     **ROUTERS,
+    "shuffled": {"moe": {"keys": Keys.shuffled}},
+    "stochastic, accumulation": {
+        "moe": {"router": Router.stochastic},
+        "train": {"accumulation": 2},
+    },
+    "n-grams": {"moe": {"router": Router.dense}, "model": {"ngram": 2, "ngram_rows": 300}},
+    "signatures": {"moe": {"router": Router.dense}, "model": {"signatures": True}},
+    "one expert layer": {"moe": {"layers": 1, "plain_width": 20}},
     "shared": {"moe": {"shared_width": 16, "share_table": True}},
     "accumulation": {"train": {"accumulation": 2}},
     "bf16": {"train": {"precision": Precision.bf16}},
@@ -178,6 +187,17 @@ def test_it_learns_and_repeats(tmp_path, text):
     assert (
         runs[0][0] > 3.0 and runs[0][-1] < 1.0
     )  # words of 5 known kinds: log(5)/6 nats is the floor
+
+
+@pytest.mark.parametrize("router", [Router.fresh, Router.stochastic])
+def test_routers_that_draw_learn(tmp_path, text, router):
+    """20 steps; the second half of THOR's loss is in auxiliary_loss and the other pass."""
+    trainer = make_trainer(
+        make_config(text, moe={"router": router}, model={"dropout": 0.0}), tmp_path
+    )
+    train(trainer)
+    found = losses(tmp_path)
+    assert found[-1] < found[0] - 0.3 and found == sorted(found, reverse=True)
 
 
 def test_accumulation_equals_one_batch(tmp_path, text):

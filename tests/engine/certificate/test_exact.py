@@ -14,7 +14,7 @@ from engine.certificate.placement import Placement
 from engine.certificate.replay import StepCounts, replay
 from engine.certificate.tally import Tally
 from engine.certificate.traffic import KINDS, hops
-from engine.choices import ExchangeKind
+from engine.choices import ExchangeKind, Keys
 from engine.config import (
     Config,
     DataConfig,
@@ -285,6 +285,9 @@ def test_bytes_are_those_of_the_wire_format():
         ({}, (8, 4), {"sample": 10}, "sample=10: must be from 1 to the 9 steps"),
         ({"moe": MoEConfig(router=Router.learned)}, (8, 4), {}, "moe.router=learned: routes depend on hidden states"),
         ({"moe": MoEConfig(router=Router.dense)}, (8, 4), {}, "moe.router=dense: no experts"),
+        ({"moe": MoEConfig(router=Router.fresh)}, (8, 4), {}, "moe.router=fresh: routes are drawn at each forward pass"),
+        ({"moe": MoEConfig(keys=Keys.shuffled)}, (8, 4), {}, "moe.keys=shuffled: routes are drawn at each forward pass"),
+        ({"moe": MoEConfig(layers=1)}, (8, 4), {}, "moe.layers=1 of model.layers=2: only models with experts in every layer"),
         ({"data": DataConfig(16, 9000)}, (8, 4), {}, "need a training split of at least"),
     ],
 )  # fmt: skip

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from engine.moe.losses import balance_loss, chosen_counts, z_loss
+from engine.moe.losses import balance_loss, chosen_counts, consistency_loss, z_loss
 from engine.moe.routers import top_k_route
 
 
@@ -71,3 +71,34 @@ def test_counts_of_all_ranks_make_the_loss_that_of_all_tokens():
     torch.testing.assert_close(torch.cat([p.grad for p in parts]), whole.grad, rtol=1e-12, atol=0)
     alone = sum(balance_loss(part, count_E) for part, count_E in zip(parts, own, strict=True)) / 3
     assert abs(alone - want) > 1e-2
+
+
+def plain_consistency(one, other):
+    """THOR's term in Python floats, averaged over tokens."""
+    total = 0.0
+    for row, other_row in zip(one, other, strict=True):
+        p = [math.exp(x) / sum(map(math.exp, row)) for x in row]
+        q = [math.exp(x) / sum(map(math.exp, other_row)) for x in other_row]
+        kl_pq = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+        kl_qp = sum(b * math.log(b / a) for a, b in zip(p, q, strict=True))
+        total += (kl_pq + kl_qp) / 2
+    return total / len(one)
+
+
+def test_consistency_equals_a_plain_loop():
+    one, other = 2 * torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(2))
+    want = plain_consistency(one.double().tolist(), other.double().tolist())
+    assert consistency_loss(one, other).item() == pytest.approx(want, rel=1e-5)
+    assert consistency_loss(one.double(), other.double()).item() == pytest.approx(want, rel=1e-12)
+    assert consistency_loss(other, one).item() == pytest.approx(want, rel=1e-5)
+    assert consistency_loss(one, one).item() == 0
+
+
+def test_consistency_survives_probabilities_that_underflow():
+    one = torch.tensor([[300.0, 0.0, -300.0]], requires_grad=True)
+    other = -one.detach()
+    loss = consistency_loss(one, other)
+    loss.backward()
+    assert loss.item() == pytest.approx(600, rel=1e-6) and one.grad.isfinite().all()
+    p, q = one.detach().softmax(-1), other.softmax(-1)
+    assert not ((p - q) * (p.log() - q.log())).sum().isfinite()  # as the public code has it

@@ -1,0 +1,131 @@
+"""Routers that draw experts anew at each forward pass, and shuffled keys, against plain loops over Python integers."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from engine.config import MoEConfig
+from engine.moe.routers import Draw, DrawnRouter, HashedRouter
+from engine.moe.tables import build_tables
+
+E, NO_IDS = 6, torch.zeros(1, 1, 0, dtype=torch.int64)
+
+
+def hash64(*parts):
+    """Splitmix64's mixing function, part after part, on Python integers."""
+    state, mask = 0, 2**64 - 1
+    for part in parts:
+        z = (state + int(part) + 0x9E3779B97F4A7C15) & mask
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        state = z ^ (z >> 31)
+    return state
+
+
+def draw_of(tokens, ranks=1, **options):
+    return Draw(np.arange(tokens).reshape(ranks, -1), **{"index": 3, **options})
+
+
+def router(each_token=True, **options):
+    return DrawnRouter(E, each_token=each_token, **{"seed": 9, "index": 1, **options})
+
+
+def rows_of_tokens(plans, tokens):
+    """Expert and weight of every row of the plans of all ranks, by token of the group."""
+    found, local = [[] for _ in range(tokens)], E // len(plans)
+    for rank, plan in enumerate(plans):
+        (part,) = plan.parts
+        source = part.rows.source_N
+        token_N = source if part.received_R is None else part.received_R[source]
+        expert_N = torch.bucketize(torch.arange(len(token_N)), part.rows.offset_L, right=True)
+        for token, expert, weight in zip(token_N.tolist(), expert_N.tolist(), part.weight_N.tolist(), strict=True):  # fmt: skip
+            found[token].append((rank * local + expert, weight))
+    return found
+
+
+@pytest.mark.parametrize("k", [1, 4, E])
+@pytest.mark.parametrize("each_token", [True, False])
+def test_plans_equal_a_plain_loop_on_one_rank_and_on_two(each_token, k):
+    tokens = 10
+    for held_out, number in ((False, 0), (True, 1)):
+        orders = [
+            sorted(range(E), key=lambda e, t=t: hash64(7, 9, 1, held_out, 3, number, t * each_token, e))
+            for t in range(tokens)
+        ]  # fmt: skip
+        for ranks in (1, 2):
+            draw = draw_of(tokens, ranks, held_out=held_out, number=number)
+            plans = [router(each_token, rank=r, ranks=ranks).plan(NO_IDS, NO_IDS, k, draw=draw) for r in range(ranks)]  # fmt: skip
+            found = rows_of_tokens(plans, tokens)
+            for order, row in zip(orders, found, strict=True):
+                assert sorted(expert for expert, _ in row) == sorted(order[:k])
+                assert [weight for _, weight in row] == pytest.approx([1 / k] * k)
+            assert all(plan.count_E.sum() == tokens * k for plan in plans)
+
+
+def test_fresh_is_uniform_and_new_each_time():
+    tokens, k = 6000, 2
+    draw = draw_of(tokens)
+    order = router().order(draw)
+    counts = Counter(map(tuple, order[:, :k].sort(dim=1).values.tolist()))
+    expected = tokens / 15  # sets of 2 of 6 experts
+    chi_square = sum((count - expected) ** 2 / expected for count in counts.values())
+    assert len(counts) == 15 and chi_square < 36.1  # 0.1 % point of 14 degrees of freedom
+    assert torch.equal(order, router().order(draw))
+    others = [replace(draw, index=4), replace(draw, held_out=True), replace(draw, number=1)]
+    orders = [router().order(other) for other in others]
+    orders += [router(index=2).order(draw), router(seed=8).order(draw)]
+    for other in orders:
+        same = (other == order).all(dim=1).float().mean()
+        assert same < 0.01  # by chance 1 / 720
+
+
+def test_a_biased_draw_is_seen():
+    """Negative control of the chi-square bound: always taking expert 0 first."""
+    order = router().order(draw_of(6000)).sort(dim=1, stable=True).values
+    counts = Counter(map(tuple, order[:, :2].tolist()))
+    assert len(counts) == 1
+
+
+def test_stochastic_draws_one_order_for_all_and_every_expert_in_turn():
+    first = [router(False).order(draw_of(8, index=step))[:, 0] for step in range(3000)]
+    assert all(len(order) == 1 for order in first)
+    counts = torch.bincount(torch.cat(first).long(), minlength=E)
+    assert ((counts - 500).abs() < 4 * (3000 * 5 / 36) ** 0.5).all()  # four standard deviations
+
+
+def tables():
+    ids = np.random.default_rng(0).integers(0, 8, 500).astype(np.uint8)
+    moe = MoEConfig(experts=E, ngram=2, rows=64)
+    return build_tables(moe, 8, ids, num_tables=2, seed=1, cache_dir=None)
+
+
+IDS = torch.from_numpy(np.random.default_rng(1).integers(0, 8, (2, 1, 20)))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_shuffled_keys_are_the_same_keys_at_other_places(ranks):
+    ids_PBQ = IDS.reshape(ranks, -1, 20)
+    left_PBC = torch.zeros(*ids_PBQ.shape[:2], 1, dtype=torch.int64)
+    draw = draw_of(40, ranks)
+    place_T = sorted(range(40), key=lambda t: hash64(8, 1, False, 3, 0, t))
+    assert place_T != list(range(40))
+    for table in tables():  # the same tokens lend their keys in every layer
+        row_T = torch.cat([table.rows_of(ids, left).reshape(-1) for ids, left in zip(ids_PBQ, left_PBC, strict=True)])  # fmt: skip
+        wanted = [table.order_rE[row_T[place], :2].tolist() for place in place_T]
+        routers = [HashedRouter(table, rank=r, ranks=ranks, shuffled=True) for r in range(ranks)]
+        plans = [r.plan(ids_PBQ, left_PBC, 2, draw=draw) for r in routers]
+        found = rows_of_tokens(plans, 40)
+        assert [sorted(e for e, _ in row) for row in found] == [sorted(row) for row in wanted]
+        own = [HashedRouter(table, rank=r, ranks=ranks).plan(ids_PBQ, left_PBC, 2) for r in range(ranks)]  # fmt: skip
+        assert torch.equal(plans[0].count_E, own[0].count_E)
+        assert rows_of_tokens(own, 40) != found
+
+
+def test_what_is_drawn_needs_a_draw():
+    with pytest.raises(ValueError, match="need a draw"):
+        router().plan(NO_IDS, NO_IDS, 2)
+    with pytest.raises(ValueError, match="need a draw"):
+        HashedRouter(tables()[0], shuffled=True).plan(IDS, IDS[..., :1], 2)
