@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -31,7 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from engine.config import Config, to_plain
+from engine.config import Config, require, to_plain
 from engine.errors import RunFailed, UserError
 from launch.bootstrap import find_place
 
@@ -320,6 +320,41 @@ def read_config(path: Path) -> Config:
         return config_of(OmegaConf.load(path))
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {_one_line(error)}") from error
+
+
+def read_options(path: Path, schema: type[T]) -> T:
+    """Read a YAML file of options that `schema` describes.
+
+    Raises:
+        UserError: the file is missing, or has options or values that the schema does not allow.
+    """
+    require(path.is_file(), f"{path}: no such file")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path))
+        return _to_object(cast(DictConfig, merged), schema)
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {_one_line(error)}") from error
+
+
+def compose_run(options: list[str]) -> Config:
+    """Give the configuration of `launch.train` with these options, from inside another program.
+
+    Raises:
+        HydraException, OmegaConfBaseException, UserError: an option is wrong; each becomes one line at the end of a program.
+    """
+    store = ConfigStore.instance()
+    own = store.load("schema.yaml").node
+    store.store("schema", Config)
+    try:
+        return _to_object(hydra.compose("train", overrides=options), Config)
+    finally:
+        store.store("schema", own)
+
+
+def quoted(value: str) -> str:
+    """Write a text so that Hydra reads it as one value, whatever is in it."""
+    escaped = value.replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 def config_of(plain: Any) -> Config:

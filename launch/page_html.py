@@ -10,16 +10,16 @@ from html import escape
 from launch.page import Bars, Chart, Code, Curve, KeyFigure, Page, Part, Section, Table, Verdict
 from launch.page_charts import draw
 
-_LIGHT = """
+LIGHT = """
 --paper: #fff; --card: #f5f6f8; --ink: #1c2127; --muted: #586370; --rule: #d9dde2; --good: #1d7a46; --bad: #b3261e;
 --c0: #2463ad; --c1: #c4560f; --c2: #2a8057; --c3: #8447a8; --c4: #b12c62; --c5: #6a6f00;"""
-_DARK = """
+DARK = """
 --paper: #14171b; --card: #1d2126; --ink: #e4e8ec; --muted: #9aa6b2; --rule: #343b43; --good: #6fcf97; --bad: #ff8a80;
 --c0: #78b1f2; --c1: #f2a05f; --c2: #72c79a; --c3: #c79ae6; --c4: #f089ad; --c5: #c9cc5a;"""
 
 _STYLE = f"""
-:root {{ color-scheme: light dark; {_LIGHT} }}
-@media screen and (prefers-color-scheme: dark) {{ :root {{ {_DARK} }} }}
+:root {{ color-scheme: light dark; {LIGHT} }}
+@media screen and (prefers-color-scheme: dark) {{ :root {{ {DARK} }} }}
 * {{ box-sizing: border-box; }}
 body {{ margin: 0 auto; max-width: 66rem; padding: 2rem 1.25rem 3rem; background: var(--paper); color: var(--ink);
   font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;

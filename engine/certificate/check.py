@@ -29,7 +29,7 @@ from engine.moe.tables import Table
 
 # Options that decide which rows go to which rank and when.
 _ROUTES = (
-    "corpus.tokens", "data.streams", "data.segment", "model.layers", "moe.router", "moe.experts", "moe.ngram", "moe.rows",
+    "corpus.tokens", "data.streams", "data.segment", "data.start", "model.layers", "moe.router", "moe.experts", "moe.ngram", "moe.rows",
     "moe.builder", "moe.pack", "moe.share_table", "schedule.growth", "schedule.k_min", "schedule.k_max", "schedule.steps",
     "train.steps", "train.accumulation", "parallel.expert_ranks",
 )  # fmt: skip

@@ -28,7 +28,7 @@ from engine.config import Config, require
 from engine.data import Ids
 from engine.moe.tables import Table
 
-FORMAT = 1  # raise it when something else is written, or other options are compared
+FORMAT = 2  # raise it when something else is written, or other options are compared
 JSON, ARRAYS = "certificate.json", "certificate.safetensors"
 Counts = NDArray[np.unsignedinteger[Any]]
 
