@@ -62,13 +62,13 @@ def seeds_mean(results: Results, arm: str, k: int | None) -> Estimate | None:
     return estimate(list(values.values())) if values else None
 
 
-def test_comparison(results: Results, a: str, b: str, k: int | None) -> Comparison | None:
+def compare_on_test(results: Results, a: str, b: str, k: int | None) -> Comparison | None:
     """Compare on the test split at k (None: each at its own); None where a seed is not shared or k was not evaluated."""
     at = "test, own k" if k is None else f"test, k={k}"
     return _compare(a, b, at, _test_values(results, a, k), _test_values(results, b, k))
 
 
-def along_comparison(results: Results, a: str, b: str, axis: str, share: float = 1.0) -> Comparison | None:  # fmt: skip
+def compare_along(results: Results, a: str, b: str, axis: str, share: float = 1.0) -> Comparison | None:  # fmt: skip
     """Compare on the valid split during training, at a share of what the arm that used less of the axis used in all.
 
     Args:
@@ -154,10 +154,10 @@ def comparisons(preset: Preset, results: Results) -> list[Comparison]:
 def _comparisons_of(results: Results, a: str, b: str) -> Iterator[Comparison | None]:
     experts = experts_of(results)
     for k in dict.fromkeys([None, experts // 2, experts]):
-        yield test_comparison(results, a, b, k)
+        yield compare_on_test(results, a, b, k)
     for axis in AXES:
         for share in POINTS:
-            yield along_comparison(results, a, b, axis, share)
+            yield compare_along(results, a, b, axis, share)
 
 
 def as_json(

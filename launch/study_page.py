@@ -14,7 +14,8 @@ from launch.study_findings import (
     AXES,
     POINTS,
     Comparison,
-    along_comparison,
+    compare_along,
+    compare_on_test,
     comparisons,
     experts_of,
     missing,
@@ -22,7 +23,6 @@ from launch.study_findings import (
     ratio,
     reference_arm,
     seeds_mean,
-    test_comparison,
     used,
 )
 from launch.study_plan import Preset
@@ -92,7 +92,7 @@ def _figures(preset: Preset, results: Results) -> list[KeyFigure]:
     ]  # fmt: skip
     for a, b in wanted[:1]:
         for axis, words in AXES.items():
-            compared = along_comparison(results, a, b, axis)
+            compared = compare_along(results, a, b, axis)
             if compared is not None:
                 d = compared.difference
                 note = f"{a} minus {b}, valid" + (
@@ -176,8 +176,8 @@ def _said(preset: Preset, results: Results) -> page.Section:
         "A percentage is given only where the interval excludes 0. An arm that was read before its end was in the middle of its schedule of the learning rate, to its disadvantage."
     ]
     for a, b in pairs:
-        tested = test_comparison(results, a, b, None)
-        budgets = [along_comparison(results, a, b, axis) for axis in ("flops", "seconds")]
+        tested = compare_on_test(results, a, b, None)
+        budgets = [compare_along(results, a, b, axis) for axis in ("flops", "seconds")]
         found = [tested, *(compared for compared in budgets if compared and compared.cut)]
         parts += [compared.sentence() for compared in found if compared is not None]
         if tested is None:
@@ -190,7 +190,7 @@ def _budgets(preset: Preset, results: Results) -> page.Section:
     rows = []
     for arm in _there(preset, results):
         compared = (
-            [along_comparison(results, arm, first, axis) for axis in AXES]
+            [compare_along(results, arm, first, axis) for axis in AXES]
             if arm != first
             else [None] * len(AXES)
         )
@@ -243,13 +243,13 @@ def _pairs(preset: Preset, results: Results) -> page.Section:
         at_k.append(
             [
                 f"{a} - {b}",
-                *(change(test_comparison(results, a, b, k)) for k in (None, experts // 2, experts)),
+                *(change(compare_on_test(results, a, b, k)) for k in (None, experts // 2, experts)),
             ]
         )
         over_time.append(
             [
                 f"{a} - {b}",
-                *(change(along_comparison(results, a, b, "symbols", share)) for share in POINTS),
+                *(change(compare_along(results, a, b, "symbols", share)) for share in POINTS),
             ]
         )
     tables: list[page.Part] = [
