@@ -5,7 +5,7 @@ k in training (k_max), read from the curve by straight lines between its points.
 read where the one that used less of them ended; the other is then in the middle of its schedule of the learning rate.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -160,9 +160,7 @@ def _comparisons_of(results: Results, a: str, b: str) -> Iterator[Comparison | N
             yield compare_along(results, a, b, axis, share)
 
 
-def as_json(
-    name: str, preset: Preset, results: Results, tuning: Sequence[Result]
-) -> dict[str, Any]:
+def as_json(name: str, preset: Preset, results: Results) -> dict[str, Any]:
     """Give what docs/study/NAME.json holds: the numbers of the page, and every result file."""
     every_k = sorted({int(k) for run in _runs(results) for k in run["bpc"] if k.isdigit()})
     arms: dict[str, Any] = {}
@@ -177,7 +175,7 @@ def as_json(
         "differences": [asdict(c) for c in comparisons(preset, results)],
         "missing": missing(preset, results),
         "preset": asdict(preset),
-        "results": [*tuning, *_runs(results)],
+        "results": [*results.tuning, *_runs(results)],
     }
 
 

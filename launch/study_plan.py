@@ -6,6 +6,7 @@ dropout, a hashed router's tables, and where in their text the streams begin (da
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -115,80 +116,93 @@ def plan_jobs(preset: Preset, corpus: CorpusConfig, out: Path) -> list[Job]:
     Raises:
         UserError or an error of Hydra's: an arm's experiment or option is wrong, or its steps cannot be divided.
     """
-    return [*_tuning_jobs(preset, corpus, out), *_arm_jobs(preset, corpus, out)]
+    started = {arm: _start_of(preset, corpus, out, arm) for arm in preset.arms}
+    return [*_tuning_jobs(preset, started), *_arm_jobs(preset, started)]
 
 
-def _tuning_jobs(preset: Preset, corpus: CorpusConfig, out: Path) -> Iterator[Job]:
+def _start_of(preset: Preset, corpus: CorpusConfig, out: Path, arm: str) -> Job:
+    """What all runs of an arm have in common; Hydra composes it once."""
+    chosen = preset.arms[arm]
+    options = [
+        f"experiment={chosen.experiment or f'study/{arm}'}",
+        f"corpus={corpus.name.name}",
+        *preset.options,
+        *chosen.options,
+    ]
+    job = Job(
+        arm, arm, TUNING_SEED, compose_run([*options, *_corpus_options(corpus)]), tuple(options)
+    )
+    return with_changes(job, {
+        **{f"corpus.{name}": getattr(corpus, name) for name in ("path", "tokens", "cache_dir")},
+        "train.runs_dir": str(out / "runs"), "train.valid_symbols": preset.valid_symbols, "train.threads": 1, "train.resume": True,
+    })  # fmt: skip
+
+
+def _corpus_options(corpus: CorpusConfig) -> list[str]:
+    """A file's path is needed from the first."""
+    return [] if corpus.path is None else [f"corpus.path={quoted(corpus.path)}"]
+
+
+def _tuning_jobs(preset: Preset, started: Mapping[str, Job]) -> Iterator[Job]:
     """Rate by rate, so that noise of the machine is shared between the arms."""
     for rate in preset.learning_rates:
         for arm in preset.kin:
-            name = f"tune-{arm}-lr{rate:g}"
-            options = _options(preset, corpus, out, arm=arm, seed=TUNING_SEED, name=name)
-            options.append(f"optim.lr={rate}")
-            if preset.tuning_steps is not None:
-                options.append(f"train.steps={preset.tuning_steps}")
-            config = compose_run(options)
-            options += [*_spread(preset, config), "eval.split=valid", f"eval.k=[{config.schedule.k_max}]"]  # fmt: skip
-            yield Job(name, arm, TUNING_SEED, compose_run(options), tuple(options), rate)
+            job = replace(started[arm], name=f"tune-{arm}-lr{rate:g}", tries=rate)
+            steps = preset.tuning_steps or job.config.train.steps
+            changes = {"optim.lr": rate, "train.steps": steps, "eval.split": Split.valid, "eval.k": [job.config.schedule.k_max]}  # fmt: skip
+            yield with_changes(job, {**changes, **_common(preset, job.name, TUNING_SEED, steps)})
 
 
-def _arm_jobs(preset: Preset, corpus: CorpusConfig, out: Path) -> Iterator[Job]:
+def _arm_jobs(preset: Preset, started: Mapping[str, Job]) -> Iterator[Job]:
     """Core arms, seed by seed, then the others likewise; every other seed in reverse, so that no arm is always early."""
     for core in (True, False):
         arms = [name for name, arm in preset.arms.items() if arm.core is core]
         for number, seed in enumerate(preset.seeds):
             for arm in arms if number % 2 == 0 else reversed(arms):
-                name = f"{arm}-seed{seed}"
-                options = _options(preset, corpus, out, arm=arm, seed=seed, name=name)
-                config = compose_run(options)
-                ks = sorted({*preset.k, config.schedule.k_max})
-                options += [*_spread(preset, config), f"eval.split={Split.test.name}", f"eval.k={ks}".replace(" ", "")]  # fmt: skip
-                yield Job(name, arm, seed, compose_run(options), tuple(options))
+                job = replace(started[arm], name=f"{arm}-seed{seed}", seed=seed)
+                ks = sorted({*preset.k, job.config.schedule.k_max})
+                changes = {"eval.split": Split.test, "eval.k": ks}
+                yield with_changes(job, {**changes, **_common(preset, job.name, seed, job.config.train.steps)})  # fmt: skip
 
 
-def _options(
-    preset: Preset, corpus: CorpusConfig, out: Path, *, arm: str, seed: int, name: str
-) -> list[str]:
-    """What launch.train is given, but for the learning rate and what depends on the number of steps."""
-    chosen = preset.arms[arm]
-    text = [f"corpus={corpus.name.name}", f"corpus.tokens={corpus.tokens.name}", f"corpus.cache_dir={quoted(corpus.cache_dir)}"]  # fmt: skip
-    if corpus.path:
-        text.append(f"corpus.path={quoted(corpus.path)}")
-    return [
-        f"experiment={chosen.experiment or f'study/{arm}'}",
-        *text,
-        *preset.options,
-        *chosen.options,
-        f"train.seed={seed}",
-        f"data.start={seed * _GOLDEN % 1:.6f}",
-        f"train.name={name}",
-        f"train.runs_dir={quoted(str(out / 'runs'))}",
-        f"train.valid_symbols={preset.valid_symbols}",
-        "train.threads=1",
-        "train.resume=true",
-    ]
-
-
-def _spread(preset: Preset, config: Config) -> list[str]:
-    """Validations and checkpoints over the run's steps; both come at its end."""
-    steps = config.train.steps
+def _common(preset: Preset, name: str, seed: int, steps: int) -> dict[str, Any]:
+    """A run's name, its seed, and its validations and checkpoints over the steps; both come at its end, too."""
     require(
-        steps % preset.points == 0,
-        f"points={preset.points}: must divide train.steps={steps} of {config.train.name}",
-    )
-    return [
-        f"train.valid_every={steps // preset.points}",
-        f"train.save_every={-(-steps // preset.checkpoints)}",
-        f"train.keep={preset.kept or preset.checkpoints + 1}",
-    ]
+        steps % preset.points == 0, f"points={preset.points}: must divide train.steps={steps} of {name}"
+    )  # fmt: skip
+    return {
+        "train.name": name,
+        "train.seed": seed,
+        "data.start": round(seed * _GOLDEN % 1, 6),
+        "train.valid_every": steps // preset.points,
+        "train.save_every": -(-steps // preset.checkpoints),
+        "train.keep": preset.kept or preset.checkpoints + 1,
+    }
 
 
-def with_rate(job: Job, rate: float | None) -> tuple[Config, list[str]]:
-    """Give a job's configuration and options with a learning rate put in; None leaves the experiment's own."""
-    if rate is None:
-        return job.config, list(job.options)
-    config = replace(job.config, optim=replace(job.config.optim, lr=rate))
-    return config, [*job.options, f"optim.lr={rate}"]
+def with_changes(job: Job, changes: Mapping[str, Any]) -> Job:
+    """Give a job with other options, by their full names, in its configuration and on its command line."""
+    sections: dict[str, dict[str, Any]] = {}
+    for full, value in changes.items():
+        section, name = full.split(".")
+        sections.setdefault(section, {})[name] = value
+    replaced = {name: replace(getattr(job.config, name), **options) for name, options in sections.items()}  # fmt: skip
+    options = [f"{name}={_written(value)}" for name, value in changes.items()]
+    return replace(job, config=replace(job.config, **replaced), options=(*job.options, *options))
+
+
+def _written(value: Any) -> str:
+    """Write a value as Hydra reads it."""
+    if isinstance(value, str):
+        return quoted(value)
+    if isinstance(value, Enum):
+        return value.name
+    return "null" if value is None else str(value).replace(" ", "")
+
+
+def with_rate(job: Job, rate: float | None) -> Job:
+    """Put a learning rate in; None leaves the experiment's own."""
+    return job if rate is None else with_changes(job, {"optim.lr": rate})
 
 
 def chosen_options(config: Config) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def write_report(name: str, preset: Preset, results: Path, docs: Path) -> list[P
         files[results.parent / f"{name}.html"] = html(_with_discussion(described, opening))
     for path, content in files.items():
         path.write_text(content)
-    write_json(docs / f"{name}.json", as_json(name, preset, arranged, arranged.tuning))
+    write_json(docs / f"{name}.json", as_json(name, preset, arranged))
     return [*files, docs / f"{name}.json"]
 
 

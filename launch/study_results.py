@@ -55,7 +55,7 @@ def collect(job: Job, rate: float | None, folder: Path, wall_seconds: float | No
         folder: the run's.
         wall_seconds: from the start of its first process to the end of its last; None if it was stopped in between.
     """
-    config, _ = with_rate(job, rate)
+    config = with_rate(job, rate).config
     summary, facts = _json(folder / SUMMARY), _json(folder / FACTS)
     points = curve(folder / JSONL)
     return {

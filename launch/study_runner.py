@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -83,7 +83,7 @@ class Runner:
             path = self._results / f"{job.name}.json"
             if path.exists():
                 found = read_result(path)
-                config, _ = with_rate(job, found["learning_rate"])
+                config = with_rate(job, found["learning_rate"]).config
                 differs = difference(config, found["options"])
                 require(differs is None, f"{path} is of another study: {differs}; take another out=FOLDER")  # fmt: skip
                 self._done[job.name] = found
@@ -155,14 +155,13 @@ class Runner:
         rate = None
         if job.tries is None and self._preset.learning_rates:
             rate = best_rate(list(self._done.values()), self._preset.arms[job.arm].kin)
-        _, options = with_rate(job, rate)
         whole = not (self._out / "runs" / job.name / JSONL).exists()
         started = time.monotonic()
-        process = self._spawn(job, "train", options)
+        process = self._spawn(job, "train", with_rate(job, rate).options)
         self._running.append(_Running(job, rate, process, "train", started, whole))
         self._say(f"{self._place()} {job.name}: {'started' if whole else 'goes on'}")
 
-    def _spawn(self, job: Job, program: str, options: list[str]) -> subprocess.Popen[bytes]:
+    def _spawn(self, job: Job, program: str, options: Sequence[str]) -> subprocess.Popen[bytes]:
         with (self._out / "logs" / f"{job.name}.log").open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", f"launch.{program}", *options],

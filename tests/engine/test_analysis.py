@@ -8,14 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.analysis import (
-    LayerSeen,
-    observe,
-    output_similarity,
-    route_statistics,
-    routing_change,
-    weight_similarity,
-)
+from engine.analysis import LayerSeen, observe, output_similarity, route_statistics, routing_change, weight_similarity  # fmt: skip
 from engine.build import build_model
 from engine.config import Activation, Config, KernelsConfig, MoEConfig, Router, Split, Tokens
 from engine.corpus import PreparedCorpus

@@ -152,7 +152,7 @@ def test_only_what_is_there_is_compared():
     assert pairs_of(PRESET, results) == [("hashed", "dense")]
     assert missing(PRESET, results) == ["dense-seed3", "hashed-seed3", *(f"frozen-seed{n}" for n in (1, 2, 3))]  # fmt: skip
     assert {(c.a, c.b) for c in comparisons(PRESET, results)} == {("hashed", "dense")}
-    found = as_json("x", PRESET, results, [])
+    found = as_json("x", PRESET, results)
     assert list(found["arms"]) == ["dense", "hashed"]
     assert found["arms"]["hashed"]["2"]["mean"] == pytest.approx(2 - 0.005)
     assert found["arms"]["hashed"]["own k"] == found["arms"]["hashed"]["2"]

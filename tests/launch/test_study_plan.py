@@ -7,7 +7,7 @@ from hydra.core.config_store import ConfigStore
 
 from engine.config import Corpus, CorpusConfig
 from engine.errors import UserError
-from launch.cli import CONF
+from launch.cli import CONF, compose_run
 from launch.study import StudyArgs
 from launch.study_plan import chosen_options, difference, plan_jobs, read_preset, with_rate
 
@@ -68,8 +68,15 @@ def test_what_a_run_is_given(composing, tmp_path):
     assert tuning.eval.k == [3] and tuning.eval.split.name == "valid"
     assert not jobs["dense-seed1"].analysed and not jobs["tune-hashed-lr0.004"].analysed
     assert jobs["hashed-seed1"].analysed
-    rated, options = with_rate(jobs["more-seed1"], 0.004)
-    assert rated.optim.lr == 0.004 and options[-1] == "optim.lr=0.004"
+    rated = with_rate(jobs["more-seed1"], 0.004)
+    assert rated.config.optim.lr == 0.004 and rated.options[-1] == "optim.lr=0.004"
+
+
+def test_the_command_line_says_what_the_configuration_says(composing, tmp_path):
+    """Hydra reads the options of a run back as the configuration that the study holds to be the run's."""
+    for job in plan(tmp_path)[1:6:3]:
+        assert compose_run(list(job.options)) == job.config
+        assert compose_run([*job.options, "optim.lr=0.5"]) != job.config
 
 
 def test_other_options_are_told_apart(composing, tmp_path):
