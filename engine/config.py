@@ -72,9 +72,13 @@ class DataConfig:
     """Symbols per stream and step (Q)."""
     prefetch: int = 2
     """Batches planned ahead of the step by the background worker."""
+    start: float = 0.0
+    """Where in its stream each stream begins, as a fraction in [0, 1): another order of the same text; it goes on at the
+    stream's beginning after its end."""
 
     def __post_init__(self) -> None:
         at_least("data", self, streams=1, segment=1, prefetch=1)
+        fraction("data", self, "start")
 
 
 @dataclass
@@ -154,6 +158,8 @@ class TrainConfig:
     """Steps between metric lines."""
     valid_every: int = 0
     """Steps between validations at k_max; 0 for none before the end."""
+    valid_symbols: int = 0
+    """A validation takes only the first so many symbols of the split; 0 for as many as eval.max_symbols."""
     save_every: int = 0
     """Steps between checkpoints; 0 for one at the end only."""
     keep: int = 2
@@ -168,7 +174,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         at_least("train", self, steps=1, seed=0, accumulation=1, log_every=1, valid_every=0)
-        at_least("train", self, save_every=0, keep=1, threads=0)
+        at_least("train", self, valid_symbols=0, save_every=0, keep=1, threads=0)
         require(
             self.peak_tflops is None or self.peak_tflops > 0,
             f"train.peak_tflops={self.peak_tflops}: must be above 0, or null where it is unknown",

@@ -36,13 +36,15 @@ class Streams:
     """The training layout: contiguous streams of equal length, read side by side, epoch after epoch.
 
     Example: 23 ids, 2 streams, segments of 4: stream length 11, stream 1 starts at id 11, 2 segments per epoch;
-    of each stream ids 0..8 are read and 9..10 dropped, and so is id 22: 5 dropped symbols.
+    of each stream ids 0..8 are read and 9..10 dropped, and so is id 22: 5 dropped symbols. With start 0.5 each stream
+    begins with its segment 1 (ids 4..8), then an epoch begins anew with segment 0.
     """
 
     ids: Ids  # [symbols of the split]
     streams: int  # over all ranks and micro-batches
     segment: int  # Q
     context: int  # C
+    start: float = 0.0  # where in an epoch the first batch lies, as a fraction of it
 
     def __post_init__(self) -> None:
         need = self.streams * (self.segment + 1)
@@ -69,7 +71,8 @@ class Streams:
 
     def batch(self, index: int, streams: Sequence[int]) -> Batch:
         """Cut segment `index`, counted from the start of training, out of the given global streams."""
-        position = index % self.segments_per_epoch
+        epoch = self.segments_per_epoch
+        position = (index + int(self.start * epoch)) % epoch
         stream_B = np.asarray(streams, dtype=np.int64)
         first_B = stream_B * self.stream_length
         window = _window(

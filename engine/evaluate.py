@@ -47,6 +47,7 @@ def evaluate(
     k: int,
     progress: Callable[[int, int], None] | None = None,
     world: World | None = None,
+    max_symbols: int = 0,
 ) -> Evaluation:
     """Measure the split at k active experts.
 
@@ -54,12 +55,12 @@ def evaluate(
         routers: planned ones; None for live routers and dense.
         progress: called with (segments done, segments in all); may raise to leave, on all ranks alike.
         world: the ranks, which share the streams; every rank gets the whole result.
+        max_symbols: only the first so many of the split; 0 means config.eval.max_symbols, which 0 means all.
     """
     world = world or World()
     start = time.perf_counter()
     ids = corpus.split(split)
-    if config.eval.max_symbols:
-        ids = ids[: config.eval.max_symbols]
+    ids = ids[: max_symbols or config.eval.max_symbols or None]
     memory_len = config.model.memory if config.eval.memory is None else config.eval.memory
     segment = config.eval.segment or config.data.segment
     warm = warm_symbols(config.model.layers, memory_len, segment)

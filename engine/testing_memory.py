@@ -156,7 +156,9 @@ def _let_gloo_go() -> None:
 def _loader(
     config: Config, mesh: Mesh, ids: NDArray[np.uint8], tables: list[Table], plans: PlanBytes
 ) -> PlannedLoader:
-    streams = Streams(ids, config.data.streams, config.data.segment, config.context)
+    streams = Streams(
+        ids, config.data.streams, config.data.segment, config.context, config.data.start
+    )
     routers, accumulation = routers_of(tables, mesh), config.train.accumulation
 
     def make_batch(step: int, micro: int) -> GroupBatch:

@@ -87,8 +87,8 @@ class Trainer:
         self.world = world or World()
         self.folder, self.reporter = folder, reporter
         self.streams = Streams(
-            corpus.split(Split.train), config.data.streams, config.data.segment, config.context
-        )
+            corpus.split(Split.train), config.data.streams, config.data.segment, config.context, config.data.start
+        )  # fmt: skip
         self.model = build_model(config, corpus.vocab.size)
         fill_signatures(self.model, config, corpus)
         self.parameters = sum(p.numel() for p in self.model.parameters())  # of all ranks together
@@ -313,6 +313,7 @@ class Trainer:
         found = evaluate(
             self.model, self.routers, self.corpus, self.config,
             split=Split.valid, k=self.config.schedule.k_max, progress=leave_if_asked, world=self.world,
+            max_symbols=self.config.train.valid_symbols,
         )  # fmt: skip
         k = self.config.schedule.k_max
         values = {"valid_loss": found.nats, "valid_bpc": found.bpc, "k": k, **window.progress(self.step)}  # fmt: skip

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -34,7 +34,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from engine.config import Config, to_plain
+from engine.config import Config, require, to_plain
 from engine.errors import RunFailed, UserError
 from launch.bootstrap import find_place
 from launch.console import styled
@@ -375,6 +375,41 @@ def read_plain(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path}: holds no options")
     return {str(name): value for name, value in found.items()}
+
+
+def read_options(path: Path, schema: type[T]) -> T:
+    """Read a YAML file of options that `schema` describes.
+
+    Raises:
+        UserError: the file is missing, or has options or values that the schema does not allow.
+    """
+    require(path.is_file(), f"{path}: no such file")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path))
+        return _to_object(cast(DictConfig, merged), schema)
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {_one_line(error)}") from error
+
+
+def compose_run(options: list[str]) -> Config:
+    """Give the configuration of `launch.train` with these options, from inside another program.
+
+    Raises:
+        HydraException, OmegaConfBaseException, UserError: an option is wrong; each becomes one line at the end of a program.
+    """
+    store = ConfigStore.instance()
+    own = store.load("schema.yaml").node
+    store.store("schema", Config)
+    try:
+        return _to_object(hydra.compose("train", overrides=options), Config)
+    finally:
+        store.store("schema", own)
+
+
+def quoted(value: str) -> str:
+    """Write a text so that Hydra reads it as one value, whatever is in it."""
+    escaped = value.replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 def config_of(plain: Any) -> Config:

@@ -35,13 +35,14 @@ DARK = {
 }  # fmt: skip
 
 
-def _variables(palette: dict[str, str]) -> str:
+def variables(palette: dict[str, str]) -> str:
+    """Declare a palette's colours as CSS variables."""
     return " ".join(f"--{name}: {colour};" for name, colour in palette.items())
 
 
 _STYLE = f"""
-:root {{ color-scheme: light dark; {_variables(LIGHT)} }}
-@media screen and (prefers-color-scheme: dark) {{ :root {{ {_variables(DARK)} }} }}
+:root {{ color-scheme: light dark; {variables(LIGHT)} }}
+@media screen and (prefers-color-scheme: dark) {{ :root {{ {variables(DARK)} }} }}
 * {{ box-sizing: border-box; }}
 :focus-visible {{ outline: 2px solid var(--c0); outline-offset: 2px; }}
 a {{ color: var(--c0); }}

@@ -29,7 +29,7 @@ SUMMARY = "summary.json"
 # Options that may differ when a run is resumed: they change what is written and shown, or on which ranks and how the same
 # steps are computed, which is seen in the rounding alone.
 FREE = (
-    "train.resume", "train.log_every", "train.valid_every", "train.save_every", "train.keep", "train.threads",
+    "train.resume", "train.log_every", "train.valid_every", "train.valid_symbols", "train.save_every", "train.keep", "train.threads",
     "train.peak_tflops", "train.runs_dir", "data.prefetch", "corpus.cache_dir", "eval", "wandb", "profile",
     "parallel", "train.zero_stage", "train.offload", "train.accumulation", "train.recompute",
 )  # fmt: skip
@@ -122,7 +122,7 @@ def open_run(config: Config, world: World | None = None) -> RunFolder:
 def _open(config: Config, device: torch.device) -> RunFolder:
     path = Path(config.train.runs_dir) / config.train.name
     path.mkdir(parents=True, exist_ok=True)
-    lock = _lock(path)
+    lock = lock_folder(path)
     if not (path / CONFIG).exists():
         known = (LOCK, f".{CONFIG}.new")  # also of a run that was killed early
         foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in known)
@@ -147,8 +147,12 @@ def _open(config: Config, device: torch.device) -> RunFolder:
     return RunFolder(path, config, earlier, lock)
 
 
-def _lock(path: Path) -> IO[str]:
-    """Take the folder's lock; it is released when the file is closed or the process ends, however it ends."""
+def lock_folder(path: Path) -> IO[str]:
+    """Take the folder's lock; it is released when the file is closed or the process ends, however it ends.
+
+    Raises:
+        UserError: another process has it.
+    """
     file = (path / LOCK).open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

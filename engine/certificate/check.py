@@ -29,8 +29,9 @@ from engine.moe.tables import Table
 
 # Options that decide which rows go to which rank and when.
 _ROUTES = (
-    "corpus.tokens", "data.streams", "data.segment", "model.layers", "moe.router", "moe.experts", "moe.ngram", "moe.rows",
-    "moe.builder", "moe.pack", "moe.share_table", "moe.keys", "moe.layers", "schedule.growth", "schedule.k_min", "schedule.k_max", "schedule.steps",
+    "corpus.tokens", "data.streams", "data.segment", "data.start", "model.layers", "moe.router", "moe.experts", "moe.ngram", "moe.rows",
+    "moe.builder", "moe.pack", "moe.share_table", "moe.keys", "moe.layers", "schedule.growth", "schedule.k_min", "schedule.k_max",
+    "schedule.steps",
     "train.steps", "train.accumulation", "parallel.expert_ranks",
 )  # fmt: skip
 # Options that may decide what a row weighs, how often it travels and by which exchange.

@@ -85,7 +85,9 @@ def replay(
         UserError: the run cannot be laid out on these ranks, or the text is too short.
     """
     placement.check(config)
-    streams = Streams(ids, config.data.streams, config.data.segment, config.context)
+    streams = Streams(
+        ids, config.data.streams, config.data.segment, config.context, config.data.start
+    )
     work = _distinct(config, streams, steps)
     with ThreadPoolExecutor(_THREADS) as pool:
         for k, same_k in groupby(work, key=lambda item: item.k):
@@ -96,7 +98,9 @@ def replay(
 
 def first_steps(config: Config, ids: Ids, steps: Sequence[int]) -> list[int]:
     """Give for each step the first of the steps that does exactly the same (see StepCounts.times); arguments as for replay."""
-    streams = Streams(ids, config.data.streams, config.data.segment, config.context)
+    streams = Streams(
+        ids, config.data.streams, config.data.segment, config.context, config.data.start
+    )
     found: dict[tuple[int, int], int] = {}
     return [found.setdefault(key, step) for step, key in _keys(config, streams, steps)]
 

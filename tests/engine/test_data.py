@@ -41,6 +41,16 @@ def test_batches_equal_plain_loop(streams, segment, context):
         assert {t.dtype for t in (batch.ids_BQ, batch.targets_BQ, batch.left_BC)} == {torch.int64}
 
 
+@pytest.mark.parametrize("start, first", [(0.0, 0), (0.2, 2), (0.5, 6), (0.99, 11)])
+def test_streams_that_start_elsewhere_read_the_same_epoch_in_another_order(start, first):
+    layout, moved = Streams(SOME_IDS, 4, 6, 1), Streams(SOME_IDS, 4, 6, 1, start)
+    assert layout.segments_per_epoch == 12
+    for index in range(26):
+        batch, same = moved.batch(index, range(4)), layout.batch(index + first, range(4))
+        assert torch.equal(batch.ids_BQ, same.ids_BQ) and torch.equal(batch.left_BC, same.left_BC)
+        assert batch.fresh == ((index + first) % 12 == 0) and batch.index == index
+
+
 def test_ranks_together_read_what_one_rank_reads():
     layout = Streams(SOME_IDS, 12, 4, 2)
     whole = layout.batch(5, range(12))

@@ -212,6 +212,17 @@ def test_a_certificate_says_what_loops_count(steps, sample, share_table):
     json.dumps(asdict(found))
 
 
+def test_a_run_that_starts_elsewhere_in_the_text_is_counted_from_there():
+    config, place, ids = make(), Placement(WORLD, RANKS, PER_NODE), text()
+    tables = tables_of(config, ids)
+    moved = replace(config, data=replace(config.data, start=0.4))  # segment 2 of the 5 of an epoch
+    (first,) = replay(moved, ids, tables, place, [0])
+    plain = list(replay(config, ids, tables, place, [0, 2]))
+    assert plain[1].step == 2 and plain[1].k == first.k
+    assert (first.count_ymgE == plain[1].count_ymgE).all()
+    assert not (first.count_ymgE == plain[0].count_ymgE).all()
+
+
 def test_repeated_steps_are_counted_once_and_weigh_their_number():
     config = make(schedule=ScheduleConfig(k_max=2), train=TrainConfig(steps=23))
     ids = text()

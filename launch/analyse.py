@@ -1,0 +1,158 @@
+"""What a trained run's experts and routes look like: `python -m launch.analyse run=runs/NAME`.
+
+Reads every whole checkpoint of the run, and draws its initialisation anew from the seed. Prints a summary and writes
+analysis.json into the run's folder: similarity of the experts' outputs and weights at the start and the end, load and mixing
+weights at each k, and how many tokens changed their experts from checkpoint to checkpoint (engine/analysis.py).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+from engine.analysis import (
+    LayerSeen,
+    observe,
+    output_similarity,
+    route_statistics,
+    routing_change,
+    weight_similarity,
+)
+from engine.build import build_model
+from engine.checkpoint import load_weights, read_manifest
+from engine.checkpoint_files import checkpoints
+from engine.config import Router, Split, require
+from engine.model import TransformerXL
+from engine.saved import SavedRun, open_saved
+from launch.cli import read_config, run_program
+from launch.console import table
+from launch.process import set_up
+from launch.run_folder import write_json
+
+ANALYSIS = "analysis.json"
+_LASTING = (Router.hashed, Router.frozen, Router.learned)
+"""Routers by which a token's experts follow from the text and the weights; others draw them anew in every pass."""
+
+
+@dataclass
+class AnalyseArgs:
+    """Options."""
+
+    run: str = MISSING
+    """Folder of the run."""
+    split: Split = Split.test
+    symbols: int = 4096
+    """Text that is looked at: the first so many symbols of the split, in whole segments."""
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.symbols >= 1, f"symbols={self.symbols}: must be at least 1")
+
+
+def analyse(args: AnalyseArgs) -> int:
+    """Measure, print and write; returns the exit code."""
+    set_up(args.threads)
+    folder = Path(args.run)
+    config = read_config(folder / "config.yaml")
+    require(config.moe.router is not Router.dense, f"run={folder}: a dense model has no experts")
+    saved = open_saved(folder, config, print)
+    found = measure(saved, folder, args.split, args.symbols)
+    write_json(folder / ANALYSIS, found)
+    print(_summary(found))
+    print(f"written: {folder / ANALYSIS}")
+    return 0
+
+
+def measure(saved: SavedRun, folder: Path, split: Split, symbols: int) -> dict[str, Any]:
+    """Measure an opened run and its earlier checkpoints; gives what analysis.json holds."""
+    config, k_max = saved.config, saved.config.schedule.k_max
+    half = max(1, config.moe.experts // 2)
+
+    def look(model: TransformerXL, k: int) -> list[LayerSeen]:
+        return observe(
+            model, saved.routers, saved.corpus, config, k=k, symbols=symbols, split=split
+        )
+
+    seen = {k: look(saved.model, k) for k in sorted({*config.eval.k, k_max, half})}
+    initial = build_model(config, saved.corpus.vocab.size).eval()
+    first = look(initial, k_max)
+    change = None
+    if config.moe.router in _LASTING:
+        steps = {0: look(initial, half), **_earlier(saved, folder, lambda model: look(model, half))}
+        change = _changes({**steps, saved.step: seen[half]})
+    return {
+        "step": saved.step,
+        "split": split.name,
+        "symbols": len(first[0].hidden_TD),
+        "k_max": k_max,
+        "routes": {str(k): asdict(route_statistics(layers)) for k, layers in seen.items()},
+        "output_similarity": {"start": _outputs(first), "end": _outputs(seen[k_max])},
+        "weight_similarity": {"start": _weights(first), "end": _weights(seen[k_max])},
+        "routing_change": {"k": half, "between": change},
+    }
+
+
+def _earlier(
+    saved: SavedRun, folder: Path, look: Callable[[TransformerXL], list[LayerSeen]]
+) -> dict[int, list[LayerSeen]]:
+    """Look at each earlier whole checkpoint, by its step, in a model of its own."""
+    model = build_model(saved.config, saved.corpus.vocab.size).eval()
+    found = {}
+    for path in reversed(checkpoints(folder / "checkpoints")):
+        step = read_manifest(path)["step"]
+        if step < saved.step:
+            load_weights(path, model)
+            found[step] = look(model)
+    return found
+
+
+def _changes(seen: dict[int, list[LayerSeen]]) -> list[dict[str, float]]:
+    """Share of tokens whose experts differ, from each step to the next, and from the first to the last."""
+    steps = sorted(seen)
+    pairs = [*pairwise(steps), *([(steps[0], steps[-1])] if len(steps) > 2 else [])]
+    return [{"from": a, "to": b, "share": routing_change(seen[a], seen[b])} for a, b in pairs]
+
+
+def _outputs(seen: list[LayerSeen]) -> float | None:
+    return _mean([output_similarity(layer) for layer in seen])
+
+
+def _weights(seen: list[LayerSeen]) -> float | None:
+    return _mean([weight_similarity(layer.experts) for layer in seen])
+
+
+def _mean(values: list[float]) -> float | None:
+    """Mean over layers; None where there are no pairs of experts."""
+    mean = sum(values) / len(values)
+    return mean if math.isfinite(mean) else None
+
+
+def _summary(found: dict[str, Any]) -> str:
+    """Lay out what was measured for the terminal."""
+    rows = [
+        [f"k = {k}", f"{s['load_max_over_mean']:.3f}", f"{s['load_entropy']:.4f}", f"{math.exp(s['weight_entropy']):.2f}"]
+        for k, s in found["routes"].items()
+    ]  # fmt: skip
+    lines = [
+        table(["", "busiest expert / mean", "load entropy / log E", "experts by weight"], rows)
+    ]
+    for name in ("output_similarity", "weight_similarity"):
+        start, end = found[name]["start"], found[name]["end"]
+        if end is not None:
+            lines.append(f"{name.replace('_', ' ')} of experts: {start:.3f} at the start, {end:.3f} at step {found['step']}")  # fmt: skip
+    for change in found["routing_change"]["between"] or []:
+        lines.append(f"step {change['from']} to {change['to']}: {change['share']:.1%} of tokens changed their {found['routing_change']['k']} experts")  # fmt: skip
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Entry point."""
+    run_program("analyse", AnalyseArgs, analyse)
+
+
+if __name__ == "__main__":
+    main()
