@@ -105,7 +105,7 @@ def test_every_program_has_a_help_that_fits(helped, program):
     assert " ".join(head_comment(CONF / f"{program}.yaml").split()) in words
     assert f"python -m launch.{program}" in text
     defaults = yaml.safe_load((CONF / f"{program}.yaml").read_text())["defaults"]
-    groups = [name for name in ("corpus", "experiment", "sweep", "cluster") if any(name in item for item in defaults if isinstance(item, dict))]  # fmt: skip
+    groups = [name for name in ("corpus", "experiment", "sweep", "cluster", "preset") if any(name in item for item in defaults if isinstance(item, dict))]  # fmt: skip
     for group in groups:
         assert f"\n{group}=CHOICE:\n" in text
         for path in (CONF / group).glob("*.yaml"):
