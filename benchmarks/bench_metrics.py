@@ -16,8 +16,10 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
 from torch import nn
@@ -74,29 +76,54 @@ def train(folder: Path, ranks: int, log_every: int, wandb: str, steps: int) -> l
     return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
 
 
-def share(lines: list[dict[str, Any]]) -> tuple[float, float]:
-    """Metric and step milliseconds of a step, mean over the lines but the first."""
-    counted = lines[1:]
-    return tuple(sum(line[name] for line in counted) / len(counted) for name in ("metric_ms", "step_ms"))  # type: ignore[return-value]  # fmt: skip
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What metrics cost a run, from its lines but the first."""
+
+    metric_ms: float  # of a step, mean
+    step_ms: float  # mean
+    median_share: float  # of metric_ms in step_ms, median over the lines: without those in which other work took the core
+
+    @property
+    def share(self) -> float:
+        """Of all time."""
+        return self.metric_ms / self.step_ms
+
+
+def cost(lines: list[dict[str, Any]]) -> Cost:
+    """Sum up lines of equally many steps."""
+    metric_ms, step_ms = ([line[name] for line in lines[1:]] for name in ("metric_ms", "step_ms"))
+    shares = [metric / step for metric, step in zip(metric_ms, step_ms, strict=True)]
+    return Cost(mean(metric_ms), mean(step_ms), median(shares))
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--steps", type=positive, default=100, help="of each run; a multiple of 20, at least 40")  # fmt: skip
+    parser.add_argument("--steps", type=positive, default=100, help="of each run; a multiple of 20, at least 60")  # fmt: skip
     args = parser.parse_args()
-    if args.steps % 20 or args.steps < 40:
-        parser.error(f"--steps {args.steps}: must be a multiple of 20 and at least 40")
-    rows, shares = [], {}
+    if args.steps % 20 or args.steps < 60:
+        parser.error(
+            f"--steps {args.steps}: must be a multiple of 20 and at least 60 (the warm-up has 50)"
+        )
+    rows, found = [], {}
     with tempfile.TemporaryDirectory() as folder:
         for ranks, log_every, wandb in product((1, 2), (20, 1), ("disabled", "offline")):
             lines = train(Path(folder), ranks, log_every, wandb, args.steps)
-            metric_ms, step_ms = share(lines)
-            shares[f"{ranks} ranks, log_every {log_every}, {wandb}"] = metric_ms / step_ms
-            rows.append([ranks, log_every, wandb, metric_ms, step_ms, f"{metric_ms / step_ms:.3%}"])
+            one = found[f"{ranks} ranks, log_every {log_every}, {wandb}"] = cost(lines)
+            rows.append(
+                [ranks, log_every, wandb, one.metric_ms, one.step_ms, f"{one.share:.3%}", f"{one.median_share:.3%}"]
+            )  # fmt: skip
     print(environment())
-    print_table(["ranks", "log_every", "wandb", "metric ms", "step ms", "share"], rows)
-    print_result({"metric_share": shares, "most": max(shares.values()), "hook_us": hook_us()})
+    print_table(["ranks", "log_every", "wandb", "metric ms", "step ms", "share", "median"], rows)
+    print_result(
+        {
+            "metric_share": {name: one.share for name, one in found.items()},
+            "median_share": {name: one.median_share for name, one in found.items()},
+            "most": max(one.share for one in found.values()),
+            "hook_us": hook_us(),
+        }
+    )
 
 
 if __name__ == "__main__":

@@ -3,12 +3,17 @@
 Scalars keep their names. Of a rank's series each rank has one (rank_own_ms/0, ...), or with more than 64 ranks /min, /median and
 /max; of a layer's each layer. The rows of a layer's experts are a histogram whose bins are the experts (expert_rows/0), which
 W&B draws as a heat map over the steps. W&B's id lives in the run's folder, so a resumed run goes on in the same W&B run.
+
+wandb hands values to a service of its own, a process, and waits for its connection to it. So a thread does that here: a step
+never waits, however slow W&B is.
 """
 
 import os
 import statistics
 import uuid
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +57,7 @@ class WandbRun:
                 id=id_file.read_text().strip(),
                 resume="allow",
                 config=config_plain,
+                allow_val_change=True,  # a resumed run may log more often, and has started once more
                 dir=folder,
                 mode=config.mode.value,
                 settings=wandb.Settings(silent=True, console="off"),
@@ -59,6 +65,8 @@ class WandbRun:
         except wandb.Error as error:
             raise UserError(f"wandb.mode={config.mode.value}: {error}") from error
         self._define()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="foreroute-wandb")
+        self._given: deque[Future[None]] = deque()
 
     def _define(self) -> None:
         """Say what charts begin with, and what the table of runs shows of a series."""
@@ -68,7 +76,37 @@ class WandbRun:
             self._run.define_metric(name, step_metric="tokens", summary="min")
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Hand over the values of a step; W&B's service writes and sends them."""
+        """Give the values of a step to the thread; later changes to them must not be made.
+
+        Raises:
+            Exception: what wandb raised for an earlier step.
+        """
+        self._give(lambda: self._log(step, values))
+
+    def summarise(self, values: Mapping[str, float]) -> None:
+        """Put numbers into the table of runs."""
+        self._give(lambda: self._run.summary.update(dict(values)))
+
+    def close(self, *, failed: bool) -> None:
+        """Finish; returns when everything is written, and online sent.
+
+        Raises:
+            Exception: what wandb raised, unless the run has failed anyway.
+        """
+        self._thread.shutdown()
+        self._run.finish(exit_code=1 if failed else 0)
+        if not failed:
+            self._raise_past()
+
+    def _give(self, act: Callable[[], None]) -> None:
+        self._raise_past()
+        self._given.append(self._thread.submit(act))
+
+    def _raise_past(self) -> None:
+        while self._given and self._given[0].done():
+            self._given.popleft().result()
+
+    def _log(self, step: int, values: Mapping[str, Any]) -> None:
         if (
             "valid_bpc" in values
         ):  # W&B has one row a step, and the training line's k is already in it
@@ -77,14 +115,6 @@ class WandbRun:
         for name, value in values.items():
             shown |= _drawn(name, value)
         self._run.log(shown, step=step)
-
-    def summarise(self, values: Mapping[str, float]) -> None:
-        """Put numbers into the table of runs."""
-        self._run.summary.update(dict(values))
-
-    def close(self, *, failed: bool) -> None:
-        """Finish; returns when everything is written, and online sent."""
-        self._run.finish(exit_code=1 if failed else 0)
 
 
 def _drawn(name: str, value: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -194,6 +195,29 @@ def test_wandb_id_is_kept_on_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert ids[0] == ids[1] != ids[2]
     assert all(call["resume"] == "allow" and call["mode"] == "online" for call in calls)
     assert all(call["group"] == "g" and Path(call["dir"]) == tmp_path for call in calls)
+
+
+def test_a_slow_wandb_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines are handed to a thread, which W&B may hold up; they arrive in order, and an error is told at the next line or at the end."""
+    wandb = pytest.importorskip("wandb")
+    go_on, seen = threading.Event(), []
+
+    def log(shown: dict[str, Any], step: int) -> None:
+        assert go_on.wait(20)
+        seen.append(step)
+        if step == 3:
+            raise ConnectionError("the service is gone")
+
+    run = MagicMock(log=log)
+    monkeypatch.setattr(wandb, "init", lambda **_: run)
+    metrics = open_metrics(tmp_path, WandbConfig(mode=WandbMode.offline))
+    for step in (1, 2, 3):
+        metrics.log(step, {"loss": 1.0})
+    assert seen == [] and len(lines(tmp_path)) == 3
+    go_on.set()
+    with pytest.raises(ConnectionError, match="the service is gone"):
+        metrics.close()
+    assert seen == [1, 2, 3] and run.finish.called
 
 
 def test_disabled_wandb_is_not_even_imported(tmp_path: Path) -> None:

@@ -12,27 +12,22 @@ import pytest
 import torch
 from torch import distributed as dist
 
+from benchmarks.step_rank import Silent
 from engine.arithmetic import Arithmetic
 from engine.build import build_routers
 from engine.certificate.exact import frame_of
 from engine.certificate.placement import Placement
 from engine.certificate.replay import replay
 from engine.config import (
-    Config,
     Corpus,
     CorpusConfig,
     DataConfig,
-    EvalConfig,
     Growth,
     KernelsConfig,
-    ModelConfig,
-    MoEConfig,
-    OptimConfig,
     ParallelConfig,
     Router,
     ScheduleConfig,
     Split,
-    TrainConfig,
     WandbConfig,
 )
 from engine.corpus import prepare
@@ -43,33 +38,19 @@ from engine.parallel.host import GlooHost
 from engine.parallel.mesh import Mesh
 from engine.parallel.world import World
 from engine.testing import run_ranks
+from engine.testing_run import EXPERTS, LAYERS, tiny_config
 from engine.trainer import Trainer
 
-STEPS, WINDOW, EXPERTS, LAYERS, SEGMENT, STREAMS = 12, 5, 4, 2, 4, 8
+STEPS, WINDOW, SEGMENT, STREAMS = 10, 4, 4, 8
 PEAK = 1e-3  # TFLOP/s of a rank
 
 
-class Silent:
-    def note(self, line):
-        pass
-
-    def step(self, step):
-        pass
-
-    def metrics(self, step, values, seconds_left):
-        pass
-
-
 def plain(folder):
-    return Config(
+    return replace(
+        tiny_config(accumulation=2, log_every=WINDOW, peak_tflops=PEAK),
         corpus=CorpusConfig(Corpus.file, str(folder / "text.txt"), cache_dir=str(folder / "cache")),
         data=DataConfig(streams=STREAMS, segment=SEGMENT),
-        model=ModelConfig(layers=LAYERS, width=8, heads=1, head_width=8, memory=4),
-        moe=MoEConfig(experts=EXPERTS, expert_width=8, ngram=2, rows=512),
         schedule=ScheduleConfig(Growth.linear, 1, EXPERTS),
-        optim=OptimConfig(),
-        train=TrainConfig(steps=STEPS, log_every=WINDOW, accumulation=2, peak_tflops=PEAK),
-        eval=EvalConfig(k=[1]),
         kernels=KernelsConfig(masked_from_k=EXPERTS + 1),
     )
 
@@ -125,7 +106,7 @@ def folder(tmp_path_factory):
     prepare(plain(folder).corpus)
     assert train(0, 1, folder)
     for ranks in (2, 4):
-        assert run_ranks(train, ranks, ranks, folder) == [True] * ranks
+        assert run_ranks(train, ranks, ranks, folder, seconds=300) == [True] * ranks
     return folder
 
 
@@ -135,7 +116,7 @@ def lines(folder, name):
 
 def windows():
     """Steps of each line: three of them, the last one short."""
-    return [range(0, 5), range(5, 10), range(10, 12)]
+    return [range(0, 4), range(4, 8), range(8, STEPS)]
 
 
 def counted_rows(name, folder):
@@ -236,7 +217,7 @@ def test_every_name_is_there_with_its_axes(name, folder):
     empty = "rank_rows", "rank_wire_bytes", "layer_load", "expert_rows"
     arithmetic = Arithmetic(config, corpus.vocab.size, 0)
     found = lines(folder, name)
-    assert [line["step"] for line in found] == [5, 10, 12]
+    assert [line["step"] for line in found] == [4, 8, 10]
     before = 0.0
     for line in found:
         assert set(line) == {*METRICS, "step"} - {"valid_loss", "valid_bpc"}
