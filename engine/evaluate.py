@@ -1,7 +1,8 @@
 """Held-out bits per symbol at a given number of active experts.
 
 Every symbol of the split counts exactly once and the result does not depend on the number of evaluation streams
-(engine/data.py, EvalShares), except by what is drawn: routes that are drawn depend on stream and segment, and repeat. Used during training, by launch/evaluate.py and at the end of a run.
+(engine/data.py, EvalShares), but for routes that are drawn: those depend on stream and segment, and are the same each time.
+Used during training, by launch/evaluate.py and at the end of a run.
 """
 
 import math

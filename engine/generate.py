@@ -33,7 +33,7 @@ def generate(
     length: int,
     sampling: Sampling,
 ) -> Iterator[int]:
-    """Yield `length` sampled ids that continue the prompt, at k active experts.
+    """Give an iterator over `length` sampled ids that continue the prompt, at k active experts.
 
     Args:
         routers: planned ones; None for live routers and dense.
@@ -46,6 +46,19 @@ def generate(
         config.moe.keys is Keys.own,
         f"moe.keys={config.moe.keys.name}: a control that cannot generate; only moe.keys=own can",
     )
+    return _sampled(model, routers, config, prompt, k=k, length=length, sampling=sampling)
+
+
+def _sampled(
+    model: TransformerXL,
+    routers: Sequence[PlannedRouter] | None,
+    config: Config,
+    prompt: Sequence[int],
+    *,
+    k: int,
+    length: int,
+    sampling: Sampling,
+) -> Iterator[int]:
     context = config.context
     # one symbol at a time needs a longer memory to see as far as a whole segment does
     memory_len = max(config.model.memory, config.data.segment)

@@ -56,9 +56,7 @@ class PlannedBatch:
     k: int  # active experts
     plans: tuple[Plan, ...] | None  # one per table; None for live routers and dense
     second_plans: tuple[Plan, ...] | None  # of a second pass over the batch; None without one
-    input_row_tBQ: (
-        Tensor | None
-    )  # int64: this rank's rows of tables at the input; None without such tables
+    input_row_tBQ: Tensor | None  # int64: this rank's rows of tables at the input; None: no tables
     token_T: Tensor  # int64: numbers of the group's tokens within the step: stream x Q + place in the segment
     copied: torch.cuda.Event | None = None  # of the copy to a GPU
     prepare_ms: float = field(

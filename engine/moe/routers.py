@@ -35,9 +35,8 @@ _DRAW, _SHUFFLE = 7, 8
 class Draw:
     """A forward pass and its tokens: with the seed all that a random choice may depend on, so every rank draws the same."""
 
-    token_PT: NDArray[
-        np.int64
-    ]  # numbers of the expert group's tokens within the step: stream x Q + place in the segment
+    token_PT: NDArray[np.int64]
+    """Numbers of the expert group's tokens within the step: stream x Q + place in the segment."""
     index: int  # of the step, or of the segment in an evaluation
     held_out: bool = False  # not training: other choices, the same at every evaluation
     number: int = 0  # of the pass over this micro-batch
@@ -79,16 +78,15 @@ class HashedRouter:
         if self.shuffled:
             if draw is None:
                 raise ValueError("shuffled keys need a draw")
-            hash_PT = hash64(
-                _SHUFFLE, self.table.seed, draw.held_out, draw.index, draw.number, draw.token_PT
-            )
-            row_PT = row_PT.take(hash_PT.argsort(axis=None, kind="stable")).reshape(row_PT.shape)  # fmt: skip
+            numbers = self.table.seed, draw.held_out, draw.index, draw.number
+            place_T = hash64(_SHUFFLE, *numbers, draw.token_PT).argsort(axis=None, kind="stable")
+            row_PT = row_PT.take(place_T).reshape(row_PT.shape)
         return self.planner.plan(row_PT, k, gather=gather, chunks=chunks)
 
     def identity(self) -> list[NDArray[Any]]:
         """All that its plans depend on besides ids and k, to be compared between ranks."""
         table = self.table
-        numbers = np.array([table.ngram, table.vocab_size, table.seed, table.index])
+        numbers = np.array([table.ngram, table.vocab_size, table.seed, table.index, self.shuffled])
         logits = [] if table.logits_rE is None else [table.logits_rE.numpy()]
         return [numbers, table.order_rE.numpy(), *logits]
 

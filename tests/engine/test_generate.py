@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from engine.choices import Keys
 from engine.config import (
     Config,
     DataConfig,
@@ -12,6 +13,7 @@ from engine.config import (
     MoEConfig,
     Router,
 )
+from engine.errors import UserError
 from engine.generate import Sampling, generate, sample
 from engine.model import Routing, TransformerXL
 
@@ -63,3 +65,10 @@ def test_symbol_by_symbol_equals_a_whole_segment(memory):
             logits = model.logits(torch.tensor([text]), None, Routing(2)).logits_BQV
             text.append(int(logits[0, -1].argmax()))
     assert prompt + found == text
+
+
+def test_shuffled_keys_are_refused_before_anything_is_sampled():
+    config = Config(moe=MoEConfig(keys=Keys.shuffled))
+    model = TransformerXL(ModelConfig(1, 8, 1, 8), MoEConfig(experts=2, expert_width=4), config.kernels, 20)  # fmt: skip
+    with pytest.raises(UserError, match=r"moe\.keys=shuffled: a control that cannot generate"):
+        generate(model, None, config, [1], k=1, length=1, sampling=Sampling(0, 1.0, torch.Generator()))  # fmt: skip
