@@ -4,6 +4,7 @@ Owns the run's moving parts (engine, loader, memory, counters); says what happen
 A stop asked for (Ctrl-C, SIGTERM) takes effect between two steps, after a checkpoint.
 """
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,7 +31,7 @@ from engine.loader import (
     plan_batch,
     share_ids,
 )
-from engine.metrics import Metrics
+from engine.metrics import JSONL, Metrics
 from engine.model import Memory
 from engine.moe.auto import gathers
 from engine.moe.hashing import hash64
@@ -199,6 +200,8 @@ class Trainer:
             self.config.profile, self.folder / "trace", self.world, self.reporter.note, done=first
         )
         try:
+            if metrics is not None and alone and self._missed_validation():
+                self._validate(metrics, window, stop_asked)
             while self.step < train.steps and not stopping:
                 # the first step may compile kernels
                 self.world.watch.at(f"step {self.step}", timed=self.step > first)
@@ -321,6 +324,14 @@ class Trainer:
             with window.timed():
                 metrics.log(self.step, values)
         self.reporter.note(f"step {self.step}: valid bpc {found.bpc:.4f}")
+
+    def _missed_validation(self) -> bool:
+        """Say whether the run was stopped in the validation of this step."""
+        every, file = self.config.train.valid_every, self.folder / JSONL
+        if not every or self.step == 0 or self.step % every or not file.exists():
+            return False
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        return not any(row["step"] == self.step and "valid_bpc" in row for row in rows)
 
     def _last_good(self) -> str:
         """Say which checkpoint the run can go on from; all ranks look together."""

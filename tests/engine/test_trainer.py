@@ -155,6 +155,39 @@ def test_resume_is_bit_identical_to_never_stopping(tmp_path, text, change):
     assert losses(tmp_path / "whole")[-2:] == losses(tmp_path / "parts")[-2:]
 
 
+def test_a_validation_that_a_stop_cut_short_is_made_up_for(tmp_path, text):
+    config = make_config(text, train={"valid_every": 10, "valid_symbols": 200})
+    whole = make_trainer(config, tmp_path / "whole")
+    train(whole)
+    for step in (10, 20):  # also behind the last step
+        folder = tmp_path / str(step)
+        first = make_trainer(config, folder)
+        train(first, stop_at(first, step))
+        assert step not in validations(folder)
+        second = make_trainer(config, folder)
+        second.resume()
+        train(second)
+        assert validations(folder) == validations(tmp_path / "whole")
+    third = make_trainer(config, tmp_path / "20")  # nothing is missing: nothing is done twice
+    third.resume()
+    train(third)
+    assert len((tmp_path / "20/metrics.jsonl").read_text().splitlines()) == len((tmp_path / "whole/metrics.jsonl").read_text().splitlines())  # fmt: skip
+
+
+def validations(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["valid_bpc"] for row in rows if "valid_bpc" in row}
+
+
+def test_a_validation_takes_as_much_text_as_it_is_told(tmp_path, text):
+    found = {}
+    for symbols in (0, 200, 100_000):
+        config = make_config(text, train={"steps": 10, "valid_every": 10, "valid_symbols": symbols})
+        train(make_trainer(config, tmp_path / str(symbols)))
+        found[symbols] = validations(tmp_path / str(symbols))
+    assert found[0] == found[100_000] != found[200]
+
+
 def test_the_resume_test_sees_what_it_should(tmp_path, text):
     """Negative control: without the restored random numbers or memory the run goes on differently."""
     config = make_config(text)

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import yaml
 
 from engine.errors import UserError
 from launch.study import StudyArgs
-from launch.testing import wait_until
+from launch.testing import processes_of, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESET = {
@@ -73,13 +72,12 @@ def test_a_killed_study_goes_on_and_ends_as_if_it_never_was(tmp_path, text):
     process = start(tmp_path, killed, text, "jobs=1")
     log = killed / "runs/frozen-seed1/metrics.jsonl"
     wait_until(lambda: log.exists() and len(log.read_text().splitlines()) > 8, seconds=600)
-    process.send_signal(signal.SIGKILL)
+    for running in processes_of(killed):
+        running.kill()
     process.wait()
+    wait_until(lambda: not processes_of(killed))
     assert set(results(killed)) < NAMES
-    line = ""
-    while "runs are done" not in line:  # the run that it left behind may still hold the folder
-        again = start(tmp_path, killed, text, "jobs=2")
-        line = finished_or_locked(again)
+    line = finished(start(tmp_path, killed, text, "jobs=2"))
     assert {name: untimed(run) for name, run in results(killed).items()} == {
         name: untimed(run) for name, run in expected.items()
     }
@@ -92,15 +90,6 @@ def test_a_killed_study_goes_on_and_ends_as_if_it_never_was(tmp_path, text):
     assert "4 of 4" in page and f"written: {tmp_path}/docs/tiny.md" in output
     found = json.loads((tmp_path / "docs/tiny.json").read_text())
     assert found["arms"]["frozen"]["2"]["n"] == 2 and len(found["results"]) == 4
-
-
-def finished_or_locked(process):
-    output, _ = process.communicate(timeout=900)
-    if process.returncode == 2 and "in use by another process" in output:
-        time.sleep(0.5)
-        return ""
-    assert process.returncode == 0, output
-    return output
 
 
 def check_results(found):
