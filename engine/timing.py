@@ -19,7 +19,10 @@ from engine.parallel.collectives import Wire
 
 
 class ForwardTimes:
-    """Adds up the time spent in attention modules and in feed-forward or expert modules of a model."""
+    """Adds up the time spent in attention modules and in feed-forward or expert modules of a model that trains.
+
+    An evaluation between two steps is none of a step's time.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._ms = {"attention": 0.0, "experts": 0.0}
@@ -43,7 +46,8 @@ class ForwardTimes:
             self._start = time.perf_counter()
 
         def after(*_: Any) -> None:
-            self._ms[kind] += 1e3 * (time.perf_counter() - self._start)
+            if module.training:
+                self._ms[kind] += 1e3 * (time.perf_counter() - self._start)
 
         module.register_forward_pre_hook(before)
         module.register_forward_hook(after)
