@@ -53,9 +53,8 @@ class PlannedBatch:
     plans: tuple[Plan, ...] | None  # one per table; None for live routers and dense
     token_T: Tensor  # int64: numbers of the group's tokens within the step: stream x Q + place in the segment
     copied: torch.cuda.Event | None = None  # of the copy to a GPU
-    prepare_ms: float = field(
-        default=0.0, compare=False
-    )  # the loader's thread needed to read and plan it
+    prepare_ms: float = field(default=0.0, compare=False)
+    """What the loader's thread needed to read and plan it."""
 
 
 def group_batch(batches: Sequence[Batch], own: int = 0) -> GroupBatch:
