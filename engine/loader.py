@@ -59,9 +59,8 @@ class PlannedBatch:
     input_row_tBQ: Tensor | None  # int64: this rank's rows of tables at the input; None: no tables
     token_T: Tensor  # int64: numbers of the group's tokens within the step: stream x Q + place in the segment
     copied: torch.cuda.Event | None = None  # of the copy to a GPU
-    prepare_ms: float = field(
-        default=0.0, compare=False
-    )  # the loader's thread needed to read and plan it
+    prepare_ms: float = field(default=0.0, compare=False)
+    """What the loader's thread needed to read and plan it."""
 
 
 def group_batch(batches: Sequence[Batch], own: int = 0) -> GroupBatch:

@@ -149,10 +149,9 @@ class Window:
         lists = {
             "rank_wire_bytes": wire_bytes_P,
             "rank_rows": self._ranks_mean("rows"),
+            # rounded: there are many of them in a line
             "layer_load": np.round(np.divide(self._load_L, steps), 6).tolist(),
-            "expert_rows": np.round(
-                np.divide(self._count_LE, steps), 3
-            ).tolist(),  # short in the file
+            "expert_rows": np.round(np.divide(self._count_LE, steps), 3).tolist(),
         }
         return {
             "wire_bytes": wire_bytes,

@@ -25,6 +25,7 @@ import torch
 
 from engine.certificate.exact import counted_kind
 from engine.certificate.record import Written
+from engine.errors import RunFailed
 from engine.trainer import Trainer
 from launch.run_folder import write_json
 
@@ -37,6 +38,9 @@ def write_facts(trainer: Trainer, written: Written | None) -> dict[str, Any]:
 
     Args:
         written: the certificate that the run is held to.
+
+    Raises:
+        RunFailed: it cannot be written.
     """
     file = trainer.folder / FACTS
     started: list[str] = []
@@ -53,7 +57,10 @@ def write_facts(trainer: Trainer, written: Written | None) -> dict[str, Any]:
         "certificate": None if written is None else _of_certificate(written),
         "started": [*started, datetime.now(UTC).isoformat(timespec="seconds")],
     }
-    write_json(file, found)
+    try:
+        write_json(file, found)
+    except OSError as error:
+        raise RunFailed(f"cannot write {file}: {error}") from error
     return found
 
 
