@@ -6,7 +6,7 @@ A chart can tell six lines apart: the first arm is in every chart, the others sh
 from collections.abc import Sequence
 
 from launch.page import COLOURS, Curve, Line, Part
-from launch.study_findings import mean_curve, reference_arm, seeds_mean
+from launch.study_findings import evaluated_k, mean_curve, reference_arm, seeds_mean
 from launch.study_plan import Preset
 from launch.study_results import Results
 
@@ -30,7 +30,7 @@ def curve_charts(preset: Preset, results: Results) -> list[Part]:
 
 def slimming_charts(preset: Preset, results: Results) -> list[Part]:
     """Test bpc over the number of active experts."""
-    every_k = sorted({int(k) for by_seed in results.runs.values() for run in by_seed.values() for k in run["bpc"] if k.isdigit()})  # fmt: skip
+    every_k = evaluated_k(results)
     if not every_k:
         return []
     found: list[Part] = []

@@ -140,8 +140,18 @@ def missing(preset: Preset, results: Results) -> list[str]:
 
 def experts_of(results: Results) -> int:
     """Experts of a layer, the most of any arm."""
-    found = [run["experts"] for by_seed in results.runs.values() for run in by_seed.values()]
-    return max(found, default=0)
+    return max((run["experts"] for run in _runs(results)), default=0)
+
+
+def compared_k(results: Results) -> list[int | None]:
+    """Numbers of active experts at which arms are compared on the test split: each arm's own (None), E / 2 and E."""
+    experts = experts_of(results)
+    return [None, *sorted({k for k in (experts // 2, experts) if k})]
+
+
+def evaluated_k(results: Results) -> list[int]:
+    """Numbers of active experts at which any run was evaluated."""
+    return sorted({int(k) for run in _runs(results) for k in run["bpc"] if k.isdigit()})
 
 
 def comparisons(preset: Preset, results: Results) -> list[Comparison]:
@@ -152,8 +162,7 @@ def comparisons(preset: Preset, results: Results) -> list[Comparison]:
 
 
 def _comparisons_of(results: Results, a: str, b: str) -> Iterator[Comparison | None]:
-    experts = experts_of(results)
-    for k in dict.fromkeys([None, experts // 2, experts]):
+    for k in compared_k(results):
         yield compare_on_test(results, a, b, k)
     for axis in AXES:
         for share in POINTS:
@@ -162,11 +171,10 @@ def _comparisons_of(results: Results, a: str, b: str) -> Iterator[Comparison | N
 
 def as_json(name: str, preset: Preset, results: Results) -> dict[str, Any]:
     """Give what docs/study/NAME.json holds: the numbers of the page, and every result file."""
-    every_k = sorted({int(k) for run in _runs(results) for k in run["bpc"] if k.isdigit()})
     arms: dict[str, Any] = {}
     for arm in preset.arms:
         if results.seeds_of(arm):
-            at_k = {str(k): seeds_mean(results, arm, k) for k in every_k}
+            at_k = {str(k): seeds_mean(results, arm, k) for k in evaluated_k(results)}
             bpc = {"own k": seeds_mean(results, arm, None), **at_k}
             arms[arm] = {k: asdict(found) for k, found in bpc.items() if found is not None}
     return {

@@ -16,7 +16,9 @@ from launch.study_findings import (
     Comparison,
     compare_along,
     compare_on_test,
+    compared_k,
     comparisons,
+    evaluated_k,
     experts_of,
     missing,
     pairs_of,
@@ -214,22 +216,22 @@ def _budgets(preset: Preset, results: Results) -> page.Section:
 
 
 def _slimming(preset: Preset, results: Results) -> page.Section:
-    every_k = sorted(
-        {
-            int(k)
-            for arm in _there(preset, results)
-            for run in results.seeds_of(arm).values()
-            for k in run["bpc"]
-            if k.isdigit()
-        }
-    )
+    every_k = evaluated_k(results)
     rows = [
         [arm, _own_k(results, arm), *(span(seeds_mean(results, arm, k)) for k in every_k)]
         for arm in _there(preset, results)
     ]
-    note = "One trained model per arm and seed, evaluated at every k without further training. A dense model has one value, whatever k."
+    notes = [
+        "One trained model per arm and seed, evaluated at every k without further training. A dense model has one value, whatever k."
+    ]
+    counting = next(iter(next(iter(results.runs.values())).values()))["counting"]
+    if counting:
+        notes.append(
+            f"On the same text counting gets {counting['order2_bpc']:.3f} (order 2) and {counting['order3_bpc']:.3f} (order 3), "
+            f"bzip2 -9 {counting['bzip2_bpc']:.3f}."
+        )
     table = Table(
-        ["", "own k", *(f"k = {k}" for k in every_k)], rows, caption="Test bpc", notes=[note]
+        ["", "own k", *(f"k = {k}" for k in every_k)], rows, caption="Test bpc", notes=notes
     )
     return page.Section(
         "At each number of active experts", [table, *slimming_charts(preset, results)]
@@ -237,49 +239,28 @@ def _slimming(preset: Preset, results: Results) -> page.Section:
 
 
 def _pairs(preset: Preset, results: Results) -> page.Section:
-    experts = experts_of(results)
-    at_k, over_time = [], []
-    for a, b in pairs_of(preset, results):
-        at_k.append(
-            [
-                f"{a} - {b}",
-                *(change(compare_on_test(results, a, b, k)) for k in (None, experts // 2, experts)),
-            ]
-        )
-        over_time.append(
-            [
-                f"{a} - {b}",
-                *(change(compare_along(results, a, b, "symbols", share)) for share in POINTS),
-            ]
-        )
-    tables: list[page.Part] = [
-        Table(
-            ["", "own k", f"k = {experts // 2}", f"k = {experts}"],
-            at_k,
-            caption="Difference of test bpc",
-        ),
-        Table(
-            ["", *(f"{share:.0%} of training" for share in POINTS)],
-            over_time,
-            caption="Difference of valid bpc at k_max, at equal tokens",
-        ),
+    pairs, ks = pairs_of(preset, results), compared_k(results)
+    at_k = [
+        [f"{a} - {b}", *(change(compare_on_test(results, a, b, k)) for k in ks)] for a, b in pairs
     ]
-    return page.Section("Differences between arms", tables)
+    over_time = [
+        [f"{a} - {b}", *(change(compare_along(results, a, b, "symbols", share)) for share in POINTS)]
+        for a, b in pairs
+    ]  # fmt: skip
+    names = ["own k" if k is None else f"k = {k}" for k in ks]
+    shares = [f"{share:.0%} of training" for share in POINTS]
+    caption = "Difference of valid bpc at k_max, at equal tokens"
+    return page.Section("Differences between arms", [
+        Table(["", *names], at_k, caption="Difference of test bpc"),
+        Table(["", *shares], over_time, caption=caption),
+    ])  # fmt: skip
 
 
 def _cost(preset: Preset, results: Results) -> page.Section:
     first = reference_arm(preset)
-    rows, every_k = (
-        [],
-        sorted(
-            {
-                int(k)
-                for arm in _there(preset, results)
-                for k in _flops_per_symbol(results, arm)
-                if k.isdigit()
-            }
-        ),
-    )
+    rows = []
+    known = any(_flops_per_symbol(results, arm) for arm in _there(preset, results))
+    every_k = evaluated_k(results) if known else []
     for arm in _there(preset, results):
         flops, runs = _flops_per_symbol(results, arm), list(results.seeds_of(arm).values())
         seconds = estimate([run["measured"]["training_seconds"] for run in runs])
