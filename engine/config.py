@@ -92,19 +92,15 @@ class ModelConfig:
     """Transformer-XL (Dai et al. 2019, arXiv 1901.02860)."""
 
     layers: int = 4
-    """Blocks of attention and feed-forward."""
     width: int = 256
     """Model width D."""
     heads: int = 8
-    """Attention heads."""
     head_width: int = 64
     """Width per head; heads x head_width may differ from width."""
     memory: int = 512
     """Positions of the previous segments that attention sees (M)."""
     dropout: float = 0.1
-    """Share of activations that training sets to zero."""
     attention_dropout: float = 0.0
-    """Share of attention weights that training sets to zero."""
     pre_norm: bool = False
     """LayerNorm before each sublayer instead of after the residual sum (the published form)."""
     init_std: float = 0.02
@@ -122,14 +118,13 @@ class MoEConfig:
 
     router: Router = Router.hashed
     experts: int = 16
-    """Experts of a layer (E), 256 at most."""
     expert_width: int = 512
     """Hidden width of one expert (F)."""
     shared_width: int = 0
     """Hidden width of the always-active shared expert with weight 1; 0 for none."""
     activation: Activation = Activation.relu
     ngram: int = 3
-    """Ids in a hashed router's key: the n-gram that ends at the token, 1 to 3."""
+    """Ids in a hashed router's key: the n-gram that ends at the token."""
     rows: int = 65536
     """Rows of a table; n-grams beyond it share rows by hash."""
     builder: Builder = Builder.balanced

@@ -65,7 +65,7 @@ def groups_of(file: Path) -> list[str]:
 def choices_of(folder: Path) -> dict[str, str]:
     """Each choice of a group and the first sentence of its file's comment."""
     found = {}
-    for path in sorted(folder.rglob("*.yaml")):
+    for path in sorted(folder.rglob("*.yaml"), key=lambda path: (len(path.parts), path)):
         text = " ".join(head_comment(path).split())
         sentence = re.split(r"(?<=\.)\s+(?=[A-Z`])", text, maxsplit=1)[0]
         found[path.relative_to(folder).with_suffix("").as_posix()] = sentence
@@ -139,14 +139,14 @@ def _docs(schema: type) -> dict[str, str]:
 
 
 def _bounds(schema: type) -> dict[str, str]:
-    """What `_at_least` and `_fraction` of engine/config.py check, by field."""
+    """What engine/config.py's checks at_least and fraction hold, by field."""
     found: dict[str, str] = {}
     for node in _bodies(schema):
         for call in ast.walk(node):
             match call:
-                case ast.Call(func=ast.Name(id="_at_least"), keywords=keywords):
+                case ast.Call(func=ast.Name(id="at_least" | "_at_least"), keywords=keywords):
                     found |= {str(k.arg): f"at least {ast.literal_eval(k.value)}" for k in keywords}
-                case ast.Call(func=ast.Name(id="_fraction"), args=[_, _, *names]):
+                case ast.Call(func=ast.Name(id="fraction" | "_fraction"), args=[_, _, *names]):
                     found |= {ast.literal_eval(name): "at least 0, below 1" for name in names}
     return found
 
@@ -185,7 +185,7 @@ def _allowed(kind: Any) -> str:
         return f"list of {_allowed(get_args(kind)[0])}s"
     if _is_enum(kind):
         return " | ".join(kind.__members__)
-    return "a choice of the group" if is_dataclass(kind) else _TYPES[kind]
+    return "a choice of the group" if is_dataclass(kind) else _TYPES.get(kind, "any value")
 
 
 def _shown(value: Any) -> str:
