@@ -65,7 +65,7 @@ def groups_of(file: Path) -> list[str]:
 def choices_of(folder: Path) -> dict[str, str]:
     """Each choice of a group and the first sentence of its file's comment."""
     found = {}
-    for path in sorted(folder.rglob("*.yaml")):
+    for path in sorted(folder.rglob("*.yaml"), key=lambda path: (len(path.parts), path)):
         text = " ".join(head_comment(path).split())
         sentence = re.split(r"(?<=\.)\s+(?=[A-Z`])", text, maxsplit=1)[0]
         found[path.relative_to(folder).with_suffix("").as_posix()] = sentence
@@ -185,7 +185,7 @@ def _allowed(kind: Any) -> str:
         return f"list of {_allowed(get_args(kind)[0])}s"
     if _is_enum(kind):
         return " | ".join(kind.__members__)
-    return "a choice of the group" if is_dataclass(kind) else _TYPES[kind]
+    return "a choice of the group" if is_dataclass(kind) else _TYPES.get(kind, "any value")
 
 
 def _shown(value: Any) -> str:

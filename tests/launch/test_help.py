@@ -105,11 +105,13 @@ def test_every_program_has_a_help_that_fits(helped, program):
     assert " ".join(head_comment(CONF / f"{program}.yaml").split()) in words
     assert f"python -m launch.{program}" in text
     defaults = yaml.safe_load((CONF / f"{program}.yaml").read_text())["defaults"]
-    groups = [name for name in ("corpus", "experiment", "sweep", "cluster", "preset") if any(name in item for item in defaults if isinstance(item, dict))]  # fmt: skip
+    names = [name for item in defaults if isinstance(item, dict) for name in item]
+    groups = [name for name in names if "hydra" not in name]
     for group in groups:
         assert f"\n{group}=CHOICE:\n" in text
-        for path in (CONF / group).glob("*.yaml"):
-            assert re.search(rf"^  {path.stem}\s", text, re.MULTILINE), path
+        for path in (CONF / group).rglob("*.yaml"):
+            choice = str(path.relative_to(CONF / group))[: -len(".yaml")]
+            assert re.search(rf"^  {choice}\s", text, re.MULTILINE), path
     assert len(re.findall(r"=CHOICE:", text)) == len(groups)
 
 
@@ -157,6 +159,7 @@ def test_the_parts_of_a_small_program(tmp_path):
         textwrap.dedent('''
         from dataclasses import dataclass, field
         from enum import Enum
+        from typing import Any
 
         class Colour(Enum):
             """What colour it gets."""
@@ -183,6 +186,7 @@ def test_the_parts_of_a_small_program(tmp_path):
             coats: list[int] = field(default_factory=list)
             """None of them is dry: 100% wet."""
             size: Size = field(default_factory=Size)
+            lid: Any = None
         ''')
     )
     (tmp_path / "tool").mkdir()
@@ -191,7 +195,7 @@ def test_the_parts_of_a_small_program(tmp_path):
     sys.path.insert(0, str(tmp_path))
     try:
         schema = importlib.import_module("paint").Paint
-        values = {"colour": None, "coats": [1, 2], "size": {"width": 2.0}}
+        values = {"colour": None, "coats": [1, 2], "size": {"width": 2.0}, "lid": None}
         written = help_text(tmp_path, "paint", schema, values, width=80)
     finally:
         sys.path.remove(str(tmp_path))
@@ -203,6 +207,7 @@ def test_the_parts_of_a_small_program(tmp_path):
     )
     assert "\n  colour=null     What colour it gets. [red | blue | null]\n" in written
     assert "\n  coats=[1,2]     null of them is dry: 100% wet. [list of whole numbers]\n" in written
+    assert "\n  lid=null        [any value]\n" in written
     assert "\nsize:\n  How large it is.\n\n  size.width=2.0  [number, at least 1]\n" in written
 
 
