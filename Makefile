@@ -17,10 +17,12 @@ train: $(VENV)/ready
 	$(RUN) -m launch.train experiment=quickstart train.resume=true $(ARGS)
 
 test: $(VENV)/ready
+	./tests/install_browser.sh
 	$(RUN) -m pytest --ignore=tests/kernels/on_triton -m "not slow and not gpu" $(ARGS)
 	$(TRITON_SUITE) -m "not slow and not gpu" $(ARGS) || [ $$? -eq 5 ]
 
 test-all: $(VENV)/ready
+	./tests/install_browser.sh
 	$(RUN) -m pytest --ignore=tests/kernels/on_triton -m "not gpu" $(ARGS)
 	$(TRITON_SUITE) -m "not gpu" $(ARGS) || [ $$? -eq 5 ]
 

@@ -20,7 +20,7 @@ from launch.report_run import (
 )
 
 # options in which runs differ without being other experiments
-_OWN = ("train.name", "train.runs_dir", "train.resume", "train.log_every", "train.threads", "corpus.cache_dir")  # fmt: skip
+_OWN = ("train.name", "train.runs_dir", "train.resume", "train.log_every", "train.threads", "corpus.cache_dir", "wandb.group")  # fmt: skip
 _IN_A_NAME = 3  # options
 
 
@@ -58,7 +58,7 @@ def several_page(title: str, runs: Sequence[RunData], absent: Sequence[Absent] =
         lead=f"{len(states)} runs: {counted}.{left_out} {LEAD}",
         figures=_figures(runs[0], labels[0]) if runs else [],
         sections=[
-            *section("Runs", *_words(runs), _table(labels, runs, differing, absent)),
+            *section("Runs", *_words(runs), _table(runs, differing, absent)),
             *section("Quality", *(_quality(drawn, *which) for which in _QUALITY)),
             *section("Slimming", _slimming(drawn)),
             *section("Speed", _speed(drawn)),
@@ -77,13 +77,19 @@ def differing_options(runs: Sequence[RunData]) -> list[str]:
 
 
 def labels_of(runs: Sequence[RunData], differing: Sequence[str]) -> list[str]:
-    """Name each run by the options in which they differ, if these are few and tell them apart; otherwise by folder."""
-    if 1 <= len(differing) <= _IN_A_NAME:
-        found = [", ".join(f"{name}={option_text(run.options.get(name))}" for name in differing) for run in runs]  # fmt: skip
-        if len(set(found)) == len(runs):
-            return found
+    """Number the runs, and name each by the options in which they differ if these are few and tell them apart, else by folder."""
     names = [run.name for run in runs]
-    return names if len(set(names)) == len(runs) else [str(run.folder) for run in runs]
+    if len(set(names)) < len(runs):
+        names = [str(run.folder) for run in runs]
+    if 1 <= len(differing) <= _IN_A_NAME:
+        last = [name.rpartition(".")[2] for name in differing]
+        short = last if len(set(last)) == len(last) else differing
+        found = [
+            ", ".join(f"{word}={option_text(run.options.get(name))}" for word, name in zip(short, differing, strict=True))
+            for run in runs
+        ]  # fmt: skip
+        names = found if len(set(found)) == len(runs) else names
+    return [f"{i}: {name}" for i, name in enumerate(names, 1)]
 
 
 def _figures(best: RunData, label: str) -> list[KeyFigure]:
@@ -103,34 +109,24 @@ def _words(runs: Sequence[RunData]) -> list[str]:
     return []
 
 
-def _table(
-    labels: Sequence[str],
-    runs: Sequence[RunData],
-    differing: Sequence[str],
-    absent: Sequence[Absent],
-) -> list[Table]:
+def _table(runs: Sequence[RunData], differing: Sequence[str], absent: Sequence[Absent]) -> list[Table]:  # fmt: skip
     ks = sorted({k for run in runs for k, _ in by_k(run)})
     header = [
-        "run", "state", *differing, "bpc", "of", *(f"k = {k}" for k in ks), "symbols/s", "time", "FLOP", "parameters", "active",
+        "run", "state", *differing, "bpc", "of", *(f"k = {k}" for k in ks), "symbols/s", "time", "FLOP", "parameters", "active", "folder",
     ]  # fmt: skip
-    rows = [_row(run, differing, ks) for run in runs]
-    rows += [[run.name, run.state, *["-"] * (len(header) - 2)] for run in absent]
+    rows = [[str(i), *_row(run, differing, ks)] for i, run in enumerate(runs, 1)]
+    rows += [["-", run.state, *["-"] * (len(header) - 3), run.name] for run in absent]
     notes = [
-        "bpc: bits per symbol, the best that is known; k = 1 and so on: of the held-out split at that k. Runs without a held-out result "
-        "come last. FLOP: of training, forward and backward, all ranks. active: parameters used at the last k."
+        "Runs have the same numbers in the charts. bpc: bits per symbol, the best that is known; k = 1 and so on: of the held-out split "
+        "at that k. Runs without a held-out result come last. FLOP: of training, forward and backward, all ranks. active: parameters used "
+        "at the last k."
     ]
-    text_columns = 2 + len(differing)
-    return [Table(header, rows, text_columns=text_columns, notes=notes)] if rows else []
+    return [Table(header, rows, text_columns=2 + len(differing), notes=notes)] if rows else []
 
 
 def _row(run: RunData, differing: Sequence[str], ks: Sequence[int]) -> list[str]:
-    found = dict(by_k(run))
-    active = plain_dict(run.facts.get("active_parameters"))
-    k = run.last("k")
-    now = active.get("dense", active.get(f"{k:.0f}" if isfinite(k) else ""))
-    state = state_of(run)
+    found, state = dict(by_k(run)), state_of(run)
     return [
-        run.name,
         state if state == "complete" else f"{state}, step {step_of(run):,}",
         *(option_text(run.options[name]) if name in run.options else "-" for name in differing),
         text(run.quality.bpc, "{:.3f}"),
@@ -140,8 +136,15 @@ def _row(run: RunData, differing: Sequence[str], ks: Sequence[int]) -> list[str]
         duration(seconds_of(run)),
         count_text(run.last("flops")),
         count_text(parameters_of(run)),
-        count_text(number(now)),
+        count_text(_active_parameters(run)),
+        run.name,
     ]
+
+
+def _active_parameters(run: RunData) -> float:
+    """Give the parameters that the run used at the last k that it logged."""
+    active, k = plain_dict(run.facts.get("active_parameters")), run.last("k")
+    return number(active.get("dense", active.get(f"{k:.0f}" if isfinite(k) else "")))
 
 
 _QUALITY = (

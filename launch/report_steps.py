@@ -60,7 +60,9 @@ def exchange(run: RunData) -> list[Section]:
     """Lay out the bytes between ranks, beside those of a certificate; nothing for a run that sent none."""
     if not run.most("wire_bytes") > 0:
         return []
-    names = {"all": "wire_bytes", "inside nodes": "wire_bytes_inside", "between nodes": "wire_bytes_between"}  # fmt: skip
+    names = {"all": "wire_bytes"}
+    if run.most("wire_bytes_inside") > 0 and run.most("wire_bytes_between") > 0:
+        names |= {"inside nodes": "wire_bytes_inside", "between nodes": "wire_bytes_between"}
     certified = plain_dict(plain_dict(run.facts.get("certificate")).get("wire_bytes_by_k"))
     charts = curve(run, "Bytes on the wire", "MB in a step, all ranks", names, factor=1e-6, y_from=0)  # fmt: skip
     means = _means_by_k(run)
@@ -84,8 +86,17 @@ def _parts_over_steps(run: RunData) -> tuple[list[float], dict[str, list[float]]
             continue
         inner = [number(line.get(f"{name}_ms")) for name in ("attention", "experts")]
         attention, of_experts = (value if isfinite(value) else 0.0 for value in inner)
-        rest = max(ms["forward"] - attention - of_experts, 0.0)
-        values = (attention, of_experts, rest, ms["backward"], ms["optimizer"], ms["outside"])
+        # a validation's forward passes may be among the two, which are otherwise parts of forward
+        attention = min(attention, ms["forward"])
+        of_experts = min(of_experts, ms["forward"] - attention)
+        values = (
+            attention,
+            of_experts,
+            ms["forward"] - attention - of_experts,
+            ms["backward"],
+            ms["optimizer"],
+            ms["outside"],
+        )
         lines.append({"step": line["step"], **dict(zip(_PARTS, values, strict=True))})
     found = {name: series(lines, name) for name in _PARTS}
     return found[_PARTS[0]].x, {name: points.mean for name, points in found.items()}

@@ -18,9 +18,9 @@ def report_sweep(outcomes: list[Outcome]) -> None:
     file = Path(train["runs_dir"]) / f"{train['name']}.sweep.json"
     print(sweep_table(runs))
     write_json(file, {"runs": runs})
+    print(f"{len(runs)} runs, {sum(run['state'] == 'complete' for run in runs)} complete: {file}")
     asked = command_option("run", file.with_name(train["name"]))
     print(f"python -m launch.report {asked} makes a page of them")
-    print(f"{len(runs)} runs, {sum(run['state'] == 'complete' for run in runs)} complete: {file}")
 
 
 def _order(bpc: float | None) -> float:

@@ -272,14 +272,16 @@ def test_a_table_has_all_runs_and_charts_the_best_six(sweep):
     page = several_page("Sweep g", runs, [Absent("g-8", "not started")])
     assert page.lead.startswith("9 runs: 6 complete, 2 failed, 1 not started. Charts show the best 6 of 8, the table all.")  # fmt: skip
     header, rows = page.sections[0].parts[0].header, page.sections[0].parts[0].rows
-    assert [row[0] for row in rows][:6] == [f"g-{i}" for i in range(6)]
-    assert {row[0] for row in rows[6:8]} == {"g-6", "g-7"} and rows[8][:2] == ["g-8", "not started"]
+    assert [row[0] for row in rows] == ["1", "2", "3", "4", "5", "6", "7", "8", "-"]
+    assert [row[-1] for row in rows][:6] == [f"g-{i}" for i in range(6)]
+    assert {row[-1] for row in rows[6:8]} == {"g-6", "g-7"}
+    assert rows[8] == ["-", "not started", *["-"] * (len(header) - 3), "g-8"]
     column = dict(zip(header, rows[1], strict=True))
     assert (column["optim.lr"], column["bpc"], column["k = 1"], column["of"]) == ("0.002", "2.280", "2.690", "test split, k = 4")  # fmt: skip
     assert (column["parameters"], column["active"], column["state"]) == ("3.44 M", "1.6 M", "complete")  # fmt: skip
     assert [name for name in header if "." in name] == ["optim.lr"]
     for chart in parts(page, Curve).values():
-        assert [each.name for each in chart.lines] == [f"optim.lr={1e-3 * (i + 1):g}" for i in range(6)]  # fmt: skip
+        assert [each.name for each in chart.lines] == [f"{i + 1}: lr={1e-3 * (i + 1):g}" for i in range(6)]  # fmt: skip
 
 
 def test_a_run_keeps_its_colour_where_others_have_no_line(sweep):

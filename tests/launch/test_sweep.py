@@ -58,10 +58,13 @@ def test_the_example_grid_with_failures(run, tmp_path, text, monkeypatch):
         summary = json.loads((tmp_path / "runs" / entry["name"] / "summary.json").read_text())
         assert entry["bpc"] == summary["bpc"] and entry["best_bpc"] == min(summary["bpc"].values())
         assert entry["tokens_per_second"] == summary["tokens_per_second"]
-    header, *rows = done.stdout.splitlines()[-8:-1]
+    header, *rows = done.stdout.splitlines()[-9:-2]
     assert header.split() == ["moe.router", "schedule.k_max", "best", "bpc", "at", "k", "tok/s", "state", "run"]  # fmt: skip
     assert [tuple(row.split()[:2]) for row in rows] == cells(runs, "moe.router", "schedule.k_max")
-    assert done.stdout.splitlines()[-1] == f"6 runs, 2 complete: {tmp_path}/runs/grid.sweep.json"
+    assert done.stdout.splitlines()[-2:] == [
+        f"6 runs, 2 complete: {tmp_path}/runs/grid.sweep.json",
+        f"python -m launch.report run={tmp_path}/runs/grid makes a page of them",
+    ]
 
 
 def test_the_example_grid_is_whole():
