@@ -16,7 +16,14 @@ from engine.build import build_routers
 from engine.certificate.memory_shapes import count_parameters
 from engine.certificate.placement import Placement
 from engine.choices import Router
-from engine.config import Config
+from engine.config import (
+    Config,
+    Corpus,
+    CorpusConfig,
+    DataConfig,
+    KernelsConfig,
+    ParallelConfig,
+)
 from engine.corpus import prepare
 from engine.evaluate import evaluate
 from engine.trainer import Trainer
@@ -68,21 +75,28 @@ def composed(name, *options):
 
 
 SILENT = SimpleNamespace(**dict.fromkeys(("note", "step", "metrics"), lambda *_: None))
-SHRUNK = (
-    "corpus=file", "corpus.tokens=bytes", "data.segment=8", "data.streams=2", "model.width=8", "model.heads=2",
-    "model.head_width=4", "model.memory=8", "moe.expert_width=4", "moe.plain_width=4", "moe.rows=64", "train.steps=1",
-    "train.log_every=1", "train.save_every=0", "train.valid_every=0", "optim.warmup_steps=0", "eval.max_symbols=40",
-    "eval.segment=8", "eval.memory=8", "eval.streams=2", "parallel.expert_ranks=1", "kernels.masked_from_k=99",
-)  # fmt: skip
+
+
+def shrink(config, text, folder):
+    """The same kind of run in milliseconds."""
+    model, moe = config.model, config.moe
+    small = {
+        "corpus": CorpusConfig(Corpus.file, str(text), cache_dir=str(folder)),
+        "data": DataConfig(streams=2, segment=8),
+        "model": replace(model, width=8, heads=2, head_width=4, memory=8, ngram_rows=30),
+        "moe": replace(moe, expert_width=4, shared_width=min(moe.shared_width, 4), plain_width=4, rows=64),
+        "optim": replace(config.optim, warmup_steps=0),
+        "train": replace(config.train, steps=1, log_every=1, valid_every=0, save_every=0),
+        "eval": replace(config.eval, max_symbols=40, segment=8, memory=8, streams=2),
+        "kernels": KernelsConfig(masked_from_k=99),
+        "parallel": ParallelConfig(),
+    }  # fmt: skip
+    return replace(config, **small)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_shrunk_copy_trains_and_evaluates(tmp_path, text, name):
-    whole = composed(name)
-    further = ["model.ngram_rows=30"] if whole.model.ngram else []
-    further += ["moe.shared_width=4"] if whole.moe.shared_width else []
-    paths = [f"corpus.path={text}", f"corpus.cache_dir={tmp_path}"]
-    config = composed(name, *SHRUNK, *further, *paths)
+    config = shrink(composed(name), text, tmp_path)
     corpus = prepare(config.corpus)
     trainer = Trainer(config, corpus, build_routers(config, corpus), tmp_path, SILENT)
     before = [p.detach().clone() for p in trainer.model.parameters()]
@@ -140,7 +154,8 @@ def test_the_papers_ablations_are_the_recipe_but_for_what_they_name():
     for name in (name for name in FILES if name.startswith("paper/")):
         config = composed(name)
         base = recipe[config.moe.router.name]
-        for section in ("corpus", "data", "optim", "kernels"):
+        assert config.corpus == recipe["frozen"].corpus, name
+        for section in ("data", "optim", "kernels"):
             assert getattr(config, section) == getattr(base, section), name
         if layers := re.fullmatch(r"paper/layers(\d+)(_first4)?", name):
             assert config.model.layers == int(layers[1])
