@@ -12,8 +12,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING
-
 from engine.analysis import (
     LayerSeen,
     observe,
@@ -42,7 +40,7 @@ _LASTING = (Router.hashed, Router.frozen, Router.learned)
 class AnalyseArgs:
     """Options."""
 
-    run: str = MISSING
+    run: str
     """Folder of the run."""
     split: Split = Split.test
     symbols: int = 4096

@@ -1,0 +1,57 @@
+"""launch.analyse on runs of a few steps: its start is the run's own initialisation, and checkpoints are read in order."""
+
+import json
+
+import pytest
+
+
+def trained(run, tmp_path, text, name, *options):
+    done = run(
+        "train", "experiment=debug", "corpus=file", f"corpus.path={text}", f"corpus.cache_dir={tmp_path / 'cache'}",
+        f"train.runs_dir={tmp_path}", f"train.name={name}", "train.steps=4", "train.save_every=2", "train.keep=3", "train.threads=1",
+        "eval.max_symbols=64", "eval.k=[1,4]", *options,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return tmp_path / name
+
+
+def analysed(run, folder):
+    done = run("analyse", f"run={folder}", "symbols=64")
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "analysis.json").read_text()), done.stdout
+
+
+def test_a_run_that_learns_nothing_ends_as_it_starts(run, tmp_path, text):
+    """With a learning rate of 0 the initialisation that is drawn anew must equal the checkpoints, bit for bit."""
+    still, _ = analysed(run, trained(run, tmp_path, text, "still", "moe.router=frozen", "optim.lr=0"))  # fmt: skip
+    for name in ("output_similarity", "weight_similarity"):
+        assert still[name]["start"] == still[name]["end"]
+    between = still["routing_change"]["between"]
+    assert [(c["from"], c["to"], c["share"]) for c in between] == [(0, 2, 0), (2, 4, 0), (0, 4, 0)]
+
+    moved, output = analysed(run, trained(run, tmp_path, text, "moved", "moe.router=frozen", "optim.lr=0.05"))  # fmt: skip
+    assert moved["output_similarity"]["start"] == still["output_similarity"]["start"]
+    assert moved["output_similarity"]["end"] != still["output_similarity"]["end"]
+    shares = [change["share"] for change in moved["routing_change"]["between"]]
+    assert shares[0] > 0 and shares[2] > 0
+    assert f"step 0 to 4: {shares[2]:.1%} of tokens changed their 2 experts" in output
+    assert set(moved["routes"]) == {"1", "2", "4"} and moved["symbols"] == 64
+
+
+def test_hashed_routes_do_not_change_with_training(run, tmp_path, text):
+    found, _ = analysed(run, trained(run, tmp_path, text, "hashed", "optim.lr=0.05"))
+    assert [change["share"] for change in found["routing_change"]["between"]] == [0, 0, 0]
+    assert found["weight_similarity"]["start"] != found["weight_similarity"]["end"]
+
+
+@pytest.mark.parametrize(("option", "word"), [("symbols=0", "symbols=0"), ("run=/does/not/exist", "/does/not/exist"), ("k=3", "k")])  # fmt: skip
+def test_wrong_options_are_one_line(run, tmp_path, option, word):
+    done = run("analyse", f"run={tmp_path}", option)
+    assert done.returncode == 2 and word in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_dense_run_has_no_experts(run, tmp_path, text):
+    folder = trained(run, tmp_path, text, "dense", "moe.router=dense")
+    done = run("analyse", f"run={folder}")
+    assert done.returncode == 2 and "a dense model has no experts" in done.stderr
