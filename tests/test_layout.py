@@ -16,7 +16,7 @@ ONLY_IN = {
     "hydra": {"launch/cli.py"},
     "omegaconf": {"launch/cli.py", "launch/evaluate.py", "launch/generate.py"},
     "deepspeed": {"engine/deepspeed_adapter.py"},
-    "wandb": {"engine/metrics.py"},
+    "wandb": {"engine/wandb_run.py", "launch/testing_wandb.py"},
 }
 
 
