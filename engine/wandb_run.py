@@ -1,4 +1,4 @@
-"""A run in Weights & Biases: the metrics under their names, lists as W&B can draw them. The only file that imports wandb.
+"""A run in Weights & Biases: the metrics under their names, lists as W&B can draw them. The only file of a run that imports wandb.
 
 Scalars keep their names. Of a rank's series each rank has one (rank_own_ms/0, ...), or with more than 64 ranks /min, /median and
 /max; of a layer's each layer. The rows of a layer's experts are a histogram whose bins are the experts (expert_rows/0), which

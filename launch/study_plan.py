@@ -18,6 +18,7 @@ _GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, are spread evenly how
 _OF_MACHINE = (
     "corpus.path", "corpus.cache_dir", "train.name", "train.runs_dir", "train.resume", "train.threads", "train.keep",
     "train.save_every", "train.log_every", "data.prefetch", "wandb.mode", "wandb.project", "wandb.group",
+    "wandb.job_type", "wandb.tags", "wandb.notes", "train.peak_tflops", "profile.steps", "profile.operators",
     "kernels.masked_from_k",
 )  # fmt: skip
 

@@ -16,7 +16,7 @@ ONLY_IN = {
     "hydra": {"launch/cli.py"},
     "omegaconf": {"launch/cli.py", "launch/evaluate.py", "launch/generate.py", "launch/report.py"},
     "deepspeed": {"engine/deepspeed_adapter.py"},
-    "wandb": {"engine/wandb_run.py"},
+    "wandb": {"engine/wandb_run.py", "launch/testing_wandb.py"},
     "wandb_workspaces": {"launch/dashboard.py"},
 }
 

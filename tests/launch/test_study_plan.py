@@ -125,8 +125,6 @@ def test_presets_are_whole(name):
 
 @pytest.mark.parametrize("name", ["small", "overnight", "paper"])
 def test_presets_compose(composing, tmp_path, name):
-    if not (CONF / "experiment/study/scale.yaml").exists():
-        pytest.skip("the arms' experiment files are not there yet")
     preset = read_preset(name)
     jobs = plan_jobs(preset, CorpusConfig(Corpus.file, path="x"), tmp_path)
     assert {job.arm for job in jobs} == set(preset.arms)
