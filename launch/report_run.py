@@ -93,14 +93,11 @@ def memory_peak(run: RunData) -> float:
     return max((value for value in known if isfinite(value)), default=float("nan"))
 
 
-def by_arithmetic(run: RunData) -> list[tuple[int, float, float]]:
-    """Give k, forward arithmetic of a symbol and held-out bpc for each k of which both are known."""
+def by_arithmetic(run: RunData) -> list[tuple[float, float]]:
+    """Give forward arithmetic of a symbol and held-out bpc for each k (or dense) of which both are known, in this order."""
     flops = plain_dict(run.facts.get("flops_per_symbol"))
-    return [
-        (k, number(flops.get(str(k))), bpc)
-        for k, bpc in by_k(run)
-        if isfinite(number(flops.get(str(k))))
-    ]
+    found = [(number(flops.get(k)), bpc) for k, bpc in run.bpc_by_k.items()]
+    return sorted(point for point in found if isfinite(point[0]))
 
 
 def by_k(run: RunData) -> list[tuple[int, float]]:
@@ -176,8 +173,8 @@ def _slimming(run: RunData) -> list[Section]:
         lines = [Line("model", k, [bpc for _, bpc in points]), *_levels(baselines, k[0], k[-1])]
         charts.append(Curve("Bits per symbol over k", "active experts k", "bits per symbol", lines, x_log=True))  # fmt: skip
     if len(arithmetic) > 1:
-        flops = [flops for _, flops, _ in arithmetic]
-        lines = [Line("model", flops, [bpc for *_, bpc in arithmetic]), *_levels(baselines, flops[0], flops[-1])]  # fmt: skip
+        flops = [flops for flops, _ in arithmetic]
+        lines = [Line("model", flops, [bpc for _, bpc in arithmetic]), *_levels(baselines, flops[0], flops[-1])]  # fmt: skip
         charts.append(Curve("Bits per symbol over inference arithmetic", "FLOP per symbol, forward pass", "bits per symbol", lines))  # fmt: skip
     symbols = number(run.summary.get("symbols"))
     words = (
