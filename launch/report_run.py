@@ -7,7 +7,7 @@ from math import isfinite
 from typing import Any
 
 from engine.config import Config, to_plain
-from launch.page import Chart, Curve, KeyFigure, Line, Page, Section, Table, Verdict, byte_text
+from launch.page import Chart, Curve, KeyFigure, Line, Page, Section, Table, byte_text
 from launch.report_charts import (
     OVER,
     X_LABELS,
@@ -22,8 +22,8 @@ from launch.report_data import POINTS, RunData, number, plain_dict, series
 from launch.report_steps import exchange, experts, time
 
 LEAD = (
-    "Drag in a chart to zoom, double-click to go back; press a name above a chart to hide its line. Numbers beneath each chart "
-    "are the same as in it, as a table."
+    "Drag in a chart to zoom, double-click to go back; press a name above a chart to hide its line. Beneath each chart "
+    "stand its numbers as a table; of long lines, some of them."
 )
 _STATES = {
     "running": "or it was killed: its files cannot tell",
@@ -221,13 +221,13 @@ def _about(run: RunData) -> list[Section]:
     return section("The run", _missing(run), _facts(run), _changed_options(run))
 
 
-def _missing(run: RunData) -> list[Verdict]:
+def _missing(run: RunData) -> str:
     """Say what the files do not have."""
     absent = [name for name in ("flops", "layer_load", "rank_own_ms") if run.lines and name not in run.lines[-1]]  # fmt: skip
     words = [*run.missing, *(f"the metric {name}" for name in absent)]
     if not words:
-        return []
-    return [Verdict(f"Not in this run's folder, for it has not ended, or an earlier version wrote it: {', '.join(words)}.", False)]  # fmt: skip
+        return ""
+    return f"Not in this run's folder, for it has not ended, or an earlier version wrote it: {', '.join(words)}."
 
 
 def _facts(run: RunData) -> Table:
