@@ -186,9 +186,11 @@ def _figure(chart: Chart, prefix: str) -> str:
         f'<li><button type="button" aria-pressed="true">{key.html()}</button></li>' if i < named else f"<li>{key.html()}</li>"
         for i, key in enumerate(keys)
     ]  # fmt: skip
-    names = f'<ul class="legend">{"".join(items)}</ul>' if len(items) > 1 else "<div></div>"
-    if isinstance(chart, HeatMap):
-        names = _colour_key(chart)
+    names = (
+        _colour_key(chart)
+        if isinstance(chart, HeatMap)
+        else f'<ul class="legend">{"".join(items)}</ul>'
+    )
     data = json.dumps(figure_of(chart).to_plotly_json(), separators=(",", ":")).replace("<", "\\u003c")  # fmt: skip
     return (
         f'<figure aria-labelledby="{prefix}-title"><figcaption id="{prefix}-title">{escape(chart.title)}</figcaption>{names}'

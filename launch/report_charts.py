@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from math import isfinite
 
 from launch.page import COLOURS, Areas, Chart, Curve, HeatMap, Line, Part, Section, Table, Verdict
-from launch.report_data import Grid, RunData, Series, grid, series
+from launch.report_data import RunData, Series, grid, series
 
 X_LABELS = {
     "step": "step",
@@ -105,11 +105,6 @@ def section(title: str, *parts: Part | list[Chart] | list[Table] | list[Verdict]
             flat.append(part)
     flat = [part for part in flat if part != ""]
     return [Section(title, flat)] if any(not isinstance(part, str) for part in flat) else []
-
-
-def last_column(found: Grid) -> list[float]:
-    """Give the newest numbers of a metric of ranks or layers; empty if there are none."""
-    return found.values[-1].tolist() if found else []
 
 
 def percent(part: float, whole: float) -> str:

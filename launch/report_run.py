@@ -7,7 +7,7 @@ from math import isfinite
 from typing import Any
 
 from engine.config import Config, to_plain
-from launch.page import Chart, Curve, KeyFigure, Line, Page, Section, Table, Verdict, byte_text
+from launch.page import Chart, Curve, KeyFigure, Line, Page, Section, Table, byte_text
 from launch.report_charts import (
     OVER,
     X_LABELS,
@@ -22,8 +22,8 @@ from launch.report_data import POINTS, RunData, number, plain_dict, series
 from launch.report_steps import exchange, experts, time
 
 LEAD = (
-    "Drag in a chart to zoom, double-click to go back; press a name above a chart to hide its line. Numbers beneath each chart "
-    "are the same as in it, as a table."
+    "Drag in a chart to zoom, double-click to go back; press a name above a chart to hide its line. Beneath each chart "
+    "stand its numbers as a table; of long lines, some of them."
 )
 _STATES = {
     "running": "or it was killed: its files cannot tell",
@@ -93,14 +93,11 @@ def memory_peak(run: RunData) -> float:
     return max((value for value in known if isfinite(value)), default=float("nan"))
 
 
-def by_arithmetic(run: RunData) -> list[tuple[int, float, float]]:
-    """Give k, forward arithmetic of a symbol and held-out bpc for each k of which both are known."""
+def by_arithmetic(run: RunData) -> list[tuple[float, float]]:
+    """Give forward arithmetic of a symbol and held-out bpc for each k (or dense) of which both are known, in this order."""
     flops = plain_dict(run.facts.get("flops_per_symbol"))
-    return [
-        (k, number(flops.get(str(k))), bpc)
-        for k, bpc in by_k(run)
-        if isfinite(number(flops.get(str(k))))
-    ]
+    found = [(number(flops.get(k)), bpc) for k, bpc in run.bpc_by_k.items()]
+    return sorted(point for point in found if isfinite(point[0]))
 
 
 def by_k(run: RunData) -> list[tuple[int, float]]:
@@ -176,8 +173,8 @@ def _slimming(run: RunData) -> list[Section]:
         lines = [Line("model", k, [bpc for _, bpc in points]), *_levels(baselines, k[0], k[-1])]
         charts.append(Curve("Bits per symbol over k", "active experts k", "bits per symbol", lines, x_log=True))  # fmt: skip
     if len(arithmetic) > 1:
-        flops = [flops for _, flops, _ in arithmetic]
-        lines = [Line("model", flops, [bpc for *_, bpc in arithmetic]), *_levels(baselines, flops[0], flops[-1])]  # fmt: skip
+        flops = [flops for flops, _ in arithmetic]
+        lines = [Line("model", flops, [bpc for _, bpc in arithmetic]), *_levels(baselines, flops[0], flops[-1])]  # fmt: skip
         charts.append(Curve("Bits per symbol over inference arithmetic", "FLOP per symbol, forward pass", "bits per symbol", lines))  # fmt: skip
     symbols = number(run.summary.get("symbols"))
     words = (
@@ -224,13 +221,13 @@ def _about(run: RunData) -> list[Section]:
     return section("The run", _missing(run), _facts(run), _changed_options(run))
 
 
-def _missing(run: RunData) -> list[Verdict]:
+def _missing(run: RunData) -> str:
     """Say what the files do not have."""
     absent = [name for name in ("flops", "layer_load", "rank_own_ms") if run.lines and name not in run.lines[-1]]  # fmt: skip
     words = [*run.missing, *(f"the metric {name}" for name in absent)]
     if not words:
-        return []
-    return [Verdict(f"Not in this run's folder, for it has not ended, or an earlier version wrote it: {', '.join(words)}.", False)]  # fmt: skip
+        return ""
+    return f"Not in this run's folder, for it has not ended, or an earlier version wrote it: {', '.join(words)}."
 
 
 def _facts(run: RunData) -> Table:

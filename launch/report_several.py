@@ -20,7 +20,7 @@ from launch.report_run import (
 )
 
 # options in which runs differ without being other experiments
-_OWN = ("train.name", "train.runs_dir", "train.resume", "train.log_every", "train.threads", "corpus.cache_dir", "wandb.group")  # fmt: skip
+_OWN = ("train.name", "train.runs_dir", "train.resume", "train.log_every", "train.threads", "train.valid_every", "train.save_every", "train.keep", "data.prefetch", "corpus.cache_dir", "wandb.group")  # fmt: skip
 _IN_A_NAME = 3  # options
 
 
@@ -111,24 +111,32 @@ def _words(runs: Sequence[RunData]) -> list[str]:
 
 def _table(runs: Sequence[RunData], differing: Sequence[str], absent: Sequence[Absent]) -> list[Table]:  # fmt: skip
     ks = sorted({k for run in runs for k, _ in by_k(run)})
+    few = len(differing) <= _IN_A_NAME  # many would push the results out of sight
+    first, then = (differing, ()) if few else ((), differing)
     header = [
-        "run", "state", *differing, "bpc", "of", *(f"k = {k}" for k in ks), "symbols/s", "time", "FLOP", "parameters", "active", "folder",
+        "run", "state", *first, "bpc", "of", *(f"k = {k}" for k in ks), "symbols/s", "time", "FLOP", "parameters", "active", *then, "folder",
     ]  # fmt: skip
-    rows = [[str(i), *_row(run, differing, ks)] for i, run in enumerate(runs, 1)]
+    rows = [[str(i), *_row(run, first, then, ks)] for i, run in enumerate(runs, 1)]
     rows += [["-", run.state, *["-"] * (len(header) - 3), run.name] for run in absent]
     notes = [
         "Runs have the same numbers in the charts. bpc: bits per symbol, the best that is known; k = 1 and so on: of the held-out split "
         "at that k. Runs without a held-out result come last. FLOP: of training, forward and backward, all ranks. active: parameters used "
         "at the last k."
     ]
-    return [Table(header, rows, text_columns=2 + len(differing), notes=notes)] if rows else []
+    return [Table(header, rows, text_columns=2 + len(first), notes=notes)] if rows else []
 
 
-def _row(run: RunData, differing: Sequence[str], ks: Sequence[int]) -> list[str]:
+def _row(
+    run: RunData, first: Sequence[str], then: Sequence[str], ks: Sequence[int]
+) -> list[str]:  # fmt: skip
     found, state = dict(by_k(run)), state_of(run)
+
+    def values(names: Sequence[str]) -> list[str]:
+        return [option_text(run.options[name]) if name in run.options else "-" for name in names]
+
     return [
         state if state == "complete" else f"{state}, step {step_of(run):,}",
-        *(option_text(run.options[name]) if name in run.options else "-" for name in differing),
+        *values(first),
         text(run.quality.bpc, "{:.3f}"),
         run.quality.source,
         *(text(found.get(k, nan), "{:.3f}") for k in ks),
@@ -137,6 +145,7 @@ def _row(run: RunData, differing: Sequence[str], ks: Sequence[int]) -> list[str]
         count_text(run.last("flops")),
         count_text(parameters_of(run)),
         count_text(_active_parameters(run)),
+        *values(then),
         run.name,
     ]
 
@@ -164,7 +173,7 @@ def _quality(drawn: Sequence[_Drawn], what: str, lines: str, name: str, x: str) 
 def _slimming(drawn: Sequence[_Drawn]) -> list[Chart]:
     over_k = [each.line([float(k) for k, _ in by_k(each.run)], [bpc for _, bpc in by_k(each.run)]) for each in drawn]  # fmt: skip
     over_flops = [
-        each.line([flops for _, flops, _ in points], [bpc for *_, bpc in points])
+        each.line([flops for flops, _ in points], [bpc for _, bpc in points])
         for each in drawn
         if (points := by_arithmetic(each.run))
     ]

@@ -377,3 +377,32 @@ def test_durations(value, text):
 )  # fmt: skip
 def test_counts(value, text):
     assert count_text(value) == text
+
+
+def test_many_options_stand_behind_the_results(sweep, tmp_path):
+    runs = [read_run(shutil.copytree(sweep / f"g-{i}", tmp_path / f"r{i}")) for i in (0, 1)]
+    for name in ("model.width", "model.heads", "moe.ngram", "moe.rows"):
+        runs[0].options[name] = 1
+    page = several_page("two", runs)
+    table = page.sections[0].parts[0]
+    assert list(table.header)[:4] == ["run", "state", "bpc", "of"]
+    assert list(table.header)[-6:] == ["model.width", "model.heads", "moe.ngram", "moe.rows", "optim.lr", "folder"]  # fmt: skip
+    assert {each.name for chart in parts(page, Curve).values() for each in chart.lines} == {"1: r0", "2: r1"}  # fmt: skip
+
+
+def test_a_dense_run_is_a_point_among_the_others(sweep, tmp_path):
+    dense = shutil.copytree(sweep / "g-0", tmp_path / "dense")
+    summary = json.loads((dense / "summary.json").read_text())
+    (dense / "summary.json").write_text(json.dumps({**summary, "bpc": {"dense": 2.4}}))
+    facts = json.loads((dense / "facts.json").read_text())
+    (dense / "facts.json").write_text(json.dumps({**facts, "flops_per_symbol": {"dense": 8e6}, "active_parameters": {"dense": 3_444_992}}))  # fmt: skip
+    page = several_page("two", [read_run(dense), read_run(sweep / "g-1")])
+    chart = parts(page, Curve)["Bits per symbol over inference arithmetic"]
+    assert line(chart, "2: lr=0.001").x == [8e6] and line(chart, "2: lr=0.001").y == [2.4]
+    assert [each.name for each in parts(page, Curve)["Bits per symbol over k"].lines] == [
+        "1: lr=0.002"
+    ]
+    row = dict(zip(page.sections[0].parts[0].header, page.sections[0].parts[0].rows[1], strict=True))  # fmt: skip
+    assert (row["of"], row["active"], row["k = 1"]) == ("test split, dense", "3.44 M", "-")
+    titles = {section.title: section for section in run_page(read_run(dense)).sections}
+    assert [type(part) for part in titles["Slimming"].parts] == [str, Table]
