@@ -28,7 +28,7 @@ from launch.study_findings import (
     used,
 )
 from launch.study_plan import Preset
-from launch.study_results import Result, Results, own_bpc
+from launch.study_results import Result, Results, best_rate, own_bpc
 from launch.study_statistics import Estimate, estimate
 
 NONE = "-"  # in a table: not there
@@ -56,7 +56,7 @@ def study_page(name: str, preset: Preset, results: Results) -> Page:
             routes_section(preset, results),
             _published(results),
         ]
-    sections += [_rates(results), _limits(preset, results), _again(name)]
+    sections += [_rates(preset, results), _limits(preset, results), _again(name)]
     return Page(
         title=f"Study: {name}",
         lead=(
@@ -300,25 +300,23 @@ def _published(results: Results) -> page.Section:
     )
 
 
-def _rates(results: Results) -> page.Section:
-    rows = [
-        [f"{r['arm']}", f"{r['tries']:g}", f"{own_bpc(r):.4f}", f"{r['steps']:,}"]
-        for r in sorted(results.tuning, key=lambda r: (r["arm"], r["tries"]))
-    ]
+def _rates(preset: Preset, results: Results) -> page.Section:
+    """Rates that were tried and taken."""
+    if not results.tuning:
+        text = "No learning rate was tried: each experiment's own was taken."
+        return page.Section("Learning rates", [text])
+    by_arm = sorted(results.tuning, key=lambda r: (r["arm"], r["tries"]))
+    rows = [[r["arm"], f"{r['tries']:g}", f"{own_bpc(r):.4f}", f"{r['steps']:,}"] for r in by_arm]
+    note = "On the valid split at k_max, by runs with a seed of their own; the lowest bpc decides."
     parts: list[page.Part] = [
-        "Each arm takes the rate of its kin: the dense arms that of dense, the others that of hashed (the preset says which). The best on the valid split at k_max is taken, with a seed of its own."
+        Table(["tried with", "learning rate", "valid bpc", "steps"], rows, notes=[note])
     ]
-    if rows:
-        parts.append(Table(["tried with", "learning rate", "valid bpc", "steps"], rows))
-    for arm in sorted({r["arm"] for r in results.tuning}):
-        tried = sorted((r for r in results.tuning if r["arm"] == arm), key=lambda r: r["tries"])
-        best = min(tried, key=own_bpc)["tries"]
-        if len(tried) > 1 and best in (tried[0]["tries"], tried[-1]["tries"]):
-            parts.append(
-                f"The best rate of {arm}, {best:g}, is at the end of the grid: a better one may lie outside."
-            )
-    if not rows:
-        parts = ["No learning rate was tried: each experiment's own was taken."]
+    for kin in dict.fromkeys(r["arm"] for r in by_arm):
+        rates = [r["tries"] for r in by_arm if r["arm"] == kin]
+        best = best_rate(results.tuning, kin)
+        arms = ", ".join(name for name, arm in preset.arms.items() if arm.kin == kin)
+        edge = " It is at the end of the grid: a better one may lie outside." if best in (rates[0], rates[-1]) else ""  # fmt: skip
+        parts.append(f"{best:g} is the best for {kin}; taken by {arms}.{edge}")
     return page.Section("Learning rates", parts)
 
 

@@ -153,7 +153,7 @@ def test_a_hashed_model_is_seen_as_its_tables_say(corpus):
         assert layer.hidden_TD.shape == (symbols, config.model.width)
         before = 0  # left of the split's first input nothing is known
         for t, symbol in enumerate(inputs.tolist()):
-            row = table.keys_to_rows(np.array([before * SYMBOLS + symbol]))[0]
+            row = table.rows_of(torch.tensor([[symbol]]), torch.tensor([[before]])).item()
             chosen = table.order_rE[row, :k].tolist()
             assert layer.chosen_TE[t].nonzero().flatten().tolist() == sorted(chosen)
             weights = torch.softmax(table.logits_rE[row, :k], dim=0)

@@ -217,6 +217,30 @@ def test_a_report_of_a_part_and_again_from_the_repository_alone(tmp_path):
         write_report("x", PRESET, folder, docs)
 
 
+def test_the_page_says_which_rates_were_tried_and_taken(tmp_path):
+    tuning = [
+        study_result("hashed", 0, [(1, 1, 1, 9)], {"2": bpc}, tries=rate, split="valid")
+        for rate, bpc in ((0.1, 3.0), (0.2, 2.0), (0.4, 2.5))
+    ]
+    folder = tmp_path / "results"
+    write(folder, [dense(1), hashed(1)])
+    for result in tuning:
+        (folder / f"tune-{result['tries']}.json").write_text(json.dumps(result))
+    write_report("x", PRESET, folder, tmp_path)
+    text = (tmp_path / "x.md").read_text()
+    assert (
+        "0.2 is the best for hashed; taken by hashed, frozen." in text
+        and "end of the grid" not in text
+    )
+    tuning[2]["bpc"]["2"] = 1.5
+    (folder / "tune-0.4.json").write_text(json.dumps(tuning[2]))
+    write_report("x", PRESET, folder, tmp_path)
+    assert (
+        "0.4 is the best for hashed; taken by hashed, frozen. It is at the end of the grid"
+        in (tmp_path / "x.md").read_text()
+    )
+
+
 def test_a_report_of_nothing_is_refused(tmp_path):
     with pytest.raises(UserError, match="no result file"):
         write_report("x", PRESET, tmp_path / "results", tmp_path / "docs")
