@@ -46,42 +46,33 @@ def generate(
         config.moe.keys is Keys.own,
         f"moe.keys={config.moe.keys.name}: a control that cannot generate; only moe.keys=own can",
     )
-    return _sampled(model, routers, config, prompt, k=k, length=length, sampling=sampling)
 
+    def sampled() -> Iterator[int]:
+        context = config.context
+        # one symbol at a time needs a longer memory to see as far as a whole segment does
+        memory_len = max(config.model.memory, config.data.segment)
+        history = list(prompt) or [0]
+        memory: Memory | None = None
+        start = 0
+        model.eval()
+        for _ in range(length):
+            with torch.inference_mode():
+                while start < len(history):
+                    part = history[start : start + config.data.segment]
+                    left = ([0] * context + history)[start : start + context]
+                    planned = plan_batch(
+                        group_batch([_batch(part, left, start)]), k, routers, held_out=True, input_keys=model.input_keys
+                    )  # fmt: skip
+                    routing = Routing(k, planned.plans, input_row_tBQ=planned.input_row_tBQ)
+                    logits_BQV, memory = model.logits(
+                        planned.batch.ids_BQ, memory, routing, memory_len=memory_len
+                    )[:2]
+                    start += len(part)
+                chosen = sample(logits_BQV[0, -1], sampling)
+            history.append(chosen)
+            yield chosen
 
-def _sampled(
-    model: TransformerXL,
-    routers: Sequence[PlannedRouter] | None,
-    config: Config,
-    prompt: Sequence[int],
-    *,
-    k: int,
-    length: int,
-    sampling: Sampling,
-) -> Iterator[int]:
-    context = config.context
-    # one symbol at a time needs a longer memory to see as far as a whole segment does
-    memory_len = max(config.model.memory, config.data.segment)
-    history = list(prompt) or [0]
-    memory: Memory | None = None
-    start = 0
-    model.eval()
-    for _ in range(length):
-        with torch.inference_mode():
-            while start < len(history):
-                part = history[start : start + config.data.segment]
-                left = ([0] * context + history)[start : start + context]
-                planned = plan_batch(
-                    group_batch([_batch(part, left, start)]), k, routers, held_out=True, input_keys=model.input_keys
-                )  # fmt: skip
-                routing = Routing(k, planned.plans, input_row_tBQ=planned.input_row_tBQ)
-                logits_BQV, memory = model.logits(
-                    planned.batch.ids_BQ, memory, routing, memory_len=memory_len
-                )[:2]
-                start += len(part)
-            chosen = sample(logits_BQV[0, -1], sampling)
-        history.append(chosen)
-        yield chosen
+    return sampled()
 
 
 def _batch(ids: list[int], left: list[int], index: int) -> Batch:
