@@ -181,7 +181,7 @@ def test_a_result_is_not_overwritten(run, runs, tmp_path, task):
         (["dropout=1"], "dropout=1.0: must be in [0, 1)"),
         (["name=../x"], "name='../x': must be a plain file name"),
         (["held_out=51"], "held_out=51: must be at most 50"),
-        (["preset=none"], "preset/none"),
+        (["recipe=none"], "recipe/none"),
         (["run=/does/not/exist"], "/does/not/exist/config.yaml: no such file"),
         (["sed=1"], "allowed: run, task, name"),
     ],
@@ -204,10 +204,10 @@ def test_what_is_missing_is_named(run, runs):
         assert done.stderr.count("\n") == 1, done.stderr
 
 
-def test_the_published_preset(run, runs, tmp_path, task):
+def test_the_published_recipe(run, runs, tmp_path, task):
     """Its options reach the program, and options of the command line go before them."""
     folder = copy_of(runs, "hashed", tmp_path)
-    done = run("finetune", f"run={folder}", f"task.path={task}", "preset=published", "steps=1", "held_out=20")  # fmt: skip
+    done = run("finetune", f"run={folder}", f"task.path={task}", "recipe=published", "steps=1", "held_out=20")  # fmt: skip
     assert done.returncode == 0, done.stderr
     (path,) = (folder / "finetune").iterdir()
     settings = json.loads(path.read_text())["settings"]

@@ -167,7 +167,7 @@ def test_the_parts_of_a_small_program(tmp_path):
             red = 1
             blue = 2
 
-        def _at_least(*_, **__): ...
+        def at_least(*_, **__): ...
 
         @dataclass
         class Size:
@@ -176,7 +176,7 @@ def test_the_parts_of_a_small_program(tmp_path):
             width: float = 2.0
 
             def __post_init__(self):
-                _at_least("size", self, width=1)
+                at_least("size", self, width=1)
 
         @dataclass
         class Paint:
