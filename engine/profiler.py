@@ -125,17 +125,19 @@ class Profiler:
         profiler, self._torch = self._torch, None
         if profiler is not None:
             profiler.stop()
-        issued = [Range("", f.thread, f.issued_ns, f.issued_ns) for f in recorder.flights]
-        nested = nest([*recorder.ranges, *issued])
-        ranges, places = nested[: len(recorder.ranges)], nested[len(recorder.ranges) :]
+        # Ranges that other threads had begun still come in.
+        recorded, flights = list(recorder.ranges), list(recorder.flights)
+        issued = [Range("", f.thread, f.issued_ns, f.issued_ns) for f in flights]
+        nested = nest([*recorded, *issued])
+        ranges, places = nested[: len(recorded)], nested[len(recorded) :]
         issued_in = [place.path.rpartition("/")[0] for place in places]
         events = [
             *range_events(ranges, self._process, self._clock),
-            *flight_events(recorder.flights, issued_in, self._process, self._clock),
+            *flight_events(flights, issued_in, self._process, self._clock),
         ]
         return {
             "costs": costs(ranges),
-            "overlap_ms": self._overlap_ms(ranges, recorder.flights, issued_in),
+            "overlap_ms": self._overlap_ms(ranges, flights, issued_in),
             "problem": self._attempt(lambda: self._write_own(profiler, events, ranges)),
         }
 

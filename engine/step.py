@@ -8,6 +8,8 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
+import torch
+
 from engine.certificate.check import Check
 from engine.config import Config
 from engine.deepspeed_adapter import Engine
@@ -55,6 +57,7 @@ class StepResult:
     learning_rate: float
     grad_norm: float
     block_PX: Numbers  # what each rank told the others (engine/totals.py)
+    sent_bytes_PG: Numbers  # likewise
     count_LE: Numbers  # rows of each expert over all ranks; [0, 0] when dense
     times: StepTimes = field(default_factory=StepTimes)
 
@@ -139,8 +142,12 @@ def train_step(
     if check is not None:
         check.compare(step)
     clock.lap_ms()
-    row = _row(engine, world, sent_before_P, times, before or StepTimes(), stop_asked)
-    block = block_of(row, world.mesh)
+    if engine.device.type == "cuda":  # launched, not done; the ranks' sum would wait for it next
+        torch.cuda.synchronize(engine.device)
+        times.backward_ms += clock.lap_ms()
+    sent_G = [now - then for now, then in zip(wire.sent_bytes_P, sent_before_P, strict=True)] if wire else []  # fmt: skip
+    row = _row(world, sent_G, times, before or StepTimes(), stop_asked)
+    block = block_of(row, sent_G, world.mesh)
     times.metric_ms = clock.lap_ms()
     with span("totals"):
         totals = add_up(outputs, world, block)
@@ -161,6 +168,7 @@ def train_step(
         learning_rate=rate,
         grad_norm=engine.grad_norm(),
         block_PX=totals.block_PX,
+        sent_bytes_PG=totals.sent_bytes_PG,
         count_LE=totals.count_LE,
         times=times,
     )
@@ -174,22 +182,19 @@ def train_step(
 
 
 def _row(
-    engine: Engine, world: World, sent_before_P: list[int], times: StepTimes, before: StepTimes, stop_asked: bool
+    world: World, sent_G: list[int], times: StepTimes, before: StepTimes, stop_asked: bool
 ) -> RankRow:  # fmt: skip
     """What this rank tells the others: all that is known on the host before the ranks' sum."""
-    row = RankRow(
+    near_G = world.near(world.mesh.group_ranks) if sent_G else []
+    return RankRow(
         stop_asked=float(stop_asked),
         own_ms=before.own_ms,
         exchange_exposed_ms=before.exchange_exposed_ms,
         plan_wait_ms=times.plan_wait_ms,
         memory_bytes=memory_bytes(),
+        wire_bytes=sum(sent_G),
+        wire_bytes_inside=sum(sent for sent, near in zip(sent_G, near_G, strict=True) if near),
     )
-    if engine.wire is not None:
-        near_P = world.near(world.mesh.group_ranks)
-        sent_P = [now - then for now, then in zip(engine.wire.sent_bytes_P, sent_before_P, strict=True)]  # fmt: skip
-        row.wire_bytes = sum(sent_P)
-        row.wire_bytes_inside = sum(sent for sent, near in zip(sent_P, near_P, strict=True) if near)
-    return row
 
 
 def _forward(

@@ -3,9 +3,10 @@
 It carries the losses, the rows of each expert, and a block in which each rank fills the row of its own. So every rank knows
 every other's times, memory, rows and bytes, and no further collective is needed.
 
-Letters: L layers, E experts, P ranks of the run, X columns of a row.
+Letters: L layers, E experts, P ranks of the run, X columns of a row, G links of a rank.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -35,6 +36,8 @@ class RankRow:
     rows: float = 0.0  # expert rows that the rank computed, in all layers; filled in here
 
 
+MOST_RANKS = 16
+"""Up to so many ranks what each link carries is told, too: the bytes grow with the square of the ranks."""
 COLUMN = {column.name: number for number, column in enumerate(fields(RankRow))}
 
 
@@ -44,20 +47,26 @@ class Totals(NamedTuple):
     loss: float  # mean nats per symbol over micro-batches and ranks, without auxiliary losses
     auxiliary_loss: float
     block_PX: Numbers  # every rank's RankRow; COLUMN says which column is what
+    sent_bytes_PG: Numbers  # what each rank sent to each of its expert group; [P, 0] for one rank or more than MOST_RANKS
     count_LE: Numbers  # rows of each expert over all ranks; [0, 0] when dense
 
 
-def block_of(row: RankRow, mesh: Mesh) -> Tensor:
-    """Give the block [P, X] in which this rank's row alone is filled."""
-    block = np.zeros((mesh.world, len(COLUMN)))
-    block[mesh.rank] = [getattr(row, name) for name in COLUMN]
+def block_of(row: RankRow, sent_bytes_G: Sequence[int], mesh: Mesh) -> Tensor:
+    """Give the block [P, X + G] in which this rank's row alone is filled.
+
+    Args:
+        sent_bytes_G: to each rank of the expert group.
+    """
+    links = list(sent_bytes_G) if 1 < mesh.world <= MOST_RANKS else []
+    block = np.zeros((mesh.world, len(COLUMN) + len(links)))
+    block[mesh.rank] = [getattr(row, name) for name in COLUMN] + links
     return torch.from_numpy(block)
 
 
 def add_up(outputs: list[Output], world: World, block: Tensor) -> Totals:
     """Add up a step over its micro-batches and ranks; a collective.
 
-    Leaves: about 16 x (2 + P x X + L x E) bytes.
+    Leaves: about 16 x (2 + P x (X + G) + L x E) bytes.
 
     Args:
         block: this rank's (block_of).
@@ -72,14 +81,16 @@ def add_up(outputs: list[Output], world: World, block: Tensor) -> Totals:
         count_LE = torch.stack(counts).sum(0).to(nll.device, torch.float64)
         shape = tuple(count_LE.shape)
         here = mesh.local_experts(shape[1])
-        parts[1][mesh.rank * len(COLUMN) + COLUMN["rows"]] = count_LE[:, here.start : here.stop].sum()  # fmt: skip
+        parts[1][mesh.rank * block.shape[1] + COLUMN["rows"]] = count_LE[:, here.start : here.stop].sum()  # fmt: skip
         parts.append(count_LE.flatten())
     found: Numbers = world.sum(torch.cat(parts)).cpu().numpy()
-    (loss, auxiliary_loss), block_X, count_X = np.split(found, [2, 2 + block.numel()])
+    (loss, auxiliary_loss), told, count_X = np.split(found, [2, 2 + block.numel()])
+    block_PX, sent_bytes_PG = np.split(told.reshape(block.shape), [len(COLUMN)], axis=1)
     number = len(outputs) * mesh.world
     return Totals(
         float(loss) / number,
         float(auxiliary_loss) / number,
-        block_X.reshape(block.shape),
+        block_PX,
+        sent_bytes_PG,
         count_X.reshape(shape) / mesh.expert_ranks,  # each rank counts for its whole expert group
     )

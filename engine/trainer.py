@@ -45,7 +45,7 @@ from engine.skew import SlowRank
 from engine.step import StepTimes, train_step
 from engine.timing import ForwardTimes
 from engine.tracing import span
-from engine.window import Window
+from engine.window import Values, Window
 
 
 class Reporter(Protocol):
@@ -221,10 +221,7 @@ class Trainer:
                 if self.step % train.log_every == 0 or self.step == train.steps:
                     for line in slow.lines(window.own_ms_P()):
                         self.reporter.note(f"step {self.step}: {line}")
-                    with window.timed():
-                        values = window.close(self.step)
-                        if metrics is not None:
-                            metrics.log(self.step, values)
+                    values = self._log(window, metrics)
                     elapsed = time.perf_counter() - start
                     left = elapsed / (self.step - first) * (train.steps - self.step)
                     self.reporter.metrics(self.step, values, left)
@@ -246,9 +243,19 @@ class Trainer:
         finally:
             loader.close()
             profiler.leave()
+        if window.begun:  # stopped between two lines
+            self._log(window, metrics)
         if saved != self.step:
             self.save()
         return self.step >= train.steps
+
+    def _log(self, window: Window, metrics: Metrics | None) -> Values:
+        """End the window behind this step, and give and write its numbers."""
+        with window.timed():
+            values = window.close(self.step)
+            if metrics is not None:
+                metrics.log(self.step, values)
+        return values
 
     def _window(self) -> Window:
         return Window(

@@ -20,7 +20,7 @@ from typing import Any
 import wandb
 
 from engine.config import WandbConfig, WandbMode
-from engine.errors import UserError
+from engine.errors import RunFailed, UserError
 from engine.metrics import METRICS, WANDB_ID
 
 MOST_RANKS = 64
@@ -79,7 +79,7 @@ class WandbRun:
         """Give the values of a step to the thread; later changes to them must not be made.
 
         Raises:
-            Exception: what wandb raised for an earlier step.
+            RunFailed: W&B could not take an earlier step.
         """
         self._give(lambda: self._log(step, values))
 
@@ -91,10 +91,14 @@ class WandbRun:
         """Finish; returns when everything is written, and online sent.
 
         Raises:
-            Exception: what wandb raised, unless the run has failed anyway.
+            RunFailed: W&B could not take everything, and the run has not failed anyway.
         """
         self._thread.shutdown()
-        self._run.finish(exit_code=1 if failed else 0)
+        try:
+            self._run.finish(exit_code=1 if failed else 0)
+        except Exception as error:  # of the service, its connection, or the server
+            if not failed:
+                raise _failure(error) from error
         if not failed:
             self._raise_past()
 
@@ -104,7 +108,9 @@ class WandbRun:
 
     def _raise_past(self) -> None:
         while self._given and self._given[0].done():
-            self._given.popleft().result()
+            error = self._given.popleft().exception()
+            if error is not None:
+                raise _failure(error) from error
 
     def _log(self, step: int, values: Mapping[str, Any]) -> None:
         if (
@@ -115,6 +121,12 @@ class WandbRun:
         for name, value in values.items():
             shown |= _drawn(name, value)
         self._run.log(shown, step=step)
+
+
+def _failure(error: BaseException) -> RunFailed:
+    """What wandb raised may look like another fault: its service that died like an output that nobody reads."""
+    why = str(error) or type(error).__name__
+    return RunFailed(f"W&B: {why}; train.resume=true wandb.mode=disabled goes on without it")
 
 
 def _drawn(name: str, value: Any) -> dict[str, Any]:
@@ -129,6 +141,9 @@ def _drawn(name: str, value: Any) -> dict[str, Any]:
         return {f"{name}/{of.__name__}": of(value) for of in (min, statistics.median, max)}
     if axes == ("layer", "expert"):
         return {f"{name}/{layer}": _histogram(rows_E) for layer, rows_E in enumerate(value)}
+    if axes == ("rank", "peer"):
+        links = ((rank, peer) for rank, to in enumerate(value) for peer in range(len(to)))
+        return {f"{name}/{rank}/{peer}": value[rank][peer] for rank, peer in links}
     return {f"{name}/{place}": number for place, number in enumerate(value)}
 
 

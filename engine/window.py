@@ -50,6 +50,7 @@ class Window:
         self._loss = self._auxiliary_loss = self._worst_load = self._rank_load = 0.0
         self._ms = dict.fromkeys(_TIMES, 0.0)
         self._block_PX: Numbers | float = 0.0
+        self._sent_bytes_PG: Numbers | float = 0.0
         self._count_LE: Numbers | float = 0.0
         self._load_L: Numbers | float = 0.0
         self._last: StepResult | None = None
@@ -64,6 +65,7 @@ class Window:
         for name in _TIMES:
             self._ms[name] += getattr(result.times, name)
         self._block_PX += result.block_PX
+        self._sent_bytes_PG += result.sent_bytes_PG
         self._flops += self._arithmetic.step_flops(result.k)
         if result.count_LE.size:
             load_L = result.count_LE.max(1) / result.count_LE.mean(1)
@@ -73,6 +75,11 @@ class Window:
             self._worst_load += float(load_L.max())
             self._rank_load += float(rows_P.max() / rows_P.mean())
         self._last = result
+
+    @property
+    def begun(self) -> bool:
+        """Steps have come since the last close."""
+        return self._steps > 0
 
     @contextmanager
     def timed(self) -> Iterator[None]:
@@ -146,8 +153,10 @@ class Window:
         steps, moe = self._steps, isinstance(self._count_LE, np.ndarray)
         wire_bytes_P = self._ranks_mean("wire_bytes")
         wire_bytes, inside = sum(wire_bytes_P), sum(self._ranks_mean("wire_bytes_inside"))
+        links = isinstance(self._sent_bytes_PG, np.ndarray) and self._sent_bytes_PG.size > 0
         lists = {
             "rank_wire_bytes": wire_bytes_P,
+            "link_bytes": np.divide(self._sent_bytes_PG, steps).tolist() if moe and links else [],
             "rank_rows": self._ranks_mean("rows"),
             # rounded: there are many of them in a line
             "layer_load": np.round(np.divide(self._load_L, steps), 6).tolist(),

@@ -5,7 +5,8 @@ Rank 0 writes it at each start of training; "started" keeps the times of all sta
     parameters, active_parameters {k: number}, flops_per_symbol {k: of a forward pass}, symbols_per_step, steps, router
     ranks, expert_ranks, nodes, device, peak_flops (of one device, FLOP/s; 0: unknown), peak_source
     corpus {name, symbols, sha256, tokens}, code {version, commit, changed}, versions {python, torch, triton, deepspeed}
-    certificate {path, wire_bytes_by_k {k: mean bytes that all ranks send in a step}}, or null: held to none
+    certificate {path, from_step: steps that were done before this start, wire_bytes_by_k {k: mean bytes that all ranks send in
+        a step}}, or null: held to none
     started [ISO time of each start]
 
 Instead of a k stands "dense" where there are no experts. A commit is null outside a git checkout.
@@ -33,18 +34,21 @@ FACTS = "facts.json"
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def write_facts(trainer: Trainer, written: Written | None) -> dict[str, Any]:
+def write_facts(
+    trainer: Trainer, written: Written | None, *, resuming: bool = False
+) -> dict[str, Any]:
     """Write facts.json for a start of training; gives what is in it.
 
     Args:
         written: the certificate that the run is held to.
+        resuming: the folder held this run before.
 
     Raises:
         RunFailed: it cannot be written.
     """
     file = trainer.folder / FACTS
     started: list[str] = []
-    if trainer.step:
+    if resuming:
         with suppress(OSError, ValueError, KeyError):  # of a version that had none
             started = json.loads(file.read_text())["started"]
     found = {
@@ -54,7 +58,9 @@ def write_facts(trainer: Trainer, written: Written | None) -> dict[str, Any]:
         "peak_source": trainer.peak.source,
         "code": code(),
         "versions": _versions(),
-        "certificate": None if written is None else _of_certificate(written),
+        "certificate": None
+        if written is None
+        else {**_of_certificate(written), "from_step": trainer.step},
         "started": [*started, datetime.now(UTC).isoformat(timespec="seconds")],
     }
     try:

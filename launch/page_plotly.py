@@ -113,7 +113,8 @@ def _curve(chart: Curve) -> tuple[list[Any], dict[str, Any]]:
 def _areas(chart: Areas) -> tuple[list[Any], dict[str, Any]]:
     traces = [
         go.Scatter(
-            x=_short(line.x), y=_short(line.y), name=escape(line.name), legendgroup=str(i), stackgroup="all", mode="lines",
+            x=_short(line.x), y=_short(line.y), name=escape(line.name), legendgroup=str(i), stackgroup="all",
+            mode="lines" if len(line.x) > 1 else "lines+markers",
             line={"width": 0.5, "color": f"var(--c{hue_of(line, i)})"}, fillcolor=f"var(--c{hue_of(line, i)})", hovertemplate="%{y:,.4~g}",
         )
         for i, line in enumerate(chart.lines)

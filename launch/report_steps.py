@@ -74,6 +74,7 @@ def exchange(run: RunData) -> list[Section]:
         _bars(means, certified),
         _bytes_table(means, certified),
         by_place(run, "rank_wire_bytes", "Bytes that each rank sends", "MB in a step", of="rank", factor=1e-6),
+        _link_table(run),
     )  # fmt: skip
 
 
@@ -158,7 +159,21 @@ def _verdict(run: RunData) -> list[Verdict]:
     if state == "failed":
         return [Verdict(f"Held to {path}; the run failed, and only its terminal output says whether for a difference from it.", False)]  # fmt: skip
     until = "" if state == "complete" else " so far"
-    return [Verdict(f"Held to {path}: every step{until} that it counted moved and computed the rows and bytes that it says; the first difference would have ended the run.", True)]  # fmt: skip
+    begin = certificate.get("from_step") or 0
+    since = f" behind step {begin:,}" if begin else ""
+    return [Verdict(f"Held to {path}: every step{since}{until} that it counted moved and computed the rows and bytes that it says; the first difference would have ended the run.", True)]  # fmt: skip
+
+
+def _link_table(run: RunData) -> list[Table]:
+    """Means of each link, of up to 16 ranks."""
+    found = grid(run, "link_bytes", 2)
+    if not found:
+        return []
+    means = found.values.mean(0)
+    header = ["from rank", *(f"to {place}" for place in range(means.shape[1]))]
+    rows = [[str(rank), *(byte_text(float(value)) for value in to)] for rank, to in enumerate(means)]  # fmt: skip
+    note = "Expert groups are consecutive ranks; the columns are the ranks of the sender's group, counted in it."
+    return [Table(header, rows, "Bytes on each link in one step, mean", notes=[note])]
 
 
 def _means_by_k(run: RunData) -> dict[str, tuple[int, float]]:
@@ -189,7 +204,7 @@ def _bytes_table(means: dict[str, tuple[int, float]], certified: dict[str, Any])
         return Table(header, rows, text_columns=0)
     for row, (k, (_, mean)) in zip(rows, means.items(), strict=True):
         said = number(certified.get(k, nan))
-        row += ["-", "-"] if not isfinite(said) else [byte_text(said), f"{100 * (mean / said - 1):+.2f}%"]  # fmt: skip
+        row += ["-", "-"] if not isfinite(said) else [byte_text(said), f"{100 * (mean / said - 1):+.2f}%" if said else "-"]  # fmt: skip
     note = (
         "Certified is the mean over all counted steps of that k; logged is the mean over the lines of metrics.jsonl, which need not "
         "have all of these steps, or those of one k alone: a difference here is no fault. Held to a certificate, each step is compared exactly."

@@ -86,6 +86,7 @@ def _line(
         "peak_memory_bytes": 8.5e8 + 1e6 * line, "device_memory_bytes": 0, "peak_device_memory_bytes": 0, "mfu": 0.21,
         "rank_own_ms": own.tolist(), "rank_plan_wait_ms": [0.05] * ranks, "rank_exchange_exposed_ms": [4.0] * ranks,
         "rank_memory_bytes": [8e8 + 1e7 * rank for rank in range(ranks)], "rank_wire_bytes": of_ranks,
+        "link_bytes": [[0.0 if to == rank else wire / ranks / max(1, ranks - 1) for to in range(ranks)] for rank in range(ranks)] if 1 < ranks <= 16 else [],
         "rank_rows": [STREAM_SYMBOLS * k * layers / ranks] * ranks, "layer_load": (rows.max(1) / rows.mean(1)).tolist(),
         "expert_rows": rows.tolist(),
     }  # fmt: skip

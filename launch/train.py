@@ -167,7 +167,7 @@ def _open_metrics(run: RunFolder, trainer: Trainer, check: Check | None) -> Metr
     if not trainer.world.first:
         return None
     config = run.config
-    facts = write_facts(trainer, None if check is None else check.written)
+    facts = write_facts(trainer, None if check is None else check.written, resuming=run.resuming)
     return Metrics(
         run.path,
         config.wandb,

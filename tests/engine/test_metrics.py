@@ -90,7 +90,7 @@ def test_memory_is_in_bytes() -> None:
 
 def test_every_metric_has_a_unit_and_a_meaning() -> None:
     assert all(metric.unit and metric.meaning for metric in METRICS.values())
-    axes = {(), ("rank",), ("layer",), ("layer", "expert")}
+    axes = {(), ("rank",), ("layer",), ("layer", "expert"), ("rank", "peer")}
     assert {metric.axes for metric in METRICS.values()} == axes
     assert {"loss", "bpc", "k", "tokens_per_second", "wire_bytes", "mfu"} <= set(METRICS)
 
@@ -101,7 +101,7 @@ from pathlib import Path
 from engine.config import WandbConfig, WandbMode
 from engine.metrics import METRICS, Metrics
 wandb = WandbConfig(mode=WandbMode.offline, project="study", group="hashed", tags=["a", "b"], notes="n")
-SIZES = {"rank": int(sys.argv[2]), "layer": 2, "expert": 3}
+SIZES = {"rank": int(sys.argv[2]), "peer": 2, "layer": 2, "expert": 3}
 def value(number, axes):
     if not axes:
         return number
@@ -143,6 +143,9 @@ def test_offline_wandb_run_has_everything(tmp_path: Path) -> None:
                 continue
             if not about.axes:
                 assert row[name] == number, name
+            elif about.axes == ("rank", "peer"):
+                links = [row[f"{name}/{rank}/{peer}"] for rank in range(2) for peer in range(2)]
+                assert links == [number, number + 1, number + 1, number + 2]
             elif about.axes != ("layer", "expert"):
                 assert [row[f"{name}/{place}"] for place in range(2)] == [number, number + 1]
         rows = found.history[step]["expert_rows/1"]
@@ -206,7 +209,7 @@ def test_a_slow_wandb_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert go_on.wait(20)
         seen.append(step)
         if step == 3:
-            raise ConnectionError("the service is gone")
+            raise BrokenPipeError("the service is gone")
 
     run = MagicMock(log=log)
     monkeypatch.setattr(wandb, "init", lambda **_: run)
@@ -215,7 +218,9 @@ def test_a_slow_wandb_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         metrics.log(step, {"loss": 1.0})
     assert seen == [] and len(lines(tmp_path)) == 3
     go_on.set()
-    with pytest.raises(ConnectionError, match="the service is gone"):
+    with pytest.raises(
+        RunFailed, match=r"W&B: the service is gone; .* wandb.mode=disabled goes on"
+    ):
         metrics.close()
     assert seen == [1, 2, 3] and run.finish.called
 

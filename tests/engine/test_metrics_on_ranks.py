@@ -177,6 +177,17 @@ def test_lines_say_what_was_counted(name, folder):
         assert line["wire_bytes"] == pytest.approx(everything)
         assert line["wire_bytes_inside"] == pytest.approx(inside)
         assert line["wire_bytes_between"] == pytest.approx(everything - inside)
+        if ranks == 1:
+            assert line["link_bytes"] == []
+            continue
+        link_PG = np.array(line["link_bytes"])
+        np.testing.assert_allclose(link_PG.sum(1), line["rank_wire_bytes"])
+        rank_P, group = np.arange(ranks), link_PG.shape[1]
+        peer_PG = rank_P[:, None] // group * group + np.arange(group)
+        assert (link_PG[peer_PG == rank_P[:, None]] == 0).all()
+        node_P = np.array(CASES[name][2] or [0] * ranks)
+        near_PG = node_P[peer_PG] == node_P[:, None]
+        assert link_PG[near_PG].sum() == pytest.approx(inside)
 
 
 @pytest.mark.dist
@@ -209,12 +220,12 @@ def test_a_live_router_is_counted_too(folder):
 @pytest.mark.parametrize("name", CASES)
 def test_every_name_is_there_with_its_axes(name, folder):
     """And numbers that must agree do."""
-    ranks, _, _, router = CASES[name]
+    ranks, expert_ranks, _, router = CASES[name]
     config = config_of(name, folder)
     corpus = prepare(config.corpus)
     dense = router is Router.dense
-    sizes = {"rank": ranks, "layer": LAYERS, "expert": EXPERTS}
-    empty = "rank_rows", "rank_wire_bytes", "layer_load", "expert_rows"
+    sizes = {"rank": ranks, "peer": expert_ranks, "layer": LAYERS, "expert": EXPERTS}
+    empty = "rank_rows", "rank_wire_bytes", "link_bytes", "layer_load", "expert_rows"
     arithmetic = Arithmetic(config, corpus.vocab.size, 0)
     found = lines(folder, name)
     assert [line["step"] for line in found] == [4, 8, 10]
@@ -222,7 +233,9 @@ def test_every_name_is_there_with_its_axes(name, folder):
     for line in found:
         assert set(line) == {*METRICS, "step"} - {"valid_loss", "valid_bpc"}
         for metric, about in METRICS.items():
-            if metric in line and not (dense and metric in empty):
+            if metric == "link_bytes" and ranks == 1:
+                assert line[metric] == []
+            elif metric in line and not (dense and metric in empty):
                 assert np.shape(line[metric]) == tuple(sizes[axis] for axis in about.axes), metric
         assert not dense or all(line[metric] == [] for metric in empty)
         assert line["flops"] == pytest.approx(arithmetic.flops_before(line["step"]))

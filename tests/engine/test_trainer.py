@@ -155,6 +155,20 @@ def test_resume_is_bit_identical_to_never_stopping(tmp_path, text, change):
     assert losses(tmp_path / "whole")[-2:] == losses(tmp_path / "parts")[-2:]
 
 
+def test_no_step_of_a_stopped_run_is_missing_from_the_lines(tmp_path, text):
+    config = make_config(text, train={"steps": 10, "log_every": 5})
+    train(make_trainer(config, tmp_path / "whole"))
+    first = make_trainer(config, tmp_path / "parts")
+    train(first, stop_at(first, 7))
+    second = make_trainer(config, tmp_path / "parts")
+    second.resume()
+    train(second)
+    rows = [json.loads(line) for line in (tmp_path / "parts/metrics.jsonl").read_text().splitlines()]  # fmt: skip
+    assert [row["step"] for row in rows] == [5, 7, 10]
+    together = (2 * rows[1]["loss"] + 3 * rows[2]["loss"]) / 5
+    assert [rows[0]["loss"], pytest.approx(together)] == losses(tmp_path / "whole")
+
+
 def test_a_validation_that_a_stop_cut_short_is_made_up_for(tmp_path, text):
     config = make_config(text, train={"valid_every": 10, "valid_symbols": 200})
     whole = make_trainer(config, tmp_path / "whole")

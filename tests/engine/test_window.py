@@ -31,7 +31,8 @@ def result(number, own_ms_P, *, step_ms=10.0):
     block_PX[:, COLUMN["rows"]] = 3, 5
     count_LE = np.array([[4.0, 0.0], [1.0, 3.0]])
     times = StepTimes(step_ms=step_ms, forward_ms=3.0 * number, metric_ms=0.5)
-    return StepResult(float(number), 0.0, 2, 0.1, 0.2, block_PX, count_LE, times)
+    sent_bytes_PG = np.array([[0.0, 10 * number], [30 * number, 0.0]])
+    return StepResult(float(number), 0.0, 2, 0.1, 0.2, block_PX, sent_bytes_PG, count_LE, times)
 
 
 def test_means_over_the_steps():
@@ -44,6 +45,7 @@ def test_means_over_the_steps():
     assert values["rank_own_ms"] == [5.0, 5.0]
     assert values["rank_memory_bytes"] == [6000.0, 12000.0]  # now
     assert values["rank_wire_bytes"] == [30.0, 90.0]
+    assert values["link_bytes"] == [[0.0, 30.0], [90.0, 0.0]]
     assert (values["wire_bytes"], values["wire_bytes_inside"]) == (120.0, 30.0)
     assert values["layer_load"] == [2.0, 1.5] and values["load_max_over_mean"] == 2.0
     assert values["rank_load_max_over_mean"] == 5 / 4
