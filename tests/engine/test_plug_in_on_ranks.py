@@ -389,7 +389,7 @@ def test_a_rank_goes_on_from_what_it_saved(on_two_ranks):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_example_learns(ranks):
     launcher = [
         sys.executable,

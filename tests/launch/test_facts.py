@@ -130,6 +130,7 @@ def start(tmp_path, text, *more):
     return folder
 
 
+@pytest.mark.slow
 def test_a_watched_sweep(tmp_path, text):
     """Every metric, the sweep as group, results and facts are in W&B."""
     folder = start(tmp_path, text)

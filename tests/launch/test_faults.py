@@ -144,6 +144,7 @@ def holding(folder, words):
     return [path for path in found if any(word.encode() in path.read_bytes() for word in words)]
 
 
+@pytest.mark.slow
 def test_secrets_of_the_environment_are_written_nowhere(tmp_path, text):
     """A sweep of two jobs, one of which fails, watched by W&B offline."""
     home = tmp_path / "home"

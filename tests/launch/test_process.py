@@ -61,6 +61,7 @@ REFUSED = {"0": "failed to listen", "1": "rank 1 is at .* already: another run m
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_a_second_run_at_the_same_port_is_refused(tmp_path):
     """As when deepspeed is started twice on one machine; the first run does not notice."""
     with socket.socket() as free:

@@ -155,7 +155,11 @@ def test_a_run_goes_on_with_other_ranks(tmp_path, alone):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=lambda how: how.name)
+@pytest.mark.parametrize(
+    "how",
+    [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)],
+    ids=lambda how: how.name,
+)
 def test_a_lost_rank_is_named(tmp_path, how):
     """Killed: its connections break. Stopped: they stay, and the other rank waits in a collective."""
     with Ranks(tmp_path, ["train.steps=100000", "train.log_every=5"]) as ranks:
@@ -209,6 +213,7 @@ def test_nobody_goes_on_while_rank_0_works_alone(tmp_path):
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_a_failure_of_all_is_one_line(tmp_path):
     """Rank 0 takes long to find the last good checkpoint; a launcher would end it if the other had ended by then."""
     folder = str(tmp_path)
