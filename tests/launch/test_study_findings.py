@@ -17,6 +17,7 @@ from launch.study_findings import (
 from launch.study_findings import (
     compare_on_test as on_test,
 )
+from launch.study_page import change, study_page
 from launch.study_plan import ArmConfig, Preset
 from launch.study_report import write_report
 from launch.study_results import arrange, best_rate, curve, read_results
@@ -74,6 +75,38 @@ def test_at_equal_flops_the_dearer_arm_is_read_in_the_middle():
     assert found.cut == "dense was read at 50% of its training"
     half = compare_along(results, "hashed", "dense", "flops", 0.5)  # at 10: 3 - 0.1 against 4
     assert half.difference.mean == pytest.approx((3 - 0.1) - 4)
+    assert half.cut == "dense was read at 25% of its training"
+
+
+def test_of_an_arm_in_mid_schedule_nothing_is_claimed():
+    """The interval excludes 0 by far; at equal tokens the same pair may be claimed."""
+    found = compare_along(all_of(dense, hashed), "hashed", "dense", "flops")
+    assert found.difference.sign == -1
+    assert found.sentence().startswith("hashed to dense (valid, equal training FLOPs; dense was read at 50% of its training): -1.1000")  # fmt: skip
+    assert found.sentence().endswith("No fair comparison: nothing is claimed.")
+    assert change(found).endswith(" *")
+    fair = compare_along(all_of(dense, hashed), "hashed", "dense", "symbols")
+    assert " is 4.8% below " in fair.sentence() and not change(fair).endswith("*")
+
+
+def dense_short(seed):
+    """Dense with the FLOPs of hashed, in a whole schedule."""
+    s = SHIFT[seed]
+    return study_result("dense_short", seed, [(100, 10, 1, 4 + s), (200, 20, 2, 2.5 + s)], {"dense": 2.5 + s})  # fmt: skip
+
+
+def test_headline_figures_are_of_fair_pairs():
+    arms = {**PRESET.arms, "dense_short": ArmConfig()}
+    preset = Preset(arms, pairs=[["hashed", "dense"], ["hashed", "dense_short"]])
+    page = study_page("x", preset, all_of(dense, hashed, dense_short))
+    runs, tokens, flops, seconds = page.figures
+    assert runs.value == "9 of 12"
+    assert (tokens.value, tokens.note.split(",")[0]) == ("-0.1000", "hashed minus dense")
+    assert (flops.value, flops.note.split(",")[0]) == ("-0.6000", "hashed minus dense_short")
+    assert (seconds.value, seconds.note) == ("-", "no fair pair")
+    said = [part for section in page.sections for part in section.parts if isinstance(part, str)]
+    assert any("hashed is 23.1% below dense_short (valid, equal training FLOPs)" in part for part in said)  # fmt: skip
+    assert any("hashed to dense (valid, equal training time; hashed was read" in part for part in said)  # fmt: skip
 
 
 def test_at_equal_seconds_between_two_points():
