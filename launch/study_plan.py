@@ -33,6 +33,8 @@ class ArmConfig:
     """Options of launch.train beside it, such as moe.spread=4."""
     kin: str = "hashed"
     """The arm whose tuned learning rate this one takes."""
+    same_time_as: str | None = None
+    """An arm that tries rates, too: this one's steps take as long as all of its steps, by the seconds per step of those runs."""
     core: bool = True
     """Core arms run first, with all their seeds."""
 
@@ -72,6 +74,8 @@ class Preset:
         require(self.points >= 1 and self.checkpoints >= 1, "points and checkpoints: must be at least 1")  # fmt: skip
         for name, arm in self.arms.items():
             require(arm.kin in self.arms or not self.learning_rates, f"arms.{name}.kin={arm.kin}: must be one of {', '.join(self.arms)}")  # fmt: skip
+            as_long = arm.same_time_as
+            require(as_long is None or (bool(self.learning_rates) and as_long in self.kin), f"arms.{name}.same_time_as={as_long}: must be one of the arms that try learning_rates: {', '.join(self.kin) if self.learning_rates else 'none does'}")  # fmt: skip
         for pair in self.pairs:
             require(len(pair) == 2, f"pairs={pair}: must be two arms")
 
@@ -179,6 +183,11 @@ def _common(preset: Preset, name: str, seed: int, steps: int) -> dict[str, Any]:
         "train.save_every": -(-steps // preset.checkpoints),
         "train.keep": preset.kept or preset.checkpoints + 1,
     }
+
+
+def with_steps(preset: Preset, job: Job, steps: int) -> Job:
+    """Give an arm's job with another number of steps."""
+    return with_changes(job, {"train.steps": steps, **_common(preset, job.name, job.seed, steps)})
 
 
 def with_changes(job: Job, changes: Mapping[str, Any]) -> Job:

@@ -97,6 +97,8 @@ def test_other_options_are_told_apart(composing, tmp_path):
         ({"points": 5}, "points=5: must divide train.steps=8"),
         ({"pairs": [["hashed"]]}, "pairs=['hashed']"),
         ({"arms": {"hashed": {"experiment": "debug", "kin": "dense"}}}, "arms.hashed.kin=dense: must be one of hashed"),
+        ({"arms": {**TINY["arms"], "long": {"same_time_as": "more"}}}, "arms.long.same_time_as=more: must be one of the arms that try learning_rates: dense, hashed"),
+        ({"arms": {**TINY["arms"], "long": {"same_time_as": "dense"}}, "learning_rates": []}, "arms.long.same_time_as=dense"),
         ({"sedes": [1]}, "Key 'sedes' not in 'Preset'"),
         ({"seeds": ["one"]}, "one"),
     ],
