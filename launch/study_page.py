@@ -171,8 +171,19 @@ def _protocol(runs: list[Result]) -> list[list[str]]:
             "Training",
             f"{' or '.join(f'{length:,}' for length in lengths)} symbols in {' or '.join(f'{n:,}' for n in sorted({run['steps'] for run in runs}))} steps",
         ],
+        ["Code", _commits(runs)],
         ["Machine", f"processes of one thread on {' or '.join(str(n) for n in cores)} cores"],
     ]
+
+
+def _commits(runs: list[Result]) -> str:
+    """The commits that the runs were made with, each once."""
+    codes = [run.get("code") or {} for run in runs]
+    found = {
+        f"{code['commit'][:12]}{', with files changed since' if code['changed'] else ''}" if code.get("commit") else "commit unknown"
+        for code in codes
+    }  # fmt: skip
+    return f"{len(found)} commits: {'; '.join(sorted(found))}" if len(found) > 1 else found.pop()
 
 
 def _said(preset: Preset, results: Results) -> page.Section:

@@ -15,6 +15,7 @@ from launch.cli import CONF, compose_run, quoted, read_options
 
 TUNING_SEED = 0
 _GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, are spread evenly however many there are
+_STOPS = 16  # checkpoints beyond the preset's own that are kept, so that what stops leave pushes none of those out
 _OF_MACHINE = (
     "corpus.path", "corpus.cache_dir", "train.name", "train.runs_dir", "train.resume", "train.threads", "train.keep",
     "train.save_every", "train.log_every", "data.prefetch", "wandb.mode", "wandb.project", "wandb.group",
@@ -181,7 +182,7 @@ def _common(preset: Preset, name: str, seed: int, steps: int) -> dict[str, Any]:
         "data.start": round(seed * _GOLDEN % 1, 6),
         "train.valid_every": steps // preset.points,
         "train.save_every": -(-steps // preset.checkpoints),
-        "train.keep": preset.kept or preset.checkpoints + 1,
+        "train.keep": preset.kept or preset.checkpoints + _STOPS,
     }
 
 

@@ -25,7 +25,7 @@ from launch.cli import quoted
 from launch.console import clock
 from launch.run_folder import write_json
 from launch.study_plan import Job, Preset, difference, with_rate
-from launch.study_results import Result, best_rate, collect, own_bpc, read_result
+from launch.study_results import Result, best_rate, check_alike, collect, own_bpc, read_result
 from launch.study_steps import equal_time_steps, keep_steps, read_steps, take_steps, waits_for
 
 TIME_IS_UP = 124  # exit code of timeout(1)
@@ -80,7 +80,7 @@ class Runner:
         """Take the results that are there, which must be of this study.
 
         Raises:
-            UserError: one was made with other options.
+            UserError: one was made with other options, or an arm's seeds are not alike.
         """
         for job in self._jobs:
             path = self._results / f"{job.name}.json"
@@ -90,6 +90,13 @@ class Runner:
                 differs = difference(config, found["options"])
                 require(differs is None, f"{path} is of another study: {differs}; take another out=FOLDER")  # fmt: skip
                 self._done[job.name] = found
+        for arm in self._preset.arms:
+            if of_arm := self._runs_of(arm):
+                check_alike(of_arm)
+
+    def _runs_of(self, arm: str) -> list[Result]:
+        """Results of an arm's seeds."""
+        return [r for r in self._done.values() if r["arm"] == arm and r["tries"] is None]
 
     def run(self, stop_asked: Callable[[], int], seconds: float | None = None) -> int:
         """Run until all jobs are done or have failed, or a stop is asked for, or the time is up; gives the exit code.
@@ -179,6 +186,10 @@ class Runner:
         rate = None
         if job.tries is None and self._preset.learning_rates:
             rate = best_rate(list(self._done.values()), self._preset.arms[job.arm].kin)
+            earlier = {run["learning_rate"] for run in self._runs_of(job.arm)}
+            if earlier - {rate}:
+                self._failed[job.name] = f"the best learning rate is now {rate:g}, but seeds of {job.arm} ran with {earlier.pop():g}; take another out=FOLDER"  # fmt: skip
+                return
         whole = not (self._out / "runs" / job.name / JSONL).exists()
         started = time.monotonic()
         process = self._spawn(job, "train", with_rate(job, rate).options)

@@ -180,6 +180,26 @@ def test_runs_on_other_text_or_in_another_order_are_not_paired(changes, words):
     arrange([hashed(1), dense(1)])
 
 
+@pytest.mark.parametrize(("changes", "words"), [({"learning_rate": 0.004}, "learning_rate=0.002, seed 2 has 0.004"), ({"steps": 9}, "steps=3, seed 2 has 9")])  # fmt: skip
+def test_seeds_of_an_arm_that_are_not_alike_are_refused(changes, words):
+    with pytest.raises(UserError) as error:
+        arrange([dense(1), hashed(1), hashed(2, **changes)])
+    assert str(error.value).startswith("hashed: seed 1 has ") and words in str(error.value)
+    assert "\n" not in str(error.value)
+    arrange([dense(1), hashed(1, **changes)])  # another arm may differ
+
+
+def test_the_page_lists_the_commits():
+    def page_of(*codes):
+        runs = [dense(seed, code=code) for seed, code in enumerate(codes, 1)]
+        rows = study_page("x", PRESET, arrange(runs)).sections[0].parts[0].rows
+        return dict(rows)["Code"]
+
+    one, other = ({"commit": letter * 40, "changed": False} for letter in "ab")
+    assert page_of(one, one) == "a" * 12
+    assert page_of(one, {**other, "changed": True}, None) == f"3 commits: {'a' * 12}; {'b' * 12}, with files changed since; commit unknown"  # fmt: skip
+
+
 def test_only_what_is_there_is_compared():
     results = all_of(dense, hashed, seeds=(1, 2))
     assert pairs_of(PRESET, results) == [("hashed", "dense")]

@@ -61,7 +61,7 @@ def test_what_a_run_is_given(composing, tmp_path):
     config = jobs["hashed-seed1"].config
     assert config.corpus.path == str(tmp_path / "a text, with = signs")
     assert config.train.runs_dir == str(tmp_path / "out/runs") and config.train.threads == 1
-    assert (config.train.valid_every, config.train.save_every, config.train.keep) == (6, 5, 6)
+    assert (config.train.valid_every, config.train.save_every, config.train.keep) == (6, 5, 21)
     assert config.eval.k == [1, 3, 4] and config.eval.split.name == "test"  # its own k_max too
     tuning = jobs["tune-hashed-lr0.004"].config
     assert (tuning.optim.lr, tuning.train.steps, tuning.train.seed) == (0.004, 8, 0)

@@ -202,6 +202,29 @@ def test_results_of_another_study_are_refused(study, tmp_path):
         study(preset, other)
 
 
+def test_an_arm_keeps_its_learning_rate(study, tmp_path):
+    """A rate that becomes the best later is not mixed in; seeds that are mixed already are refused at the start."""
+    preset = Preset(ARMS, learning_rates=RATES)
+    jobs = jobs_of(preset, seeds=(1, 2))
+    fails = {"dense-seed2": "import sys; sys.exit(1)", "hashed-seed2": "import sys; sys.exit(1)"}
+    runner, *_ = study(preset, jobs, fails)
+    assert runner.run(never) == 1
+    path = tmp_path / "results/tune-dense-0.1.json"
+    better = json.loads(path.read_text())
+    better["bpc"] = {"dense": 0.5}
+    path.write_text(json.dumps(better))
+    again, lines, _ = study(preset, jobs)
+    assert again.run(never) == 1
+    assert any("failed: dense-seed2: the best learning rate is now 0.1, but seeds of dense ran with 0.2" in line for line in lines)  # fmt: skip
+    assert "hashed-seed2" in results(tmp_path) and "dense-seed2" not in results(tmp_path)
+
+    two = json.loads((tmp_path / "results/hashed-seed2.json").read_text())
+    two["learning_rate"] = two["options"]["optim.lr"] = 0.1
+    (tmp_path / "results/hashed-seed2.json").write_text(json.dumps(two))
+    with pytest.raises(UserError, match=r"hashed: seed 1 has learning_rate=0.2, seed 2 has 0.1"):
+        study(preset, jobs)
+
+
 def test_children_end_with_the_study(tmp_path):
     """A process that asks for it gets SIGTERM when its parent is killed."""
     code = (
