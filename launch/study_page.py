@@ -343,6 +343,10 @@ def _limits(preset: Preset, results: Results) -> page.Section:
         f"{len(with_interval)} differences with an interval were computed; {excluding} exclude 0. Of differences that are truly 0 one in twenty would "
         "do so by chance: a single one proves little.",
         "Intervals are over seeds, by Student's t. They hold for this text, this size and this length of training, and say nothing about others.",
+        *([f"Learning rates were tried with {', '.join(preset.kin)} alone. Every other arm took its kin's, which need not be its own best."] if results.tuning else []),
+        "An arm whose k grows is validated at k_max from the start, before it has trained at it: its curve says little before the end.",
+        "Seconds depend on what else ran on the machine at the same time.",
+        *preset.limits,
     ])  # fmt: skip
 
 

@@ -67,6 +67,8 @@ class Preset:
     """Text on which experts and routes are compared (launch.analyse)."""
     pairs: list[list[str]] = field(default_factory=list)
     """Pairs of arms, [a, b], whose difference a - b is reported beside that of every arm to the first."""
+    limits: list[str] = field(default_factory=list)
+    """Statements for the page's section of limits."""
 
     def __post_init__(self) -> None:
         require(len(self.arms) > 0, "arms: a study needs at least one")
@@ -156,7 +158,8 @@ def _tuning_jobs(preset: Preset, started: Mapping[str, Job]) -> Iterator[Job]:
             job = replace(started[arm], name=f"tune-{arm}-lr{rate:g}", tries=rate)
             steps = preset.tuning_steps or job.config.train.steps
             changes = {"optim.lr": rate, "train.steps": steps, "eval.split": Split.valid, "eval.k": [job.config.schedule.k_max]}  # fmt: skip
-            yield with_changes(job, {**changes, **_common(preset, job.name, TUNING_SEED, steps)})
+            common = _common(preset, job.name, TUNING_SEED, steps)
+            yield with_changes(job, {**changes, **common, "train.valid_every": 0})
 
 
 def _arm_jobs(preset: Preset, started: Mapping[str, Job]) -> Iterator[Job]:

@@ -294,6 +294,16 @@ def test_the_page_says_which_rates_were_tried_and_taken(tmp_path):
     )
 
 
+def test_the_page_states_the_limits_of_the_preset(tmp_path):
+    preset = Preset(PRESET.arms, limits=["The choice of k came from a probe."])
+    tuned = study_result("hashed", 0, [(1, 1, 1, 9)], {"2": 3.0}, tries=0.1, split="valid")
+    words = "rates were tried with dense, hashed alone"
+    for results, told in (([dense(1), hashed(1)], False), ([dense(1), hashed(1), tuned], True)):
+        limits = next(s for s in study_page("x", preset, arrange(results)).sections if s.title == "Limits")  # fmt: skip
+        assert "The choice of k came from a probe." in limits.parts
+        assert any(words in part for part in limits.parts) == told
+
+
 def test_a_report_of_nothing_is_refused(tmp_path):
     with pytest.raises(UserError, match="no result file"):
         write_report("x", PRESET, tmp_path / "results", tmp_path / "docs")

@@ -66,6 +66,7 @@ def test_what_a_run_is_given(composing, tmp_path):
     tuning = jobs["tune-hashed-lr0.004"].config
     assert (tuning.optim.lr, tuning.train.steps, tuning.train.seed) == (0.004, 8, 0)
     assert tuning.eval.k == [3] and tuning.eval.split.name == "valid"
+    assert tuning.train.valid_every == 0  # its one figure is that of the end
     assert not jobs["dense-seed1"].analysed and not jobs["tune-hashed-lr0.004"].analysed
     assert jobs["hashed-seed1"].analysed
     rated = with_rate(jobs["more-seed1"], 0.004)
@@ -120,7 +121,7 @@ def test_a_preset_that_is_not_there_names_those_that_are():
 def test_presets_are_whole(name):
     preset = read_preset(name)
     first = next(iter(preset.arms))
-    assert first == "dense" and {"dense", "hashed"} == set(preset.kin) and len(preset.seeds) >= 3
+    assert first == "dense" and {"dense", "hashed"} <= set(preset.kin) and len(preset.seeds) >= 3
     for a, b in preset.pairs:
         assert a in preset.arms and b in preset.arms and a != b
 
