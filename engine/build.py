@@ -69,9 +69,15 @@ def _build_tables(config: Config, corpus: PreparedCorpus) -> list[Table]:
     )
 
 
-def build_model(config: Config, vocab_size: int) -> TransformerXL:
-    """Build the model with fp32 weights drawn from train.seed (sets PyTorch's global generator)."""
-    torch.manual_seed(config.train.seed)
+def build_model(
+    config: Config, vocab_size: int, *, weights_seed: int | None = None
+) -> TransformerXL:
+    """Build the model with fp32 weights drawn from train.seed (sets PyTorch's global generator).
+
+    Args:
+        weights_seed: of the weights alone, instead of train.seed; the keys at the input are always those of train.seed.
+    """
+    torch.manual_seed(config.train.seed if weights_seed is None else weights_seed)
     model = TransformerXL(
         config.model, config.moe, config.kernels, vocab_size, seed=config.train.seed
     )

@@ -1,8 +1,9 @@
 """What a trained run's experts and routes look like: `python -m launch.analyse run=runs/NAME`.
 
-Reads every whole checkpoint of the run, and draws its initialisation anew from the seed. Prints a summary and writes
-analysis.json into the run's folder: similarity of the experts' outputs and weights at the start and the end, load and mixing
-weights at each k, and how many tokens changed their experts from checkpoint to checkpoint (engine/analysis.py).
+Reads the run's whole checkpoints, the newest one and those at multiples of train.save_every (not what a stop left), and draws
+its initialisation anew from the seed. Prints a summary and writes analysis.json into the run's folder: similarity of the
+experts' outputs and weights at the start and the end, load and mixing weights at each k, and how many tokens changed their
+experts from checkpoint to checkpoint (engine/analysis.py).
 """
 
 import math
@@ -23,6 +24,7 @@ from engine.analysis import (
 from engine.build import build_model
 from engine.checkpoint import load_weights, read_manifest
 from engine.checkpoint_files import checkpoints
+from engine.choices import Keys
 from engine.config import Router, Split, require
 from engine.model import TransformerXL
 from engine.saved import SavedRun, open_saved
@@ -33,7 +35,8 @@ from launch.run_folder import write_json
 
 ANALYSIS = "analysis.json"
 _LASTING = (Router.hashed, Router.frozen, Router.learned)
-"""Routers by which a token's experts follow from the text and the weights; others draw them anew in every pass."""
+"""Routers by which a token's experts follow from the text and the weights, unless keys are shuffled; others draw them anew in
+every pass."""
 
 
 @dataclass
@@ -79,7 +82,7 @@ def measure(saved: SavedRun, folder: Path, split: Split, symbols: int) -> dict[s
     initial = build_model(config, saved.corpus.vocab.size).eval()
     first = look(initial, k_max)
     change = None
-    if config.moe.router in _LASTING:
+    if config.moe.router in _LASTING and config.moe.keys is not Keys.shuffled:
         steps = {0: look(initial, half), **_earlier(saved, folder, lambda model: look(model, half))}
         change = _changes({**steps, saved.step: seen[half]})
     return {
@@ -97,12 +100,13 @@ def measure(saved: SavedRun, folder: Path, split: Split, symbols: int) -> dict[s
 def _earlier(
     saved: SavedRun, folder: Path, look: Callable[[TransformerXL], list[LayerSeen]]
 ) -> dict[int, list[LayerSeen]]:
-    """Look at each earlier whole checkpoint, by its step, in a model of its own."""
+    """Look at each earlier whole checkpoint of train.save_every, by its step, in a model of its own; stops left others."""
+    every = saved.config.train.save_every
     model = build_model(saved.config, saved.corpus.vocab.size).eval()
     found = {}
     for path in reversed(checkpoints(folder / "checkpoints")):
         step = read_manifest(path)["step"]
-        if step < saved.step:
+        if step < saved.step and every and step % every == 0:
             load_weights(path, model)
             found[step] = look(model)
     return found

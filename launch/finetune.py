@@ -45,7 +45,9 @@ class FinetuneArgs:
     run: str = ""
     task: TaskArgs = field(default_factory=TaskArgs)
     name: str | None = None  # of the result; None: made of the options below
-    pretrained: bool = True  # false: the same model from new weights, with the run's tables
+    pretrained: bool = (
+        True  # false: the same model from new weights, drawn from `seed`, with the run's tables
+    )
     k: int | None = None  # in fine-tuning; None: schedule.k_max of the run
     eval_k: list[int] | None = None  # on dev; None: eval.k of the run, and k
     steps: int = 1500
@@ -138,11 +140,11 @@ def _run(
 
 
 def _config(config: Config, args: FinetuneArgs) -> Config:
-    """The run's configuration with fine-tuning's dropout and seed, in fp32."""
+    """The run's configuration with fine-tuning's dropout, in fp32; the run's seed stays: tables at the input follow from it."""
     return replace(
         config,
         model=replace(config.model, dropout=args.dropout),
-        train=replace(config.train, precision=Precision.fp32, seed=args.seed),
+        train=replace(config.train, precision=Precision.fp32),
     )
 
 
@@ -210,7 +212,7 @@ def _classifier(saved: SavedRun, args: FinetuneArgs) -> Classifier:
     """The run's model, or a new one like it, with a new head; moved to this machine's device."""
     model = saved.model
     if not args.pretrained:
-        model = build_model(saved.config, saved.corpus.vocab.size)
+        model = build_model(saved.config, saved.corpus.vocab.size, weights_seed=args.seed)
         fill_signatures(model, saved.config, saved.corpus)
     torch.manual_seed(args.seed)
     return Classifier(model, saved.routers, saved.config).to(find_device(find_place()))

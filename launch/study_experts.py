@@ -73,7 +73,7 @@ def routes_section(preset: Preset, results: Results) -> page.Section:
     parts: list[page.Part] = [Table(header, load, notes=notes)]
     if changes:
         caption = f"Tokens of the test text whose {half} active experts changed"
-        note = "From the start of training to its end, and between the last two checkpoints: the share in a layer, mean over layers. A hashed route is a function of the text: 0 by construction. Routers that draw anew in every pass are left out."
+        note = "From the start of training to its end, and between the last two checkpoints: the share in a layer, mean over layers. A hashed route is a function of the text: 0 by construction. Routers that draw anew in every pass, and shuffled keys, are left out."
         parts.append(
             Table(
                 ["", "start to end", "last two checkpoints"], changes, caption=caption, notes=[note]

@@ -2,7 +2,8 @@
 
 Test numbers are of the last checkpoint, at a given k. Numbers over training are bpc on the valid split at the arm's own largest
 k in training (k_max), read from the curve by straight lines between its points. At equal FLOPs, or equal seconds, both arms are
-read where the one that used less of them ended; the other is then in the middle of its schedule of the learning rate.
+read where the one that used less of them ended; the other is then in the middle of its schedule of the learning rate, and
+nothing is claimed of the difference.
 """
 
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ from launch.study_results import Result, Results, bpc_at, own_bpc
 from launch.study_statistics import Estimate, estimate, paired, read_between
 
 POINTS = (0.25, 0.5, 1.0)  # of training, at which differences are given
-_WHOLE = 0.97  # of its training: an arm that is read later counts as read at its end
+_WHOLE = {"symbols": 0.97, "flops": 0.97, "seconds": 0.95}
+"""Share of an arm's training from which on it counts as read at its end; seconds are those of a busy machine."""
 AXES = {"symbols": "equal tokens", "flops": "equal training FLOPs", "seconds": "equal training time"}  # fmt: skip
 
 
@@ -28,14 +30,18 @@ class Comparison:
     at: str  # where: "test, own k", "test, k=8", "valid, 25% of equal tokens"
     difference: Estimate
     relative: float  # mean difference over b's mean, as a fraction
-    cut: str = ""  # the arm that was read long before its end, and where
+    cut: str = ""  # the arm that was read in mid-schedule, and where: no fair comparison
 
     def sentence(self) -> str:
-        """Say what may be claimed: a percentage where the interval excludes 0."""
+        """Say what may be claimed: a percentage where the interval excludes 0 and no arm was read in mid-schedule."""
         d, at = self.difference, self.at + (f"; {self.cut}" if self.cut else "")
         if d.low is None or d.high is None:
             return f"{self.a} to {self.b} ({at}): {d.mean:+.4f} with one seed, which has no interval: nothing is claimed."  # fmt: skip
         numbers = f"{d.mean:+.4f} bits per symbol, 95% interval {d.low:+.4f} to {d.high:+.4f}, {d.n} seeds"  # fmt: skip
+        if self.cut:
+            return (
+                f"{self.a} to {self.b} ({at}): {numbers}. No fair comparison: nothing is claimed."
+            )
         if d.sign == 0:
             return f"{self.a} to {self.b} ({at}): no difference is shown ({numbers})."
         side = "below" if d.sign < 0 else "above"
@@ -89,13 +95,13 @@ def compare_along(results: Results, a: str, b: str, axis: str, share: float = 1.
         if here is not None and there is not None:
             values_a[seed], values_b[seed] = here, there
             for arm, curve in zip((a, b), curves, strict=True):
-                read[arm].append(at / (share * curve[-1][0]))
+                read[arm].append(at / curve[-1][0])
     where = AXES[axis] if share == 1 else f"{share:.0%} of {AXES[axis]}"
     compared = _compare(a, b, f"valid, {where}", values_a, values_b)
-    early = [(arm, fmean(shares)) for arm, shares in read.items() if shares and fmean(shares) < _WHOLE]  # fmt: skip
+    early = [(arm, fmean(found)) for arm, found in read.items() if found and fmean(found) < share * _WHOLE[axis]]  # fmt: skip
     if compared is None or not early:
         return compared
-    return replace(compared, cut=" and ".join(f"{arm} was read at {share:.0%} of its training" for arm, share in early))  # fmt: skip
+    return replace(compared, cut=" and ".join(f"{arm} was read at {part:.0%} of its training" for arm, part in early))  # fmt: skip
 
 
 def ratio(results: Results, a: str, b: str, axis: str) -> Estimate | None:

@@ -32,6 +32,7 @@ from launch.study_results import Result, Results, best_rate, own_bpc
 from launch.study_statistics import Estimate, estimate
 
 NONE = "-"  # in a table: not there
+_CUT = "* No fair comparison: one of the two was read in the middle of its schedule of the learning rate, to its disadvantage."
 
 PUBLISHED = (
     ("linear", "1.1776", "1.1486"),
@@ -81,27 +82,30 @@ def span(found: Estimate | None, digits: int = 3, sign: str = "") -> str:
 
 
 def change(found: Comparison | None) -> str:
-    """Write a difference of bpc with its interval."""
-    return NONE if found is None else span(found.difference, 4, "+")
+    """Write a difference of bpc with its interval; a star marks one that is no fair comparison."""
+    return NONE if found is None else span(found.difference, 4, "+") + (" *" if found.cut else "")
 
 
 def _figures(preset: Preset, results: Results) -> list[KeyFigure]:
-    """The first pair at equal tokens, FLOPs and time."""
+    """The first fair pair at equal tokens, FLOPs and time."""
     wanted = [(a, b) for a, b in preset.pairs] or pairs_of(preset, results)
     wanted = [pair for pair in wanted if all(results.seeds_of(arm) for arm in pair)]
     found = [
         KeyFigure("Runs", f"{sum(map(len, results.runs.values()))} of {len(preset.arms) * len(preset.seeds)}", "arms times seeds, done")
     ]  # fmt: skip
-    for a, b in wanted[:1]:
-        for axis, words in AXES.items():
-            compared = compare_along(results, a, b, axis)
-            if compared is not None:
-                d = compared.difference
-                note = f"{a} minus {b}, valid" + (
-                    "; one seed" if d.low is None else f"; {d.low:+.4f} to {d.high:+.4f}"
-                )
-                found.append(KeyFigure(f"bpc at {words}", f"{d.mean:+.4f}", note))
-    return found
+    return [*found, *(_figure(results, wanted, axis) for axis in AXES)] if wanted else found
+
+
+def _figure(results: Results, pairs: list[tuple[str, str]], axis: str) -> KeyFigure:
+    """The first pair of which both arms ended there."""
+    title = f"bpc at {AXES[axis]}"
+    compared = (compare_along(results, a, b, axis) for a, b in pairs)
+    fair = next((c for c in compared if c is not None and not c.cut), None)
+    if fair is None:
+        return KeyFigure(title, NONE, "no fair pair")
+    d = fair.difference
+    interval = "one seed" if d.low is None else f"{d.low:+.4f} to {d.high:+.4f}"
+    return KeyFigure(title, f"{d.mean:+.4f}", f"{fair.a} minus {fair.b}, valid; {interval}")
 
 
 def _run(preset: Preset, results: Results) -> page.Section:
@@ -167,21 +171,32 @@ def _protocol(runs: list[Result]) -> list[list[str]]:
             "Training",
             f"{' or '.join(f'{length:,}' for length in lengths)} symbols in {' or '.join(f'{n:,}' for n in sorted({run['steps'] for run in runs}))} steps",
         ],
+        ["Code", _commits(runs)],
         ["Machine", f"processes of one thread on {' or '.join(str(n) for n in cores)} cores"],
     ]
+
+
+def _commits(runs: list[Result]) -> str:
+    """The commits that the runs were made with, each once."""
+    codes = [run.get("code") or {} for run in runs]
+    found = {
+        f"{code['commit'][:12]}{', with files changed since' if code['changed'] else ''}" if code.get("commit") else "commit unknown"
+        for code in codes
+    }  # fmt: skip
+    return f"{len(found)} commits: {'; '.join(sorted(found))}" if len(found) > 1 else found.pop()
 
 
 def _said(preset: Preset, results: Results) -> page.Section:
     """Sentences for the preset's own pairs (all to the first arm if it has none)."""
     pairs = [(a, b) for a, b in preset.pairs] or pairs_of(preset, results)
     parts: list[page.Part] = [
-        "A percentage is given only where the interval excludes 0. An arm that was read before its end was in the middle of its schedule of the learning rate, to its disadvantage."
+        "A percentage is given only where the interval excludes 0. An arm that was read before its end was in the middle of its schedule of the learning rate, "
+        "to its disadvantage: of such a pair nothing is claimed.",
     ]
     for a, b in pairs:
         tested = compare_on_test(results, a, b, None)
         budgets = [compare_along(results, a, b, axis) for axis in ("flops", "seconds")]
-        found = [tested, *(compared for compared in budgets if compared and compared.cut)]
-        parts += [compared.sentence() for compared in found if compared is not None]
+        parts += [c.sentence() for c in (tested, *budgets) if c is not None]
         if tested is None:
             parts.append(f"{a} to {b}: no seed of both is there.")
     return page.Section("What the intervals allow to say", parts)
@@ -200,8 +215,8 @@ def _budgets(preset: Preset, results: Results) -> page.Section:
     header = ["", "test bpc at own k", *(f"valid, {words}" for words in AXES.values())]
     notes = [
         f"Differences are to {first}. They are bpc on the valid split at each arm's own k_max, read from the curves by straight lines between their points.",
-        "At equal FLOPs or time both arms are read where the cheaper one ended. The dearer one is then in the middle of its schedule of "
-        "the learning rate, which is to its disadvantage: its own shorter run would be better than its curve there.",
+        "At equal FLOPs or time both arms are read where the cheaper one ended.",
+        _CUT,
     ]  # fmt: skip
     if not any(
         used(run, "flops")
@@ -252,7 +267,7 @@ def _pairs(preset: Preset, results: Results) -> page.Section:
     caption = "Difference of valid bpc at k_max, at equal tokens"
     return page.Section("Differences between arms", [
         Table(["", *names], at_k, caption="Difference of test bpc"),
-        Table(["", *shares], over_time, caption=caption),
+        Table(["", *shares], over_time, caption=caption, notes=[_CUT]),
     ])  # fmt: skip
 
 
@@ -328,6 +343,10 @@ def _limits(preset: Preset, results: Results) -> page.Section:
         f"{len(with_interval)} differences with an interval were computed; {excluding} exclude 0. Of differences that are truly 0 one in twenty would "
         "do so by chance: a single one proves little.",
         "Intervals are over seeds, by Student's t. They hold for this text, this size and this length of training, and say nothing about others.",
+        *([f"Learning rates were tried with {', '.join(preset.kin)} alone. Every other arm took its kin's, which need not be its own best."] if results.tuning else []),
+        "An arm whose k grows is validated at k_max from the start, before it has trained at it: its curve says little before the end.",
+        "Seconds depend on what else ran on the machine at the same time.",
+        *preset.limits,
     ])  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from launch.cli import CONF, compose_run, quoted, read_options
 
 TUNING_SEED = 0
 _GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, are spread evenly however many there are
+_STOPS = 16  # checkpoints beyond the preset's own that are kept, so that what stops leave pushes none of those out
 _OF_MACHINE = (
     "corpus.path", "corpus.cache_dir", "train.name", "train.runs_dir", "train.resume", "train.threads", "train.keep",
     "train.save_every", "train.log_every", "data.prefetch", "wandb.mode", "wandb.project", "wandb.group",
@@ -33,6 +34,8 @@ class ArmConfig:
     """Options of launch.train beside it, such as moe.spread=4."""
     kin: str = "hashed"
     """The arm whose tuned learning rate this one takes."""
+    same_time_as: str | None = None
+    """An arm that tries rates, too: this one's steps take as long as all of its steps, by the seconds per step of those runs."""
     core: bool = True
     """Core arms run first, with all their seeds."""
 
@@ -64,6 +67,8 @@ class Preset:
     """Text on which experts and routes are compared (launch.analyse)."""
     pairs: list[list[str]] = field(default_factory=list)
     """Pairs of arms, [a, b], whose difference a - b is reported beside that of every arm to the first."""
+    limits: list[str] = field(default_factory=list)
+    """Statements for the page's section of limits."""
 
     def __post_init__(self) -> None:
         require(len(self.arms) > 0, "arms: a study needs at least one")
@@ -72,6 +77,8 @@ class Preset:
         require(self.points >= 1 and self.checkpoints >= 1, "points and checkpoints: must be at least 1")  # fmt: skip
         for name, arm in self.arms.items():
             require(arm.kin in self.arms or not self.learning_rates, f"arms.{name}.kin={arm.kin}: must be one of {', '.join(self.arms)}")  # fmt: skip
+            as_long = arm.same_time_as
+            require(as_long is None or (bool(self.learning_rates) and as_long in self.kin), f"arms.{name}.same_time_as={as_long}: must be one of the arms that try learning_rates: {', '.join(self.kin) if self.learning_rates else 'none does'}")  # fmt: skip
         for pair in self.pairs:
             require(len(pair) == 2, f"pairs={pair}: must be two arms")
 
@@ -151,7 +158,8 @@ def _tuning_jobs(preset: Preset, started: Mapping[str, Job]) -> Iterator[Job]:
             job = replace(started[arm], name=f"tune-{arm}-lr{rate:g}", tries=rate)
             steps = preset.tuning_steps or job.config.train.steps
             changes = {"optim.lr": rate, "train.steps": steps, "eval.split": Split.valid, "eval.k": [job.config.schedule.k_max]}  # fmt: skip
-            yield with_changes(job, {**changes, **_common(preset, job.name, TUNING_SEED, steps)})
+            common = _common(preset, job.name, TUNING_SEED, steps)
+            yield with_changes(job, {**changes, **common, "train.valid_every": 0})
 
 
 def _arm_jobs(preset: Preset, started: Mapping[str, Job]) -> Iterator[Job]:
@@ -177,8 +185,13 @@ def _common(preset: Preset, name: str, seed: int, steps: int) -> dict[str, Any]:
         "data.start": round(seed * _GOLDEN % 1, 6),
         "train.valid_every": steps // preset.points,
         "train.save_every": -(-steps // preset.checkpoints),
-        "train.keep": preset.kept or preset.checkpoints + 1,
+        "train.keep": preset.kept or preset.checkpoints + _STOPS,
     }
+
+
+def with_steps(preset: Preset, job: Job, steps: int) -> Job:
+    """Give an arm's job with another number of steps."""
+    return with_changes(job, {"train.steps": steps, **_common(preset, job.name, job.seed, steps)})
 
 
 def with_changes(job: Job, changes: Mapping[str, Any]) -> Job:

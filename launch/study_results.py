@@ -73,6 +73,7 @@ def collect(job: Job, rate: float | None, folder: Path, wall_seconds: float | No
         "k_max": None if config.moe.router is Router.dense else config.schedule.k_max,
         "parameters": summary["parameters"],
         "active_parameters": facts.get("active_parameters"),
+        "code": facts.get("code"),
         "flops_per_symbol": facts.get("flops_per_symbol"),
         "steps": summary["steps"],
         "symbols_per_step": config.symbols_per_step,
@@ -139,15 +140,17 @@ def read_result(path: Path) -> Result:
 
 
 def arrange(results: list[Result]) -> Results:
-    """Sort result files by arm and seed, and check that the runs of one seed can be compared.
+    """Sort result files by arm and seed, and check that the runs of one seed, and the seeds of one arm, can be compared.
 
     Raises:
-        UserError: they were trained or tested on other text, or in another order.
+        UserError: they were trained or tested on other text, or in another order; or an arm's seeds have several learning rates.
     """
     runs: dict[str, dict[int, Result]] = {}
     for result in results:
         if result["tries"] is None:
             runs.setdefault(result["arm"], {})[result["seed"]] = result
+    for by_seed in runs.values():
+        check_alike(list(by_seed.values()))
     for seed in sorted({seed for by_seed in runs.values() for seed in by_seed}):
         check_same([by_seed[seed] for by_seed in runs.values() if seed in by_seed])
     return Results([result for result in results if result["tries"] is not None], runs)
@@ -166,6 +169,23 @@ def check_same(results: list[Result]) -> None:
             require(
                 a == b,
                 f"seed {other['seed']}: {first['arm']} has {name}={a}, {other['arm']} has {b}; such runs cannot be paired",
+            )
+
+
+def check_alike(results: list[Result]) -> None:
+    """Refuse runs of one arm that differ in more than their seed.
+
+    Raises:
+        UserError: names the arm, the two seeds and what differs.
+    """
+    first = results[0]
+    for other in results[1:]:
+        for name in ("learning_rate", "steps"):
+            a, b = first[name], other[name]
+            require(
+                a == b,
+                f"{first['arm']}: seed {first['seed']} has {name}={a}, seed {other['seed']} has {b}; the seeds of an arm must "
+                "be alike: remove the result files of one of them and run the study again",
             )
 
 

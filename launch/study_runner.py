@@ -25,7 +25,8 @@ from launch.cli import quoted
 from launch.console import clock
 from launch.run_folder import write_json
 from launch.study_plan import Job, Preset, difference, with_rate
-from launch.study_results import Result, best_rate, collect, own_bpc, read_result
+from launch.study_results import Result, best_rate, check_alike, collect, own_bpc, read_result
+from launch.study_steps import equal_time_steps, keep_steps, read_steps, take_steps, waits_for
 
 TIME_IS_UP = 124  # exit code of timeout(1)
 FAILED = 1
@@ -63,7 +64,9 @@ class Runner:
     def __init__(
         self, preset: Preset, jobs: list[Job], out: Path, lock: IO[str], *, at_once: int = 1, say: Callable[[str], None] = print
     ) -> None:  # fmt: skip
-        self._preset, self._jobs, self._out, self._lock = preset, jobs, out, lock
+        self._preset, self._out, self._lock = preset, out, lock
+        self._steps = read_steps(out)
+        self._jobs = take_steps(preset, jobs, self._steps)
         self._at_once, self._say = at_once, say
         self._results = out / "results"
         self._done: dict[str, Result] = {}
@@ -77,7 +80,7 @@ class Runner:
         """Take the results that are there, which must be of this study.
 
         Raises:
-            UserError: one was made with other options.
+            UserError: one was made with other options, or an arm's seeds are not alike.
         """
         for job in self._jobs:
             path = self._results / f"{job.name}.json"
@@ -87,6 +90,13 @@ class Runner:
                 differs = difference(config, found["options"])
                 require(differs is None, f"{path} is of another study: {differs}; take another out=FOLDER")  # fmt: skip
                 self._done[job.name] = found
+        for arm in self._preset.arms:
+            if of_arm := self._runs_of(arm):
+                check_alike(of_arm)
+
+    def _runs_of(self, arm: str) -> list[Result]:
+        """Results of an arm's seeds."""
+        return [r for r in self._done.values() if r["arm"] == arm and r["tries"] is None]
 
     def run(self, stop_asked: Callable[[], int], seconds: float | None = None) -> int:
         """Run until all jobs are done or have failed, or a stop is asked for, or the time is up; gives the exit code.
@@ -129,6 +139,7 @@ class Runner:
 
     def _start_ready(self) -> None:
         """Start the first jobs that can run, as many as there is room for."""
+        self._settle_steps()
         busy = {running.job.name for running in self._running}
         for job in self._jobs:
             if len(self._running) >= self._at_once:
@@ -142,19 +153,43 @@ class Runner:
         """The learning rate is known; where every run that tried one has failed, it never will be."""
         if job.tries is not None or not self._preset.learning_rates:
             return True
-        kin = self._preset.arms[job.arm].kin
-        trying = [j for j in self._jobs if j.tries is not None and j.arm == kin]
-        if any(j.name not in self._done and j.name not in self._failed for j in trying):
-            return False
-        if all(j.name in self._failed for j in trying):
-            self._failed[job.name] = f"no learning rate: every run of {kin} that tried one failed"
-            return False
+        for kin in waits_for(self._preset, job.arm):
+            trying = self._trying(kin)
+            if any(j.name not in self._done and j.name not in self._failed for j in trying):
+                return False
+            if all(j.name in self._failed for j in trying):
+                self._failed[job.name] = (
+                    f"no learning rate: every run of {kin} that tried one failed"
+                )
+                return False
         return True
+
+    def _trying(self, kin: str) -> list[Job]:
+        """Jobs that try rates with an arm."""
+        return [job for job in self._jobs if job.tries is not None and job.arm == kin]
+
+    def _settle_steps(self) -> None:
+        """Work out the steps of arms that train as long as another one, as soon as the runs are done that say how long."""
+        for arm, chosen in self._preset.arms.items():
+            if chosen.same_time_as is None or arm in self._steps:
+                continue
+            first = next(job for job in self._jobs if job.arm == arm and job.tries is None)
+            if first.name in self._failed or not self._may_run(first):
+                continue
+            tuning = [r for r in self._done.values() if r["tries"] is not None]
+            self._steps[arm] = equal_time_steps(self._preset, self._jobs, arm, tuning)
+            keep_steps(self._out, self._steps)
+            self._jobs = take_steps(self._preset, self._jobs, self._steps)
+            self._say(f"{arm}: {self._steps[arm]} steps, as long as {chosen.same_time_as}")
 
     def _start(self, job: Job) -> None:
         rate = None
         if job.tries is None and self._preset.learning_rates:
             rate = best_rate(list(self._done.values()), self._preset.arms[job.arm].kin)
+            earlier = {run["learning_rate"] for run in self._runs_of(job.arm)}
+            if earlier - {rate}:
+                self._failed[job.name] = f"the best learning rate is now {rate:g}, but seeds of {job.arm} ran with {earlier.pop():g}; take another out=FOLDER"  # fmt: skip
+                return
         whole = not (self._out / "runs" / job.name / JSONL).exists()
         started = time.monotonic()
         process = self._spawn(job, "train", with_rate(job, rate).options)

@@ -44,6 +44,25 @@ def test_hashed_routes_do_not_change_with_training(run, tmp_path, text):
     assert found["weight_similarity"]["start"] != found["weight_similarity"]["end"]
 
 
+def test_what_a_stop_left_changes_nothing(run, tmp_path, text):
+    """Checkpoints of steps 1 and 3 lie between those of train.save_every=2, as after two stops."""
+    folder = trained(run, tmp_path, text, "stopped", "moe.router=frozen", "optim.lr=0.05", "train.save_every=1", "train.keep=4")  # fmt: skip
+    every, _ = analysed(run, folder)
+    assert [c["to"] for c in every["routing_change"]["between"]] == [1, 2, 3, 4, 4]
+    config = folder / "config.yaml"
+    assert "save_every: 1\n" in config.read_text()
+    config.write_text(config.read_text().replace("save_every: 1\n", "save_every: 2\n"))
+    found, _ = analysed(run, folder)
+    between = [(c["from"], c["to"]) for c in found["routing_change"]["between"]]
+    assert between == [(0, 2), (2, 4), (0, 4)]
+
+
+def test_shuffled_keys_are_drawn_anew(run, tmp_path, text):
+    """So there is no change to measure: another draw is none of training."""
+    found, _ = analysed(run, trained(run, tmp_path, text, "shuffled", "moe.keys=shuffled"))
+    assert found["routing_change"]["between"] is None and set(found["routes"]) == {"1", "2", "4"}
+
+
 @pytest.mark.parametrize(("option", "word"), [("symbols=0", "symbols=0"), ("run=/does/not/exist", "/does/not/exist"), ("k=3", "k")])  # fmt: skip
 def test_wrong_options_are_one_line(run, tmp_path, option, word):
     done = run("analyse", f"run={tmp_path}", option)

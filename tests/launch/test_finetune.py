@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from engine.build import build_model
 from engine.saved import open_saved
 from launch import finetune as program
 from launch.cli import read_config
@@ -27,11 +28,14 @@ SHORT = ["steps=6", "eval_every=3", "held_out=20", "threads=1"]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Three small runs, a folder for each router."""
+    """Small runs: a folder for each router, and for each kind of tables at a dense model's input."""
     folder = tmp_path_factory.mktemp("finetune")
-    for router in ("hashed", "frozen", "dense"):
+    at_input = {"ngram": ["model.ngram=2", "model.ngram_rows=64"], "signatures": ["model.signatures=true"]}  # fmt: skip
+    for name in ("hashed", "frozen", "dense", *at_input):
+        router = "dense" if name in at_input else name
         options = [
-            *small_run(folder), f"moe.router={router}", "train.steps=3", f"train.name={router}", f"train.runs_dir={folder}",
+            *small_run(folder), f"moe.router={router}", "train.steps=3", f"train.name={name}", f"train.runs_dir={folder}",
+            *at_input.get(name, []),
         ]  # fmt: skip
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
             patch.setattr(sys, "argv", ["train", *options])
@@ -131,6 +135,35 @@ def test_fine_tuning_starts_from_the_checkpoint(runs, router):
     assert len(tables) == (2 if router == "hashed" else 0)
     for table, hashed in zip(tables, saved.routers or [], strict=True):
         assert torch.equal(table, hashed.table.order_rE)
+
+
+@pytest.mark.parametrize("kind", ["ngram", "signatures"])
+def test_tables_at_the_input_stay_the_runs(runs, kind):
+    """Whatever the seed of fine-tuning, with pre-trained or new weights: text finds the rows that it found in pre-training."""
+    folder = runs / kind
+    trained = read_config(folder / "config.yaml")
+    ids_BQ, left_BC = torch.arange(40).reshape(2, 20), torch.zeros(2, 1, dtype=torch.int64)
+
+    def start(seed, pretrained):
+        args = program.FinetuneArgs(run=str(folder), task=TASK, seed=seed, pretrained=pretrained)
+        saved = open_saved(folder, program._config(trained, args), lambda _: None)
+        return program._classifier(saved, args).model
+
+    def rows(model):
+        return [keys.of(ids_BQ, left_BC).tolist() for keys in model.input_tables.keys]
+
+    vocab_size = len(start(7, True).embedding.weight)
+    own = rows(build_model(trained, vocab_size))
+    other = replace(trained, train=replace(trained.train, seed=7))
+    assert rows(build_model(other, vocab_size)) != own  # the seed does set them
+    models = {new: [start(seed, not new) for seed in (7, 8)] for new in (False, True)}
+    assert all(rows(model) == own for pair in models.values() for model in pair)
+    if kind == "signatures":
+        stored = read_checkpoint(folder)[0]["input_tables.weight_trE"]
+        for pair in models.values():
+            assert all(torch.equal(m.input_tables.weight_trE, stored) for m in pair)
+    assert torch.equal(*(m.embedding.weight for m in models[False]))
+    assert not torch.equal(*(m.embedding.weight for m in models[True]))  # drawn from the seed
 
 
 def test_selection_never_sees_dev(run, runs, tmp_path, task):

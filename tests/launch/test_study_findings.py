@@ -17,6 +17,7 @@ from launch.study_findings import (
 from launch.study_findings import (
     compare_on_test as on_test,
 )
+from launch.study_page import change, study_page
 from launch.study_plan import ArmConfig, Preset
 from launch.study_report import write_report
 from launch.study_results import arrange, best_rate, curve, read_results
@@ -74,6 +75,38 @@ def test_at_equal_flops_the_dearer_arm_is_read_in_the_middle():
     assert found.cut == "dense was read at 50% of its training"
     half = compare_along(results, "hashed", "dense", "flops", 0.5)  # at 10: 3 - 0.1 against 4
     assert half.difference.mean == pytest.approx((3 - 0.1) - 4)
+    assert half.cut == "dense was read at 25% of its training"
+
+
+def test_of_an_arm_in_mid_schedule_nothing_is_claimed():
+    """The interval excludes 0 by far; at equal tokens the same pair may be claimed."""
+    found = compare_along(all_of(dense, hashed), "hashed", "dense", "flops")
+    assert found.difference.sign == -1
+    assert found.sentence().startswith("hashed to dense (valid, equal training FLOPs; dense was read at 50% of its training): -1.1000")  # fmt: skip
+    assert found.sentence().endswith("No fair comparison: nothing is claimed.")
+    assert change(found).endswith(" *")
+    fair = compare_along(all_of(dense, hashed), "hashed", "dense", "symbols")
+    assert " is 4.8% below " in fair.sentence() and not change(fair).endswith("*")
+
+
+def dense_short(seed):
+    """Dense with the FLOPs of hashed, in a whole schedule."""
+    s = SHIFT[seed]
+    return study_result("dense_short", seed, [(100, 10, 1, 4 + s), (200, 20, 2, 2.5 + s)], {"dense": 2.5 + s})  # fmt: skip
+
+
+def test_headline_figures_are_of_fair_pairs():
+    arms = {**PRESET.arms, "dense_short": ArmConfig()}
+    preset = Preset(arms, pairs=[["hashed", "dense"], ["hashed", "dense_short"]])
+    page = study_page("x", preset, all_of(dense, hashed, dense_short))
+    runs, tokens, flops, seconds = page.figures
+    assert runs.value == "9 of 12"
+    assert (tokens.value, tokens.note.split(",")[0]) == ("-0.1000", "hashed minus dense")
+    assert (flops.value, flops.note.split(",")[0]) == ("-0.6000", "hashed minus dense_short")
+    assert (seconds.value, seconds.note) == ("-", "no fair pair")
+    said = [part for section in page.sections for part in section.parts if isinstance(part, str)]
+    assert any("hashed is 23.1% below dense_short (valid, equal training FLOPs)" in part for part in said)  # fmt: skip
+    assert any("hashed to dense (valid, equal training time; hashed was read" in part for part in said)  # fmt: skip
 
 
 def test_at_equal_seconds_between_two_points():
@@ -145,6 +178,26 @@ def test_runs_on_other_text_or_in_another_order_are_not_paired(changes, words):
         arrange([hashed(1, **changes), dense(1)])
     assert words in str(error.value) and "seed 1" in str(error.value)
     arrange([hashed(1), dense(1)])
+
+
+@pytest.mark.parametrize(("changes", "words"), [({"learning_rate": 0.004}, "learning_rate=0.002, seed 2 has 0.004"), ({"steps": 9}, "steps=3, seed 2 has 9")])  # fmt: skip
+def test_seeds_of_an_arm_that_are_not_alike_are_refused(changes, words):
+    with pytest.raises(UserError) as error:
+        arrange([dense(1), hashed(1), hashed(2, **changes)])
+    assert str(error.value).startswith("hashed: seed 1 has ") and words in str(error.value)
+    assert "\n" not in str(error.value)
+    arrange([dense(1), hashed(1, **changes)])  # another arm may differ
+
+
+def test_the_page_lists_the_commits():
+    def page_of(*codes):
+        runs = [dense(seed, code=code) for seed, code in enumerate(codes, 1)]
+        rows = study_page("x", PRESET, arrange(runs)).sections[0].parts[0].rows
+        return dict(rows)["Code"]
+
+    one, other = ({"commit": letter * 40, "changed": False} for letter in "ab")
+    assert page_of(one, one) == "a" * 12
+    assert page_of(one, {**other, "changed": True}, None) == f"3 commits: {'a' * 12}; {'b' * 12}, with files changed since; commit unknown"  # fmt: skip
 
 
 def test_only_what_is_there_is_compared():
@@ -239,6 +292,16 @@ def test_the_page_says_which_rates_were_tried_and_taken(tmp_path):
         "0.4 is the best for hashed; taken by hashed, frozen. It is at the end of the grid"
         in (tmp_path / "x.md").read_text()
     )
+
+
+def test_the_page_states_the_limits_of_the_preset(tmp_path):
+    preset = Preset(PRESET.arms, limits=["The choice of k came from a probe."])
+    tuned = study_result("hashed", 0, [(1, 1, 1, 9)], {"2": 3.0}, tries=0.1, split="valid")
+    words = "rates were tried with dense, hashed alone"
+    for results, told in (([dense(1), hashed(1)], False), ([dense(1), hashed(1), tuned], True)):
+        limits = next(s for s in study_page("x", preset, arrange(results)).sections if s.title == "Limits")  # fmt: skip
+        assert "The choice of k came from a probe." in limits.parts
+        assert any(words in part for part in limits.parts) == told
 
 
 def test_a_report_of_nothing_is_refused(tmp_path):

@@ -61,11 +61,12 @@ def test_what_a_run_is_given(composing, tmp_path):
     config = jobs["hashed-seed1"].config
     assert config.corpus.path == str(tmp_path / "a text, with = signs")
     assert config.train.runs_dir == str(tmp_path / "out/runs") and config.train.threads == 1
-    assert (config.train.valid_every, config.train.save_every, config.train.keep) == (6, 5, 6)
+    assert (config.train.valid_every, config.train.save_every, config.train.keep) == (6, 5, 21)
     assert config.eval.k == [1, 3, 4] and config.eval.split.name == "test"  # its own k_max too
     tuning = jobs["tune-hashed-lr0.004"].config
     assert (tuning.optim.lr, tuning.train.steps, tuning.train.seed) == (0.004, 8, 0)
     assert tuning.eval.k == [3] and tuning.eval.split.name == "valid"
+    assert tuning.train.valid_every == 0  # its one figure is that of the end
     assert not jobs["dense-seed1"].analysed and not jobs["tune-hashed-lr0.004"].analysed
     assert jobs["hashed-seed1"].analysed
     rated = with_rate(jobs["more-seed1"], 0.004)
@@ -97,6 +98,8 @@ def test_other_options_are_told_apart(composing, tmp_path):
         ({"points": 5}, "points=5: must divide train.steps=8"),
         ({"pairs": [["hashed"]]}, "pairs=['hashed']"),
         ({"arms": {"hashed": {"experiment": "debug", "kin": "dense"}}}, "arms.hashed.kin=dense: must be one of hashed"),
+        ({"arms": {**TINY["arms"], "long": {"same_time_as": "more"}}}, "arms.long.same_time_as=more: must be one of the arms that try learning_rates: dense, hashed"),
+        ({"arms": {**TINY["arms"], "long": {"same_time_as": "dense"}}, "learning_rates": []}, "arms.long.same_time_as=dense"),
         ({"sedes": [1]}, "Key 'sedes' not in 'Preset'"),
         ({"seeds": ["one"]}, "one"),
     ],
@@ -118,7 +121,7 @@ def test_a_preset_that_is_not_there_names_those_that_are():
 def test_presets_are_whole(name):
     preset = read_preset(name)
     first = next(iter(preset.arms))
-    assert first == "dense" and {"dense", "hashed"} == set(preset.kin) and len(preset.seeds) >= 3
+    assert first == "dense" and {"dense", "hashed"} <= set(preset.kin) and len(preset.seeds) >= 3
     for a, b in preset.pairs:
         assert a in preset.arms and b in preset.arms and a != b
 

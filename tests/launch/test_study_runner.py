@@ -26,6 +26,7 @@ STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); 
 
 
 def jobs_of(preset, seeds=(1,)):
+    """Jobs of 10 steps."""
     dense, hashed = (replace(tiny_config(), moe=MoEConfig(router=router, experts=4)) for router in (Router.dense, Router.hashed))  # fmt: skip
     tuning = [
         with_rate(Job(f"tune-{arm}-{rate}", arm, 0, dense if arm == "dense" else hashed, (), rate), rate)
@@ -47,6 +48,8 @@ def study(tmp_path, monkeypatch):
         bpc = 1.0 + abs((job.tries or 0) - 0.2)  # 0.2 is the best rate
         result = study_result(job.arm, job.seed, [(1, 1, 1, bpc)], {"dense": bpc}, tries=job.tries)
         config = with_rate(job, rate).config
+        result["steps"] = job.config.train.steps
+        result["measured"]["training_seconds"] = job.config.train.steps * {"dense": 3.0}.get(job.arm, 2.1)  # fmt: skip
         return {**result, "learning_rate": config.optim.lr, "options": chosen_options(config)}
 
     monkeypatch.setattr(launch.study_runner, "collect", collect)
@@ -101,6 +104,30 @@ def test_arms_wait_for_the_rate_of_their_kin(study, tmp_path):
     assert {name: run["learning_rate"] for name, run in results(tmp_path).items() if "seed" in name} == {
         "dense-seed1": 0.2, "hashed-seed1": 0.2, "frozen-seed1": 0.2,
     }  # fmt: skip
+
+
+def test_an_arm_that_trains_as_long_as_another(study, tmp_path):
+    """10 steps of hashed at 2.1 s are 7 of dense at 3 s, in whole validations of 2 points: 8. They stay so when it goes on."""
+    arms = {**ARMS, "dense_time": ArmConfig(kin="dense", same_time_as="hashed")}
+    preset = Preset(arms, learning_rates=RATES, points=2)
+    jobs = jobs_of(preset, seeds=(1, 2))
+    stop = {"dense_time-seed2": "import sys; sys.exit(1)"}
+    runner, lines, started = study(preset, jobs, stop)
+    assert runner.run(never) == 1
+    order = [name.split()[0] for name in started]
+    assert order.index("dense_time-seed1") > order.index("tune-hashed-0.2")
+    assert results(tmp_path)["dense_time-seed1"]["steps"] == 8
+    assert "dense_time: 8 steps, as long as hashed" in lines
+    for path in (tmp_path / "results").glob(
+        "tune-dense-*"
+    ):  # other times cannot move them any more
+        found = json.loads(path.read_text())
+        found["measured"]["training_seconds"] *= 5
+        path.write_text(json.dumps(found))
+    again, lines, _ = study(preset, jobs)
+    assert again.run(never) == 0 and not any("as long as" in line for line in lines)
+    assert {results(tmp_path)[f"dense_time-seed{seed}"]["steps"] for seed in (1, 2)} == {8}
+    assert results(tmp_path)["dense-seed1"]["steps"] == 10
 
 
 def test_one_that_fails_is_named_and_the_others_go_on(study, tmp_path):
@@ -173,6 +200,29 @@ def test_results_of_another_study_are_refused(study, tmp_path):
     other = [replace(job, config=replace(job.config, train=replace(job.config.train, steps=12))) for job in jobs_of(preset)]  # fmt: skip
     with pytest.raises(UserError, match=r"dense-seed1.* is of another study: train.steps was 10, now it is 12"):  # fmt: skip
         study(preset, other)
+
+
+def test_an_arm_keeps_its_learning_rate(study, tmp_path):
+    """A rate that becomes the best later is not mixed in; seeds that are mixed already are refused at the start."""
+    preset = Preset(ARMS, learning_rates=RATES)
+    jobs = jobs_of(preset, seeds=(1, 2))
+    fails = {"dense-seed2": "import sys; sys.exit(1)", "hashed-seed2": "import sys; sys.exit(1)"}
+    runner, *_ = study(preset, jobs, fails)
+    assert runner.run(never) == 1
+    path = tmp_path / "results/tune-dense-0.1.json"
+    better = json.loads(path.read_text())
+    better["bpc"] = {"dense": 0.5}
+    path.write_text(json.dumps(better))
+    again, lines, _ = study(preset, jobs)
+    assert again.run(never) == 1
+    assert any("failed: dense-seed2: the best learning rate is now 0.1, but seeds of dense ran with 0.2" in line for line in lines)  # fmt: skip
+    assert "hashed-seed2" in results(tmp_path) and "dense-seed2" not in results(tmp_path)
+
+    two = json.loads((tmp_path / "results/hashed-seed2.json").read_text())
+    two["learning_rate"] = two["options"]["optim.lr"] = 0.1
+    (tmp_path / "results/hashed-seed2.json").write_text(json.dumps(two))
+    with pytest.raises(UserError, match=r"hashed: seed 1 has learning_rate=0.2, seed 2 has 0.1"):
+        study(preset, jobs)
 
 
 def test_children_end_with_the_study(tmp_path):
