@@ -337,10 +337,10 @@ def _rates(preset: Preset, results: Results) -> page.Section:
 
 def _limits(preset: Preset, results: Results) -> page.Section:
     found = comparisons(preset, results)
-    with_interval = [c for c in found if c.difference.low is not None]
+    with_interval = [c for c in found if c.difference.low is not None and not c.cut]
     excluding = sum(c.difference.sign != 0 for c in with_interval)
     return page.Section("Limits", [
-        f"{len(with_interval)} differences with an interval were computed; {excluding} exclude 0. Of differences that are truly 0 one in twenty would "
+        f"{len(with_interval)} differences with an interval, of reads that are fair, were computed; {excluding} exclude 0. Of differences that are truly 0 one in twenty would "
         "do so by chance: a single one proves little.",
         "Intervals are over seeds, by Student's t. They hold for this text, this size and this length of training, and say nothing about others.",
         *([f"Learning rates were tried with {', '.join(preset.kin)} alone. Every other arm took its kin's, which need not be its own best."] if results.tuning else []),
