@@ -129,7 +129,7 @@ def test_stages_on_one_rank(one_rank_runs, one_rank):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_train_like_one(ranks, one_rank):
     check(run_ranks(train, ranks, ranks, CASES[ranks]), CASES[ranks], one_rank)
 

@@ -118,7 +118,7 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("peer_ids", ["corpus", "exchange"])
+@pytest.mark.parametrize("peer_ids", ["corpus", pytest.param("exchange", marks=pytest.mark.slow)])
 def test_two_processes_train_like_one(tmp_path, alone, peer_ids):
     """Also when one of them is slow, which is said."""
     options = ["model.dropout=0", f"parallel.peer_ids={peer_ids}"]
@@ -199,6 +199,7 @@ def test_a_rank_with_another_option_is_named(tmp_path, name, values):
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_nobody_goes_on_while_rank_0_works_alone(tmp_path):
     """Rank 0 draws and closes the metrics (W&B may take minutes); a launcher would end it if the other had ended by then."""
     folder = str(tmp_path)
@@ -291,6 +292,7 @@ def test_runs_that_their_certificates_describe(tmp_path, monkeypatch, number, op
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_a_certificate_that_one_rank_cannot_take(tmp_path, monkeypatch):
     """Of another expert group; all end with one line."""
     for name, options in {
