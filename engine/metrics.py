@@ -176,6 +176,11 @@ def _writing(file: Path) -> Iterator[None]:
         raise RunFailed(f"cannot write {file}: {error}") from error
 
 
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """Read the lines of a run's metrics.jsonl, each an object with "step" and metrics by name."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 def memory_bytes() -> int:
     """Give the resident memory of this process."""
     rss: int = _process(os.getpid()).memory_info().rss

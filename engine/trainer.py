@@ -4,7 +4,6 @@ Owns the run's moving parts (engine, loader, memory, counters); says what happen
 A stop asked for (Ctrl-C, SIGTERM) takes effect between two steps, after a checkpoint.
 """
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,7 +30,7 @@ from engine.loader import (
     plan_batch,
     share_ids,
 )
-from engine.metrics import JSONL, Metrics
+from engine.metrics import JSONL, Metrics, read_lines
 from engine.model import Memory
 from engine.moe.auto import gathers
 from engine.moe.hashing import hash64
@@ -337,8 +336,7 @@ class Trainer:
         every, file = self.config.train.valid_every, self.folder / JSONL
         if not every or self.step == 0 or self.step % every or not file.exists():
             return False
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
-        return not any(row["step"] == self.step and "valid_bpc" in row for row in rows)
+        return not any(row["step"] == self.step and "valid_bpc" in row for row in read_lines(file))
 
     def _last_good(self) -> str:
         """Say which checkpoint the run can go on from; all ranks look together."""

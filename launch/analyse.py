@@ -31,7 +31,7 @@ from engine.saved import SavedRun, open_saved
 from launch.cli import read_config, run_program
 from launch.console import table
 from launch.process import set_up
-from launch.run_folder import write_json
+from launch.run_folder import CONFIG, write_json
 
 ANALYSIS = "analysis.json"
 _LASTING = (Router.hashed, Router.frozen, Router.learned)
@@ -58,7 +58,7 @@ def analyse(args: AnalyseArgs) -> int:
     """Measure, print and write; returns the exit code."""
     set_up(args.threads)
     folder = Path(args.run)
-    config = read_config(folder / "config.yaml")
+    config = read_config(folder / CONFIG)
     require(config.moe.router is not Router.dense, f"run={folder}: a dense model has no experts")
     saved = open_saved(folder, config, print)
     found = measure(saved, folder, args.split, args.symbols)

@@ -28,9 +28,8 @@ from engine.certificate.exact import counted_kind
 from engine.certificate.record import Written
 from engine.errors import RunFailed
 from engine.trainer import Trainer
-from launch.run_folder import write_json
+from launch.run_folder import FACTS, write_json
 
-FACTS = "facts.json"
 ROOT = Path(__file__).resolve().parents[1]
 
 

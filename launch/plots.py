@@ -1,6 +1,5 @@
 """The two plots of a run: bits per symbol over training, and the slimming curve (bits per symbol against k)."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,10 +8,12 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from engine.metrics import read_lines
+
 
 def plot_loss(metrics: Path, target: Path) -> None:
     """Draw training bpc over symbols from a metrics.jsonl."""
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    rows = read_lines(metrics)
     points = [(row["tokens"], row["bpc"]) for row in rows if row.get("bpc") is not None]
     valid = [(row["tokens"], row["valid_bpc"]) for row in rows if row.get("valid_bpc") is not None]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")

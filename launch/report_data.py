@@ -16,9 +16,8 @@ import numpy as np
 from engine.errors import UserError
 from engine.metrics import JSONL
 from launch.cli import read_plain
-from launch.run_folder import CONFIG, STATE, SUMMARY
+from launch.run_folder import CONFIG, FACTS, STATE, SUMMARY
 
-FACTS = "facts.json"
 POINTS = 500  # of a line, at most
 _COLUMNS, _CELLS = 150, 40_000  # of a heat map, at most
 

@@ -24,7 +24,7 @@ from engine.tuning import resolve
 from launch.cli import config_of, read_config, write_config
 
 CONFIG, LOCK, STATE = "config.yaml", ".lock", "state.json"
-SUMMARY = "summary.json"
+SUMMARY, FACTS = "summary.json", "facts.json"
 
 # Options that may differ when a run is resumed: they change what is written and shown, or on which ranks and how the same
 # steps are computed, which is seen in the rounding alone.

@@ -16,13 +16,12 @@ import torch
 
 from engine.config import Router, require
 from engine.errors import UserError
-from engine.metrics import JSONL
+from engine.metrics import JSONL, read_lines
 from launch.analyse import ANALYSIS
-from launch.run_folder import SUMMARY
+from launch.run_folder import FACTS, SUMMARY
 from launch.study_plan import Job, chosen_options, with_rate
 
 FORMAT = 1
-FACTS = "facts.json"
 Result = dict[str, Any]
 _SAME = (
     "corpus_sha256",
@@ -100,7 +99,7 @@ def curve(metrics: Path) -> list[dict[str, float | None]]:
     Seconds are step_ms added up over the steps, so neither validations nor checkpoints count, nor work that was lost when a
     run was killed. FLOPs are None where the run did not record any.
     """
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    rows = read_lines(metrics)
     logged = [row for row in rows if "step_ms" in row]
     steps = np.array([0, *(row["step"] for row in logged)])
     milliseconds = np.diff(steps) * np.array([row["step_ms"] for row in logged])

@@ -19,7 +19,7 @@ from engine.corpus import PreparedCorpus, prepare
 from engine.counting import bzip2_bpc, order_n_bpc
 from engine.errors import RunFailed
 from engine.evaluate import Evaluation, slimming_curve
-from engine.metrics import Metrics, peak_memory_bytes
+from engine.metrics import Metrics, peak_memory_bytes, read_lines
 from engine.parallel.mesh import Mesh
 from engine.parallel.world import World, agree, together
 from engine.trainer import Trainer
@@ -268,8 +268,7 @@ def training_totals(metrics: Path) -> dict[str, float]:
 
     FLOPs and the GPU's memory are there when the last line has them.
     """
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    rows = [row for row in rows if "step_ms" in row]
+    rows = [row for row in read_lines(metrics) if "step_ms" in row]
     steps = [
         row["step"] - before
         for row, before in zip(rows, [0, *(row["step"] for row in rows)], strict=False)
