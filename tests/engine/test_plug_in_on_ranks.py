@@ -408,7 +408,7 @@ def test_the_example_learns(ranks):
     assert len(losses) == 5 and losses[-1] < losses[0] - 0.7
 
 
-def test_the_readme_shows_the_example():
+def test_the_documentation_shows_the_example():
     example = (ROOT / "tests/examples/plug_in.py").read_text()
     shown = "".join(f"    {line}".rstrip() + "\n" for line in example.splitlines())
-    assert shown in (ROOT / "README.md").read_text()
+    assert shown in (ROOT / "docs/plug_in.md").read_text()
