@@ -290,11 +290,15 @@ class WandbConfig:
 
     mode: WandbMode = WandbMode.disabled
     project: str = "foreroute"
+    """Project of the run on W&B."""
     group: str | None = None
     """None: in a sweep the sweep's name, else no group."""
     job_type: str = "train"
+    """Kind of the run, by which W&B can group."""
     tags: list[str] = field(default_factory=list)
+    """Words to find the run by."""
     notes: str | None = None
+    """Free text beside the run."""
 
 
 @dataclass

@@ -26,6 +26,7 @@ from engine.checkpoint import load_weights, read_manifest
 from engine.checkpoint_files import checkpoints
 from engine.choices import Keys
 from engine.config import Router, Split, require
+from engine.errors import at_least
 from engine.model import TransformerXL
 from engine.saved import SavedRun, open_saved
 from launch.cli import read_config, run_program
@@ -49,9 +50,10 @@ class AnalyseArgs:
     symbols: int = 4096
     """Text that is looked at: the first so many symbols of the split, in whole segments."""
     threads: int = 0
+    """CPU threads of PyTorch; 0 leaves its default."""
 
     def __post_init__(self) -> None:
-        require(self.symbols >= 1, f"symbols={self.symbols}: must be at least 1")
+        at_least("", self, symbols=1)
 
 
 def analyse(args: AnalyseArgs) -> int:

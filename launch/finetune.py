@@ -17,6 +17,7 @@ from engine.accuracy import Accuracy, Majority, majority
 from engine.build import build_model, fill_signatures
 from engine.classifier import Classifier, predict
 from engine.config import Config, Precision, Router, require, to_plain
+from engine.errors import at_least, fraction
 from engine.finetune import Point, Recipe, Selection, accuracy
 from engine.finetune import finetune as train_and_select
 from engine.glue import Example, hold_out, read_examples
@@ -36,6 +37,7 @@ class TaskArgs:
     """The examples."""
 
     path: str = ""
+    """Folder of GLUE's train.tsv and dev.tsv; needed."""
 
 
 @dataclass
@@ -43,32 +45,41 @@ class FinetuneArgs:
     """Options; the defaults are the published recipe, shortened."""
 
     run: str = ""
+    """Folder of the trained run; needed."""
     task: TaskArgs = field(default_factory=TaskArgs)
-    name: str | None = None  # of the result; None: made of the options below
-    pretrained: bool = (
-        True  # false: the same model from new weights, drawn from `seed`, with the run's tables
-    )
-    k: int | None = None  # in fine-tuning; None: schedule.k_max of the run
-    eval_k: list[int] | None = None  # on dev; None: eval.k of the run, and k
+    name: str | None = None
+    """Name of the result; None makes it of pretrained, k and seed."""
+    pretrained: bool = True
+    """false: the same model from new weights, drawn from `seed`, with the run's tables."""
+    k: int | None = None
+    """Active experts in fine-tuning; None means schedule.k_max of the run."""
+    eval_k: list[int] | None = None
+    """Numbers of active experts on dev; None means eval.k of the run, and k."""
     steps: int = 1500
-    batch: int = 16  # sentences in a step
-    lr: list[float] = field(default_factory=lambda: [1e-4])  # each is tried; the best is selected
-    eval_every: int = 250  # steps between two looks at the held-out examples
-    held_out: int = 1000  # examples of train to select by
-    dropout: float = 0.1  # of the model and the head
+    """Optimizer steps for each learning rate."""
+    batch: int = 16
+    """Sentences in a step."""
+    lr: list[float] = field(default_factory=lambda: [1e-4])
+    """Learning rates; each is tried, and the best is selected."""
+    eval_every: int = 250
+    """Steps between two looks at the held-out examples."""
+    held_out: int = 1000
+    """Examples of train to select by."""
+    dropout: float = 0.1
+    """Of the model and the head."""
     seed: int = 1
+    """Of the held-out examples, the order of the others, dropout, the head, and new weights."""
     threads: int = 0
+    """CPU threads of PyTorch; 0 leaves its default."""
 
     def __post_init__(self) -> None:
         require(bool(self.run), "run is missing: the folder of a trained run")
         require(bool(self.task.path), f"task.path is missing: the folder of {TRAIN} and {DEV}")
-        for option in ("steps", "batch", "eval_every", "held_out"):
-            value = getattr(self, option)
-            require(value >= 1, f"{option}={value}: must be at least 1")
+        at_least("", self, steps=1, batch=1, eval_every=1, held_out=1)
         require(
             len(self.lr) > 0 and min(self.lr) > 0, f"lr={self.lr}: needs one or more, each above 0"
         )
-        require(0 <= self.dropout < 1, f"dropout={self.dropout}: must be in [0, 1)")
+        fraction("", self, "dropout")
         require(0 <= self.seed < 2**32, f"seed={self.seed}: must be from 0 to 2**32 - 1")
         plain = self.name is None or (self.name and "/" not in self.name and self.name[0] != ".")
         require(bool(plain), f"name={self.name!r}: must be a plain file name, without .json")

@@ -104,6 +104,8 @@ def test_every_program_has_a_help_that_fits(helped, program):
     words = " ".join(text.split())
     assert " ".join(head_comment(CONF / f"{program}.yaml").split()) in words
     assert f"python -m launch.{program}" in text
+    silent = [name for name, (_, meaning) in entries(text).items() if meaning.startswith("[")]
+    assert silent == []  # every option says what it means
     defaults = yaml.safe_load((CONF / f"{program}.yaml").read_text())["defaults"]
     names = [name for item in defaults if isinstance(item, dict) for name in item]
     groups = [name for name in names if "hydra" not in name]
