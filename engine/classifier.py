@@ -85,12 +85,16 @@ class Classifier(nn.Module):
 
 
 def predict(classifier: Classifier, sentences: Sequence[Sentence], k: int) -> Tensor:
-    """Give the logits [number of sentences, C] on the host, in the order of the sentences."""
+    """Give the logits [number of sentences, C] on the host, in the order of the sentences.
+
+    Routers that draw do so anew for each batch, alike in every call.
+    """
     was_training = classifier.training
     classifier.eval()
     logits = torch.empty(len(sentences), len(LABELS))
     with torch.inference_mode():
-        for places in by_length(sentences, range(len(sentences)), _PREDICTED):
-            logits[places] = classifier(pad([sentences[i] for i in places]), k).float().cpu()
+        for number, places in enumerate(by_length(sentences, range(len(sentences)), _PREDICTED)):
+            batch = pad([sentences[i] for i in places])
+            logits[places] = classifier(batch, k, seed=number).float().cpu()
     classifier.train(was_training)
     return logits

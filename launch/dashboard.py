@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.config import WandbConfig, require
-from engine.errors import RunFailed, UserError
+from engine.errors import RunFailed, UserError, at_least
 from engine.metrics import METRICS
 from launch.cli import run_program
 
@@ -41,7 +41,7 @@ class DashboardArgs:
     """Send the dashboard to the project, with the key that `wandb login` saved or WANDB_API_KEY has."""
 
     def __post_init__(self) -> None:
-        require(self.layers >= 0, f"layers={self.layers}: must be at least 0")
+        at_least("", self, layers=0)
         for option in ("project", "name"):
             value = getattr(self, option)
             require(bool(value.strip()), f"{option}={value!r}: must not be empty")

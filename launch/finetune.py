@@ -15,6 +15,7 @@ import torch
 
 from engine.accuracy import Accuracy, Majority, majority
 from engine.build import build_model, fill_signatures
+from engine.choices import Keys
 from engine.classifier import Classifier, predict
 from engine.config import Config, Precision, Router, require, to_plain
 from engine.errors import at_least, fraction
@@ -162,7 +163,12 @@ def _config(config: Config, args: FinetuneArgs) -> Config:
 def _active_experts(config: Config, args: FinetuneArgs) -> tuple[int, dict[str, int]]:
     """The k to train at, and those to report, by name."""
     if config.moe.router is Router.dense:
+        require(args.k is None, f"k={args.k}: run={args.run} is dense, which has no k")
         return 1, {"dense": 1}
+    require(
+        config.moe.keys is Keys.own,
+        f"moe.keys={config.moe.keys.name}: a control that cannot be fine-tuned: a sentence's experts would follow from its neighbours",
+    )
     experts = config.moe.experts
     k = config.schedule.k_max if args.k is None else args.k
     require(1 <= k <= experts, f"k={k}: must be 1 to moe.experts={experts}")

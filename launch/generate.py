@@ -9,6 +9,7 @@ import torch
 from omegaconf import MISSING
 
 from engine.config import Router, require
+from engine.errors import at_least
 from engine.generate import Sampling
 from engine.generate import generate as sample_ids
 from engine.saved import open_saved
@@ -38,9 +39,9 @@ class GenerateArgs:
     """CPU threads of PyTorch; 0 leaves its default."""
 
     def __post_init__(self) -> None:
-        require(self.length >= 1, f"length={self.length}: must be at least 1")
-        require(self.temperature >= 0, f"temperature={self.temperature}: must be at least 0")
+        at_least("", self, length=1, temperature=0)
         require(0 < self.top_p <= 1, f"top_p={self.top_p}: must be in (0, 1]")
+        require(0 <= self.seed < 2**32, f"seed={self.seed}: must be from 0 to 2**32 - 1")
 
 
 def generate(args: GenerateArgs) -> int:
@@ -49,10 +50,12 @@ def generate(args: GenerateArgs) -> int:
     folder = Path(args.run)
     config = read_config(folder / "config.yaml")
     k = config.schedule.k_max if args.k is None else args.k
-    require(
-        config.moe.router is Router.dense or 1 <= k <= config.moe.experts,
-        f"k={k}: must be 1 to moe.experts={config.moe.experts}",
-    )
+    if config.moe.router is Router.dense:
+        require(args.k is None, f"k={k}: run={folder} is dense, which has no k")
+    else:
+        require(
+            1 <= k <= config.moe.experts, f"k={k}: must be 1 to moe.experts={config.moe.experts}"
+        )
     saved = open_saved(folder, config, lambda line: print(line, file=sys.stderr))
     prompt = os.fsencode(args.prompt)
     ids = sample_ids(

@@ -27,7 +27,8 @@ def experts_section(preset: Preset, results: Results) -> page.Section:
         ]
         rows.append([arm, *cells])
     notes = [
-        "Mean cosine similarity over all pairs of experts of a layer, mean over layers and seeds. Outputs: of all experts for the same tokens of the test text, "
+        "Mean cosine similarity over all pairs of experts of a layer, mean over layers and seeds. Outputs: of all experts for the same tokens, at most 1,024, of "
+        f"{_sample(results)}, "
         "whoever is active; 1 would be collapse to one expert. Weights: of the flattened parameters. An expert's hidden units can be permuted without changing "
         "what it computes, so weights that look different do not show different experts; outputs do.",
     ]  # fmt: skip
@@ -40,12 +41,21 @@ def experts_section(preset: Preset, results: Results) -> page.Section:
 def routes_section(preset: Preset, results: Results) -> page.Section:
     """Load, mixing weights and routing change."""
     half = str(max(1, experts_of(results) // 2))
+    stochastic = [
+        arm
+        for arm in preset.arms
+        if any(run["router"] == "stochastic" for run in results.seeds_of(arm).values())
+    ]
     load, changes = [], []
     for arm, found in _analyses(preset, results).items():
         own = str(found[0]["k_max"])
+        loads = [
+            _mean([a["routes"].get(k, {}).get(name) for a in found])
+            for k in (half, own)
+            for name in ("load_max_over_mean", "load_entropy")
+        ]
         load.append([
-            arm,
-            *(_mean([a["routes"].get(k, {}).get(name) for a in found]) for k in (half, own) for name in ("load_max_over_mean", "load_entropy")),
+            arm, *([_NONE] * len(loads) if arm in stochastic else loads),
             _mean([math.exp(a["routes"][own]["weight_entropy"]) for a in found]), own,
         ])  # fmt: skip
         between = [a["routing_change"]["between"] for a in found]
@@ -67,8 +77,9 @@ def routes_section(preset: Preset, results: Results) -> page.Section:
         "own k",
     ]
     notes = [
-        "On the test text, means over layers and seeds. Entropy is that of the experts' shares of the rows over log E: 1 is even, and so it is at k = E whatever the router. "
-        "Experts by weight: e to the entropy of a token's mixing weights; k for equal weights.",
+        f"On {_sample(results)}, means over layers and seeds. Entropy is that of the experts' shares of the rows over log E: 1 is even, and so it is at k = E whatever the router. "
+        "Experts by weight: e to the entropy of a token's mixing weights; k for equal weights."
+        + (f" {', '.join(stochastic)} sends all tokens of a pass to the same experts: a load of so few passes would say nothing." if stochastic else ""),
     ]  # fmt: skip
     parts: list[page.Part] = [Table(header, load, notes=notes)]
     if changes:
@@ -89,6 +100,19 @@ def _analyses(preset: Preset, results: Results) -> dict[str, list[dict[str, Any]
         for arm in preset.arms
     }
     return {arm: analyses for arm, analyses in found.items() if analyses}
+
+
+def _sample(results: Results) -> str:
+    """The text that the experts were looked at on."""
+    found = sorted(
+        {
+            run["analysis"]["symbols"]
+            for by_seed in results.runs.values()
+            for run in by_seed.values()
+            if run["analysis"]
+        }
+    )
+    return f"the first {' or '.join(f'{n:,}' for n in found)} symbols of the test text"
 
 
 def _mean(values: list[float | None]) -> str:

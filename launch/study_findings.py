@@ -8,7 +8,6 @@ nothing is claimed of the difference.
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from statistics import fmean
 from typing import Any
 
 from launch.study_plan import Preset
@@ -74,6 +73,20 @@ def compare_on_test(results: Results, a: str, b: str, k: int | None) -> Comparis
     return _compare(a, b, at, _test_values(results, a, k), _test_values(results, b, k))
 
 
+def with_cost(results: Results, compared: Comparison) -> Comparison:
+    """Add what a's whole training took of b's to the place of a comparison."""
+    spent = {
+        "FLOPs": ratio(results, compared.a, compared.b, "flops"),
+        "time": ratio(results, compared.a, compared.b, "seconds"),
+    }
+    words = " and ".join(
+        f"{found.mean:.2f} of its training {name}"
+        for name, found in spent.items()
+        if found is not None
+    )
+    return replace(compared, at=f"{compared.at}, with {words}") if words else compared
+
+
 def compare_along(results: Results, a: str, b: str, axis: str, share: float = 1.0) -> Comparison | None:  # fmt: skip
     """Compare on the valid split during training, at a share of what the arm that used less of the axis used in all.
 
@@ -98,10 +111,13 @@ def compare_along(results: Results, a: str, b: str, axis: str, share: float = 1.
                 read[arm].append(at / curve[-1][0])
     where = AXES[axis] if share == 1 else f"{share:.0%} of {AXES[axis]}"
     compared = _compare(a, b, f"valid, {where}", values_a, values_b)
-    early = [(arm, fmean(found)) for arm, found in read.items() if found and fmean(found) < share * _WHOLE[axis]]  # fmt: skip
+    early = {
+        arm: min(found) for arm, found in read.items() if found
+    }  # of the seed that was read earliest
+    early = {arm: part for arm, part in early.items() if part < share * _WHOLE[axis]}
     if compared is None or not early:
         return compared
-    return replace(compared, cut=" and ".join(f"{arm} was read at {part:.0%} of its training" for arm, part in early))  # fmt: skip
+    return replace(compared, cut=" and ".join(f"{arm} was read at {part:.0%} of its training" for arm, part in early.items()))  # fmt: skip
 
 
 def ratio(results: Results, a: str, b: str, axis: str) -> Estimate | None:

@@ -26,6 +26,7 @@ from launch.study_findings import (
     reference_arm,
     seeds_mean,
     used,
+    with_cost,
 )
 from launch.study_plan import Preset
 from launch.study_results import Result, Results, best_rate, own_bpc
@@ -195,6 +196,7 @@ def _said(preset: Preset, results: Results) -> page.Section:
     ]
     for a, b in pairs:
         tested = compare_on_test(results, a, b, None)
+        tested = None if tested is None else with_cost(results, tested)
         budgets = [compare_along(results, a, b, axis) for axis in ("flops", "seconds")]
         parts += [c.sentence() for c in (tested, *budgets) if c is not None]
         if tested is None:
@@ -242,8 +244,8 @@ def _slimming(preset: Preset, results: Results) -> page.Section:
     counting = next(iter(next(iter(results.runs.values())).values()))["counting"]
     if counting:
         notes.append(
-            f"On the same text counting gets {counting['order2_bpc']:.3f} (order 2) and {counting['order3_bpc']:.3f} (order 3), "
-            f"bzip2 -9 {counting['bzip2_bpc']:.3f}."
+            f"On the same test text counting gets {counting['order2_bpc']:.3f} (order 2) and {counting['order3_bpc']:.3f} (order 3), "
+            f"bzip2 -9 {counting['bzip2_bpc']:.3f}, from all of the training text, whatever part of it the arms read."
         )
     table = Table(
         ["", "own k", *(f"k = {k}" for k in every_k)], rows, caption="Test bpc", notes=notes
@@ -322,7 +324,14 @@ def _rates(preset: Preset, results: Results) -> page.Section:
         return page.Section("Learning rates", [text])
     by_arm = sorted(results.tuning, key=lambda r: (r["arm"], r["tries"]))
     rows = [[r["arm"], f"{r['tries']:g}", f"{own_bpc(r):.4f}", f"{r['steps']:,}"] for r in by_arm]
+    steps = (
+        max(run["steps"] for by_seed in results.runs.values() for run in by_seed.values())
+        if results.runs
+        else 0
+    )
     note = "On the valid split at k_max, by runs with a seed of their own; the lowest bpc decides."
+    if steps > by_arm[0]["steps"]:
+        note += f" These are shorter than the arms' {steps:,} steps, for which the best rate may be lower. The curves below and above are of the beginning of the same split."
     parts: list[page.Part] = [
         Table(["tried with", "learning rate", "valid bpc", "steps"], rows, notes=[note])
     ]

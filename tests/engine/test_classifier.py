@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from engine.build import build_model
+from engine.build import build_model, planned_routers
 from engine.classifier import Classifier, predict
 from engine.config import KernelsConfig, Router
 from engine.model import Routing
 from engine.moe.routers import HashedRouter
 from engine.moe.tables import build_tables
+from engine.parallel.mesh import Mesh
 from engine.sentences import Sentence, pad
 from engine.testing_run import EXPERTS, LAYERS, SYMBOLS, K, tiny_config
 
@@ -67,6 +68,17 @@ def test_negative_control_a_real_id_more_changes_the_logits(router):
     longer = replace(sentence, ids=np.append(sentence.ids, 0).astype(np.uint8))
     want = alone(classifier, sentence)
     assert (alone(classifier, longer) - want).abs().max() > 1e-4 * want.abs().max()
+
+
+def test_a_router_that_draws_does_so_anew_for_each_batch_and_alike_in_every_call():
+    """All sentences of a batch meet the same experts; of 200 equal ones, in two batches, two kinds of logits come out."""
+    config = replace(tiny_config(), moe=replace(tiny_config().moe, router=Router.stochastic))
+    routers = planned_routers(config, [], Mesh())
+    classifier = Classifier(build_model(config, SYMBOLS), routers, config)
+    same = sentences(7) * 200
+    first, again = predict(classifier, same, 1), predict(classifier, same, 1)
+    assert torch.equal(first, again)
+    assert len({tuple(row.tolist()) for row in first.round(decimals=4)}) > 1
 
 
 @pytest.mark.parametrize("router", ROUTERS)
