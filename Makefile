@@ -13,6 +13,8 @@ RUN := $(VENV)/bin/python
 TRITON_SUITE = TRITON_INTERPRET=1 $(RUN) -m pytest tests/kernels/on_triton
 # One thread: tests are many small operations, and a second core is often busy.
 test test-all test-cluster: export OMP_NUM_THREADS = 1
+# Their runs are on the CPU, also where there is a GPU: test-gpu has those for it.
+test test-all test-cluster: export DS_ACCELERATOR = cpu
 train: $(VENV)/ready
 	$(RUN) -m launch.train experiment=quickstart train.resume=true $(ARGS)
 

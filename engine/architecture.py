@@ -155,9 +155,9 @@ def feed_forward_width(model: ModelConfig, moe: MoEConfig, layer: int) -> int:
     if model.signatures:
         at_input = (num_tables(model, moe) * moe.experts + 1) * model.width
     width = whole - round(at_input / (layers * (matrices * model.width + 1)))
+    cause = "model.signatures=true" if model.signatures else f"model.ngram_rows={model.ngram_rows}"
     require(
         width >= 1,
-        f"model.ngram_rows={model.ngram_rows}: no parameters are left for dense layers of equal parameters; set fewer, or "
-        "moe.dense_width",
+        f"{cause}: no parameters are left for dense layers of equal parameters; needs fewer at the input, or moe.dense_width",
     )
     return width

@@ -3,7 +3,7 @@
 Keys, where an expert parameter (its name contains ".experts.", dim 0 = expert) is cut into one tensor per global expert id:
 
     weight/<parameter>[/<expert:05d>]    fp32 master; exp_avg/... and exp_avg_sq/... likewise
-    buffer/<name>    memory/<layer>/<global stream id:06d>    table/<i>/<field>    rng/torch/rank-<rank:05d>
+    buffer/<name>    memory/<layer>/<global stream id:06d>    table/<i>/<field>    rng/torch/rank-<rank:05d>    rng/cuda/rank-<rank:05d>
 
 Each rank writes one shard: the experts that it holds, shared with the ranks that hold the same ones, its share of all
 other parameters, and its own memory and random state. Nothing is gathered on one rank but the manifest, which has all
@@ -43,6 +43,8 @@ class TrainingState:
     cursor: int  # index of the next segment in the data stream
     rng: Tensor | None
     """uint8: this rank's torch.get_rng_state(); None after loading on other ranks: draw new numbers."""
+    device_rng: Tensor | None = None
+    """uint8: that of this rank's GPU, from which dropout draws there; None without one, or as rng."""
     memory: tuple[Tensor, ...] | None = None  # one [streams, m, D] tensor per layer
     stream_B: Tensor | None = None  # int64: global stream id of each row of memory
     tables: list[dict[str, Tensor]] = field(default_factory=list)  # the same on every rank
@@ -227,9 +229,10 @@ class _Reader:
             if kind == "table":
                 tables[int(rest[0])][rest[1]] = self.get(key)
         saved_by = self.manifest.get("ranks", 1), self.manifest.get("expert_ranks", 1)
-        rng = None
+        rng = device_rng = None
         if mesh is not None and saved_by == (mesh.world, mesh.expert_ranks):
-            rng = self.get(_rng(mesh.rank))
+            rng, device_key = self.get(_rng(mesh.rank)), _rng(mesh.rank, "cuda")
+            device_rng = self.get(device_key) if device_key in self._keys else None
         memory = None
         saved = self._streams()
         wanted = sorted(saved) if streams is None else list(streams)
@@ -239,6 +242,7 @@ class _Reader:
             step=self.manifest["step"],
             cursor=self.manifest["cursor"],
             rng=rng,
+            device_rng=device_rng,
             memory=memory,
             stream_B=None if memory is None else torch.tensor(wanted),
             tables=tables,
@@ -277,8 +281,8 @@ def _check_disjoint(shards: dict[str, dict[str, Any]]) -> None:
             seen[key] = name
 
 
-def _rng(rank: int) -> str:
-    return f"rng/torch/rank-{rank:05d}"
+def _rng(rank: int, kind: str = "torch") -> str:
+    return f"rng/{kind}/rank-{rank:05d}"
 
 
 def _is_expert(name: str) -> bool:
@@ -303,10 +307,12 @@ def _buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _tensors(engine: "Engine", state: TrainingState) -> dict[str, Tensor]:
-    """What this rank writes; values may alias live tensors. A collective, as Engine.read_state."""
+    """What this rank writes, on the host; values may alias live tensors. A collective, as Engine.read_state."""
     result = dict(_own_state(engine))
     assert state.rng is not None
     result[_rng(engine.mesh.rank)] = state.rng
+    if state.device_rng is not None:
+        result[_rng(engine.mesh.rank, "cuda")] = state.device_rng
     if engine.mesh.rank == 0:
         for name, buffer in _buffers(engine.module).items():
             result[f"buffer/{name}"] = buffer
@@ -321,7 +327,7 @@ def _tensors(engine: "Engine", state: TrainingState) -> dict[str, Tensor]:
 
 
 def _own_state(engine: "Engine") -> Iterator[tuple[str, Tensor]]:
-    """The parameters' state that this rank writes.
+    """The parameters' state that this rank writes, each on the host before the next is read: a GPU has room for one, not for all.
 
     Of R ranks that hold the same experts, the r-th takes the experts r, r + R, ... of those; of all W ranks the w-th
     takes the other parameters w, w + W, ...
@@ -334,9 +340,10 @@ def _own_state(engine: "Engine") -> Iterator[tuple[str, Tensor]]:
             keys = _keys(kind, name, experts)
             if experts is not None:
                 for row in range(replica, len(keys), replicas):
-                    yield keys[row], values[kind][row].clone()  # a slice would keep the whole
+                    value = values[kind][row]  # a slice, which would keep the whole
+                    yield keys[row], value.cpu() if value.is_cuda else value.clone()
             elif number % mesh.world == mesh.rank:
-                yield keys[0], values[kind]
+                yield keys[0], values[kind].cpu()
 
 
 def _header(engine: "Engine", state: TrainingState, facts: dict[str, Any]) -> dict[str, Any]:

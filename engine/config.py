@@ -337,10 +337,14 @@ class Config:
 
     def __post_init__(self) -> None:
         experts, k_max = self.moe.experts, self.schedule.k_max
-        if self.moe.router is not Router.dense:
+        if self.moe.router is not Router.dense or self.model.signatures:
             require(
                 k_max <= experts, f"schedule.k_max={k_max}: must be at most moe.experts={experts}"
             )
+        if self.moe.router is Router.dense:
+            tf32 = self.kernels.precision is Products.tf32
+            require(not tf32, "kernels.precision=tf32: moe.router=dense has no expert kernels")
+        else:
             too_big = [k for k in self.eval.k if k > experts]
             require(not too_big, f"eval.k={too_big}: must be at most moe.experts={experts}")
         require(

@@ -285,7 +285,8 @@ def start(model: nn.Module, config: Config, mesh: Mesh | None = None) -> Engine:
         share_experts(layer, mesh)
     ds_config = _deepspeed_config(config, mesh.world, sum(p.numel() for p in model.parameters()))
     _start_process_group(mesh.world)
-    parameters: Any = parameter_groups(model.parameters()) if shared else model.parameters()
+    ordered = aligned_first(model.parameters())
+    parameters: Any = parameter_groups(ordered) if shared else ordered
     optimizer = build_optimizer(parameters, config.optim)
     _give_up_after(config.parallel.timeout_s)
     with contextlib.redirect_stdout(io.StringIO()):  # bf16 prints memory use; warnings pass
@@ -299,19 +300,31 @@ def start(model: nn.Module, config: Config, mesh: Mesh | None = None) -> Engine:
 
 
 # These two, and share_experts, are also for models that others hand to DeepSpeed (engine/plug_in.py).
-def expert_wire(mesh: Mesh, device: torch.device) -> Wire:
+def expert_wire(mesh: Mesh, device: torch.device, *, timed: bool = True) -> Wire:
     """Give what the ranks of this rank's expert group exchange rows through; deepspeed.initialize forms the group.
+
+    Args:
+        timed: as of Wire.
 
     Raises:
         RuntimeError: it has not yet, or in another way than the mesh.
     """
     try:
-        return Wire(_expert_group(mesh), deepspeed.comm, device)
+        return Wire(_expert_group(mesh), deepspeed.comm, device, timed=timed)
     except (AssertionError, KeyError) as error:  # as DeepSpeed says that there is no such group
         raise RuntimeError(
             f"experts are shared out over {mesh.expert_ranks} ranks that have no group yet: "
             "give the model to deepspeed.initialize before you run it"
         ) from error
+
+
+def aligned_first(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Put parameters last whose size 8 does not divide, such as a bias of 204 symbols.
+
+    ZeRO 1 and 2 lay a group's parameters out one behind the other. Behind such a one no other would start on 16 bytes, and the
+    Triton kernels would read experts' weights number by number.
+    """
+    return sorted(parameters, key=lambda p: p.numel() % 8 != 0)
 
 
 def parameter_groups(params: Iterable[nn.Parameter | dict[str, Any]]) -> list[dict[str, Any]]:

@@ -25,7 +25,8 @@ class Delivery:
         """Start the copy of every tensor in nested dataclasses and tuples; pass the result to `receive`."""
         if self._stream is None:
             return value, None
-        with torch.cuda.stream(self._stream):
+        # Threads start on GPU 0: without the first of these, leaving the second would make a context there on every rank.
+        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
             copy = map_tensors(lambda t: t.pin_memory().to(self.device, non_blocking=True), value)
             return copy, self._stream.record_event()
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from engine.choices import Keys
 from engine.config import Config, require
 from engine.data import Batch
+from engine.delivery import map_tensors
 from engine.loader import group_batch, plan_batch
 from engine.model import Memory, Routing, TransformerXL
 from engine.moe.routers import PlannedRouter
@@ -48,7 +49,7 @@ def generate(
     )
 
     def sampled() -> Iterator[int]:
-        context = config.context
+        context, device = config.context, model.embedding.weight.device
         # one symbol at a time needs a longer memory to see as far as a whole segment does
         memory_len = max(config.model.memory, config.data.segment)
         history = list(prompt) or [0]
@@ -63,12 +64,16 @@ def generate(
                     planned = plan_batch(
                         group_batch([_batch(part, left, start)]), k, routers, held_out=True, input_keys=model.input_keys
                     )  # fmt: skip
-                    routing = Routing(k, planned.plans, input_row_tBQ=planned.input_row_tBQ)
+                    ids_BQ, plans, row_tBQ = map_tensors(
+                        lambda tensor: tensor.to(device),
+                        (planned.batch.ids_BQ, planned.plans, planned.input_row_tBQ),
+                    )
+                    routing = Routing(k, plans, input_row_tBQ=row_tBQ)
                     logits_BQV, memory = model.logits(
-                        planned.batch.ids_BQ, memory, routing, memory_len=memory_len
+                        ids_BQ, memory, routing, memory_len=memory_len
                     )[:2]
                     start += len(part)
-                chosen = sample(logits_BQV[0, -1], sampling)
+                chosen = sample(logits_BQV[0, -1].cpu(), sampling)  # the generator is the host's
             history.append(chosen)
             yield chosen
 

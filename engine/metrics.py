@@ -50,7 +50,7 @@ METRICS: dict[str, Metric] = {
     "flops": Metric("FLOP", "useful arithmetic of training since the start of the run, over all ranks: forward and backward, recomputation not counted"),
     "tokens_per_second": Metric("symbols/s", "trained on per second, over all ranks"),
     "tokens_per_second_per_rank": Metric("symbols/s", "the same over the number of ranks"),
-    "mfu": Metric("1", "useful arithmetic per second over the peak of all ranks' devices; 0 when the peak is unknown"),
+    "mfu": Metric("1", "useful arithmetic per second over the peak of all ranks' devices (of tf32 where kernels.precision says so, though only experts use it); 0 when the peak is unknown"),
     "step_ms": Metric("ms", "one optimizer step; the parts below too"),
     "plan_wait_ms": Metric("ms", "waiting for a batch and its plans"),
     "forward_ms": Metric("ms", "forward passes; on a GPU their launch alone, and so its parts"),

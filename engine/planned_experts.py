@@ -318,7 +318,7 @@ class PlannedExperts:
         """Let the layers exchange rows, once DeepSpeed has formed the groups."""
         if self.wire is not None or self._mesh.expert_ranks == 1:
             return
-        self.wire = expert_wire(self._mesh, device)
+        self.wire = expert_wire(self._mesh, device, timed=False)
         for layer in self.layers:
             backend = layer.experts.kernels.backend
             layer.exchange = build_exchange(self.wire, self._parallel, backend)

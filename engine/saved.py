@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from engine import checkpoint
 from engine.build import build_model, planned_routers
 from engine.config import Backend, Config, Kept, Precision, Products, require
@@ -26,8 +28,10 @@ class SavedRun:
     step: int
 
 
-def open_saved(folder: Path, config: Config, note: Callable[[str], None]) -> SavedRun:
-    """Load the newest whole checkpoint of a run folder.
+def open_saved(
+    folder: Path, config: Config, note: Callable[[str], None], device: torch.device | str = "cpu"
+) -> SavedRun:
+    """Load the newest whole checkpoint of a run folder, its model to a device.
 
     Raises:
         UserError: there is none, or it does not fit the model (a corpus with another vocabulary).
@@ -55,4 +59,4 @@ def open_saved(folder: Path, config: Config, note: Callable[[str], None]) -> Sav
             parameter.data = parameter.data.bfloat16()
     tables = [table_from_state(table) for table in state.tables]
     routers = planned_routers(config, tables, Mesh())
-    return SavedRun(config, corpus, model.eval(), routers, state.step)
+    return SavedRun(config, corpus, model.eval().to(device), routers, state.step)

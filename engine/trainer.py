@@ -16,7 +16,8 @@ from engine.agreement import Agreement
 from engine.arithmetic import Arithmetic
 from engine.build import build_model, fill_signatures, planned_routers, router_tables
 from engine.certificate.check import Check
-from engine.config import Config, PeerIds, Split, to_plain
+from engine.choices import Keys
+from engine.config import Config, PeerIds, Router, Split, to_plain
 from engine.corpus import PreparedCorpus
 from engine.data import Streams
 from engine.deepspeed_adapter import start
@@ -37,6 +38,7 @@ from engine.moe.hashing import hash64
 from engine.moe.routers import PlannedRouter
 from engine.moe.schedule import active_experts
 from engine.moe.tables import table_from_state, table_state
+from engine.parallel.mesh import Mesh
 from engine.parallel.world import World
 from engine.peak import peak_of
 from engine.profiler import Profiler
@@ -127,7 +129,8 @@ class Trainer:
         if path is None:
             self.reporter.note("no checkpoint to resume from: starting at step 0")
             return
-        trained_on = checkpoint.read_manifest(path)["corpus_sha256"]
+        manifest = checkpoint.read_manifest(path)
+        trained_on = manifest["corpus_sha256"]
         if trained_on != self.corpus.sha256:
             raise UserError(
                 f"{path}: trained on text with sha256 {trained_on[:16]}..., the corpus is now {self.corpus.sha256[:16]}..."
@@ -137,14 +140,14 @@ class Trainer:
         # tables belong to the model: take the saved ones
         tables = [table_from_state(table) for table in state.tables]
         self.routers = planned_routers(self.config, tables, self.world.mesh)
-        if state.rng is None:  # saved by other ranks than these
-            self._seed_generator()
-        else:
-            torch.set_rng_state(state.rng)
+        self._restore_generators(state)
         if state.memory is not None:
-            parts = [layer.tensor_split(len(self.memory)) for layer in state.memory]
+            device, micros = self.engine.device, len(self.memory)
+            parts = [layer.to(device).tensor_split(micros) for layer in state.memory]
             self.memory = [tuple(micro) for micro in zip(*parts, strict=True)]
         self.reporter.note(f"resumed at step {self.step} from {path}")
+        if differs := _not_in_rounding_alone(manifest, self.config, self.world.mesh):
+            self.reporter.note(f"the checkpoint is of another layout of ranks and micro-batches: {', '.join(differs)}")  # fmt: skip
 
     def save(self) -> Path:
         """Write a checkpoint of this moment."""
@@ -153,6 +156,7 @@ class Trainer:
             step=self.step,
             cursor=self.step,  # one segment of every stream per step
             rng=torch.get_rng_state(),
+            device_rng=torch.cuda.get_rng_state(self.engine.device) if self._on_gpu else None,
             memory=_join(self.memory),
             stream_B=torch.tensor(self._own_streams()),
             tables=[table_state(table) for table in router_tables(self.routers)],
@@ -310,6 +314,19 @@ class Trainer:
         if mesh.world > 1 or self.step > 0:
             torch.manual_seed(hash64(seed, mesh.rank, self.step).item())
 
+    def _restore_generators(self, state: checkpoint.TrainingState) -> None:
+        """Go on with the saved random numbers; draw new ones where other ranks, or a CPU, saved them."""
+        if state.rng is None or (self._on_gpu and state.device_rng is None):
+            self._seed_generator()
+            return
+        torch.set_rng_state(state.rng)
+        if state.device_rng is not None and self._on_gpu:
+            torch.cuda.set_rng_state(state.device_rng, self.engine.device)
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.engine.device.type == "cuda"
+
     def _validate(
         self, metrics: Metrics | None, window: Window, stop_asked: Callable[[], bool]
     ) -> None:
@@ -347,6 +364,21 @@ class Trainer:
             if path is None
             else f"the last good checkpoint is {path}"
         )
+
+
+def _not_in_rounding_alone(manifest: Mapping[str, Any], config: Config, mesh: Mesh) -> list[str]:
+    """Say what follows from the layout of ranks and micro-batches, if that of a checkpoint was another one."""
+    accumulation = manifest["config"]["train"]["accumulation"]
+    then = manifest.get("ranks", 1), manifest.get("expert_ranks", 1), accumulation
+    if then == (mesh.world, mesh.expert_ranks, config.train.accumulation):
+        return []
+    learned = config.moe.router is Router.learned and config.moe.balance_loss > 0
+    found = {
+        "dropout draws new numbers": max(config.model.dropout, config.model.attention_dropout) > 0,
+        "keys are shuffled among other tokens": config.moe.keys is Keys.shuffled,
+        "the balance loss counts other tokens": learned,
+    }
+    return [words for words, applies in found.items() if applies]
 
 
 def _join(memory: list[Memory | None]) -> Memory | None:

@@ -18,7 +18,9 @@ from kernels.expert_ffn_cpu import activate_backward, hidden_units
 from kernels.operands import ExpertWeights, FfnGradients, Saved
 from kernels.rows import ExpertRows
 
-_BLOCK = 2048  # rows; fewer than 1,024 were slower, more made no difference (H = 8,192, 2 cores)
+BLOCK_ROWS = (
+    2048  # rows; fewer than 1,024 were slower, more made no difference (H = 8,192, 2 cores)
+)
 
 
 @torch.autocast("cpu", enabled=False)
@@ -116,8 +118,8 @@ def _keeps_weighted(weight_N: Tensor, weights: ExpertWeights, dweight: bool) -> 
 
 
 def _blocks(num_inputs: int) -> Iterator[slice]:
-    for start in range(0, num_inputs, _BLOCK):
-        yield slice(start, min(start + _BLOCK, num_inputs))
+    for start in range(0, num_inputs, BLOCK_ROWS):
+        yield slice(start, min(start + BLOCK_ROWS, num_inputs))
 
 
 def _spread(weight_N: Tensor, rows: ExpertRows, dtype: torch.dtype) -> Tensor:

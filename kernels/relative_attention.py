@@ -19,12 +19,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+
+class _TileLimits(NamedTuple):
+    """Of a tile's scores."""
+
+    column_bytes: int  # of all queries, for one key
+    tile_bytes: int  # of all streams, but for those of a single stream
+
+
 # Fastest of 64..512 queries x 1..22 streams with Q = M = 512, H = 8, W = 64 in fp32 and bf16, on 2 cores with 2 MiB of
-# second-level cache each.
-_COLUMN_BYTES = 512  # of a tile's scores: 128 queries in fp32, 256 in bf16
-_TILE_BYTES = (
-    2 << 20
-)  # of a tile's scores: 4 streams of 128 queries and 1,024 keys; more streams when these are few
+# second-level cache each: 128 queries in fp32, 256 in bf16; 4 streams of them with 1,024 keys, more when these are few.
+_ON_CPU = _TileLimits(512, 2 << 20)
+# Not measured. A GPU would wait for the launches of so small tiles: at the published size a head is one tile here, and the
+# keys that no query sees cost a third more products.
+_ON_GPU = _TileLimits(2048, 64 << 20)
 _ALIGN = 16  # numbers; starting rows of keys on vector boundaries makes fp32 8 % faster
 
 
@@ -140,14 +148,20 @@ class _Tile(NamedTuple):
         return x[: prod(self.shape)].view(self.shape)
 
 
+def tile_shape(streams: int, queries: int, keys: int, *, item_bytes: int, gpu: bool) -> tuple[int, int]:  # fmt: skip
+    """Give the streams and the queries of a tile, at most; the last ones of a head may have fewer."""
+    limits = _ON_GPU if gpu else _ON_CPU
+    block = max(1, min(queries, limits.column_bytes // item_bytes))
+    group = limits.tile_bytes // (block * max(1, keys) * item_bytes)
+    return max(1, min(streams, group)), block
+
+
 def _tiles(operands: _Operands, window: int | None) -> list[_Tile]:
-    heads, streams, queries, _ = operands.qu_HBQW.shape
-    memory = operands.key_HBSW.shape[2] - queries
-    block = _COLUMN_BYTES // operands.qu_HBQW.element_size()
-    stream_bytes = (
-        min(block, queries) * operands.key_HBSW.shape[2] * operands.qu_HBQW.element_size()
-    )
-    group = max(1, _TILE_BYTES // stream_bytes)
+    like = operands.qu_HBQW
+    heads, streams, queries, _ = like.shape
+    keys = operands.key_HBSW.shape[2]
+    memory = keys - queries
+    group, block = tile_shape(streams, queries, keys, item_bytes=like.element_size(), gpu=like.is_cuda)  # fmt: skip
     tiles, start = [], 0
     for head, b, q in product(range(heads), range(0, streams, group), range(0, queries, block)):
         b_end, q_end = min(b + group, streams), min(q + block, queries)

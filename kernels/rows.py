@@ -121,10 +121,18 @@ def expert_rows(expert_RK: Tensor, num_experts: int) -> tuple[ExpertRows, Tensor
     choice_N = _stable_order(flat_N, num_experts)
     slot_N = torch.empty_like(choice_N)
     slot_N[choice_N] = torch.arange(choice_N.numel(), device=choice_N.device)
-    offset_L = torch.bincount(flat_N.long(), minlength=num_experts).cumsum(0).to(torch.int32)
+    offset_L = _counts(flat_N, num_experts).cumsum(0).to(torch.int32)
     slot_offset_R = torch.arange(num_inputs, device=choice_N.device) * num_choices
     source_N = choice_N // num_choices
     return ExpertRows(source_N, offset_L, slot_N, slot_offset_R), choice_N
+
+
+def _counts(key_N: Tensor, num_keys: int) -> Tensor:
+    """Count each key below num_keys; bincount, the fastest on a CPU, would make the host wait for a GPU."""
+    if not key_N.is_cuda:
+        return torch.bincount(key_N.long(), minlength=num_keys)
+    counts = torch.zeros(num_keys, dtype=torch.int64, device=key_N.device)
+    return counts.scatter_add_(0, key_N.long(), torch.ones_like(key_N, dtype=torch.int64))
 
 
 def _stable_order(key_N: Tensor, num_keys: int) -> Tensor:

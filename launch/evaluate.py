@@ -13,7 +13,9 @@ from omegaconf import MISSING
 
 from engine.config import Config, EvalConfig, Split
 from engine.evaluate import slimming_curve
+from engine.parallel.world import World
 from engine.saved import open_saved
+from launch.bootstrap import find_device, find_place
 from launch.cli import read_config, run_program
 from launch.console import table
 from launch.process import set_up
@@ -70,8 +72,10 @@ def evaluate(args: EvaluateArgs) -> int:
     set_up(args.threads)
     folder = Path(args.run)
     config = evaluation_config(read_config(folder / "config.yaml"), args)
-    saved = open_saved(folder, config, print)
-    curve = slimming_curve(saved.model, saved.routers, saved.corpus, config)
+    device = find_device(find_place())
+    saved = open_saved(folder, config, print, device)
+    world = World(device=device)
+    curve = slimming_curve(saved.model, saved.routers, saved.corpus, config, world)
     rows = [
         [name, f"{found.bpc:.4f}", f"{found.symbols:,}", f"{found.symbols / found.seconds:,.0f}"]
         for name, found in curve.items()

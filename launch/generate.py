@@ -13,6 +13,7 @@ from engine.errors import at_least
 from engine.generate import Sampling
 from engine.generate import generate as sample_ids
 from engine.saved import open_saved
+from launch.bootstrap import find_device, find_place
 from launch.cli import read_config, run_program
 from launch.process import set_up
 
@@ -56,7 +57,8 @@ def generate(args: GenerateArgs) -> int:
         require(
             1 <= k <= config.moe.experts, f"k={k}: must be 1 to moe.experts={config.moe.experts}"
         )
-    saved = open_saved(folder, config, lambda line: print(line, file=sys.stderr))
+    device = find_device(find_place())
+    saved = open_saved(folder, config, lambda line: print(line, file=sys.stderr), device)
     prompt = os.fsencode(args.prompt)
     ids = sample_ids(
         saved.model,

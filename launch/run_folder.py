@@ -27,7 +27,7 @@ CONFIG, LOCK, STATE = "config.yaml", ".lock", "state.json"
 SUMMARY, FACTS = "summary.json", "facts.json"
 
 # Options that may differ when a run is resumed: they change what is written and shown, or on which ranks and how the same
-# steps are computed, which is seen in the rounding alone.
+# steps are computed, which is seen in the rounding alone (and in what Trainer.resume then says).
 FREE = (
     "train.resume", "train.log_every", "train.valid_every", "train.valid_symbols", "train.save_every", "train.keep", "train.threads",
     "train.peak_tflops", "train.runs_dir", "data.prefetch", "corpus.cache_dir", "eval", "wandb", "profile",

@@ -74,6 +74,8 @@ def _train(config: Config, world: World, stop: StopSignal, certificate: str | No
     if written is not None:
         together(host, lambda: fits_text(written, corpus.sha256))
     run = open_run(config, world)
+    if config.train.resume and not run.resuming:
+        console.note(f"{run.path}: no run to resume, a new one starts")
     config = run.config
     for line in corpus.notes:
         console.note(line)

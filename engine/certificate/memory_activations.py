@@ -10,11 +10,9 @@ Letters: as in engine/certificate/memory_shapes.py.
 from dataclasses import dataclass
 from math import ceil
 
-from engine.certificate.memory_shapes import COLUMN_BYTES, Rows, Sizes
+from engine.certificate.memory_shapes import Rows, Sizes
 from engine.certificate.memory_terms import Term, term
-
-_TILE_BYTES = 2 << 20  # _TILE_BYTES of kernels/relative_attention.py
-_BLOCK_ROWS = 2048  # _BLOCK of kernels/moe_ffn_masked.py
+from kernels.moe_ffn_masked import BLOCK_ROWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +151,7 @@ class Activations:
             units = s.local_experts * moe.expert_width
             copies = 3 if s.gated else 1
             found.append(term("experts' backward", "{} rows x {} hidden units x {} bytes", received, units, copies * c))  # fmt: skip
-            block = min(received, _BLOCK_ROWS)
+            block = min(received, BLOCK_ROWS)
             if s.gated:
                 found.append(term("experts' backward", "{} rows of a block x {} hidden units x {} bytes", block, units, 3 * c))  # fmt: skip
         elif s.gpu:
@@ -170,8 +168,7 @@ class Activations:
         """Give what the backward pass of one layer's attention needs."""
         s = self.sizes
         positions, c = s.streams * s.keys, s.number
-        queries = min(s.config.data.segment, COLUMN_BYTES // c)
-        together = min(s.streams, max(1, _TILE_BYTES // (queries * s.keys * c)))
+        together, queries = s.tile
         return [
             term("attention's backward", "{} tokens x {} width x {} bytes", s.tokens, s.config.model.width, 2 * c),
             term("attention's backward", "{} tokens x {} head widths x {} bytes", s.tokens, s.inner, 4 * c),

@@ -19,8 +19,7 @@ from engine.choices import Activation, Backend, Kept, Precision
 from engine.config import Config, KernelsConfig, ModelConfig, MoEConfig
 from engine.model import TransformerXL
 from engine.moe.auto import gathers, wire_itemsize
-
-COLUMN_BYTES = 512  # of a tile's scores: _COLUMN_BYTES of kernels/relative_attention.py
+from kernels.relative_attention import tile_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +116,16 @@ class Sizes:
         return self.config.moe.experts // self.placement.expert_ranks
 
     @property
+    def tile(self) -> tuple[int, int]:
+        """Streams and queries of a tile of attention."""
+        queries = self.config.data.segment
+        return tile_shape(self.streams, queries, self.keys, item_bytes=self.number, gpu=self.gpu)
+
+    @property
     def pairs(self) -> int:
         """Query-key pairs of one stream and head that attention computes: block by block, all keys up to the block's end."""
         segment, memory = self.config.data.segment, self.config.model.memory
-        block = COLUMN_BYTES // self.number
+        _, block = self.tile
         ends = [min(start + block, segment) for start in range(0, segment, block)]
         starts = [0, *ends[:-1]]
         return sum((end - start) * (memory + end) for start, end in zip(starts, ends, strict=True))

@@ -19,15 +19,15 @@ from numpy.typing import NDArray
 
 from engine.architecture import feed_forward_width
 from engine.certificate.cluster import ClusterConfig
-from engine.certificate.memory_shapes import COLUMN_BYTES, item_bytes
+from engine.certificate.memory_shapes import item_bytes
 from engine.choices import Activation, Backend, Router
 from engine.config import Config
+from kernels.relative_attention import tile_shape
 
 Seconds = NDArray[np.float64]
 Rows = NDArray[np.float64]
 
 _BACKWARD = 2.0  # products, bytes and operations of backward against forward: two gradients for each product
-_TILE_BYTES = 2 << 20  # of kernels/relative_attention.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +153,9 @@ def model_seconds(config: Config, cluster: ClusterConfig, streams: int, vocab: i
             for product in products
         )
 
-    block = min(queries, COLUMN_BYTES // item)
-    together = min(streams, max(1, _TILE_BYTES // (block * keys * item)))
+    together, block = tile_shape(
+        streams, queries, keys, item_bytes=item, gpu=not cluster.host_copies
+    )
     tiles = model.heads * ceil(queries / block) * ceil(streams / together)
     projections = seconds(*projection_products(config, streams))
     score_product = score_products(config, block=block, together=together, tiles=tiles)

@@ -32,18 +32,20 @@ class Wire:
     """One process group: what this rank has sent through it and how long that took."""
 
     def __init__(
-        self, group: dist.ProcessGroup | None, comm: Any = dist, device: torch.device | str = "cpu"
-    ) -> None:
+        self, group: dist.ProcessGroup | None, comm: Any = dist, device: torch.device | str = "cpu", *, timed: bool = True
+    ) -> None:  # fmt: skip
         """Take a group and the module that offers the collectives, with the functions and arguments of torch.distributed.
 
         Args:
             group: None for all ranks.
             device: of the rows; on a GPU packing and collectives get streams of their own.
+            timed: keep times, until take_times is called; somebody must.
         """
         self.group, self._comm = group, comm
         self.rank, self.ranks = comm.get_rank(group), comm.get_world_size(group)
         self.sent_bytes_P = [0] * self.ranks  # left this rank since construction, by destination
         self.collectives = 0  # issued since construction
+        self._timed = timed
         self._streams: Streams | None = None
         self._log: HostLog | DeviceLog = HostLog()
         if torch.device(device).type == "cuda":
@@ -129,8 +131,9 @@ class Wire:
                 self.sent_bytes_P[rank] += num_rows * row_bytes
 
     def _issue(self, collective: Callable[..., Any], got: Tensor, rows: Tensor, *splits: list[int]) -> Flight:  # fmt: skip
-        # Evaluation takes no times: its logs would only grow.
-        log = type(self._log)() if torch.is_inference_mode_enabled() else self._log
+        # Nobody takes the times of an evaluation: its logs would only grow.
+        taken = self._timed and not torch.is_inference_mode_enabled()
+        log = self._log if taken else type(self._log)()
         if self._streams is None:
             assert isinstance(log, HostLog)
             issued = time.perf_counter()

@@ -247,7 +247,7 @@ def test_the_rest_of_the_state_comes_back(tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path, engine, state, facts={}, keep=1)
     got = checkpoint.load(path, engine)
     assert (got.step, got.cursor) == (4, 104)
-    assert torch.equal(got.rng, state.rng)
+    assert torch.equal(got.rng, state.rng) and got.device_rng is None
     assert got.memory is not None and state.memory is not None and got.stream_B is not None
     assert got.stream_B.tolist() == [4, 5, 6, 7]
     for a, b in zip(got.memory, state.memory, strict=True):
@@ -260,6 +260,55 @@ def test_the_rest_of_the_state_comes_back(tmp_path: Path) -> None:
     memory = checkpoint.load(path, engine).memory
     assert memory is not None and [tuple(m.shape) for m in memory] == [(1, 0, 8)] * 2
     assert checkpoint.load(save(tmp_path, engine, 6), engine).memory is None
+
+
+def test_the_random_state_of_a_gpu_comes_back(tmp_path: Path) -> None:
+    engine, state = start(Tiny(), config()), full_state()
+    state.device_rng = torch.arange(16, dtype=torch.uint8)
+    got = checkpoint.load(checkpoint.save(tmp_path, engine, state, facts={}, keep=1), engine)
+    assert got.device_rng is not None and torch.equal(got.device_rng, state.device_rng)
+
+
+class OnDevice:
+    """A tensor of a GPU as a checkpoint sees one: counts those that are still held."""
+
+    held = 0
+    is_cuda = True
+
+    def __init__(self, value: Tensor) -> None:
+        self.value, self.shape = value, value.shape
+        OnDevice.held += 1
+
+    def __del__(self) -> None:
+        OnDevice.held -= 1
+
+    def __getitem__(self, row: int) -> "OnDevice":
+        return OnDevice(self.value[row])
+
+    def cpu(self) -> Tensor:
+        return self.value.clone()
+
+
+def test_a_gpu_holds_one_parameter_more_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO gathers each weight and moment on the GPU: those of one parameter, never of the whole model."""
+    engine, most = start(Tiny(), config()), 0
+    whole = list(engine.read_state())
+
+    def read_state() -> Any:
+        nonlocal most
+        for name, values in whole:
+            most = max(most, OnDevice.held)
+            yield name, {kind: OnDevice(value) for kind, value in values.items()}
+
+    monkeypatch.setattr(engine, "read_state", read_state)
+    written = checkpoint._tensors(
+        engine, TrainingState(step=1, cursor=1, rng=torch.get_rng_state())
+    )
+    assert 0 < most <= 4  # three of the parameter before and one slice, until the next is read
+    for name, values in whole:
+        for kind, value in values.items():
+            stored = [written[key] for key in checkpoint._keys(kind, name, range(3) if ".experts." in name else None)]  # fmt: skip
+            assert torch.equal(torch.stack(stored) if ".experts." in name else stored[0], value)
 
 
 def test_weights_for_evaluation(tmp_path: Path) -> None:

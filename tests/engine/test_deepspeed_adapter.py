@@ -28,6 +28,29 @@ def side_effects(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapter, "KEPT_WHOLE", 0)
 
 
+def test_parameters_of_odd_sizes_come_last():
+    """In a flat buffer of them, each but those starts where 16 bytes begin, in bf16 too."""
+    sizes = [(204,), (204, 8), (3,), (4, 10), (16,), (5, 16)]
+    given = [nn.Parameter(torch.zeros(size)) for size in sizes]
+    ordered = adapter.aligned_first(given)
+    assert [tuple(p.shape) for p in ordered] == [(204, 8), (4, 10), (16,), (5, 16), (204,), (3,)]
+    starts = list(itertools.accumulate((p.numel() for p in ordered), initial=0))
+    assert all(start % 8 == 0 for start in starts[:5]) and starts[5] % 8
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(1, Precision.bf16), (1, Precision.fp32), (2, Precision.bf16)])  # fmt: skip
+def test_weights_of_experts_start_on_16_bytes(stage, precision):
+    """The vocabulary of 13 gives a bias whose size no power of 2 divides, and it is the model's first parameter."""
+    config = tiny_config()
+    train = replace(config.train, zero_stage=stage, precision=precision)
+    config = replace(config, train=train, optim=replace(config.optim, clip=1.0))
+    model = build_model(config, 13)
+    assert any(p.numel() % 8 for p in model.parameters())
+    adapter.start(model, config)
+    pointers = {name: p.data_ptr() for name, p in model.named_parameters() if ".experts." in name}
+    assert pointers and all(pointer % 16 == 0 for pointer in pointers.values()), pointers
+
+
 class Output(NamedTuple):
     loss: Tensor
     memory: tuple[Tensor, ...]

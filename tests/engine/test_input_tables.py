@@ -144,6 +144,7 @@ BAD = {
     "hashed has n-grams": ({"model": ModelConfig(ngram=2)}, "model.ngram=2: needs moe.router=dense, it is hashed"),
     "hashed has signatures": ({"model": ModelConfig(signatures=True)}, "model.signatures=True: needs moe.router=dense"),
     "layers": ({"moe": MoEConfig(layers=5)}, "moe.layers=5: must be at most model.layers=4"),
+    "signatures of more experts than there are": ({"model": ModelConfig(signatures=True), "moe": MOE, "schedule": ScheduleConfig(k_min=1, k_max=5)}, "schedule.k_max=5: must be at most moe.experts=4"),
     "no width left": ({"model": ModelConfig(ngram=2, ngram_rows=99999), "moe": replace(MOE, experts=2)}, "model.ngram_rows=99999: no"),
 }  # fmt: skip
 
@@ -151,7 +152,7 @@ BAD = {
 @pytest.mark.parametrize("sections,message", BAD.values(), ids=BAD.keys())
 def test_what_does_not_go_together_is_refused(sections, message):
     with pytest.raises(UserError, match=message):
-        Config(schedule=ScheduleConfig(k_max=1), eval=EvalConfig(k=[1]), **sections)
+        Config(**{"schedule": ScheduleConfig(k_max=1), "eval": EvalConfig(k=[1]), **sections})
 
 
 def test_sections_refuse_alone():

@@ -155,6 +155,33 @@ def test_resume_is_bit_identical_to_never_stopping(tmp_path, text, change):
     assert losses(tmp_path / "whole")[-2:] == losses(tmp_path / "parts")[-2:]
 
 
+OTHER_LAYOUT = {
+    "dropout": ({}, "dropout draws new numbers"),
+    "shuffled": (
+        {"moe": {"keys": Keys.shuffled}, "model": {"dropout": 0.0, "attention_dropout": 0.0}},
+        "keys are shuffled among other tokens",
+    ),
+    "learned": (
+        {"moe": {"router": Router.learned}, "model": {"dropout": 0.0, "attention_dropout": 0.0}},
+        "the balance loss counts other tokens",
+    ),
+    "none": ({"model": {"dropout": 0.0, "attention_dropout": 0.0}}, None),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), OTHER_LAYOUT.values(), ids=OTHER_LAYOUT.keys())
+def test_what_another_layout_changes_is_said(tmp_path, text, change, words):
+    """Two micro-batches instead of one: of an arm of which nothing but the rounding depends on it nothing is said."""
+    config = make_config(text, **change)
+    train(make_trainer(config, tmp_path), lambda: True)
+    for accumulation in (1, 2):
+        changed = replace(config, train=replace(config.train, accumulation=accumulation))
+        resumed = make_trainer(changed, tmp_path)
+        resumed.resume()
+        said = [line for line in resumed.reporter.notes if "another layout" in line]
+        assert said == ([] if accumulation == 1 or words is None else [f"the checkpoint is of another layout of ranks and micro-batches: {words}"])  # fmt: skip
+
+
 def test_no_step_of_a_stopped_run_is_missing_from_the_lines(tmp_path, text):
     config = make_config(text, train={"steps": 10, "log_every": 5})
     train(make_trainer(config, tmp_path / "whole"))

@@ -51,10 +51,24 @@ CASES = [
 @pytest.mark.parametrize(
     "b, q, m, window", CASES, ids=[f"B{b}-Q{q}-M{m}-w{w}" for b, q, m, w in CASES]
 )
-def test_fp64_equals_reference(b, q, m, window):
+@pytest.mark.parametrize("limits", [module._ON_CPU, module._ON_GPU], ids=["cpu", "gpu"])
+def test_fp64_equals_reference(b, q, m, window, limits, monkeypatch):
+    """By the tiles of a CPU, and by those that a GPU gets."""
+    monkeypatch.setattr(module, "_ON_CPU", limits)
     tensors = inputs(b, q, m)
     want = results(relative_attention_reference, tensors, window=window)
     assert_close(results(relative_attention, tensors, window=window), want, 1e-12)
+
+
+def test_the_tiles():
+    """fp32, 22 streams, 512 queries, 1,024 keys: 128 queries and 4 streams to 2 MiB; on a GPU a head is one tile."""
+    size = {"item_bytes": 4, "gpu": False}
+    assert module.tile_shape(22, 512, 1024, **size) == (4, 128)
+    assert module.tile_shape(3, 512, 1024, **size) == (3, 128)
+    assert module.tile_shape(22, 80, 2180, **size) == (3, 80)  # 80 x 2,180 x 4 = 0.7 MB
+    assert module.tile_shape(22, 512, 1024, item_bytes=2, gpu=False) == (4, 256)
+    assert module.tile_shape(22, 512, 1024, item_bytes=4, gpu=True) == (22, 512)
+    assert module.tile_shape(64, 512, 1024, item_bytes=4, gpu=True) == (32, 512)  # 32 x 2 MiB
 
 
 # fp32: sums of up to 133 terms, each rounded to 6e-8. bf16: scores and weights are rounded to 4e-3 each.

@@ -141,7 +141,11 @@ def test_two_processes_train_like_one(tmp_path, alone, peer_ids):
 @pytest.mark.dist
 def test_a_run_goes_on_with_other_ranks(tmp_path, alone):
     """Two ranks at ZeRO stage 3, from step 10 on one rank at stage 2 and two micro-batches."""
-    options = ["model.dropout=0", "train.save_every=10", "train.zero_stage=3"]
+    options = [
+        "model.dropout=0",
+        "train.save_every=10",
+        "train.zero_stage=3",
+    ]  # dropout would draw new numbers
     with Ranks(tmp_path, options) as ranks:
         assert [code for code, *_ in ranks.wait()] == [0, 0]
     shutil.rmtree(tmp_path / "debug/checkpoints/step-00000020")

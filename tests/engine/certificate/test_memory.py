@@ -7,7 +7,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from benchmarks.memory_model import SMALL, SYMBOLS, Case, compare, make_config, material
 from engine import deepspeed_adapter
-from engine.certificate import memory_activations, memory_shapes, memory_state
+from engine.certificate import memory_state
 from engine.certificate.exact import certify
 from engine.certificate.memory import largest_number, predict, predict_at
 from engine.certificate.memory_shapes import (
@@ -23,7 +23,6 @@ from engine.certificate.placement import Placement
 from engine.choices import Backend
 from engine.config import Growth, KernelsConfig, ScheduleConfig
 from engine.errors import UserError
-from kernels import moe_ffn_masked, relative_attention
 
 CLOSE = 0.08  # of the 0.10 that is promised
 # What gloo's threads hold besides on several ranks: the last tensors that each moved, by chance a gradient bucket or nothing.
@@ -247,6 +246,3 @@ def test_constants_are_those_of_the_code_that_is_counted():
     assert memory_state._MAX_BUCKET == deepspeed_adapter._MAX_BUCKET
     zero = DeepSpeedZeroConfig(stage=3)
     assert (zero.prefetch_bucket_size, zero.max_live_parameters) == (memory_state._FETCHED, memory_state._LIVE)  # fmt: skip
-    assert memory_shapes.COLUMN_BYTES == relative_attention._COLUMN_BYTES
-    assert memory_activations._TILE_BYTES == relative_attention._TILE_BYTES
-    assert memory_activations._BLOCK_ROWS == moe_ffn_masked._BLOCK
