@@ -28,7 +28,7 @@ from torch import distributed as dist
 from benchmarks.exchange_problem import Problem
 from benchmarks.harness import GradCase
 from benchmarks.peers import ExpertModule, separate
-from engine.config import KernelsConfig, ModelConfig, MoEConfig, ParallelConfig
+from engine.config import KernelsConfig, MoEConfig, ParallelConfig
 from engine.moe.exchange import build_exchange
 from engine.moe.layer import LayerCall, MoELayer
 from engine.moe.plan import Plan, Route
@@ -85,7 +85,7 @@ class _Ours:
     def __init__(self, problem: Problem, weights: ExpertWeights, plan: Plan) -> None:
         shape = problem.shape
         moe = MoEConfig(experts=shape.experts, expert_width=shape.hidden)
-        self.layer = MoELayer(ModelConfig(width=shape.width), moe, KernelsConfig(), layer=0)
+        self.layer = MoELayer(shape.width, moe, KernelsConfig(), layer=0)
         for name, value in zip(NAMES, weights, strict=False):  # relu: no w3
             assert value is not None
             setattr(self.layer.experts, name, nn.Parameter(value))

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import torch
 
-from engine.choices import Keys
-from engine.config import Config, Router, Split
+from engine.config import Config, Keys, Router, Split
 from engine.corpus import PreparedCorpus
 from engine.input_tables import Signatures
 from engine.model import TransformerXL

@@ -353,7 +353,6 @@ def _header(engine: "Engine", state: TrainingState, facts: dict[str, Any]) -> di
         "expert_ranks": engine.mesh.expert_ranks,
         "step": state.step,
         "adam_step": engine.adam_step(),
-        "schedule_step": state.step,
         "cursor": state.cursor,
         "tables": len(state.tables),
         **facts,

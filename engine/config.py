@@ -27,6 +27,7 @@ from engine.choices import (  # noqa: F401
     ExchangeKind,
     Growth,
     Kept,
+    Keys,
     PeerIds,
     Precision,
     Products,

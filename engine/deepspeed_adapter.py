@@ -373,7 +373,7 @@ def _balance_over_ranks(model: nn.Module, config: Config, mesh: Mesh) -> None:
     world = Wire(None, deepspeed.comm)
     for layer in model.modules():
         if isinstance(layer, MoELayer):
-            layer.world = world
+            layer.balance_wire = world
 
 
 def share_experts(layer: MoELayer, mesh: Mesh) -> None:

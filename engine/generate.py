@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.choices import Keys
-from engine.config import Config, require
+from engine.config import Config, Keys, require
 from engine.data import Batch
 from engine.delivery import map_tensors
 from engine.loader import group_batch, plan_batch

@@ -43,16 +43,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from engine.choices import Keys
-from engine.config import (
-    Builder,
-    KernelsConfig,
-    ModelConfig,
-    MoEConfig,
-    ParallelConfig,
-    Router,
-    require,
-)
+from engine.config import Builder, KernelsConfig, Keys, MoEConfig, ParallelConfig, Router, require
 from engine.deepspeed_adapter import (
     check_version,
     parameter_groups,
@@ -123,18 +114,17 @@ def replace_feed_forwards(
     require(
         moe.layers is None, f"moe.layers={moe.layers}: the pattern says which layers have experts"
     )
+    require(0 <= dropout < 1, f"dropout={dropout}: must be in [0, 1)")
     mesh = _mesh(parallel.expert_ranks)
     names = _find(model, pattern, width)
     tables = _tables(moe, vocab_size, text_ids, len(names), seed)
-    sizes = ModelConfig(dropout=dropout)
-    sizes.width = width  # unlike there, it may be odd
     layers = []
     with torch.random.fork_rng({p.device for p in model.parameters() if p.is_cuda}):
         torch.manual_seed(seed)
         for number, name in enumerate(names):
             like = next(model.get_submodule(name).parameters())
             with torch.device(like.device):
-                layer = MoELayer(sizes, moe, kernels or KernelsConfig(), number)
+                layer = MoELayer(width, moe, kernels or KernelsConfig(), number, dropout=dropout)
             layer.experts.init_weights(init_std)
             layers.append(layer.to(like.dtype))
     skip_shared_memory_op()

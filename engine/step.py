@@ -73,7 +73,7 @@ class StepResult:
 
 
 class Clock:
-    """Adds the time since its last lap to a named entry of StepTimes."""
+    """Measures what lies between its laps."""
 
     def __init__(self) -> None:
         self.start = self.last = time.perf_counter()

@@ -16,8 +16,7 @@ from engine.agreement import Agreement
 from engine.arithmetic import Arithmetic
 from engine.build import build_model, fill_signatures, planned_routers, router_tables
 from engine.certificate.check import Check
-from engine.choices import Keys
-from engine.config import Config, PeerIds, Router, Split, to_plain
+from engine.config import Config, Keys, PeerIds, Router, Split, to_plain
 from engine.corpus import PreparedCorpus
 from engine.data import Streams
 from engine.deepspeed_adapter import start

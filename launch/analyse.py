@@ -24,8 +24,7 @@ from engine.analysis import (
 from engine.build import build_model
 from engine.checkpoint import load_weights, read_manifest
 from engine.checkpoint_files import checkpoints
-from engine.choices import Keys
-from engine.config import Router, Split, require
+from engine.config import Keys, Router, Split, require
 from engine.errors import at_least
 from engine.model import TransformerXL
 from engine.saved import SavedRun, open_saved

@@ -9,8 +9,6 @@ from dataclasses import dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
 
-from omegaconf import MISSING
-
 from engine.config import Config, EvalConfig, Split
 from engine.evaluate import slimming_curve
 from engine.parallel.world import World
@@ -32,7 +30,7 @@ class Protocol(Enum):
 class EvaluateArgs:
     """Options; None means the run's own."""
 
-    run: str = MISSING
+    run: str
     """Folder of the run."""
     k: list[int] | None = None
     """Numbers of active experts to evaluate."""

@@ -15,9 +15,8 @@ import torch
 
 from engine.accuracy import Accuracy, Majority, majority
 from engine.build import build_model, fill_signatures
-from engine.choices import Keys
 from engine.classifier import Classifier, predict
-from engine.config import Config, Precision, Router, require, to_plain
+from engine.config import Config, Keys, Precision, Router, require, to_plain
 from engine.errors import at_least, fraction
 from engine.finetune import Point, Recipe, Selection, accuracy
 from engine.finetune import finetune as train_and_select

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from omegaconf import MISSING
 
 from engine.config import Router, require
 from engine.errors import at_least
@@ -22,7 +21,7 @@ from launch.process import set_up
 class GenerateArgs:
     """Options of a sample."""
 
-    run: str = MISSING
+    run: str
     """Folder of the run."""
     prompt: str = ""
     """Text that the sample continues."""

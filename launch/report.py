@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING
-
 from engine.config import require
 from engine.errors import UserError
 from launch.cli import run_program
@@ -31,7 +29,7 @@ _OURS = '<meta name="generator" content="foreroute launch.report">'
 class ReportArgs:
     """Options."""
 
-    run: Any = MISSING
+    run: Any
     """A run's folder, or a list of them, or what a sweep is called: runs/NAME or runs/NAME.sweep.json."""
     out: str | None = None
     """The file to write; None means report.html in the run's folder, beside several runs' folders, or runs/NAME.report.html."""

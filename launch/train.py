@@ -4,7 +4,6 @@ Follow one run from here: configuration -> corpus -> tables -> Trainer (engine/t
 """
 
 import json
-from collections.abc import Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,23 +15,18 @@ from engine.certificate.check import Check, fits, fits_tables, fits_text
 from engine.certificate.record import Written, read
 from engine.config import Backend, Config, Router, Split, to_plain
 from engine.corpus import PreparedCorpus, prepare
-from engine.counting import bzip2_bpc, order_n_bpc
-from engine.errors import RunFailed
-from engine.evaluate import Evaluation, slimming_curve
-from engine.metrics import Metrics, peak_memory_bytes, read_lines
+from engine.evaluate import slimming_curve
+from engine.metrics import Metrics
 from engine.parallel.mesh import Mesh
 from engine.parallel.world import World, agree, together
 from engine.trainer import Trainer
 from launch.cli import command_option, in_sweep, job_name, run_program
-from launch.console import Console, clock, table
+from launch.console import Console
 from launch.facts import write_facts
-from launch.page import byte_text
-from launch.plots import plot_loss, plot_slimming
 from launch.process import StopSignal, connected, set_up
-from launch.run_folder import SUMMARY, RunFolder, open_run, write_json
+from launch.run_folder import SUMMARY, RunFolder, open_run
+from launch.summary import final_numbers, result_table, summarise
 from launch.sweep import report_sweep
-
-_LAST_LINE = "flops", "peak_device_memory_bytes"  # of metrics.jsonl, for the summary
 
 
 @dataclass
@@ -216,7 +210,7 @@ def _finish(
     curve = slimming_curve(trainer.model, trainer.routers, corpus, config, world)
     world.watch.at("the summary")
     summary = together(
-        world.host, lambda: _summarise(run, trainer, corpus, curve) if world.first else None
+        world.host, lambda: summarise(run, trainer, corpus, curve) if world.first else None
     )
     if summary is not None:
         if metrics is not None:
@@ -226,106 +220,6 @@ def _finish(
             f"{run.path}: config.yaml facts.json metrics.jsonl checkpoints/ loss.png slimming.png summary.json"
         )
         print(f"python -m launch.report {command_option('run', run.path)} makes a page of it")
-
-
-def _summarise(
-    run: RunFolder, trainer: Trainer, corpus: PreparedCorpus, curve: Mapping[str, Evaluation]
-) -> dict[str, Any]:
-    """Write summary.json and the plots; gives what is in the summary."""
-    config, split = run.config, run.config.eval.split
-    baselines = counting_baselines(corpus, split, config.eval.max_symbols)
-    bpc = {name: found.bpc for name, found in curve.items()}
-    summary: dict[str, Any] = {
-        "bpc": bpc,
-        **training_totals(run.path / "metrics.jsonl"),
-        "peak_memory_bytes": peak_memory_bytes(),
-        **baselines,
-        "steps": trainer.step,
-        "split": split.name,
-        "symbols": next(iter(curve.values())).symbols,
-        "parameters": trainer.parameters,
-        "corpus_sha256": corpus.sha256,
-    }
-    lines = {"order 3": baselines["order3_bpc"], "bzip2 -9": baselines["bzip2_bpc"]}
-    try:
-        plot_loss(run.path / "metrics.jsonl", run.path / "loss.png")
-        plot_slimming(bpc, lines, run.path / "slimming.png")
-        write_json(run.path / SUMMARY, summary)
-    except OSError as error:
-        raise RunFailed(f"cannot write the results into {run.path}: {error}") from error
-    return summary
-
-
-def final_numbers(summary: Mapping[str, Any]) -> dict[str, float]:
-    """Name what W&B's table of runs shows of a summary, such as test_bpc/k4."""
-    split = summary["split"]
-    return {
-        f"{split}_bpc/{f'k{name}' if name.isdigit() else name}": bpc
-        for name, bpc in summary["bpc"].items()
-    }
-
-
-def training_totals(metrics: Path) -> dict[str, float]:
-    """Add up a run's logged steps, over all its processes: speed, time, and the share outside the model's own work.
-
-    FLOPs and the GPU's memory are there when the last line has them.
-    """
-    rows = [row for row in read_lines(metrics) if "step_ms" in row]
-    steps = [
-        row["step"] - before
-        for row, before in zip(rows, [0, *(row["step"] for row in rows)], strict=False)
-    ]
-    total_ms = sum(count * row["step_ms"] for count, row in zip(steps, rows, strict=True))
-    outside_ms = sum(count * row["outside_ms"] for count, row in zip(steps, rows, strict=True))
-    known = {name: rows[-1][name] for name in _LAST_LINE if rows[-1].get(name)}
-    return {
-        "tokens_per_second": 1e3 * rows[-1]["tokens"] / total_ms,
-        "training_seconds": total_ms / 1e3,
-        "outside_fraction": outside_ms / total_ms,
-        **known,
-    }
-
-
-def counting_baselines(corpus: PreparedCorpus, split: Split, max_symbols: int) -> dict[str, float]:
-    """Bits per symbol of counting models fitted on the training split, and of bzip2, on the same held-out text."""
-    held_out = corpus.split(split)[: max_symbols or None]
-    train_ids, size = corpus.split(Split.train), corpus.vocab.size
-    return {
-        "order2_bpc": order_n_bpc(train_ids, held_out, 2, size),
-        "order3_bpc": order_n_bpc(train_ids, held_out, 3, size),
-        "bzip2_bpc": bzip2_bpc(corpus.vocab.decode(held_out)),
-    }
-
-
-def result_table(summary: Mapping[str, Any]) -> str:
-    """Lay out held-out bpc at each k beside what counting gets, and below it what the training took."""
-    best = min(summary["bpc"].values())
-    found = {
-        name if name == "dense" else f"k = {name}": bpc for name, bpc in summary["bpc"].items()
-    }
-    names = {"order 2": "order2_bpc", "order 3": "order3_bpc", "bzip2 -9": "bzip2_bpc"}
-    found |= {label: summary[key] for label, key in names.items()}
-    rows = [
-        [label, f"{bpc:.3f}", f"{100 * (bpc / best - 1):+.1f}%"] for label, bpc in found.items()
-    ]
-    return "\n".join(
-        [table([f"{summary['split']} split", "bpc", "to best"], rows), *_training_lines(summary)]
-    )
-
-
-def _training_lines(summary: Mapping[str, Any]) -> list[str]:
-    seconds, speed = summary["training_seconds"], summary["tokens_per_second"]
-    device = summary.get("peak_device_memory_bytes")
-    found = {
-        "training": f"{summary['steps']:,} steps, {seconds * speed:,.0f} symbols, {summary['parameters']:,} parameters",
-        "time": f"{clock(seconds)}, {speed:,.0f} symbols/s, {summary['outside_fraction']:.1%} outside forward, backward and optimizer",
-        "memory": f"{byte_text(summary['peak_memory_bytes'])} at most"
-        + (f", {byte_text(device)} on the GPU" if device else "")
-        + " (rank 0)",
-    }
-    if "flops" in summary:
-        found["compute"] = f"{summary['flops']:.3g} FLOP"
-    return [f"{label:<10}{text}" for label, text in found.items()]
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ MAY_IMPORT = {
 }
 ONLY_IN = {
     "hydra": {"launch/cli.py"},
-    "omegaconf": {"launch/cli.py", "launch/evaluate.py", "launch/generate.py", "launch/report.py"},
+    "omegaconf": {"launch/cli.py"},
     "deepspeed": {"engine/deepspeed_adapter.py"},
     "wandb": {"engine/wandb_run.py", "launch/testing_wandb.py"},
     "wandb_workspaces": {"launch/dashboard.py"},

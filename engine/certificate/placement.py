@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.choices import Keys
-from engine.config import Config, Router, require
+from engine.config import Config, Keys, Router, require
 from engine.parallel.mesh import Mesh
 
 

@@ -9,8 +9,8 @@ per received row and gives one row per local token. The two are each other's tra
     gather   all rows to all ranks, and the partial results added up on the way back, for large k
 
 Either way two collectives a layer, part and direction, whose sizes the Plan knows: no counts are exchanged and the host is
-never waited for. A plan in several parts is exchanged inside the experts' call (engine/moe/pipeline.py): dispatch and
-combine then leave the rows as they are.
+never waited for. A plan in several parts is exchanged inside the experts' call, by `to_experts` and `to_tokens`
+(engine/moe/pipeline.py); `dispatch` and `combine` are for plans of one part.
 
 Letters: T local tokens (t: of one part), D width, S sent rows, R received rows, P ranks of the expert group.
 """
@@ -43,7 +43,7 @@ class Local:
 
     def dispatch(self, x_TD: Tensor, plan: Plan) -> Tensor:
         """Return the received rows [R, D], here the tokens themselves."""
-        _check(x_TD, plan, ranks=1)
+        check_plan(x_TD, plan, ranks=1)
         return x_TD
 
     def combine(self, partial_RD: Tensor, plan: Plan) -> Tensor:
@@ -85,17 +85,15 @@ class Exchange:
 
     def dispatch(self, x_TD: Tensor, plan: Plan) -> Tensor:
         """Return the received rows [R, D]: rank by rank, in the order of the sender's tokens."""
-        _check(x_TD, plan, ranks=self.wire.ranks)
-        if len(plan.parts) > 1:
-            return x_TD
-        received_RD: Tensor = _ToExperts.apply(x_TD, self, plan.parts[0])
+        check_plan(x_TD, plan, ranks=self.wire.ranks)
+        (part,) = plan.parts
+        received_RD: Tensor = _ToExperts.apply(x_TD, self, part)
         return received_RD
 
     def combine(self, partial_RD: Tensor, plan: Plan) -> Tensor:
         """Return the sum of each local token's partial results [T, D]."""
-        if len(plan.parts) > 1:
-            return partial_RD
-        y_TD: Tensor = _ToTokens.apply(partial_RD, self, plan.parts[0])
+        (part,) = plan.parts
+        y_TD: Tensor = _ToTokens.apply(partial_RD, self, part)
         return y_TD
 
     def to_experts(self, x_tD: Tensor, part: Part) -> Moving:
@@ -139,7 +137,8 @@ def build_exchange(
     return Exchange(wire, parallel, None if backend is Backend.auto else backend.value)
 
 
-def _check(x_TD: Tensor, plan: Plan, *, ranks: int) -> None:
+def check_plan(x_TD: Tensor, plan: Plan, *, ranks: int) -> None:
+    """Raise ValueError unless a plan is for so many ranks and for these tokens."""
     if len(plan.parts[0].send_splits) != ranks:
         raise ValueError(
             f"the plan is for an expert group of {len(plan.parts[0].send_splits)} ranks: this one has {ranks}"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import Activation, Backend, KernelsConfig, MoEConfig
-from engine.moe.exchange import Exchange, Local
+from engine.moe.exchange import Exchange, Local, check_plan
 from engine.moe.pipeline import PartCall, run_in_parts
 from engine.moe.plan import Part, Plan
 from engine.tracing import traced
@@ -47,8 +47,8 @@ class Experts(nn.Module):
                 nn.init.normal_(weight, 0.0, std)
 
     def forward(
-        self, rows_RD: Tensor, plan: Plan, dropout: Dropout | None, exchange: Exchange | Local
-    ) -> Tensor:
+        self, rows_RD: Tensor, plan: Plan, dropout: Dropout | None, *, exchange: Exchange | Local | None = None
+    ) -> Tensor:  # fmt: skip
         """Return the weighted sum of each received row's local experts.
 
         All that needs the weights happens in this one call, as ZeRO-3 gathers them around it. So a plan in several parts is
@@ -56,11 +56,16 @@ class Experts(nn.Module):
 
         Args:
             dropout: with the numbers of all tokens of the expert group, rank by rank.
+            exchange: for a plan in several parts.
+
+        Raises:
+            ValueError: the plan is for other ranks or another number of tokens.
         """
         weights = ExpertWeights(self.w1, self.b1, self.w2, self.b2, self.w3)
         calls = [self._call(rows_RD, part, plan.k, dropout) for part in plan.parts]
         if len(calls) > 1:
             assert isinstance(exchange, Exchange), "one rank has plans of one part"
+            check_plan(rows_RD, plan, ranks=exchange.wire.ranks)
             return run_in_parts(rows_RD, calls, weights, exchange)
         (call,) = calls
         return traced(

@@ -1,8 +1,8 @@
 """The Mixture-of-Experts layer: dispatch -> experts -> combine, driven by a Plan.
 
 A planned router's Plan comes with the batch. A live router routes here, inside the forward pass, and builds the same
-Plan; after that nothing differs. A plan in several parts is exchanged inside the experts' call. No routing decision is
-taken below this file.
+Plan; after that nothing differs. A plan in several parts does the three part by part, in the experts' call. No routing
+decision is taken below this file.
 
 Letters: T local tokens, D width, R received rows, E experts.
 """
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from engine.config import KernelsConfig, ModelConfig, MoEConfig, Router
+from engine.config import KernelsConfig, MoEConfig, Router
 from engine.feed_forward import FeedForward
 from engine.moe.exchange import Exchange, Local
 from engine.moe.experts import Experts
@@ -51,24 +51,37 @@ class MoELayer(nn.Module):
     shared: FeedForward | None
 
     def __init__(
-        self, model: ModelConfig, moe: MoEConfig, kernels: KernelsConfig, layer: int
+        self,
+        width: int,
+        moe: MoEConfig,
+        kernels: KernelsConfig,
+        layer: int,
+        *,
+        dropout: float = 0.0,
     ) -> None:
+        """Build the layer with all experts.
+
+        Args:
+            width: of the hidden states (D).
+            layer: its number in the model.
+            dropout: rate on the shared expert's hidden units; that of the others comes with each call.
+        """
         super().__init__()
         self.layer = layer
         self.balance_weight, self.z_weight = moe.balance_loss, moe.z_loss
         self.router = None
         if moe.router is Router.frozen:
-            self.router = FrozenRouter(model.width, moe.experts)
+            self.router = FrozenRouter(width, moe.experts)
         elif moe.router is Router.learned:
-            self.router = LearnedRouter(model.width, moe.experts)
-        self.experts = Experts(model.width, moe, kernels)
+            self.router = LearnedRouter(width, moe.experts)
+        self.experts = Experts(width, moe, kernels)
         self.exchange: Exchange | Local = Local()
         # all ranks, over which a learned router is balanced; None: this rank's tokens
-        self.world: Wire | None = None
+        self.balance_wire: Wire | None = None
         self.first_expert = 0  # global number of the first expert on this rank
         self.shared = None
         if moe.shared_width:
-            self.shared = FeedForward(model.width, moe.shared_width, moe.activation, model.dropout)
+            self.shared = FeedForward(width, moe.shared_width, moe.activation, dropout)
 
     def forward(self, x_TD: Tensor, call: LayerCall) -> LayerOutput:
         """Apply the layer to the tokens x_TD.
@@ -77,9 +90,13 @@ class MoELayer(nn.Module):
             ValueError: a planned router's plan is missing or is for another k or number of tokens.
         """
         plan, auxiliary_loss = self._plan(x_TD, call)
-        received_RD = self.exchange.dispatch(x_TD, plan)
-        partial_RD = self.experts(received_RD, plan, self._dropout(call), self.exchange)
-        y_TD = self.exchange.combine(partial_RD, plan)
+        dropout = self._dropout(call)
+        if len(plan.parts) == 1:
+            received_RD = self.exchange.dispatch(x_TD, plan)
+            partial_RD = self.experts(received_RD, plan, dropout)
+            y_TD = self.exchange.combine(partial_RD, plan)
+        else:  # the same, part by part, in the one call around which ZeRO-3 gathers the weights
+            y_TD = self.experts(x_TD, plan, dropout, exchange=self.exchange)
         if self.shared is not None:
             y_TD = y_TD + traced("shared_expert", self.shared, x_TD)
         return LayerOutput(y_TD, auxiliary_loss, plan.count_E)
@@ -100,8 +117,8 @@ class MoELayer(nn.Module):
         if isinstance(self.router, FrozenRouter):
             return plan, no_loss
         count_E = chosen_counts(live.route.expert_TK, num_experts)
-        if self.world is not None:
-            count_E = self.world.all_reduce(count_E)
+        if self.balance_wire is not None:
+            count_E = self.balance_wire.all_reduce(count_E)
         loss = self.balance_weight * balance_loss(live.logits_TE, count_E)
         return plan, loss + self.z_weight * z_loss(live.logits_TE)
 

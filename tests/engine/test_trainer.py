@@ -10,7 +10,6 @@ import torch
 
 from engine import checkpoint
 from engine.build import build_routers
-from engine.choices import Keys
 from engine.config import (
     Config,
     Corpus,
@@ -19,6 +18,7 @@ from engine.config import (
     EvalConfig,
     Growth,
     KernelsConfig,
+    Keys,
     ModelConfig,
     MoEConfig,
     OptimConfig,

@@ -16,7 +16,7 @@ import pytest
 from launch.console import Console, clock, styled
 from launch.page import Page
 from launch.page_terminal import print_page
-from launch.train import result_table, training_totals
+from launch.summary import result_table, training_totals
 
 ROOT = Path(__file__).resolve().parents[2]
 RED = "\x1b[31m"

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from engine.config import MoEConfig, ParallelConfig
+from engine.config import KernelsConfig, MoEConfig, ParallelConfig
 from engine.moe.exchange import Exchange, Local, build_exchange
+from engine.moe.experts import Experts
 from engine.moe.routers import HashedRouter
 from engine.moe.tables import build_tables
 from engine.testing import run_ranks
@@ -39,6 +40,15 @@ def test_a_plan_for_others_is_refused(options):
         exchange.dispatch(x_TD[:5], make_plan(2, **options))
     with pytest.raises(ValueError, match="x_TD has 5 rows: the plan is for 23 tokens"):
         Local().dispatch(x_TD[:5], make_plan(1))
+
+
+def test_a_plan_in_parts_for_others_is_refused():
+    exchange = build_exchange(NoWire(), ParallelConfig())
+    experts, x_TD = Experts(4, MoEConfig(experts=8, expert_width=6), KernelsConfig()), torch.zeros(23, 4)  # fmt: skip
+    with pytest.raises(ValueError, match="for an expert group of 4 ranks: this one has 2"):
+        experts(x_TD, make_plan(4, chunks=4), None, exchange=exchange)
+    with pytest.raises(ValueError, match="x_TD has 5 rows: the plan is for 23 tokens"):
+        experts(x_TD[:5], make_plan(2, chunks=4), None, exchange=exchange)
 
 
 def test_one_rank_exchanges_nothing():

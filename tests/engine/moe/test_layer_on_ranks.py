@@ -73,7 +73,13 @@ def make_layer(case):
         router=case.router, experts=EXPERTS, expert_width=HIDDEN, balance_loss=0.5, z_loss=0.1
     )
     model = ModelConfig(layers=1, width=WIDTH, heads=2, head_width=6)
-    layer = MoELayer(model, moe, KernelsConfig(masked_from_k=case.masked_from_k), layer=1).double()
+    layer = MoELayer(
+        model.width,
+        moe,
+        KernelsConfig(masked_from_k=case.masked_from_k),
+        layer=1,
+        dropout=model.dropout,
+    ).double()
     for index, parameter in enumerate(layer.parameters()):
         parameter.data = normal(*parameter.shape, seed=8 + index)
     return layer
@@ -140,7 +146,7 @@ def share(layer, case, rank, ranks):
     layer.first_expert = rank * local
     parallel = ParallelConfig(expert_ranks=ranks, exchange=case.exchange, chunks=case.chunks, wire=case.wire)  # fmt: skip
     layer.exchange = build_exchange(Wire(dist.group.WORLD), parallel)
-    layer.world = Wire(None) if case.router is Router.learned else None
+    layer.balance_wire = Wire(None) if case.router is Router.learned else None
     made, build = [], layer.exchange.plan
     layer.exchange.plan = lambda *arguments: made.append(build(*arguments)) or made[-1]
     return made

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils.checkpoint import checkpoint
 
 from engine.choices import Backend
-from engine.config import KernelsConfig, ModelConfig, MoEConfig, ParallelConfig
+from engine.config import KernelsConfig, MoEConfig, ParallelConfig
 from engine.moe.exchange import Exchange
 from engine.moe.layer import LayerCall, MoELayer
 from engine.moe.routers import HashedRouter
@@ -83,9 +83,8 @@ def without_data(plan, device="cpu"):
 
 def make_layer(**kernels):
     """A layer that holds two of eight experts."""
-    model = ModelConfig(layers=1, width=WIDTH, heads=2, head_width=8)
     layer = MoELayer(
-        model, MoEConfig(experts=EXPERTS, expert_width=32), KernelsConfig(**kernels), 0
+        WIDTH, MoEConfig(experts=EXPERTS, expert_width=32), KernelsConfig(**kernels), 0
     )
     for name, parameter in list(layer.experts.named_parameters()):
         setattr(
