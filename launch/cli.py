@@ -330,6 +330,11 @@ def in_sweep() -> bool:
     return HydraConfig.get().mode is RunMode.MULTIRUN
 
 
+def given_options() -> list[str]:
+    """Full names of the options that this job was given on its command line, a sweep's own ones among them."""
+    return [option.partition("=")[0].lstrip("+") for option in HydraConfig.get().overrides.task]
+
+
 def swept_name(name: str, dirname: str) -> str:
     """The name of a sweep's job: the sweep's name and its own options."""
     return re.sub(r"[^A-Za-z0-9_.=-]+", "_", f"{name}-{dirname}")

@@ -20,7 +20,8 @@ from engine.metrics import Metrics
 from engine.parallel.mesh import Mesh
 from engine.parallel.world import World, agree, together
 from engine.trainer import Trainer
-from launch.cli import command_option, in_sweep, job_name, run_program
+from engine.unused import unused
+from launch.cli import command_option, given_options, in_sweep, job_name, run_program
 from launch.console import Console
 from launch.facts import write_facts
 from launch.process import StopSignal, connected, set_up
@@ -176,6 +177,8 @@ def _open_metrics(run: RunFolder, trainer: Trainer, check: Check | None) -> Metr
 def _describe(console: Console, trainer: Trainer) -> None:
     config, corpus = trainer.config, trainer.corpus
     mesh = trainer.world.mesh
+    for name, reason in unused(config, given_options()).items():
+        console.note(f"{name} has no effect: {reason}")
     if mesh.world > 1:
         console.note(
             f"ranks: {mesh.world}, in expert groups of {mesh.expert_ranks}; ZeRO stage {config.train.zero_stage}, "
