@@ -19,7 +19,8 @@ def _lead(memory: Memory) -> str:
     device = "a GPU with the Triton kernels" if memory.gpu else "a CPU"
     text = (
         f"Tensors of the rank that needs the most, on {device}, when it does: {memory.when}, k = {memory.k}, "
-        f"{memory.streams} streams in a micro-batch. The libraries' own memory is not in it."
+        f"{memory.streams} streams in a micro-batch. The libraries' own memory is not in it, nor are "
+        "validation and evaluation, which keep nothing for backward but have eval.streams streams."
     )
     if memory.uncounted_k:
         ks = ", ".join(str(k) for k in memory.uncounted_k)
