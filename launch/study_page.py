@@ -192,15 +192,19 @@ def _said(preset: Preset, results: Results) -> page.Section:
     pairs = [(a, b) for a, b in preset.pairs] or pairs_of(preset, results)
     parts: list[page.Part] = [
         "A percentage is given only where the interval excludes 0. An arm that was read before its end was in the middle of its schedule of the learning rate, "
-        "to its disadvantage: of such a pair nothing is claimed.",
+        "to its disadvantage: of such a pair nothing is claimed; it is in the tables below, with a star.",
     ]
+    apart = []
     for a, b in pairs:
         tested = compare_on_test(results, a, b, None)
-        tested = None if tested is None else with_cost(results, tested)
-        budgets = [compare_along(results, a, b, axis) for axis in ("flops", "seconds")]
-        parts += [c.sentence() for c in (tested, *budgets) if c is not None]
         if tested is None:
-            parts.append(f"{a} to {b}: no seed of both is there.")
+            apart.append(f"{a} and {b}")
+            continue
+        budgets = [compare_along(results, a, b, axis) for axis in ("flops", "seconds")]
+        fair = [c for c in budgets if c is not None and not c.cut]
+        parts += [c.sentence() for c in (with_cost(results, tested), *fair)]
+    if apart:
+        parts.append(f"No seed of both is there: {', '.join(apart)}.")
     return page.Section("What the intervals allow to say", parts)
 
 

@@ -127,7 +127,8 @@ def test_headline_figures_are_of_fair_pairs():
     assert (seconds.value, seconds.note) == ("-", "no fair pair")
     said = [part for section in page.sections for part in section.parts if isinstance(part, str)]
     assert any("hashed is 23.1% below dense_short (valid, equal training FLOPs)" in part for part in said)  # fmt: skip
-    assert any("hashed to dense (valid, equal training time; hashed was read" in part for part in said)  # fmt: skip
+    assert any("hashed is 4.8% below dense (test, own k" in part for part in said)
+    assert not any("in mid-schedule" in part or "dense (valid, equal training time" in part for part in said)  # fmt: skip
     cost = "(test, own k, with 1.00 of its training FLOPs and 4.00 of its training time)"
     assert any(f"below dense_short {cost}" in part for part in said)
 
@@ -278,7 +279,7 @@ def test_a_report_of_a_part_and_again_from_the_repository_alone(tmp_path):
     assert all(path.exists() for path in files)
     text = (docs / "x.md").read_text()
     assert "Not there: 5 of 9 runs (dense-seed3, hashed-seed3, frozen-seed1, frozen-seed2, frozen-seed3)" in text  # fmt: skip
-    assert "Written **by hand**." in text and "hashed to frozen: no seed of both is there." in text
+    assert "Written **by hand**." in text and "No seed of both is there: hashed and frozen." in text
     for picture in docs.glob("*.svg"):
         assert f"({picture.name})" in text
     assert (tmp_path / "study/x.html").read_text().startswith("<!doctype html>")
