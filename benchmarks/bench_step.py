@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.harness import environment, interleave, minima_ms, print_result, print_table
 from engine.architecture import feed_forward_width
+from engine.batches import TrainingBatches
 from engine.build import build_model, build_routers
 from engine.config import (
     Config,
@@ -34,10 +35,11 @@ from engine.corpus import PreparedCorpus, prepare
 from engine.data import Streams
 from engine.deepspeed_adapter import Engine, start
 from engine.feed_forward import FeedForward
-from engine.loader import GroupBatch, PlannedBatch, PlannedLoader, group_batch, plan_batch
+from engine.loader import PlannedLoader, group_batch, plan_batch
 from engine.model import Memory
 from engine.moe.layer import LayerCall, MoELayer
 from engine.moe.routers import PlannedRouter
+from engine.parallel.mesh import Mesh
 from engine.step import StepTimes, train_step
 from engine.timing import ForwardTimes
 from engine.tuning import resolve
@@ -79,20 +81,15 @@ class Arm:
             config.data.streams,
             config.data.segment,
             config.context,
+            config.data.start,
         )
+        batches = TrainingBatches(config, streams, Mesh(), routers)
         self.config, self.engine, self.forward_times = config, engine, forward_times
         self.memory: list[Memory | None] = [None]
         self.step = 0
         self.times: list[StepTimes] = []
-
-        def make_batch(step: int, micro: int) -> GroupBatch:
-            return group_batch([streams.batch(step, range(config.data.streams))])
-
-        def plan(group: GroupBatch, k: int) -> PlannedBatch:
-            return plan_batch(group, k, routers)
-
         self.loader = PlannedLoader(
-            make_batch, plan, lambda step: k, steps=range(10**6), accumulation=1, prefetch=2,
+            batches.read, batches.plan, lambda step: k, steps=range(10**6), accumulation=1, prefetch=2,
         )  # fmt: skip
 
     def __call__(self) -> None:

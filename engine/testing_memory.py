@@ -20,14 +20,13 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from engine import deepspeed_adapter as adapter
+from engine.batches import TrainingBatches
 from engine.build import build_model
 from engine.config import Config
 from engine.data import Streams
-from engine.loader import GroupBatch, PlannedBatch, PlannedLoader, group_batch, plan_batch
+from engine.loader import GroupBatch, PlannedBatch, PlannedLoader
 from engine.model import Memory
-from engine.moe.auto import gathers
 from engine.moe.routers import routers_of
-from engine.moe.schedule import active_experts
 from engine.moe.tables import Table
 from engine.parallel.host import GlooHost
 from engine.parallel.mesh import Mesh
@@ -159,23 +158,14 @@ def _loader(
     streams = Streams(
         ids, config.data.streams, config.data.segment, config.context, config.data.start
     )
-    routers, accumulation = routers_of(tables, mesh), config.train.accumulation
-
-    def make_batch(step: int, micro: int) -> GroupBatch:
-        shares = [
-            streams.streams_of(rank, micro, world=mesh.world, accumulation=accumulation) for rank in mesh.group_ranks
-        ]  # fmt: skip
-        return group_batch([streams.batch(step, share) for share in shares], mesh.expert_rank)
+    batches = TrainingBatches(config, streams, mesh, routers_of(tables, mesh))
 
     def plan(group: GroupBatch, k: int) -> PlannedBatch:
-        gather = gathers(config, mesh.expert_ranks, k, group.own.ids_BQ.numel())
-        planned = plan_batch(group, k, routers, gather=gather, chunks=config.parallel.chunks)
+        planned = batches.plan(group, k)
         plans.add(planned)
         return planned
 
-    def k_of_step(step: int) -> int:
-        return active_experts(config.schedule, step, config.schedule_steps)
-
     return PlannedLoader(
-        make_batch, plan, k_of_step, steps=range(config.train.steps), accumulation=accumulation, prefetch=config.data.prefetch
+        batches.read, plan, batches.k,
+        steps=range(config.train.steps), accumulation=config.train.accumulation, prefetch=config.data.prefetch,
     )  # fmt: skip

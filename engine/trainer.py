@@ -14,28 +14,20 @@ import torch
 from engine import checkpoint
 from engine.agreement import Agreement
 from engine.arithmetic import Arithmetic
+from engine.batches import TrainingBatches
 from engine.build import build_model, fill_signatures, planned_routers, router_tables
 from engine.certificate.check import Check
-from engine.config import Config, Keys, PeerIds, Router, Split, to_plain
+from engine.config import Config, Keys, Router, Split, to_plain
 from engine.corpus import PreparedCorpus
 from engine.data import Streams
 from engine.deepspeed_adapter import start
 from engine.errors import RunFailed, UserError, everywhere
 from engine.evaluate import evaluate
-from engine.loader import (
-    GroupBatch,
-    PlannedBatch,
-    PlannedLoader,
-    group_batch,
-    plan_batch,
-    share_ids,
-)
+from engine.loader import PlannedLoader
 from engine.metrics import JSONL, Metrics, read_lines
 from engine.model import Memory
-from engine.moe.auto import gathers
 from engine.moe.hashing import hash64
 from engine.moe.routers import PlannedRouter
-from engine.moe.schedule import active_experts
 from engine.moe.tables import table_from_state, table_state
 from engine.parallel.mesh import Mesh
 from engine.parallel.world import World
@@ -266,46 +258,27 @@ class Trainer:
         )  # fmt: skip
 
     def _loader(self) -> PlannedLoader:
-        config, world, mesh = self.config, self.world, self.world.mesh
-        alone = mesh.expert_ranks == 1 or config.parallel.peer_ids is PeerIds.exchange
-
-        def make_batch(step: int, micro: int) -> GroupBatch:
-            ranks = [mesh.rank] if alone else mesh.group_ranks
-            batches = [
-                self.streams.batch(step, self.streams.streams_of(rank, micro, world=mesh.world, accumulation=config.train.accumulation))
-                for rank in ranks
-            ]  # fmt: skip
-            if not alone:
-                return group_batch(batches, mesh.expert_rank)
-            return share_ids(group_batch(batches), world.planning_group)
-
-        def plan(group: GroupBatch, k: int) -> PlannedBatch:
-            tokens = group.own.ids_BQ.numel()
-            gather = gathers(config, mesh.expert_ranks, k, tokens)
-            return plan_batch(
-                group, k, self.routers, gather=gather, chunks=config.parallel.chunks,
-                passes=config.training_passes, input_keys=self.model.input_keys,
-            )  # fmt: skip
-
+        config, world, batches = self.config, self.world, self._batches()
         return PlannedLoader(
-            make_batch,
-            plan,
-            lambda step: active_experts(config.schedule, step, config.schedule_steps),
+            batches.read,
+            batches.plan,
+            batches.k,
             steps=range(self.step, config.train.steps),
             accumulation=config.train.accumulation,
             prefetch=config.data.prefetch,
-            agreement=Agreement(world.planning, mesh, self.routers) if mesh.world > 1 else None,
+            agreement=Agreement(world.planning, world.mesh, self.routers) if world.mesh.world > 1 else None,
             device=self.engine.device,
-        )
+        )  # fmt: skip
+
+    def _batches(self) -> TrainingBatches:
+        keys, group = self.model.input_keys, self.world.planning_group
+        return TrainingBatches(self.config, self.streams, self.world.mesh, self.routers, keys, group)  # fmt: skip
 
     def _own_streams(self) -> list[int]:
         """Global streams of this rank, micro-batch by micro-batch."""
-        mesh, accumulation = self.world.mesh, self.config.train.accumulation
-        return [
-            stream
-            for micro in range(accumulation)
-            for stream in self.streams.streams_of(mesh.rank, micro, world=mesh.world, accumulation=accumulation)
-        ]  # fmt: skip
+        batches, rank = self._batches(), self.world.mesh.rank
+        micros = range(self.config.train.accumulation)
+        return [stream for micro in micros for stream in batches.streams_of(rank, micro)]
 
     def _seed_generator(self) -> None:
         """Give every rank other random numbers for dropout outside the experts; all ranks built the same model."""
