@@ -4,6 +4,9 @@
 #     docker build -t foreroute-cpu --build-arg BASE=ubuntu:24.04 .   # without; TORCH_INDEX: see below
 #     docker run --rm --gpus all --ipc host foreroute launch/recipes/image_smoke.sh
 #
+# Runs lie in /workspace/runs. To keep them, mount a folder there, and build with its owner: --build-arg UID=$(id -u), then
+# docker run -v "$PWD/runs:/workspace/runs" ...
+#
 # The versions of all Python packages are in constraints.txt. PyTorch's wheel brings CUDA, cuDNN and NCCL; of the base
 # image only the driver's requirements are used.
 ARG BASE=nvidia/cuda:13.0.2-base-ubuntu24.04
@@ -24,6 +27,7 @@ RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
         "python${PYTHON}" "python${PYTHON}-dev" "python${PYTHON}-venv" gcc libc6-dev openssh-client pdsh \
     && rm -rf /var/lib/apt/lists/* \
+    && { user=$(getent passwd "${UID}" | cut -d: -f1); [ -z "${user}" ] || userdel --remove "${user}"; } \
     && useradd --uid "${UID}" --create-home foreroute \
     && install -d -o foreroute /workspace
 

@@ -43,11 +43,11 @@ class TrainingState:
     cursor: int  # index of the next segment in the data stream
     rng: Tensor | None
     """uint8: this rank's torch.get_rng_state(); None after loading on other ranks: draw new numbers."""
-    device_rng: Tensor | None = None
-    """uint8: that of this rank's GPU, from which dropout draws there; None without one, or as rng."""
     memory: tuple[Tensor, ...] | None = None  # one [streams, m, D] tensor per layer
     stream_B: Tensor | None = None  # int64: global stream id of each row of memory
     tables: list[dict[str, Tensor]] = field(default_factory=list)  # the same on every rank
+    device_rng: Tensor | None = None
+    """uint8: the random state of this rank's GPU, from which dropout draws there; None without one, or as rng."""
 
 
 def save(

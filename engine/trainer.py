@@ -17,7 +17,7 @@ from engine.arithmetic import Arithmetic
 from engine.batches import TrainingBatches
 from engine.build import build_model, fill_signatures, planned_routers, router_tables
 from engine.certificate.check import Check
-from engine.config import Config, Keys, Router, Split, to_plain
+from engine.config import BalanceOver, Config, Keys, Router, Split, to_plain
 from engine.corpus import PreparedCorpus
 from engine.data import Streams
 from engine.deepspeed_adapter import start
@@ -124,7 +124,7 @@ class Trainer:
         trained_on = manifest["corpus_sha256"]
         if trained_on != self.corpus.sha256:
             raise UserError(
-                f"{path}: trained on text with sha256 {trained_on[:16]}..., the corpus is now {self.corpus.sha256[:16]}..."
+                f"{path}: trained on text with sha256 {trained_on[:16]}..., the corpus is now {self.corpus.sha256[:16]}...; another train.name starts a new run"
             )
         state = checkpoint.load(path, self.engine, host=host, streams=self._own_streams())
         self.step = state.step
@@ -139,6 +139,8 @@ class Trainer:
         self.reporter.note(f"resumed at step {self.step} from {path}")
         if differs := _not_in_rounding_alone(manifest, self.config, self.world.mesh):
             self.reporter.note(f"the checkpoint is of another layout of ranks and micro-batches: {', '.join(differs)}")  # fmt: skip
+        elif self._on_gpu != (state.device_rng is not None) and _drops_out(self.config):
+            self.reporter.note("the checkpoint is of another kind of device: dropout draws new numbers")  # fmt: skip
 
     def save(self) -> Path:
         """Write a checkpoint of this moment."""
@@ -345,12 +347,20 @@ def _not_in_rounding_alone(manifest: Mapping[str, Any], config: Config, mesh: Me
     if then == (mesh.world, mesh.expert_ranks, config.train.accumulation):
         return []
     learned = config.moe.router is Router.learned and config.moe.balance_loss > 0
+    regrouped = (
+        accumulation != config.train.accumulation or config.moe.balance_over is BalanceOver.micro
+    )
     found = {
-        "dropout draws new numbers": max(config.model.dropout, config.model.attention_dropout) > 0,
+        "dropout draws new numbers": _drops_out(config),
         "keys are shuffled among other tokens": config.moe.keys is Keys.shuffled,
-        "the balance loss counts other tokens": learned,
+        "the balance loss counts other tokens": learned and regrouped,
     }
     return [words for words, applies in found.items() if applies]
+
+
+def _drops_out(config: Config) -> bool:
+    """Say whether PyTorch's generators are drawn from; the experts' dropout is hashed."""
+    return max(config.model.dropout, config.model.attention_dropout) > 0
 
 
 def _join(memory: list[Memory | None]) -> Memory | None:

@@ -39,7 +39,7 @@ _RULES = (
     ),
     _Rule(lambda c: c.moe.router is not Router.learned, _router, ("moe.balance_loss", "moe.balance_over", "moe.z_loss")),
     _Rule(lambda c: c.moe.router is not Router.stochastic, _router, ("moe.consistency",)),
-    _Rule(lambda c: c.expert_layers == c.model.layers, lambda c: "every layer has experts", ("moe.plain_width",)),
+    _Rule(lambda c: c.expert_layers == c.model.layers, lambda c: "moe.layers takes in every layer", ("moe.plain_width",)),
     _Rule(lambda c: c.moe.weights is RouteWeights.uniform, lambda c: "moe.weights=uniform", ("moe.spread",)),
     _Rule(lambda c: c.model.ngram == 0, lambda c: "model.ngram=0", ("model.ngram_rows",)),
     _Rule(lambda c: c.schedule.growth is Growth.constant, lambda c: "schedule.growth=constant", ("schedule.k_min", "schedule.steps")),

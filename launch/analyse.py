@@ -8,7 +8,7 @@ experts from checkpoint to checkpoint (engine/analysis.py).
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,10 @@ from engine.config import Keys, Router, Split, require
 from engine.errors import at_least
 from engine.model import TransformerXL
 from engine.saved import SavedRun, open_saved
-from launch.cli import read_config, run_program
+from launch.cli import run_program
 from launch.console import table
 from launch.process import set_up
-from launch.run_folder import CONFIG, write_json
+from launch.run_folder import TextArgs, read_run, write_json
 
 ANALYSIS = "analysis.json"
 _LASTING = (Router.hashed, Router.frozen, Router.learned)
@@ -50,6 +50,7 @@ class AnalyseArgs:
     """Text that is looked at: the first so many symbols of the split, in whole segments."""
     threads: int = 0
     """CPU threads of PyTorch; 0 leaves its default."""
+    corpus: TextArgs = field(default_factory=TextArgs)
 
     def __post_init__(self) -> None:
         at_least("", self, symbols=1)
@@ -59,7 +60,7 @@ def analyse(args: AnalyseArgs) -> int:
     """Measure, print and write; returns the exit code."""
     set_up(args.threads)
     folder = Path(args.run)
-    config = read_config(folder / CONFIG)
+    config = read_run(folder, args.corpus)
     require(config.moe.router is not Router.dense, f"run={folder}: a dense model has no experts")
     saved = open_saved(folder, config, print)
     found = measure(saved, folder, args.split, args.symbols)

@@ -25,6 +25,7 @@ from types import FrameType
 from typing import Any, NoReturn, TypeVar, cast
 
 import hydra
+import torch
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
@@ -250,6 +251,10 @@ def _told(error: BaseException) -> int | None:
         if not error.everywhere or find_place().rank == 0:
             _say(_one_line(error))
         return 2 if isinstance(error, UserError) else 1
+    if isinstance(error, torch.OutOfMemoryError):
+        _say(f"{_one_line(error).partition('. ')[0]}: needs fewer data.streams, more train.accumulation or train.recompute=true; "
+             "launch.certify device_memory_gb=GB says beforehand what fits")  # fmt: skip
+        return 1
     if isinstance(error, BrokenPipeError):  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
@@ -342,7 +347,7 @@ def swept_name(name: str, dirname: str) -> str:
 
 def command_option(name: str, value: str | Path) -> str:
     """Write an option as a person would type it: quoted for Hydra and the shell where it must be, as with an = in a folder's name."""
-    if re.fullmatch(r"[\w./-]+", str(value)):
+    if re.fullmatch(r"[\w./-]+", str(value), re.ASCII):
         return f"{name}={value}"
     quoted = "{}='{}'".format(name, str(value).replace("'", r"\'"))
     return shlex.quote(quoted) if re.search(r'["$`\\!]', quoted) else f'"{quoted}"'

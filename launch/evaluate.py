@@ -5,7 +5,7 @@ the default is the run's own eval section. Prints a table and, as its last line,
 """
 
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
 
@@ -14,9 +14,10 @@ from engine.evaluate import slimming_curve
 from engine.parallel.world import World
 from engine.saved import open_saved
 from launch.bootstrap import find_device, find_place
-from launch.cli import read_config, run_program
+from launch.cli import run_program
 from launch.console import table
 from launch.process import set_up
+from launch.run_folder import TextArgs, read_run
 
 
 class Protocol(Enum):
@@ -50,6 +51,7 @@ class EvaluateArgs:
     """Evaluate only the first so many symbols of the split; 0 for all."""
     threads: int = 0
     """CPU threads of PyTorch; 0 leaves its default."""
+    corpus: TextArgs = field(default_factory=TextArgs)
 
 
 PUBLISHED = {"segment": 80, "memory": 2100, "clamp_len": 820, "same_length": True}
@@ -69,7 +71,7 @@ def evaluate(args: EvaluateArgs) -> int:
     """Evaluate; returns the exit code."""
     set_up(args.threads)
     folder = Path(args.run)
-    config = evaluation_config(read_config(folder / "config.yaml"), args)
+    config = evaluation_config(read_run(folder, args.corpus), args)
     device = find_device(find_place())
     saved = open_saved(folder, config, print, device)
     world = World(device=device)

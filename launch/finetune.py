@@ -24,10 +24,10 @@ from engine.glue import Example, hold_out, read_examples
 from engine.saved import SavedRun, open_saved
 from engine.sentences import Sentence, encode, foreign_bytes
 from launch.bootstrap import find_device, find_place
-from launch.cli import read_config, run_program
+from launch.cli import run_program
 from launch.console import Console, table
 from launch.process import StopSignal, set_up
-from launch.run_folder import write_json
+from launch.run_folder import TextArgs, read_run, write_json
 
 TRAIN, DEV = "train.tsv", "dev.tsv"
 
@@ -71,6 +71,7 @@ class FinetuneArgs:
     """Of the held-out examples, the order of the others, dropout, the head, and new weights."""
     threads: int = 0
     """CPU threads of PyTorch; 0 leaves its default."""
+    corpus: TextArgs = field(default_factory=TextArgs)
 
     def __post_init__(self) -> None:
         require(bool(self.run), "run is missing: the folder of a trained run")
@@ -106,7 +107,7 @@ def finetune(args: FinetuneArgs) -> int:
     stop = StopSignal()  # ends the program at once: a result is written whole or not at all
     started = time.perf_counter()
     folder = Path(args.run)
-    config = _config(read_config(folder / "config.yaml"), args)
+    config = _config(read_run(folder, args.corpus), args)
     k, eval_k = _active_experts(config, args)
     trained_k = None if config.moe.router is Router.dense else k
     target = _target(folder, args, trained_k)

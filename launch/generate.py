@@ -2,7 +2,7 @@
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,8 +13,9 @@ from engine.generate import Sampling
 from engine.generate import generate as sample_ids
 from engine.saved import open_saved
 from launch.bootstrap import find_device, find_place
-from launch.cli import read_config, run_program
+from launch.cli import run_program
 from launch.process import set_up
+from launch.run_folder import TextArgs, read_run
 
 
 @dataclass
@@ -37,6 +38,7 @@ class GenerateArgs:
     """Of the sample."""
     threads: int = 0
     """CPU threads of PyTorch; 0 leaves its default."""
+    corpus: TextArgs = field(default_factory=TextArgs)
 
     def __post_init__(self) -> None:
         at_least("", self, length=1, temperature=0)
@@ -48,7 +50,7 @@ def generate(args: GenerateArgs) -> int:
     """Write the prompt and its continuation to stdout, byte by byte as they come; returns the exit code."""
     set_up(args.threads)
     folder = Path(args.run)
-    config = read_config(folder / "config.yaml")
+    config = read_run(folder, args.corpus)
     k = config.schedule.k_max if args.k is None else args.k
     if config.moe.router is Router.dense:
         require(args.k is None, f"k={k}: run={folder} is dense, which has no k")

@@ -11,7 +11,7 @@ import fcntl
 import json
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,11 +26,11 @@ from launch.cli import config_of, read_config, write_config
 CONFIG, LOCK, STATE = "config.yaml", ".lock", "state.json"
 SUMMARY, FACTS = "summary.json", "facts.json"
 
-# Options that may differ when a run is resumed: they change what is written and shown, or on which ranks and how the same
-# steps are computed, which is seen in the rounding alone (and in what Trainer.resume then says).
+# Options that may differ when a run is resumed: they change where things lie (the text is compared by its sha256), what is written
+# and shown, or on which ranks and how the same steps are computed, which is seen in the rounding alone (and in what Trainer.resume then says).
 FREE = (
     "train.resume", "train.log_every", "train.valid_every", "train.valid_symbols", "train.save_every", "train.keep", "train.threads",
-    "train.peak_tflops", "train.runs_dir", "data.prefetch", "corpus.cache_dir", "eval", "wandb", "profile",
+    "train.peak_tflops", "train.runs_dir", "train.name", "data.prefetch", "corpus.path", "corpus.cache_dir", "eval", "wandb", "profile",
     "parallel", "train.zero_stage", "train.offload", "train.accumulation", "train.recompute",
 )  # fmt: skip
 
@@ -82,6 +82,27 @@ class RunFolder:
             self.record(state, step())
 
 
+@dataclass
+class TextArgs:
+    """Where the run's text is now; None means where it was in training."""
+
+    path: str | None = None
+    """The file that the run was trained on."""
+    cache_dir: str | None = None
+    """Folder of prepared corpora and tables; safe to delete."""
+
+
+def read_run(folder: Path, text: TextArgs) -> Config:
+    """Read the configuration of a trained run, with its text where it is now.
+
+    Raises:
+        UserError: there is none, it does not fit this version, or its corpus takes no path.
+    """
+    config = read_config(folder / CONFIG)
+    moved = {name: value for name, value in asdict(text).items() if value is not None}
+    return replace(config, corpus=replace(config.corpus, **moved))
+
+
 def write_json(file: Path, value: Any) -> None:
     """Write a JSON file at once: it is whole, or it is as it was."""
     new = file.with_name(f".{file.name}.new")
@@ -113,9 +134,13 @@ def open_run(config: Config, world: World | None = None) -> RunFolder:
     if opened is not None:
         told = [to_plain(opened.config), opened.earlier and to_plain(opened.earlier)]
     now, earlier = host.broadcast(told)
+    path = Path(config.train.runs_dir) / config.train.name
+    together(host, lambda: require(
+        (path / LOCK).exists(),
+        f"train.runs_dir={config.train.runs_dir}: {path}, which rank 0 has made, is not here: all machines must share it",
+    ))  # fmt: skip
     if opened is not None:
         return opened
-    path = Path(config.train.runs_dir) / config.train.name
     return RunFolder(path, config_of(now), config_of(earlier) if earlier else None, None)
 
 
@@ -158,6 +183,10 @@ def lock_folder(path: Path) -> IO[str]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{path} is in use by another process") from None
+    except OSError as error:  # such as Lustre mounted without flock
+        raise UserError(
+            f"{path} cannot be locked ({error.strerror}): needs a file system with flock"
+        ) from error
     return file
 
 

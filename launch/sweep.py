@@ -10,17 +10,30 @@ from launch.run_folder import SUMMARY, write_json
 
 
 def report_sweep(outcomes: list[Outcome]) -> None:
-    """Print and write how each run ended and what it reached; runs without a result come last."""
+    """Print and write how each run ended and what it reached; runs without a result come last.
+
+    Runs of earlier sweeps of the same name stay, as long as their folders are there.
+    """
     if not outcomes:
         return
-    runs = sorted((_run(outcome) for outcome in outcomes), key=lambda run: _order(run["best_bpc"]))
     train = outcomes[0].config["train"]
     file = Path(train["runs_dir"]) / f"{train['name']}.sweep.json"
+    now = [_run(outcome) for outcome in outcomes]
+    runs = sorted([*now, *_earlier(file, now)], key=lambda run: _order(run["best_bpc"]))
     print(sweep_table(runs))
     write_json(file, {"runs": runs})
     print(f"{len(runs)} runs, {sum(run['state'] == 'complete' for run in runs)} complete: {file}")
     asked = command_option("run", file.with_name(train["name"]))
     print(f"python -m launch.report {asked} makes a page of them")
+
+
+def _earlier(file: Path, now: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Runs of the file that are not of this sweep."""
+    if not file.exists():
+        return []
+    again = {run["name"] for run in now}
+    found: list[dict[str, Any]] = json.loads(file.read_text())["runs"]
+    return [run for run in found if run["name"] not in again and (file.parent / run["name"]).is_dir()]  # fmt: skip
 
 
 def _order(bpc: float | None) -> float:

@@ -90,7 +90,7 @@ def _train(config: Config, world: World, stop: StopSignal, certificate: str | No
         if world.first:
             print(result_table(json.loads(summary.read_text())))
             print(
-                f"{run.path} is complete; python -m launch.evaluate run={run.path} measures it again"
+                f"{run.path} is complete; python -m launch.evaluate {command_option('run', run.path)} measures it again"
             )
         run.record("complete", trainer.step)
         return 0

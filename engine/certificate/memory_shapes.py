@@ -183,7 +183,9 @@ class Group:
     """Parameters whose optimizer state is shared out over the same ranks."""
 
     name: str
-    numels: tuple[int, ...]  # of each parameter on this rank, in the order of the model
+    numels: tuple[
+        int, ...
+    ]  # of each parameter on this rank, as they lie in DeepSpeed's flat buffers
     ranks: int  # that hold the same parameters, and a part of their state each
 
     @property
@@ -251,12 +253,17 @@ def count_parameters(config: Config, placement: Placement, vocab_size: int) -> P
         if name.startswith("blocks.0."):
             layer += numel
             layer_experts += numel * is_expert
-    groups = [Group("all", tuple(dense), placement.world_size)]
+    groups = [Group("all", _laid_out(dense), placement.world_size)]
     if experts:
-        groups = [Group("without experts", tuple(dense), placement.world_size)]
-        groups.append(Group("experts", tuple(experts), placement.groups))
+        groups = [Group("without experts", _laid_out(dense), placement.world_size)]
+        groups.append(Group("experts", _laid_out(experts), placement.groups))
     total = sum(group.numbers for group in groups)
     return Parameters(tuple(groups), layer, layer_experts, total - config.model.layers * layer)
+
+
+def _laid_out(numels: list[int]) -> tuple[int, ...]:
+    """Sizes in the order of engine/deepspeed_adapter.py, aligned_first."""
+    return tuple(sorted(numels, key=lambda numel: numel % 8 != 0))
 
 
 class _NoValues(TorchFunctionMode):

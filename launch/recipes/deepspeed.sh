@@ -14,6 +14,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 : "${HOSTFILE:?is a file with lines such as: host0 slots=8}"
+[ -f "$HOSTFILE" ] || { echo "HOSTFILE=$HOSTFILE: no such file" >&2; exit 2; }
 : "${MASTER_PORT:=29500}"                           # a free port of the first machine; two runs need two
 : "${PYTHON:=.venv/bin/python}"
 

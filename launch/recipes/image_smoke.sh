@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Says whether an image (or any machine) can train: what is in it, and two steps on two ranks, on this machine's GPUs or CPU.
+# Says whether an image (or any machine) can train: what is in it, and two steps on two ranks (one where there is one GPU), on this machine's GPUs or CPU.
 #
 #     docker run --rm --gpus all --ipc host foreroute launch/recipes/image_smoke.sh
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 : "${PYTHON:=.venv/bin/python}"
-: "${RANKS:=2}"                                     # at most the GPUs, if there are any
+gpus=$("$PYTHON" -c "import torch; print(torch.cuda.device_count())")
+: "${RANKS:=$((gpus == 1 ? 1 : 2))}"                # at most the GPUs, if there are any
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 

@@ -13,9 +13,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 : "${HOSTFILE:?is a file with lines such as: host0 slots=8}"
+[ -f "$HOSTFILE" ] || { echo "HOSTFILE=$HOSTFILE: no such file" >&2; exit 2; }
 : "${PYTHON:=.venv/bin/python}"
 : "${MPIRUN:=.venv/bin/mpirun}"                     # or the cluster's own, with which its mpi4py was built
-: "${EXPORT:=OMP_NUM_THREADS NCCL_DEBUG NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME}"    # variables that the ranks get
+: "${EXPORT:=OMP_NUM_THREADS DS_ACCELERATOR NCCL_DEBUG NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME}"    # variables that the ranks get
 
 exports=()
 for name in $EXPORT; do

@@ -192,6 +192,7 @@ def test_no_step_of_a_stopped_run_is_missing_from_the_lines(tmp_path, text):
     train(second)
     rows = [json.loads(line) for line in (tmp_path / "parts/metrics.jsonl").read_text().splitlines()]  # fmt: skip
     assert [row["step"] for row in rows] == [5, 7, 10]
+    assert [row["bpc"] for row in rows] == pytest.approx([row["loss"] / 0.6931471805599453 for row in rows])  # fmt: skip
     together = (2 * rows[1]["loss"] + 3 * rows[2]["loss"]) / 5
     assert [rows[0]["loss"], pytest.approx(together)] == losses(tmp_path / "whole")
 
@@ -307,6 +308,27 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     ):
         train(trainer)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_change(tmp_path, text, stage):  # fmt: skip
+    config = make_config(text, train={"save_every": 5, "zero_stage": stage})
+    trainer = make_trainer(config, tmp_path / "nan")
+    original = trainer.engine.backward
+
+    def backward(loss):
+        original(loss * math.nan if trainer.step == 7 else loss)
+
+    trainer.engine.backward = backward
+    with pytest.raises(
+        RunFailed,
+        match=r"gradient norm is \S+ at step 7; the last good checkpoint is .*step-00000005",
+    ):
+        train(trainer)
+    healthy = make_trainer(config, tmp_path / "healthy")
+    train(healthy, stop_at(healthy, 7))
+    want, got = (dict(t.engine.read_state()) for t in (healthy, trainer))
+    assert all(torch.equal(want[name]["weight"], got[name]["weight"]) for name in want)
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, text):

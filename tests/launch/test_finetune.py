@@ -96,6 +96,37 @@ def test_the_whole_way(run, runs, tmp_path, task, router):
         assert bool(told and label in told[0].splitlines()[0].split(", ")) != score["better_than_majority"]  # fmt: skip
 
 
+def test_nothing_that_shares_five_words_with_a_held_out_sentence_is_trained_on(run, runs, tmp_path, monkeypatch):  # fmt: skip
+    """Train has phrases of its sentences, as SST-2's; what the program really trains on is looked at, not hold_out alone."""
+    folder, task = copy_of(runs, "dense", tmp_path), tmp_path / "phrases"
+    task.mkdir()
+    rng, words = random.Random(1), [f"w{i}" for i in range(60)]
+    rows = ["sentence\tlabel"]
+    for i in range(60):
+        text = rng.choices(words, k=12)
+        rows += [f"{' '.join(text[a:b])} \t{i % 2}" for a, b in ((0, 12), (0, 7), (5, 12), (9, 12))]
+    for name in ("train.tsv", "dev.tsv"):
+        (task / name).write_text("\n".join(rows) + "\n")
+    seen = []
+
+    def select(classifier, train, held_out, *others):
+        seen.append((train, held_out))
+        return original(classifier, train, held_out, *others)
+
+    original = program.train_and_select
+    monkeypatch.setattr(program, "train_and_select", select)
+    assert run("finetune", f"run={folder}", f"task.path={task}", *SHORT).returncode == 0
+    vocab = open_saved(folder, read_config(folder / "config.yaml"), print).corpus.vocab
+
+    def fives(sentences):
+        split = [vocab.decode(sentence.ids).split() for sentence in sentences]
+        return {tuple(w[i : i + 5]) for w in split for i in range(len(w) - 4)}
+
+    ((train, held_out),) = seen
+    assert len(held_out) == 20 and len(train) > 50 and len(fives(held_out)) > 5
+    assert not fives(train) & fives(held_out)
+
+
 def read_checkpoint(run_folder):
     """Weights and buffers by parameter, experts stacked; and the tables' orderings. Read from the file itself."""
     (path,) = run_folder.glob("checkpoints/*/*.safetensors")

@@ -208,7 +208,7 @@ def test_nobody_goes_on_while_rank_0_works_alone(tmp_path):
     """Rank 0 draws and closes the metrics (W&B may take minutes); a launcher would end it if the other had ended by then."""
     folder = str(tmp_path)
     late = LATE.format(folder=folder) + (
-        "make_late(Metrics, 'close', 'closed')\nmake_late(launch.train, 'plot_slimming', 'drawn')"
+        "make_late(Metrics, 'close', 'closed')\nmake_late(launch.summary, 'plot_slimming', 'drawn')"
     )
     code = late, LEAVE.format(folder=folder, mark="closed")
     with Ranks(tmp_path, ["train.steps=2"], code=code) as ranks:

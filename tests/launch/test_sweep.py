@@ -127,6 +127,18 @@ def test_a_sweep_without_outcomes_says_nothing(capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_an_earlier_sweep_of_the_same_name_stays_in_the_record(tmp_path, capsys):
+    """As long as its folders are there; a run that was made again is there once."""
+    config = {"train": {"runs_dir": str(tmp_path), "name": "x"}}
+    for name in ("x-a=1", "x-a=2"):
+        (tmp_path / name).mkdir()
+    report_sweep([Outcome(i, {"a": str(i)}, f"a={i}", config, 1) for i in (1, 2, 3)])
+    report_sweep([Outcome(0, {"a": "2"}, "a=2", config, 130)])
+    found = json.loads((tmp_path / "x.sweep.json").read_text())["runs"]
+    assert {run["name"]: run["state"] for run in found} == {"x-a=2": "stopped", "x-a=1": "failed"}
+    assert "2 runs, 0 complete" in capsys.readouterr().out
+
+
 def test_a_killed_run_is_not_started(tmp_path, capsys):
     config = {"train": {"runs_dir": str(tmp_path), "name": "x"}}
     report_sweep([Outcome(0, {}, "", config, 1), Outcome(1, {}, "", config, None)])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from engine import trainer as trainer_module
+from engine import batches as batches_module
 from engine.build import build_routers
 from engine.certificate.check import Check
 from engine.certificate.exact import certify
@@ -286,7 +286,7 @@ def two_short(folder):
     return replace(config, train=replace(config.train, steps=STEP + 2))
 
 
-def another_k(schedule, step, steps, right=trainer_module.active_experts):
+def another_k(schedule, step, steps, right=batches_module.active_experts):
     return right(schedule, step, steps) - (step == STEP)
 
 
@@ -296,7 +296,7 @@ def differ(rank, ranks, folder):
     for name in [*CHANGES, None]:
         trainer, recorder = trainer_of(two_short, rank, ranks, folder)
         check = Check(read(folder / (name or "two_short certificate")), trainer.model, rank)
-        trainer_module.active_experts = another_k if name is None else active_experts
+        batches_module.active_experts = another_k if name is None else active_experts
         with pytest.raises(RunFailed) as error:
             trainer.run(None, lambda: False, check)
         lines.append(str(error.value))

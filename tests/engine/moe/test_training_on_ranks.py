@@ -161,10 +161,20 @@ def several(rank, ranks, cases):
 def difference(got, want):
     """Largest error of a loss or parameter against what it may be, by name."""
     largest = max(np.linalg.norm(value) for value in want[1].values())
-    worst = max((np.linalg.norm(value - want[1][name]) / (1e-6 * np.linalg.norm(want[1][name]) + 1e-7 * largest), name)
-                for name, value in got[1].items())  # fmt: skip
-    losses = max(abs(a - b) / abs(b) / 1e-6 for a, b in zip(got[0], want[0], strict=True))
-    return max(worst, (losses, "loss"))
+    errors = {
+        name: np.linalg.norm(value - want[1][name]) / (1e-6 * np.linalg.norm(want[1][name]) + 1e-7 * largest)
+        for name, value in got[1].items()
+    }  # fmt: skip
+    errors["loss"] = np.abs(np.array(got[0]) / np.array(want[0], dtype=float) - 1).max() / 1e-6
+    known = {name: float(error) if np.isfinite(error) else float("inf") for name, error in errors.items()}  # fmt: skip
+    return max((error, name) for name, error in known.items())
+
+
+def test_a_number_that_is_none_is_no_small_difference():
+    good = [1.0, 2.0], {"a": np.ones(3), "b": np.ones(2)}
+    assert difference(good, good)[0] == 0
+    for losses, b in (([1.0, float("nan")], 1.0), ([1.0, 2.0], float("nan"))):
+        assert difference((losses, {"a": np.ones(3), "b": np.full(2, b)}), good)[0] == float("inf")
 
 
 @pytest.fixture(scope="module")
