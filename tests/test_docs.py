@@ -1,9 +1,15 @@
-"""What the documentation names is there: files that it links to, experiments, presets and programs in its commands."""
+"""What the documentation names is there: files that it links to, experiments, presets, programs and options in its commands."""
 
+import dataclasses
+import importlib
 import re
+import typing
 from pathlib import Path
 
 import pytest
+
+from engine.config import Config
+from launch.help import groups_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -33,6 +39,50 @@ def missing_from(page: Path) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
 def test_what_a_page_names_is_there(page):
     assert missing_from(page) == []
+
+
+def _options(schema: type, section: str = "") -> typing.Iterator[str]:
+    """Full names of a dataclass's options."""
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from _options(hints[field.name], f"{field.name}.")
+        else:
+            yield section + field.name
+
+
+def _program_options(program: str) -> set[str]:
+    module = importlib.import_module(f"launch.{program}")
+    (schema,) = (value for name, value in vars(module).items() if name.lower() == f"{program}args")
+    groups = groups_of(ROOT / "conf" / f"{program}.yaml")
+    return {*_options(schema), *groups, "hydra/launcher", "hydra.launcher.n_jobs"}
+
+
+def unknown_options(text: str) -> list[str]:
+    """Options that a page gives to a program that does not have them, or names in its text and no run has."""
+    found = []
+    for line in re.sub(r"\\\n\s*", "", text).splitlines():
+        if (command := re.search(r"^ {4}.*?\blaunch\.([a-z_]+) (.*)", line)) and "=" in command[2]:
+            given = re.findall(r"(?:^|\s)([a-z_./]+)=", re.split(r"\s#", command[2])[0])
+            known = _program_options(command[1])
+            found += [f"launch.{command[1]} {name}" for name in given if name not in known]
+    sections = {field.name for field in dataclasses.fields(Config)}
+    for section, name in re.findall(r"`([a-z]+)\.([a-z_]+)(?:=[^`]*)?`", text):
+        if section in sections and f"{section}.{name}" not in _options(Config):
+            found.append(f"{section}.{name}")
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_the_options_in_its_commands_and_sentences_exist(page):
+    assert unknown_options(page.read_text()) == []
+
+
+def test_a_wrong_option_is_found():
+    text = """    $P -m launch.train experiment=debug moe.pak=8 train.name=x   # moe.pack=8
+    $P -m launch.report run=x k=3
+`moe.spred=2` and `train.steps`"""
+    assert unknown_options(text) == ["launch.train moe.pak", "launch.report k", "moe.spred"]
 
 
 def test_a_wrong_name_is_found(tmp_path):

@@ -10,10 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine.config import Split
 from engine.moe.balance import balances
 from engine.saved import open_saved
+from launch import cli
 from launch.cli import read_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,6 +86,13 @@ def test_empty_and_short_corpora_are_refused(run, tmp_path):
         done = run("train", *small(tmp_path, path))
         assert done.returncode == 2 and word in done.stderr, done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_gpu_without_room_is_one_line(capsys):
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 1 GiB.\nSee more")  # fmt: skip
+    assert cli._told(error) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("foreroute: CUDA out of memory: needs fewer data.streams")
 
 
 def test_a_run_folder_is_never_overwritten(run, tmp_path, text):
