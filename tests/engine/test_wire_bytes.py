@@ -1,4 +1,4 @@
-"""A run of 200 steps on two ranks: what leaves them in each step is what their plans say, and the least possible."""
+"""A run of 40 steps on two ranks: what leaves them in each step is what their plans say, and the least possible."""
 
 import json
 from contextlib import closing
@@ -35,7 +35,7 @@ from engine.parallel.world import World
 from engine.testing import run_ranks
 from engine.trainer import Trainer
 
-RANKS, STEPS, WIDTH, EXPERTS, LAYERS, SEGMENT, STREAMS = 2, 200, 8, 4, 2, 4, 4
+RANKS, STEPS, WIDTH, EXPERTS, LAYERS, SEGMENT, STREAMS = 2, 40, 8, 4, 2, 4, 4
 
 
 class Silent:

@@ -313,6 +313,7 @@ def test_a_certificate_that_one_rank_cannot_take(tmp_path, monkeypatch):
     assert lines(second[2]) == []
 
 
+@pytest.mark.slow  # mesh, certificate and plug-in prove the refusal itself
 @pytest.mark.dist
 def test_experts_that_do_not_divide(tmp_path):
     with Ranks(tmp_path, ["parallel.expert_ranks=3"]) as ranks:

@@ -254,14 +254,14 @@ def test_runs_do_what_their_certificates_say(ranks, folder):
     for index, make in enumerate(CASES[ranks]):
         config = make(folder)
         want = certified(config, ranks)
-        another = certified(config, ranks, seed=5)
         for rank, answer in enumerate(answers):
             for name, array in want.items():
                 got = getattr(answer[index], name)
                 assert got.shape == array[rank].shape and got.size >= config.train.steps
                 assert np.array_equal(got, array[rank]), (make, name, rank)
-        got = [answer[index].experts for answer in answers]
-        assert not np.array_equal(got, another["experts"])  # negative control: other tables
+        if index == 0:  # negative control: other tables
+            another = certified(config, ranks, seed=5)
+            assert not np.array_equal([answer[0].experts for answer in answers], another["experts"])
         assert (want["sent"].min() > 0) == (ranks > 1)
 
 

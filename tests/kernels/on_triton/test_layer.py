@@ -100,6 +100,7 @@ def test_which_kernels_run(device):
     assert names(False) == names(True) == forward + backward
 
 
+@pytest.mark.gpu  # an interpreter runs programs one behind the other: it repeats whatever they do
 def test_the_same_bits_every_time(device):
     case = make_case((37, 20, 40, 5, 3), gated=True)
     first, second = (run_layer(moe_ffn, case, torch.float16, backend="triton", device=device) for _ in range(2))  # fmt: skip
