@@ -38,6 +38,7 @@ from engine.config import (
     ScheduleConfig,
     Split,
     TrainConfig,
+    WireFormat,
     to_plain,
 )
 from engine.corpus import prepare
@@ -109,9 +110,13 @@ def with_shared_expert(folder):
 
 
 def with_dropout(folder):
-    """Likewise."""
+    """Likewise; and rows travel in half their bytes."""
     config = two_groups(folder)
-    return replace(config, model=replace(config.model, dropout=0.1))
+    return replace(
+        config,
+        model=replace(config.model, dropout=0.1),
+        parallel=replace(config.parallel, wire=WireFormat.bf16),
+    )
 
 
 CASES = {
@@ -226,13 +231,14 @@ def certified(config, ranks, seed=None):
     place = Placement(ranks, config.parallel.expert_ranks, ranks)
     tokens = config.streams_per_micro_batch(ranks) * SEGMENT
     found = {name: [] for name in ("received", "experts", "bytes", "sent")}
+    number_bytes = 2 if config.parallel.wire is WireFormat.bf16 else 4
     for step in range(config.train.steps):
         (counts,) = replay(config, corpus.split(Split.train), tables, place, [step])
         gather = gathers(config, place.expert_ranks, counts.k, tokens)
         received = counts.received_ymgP
         if gather:
             received = np.full_like(received, place.expert_ranks * tokens)
-        moved = hops(counts, "gather" if gather else "tokens", place, tokens) * WIDTH * 4
+        moved = hops(counts, "gather" if gather else "tokens", place, tokens) * WIDTH * number_bytes
         found["received"].append(received.reshape(LAYERS, -1, ranks))
         experts = np.stack(np.split(counts.count_ymgE, place.expert_ranks, axis=-1), axis=3)
         found["experts"].append(experts.reshape(LAYERS, -1, ranks, experts.shape[-1]))
