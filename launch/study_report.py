@@ -4,6 +4,7 @@ Without a result file the JSON file of an earlier report is read instead, so the
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,11 @@ def _committed(path: Path) -> list[Result]:
 
 
 def _with_discussion(described: page.Page, text: str) -> page.Page:
-    """Put the discussion in front, paragraph by paragraph; this page reads no Markdown."""
-    paragraphs = [" ".join(part.split()) for part in text.split("\n\n") if part.strip()]
+    """Put the discussion in front, paragraph by paragraph and point by point; this page reads no Markdown."""
+    plain = re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", text)  # links
+    plain = re.sub(r"(\*{1,2})(?=\S)([^*]+)\1", r"\2", plain)  # emphasis
+    parts = re.split(r"\n+\* |\n\n", f"\n{plain}")
+    paragraphs = [" ".join(part.split()) for part in parts if part.strip()]
     if not paragraphs:
         return described
     first = page.Section("Discussion", paragraphs)

@@ -274,7 +274,7 @@ def test_a_report_of_a_part_and_again_from_the_repository_alone(tmp_path):
     folder, docs = tmp_path / "study/results", tmp_path / "docs"
     write(folder, [dense(1), dense(2), hashed(1), hashed(2)])
     docs.mkdir()
-    (docs / "x_discussion.md").write_text("Written **by hand**.\n")
+    (docs / "x_discussion.md").write_text("Written **by hand**.\n\n* *One* [page](a.md)\n* two\n")
     files = write_report("x", PRESET, folder, docs)
     assert all(path.exists() for path in files)
     text = (docs / "x.md").read_text()
@@ -282,7 +282,10 @@ def test_a_report_of_a_part_and_again_from_the_repository_alone(tmp_path):
     assert "Written **by hand**." in text and "No seed of both is there: hashed and frozen." in text
     for picture in docs.glob("*.svg"):
         assert f"({picture.name})" in text
-    assert (tmp_path / "study/x.html").read_text().startswith("<!doctype html>")
+    shown = (tmp_path / "study/x.html").read_text()
+    assert shown.startswith("<!doctype html>")
+    for paragraph in ("Written by hand.", "One page", "two"):
+        assert f">{paragraph}</p>" in shown
     found = json.loads((docs / "x.json").read_text())
     assert found["arms"]["hashed"]["2"]["n"] == 2 and len(found["results"]) == 4
 
