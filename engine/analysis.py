@@ -24,6 +24,9 @@ from engine.moe.plan import Part, Plan
 from engine.moe.routers import PlannedRouter
 from kernels import ExpertWeights, expert_ffn, expert_rows
 
+COMPARED_TOKENS = 1024
+"""Tokens, at most, for which the outputs of all experts are compared."""
+
 
 @dataclass(frozen=True, slots=True)
 class LayerSeen:
@@ -76,7 +79,7 @@ def observe(
     return [_layer_seen(experts, passes) for experts, passes in found.items()]
 
 
-def output_similarity(seen: LayerSeen, tokens: int = 1024) -> float:
+def output_similarity(seen: LayerSeen, tokens: int = COMPARED_TOKENS) -> float:
     """Mean cosine similarity of two experts' outputs for the same input, over all pairs of experts and all tokens.
 
     All experts compute all tokens, whoever was chosen. 1 means that all experts point the same way (collapse); an output

@@ -23,7 +23,7 @@ from engine.choices import BalanceOver
 from engine.config import Config, Precision, Router, require
 from engine.moe.exchange import build_exchange
 from engine.moe.layer import MoELayer
-from engine.optim import build_optimizer
+from engine.optim import build_optimizer, comes_last
 from engine.parallel.collectives import Wire, add_up
 from engine.parallel.mesh import Mesh
 
@@ -319,12 +319,8 @@ def expert_wire(mesh: Mesh, device: torch.device, *, timed: bool = True) -> Wire
 
 
 def aligned_first(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Put parameters last whose size 8 does not divide, such as a bias of 204 symbols.
-
-    ZeRO 1 and 2 lay a group's parameters out one behind the other. Behind such a one no other would start on 16 bytes, and the
-    Triton kernels would read experts' weights number by number.
-    """
-    return sorted(parameters, key=lambda p: p.numel() % 8 != 0)
+    """Give parameters in the order in which they are to lie in ZeRO's flat buffers (engine/optim.py, comes_last)."""
+    return sorted(parameters, key=lambda p: comes_last(p.numel()))
 
 
 def parameter_groups(params: Iterable[nn.Parameter | dict[str, Any]]) -> list[dict[str, Any]]:

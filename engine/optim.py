@@ -40,3 +40,12 @@ def build_optimizer(params: Iterable[nn.Parameter], config: OptimConfig) -> torc
             params, config.lr, betas, config.eps, weight_decay=config.weight_decay, fused=True
         )
     return torch.optim.Adam(params, config.lr, betas, config.eps, fused=True)
+
+
+def comes_last(numel: int) -> bool:
+    """Say whether a parameter of this size is laid out behind the others: 8 does not divide it, as a bias of 204 symbols.
+
+    ZeRO 1 and 2 lay a group's parameters out one behind the other. Behind such a one no other would start on 16 bytes, and the
+    Triton kernels would read experts' weights number by number.
+    """
+    return numel % 8 != 0

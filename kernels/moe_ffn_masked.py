@@ -18,9 +18,8 @@ from kernels.expert_ffn_cpu import activate_backward, hidden_units
 from kernels.operands import ExpertWeights, FfnGradients, Saved
 from kernels.rows import ExpertRows
 
-BLOCK_ROWS = (
-    2048  # rows; fewer than 1,024 were slower, more made no difference (H = 8,192, 2 cores)
-)
+# Fewer than 1,024 were slower, more made no difference (H = 8,192, 2 cores).
+BLOCK_ROWS = 2048
 
 
 @torch.autocast("cpu", enabled=False)

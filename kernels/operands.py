@@ -216,9 +216,8 @@ def check_weights(x_RD: Tensor, weights: ExpertWeights, rows: ExpertRows, backen
             if name != "w3_LFD":
                 raise ValueError(f"{name} is None: only w3_LFD may be left out")
             continue
-        check_tensor(
-            name, tensor, shape, x_RD
-        )  # optimizers place weights: off 16 bytes they are slower, not wrong
+        # Not aligned: optimizers place weights, and off 16 bytes they are slower, not wrong.
+        check_tensor(name, tensor, shape, x_RD)
         check_dtype(name, tensor, (x_RD.dtype,))
     if rows.num_experts != num_experts:
         raise ValueError(f"rows.offset_L has {rows.num_experts} experts: must be {num_experts}")

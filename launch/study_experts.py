@@ -6,9 +6,10 @@ The numbers are those of launch.analyse, means over seeds.
 import math
 from typing import Any
 
+from engine.analysis import COMPARED_TOKENS
 from launch import page
 from launch.page import Table
-from launch.study_findings import experts_of
+from launch.study_findings import all_runs, experts_of
 from launch.study_plan import Preset
 from launch.study_results import Results
 from launch.study_statistics import estimate
@@ -27,8 +28,8 @@ def experts_section(preset: Preset, results: Results) -> page.Section:
         ]
         rows.append([arm, *cells])
     notes = [
-        "Mean cosine similarity over all pairs of experts of a layer, mean over layers and seeds. Outputs: of all experts for the same tokens, at most 1,024, of "
-        f"{_sample(results)}, "
+        "Mean cosine similarity over all pairs of experts of a layer, mean over layers and seeds. Outputs: of all experts for the same tokens, at most "
+        f"{COMPARED_TOKENS:,}, of {_sample(results)}, "
         "whoever is active; 1 would be collapse to one expert. Weights: of the flattened parameters. An expert's hidden units can be permuted without changing "
         "what it computes, so weights that look different do not show different experts; outputs do.",
     ]  # fmt: skip
@@ -104,14 +105,7 @@ def _analyses(preset: Preset, results: Results) -> dict[str, list[dict[str, Any]
 
 def _sample(results: Results) -> str:
     """The text that the experts were looked at on."""
-    found = sorted(
-        {
-            run["analysis"]["symbols"]
-            for by_seed in results.runs.values()
-            for run in by_seed.values()
-            if run["analysis"]
-        }
-    )
+    found = sorted({run["analysis"]["symbols"] for run in all_runs(results) if run["analysis"]})
     return f"the first {' or '.join(f'{n:,}' for n in found)} symbols of the test text"
 
 

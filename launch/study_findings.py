@@ -111,9 +111,8 @@ def compare_along(results: Results, a: str, b: str, axis: str, share: float = 1.
                 read[arm].append(at / curve[-1][0])
     where = AXES[axis] if share == 1 else f"{share:.0%} of {AXES[axis]}"
     compared = _compare(a, b, f"valid, {where}", values_a, values_b)
-    early = {
-        arm: min(found) for arm, found in read.items() if found
-    }  # of the seed that was read earliest
+    # of the seed that was read earliest
+    early = {arm: min(found) for arm, found in read.items() if found}
     early = {arm: part for arm, part in early.items() if part < share * _WHOLE[axis]}
     if compared is None or not early:
         return compared
@@ -162,7 +161,7 @@ def missing(preset: Preset, results: Results) -> list[str]:
 
 def experts_of(results: Results) -> int:
     """Experts of a layer, the most of any arm."""
-    return max((run["experts"] for run in _runs(results)), default=0)
+    return max((run["experts"] for run in all_runs(results)), default=0)
 
 
 def compared_k(results: Results) -> list[int | None]:
@@ -173,7 +172,7 @@ def compared_k(results: Results) -> list[int | None]:
 
 def evaluated_k(results: Results) -> list[int]:
     """Numbers of active experts at which any run was evaluated."""
-    return sorted({int(k) for run in _runs(results) for k in run["bpc"] if k.isdigit()})
+    return sorted({int(k) for run in all_runs(results) for k in run["bpc"] if k.isdigit()})
 
 
 def comparisons(preset: Preset, results: Results) -> list[Comparison]:
@@ -205,11 +204,12 @@ def as_json(name: str, preset: Preset, results: Results) -> dict[str, Any]:
         "differences": [asdict(c) for c in comparisons(preset, results)],
         "missing": missing(preset, results),
         "preset": asdict(preset),
-        "results": [*results.tuning, *_runs(results)],
+        "results": [*results.tuning, *all_runs(results)],
     }
 
 
-def _runs(results: Results) -> list[Result]:
+def all_runs(results: Results) -> list[Result]:
+    """Give the runs of all arms and seeds."""
     return [run for by_seed in results.runs.values() for run in by_seed.values()]
 
 

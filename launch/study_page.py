@@ -14,6 +14,7 @@ from launch.study_findings import (
     AXES,
     POINTS,
     Comparison,
+    all_runs,
     compare_along,
     compare_on_test,
     compared_k,
@@ -110,7 +111,7 @@ def _figure(results: Results, pairs: list[tuple[str, str]], axis: str) -> KeyFig
 
 
 def _run(preset: Preset, results: Results) -> page.Section:
-    runs = [run for by_seed in results.runs.values() for run in by_seed.values()]
+    runs = all_runs(results)
     gone = missing(preset, results)
     rows = [
         ["Arms", ", ".join(preset.arms)],
@@ -328,11 +329,7 @@ def _rates(preset: Preset, results: Results) -> page.Section:
         return page.Section("Learning rates", [text])
     by_arm = sorted(results.tuning, key=lambda r: (r["arm"], r["tries"]))
     rows = [[r["arm"], f"{r['tries']:g}", f"{own_bpc(r):.4f}", f"{r['steps']:,}"] for r in by_arm]
-    steps = (
-        max(run["steps"] for by_seed in results.runs.values() for run in by_seed.values())
-        if results.runs
-        else 0
-    )
+    steps = max((run["steps"] for run in all_runs(results)), default=0)
     note = "On the valid split at k_max, by runs with a seed of their own; the lowest bpc decides."
     if steps > by_arm[0]["steps"]:
         note += f" These are shorter than the arms' {steps:,} steps, for which the best rate may be lower. The curves below and above are of the beginning of the same split."

@@ -19,6 +19,7 @@ from engine.choices import Activation, Backend, Kept, Precision
 from engine.config import Config, KernelsConfig, ModelConfig, MoEConfig
 from engine.model import TransformerXL
 from engine.moe.auto import gathers, wire_itemsize
+from engine.optim import comes_last
 from kernels.relative_attention import tile_shape
 
 
@@ -183,9 +184,7 @@ class Group:
     """Parameters whose optimizer state is shared out over the same ranks."""
 
     name: str
-    numels: tuple[
-        int, ...
-    ]  # of each parameter on this rank, as they lie in DeepSpeed's flat buffers
+    numels: tuple[int, ...]  # of each parameter on this rank, in the order of flat buffers
     ranks: int  # that hold the same parameters, and a part of their state each
 
     @property
@@ -262,8 +261,8 @@ def count_parameters(config: Config, placement: Placement, vocab_size: int) -> P
 
 
 def _laid_out(numels: list[int]) -> tuple[int, ...]:
-    """Sizes in the order of engine/deepspeed_adapter.py, aligned_first."""
-    return tuple(sorted(numels, key=lambda numel: numel % 8 != 0))
+    """Sizes in the order of flat buffers."""
+    return tuple(sorted(numels, key=comes_last))
 
 
 class _NoValues(TorchFunctionMode):
