@@ -23,7 +23,7 @@ from engine.moe.plan import Plan
 from engine.moe.planner import TablePlanner
 from engine.moe.routers import Draw, HashedRouter
 from engine.timing import ForwardTimes
-from launch.process import keep_freed_memory
+from launch.process import keep_freed_memory, run_and_leave
 
 RANKS, STREAMS, SEGMENT, K = 8, 22, 512, 8
 
@@ -95,4 +95,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_leave(main)

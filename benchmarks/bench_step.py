@@ -43,7 +43,7 @@ from engine.parallel.mesh import Mesh
 from engine.step import StepTimes, train_step
 from engine.timing import ForwardTimes
 from engine.tuning import resolve
-from launch.process import keep_freed_memory
+from launch.process import keep_freed_memory, run_and_leave
 
 KS = (2, 4, 8, 12, 16)
 
@@ -184,4 +184,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_leave(main)

@@ -6,7 +6,6 @@ slowest rank, and the fastest of the rounds.
 
 import argparse
 import json
-import os
 import random
 from collections.abc import Callable
 from datetime import timedelta
@@ -30,7 +29,7 @@ from benchmarks.exchange_systems import PARTS, start_deepspeed, systems
 from benchmarks.harness import together
 from benchmarks.traffic import KINDS, Meter
 from kernels.testing import relative_error
-from launch.process import keep_freed_memory
+from launch.process import keep_freed_memory, run_and_leave
 
 SAME_OUTPUT = 1e-5  # fp32, sums in another order
 # A hidden unit within rounding of 0 is active for one system and not for another, a few of the 17 million of a layer;
@@ -113,11 +112,9 @@ def main() -> None:
         problem = make_problem(shape, tables, ranks)
         found[tables] = measure(problem, args.systems, per_node=args.per_node, rounds=args.rounds)
     if dist.get_rank() == 0:
-        print(json.dumps(found), flush=True)
+        print(json.dumps(found))
     dist.barrier()
-    # DeepSpeed keeps the group, so gloo's threads may still hold tensors, and abort a process whose interpreter ends.
-    os._exit(0)
 
 
 if __name__ == "__main__":
-    main()
+    run_and_leave(main)

@@ -20,7 +20,7 @@ from benchmarks.harness import together
 from engine.build import build_model
 from engine.config import Config, DataConfig, EvalConfig, ModelConfig, MoEConfig, Router
 from engine.model import Routing
-from launch.process import keep_freed_memory
+from launch.process import keep_freed_memory, run_and_leave
 
 _ROUNDS = 12
 _SYMBOLS = 64
@@ -95,8 +95,7 @@ def main() -> None:
     if rank == 0:
         print(json.dumps(found))
     dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    run_and_leave(main)

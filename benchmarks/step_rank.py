@@ -22,7 +22,7 @@ from engine.metrics import Metrics
 from engine.parallel.world import World
 from engine.trainer import Trainer
 from launch.cli import config_of
-from launch.process import connected, set_up
+from launch.process import connected, run_and_leave, set_up
 
 
 class Kept(Metrics):
@@ -79,4 +79,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_leave(main)

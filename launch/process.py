@@ -1,12 +1,13 @@
 """How a process joins the other ranks, and what else it needs before training: threads, signals, memory."""
 
+import atexit
 import ctypes
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -178,6 +179,34 @@ class StopSignal:
         elif time.monotonic() - self._since > GRACE_S:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+
+def run_and_leave(main: Callable[[], object]) -> None:
+    """Run a program; one that made a process group then leaves at once, without the interpreter's end.
+
+    A thread of gloo that lets go of a tensor at that moment needs the interpreter, and would abort the process ("terminate
+    called without an active exception": torch 2.13, busy cores). The threads cannot be ended before: PyTorch and DeepSpeed
+    keep the groups, so destroy_process_group leaves them running.
+    """
+    code = 0
+    try:
+        main()
+    except SystemExit as end:
+        mpi = "mpi4py.MPI" in sys.modules  # whose runner ends the other ranks when one fails
+        if not dist.is_initialized() or not isinstance(end.code, int | None) or (end.code and mpi):
+            raise
+        code = end.code or 0
+    if not dist.is_initialized():
+        return
+    atexit._run_exitfuncs()
+    if "mpi4py.MPI" in sys.modules:
+        from mpi4py import MPI
+
+        MPI.Finalize()  # mpirun takes a rank without it for lost
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(BrokenPipeError):
+            stream.flush()
+    os._exit(code)
 
 
 def set_up(threads: int) -> None:

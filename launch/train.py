@@ -24,7 +24,7 @@ from engine.unused import unused
 from launch.cli import command_option, given_options, in_sweep, job_name, run_program
 from launch.console import Console
 from launch.facts import write_facts
-from launch.process import StopSignal, connected, set_up
+from launch.process import StopSignal, connected, run_and_leave, set_up
 from launch.run_folder import SUMMARY, RunFolder, open_run
 from launch.summary import final_numbers, result_table, summarise
 from launch.sweep import report_sweep
@@ -231,4 +231,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_leave(main)

@@ -57,6 +57,68 @@ def test_a_signal_behind_an_error_does_not_hide_it():
             signal.signal(number, handler)
 
 
+ENDS = """
+import atexit, os, sys
+from torch import distributed as dist
+from launch.process import run_and_leave
+class Late:
+    def __del__(self, abort=os.abort):
+        abort()
+late = Late()
+atexit.register(print, "at exit")
+def main():
+    if {group}:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    print("done")
+    {end}
+run_and_leave(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("group", "end", "code"),
+    [(True, "", 0), (True, "sys.exit(5)", 5), (True, "sys.exit('bad')", -signal.SIGABRT),
+     (False, "sys.exit(5)", -signal.SIGABRT)],
+)  # fmt: skip
+def test_a_process_with_a_group_leaves_before_the_interpreter_ends(group, end, code):
+    """What the interpreter destroys at its end aborts, as a thread of gloo may; all else that belongs to an end was done."""
+    command = [sys.executable, "-c", ENDS.format(group=group, end=end)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (code, "done\nat exit\n"), done.stderr
+
+
+IN_FLIGHT = """
+import atexit, ctypes, sys, time
+rank, store, leave = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "True"
+if rank == 0:  # the last thing before the interpreter ends; holds it, so that gloo's thread waits
+    atexit.register(ctypes.PyDLL(None).usleep, 900_000)
+import torch
+from torch import distributed as dist
+from launch.process import run_and_leave
+def main():
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    dist.barrier()
+    if rank == 0:  # keeps neither the tensor nor the work: gloo's thread will be the last to hold them
+        dist.all_reduce(torch.zeros(9), async_op=True)
+    else:
+        time.sleep(0.3)
+        dist.all_reduce(torch.zeros(9))
+        time.sleep(1.2)
+run_and_leave(main) if leave else main()
+"""
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("leave", "code"), [(True, 0), (False, -signal.SIGABRT)])
+def test_what_gloo_lets_go_at_the_end_aborts_nothing(tmp_path, leave, code):
+    """And what happens to a process that ends otherwise."""
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", IN_FLIGHT, rank, str(tmp_path / "store"), str(leave)])
+        for rank in ("0", "1")
+    ]  # fmt: skip
+    assert [process.wait(100) for process in ranks] == [code, 0]
+
+
 REFUSED = {"0": "failed to listen", "1": "rank 1 is at .* already: another run meets there; give"}
 
 
