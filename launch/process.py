@@ -1,4 +1,4 @@
-"""How a process joins the other ranks, and what else it needs before training: threads, signals, memory."""
+"""How a process joins the other ranks, what else it needs before training (threads, signals, memory), and how it ends."""
 
 import atexit
 import ctypes
