@@ -36,7 +36,7 @@ class ModelConfig:
     init_std: float = 0.02
     """Standard deviation of initial weights."""
     ngram: int = 0
-    """Of a dense model: ids in the n-grams whose learned embeddings are added to the input; 0 for none."""
+    """Ids in the n-grams whose learned embeddings are added to the input; 0 for none."""
     ngram_rows: int = 4096
     """Rows of that embedding; n-grams beyond them share rows by hash."""
     signatures: bool = False

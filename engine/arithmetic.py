@@ -50,11 +50,12 @@ class Arithmetic:
         Example: experts of 10 parameters each, 4 in each of 3 layers: at k = 1 a model of 500 uses 500 - 3 x 3 x 10 = 410.
         """
         model, moe = self._config.model, self._config.moe
+        used = self._parameters - (model.ngram > 0) * (model.ngram_rows - 1) * model.width
         if moe.router is Router.dense:
-            return self._parameters - (model.ngram > 0) * (model.ngram_rows - 1) * model.width
+            return used
         matrices = 3 if moe.activation is Activation.swiglu else 2
         expert = matrices * moe.expert_width * model.width + moe.expert_width + model.width
-        return self._parameters - self._config.expert_layers * (moe.experts - k) * expert
+        return used - self._config.expert_layers * (moe.experts - k) * expert
 
     def by_k(self) -> dict[str, int]:
         """Name each k of the schedule and of the evaluation; "dense" where there are no experts."""

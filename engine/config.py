@@ -369,14 +369,13 @@ class Config:
         self.streams_per_micro_batch(world=1)
 
     def _check_input(self) -> None:
-        """Check what a dense model is given at its input, and which layers have experts."""
+        """Check what the model is given at its input, and which layers have experts."""
         model, moe = self.model, self.moe
         dense = moe.router is Router.dense
-        for name, value in (("ngram", model.ngram), ("signatures", model.signatures)):
-            require(
-                dense or not value,
-                f"model.{name}={value}: needs moe.router=dense, it is {moe.router.name}",
-            )
+        require(
+            dense or not model.signatures,
+            f"model.signatures={model.signatures}: needs moe.router=dense, it is {moe.router.name}",
+        )
         require(
             moe.layers is None or moe.layers <= model.layers,
             f"moe.layers={moe.layers}: must be at most model.layers={model.layers}",
@@ -409,10 +408,9 @@ class Config:
 
     @property
     def context(self) -> int:
-        """Ids left of a segment that the n-grams of router or input need: n - 1, or 0 without any."""
-        if self.moe.router is Router.hashed or self.model.signatures:
-            return self.moe.ngram - 1
-        return max(self.model.ngram - 1, 0)
+        """Ids left of a segment that the n-grams of router and input need: n - 1 of the longer ones, or 0 without any."""
+        keyed = self.moe.router is Router.hashed or self.model.signatures
+        return max(self.moe.ngram - 1 if keyed else 0, self.model.ngram - 1, 0)
 
     @property
     def expert_layers(self) -> int:

@@ -12,7 +12,7 @@ import dataclasses
 import gc
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 from unittest import mock
@@ -31,6 +31,7 @@ from engine.config import Config
 from engine.data import Streams
 from engine.loader import GroupBatch, PlannedBatch, PlannedLoader
 from engine.model import Memory
+from engine.moe.keys import KeyRows
 from engine.moe.routers import routers_of
 from engine.moe.tables import Table
 from engine.parallel.host import GlooHost
@@ -160,8 +161,9 @@ def _train(
     config: Config, mesh: Mesh, ids: NDArray[np.uint8], tables: list[Table], vocab_size: int, plans: PlanBytes,
     held: TensorBytes | None,
 ) -> None:  # fmt: skip
-    engine = adapter.start(build_model(config, vocab_size), config, mesh)
-    loader = _loader(config, mesh, ids, tables, plans)
+    model = build_model(config, vocab_size)
+    engine = adapter.start(model, config, mesh)
+    loader = _loader(config, mesh, ids, tables, plans, model.input_keys)
     world = World(mesh) if mesh.world == 1 else World(mesh, host=GlooHost(dist.group.WORLD))  # type: ignore[arg-type]
     memory: list[Memory | None] = [None] * config.train.accumulation
     times = ForwardTimes(engine.module)
@@ -172,12 +174,13 @@ def _train(
 
 
 def _loader(
-    config: Config, mesh: Mesh, ids: NDArray[np.uint8], tables: list[Table], plans: PlanBytes
-) -> PlannedLoader:
+    config: Config, mesh: Mesh, ids: NDArray[np.uint8], tables: list[Table], plans: PlanBytes,
+    input_keys: Sequence[KeyRows],
+) -> PlannedLoader:  # fmt: skip
     streams = Streams(
         ids, config.data.streams, config.data.segment, config.context, config.data.start
     )
-    batches = TrainingBatches(config, streams, mesh, routers_of(tables, mesh))
+    batches = TrainingBatches(config, streams, mesh, routers_of(tables, mesh), input_keys)
 
     def plan(group: GroupBatch, k: int) -> PlannedBatch:
         planned = batches.plan(group, k)

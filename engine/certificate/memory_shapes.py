@@ -221,7 +221,7 @@ class Parameters:
     groups: tuple[Group, ...]  # all, or without experts and experts
     layer: int  # numbers of one block
     layer_experts: int  # of them of experts
-    head: int  # outside the blocks
+    head: int  # outside the blocks; without tables at the input, whose gradient comes last
 
     @property
     def numbers(self) -> int:
@@ -243,7 +243,7 @@ def count_parameters(config: Config, placement: Placement, vocab_size: int) -> P
     """Count the parameters of a rank from the model itself, built without memory."""
     dense: list[int] = []
     experts: list[int] = []
-    layer = layer_experts = 0
+    layer = layer_experts = at_input = 0
     for name, numel in _numels(astuple(config.model), astuple(config.moe), vocab_size):
         is_expert = ".experts." in name
         if is_expert:
@@ -252,12 +252,13 @@ def count_parameters(config: Config, placement: Placement, vocab_size: int) -> P
         if name.startswith("blocks.0."):
             layer += numel
             layer_experts += numel * is_expert
+        at_input += numel * name.startswith("input_tables.")
     groups = [Group("all", _laid_out(dense), placement.world_size)]
     if experts:
         groups = [Group("without experts", _laid_out(dense), placement.world_size)]
         groups.append(Group("experts", _laid_out(experts), placement.groups))
-    total = sum(group.numbers for group in groups)
-    return Parameters(tuple(groups), layer, layer_experts, total - config.model.layers * layer)
+    head = sum(group.numbers for group in groups) - config.model.layers * layer - at_input
+    return Parameters(tuple(groups), layer, layer_experts, head)
 
 
 def _laid_out(numels: list[int]) -> tuple[int, ...]:

@@ -29,16 +29,19 @@ class KeyRows:
     index: int  # number of the table within the run
 
     def of(self, ids_BQ: Tensor, left_BC: Tensor) -> Tensor:
-        """Return the int64 row [B, Q] of each id, given the C true ids left of each segment.
+        """Return the int64 row [B, Q] of each id, given the C true ids left of each segment, or more; the last C are used.
+
+        Raises:
+            ValueError: fewer.
 
         Example: bigrams of 10 symbols in at least 100 rows: ids [[3, 4]] with left [[7]] give rows [[73, 34]].
         """
-        segment, context = ids_BQ.shape[1], left_BC.shape[1]
-        if context != self.ngram - 1:
+        segment, spare = ids_BQ.shape[1], left_BC.shape[1] - (self.ngram - 1)
+        if spare < 0:
             raise ValueError(
-                f"left_BC has {context} ids: ngram={self.ngram} needs {self.ngram - 1}"
+                f"left_BC has {left_BC.shape[1]} ids: ngram={self.ngram} needs {self.ngram - 1}"
             )
-        stream = torch.cat([left_BC, ids_BQ], dim=1).numpy()
+        stream = torch.cat([left_BC[:, spare:], ids_BQ], dim=1).numpy()
         key_BQ = stream[:, :segment]
         for shift in range(1, self.ngram):
             key_BQ = key_BQ * self.vocab_size + stream[:, shift : shift + segment]

@@ -62,7 +62,7 @@ class Table:
         return KeyRows(self.ngram, self.vocab_size, rows, self.seed, self.index)
 
     def rows_of(self, ids_BQ: Tensor, left_BC: Tensor) -> Tensor:
-        """Return the int64 row [B, Q] of each id, given the C true ids left of each segment."""
+        """Return the int64 row [B, Q] of each id, given the C true ids left of each segment, or more."""
         return self.key_rows.of(ids_BQ, left_BC)
 
 

@@ -116,16 +116,21 @@ def test_flops_since_the_start_are_the_sum_over_the_steps():
 @pytest.mark.parametrize("activation", Activation)
 def test_active_parameters_are_those_of_k_experts(activation):
     config = tiny_config()
-    config = replace(config, moe=replace(config.moe, activation=activation, shared_width=3))
+    config = replace(
+        config,
+        model=replace(config.model, ngram=2, ngram_rows=30),
+        moe=replace(config.moe, activation=activation, shared_width=3),
+    )
     model = build_model(config, SYMBOLS)
     total = sum(p.numel() for p in model.parameters())
     experts = [m for m in model.modules() if isinstance(m, Experts)]
     held = sum(p.numel() for layer in experts for p in layer.parameters())
+    held_n_grams = 29 * config.model.width
     arithmetic = Arithmetic(config, SYMBOLS, total)
     for k in range(1, EXPERTS + 1):
-        assert arithmetic.active_parameters(k) == total - held + held * k / EXPERTS
+        assert arithmetic.active_parameters(k) == total - held_n_grams - held + held * k / EXPERTS
     dense = replace(config, moe=MoEConfig(router=Router.dense))
-    assert Arithmetic(dense, SYMBOLS, total).active_parameters(2) == total
+    assert Arithmetic(dense, SYMBOLS, total).active_parameters(2) == total - held_n_grams
 
 
 def test_ks_are_those_of_schedule_and_evaluation():

@@ -32,6 +32,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "shuffled": {"moe": {"keys": Keys.shuffled}},
     "one expert layer": {"moe": {"layers": 1, "plain_width": 9}},
     "n-grams": {"moe": {"router": Router.dense}, "model": {"ngram": 2, "ngram_rows": 30}},
+    "n-grams beside experts": {"moe": {}, "model": {"ngram": 3, "ngram_rows": 30}},
     "signatures": {"moe": {"router": Router.dense}, "model": {"signatures": True}},
 }
 
@@ -51,6 +52,7 @@ CASES = [
     Case("shuffled", 2, 2),
     Case("one expert layer", 2),
     Case("n-grams", 1, 3),
+    Case("n-grams beside experts", 2, 2, (("accumulation", 2),)),
     Case("signatures", 1),
 ]
 

@@ -1,4 +1,4 @@
-"""What dense controls are told at their input, against plain loops over ids; and that arms have equal parameters for it."""
+"""What models are told at their input, against plain loops over ids; and that dense arms have equal parameters for it."""
 
 from dataclasses import replace
 
@@ -79,6 +79,34 @@ def test_ngram_embeddings_equal_a_loop(ngram, table_rows):
     assert rows(model, left=left).unique().numel() > 5
 
 
+@pytest.mark.parametrize(("at_input", "of_router"), [(1, 3), (2, 3), (3, 2)])
+def test_input_and_router_read_n_grams_of_their_own(at_input, of_router):
+    """From one left context, which is as long as the longer ones need."""
+    moe = replace(MOE, router=Router.hashed, ngram=of_router)
+    config = Config(model=replace(SIZES, ngram=at_input, ngram_rows=40), moe=moe, eval=EvalConfig(k=[K]), schedule=ScheduleConfig(k_min=K, k_max=K))  # fmt: skip
+    assert config.context == max(at_input, of_router) - 1
+    model = build(moe, ngram=at_input, ngram_rows=40)
+    routers = [HashedRouter(t) for t in build_tables(moe, V, TEXT, num_tables=2, seed=5, cache_dir=None)]  # fmt: skip
+
+    def planned(context, routers, keys):
+        left = LEFT[:, 2 - context :]
+        batch = Batch(IDS, IDS, left, torch.arange(len(IDS)), 0, fresh=False)
+        return plan_batch(group_batch([batch]), K, routers, input_keys=keys)
+
+    both = planned(config.context, routers, model.input_keys)
+    assert torch.equal(
+        both.input_row_tBQ, planned(at_input - 1, None, model.input_keys).input_row_tBQ
+    )
+    for got, want in zip(both.plans, planned(of_router - 1, routers, ()).plans, strict=True):
+        assert torch.equal(got.parts[0].rows.source_N, want.parts[0].rows.source_N)
+        assert torch.equal(got.count_E, want.count_E)
+    # negative control: another text is routed otherwise
+    other = plan_batch(group_batch([Batch(IDS.flip(1), IDS, LEFT, torch.arange(2), 0, fresh=False)]), K, routers)  # fmt: skip
+    assert not torch.equal(
+        other.plans[0].parts[0].rows.source_N, both.plans[0].parts[0].rows.source_N
+    )
+
+
 def test_signatures_are_the_tables_weights_of_hashed_routing():
     model = build(signatures=True)
     tables = build_tables(MOE, V, TEXT, num_tables=2, seed=5, cache_dir=None)
@@ -141,7 +169,6 @@ def test_the_first_layers_have_experts_and_the_others_are_plain():
 
 
 BAD = {
-    "hashed has n-grams": ({"model": ModelConfig(ngram=2)}, "model.ngram=2: needs moe.router=dense, it is hashed"),
     "hashed has signatures": ({"model": ModelConfig(signatures=True)}, "model.signatures=True: needs moe.router=dense"),
     "layers": ({"moe": MoEConfig(layers=5)}, "moe.layers=5: must be at most model.layers=4"),
     "signatures of more experts than there are": ({"model": ModelConfig(signatures=True), "moe": MOE, "schedule": ScheduleConfig(k_min=1, k_max=5)}, "schedule.k_max=5: must be at most moe.experts=4"),

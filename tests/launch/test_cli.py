@@ -49,7 +49,10 @@ BAD = {
     "streams": (["train.accumulation=3"], ["data.streams=4", "multiple", "3"]),
     "zero steps": (["train.steps=0"], ["train.steps=0", "at least 1"]),
     "n-gram": (["moe.ngram=5"], ["moe.ngram=5", "1 .. 4"]),
-    "input n-grams": (["model.ngram=2"], ["model.ngram=2", "moe.router=dense", "hashed"]),
+    "signatures": (
+        ["model.signatures=true"],
+        ["model.signatures=True", "moe.router=dense", "hashed"],
+    ),
     "shuffled": (["moe.router=frozen", "moe.keys=shuffled"], ["moe.keys=shuffled", "frozen"]),
     "pack": (["moe.builder=packed", "moe.pack=3"], ["moe.pack=3", "moe.experts=4"]),
     "no pack": (["moe.builder=packed"], ["moe.builder=packed", "moe.pack=None"]),

@@ -58,6 +58,7 @@ NAMES = [
     "hashed_k1_4",
     "hashed_k2_8",
     "dense_ngram",
+    "hashed_ngram",
     "dense_signature",
     "hashed_shuffled",
     "scale",
@@ -113,10 +114,13 @@ def count(config):
 
 
 def enlarge(config):
-    """The published size; of an arm with a shared expert as its file says."""
+    """The published size; of experts beside something else as their files say."""
     model = replace(config.model, layers=4, width=256, heads=8, head_width=64)
-    shared = config.moe.shared_width > 0
-    width = {"expert_width": 256, "shared_width": 4096} if shared else {"expert_width": 512}
+    width = {"expert_width": 512}
+    if config.moe.shared_width > 0:
+        width = {"expert_width": 256, "shared_width": 4096}
+    elif model.ngram and config.moe.router is Router.hashed:
+        width = {"expert_width": 512 - 48}  # 64 experts; 48 units of each are as many as 6,144 rows
     return replace(config, model=model, moe=replace(config.moe, **width))
 
 

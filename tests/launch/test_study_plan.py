@@ -111,22 +111,35 @@ def test_a_wrong_preset_is_refused(composing, tmp_path, changes, words):
 
 
 def test_a_preset_that_is_not_there_names_those_that_are():
-    with pytest.raises(UserError, match="preset=none_such: must be one of overnight, paper, small"):
+    with pytest.raises(
+        UserError, match="preset=none_such: must be one of overnight, paper, routing, small"
+    ):
         read_preset("none_such")
     with pytest.raises(UserError, match="no such file"):
         read_preset("/none/such.yaml")
 
 
-@pytest.mark.parametrize("name", ["small", "overnight", "paper"])
-def test_presets_are_whole(name):
+PRESETS = {"small": "dense", "overnight": "dense", "paper": "dense", "routing": "hashed"}
+
+
+@pytest.mark.parametrize(("name", "first"), PRESETS.items())
+def test_presets_are_whole(name, first):
     preset = read_preset(name)
-    first = next(iter(preset.arms))
-    assert first == "dense" and {"dense", "hashed"} <= set(preset.kin) and len(preset.seeds) >= 3
+    assert next(iter(preset.arms)) == first and len(preset.seeds) >= 3
+    assert not preset.learning_rates or {"dense", "hashed"} <= set(preset.kin)
     for a, b in preset.pairs:
         assert a in preset.arms and b in preset.arms and a != b
 
 
-@pytest.mark.parametrize("name", ["small", "overnight", "paper"])
+def test_routing_changes_small_in_nothing_else():
+    """So that its runs may be compared with those of small, whose best rate it takes."""
+    small, routing = read_preset("small"), read_preset("routing")
+    assert routing.options == [*small.options, "optim.lr=4.0e-3"]
+    for name in ("seeds", "points", "valid_symbols", "analysed_symbols", "checkpoints"):
+        assert getattr(routing, name) == getattr(small, name)
+
+
+@pytest.mark.parametrize("name", PRESETS)
 def test_presets_compose(composing, tmp_path, name):
     preset = read_preset(name)
     jobs = plan_jobs(preset, CorpusConfig(Corpus.file, path="x"), tmp_path)

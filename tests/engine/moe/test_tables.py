@@ -176,12 +176,13 @@ def test_rows_of_a_stream_do_not_depend_on_the_cut(rows):
         assert all(0 <= row < rows for row in expected)
 
 
-def test_worked_example_of_rows_of_and_a_wrong_context():
+def test_worked_example_of_rows_of_and_a_short_context():
     table = build(replace(SMALL, rows=100), vocab=10, num_tables=1)[0]
     ids, left = torch.tensor([[3, 4]]), torch.tensor([[7]])
     assert table.rows_of(ids, left).tolist() == [[73, 34]]
-    with pytest.raises(ValueError, match="ngram=2 needs 1"):
-        table.rows_of(ids, torch.tensor([[7, 7]]))
+    assert table.rows_of(ids, torch.tensor([[9, 9, 7]])).tolist() == [[73, 34]]
+    with pytest.raises(ValueError, match="has 0 ids: ngram=2 needs 1"):
+        table.rows_of(ids, torch.zeros(1, 0, dtype=torch.int64))
 
 
 def test_every_prefix_is_balanced_on_the_fitted_text_and_random_is_not():
