@@ -8,6 +8,7 @@ fails does not stop the others; a signal does.
 """
 
 import json
+import logging
 import os
 import re
 import shlex
@@ -144,6 +145,7 @@ class _Jobs:
 
     def run(self, cfg: DictConfig, task: Callable[[], int]) -> None:
         """Run one job and leave its outcome."""
+        _pass_on_warnings()
         hydra_config = HydraConfig.get()
         sweep = hydra_config.mode is RunMode.MULTIRUN
         if sweep:
@@ -266,6 +268,25 @@ def _told(error: BaseException) -> int | None:
     if isinstance(error, SystemExit) and isinstance(error.code, int):
         return error.code
     return None
+
+
+class _Lines(logging.Handler):
+    """Writes what is logged as the program's other lines are written."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line."""
+        _say(record.getMessage())
+
+
+def _pass_on_warnings() -> None:
+    """Let the engine's warnings reach the user: Hydra switches off every logger that there is when it starts a job."""
+    engine = logging.getLogger("engine")
+    engine.setLevel(logging.WARNING)
+    if not engine.handlers:
+        engine.addHandler(_Lines())
+    for name in list(logging.root.manager.loggerDict):
+        if name.split(".")[0] == "engine":
+            logging.getLogger(name).disabled = False
 
 
 def _say(line: str) -> None:

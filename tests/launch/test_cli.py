@@ -36,6 +36,18 @@ def small(tmp_path, text, *more):
     ]  # fmt: skip
 
 
+def test_the_engines_warnings_are_lines(run, tmp_path, text):
+    """A damaged cache of tables; with jobs of a sweep each is told once."""
+    options = ["-m", *small(tmp_path, text, "train.seed=1,2")]
+    assert run("train", *options).returncode == 0
+    for path in tmp_path.glob("cache/**/tables-*.npz"):
+        path.write_bytes(b"no archive")
+    done = run("train", *options, f"train.runs_dir={tmp_path / 'again'}")
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2 and all(line.startswith("foreroute: ") and "is damaged" in line for line in lines), lines  # fmt: skip
+
+
 BAD = {
     "unknown option": (["moe.exprts=3"], ["moe.exprts", "experts", "expert_width"]),
     "unknown section": (["foo.bar=1"], ["foo", "corpus", "moe"]),
