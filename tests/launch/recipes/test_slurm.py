@@ -14,7 +14,12 @@ pytestmark = [
     pytest.mark.dist,
     pytest.mark.skipif(REASON is not None, reason=str(REASON)),
 ]
-SAY = "from launch.bootstrap import *; p = find_place(); print(p.rank, p.ranks, p.local_rank, p.launcher.name)"
+SAY = """
+import sys
+from launch.bootstrap import find_place
+p = find_place()
+sys.stdout.write(f"{p.rank} {p.ranks} {p.local_rank} {p.launcher.name}\\n")  # in one piece, also with PYTHONUNBUFFERED
+"""
 FAIL = """
 import launch.train
 from engine.trainer import Trainer
