@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.architecture import num_tables
-from engine.config import ModelConfig, MoEConfig
+from engine.config import ModelConfig, MoEConfig, Router
 from engine.moe.keys import KeyRows
 
 
@@ -62,7 +62,9 @@ def input_tables(
 ) -> NgramEmbedding | Signatures | None:
     """Build what the configuration asks for; None for models without tables at their input."""
     if model.ngram:
-        keys = KeyRows(model.ngram, vocab_size, model.ngram_rows, seed, index=0)
+        # Beside hashed routing a number that none of its tables has, so that other n-grams share rows here than there.
+        index = num_tables(model, moe) if moe.router is Router.hashed else 0
+        keys = KeyRows(model.ngram, vocab_size, model.ngram_rows, seed, index)
         return NgramEmbedding(model.width, keys)
     if model.signatures:
         indices = range(num_tables(model, moe))

@@ -100,6 +100,9 @@ def test_input_and_router_read_n_grams_of_their_own(at_input, of_router):
     for got, want in zip(both.plans, planned(of_router - 1, routers, ()).plans, strict=True):
         assert torch.equal(got.parts[0].rows.source_N, want.parts[0].rows.source_N)
         assert torch.equal(got.count_E, want.count_E)
+    # with as many rows for the same n-grams the input has collisions of its own, too
+    (keys,) = build(moe, ngram=of_router, ngram_rows=moe.rows).input_keys
+    assert all(not torch.equal(keys.of(IDS, LEFT), r.table.rows_of(IDS, LEFT)) for r in routers)
     # negative control: another text is routed otherwise
     other = plan_batch(group_batch([Batch(IDS.flip(1), IDS, LEFT, torch.arange(2), 0, fresh=False)]), K, routers)  # fmt: skip
     assert not torch.equal(
