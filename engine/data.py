@@ -3,7 +3,8 @@
 Everything here is a pure function of (ids, numbers): no state, no random numbers, no communication, so any rank can
 compute any other rank's batch, and a resumed run needs only the segment index. Ids come from engine/corpus.py.
 
-Letters: B streams, Q segment length, C context (ids left of a segment that a hashed router's n-grams need, n - 1).
+Letters: B streams, Q segment length, C context (ids left of a segment, as many as the longest n-grams of
+router or input need).
 """
 
 from collections.abc import Iterator, Sequence

@@ -2,7 +2,8 @@
 
 Dense controls ask so whether hashed routing helps by more than what its keys say. `NgramEmbedding` learns a vector for each
 row, also beside experts; `Signatures`, for dense models, has the weights that hashed routing would give each token's experts,
-in every layer, and learns one linear map of them. The loader finds the rows (TransformerXL.input_keys); both tables are a part of the model's state.
+in every layer, and learns one linear map of them. The loader finds the rows (TransformerXL.input_keys); both tables are a part
+of the model's state.
 
 Letters: B streams, Q segment length, D width, t tables, r rows, E experts.
 """

@@ -26,7 +26,7 @@ from engine.sentences import Sentence, encode, foreign_bytes
 from launch.bootstrap import find_device, find_place
 from launch.cli import run_program
 from launch.console import Console, table
-from launch.process import StopSignal, run_and_leave, set_up
+from launch.process import StopSignal, set_up
 from launch.run_folder import TextArgs, read_run, write_json
 
 TRAIN, DEV = "train.tsv", "dev.tsv"
@@ -302,4 +302,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_and_leave(main)
+    main()

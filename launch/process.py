@@ -186,7 +186,7 @@ def run_and_leave(main: Callable[[], object]) -> None:
 
     A thread of gloo that lets go of a tensor at that moment needs the interpreter, and would abort the process ("terminate
     called without an active exception": torch 2.13, busy cores). The threads cannot be ended before: PyTorch and DeepSpeed
-    keep the groups, so destroy_process_group leaves them running.
+    keep the groups, so destroy_process_group leaves them running. An exception, and under MPI a failure, ends as usual.
     """
     code = 0
     try:
@@ -198,7 +198,7 @@ def run_and_leave(main: Callable[[], object]) -> None:
         code = end.code or 0
     if not dist.is_initialized():
         return
-    atexit._run_exitfuncs()
+    atexit._run_exitfuncs()  # what the interpreter would do first; there is no public call for it
     if "mpi4py.MPI" in sys.modules:
         from mpi4py import MPI
 

@@ -325,7 +325,8 @@ def _published(results: Results) -> page.Section:
 def _rates(preset: Preset, results: Results) -> page.Section:
     """Rates that were tried and taken."""
     if not results.tuning:
-        text = "No learning rate was tried: each experiment's own was taken."
+        rates = sorted({run["learning_rate"] for run in all_runs(results)})
+        text = f"No learning rate was tried. Taken by the arms: {', '.join(f'{rate:g}' for rate in rates)}."
         return page.Section("Learning rates", [text])
     by_arm = sorted(results.tuning, key=lambda r: (r["arm"], r["tries"]))
     rows = [[r["arm"], f"{r['tries']:g}", f"{own_bpc(r):.4f}", f"{r['steps']:,}"] for r in by_arm]

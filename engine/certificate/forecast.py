@@ -255,6 +255,7 @@ def _left_out(config: Config, cluster: ClusterConfig) -> list[str]:
     lines = {
         "train.offload: weights are updated as if on the device, and nothing travels between host and device": train.offload,
         "train.zero_stage=3: DeepSpeed sends weights and gradients beside computation, here nothing hides them": train.zero_stage == 3 and not on_cpu,
+        f"model.ngram={config.model.ngram}: looking up the input's rows and writing their gradient takes no time": config.model.ngram > 0,
         f"kernels.precision={kernels.precision.value}: products run at the rate of product_fp32": kernels.precision is not Products.ieee,
         "kernels.masked_from_k: a run measures it at its start; here all experts are grouped, as below it": on_cpu and kernels.masked_from_k is None,
     }  # fmt: skip

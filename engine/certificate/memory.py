@@ -190,6 +190,12 @@ def _moments(sizes: Sizes, rows: Rows, parameters: Parameters) -> Iterator[tuple
                 *activations.attention_backward(),
             ],
         )
+    if parameters.at_input:
+        progress = Progress(parameters.numbers - parameters.at_input, parameters.at_input)
+        yield (
+            "backward, tables at the input",
+            [*moment(Phase.backward, progress), *activations.ends()],
+        )
     yield Phase.backward_end.value, moment(Phase.backward_end)
     yield Phase.step.value, moment(Phase.step)
 

@@ -221,7 +221,8 @@ class Parameters:
     groups: tuple[Group, ...]  # all, or without experts and experts
     layer: int  # numbers of one block
     layer_experts: int  # of them of experts
-    head: int  # outside the blocks; without tables at the input, whose gradient comes last
+    at_input: int  # of tables at the input
+    head: int  # outside the blocks and these tables
 
     @property
     def numbers(self) -> int:
@@ -258,7 +259,7 @@ def count_parameters(config: Config, placement: Placement, vocab_size: int) -> P
         groups = [Group("without experts", _laid_out(dense), placement.world_size)]
         groups.append(Group("experts", _laid_out(experts), placement.groups))
     head = sum(group.numbers for group in groups) - config.model.layers * layer - at_input
-    return Parameters(tuple(groups), layer, layer_experts, head)
+    return Parameters(tuple(groups), layer, layer_experts, at_input, head)
 
 
 def _laid_out(numels: list[int]) -> tuple[int, ...]:

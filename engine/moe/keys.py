@@ -3,7 +3,7 @@
 The row is the n-gram's own number when all n-grams have a row each, otherwise a stateless hash of it (engine/moe/hashing.py),
 so that every table of a run has collisions of its own.
 
-Letters: B streams, Q segment length, C = ngram - 1 ids left of a segment.
+Letters: B streams, Q segment length, C ids left of a segment, at least ngram - 1.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class KeyRows:
     index: int  # number of the table within the run
 
     def of(self, ids_BQ: Tensor, left_BC: Tensor) -> Tensor:
-        """Return the int64 row [B, Q] of each id, given the C true ids left of each segment, or more; the last C are used.
+        """Return the int64 row [B, Q] of each id, given the true ids left of each segment, of which the last ngram - 1 matter.
 
         Raises:
             ValueError: fewer.

@@ -4,7 +4,7 @@ A planned router (HashedRouter, DrawnRouter) needs no hidden states, so the load
 device. Live routers (FrozenRouter, LearnedRouter) read hidden states inside the forward pass. All give k distinct experts per
 token in order of preference, nested in k, with weights that sum to 1.
 
-Letters: T tokens (= B*Q, row-major), B streams, Q segment length, C = ngram - 1 ids left of a segment, D width,
+Letters: T tokens (= B*Q, row-major), B streams, Q segment length, C ids left of a segment (at least ngram - 1), D width,
 E experts, K active experts per token, P ranks of the expert group, r rows.
 """
 
@@ -95,7 +95,7 @@ class HashedRouter:
 
         Args:
             ids_BQ: int64 ids.
-            left_BC: int64, the C true ids left of each segment.
+            left_BC: int64, the true ids left of each segment.
         """
         row_T = self.table.rows_of(ids_BQ, left_BC).reshape(-1)
         expert_TK = self.table.order_rE.index_select(0, row_T)[:, :k].long()

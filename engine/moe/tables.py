@@ -7,7 +7,7 @@ model: `table_state` turns it into tensors for a checkpoint. All randomness is s
 A row is an ordering of blocks of `pack` neighbouring experts, and inside each block an ordering of its experts; without
 packing all experts are one block. So the first k experts lie in ceil(k / pack) blocks.
 
-Letters: E experts, G blocks of experts, B streams, Q segment length, C = ngram - 1 ids left of a segment, r table rows,
+Letters: E experts, G blocks of experts, B streams, Q segment length, C ids left of a segment (at least ngram - 1), r table rows,
 t tables, s rows seen in training, w waves.
 """
 
@@ -62,7 +62,7 @@ class Table:
         return KeyRows(self.ngram, self.vocab_size, rows, self.seed, self.index)
 
     def rows_of(self, ids_BQ: Tensor, left_BC: Tensor) -> Tensor:
-        """Return the int64 row [B, Q] of each id, given the C true ids left of each segment, or more."""
+        """Return the int64 row [B, Q] of each id, given the true ids left of each segment."""
         return self.key_rows.of(ids_BQ, left_BC)
 
 

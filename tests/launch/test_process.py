@@ -91,7 +91,7 @@ IN_FLIGHT = """
 import atexit, ctypes, sys, time
 rank, store, leave = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "True"
 if rank == 0:  # the last thing before the interpreter ends; holds it, so that gloo's thread waits
-    atexit.register(ctypes.PyDLL(None).usleep, 900_000)
+    atexit.register(ctypes.PyDLL(None).usleep, 3_000_000)
 import torch
 from torch import distributed as dist
 from launch.process import run_and_leave
@@ -103,7 +103,7 @@ def main():
     else:
         time.sleep(0.3)
         dist.all_reduce(torch.zeros(9))
-        time.sleep(1.2)
+        time.sleep(3)
 run_and_leave(main) if leave else main()
 """
 

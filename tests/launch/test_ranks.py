@@ -20,7 +20,7 @@ OPTIONS = (
     "parallel.timeout_s=20",
     "train.threads=1",
 )
-MAIN = "import launch.train; launch.train.main()"
+MAIN = "import launch.train; from launch.process import run_and_leave; run_and_leave(launch.train.main)"
 LATE = """
 import time, launch.train
 from pathlib import Path

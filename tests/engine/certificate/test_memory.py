@@ -73,6 +73,10 @@ def test_parameters_are_those_counted_by_hand():
     assert [group.ranks for group in alone.groups] == [1]
     assert alone.numbers == _HEAD + 2 * (_BLOCK_DENSE + 8 * _EXPERT) == alone.part
     assert (alone.head, alone.layer) == (_HEAD, _BLOCK_DENSE + 8 * _EXPERT)
+    told = count_parameters(
+        make_config({"model": {"ngram": 2, "ngram_rows": 100}}, SMALL), Placement(), SYMBOLS
+    )
+    assert (told.head, told.at_input, told.numbers) == (_HEAD, 100 * 128, alone.numbers + 100 * 128)
     shared = count_parameters(config, Placement(4, 2), SYMBOLS)
     assert [(group.numbers, group.ranks) for group in shared.groups] == [
         (_HEAD + 2 * _BLOCK_DENSE, 4),
