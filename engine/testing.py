@@ -39,7 +39,7 @@ _PRELOADED = [  # what ranks import, also at their first step; none of it starts
 
 
 def run_ranks(
-    function: Callable[..., Any], ranks: int, *arguments: Any, seconds: float = 120
+    function: Callable[..., Any], ranks: int, *arguments: Any, seconds: float = 600
 ) -> list[Any]:
     """Call function(rank, *arguments) in each of `ranks` new processes of one gloo group; return what they return.
 
