@@ -1,5 +1,6 @@
-"""Several ranks on one machine, for tests: `run_ranks` starts processes that form a gloo group and gathers what they say,
-`run_threads` gives threads of this process a Host each. And `change_certificate`, for tests of runs that shall differ from it.
+"""Processes for tests: `run_ranks` starts some that form a gloo group and gathers what they say, `Program` starts a program,
+both within a fraction of a second; `run_threads` gives threads of this process a Host each. And `change_certificate`, for
+tests of runs that shall differ from it.
 """
 
 import contextlib
@@ -7,11 +8,12 @@ import importlib.util
 import inspect
 import multiprocessing
 import os
+import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -131,8 +133,7 @@ def _work(task: _Task, rank: int, answer: "Connection[Any, Any]") -> None:
 
 
 def _call(task: _Task, rank: int) -> Any:
-    os.environ.clear()
-    os.environ.update(task.environ, LOCAL_RANK=str(rank))  # as launchers do
+    _take_environment({**task.environ, "LOCAL_RANK": str(rank)})  # as launchers do
     torch.set_num_threads(1)
     file, name = task.function
     spec = importlib.util.spec_from_file_location("foreroute_ranks", file)
@@ -144,6 +145,58 @@ def _call(task: _Task, rank: int) -> Any:
         timeout=timedelta(seconds=task.seconds),
     )  # fmt: skip
     return getattr(module, name)(rank, *task.arguments)
+
+
+def _take_environment(environ: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environ)
+
+
+class Program:
+    """A Python program in a process like those of run_ranks: what it imports is there already. It ends with the block."""
+
+    def __init__(self, code: str, arguments: Sequence[str], environ: Mapping[str, str]) -> None:
+        """Start it.
+
+        Args:
+            code: what the process does, as with `python -c`.
+            arguments: what it finds in sys.argv[1:].
+        """
+        self._folder = tempfile.TemporaryDirectory()
+        self._texts = [Path(self._folder.name) / name for name in ("out", "err")]
+        _SERVER.set_forkserver_preload(_PRELOADED)
+        arguments = ["-c", *arguments]
+        self._process = _SERVER.Process(target=_run, args=(code, arguments, dict(environ), self._texts))  # fmt: skip
+        self._process.start()
+
+    def __enter__(self) -> "Program":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.join()
+        self._folder.cleanup()
+
+    def wait(self, seconds: float = 600) -> tuple[int, str, str]:
+        """Wait for its end; gives exit code, stdout and stderr.
+
+        Raises:
+            TimeoutError: it goes on.
+        """
+        self._process.join(seconds)
+        code = self._process.exitcode
+        if code is None:
+            raise TimeoutError(f"no end within {seconds:.0f} s")
+        out, err = (path.read_text() for path in self._texts)
+        return code, out, err
+
+
+def _run(code: str, arguments: list[str], environ: dict[str, str], texts: list[Path]) -> None:
+    _take_environment(environ)
+    for number, path in enumerate(texts, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = arguments
+    exec(code, {"__name__": "__main__"})
 
 
 class _ThreadHost(Host):

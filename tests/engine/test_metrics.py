@@ -1,8 +1,8 @@
 """Every sink gets every name: metrics.jsonl, and a W&B offline log that is parsed back record by record."""
 
 import json
-import mmap
 import math
+import mmap
 import subprocess
 import sys
 import threading
