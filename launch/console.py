@@ -80,36 +80,33 @@ class Stages:
         self._enabled, self._now = enabled, now
         self._terminal = _has_bars()
         self._bar: tqdm | None = None  # type: ignore[type-arg]
-        self._stage: str | None = None
         self._started = self._said = 0.0
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Say that `done` of a stage's `total` parts are finished; its first call, with 0, starts its clock."""
+        """Say that `done` of a stage's `total` parts are finished; 0 begins a stage."""
         if not self._enabled:
             return
-        if stage != self._stage:
-            self.close()
-            self._stage, self._started = stage, self._now()
-            self._said = self._started
-        if self._terminal:
-            self._draw(done, total)
+        if done == 0:
+            self._begin(stage, total)
+        elif self._bar is not None:
+            self._bar.update(done - self._bar.n)
         elif done == total or self._now() >= self._said + LINE_S:
-            self._say(done, total)
+            self._say(stage, done, total)
 
-    def _draw(self, done: int, total: int) -> None:
-        if self._bar is None:
+    def _begin(self, stage: str, total: int) -> None:
+        self.close()
+        self._started = self._said = self._now()
+        if self._terminal:
             self._bar = tqdm(
-                desc=f"{self._stage:<8}", total=total, leave=False, dynamic_ncols=True, file=sys.stdout, bar_format="{desc}" + _BAR
+                desc=f"{stage:<8}", total=total, leave=False, dynamic_ncols=True, file=sys.stdout, bar_format="{desc}" + _BAR
             )  # fmt: skip
-        self._bar.update(done - self._bar.n)
 
-    def _say(self, done: int, total: int) -> None:
+    def _say(self, stage: str, done: int, total: int) -> None:
         self._said = self._now()
         seconds = self._said - self._started
-        end = f"took {clock(seconds)}"
-        if done < total:
-            end = f"left {clock(seconds / done * (total - done))}" if done else "left ?"
-        print(f"{self._stage:<8}  {done}/{total}  {end}", flush=True)
+        left = clock(seconds / done * (total - done))
+        end = f"left {left}" if done < total else f"took {clock(seconds)}"
+        print(f"{stage:<8}  {done}/{total}  {end}", flush=True)
 
     def close(self) -> None:
         """Take the bar away."""

@@ -22,12 +22,8 @@ from launch.run_folder import FACTS, SUMMARY
 from launch.study_plan import Job, chosen_options, with_rate
 
 FORMAT = 1
-_COUNTING = (
-    "order2_bpc",
-    "order3_bpc",
-    "bzip2_bpc",
-    "counted_symbols",
-)  # the last where the others had less than all
+# counted_symbols: where the models had less than all of the training text
+_COUNTING = "order2_bpc", "order3_bpc", "bzip2_bpc", "counted_symbols"
 Result = dict[str, Any]
 _SAME = (
     "corpus_sha256",
