@@ -213,7 +213,7 @@ class EvalConfig:
     same_length: bool = False
     """Every symbol sees exactly `memory` positions."""
     max_symbols: int = 0
-    """Evaluate only the first so many symbols of the split; 0 for all."""
+    """Evaluate only the first so many symbols of the split, and fit the counting models on at most 100 times as many; 0 for all."""
 
     def __post_init__(self) -> None:
         at_least("eval", self, streams=1, clamp_len=0, max_symbols=0)

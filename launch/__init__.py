@@ -1,8 +1,14 @@
 """How processes start: the programs a person runs. The only place that knows Hydra."""
 
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+
+# PyTorch's OpenMP runtime reads this once, as it is loaded. Its threads would otherwise spin at their barriers, and beside a busy
+# process that takes the core from the thread they wait for.
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 _ROOT = Path(__file__).resolve().parents[1]
 _found = find_spec("kernels")

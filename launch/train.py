@@ -22,7 +22,7 @@ from engine.parallel.world import World, agree, together
 from engine.trainer import Trainer
 from engine.unused import unused
 from launch.cli import command_option, given_options, in_sweep, job_name, run_program
-from launch.console import Console
+from launch.console import Console, Stages
 from launch.facts import write_facts
 from launch.process import StopSignal, connected, run_and_leave, set_up
 from launch.run_folder import SUMMARY, RunFolder, open_run
@@ -210,11 +210,13 @@ def _finish(
     if world.first:
         print(f"evaluating the {config.eval.split.name} split ...", flush=True)
     world.watch.at("the evaluation")
-    curve = slimming_curve(trainer.model, trainer.routers, corpus, config, world)
-    world.watch.at("the summary")
-    summary = together(
-        world.host, lambda: summarise(run, trainer, corpus, curve) if world.first else None
-    )
+    with closing(Stages(enabled=world.first)) as progress:
+        curve = slimming_curve(trainer.model, trainer.routers, corpus, config, world, progress)
+        world.watch.at("the summary")
+        summary = together(
+            world.host,
+            lambda: summarise(run, trainer, corpus, curve, progress) if world.first else None,
+        )
     if summary is not None:
         if metrics is not None:
             metrics.summarise(final_numbers(summary))
