@@ -5,10 +5,10 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-# PyTorch's OpenMP runtime reads this once, as it is loaded. Its threads would otherwise spin at their barriers, and beside a busy
-# process that takes the core from the thread they wait for.
+# PyTorch's OpenMP runtime reads this once, as it is loaded. Otherwise its threads spin at their barriers for milliseconds, and beside
+# a busy process that takes the core from the thread they wait for. Not 0, for to sleep and wake costs, too (docs/measured.md).
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ["GOMP_SPINCOUNT"] = "1000"
 
 _ROOT = Path(__file__).resolve().parents[1]
 _found = find_spec("kernels")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+SOON = 1000
 OF_THE_USER = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"
 
 
@@ -31,14 +32,14 @@ def default():
 
 
 @pytest.mark.parametrize("start", [["-m"], ["-m", "mpi4py", "-m"]], ids=" ".join)
-def test_a_programs_threads_sleep_at_once(start, default):
-    assert default > 0  # control
-    assert spins(*start, "launch.prepare", "--help") == 0
+def test_a_programs_threads_soon_sleep(start, default):
+    assert default > 10 * SOON  # control
+    assert spins(*start, "launch.prepare", "--help") == SOON
 
 
 def test_a_process_that_a_program_starts_does_the_same():
     start = "import launch, subprocess, sys; subprocess.run([sys.executable, '-c', 'import torch'])"
-    assert spins("-c", start) == 0
+    assert spins("-c", start) == SOON
 
 
 @pytest.mark.parametrize(
@@ -47,5 +48,5 @@ def test_a_process_that_a_program_starts_does_the_same():
 )  # fmt: skip
 def test_what_the_user_set_wins(name, value, rounds):
     with_launch, without = (spins("-c", f"import {x}torch", **{name: value}) for x in ("launch, ", ""))  # fmt: skip
-    assert with_launch == without > 0
+    assert with_launch == without != SOON
     assert rounds in (None, with_launch)
