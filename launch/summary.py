@@ -22,8 +22,8 @@ from launch.page import byte_text
 from launch.plots import plot_loss, plot_slimming
 from launch.run_folder import SUMMARY, RunFolder, write_json
 
-COUNTED_PER_SYMBOL = 100
-"""Training symbols, at most, that counting models are fitted on for each symbol of eval.max_symbols."""
+COUNTED_PER_SYMBOL, COUNTED_AT_LEAST = 100, 16_000_000
+"""Training symbols that counting models are fitted on, at most, where eval.max_symbols is set: seconds of a long corpus."""
 _LAST_LINE = "flops", "peak_device_memory_bytes"  # of metrics.jsonl, for the summary
 
 
@@ -101,7 +101,8 @@ def counting_baselines(
     """
     held_out = corpus.split(split)[: max_symbols or None]
     train_ids, size = corpus.split(Split.train), corpus.vocab.size
-    counted_ids = train_ids[: COUNTED_PER_SYMBOL * max_symbols or None]
+    most = max(COUNTED_PER_SYMBOL * max_symbols, COUNTED_AT_LEAST)
+    counted_ids = train_ids[:most] if max_symbols else train_ids
     found = {
         f"order{n}_bpc": order_n_bpc(counted_ids, held_out, n, size, partial(progress, f"order {n}"))
         for n in (2, 3)

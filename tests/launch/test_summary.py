@@ -18,7 +18,11 @@ CORPUS = SimpleNamespace(
 
 
 @pytest.mark.parametrize("max_symbols", [0, 7, 30, 2999])
-def test_max_symbols_shortens_what_is_scored_and_what_is_counted(max_symbols):
+def test_max_symbols_shortens_what_is_scored_and_of_a_long_text_what_is_counted(
+    monkeypatch, max_symbols
+):
+    assert "counted_symbols" not in counting_baselines(CORPUS, Split.test, 7)  # a short one
+    monkeypatch.setattr("launch.summary.COUNTED_AT_LEAST", 0)
     seen = []
     found = counting_baselines(CORPUS, Split.test, max_symbols, lambda *parts: seen.append(parts))
     counted, scored = TRAIN[: COUNTED_PER_SYMBOL * max_symbols or None], TEST[: max_symbols or None]
