@@ -33,6 +33,7 @@ from engine.moe.tables import Table, table_from_state, table_state
 from engine.parallel.collectives import Wire
 from engine.parallel.host import expert_group_host, odd_ones
 from engine.parallel.mesh import Mesh
+from engine.replaceable import Replaced
 
 Batch = TypeVar("Batch", bound=Sequence[Any])
 
@@ -86,6 +87,9 @@ class PlannedExperts:
 
     wire: Wire | None = None
     """What the layers exchange rows through, with its counts and times; None before the first pass and on one rank."""
+
+    replaced: tuple[Replaced, ...] = ()
+    """What the layers took the place of, layer by layer."""
 
     def __init__(
         self, layers: Sequence[MoELayer], tables: Sequence[Table], mesh: Mesh, parallel: ParallelConfig,

@@ -118,8 +118,10 @@ def test_number_format_and_mode_are_those_of_what_was_there():
         ("twin", r"twin is the same module as layers.0.mlp"),
         (r"layers\.1", r"layers.1 holds an expert layer"),
         (r"layers\.0\.mlp\.1", r"layers.0.mlp.1 has fewer than two matrices"),
+        (r"layers\.0", r"layers.0 holds more than one feed-forward: norm.weight [15], norm.bias [15], mix.weight"),
+        (r"layers\.0", r"match feed-forwards only (inside, layers.0.mlp would fit)"),
     ],
-)
+)  # fmt: skip
 def test_unsuitable_modules_are_named(pattern, fault):
     model, _ = make()
     model.layers[0] = Block()
