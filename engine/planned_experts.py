@@ -31,7 +31,7 @@ from engine.moe.plan import Plan
 from engine.moe.routers import routers_of
 from engine.moe.tables import Table, table_from_state, table_state
 from engine.parallel.collectives import Wire
-from engine.parallel.host import expert_group_host, odd_ones
+from engine.parallel.host import Host, expert_group_host, odd_ones
 from engine.parallel.mesh import Mesh
 from engine.replaceable import Replaced
 
@@ -81,15 +81,60 @@ class PlannedFeedForward(nn.Module):
         x_TD = x.reshape(-1, x.shape[-1]).to(self.moe.experts.w1.dtype)
         return self.moe(x_TD, call).y_TD.to(x.dtype).view_as(x)
 
+    @property
+    def experts(self) -> "PlannedExperts":
+        """What plans for it: in a copy of the model another one than in the model."""
+        return self._experts
+
+    def get_extra_state(self) -> Tensor:
+        """Give a digest of the tables for the model's state_dict, which lacks them.
+
+        It is 8 numbers of 0 .. 255 as fp32 [8]: averages and other number formats leave them as they are.
+        """
+        digest = self._experts.tables % 2**64
+        return torch.tensor(list(digest.to_bytes(8, "little")), dtype=torch.float32)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuse the state of a model that was trained with other tables.
+
+        Raises:
+            UserError: it is.
+        """
+        here = self.get_extra_state()
+        require(
+            torch.equal(state.detach().cpu().float().round(), here),
+            f"state of a model with other tables: digest {_hex(state)}, must be {_hex(here)} as here; give "
+            "load_state_dict of the experts what its state_dict gave first",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Attached:
+    """The hook of an attached model: an object, so that in a copy of the model it plans for the copy."""
+
+    experts: "PlannedExperts"
+    argument: int | str
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given: dict[int | str, Any] = dict(enumerate(args))
+        given.update(kwargs)
+        self.experts.begin_call(self.argument, given)
+
 
 class PlannedExperts:
-    """The replaced layers of a model, their tables, and the plans of the pass under way. Made by replace_feed_forwards."""
+    """The replaced layers of a model, their tables, and the plans of the pass under way. Made by replace_feed_forwards.
+
+    A copy of the model (copy.deepcopy, pickle, torch.save, AveragedModel) has one of its own, with the same tables, k and number
+    of passes, and with no plans: engine.plug_in.experts_of gives it. If experts are shared out it connects to the other ranks
+    when it plans first, for which every rank of the run must plan with its copy.
+    """
 
     wire: Wire | None = None
     """What the layers exchange rows through, with its counts and times; None before the first pass and on one rank."""
 
     replaced: tuple[Replaced, ...] = ()
     """What the layers took the place of, layer by layer."""
+    _host: Host | None
 
     def __init__(
         self, layers: Sequence[MoELayer], tables: Sequence[Table], mesh: Mesh, parallel: ParallelConfig,
@@ -100,12 +145,36 @@ class PlannedExperts:
         self._width, self._seed = width, seed
         self._use(tables)
         self.k = k
+        self._passes = 0  # begun so far
+        self._connections()
         self._host = expert_group_host(mesh)
+
+    def _connections(self) -> None:
+        """What a copy has of its own."""
         # all plans, in the order in which they were asked for
         self._thread = ThreadPoolExecutor(1, "foreroute-planner")
+        self._host = None
         self._delivery: Delivery | None = None
         self._pass: _Pass | None = None
-        self._passes = 0  # begun so far
+        self.wire = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied: neither threads nor locks, connections nor plans."""
+        names = "layers", "replaced", "_mesh", "_parallel", "_width", "_seed", "_k", "_passes"
+        kept = {name: getattr(self, name) for name in names}
+        return {**kept, "tables": [router.table for router in self._routers]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become a copy."""
+        tables = state.pop("tables")
+        self.__dict__.update(state)
+        self._use(tables)
+        self._connections()
+
+    @property
+    def tables(self) -> int:
+        """A 64-bit digest of the tables, equal for equal ones."""
+        return self._tables
 
     @property
     def k(self) -> int:
@@ -180,17 +249,21 @@ class PlannedExperts:
             argument: of the call, the ids [B, Q]: the place among the positional ones, or a keyword.
         """
 
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            by_hand = self._pass is not None and not self._pass.by_hook
-            if by_hand or _backward_node() is not None:  # a whole model may be recomputed
-                return
-            self._pass = None
-            given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
-            if argument not in given:
-                raise RuntimeError(f"the model was called without argument {argument!r}, which holds the ids: see attach")  # fmt: skip
-            self._begin(self.plan(given[argument]), by_hook=True)
+        return model.register_forward_pre_hook(_Attached(self, argument), with_kwargs=True)
 
-        return model.register_forward_pre_hook(before, with_kwargs=True)
+    def begin_call(self, argument: int | str, given: Mapping[int | str, Any]) -> None:
+        """Plan for a call of an attached model, unless it has a plan; its hook asks by itself.
+
+        Args:
+            given: the call's arguments, by place or keyword.
+        """
+        by_hand = self._pass is not None and not self._pass.by_hook
+        if by_hand or _backward_node() is not None:  # a whole model may be recomputed
+            return
+        self._pass = None
+        if argument not in given:
+            raise RuntimeError(f"the model was called without argument {argument!r}, which holds the ids: see attach")  # fmt: skip
+        self._begin(self.plan(given[argument]), by_hook=True)
 
     def call(self, layer: int, x: Tensor, dropout: float) -> LayerCall:
         """Give a layer what it needs for x; the layers ask by themselves."""
@@ -301,15 +374,27 @@ class PlannedExperts:
     def _share(self, ids_BQ: Tensor, left_BC: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Exchange ids and left context in the expert group: first the sizes, then [B, C + Q] numbers of 4 bytes."""
         names = "sequences", "length", "k", "tables"
-        found = self._host.all_gather(np.array([*ids_BQ.shape, k, self._tables], np.int64))
+        host = self._host = self._host or self._reconnect()
+        found = host.all_gather(np.array([*ids_BQ.shape, k, self._tables], np.int64))
         for name, value_P in zip(names, found.T.tolist(), strict=True):
             if len(set(value_P)) > 1:
                 odd = odd_ones(value_P, first=self._mesh.group_ranks.start)
                 raise RunFailed(f"the ranks of an expert group differ in their {name}: {odd}")
         both_BS = torch.cat((left_BC, ids_BQ), dim=1).numpy().astype(np.int32)
-        both_PBS = torch.from_numpy(self._host.all_gather(both_BS)).long()
+        both_PBS = torch.from_numpy(host.all_gather(both_BS)).long()
         context = left_BC.shape[1]
         return both_PBS[..., context:].contiguous(), both_PBS[..., :context].contiguous()
+
+    def _reconnect(self) -> Host:
+        """Connect a copy to the other ranks of its expert group; collective over all ranks."""
+        mesh = self._mesh
+        if mesh.expert_ranks > 1:
+            place = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+            require(
+                place == (mesh.rank, mesh.world),
+                f"copied on (rank, of ranks) = {mesh.rank, mesh.world}, which holds other experts: must be used there",
+            )
+        return expert_group_host(mesh)
 
     def _begin(self, plans: Plans, *, by_hook: bool) -> None:
         require(plans.tables == self._tables, "these plans are of other tables than the model's")
@@ -326,6 +411,10 @@ class PlannedExperts:
         for layer in self.layers:
             backend = layer.experts.kernels.backend
             layer.exchange = build_exchange(self.wire, self._parallel, backend)
+
+
+def _hex(digest: Tensor) -> str:
+    return "".join(f"{round(number):02x}" for number in digest.tolist())
 
 
 def _backward_node() -> Any:

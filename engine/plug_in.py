@@ -60,6 +60,7 @@ __all__ = [
     "PlannedFeedForward",
     "Plans",
     "Replaced",
+    "experts_of",
     "parameter_groups",
     "replace_feed_forwards",
 ]
@@ -141,6 +142,17 @@ def replace_feed_forwards(
         replacement = PlannedFeedForward(layer, experts, dropout)
         model.set_submodule(name, replacement.train(model.get_submodule(name).training))
     return experts
+
+
+def experts_of(model: nn.Module) -> PlannedExperts:
+    """Give what plans for a model whose feed-forwards were replaced: for a copy of such a model, the copy's.
+
+    Raises:
+        UserError: it has none, or several calls of replace_feed_forwards made them.
+    """
+    found = {m.experts for m in model.modules() if isinstance(m, PlannedFeedForward)}
+    require(len(found) == 1, f"the model has expert layers of {len(found)} calls of replace_feed_forwards: must be 1")  # fmt: skip
+    return found.pop()
 
 
 def _mesh(expert_ranks: int) -> Mesh:

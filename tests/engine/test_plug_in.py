@@ -3,6 +3,8 @@
 tests/engine/test_plug_in_on_ranks.py trains the same model with DeepSpeed.
 """
 
+import copy
+import io
 import itertools
 from dataclasses import replace
 
@@ -15,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from engine.choices import ExchangeKind, Keys
 from engine.config import Activation, Builder, MoEConfig, ParallelConfig, Router
 from engine.errors import UserError
-from engine.plug_in import PlannedFeedForward, parameter_groups, replace_feed_forwards
+from engine.plug_in import PlannedFeedForward, experts_of, parameter_groups, replace_feed_forwards
 
 SYMBOLS, WIDTH, EXPERTS, K = 11, 15, 4, 2
 MOE = MoEConfig(experts=EXPERTS, expert_width=12, ngram=2, rows=128, builder=Builder.random)
@@ -90,10 +92,9 @@ def test_the_rest_of_the_model_stays():
     assert same({k: v for k, v in after.items() if ".mlp." not in k}, before)
     assert [type(layer.mlp) for layer in model.layers] == [PlannedFeedForward] * 2
     assert [layer.mlp.moe for layer in model.layers] == experts.layers
-    names = [
-        f"layers.{i}.mlp.moe.experts.{name}" for i in range(2) for name in ("w1", "b1", "w2", "b2")
-    ]
-    assert [name for name in after if ".mlp." in name] == names
+    names = ["_extra_state", *(f"moe.experts.{name}" for name in ("w1", "b1", "w2", "b2"))]
+    names = [f"layers.{i}.mlp.{name}" for i in range(2) for name in names]
+    assert sorted(name for name in after if ".mlp." in name) == sorted(names)
     w1, other = (layer.mlp.moe.experts.w1 for layer in model.layers)
     assert w1.std().item() == pytest.approx(0.3, rel=0.1) and not torch.equal(w1, other)
     assert torch.equal(make()[0].layers[0].mlp.moe.experts.w1, w1)
@@ -408,8 +409,12 @@ def test_state_goes_on():
     with experts.planned(ids):
         want = model(ids, targets).item()
     model, experts = make(dropout=0.3, seed=9)
+    with pytest.raises(
+        UserError, match=r"with other tables: digest \w{16}, must be \w{16} as here"
+    ):
+        model.load_state_dict(weights)
+    experts.load_state_dict(state)  # the tables come first: weights belong to them
     model.load_state_dict(weights)
-    experts.load_state_dict(state)
     assert experts.k == 3
     with experts.planned(ids):
         assert model(ids, targets).item() == want
@@ -417,6 +422,69 @@ def test_state_goes_on():
         make(moe=replace(MOE, share_table=True))[1].load_state_dict(state)
     with pytest.raises(UserError, match=r"\(1, 2, 2\): must be \(0, 1, 1\)"):
         experts.load_state_dict({**state, "place": (1, 2, 2)})
+
+
+@pytest.mark.parametrize(
+    "change", [lambda v: v / 3 + v / 3 + v / 3, torch.Tensor.bfloat16, torch.Tensor.half]
+)
+def test_averages_and_other_formats_keep_the_digest_of_the_tables(change):
+    model, _ = make()
+    model.load_state_dict({name: change(value) for name, value in model.state_dict().items()})
+    with pytest.raises(UserError, match="with other tables"):
+        make(seed=4)[0].load_state_dict(model.state_dict())
+
+
+# Copies.
+
+
+def through_a_file(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def averaged(model):
+    average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    average.update_parameters(model)
+    return average.module
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, through_a_file, averaged])
+@pytest.mark.parametrize("hook", [False, True])
+def test_a_copy_equals_the_original_and_plans_by_itself(how, hook):
+    model, experts = make(dropout=0.3)
+    ids, targets = batch()
+    if hook:
+        experts.attach(model)
+    plans = experts.plan(ids)
+    with experts.planned(plans):  # copied in the middle of a pass
+        twin = how(model)
+        copies = experts_of(twin)
+        want = model(ids, targets)
+    want.backward()
+    assert copies is not experts and [layer.mlp.moe for layer in twin.layers] == copies.layers
+    assert copies.replaced == experts.replaced and len(copies.replaced) == 2
+    copies._passes = 0  # the dropout of the first pass
+    if hook:
+        got = twin(ids, targets)
+    else:
+        with pytest.raises(RuntimeError, match="has no plan"):
+            twin(ids, targets)
+        with copies.planned(ids):
+            got = twin(ids, targets)
+    got.backward()
+    assert torch.equal(got, want) and same(gradients(twin), gradients(model))
+    copies.k = 1
+    with copies.planned(ids), experts.planned(ids):  # neither sees the other's
+        assert not torch.equal(twin(ids, targets), want)
+        model(ids, targets)
+    assert experts.k == K
+
+
+def test_a_model_without_our_layers_has_no_experts():
+    with pytest.raises(UserError, match="of 0 calls of replace_feed_forwards: must be 1"):
+        experts_of(Theirs())
 
 
 def test_parameter_groups_take_what_optimizers_take():
