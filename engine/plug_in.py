@@ -52,7 +52,9 @@ from engine.deepspeed_adapter import (
 from engine.moe.layer import MoELayer
 from engine.moe.tables import Table, build_tables
 from engine.parallel.mesh import Mesh
-from engine.planned_experts import PlannedExperts, PlannedFeedForward, Plans
+from engine.planned_experts import PlannedExperts
+from engine.planned_layer import PlannedFeedForward
+from engine.plans import Plans
 from engine.replaceable import Replaced, find_feed_forwards, replaced
 
 __all__ = [

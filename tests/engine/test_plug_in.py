@@ -6,6 +6,8 @@ tests/engine/test_plug_in_on_ranks.py trains the same model with DeepSpeed.
 import copy
 import io
 import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -376,12 +378,92 @@ def test_recomputation_by_another_plan_raises(reentrant):
         loss = model(ids, targets)
     with pytest.raises(RuntimeError, match=gone), experts.planned(batch(1)[0]):
         loss.backward()  # its layers have not run by this plan
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_attached_recomputation_is_by_the_plan_of_its_own_graph(reentrant):
+    """Two passes, then their backward in either order: the gradient is the sum, as without recomputation."""
+    for order in (1, -1):
+        found = []
+        for how in (None, reentrant):
+            model, experts = make(how)
+            experts.attach(model)
+            losses = [model(*batch(index)) for index in range(2)]  # of the same size
+            for loss in losses[::order]:
+                loss.backward()
+            found.append(gradients(model))
+        assert same(*found)
+
+
+def serve(model, ids, targets, start):
+    """Losses and gradients of some batches, one after the other, all threads layer by layer at the same time."""
+    found = []
+    start.wait()
+    for part in zip(ids, targets, strict=True):
+        loss = model(*part)
+        weights = [layer.mlp.moe.experts.w1 for layer in model.layers]
+        found.append((loss.item(), torch.autograd.grad(loss, weights)))
+    return found
+
+
+@pytest.mark.parametrize("reentrant", [None, False])
+def test_threads_have_plans_of_their_own(reentrant):
+    """Each layer waits until both threads are there, so that every pass is interleaved with another; so is backward."""
+    model, experts = make(reentrant)
     experts.attach(model)
-    loss = model(ids, targets)
-    model(*batch(1))  # of the same size, and run through
-    with pytest.raises(RuntimeError, match=gone):
-        loss.backward()
-    model(ids, targets).backward()
+    ids = torch.stack([batch(index)[0] for index in range(6)])
+    targets = torch.stack([batch(index)[1] for index in range(6)])
+    want = serve(model, ids, targets, threading.Barrier(1))
+    turn = threading.Barrier(2)
+
+    def pause(*_):
+        turn.wait(60)
+
+    for layer in model.layers:
+        layer.register_forward_pre_hook(pause)
+    with ThreadPoolExecutor(2) as threads:
+        parts = [threads.submit(serve, model, ids[n::2], targets[n::2], turn) for n in range(2)]
+        got = [part.result() for part in parts]
+    for index, (loss, grads) in enumerate(want):
+        found, others = got[index % 2][index // 2]
+        assert found == loss and all(map(torch.equal, grads, others))
+    assert len({loss for loss, _ in want}) == 6  # negative control: another's plan would show
+
+
+def test_a_plan_is_not_seen_by_another_thread():
+    model, experts = make()
+    with (
+        ThreadPoolExecutor(1) as threads,
+        experts.planned(batch()[0]),
+        pytest.raises(RuntimeError, match=r"no plan: .* in the same thread"),
+    ):
+        threads.submit(model, *batch()).result()
+
+
+def test_a_failed_call_leaves_no_plan():
+    model, experts = make()
+    experts.attach(model)
+    with pytest.raises(ValueError, match="batch_size"):
+        model(batch()[0], torch.zeros(4, 5, 9, dtype=torch.int64))
+    with pytest.raises(RuntimeError, match="has no plan"):
+        model.layers[0].mlp(torch.zeros(4, 9, WIDTH))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        lambda model, args: torch.jit.trace(model, args),
+        lambda model, args: torch.export.export(model, args, strict=False),
+        lambda model, args: torch.fx.symbolic_trace(model.layers[0].mlp),
+    ],
+)
+def test_a_plan_is_not_recorded(record):
+    model, experts = make()
+    with (
+        pytest.raises(RuntimeError, match="cannot be traced, exported or captured"),
+        experts.planned(batch()[0]),
+    ):
+        record(model, batch())
 
 
 def test_a_whole_model_may_be_recomputed():
