@@ -44,11 +44,12 @@ class CallArguments:
     def __post_init__(self) -> None:
         require(self.layout in (None, *_LAYOUTS), f"layout={self.layout!r}: must be one of {', '.join(_LAYOUTS)}")  # fmt: skip
 
-    def read(self, call: "Call", context: int) -> Sequences:
+    def read(self, call: "Call", context: int, side: str = "") -> Sequences:
         """Give what to plan for a call.
 
         Args:
             context: C.
+            side: "encoder" or "decoder" if that is what the layers are in.
 
         Raises:
             RuntimeError: the call has no such argument.
@@ -67,6 +68,7 @@ class CallArguments:
         positions = self._beside(call, "positions", self.positions, ids)
         documents = self._beside(call, "documents", self.documents, ids)
         left = self._left(call, ids, context)
+        _refuse_other_side(self, call, side)
         _refuse_undeclared(self, call, length)
         real = None
         if mask is not None:
@@ -163,6 +165,17 @@ def _argument_names(model: nn.Module) -> list[str]:
     names = [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds]  # fmt: skip
     inner = getattr(model, "module", None)
     return _argument_names(inner) if not names and isinstance(inner, nn.Module) else names
+
+
+def _refuse_other_side(told: CallArguments, call: Call, side: str) -> None:
+    """Refuse the encoder's ids for a decoder, and the other way round."""
+    theirs = call.by_name.get("decoder_input_ids")
+    is_theirs = theirs is call.value(told.ids, "ids")
+    require(
+        theirs is None or not side or is_theirs == (side == "decoder"),
+        f"{call.name(told.ids)} holds the ids of the {'decoder' if is_theirs else 'encoder'}, and the layers are in the {side}: "
+        "attach(model, ids=..) must say which ids those run for",
+    )
 
 
 def _refuse_undeclared(told: CallArguments, call: Call, length: int) -> None:

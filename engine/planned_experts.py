@@ -35,7 +35,7 @@ from engine.parallel.host import Host, expert_group_host, odd_ones
 from engine.parallel.mesh import Mesh
 from engine.passes import Pass, Passes, backward_node
 from engine.plans import Plans, Sequences, keep_to_texts
-from engine.replaceable import Replaced
+from engine.replaceable import Replaced, side_of
 
 Batch = TypeVar("Batch", bound=Sequence[Any] | Mapping[Any, Any])
 
@@ -206,7 +206,8 @@ class PlannedExperts:
         self.passes.begin(None)  # whatever happens, end_call takes one away
         if self.passes.running() is not None or backward_node() is not None:
             return  # inside `planned`, inside another attached call, or the whole model is recomputed
-        sequences = told.read(call, self._routers[0].table.ngram - 1)
+        side = side_of(self.replaced[0].name) if self.replaced else ""
+        sequences = told.read(call, self._routers[0].table.ngram - 1, side)
         plans = self._planned_in_turn(sequences)
         self.passes.end()
         self._begin(plans)

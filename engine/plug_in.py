@@ -174,10 +174,26 @@ def _tables(
         random or text_ids is not None,
         f"moe.builder={moe.builder.name}: needs text_ids; without a text use moe.builder=random",
     )
-    text = np.zeros(1, np.int64) if text_ids is None else np.asarray(text_ids).reshape(-1)
+    text = np.zeros(1, np.int64) if text_ids is None else _on_host(text_ids)
     require(
         text.size > 0 and text.min() >= 0 and text.max() < vocab_size,
         f"text_ids: must be ids in 0 .. {vocab_size - 1}, at least one",
     )
     count = 1 if moe.share_table else layers
     return build_tables(moe, vocab_size, text, num_tables=count, seed=seed, cache_dir=None)
+
+
+def _on_host(text_ids: Text) -> NDArray[np.integer[Any]]:
+    """Give a text on any device as one stream."""
+    if isinstance(text_ids, Tensor):
+        require(
+            not text_ids.is_meta,
+            "text_ids: is on the meta device, without values; must be on another",
+        )
+        text_ids = text_ids.detach().cpu().numpy()
+    text = np.asarray(text_ids).reshape(-1)
+    require(
+        np.issubdtype(text.dtype, np.integer),
+        f"text_ids of {text.dtype}: must be whole numbers, as one stream",
+    )
+    return text

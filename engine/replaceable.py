@@ -55,7 +55,22 @@ def find_feed_forwards(model: nn.Module, pattern: str, width: int) -> list[str]:
             f"pattern {pattern!r}: {name or 'the empty name'} {fault}; match feed-forwards only"
             f"{_hint(name, modules[name], width)}",
         )
+    sides = {side_of(name): name for name in names if side_of(name)}
+    require(
+        len(sides) < 2,
+        f"pattern {pattern!r}: matches feed-forwards of an encoder and a decoder ({', '.join(sides.values())}), which run for "
+        "different ids: call replace_feed_forwards for each, with another seed",
+    )
     return names
+
+
+def side_of(name: str) -> str:
+    """Say whether a module's name is of an "encoder" or a "decoder": the last part says it; "" of neither."""
+    for part in reversed(name.lower().split(".")):
+        for side in ("encoder", "decoder"):
+            if part.endswith(side):
+                return side
+    return ""
 
 
 def _place_faults(name: str, names: list[str], modules: dict[str, nn.Module]) -> dict[str, bool]:

@@ -322,3 +322,40 @@ def test_batches_that_are_mappings_are_planned_ahead(made):
         r"a batch is a dict with input_ids, labels, without ids=0: ahead\(batches, ids=\.\.\)"
     ):
         next(experts.ahead(batches))
+
+
+class EncoderDecoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(SYMBOLS, WIDTH)
+        self.encoder, self.decoder = (
+            nn.Sequential(nn.Sequential(nn.Linear(WIDTH, 16), nn.ReLU(), nn.Linear(16, WIDTH))) for _ in range(2)
+        )  # fmt: skip
+
+    def forward(self, input_ids, decoder_input_ids=None):
+        memory = self.encoder(self.embed(input_ids)).mean(1, keepdim=True)
+        return self.decoder(self.embed(decoder_input_ids) + memory)
+
+
+def test_an_encoder_and_a_decoder_have_plans_of_their_own():
+    options = {"width": WIDTH, "vocab_size": SYMBOLS, "moe": MOE, "k": 2, "init_std": 0.5}
+    torch.manual_seed(0)
+    model = EncoderDecoder()
+    with refused(
+        r"encoder and a decoder \(encoder.0, decoder.0\), which run for different ids: call replace"
+    ):
+        replace_feed_forwards(model, r"\w+\.0", **options)
+    first = replace_feed_forwards(model, r"encoder\.0", **options)
+    second = replace_feed_forwards(model, r"decoder\.0", seed=1, **options)
+    inputs, others = (torch.stack(texts(6, 6)), torch.stack(texts(6, 6)).flip(1))
+    with first.planned(inputs), second.planned(others):
+        want = model(inputs, others)
+    with first.planned(inputs), second.planned(inputs):
+        assert not near(model(inputs, others), want)  # negative control: equal lengths, other ids
+    hook = second.attach(model)
+    first.attach(model)
+    with refused("argument 0 .* holds the ids of the encoder, and the layers are in the decoder"):
+        model(inputs, others)
+    hook.remove()
+    second.attach(model, "decoder_input_ids")
+    assert near(model(inputs, decoder_input_ids=others), want)

@@ -3,6 +3,7 @@
 tests/engine/test_plug_in_on_ranks.py trains the same model with DeepSpeed.
 """
 
+import contextlib
 import copy
 import io
 import itertools
@@ -144,6 +145,8 @@ def test_unsuitable_modules_are_named(pattern, fault):
         ({"moe": replace(MOE, layers=1)}, "moe.layers=1: the pattern says"),
         ({"moe": replace(MOE, builder=Builder.balanced)}, "moe.builder=balanced: needs text_ids"),
         ({"text_ids": [3, 11]}, "text_ids: must be ids in 0 .. 10"),
+        ({"text_ids": [0.5, 1.0]}, "text_ids of float64: must be whole numbers"),
+        ({"text_ids": torch.ones(9, device="meta")}, "text_ids: is on the meta device"),
         ({"dropout": 1.0}, "^dropout=1.0: must be in"),
         ({"parallel": ParallelConfig(expert_ranks=2)}, "parallel.expert_ranks=2: start the process group first"),
     ],
@@ -393,6 +396,38 @@ def test_attached_recomputation_is_by_the_plan_of_its_own_graph(reentrant):
                 loss.backward()
             found.append(gradients(model))
         assert same(*found)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("hook", [False, True])
+def test_backward_may_run_in_another_thread(reentrant, hook):
+    """As autograd's threads do for a GPU."""
+    want, experts = make()
+    with experts.planned(batch()[0]):
+        want(*batch()).backward()
+    model, experts = make(reentrant)
+    with contextlib.ExitStack() as inside, ThreadPoolExecutor(1) as thread:
+        if hook:
+            experts.attach(model)
+        else:
+            inside.enter_context(experts.planned(batch()[0]))
+        loss = model(*batch())
+        if hook:
+            thread.submit(model, *batch(1)).result()  # the thread had a pass of its own before
+        thread.submit(loss.backward).result()
+    assert same(gradients(model), gradients(want))
+
+
+def test_a_compiled_model_answers_the_same():
+    model, experts = make()
+    experts.attach(model)
+    compiled = torch.compile(model, backend="eager")
+    for index in range(3):
+        want = model(*batch(index))
+        got = compiled(*batch(index))
+        assert got.item() == pytest.approx(want.item(), rel=1e-6)
+    experts.k = 1  # negative control: nothing of the plan was kept
+    assert compiled(*batch()).item() == pytest.approx(model(*batch()).item(), rel=1e-6)
 
 
 def serve(model, ids, targets, start):
