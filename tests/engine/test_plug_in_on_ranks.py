@@ -212,7 +212,13 @@ def nested(rank):
             for inner, (plans, _) in enumerate(experts.ahead([part[rank]] for part in parts[6:])):
                 compare_plans(plans, 6 + inner)
                 compare_plans(experts.plan(parts[inner][rank]), inner)
-    return len(fine) == 30 and all(fine)
+    texts = batch(0)[1] // 5  # documents
+    whole = {"mask": batch(0)[1] >= 0, "documents": texts}
+    here, all_of_them = ({name: change(value) for name, value in whole.items()} for change in (lambda v: v.chunk(2)[rank], lambda v: torch.stack(v.chunk(2))))  # fmt: skip
+    plans, want = experts.plan(parts[0][rank], **here), experts.plan(torch.stack(parts[0]), **all_of_them)  # fmt: skip
+    pairs = zip(tensors_in(plans.plans), tensors_in(want.plans), strict=True)
+    fine.append(all(torch.equal(a, b) for a, b in pairs))
+    return len(fine) == 31 and all(fine)
 
 
 def work(rank, cases):
@@ -309,6 +315,7 @@ def mistakes(rank):
         "too early": message(too_early),
         "lengths": message(lambda: experts.plan(ids[:, rank:])),
         "rows": message(lambda: experts.plan(ids[: 3 + rank])),
+        "documents": message(lambda: experts.plan(ids, documents=ids if rank else None)),
         "k": message(other_k),
         "tables": message(lambda: make(seed=rank, **SHARED)[1].plan(ids)),
         "experts": message(lambda: make(expert_ranks=3)),
@@ -324,6 +331,7 @@ def test_mistakes_are_named_on_every_rank(on_two_ranks):
         differ = "RunFailed: the ranks of an expert group differ in their"
         assert said["lengths"] == f"{differ} length: rank 0 has 9, rank 1 has 8"
         assert said["rows"] == f"{differ} sequences: rank 0 has 3, rank 1 has 4"
+        assert said["documents"] == f"{differ} sequences: rank 0 has 8, rank 1 has 72"
         assert said["k"] == f"{differ} k: rank 0 has 1, rank 1 has 3"
         assert said["tables"].startswith(f"{differ} tables: rank 0 has ")
         assert said["nested"]
