@@ -69,10 +69,14 @@ class CallArguments:
         documents = self._beside(call, "documents", self.documents, ids)
         left = self._left(call, ids, context)
         _refuse_other_side(self, call, side)
-        _refuse_undeclared(self, call, length)
-        real = None
+        real = None if mask is None else mask[..., -length:] != 0
+        _refuse_undeclared(self, call, torch.ones_like(ids) > 0 if real is None else real)
         if mask is not None:
-            real = mask[..., -length:] != 0
+            require(
+                left is not None or not bool(mask[..., :-length].any()),
+                f"{call.name(self.mask)} is longer than ids, so ids are a piece of a text: attach(model, left=..) must say which "
+                "ids are left of it",
+            )
             left = left if left is None else left * _last(mask[..., :-length] != 0, context, mask.shape[-1] > length)  # fmt: skip
         if positions is not None:
             left, runs = _by_positions(call.name(self.positions), positions, left, real, context)
@@ -124,9 +128,7 @@ class Call:
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self.args, self.kwargs = args, kwargs
-        names = _argument_names(model)
-        self.names = names
-        self.by_name = {**dict(zip(names, args, strict=False)), **kwargs}
+        self.by_name = {**dict(zip(_argument_names(model), args, strict=False)), **kwargs}
 
     def name(self, place: Place | None) -> str:
         """What to call an argument in a message."""
@@ -178,8 +180,12 @@ def _refuse_other_side(told: CallArguments, call: Call, side: str) -> None:
     )
 
 
-def _refuse_undeclared(told: CallArguments, call: Call, length: int) -> None:
-    """Refuse a call with arguments that make a difference and that attach was not told of."""
+def _refuse_undeclared(told: CallArguments, call: Call, real: Tensor) -> None:
+    """Refuse a call with arguments that make a difference and that attach was not told of.
+
+    Args:
+        real: bool [B, Q], False where there is padding.
+    """
     for name, value in call.by_name.items():
         cache = ("past" in name or "cache" in name) and not isinstance(value, Tensor | bool | int | str)  # fmt: skip
         require(
@@ -199,17 +205,24 @@ def _refuse_undeclared(told: CallArguments, call: Call, length: int) -> None:
         constant = bool((value == value[..., :1]).all())
         require(constant or known, f"argument {name!r} of the model's call has several documents in a sequence: attach(model, documents={name!r})")  # fmt: skip
     for name, value in () if known else call.named(_POSITIONS):
-        rows = value if told.layout != "QB" or value.dim() < 2 else value.T
-        steps = rows[..., 1:] - rows[..., :-1]
-        require(
-            told.mask is not None or rows.shape[-1] != length or bool((steps == 1).all()),
-            f"argument {name!r} of the model's call begins again within a sequence: attach(model, positions={name!r})",
-        )
-        require(
-            told.left is not None or told.mask is not None or not bool(rows[..., 0].any()),
-            f"argument {name!r} of the model's call does not begin with 0, so ids are a piece of a text: "
-            "attach(model, left=..) must say which ids are left of it",
-        )
+        rows = value.T if told.layout == "QB" and value.dim() == 2 else value
+        if rows.shape[-1] == real.shape[-1] and rows.dim() <= real.dim():
+            _refuse_positions(name, rows.expand_as(real), real, left=told.left is not None)
+
+
+def _refuse_positions(name: str, positions: Tensor, real: Tensor, *, left: bool) -> None:
+    """Refuse undeclared positions [B, Q] that begin again, or begin within a text of which nothing is known."""
+    steps = (positions[..., 1:] - positions[..., :-1] == 1) | ~real[..., 1:] | ~real[..., :-1]
+    require(
+        bool(steps.all()),
+        f"argument {name!r} of the model's call begins again within a sequence: attach(model, positions={name!r})",
+    )
+    first = positions.gather(-1, real.int().argmax(-1, keepdim=True)) * real.any(-1, keepdim=True)
+    require(
+        left or not bool(first.any()),
+        f"argument {name!r} of the model's call does not begin with 0, so ids are a piece of a text: "
+        "attach(model, left=..) must say which ids are left of it",
+    )
 
 
 def _starts(call: Call, real: Tensor | None) -> bool:

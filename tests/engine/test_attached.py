@@ -175,6 +175,14 @@ def test_pieces_of_padded_texts(attached, alone):
         assert near(got[row][mask[row] > 0], alone(part))
 
 
+def test_positions_may_be_left_out_where_the_mask_says_it(attached, alone):
+    parts = texts(7, 4)
+    ids, mask = padded(parts, left=True)
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6], [1, 1, 1, 0, 1, 2, 3]])
+    got = attached(mask="attention_mask")(ids, attention_mask=mask, position_ids=positions)
+    assert near(got[1, 3:], alone(parts[1]))
+
+
 @pytest.mark.parametrize("layout", ["QB", "BQ->QB"])
 def test_sequence_first(attached, alone, layout):
     parts = texts(4, 4, 4, 4)
@@ -257,6 +265,8 @@ def test_a_short_text_with_positions_is_whole(attached, alone):
     [
         ({"positions": "position_ids"}, {"position_ids": torch.arange(3, 8)}, r"'position_ids' .* begins with 3, .*left="),
         ({"positions": "position_ids"}, {"position_ids": torch.arange(4)}, r"'position_ids' .* of shape \[2, 4\]: must be \[2, 5\]"),
+        ({"mask": "attention_mask"}, {"attention_mask": torch.ones(2, 9)}, r"'attention_mask' .* longer than ids, .*left="),
+        ({"mask": "attention_mask"}, {"attention_mask": torch.ones(2, 5), "position_ids": torch.arange(3, 8)}, "'position_ids' .* does not begin"),
         ({"mask": "attention_mask"}, {"attention_mask": torch.ones(2, 1, 5, 5)}, r"'attention_mask' .* of shape \[2, 1, 5, 5\]"),
         ({"documents": "documents"}, {"documents": None}, "'documents' of the model's call is None: must be a tensor, of documents"),
         ({"left": "before"}, {"before": torch.ones(3, 2)}, r"'before' of the model's call is of shape \[3, 2\]: must be ids \[2, any"),
