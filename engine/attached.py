@@ -72,12 +72,7 @@ class CallArguments:
         real = None if mask is None else mask[..., -length:] != 0
         _refuse_undeclared(self, call, torch.ones_like(ids) > 0 if real is None else real)
         if mask is not None:
-            require(
-                left is not None or not bool(mask[..., :-length].any()),
-                f"{call.name(self.mask)} is longer than ids, so ids are a piece of a text: attach(model, left=..) must say which "
-                "ids are left of it",
-            )
-            left = left if left is None else left * _last(mask[..., :-length] != 0, context, mask.shape[-1] > length)  # fmt: skip
+            left = self._under_mask(call, mask, left, length, context)
         if positions is not None:
             left, runs = _by_positions(call.name(self.positions), positions, left, real, context)
             documents = runs if documents is None else documents
@@ -89,6 +84,18 @@ class CallArguments:
         )
         first = self.layout in ("QB", "BQ->QB")
         return Sequences(ids, left, real, documents, sequence_first=first)
+
+    def _under_mask(
+        self, call: "Call", mask: Tensor, left: Tensor | None, length: int, context: int
+    ) -> Tensor | None:
+        """Left context without the padding in it, of which the mask [B, M + Q] may tell."""
+        older = mask[..., :-length] != 0
+        require(
+            left is not None or not bool(older.any()),
+            f"{call.name(self.mask)} is longer than ids, so ids are a piece of a text: attach(model, left=..) must say which "
+            "ids are left of it",
+        )
+        return left if left is None or not older.shape[-1] else left * _last(older, context)
 
     def _turned(self, call: "Call", name: str, place: Place) -> Tensor:
         value = call.tensor(place, name)
@@ -254,10 +261,8 @@ def _by_positions(
     return left, breaks.cumsum(-1)
 
 
-def _last(value: Tensor, size: int, given: bool = True) -> Tensor:
-    """The last `size` columns, behind zeros where there are fewer; ones if nothing is given."""
-    if not given:
-        return value.new_ones((*value.shape[:-1], size))
+def _last(value: Tensor, size: int) -> Tensor:
+    """The last `size` columns, behind zeros where there are fewer."""
     missing = value.new_zeros((*value.shape[:-1], max(0, size - value.shape[-1])))
     both = torch.cat((missing, value), dim=-1)
     return both[..., both.shape[-1] - size :]
