@@ -1,4 +1,4 @@
-"""Sample from a trained run at any k: `python -m launch.generate run=runs/NAME prompt='"def "' k=8 length=400`."""
+"""Sample from a trained run at any k: `python -m launch.generate run=runs/NAME prompt="def " k=8 length=400`."""
 
 import os
 import sys

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import locale
 import os
 import signal
 import subprocess
@@ -15,8 +16,8 @@ import torch
 from engine.config import Split
 from engine.moe.balance import balances
 from engine.saved import open_saved
-from launch import cli
 from launch.cli import read_config
+from launch.failures import told
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -94,6 +95,51 @@ def test_bad_input_is_one_line_and_code_2(run, tmp_path, text, options, words):
     assert not list(tmp_path.glob("runs/*/checkpoints"))
 
 
+FLAGS = {
+    "an option as a flag": (["--experiment", "debug"], "did you mean experiment=debug?"),
+    "its section left out, too": (["--lr=0.1"], "did you mean optim.lr=0.1?"),
+    "a rerun, which unpickles": (["--experimental-rerun", "x"], "no such flag"),
+    "a choice that a flag lacks": (["--cfg", "jobs"], "invalid choice: 'jobs'"),
+    "two ways to start": (["-m", "--cfg", "job"], "only one at a time"),
+    "no value": (["train.steps", "=", "5"], "write train.steps=VALUE, without blanks"),
+    "a choice alone": (["quickstart"], "write experiment=quickstart"),
+    "a choice with a typo": (["experiment=quickstrt"], "did you mean experiment=quickstart or "),
+    "a choice in a folder": (["experiment=hashed_n4"], "did you mean experiment=study/hashed_n4?"),
+}
+
+
+@pytest.mark.parametrize(("options", "words"), FLAGS.values(), ids=FLAGS.keys())
+def test_a_command_line_that_is_none(run, options, words):
+    done = run("train", *options)
+    assert done.returncode == 2 and words in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", ["name: zu groß".encode("latin-1"), b"\xef\xbb\xbfname: mine"])
+def test_a_file_of_options_that_is_not_utf8_is_one_line(run, tmp_path, content):
+    path = tmp_path / "cluster" / "mine.yaml"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    done = run("certify", "--config-dir", str(tmp_path), "cluster=mine")
+    assert done.returncode == 2 and f"{path}: " in done.stderr and "UTF-8" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("encoding", ["ANSI_X3.4-1968", "ISO-8859-1"])
+def test_a_locale_that_is_not_utf8_is_one_line(run, monkeypatch, encoding):
+    monkeypatch.setattr(locale, "getencoding", lambda: encoding)
+    done = run("train", "experiment=debug")
+    assert done.returncode == 2 and f"{encoding}, and must be UTF-8" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:130] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000000000000 bytes.")])  # fmt: skip
+def test_a_host_without_room_is_one_line(error):
+    assert told(error).exit_code == 1
+    assert told(error).line.startswith("this machine's memory does not hold it (")
+    assert told(RuntimeError("something else")) is None
+
+
 def test_empty_and_short_corpora_are_refused(run, tmp_path):
     for content, word in ((b"", "empty"), (b"short text, " * 12, "data.streams")):
         path = tmp_path / "small.txt"
@@ -103,11 +149,11 @@ def test_empty_and_short_corpora_are_refused(run, tmp_path):
         assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_gpu_without_room_is_one_line(capsys):
+def test_a_gpu_without_room_is_one_line():
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 1 GiB.\nSee more")  # fmt: skip
-    assert cli._told(error) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("foreroute: CUDA out of memory: needs fewer data.streams")
+    failure = told(error)
+    assert failure.exit_code == 1
+    assert failure.line.startswith("CUDA out of memory: needs fewer data.streams")
 
 
 def test_a_run_folder_is_never_overwritten(run, tmp_path, text):
@@ -173,7 +219,7 @@ def test_a_sweep_gives_each_job_a_folder_and_resumes(run, tmp_path, text):
         ("certify", ["moe.experts=4", "schedule.k_max=8"], "schedule.k_max=8"),
         ("certify", ["moe.router=frozen"], "moe.router=frozen: routes depend on hidden states"),
         ("certify", ["device_memory_gb=0"], "device_memory_gb=0.0: must be above 0"),
-        ("certify", ["device_memory_gb=inf"], "device_memory_gb=inf: must be above 0"),
+        ("certify", ["device_memory_gb=inf"], "device_memory_gb=inf: must be a finite number"),
         (
             "certify",
             ["cluster=dgx_a100", "kernels.backend=cpu"],
@@ -183,7 +229,7 @@ def test_a_sweep_gives_each_job_a_folder_and_resumes(run, tmp_path, text):
         ("certify", ["cluster.inside.gb_per_s=3"], "such as cluster=NAME"),
         ("certify", [f"out={__file__}/found"], "is not a folder"),
         ("certify", ["sample=1201"], "sample=1201: must be from 1 to the 1200 steps"),
-        ("certify", ["expert_groups=2"], "allowed: corpus, data"),
+        ("certify", ["expert_groups=2"], "did you mean expert_group? allowed: corpus, "),
     ],
 )
 def test_other_programs_refuse_likewise(run, program, options, word):
@@ -236,7 +282,11 @@ def test_a_machines_first_rank_speaks_for_all(run, monkeypatch, local_rank):
         monkeypatch.setenv(name, str(value))
     for program, options, line in (
         ("train", ["parallel.chunks=0"], "parallel.chunks=0: must be at least 1"),
-        ("train", ["parallel.chunk=2"], "Could not override 'parallel.chunk'"),
+        (
+            "train",
+            ["parallel.chunk=2"],
+            "parallel.chunk=2: no such option; did you mean parallel.chunks?",
+        ),
         ("evaluate", ["run=x"], "launch.evaluate runs as one process: started as 2"),
     ):
         done = run(program, *options)
