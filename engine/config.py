@@ -301,6 +301,22 @@ class WandbConfig:
     notes: str | None = None
     """Free text beside the run."""
 
+    def __post_init__(self) -> None:
+        if self.mode is WandbMode.disabled:
+            return
+        for tag in self.tags:
+            require(
+                1 <= len(tag) <= 64,
+                f"wandb.tags={tag[:64]!r}: W&B takes 1 to 64 letters, it has {len(tag)}",
+            )
+        require(
+            0 < len(self.project) <= 128 and not set(self.project) & set("/\\#?%:"),
+            f"wandb.project={self.project[:128]!r}: W&B takes 1 to 128 letters, none of / \\ # ? % :",
+        )
+        for name in ("group", "job_type"):
+            value = getattr(self, name) or ""
+            require(len(value) <= 128, f"wandb.{name}: W&B takes 128 letters, it has {len(value)}")
+
 
 @dataclass
 class ProfileConfig:
@@ -350,7 +366,8 @@ class Config:
             require(not too_big, f"eval.k={too_big}: must be at most moe.experts={experts}")
         require(
             self.optim.warmup_steps <= self.train.steps,
-            f"optim.warmup_steps={self.optim.warmup_steps}: must be at most train.steps={self.train.steps}",
+            f"optim.warmup_steps={self.optim.warmup_steps}: must be at most train.steps={self.train.steps}; "
+            f"give optim.warmup_steps={self.train.steps} or fewer, or optim.warmup_steps=0",
         )
         memory = self.model.memory if self.eval.memory is None else self.eval.memory
         require(

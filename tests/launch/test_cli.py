@@ -1,6 +1,7 @@
 """The command line as a person meets it: what is refused, with which line, and that nothing is overwritten."""
 
 import fcntl
+import io
 import json
 import locale
 import os
@@ -9,15 +10,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from engine.config import Split
+from engine.errors import UserError
 from engine.moe.balance import balances
 from engine.saved import open_saved
 from launch.cli import read_config
 from launch.failures import told
+from launch.generate import GenerateArgs, _prompt
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -93,6 +97,65 @@ def test_bad_input_is_one_line_and_code_2(run, tmp_path, text, options, words):
     assert len(lines) == 1 and lines[0].startswith("foreroute: "), done.stderr
     assert all(word in lines[0] for word in words), lines[0]
     assert not list(tmp_path.glob("runs/*/checkpoints"))
+
+
+LEFT = {
+    "a folder for a file": (["train.runs_dir={tmp}/text.txt"], "train.runs_dir={tmp}/text.txt: "),
+    "a cache for a file": (["corpus.cache_dir={tmp}/text.txt"], "corpus.cache_dir={tmp}/text.txt: "),
+    "a text that is a folder": (["corpus.path={tmp}"], "not a file"),
+    "warm-up beyond the end": (["optim.warmup_steps=9"], "give optim.warmup_steps=4 or fewer"),
+    "an infinite number": (["parallel.timeout_s=inf"], "parallel.timeout_s=inf: must be a finite number"),
+    "an enormous number": (["train.log_every=99999999999999999999"], "train.log_every=99999999999999999999: "),
+    "clipping at ZeRO-0": (["train.zero_stage=0"], "zero_stage"),
+    "a long tag": (["wandb.mode=offline", f"wandb.tags={'x' * 65}"], "W&B takes 1 to 64 letters"),
+    "a slash in a project": (["wandb.mode=offline", "wandb.project=a/b"], "wandb.project='a/b'"),
+    "a key that is none": (["wandb.mode=online"], "40+ characters"),
+    "several values": (["optim.lr=0.1,0.2"], "several values need -m"),
+    "no certificate": (["certificate={tmp}/none"], "none"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "words"), LEFT.values(), ids=LEFT.keys())
+def test_a_refused_start_leaves_no_run_folder(run, tmp_path, text, monkeypatch, options, words):
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    options = [option.replace("{tmp}", str(tmp_path)) for option in options]
+    done = run("train", *small(tmp_path, text, *options))
+    assert done.returncode == 2 and words.replace("{tmp}", str(tmp_path)) in done.stderr, done.stderr  # fmt: skip
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and "[Errno" not in lines[0], done.stderr
+    assert not list(tmp_path.glob("runs/*")) and text.is_file()
+
+
+def test_a_folder_that_somebody_keeps_stays(run, tmp_path, text):
+    """The negative control: only what holds nothing goes."""
+    (tmp_path / "runs/debug").mkdir(parents=True)
+    (tmp_path / "runs/debug/notes.txt").write_text("precious")
+    assert run("train", *small(tmp_path, text)).returncode == 2
+    assert (tmp_path / "runs/debug/notes.txt").read_text() == "precious"
+
+
+def test_a_prompt_comes_from_a_file_or_standard_input(tmp_path, monkeypatch):
+    path = tmp_path / "prompt, a=b.txt"
+    path.write_bytes("def f(x):\n  \xff".encode("latin-1"))
+    assert _prompt(GenerateArgs("r", prompt_file=str(path))) == path.read_bytes()
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"piped")))
+    assert _prompt(GenerateArgs("r", prompt_file="-")) == b"piped"
+    assert _prompt(GenerateArgs("r", prompt="typed")) == b"typed"
+    for bad in (str(tmp_path), str(tmp_path / "none")):
+        with pytest.raises(UserError, match="prompt_file="):
+            _prompt(GenerateArgs("r", prompt_file=bad))
+    with pytest.raises(UserError, match="prompt_file=x: goes without prompt="):
+        GenerateArgs("r", prompt="a", prompt_file="x")
+
+
+def test_a_python_without_the_packages_is_one_line():
+    """Python's own modules alone: -S leaves out what is installed."""
+    command = [sys.executable, "-S", "-m", "launch.train"]
+    done = subprocess.run(command, cwd=ROOT, env={"PATH": ""}, capture_output=True, text=True)
+    assert (
+        done.returncode == 2 and "has no torch" in done.stderr and ".venv/bin/python" in done.stderr
+    )
+    assert len(done.stderr.splitlines()) == 1
 
 
 FLAGS = {
