@@ -189,6 +189,8 @@ class TrainConfig:
             not self.offload or self.zero_stage >= 1,
             f"train.offload=true: needs train.zero_stage=1, 2 or 3, it is {self.zero_stage}",
         )
+        size = len(self.name.encode(errors="surrogateescape"))
+        require(size <= 255, f"train.name: a folder's name takes 255 bytes, it has {size}")
         require(
             bool(self.name) and "/" not in self.name and not self.name.startswith("."),
             f"train.name={self.name!r}: must be a plain folder name",

@@ -81,7 +81,8 @@ def ready(arguments: Sequence[str], known: Known, *, sweep: bool = False) -> lis
     Raises:
         UserError: an option that is unknown, has no name or no value, or a value that it does not take.
     """
-    return [_ready(argument, known, sweep) for argument in arguments]
+    following = [*arguments[1:], "VALUE"]
+    return [_ready(*pair, known, sweep) for pair in zip(arguments, following, strict=True)]
 
 
 def swept(ready_arguments: Sequence[str]) -> set[str]:
@@ -90,13 +91,20 @@ def swept(ready_arguments: Sequence[str]) -> set[str]:
     return {name for name, _, value in pairs if _SWEPT.fullmatch(value) or len(_split(value)) > 1}
 
 
-def _ready(argument: str, known: Known, sweep: bool) -> str:
+def _ready(argument: str, following: str, known: Known, sweep: bool) -> str:
     name, equals, value = argument.partition("=")
-    name = name.strip()
-    if name.startswith(("hydra.", "hydra/", "+", "~")) or "@" in name:
+    name = name.strip().lstrip("+")  # every option there is has a value already: nothing is added
+    deleted = name.removeprefix("~")
+    if name.startswith(("hydra.", "hydra/")) or "@" in name or deleted.startswith("hydra"):
         return argument  # for those who know Hydra
+    if deleted != name:
+        require(
+            deleted in known.groups,
+            f"{_short(argument)}: only a group's choice can be left out, such as ~experiment",
+        )
+        return argument
     if not equals:
-        raise UserError(_nameless(argument, known))
+        raise UserError(_nameless(argument, "VALUE" if "=" in following else following, known))
     if name in known.groups:
         return f"{name}={_choice(name, value, sweep)}"
     if name in known.sections:
@@ -116,6 +124,12 @@ def _choice(name: str, value: str, sweep: bool) -> str:
         return value
     parts = _split(value)
     require(value != "", f"{name}=: has no value; --help lists the choices")
+    given = unquoted(value)
+    is_path = name == "corpus" and Path(given).is_absolute() | Path(given).exists()
+    require(
+        not is_path,
+        f"corpus={_short(given)}: takes a choice; write corpus=file corpus.path={given}",
+    )
     require(not value.startswith("["), f"{name}={_short(value)}: takes one choice, without brackets")  # fmt: skip
     require(sweep or len(parts) == 1, f"{name}={_short(value)}: takes one choice; -m runs each")
     return ",".join(p if _PLAIN.fullmatch(p) or _WHOLE_QUOTED.fullmatch(p) else quote(p) for p in parts)  # fmt: skip
@@ -143,6 +157,10 @@ def _value(name: str, value: str, known: Known, sweep: bool) -> str:
     else:
         one = scalar(kind)
     lists = get_origin(inner) is list
+    if lists and value.count("[") != value.count("]"):
+        raise UserError(
+            f"{name}={_short(value)}: a bracket is missing; must be a {allowed(kind)}, such as [1,2]"
+        )
     if lists and not sweep and not value.strip().startswith("["):
         value_parts = [value] if _is_null(value) else [f"[{value}]"]
     elif sweep or _text_of(kind) is None:
@@ -279,7 +297,7 @@ def _split(value: str) -> list[str]:
     return [*found, part.strip() if found else part]
 
 
-def _nameless(argument: str, known: Known) -> str:
+def _nameless(argument: str, following: str, known: Known) -> str:
     """What is wrong with an argument that has no `=`."""
     shown = _short(argument)
     for group, choices in known.choices().items():
@@ -287,7 +305,7 @@ def _nameless(argument: str, known: Known) -> str:
             return f"{shown}: has no name; write {group}={argument}"
     close = _close(argument, known)
     if argument in known.options or argument in known.groups:
-        return f"{shown}: has no value; write {argument}=VALUE, without blanks"
+        return f"{shown}: has no value; write {argument}={following}, without blanks"
     run = "run" if "run" in known.options else next(iter(known.needed), None)
     if run is not None:
         return f"{shown}: has no name; write {run}={argument}"

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import torch
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from engine.errors import RunFailed, UserError
-from launch.arguments import choice_hint
+from launch.arguments import choice_hint, quote
 from launch.bootstrap import find_place
 from launch.console import styled
 from launch.help import CONF, field_texts
@@ -84,6 +84,9 @@ def say(line: str) -> None:
 
 def one_line(error: BaseException) -> str:
     """The message in one line: what Hydra and OmegaConf spread over lines and causes, joined, without their advice."""
+    if isinstance(error, OverrideParseException):
+        name, _, value = error.override.partition("=")
+        return f'{error.override}: Hydra\'s grammar does not take it; write "{name}={quote(value)}"'
     parts = _lines(error)
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException):
@@ -112,7 +115,7 @@ def _with_hint(text: str) -> str:
         return f"{found[1]}=VALUE is missing" + (f": {meaning}" if meaning else "")
     if found := re.search(r"Could not find '(\w+)/([^']*)'", text):
         return text + choice_hint(CONF, found[1], found[2])
-    if found := re.search(r"mismatched input|no viable alternative|missing EQUAL|extraneous input|token recognition error|LexerNoViableAlt", text):  # fmt: skip
+    if re.search(r"mismatched input|no viable alternative|missing EQUAL|extraneous input|token recognition error|LexerNoViableAlt", text):  # fmt: skip
         return "an option is not in Hydra's grammar: put its value in quotes inside quotes, \"NAME='VALUE'\""
     return text
 
