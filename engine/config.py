@@ -281,6 +281,10 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         at_least("parallel", self, expert_ranks=1, chunks=1, timeout_s=1, message_us=0)
+        require(
+            self.timeout_s <= 2e6,
+            f"parallel.timeout_s={self.timeout_s}: must be at most 2e6, 23 days",
+        )
         for name in ("link_gb_per_s", "memory_gb_per_s"):
             require(
                 getattr(self, name) > 0, f"parallel.{name}={getattr(self, name)}: must be above 0"

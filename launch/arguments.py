@@ -81,8 +81,8 @@ def ready(arguments: Sequence[str], known: Known, *, sweep: bool = False) -> lis
     Raises:
         UserError: an option that is unknown, has no name or no value, or a value that it does not take.
     """
-    following = [*arguments[1:], "VALUE"]
-    return [_ready(*pair, known, sweep) for pair in zip(arguments, following, strict=True)]
+    following = (*arguments[1:], "VALUE")
+    return [_ready(*pair, known, sweep) for pair in zip(arguments, following, strict=False)]
 
 
 def swept(ready_arguments: Sequence[str]) -> set[str]:

@@ -87,6 +87,8 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OverrideParseException):
         name, _, value = error.override.partition("=")
         return f'{error.override}: Hydra\'s grammar does not take it; write "{name}={quote(value)}"'
+    if isinstance(error, UnicodeDecodeError):
+        return f"is not UTF-8 (byte {error.start}); save it as UTF-8"
     parts = _lines(error)
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException):

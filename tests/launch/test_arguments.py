@@ -140,6 +140,7 @@ def test_what_cannot_be_meant_is_one_line(known, argument, line):
 
 
 def test_what_a_sweep_varies(known):
+    assert ready([], known) == []
     given = ready(["steps=1,2", "inner.rate=range(0,1,0.5)", "inner.path=a b,c", "prompt='x,y'", "many=1,[2,3]", "flag=true"], known, sweep=True)  # fmt: skip
     assert given == ["steps=1,2", "inner.rate=range(0,1,0.5)", "inner.path='a b','c'", "prompt='x,y'", "many=[1],[2,3]", "flag=true"]  # fmt: skip
     assert swept(given) == {"steps", "inner.rate", "inner.path", "many"}
