@@ -10,6 +10,14 @@ from pathlib import Path
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "1000"
 
+if sys.argv[:1] == ["-m"]:  # a program's start, not an import
+    _absent = [name for name in ("torch", "hydra", "deepspeed", "numpy") if find_spec(name) is None]
+    if _absent:
+        sys.stderr.write(
+            f"foreroute: {sys.executable} has no {', '.join(_absent)}: start with .venv/bin/python, which `make .venv` or `make train` sets up\n"
+        )
+        sys.exit(2)
+
 _ROOT = Path(__file__).resolve().parents[1]
 _found = find_spec("kernels")
 if _found is None or _found.origin is None or Path(_found.origin).resolve().parents[1] != _ROOT:
