@@ -1,6 +1,8 @@
 """What a manifest names cannot lie outside its checkpoint's folder."""
 
+import errno
 import json
+import os
 
 import pytest
 import torch
@@ -75,3 +77,21 @@ def test_a_link_out_of_a_checkpoint_is_not_followed(newest, name):
     (newest / name).rename(outside)
     (newest / name).symlink_to(outside)
     refused(newest, f"{name}: is a link")
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_only_a_folder_may_refuse_to_be_synced(tmp_path, monkeypatch, number):
+    """Network file systems do; a disk's error is one."""
+
+    def refuse(_descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(OSError):
+        files.sync(tmp_path / "file")
+    if number == errno.EIO:
+        with pytest.raises(OSError):
+            files.sync(tmp_path)
+    else:
+        files.sync(tmp_path)
