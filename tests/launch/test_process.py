@@ -54,6 +54,18 @@ def test_a_signal_behind_an_error_does_not_hide_it():
             signal.signal(number, handler)
 
 
+def test_ctrl_c_while_a_program_is_loaded_is_one_line(tmp_path):
+    """At the first import of PyTorch, by a package of that name that sends it."""
+    (tmp_path / "torch.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    for start, code in ((["-m", "launch.train"], 130), (["-c", "import launch.train"], -signal.SIGINT)):  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, *start], env=environ, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == code  # an import leaves the signal to who imports
+        assert (done.stderr == "foreroute: stopped before it began\n") == (code == 130)
+
+
 @pytest.mark.parametrize("ignored", [False, True])
 def test_every_signal_that_would_end_the_process_waits_for_the_trainer(ignored):
     """Also the end of a terminal, unless nohup has it ignored; each in a process of its own."""
