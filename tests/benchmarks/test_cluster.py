@@ -103,7 +103,7 @@ class TestTwoNodes:
             "from benchmarks.cluster import two_nodes\n"
             "with two_nodes('1gbit') as nodes:\n"
             "    print(nodes.nodes[0].namespace, flush=True)\n"
-            "    nodes.run_nodes(lambda _: ['sleep', '100'], seconds=100)\n"
+            "    nodes.run_nodes(lambda _: ['sleep', '9999'], seconds=9999)\n"
         )
         process = subprocess.Popen(
             [sys.executable, "-c", program], cwd=cluster.ROOT, text=True,
@@ -113,7 +113,7 @@ class TestTwoNodes:
         while not processes_in(name):
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        process.wait(timeout=30)
+        process.wait(timeout=600)
         assert not {n for n in namespaces() if n.startswith(f"foreroute-{process.pid}-")}
 
     def test_namespaces_of_a_killed_user_go_and_others_stay(self):
@@ -122,13 +122,13 @@ class TestTwoNodes:
         abandoned, strange = f"foreroute-{gone.pid}-0-0", f"foreroute-{os.getpid()}-x"
         for name in (abandoned, strange):
             subprocess.run(["ip", "netns", "add", name], check=True)
-        sleeper = subprocess.Popen(["ip", "netns", "exec", abandoned, "sleep", "100"])
+        sleeper = subprocess.Popen(["ip", "netns", "exec", abandoned, "sleep", "9999"])
         try:
             while not processes_in(abandoned):
                 time.sleep(0.05)
             with two_nodes(None) as first, two_nodes(None) as second:
                 assert abandoned not in namespaces() and strange in namespaces()
-                assert sleeper.wait(timeout=10) == -signal.SIGKILL
+                assert sleeper.wait(timeout=600) == -signal.SIGKILL
                 assert {node.namespace for made in (first, second) for node in made.nodes} < namespaces()  # fmt: skip
             own = {name for name in namespaces() if name.startswith(f"foreroute-{os.getpid()}-")}
             assert strange in own
