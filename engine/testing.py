@@ -2,19 +2,25 @@
 `run_threads` gives threads of this process a Host each. And `change_certificate`, for tests of runs that shall differ from it.
 """
 
+import contextlib
 import importlib.util
 import inspect
 import multiprocessing
 import os
+import pickle
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing.queues import Queue
+from multiprocessing import connection
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,67 +31,122 @@ from torch import distributed as dist
 from engine.certificate.record import ARRAYS, read, write
 from engine.parallel.host import Host
 
+_SERVER = multiprocessing.get_context("forkserver")
+_PRELOADED = [  # what ranks import, also at their first step; none of it starts a thread
+    "pytest", "engine.testing", "engine.testing_run", "engine.testing_memory", "engine.trainer", "engine.plug_in",
+    "torch._inductor.compile_fx", "torch._dynamo.testing", "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.superoffload.superoffload_stage3", "deepspeed.runtime.zero.muon.original_muon",
+]  # fmt: skip
+
 
 def run_ranks(
     function: Callable[..., Any], ranks: int, *arguments: Any, seconds: float = 120
 ) -> list[Any]:
     """Call function(rank, *arguments) in each of `ranks` new processes of one gloo group; return what they return.
 
+    The processes are copies of one that has PyTorch, DeepSpeed and Triton imported and has done nothing else
+    (tests/README.md), so each call starts from a clean state within a fraction of a second. They take the environment
+    that this process has now.
+
     Args:
         function: at the top level of its file, which each process loads again.
-        seconds: what all of it may take; collectives give up then, too.
+        seconds: what all of it may take; collectives end then, too.
 
     Raises:
-        RuntimeError: a rank raised (its traceback is in the message) or did not answer; no process is left behind.
+        RuntimeError: a rank raised (its traceback is in the message), died or did not answer; no process is left behind.
     """
-    context = multiprocessing.get_context("spawn")
-    answers: Queue[tuple[int, bool, Any]] = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        place = str(Path(folder) / "store"), inspect.getfile(function), function.__name__
-        workers = [
-            context.Process(target=_work, args=(rank, ranks, seconds, place, arguments, answers))
-            for rank in range(ranks)
-        ]
-        for worker in workers:
-            worker.start()
-        try:
-            return _collect(answers, ranks, seconds)
-        finally:
-            for worker in workers:
-                worker.terminate()
-                worker.join()
-
-
-def _collect(answers: "Queue[tuple[int, bool, Any]]", ranks: int, seconds: float) -> list[Any]:
-    results: dict[int, Any] = {}
-    for _ in range(ranks):
-        rank, fine, result = answers.get(timeout=seconds)
-        if not fine:
-            raise RuntimeError(f"rank {rank} of {ranks}:\n{result}")
-        results[rank] = result
-    return [results[rank] for rank in range(ranks)]
-
-
-def _work(
-    rank: int, ranks: int, seconds: float, place: tuple[str, str, str], arguments: tuple[Any, ...],
-    answers: "Queue[tuple[int, bool, Any]]",
-) -> None:  # fmt: skip
-    store, file, name = place
-    try:
-        torch.set_num_threads(1)
-        os.environ["LOCAL_RANK"] = str(rank)  # as launchers do
-        spec = importlib.util.spec_from_file_location("foreroute_ranks", file)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        dist.init_process_group(
-            "gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks,
-            timeout=timedelta(seconds=seconds),
+    _SERVER.set_forkserver_preload(_PRELOADED)
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        task = _Task(
+            function=(inspect.getfile(function), function.__name__),
+            arguments=arguments, ranks=ranks, store=str(Path(folder) / "store"), seconds=seconds, environ=dict(os.environ),
         )  # fmt: skip
-        answers.put((rank, True, getattr(module, name)(rank, *arguments)))
-        dist.barrier()
+        workers = [_start(task, rank, stack) for rank in range(ranks)]
+        return _collect(workers, seconds)
+
+
+@dataclass(frozen=True)
+class _Task:
+    function: tuple[str, str]  # file, name
+    arguments: tuple[Any, ...]
+    ranks: int
+    store: str
+    seconds: float
+    environ: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Worker:
+    process: ForkServerProcess
+    answer: "Connection[Any, Any]"
+
+
+def _start(task: _Task, rank: int, stack: contextlib.ExitStack) -> _Worker:
+    """Start a rank, which ends with the stack."""
+    here, there = _SERVER.Pipe(duplex=False)
+    process = _SERVER.Process(target=_work, args=(task, rank, there))
+    process.start()
+    there.close()  # so that the end of the process is the end of the pipe
+    stack.callback(here.close)
+    stack.callback(process.join)
+    stack.callback(process.kill)
+    return _Worker(process, here)
+
+
+def _collect(workers: list[_Worker], seconds: float) -> list[Any]:
+    end = time.monotonic() + seconds
+    results: dict[int, Any] = {}
+    waiting = {worker.answer: rank for rank, worker in enumerate(workers)}
+    while waiting:
+        found = connection.wait(list(waiting), timeout=max(0, end - time.monotonic()))
+        if not found:
+            missing = ", ".join(map(str, waiting.values()))
+            raise RuntimeError(f"no answer of rank {missing} of {len(workers)} in {seconds} s")
+        for pipe in found:
+            rank = waiting.pop(cast("Connection[Any, Any]", pipe))
+            results[rank] = _answer(workers, rank)
+    return [results[rank] for rank in range(len(workers))]
+
+
+def _answer(workers: list[_Worker], rank: int) -> Any:
+    try:
+        fine, result = pickle.loads(workers[rank].answer.recv_bytes())
+    except EOFError:
+        workers[rank].process.join()
+        code = workers[rank].process.exitcode
+        raise RuntimeError(f"rank {rank} of {len(workers)} died, exit code {code}") from None
+    if not fine:
+        raise RuntimeError(f"rank {rank} of {len(workers)}:\n{result}")
+    return result
+
+
+def _work(task: _Task, rank: int, answer: "Connection[Any, Any]") -> None:
+    try:
+        found = True, _call(task, rank)
     except BaseException:
-        answers.put((rank, False, traceback.format_exc()))
+        found = False, traceback.format_exc()
+    answer.send_bytes(
+        pickle.dumps(found)
+    )  # tensors by value: this process ends before they are read
+    time.sleep(
+        task.seconds
+    )  # others may still talk to this rank: it is killed when all have answered
+
+
+def _call(task: _Task, rank: int) -> Any:
+    os.environ.clear()
+    os.environ.update(task.environ, LOCAL_RANK=str(rank))  # as launchers do
+    torch.set_num_threads(1)
+    file, name = task.function
+    spec = importlib.util.spec_from_file_location("foreroute_ranks", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(task.store, task.ranks), rank=rank, world_size=task.ranks,
+        timeout=timedelta(seconds=task.seconds),
+    )  # fmt: skip
+    return getattr(module, name)(rank, *task.arguments)
 
 
 class _ThreadHost(Host):
