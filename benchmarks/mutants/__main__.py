@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 from benchmarks.mutants.equivalent import read_list
-from benchmarks.mutants.pool import HEAVY, Worker
+from benchmarks.mutants.pool import HEAVY, Worker, copy_tree
 from benchmarks.mutants.rooms import ROOMS
 from benchmarks.mutants.trial import Trial, Verdict
 
@@ -30,9 +30,11 @@ def main() -> None:
     options = parser.parse_args()
     rooms = {room: ROOMS[room] for room in options.rooms}
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        workers = [Worker(_ROOT, Path(folder) / str(i), HEAVY) for i in range(options.workers)]
+        tree = Path(folder) / "tree"  # as it is now: somebody may go on working
+        copy_tree(_ROOT, tree)
+        workers = [Worker(tree, Path(folder) / str(i), HEAVY) for i in range(options.workers)]
         try:
-            trial = Trial(_ROOT, workers, rooms, read_list())
+            trial = Trial(tree, _ROOT / ".cache" / "mutants", workers, rooms, read_list())
             verdicts, left_out = trial.run(options.count, options.seed)
         finally:
             for worker in workers:

@@ -26,12 +26,17 @@ _Task = TypeVar("_Task")
 _Result = TypeVar("_Result")
 
 
+def copy_tree(root: Path, target: Path) -> None:
+    """Copy a repository without what runs have left in it."""
+    shutil.copytree(root, target, symlinks=True, ignore=shutil.ignore_patterns(*_LEFT))
+
+
 class Worker:
     """One tree, and the processes that run tests in it."""
 
     def __init__(self, root: Path, folder: Path, heavy: Iterable[str]) -> None:
         self.tree, self._scratch, self._heavy = folder / "tree", folder / "scratch", list(heavy)
-        shutil.copytree(root, self.tree, symlinks=True, ignore=shutil.ignore_patterns(*_LEFT))
+        copy_tree(root, self.tree)
         self._processes: dict[bool, subprocess.Popen[str]] = {}
         # Byte code is made once, of what nothing has changed; in a run none is written.
         subprocess.run(

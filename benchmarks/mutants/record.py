@@ -1,6 +1,6 @@
 """Which test runs which lines: one run of each file of tests under tracing, kept by what it depends on.
 
-A record is kept in .cache/mutants, by a digest of all sources, of that file of tests and of what all tests share: a test that is
+A record is kept (in .cache/mutants) by a digest of all sources, of that file of tests and of what all tests share: a test that is
 added makes one file run again.
 """
 
@@ -37,15 +37,16 @@ class Record:
     keeps: bool  # what one test has made, another may use: a cached function
 
 
-def record_all(root: Path, workers: list[Worker], packages: list[str]) -> dict[str, Record]:
-    """Record every file of tests, or read what is kept; by file."""
+def record_all(
+    root: Path, kept: Path, workers: list[Worker], packages: list[str]
+) -> dict[str, Record]:
+    """Record every file of a tree's tests, or read what is kept in a folder; by file."""
     files = [
         file
         for file in sorted(str(path.relative_to(root)) for path in root.glob("tests/**/test_*.py"))
         if not file.startswith(LEFT_OUT)
     ]
     shared = _digest(root, _shared(root, packages))
-    kept = root / ".cache" / "mutants"
     kept.mkdir(parents=True, exist_ok=True)
 
     def one(own: Worker, file: str) -> Record:

@@ -35,9 +35,9 @@ class Verdict:
 
 
 class Trial:
-    """Mutants of one tree."""
+    """Mutants of one tree, which must not change meanwhile; what is recorded of its tests is kept in a folder."""
 
-    def __init__(self, root: Path, workers: list[Worker], rooms: dict[str, tuple[str, ...]], equivalents: list[Equivalent]) -> None:  # fmt: skip
+    def __init__(self, root: Path, kept: Path, workers: list[Worker], rooms: dict[str, tuple[str, ...]], equivalents: list[Equivalent]) -> None:  # fmt: skip
         self._root, self._workers, self._rooms, self._equivalents = (
             root,
             workers,
@@ -45,7 +45,7 @@ class Trial:
             equivalents,
         )
         packages = sorted({pattern.split("/")[0] for patterns in rooms.values() for pattern in patterns})  # fmt: skip
-        self._chooser = Chooser(root, record_all(root, workers, packages))
+        self._chooser = Chooser(root, record_all(root, kept, workers, packages))
 
     def run(self, count: int, seed: int) -> tuple[list[Verdict], list[Mutant]]:
         """Try so many mutants; give what became of them, and the equivalent ones that were drawn and left out."""

@@ -119,7 +119,7 @@ def test_what_is_noticed_survives_and_is_left_out(tree, tmp_path):
     again = replace(same, new=">=")
     worker = Worker(tree, tmp_path, [])
     try:
-        trial = Trial(tree, [worker], {"numbers": ("room/*.py",)}, [same, again])
+        trial = Trial(tree, tmp_path / "kept", [worker], {"numbers": ("room/*.py",)}, [same, again])
         verdicts, left_out = trial.run(100, seed=3)
     finally:
         worker.close()
