@@ -19,7 +19,12 @@ from typing import IO, TypeVar
 
 from benchmarks.mutants.worker import Answer, Job
 
-HEAVY = ("numpy", "torch", "torch.distributed", "deepspeed", "triton", "omegaconf", "hydra", "safetensors.torch")  # fmt: skip
+HEAVY = (
+    "numpy", "torch", "torch.distributed", "deepspeed", "triton", "omegaconf", "hydra", "safetensors.torch",
+    "torch._inductor.compile_fx", "torch._dynamo.testing", "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.superoffload.superoffload_stage3", "deepspeed.runtime.zero.muon.original_muon",
+)  # fmt: skip
+"""What takes seconds to import."""
 _LEFT = (".git", ".venv", ".cache", ".*_cache", "runs", "certificates", "multirun", "outputs", "wandb", "*.egg-info", "__pycache__")  # fmt: skip
 _HERE = Path(__file__).resolve().parents[2]
 _Task = TypeVar("_Task")

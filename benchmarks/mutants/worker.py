@@ -13,11 +13,13 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import psutil
 import pytest
 
+from benchmarks.mutants import server
 from benchmarks.mutants.plugins import Chosen, Fixtures, Teller
 from benchmarks.mutants.tracing import sitecustomize
 
@@ -110,7 +112,10 @@ def _work(job: Job) -> None:
             del sys.modules[name]
         sys.path[:] = [job.tree, *sys.path[1:]]  # in place of the root that has this file
         sys.dont_write_bytecode = True
-        code = int(pytest.main(_arguments(job), plugins=_plugins(job)))
+        sys.modules["__main__"] = ModuleType("__main__")  # ranks would import this file
+        plugins = _plugins(job)
+        server.lend()
+        code = int(pytest.main(_arguments(job), plugins=plugins))
     finally:
         os._exit(code)
 
