@@ -144,6 +144,7 @@ def test_enwik8_missing_wrong_prefix_and_whole(tmp_path, monkeypatch):
 
 def test_whole_enwik8_is_cut_at_90_and_95_million():
     n = corpus.ENWIK8_BYTES
+    assert n == 100_000_000
     assert (n * 90 // 100, n * 95 // 100) == (90_000_000, 95_000_000)
 
 

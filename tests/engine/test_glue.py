@@ -96,6 +96,7 @@ def test_too_much_held_out_is_refused():
         hold_out(examples, 11, seed=0)
     with pytest.raises(UserError, match="held_out=1: leaves nothing"):
         hold_out([Example(b"a b", 1)] * 4, 1, seed=0)
+    assert hold_out([Example(b"a b", 1)] * 3 + [Example(b"c", 0)], 1, seed=0)[0] == [Example(b"c", 0)]  # fmt: skip
 
 
 @pytest.mark.skipif(not SST2.is_dir(), reason="FOREROUTE_DATA has no sst2")

@@ -85,10 +85,12 @@ def test_each_batch_says_how_long_it_took_to_make(routers):
         time.sleep(0.03 if micro else 0.0)
         return make_batch(step, micro)
 
+    begin = time.perf_counter()
     loader = start(routers, make)
     found = [loader.next()[0].prepare_ms for _ in range(4)]
     loader.close()
     assert min(found) > 0 and min(found[1::2]) >= 30
+    assert sum(found) <= 1e3 * (time.perf_counter() - begin)
 
 
 def test_without_planned_routers_there_is_no_plan():
