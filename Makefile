@@ -8,10 +8,14 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 
 .PHONY: train test test-all test-cluster test-gpu lint clean
+# Tests are shared out over JOBS processes (tests/README.md); JOBS=0 keeps them in one, for a debugger.
+JOBS ?= 2
+PYTEST = $(RUN) -m pytest -n $(JOBS)
+SUITE = $(PYTEST) --dist loadfile --no-loadscope-reorder --ignore=tests/kernels/on_triton
 # The Triton kernels run in their interpreter, which must be chosen before the start: a process of its own. Exit code 5:
 # ARGS left no test.
-TRITON_SUITE = TRITON_INTERPRET=1 $(RUN) -m pytest tests/kernels/on_triton
-# One thread: tests are many small operations, and a second core is often busy.
+TRITON_SUITE = TRITON_INTERPRET=1 $(PYTEST) --dist worksteal tests/kernels/on_triton
+# One thread: tests are many small operations, and other cores are at work on other tests.
 test test-all test-cluster: export OMP_NUM_THREADS = 1
 # Their runs are on the CPU, also where there is a GPU: test-gpu has those for it.
 test test-all test-cluster: export DS_ACCELERATOR = cpu
@@ -20,12 +24,12 @@ train: $(VENV)/ready
 
 test: $(VENV)/ready
 	./tests/install_browser.sh
-	$(RUN) -m pytest --ignore=tests/kernels/on_triton -m "not slow and not gpu" $(ARGS)
+	$(SUITE) -m "not slow and not gpu" $(ARGS)
 	$(TRITON_SUITE) -m "not slow and not gpu" $(ARGS) || [ $$? -eq 5 ]
 
 test-all: $(VENV)/ready
 	./tests/install_browser.sh
-	$(RUN) -m pytest --ignore=tests/kernels/on_triton -m "not gpu" $(ARGS)
+	$(SUITE) -m "not gpu" $(ARGS)
 	$(TRITON_SUITE) -m "not gpu" $(ARGS) || [ $$? -eq 5 ]
 
 test-cluster: $(VENV)/ready

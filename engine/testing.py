@@ -1,5 +1,6 @@
-"""Several ranks on one machine, for tests: `run_ranks` starts processes that form a gloo group and gathers what they say,
-`run_threads` gives threads of this process a Host each. And `change_certificate`, for tests of runs that shall differ from it.
+"""Processes for tests: `run_ranks` starts some that form a gloo group and gathers what they say, `Program` starts a program,
+both within a fraction of a second; `run_threads` gives threads of this process a Host each. And `change_certificate`, for
+tests of runs that shall differ from it.
 """
 
 import contextlib
@@ -7,12 +8,12 @@ import importlib.util
 import inspect
 import multiprocessing
 import os
-import pickle
+import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -40,7 +41,7 @@ _PRELOADED = [  # what ranks import, also at their first step; none of it starts
 
 
 def run_ranks(
-    function: Callable[..., Any], ranks: int, *arguments: Any, seconds: float = 120
+    function: Callable[..., Any], ranks: int, *arguments: Any, seconds: float = 600
 ) -> list[Any]:
     """Call function(rank, *arguments) in each of `ranks` new processes of one gloo group; return what they return.
 
@@ -110,7 +111,7 @@ def _collect(workers: list[_Worker], seconds: float) -> list[Any]:
 
 def _answer(workers: list[_Worker], rank: int) -> Any:
     try:
-        fine, result = pickle.loads(workers[rank].answer.recv_bytes())
+        fine, result = workers[rank].answer.recv()
     except EOFError:
         workers[rank].process.join()
         code = workers[rank].process.exitcode
@@ -125,17 +126,14 @@ def _work(task: _Task, rank: int, answer: "Connection[Any, Any]") -> None:
         found = True, _call(task, rank)
     except BaseException:
         found = False, traceback.format_exc()
-    answer.send_bytes(
-        pickle.dumps(found)
-    )  # tensors by value: this process ends before they are read
+    answer.send(found)
     time.sleep(
         task.seconds
     )  # others may still talk to this rank: it is killed when all have answered
 
 
 def _call(task: _Task, rank: int) -> Any:
-    os.environ.clear()
-    os.environ.update(task.environ, LOCAL_RANK=str(rank))  # as launchers do
+    _take_environment({**task.environ, "LOCAL_RANK": str(rank)})  # as launchers do
     torch.set_num_threads(1)
     file, name = task.function
     spec = importlib.util.spec_from_file_location("foreroute_ranks", file)
@@ -147,6 +145,58 @@ def _call(task: _Task, rank: int) -> Any:
         timeout=timedelta(seconds=task.seconds),
     )  # fmt: skip
     return getattr(module, name)(rank, *task.arguments)
+
+
+def _take_environment(environ: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environ)
+
+
+class Program:
+    """A Python program in a process like those of run_ranks: what it imports is there already. It ends with the block."""
+
+    def __init__(self, code: str, arguments: Sequence[str], environ: Mapping[str, str]) -> None:
+        """Start it.
+
+        Args:
+            code: what the process does, as with `python -c`.
+            arguments: what it finds in sys.argv[1:].
+        """
+        self._folder = tempfile.TemporaryDirectory()
+        self._texts = [Path(self._folder.name) / name for name in ("out", "err")]
+        _SERVER.set_forkserver_preload(_PRELOADED)
+        arguments = ["-c", *arguments]
+        self._process = _SERVER.Process(target=_run, args=(code, arguments, dict(environ), self._texts))  # fmt: skip
+        self._process.start()
+
+    def __enter__(self) -> "Program":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.join()
+        self._folder.cleanup()
+
+    def wait(self, seconds: float = 600) -> tuple[int, str, str]:
+        """Wait for its end; gives exit code, stdout and stderr.
+
+        Raises:
+            TimeoutError: it goes on.
+        """
+        self._process.join(seconds)
+        code = self._process.exitcode
+        if code is None:
+            raise TimeoutError(f"no end within {seconds:.0f} s")
+        out, err = (path.read_text() for path in self._texts)
+        return code, out, err
+
+
+def _run(code: str, arguments: list[str], environ: dict[str, str], texts: list[Path]) -> None:
+    _take_environment(environ)
+    for number, path in enumerate(texts, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = arguments
+    exec(code, {"__name__": "__main__"})
 
 
 class _ThreadHost(Host):

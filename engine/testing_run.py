@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from engine import checkpoint
@@ -88,6 +88,8 @@ class Run:
             tables = [replace(t, order_rE=t.order_rE.sort().values.contiguous()) for t in tables]
         self._route_by(tables)
         self.engine = adapter.start(build_model(self.config, SYMBOLS), self.config, mesh)
+        if stage == 3 and mesh.world > 1 and not whole:
+            _assert_sharded(self.engine.module)
         torch.manual_seed(50 + mesh.rank)
         self.accumulation = self.config.train.accumulation
         self.memory: list[Memory | None] = [None] * self.accumulation
@@ -170,3 +172,10 @@ class Run:
         planned = plan_batch(group_batch(batches, self.mesh.expert_rank), K, self.routers)
         routing = Routing(K, planned.plans, planned.token_T, dropout_seed=self.index)
         return planned.batch.ids_BQ, planned.batch.targets_BQ, self.memory[micro], routing
+
+
+def _assert_sharded(model: nn.Module) -> None:
+    """Between steps a rank holds nothing of a dense parameter but its share; otherwise a test of ZeRO-3 proves nothing."""
+    for name, param in model.named_parameters():
+        shards = param.ds_zero_partition_world_size  # type: ignore[attr-defined]
+        assert param.numel() == 0 and (shards > 1 or ".experts." in name), f"{name} is whole"

@@ -1,20 +1,36 @@
-"""Which tests run, and which of them stay together when several processes share them out (tests/README.md)."""
+"""Which tests run, and in which order (tests/README.md)."""
 
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent
+LONG_FIRST = [  # files of more than ten seconds, so that no process is left alone with one of them in the end
+    "launch/test_ranks.py",
+    "launch/test_cli.py",
+    "kernels/test_static_gate.py",
+    "engine/certificate/test_against_runs.py",
+    "engine/moe/test_training_on_ranks.py",
+    "engine/test_trainer.py",
+    "engine/test_topologies.py",
+    "engine/parallel/test_watch.py",
+    "launch/test_report_browser.py",
+    "launch/test_experiments.py",
+    "launch/test_process.py",
+    "launch/test_finetune.py",
+    "launch/test_study_plan.py",
+    "launch/test_dashboard.py",
+    "launch/test_report.py",
+    "launch/test_certified_runs.py",
+    "launch/test_sweep.py",
+]
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     if "cluster" not in config.option.markexpr:
         _skip_clusters(items)
-    for item in items:  # a file's tests share what it made once, so they stay in one process
-        if item.get_closest_marker("xdist_group") is None:
-            name = item.path.relative_to(ROOT).with_suffix("").as_posix()
-            item.add_marker(pytest.mark.xdist_group(name))
+    order = {name: number for number, name in enumerate(LONG_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.relative_to(ROOT).as_posix(), len(order)))
 
 
 def _skip_clusters(items):

@@ -31,9 +31,9 @@ def test_the_smoke_test_of_an_image():
     """Outside an image; it must notice a package that is missing."""
     smoke = ROOT / "launch/recipes/image_smoke.sh"
     environ = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([smoke], env=environ, capture_output=True, text=True, check=False, timeout=300)  # fmt: skip
+    done = subprocess.run([smoke], env=environ, capture_output=True, text=True, check=False, timeout=600)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "GPUs: [" in done.stdout and "this machine can train" in done.stdout.splitlines()[-1]
     environ |= {"PYTHON": sys._base_executable}
-    done = subprocess.run([smoke], env=environ, capture_output=True, text=True, check=False, timeout=300)  # fmt: skip
+    done = subprocess.run([smoke], env=environ, capture_output=True, text=True, check=False, timeout=600)  # fmt: skip
     assert done.returncode == 1 and "ModuleNotFoundError" in done.stderr

@@ -124,7 +124,7 @@ def test_start_alone_is_quiet_and_compiles_nothing(tmp_path: Any) -> None:
         "HOME": str(tmp_path),
     }
     done = subprocess.run(
-        [sys.executable, "-c", START_ALONE], env=env, capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", START_ALONE], env=env, capture_output=True, text=True, timeout=600
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "backend gloo world 1\n"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import mmap
 import subprocess
 import sys
 import threading
@@ -82,10 +83,10 @@ def test_no_step_twice_after_resuming(tmp_path: Path) -> None:
 
 def test_memory_is_in_bytes() -> None:
     before = memory_bytes()
-    block = bytearray(b"x" * 80_000_000)
-    assert 60_000_000 < memory_bytes() - before < 160_000_000
-    assert peak_memory_bytes() >= memory_bytes() - 1_000_000
-    assert len(block) == 80_000_000
+    with mmap.mmap(-1, 80_000_000) as block:  # new memory, whatever the process has freed and kept
+        block.write(b"x" * 80_000_000)
+        assert 60_000_000 < memory_bytes() - before < 160_000_000
+        assert peak_memory_bytes() >= memory_bytes() - 1_000_000
 
 
 def test_every_metric_has_a_unit_and_a_meaning() -> None:
@@ -125,7 +126,7 @@ def offline(
         [sys.executable, "-c", OFFLINE, str(folder), str(ranks), *more],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=600,
     )
     (found,) = offline_runs(folder)
     return done, found
@@ -230,5 +231,5 @@ def test_disabled_wandb_is_not_even_imported(tmp_path: Path) -> None:
         OFFLINE.replace("WandbMode.offline", "WandbMode.disabled")
         + "assert 'wandb' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path), "2"], check=True, timeout=100)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path), "2"], check=True, timeout=600)
     assert not (tmp_path / "wandb").exists() and not (tmp_path / WANDB_ID).exists()

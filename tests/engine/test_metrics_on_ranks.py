@@ -106,7 +106,7 @@ def folder(tmp_path_factory):
     prepare(plain(folder).corpus)
     assert train(0, 1, folder)
     for ranks in (2, 4):
-        assert run_ranks(train, ranks, ranks, folder, seconds=300) == [True] * ranks
+        assert run_ranks(train, ranks, ranks, folder) == [True] * ranks
     return folder
 
 

@@ -31,7 +31,14 @@ def failures(launch, arch="sm_80"):
     return aot.failures(launch, arch, aot.compile_launch(launch, arch))
 
 
-@pytest.mark.parametrize("arch", aot.CHIPS)
+COMPILED = (
+    "sm_90"  # in every run of the tests; the others, some fifteen seconds each, in the slow set
+)
+
+
+@pytest.mark.parametrize(
+    "arch", [arch if arch == COMPILED else pytest.param(arch, marks=pytest.mark.slow) for arch in aot.CHIPS]
+)  # fmt: skip
 def test_every_kernel_passes(arch):
     builds = quick_builds(arch)
     assert len({build.launch.name for build in builds}) == 9

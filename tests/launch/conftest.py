@@ -1,11 +1,20 @@
 """The programs run inside the test process, and a small text for them."""
 
 import importlib
+import logging
 import signal
 import sys
 from types import SimpleNamespace
 
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def loggers():
+    """Hydra switches off every logger that there is; other tests of this process want them."""
+    yield
+    for logger in logging.root.manager.loggerDict.values():
+        logger.disabled = False
 
 
 @pytest.fixture

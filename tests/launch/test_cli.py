@@ -273,7 +273,7 @@ def test_a_certificate_is_printed_and_written(run, tmp_path, text):
 def test_a_process_of_its_own_ends_likewise(tmp_path, text):
     """The same through a real process: exit code 2, one line, no traceback."""
     process = spawn("train", *small(tmp_path, text, "moe.experts=many"))
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 2 and len(err.strip().splitlines()) == 1, err
 
 
@@ -288,7 +288,7 @@ def test_a_stop_saves_and_the_run_goes_on(run, tmp_path, text, number):
     ):
         time.sleep(0.1)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 128 + number and err == "", err
     assert "train.resume=true goes on" in out
     step = int(next((tmp_path / "runs/debug/checkpoints").iterdir()).name.removeprefix("step-"))

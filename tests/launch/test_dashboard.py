@@ -215,7 +215,7 @@ def apply(environment, *options, times=1):
     program = f"import sys\nfrom launch.dashboard import main\nfor _ in range({times}):\n    try: main()\n    except SystemExit as end: code = end.code\nsys.exit(code)"  # fmt: skip
     return subprocess.run(
         [sys.executable, "-c", program, "entity=team", "layers=3", "apply=true", *options],
-        cwd=ROOT, env={**os.environ, **environment}, text=True, capture_output=True, timeout=120, stdin=subprocess.DEVNULL,
+        cwd=ROOT, env={**os.environ, **environment}, text=True, capture_output=True, timeout=600, stdin=subprocess.DEVNULL,
     )  # fmt: skip
 
 

@@ -124,7 +124,7 @@ def start(tmp_path, text, *more):
     watched = "moe.spread=1", "train.name=grid", "wandb.mode=offline", "train.valid_every=2", *more  # fmt: skip
     command = [sys.executable, "-m", "launch.train", "-m", *options(tmp_path, text, *watched)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "runs").glob("grid-*/")
     return folder

@@ -154,7 +154,7 @@ def test_secrets_of_the_environment_are_written_nowhere(tmp_path, text):
         "optim.lr=1e30,0.002",
     ]  # fmt: skip
     env = {**os.environ, **SECRETS, "HOME": str(home), "TMPDIR": str(tmp_path)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1 and "is nan at step" in done.stderr, done.stderr
     assert holding(tmp_path, SECRETS.values()) == []
     assert not any(secret in done.stdout + done.stderr for secret in SECRETS.values())

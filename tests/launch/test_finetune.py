@@ -292,7 +292,7 @@ def test_ctrl_c_ends_cleanly(runs, tmp_path, task):
         if line.startswith("step 6/"):
             break
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 128 + signal.SIGINT and err == "", err
     assert out.endswith("stopped; no result was written\n")
     assert not list(folder.glob("finetune/*"))

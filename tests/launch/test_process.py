@@ -28,7 +28,7 @@ with stop.deferred():
     os.kill(os.getpid(), signal.SIGTERM)
     print("still here")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stdout) == (-signal.SIGTERM, "143\n"), done.stderr
 
 
@@ -83,7 +83,7 @@ run_and_leave(main)
 def test_a_process_with_a_group_leaves_before_the_interpreter_ends(group, end, code):
     """What the interpreter destroys at its end aborts, as a thread of gloo may; all else that belongs to an end was done."""
     command = [sys.executable, "-c", ENDS.format(group=group, end=end)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stdout) == (code, "done\nat exit\n"), done.stderr
 
 
@@ -145,10 +145,10 @@ def test_a_second_run_at_the_same_port_is_refused(tmp_path):
         others = {number: start(number, tmp_path / "second") for number in REFUSED}
         for number, process in others.items():
             stack.callback(process.kill)
-            err = process.communicate(timeout=100)[1]
+            err = process.communicate(timeout=600)[1]
             (line,) = (line for line in err.splitlines() if line.startswith("foreroute:"))
             assert process.returncode == 2 and re.search(REFUSED[number], line), line
         ranks[0].send_signal(signal.SIGTERM)
         for process in ranks:
-            process.communicate(timeout=100)
+            process.communicate(timeout=600)
             assert process.returncode == 143

@@ -7,19 +7,20 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 
 import launch.certify
-from engine.testing import change_certificate
+from engine.testing import Program, change_certificate
+from launch.testing import last_step, wait_until
 
 OPTIONS = (
     "experiment=debug",
     "parallel.expert_ranks=2",
-    "parallel.timeout_s=20",
+    "parallel.timeout_s=600",
     "train.threads=1",
 )
+SOON = "parallel.timeout_s=20"  # for ranks that are lost
 MAIN = "import launch.train; from launch.process import run_and_leave; run_and_leave(launch.train.main)"
 LATE = """
 import time, launch.train
@@ -44,11 +45,29 @@ atexit.register(lambda: Path({folder!r}, {mark!r}).exists() or os._exit(9))
 """Exit code 9 if the process ends before the mark is there."""
 
 
+class Fresh:
+    """A program in an interpreter of its own, with the methods of engine.testing.Program."""
+
+    def __init__(self, code, arguments, environ):
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, *arguments], env=environ,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.communicate()
+
+    def wait(self):
+        out, err = self.process.communicate(timeout=600)
+        return self.process.returncode, out, err
+
+
 class Ranks:
     """Two processes of the training program (or as many as have options of their own), started as torchrun would, without its
-    agent; each may run code before it."""
+    agent; each may run code before it. `Fresh` ones can be sent signals, and have an interpreter each."""
 
-    def __init__(self, folder, options, own_options=((), ()), code=("", "")):
+    def __init__(self, folder, options, own_options=((), ()), code=("", ""), start=Program):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -56,36 +75,33 @@ class Ranks:
         shared = {**os.environ, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
         self.folder = folder
         self.processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", f"{own_code}\n{MAIN}", *OPTIONS, f"train.runs_dir={folder}", *options, *own],
-                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            start(
+                f"{own_code}\n{MAIN}",
+                [*OPTIONS, f"train.runs_dir={folder}", *options, *own],
+                {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             )
             for rank, (own, own_code) in enumerate(zip(own_options, code, strict=True))
-        ]  # fmt: skip
+        ]
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         for process in self.processes:
-            process.kill()
-            process.communicate()
+            process.__exit__(*_)
 
     def wait(self):
         """(exit code, stdout, stderr) of each rank."""
-        found = [process.communicate(timeout=100) for process in self.processes]
-        return [(p.returncode, *texts) for p, texts in zip(self.processes, found, strict=True)]
+        return [process.wait() for process in self.processes]
 
     def wait_for_steps(self):
         """Return when the first steps are logged."""
-        log = self.folder / "debug" / "metrics.jsonl"
-        for _ in range(600):
-            if log.exists() and log.read_text().count("\n") >= 2:
-                return
-            assert all(process.poll() is None for process in self.processes)
-            time.sleep(0.1)
-        raise AssertionError("no step was logged")
+
+        def logged():
+            assert all(one.process.poll() is None for one in self.processes)
+            return last_step(self.folder) > 5
+
+        wait_until(logged)
 
 
 def lines(stderr):
@@ -112,8 +128,9 @@ engine.step._forward = slow
 def alone(tmp_path_factory):
     """The same run as one process, without expert groups."""
     folder = tmp_path_factory.mktemp("alone")
-    command = [sys.executable, "-m", "launch.train", "experiment=debug", "model.dropout=0", f"train.runs_dir={folder}"]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True, timeout=100)
+    options = ["experiment=debug", "model.dropout=0", f"train.runs_dir={folder}"]
+    with Program(MAIN, options, os.environ) as program:
+        assert program.wait()[0] == 0
     return losses(folder), json.loads((folder / "debug/summary.json").read_text())
 
 
@@ -150,9 +167,10 @@ def test_a_run_goes_on_with_other_ranks(tmp_path, alone):
         assert [code for code, *_ in ranks.wait()] == [0, 0]
     shutil.rmtree(tmp_path / "debug/checkpoints/step-00000020")
     changed = ["train.zero_stage=2", "train.accumulation=2", "train.resume=true"]
-    command = [sys.executable, "-m", "launch.train", "experiment=debug", *options[:2], *changed, f"train.runs_dir={tmp_path}"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0 and "resumed at step 10" in done.stdout, done.stderr
+    one = ["experiment=debug", *options[:2], *changed, f"train.runs_dir={tmp_path}"]
+    with Program(MAIN, one, os.environ) as program:
+        code, out, err = program.wait()
+    assert code == 0 and "resumed at step 10" in out, err
     assert losses(tmp_path) == pytest.approx(alone[0], rel=1e-5)
     summary = json.loads((tmp_path / "debug/summary.json").read_text())
     assert summary["bpc"] == pytest.approx(alone[1]["bpc"], rel=1e-4)
@@ -166,11 +184,12 @@ def test_a_run_goes_on_with_other_ranks(tmp_path, alone):
 )
 def test_a_lost_rank_is_named(tmp_path, how):
     """Killed: its connections break. Stopped: they stay, and the other rank waits in a collective."""
-    with Ranks(tmp_path, ["train.steps=100000", "train.log_every=5"]) as ranks:
+    options = ["train.steps=100000", "train.log_every=5", SOON]
+    with Ranks(tmp_path, options, start=Fresh) as ranks:
         ranks.wait_for_steps()
-        ranks.processes[1].send_signal(how)
-        _, stderr = ranks.processes[0].communicate(timeout=100)
-    assert ranks.processes[0].returncode == 1
+        ranks.processes[1].process.send_signal(how)
+        code, _, stderr = ranks.processes[0].wait()
+    assert code == 1
     (line,) = lines(stderr)
     assert line.startswith("foreroute: rank 1 is lost: no sign of life") and "last seen at" in line
 
@@ -180,7 +199,7 @@ def test_a_lost_rank_is_named(tmp_path, how):
 def test_a_rank_that_is_stuck_in_the_first_step_ends_all(tmp_path):
     """It is alive, and waits for ever; the other waits for it in a group that DeepSpeed made."""
     code = "", SLOW.replace("sleep(0.25)", "sleep(1e6)")
-    with Ranks(tmp_path, [], code=code) as ranks:
+    with Ranks(tmp_path, [SOON], code=code) as ranks:
         found = ranks.wait()
     assert [code for code, *_ in found] == [1, 1]
     for _, _, stderr in found:
@@ -242,9 +261,9 @@ def test_a_failure_of_all_is_one_line(tmp_path):
 
 @pytest.mark.dist
 def test_a_stop_of_one_rank_stops_all_behind_the_same_step(tmp_path):
-    with Ranks(tmp_path, ["train.steps=100000", "train.log_every=5"]) as ranks:
+    with Ranks(tmp_path, ["train.steps=100000", "train.log_every=5"], start=Fresh) as ranks:
         ranks.wait_for_steps()
-        ranks.processes[1].send_signal(signal.SIGTERM)
+        ranks.processes[1].process.send_signal(signal.SIGTERM)
         first, second = ranks.wait()
     assert (first[0], second[0]) == (143, 143), first[2] + second[2]
     assert "stopped at step" in first[1]

@@ -76,7 +76,7 @@ def test_two_ranks_equal_the_cpu_backend(tmp_path, watched):
     (tmp_path / "text.txt").write_bytes(b"the quick brown fox jumps over the lazy dog. " * 400)
     config = debug_config(tmp_path, *options_of(tmp_path, "cpu"))
     start = dict(build_model(config, prepare(config.corpus).vocab.size).named_parameters())
-    for answer in run_ranks(steps, 2, tmp_path, seconds=300):
+    for answer in run_ranks(steps, 2, tmp_path):
         (want_losses, want, none), (losses, weights, names) = answer["cpu"], answer["triton"]
         assert losses == pytest.approx(want_losses, rel=1e-6) and len(losses) == STEPS
         largest = max(np.linalg.norm(value) for value in want.values())

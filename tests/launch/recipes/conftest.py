@@ -18,5 +18,5 @@ def alone(small_run, tmp_path_factory):
     """Losses by step."""
     folder = tmp_path_factory.mktemp("alone")
     command = [sys.executable, "-m", "launch.train", *small_run, f"train.runs_dir={folder}"]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    subprocess.run(command, check=True, capture_output=True, timeout=600)
     return testing.read_losses(folder)

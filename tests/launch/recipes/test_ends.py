@@ -68,7 +68,7 @@ def test_an_exception_ends_all(launcher, tmp_path, small_run):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     with started(launcher, tmp_path, [str(program), *small_run]) as process:
-        assert process.wait(timeout=200) == 1
+        assert process.wait(timeout=600) == 1
         wait_until(lambda: not processes_of(tmp_path), 30)
     log = (tmp_path / "log").read_text()
     assert "Traceback" in log and log.count("This was rank 1 of 2.\n") == 1
@@ -103,7 +103,7 @@ def test_torchrun_starts_a_killed_rank_again(tmp_path, small_run):
         wait_until(lambda: last_step(tmp_path) > 15)
         (victim,) = (p for p in processes_of(tmp_path) if p.environ().get("RANK") == "1")
         victim.kill()
-        assert process.wait(timeout=200) == 0
+        assert process.wait(timeout=600) == 0
     log = (tmp_path / "log").read_text()
     assert "foreroute: rank 1 is lost" in log and "resumed at step" in log
     assert last_step(tmp_path) == 60

@@ -95,7 +95,7 @@ def test_a_killed_rank_is_started_again(machines, small_run, tmp_path):
         (victim,) = (p for p in processes_of(tmp_path) if p.environ().get("RANK") == "3")
         before = read_losses(tmp_path)
         victim.kill()
-        assert [agent.wait(timeout=200) for agent in agents] == [0, 0], logs[0].read()
+        assert [agent.wait(timeout=600) for agent in agents] == [0, 0], logs[0].read()
         logs[0].seek(0)
         resumed = int(re.search(r"resumed at step (\d+) ", logs[0].read())[1])
     after = read_losses(tmp_path)
