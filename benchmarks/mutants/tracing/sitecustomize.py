@@ -25,7 +25,7 @@ class _Record:
         os.register_at_fork(after_in_child=self._forget)
 
     def _forget(self) -> None:
-        self._file = -1
+        self._file, self._unwritten = -1, b""
         self._test: str | None = None
         self._missing: dict[int, tuple[CodeType, set[int]]] = {}
 
@@ -71,10 +71,14 @@ class _Record:
         return found[1]
 
     def _write(self, line: str) -> None:
-        if self._file < 0:
-            path = f"{self._folder}/{os.getpid()}-{time.monotonic_ns()}"
-            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        os.write(self._file, f"{line}\n".encode())
+        self._unwritten += f"{line}\n".encode()
+        try:
+            if self._file < 0:
+                path = f"{self._folder}/{os.getpid()}-{time.monotonic_ns()}"
+                self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            self._unwritten = self._unwritten[os.write(self._file, self._unwritten) :]
+        except OSError:  # a test's own doing, such as a limit on the size of files: next time
+            return
 
 
 def start(options: str) -> None:
