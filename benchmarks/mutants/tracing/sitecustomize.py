@@ -13,6 +13,7 @@ import time
 from types import CodeType, FrameType
 from typing import Any
 
+_MOST_LOOKS = 200_000  # at lines of one function, in one test
 _FUNCTION = 1  # the flag of code whose names are local: not a module's nor a class's
 
 
@@ -28,6 +29,7 @@ class _Record:
         self._file, self._unwritten = -1, b""
         self._test: str | None = None
         self._missing: dict[int, tuple[CodeType, set[int]]] = {}
+        self._looked: dict[int, int] = {}  # lines that were looked at, by code
 
     def call(self, frame: FrameType, event: str, argument: Any) -> Any:
         """Take in a call: a global trace function."""
@@ -48,6 +50,10 @@ class _Record:
             if frame.f_lineno in missing:
                 missing.discard(frame.f_lineno)
                 self._write(f"{self._names[frame.f_code.co_filename]}:{frame.f_lineno}")
+            code = id(frame.f_code)
+            self._looked[code] = looked = 1 + self._looked.get(code, 0)
+            if looked > _MOST_LOOKS:  # a long loop: what it has not run by now it does not
+                missing.clear()
             if not missing:
                 frame.f_trace_lines = False
         return self.line
@@ -62,6 +68,7 @@ class _Record:
         test = os.environ.get("PYTEST_CURRENT_TEST", "")
         if test != self._test:
             self._missing.clear()
+            self._looked.clear()
             self._test = test
             self._write("@" + test)
         found = self._missing.get(id(code))
