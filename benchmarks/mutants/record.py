@@ -18,8 +18,9 @@ from benchmarks.mutants import worker
 from benchmarks.mutants.pool import Worker, over_workers
 
 INTERPRETED = "tests/kernels/on_triton/"
-LEFT_OUT = ("tests/benchmarks/", "tests/launch/recipes/", "tests/launch/test_report_browser.py", "tests/kernels/test_static_gate.py", "tests/test_dockerfile.py")  # fmt: skip
-"""Tests that are not asked: of the benchmarks, of launchers, in a browser; and the compilation for GPUs, which says no result."""
+LEFT_OUT = ("tests/benchmarks/", "tests/launch/", "tests/kernels/test_static_gate.py", "tests/test_dockerfile.py")  # fmt: skip
+"""Tests that are not asked: of the benchmarks; of programs, which start for seconds, and most in a browser; and the compilation for
+GPUs, which says no result."""
 ARGUMENTS = ["-m", "not slow and not gpu and not cluster"]
 _SECONDS = 900.0  # of one file's recording
 _TRACING = Path(__file__).resolve().parent / "tracing"

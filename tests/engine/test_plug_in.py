@@ -227,6 +227,16 @@ def test_dropout_is_of_the_pass_and_off_in_evaluation():
     assert torch.equal(run(), first) and torch.equal(run(), second)
 
 
+def test_passes_of_neighbouring_seeds_have_dropout_of_their_own():
+    """A pass has the number seed x 2**32 + passes before it, so 4 billion passes of a seed meet no other's."""
+    for seed in (0, 3):
+        _, experts = make(seed=seed)
+        for number in range(3):
+            with experts.planned(batch()[0]):
+                call = experts.call(0, torch.zeros(4, 9, WIDTH), 0.5)
+            assert (call.dropout_seed, call.dropout) == (seed * 2**32 + number, 0.5)
+
+
 # Plans.
 
 
