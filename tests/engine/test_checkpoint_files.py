@@ -1,6 +1,10 @@
 """What a manifest names cannot lie outside its checkpoint's folder."""
 
 import json
+import os
+import socket
+import subprocess
+import time
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ from torch import nn
 from engine import checkpoint
 from engine import checkpoint_files as files
 from engine.errors import UserError
+from engine.parallel.host import Host
 from engine.parallel.mesh import Mesh
 
 SHARD = files.shard_name(0)
@@ -75,3 +80,50 @@ def test_a_link_out_of_a_checkpoint_is_not_followed(newest, name):
     (newest / name).rename(outside)
     (newest / name).symlink_to(outside)
     refused(newest, f"{name}: is a link")
+
+
+def test_leftovers_of_the_dead_are_removed_and_nothing_else(tmp_path):
+    host, day = socket.gethostname(), 24 * 3600
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    own = files.temporary_name(7)
+    assert own == f".writing-7-{os.getpid()}@{host}"
+    for name, age_s in {
+        own: 0, f".writing-12-{dead.pid}@{host}": 0, f".writing-1-{os.getppid()}@{host}": 2 * day,
+        ".writing-1-5@elsewhere": day - 60, ".writing-2-5@elsewhere": day + 60, ".writing-x": 2 * day, "step-00000001": 2 * day,
+    }.items():  # fmt: skip
+        (tmp_path / name / "new").mkdir(parents=True)
+        written = time.time() - age_s
+        os.utime(tmp_path / name, (written, written))
+    (tmp_path / f".writing-3-{dead.pid}@{host}").touch()  # no folder, and so none of ours
+    files.remove_leftovers(tmp_path)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {
+        f".writing-1-{os.getppid()}@{host}", f".writing-3-{dead.pid}@{host}", ".writing-1-5@elsewhere", ".writing-x", "step-00000001",
+    }  # fmt: skip
+
+
+def test_checkpoints_are_found_by_name_the_newest_first(tmp_path):
+    for name in (
+        "step-00000009",
+        "step-00000100",
+        "step-123456789",
+        "step-7",
+        "step-00000200.old",
+        "other",
+    ):
+        (tmp_path / name).mkdir()
+    found = files.checkpoints(tmp_path)
+    assert [files.step_of(path) for path in found] == [123456789, 100, 9]
+    assert files.shard_name(3) == "shard-00003.safetensors"
+
+
+def test_a_rank_alone_acts_or_is_told(tmp_path):
+    assert files.together(Host(), lambda: 5) == [5] == files.together(Host(), lambda: 5, only=0)
+    assert files.together(Host(), lambda: 5, only=1) == [None]
+    with pytest.raises(OSError, match=r"^no space$"):
+        files.together(Host(), raise_no_space)
+
+
+def raise_no_space():
+    raise OSError("no space")

@@ -5,7 +5,7 @@ import torch
 
 from engine.parallel import flights
 from engine.parallel.collectives import Wire
-from engine.parallel.flights import HostFlight, HostLog, covered
+from engine.parallel.flights import DeviceLog, HostFlight, HostLog, covered
 
 
 def test_covered_is_the_length_of_the_union():
@@ -112,3 +112,34 @@ def test_evaluation_is_not_timed():
     assert wire.take_times() == (0, 0) and wire.collectives == 1
     wire.all_gather(rows).wait()
     assert sum(wire.take_times()) > 0
+
+
+class Event:
+    """A CUDA event of a device whose clock says `at` milliseconds."""
+
+    def __init__(self, at):
+        self.at, self.waited = at, False
+
+    def synchronize(self):
+        self.waited = True
+
+    def elapsed_time(self, later):
+        return later.at - self.at
+
+
+def test_times_of_a_device_are_those_between_its_events():
+    """Each flight: issue, completion, before and after the wait for it."""
+    log = DeviceLog()
+    assert log.take() == (0, 0)
+    for times in ((1.0, 4.0, 5.0, 5.0), (6.0, 9.0, 8.0, 9.0), (7.0, 12.0, 9.5, 12.0)):
+        log.events.append(tuple(map(Event, times)))
+    begin, end = 1, log.mark()
+    assert end == 3 and log.exposed_ms(begin, end) == 1.0 + 2.5 and log.exposed_ms(0, 1) == 0
+    events = [event for flight in log.events for event in flight]
+    times = log.take()
+    assert all(event.waited for event in events)
+    assert times.exposed_ms == 3.5
+    assert times.hidden_ms == (3.0 + 6.0) - 3.5  # under way from 1 to 4 and from 6 to 12
+    assert log.take() == (0, 0) and log.mark() == 0
+    log.events.append(tuple(map(Event, (3.0, 4.0, 2.0, 6.0))))  # waited for longer than it flew
+    assert log.take() == (4.0, 0.0)
