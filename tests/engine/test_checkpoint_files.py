@@ -127,3 +127,38 @@ def test_a_rank_alone_acts_or_is_told(tmp_path):
 
 def raise_no_space():
     raise OSError("no space")
+
+
+def folder_of(path, text):
+    path.mkdir(parents=True)
+    (path / "text").write_text(text)
+    return path
+
+
+def test_publishing_replaces_what_was_there(tmp_path):
+    target = folder_of(tmp_path / "step-00000001", "old")
+    files.publish(folder_of(tmp_path / "aside/new", "new"), target)
+    assert (target / "text").read_text() == "new"
+    assert (tmp_path / "aside/replaced/text").read_text() == "old"
+    other = tmp_path / "step-00000002"
+    files.publish(folder_of(tmp_path / "aside/new", "first"), other)
+    assert (other / "text").read_text() == "first"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_what_cannot_be_published_leaves_what_was_there(tmp_path, there):
+    target = tmp_path / "step-00000001"
+    if there:
+        folder_of(target, "old")
+    (tmp_path / "aside").mkdir()
+    with pytest.raises(FileNotFoundError):
+        files.publish(tmp_path / "aside/new", target)
+    assert target.exists() == there and (not there or (target / "text").read_text() == "old")
+
+
+def test_what_is_published_stays_when_it_may_not_be_on_the_disk(tmp_path, monkeypatch):
+    target = folder_of(tmp_path / "step-00000001", "old")
+    monkeypatch.setattr(files, "sync", lambda path: raise_no_space())
+    with pytest.raises(OSError, match="no space"):
+        files.publish(folder_of(tmp_path / "aside/new", "new"), target)
+    assert (target / "text").read_text() == "new"

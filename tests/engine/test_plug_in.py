@@ -427,6 +427,17 @@ def test_state_goes_on():
         experts.load_state_dict({**state, "place": (1, 2, 2)})
 
 
+def test_state_of_a_shared_table_goes_on():
+    shared = replace(MOE, share_table=True)
+    state = make(moe=shared, seed=4)[1].state_dict()
+    assert len(state["tables"]) == 1 and state["place"] == (0, 1, 1)
+    _, experts = make(moe=shared)
+    experts.load_state_dict(state)
+    assert torch.equal(
+        experts.state_dict()["tables"][0]["order_rE"], state["tables"][0]["order_rE"]
+    )
+
+
 def test_parameter_groups_take_what_optimizers_take():
     model, _ = make()
     everything = list(model.parameters())
