@@ -162,3 +162,11 @@ def test_what_is_published_stays_when_it_may_not_be_on_the_disk(tmp_path, monkey
     with pytest.raises(OSError, match="no space"):
         files.publish(folder_of(tmp_path / "aside/new", "new"), target)
     assert (target / "text").read_text() == "new"
+
+
+def test_a_folder_that_cannot_be_made_is_said_to_be_the_reason(tmp_path):
+    """Not that there is nothing to clean up."""
+    (tmp_path / "checkpoints").touch()
+    state = checkpoint.TrainingState(step=4, cursor=4, rng=torch.get_rng_state())
+    with pytest.raises(OSError, match=r"checkpoint .*step-00000004 could not be written: .*exists"):
+        checkpoint.save(tmp_path / "checkpoints", PlainEngine(), state, facts={}, keep=2)
