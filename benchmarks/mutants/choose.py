@@ -2,7 +2,7 @@
 
 Asked are tests that run a line of the place's statement, themselves or in a fixture of theirs, in any of their processes. A place
 that runs at import (a constant, a default) has no such line: asked are those that run a line with the name that it gives, else those
-that run any line of its file. Where a file of tests keeps what one test has made for another, all its tests are asked.
+that run any line of its file; and all of the file's mirror. Where a file of tests keeps what one test has made for another, all its tests are asked.
 
 First come the tests of the file's own mirror under tests/, then the others; of each the fast ones first. What would go beyond the
 time of a mutant is left out.
@@ -55,8 +55,10 @@ class Chooser:
     def tests_of(self, file: str, place: Place) -> set[str]:
         """Find the tests that can notice a change."""
         found = self._tests(self._lines_of(file, place))
-        if place.names is not None and not found:
-            found = self._tests(line for line in self._runs if line[0] == file)
+        if place.names is not None:
+            found = found or self._tests(line for line in self._runs if line[0] == file)
+            mirrors = (r.fixtures for own, r in self._records.items() if _is_mirror(own, file))
+            found |= set(chain.from_iterable(mirrors))
         for kept in {self._file_of[test] for test in found}:
             if self._records[kept].keeps:
                 found |= set(self._records[kept].fixtures)
@@ -64,11 +66,10 @@ class Chooser:
 
     def batches(self, file: str, tests: Iterable[str], seconds: float) -> list[Batch]:
         """Order them, as many as take so many seconds, by suite and by speed."""
-        mirror = re.escape(Path(file).stem.removesuffix("_triton"))
         groups: dict[tuple[int, bool], list[str]] = defaultdict(list)
         for test in tests:
             own = self._file_of[test]
-            near = re.search(rf"test_{mirror}(_on_ranks|_ranks)?\.py$", own) is not None
+            near = _is_mirror(own, file)
             fast = self._seconds(test) < _FAST
             groups[{(True, True): 0, (True, False): 1, (False, True): 1, (False, False): 2}[near, fast], own.startswith(INTERPRETED)].append(test)  # fmt: skip
         batches, left = [], seconds
@@ -121,3 +122,9 @@ class Chooser:
                 if words.search(text):
                     lines.append((source, number))
         return lines
+
+
+def _is_mirror(tests: str, file: str) -> bool:
+    """Whether a file of tests is that of a source file by its name."""
+    name = re.escape(Path(file).stem.removesuffix("_triton"))
+    return re.search(rf"test_{name}(_on_ranks|_ranks)?\.py$", tests) is not None

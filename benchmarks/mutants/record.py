@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -85,7 +86,7 @@ def _record(own: Worker, root: Path, file: str, packages: list[str]) -> Record:
     }
     job = worker.Job("", [file], "", _SECONDS, environment=environment, arguments=ARGUMENTS)
     answer = own.run(job, interpreted=file.startswith(INTERPRETED))
-    print(f"recorded {file}: {answer.end}, {answer.seconds:.0f} s", flush=True)
+    print(f"recorded {file}: {answer.end}, {answer.seconds:.0f} s", file=sys.stderr, flush=True)
     keeps = bool(_KEEPS.search((root / file).read_text()))
     return Record(*_told(own.told()), _lines(folder), keeps)
 
