@@ -1,5 +1,8 @@
 """The times of flights with a clock that the test sets; what a wire counts, against a module that records its calls."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -143,3 +146,57 @@ def test_times_of_a_device_are_those_between_its_events():
     assert log.take() == (0, 0) and log.mark() == 0
     log.events.append(tuple(map(Event, (3.0, 4.0, 2.0, 6.0))))  # waited for longer than it flew
     assert log.take() == (4.0, 0.0)
+
+
+class Stream:
+    """A CUDA stream that keeps what it is told."""
+
+    def __init__(self, name, device):
+        self.name, self.device = name, device
+
+    def wait_event(self, event):
+        self.device.told.append((self.name, "waits for", event))
+
+
+class Device:
+    """What DeviceFlight needs of torch.cuda: events, streams, the current one."""
+
+    def __init__(self, monkeypatch):
+        self.told, self.events = [], []
+        self.current = Stream("compute", self)
+        monkeypatch.setattr(torch.cuda, "Event", self.event)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.current)
+        monkeypatch.setattr(torch.cuda, "stream", self.stream)
+
+    def event(self, *, enable_timing):
+        assert enable_timing
+        self.events.append(SimpleNamespace(record=self.record))
+        return self.events[-1]
+
+    def record(self, stream=None):
+        self.told.append(((stream or self.current).name, "is here", None))
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+
+def test_a_flight_of_a_gpu_lets_streams_wait_and_not_the_host(monkeypatch):
+    device, log = Device(monkeypatch), DeviceLog()
+    used = []
+    got, rows = (SimpleNamespace(record_stream=lambda s, n=n: used.append((n, s.name))) for n in ("got", "rows"))  # fmt: skip
+    work = SimpleNamespace(wait=lambda: device.told.append((device.current.name, "waits for", "the rows")))  # fmt: skip
+    streams = flights.Streams(Stream("side", device), Stream("watch", device))
+    flight = flights.DeviceFlight(work, got, rows, log, streams, issue="issue")
+    assert device.told == [("watch", "waits for", "the rows"), ("watch", "is here", None)]
+    device.told.clear()
+    assert flight.wait() is got
+    end, before, after = device.events
+    assert device.told == [("compute", "is here", None), ("compute", "waits for", end), ("compute", "is here", None)]  # fmt: skip
+    assert log.events == [("issue", end, before, after)]
+    assert sorted(used) == [
+        ("got", "compute"),
+        ("rows", "compute"),
+    ]  # their memory stays until then
