@@ -106,19 +106,19 @@ def test_worker_stays_a_whole_number_of_steps_ahead(routers):
 
     def make(step, micro):
         made.append((step, micro))
-        if len(made) in (4, 6):
+        if len(made) in (6, 8):
             enough.set()
         return make_batch(step, micro)
 
-    loader = start(routers, make, steps=range(100), prefetch=2)
+    loader = start(routers, make, steps=range(100), prefetch=3)
     assert enough.wait(20)
-    assert made == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert made == [(step, micro) for step in range(3) for micro in range(2)]
     enough.clear()
     for _ in range(2):
         loader.next()
     assert enough.wait(20)
     loader.close()
-    assert made[4:] == [(2, 0), (2, 1)]
+    assert made[6:] == [(3, 0), (3, 1)]
 
 
 def test_error_of_the_worker_reaches_the_consumer_with_its_traceback(routers):
