@@ -16,6 +16,7 @@ from engine.build import build_model
 from engine.config import Config, DataConfig, OptimConfig, Precision, Router, TrainConfig
 from engine.errors import UserError
 from engine.model import Routing
+from engine.moe.layer import MoELayer
 from engine.testing_run import SYMBOLS, tiny_config
 
 
@@ -343,7 +344,7 @@ def test_zero_3_with_routers_inside_the_model(router: Router) -> None:
     assert len(gates) == (0 if router is Router.dense else 2)
 
 
-@pytest.mark.parametrize("whole", [0, 100_000])
+@pytest.mark.parametrize("whole", [0, 50, 100_000])  # at 50 some parameters stay whole
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
 def test_a_validation_between_steps_changes_nothing(
     guard: Any, whole: int, monkeypatch: pytest.MonkeyPatch
@@ -420,3 +421,11 @@ def test_the_configuration_that_deepspeed_gets():
     full = adapter._deepspeed_config(tiny_config(3, offload=True), 1, 10)["zero_optimization"]
     assert full["stage3_param_persistence_threshold"] == adapter.KEPT_WHOLE
     assert full["offload_optimizer"] == {"device": "cpu"}
+
+
+def test_experts_of_one_rank_are_not_shared_out():
+    engine = adapter.start(build_model(tiny_config(), SYMBOLS), tiny_config())
+    layers = [module for module in engine.module.modules() if isinstance(module, MoELayer)]
+    assert engine.wire is None and len(layers) == 2
+    assert {type(layer) for layer in layers} == {MoELayer}
+    assert not any(hasattr(p, "allreduce") for p in engine.module.parameters())

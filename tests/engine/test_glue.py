@@ -35,6 +35,7 @@ def test_reads_every_line(tmp_path, end):
         (HEADER + b"good\t\n", "line 2: the label is ''"),
         (HEADER + b"good\t2\n", "line 2: the label is '2', it must be 0 or 1"),
         (HEADER + b"good\tpositive\xff\n", "line 2: the label is 'positive"),
+        (HEADER + b"good\t" + b"0123456789" * 5 + b"\n", f"the label is '{'0123456789' * 4}', it"),
         (HEADER + b" \t1\n", "line 2: the sentence is empty"),
     ],
 )
