@@ -8,8 +8,9 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 
 .PHONY: train test test-all test-cluster test-gpu lint clean
-# Tests are shared out over JOBS processes (tests/README.md); JOBS=0 keeps them in one, for a debugger.
-JOBS ?= 2
+# Tests are shared out over JOBS processes (tests/README.md), three on two cores since some wait; JOBS=0 keeps them in one, for a
+# debugger.
+JOBS ?= 3
 PYTEST = $(RUN) -m pytest -n $(JOBS)
 SUITE = $(PYTEST) --dist loadfile --no-loadscope-reorder --ignore=tests/kernels/on_triton
 # The Triton kernels run in their interpreter, which must be chosen before the start: a process of its own. Exit code 5:

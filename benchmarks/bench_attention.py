@@ -11,6 +11,7 @@ import argparse
 import torch
 import torch.nn.functional as F
 
+from benchmarks.against import parse
 from benchmarks.harness import Case, environment, interleave, minima_ms, print_result, print_table
 from kernels.relative_attention import relative_attention
 from launch.process import keep_freed_memory
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument("--memory", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
-    args = parser.parse_args()
+    args = parse(parser)
     keep_freed_memory()  # as every program of launch/ does
     torch.set_num_threads(args.threads)
     rows, ratio = [], {}

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.against import parse
 from benchmarks.certify_time import time_model_error
 from benchmarks.harness import environment, positive, print_result, print_table
 from benchmarks.memory_model import memory_model_error
@@ -103,7 +104,7 @@ def main() -> None:
     parser.add_argument("--checked", type=positive, default=9, help="steps to plan for every rank")
     parser.add_argument("--memory-cases", type=positive, help="memory cases to measure")
     parser.add_argument("--time-ways", type=positive, help="ways to train to time on each cluster")
-    args = parser.parse_args()
+    args = parse(parser)
     ids = np.resize(read_text(args.text), args.ids)
     config = epoch(ids)
     begin = time.perf_counter()

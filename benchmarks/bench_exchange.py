@@ -22,6 +22,7 @@ import sys
 from contextlib import AbstractContextManager
 from typing import Any
 
+from benchmarks.against import parse
 from benchmarks.cluster import Cluster, one_node, two_nodes, why_not
 from benchmarks.exchange_problem import (
     BUILDERS,
@@ -120,7 +121,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=positive, default=2)
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
-    args = parser.parse_args()
+    args = parse(parser)
     shape = QUICK if args.quick else PUBLISHED
     for tables in BUILDERS:
         make_problem(shape, tables, RANKS)  # fills the cache that all ranks read

@@ -110,7 +110,7 @@ class Job:
         except FileNotFoundError:
             return 0
 
-    def _metrics_file(self) -> int | None:
+    def metrics_file(self) -> int | None:
         """Identify metrics.jsonl; a resumed run replaces it by one without the steps that it does again."""
         try:
             return (self.folder / "debug/metrics.jsonl").stat().st_ino
@@ -148,9 +148,9 @@ class Job:
         Raises:
             TrialFailed: it does not finish.
         """
-        begun, old = time.monotonic(), self._metrics_file()
+        begun, old = time.monotonic(), self.metrics_file()
         with self.started():
-            self.wait_until(lambda: self._metrics_file() != old and self.finished_steps() >= step)
+            self.wait_until(lambda: self.metrics_file() != old and self.finished_steps() >= step)
             seconds = time.monotonic() - begun
             codes = self.ended()
         if codes != [0] * RANKS:
@@ -177,11 +177,11 @@ def attempt(
             wait_for_the_moment(kind, job, chance)
             step, inside = job.finished_steps(), job.is_writing()
             lost_s = end_s = end(job, rank, stop=kind == "SIGTERM")
-        if kind == "restart":  # killed again, most likely before it trains
+        if kind == "restart":  # killed again before it trains, or as it begins to
+            begun, wait_s, old = time.monotonic(), chance.uniform(0, start_s), job.metrics_file()
             with job.started():
-                wait_s = chance.uniform(0, start_s)
-                time.sleep(wait_s)
-                lost_s += wait_s + end(job, chance.randrange(RANKS))
+                job.wait_until(lambda: time.monotonic() > begun + wait_s or job.metrics_file() != old)  # fmt: skip
+                lost_s += time.monotonic() - begun + end(job, chance.randrange(RANKS))
         lost_s += job.go_to_the_end(step)
         found = job.result()
         differ = [key for key in wanted if key not in found or not torch.equal(found[key], wanted[key])]  # fmt: skip

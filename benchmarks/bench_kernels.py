@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import peers
+from benchmarks.against import parse
 from benchmarks.harness import (
     GradCase,
     SavedBytes,
@@ -309,7 +310,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=positive, default=10, help="default 10")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="a small shape; times mean nothing")
-    args = parser.parse_args()
+    args = parse(parser)
     keep_freed_memory()  # as every program of launch/ does
     if args.device == "cpu":
         torch.set_num_threads(THREADS)

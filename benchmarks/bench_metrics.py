@@ -24,6 +24,7 @@ from typing import Any
 
 from torch import nn
 
+from benchmarks.against import parse
 from benchmarks.cluster import ROOT
 from benchmarks.harness import environment, fastest, positive, print_result, print_table
 from engine.attention import RelativeAttention
@@ -101,7 +102,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--steps", type=positive, default=100, help="of each run; a multiple of 20, at least 60")  # fmt: skip
-    args = parser.parse_args()
+    args = parse(parser)
     if args.steps % 20 or args.steps < 60:
         parser.error(
             f"--steps {args.steps}: must be a multiple of 20 and at least 60 (the warm-up has 50)"

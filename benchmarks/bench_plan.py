@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.against import parse
 from benchmarks.bench_step import Arm, shapes
 from benchmarks.harness import environment, fastest, print_result, print_table
 from engine.build import build_model, build_routers, router_tables
@@ -56,7 +57,7 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, default=6, help="training steps for plan_wait_fraction"
     )
-    args = parser.parse_args()
+    args = parse(parser)
     keep_freed_memory()
     step = argparse.Namespace(dropout=0.1, precision="fp32")
     config = shapes(step)

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import torch
 
+from benchmarks.against import parse
 from benchmarks.harness import environment, interleave, minima_ms, print_result, print_table
 from engine.architecture import feed_forward_width
 from engine.batches import TrainingBatches
@@ -148,7 +149,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--dropout", type=float, default=0.1, help="the published value by default")
     parser.add_argument("--precision", choices=[p.name for p in Precision], default="fp32")
-    args = parser.parse_args()
+    args = parse(parser)
     keep_freed_memory()  # as every program of launch/ does
     config = shapes(args)
     corpus = prepare(config.corpus)

@@ -189,6 +189,8 @@ class TrainConfig:
             not self.offload or self.zero_stage >= 1,
             f"train.offload=true: needs train.zero_stage=1, 2 or 3, it is {self.zero_stage}",
         )
+        size = len(self.name.encode(errors="surrogateescape"))
+        require(size <= 255, f"train.name: a folder's name takes 255 bytes, it has {size}")
         require(
             bool(self.name) and "/" not in self.name and not self.name.startswith("."),
             f"train.name={self.name!r}: must be a plain folder name",
@@ -213,7 +215,7 @@ class EvalConfig:
     same_length: bool = False
     """Every symbol sees exactly `memory` positions."""
     max_symbols: int = 0
-    """Evaluate only the first so many symbols of the split; 0 for all."""
+    """Evaluate only the first so many symbols of the split, and fit the counting models on at most 100 times as many; 0 for all."""
 
     def __post_init__(self) -> None:
         at_least("eval", self, streams=1, clamp_len=0, max_symbols=0)
@@ -279,6 +281,10 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         at_least("parallel", self, expert_ranks=1, chunks=1, timeout_s=1, message_us=0)
+        require(
+            self.timeout_s <= 2e6,
+            f"parallel.timeout_s={self.timeout_s}: must be at most 2e6, 23 days",
+        )
         for name in ("link_gb_per_s", "memory_gb_per_s"):
             require(
                 getattr(self, name) > 0, f"parallel.{name}={getattr(self, name)}: must be above 0"
@@ -300,6 +306,22 @@ class WandbConfig:
     """Words to find the run by."""
     notes: str | None = None
     """Free text beside the run."""
+
+    def __post_init__(self) -> None:
+        if self.mode is WandbMode.disabled:
+            return
+        for tag in self.tags:
+            require(
+                1 <= len(tag) <= 64,
+                f"wandb.tags={tag[:64]!r}: W&B takes 1 to 64 letters, it has {len(tag)}",
+            )
+        require(
+            0 < len(self.project) <= 128 and not set(self.project) & set("/\\#?%:"),
+            f"wandb.project={self.project[:128]!r}: W&B takes 1 to 128 letters, none of / \\ # ? % :",
+        )
+        for name in ("group", "job_type"):
+            value = getattr(self, name) or ""
+            require(len(value) <= 128, f"wandb.{name}: W&B takes 128 letters, it has {len(value)}")
 
 
 @dataclass
@@ -350,7 +372,8 @@ class Config:
             require(not too_big, f"eval.k={too_big}: must be at most moe.experts={experts}")
         require(
             self.optim.warmup_steps <= self.train.steps,
-            f"optim.warmup_steps={self.optim.warmup_steps}: must be at most train.steps={self.train.steps}",
+            f"optim.warmup_steps={self.optim.warmup_steps}: must be at most train.steps={self.train.steps}; "
+            f"give optim.warmup_steps={self.train.steps} or fewer, or optim.warmup_steps=0",
         )
         memory = self.model.memory if self.eval.memory is None else self.eval.memory
         require(

@@ -36,6 +36,9 @@ ENWIK8_SHA256 = "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a
 _SPLITS = tuple(Split)  # in the order of the text
 _NOT_STDLIB = {"test", "tests", "idlelib", "site-packages"}
 _CHUNK = 1 << 20  # bytes read, hashed or counted at a time
+_ARCHIVES = {
+    b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"7z\xbc\xaf": "7z",
+}  # fmt: skip
 _TIMEOUT_S = 30  # without a byte from the server
 
 
@@ -131,6 +134,11 @@ def _stdlib_files(root: Path) -> list[Path]:
 def _check_text(config: CorpusConfig, source: _Source, sha256: str) -> None:
     size = len(source.text)
     require(size > 0, f"{source.asked}: the text is empty")
+    for mark, kind in _ARCHIVES.items():
+        require(
+            not source.text.startswith(mark),
+            f"{source.asked}: is a {kind} archive, not text; unpack it first",
+        )
     if config.name is Corpus.enwik8:
         genuine = size < ENWIK8_BYTES or sha256 == ENWIK8_SHA256
         require(
@@ -151,6 +159,10 @@ def _write(folder: Path, config: CorpusConfig, source: _Source, sha256: str) -> 
             cuts[place] < cuts[place + 1],
             f"{source.asked}: {len(text):,} bytes are too short for three splits, the {split.name} split is empty",
         )
+    require(
+        vocab.size > 1,
+        f"{source.asked}: has one symbol only; corpus.tokens=bytes takes it, with nothing to learn",
+    )
     meta = {
         "source": source.name,
         "corpus": config.name.name,
@@ -173,7 +185,7 @@ def _write(folder: Path, config: CorpusConfig, source: _Source, sha256: str) -> 
         shutil.rmtree(aside, ignore_errors=True)
         if not folder.is_dir():
             raise UserError(
-                f"{folder}: cannot be written ({error}); see corpus.cache_dir"
+                f"corpus.cache_dir={config.cache_dir}: {folder} cannot be written ({error.strerror})"
             ) from error
 
 

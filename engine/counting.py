@@ -5,6 +5,7 @@ held-out text alone. Both are bits per symbol. Nothing here is used in training.
 """
 
 import bz2
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,14 +26,22 @@ class GramCounts:
     counts: Keys  # int64 [G]
 
 
-def order_n_bpc(train_ids: Ids, test_ids: Ids, order: int, vocab_size: int) -> float:
+def order_n_bpc(
+    train_ids: Ids, test_ids: Ids, order: int, vocab_size: int, progress: Callable[[int, int], None] = lambda done, total: None
+) -> float:  # fmt: skip
     """Measure bits per symbol of an order-n context model: counts of the training split, applied to the test split.
 
     Every test symbol counts; the `order` ids before the first one of either split are taken as 0.
+
+    Args:
+        progress: called with (parts done, parts in all), first with 0 done: chunks of the training split, then the model.
     """
+    parts = 1 + -(-len(train_ids) // _CHUNK)
+    progress(0, parts)
     test = count_grams(test_ids, order, vocab_size)
-    train = count_grams(train_ids, order, vocab_size)
+    train = count_grams(train_ids, order, vocab_size, lambda done: progress(done, parts))
     probability = gram_probability(test.keys, train, order, vocab_size)
+    progress(parts, parts)
     return float(-(test.counts * np.log2(probability)).sum() / test.counts.sum())
 
 
@@ -41,8 +50,12 @@ def bzip2_bpc(data: bytes) -> float:
     return 8 * len(bz2.compress(data, 9)) / len(data)
 
 
-def count_grams(ids: Ids, order: int, vocab_size: int) -> GramCounts:
+def count_grams(
+    ids: Ids, order: int, vocab_size: int, chunk_done: Callable[[int], None] = lambda done: None
+) -> GramCounts:
     """Count the (order + 1)-grams that end at each symbol.
+
+    `chunk_done` is told after each chunk how many are done.
 
     Example: ids [1, 2, 1, 2], order 1, vocab_size 10: grams 01, 12, 21, 12 -> keys [1, 12, 21], counts [1, 2, 1].
     """
@@ -58,6 +71,7 @@ def count_grams(ids: Ids, order: int, vocab_size: int) -> GramCounts:
             keys *= vocab_size
             keys += chunk[i : i + size]
         parts.append(np.unique(keys, return_counts=True))
+        chunk_done(len(parts))
     return _sum_by_key(
         np.concatenate([keys for keys, _ in parts]), np.concatenate([counts for _, counts in parts])
     )

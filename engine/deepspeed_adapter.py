@@ -264,6 +264,16 @@ def check_version(version: str = deepspeed.__version__) -> None:
 class _SharedLayer(MoELayer, AutoEPMoELayer):
     """A layer whose experts are shared out, as DeepSpeed 0.19.8 knows one: its class decides how it is treated."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy gets: no process group, which DeepSpeed has put here."""
+        return {**self.__dict__, "ep_group": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become a copy; copy.deepcopy leaves out the tags of parameters."""
+        super().__setstate__(state)
+        for parameter in self.experts.parameters():
+            _tag(parameter, state["ep_group_name"])
+
 
 def start(model: nn.Module, config: Config, mesh: Mesh | None = None) -> Engine:
     """Hand the model to DeepSpeed and return the engine that trains it.
@@ -384,9 +394,7 @@ def share_experts(layer: MoELayer, mesh: Mesh) -> None:
     group_name = _group_name(mesh)
     for name, parameter in list(layer.experts.named_parameters()):
         own = nn.Parameter(parameter.detach()[experts.start : experts.stop].clone())
-        own.allreduce, own.group_name = False, group_name  # type: ignore[attr-defined]
-        own.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
-        own.ds_zero_partition_group_name = group_name  # type: ignore[attr-defined]
+        _tag(own, group_name)
         setattr(layer.experts, name, own)
     layer.first_expert = experts.start
     contract = {
@@ -398,6 +406,12 @@ def share_experts(layer: MoELayer, mesh: Mesh) -> None:
     for name, value in contract.items():
         setattr(layer, name, value)
     layer.__class__ = _SharedLayer
+
+
+def _tag(parameter: nn.Parameter, group_name: str) -> None:
+    parameter.allreduce, parameter.group_name = False, group_name  # type: ignore[attr-defined]
+    parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
+    parameter.ds_zero_partition_group_name = group_name  # type: ignore[attr-defined]
 
 
 def _deepspeed_config(config: Config, world: int, num_params: int) -> dict[str, Any]:

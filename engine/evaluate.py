@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,6 +23,13 @@ from engine.model import Memory, Routing, TransformerXL
 from engine.moe.auto import gathers
 from engine.moe.routers import PlannedRouter
 from engine.parallel.world import World
+
+Progress = Callable[[str, int, int], None]
+"""Told of a stage of an evaluation by its name, the parts that are done, and all its parts; first with 0 done."""
+
+
+def no_progress(stage: str, done: int, total: int) -> None:
+    """Tell nobody."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +62,7 @@ def evaluate(
 
     Args:
         routers: planned ones; None for live routers and dense.
-        progress: called with (segments done, segments in all); may raise to leave, on all ranks alike.
+        progress: called with (segments done, segments in all), first with 0 done; may raise to leave, on all ranks alike.
         world: the ranks, which share the streams; every rank gets the whole result.
         max_symbols: only the first so many of the split; 0 means config.eval.max_symbols, which 0 means all.
     """
@@ -71,6 +79,8 @@ def evaluate(
     memory: Memory | None = None
     was_training = model.training
     model.eval()
+    if progress is not None:
+        progress(0, shares.num_segments)
     with torch.inference_mode():
         for whole, whole_counted_BQ in eval_batches(
             ids, corpus.previous_id(split), shares, config.context
@@ -122,6 +132,7 @@ def slimming_curve(
     corpus: PreparedCorpus,
     config: Config,
     world: World | None = None,
+    progress: Progress = no_progress,
 ) -> dict[str, Evaluation]:
     """Evaluate config.eval.split at every k of config.eval.k; a dense model has one result, called "dense"."""
     if config.moe.router is Router.dense:
@@ -129,6 +140,9 @@ def slimming_curve(
     else:
         asked = {str(k): k for k in config.eval.k}
     return {
-        name: evaluate(model, routers, corpus, config, split=config.eval.split, k=k, world=world)
+        name: evaluate(
+            model, routers, corpus, config, split=config.eval.split, k=k, world=world,
+            progress=partial(progress, name if name == "dense" else f"k = {name}"),
+        )
         for name, k in asked.items()
-    }
+    }  # fmt: skip

@@ -12,7 +12,6 @@ when a run stops, all ranks' threads stop behind the same micro-batch and none w
 Letters: P ranks of the expert group, B streams, Q segment length, C ids left of a segment.
 """
 
-import itertools
 import queue
 import threading
 import time
@@ -198,7 +197,7 @@ class PlannedLoader:
 
     def _work(self) -> None:
         try:
-            places = itertools.product(self._steps, range(self._accumulation))
+            places = ((step, micro) for step in self._steps for micro in range(self._accumulation))
             for done, (step, micro) in enumerate(places):
                 if not self._may_prepare(done):
                     return

@@ -1,91 +1,59 @@
 """Expert layers that run inside somebody else's model, and the plans that they run by; engine/plug_in.py puts them there.
 
-A layer gets hidden states only; the model around it knows nothing of plans. So PlannedExperts keeps the plans of the forward
-pass that is under way, and each layer asks it. A plan is for one forward pass: what would run by the plan of another raises.
+A layer (engine/planned_layer.py) gets hidden states only; the model around it knows nothing of plans. So PlannedExperts keeps the
+plans of the forward passes that are under way, and each layer asks it. A plan is for one forward pass: what would run by the plan
+of another raises.
 
 Letters: B sequences, Q ids of each, C = ngram - 1 ids left of them, D width, T = B*Q tokens, P ranks of the expert group.
 """
 
 import contextlib
+import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.utils.hooks import RemovableHandle
 
 from engine.agreement import tables_digest
+from engine.attached import After, Attachment, Before, Call, CallArguments, Layout, Place, kind_of
 from engine.config import ParallelConfig, require
 from engine.deepspeed_adapter import expert_wire
 from engine.delivery import Delivery, receive
-from engine.errors import RunFailed
+from engine.errors import RunFailed, UserError
 from engine.moe.auto import use_gather, wire_dtype
 from engine.moe.exchange import build_exchange
 from engine.moe.layer import LayerCall, MoELayer
-from engine.moe.plan import Plan
 from engine.moe.routers import routers_of
 from engine.moe.tables import Table, table_from_state, table_state
 from engine.parallel.collectives import Wire
-from engine.parallel.host import expert_group_host, odd_ones
+from engine.parallel.host import Host, expert_group_host, odd_ones
 from engine.parallel.mesh import Mesh
+from engine.passes import Pass, Passes, backward_node
+from engine.plans import Plans, Sequences, keep_to_texts
+from engine.replaceable import Replaced, side_of
 
-Batch = TypeVar("Batch", bound=Sequence[Any])
-
-
-@dataclass(frozen=True, slots=True)
-class Plans:
-    """The routing of one batch in every replaced layer, for one forward pass."""
-
-    k: int  # active experts
-    shape: tuple[int, ...]  # B, Q
-    tables: int  # digest of the tables
-    plans: tuple[Plan, ...]  # one for all layers, or one each
-    token_T: Tensor  # int64: numbers of the expert group's tokens among those of all ranks
-    copied: torch.cuda.Event | None  # of the copy to a GPU
-    used: set[int] = field(default_factory=set)  # layers that have run by it
-
-
-@dataclass(frozen=True, slots=True)
-class _Pass:
-    """A forward pass and its backward: what layers run by."""
-
-    plans: Plans
-    dropout_seed: int
-    first_node: int  # autograd numbers its nodes; those of this pass begin here
-    by_hook: bool
-
-
-class PlannedFeedForward(nn.Module):
-    """An expert layer in the place of a feed-forward: x [..., D] to [..., D]."""
-
-    def __init__(self, moe: MoELayer, experts: "PlannedExperts", dropout: float) -> None:
-        super().__init__()
-        self.moe = moe
-        self.dropout = dropout
-        self._experts = experts
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to x [B, Q, D], or to the same tokens row by row, [T, D].
-
-        Raises:
-            RuntimeError: no plan, or one that is not of this forward pass.
-            ValueError: x is not of the batch that was planned.
-        """
-        call = self._experts.call(self.moe.layer, x, self.dropout if self.training else 0.0)
-        x_TD = x.reshape(-1, x.shape[-1]).to(self.moe.experts.w1.dtype)
-        return self.moe(x_TD, call).y_TD.to(x.dtype).view_as(x)
+Batch = TypeVar("Batch", bound=Sequence[Any] | Mapping[Any, Any])
 
 
 class PlannedExperts:
-    """The replaced layers of a model, their tables, and the plans of the pass under way. Made by replace_feed_forwards."""
+    """The replaced layers of a model, their tables, and the plans of the pass under way. Made by replace_feed_forwards.
+
+    A copy of the model (copy.deepcopy, pickle, torch.save, AveragedModel) has one of its own, with the same tables, k and number
+    of passes, and with no plans: engine.plug_in.experts_of gives it. If experts are shared out it connects to the other ranks
+    when it plans first, for which every rank of the run must plan with its copy.
+    """
 
     wire: Wire | None = None
     """What the layers exchange rows through, with its counts and times; None before the first pass and on one rank."""
+
+    replaced: tuple[Replaced, ...] = ()
+    """What the layers took the place of, layer by layer."""
+    _host: Host | None
 
     def __init__(
         self, layers: Sequence[MoELayer], tables: Sequence[Table], mesh: Mesh, parallel: ParallelConfig,
@@ -96,12 +64,37 @@ class PlannedExperts:
         self._width, self._seed = width, seed
         self._use(tables)
         self.k = k
+        self._passes = 0  # begun so far
+        self._connections()
         self._host = expert_group_host(mesh)
+
+    def _connections(self) -> None:
+        """What a copy has of its own."""
         # all plans, in the order in which they were asked for
         self._thread = ThreadPoolExecutor(1, "foreroute-planner")
+        self._host = None
         self._delivery: Delivery | None = None
-        self._pass: _Pass | None = None
-        self._passes = 0  # begun so far
+        self.passes = Passes()
+        self._lock = threading.Lock()
+        self.wire = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied: neither threads nor locks, connections nor plans."""
+        names = "layers", "replaced", "_mesh", "_parallel", "_width", "_seed", "_k", "_passes"
+        kept = {name: getattr(self, name) for name in names}
+        return {**kept, "tables": [router.table for router in self._routers]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become a copy."""
+        tables = state.pop("tables")
+        self.__dict__.update(state)
+        self._use(tables)
+        self._connections()
+
+    @property
+    def tables(self) -> int:
+        """A 64-bit digest of the tables, equal for equal ones."""
+        return self._tables
 
     @property
     def k(self) -> int:
@@ -115,24 +108,28 @@ class PlannedExperts:
 
     # Plans.
 
-    def plan(self, ids: Tensor, left: Tensor | None = None) -> Plans:
+    def plan(
+        self, ids: Tensor, left: Tensor | None = None, *, mask: Tensor | None = None, documents: Tensor | None = None
+    ) -> Plans:  # fmt: skip
         """Plan a batch for one forward pass, as early as its ids are known; in the training process, not in a loader's.
 
         With several ranks in an expert group, each needs the ids of all. They are exchanged between the hosts, unless given.
-        So the ranks must ask for plans, here and by all other ways, in the same order.
+        So the ranks must ask for plans, here and by all other ways, in the same order, and all with documents or none.
 
         Args:
             ids: int [B, Q] of this rank; or [P, B, Q] of all ranks of the expert group, and then nothing is exchanged.
             left: as ids with C for Q, the true ids left of each sequence. Without it they count as 0, as at the start of a text.
+            mask: as ids, 0 where there is padding, left or right of a sequence: ids behind it begin a text.
+            documents: int as ids; where their number changes a text begins. Left context is of the first.
 
         Raises:
-            UserError: ids that are not in the vocabulary, or of a wrong shape.
+            UserError: ids that are not in the vocabulary, or anything of a wrong shape.
             RunFailed: the ranks of the expert group differ in B, Q, k or their tables.
         """
-        return self._thread.submit(self._plan, ids, left, self.k).result()
+        return self._planned_in_turn(Sequences(ids, left, mask, documents))
 
-    def ahead(self, batches: Iterable[Batch], depth: int = 2) -> Iterator[tuple[Plans, Batch]]:
-        """Yield each batch with its plans, made in a thread while earlier ones train; ids come first in a batch.
+    def ahead(self, batches: Iterable[Batch], depth: int = 2, *, ids: Any = 0) -> Iterator[tuple[Plans, Batch]]:  # fmt: skip
+        """Yield each batch with its plans, made in a thread while earlier ones train.
 
             for plans, (ids, targets) in experts.ahead(loader):
                 with experts.planned(plans):
@@ -140,10 +137,17 @@ class PlannedExperts:
 
         A changed k holds from the batch after the next `depth` on. With several ranks in an expert group all must take
         equally many batches.
+
+        Args:
+            ids: where they are in a batch: its place, or its key in a mapping.
         """
         waiting: deque[tuple[Future[Plans], Batch]] = deque()
         for batch in batches:
-            waiting.append((self._thread.submit(self._plan, batch[0], None, self.k), batch))
+            try:
+                found = batch[ids]
+            except (LookupError, TypeError):
+                raise UserError(f"a batch is {kind_of(batch)}, without ids={ids!r}: ahead(batches, ids=..) must be their place or key") from None  # fmt: skip
+            waiting.append((self._thread.submit(self._plan, Sequences(found), self.k), batch))
             if len(waiting) > depth:
                 plans, batch = waiting.popleft()
                 yield plans.result(), batch
@@ -153,56 +157,81 @@ class PlannedExperts:
     # Forward passes.
 
     @contextlib.contextmanager
-    def planned(self, ids: Tensor | Plans, left: Tensor | None = None) -> Iterator[Plans]:
-        """Run one forward pass of the model inside, by these plans or those of these ids (arguments as for `plan`).
+    def planned(
+        self, ids: Tensor | Plans, left: Tensor | None = None, *, mask: Tensor | None = None, documents: Tensor | None = None
+    ) -> Iterator[Plans]:  # fmt: skip
+        """Run one forward pass of the model inside, in this thread, by these plans or those of these ids (see `plan`).
 
         With activation checkpointing, backward runs the layers again: then it belongs inside, too.
         """
-        if self._pass is not None and not self._pass.by_hook:
+        if self.passes.running() is not None:
             raise RuntimeError("planned() inside planned(): one forward pass at a time")
-        plans = ids if isinstance(ids, Plans) else self.plan(ids, left)
-        self._begin(plans, by_hook=False)
+        plans = ids
+        if not isinstance(plans, Plans):
+            plans = self.plan(plans, left, mask=mask, documents=documents)
+        running = self._begin(plans)
         try:
             yield plans
         finally:
-            self._pass = None
+            running.over = True
+            self.passes.end()
 
-    def attach(self, model: nn.Module, argument: int | str = 0) -> RemovableHandle:
-        """Let each call of the model, or of a DeepSpeed engine, plan from its own ids; inside `planned` it does not.
+    def attach(
+        self, model: nn.Module, ids: Place = 0, *, left: Place | Callable[..., Tensor | None] | None = None,
+        mask: Place | None = None, positions: Place | None = None, documents: Place | None = None, layout: Layout | None = None,
+    ) -> Attachment:  # fmt: skip
+        """Let each call of the model, or of a DeepSpeed engine, plan from its own arguments; inside `planned` it does not.
 
-        Planning is then part of the step. The plans stay until the next call, so backward may recompute.
+        Planning is then part of the step. Each argument here names one of the call: its place among the positional ones, or a
+        keyword. Calls that cannot be planned from what is named are refused: shorter than an n-gram, with a cache, or with
+        positions that do not begin with 0, without `left`; with an attention mask, several documents, or equal sizes that
+        nothing is said of. A text in pieces that no argument shows (prefill in parts without positions) is not noticed.
 
         Args:
-            argument: of the call, the ids [B, Q]: the place among the positional ones, or a keyword.
+            ids: the ids [B, Q].
+            left: the ids left of each sequence [B, any number]; or a function that gives them, or None, for the call's arguments.
+            mask: [B, Q], 0 where there is padding, or longer on the left, where it covers a cache.
+            positions: of the ids in their texts, [B, Q] or [Q]; a text begins wherever they do not count on.
+            documents: numbers [B, Q]; a text begins where they change.
+            layout: "BQ", the default where sizes differ; "QB" if all these, and hidden states, are [Q, B]; "BQ->QB" if only
+                hidden states are.
         """
+        told = CallArguments(ids, left, mask, positions, documents, layout)
+        before = model.register_forward_pre_hook(Before(self, told), with_kwargs=True)
+        after = model.register_forward_hook(After(self), always_call=True)
+        return Attachment((before, after))
 
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            by_hand = self._pass is not None and not self._pass.by_hook
-            if by_hand or _backward_node() is not None:  # a whole model may be recomputed
-                return
-            self._pass = None
-            given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
-            if argument not in given:
-                raise RuntimeError(f"the model was called without argument {argument!r}, which holds the ids: see attach")  # fmt: skip
-            self._begin(self.plan(given[argument]), by_hook=True)
+    def begin_call(self, told: CallArguments, call: Call) -> None:
+        """Plan for a call of an attached model, unless it has a plan; its hook asks by itself."""
+        self.passes.begin(None)  # whatever happens, end_call takes one away
+        if self.passes.running() is not None or backward_node() is not None:
+            return  # inside `planned`, inside another attached call, or the whole model is recomputed
+        side = side_of(self.replaced[0].name) if self.replaced else ""
+        sequences = told.read(call, self._routers[0].table.ngram - 1, side)
+        plans = self._planned_in_turn(sequences)
+        self.passes.end()
+        self._begin(plans)
 
-        return model.register_forward_pre_hook(before, with_kwargs=True)
+    def end_call(self, outputs: Any) -> None:
+        """Note the call's pass on the graph of its outputs, for recomputation in backward."""
+        running = self.passes.end()
+        if running is not None:
+            self.passes.note(outputs, running)
 
-    def call(self, layer: int, x: Tensor, dropout: float) -> LayerCall:
-        """Give a layer what it needs for x; the layers ask by themselves."""
-        node, running = _backward_node(), self._pass
+    def call(self, layer: int, x: Tensor, dropout: float) -> tuple[LayerCall, Pass]:
+        """Give a layer what it needs for x, and the pass it is of; the layers ask by themselves."""
+        node = backward_node()
+        running = self.passes.running() if node is None else self.passes.of_node(node, layer)
         if node is None and running is None:
             raise RuntimeError(
-                "an expert layer has no plan: call the model inside `with experts.planned(ids):`, or experts.attach(model) once"
+                "an expert layer has no plan: call the model inside `with experts.planned(ids):`, in the same thread, or "
+                "experts.attach(model) once"
             )
-        if node is not None and (
-            running is None or layer not in running.plans.used or node._sequence_nr() < running.first_node
-        ):  # fmt: skip
+        if running is None or running.over or (node is not None and layer not in running.plans.used):  # fmt: skip
             raise RuntimeError(
                 "an expert layer is recomputed in backward, and the plan of its forward pass is gone: run backward before the "
                 "next forward pass, and inside the same `with experts.planned(ids):`"
             )
-        assert running is not None
         plans = running.plans
         if node is None and layer in plans.used:
             raise RuntimeError(
@@ -213,7 +242,7 @@ class PlannedExperts:
         self._connect(x.device)
         plans.used.add(layer)
         plan = plans.plans[layer if len(plans.plans) > 1 else 0]
-        return LayerCall(plans.k, plan, plans.token_T, running.dropout_seed, dropout)
+        return LayerCall(plans.k, plan, plans.token_T, running.dropout_seed, dropout), running
 
     # State.
 
@@ -254,11 +283,15 @@ class PlannedExperts:
         self._num_experts = tables[0].order_rE.shape[1]
         self._tables = tables_digest(self._routers)
 
-    def _plan(self, ids: Tensor, left: Tensor | None, k: int) -> Plans:
-        ids, left = self._check(ids, left)
+    def _planned_in_turn(self, sequences: Sequences) -> Plans:
+        return self._thread.submit(self._plan, sequences, self.k).result()
+
+    def _plan(self, sequences: Sequences, k: int) -> Plans:
+        ids, left = self._check(sequences.ids, sequences.left)
+        shape = tuple(ids.shape[-2:])
+        ids, left = keep_to_texts(sequences, ids, left)
         ids_PBQ, left_PBC = (ids, left) if ids.dim() == 3 else self._share(ids, left, k)
-        mesh, parallel = self._mesh, self._parallel
-        shape, weight = tuple(ids_PBQ.shape[1:]), self.layers[0].experts.w1
+        mesh, parallel, weight = self._mesh, self._parallel, self.layers[0].experts.w1
         tokens = shape[0] * shape[1]
         gather = use_gather(
             parallel, experts=self._num_experts, ranks=mesh.expert_ranks, k=k, tokens=tokens, width=self._width,
@@ -273,11 +306,16 @@ class PlannedExperts:
         if self._delivery is None or self._delivery.device != weight.device:
             self._delivery = Delivery(weight.device)
         (plans, token_T), copied = self._delivery.send((plans, token_T))
+        shape = shape[::-1] if sequences.sequence_first else shape
         return Plans(k, shape, self._tables, plans, token_T, copied)
 
     def _check(self, ids: Tensor, left: Tensor | None) -> tuple[Tensor, Tensor]:
         """Give ids and left context as int64 on the host."""
         table, ranks = self._routers[0].table, self._mesh.expert_ranks
+        for name, given in (("ids", ids), ("left", ids if left is None else left)):
+            require(
+                isinstance(given, Tensor), f"{name} is {kind_of(given)}: must be a tensor of ids"
+            )
         require(
             ids.dim() == 2 or (ids.dim() == 3 and ids.shape[0] == ranks),
             f"ids of shape {list(ids.shape)}: must be [sequences, length] or, of all ranks of the expert group, "
@@ -297,22 +335,37 @@ class PlannedExperts:
     def _share(self, ids_BQ: Tensor, left_BC: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Exchange ids and left context in the expert group: first the sizes, then [B, C + Q] numbers of 4 bytes."""
         names = "sequences", "length", "k", "tables"
-        found = self._host.all_gather(np.array([*ids_BQ.shape, k, self._tables], np.int64))
+        host = self._host = self._host or self._reconnect()
+        found = host.all_gather(np.array([*ids_BQ.shape, k, self._tables], np.int64))
         for name, value_P in zip(names, found.T.tolist(), strict=True):
             if len(set(value_P)) > 1:
                 odd = odd_ones(value_P, first=self._mesh.group_ranks.start)
                 raise RunFailed(f"the ranks of an expert group differ in their {name}: {odd}")
         both_BS = torch.cat((left_BC, ids_BQ), dim=1).numpy().astype(np.int32)
-        both_PBS = torch.from_numpy(self._host.all_gather(both_BS)).long()
+        both_PBS = torch.from_numpy(host.all_gather(both_BS)).long()
         context = left_BC.shape[1]
         return both_PBS[..., context:].contiguous(), both_PBS[..., :context].contiguous()
 
-    def _begin(self, plans: Plans, *, by_hook: bool) -> None:
+    def _reconnect(self) -> Host:
+        """Connect a copy to the other ranks of its expert group; collective over all ranks."""
+        mesh = self._mesh
+        if mesh.expert_ranks > 1:
+            place = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+            require(
+                place == (mesh.rank, mesh.world),
+                f"copied on (rank, of ranks) = {mesh.rank, mesh.world}, which holds other experts: must be used there",
+            )
+        return expert_group_host(mesh)
+
+    def _begin(self, plans: Plans) -> Pass:
         require(plans.tables == self._tables, "these plans are of other tables than the model's")
         receive((plans.plans, plans.token_T), plans.copied)
-        seed = self._seed * 2**32 + self._passes
-        self._passes += 1
-        self._pass = _Pass(plans, seed, torch.autograd._get_sequence_nr(), by_hook)
+        with self._lock:
+            seed = self._seed * 2**32 + self._passes
+            self._passes += 1
+        running = Pass(plans, seed, torch.autograd._get_sequence_nr())
+        self.passes.begin(running)
+        return running
 
     def _connect(self, device: torch.device) -> None:
         """Let the layers exchange rows, once DeepSpeed has formed the groups."""
@@ -322,8 +375,3 @@ class PlannedExperts:
         for layer in self.layers:
             backend = layer.experts.kernels.backend
             layer.exchange = build_exchange(self.wire, self._parallel, backend)
-
-
-def _backward_node() -> Any:
-    """The autograd node that is being run, None outside of backward: what runs a layer there is recomputation."""
-    return torch._C._current_autograd_node()

@@ -33,7 +33,6 @@ What DeepSpeed 0.19.8 makes of shared-out experts, and nothing here can mend:
 Letters: B sequences, Q ids of each, C = ngram - 1 ids left of them, D width, T = B*Q tokens, P ranks of the expert group.
 """
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,12 +52,17 @@ from engine.deepspeed_adapter import (
 from engine.moe.layer import MoELayer
 from engine.moe.tables import Table, build_tables
 from engine.parallel.mesh import Mesh
-from engine.planned_experts import PlannedExperts, PlannedFeedForward, Plans
+from engine.planned_experts import PlannedExperts
+from engine.planned_layer import PlannedFeedForward
+from engine.plans import Plans
+from engine.replaceable import Replaced, find_feed_forwards, replaced
 
 __all__ = [
     "PlannedExperts",
     "PlannedFeedForward",
     "Plans",
+    "Replaced",
+    "experts_of",
     "parameter_groups",
     "replace_feed_forwards",
 ]
@@ -85,10 +89,12 @@ def replace_feed_forwards(
     """Put an expert layer in the place of each feed-forward of a model, before DeepSpeed or an optimizer sees its parameters.
 
     The new modules take x [..., D] alone and give as much; number format and device are those of what they replace. Nothing
-    else of the model changes, nor does PyTorch's random state. Every rank calls it with the same arguments.
+    else of the model changes, nor does PyTorch's random state. Every rank calls it with the same arguments. `replaced` of the
+    result says what was replaced.
 
     Args:
-        pattern: regular expression; modules whose whole name (as in named_modules) it matches are replaced.
+        pattern: regular expression; modules whose whole name (as in named_modules) it matches are replaced. Each must hold the
+            parameters of one feed-forward and no others: a block with attention or a norm in it is refused.
         width: of the hidden states (D).
         k: active experts to begin with; experts.k = .. changes it.
         text_ids: training text as one stream of ids, from which builders balanced and packed make their tables; of builder
@@ -100,7 +106,7 @@ def replace_feed_forwards(
             be there already; exchange, wire and chunks say how rows travel. By default each rank has all experts.
 
     Raises:
-        UserError: no such module, one that is no feed-forward, or options that do not go together.
+        UserError: no such module, one that is no feed-forward or more than one, or options that do not go together.
     """
     parallel = parallel or ParallelConfig()
     require(
@@ -116,7 +122,7 @@ def replace_feed_forwards(
     )
     require(0 <= dropout < 1, f"dropout={dropout}: must be in [0, 1)")
     mesh = _mesh(parallel.expert_ranks)
-    names = _find(model, pattern, width)
+    names = find_feed_forwards(model, pattern, width)
     tables = _tables(moe, vocab_size, text_ids, len(names), seed)
     layers = []
     with torch.random.fork_rng({p.device for p in model.parameters() if p.is_cuda}):
@@ -133,10 +139,22 @@ def replace_feed_forwards(
         for layer in layers:
             share_experts(layer, mesh)
     experts = PlannedExperts(layers, tables, mesh, parallel, width=width, k=k, seed=seed)
+    experts.replaced = tuple(replaced(name, model.get_submodule(name)) for name in names)
     for name, layer in zip(names, layers, strict=True):
         replacement = PlannedFeedForward(layer, experts, dropout)
         model.set_submodule(name, replacement.train(model.get_submodule(name).training))
     return experts
+
+
+def experts_of(model: nn.Module) -> PlannedExperts:
+    """Give what plans for a model whose feed-forwards were replaced: for a copy of such a model, the copy's.
+
+    Raises:
+        UserError: it has none, or several calls of replace_feed_forwards made them.
+    """
+    found = {m.experts for m in model.modules() if isinstance(m, PlannedFeedForward)}
+    require(len(found) == 1, f"the model has expert layers of {len(found)} calls of replace_feed_forwards: must be 1")  # fmt: skip
+    return found.pop()
 
 
 def _mesh(expert_ranks: int) -> Mesh:
@@ -148,38 +166,6 @@ def _mesh(expert_ranks: int) -> Mesh:
     return Mesh(dist.get_rank(), dist.get_world_size(), expert_ranks) if started else Mesh()
 
 
-def _find(model: nn.Module, pattern: str, width: int) -> list[str]:
-    """Names of the modules to replace, in the model's order."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    names = [name for name in modules if re.fullmatch(pattern, name)]
-    known = ", ".join(name for name in list(modules)[:9] if name)
-    require(
-        len(names) > 0,
-        f"pattern {pattern!r}: matches no module; the model's names begin with {known}",
-    )
-    for name in names:
-        module = modules[name]
-        others = [other for other, same in modules.items() if same is module and other != name]
-        around = [other for other in names if other != name and name.startswith(f"{other}.")]
-        parameters = list(module.parameters())
-        matrices = [p for p in parameters if p.dim() >= 2 and width in p.shape]
-        faults = {
-            "is the model itself": not name,
-            "is a list of modules": isinstance(module, nn.ModuleList | nn.ModuleDict),
-            f"is the same module as {', '.join(others)}": bool(others),
-            f"lies inside {', '.join(around)}, which matches too": bool(around),
-            "holds an expert layer": any(isinstance(m, MoELayer) for m in module.modules()),
-            "was built inside deepspeed.zero.Init": any(hasattr(p, "ds_id") for p in parameters),
-            f"has fewer than two matrices with {width} rows or columns": len(matrices) < 2,
-        }
-        for fault, found in faults.items():
-            require(
-                not found,
-                f"pattern {pattern!r}: {name or 'the empty name'} {fault}; match feed-forwards only",
-            )
-    return names
-
-
 def _tables(
     moe: MoEConfig, vocab_size: int, text_ids: Text | None, layers: int, seed: int
 ) -> list[Table]:
@@ -188,10 +174,26 @@ def _tables(
         random or text_ids is not None,
         f"moe.builder={moe.builder.name}: needs text_ids; without a text use moe.builder=random",
     )
-    text = np.zeros(1, np.int64) if text_ids is None else np.asarray(text_ids).reshape(-1)
+    text = np.zeros(1, np.int64) if text_ids is None else _on_host(text_ids)
     require(
         text.size > 0 and text.min() >= 0 and text.max() < vocab_size,
         f"text_ids: must be ids in 0 .. {vocab_size - 1}, at least one",
     )
     count = 1 if moe.share_table else layers
     return build_tables(moe, vocab_size, text, num_tables=count, seed=seed, cache_dir=None)
+
+
+def _on_host(text_ids: Text) -> NDArray[np.integer[Any]]:
+    """Give a text on any device as one stream."""
+    if isinstance(text_ids, Tensor):
+        require(
+            not text_ids.is_meta,
+            "text_ids: is on the meta device, without values; must be on another",
+        )
+        text_ids = text_ids.detach().cpu().numpy()
+    text = np.asarray(text_ids).reshape(-1)
+    require(
+        np.issubdtype(text.dtype, np.integer),
+        f"text_ids of {text.dtype}: must be whole numbers, as one stream",
+    )
+    return text

@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import multiprocessing
 import os
+import socket
 import sys
 import tempfile
 import threading
@@ -197,6 +198,17 @@ def _run(code: str, arguments: list[str], environ: dict[str, str], texts: list[P
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     sys.argv = arguments
     exec(code, {"__name__": "__main__"})
+
+
+def rank_environments(ranks: int) -> list[dict[str, str]]:
+    """Give each rank's environment as torchrun would, with a meeting point of their own on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        {**os.environ, **world, "RANK": str(r), "LOCAL_RANK": str(r), "OMP_NUM_THREADS": "1"} for r in range(ranks)
+    ]  # fmt: skip
 
 
 class _ThreadHost(Host):

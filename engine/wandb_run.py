@@ -20,11 +20,27 @@ from typing import Any
 import wandb
 
 from engine.config import WandbConfig, WandbMode
-from engine.errors import RunFailed, UserError
+from engine.errors import RunFailed, UserError, require
 from engine.metrics import METRICS, WANDB_ID
 
 MOST_RANKS = 64
 """With more ranks, W&B gets the least, the median and the largest of a rank's series alone."""
+
+
+def check_key(mode: WandbMode) -> None:
+    """Refuse an online run that W&B would refuse; asks nobody.
+
+    Raises:
+        UserError: there is no key, or what there is cannot be one.
+    """
+    if mode is not WandbMode.online:
+        return
+    try:
+        found = wandb.login(prompt=False, verify=False)
+    except (wandb.Error, ValueError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"wandb.mode=online: {reason}") from error
+    require(found, "wandb.mode=online: no key; `wandb login` saves one, or WANDB_API_KEY has it, or take wandb.mode=offline")  # fmt: skip
 
 
 class WandbRun:

@@ -1,8 +1,22 @@
 """How processes start: the programs a person runs. The only place that knows Hydra."""
 
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+
+# PyTorch's OpenMP runtime reads this once, as it is loaded. Otherwise its threads spin at their barriers for milliseconds, and beside
+# a busy process that takes the core from the thread they wait for. Not 0, for to sleep and wake costs, too (docs/measured.md).
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "1000"
+
+if sys.argv[:1] == ["-m"]:  # a program's start, not an import
+    _absent = [name for name in ("torch", "hydra", "deepspeed", "numpy") if find_spec(name) is None]
+    if _absent:
+        sys.stderr.write(
+            f"foreroute: {sys.executable} has no {', '.join(_absent)}: start with .venv/bin/python, which `make .venv` or `make train` sets up\n"
+        )
+        sys.exit(2)
 
 _ROOT = Path(__file__).resolve().parents[1]
 _found = find_spec("kernels")

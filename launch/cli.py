@@ -7,8 +7,13 @@ In a sweep (-m) each job leaves its Outcome in a temporary folder, for jobs may 
 fails does not stop the others; a signal does.
 """
 
+import codecs
+import hashlib
+import io
 import json
+import locale
 import logging
+import math
 import os
 import re
 import shlex
@@ -17,20 +22,18 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar, cast
 
 import hydra
-import torch
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -38,18 +41,17 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from engine.config import Config, require, to_plain
 from engine.errors import RunFailed, UserError
+from launch.arguments import Known, for_flag, is_sweep, known_to, ready, swept, unquoted
 from launch.bootstrap import find_place
 from launch.console import styled
-from launch.help import groups_of, help_text
+from launch.failures import BadOption, Told, one_line, say, told
+from launch.help import CONF, groups_of, help_text
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
 T = TypeVar("T")
-_BELOW_NULL = "Unexpected type: None"
-"""What OmegaConf asserts when an option lies two levels below null, such as cluster.inside.gb_per_s without a cluster."""
-
-
-class _BadOption(UserError):
-    """What is wrong with a start before the ranks meet; all ranks of a machine see it alike."""
+_FIXED = "hydra.job.config.override_dirname.exclude_keys"
+_LONGEST_NAME = (
+    180  # bytes of a run's name; a file system takes 255, and files in the folder have longer ones
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +60,10 @@ class Outcome:
 
     number: int
     options: dict[str, str]  # its own: what the command line and the sweep gave it
-    dirname: str  # the options as job_name has them
+    swept: dict[str, str]  # those of them that the sweep varies
     config: Any  # composed, as dicts and lists
     exit_code: int | None  # None: it was not started, for the sweep was stopped
+    reason: str | None = None  # the line that it failed with
 
 
 def run_program(
@@ -80,17 +83,22 @@ def run_program(
         report_sweep: called by rank 0 at the end of a sweep, also of one that was stopped.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed by Hydra
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter
     ConfigStore.instance().store("schema", schema)
 
     def compose_and_run() -> int:
         place = find_place()
+        encoding = "utf-8" if sys.flags.utf8_mode else locale.getencoding()
+        if codecs.lookup(encoding).name != "utf-8":  # DeepSpeed, for one, could not read its files
+            raise BadOption(f"the locale's encoding is {encoding}, and must be UTF-8: start with PYTHONUTF8=1, or LC_ALL=C.UTF-8")  # fmt: skip
         if place.ranks > 1 and not many_ranks:
-            raise _BadOption(f"launch.{name} runs as one process: started as {place.ranks}")
+            raise BadOption(f"launch.{name} runs as one process: started as {place.ranks}")
         if {"-h", "--help"} & set(sys.argv[1:]):
             if place.rank == 0:
                 _print_help(name, schema, sys.argv[1:])
             return 0
-        _check_flags(sys.argv[1:])
+        sys.argv = [sys.argv[0], *_arguments(name, schema, sys.argv[1:])]
         with tempfile.TemporaryDirectory(prefix="foreroute-jobs-") as folder:
             jobs = _Jobs(Path(folder))
 
@@ -102,7 +110,7 @@ def run_program(
                 with jobs.stopped_by_signals():
                     start()
             except BrokenExecutor as error:
-                raise RunFailed(f"a process of the sweep was killed: {_one_line(error)}") from error
+                raise RunFailed(f"a process of the sweep was killed: {one_line(error)}") from error
             finally:
                 outcomes = jobs.outcomes()
                 if jobs.sweep and report_sweep is not None and place.rank == 0:
@@ -112,11 +120,61 @@ def run_program(
     sys.exit(_guarded(compose_and_run))
 
 
-def _check_flags(arguments: Sequence[str]) -> None:
-    """Refuse a flag that Hydra does not have in one line; Hydra itself would print all that it has."""
-    _, unknown = get_args_parser().parse_known_args(arguments)
+def _arguments(name: str, schema: type, arguments: Sequence[str]) -> list[str]:
+    """The command line as Hydra takes it: options first, in its grammar, then flags."""
+    known = known_to(CONF, name, schema)
+    parser = get_args_parser()
+    parser.allow_abbrev = False
+    parser.error = _refuse_flag  # type: ignore[assignment]
+    found, unknown = parser.parse_known_intermixed_args(arguments)
+    if found.experimental_rerun is not None:
+        unknown = ["--experimental-rerun"]
     if unknown:
-        raise _BadOption(f"{unknown[0]}: no such flag; options are NAME=VALUE, and --help lists them")  # fmt: skip
+        after = arguments[arguments.index(unknown[0]) + 1 :] if unknown[0] in arguments else []
+        raise BadOption(for_flag(unknown[0], after[0] if after else None, known))
+    if sum((found.run, found.multirun, found.cfg is not None, found.shell_completion, found.info is not None)) > 1:  # fmt: skip
+        raise BadOption("--run, --multirun, --cfg, --info and --shell-completion: only one at a time")  # fmt: skip
+    if found.resolve and found.cfg is None:
+        raise BadOption("--resolve: goes with --cfg job")
+    _check_files(found.config_dir, known)
+    flags = list(arguments)
+    for option in found.overrides:
+        flags.remove(option)
+    sweep = found.multirun or is_sweep(found.overrides)
+    if found.shell_completion:
+        return list(arguments)
+    try:
+        options = ready(found.overrides, known, sweep=sweep)
+    except UserError as error:
+        raise BadOption(str(error)) from error
+    if found.multirun and not swept(options) and find_place().rank == 0:
+        print("-m: no option has several values, as moe.spread=1,2 has", flush=True)
+    return [*options, *(_fixed(options) if sweep else []), *flags]
+
+
+def _refuse_flag(message: str) -> NoReturn:
+    raise BadOption(f"{message.removeprefix('argument ')}; --help lists what there is")
+
+
+def _fixed(options: Sequence[str]) -> list[str]:
+    """Tell each job of a sweep, in whatever process, which of its options do not vary: see job_name."""
+    names = [option.partition("=")[0] for option in options if option.partition("=")[0] not in swept(options)]  # fmt: skip
+    names = [name for name in names if re.fullmatch(r"[\w./]+", name, re.ASCII)]
+    return [f"{_FIXED}=[{','.join(names)}]"]
+
+
+def _check_files(folder: str | None, known: Known) -> None:
+    """Refuse files of options that Hydra would stumble over: not UTF-8, or with a mark at the beginning that hides their head."""
+    if folder is None:
+        return
+    files = [*Path(folder).glob("*.yaml"), *(f for group in known.groups for f in (Path(folder) / group).rglob("*.yaml"))]  # fmt: skip
+    for path in files:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise BadOption(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8") from error  # fmt: skip
+        if text.startswith("\ufeff"):
+            raise BadOption(f"{path}: begins with a byte-order mark; save it as UTF-8 without one")
 
 
 def _print_help(name: str, schema: type, arguments: Sequence[str]) -> None:
@@ -150,37 +208,37 @@ class _Jobs:
         sweep = hydra_config.mode is RunMode.MULTIRUN
         if sweep:
             self._sweep.touch()
-        code = None if self._stop.exists() else self._exit_code(task, sweep)
+        code, reason = (None, None) if self._stop.exists() else self._exit_code(task, sweep)
         number = hydra_config.job.num if sweep else 0
-        own = [option for option in hydra_config.overrides.task if "=" in option]
-        outcome = Outcome(
-            number,
-            dict(option.split("=", 1) for option in own),
-            hydra_config.job.override_dirname,
-            OmegaConf.to_container(cfg, enum_to_str=True),
-            code,
-        )
+        plain = OmegaConf.to_container(cfg, enum_to_str=True)
+        own = _own_options()
+        outcome = Outcome(number, own, _swept_options() if sweep else {}, plain, code, reason)
         (self._folder / f"{number:06d}.json").write_text(json.dumps(asdict(outcome)))
 
-    def _exit_code(self, task: Callable[[], int], sweep: bool) -> int:
-        """Run the task; a bug in a sweep is printed and counts as a failed run. Decides whether the sweep goes on."""
-        ranks, by_all = find_place().ranks, True
+    def _exit_code(self, task: Callable[[], int], sweep: bool) -> tuple[int, str | None]:
+        """Run the task; gives its exit code, and the reason of a failure. Decides whether the sweep goes on.
+
+        A bug in a sweep is printed and counts as a failed run.
+        """
+        ranks, by_all, reason = find_place().ranks, True, None
         try:
             if sweep and ranks > 1:
                 _check_launcher()
             code = task()
         except (Exception, SystemExit, KeyboardInterrupt) as error:
-            told = _told(error)
-            if told is None:
+            failure = told(error)
+            if failure is None:
                 if not sweep:
                     raise
                 _name_rank(error)
                 traceback.print_exc()
-            code = 1 if told is None else told
-            by_all = isinstance(error, _BadOption) or getattr(error, "everywhere", False)
+                failure = Told(1, f"a bug: {type(error).__name__}: {one_line(error)}", speaks=False)
+            code, reason = failure.exit_code, failure.line
+            _speak(failure)
+            by_all = isinstance(error, BadOption) or getattr(error, "everywhere", False)
         if code >= 128 or (code and ranks > 1 and not by_all):  # a rank that is lost stays lost
             self._stop.touch()
-        return code
+        return code, reason
 
     def outcomes(self) -> list[Outcome]:
         """Give the outcomes that are there, in the order of the jobs."""
@@ -217,7 +275,7 @@ class _Jobs:
 def _check_launcher() -> None:
     name = HydraConfig.get().runtime.choices["hydra/launcher"]
     if name != "basic":
-        raise _BadOption(f"hydra/launcher={name}: many ranks run a sweep's jobs one by one; leave it out")  # fmt: skip
+        raise BadOption(f"hydra/launcher={name}: many ranks run a sweep's jobs one by one; leave it out")  # fmt: skip
 
 
 def _guarded(run: Callable[[], int]) -> int:
@@ -225,11 +283,17 @@ def _guarded(run: Callable[[], int]) -> int:
     try:
         return run()
     except (Exception, KeyboardInterrupt) as error:
-        code = _told(error)
-        if code is None:
+        failure = told(error)
+        if failure is None:
             _name_rank(error)
             raise
-        return code
+        _speak(failure)
+        return failure.exit_code
+
+
+def _speak(failure: Told) -> None:
+    if failure.line is not None and failure.speaks:
+        say(failure.line)
 
 
 def _name_rank(bug: BaseException) -> None:
@@ -239,43 +303,12 @@ def _name_rank(bug: BaseException) -> None:
         bug.add_note(f"This was rank {place.rank} of {place.ranks}.")
 
 
-def _told(error: BaseException) -> int | None:
-    """Say an expected failure in one line and give its exit code; None for a bug."""
-    if isinstance(error, HydraException | OmegaConfBaseException | YAMLError | _BadOption):
-        if find_place().local_rank == 0:  # a machine's ranks share the command line
-            _say(_one_line(error))
-        return 2
-    if isinstance(error, AssertionError) and str(error) == _BELOW_NULL:
-        if find_place().local_rank == 0:
-            _say("an option is of a section that is null: name that first, such as cluster=NAME")
-        return 2
-    if isinstance(error, UserError | RunFailed):
-        if not error.everywhere or find_place().rank == 0:
-            _say(_one_line(error))
-        return 2 if isinstance(error, UserError) else 1
-    if isinstance(error, torch.OutOfMemoryError):
-        _say(f"{_one_line(error).partition('. ')[0]}: needs fewer data.streams, more train.accumulation or train.recompute=true; "
-             "launch.certify device_memory_gb=GB says beforehand what fits")  # fmt: skip
-        return 1
-    if isinstance(error, BrokenPipeError):  # the reader of our output went away, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    if isinstance(error, OSError):
-        _say(str(error))
-        return 2
-    if isinstance(error, KeyboardInterrupt):
-        return 128 + signal.SIGINT
-    if isinstance(error, SystemExit) and isinstance(error.code, int):
-        return error.code
-    return None
-
-
 class _Lines(logging.Handler):
     """Writes what is logged as the program's other lines are written."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line."""
-        _say(record.getMessage())
+        say(record.getMessage())
 
 
 def _pass_on_warnings() -> None:
@@ -289,66 +322,46 @@ def _pass_on_warnings() -> None:
             logging.getLogger(name).disabled = False
 
 
-def _say(line: str) -> None:
-    """Write in one piece: other ranks write to the same terminal."""
-    sys.stderr.write(styled(f"foreroute: {line}", "red", sys.stderr) + "\n")
-
-
 def _to_object(cfg: DictConfig, schema: type[T]) -> T:
     try:
         found = OmegaConf.to_object(cfg)
+        _check_numbers(found, "")
     except UserError as error:
-        raise _BadOption(str(error)) from error
+        raise BadOption(str(error)) from error
     if not isinstance(found, schema):
         raise UserError(f"the configuration is no {schema.__name__}")
     return found
 
 
-_NOISE = (
-    "full_key:",
-    "object_type=",
-    "reference_type=",
-    "Set the environment",
-    "See https",
-    "Config search path",
-    "provider=",
-)
-
-
-def _one_line(error: BaseException) -> str:
-    """The message in one line: what Hydra and OmegaConf spread over lines and causes, joined, without their advice."""
-    parts = _lines(error)
-    cause = error.__cause__
-    if isinstance(cause, OmegaConfBaseException):
-        parts += _lines(cause)
-    text = ": ".join(part.rstrip(".") for part in dict.fromkeys(parts)) or type(error).__name__
-    text = text.split(" To append to your config")[0]
-    return text + _allowed_keys(text)
-
-
-def _lines(error: BaseException) -> list[str]:
-    text = str(error).replace(":\n\t", ": ").replace("\n\t", ", ")  # a list of choices
-    lines = [line.strip() for line in text.splitlines()]
-    return [line for line in lines if line and not line.startswith(_NOISE)]
-
-
-def _allowed_keys(text: str) -> str:
-    """For an unknown option: the names that its section has."""
-    found = re.match(r"Could not override '([\w.]+)'", text)
-    if not found:
-        return ""
-    node: Any = ConfigStore.instance().load("schema.yaml").node
-    for part in found[1].split(".")[:-1]:
-        inner = OmegaConf.select(node, part)
-        if not OmegaConf.is_dict(inner):
-            break
-        node = inner
-    return f" no such option; allowed: {', '.join(str(name) for name in node)}"
+def _check_numbers(config: object, prefix: str) -> None:
+    """Refuse numbers that are not finite, and whole ones beyond 64 bits, wherever they come from."""
+    for field in fields(config) if is_dataclass(config) else ():
+        value = getattr(config, field.name)
+        name = f"{prefix}{field.name}"
+        if is_dataclass(value):
+            _check_numbers(value, f"{name}.")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float):
+                require(math.isfinite(number), f"{name}={value}: must be a finite number")
+            elif isinstance(number, int):
+                require(abs(number) < 2**63, f"{name}={value}: must be below 2**63")
 
 
 def job_name(name: str) -> str:
-    """The run's name; in a sweep (-m) with the job's own options, so that every job has its own folder."""
-    return swept_name(name, HydraConfig.get().job.override_dirname) if in_sweep() else name
+    """The run's name; in a sweep (-m) with the options that it varies, so that every job has its own folder."""
+    return swept_name(name, _swept_options()) if in_sweep() else name
+
+
+def _own_options() -> dict[str, str]:
+    """What the command line and the sweep gave this job, as a person writes it."""
+    own = [option for option in HydraConfig.get().overrides.task if "=" in option]
+    pairs = (option.split("=", 1) for option in own)
+    return {name: unquoted(value) for name, value in pairs}
+
+
+def _swept_options() -> dict[str, str]:
+    fixed = HydraConfig.get().job.config.override_dirname.exclude_keys
+    return {name: value for name, value in _own_options().items() if name not in fixed}
 
 
 def in_sweep() -> bool:
@@ -361,9 +374,19 @@ def given_options() -> list[str]:
     return [option.partition("=")[0].lstrip("+") for option in HydraConfig.get().overrides.task]
 
 
-def swept_name(name: str, dirname: str) -> str:
-    """The name of a sweep's job: the sweep's name and its own options."""
-    return re.sub(r"[^A-Za-z0-9_.=-]+", "_", f"{name}-{dirname}")
+def swept_name(name: str, options: Mapping[str, str]) -> str:
+    """The name of a sweep's job: the sweep's name and what is varied. Different values give different names.
+
+    Signs that a folder's name is better without become _, and then, or where the name would be too long, its digest ends it.
+    """
+    if not options:
+        return name
+    exact = ",".join(f"{option}={value}" for option, value in sorted(options.items()))
+    shown = re.sub(r"[^\w.=,+-]+", "_", exact)
+    short = shown.encode()[: _LONGEST_NAME - len(name.encode())].decode(errors="ignore")
+    if short == exact:
+        return f"{name}-{short}"
+    return f"{name}-{short}-{hashlib.sha256(exact.encode(errors='surrogateescape')).hexdigest()[:8]}"  # fmt: skip
 
 
 def command_option(name: str, value: str | Path) -> str:
@@ -390,7 +413,7 @@ def read_config(path: Path) -> Config:
     try:
         return config_of(OmegaConf.load(path))
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {_one_line(error)}") from error
+        raise UserError(f"{path}: {one_line(error)}") from error
 
 
 def read_plain(path: Path) -> dict[str, Any]:
@@ -402,7 +425,7 @@ def read_plain(path: Path) -> dict[str, Any]:
     try:
         found = OmegaConf.to_container(OmegaConf.load(path))
     except (OSError, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {_one_line(error)}") from error
+        raise UserError(f"{path}: {one_line(error)}") from error
     if not isinstance(found, dict):
         raise UserError(f"{path}: holds no options")
     return {str(name): value for name, value in found.items()}
@@ -419,7 +442,7 @@ def read_options(path: Path, schema: type[T]) -> T:
         merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path))
         return _to_object(cast(DictConfig, merged), schema)
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {_one_line(error)}") from error
+        raise UserError(f"{path}: {one_line(error)}") from error
 
 
 def compose_run(options: list[str]) -> Config:
@@ -432,15 +455,10 @@ def compose_run(options: list[str]) -> Config:
     own = store.load("schema.yaml").node
     store.store("schema", Config)
     try:
+        options = ready(options, known_to(CONF, "train", Config))
         return _to_object(hydra.compose("train", overrides=options), Config)
     finally:
         store.store("schema", own)
-
-
-def quoted(value: str) -> str:
-    """Write a text so that Hydra reads it as one value, whatever is in it."""
-    escaped = value.replace('"', '\\"')
-    return f'"{escaped}"'
 
 
 def config_of(plain: Any) -> Config:

@@ -2,12 +2,17 @@
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import TextIO
 
 from rich.console import Console as RichConsole
 from rich.text import Text
 from tqdm import tqdm
+
+_BAR = "{percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}]{postfix}"  # cut on the right
+LINE_S = 10.0
+"""Seconds between two lines of a stage."""
 
 
 class Console:
@@ -17,8 +22,7 @@ class Console:
         self._total = total_steps
         self._enabled = enabled
         self._bar: tqdm | None = None  # type: ignore[type-arg]
-        # mpirun gives its processes a terminal without columns when its own output goes elsewhere; tqdm needs lines, too
-        self._terminal = sys.stdout.isatty() and min(os.get_terminal_size(sys.stdout.fileno())) > 0
+        self._terminal = _has_bars()
 
     def note(self, line: str) -> None:
         """Print a line above the progress bar."""
@@ -32,8 +36,7 @@ class Console:
             return
         if self._bar is None:
             self._bar = tqdm(
-                total=self._total, initial=step, unit="step", dynamic_ncols=True, file=sys.stdout,
-                bar_format="{percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}]{postfix}",  # cut on the right
+                total=self._total, initial=step, unit="step", dynamic_ncols=True, file=sys.stdout, bar_format=_BAR
             )  # fmt: skip
         self._bar.update(step - self._bar.n)
 
@@ -62,6 +65,62 @@ class Console:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+class Stages:
+    """Progress of what goes through stages, such as an evaluation at each k: a bar on a terminal for the one under way.
+
+    Elsewhere a line at the end of each, and every LINE_S seconds of a long one.
+
+    Args:
+        now: a clock, in seconds.
+    """
+
+    def __init__(self, *, enabled: bool = True, now: Callable[[], float] = time.monotonic) -> None:
+        self._enabled, self._now = enabled, now
+        self._terminal = _has_bars()
+        self._bar: tqdm | None = None  # type: ignore[type-arg]
+        self._started = self._said = 0.0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Say that `done` of a stage's `total` parts are finished; 0 begins a stage."""
+        if not self._enabled:
+            return
+        if done == 0:
+            self._begin(stage, total)
+        elif self._bar is not None:
+            self._bar.update(done - self._bar.n)
+        elif done == total or self._now() >= self._said + LINE_S:
+            self._say(stage, done, total)
+
+    def _begin(self, stage: str, total: int) -> None:
+        self.close()
+        self._started = self._said = self._now()
+        if self._terminal:
+            self._bar = tqdm(
+                desc=f"{stage:<8}", total=total, leave=False, dynamic_ncols=True, file=sys.stdout, bar_format="{desc}" + _BAR
+            )  # fmt: skip
+
+    def _say(self, stage: str, done: int, total: int) -> None:
+        self._said = self._now()
+        seconds = self._said - self._started
+        left = clock(seconds / done * (total - done))
+        end = f"left {left}" if done < total else f"took {clock(seconds)}"
+        print(f"{stage:<8}  {done}/{total}  {end}", flush=True)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _has_bars() -> bool:
+    """Whether stdout is a terminal with a size.
+
+    mpirun gives its processes one without columns when its own output goes elsewhere; tqdm needs lines, too.
+    """
+    return sys.stdout.isatty() and min(os.get_terminal_size(sys.stdout.fileno())) > 0
 
 
 def rich_console(file: TextIO | None, width: int | None = None) -> RichConsole:

@@ -5,6 +5,7 @@ the default is the run's own eval section. Prints a table and, as its last line,
 """
 
 import json
+from contextlib import closing
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
@@ -15,7 +16,7 @@ from engine.parallel.world import World
 from engine.saved import open_saved
 from launch.bootstrap import find_device, find_place
 from launch.cli import run_program
-from launch.console import table
+from launch.console import Stages, table
 from launch.process import set_up
 from launch.run_folder import TextArgs, read_run
 
@@ -75,7 +76,8 @@ def evaluate(args: EvaluateArgs) -> int:
     device = find_device(find_place())
     saved = open_saved(folder, config, print, device)
     world = World(device=device)
-    curve = slimming_curve(saved.model, saved.routers, saved.corpus, config, world)
+    with closing(Stages()) as progress:
+        curve = slimming_curve(saved.model, saved.routers, saved.corpus, config, world, progress)
     rows = [
         [name, f"{found.bpc:.4f}", f"{found.symbols:,}", f"{found.symbols / found.seconds:,.0f}"]
         for name, found in curve.items()

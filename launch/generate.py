@@ -1,4 +1,4 @@
-"""Sample from a trained run at any k: `python -m launch.generate run=runs/NAME prompt='"def "' k=8 length=400`."""
+"""Sample from a trained run at any k: `python -m launch.generate run=runs/NAME prompt="def " k=8 length=400`."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from engine.config import Router, require
-from engine.errors import at_least
+from engine.errors import UserError, at_least
 from engine.generate import Sampling
 from engine.generate import generate as sample_ids
 from engine.saved import open_saved
@@ -26,6 +26,8 @@ class GenerateArgs:
     """Folder of the run."""
     prompt: str = ""
     """Text that the sample continues."""
+    prompt_file: str | None = None
+    """A file that has it, or - for standard input; None takes prompt."""
     k: int | None = None
     """Active experts; None means schedule.k_max of the run."""
     length: int = 400
@@ -42,6 +44,10 @@ class GenerateArgs:
 
     def __post_init__(self) -> None:
         at_least("", self, length=1, temperature=0)
+        require(
+            not (self.prompt and self.prompt_file),
+            f"prompt_file={self.prompt_file}: goes without prompt={self.prompt!r}",
+        )
         require(0 < self.top_p <= 1, f"top_p={self.top_p}: must be in (0, 1]")
         require(0 <= self.seed < 2**32, f"seed={self.seed}: must be from 0 to 2**32 - 1")
 
@@ -58,9 +64,9 @@ def generate(args: GenerateArgs) -> int:
         require(
             1 <= k <= config.moe.experts, f"k={k}: must be 1 to moe.experts={config.moe.experts}"
         )
+    prompt = _prompt(args)
     device = find_device(find_place())
     saved = open_saved(folder, config, lambda line: print(line, file=sys.stderr), device)
-    prompt = os.fsencode(args.prompt)
     ids = sample_ids(
         saved.model,
         saved.routers,
@@ -77,6 +83,18 @@ def generate(args: GenerateArgs) -> int:
         out.flush()
     out.write(b"\n")
     return 0
+
+
+def _prompt(args: GenerateArgs) -> bytes:
+    """The prompt's bytes."""
+    if args.prompt_file is None:
+        return os.fsencode(args.prompt)
+    if args.prompt_file == "-":
+        return sys.stdin.buffer.read()
+    try:
+        return Path(args.prompt_file).read_bytes()
+    except OSError as error:
+        raise UserError(f"prompt_file={args.prompt_file}: {error.strerror}") from error
 
 
 def main() -> None:

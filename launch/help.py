@@ -19,6 +19,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml  # type: ignore[import-untyped]
 
+CONF = Path(__file__).resolve().parents[1] / "conf"
 OPTIONS = "As they are with the choices made, and in brackets what they may be."
 FLAGS = {
     "-m": "run once for each combination of values, such as moe.spread=1,2",
@@ -57,7 +58,7 @@ def help_text(
 
 def groups_of(file: Path) -> list[str]:
     """Names of the configuration groups that a program's defaults list has."""
-    defaults = yaml.safe_load(file.read_text())["defaults"]
+    defaults = yaml.safe_load(file.read_text(encoding="utf-8"))["defaults"]
     found = [next(iter(item)) for item in defaults if isinstance(item, dict)]
     return [name for name in found if not name.startswith("override ")]
 
@@ -75,7 +76,7 @@ def choices_of(folder: Path) -> dict[str, str]:
 def head_comment(file: Path) -> str:
     """The comment at the head of a YAML file, without its marks and without Hydra's `@package`."""
     lines = []
-    for line in file.read_text().splitlines():
+    for line in file.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
             break
         if not line.startswith("# @package"):
@@ -87,14 +88,14 @@ def sections(
     schema: type, values: Mapping[str, Any], name: str = ""
 ) -> Iterator[tuple[str, str, dict[str, str]]]:
     """Give each section of the options: its name ("" for the program's own), its meaning, and OPTION=VALUE with their texts."""
-    hints, docs, bounds = get_type_hints(schema), _docs(schema), _bounds(schema)
+    hints, docs, bounds = get_type_hints(schema), field_texts(schema), _bounds(schema)
     own, inner = {}, []
     for field in fields(schema):
         kind, value = hints[field.name], values[field.name]
         if isinstance(kind, type) and is_dataclass(kind):
             inner.append((field.name, kind, value))
             continue
-        notes = [_allowed(kind), bounds.get(field.name, ""), "needed" if value == _NEEDED else ""]
+        notes = [allowed(kind), bounds.get(field.name, ""), "needed" if value == _NEEDED else ""]
         meaning = docs.get(field.name) or _enum_doc(kind)
         prefix = f"{name}." if name else ""
         own[f"{prefix}{field.name}={_shown(value)}"] = (
@@ -124,7 +125,7 @@ def _wrapped(text: str, width: int) -> str:
     return "\n".join(lines)
 
 
-def _docs(schema: type) -> dict[str, str]:
+def field_texts(schema: type) -> dict[str, str]:
     """The string under each field, of a dataclass and those that it extends."""
     found = {}
     for node in _bodies(schema):
@@ -163,7 +164,7 @@ def _is_enum(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, Enum)
 
 
-def _not_none(kind: Any) -> Any:
+def not_none(kind: Any) -> Any:
     """The type of what an option that may be null is otherwise."""
     if not isinstance(kind, UnionType):
         return kind
@@ -172,17 +173,17 @@ def _not_none(kind: Any) -> Any:
 
 
 def _enum_doc(kind: Any) -> str:
-    inner = _not_none(kind)
+    inner = not_none(kind)
     return inspect.getdoc(inner) or "" if _is_enum(inner) else ""
 
 
-def _allowed(kind: Any) -> str:
+def allowed(kind: Any) -> str:
     """The values of a type, in words."""
     if isinstance(kind, UnionType):
-        text = _allowed(_not_none(kind))
+        text = allowed(not_none(kind))
         return f"{text} | null" if " | " in text else f"{text} or null"
     if get_origin(kind) is list:
-        return f"list of {_allowed(get_args(kind)[0])}s"
+        return f"list of {allowed(get_args(kind)[0])}s"
     if _is_enum(kind):
         return " | ".join(kind.__members__)
     return "a choice of the group" if is_dataclass(kind) else _TYPES.get(kind, "any value")

@@ -32,6 +32,8 @@ GRACE_S = 3.0
 
 _stores: list[Any] = []  # of this process: kept for all jobs of a sweep
 
+_MOST_THREADS = 4096  # beyond any machine; far more end the process without a word
+
 
 @contextmanager
 def connected(parallel: ParallelConfig, options: Mapping[str, Any]) -> Iterator[World]:
@@ -211,7 +213,10 @@ def run_and_leave(main: Callable[[], object]) -> None:
 
 def set_up(threads: int) -> None:
     """Set PyTorch's CPU threads (0 leaves the default), make denormals zero, and keep freed memory."""
-    require(threads >= 0, f"threads={threads}: must be at least 0")
+    require(
+        0 <= threads <= _MOST_THREADS,
+        f"threads={threads}: must be at least 0, at most {_MOST_THREADS}",
+    )
     if threads:
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)

@@ -9,8 +9,9 @@ was killed; `stopped`: by SIGTERM or Ctrl-C; `failed`: it ended with a line or a
 
 import fcntl
 import json
-from collections.abc import Callable
-from contextlib import suppress
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -55,6 +56,16 @@ class RunFolder:
             new = self.path / f".{CONFIG}.new"
             write_config(self.config, new)
             new.replace(self.path / CONFIG)
+
+    @contextmanager
+    def left_unless_claimed(self) -> Iterator[None]:
+        """Leave no folder behind that holds nothing, when the start is refused before it claims the folder."""
+        try:
+            yield
+        except BaseException:
+            if self.lock is not None and not self.resuming:
+                _leave(self.path, self.lock)
+            raise
 
     def record(self, state: str, step: int) -> None:
         """Write state.json, if the disk allows it; only rank 0 does."""
@@ -146,8 +157,30 @@ def open_run(config: Config, world: World | None = None) -> RunFolder:
 
 def _open(config: Config, device: torch.device) -> RunFolder:
     path = Path(config.train.runs_dir) / config.train.name
-    path.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(path)
+    except OSError as error:
+        raise UserError(f"train.runs_dir={config.train.runs_dir}: {path} cannot be made or written: {error.strerror}") from error  # fmt: skip
+    try:
+        return _read_or_new(config, device, path, lock)
+    except BaseException:
+        _leave(path, lock)
+        raise
+
+
+def _leave(path: Path, lock: IO[str]) -> None:
+    """Give up the lock of a folder; delete the folder, if it has nothing else."""
+    held = {entry.name for entry in path.iterdir()} <= {LOCK, f".{CONFIG}.new"}
+    if held:
+        with suppress(OSError):
+            for name in (f".{CONFIG}.new", LOCK):
+                (path / name).unlink(missing_ok=True)
+            path.rmdir()
+    lock.close()
+
+
+def _read_or_new(config: Config, device: torch.device, path: Path, lock: IO[str]) -> RunFolder:
     if not (path / CONFIG).exists():
         known = (LOCK, f".{CONFIG}.new")  # also of a run that was killed early
         foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in known)
@@ -178,7 +211,7 @@ def lock_folder(path: Path) -> IO[str]:
     Raises:
         UserError: another process has it.
     """
-    file = (path / LOCK).open("w")
+    file = (path / LOCK).open("w", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -187,6 +220,8 @@ def lock_folder(path: Path) -> IO[str]:
         raise UserError(
             f"{path} cannot be locked ({error.strerror}): needs a file system with flock"
         ) from error
+    if not os.path.exists(path / LOCK) or not os.path.samestat(os.fstat(file.fileno()), os.stat(path / LOCK)):  # fmt: skip
+        raise UserError(f"{path} is in use by another process, which is leaving it: start again")
     return file
 
 

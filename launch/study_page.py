@@ -248,9 +248,11 @@ def _slimming(preset: Preset, results: Results) -> page.Section:
     ]
     counting = next(iter(next(iter(results.runs.values())).values()))["counting"]
     if counting:
+        cut = counting.get("counted_symbols")
+        known = f"the first {cut:,} symbols" if cut else "all"
         notes.append(
             f"On the same test text counting gets {counting['order2_bpc']:.3f} (order 2) and {counting['order3_bpc']:.3f} (order 3), "
-            f"bzip2 -9 {counting['bzip2_bpc']:.3f}, from all of the training text, whatever part of it the arms read."
+            f"bzip2 -9 {counting['bzip2_bpc']:.3f}, from {known} of the training text, whatever part of it the arms read."
         )
     table = Table(
         ["", "own k", *(f"k = {k}" for k in every_k)], rows, caption="Test bpc", notes=notes

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import Config, CorpusConfig, Router, Split, require, to_plain
-from launch.cli import CONF, compose_run, quoted, read_options
+from launch.arguments import quote
+from launch.cli import compose_run, read_options
+from launch.help import CONF
 
 TUNING_SEED = 0
 _GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, are spread evenly however many there are
@@ -148,7 +150,7 @@ def _start_of(preset: Preset, corpus: CorpusConfig, out: Path, arm: str) -> Job:
 
 def _corpus_options(corpus: CorpusConfig) -> list[str]:
     """A file's path is needed from the first."""
-    return [] if corpus.path is None else [f"corpus.path={quoted(corpus.path)}"]
+    return [] if corpus.path is None else [f"corpus.path={quote(corpus.path)}"]
 
 
 def _tuning_jobs(preset: Preset, started: Mapping[str, Job]) -> Iterator[Job]:
@@ -208,7 +210,7 @@ def with_changes(job: Job, changes: Mapping[str, Any]) -> Job:
 def _written(value: Any) -> str:
     """Write a value as Hydra reads it."""
     if isinstance(value, str):
-        return quoted(value)
+        return quote(value)
     if isinstance(value, Enum):
         return value.name
     return "null" if value is None else str(value).replace(" ", "")

@@ -22,6 +22,8 @@ from launch.run_folder import FACTS, SUMMARY
 from launch.study_plan import Job, chosen_options, with_rate
 
 FORMAT = 1
+# counted_symbols: where the models had less than all of the training text
+_COUNTING = "order2_bpc", "order3_bpc", "bzip2_bpc", "counted_symbols"
 Result = dict[str, Any]
 _SAME = (
     "corpus_sha256",
@@ -80,7 +82,7 @@ def collect(job: Job, rate: float | None, folder: Path, wall_seconds: float | No
         "split": summary["split"],
         "bpc": summary["bpc"],
         "test_symbols": summary["symbols"],
-        "counting": {name: summary[name] for name in ("order2_bpc", "order3_bpc", "bzip2_bpc")},
+        "counting": {name: summary[name] for name in _COUNTING if name in summary},
         "analysis": _json(folder / ANALYSIS) or None,
         "measured": {
             "training_seconds": summary["training_seconds"],

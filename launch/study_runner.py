@@ -21,7 +21,7 @@ from typing import IO
 from engine.checkpoint_files import checkpoints
 from engine.config import require
 from engine.metrics import JSONL
-from launch.cli import quoted
+from launch.arguments import quote
 from launch.console import clock
 from launch.run_folder import write_json
 from launch.study_plan import Job, Preset, difference, with_rate
@@ -222,7 +222,7 @@ class Runner:
     def _analyse(self, running: _Running) -> None:
         folder = self._out / "runs" / running.job.name
         options = [
-            f"run={quoted(str(folder))}",
+            f"run={quote(str(folder))}",
             f"symbols={self._preset.analysed_symbols}",
             "threads=1",
         ]

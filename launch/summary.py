@@ -4,7 +4,9 @@ The slimming curve comes from launch/train.py, what was logged in training from 
 gets on the same text (engine/counting.py).
 """
 
+import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from engine.config import Split
 from engine.corpus import PreparedCorpus
 from engine.counting import bzip2_bpc, order_n_bpc
 from engine.errors import RunFailed
-from engine.evaluate import Evaluation
+from engine.evaluate import Evaluation, Progress, no_progress
 from engine.metrics import JSONL, peak_memory_bytes, read_lines
 from engine.trainer import Trainer
 from launch.console import clock, table
@@ -20,23 +22,28 @@ from launch.page import byte_text
 from launch.plots import plot_loss, plot_slimming
 from launch.run_folder import SUMMARY, RunFolder, write_json
 
+COUNTED_PER_SYMBOL, COUNTED_AT_LEAST = 100, 16_000_000
+"""Training symbols that counting models are fitted on, at most, where eval.max_symbols is set: seconds of a long corpus."""
 _LAST_LINE = "flops", "peak_device_memory_bytes"  # of metrics.jsonl, for the summary
 
 
 def summarise(
-    run: RunFolder, trainer: Trainer, corpus: PreparedCorpus, curve: Mapping[str, Evaluation]
-) -> dict[str, Any]:
+    run: RunFolder, trainer: Trainer, corpus: PreparedCorpus, curve: Mapping[str, Evaluation], progress: Progress
+) -> dict[str, Any]:  # fmt: skip
     """Write summary.json and the plots; gives what is in the summary.
 
     Raises:
         RunFailed: they cannot be written.
     """
     config, split = run.config, run.config.eval.split
-    baselines = counting_baselines(corpus, split, config.eval.max_symbols)
+    start = time.perf_counter()
+    baselines = counting_baselines(corpus, split, config.eval.max_symbols, progress)
+    counting_seconds = time.perf_counter() - start
     bpc = {name: found.bpc for name, found in curve.items()}
     summary: dict[str, Any] = {
         "bpc": bpc,
         **training_totals(run.path / JSONL),
+        "evaluation_seconds": sum(found.seconds for found in curve.values()) + counting_seconds,
         "peak_memory_bytes": peak_memory_bytes(),
         **baselines,
         "steps": trainer.step,
@@ -56,12 +63,12 @@ def summarise(
 
 
 def final_numbers(summary: Mapping[str, Any]) -> dict[str, float]:
-    """Name what W&B's table of runs shows of a summary, such as test_bpc/k4."""
+    """Name what W&B's table of runs shows of a summary: test_bpc/k4 and the like, and evaluation_seconds."""
     split = summary["split"]
     return {
         f"{split}_bpc/{f'k{name}' if name.isdigit() else name}": bpc
         for name, bpc in summary["bpc"].items()
-    }
+    } | {"evaluation_seconds": summary["evaluation_seconds"]}
 
 
 def training_totals(metrics: Path) -> dict[str, float]:
@@ -85,15 +92,27 @@ def training_totals(metrics: Path) -> dict[str, float]:
     }
 
 
-def counting_baselines(corpus: PreparedCorpus, split: Split, max_symbols: int) -> dict[str, float]:
-    """Bits per symbol of counting models fitted on the training split, and of bzip2, on the same held-out text."""
+def counting_baselines(
+    corpus: PreparedCorpus, split: Split, max_symbols: int, progress: Progress = no_progress
+) -> dict[str, float]:
+    """Bits per symbol of counting models fitted on the training split, and of bzip2, on the same held-out text.
+
+    Where max_symbols shortens the fit as well, counted_symbols says how many training symbols it had.
+    """
     held_out = corpus.split(split)[: max_symbols or None]
     train_ids, size = corpus.split(Split.train), corpus.vocab.size
-    return {
-        "order2_bpc": order_n_bpc(train_ids, held_out, 2, size),
-        "order3_bpc": order_n_bpc(train_ids, held_out, 3, size),
-        "bzip2_bpc": bzip2_bpc(corpus.vocab.decode(held_out)),
-    }
+    most = max(COUNTED_PER_SYMBOL * max_symbols, COUNTED_AT_LEAST)
+    counted_ids = train_ids[:most] if max_symbols else train_ids
+    found = {
+        f"order{n}_bpc": order_n_bpc(counted_ids, held_out, n, size, partial(progress, f"order {n}"))
+        for n in (2, 3)
+    }  # fmt: skip
+    progress("bzip2 -9", 0, 1)
+    found["bzip2_bpc"] = bzip2_bpc(corpus.vocab.decode(held_out))
+    progress("bzip2 -9", 1, 1)
+    if len(counted_ids) < len(train_ids):
+        found["counted_symbols"] = len(counted_ids)
+    return found
 
 
 def result_table(summary: Mapping[str, Any]) -> str:
@@ -114,14 +133,19 @@ def result_table(summary: Mapping[str, Any]) -> str:
 
 def _training_lines(summary: Mapping[str, Any]) -> list[str]:
     seconds, speed = summary["training_seconds"], summary["tokens_per_second"]
-    device = summary.get("peak_device_memory_bytes")
+    device, evaluation = summary.get("peak_device_memory_bytes"), summary.get("evaluation_seconds")
     found = {
         "training": f"{summary['steps']:,} steps, {seconds * speed:,.0f} symbols, {summary['parameters']:,} parameters",
-        "time": f"{clock(seconds)}, {speed:,.0f} symbols/s, {summary['outside_fraction']:.1%} outside forward, backward and optimizer",
+        "time": f"{clock(seconds)}, {speed:,.0f} symbols/s, {summary['outside_fraction']:.1%} outside forward, backward and optimizer"
+        + (f"; evaluation {clock(evaluation)}" if evaluation is not None else ""),
         "memory": f"{byte_text(summary['peak_memory_bytes'])} at most"
         + (f", {byte_text(device)} on the GPU" if device else "")
         + " (rank 0)",
     }
+    if "counted_symbols" in summary:
+        found["counting"] = (
+            f"order 2 and 3 know the first {summary['counted_symbols']:,} training symbols only"
+        )
     if "flops" in summary:
         found["compute"] = f"{summary['flops']:.3g} FLOP"
     return [f"{label:<10}{text}" for label, text in found.items()]

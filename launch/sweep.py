@@ -43,7 +43,7 @@ def _order(bpc: float | None) -> float:
 def _run(outcome: Outcome) -> dict[str, Any]:
     """What is known of one run."""
     train = outcome.config["train"]
-    name = swept_name(train["name"], outcome.dirname)
+    name = swept_name(train["name"], outcome.swept)
     summary: dict[str, Any] = {}
     if outcome.exit_code == 0:
         summary = json.loads((Path(train["runs_dir"]) / name / SUMMARY).read_text())
@@ -54,6 +54,7 @@ def _run(outcome: Outcome) -> dict[str, Any]:
         "options": outcome.options,
         "state": _state(outcome.exit_code),
         "exit_code": outcome.exit_code,
+        "reason": outcome.reason,
         "bpc": bpc,
         "best_k": best_k,
         "best_bpc": bpc.get(best_k),
@@ -71,6 +72,7 @@ def sweep_table(runs: list[dict[str, Any]]) -> str:
     """Lay out runs, with a column for each option in which they differ."""
     names = list(dict.fromkeys(name for run in runs for name in run["options"]))
     differ = [name for name in names if len({run["options"].get(name) for run in runs}) > 1]
+    reasons = any(run.get("reason") for run in runs)
     rows = [
         [
             *(run["options"].get(name, "") for name in differ),
@@ -79,7 +81,9 @@ def sweep_table(runs: list[dict[str, Any]]) -> str:
             "" if run["tokens_per_second"] is None else f"{run['tokens_per_second']:,.0f}",
             run["state"],
             run["name"],
+            *([run.get("reason") or ""] if reasons else []),
         ]
         for run in runs
     ]
-    return table([*differ, "best bpc", "at k", "tok/s", "state", "run"], rows)
+    last = ["run", "reason"] if reasons else ["run"]
+    return table([*differ, "best bpc", "at k", "tok/s", "state", *last], rows)

@@ -13,7 +13,7 @@ from typing import Any
 from engine.build import build_routers, router_tables
 from engine.certificate.check import Check, fits, fits_tables, fits_text
 from engine.certificate.record import Written, read
-from engine.config import Backend, Config, Router, Split, to_plain
+from engine.config import Backend, Config, Router, Split, WandbMode, to_plain
 from engine.corpus import PreparedCorpus, prepare
 from engine.evaluate import slimming_curve
 from engine.metrics import Metrics
@@ -22,7 +22,7 @@ from engine.parallel.world import World, agree, together
 from engine.trainer import Trainer
 from engine.unused import unused
 from launch.cli import command_option, given_options, in_sweep, job_name, run_program
-from launch.console import Console
+from launch.console import Console, Stages
 from launch.facts import write_facts
 from launch.process import StopSignal, connected, run_and_leave, set_up
 from launch.run_folder import SUMMARY, RunFolder, open_run
@@ -61,6 +61,7 @@ def _train(config: Config, world: World, stop: StopSignal, certificate: str | No
     console = Console(config.train.steps, enabled=world.first)
     together(host, lambda: _share_out(config, world.mesh))
     written = together(host, lambda: _read_certificate(certificate, config, world.mesh))
+    together(host, lambda: _check_wandb(config) if world.first else None)
     corpus = together(host, lambda: prepare(config.corpus, console.note), rank_0_first=True)
     agree(host, {
         "the text (its sha256)": corpus.sha256,
@@ -69,33 +70,38 @@ def _train(config: Config, world: World, stop: StopSignal, certificate: str | No
     if written is not None:
         together(host, lambda: fits_text(written, corpus.sha256))
     run = open_run(config, world)
-    if config.train.resume and not run.resuming:
-        console.note(f"{run.path}: no run to resume, a new one starts")
-    config = run.config
-    for line in corpus.notes:
-        console.note(line)
-    routers = together(host, lambda: build_routers(config, corpus, world.mesh), rank_0_first=True)
-    trainer = together(
-        host, lambda: Trainer(config, corpus, routers, run.path, console, world), watch=world.watch
-    )
-    if run.resuming:
-        trainer.resume()
-    summary = run.path / SUMMARY
-    if (
-        run.earlier
-        and run.earlier.eval == config.eval
-        and trainer.step == config.train.steps
-        and host.broadcast(summary.exists())
-    ):
-        if world.first:
-            print(result_table(json.loads(summary.read_text())))
-            print(
-                f"{run.path} is complete; python -m launch.evaluate {command_option('run', run.path)} measures it again"
-            )
-        run.record("complete", trainer.step)
-        return 0
-    check = together(host, lambda: _check(written, trainer))
-    run.claim()
+    with run.left_unless_claimed():
+        if config.train.resume and not run.resuming:
+            console.note(f"{run.path}: no run to resume, a new one starts")
+        config = run.config
+        for line in corpus.notes:
+            console.note(line)
+        routers = together(
+            host, lambda: build_routers(config, corpus, world.mesh), rank_0_first=True
+        )
+        trainer = together(
+            host,
+            lambda: Trainer(config, corpus, routers, run.path, console, world),
+            watch=world.watch,
+        )
+        if run.resuming:
+            trainer.resume()
+        summary = run.path / SUMMARY
+        if (
+            run.earlier
+            and run.earlier.eval == config.eval
+            and trainer.step == config.train.steps
+            and host.broadcast(summary.exists())
+        ):
+            if world.first:
+                print(result_table(json.loads(summary.read_text())))
+                print(
+                    f"{run.path} is complete; python -m launch.evaluate {command_option('run', run.path)} measures it again"
+                )
+            run.record("complete", trainer.step)
+            return 0
+        check = together(host, lambda: _check(written, trainer))
+        run.claim()
     return run.recorded(
         lambda: _run(run, trainer, corpus, console, stop, check), lambda: trainer.step
     )
@@ -132,6 +138,13 @@ def _read_certificate(path: str | None, config: Config, mesh: Mesh) -> Written |
     written = read(Path(path))
     fits(written, config, mesh.world)
     return written
+
+
+def _check_wandb(config: Config) -> None:
+    if config.wandb.mode is WandbMode.online:
+        from engine.wandb_run import check_key
+
+        check_key(config.wandb.mode)
 
 
 def _check(written: Written | None, trainer: Trainer) -> Check | None:
@@ -210,11 +223,13 @@ def _finish(
     if world.first:
         print(f"evaluating the {config.eval.split.name} split ...", flush=True)
     world.watch.at("the evaluation")
-    curve = slimming_curve(trainer.model, trainer.routers, corpus, config, world)
-    world.watch.at("the summary")
-    summary = together(
-        world.host, lambda: summarise(run, trainer, corpus, curve) if world.first else None
-    )
+    with closing(Stages(enabled=world.first)) as progress:
+        curve = slimming_curve(trainer.model, trainer.routers, corpus, config, world, progress)
+        world.watch.at("the summary")
+        summary = together(
+            world.host,
+            lambda: summarise(run, trainer, corpus, curve, progress) if world.first else None,
+        )
     if summary is not None:
         if metrics is not None:
             metrics.summarise(final_numbers(summary))

@@ -13,8 +13,11 @@ MAY_IMPORT = {
     "launch": {"kernels", "engine", "launch"},
 }
 ONLY_IN = {
-    "hydra": {"launch/cli.py"},
-    "omegaconf": {"launch/cli.py"},
+    "hydra": {
+        "launch/cli.py",
+        "launch/failures.py",
+    },  # failures: their exceptions become lines there
+    "omegaconf": {"launch/cli.py", "launch/failures.py"},
     "deepspeed": {"engine/deepspeed_adapter.py"},
     "wandb": {"engine/wandb_run.py", "launch/testing_wandb.py"},
     "wandb_workspaces": {"launch/dashboard.py"},

@@ -9,7 +9,7 @@ from benchmarks.mutants.places import Place, places
 
 ROOMS: dict[str, tuple[str, ...]] = {
     "routing": ("engine/moe/[kths]*.py", "engine/moe/routers.py", "engine/moe/pl*.py", "engine/moe/live_plan.py", "engine/moe/balance.py"),
-    "layer": ("engine/moe/layer.py", "engine/moe/experts.py", "engine/moe/losses.py", "engine/moe/auto.py", "engine/feed_forward.py", "engine/planned_experts.py"),
+    "layer": ("engine/moe/layer.py", "engine/moe/experts.py", "engine/moe/losses.py", "engine/moe/auto.py", "engine/feed_forward.py", "engine/plan*.py", "engine/passes.py"),
     "exchange": ("engine/moe/exchange.py", "engine/moe/pipeline.py", "engine/parallel/collectives.py", "engine/parallel/flights.py", "engine/parallel/host.py", "engine/parallel/mesh.py"),
     "loader": ("engine/loader.py", "engine/batches.py", "engine/delivery.py", "engine/agreement.py"),
     "data": ("engine/data.py", "engine/corpus.py", "engine/vocab.py", "engine/glue.py", "engine/sentences.py"),

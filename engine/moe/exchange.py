@@ -74,6 +74,10 @@ class Exchange:
         """
         self.wire, self.parallel, self.backend = wire, parallel, backend
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A group is neither copied nor pickled: a copy of a layer is not connected, and refuses plans of several ranks."""
+        return Local, ()
+
     def plan(self, route: Route, num_experts: int, x_TD: Tensor) -> Plan:
         """Make the plan of a live router's routes, one of each rank; a collective (engine/moe/live_plan.py)."""
         tokens, width = x_TD.shape

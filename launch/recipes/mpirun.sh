@@ -16,7 +16,7 @@ cd "$(dirname "$0")/../.."
 [ -f "$HOSTFILE" ] || { echo "HOSTFILE=$HOSTFILE: no such file" >&2; exit 2; }
 : "${PYTHON:=.venv/bin/python}"
 : "${MPIRUN:=.venv/bin/mpirun}"                     # or the cluster's own, with which its mpi4py was built
-: "${EXPORT:=OMP_NUM_THREADS DS_ACCELERATOR NCCL_DEBUG NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME}"    # variables that the ranks get
+: "${EXPORT:=OMP_NUM_THREADS OMP_WAIT_POLICY GOMP_SPINCOUNT DS_ACCELERATOR NCCL_DEBUG NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME}"    # variables that the ranks get
 
 exports=()
 for name in $EXPORT; do

@@ -49,6 +49,18 @@ def test_bench_metrics():
 
 
 @pytest.mark.slow
+def test_bench_quickstart():
+    code, out, err = run("bench_quickstart", "--steps", "20", "--symbols", "512")
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert list(result) == ["alone", "beside"]
+    alone, beside = result.values()
+    assert alone.keys() == beside.keys() == {"training", "evaluation", "all", "losses"}
+    assert alone["losses"] == beside["losses"]
+    assert 0 < alone["training"] < alone["all"] and 0 < alone["evaluation"] < alone["all"]
+
+
+@pytest.mark.slow
 def test_bench_plan():
     code, out, err = run("bench_plan", "--rounds", "2", "--steps", "1")
     assert code == 0, err

@@ -1,3 +1,4 @@
+import gzip
 import hashlib
 import http.server
 import io
@@ -91,7 +92,14 @@ def test_damaged_cache_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     "text, message",
-    [(b"", "the text is empty"), (b"ab", "2 bytes are too short"), (b"\n" * 400, "too short")],
+    [
+        (b"", "the text is empty"),
+        (b"ab", "2 bytes are too short"),
+        (b"\n" * 400, "too short"),
+        (b"a" * 400, "has one symbol only"),
+        (gzip.compress(b"text " * 400), "is a gzip archive, not text"),
+        (b"PK\x03\x04" + b"a" * 400, "is a zip archive, not text"),
+    ],
 )
 def test_unusable_texts(tmp_path, text, message):
     with pytest.raises(UserError, match=rf"corpus.path=.*text.txt: .*{message}"):
@@ -107,7 +115,9 @@ def test_missing_file_folder_and_unwritable_cache(tmp_path):
         prepare(CorpusConfig(Corpus.file, str(tmp_path), cache_dir=cache))
     config = file_config(tmp_path)
     Path(cache).write_text("a file where a folder should be")
-    with pytest.raises(UserError, match=r"cannot be written.*corpus.cache_dir"):
+    with pytest.raises(
+        UserError, match=r"corpus.cache_dir=.*cannot be written \(Not a directory\)"
+    ):
         prepare(config)
 
 

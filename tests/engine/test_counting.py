@@ -85,6 +85,15 @@ def test_count_grams_worked_example_and_chunks(monkeypatch):
     assert chunked.counts.tolist() == whole.counts.tolist()
 
 
+def test_progress_goes_from_nothing_to_all(monkeypatch):
+    monkeypatch.setattr("engine.counting._CHUNK", 70)
+    seen = []
+    ids = markov_ids(100, 3)
+    bpc = order_n_bpc(ids, ids, 1, V, lambda *parts: seen.append(parts))
+    assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert bpc == order_n_bpc(ids, ids, 1, V)
+
+
 def test_a_markov_source_is_learnt_and_a_random_one_is_not():
     train, test = markov_ids(20000, 1), markov_ids(5000, 2)
     choice = defaultdict(Counter)

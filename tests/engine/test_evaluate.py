@@ -19,7 +19,7 @@ from engine.config import (  # fmt: skip
     ScheduleConfig,
     Split,
 )
-from engine.evaluate import evaluate
+from engine.evaluate import evaluate, slimming_curve
 from engine.model import Routing, TransformerXL
 from engine.parallel.mesh import Mesh
 from engine.parallel.world import World
@@ -75,6 +75,16 @@ def test_each_symbol_counts_once_by_its_own_probability(segment):
         by_hand(model, 20), rel=1e-6
     )
     assert abs(by_hand(model, 20) - by_hand(model)) > 1e-3  # control
+
+
+def test_progress_is_told_at_each_k_and_changes_nothing():
+    model, config = make(segment=20)
+    config = replace(config, eval=replace(config.eval, k=[1, 2], memory=1))
+    seen = []
+    curve = slimming_curve(model, None, CORPUS, config, progress=lambda *parts: seen.append(parts))
+    assert seen == [(f"k = {k}", done, 3) for k in (1, 2) for done in range(4)]
+    plain = slimming_curve(model, None, CORPUS, config)
+    assert {k: found.bpc for k, found in curve.items()} == {k: f.bpc for k, f in plain.items()}
 
 
 class Alone(World):

@@ -144,6 +144,17 @@ def test_a_stop_iteration_of_the_worker_is_an_error_too(routers):
     loader.close()
 
 
+def test_steps_are_taken_as_they_are_needed(routers):
+    """So that their number costs no memory: a run of 5e9 steps starts at once."""
+    drawn = []
+    loader = start(
+        routers, steps=(drawn.append(step) or step for step in range(1000)), accumulation=1
+    )
+    loader.next()
+    loader.close()
+    assert drawn[0] == 0 and len(drawn) < 10, drawn
+
+
 @pytest.mark.parametrize("taken", [0, 1])
 def test_close_while_the_queue_is_full_ends_the_worker(routers, taken):
     before = threading.active_count()

@@ -3,7 +3,12 @@
 tests/engine/test_plug_in_on_ranks.py trains the same model with DeepSpeed.
 """
 
+import contextlib
+import copy
+import io
 import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from engine.choices import ExchangeKind, Keys
 from engine.config import Activation, Builder, MoEConfig, ParallelConfig, Router
 from engine.errors import UserError
-from engine.plug_in import PlannedFeedForward, parameter_groups, replace_feed_forwards
+from engine.plug_in import PlannedFeedForward, experts_of, parameter_groups, replace_feed_forwards
 
 SYMBOLS, WIDTH, EXPERTS, K = 11, 15, 4, 2
 MOE = MoEConfig(experts=EXPERTS, expert_width=12, ngram=2, rows=128, builder=Builder.random)
@@ -90,10 +95,9 @@ def test_the_rest_of_the_model_stays():
     assert same({k: v for k, v in after.items() if ".mlp." not in k}, before)
     assert [type(layer.mlp) for layer in model.layers] == [PlannedFeedForward] * 2
     assert [layer.mlp.moe for layer in model.layers] == experts.layers
-    names = [
-        f"layers.{i}.mlp.moe.experts.{name}" for i in range(2) for name in ("w1", "b1", "w2", "b2")
-    ]
-    assert [name for name in after if ".mlp." in name] == names
+    names = ["_extra_state", *(f"moe.experts.{name}" for name in ("w1", "b1", "w2", "b2"))]
+    names = [f"layers.{i}.mlp.{name}" for i in range(2) for name in names]
+    assert sorted(name for name in after if ".mlp." in name) == sorted(names)
     w1, other = (layer.mlp.moe.experts.w1 for layer in model.layers)
     assert w1.std().item() == pytest.approx(0.3, rel=0.1) and not torch.equal(w1, other)
     assert torch.equal(make()[0].layers[0].mlp.moe.experts.w1, w1)
@@ -118,8 +122,10 @@ def test_number_format_and_mode_are_those_of_what_was_there():
         ("twin", r"twin is the same module as layers.0.mlp"),
         (r"layers\.1", r"layers.1 holds an expert layer"),
         (r"layers\.0\.mlp\.1", r"layers.0.mlp.1 has fewer than two matrices"),
+        (r"layers\.0", r"layers.0 holds more than one feed-forward: norm.weight [15], norm.bias [15], mix.weight"),
+        (r"layers\.0", r"match feed-forwards only (inside, layers.0.mlp would fit)"),
     ],
-)
+)  # fmt: skip
 def test_unsuitable_modules_are_named(pattern, fault):
     model, _ = make()
     model.layers[0] = Block()
@@ -139,6 +145,8 @@ def test_unsuitable_modules_are_named(pattern, fault):
         ({"moe": replace(MOE, layers=1)}, "moe.layers=1: the pattern says"),
         ({"moe": replace(MOE, builder=Builder.balanced)}, "moe.builder=balanced: needs text_ids"),
         ({"text_ids": [3, 11]}, "text_ids: must be ids in 0 .. 10"),
+        ({"text_ids": [0.5, 1.0]}, "text_ids of float64: must be whole numbers"),
+        ({"text_ids": torch.ones(9, device="meta")}, "text_ids: is on the meta device"),
         ({"dropout": 1.0}, "^dropout=1.0: must be in"),
         ({"parallel": ParallelConfig(expert_ranks=2)}, "parallel.expert_ranks=2: start the process group first"),
     ],
@@ -233,7 +241,7 @@ def test_passes_of_neighbouring_seeds_have_dropout_of_their_own():
         _, experts = make(seed=seed)
         for number in range(3):
             with experts.planned(batch()[0]):
-                call = experts.call(0, torch.zeros(4, 9, WIDTH), 0.5)
+                call, _ = experts.call(0, torch.zeros(4, 9, WIDTH), 0.5)
             assert (call.dropout_seed, call.dropout) == (seed * 2**32 + number, 0.5)
 
 
@@ -383,12 +391,124 @@ def test_recomputation_by_another_plan_raises(reentrant):
         loss = model(ids, targets)
     with pytest.raises(RuntimeError, match=gone), experts.planned(batch(1)[0]):
         loss.backward()  # its layers have not run by this plan
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_attached_recomputation_is_by_the_plan_of_its_own_graph(reentrant):
+    """Two passes, then their backward in either order: the gradient is the sum, as without recomputation."""
+    for order in (1, -1):
+        found = []
+        for how in (None, reentrant):
+            model, experts = make(how)
+            experts.attach(model)
+            losses = [model(*batch(index)) for index in range(2)]  # of the same size
+            for loss in losses[::order]:
+                loss.backward()
+            found.append(gradients(model))
+        assert same(*found)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("hook", [False, True])
+def test_backward_may_run_in_another_thread(reentrant, hook):
+    """As autograd's threads do for a GPU."""
+    want, experts = make()
+    with experts.planned(batch()[0]):
+        want(*batch()).backward()
+    model, experts = make(reentrant)
+    with contextlib.ExitStack() as inside, ThreadPoolExecutor(1) as thread:
+        if hook:
+            experts.attach(model)
+        else:
+            inside.enter_context(experts.planned(batch()[0]))
+        loss = model(*batch())
+        if hook:
+            thread.submit(model, *batch(1)).result()  # the thread had a pass of its own before
+        thread.submit(loss.backward).result()
+    assert same(gradients(model), gradients(want))
+
+
+def test_a_compiled_model_answers_the_same():
+    model, experts = make()
     experts.attach(model)
-    loss = model(ids, targets)
-    model(*batch(1))  # of the same size, and run through
-    with pytest.raises(RuntimeError, match=gone):
-        loss.backward()
-    model(ids, targets).backward()
+    compiled = torch.compile(model, backend="eager")
+    for index in range(3):
+        want = model(*batch(index))
+        got = compiled(*batch(index))
+        assert got.item() == pytest.approx(want.item(), rel=1e-6)
+    experts.k = 1  # negative control: nothing of the plan was kept
+    assert compiled(*batch()).item() == pytest.approx(model(*batch()).item(), rel=1e-6)
+
+
+def serve(model, ids, targets, start):
+    """Losses and gradients of some batches, one after the other, all threads layer by layer at the same time."""
+    found = []
+    start.wait()
+    for part in zip(ids, targets, strict=True):
+        loss = model(*part)
+        weights = [layer.mlp.moe.experts.w1 for layer in model.layers]
+        found.append((loss.item(), torch.autograd.grad(loss, weights)))
+    return found
+
+
+@pytest.mark.parametrize("reentrant", [None, False])
+def test_threads_have_plans_of_their_own(reentrant):
+    """Each layer waits until both threads are there, so that every pass is interleaved with another; so is backward."""
+    model, experts = make(reentrant)
+    experts.attach(model)
+    ids = torch.stack([batch(index)[0] for index in range(6)])
+    targets = torch.stack([batch(index)[1] for index in range(6)])
+    want = serve(model, ids, targets, threading.Barrier(1))
+    turn = threading.Barrier(2)
+
+    def pause(*_):
+        turn.wait(60)
+
+    for layer in model.layers:
+        layer.register_forward_pre_hook(pause)
+    with ThreadPoolExecutor(2) as threads:
+        parts = [threads.submit(serve, model, ids[n::2], targets[n::2], turn) for n in range(2)]
+        got = [part.result() for part in parts]
+    for index, (loss, grads) in enumerate(want):
+        found, others = got[index % 2][index // 2]
+        assert found == loss and all(map(torch.equal, grads, others))
+    assert len({loss for loss, _ in want}) == 6  # negative control: another's plan would show
+
+
+def test_a_plan_is_not_seen_by_another_thread():
+    model, experts = make()
+    with (
+        ThreadPoolExecutor(1) as threads,
+        experts.planned(batch()[0]),
+        pytest.raises(RuntimeError, match=r"no plan: .* in the same thread"),
+    ):
+        threads.submit(model, *batch()).result()
+
+
+def test_a_failed_call_leaves_no_plan():
+    model, experts = make()
+    experts.attach(model)
+    with pytest.raises(ValueError, match="batch_size"):
+        model(batch()[0], torch.zeros(4, 5, 9, dtype=torch.int64))
+    with pytest.raises(RuntimeError, match="has no plan"):
+        model.layers[0].mlp(torch.zeros(4, 9, WIDTH))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        lambda model, args: torch.jit.trace(model, args),
+        lambda model, args: torch.export.export(model, args, strict=False),
+        lambda model, args: torch.fx.symbolic_trace(model.layers[0].mlp),
+    ],
+)
+def test_a_plan_is_not_recorded(record):
+    model, experts = make()
+    with (
+        pytest.raises(RuntimeError, match="cannot be traced, exported or captured"),
+        experts.planned(batch()[0]),
+    ):
+        record(model, batch())
 
 
 def test_a_whole_model_may_be_recomputed():
@@ -416,8 +536,12 @@ def test_state_goes_on():
     with experts.planned(ids):
         want = model(ids, targets).item()
     model, experts = make(dropout=0.3, seed=9)
+    with pytest.raises(
+        UserError, match=r"with other tables: digest \w{16}, must be \w{16} as here"
+    ):
+        model.load_state_dict(weights)
+    experts.load_state_dict(state)  # the tables come first: weights belong to them
     model.load_state_dict(weights)
-    experts.load_state_dict(state)
     assert experts.k == 3
     with experts.planned(ids):
         assert model(ids, targets).item() == want
@@ -436,6 +560,69 @@ def test_state_of_a_shared_table_goes_on():
     assert torch.equal(
         experts.state_dict()["tables"][0]["order_rE"], state["tables"][0]["order_rE"]
     )
+
+
+@pytest.mark.parametrize(
+    "change", [lambda v: v / 3 + v / 3 + v / 3, torch.Tensor.bfloat16, torch.Tensor.half]
+)
+def test_averages_and_other_formats_keep_the_digest_of_the_tables(change):
+    model, _ = make()
+    model.load_state_dict({name: change(value) for name, value in model.state_dict().items()})
+    with pytest.raises(UserError, match="with other tables"):
+        make(seed=4)[0].load_state_dict(model.state_dict())
+
+
+# Copies.
+
+
+def through_a_file(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def averaged(model):
+    average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    average.update_parameters(model)
+    return average.module
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, through_a_file, averaged])
+@pytest.mark.parametrize("hook", [False, True])
+def test_a_copy_equals_the_original_and_plans_by_itself(how, hook):
+    model, experts = make(dropout=0.3)
+    ids, targets = batch()
+    if hook:
+        experts.attach(model)
+    plans = experts.plan(ids)
+    with experts.planned(plans):  # copied in the middle of a pass
+        twin = how(model)
+        copies = experts_of(twin)
+        want = model(ids, targets)
+    want.backward()
+    assert copies is not experts and [layer.mlp.moe for layer in twin.layers] == copies.layers
+    assert copies.replaced == experts.replaced and len(copies.replaced) == 2
+    copies._passes = 0  # the dropout of the first pass
+    if hook:
+        got = twin(ids, targets)
+    else:
+        with pytest.raises(RuntimeError, match="has no plan"):
+            twin(ids, targets)
+        with copies.planned(ids):
+            got = twin(ids, targets)
+    got.backward()
+    assert torch.equal(got, want) and same(gradients(twin), gradients(model))
+    copies.k = 1
+    with copies.planned(ids), experts.planned(ids):  # neither sees the other's
+        assert not torch.equal(twin(ids, targets), want)
+        model(ids, targets)
+    assert experts.k == K
+
+
+def test_a_model_without_our_layers_has_no_experts():
+    with pytest.raises(UserError, match="of 0 calls of replace_feed_forwards: must be 1"):
+        experts_of(Theirs())
 
 
 def test_parameter_groups_take_what_optimizers_take():

@@ -3,6 +3,8 @@
 As in tests/engine/test_many_ranks.py the optimizer is linear in the gradient, which shows every gradient with its scale.
 """
 
+import contextlib
+import copy
 import io
 import os
 import subprocess
@@ -22,8 +24,9 @@ from torch.utils.checkpoint import checkpoint
 from engine.choices import ExchangeKind
 from engine.config import Builder, MoEConfig, ParallelConfig
 from engine.delivery import tensors_in
-from engine.plug_in import parameter_groups, replace_feed_forwards
-from engine.testing import run_ranks
+from engine.parallel.mesh import Mesh
+from engine.plug_in import experts_of, parameter_groups, replace_feed_forwards
+from engine.testing import Program, rank_environments, run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 SYMBOLS, WIDTH, EXPERTS, ROWS, LENGTH = 11, 16, 4, 8, 9
@@ -210,7 +213,13 @@ def nested(rank):
             for inner, (plans, _) in enumerate(experts.ahead([part[rank]] for part in parts[6:])):
                 compare_plans(plans, 6 + inner)
                 compare_plans(experts.plan(parts[inner][rank]), inner)
-    return len(fine) == 30 and all(fine)
+    texts = batch(0)[1] // 5  # documents
+    whole = {"mask": batch(0)[1] >= 0, "documents": texts}
+    here, all_of_them = ({name: change(value) for name, value in whole.items()} for change in (lambda v: v.chunk(2)[rank], lambda v: torch.stack(v.chunk(2))))  # fmt: skip
+    plans, want = experts.plan(parts[0][rank], **here), experts.plan(torch.stack(parts[0]), **all_of_them)  # fmt: skip
+    pairs = zip(tensors_in(plans.plans), tensors_in(want.plans), strict=True)
+    fine.append(all(torch.equal(a, b) for a, b in pairs))
+    return len(fine) == 31 and all(fine)
 
 
 def work(rank, cases):
@@ -218,7 +227,7 @@ def work(rank, cases):
     two = dist.get_world_size() == 2
     wrong = {**mistakes(rank), "nested": nested(rank)} if two else None
     trained = [train(rank, case) for case in cases]
-    return wrong, trained, resume(rank) if two else None
+    return wrong, trained, resume(rank) if two else None, copies(rank) if two else None
 
 
 @pytest.fixture(scope="module")
@@ -309,6 +318,7 @@ def mistakes(rank):
         "too early": message(too_early),
         "lengths": message(lambda: experts.plan(ids[:, rank:])),
         "rows": message(lambda: experts.plan(ids[: 3 + rank])),
+        "documents": message(lambda: experts.plan(ids, documents=ids if rank else None)),
         "k": message(other_k),
         "tables": message(lambda: make(seed=rank, **SHARED)[1].plan(ids)),
         "experts": message(lambda: make(expert_ranks=3)),
@@ -324,6 +334,7 @@ def test_mistakes_are_named_on_every_rank(on_two_ranks):
         differ = "RunFailed: the ranks of an expert group differ in their"
         assert said["lengths"] == f"{differ} length: rank 0 has 9, rank 1 has 8"
         assert said["rows"] == f"{differ} sequences: rank 0 has 3, rank 1 has 4"
+        assert said["documents"] == f"{differ} sequences: rank 0 has 8, rank 1 has 72"
         assert said["k"] == f"{differ} k: rank 0 has 1, rank 1 has 3"
         assert said["tables"].startswith(f"{differ} tables: rank 0 has ")
         assert said["nested"]
@@ -360,6 +371,38 @@ def resume(rank):
     return found
 
 
+def copies(rank):
+    """The loss of a model, of a copy, of one from a file; the tags of parameters; and what a copy in another place says."""
+    model, experts = make(**SHARED)
+    from_file = copy.deepcopy(model)
+    layers = clone(nn.ModuleList(layer.mlp for layer in model.layers))
+    for layer, mlp in zip(from_file.layers, layers, strict=True):
+        layer.mlp = mlp
+    experts_of(from_file).attach(from_file)
+    initialize(model, 1)  # afterwards parameters hold what DeepSpeed cannot pickle
+    _, ids, targets = (part.chunk(2)[rank] for part in batch(2))
+    experts.attach(model)
+    with torch.no_grad():
+        first = model(ids, targets).item()  # connects the layers
+    twins = [model, copy.deepcopy(model), from_file]
+    with torch.no_grad():
+        losses = [first, *(twin(ids, targets).item() for twin in twins)]
+    names = "allreduce", "group_name", "ds_zero_placement_family", "ds_zero_partition_group_name"
+    tags = [[getattr(p, name, None) for p in twin.parameters() for name in names] for twin in twins]
+    moved = experts_of(copy.deepcopy(model))
+    moved._mesh = Mesh(1 - rank, 2, 2)
+    return losses, tags, message(lambda: moved.plan(ids))
+
+
+@pytest.mark.dist
+def test_copies_with_shared_out_experts(on_two_ranks):
+    for answer in on_two_ranks:
+        losses, (tags, *others), refusal = answer[3]
+        assert losses == losses[:1] * 4
+        assert others == [tags, tags] and "autoep_expert" in tags
+        assert "which holds other experts: must be used there" in refusal
+
+
 def clone(value):
     """Through bytes, as a file would."""
     file = io.BytesIO()
@@ -382,7 +425,7 @@ def steps(rank, engine, experts, first):
 
 @pytest.mark.dist
 def test_a_rank_goes_on_from_what_it_saved(on_two_ranks):
-    for *_, found in on_two_ranks:
+    for _, _, found, _ in on_two_ranks:
         for got, want, refusal in found:
             assert got == want
             assert "(rank, of ranks, in expert groups of)" in refusal
@@ -391,24 +434,37 @@ def test_a_rank_goes_on_from_what_it_saved(on_two_ranks):
 # The example.
 
 
+EXAMPLE = "tests/examples/plug_in.py"
+
+
+def check_learning(output):
+    losses = [float(line.split()[-1]) for line in output.splitlines() if "loss" in line]
+    assert len(losses) == 5 and losses[-1] < losses[0] - 0.7
+
+
 @pytest.mark.dist
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_the_example_learns(ranks):
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(ranks),
-    ]
+def test_the_example_learns():
+    code = f"import runpy; runpy.run_path({EXAMPLE!r}, run_name='__main__')"
+    with contextlib.ExitStack() as stack:
+        ranks = [
+            stack.enter_context(Program(code, [], environ)) for environ in rank_environments(2)
+        ]
+        found = [rank.wait() for rank in ranks]
+    assert [code for code, *_ in found] == [0, 0], found
+    check_learning(found[0][1])
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_example_is_launched(ranks):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     done = subprocess.run(
-        [*launcher, "tests/examples/plug_in.py"], cwd=ROOT, capture_output=True, text=True, timeout=600,
+        [sys.executable, *launcher, EXAMPLE], cwd=ROOT, capture_output=True, text=True, timeout=600,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    losses = [float(line.split()[-1]) for line in done.stdout.splitlines() if "loss" in line]
-    assert len(losses) == 5 and losses[-1] < losses[0] - 0.7
+    check_learning(done.stdout)
 
 
 def test_the_documentation_shows_the_example():

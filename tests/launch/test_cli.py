@@ -1,22 +1,27 @@
 """The command line as a person meets it: what is refused, with which line, and that nothing is overwritten."""
 
 import fcntl
+import io
 import json
+import locale
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from engine.config import Split
+from engine.errors import UserError
 from engine.moe.balance import balances
 from engine.saved import open_saved
-from launch import cli
 from launch.cli import read_config
+from launch.failures import told
+from launch.generate import GenerateArgs, _prompt
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -94,6 +99,123 @@ def test_bad_input_is_one_line_and_code_2(run, tmp_path, text, options, words):
     assert not list(tmp_path.glob("runs/*/checkpoints"))
 
 
+LEFT = {
+    "a folder for a file": (["train.runs_dir={tmp}/text.txt"], "train.runs_dir={tmp}/text.txt: "),
+    "a cache for a file": (["corpus.cache_dir={tmp}/text.txt"], "corpus.cache_dir={tmp}/text.txt: "),
+    "a text that is a folder": (["corpus.path={tmp}"], "not a file"),
+    "warm-up beyond the end": (["optim.warmup_steps=9"], "give optim.warmup_steps=4 or fewer"),
+    "an infinite number": (["parallel.timeout_s=inf"], "parallel.timeout_s=inf: must be a finite number"),
+    "an enormous time": (["parallel.timeout_s=1e300"], "parallel.timeout_s=1e+300: must be at most"),
+    "an enormous number": (["train.log_every=99999999999999999999"], "train.log_every=99999999999999999999: "),
+    "too many threads": (["train.threads=99999999999"], "threads=99999999999: must be at least 0, at most"),
+    "clipping at ZeRO-0": (["train.zero_stage=0"], "zero_stage"),
+    "a long tag": (["wandb.mode=offline", f"wandb.tags={'x' * 65}"], "W&B takes 1 to 64 letters"),
+    "a slash in a project": (["wandb.mode=offline", "wandb.project=a/b"], "wandb.project='a/b'"),
+    "a key that is none": (["wandb.mode=online"], "40+ characters"),
+    "several values": (["optim.lr=0.1,0.2"], "several values need -m"),
+    "no certificate": (["certificate={tmp}/none"], "none"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "words"), LEFT.values(), ids=LEFT.keys())
+def test_a_refused_start_leaves_no_run_folder(run, tmp_path, text, monkeypatch, options, words):
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    options = [option.replace("{tmp}", str(tmp_path)) for option in options]
+    done = run("train", *small(tmp_path, text, *options))
+    assert done.returncode == 2 and words.replace("{tmp}", str(tmp_path)) in done.stderr, done.stderr  # fmt: skip
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and "[Errno" not in lines[0], done.stderr
+    assert not list(tmp_path.glob("runs/*")) and text.is_file()
+
+
+def test_a_folder_that_somebody_keeps_stays(run, tmp_path, text):
+    """The negative control: only what holds nothing goes."""
+    (tmp_path / "runs/debug").mkdir(parents=True)
+    (tmp_path / "runs/debug/notes.txt").write_text("precious")
+    assert run("train", *small(tmp_path, text)).returncode == 2
+    assert (tmp_path / "runs/debug/notes.txt").read_text() == "precious"
+
+
+def test_a_prompt_comes_from_a_file_or_standard_input(tmp_path, monkeypatch):
+    path = tmp_path / "prompt, a=b.txt"
+    path.write_bytes("def f(x):\n  \xff".encode("latin-1"))
+    assert _prompt(GenerateArgs("r", prompt_file=str(path))) == path.read_bytes()
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"piped")))
+    assert _prompt(GenerateArgs("r", prompt_file="-")) == b"piped"
+    assert _prompt(GenerateArgs("r", prompt="typed")) == b"typed"
+    for bad in (str(tmp_path), str(tmp_path / "none")):
+        with pytest.raises(UserError, match="prompt_file="):
+            _prompt(GenerateArgs("r", prompt_file=bad))
+    with pytest.raises(UserError, match="prompt_file=x: goes without prompt="):
+        GenerateArgs("r", prompt="a", prompt_file="x")
+
+
+def test_a_python_without_the_packages_is_one_line():
+    """Python's own modules alone: -S leaves out what is installed."""
+    command = [sys.executable, "-S", "-m", "launch.train"]
+    done = subprocess.run(command, cwd=ROOT, env={"PATH": ""}, capture_output=True, text=True)
+    assert (
+        done.returncode == 2 and "has no torch" in done.stderr and ".venv/bin/python" in done.stderr
+    )
+    assert len(done.stderr.splitlines()) == 1
+
+
+FLAGS = {
+    "an option as a flag": (["--experiment", "debug"], "did you mean experiment=debug?"),
+    "its section left out, too": (["--lr=0.1"], "did you mean optim.lr=0.1?"),
+    "a rerun, which unpickles": (["--experimental-rerun", "x"], "no such flag"),
+    "a choice that a flag lacks": (["--cfg", "jobs"], "invalid choice: 'jobs'"),
+    "two ways to start": (["-m", "--cfg", "job"], "only one at a time"),
+    "an option to add": (["+moe.foo=1"], "moe.foo=1: no such option"),
+    "an option to delete": (["~moe"], "only a group's choice can be left out"),
+    "Hydra's own, not in its grammar": (["hydra.job.name=(("], "write \"hydra.job.name='(('\""),
+    "a section in part": (["moe={experts: 3"], "moe={experts: 3: Hydra's grammar"),
+    "a file for a choice": (
+        ["corpus=/data/text.txt"],
+        "write corpus=file corpus.path=/data/text.txt",
+    ),
+    "half a list": (["eval.k=[1,2"], "a bracket is missing"),
+    "a name too long": (["train.name=" + "x" * 300], "takes 255 bytes"),
+    "no value": (["train.steps", "=", "5"], "write train.steps=VALUE, without blanks"),
+    "a blank for =": (["experiment", "debug"], "write experiment=debug, without blanks"),
+    "a choice alone": (["quickstart"], "write experiment=quickstart"),
+    "a choice with a typo": (["experiment=quickstrt"], "did you mean experiment=quickstart or "),
+    "a choice in a folder": (["experiment=hashed_n4"], "did you mean experiment=study/hashed_n4?"),
+}
+
+
+@pytest.mark.parametrize(("options", "words"), FLAGS.values(), ids=FLAGS.keys())
+def test_a_command_line_that_is_none(run, options, words):
+    done = run("train", *options)
+    assert done.returncode == 2 and words in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", ["name: zu groß".encode("latin-1"), b"\xef\xbb\xbfname: mine"])
+def test_a_file_of_options_that_is_not_utf8_is_one_line(run, tmp_path, content):
+    path = tmp_path / "cluster" / "mine.yaml"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    done = run("certify", "--config-dir", str(tmp_path), "cluster=mine")
+    assert done.returncode == 2 and f"{path}: " in done.stderr and "UTF-8" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("encoding", ["ANSI_X3.4-1968", "ISO-8859-1"])
+def test_a_locale_that_is_not_utf8_is_one_line(run, monkeypatch, encoding):
+    monkeypatch.setattr(locale, "getencoding", lambda: encoding)
+    done = run("train", "experiment=debug")
+    assert done.returncode == 2 and f"{encoding}, and must be UTF-8" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:130] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000000000000 bytes.")])  # fmt: skip
+def test_a_host_without_room_is_one_line(error):
+    assert told(error).exit_code == 1
+    assert told(error).line.startswith("this machine's memory does not hold it (")
+    assert told(RuntimeError("something else")) is None
+
+
 def test_empty_and_short_corpora_are_refused(run, tmp_path):
     for content, word in ((b"", "empty"), (b"short text, " * 12, "data.streams")):
         path = tmp_path / "small.txt"
@@ -103,11 +225,11 @@ def test_empty_and_short_corpora_are_refused(run, tmp_path):
         assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_gpu_without_room_is_one_line(capsys):
+def test_a_gpu_without_room_is_one_line():
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 1 GiB.\nSee more")  # fmt: skip
-    assert cli._told(error) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("foreroute: CUDA out of memory: needs fewer data.streams")
+    failure = told(error)
+    assert failure.exit_code == 1
+    assert failure.line.startswith("CUDA out of memory: needs fewer data.streams")
 
 
 def test_a_run_folder_is_never_overwritten(run, tmp_path, text):
@@ -173,7 +295,7 @@ def test_a_sweep_gives_each_job_a_folder_and_resumes(run, tmp_path, text):
         ("certify", ["moe.experts=4", "schedule.k_max=8"], "schedule.k_max=8"),
         ("certify", ["moe.router=frozen"], "moe.router=frozen: routes depend on hidden states"),
         ("certify", ["device_memory_gb=0"], "device_memory_gb=0.0: must be above 0"),
-        ("certify", ["device_memory_gb=inf"], "device_memory_gb=inf: must be above 0"),
+        ("certify", ["device_memory_gb=inf"], "device_memory_gb=inf: must be a finite number"),
         (
             "certify",
             ["cluster=dgx_a100", "kernels.backend=cpu"],
@@ -183,7 +305,7 @@ def test_a_sweep_gives_each_job_a_folder_and_resumes(run, tmp_path, text):
         ("certify", ["cluster.inside.gb_per_s=3"], "such as cluster=NAME"),
         ("certify", [f"out={__file__}/found"], "is not a folder"),
         ("certify", ["sample=1201"], "sample=1201: must be from 1 to the 1200 steps"),
-        ("certify", ["expert_groups=2"], "allowed: corpus, data"),
+        ("certify", ["expert_groups=2"], "did you mean expert_group? allowed: corpus, "),
     ],
 )
 def test_other_programs_refuse_likewise(run, program, options, word):
@@ -236,7 +358,11 @@ def test_a_machines_first_rank_speaks_for_all(run, monkeypatch, local_rank):
         monkeypatch.setenv(name, str(value))
     for program, options, line in (
         ("train", ["parallel.chunks=0"], "parallel.chunks=0: must be at least 1"),
-        ("train", ["parallel.chunk=2"], "Could not override 'parallel.chunk'"),
+        (
+            "train",
+            ["parallel.chunk=2"],
+            "parallel.chunk=2: no such option; did you mean parallel.chunks?",
+        ),
         ("evaluate", ["run=x"], "launch.evaluate runs as one process: started as 2"),
     ):
         done = run(program, *options)

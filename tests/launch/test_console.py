@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.console import Console, clock, styled
+from launch.console import Console, Stages, clock, styled
 from launch.page import Page
 from launch.page_terminal import print_page
 from launch.summary import result_table, training_totals
@@ -83,6 +83,57 @@ def test_a_file_gets_plain_lines(monkeypatch):
     assert clock(3725) == "1:02:05"
 
 
+def go_through_stages(progress):
+    for done in range(5):
+        progress("k = 2", done, 4)
+    for done in range(2):
+        progress("bzip2 -9", done, 1)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "lines"),
+    [
+        (1, ["k = 2     4/4  took 0:04", "bzip2 -9  1/1  took 0:01"]),
+        (7, ["k = 2     2/4  left 0:14", "k = 2     4/4  took 0:28", "bzip2 -9  1/1  took 0:07"]),
+    ],
+    ids=["fast", "slow"],
+)
+def test_stages_get_lines_in_a_file(monkeypatch, seconds, lines):
+    """One at the end of each, and some on the way of a long one; each part takes `seconds`."""
+    out, time = io.StringIO(), [0.0]
+    monkeypatch.setattr(sys, "stdout", out)
+    progress = Stages(now=lambda: time[0])
+
+    def part(stage, done, total):
+        time[0] += seconds if done else 0
+        progress(stage, done, total)
+
+    go_through_stages(part)
+    assert out.getvalue().splitlines() == lines
+
+
+def test_stages_get_a_bar_that_is_gone_at_the_end(monkeypatch):
+    with terminal() as (out, written):
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr("launch.console.tqdm.monitor_interval", 0)
+        progress = Stages()
+        progress("k = 2", 0, 4)
+        first = written()
+        assert "k = 2" in first and "0/4 [" in first and "<" in first
+        go_through_stages(progress)
+        progress.close()
+        last = written()
+        assert "bzip2 -9" in last and "0/1 [" in last and "took" not in last
+        assert last.split("\r")[-2].strip() == ""
+
+
+def test_other_ranks_show_no_stages(monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    go_through_stages(Stages(enabled=False))
+    assert out.getvalue() == ""
+
+
 @pytest.mark.parametrize(
     ("variables", "coloured"),
     [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False), ({"NO_COLOR": ""}, True)],
@@ -144,5 +195,9 @@ def test_the_summary_says_what_the_training_took(tmp_path):
     ]
     del summary["flops"]
     assert "FLOP" not in result_table(summary)
+    assert "evaluation" not in result_table(summary) and "counting" not in result_table(summary)
+    summary |= {"evaluation_seconds": 65.4, "counted_symbols": 12300}
+    assert "and optimizer; evaluation 1:05" in result_table(summary)
+    assert "counting  order 2 and 3 know the first 12,300 training symbols only" in result_table(summary)  # fmt: skip
     summary["peak_device_memory_bytes"] = 3e9
     assert "2.50 GB at most, 3.00 GB on the GPU (rank 0)" in result_table(summary)

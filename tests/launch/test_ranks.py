@@ -4,14 +4,13 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 
 import pytest
 
 import launch.certify
-from engine.testing import Program, change_certificate
+from engine.testing import Program, change_certificate, rank_environments
 from launch.testing import last_step, wait_until
 
 OPTIONS = (
@@ -68,19 +67,13 @@ class Ranks:
     agent; each may run code before it. `Fresh` ones can be sent signals, and have an interpreter each."""
 
     def __init__(self, folder, options, own_options=((), ()), code=("", ""), start=Program):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        world = str(len(own_options))
-        shared = {**os.environ, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
         self.folder = folder
+        environments = rank_environments(len(own_options))
         self.processes = [
             start(
-                f"{own_code}\n{MAIN}",
-                [*OPTIONS, f"train.runs_dir={folder}", *options, *own],
-                {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                f"{before}\n{MAIN}", [*OPTIONS, f"train.runs_dir={folder}", *options, *own], environ
             )
-            for rank, (own, own_code) in enumerate(zip(own_options, code, strict=True))
+            for own, before, environ in zip(own_options, code, environments, strict=True)
         ]
 
     def __enter__(self):

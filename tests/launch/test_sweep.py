@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import launch.train
-from launch.cli import Outcome
+from launch.cli import Outcome, swept_name
 from launch.sweep import report_sweep, sweep_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +50,13 @@ def test_the_example_grid_with_failures(run, tmp_path, text, monkeypatch):
     assert done.stderr.count("KeyError: 'a bug'") == 1
     runs = sweep_of(tmp_path)
     assert sorted(cells(runs, "moe.router", "schedule.k_max")) == sorted((router, k) for router in ROUTERS for k in ("9", "4"))  # fmt: skip
+    reasons = {run["reason"] for run in runs}
+    assert reasons == {
+        None,
+        "schedule.k_max=9: must be at most moe.experts=4",
+        "a bug: KeyError: 'a bug'",
+    }
+    assert all(reason in done.stdout for reason in reasons - {None})
     good = [run for run in runs if run["state"] == "complete"]
     assert runs[:2] == good and {run["state"] for run in runs[2:]} == {"failed"}
     assert {run["exit_code"] for run in runs} == {0, 1, 2}
@@ -59,7 +66,7 @@ def test_the_example_grid_with_failures(run, tmp_path, text, monkeypatch):
         assert entry["bpc"] == summary["bpc"] and entry["best_bpc"] == min(summary["bpc"].values())
         assert entry["tokens_per_second"] == summary["tokens_per_second"]
     header, *rows = done.stdout.splitlines()[-9:-2]
-    assert header.split() == ["moe.router", "schedule.k_max", "best", "bpc", "at", "k", "tok/s", "state", "run"]  # fmt: skip
+    assert header.split() == ["moe.router", "schedule.k_max", "best", "bpc", "at", "k", "tok/s", "state", "run", "reason"]  # fmt: skip
     assert [tuple(row.split()[:2]) for row in rows] == cells(runs, "moe.router", "schedule.k_max")
     assert done.stdout.splitlines()[-2:] == [
         f"6 runs, 2 complete: {tmp_path}/runs/grid.sweep.json",
@@ -132,8 +139,8 @@ def test_an_earlier_sweep_of_the_same_name_stays_in_the_record(tmp_path, capsys)
     config = {"train": {"runs_dir": str(tmp_path), "name": "x"}}
     for name in ("x-a=1", "x-a=2"):
         (tmp_path / name).mkdir()
-    report_sweep([Outcome(i, {"a": str(i)}, f"a={i}", config, 1) for i in (1, 2, 3)])
-    report_sweep([Outcome(0, {"a": "2"}, "a=2", config, 130)])
+    report_sweep([Outcome(i, {"a": str(i)}, {"a": str(i)}, config, 1) for i in (1, 2, 3)])
+    report_sweep([Outcome(0, {"a": "2"}, {"a": "2"}, config, 130)])
     found = json.loads((tmp_path / "x.sweep.json").read_text())["runs"]
     assert {run["name"]: run["state"] for run in found} == {"x-a=2": "stopped", "x-a=1": "failed"}
     assert "2 runs, 0 complete" in capsys.readouterr().out
@@ -141,7 +148,33 @@ def test_an_earlier_sweep_of_the_same_name_stays_in_the_record(tmp_path, capsys)
 
 def test_a_killed_run_is_not_started(tmp_path, capsys):
     config = {"train": {"runs_dir": str(tmp_path), "name": "x"}}
-    report_sweep([Outcome(0, {}, "", config, 1), Outcome(1, {}, "", config, None)])
+    report_sweep([Outcome(0, {}, {}, config, 1), Outcome(1, {}, {"a": "1"}, config, None)])
     found = json.loads((tmp_path / "x.sweep.json").read_text())["runs"]
     assert [run["state"] for run in found] == ["failed", "not started"]
     assert "2 runs, 0 complete" in capsys.readouterr().out
+
+
+def test_different_values_never_share_a_folder():
+    values = ["a b", "a_b", "a/b", "ä", "ö", "世", "x" * 300, "x" * 301, "[1,2]", "[12]", "1"]
+    names = [swept_name("n", {"corpus.path": value}) for value in values]
+    assert len(set(names)) == len(names)
+    assert all("/" not in name and len(name.encode()) < 220 for name in names)
+    assert swept_name("n", {"moe.spread": "1"}) == "n-moe.spread=1"
+    assert swept_name("n", {"a": "ä"}) == "n-a=ä" and swept_name("n", {}) == "n"
+
+
+def test_names_have_what_varies_alone(run, tmp_path, text, monkeypatch):
+    """However many other options there are; and -m may stand anywhere."""
+    seen = []
+    monkeypatch.setattr(launch.train, "_train", lambda config, *_: seen.append(config) or 0)
+    monkeypatch.setattr(launch.train, "report_sweep", lambda outcomes: None)
+    base = ["experiment=debug", "train.name=n", f"train.runs_dir={tmp_path / 'runs'}", "train.steps=2", "optim.clip=0.5"]  # fmt: skip
+    done = run("train", *base, "-m", "train.threads=1,2", "wandb.notes=a b,'c,d'")
+    assert done.returncode == 0, done.stderr
+    names = [config.train.name for config in seen]
+    assert [config.wandb.notes for config in seen] == ["a b", "c,d"] * 2
+    assert len(set(names)) == 4 and all(name.startswith("n-train.threads=") for name in names)
+    assert not any("clip" in name or "steps" in name for name in names)
+    done = run("train", *base, "-m", "moe.spread=1")
+    assert done.returncode == 0 and "no option has several values" in done.stdout
+    assert seen[-1].train.name == "n"
