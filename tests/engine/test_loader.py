@@ -200,3 +200,24 @@ def test_no_generator_is_consumed(routers):
     loader.close()
     assert torch.equal(torch.get_rng_state(), state)
     assert (np.random.get_state()[1] == numpy_state).all()
+
+
+def test_a_closed_loader_of_one_rank_prepares_nothing_more(routers):
+    """Though it might: nobody waits for it."""
+    made, begun, go_on = [], threading.Event(), threading.Event()
+
+    def make(step, micro):
+        made.append((step, micro))
+        begun.set()
+        assert go_on.wait(20)
+        return make_batch(step, micro)
+
+    loader = start(routers, make, steps=range(50), prefetch=50)
+    assert begun.wait(20)
+    closing = threading.Thread(target=loader.close)
+    closing.start()
+    while not loader._closed:
+        time.sleep(0.001)
+    go_on.set()
+    closing.join(20)
+    assert made == [(0, 0)] and not closing.is_alive()
