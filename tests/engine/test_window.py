@@ -16,10 +16,10 @@ from engine.totals import COLUMN
 from engine.window import Window
 
 
-def a_window(flops=0.0, peak=0.0):
+def a_window(flops=0.0, peak=0.0, device="cpu"):
     config = tiny_config()
     return Window(
-        config, Arithmetic(config, 11, 1000), ranks=2, device=torch.device("cpu"), peak=Peak(peak, "said"), flops=flops
+        config, Arithmetic(config, 11, 1000), ranks=2, device=torch.device(device), peak=Peak(peak, "said"), flops=flops
     )  # fmt: skip
 
 
@@ -93,6 +93,17 @@ def test_what_a_window_says_of_the_machine():
     assert values["device_memory_bytes"] == values["peak_device_memory_bytes"] == 0
     # the kernel counts the two at different moments
     assert 0 < values["memory_bytes"] <= values["peak_memory_bytes"] * 1.01
+
+
+@pytest.mark.parametrize(("device", "now", "most"), [("cuda:1", 50, 70), ("cpu", 0, 0)])
+def test_memory_of_a_gpu_is_that_of_this_ranks(device, now, most, monkeypatch):
+    """As PyTorch's allocator has it; a CPU is not asked."""
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda asked: 50 * asked.index)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda asked: 70 * asked.index)
+    window = a_window(device=device)
+    window.add(result(1, (1.0, 1.0)))
+    values = window.close(1)
+    assert (values["device_memory_bytes"], values["peak_device_memory_bytes"]) == (now, most)
 
 
 def test_loads_are_rounded_and_worst_layers_add_up():
