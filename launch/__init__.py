@@ -1,6 +1,7 @@
 """How processes start: the programs a person runs. The only place that knows Hydra."""
 
 import os
+import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,7 +11,15 @@ from pathlib import Path
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "1000"
 
+
+def _leave(number: int, _frame: object) -> None:
+    """End a program that Ctrl-C meets while it is loaded; launch.cli.run_program takes over."""
+    os.write(2, b"foreroute: stopped before it began\n")
+    os._exit(128 + number)
+
+
 if sys.argv[:1] == ["-m"]:  # a program's start, not an import
+    signal.signal(signal.SIGINT, _leave)
     _absent = [name for name in ("torch", "hydra", "deepspeed", "numpy") if find_spec(name) is None]
     if _absent:
         sys.stderr.write(

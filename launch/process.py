@@ -138,20 +138,26 @@ def _host_of_all(timeout: timedelta) -> Host:
     return GlooHost(dist.new_group(backend="gloo", timeout=timeout))
 
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU, signal.SIGUSR1, signal.SIGUSR2)  # fmt: skip
+"""Signals that would end the process and can be caught."""
+
+
 class StopSignal:
-    """Ends the program with 128 + number on SIGINT and SIGTERM: at once, or, while `deferred`, when the trainer asks.
+    """Ends the program with 128 + number on each signal of STOPS: at once, or, while `deferred`, when the trainer asks.
 
     So a signal in the middle of a step waits for its end and a checkpoint. Another one ends the process at once, unless it
     comes within GRACE_S: a scheduler signals every process, and a launcher among them passes it on.
     SIGUSR1 counts as SIGTERM: mpirun passes it on and waits, while its own end on SIGTERM leaves the ranks a second.
+    SIGHUP stays ignored where it is (nohup).
     """
 
     def __init__(self) -> None:
         self.number = 0
         self._deferred = False
         self._since = 0.0
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._handle)
+        for number in STOPS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._handle)
 
     def __call__(self) -> bool:
         """Say whether a stop was asked for."""

@@ -22,7 +22,7 @@ from engine.parallel.world import World, agree, together
 from engine.trainer import Trainer
 from engine.unused import unused
 from launch.cli import command_option, given_options, in_sweep, job_name, run_program
-from launch.console import Console, Stages
+from launch.console import Console, Stages, lasting
 from launch.facts import write_facts
 from launch.process import StopSignal, connected, run_and_leave, set_up
 from launch.run_folder import SUMMARY, RunFolder, open_run
@@ -52,7 +52,7 @@ def train(args: TrainArgs) -> int:
     )
     set_up(config.train.threads)
     stop = StopSignal()
-    with connected(config.parallel, _options(config)) as world:
+    with lasting(), connected(config.parallel, _options(config)) as world:
         return _train(config, world, stop, args.certificate)
 
 

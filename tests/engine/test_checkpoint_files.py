@@ -1,5 +1,6 @@
 """What a manifest names cannot lie outside its checkpoint's folder."""
 
+import errno
 import json
 import os
 import socket
@@ -170,3 +171,21 @@ def test_a_folder_that_cannot_be_made_is_said_to_be_the_reason(tmp_path):
     state = checkpoint.TrainingState(step=4, cursor=4, rng=torch.get_rng_state())
     with pytest.raises(OSError, match=r"checkpoint .*step-00000004 could not be written: .*exists"):
         checkpoint.save(tmp_path / "checkpoints", PlainEngine(), state, facts={}, keep=2)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_only_a_folder_may_refuse_to_be_synced(tmp_path, monkeypatch, number):
+    """Network file systems do; a disk's error is one."""
+
+    def refuse(_descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(OSError):
+        files.sync(tmp_path / "file")
+    if number == errno.EIO:
+        with pytest.raises(OSError):
+            files.sync(tmp_path)
+    else:
+        files.sync(tmp_path)

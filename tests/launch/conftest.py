@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from launch.process import STOPS
+
 
 @pytest.fixture(autouse=True)
 def loggers():
@@ -20,10 +22,7 @@ def loggers():
 @pytest.fixture
 def run(monkeypatch, capfd):
     """Run a program in this process, as `python -m launch.PROGRAM ARGS` would; gives exit code, stdout and stderr."""
-    handlers = {
-        number: signal.getsignal(number)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    }
+    handlers = {number: signal.getsignal(number) for number in STOPS}
 
     def run(program, *args):
         monkeypatch.setattr(sys, "argv", [program, *args])

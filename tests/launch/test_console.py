@@ -201,3 +201,29 @@ def test_the_summary_says_what_the_training_took(tmp_path):
     assert "counting  order 2 and 3 know the first 12,300 training symbols only" in result_table(summary)  # fmt: skip
     summary["peak_device_memory_bytes"] = 3e9
     assert "2.50 GB at most, 3.00 GB on the GPU (rank 0)" in result_table(summary)
+
+
+FAILING = """
+import os, sys
+from launch.console import lasting
+{0}
+with lasting() if {1} else open(os.devnull):
+    for _ in range(9):
+        print("a line", flush=True)
+        print("another", file=sys.stderr)
+open(sys.argv[1], "w").write("done")
+"""
+READERS = {
+    "a full disk": "for n in (1, 2): os.dup2(os.open('/dev/full', os.O_WRONLY), n)",
+    "head": "r, w = os.pipe(); os.close(r); os.dup2(w, 1); os.dup2(w, 2)",
+    "a terminal that is gone": "m, s = os.openpty(); os.close(m); os.dup2(s, 1); os.dup2(s, 2)",
+}
+
+
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+@pytest.mark.parametrize("lasts", [True, False])
+def test_a_console_that_fails_ends_nothing(tmp_path, reader, lasts):
+    code = FAILING.format(reader, lasts)
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "end"], cwd=ROOT, capture_output=True)  # fmt: skip
+    assert (tmp_path / "end").exists() == lasts
+    assert (done.returncode == 0) == lasts

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 import pytest
 
 from launch import testing
-from launch.process import StopSignal
+from launch.process import STOPS, StopSignal
 
 
 def test_a_signal_that_a_launcher_repeats_does_not_hinder_the_checkpoint():
@@ -33,10 +33,7 @@ with stop.deferred():
 
 
 def test_a_signal_behind_an_error_does_not_hide_it():
-    handlers = {
-        number: signal.getsignal(number)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    }
+    handlers = {number: signal.getsignal(number) for number in STOPS}
     try:
         stop = StopSignal()
         with pytest.raises(KeyError), stop.deferred():
@@ -55,6 +52,38 @@ def test_a_signal_behind_an_error_does_not_hide_it():
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def test_ctrl_c_while_a_program_is_loaded_is_one_line(tmp_path):
+    """At the first import of PyTorch, by a package of that name that sends it."""
+    (tmp_path / "torch.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    for start, code in ((["-m", "launch.train"], 130), (["-c", "import launch.train"], -signal.SIGINT)):  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, *start], env=environ, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == code  # an import leaves the signal to who imports
+        assert (done.stderr == "foreroute: stopped before it began\n") == (code == 130)
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_every_signal_that_would_end_the_process_waits_for_the_trainer(ignored):
+    """Also the end of a terminal, unless nohup has it ignored; each in a process of its own."""
+    code = f"""
+import os, signal
+from launch.process import STOPS, StopSignal
+if {ignored}:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+for number in STOPS:
+    stop = StopSignal()
+    with stop.deferred():
+        os.kill(os.getpid(), number)
+    print(stop.exit_code)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    codes = {"INT": 130, "TERM": 143, "HUP": 128 if ignored else 129, "QUIT": 131, "XCPU": 152, "USR1": 143, "USR2": 140}  # fmt: skip
+    assert list(map(int, done.stdout.split())) == list(codes.values())
 
 
 ENDS = """
