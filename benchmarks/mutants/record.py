@@ -1,6 +1,6 @@
 """Which test runs which lines: one run of each file of tests under tracing, kept by what it depends on.
 
-A record is kept (in .cache/mutants) by a digest of all sources, of that file of tests and of what all tests share: a test that is
+A record is kept (in .cache/mutants) by a digest of the packages, of that file of tests and of what all tests share: a test that is
 added makes one file run again.
 """
 
@@ -23,7 +23,7 @@ LEFT_OUT = ("tests/benchmarks/", "tests/launch/", "tests/kernels/test_static_gat
 """Tests that are not asked: of the benchmarks; of programs, which start for seconds, and most in a browser; and the compilation for
 GPUs, which says no result."""
 ARGUMENTS = ["-m", "not slow and not gpu and not cluster"]
-_SECONDS = 900.0  # of one file's recording
+_SECONDS = 1800.0  # of one file's recording
 _TRACING = Path(__file__).resolve().parent / "tracing"
 _KEEPS = re.compile(r"lru_cache|functools\.cache|^@cache", re.MULTILINE)
 
@@ -61,8 +61,8 @@ def record_all(
 
 
 def _shared(root: Path, packages: list[str]) -> list[str]:
-    """Sources, configuration, and the files of tests/ that are no tests."""
-    found = [path for package in (*packages, "launch", "conf") for path in root.glob(f"{package}/**/*.[py][ya]*")]  # fmt: skip
+    """The packages' sources, and the files of tests/ that are no tests."""
+    found = [path for package in packages for path in root.glob(f"{package}/**/*.py")]
     found += [path for path in root.glob("tests/**/*.py") if not path.name.startswith("test_")]
     return sorted(str(path.relative_to(root)) for path in found)
 
