@@ -32,7 +32,8 @@ def missing_from(page: Path) -> list[str]:
         for name in re.findall(rf"\b{option}=([a-z0-9_/]+)", text):
             wanted[f"{option}={name}"] = ROOT / "conf" / group / f"{name}.yaml"
     for package, name in re.findall(r"\b(launch|benchmarks)\.([a-z_]+)", text):
-        wanted[f"{package}.{name}"] = ROOT / package / f"{name}.py"
+        file, folder = ROOT / package / f"{name}.py", ROOT / package / name / "__main__.py"
+        wanted[f"{package}.{name}"] = folder if folder.exists() else file
     return [name for name, path in wanted.items() if not path.exists()]
 
 

@@ -66,6 +66,10 @@ def test_equal_ranks_go_on():
         tokens = found[1].token_T.tolist()
         first = 2 * (rank - rank % GROUP) + 1  # micro-batch 1 of the group's first rank
         assert tokens == [s * SEGMENT + q for s in (first, first + 2) for q in range(SEGMENT)]
+        # unless asked for the other exchange: each rank gets the rows that it needs
+        assert all(
+            len(plan.parts) == 1 and plan.parts[0].send is not None for plan in found[0].plans
+        )
 
 
 def test_ranks_that_close_at_different_speeds_do_not_wait_for_ever():
@@ -128,3 +132,14 @@ class Half(Host):
     def all_gather(self, values):
         first = self.host.rank - self.rank
         return self.host.all_gather(values)[first : first + GROUP]
+
+
+@pytest.mark.parametrize(("rank", "column", "message"), [(11, 0, "step: rank 11 has 1, the other 11 have 0"), (11, 4, "token ids: rank 10 has digest 00000000, rank 11 has digest 00000001")])  # fmt: skip
+def test_all_of_many_ranks_are_compared(rank, column, message):
+    """More ranks than a rank tells numbers: 12 in groups of 2, of which each tells 5 + 2 x 2."""
+    found = np.zeros((12, 9), np.int64)
+    agreement = Agreement(Host(), Mesh(0, 12, GROUP), None)
+    agreement._compare(found, "here")
+    found[rank, column] = 1
+    with pytest.raises(RunFailed, match=f"here: the ranks differ in their {message}"):
+        agreement._compare(found, "here")

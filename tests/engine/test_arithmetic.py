@@ -142,3 +142,12 @@ def test_ks_are_those_of_schedule_and_evaluation():
     assert list(Arithmetic(grown, SYMBOLS, 0).by_k()) == ["1", "2", "3", "4"]
     dense = replace(config, moe=MoEConfig(router=Router.dense))
     assert list(Arithmetic(dense, SYMBOLS, 0).by_k()) == ["dense"]
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_a_symbol_is_one_forward_pass_of_the_step_shared_out(k):
+    """A step is a forward pass and a backward one of twice its products."""
+    arithmetic = Arithmetic(tiny_config(), SYMBOLS, 1000)
+    step = arithmetic.step_flops(k)
+    assert arithmetic.flops_per_symbol(k) == pytest.approx(step / 3 / TOKENS)
+    assert step == 3 * forward_flops(tiny_config(), SYMBOLS, k)

@@ -154,6 +154,7 @@ def test_enwik8_missing_wrong_prefix_and_whole(tmp_path, monkeypatch):
 
 def test_whole_enwik8_is_cut_at_90_and_95_million():
     n = corpus.ENWIK8_BYTES
+    assert n == 100_000_000
     assert (n * 90 // 100, n * 95 // 100) == (90_000_000, 95_000_000)
 
 
@@ -183,7 +184,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {first}-{len(body) - 1}/{len(body)}")
         else:
             self.send_response(200)
-        self.send_header("Content-Length", str(len(body) - first))
+        if self.server.says_length:
+            self.send_header("Content-Length", str(len(body) - first))
         self.end_headers()
         self.wfile.write(body[first:][: self.server.cut])
 
@@ -199,6 +201,7 @@ def server():
         archive.writestr("enwik8", noise)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as it:
         it.body, it.cut, it.has_ranges, it.ranges = buffer.getvalue(), None, True, []
+        it.says_length = True
         it.text, it.sha256 = noise, hashlib.sha256(noise).hexdigest()
         it.url = f"http://127.0.0.1:{it.server_port}/enwik8.zip"
         thread = threading.Thread(target=it.serve_forever, kwargs={"poll_interval": 0.01})
@@ -217,6 +220,15 @@ def test_download_reports_progress_and_leaves_only_the_file(tmp_path, server):
     assert seen[-1] == (len(server.body), len(server.body))
     assert list(target.parent.iterdir()) == [target]
     download_enwik8(target, "http://127.0.0.1:1/never", sha256="not asked")
+
+
+def test_download_of_unknown_length_says_so(tmp_path, server):
+    server.says_length, seen = False, []
+    target = tmp_path / "enwik8"
+    download_enwik8(
+        target, server.url, sha256=server.sha256, progress=lambda *step: seen.append(step)
+    )
+    assert target.read_bytes() == server.text and seen[-1] == (len(server.body), 0)
 
 
 @pytest.mark.parametrize("has_ranges", [True, False])

@@ -16,6 +16,7 @@ from engine.build import build_model
 from engine.config import Config, DataConfig, OptimConfig, Precision, Router, TrainConfig
 from engine.errors import UserError
 from engine.model import Routing
+from engine.moe.layer import MoELayer
 from engine.testing_run import SYMBOLS, tiny_config
 
 
@@ -343,7 +344,7 @@ def test_zero_3_with_routers_inside_the_model(router: Router) -> None:
     assert len(gates) == (0 if router is Router.dense else 2)
 
 
-@pytest.mark.parametrize("whole", [0, 100_000])
+@pytest.mark.parametrize("whole", [0, 50, 100_000])  # at 50 some parameters stay whole
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
 def test_a_validation_between_steps_changes_nothing(
     guard: Any, whole: int, monkeypatch: pytest.MonkeyPatch
@@ -401,3 +402,30 @@ def test_bf16_start_is_quiet(stage: int, capfd: pytest.CaptureFixture[str]) -> N
         adapter.start(model(), config(stage, 0.25, precision=Precision.bf16, offload=stage == 3)), 1
     )
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_configuration_that_deepspeed_gets():
+    """Of bf16 gradients are added up in fp32; a step that is not finite is dropped; what it logs by itself is never due."""
+    config = replace(tiny_config(2, clip=0.5, precision=Precision.bf16), data=DataConfig(streams=8))
+    config = replace(config, train=replace(config.train, accumulation=2))
+    assert adapter._deepspeed_config(config, 2, 1000) == {
+        "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2, "gradient_clipping": 0.5,
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000, "round_robin_gradients": False},
+        "zero_force_ds_cpu_optimizer": False, "steps_per_print": 2**62, "wall_clock_breakdown": False,
+        "bf16": {"enabled": True, "check_grad_overflow": True}, "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+    }  # fmt: skip
+    plain = adapter._deepspeed_config(tiny_config(1), 1, 10**12)
+    assert plain["zero_optimization"]["reduce_bucket_size"] == adapter._MAX_BUCKET < 10**9
+    assert not {"bf16", "data_types", "communication_data_type"} & set(plain)
+    full = adapter._deepspeed_config(tiny_config(3, offload=True), 1, 10)["zero_optimization"]
+    assert full["stage3_param_persistence_threshold"] == adapter.KEPT_WHOLE
+    assert full["offload_optimizer"] == {"device": "cpu"}
+
+
+def test_experts_of_one_rank_are_not_shared_out():
+    engine = adapter.start(build_model(tiny_config(), SYMBOLS), tiny_config())
+    layers = [module for module in engine.module.modules() if isinstance(module, MoELayer)]
+    assert engine.wire is None and len(layers) == 2
+    assert {type(layer) for layer in layers} == {MoELayer}
+    assert not any(hasattr(p, "allreduce") for p in engine.module.parameters())

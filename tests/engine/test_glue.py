@@ -35,6 +35,7 @@ def test_reads_every_line(tmp_path, end):
         (HEADER + b"good\t\n", "line 2: the label is ''"),
         (HEADER + b"good\t2\n", "line 2: the label is '2', it must be 0 or 1"),
         (HEADER + b"good\tpositive\xff\n", "line 2: the label is 'positive"),
+        (HEADER + b"good\t" + b"0123456789" * 5 + b"\n", f"the label is '{'0123456789' * 4}', it"),
         (HEADER + b" \t1\n", "line 2: the sentence is empty"),
     ],
 )
@@ -96,6 +97,7 @@ def test_too_much_held_out_is_refused():
         hold_out(examples, 11, seed=0)
     with pytest.raises(UserError, match="held_out=1: leaves nothing"):
         hold_out([Example(b"a b", 1)] * 4, 1, seed=0)
+    assert hold_out([Example(b"a b", 1)] * 3 + [Example(b"c", 0)], 1, seed=0)[0] == [Example(b"c", 0)]  # fmt: skip
 
 
 @pytest.mark.skipif(not SST2.is_dir(), reason="FOREROUTE_DATA has no sst2")

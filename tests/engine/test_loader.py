@@ -85,10 +85,12 @@ def test_each_batch_says_how_long_it_took_to_make(routers):
         time.sleep(0.03 if micro else 0.0)
         return make_batch(step, micro)
 
+    begin = time.perf_counter()
     loader = start(routers, make)
     found = [loader.next()[0].prepare_ms for _ in range(4)]
     loader.close()
     assert min(found) > 0 and min(found[1::2]) >= 30
+    assert sum(found) <= 1e3 * (time.perf_counter() - begin)
 
 
 def test_without_planned_routers_there_is_no_plan():
@@ -104,19 +106,19 @@ def test_worker_stays_a_whole_number_of_steps_ahead(routers):
 
     def make(step, micro):
         made.append((step, micro))
-        if len(made) in (4, 6):
+        if len(made) in (6, 8):
             enough.set()
         return make_batch(step, micro)
 
-    loader = start(routers, make, steps=range(100), prefetch=2)
+    loader = start(routers, make, steps=range(100), prefetch=3)
     assert enough.wait(20)
-    assert made == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert made == [(step, micro) for step in range(3) for micro in range(2)]
     enough.clear()
     for _ in range(2):
         loader.next()
     assert enough.wait(20)
     loader.close()
-    assert made[4:] == [(2, 0), (2, 1)]
+    assert made[6:] == [(3, 0), (3, 1)]
 
 
 def test_error_of_the_worker_reaches_the_consumer_with_its_traceback(routers):
@@ -198,3 +200,24 @@ def test_no_generator_is_consumed(routers):
     loader.close()
     assert torch.equal(torch.get_rng_state(), state)
     assert (np.random.get_state()[1] == numpy_state).all()
+
+
+def test_a_closed_loader_of_one_rank_prepares_nothing_more(routers):
+    """Though it might: nobody waits for it."""
+    made, begun, go_on = [], threading.Event(), threading.Event()
+
+    def make(step, micro):
+        made.append((step, micro))
+        begun.set()
+        assert go_on.wait(20)
+        return make_batch(step, micro)
+
+    loader = start(routers, make, steps=range(50), prefetch=50)
+    assert begun.wait(20)
+    closing = threading.Thread(target=loader.close)
+    closing.start()
+    while not loader._closed:
+        time.sleep(0.001)
+    go_on.set()
+    closing.join(20)
+    assert made == [(0, 0)] and not closing.is_alive()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from engine.config import Decay, OptimConfig
-from engine.optim import build_optimizer, learning_rate
+from engine.optim import build_optimizer, comes_last, learning_rate
 
 
 def test_cosine_equals_the_published_scheduler() -> None:
@@ -68,3 +68,10 @@ def test_same_steps_give_the_same_bits() -> None:
         return param.detach()
 
     assert torch.equal(run(), run())
+
+
+def test_what_would_move_others_off_their_16_bytes_comes_last():
+    """In fp32 and in bf16: 8 numbers of 2 bytes are 16 bytes."""
+    sizes = range(1, 65)
+    assert [size for size in sizes if not comes_last(size)] == [8, 16, 24, 32, 40, 48, 56, 64]
+    assert comes_last(204) and comes_last(4) and not comes_last(256 * 1024)

@@ -235,6 +235,16 @@ def test_dropout_is_of_the_pass_and_off_in_evaluation():
     assert torch.equal(run(), first) and torch.equal(run(), second)
 
 
+def test_passes_of_neighbouring_seeds_have_dropout_of_their_own():
+    """A pass has the number seed x 2**32 + passes before it, so 4 billion passes of a seed meet no other's."""
+    for seed in (0, 3):
+        _, experts = make(seed=seed)
+        for number in range(3):
+            with experts.planned(batch()[0]):
+                call, _ = experts.call(0, torch.zeros(4, 9, WIDTH), 0.5)
+            assert (call.dropout_seed, call.dropout) == (seed * 2**32 + number, 0.5)
+
+
 # Plans.
 
 
@@ -539,6 +549,17 @@ def test_state_goes_on():
         make(moe=replace(MOE, share_table=True))[1].load_state_dict(state)
     with pytest.raises(UserError, match=r"\(1, 2, 2\): must be \(0, 1, 1\)"):
         experts.load_state_dict({**state, "place": (1, 2, 2)})
+
+
+def test_state_of_a_shared_table_goes_on():
+    shared = replace(MOE, share_table=True)
+    state = make(moe=shared, seed=4)[1].state_dict()
+    assert len(state["tables"]) == 1 and state["place"] == (0, 1, 1)
+    _, experts = make(moe=shared)
+    experts.load_state_dict(state)
+    assert torch.equal(
+        experts.state_dict()["tables"][0]["order_rE"], state["tables"][0]["order_rE"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,7 @@ def train(rank, case):
         losses=np.reshape(losses, (-1, accumulation)).mean(1).tolist(),
         weights=by_expert(weights, range(first, first + local)),
         wire=experts.wire and (experts.wire.collectives, experts.wire.sent_bytes),
+        times=experts.wire and tuple(experts.wire.take_times()),
     )
 
 
@@ -264,6 +265,8 @@ def check(answers, cases, truth):
 def test_two_ranks_train_like_plain_pytorch(on_two_ranks, truth):
     check(on_two_ranks, CASES[2], truth)
     exchanges = [answer.wire and answer.wire[0] for answer in on_two_ranks[0][1]]
+    # nobody takes their times: none are kept
+    assert {answer.times for answer in on_two_ranks[0][1]} == {None, (0.0, 0.0)}
     per_pass = 2 * 2 * 2  # layers, there and back, directions
     steps = len(KS) * per_pass
     # Two micro-batches; once more each layer's rows to the experts, but not back, which backward does not need.

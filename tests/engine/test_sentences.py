@@ -27,6 +27,7 @@ def test_encodes_with_the_models_symbols():
     assert [s.ids.tolist() for s in encode(examples, vocab)] == [[3, 1, 2, 0], [1, 2, 0]]
     assert [s.label for s in encode(examples, vocab)] == [1, 0]
     assert foreign_bytes(examples, vocab) == 2
+    assert encode([Example(b"xyz", 0)], vocab)[0].ids.tolist() == [0]  # the blank is left
     with pytest.raises(UserError, match="sentence b'xyz'"):
         encode([Example(b"xyz", 0)], Vocab(Tokens.txl, b"abc"))
 

@@ -144,3 +144,31 @@ def test_only_what_was_given_is_named():
         "moe.spread": "moe.router=learned",
         "moe.consistency": "moe.router=learned",
     }
+
+
+DENSE, LEARNED = {"moe.router": Router.dense}, {"moe.router": Router.learned}
+WHEN: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("kernels.backend", DENSE, {}),
+    ("schedule.k_max", DENSE, {**DENSE, "model.signatures": True}),
+    ("schedule.k_max", DENSE, {}),
+    ("moe.rows", DENSE, {**DENSE, "model.signatures": True}),
+    ("moe.rows", LEARNED, {}),
+    ("moe.share_table", LEARNED, {"moe.router": Router.fresh}),
+    ("moe.share_table", LEARNED, {"moe.router": Router.stochastic}),
+    ("moe.share_table", DENSE, {}),
+    ("moe.z_loss", {}, LEARNED),
+    ("moe.consistency", LEARNED, {"moe.router": Router.stochastic}),
+    ("moe.plain_width", {}, {"moe.layers": 1}),
+    ("moe.spread", {"moe.weights": RouteWeights.uniform}, {}),
+    ("model.ngram_rows", {"model.ngram": 0}, {"model.ngram": 3}),
+    ("schedule.k_min", {"schedule.growth": Growth.constant}, {"schedule.growth": Growth.linear}),
+    ("optim.final_lr", {"optim.decay": Decay.constant}, {}),
+    ("train.valid_symbols", {"train.valid_every": 0}, {"train.valid_every": 1}),
+    ("parallel.wire", {"parallel.expert_ranks": 1}, {"parallel.expert_ranks": 2}),
+]
+
+
+@pytest.mark.parametrize(("name", "idle", "busy"), WHEN, ids=[f"{n}-{i}" for i, (n, *_) in enumerate(WHEN)])  # fmt: skip
+def test_when_an_option_is_unused(name, idle, busy, text):
+    assert name in unused(small(text, **idle), OTHER)
+    assert name not in unused(small(text, **busy), OTHER)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels import Dropout, keep_mask
-from kernels.dropout import row_hash, unit_hash
+from kernels.dropout import hash32, row_hash, unit_hash
 
 
 def mask(tokens, units, rate, *, seed=42, expert=3, first_expert=0):
@@ -59,3 +59,55 @@ def test_seed_words_are_int32_and_periodic_in_64_bits():
         words = Dropout(0.1, seed, torch.arange(1)).seed_words
         assert all(-(2**31) <= word < 2**31 for word in words)
         assert words == Dropout(0.1, seed + 2**64, torch.arange(1)).seed_words
+
+
+def murmur(value):
+    """MurmurHash3's finaliser in Python integers."""
+    value &= 2**32 - 1
+    value = (value ^ value >> 16) * 0x85EBCA6B % 2**32
+    value = (value ^ value >> 13) * 0xC2B2AE35 % 2**32
+    return value ^ value >> 16
+
+
+def int32(value):
+    return (value + 2**31) % 2**32 - 2**31
+
+
+def test_published_values_of_murmur_3():
+    values = [0, 1, 2, 0xDEADBEEF, 2**32 - 1]
+    want = [0, 0x514E28B7, 0x30F4C306, 0x0DE5C6A9, 0x81F16F39]
+    assert hash32(torch.tensor(values)).tolist() == want == [murmur(value) for value in values]
+    assert hash32(torch.tensor([1 + 2**32, 1 - 2**40])).tolist() == [want[1]] * 2  # 32 bits count
+
+
+@pytest.mark.parametrize(
+    ("seed", "first_output"),
+    [(1234567, 6457827717110365317), (0, 0xE220A8397B1DCDAF), (2**64 + 1234567, 6457827717110365317)],
+)  # fmt: skip
+def test_seed_words_are_the_published_first_output_of_splitmix64(seed, first_output):
+    words = Dropout(0.1, seed, torch.arange(1)).seed_words
+    assert words == (int32(first_output % 2**32), int32(first_output >> 32))
+
+
+def test_row_and_unit_hashes_in_python_integers():
+    golden, seed = 0x9E3779B1, 1234567
+    low, high = 6457827717110365317 % 2**32, 6457827717110365317 >> 32
+    tokens = [0, 1, 77, 2**31, 2**32 + 5, 2**40 + 3]
+    for first_expert, expert in ((0, 0), (0, 3), (4, 1)):
+        want = []
+        for token in tokens:
+            mixed = murmur(murmur(token ^ low) ^ (token >> 32) ^ high)
+            want.append(int32(murmur(mixed + (first_expert + expert) * golden) | 1))
+        dropout = Dropout(0.1, seed, torch.tensor(tokens), first_expert)
+        assert row_hash(dropout, dropout.token_R, expert).tolist() == want
+    assert unit_hash(40).tolist() == [int32(murmur(unit * golden) | 1) for unit in range(1, 41)]
+
+
+def test_threshold_and_scale():
+    dropouts = [Dropout(rate, 0, torch.arange(1)) for rate in (0.0, 0.25, 0.5, 1 - 2**-40)]
+    assert [d.threshold for d in dropouts] == [-(2**31), -(2**30), 0, 2**31 - 1]
+    assert [d.scale for d in dropouts[:3]] == [1.0, 4 / 3, 2.0]
+    # the product of the hashes wraps to int32, and one that is at the threshold is kept
+    rows, units = torch.tensor([3, 2**30 + 1], dtype=torch.int32), torch.tensor([5, 7]).int()
+    assert keep_mask(rows, units, 15).tolist() == [[True, True], [True, False]]
+    assert (2**30 + 1) * 5 - 2**32 >= 15 and int32((2**30 + 1) * 7) < 15

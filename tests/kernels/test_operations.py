@@ -224,6 +224,20 @@ def test_the_triton_launchers_read_nothing_back(gated):
     assert y.shape == (26, 8) and grads.weight_N.shape == (26,) and len(recorder.launches) == 10
 
 
+@pytest.mark.parametrize("options", [{}, {"mode": "fast"}, {"masked": True}], ids=str)
+@pytest.mark.parametrize("dweight", [True, False])
+@pytest.mark.parametrize("negative", [1, 26])
+def test_weights_may_be_negative(options, dweight, negative):
+    """One of them, or all: then a hidden unit times its weight no longer says whether ReLU let it through."""
+    case = make_case(SHAPE)
+    sign_N = torch.ones(26, dtype=torch.float64)
+    sign_N[:negative] = -1
+    case = case._replace(weight_N=case.weight_N * sign_N)
+    want = run_layer(moe_ffn, case, torch.float64, backend="reference", dweight=dweight)
+    got = run_layer(moe_ffn, case, torch.float64, dweight=dweight, **options)
+    assert worst_error(got, want)[0] < 1e-12
+
+
 def test_fp16_underflow_of_weighted_units():
     """Hidden units times their weight may be 0 in fp16 where neither is."""
     case = make_case((60, 8, 12, 4, 3))

@@ -151,3 +151,9 @@ def test_refuses_what_does_not_fit():
         relative_attention(query, key, value, r[1:], u, v, scale=1.0)
     with pytest.raises(ValueError, match="window=0"):
         relative_attention(query, key, value, r, u, v, scale=1.0, window=0)
+
+
+def test_without_dropout_no_random_number_is_drawn():
+    before = torch.get_rng_state()
+    results(relative_attention, inputs(2, 7, 5), window=3)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -129,3 +129,13 @@ def test_what_is_drawn_needs_a_draw():
         router().plan(NO_IDS, NO_IDS, 2)
     with pytest.raises(ValueError, match="need a draw"):
         HashedRouter(tables()[0], shuffled=True).plan(IDS, IDS[..., :1], 2)
+
+
+def test_plans_are_for_the_exchange_of_tokens_in_one_part_unless_asked():
+    draw, ids = draw_of(10, 2), torch.zeros(2, 1, 5, dtype=torch.int64)
+    table = build_tables(MoEConfig(experts=E, ngram=1, rows=9), 9, np.arange(9), num_tables=1, seed=1, cache_dir=None)[0]  # fmt: skip
+    for planned in (router(ranks=2), HashedRouter(table, ranks=2)):
+        (part,) = planned.plan(ids, ids[..., :0], 2, draw=draw).parts
+        assert part.send is not None and part.received_R is not None
+        (part,) = planned.plan(ids, ids[..., :0], 2, draw=draw, gather=True).parts
+        assert part.send is None and part.received_R is None

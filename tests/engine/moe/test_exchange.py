@@ -5,9 +5,13 @@ import pytest
 import torch
 from torch import distributed as dist
 
+from engine.choices import ExchangeKind
 from engine.config import KernelsConfig, MoEConfig, ParallelConfig
+from engine.moe import exchange as exchange_file
+from engine.moe.auto import use_gather
 from engine.moe.exchange import Exchange, Local, build_exchange
 from engine.moe.experts import Experts
+from engine.moe.plan import Route
 from engine.moe.routers import HashedRouter
 from engine.moe.tables import build_tables
 from engine.testing import run_ranks
@@ -70,3 +74,21 @@ def raises(rank):
 def test_a_rank_that_raises_is_named():
     with pytest.raises(RuntimeError, match=r"(?s)rank 1 of 2:.*ValueError: no such expert"):
         run_ranks(raises, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_live_router_gathers_when_the_model_of_times_says_so(dtype, monkeypatch):
+    """As loader and certificate decide, from the same sizes: 24 tokens, 6 wide, 8 experts on 2 ranks."""
+    asked = []
+    monkeypatch.setattr(exchange_file, "build_live_plan", lambda *_, **how: asked.append(how))
+    parallel = ParallelConfig(exchange=ExchangeKind.auto, link_gb_per_s=1e-3, message_us=0, memory_gb_per_s=0.01, chunks=3)  # fmt: skip
+    exchange = build_exchange(NoWire(), parallel)
+    for k in range(1, 9):
+        route = Route(torch.zeros(24, k, dtype=torch.int64), torch.ones(24, k))
+        exchange.plan(route, 8, torch.zeros(24, 6, dtype=dtype))
+    want = [
+        use_gather(parallel, experts=8, ranks=2, k=k, tokens=24, width=6, itemsize=dtype.itemsize)
+        for k in range(1, 9)
+    ]
+    assert asked == [{"gather": gather, "chunks": 3} for gather in want]
+    assert set(want) == {False, True}

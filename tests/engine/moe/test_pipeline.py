@@ -40,9 +40,10 @@ def problem(dtype):
     return route, leaves, normal(TOKENS, WIDTH)
 
 
-def run(dtype, parts):
-    """Output and gradients; one part by kernels.moe_ffn."""
+def run(dtype, parts, *, live=False):
+    """Output and gradients, of a live router's weights too; one part by kernels.moe_ffn."""
     route, leaves, cotangent = problem(dtype)
+    asked = [*leaves, route.weight_TK.requires_grad_()] if live else leaves
     weights, wide = ExpertWeights(*leaves[1:]), torch.promote_types(dtype, torch.float32)
     options = {"dropout": None, "masked": False, "backend": "cpu", "mode": "lean", "precision": "ieee", "debug": False}  # fmt: skip
     calls = []
@@ -53,16 +54,19 @@ def run(dtype, parts):
         y = moe_ffn(leaves[0], calls[0].weight_N, weights, calls[0].part.rows, **options)
     else:
         y = run_in_parts(leaves[0], calls, weights, Here())
-    return [y.detach(), *torch.autograd.grad(y, leaves, cotangent)]
+    return [y.detach(), *torch.autograd.grad(y, asked, cotangent)]
 
 
 def errors(got, want):
     return [relative_error(a, b) for a, b in zip(got, want, strict=True)]
 
 
-@pytest.mark.parametrize("parts", [2, PARTS])
-def test_parts_equal_the_whole(parts):
-    assert max(errors(run(torch.float64, parts), run(torch.float64, 1))) < 1e-14
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("parts", [2, 3, PARTS])
+def test_parts_equal_the_whole(parts, live):
+    got, want = run(torch.float64, parts, live=live), run(torch.float64, 1, live=live)
+    assert len(got) == 6 + live and max(errors(got[:6], want[:6])) < 1e-14
+    assert max(errors(got[6:], want[6:]), default=0) < 1e-6  # the weights are fp32
 
 
 def test_parts_of_bf16_are_added_up_in_fp32():

@@ -57,3 +57,10 @@ def test_every_schedule_grows_within_its_limits(growth, total, k_min, k_max):
     ks = curve(growth, k_min, k_max, total)
     assert ks == sorted(ks) and k_min <= ks[0] and ks[-3:] == [k_max] * 3
     assert growth is Growth.constant or ks[0] == k_min
+
+
+@pytest.mark.parametrize(("total", "power_of"), [(3000, lambda s: s // 10), (2999, lambda s: s // 9), (100, lambda s: 3 * s)])  # fmt: skip
+def test_exponential_takes_300_powers(total, power_of):
+    """With so many experts that each power shows."""
+    want = [round(-9999 * 0.99 ** power_of(s)) + 10_000 for s in range(total)]
+    assert curve(Growth.exponential, 1, 10_000, total, range(total)) == want

@@ -1,11 +1,14 @@
 """The times of flights with a clock that the test sets; what a wire counts, against a module that records its calls."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from engine.parallel import flights
 from engine.parallel.collectives import Wire
-from engine.parallel.flights import HostFlight, HostLog, covered
+from engine.parallel.flights import DeviceLog, HostFlight, HostLog, covered
 
 
 def test_covered_is_the_length_of_the_union():
@@ -112,3 +115,88 @@ def test_evaluation_is_not_timed():
     assert wire.take_times() == (0, 0) and wire.collectives == 1
     wire.all_gather(rows).wait()
     assert sum(wire.take_times()) > 0
+
+
+class Event:
+    """A CUDA event of a device whose clock says `at` milliseconds."""
+
+    def __init__(self, at):
+        self.at, self.waited = at, False
+
+    def synchronize(self):
+        self.waited = True
+
+    def elapsed_time(self, later):
+        return later.at - self.at
+
+
+def test_times_of_a_device_are_those_between_its_events():
+    """Each flight: issue, completion, before and after the wait for it."""
+    log = DeviceLog()
+    assert log.take() == (0, 0)
+    for times in ((1.0, 4.0, 5.0, 5.0), (6.0, 9.0, 8.0, 9.0), (7.0, 12.0, 9.5, 12.0)):
+        log.events.append(tuple(map(Event, times)))
+    begin, end = 1, log.mark()
+    assert end == 3 and log.exposed_ms(begin, end) == 1.0 + 2.5 and log.exposed_ms(0, 1) == 0
+    events = [event for flight in log.events for event in flight]
+    times = log.take()
+    assert all(event.waited for event in events)
+    assert times.exposed_ms == 3.5
+    assert times.hidden_ms == (3.0 + 6.0) - 3.5  # under way from 1 to 4 and from 6 to 12
+    assert log.take() == (0, 0) and log.mark() == 0
+    log.events.append(tuple(map(Event, (3.0, 4.0, 2.0, 6.0))))  # waited for longer than it flew
+    assert log.take() == (4.0, 0.0)
+
+
+class Stream:
+    """A CUDA stream that keeps what it is told."""
+
+    def __init__(self, name, device):
+        self.name, self.device = name, device
+
+    def wait_event(self, event):
+        self.device.told.append((self.name, "waits for", event))
+
+
+class Device:
+    """What DeviceFlight needs of torch.cuda: events, streams, the current one."""
+
+    def __init__(self, monkeypatch):
+        self.told, self.events = [], []
+        self.current = Stream("compute", self)
+        monkeypatch.setattr(torch.cuda, "Event", self.event)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.current)
+        monkeypatch.setattr(torch.cuda, "stream", self.stream)
+
+    def event(self, *, enable_timing):
+        assert enable_timing
+        self.events.append(SimpleNamespace(record=self.record))
+        return self.events[-1]
+
+    def record(self, stream=None):
+        self.told.append(((stream or self.current).name, "is here", None))
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+
+def test_a_flight_of_a_gpu_lets_streams_wait_and_not_the_host(monkeypatch):
+    device, log = Device(monkeypatch), DeviceLog()
+    used = []
+    got, rows = (SimpleNamespace(record_stream=lambda s, n=n: used.append((n, s.name))) for n in ("got", "rows"))  # fmt: skip
+    work = SimpleNamespace(wait=lambda: device.told.append((device.current.name, "waits for", "the rows")))  # fmt: skip
+    streams = flights.Streams(Stream("side", device), Stream("watch", device))
+    flight = flights.DeviceFlight(work, got, rows, log, streams, issue="issue")
+    assert device.told == [("watch", "waits for", "the rows"), ("watch", "is here", None)]
+    device.told.clear()
+    assert flight.wait() is got
+    end, before, after = device.events
+    assert device.told == [("compute", "is here", None), ("compute", "waits for", end), ("compute", "is here", None)]  # fmt: skip
+    assert log.events == [("issue", end, before, after)]
+    assert sorted(used) == [
+        ("got", "compute"),
+        ("rows", "compute"),
+    ]  # their memory stays until then

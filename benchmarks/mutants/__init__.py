@@ -1,0 +1,1 @@
+"""Can the tests fail? One operator, comparison, constant or index is changed at a time; do they notice?"""

@@ -1,0 +1,70 @@
+"""What a layer adds to the loss, and what its dropout depends on; its rows are followed in test_layer_on_ranks.py."""
+
+import math
+
+import pytest
+import torch
+
+from engine.config import KernelsConfig, MoEConfig, Router
+from engine.moe.layer import LayerCall, MoELayer
+
+TOKENS, WIDTH, EXPERTS, K = 12, 6, 4, 2
+
+
+def a_layer(router, number=0, **moe):
+    torch.manual_seed(1)
+    options = {"experts": EXPERTS, "expert_width": 5, "router": router, **moe}
+    return MoELayer(WIDTH, MoEConfig(**options), KernelsConfig(), number)
+
+
+def call(*, dropout=0.0, seed=0, plan=None):
+    return LayerCall(K, plan, torch.arange(TOKENS), seed, dropout)
+
+
+@pytest.mark.parametrize(("balance", "z"), [(0.5, 0.0), (0.0, 0.25), (0.5, 0.25), (0.0, 0.0)])
+def test_a_learned_router_adds_its_losses_times_their_weights(balance, z):
+    """Switch Transformer's and ST-MoE's, in Python's floats."""
+    layer = a_layer(Router.learned, balance_loss=balance, z_loss=z)
+    with torch.no_grad():
+        layer.router.gate_weight.mul_(50)
+    x_TD = torch.randn(TOKENS, WIDTH)
+    out = layer(x_TD, call())
+    logits = (x_TD.double() @ layer.router.gate_weight.double().T).tolist()
+    chosen = [sorted(range(EXPERTS), key=lambda e, row=row: -row[e])[:K] for row in logits]
+    counts = [sum(e in picked for picked in chosen) for e in range(EXPERTS)]
+    sums = [sum(map(math.exp, row)) for row in logits]
+    share = [
+        sum(math.exp(row[e]) / total for row, total in zip(logits, sums, strict=True)) / TOKENS
+        for e in range(EXPERTS)
+    ]
+    balance_loss = EXPERTS * sum(c / (TOKENS * K) * p for c, p in zip(counts, share, strict=True))
+    z_loss = sum(math.log(total) ** 2 for total in sums) / TOKENS
+    assert out.count_E.tolist() == counts
+    assert out.auxiliary_loss.item() == pytest.approx(balance * balance_loss + z * z_loss, rel=1e-5)
+
+
+def test_a_frozen_router_adds_no_loss():
+    layer = a_layer(Router.frozen, balance_loss=0.5, z_loss=0.5)
+    assert layer(torch.randn(TOKENS, WIDTH), call()).auxiliary_loss.item() == 0
+
+
+def test_a_shared_expert_is_added():
+    plain, shared = a_layer(Router.frozen), a_layer(Router.frozen, shared_width=7)
+    shared.load_state_dict(plain.state_dict(), strict=False)
+    x_TD = torch.randn(TOKENS, WIDTH)
+    want = plain(x_TD, call()).y_TD + shared.shared(x_TD)
+    assert torch.allclose(shared(x_TD, call()).y_TD, want, atol=1e-6)
+
+
+def test_each_layer_and_step_has_dropout_of_its_own():
+    """A million layers have numbers between those of two steps; the numbers stay, as a run that goes on asks for them again."""
+    for layer, step, seed in ((0, 0, 0), (2, 0, 2), (0, 7, 7_000_021), (3, 7, 7_000_024)):
+        dropout = a_layer(Router.frozen, layer)._dropout(call(dropout=0.5, seed=step))
+        assert (dropout.seed, dropout.rate, dropout.first_expert) == (seed, 0.5, 0)
+        assert dropout.token_R.tolist() == list(range(TOKENS))
+    assert a_layer(Router.frozen)._dropout(call()) is None
+
+
+def test_a_planned_router_needs_a_plan_of_its_k():
+    with pytest.raises(ValueError, match="layer 3 has a planned router, k=2, and got no plan"):
+        a_layer(Router.hashed, 3)(torch.zeros(TOKENS, WIDTH), call())
