@@ -72,8 +72,7 @@ def test_every_signal_that_would_end_the_process_waits_for_the_trainer(ignored):
     code = f"""
 import os, signal
 from launch.process import STOPS, StopSignal
-if {ignored}:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+signal.signal(signal.SIGHUP, signal.SIG_IGN if {ignored} else signal.SIG_DFL)
 for number in STOPS:
     stop = StopSignal()
     with stop.deferred():

@@ -330,7 +330,7 @@ def test_the_program_writes_one_file_beside_what_was_asked_for(run, folder, copi
         (["run={tmp}/nothing"], "run={tmp}/nothing: no such folder"),
         (["run={tmp}"], "run={tmp}: is no run folder, it holds none of config.yaml, metrics.jsonl, state.json"),
         (["run=[]"], "run=[]: must be a folder of a run, or a list of such folders"),
-        (["run=3"], "run=3: must be a folder of a run, or a list of such folders"),
+        (["run=3"], "run=3: no such folder"),
         (["run=[{tmp}/a,{tmp}/a]"], "run=['{tmp}/a', '{tmp}/a']: names a run twice"),
         (["run={tmp}/x.sweep.json"], "run={tmp}/x.sweep.json: no such file"),
         (["run={tmp}/bad.sweep.json"], "run={tmp}/bad.sweep.json: is no file of a sweep: it lists no runs"),
