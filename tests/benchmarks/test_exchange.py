@@ -127,6 +127,7 @@ def test_a_difference_between_systems_is_refused():
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_all_systems_compute_the_same_and_send_what_was_counted():
     """exchange_rank ends with an error where results or bytes differ."""
     options = ["--rounds", "1", "--per-node", "2", "--quick", "--systems", "ours", "parts", "moe", "autoep"]  # fmt: skip

@@ -113,6 +113,7 @@ def tree(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_what_is_noticed_survives_and_is_left_out(tree, tmp_path):
     before = hashlib.sha256((tree / "room/numbers.py").read_bytes()).hexdigest()
     same = Equivalent("room/numbers.py", "return -1 if x < 0 else 1", "<", "x is never 0", new="<=")

@@ -139,7 +139,9 @@ def test_routing_changes_small_in_nothing_else():
         assert getattr(routing, name) == getattr(small, name)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "overnight" else n for n in PRESETS]
+)  # fmt: skip
 def test_presets_compose(composing, tmp_path, name):
     preset = read_preset(name)
     jobs = plan_jobs(preset, CorpusConfig(Corpus.file, path="x"), tmp_path)

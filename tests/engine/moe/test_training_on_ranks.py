@@ -215,6 +215,7 @@ def on_four_ranks(cases):
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_four_ranks_train_like_one(one_rank):
     cases = on_four_ranks(cover())
     check(cases, run_ranks(several, 4, 4, cases), one_rank)

@@ -1,5 +1,7 @@
 """Every operation on the Triton backend against the plain-loop reference in fp64: outputs and every gradient."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -24,8 +26,9 @@ from kernels.testing import (
     worst_error,
 )
 
+LARGEST = "T37-D20-F40-L5-K3"
 SHAPES = {  # tokens, width, hidden, experts, active: nothing divides by anything
-    "T37-D20-F40-L5-K3": (37, 20, 40, 5, 3),
+    LARGEST: (37, 20, 40, 5, 3),
     "T13-D9-F13-L4-K2": (13, 9, 13, 4, 2),
     "T5-D6-F8-L9-K1": (5, 6, 8, 9, 1),
     "T7-D33-F17-L3-K3": (7, 33, 17, 3, 3),
@@ -59,10 +62,19 @@ def check_layer(shape, dtype, device, *, gated, rate=0.0, dweight=True, only_exp
     return got
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-@pytest.mark.parametrize("gated", [False, True], ids=["relu", "swiglu"])
-@pytest.mark.parametrize("rate", [0.0, 0.3], ids=["plain", "dropout"])
-@floats
+def layers():
+    """Every combination; those of the largest shape take seconds: in every run fp32 and bf16 with dropout, the rest in the slow set."""
+    activations, rates = {"relu": False, "swiglu": True}, {"plain": 0.0, "dropout": 0.3}
+    for dtype, rate, activation, shape in itertools.product(BOUNDS, rates, activations, SHAPES):
+        slow = shape == LARGEST and (rate == "plain" or dtype is torch.float16)
+        yield pytest.param(
+            SHAPES[shape], activations[activation], rates[rate], dtype,
+            id=f"{str(dtype).removeprefix('torch.')}-{rate}-{activation}-{shape}",
+            marks=[pytest.mark.slow] if slow else [],
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "gated", "rate", "dtype"), layers())
 def test_layer_equals_reference(shape, gated, rate, dtype, device):
     check_layer(shape, dtype, device, gated=gated, rate=rate)
 
