@@ -19,7 +19,10 @@ def _leave(number: int, _frame: object) -> None:
 
 
 if sys.argv[:1] == ["-m"]:  # a program's start, not an import
-    signal.signal(signal.SIGINT, _leave)
+    if (
+        signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+    ):  # as a shell has it for a job in the background
+        signal.signal(signal.SIGINT, _leave)
     _absent = [name for name in ("torch", "hydra", "deepspeed", "numpy") if find_spec(name) is None]
     if _absent:
         sys.stderr.write(

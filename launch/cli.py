@@ -82,7 +82,8 @@ def run_program(
         many_ranks: the task knows how to be one rank of many; otherwise a launcher's second process is refused.
         report_sweep: called by rank 0 at the end of a sweep, also of one that was stopped.
     """
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed by Hydra
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter

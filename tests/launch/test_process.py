@@ -58,9 +58,18 @@ def test_ctrl_c_while_a_program_is_loaded_is_one_line(tmp_path):
     """At the first import of PyTorch, by a package of that name that sends it."""
     (tmp_path / "torch.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
     environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
+
+    def heed():  # a job in the background ignores it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     for start, code in ((["-m", "launch.train"], 130), (["-c", "import launch.train"], -signal.SIGINT)):  # fmt: skip
         done = subprocess.run(
-            [sys.executable, *start], env=environ, capture_output=True, text=True, timeout=600
+            [sys.executable, *start],
+            env=environ,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            preexec_fn=heed,
         )
         assert done.returncode == code  # an import leaves the signal to who imports
         assert (done.stderr == "foreroute: stopped before it began\n") == (code == 130)
