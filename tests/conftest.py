@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent
 LONG_FIRST = [  # files of more than ten seconds, so that no process is left alone with one of them in the end
@@ -28,6 +29,14 @@ LONG_FIRST = [  # files of more than ten seconds, so that no process is left alo
     "launch/test_sweep.py",
     "launch/test_report.py",
 ]
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """A program that runs in this process may set PyTorch's threads, which would slow the tests behind it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def pytest_collection_modifyitems(config, items):
