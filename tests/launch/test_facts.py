@@ -126,7 +126,7 @@ def start(tmp_path, text, *more):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    (folder,) = (tmp_path / "runs").glob("grid-*/")
+    (folder,) = (tmp_path / "runs").glob("grid*/")
     return folder
 
 
