@@ -39,6 +39,7 @@ _PRELOADED = [  # what ranks import, also at their first step; none of it starts
     "torch._inductor.compile_fx", "torch._dynamo.testing", "deepspeed.ops.op_builder.all_ops",
     "deepspeed.runtime.superoffload.superoffload_stage3", "deepspeed.runtime.zero.muon.original_muon",
 ]  # fmt: skip
+_SERVER.set_forkserver_preload(_PRELOADED)
 
 
 def run_ranks(
@@ -57,7 +58,6 @@ def run_ranks(
     Raises:
         RuntimeError: a rank raised (its traceback is in the message), died or did not answer; no process is left behind.
     """
-    _SERVER.set_forkserver_preload(_PRELOADED)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         task = _Task(
             function=(inspect.getfile(function), function.__name__),
@@ -165,7 +165,6 @@ class Program:
         """
         self._folder = tempfile.TemporaryDirectory()
         self._texts = [Path(self._folder.name) / name for name in ("out", "err")]
-        _SERVER.set_forkserver_preload(_PRELOADED)
         arguments = ["-c", *arguments]
         self._process = _SERVER.Process(target=_run, args=(code, arguments, dict(environ), self._texts))  # fmt: skip
         self._process.start()
