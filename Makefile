@@ -18,6 +18,8 @@ SUITE = $(PYTEST) --dist loadfile --no-loadscope-reorder --ignore=tests/kernels/
 TRITON_SUITE = TRITON_INTERPRET=1 $(PYTEST) --dist worksteal tests/kernels/on_triton
 # One thread: tests are many small operations, and other cores are at work on other tests.
 test test-all test-cluster: export OMP_NUM_THREADS = 1
+# They start Python often, which would compile this project's files each time; empty is unset.
+test test-all test-cluster: export PYTHONDONTWRITEBYTECODE =
 # Their runs are on the CPU, also where there is a GPU: test-gpu has those for it.
 test test-all test-cluster: export DS_ACCELERATOR = cpu
 train: $(VENV)/ready

@@ -7,9 +7,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 # PyTorch's OpenMP runtime reads this once, as it is loaded. Otherwise its threads spin at their barriers for milliseconds, and beside
-# a busy process that takes the core from the thread they wait for. Not 0, for to sleep and wake costs, too (docs/measured.md).
+# a busy process that takes the core from the thread they wait for. To sleep and wake costs, too: docs/measured.md has both.
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = "1000"
+    os.environ["GOMP_SPINCOUNT"] = "5000"
 
 
 def _leave(number: int, _frame: object) -> None:
