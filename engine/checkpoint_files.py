@@ -159,7 +159,7 @@ def _checked_names(file: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_link(file: Path) -> None:
-    require(not file.is_symlink(), f"{file}: is a link; a checkpoint's files lie in its folder")
+    require(not file.is_symlink(), f"{file}: is a link, and must lie in its folder itself")
 
 
 def verify(path: Path, host: Host) -> dict[str, Any]:

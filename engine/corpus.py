@@ -2,7 +2,8 @@
 
 Whole enwik8 is split 90M / 5M / 5M bytes as in the published work, every other text in the same proportions. The split
 is by bytes of the source; what the vocabulary drops is dropped afterwards. A prepared corpus is one folder named by
-its content (ids.bin, meta.json), written aside and then renamed, so that ranks may prepare it at the same time.
+its content (ids.bin, meta.json), written aside, made durable and then renamed, so that ranks may prepare it at the same time.
+The ids are compared with their checksum when they are opened for the first time, and again after any change of the file.
 Batches are cut in engine/data.py. This module never downloads unless asked: see download_enwik8.
 """
 
@@ -18,6 +19,7 @@ import uuid
 import zipfile
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.checkpoint_files import checksum, read_sealed, sha256_of, sync
 from engine.config import Corpus, CorpusConfig, Split, Tokens, require
 from engine.errors import UserError
 from engine.vocab import Vocab, build_vocab
@@ -33,6 +36,10 @@ ENWIK8_URL = "http://mattmahoney.net/dc/enwik8.zip"
 ENWIK8_BYTES = 100_000_000
 ENWIK8_SHA256 = "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8"
 
+_FORMAT = (
+    2  # of a prepared corpus; part of its folder's name, so that another version makes its own
+)
+_IDS, _META, _VERIFIED = "ids.bin", "meta.json", "verified.json"
 _SPLITS = tuple(Split)  # in the order of the text
 _NOT_STDLIB = {"test", "tests", "idlelib", "site-packages"}
 _CHUNK = 1 << 20  # bytes read, hashed or counted at a time
@@ -84,16 +91,19 @@ def prepare(config: CorpusConfig, progress: Callable[[str], None] | None = None)
     source = _read_source(config)
     sha256 = hashlib.sha256(source.text).hexdigest()
     _check_text(config, source, sha256)
-    folder = (
-        Path(config.cache_dir)
-        / "corpora"
-        / f"{config.name.name}-{config.tokens.name}-{sha256[:16]}"
-    )
-    if not folder.is_dir():
-        if progress is not None:
-            progress(f"corpus {source.name}: preparing {len(source.text):,} bytes in {folder}")
-        _write(folder, config, source, sha256)
-    return _open(folder)
+    name = f"{config.name.name}-{config.tokens.name}-{sha256[:16]}-v{_FORMAT}"
+    folder = Path(config.cache_dir) / "corpora" / name
+    try:
+        if not folder.is_dir():
+            if progress is not None:
+                progress(f"corpus {source.name}: preparing {len(source.text):,} bytes in {folder}")
+            _write(folder, config, source, sha256)
+        return _open(folder)
+    except PermissionError as error:
+        raise UserError(
+            f"corpus.cache_dir={config.cache_dir}: {folder} cannot be read ({error.strerror}), it may belong to another user; "
+            "take another corpus.cache_dir"
+        ) from error
 
 
 def enwik8_copy(config: CorpusConfig) -> Path:
@@ -164,6 +174,9 @@ def _write(folder: Path, config: CorpusConfig, source: _Source, sha256: str) -> 
         f"{source.asked}: has one symbol only; corpus.tokens=bytes takes it, with nothing to learn",
     )
     meta = {
+        "format": _FORMAT,
+        "dtype": ids.dtype.name,
+        "ids_sha256": hashlib.sha256(ids.data).hexdigest(),
         "source": source.name,
         "corpus": config.name.name,
         "tokens": config.tokens.name,
@@ -178,15 +191,20 @@ def _write(folder: Path, config: CorpusConfig, source: _Source, sha256: str) -> 
     aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
         aside.mkdir(parents=True)
-        (aside / "ids.bin").write_bytes(ids.data)
-        (aside / "meta.json").write_text(json.dumps(meta), encoding="ascii")
+        (aside / _IDS).write_bytes(ids.data)
+        (aside / _META).write_text(
+            json.dumps({**meta, "checksum": checksum(meta)}), encoding="ascii"
+        )
+        for path in (aside / _IDS, aside / _META, aside):
+            sync(path)
         aside.rename(folder)
     except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
         if not folder.is_dir():
             raise UserError(
                 f"corpus.cache_dir={config.cache_dir}: {folder} cannot be written ({error.strerror})"
             ) from error
+    finally:  # of a signal, too
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _symbol_counts(ids: NDArray[np.uint8], vocab_size: int) -> list[int]:
@@ -198,14 +216,44 @@ def _symbol_counts(ids: NDArray[np.uint8], vocab_size: int) -> list[int]:
 
 def _open(folder: Path) -> PreparedCorpus:
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="ascii"))
-        ids = np.memmap(folder / "ids.bin", dtype=np.uint8, mode="r")
+        for name in (_IDS, _META):
+            (folder / name).open("rb").close()  # what may not be read is not called damaged
+        ids_size = (folder / _IDS).stat().st_size
+        meta = read_sealed(folder / _META, "prepared corpus", _FORMAT)
+        whole = ids_size == meta["cuts"][-1] * np.dtype(meta["dtype"]).itemsize
+        require(whole, f"{_IDS} has {ids_size:,} bytes")
+        _verify(folder, meta["ids_sha256"])
+        ids = np.memmap(folder / _IDS, dtype=meta["dtype"], mode="r")
         vocab = Vocab(Tokens[meta["tokens"]], bytes(meta["symbols"]))
-        whole = len(ids) == meta["cuts"][-1]
-    except (OSError, ValueError, KeyError) as error:
+    except PermissionError:
+        raise
+    except (UserError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: damaged ({error}); delete it and run again") from error
-    require(whole, f"{folder}: damaged (ids.bin has {len(ids)} bytes); delete it and run again")
     return PreparedCorpus(ids, vocab, meta["sha256"], _notes(meta), meta)
+
+
+def _verify(folder: Path, ids_sha256: str) -> None:
+    """Compare the ids with their checksum, unless the file is as it was when that was last done.
+
+    Raises:
+        UserError: they differ.
+    """
+    ids, mark = folder / _IDS, folder / _VERIFIED
+    now = ids.stat()
+    seen = {
+        "bytes": now.st_size,
+        "modified_ns": now.st_mtime_ns,
+        "changed_ns": now.st_ctime_ns,  # of another copy of the file it is another
+        "sha256": ids_sha256,
+    }
+    with suppress(OSError, ValueError):
+        if json.loads(mark.read_bytes()) == seen:
+            return
+    require(sha256_of(ids) == ids_sha256, f"the sha256 of {_IDS} is not the one in {_META}")
+    new = mark.with_name(f".{mark.name}.{uuid.uuid4().hex}")
+    with suppress(OSError):  # as in a cache that only another user may write
+        new.write_text(json.dumps(seen), encoding="ascii")
+        new.replace(mark)
 
 
 def _notes(meta: dict[str, Any]) -> list[str]:

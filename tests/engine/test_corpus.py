@@ -1,3 +1,4 @@
+import errno
 import gzip
 import hashlib
 import http.server
@@ -88,6 +89,69 @@ def test_damaged_cache_is_named(tmp_path):
     (folder / "meta.json").write_text("{")
     with pytest.raises(UserError, match=f"{folder.name}: damaged"):
         prepare(config)
+
+
+def test_ids_are_compared_with_their_checksum_once(tmp_path, monkeypatch):
+    """And again when the file has changed in any way: ids of the right length but all zeros would train."""
+    seen = []
+    real = corpus.sha256_of
+    monkeypatch.setattr(corpus, "sha256_of", lambda path: seen.append(path) or real(path))
+    config = file_config(tmp_path)
+    for _ in range(3):
+        prepare(config)
+    assert len(seen) == 1
+    (ids,) = (tmp_path / "cache").rglob("ids.bin")
+    state = ids.stat()
+    ids.write_bytes(bytes(len(TEXT)))
+    os.utime(ids, ns=(state.st_atime_ns, state.st_mtime_ns))  # as if nothing had happened
+    with pytest.raises(UserError, match=r"damaged \(the sha256 of ids.bin is not the one in meta"):
+        prepare(config)
+    ids.write_bytes(TEXT)
+    assert bytes(prepare(config).ids) == TEXT and len(seen) == 3
+
+
+def test_a_changed_number_in_meta_json_is_damage(tmp_path):
+    prepare(file_config(tmp_path))
+    (path,) = (tmp_path / "cache").rglob("meta.json")
+    meta = json.loads(path.read_text())
+    meta["cuts"][1] -= 1  # the splits would be others
+    path.write_text(json.dumps(meta))
+    with pytest.raises(UserError, match=r"damaged .*its checksum does not match"):
+        prepare(file_config(tmp_path))
+
+
+def test_the_cache_of_an_earlier_version_is_made_anew(tmp_path):
+    config, lines = file_config(tmp_path), []
+    old = tmp_path / "cache/corpora" / f"file-bytes-{hashlib.sha256(TEXT).hexdigest()[:16]}"
+    old.mkdir(parents=True)
+    (old / "meta.json").write_text("{}")
+    assert bytes(prepare(config, lines.append).ids) == TEXT
+    assert len(lines) == 1 and "preparing" in lines[0]
+
+
+def test_a_cache_of_another_user_is_not_called_damaged(tmp_path, monkeypatch):
+    config = file_config(tmp_path)
+    prepare(config)
+    opened = Path.open
+
+    def refused(path, *arguments, **options):
+        if path.name == "ids.bin":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(UserError, match=r"^corpus.cache_dir=.* cannot be read \(Permission denied\), .*take another corpus.cache_dir$"):  # fmt: skip
+        prepare(config)
+
+
+def test_an_interrupted_preparation_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(path):
+        raise SystemExit(143)
+
+    monkeypatch.setattr(corpus, "sync", interrupted)
+    with pytest.raises(SystemExit):
+        prepare(file_config(tmp_path))
+    assert not list((tmp_path / "cache/corpora").iterdir())
 
 
 @pytest.mark.parametrize(
@@ -283,4 +347,6 @@ def test_meta_json_is_plain(tmp_path):
         == meta["byte_cuts"]
         == [0, len(TEXT) * 90 // 100, len(TEXT) * 95 // 100, len(TEXT)]
     )
+    assert (meta["format"], meta["dtype"]) == (2, "uint8")
+    assert meta["ids_sha256"] == hashlib.sha256(TEXT).hexdigest()
     assert (meta["corpus"], meta["tokens"], meta["source"]) == ("file", "bytes", "text.txt")
