@@ -122,9 +122,7 @@ def layer_cases(config: Config, corpus: PreparedCorpus) -> dict[str, Callable[[]
     )
     batch = streams.batch(0, range(config.data.streams))
     routers = build_routers(config, corpus)
-    layer = MoELayer(
-        config.model.width, config.moe, config.kernels, 0, dropout=config.model.dropout
-    ).train()
+    layer = MoELayer(config.model.width, config.moe, config.kernels, 0).train()
     inner = feed_forward_width(config.model, config.moe, 0)
     dense = FeedForward(config.model.width, inner, config.moe.activation, config.model.dropout)
     tokens = batch.ids_BQ.numel()

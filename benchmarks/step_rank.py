@@ -22,7 +22,8 @@ from engine.metrics import Metrics
 from engine.parallel.world import World
 from engine.trainer import Trainer
 from launch.cli import config_of
-from launch.process import connected, run_and_leave, set_up
+from launch.meeting import connected
+from launch.process import run_and_leave, set_up
 
 
 class Kept(Metrics):

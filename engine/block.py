@@ -39,7 +39,7 @@ class Block(nn.Module):
         self.attention_norm = nn.LayerNorm(model.width)
         self.has_experts = moe.router is not Router.dense and layer < expert_layers(model, moe)
         if self.has_experts:
-            self.moe = MoELayer(model.width, moe, kernels, layer, dropout=model.dropout)
+            self.moe = MoELayer(model.width, moe, kernels, layer)
         else:
             inner = feed_forward_width(model, moe, layer)
             self.feed_forward = FeedForward(model.width, inner, moe.activation, model.dropout)

@@ -69,6 +69,7 @@ class Growth(Enum):
     cosine = "cosine"
     exponential = "exponential"
     multi_step = "multi_step"
+    doubling = "doubling"
     constant = "constant"
 
 

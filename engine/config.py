@@ -101,6 +101,10 @@ class ScheduleConfig:
             f"schedule.k_min={self.k_min}: must be at most schedule.k_max={self.k_max}",
         )
         require(
+            self.growth is not Growth.multi_step or self.k_max <= 16,
+            f"schedule.k_max={self.k_max}: schedule.growth=multi_step is 1, 2, 4, 8, 16 as published, at most 16; doubling has any end",
+        )
+        require(
             self.steps is None or self.steps >= 1,
             f"schedule.steps={self.steps}: must be at least 1",
         )
@@ -162,7 +166,9 @@ class TrainConfig:
     valid_symbols: int = 0
     """A validation takes only the first so many symbols of the split; 0 for as many as eval.max_symbols."""
     save_every: int = 0
-    """Steps between checkpoints; 0 for one at the end only."""
+    """Steps between checkpoints; 0 for none by steps. There is always one at the end."""
+    save_minutes: float = 10.0
+    """Minutes after which a checkpoint is written if none was in that time; 0 for none by time."""
     keep: int = 2
     """Newest checkpoints that are kept."""
     resume: bool = False
@@ -175,7 +181,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         at_least("train", self, steps=1, seed=0, accumulation=1, log_every=1, valid_every=0)
-        at_least("train", self, valid_symbols=0, save_every=0, keep=1, threads=0)
+        at_least("train", self, valid_symbols=0, save_every=0, save_minutes=0, keep=1, threads=0)
         require(
             self.peak_tflops is None or self.peak_tflops > 0,
             f"train.peak_tflops={self.peak_tflops}: must be above 0, or null where it is unknown",
@@ -278,17 +284,26 @@ class ParallelConfig:
     peer_ids: PeerIds = PeerIds.corpus
     timeout_s: float = 120.0
     """Seconds without a sign of life after which a rank counts as lost and the others end."""
+    meet_s: float = 30.0
+    """Seconds that a rank waits at the start for the others to come; more where some load PyTorch from a slow disk."""
 
     def __post_init__(self) -> None:
-        at_least("parallel", self, expert_ranks=1, chunks=1, timeout_s=1, message_us=0)
-        require(
-            self.timeout_s <= 2e6,
-            f"parallel.timeout_s={self.timeout_s}: must be at most 2e6, 23 days",
-        )
+        at_least("parallel", self, expert_ranks=1, chunks=1, timeout_s=1, meet_s=1, message_us=0)
+        for name in ("timeout_s", "meet_s"):
+            seconds = getattr(self, name)
+            require(seconds < 2e6, f"parallel.{name}={seconds}: must be below 2e6, 23 days")
         for name in ("link_gb_per_s", "memory_gb_per_s"):
             require(
                 getattr(self, name) > 0, f"parallel.{name}={getattr(self, name)}: must be above 0"
             )
+
+
+def check_project(option: str, name: str) -> None:
+    """Refuse a project's name that W&B would refuse."""
+    require(
+        0 < len(name) <= 128 and not set(name) & set("/\\#?%:"),
+        f"{option}={name[:128]!r}: W&B takes 1 to 128 letters, none of / \\ # ? % :",
+    )
 
 
 @dataclass
@@ -315,10 +330,7 @@ class WandbConfig:
                 1 <= len(tag) <= 64,
                 f"wandb.tags={tag[:64]!r}: W&B takes 1 to 64 letters, it has {len(tag)}",
             )
-        require(
-            0 < len(self.project) <= 128 and not set(self.project) & set("/\\#?%:"),
-            f"wandb.project={self.project[:128]!r}: W&B takes 1 to 128 letters, none of / \\ # ? % :",
-        )
+        check_project("wandb.project", self.project)
         for name in ("group", "job_type"):
             value = getattr(self, name) or ""
             require(len(value) <= 128, f"wandb.{name}: W&B takes 128 letters, it has {len(value)}")

@@ -26,6 +26,7 @@ from engine.moe.layer import MoELayer
 from engine.optim import build_optimizer, comes_last
 from engine.parallel.collectives import Wire, add_up
 from engine.parallel.mesh import Mesh
+from engine.parallel.watch import FOR_EVER
 
 # DeepSpeed looks for its accelerator when it is imported. DS_ACCELERATOR=cpu keeps a run off the GPUs.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -62,7 +63,6 @@ GROUP_NAMES = ("_get_expert_parallel_group", "_get_expert_data_parallel_group")
 """Of deepspeed.utils.groups: the ranks that exchange rows with this one, and those that hold the same experts."""
 NEW_GROUP_NAME = "new_group"
 """Of TorchBackend: takes ranks, makes every group of them."""
-TIMEOUT = timedelta(minutes=10)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KEPT_WHOLE = 100_000
 """Elements: at ZeRO-3, parameters up to this size stay gathered. DeepSpeed's default."""
@@ -298,7 +298,7 @@ def start(model: nn.Module, config: Config, mesh: Mesh | None = None) -> Engine:
     ordered = aligned_first(model.parameters())
     parameters: Any = parameter_groups(ordered) if shared else ordered
     optimizer = build_optimizer(parameters, config.optim)
-    _give_up_after(config.parallel.timeout_s)
+    wait_at_most(FOR_EVER)  # the watch ends them
     with contextlib.redirect_stdout(io.StringIO()):  # bf16 prints memory use; warnings pass
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     wire = expert_wire(mesh, torch.device(engine.device)) if shared else None
@@ -453,9 +453,8 @@ def _deepspeed_config(config: Config, world: int, num_params: int) -> dict[str, 
     return result
 
 
-def _give_up_after(timeout_s: float) -> None:
-    """Let collectives of DeepSpeed's groups wait so long for a stuck rank, instead of PyTorch's 30 minutes."""
-    timeout = timedelta(seconds=timeout_s)
+def wait_at_most(timeout: timedelta) -> None:
+    """Let collectives of the groups that DeepSpeed makes wait so long for a rank, instead of PyTorch's 30 minutes."""
     setattr(TorchBackend, NEW_GROUP_NAME, lambda _, ranks: dist.new_group(ranks, timeout))
 
 
@@ -474,4 +473,4 @@ def _start_process_group(world: int) -> None:
     if world != 1:
         raise RuntimeError(f"world={world}: start the process group before the engine")
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

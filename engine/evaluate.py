@@ -85,6 +85,7 @@ def evaluate(
         for whole, whole_counted_BQ in eval_batches(
             ids, corpus.previous_id(split), shares, config.context
         ):
+            world.watch.gets_on()
             parts = [_share(whole, whole_counted_BQ, rank, world.mesh.world) for rank in ranks]
             batch, counted_BQ = parts[world.mesh.expert_rank]
             group = group_batch([part for part, _ in parts], world.mesh.expert_rank)

@@ -22,8 +22,13 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(width, inner, bias=False) if gated else None
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_D: Tensor) -> Tensor:
-        """Apply to the last dim of x."""
+    def forward(self, x_D: Tensor, keep_F: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        """Apply to the last dim of x.
+
+        Args:
+            keep_F: bool, like the hidden units: those that stay, multiplied by scale, in the place of drawn dropout.
+        """
         z_F = self.w1(x_D)
         hidden_F = F.relu(z_F) if self.w3 is None else F.silu(z_F) * self.w3(x_D)
-        return self.w2(self.dropout(hidden_F))
+        hidden_F = self.dropout(hidden_F) if keep_F is None else hidden_F * keep_F * scale
+        return self.w2(hidden_F)

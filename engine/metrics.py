@@ -10,7 +10,7 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -22,7 +22,7 @@ from engine.config import WandbConfig, WandbMode
 from engine.errors import RunFailed
 
 JSONL = "metrics.jsonl"
-WANDB_ID = "wandb_id.txt"  # in the run's folder: the id of its W&B run
+WANDB_ID = "wandb_id.txt"  # in the run's folder: the id of its W&B run and the run's name
 
 
 class Metric(NamedTuple):
@@ -99,6 +99,7 @@ class Metrics:
         name: str,
         config_plain: Any,
         resume_step: int | None = None,
+        note: Callable[[str], None] = print,
     ) -> None:
         """Open the outputs in the run's folder.
 
@@ -108,6 +109,7 @@ class Metrics:
             name: The run's name in W&B.
             config_plain: The run's configuration, and what else W&B shall show of it, as dicts, lists and numbers.
             resume_step: The run goes on after this step: later lines are dropped. None starts a new run.
+            note: Gets a line for the user, such as that W&B is lost.
 
         Raises:
             RunFailed: metrics.jsonl cannot be written.
@@ -123,7 +125,7 @@ class Metrics:
             from engine.wandb_run import WandbRun
 
             resumed = resume_step is not None
-            self._wandb = WandbRun(folder, wandb_config, name, config_plain, resumed)
+            self._wandb = WandbRun(folder, wandb_config, name, config_plain, resumed, note)
 
     def __enter__(self) -> "Metrics":
         return self

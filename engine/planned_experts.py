@@ -8,10 +8,12 @@ Letters: B sequences, Q ids of each, C = ngram - 1 ids left of them, D width, T 
 """
 
 import contextlib
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import numpy as np
@@ -66,10 +68,11 @@ class PlannedExperts:
         self.k = k
         self._passes = 0  # begun so far
         self._connections()
-        self._host = expert_group_host(mesh)
+        self._host = expert_group_host(mesh, self._timeout)
 
     def _connections(self) -> None:
         """What a copy has of its own."""
+        self._process = os.getpid()
         # all plans, in the order in which they were asked for
         self._thread = ThreadPoolExecutor(1, "foreroute-planner")
         self._host = None
@@ -147,7 +150,7 @@ class PlannedExperts:
                 found = batch[ids]
             except (LookupError, TypeError):
                 raise UserError(f"a batch is {kind_of(batch)}, without ids={ids!r}: ahead(batches, ids=..) must be their place or key") from None  # fmt: skip
-            waiting.append((self._thread.submit(self._plan, Sequences(found), self.k), batch))
+            waiting.append((self._submit(Sequences(found)), batch))
             if len(waiting) > depth:
                 plans, batch = waiting.popleft()
                 yield plans.result(), batch
@@ -274,6 +277,10 @@ class PlannedExperts:
         self._use(tables)
         self.k, (self._seed, self._passes) = state["k"], state["dropout"]
 
+    @property
+    def _timeout(self) -> timedelta:
+        return timedelta(seconds=self._parallel.timeout_s)
+
     def _place(self) -> tuple[int, int, int]:
         mesh = self._mesh
         return (mesh.rank, mesh.world, mesh.expert_ranks) if mesh.expert_ranks > 1 else (0, 1, 1)
@@ -284,7 +291,14 @@ class PlannedExperts:
         self._tables = tables_digest(self._routers)
 
     def _planned_in_turn(self, sequences: Sequences) -> Plans:
-        return self._thread.submit(self._plan, sequences, self.k).result()
+        return self._submit(sequences).result()
+
+    def _submit(self, sequences: Sequences) -> Future[Plans]:
+        if (
+            os.getpid() != self._process
+        ):  # the thread is the other process's, and would be waited for for ever
+            raise UserError("planning in a forked process, such as a DataLoader's worker: must be in the one that trains; ahead(loader) plans beside it")  # fmt: skip
+        return self._thread.submit(self._plan, sequences, self.k)
 
     def _plan(self, sequences: Sequences, k: int) -> Plans:
         ids, left = self._check(sequences.ids, sequences.left)
@@ -336,7 +350,13 @@ class PlannedExperts:
         """Exchange ids and left context in the expert group: first the sizes, then [B, C + Q] numbers of 4 bytes."""
         names = "sequences", "length", "k", "tables"
         host = self._host = self._host or self._reconnect()
-        found = host.all_gather(np.array([*ids_BQ.shape, k, self._tables], np.int64))
+        try:
+            found = host.all_gather(np.array([*ids_BQ.shape, k, self._tables], np.int64))
+        except RuntimeError as error:
+            raise RunFailed(
+                f"rank {self._mesh.rank} planned a forward pass, and not all ranks of its expert group did so within "
+                f"{self._timeout.total_seconds():g} s: all must run each forward pass, evaluation too ({str(error).splitlines()[0]})"
+            ) from error
         for name, value_P in zip(names, found.T.tolist(), strict=True):
             if len(set(value_P)) > 1:
                 odd = odd_ones(value_P, first=self._mesh.group_ranks.start)
@@ -355,7 +375,7 @@ class PlannedExperts:
                 place == (mesh.rank, mesh.world),
                 f"copied on (rank, of ranks) = {mesh.rank, mesh.world}, which holds other experts: must be used there",
             )
-        return expert_group_host(mesh)
+        return expert_group_host(mesh, self._timeout)
 
     def _begin(self, plans: Plans) -> Pass:
         require(plans.tables == self._tables, "these plans are of other tables than the model's")

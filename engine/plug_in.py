@@ -34,6 +34,7 @@ Letters: B sequences, Q ids of each, C = ngram - 1 ids left of them, D width, T 
 """
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,7 @@ from engine.deepspeed_adapter import (
     parameter_groups,
     share_experts,
     skip_shared_memory_op,
+    wait_at_most,
 )
 from engine.moe.layer import MoELayer
 from engine.moe.tables import Table, build_tables
@@ -130,10 +132,11 @@ def replace_feed_forwards(
         for number, name in enumerate(names):
             like = next(model.get_submodule(name).parameters())
             with torch.device(like.device):
-                layer = MoELayer(width, moe, kernels or KernelsConfig(), number, dropout=dropout)
+                layer = MoELayer(width, moe, kernels or KernelsConfig(), number)
             layer.experts.init_weights(init_std)
             layers.append(layer.to(like.dtype))
     skip_shared_memory_op()
+    wait_at_most(timedelta(seconds=parallel.timeout_s))
     if mesh.expert_ranks > 1:
         check_version()
         for layer in layers:

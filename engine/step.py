@@ -71,6 +71,11 @@ class StepResult:
         """A stop was asked for on any rank."""
         return bool(self.of_ranks("stop_asked").any())
 
+    @property
+    def save_asked(self) -> bool:
+        """A checkpoint was asked for on any rank."""
+        return bool(self.of_ranks("save_asked").any())
+
 
 class Clock:
     """Measures what lies between its laps."""
@@ -99,6 +104,7 @@ def train_step(
     forward_times: ForwardTimes,
     world: World | None = None,
     stop_asked: bool = False,
+    save_asked: bool = False,
     check: Check | None = None,
     before: StepTimes | None = None,
 ) -> StepResult:
@@ -106,7 +112,7 @@ def train_step(
 
     Args:
         check: what the step is held to.
-        stop_asked: of this rank; all ranks learn of it.
+        stop_asked, save_asked: of this rank; all ranks learn of it.
         before: this rank's times of the step before; all ranks learn of some of them.
 
     Raises:
@@ -146,7 +152,8 @@ def train_step(
         torch.cuda.synchronize(engine.device)
         times.backward_ms += clock.lap_ms()
     sent_G = [now - then for now, then in zip(wire.sent_bytes_P, sent_before_P, strict=True)] if wire else []  # fmt: skip
-    row = _row(world, sent_G, times, before or StepTimes(), stop_asked)
+    row = _row(world, sent_G, times, before or StepTimes())
+    row.stop_asked, row.save_asked = float(stop_asked), float(save_asked)
     block = block_of(row, sent_G, world.mesh)
     times.metric_ms = clock.lap_ms()
     with span("totals"):
@@ -181,13 +188,10 @@ def train_step(
     return result
 
 
-def _row(
-    world: World, sent_G: list[int], times: StepTimes, before: StepTimes, stop_asked: bool
-) -> RankRow:  # fmt: skip
+def _row(world: World, sent_G: list[int], times: StepTimes, before: StepTimes) -> RankRow:
     """What this rank tells the others: all that is known on the host before the ranks' sum."""
     near_G = world.near(world.mesh.group_ranks) if sent_G else []
     return RankRow(
-        stop_asked=float(stop_asked),
         own_ms=before.own_ms,
         exchange_exposed_ms=before.exchange_exposed_ms,
         plan_wait_ms=times.plan_wait_ms,

@@ -27,6 +27,7 @@ class RankRow:
     """A rank's row of the block; a rank that is at fault cannot say so here, it ends instead."""
 
     stop_asked: float = 0.0  # 1: yes
+    save_asked: float = 0.0  # likewise, for a checkpoint behind this step
     own_ms: float = 0.0  # of the step before (engine/step.py's StepTimes), for this one is not over
     exchange_exposed_ms: float = 0.0  # likewise
     plan_wait_ms: float = 0.0

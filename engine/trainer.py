@@ -17,6 +17,7 @@ from engine.arithmetic import Arithmetic
 from engine.batches import TrainingBatches
 from engine.build import build_model, fill_signatures, planned_routers, router_tables
 from engine.certificate.check import Check
+from engine.checkpoint_files import step_of
 from engine.config import BalanceOver, Config, Keys, Router, Split, to_plain
 from engine.corpus import PreparedCorpus
 from engine.data import Streams
@@ -91,6 +92,7 @@ class Trainer:
         self.forward_times = ForwardTimes(self.model)
         self.memory: list[Memory | None] = [None] * config.train.accumulation
         self.step = 0
+        self._saved_at = time.monotonic()  # or began
         self._seed_generator()
 
     @property
@@ -102,7 +104,8 @@ class Trainer:
         """Go on from the newest whole checkpoint, if there is one; damaged ones are named and skipped.
 
         Raises:
-            UserError: on every rank: there are checkpoints, and none is whole or fits, or the text has changed.
+            UserError: on every rank: there are checkpoints, and none is whole or fits, or the newest is beyond train.steps, or the
+            text has changed.
         """
         try:
             self._resume()
@@ -126,6 +129,11 @@ class Trainer:
             raise UserError(
                 f"{path}: trained on text with sha256 {trained_on[:16]}..., the corpus is now {self.corpus.sha256[:16]}...; another train.name starts a new run"
             )
+        done, steps = step_of(path), self.config.train.steps
+        if done > steps:
+            raise UserError(
+                f"train.steps={steps}: the run in {self.folder} is at step {done:,} already"
+            )
         state = checkpoint.load(path, self.engine, host=host, streams=self._own_streams())
         self.step = state.step
         # tables belong to the model: take the saved ones
@@ -145,6 +153,7 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint of this moment."""
         self.world.watch.at(f"the checkpoint of step {self.step}")
+        self._saved_at = time.monotonic()
         state = checkpoint.TrainingState(
             step=self.step,
             cursor=self.step,  # one segment of every stream per step
@@ -199,13 +208,13 @@ class Trainer:
             if metrics is not None and alone and self._missed_validation():
                 self._validate(metrics, window, stop_asked)
             while self.step < train.steps and not stopping:
-                # the first step may compile kernels
-                self.world.watch.at(f"step {self.step}", timed=self.step > first)
+                compiles = self.step == first  # kernels, perhaps
+                self.world.watch.at(f"step {self.step}", timeouts=5 if compiles else 1)
                 profiler.begin(self.step + 1)
                 result = train_step(
                     self.engine, loader, self.memory, self.config,
                     step=self.step, forward_times=self.forward_times,
-                    world=self.world, stop_asked=stop_asked(), before=before, check=check,
+                    world=self.world, stop_asked=stop_asked(), save_asked=self._save_asked(), before=before, check=check,
                 )  # fmt: skip
                 before = result.times
                 self.step += 1
@@ -224,7 +233,7 @@ class Trainer:
                 if train.valid_every and self.step % train.valid_every == 0:
                     with span("validation"):
                         self._validate(metrics, window, stop_asked if alone else lambda: False)
-                if train.save_every and self.step % train.save_every == 0:
+                if result.save_asked or (train.save_every and self.step % train.save_every == 0):
                     with span("checkpoint"):
                         self.save()
                     saved = self.step
@@ -300,6 +309,11 @@ class Trainer:
     @property
     def _on_gpu(self) -> bool:
         return self.engine.device.type == "cuda"
+
+    def _save_asked(self) -> bool:
+        """Say whether the last checkpoint is older than train.save_minutes by this rank's clock."""
+        minutes = self.config.train.save_minutes
+        return minutes > 0 and time.monotonic() - self._saved_at >= 60 * minutes
 
     def _validate(
         self, metrics: Metrics | None, window: Window, stop_asked: Callable[[], bool]

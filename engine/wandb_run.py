@@ -2,10 +2,11 @@
 
 Scalars keep their names. Of a rank's series each rank has one (rank_own_ms/0, ...), or with more than 64 ranks /min, /median and
 /max; of a layer's each layer. The rows of a layer's experts are a histogram whose bins are the experts (expert_rows/0), which
-W&B draws as a heat map over the steps. W&B's id lives in the run's folder, so a resumed run goes on in the same W&B run.
+W&B draws as a heat map over the steps. W&B's id lives in the run's folder, so a resumed run goes on in the same W&B run; beside it
+lies the run's name, for a folder that was copied under another name is another W&B run.
 
 wandb hands values to a service of its own, a process, and waits for its connection to it. So a thread does that here: a step
-never waits, however slow W&B is.
+never waits, however slow W&B is. When the service is lost a note says so, and the run goes on without it.
 """
 
 import os
@@ -20,7 +21,7 @@ from typing import Any
 import wandb
 
 from engine.config import WandbConfig, WandbMode
-from engine.errors import RunFailed, UserError, require
+from engine.errors import UserError, require
 from engine.metrics import METRICS, WANDB_ID
 
 MOST_RANKS = 64
@@ -47,21 +48,31 @@ class WandbRun:
     """The run in W&B, from its start to its end."""
 
     def __init__(
-        self, folder: Path, config: WandbConfig, name: str, config_plain: Any, resumed: bool
+        self,
+        folder: Path,
+        config: WandbConfig,
+        name: str,
+        config_plain: Any,
+        resumed: bool,
+        note: Callable[[str], None],
     ) -> None:
         """Start or go on; offline runs are written to folder/wandb for a later `wandb sync`.
 
         Each offline start has a log of its own, which says that it goes on with the run of this id (wandb 0.31 and later), so
         that `wandb sync` appends it to what came before.
 
+        Args:
+            note: gets one line when W&B is lost; called in the thread that calls this object.
+
         Raises:
             UserError: W&B cannot be started.
         """
         if config.mode is WandbMode.offline:  # its service stays off the network
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        id_file = folder / WANDB_ID
-        if not (resumed and id_file.exists()):
-            id_file.write_text(uuid.uuid4().hex[:12])
+        self._note = note
+        own_id, copied_from = _identity(folder / WANDB_ID, name, resumed)
+        if copied_from is not None:
+            note(f"the folder is a copy of the run {copied_from}: it becomes a W&B run of its own")
         try:
             self._run = wandb.init(
                 project=config.project,
@@ -70,7 +81,7 @@ class WandbRun:
                 tags=config.tags or None,  # None: what WANDB_TAGS says
                 notes=config.notes,
                 name=name,
-                id=id_file.read_text().strip(),
+                id=own_id,
                 resume="allow",
                 config=config_plain,
                 allow_val_change=True,  # a resumed run may log more often, and has started once more
@@ -83,6 +94,7 @@ class WandbRun:
         self._define()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="foreroute-wandb")
         self._given: deque[Future[None]] = deque()
+        self._lost = False
 
     def _define(self) -> None:
         """Say what charts begin with, and what the table of runs shows of a series."""
@@ -92,11 +104,7 @@ class WandbRun:
             self._run.define_metric(name, step_metric="tokens", summary="min")
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Give the values of a step to the thread; later changes to them must not be made.
-
-        Raises:
-            RunFailed: W&B could not take an earlier step.
-        """
+        """Give the values of a step to the thread; later changes to them must not be made."""
         self._give(lambda: self._log(step, values))
 
     def summarise(self, values: Mapping[str, float]) -> None:
@@ -104,29 +112,33 @@ class WandbRun:
         self._give(lambda: self._run.summary.update(dict(values)))
 
     def close(self, *, failed: bool) -> None:
-        """Finish; returns when everything is written, and online sent.
-
-        Raises:
-            RunFailed: W&B could not take everything, and the run has not failed anyway.
-        """
+        """Finish; returns when everything is written, and online sent."""
         self._thread.shutdown()
+        self._look()
         try:
             self._run.finish(exit_code=1 if failed else 0)
         except Exception as error:  # of the service, its connection, or the server
-            if not failed:
-                raise _failure(error) from error
-        if not failed:
-            self._raise_past()
+            self._lose(error)
 
     def _give(self, act: Callable[[], None]) -> None:
-        self._raise_past()
-        self._given.append(self._thread.submit(act))
+        self._look()
+        if not self._lost:
+            self._given.append(self._thread.submit(act))
 
-    def _raise_past(self) -> None:
+    def _look(self) -> None:
+        """See whether what was given has arrived."""
         while self._given and self._given[0].done():
             error = self._given.popleft().exception()
             if error is not None:
-                raise _failure(error) from error
+                self._lose(error)
+
+    def _lose(self, error: BaseException) -> None:
+        if not self._lost:
+            why = " ".join(str(error).split()) or type(error).__name__
+            self._note(
+                f"W&B is lost ({why}): the run goes on without it, metrics.jsonl has all numbers"
+            )
+        self._lost = True
 
     def _log(self, step: int, values: Mapping[str, Any]) -> None:
         if (
@@ -139,10 +151,17 @@ class WandbRun:
         self._run.log(shown, step=step)
 
 
-def _failure(error: BaseException) -> RunFailed:
-    """What wandb raised may look like another fault: its service that died like an output that nobody reads."""
-    why = str(error) or type(error).__name__
-    return RunFailed(f"W&B: {why}; train.resume=true wandb.mode=disabled goes on without it")
+def _identity(file: Path, name: str, resumed: bool) -> tuple[str, str | None]:
+    """The run's id in W&B, kept in its folder, and the name that the folder was copied from, if it was."""
+    copied_from = None
+    if resumed and file.exists():
+        kept, _, owner = file.read_text(encoding="utf-8").partition("\n")
+        if owner.strip() in ("", name):
+            return kept.strip(), None
+        copied_from = owner.strip()
+    fresh = uuid.uuid4().hex[:12]
+    file.write_text(f"{fresh}\n{name}\n", encoding="utf-8")
+    return fresh, copied_from
 
 
 def _drawn(name: str, value: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ reference beside it. Import from here: `from kernels import moe_ffn, ExpertRows`
 """
 
 from kernels.combine import combine
-from kernels.dropout import Dropout, keep_mask
+from kernels.dropout import Dropout, keep_mask, row_hash, unit_hash
 from kernels.expert_ffn import expert_ffn
 from kernels.moe_ffn import moe_ffn, moe_ffn_backward, moe_ffn_forward
 from kernels.operands import ExpertWeights
@@ -25,5 +25,7 @@ __all__ = [
     "moe_ffn_backward",
     "moe_ffn_forward",
     "permute_rows",
+    "row_hash",
+    "unit_hash",
     "unpermute_rows",
 ]

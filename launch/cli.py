@@ -25,7 +25,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar, cast
@@ -46,9 +46,11 @@ from launch.bootstrap import find_place
 from launch.console import styled
 from launch.failures import BadOption, Told, one_line, say, told
 from launch.help import CONF, groups_of, help_text
+from launch.process import catchable_stops
 
 T = TypeVar("T")
 _FIXED = "hydra.job.config.override_dirname.exclude_keys"
+_KILLED = "a process of the sweep was killed, and this run with it; train.resume=true goes on"
 _LONGEST_NAME = (
     180  # bytes of a run's name; a file system takes 255, and files in the folder have longer ones
 )
@@ -110,9 +112,7 @@ def run_program(
             start = hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)
             try:
                 with jobs.stopped_by_signals():
-                    start()
-            except BrokenExecutor as error:
-                raise RunFailed(f"a process of the sweep was killed: {one_line(error)}") from error
+                    jobs.start_all(start)
             finally:
                 outcomes = jobs.outcomes()
                 if jobs.sweep and report_sweep is not None and place.rank == 0:
@@ -203,19 +203,42 @@ class _Jobs:
         """There are jobs of a sweep."""
         return self._sweep.exists()
 
+    def start_all(self, start: Callable[[], None]) -> None:
+        """Start the jobs; where one of a sweep's processes is killed its jobs are lost, and the rest are started again.
+
+        Raises:
+            RunFailed: they are killed before they begin.
+        """
+        while True:
+            try:
+                return start()
+            except BrokenExecutor as error:
+                lost = list(self._folder.glob("*.begun"))
+                if not lost:
+                    line = f"the sweep's processes are killed: {one_line(error)}"
+                    raise RunFailed(line) from error
+                for begun in lost:
+                    begun.rename(begun.with_suffix(".json"))
+
     def run(self, cfg: DictConfig, task: Callable[[], int]) -> None:
-        """Run one job and leave its outcome."""
+        """Run one job and leave its outcome; one that has an outcome is not run again."""
         _pass_on_warnings()
         hydra_config = HydraConfig.get()
         sweep = hydra_config.mode is RunMode.MULTIRUN
         if sweep:
             self._sweep.touch()
-        code, reason = (None, None) if self._stop.exists() else self._exit_code(task, sweep)
         number = hydra_config.job.num if sweep else 0
+        ended = self._folder / f"{number:06d}.json"
+        if ended.exists():
+            return
         plain = OmegaConf.to_container(cfg, enum_to_str=True)
         own = _own_options()
-        outcome = Outcome(number, own, _swept_options() if sweep else {}, plain, code, reason)
-        (self._folder / f"{number:06d}.json").write_text(json.dumps(asdict(outcome)))
+        lost = Outcome(number, own, _swept_options() if sweep else {}, plain, 1, _KILLED)
+        begun = ended.with_suffix(".begun")
+        begun.write_text(json.dumps(asdict(lost)))
+        code, reason = (None, None) if self._stop.exists() else self._exit_code(task, sweep)
+        ended.write_text(json.dumps(asdict(replace(lost, exit_code=code, reason=reason))))
+        begun.unlink()
 
     def _exit_code(self, task: Callable[[], int], sweep: bool) -> tuple[int, str | None]:
         """Run the task; gives its exit code, and the reason of a failure. Decides whether the sweep goes on.
@@ -249,7 +272,7 @@ class _Jobs:
 
     @contextmanager
     def stopped_by_signals(self) -> Iterator[None]:
-        """Start no further job after SIGINT or SIGTERM; a job that gets one itself, in this process or another, stops, too.
+        """Start no further job after a signal that would end the process; a job that gets one itself, in this process or another, stops, too.
 
         A second one ends the process.
         """
@@ -260,9 +283,7 @@ class _Jobs:
             if not self.sweep:
                 sys.exit(128 + number)
 
-        before = {
-            number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        before = {number: signal.signal(number, handle) for number in catchable_stops()}
         try:
             yield
         finally:

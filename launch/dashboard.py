@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from engine.config import WandbConfig, require
+from engine.config import WandbConfig, check_project, require
 from engine.errors import RunFailed, UserError, at_least
 from engine.metrics import METRICS
 from launch.cli import run_program
@@ -42,9 +42,8 @@ class DashboardArgs:
 
     def __post_init__(self) -> None:
         at_least("", self, layers=0)
-        for option in ("project", "name"):
-            value = getattr(self, option)
-            require(bool(value.strip()), f"{option}={value!r}: must not be empty")
+        check_project("project", self.project.strip())
+        require(bool(self.name.strip()), f"name={self.name!r}: must not be empty")
         odd = "".join(c for c in self.name if unicodedata.category(c).startswith("S"))
         require(not odd, f"name={self.name!r}: must have no symbols such as {odd!r}")
         require(

@@ -8,6 +8,7 @@ Rank 0 writes it at each start of training; "started" keeps the times of all sta
     certificate {path, from_step: steps that were done before this start, wire_bytes_by_k {k: mean bytes that all ranks send in
         a step}}, or null: held to none
     started [ISO time of each start]
+    lengths [[step, train.steps from this step on], ...]: more than one where a run was made longer or shorter
 
 Instead of a k stands "dense" where there are no experts. A commit is null outside a git checkout.
 """
@@ -46,10 +47,14 @@ def write_facts(
         RunFailed: it cannot be written.
     """
     file = trainer.folder / FACTS
-    started: list[str] = []
+    before: dict[str, Any] = {}
     if resuming:
-        with suppress(OSError, ValueError, KeyError):  # of a version that had none
-            started = json.loads(file.read_text())["started"]
+        with suppress(OSError, ValueError):
+            before = json.loads(file.read_text())
+    steps = trainer.config.train.steps
+    lengths = before.get("lengths", [[0, before.get("steps", steps)]])
+    if lengths[-1][1] != steps:
+        lengths = [*lengths, [trainer.step, steps]]
     found = {
         **_of_run(trainer),
         "device": _device_name(trainer.world.device),
@@ -60,7 +65,8 @@ def write_facts(
         "certificate": None
         if written is None
         else {**_of_certificate(written), "from_step": trainer.step},
-        "started": [*started, datetime.now(UTC).isoformat(timespec="seconds")],
+        "lengths": lengths,
+        "started": [*before.get("started", []), datetime.now(UTC).isoformat(timespec="seconds")],
     }
     try:
         write_json(file, found)

@@ -26,7 +26,12 @@ def prepare_corpus(args: PrepareArgs) -> int:
                 bar.total = total
                 bar.update(done - bar.n)
 
-            download_enwik8(enwik8_copy(config), progress=progress)
+            try:
+                download_enwik8(enwik8_copy(config), progress=progress)
+            except SystemExit:  # a signal
+                bar.close()
+                print("stopped; what has arrived is kept, and the same command goes on from there")
+                raise
     corpus = prepare(config, print)
     for line in corpus.notes:
         print(line)

@@ -20,7 +20,7 @@ from launch.report_run import (
 )
 
 # options in which runs differ without being other experiments
-_OWN = ("train.name", "train.runs_dir", "train.resume", "train.log_every", "train.threads", "train.valid_every", "train.save_every", "train.keep", "data.prefetch", "corpus.cache_dir", "wandb.group")  # fmt: skip
+_OWN = ("train.name", "train.runs_dir", "train.resume", "train.log_every", "train.threads", "train.valid_every", "train.save_every", "train.save_minutes", "train.keep", "data.prefetch", "corpus.cache_dir", "wandb.group")  # fmt: skip
 _IN_A_NAME = 3  # options
 
 

@@ -1,7 +1,7 @@
 """The folder of a run, runs/<name>: what is in it, and the rule that nothing in it is ever overwritten by another run.
 
 config.yaml (resolved), facts.json (launch/facts.py), state.json, metrics.jsonl, checkpoints/, loss.png, slimming.png,
-summary.json; trace/ of profiled steps.
+summary.json; trace/ of profiled steps. A finished run that is trained further keeps its first summary as summary-STEPS.json.
 
 state.json says how the run stands, for whoever starts it again: {"state": "stopped", "step": 400}. `running`: it is, or it
 was killed; `stopped`: by SIGTERM or Ctrl-C; `failed`: it ended with a line or a traceback; `complete`: nothing is left to do.
@@ -29,8 +29,10 @@ SUMMARY, FACTS = "summary.json", "facts.json"
 
 # Options that may differ when a run is resumed: they change where things lie (the text is compared by its sha256), what is written
 # and shown, or on which ranks and how the same steps are computed, which is seen in the rounding alone (and in what Trainer.resume then says).
+# Another train.steps is another end of the run, which launch/lengths.py and facts.json tell of.
 FREE = (
-    "train.resume", "train.log_every", "train.valid_every", "train.valid_symbols", "train.save_every", "train.keep", "train.threads",
+    "train.steps",
+    "train.resume", "train.log_every", "train.valid_every", "train.valid_symbols", "train.save_every", "train.save_minutes", "train.keep", "train.threads",
     "train.peak_tflops", "train.runs_dir", "train.name", "data.prefetch", "corpus.path", "corpus.cache_dir", "eval", "wandb", "profile",
     "parallel", "train.zero_stage", "train.offload", "train.accumulation", "train.recompute",
 )  # fmt: skip
@@ -56,6 +58,22 @@ class RunFolder:
             new = self.path / f".{CONFIG}.new"
             write_config(self.config, new)
             new.replace(self.path / CONFIG)
+            self._keep_summary()
+
+    def _keep_summary(self) -> None:
+        """Put the summary of a run that was finished, and is trained further, aside."""
+        file = self.path / SUMMARY
+        if self.earlier and self.earlier.train.steps != self.config.train.steps and file.exists():
+            steps = json.loads(file.read_text())["steps"]
+            file.replace(self.path / f"summary-{steps}.json")
+
+    def summary_of(self, step: int) -> dict[str, Any] | None:
+        """Give the summary of the run as it was at this step, if there is one."""
+        file = self.path / SUMMARY
+        if not file.exists():
+            return None
+        found: dict[str, Any] = json.loads(file.read_text())
+        return found if found["steps"] == step else None
 
     @contextmanager
     def left_unless_claimed(self) -> Iterator[None]:
@@ -88,6 +106,10 @@ class RunFolder:
             return code
         except SystemExit:  # a signal outside the training loop
             state = "stopped"
+            if self.lock is not None and step() > 0:
+                print(
+                    f"stopped behind step {step()}, which is saved; train.resume=true evaluates it"
+                )
             raise
         finally:
             self.record(state, step())

@@ -20,7 +20,7 @@ _GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, are spread evenly how
 _STOPS = 16  # checkpoints beyond the preset's own that are kept, so that what stops leave pushes none of those out
 _OF_MACHINE = (
     "corpus.path", "corpus.cache_dir", "train.name", "train.runs_dir", "train.resume", "train.threads", "train.keep",
-    "train.save_every", "train.log_every", "data.prefetch", "wandb.mode", "wandb.project", "wandb.group",
+    "train.save_every", "train.save_minutes", "train.log_every", "data.prefetch", "wandb.mode", "wandb.project", "wandb.group",
     "wandb.job_type", "wandb.tags", "wandb.notes", "train.peak_tflops", "profile.steps", "profile.operators",
     "kernels.masked_from_k",
 )  # fmt: skip
@@ -187,6 +187,7 @@ def _common(preset: Preset, name: str, seed: int, steps: int) -> dict[str, Any]:
         "data.start": round(seed * _GOLDEN % 1, 6),
         "train.valid_every": steps // preset.points,
         "train.save_every": -(-steps // preset.checkpoints),
+        "train.save_minutes": 0.0,  # only those that are compared, which would push each other out
         "train.keep": preset.kept or preset.checkpoints + _STOPS,
     }
 

@@ -3,7 +3,7 @@
 Follow one run from here: configuration -> corpus -> tables -> Trainer (engine/trainer.py) -> slimming curve -> summary.
 """
 
-import json
+from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,8 +24,10 @@ from engine.unused import unused
 from launch.cli import command_option, given_options, in_sweep, job_name, run_program
 from launch.console import Console, Stages, lasting
 from launch.facts import write_facts
-from launch.process import StopSignal, connected, run_and_leave, set_up
-from launch.run_folder import SUMMARY, RunFolder, open_run
+from launch.lengths import other_length
+from launch.meeting import connected
+from launch.process import StopSignal, run_and_leave, set_up
+from launch.run_folder import RunFolder, open_run
 from launch.summary import final_numbers, result_table, summarise
 from launch.sweep import report_sweep
 
@@ -84,22 +86,21 @@ def _train(config: Config, world: World, stop: StopSignal, certificate: str | No
             lambda: Trainer(config, corpus, routers, run.path, console, world),
             watch=world.watch,
         )
-        if run.resuming:
+        if run.earlier:
             trainer.resume()
-        summary = run.path / SUMMARY
-        if (
-            run.earlier
-            and run.earlier.eval == config.eval
-            and trainer.step == config.train.steps
-            and host.broadcast(summary.exists())
-        ):
-            if world.first:
-                print(result_table(json.loads(summary.read_text())))
-                print(
-                    f"{run.path} is complete; python -m launch.evaluate {command_option('run', run.path)} measures it again"
-                )
-            run.record("complete", trainer.step)
-            return 0
+            if config.train.steps != run.earlier.train.steps:
+                console.note(other_length(run.earlier, config, trainer.step))
+        if run.earlier and run.earlier.eval == config.eval and trainer.step == config.train.steps:
+            summary = host.broadcast(run.summary_of(trainer.step))
+            if summary is not None:
+                if world.first:
+                    print(result_table(summary))
+                    print(
+                        f"{run.path} is complete; python -m launch.evaluate {command_option('run', run.path)} measures it again, "
+                        "train.steps=STEPS train.resume=true trains it further"
+                    )
+                run.record("complete", trainer.step)
+                return 0
         check = together(host, lambda: _check(written, trainer))
         run.claim()
     return run.recorded(
@@ -115,7 +116,7 @@ def _run(
     _describe(console, trainer)
     if check is not None:
         console.note(f"held to {check.written.path}: {check.written.scope}")
-    metrics = together(host, lambda: _open_metrics(run, trainer, check))
+    metrics = together(host, lambda: _open_metrics(run, trainer, check, console.note))
     with metrics or nullcontext():
         with closing(console), stop.deferred():
             complete = trainer.run(metrics, stop, check)
@@ -172,7 +173,9 @@ def _options(config: Config) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name not in own}
 
 
-def _open_metrics(run: RunFolder, trainer: Trainer, check: Check | None) -> Metrics | None:
+def _open_metrics(
+    run: RunFolder, trainer: Trainer, check: Check | None, note: Callable[[str], None]
+) -> Metrics | None:
     """The run's outputs; rank 0 alone has them."""
     if not trainer.world.first:
         return None
@@ -184,6 +187,7 @@ def _open_metrics(run: RunFolder, trainer: Trainer, check: Check | None) -> Metr
         name=config.train.name,
         config_plain={**to_plain(config), "facts": facts},
         resume_step=trainer.step if run.resuming else None,
+        note=note,
     )
 
 

@@ -106,7 +106,9 @@ class Activations:
         if not s.shared_out or shared:
             found.append(term("experts' input", "{} layers x {} tokens x {} width x {} bytes", layers, s.tokens, width, c))  # fmt: skip
         if shared:
-            each = (4 if s.gated else 1) * c + (c + s.mask if s.mask else 0)
+            each = (4 if s.gated else 1) * c + (
+                c + 1 if s.mask else 0
+            )  # its mask is ours: a byte anywhere
             found.append(term("shared expert", "{} layers x {} tokens x {} hidden units x {} bytes", layers, s.tokens, shared, each))  # fmt: skip
         return found
 

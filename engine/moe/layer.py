@@ -7,7 +7,7 @@ decision is taken below this file.
 Letters: T local tokens, D width, R received rows, E experts.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from engine.moe.plan import Plan
 from engine.moe.routers import FrozenRouter, LearnedRouter
 from engine.parallel.collectives import Wire
 from engine.tracing import span, traced
-from kernels import Dropout
+from kernels import Dropout, keep_mask, row_hash, unit_hash
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class LayerCall:
     plan: Plan | None  # of a planned router; None for live ones
     token_T: Tensor  # int64: global numbers of the tokens of the expert group, rank by rank, for the experts' dropout
     dropout_seed: int  # of (run, step); the layer's number is mixed in here
-    dropout: float  # rate on the experts' hidden units, 0 in evaluation
+    dropout: float  # rate on the experts' hidden units, the shared one's too; 0 in evaluation
 
 
 class LayerOutput(NamedTuple):
@@ -56,15 +56,12 @@ class MoELayer(nn.Module):
         moe: MoEConfig,
         kernels: KernelsConfig,
         layer: int,
-        *,
-        dropout: float = 0.0,
     ) -> None:
         """Build the layer with all experts.
 
         Args:
             width: of the hidden states (D).
             layer: its number in the model.
-            dropout: rate on the shared expert's hidden units; that of the others comes with each call.
         """
         super().__init__()
         self.layer = layer
@@ -81,7 +78,7 @@ class MoELayer(nn.Module):
         self.first_expert = 0  # global number of the first expert on this rank
         self.shared = None
         if moe.shared_width:
-            self.shared = FeedForward(width, moe.shared_width, moe.activation, dropout)
+            self.shared = FeedForward(width, moe.shared_width, moe.activation, dropout=0.0)
 
     def forward(self, x_TD: Tensor, call: LayerCall) -> LayerOutput:
         """Apply the layer to the tokens x_TD.
@@ -98,7 +95,7 @@ class MoELayer(nn.Module):
         else:  # the same, part by part, in the one call around which ZeRO-3 gathers the weights
             y_TD = self.experts(x_TD, plan, dropout, exchange=self.exchange)
         if self.shared is not None:
-            y_TD = y_TD + traced("shared_expert", self.shared, x_TD)
+            y_TD = y_TD + self._shared(self.shared, x_TD, plan, dropout)
         return LayerOutput(y_TD, auxiliary_loss, plan.count_E)
 
     def _plan(self, x_TD: Tensor, call: LayerCall) -> tuple[Plan, Tensor]:
@@ -121,6 +118,20 @@ class MoELayer(nn.Module):
             count_E = self.balance_wire.all_reduce(count_E)
         loss = self.balance_weight * balance_loss(live.logits_TE, count_E)
         return plan, loss + self.z_weight * z_loss(live.logits_TE)
+
+    def _shared(
+        self, shared: FeedForward, x_TD: Tensor, plan: Plan, dropout: Dropout | None
+    ) -> Tensor:
+        """Apply the shared expert; its dropout is that of an expert behind all others."""
+        if dropout is None:
+            return traced("shared_expert", shared, x_TD)
+        tokens, num_experts = x_TD.shape[0], plan.count_E.numel()
+        ranks = dropout.token_R.numel() // tokens  # of the expert group
+        own = self.first_expert * ranks // num_experts
+        token_T = dropout.token_R[own * tokens : (own + 1) * tokens]
+        row_T = row_hash(replace(dropout, first_expert=0), token_T, num_experts)
+        keep_TF = keep_mask(row_T, unit_hash(shared.w2.in_features, x_TD.device), dropout.threshold)
+        return traced("shared_expert", shared, x_TD, keep_TF, dropout.scale)
 
     def _dropout(self, call: LayerCall) -> Dropout | None:
         if call.dropout == 0.0:

@@ -8,6 +8,8 @@ import math
 
 from engine.config import Growth, ScheduleConfig
 
+_PUBLISHED_STEPS = (1, 2, 4, 8, 16)
+
 
 def active_experts(config: ScheduleConfig, step: int, total_steps: int) -> int:
     """Return k for the 0-based step; k_max from step total_steps on.
@@ -15,7 +17,8 @@ def active_experts(config: ScheduleConfig, step: int, total_steps: int) -> int:
     linear       round((k_max - k_min) s / T) + k_min              (the published runs)
     cosine       round((k_min - k_max) cos(pi s / 2T)) + k_max     (slow start, fast end)
     exponential  round((k_min - k_max) 0.99 ** (s // (T // 300))) + k_max   (fast start; 300 s // T below T = 300)
-    multi_step   k_min, 2 k_min, 4 k_min, ... k_max, each for an equal part of T (published: 1, 2, 4, 8, 16)
+    multi_step   (1, 2, 4, 8, 16)[5 s // T], at least k_min, at most k_max
+    doubling     k_min, 2 k_min, 4 k_min, ... k_max, each for an equal part of T (not published; as multi_step from 1 to 16)
     constant     k_max
 
     Example: linear with k_min 8, k_max 16 and T = 400,000 gives 9 first at step 25,001 and 10 at 75,000.
@@ -23,10 +26,12 @@ def active_experts(config: ScheduleConfig, step: int, total_steps: int) -> int:
     k_min, k_max = config.k_min, config.k_max
     if config.growth is Growth.constant or step >= total_steps:
         return k_max
-    if config.growth is Growth.multi_step:
+    if config.growth is Growth.doubling:
         values = _doublings(k_min, k_max)
         return values[len(values) * step // total_steps]
-    if config.growth is Growth.linear:
+    if config.growth is Growth.multi_step:
+        k = _PUBLISHED_STEPS[len(_PUBLISHED_STEPS) * step // total_steps]
+    elif config.growth is Growth.linear:
         k = round((k_max - k_min) * step / total_steps) + k_min
     elif config.growth is Growth.cosine:
         k = round((k_min - k_max) * math.cos(math.pi * step / (2 * total_steps))) + k_max

@@ -3,7 +3,10 @@
 Each rank leaves a sign of life and the place that it has reached in a store (torch.distributed's key-value store), once a
 period, and looks whether its right neighbour still does, whether anybody has reported a fault, and whether its own main
 thread gets on. A thread of its own does this, so it also ends a process whose main thread waits inside a collective for
-ever.
+ever: the collectives themselves wait without an end (FOR_EVER).
+
+A job that is suspended as a whole (scontrol suspend, a paused virtual machine, a laptop's lid) goes on when it wakes up: time in
+which a process did not run at all counts for nobody.
 """
 
 import os
@@ -14,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from torch import distributed as dist
@@ -22,6 +26,10 @@ from engine.errors import RunFailed, UserError
 from engine.parallel.host import odd_ones
 
 _FAULT, _DONE = "fault", "done"
+FOR_EVER = timedelta(days=23)
+"""For the collectives of ranks that are watched; what their clocks, of 32-bit milliseconds, can say. One that gave up by its
+own clock would do so behind a suspension."""
+_LONG_S = 3600.0  # what no place takes, such as a checkpoint, or rank 0 that builds tables
 _CLOSE_S = 10.0  # how long `close` waits for a thread, which may wait for the store
 _MARKS = ("gloo", "Gloo", "NCCL", "Connection closed", "Connection reset", "MPI_ERR", "TCPStore")
 
@@ -31,6 +39,23 @@ def end_process(line: str) -> None:
     sys.stderr.write(f"foreroute: {line}\n")
     sys.stderr.flush()
     os._exit(1)
+
+
+class _AwakeClock:
+    """Seconds in which the process ran, for threads one of which asks often: a gap between two looks is left out."""
+
+    def __init__(self, gap_s: float) -> None:
+        self._gap_s, self._looked, self._slept_s = gap_s, time.monotonic(), 0.0
+        self._lock = threading.Lock()
+
+    def now(self) -> float:
+        """Give the seconds until now, from any beginning."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._looked > self._gap_s:
+                self._slept_s += now - self._looked
+            self._looked = now
+            return now - self._slept_s
 
 
 _GONE = object()
@@ -99,7 +124,8 @@ class Watch:
         self._rank, self._ranks, self._end = rank, ranks, end
         self._lost_after_s = timeout_s / 2  # half to notice, half to end
         self._period_s = min(1.0, timeout_s / 10)
-        self._place, self._since = "the start", float("inf")
+        self._clock = _AwakeClock(self._period_s + self._lost_after_s / 2)
+        self._place, self._since, self._limit_s = "the start", self._clock.now(), _LONG_S
         self._timeout_s, self._beats = timeout_s, 0
         self._store = None if store is None else _AskedStore(store, max(1.0, self._lost_after_s))
         self._closed = threading.Event()
@@ -109,13 +135,19 @@ class Watch:
         if store is not None and ranks > 1:
             self._thread.start()
 
-    def at(self, place: str, *, timed: bool = False) -> None:
+    def at(self, place: str, *, timeouts: float | None = None) -> None:
         """Note what the main thread is doing, such as "step 12": told when this rank keeps others waiting.
 
         Args:
-            timed: it takes less than timeout_s; otherwise the ranks end, for some wait for ever.
+            timeouts: it takes less than so many timeout_s, without it less than an hour; otherwise the ranks end, for some wait
+                for ever.
         """
-        self._place, self._since = place, time.monotonic() if timed else float("inf")
+        self._limit_s = _LONG_S if timeouts is None else timeouts * self._timeout_s
+        self._place, self._since = place, self._clock.now()
+
+    def gets_on(self) -> None:
+        """Note that a part of what the main thread is doing is done, and that the next one takes less than timeout_s."""
+        self.at(self._place, timeouts=1)
 
     def close(self) -> None:
         """Say that this rank has come to its end; nobody waits for its signs any more."""
@@ -186,8 +218,9 @@ class Watch:
 
     def _run(self) -> None:
         neighbour = (self._rank + 1) % self._ranks
-        sign, since = "", time.monotonic()
+        sign, since = "", self._clock.now()
         while not self._closed.wait(self._period_s):
+            self._clock.now()
             self._beats += 1
             beat = f"{self._beats} {self._place}"
             self._try(lambda store: store.set(f"alive/{self._rank}", beat))  # noqa: B023
@@ -197,15 +230,16 @@ class Watch:
                 return
             now = self._sign(neighbour)
             if now != sign or now == _DONE:
-                sign, since = now, time.monotonic()
-            elif time.monotonic() - since > self._lost_after_s:
+                sign, since = now, self._clock.now()
+            elif self._clock.now() - since > self._lost_after_s:
                 silence = (
                     f"no sign of life for {self._lost_after_s:.0f} s, last seen at {_place(sign)}"
                 )
                 self._post(f"{_named([neighbour])} lost: {silence}")
-            if time.monotonic() - self._since > self._timeout_s:
+            limit_s = self._limit_s
+            if self._clock.now() - self._since > limit_s:
                 places = odd_ones([_place(sign) for sign in self._signs()], "is at", "are at")
-                self._post(f"no progress for {self._timeout_s:.0f} s: {places}")
+                self._post(f"no progress for {limit_s:.0f} s: {places}")
 
     def _leave(self, fault: str) -> None:
         """Give the main thread time to end by itself, which failed collectives make it do."""

@@ -5,7 +5,7 @@
 #     RDZV_HOST=host0 launch/recipes/torchrun_c10d.sh experiment=enwik8_hashed_2x8gpu
 #
 # When a process dies, torchrun ends all others and starts all again, at most MAX_RESTARTS times; the run goes on from its
-# newest whole checkpoint, so set train.save_every. The checkout has the same path everywhere, and train.runs_dir is a
+# newest whole checkpoint (train.save_every, train.save_minutes). The checkout has the same path everywhere, train.runs_dir is a
 # folder that all machines share.
 set -euo pipefail
 cd "$(dirname "$0")/../.."

@@ -475,6 +475,32 @@ def test_threads_have_plans_of_their_own(reentrant):
     assert len({loss for loss, _ in want}) == 6  # negative control: another's plan would show
 
 
+class Planned(torch.utils.data.Dataset):
+    """Plans in the loader's worker."""
+
+    def __init__(self, experts):
+        self.experts = experts
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return self.experts.plan(batch(index)[0]).k
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_planning_in_a_forked_worker_is_refused(workers):
+    """Its thread of plans is the other process's: it would wait for ever."""
+    _, experts = make()
+    fork = "fork" if workers else None
+    loader = torch.utils.data.DataLoader(Planned(experts), num_workers=workers, multiprocessing_context=fork)  # fmt: skip
+    if not workers:
+        assert [k.item() for k in loader] == [K, K]
+        return
+    with pytest.raises(UserError, match="planning in a forked process, such as a DataLoader's worker"):  # fmt: skip
+        next(iter(loader))
+
+
 def test_a_plan_is_not_seen_by_another_thread():
     model, experts = make()
     with (

@@ -313,8 +313,16 @@ def mistakes(rank):
         experts.k = 1 + 2 * rank
         experts.plan(ids)
 
+    def alone():
+        """As of somebody who evaluates on rank 0 alone; the other rank is alive, and busy with something else."""
+        _, lonely = make(timeout_s=2, **SHARED)
+        said = "nothing" if rank else message(lambda: lonely.plan(ids))
+        dist.barrier()
+        return said
+
     return {
         "too early": message(too_early),
+        "alone": alone(),
         "lengths": message(lambda: experts.plan(ids[:, rank:])),
         "rows": message(lambda: experts.plan(ids[: 3 + rank])),
         "documents": message(lambda: experts.plan(ids, documents=ids if rank else None)),
@@ -338,6 +346,9 @@ def test_mistakes_are_named_on_every_rank(on_two_ranks):
         assert said["tables"].startswith(f"{differ} tables: rank 0 has ")
         assert said["nested"]
         assert said["experts"].startswith("UserError: parallel.expert_ranks=3: must divide")
+    assert on_two_ranks[0][0]["alone"].startswith(
+        "RunFailed: rank 0 planned a forward pass, and not all ranks of its expert group did so within 2 s: all must run each"
+    )
 
 
 # Going on from what each rank has saved, as engine/plug_in.py says.

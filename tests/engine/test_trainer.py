@@ -1,13 +1,17 @@
 """The training loop end to end on a tiny text: learning, determinism, resume, and what happens when things go wrong."""
 
+import itertools
 import json
 import math
+import time
 from contextlib import closing
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import engine.trainer
 from engine import checkpoint
 from engine.build import build_routers
 from engine.config import (
@@ -104,6 +108,10 @@ def train(trainer, stop_asked=lambda: False):
 
 def stop_at(trainer, step):
     return lambda: trainer.step >= step
+
+
+def saved_steps(trainer):
+    return sorted(int(path.name[5:]) for path in trainer.checkpoints.iterdir())
 
 
 def parameters(trainer):
@@ -343,3 +351,16 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, text
     again.resume()
     assert again.step == 15
     assert any("step-00000020" in note for note in again.reporter.notes)
+
+
+@pytest.mark.parametrize(("minutes", "steps"), [(0.0, [4]), (10.0, [1, 4]), (0.01, [1, 2, 3, 4])])
+def test_checkpoints_by_time(text, tmp_path, monkeypatch, minutes, steps):
+    """By a clock that shows eleven minutes at the first look, and a second more at each other one."""
+    config = make_config(text, train={"steps": 4, "keep": 9, "save_minutes": minutes})
+    trainer = make_trainer(config, tmp_path / "run")
+    ticks = itertools.count(660.0)
+    clock = SimpleNamespace(monotonic=lambda: next(ticks), perf_counter=time.perf_counter)
+    monkeypatch.setattr(engine.trainer, "time", clock)
+    trainer._saved_at = 0.0
+    assert train(trainer)
+    assert saved_steps(trainer) == steps

@@ -3,16 +3,15 @@
 import json
 import os
 import re
-import subprocess
-import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from engine.metrics import METRICS
+from engine.testing import Program
 from launch.dashboard import (
     HEAT_MAPS,
     LEFT_OUT,
@@ -24,7 +23,6 @@ from launch.dashboard import (
     specification,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["Throughput", "Exchange", "Experts", "Quality against compute", "Health"]
 
 
@@ -141,7 +139,8 @@ BAD = {
     "no entity": (["apply=true"], ["entity", "TEAM"]),
     "layers": (["layers=-1"], ["layers=-1", "at least 0"]),
     "name": (["name='a+b'"], ["name='a+b'", "'+'"]),
-    "empty": (["project=''"], ["project=''", "empty"]),
+    "empty": (["project=''"], ["project=''", "1 to 128 letters"]),
+    "slash": (["project=a/b"], ["project='a/b'", "none of /"]),
     "folder": (["out=/does/not/exist/x.json"], ["/does/not/exist/x.json"]),
 }
 
@@ -213,10 +212,11 @@ def server():
 def apply(environment, *options, times=1):
     """Send the dashboard from a process of its own; W&B's client keeps its login for as long as a process lives."""
     program = f"import sys\nfrom launch.dashboard import main\nfor _ in range({times}):\n    try: main()\n    except SystemExit as end: code = end.code\nsys.exit(code)"  # fmt: skip
-    return subprocess.run(
-        [sys.executable, "-c", program, "entity=team", "layers=3", "apply=true", *options],
-        cwd=ROOT, env={**os.environ, **environment}, text=True, capture_output=True, timeout=600, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+    arguments = ["entity=team", "layers=3", "apply=true", *options]
+    with Program(program, arguments, {**os.environ, **environment}) as process:
+        return SimpleNamespace(
+            **dict(zip(("returncode", "stdout", "stderr"), process.wait(), strict=True))
+        )
 
 
 def test_it_is_sent_once_and_then_changed(tmp_path, server, text):

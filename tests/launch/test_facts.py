@@ -160,6 +160,6 @@ def test_a_watched_run_that_is_started_again(tmp_path, text):
     start(tmp_path, text, "train.resume=true")
     again = offline_runs(folder)
     assert all(one.run.resume for one in again)  # so that wandb sync appends
-    assert [one.run.run_id for one in again] == [(folder / WANDB_ID).read_text()] * 2
+    assert [one.run.run_id for one in again] == [(folder / WANDB_ID).read_text().split()[0]] * 2
     assert facts_of(folder)["started"][0] == first["started"][0]
     assert len(facts_of(folder)["started"]) == 2

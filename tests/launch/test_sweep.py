@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 import launch.train
 from launch.cli import Outcome, swept_name
 from launch.sweep import report_sweep, sweep_table
+from launch.testing import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUTERS, K_MAX = ("hashed", "frozen", "learned"), ("1", "2", "4")
@@ -112,6 +114,28 @@ def test_the_joblib_launcher(tmp_path, text):
     assert sorted(run["options"]["schedule.k_max"] for run in runs[:2]) == ["1", "2"]
     for entry in runs[:2]:
         assert (tmp_path / "runs" / entry["name"] / "checkpoints").is_dir()
+
+
+@pytest.mark.slow
+def test_a_killed_process_does_not_end_the_sweep(tmp_path, text):
+    """As by the system when memory is short: joblib ends the other process, too, and gives up."""
+    more = ["moe.router=hashed", "schedule.k_max=1,2,3,4", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]  # fmt: skip
+    command = [sys.executable, "-m", "launch.train", *options(tmp_path, text, *more)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as sweep:  # fmt: skip
+        try:
+            wait_until(lambda: list((tmp_path / "runs").glob("*/config.yaml")))
+            workers = [p for p in psutil.Process(sweep.pid).children() if "LokyProcess" in " ".join(p.cmdline())]  # fmt: skip
+            workers[0].kill()
+            _, err = sweep.communicate(timeout=600)
+        finally:
+            sweep.kill()
+    assert sweep.returncode == 1 and "Traceback" not in err, err
+    runs = {run["options"]["schedule.k_max"]: run for run in sweep_of(tmp_path)}
+    assert [runs[k]["state"] for k in "34"] == ["complete"] * 2
+    lost = [run for run in runs.values() if run["state"] == "failed"]
+    assert len(runs) == 4 and 1 <= len(lost) <= 2
+    assert {run["reason"] for run in lost} == {"a process of the sweep was killed, and this run with it; train.resume=true goes on"}  # fmt: skip
 
 
 def entry(bpc, code, **changed):

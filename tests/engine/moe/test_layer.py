@@ -7,6 +7,7 @@ import torch
 
 from engine.config import KernelsConfig, MoEConfig, Router
 from engine.moe.layer import LayerCall, MoELayer
+from kernels import Dropout, keep_mask, row_hash, unit_hash
 
 TOKENS, WIDTH, EXPERTS, K = 12, 6, 4, 2
 
@@ -54,6 +55,28 @@ def test_a_shared_expert_is_added():
     x_TD = torch.randn(TOKENS, WIDTH)
     want = plain(x_TD, call()).y_TD + shared.shared(x_TD)
     assert torch.allclose(shared(x_TD, call()).y_TD, want, atol=1e-6)
+
+
+def test_the_shared_experts_dropout_is_that_of_an_expert_behind_all_others():
+    """In fp64, by the mask's formula; PyTorch's generator has no part in it."""
+    layer = a_layer(Router.frozen, shared_width=7).double()
+    shared, x_TD = layer.shared, torch.randn(TOKENS, WIDTH, dtype=torch.float64)
+    found = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(len(found))
+        both = layer(x_TD, call(dropout=0.25, seed=seed)).y_TD
+        layer.shared = None
+        found.append(both - layer(x_TD, call(dropout=0.25, seed=seed)).y_TD)
+        layer.shared = shared
+    dropout = Dropout(0.25, 5 * 1_000_003, torch.arange(TOKENS))
+    want = torch.zeros_like(x_TD)
+    for token in range(TOKENS):
+        hidden = (shared.w1(x_TD[token])).relu()
+        row = row_hash(dropout, torch.tensor([token]), EXPERTS)
+        keep = keep_mask(row, unit_hash(7), dropout.threshold)[0]
+        want[token] = shared.w2(hidden * keep / 0.75)
+    torch.testing.assert_close(found[0], want)
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
 def test_each_layer_and_step_has_dropout_of_its_own():

@@ -40,6 +40,7 @@ class Case(NamedTuple):
     symbols: int = SYMBOLS  # 1: all tokens choose alike, so ranks and experts get nothing
     wire: WireFormat = WireFormat.model
     masked_from_k: int = EXPERTS + 1
+    shared_width: int = 0
 
 
 KINDS = ExchangeKind.tokens, ExchangeKind.gather
@@ -58,6 +59,7 @@ SKEWED = [
     for exchange, chunks in itertools.product(KINDS, (1, 4))
 ]
 MASKED = [Case(Router.hashed, chunks=4, masked_from_k=1), Case(Router.frozen, chunks=4, masked_from_k=1)]  # fmt: skip
+SHARED = [Case(Router.hashed, exchange, dropout=dropout, shared_width=10) for exchange in KINDS for dropout in (0.0, 0.3)]  # fmt: skip
 BF16 = [Case(Router.hashed, exchange, chunks, wire=WireFormat.bf16) for exchange in KINDS for chunks in (1, 4)]  # fmt: skip
 
 
@@ -70,7 +72,12 @@ def make_layer(case):
     """All experts, no exchange: the same on every rank."""
     torch.manual_seed(3)
     moe = MoEConfig(
-        router=case.router, experts=EXPERTS, expert_width=HIDDEN, balance_loss=0.5, z_loss=0.1
+        router=case.router,
+        experts=EXPERTS,
+        expert_width=HIDDEN,
+        balance_loss=0.5,
+        z_loss=0.1,
+        shared_width=case.shared_width,
     )
     model = ModelConfig(layers=1, width=WIDTH, heads=2, head_width=6)
     layer = MoELayer(
@@ -78,7 +85,6 @@ def make_layer(case):
         moe,
         KernelsConfig(masked_from_k=case.masked_from_k),
         layer=1,
-        dropout=model.dropout,
     ).double()
     for index, parameter in enumerate(layer.parameters()):
         parameter.data = normal(*parameter.shape, seed=8 + index)
@@ -168,7 +174,7 @@ def one_case(case, rank, ranks):
     local = slice(rank * EXPERTS // ranks, (rank + 1) * EXPERTS // ranks)
     errors = {}
     for name, value in got.items():
-        if name.startswith("router"):
+        if name.startswith(("router", "shared")):
             dist.all_reduce(value)  # as data parallelism does
         expected = want[name]
         expected = expected[local] if "experts." in name else expected
@@ -269,7 +275,10 @@ def unequal(rank):
 
 def everything(rank, ranks):
     return {
-        "cases": [one_case(case, rank, ranks) for case in MATRIX + OTHERS + SKEWED + MASKED + BF16],
+        "cases": [
+            one_case(case, rank, ranks)
+            for case in MATRIX + OTHERS + SKEWED + MASKED + SHARED + BF16
+        ],
         "without_weights": without_weights(rank, ranks),
         "live_equals_planned": live_equals_planned(rank, ranks),
         "unequal": unequal(rank),
@@ -284,13 +293,15 @@ def group(request):
 
 def found(group, cases):
     """Of some cases, every rank's results."""
-    places = {case: place for place, case in enumerate(MATRIX + OTHERS + SKEWED + MASKED + BF16)}
+    places = {
+        case: place for place, case in enumerate(MATRIX + OTHERS + SKEWED + MASKED + SHARED + BF16)
+    }
     return [(case, rank, answer["cases"][places[case]]) for case in cases for rank, answer in enumerate(group[1])]  # fmt: skip
 
 
 @pytest.mark.dist
 def test_ranks_equal_one_rank(group):
-    for case, rank, result in found(group, MATRIX + OTHERS + SKEWED + MASKED):
+    for case, rank, result in found(group, MATRIX + OTHERS + SKEWED + MASKED + SHARED):
         # fp64: only the order in which sums are added up differs
         for name, error in result["errors"].items():
             assert error < 1e-12, (case, rank, name)

@@ -3,6 +3,7 @@ import math
 import pytest
 
 from engine.config import Growth, ScheduleConfig
+from engine.errors import UserError
 from engine.moe.schedule import active_experts
 
 
@@ -40,19 +41,32 @@ def test_published_exponential_starts_fast():
     assert got == [8, 8, 9, 9, 10, 12, 12, 12, 16]
 
 
-def test_published_multi_step_and_its_general_form():
+def test_published_multi_step_is_by_fifths_and_clipped():
     assert curve(Growth.multi_step, 1, 16, 10) == [1, 1, 2, 2, 4, 4, 8, 8, 16, 16, 16, 16, 16]
-    assert curve(Growth.multi_step, 8, 16, 4) == [8, 8, 16, 16, 16, 16, 16]
-    assert curve(Growth.multi_step, 3, 16, 4) == [3, 6, 12, 16, 16, 16, 16]
+    assert curve(Growth.multi_step, 8, 16, 10) == [8] * 8 + [16] * 5
+    assert curve(Growth.multi_step, 3, 12, 10) == [3, 3, 3, 3, 4, 4, 8, 8, 12, 12, 12, 12, 12]
+    with pytest.raises(UserError, match=r"schedule.k_max=17: .*at most 16; doubling"):
+        ScheduleConfig(growth=Growth.multi_step, k_min=1, k_max=17)
+
+
+def test_doubling_gives_each_k_an_equal_part():
+    assert curve(Growth.doubling, 1, 16, 10) == curve(Growth.multi_step, 1, 16, 10)
+    assert curve(Growth.doubling, 8, 16, 4) == [8, 8, 16, 16, 16, 16, 16]
+    assert curve(Growth.doubling, 3, 16, 4) == [3, 6, 12, 16, 16, 16, 16]
 
 
 def test_constant_is_k_max():
     assert set(curve(Growth.constant, 2, 4, 10)) == {4}
 
 
-@pytest.mark.parametrize("growth", list(Growth))
+LIMITS = (1, 1), (1, 16), (4, 9), (1, 64)
+
+
 @pytest.mark.parametrize("total", [1, 2, 7, 299, 300, 301, 1000])
-@pytest.mark.parametrize(("k_min", "k_max"), [(1, 1), (1, 16), (4, 9), (1, 64)])
+@pytest.mark.parametrize(
+    ("growth", "k_min", "k_max"),
+    [(g, *ks) for g in Growth for ks in LIMITS if g is not Growth.multi_step or ks[1] <= 16],
+)
 def test_every_schedule_grows_within_its_limits(growth, total, k_min, k_max):
     ks = curve(growth, k_min, k_max, total)
     assert ks == sorted(ks) and k_min <= ks[0] and ks[-3:] == [k_max] * 3

@@ -2,12 +2,16 @@
 
 import queue
 import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 from torch import distributed as dist
 
 from engine.errors import RunFailed, UserError
+from engine.parallel import watch as watching
 from engine.parallel.watch import Watch
+from launch.testing import wait_until
 
 
 @pytest.fixture
@@ -95,7 +99,7 @@ def test_no_progress_ends_all_and_names_who_is_behind(store):
     """All threads are alive and the main threads wait for each other, as in a collective that nobody else enters."""
     ranks = [watch(store, rank, ranks=3) for rank in range(3)]
     for rank, (one, _) in enumerate(ranks):
-        one.at("step 2" if rank == 1 else "step 3", timed=True)
+        one.at("step 2" if rank == 1 else "step 3", timeouts=1)
     for _, lines in ranks:
         line = lines.get(timeout=20)
         assert line == "no progress for 2 s: rank 1 is at step 2, the other 2 are at step 3"
@@ -104,12 +108,65 @@ def test_no_progress_ends_all_and_names_who_is_behind(store):
 def test_what_may_take_long_is_not_timed(store):
     both = [watch(store, rank, timeout_s=1.0) for rank in range(2)]
     for one, _ in both:
-        one.at("step 3", timed=True)
+        one.at("step 3", timeouts=1)
         one.at("the checkpoint of step 4")
     for one, lines in both:
         with pytest.raises(queue.Empty):
             lines.get(timeout=2)
         one.close()
+
+
+class Sleepers:
+    """A clock of all watches that jumps, as when a job is suspended as a whole."""
+
+    def __init__(self, monkeypatch):
+        self.slept_s = 0.0
+        clock = SimpleNamespace(monotonic=lambda: time.monotonic() + self.slept_s, sleep=time.sleep)
+        monkeypatch.setattr(watching, "time", clock)
+
+
+def jump_in(ask, sleepers):
+    """Let the clock jump once inside a call."""
+    jumps = iter([1000.0])
+
+    def jumped(use):
+        sleepers.slept_s += next(jumps, 0.0)
+        return ask(use)
+
+    return jumped
+
+
+def test_a_job_that_was_suspended_goes_on(store, monkeypatch):
+    """Nobody is lost behind a gap in one's own clock, nor is anybody's time over; who stays silent is lost afterwards."""
+    sleepers = Sleepers(monkeypatch)
+    both = [watch(store, rank) for rank in range(2)]
+    for one, _ in both:
+        one.at("step 3", timeouts=5)
+    wait_until(lambda: all(store.check([f"alive/{rank}"]) for rank in range(2)))
+    for one, _ in both:  # it may fall into a call to the store, too
+        one._store.ask = jump_in(one._store.ask, sleepers)
+    for _ in range(3):
+        time.sleep(0.5)
+        sleepers.slept_s += 1000.0
+    time.sleep(1.5)
+    assert sleepers.slept_s == 5000.0
+    assert not store.check(["fault"]) and all(lines.empty() for _, lines in both)
+    both[1][0]._closed.set()
+    assert both[0][1].get(timeout=20).startswith("rank 1 is lost: no sign of life for 1 s")
+    both[0][0].close()
+
+
+def test_who_gets_on_is_given_time_again(store):
+    one, lines = watch(store, 0, timeout_s=1.0)
+    other, _ = watch(store, 1, timeout_s=1.0)
+    one.at("the evaluation")
+    for _ in range(10):
+        one.gets_on()
+        time.sleep(0.2)
+    assert lines.empty()
+    assert lines.get(timeout=20) == "no progress for 1 s: rank 0 is at the evaluation, rank 1 is at the start"  # fmt: skip
+    for each in (one, other):
+        each.close()
 
 
 def test_a_rank_that_reported_keeps_its_own_reason(store):
