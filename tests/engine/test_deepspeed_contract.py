@@ -4,6 +4,7 @@ import gc
 import itertools
 import subprocess
 import sys
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
@@ -22,6 +23,7 @@ from engine.build import build_model
 from engine.config import Precision
 from engine.errors import UserError
 from engine.parallel.mesh import Mesh
+from engine.parallel.watch import FOR_EVER
 from engine.testing_run import SYMBOLS, tiny_config
 
 
@@ -58,8 +60,8 @@ def test_contract_with_this_deepspeed_version() -> None:
                 assert fragment.get_hp_fragment("exp_avg") is not None
 
 
-def test_deepspeeds_groups_give_up_in_time() -> None:
-    """A rank that is stuck in one of them, as in a save, ends the others."""
+def test_how_long_deepspeeds_groups_wait() -> None:
+    """In a run for ever, for the watch ends ranks that wait for one that is stuck; beside a loop that nobody watches, a while."""
 
     def seconds(group: dist.ProcessGroup) -> float:
         backend: Any = group._get_backend(torch.device("cpu"))
@@ -67,10 +69,12 @@ def test_deepspeeds_groups_give_up_in_time() -> None:
 
     assert callable(getattr(TorchBackend, adapter.NEW_GROUP_NAME))
     setup = tiny_config()
-    setup.parallel.timeout_s = 77.0
     adapter.start(build_model(setup, SYMBOLS), setup)
     deepspeeds, plain = deepspeed.comm.new_group([0]), dist.new_group([0])
-    assert seconds(deepspeeds) == 77 and seconds(plain) == 1800  # negative control: PyTorch's own
+    assert seconds(deepspeeds) == FOR_EVER.total_seconds()
+    assert seconds(plain) == 1800  # negative control: PyTorch's own
+    adapter.wait_at_most(timedelta(seconds=77))
+    assert seconds(deepspeed.comm.new_group([0])) == 77
 
 
 @pytest.mark.parametrize("name", adapter.GROUP_NAMES)

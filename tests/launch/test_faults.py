@@ -4,17 +4,21 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from engine import checkpoint_files as files
 from engine.checkpoint import find_newest
+from launch.testing import last_step, wait_until
 
 
 def options(tmp_path, text, *more):
@@ -161,3 +165,58 @@ def test_secrets_of_the_environment_are_written_nowhere(tmp_path, text):
     # negative control: what is written is found, in W&B's binary log too
     logs = list(tmp_path.rglob("*.wandb"))
     assert len(logs) == 2 and set(logs) <= set(holding(tmp_path, ["masked_from_k"]))
+
+
+@pytest.mark.slow
+def test_the_end_of_wandbs_service_does_not_end_the_run(tmp_path, text):
+    """Its process is killed in the middle, as by the system when memory is short."""
+    more = "wandb.mode=offline", "train.steps=400", "train.log_every=1"
+    command = [sys.executable, "-m", "launch.train", *options(tmp_path, text, *more)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as train:  # fmt: skip
+        try:
+            wait_until(lambda: last_step(tmp_path / "runs") > 3)
+            (service,) = [p for p in psutil.Process(train.pid).children(recursive=True) if "wandb" in p.name()]  # fmt: skip
+            service.kill()
+            out, err = train.communicate(timeout=600)
+        finally:
+            train.kill()
+    assert train.returncode == 0 and "Traceback" not in err, err
+    assert out.count("W&B is lost (") == 1
+    assert last_step(tmp_path / "runs") == 400 and state(tmp_path / "runs/debug")["state"] == "complete"  # fmt: skip
+
+
+SLOW = """
+import sys, time
+import engine.evaluate, launch.{program}
+whole = engine.evaluate.eval_batches
+def slow(*arguments):
+    for batch in whole(*arguments):
+        print("evaluates", flush=True)
+        time.sleep(0.5)
+        yield batch
+engine.evaluate.eval_batches = slow
+launch.{program}.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda n: n.name)  # fmt: skip
+def test_a_signal_in_the_evaluation(tmp_path, text, number):
+    """Behind the training, whose last checkpoint is there, and of a program that evaluates alone."""
+    folder = tmp_path / "runs/debug"
+    own = [*options(tmp_path, text), "train.steps=2", "eval.streams=1"]
+    for program, arguments in (("train", own), ("evaluate", [f"run={folder}", "streams=1"])):
+        command = [sys.executable, "-c", SLOW.format(program=program), *arguments]
+        defaults = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=defaults) as process:  # fmt: skip
+            try:
+                while process.stdout.readline().strip() != "evaluates":
+                    assert process.poll() is None
+                process.send_signal(number)
+                out, err = process.communicate(timeout=600)
+            finally:
+                process.kill()
+        assert process.returncode == 128 + number and err == "", err
+        if program == "train":
+            assert "stopped behind step 2, which is saved; train.resume=true evaluates it" in out
+            assert state(folder) == {"state": "stopped", "step": 2}

@@ -279,6 +279,7 @@ def test_the_published_recipe(run, runs, tmp_path, task):
     assert settings["lr"] == [1e-4] and settings["dropout"] == 0.1
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_cleanly(runs, tmp_path, task):
     folder = copy_of(runs, "hashed", tmp_path)
     process = subprocess.Popen(

@@ -64,7 +64,11 @@ def test_a_rank_that_came_and_is_gone(tmp_path):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
+    ids=lambda n: n.name,
+)
 def test_a_signal_ends_the_wait_at_once(tmp_path, number):
     """Inside PyTorch's calls no handler would run until they give up."""
     with socket.socket() as free:

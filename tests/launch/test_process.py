@@ -146,7 +146,9 @@ run_and_leave(main) if leave else main()
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("leave", "code"), [(True, 0), (False, -signal.SIGABRT)])
+@pytest.mark.parametrize(
+    ("leave", "code"), [(True, 0), pytest.param(False, -signal.SIGABRT, marks=pytest.mark.slow)]
+)
 def test_what_gloo_lets_go_at_the_end_aborts_nothing(tmp_path, leave, code):
     """And what happens to a process that ends otherwise."""
     ranks = [

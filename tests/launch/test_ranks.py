@@ -150,6 +150,7 @@ def test_two_processes_train_like_one(tmp_path, alone, peer_ids):
     assert summary["symbols"] == alone[1]["symbols"]
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_run_goes_on_with_other_ranks(tmp_path, alone):
     """Two ranks at ZeRO stage 3, from step 10 on one rank at stage 2 and two micro-batches."""
@@ -219,6 +220,7 @@ def test_a_suspended_job_wakes_up(tmp_path, alone):
     assert losses(tmp_path) == pytest.approx(alone[0], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_the_clock_of_one_rank_saves_on_all(tmp_path):
     """A checkpoint by time is of one step on every rank."""
@@ -299,6 +301,7 @@ def certify(monkeypatch, folder, *options):
     assert end.value.code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_run_that_differs_from_its_certificate_ends_on_every_rank(tmp_path, monkeypatch):
     """One rank sees it, both say it."""

@@ -129,6 +129,7 @@ def test_every_plot_has_its_marks_and_nothing_is_asked_for(browser, pages, which
     assert browser.errors() == [] and browser.requests() == []
 
 
+@pytest.mark.slow
 def test_the_search_for_requests_finds_them(browser, pages, tmp_path):
     """Negative control: an image from outside is asked for, or refused by the page's own policy."""
     page = pages["several"][0]

@@ -76,6 +76,7 @@ def test_the_example_grid_with_failures(run, tmp_path, text, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_the_example_grid_is_whole():
     """Without a run: the options of each job, as Hydra composes them."""
     command = [sys.executable, "-m", "launch.train", "sweep=router_k_max", "--cfg", "hydra"]

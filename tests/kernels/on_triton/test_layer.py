@@ -120,7 +120,7 @@ def test_the_same_bits_every_time(device):
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["relu", "swiglu"])
-@pytest.mark.parametrize("arch", ["sm_80", "gfx942"])
+@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.slow), "gfx942"])
 def test_the_tiles_of_real_chips(gated, arch, device):
     """Nothing is timed here: the table's large tiles must give the same results as the interpreter's small ones."""
     with recording(arch=arch) as recorder:
