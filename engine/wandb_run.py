@@ -15,6 +15,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,9 @@ class WandbRun:
             self._run.finish(exit_code=1 if failed else 0)
         except Exception as error:  # of the service, its connection, or the server
             self._lose(error)
+        if self._lost:
+            with suppress(Exception):  # otherwise it would raise at the interpreter's end
+                wandb.teardown()
 
     def _give(self, act: Callable[[], None]) -> None:
         self._look()

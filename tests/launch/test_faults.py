@@ -175,8 +175,10 @@ def test_the_end_of_wandbs_service_does_not_end_the_run(tmp_path, text):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as train:  # fmt: skip
         try:
             wait_until(lambda: last_step(tmp_path / "runs") > 3)
-            (service,) = [p for p in psutil.Process(train.pid).children(recursive=True) if "wandb" in p.name()]  # fmt: skip
-            service.kill()
+            services = [p for p in psutil.Process(train.pid).children(recursive=True) if "wandb" in p.name()]  # fmt: skip
+            assert services
+            for service in services:
+                service.kill()
             out, err = train.communicate(timeout=600)
         finally:
             train.kill()
