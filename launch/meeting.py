@@ -65,6 +65,8 @@ def _meet(place: Place, parallel: ParallelConfig) -> Any:
         UserError: the others did not come within parallel.meet_s, or another run meets here.
     """
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = find_address(place)
+    port = os.environ["MASTER_PORT"]
+    require(port.isdecimal() and 0 < int(port) < 2**16, f"MASTER_PORT={port}: must be a port, 1 .. 65535")  # fmt: skip
     os.environ |= {"RANK": str(place.rank), "WORLD_SIZE": str(place.ranks)}
     os.environ["LOCAL_RANK"] = str(place.local_rank)  # DeepSpeed insists on it
     meeting = _Meeting(place, parallel)

@@ -55,6 +55,16 @@ def test_a_missing_rank_0_is_named(tmp_path):
     assert code == 2 and "did not meet the others" in line_of(err) and "rank 0 has not come" in err
 
 
+@pytest.mark.parametrize("port", ["99999", "0", "http"])
+def test_what_is_no_port_is_one_line(run, tmp_path, monkeypatch, port):
+    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    done = run("train", *small_run(tmp_path), f"train.runs_dir={tmp_path}")
+    assert done.returncode == 2
+    assert done.stderr == f"foreroute: MASTER_PORT={port}: must be a port, 1 .. 65535\n"
+
+
 @pytest.mark.dist
 @pytest.mark.slow
 def test_a_rank_that_came_and_is_gone(tmp_path):
