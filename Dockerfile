@@ -40,8 +40,8 @@ COPY --chown=foreroute pyproject.toml constraints.txt ./
 RUN "python${PYTHON}" -m venv .venv \
     && .venv/bin/python -m pip install "pip==${PIP_VERSION}" \
     && .venv/bin/python -m pip install "$(grep '^torch==' constraints.txt)" ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} \
-    && mkdir engine kernels launch \
-    && touch engine/__init__.py kernels/__init__.py launch/__init__.py \
+    && mkdir foreroute \
+    && echo '__version__ = "0"' > foreroute/__init__.py \
     && .venv/bin/python -m pip install -c constraints.txt -e ".[mpi]" \
     && .venv/bin/python -m pip check
 

@@ -78,6 +78,10 @@ def compare(
         Failed: the benchmark failed in one of the trees.
     """
     with worktree(root, rev) as other:
+        if (root / "foreroute").is_dir() and not (other / "foreroute").is_dir():
+            raise Failed(
+                f"--against {rev}: is older than foreroute/, and would import what is installed"
+            )
         shutil.rmtree(other / "benchmarks", ignore_errors=True)
         shutil.copytree(root / "benchmarks", other / "benchmarks")
         found: dict[str, list[Figures]] = {HERE: [], rev: []}

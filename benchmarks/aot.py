@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from kernels.launching import Launch, is_interpreted
+from foreroute.kernels.launching import Launch, is_interpreted
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "triton"
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 from benchmarks.against import parse
 from benchmarks.harness import Case, environment, interleave, minima_ms, print_result, print_table
-from kernels.relative_attention import relative_attention
-from launch.process import keep_freed_memory
+from foreroute.kernels.relative_attention import relative_attention
+from foreroute.launch.start.process import keep_freed_memory
 
 HEADS, WIDTH = 8, 64
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}

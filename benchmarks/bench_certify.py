@@ -26,16 +26,23 @@ from benchmarks.against import parse
 from benchmarks.certify_time import time_model_error
 from benchmarks.harness import environment, positive, print_result, print_table
 from benchmarks.memory_model import memory_model_error
-from engine.certificate.exact import certify
-from engine.certificate.placement import Placement
-from engine.certificate.replay import StepCounts, replay
-from engine.certificate.traffic import FORWARD, hops, leaving
-from engine.config import Config, DataConfig, Growth, MoEConfig, ScheduleConfig, TrainConfig
-from engine.data import Ids, Streams
-from engine.loader import group_batch
-from engine.moe.planner import TablePlanner
-from engine.moe.tables import Table, build_tables
-from engine.parallel.mesh import Mesh
+from foreroute.engine.certificate.counts.exact import certify
+from foreroute.engine.certificate.counts.placement import Placement
+from foreroute.engine.certificate.counts.replay import StepCounts, replay
+from foreroute.engine.certificate.counts.traffic import FORWARD, hops, leaving
+from foreroute.engine.config import (
+    Config,
+    DataConfig,
+    Growth,
+    MoEConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from foreroute.engine.data.planned_batches import group_batch
+from foreroute.engine.data.streams import Ids, Streams
+from foreroute.engine.parallel.mesh import Mesh
+from foreroute.engine.routing.planner import TablePlanner
+from foreroute.engine.routing.tables import Table, build_tables
 
 SYMBOLS, STREAMS, SEGMENT, IDS = 256, 64, 512, 90_000_000
 PLACEMENT = Placement(world_size=64, expert_ranks=8, ranks_per_node=4)

@@ -36,8 +36,8 @@ from benchmarks.harness import (
     saved_bytes,
 )
 from benchmarks.peers import Problem, Shape, choose, make_problem, truth
-from kernels import expert_rows, moe_ffn
-from launch.process import keep_freed_memory
+from foreroute.kernels import expert_rows, moe_ffn
+from foreroute.launch.start.process import keep_freed_memory
 
 THREADS = 2
 SHAPE = Shape(tokens=4096, width=512, hidden=512, experts=16, k=2)

@@ -21,7 +21,7 @@ from pathlib import Path
 from benchmarks import slurm
 from benchmarks.cluster import ROOT
 from benchmarks.harness import environment, positive, print_result, print_table
-from launch.testing import processes_of, small_run
+from foreroute.launch.testing.runs import processes_of, small_run
 
 MOMENTS = "before it comes", "once it has come"
 _RANK = "RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"
@@ -35,7 +35,7 @@ def die(*_):
 
 class Killer:
     def find_spec(self, name, path=None, target=None):
-        if name != "launch.meeting":
+        if name != "foreroute.launch.start.meeting":
             return None
         if {early}:
             die()

@@ -27,8 +27,8 @@ from torch import nn
 from benchmarks.against import parse
 from benchmarks.cluster import ROOT
 from benchmarks.harness import environment, fastest, positive, print_result, print_table
-from engine.attention import RelativeAttention
-from engine.timing import ForwardTimes
+from foreroute.engine.metrics.timers import ForwardTimes
+from foreroute.engine.model.attention import RelativeAttention
 
 CALLS = 10_000  # of an empty module, to time its hooks
 

@@ -15,16 +15,16 @@ from torch import Tensor
 from benchmarks.against import parse
 from benchmarks.bench_step import Arm, shapes
 from benchmarks.harness import environment, fastest, print_result, print_table
-from engine.build import build_model, build_routers, router_tables
-from engine.config import Split
-from engine.corpus import prepare
-from engine.data import Streams
-from engine.deepspeed_adapter import start
-from engine.moe.plan import Plan
-from engine.moe.planner import TablePlanner
-from engine.moe.routers import Draw, HashedRouter
-from engine.timing import ForwardTimes
-from launch.process import keep_freed_memory, run_and_leave
+from foreroute.engine.config import Split
+from foreroute.engine.data.corpus import prepare
+from foreroute.engine.data.streams import Streams
+from foreroute.engine.metrics.timers import ForwardTimes
+from foreroute.engine.model.build import build_model, build_routers, router_tables
+from foreroute.engine.optim.deepspeed_engine import start
+from foreroute.engine.routing.plan import Plan
+from foreroute.engine.routing.planner import TablePlanner
+from foreroute.engine.routing.routers import Draw, HashedRouter
+from foreroute.launch.start.process import keep_freed_memory, run_and_leave
 
 RANKS, STREAMS, SEGMENT, K = 8, 22, 512, 8
 

@@ -16,10 +16,7 @@ import torch
 
 from benchmarks.against import parse
 from benchmarks.harness import environment, interleave, minima_ms, print_result, print_table
-from engine.architecture import feed_forward_width
-from engine.batches import TrainingBatches
-from engine.build import build_model, build_routers
-from engine.config import (
+from foreroute.engine.config import (
     Config,
     DataConfig,
     EvalConfig,
@@ -32,19 +29,23 @@ from engine.config import (
     Split,
     TrainConfig,
 )
-from engine.corpus import PreparedCorpus, prepare
-from engine.data import Streams
-from engine.deepspeed_adapter import Engine, start
-from engine.feed_forward import FeedForward
-from engine.loader import PlannedLoader, group_batch, plan_batch
-from engine.model import Memory
-from engine.moe.layer import LayerCall, MoELayer
-from engine.moe.routers import PlannedRouter
-from engine.parallel.mesh import Mesh
-from engine.step import StepTimes, train_step
-from engine.timing import ForwardTimes
-from engine.tuning import resolve
-from launch.process import keep_freed_memory, run_and_leave
+from foreroute.engine.config.model import feed_forward_width
+from foreroute.engine.data.corpus import PreparedCorpus, prepare
+from foreroute.engine.data.loader import PlannedLoader
+from foreroute.engine.data.planned_batches import TrainingBatches, group_batch, plan_batch
+from foreroute.engine.data.streams import Streams
+from foreroute.engine.metrics.step_result import StepTimes
+from foreroute.engine.metrics.timers import ForwardTimes
+from foreroute.engine.model.build import build_model, build_routers
+from foreroute.engine.model.transformer_xl import Memory
+from foreroute.engine.moe.feed_forward import FeedForward
+from foreroute.engine.moe.layer import LayerCall, MoELayer
+from foreroute.engine.optim.deepspeed_engine import Engine, start
+from foreroute.engine.parallel.mesh import Mesh
+from foreroute.engine.routing.routers import PlannedRouter
+from foreroute.engine.train.resolve import resolve
+from foreroute.engine.train.step import train_step
+from foreroute.launch.start.process import keep_freed_memory, run_and_leave
 
 KS = (2, 4, 8, 12, 16)
 

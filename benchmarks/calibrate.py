@@ -28,12 +28,16 @@ from numpy.typing import NDArray
 
 from benchmarks.cluster import ROOT, Cluster, Finished, one_node
 from benchmarks.harness import fastest, print_table
-from engine.build import build_routers, router_tables
-from engine.certificate.cluster import ClusterConfig, LinkConfig, ScaleConfig, SharingConfig
-from engine.certificate.placement import Placement
-from engine.certificate.replay import replay
-from engine.certificate.time_model import StepModel, StepTime
-from engine.config import (
+from foreroute.engine.certificate.counts.placement import Placement
+from foreroute.engine.certificate.counts.replay import replay
+from foreroute.engine.certificate.time.cluster import (
+    ClusterConfig,
+    LinkConfig,
+    ScaleConfig,
+    SharingConfig,
+)
+from foreroute.engine.certificate.time.step_time import StepModel, StepTime
+from foreroute.engine.config import (
     Config,
     CorpusConfig,
     DataConfig,
@@ -47,8 +51,9 @@ from engine.config import (
     TrainConfig,
     to_plain,
 )
-from engine.corpus import prepare
-from launch.cli import write_config
+from foreroute.engine.data.corpus import prepare
+from foreroute.engine.model.build import build_routers, router_tables
+from foreroute.launch.start.config_files import write_config
 
 WARM_STEPS = 4  # of every run, not counted
 TARGET = ROOT / "conf" / "cluster" / "this_machine.yaml"

@@ -19,11 +19,11 @@ from benchmarks.calibrate import (
 )
 from benchmarks.cluster import Cluster, one_node, two_nodes, why_not
 from benchmarks.harness import print_table
-from engine.certificate.cluster import ClusterConfig, LinkConfig, SharingConfig
-from engine.certificate.placement import Placement
-from engine.certificate.time_model import StepTime
-from engine.choices import Builder, ExchangeKind
-from engine.config import Config, ParallelConfig
+from foreroute.engine.certificate.counts.placement import Placement
+from foreroute.engine.certificate.time.cluster import ClusterConfig, LinkConfig, SharingConfig
+from foreroute.engine.certificate.time.step_time import StepTime
+from foreroute.engine.config import Config, ParallelConfig
+from foreroute.engine.config.enums import Builder, ExchangeKind
 
 RATES = "200mbit", "500mbit", "1gbit"
 NODES = 2

@@ -11,14 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine.choices import Builder, Split
-from engine.config import CorpusConfig, MoEConfig
-from engine.corpus import prepare
-from engine.data import Streams
-from engine.moe.plan import Plan, Route
-from engine.moe.routers import HashedRouter
-from engine.moe.tables import Table, build_tables
-from kernels import ExpertWeights
+from foreroute.engine.config import CorpusConfig, MoEConfig
+from foreroute.engine.config.enums import Builder, Split
+from foreroute.engine.data.corpus import prepare
+from foreroute.engine.data.streams import Streams
+from foreroute.engine.routing.plan import Plan, Route
+from foreroute.engine.routing.routers import HashedRouter
+from foreroute.engine.routing.tables import Table, build_tables
+from foreroute.kernels import ExpertWeights
 
 COUNT_BYTES = 4  # of a row count in AutoEP's counts exchange
 

@@ -28,8 +28,8 @@ from benchmarks.exchange_problem import (
 from benchmarks.exchange_systems import PARTS, start_deepspeed, systems
 from benchmarks.harness import together
 from benchmarks.traffic import KINDS, Meter
-from kernels.testing import relative_error
-from launch.process import keep_freed_memory, run_and_leave
+from foreroute.kernels.testing.cases import relative_error
+from foreroute.launch.start.process import keep_freed_memory, run_and_leave
 
 SAME_OUTPUT = 1e-5  # fp32, sums in another order
 # A hidden unit within rounding of 0 is active for one system and not for another, a few of the 17 million of a layer;

@@ -28,12 +28,12 @@ from torch import distributed as dist
 from benchmarks.exchange_problem import Problem
 from benchmarks.harness import GradCase
 from benchmarks.peers import ExpertModule, separate
-from engine.config import KernelsConfig, MoEConfig, ParallelConfig
-from engine.moe.exchange import build_exchange
-from engine.moe.layer import LayerCall, MoELayer
-from engine.moe.plan import Plan, Route
-from engine.parallel.collectives import Wire
-from kernels import ExpertWeights
+from foreroute.engine.config import KernelsConfig, MoEConfig, ParallelConfig
+from foreroute.engine.moe.exchange import build_exchange
+from foreroute.engine.moe.layer import LayerCall, MoELayer
+from foreroute.engine.parallel.collectives import Wire
+from foreroute.engine.routing.plan import Plan, Route
+from foreroute.kernels import ExpertWeights
 
 NAMES = "w1", "b1", "w2", "b2"
 PARTS = {"ours": 1, "parts": 4}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from kernels.testing import relative_error
+from foreroute.kernels.testing.cases import relative_error
 
 Case = Callable[[], object]
 

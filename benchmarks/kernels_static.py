@@ -21,11 +21,11 @@ from torch import Tensor
 
 from benchmarks import aot
 from benchmarks.harness import positive, print_result, print_table
-from kernels import Dropout, ExpertRows, ExpertWeights
-from kernels.combine_launch import add_rows, combine_backward, combine_forward, permute_forward
-from kernels.expert_ffn_launch import ffn_backward, ffn_forward
-from kernels.launching import Launch, recording
-from kernels.traffic import accesses
+from foreroute.kernels import Dropout, ExpertRows, ExpertWeights
+from foreroute.kernels.gpu.expert_ffn import ffn_backward, ffn_forward
+from foreroute.kernels.gpu.rows import add_rows, combine_backward, combine_forward, permute_forward
+from foreroute.kernels.launching import Launch, recording
+from foreroute.kernels.testing.byte_counts import accesses
 
 
 class Shape(NamedTuple):

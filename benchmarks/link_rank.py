@@ -17,10 +17,10 @@ import torch
 from torch import distributed as dist
 
 from benchmarks.harness import together
-from engine.build import build_model
-from engine.config import Config, DataConfig, EvalConfig, ModelConfig, MoEConfig, Router
-from engine.model import Routing
-from launch.process import keep_freed_memory, run_and_leave
+from foreroute.engine.config import Config, DataConfig, EvalConfig, ModelConfig, MoEConfig, Router
+from foreroute.engine.model.build import build_model
+from foreroute.engine.model.transformer_xl import Routing
+from foreroute.launch.start.process import keep_freed_memory, run_and_leave
 
 _ROUNDS = 12
 _SYMBOLS = 64

@@ -1,7 +1,7 @@
 """Predicted against measured memory: `python -m benchmarks.memory_model`, and as a part of `python -m benchmarks.bench_certify`.
 
 Each case is a small run of a few steps in processes of its own, on 1, 2 or 4 gloo ranks, whose tensors are counted as PyTorch
-allocates them (engine/testing_memory.py) and compared with engine/certificate/memory.py; of the ranks the one with the most.
+allocates them (engine/testing/tensor_bytes.py) and compared with engine/certificate/memory/peak.py; of the ranks the one with the most.
 Then one larger run on one rank, uncounted: how much the process grows from before the model is built to its peak. The
 interpreter, libraries and threads grow it too, so that figure is above the tensors' bytes.
 
@@ -20,10 +20,10 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.harness import environment, positive, print_result, print_table
-from engine.certificate.exact import certify
-from engine.certificate.memory import Memory, predict
-from engine.certificate.placement import Placement
-from engine.config import (
+from foreroute.engine.certificate.counts.exact import certify
+from foreroute.engine.certificate.counts.placement import Placement
+from foreroute.engine.certificate.memory.peak import Memory, predict
+from foreroute.engine.config import (
     Activation,
     Config,
     DataConfig,
@@ -39,11 +39,11 @@ from engine.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from engine.moe.tables import Table, build_tables
-from engine.parallel.mesh import Mesh
-from engine.testing import run_ranks
-from engine.testing_memory import train
-from launch.process import keep_freed_memory
+from foreroute.engine.parallel.mesh import Mesh
+from foreroute.engine.routing.tables import Table, build_tables
+from foreroute.engine.testing.ranks import run_ranks
+from foreroute.engine.testing.tensor_bytes import train
+from foreroute.launch.start.process import keep_freed_memory
 
 SYMBOLS, STEPS = 64, 3
 SMALL = {

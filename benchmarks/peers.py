@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness import GradCase
-from kernels import ExpertWeights
+from foreroute.kernels import ExpertWeights
 
 NAMES = (
     "naive_loop", "argsort_mm", "argsort_mm_planned", "padded_bmm", "grouped_mm", "grouped_mm_planned", "deepspeed",

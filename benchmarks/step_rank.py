@@ -3,7 +3,7 @@
     python -m benchmarks.step_rank CASES.json FOLDER
 
 CASES.json: a list of configurations as engine.config.to_plain gives them. Started alone or by benchmarks/cluster.py with
-the launcher variables. Rank 0 prints one JSON list: for each case the metrics of every step (engine/trainer.py). FOLDER
+the launcher variables. Rank 0 prints one JSON list: for each case the metrics of every step (engine/train/trainer.py). FOLDER
 takes checkpoints and caches.
 """
 
@@ -15,15 +15,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from engine.build import build_routers
-from engine.config import Config
-from engine.corpus import prepare
-from engine.metrics import Metrics
-from engine.parallel.world import World
-from engine.trainer import Trainer
-from launch.cli import config_of
-from launch.meeting import connected
-from launch.process import run_and_leave, set_up
+from foreroute.engine.config import Config
+from foreroute.engine.data.corpus import prepare
+from foreroute.engine.metrics.writer import Metrics
+from foreroute.engine.model.build import build_routers
+from foreroute.engine.parallel.world import World
+from foreroute.engine.train.trainer import Trainer
+from foreroute.launch.start.config_files import config_of
+from foreroute.launch.start.meeting import connected
+from foreroute.launch.start.process import run_and_leave, set_up
 
 
 class Kept(Metrics):

@@ -1,4 +1,4 @@
-"""Named ranges of time, of any thread, for the trace of a few steps (engine/profiler.py starts and ends it).
+"""Named ranges of time, of any thread, for the trace of a few steps (engine/profiling/profiler.py starts and ends it).
 
 `with span("dispatch"):` stands at the few places that matter. While nothing is recorded it costs 0.2 us (record_function of
 PyTorch costs 5 us then). What is recorded are times of the host: on a CPU those of the work itself; on a GPU those of its

@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import combine_cpu, combine_launch
-from kernels.operands import (
+from foreroute.kernels.cpu import rows as combine_cpu
+from foreroute.kernels.expert_rows import ExpertRows
+from foreroute.kernels.gpu import rows as combine_launch
+from foreroute.kernels.operands import (
     check_dtype,
     check_float,
     check_rows,
     check_tensor,
     resolve_backend,
 )
-from kernels.rows import ExpertRows
 
 
 def combine(
@@ -37,7 +38,7 @@ def combine(
     Args:
         y_ND: expert rows, contiguous; fp32, bf16 or fp16 (fp64 too on the CPU).
         weight_N: fp32 weights (fp64 for fp64), or None for ones. The CPU rounds them to the dtype of y.
-        rows: source_N, slot_N and slot_offset_R say which rows belong together (kernels/rows.py).
+        rows: source_N, slot_N and slot_offset_R say which rows belong together (kernels/expert_rows.py).
         backend: "cpu", "triton" or "reference"; by default "triton" on a GPU and "cpu" elsewhere.
         debug: check every index on the host.
 
@@ -49,7 +50,7 @@ def combine(
 
     Example:
         >>> import torch
-        >>> from kernels import combine, expert_rows_from_lists
+        >>> from foreroute.kernels import combine, expert_rows_from_lists
         >>> rows = expert_rows_from_lists([[0], [1, 0], []], num_experts=2)
         >>> rows.slot_N.tolist()
         [0, 2, 1]

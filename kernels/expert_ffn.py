@@ -4,7 +4,7 @@
     act = ReLU, or with w3 SwiGLU: silu(.) * (x[source[n]] @ w3[e].T)
 
 Input rows are read through an index and experts may have any number of rows: nothing is permuted, padded or dropped.
-Backends: kernels/expert_ffn_cpu.py, kernels/expert_ffn_launch.py (Triton), and the plain loops below. For the weighted
+Backends: kernels/cpu/expert_ffn.py, kernels/gpu/expert_ffn.py (Triton), and the plain loops below. For the weighted
 sum that usually follows use kernels.moe_ffn: its backward pass does not need y.
 
 Letters: R input rows, N expert rows, L experts here, D width, F expert hidden width.
@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import expert_ffn_cpu, expert_ffn_launch
-from kernels.dropout import Dropout, keep_mask, row_hash, unit_hash
-from kernels.operands import (
+from foreroute.kernels.cpu import expert_ffn as expert_ffn_cpu
+from foreroute.kernels.dropout import Dropout, keep_mask, row_hash, unit_hash
+from foreroute.kernels.expert_rows import ExpertRows
+from foreroute.kernels.gpu import expert_ffn as expert_ffn_launch
+from foreroute.kernels.operands import (
     ExpertWeights,
     FfnGradients,
     Options,
@@ -32,7 +34,6 @@ from kernels.operands import (
     unpack_weights,
     wants_grad,
 )
-from kernels.rows import ExpertRows
 
 
 def expert_ffn(
@@ -52,7 +53,7 @@ def expert_ffn(
         x_RD: input rows, contiguous; fp32, bf16 or fp16 (fp64 too on the CPU). On "triton" all numbers start at an
             address that 16 divides.
         weights: stacked expert parameters, dtype of x; with w3 the activation is SwiGLU.
-        rows: which input row each expert row reads (kernels/rows.py).
+        rows: which input row each expert row reads (kernels/expert_rows.py).
         dropout: Dropout(rate, seed, token_R) on the hidden units, a function of seed, token, expert and unit alone.
         backend: "cpu", "triton" or "reference" (plain loops in fp64); by default "triton" on a GPU and "cpu" elsewhere.
         mode: what is kept for backward: "lean" x and the hidden units, N * F numbers (2 N * F for SwiGLU); "fast", on
@@ -69,7 +70,7 @@ def expert_ffn(
     Example, two experts of one hidden unit; row 1 uses both, row 0 expert 0 only:
 
         >>> import torch
-        >>> from kernels import ExpertWeights, expert_ffn, expert_rows_from_lists
+        >>> from foreroute.kernels import ExpertWeights, expert_ffn, expert_rows_from_lists
         >>> rows = expert_rows_from_lists([[0], [0, 1]], num_experts=2)
         >>> x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
         >>> w1 = torch.tensor([[[1.0, 1.0]], [[1.0, -1.0]]])
@@ -126,7 +127,7 @@ def ffn_backward(
     dout: Tensor, x_RD: Tensor, weights: ExpertWeights, rows: ExpertRows, dropout: Dropout | None, saved: Saved, *,
     weight_N: Tensor | None, dweight: bool, options: Options,
 ) -> FfnGradients:  # fmt: skip
-    """Run the backward pass on the backend chosen (arguments: see kernels/expert_ffn_launch.py)."""
+    """Run the backward pass on the backend chosen (arguments: see kernels/gpu/expert_ffn.py)."""
     if options.backend == "triton":
         return expert_ffn_launch.ffn_backward(
             dout, x_RD, weights, rows, dropout, saved, weight_N=weight_N, dweight=dweight, precision=options.precision

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.tiles import Tile
+from foreroute.kernels.tiles import Tile
 
 MAX_ROWS = 2**31 - 2**10  # row numbers are int32, up to the end of the last tile
 
@@ -45,7 +45,9 @@ class Recorder:
 
 _INTERPRETED = bool(triton.knobs.runtime.interpret)  # decided when the kernels are defined
 
-_bf16_shims: list[bool] = []  # one entry for each kernels.interpreter.bf16_semantics in force
+_bf16_shims: list[
+    bool
+] = []  # one entry for each kernels.testing.interpreter.bf16_semantics in force
 
 # Innermost last. Global, not a context variable: PyTorch runs backward passes on GPUs in threads of its own.
 _recorders: list[Recorder] = []
@@ -97,7 +99,7 @@ def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> None:
             if isinstance(value, Tensor) and value.dtype == torch.bfloat16:
                 raise ValueError(
                     f"{name.removesuffix('_ptr')} is torch.bfloat16: Triton's interpreter computes it wrongly; use fp32 "
-                    "or fp16, or kernels.interpreter.bf16_semantics()"
+                    "or fp16, or kernels.testing.interpreter.bf16_semantics()"
                 )
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():

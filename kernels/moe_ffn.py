@@ -5,7 +5,7 @@
 What the pair gains by being one: backward reads the output's gradient through the index (no copy of it for each expert
 row), and the gradient of the weights, if anybody wants it, is rewritten so that the experts' outputs are not saved.
 Planned routers' weights are constants and their gradient is not computed. On the CPU, `masked` computes the same with
-all rows through all experts, which wins when k is near E (kernels/moe_ffn_masked.py).
+all rows through all experts, which wins when k is near E (kernels/cpu/masked_ffn.py).
 
 Letters: R input rows, D width, L experts here, F expert hidden width, N expert rows.
 """
@@ -15,17 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.combine import check_weight, combine_forward, combine_reference
-from kernels.dropout import Dropout
-from kernels.expert_ffn import (
+from foreroute.kernels.combine import check_weight, combine_forward, combine_reference
+from foreroute.kernels.cpu.masked_ffn import masked_backward, masked_forward
+from foreroute.kernels.dropout import Dropout
+from foreroute.kernels.expert_ffn import (
     expert_ffn_reference,
     fake_saved,
     ffn_backward,
     ffn_forward,
     split,
 )
-from kernels.moe_ffn_masked import masked_backward, masked_forward
-from kernels.operands import (
+from foreroute.kernels.expert_rows import ExpertRows
+from foreroute.kernels.operands import (
     ExpertWeights,
     FfnGradients,
     Options,
@@ -41,7 +42,6 @@ from kernels.operands import (
     unpack_weights,
     wants_grad,
 )
-from kernels.rows import ExpertRows
 
 
 def moe_ffn(
@@ -77,7 +77,7 @@ def moe_ffn(
     Example, the rows and experts of kernels.expert_ffn; row 1 mixes [17, 0.5] and [0, 38.5]:
 
         >>> import torch
-        >>> from kernels import ExpertWeights, expert_rows_from_lists, moe_ffn
+        >>> from foreroute.kernels import ExpertWeights, expert_rows_from_lists, moe_ffn
         >>> rows = expert_rows_from_lists([[0], [0, 1]], num_experts=2)
         >>> x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
         >>> w1 = torch.tensor([[[1.0, 1.0]], [[1.0, -1.0]]])

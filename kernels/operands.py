@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from kernels.dropout import Dropout
-from kernels.launching import MAX_ROWS, can_launch
-from kernels.rows import ExpertRows
+from foreroute.kernels.dropout import Dropout
+from foreroute.kernels.expert_rows import ExpertRows
+from foreroute.kernels.launching import MAX_ROWS, can_launch
 
 BACKENDS = ("cpu", "triton", "reference")
 MODES = ("lean", "fast")

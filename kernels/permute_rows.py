@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import combine_cpu, combine_launch
-from kernels.launching import MAX_ROWS
-from kernels.operands import check_dtype, check_tensor, resolve_backend
+from foreroute.kernels.cpu import rows as combine_cpu
+from foreroute.kernels.gpu import rows as combine_launch
+from foreroute.kernels.launching import MAX_ROWS
+from foreroute.kernels.operands import check_dtype, check_tensor, resolve_backend
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -43,7 +44,7 @@ def permute_rows(
 
     Example:
         >>> import torch
-        >>> from kernels import permute_rows, unpermute_rows
+        >>> from foreroute.kernels import permute_rows, unpermute_rows
         >>> x = torch.tensor([[1, 2], [3, 4], [5, 6]])
         >>> permute_rows(x, torch.tensor([2, 0, 2])).tolist()
         [[5, 6], [1, 2], [5, 6]]

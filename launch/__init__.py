@@ -4,7 +4,6 @@ import os
 import signal
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 # PyTorch's OpenMP runtime reads this once, as it is loaded. Otherwise its threads spin at their barriers for milliseconds, and beside
 # a busy process that takes the core from the thread they wait for. To sleep and wake costs, too: docs/measured.md has both.
@@ -13,7 +12,7 @@ if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys(
 
 
 def _leave(number: int, _frame: object) -> None:
-    """End a program that Ctrl-C meets while it is loaded; launch.cli.run_program takes over."""
+    """End a program that Ctrl-C meets while it is loaded; launch.start.cli.run_program takes over."""
     os.write(2, b"foreroute: stopped before it began\n")
     os._exit(128 + number)
 
@@ -30,11 +29,8 @@ if sys.argv[:1] == ["-m"]:  # a program's start, not an import
         )
         sys.exit(2)
 
-_ROOT = Path(__file__).resolve().parents[1]
-_found = find_spec("kernels")
-if _found is None or _found.origin is None or Path(_found.origin).resolve().parents[1] != _ROOT:
-    # Hugging Face publishes a package of the same name.
-    sys.exit(
-        f"foreroute: `import kernels` finds {_found and _found.origin}, not {_ROOT / 'kernels'}: "
-        "start from the checkout with `python -m`, and uninstall the package `kernels`"
-    )
+# The checkout goes behind all else on the path: its folders must not stand for other packages of the same names, such as Hugging
+# Face's `kernels` or a user's own `engine`. Ours are foreroute.kernels, foreroute.engine.
+_ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+_roots = [path for path in sys.path if os.path.realpath(path) == _ROOT]
+sys.path[:] = [path for path in sys.path if path not in _roots] + _roots

@@ -3,7 +3,7 @@
 Reads the run's whole checkpoints, the newest one and those at multiples of train.save_every (not what a stop left), and draws
 its initialisation anew from the seed. Prints a summary and writes analysis.json into the run's folder: similarity of the
 experts' outputs and weights at the start and the end, load and mixing weights at each k, and how many tokens changed their
-experts from checkpoint to checkpoint (engine/analysis.py).
+experts from checkpoint to checkpoint (engine/evaluation/expert_analysis.py).
 """
 
 import math
@@ -13,7 +13,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from engine.analysis import (
+from foreroute.engine.checkpoint.files import checkpoints
+from foreroute.engine.checkpoint.save_load import load_weights, read_manifest
+from foreroute.engine.checkpoint.trained_run import SavedRun, open_saved
+from foreroute.engine.config import Keys, Router, Split
+from foreroute.engine.config.checks import at_least
+from foreroute.engine.errors import require
+from foreroute.engine.evaluation.expert_analysis import (
     LayerSeen,
     observe,
     output_similarity,
@@ -21,19 +27,13 @@ from engine.analysis import (
     routing_change,
     weight_similarity,
 )
-from engine.build import build_model
-from engine.checkpoint import load_weights, read_manifest
-from engine.checkpoint_files import checkpoints
-from engine.config import Keys, Router, Split, require
-from engine.errors import at_least
-from engine.model import TransformerXL
-from engine.saved import SavedRun, open_saved
-from launch.cli import run_program
-from launch.console import table
-from launch.process import set_up
-from launch.run_folder import TextArgs, read_run, write_json
+from foreroute.engine.model.build import build_model
+from foreroute.engine.model.transformer_xl import TransformerXL
+from foreroute.launch.runs.folder import ANALYSIS, TextArgs, read_run, write_json
+from foreroute.launch.start.cli import run_program
+from foreroute.launch.start.console import table
+from foreroute.launch.start.process import set_up
 
-ANALYSIS = "analysis.json"
 _LASTING = (Router.hashed, Router.frozen, Router.learned)
 """Routers by which a token's experts follow from the text and the weights, unless keys are shuffled; others draw them anew in
 every pass."""

@@ -1,6 +1,6 @@
 """The Weights & Biases dashboard of a project, as code: `python -m launch.dashboard project=NAME out=FILE`.
 
-SECTIONS says which metrics of engine/metrics.py each panel shows; titles get their units from there. The specification is the
+SECTIONS says which metrics of engine/metrics/names.py each panel shows; titles get their units from there. The specification is the
 same in every call, down to its ids, so it can be kept in version control and compared. It is printed or written; only
 apply=true sends it, and a second time changes the dashboard of the first. The only file that knows wandb_workspaces.
 """
@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from engine.config import WandbConfig, check_project, require
-from engine.errors import RunFailed, UserError, at_least
-from engine.metrics import METRICS
-from launch.cli import run_program
+from foreroute.engine.config import WandbConfig, check_project
+from foreroute.engine.config.checks import at_least
+from foreroute.engine.errors import RunFailed, UserError, require
+from foreroute.engine.metrics.names import METRICS
+from foreroute.launch.start.cli import run_program
 
 XAxis = Literal["Step", "tokens", "flops"]
 

@@ -10,15 +10,15 @@ from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
 
-from engine.config import Config, EvalConfig, Split
-from engine.evaluate import slimming_curve
-from engine.parallel.world import World
-from engine.saved import open_saved
-from launch.bootstrap import find_device, find_place
-from launch.cli import run_program
-from launch.console import Stages, table
-from launch.process import set_up
-from launch.run_folder import TextArgs, read_run
+from foreroute.engine.checkpoint.trained_run import open_saved
+from foreroute.engine.config import Config, EvalConfig, Split
+from foreroute.engine.evaluation.held_out import slimming_curve
+from foreroute.engine.parallel.world import World
+from foreroute.launch.runs.folder import TextArgs, read_run
+from foreroute.launch.start.cli import run_program
+from foreroute.launch.start.console import Stages, table
+from foreroute.launch.start.process import set_up
+from foreroute.launch.start.rank_variables import find_device, find_place
 
 
 class Protocol(Enum):

@@ -13,21 +13,22 @@ from typing import Any
 
 import torch
 
-from engine.accuracy import Accuracy, Majority, majority
-from engine.build import build_model, fill_signatures
-from engine.classifier import Classifier, predict
-from engine.config import Config, Keys, Precision, Router, require, to_plain
-from engine.errors import at_least, fraction
-from engine.finetune import Point, Recipe, Selection, accuracy
-from engine.finetune import finetune as train_and_select
-from engine.glue import Example, hold_out, read_examples
-from engine.saved import SavedRun, open_saved
-from engine.sentences import Sentence, encode, foreign_bytes
-from launch.bootstrap import find_device, find_place
-from launch.cli import run_program
-from launch.console import Console, table
-from launch.process import StopSignal, set_up
-from launch.run_folder import TextArgs, read_run, write_json
+from foreroute.engine.checkpoint.trained_run import SavedRun, open_saved
+from foreroute.engine.config import Config, Keys, Precision, Router, to_plain
+from foreroute.engine.config.checks import at_least, fraction
+from foreroute.engine.errors import require
+from foreroute.engine.finetune.accuracy import Accuracy, Majority, majority
+from foreroute.engine.finetune.classifier import Classifier, predict
+from foreroute.engine.finetune.glue import Example, hold_out, read_examples
+from foreroute.engine.finetune.loop import Point, Recipe, Selection, accuracy
+from foreroute.engine.finetune.loop import finetune as train_and_select
+from foreroute.engine.finetune.sentences import Sentence, encode, foreign_bytes
+from foreroute.engine.model.build import build_model, fill_signatures
+from foreroute.launch.runs.folder import TextArgs, read_run, write_json
+from foreroute.launch.start.cli import run_program
+from foreroute.launch.start.console import Console, table
+from foreroute.launch.start.process import StopSignal, set_up
+from foreroute.launch.start.rank_variables import find_device, find_place
 
 TRAIN, DEV = "train.tsv", "dev.tsv"
 

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import torch
 
-from engine.config import Router, require
-from engine.errors import UserError, at_least
-from engine.generate import Sampling
-from engine.generate import generate as sample_ids
-from engine.saved import open_saved
-from launch.bootstrap import find_device, find_place
-from launch.cli import run_program
-from launch.process import set_up
-from launch.run_folder import TextArgs, read_run
+from foreroute.engine.checkpoint.trained_run import open_saved
+from foreroute.engine.config import Router
+from foreroute.engine.config.checks import at_least
+from foreroute.engine.errors import UserError, require
+from foreroute.engine.evaluation.generate import Sampling
+from foreroute.engine.evaluation.generate import generate as sample_ids
+from foreroute.launch.runs.folder import TextArgs, read_run
+from foreroute.launch.start.cli import run_program
+from foreroute.launch.start.process import set_up
+from foreroute.launch.start.rank_variables import find_device, find_place
 
 
 @dataclass

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from engine.config import Corpus, CorpusConfig, Split
-from engine.corpus import download_enwik8, enwik8_copy, prepare
-from launch.cli import run_program
+from foreroute.engine.config import Corpus, CorpusConfig, Split
+from foreroute.engine.data.corpus import download_enwik8, enwik8_copy, prepare
+from foreroute.launch.start.cli import run_program
 
 
 @dataclass

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
 
-from engine.build import build_routers, router_tables
-from engine.config import Config, Router, Split, require
-from engine.corpus import prepare
-from engine.moe.balance import Balance, RankBalance, balances
-from launch.cli import run_program
-from launch.console import table
+from foreroute.engine.config import Config, Router, Split
+from foreroute.engine.data.corpus import prepare
+from foreroute.engine.errors import require
+from foreroute.engine.model.build import build_routers, router_tables
+from foreroute.engine.routing.table_balance import Balance, RankBalance, balances
+from foreroute.launch.start.cli import run_program
+from foreroute.launch.start.console import table
 
 
 @dataclass

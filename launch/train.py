@@ -1,6 +1,6 @@
 """Train, evaluate at every k, and leave a run folder behind: `python -m launch.train experiment=NAME [SECTION.OPTION=VALUE]`.
 
-Follow one run from here: configuration -> corpus -> tables -> Trainer (engine/trainer.py) -> slimming curve -> summary.
+Follow one run from here: configuration -> corpus -> tables -> Trainer (engine/train/trainer.py) -> slimming curve -> summary.
 """
 
 from collections.abc import Callable
@@ -10,26 +10,27 @@ from pathlib import Path
 from signal import SIGTERM
 from typing import Any
 
-from engine.build import build_routers, router_tables
-from engine.certificate.check import Check, fits, fits_tables, fits_text
-from engine.certificate.record import Written, read
-from engine.config import Backend, Config, Router, Split, WandbMode, to_plain
-from engine.corpus import PreparedCorpus, prepare
-from engine.evaluate import slimming_curve
-from engine.metrics import Metrics
-from engine.parallel.mesh import Mesh
-from engine.parallel.world import World, agree, together
-from engine.trainer import Trainer
-from engine.unused import unused
-from launch.cli import command_option, given_options, in_sweep, job_name, run_program
-from launch.console import Console, Stages, lasting
-from launch.facts import write_facts
-from launch.lengths import other_length
-from launch.meeting import connected
-from launch.process import StopSignal, run_and_leave, set_up
-from launch.run_folder import RunFolder, open_run
-from launch.summary import final_numbers, result_table, summarise
-from launch.sweep import report_sweep
+from foreroute.engine.certificate.check import Check, fits, fits_tables, fits_text
+from foreroute.engine.certificate.record import Written, read
+from foreroute.engine.config import Backend, Config, Router, Split, WandbMode, to_plain
+from foreroute.engine.config.unused_options import unused
+from foreroute.engine.data.corpus import PreparedCorpus, prepare
+from foreroute.engine.evaluation.held_out import slimming_curve
+from foreroute.engine.metrics.writer import Metrics
+from foreroute.engine.model.build import build_routers, router_tables
+from foreroute.engine.parallel.mesh import Mesh
+from foreroute.engine.parallel.world import World, agree, together
+from foreroute.engine.train.trainer import Trainer
+from foreroute.launch.runs.facts import write_facts
+from foreroute.launch.runs.folder import RunFolder, open_run
+from foreroute.launch.runs.lengths import other_length
+from foreroute.launch.runs.summary import final_numbers, result_table, summarise
+from foreroute.launch.runs.sweep_table import report_sweep
+from foreroute.launch.start.cli import run_program
+from foreroute.launch.start.console import Console, Stages, lasting
+from foreroute.launch.start.meeting import connected
+from foreroute.launch.start.options import command_option, given_options, in_sweep, job_name
+from foreroute.launch.start.process import StopSignal, run_and_leave, set_up
 
 
 @dataclass
@@ -143,7 +144,7 @@ def _read_certificate(path: str | None, config: Config, mesh: Mesh) -> Written |
 
 def _check_wandb(config: Config) -> None:
     if config.wandb.mode is WandbMode.online:
-        from engine.wandb_run import check_key
+        from foreroute.engine.metrics.wandb_run import check_key
 
         check_key(config.wandb.mode)
 

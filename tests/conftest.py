@@ -5,29 +5,31 @@ from pathlib import Path
 import pytest
 import torch
 
+import foreroute.launch  # noqa: F401  (puts the checkout behind other packages on the path)
+
 ROOT = Path(__file__).parent
 LONG_FIRST = [  # files of more than ten seconds, so that no process is left alone with one of them in the end
     "launch/test_ranks.py",
-    "launch/test_cli.py",
-    "engine/test_trainer.py",
-    "engine/moe/test_training_on_ranks.py",
-    "engine/parallel/test_watch.py",
+    "launch/start/test_cli.py",
+    "engine/train/test_trainer.py",
+    "engine/train/test_training_on_ranks.py",
+    "engine/parallel/test_watchdog.py",
     "engine/certificate/test_against_runs.py",
     "launch/test_experiments.py",
     "launch/test_finetune.py",
-    "launch/test_process.py",
-    "launch/test_report_browser.py",
-    "engine/test_plug_in_on_ranks.py",
-    "engine/test_topologies.py",
+    "launch/start/test_process.py",
+    "launch/report/test_report_browser.py",
+    "engine/plug_in/test_plug_in_on_ranks.py",
+    "engine/checkpoint/test_topologies.py",
     "launch/test_dashboard.py",
     "launch/test_certified_runs.py",
-    "launch/test_study_plan.py",
+    "launch/study/test_preset.py",
     "kernels/test_static_gate.py",
     "engine/moe/test_layer_on_ranks.py",
-    "engine/test_profiler.py",
-    "engine/test_metrics_on_ranks.py",
-    "launch/test_sweep.py",
-    "launch/test_report.py",
+    "engine/profiling/test_profiler.py",
+    "engine/metrics/test_metrics_on_ranks.py",
+    "launch/runs/test_sweep_table.py",
+    "launch/report/test_report.py",
 ]
 
 

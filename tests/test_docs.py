@@ -1,15 +1,15 @@
 """What the documentation names is there: files that it links to, experiments, presets, programs and options in its commands."""
 
 import dataclasses
-import importlib
 import re
 import typing
 from pathlib import Path
 
 import pytest
 
-from engine.config import Config
-from launch.help import groups_of
+from foreroute.engine.config import Config
+from foreroute.launch.start.help import groups_of
+from foreroute.launch.testing.runs import program_module
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -53,7 +53,7 @@ def _options(schema: type, section: str = "") -> typing.Iterator[str]:
 
 
 def _program_options(program: str) -> set[str]:
-    module = importlib.import_module(f"launch.{program}")
+    module = program_module(program)
     (schema,) = (value for name, value in vars(module).items() if name.lower() == f"{program}args")
     groups = groups_of(ROOT / "conf" / f"{program}.yaml")
     return {*_options(schema), *groups, "hydra/launcher", "hydra.launcher.n_jobs"}

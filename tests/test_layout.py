@@ -1,61 +1,189 @@
-"""The layering launch -> engine -> kernels, and that the three names mean the folders of this checkout."""
+"""The house: which way imports point, that no files import each other in a circle, one import root, and how full a room is."""
 
 import ast
-import importlib
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+FLOORS: dict[str, list[set[str]]] = {  # from the ground up; rooms of one floor do not import each other
+    "engine": [
+        {"errors", "tracing"}, {"sealed_files"}, {"config"}, {"parallel"}, {"routing"}, {"moe"}, {"data"}, {"model"}, {"optim"},
+        {"metrics", "evaluation", "checkpoint", "finetune", "plug_in"}, {"profiling"}, {"certificate"}, {"train"}, {"testing"},
+    ],
+    "launch": [
+        {"start"}, {"page"}, {"runs"},
+        {"certify", "report", "study", "analyse", "dashboard", "evaluate", "finetune", "generate", "prepare", "tables", "train"},
+        {"testing"},
+    ],
+}  # fmt: skip
 MAY_IMPORT = {
     "kernels": {"kernels"},
     "engine": {"kernels", "engine"},
     "launch": {"kernels", "engine", "launch"},
 }
 ONLY_IN = {
-    "hydra": {
-        "launch/cli.py",
-        "launch/failures.py",
-    },  # failures: their exceptions become lines there
-    "omegaconf": {"launch/cli.py", "launch/failures.py"},
-    "deepspeed": {"engine/deepspeed_adapter.py"},
-    "wandb": {"engine/wandb_run.py", "launch/testing_wandb.py"},
-    "wandb_workspaces": {"launch/dashboard.py"},
+    "hydra": ("launch/start/",),
+    "omegaconf": ("launch/start/",),
+    "deepspeed": ("engine/optim/",),
+    "wandb": ("engine/metrics/wandb_run.py", "launch/testing/"),
+    "wandb_workspaces": ("launch/dashboard.py",),
 }
+MOST_FILES = 12  # beside each other in a folder
+
+
+def sources():
+    return {
+        path.relative_to(ROOT).as_posix(): path.read_text()
+        for folder in MAY_IMPORT
+        for path in sorted((ROOT / folder).rglob("*.py"))
+    }
 
 
 def imports(source):
+    """Dotted names that a source imports, of names from a module the module and the name."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield node.module.split(".")[0]
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def floor_of(folder, name):
+    """The floor of a room, or of a file that lies beside rooms; None: no rule."""
+    for number, rooms in enumerate(FLOORS.get(folder, [])):
+        if name in rooms:
+            return number
+    return None
 
 
 def faults(name, source):
-    folder = name.split("/")[0]
+    folder, inside = name.split("/", 1)
+    room = inside.split("/")[0].removesuffix(".py")
     for module in imports(source):
-        if module in MAY_IMPORT and module not in MAY_IMPORT[folder]:
+        first, *rest = module.split(".")
+        if first in MAY_IMPORT:
+            yield f"{name} imports {module} without its root"
+        if first in ONLY_IN and not name.startswith(ONLY_IN[first]):
             yield f"{name} imports {module}"
-        if module in ONLY_IN and name not in ONLY_IN[module]:
-            yield f"{name} imports {module}"
+        if first != "foreroute" or not rest:
+            continue
+        if rest[0] not in MAY_IMPORT[folder]:
+            yield f"{name} imports {module}, which points up"
+        elif rest[0] == folder and len(rest) > 1 and rest[1] != room:
+            here, there = floor_of(folder, room), floor_of(folder, rest[1])
+            if here is not None and there is not None and there >= here:
+                yield f"{name} imports {module}, which is no floor below"
+
+
+def graph(found):
+    """The files that each file imports."""
+    modules = {f"foreroute.{name[:-3].replace('/', '.')}".removesuffix(".__init__"): name for name in found}  # fmt: skip
+    arrows = {}
+    for name, source in found.items():
+        full = [
+            modules.get(module) or modules.get(module.rpartition(".")[0])
+            for module in imports(source)
+        ]
+        arrows[name] = {other for other in full if other not in (None, name)}
+    return arrows
+
+
+def circle(arrows):
+    """Files that import each other in a circle; () if there are none."""
+    left = dict(arrows)
+    while left:
+        free = [name for name, others in left.items() if not others & left.keys()]
+        if not free:
+            return tuple(sorted(left))
+        for name in free:
+            del left[name]
+    return ()
 
 
 def test_imports_point_one_way():
-    found = []
-    for folder in MAY_IMPORT:
-        for path in (ROOT / folder).rglob("*.py"):
-            found += faults(path.relative_to(ROOT).as_posix(), path.read_text())
-    assert found == []
+    assert [fault for name, source in sources().items() for fault in faults(name, source)] == []
 
 
-def test_planted_faults_are_seen():
-    assert list(faults("kernels/x.py", "from engine.config import Config"))
-    assert list(faults("engine/x.py", "def f():\n    import launch.cli"))
-    assert list(faults("engine/x.py", "import deepspeed"))
-    assert not list(faults("engine/x.py", "import kernels"))
+def test_every_room_has_a_floor():
+    for folder in FLOORS:
+        rooms = {
+            path.name.removesuffix(".py")
+            for path in (ROOT / folder).iterdir()
+            if path.suffix in ("", ".py")
+        }
+        assert rooms - {"__init__", "__pycache__", "recipes"} == set().union(*FLOORS[folder])
 
 
-@pytest.mark.parametrize("name", MAY_IMPORT)
-def test_the_name_is_this_folder(name):
-    assert Path(importlib.import_module(name).__file__).parent == ROOT / name
+def test_no_files_import_each_other_in_a_circle():
+    assert circle(graph(sources())) == ()
+
+
+def test_a_room_is_not_crowded():
+    crowded = Counter(
+        name.rpartition("/")[0] for name in sources() if not name.endswith("__init__.py")
+    )
+    assert {folder: count for folder, count in crowded.items() if count > MOST_FILES} == {}
+
+
+def test_each_room_says_what_it_is():
+    for folder in {name.rpartition("/")[0] for name in sources()}:
+        assert ast.get_docstring(ast.parse((ROOT / folder / "__init__.py").read_text())), folder
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("kernels/x.py", "from foreroute.engine.config import Config"),
+        ("engine/moe/x.py", "def f():\n    import foreroute.launch.train"),
+        ("engine/moe/x.py", "from foreroute.engine.data.loader import PlannedLoader"),
+        ("engine/metrics/x.py", "from foreroute.engine import checkpoint"),
+        ("engine/tracing.py", "import foreroute.engine.config.run"),
+        ("launch/page/x.py", "from foreroute.launch.runs.folder import open_run"),
+        ("engine/data/x.py", "import deepspeed"),
+        ("engine/data/x.py", "from engine.config import Config"),
+        ("launch/train.py", "import kernels"),
+    ],
+)
+def test_planted_faults_are_seen(name, source):
+    assert list(faults(name, source))
+
+
+def test_what_is_allowed_is_no_fault():
+    assert not list(
+        faults(
+            "engine/data/x.py",
+            "from foreroute.engine.config import Config\nimport foreroute.kernels",
+        )
+    )
+    assert not list(
+        faults("engine/data/x.py", "from foreroute.engine.data.corpus import prepare\nimport numpy")
+    )
+
+
+def test_a_planted_circle_is_seen():
+    found = {
+        "engine/a.py": "from foreroute.engine.b import x",
+        "engine/b.py": "from foreroute.engine import c",
+        "engine/c.py": "def f():\n    import foreroute.engine.a",
+        "engine/d.py": "import foreroute.engine.a",
+    }
+    assert circle(graph(found)) == tuple(found)
+    assert circle(graph({**found, "engine/c.py": ""})) == ()
+
+
+@pytest.mark.parametrize("name", [*MAY_IMPORT, "conf"])
+def test_the_root_has_links_to_the_folders(name):
+    link = ROOT / "foreroute" / name
+    assert link.is_symlink() and not link.readlink().is_absolute() and link.resolve() == ROOT / name
+
+
+def test_nothing_has_bare_imports():
+    """Each module would be loaded twice, and its operators registered twice."""
+    for path in [*ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmarks/**/*.py")]:
+        bare = [
+            module for module in imports(path.read_text()) if module.split(".")[0] in MAY_IMPORT
+        ]
+        assert bare == [], path

@@ -8,19 +8,17 @@ from pathlib import Path
 from benchmarks.mutants.places import Place, places
 
 ROOMS: dict[str, tuple[str, ...]] = {
-    "routing": ("engine/moe/[kths]*.py", "engine/moe/routers.py", "engine/moe/pl*.py", "engine/moe/live_plan.py", "engine/moe/balance.py"),
-    "layer": ("engine/moe/layer.py", "engine/moe/experts.py", "engine/moe/losses.py", "engine/moe/auto.py", "engine/feed_forward.py", "engine/plan*.py", "engine/passes.py"),
-    "exchange": ("engine/moe/exchange.py", "engine/moe/pipeline.py", "engine/parallel/collectives.py", "engine/parallel/flights.py", "engine/parallel/host.py", "engine/parallel/mesh.py"),
-    "loader": ("engine/loader.py", "engine/batches.py", "engine/delivery.py", "engine/agreement.py"),
-    "data": ("engine/data.py", "engine/corpus.py", "engine/vocab.py", "engine/glue.py", "engine/sentences.py"),
-    "checkpoint": ("engine/checkpoint.py", "engine/checkpoint_files.py", "engine/saved.py"),
-    "metrics": ("engine/metrics.py", "engine/window.py", "engine/totals.py", "engine/timing.py", "engine/skew.py", "engine/peak.py", "engine/arithmetic.py", "engine/wandb_run.py"),
-    "optimizer": ("engine/optim.py", "engine/deepspeed_adapter.py", "engine/unused.py"),
-    "kernels": ("kernels/*.py",),
+    "routing": ("engine/routing/*.py",),
+    "layer": ("engine/moe/layer.py", "engine/moe/experts.py", "engine/moe/feed_forward.py", "engine/routing/losses.py", "engine/routing/exchange_choice.py", "engine/plug_in/*.py"),
+    "exchange": ("engine/moe/exchange.py", "engine/moe/overlap.py", "engine/parallel/collectives.py", "engine/parallel/in_flight.py", "engine/parallel/cpu_group.py", "engine/parallel/mesh.py"),
+    "loader": ("engine/data/loader.py", "engine/data/planned_batches.py", "engine/data/device_copy.py", "engine/data/plan_agreement.py"),
+    "data": ("engine/data/streams.py", "engine/data/corpus.py", "engine/data/vocab.py", "engine/finetune/glue.py", "engine/finetune/sentences.py"),
+    "checkpoint": ("engine/checkpoint/*.py", "engine/sealed_files.py"),
+    "metrics": ("engine/metrics/*.py", "engine/model/flops.py"),
+    "optimizer": ("engine/optim/*.py", "engine/config/unused_options.py"),
+    "kernels": ("kernels/*.py", "kernels/cpu/*.py", "kernels/gpu/*.py", "kernels/testing/byte_counts.py"),
 }  # fmt: skip
 """Files of each room; a file of two belongs to the later one."""
-TOOLS = ("kernels/interpreter.py", "kernels/testing.py")
-"""Left out: they watch tests, and no program runs them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +42,7 @@ def files_of(root: Path, rooms: dict[str, tuple[str, ...]]) -> dict[str, str]:
         for pattern in patterns:
             for path in sorted(root.glob(pattern)):
                 name = str(path.relative_to(root))
-                if name not in TOOLS:
-                    found[name] = room
+                found[name] = room
     return found
 
 

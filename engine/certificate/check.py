@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from engine.certificate.exact import exchange_of, frame_of
-from engine.certificate.placement import Placement
-from engine.certificate.record import Written, tables_sha256
-from engine.config import Config, require, to_plain
-from engine.errors import RunFailed
-from engine.moe.exchange import Exchange, Local, Moving
-from engine.moe.layer import MoELayer
-from engine.moe.plan import Part
-from engine.moe.tables import Table
+from foreroute.engine.certificate.counts.exact import exchange_of, frame_of
+from foreroute.engine.certificate.counts.placement import Placement
+from foreroute.engine.certificate.record import Written, tables_sha256
+from foreroute.engine.config import Config, to_plain
+from foreroute.engine.errors import RunFailed, require
+from foreroute.engine.moe.exchange import Exchange, Local, Moving
+from foreroute.engine.moe.layer import MoELayer
+from foreroute.engine.routing.plan import Part
+from foreroute.engine.routing.tables import Table
 
 # Options that decide which rows go to which rank and when.
 _ROUTES = (

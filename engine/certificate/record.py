@@ -19,14 +19,15 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from engine.certificate.exact import exchange_of, frame_of
-from engine.certificate.placement import Placement
-from engine.certificate.replay import StepCounts, first_steps
-from engine.certificate.traffic import hops, leaving
-from engine.checkpoint_files import checksum, read_sealed, sha256_of
-from engine.config import Config, require
-from engine.data import Ids
-from engine.moe.tables import Table
+from foreroute.engine.certificate.counts.exact import exchange_of, frame_of
+from foreroute.engine.certificate.counts.placement import Placement
+from foreroute.engine.certificate.counts.replay import StepCounts, first_steps
+from foreroute.engine.certificate.counts.traffic import hops, leaving
+from foreroute.engine.config import Config
+from foreroute.engine.data.streams import Ids
+from foreroute.engine.errors import require
+from foreroute.engine.routing.tables import Table
+from foreroute.engine.sealed_files import checksum, read_sealed, sha256_of
 
 FORMAT = 2  # raise it when something else is written, or other options are compared
 JSON, ARRAYS = "certificate.json", "certificate.safetensors"
@@ -38,7 +39,7 @@ class Record:
 
     Args:
         ids: the training split.
-        steps: those that are counted; as for engine.certificate.exact.certify.
+        steps: those that are counted; as for engine.certificate.counts.exact.certify.
     """
 
     def __init__(self, config: Config, ids: Ids, placement: Placement, steps: range) -> None:

@@ -10,7 +10,7 @@ per received row and gives one row per local token. The two are each other's tra
 
 Either way two collectives a layer, part and direction, whose sizes the Plan knows: no counts are exchanged and the host is
 never waited for. A plan in several parts is exchanged inside the experts' call, by `to_experts` and `to_tokens`
-(engine/moe/pipeline.py); `dispatch` and `combine` are for plans of one part.
+(engine/moe/overlap.py); `dispatch` and `combine` are for plans of one part.
 
 Letters: T local tokens (t: of one part), D width, S sent rows, R received rows, P ranks of the expert group.
 """
@@ -23,15 +23,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from engine.choices import Backend
-from engine.config import ParallelConfig
-from engine.moe.auto import use_gather, wire_dtype
-from engine.moe.live_plan import build_live_plan
-from engine.moe.plan import Part, Plan, Route, build_plan
-from engine.parallel.collectives import Wire
-from engine.parallel.flights import Flight
-from engine.tracing import span
-from kernels import combine, permute_rows
+from foreroute.engine.config import ParallelConfig
+from foreroute.engine.config.enums import Backend
+from foreroute.engine.parallel.collectives import Wire
+from foreroute.engine.parallel.in_flight import Flight
+from foreroute.engine.routing.exchange_choice import use_gather, wire_dtype
+from foreroute.engine.routing.live_plan import build_live_plan
+from foreroute.engine.routing.plan import Part, Plan, Route, build_plan
+from foreroute.engine.tracing import span
+from foreroute.kernels import combine, permute_rows
 
 
 class Local:
@@ -79,7 +79,7 @@ class Exchange:
         return Local, ()
 
     def plan(self, route: Route, num_experts: int, x_TD: Tensor) -> Plan:
-        """Make the plan of a live router's routes, one of each rank; a collective (engine/moe/live_plan.py)."""
+        """Make the plan of a live router's routes, one of each rank; a collective (engine/routing/live_plan.py)."""
         tokens, width = x_TD.shape
         gather = use_gather(
             self.parallel, experts=num_experts, ranks=self.wire.ranks, k=route.expert_TK.shape[1], tokens=tokens,

@@ -12,12 +12,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from engine.config import Activation, Backend, KernelsConfig, MoEConfig
-from engine.moe.exchange import Exchange, Local, check_plan
-from engine.moe.pipeline import PartCall, run_in_parts
-from engine.moe.plan import Part, Plan
-from engine.tracing import traced
-from kernels import Dropout, ExpertWeights, moe_ffn
+from foreroute.engine.config import Activation, Backend, KernelsConfig, MoEConfig
+from foreroute.engine.moe.exchange import Exchange, Local, check_plan
+from foreroute.engine.moe.overlap import PartCall, run_in_parts
+from foreroute.engine.routing.plan import Part, Plan
+from foreroute.engine.tracing import traced
+from foreroute.kernels import Dropout, ExpertWeights, moe_ffn
 
 
 class Experts(nn.Module):

@@ -13,16 +13,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from engine.config import KernelsConfig, MoEConfig, Router
-from engine.feed_forward import FeedForward
-from engine.moe.exchange import Exchange, Local
-from engine.moe.experts import Experts
-from engine.moe.losses import balance_loss, chosen_counts, z_loss
-from engine.moe.plan import Plan
-from engine.moe.routers import FrozenRouter, LearnedRouter
-from engine.parallel.collectives import Wire
-from engine.tracing import span, traced
-from kernels import Dropout, keep_mask, row_hash, unit_hash
+from foreroute.engine.config import KernelsConfig, MoEConfig, Router
+from foreroute.engine.moe.exchange import Exchange, Local
+from foreroute.engine.moe.experts import Experts
+from foreroute.engine.moe.feed_forward import FeedForward
+from foreroute.engine.parallel.collectives import Wire
+from foreroute.engine.routing.losses import balance_loss, chosen_counts, z_loss
+from foreroute.engine.routing.plan import Plan
+from foreroute.engine.routing.routers import FrozenRouter, LearnedRouter
+from foreroute.engine.tracing import span, traced
+from foreroute.kernels import Dropout, keep_mask, row_hash, unit_hash
 
 
 @dataclass(frozen=True, slots=True)

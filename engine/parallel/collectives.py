@@ -2,7 +2,7 @@
 
 Splits come from the Plan and are known on the host: nothing here asks another rank how much will come, and nothing is
 read back from a device. A rank's own rows stay on it and do not count. Every collective is issued at once and gives a
-Flight (engine/parallel/flights.py); what it brings may be used after `wait`.
+Flight (engine/parallel/in_flight.py); what it brings may be used after `wait`.
 
 Letters: P ranks of the group, D columns.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from engine.parallel.flights import (
+from foreroute.engine.parallel.in_flight import (
     DeviceFlight,
     DeviceLog,
     ExchangeTimes,
@@ -58,7 +58,7 @@ class Wire:
         return sum(self.sent_bytes_P)
 
     def take_times(self) -> ExchangeTimes:
-        """Give exposed and hidden time since the last call (see engine/parallel/flights.py); on a GPU waits for it.
+        """Give exposed and hidden time since the last call (see engine/parallel/in_flight.py); on a GPU waits for it.
 
         What is sent in torch.inference_mode is not timed.
         """

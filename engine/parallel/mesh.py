@@ -9,12 +9,12 @@ Eight ranks in expert groups of four, 16 experts:
     holds the same as   4     5     6     7      0     1     2     3
 
 Rows travel inside an expert group. The gradients of an expert are added up over the ranks that hold the same experts, those
-of everything else over all ranks. DeepSpeed forms the same groups (engine/deepspeed_adapter.py).
+of everything else over all ranks. DeepSpeed forms the same groups (engine/optim/deepspeed_engine.py).
 """
 
 from dataclasses import dataclass
 
-from engine.errors import UserError
+from foreroute.engine.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)

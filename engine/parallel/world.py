@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from engine.errors import RunFailed, UserError, everywhere
-from engine.parallel.collectives import add_up
-from engine.parallel.host import Host, odd_ones
-from engine.parallel.mesh import Mesh
-from engine.parallel.watch import Watch
+from foreroute.engine.errors import RunFailed, UserError, everywhere
+from foreroute.engine.parallel.collectives import add_up
+from foreroute.engine.parallel.cpu_group import Host, odd_ones
+from foreroute.engine.parallel.mesh import Mesh
+from foreroute.engine.parallel.watchdog import Watch
 
 T = TypeVar("T")
 

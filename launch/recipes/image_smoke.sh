@@ -13,7 +13,7 @@ trap 'rm -rf "$scratch"' EXIT
 "$PYTHON" - <<'END'
 import os, platform, sys
 import deepspeed, hydra, mpi4py.MPI, safetensors, torch, triton, wandb
-import engine, kernels, launch
+import foreroute.engine, foreroute.kernels, foreroute.launch
 print("python", platform.python_version(), "as user", os.geteuid())
 for package in (torch, triton, deepspeed, hydra, safetensors, wandb):
     print(package.__name__, package.__version__)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from benchmarks import bench_certify
-from engine.certificate.replay import replay
-from engine.moe.tables import build_tables
+from foreroute.engine.certificate.counts.replay import replay
+from foreroute.engine.routing.tables import build_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,7 +7,7 @@ import torch
 from benchmarks import calibrate
 from benchmarks.calibrate import RUNS, fit, inside_link
 from benchmarks.certify_time import Compared, median_error, regrets, ways
-from engine.certificate.time_model import StepTime
+from foreroute.engine.certificate.time.step_time import StepTime
 
 
 def test_fit_finds_the_scales_that_made_the_times() -> None:

@@ -18,9 +18,9 @@ from benchmarks.exchange_problem import (
     planned_bytes,
 )
 from benchmarks.traffic import Meter
-from engine.config import MoEConfig
-from engine.moe.tables import build_tables
-from engine.testing import run_ranks
+from foreroute.engine.config import MoEConfig
+from foreroute.engine.routing.tables import build_tables
+from foreroute.engine.testing.ranks import run_ranks
 
 SYMBOLS = 40
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from engine import tracing
-from engine.trace_events import Clock, Process, flight_events, torch_events
-from engine.trace_summary import costs, nest, overlap_ms, summary
-from engine.tracing import InFlight, Range, Recorder, record_into, span, traced
+from foreroute.engine import tracing
+from foreroute.engine.profiling.trace_events import Clock, Process, flight_events, torch_events
+from foreroute.engine.profiling.trace_summary import costs, nest, overlap_ms, summary
+from foreroute.engine.tracing import InFlight, Range, Recorder, record_into, span, traced
 
 CLOCK = Clock(wall_ns=0, shift_ns=0, unsure_ns=0, origin_ns=0)
 

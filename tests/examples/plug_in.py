@@ -6,8 +6,8 @@ import torch
 from torch import distributed, nn
 from torch.nn.functional import cross_entropy
 
-from engine.config import MoEConfig, ParallelConfig
-from engine.plug_in import parameter_groups, replace_feed_forwards
+from foreroute.engine.config import MoEConfig, ParallelConfig
+from foreroute.engine.plug_in import parameter_groups, replace_feed_forwards
 
 
 class Block(nn.Module):

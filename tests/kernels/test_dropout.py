@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernels import Dropout, keep_mask
-from kernels.dropout import hash32, row_hash, unit_hash
+from foreroute.kernels import Dropout, keep_mask
+from foreroute.kernels.dropout import hash32, row_hash, unit_hash
 
 
 def mask(tokens, units, rate, *, seed=42, expert=3, first_expert=0):

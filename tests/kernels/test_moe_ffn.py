@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernels import Dropout, ExpertWeights, moe_ffn, moe_ffn_backward, moe_ffn_forward
-from kernels.testing import layer_inputs, make_case, run_layer, worst_error
+from foreroute.kernels import Dropout, ExpertWeights, moe_ffn, moe_ffn_backward, moe_ffn_forward
+from foreroute.kernels.testing.cases import layer_inputs, make_case, run_layer, worst_error
 
 SHAPES = {  # tokens, width, hidden, experts, active
     "T13-D8-F12-E4-K2": (13, 8, 12, 4, 2),

@@ -7,21 +7,21 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernels import (
+from foreroute.kernels import (
     Dropout,
     ExpertRows,
     ExpertWeights,
     combine,
     expert_ffn,
-    expert_ffn_launch,
     expert_rows,
     expert_rows_from_lists,
     moe_ffn,
     permute_rows,
     unpermute_rows,
 )
-from kernels.launching import recording
-from kernels.testing import (
+from foreroute.kernels.gpu import expert_ffn as expert_ffn_launch
+from foreroute.kernels.launching import recording
+from foreroute.kernels.testing.cases import (
     layer_inputs,
     make_case,
     relative_error,
@@ -55,7 +55,7 @@ def ffn_inputs(case, dtype):
 
 @pytest.mark.parametrize("name", ["combine", "expert_ffn", "moe_ffn", "permute_rows"])
 def test_docstring_examples(name):
-    result = doctest.testmod(importlib.import_module(f"kernels.{name}"))
+    result = doctest.testmod(importlib.import_module(f"foreroute.kernels.{name}"))
     assert result.attempted > 3 and result.failed == 0
 
 

@@ -12,7 +12,7 @@ from benchmarks.kernels_static import (
     quick_builds,
     record_layer,
 )
-from kernels.launching import is_interpreted
+from foreroute.kernels.launching import is_interpreted
 
 pytestmark = pytest.mark.skipif(
     is_interpreted(), reason="TRITON_INTERPRET=1: kernels are interpreted, not compiled"
@@ -43,7 +43,7 @@ def test_every_kernel_passes(arch):
     builds = quick_builds(arch)
     assert len({build.launch.name for build in builds}) == 9
     wrong = {
-        f"{launch.name} {launch.arguments}": found
+        f"{launch.name} {launch.start.arguments}": found
         for _, launch in builds
         if (found := failures(launch, arch))
     }

@@ -5,8 +5,8 @@ from dataclasses import astuple
 import pytest
 import torch
 
-from kernels import tiles
-from kernels.tiles import Tile, ffn_tiles, row_tile
+from foreroute.kernels import tiles
+from foreroute.kernels.tiles import Tile, ffn_tiles, row_tile
 
 ENTRIES = {
     f"{arch}-{arithmetic}-{'few' if few else 'many'}-{'gated' if gated else 'plain'}": entry[gated]

@@ -1,6 +1,5 @@
 """The programs run inside the test process, and a small text for them."""
 
-import importlib
 import logging
 import signal
 import sys
@@ -8,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from launch.process import STOPS
+from foreroute.launch.start.process import STOPS
+from foreroute.launch.testing.runs import program_module
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def run(monkeypatch, capfd):
         monkeypatch.setattr(sys, "argv", [program, *args])
         capfd.readouterr()
         with pytest.raises(SystemExit) as end:
-            importlib.import_module(f"launch.{program}").main()
+            program_module(program).main()
         out, err = capfd.readouterr()
         return SimpleNamespace(returncode=end.value.code, stdout=out, stderr=err)
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from engine.testing import change_certificate
+from foreroute.engine.testing.ranks import change_certificate
 
 
 def options(tmp_path, text, *more):

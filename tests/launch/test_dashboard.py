@@ -1,4 +1,4 @@
-"""The dashboard's specification against engine.metrics, and what a stand-in for W&B's server is sent."""
+"""The dashboard's specification against engine.metrics.writer, and what a stand-in for W&B's server is sent."""
 
 import json
 import os
@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from engine.metrics import METRICS
-from engine.testing import Program
-from launch.dashboard import (
+from foreroute.engine.metrics.names import METRICS
+from foreroute.engine.testing.ranks import Program
+from foreroute.launch.dashboard import (
     HEAT_MAPS,
     LEFT_OUT,
     SECTIONS,
@@ -211,7 +211,7 @@ def server():
 
 def apply(environment, *options, times=1):
     """Send the dashboard from a process of its own; W&B's client keeps its login for as long as a process lives."""
-    program = f"import sys\nfrom launch.dashboard import main\nfor _ in range({times}):\n    try: main()\n    except SystemExit as end: code = end.code\nsys.exit(code)"  # fmt: skip
+    program = f"import sys\nfrom foreroute.launch.dashboard import main\nfor _ in range({times}):\n    try: main()\n    except SystemExit as end: code = end.code\nsys.exit(code)"  # fmt: skip
     arguments = ["entity=team", "layers=3", "apply=true", *options]
     with Program(program, arguments, {**os.environ, **environment}) as process:
         return SimpleNamespace(

@@ -12,11 +12,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from engine.build import build_routers
-from engine.certificate.memory_shapes import count_parameters
-from engine.certificate.placement import Placement
-from engine.choices import Router
-from engine.config import (
+from foreroute.engine.certificate.counts.placement import Placement
+from foreroute.engine.certificate.memory.sizes import count_parameters
+from foreroute.engine.config import (
     Config,
     Corpus,
     CorpusConfig,
@@ -24,10 +22,12 @@ from engine.config import (
     KernelsConfig,
     ParallelConfig,
 )
-from engine.corpus import prepare
-from engine.evaluate import evaluate
-from engine.trainer import Trainer
-from launch.cli import CONF
+from foreroute.engine.config.enums import Router
+from foreroute.engine.data.corpus import prepare
+from foreroute.engine.evaluation.held_out import evaluate
+from foreroute.engine.model.build import build_routers
+from foreroute.engine.train.trainer import Trainer
+from foreroute.launch.start.cli import CONF
 
 FILES = sorted(str(path.relative_to(CONF / "experiment").with_suffix("")) for path in (CONF / "experiment").rglob("*.yaml"))  # fmt: skip
 ARMS = [name for name in FILES if name.startswith("study/")]
@@ -95,7 +95,13 @@ def shrink(config, text, folder):
     return replace(config, **small)
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name.startswith("paper/") else name
+        for name in FILES
+    ],
+)
 def test_a_shrunk_copy_trains_and_evaluates(tmp_path, text, name):
     config = shrink(composed(name), text, tmp_path)
     corpus = prepare(config.corpus)

@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine import checkpoint_files as files
-from engine.checkpoint import find_newest
-from launch.testing import last_step, wait_until
+from foreroute.engine.checkpoint import files
+from foreroute.engine.checkpoint.save_load import find_newest
+from foreroute.launch.testing.runs import last_step, wait_until
 
 
 def options(tmp_path, text, *more):
@@ -189,15 +189,15 @@ def test_the_end_of_wandbs_service_does_not_end_the_run(tmp_path, text):
 
 SLOW = """
 import sys, time
-import engine.evaluate, launch.{program}
-whole = engine.evaluate.eval_batches
+import foreroute.engine.evaluation.held_out, foreroute.launch.{program}
+whole = foreroute.engine.evaluation.held_out.eval_batches
 def slow(*arguments):
     for batch in whole(*arguments):
         print("evaluates", flush=True)
         time.sleep(0.5)
         yield batch
-engine.evaluate.eval_batches = slow
-launch.{program}.main()
+foreroute.engine.evaluation.held_out.eval_batches = slow
+foreroute.launch.{program}.main()
 """
 
 

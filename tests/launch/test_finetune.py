@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from engine.build import build_model
-from engine.saved import open_saved
-from launch import finetune as program
-from launch.cli import read_config
-from launch.testing import small_run
+from foreroute.engine.checkpoint.trained_run import open_saved
+from foreroute.engine.model.build import build_model
+from foreroute.launch import finetune as program
+from foreroute.launch.start.config_files import read_config
+from foreroute.launch.testing.runs import small_run
 
 ROOT = Path(__file__).resolve().parents[2]
 SST2 = Path(os.environ.get("FOREROUTE_DATA", "")) / "sst2"
@@ -39,7 +39,7 @@ def runs(tmp_path_factory):
         ]  # fmt: skip
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
             patch.setattr(sys, "argv", ["train", *options])
-            importlib.import_module("launch.train").main()
+            importlib.import_module("foreroute.launch.train").main()
         assert end.value.code == 0
     return folder
 

@@ -1,6 +1,6 @@
 """profile.steps as a user meets it: what is said and written, that a resumed run may change it, and what is refused."""
 
-from launch.testing import small_run
+from foreroute.launch.testing.runs import small_run
 
 
 def test_a_profiled_run(run, tmp_path):

@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-import launch.certify
-from engine.testing import Program, change_certificate, rank_environments
-from launch.testing import last_step, wait_until
+import foreroute.launch.certify.program
+from foreroute.engine.testing.ranks import Program, change_certificate, rank_environments
+from foreroute.launch.testing.runs import last_step, wait_until
 
 OPTIONS = (
     "experiment=debug",
@@ -22,12 +22,12 @@ OPTIONS = (
 )
 AWAKE_S = 10
 SOON = "parallel.timeout_s=20"  # for ranks that are lost
-MAIN = "import launch.train; from launch.process import run_and_leave; run_and_leave(launch.train.main)"
+MAIN = "import foreroute.launch.train; from foreroute.launch.start.process import run_and_leave; run_and_leave(foreroute.launch.train.main)"
 LATE = """
-import time, launch.train
+import time, foreroute.launch.train
 from pathlib import Path
-from engine import checkpoint_files
-from engine.metrics import Metrics
+from foreroute.engine.checkpoint import files as checkpoint_files
+from foreroute.engine.metrics.writer import Metrics
 def make_late(owner, name, mark):
     call = getattr(owner, name)
     def late(*arguments, **options):
@@ -47,7 +47,7 @@ atexit.register(lambda: Path({folder!r}, {mark!r}).exists() or os._exit(9))
 
 
 class Fresh:
-    """A program in an interpreter of its own, with the methods of engine.testing.Program."""
+    """A program in an interpreter of its own, with the methods of engine.testing.ranks.Program."""
 
     def __init__(self, code, arguments, environ):
         self.process = subprocess.Popen(
@@ -110,12 +110,12 @@ def losses(folder):
 
 SLOW = """
 import time
-import engine.step
-forward = engine.step._forward
+import foreroute.engine.train.step
+forward = foreroute.engine.train.step._forward
 def slow(*arguments):
     time.sleep(0.25)
     return forward(*arguments)
-engine.step._forward = slow
+foreroute.engine.train.step._forward = slow
 """
 
 
@@ -224,7 +224,7 @@ def test_a_suspended_job_wakes_up(tmp_path, alone):
 @pytest.mark.dist
 def test_the_clock_of_one_rank_saves_on_all(tmp_path):
     """A checkpoint by time is of one step on every rank."""
-    hasty = "from engine.trainer import Trainer\nTrainer._save_asked = lambda trainer: trainer.step == 2"
+    hasty = "from foreroute.engine.train.trainer import Trainer\nTrainer._save_asked = lambda trainer: trainer.step == 2"
     options = ["train.steps=5", "train.keep=9", "eval.k=[1]", "eval.max_symbols=256"]
     with Ranks(tmp_path, options, code=("", hasty)) as ranks:
         assert [code for code, *_ in ranks.wait()] == [0, 0]
@@ -252,7 +252,7 @@ def test_nobody_goes_on_while_rank_0_works_alone(tmp_path):
     """Rank 0 draws and closes the metrics (W&B may take minutes); a launcher would end it if the other had ended by then."""
     folder = str(tmp_path)
     late = LATE.format(folder=folder) + (
-        "make_late(Metrics, 'close', 'closed')\nmake_late(launch.summary, 'plot_slimming', 'drawn')"
+        "make_late(Metrics, 'close', 'closed')\nmake_late(foreroute.launch.runs.summary, 'plot_slimming', 'drawn')"
     )
     code = late, LEAVE.format(folder=folder, mark="closed")
     with Ranks(tmp_path, ["train.steps=2"], code=code) as ranks:
@@ -297,7 +297,7 @@ def test_a_stop_of_one_rank_stops_all_behind_the_same_step(tmp_path):
 def certify(monkeypatch, folder, *options):
     monkeypatch.setattr("sys.argv", ["certify", *OPTIONS, f"out={folder}", *options])  # fmt: skip
     with pytest.raises(SystemExit) as end:
-        launch.certify.main()
+        foreroute.launch.certify.program.main()
     assert end.value.code == 0
 
 

@@ -59,8 +59,9 @@ class _Record:
         return self.line
 
     def _name(self, filename: str) -> str:
-        ours = filename.startswith(self._prefixes)
-        self._names[filename] = filename[len(self._root) :] if ours else ""
+        real = os.path.realpath(filename)  # foreroute/ holds links
+        ours = real.startswith(self._prefixes)
+        self._names[filename] = real[len(self._root) :] if ours else ""
         return self._names[filename]
 
     def _missing_of(self, code: CodeType) -> set[int]:

@@ -13,16 +13,13 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from engine import batches as batches_module
-from engine.build import build_routers
-from engine.certificate.check import Check
-from engine.certificate.exact import certify
-from engine.certificate.placement import Placement
-from engine.certificate.record import Record, read
-from engine.certificate.replay import replay
-from engine.certificate.traffic import FORWARD, hops, leaving, trips_of
-from engine.choices import ExchangeKind
-from engine.config import (
+from foreroute.engine.certificate.check import Check
+from foreroute.engine.certificate.counts.exact import certify
+from foreroute.engine.certificate.counts.placement import Placement
+from foreroute.engine.certificate.counts.replay import replay
+from foreroute.engine.certificate.counts.traffic import FORWARD, hops, leaving, trips_of
+from foreroute.engine.certificate.record import Record, read
+from foreroute.engine.config import (
     Builder,
     Config,
     Corpus,
@@ -41,15 +38,18 @@ from engine.config import (
     WireFormat,
     to_plain,
 )
-from engine.corpus import prepare
-from engine.errors import RunFailed
-from engine.moe.auto import gathers
-from engine.moe.schedule import active_experts
-from engine.parallel.host import GlooHost
-from engine.parallel.mesh import Mesh
-from engine.parallel.world import World
-from engine.testing import change_certificate, run_ranks
-from engine.trainer import Trainer
+from foreroute.engine.config.enums import ExchangeKind
+from foreroute.engine.data import planned_batches as batches_module
+from foreroute.engine.data.corpus import prepare
+from foreroute.engine.errors import RunFailed
+from foreroute.engine.model.build import build_routers
+from foreroute.engine.parallel.cpu_group import GlooHost
+from foreroute.engine.parallel.mesh import Mesh
+from foreroute.engine.parallel.world import World
+from foreroute.engine.routing.exchange_choice import gathers
+from foreroute.engine.routing.k_schedule import active_experts
+from foreroute.engine.testing.ranks import change_certificate, run_ranks
+from foreroute.engine.train.trainer import Trainer
 
 STEPS, WIDTH, EXPERTS, LAYERS, SEGMENT, STREAMS = 60, 8, 4, 2, 4, 4
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from engine.config import MoEConfig
-from engine.moe.routers import Draw, DrawnRouter, HashedRouter
-from engine.moe.tables import build_tables
+from foreroute.engine.config import MoEConfig
+from foreroute.engine.routing.routers import Draw, DrawnRouter, HashedRouter
+from foreroute.engine.routing.tables import build_tables
 
 E, NO_IDS = 6, torch.zeros(1, 1, 0, dtype=torch.int64)
 

@@ -5,16 +5,16 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from engine.choices import ExchangeKind
-from engine.config import KernelsConfig, MoEConfig, ParallelConfig
-from engine.moe import exchange as exchange_file
-from engine.moe.auto import use_gather
-from engine.moe.exchange import Exchange, Local, build_exchange
-from engine.moe.experts import Experts
-from engine.moe.plan import Route
-from engine.moe.routers import HashedRouter
-from engine.moe.tables import build_tables
-from engine.testing import run_ranks
+from foreroute.engine.config import KernelsConfig, MoEConfig, ParallelConfig
+from foreroute.engine.config.enums import ExchangeKind
+from foreroute.engine.moe import exchange as exchange_file
+from foreroute.engine.moe.exchange import Exchange, Local, build_exchange
+from foreroute.engine.moe.experts import Experts
+from foreroute.engine.routing.exchange_choice import use_gather
+from foreroute.engine.routing.plan import Route
+from foreroute.engine.routing.routers import HashedRouter
+from foreroute.engine.routing.tables import build_tables
+from foreroute.engine.testing.ranks import run_ranks
 
 
 class NoWire:

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from engine.choices import Activation, Backend, Kept, Products
-from engine.config import KernelsConfig, MoEConfig
-from engine.moe import experts as module
-from engine.moe.experts import Experts
-from engine.moe.plan import Route, build_plan
+from foreroute.engine.config import KernelsConfig, MoEConfig
+from foreroute.engine.config.enums import Activation, Backend, Kept, Products
+from foreroute.engine.moe import experts as module
+from foreroute.engine.moe.experts import Experts
+from foreroute.engine.routing.plan import Route, build_plan
 
 
 def plan(k, tokens=5):

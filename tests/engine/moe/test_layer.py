@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from engine.config import KernelsConfig, MoEConfig, Router
-from engine.moe.layer import LayerCall, MoELayer
-from kernels import Dropout, keep_mask, row_hash, unit_hash
+from foreroute.engine.config import KernelsConfig, MoEConfig, Router
+from foreroute.engine.moe.layer import LayerCall, MoELayer
+from foreroute.kernels import Dropout, keep_mask, row_hash, unit_hash
 
 TOKENS, WIDTH, EXPERTS, K = 12, 6, 4, 2
 

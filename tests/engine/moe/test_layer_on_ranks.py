@@ -14,16 +14,16 @@ from torch import distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from engine.choices import ExchangeKind, Router, WireFormat
-from engine.config import KernelsConfig, ModelConfig, MoEConfig, ParallelConfig
-from engine.moe.exchange import Local, build_exchange
-from engine.moe.layer import LayerCall, MoELayer
-from engine.moe.live_plan import build_live_plan
-from engine.moe.plan import Route
-from engine.moe.routers import HashedRouter
-from engine.moe.tables import build_tables
-from engine.parallel.collectives import Wire
-from engine.testing import run_ranks
+from foreroute.engine.config import KernelsConfig, ModelConfig, MoEConfig, ParallelConfig
+from foreroute.engine.config.enums import ExchangeKind, Router, WireFormat
+from foreroute.engine.moe.exchange import Local, build_exchange
+from foreroute.engine.moe.layer import LayerCall, MoELayer
+from foreroute.engine.parallel.collectives import Wire
+from foreroute.engine.routing.live_plan import build_live_plan
+from foreroute.engine.routing.plan import Route
+from foreroute.engine.routing.routers import HashedRouter
+from foreroute.engine.routing.tables import build_tables
+from foreroute.engine.testing.ranks import run_ranks
 
 EXPERTS, SYMBOLS, WIDTH, HIDDEN = 8, 9, 12, 16
 MARGIN = 1e-5  # between the last expert chosen and the first that is not: fp32 gates must agree

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from engine.choices import Backend
-from engine.config import KernelsConfig, MoEConfig, ParallelConfig
-from engine.moe.exchange import Exchange
-from engine.moe.layer import LayerCall, MoELayer
-from engine.moe.routers import HashedRouter
-from engine.moe.tables import build_tables
-from engine.parallel.collectives import Wire
-from kernels import ExpertRows
+from foreroute.engine.config import KernelsConfig, MoEConfig, ParallelConfig
+from foreroute.engine.config.enums import Backend
+from foreroute.engine.moe.exchange import Exchange
+from foreroute.engine.moe.layer import LayerCall, MoELayer
+from foreroute.engine.parallel.collectives import Wire
+from foreroute.engine.routing.routers import HashedRouter
+from foreroute.engine.routing.tables import build_tables
+from foreroute.kernels import ExpertRows
 
 RANKS, RANK, EXPERTS, WIDTH, TOKENS, K = 4, 1, 8, 16, 23, 3
 

@@ -1,7 +1,7 @@
 import pytest
 
-from engine.errors import UserError
-from engine.parallel.mesh import Mesh
+from foreroute.engine.errors import UserError
+from foreroute.engine.parallel.mesh import Mesh
 
 
 def test_the_table_of_the_docstring():

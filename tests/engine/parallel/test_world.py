@@ -11,12 +11,12 @@ import psutil
 import pytest
 from torch import distributed as dist
 
-from engine.errors import RunFailed, UserError
-from engine.parallel.host import GlooHost, Host, odd_ones
-from engine.parallel.mesh import Mesh
-from engine.parallel.watch import Watch
-from engine.parallel.world import World, agree, together
-from engine.testing import run_ranks, run_threads
+from foreroute.engine.errors import RunFailed, UserError
+from foreroute.engine.parallel.cpu_group import GlooHost, Host, odd_ones
+from foreroute.engine.parallel.mesh import Mesh
+from foreroute.engine.parallel.watchdog import Watch
+from foreroute.engine.parallel.world import World, agree, together
+from foreroute.engine.testing.ranks import run_ranks, run_threads
 
 MPIRUN = shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil.which("mpirun")
 
@@ -137,7 +137,7 @@ def test_which_ranks_share_a_node():
 MPI = """
 import numpy as np
 from mpi4py import MPI
-from engine.parallel.host import MpiHost
+from foreroute.engine.parallel.cpu_group import MpiHost
 host = MpiHost(MPI.COMM_WORLD)
 found = host.all_gather(np.arange(3) + 10 * host.rank).tolist()
 assert found == [[0, 1, 2], [10, 11, 12]], found

@@ -1,7 +1,7 @@
 """The Triton suite runs twice: in the interpreter without a GPU (TRITON_INTERPRET=1), and natively on a GPU.
 
 Interpreted, every launch is watched: no access outside its arguments, no two writers of one address, and new memory is
-poisoned, so that what a kernel forgets to write is seen. bf16 goes through a shim (kernels/interpreter.py says what it
+poisoned, so that what a kernel forgets to write is seen. bf16 goes through a shim (kernels/testing/interpreter.py says what it
 does not cover); on a GPU it is the real thing.
 """
 
@@ -11,7 +11,7 @@ import os
 import pytest
 import torch
 
-from kernels.interpreter import bf16_semantics, guarded, poisoned_empty
+from foreroute.kernels.testing.interpreter import bf16_semantics, guarded, poisoned_empty
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -2,11 +2,11 @@
 
 import torch
 
-from kernels import expert_ffn_backward_triton as backward
-from kernels import expert_ffn_triton as ffn
-from kernels import rows_triton as rows
-from kernels.launching import launch
-from kernels.tiles import Tile
+from foreroute.kernels.gpu import expert_ffn_backward as backward
+from foreroute.kernels.gpu import expert_ffn_forward as ffn
+from foreroute.kernels.gpu import rows_kernels as rows
+from foreroute.kernels.launching import launch
+from foreroute.kernels.tiles import Tile
 
 SMALL = Tile(16, 16, 16, 1, 1)
 BLOCKS = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16}

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.interpreter import (
+from foreroute.kernels.testing.interpreter import (
     GuardError,
     Touched,
     TouchedLaunch,

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from kernels import (
+from foreroute.kernels import (
     Dropout,
     ExpertRows,
     ExpertWeights,
@@ -16,8 +16,8 @@ from kernels import (
     permute_rows,
     unpermute_rows,
 )
-from kernels.launching import recording
-from kernels.testing import (
+from foreroute.kernels.launching import recording
+from foreroute.kernels.testing.cases import (
     layer_inputs,
     make_case,
     relative_error,

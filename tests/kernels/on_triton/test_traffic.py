@@ -1,4 +1,4 @@
-"""The access lists of kernels/traffic.py against the addresses that interpreted kernels really touch."""
+"""The access lists of kernels/testing/byte_counts.py against the addresses that interpreted kernels really touch."""
 
 import dataclasses
 
@@ -6,11 +6,11 @@ import pytest
 import torch
 import triton
 
-from kernels import Dropout, combine, expert_ffn, moe_ffn, permute_rows, unpermute_rows
-from kernels.interpreter import GuardError
-from kernels.launching import recording
-from kernels.testing import make_case, run_layer
-from kernels.traffic import accesses
+from foreroute.kernels import Dropout, combine, expert_ffn, moe_ffn, permute_rows, unpermute_rows
+from foreroute.kernels.launching import recording
+from foreroute.kernels.testing.byte_counts import accesses
+from foreroute.kernels.testing.cases import make_case, run_layer
+from foreroute.kernels.testing.interpreter import GuardError
 
 
 @pytest.fixture(autouse=True)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kernels.launching import recording
-from launch import train
+from foreroute.kernels.launching import recording
+from foreroute.launch import train
 
 
 @pytest.fixture(autouse=True)

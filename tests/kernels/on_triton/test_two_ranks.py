@@ -8,18 +8,18 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from torch import distributed as dist
 
-from engine import deepspeed_adapter as adapter
-from engine.build import build_model, build_routers
-from engine.config import Config
-from engine.corpus import prepare
-from engine.parallel.host import GlooHost
-from engine.parallel.mesh import Mesh
-from engine.parallel.world import World
-from engine.testing import run_ranks
-from engine.trainer import Trainer
-from kernels.interpreter import guarded
-from kernels.launching import recording
-from launch.cli import CONF
+from foreroute.engine.config import Config
+from foreroute.engine.data.corpus import prepare
+from foreroute.engine.model.build import build_model, build_routers
+from foreroute.engine.optim import deepspeed_engine as adapter
+from foreroute.engine.parallel.cpu_group import GlooHost
+from foreroute.engine.parallel.mesh import Mesh
+from foreroute.engine.parallel.world import World
+from foreroute.engine.testing.ranks import run_ranks
+from foreroute.engine.train.trainer import Trainer
+from foreroute.kernels.launching import recording
+from foreroute.kernels.testing.interpreter import guarded
+from foreroute.launch.start.cli import CONF
 
 STEPS = 2
 

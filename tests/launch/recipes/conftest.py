@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from launch import testing
+from foreroute.launch.testing import runs as testing
 
 
 @pytest.fixture(scope="session")

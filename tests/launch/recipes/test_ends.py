@@ -11,18 +11,18 @@ from contextlib import contextmanager
 import pytest
 
 from benchmarks.cluster import ROOT
-from launch.testing import last_step, processes_of, wait_until
+from foreroute.launch.testing.runs import last_step, processes_of, wait_until
 
 PROGRAM = """
-import launch.train
-from engine.trainer import Trainer
+import foreroute.launch.train
+from foreroute.engine.train.trainer import Trainer
 run = Trainer.run
 def fail(trainer, *arguments):
     if trainer.world.mesh.rank == 1:
         raise ZeroDivisionError("planted")
     return run(trainer, *arguments)
 Trainer.run = fail
-launch.train.main()
+foreroute.launch.train.main()
 """
 BIN = f"{sys.prefix}/bin"
 LAUNCHERS = {

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 import pytest
 
 from benchmarks.cluster import ROOT, two_nodes, why_not
-from launch.testing import last_step, processes_of, read_losses, wait_until
+from foreroute.launch.testing.runs import last_step, processes_of, read_losses, wait_until
 
 REASON = why_not()
 RECIPES = ROOT / "launch/recipes"

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from benchmarks.slurm import SlurmError, one_slurm, why_not
-from launch.testing import last_step, processes_of, read_losses, wait_until
+from foreroute.launch.testing.runs import last_step, processes_of, read_losses, wait_until
 
 REASON = why_not()
 pytestmark = [
@@ -16,19 +16,19 @@ pytestmark = [
 ]
 SAY = """
 import sys
-from launch.bootstrap import find_place
+from foreroute.launch.start.rank_variables import find_place
 p = find_place()
 sys.stdout.write(f"{p.rank} {p.ranks} {p.local_rank} {p.launcher.name}\\n")  # in one piece, also with PYTHONUNBUFFERED
 """
 FAIL = """
-import launch.train
-from engine.trainer import Trainer
+import foreroute.launch.train
+from foreroute.engine.train.trainer import Trainer
 run = Trainer.run
 def fail(trainer, *arguments):
     assert trainer.world.mesh.rank != 1, "planted"
     return run(trainer, *arguments)
 Trainer.run = fail
-launch.train.main()
+foreroute.launch.train.main()
 """
 
 

@@ -1,0 +1,1 @@
+"""Rows and bytes of every step, counted from the ids alone."""

@@ -1,0 +1,267 @@
+"""The exact part of a certificate: rows and bytes of a run's steps, summed up for each k and for all.
+
+Counts are exact, whatever the ranks' speed: no model of time is in them. Bytes are of rows of experts' inputs and results and
+of their gradients; what data parallelism, checkpoints and planning send is not in them.
+
+Letters: as in engine/certificate/counts/replay.py.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from foreroute.engine.certificate.counts.placement import Placement
+from foreroute.engine.certificate.counts.replay import Counts, StepCounts, replay
+from foreroute.engine.certificate.counts.series import Series, SeriesCollector
+from foreroute.engine.certificate.counts.tally import Spread, Tally
+from foreroute.engine.certificate.counts.traffic import KINDS, Trips, hops, leaving, trips_of
+from foreroute.engine.config import Config
+from foreroute.engine.data.streams import Ids
+from foreroute.engine.errors import require
+from foreroute.engine.routing.exchange_choice import gathers, wire_itemsize
+from foreroute.engine.routing.tables import Table
+
+
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """Steps in which somewhere (a layer, micro-batch and expert group) something gets no row at all."""
+
+    steps: int
+    first_step: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Static:
+    """Shapes that never overflow, and the share of their rows that would be padding."""
+
+    pair_rows: int  # that one rank sends another, as an even all-to-all needs it: the received rows are P times as many
+    pair_padding: float
+    expert_rows: int  # of one expert
+    expert_padding: float
+
+
+@dataclass(frozen=True, slots=True)
+class Bytes:
+    """What one kind of exchange sends; spreads are over ranks and steps, all layers and directions together."""
+
+    rank: Spread  # leaves a rank in a step
+    inside: Spread  # of it to ranks of the same node
+    between: Spread  # of it to other nodes
+    total: int  # of all ranks in all counted steps
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """Steps at one k, or all of them."""
+
+    k: int | None  # None: all
+    steps: int  # counted
+    exchange: str  # that the run uses: tokens, gather, local (one rank: nothing moves), or mixed
+    received_rows: Spread  # over layers, micro-batches and ranks: rows that a rank receives by `tokens`, its own included
+    computed_rows: Spread  # likewise: expert rows that a rank computes
+    received_layers: Spread  # over micro-batches and ranks: received_rows, all layers added up
+    computed_layers: Spread  # likewise: computed_rows
+    expert_rows: Spread  # over layers, micro-batches and experts of a group: rows of an expert
+    idle_rank: Idle
+    idle_expert: Idle
+    static: Static
+    bytes: dict[str, Bytes]  # by kind of exchange (engine/certificate/counts/traffic.py)
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """What the steps of a run move and compute."""
+
+    placement: Placement
+    steps: int  # the first so many of the run
+    sample: int  # every so manieth of them was counted; 1: all
+    layers: int
+    experts: int
+    tokens: int  # of a rank in a micro-batch
+    row_bytes: int  # of one row on the wire
+    trips: Trips  # of a layer's rows in one micro-batch
+    whole: Section
+    by_k: list[Section]
+    series: Series  # over the counted steps
+
+
+def certify(
+    config: Config, ids: Ids, tables: Sequence[Table], placement: Placement, *, steps: int | None = None, sample: int = 1,
+    also: Callable[[StepCounts], None] | None = None,
+) -> Certificate:  # fmt: skip
+    """Count what a run does on these ranks; a pure function of its arguments.
+
+    Args:
+        ids: the training split.
+        tables: of the run, one for each layer or one for all.
+        steps: count the first so many; None for train.steps.
+        sample: count every so manieth only; maxima and bounds then hold for those steps alone.
+        also: is given the counts of each step as well, such as Record.add (engine/certificate/record.py).
+
+    Raises:
+        UserError: the run cannot be laid out on these ranks, its routes are not known beforehand, or steps or sample is out
+            of range.
+    """
+    chosen = counted_steps(config, steps, sample)
+    placement.check(config)
+    frame = frame_of(config, placement)
+    sums: dict[int, _Sums] = {}
+    exchange: dict[int, str] = {}
+    series = SeriesCollector()
+    for counts in replay(config, ids, tables, placement, chosen):
+        k, left = counts.k, frame.left(counts)
+        if k not in sums:
+            sums[k], exchange[k] = _Sums(), exchange_of(config, frame, k)
+        sums[k].add(counts, left)
+        series.add(counts, left[counted_kind(exchange[k])].all_gP)
+        if also is not None:
+            also(counts)
+    mixed = exchange[min(sums)] if len(set(exchange.values())) == 1 else "mixed"
+    return Certificate(
+        placement=placement,
+        steps=chosen.stop,
+        sample=sample,
+        layers=config.model.layers,
+        experts=config.moe.experts,
+        tokens=frame.tokens,
+        row_bytes=frame.row_bytes,
+        trips=frame.trips,
+        whole=_section(None, mixed, list(sums.values())),
+        by_k=[_section(k, exchange[k], [found]) for k, found in sorted(sums.items())],
+        series=series.series(),
+    )
+
+
+def counted_steps(config: Config, steps: int | None, sample: int) -> range:
+    """Give the steps that a certificate counts; arguments and errors as for certify."""
+    last = config.train.steps
+    steps = last if steps is None else steps
+    require(1 <= steps <= last, f"steps={steps}: must be from 1 to train.steps={last}")
+    require(
+        1 <= sample <= steps, f"sample={sample}: must be from 1 to the {steps} steps to certify"
+    )
+    return range(0, steps, sample)
+
+
+def counted_kind(exchange: str) -> str:
+    """Give the kind of exchange whose bytes are those of a Section's exchange at one k."""
+    return "tokens" if exchange == "local" else exchange  # local: nothing moves by any kind
+
+
+@dataclass(frozen=True, slots=True)
+class _Left:
+    """Bytes that leave each rank in a step; layers and micro-batches added up."""
+
+    all_gP: Counts
+    inside_gP: Counts  # to ranks of the same node
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What all steps share."""
+
+    placement: Placement
+    tokens: int  # of a rank in a micro-batch
+    row_bytes: int  # of one row on the wire
+    trips: Trips  # of a layer's rows in one micro-batch
+
+    def left(self, counts: StepCounts) -> dict[str, _Left]:
+        """Give what leaves the ranks in a step by each kind of exchange."""
+        near_PP = self.placement.same_node_PP
+        found = {}
+        for kind in KINDS:
+            hops_ymgPP = hops(counts, kind, self.placement, self.tokens)
+            all_gP, inside_gP = (
+                leaving(hops_ymgPP, self.trips, near).sum(axis=(0, 1)) * self.row_bytes
+                for near in (None, near_PP)
+            )
+            found[kind] = _Left(all_gP, inside_gP)
+        return found
+
+
+def frame_of(config: Config, placement: Placement) -> Frame:
+    """Give what all steps of a run on these ranks share."""
+    tokens = config.streams_per_micro_batch(placement.world_size) * config.data.segment
+    row_bytes = config.model.width * wire_itemsize(config)
+    return Frame(placement, tokens, row_bytes, trips_of(config, tokens))
+
+
+def exchange_of(config: Config, frame: Frame, k: int) -> str:
+    """Name the exchange that a run uses at this k: tokens, gather, or local (one rank: nothing moves)."""
+    ranks = frame.placement.expert_ranks
+    if ranks == 1:
+        return "local"
+    return "gather" if gathers(config, ranks, k, frame.tokens) else "tokens"
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Counts of the steps of one k."""
+
+    steps: int = 0
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    idle: dict[str, Idle] = field(default_factory=dict)
+
+    def add(self, counts: StepCounts, left: Mapping[str, _Left]) -> None:
+        """Take in a step, with what leaves the ranks in it by each kind of exchange."""
+        self.steps += counts.times
+        rows = {
+            "received": counts.received_ymgP,
+            "computed": counts.computed_ymgP,
+            "expert": counts.count_ymgE,
+            "pair": counts.sent_ymgPP,
+        }
+        for name in ("received", "computed"):
+            rows[f"{name} layers"] = rows[name].sum(axis=0)
+        for name, values in rows.items():
+            self._tally(name).add(values, counts.step, counts.times)
+        for name in ("received", "expert"):
+            before = self.idle.get(name, Idle(0, None))
+            if rows[name].min() == 0:
+                first = counts.step if before.first_step is None else before.first_step
+                before = Idle(before.steps + counts.times, first)
+            self.idle[name] = before
+        for kind, sent in left.items():
+            parts = {"": sent.all_gP, " inside": sent.inside_gP, " between": sent.all_gP - sent.inside_gP}  # fmt: skip
+            for name, bytes_gP in parts.items():
+                self._tally(kind + name).add(bytes_gP, counts.step, counts.times)
+
+    def _tally(self, name: str) -> Tally:
+        return self.tallies.setdefault(name, Tally())
+
+
+def _section(k: int | None, exchange: str, sums: Sequence[_Sums]) -> Section:
+    """Sum up one k, or several."""
+    names = sums[0].tallies
+    spreads = {name: Tally.spread([part.tallies[name] for part in sums]) for name in names}
+    return Section(
+        k=k,
+        steps=sum(part.steps for part in sums),
+        exchange=exchange,
+        received_rows=spreads["received"],
+        computed_rows=spreads["computed"],
+        received_layers=spreads["received layers"],
+        computed_layers=spreads["computed layers"],
+        expert_rows=spreads["expert"],
+        idle_rank=_idle([part.idle["received"] for part in sums]),
+        idle_expert=_idle([part.idle["expert"] for part in sums]),
+        static=Static(
+            pair_rows=spreads["pair"].max,
+            pair_padding=1 - spreads["pair"].mean / spreads["pair"].max,
+            expert_rows=spreads["expert"].max,
+            expert_padding=1 - spreads["expert"].mean / spreads["expert"].max,
+        ),
+        bytes={
+            kind: Bytes(
+                rank=spreads[kind],
+                inside=spreads[f"{kind} inside"],
+                between=spreads[f"{kind} between"],
+                total=Tally.total([part.tallies[kind] for part in sums]),
+            )
+            for kind in KINDS
+        },
+    )
+
+
+def _idle(parts: Sequence[Idle]) -> Idle:
+    first = [part.first_step for part in parts if part.first_step is not None]
+    return Idle(sum(part.steps for part in parts), min(first, default=None))

@@ -1,0 +1,196 @@
+"""Replays the routing of a run: for every step, layer and rank, how many rows go where.
+
+The ids come from the run's own layout (engine/data/streams.py), rows from its tables, k from its schedule. What the ranks would plan
+(engine/routing/planner.py) is not built: only its counts are. For each k a table row is turned into fields of one byte, eight to a
+64-bit word: a 1 for each expert that the row uses, each rank that holds one of them, and each node that has such a rank. The
+sum of the words of at most 255 tokens then counts all fields at once, and no field overflows into its neighbour.
+
+Letters: y layers, m micro-batches of a step, g expert groups, s shares (a rank's tokens of a micro-batch), T tokens of a share,
+P ranks of an expert group, h nodes of an expert group, E experts, r table rows, w words, f fields, c runs of 255 tokens.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foreroute.engine.certificate.counts.placement import Placement
+from foreroute.engine.config import Config
+from foreroute.engine.data.streams import Ids, Streams
+from foreroute.engine.routing.k_schedule import active_experts
+from foreroute.engine.routing.tables import Table
+
+_RUN = 255  # tokens whose fields fit in a byte
+_THREADS = 2  # numpy lets go of the interpreter's lock in the long operations
+_AHEAD = 4  # steps counted ahead of the one that is asked for
+
+Counts = NDArray[np.int64]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class StepCounts:
+    """What one step moves and computes, in rows; all in all groups, of every layer and micro-batch."""
+
+    steps: Counts  # ascending, all that do exactly this: same segments, same k, later epochs
+    k: int
+    sent_ymgPP: Counts  # by source, then destination: each token once to each rank that has one of its experts
+    nodes_ymgPh: Counts  # by source, then node of the group: each token once to each node that has one of its experts
+    count_ymgE: Counts  # rows of each expert
+
+    @property
+    def step(self) -> int:
+        """The first of the steps."""
+        return int(self.steps[0])
+
+    @property
+    def times(self) -> int:
+        """Number of the steps."""
+        return self.steps.size
+
+    @property
+    def received_ymgP(self) -> Counts:
+        """Rows that a rank receives, its own included, when the exchange is `tokens`."""
+        return self.sent_ymgPP.sum(axis=3)
+
+    @property
+    def computed_ymgP(self) -> Counts:
+        """Expert rows that a rank computes."""
+        ranks = self.sent_ymgPP.shape[-1]
+        return self.count_ymgE.reshape(*self.count_ymgE.shape[:3], ranks, -1).sum(axis=4)
+
+
+class _Work(NamedTuple):
+    steps: NDArray[np.int64]
+    k: int
+
+
+def replay(
+    config: Config, ids: Ids, tables: Sequence[Table], placement: Placement, steps: Sequence[int]
+) -> Iterator[StepCounts]:
+    """Count step after step; a step whose segments and k were counted before is not counted again (see StepCounts.steps).
+
+    Args:
+        ids: the training split.
+        tables: of the run, one for each layer or one for all.
+        steps: 0-based steps of the run, ascending.
+
+    Raises:
+        UserError: the run cannot be laid out on these ranks, or the text is too short.
+    """
+    placement.check(config)
+    streams = Streams(
+        ids, config.data.streams, config.data.segment, config.context, config.data.start
+    )
+    work = _distinct(config, streams, steps)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for k, same_k in groupby(work, key=lambda item: item.k):
+            words = [_pack(table, k, placement) for table in tables]
+            counter = _Counter(config, streams, tables, words, placement)
+            yield from _in_order(pool, counter.count, same_k)
+
+
+def first_steps(config: Config, ids: Ids, steps: Sequence[int]) -> list[int]:
+    """Give for each step the first of the steps that does exactly the same (see StepCounts.times); arguments as for replay."""
+    streams = Streams(
+        ids, config.data.streams, config.data.segment, config.context, config.data.start
+    )
+    found: dict[tuple[int, int], int] = {}
+    return [found.setdefault(key, step) for step, key in _keys(config, streams, steps)]
+
+
+def _keys(
+    config: Config, streams: Streams, steps: Iterable[int]
+) -> Iterator[tuple[int, tuple[int, int]]]:
+    """Yield each step with what decides what it does: its segments, and k."""
+    for step in steps:
+        k = active_experts(config.schedule, step, config.schedule_steps)
+        yield step, (step % streams.segments_per_epoch, k)
+
+
+def _distinct(config: Config, streams: Streams, steps: Iterable[int]) -> list[_Work]:
+    """List what there is to count, in the order of first steps."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for step, key in _keys(config, streams, steps):
+        found.setdefault(key, []).append(step)
+    return [_Work(np.array(same), k) for (_, k), same in found.items()]
+
+
+def _pack(table: Table, k: int, placement: Placement) -> NDArray[np.uint64]:
+    """Give the words [w, r] of a table at one k; fields are experts, then ranks, then nodes, then padding."""
+    order_rE = table.order_rE.numpy()
+    rows, experts = order_rE.shape
+    active_Er = np.zeros((experts, rows), np.uint8)
+    for expert_r in order_rE[:, :k].T:
+        active_Er[expert_r, np.arange(rows)] = 1
+    rank_Pr = active_Er.reshape(placement.expert_ranks, -1, rows).max(axis=1)
+    node_hr = rank_Pr.reshape(placement.group_nodes, -1, rows).max(axis=1)
+    field_fr = np.concatenate([active_Er, rank_Pr, node_hr])
+    field_fr = np.pad(field_fr, [(0, -len(field_fr) % 8), (0, 0)])
+    return np.ascontiguousarray(np.ascontiguousarray(field_fr.T).view(np.uint64).T)
+
+
+def _count_fields(word_wr: NDArray[np.uint64], row_sT: NDArray[np.int64]) -> Counts:
+    """Count the fields of every share's table rows [s, f].
+
+    Example: one word, whose rows 0 and 1 have the fields 1 0 1 0 0 0 0 0 and 0 0 1 0 0 0 0 0; a share of rows [0, 1, 1] counts
+    1 0 3 0 0 0 0 0.
+    """
+    starts = np.arange(0, row_sT.shape[1], _RUN)
+    sum_scw = np.stack(
+        [np.add.reduceat(word_r.take(row_sT), starts, axis=1) for word_r in word_wr], axis=-1
+    )
+    return sum_scw.view(np.uint8).sum(axis=1, dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class _Counter:
+    """Counts the steps of one k."""
+
+    config: Config
+    streams: Streams
+    tables: Sequence[Table]
+    words: Sequence[NDArray[np.uint64]]  # of each table
+    placement: Placement
+
+    def count(self, work: _Work) -> StepCounts:
+        """Count a step."""
+        batch = self.streams.batch(int(work.steps[0]), range(self.streams.streams))
+        place, accumulation = self.placement, self.config.train.accumulation
+        # rank by rank, micro-batch by micro-batch, as Streams.streams_of
+        shares = place.world_size * accumulation
+        found = []
+        for table, word_wr in zip(self.tables, self.words, strict=True):
+            row_sT = table.rows_of(batch.ids_BQ, batch.left_BC).numpy().reshape(shares, -1)
+            field_sf = _count_fields(word_wr, row_sT)
+            found.append(field_sf.reshape(place.groups, place.expert_ranks, accumulation, -1))
+        field_ymgPf = np.stack(found).transpose(0, 3, 1, 2, 4)
+        layers = self.config.model.layers  # of one table, or each with its own
+        field_ymgPf = np.broadcast_to(field_ymgPf, (layers, *field_ymgPf.shape[1:]))
+        experts, ranks = self.config.moe.experts, place.expert_ranks
+        end = experts + ranks
+        return StepCounts(
+            *work,
+            sent_ymgPP=field_ymgPf[..., experts:end],
+            nodes_ymgPh=field_ymgPf[..., end : end + place.group_nodes],
+            count_ymgE=field_ymgPf[..., :experts].sum(axis=3),
+        )
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item]
+) -> Iterator[Result]:
+    """Map in the pool; results come in the order of the items, and few are made ahead."""
+    coming: deque[Future[Result]] = deque()
+    for item in items:
+        coming.append(pool.submit(function, item))
+        if len(coming) > _AHEAD:
+            yield coming.popleft().result()
+    while coming:
+        yield coming.popleft().result()

@@ -1,0 +1,1 @@
+"""What a run holds in memory, at its peak and by moment."""

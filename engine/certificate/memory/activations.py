@@ -1,0 +1,184 @@
+"""What a forward pass keeps for backward, and what backward needs on top, on one rank.
+
+Follows engine/model/block.py, engine/model/attention.py, engine/moe/ and the two backends of kernels/. Backward releases what it kept layer
+by layer, so it is greatest in the last layer or, where gradients weigh more, in the first. Sums over layers are exact maxima
+(engine/certificate/counts/exact.py), so they are reached at most once in a run.
+
+Letters: as in engine/certificate/memory/sizes.py.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+
+from foreroute.engine.certificate.memory.sizes import Rows, Sizes
+from foreroute.engine.certificate.memory.terms import Term, term
+from foreroute.kernels.cpu.masked_ffn import BLOCK_ROWS
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """Activations of a rank in one micro-batch."""
+
+    sizes: Sizes
+    rows: Rows
+
+    def memory(self, *, new: bool) -> list[Term]:
+        """Give the Transformer-XL memory: of every micro-batch, and the one being made by this one.
+
+        A memory no longer than the segment is a view of the layer's input, which stays whole.
+        """
+        s, config = self.sizes, self.sizes.config
+        positions = config.data.segment if self._memory_is_view else config.model.memory
+        shape = s.streams, positions, config.model.width, s.number
+        times = config.train.accumulation
+        words = "{} micro-batches x {} layers x {} streams x {} positions x {} width x {} bytes"
+        found = [term("memory", words, times, config.model.layers, *shape)]
+        if new:
+            found.append(term("memory", "{} new layers x {} streams x {} positions x {} width x {} bytes", config.model.layers, *shape))  # fmt: skip
+        return found
+
+    def ends(self) -> list[Term]:
+        """Give what is kept outside the blocks."""
+        s, model = self.sizes, self.sizes.config.model
+        masked = s.number + s.mask
+        found = [
+            term("embedding and output", "{} tokens x {} width x {} bytes", s.tokens, model.width, s.number + 2 * s.mask),
+            term("embedding and output", "{} distances x {} width x {} bytes", s.keys, model.width, masked),
+        ]  # fmt: skip
+        if model.pre_norm:
+            found.append(term("embedding and output", "{} tokens x {} width x {} bytes", s.tokens, model.width, s.number))  # fmt: skip
+        return found
+
+    def logits(self, *, backward: bool) -> list[Term]:
+        """Give the loss's: logits, their fp32 copy and logarithms; in backward logarithms and two gradients."""
+        s = self.sizes
+        each = 4 + s.number + (4 if s.number == 2 else 0)
+        if backward:
+            each = 12 + (2 if s.number == 2 else 0)
+        return [term("logits and loss", "{} tokens x {} symbols x {} bytes", s.tokens, s.vocab, each)]  # fmt: skip
+
+    def kept(self, layers: int, *, attention_only: bool = False) -> list[Term]:
+        """Give what so many layers keep for backward.
+
+        Args:
+            attention_only: of the last of them, the experts' part is gone.
+        """
+        if self.sizes.config.train.recompute:
+            return [*self._inputs(layers), *self._recomputed(attention_only)]
+        own = layers - attention_only
+        return [*self._inputs(layers), *self._attention(layers), *self._around_experts(own), *self._experts(own)]  # fmt: skip
+
+    def _recomputed(self, attention_only: bool) -> list[Term]:
+        experts = [] if attention_only else [*self._around_experts(1), *self._experts(1)]
+        return [*self._attention(1), *experts]
+
+    def _inputs(self, layers: int) -> list[Term]:
+        """Inputs of blocks, if they are not there as memory."""
+        s = self.sizes
+        if self._memory_is_view or (s.config.model.pre_norm and not s.config.train.recompute):
+            return []
+        return [term("inputs of layers", "{} layers x {} tokens x {} width x {} bytes", layers, s.tokens, s.config.model.width, s.number)]  # fmt: skip
+
+    def _attention(self, layers: int) -> list[Term]:
+        s, model = self.sizes, self.sizes.config.model
+        positions, c = s.streams * s.keys, s.number
+        found = [
+            term("attention weights", "{} layers x {} streams x {} heads x {} query-key pairs x {} bytes",
+                 layers, s.streams, model.heads, s.pairs, c + (model.attention_dropout > 0)),
+            term("attention", "{} layers x {} tokens x {} head widths x {} bytes", layers, s.tokens, s.inner, 3 * c),
+            term("attention", "{} layers x {} positions x {} head widths x {} bytes", layers, positions, s.inner, 2 * c),
+            term("attention", "{} layers x {} distances x {} head widths x {} bytes", layers, s.keys + 1, s.inner, c),
+            term("attention", "{} layers x {} tokens x {} heads x {} bytes", layers, s.tokens, model.heads, 4),
+            term("attention", "{} layers x {} positions x {} width x {} bytes", layers, positions, model.width,
+                 2 * c if model.pre_norm else c),
+            term("residual sums", "{} layers x {} tokens x {} width x {} bytes", layers, s.tokens, model.width, c + s.mask),
+        ]  # fmt: skip
+        if model.pre_norm:
+            found.append(term("attention", "{} layers x {} tokens x {} width x {} bytes", layers, s.tokens, model.width, c))  # fmt: skip
+        return found
+
+    def _around_experts(self, layers: int) -> list[Term]:
+        """Dense parts of the expert layer and what follows it."""
+        s, config = self.sizes, self.sizes.config
+        width, c, shared = config.model.width, s.number, config.moe.shared_width
+        after = s.mask if config.model.pre_norm else c + s.mask
+        found = [term("residual sums", "{} layers x {} tokens x {} width x {} bytes", layers, s.tokens, width, after)]  # fmt: skip
+        if not s.shared_out or shared:
+            found.append(term("experts' input", "{} layers x {} tokens x {} width x {} bytes", layers, s.tokens, width, c))  # fmt: skip
+        if shared:
+            each = (4 if s.gated else 1) * c + (
+                c + 1 if s.mask else 0
+            )  # its mask is ours: a byte anywhere
+            found.append(term("shared expert", "{} layers x {} tokens x {} hidden units x {} bytes", layers, s.tokens, shared, each))  # fmt: skip
+        return found
+
+    def _experts(self, layers: int) -> list[Term]:
+        s, moe, rows = self.sizes, self.sizes.config.moe, self.rows
+        width, c = s.config.model.width, s.number
+        received = min(layers * rows.received, rows.received_all)
+        computed = min(layers * rows.computed, rows.computed_all)
+        products = 2 if s.gated else 1
+        if s.masked:
+            hidden = term("experts' hidden units", "{} rows x {} experts x {} hidden units x {} bytes",
+                          received, s.local_experts, moe.expert_width, products * c)  # fmt: skip
+        else:
+            hidden = term("experts' hidden units", "{} expert rows x {} hidden units x {} bytes", computed, moe.expert_width, products * c)  # fmt: skip
+        found = [hidden]
+        if s.fast:
+            found.append(term("experts' input", "{} expert rows x {} width x {} bytes", computed, width, c))  # fmt: skip
+        if s.shared_out:
+            found.append(term("received rows", "{} rows x {} width x {} bytes", received, width, c))
+            if s.config.model.dropout and not (s.gather and s.parts == 1):
+                found.append(term("received rows", "{} numbers of tokens x {} bytes", received, 8))
+        return found
+
+    def experts_backward(self) -> list[Term]:
+        """Give what the backward pass of one layer's experts needs, gradients of parameters left out.
+
+        With parallel.chunks a part has its share of the rows; it may have a few more.
+        """
+        s, moe = self.sizes, self.sizes.config.moe
+        width, c = s.config.model.width, s.number
+        received, computed, expert = (
+            ceil(rows / s.parts) for rows in (self.rows.received, self.rows.computed, self.rows.expert)
+        )  # fmt: skip
+        found = [
+            term("experts' backward", "{} tokens x {} width x {} bytes", s.tokens, width, 2 * c),
+            term("experts' backward", "{} rows x {} width x {} bytes", received, width, 2 * c if s.shared_out else c),
+        ]  # fmt: skip
+        if s.parts > 1:  # the next part's rows, and results that wait
+            found.append(term("rows on their way", "{} rows x {} width x {} bytes", received, width, c + s.wire))  # fmt: skip
+            found.append(term("rows on their way", "{} tokens x {} width x {} bytes", s.tokens, width, c))  # fmt: skip
+        if s.masked:
+            units = s.local_experts * moe.expert_width
+            copies = 3 if s.gated else 1
+            found.append(term("experts' backward", "{} rows x {} hidden units x {} bytes", received, units, copies * c))  # fmt: skip
+            block = min(received, BLOCK_ROWS)
+            if s.gated:
+                found.append(term("experts' backward", "{} rows of a block x {} hidden units x {} bytes", block, units, 3 * c))  # fmt: skip
+        elif s.gpu:
+            copies = 3 if s.gated else 2
+            found.append(term("experts' backward", "{} expert rows x {} hidden units x {} bytes", computed, moe.expert_width, copies * c))  # fmt: skip
+            found.append(term("experts' backward", "{} expert rows x {} width x {} bytes", computed, width, c))  # fmt: skip
+        else:
+            found.append(term("experts' backward", "{} rows of an expert x {} hidden units x {} bytes", expert, moe.expert_width, 4 * c if s.gated else c))  # fmt: skip
+            found.append(term("experts' backward", "{} expert rows x {} width x {} bytes", computed, width, (2 if s.fast else 3) * c))  # fmt: skip
+            found.append(term("experts' backward", "{} expert rows x {} bytes of indices", computed, 24))  # fmt: skip
+        return found
+
+    def attention_backward(self) -> list[Term]:
+        """Give what the backward pass of one layer's attention needs."""
+        s = self.sizes
+        positions, c = s.streams * s.keys, s.number
+        together, queries = s.tile
+        return [
+            term("attention's backward", "{} tokens x {} width x {} bytes", s.tokens, s.config.model.width, 2 * c),
+            term("attention's backward", "{} tokens x {} head widths x {} bytes", s.tokens, s.inner, 4 * c),
+            term("attention's backward", "{} positions x {} head widths x {} bytes", positions, s.inner, 2 * c),
+            term("attention's backward", "{} distances x {} head widths x {} bytes", s.keys + 1, s.inner, 4),
+            term("attention's backward", "{} tiles x {} streams x {} queries x {} keys x {} bytes", 2, together, queries, s.keys + 1, c),
+        ]  # fmt: skip
+
+    @property
+    def _memory_is_view(self) -> bool:
+        return self.sizes.config.model.memory <= self.sizes.config.data.segment

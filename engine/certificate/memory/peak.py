@@ -1,0 +1,221 @@
+"""The memory part of a certificate: the bytes of tensors that a rank holds when it holds the most, and whether a device has them.
+
+A step is looked at where memory can be greatest: the first layer and the end of the forward pass, backward at the loss, in the
+experts and the attention of the last and of the first layer, at its end, and the optimizer step. Each of these moments is a
+list of terms, bytes with their formula; the greatest sum is the peak. Counts of rows are the exact maxima over the certified
+steps, micro-batches, layers and ranks, so no rank needs more than this for them.
+
+What is counted is tensors. The libraries' own memory (a CUDA context and NCCL's buffers, or the interpreter's and gloo's) and
+what an allocator cannot reuse is not.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from foreroute.engine.certificate.counts.exact import Certificate
+from foreroute.engine.certificate.memory.activations import Activations
+from foreroute.engine.certificate.memory.sizes import (
+    Parameters,
+    Rows,
+    Sizes,
+    bounded_rows,
+    count_parameters,
+    exact_rows,
+    runs_on_gpu,
+)
+from foreroute.engine.certificate.memory.state import START, Phase, Progress, State
+from foreroute.engine.certificate.memory.terms import Term, merged, term, total
+from foreroute.engine.config import Config
+from foreroute.engine.errors import require
+from foreroute.engine.routing.k_schedule import active_experts
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a run fits into a device."""
+
+    device_bytes: int
+    fits: bool
+    headroom_bytes: int  # negative: what is missing
+    largest_streams: int  # of a rank in a micro-batch, that fit; 0: not even one
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of tensors of the rank that needs the most, when it does."""
+
+    peak_bytes: int  # of the device's memory
+    host_bytes: int  # held in the host's memory (train.offload)
+    when: str
+    k: int  # active experts of the steps in which this occurs
+    streams: int  # of a rank in a micro-batch
+    gpu: bool  # counted for a GPU and the Triton kernels, otherwise for a CPU
+    terms: tuple[Term, ...]  # those of the peak
+    moments: dict[str, int]  # bytes at each moment looked at, at that k
+    verdict: Verdict | None  # None: no device was named
+    uncounted_k: tuple[int, ...] = ()  # of the run, if no step of that k was counted
+
+
+def predict(
+    config: Config, found: Certificate, vocab_size: int, *, device_memory_bytes: int | None = None
+) -> Memory:
+    """Predict the memory of a certified run, and judge it.
+
+    Args:
+        config: as certified.
+        device_memory_bytes: of a rank's device; None: no verdict. With one, kernels.backend=auto means a GPU.
+
+    Raises:
+        UserError: device_memory_bytes is below 1.
+    """
+    require(
+        device_memory_bytes is None or device_memory_bytes > 0,
+        f"device memory of {device_memory_bytes} bytes: must be above 0",
+    )
+    gpu = runs_on_gpu(config, device_memory_bytes)
+    memory = predict_at(config, found, vocab_size, gpu=gpu)
+    memory = replace(memory, uncounted_k=_uncounted_k(config, found))
+    if device_memory_bytes is None:
+        return memory
+
+    def fits(streams: int) -> bool:
+        other = predict_at(config, found, vocab_size, gpu=gpu, streams=streams)
+        return other.peak_bytes <= device_memory_bytes
+
+    headroom = device_memory_bytes - memory.peak_bytes
+    verdict = Verdict(device_memory_bytes, headroom >= 0, headroom, largest_number(fits))
+    return replace(memory, verdict=verdict)
+
+
+def predict_at(
+    config: Config, found: Certificate, vocab_size: int, *, gpu: bool, streams: int | None = None
+) -> Memory:
+    """Predict the memory of a certified run at another number of streams of a rank in a micro-batch.
+
+    Rows are known at the certified number b0 only. At b they are taken as at most ceil(b / b0) times as many, and never more
+    than if all tokens of the expert group chose the same rank's experts. For b below b0 that is never too little. Above b0 it
+    is so for multiples of b0 that share out the same streams of a step in fewer micro-batches (train.accumulation); with more
+    data.streams the text is cut elsewhere, and then it is an assumption.
+
+    Args:
+        gpu: count for a GPU and the Triton kernels, otherwise for a CPU.
+        streams: None for the certified number.
+    """
+    known_streams = config.streams_per_micro_batch(found.placement.world_size)
+    parameters = count_parameters(config, found.placement, vocab_size)
+    candidates = []
+    for section in found.by_k:
+        assert section.k is not None
+        sizes = Sizes(config, found.placement, vocab_size, known_streams, section.k, gpu)
+        rows = exact_rows(section, sizes)
+        if streams is not None:
+            sizes = replace(sizes, streams=streams)
+            rows = bounded_rows(rows, sizes, known_streams)
+        candidates.append(_peak(sizes, rows, parameters))
+    return max(candidates, key=lambda memory: memory.peak_bytes)
+
+
+def _uncounted_k(config: Config, found: Certificate) -> tuple[int, ...]:
+    steps = range(config.train.steps)
+    ks = {active_experts(config.schedule, step, config.schedule_steps) for step in steps}
+    return tuple(sorted(ks - {section.k for section in found.by_k if section.k is not None}))
+
+
+def largest_number(fits: Callable[[int], bool]) -> int:
+    """Give the largest number for which `fits` is true; 0 if it is false for 1. Above that number it must be false."""
+    if not fits(1):
+        return 0
+    low, high = 1, 2
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _peak(sizes: Sizes, rows: Rows, parameters: Parameters) -> Memory:
+    moments = {name: merged(terms) for name, terms in _moments(sizes, rows, parameters)}
+    # a CPU's device is the host
+    needed = {
+        name: total(terms, host=False if sizes.gpu else None) for name, terms in moments.items()
+    }
+    when = max(needed, key=lambda name: needed[name])
+    return Memory(
+        peak_bytes=needed[when],
+        host_bytes=total(moments[when], host=True),
+        when=when,
+        k=sizes.k,
+        streams=sizes.streams,
+        gpu=sizes.gpu,
+        terms=moments[when],
+        moments=needed,
+        verdict=None,
+    )
+
+
+def _moments(sizes: Sizes, rows: Rows, parameters: Parameters) -> Iterator[tuple[str, list[Term]]]:
+    """Give the terms of every moment at which memory can be greatest."""
+    state, activations = State(sizes, parameters), Activations(sizes, rows)
+    layers, layer = sizes.config.model.layers, parameters.layer
+    always = [*state.held(), *_plans(sizes, rows)]
+
+    def moment(phase: Phase, progress: Progress = START) -> list[Term]:
+        gradients = state.gradients(phase, progress)
+        running = phase in (Phase.forward, Phase.backward)
+        return [*always, *state.gathered(phase), *gradients, *activations.memory(new=running)]
+
+    yield Phase.first_layer.value, moment(Phase.first_layer)
+    kept = activations.kept(layers)
+    for name, phase in (("forward, end", Phase.forward), ("backward, loss", Phase.forward)):
+        logits = activations.logits(backward=name.startswith("backward"))
+        yield name, [*moment(phase), *kept, *activations.ends(), *logits]
+    for number, name in ((layers, "last"), (1, "first")):
+        done = parameters.head + (layers - number) * layer
+        yield (
+            f"backward, experts of the {name} layer",
+            [
+                *moment(Phase.backward, Progress(done, parameters.layer_experts)),
+                *activations.ends(),
+                *activations.kept(number),
+                *activations.experts_backward(),
+                *state.gradients_of_parts(),
+            ],
+        )
+        yield (
+            f"backward, attention of the {name} layer",
+            [
+                *moment(Phase.backward, Progress(done + parameters.layer_experts)),
+                *activations.ends(),
+                *activations.kept(number, attention_only=True),
+                *activations.attention_backward(),
+            ],
+        )
+    if parameters.at_input:
+        progress = Progress(parameters.numbers - parameters.at_input, parameters.at_input)
+        yield (
+            "backward, tables at the input",
+            [*moment(Phase.backward, progress), *activations.ends()],
+        )
+    yield Phase.backward_end.value, moment(Phase.backward_end)
+    yield Phase.step.value, moment(Phase.step)
+
+
+def _plans(sizes: Sizes, rows: Rows) -> list[Term]:
+    """Plans of this micro-batch and of those planned ahead: indices of 8 bytes and weights of 4."""
+    config, tokens = sizes.config, sizes.tokens
+    ahead = config.data.prefetch * config.train.accumulation + 1
+    tables = 1 if config.moe.share_table else config.model.layers
+    words = "{} plans x {} tables x {} expert rows x {} bytes"
+    found = [
+        term("plans", words, ahead, tables, rows.computed, 20),
+        term("plans", "{} plans x {} tables x {} rows x {} bytes", ahead, tables, rows.received, 8),
+    ]
+    if sizes.shared_out and not sizes.gather:
+        ranks = min(sizes.placement.expert_ranks, sizes.k)
+        words = "{} plans x {} tables x {} rows to send x {} bytes"
+        found += [
+            term("plans", words, ahead, tables, tokens * ranks, 16),
+            term("plans", "{} plans x {} tables x {} received rows and tokens x {} bytes", ahead, tables, rows.received + tokens, 8),
+        ]  # fmt: skip
+    return found

@@ -1,0 +1,285 @@
+"""The sizes that memory depends on: of a rank's micro-batch, of its rows, and of the parameters that it holds.
+
+Letters: B streams, Q segment, M memory, S = M + Q, T = B * Q tokens, D width, H heads, W head width, V vocabulary, F expert
+hidden width, L experts of a rank, N expert rows, R received rows, P ranks of an expert group.
+"""
+
+from dataclasses import astuple, dataclass
+from functools import cache
+from itertools import accumulate
+from math import ceil
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from foreroute.engine.certificate.counts.exact import Section
+from foreroute.engine.certificate.counts.placement import Placement
+from foreroute.engine.config import Config, KernelsConfig, ModelConfig, MoEConfig
+from foreroute.engine.config.enums import Activation, Backend, Kept, Precision
+from foreroute.engine.model.transformer_xl import TransformerXL
+from foreroute.engine.optim.adam import comes_last
+from foreroute.engine.routing.exchange_choice import gathers, wire_itemsize
+from foreroute.kernels.relative_attention import tile_shape
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of one rank in one micro-batch, at most."""
+
+    received: int  # of one layer (R); all tokens of the group by gather
+    computed: int  # of one layer (N)
+    received_all: int  # of all layers together
+    computed_all: int
+    expert: int  # of one expert
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What one rank runs in one micro-batch."""
+
+    config: Config
+    placement: Placement
+    vocab: int
+    streams: int  # B, of one rank and micro-batch
+    k: int
+    gpu: bool  # runs on a GPU, with the Triton kernels
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.streams * self.config.data.segment
+
+    @property
+    def keys(self) -> int:
+        """S, with the memory filled."""
+        return self.config.model.memory + self.config.data.segment
+
+    @property
+    def inner(self) -> int:
+        """H * W."""
+        return self.config.model.heads * self.config.model.head_width
+
+    @property
+    def number(self) -> int:
+        """Bytes of a number of the compute copy and of activations."""
+        return item_bytes(self.config)
+
+    @property
+    def mask(self) -> int:
+        """Bytes that a dropout mask keeps of each number: PyTorch keeps it as a number on a CPU, as a byte on a GPU."""
+        if self.config.model.dropout == 0:
+            return 0
+        return 1 if self.gpu else self.number
+
+    @property
+    def wire(self) -> int:
+        """Bytes of a number between ranks."""
+        return wire_itemsize(self.config)
+
+    @property
+    def shared_out(self) -> bool:
+        """Whether rows travel."""
+        return self.placement.expert_ranks > 1
+
+    @property
+    def gather(self) -> bool:
+        """Whether all rows go to all ranks."""
+        return gathers(self.config, self.placement.expert_ranks, self.k, self.tokens)
+
+    @property
+    def parts(self) -> int:
+        """Parts of a micro-batch that are exchanged one behind the other."""
+        return min(self.config.parallel.chunks, self.tokens) if self.shared_out else 1
+
+    @property
+    def gated(self) -> bool:
+        """Whether experts are SwiGLU."""
+        return self.config.moe.activation is Activation.swiglu
+
+    @property
+    def masked(self) -> bool:
+        """Whether all rows go through all experts of the rank, as on a CPU for k near E.
+
+        A run measures kernels.masked_from_k when it starts; where it is not set, rows are taken as grouped.
+        """
+        from_k = self.config.kernels.masked_from_k
+        return not self.gpu and from_k is not None and self.k >= from_k
+
+    @property
+    def fast(self) -> bool:
+        """Whether the gathered input rows are kept."""
+        return not self.gpu and not self.masked and self.config.kernels.mode is Kept.fast
+
+    @property
+    def local_experts(self) -> int:
+        """L."""
+        return self.config.moe.experts // self.placement.expert_ranks
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Streams and queries of a tile of attention."""
+        queries = self.config.data.segment
+        return tile_shape(self.streams, queries, self.keys, item_bytes=self.number, gpu=self.gpu)
+
+    @property
+    def pairs(self) -> int:
+        """Query-key pairs of one stream and head that attention computes: block by block, all keys up to the block's end."""
+        segment, memory = self.config.data.segment, self.config.model.memory
+        _, block = self.tile
+        ends = [min(start + block, segment) for start in range(0, segment, block)]
+        starts = [0, *ends[:-1]]
+        return sum((end - start) * (memory + end) for start, end in zip(starts, ends, strict=True))
+
+
+def item_bytes(config: Config) -> int:
+    """Bytes of a number of the model's compute copy and of activations."""
+    return 2 if config.train.precision is Precision.bf16 else 4
+
+
+def runs_on_gpu(config: Config, device_memory_bytes: int | None) -> bool:
+    """Say whether a run is to be certified for a GPU: it asks for Triton, or leaves the choice and a device is named."""
+    backend = config.kernels.backend
+    return backend is Backend.triton or (
+        backend is Backend.auto and device_memory_bytes is not None
+    )
+
+
+def exact_rows(section: Section, sizes: Sizes) -> Rows:
+    """Take the exact maxima of one k."""
+    received, all_layers = section.received_rows.max, section.received_layers.max
+    if sizes.gather or not sizes.shared_out:
+        received = sizes.placement.expert_ranks * sizes.tokens
+        all_layers = sizes.config.model.layers * received
+    return Rows(
+        received=received,
+        computed=section.computed_rows.max,
+        received_all=all_layers,
+        computed_all=section.computed_layers.max,
+        expert=section.expert_rows.max,
+    )
+
+
+def bounded_rows(known: Rows, sizes: Sizes, known_streams: int) -> Rows:
+    """Bound the rows at another number of streams (see engine/certificate/memory/peak.py)."""
+    times = ceil(sizes.streams / known_streams)
+    layers, group = sizes.config.model.layers, sizes.placement.expert_ranks * sizes.tokens
+    chosen = group * min(sizes.k, sizes.local_experts)
+    received = min(times * known.received, group)
+    if sizes.gather or not sizes.shared_out:
+        received = group
+    return Rows(
+        received=received,
+        computed=min(times * known.computed, chosen),
+        received_all=layers * received
+        if sizes.gather or not sizes.shared_out
+        else min(times * known.received_all, layers * group),
+        computed_all=min(times * known.computed_all, layers * chosen),
+        expert=min(times * known.expert, group),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Parameters whose optimizer state is shared out over the same ranks."""
+
+    name: str
+    numels: tuple[int, ...]  # of each parameter on this rank, in the order of flat buffers
+    ranks: int  # that hold the same parameters, and a part of their state each
+
+    @property
+    def numbers(self) -> int:
+        """All parameters."""
+        return sum(self.numels)
+
+    @property
+    def part(self) -> int:
+        """One rank's part."""
+        return ceil(self.numbers / self.ranks)
+
+    @property
+    def touched(self) -> int:
+        """Numbers of the parameters of which a rank's part has a piece, of the rank with the most."""
+        ends = list(accumulate(self.numels))
+        found = []
+        for rank in range(self.ranks):
+            start, stop = rank * self.part, (rank + 1) * self.part
+            found.append(
+                sum(
+                    numel
+                    for numel, end in zip(self.numels, ends, strict=True)
+                    if end > start and end - numel < stop
+                )
+            )
+        return max(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """What a rank holds."""
+
+    groups: tuple[Group, ...]  # all, or without experts and experts
+    layer: int  # numbers of one block
+    layer_experts: int  # of them of experts
+    at_input: int  # of tables at the input
+    head: int  # outside the blocks and these tables
+
+    @property
+    def numbers(self) -> int:
+        """All of them."""
+        return sum(group.numbers for group in self.groups)
+
+    @property
+    def part(self) -> int:
+        """Numbers whose optimizer state the rank holds."""
+        return sum(group.part for group in self.groups)
+
+    @property
+    def largest(self) -> int:
+        """Numbers of the largest parameter."""
+        return max(max(group.numels) for group in self.groups)
+
+
+def count_parameters(config: Config, placement: Placement, vocab_size: int) -> Parameters:
+    """Count the parameters of a rank from the model itself, built without memory."""
+    dense: list[int] = []
+    experts: list[int] = []
+    layer = layer_experts = at_input = 0
+    for name, numel in _numels(astuple(config.model), astuple(config.moe), vocab_size):
+        is_expert = ".experts." in name
+        if is_expert:
+            numel //= placement.expert_ranks
+        (experts if is_expert and placement.expert_ranks > 1 else dense).append(numel)
+        if name.startswith("blocks.0."):
+            layer += numel
+            layer_experts += numel * is_expert
+        at_input += numel * name.startswith("input_tables.")
+    groups = [Group("all", _laid_out(dense), placement.world_size)]
+    if experts:
+        groups = [Group("without experts", _laid_out(dense), placement.world_size)]
+        groups.append(Group("experts", _laid_out(experts), placement.groups))
+    head = sum(group.numbers for group in groups) - config.model.layers * layer - at_input
+    return Parameters(tuple(groups), layer, layer_experts, at_input, head)
+
+
+def _laid_out(numels: list[int]) -> tuple[int, ...]:
+    """Sizes in the order of flat buffers."""
+    return tuple(sorted(numels, key=comes_last))
+
+
+class _NoValues(TorchFunctionMode):
+    """Leaves out initial values: without memory there are none, and PyTorch would load its compiler to draw them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Give the tensor to be drawn as it is; call everything else."""
+        if getattr(func, "__name__", "") in ("normal_", "uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@cache
+def _numels(model: tuple[Any, ...], moe: tuple[Any, ...], vocab_size: int) -> list[tuple[str, int]]:
+    """Name each parameter of a model of all experts, with its size."""
+    with torch.device("meta"), _NoValues():
+        built = TransformerXL(ModelConfig(*model), MoEConfig(*moe), KernelsConfig(), vocab_size)
+    return [(name, parameter.numel()) for name, parameter in built.named_parameters()]

@@ -1,0 +1,137 @@
+"""A cluster as the time model sees it: a few measured or published rates. conf/cluster/ holds descriptions of real ones.
+
+Rates are of what a program gets, not of what a data sheet promises, where that is known; `sources` says of each which.
+"""
+
+from dataclasses import dataclass, field
+from math import isfinite
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foreroute.engine.errors import require
+
+
+@dataclass
+class LinkConfig:
+    """One level of the network."""
+
+    gb_per_s: float = 1.0
+    """1e9 bytes per second in one direction: inside a node what one rank sends, between nodes what one node sends."""
+    message_us: float = 1.0
+    """Microseconds that a message costs whatever its size."""
+
+    def __post_init__(self) -> None:
+        _above_0("cluster link ", self, "gb_per_s")
+        _at_least_0("cluster link ", self, "message_us")
+
+
+@dataclass
+class ScaleConfig:
+    """How much longer parts of a step take than their products, bytes and operations at the rates of the cluster.
+
+    1 where nobody measured it; benchmarks/calibrate.py measures it.
+    """
+
+    attention: float = 1.0
+    experts: float = 1.0
+    rest: float = 1.0
+    operations: float = 1.0
+    optimizer: float = 1.0
+
+    def __post_init__(self) -> None:
+        _at_least_0(
+            "cluster scale ", self, "attention", "experts", "rest", "operations", "optimizer"
+        )
+
+
+@dataclass
+class SharingConfig:
+    """Ranks that share the cores of one machine."""
+
+    ranks: int = 1
+    slowdown: float = 1.0
+    """Time of a computation on each of so many ranks at once, against one rank alone."""
+
+    def __post_init__(self) -> None:
+        _above_0("cluster sharing ", self, "ranks", "slowdown")
+
+
+@dataclass
+class ClusterConfig:
+    """Machines of one kind."""
+
+    name: str = "unnamed"
+    ranks_per_node: int = 8
+    device_memory_gb: float | None = None
+    """1e9 bytes that a rank may use; None if nobody said."""
+    product_fp32: list[list[float]] = field(default_factory=lambda: [[1.0, 1.0]])
+    """Rate of matrix products by their size: pairs of GFLOP of one product and TFLOP/s (with a decimal point), ascending; it is
+    interpolated over the logarithm of the size."""
+    product_bf16: list[list[float]] = field(default_factory=lambda: [[1.0, 1.0]])
+    memory_gb_per_s: float = 100.0
+    """1e9 bytes per second that an elementwise operation reads and writes."""
+    operation_us: float = 5.0
+    """Microseconds that starting an operation costs whatever its size."""
+    inside: LinkConfig = field(default_factory=LinkConfig)
+    """Between ranks of a node."""
+    between: LinkConfig = field(default_factory=LinkConfig)
+    """Between nodes; all ranks of a node share its gb_per_s."""
+    host_copies: bool = False
+    """Whether ranks run on CPUs: the processor that computes also starts operations and copies what is sent, so that only
+    waiting for the link between nodes is hidden behind computation."""
+    overlap: float = 1.0
+    """Share of the time that could be hidden behind computation that is."""
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
+    sharing: list[SharingConfig] = field(default_factory=list)
+    """For ranks on CPUs, which share cores; interpolated."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """Where each figure comes from."""
+
+    def __post_init__(self) -> None:
+        require(self.ranks_per_node >= 1, f"cluster.ranks_per_node={self.ranks_per_node}: must be at least 1")  # fmt: skip
+        for name in ("product_fp32", "product_bf16"):
+            curve = getattr(self, name)
+            good = len(curve) > 0 and all(len(p) == 2 and min(p) > 0 and isfinite(sum(p)) for p in curve)  # fmt: skip
+            require(
+                good and [p[0] for p in curve] == sorted({p[0] for p in curve}),
+                f"cluster.{name}={curve}: must be pairs [GFLOP, TFLOP/s] above 0, ascending",
+            )
+        require(0 <= self.overlap <= 1, f"cluster.overlap={self.overlap}: must be from 0 to 1")
+        _above_0("cluster.", self, "memory_gb_per_s")
+        _at_least_0("cluster.", self, "operation_us")
+        if self.device_memory_gb is not None:
+            _above_0("cluster.", self, "device_memory_gb")
+
+    def product_seconds(self, flops: NDArray[np.float64] | float, *, bf16: bool) -> NDArray[np.float64]:  # fmt: skip
+        """Time of one product of so many floating-point operations (2 x rows x columns x depth)."""
+        gflop, tflops = np.array(self.product_bf16 if bf16 else self.product_fp32).T
+        flops = np.maximum(np.asarray(flops, np.float64), 1.0)
+        rate = np.interp(np.log(flops / 1e9), np.log(gflop), tflops)
+        # below the curve's first point a product takes as long as there: what it costs is being started
+        return np.where(flops / 1e9 < gflop[0], gflop[0] / tflops[0] * 1e-3, flops / (rate * 1e12))
+
+    def memory_seconds(self, num_bytes: NDArray[np.float64] | float) -> NDArray[np.float64]:
+        """Time of reading or writing so many bytes."""
+        return np.asarray(num_bytes, np.float64) / (self.memory_gb_per_s * 1e9)
+
+    def slowdown(self, ranks: int) -> float:
+        """How much longer a computation takes when so many ranks run on the machine at once."""
+        if not self.sharing:
+            return 1.0
+        known = sorted(self.sharing, key=lambda shared: shared.ranks)
+        found = np.interp(ranks, [s.ranks for s in known], [s.slowdown for s in known])
+        last = known[-1]
+        return float(found * max(1.0, ranks / last.ranks))
+
+
+def _above_0(where: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value > 0 and isfinite(value), f"{where}{name}={value}: must be above 0 and finite")
+
+
+def _at_least_0(where: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value >= 0 and isfinite(value), f"{where}{name}={value}: must be at least 0 and finite")  # fmt: skip

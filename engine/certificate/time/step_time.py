@@ -1,0 +1,289 @@
+"""A model of the time of one optimizer step, from exact counts of its rows and the rates of a cluster.
+
+Not exact, unlike the counts: benchmarks/bench_certify.py measures its error. The ranks of an expert group wait for each
+other in every layer, so a layer takes as long as its busiest rank, and all groups wait for the slowest one.
+
+    step = attention + experts + rest + exchange that nothing hides + gradients + optimizer
+
+Rows leave through two bottlenecks at once and the slower one counts: a rank's own port, and the link of its node for
+what goes to other nodes. With chunks, rows of one part travel while experts compute another. What DeepSpeed sends is hidden
+behind nothing: so it is at ZeRO-0 to 2, where it does not overlap; at ZeRO-3 a GPU may be faster.
+
+Letters: as in engine/certificate/counts/replay.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from math import ceil, log2
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foreroute.engine.certificate.counts.placement import Placement
+from foreroute.engine.certificate.counts.replay import Counts, StepCounts
+from foreroute.engine.certificate.counts.traffic import FORWARD, Trips, hops, trips_of
+from foreroute.engine.certificate.memory.sizes import Parameters, count_parameters, item_bytes
+from foreroute.engine.certificate.time.cluster import ClusterConfig
+from foreroute.engine.certificate.time.operations import (
+    expert_seconds,
+    model_seconds,
+    optimizer_seconds,
+    packing_seconds,
+    passes,
+    shared_seconds,
+)
+from foreroute.engine.config import Config
+from foreroute.engine.routing.exchange_choice import gathers, wire_itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Modelled seconds of a step, of the slowest rank."""
+
+    attention: float
+    experts: float
+    rest: float
+    exchange: float  # that nothing hides
+    gradients: float  # summed over the ranks, and weights gathered
+    optimizer: float
+    hidden: float  # exchange behind computation; not part of the sum
+
+    @property
+    def total(self) -> float:
+        """The whole step."""
+        return sum(getattr(self, f.name) for f in fields(self) if f.name != "hidden")
+
+    @staticmethod
+    def mean(times: "Sequence[StepTime]") -> "StepTime":
+        """Average several steps, part by part."""
+        names = [f.name for f in fields(StepTime)]
+        return StepTime(
+            **{name: sum(getattr(time, name) for time in times) / len(times) for name in names}
+        )
+
+
+class StepModel:
+    """Models the steps of one run on one cluster.
+
+    Args:
+        config: of a hashed run; its parallel.expert_ranks is not looked at.
+        placement: ranks; its ranks_per_node is used, not the cluster's.
+        vocab: symbols.
+    """
+
+    def __init__(
+        self, config: Config, cluster: ClusterConfig, placement: Placement, vocab: int
+    ) -> None:
+        self.config, self.cluster, self.placement = config, cluster, placement
+        self._streams = config.streams_per_micro_batch(placement.world_size)
+        self._parameters = count_parameters(config, placement, vocab)
+        self._model = model_seconds(config, cluster, self._streams, vocab)
+        self._gradients = gradient_seconds(config, cluster, placement, self._parameters)
+
+    def time(self, counts: StepCounts) -> StepTime:
+        """Model one step.
+
+        Args:
+            counts: of a step of this placement, or of one expert group of it.
+        """
+        config, cluster, place, model = self.config, self.cluster, self.placement, self._model
+        accumulation = config.train.accumulation
+        slower = cluster.slowdown(min(place.ranks_per_node, place.world_size))
+        layers = layer_times(config, cluster, place, counts, self._streams * config.data.segment)
+        starts = model.operations
+        if not cluster.host_copies:  # the host starts operations ahead of the device that runs them
+            starts = max(0.0, starts - model.attention - model.rest)
+        updated = self._parameters.part if config.train.zero_stage else self._parameters.numbers
+        optimizer = optimizer_seconds(config, cluster, self._parameters.numbers, updated)
+        return StepTime(
+            attention=slower * accumulation * model.attention,
+            experts=slower * layers.experts,
+            rest=slower * accumulation * (model.rest + starts),
+            exchange=layers.exchange,
+            gradients=self._gradients,
+            optimizer=slower * optimizer,
+            hidden=layers.hidden,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTimes:
+    """All expert layers of a step, of the slowest expert group."""
+
+    experts: float
+    exchange: float
+    hidden: float
+
+
+def layer_times(
+    config: Config, cluster: ClusterConfig, placement: Placement, counts: StepCounts, tokens: int
+) -> LayerTimes:
+    """Model the expert layers of a step: arguments as for StepModel, experts' time without the ranks' sharing of cores."""
+    ranks = placement.expert_ranks
+    gather = ranks > 1 and gathers(config, ranks, counts.k, tokens)
+    received = counts.received_ymgP.astype(np.float64)
+    if gather:
+        received = np.full_like(received, tokens * ranks)
+    parts = min(config.parallel.chunks, tokens) if ranks > 1 else 1
+    experts = parts * expert_seconds(
+        config, cluster, counts.k, counts.computed_ymgP / parts, received / parts,
+        local=config.moe.experts // ranks,
+    )  # fmt: skip
+    if ranks > 1 and not gather:
+        packing = packing_seconds(config, cluster, received / parts, tokens / parts)
+        experts = experts + parts * packing
+    experts_ymg = experts.max(axis=3)
+    shared = experts_ymg[..., 0].size * shared_seconds(config, cluster, tokens)
+    if ranks == 1:
+        return LayerTimes(float(experts_ymg.sum(axis=(0, 1)).max()) + shared, 0.0, 0.0)
+    kind = "gather" if gather else "tokens"
+    hops_ymgPP = hops(counts, kind, placement, tokens)
+    trips = trips_of(config, tokens)
+    trip = _trip(config, cluster, placement, hops_ymgPP, gathered=tokens if gather else 0, parts=parts)  # fmt: skip
+    exchange_ymg = trip.weighed(trips)
+    hidden_ymg = np.zeros_like(exchange_ymg)
+    if parts > 1:
+        # forward and backward each hide what waits for the link, up to what their experts compute meanwhile
+        forward = np.minimum(trip.hideable(FORWARD, parts), experts_ymg / passes(config))
+        rest = Trips(trips.to_experts - 1, trips.to_tokens - 1)
+        backward = np.minimum(trip.hideable(rest, parts), experts_ymg * (1 - 1 / passes(config)))
+        hidden_ymg = cluster.overlap * (forward + backward)
+    total_g = (experts_ymg + exchange_ymg - hidden_ymg).sum(axis=(0, 1))
+    group = int(total_g.argmax())
+    experts_s, exchange_s, hidden_s = (
+        float(x.sum(axis=(0, 1))[group]) for x in (experts_ymg, exchange_ymg, hidden_ymg)
+    )
+    return LayerTimes(experts_s + shared, exchange_s - hidden_s, hidden_s)
+
+
+@dataclass(frozen=True, slots=True)
+class _Trip:
+    """Seconds of all parts' rows from tokens to experts and back, one way each [y, m, g]."""
+
+    to_experts: NDArray[np.float64]
+    to_tokens: NDArray[np.float64]
+    waiting_to_experts: NDArray[np.float64]  # of it, without the computing processor
+    waiting_to_tokens: NDArray[np.float64]
+
+    def weighed(self, trips: Trips) -> NDArray[np.float64]:
+        """Time of so many trips."""
+        return trips.to_experts * self.to_experts + trips.to_tokens * self.to_tokens
+
+    def hideable(self, trips: Trips, parts: int) -> NDArray[np.float64]:
+        """Time that computation may hide: the first part's way there and the last one's way back have none beside them."""
+        waiting = (
+            trips.to_experts * self.waiting_to_experts + trips.to_tokens * self.waiting_to_tokens
+        )
+        return waiting * (parts - 1) / parts
+
+
+def _trip(
+    config: Config, cluster: ClusterConfig, placement: Placement, hops_ymgPP: Counts, *, gathered: int, parts: int
+) -> _Trip:  # fmt: skip
+    """Time the ways of one layer's rows.
+
+    An all-gather goes round a ring, as NCCL's reduce-scatter does: all rows but a rank's own pass each link between nodes once.
+    Without NCCL rows come back by an all-to-all, rank to rank (engine/parallel/collectives.py).
+
+    Args:
+        gathered: rows of a rank that all ranks gather; 0 if rows go where they are needed.
+    """
+    row_bytes = config.model.width * wire_itemsize(config)
+    ranks, nodes = placement.expert_ranks, placement.group_nodes
+    crosses = nodes > 1
+    link = cluster.between if crosses else cluster.inside
+    doubling = gathered and not cluster.host_copies  # NCCL's; gloo sends to each rank
+    messages = ceil(log2(ranks)) if doubling else ranks - 1
+    start = parts * messages * link.message_us * 1e-6
+    bytes_ymgPP = hops_ymgPP * float(row_bytes)
+    sent, got = bytes_ymgPP.sum(axis=4), bytes_ymgPP.sum(axis=3)
+    port_s = np.maximum(sent, got).max(axis=3) / (cluster.inside.gb_per_s * 1e9)
+    pairs_s = ring_s = np.zeros_like(port_s)
+    if crosses:
+        far = bytes_ymgPP * ~placement.same_node_PP
+        shape = (*port_s.shape, nodes, ranks // nodes)
+        out = far.sum(axis=4).reshape(shape).sum(axis=4)
+        into = far.sum(axis=3).reshape(shape).sum(axis=4)
+        pairs_s = np.maximum(out, into).max(axis=3) / (cluster.between.gb_per_s * 1e9)
+        ring_bytes = (ranks - 1) * gathered * row_bytes
+        ring_s = np.full_like(port_s, ring_bytes / (cluster.between.gb_per_s * 1e9))
+    ways = []
+    for link_s in (ring_s if gathered else pairs_s, ring_s if doubling else pairs_s):
+        way = start + np.maximum(port_s, link_s)
+        waiting = np.maximum(0.0, link_s - port_s) if cluster.host_copies else way
+        ways.append((way, waiting))
+    (there, waiting_there), (back, waiting_back) = ways
+    return _Trip(there, back, waiting_there, waiting_back)
+
+
+def gradient_seconds(
+    config: Config, cluster: ClusterConfig, placement: Placement, parameters: Parameters
+) -> float:
+    """Model the collectives of DeepSpeed in a step, by ZeRO stage; nothing hides them."""
+    stage, accumulation = config.train.zero_stage, config.train.accumulation
+    total = 0.0
+    for number, group in enumerate(parameters.groups):  # experts, if shared out, are the second
+        if group.ranks == 1:
+            continue
+        ring = _Ring(cluster, placement, group.ranks, placement.expert_ranks if number else 1)
+        gradient, weights = 4.0 * group.numbers, float(item_bytes(config) * group.numbers)
+        if stage < 3:
+            total += (accumulation if stage == 2 else 1) * ring.all_reduce(gradient)
+            total += ring.all_gather(weights) if stage else 0.0
+        else:
+            times = 3 if config.train.recompute else 2
+            reduce = (
+                ring.all_reduce if cluster.host_copies else ring.reduce_scatter
+            )  # gloo's is one
+            gathered = times * ring.all_gather(weights, len(group.numels))
+            total += accumulation * (reduce(gradient) + gathered)
+    return total
+
+
+@dataclass(frozen=True, slots=True)
+class _Ring:
+    """Collectives of `size` ranks that stand `stride` apart."""
+
+    cluster: ClusterConfig
+    placement: Placement
+    size: int
+    stride: int
+
+    @property
+    def _crosses(self) -> bool:
+        return (self.size - 1) * self.stride >= min(
+            self.placement.ranks_per_node, self.placement.world_size
+        )
+
+    @property
+    def _bytes_per_s(self) -> float:
+        """Of the narrowest place of the ring; rings of ranks between these share the nodes' links."""
+        port = self.cluster.inside.gb_per_s * 1e9
+        if not self._crosses:
+            return port
+        beside = min(self.stride, self.placement.ranks_per_node)
+        return min(port, self.cluster.between.gb_per_s * 1e9 / beside)
+
+    @property
+    def _message_s(self) -> float:
+        link = self.cluster.between if self._crosses else self.cluster.inside
+        return link.message_us * 1e-6
+
+    def all_reduce(self, num_bytes: float) -> float:
+        """Twice round a ring, or up and down a tree when that is faster."""
+        return 2 * self._best(num_bytes)
+
+    def reduce_scatter(self, num_bytes: float) -> float:
+        """Half of an all-reduce."""
+        return self._best(num_bytes)
+
+    def all_gather(self, num_bytes: float, messages: int = 1) -> float:
+        """The other half; messages: tensors that are gathered one by one."""
+        return self._best(num_bytes) + (messages - 1) * ceil(log2(self.size)) * self._message_s
+
+    def _best(self, num_bytes: float) -> float:
+        ring = (self.size - 1) * self._message_s + (
+            self.size - 1
+        ) / self.size * num_bytes / self._bytes_per_s
+        tree = ceil(log2(self.size)) * self._message_s + num_bytes / self._bytes_per_s
+        return min(ring, tree)

@@ -1,0 +1,1 @@
+"""The model on disk, for any number of ranks."""

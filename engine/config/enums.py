@@ -1,0 +1,156 @@
+"""The closed sets of values in a configuration; engine/config/run.py says where each is used."""
+
+from enum import Enum
+
+
+class Corpus(Enum):
+    """Where the text comes from."""
+
+    stdlib = "stdlib"  # the Python standard library's own sources; on every machine
+    enwik8 = "enwik8"
+    file = "file"
+
+
+class Tokens(Enum):
+    """How text becomes ids."""
+
+    bytes = "bytes"  # 256 symbols, true bits per byte
+    txl = "txl"  # without newlines, as all published Transformer-XL enwik8 numbers
+
+
+class Router(Enum):
+    """Who chooses the experts."""
+
+    hashed = "hashed"  # planned: a function of token ids
+    frozen = "frozen"  # live: SMoE-Dropout's fixed random projection
+    learned = "learned"  # live: top-k with balance loss
+    fresh = "fresh"  # planned: new random experts for each token at each forward pass
+    stochastic = (
+        "stochastic"  # planned: THOR, one new random order of experts at each of two passes
+    )
+    dense = "dense"  # no router: one feed-forward of equal parameters
+
+
+class Keys(Enum):
+    """Whose key a hashed router looks up for a token."""
+
+    own = "own"
+    shuffled = "shuffled"  # that of another token of the micro-batch: a control
+
+
+class Builder(Enum):
+    """How a hashed router's table is filled."""
+
+    random = "random"  # every ordering equally likely
+    balanced = "balanced"  # even load on the training text at every k
+    packed = (
+        "packed"  # balanced, and a prefix fills one block of experts before it touches the next
+    )
+
+
+class RouteWeights(Enum):
+    """Mixing weights of the active experts of a hashed router."""
+
+    table = "table"  # softmax over the active prefix of fixed random logits
+    uniform = "uniform"  # 1/k
+
+
+class Activation(Enum):
+    """Non-linearity of an expert."""
+
+    relu = "relu"
+    swiglu = "swiglu"
+
+
+class Growth(Enum):
+    """How the number of active experts k changes over training."""
+
+    linear = "linear"
+    cosine = "cosine"
+    exponential = "exponential"
+    multi_step = "multi_step"
+    doubling = "doubling"
+    constant = "constant"
+
+
+class Decay(Enum):
+    """Learning-rate schedule after warm-up."""
+
+    cosine = "cosine"
+    constant = "constant"
+
+
+class Precision(Enum):
+    """Number format of the compute copy of the weights; master weights and moments stay fp32."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Backend(Enum):
+    """Who executes the expert layer."""
+
+    auto = "auto"  # triton on a GPU, cpu elsewhere; decided at the start of a run
+    cpu = "cpu"  # PyTorch products, grouped or masked
+    triton = "triton"  # Triton kernels; needs a GPU, or TRITON_INTERPRET=1 for tests
+    reference = "reference"  # plain loops, the truth for tests; slow
+
+
+class Kept(Enum):
+    """What the expert layer keeps for backward."""
+
+    lean = "lean"  # the input and the hidden units
+    fast = "fast"  # also the gathered input rows; backend cpu only
+
+
+class Products(Enum):
+    """How fp32 operands are multiplied."""
+
+    ieee = "ieee"  # exactly as fp32
+    tf32 = "tf32"  # on tensor cores, with 10 bits of mantissa; backend triton only
+
+
+class ExchangeKind(Enum):
+    """How rows travel between the ranks of an expert group; one rank has nothing to exchange, whatever this says."""
+
+    auto = "auto"  # tokens or gather, per k, by modelled time
+    tokens = "tokens"  # each token once to each rank that has one of its experts
+    gather = "gather"  # all rows to all ranks
+
+
+class WireFormat(Enum):
+    """Number format of rows on their way between ranks."""
+
+    model = "model"  # as they are
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+BalanceOver = Enum("BalanceOver", {"global": "global", "micro": "micro"})
+"""Whose tokens a learned router's balance loss counts: those of all ranks in a forward pass, or each rank's own.
+
+A call, because `global` is a word of Python's.
+"""
+
+
+class PeerIds(Enum):
+    """Where a rank learns the token ids of the others of its expert group, for its plans."""
+
+    corpus = "corpus"  # reads their streams itself
+    exchange = "exchange"  # one exchange between the hosts per micro-batch; each rank reads its own streams only
+
+
+class WandbMode(Enum):
+    """Weights & Biases logging."""
+
+    disabled = "disabled"
+    offline = "offline"
+    online = "online"
+
+
+class Split(Enum):
+    """Part of the corpus."""
+
+    train = "train"
+    valid = "valid"
+    test = "test"

@@ -1,0 +1,475 @@
+"""The run's configuration as validated dataclasses; the schema that the Hydra files in conf/ fill in.
+
+Each field says its unit and what a larger value does. Everything is checked here, at start-up; the rest of
+the engine receives these plain objects and may trust them. Derived numbers are properties, computed once here.
+All names of a configuration can be imported from here.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from foreroute.engine.config.checks import at_least, fraction
+from foreroute.engine.config.enums import (
+    Backend,
+    Corpus,
+    Decay,
+    ExchangeKind,
+    Growth,
+    Kept,
+    PeerIds,
+    Precision,
+    Products,
+    Router,
+    Split,
+    Tokens,
+    WandbMode,
+    WireFormat,
+)
+from foreroute.engine.config.model import (
+    ModelConfig,
+    MoEConfig,
+    expert_layers,
+    feed_forward_width,
+    num_tables,
+)
+from foreroute.engine.errors import require
+
+
+@dataclass
+class CorpusConfig:
+    """Text and how it is cut into symbols."""
+
+    name: Corpus = Corpus.stdlib
+    path: str | None = None
+    """File to read: required for `file`; for `enwik8` a local copy, whole or a prefix of it."""
+    tokens: Tokens = Tokens.bytes
+    cache_dir: str = ".cache"
+    """Folder of prepared corpora and tables; safe to delete."""
+
+    def __post_init__(self) -> None:
+        require(
+            not (self.name is Corpus.file and not self.path),
+            "corpus.path is missing: corpus=file needs corpus.path=FILE",
+        )
+        require(
+            not (self.name is Corpus.stdlib and self.path),
+            f"corpus.path={self.path}: corpus=stdlib takes no path (use corpus=file)",
+        )
+
+
+@dataclass
+class DataConfig:
+    """How the training stream is laid out (see docs in engine/data/streams.py)."""
+
+    streams: int = 22
+    """Contiguous streams over all ranks; = world x accumulation x streams per micro-batch."""
+    segment: int = 512
+    """Symbols per stream and step (Q)."""
+    prefetch: int = 2
+    """Batches planned ahead of the step by the background worker."""
+    start: float = 0.0
+    """Where in its stream each stream begins, as a fraction in [0, 1): another order of the same text; it goes on at the
+    stream's beginning after its end."""
+
+    def __post_init__(self) -> None:
+        at_least("data", self, streams=1, segment=1, prefetch=1)
+        fraction("data", self, "start")
+
+
+@dataclass
+class ScheduleConfig:
+    """Number of active experts k over optimizer steps."""
+
+    growth: Growth = Growth.constant
+    k_min: int = 4
+    """k of the first step, where it grows."""
+    k_max: int = 4
+    """Largest k in training; the k of `constant`, which ignores k_min. May stay below moe.experts."""
+    steps: int | None = None
+    """Steps over which k grows; None means train.steps."""
+
+    def __post_init__(self) -> None:
+        at_least("schedule", self, k_min=1, k_max=1)
+        require(
+            self.growth is Growth.constant or self.k_min <= self.k_max,
+            f"schedule.k_min={self.k_min}: must be at most schedule.k_max={self.k_max}",
+        )
+        require(
+            self.growth is not Growth.multi_step or self.k_max <= 16,
+            f"schedule.k_max={self.k_max}: schedule.growth=multi_step is 1, 2, 4, 8, 16 as published, at most 16; doubling has any end",
+        )
+        require(
+            self.steps is None or self.steps >= 1,
+            f"schedule.steps={self.steps}: must be at least 1",
+        )
+
+
+@dataclass
+class OptimConfig:
+    """Adam with warm-up and decay to final_lr."""
+
+    lr: float = 2.5e-4
+    """Learning rate after warm-up, the largest of the run."""
+    beta1: float = 0.9
+    """Decay of the mean of gradients."""
+    beta2: float = 0.999
+    """Decay of the mean of squared gradients."""
+    eps: float = 1e-8
+    """Added to the root of the mean of squares; larger shortens the steps of rare weights."""
+    weight_decay: float = 0.0
+    """Decoupled (AdamW); 0 is plain Adam."""
+    clip: float = 0.25
+    """Largest global gradient norm; 0 turns clipping off."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises to lr."""
+    decay: Decay = Decay.cosine
+    final_lr: float = 0.0
+    """Learning rate of the last step, where it decays."""
+
+    def __post_init__(self) -> None:
+        at_least("optim", self, lr=0, weight_decay=0, clip=0, warmup_steps=0, final_lr=0, eps=0)
+        fraction("optim", self, "beta1", "beta2")
+
+
+@dataclass
+class TrainConfig:
+    """The training loop."""
+
+    name: str = "run"
+    """Name of the run; its folder is runs_dir/name."""
+    runs_dir: str = "runs"
+    """Folder of run folders; many machines must share it."""
+    steps: int = 1000
+    """Optimizer steps."""
+    seed: int = 1111
+    """Of initial weights, dropout and tables, below 2**32."""
+    precision: Precision = Precision.fp32
+    accumulation: int = 1
+    """Micro-batches per optimizer step; splits streams, never time."""
+    recompute: bool = False
+    """Activation checkpointing: keep one tensor per layer, compute the rest again in backward."""
+    zero_stage: int = 1
+    """DeepSpeed ZeRO stage: what is shared out over the ranks. 0 nothing, 1 the optimizer's state, 2 also gradients, 3 also
+    weights."""
+    offload: bool = False
+    """Keep the optimizer's state, and update the weights, in host memory: slower, frees device memory (zero_stage >= 1)."""
+    log_every: int = 20
+    """Steps between metric lines."""
+    valid_every: int = 0
+    """Steps between validations at k_max; 0 for none before the end."""
+    valid_symbols: int = 0
+    """A validation takes only the first so many symbols of the split; 0 for as many as eval.max_symbols."""
+    save_every: int = 0
+    """Steps between checkpoints; 0 for none by steps. There is always one at the end."""
+    save_minutes: float = 10.0
+    """Minutes after which a checkpoint is written if none was in that time; 0 for none by time."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+    resume: bool = False
+    """Go on from the newest whole checkpoint of this run's folder."""
+    threads: int = 0
+    """CPU threads of PyTorch; 0 leaves its default."""
+    peak_tflops: float | None = None
+    """For the metric mfu: what one rank's device reaches at most, in 1e12 FLOP/s of dense products in this run's number
+    format. None: by the data sheet of a known GPU, else unknown, and mfu is 0; benchmarks.calibrate measures a CPU."""
+
+    def __post_init__(self) -> None:
+        at_least("train", self, steps=1, seed=0, accumulation=1, log_every=1, valid_every=0)
+        at_least("train", self, valid_symbols=0, save_every=0, save_minutes=0, keep=1, threads=0)
+        require(
+            self.peak_tflops is None or self.peak_tflops > 0,
+            f"train.peak_tflops={self.peak_tflops}: must be above 0, or null where it is unknown",
+        )
+        require(self.seed < 2**32, f"train.seed={self.seed}: must be below 2**32")
+        require(
+            self.zero_stage in (0, 1, 2, 3),
+            f"train.zero_stage={self.zero_stage}: must be 0, 1, 2 or 3",
+        )
+        require(
+            not self.offload or self.zero_stage >= 1,
+            f"train.offload=true: needs train.zero_stage=1, 2 or 3, it is {self.zero_stage}",
+        )
+        size = len(self.name.encode(errors="surrogateescape"))
+        require(size <= 255, f"train.name: a folder's name takes 255 bytes, it has {size}")
+        require(
+            bool(self.name) and "/" not in self.name and not self.name.startswith("."),
+            f"train.name={self.name!r}: must be a plain folder name",
+        )
+
+
+@dataclass
+class EvalConfig:
+    """Held-out bits per symbol."""
+
+    k: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
+    """Numbers of active experts to evaluate."""
+    split: Split = Split.test
+    streams: int = 8
+    """Contiguous shares of the split; changes speed, not the result (warm-up covers the cuts)."""
+    segment: int | None = None
+    """Symbols per forward pass; None means data.segment."""
+    memory: int | None = None
+    """Memory length; None means model.memory."""
+    clamp_len: int = 0
+    """Distances beyond this count as this; 0 for no clamp."""
+    same_length: bool = False
+    """Every symbol sees exactly `memory` positions."""
+    max_symbols: int = 0
+    """Evaluate only the first so many symbols of the split, and fit the counting models on at most 100 times as many; 0 for all."""
+
+    def __post_init__(self) -> None:
+        at_least("eval", self, streams=1, clamp_len=0, max_symbols=0)
+        for name in ("segment", "memory"):
+            value = getattr(self, name)
+            low = 1 if name == "segment" else 0
+            require(value is None or value >= low, f"eval.{name}={value}: must be at least {low}")
+        require(
+            len(self.k) > 0 and min(self.k) >= 1, f"eval.k={self.k}: needs one or more k, each >= 1"
+        )
+
+
+@dataclass
+class KernelsConfig:
+    """How the expert layer is executed."""
+
+    backend: Backend = Backend.auto
+    """Who computes: cpu, triton, or reference (plain loops, slow)."""
+    masked_from_k: int | None = None
+    """From this k on, one dense product with inactive experts masked replaces the grouped products (backend cpu). None:
+    measured once at the start of the run and written into its resolved config."""
+    mode: Kept = Kept.lean
+    """What is kept for backward: lean, or fast (backend cpu), which also keeps the gathered input rows."""
+    precision: Products = Products.ieee
+    """How fp32 is multiplied: ieee, or tf32 (backend triton), with 10 bits of mantissa on tensor cores."""
+    debug: bool = False
+    """Check every row index of every layer on the host: slow, for hunting a fault."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.masked_from_k is None or self.masked_from_k >= 1,
+            f"kernels.masked_from_k={self.masked_from_k}: must be at least 1",
+        )
+        require(
+            self.mode is Kept.lean or self.backend in (Backend.cpu, Backend.auto),
+            f"kernels.mode=fast: kernels.backend={self.backend.value} has only lean",
+        )
+        require(
+            self.precision is Products.ieee or self.backend is Backend.triton,
+            f"kernels.precision=tf32: needs kernels.backend=triton, it is {self.backend.value}",
+        )
+
+
+@dataclass
+class ParallelConfig:
+    """Many ranks: world = data x expert groups (engine/parallel/mesh.py)."""
+
+    expert_ranks: int = 1
+    """Ranks of an expert group: each holds moe.experts / expert_ranks experts; must divide the world."""
+    exchange: ExchangeKind = ExchangeKind.tokens
+    link_gb_per_s: float = 50.0
+    """For exchange=auto: what a rank sends to other ranks, in 1e9 bytes per second; 50 is a port of 400 Gbit/s."""
+    message_us: float = 5.0
+    """For exchange=auto: microseconds that a message costs whatever its size; more favours gather, which needs fewer."""
+    memory_gb_per_s: float = 2000.0
+    """For exchange=auto: memory bandwidth for packing rows, in 1e9 bytes per second; 2000 is a recent GPU's."""
+    wire: WireFormat = WireFormat.model
+    chunks: int = 1
+    """Parts of a micro-batch that are exchanged one behind the other, so that rows travel while experts compute. 1 is off."""
+    peer_ids: PeerIds = PeerIds.corpus
+    timeout_s: float = 120.0
+    """Seconds without a sign of life after which a rank counts as lost and the others end."""
+    meet_s: float = 30.0
+    """Seconds that a rank waits at the start for the others to come; more where some load PyTorch from a slow disk."""
+
+    def __post_init__(self) -> None:
+        at_least("parallel", self, expert_ranks=1, chunks=1, timeout_s=1, meet_s=1, message_us=0)
+        for name in ("timeout_s", "meet_s"):
+            seconds = getattr(self, name)
+            require(seconds < 2e6, f"parallel.{name}={seconds}: must be below 2e6, 23 days")
+        for name in ("link_gb_per_s", "memory_gb_per_s"):
+            require(
+                getattr(self, name) > 0, f"parallel.{name}={getattr(self, name)}: must be above 0"
+            )
+
+
+def check_project(option: str, name: str) -> None:
+    """Refuse a project's name that W&B would refuse."""
+    require(
+        0 < len(name) <= 128 and not set(name) & set("/\\#?%:"),
+        f"{option}={name[:128]!r}: W&B takes 1 to 128 letters, none of / \\ # ? % :",
+    )
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases."""
+
+    mode: WandbMode = WandbMode.disabled
+    project: str = "foreroute"
+    """Project of the run on W&B."""
+    group: str | None = None
+    """None: in a sweep the sweep's name, else no group."""
+    job_type: str = "train"
+    """Kind of the run, by which W&B can group."""
+    tags: list[str] = field(default_factory=list)
+    """Words to find the run by."""
+    notes: str | None = None
+    """Free text beside the run."""
+
+    def __post_init__(self) -> None:
+        if self.mode is WandbMode.disabled:
+            return
+        for tag in self.tags:
+            require(
+                1 <= len(tag) <= 64,
+                f"wandb.tags={tag[:64]!r}: W&B takes 1 to 64 letters, it has {len(tag)}",
+            )
+        check_project("wandb.project", self.project)
+        for name in ("group", "job_type"):
+            value = getattr(self, name) or ""
+            require(len(value) <= 128, f"wandb.{name}: W&B takes 128 letters, it has {len(value)}")
+
+
+@dataclass
+class ProfileConfig:
+    """A trace of a few steps (engine/profiling/profiler.py)."""
+
+    steps: list[int] | None = None
+    """First and last step traced, counted from 1 as the console does; None is off."""
+    operators: bool = True
+    """Also PyTorch's operators and a GPU's kernels; false disturbs the traced steps less."""
+
+    def __post_init__(self) -> None:
+        steps = self.steps
+        require(
+            steps is None or (len(steps) == 2 and 1 <= steps[0] <= steps[1]),
+            f"profile.steps={steps}: must be the first and the last step, such as [5,8], counted from 1",
+        )
+
+
+@dataclass
+class Config:
+    """Everything that defines a run."""
+
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+
+    def __post_init__(self) -> None:
+        experts, k_max = self.moe.experts, self.schedule.k_max
+        if self.moe.router is not Router.dense or self.model.signatures:
+            require(
+                k_max <= experts, f"schedule.k_max={k_max}: must be at most moe.experts={experts}"
+            )
+        if self.moe.router is Router.dense:
+            tf32 = self.kernels.precision is Products.tf32
+            require(not tf32, "kernels.precision=tf32: moe.router=dense has no expert kernels")
+        else:
+            too_big = [k for k in self.eval.k if k > experts]
+            require(not too_big, f"eval.k={too_big}: must be at most moe.experts={experts}")
+        require(
+            self.optim.warmup_steps <= self.train.steps,
+            f"optim.warmup_steps={self.optim.warmup_steps}: must be at most train.steps={self.train.steps}; "
+            f"give optim.warmup_steps={self.train.steps} or fewer, or optim.warmup_steps=0",
+        )
+        memory = self.model.memory if self.eval.memory is None else self.eval.memory
+        require(
+            not self.eval.same_length or memory >= 1,
+            f"eval.same_length=true: needs a memory of at least 1, it is {memory}",
+        )
+        require(
+            self.parallel.chunks == 1 or self.kernels.backend is not Backend.reference,
+            f"parallel.chunks={self.parallel.chunks}: kernels.backend=reference has only 1",
+        )
+        require(
+            self.profile.steps is None or self.profile.steps[1] <= self.train.steps,
+            f"profile.steps={self.profile.steps}: must end by train.steps={self.train.steps}",
+        )
+        self._check_input()
+        self.streams_per_micro_batch(world=1)
+
+    def _check_input(self) -> None:
+        """Check what the model is given at its input, and which layers have experts."""
+        model, moe = self.model, self.moe
+        dense = moe.router is Router.dense
+        require(
+            dense or not model.signatures,
+            f"model.signatures={model.signatures}: needs moe.router=dense, it is {moe.router.name}",
+        )
+        require(
+            moe.layers is None or moe.layers <= model.layers,
+            f"moe.layers={moe.layers}: must be at most model.layers={model.layers}",
+        )
+        if dense:
+            feed_forward_width(model, moe, 0)
+
+    def streams_per_micro_batch(self, world: int) -> int:
+        """Streams that one rank runs in one forward pass.
+
+        Raises:
+            UserError: data.streams is no multiple of world x accumulation.
+        """
+        parts = world * self.train.accumulation
+        require(
+            self.data.streams % parts == 0,
+            f"data.streams={self.data.streams}: must be a multiple of world x train.accumulation = "
+            f"{world} x {self.train.accumulation}",
+        )
+        return self.data.streams // parts
+
+    def alone(self) -> "Config":
+        """The run's configuration alone, of a program's options that extend it."""
+        return Config(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Config)})
+
+    @property
+    def symbols_per_step(self) -> int:
+        """Training symbols consumed by one optimizer step over all ranks."""
+        return self.data.streams * self.data.segment
+
+    @property
+    def context(self) -> int:
+        """Ids left of a segment that the n-grams of router and input need: n - 1 of the longer ones, or 0 without any."""
+        keyed = self.moe.router is Router.hashed or self.model.signatures
+        return max(self.moe.ngram - 1 if keyed else 0, self.model.ngram - 1, 0)
+
+    @property
+    def expert_layers(self) -> int:
+        """Layers that have experts or, with router=dense, are as wide."""
+        return expert_layers(self.model, self.moe)
+
+    @property
+    def num_tables(self) -> int:
+        """Tables of the run's hashed routing, or orders that a router draws at each pass."""
+        return num_tables(self.model, self.moe)
+
+    @property
+    def training_passes(self) -> int:
+        """Forward and backward passes that each training symbol goes through: two for stochastic routers."""
+        return 2 if self.moe.router is Router.stochastic else 1
+
+    @property
+    def schedule_steps(self) -> int:
+        """Steps over which k grows."""
+        return self.schedule.steps or self.train.steps
+
+
+def to_plain(config: object) -> Any:
+    """Turn a config object into dicts, lists, numbers and strings (enums by name), for YAML or JSON."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {f.name: to_plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, Enum):
+        return config.name
+    if isinstance(config, list):
+        return [to_plain(item) for item in config]
+    return config

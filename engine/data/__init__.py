@@ -1,0 +1,1 @@
+"""From a text to planned batches, ahead of the step."""

@@ -1,0 +1,132 @@
+"""The background planner: batches with their plans, ready before the step asks for them.
+
+One thread prepares every (step, micro-batch) in order, `prefetch` steps ahead of the step. A planned batch is a pure
+function of (step, micro-batch, tables, k), so the thread cannot change a run's numbers, and planning inline
+(`plan_batch`, as evaluation does) gives the same tensors.
+
+With many ranks the thread is also the one that talks to the other ranks' loaders, over connections of its own and in the
+order of the steps: it asks for the peers' ids where this rank does not read them (`share_ids`), and before a plan may be
+used it compares what the ranks planned (engine/data/plan_agreement.py). How far ahead it works depends on what was taken alone, so
+when a run stops, all ranks' threads stop behind the same micro-batch and none waits for another.
+
+Letters: P ranks of the expert group, B streams, Q segment length, C ids left of a segment.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from foreroute.engine.data.device_copy import Delivery, receive
+from foreroute.engine.data.plan_agreement import Agreement
+from foreroute.engine.data.planned_batches import GroupBatch, PlannedBatch
+from foreroute.engine.tracing import span
+
+# Of a planned batch, what the step needs on the device.
+_MOVED = "batch", "plans", "second_plans", "input_row_tBQ", "token_T"
+_CLOSE_S = 10.0  # how long `close` waits for the other ranks' threads
+
+
+class PlannedLoader:
+    """Prepares planned batches in a daemon thread, from construction until `close` (or the last step).
+
+    Args:
+        make_batch: (step, micro) -> GroupBatch; called in the thread only.
+        plan: (GroupBatch, k) -> PlannedBatch, such as plan_batch with its routers; called in the thread only.
+        k_of_step: active experts at a step.
+        steps: the steps to prepare, such as range(first, total).
+        accumulation: micro-batches per step.
+        prefetch: steps prepared ahead, at least 1.
+        agreement: compares the plans between the ranks; None on one rank.
+        device: where `next` gives tensors.
+    """
+
+    def __init__(
+        self,
+        make_batch: Callable[[int, int], GroupBatch],
+        plan: Callable[[GroupBatch, int], PlannedBatch],
+        k_of_step: Callable[[int], int],
+        *,
+        steps: range,
+        accumulation: int,
+        prefetch: int,
+        agreement: Agreement | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self._make_batch, self._plan, self._k_of_step = make_batch, plan, k_of_step
+        self._steps, self._accumulation = steps, accumulation
+        self._agreement = agreement
+        self._delivery = Delivery(device or torch.device("cpu"))
+        self._queue: queue.Queue[PlannedBatch | BaseException] = queue.Queue()
+        self._change = threading.Condition()
+        self._allowed = prefetch * accumulation  # micro-batches that may be prepared so far
+        self._closed = False
+        self._end: BaseException | None = None
+        self._worker = threading.Thread(target=self._work, name="foreroute-planner", daemon=True)
+        self._worker.start()
+
+    def next(self) -> tuple[PlannedBatch, float]:
+        """Return the next micro-batch in order, and the seconds spent waiting for it.
+
+        Raises:
+            RuntimeError: all steps are done, or the loader is closed.
+            BaseException: whatever the worker raised, with its traceback; again at each later call.
+        """
+        if self._end is not None:
+            raise self._end
+        start = time.perf_counter()
+        item = self._queue.get()
+        with self._change:
+            self._allowed += 1
+            self._change.notify()
+        if isinstance(item, BaseException):
+            self._end = item
+            raise item
+        receive(tuple(getattr(item, name) for name in _MOVED), item.copied)
+        return item, time.perf_counter() - start
+
+    def close(self) -> None:
+        """End the worker and drop what was prepared; may be called twice.
+
+        With other ranks it first prepares what was still allowed, which they may wait for; if they do not answer any
+        more it is left behind.
+        """
+        with self._change:
+            self._closed = True
+            self._change.notify()
+        self._worker.join(None if self._agreement is None else _CLOSE_S)
+        self._end = self._end or RuntimeError("the loader is closed")
+
+    def _work(self) -> None:
+        try:
+            places = ((step, micro) for step in self._steps for micro in range(self._accumulation))
+            for done, (step, micro) in enumerate(places):
+                if not self._may_prepare(done):
+                    return
+                start = time.perf_counter()
+                with span("plan"):
+                    planned = self._plan(self._make_batch(step, micro), self._k_of_step(step))
+                planned = replace(planned, prepare_ms=1e3 * (time.perf_counter() - start))
+                if self._agreement is not None:
+                    plans = (planned.plans or ()) + (planned.second_plans or ())
+                    with span("agree"):
+                        self._agreement.check(step, micro, planned.k, planned.group, plans)
+                self._queue.put(self._deliver(planned))
+            self._queue.put(RuntimeError("no batch left: all steps are done"))
+        except BaseException as error:  # handed to the consumer, which re-raises it
+            self._queue.put(error)
+
+    def _deliver(self, planned: PlannedBatch) -> PlannedBatch:
+        moved = tuple(getattr(planned, name) for name in _MOVED)
+        sent, copied = self._delivery.send(moved)
+        return replace(planned, **dict(zip(_MOVED, sent, strict=True)), copied=copied)
+
+    def _may_prepare(self, done: int) -> bool:
+        """Wait until one more than `done` micro-batches are allowed; False when closed."""
+        with self._change:
+            self._change.wait_for(lambda: self._closed or done < self._allowed)
+            waited_for = self._agreement is not None and done < self._allowed
+            return waited_for or not self._closed

@@ -1,0 +1,87 @@
+"""Do all ranks plan the same? Checked for every micro-batch, ahead of its step, over host connections.
+
+A rank with another k, table or text would wait for rows that nobody sends, or take rows for others than they are. So before
+a plan may be used the ranks compare what it was made from, and the sizes of what they are going to send each other. A
+difference ends every rank with the name of the one that differs.
+
+Letters: P ranks of the expert group, y tables.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foreroute.engine.errors import RunFailed, everywhere
+from foreroute.engine.parallel.cpu_group import Host, odd_ones
+from foreroute.engine.parallel.mesh import Mesh
+from foreroute.engine.routing.plan import Plan
+from foreroute.engine.routing.routers import PlannedRouter
+
+if TYPE_CHECKING:  # the loader calls this file
+    from foreroute.engine.data.planned_batches import GroupBatch
+
+_FIELDS = ("step", "micro-batch", "number of active experts k", "tables", "token ids")
+
+
+class Agreement:
+    """Compares plans between the ranks; used by one thread of each rank, in the order of the steps."""
+
+    def __init__(self, host: Host, mesh: Mesh, routers: Sequence[PlannedRouter] | None) -> None:
+        """Take connections to all ranks that no other thread uses, and the routers whose tables must agree."""
+        self._host, self._mesh = host, mesh
+        self._tables = tables_digest(routers)
+
+    def check(
+        self, step: int, micro: int, k: int, group: "GroupBatch", plans: tuple[Plan, ...] | None
+    ) -> None:
+        """Compare this micro-batch's plans, of all its passes, with the other ranks'; collective.
+
+        Raises:
+            RunFailed: on every rank; names what differs, where, and the ranks.
+        """
+        ranks = self._mesh.expert_ranks
+        ids = _digest(group.ids_PBQ.numpy(), group.left_PBC.numpy(), group.stream_PB.numpy())
+        send_Py = np.array([plan.send_splits for plan in plans or ()]).reshape(-1, ranks).T
+        recv_Py = np.array([plan.recv_splits for plan in plans or ()]).reshape(-1, ranks).T
+        sends, gets = ([_digest(split_y) for split_y in both] for both in (send_Py, recv_Py))
+        own = np.array([step, micro, k, self._tables, ids, *sends, *gets], np.int64)
+        self._compare(self._host.all_gather(own), f"step {step}, micro-batch {micro}")
+
+    def _compare(self, found: NDArray[np.int64], where: str) -> None:
+        world, ranks = found.shape[0], self._mesh.expert_ranks
+        for column, name in enumerate(_FIELDS):
+            size = ranks if name == "token ids" else world
+            for first in range(0, world, size):
+                values = found[first : first + size, column].tolist()
+                if len(set(values)) > 1:
+                    if name in ("tables", "token ids"):
+                        values = [f"digest {value & 0xFFFFFFFF:08x}" for value in values]
+                    odd = odd_ones(values, first=first)
+                    what = f"the ranks differ in their {name}: {odd}"
+                    raise everywhere(RunFailed(f"{where}: {what}"))
+        start = len(_FIELDS)
+        sends_GPP = found[:, start : start + ranks].reshape(-1, ranks, ranks)
+        gets_GPP = found[:, start + ranks :].reshape(-1, ranks, ranks)
+        wrong = np.argwhere(sends_GPP != gets_GPP.swapaxes(1, 2))
+        if wrong.size:
+            group, sender, receiver = (int(number) for number in wrong[0])
+            sender, receiver = group * ranks + sender, group * ranks + receiver
+            what = f"rank {sender} plans to send other numbers of rows to rank {receiver} than that one expects"
+            raise everywhere(RunFailed(f"{where}: {what}"))
+
+
+def tables_digest(routers: Sequence[PlannedRouter] | None) -> int:
+    """A 64-bit digest of all tables, or of what routers draw from."""
+    arrays = [array for router in routers or () for array in router.identity()]
+    return _digest(*arrays)
+
+
+def _digest(*arrays: NDArray[np.generic]) -> int:
+    digest = hashlib.blake2b(digest_size=8)
+    for array in arrays:
+        digest.update(str(array.shape).encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return int.from_bytes(digest.digest(), "little", signed=True)

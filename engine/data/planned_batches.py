@@ -1,0 +1,153 @@
+"""What each step of a run trains on, with its plans: a pure function of (step, micro-batch), configuration and tables.
+
+The trainer's loader (engine/data/loader.py) calls `read` and `plan` in its thread, ahead of the step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from foreroute.engine.config import Config, PeerIds
+from foreroute.engine.data.streams import Batch, Streams
+from foreroute.engine.parallel.cpu_group import Host
+from foreroute.engine.parallel.mesh import Mesh
+from foreroute.engine.routing.exchange_choice import gathers
+from foreroute.engine.routing.k_schedule import active_experts
+from foreroute.engine.routing.ngram_rows import KeyRows
+from foreroute.engine.routing.plan import Plan
+from foreroute.engine.routing.routers import Draw, PlannedRouter
+
+
+@dataclass(frozen=True, slots=True)
+class GroupBatch:
+    """A rank's own batch, and of the whole expert group what planning needs, rank by rank."""
+
+    own: Batch
+    ids_PBQ: Tensor  # int64
+    left_PBC: Tensor  # int64
+    stream_PB: Tensor  # int64: global stream of each row
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedBatch:
+    """A batch and everything its forward pass needs to know about routing."""
+
+    group: GroupBatch  # on the host
+    batch: Batch  # this rank's own
+    k: int  # active experts
+    plans: tuple[Plan, ...] | None  # one per table; None for live routers and dense
+    second_plans: tuple[Plan, ...] | None  # of a second pass over the batch; None without one
+    input_row_tBQ: Tensor | None  # int64: this rank's rows of tables at the input; None: no tables
+    token_T: Tensor  # int64: numbers of the group's tokens within the step: stream x Q + place in the segment
+    copied: torch.cuda.Event | None = None  # of the copy to a GPU
+    prepare_ms: float = field(default=0.0, compare=False)
+    """What the loader's thread needed to read and plan it."""
+
+
+def group_batch(batches: Sequence[Batch], own: int = 0) -> GroupBatch:
+    """Put the batches of an expert group together; `own` is this rank's number in it."""
+    return GroupBatch(
+        batches[own],
+        torch.stack([batch.ids_BQ for batch in batches]),
+        torch.stack([batch.left_BC for batch in batches]),
+        torch.stack([batch.stream_B for batch in batches]),
+    )
+
+
+def share_ids(alone: GroupBatch, host: Host) -> GroupBatch:
+    """Fill in what the other ranks of the expert group read: one exchange of ids, left contexts and stream numbers."""
+    own = alone.own
+    parts = [own.left_BC, own.ids_BQ, own.stream_B[:, None]]
+    found = torch.from_numpy(host.all_gather(torch.cat(parts, dim=1).numpy().astype(np.int32)))
+    context, segment = own.left_BC.shape[1], own.ids_BQ.shape[1]
+    left_PBC, ids_PBQ, stream_PB1 = found.long().split([context, segment, 1], dim=2)
+    return GroupBatch(own, ids_PBQ.contiguous(), left_PBC.contiguous(), stream_PB1[..., 0])
+
+
+def plan_batch(
+    group: GroupBatch,
+    k: int,
+    routers: Sequence[PlannedRouter] | None,
+    *,
+    gather: bool = False,
+    chunks: int = 1,
+    passes: int = 1,
+    held_out: bool = False,
+    input_keys: Sequence[KeyRows] = (),
+) -> PlannedBatch:
+    """Plan the batch for each router; without routers, pass it on with its k.
+
+    Args:
+        gather: for the exchange of all rows (engine/routing/exchange_choice.py says when).
+        chunks: parts that are exchanged one behind the other.
+        passes: over the batch, 1 or 2, each with plans of its own.
+        held_out: the batch is not trained on; what is drawn then depends on batch.index and streams alone.
+        input_keys: of the tables at the input of the model (TransformerXL.input_keys).
+    """
+    segment = group.ids_PBQ.shape[2]
+    token_PT = (group.stream_PB[..., None] * segment + torch.arange(segment)).flatten(1)
+    draw = Draw(token_PT.numpy(), group.own.index, held_out)
+
+    def plans(number: int) -> tuple[Plan, ...] | None:
+        if routers is None or number >= passes:
+            return None
+        this = replace(draw, number=number)
+        return tuple(
+            router.plan(group.ids_PBQ, group.left_PBC, k, draw=this, gather=gather, chunks=chunks)
+            for router in routers
+        )
+
+    row_tBQ = [keys.of(group.own.ids_BQ, group.own.left_BC) for keys in input_keys]
+    return PlannedBatch(
+        group, group.own, k,
+        plans=plans(0),
+        second_plans=plans(1),
+        input_row_tBQ=torch.stack(row_tBQ) if row_tBQ else None,
+        token_T=token_PT.flatten(),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingBatches:
+    """One rank's batches."""
+
+    config: Config
+    streams: Streams
+    mesh: Mesh
+    routers: Sequence[PlannedRouter] | None  # planned ones; None for live routers and dense
+    input_keys: Sequence[KeyRows] = ()  # of the tables at the input of the model
+    planning_group: Host = field(default_factory=Host)  # asks the expert group for its ids
+
+    def read(self, step: int, micro: int) -> GroupBatch:
+        """Read a micro-batch: all of the expert group's streams, or this rank's, and ask the others for theirs."""
+        mesh = self.mesh
+        alone = mesh.expert_ranks == 1 or self.config.parallel.peer_ids is PeerIds.exchange
+        batches = [
+            self.streams.batch(step, self.streams_of(rank, micro))
+            for rank in ([mesh.rank] if alone else mesh.group_ranks)
+        ]
+        if alone:
+            return share_ids(group_batch(batches), self.planning_group)
+        return group_batch(batches, mesh.expert_rank)
+
+    def plan(self, group: GroupBatch, k: int) -> PlannedBatch:
+        """Plan a micro-batch at k active experts, for as many passes as the step makes over it."""
+        gather = gathers(self.config, self.mesh.expert_ranks, k, group.own.ids_BQ.numel())
+        return plan_batch(
+            group, k, self.routers, gather=gather, chunks=self.config.parallel.chunks,
+            passes=self.config.training_passes, input_keys=self.input_keys,
+        )  # fmt: skip
+
+    def k(self, step: int) -> int:
+        """Give the active experts of a step."""
+        return active_experts(self.config.schedule, step, self.config.schedule_steps)
+
+    def streams_of(self, rank: int, micro: int) -> range:
+        """Give the global streams of a rank in a micro-batch."""
+        accumulation = self.config.train.accumulation
+        return self.streams.streams_of(
+            rank, micro, world=self.mesh.world, accumulation=accumulation
+        )

@@ -1,0 +1,1 @@
+"""Held-out bits, samples, what experts do, and baselines by counting."""

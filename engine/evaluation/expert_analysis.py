@@ -1,0 +1,174 @@
+"""What a trained model's experts and routes look like: how alike the experts are, how even the load, how the routes changed.
+
+Everything is measured on the first symbols of a split, read as one stream, by the evaluation's own forward passes
+(engine/evaluation/held_out.py) on one rank. launch/analyse.py runs it on the checkpoints of a run.
+
+Letters: T tokens, D width, E experts, F expert hidden width, N expert rows.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from foreroute.engine.config import Backend, Config, Split
+from foreroute.engine.data.corpus import PreparedCorpus
+from foreroute.engine.evaluation.held_out import evaluate
+from foreroute.engine.model.transformer_xl import TransformerXL
+from foreroute.engine.moe.experts import Experts
+from foreroute.engine.routing.plan import Part, Plan
+from foreroute.engine.routing.routers import PlannedRouter
+from foreroute.kernels import ExpertWeights, expert_ffn, expert_rows
+
+COMPARED_TOKENS = 1024
+"""Tokens, at most, for which the outputs of all experts are compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSeen:
+    """What one expert layer was given and how it was routed, token by token."""
+
+    experts: Experts
+    hidden_TD: Tensor  # what the experts read
+    weight_TE: Tensor  # fp32 mixing weights; 0 where an expert was not chosen
+    chosen_TE: Tensor  # bool
+
+
+@dataclass(frozen=True, slots=True)
+class RouteStatistics:
+    """How the tokens of a text were routed at one k; means over the layers."""
+
+    load_max_over_mean: float  # rows of the busiest expert over the mean; 1 is even
+    load_entropy: float  # of the experts' shares of the rows, over its maximum log E; 1 is even
+    weight_entropy: float  # of a token's mixing weights in nats, mean over tokens; at most log k
+
+
+def observe(
+    model: TransformerXL,
+    routers: Sequence[PlannedRouter] | None,
+    corpus: PreparedCorpus,
+    config: Config,
+    *,
+    k: int,
+    symbols: int,
+    split: Split = Split.test,
+) -> list[LayerSeen]:
+    """Run the first symbols of a split at k active experts; give what each expert layer saw (none in a dense model).
+
+    Args:
+        symbols: whole segments of them are read, and at least one.
+    """
+    segment = config.eval.segment or config.data.segment
+    whole = max(1, min(symbols, len(corpus.split(split))) // segment) * segment
+    one_stream = replace(config, eval=replace(config.eval, streams=1, max_symbols=whole))
+    found: dict[Experts, list[tuple[Tensor, Plan]]] = {}
+    hooks = []
+    for module in model.modules():
+        if isinstance(module, Experts):
+            seen = found.setdefault(module, [])
+            hooks.append(module.register_forward_pre_hook(partial(_note, seen)))
+    try:
+        evaluate(model, routers, corpus, one_stream, split=split, k=k)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [_layer_seen(experts, passes) for experts, passes in found.items()]
+
+
+def output_similarity(seen: LayerSeen, tokens: int = COMPARED_TOKENS) -> float:
+    """Mean cosine similarity of two experts' outputs for the same input, over all pairs of experts and all tokens.
+
+    All experts compute all tokens, whoever was chosen. 1 means that all experts point the same way (collapse); an output
+    of zeros counts as similar to nothing.
+
+    Args:
+        tokens: the first so many are taken.
+    """
+    x_TD = seen.hidden_TD[:tokens].contiguous()
+    experts = seen.experts
+    num_experts = experts.w1.shape[0]
+    everyone_TE = torch.arange(num_experts).expand(len(x_TD), num_experts)
+    rows, _ = expert_rows(everyone_TE, num_experts)
+    weights = ExpertWeights(experts.w1, experts.b1, experts.w2, experts.b2, experts.w3)
+    with torch.inference_mode():
+        y_ND = expert_ffn(x_TD, weights, rows, backend=Backend.cpu.value)
+        return _mean_of_pairs(y_ND.view(num_experts, len(x_TD), -1))
+
+
+def weight_similarity(experts: Experts) -> float:
+    """Mean cosine similarity of two experts' flattened parameters, over all pairs of experts.
+
+    Hidden units can be permuted without changing what an expert computes, so a value near 0 does not show that two experts
+    compute different things. A value far from 0 shows that they share more than they began with.
+    """
+    flat_EN = torch.cat([p.detach().flatten(1).float() for p in experts.parameters()], dim=1)
+    return _mean_of_pairs(flat_EN[:, None])
+
+
+def route_statistics(seen: Sequence[LayerSeen]) -> RouteStatistics:
+    """Measure how evenly the experts are used, and how unequal a token's mixing weights are."""
+    loads = [layer.chosen_TE.sum(dim=0).double() for layer in seen]
+    return RouteStatistics(
+        load_max_over_mean=_mean([(rows_E.max() / rows_E.mean()).item() for rows_E in loads]),
+        load_entropy=_mean([_entropy(rows_E / rows_E.sum()).item() / max(math.log(len(rows_E)), 1e-9) for rows_E in loads]),
+        weight_entropy=_mean([_entropy(layer.weight_TE.double()).mean().item() for layer in seen]),
+    )  # fmt: skip
+
+
+def routing_change(before: Sequence[LayerSeen], after: Sequence[LayerSeen]) -> float:
+    """Give the share of tokens whose set of active experts differs, mean over layers; both saw the same text at the same k."""
+    pairs = zip(before, after, strict=True)
+    return _mean([(a.chosen_TE != b.chosen_TE).any(dim=1).double().mean().item() for a, b in pairs])
+
+
+def _note(seen: list[tuple[Tensor, Plan]], module: nn.Module, inputs: tuple[object, ...]) -> None:
+    """Keep what a layer's experts are called with."""
+    rows_RD, plan = inputs[:2]
+    assert isinstance(rows_RD, Tensor) and isinstance(plan, Plan)
+    seen.append((rows_RD.detach(), plan))
+
+
+def _layer_seen(experts: Experts, passes: list[tuple[Tensor, Plan]]) -> LayerSeen:
+    num_experts = experts.w1.shape[0]
+    routes = [_route_of(plan.parts[0], len(x_TD), num_experts) for x_TD, plan in passes]
+    return LayerSeen(
+        experts,
+        torch.cat([x_TD for x_TD, _ in passes]),
+        torch.cat([weight_TE for weight_TE, _ in routes]),
+        torch.cat([chosen_TE for _, chosen_TE in routes]),
+    )
+
+
+def _route_of(part: Part, tokens: int, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Spread expert rows out over [T, E]: the mixing weights, and who was chosen. On one rank received rows are tokens."""
+    expert_N = part.rows.expert_N()
+    token_N = part.rows.source_N.long()
+    weight_TE, chosen_TE = torch.zeros(tokens, num_experts), torch.zeros(tokens, num_experts).bool()
+    weight_TE[token_N, expert_N] = part.weight_N.detach().float()
+    chosen_TE[token_N, expert_N] = True
+    return weight_TE, chosen_TE
+
+
+def _mean_of_pairs(value_ETD: Tensor) -> float:
+    """Mean over pairs of different E, and over T, of the cosine of the angle between their last dims."""
+    count, tokens = value_ETD.shape[:2]
+    if count < 2:
+        return math.nan
+    unit_ETD = F.normalize(value_ETD.double(), dim=2)
+    sum_TD = unit_ETD.sum(dim=0)
+    # the squared length of the sum is the sum over all ordered pairs, each with itself included
+    itself = unit_ETD.square().sum()
+    return ((sum_TD.square().sum() - itself) / (count * (count - 1) * tokens)).item()
+
+
+def _entropy(share_E: Tensor) -> Tensor:
+    """Entropy in nats over the last dim."""
+    return torch.special.entr(share_E).sum(dim=-1)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,96 @@
+"""Sampling from a trained model: temperature, top-p, memory reused from symbol to symbol, at any k."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foreroute.engine.config import Config, Keys
+from foreroute.engine.data.device_copy import map_tensors
+from foreroute.engine.data.planned_batches import group_batch, plan_batch
+from foreroute.engine.data.streams import Batch
+from foreroute.engine.errors import require
+from foreroute.engine.model.transformer_xl import Memory, Routing, TransformerXL
+from foreroute.engine.routing.routers import PlannedRouter
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How an id is drawn from the model's distribution."""
+
+    temperature: float  # 0 takes the most probable id
+    top_p: float  # from the fewest ids whose probability reaches this (Holtzman et al. 2019, arXiv 1904.09751)
+    generator: torch.Generator
+
+
+def generate(
+    model: TransformerXL,
+    routers: Sequence[PlannedRouter] | None,
+    config: Config,
+    prompt: Sequence[int],
+    *,
+    k: int,
+    length: int,
+    sampling: Sampling,
+) -> Iterator[int]:
+    """Give an iterator over `length` sampled ids that continue the prompt, at k active experts.
+
+    Args:
+        routers: planned ones; None for live routers and dense.
+        prompt: ids; an empty prompt starts from id 0, as ids before a stream's start do.
+
+    Raises:
+        UserError: keys were shuffled in training, and one symbol at a time has no others to shuffle with.
+    """
+    require(
+        config.moe.keys is Keys.own,
+        f"moe.keys={config.moe.keys.name}: a control that cannot generate; only moe.keys=own can",
+    )
+
+    def sampled() -> Iterator[int]:
+        context, device = config.context, model.embedding.weight.device
+        # one symbol at a time needs a longer memory to see as far as a whole segment does
+        memory_len = max(config.model.memory, config.data.segment)
+        history = list(prompt) or [0]
+        memory: Memory | None = None
+        start = 0
+        model.eval()
+        for _ in range(length):
+            with torch.inference_mode():
+                while start < len(history):
+                    part = history[start : start + config.data.segment]
+                    left = ([0] * context + history)[start : start + context]
+                    planned = plan_batch(
+                        group_batch([_batch(part, left, start)]), k, routers, held_out=True, input_keys=model.input_keys
+                    )  # fmt: skip
+                    ids_BQ, plans, row_tBQ = map_tensors(
+                        lambda tensor: tensor.to(device),
+                        (planned.batch.ids_BQ, planned.plans, planned.input_row_tBQ),
+                    )
+                    routing = Routing(k, plans, input_row_tBQ=row_tBQ)
+                    logits_BQV, memory = model.logits(
+                        ids_BQ, memory, routing, memory_len=memory_len
+                    )[:2]
+                    start += len(part)
+                chosen = sample(logits_BQV[0, -1].cpu(), sampling)  # the generator is the host's
+            history.append(chosen)
+            yield chosen
+
+    return sampled()
+
+
+def _batch(ids: list[int], left: list[int], index: int) -> Batch:
+    ids_BQ = torch.tensor([ids])
+    left_BC = torch.tensor([left], dtype=torch.int64).reshape(1, len(left))
+    return Batch(ids_BQ, ids_BQ, left_BC, torch.zeros(1, dtype=torch.int64), index, fresh=False)
+
+
+def sample(logits_V: Tensor, sampling: Sampling) -> int:
+    """Draw one id from logits."""
+    if sampling.temperature == 0:
+        return int(logits_V.argmax())
+    probability_V = (logits_V.double() / sampling.temperature).softmax(-1)
+    sorted_V, order_V = probability_V.sort(descending=True)
+    sorted_V[sorted_V.cumsum(0) - sorted_V >= sampling.top_p] = 0  # the first id always stays
+    return int(order_V[torch.multinomial(sorted_V, 1, generator=sampling.generator)])

@@ -1,0 +1,149 @@
+"""Held-out bits per symbol at a given number of active experts.
+
+Every symbol of the split counts exactly once and the result does not depend on the number of evaluation streams
+(engine/data/streams.py, EvalShares), but for routes that are drawn: those depend on stream and segment, and are the same each time.
+Used during training, by launch/evaluate.py and at the end of a run.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from foreroute.engine.config import Config, Router, Split
+from foreroute.engine.data.corpus import PreparedCorpus
+from foreroute.engine.data.device_copy import Delivery, receive
+from foreroute.engine.data.planned_batches import group_batch, plan_batch
+from foreroute.engine.data.streams import Batch, EvalShares, eval_batches, warm_symbols
+from foreroute.engine.model.transformer_xl import Memory, Routing, TransformerXL
+from foreroute.engine.parallel.world import World
+from foreroute.engine.routing.exchange_choice import gathers
+from foreroute.engine.routing.routers import PlannedRouter
+
+Progress = Callable[[str, int, int], None]
+"""Told of a stage of an evaluation by its name, the parts that are done, and all its parts; first with 0 done."""
+
+
+def no_progress(stage: str, done: int, total: int) -> None:
+    """Tell nobody."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Result of one pass over a split."""
+
+    bpc: float  # bits per symbol
+    symbols: int  # counted symbols
+    seconds: float
+
+    @property
+    def nats(self) -> float:
+        """Mean loss in nats."""
+        return self.bpc * math.log(2)
+
+
+def evaluate(
+    model: TransformerXL,
+    routers: Sequence[PlannedRouter] | None,
+    corpus: PreparedCorpus,
+    config: Config,
+    *,
+    split: Split,
+    k: int,
+    progress: Callable[[int, int], None] | None = None,
+    world: World | None = None,
+    max_symbols: int = 0,
+) -> Evaluation:
+    """Measure the split at k active experts.
+
+    Args:
+        routers: planned ones; None for live routers and dense.
+        progress: called with (segments done, segments in all), first with 0 done; may raise to leave, on all ranks alike.
+        world: the ranks, which share the streams; every rank gets the whole result.
+        max_symbols: only the first so many of the split; 0 means config.eval.max_symbols, which 0 means all.
+    """
+    world = world or World()
+    start = time.perf_counter()
+    ids = corpus.split(split)
+    ids = ids[: max_symbols or config.eval.max_symbols or None]
+    memory_len = config.model.memory if config.eval.memory is None else config.eval.memory
+    segment = config.eval.segment or config.data.segment
+    warm = warm_symbols(config.model.layers, memory_len, segment)
+    shares = EvalShares(len(ids), config.eval.streams, segment, warm)
+    ranks, delivery = world.mesh.group_ranks, Delivery(world.device)
+    nats, symbols = 0.0, 0
+    memory: Memory | None = None
+    was_training = model.training
+    model.eval()
+    if progress is not None:
+        progress(0, shares.num_segments)
+    with torch.inference_mode():
+        for whole, whole_counted_BQ in eval_batches(
+            ids, corpus.previous_id(split), shares, config.context
+        ):
+            world.watch.gets_on()
+            parts = [_share(whole, whole_counted_BQ, rank, world.mesh.world) for rank in ranks]
+            batch, counted_BQ = parts[world.mesh.expert_rank]
+            group = group_batch([part for part, _ in parts], world.mesh.expert_rank)
+            gather = gathers(config, world.mesh.expert_ranks, k, batch.ids_BQ.numel())
+            planned = plan_batch(
+                group, k, routers, gather=gather, held_out=True, input_keys=model.input_keys
+            )
+            moved = batch, counted_BQ, planned.plans, planned.input_row_tBQ
+            batch, counted_BQ, plans, row_tBQ = receive(*delivery.send(moved))
+            output = model(
+                batch.ids_BQ, batch.targets_BQ, memory, Routing(k, plans, input_row_tBQ=row_tBQ),
+                memory_len=memory_len, clamp_len=config.eval.clamp_len, same_length=config.eval.same_length,
+            )  # fmt: skip
+            memory = output.memory
+            nats += output.nll_BQ[counted_BQ].double().sum().item()
+            symbols += int(counted_BQ.sum())
+            if progress is not None:
+                progress(batch.index + 1, shares.num_segments)
+    model.train(was_training)
+    total = world.sum(torch.tensor([nats, symbols], dtype=torch.float64))
+    nats, symbols = total[0].item(), int(total[1])
+    return Evaluation(nats / symbols / math.log(2), symbols, time.perf_counter() - start)
+
+
+def _share(whole: Batch, counted_BQ: Tensor, rank: int, ranks: int) -> tuple[Batch, Tensor]:
+    """A rank's streams of a batch; where they do not divide, the last ranks run some twice that do not count."""
+    streams = whole.ids_BQ.shape[0]
+    size = -(-streams // ranks)
+    row_B = torch.arange(rank * size, (rank + 1) * size)
+    real_B = row_B < streams
+    row_B = row_B.clamp(max=streams - 1)
+    part = replace(
+        whole,
+        ids_BQ=whole.ids_BQ[row_B],
+        targets_BQ=whole.targets_BQ[row_B],
+        left_BC=whole.left_BC[row_B],
+        stream_B=whole.stream_B[row_B],
+    )
+    return part, counted_BQ[row_B] & real_B[:, None]
+
+
+def slimming_curve(
+    model: TransformerXL,
+    routers: Sequence[PlannedRouter] | None,
+    corpus: PreparedCorpus,
+    config: Config,
+    world: World | None = None,
+    progress: Progress = no_progress,
+) -> dict[str, Evaluation]:
+    """Evaluate config.eval.split at every k of config.eval.k; a dense model has one result, called "dense"."""
+    if config.moe.router is Router.dense:
+        asked = {"dense": config.moe.experts}
+    else:
+        asked = {str(k): k for k in config.eval.k}
+    return {
+        name: evaluate(
+            model, routers, corpus, config, split=config.eval.split, k=k, world=world,
+            progress=partial(progress, name if name == "dense" else f"k = {name}"),
+        )
+        for name, k in asked.items()
+    }  # fmt: skip

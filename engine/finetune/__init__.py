@@ -1,0 +1,1 @@
+"""A classifier made from a trained run."""

@@ -1,0 +1,100 @@
+"""A language model that classifies sentences: the pre-trained model whole, and a new head on its last hidden state.
+
+The head is that of SMoE-Dropout's public SST-2 code: linear, tanh, dropout, linear, on the hidden state at a sentence's last
+id, after the final norm. Unlike there, the embeddings are the pre-trained ones, and no memory goes from one batch to the next:
+a sentence is one segment that starts with an empty memory.
+
+Letters: B sentences, Q ids of the longest one, D width, C classes.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from foreroute.engine.config import Config
+from foreroute.engine.data.device_copy import map_tensors
+from foreroute.engine.data.planned_batches import group_batch, plan_batch
+from foreroute.engine.data.streams import Batch
+from foreroute.engine.finetune.glue import LABELS
+from foreroute.engine.finetune.sentences import Sentence, SentenceBatch, by_length, pad
+from foreroute.engine.model.transformer_xl import Routing, TransformerXL
+from foreroute.engine.routing.routers import PlannedRouter
+
+_PREDICTED = 64  # sentences in a batch without gradients
+
+
+class Classifier(nn.Module):
+    """The model with its head, and the routers that plan for it.
+
+    Args:
+        model: used as it is, not copied.
+        routers: planned ones; None for live routers and dense.
+        config: of the model; its dropout is the head's, too.
+    """
+
+    def __init__(
+        self, model: TransformerXL, routers: Sequence[PlannedRouter] | None, config: Config
+    ) -> None:
+        super().__init__()
+        width = config.model.width
+        self.model, self.routers, self.context = model, routers, config.context
+        self.head = nn.Sequential(
+            nn.Linear(width, width), nn.Tanh(), nn.Dropout(config.model.dropout), nn.Linear(width, len(LABELS))
+        )  # fmt: skip
+        # longer distances count as the longest one of pre-training: the model never learnt them
+        self.clamp_len = config.data.segment + config.model.memory - 1
+        for layer in self.head:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, 0.0, config.model.init_std)
+                nn.init.zeros_(layer.bias)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.embedding.weight.device
+
+    def forward(self, batch: SentenceBatch, k: int, seed: int = 0) -> Tensor:
+        """Give the logits [B, C] at k active experts; the batch is on the host.
+
+        The balance loss of a learned router is left out: it would count padding.
+
+        Args:
+            seed: of (run, step), for the experts' stateless dropout and for routers that draw.
+        """
+        planned = plan_batch(
+            group_batch([self._unplanned(batch.ids_BQ, seed)]), k, self.routers,
+            held_out=not self.training, input_keys=self.model.input_keys,
+        )  # fmt: skip
+        batch, plans, input_row_tBQ = map_tensors(
+            lambda tensor: tensor.to(self.device), (batch, planned.plans, planned.input_row_tBQ)
+        )
+        routing = Routing(k, plans, dropout_seed=seed, input_row_tBQ=input_row_tBQ)
+        hidden_BQD = self.model.hidden(
+            batch.ids_BQ, None, routing, memory_len=0, clamp_len=self.clamp_len
+        ).hidden_BQD
+        row_B = torch.arange(len(batch.length_B), device=self.device)
+        logits_BC: Tensor = self.head(hidden_BQD[row_B, batch.length_B - 1])
+        return logits_BC
+
+    def _unplanned(self, ids_BQ: Tensor, index: int) -> Batch:
+        """The ids as routers take them: the ids left of a sentence count as 0."""
+        rows = ids_BQ.shape[0]
+        left_BC = torch.zeros(rows, self.context, dtype=torch.int64)
+        return Batch(ids_BQ, ids_BQ, left_BC, torch.arange(rows), index, fresh=True)
+
+
+def predict(classifier: Classifier, sentences: Sequence[Sentence], k: int) -> Tensor:
+    """Give the logits [number of sentences, C] on the host, in the order of the sentences.
+
+    Routers that draw do so anew for each batch, alike in every call.
+    """
+    was_training = classifier.training
+    classifier.eval()
+    logits = torch.empty(len(sentences), len(LABELS))
+    with torch.inference_mode():
+        for number, places in enumerate(by_length(sentences, range(len(sentences)), _PREDICTED)):
+            batch = pad([sentences[i] for i in places])
+            logits[places] = classifier(batch, k, seed=number).float().cpu()
+    classifier.train(was_training)
+    return logits

@@ -1,0 +1,73 @@
+"""The peak of one device's arithmetic, in the number format that a run multiplies in: what MFU is measured against.
+
+Said by train.peak_tflops, else looked up by the GPU's name, else unknown; it is never guessed. Figures are those of dense
+products in the makers' data sheets, which print some of them for 2:4 sparse ones, twice as much.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from foreroute.engine.config import Config
+from foreroute.engine.config.enums import Precision, Products
+
+
+class Peak(NamedTuple):
+    """What a device reaches at most."""
+
+    flops: float  # FLOP/s; 0: unknown
+    source: str
+
+
+class _Sheet(NamedTuple):
+    """TFLOP/s of dense products."""
+
+    sheet: str
+    fp32: float
+    tf32: float
+    bf16: float
+
+
+_A100 = _Sheet("NVIDIA A100 data sheet", 19.5, 156.0, 312.0)
+_H100 = _Sheet("NVIDIA H100 data sheet (SXM)", 67.0, 494.5, 989.5)
+_H200 = _Sheet("NVIDIA H200 data sheet (SXM)", 67.0, 494.5, 989.5)
+_MI300X = _Sheet("AMD Instinct MI300X data sheet", 163.4, 653.7, 1307.4)
+
+SHEETS: dict[str, _Sheet] = {
+    "NVIDIA A100-SXM4-40GB": _A100,
+    "NVIDIA A100-SXM4-80GB": _A100,
+    "NVIDIA A100-PCIE-40GB": _A100,
+    "NVIDIA A100 80GB PCIe": _A100,
+    "NVIDIA H100 80GB HBM3": _H100,
+    "NVIDIA H100 PCIe": _Sheet("NVIDIA H100 data sheet (PCIe)", 51.0, 378.0, 756.5),
+    "NVIDIA H200": _H200,
+    "NVIDIA L40S": _Sheet("NVIDIA L40S data sheet", 91.6, 183.0, 362.05),
+    "AMD Instinct MI300X": _MI300X,
+    "AMD Instinct MI300X OAM": _MI300X,
+}
+"""By the name that torch.cuda.get_device_name gives. A part of a GPU (MIG) has another name, and so no peak."""
+
+
+def peak_of(config: Config, device: torch.device) -> Peak:
+    """Find the peak of one of the run's devices."""
+    if config.train.peak_tflops is not None:
+        return Peak(config.train.peak_tflops * 1e12, "train.peak_tflops")
+    if device.type != "cuda":
+        return Peak(
+            0.0, "unknown: python -m benchmarks.calibrate measures a CPU; set train.peak_tflops"
+        )
+    return _from_sheet(torch.cuda.get_device_name(device), number_format(config))
+
+
+def number_format(config: Config) -> str:
+    """Name the format in which the run's products are made: bf16, tf32 (where kernels.precision says so) or fp32."""
+    if config.train.precision is Precision.bf16:
+        return "bf16"
+    return "tf32" if config.kernels.precision is Products.tf32 else "fp32"
+
+
+def _from_sheet(name: str, number: str) -> Peak:
+    found = SHEETS.get(name)
+    if found is None:
+        return Peak(0.0, f"unknown: no figure for {name}; set train.peak_tflops")
+    return Peak(getattr(found, number) * 1e12, f"{found.sheet}, dense {number}")

@@ -1,0 +1,99 @@
+"""What the ranks tell each other in a step: one sum over all of them, and the only read-back of a step from the device.
+
+It carries the losses, the rows of each expert, and a block in which each rank fills the row of its own. So every rank knows
+every other's times, memory, rows and bytes, and no further collective is needed.
+
+Letters: L layers, E experts, P ranks of the run, X columns of a row, G links of a rank.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from foreroute.engine.model.transformer_xl import Output
+from foreroute.engine.parallel.mesh import Mesh
+from foreroute.engine.parallel.world import World
+
+Numbers = NDArray[np.float64]
+
+
+@dataclass(slots=True)
+class RankRow:
+    """A rank's row of the block; a rank that is at fault cannot say so here, it ends instead."""
+
+    stop_asked: float = 0.0  # 1: yes
+    save_asked: float = 0.0  # likewise, for a checkpoint behind this step
+    own_ms: float = (
+        0.0  # of the step before (engine/train/step.py's StepTimes), for this one is not over
+    )
+    exchange_exposed_ms: float = 0.0  # likewise
+    plan_wait_ms: float = 0.0
+    memory_bytes: float = 0.0  # resident memory of the process
+    wire_bytes: float = 0.0  # left this rank for others
+    wire_bytes_inside: float = 0.0  # of these, to ranks of the same node
+    rows: float = 0.0  # expert rows that the rank computed, in all layers; filled in here
+
+
+MOST_RANKS = 16
+"""Up to so many ranks what each link carries is told, too: the bytes grow with the square of the ranks."""
+COLUMN = {column.name: number for number, column in enumerate(fields(RankRow))}
+
+
+class Totals(NamedTuple):
+    """The same on every rank."""
+
+    loss: float  # mean nats per symbol over micro-batches and ranks, without auxiliary losses
+    auxiliary_loss: float
+    block_PX: Numbers  # every rank's RankRow; COLUMN says which column is what
+    sent_bytes_PG: Numbers  # what each rank sent to each of its expert group; [P, 0] for one rank or more than MOST_RANKS
+    count_LE: Numbers  # rows of each expert over all ranks; [0, 0] when dense
+
+
+def block_of(row: RankRow, sent_bytes_G: Sequence[int], mesh: Mesh) -> Tensor:
+    """Give the block [P, X + G] in which this rank's row alone is filled.
+
+    Args:
+        sent_bytes_G: to each rank of the expert group.
+    """
+    links = list(sent_bytes_G) if 1 < mesh.world <= MOST_RANKS else []
+    block = np.zeros((mesh.world, len(COLUMN) + len(links)))
+    block[mesh.rank] = [getattr(row, name) for name in COLUMN] + links
+    return torch.from_numpy(block)
+
+
+def add_up(outputs: list[Output], world: World, block: Tensor) -> Totals:
+    """Add up a step over its micro-batches and ranks; a collective.
+
+    Leaves: about 16 x (2 + P x (X + G) + L x E) bytes.
+
+    Args:
+        block: this rank's (block_of).
+    """
+    mesh = world.mesh
+    nll = torch.stack([output.nll_BQ.mean() for output in outputs]).double().sum()
+    auxiliary = torch.stack([output.auxiliary_loss for output in outputs]).double().sum()
+    counts = [output.count_LE for output in outputs if output.count_LE is not None]
+    parts = [torch.stack((nll, auxiliary)), block.flatten().to(nll.device)]
+    shape: tuple[int, ...] = 0, 0
+    if counts:
+        count_LE = torch.stack(counts).sum(0).to(nll.device, torch.float64)
+        shape = tuple(count_LE.shape)
+        here = mesh.local_experts(shape[1])
+        parts[1][mesh.rank * block.shape[1] + COLUMN["rows"]] = count_LE[:, here.start : here.stop].sum()  # fmt: skip
+        parts.append(count_LE.flatten())
+    found: Numbers = world.sum(torch.cat(parts)).cpu().numpy()
+    (loss, auxiliary_loss), told, count_X = np.split(found, [2, 2 + block.numel()])
+    block_PX, sent_bytes_PG = np.split(told.reshape(block.shape), [len(COLUMN)], axis=1)
+    number = len(outputs) * mesh.world
+    return Totals(
+        float(loss) / number,
+        float(auxiliary_loss) / number,
+        block_PX,
+        sent_bytes_PG,
+        count_X.reshape(shape) / mesh.expert_ranks,  # each rank counts for its whole expert group
+    )

@@ -1,0 +1,1 @@
+"""Transformer-XL: its blocks, how it is built, and its FLOPs."""

@@ -1,0 +1,72 @@
+"""Multi-head relative attention of one block: projections around kernels.relative_attention.
+
+LayerNorm, output dropout and the residual sum are the block's. What all layers share (u, v, the encoded distances) is
+made once in engine/model/transformer_xl.py and comes in as SharedAttention.
+
+Letters: B streams, Q query length, M memory length, S = M+Q, D model width, H heads, W head width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from foreroute.engine.config import ModelConfig
+from foreroute.kernels.relative_attention import relative_attention
+
+
+@dataclass(frozen=True, slots=True)
+class SharedAttention:
+    """What the attention of all layers has in common in one forward pass."""
+
+    distance_SD: Tensor  # encodings of the distances 0..S-1, after dropout
+    u_HW: Tensor  # added to the query against the content of keys
+    v_HW: Tensor  # added to the query against their distance
+    window: int | None  # keys this far away or farther are hidden; None for no limit
+
+
+def encode_distances(count: int, width: int, *, clamp_len: int, like: Tensor) -> Tensor:
+    """Encode the distances 0..count-1 as sines, then cosines, of wavelengths 2 pi 10000^(2i/D); [count, D].
+
+    Args:
+        clamp_len: distances beyond this are encoded as this; 0 for no clamp.
+        like: gives device and dtype of the result; computed in fp32 at least.
+    """
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    distance_S = torch.arange(count, device=like.device, dtype=dtype)
+    if clamp_len > 0:
+        distance_S = distance_S.clamp(max=clamp_len)
+    exponent = torch.arange(0, width, 2, device=like.device, dtype=dtype) / width
+    angle = torch.outer(distance_S, 10000.0**-exponent)
+    return torch.cat((angle.sin(), angle.cos()), dim=-1).to(like.dtype)
+
+
+class RelativeAttention(nn.Module):
+    """Attention from the queries to memory and themselves; no biases in the projections."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        inner = model.heads * model.head_width
+        self.heads, self.head_width = model.heads, model.head_width
+        self.query = nn.Linear(model.width, inner, bias=False)
+        self.key_value = nn.Linear(model.width, 2 * inner, bias=False)
+        self.distance = nn.Linear(model.width, inner, bias=False)
+        self.output = nn.Linear(inner, model.width, bias=False)
+        self.dropout = model.attention_dropout
+
+    def forward(self, x_BQD: Tensor, context_BSD: Tensor, shared: SharedAttention) -> Tensor:
+        """Attend from x to the context, which is memory followed by x; return [B, Q, D]."""
+        heads = self.heads, self.head_width
+        key, value = self.key_value(context_BSD).unflatten(-1, (2, *heads)).unbind(2)
+        out_BQHW = relative_attention(
+            self.query(x_BQD).unflatten(-1, heads),
+            key,
+            value,
+            self.distance(shared.distance_SD).unflatten(-1, heads),
+            shared.u_HW,
+            shared.v_HW,
+            scale=self.head_width**-0.5,
+            window=shared.window,
+            dropout=self.dropout if self.training else 0.0,
+        )
+        return self.output(out_BQHW.flatten(2))

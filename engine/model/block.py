@@ -1,0 +1,74 @@
+"""One Transformer-XL block: attention, then a dense feed-forward or an expert layer, with residual sums.
+
+post-LN (published): h = LN(x + Dropout(f(x)));  pre-LN: h = x + Dropout(f(LN(x))), where memory is normalised too.
+
+Letters: B streams, Q query length, M memory length, S = M+Q, D model width, T = B*Q tokens (row-major: b, then q),
+E experts.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from foreroute.engine.config import KernelsConfig, ModelConfig, MoEConfig, Router
+from foreroute.engine.config.model import expert_layers, feed_forward_width
+from foreroute.engine.model.attention import RelativeAttention, SharedAttention
+from foreroute.engine.moe.feed_forward import FeedForward
+from foreroute.engine.moe.layer import LayerCall, MoELayer
+from foreroute.engine.tracing import traced
+
+
+class BlockOutput(NamedTuple):
+    """Result of a block."""
+
+    y_BQD: Tensor
+    auxiliary_loss: Tensor | None  # scalar, already weighted; None when dense
+    count_E: Tensor | None  # int64: rows of each expert; None when dense
+
+
+class Block(nn.Module):
+    """Attention and feed-forward of layer number `layer`."""
+
+    def __init__(
+        self, model: ModelConfig, moe: MoEConfig, kernels: KernelsConfig, layer: int
+    ) -> None:
+        super().__init__()
+        self.pre_norm = model.pre_norm
+        self.attention = RelativeAttention(model)
+        self.attention_norm = nn.LayerNorm(model.width)
+        self.has_experts = moe.router is not Router.dense and layer < expert_layers(model, moe)
+        if self.has_experts:
+            self.moe = MoELayer(model.width, moe, kernels, layer)
+        else:
+            inner = feed_forward_width(model, moe, layer)
+            self.feed_forward = FeedForward(model.width, inner, moe.activation, model.dropout)
+        self.feed_forward_norm = nn.LayerNorm(model.width)
+        self.dropout = nn.Dropout(model.dropout)
+
+    def forward(
+        self, x_BQD: Tensor, memory_BMD: Tensor, shared: SharedAttention, call: LayerCall | None
+    ) -> BlockOutput:
+        """Apply the block to x; the call, for the expert layer, is None when dense."""
+        x_BQD = self._attend(x_BQD, memory_BMD, shared)
+        inner_BQD = self.feed_forward_norm(x_BQD) if self.pre_norm else x_BQD
+        auxiliary_loss, count_E = None, None
+        if call is None:
+            y_BQD = traced("feed_forward", self.feed_forward, inner_BQD)
+        else:
+            y_TD, auxiliary_loss, count_E = self.moe(inner_BQD.flatten(0, 1), call)
+            y_BQD = y_TD.view_as(x_BQD)
+        y_BQD = x_BQD + self.dropout(y_BQD)
+        if not self.pre_norm:
+            y_BQD = self.feed_forward_norm(y_BQD)
+        return BlockOutput(y_BQD, auxiliary_loss, count_E)
+
+    def _attend(self, x_BQD: Tensor, memory_BMD: Tensor, shared: SharedAttention) -> Tensor:
+        context_BSD = torch.cat((memory_BMD, x_BQD), dim=1)
+        if self.pre_norm:
+            context_BSD = self.attention_norm(context_BSD)
+            query_BQD = context_BSD[:, memory_BMD.shape[1] :]
+            y_BQD = traced("attention", self.attention, query_BQD, context_BSD, shared)
+            return x_BQD + self.dropout(y_BQD)
+        y_BQD = traced("attention", self.attention, x_BQD, context_BSD, shared)
+        return self.attention_norm(x_BQD + self.dropout(y_BQD))

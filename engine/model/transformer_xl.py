@@ -1,0 +1,260 @@
+"""Transformer-XL (arXiv 1901.02860): tied embedding, blocks with segment memory, loss in nats.
+
+As in the public code: embeddings times sqrt(D), dropout on embeddings, encoded distances and the final hidden state, u
+and v shared by all layers. A final LayerNorm is added for pre-LN. Memory is a value: it comes in and goes out.
+Parameter names are checkpoint keys.
+
+Letters: B streams, Q query length, M memory length (m <= M of it filled), S = m+Q, D model width, V vocabulary,
+H heads, W head width, L expert layers here, E experts, t tables at the input.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypedDict, Unpack
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from foreroute.engine.config import KernelsConfig, ModelConfig, MoEConfig
+from foreroute.engine.model.attention import SharedAttention, encode_distances
+from foreroute.engine.model.block import Block, BlockOutput
+from foreroute.engine.model.input_tables import input_tables
+from foreroute.engine.moe.experts import Experts
+from foreroute.engine.moe.layer import LayerCall
+from foreroute.engine.routing.losses import consistency_loss
+from foreroute.engine.routing.ngram_rows import KeyRows
+from foreroute.engine.routing.plan import Plan
+
+Memory = tuple[Tensor, ...]
+"""Each layer's input at the newest m positions, [B, m, D], detached."""
+
+
+_SECOND_SEED = 2**31  # beyond all steps: seeds of first passes are neighbours
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """What the layers of one forward pass need besides their input; a plain dense model ignores it."""
+
+    k: int  # active experts
+    plans: tuple[Plan, ...] | None = None  # one for all layers, or one each; None for live routers
+    token_T: Tensor | None = None  # int64: global number of each token; None counts from 0
+    dropout_seed: int = 0  # of (run, step), for the experts' stateless dropout
+    input_row_tBQ: Tensor | None = None  # int64: rows of the model's tables at the input
+    second_plans: tuple[Plan, ...] | None = None  # for a second pass; None: there is one pass
+
+    def second(self) -> "Routing":
+        """Give the routing of the second pass."""
+        seed = self.dropout_seed + _SECOND_SEED
+        return replace(self, plans=self.second_plans, second_plans=None, dropout_seed=seed)
+
+
+class AttentionOptions(TypedDict, total=False):
+    """How far attention sees; TransformerXL.hidden says what each does."""
+
+    memory_len: int | None
+    clamp_len: int
+    same_length: bool
+
+
+class Output(NamedTuple):
+    """Result of a forward pass with targets."""
+
+    loss: Tensor  # fp32 scalar: mean nats, of two passes their sum, plus auxiliary losses
+    auxiliary_loss: Tensor  # fp32 scalar, detached: the part of the loss that is not nats
+    nll_BQ: Tensor  # fp32, detached: nats of each target, of two passes their mean
+    memory: Memory  # for the next segment; of two passes the first one's
+    count_LE: Tensor | None  # int64: rows of each layer's experts, of all passes; None when dense
+
+
+class Logits(NamedTuple):
+    """Result of a forward pass without targets."""
+
+    logits_BQV: Tensor  # in the model's dtype
+    memory: Memory
+    auxiliary_loss: Tensor  # fp32 scalar
+    count_LE: Tensor | None  # as in Output
+
+
+class Hidden(NamedTuple):
+    """Result of a forward pass up to the output layer."""
+
+    hidden_BQD: Tensor  # after the final norm and dropout
+    memory: Memory
+    auxiliary_loss: Tensor  # fp32 scalar
+    count_LE: Tensor | None  # as in Output
+
+
+class TransformerXL(nn.Module):
+    """The language model."""
+
+    recompute: bool = False
+    """Activation checkpointing: keep one tensor per block, compute the rest again in backward."""
+
+    def __init__(
+        self, model: ModelConfig, moe: MoEConfig, kernels: KernelsConfig, vocab_size: int, *, seed: int = 0
+    ) -> None:  # fmt: skip
+        """Build the model with random weights.
+
+        Args:
+            seed: of the tables, for models that read table rows at their input.
+        """
+        super().__init__()
+        self.config = model
+        self.consistency = moe.consistency
+        self.embedding = nn.Embedding(vocab_size, model.width)
+        self.output_bias = nn.Parameter(torch.zeros(vocab_size))
+        self.u = nn.Parameter(torch.empty(model.heads, model.head_width))
+        self.v = nn.Parameter(torch.empty(model.heads, model.head_width))
+        self.blocks = nn.ModuleList(Block(model, moe, kernels, i) for i in range(model.layers))
+        self.final_norm = nn.LayerNorm(model.width) if model.pre_norm else nn.Identity()
+        self.input_tables = input_tables(model, moe, vocab_size, seed)
+        self.dropout = nn.Dropout(model.dropout)
+        self.init_weights(model.init_std)
+
+    @property
+    def input_keys(self) -> tuple[KeyRows, ...]:
+        """How n-grams find their rows in the tables at the input; for the loader, which gives routing.input_row_tBQ."""
+        return () if self.input_tables is None else self.input_tables.keys
+
+    def init_weights(self, std: float) -> None:
+        """Draw weights, u and v from N(0, std^2), LayerNorm gains from N(1, std^2); biases are zero."""
+        nn.init.normal_(self.u, 0.0, std)
+        nn.init.normal_(self.v, 0.0, std)
+        for module in self.modules():
+            if isinstance(module, Experts):
+                module.init_weights(std)
+            elif isinstance(module, nn.Linear | nn.Embedding | nn.LayerNorm):
+                mean = 1.0 if isinstance(module, nn.LayerNorm) else 0.0
+                nn.init.normal_(module.weight, mean, std)
+                if isinstance(bias := getattr(module, "bias", None), Tensor):
+                    nn.init.zeros_(bias)
+
+    def forward(
+        self,
+        ids_BQ: Tensor,
+        targets_BQ: Tensor,
+        memory: Sequence[Tensor] | None,
+        routing: Routing,
+        **options: Unpack[AttentionOptions],
+    ) -> Output:
+        """Predict each target from the ids up to its place; arguments as for `hidden`.
+
+        With second plans there is a second pass by them, with dropout of its own, and the loss is that of THOR (Zuo et al., ICLR
+        2022, arXiv 2110.04260): both cross-entropies plus moe.consistency times what the passes differ in.
+        """
+
+        def run(routing: Routing) -> tuple[Logits, Tensor]:
+            out = self.logits(ids_BQ, memory, routing, **options)
+            logits_TV = out.logits_BQV.float().flatten(0, 1)
+            return out, F.cross_entropy(logits_TV, targets_BQ.flatten(), reduction="none")
+
+        first, nll_T = run(routing)
+        auxiliary_loss, count_LE = first.auxiliary_loss, first.count_LE
+        loss = nll_T.mean()
+        if routing.second_plans is not None:
+            second, second_nll_T = run(routing.second())
+            differ = consistency_loss(*(out.logits_BQV.flatten(0, 1) for out in (first, second)))
+            auxiliary_loss = auxiliary_loss + second.auxiliary_loss + self.consistency * differ
+            loss = loss + second_nll_T.mean()
+            nll_T = (nll_T + second_nll_T) / 2
+            if count_LE is not None and second.count_LE is not None:
+                count_LE = count_LE + second.count_LE
+        return Output(
+            loss + auxiliary_loss,
+            auxiliary_loss.detach(),
+            nll_T.detach().view(targets_BQ.shape),
+            first.memory,
+            count_LE,
+        )
+
+    def logits(
+        self,
+        ids_BQ: Tensor,
+        memory: Sequence[Tensor] | None,
+        routing: Routing,
+        **options: Unpack[AttentionOptions],
+    ) -> Logits:
+        """Compute the logits of the next id at every place; arguments as for `hidden`."""
+        hidden_BQD, memory, auxiliary_loss, count_LE = self.hidden(
+            ids_BQ, memory, routing, **options
+        )
+        logits_BQV = F.linear(hidden_BQD, self.embedding.weight, self.output_bias)
+        return Logits(logits_BQV, memory, auxiliary_loss, count_LE)
+
+    def hidden(
+        self,
+        ids_BQ: Tensor,
+        memory: Sequence[Tensor] | None,
+        routing: Routing,
+        *,
+        memory_len: int | None = None,
+        clamp_len: int = 0,
+        same_length: bool = False,
+    ) -> Hidden:
+        """Compute the hidden state at every place.
+
+        Args:
+            memory: of the previous segment; None or empty at the start of a text.
+            memory_len: positions that the returned memory holds at most (M); None means the model's own.
+            clamp_len: distances beyond this count as this; 0 for no clamp.
+            same_length: let each query see exactly M positions, itself included (fewer while memory fills up).
+        """
+        limit = self.config.memory if memory_len is None else memory_len
+        x_BQD = self.embedding(ids_BQ)
+        if self.input_tables is not None:
+            x_BQD = x_BQD + self.input_tables(routing.input_row_tBQ)
+        x_BQD = self.dropout(x_BQD * self.config.width**0.5)
+        memory = memory or (x_BQD.new_empty(x_BQD.shape[0], 0, x_BQD.shape[2]),) * len(self.blocks)
+        distance_SD = encode_distances(
+            memory[0].shape[1] + ids_BQ.shape[1], self.config.width, clamp_len=clamp_len, like=x_BQD
+        )
+        window = limit if same_length else None
+        shared = SharedAttention(self.dropout(distance_SD), self.u, self.v, window)
+        calls = self._calls(routing, ids_BQ)
+        new_memory, outputs = [], []
+        for block, memory_BmD, call in zip(self.blocks, memory, calls, strict=True):
+            new_memory.append(extend_memory(memory_BmD, x_BQD, limit))
+            outputs.append(self._run(block, x_BQD, memory_BmD, shared, call))
+            x_BQD = outputs[-1].y_BQD
+        hidden_BQD = self.dropout(self.final_norm(x_BQD))
+        losses = [out.auxiliary_loss.float() for out in outputs if out.auxiliary_loss is not None]
+        counts = [out.count_E for out in outputs if out.count_E is not None]
+        return Hidden(
+            hidden_BQD,
+            tuple(new_memory),
+            torch.stack(losses).sum() if losses else hidden_BQD.new_zeros((), dtype=torch.float32),
+            torch.stack(counts) if counts else None,
+        )
+
+    def _calls(self, routing: Routing, ids_BQ: Tensor) -> list[LayerCall | None]:
+        plans: tuple[Plan | None, ...] = routing.plans or (None,)
+        token_T = routing.token_T
+        if token_T is None:
+            token_T = torch.arange(ids_BQ.numel(), device=ids_BQ.device)
+        dropout = self.config.dropout if self.training else 0.0
+        own = itertools.cycle(plans) if len(plans) == 1 else iter(plans)
+        return [
+            LayerCall(routing.k, next(own), token_T, routing.dropout_seed, dropout)
+            if block.has_experts
+            else None
+            for block in self.blocks
+        ]
+
+    def _run(self, block: nn.Module, *inputs: object) -> BlockOutput:
+        if self.recompute and torch.is_grad_enabled():
+            output: BlockOutput = checkpoint(block, *inputs, use_reentrant=False)
+            return output
+        return block(*inputs)
+
+
+def extend_memory(memory_BmD: Tensor, x_BQD: Tensor, limit: int) -> Tensor:
+    """Return the newest `limit` positions, or all there are, of memory followed by x, detached."""
+    missing = limit - x_BQD.shape[1]
+    if missing <= 0:
+        return x_BQD[:, -missing:].detach()
+    old_BmD = memory_BmD[:, max(0, memory_BmD.shape[1] - missing) :]
+    return torch.cat((old_BmD, x_BQD), dim=1).detach()

@@ -1,0 +1,350 @@
+"""What DeepSpeed runs: our Config in, a small Engine out. Only this folder knows DeepSpeed.
+
+DeepSpeed runs every training step, also on one process. Its config is built here from ours and exists nowhere else.
+`Engine` offers a step (forward, backward, step) and, for engine/checkpoint/save_load.py, the fp32 master weight and the Adam
+moments of each parameter by name, whatever the ZeRO stage. DeepSpeed's own checkpoints, schedulers and loggers are not
+used. Constants whose names end in NAME or NAMES list the undocumented names relied on; a test fails when one is gone.
+"""
+
+import contextlib
+import io
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+from deepspeed.comm.torch import TorchBackend
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from foreroute.engine.config import Config, Precision
+from foreroute.engine.errors import require
+from foreroute.engine.moe.exchange import build_exchange
+from foreroute.engine.moe.layer import MoELayer
+from foreroute.engine.optim.adam import build_optimizer
+from foreroute.engine.optim.expert_sharding import (
+    aligned_first,
+    balance_over_ranks,
+    expert_wire,
+    is_shared_out,
+    parameter_groups,
+    share_experts,
+)
+from foreroute.engine.optim.zero_defaults import KEPT_WHOLE, MAX_BUCKET
+from foreroute.engine.parallel.collectives import Wire, add_up
+from foreroute.engine.parallel.mesh import Mesh
+from foreroute.engine.parallel.watchdog import FOR_EVER
+
+# DeepSpeed calls collectives by names that PyTorch is about to drop.
+warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", FutureWarning)
+
+TESTED_VERSIONS = ("0.19.8",)
+COMPATIBLE_OPS = "__compatible_ops__"  # of deepspeed.ops: name of a C++ op -> may it be built
+SHARED_MEMORY_OP = "deepspeed_shm_comm"
+LINK_NAMES = ("_lazy_init_hp_params_optimizer_state", "_hp_optimizer_states_linked")
+"""Of the optimizers of ZeRO-1 and 2: link each parameter to its slice of the flat Adam state."""
+FLATS_NAME = "fp32_partitioned_groups_flat"
+"""Of the optimizer of ZeRO-3: the flat fp32 tensors that Adam steps."""
+REGATHER_NAMES = ("checkpoint_event_prologue", "checkpoint_event_epilogue")
+"""Of the optimizer of ZeRO-3: give up all gathered weights; gather those that are kept whole again."""
+SHARD_NAMES = ("ds_shape", "ds_tensor", "ds_zero_partition_rank", "ds_zero_partition_world_size")
+"""Of a parameter at ZeRO-3: its whole shape, this rank's padded part of the compute copy, which part that is, of how many."""
+NEW_GROUP_NAME = "new_group"
+"""Of TorchBackend: takes ranks, makes every group of them."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Engine:
+    """A model in training: what foreroute needs of a DeepSpeed engine."""
+
+    def __init__(self, engine: Any, accumulation: int, mesh: Mesh, wire: Wire | None) -> None:
+        """Take a DeepSpeed engine, and what its layers exchange rows through; None if experts are not shared out."""
+        self.mesh, self.wire = mesh, wire
+        self._engine = engine
+        self._stage = int(engine.zero_optimization_stage())
+        self._adam = engine.optimizer.optimizer if self._stage else engine.optimizer
+        self._accumulation = accumulation
+        self._micro_batches = 0  # since the last optimizer step
+        self._grad_norm: float | Tensor = float("nan")
+        self._create_adam_state()
+
+    @property
+    def module(self) -> nn.Module:
+        """The model, holding the compute copy of the weights."""
+        return self._engine.module
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return torch.device(self._engine.device)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model for training."""
+        self._leave_inference()
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of one micro-batch's mean loss, divided by the number of micro-batches."""
+        if self._micro_batches == self._accumulation:
+            raise RuntimeError(f"step() is due after {self._accumulation} micro-batches")
+        self._engine.backward(loss)
+        self._micro_batches += 1
+        if self._micro_batches < self._accumulation:
+            self._engine.step()  # inside the accumulation this only counts the micro-batch
+
+    def step(self) -> bool:
+        """Clip and update the weights, once per accumulation; False if the gradient was not finite and is dropped."""
+        if self._micro_batches != self._accumulation:
+            raise RuntimeError(
+                f"step() after {self._micro_batches} of {self._accumulation} micro-batches"
+            )
+        self._micro_batches = 0
+        if self._stage:
+            self._engine.step()
+            self._grad_norm = self._engine.get_global_grad_norm()
+            return bool(self._engine.was_step_applied())
+        # ZeRO-0 has neither a norm without clipping nor a check: the others skip such a step, so do the same here.
+        self._grad_norm = self._plain_grad_norm()
+        finite = bool(self._grad_norm.isfinite())
+        if not finite:  # Adam passes over parameters without a gradient
+            self.module.zero_grad(set_to_none=True)
+        self._engine.step()
+        return finite
+
+    def grad_norm(self) -> float:
+        """Give the global gradient norm of the last step before clipping; inf or nan when that step was dropped."""
+        return float(self._grad_norm)
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of the following steps."""
+        for group in self._adam.param_groups:
+            group["lr"] = lr
+
+    def adam_step(self) -> int:
+        """Give the number of updates that Adam has made (its bias correction)."""
+        steps = {int(self._adam.state[flat]["step"]) for flat in self._flats()}
+        if len(steps) != 1:
+            raise RuntimeError(f"parameter groups differ in their Adam step: {sorted(steps)}")
+        return steps.pop()
+
+    def set_adam_step(self, step: int) -> None:
+        """Set the number of updates that Adam has made."""
+        for flat in self._flats():
+            self._adam.state[flat]["step"].fill_(step)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Give each parameter's name and shape on this rank, where an expert parameter has this rank's experts."""
+        parameters = self.module.named_parameters()
+        return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters}
+
+    def num_parameters(self) -> int:
+        """Give the size of the whole model, with the experts of other ranks."""
+        total = 0
+        for name, shape in self.shapes().items():
+            shared_out = is_shared_out(self.module.get_parameter(name))
+            total += math.prod(shape) * (self.mesh.expert_ranks if shared_out else 1)
+        return total
+
+    def read_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Yield (parameter name, {"weight", "exp_avg", "exp_avg_sq"}): fp32, in the shape that shapes() says.
+
+        "weight" is the master weight. A collective over the ranks that share the parameter's state: every rank must read
+        to the end. Values may alias the live state.
+        """
+        for name, param in self.module.named_parameters():
+            if self._stage:
+                state = {key: safe_get_full_optimizer_state(param, key) for key in MOMENTS}
+                yield name, {"weight": safe_get_full_fp32_param(param), **state}
+            else:
+                state = {key: self._adam.state[param][key] for key in MOMENTS}
+                yield name, {"weight": param.detach(), **state}
+
+    @torch.no_grad()
+    def write_state(self, name: str, state: Mapping[str, Tensor]) -> None:
+        """Overwrite a parameter's master weight, compute copies and Adam moments (the form that read_state yields)."""
+        self._leave_inference()
+        param = self.module.get_parameter(name)
+        weight = state["weight"]
+        if param.shape == weight.shape:  # DeepSpeed's setters below change the master only
+            param.copy_(weight)
+        if self._stage == 3:
+            safe_set_local_fp32_param(param, _shard(weight, param))
+            param.ds_tensor.data.copy_(_shard(weight, param))  # type: ignore[attr-defined]
+        elif self._stage:
+            safe_set_full_fp32_param(param, weight)
+        for key in MOMENTS:
+            if self._stage == 3:
+                safe_set_local_optimizer_state(param, _shard(state[key], param), key)
+            elif self._stage:
+                safe_set_full_optimizer_state(param, state[key], key)
+            else:
+                self._adam.state[param][key].copy_(state[key])
+
+    def _leave_inference(self) -> None:
+        """At ZeRO-3, give up weights that were gathered in torch.inference_mode(): autograd cannot use them."""
+        parameters = self.module.parameters()
+        if self._stage == 3 and any(p.is_inference() and p.numel() for p in parameters):
+            for name in REGATHER_NAMES:
+                getattr(self._engine.optimizer, name)()
+
+    def _plain_grad_norm(self) -> Tensor:
+        """Norm of all gradients of the model at ZeRO-0; a collective over the expert group if experts are shared out."""
+        gradients: dict[bool, list[Tensor]] = {False: [], True: []}
+        for param in self.module.parameters():
+            if param.grad is not None:
+                gradients[is_shared_out(param)].append(param.grad)
+        dense, experts = (nn.utils.get_total_norm(part) for part in gradients.values())
+        if self.wire is not None:
+            experts = add_up(experts**2, self.wire.group).sqrt()
+        return torch.hypot(dense, experts)
+
+    def _flats(self) -> Iterator[Tensor]:
+        """The tensors that Adam really steps: with ZeRO flat fp32 partitions, else the parameters."""
+        if self._stage == 3:  # Adam's own groups are empty between steps
+            yield from getattr(self._engine.optimizer, FLATS_NAME)
+            return
+        for group in self._adam.param_groups:
+            yield from group["params"]
+
+    def _create_adam_state(self) -> None:
+        """Create Adam's state as its first step would, so that it can be read and written at any time.
+
+        DeepSpeed links parameters to their moments once, at the first step of the first group, when the other groups
+        have none yet; those would stay unlinked. Here all groups have a state when the one link is made.
+        """
+        for flat in self._flats():
+            self._adam.state[flat] = {
+                "step": torch.zeros((), dtype=torch.float32, device=flat.device),
+                **{key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS},
+            }
+        if self._stage in (1, 2):
+            link, linked = LINK_NAMES
+            setattr(self._engine.optimizer, linked, False)
+            getattr(self._engine.optimizer, link)()
+
+
+def _shard(value: Tensor, param: nn.Parameter) -> Tensor:
+    """This rank's part of a parameter-shaped value at ZeRO-3: equal parts, the last ones padded with zeros."""
+    shard: Any = param
+    numel = shard.ds_tensor.numel()
+    padding = numel * shard.ds_zero_partition_world_size - value.numel()
+    padded = nn.functional.pad(value.flatten(), (0, padding))
+    return padded.narrow(0, numel * shard.ds_zero_partition_rank, numel)
+
+
+def check_version(version: str = deepspeed.__version__) -> None:
+    """Raise UserError unless this is a DeepSpeed version whose internals were tested."""
+    require(
+        version in TESTED_VERSIONS,
+        f"DeepSpeed {version} is installed: foreroute relies on internals tested with "
+        f"{', '.join(TESTED_VERSIONS)} only (pip install deepspeed=={TESTED_VERSIONS[-1]})",
+    )
+
+
+def start(model: nn.Module, config: Config, mesh: Mesh | None = None) -> Engine:
+    """Hand the model to DeepSpeed and return the engine that trains it.
+
+    The model, built with all experts, is changed in place: it keeps the experts of this rank, and with bf16 its
+    parameters become the compute copy (buffers keep their type). Starts the process group if there is none, which works
+    for one process only.
+
+    Raises:
+        UserError: an untested DeepSpeed, options that DeepSpeed gets wrong, or experts that cannot be shared out evenly.
+        RuntimeError: DeepSpeed groups the ranks in another way than the mesh.
+    """
+    check_version()
+    mesh = mesh or Mesh()
+    shared = (
+        [m for m in model.modules() if isinstance(m, MoELayer)] if mesh.expert_ranks > 1 else []
+    )
+    for layer in shared:
+        share_experts(layer, mesh)
+    ds_config = _deepspeed_config(config, mesh.world, sum(p.numel() for p in model.parameters()))
+    _start_process_group(mesh.world)
+    ordered = aligned_first(model.parameters())
+    parameters: Any = parameter_groups(ordered) if shared else ordered
+    optimizer = build_optimizer(parameters, config.optim)
+    wait_at_most(FOR_EVER)  # the watch ends them
+    with contextlib.redirect_stdout(io.StringIO()):  # bf16 prints memory use; warnings pass
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    wire = expert_wire(mesh, torch.device(engine.device)) if shared else None
+    for layer in shared:
+        assert wire is not None
+        layer.exchange = build_exchange(wire, config.parallel, config.kernels.backend)
+    balance_over_ranks(model, config, mesh)
+    return Engine(engine, config.train.accumulation, mesh, wire)
+
+
+def _deepspeed_config(config: Config, world: int, num_params: int) -> dict[str, Any]:
+    """Translate our configuration; refuse what is wrong upstream (DeepSpeed issues 8475 and 8613)."""
+    train, bf16 = config.train, config.train.precision is Precision.bf16
+    if train.zero_stage == 0:
+        require(
+            config.optim.clip == 0,
+            f"optim.clip={config.optim.clip}: DeepSpeed clips wrongly at train.zero_stage=0; "
+            "use train.zero_stage=1 or optim.clip=0",
+        )
+        require(
+            not bf16,
+            "train.precision=bf16: needs train.zero_stage=1, 2 or 3, which keep the fp32 weights",
+        )
+    zero: dict[str, Any] = {
+        "stage": train.zero_stage,
+        "reduce_bucket_size": min(num_params, MAX_BUCKET),  # allocated at every backward pass
+        "round_robin_gradients": False,  # True makes all reads and writes of state by parameter wrong
+    }
+    if train.zero_stage == 3:
+        zero["stage3_param_persistence_threshold"] = KEPT_WHOLE
+    if train.offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    result: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.streams_per_micro_batch(world),
+        "gradient_accumulation_steps": train.accumulation,
+        "gradient_clipping": config.optim.clip,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,  # PyTorch's Adam also for offloaded state: DeepSpeed's own would be compiled
+        "steps_per_print": 2**62,
+        "wall_clock_breakdown": False,
+    }
+    if bf16:
+        result["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        result["data_types"] = {"grad_accum_dtype": "fp32"}
+        # The default, bf16, rounds the accumulated gradient, on one rank too.
+        result["communication_data_type"] = "fp32"
+    return result
+
+
+def wait_at_most(timeout: timedelta) -> None:
+    """Let collectives of the groups that DeepSpeed makes wait so long for a rank, instead of PyTorch's 30 minutes."""
+    setattr(TorchBackend, NEW_GROUP_NAME, lambda _, ranks: dist.new_group(ranks, timeout))
+
+
+def skip_shared_memory_op() -> None:
+    """Keep DeepSpeed from compiling an op for inference, for a minute, at its first start on a CPU."""
+    getattr(deepspeed.ops, COMPATIBLE_OPS)[SHARED_MEMORY_OP] = False
+
+
+def _start_process_group(world: int) -> None:
+    """Start a process group of this process alone, in memory: no port, no address, no MPI."""
+    skip_shared_memory_op()
+    if world == 1:
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+    if dist.is_initialized():
+        return
+    if world != 1:
+        raise RuntimeError(f"world={world}: start the process group before the engine")
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

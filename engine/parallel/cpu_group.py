@@ -1,0 +1,115 @@
+"""The ranks of a run talking through host memory, beside what moves on the device: who they are, what they have, what went wrong.
+
+One primitive, `all_gather`, over a gloo group, over MPI, or on one rank over nothing; the rest is made of it. Each object has
+connections of its own, so one thread may use one while another thread trains; two threads must not share one.
+"""
+
+import json
+from collections import Counter
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import distributed as dist
+
+from foreroute.engine.parallel.mesh import Mesh
+
+
+class Host:
+    """A rank alone; the base of those with company."""
+
+    rank = 0
+    ranks = 1
+
+    def all_gather(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Give every rank's array, [ranks, *values.shape]; all must have the same shape and type."""
+        return values[None].copy()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Give every rank's value, which must be JSON: numbers, text, lists, dicts with text keys, None."""
+        text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+        length_P = self.all_gather(np.array([text.size]))[:, 0]
+        padded = np.zeros(length_P.max(), np.uint8)
+        padded[: text.size] = text
+        rows = self.all_gather(padded)
+        return [json.loads(row[:length].tobytes()) for row, length in zip(rows, length_P, strict=True)]  # fmt: skip
+
+    def broadcast(self, value: Any, source: int = 0) -> Any:
+        """Give the source rank's value, which must be JSON; the other ranks' values are not looked at."""
+        return self.gather(value if self.rank == source else None)[source]
+
+    def barrier(self) -> None:
+        """Return when all ranks are here."""
+        self.all_gather(np.zeros(1, np.int64))
+
+    def close(self) -> None:
+        """Give the connections back; nothing can be sent any more."""
+
+
+class GlooHost(Host):
+    """Over a gloo process group; errors and timeouts are gloo's, as RuntimeError."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+
+    def all_gather(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Give every rank's array, [ranks, *values.shape]."""
+        own = torch.from_numpy(np.ascontiguousarray(values).copy().reshape(-1))
+        found = own.new_empty(self.ranks * own.numel())
+        dist.all_gather_single(found, own, group=self.group)
+        return found.numpy().reshape(self.ranks, *values.shape)
+
+    def close(self) -> None:
+        """Give the connections back and wait for gloo's threads.
+
+        One of them may still hold the tensors of the last call. To let them go it needs the interpreter, and a process
+        whose interpreter is ending would abort (seen with torch 2.13 in one of ten ends on busy cores).
+        """
+        dist.destroy_process_group(self.group)
+        del self.group  # the last reference
+
+
+def expert_group_host(mesh: Mesh, timeout: timedelta | None = None) -> Host:
+    """Connect this rank to its expert group over gloo; every rank of the run calls it, as groups are made by all ranks."""
+    if mesh.expert_ranks == 1:
+        return Host()
+    groups = [
+        dist.new_group(list(range(first, first + mesh.expert_ranks)), timeout, backend="gloo")
+        for first in range(0, mesh.world, mesh.expert_ranks)
+    ]
+    return GlooHost(groups[mesh.group_number])
+
+
+class MpiHost(Host):
+    """Over a communicator of its own, a duplicate of the one given; needs MPI_THREAD_MULTIPLE beside other threads."""
+
+    def __init__(self, comm: Any) -> None:
+        self.comm = comm.Dup()
+        self.rank, self.ranks = self.comm.Get_rank(), self.comm.Get_size()
+
+    def all_gather(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Give every rank's array, [ranks, *values.shape]."""
+        own = np.ascontiguousarray(values)
+        found = np.empty((self.ranks, *own.shape), own.dtype)
+        self.comm.Allgather(own, found)
+        return found
+
+
+def odd_ones(values: list[Any], has: str = "has", have: str = "have", *, first: int = 0) -> str:
+    """Say which ranks have another value than most: "rank 3 has 5, the other 7 have 4".
+
+    Args:
+        first: rank of the first value; the others follow it.
+    """
+    (common, count), *others = Counter(values).most_common()
+    odd = [rank for rank, value in enumerate(values, first) if value != common]
+    if not odd:
+        return f"all {count} ranks {have} {common}"
+    if others and others[0][1] == count:  # no majority
+        return ", ".join(f"rank {rank} {has} {value}" for rank, value in enumerate(values, first))
+    named = ", ".join(f"rank {rank} {has} {values[rank - first]}" for rank in odd[:4])
+    more = f" and {len(odd) - 4} more ranks differ" if len(odd) > 4 else ""
+    return f"{named}{more}, the other {count} {have} {common}"

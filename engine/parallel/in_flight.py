@@ -1,0 +1,170 @@
+"""One collective under way, and the time that such flights took.
+
+Two times are kept for all flights of a wire. Total: how long at least one flight was under way, from its issue to its
+completion; waiting for slower ranks is part of it. Exposed: how long the computation stood still for one. The rest of the
+total was hidden behind computation.
+
+On a CPU both are host times: completion is when the library says so, from its own thread, and exposed is the time blocked
+in `wait`. On a GPU both are times of the device, taken with events: issue is when the rows are packed, exposed is how long
+the computing stream waited. No event is read before `take`, which waits for the last one: call it at the end of a step.
+"""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from foreroute.engine.tracing import flown, span
+
+
+class ExchangeTimes(NamedTuple):
+    """Milliseconds since the last reading."""
+
+    exposed_ms: float  # the computation stood still for the exchange
+    hidden_ms: float  # exchanging behind computation
+
+
+class Flight(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> Tensor:
+        """Give what it brings, to be used from here on; once only."""
+        ...
+
+
+class Streams(NamedTuple):
+    """CUDA streams beside the computing one."""
+
+    side: torch.cuda.Stream  # rows are packed and collectives issued here
+    watch: torch.cuda.Stream  # waits for one collective after the other, to mark their ends
+
+
+@dataclass(slots=True)
+class HostLog:
+    """Times of the flights of a CPU."""
+
+    spans: list[tuple[float, float]] = field(default_factory=list)  # seconds: issue, completion
+    exposed: float = 0.0  # seconds
+
+    def mark(self) -> float:
+        """Give the place where the log is now."""
+        return self.exposed
+
+    def exposed_ms(self, begin: float, end: float) -> float:
+        """Give the exposed milliseconds between two marks made since the last `take`."""
+        return 1e3 * (end - begin)
+
+    def take(self) -> ExchangeTimes:
+        """Give the times since the last call, of flights that were waited for."""
+        spans, exposed_ms = self.spans, 1e3 * self.exposed
+        self.spans, self.exposed = [], 0.0
+        return ExchangeTimes(exposed_ms, max(0.0, 1e3 * covered(spans) - exposed_ms))
+
+
+@dataclass(slots=True)
+class DeviceLog:
+    """Times of the flights of a GPU, as CUDA events: issue, completion, before and after the wait for it."""
+
+    events: list[tuple[torch.cuda.Event, ...]] = field(default_factory=list)
+
+    def mark(self) -> int:
+        """Give the place where the log is now."""
+        return len(self.events)
+
+    def exposed_ms(self, begin: float, end: float) -> float:
+        """Give the exposed milliseconds between two marks made since the last `take`; the device must be past them."""
+        flights = self.events[int(begin) : int(end)]
+        return sum(before.elapsed_time(after) for *_, before, after in flights)
+
+    def take(self) -> ExchangeTimes:
+        """Give the times since the last call; waits for the device."""
+        events, self.events = self.events, []
+        if not events:
+            return ExchangeTimes(0.0, 0.0)
+        zero = events[0][0]
+        for flight in events:
+            for event in flight:
+                event.synchronize()
+        spans = [(zero.elapsed_time(issue), zero.elapsed_time(end)) for issue, end, *_ in events]
+        exposed_ms = sum(before.elapsed_time(after) for *_, before, after in events)
+        return ExchangeTimes(exposed_ms, max(0.0, covered(spans) - exposed_ms))
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """Length of the union of spans (start, end).
+
+    Example: (0, 2), (1, 4), (6, 7) cover 5.
+    """
+    total, end = 0.0, float("-inf")
+    for start, stop in sorted(spans):
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total
+
+
+class HostFlight:
+    """A collective of CPU tensors."""
+
+    def __init__(self, work: Any, got: Tensor, log: HostLog, issued: float) -> None:
+        """Take the library's handle, the tensor that will hold the result and the time of issue."""
+        self.work, self.got, self.log, self.issued = work, got, log, issued
+        self.done: float | None = None
+        work.get_future().add_done_callback(self._land)
+
+    def wait(self) -> Tensor:
+        """Block the host until the result is there."""
+        start = time.perf_counter()
+        with span("exchange"):
+            self.work.wait()
+        end = time.perf_counter()
+        self.log.exposed += end - start
+        arrived = end if self.done is None else self.done
+        self.log.spans.append((self.issued, arrived))
+        flown(self.issued, arrived)
+        return self.got
+
+    def _land(self, _: Any) -> None:
+        self.done = time.perf_counter()
+
+
+class SumFlight:
+    """A flight that brings as many rows from each of the ranks, to be added up."""
+
+    def __init__(self, flight: Flight, ranks: int) -> None:
+        self.flight, self.ranks = flight, ranks
+
+    def wait(self) -> Tensor:
+        """Give the sum over the ranks."""
+        got = self.flight.wait()
+        with span("combine"):
+            return got.view(self.ranks, -1, got.shape[1]).sum(dim=0)
+
+
+class DeviceFlight:
+    """A collective of GPU tensors; the host never waits."""
+
+    def __init__(
+        self, work: Any, got: Tensor, rows: Tensor, log: DeviceLog, streams: Streams, issue: torch.cuda.Event
+    ) -> None:  # fmt: skip
+        """Take the library's handle, both tensors and the event of the issue; marks the end on the watching stream."""
+        self.got, self.rows, self.log, self.issue = got, rows, log, issue
+        self.end = torch.cuda.Event(enable_timing=True)
+        with torch.cuda.stream(streams.watch):
+            work.wait()  # lets this stream wait, not the host
+            self.end.record()
+
+    def wait(self) -> Tensor:
+        """Let the current stream wait for the result."""
+        current = torch.cuda.current_stream()
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with span("exchange"):
+            before.record(current)
+            current.wait_event(self.end)
+            after.record(current)
+        # Both were allocated on another stream: their memory is free again only when this one is past this place.
+        self.got.record_stream(current)
+        self.rows.record_stream(current)
+        self.log.events.append((self.issue, self.end, before, after))
+        return self.got

@@ -1,0 +1,6 @@
+"""Expert layers inside somebody else's model and training loop. Import from here."""
+
+from foreroute.engine.plug_in.planned_layer import PlannedFeedForward
+from foreroute.engine.plug_in.replace import experts_of, parameter_groups, replace_feed_forwards
+
+__all__ = ["PlannedFeedForward", "experts_of", "parameter_groups", "replace_feed_forwards"]

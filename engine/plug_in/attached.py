@@ -1,0 +1,327 @@
+"""What a call of somebody else's model says about its ids, and which calls say too little to plan by.
+
+A plan needs every id's n-gram, and so the ids left of a piece of a text, where texts begin, and what is padding. A call that
+shows that it has such things, in arguments that `attach` was not told of, is refused: its plan would be another's.
+
+Letters: B sequences, Q ids of each, C = ngram - 1 ids left of them.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from foreroute.engine.errors import require
+from foreroute.engine.plug_in.plans import Sequences
+
+Place = int | str
+"""An argument of a call: its place among the positional ones, or its keyword."""
+Layout = Literal["BQ", "QB", "BQ->QB"]
+
+_LAYOUTS = ("BQ", "QB", "BQ->QB")
+_POSITIONS = ("position_ids", "positions", "cache_position", "input_pos")
+_DOCUMENTS = ("documents", "document_ids", "doc_ids", "seq_idx")
+
+
+class Planner(Protocol):
+    """Who plans for the calls of a model: PlannedExperts."""
+
+    def begin_call(self, told: "CallArguments", call: "Call") -> None:
+        """Plan for a call."""
+
+    def end_call(self, outputs: Any) -> None:
+        """Note that it is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class CallArguments:
+    """Which arguments of a model's call say what; see PlannedExperts.attach."""
+
+    ids: Place = 0
+    left: Place | Callable[..., Tensor | None] | None = None
+    mask: Place | None = None
+    positions: Place | None = None
+    documents: Place | None = None
+    layout: Layout | None = None
+
+    def __post_init__(self) -> None:
+        require(self.layout in (None, *_LAYOUTS), f"layout={self.layout!r}: must be one of {', '.join(_LAYOUTS)}")  # fmt: skip
+
+    def read(self, call: "Call", context: int, side: str = "") -> Sequences:
+        """Give what to plan for a call.
+
+        Args:
+            context: C.
+            side: "encoder" or "decoder" if that is what the layers are in.
+
+        Raises:
+            RuntimeError: the call has no such argument.
+            UserError: what an argument holds is no such thing; or the call says too little.
+        """
+        ids = self._turned(call, "ids", self.ids)
+        require(ids.dim() >= 2, f"{call.name(self.ids)} of shape {list(ids.shape)}: must be [sequences, length]")  # fmt: skip
+        length = ids.shape[-1]
+        sizes = tuple(ids.shape[-2:])
+        require(
+            self.layout is not None or sizes[0] != sizes[1] or length == 1,
+            f"{call.name(self.ids)} is {list(sizes)}: equal sizes do not say which are the sequences; "
+            "attach(model, layout='BQ') does, or 'QB' for [length, sequences]",
+        )
+        mask = self._beside(call, "mask", self.mask, ids)
+        positions = self._beside(call, "positions", self.positions, ids)
+        documents = self._beside(call, "documents", self.documents, ids)
+        left = self._left(call, ids, context)
+        _refuse_other_side(self, call, side)
+        real = None if mask is None else mask[..., -length:] != 0
+        _refuse_undeclared(self, call, torch.ones_like(ids) > 0 if real is None else real)
+        if mask is not None:
+            left = self._under_mask(call, mask, left, length, context)
+        if positions is not None:
+            left, runs = _by_positions(call.name(self.positions), positions, left, real, context)
+            documents = runs if documents is None else documents
+        at_start = positions is not None or _starts(call, real)
+        require(
+            left is not None or length > context or at_start,
+            f"{call.name(self.ids)} has {length} ids a sequence, fewer than n-grams of {context + 1}: if it is a piece of a "
+            "text, attach(model, left=..) must say what is left of it; if not, positions or left context of 0 do",
+        )
+        first = self.layout in ("QB", "BQ->QB")
+        return Sequences(ids, left, real, documents, sequence_first=first)
+
+    def _under_mask(
+        self, call: "Call", mask: Tensor, left: Tensor | None, length: int, context: int
+    ) -> Tensor | None:
+        """Left context without the padding in it, of which the mask [B, M + Q] may tell."""
+        older = mask[..., :-length] != 0
+        require(
+            left is not None or not bool(older.any()),
+            f"{call.name(self.mask)} is longer than ids, so ids are a piece of a text: attach(model, left=..) must say which "
+            "ids are left of it",
+        )
+        return left if left is None or not older.shape[-1] else left * _last(older, context)
+
+    def _turned(self, call: "Call", name: str, place: Place) -> Tensor:
+        value = call.tensor(place, name)
+        return value.transpose(-1, -2) if self.layout == "QB" and value.dim() >= 2 else value
+
+    def _beside(self, call: "Call", name: str, place: Place | None, ids: Tensor) -> Tensor | None:
+        """A declared argument as [B, Q], or [B, M + Q] of a mask that covers what a cache holds; None if not declared."""
+        if place is None:
+            return None
+        value = self._turned(call, name, place)
+        if value.dim() == 1 or (value.dim() == 2 and value.shape[0] == 1):
+            value = value.expand(ids.shape[-2], -1)
+        longer = name == "mask" and value.shape[-1:] > ids.shape[-1:]
+        fits = value.shape[:-1] == ids.shape[:-1] and (longer or value.shape == ids.shape)
+        require(fits, f"{call.name(place)} of shape {list(value.shape)}: must be {list(ids.shape)} as ids, for {name}")  # fmt: skip
+        return value
+
+    def _left(self, call: "Call", ids: Tensor, context: int) -> Tensor | None:
+        """Left context [B, C]: the last ids of what is given, behind zeros where less than C is."""
+        if self.left is None:
+            return None
+        if callable(self.left):
+            name, value = "what left(..) gave", self.left(*call.args, **call.kwargs)
+        else:
+            name, value = call.name(self.left), call.value(self.left, "left")
+        if value is None:
+            return ids.new_zeros((*ids.shape[:-1], context))
+        require(
+            isinstance(value, Tensor) and value.shape[:-1] == ids.shape[:-1],
+            f"{name} is {kind_of(value)}: must be ids [{', '.join(map(str, ids.shape[:-1]))}, any number], of the left context",
+        )
+        return _last(value.to(ids.device), context)
+
+
+class Call:
+    """The arguments of one call of a model."""
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self.args, self.kwargs = args, kwargs
+        self.by_name = {**dict(zip(_argument_names(model), args, strict=False)), **kwargs}
+
+    def name(self, place: Place | None) -> str:
+        """What to call an argument in a message."""
+        return f"argument {place!r} of the model's call"
+
+    def value(self, place: Place, what: str) -> Any:
+        """Give an argument."""
+        given: dict[Place, Any] = dict(enumerate(self.args))
+        given.update(self.kwargs)
+        if place not in given:
+            raise RuntimeError(f"the model was called without argument {place!r}, which holds the {what}: see attach")  # fmt: skip
+        return given[place]
+
+    def tensor(self, place: Place, what: str) -> Tensor:
+        """Give an argument that must be a tensor."""
+        value = self.value(place, what)
+        require(
+            isinstance(value, Tensor),
+            f"{self.name(place)} is {kind_of(value)}: must be a tensor, of {what} [sequences, length]; "
+            f"attach(model, {what}=..) says which argument is",
+        )
+        assert isinstance(value, Tensor)
+        return value
+
+    def named(self, names: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of integers among arguments of these names."""
+        for name in names:
+            value = self.by_name.get(name)
+            if isinstance(value, Tensor) and not value.is_floating_point() and value.numel():
+                yield name, value
+
+
+def _argument_names(model: nn.Module) -> list[str]:
+    """Names of the positional arguments, also of a model inside DeepSpeed's or PyTorch's wrapping."""
+    kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    names = [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds]  # fmt: skip
+    inner = getattr(model, "module", None)
+    return _argument_names(inner) if not names and isinstance(inner, nn.Module) else names
+
+
+def _refuse_other_side(told: CallArguments, call: Call, side: str) -> None:
+    """Refuse the encoder's ids for a decoder, and the other way round."""
+    theirs = call.by_name.get("decoder_input_ids")
+    is_theirs = theirs is call.value(told.ids, "ids")
+    require(
+        theirs is None or not side or is_theirs == (side == "decoder"),
+        f"{call.name(told.ids)} holds the ids of the {'decoder' if is_theirs else 'encoder'}, and the layers are in the {side}: "
+        "attach(model, ids=..) must say which ids those run for",
+    )
+
+
+def _refuse_undeclared(told: CallArguments, call: Call, real: Tensor) -> None:
+    """Refuse a call with arguments that make a difference and that attach was not told of.
+
+    Args:
+        real: bool [B, Q], False where there is padding.
+    """
+    for name, value in call.by_name.items():
+        cache = ("past" in name or "cache" in name) and not isinstance(value, Tensor | bool | int | str)  # fmt: skip
+        require(
+            not cache or told.left is not None or _is_empty(value),
+            f"argument {name!r} of the model's call holds what was computed before, so ids are a piece of a text: "
+            "attach(model, left=..) must say which ids are left of it",
+        )
+        masks = name == "attention_mask" or name.endswith("padding_mask")
+        require(
+            not masks or told.mask is not None or not isinstance(value, Tensor) or value.numel() == 0
+            or (value.dim() <= 2 and bool((value == value.flatten()[0]).all())),
+            f"argument {name!r} of the model's call masks some ids: attach(model, mask={name!r}) if it is [sequences, length] "
+            "and 0 where there is padding",
+        )  # fmt: skip
+    known = told.documents is not None or told.positions is not None
+    for name, value in call.named(_DOCUMENTS):
+        constant = bool((value == value[..., :1]).all())
+        require(constant or known, f"argument {name!r} of the model's call has several documents in a sequence: attach(model, documents={name!r})")  # fmt: skip
+    for name, value in () if known else call.named(_POSITIONS):
+        rows = value.T if told.layout == "QB" and value.dim() == 2 else value
+        if rows.shape[-1] == real.shape[-1] and rows.dim() <= real.dim():
+            _refuse_positions(name, rows.expand_as(real), real, left=told.left is not None)
+
+
+def _refuse_positions(name: str, positions: Tensor, real: Tensor, *, left: bool) -> None:
+    """Refuse undeclared positions [B, Q] that begin again, or begin within a text of which nothing is known."""
+    steps = (positions[..., 1:] - positions[..., :-1] == 1) | ~real[..., 1:] | ~real[..., :-1]
+    require(
+        bool(steps.all()),
+        f"argument {name!r} of the model's call begins again within a sequence: attach(model, positions={name!r})",
+    )
+    first = positions.gather(-1, real.int().argmax(-1, keepdim=True)) * real.any(-1, keepdim=True)
+    require(
+        left or not bool(first.any()),
+        f"argument {name!r} of the model's call does not begin with 0, so ids are a piece of a text: "
+        "attach(model, left=..) must say which ids are left of it",
+    )
+
+
+def _starts(call: Call, real: Tensor | None) -> bool:
+    """Do undeclared positions say that this is the start of a text? What they may be is checked already."""
+    return real is None and any(True for _ in call.named(_POSITIONS))
+
+
+def _by_positions(
+    name: str, positions: Tensor, left: Tensor | None, real: Tensor | None, context: int
+) -> tuple[Tensor | None, Tensor]:
+    """Give the left context of the text that each sequence begins with, and a number for each text in it [B, Q].
+
+    Raises:
+        UserError: a sequence begins within a text, and nothing is said of what is left of it.
+    """
+    real = torch.ones_like(positions, dtype=torch.bool) if real is None else real
+    first = positions.gather(-1, real.int().argmax(-1, keepdim=True))
+    first = first * real.any(-1, keepdim=True)  # of padding alone: nothing
+    require(
+        left is not None or not bool(first.any()),
+        f"{name} begins with {int(first.max())}, so ids are a piece of a text: attach(model, left=..) must say which ids are "
+        "left of it",
+    )
+    breaks = torch.zeros_like(positions)
+    breaks[..., 1:] = (positions[..., 1:] != positions[..., :-1] + 1) & real[..., 1:]
+    if left is not None:
+        places = torch.arange(context, 0, -1, device=left.device)  # how far left
+        left = left * (places <= first.to(left.device))
+    return left, breaks.cumsum(-1)
+
+
+def _last(value: Tensor, size: int) -> Tensor:
+    """The last `size` columns, behind zeros where there are fewer."""
+    missing = value.new_zeros((*value.shape[:-1], max(0, size - value.shape[-1])))
+    both = torch.cat((missing, value), dim=-1)
+    return both[..., both.shape[-1] - size :]
+
+
+def _is_empty(cache: Any) -> bool:
+    if cache is None:
+        return True
+    if hasattr(cache, "get_seq_length"):
+        return int(cache.get_seq_length()) == 0
+    return hasattr(cache, "__len__") and len(cache) == 0
+
+
+def kind_of(value: Any) -> str:
+    """Say what a value is that should have been a tensor."""
+    if isinstance(value, Tensor):
+        return f"of shape {list(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} with {', '.join(map(str, list(value)[:9]))}"
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """The hook before a call: an object, so that in a copy of the model it plans for the copy."""
+
+    experts: Planner
+    told: CallArguments
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Plan."""
+        self.experts.begin_call(self.told, Call(model, args, kwargs))
+
+
+@dataclass(frozen=True, slots=True)
+class After:
+    """The hook behind the call, also of one that raised."""
+
+    experts: Planner
+
+    def __call__(self, _: nn.Module, __: Any, outputs: Any) -> None:
+        """End the pass."""
+        self.experts.end_call(outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """What attach has put into a model."""
+
+    hooks: tuple[RemovableHandle, ...]
+
+    def remove(self) -> None:
+        """Take it out again."""
+        for hook in self.hooks:
+            hook.remove()

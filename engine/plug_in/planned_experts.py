@@ -1,0 +1,406 @@
+"""Expert layers that run inside somebody else's model, and the plans that they run by; engine/plug_in/replace.py puts them there.
+
+A layer (engine/plug_in/planned_layer.py) gets hidden states only; the model around it knows nothing of plans. So PlannedExperts keeps the
+plans of the forward passes that are under way, and each layer asks it. A plan is for one forward pass: what would run by the plan
+of another raises.
+
+Letters: B sequences, Q ids of each, C = ngram - 1 ids left of them, D width, T = B*Q tokens, P ranks of the expert group.
+"""
+
+import contextlib
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from foreroute.engine.config import ParallelConfig
+from foreroute.engine.data.device_copy import Delivery, receive
+from foreroute.engine.data.plan_agreement import tables_digest
+from foreroute.engine.errors import RunFailed, UserError, require
+from foreroute.engine.moe.exchange import build_exchange
+from foreroute.engine.moe.layer import LayerCall, MoELayer
+from foreroute.engine.optim.expert_sharding import expert_wire
+from foreroute.engine.parallel.collectives import Wire
+from foreroute.engine.parallel.cpu_group import Host, expert_group_host, odd_ones
+from foreroute.engine.parallel.mesh import Mesh
+from foreroute.engine.plug_in.attached import (
+    After,
+    Attachment,
+    Before,
+    Call,
+    CallArguments,
+    Layout,
+    Place,
+    kind_of,
+)
+from foreroute.engine.plug_in.passes import Pass, Passes, backward_node
+from foreroute.engine.plug_in.plans import Plans, Sequences, keep_to_texts
+from foreroute.engine.plug_in.replaceable import Replaced, side_of
+from foreroute.engine.routing.exchange_choice import use_gather, wire_dtype
+from foreroute.engine.routing.routers import routers_of
+from foreroute.engine.routing.tables import Table, table_from_state, table_state
+
+Batch = TypeVar("Batch", bound=Sequence[Any] | Mapping[Any, Any])
+
+
+class PlannedExperts:
+    """The replaced layers of a model, their tables, and the plans of the pass under way. Made by replace_feed_forwards.
+
+    A copy of the model (copy.deepcopy, pickle, torch.save, AveragedModel) has one of its own, with the same tables, k and number
+    of passes, and with no plans: engine.plug_in.experts_of gives it. If experts are shared out it connects to the other ranks
+    when it plans first, for which every rank of the run must plan with its copy.
+    """
+
+    wire: Wire | None = None
+    """What the layers exchange rows through, with its counts and times; None before the first pass and on one rank."""
+
+    replaced: tuple[Replaced, ...] = ()
+    """What the layers took the place of, layer by layer."""
+    _host: Host | None
+
+    def __init__(
+        self, layers: Sequence[MoELayer], tables: Sequence[Table], mesh: Mesh, parallel: ParallelConfig,
+        *, width: int, k: int, seed: int,
+    ) -> None:  # fmt: skip
+        """Take the layers, numbered from 0, with a table for all or one each; collective over all ranks."""
+        self.layers, self._mesh, self._parallel = layers, mesh, parallel
+        self._width, self._seed = width, seed
+        self._use(tables)
+        self.k = k
+        self._passes = 0  # begun so far
+        self._connections()
+        self._host = expert_group_host(mesh, self._timeout)
+
+    def _connections(self) -> None:
+        """What a copy has of its own."""
+        self._process = os.getpid()
+        # all plans, in the order in which they were asked for
+        self._thread = ThreadPoolExecutor(1, "foreroute-planner")
+        self._host = None
+        self._delivery: Delivery | None = None
+        self.passes = Passes()
+        self._lock = threading.Lock()
+        self.wire = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied: neither threads nor locks, connections nor plans."""
+        names = "layers", "replaced", "_mesh", "_parallel", "_width", "_seed", "_k", "_passes"
+        kept = {name: getattr(self, name) for name in names}
+        return {**kept, "tables": [router.table for router in self._routers]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become a copy."""
+        tables = state.pop("tables")
+        self.__dict__.update(state)
+        self._use(tables)
+        self._connections()
+
+    @property
+    def tables(self) -> int:
+        """A 64-bit digest of the tables, equal for equal ones."""
+        return self._tables
+
+    @property
+    def k(self) -> int:
+        """Active experts of what is planned from here on; the same on all ranks."""
+        return self._k
+
+    @k.setter
+    def k(self, k: int) -> None:
+        require(1 <= k <= self._num_experts, f"k={k}: must be in 1 .. {self._num_experts}, the number of experts")  # fmt: skip
+        self._k = k
+
+    # Plans.
+
+    def plan(
+        self, ids: Tensor, left: Tensor | None = None, *, mask: Tensor | None = None, documents: Tensor | None = None
+    ) -> Plans:  # fmt: skip
+        """Plan a batch for one forward pass, as early as its ids are known; in the training process, not in a loader's.
+
+        With several ranks in an expert group, each needs the ids of all. They are exchanged between the hosts, unless given.
+        So the ranks must ask for plans, here and by all other ways, in the same order, and all with documents or none.
+
+        Args:
+            ids: int [B, Q] of this rank; or [P, B, Q] of all ranks of the expert group, and then nothing is exchanged.
+            left: as ids with C for Q, the true ids left of each sequence. Without it they count as 0, as at the start of a text.
+            mask: as ids, 0 where there is padding, left or right of a sequence: ids behind it begin a text.
+            documents: int as ids; where their number changes a text begins. Left context is of the first.
+
+        Raises:
+            UserError: ids that are not in the vocabulary, or anything of a wrong shape.
+            RunFailed: the ranks of the expert group differ in B, Q, k or their tables.
+        """
+        return self._planned_in_turn(Sequences(ids, left, mask, documents))
+
+    def ahead(self, batches: Iterable[Batch], depth: int = 2, *, ids: Any = 0) -> Iterator[tuple[Plans, Batch]]:  # fmt: skip
+        """Yield each batch with its plans, made in a thread while earlier ones train.
+
+            for plans, (ids, targets) in experts.ahead(loader):
+                with experts.planned(plans):
+                    ...
+
+        A changed k holds from the batch after the next `depth` on. With several ranks in an expert group all must take
+        equally many batches.
+
+        Args:
+            ids: where they are in a batch: its place, or its key in a mapping.
+        """
+        waiting: deque[tuple[Future[Plans], Batch]] = deque()
+        for batch in batches:
+            try:
+                found = batch[ids]
+            except (LookupError, TypeError):
+                raise UserError(f"a batch is {kind_of(batch)}, without ids={ids!r}: ahead(batches, ids=..) must be their place or key") from None  # fmt: skip
+            waiting.append((self._submit(Sequences(found)), batch))
+            if len(waiting) > depth:
+                plans, batch = waiting.popleft()
+                yield plans.result(), batch
+        for plans, batch in waiting:
+            yield plans.result(), batch
+
+    # Forward passes.
+
+    @contextlib.contextmanager
+    def planned(
+        self, ids: Tensor | Plans, left: Tensor | None = None, *, mask: Tensor | None = None, documents: Tensor | None = None
+    ) -> Iterator[Plans]:  # fmt: skip
+        """Run one forward pass of the model inside, in this thread, by these plans or those of these ids (see `plan`).
+
+        With activation checkpointing, backward runs the layers again: then it belongs inside, too.
+        """
+        if self.passes.running() is not None:
+            raise RuntimeError("planned() inside planned(): one forward pass at a time")
+        plans = ids
+        if not isinstance(plans, Plans):
+            plans = self.plan(plans, left, mask=mask, documents=documents)
+        running = self._begin(plans)
+        try:
+            yield plans
+        finally:
+            running.over = True
+            self.passes.end()
+
+    def attach(
+        self, model: nn.Module, ids: Place = 0, *, left: Place | Callable[..., Tensor | None] | None = None,
+        mask: Place | None = None, positions: Place | None = None, documents: Place | None = None, layout: Layout | None = None,
+    ) -> Attachment:  # fmt: skip
+        """Let each call of the model, or of a DeepSpeed engine, plan from its own arguments; inside `planned` it does not.
+
+        Planning is then part of the step. Each argument here names one of the call: its place among the positional ones, or a
+        keyword. Calls that cannot be planned from what is named are refused: shorter than an n-gram, with a cache, or with
+        positions that do not begin with 0, without `left`; with an attention mask, several documents, or equal sizes that
+        nothing is said of. A text in pieces that no argument shows (prefill in parts without positions) is not noticed.
+
+        Args:
+            ids: the ids [B, Q].
+            left: the ids left of each sequence [B, any number]; or a function that gives them, or None, for the call's arguments.
+            mask: [B, Q], 0 where there is padding, or longer on the left, where it covers a cache.
+            positions: of the ids in their texts, [B, Q] or [Q]; a text begins wherever they do not count on.
+            documents: numbers [B, Q]; a text begins where they change.
+            layout: "BQ", the default where sizes differ; "QB" if all these, and hidden states, are [Q, B]; "BQ->QB" if only
+                hidden states are.
+        """
+        told = CallArguments(ids, left, mask, positions, documents, layout)
+        before = model.register_forward_pre_hook(Before(self, told), with_kwargs=True)
+        after = model.register_forward_hook(After(self), always_call=True)
+        return Attachment((before, after))
+
+    def begin_call(self, told: CallArguments, call: Call) -> None:
+        """Plan for a call of an attached model, unless it has a plan; its hook asks by itself."""
+        self.passes.begin(None)  # whatever happens, end_call takes one away
+        if self.passes.running() is not None or backward_node() is not None:
+            return  # inside `planned`, inside another attached call, or the whole model is recomputed
+        side = side_of(self.replaced[0].name) if self.replaced else ""
+        sequences = told.read(call, self._routers[0].table.ngram - 1, side)
+        plans = self._planned_in_turn(sequences)
+        self.passes.end()
+        self._begin(plans)
+
+    def end_call(self, outputs: Any) -> None:
+        """Note the call's pass on the graph of its outputs, for recomputation in backward."""
+        running = self.passes.end()
+        if running is not None:
+            self.passes.note(outputs, running)
+
+    def call(self, layer: int, x: Tensor, dropout: float) -> tuple[LayerCall, Pass]:
+        """Give a layer what it needs for x, and the pass it is of; the layers ask by themselves."""
+        node = backward_node()
+        running = self.passes.running() if node is None else self.passes.of_node(node, layer)
+        if node is None and running is None:
+            raise RuntimeError(
+                "an expert layer has no plan: call the model inside `with experts.planned(ids):`, in the same thread, or "
+                "experts.attach(model) once"
+            )
+        if running is None or running.over or (node is not None and layer not in running.plans.used):  # fmt: skip
+            raise RuntimeError(
+                "an expert layer is recomputed in backward, and the plan of its forward pass is gone: run backward before the "
+                "next forward pass, and inside the same `with experts.planned(ids):`"
+            )
+        plans = running.plans
+        if node is None and layer in plans.used:
+            raise RuntimeError(
+                "an expert layer has run by this plan before: every forward pass needs a plan of its own ids"
+            )
+        if x.shape[:-1] not in (plans.shape, (plans.shape[0] * plans.shape[1],)):
+            raise ValueError(f"x is {list(x.shape)}: the plan is for ids {list(plans.shape)}, first the sequences")  # fmt: skip
+        self._connect(x.device)
+        plans.used.add(layer)
+        plan = plans.plans[layer if len(plans.plans) > 1 else 0]
+        return LayerCall(plans.k, plan, plans.token_T, running.dropout_seed, dropout), running
+
+    # State.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give k and the tables, a part of the model that its own state_dict lacks, and whose they are."""
+        return {
+            "place": self._place(),
+            "k": self.k,
+            "dropout": (self._seed, self._passes),
+            "tables": [table_state(router.table) for router in self._routers],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with what state_dict gave.
+
+        Raises:
+            UserError: it is of another number of tables or experts; or experts are shared out and it is of another rank,
+                number of ranks or size of an expert group, where the same file holds other experts.
+        """
+        tables = [table_from_state(table) for table in state["tables"]]
+        shape = len(tables), tables[0].order_rE.shape[1]
+        here = len(self._routers), self._num_experts
+        require(shape == here, f"saved with (tables, experts) = {shape}: must be {here} as here")
+        place, here_place = tuple(state["place"]), self._place()
+        require(
+            place == here_place,
+            f"saved by (rank, of ranks, in expert groups of) = {place}: must be {here_place} as here",
+        )
+        self._use(tables)
+        self.k, (self._seed, self._passes) = state["k"], state["dropout"]
+
+    @property
+    def _timeout(self) -> timedelta:
+        return timedelta(seconds=self._parallel.timeout_s)
+
+    def _place(self) -> tuple[int, int, int]:
+        mesh = self._mesh
+        return (mesh.rank, mesh.world, mesh.expert_ranks) if mesh.expert_ranks > 1 else (0, 1, 1)
+
+    def _use(self, tables: Sequence[Table]) -> None:
+        self._routers = routers_of(tables, self._mesh)
+        self._num_experts = tables[0].order_rE.shape[1]
+        self._tables = tables_digest(self._routers)
+
+    def _planned_in_turn(self, sequences: Sequences) -> Plans:
+        return self._submit(sequences).result()
+
+    def _submit(self, sequences: Sequences) -> Future[Plans]:
+        if (
+            os.getpid() != self._process
+        ):  # the thread is the other process's, and would be waited for for ever
+            raise UserError("planning in a forked process, such as a DataLoader's worker: must be in the one that trains; ahead(loader) plans beside it")  # fmt: skip
+        return self._thread.submit(self._plan, sequences, self.k)
+
+    def _plan(self, sequences: Sequences, k: int) -> Plans:
+        ids, left = self._check(sequences.ids, sequences.left)
+        shape = tuple(ids.shape[-2:])
+        ids, left = keep_to_texts(sequences, ids, left)
+        ids_PBQ, left_PBC = (ids, left) if ids.dim() == 3 else self._share(ids, left, k)
+        mesh, parallel, weight = self._mesh, self._parallel, self.layers[0].experts.w1
+        tokens = shape[0] * shape[1]
+        gather = use_gather(
+            parallel, experts=self._num_experts, ranks=mesh.expert_ranks, k=k, tokens=tokens, width=self._width,
+            itemsize=wire_dtype(parallel, weight.dtype).itemsize,
+        )  # fmt: skip
+        plans = tuple(
+            router.plan(ids_PBQ, left_PBC, k, gather=gather, chunks=parallel.chunks)
+            for router in self._routers
+        )
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        token_T = (rank - mesh.expert_rank) * tokens + torch.arange(mesh.expert_ranks * tokens)
+        if self._delivery is None or self._delivery.device != weight.device:
+            self._delivery = Delivery(weight.device)
+        (plans, token_T), copied = self._delivery.send((plans, token_T))
+        shape = shape[::-1] if sequences.sequence_first else shape
+        return Plans(k, shape, self._tables, plans, token_T, copied)
+
+    def _check(self, ids: Tensor, left: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Give ids and left context as int64 on the host."""
+        table, ranks = self._routers[0].table, self._mesh.expert_ranks
+        for name, given in (("ids", ids), ("left", ids if left is None else left)):
+            require(
+                isinstance(given, Tensor), f"{name} is {kind_of(given)}: must be a tensor of ids"
+            )
+        require(
+            ids.dim() == 2 or (ids.dim() == 3 and ids.shape[0] == ranks),
+            f"ids of shape {list(ids.shape)}: must be [sequences, length] or, of all ranks of the expert group, "
+            f"[{ranks}, sequences, length]",
+        )
+        shape = (*ids.shape[:-1], table.ngram - 1)
+        left = ids.new_zeros(shape) if left is None else left
+        require(left.shape == shape, f"left of shape {list(left.shape)}: must be {list(shape)}, as moe.ngram={table.ngram}")  # fmt: skip
+        for name, values in (("ids", ids), ("left", left)):
+            low, high = (int(x) for x in values.aminmax()) if values.numel() else (0, 0)
+            require(
+                not values.is_floating_point() and low >= 0 and high < table.vocab_size,
+                f"{name} from {low} to {high}, {values.dtype}: must be whole numbers in 0 .. {table.vocab_size - 1}, the vocabulary",
+            )
+        return ids.cpu().long(), left.cpu().long()
+
+    def _share(self, ids_BQ: Tensor, left_BC: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Exchange ids and left context in the expert group: first the sizes, then [B, C + Q] numbers of 4 bytes."""
+        names = "sequences", "length", "k", "tables"
+        host = self._host = self._host or self._reconnect()
+        try:
+            found = host.all_gather(np.array([*ids_BQ.shape, k, self._tables], np.int64))
+        except RuntimeError as error:
+            raise RunFailed(
+                f"rank {self._mesh.rank} planned a forward pass, and not all ranks of its expert group did so within "
+                f"{self._timeout.total_seconds():g} s: all must run each forward pass, evaluation too ({str(error).splitlines()[0]})"
+            ) from error
+        for name, value_P in zip(names, found.T.tolist(), strict=True):
+            if len(set(value_P)) > 1:
+                odd = odd_ones(value_P, first=self._mesh.group_ranks.start)
+                raise RunFailed(f"the ranks of an expert group differ in their {name}: {odd}")
+        both_BS = torch.cat((left_BC, ids_BQ), dim=1).numpy().astype(np.int32)
+        both_PBS = torch.from_numpy(host.all_gather(both_BS)).long()
+        context = left_BC.shape[1]
+        return both_PBS[..., context:].contiguous(), both_PBS[..., :context].contiguous()
+
+    def _reconnect(self) -> Host:
+        """Connect a copy to the other ranks of its expert group; collective over all ranks."""
+        mesh = self._mesh
+        if mesh.expert_ranks > 1:
+            place = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+            require(
+                place == (mesh.rank, mesh.world),
+                f"copied on (rank, of ranks) = {mesh.rank, mesh.world}, which holds other experts: must be used there",
+            )
+        return expert_group_host(mesh, self._timeout)
+
+    def _begin(self, plans: Plans) -> Pass:
+        require(plans.tables == self._tables, "these plans are of other tables than the model's")
+        receive((plans.plans, plans.token_T), plans.copied)
+        with self._lock:
+            seed = self._seed * 2**32 + self._passes
+            self._passes += 1
+        running = Pass(plans, seed, torch.autograd._get_sequence_nr())
+        self.passes.begin(running)
+        return running
+
+    def _connect(self, device: torch.device) -> None:
+        """Let the layers exchange rows, once DeepSpeed has formed the groups."""
+        if self.wire is not None or self._mesh.expert_ranks == 1:
+            return
+        self.wire = expert_wire(self._mesh, device, timed=False)
+        for layer in self.layers:
+            backend = layer.experts.kernels.backend
+            layer.exchange = build_exchange(self.wire, self._parallel, backend)

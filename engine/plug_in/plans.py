@@ -1,0 +1,99 @@
+"""What is planned for somebody else's model, and from what; engine/plug_in/planned_experts.py plans.
+
+A token's routing depends on the ids of its n-gram: itself and what is left of it in its text. So padding and other documents
+must not get into it. Where nothing is left, ids count as 0, as at the start of a text.
+
+Letters: B sequences, Q ids of each, C = ngram - 1 ids left of them.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from foreroute.engine.errors import require
+from foreroute.engine.routing.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Plans:
+    """The routing of one batch in every replaced layer, for one forward pass."""
+
+    k: int  # active experts
+    shape: tuple[int, ...]  # B, Q, or Q, B where hidden states are sequence first
+    tables: int  # digest of the tables
+    plans: tuple[Plan, ...]  # one for all layers, or one each
+    token_T: Tensor  # int64: numbers of the expert group's tokens among those of all ranks
+    copied: torch.cuda.Event | None  # of the copy to a GPU
+    used: set[int] = field(default_factory=set)  # layers that have run by it
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sequences:
+    """Ids, and what belongs to their texts. In all shapes, [P, B, ..] of all ranks of the expert group may stand for [B, ..]."""
+
+    ids: Tensor  # int [B, Q]
+    left: Tensor | None = (
+        None  # int [B, C]: the true ids left of each sequence; None: the start of a text
+    )
+    mask: Tensor | None = None  # [B, Q]: 0 where there is padding, left or right of a sequence
+    documents: Tensor | None = None  # int [B, Q]: another number, another text
+    sequence_first: bool = False  # the layers get [Q, B, D]
+
+
+def keep_to_texts(sequences: Sequences, ids: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+    """Give ids [.., B, Q] and left context [.., B, C] whose n-grams have nothing in them but the text of each id.
+
+    With documents, or sequence first, that is a sequence for each id: ids [.., B*Q, 1] and left context [.., B*Q, C].
+
+    Args:
+        ids, left: those of `sequences`, checked, int64 on the host.
+
+    Example: ids [[3, 4, 5]] of documents [[0, 1, 1]] and left [[9]] give ids [[3], [4], [5]] and left [[9], [0], [4]].
+
+    Raises:
+        UserError: mask or documents of a wrong shape, padding within a sequence or right behind left context.
+    """
+    for name in ("mask", "documents"):
+        value = getattr(sequences, name)
+        require(
+            value is None or value.shape == ids.shape,
+            f"{name} of shape {value is not None and list(value.shape)}: must be {list(ids.shape)} as ids",
+        )
+    if sequences.mask is not None:
+        ids = _without_padding(ids, left, sequences.mask.cpu() != 0)
+    if sequences.documents is None and not sequences.sequence_first:
+        return ids, left
+    documents = ids.new_zeros(ids.shape)
+    if sequences.documents is not None:
+        documents = sequences.documents.cpu().long()
+    window, alike = _windows(ids, left, documents)
+    window = window * alike
+    if sequences.sequence_first:
+        window = window.transpose(-2, -3)
+    window = window.flatten(-3, -2)
+    return window[..., -1:].contiguous(), window[..., :-1].contiguous()
+
+
+def _without_padding(ids: Tensor, left: Tensor, real: Tensor) -> Tensor:
+    starts = (real[..., 1:] & ~real[..., :-1]).sum(-1) + real[..., 0]
+    require(
+        bool((starts <= 1).all()),
+        "mask: has padding between the ids of a sequence; it must be left or right of them",
+    )
+    behind = left.any(-1) & ~real[..., 0] & real.any(-1)
+    require(
+        not bool(behind.any()),
+        "mask: has padding between left context and the ids of a sequence; left must be 0 there",
+    )
+    return ids * real
+
+
+def _windows(ids: Tensor, left: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
+    """Give each id's n-gram [.., B, Q, C + 1], and where it is of the id's document; left context is of the first one's."""
+    size = left.shape[-1] + 1
+    changes = torch.zeros_like(documents)
+    changes[..., 1:] = documents[..., 1:] != documents[..., :-1]
+    run = torch.cat((torch.zeros_like(left), changes.cumsum(-1)), dim=-1).unfold(-1, size, 1)
+    stream = torch.cat((left, ids), dim=-1).unfold(-1, size, 1)
+    return stream, run == run[..., -1:]

@@ -1,0 +1,202 @@
+"""foreroute's expert layer in somebody else's model: their feed-forwards replaced, their loop, DeepSpeed or plain PyTorch.
+
+    experts = replace_feed_forwards(model, r"layers\\.\\d+\\.mlp", width=256, vocab_size=256, moe=MoEConfig(), k=4, text_ids=text)
+    optimizer = torch.optim.Adam(parameter_groups(model.parameters()), lr=1e-3)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    for ids, targets in batches:
+        with experts.planned(ids):
+            loss = engine(ids, targets)
+            engine.backward(loss)
+            engine.step()
+
+Hashed routers only. A forward pass needs the plan of its own ids and uses it up; a pass without one raises. `planned` plans
+there and then; `ahead`, or `plan`, does it before the step; after `attach(model)` each call of the model plans from its
+ids. On one rank DeepSpeed is not needed. On several it is: a group of `parallel.expert_ranks` neighbouring ranks shares out
+the experts, DeepSpeed forms the groups and adds up the gradients, at ZeRO 0 to 3.
+
+What DeepSpeed 0.19.8 makes of shared-out experts, and nothing here can mend:
+
+* gradient_clipping, 1.0 unless its config says otherwise, is wrong at ZeRO-0, where it averages the norms of ranks: set 0
+  there, or use ZeRO 1, 2 or 3.
+* A client optimizer without `parameter_groups` is refused by ZeRO 1 and 2.
+* A model built inside deepspeed.zero.Init is refused here, and use_data_before_expert_parallelism at the first forward pass.
+* save_checkpoint refuses the layers. What each rank holds can be saved, and goes on bit for bit on as many ranks, expert
+  groups of the same size and the same ZeRO stage; on other ranks or groups load_state_dict of the experts raises:
+
+      state = {"optimizer": engine.optimizer.state_dict(), "experts": experts.state_dict()}
+      state["module"] = engine.module.state_dict()                           # ZeRO 0 to 2
+      torch.save(state, f"rank{rank}.pt")                                    # later: state = torch.load(..)
+      experts.load_state_dict(state["experts"])
+      engine.module.load_state_dict(state["module"])                         # ZeRO 0 to 2
+      engine.optimizer.load_state_dict([state["optimizer"]] * ranks, load_from_fp32_weights=True)  # ZeRO-0: the state alone
+
+Letters: B sequences, Q ids of each, C = ngram - 1 ids left of them, D width, T = B*Q tokens, P ranks of the expert group.
+"""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from foreroute.engine.config import Builder, KernelsConfig, Keys, MoEConfig, ParallelConfig, Router
+from foreroute.engine.errors import require
+from foreroute.engine.moe.layer import MoELayer
+from foreroute.engine.optim.deepspeed_engine import (
+    check_version,
+    skip_shared_memory_op,
+    wait_at_most,
+)
+from foreroute.engine.optim.expert_sharding import parameter_groups, share_experts
+from foreroute.engine.parallel.mesh import Mesh
+from foreroute.engine.plug_in.planned_experts import PlannedExperts
+from foreroute.engine.plug_in.planned_layer import PlannedFeedForward
+from foreroute.engine.plug_in.plans import Plans
+from foreroute.engine.plug_in.replaceable import Replaced, find_feed_forwards, replaced
+from foreroute.engine.routing.tables import Table, build_tables
+
+__all__ = [
+    "PlannedExperts",
+    "PlannedFeedForward",
+    "Plans",
+    "Replaced",
+    "experts_of",
+    "parameter_groups",
+    "replace_feed_forwards",
+]
+
+Text = Tensor | NDArray[np.integer[Any]] | Sequence[int]
+"""Token ids, as one stream."""
+
+
+def replace_feed_forwards(
+    model: nn.Module,
+    pattern: str,
+    *,
+    width: int,
+    vocab_size: int,
+    moe: MoEConfig,
+    k: int,
+    text_ids: Text | None = None,
+    seed: int = 0,
+    dropout: float = 0.0,
+    init_std: float = 0.02,
+    parallel: ParallelConfig | None = None,
+    kernels: KernelsConfig | None = None,
+) -> PlannedExperts:
+    """Put an expert layer in the place of each feed-forward of a model, before DeepSpeed or an optimizer sees its parameters.
+
+    The new modules take x [..., D] alone and give as much; number format and device are those of what they replace. Nothing
+    else of the model changes, nor does PyTorch's random state. Every rank calls it with the same arguments. `replaced` of the
+    result says what was replaced.
+
+    Args:
+        pattern: regular expression; modules whose whole name (as in named_modules) it matches are replaced. Each must hold the
+            parameters of one feed-forward and no others: a block with attention or a norm in it is refused.
+        width: of the hidden states (D).
+        k: active experts to begin with; experts.k = .. changes it.
+        text_ids: training text as one stream of ids, from which builders balanced and packed make their tables; of builder
+            random None.
+        seed: of weights, tables and the experts' dropout.
+        dropout: rate on the experts' hidden units, and those of the shared expert.
+        init_std: standard deviation of the experts' first weights; their biases are 0.
+        parallel: expert_ranks above 1 shares the experts out over so many neighbouring ranks, for which the process group must
+            be there already; exchange, wire and chunks say how rows travel. By default each rank has all experts.
+
+    Raises:
+        UserError: no such module, one that is no feed-forward or more than one, or options that do not go together.
+    """
+    parallel = parallel or ParallelConfig()
+    require(
+        moe.router is Router.hashed,
+        f"moe.router={moe.router.name}: must be hashed, whose plans depend on the ids alone",
+    )
+    require(
+        moe.keys is Keys.own,
+        f"moe.keys={moe.keys.name}: only own keys have plans that depend on the ids alone",
+    )
+    require(
+        moe.layers is None, f"moe.layers={moe.layers}: the pattern says which layers have experts"
+    )
+    require(0 <= dropout < 1, f"dropout={dropout}: must be in [0, 1)")
+    mesh = _mesh(parallel.expert_ranks)
+    names = find_feed_forwards(model, pattern, width)
+    tables = _tables(moe, vocab_size, text_ids, len(names), seed)
+    layers = []
+    with torch.random.fork_rng({p.device for p in model.parameters() if p.is_cuda}):
+        torch.manual_seed(seed)
+        for number, name in enumerate(names):
+            like = next(model.get_submodule(name).parameters())
+            with torch.device(like.device):
+                layer = MoELayer(width, moe, kernels or KernelsConfig(), number)
+            layer.experts.init_weights(init_std)
+            layers.append(layer.to(like.dtype))
+    skip_shared_memory_op()
+    wait_at_most(timedelta(seconds=parallel.timeout_s))
+    if mesh.expert_ranks > 1:
+        check_version()
+        for layer in layers:
+            share_experts(layer, mesh)
+    experts = PlannedExperts(layers, tables, mesh, parallel, width=width, k=k, seed=seed)
+    experts.replaced = tuple(replaced(name, model.get_submodule(name)) for name in names)
+    for name, layer in zip(names, layers, strict=True):
+        replacement = PlannedFeedForward(layer, experts, dropout)
+        model.set_submodule(name, replacement.train(model.get_submodule(name).training))
+    return experts
+
+
+def experts_of(model: nn.Module) -> PlannedExperts:
+    """Give what plans for a model whose feed-forwards were replaced: for a copy of such a model, the copy's.
+
+    Raises:
+        UserError: it has none, or several calls of replace_feed_forwards made them.
+    """
+    found = {m.experts for m in model.modules() if isinstance(m, PlannedFeedForward)}
+    require(len(found) == 1, f"the model has expert layers of {len(found)} calls of replace_feed_forwards: must be 1")  # fmt: skip
+    return found.pop()
+
+
+def _mesh(expert_ranks: int) -> Mesh:
+    started = dist.is_initialized()
+    require(
+        started or expert_ranks == 1,
+        f"parallel.expert_ranks={expert_ranks}: start the process group first (torch.distributed.init_process_group)",
+    )
+    return Mesh(dist.get_rank(), dist.get_world_size(), expert_ranks) if started else Mesh()
+
+
+def _tables(
+    moe: MoEConfig, vocab_size: int, text_ids: Text | None, layers: int, seed: int
+) -> list[Table]:
+    random = moe.builder is Builder.random
+    require(
+        random or text_ids is not None,
+        f"moe.builder={moe.builder.name}: needs text_ids; without a text use moe.builder=random",
+    )
+    text = np.zeros(1, np.int64) if text_ids is None else _on_host(text_ids)
+    require(
+        text.size > 0 and text.min() >= 0 and text.max() < vocab_size,
+        f"text_ids: must be ids in 0 .. {vocab_size - 1}, at least one",
+    )
+    count = 1 if moe.share_table else layers
+    return build_tables(moe, vocab_size, text, num_tables=count, seed=seed, cache_dir=None)
+
+
+def _on_host(text_ids: Text) -> NDArray[np.integer[Any]]:
+    """Give a text on any device as one stream."""
+    if isinstance(text_ids, Tensor):
+        require(
+            not text_ids.is_meta,
+            "text_ids: is on the meta device, without values; must be on another",
+        )
+        text_ids = text_ids.detach().cpu().numpy()
+    text = np.asarray(text_ids).reshape(-1)
+    require(
+        np.issubdtype(text.dtype, np.integer),
+        f"text_ids of {text.dtype}: must be whole numbers, as one stream",
+    )
+    return text

@@ -1,0 +1,271 @@
+"""Profile a few steps: a trace for Perfetto on every rank, and a summary of the most expensive ranges.
+
+Into the run's folder go, here for profile.steps=[5,8]:
+
+    trace/step5-8.rank0.json.gz  one of every rank, which writes it itself (all else in a run is rank 0's)
+    trace/step5-8.json.gz        the ranks together, if there are 2 to 8 and they share the folder
+    trace/step5-8.txt            the summary, which rank 0 also says
+
+Our ranges (engine/tracing.py) and PyTorch's profiler keep different times; all are put on rank 0's time of day. What cannot be
+written is said, and the run goes on.
+"""
+
+import gzip
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from foreroute.engine.config import ProfileConfig
+from foreroute.engine.metrics.step_result import StepTimes
+from foreroute.engine.parallel.cpu_group import Host
+from foreroute.engine.parallel.world import World
+from foreroute.engine.profiling.trace_events import (
+    Clock,
+    Event,
+    Process,
+    flight_events,
+    range_events,
+    torch_events,
+)
+from foreroute.engine.profiling.trace_summary import Nested, costs, nest, overlap_ms, summary
+from foreroute.engine.tracing import InFlight, Range, Recorder, record_into, span
+
+MERGED_RANKS = 8
+"""Up to so many ranks are put together in one file."""
+_CLOCK_ROUNDS = 8
+_QUIET = "6"
+"""Above the level at which PyTorch's profiler says on stderr that it starts and stops."""
+
+
+class Profiler:
+    """The steps of a run that are traced, if any; all ranks call the same, step for step."""
+
+    def __init__(
+        self, config: ProfileConfig, folder: Path, world: World, note: Callable[[str], None], *, done: int = 0
+    ) -> None:  # fmt: skip
+        """Trace nothing yet.
+
+        Args:
+            folder: where the files go.
+            note: says a line; on rank 0.
+            done: steps that were trained before.
+        """
+        first, last = config.steps or (1, 0)
+        self._steps, self._operators = range(first, last + 1), config.operators
+        self._folder, self._world, self._note = folder, world, note
+        self._process = Process(world.mesh.rank, world.mesh.world)
+        self._recorder: Recorder | None = None
+        self._torch: torch.profiler.profile | None = None
+        self._step: AbstractContextManager[None] | None = None  # the step's own range
+        self._traced: list[int] = []  # steps begun
+        self._times: list[StepTimes] = []  # of steps that ended
+        if config.steps and done >= first:
+            note(f"profile.steps={config.steps}: {done} steps are done, only later ones are traced")
+
+    def begin(self, step: int) -> None:
+        """Say that a step begins, counted from 1; the first one to be traced starts the recording. A collective, then."""
+        if step not in self._steps:
+            return
+        if self._recorder is None:
+            self._start()
+        self._traced.append(step)
+        self._step = span(f"step {step}")
+        self._step.__enter__()
+
+    def end(self, step: int, times: StepTimes) -> None:
+        """Say that a step has ended; behind the last one the files are written. A collective, then."""
+        if step not in self._traced:
+            return
+        self._end_step()
+        self._times.append(times)
+        if step == self._steps[-1]:
+            self.close()
+
+    def close(self) -> None:
+        """Write what is recorded and not written yet; a collective."""
+        if self._recorder is not None:
+            self._world.watch.at(f"the trace of {self._title}")
+            self._report(self._world.host.gather(self._stop(self._recorder)))
+
+    def leave(self) -> None:
+        """Write what is recorded and not written yet, of this rank alone: the others may be lost."""
+        if self._recorder is not None:
+            own = self._stop(self._recorder)
+            if self._world.first:
+                self._report([own])
+
+    @property
+    def _title(self) -> str:
+        first, last = self._traced[0], self._traced[-1]
+        return f"step {first}" if first == last else f"steps {first} to {last}"
+
+    def _file(self, ending: str) -> Path:
+        return self._folder / f"step{self._traced[0]}-{self._traced[-1]}.{ending}"
+
+    def _start(self) -> None:
+        self._clock = agree_on_clock(self._world.host)
+        if self._operators:
+            os.environ.setdefault("KINETO_LOG_LEVEL", _QUIET)
+            self._torch = torch.profiler.profile(activities=torch.profiler.supported_activities())
+            self._torch.start()
+        self._recorder = Recorder(annotate=self._operators)
+        record_into(self._recorder)
+
+    def _end_step(self) -> None:
+        if self._step is not None:
+            self._step.__exit__(None, None, None)
+            self._step = None
+
+    def _stop(self, recorder: Recorder) -> dict[str, Any]:
+        """End the recording and write this rank's file; gives what rank 0 needs to know of it."""
+        self._end_step()
+        record_into(None)
+        self._recorder = None
+        profiler, self._torch = self._torch, None
+        if profiler is not None:
+            profiler.stop()
+        # Ranges that other threads had begun still come in.
+        recorded, flights = list(recorder.ranges), list(recorder.flights)
+        issued = [Range("", f.thread, f.issued_ns, f.issued_ns) for f in flights]
+        nested = nest([*recorded, *issued])
+        ranges, places = nested[: len(recorded)], nested[len(recorded) :]
+        issued_in = [place.path.rpartition("/")[0] for place in places]
+        events = [
+            *range_events(ranges, self._process, self._clock),
+            *flight_events(flights, issued_in, self._process, self._clock),
+        ]
+        return {
+            "costs": costs(ranges),
+            "overlap_ms": self._overlap_ms(ranges, flights, issued_in),
+            "problem": self._attempt(lambda: self._write_own(profiler, events, ranges)),
+        }
+
+    def _overlap_ms(self, ranges: list[Nested], flights: list[InFlight], issued_in: list[str]) -> list[float]:  # fmt: skip
+        """Give the exchange's exposed and hidden time per step."""
+        steps = len(self._traced)
+        if self._world.device.type == "cuda":
+            # Flights are the device's, and not recorded; the steps have their times.
+            found = [(t.exchange_exposed_ms, t.exchange_hidden_ms) for t in self._times]
+            return [sum(column) / steps for column in zip(*found, strict=True)] or [0.0, 0.0]
+        in_steps = [f for f, path in zip(flights, issued_in, strict=True) if path.startswith("step ")]  # fmt: skip
+        waits = [part for part in ranges if part.path.startswith("step ")]
+        return [value / steps for value in overlap_ms(waits, in_steps)]
+
+    def _write_own(
+        self, profiler: torch.profiler.profile | None, events: list[Event], ranges: list[Nested]
+    ) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        more: dict[str, Any] = {}
+        if profiler is not None:
+            more = self._export(profiler)
+            names = {part.name for part in ranges}
+            events = events + torch_events(more, self._process, self._clock, names)
+        more |= {
+            "distributedInfo": {"rank": self._process.rank, "world_size": self._process.world},
+            "clock_unsure_us": self._clock.unsure_ns / 1e3,
+        }
+        _write(self._file(f"rank{self._process.rank}.json.gz"), events, self._clock, more)
+
+    def _export(self, profiler: torch.profiler.profile) -> dict[str, Any]:
+        """Give what PyTorch's profiler recorded; it can only be had by way of a file."""
+        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+            path = Path(folder) / "torch.json"
+            profiler.export_chrome_trace(str(path))
+            try:
+                found: dict[str, Any] = json.loads(path.read_text())
+            except (FileNotFoundError, json.JSONDecodeError) as error:  # it does not say so itself
+                raise OSError(f"PyTorch's profiler could not write into {self._folder}") from error
+        return found
+
+    def _report(self, ranks: list[dict[str, Any]]) -> None:
+        """Let rank 0 put together, write and say what the ranks, or rank 0 alone, found out."""
+        if not self._world.first:
+            return
+        text = summary(self._title, ranks)
+        for line in text.splitlines():
+            self._note(line)
+        problems = {f"rank {rank}: ": own["problem"] for rank, own in enumerate(ranks)}
+        problems[""] = self._attempt(lambda: self._write_together(text, len(ranks)))
+        for who, problem in problems.items():
+            if problem is not None:
+                self._note(
+                    f"cannot write the trace of {self._title}: {who}{problem}; the run goes on"
+                )
+                return
+        self._note(f"{self._folder}: the trace of {self._title}, for https://ui.perfetto.dev")
+
+    def _write_together(self, text: str, num_ranks: int) -> None:
+        with _whole(self._file("txt")) as path:
+            path.write_text(text + "\n")
+        files = [self._file(f"rank{rank}.json.gz") for rank in range(num_ranks)]
+        if 2 <= num_ranks <= MERGED_RANKS and all(file.exists() for file in files):
+            traces = (json.loads(gzip.decompress(file.read_bytes())) for file in files)
+            events = (event for trace in traces for event in trace["traceEvents"])
+            _write(self._file("json.gz"), events, self._clock, {})
+
+    @staticmethod
+    def _attempt(write: Callable[[], None]) -> str | None:
+        """Give what is wrong, or None."""
+        try:
+            write()
+        except OSError as error:
+            return str(error)
+        return None
+
+
+def agree_on_clock(host: Host) -> Clock:
+    """Find out how this rank's time of day differs from rank 0's, as far as collectives tell. A collective.
+
+    No rank leaves a barrier before another has entered it. So between two ranks' clocks lies at least (one's entry - the
+    other's exit), and at most the reverse; the tightest bounds of a few barriers are taken. If they allow for no
+    difference, as between ranks of one machine, none is assumed, else the middle.
+    """
+    marks = []
+    for _ in range(_CLOCK_ROUNDS):
+        entry = time.time_ns()
+        host.barrier()
+        marks.append((entry, time.time_ns()))
+    marks_PR2 = host.all_gather(np.array(marks))
+    (entry_0, exit_0), (entry_own, exit_own) = marks_PR2[0].T, marks_PR2[host.rank].T
+    low, high = int((entry_0 - exit_own).max()), int((exit_0 - entry_own).min())
+    apart = not low <= 0 <= high
+    return Clock(
+        wall_ns=_wall_ns(),
+        shift_ns=(low + high) // 2 if apart else 0,
+        unsure_ns=(high - low) // 2 if apart else 0,
+        origin_ns=int(exit_0[-1]),
+    )
+
+
+def _wall_ns() -> int:
+    """What to add to time.perf_counter_ns for the time of day: of a few readings the one that took the shortest."""
+    found = []
+    for _ in range(10):
+        before, wall, after = time.perf_counter_ns(), time.time_ns(), time.perf_counter_ns()
+        found.append((after - before, wall - (before + after) // 2))
+    return min(found)[1]
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """Give a file to write, which gets its name when it is whole."""
+    new = path.with_name(f".{path.name}.new")
+    try:
+        yield new
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def _write(path: Path, events: Iterable[Event], clock: Clock, more: dict[str, Any]) -> None:
+    trace = {**more, "displayTimeUnit": "ms", "baseTimeNanoseconds": clock.origin_ns, "traceEvents": list(events)}  # fmt: skip
+    with _whole(path) as new, gzip.open(new, "wt", compresslevel=3) as file:
+        json.dump(trace, file)

@@ -1,0 +1,1 @@
+"""From token ids, or hidden states, to a Plan."""

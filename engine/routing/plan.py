@@ -1,0 +1,127 @@
+"""The plan: everything a layer needs to know about routing, computed before the layer runs.
+
+For planned routers engine/routing/planner.py makes it in the data loader, from the token ids of all ranks of the expert
+group. A live router's Route becomes a plan inside the forward pass: `build_plan` on one rank, where every token stays and
+the received rows are the local tokens; engine/routing/live_plan.py on several. After that all share engine/moe/layer.py.
+
+A plan has one part, or several that are exchanged one behind the other (engine/moe/overlap.py). A part is about a
+contiguous share of every rank's tokens, so a token is in one part and the rows that travel are the same in number.
+
+Letters: T local tokens, K active experts, N expert rows (T*K on one rank), E experts, S sent and R received rows, P ranks
+of the expert group.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from foreroute.kernels.expert_rows import ExpertRows, expert_rows
+
+
+class Route(NamedTuple):
+    """A router's choice for each token, in order of preference."""
+
+    expert_TK: Tensor  # int64: global expert ids, distinct within a token
+    weight_TK: Tensor  # fp32: mixing weights, each row sums to 1
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Where rows go and what each expert reads, for a share of every rank's tokens."""
+
+    rows: ExpertRows  # expert-major rows over the received rows
+    weight_N: Tensor  # fp32: mixing weight of each expert row
+    send: ExpertRows | None
+    """Rows to send, rank by rank: "experts" are ranks, source_N the tokens of this part; None: all of them to all ranks."""
+    received_R: Tensor | None
+    """int64: which of the group's tokens, rank by rank, each received row is; None: all, in order."""
+    send_splits: tuple[int, ...]  # rows to each rank of the expert group, this one included
+    recv_splits: tuple[int, ...]  # rows from each rank of the expert group
+
+    @property
+    def num_tokens(self) -> int:
+        """Local tokens of this part."""
+        return self.send_splits[0] if self.send is None else self.send.num_inputs
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The routing of one table and one micro-batch on this rank."""
+
+    k: int  # active experts per token
+    rank: int  # this rank's number in its expert group
+    count_E: Tensor  # int64: rows of every expert over the expert group
+    parts: tuple[Part, ...]  # in the order of the tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """Local tokens T."""
+        return sum(part.num_tokens for part in self.parts)
+
+    @property
+    def send_splits(self) -> tuple[int, ...]:
+        """Rows to each rank of the expert group, this one included."""
+        return _sums([part.send_splits for part in self.parts])
+
+    @property
+    def recv_splits(self) -> tuple[int, ...]:
+        """Rows from each rank of the expert group."""
+        return _sums([part.recv_splits for part in self.parts])
+
+    @property
+    def wire_rows(self) -> int:
+        """Rows that leave this rank on their way to experts."""
+        return sum(self.send_splits) - self.send_splits[self.rank]
+
+    def wire_bytes(self, width: int, itemsize: int) -> int:
+        """Bytes of rows that leave this rank in one layer's forward pass; its backward pass sends as many.
+
+        Rows go to experts, and results of as many rows as came go back; in backward the gradients of either. A live
+        router's counts and weights are not in it, nor is what recomputation repeats.
+
+        Args:
+            width: numbers in a row (D).
+            itemsize: bytes of a number on the wire.
+        """
+        results = sum(self.recv_splits) - self.recv_splits[self.rank]
+        return (self.wire_rows + results) * width * itemsize
+
+
+def _sums(splits: list[tuple[int, ...]]) -> tuple[int, ...]:
+    return tuple(sum(column) for column in zip(*splits, strict=True))
+
+
+def cut(num_tokens: int, chunks: int) -> list[slice]:
+    """Cut tokens into contiguous parts as equal as can be: `chunks` of them, or one each where tokens are fewer.
+
+    Example: 7 tokens in 3 chunks are 0 and 1, 2 and 3, 4 to 6.
+    """
+    count = max(1, min(chunks, num_tokens))
+    ends = [num_tokens * i // count for i in range(count + 1)]
+    return [slice(start, end) for start, end in pairwise(ends)]
+
+
+def build_plan(route: Route, num_experts: int) -> Plan:
+    """Turn a route into the plan of a one-rank expert group.
+
+    weight_N stays connected to route.weight_TK for autograd, so that live routers learn through it.
+
+    Example: two tokens, K=2, experts 0..2. Token 0 takes expert 2 (0.7) then 0 (0.3), token 1 takes 0 (0.6) then 1:
+
+        source_N = [0, 1, 1, 0], offset_L = [2, 3, 4], weight_N = [0.3, 0.6, 0.4, 0.7], count_E = [2, 1, 1]
+    """
+    num_tokens, k = route.expert_TK.shape
+    rows, choice_N = expert_rows(route.expert_TK, num_experts)
+    count_E = torch.diff(rows.offset_L.long(), prepend=rows.offset_L.new_zeros(1).long())
+    part = Part(
+        rows=rows,
+        weight_N=route.weight_TK.reshape(-1)[choice_N],
+        send=None,
+        received_R=None,
+        send_splits=(num_tokens,),
+        recv_splits=(num_tokens,),
+    )
+    return Plan(k, 0, count_E, (part,))

@@ -1,0 +1,1 @@
+"""What tests share: ranks, a tiny run, bytes of tensors."""

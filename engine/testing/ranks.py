@@ -1,0 +1,247 @@
+"""Processes for tests: `run_ranks` starts some that form a gloo group and gathers what they say, `Program` starts a program,
+both within a fraction of a second; `run_threads` gives threads of this process a Host each. And `change_certificate`, for
+tests of runs that shall differ from it.
+"""
+
+import contextlib
+import importlib.util
+import inspect
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing import connection
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+from torch import distributed as dist
+
+from foreroute.engine.certificate.record import ARRAYS, read, write
+from foreroute.engine.parallel.cpu_group import Host
+
+_SERVER = multiprocessing.get_context("forkserver")
+_PRELOADED = [  # what ranks import, also at their first step; none of it starts a thread
+    "pytest", "foreroute.engine.testing.ranks", "foreroute.engine.testing.tiny_run", "foreroute.engine.testing.tensor_bytes",
+    "foreroute.engine.train.trainer", "foreroute.engine.plug_in",
+    "torch._inductor.compile_fx", "torch._dynamo.testing", "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.superoffload.superoffload_stage3", "deepspeed.runtime.zero.muon.original_muon",
+]  # fmt: skip
+_SERVER.set_forkserver_preload(_PRELOADED)
+
+
+def run_ranks(
+    function: Callable[..., Any], ranks: int, *arguments: Any, seconds: float = 600
+) -> list[Any]:
+    """Call function(rank, *arguments) in each of `ranks` new processes of one gloo group; return what they return.
+
+    The processes are copies of one that has PyTorch, DeepSpeed and Triton imported and has done nothing else
+    (tests/README.md), so each call starts from a clean state within a fraction of a second. They take the environment
+    that this process has now.
+
+    Args:
+        function: at the top level of its file, which each process loads again.
+        seconds: what all of it may take; collectives end then, too.
+
+    Raises:
+        RuntimeError: a rank raised (its traceback is in the message), died or did not answer; no process is left behind.
+    """
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        task = _Task(
+            function=(inspect.getfile(function), function.__name__),
+            arguments=arguments, ranks=ranks, store=str(Path(folder) / "store"), seconds=seconds, environ=dict(os.environ),
+        )  # fmt: skip
+        workers = [_start(task, rank, stack) for rank in range(ranks)]
+        return _collect(workers, seconds)
+
+
+@dataclass(frozen=True)
+class _Task:
+    function: tuple[str, str]  # file, name
+    arguments: tuple[Any, ...]
+    ranks: int
+    store: str
+    seconds: float
+    environ: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Worker:
+    process: ForkServerProcess
+    answer: "Connection[Any, Any]"
+
+
+def _start(task: _Task, rank: int, stack: contextlib.ExitStack) -> _Worker:
+    """Start a rank, which ends with the stack."""
+    here, there = _SERVER.Pipe(duplex=False)
+    process = _SERVER.Process(target=_work, args=(task, rank, there))
+    process.start()
+    there.close()  # so that the end of the process is the end of the pipe
+    stack.callback(here.close)
+    stack.callback(process.join)
+    stack.callback(process.kill)
+    return _Worker(process, here)
+
+
+def _collect(workers: list[_Worker], seconds: float) -> list[Any]:
+    end = time.monotonic() + seconds
+    results: dict[int, Any] = {}
+    waiting = {worker.answer: rank for rank, worker in enumerate(workers)}
+    while waiting:
+        found = connection.wait(list(waiting), timeout=max(0, end - time.monotonic()))
+        if not found:
+            missing = ", ".join(map(str, waiting.values()))
+            raise RuntimeError(f"no answer of rank {missing} of {len(workers)} in {seconds} s")
+        for pipe in found:
+            rank = waiting.pop(cast("Connection[Any, Any]", pipe))
+            results[rank] = _answer(workers, rank)
+    return [results[rank] for rank in range(len(workers))]
+
+
+def _answer(workers: list[_Worker], rank: int) -> Any:
+    try:
+        fine, result = workers[rank].answer.recv()
+    except EOFError:
+        workers[rank].process.join()
+        code = workers[rank].process.exitcode
+        raise RuntimeError(f"rank {rank} of {len(workers)} died, exit code {code}") from None
+    if not fine:
+        raise RuntimeError(f"rank {rank} of {len(workers)}:\n{result}")
+    return result
+
+
+def _work(task: _Task, rank: int, answer: "Connection[Any, Any]") -> None:
+    try:
+        found = True, _call(task, rank)
+    except BaseException:
+        found = False, traceback.format_exc()
+    answer.send(found)
+    time.sleep(
+        task.seconds
+    )  # others may still talk to this rank: it is killed when all have answered
+
+
+def _call(task: _Task, rank: int) -> Any:
+    _take_environment({**task.environ, "LOCAL_RANK": str(rank)})  # as launchers do
+    torch.set_num_threads(1)
+    file, name = task.function
+    spec = importlib.util.spec_from_file_location("foreroute_ranks", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(task.store, task.ranks), rank=rank, world_size=task.ranks,
+        timeout=timedelta(seconds=task.seconds),
+    )  # fmt: skip
+    return getattr(module, name)(rank, *task.arguments)
+
+
+def _take_environment(environ: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environ)
+
+
+class Program:
+    """A Python program in a process like those of run_ranks: what it imports is there already. It ends with the block."""
+
+    def __init__(self, code: str, arguments: Sequence[str], environ: Mapping[str, str]) -> None:
+        """Start it.
+
+        Args:
+            code: what the process does, as with `python -c`.
+            arguments: what it finds in sys.argv[1:].
+        """
+        self._folder = tempfile.TemporaryDirectory()
+        self._texts = [Path(self._folder.name) / name for name in ("out", "err")]
+        arguments = ["-c", *arguments]
+        self._process = _SERVER.Process(target=_run, args=(code, arguments, dict(environ), self._texts))  # fmt: skip
+        self._process.start()
+
+    def __enter__(self) -> "Program":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.join()
+        self._folder.cleanup()
+
+    def wait(self, seconds: float = 600) -> tuple[int, str, str]:
+        """Wait for its end; gives exit code, stdout and stderr.
+
+        Raises:
+            TimeoutError: it goes on.
+        """
+        self._process.join(seconds)
+        code = self._process.exitcode
+        if code is None:
+            raise TimeoutError(f"no end within {seconds:.0f} s")
+        out, err = (path.read_text() for path in self._texts)
+        return code, out, err
+
+
+def _run(code: str, arguments: list[str], environ: dict[str, str], texts: list[Path]) -> None:
+    _take_environment(environ)
+    for number, path in enumerate(texts, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = arguments
+    exec(code, {"__name__": "__main__"})
+
+
+def rank_environments(ranks: int) -> list[dict[str, str]]:
+    """Give each rank's environment as torchrun would, with a meeting point of their own on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        {**os.environ, **world, "RANK": str(r), "LOCAL_RANK": str(r), "OMP_NUM_THREADS": "1"} for r in range(ranks)
+    ]  # fmt: skip
+
+
+class _ThreadHost(Host):
+    def __init__(self, rank: int, board: list[Any], barrier: threading.Barrier) -> None:
+        self.rank, self.ranks, self._board, self._barrier = rank, len(board), board, barrier
+
+    def all_gather(self, values: NDArray[Any]) -> NDArray[Any]:
+        self._board[self.rank] = values
+        self._barrier.wait()
+        found = np.stack(self._board)
+        self._barrier.wait()  # nobody writes again before all have read
+        return found
+
+
+def run_threads(function: Callable[[Host], Any], ranks: int, *, seconds: float = 60) -> list[Any]:
+    """Call function(host) in `ranks` threads whose hosts know each other; return results, or what was raised, by rank."""
+    board: list[Any] = [None] * ranks
+    barrier = threading.Barrier(ranks, timeout=seconds)
+
+    def call(rank: int) -> Any:
+        try:
+            return function(_ThreadHost(rank, board, barrier))
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(ranks) as pool:
+        return list(pool.map(call, range(ranks)))
+
+
+def change_certificate(folder: Path, array: str, place: tuple[int, ...]) -> int:
+    """Add 1 to one number of a certificate's arrays, as if it had been written so; gives the number that was there."""
+    arrays = load_file(folder / ARRAYS)
+    before = int(arrays[array][place])
+    arrays[array][place] += 1
+    write(folder, read(folder).facts, arrays)
+    return before

@@ -1,0 +1,193 @@
+"""Bytes of tensors while a rank trains, as PyTorch's allocator counts them: the truth for engine/certificate/memory/peak.py.
+
+`TensorBytes` counts every block that PyTorch allocates on the CPU from `with` on, those inside its own and our operations too,
+through the events that its profiler records. Arrays of numpy are not among them, so plans are counted where they are made.
+
+What a thread frees that is not profiled goes unseen, and gloo has such threads: the last to hold what was moved must be ours. So
+within the block who waited for a collective waits a little longer (`_GLOO_S`), until gloo's thread has let go; and where
+that was not enough, the block is gone when its address is given out again. PyTorch's own total would count it for ever.
+"""
+
+import dataclasses
+import gc
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from torch import distributed as dist
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from foreroute.engine.config import Config
+from foreroute.engine.data.loader import PlannedLoader
+from foreroute.engine.data.planned_batches import GroupBatch, PlannedBatch, TrainingBatches
+from foreroute.engine.data.streams import Streams
+from foreroute.engine.metrics.timers import ForwardTimes
+from foreroute.engine.model.build import build_model
+from foreroute.engine.model.transformer_xl import Memory
+from foreroute.engine.optim import deepspeed_engine as adapter
+from foreroute.engine.parallel.cpu_group import GlooHost
+from foreroute.engine.parallel.mesh import Mesh
+from foreroute.engine.parallel.world import World
+from foreroute.engine.routing.ngram_rows import KeyRows
+from foreroute.engine.routing.routers import routers_of
+from foreroute.engine.routing.tables import Table
+from foreroute.engine.train.step import train_step
+
+_MARK = "foreroute: counted"
+_GLOO_S = 0.005
+
+
+class TensorBytes:
+    """Counts allocated bytes in a `with` block; `peak_bytes` is there behind it."""
+
+    peak_bytes: int
+    """The most bytes inside marked() that were allocated within the block and not yet freed."""
+
+    def __init__(self) -> None:
+        self._slow_wait = mock.patch.object(dist.Work, "wait", _slowly(dist.Work.wait))
+        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+
+    def __enter__(self) -> "TensorBytes":
+        gc.collect()
+        gc.freeze()  # what is there now is not freed within the block
+        self._slow_wait.start()
+        self._profile.__enter__()
+        return self
+
+    def marked(self) -> record_function:
+        """Mark a part of the block in which the peak is looked for."""
+        return record_function(_MARK)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:  # fmt: skip
+        self._profile.__exit__(kind, error, trace)
+        self._slow_wait.stop()
+        gc.unfreeze()
+        if error is None:
+            self.peak_bytes = _peak(sorted(_blocks(self._profile)))
+
+
+def _slowly(wait: Callable[..., Any]) -> Callable[..., Any]:
+    def slow(*arguments: Any, **options: Any) -> Any:
+        found = wait(*arguments, **options)
+        time.sleep(_GLOO_S)
+        return found
+
+    return slow
+
+
+def _peak(blocks: Iterable[tuple[int, int, int, bool]]) -> int:
+    """Give the most bytes held in a mark, of blocks in the order of time."""
+    alive: dict[int, int] = {}
+    held = peak = 0
+    for _, address, size, marked in blocks:
+        held -= alive.pop(address, 0)
+        if size > 0:
+            alive[address] = size
+            held += size
+        if marked:
+            peak = max(peak, held)
+    return peak
+
+
+def _blocks(found: Any) -> Iterator[tuple[int, int, int, bool]]:
+    """Yield (time, address, bytes: negative when freed, inside a mark) of every block that was allocated or freed."""
+    left = [(node, False) for node in found.profiler.kineto_results.experimental_event_tree()]
+    while left:
+        node, marked = left.pop()
+        if node.tag == _EventType.Allocation:
+            block = node.extra_fields
+            yield node.start_time_ns, block.ptr, block.alloc_size, marked
+        else:
+            marked = marked or node.name == _MARK
+            left += [(child, marked) for child in node.children]
+
+
+class PlanBytes:
+    """Counts the bytes of plans that are alive."""
+
+    def __init__(self) -> None:
+        self.peak_bytes = self._alive = 0
+
+    def add(self, planned: PlannedBatch) -> None:
+        """Count a batch's plans until they are gone."""
+        assert planned.plans is not None
+        held = sum(tensor.nbytes for tensor in _tensors(planned.plans))
+        self._alive += held
+        self.peak_bytes = max(self.peak_bytes, self._alive)
+        weakref.finalize(planned.plans[0].count_E, self._drop, held)
+
+    def _drop(self, held: int) -> None:
+        self._alive -= held
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _tensors(getattr(value, field.name))
+
+
+def train(
+    config: Config, mesh: Mesh, ids: NDArray[np.uint8], tables: list[Table], vocab_size: int, *, counted: bool = True
+) -> int:  # fmt: skip
+    """Train train.steps steps on this rank, in the process group that there is.
+
+    Returns:
+        The most bytes of tensors and plans that were held in a step; 0 unless counted.
+    """
+    plans, held = PlanBytes(), TensorBytes()
+    if not counted:
+        _train(config, mesh, ids, tables, vocab_size, plans, None)
+        return 0
+    with held:
+        _train(config, mesh, ids, tables, vocab_size, plans, held)
+    return held.peak_bytes + plans.peak_bytes
+
+
+def _train(
+    config: Config, mesh: Mesh, ids: NDArray[np.uint8], tables: list[Table], vocab_size: int, plans: PlanBytes,
+    held: TensorBytes | None,
+) -> None:  # fmt: skip
+    model = build_model(config, vocab_size)
+    engine = adapter.start(model, config, mesh)
+    loader = _loader(config, mesh, ids, tables, plans, model.input_keys)
+    world = World(mesh) if mesh.world == 1 else World(mesh, host=GlooHost(dist.group.WORLD))  # type: ignore[arg-type]
+    memory: list[Memory | None] = [None] * config.train.accumulation
+    times = ForwardTimes(engine.module)
+    for step in range(config.train.steps):
+        with held.marked() if held else record_function(""):
+            train_step(engine, loader, memory, config, step=step, forward_times=times, world=world)
+    loader.close()
+
+
+def _loader(
+    config: Config, mesh: Mesh, ids: NDArray[np.uint8], tables: list[Table], plans: PlanBytes,
+    input_keys: Sequence[KeyRows],
+) -> PlannedLoader:  # fmt: skip
+    streams = Streams(
+        ids, config.data.streams, config.data.segment, config.context, config.data.start
+    )
+    batches = TrainingBatches(config, streams, mesh, routers_of(tables, mesh), input_keys)
+
+    def plan(group: GroupBatch, k: int) -> PlannedBatch:
+        planned = batches.plan(group, k)
+        plans.add(planned)
+        return planned
+
+    return PlannedLoader(
+        batches.read, plan, batches.k,
+        steps=range(config.train.steps), accumulation=config.train.accumulation, prefetch=config.data.prefetch,
+    )  # fmt: skip

@@ -1,0 +1,181 @@
+"""A tiny training run on any number of ranks, for tests: Transformer-XL with two expert layers, through DeepSpeed.
+
+Four streams of random text, shared out over ranks and micro-batches; everything it gives is numbered by global expert.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from foreroute.engine.checkpoint import save_load as checkpoint
+from foreroute.engine.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from foreroute.engine.data.planned_batches import group_batch, plan_batch
+from foreroute.engine.data.streams import Streams
+from foreroute.engine.model.build import build_model
+from foreroute.engine.model.transformer_xl import Memory, Routing
+from foreroute.engine.optim import deepspeed_engine as adapter
+from foreroute.engine.optim.adam import build_optimizer
+from foreroute.engine.parallel.collectives import add_up
+from foreroute.engine.parallel.cpu_group import GlooHost
+from foreroute.engine.parallel.mesh import Mesh
+from foreroute.engine.routing.routers import routers_of
+from foreroute.engine.routing.tables import Table, build_tables, table_from_state, table_state
+
+SYMBOLS, STREAMS, SEGMENT, LAYERS, EXPERTS, K = 11, 4, 16, 2, 4, 2
+
+
+def tiny_config(stage: int = 1, *, clip: float = 0.0, dropout: float = 0.0, **train: Any) -> Config:
+    """Give the run's configuration; further options are of section train."""
+    return Config(
+        data=DataConfig(streams=STREAMS, segment=SEGMENT),
+        model=ModelConfig(LAYERS, 16, heads=2, head_width=8, memory=16, dropout=dropout, init_std=0.2),
+        moe=MoEConfig(experts=EXPERTS, expert_width=12, ngram=2, rows=64),
+        schedule=ScheduleConfig(k_min=K, k_max=K),
+        # With a smaller eps, rounding noise in a gradient that is nearly zero becomes a whole step.
+        optim=OptimConfig(lr=0.002, clip=clip, eps=1e-6),
+        train=TrainConfig(steps=10, zero_stage=stage, **train),
+        eval=EvalConfig(k=[1]),
+    )  # fmt: skip
+
+
+class Run:
+    """One rank of the run."""
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        stage: int,
+        *,
+        optimizer: Callable[..., torch.optim.Optimizer] = build_optimizer,
+        whole: int = 0,
+        idle: bool = False,
+        **options: Any,
+    ) -> None:
+        """Start at step 0, in the process group of run_ranks.
+
+        Args:
+            optimizer: in place of engine.optim.adam.build_optimizer.
+            whole: in place of adapter.KEPT_WHOLE.
+            idle: leave the second half of the experts without a token.
+            options: of tiny_config.
+        """
+        self.config, self.mesh = tiny_config(stage, **options), mesh
+        vars(adapter).update(build_optimizer=optimizer, KEPT_WHOLE=whole)
+        self.host = GlooHost(dist.group.WORLD)  # type: ignore[arg-type]
+        text = np.random.default_rng(0).integers(0, SYMBOLS, 2000).astype(np.uint8)
+        self.streams = Streams(text, STREAMS, SEGMENT, self.config.context)
+        tables = build_tables(
+            self.config.moe, SYMBOLS, text, num_tables=LAYERS, seed=1, cache_dir=None
+        )
+        if idle:
+            tables = [replace(t, order_rE=t.order_rE.sort().values.contiguous()) for t in tables]
+        self._route_by(tables)
+        self.engine = adapter.start(build_model(self.config, SYMBOLS), self.config, mesh)
+        if stage == 3 and mesh.world > 1 and not whole:
+            _assert_sharded(self.engine.module)
+        torch.manual_seed(50 + mesh.rank)
+        self.accumulation = self.config.train.accumulation
+        self.memory: list[Memory | None] = [None] * self.accumulation
+        self.index = 0  # of the next step
+
+    def step(self) -> float:
+        """Make one optimizer step; give the mean loss over all ranks."""
+        total = torch.zeros(())
+        for micro in range(self.accumulation):
+            out = self.engine.forward(*self._inputs(micro))
+            self.engine.backward(out.loss)
+            self.memory[micro] = out.memory
+            total += out.loss.detach().float() / self.accumulation
+        assert self.engine.step()
+        self.index += 1
+        return add_up(total).item() / self.mesh.world
+
+    def evaluate(self, guard: Callable[[], AbstractContextManager[Any]]) -> float:
+        """Give this rank's loss on the next step's first micro-batch, by the bare model under torch.no_grad or the like."""
+        self.engine.module.eval()
+        with guard():
+            loss: float = self.engine.module(*self._inputs(0)).loss.item()
+        self.engine.module.train()
+        return loss
+
+    def state(self) -> dict[str, NDArray[np.float32]]:
+        """Give master weights and moments, "weight/<parameter>"; of experts each by itself, "weight/<parameter>@<expert>"."""
+        found: dict[str, NDArray[np.float32]] = {}
+        for name, values in self.engine.read_state():
+            for key, value in values.items():
+                full = f"{key}/{name}"
+                if ".experts." in name:
+                    experts = self.mesh.local_experts(EXPERTS)
+                    parts = zip(experts, value, strict=True)
+                    found |= {f"{full}@{expert}": part.numpy().copy() for expert, part in parts}
+                else:
+                    found[full] = value.numpy().copy()
+        return found
+
+    def save(self, folder: Path) -> Path:
+        """Write a checkpoint."""
+        layers = zip(*[micro for micro in self.memory if micro is not None], strict=True)
+        state = checkpoint.TrainingState(
+            step=self.index, cursor=self.index, rng=torch.get_rng_state(),
+            memory=tuple(torch.cat(layer) for layer in layers), stream_B=torch.tensor(self._own_streams()),
+            tables=[table_state(table) for table in self.tables],
+        )  # fmt: skip
+        return checkpoint.save(folder, self.engine, state, facts={}, keep=2, host=self.host)
+
+    def load(self, folder: Path) -> checkpoint.TrainingState:
+        """Go on from the newest checkpoint."""
+        path, warnings = checkpoint.find_newest(folder, self.host)
+        assert path is not None and not warnings
+        state = checkpoint.load(path, self.engine, host=self.host, streams=self._own_streams())
+        assert state.memory is not None
+        self._route_by([table_from_state(table) for table in state.tables])
+        parts = [layer.tensor_split(self.accumulation) for layer in state.memory]
+        self.memory = list(zip(*parts, strict=True))
+        self.index = state.cursor
+        if state.rng is not None:
+            torch.set_rng_state(state.rng)
+        return state
+
+    def _route_by(self, tables: list[Table]) -> None:
+        self.tables, self.routers = tables, routers_of(tables, self.mesh)
+
+    def _streams_of(self, rank: int, micro: int) -> range:
+        return self.streams.streams_of(
+            rank, micro, world=self.mesh.world, accumulation=self.accumulation
+        )
+
+    def _own_streams(self) -> list[int]:
+        micros = range(self.accumulation)
+        return [stream for micro in micros for stream in self._streams_of(self.mesh.rank, micro)]
+
+    def _inputs(self, micro: int) -> tuple[Tensor, Tensor, Memory | None, Routing]:
+        """What the model takes in the next step."""
+        ranks = self.mesh.group_ranks
+        batches = [self.streams.batch(self.index, self._streams_of(r, micro)) for r in ranks]
+        planned = plan_batch(group_batch(batches, self.mesh.expert_rank), K, self.routers)
+        routing = Routing(K, planned.plans, planned.token_T, dropout_seed=self.index)
+        return planned.batch.ids_BQ, planned.batch.targets_BQ, self.memory[micro], routing
+
+
+def _assert_sharded(model: nn.Module) -> None:
+    """Between steps a rank holds nothing of a dense parameter but its share; otherwise a test of ZeRO-3 proves nothing."""
+    for name, param in model.named_parameters():
+        shards = param.ds_zero_partition_world_size  # type: ignore[attr-defined]
+        assert param.numel() == 0 and (shards > 1 or ".experts." in name), f"{name} is whole"

@@ -1,0 +1,82 @@
+"""What a run decides at its start: the backend, by the device, and by measurement from which k on layers run masked.
+
+Measured once at the start of a run and written into its resolved configuration, so that a resumed run computes exactly
+as before: numerics must not depend on timing. Nothing else in the engine reads a clock to decide.
+"""
+
+import time
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from foreroute.engine.config import Backend, Config, Router
+from foreroute.engine.errors import require
+from foreroute.kernels import ExpertWeights, expert_rows, moe_ffn
+from foreroute.kernels.launching import is_interpreted
+
+_TOKENS = 1024  # enough for stable products; a step of a small run has as many
+_ROUNDS = 3
+
+
+def resolve(config: Config, device: torch.device) -> Config:
+    """Fill in what the configuration leaves to the device and to measurement; returns a copy.
+
+    Raises:
+        UserError: the Triton kernels are asked for where they cannot run.
+    """
+    kernels = config.kernels
+    if kernels.backend is Backend.auto:
+        found = Backend.triton if device.type == "cuda" else Backend.cpu
+        kernels = replace(kernels, backend=found)
+    require(
+        kernels.backend is not Backend.triton or device.type == "cuda" or is_interpreted(),
+        f"kernels.backend=triton: the model is on {device}; needs a GPU, or TRITON_INTERPRET=1 for tests",
+    )
+    config = replace(config, kernels=kernels)
+    if kernels.masked_from_k is not None:
+        return config
+    needless = config.moe.router is Router.dense or kernels.backend is not Backend.cpu
+    first = config.moe.experts + 1 if needless else measure_masked_from_k(config)
+    return replace(config, kernels=replace(kernels, masked_from_k=first))
+
+
+def measure_masked_from_k(config: Config) -> int:
+    """Find the smallest k at which the masked form is faster, forward and backward; experts + 1 if there is none.
+
+    The grouped form's time grows with k and the masked one's does not, so the crossing is found by bisection.
+    """
+    low, high = 1, config.moe.experts + 1  # masked loses below low, wins from high on
+    while low < high:
+        k = (low + high) // 2
+        grouped, masked = _seconds(config, k)
+        low, high = (low, k) if masked < grouped else (k + 1, high)
+    return low
+
+
+def _seconds(config: Config, k: int) -> tuple[float, float]:
+    """Fastest of a few interleaved rounds of (grouped, masked)."""
+    moe, width = config.moe, config.model.width
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).requires_grad_()
+
+    shape = (moe.experts, moe.expert_width, width)
+    weights = ExpertWeights(
+        normal(*shape), normal(*shape[:2]), normal(*shape), normal(shape[0], width)
+    )
+    tokens = min(_TOKENS, config.symbols_per_step)
+    x_TD = normal(tokens, width)
+    expert_TK = torch.rand(tokens, moe.experts, generator=generator).topk(k, dim=1).indices
+    rows, _ = expert_rows(expert_TK, moe.experts)
+    weight_N = torch.full((tokens * k,), 1.0 / k)
+    cotangent_TD = torch.ones_like(x_TD)
+
+    def run(masked: bool) -> float:
+        start = time.perf_counter()
+        moe_ffn(x_TD, weight_N, weights, rows, masked=masked).backward(cotangent_TD)
+        return time.perf_counter() - start
+
+    rounds = [(run(False), run(True)) for _ in range(_ROUNDS)]
+    return min(grouped for grouped, _ in rounds), min(masked for _, masked in rounds)

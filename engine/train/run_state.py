@@ -1,0 +1,41 @@
+"""What a run's state is on other ranks than those that saved it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from foreroute.engine.config import BalanceOver, Config, Keys, Router
+from foreroute.engine.model.transformer_xl import Memory
+from foreroute.engine.parallel.mesh import Mesh
+
+
+def not_in_rounding_alone(manifest: Mapping[str, Any], config: Config, mesh: Mesh) -> list[str]:
+    """Say what follows from the layout of ranks and micro-batches, if that of a checkpoint was another one."""
+    accumulation = manifest["config"]["train"]["accumulation"]
+    then = manifest.get("ranks", 1), manifest.get("expert_ranks", 1), accumulation
+    if then == (mesh.world, mesh.expert_ranks, config.train.accumulation):
+        return []
+    learned = config.moe.router is Router.learned and config.moe.balance_loss > 0
+    regrouped = (
+        accumulation != config.train.accumulation or config.moe.balance_over is BalanceOver.micro
+    )
+    found = {
+        "dropout draws new numbers": drops_out(config),
+        "keys are shuffled among other tokens": config.moe.keys is Keys.shuffled,
+        "the balance loss counts other tokens": learned and regrouped,
+    }
+    return [words for words, applies in found.items() if applies]
+
+
+def drops_out(config: Config) -> bool:
+    """Say whether PyTorch's generators are drawn from; the experts' dropout is hashed."""
+    return max(config.model.dropout, config.model.attention_dropout) > 0
+
+
+def join_memory(memory: list[Memory | None]) -> Memory | None:
+    """Put the micro-batches' streams one after the other: global stream order on one rank."""
+    present = [micro for micro in memory if micro is not None]
+    if len(present) < len(memory):
+        return None
+    return tuple(torch.cat(layer) for layer in zip(*present, strict=True))

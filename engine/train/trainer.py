@@ -1,0 +1,361 @@
+"""The training loop: steps, logged metrics, validation, checkpoints, and a clean stop.
+
+Owns the run's moving parts (engine, loader, memory, counters); says what happens through a Reporter, prints nothing.
+A stop asked for (Ctrl-C, SIGTERM) takes effect between two steps, after a checkpoint.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from foreroute.engine.certificate.check import Check
+from foreroute.engine.checkpoint import save_load as checkpoint
+from foreroute.engine.checkpoint.files import step_of
+from foreroute.engine.config import Config, Split, to_plain
+from foreroute.engine.data.corpus import PreparedCorpus
+from foreroute.engine.data.loader import PlannedLoader
+from foreroute.engine.data.plan_agreement import Agreement
+from foreroute.engine.data.planned_batches import TrainingBatches
+from foreroute.engine.data.streams import Streams
+from foreroute.engine.errors import RunFailed, UserError, everywhere
+from foreroute.engine.evaluation.held_out import evaluate
+from foreroute.engine.metrics.log_interval import Values, Window
+from foreroute.engine.metrics.names import JSONL, read_lines
+from foreroute.engine.metrics.peak_flops import peak_of
+from foreroute.engine.metrics.step_result import StepTimes
+from foreroute.engine.metrics.stragglers import SlowRank
+from foreroute.engine.metrics.timers import ForwardTimes
+from foreroute.engine.metrics.writer import Metrics
+from foreroute.engine.model.build import (
+    build_model,
+    fill_signatures,
+    planned_routers,
+    router_tables,
+)
+from foreroute.engine.model.flops import Arithmetic
+from foreroute.engine.model.transformer_xl import Memory
+from foreroute.engine.optim.deepspeed_engine import start
+from foreroute.engine.parallel.world import World
+from foreroute.engine.profiling.profiler import Profiler
+from foreroute.engine.routing.hashing import hash64
+from foreroute.engine.routing.routers import PlannedRouter
+from foreroute.engine.routing.tables import table_from_state, table_state
+from foreroute.engine.tracing import span
+from foreroute.engine.train.run_state import drops_out, join_memory, not_in_rounding_alone
+from foreroute.engine.train.step import train_step
+
+
+class Reporter(Protocol):
+    """Where a run tells a person how it is doing."""
+
+    def note(self, line: str) -> None:
+        """Say something once."""
+
+    def step(self, step: int) -> None:
+        """Say that so many steps are finished."""
+
+    def metrics(self, step: int, values: Mapping[str, Any], seconds_left: float) -> None:
+        """Show the metrics of a logged step."""
+
+
+class _StopAsked(Exception):
+    """A stop was asked for during a validation."""
+
+
+class Trainer:
+    """One rank's part of a run.
+
+    Args:
+        config: resolved (kernels.masked_from_k is set).
+        routers: planned ones, for this rank's place; None for live routers and dense.
+        folder: the run folder; checkpoints go to folder/checkpoints.
+        world: the ranks; one alone by default.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        corpus: PreparedCorpus,
+        routers: list[PlannedRouter] | None,
+        folder: Path,
+        reporter: Reporter,
+        world: World | None = None,
+    ) -> None:
+        self.config, self.corpus, self.routers = config, corpus, routers
+        self.world = world or World()
+        self.folder, self.reporter = folder, reporter
+        self.streams = Streams(
+            corpus.split(Split.train), config.data.streams, config.data.segment, config.context, config.data.start
+        )  # fmt: skip
+        self.model = build_model(config, corpus.vocab.size)
+        fill_signatures(self.model, config, corpus)
+        self.parameters = sum(p.numel() for p in self.model.parameters())  # of all ranks together
+        self.arithmetic = Arithmetic(config, corpus.vocab.size, self.parameters)
+        self.peak = peak_of(config, self.world.device)
+        self.engine = start(self.model, config, self.world.mesh)
+        self.forward_times = ForwardTimes(self.model)
+        self.memory: list[Memory | None] = [None] * config.train.accumulation
+        self.step = 0
+        self._saved_at = time.monotonic()  # or began
+        self._seed_generator()
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of this run's checkpoints."""
+        return self.folder / "checkpoints"
+
+    def resume(self) -> None:
+        """Go on from the newest whole checkpoint, if there is one; damaged ones are named and skipped.
+
+        Raises:
+            UserError: on every rank: there are checkpoints, and none is whole or fits, or the newest is beyond train.steps, or the
+            text has changed.
+        """
+        try:
+            self._resume()
+        except UserError as error:
+            everywhere(error)
+            raise
+
+    def _resume(self) -> None:
+        host = self.world.host
+        path, warnings = checkpoint.find_newest(self.checkpoints, host)
+        for warning in warnings:
+            self.reporter.note(warning)
+        if path is None and warnings:
+            raise UserError(f"{self.checkpoints}: no whole checkpoint is left; {warnings[0]}")
+        if path is None:
+            self.reporter.note("no checkpoint to resume from: starting at step 0")
+            return
+        manifest = checkpoint.read_manifest(path)
+        trained_on = manifest["corpus_sha256"]
+        if trained_on != self.corpus.sha256:
+            raise UserError(
+                f"{path}: trained on text with sha256 {trained_on[:16]}..., the corpus is now {self.corpus.sha256[:16]}...; another train.name starts a new run"
+            )
+        done, steps = step_of(path), self.config.train.steps
+        if done > steps:
+            raise UserError(
+                f"train.steps={steps}: the run in {self.folder} is at step {done:,} already"
+            )
+        state = checkpoint.load(path, self.engine, host=host, streams=self._own_streams())
+        self.step = state.step
+        # tables belong to the model: take the saved ones
+        tables = [table_from_state(table) for table in state.tables]
+        self.routers = planned_routers(self.config, tables, self.world.mesh)
+        self._restore_generators(state)
+        if state.memory is not None:
+            device, micros = self.engine.device, len(self.memory)
+            parts = [layer.to(device).tensor_split(micros) for layer in state.memory]
+            self.memory = [tuple(micro) for micro in zip(*parts, strict=True)]
+        self.reporter.note(f"resumed at step {self.step} from {path}")
+        if differs := not_in_rounding_alone(manifest, self.config, self.world.mesh):
+            self.reporter.note(f"the checkpoint is of another layout of ranks and micro-batches: {', '.join(differs)}")  # fmt: skip
+        elif self._on_gpu != (state.device_rng is not None) and drops_out(self.config):
+            self.reporter.note("the checkpoint is of another kind of device: dropout draws new numbers")  # fmt: skip
+
+    def save(self) -> Path:
+        """Write a checkpoint of this moment."""
+        self.world.watch.at(f"the checkpoint of step {self.step}")
+        self._saved_at = time.monotonic()
+        state = checkpoint.TrainingState(
+            step=self.step,
+            cursor=self.step,  # one segment of every stream per step
+            rng=torch.get_rng_state(),
+            device_rng=torch.cuda.get_rng_state(self.engine.device) if self._on_gpu else None,
+            memory=join_memory(self.memory),
+            stream_B=torch.tensor(self._own_streams()),
+            tables=[table_state(table) for table in router_tables(self.routers)],
+        )
+        try:
+            return checkpoint.save(
+                self.checkpoints, self.engine, state,
+                facts={
+                    "config": to_plain(self.config),
+                    "corpus_sha256": self.corpus.sha256,
+                    "symbols": self.corpus.vocab.symbols.hex(),
+                },
+                keep=self.config.train.keep,
+                host=self.world.host,
+            )  # fmt: skip
+        except OSError as error:  # the same on every rank
+            failure = RunFailed(f"cannot write a checkpoint at step {self.step}: {error}")
+            raise everywhere(failure) from error
+
+    def run(
+        self, metrics: Metrics | None, stop_asked: Callable[[], bool], check: Check | None = None
+    ) -> bool:
+        """Train until train.steps, or until stop_asked() says so; a checkpoint is written in both cases.
+
+        Args:
+            metrics: where numbers go; None on all ranks but the first.
+            stop_asked: may differ between the ranks, which stop behind the same step.
+            check: what every step is held to.
+
+        Returns:
+            True when all steps are done.
+
+        Raises:
+            RunFailed: the loss is not finite, a step differs from its certificate, or a checkpoint cannot be written.
+        """
+        train, first, start = self.config.train, self.step, time.perf_counter()
+        window = self._window()
+        loader = self._loader()
+        saved = first or -1  # a resumed run starts at its checkpoint
+        alone = self.world.mesh.world == 1
+        stopping = alone and stop_asked()
+        slow, before = SlowRank(), StepTimes()
+        profiler = Profiler(
+            self.config.profile, self.folder / "trace", self.world, self.reporter.note, done=first
+        )
+        try:
+            if metrics is not None and alone and self._missed_validation():
+                self._validate(metrics, window, stop_asked)
+            while self.step < train.steps and not stopping:
+                compiles = self.step == first  # kernels, perhaps
+                self.world.watch.at(f"step {self.step}", timeouts=5 if compiles else 1)
+                profiler.begin(self.step + 1)
+                result = train_step(
+                    self.engine, loader, self.memory, self.config,
+                    step=self.step, forward_times=self.forward_times,
+                    world=self.world, stop_asked=stop_asked(), save_asked=self._save_asked(), before=before, check=check,
+                )  # fmt: skip
+                before = result.times
+                self.step += 1
+                profiler.end(self.step, result.times)
+                stopping = result.stop_asked or (alone and stop_asked())
+                with window.timed():
+                    window.add(result)
+                self.reporter.step(self.step)
+                if self.step % train.log_every == 0 or self.step == train.steps:
+                    for line in slow.lines(window.own_ms_P()):
+                        self.reporter.note(f"step {self.step}: {line}")
+                    values = self._log(window, metrics)
+                    elapsed = time.perf_counter() - start
+                    left = elapsed / (self.step - first) * (train.steps - self.step)
+                    self.reporter.metrics(self.step, values, left)
+                if train.valid_every and self.step % train.valid_every == 0:
+                    with span("validation"):
+                        self._validate(metrics, window, stop_asked if alone else lambda: False)
+                if result.save_asked or (train.save_every and self.step % train.save_every == 0):
+                    with span("checkpoint"):
+                        self.save()
+                    saved = self.step
+            profiler.close()
+        except _StopAsked:
+            pass
+        except RunFailed as error:
+            together = error.everywhere or alone
+            failure = RunFailed(f"{error}; {self._last_good()}" if together else str(error))
+            failure.everywhere = error.everywhere
+            raise failure from error
+        finally:
+            loader.close()
+            profiler.leave()
+        if window.begun:  # stopped between two lines
+            self._log(window, metrics)
+        if saved != self.step:
+            self.save()
+        return self.step >= train.steps
+
+    def _log(self, window: Window, metrics: Metrics | None) -> Values:
+        """End the window behind this step, and give and write its numbers."""
+        with window.timed():
+            values = window.close(self.step)
+            if metrics is not None:
+                metrics.log(self.step, values)
+        return values
+
+    def _window(self) -> Window:
+        return Window(
+            self.config, self.arithmetic,
+            ranks=self.world.mesh.world, device=self.world.device, peak=self.peak, flops=self.arithmetic.flops_before(self.step),
+        )  # fmt: skip
+
+    def _loader(self) -> PlannedLoader:
+        config, world, batches = self.config, self.world, self._batches()
+        return PlannedLoader(
+            batches.read,
+            batches.plan,
+            batches.k,
+            steps=range(self.step, config.train.steps),
+            accumulation=config.train.accumulation,
+            prefetch=config.data.prefetch,
+            agreement=Agreement(world.planning, world.mesh, self.routers) if world.mesh.world > 1 else None,
+            device=self.engine.device,
+        )  # fmt: skip
+
+    def _batches(self) -> TrainingBatches:
+        keys, group = self.model.input_keys, self.world.planning_group
+        return TrainingBatches(self.config, self.streams, self.world.mesh, self.routers, keys, group)  # fmt: skip
+
+    def _own_streams(self) -> list[int]:
+        """Global streams of this rank, micro-batch by micro-batch."""
+        batches, rank = self._batches(), self.world.mesh.rank
+        micros = range(self.config.train.accumulation)
+        return [stream for micro in micros for stream in batches.streams_of(rank, micro)]
+
+    def _seed_generator(self) -> None:
+        """Give every rank other random numbers for dropout outside the experts; all ranks built the same model."""
+        mesh, seed = self.world.mesh, self.config.train.seed
+        if mesh.world > 1 or self.step > 0:
+            torch.manual_seed(hash64(seed, mesh.rank, self.step).item())
+
+    def _restore_generators(self, state: checkpoint.TrainingState) -> None:
+        """Go on with the saved random numbers; draw new ones where other ranks, or a CPU, saved them."""
+        if state.rng is None or (self._on_gpu and state.device_rng is None):
+            self._seed_generator()
+            return
+        torch.set_rng_state(state.rng)
+        if state.device_rng is not None and self._on_gpu:
+            torch.cuda.set_rng_state(state.device_rng, self.engine.device)
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.engine.device.type == "cuda"
+
+    def _save_asked(self) -> bool:
+        """Say whether the last checkpoint is older than train.save_minutes by this rank's clock."""
+        minutes = self.config.train.save_minutes
+        return minutes > 0 and time.monotonic() - self._saved_at >= 60 * minutes
+
+    def _validate(
+        self, metrics: Metrics | None, window: Window, stop_asked: Callable[[], bool]
+    ) -> None:
+        self.world.watch.at(f"the validation at step {self.step}")
+
+        def leave_if_asked(done: int, total: int) -> None:
+            if stop_asked():
+                raise _StopAsked
+
+        found = evaluate(
+            self.model, self.routers, self.corpus, self.config,
+            split=Split.valid, k=self.config.schedule.k_max, progress=leave_if_asked, world=self.world,
+            max_symbols=self.config.train.valid_symbols,
+        )  # fmt: skip
+        k = self.config.schedule.k_max
+        values = {"valid_loss": found.nats, "valid_bpc": found.bpc, "k": k, **window.progress(self.step)}  # fmt: skip
+        if metrics is not None:
+            with window.timed():
+                metrics.log(self.step, values)
+        self.reporter.note(f"step {self.step}: valid bpc {found.bpc:.4f}")
+
+    def _missed_validation(self) -> bool:
+        """Say whether the run was stopped in the validation of this step."""
+        every, file = self.config.train.valid_every, self.folder / JSONL
+        if not every or self.step == 0 or self.step % every or not file.exists():
+            return False
+        return not any(row["step"] == self.step and "valid_bpc" in row for row in read_lines(file))
+
+    def _last_good(self) -> str:
+        """Say which checkpoint the run can go on from; all ranks look together."""
+        self.world.watch.at("the search for the last good checkpoint")
+        path, _ = checkpoint.find_newest(self.checkpoints, self.world.host)
+        return (
+            "no checkpoint was written yet"
+            if path is None
+            else f"the last good checkpoint is {path}"
+        )

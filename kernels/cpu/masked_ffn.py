@@ -1,0 +1,143 @@
+"""moe_ffn on the CPU when k is near E: all rows through all experts as one dense feed-forward of width L * F.
+
+Hidden units are multiplied by the mixing weight of their row and expert, 0 where the expert was not chosen. Nothing is
+gathered or scattered and all products are large; what is wasted is the share of experts that were not chosen. Rows go
+block by block, which bounds what is held besides the hidden units. An expert that overflows reaches all rows: 0 times
+infinity is not 0.
+
+Letters: R input rows, N expert rows, L experts here, D width, F expert hidden width, H = L * F, r rows of a block.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from foreroute.kernels.cpu.expert_ffn import activate_backward, hidden_units
+from foreroute.kernels.dropout import Dropout, keep_mask, row_hash, unit_hash
+from foreroute.kernels.expert_rows import ExpertRows
+from foreroute.kernels.operands import ExpertWeights, FfnGradients, Saved
+
+# Fewer than 1,024 were slower, more made no difference (H = 8,192, 2 cores).
+BLOCK_ROWS = 2048
+
+
+@torch.autocast("cpu", enabled=False)
+def masked_forward(
+    x_RD: Tensor, weight_N: Tensor, weights: ExpertWeights, rows: ExpertRows, dropout: Dropout | None, *, dweight: bool
+) -> tuple[Tensor, Saved]:  # fmt: skip
+    """Give the weighted sum out_RD, and what backward needs.
+
+    Args:
+        dweight: backward will be asked for the gradient of weight_N.
+    """
+    w1_HD, w2_HD = weights.w1_LFD.flatten(0, 1), weights.w2_LFD.flatten(0, 1)
+    weight_RL = _spread(weight_N, rows, x_RD.dtype)
+    num_inputs, width_H = x_RD.shape[0], w1_HD.shape[0]
+    hidden_RH = x_RD.new_empty(num_inputs, width_H)
+    gate_RH = x_RD.new_empty(0 if weights.w3_LFD is None else num_inputs, width_H)
+    out_RD = torch.empty_like(x_RD)
+    kept = _keeps_weighted(weight_N, weights, dweight)
+    for block in _blocks(num_inputs):
+        x_rD, weight_rL = x_RD[block], weight_RL[block]
+        torch.addmm(weights.b1_LF.flatten(), x_rD, w1_HD.T, out=hidden_RH[block])
+        gate_rH = None
+        if weights.w3_LFD is None:
+            hidden_RH[block].relu_()
+        else:
+            gate_rH = torch.mm(x_rD, weights.w3_LFD.flatten(0, 1).T, out=gate_RH[block])
+        a_rH = hidden_units(hidden_RH[block], gate_rH, None)
+        _drop(a_rH, dropout, block, weights)
+        if kept:
+            a_rH.unflatten(1, weights.b1_LF.shape).mul_(weight_rL[..., None])
+        else:
+            a_rH = _weighted(a_rH, weight_rL)
+        alpha = 1.0 if dropout is None else dropout.scale
+        torch.addmm(weight_rL @ weights.b2_LD, a_rH, w2_HD, alpha=alpha, out=out_RD[block])
+    return out_RD, Saved(hidden_RH, gate_RH, x_RD.new_empty(0))
+
+
+@torch.autocast("cpu", enabled=False)
+def masked_backward(
+    dout_RD: Tensor, x_RD: Tensor, weight_N: Tensor, weights: ExpertWeights, rows: ExpertRows,
+    dropout: Dropout | None, saved: Saved, *, dweight: bool,
+) -> FfnGradients:  # fmt: skip
+    """Give every gradient; an expert that was not chosen gets 0, being weighted with 0."""
+    w1_HD, w2_HD = weights.w1_LFD.flatten(0, 1), weights.w2_LFD.flatten(0, 1)
+    weight_RL = _spread(weight_N, rows, x_RD.dtype)
+    scale = 1.0 if dropout is None else dropout.scale
+    kept = _keeps_weighted(weight_N, weights, dweight)
+    weighted_RH = saved.hidden_NF if kept else torch.empty_like(saved.hidden_NF)
+    dz_RH, du_RH = torch.empty_like(saved.hidden_NF), torch.empty_like(saved.gate_NF)
+    dweight_RL = torch.empty_like(weight_RL, dtype=weight_N.dtype) if dweight else None
+    for block in _blocks(x_RD.shape[0]):
+        dout_rD, weight_rL = dout_RD[block], weight_RL[block]
+        hidden_rH, da_rH = saved.hidden_NF[block], dz_RH[block]
+        gate_rH = None if weights.w3_LFD is None else saved.gate_NF[block]
+        torch.mm(dout_rD, w2_HD.T, out=da_rH)
+        if not kept:
+            a_rH = hidden_units(hidden_rH, gate_rH, None)
+            if gate_rH is not None:
+                _drop(a_rH, dropout, block, weights)
+            weighted_RH[block] = _weighted(a_rH, weight_rL)
+            if dweight_RL is not None:
+                product_rLF = (da_rH * a_rH).unflatten(1, weights.b1_LF.shape)
+                hidden_rL = product_rLF.sum(-1, dtype=weight_N.dtype)
+                torch.add(dout_rD @ weights.b2_LD.T, hidden_rL, alpha=scale, out=dweight_RL[block])
+        da_rH.unflatten(1, weights.b1_LF.shape).mul_(weight_rL[..., None] * scale)
+        if gate_rH is not None:
+            _drop(da_rH, dropout, block, weights)
+        dz_rH, du_rH = activate_backward(da_rH, hidden_rH, gate_rH, None)
+        if du_rH is not None:
+            dz_RH[block], du_RH[block] = dz_rH, du_rH
+    dx_RD = dz_RH @ w1_HD
+    dw3_LFD = None
+    if weights.w3_LFD is not None:
+        dx_RD.addmm_(du_RH, weights.w3_LFD.flatten(0, 1))
+        dw3_LFD = (du_RH.T @ x_RD).view_as(weights.w3_LFD)
+    grads = ExpertWeights(
+        (dz_RH.T @ x_RD).view_as(weights.w1_LFD),
+        dz_RH.sum(0).view_as(weights.b1_LF),
+        torch.addmm(w2_HD, weighted_RH.T, dout_RD, beta=0, alpha=scale).view_as(weights.w2_LFD),
+        weight_RL.T @ dout_RD,
+        dw3_LFD,
+    )
+    dweight_N = None if dweight_RL is None else dweight_RL[rows.source_N, rows.expert_N()]
+    return FfnGradients(dx_RD, grads, dweight_N)
+
+
+def _keeps_weighted(weight_N: Tensor, weights: ExpertWeights, dweight: bool) -> bool:
+    """Say whether ReLU's hidden units are kept times their weight.
+
+    They still tell the active units if no weight is negative, and if the product does not underflow: not in fp16.
+    """
+    if weights.w3_LFD is not None or dweight or weights.w1_LFD.dtype == torch.float16:
+        return False
+    return bool((weight_N >= 0).all())
+
+
+def _blocks(num_inputs: int) -> Iterator[slice]:
+    for start in range(0, num_inputs, BLOCK_ROWS):
+        yield slice(start, min(start + BLOCK_ROWS, num_inputs))
+
+
+def _spread(weight_N: Tensor, rows: ExpertRows, dtype: torch.dtype) -> Tensor:
+    """Mixing weight of each row and expert [R, L], 0 where not chosen."""
+    weight_RL = weight_N.new_zeros(rows.num_inputs, rows.num_experts, dtype=dtype)
+    weight_RL[rows.source_N, rows.expert_N()] = weight_N.to(dtype)
+    return weight_RL
+
+
+def _weighted(a_rH: Tensor, weight_rL: Tensor) -> Tensor:
+    return (a_rH.unflatten(1, (weight_rL.shape[1], -1)) * weight_rL[..., None]).flatten(1)
+
+
+def _drop(a_rH: Tensor, dropout: Dropout | None, block: slice, weights: ExpertWeights) -> None:
+    """Set dropped units of all experts to 0, in place."""
+    if dropout is None:
+        return
+    num_experts, width_F = weights.b1_LF.shape
+    expert_L = torch.arange(num_experts, device=a_rH.device)
+    row_rL = row_hash(dropout, dropout.token_R[block, None], expert_L)
+    keep_NF = keep_mask(row_rL.flatten(), unit_hash(width_F, a_rH.device), dropout.threshold)
+    a_rH.mul_(keep_NF.view(a_rH.shape))

@@ -1,0 +1,164 @@
+"""Expert rows: which input row each expert-row reads and where its result is added, as plain index tensors.
+
+Built by engine/routing/plan.py (or by hand in tests), read by every operation of an expert layer. No values of x in here.
+
+Letters: R input rows, L experts here, N expert rows (one per input row and active local expert).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertRows:
+    """Expert-major list of the (input row, expert) pairs of one layer; a pair occurs once.
+
+    Example with R=3 input rows, L=2 experts; row 0 uses experts 1 and 0, row 1 expert 1, row 2 expert 0:
+
+        source_N       = [0, 2, 0, 1]      expert 0 reads rows 0 and 2; expert 1 reads rows 0 and 1
+        offset_L       = [2, 4]            expert 0 owns expert-rows 0..1, expert 1 owns 2..3
+        slot_N         = [2, 0, 3, 1]      row 0 adds up expert-rows 2 and 0, row 1 adds 3, row 2 adds 1
+        slot_offset_R  = [0, 2, 3]         where each row's slots start in slot_N
+    """
+
+    source_N: Tensor  # int64: input row that expert-row n reads; ascending within an expert
+    offset_L: Tensor  # int32: end of each expert's range of expert-rows (cumulative counts)
+    slot_N: Tensor  # int64: expert-rows in the order in which input rows add them up
+    slot_offset_R: Tensor  # int64: start of each input row's part of slot_N
+
+    @property
+    def num_experts(self) -> int:
+        """Number of local experts L."""
+        return self.offset_L.numel()
+
+    @property
+    def num_rows(self) -> int:
+        """Number of expert rows N."""
+        return self.source_N.numel()
+
+    @property
+    def num_inputs(self) -> int:
+        """Number of input rows R."""
+        return self.slot_offset_R.numel()
+
+    def counts(self) -> list[int]:
+        """Expert rows of each expert, on the host (reads offset_L back)."""
+        ends = self.offset_L.tolist()
+        return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Give the fields in order."""
+        return self.source_N, self.offset_L, self.slot_N, self.slot_offset_R
+
+    def expert_N(self) -> Tensor:
+        """Local expert of each expert row, int64."""
+        counts_L = torch.diff(self.offset_L, prepend=self.offset_L.new_zeros(1))
+        expert_L = torch.arange(self.num_experts, device=counts_L.device)
+        return expert_L.repeat_interleave(counts_L, output_size=self.num_rows)
+
+    def validate(self) -> None:
+        """Check every index, on the host.
+
+        Raises:
+            ValueError: an index is out of range, or the fields contradict each other; names field and value.
+        """
+        num_rows, num_inputs = self.num_rows, self.num_inputs
+        _check_range("rows.source_N", self.source_N, num_inputs)
+        _check_range("rows.slot_N", self.slot_N, num_rows)
+        for name, ends in (("offset_L", self.offset_L), ("slot_offset_R", self.slot_offset_R)):
+            if (torch.diff(ends) < 0).any():
+                raise ValueError(f"rows.{name}={ends.tolist()}: must not decrease")
+            _check_range(f"rows.{name}", ends, num_rows + 1)
+        last = int(self.offset_L[-1]) if self.num_experts else 0
+        if last != num_rows:
+            raise ValueError(f"rows.offset_L ends at {last}: must end at {num_rows}")
+        if num_inputs and int(self.slot_offset_R[0]) != 0:
+            raise ValueError(
+                f"rows.slot_offset_R starts at {int(self.slot_offset_R[0])}: must be 0"
+            )
+        if (self.slot_N.bincount(minlength=num_rows) != 1).any():
+            raise ValueError("rows.slot_N lists an expert row twice")
+        pair_N = self.source_N * max(self.num_experts, 1) + self.expert_N()
+        if pair_N.unique().numel() != num_rows:
+            raise ValueError("rows.source_N has an input row twice within one expert")
+        counts_R = torch.diff(self.slot_offset_R, append=self.slot_offset_R.new_tensor([num_rows]))
+        reader_N = torch.arange(num_inputs, device=counts_R.device).repeat_interleave(counts_R)
+        if not torch.equal(self.source_N[self.slot_N], reader_N):
+            raise ValueError("rows.slot_N does not list the expert rows of each input row")
+
+
+def _check_range(name: str, index: Tensor, end: int) -> None:
+    bad = index[(index < 0) | (index >= end)]
+    if bad.numel():
+        raise ValueError(f"{name} holds {int(bad[0])}: must be from 0 to {end - 1}")
+
+
+def expert_rows(expert_RK: Tensor, num_experts: int) -> tuple[ExpertRows, Tensor]:
+    """Sort the choices [R, K] of local experts into expert-major order.
+
+    Args:
+        expert_RK: whole numbers from 0 to num_experts - 1, no expert twice in a row; the range is checked on the CPU.
+
+    Returns:
+        The rows, and choice_N int64: expert-row n is entry choice_N[n] of the flattened [R, K] choices.
+
+    Raises:
+        ValueError: the choices are no matrix of whole numbers, or out of range.
+    """
+    if expert_RK.dim() != 2 or expert_RK.is_floating_point() or expert_RK.dtype == torch.bool:
+        raise ValueError(
+            f"expert_RK is {expert_RK.dtype} of shape {tuple(expert_RK.shape)}: must be whole numbers [R, K]"
+        )
+    if expert_RK.device.type == "cpu" and expert_RK.numel():
+        low, high = int(expert_RK.min()), int(expert_RK.max())
+        if low < 0 or high >= num_experts:
+            raise ValueError(f"expert_RK holds {low if low < 0 else high}: must be from 0 to {num_experts - 1}")  # fmt: skip
+    num_inputs, num_choices = expert_RK.shape
+    flat_N = expert_RK.reshape(-1)
+    choice_N = _stable_order(flat_N, num_experts)
+    slot_N = torch.empty_like(choice_N)
+    slot_N[choice_N] = torch.arange(choice_N.numel(), device=choice_N.device)
+    offset_L = _counts(flat_N, num_experts).cumsum(0).to(torch.int32)
+    slot_offset_R = torch.arange(num_inputs, device=choice_N.device) * num_choices
+    source_N = choice_N // num_choices
+    return ExpertRows(source_N, offset_L, slot_N, slot_offset_R), choice_N
+
+
+def _counts(key_N: Tensor, num_keys: int) -> Tensor:
+    """Count each key below num_keys; bincount, the fastest on a CPU, would make the host wait for a GPU."""
+    if not key_N.is_cuda:
+        return torch.bincount(key_N.long(), minlength=num_keys)
+    counts = torch.zeros(num_keys, dtype=torch.int64, device=key_N.device)
+    return counts.scatter_add_(0, key_N.long(), torch.ones_like(key_N, dtype=torch.int64))
+
+
+def _stable_order(key_N: Tensor, num_keys: int) -> Tensor:
+    """Stable argsort of keys below num_keys; on the CPU numpy's radix sort of bytes, ten times as fast as torch's."""
+    if key_N.is_cuda or num_keys > 256:
+        return torch.argsort(key_N, stable=True)
+    return torch.from_numpy(np.argsort(key_N.to(torch.uint8).numpy(), kind="stable"))
+
+
+def expert_rows_from_lists(experts: list[list[int]], num_experts: int) -> ExpertRows:
+    """Make expert rows from each input row's local experts, any number of them; for tests, examples and small tools.
+
+    Example: [[0], [0, 1]] for two experts gives source_N = [0, 1, 1], offset_L = [2, 3], slot_N = [0, 1, 2],
+    slot_offset_R = [0, 1].
+    """
+    for chosen in experts:
+        if any(not 0 <= e < num_experts for e in chosen) or len(set(chosen)) < len(chosen):
+            raise ValueError(f"experts={chosen}: must be distinct, from 0 to {num_experts - 1}")
+    pairs = sorted((e, r, k) for r, chosen in enumerate(experts) for k, e in enumerate(chosen))
+    row_of = {(r, k): n for n, (_, r, k) in enumerate(pairs)}
+    slots = [row_of[r, k] for r, chosen in enumerate(experts) for k in range(len(chosen))]
+    offset = [sum(e <= last for e, _, _ in pairs) for last in range(num_experts)]
+    starts = [sum(map(len, experts[:r])) for r in range(len(experts))]
+    return ExpertRows(
+        torch.tensor([r for _, r, _ in pairs], dtype=torch.int64),
+        torch.tensor(offset, dtype=torch.int32),
+        torch.tensor(slots, dtype=torch.int64),
+        torch.tensor(starts, dtype=torch.int64),
+    )

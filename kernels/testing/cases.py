@@ -1,0 +1,128 @@
+"""Cases for tests of the expert layer: random operands of a given shape, one run with all gradients, named errors.
+
+Letters: T tokens, D width, F expert hidden width, L experts, K active experts, N = T * K expert rows.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from foreroute.kernels.expert_rows import ExpertRows, expert_rows
+from foreroute.kernels.operands import ExpertWeights
+
+
+class Case(NamedTuple):
+    """Operands of an expert layer in fp64."""
+
+    x_TD: Tensor
+    weight_N: Tensor
+    weights: ExpertWeights
+    rows: ExpertRows
+
+    def rounded(self, dtype: torch.dtype) -> "Case":
+        """Give the same operands as they are after a round trip through dtype; mixing weights stay fp32."""
+        weights = [None if w is None else w.to(dtype).double() for w in self.weights]
+        x_TD, weight_N = self.x_TD.to(dtype).double(), self.weight_N.float().double()
+        return Case(x_TD, weight_N, ExpertWeights._make(weights), self.rows)
+
+
+def make_case(
+    shape: tuple[int, int, int, int, int],
+    *,
+    gated: bool = False,
+    only_expert: int | None = None,
+    seed: int = 0,
+) -> Case:
+    """Draw operands of shape (T, D, F, L, K).
+
+    Args:
+        only_expert: every token's first choice, for skewed loads.
+    """
+    tokens, width, hidden, experts, active = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    scores_TL = normal(tokens, experts)
+    if only_expert is not None:
+        scores_TL[:, only_expert] += 100
+    rows, _ = expert_rows(scores_TL.topk(active, 1).indices, experts)
+    weights = ExpertWeights(
+        normal(experts, hidden, width),
+        normal(experts, hidden),
+        normal(experts, hidden, width),
+        normal(experts, width),
+        normal(experts, hidden, width) if gated else None,
+    )
+    return Case(normal(tokens, width), normal(tokens * active).abs(), weights, rows)
+
+
+def run_with_gradients(
+    function: Callable[..., Tensor], inputs: dict[str, Tensor | None], *, constant: tuple[str, ...] = ()
+) -> dict[str, Tensor]:  # fmt: skip
+    """Call function(**inputs), go back with a random cotangent, and give "out" and each input's gradient.
+
+    Args:
+        constant: inputs without a gradient.
+    """
+    leaves = {
+        name: None if value is None else value.detach().clone().requires_grad_(name not in constant)
+        for name, value in inputs.items()
+    }
+    out = function(**leaves)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(9))
+    out.backward(cotangent.to(out.device, out.dtype))
+    result = {"out": out.detach()}
+    for name, leaf in leaves.items():
+        if leaf is not None and name not in constant:
+            result[f"d_{name}"] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+    return result
+
+
+def layer_inputs(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor | None]:
+    """Name the tensors of a case, converted; mixing weights in at least fp32."""
+    wide = torch.promote_types(dtype, torch.float32)
+    names = ("w1", "b1", "w2", "b2", "w3")
+    return {
+        "x": case.x_TD.to(device, dtype),
+        "weight": case.weight_N.to(device, wide),
+        **{n: None if w is None else w.to(device, dtype) for n, w in zip(names, case.weights, strict=True)},
+    }  # fmt: skip
+
+
+def run_layer(
+    function: Callable[..., Tensor], case: Case, dtype: torch.dtype, *, device: str = "cpu", dweight: bool = True,
+    **options: Any,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Run moe_ffn (or anything with its arguments) on a case; see run_with_gradients."""
+    rows = ExpertRows(*(index.to(device) for index in case.rows.tensors()))
+
+    def call(x: Tensor, weight: Tensor, **weights: Any) -> Tensor:
+        return function(x, weight, ExpertWeights(*weights.values()), rows, **options)
+
+    constant = () if dweight else ("weight",)
+    return run_with_gradients(call, layer_inputs(case, dtype, device), constant=constant)
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """||got - want|| / ||want|| in fp64; NaN or infinity count as infinite."""
+    difference = (got.double().cpu() - want.double().cpu()).norm()
+    error = difference / want.double().norm().clamp(min=1e-30).cpu()
+    return float(error) if torch.isfinite(error) else float("inf")
+
+
+def worst_error(got: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[float, str]:
+    """Give the largest relative error and the name of its tensor.
+
+    Raises:
+        ValueError: a tensor is missing or has another shape.
+    """
+    if got.keys() != want.keys():
+        raise ValueError(f"got {', '.join(got)}: want {', '.join(want)}")
+    for name, value in want.items():
+        if got[name].shape != value.shape:
+            raise ValueError(f"{name} has shape {tuple(got[name].shape)}: want {tuple(value.shape)}")  # fmt: skip
+    return max((relative_error(got[name], value), name) for name, value in want.items())

@@ -1,0 +1,1 @@
+"""`python -m launch.certify`: what a run will do, written down before it starts."""

@@ -1,0 +1,308 @@
+"""Lays a certificate out as a page: what the run is, its key figures, the exact counts, and charts of them.
+
+Everything here is exact and counted; what others add (memory, a model of the time) comes in as sections of their own.
+"""
+
+from collections.abc import Sequence
+
+from foreroute.engine.certificate.counts.exact import (
+    Bytes,
+    Certificate,
+    Idle,
+    Section,
+    counted_kind,
+)
+from foreroute.engine.certificate.counts.series import Line as SeriesLine
+from foreroute.engine.certificate.counts.tally import Spread
+from foreroute.engine.certificate.counts.traffic import KINDS
+from foreroute.engine.config import Config, Split
+from foreroute.engine.data.corpus import PreparedCorpus
+from foreroute.launch.page import parts as page
+from foreroute.launch.page.parts import Bar, Bars, Curve, KeyFigure, Line, Page, Table
+from foreroute.launch.page.words import byte_text
+
+_WORKED = (
+    ("received by a rank", "received_rows"),
+    ("computed by a rank", "computed_rows"),
+    ("of an expert", "expert_rows"),
+)
+
+
+def certificate_page(
+    found: Certificate, config: Config, corpus: PreparedCorpus, further: Sequence[page.Section] = (),
+    figures: Sequence[KeyFigure] = (),
+) -> Page:  # fmt: skip
+    """Describe a certificate.
+
+    Args:
+        config: of the run.
+        further: sections that follow the counted ones.
+        figures: key figures of theirs.
+    """
+    parts = [*found.by_k, found.whole] if len(found.by_k) > 1 else found.by_k
+    return Page(
+        title=f"Certificate of {config.train.name}",
+        lead=_lead(found),
+        figures=[*_figures(found), *figures],
+        sections=[
+            _run(found, config, corpus),
+            _rows(found, parts),
+            _bytes(found, parts),
+            _fixed_shapes(parts),
+            *further,
+        ],
+        footer="Written by python -m launch.certify; certificate.json beside it holds every number and option.",
+    )
+
+
+def _lead(found: Certificate) -> str:
+    text = (
+        "What the run's steps compute and send, known before it starts: the routes follow from its text, its tables and the "
+        "schedule of k alone, so they were replayed and counted. Counts are exact, whatever the machines' speed."
+    )
+    if found.sample > 1:
+        text += (
+            f" Counted: {found.whole.steps:,} of the first {found.steps:,} steps, one in {found.sample}; means, maxima, bounds "
+            "and idle steps are of these alone."
+        )
+    return text
+
+
+def _figures(found: Certificate) -> list[KeyFigure]:
+    whole = found.whole
+    kinds = " or ".join(sorted({part.exchange for part in found.by_k}))
+    load = max(part.computed_rows.max / part.computed_rows.mean for part in found.by_k)
+    of_k = "" if len(found.by_k) == 1 else " of the same k"
+    mean, most = _used(found, "rank")
+    far_mean, far_most = _used(found, "between")
+    return [
+        KeyFigure(
+            "Rows of the busiest rank",
+            f"{whole.computed_rows.max:,}",
+            f"computed in one layer and micro-batch; at most {load:.2f} x the mean{of_k}",
+        ),
+        KeyFigure(
+            "Bytes a rank sends",
+            byte_text(mean),
+            f"of a rank in a step; at most {byte_text(most)}, exchange {kinds}",
+        ),
+        KeyFigure(
+            "Bytes between nodes",
+            byte_text(far_mean),
+            f"of a rank in a step; at most {byte_text(far_most)}",
+        ),
+        KeyFigure(
+            "Steps with an idle rank",
+            f"{whole.idle_rank.steps:,}",
+            f"of {whole.steps:,}: a rank receives no row in some layer and micro-batch",
+        ),
+        KeyFigure(
+            "Steps with an idle expert",
+            f"{whole.idle_expert.steps:,}",
+            f"of {whole.steps:,}: an expert gets no row in some layer and micro-batch",
+        ),
+        KeyFigure(
+            "Padding of fixed shapes",
+            f"{whole.static.pair_padding:.1%}",
+            "of the rows, if each rank sent each other equally many in every step",
+        ),
+    ]
+
+
+def _used(found: Certificate, values: str) -> tuple[float, int]:
+    """Give the mean and the maximum over steps and ranks of a field of Bytes, by the exchange that the run uses at each k."""
+    total, most = 0.0, 0
+    for part in found.by_k:
+        spread: Spread = getattr(part.bytes[counted_kind(part.exchange)], values)
+        total += spread.mean * part.steps
+        most = max(most, spread.max)
+    return total / found.whole.steps, most
+
+
+def _run(found: Certificate, config: Config, corpus: PreparedCorpus) -> page.Section:
+    place, moe = found.placement, config.moe
+    accumulation = config.train.accumulation
+    micro = "1 micro-batch" if accumulation == 1 else f"{accumulation} micro-batches"
+    nodes = "1 node" if place.group_nodes == 1 else f"{place.group_nodes} nodes"
+    groups = "1 expert group" if place.groups == 1 else f"{place.groups} expert groups"
+    k = [part.k for part in found.by_k]
+    grown = f"k = {k[0]}" if len(k) == 1 else f"k from {k[0]} to {k[-1]}, {config.schedule.growth.name}"  # fmt: skip
+    pack = f" in blocks of {moe.pack}" if moe.pack else ""
+    source = f"{config.corpus.path} ({config.corpus.name.name})" if config.corpus.path else config.corpus.name.name  # fmt: skip
+    symbols = len(corpus.split(Split.train))
+    scope = "all counted" if found.sample == 1 else f"{found.whole.steps:,} of them counted, one in {found.sample}"  # fmt: skip
+    rows = [
+        ["ranks", f"{place.world_size}, {min(place.ranks_per_node, place.world_size)} on a node, in {groups} of {place.expert_ranks}, each on {nodes}"],
+        ["experts", f"{found.experts}, {found.experts // place.expert_ranks} on a rank; active for a token: {grown}"],
+        ["a rank's share", f"{found.tokens:,} tokens in a micro-batch, {micro} in a step; {found.layers} layers"],
+        ["exchange", f"{_exchanges(found)}; {found.row_bytes:,} bytes a row; in a step and layer rows go to experts {found.trips.to_experts} times and results come back {found.trips.to_tokens} times"],
+        ["tables", f"{moe.ngram}-gram keys, {moe.rows:,} rows, builder {moe.builder.name}{pack}, {'one for all layers' if moe.share_table else 'one for each layer'}"],
+        ["text", f"{source}: {symbols:,} symbols to train on, sha256 {corpus.sha256[:16]}..."],
+        ["steps", f"the first {found.steps:,}, {scope}"],
+    ]  # fmt: skip
+    return page.Section("The run", [Table([], rows, text_columns=2)])
+
+
+def _exchanges(found: Certificate) -> str:
+    kinds = {part.exchange for part in found.by_k}
+    if len(kinds) == 1:
+        return kinds.pop()
+    return ", ".join(f"{part.exchange} at k = {part.k}" for part in found.by_k)
+
+
+def _rows(found: Certificate, parts: Sequence[Section]) -> page.Section:
+    header = ["rows", "k", "steps", "mean", "p99", "max", "load", "worst step"]
+    rows: list[list[str]] = []
+    for what, name in _WORKED:
+        rows += [[]] if rows and len(parts) > 1 else []
+        for part in parts:
+            spread: Spread = getattr(part, name)
+            load = f"{spread.max / spread.mean:.2f}"
+            mean, p99, most, worst = _spread(spread, "{:,.0f}")
+            rows.append([what, _k(part), f"{part.steps:,}", mean, p99, most, load, worst])
+    notes = [
+        "received: tokens that a rank gets by exchange=tokens, its own included, each once however many of its experts it "
+        "uses. computed: rows that go through a rank's experts, k for each token.",
+        "p99: 99 % of all values do not exceed it. load: max / mean. worst step: the first step with the maximum; the first of "
+        "all is step 0.",
+    ]
+    idle = [
+        _idle_row("a rank receives no row", found.whole.idle_rank, found.whole.steps),
+        _idle_row("an expert gets no row", found.whole.idle_expert, found.whole.steps),
+    ]
+    return page.Section(
+        "Rows",
+        [
+            "How many rows ranks and experts work on in one layer and micro-batch, over all layers, micro-batches, ranks (or "
+            "experts of a group) and counted steps.",
+            _load_over_steps(found),
+            Table(header, rows, notes=notes),
+            Table(["steps in which", "steps", "of", "first step"], idle),
+        ],
+    )
+
+
+def _idle_row(what: str, idle: Idle, steps: int) -> list[str]:
+    first = "-" if idle.first_step is None else f"{idle.first_step:,}"
+    return [what, f"{idle.steps:,}", f"{steps:,}", first]
+
+
+def _bytes(found: Certificate, parts: Sequence[Section]) -> page.Section:
+    header = ["exchange", "k", "mean", "p99", "max", "worst step", "mean in node", "mean between", "max between"]  # fmt: skip
+    rows: list[list[str]] = []
+    for kind in KINDS:
+        rows += [[]] if rows and len(parts) > 1 else []
+        for part in parts:
+            sent = part.bytes[kind]
+            mark = "*" if kind == part.exchange else ""
+            near = [_megabytes(value) for value in (sent.inside.mean, sent.between.mean, sent.between.max)]  # fmt: skip
+            rows.append([kind + mark, _k(part), *_spread(sent.rank, "{:,.3f}", 1e-6), *near])
+    notes = [
+        "* the exchange that the run uses. tokens: each token once to each rank that has one of its experts. gather: all "
+        "tokens to all ranks, counted as if sent to each by itself; round a ring fewer cross between nodes. two_level: each token once to each other node, and from there to that node's ranks; the engine "
+        "does not run it, the count says what it would send.",
+    ]
+    return page.Section(
+        "Bytes",
+        [
+            "What leaves a rank in one step, in MB (1e6 bytes): rows of experts' inputs and results and of their gradients, all "
+            "layers, micro-batches and directions added up. What data parallelism, checkpoints and planning send is not in it.",
+            _bytes_over_k(found),
+            _bytes_over_steps(found),
+            Table(header, rows, notes=notes),
+        ],
+    )
+
+
+def _fixed_shapes(parts: Sequence[Section]) -> page.Section:
+    header = ["k", "rows from rank to rank", "padding", "rows of an expert", "padding"]
+    rows = []
+    for part in parts:
+        static = part.static
+        pair, expert = f"{static.pair_padding:.1%}", f"{static.expert_padding:.1%}"
+        rows.append([_k(part), f"{static.pair_rows:,}", pair, f"{static.expert_rows:,}", expert])
+    return page.Section(
+        "Fixed shapes",
+        [
+            "The fewest rows of a layer and micro-batch that would never overflow if all steps had the same shapes, and the "
+            "share of such rows that would be padding. The run itself pads nothing.",
+            Table(header, rows),
+        ],
+    )
+
+
+def _load_over_steps(found: Certificate) -> Curve:
+    series = found.series
+    lines = [("busiest rank, received", series.received_load), ("busiest rank, computed", series.computed_load), ("busiest expert", series.expert_load)]  # fmt: skip
+    return Curve(
+        "Load over steps",
+        "step",
+        "rows, maximum / mean",
+        [_over_steps(found, name, line) for name, line in lines],
+        y_from=1,
+        band=_band(found),
+    )
+
+
+def _bytes_over_steps(found: Certificate) -> Curve:
+    series = found.series
+    lines = [("busiest rank", series.busiest_rank_bytes), ("mean rank", series.mean_rank_bytes)]
+    return Curve(
+        "Bytes over steps",
+        "step",
+        "MB that leave a rank in a step",
+        [_over_steps(found, name, line, 1e-6) for name, line in lines],
+        y_from=0,
+        band=_band(found),
+    )
+
+
+def _band(found: Certificate) -> str:
+    """Say what the bands of a chart over steps are, if it has any."""
+    return "up to the worst step nearby" if _thinned(found) else ""
+
+
+def _thinned(found: Certificate) -> bool:
+    return found.series.first_step != found.series.last_step
+
+
+def _over_steps(found: Certificate, name: str, line: SeriesLine, factor: float = 1) -> Line:
+    return Line(
+        name,
+        found.series.first_step,
+        [factor * value for value in line.mean],
+        [factor * value for value in line.max] if _thinned(found) else None,
+    )
+
+
+def _bytes_over_k(found: Certificate) -> Bars:
+    nodes = found.placement.group_nodes > 1
+
+    def bar(kind: str) -> Bar:
+        sent: list[Bytes] = [part.bytes[kind] for part in found.by_k]
+        means = [[of.inside.mean / 1e6 for of in sent], [of.between.mean / 1e6 for of in sent]]
+        return Bar(kind, means if nodes else means[:1], [of.rank.max / 1e6 for of in sent])
+
+    return Bars(
+        title="Bytes over k, by kind of exchange",
+        x_label="active experts k",
+        y_label="MB that leave a rank in a step",
+        groups=[str(part.k) for part in found.by_k],
+        bars=[bar(kind) for kind in KINDS],
+        stack=["mean, inside the node", "mean, between nodes"] if nodes else ["mean"],
+        mark="maximum of both" if nodes else "maximum",
+    )
+
+
+def _k(part: Section) -> str:
+    return "all" if part.k is None else str(part.k)
+
+
+def _megabytes(value: float) -> str:
+    return f"{value / 1e6:,.3f}"
+
+
+def _spread(spread: Spread, form: str, factor: float = 1) -> list[str]:
+    """Write mean, p99, max and worst step."""
+    values = [form.format(factor * value) for value in (spread.mean, spread.p99, spread.max)]
+    return [*values, f"{spread.worst_step:,}"]

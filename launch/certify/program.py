@@ -1,0 +1,178 @@
+"""What a run will do, before it starts: `python -m launch.certify experiment=NAME world_size=64 expert_group=8`.
+
+Replays the ids, tables and k of the run on this machine's CPU, without a GPU or a cluster: rows of every rank and expert, and
+bytes inside and between nodes, exactly, and the memory of a rank, by formula. With cluster=NAME also says whether it fits
+there, and models its time. Prints one page, and writes it with
+charts as certificate.html, every number as certificate.json, and what each rank must do in each step as
+certificate.safetensors, to which launch.train certificate=FOLDER holds the run.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from foreroute.engine.certificate.counts.exact import Certificate, certify, counted_steps
+from foreroute.engine.certificate.counts.placement import Placement
+from foreroute.engine.certificate.memory.peak import Memory, predict
+from foreroute.engine.certificate.record import ARRAYS, JSON, Record, tables_sha256
+from foreroute.engine.certificate.time.cluster import ClusterConfig
+from foreroute.engine.certificate.time.forecast import Forecaster, TimePart, time_part
+from foreroute.engine.config import Backend, Config, MoEConfig, Split, to_plain
+from foreroute.engine.data.corpus import PreparedCorpus, prepare
+from foreroute.engine.errors import require
+from foreroute.engine.model.build import build_routers, router_tables
+from foreroute.engine.routing.tables import Table
+from foreroute.launch.certify.counts_page import certificate_page
+from foreroute.launch.certify.memory_section import memory_figures, memory_section
+from foreroute.launch.certify.time_section import time_figures, time_section
+from foreroute.launch.page.html_file import html
+from foreroute.launch.page.terminal import print_page
+from foreroute.launch.start.cli import run_program
+
+HTML = "certificate.html"
+_RANKS_PER_NODE = 8  # where no cluster is named
+
+
+@dataclass
+class CertifyArgs(Config):
+    """Options: a run's configuration, the ranks it is to run on, and what to count."""
+
+    world_size: int = 1
+    """Ranks of the run."""
+    expert_group: int | None = None
+    """Ranks of an expert group; None means parallel.expert_ranks."""
+    ranks_per_node: int | None = None
+    """Ranks of a node; None means the cluster's, and 8 without one."""
+    cluster: ClusterConfig | None = None
+    """What the run's time is modelled on: one of conf/cluster/; None models no time."""
+    search: bool = True
+    """Model other layouts on these ranks too, and name the fastest; with tables of its own for some."""
+    steps: int | None = None
+    """Count the first so many steps; None means train.steps."""
+    sample: int = 1
+    """Count every so manieth step only."""
+    device_memory_gb: float | None = None
+    """Memory of a rank's device in 1e9 bytes: says whether the run fits, on a GPU unless kernels.backend=cpu. None: the cluster's;
+    without one there is no verdict."""
+    out: str | None = None
+    """Folder of what is written; None means certificates/ and train.name."""
+
+    def __post_init__(self) -> None:
+        if self.expert_group is not None:
+            self.parallel = replace(self.parallel, expert_ranks=self.expert_group)
+        super().__post_init__()
+        self.placement.check(self)
+        counted_steps(self, self.steps, self.sample)
+        memory_gb = self.device_memory_gb
+        require(
+            memory_gb is None or (memory_gb * 1e9 >= 1 and math.isfinite(memory_gb)),
+            f"device_memory_gb={memory_gb}: must be above 0, at least one byte, and finite",
+        )
+        self._check_backend()
+
+    def _check_backend(self) -> None:
+        """Refuse kernels that do not run on the cluster's devices."""
+        if self.cluster is None:
+            return
+        runs = (Backend.auto, Backend.cpu if self.cluster.host_copies else Backend.triton)
+        names = " or ".join(backend.value for backend in runs)
+        require(
+            self.kernels.backend in runs,
+            f"kernels.backend={self.kernels.backend.value}: cluster={self.cluster.name} is modelled with {names} only",
+        )
+
+    @property
+    def device_memory_bytes(self) -> int | None:
+        """Memory of a rank's device; None if nobody said."""
+        memory_gb = self.device_memory_gb
+        if memory_gb is None and self.cluster is not None:
+            memory_gb = self.cluster.device_memory_gb
+        return None if memory_gb is None else int(memory_gb * 1e9)
+
+    @property
+    def placement(self) -> Placement:
+        """Where the ranks stand."""
+        per_node = self.ranks_per_node
+        if per_node is None:
+            per_node = _RANKS_PER_NODE if self.cluster is None else self.cluster.ranks_per_node
+        return Placement(self.world_size, self.parallel.expert_ranks, per_node)
+
+
+def run(args: CertifyArgs) -> int:
+    """Count, print and write; returns the exit code."""
+    folder = Path(args.out or Path("certificates") / args.train.name)
+    _check_folder(folder)
+    corpus = prepare(args.corpus, print)
+    tables, ids, config = _tables(args.alone(), corpus), corpus.split(Split.train), args.alone()
+    record = Record(config, ids, args.placement, counted_steps(config, args.steps, args.sample))
+    found = certify(
+        config, ids, tables, args.placement, steps=args.steps, sample=args.sample, also=record.add
+    )
+    memory, time = _memory(args, found, corpus), _time(args, corpus)
+    plain = {
+        "options": to_plain(args),
+        "corpus_sha256": corpus.sha256,
+        "tables_sha256": tables_sha256(tables),
+        **asdict(found),
+        "memory": asdict(memory),
+        "time_model": time and asdict(time),
+    }
+    arrays_bytes = record.write(folder, plain)
+    figures, further = memory_figures(memory), [memory_section(memory)]
+    if time is not None and args.cluster is not None:
+        figures += time_figures(time)
+        further.append(time_section(time, args.cluster, args.placement))
+    described = certificate_page(found, config, corpus, further, figures)
+    (folder / HTML).write_text(html(described), encoding="ascii")
+    print_page(described)
+    print(
+        f"written: {folder / JSON}, with charts {folder / HTML}, and what each rank must do in each step {folder / ARRAYS} "
+        f"({arrays_bytes:,} bytes); launch.train certificate={folder} holds the run to it"
+    )
+    return 0
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be written, before anything is counted."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    require(
+        there.is_dir() and os.access(there, os.W_OK),
+        f"out={folder}: {there} is not a folder that can be written to",
+    )
+
+
+def _tables(config: Config, corpus: PreparedCorpus) -> Sequence[Table]:
+    routers = build_routers(config, corpus)
+    return router_tables(routers)
+
+
+def _memory(args: CertifyArgs, found: Certificate, corpus: PreparedCorpus) -> Memory:
+    config = args.alone()
+    if args.cluster is not None and args.cluster.host_copies and config.kernels.backend is Backend.auto:  # fmt: skip
+        config = replace(config, kernels=replace(config.kernels, backend=Backend.cpu))
+    return predict(config, found, corpus.vocab.size, device_memory_bytes=args.device_memory_bytes)
+
+
+def _time(args: CertifyArgs, corpus: PreparedCorpus) -> TimePart | None:
+    """Model the time; None without a cluster."""
+    if args.cluster is None:
+        return None
+    config = args.alone()
+
+    def tables_of(moe: MoEConfig) -> Sequence[Table]:
+        return _tables(replace(config, moe=moe), corpus)
+
+    ids, vocab = corpus.split(Split.train), corpus.vocab.size
+    forecaster = Forecaster(config, args.cluster, ids, vocab, tables_of)
+    return time_part(forecaster, args.placement, search=args.search)
+
+
+def main() -> None:
+    """Entry point."""
+    run_program("certify", CertifyArgs, run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""How a page is drawn: parts, charts, words; as HTML, Markdown and for a terminal."""

@@ -1,0 +1,1 @@
+"""`python -m launch.report`: a page of a run, or of several."""

@@ -1,0 +1,279 @@
+"""The report's page of one run: what it reached, how it learned, what its smaller k are worth, its health, and what it is.
+
+What happens inside its steps (experts, time, exchange) is laid out in launch/report/steps.py.
+"""
+
+from math import isfinite
+from typing import Any
+
+from foreroute.engine.config import Config, to_plain
+from foreroute.launch.page.parts import Chart, Curve, KeyFigure, Line, Page, Section, Table
+from foreroute.launch.page.words import byte_text, count_text, duration
+from foreroute.launch.report.charts import OVER, X_LABELS, curve, line_of, section, text
+from foreroute.launch.report.run_data import POINTS, RunData, number, plain_dict, series
+from foreroute.launch.report.steps import exchange, experts, time
+
+LEAD = (
+    "Drag in a chart to zoom, double-click to go back; press a name above a chart to hide its line. Beneath each chart "
+    "stand its numbers as a table; of long lines, some of them."
+)
+_STATES = {
+    "running": "or it was killed: its files cannot tell",
+    "stopped": "by a signal; train.resume=true goes on",
+    "failed": "its terminal output says why",
+    "complete": "",
+}
+_BASELINES = {"order 2": "order2_bpc", "order 3": "order3_bpc", "bzip2 -9": "bzip2_bpc"}
+
+
+def run_page(run: RunData) -> Page:
+    """Describe one run."""
+    return Page(
+        title=f"Run {run.name}",
+        lead=f"{_state(run)} {LEAD}",
+        figures=_figures(run),
+        sections=[
+            *_quality(run),
+            *_slimming(run),
+            *experts(run),
+            *time(run),
+            *exchange(run),
+            *_health(run),
+            *_about(run),
+        ],
+        footer="Written by python -m launch.report from the files in the run's folder.",
+        contents=True,
+    )
+
+
+def state_of(run: RunData) -> str:
+    """Give the run's state in one word."""
+    return str(run.state.get("state", "unknown"))
+
+
+def step_of(run: RunData) -> int:
+    """Give the number of steps that the run is known to have made."""
+    logged = int(run.lines[-1]["step"]) if run.lines else 0
+    recorded = number(run.state.get("step"))
+    return max(logged, int(recorded) if isfinite(recorded) else 0)
+
+
+def steps_of(run: RunData) -> float:
+    """Give the number of steps that the run is to make; nan if unknown."""
+    return number(run.facts.get("steps", run.options.get("train.steps")))
+
+
+def parameters_of(run: RunData) -> float:
+    """Give the number of the model's parameters; nan if unknown."""
+    return number(run.facts.get("parameters", run.summary.get("parameters")))
+
+
+def seconds_of(run: RunData) -> float:
+    """Give the time that steps took, without starts, validations and pauses; nan if unknown."""
+    return run.last("seconds")
+
+
+def tokens_per_second_of(run: RunData) -> float:
+    """Give the mean speed over all ranks; nan if unknown."""
+    seconds = seconds_of(run)
+    return run.last("tokens") / seconds if seconds > 0 else run.mean("tokens_per_second")
+
+
+def memory_peak(run: RunData) -> float:
+    """Give the most memory that a process of the run (rank 0's) is known to have used."""
+    known = [run.most("peak_memory_bytes"), number(run.summary.get("peak_memory_bytes"))]
+    return max((value for value in known if isfinite(value)), default=float("nan"))
+
+
+def by_arithmetic(run: RunData) -> list[tuple[float, float]]:
+    """Give forward arithmetic of a symbol and held-out bpc for each k (or dense) of which both are known, in this order."""
+    flops = plain_dict(run.facts.get("flops_per_symbol"))
+    found = [(number(flops.get(k)), bpc) for k, bpc in run.bpc_by_k.items()]
+    return sorted(point for point in found if isfinite(point[0]))
+
+
+def by_k(run: RunData) -> list[tuple[int, float]]:
+    """Give k and held-out bpc, in the order of k; empty for a dense run or before the end."""
+    return sorted((int(k), bpc) for k, bpc in run.bpc_by_k.items() if k.isdigit())
+
+
+def _state(run: RunData) -> str:
+    steps = steps_of(run)
+    of = f" of {steps:,.0f}" if isfinite(steps) else ""
+    return f"State: {state_of(run)}, after step {step_of(run):,}{of}."
+
+
+def _figures(run: RunData) -> list[KeyFigure]:
+    quality = run.quality
+    state = state_of(run)
+    steps = f"after step {step_of(run):,} of {text(steps_of(run))}"
+    note = _STATES.get(state, "")
+    flops, mfu, wire = run.last("flops"), run.mean("mfu"), run.mean("wire_bytes")
+    device = run.most("peak_device_memory_bytes")
+    k = run.last("k")
+    found = [
+        KeyFigure("State", state, f"{steps}; {note}" if note else steps),
+        KeyFigure("Bits per symbol", text(quality.bpc, "{:.3f}"), quality.source),
+        KeyFigure("Symbols per second", text(tokens_per_second_of(run)), "of training, over all ranks; mean"),
+        KeyFigure("Training time", duration(seconds_of(run)), "of steps alone"),
+    ]  # fmt: skip
+    if isfinite(k) and run.options.get("moe.router") != "dense":
+        found.append(KeyFigure("Active experts k", f"{k:.0f}", f"of {run.options.get('moe.experts', '?')}, in the last step logged"))  # fmt: skip
+    if isfinite(flops):
+        found.append(KeyFigure("Training arithmetic", f"{count_text(flops)}FLOP", "forward and backward, all ranks; recomputation not counted"))  # fmt: skip
+    if mfu > 0:
+        found.append(KeyFigure("Model FLOPs utilisation", f"{mfu:.1%}", str(run.facts.get("peak_source", ""))))  # fmt: skip
+    if device > 0:
+        found.append(KeyFigure("Peak device memory", byte_text(device), "of rank 0"))
+    if isfinite(memory_peak(run)):
+        found.append(KeyFigure("Peak memory", byte_text(memory_peak(run)), "of rank 0's process"))
+    if wire > 0:
+        found.append(KeyFigure("Bytes on the wire", byte_text(wire), "of a step, all ranks, mean of the logged"))  # fmt: skip
+    return found
+
+
+def _quality(run: RunData) -> list[Section]:
+    charts: list[Chart] = []
+    for x in ("tokens", "flops", "seconds"):
+        lines = _quality_lines(run, x)
+        if lines:
+            charts.append(Curve(f"Bits per symbol over {OVER[x]}", X_LABELS[x], "bits per symbol", lines))  # fmt: skip
+    names = {"loss": "loss", "balance and z-loss": "auxiliary_loss"}
+    for x in ("tokens", "flops"):
+        charts += curve(run, f"Loss over {OVER[x]}", "nats per symbol", names, x=x)
+    k = curve(run, "Active experts over steps", "active experts k", {"k": "k"}, y_from=0)
+    varies = len({number(line.get("k")) for line in run.lines}) > 1
+    each = -(-len(run.lines) // POINTS)
+    note = f"Each point of the training lines is the mean of {each} lines of metrics.jsonl." if each > 1 else ""  # fmt: skip
+    missing = "No curve over training arithmetic: the run did not log it." if charts and not isfinite(run.last("flops")) else ""  # fmt: skip
+    return section("Quality", note, missing, charts, k if varies else [])
+
+
+def _quality_lines(run: RunData, x: str) -> list[Line]:
+    found = [("training", series(run.lines, "bpc", x)), ("validation", series(run.valid, "valid_bpc", x))]  # fmt: skip
+    return [line_of(label, points) for label, points in found if points.x]
+
+
+def _slimming(run: RunData) -> list[Section]:
+    if not run.bpc_by_k:
+        return []
+    charts: list[Chart] = []
+    points, arithmetic = by_k(run), by_arithmetic(run)
+    baselines = {label: number(run.summary.get(name)) for label, name in _BASELINES.items()}
+    if points:
+        k = [float(k) for k, _ in points]
+        lines = [Line("model", k, [bpc for _, bpc in points]), *_levels(baselines, k[0], k[-1])]
+        charts.append(Curve("Bits per symbol over k", "active experts k", "bits per symbol", lines, x_log=True))  # fmt: skip
+    if len(arithmetic) > 1:
+        flops = [flops for flops, _ in arithmetic]
+        lines = [Line("model", flops, [bpc for _, bpc in arithmetic]), *_levels(baselines, flops[0], flops[-1])]  # fmt: skip
+        charts.append(Curve("Bits per symbol over inference arithmetic", "FLOP per symbol, forward pass", "bits per symbol", lines))  # fmt: skip
+    symbols = number(run.summary.get("symbols"))
+    words = (
+        f"Held-out {run.summary.get('split', '')} split, {text(symbols)} symbols. Every k is the same trained model; order 2, order 3 "
+        "and bzip2 are what counting gets on the same text."
+    )
+    return section("Slimming", words, charts, _slimming_table(run, baselines))
+
+
+def _levels(baselines: dict[str, float], first: float, last: float) -> list[Line]:
+    return [Line(label, [first, last], [bpc, bpc], dashed=True) for label, bpc in baselines.items() if isfinite(bpc)]  # fmt: skip
+
+
+def _slimming_table(run: RunData, baselines: dict[str, float]) -> Table:
+    best = min(run.bpc_by_k.values())
+    active, flops = (plain_dict(run.facts.get(name)) for name in ("active_parameters", "flops_per_symbol"))  # fmt: skip
+
+    def row(label: str, bpc: float, k: str = "") -> list[str]:
+        costs = [count_text(number(costs.get(k))) for costs in (active, flops)]
+        return [label, f"{bpc:.4f}", f"{100 * (bpc / best - 1):+.1f}%", *costs]
+
+    rows = [row(k if k == "dense" else f"k = {k}", bpc, k) for k, bpc in run.bpc_by_k.items()]
+    rows += [[], *(row(label, bpc) for label, bpc in baselines.items() if isfinite(bpc))]
+    return Table(["", "bpc", "to best", "active parameters", "FLOP per symbol"], rows)
+
+
+def _health(run: RunData) -> list[Section]:
+    return section(
+        "Health",
+        curve(run, "Gradient norm", "global norm before clipping", {"gradient norm": "grad_norm"}, upper=True, y_log=True),
+        curve(run, "Learning rate", "learning rate", {"learning rate": "learning_rate"}, y_from=0),
+        curve(
+            run, "Memory of rank 0", "GB (1e9 bytes)", {
+                "process": "memory_bytes", "process, peak": "peak_memory_bytes",
+                "device": "device_memory_bytes", "device, peak": "peak_device_memory_bytes",
+            }, factor=1e-9, y_from=0,
+        ),
+        curve(run, "Slowest rank over the median", "own time, slowest / median", {"skew": "rank_skew"}, upper=True)
+        if run.most("rank_skew") > 1 else [],
+    )  # fmt: skip
+
+
+def _about(run: RunData) -> list[Section]:
+    return section("The run", _missing(run), _facts(run), _changed_options(run))
+
+
+def _missing(run: RunData) -> str:
+    """Say what the files do not have."""
+    absent = [name for name in ("flops", "layer_load", "rank_own_ms") if run.lines and name not in run.lines[-1]]  # fmt: skip
+    words = [*run.missing, *(f"the metric {name}" for name in absent)]
+    if not words:
+        return ""
+    return f"Not in this run's folder, for it has not ended, or an earlier version wrote it: {', '.join(words)}."
+
+
+def _facts(run: RunData) -> Table:
+    facts, options = run.facts, run.options
+    corpus, code, versions = (plain_dict(facts.get(name)) for name in ("corpus", "code", "versions"))  # fmt: skip
+    parameters = parameters_of(run)
+    sha256 = str(corpus.get("sha256", run.summary.get("corpus_sha256", "")))[:16]
+    commit = str(code.get("commit") or "")[:12] + (", with changes" if code.get("changed") else "")
+    nodes, started = number(facts.get("nodes")), facts.get("started")
+    ranks = f"{facts['ranks']}, expert groups of {facts.get('expert_ranks', '?')}" if "ranks" in facts else ""  # fmt: skip
+    known = {
+        "router": facts.get("router", options.get("moe.router")),
+        "parameters": text(parameters) if isfinite(parameters) else "",
+        "ranks": f"{ranks}, on {nodes:.0f} node{'s' if nodes > 1 else ''}" if ranks and isfinite(nodes) else ranks,
+        "device": facts.get("device"),
+        "text": f"{corpus.get('name', options.get('corpus.name', ''))}, sha256 {sha256}..." if sha256 else options.get("corpus.name"),
+        "version": code.get("version"),
+        "commit": commit,
+        "libraries": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
+        "started": ", ".join(map(str, started)) if isinstance(started, list) else "",
+        "folder": run.folder,
+    }  # fmt: skip
+    rows = [[name, str(value)] for name, value in known.items() if value]
+    return Table([], rows, text_columns=2)
+
+
+def changed_options(run: RunData) -> dict[str, tuple[Any, Any]]:
+    """Give the options that differ from the defaults: the run's value and the default, None where there is no such option."""
+    defaults = {
+        f"{section}.{name}": value
+        for section, options in to_plain(Config()).items()
+        for name, value in options.items()
+    }
+    return {
+        name: (value, defaults.get(name))
+        for name, value in run.options.items()
+        if name not in defaults or value != defaults[name]
+    }
+
+
+def _changed_options(run: RunData) -> list[Table]:
+    rows = [
+        [name, option_text(value), option_text(default)]
+        for name, (value, default) in changed_options(run).items()
+        if name != "train.name"
+    ]
+    caption = "Options that differ from the defaults"
+    return [Table(["option", "this run", "default"], rows, caption, text_columns=3)] if rows else []
+
+
+def option_text(value: Any) -> str:
+    """Write an option's value as the command line has it."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower().replace("none", "null")
+    if isinstance(value, list):
+        return f"[{','.join(map(option_text, value))}]"
+    return str(value)

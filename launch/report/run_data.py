@@ -1,0 +1,260 @@
+"""Reads what a run left in its folder, for a report: whole or cut short, running or failed, of this version or an earlier one.
+
+Nothing here fails because of a missing file, line or name: a RunData says what is missing. A run's numbers come out as series
+over steps, symbols, arithmetic or seconds, thinned to what a screen can show.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import isfinite, nan
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from foreroute.engine.errors import UserError
+from foreroute.engine.metrics.names import JSONL
+from foreroute.launch.runs.folder import CONFIG, FACTS, STATE, SUMMARY
+from foreroute.launch.start.config_files import read_plain
+
+POINTS = 500  # of a line, at most
+_COLUMNS, _CELLS = 150, 40_000  # of a heat map, at most
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Quality:
+    """Bits per symbol. Ordered: what was measured on held-out text at the end comes before what is known of other runs."""
+
+    order: int
+    bpc: float  # nan if there is none
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunData:
+    """A run's files, read."""
+
+    folder: Path
+    name: str
+    lines: list[dict[str, Any]]  # of training steps; with "seconds" of training until then
+    valid: list[dict[str, Any]]  # of validations; "tokens", "flops" and "seconds" where known
+    options: dict[str, Any]  # resolved, by SECTION.NAME; empty if unknown
+    facts: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)  # what a reader should know is not there
+
+    def last(self, name: str) -> float:
+        """Give the newest finite value of a metric; nan if there is none."""
+        return next((value for line in reversed(self.lines) if isfinite(value := number(line.get(name)))), nan)  # fmt: skip
+
+    def mean(self, name: str) -> float:
+        """Give the mean of a metric over all steps; nan if there is none."""
+        found = [(steps, value) for steps, line in zip(self.steps_of_lines, self.lines, strict=True) if isfinite(value := number(line.get(name)))]  # fmt: skip
+        total = sum(steps for steps, _ in found)
+        return sum(steps * value for steps, value in found) / total if total else nan
+
+    def most(self, name: str) -> float:
+        """Give the largest value of a metric; nan if there is none."""
+        return max((value for line in self.lines if isfinite(value := number(line.get(name)))), default=nan)  # fmt: skip
+
+    @property
+    def steps_of_lines(self) -> list[int]:
+        """For each line, the steps since the line before."""
+        return _steps_between(self.lines)
+
+    @property
+    def bpc_by_k(self) -> dict[str, float]:
+        """Held-out bits per symbol at each k (or "dense"), after the end; empty before."""
+        return {str(k): bpc for k, bpc in plain_dict(self.summary.get("bpc")).items() if isfinite(number(bpc))}  # fmt: skip
+
+    @property
+    def quality(self) -> "Quality":
+        """The best figure for what the run reached."""
+        if self.bpc_by_k:
+            best = min(self.bpc_by_k, key=lambda k: self.bpc_by_k[k])
+            at = "dense" if best == "dense" else f"k = {best}"
+            return Quality(0, self.bpc_by_k[best], f"{self.summary.get('split', 'held-out')} split, {at}")  # fmt: skip
+        for order, lines, name, source in ((1, self.valid, "valid_bpc", "last validation"), (2, self.lines, "bpc", "last line of training")):  # fmt: skip
+            found = [number(line.get(name)) for line in lines]
+            if found and isfinite(found[-1]):
+                return Quality(order, found[-1], source)
+        return Quality(3, nan, "none yet")
+
+
+def read_run(folder: Path) -> RunData:
+    """Read a run's folder.
+
+    Raises:
+        UserError: it is not there, or holds no run.
+    """
+    if not folder.is_dir():
+        raise UserError(f"run={folder}: no such folder")
+    if not any((folder / name).is_file() for name in (CONFIG, JSONL, STATE)):
+        raise UserError(f"run={folder}: is no run folder, it holds none of {CONFIG}, {JSONL}, {STATE}")  # fmt: skip
+    missing: list[str] = []
+    found = _read_lines(folder / JSONL, missing)
+    lines = [line for line in found if "step_ms" in line or "loss" in line]
+    _add_seconds(lines)
+    valid = [line for line in found if "valid_bpc" in line]
+    _add_places(valid, lines)
+    return RunData(
+        folder,
+        folder.resolve().name,
+        lines,
+        valid,
+        _read_options(folder / CONFIG, missing),
+        facts=_read_object(folder / FACTS, missing),
+        summary=_read_object(folder / SUMMARY, missing),
+        state=_read_object(folder / STATE, missing),
+        missing=missing,
+    )
+
+
+def number(value: Any) -> float:
+    """Give a value of a file as a number; nan if it is none."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else nan
+
+
+def plain_dict(value: Any) -> dict[str, Any]:
+    """Give a value of a file as an object; an empty one if it is none."""
+    return value if isinstance(value, dict) else {}
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """Numbers over a quantity; each is the mean of as many neighbours as `lines` says."""
+
+    x: list[float]
+    mean: list[float]
+    most: list[float]
+    lines: int = 1
+
+
+def series(lines: Sequence[dict[str, Any]], name: str, x: str = "step", points: int = POINTS) -> Series:  # fmt: skip
+    """Give a metric over another one, thinned by means of neighbouring lines to at most `points`; empty if it is not there."""
+    pairs = [(number(line.get(x)), number(line.get(name))) for line in lines]
+    pairs = [(place, value) for place, value in pairs if isfinite(place)]
+    if not any(isfinite(value) for _, value in pairs):
+        return Series([], [], [])
+    each = -(-len(pairs) // points)
+    groups = [pairs[start : start + each] for start in range(0, len(pairs), each)]
+    kept = [[value for _, value in group if isfinite(value)] for group in groups]
+    return Series(
+        [sum(place for place, _ in group) / len(group) for group in groups],
+        [sum(values) / len(values) if values else nan for values in kept],
+        [max(values, default=nan) for values in kept],
+        each,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A metric with axes over steps."""
+
+    steps: list[float]  # of the columns
+    values: np.ndarray  # [column, *axes]; means of the lines of a column
+
+    def __bool__(self) -> bool:
+        return self.values.size > 0
+
+
+def grid(run: RunData, name: str, axes: int) -> Grid:
+    """Give a metric with axes, thinned by means to what a heat map can show; empty if it is not there.
+
+    Lines of another shape than the last are left out: the run went on on other ranks.
+    """
+    found = [
+        (number(line.get("step")), np.array(line[name], np.float32))
+        for line in run.lines
+        if _is_regular(line.get(name), axes)
+    ]
+    found = [(step, value) for step, value in found if value.shape == found[-1][1].shape]
+    if not found:
+        return Grid([], np.zeros(0, np.float32))
+    columns = max(2, min(_COLUMNS, _CELLS // max(1, found[0][1].size)))
+    each = -(-len(found) // columns)
+    groups = [found[start : start + each] for start in range(0, len(found), each)]
+    steps = [sum(step for step, _ in group) / len(group) for group in groups]
+    return Grid(steps, np.stack([np.mean([value for _, value in group], 0) for group in groups]))
+
+
+def _is_regular(value: Any, axes: int) -> bool:
+    """Lists within lists of equal lengths, of numbers or null."""
+    if not isinstance(value, list) or not value:
+        return False
+    if axes == 1:
+        return all(part is None or isinstance(part, int | float) for part in value)
+    first = value[0]
+    return all(isinstance(part, list) and len(part) == len(first) and _is_regular(part, axes - 1) for part in value)  # fmt: skip
+
+
+def _read_lines(file: Path, missing: list[str]) -> list[dict[str, Any]]:
+    """Read what is whole; of the last line a killed run, or one that just writes, may have left a part."""
+    try:
+        text = file.read_text(errors="replace")
+    except OSError:
+        missing.append(f"{JSONL} (no line of training was logged yet)")
+        return []
+    found, bad = [], 0
+    for line in text.splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            bad += 1
+            continue
+        if isinstance(value, dict) and isfinite(number(value.get("step"))):
+            found.append(value)
+    if bad:
+        missing.append(f"{bad} line{'s' if bad > 1 else ''} of {JSONL} (cut short)")
+    return found
+
+
+def _read_object(file: Path, missing: list[str]) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text())
+    except OSError:
+        missing.append(file.name)
+        return {}
+    except ValueError:
+        missing.append(f"{file.name} (not readable)")
+        return {}
+    return plain_dict(value)
+
+
+def _read_options(file: Path, missing: list[str]) -> dict[str, Any]:
+    try:
+        plain = read_plain(file)
+    except UserError:
+        missing.append(file.name)
+        return {}
+    return {
+        f"{section}.{name}": value
+        for section, options in plain.items()
+        for name, value in plain_dict(options).items()
+    }
+
+
+def _steps_between(lines: Sequence[dict[str, Any]]) -> list[int]:
+    steps = [int(line["step"]) for line in lines]
+    return [max(step - before, 0) for step, before in zip(steps, [0, *steps], strict=False)]
+
+
+def _add_seconds(lines: list[dict[str, Any]]) -> None:
+    seconds = 0.0
+    for line, steps in zip(lines, _steps_between(lines), strict=True):
+        step_ms = number(line.get("step_ms"))
+        seconds += steps * step_ms / 1e3 if isfinite(step_ms) else 0.0
+        line["seconds"] = seconds if isfinite(step_ms) else None
+
+
+def _add_places(valid: list[dict[str, Any]], lines: list[dict[str, Any]]) -> None:
+    """Give validations the places of the newest line of training before them, where they do not say their own."""
+    at = 0
+    for found in valid:
+        while at < len(lines) and lines[at]["step"] <= found["step"]:
+            at += 1
+        before = lines[at - 1] if at else {}
+        for name in ("tokens", "flops", "seconds"):
+            found.setdefault(name, before.get(name))

@@ -1,0 +1,1 @@
+"""How a program starts: options, ranks, signals, and errors of one line."""

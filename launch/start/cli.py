@@ -1,0 +1,180 @@
+"""Between a person's command line and the engine: Hydra composes, dataclasses validate, errors become one line.
+
+Only this folder knows Hydra and OmegaConf. A program is `run_program("NAME", Schema, task)` with conf/NAME.yaml; the
+task receives the validated object and returns an exit code. What the user can mend ends with one line and exit code 2.
+
+In a sweep (-m) each job leaves its Outcome in a temporary folder, for jobs may be processes of their own (joblib). One that
+fails does not stop the others; a signal does.
+"""
+
+import codecs
+import io
+import locale
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from foreroute.engine.errors import UserError
+from foreroute.launch.start.arguments import (
+    Known,
+    for_flag,
+    is_sweep,
+    known_to,
+    ready,
+    swept,
+)
+from foreroute.launch.start.config_files import T, to_object
+from foreroute.launch.start.console import styled
+from foreroute.launch.start.help import CONF, groups_of, help_text
+from foreroute.launch.start.jobs import Jobs, Outcome, name_rank, speak
+from foreroute.launch.start.one_line import BadOption, told
+from foreroute.launch.start.rank_variables import find_place
+
+_FIXED = "hydra.job.config.override_dirname.exclude_keys"
+
+
+def run_program(
+    name: str,
+    schema: type[T],
+    task: Callable[[T], int],
+    *,
+    many_ranks: bool = False,
+    report_sweep: Callable[[list[Outcome]], None] | None = None,
+) -> NoReturn:
+    """Compose conf/`name`.yaml with the command line into a `schema` object, run the task and exit with its code.
+
+    A sweep exits with the largest code of its jobs.
+
+    Args:
+        many_ranks: the task knows how to be one rank of many; otherwise a launcher's second process is refused.
+        report_sweep: called by rank 0 at the end of a sweep, also of one that was stopped.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed by Hydra
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter
+    ConfigStore.instance().store("schema", schema)
+
+    def compose_and_run() -> int:
+        place = find_place()
+        encoding = "utf-8" if sys.flags.utf8_mode else locale.getencoding()
+        if codecs.lookup(encoding).name != "utf-8":  # DeepSpeed, for one, could not read its files
+            raise BadOption(f"the locale's encoding is {encoding}, and must be UTF-8: start with PYTHONUTF8=1, or LC_ALL=C.UTF-8")  # fmt: skip
+        if place.ranks > 1 and not many_ranks:
+            raise BadOption(f"launch.{name} runs as one process: started as {place.ranks}")
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            if place.rank == 0:
+                _print_help(name, schema, sys.argv[1:])
+            return 0
+        sys.argv = [sys.argv[0], *_arguments(name, schema, sys.argv[1:])]
+        with tempfile.TemporaryDirectory(prefix="foreroute-jobs-") as folder:
+            jobs = Jobs(Path(folder))
+
+            def job(cfg: DictConfig) -> None:
+                jobs.run(cfg, lambda: task(to_object(cfg, schema)))
+
+            start = hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)
+            try:
+                with jobs.stopped_by_signals():
+                    jobs.start_all(start)
+            finally:
+                outcomes = jobs.outcomes()
+                if jobs.sweep and report_sweep is not None and place.rank == 0:
+                    report_sweep(outcomes)
+            return max([jobs.signal_code(), *(o.exit_code or 0 for o in outcomes)])
+
+    sys.exit(_guarded(compose_and_run))
+
+
+def _arguments(name: str, schema: type, arguments: Sequence[str]) -> list[str]:
+    """The command line as Hydra takes it: options first, in its grammar, then flags."""
+    known = known_to(CONF, name, schema)
+    parser = get_args_parser()
+    parser.allow_abbrev = False
+    parser.error = _refuse_flag  # type: ignore[assignment]
+    found, unknown = parser.parse_known_intermixed_args(arguments)
+    if found.experimental_rerun is not None:
+        unknown = ["--experimental-rerun"]
+    if unknown:
+        after = arguments[arguments.index(unknown[0]) + 1 :] if unknown[0] in arguments else []
+        raise BadOption(for_flag(unknown[0], after[0] if after else None, known))
+    if sum((found.run, found.multirun, found.cfg is not None, found.shell_completion, found.info is not None)) > 1:  # fmt: skip
+        raise BadOption("--run, --multirun, --cfg, --info and --shell-completion: only one at a time")  # fmt: skip
+    if found.resolve and found.cfg is None:
+        raise BadOption("--resolve: goes with --cfg job")
+    _check_files(found.config_dir, known)
+    flags = list(arguments)
+    for option in found.overrides:
+        flags.remove(option)
+    sweep = found.multirun or is_sweep(found.overrides)
+    if found.shell_completion:
+        return list(arguments)
+    try:
+        options = ready(found.overrides, known, sweep=sweep)
+    except UserError as error:
+        raise BadOption(str(error)) from error
+    if found.multirun and not swept(options) and find_place().rank == 0:
+        print("-m: no option has several values, as moe.spread=1,2 has", flush=True)
+    return [*options, *(_fixed(options) if sweep else []), *flags]
+
+
+def _refuse_flag(message: str) -> NoReturn:
+    raise BadOption(f"{message.removeprefix('argument ')}; --help lists what there is")
+
+
+def _fixed(options: Sequence[str]) -> list[str]:
+    """Tell each job of a sweep, in whatever process, which of its options do not vary: see job_name."""
+    names = [option.partition("=")[0] for option in options if option.partition("=")[0] not in swept(options)]  # fmt: skip
+    names = [name for name in names if re.fullmatch(r"[\w./]+", name, re.ASCII)]
+    return [f"{_FIXED}=[{','.join(names)}]"]
+
+
+def _check_files(folder: str | None, known: Known) -> None:
+    """Refuse files of options that Hydra would stumble over: not UTF-8, or with a mark at the beginning that hides their head."""
+    if folder is None:
+        return
+    files = [*Path(folder).glob("*.yaml"), *(f for group in known.groups for f in (Path(folder) / group).rglob("*.yaml"))]  # fmt: skip
+    for path in files:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise BadOption(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8") from error  # fmt: skip
+        if text.startswith("\ufeff"):
+            raise BadOption(f"{path}: begins with a byte-order mark; save it as UTF-8 without one")
+
+
+def _print_help(name: str, schema: type, arguments: Sequence[str]) -> None:
+    """Print the program's help, with the options' values under the groups' choices of the command line."""
+    groups = groups_of(CONF / f"{name}.yaml")
+    chosen = [text for text in arguments if text.split("=")[0] in groups and "," not in text]
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        values: Any = OmegaConf.to_container(hydra.compose(name, chosen), enum_to_str=True)
+    width = min(shutil.get_terminal_size().columns, 100)
+    for line in help_text(CONF, name, schema, values, width=width).splitlines():
+        title = line.endswith(":") and not line.startswith(" ")
+        print(styled(line, "bold", sys.stdout) if title else line)
+
+
+def _guarded(run: Callable[[], int]) -> int:
+    """Turn expected failures into one line on stderr and an exit code; anything else is a bug and keeps its traceback."""
+    try:
+        return run()
+    except (Exception, KeyboardInterrupt) as error:
+        failure = told(error)
+        if failure is None:
+            name_rank(error)
+            raise
+        speak(failure)
+        return failure.exit_code

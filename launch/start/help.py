@@ -1,0 +1,200 @@
+"""The text of `python -m launch.PROGRAM --help`: what the program does, the choices of its groups, and every option.
+
+It is read from where it is kept anyway: the comment at the head of conf/PROGRAM.yaml and of each file of a group, and, in the
+source of the options' dataclasses, the string under a field, its type, and the bounds that the class checks.
+"""
+
+import ast
+import inspect
+import re
+import textwrap
+from argparse import SUPPRESS, ArgumentParser, HelpFormatter
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from itertools import pairwise
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml  # type: ignore[import-untyped]
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+OPTIONS = "As they are with the choices made, and in brackets what they may be."
+FLAGS = {
+    "-m": "run once for each combination of values, such as moe.spread=1,2",
+    "--cfg job": "print the options as they would be, and stop",
+    "--hydra-help": "what else Hydra can do",
+}
+_TYPES = {bool: "true | false", int: "whole number", float: "number", str: "text"}
+_NEEDED = "???"  # OmegaConf's value of an option that has none
+
+
+def help_text(
+    conf: Path, program: str, schema: type, values: Mapping[str, Any], *, width: int
+) -> str:
+    """Write the help of a program.
+
+    Args:
+        conf: folder of the configuration files.
+        program: name of the program, and of its file in conf.
+        schema: dataclass of its options.
+        values: the options as composed, as dicts and lists.
+        width: columns; examples in the program's head are never broken.
+    """
+    parser = ArgumentParser(
+        add_help=False,
+        usage=SUPPRESS,
+        formatter_class=lambda prog: HelpFormatter(prog, max_help_position=32, width=width),
+    )
+    file = conf / f"{program}.yaml"
+    for group in groups_of(file):
+        _add(parser, f"{group}=CHOICE", "", choices_of(conf / group))
+    for name, meaning, options in sections(schema, values):
+        _add(parser, name or "options", meaning if name else OPTIONS, options)
+    _add(parser, "flags", "", FLAGS)
+    return f"{_wrapped(head_comment(file), width)}\n\n{parser.format_help().lstrip()}"
+
+
+def groups_of(file: Path) -> list[str]:
+    """Names of the configuration groups that a program's defaults list has."""
+    defaults = yaml.safe_load(file.read_text(encoding="utf-8"))["defaults"]
+    found = [next(iter(item)) for item in defaults if isinstance(item, dict)]
+    return [name for name in found if not name.startswith("override ")]
+
+
+def choices_of(folder: Path) -> dict[str, str]:
+    """Each choice of a group and the first sentence of its file's comment."""
+    found = {}
+    for path in sorted(folder.rglob("*.yaml"), key=lambda path: (len(path.parts), path)):
+        text = " ".join(head_comment(path).split())
+        sentence = re.split(r"(?<=\.)\s+(?=[A-Z`])", text, maxsplit=1)[0]
+        found[path.relative_to(folder).with_suffix("").as_posix()] = sentence
+    return found
+
+
+def head_comment(file: Path) -> str:
+    """The comment at the head of a YAML file, without its marks and without Hydra's `@package`."""
+    lines = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        if not line.startswith("# @package"):
+            lines.append(line.removeprefix("#").removeprefix(" "))
+    return "\n".join(lines)
+
+
+def sections(
+    schema: type, values: Mapping[str, Any], name: str = ""
+) -> Iterator[tuple[str, str, dict[str, str]]]:
+    """Give each section of the options: its name ("" for the program's own), its meaning, and OPTION=VALUE with their texts."""
+    hints, docs, bounds = get_type_hints(schema), field_texts(schema), _bounds(schema)
+    own, inner = {}, []
+    for field in fields(schema):
+        kind, value = hints[field.name], values[field.name]
+        if isinstance(kind, type) and is_dataclass(kind):
+            inner.append((field.name, kind, value))
+            continue
+        notes = [allowed(kind), bounds.get(field.name, ""), "needed" if value == _NEEDED else ""]
+        meaning = docs.get(field.name) or _enum_doc(kind)
+        prefix = f"{name}." if name else ""
+        own[f"{prefix}{field.name}={_shown(value)}"] = (
+            f"{meaning} [{', '.join(filter(None, notes))}]".strip()
+        )
+    yield name, inspect.getdoc(schema) or "", own
+    for section, kind, value in inner:
+        yield from sections(kind, value, section)
+
+
+def _add(parser: ArgumentParser, title: str, meaning: str, lines: Mapping[str, str]) -> None:
+    group = parser.add_argument_group(title, _escaped(meaning) or None)
+    for label, text in lines.items():
+        group.add_argument(label.replace("-", "_"), metavar=label, help=_escaped(text))
+
+
+def _escaped(text: str) -> str:
+    """Text for argparse, which formats it; on a command line None is null."""
+    return re.sub(r"\bNone\b", "null", text).replace("%", "%%")
+
+
+def _wrapped(text: str, width: int) -> str:
+    """Wrap lines at the terminal's width, but for the indented ones, which are examples."""
+    lines = (
+        line if line.startswith(" ") else textwrap.fill(line, width) for line in text.splitlines()
+    )
+    return "\n".join(lines)
+
+
+def field_texts(schema: type) -> dict[str, str]:
+    """The string under each field, of a dataclass and those that it extends."""
+    found = {}
+    for node in _bodies(schema):
+        for field, below in pairwise(node.body):
+            match field, below:
+                case (
+                    ast.AnnAssign(target=ast.Name(id=name)),
+                    ast.Expr(value=ast.Constant(value=str(text))),
+                ):
+                    found[name] = " ".join(text.split())
+    return found
+
+
+def _bounds(schema: type) -> dict[str, str]:
+    """What `at_least` and `fraction` of engine/errors.py check, by field."""
+    found: dict[str, str] = {}
+    for node in _bodies(schema):
+        for call in ast.walk(node):
+            match call:
+                case ast.Call(func=ast.Name(id="at_least"), keywords=keywords):
+                    found |= {str(k.arg): f"at least {ast.literal_eval(k.value)}" for k in keywords}
+                case ast.Call(func=ast.Name(id="fraction"), args=[_, _, *names]):
+                    found |= {ast.literal_eval(name): "at least 0, below 1" for name in names}
+    return found
+
+
+def _bodies(schema: type) -> Iterator[ast.ClassDef]:
+    for base in reversed(schema.__mro__):
+        if is_dataclass(base):
+            (node,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+            assert isinstance(node, ast.ClassDef)
+            yield node
+
+
+def _is_enum(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Enum)
+
+
+def not_none(kind: Any) -> Any:
+    """The type of what an option that may be null is otherwise."""
+    if not isinstance(kind, UnionType):
+        return kind
+    (found,) = (arg for arg in get_args(kind) if arg is not NoneType)
+    return found
+
+
+def _enum_doc(kind: Any) -> str:
+    inner = not_none(kind)
+    return inspect.getdoc(inner) or "" if _is_enum(inner) else ""
+
+
+def allowed(kind: Any) -> str:
+    """The values of a type, in words."""
+    if isinstance(kind, UnionType):
+        text = allowed(not_none(kind))
+        return f"{text} | null" if " | " in text else f"{text} or null"
+    if get_origin(kind) is list:
+        return f"list of {allowed(get_args(kind)[0])}s"
+    if _is_enum(kind):
+        return " | ".join(kind.__members__)
+    return "a choice of the group" if is_dataclass(kind) else _TYPES.get(kind, "any value")
+
+
+def _shown(value: Any) -> str:
+    """A value as it is written on a command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{','.join(_shown(item) for item in value)}]"
+    if isinstance(value, dict):
+        return str(value.get("name", "..."))
+    return "" if value == _NEEDED else str(value) or "''"

@@ -1,0 +1,205 @@
+"""How a process meets the other ranks, and is watched with them. launch/start/rank_variables.py says which rank it is, and where they meet."""
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, closing, contextmanager, suppress
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+from foreroute.engine.config import ParallelConfig
+from foreroute.engine.errors import UserError, require
+from foreroute.engine.parallel.cpu_group import GlooHost, Host, MpiHost, expert_group_host
+from foreroute.engine.parallel.mesh import Mesh
+from foreroute.engine.parallel.watchdog import FOR_EVER, Watch
+from foreroute.engine.parallel.world import World, agree, together
+from foreroute.launch.start.rank_variables import (
+    Place,
+    find_address,
+    find_device,
+    find_node,
+    find_place,
+)
+
+_GLANCE_S = 0.1  # how often a waiting rank looks whether the others have come
+_stores: list[Any] = []  # of this process: kept for all jobs of a sweep
+
+
+@contextmanager
+def connected(parallel: ParallelConfig, options: Mapping[str, Any]) -> Iterator[World]:
+    """Meet the other ranks (if there are any), and be watched with them until the block ends.
+
+    Args:
+        options: every option by name; compared before anything is done that depends on them.
+
+    Raises:
+        UserError: the others did not come, or have other options, or the expert group does not divide the ranks.
+    """
+    place = find_place()
+    device = find_device(place)
+    if place.ranks == 1:
+        yield World(Mesh(expert_ranks=parallel.expert_ranks), device)
+        return
+    if not _stores:
+        _stores.append(_meet(place, parallel))
+    watch_store = dist.PrefixStore("watch", _stores[0].clone())
+    watch = Watch(watch_store, place.rank, place.ranks, parallel.timeout_s)
+    with closing(watch), watch.guard(), ExitStack() as stack:
+        host = stack.enter_context(closing(_host_of_all()))
+        agree(host, options)
+        mesh = together(host, lambda: Mesh(place.rank, place.ranks, parallel.expert_ranks))
+        nodes = host.gather(find_node())
+        names = list(dict.fromkeys(nodes))
+        planning, planning_group = _hosts_for_planning(place, mesh)
+        yield World(
+            mesh, device, host=host, planning=planning, planning_group=planning_group, watch=watch,
+            node_P=tuple(names.index(node) for node in nodes),
+        )  # fmt: skip
+        for connection in (planning, planning_group):  # after a failure a thread may be inside
+            connection.close()
+
+
+def _meet(place: Place, parallel: ParallelConfig) -> Any:
+    """Form the process group over which tensors travel; gives the store that all ranks share.
+
+    Raises:
+        UserError: the others did not come within parallel.meet_s, or another run meets here.
+    """
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = find_address(place)
+    port = os.environ["MASTER_PORT"]
+    require(port.isdecimal() and 0 < int(port) < 2**16, f"MASTER_PORT={port}: must be a port, 1 .. 65535")  # fmt: skip
+    os.environ |= {"RANK": str(place.rank), "WORLD_SIZE": str(place.ranks)}
+    os.environ["LOCAL_RANK"] = str(place.local_rank)  # DeepSpeed insists on it
+    meeting = _Meeting(place, parallel)
+    try:
+        return meeting.form()
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{meeting.who} did not meet the others at {meeting.address}: {reason}"
+        ) from error
+
+
+class _Meeting:
+    """Ranks come to the store of rank 0, wait there until all have come, and then connect.
+
+    PyTorch's calls block where no signal reaches, so a thread of their own makes them: a process that is told to end meanwhile
+    does so at once, and a rank that died, or never came, is not waited for longer than parallel.meet_s.
+    """
+
+    def __init__(self, place: Place, parallel: ParallelConfig) -> None:
+        self._place, self._meet_s, self._timeout_s = place, parallel.meet_s, parallel.timeout_s
+        self.address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        self.who = f"rank {place.rank} of {place.ranks}"
+        self._missing = "rank 0 has not come"
+        self._until = time.monotonic() + self._meet_s
+        self._store: Future[Any] = Future()
+
+    def form(self) -> Any:
+        """Give the store when all have met."""
+        threading.Thread(target=self._run, name="foreroute-meeting", daemon=True).start()
+        while not self._store.done():
+            with suppress(TimeoutError):
+                return self._store.result(_GLANCE_S)
+            require(
+                time.monotonic() < self._until,
+                f"{self.who} did not meet the others at {self.address} within {self._meet_s:g} s: {self._missing}; "
+                "parallel.meet_s=SECONDS waits longer",
+            )
+        return self._store.result()
+
+    def _run(self) -> None:
+        try:
+            self._store.set_result(self._connect())
+        except Exception as error:
+            self._store.set_exception(error)
+
+    def _connect(self) -> Any:
+        store = _fresh(self._find_store())
+        _take_place(store, self._place, self.address)
+        ranks = range(self._place.ranks)
+        while away := [rank for rank in ranks if not store.check([f"came/{rank}"])]:
+            self._missing = f"{_named(away)} not come"
+            time.sleep(_GLANCE_S)
+        self._missing = "one has come and is gone"
+        self._until = time.monotonic() + self._meet_s
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=dist.PrefixStore("ranks", store), rank=self._place.rank,
+            world_size=self._place.ranks, timeout=FOR_EVER,
+        )  # fmt: skip
+        return store
+
+    def _find_store(self) -> Any:
+        """The store of rank 0, or of torchrun's agents; nobody is waited for but its owner."""
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        serves = self._place.rank == 0 and not _agents_have_a_store()
+        wait = timedelta(seconds=self._meet_s + 1)
+        store = dist.TCPStore(
+            host, port, is_master=serves, timeout=wait, wait_for_workers=False, multi_tenant=True
+        )
+        store.set_timeout(timedelta(seconds=self._timeout_s))
+        return store
+
+
+def _named(ranks: Sequence[int]) -> str:
+    """Name ranks that have not done something.
+
+    Example: [3] is "rank 3 has", [0, 1, 2, 5, 7, 8] is "ranks 0, 1, 2, 5 and 2 more have".
+    """
+    if len(ranks) == 1:
+        return f"rank {ranks[0]} has"
+    more = f" and {len(ranks) - 4} more" if len(ranks) > 4 else ""
+    return f"ranks {', '.join(map(str, ranks[:4]))}{more} have"
+
+
+def _agents_have_a_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _fresh(store: Any) -> Any:
+    """The store without what an earlier attempt left in it.
+
+    torchrun's agents keep one store for all restarts (2.13), and count these each for itself.
+
+    Raises:
+        UserError: the counts of several machines would not agree.
+    """
+    environ = os.environ
+    if not _agents_have_a_store():
+        return store
+    restarts = environ["TORCHELASTIC_MAX_RESTARTS"]
+    require(
+        environ["GROUP_WORLD_SIZE"] == "1" or restarts == "0",
+        f"--max-restarts={restarts}: on several machines the ranks of a second attempt would meet what is left of the "
+        "first; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 as launch/recipes/torchrun_c10d.sh does",
+    )
+    return dist.PrefixStore(f"attempt {environ['TORCHELASTIC_RESTART_COUNT']}", store)
+
+
+def _take_place(store: Any, place: Place, address: str) -> None:
+    """Refuse to be a rank that is there already, before anything is exchanged: that would disturb a run that goes well."""
+    require(
+        store.add(f"came/{place.rank}", 1) == 1,
+        f"rank {place.rank} is at {address} already: another run meets there; give this one another port "
+        "(--master_port, MASTER_PORT)",
+    )
+
+
+def _hosts_for_planning(place: Place, mesh: Mesh) -> tuple[Host, Host]:
+    """Connections of the loader's thread: all ranks, and this rank's expert group."""
+    if place.mpi:
+        from mpi4py import MPI
+
+        if MPI.Query_thread() == MPI.THREAD_MULTIPLE:
+            world = MPI.COMM_WORLD
+            return MpiHost(world), MpiHost(world.Split(mesh.group_number, place.rank))
+    return _host_of_all(), expert_group_host(mesh, FOR_EVER)
+
+
+def _host_of_all() -> Host:
+    return GlooHost(dist.new_group(backend="gloo", timeout=FOR_EVER))

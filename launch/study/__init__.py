@@ -1,0 +1,1 @@
+"""`python -m launch.study`: arms side by side, with seeds and intervals."""

@@ -1,0 +1,55 @@
+"""The charts of a study: valid bpc over tokens, FLOPs and seconds, and test bpc over k. Means over seeds.
+
+A chart can tell six lines apart: the first arm is in every chart, the others share them out.
+"""
+
+from collections.abc import Sequence
+
+from foreroute.launch.page.parts import COLOURS, Curve, Line, Part
+from foreroute.launch.study.comparisons import evaluated_k, mean_curve, reference_arm, seeds_mean
+from foreroute.launch.study.preset import Preset
+from foreroute.launch.study.results import Results
+
+_AXES = {"symbols": ("symbols trained on", 1.0), "flops": ("training FLOPs, 1e12", 1e12), "seconds": ("training time, s", 1.0)}  # fmt: skip
+
+
+def curve_charts(preset: Preset, results: Results) -> list[Part]:
+    """Valid bpc at k_max over training, for each axis that was recorded."""
+    found: list[Part] = []
+    for axis, (label, unit) in _AXES.items():
+        curves = {arm: mean_curve(results, arm, axis) for arm in preset.arms}
+        for arms in _groups(preset, [arm for arm in preset.arms if curves[arm]]):
+            lines = [
+                Line(arm, [x / unit for x, _ in curves[arm]], [y for _, y in curves[arm]], dashed=arm == reference_arm(preset))
+                for arm in arms
+            ]  # fmt: skip
+            title = f"Valid bpc over {label.split(',')[0]}"
+            found.append(Curve(title, label, "bits per symbol", lines))
+    return found
+
+
+def slimming_charts(preset: Preset, results: Results) -> list[Part]:
+    """Test bpc over the number of active experts."""
+    every_k = evaluated_k(results)
+    if not every_k:
+        return []
+    found: list[Part] = []
+    for arms in _groups(preset, [arm for arm in preset.arms if results.seeds_of(arm)]):
+        lines = []
+        for arm in arms:
+            means = [(k, mean.mean) for k in every_k if (mean := seeds_mean(results, arm, k))]
+            lines.append(Line(arm, [k for k, _ in means], [y for _, y in means], dashed=arm == reference_arm(preset)))  # fmt: skip
+        found.append(
+            Curve("Test bpc over active experts", "active experts k", "bits per symbol", lines, x_log=True)
+        )  # fmt: skip
+    return found
+
+
+def _groups(preset: Preset, arms: Sequence[str]) -> list[list[str]]:
+    """Share the arms out over charts, with the first arm of the study in each."""
+    first = reference_arm(preset)
+    others = [arm for arm in arms if arm != first]
+    size = COLOURS - 1
+    groups = [others[i : i + size] for i in range(0, len(others), size)] or [[]]
+    found = [[*([first] if first in arms else []), *group] for group in groups]
+    return [group for group in found if group]

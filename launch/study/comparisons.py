@@ -1,0 +1,239 @@
+"""What the result files of a study say: means over seeds, and differences between two arms paired by seed, with 95% intervals.
+
+Test numbers are of the last checkpoint, at a given k. Numbers over training are bpc on the valid split at the arm's own largest
+k in training (k_max), read from the curve by straight lines between its points. At equal FLOPs, or equal seconds, both arms are
+read where the one that used less of them ended; the other is then in the middle of its schedule of the learning rate, and
+nothing is claimed of the difference.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from foreroute.launch.study.intervals import Estimate, estimate, paired, read_between
+from foreroute.launch.study.preset import Preset
+from foreroute.launch.study.results import Result, Results, bpc_at, own_bpc
+
+POINTS = (0.25, 0.5, 1.0)  # of training, at which differences are given
+_WHOLE = {"symbols": 0.97, "flops": 0.97, "seconds": 0.95}
+"""Share of an arm's training from which on it counts as read at its end; seconds are those of a busy machine."""
+AXES = {"symbols": "equal tokens", "flops": "equal training FLOPs", "seconds": "equal training time"}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Bits per symbol of arm a minus those of arm b over the seeds that both have."""
+
+    a: str
+    b: str
+    at: str  # where: "test, own k", "test, k=8", "valid, 25% of equal tokens"
+    difference: Estimate
+    relative: float  # mean difference over b's mean, as a fraction
+    cut: str = ""  # the arm that was read in mid-schedule, and where: no fair comparison
+
+    def sentence(self) -> str:
+        """Say what may be claimed: a percentage where the interval excludes 0 and no arm was read in mid-schedule."""
+        d, at = self.difference, self.at + (f"; {self.cut}" if self.cut else "")
+        if d.low is None or d.high is None:
+            return f"{self.a} to {self.b} ({at}): {d.mean:+.4f} with one seed, which has no interval: nothing is claimed."  # fmt: skip
+        numbers = f"{d.mean:+.4f} bits per symbol, 95% interval {d.low:+.4f} to {d.high:+.4f}, {d.n} seeds"  # fmt: skip
+        if self.cut:
+            return (
+                f"{self.a} to {self.b} ({at}): {numbers}. No fair comparison: nothing is claimed."
+            )
+        if d.sign == 0:
+            return f"{self.a} to {self.b} ({at}): no difference is shown ({numbers})."
+        side = "below" if d.sign < 0 else "above"
+        return f"{self.a} is {abs(self.relative):.1%} {side} {self.b} ({at}): {numbers}."
+
+
+def reference_arm(preset: Preset) -> str:
+    """The arm that all others are compared with."""
+    return next(iter(preset.arms))
+
+
+def pairs_of(preset: Preset, results: Results) -> list[tuple[str, str]]:
+    """Every arm to the first, then the preset's own pairs; those of which both arms have a run."""
+    first = reference_arm(preset)
+    wanted = [(arm, first) for arm in preset.arms if arm != first]
+    wanted += [(a, b) for a, b in preset.pairs]
+    there = [pair for pair in wanted if all(results.seeds_of(arm) for arm in pair)]
+    return list(dict.fromkeys(there))
+
+
+def seeds_mean(results: Results, arm: str, k: int | None) -> Estimate | None:
+    """Mean test bpc of an arm at k (None: its own); None if no run was evaluated there."""
+    values = _test_values(results, arm, k)
+    return estimate(list(values.values())) if values else None
+
+
+def compare_on_test(results: Results, a: str, b: str, k: int | None) -> Comparison | None:
+    """Compare on the test split at k (None: each at its own); None where a seed is not shared or k was not evaluated."""
+    at = "test, own k" if k is None else f"test, k={k}"
+    return _compare(a, b, at, _test_values(results, a, k), _test_values(results, b, k))
+
+
+def with_cost(results: Results, compared: Comparison) -> Comparison:
+    """Add what a's whole training took of b's to the place of a comparison."""
+    spent = {
+        "FLOPs": ratio(results, compared.a, compared.b, "flops"),
+        "time": ratio(results, compared.a, compared.b, "seconds"),
+    }
+    words = " and ".join(
+        f"{found.mean:.2f} of its training {name}"
+        for name, found in spent.items()
+        if found is not None
+    )
+    return replace(compared, at=f"{compared.at}, with {words}") if words else compared
+
+
+def compare_along(results: Results, a: str, b: str, axis: str, share: float = 1.0) -> Comparison | None:  # fmt: skip
+    """Compare on the valid split during training, at a share of what the arm that used less of the axis used in all.
+
+    Args:
+        axis: one of AXES.
+    """
+    values_a: dict[int, float] = {}
+    values_b: dict[int, float] = {}
+    read: dict[str, list[float]] = {a: [], b: []}  # at which shares of their training
+    of_a, of_b = results.seeds_of(a), results.seeds_of(b)
+    for seed in of_a.keys() & of_b.keys():
+        curves = [_axis(run, axis) for run in (of_a[seed], of_b[seed])]
+        if not all(curves):
+            continue
+        at = share * min(curve[-1][0] for curve in curves)
+        here, there = (
+            read_between([x for x, _ in curve], [y for _, y in curve], at) for curve in curves
+        )
+        if here is not None and there is not None:
+            values_a[seed], values_b[seed] = here, there
+            for arm, curve in zip((a, b), curves, strict=True):
+                read[arm].append(at / curve[-1][0])
+    where = AXES[axis] if share == 1 else f"{share:.0%} of {AXES[axis]}"
+    compared = _compare(a, b, f"valid, {where}", values_a, values_b)
+    # of the seed that was read earliest
+    early = {arm: min(found) for arm, found in read.items() if found}
+    early = {arm: part for arm, part in early.items() if part < share * _WHOLE[axis]}
+    if compared is None or not early:
+        return compared
+    return replace(compared, cut=" and ".join(f"{arm} was read at {part:.0%} of its training" for arm, part in early.items()))  # fmt: skip
+
+
+def ratio(results: Results, a: str, b: str, axis: str) -> Estimate | None:
+    """What an arm's whole training used of an axis, over what another's used, seed by seed."""
+    of_a, of_b = results.seeds_of(a), results.seeds_of(b)
+    values = []
+    for seed in sorted(of_a.keys() & of_b.keys()):
+        ends = [used(run, axis) for run in (of_a[seed], of_b[seed])]
+        if ends[0] is not None and ends[1]:
+            values.append(ends[0] / ends[1])
+    return estimate(values) if values else None
+
+
+def used(run: Result, axis: str) -> float | None:
+    """What a run's whole training used of an axis."""
+    if axis == "seconds":
+        return float(run["measured"]["training_seconds"])
+    points = _axis(run, axis)
+    return points[-1][0] if points else None
+
+
+def mean_curve(results: Results, arm: str, axis: str) -> list[tuple[float, float]]:
+    """Points (axis, valid bpc) of an arm, means over its seeds; empty where the axis was not recorded."""
+    curves = [_axis(run, axis) for run in results.seeds_of(arm).values()]
+    if not curves or len({len(curve) for curve in curves}) != 1:
+        return []
+    return [
+        (sum(x for x, _ in points) / len(points), sum(y for _, y in points) / len(points))
+        for points in zip(*curves, strict=True)
+    ]
+
+
+def missing(preset: Preset, results: Results) -> list[str]:
+    """Name the runs that the preset lists and no result file is there of."""
+    return [
+        f"{arm}-seed{seed}"
+        for arm in preset.arms
+        for seed in preset.seeds
+        if seed not in results.seeds_of(arm)
+    ]
+
+
+def experts_of(results: Results) -> int:
+    """Experts of a layer, the most of any arm."""
+    return max((run["experts"] for run in all_runs(results)), default=0)
+
+
+def compared_k(results: Results) -> list[int | None]:
+    """Numbers of active experts at which arms are compared on the test split: each arm's own (None), E / 2 and E."""
+    experts = experts_of(results)
+    return [None, *sorted({k for k in (experts // 2, experts) if k})]
+
+
+def evaluated_k(results: Results) -> list[int]:
+    """Numbers of active experts at which any run was evaluated."""
+    return sorted({int(k) for run in all_runs(results) for k in run["bpc"] if k.isdigit()})
+
+
+def comparisons(preset: Preset, results: Results) -> list[Comparison]:
+    """Every comparison that the page and the JSON file give."""
+    pairs = pairs_of(preset, results)
+    found = [c for a, b in pairs for c in _comparisons_of(results, a, b)]
+    return [c for c in found if c is not None]
+
+
+def _comparisons_of(results: Results, a: str, b: str) -> Iterator[Comparison | None]:
+    for k in compared_k(results):
+        yield compare_on_test(results, a, b, k)
+    for axis in AXES:
+        for share in POINTS:
+            yield compare_along(results, a, b, axis, share)
+
+
+def as_json(name: str, preset: Preset, results: Results) -> dict[str, Any]:
+    """Give what docs/study/NAME.json holds: the numbers of the page, and every result file."""
+    arms: dict[str, Any] = {}
+    for arm in preset.arms:
+        if results.seeds_of(arm):
+            at_k = {str(k): seeds_mean(results, arm, k) for k in evaluated_k(results)}
+            bpc = {"own k": seeds_mean(results, arm, None), **at_k}
+            arms[arm] = {k: asdict(found) for k, found in bpc.items() if found is not None}
+    return {
+        "study": name,
+        "arms": arms,
+        "differences": [asdict(c) for c in comparisons(preset, results)],
+        "missing": missing(preset, results),
+        "preset": asdict(preset),
+        "results": [*results.tuning, *all_runs(results)],
+    }
+
+
+def all_runs(results: Results) -> list[Result]:
+    """Give the runs of all arms and seeds."""
+    return [run for by_seed in results.runs.values() for run in by_seed.values()]
+
+
+def _compare(a: str, b: str, at: str, of_a: dict[int, float], of_b: dict[int, float]) -> Comparison | None:  # fmt: skip
+    difference = paired(of_a, of_b)
+    if difference is None:
+        return None
+    shared = of_a.keys() & of_b.keys()
+    base = sum(of_b[seed] for seed in shared) / len(shared)
+    return Comparison(a, b, at, difference, difference.mean / base)
+
+
+def _test_values(results: Results, arm: str, k: int | None) -> dict[int, float]:
+    """Test bpc by seed."""
+    found = {}
+    for seed, run in results.seeds_of(arm).items():
+        if k is None:
+            found[seed] = own_bpc(run)
+        elif "dense" in run["bpc"] or str(k) in run["bpc"]:
+            found[seed] = bpc_at(run, k)
+    return found
+
+
+def _axis(run: Result, axis: str) -> list[tuple[float, float]]:
+    """Points (axis, valid bpc) of a run; empty where the axis was not recorded."""
+    points = [(point[axis], point["valid_bpc"]) for point in run["curve"]]
+    return [] if any(x is None for x, _ in points) else points

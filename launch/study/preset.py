@@ -1,0 +1,243 @@
+"""What a study runs: a preset's arms, seeds and learning rates become jobs, in an order that is good when it is cut short.
+
+A job is one run of launch.train. All of one seed read the same symbols in the same order: the seed sets the weights' start,
+dropout, a hashed router's tables, and where in their text the streams begin (data.start). Nothing is run here.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from foreroute.engine.config import Config, CorpusConfig, Router, Split, to_plain
+from foreroute.engine.errors import require
+from foreroute.launch.start.arguments import quote
+from foreroute.launch.start.config_files import compose_run, read_options
+from foreroute.launch.start.help import CONF
+
+TUNING_SEED = 0
+_GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, are spread evenly however many there are
+_STOPS = 16  # checkpoints beyond the preset's own that are kept, so that what stops leave pushes none of those out
+_OF_MACHINE = (
+    "corpus.path", "corpus.cache_dir", "train.name", "train.runs_dir", "train.resume", "train.threads", "train.keep",
+    "train.save_every", "train.save_minutes", "train.log_every", "data.prefetch", "wandb.mode", "wandb.project", "wandb.group",
+    "wandb.job_type", "wandb.tags", "wandb.notes", "train.peak_tflops", "profile.steps", "profile.operators",
+    "kernels.masked_from_k",
+)  # fmt: skip
+
+
+@dataclass
+class ArmConfig:
+    """One arm of a study."""
+
+    experiment: str | None = None
+    """Of conf/experiment; None means study/ and the arm's name."""
+    options: list[str] = field(default_factory=list)
+    """Options of launch.train beside it, such as moe.spread=4."""
+    kin: str = "hashed"
+    """The arm whose tuned learning rate this one takes."""
+    same_time_as: str | None = None
+    """An arm that tries rates, too: this one's steps take as long as all of its steps, by the seconds per step of those runs."""
+    core: bool = True
+    """Core arms run first, with all their seeds."""
+
+
+@dataclass
+class Preset:
+    """A study: conf/study/NAME.yaml."""
+
+    arms: dict[str, ArmConfig]
+    """In the order in which they run; the first is what the others are compared with."""
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
+    options: list[str] = field(default_factory=list)
+    """Options of launch.train for all arms, such as train.steps=3000."""
+    learning_rates: list[float] = field(default_factory=list)
+    """Rates that every kin arm is tried with; the best on the valid split is taken. Empty: each experiment's own."""
+    tuning_steps: int | None = None
+    """Steps of a run that tries a rate; None means as many as the study's."""
+    k: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
+    """Numbers of active experts that the test split is evaluated at, and an arm's own largest k in training."""
+    points: int = 12
+    """Validations over training, equally far apart."""
+    valid_symbols: int = 50_000
+    """Symbols of a validation; 0 for the whole split."""
+    checkpoints: int = 4
+    """Checkpoints over training: a run that is killed goes on from the last one."""
+    kept: int | None = None
+    """Newest checkpoints that are kept until the run is analysed; changes of routes are measured between them. None: all."""
+    analysed_symbols: int = 4096
+    """Text on which experts and routes are compared (launch.analyse)."""
+    pairs: list[list[str]] = field(default_factory=list)
+    """Pairs of arms, [a, b], whose difference a - b is reported beside that of every arm to the first."""
+    limits: list[str] = field(default_factory=list)
+    """Statements for the page's section of limits."""
+
+    def __post_init__(self) -> None:
+        require(len(self.arms) > 0, "arms: a study needs at least one")
+        require(len(self.seeds) == len(set(self.seeds)) > 0, f"seeds={self.seeds}: needs different seeds")  # fmt: skip
+        require(TUNING_SEED not in self.seeds, f"seeds={self.seeds}: {TUNING_SEED} is the seed of the learning rate's runs")  # fmt: skip
+        require(self.points >= 1 and self.checkpoints >= 1, "points and checkpoints: must be at least 1")  # fmt: skip
+        for name, arm in self.arms.items():
+            require(arm.kin in self.arms or not self.learning_rates, f"arms.{name}.kin={arm.kin}: must be one of {', '.join(self.arms)}")  # fmt: skip
+            as_long = arm.same_time_as
+            require(as_long is None or (bool(self.learning_rates) and as_long in self.kin), f"arms.{name}.same_time_as={as_long}: must be one of the arms that try learning_rates: {', '.join(self.kin) if self.learning_rates else 'none does'}")  # fmt: skip
+        for pair in self.pairs:
+            require(len(pair) == 2, f"pairs={pair}: must be two arms")
+
+    @property
+    def kin(self) -> list[str]:
+        """Arms whose learning rate is tuned."""
+        return list(dict.fromkeys(arm.kin for arm in self.arms.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run."""
+
+    name: str  # of its run folder and its result file
+    arm: str
+    seed: int
+    config: Config  # as launch.train composes it; without the learning rate, unless it tries one
+    options: tuple[str, ...]  # that launch.train is given, likewise
+    tries: float | None = None  # the learning rate that this run tries
+
+    @property
+    def analysed(self) -> bool:
+        """The run has experts to look at."""
+        return self.tries is None and self.config.moe.router is not Router.dense
+
+
+def read_preset(name: str) -> Preset:
+    """Read conf/study/NAME.yaml, or the file of that name if it ends in .yaml.
+
+    Raises:
+        UserError: there is no such preset, or it is wrong.
+    """
+    if name.endswith(".yaml"):
+        return read_options(Path(name), Preset)
+    known = sorted(path.stem for path in (CONF / "study").glob("*.yaml"))
+    require(name in known, f"preset={name}: must be one of {', '.join(known)}, or a file that ends in .yaml")  # fmt: skip
+    return read_options(CONF / "study" / f"{name}.yaml", Preset)
+
+
+def plan_jobs(preset: Preset, corpus: CorpusConfig, out: Path) -> list[Job]:
+    """List all runs of a study, those that try learning rates first.
+
+    Raises:
+        UserError or an error of Hydra's: an arm's experiment or option is wrong, or its steps cannot be divided.
+    """
+    started = {arm: _start_of(preset, corpus, out, arm) for arm in preset.arms}
+    return [*_tuning_jobs(preset, started), *_arm_jobs(preset, started)]
+
+
+def _start_of(preset: Preset, corpus: CorpusConfig, out: Path, arm: str) -> Job:
+    """What all runs of an arm have in common; Hydra composes it once."""
+    chosen = preset.arms[arm]
+    options = [
+        f"experiment={chosen.experiment or f'study/{arm}'}",
+        f"corpus={corpus.name.name}",
+        *preset.options,
+        *chosen.options,
+    ]
+    job = Job(
+        arm, arm, TUNING_SEED, compose_run([*options, *_corpus_options(corpus)]), tuple(options)
+    )
+    return with_changes(job, {
+        **{f"corpus.{name}": getattr(corpus, name) for name in ("path", "tokens", "cache_dir")},
+        "train.runs_dir": str(out / "runs"), "train.valid_symbols": preset.valid_symbols, "train.threads": 1, "train.resume": True,
+    })  # fmt: skip
+
+
+def _corpus_options(corpus: CorpusConfig) -> list[str]:
+    """A file's path is needed from the first."""
+    return [] if corpus.path is None else [f"corpus.path={quote(corpus.path)}"]
+
+
+def _tuning_jobs(preset: Preset, started: Mapping[str, Job]) -> Iterator[Job]:
+    """Rate by rate, so that noise of the machine is shared between the arms."""
+    for rate in preset.learning_rates:
+        for arm in preset.kin:
+            job = replace(started[arm], name=f"tune-{arm}-lr{rate:g}", tries=rate)
+            steps = preset.tuning_steps or job.config.train.steps
+            changes = {"optim.lr": rate, "train.steps": steps, "eval.split": Split.valid, "eval.k": [job.config.schedule.k_max]}  # fmt: skip
+            common = _common(preset, job.name, TUNING_SEED, steps)
+            yield with_changes(job, {**changes, **common, "train.valid_every": 0})
+
+
+def _arm_jobs(preset: Preset, started: Mapping[str, Job]) -> Iterator[Job]:
+    """Core arms, seed by seed, then the others likewise; every other seed in reverse, so that no arm is always early."""
+    for core in (True, False):
+        arms = [name for name, arm in preset.arms.items() if arm.core is core]
+        for number, seed in enumerate(preset.seeds):
+            for arm in arms if number % 2 == 0 else reversed(arms):
+                job = replace(started[arm], name=f"{arm}-seed{seed}", seed=seed)
+                ks = sorted({*preset.k, job.config.schedule.k_max})
+                changes = {"eval.split": Split.test, "eval.k": ks}
+                yield with_changes(job, {**changes, **_common(preset, job.name, seed, job.config.train.steps)})  # fmt: skip
+
+
+def _common(preset: Preset, name: str, seed: int, steps: int) -> dict[str, Any]:
+    """A run's name, its seed, and its validations and checkpoints over the steps; both come at its end, too."""
+    require(
+        steps % preset.points == 0, f"points={preset.points}: must divide train.steps={steps} of {name}"
+    )  # fmt: skip
+    return {
+        "train.name": name,
+        "train.seed": seed,
+        "data.start": round(seed * _GOLDEN % 1, 6),
+        "train.valid_every": steps // preset.points,
+        "train.save_every": -(-steps // preset.checkpoints),
+        "train.save_minutes": 0.0,  # only those that are compared, which would push each other out
+        "train.keep": preset.kept or preset.checkpoints + _STOPS,
+    }
+
+
+def with_steps(preset: Preset, job: Job, steps: int) -> Job:
+    """Give an arm's job with another number of steps."""
+    return with_changes(job, {"train.steps": steps, **_common(preset, job.name, job.seed, steps)})
+
+
+def with_changes(job: Job, changes: Mapping[str, Any]) -> Job:
+    """Give a job with other options, by their full names, in its configuration and on its command line."""
+    sections: dict[str, dict[str, Any]] = {}
+    for full, value in changes.items():
+        section, name = full.split(".")
+        sections.setdefault(section, {})[name] = value
+    replaced = {name: replace(getattr(job.config, name), **options) for name, options in sections.items()}  # fmt: skip
+    options = [f"{name}={_written(value)}" for name, value in changes.items()]
+    return replace(job, config=replace(job.config, **replaced), options=(*job.options, *options))
+
+
+def _written(value: Any) -> str:
+    """Write a value as Hydra reads it."""
+    if isinstance(value, str):
+        return quote(value)
+    if isinstance(value, Enum):
+        return value.name
+    return "null" if value is None else str(value).replace(" ", "")
+
+
+def with_rate(job: Job, rate: float | None) -> Job:
+    """Put a learning rate in; None leaves the experiment's own."""
+    return job if rate is None else with_changes(job, {"optim.lr": rate})
+
+
+def chosen_options(config: Config) -> dict[str, Any]:
+    """Give the options that are not the default's, without those that say where and how the same steps are computed."""
+    defaults = to_plain(Config())
+    return {
+        f"{section}.{name}": value
+        for section, options in to_plain(config).items()
+        for name, value in options.items()
+        if value != defaults[section][name] and f"{section}.{name}" not in _OF_MACHINE
+    }
+
+
+def difference(config: Config, chosen: Mapping[str, Any]) -> str | None:
+    """Name the first option in which a configuration is not what `chosen_options` gave earlier; None if there is none."""
+    now = chosen_options(config)
+    for name in [*now, *chosen]:
+        if now.get(name) != chosen.get(name):
+            return f"{name} was {chosen.get(name, 'the default')}, now it is {now.get(name, 'the default')}"  # fmt: skip
+    return None

@@ -1,0 +1,218 @@
+"""The result files of a study: results/NAME.json in its folder, one for each finished run, small enough to be committed.
+
+`collect` makes one from a run folder, `read_results` gives all that are there. Times, and what else depends on the machine,
+are in the curve's seconds and under "measured"; all other numbers are the same however often the study was stopped.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from foreroute.engine.config import Router
+from foreroute.engine.errors import UserError, require
+from foreroute.engine.metrics.names import JSONL, read_lines
+from foreroute.launch.runs.folder import ANALYSIS, FACTS, SUMMARY
+from foreroute.launch.study.preset import Job, chosen_options, with_rate
+
+FORMAT = 1
+# counted_symbols: where the models had less than all of the training text
+_COUNTING = "order2_bpc", "order3_bpc", "bzip2_bpc", "counted_symbols"
+Result = dict[str, Any]
+_SAME = (
+    "corpus_sha256",
+    "tokens",
+    "data.streams",
+    "data.segment",
+    "data.start",
+    "train.seed",
+    "test_symbols",
+)
+"""What the runs of one seed must have in common to be compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """Result files, read."""
+
+    tuning: list[Result]  # one for each arm and learning rate that was tried
+    runs: dict[str, dict[int, Result]]  # by arm and seed
+
+    def seeds_of(self, arm: str) -> dict[int, Result]:
+        """Runs of an arm by seed."""
+        return self.runs.get(arm, {})
+
+
+def collect(job: Job, rate: float | None, folder: Path, wall_seconds: float | None) -> Result:
+    """Put together what is known of a finished run.
+
+    Args:
+        folder: the run's.
+        wall_seconds: from the start of its first process to the end of its last; None if it was stopped in between.
+    """
+    config = with_rate(job, rate).config
+    summary, facts = _json(folder / SUMMARY), _json(folder / FACTS)
+    points = curve(folder / JSONL)
+    return {
+        "format": FORMAT,
+        "arm": job.arm,
+        "seed": job.seed,
+        "tries": job.tries,
+        "learning_rate": config.optim.lr,
+        "options": chosen_options(config),
+        "corpus": config.corpus.name.name,
+        "tokens": config.corpus.tokens.name,
+        "corpus_sha256": summary["corpus_sha256"],
+        "router": config.moe.router.name,
+        "experts": 0 if config.moe.router is Router.dense else config.moe.experts,
+        "k_max": None if config.moe.router is Router.dense else config.schedule.k_max,
+        "parameters": summary["parameters"],
+        "active_parameters": facts.get("active_parameters"),
+        "code": facts.get("code"),
+        "flops_per_symbol": facts.get("flops_per_symbol"),
+        "steps": summary["steps"],
+        "symbols_per_step": config.symbols_per_step,
+        "curve": points,
+        "split": summary["split"],
+        "bpc": summary["bpc"],
+        "test_symbols": summary["symbols"],
+        "counting": {name: summary[name] for name in _COUNTING if name in summary},
+        "analysis": _json(folder / ANALYSIS) or None,
+        "measured": {
+            "training_seconds": summary["training_seconds"],
+            "tokens_per_second": summary["tokens_per_second"],
+            "peak_memory_bytes": summary["peak_memory_bytes"],
+            "wall_seconds": wall_seconds,
+            "cores": os.cpu_count(),
+            "torch": torch.__version__,
+        },
+    }
+
+
+def curve(metrics: Path) -> list[dict[str, float | None]]:
+    """Give the validations of a run: bpc at k_max, with symbols, FLOPs and seconds of training up to there.
+
+    Seconds are step_ms added up over the steps, so neither validations nor checkpoints count, nor work that was lost when a
+    run was killed. FLOPs are None where the run did not record any.
+    """
+    rows = read_lines(metrics)
+    logged = [row for row in rows if "step_ms" in row]
+    steps = np.array([0, *(row["step"] for row in logged)])
+    milliseconds = np.diff(steps) * np.array([row["step_ms"] for row in logged])
+    seconds = np.concatenate([[0.0], np.cumsum(milliseconds)]) / 1e3
+    return [
+        {
+            "step": row["step"],
+            "symbols": row["tokens"],
+            "flops": row.get("flops"),
+            "seconds": float(np.interp(row["step"], steps, seconds)),
+            "valid_bpc": row["valid_bpc"],
+        }
+        for row in rows
+        if row.get("valid_bpc") is not None
+    ]
+
+
+def read_results(folder: Path) -> list[Result]:
+    """Read every result file.
+
+    Raises:
+        UserError: one is damaged or was written by another version.
+    """
+    return [read_result(path) for path in sorted(folder.glob("*.json"))]
+
+
+def read_result(path: Path) -> Result:
+    """Read a result file; raises as read_results."""
+    try:
+        found = json.loads(path.read_text())
+        version = found["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: no result of a study ({error})") from error
+    require(version == FORMAT, f"{path}: format {version}, this version reads {FORMAT}")
+    assert isinstance(found, dict)
+    return found
+
+
+def arrange(results: list[Result]) -> Results:
+    """Sort result files by arm and seed, and check that the runs of one seed, and the seeds of one arm, can be compared.
+
+    Raises:
+        UserError: they were trained or tested on other text, or in another order; or an arm's seeds have several learning rates.
+    """
+    runs: dict[str, dict[int, Result]] = {}
+    for result in results:
+        if result["tries"] is None:
+            runs.setdefault(result["arm"], {})[result["seed"]] = result
+    for by_seed in runs.values():
+        check_alike(list(by_seed.values()))
+    for seed in sorted({seed for by_seed in runs.values() for seed in by_seed}):
+        check_same([by_seed[seed] for by_seed in runs.values() if seed in by_seed])
+    return Results([result for result in results if result["tries"] is not None], runs)
+
+
+def check_same(results: list[Result]) -> None:
+    """Refuse runs that did not read the same text in the same order, or were not tested on the same symbols.
+
+    Raises:
+        UserError: names the two arms and what differs.
+    """
+    first = results[0]
+    for other in results[1:]:
+        for name in _SAME:
+            a, b = ({**run["options"], **run}.get(name) for run in (first, other))
+            require(
+                a == b,
+                f"seed {other['seed']}: {first['arm']} has {name}={a}, {other['arm']} has {b}; such runs cannot be paired",
+            )
+
+
+def check_alike(results: list[Result]) -> None:
+    """Refuse runs of one arm that differ in more than their seed.
+
+    Raises:
+        UserError: names the arm, the two seeds and what differs.
+    """
+    first = results[0]
+    for other in results[1:]:
+        for name in ("learning_rate", "steps"):
+            a, b = first[name], other[name]
+            require(
+                a == b,
+                f"{first['arm']}: seed {first['seed']} has {name}={a}, seed {other['seed']} has {b}; the seeds of an arm must "
+                "be alike: remove the result files of one of them and run the study again",
+            )
+
+
+def best_rate(results: list[Result], arm: str) -> float | None:
+    """Give the learning rate with the lowest bpc on the valid split among those that were tried with an arm; None: none was."""
+    tried = [r for r in results if r["arm"] == arm and r["tries"] is not None]
+    return min(tried, key=own_bpc)["tries"] if tried else None
+
+
+def own_bpc(result: Result) -> float:
+    """Bits per symbol at the arm's own largest k in training; a dense model has one value."""
+    return bpc_at(result, result["k_max"] or 0)
+
+
+def bpc_at(result: Result, k: int) -> float:
+    """Bits per symbol at k; a dense model has one value, whatever k.
+
+    Raises:
+        KeyError: the run was not evaluated at k.
+    """
+    bpc: Mapping[str, float] = result["bpc"]
+    return bpc["dense"] if "dense" in bpc else bpc[str(k)]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON file's object; empty if there is no such file."""
+    if not path.exists():
+        return {}
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found

@@ -1,0 +1,392 @@
+"""Lays out a study as a page: what was run, what was found at equal tokens, FLOPs and time, at each k, and inside the experts.
+
+Every number and every sentence with a number is computed from the result files; what they mean is written by hand, in
+docs/study/NAME_discussion.md. Of what is not there the page says so.
+"""
+
+from typing import Any
+
+from foreroute.launch.page import parts as page
+from foreroute.launch.page.parts import KeyFigure, Page, Table
+from foreroute.launch.study.charts import curve_charts, slimming_charts
+from foreroute.launch.study.comparisons import (
+    AXES,
+    POINTS,
+    Comparison,
+    all_runs,
+    compare_along,
+    compare_on_test,
+    compared_k,
+    comparisons,
+    evaluated_k,
+    experts_of,
+    missing,
+    pairs_of,
+    ratio,
+    reference_arm,
+    seeds_mean,
+    used,
+    with_cost,
+)
+from foreroute.launch.study.experts import experts_section, routes_section
+from foreroute.launch.study.intervals import Estimate, estimate
+from foreroute.launch.study.preset import Preset
+from foreroute.launch.study.results import Result, Results, best_rate, own_bpc
+
+NONE = "-"  # in a table: not there
+_CUT = "* No fair comparison: one of the two was read in the middle of its schedule of the learning rate, to its disadvantage."
+
+PUBLISHED = (
+    ("linear", "1.1776", "1.1486"),
+    ("exponential", "1.2167", "1.1877"),
+    ("cosine", "1.2142", "1.1858"),
+)
+"""Schedule of k, and test bpc of SMoE-Dropout at k = N/2 and k = N: Transformer-XL on enwik8, 4 layers of width 256 with 16
+experts, 400,000 steps (arXiv 2303.01610, as quoted by a secondary source)."""
+
+
+def study_page(name: str, preset: Preset, results: Results) -> Page:
+    """Describe a study, or what there is of it."""
+    sections = [_run(preset, results)]
+    if results.runs:
+        sections += [
+            _said(preset, results),
+            _budgets(preset, results),
+            _slimming(preset, results),
+            _pairs(preset, results),
+            _cost(preset, results),
+            experts_section(preset, results),
+            routes_section(preset, results),
+            _published(results),
+        ]
+    sections += [_rates(preset, results), _limits(preset, results), _again(name)]
+    return Page(
+        title=f"Study: {name}",
+        lead=(
+            "What a fixed route buys: arms that differ in how tokens find their experts, trained side by side on the "
+            "same symbols in the same order. bpc is bits per symbol of text that was not trained on; lower is better. Intervals are "
+            "95%, over seeds, of differences paired by seed."
+        ),
+        sections=sections,
+        figures=_figures(preset, results),
+        footer="Every number here was computed from the result files in the JSON file beside this page.",
+    )
+
+
+def span(found: Estimate | None, digits: int = 3, sign: str = "") -> str:
+    """Write a mean with its interval."""
+    if found is None:
+        return NONE
+    mean = f"{found.mean:{sign}.{digits}f}"
+    if found.low is None or found.high is None:
+        return f"{mean} (1 seed)"
+    return f"{mean} [{found.low:{sign}.{digits}f}, {found.high:{sign}.{digits}f}]"
+
+
+def change(found: Comparison | None) -> str:
+    """Write a difference of bpc with its interval; a star marks one that is no fair comparison."""
+    return NONE if found is None else span(found.difference, 4, "+") + (" *" if found.cut else "")
+
+
+def _figures(preset: Preset, results: Results) -> list[KeyFigure]:
+    """The first fair pair at equal tokens, FLOPs and time."""
+    wanted = [(a, b) for a, b in preset.pairs] or pairs_of(preset, results)
+    wanted = [pair for pair in wanted if all(results.seeds_of(arm) for arm in pair)]
+    found = [
+        KeyFigure("Runs", f"{sum(map(len, results.runs.values()))} of {len(preset.arms) * len(preset.seeds)}", "arms times seeds, done")
+    ]  # fmt: skip
+    return [*found, *(_figure(results, wanted, axis) for axis in AXES)] if wanted else found
+
+
+def _figure(results: Results, pairs: list[tuple[str, str]], axis: str) -> KeyFigure:
+    """The first pair of which both arms ended there."""
+    title = f"bpc at {AXES[axis]}"
+    compared = (compare_along(results, a, b, axis) for a, b in pairs)
+    fair = next((c for c in compared if c is not None and not c.cut), None)
+    if fair is None:
+        return KeyFigure(title, NONE, "no fair pair")
+    d = fair.difference
+    interval = "one seed" if d.low is None else f"{d.low:+.4f} to {d.high:+.4f}"
+    return KeyFigure(title, f"{d.mean:+.4f}", f"{fair.a} minus {fair.b}, valid; {interval}")
+
+
+def _run(preset: Preset, results: Results) -> page.Section:
+    runs = all_runs(results)
+    gone = missing(preset, results)
+    rows = [
+        ["Arms", ", ".join(preset.arms)],
+        ["Seeds", ", ".join(str(seed) for seed in preset.seeds)],
+    ]
+    if runs:
+        rows += _protocol(runs)
+    rows += [
+        [
+            "What a seed sets",
+            "the weights' start, dropout, a hashed router's tables, and where in the text the streams begin (data.start); all arms of a seed read the same symbols in the same order",
+        ],
+        ["Checkpoint", "the last one of each run is tested: none is chosen by its score at any k"],
+        [
+            "During training",
+            f"{preset.points} validations at k_max, the largest k in training, on {preset.valid_symbols or 'all':,} symbols of the valid split".replace(
+                "all,", "all"
+            ),
+        ],
+    ]
+    parts: list[page.Part] = [Table([], rows, text_columns=2)]
+    if gone:
+        parts.append(
+            f"Not there: {len(gone)} of {len(preset.arms) * len(preset.seeds)} runs ({', '.join(gone)}). Everything below is of the others."
+        )
+    return page.Section("What was run", parts)
+
+
+def _protocol(runs: list[Result]) -> list[list[str]]:
+    """Rows of a table about text, model and training, of the first run; what differs between arms is in their experiments."""
+    first, o = runs[0], runs[0]["options"]
+    tokens = (
+        "bytes, true bits per byte"
+        if first["tokens"] == "bytes"
+        else "without newlines, as published Transformer-XL numbers; not comparable to bits per byte"
+    )
+    shape = [
+        f"{o[key]} {words}"
+        for key, words in (
+            ("model.layers", "layers"),
+            ("model.width", "wide"),
+            ("data.segment", "symbols a segment"),
+            ("data.streams", "streams"),
+            ("model.memory", "memory"),
+        )
+        if key in o
+    ]
+    cores = sorted({run["measured"]["cores"] for run in runs})
+    lengths = sorted({run["steps"] * run["symbols_per_step"] for run in runs})
+    parameters = sorted(run["parameters"] for run in runs)
+    return [
+        [
+            "Text",
+            f"{first['corpus']}, sha256 {first['corpus_sha256'][:16]}..., {first['test_symbols']:,} symbols tested",
+        ],
+        ["Symbols", f"{tokens}"],
+        ["Model", f"{', '.join(shape)}; {parameters[0]:,} to {parameters[-1]:,} parameters"],
+        [
+            "Training",
+            f"{' or '.join(f'{length:,}' for length in lengths)} symbols in {' or '.join(f'{n:,}' for n in sorted({run['steps'] for run in runs}))} steps",
+        ],
+        ["Code", _commits(runs)],
+        ["Machine", f"processes of one thread on {' or '.join(str(n) for n in cores)} cores"],
+    ]
+
+
+def _commits(runs: list[Result]) -> str:
+    """The commits that the runs were made with, each once."""
+    codes = [run.get("code") or {} for run in runs]
+    found = {
+        f"{code['commit'][:12]}{', with files changed since' if code['changed'] else ''}" if code.get("commit") else "commit unknown"
+        for code in codes
+    }  # fmt: skip
+    return f"{len(found)} commits: {'; '.join(sorted(found))}" if len(found) > 1 else found.pop()
+
+
+def _said(preset: Preset, results: Results) -> page.Section:
+    """Sentences for the preset's own pairs (all to the first arm if it has none)."""
+    pairs = [(a, b) for a, b in preset.pairs] or pairs_of(preset, results)
+    parts: list[page.Part] = [
+        "A percentage is given only where the interval excludes 0. An arm that was read before its end was in the middle of its schedule of the learning rate, "
+        "to its disadvantage: of such a pair nothing is claimed; it is in the tables below, with a star.",
+    ]
+    apart = []
+    for a, b in pairs:
+        tested = compare_on_test(results, a, b, None)
+        if tested is None:
+            apart.append(f"{a} and {b}")
+            continue
+        budgets = [compare_along(results, a, b, axis) for axis in ("flops", "seconds")]
+        fair = [c for c in budgets if c is not None and not c.cut]
+        parts += [c.sentence() for c in (with_cost(results, tested), *fair)]
+    if apart:
+        parts.append(f"No seed of both is there: {', '.join(apart)}.")
+    return page.Section("What the intervals allow to say", parts)
+
+
+def _budgets(preset: Preset, results: Results) -> page.Section:
+    first = reference_arm(preset)
+    rows = []
+    for arm in _there(preset, results):
+        compared = (
+            [compare_along(results, arm, first, axis) for axis in AXES]
+            if arm != first
+            else [None] * len(AXES)
+        )
+        rows.append([arm, span(seeds_mean(results, arm, None)), *(change(c) for c in compared)])
+    header = ["", "test bpc at own k", *(f"valid, {words}" for words in AXES.values())]
+    notes = [
+        f"Differences are to {first}. They are bpc on the valid split at each arm's own k_max, read from the curves by straight lines between their points.",
+        "At equal FLOPs or time both arms are read where the cheaper one ended.",
+        _CUT,
+    ]  # fmt: skip
+    if not any(
+        used(run, "flops")
+        for arm in _there(preset, results)
+        for run in results.seeds_of(arm).values()
+    ):
+        notes.append("The runs did not record FLOPs.")
+    charts = curve_charts(preset, results)
+    return page.Section(
+        "At equal tokens, FLOPs and time", [Table(header, rows, notes=notes), *charts]
+    )
+
+
+def _slimming(preset: Preset, results: Results) -> page.Section:
+    every_k = evaluated_k(results)
+    rows = [
+        [arm, _own_k(results, arm), *(span(seeds_mean(results, arm, k)) for k in every_k)]
+        for arm in _there(preset, results)
+    ]
+    notes = [
+        "One trained model per arm and seed, evaluated at every k without further training. A dense model has one value, whatever k."
+    ]
+    counting = next(iter(next(iter(results.runs.values())).values()))["counting"]
+    if counting:
+        cut = counting.get("counted_symbols")
+        known = f"the first {cut:,} symbols" if cut else "all"
+        notes.append(
+            f"On the same test text counting gets {counting['order2_bpc']:.3f} (order 2) and {counting['order3_bpc']:.3f} (order 3), "
+            f"bzip2 -9 {counting['bzip2_bpc']:.3f}, from {known} of the training text, whatever part of it the arms read."
+        )
+    table = Table(
+        ["", "own k", *(f"k = {k}" for k in every_k)], rows, caption="Test bpc", notes=notes
+    )
+    return page.Section(
+        "At each number of active experts", [table, *slimming_charts(preset, results)]
+    )
+
+
+def _pairs(preset: Preset, results: Results) -> page.Section:
+    pairs, ks = pairs_of(preset, results), compared_k(results)
+    at_k = [
+        [f"{a} - {b}", *(change(compare_on_test(results, a, b, k)) for k in ks)] for a, b in pairs
+    ]
+    over_time = [
+        [f"{a} - {b}", *(change(compare_along(results, a, b, "symbols", share)) for share in POINTS)]
+        for a, b in pairs
+    ]  # fmt: skip
+    names = ["own k" if k is None else f"k = {k}" for k in ks]
+    shares = [f"{share:.0%} of training" for share in POINTS]
+    caption = "Difference of valid bpc at k_max, at equal tokens"
+    return page.Section("Differences between arms", [
+        Table(["", *names], at_k, caption="Difference of test bpc"),
+        Table(["", *shares], over_time, caption=caption, notes=[_CUT]),
+    ])  # fmt: skip
+
+
+def _cost(preset: Preset, results: Results) -> page.Section:
+    first = reference_arm(preset)
+    rows = []
+    known = any(_flops_per_symbol(results, arm) for arm in _there(preset, results))
+    every_k = evaluated_k(results) if known else []
+    for arm in _there(preset, results):
+        flops, runs = _flops_per_symbol(results, arm), list(results.seeds_of(arm).values())
+        seconds = estimate([run["measured"]["training_seconds"] for run in runs])
+        inference = [_million(flops.get(str(k), flops.get("dense"))) for k in every_k]
+        rows.append([
+            arm, f"{runs[0]['parameters']:,}", span(ratio(results, arm, first, "flops"), 3), f"{seconds.mean:,.0f}",
+            span(ratio(results, arm, first, "seconds"), 2), *inference,
+        ])  # fmt: skip
+    header = [
+        "",
+        "parameters",
+        f"training FLOPs / {first}",
+        "training, s",
+        f"time / {first}",
+        *(f"MFLOP a symbol, k = {k}" for k in every_k),
+    ]
+    notes = [
+        "Seconds are those of training steps alone, on a machine that runs several arms at a time; their ratios are paired by seed. FLOPs a symbol are those of a forward pass."
+    ]
+    return page.Section("What it costs", [Table(header, rows, notes=notes)])
+
+
+def _published(results: Results) -> page.Section:
+    experts = experts_of(results)
+    ours = [
+        [f"{arm} (here)", span(seeds_mean(results, arm, experts // 2)), span(seeds_mean(results, arm, experts))]
+        for arm in ("frozen_growing", "hashed_growing") if results.seeds_of(arm)
+    ]  # fmt: skip
+    rows = [*([f"SMoE-Dropout, {schedule}", *bpc] for schedule, *bpc in PUBLISHED), [], *ours]
+    notes = [
+        "Published: Transformer-XL of 4 layers and width 256 with 16 experts, all of enwik8 without newlines, 400,000 steps (about 50 passes), "
+        "one seed, its own evaluation protocol; taken from a secondary source that quotes the paper (arXiv 2303.01610). Ours differ in the size of model and text, in the length of "
+        "training and, where the symbols are bytes, in what a symbol is. The two groups cannot be compared with each other; only differences inside one can be looked at.",
+    ]  # fmt: skip
+    return page.Section(
+        "Beside the published numbers", [Table(["test bpc", "k = N/2", "k = N"], rows, notes=notes)]
+    )
+
+
+def _rates(preset: Preset, results: Results) -> page.Section:
+    """Rates that were tried and taken."""
+    if not results.tuning:
+        rates = sorted({run["learning_rate"] for run in all_runs(results)})
+        text = f"No learning rate was tried. Taken by the arms: {', '.join(f'{rate:g}' for rate in rates)}."
+        return page.Section("Learning rates", [text])
+    by_arm = sorted(results.tuning, key=lambda r: (r["arm"], r["tries"]))
+    rows = [[r["arm"], f"{r['tries']:g}", f"{own_bpc(r):.4f}", f"{r['steps']:,}"] for r in by_arm]
+    steps = max((run["steps"] for run in all_runs(results)), default=0)
+    note = "On the valid split at k_max, by runs with a seed of their own; the lowest bpc decides."
+    if steps > by_arm[0]["steps"]:
+        note += f" These are shorter than the arms' {steps:,} steps, for which the best rate may be lower. The curves below and above are of the beginning of the same split."
+    parts: list[page.Part] = [
+        Table(["tried with", "learning rate", "valid bpc", "steps"], rows, notes=[note])
+    ]
+    for kin in dict.fromkeys(r["arm"] for r in by_arm):
+        rates = [r["tries"] for r in by_arm if r["arm"] == kin]
+        best = best_rate(results.tuning, kin)
+        arms = ", ".join(name for name, arm in preset.arms.items() if arm.kin == kin)
+        edge = " It is at the end of the grid: a better one may lie outside." if best in (rates[0], rates[-1]) else ""  # fmt: skip
+        parts.append(f"{best:g} is the best for {kin}; taken by {arms}.{edge}")
+    return page.Section("Learning rates", parts)
+
+
+def _limits(preset: Preset, results: Results) -> page.Section:
+    found = comparisons(preset, results)
+    with_interval = [c for c in found if c.difference.low is not None and not c.cut]
+    excluding = sum(c.difference.sign != 0 for c in with_interval)
+    return page.Section("Limits", [
+        f"{len(with_interval)} differences with an interval, of reads that are fair, were computed; {excluding} exclude 0. Of differences that are truly 0 one in twenty would "
+        "do so by chance: a single one proves little.",
+        "Intervals are over seeds, by Student's t. They hold for this text, this size and this length of training, and say nothing about others.",
+        *([f"Learning rates were tried with {', '.join(preset.kin)} alone. Every other arm took its kin's, which need not be its own best."] if results.tuning else []),
+        "An arm whose k grows is validated at k_max from the start, before it has trained at it: its curve says little before the end.",
+        "Seconds depend on what else ran on the machine at the same time.",
+        *preset.limits,
+    ])  # fmt: skip
+
+
+def _again(name: str) -> page.Section:
+    command = f"python -m launch.study preset={name} corpus.path=FILE\npython -m launch.study preset={name} report=true"
+    return page.Section(
+        "Run it again",
+        [
+            page.Code(command),
+            "The first command goes on where it was stopped. The second writes this page from result files, or, without any, from the JSON file beside it.",
+        ],
+    )
+
+
+def _there(preset: Preset, results: Results) -> list[str]:
+    return [arm for arm in preset.arms if results.seeds_of(arm)]
+
+
+def _own_k(results: Results, arm: str) -> str:
+    k = next(iter(results.seeds_of(arm).values()))["k_max"]
+    return NONE if k is None else str(k)
+
+
+def _flops_per_symbol(results: Results, arm: str) -> dict[str, float]:
+    found: Any = next(iter(results.seeds_of(arm).values()))["flops_per_symbol"]
+    return found or {}
+
+
+def _million(flops: float | None) -> str:
+    return NONE if flops is None else f"{flops / 1e6:.2f}"

@@ -1,0 +1,174 @@
+"""An option that is said to have no effect has none: two runs that differ in it alone end with the same weights, bit for bit."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from foreroute.engine.config import (
+    Backend,
+    BalanceOver,
+    Builder,
+    Config,
+    Corpus,
+    CorpusConfig,
+    DataConfig,
+    Decay,
+    EvalConfig,
+    ExchangeKind,
+    Growth,
+    Kept,
+    KernelsConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    PeerIds,
+    Router,
+    RouteWeights,
+    ScheduleConfig,
+    TrainConfig,
+    WireFormat,
+    to_plain,
+)
+from foreroute.engine.config.unused_options import _RULES, unused
+from foreroute.engine.data.corpus import prepare
+from foreroute.engine.model.build import build_routers
+from foreroute.engine.train.trainer import Trainer
+
+
+class Silent:
+    def note(self, line: str) -> None: ...
+    def step(self, step: int) -> None: ...
+    def metrics(self, step: int, values: Any, seconds_left: float) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    generator = torch.Generator().manual_seed(3)
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_bytes(bytes(torch.randint(97, 106, (4000,), generator=generator).tolist()))
+    return path
+
+
+def changed(config: Config, options: dict[str, Any]) -> Config:
+    sections: dict[str, dict[str, Any]] = {}
+    for full, value in options.items():
+        section, name = full.split(".")
+        sections.setdefault(section, {})[name] = value
+    return replace(
+        config, **{name: replace(getattr(config, name), **new) for name, new in sections.items()}
+    )
+
+
+def small(text: Any, **options: Any) -> Config:
+    config = Config(
+        corpus=CorpusConfig(Corpus.file, str(text), cache_dir=str(text.parent / "cache")),
+        data=DataConfig(streams=4, segment=8),
+        model=ModelConfig(2, 16, heads=2, head_width=8, memory=8, dropout=0.0),
+        moe=MoEConfig(experts=4, expert_width=12, ngram=2, rows=64),
+        schedule=ScheduleConfig(k_min=2, k_max=2),
+        optim=OptimConfig(lr=1e-2, clip=1.0),
+        train=TrainConfig(steps=3, log_every=1),
+        eval=EvalConfig(k=[1]),
+        kernels=KernelsConfig(masked_from_k=4),
+    )
+    return changed(config, options)
+
+
+def weights(config: Config, folder: Any) -> list[torch.Tensor]:
+    corpus = prepare(config.corpus)
+    trainer = Trainer(config, corpus, build_routers(config, corpus), folder, Silent())
+    trainer.run(None, lambda: False)
+    return [p.detach().clone() for p in trainer.model.parameters()]
+
+
+OTHER = {
+    "schedule.growth": Growth.linear, "schedule.k_min": 1, "schedule.steps": 2, "schedule.k_max": 3, "eval.k": [1, 2],
+    "kernels.backend": Backend.cpu, "kernels.mode": Kept.fast, "kernels.debug": True, "kernels.masked_from_k": 1,
+    "parallel.exchange": ExchangeKind.gather, "parallel.wire": WireFormat.bf16, "parallel.chunks": 2,
+    "parallel.peer_ids": PeerIds.exchange, "moe.ngram": 3, "moe.rows": 32, "moe.builder": Builder.packed, "moe.pack": 2,
+    "moe.weights": RouteWeights.uniform, "moe.spread": 4.0, "moe.share_table": True, "moe.balance_loss": 0.5,
+    "moe.balance_over": BalanceOver.micro, "moe.z_loss": 0.5, "moe.consistency": 3.0, "moe.plain_width": 20,
+    "model.ngram_rows": 30, "optim.final_lr": 1e-3, "train.valid_symbols": 100,
+}  # fmt: skip
+"""Another value of each option that a rule names, but of parallel.expert_ranks, which needs ranks."""
+
+CASES: dict[str, dict[str, Any]] = {
+    **{router.name: {"moe.router": router} for router in Router},
+    "signatures": {"moe.router": Router.dense, "model.signatures": True},
+    "uniform": {"moe.weights": RouteWeights.uniform},
+    "growing": {"schedule.growth": Growth.linear, "schedule.k_min": 1},
+    "constant": {"optim.decay": Decay.constant},
+    "one expert layer": {"moe.layers": 1},
+}
+
+
+def test_every_option_of_a_rule_is_tried():
+    named = {name for rule in _RULES for name in rule.options}
+    assert named == {*OTHER, "parallel.expert_ranks"}
+    plain = to_plain(Config())
+    assert all(name.split(".")[1] in plain[name.split(".")[0]] for name in named)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_what_is_unused_changes_nothing(case, text, tmp_path):
+    """All unused options at once."""
+    config = small(text, **case)
+    idle = {name: OTHER[name] for name in unused(config, OTHER)}
+    assert len(idle) >= 4
+    want = weights(config, tmp_path / "a")
+    got = weights(changed(config, idle), tmp_path / "b")
+    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+
+
+USED = {
+    "moe.spread": {}, "moe.ngram": {}, "moe.weights": {}, "moe.share_table": {}, "schedule.k_max": {},
+    "moe.balance_loss": {"moe.router": Router.learned}, "moe.z_loss": {"moe.router": Router.learned},
+    "moe.consistency": {"moe.router": Router.stochastic}, "moe.plain_width": {"moe.layers": 1},
+    "schedule.k_min": {"schedule.growth": Growth.linear}, "optim.final_lr": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "case"), USED.items(), ids=USED.keys())
+def test_negative_control_what_is_used_is_not_named_and_changes_the_weights(name, case, text, tmp_path):  # fmt: skip
+    config = small(text, **case)
+    assert name not in unused(config, OTHER)
+    want, got = (weights(c, tmp_path / str(i)) for i, c in enumerate((config, changed(config, {name: OTHER[name]}))))  # fmt: skip
+    assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(want, got, strict=False))
+
+
+def test_only_what_was_given_is_named():
+    config = changed(Config(), {"moe.router": Router.learned})
+    assert unused(config, ["moe.spread", "optim.lr", "moe.consistency"]) == {
+        "moe.spread": "moe.router=learned",
+        "moe.consistency": "moe.router=learned",
+    }
+
+
+DENSE, LEARNED = {"moe.router": Router.dense}, {"moe.router": Router.learned}
+WHEN: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("kernels.backend", DENSE, {}),
+    ("schedule.k_max", DENSE, {**DENSE, "model.signatures": True}),
+    ("schedule.k_max", DENSE, {}),
+    ("moe.rows", DENSE, {**DENSE, "model.signatures": True}),
+    ("moe.rows", LEARNED, {}),
+    ("moe.share_table", LEARNED, {"moe.router": Router.fresh}),
+    ("moe.share_table", LEARNED, {"moe.router": Router.stochastic}),
+    ("moe.share_table", DENSE, {}),
+    ("moe.z_loss", {}, LEARNED),
+    ("moe.consistency", LEARNED, {"moe.router": Router.stochastic}),
+    ("moe.plain_width", {}, {"moe.layers": 1}),
+    ("moe.spread", {"moe.weights": RouteWeights.uniform}, {}),
+    ("model.ngram_rows", {"model.ngram": 0}, {"model.ngram": 3}),
+    ("schedule.k_min", {"schedule.growth": Growth.constant}, {"schedule.growth": Growth.linear}),
+    ("optim.final_lr", {"optim.decay": Decay.constant}, {}),
+    ("train.valid_symbols", {"train.valid_every": 0}, {"train.valid_every": 1}),
+    ("parallel.wire", {"parallel.expert_ranks": 1}, {"parallel.expert_ranks": 2}),
+]
+
+
+@pytest.mark.parametrize(("name", "idle", "busy"), WHEN, ids=[f"{n}-{i}" for i, (n, *_) in enumerate(WHEN)])  # fmt: skip
+def test_when_an_option_is_unused(name, idle, busy, text):
+    assert name in unused(small(text, **idle), OTHER)
+    assert name not in unused(small(text, **busy), OTHER)

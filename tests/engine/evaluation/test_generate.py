@@ -1,0 +1,74 @@
+"""Sampling: top-p keeps the fewest ids that reach p, temperature 0 is the arg max."""
+
+import pytest
+import torch
+
+from foreroute.engine.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    KernelsConfig,
+    ModelConfig,
+    MoEConfig,
+    Router,
+)
+from foreroute.engine.config.enums import Keys
+from foreroute.engine.errors import UserError
+from foreroute.engine.evaluation.generate import Sampling, generate, sample
+from foreroute.engine.model.transformer_xl import Routing, TransformerXL
+
+
+def draws(logits, temperature, top_p, count=2000):
+    generator = torch.Generator().manual_seed(0)
+    sampling = Sampling(temperature, top_p, generator)
+    found = [sample(logits, sampling) for _ in range(count)]
+    return torch.bincount(torch.tensor(found), minlength=len(logits)) / count
+
+
+def test_temperature_zero_takes_the_most_probable():
+    assert sample(torch.tensor([0.1, 2.0, -1.0]), Sampling(0, 1.0, torch.Generator())) == 1
+
+
+def test_top_p_cuts_the_tail():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    assert draws(logits, 1.0, 0.6)[2:].sum() == 0  # 0.5 does not reach 0.6, 0.5 + 0.3 does
+    assert draws(logits, 1.0, 0.6)[1] > 0.3
+    assert draws(logits, 1.0, 0.4)[0] == 1  # at least one id stays
+    assert (draws(logits, 1.0, 1.0) - torch.tensor([0.5, 0.3, 0.15, 0.05])).abs().max() < 0.04
+
+
+def test_low_temperature_sharpens():
+    logits = torch.tensor([0.6, 0.4]).log()
+    assert draws(logits, 0.25, 1.0)[0] > 0.8 > draws(logits, 1.0, 1.0)[0]
+
+
+@pytest.mark.parametrize("memory", [0, 3])
+def test_symbol_by_symbol_equals_a_whole_segment(memory):
+    """Greedy sampling inside one segment must agree with the model run over the whole text at once."""
+    torch.manual_seed(0)
+    config = Config(
+        data=DataConfig(streams=1, segment=12),
+        model=ModelConfig(
+            layers=1, width=16, heads=2, head_width=8, memory=memory, dropout=0.0, init_std=0.5
+        ),
+        moe=MoEConfig(router=Router.frozen, experts=4, expert_width=8),
+        eval=EvalConfig(k=[2]),
+        kernels=KernelsConfig(masked_from_k=5),
+    )
+    model = TransformerXL(config.model, config.moe, config.kernels, 20).eval()
+    greedy = Sampling(0, 1.0, torch.Generator())
+    prompt = [3, 1, 4]
+    found = list(generate(model, None, config, prompt, k=2, length=9, sampling=greedy))
+    text = prompt[:]
+    with torch.inference_mode():
+        for _ in range(9):
+            logits = model.logits(torch.tensor([text]), None, Routing(2)).logits_BQV
+            text.append(int(logits[0, -1].argmax()))
+    assert prompt + found == text
+
+
+def test_shuffled_keys_are_refused_before_anything_is_sampled():
+    config = Config(moe=MoEConfig(keys=Keys.shuffled))
+    model = TransformerXL(ModelConfig(1, 8, 1, 8), MoEConfig(experts=2, expert_width=4), config.kernels, 20)  # fmt: skip
+    with pytest.raises(UserError, match=r"moe\.keys=shuffled: a control that cannot generate"):
+        generate(model, None, config, [1], k=1, length=1, sampling=Sampling(0, 1.0, torch.Generator()))  # fmt: skip

@@ -1,0 +1,129 @@
+"""Fine-tuning learns what can be learnt, keeps what did best on the held-out sentences, and is repeatable."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from foreroute.engine.config import KernelsConfig, Router
+from foreroute.engine.errors import RunFailed
+from foreroute.engine.finetune.classifier import Classifier, predict
+from foreroute.engine.finetune.loop import Recipe, accuracy, finetune
+from foreroute.engine.finetune.sentences import Sentence
+from foreroute.engine.model.build import build_model
+from foreroute.engine.routing.routers import HashedRouter
+from foreroute.engine.routing.tables import build_tables
+from foreroute.engine.testing.tiny_run import EXPERTS, LAYERS, SYMBOLS, K, tiny_config
+
+TOLD = SYMBOLS - 1
+RECIPE = Recipe(k=K, steps=20, batch=8, lr=(0.01,), eval_every=10, seed=1)
+
+
+class Quiet:
+    """Keeps what fine-tuning says."""
+
+    def __init__(self) -> None:
+        self.steps, self.points = [], []
+
+    def step(self, step):
+        self.steps.append(step)
+
+    def point(self, step, point):
+        self.points.append((step, point))
+
+
+def build(router: Router, seed: int = 1) -> Classifier:
+    config = tiny_config(dropout=0.1, seed=seed)
+    config = replace(
+        config,
+        moe=replace(config.moe, router=router),
+        kernels=KernelsConfig(masked_from_k=EXPERTS),
+    )
+    routers = None
+    if router is Router.hashed:
+        tables = build_tables(
+            config.moe, SYMBOLS, np.arange(500, dtype=np.uint8) % SYMBOLS,
+            num_tables=LAYERS, seed=1, cache_dir=None,
+        )  # fmt: skip
+        routers = [HashedRouter(table) for table in tables]
+    return Classifier(build_model(config, SYMBOLS), routers, config)
+
+
+def task(count: int, seed: int) -> list[Sentence]:
+    """The label says whether one of the ids is TOLD."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for i in range(count):
+        ids = rng.integers(0, TOLD, rng.integers(3, 12)).astype(np.uint8)
+        if i % 2:
+            ids[rng.integers(len(ids))] = TOLD
+        found.append(Sentence(ids, i % 2))
+    return found
+
+
+@pytest.mark.parametrize("router", [Router.hashed, Router.frozen, Router.learned, Router.dense])
+def test_learns_a_simple_task(router):
+    classifier, unseen = build(router), task(300, seed=3)
+    before = accuracy(predict(classifier, unseen, K), unseen)
+    recipe = replace(RECIPE, steps=60, batch=16, eval_every=20)
+    finetune(classifier, task(1000, seed=1), task(200, seed=2), recipe, Quiet())
+    after = accuracy(predict(classifier, unseen, K), unseen)
+    assert before.share < 0.7 and after.share > 0.9
+    by_chance = [replace(s, label=i % 3 % 2) for i, s in enumerate(unseen)]
+    assert accuracy(predict(classifier, by_chance, K), by_chance).share < 0.7  # negative control
+
+
+def test_the_best_point_is_kept():
+    """A rate that ruins the model comes second and in vain; the kept weights are those of the chosen point."""
+    classifier, quiet, held_out = build(Router.hashed), Quiet(), task(100, seed=2)
+    recipe = replace(RECIPE, steps=40, lr=(0.01, 30.0))
+    found = finetune(classifier, task(400, seed=1), held_out, recipe, quiet)
+    assert [(point.lr, point.step) for point in found.curve] == [(lr, step) for lr in (0.01, 30.0) for step in range(10, 41, 10)]  # fmt: skip
+    best = max(point.held_out.correct for point in found.curve)
+    assert found.chosen.lr == 0.01 and found.chosen.held_out.correct == best
+    equal = [p.held_out_loss for p in found.curve if p.held_out.correct == best]
+    assert found.chosen.held_out_loss == min(equal)
+    logits = predict(classifier, held_out, K)
+    assert accuracy(logits, held_out) == found.chosen.held_out
+    label = torch.tensor([s.label for s in held_out])
+    assert F.cross_entropy(logits, label).item() == pytest.approx(found.chosen.held_out_loss)
+    assert found.curve[-1].held_out != found.chosen.held_out
+    assert quiet.steps == list(range(1, 81)) and [s for s, _ in quiet.points] == list(range(10, 81, 10))  # fmt: skip
+    assert found.sentences == 2 * 40 * 8
+
+
+def test_every_rate_starts_from_the_same_weights():
+    curves = []
+    for rates in ((0.003,), (0.01, 0.003)):
+        recipe = replace(RECIPE, lr=rates, steps=25)
+        found = finetune(build(Router.hashed), task(300, seed=1), task(50, seed=2), recipe, Quiet())
+        curves.append([point for point in found.curve if point.lr == 0.003])
+    assert curves[0] == curves[1] and [point.step for point in curves[0]] == [10, 20, 25]
+
+
+def test_the_same_seed_gives_the_same_weights():
+    kept = []
+    for seed in (1, 1, 2):
+        classifier = build(Router.hashed)
+        finetune(classifier, task(300, seed=1), task(50, seed=2), replace(RECIPE, seed=seed), Quiet())  # fmt: skip
+        kept.append(classifier.state_dict())
+    assert all(torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
+    assert not torch.equal(kept[0]["head.3.weight"], kept[2]["head.3.weight"])
+
+
+def test_the_whole_model_is_trained():
+    """Everything but the language model's output bias, which a classifier does not use."""
+    classifier = build(Router.learned)
+    before = {name: p.detach().clone() for name, p in classifier.named_parameters()}
+    finetune(classifier, task(300, seed=1), task(50, seed=2), RECIPE, Quiet())
+    unchanged = {n for n, p in classifier.named_parameters() if torch.equal(p, before[n])}
+    assert unchanged == {"model.output_bias"}
+
+
+def test_a_loss_that_is_not_finite_ends_it():
+    classifier = build(Router.dense)
+    classifier.head[3].bias.data[0] = float("nan")
+    with pytest.raises(RunFailed, match=r"the loss is nan at step 0, lr=0.01"):
+        finetune(classifier, task(50, seed=1), task(50, seed=2), RECIPE, Quiet())

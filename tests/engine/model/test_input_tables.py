@@ -1,0 +1,192 @@
+"""What models are told at their input, against plain loops over ids; and that dense arms have equal parameters for it."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from foreroute.engine.config import (
+    Activation,
+    Config,
+    EvalConfig,
+    KernelsConfig,
+    ModelConfig,
+    MoEConfig,
+    Router,
+    ScheduleConfig,
+)
+from foreroute.engine.config.model import feed_forward_width
+from foreroute.engine.data.planned_batches import group_batch, plan_batch
+from foreroute.engine.data.streams import Batch
+from foreroute.engine.errors import UserError
+from foreroute.engine.evaluation.generate import Sampling, generate
+from foreroute.engine.model.transformer_xl import Routing, TransformerXL
+from foreroute.engine.routing.ngram_rows import KeyRows
+from foreroute.engine.routing.planner import mixing_weights
+from foreroute.engine.routing.routers import HashedRouter
+from foreroute.engine.routing.tables import build_tables
+
+V, K, MOE = 9, 2, MoEConfig(router=Router.dense, experts=4, expert_width=6, ngram=3, rows=50)
+SIZES = ModelConfig(2, 8, heads=2, head_width=4, memory=5, dropout=0.0, init_std=0.3)
+TEXT = np.random.default_rng(0).integers(0, V, 400).astype(np.uint8)
+IDS, LEFT = torch.from_numpy(TEXT[2:14].astype(np.int64)).view(2, 6), torch.from_numpy(TEXT[[0, 1, 6, 7]].astype(np.int64)).view(2, 2)  # fmt: skip
+
+
+def build(moe=MOE, **options):
+    torch.manual_seed(0)
+    sizes = replace(SIZES, **options)
+    return TransformerXL(sizes, moe, KernelsConfig(), V, seed=5).eval()
+
+
+def rows(model, ids=IDS, left=LEFT):
+    batch = Batch(ids, ids, left, torch.arange(len(ids)), 0, fresh=False)
+    planned = plan_batch(group_batch([batch]), K, None, input_keys=model.input_keys)
+    return planned.input_row_tBQ
+
+
+def hidden_at_input(model, ids, row_tBQ):
+    """What the first block is given."""
+    seen = []
+    handle = model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model.logits(ids, None, Routing(K, input_row_tBQ=row_tBQ))
+    handle.remove()
+    return seen[0]
+
+
+def grams(ngram):
+    """The ids of each place's n-gram, oldest first."""
+    text = torch.cat((LEFT[:, 3 - ngram :], IDS), dim=1).tolist()
+    return [[tuple(line[q : q + ngram]) for q in range(6)] for line in text]
+
+
+@pytest.mark.parametrize("ngram,table_rows", [(1, 9), (2, 81), (3, 40)])
+def test_ngram_embeddings_equal_a_loop(ngram, table_rows):
+    model = build(ngram=ngram, ngram_rows=table_rows)
+    left = LEFT[:, 3 - ngram :]
+    keys = KeyRows(ngram, V, table_rows, seed=5, index=0)
+    weight = model.input_tables.embedding.weight
+    got = hidden_at_input(model, IDS, rows(model, left=left))
+    for b, line in enumerate(grams(ngram)):
+        for q, gram in enumerate(line):
+            number = sum(symbol * V**i for i, symbol in enumerate(reversed(gram)))
+            row = int(keys.of_keys(np.array([number]))[0])
+            if table_rows >= V**ngram:
+                assert row == number
+            want = (model.embedding.weight[IDS[b, q]] + weight[row]) * 8**0.5
+            assert torch.allclose(got[b, q], want, atol=1e-6)
+    assert weight.std().item() == pytest.approx(0.3, rel=0.2)
+    assert rows(model, left=left).unique().numel() > 5
+
+
+@pytest.mark.parametrize(("at_input", "of_router"), [(1, 3), (2, 3), (3, 2)])
+def test_input_and_router_read_n_grams_of_their_own(at_input, of_router):
+    """From one left context, which is as long as the longer ones need."""
+    moe = replace(MOE, router=Router.hashed, ngram=of_router)
+    config = Config(model=replace(SIZES, ngram=at_input, ngram_rows=40), moe=moe, eval=EvalConfig(k=[K]), schedule=ScheduleConfig(k_min=K, k_max=K))  # fmt: skip
+    assert config.context == max(at_input, of_router) - 1
+    model = build(moe, ngram=at_input, ngram_rows=40)
+    routers = [HashedRouter(t) for t in build_tables(moe, V, TEXT, num_tables=2, seed=5, cache_dir=None)]  # fmt: skip
+
+    def planned(context, routers, keys):
+        left = LEFT[:, 2 - context :]
+        batch = Batch(IDS, IDS, left, torch.arange(len(IDS)), 0, fresh=False)
+        return plan_batch(group_batch([batch]), K, routers, input_keys=keys)
+
+    both = planned(config.context, routers, model.input_keys)
+    assert torch.equal(
+        both.input_row_tBQ, planned(at_input - 1, None, model.input_keys).input_row_tBQ
+    )
+    for got, want in zip(both.plans, planned(of_router - 1, routers, ()).plans, strict=True):
+        assert torch.equal(got.parts[0].rows.source_N, want.parts[0].rows.source_N)
+        assert torch.equal(got.count_E, want.count_E)
+    # with as many rows for the same n-grams the input has collisions of its own, too
+    (keys,) = build(moe, ngram=of_router, ngram_rows=moe.rows).input_keys
+    assert all(not torch.equal(keys.of(IDS, LEFT), r.table.rows_of(IDS, LEFT)) for r in routers)
+    # negative control: another text is routed otherwise
+    other = plan_batch(group_batch([Batch(IDS.flip(1), IDS, LEFT, torch.arange(2), 0, fresh=False)]), K, routers)  # fmt: skip
+    assert not torch.equal(
+        other.plans[0].parts[0].rows.source_N, both.plans[0].parts[0].rows.source_N
+    )
+
+
+def test_signatures_are_the_tables_weights_of_hashed_routing():
+    model = build(signatures=True)
+    tables = build_tables(MOE, V, TEXT, num_tables=2, seed=5, cache_dir=None)
+    model.input_tables.fill([mixing_weights(table, K) for table in tables])
+    got = hidden_at_input(model, IDS, rows(model))
+    features = torch.zeros(12, 2, 4)
+    for layer, table in enumerate(tables):
+        route = HashedRouter(table).route(IDS, LEFT, K)
+        for token in range(12):
+            for expert, weight in zip(route.expert_TK[token].tolist(), route.weight_TK[token].tolist(), strict=True):  # fmt: skip
+                features[token, layer, expert] = weight
+    assert torch.allclose(features.sum(-1), torch.ones(12, 2))
+    linear = model.input_tables.map
+    want = features.flatten(1) @ linear.weight.T + linear.bias
+    want = (model.embedding(IDS).flatten(0, 1) + want) * 8**0.5
+    assert torch.allclose(got.flatten(0, 1), want, atol=1e-6)
+    # negative control: rows of other keys are other features
+    other = hidden_at_input(model, IDS, rows(model, left=(LEFT + 1) % V))
+    assert not torch.allclose(other[:, 0], got[:, 0], atol=1e-3)
+    assert torch.allclose(other[:, 2:], got[:, 2:])  # trigrams end inside the segment there
+
+
+@pytest.mark.parametrize("control", [{"ngram": 3, "ngram_rows": 40}, {"signatures": True}])
+def test_generation_reads_the_same_rows_as_a_whole_segment(control):
+    model = build(**control)
+    if "signatures" in control:
+        tables = build_tables(MOE, V, TEXT, num_tables=2, seed=5, cache_dir=None)
+        model.input_tables.fill([mixing_weights(table, K) for table in tables])
+    config = Config(model=replace(SIZES, **control), moe=MOE, eval=EvalConfig(k=[K]))
+    greedy = Sampling(0, 1.0, torch.Generator())
+    text = [3, 1, 4]
+    text += generate(model, None, config, text, k=K, length=6, sampling=greedy)
+    ids = torch.tensor([text[:-1]])
+    row_tBQ = rows(model, ids, torch.zeros(1, 2, dtype=torch.int64))
+    logits_BQV = model.logits(ids, None, Routing(K, input_row_tBQ=row_tBQ)).logits_BQV
+    assert logits_BQV[0, 2:].argmax(-1).tolist() == text[3:]
+
+
+@pytest.mark.parametrize("activation", Activation)
+@pytest.mark.parametrize("options", [{"ngram": 3, "ngram_rows": 900}, {"signatures": True}])
+def test_dense_models_with_input_tables_have_equal_parameters(activation, options):
+    moe = replace(MOE, experts=8, expert_width=64, activation=activation)
+    counts = []
+    for control in ({}, options):
+        model = build(moe, width=32, **control)
+        counts.append(sum(p.numel() for p in model.parameters()))
+    assert counts[1] == pytest.approx(counts[0], rel=0.005)
+    assert feed_forward_width(replace(SIZES, width=32, **options), moe, 0) < 8 * 64
+
+
+def test_the_first_layers_have_experts_and_the_others_are_plain():
+    moe = MoEConfig(experts=4, expert_width=6, layers=1, plain_width=7)
+    experts, plain = build(moe).blocks
+    assert experts.has_experts and not plain.has_experts
+    assert plain.feed_forward.w1.weight.shape == (7, 8)
+    wide, plain = build(replace(moe, router=Router.dense)).blocks
+    assert wide.feed_forward.w1.weight.shape == (24, 8)
+    assert plain.feed_forward.w1.weight.shape == (7, 8)
+    assert feed_forward_width(SIZES, replace(moe, router=Router.dense, dense_width=5), 0) == 5
+
+
+BAD = {
+    "hashed has signatures": ({"model": ModelConfig(signatures=True)}, "model.signatures=True: needs moe.router=dense"),
+    "layers": ({"moe": MoEConfig(layers=5)}, "moe.layers=5: must be at most model.layers=4"),
+    "signatures of more experts than there are": ({"model": ModelConfig(signatures=True), "moe": MOE, "schedule": ScheduleConfig(k_min=1, k_max=5)}, "schedule.k_max=5: must be at most moe.experts=4"),
+    "no width left": ({"model": ModelConfig(ngram=2, ngram_rows=99999), "moe": replace(MOE, experts=2)}, "model.ngram_rows=99999: no"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sections,message", BAD.values(), ids=BAD.keys())
+def test_what_does_not_go_together_is_refused(sections, message):
+    with pytest.raises(UserError, match=message):
+        Config(**{"schedule": ScheduleConfig(k_max=1), "eval": EvalConfig(k=[1]), **sections})
+
+
+def test_sections_refuse_alone():
+    with pytest.raises(UserError, match=r"model.ngram=5: must be in 0 \.\. 4"):
+        ModelConfig(ngram=5)
+    with pytest.raises(UserError, match="take one of them"):
+        ModelConfig(ngram=2, signatures=True)

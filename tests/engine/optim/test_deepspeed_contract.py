@@ -1,0 +1,136 @@
+"""What foreroute relies on in DeepSpeed: a tested version, undocumented names, groups of ranks, a start without a compiler."""
+
+import gc
+import itertools
+import subprocess
+import sys
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from deepspeed.comm.torch import TorchBackend
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import groups
+from torch import distributed as dist
+from torch import nn
+
+from foreroute.engine.config import Precision
+from foreroute.engine.errors import UserError
+from foreroute.engine.model.build import build_model
+from foreroute.engine.optim import deepspeed_engine as adapter
+from foreroute.engine.optim import expert_sharding
+from foreroute.engine.parallel.mesh import Mesh
+from foreroute.engine.parallel.watchdog import FOR_EVER
+from foreroute.engine.testing.tiny_run import SYMBOLS, tiny_config
+
+
+@pytest.fixture(autouse=True)
+def side_effects(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in test_deepspeed_adapter.py."""
+    gc.freeze()
+    monkeypatch.setattr(nn.functional, "linear", nn.functional.linear)
+
+
+def test_contract_with_this_deepspeed_version() -> None:
+    adapter.check_version()
+    with pytest.raises(UserError, match=r"DeepSpeed 0\.20\.0 is installed.*0\.19\.8"):
+        adapter.check_version("0.20.0")
+    assert adapter.SHARED_MEMORY_OP in getattr(deepspeed.ops, adapter.COMPATIBLE_OPS)
+    for name in expert_sharding.GROUP_NAMES:
+        assert callable(getattr(groups, name))
+    for stage, precision, offload in itertools.product((1, 2, 3), Precision, (False, True)):
+        setup = tiny_config(stage, precision=precision, offload=offload)
+        engine = adapter.start(build_model(setup, SYMBOLS), setup)
+        kind: Any = DeepSpeedZeroOptimizer_Stage3 if stage == 3 else DeepSpeedZeroOptimizer
+        if (stage, precision, offload) == (1, Precision.bf16, False):
+            kind = BF16_Optimizer
+        assert type(engine._engine.optimizer) is kind
+        assert isinstance(engine._adam, torch.optim.Adam)
+        names = (adapter.FLATS_NAME, *adapter.REGATHER_NAMES) if stage == 3 else adapter.LINK_NAMES
+        for name in names:
+            assert hasattr(engine._engine.optimizer, name)
+        for param in engine.module.parameters():
+            if stage == 3:
+                assert all(hasattr(param, name) for name in adapter.SHARD_NAMES)
+            else:
+                fragment: Any = getattr(param, "_hp_mapping", None)
+                assert fragment.get_hp_fragment("exp_avg") is not None
+
+
+def test_how_long_deepspeeds_groups_wait() -> None:
+    """In a run for ever, for the watch ends ranks that wait for one that is stuck; beside a loop that nobody watches, a while."""
+
+    def seconds(group: dist.ProcessGroup) -> float:
+        backend: Any = group._get_backend(torch.device("cpu"))
+        return backend.options._timeout.total_seconds()
+
+    assert callable(getattr(TorchBackend, adapter.NEW_GROUP_NAME))
+    setup = tiny_config()
+    adapter.start(build_model(setup, SYMBOLS), setup)
+    deepspeeds, plain = deepspeed.comm.new_group([0]), dist.new_group([0])
+    assert seconds(deepspeeds) == FOR_EVER.total_seconds()
+    assert seconds(plain) == 1800  # negative control: PyTorch's own
+    adapter.wait_at_most(timedelta(seconds=77))
+    assert seconds(deepspeed.comm.new_group([0])) == 77
+
+
+@pytest.mark.parametrize("name", expert_sharding.GROUP_NAMES)
+def test_other_groups_than_the_meshs_are_an_error(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mesh = Mesh(1, 4, 2)
+    ranks = {"_get_expert_parallel_group": [0, 1], "_get_expert_data_parallel_group": [1, 3]}
+    for other in expert_sharding.GROUP_NAMES:
+        monkeypatch.setattr(groups, other, lambda group_name, other=other: (group_name, other))
+    monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: ranks[group[1]])
+    assert expert_sharding._expert_group(mesh) == ("ep_size_2", "_get_expert_parallel_group")
+    right = ranks[name]
+    ranks[name] = [0, 3]
+    with pytest.raises(RuntimeError) as caught:
+        expert_sharding._expert_group(mesh)
+    assert f"of rank 1: DeepSpeed says [0, 3], the mesh {right}" in str(caught.value)
+
+
+def test_experts_that_cannot_be_shared_out() -> None:
+    whole = build_model(tiny_config(), SYMBOLS)
+    with pytest.raises(
+        UserError, match=r"moe.experts=4: must be a multiple of parallel.expert_ranks=3"
+    ):
+        adapter.start(whole, tiny_config(), Mesh(0, 3, 3))
+
+
+START_ALONE = """
+import torch
+from torch.utils import cpp_extension
+from foreroute.engine.optim import deepspeed_engine as adapter
+from foreroute.engine.config import Config, OptimConfig, TrainConfig
+def no_build(*args, **kwargs): raise SystemExit("an op was compiled")
+cpp_extension.load = no_build
+engine = adapter.start(
+    torch.nn.Linear(2, 1),
+    Config(optim=OptimConfig(clip=0), train=TrainConfig(zero_stage=0)),
+)
+engine.backward(engine.forward(torch.ones(4, 2)).mean())
+engine.step()
+print("backend", torch.distributed.get_backend(), "world", torch.distributed.get_world_size())
+"""
+
+
+def test_start_alone_is_quiet_and_compiles_nothing(tmp_path: Any) -> None:
+    """A fresh process without launcher variables and with an empty cache of compiled ops."""
+    env = {
+        "PATH": "/usr/bin:/bin",
+        "PYTHONPATH": ".",
+        "OMP_NUM_THREADS": "1",
+        "HOME": str(tmp_path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", START_ALONE], env=env, capture_output=True, text=True, timeout=600
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "backend gloo world 1\n"
+    assert not list(tmp_path.rglob("*.so"))

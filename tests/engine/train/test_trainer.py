@@ -1,0 +1,372 @@
+"""The training loop end to end on a tiny text: learning, determinism, resume, and what happens when things go wrong."""
+
+import itertools
+import json
+import math
+import time
+from contextlib import closing
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import foreroute.engine.train.trainer
+from foreroute.engine.checkpoint import save_load as checkpoint
+from foreroute.engine.config import (
+    Config,
+    Corpus,
+    CorpusConfig,
+    DataConfig,
+    EvalConfig,
+    Growth,
+    KernelsConfig,
+    Keys,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    Precision,
+    Router,
+    ScheduleConfig,
+    TrainConfig,
+    WandbConfig,
+)
+from foreroute.engine.data.corpus import prepare
+from foreroute.engine.errors import RunFailed
+from foreroute.engine.metrics.writer import Metrics
+from foreroute.engine.model.build import build_routers
+from foreroute.engine.train.trainer import Trainer
+
+
+class Silent:
+    def __init__(self):
+        self.notes = []
+
+    def note(self, line):
+        self.notes.append(line)
+
+    def step(self, step):
+        pass
+
+    def metrics(self, step, values, seconds_left):
+        pass
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    generator = torch.Generator().manual_seed(3)
+    words = [b"alpha ", b"beta ", b"gamma(", b"delta)\n", b"epsilon, "]
+    picks = torch.randint(0, 5, (6000,), generator=generator).tolist()
+    path = tmp_path_factory.mktemp("corpus") / "words.txt"
+    path.write_bytes(b"".join(words[i] for i in picks))
+    return path
+
+
+def make_config(text, **sections):
+    config = Config(
+        corpus=CorpusConfig(Corpus.file, str(text), cache_dir=str(text.parent / "cache")),
+        data=DataConfig(streams=4, segment=16),
+        model=ModelConfig(
+            layers=2,
+            width=32,
+            heads=2,
+            head_width=16,
+            memory=16,
+            dropout=0.1,
+            attention_dropout=0.1,
+        ),
+        moe=MoEConfig(experts=4, expert_width=32, ngram=2, rows=512),
+        schedule=ScheduleConfig(Growth.linear, 1, 4),
+        optim=OptimConfig(lr=3e-3, clip=1.0),
+        train=TrainConfig(steps=20, log_every=5),
+        eval=EvalConfig(k=[1, 4]),
+        kernels=KernelsConfig(masked_from_k=4),
+    )
+    return replace(
+        config, **{name: replace(getattr(config, name), **new) for name, new in sections.items()}
+    )
+
+
+def make_trainer(config, folder):
+    corpus = prepare(config.corpus)
+    folder.mkdir(parents=True, exist_ok=True)
+    return Trainer(config, corpus, build_routers(config, corpus), folder, Silent())
+
+
+def train(trainer, stop_asked=lambda: False):
+    """Run with metrics in the run's folder, as launch/train.py does."""
+    metrics = Metrics(
+        trainer.folder,
+        WandbConfig(),
+        name="test",
+        config_plain={},
+        resume_step=trainer.step or None,
+    )
+    with closing(metrics):
+        return trainer.run(metrics, stop_asked)
+
+
+def stop_at(trainer, step):
+    return lambda: trainer.step >= step
+
+
+def saved_steps(trainer):
+    return sorted(int(path.name[5:]) for path in trainer.checkpoints.iterdir())
+
+
+def parameters(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def losses(folder):
+    return [
+        json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
+
+
+ROUTERS = {router.name: {"moe": {"router": router}} for router in Router}
+VARIANTS = {
+    **ROUTERS,
+    "shuffled": {"moe": {"keys": Keys.shuffled}},
+    "stochastic, accumulation": {
+        "moe": {"router": Router.stochastic},
+        "train": {"accumulation": 2},
+    },
+    "n-grams": {"moe": {"router": Router.dense}, "model": {"ngram": 2, "ngram_rows": 300}},
+    "signatures": {"moe": {"router": Router.dense}, "model": {"signatures": True}},
+    "one expert layer": {"moe": {"layers": 1, "plain_width": 20}},
+    "shared": {"moe": {"shared_width": 16, "share_table": True}},
+    "accumulation": {"train": {"accumulation": 2}},
+    "bf16": {"train": {"precision": Precision.bf16}},
+    "recompute": {"train": {"recompute": True}},
+    "pre_norm": {"model": {"pre_norm": True}},
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(change, id=name, marks=[pytest.mark.slow] * (name == "bf16"))
+        for name, change in VARIANTS.items()
+    ],
+)
+def test_resume_is_bit_identical_to_never_stopping(tmp_path, text, change):
+    config = make_config(text, **change)
+    whole = make_trainer(config, tmp_path / "whole")
+    assert train(whole)
+    first = make_trainer(config, tmp_path / "parts")
+    assert not train(first, stop_at(first, 10))
+    assert first.step == 10
+    torch.manual_seed(999)  # whatever ran in between
+    second = make_trainer(config, tmp_path / "parts")
+    second.resume()
+    assert second.step == 10
+    train(second)
+    want, got = parameters(whole), parameters(second)
+    assert all(torch.equal(want[name], got[name]) for name in want)
+    for one, other in zip(whole.memory, second.memory, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert losses(tmp_path / "whole")[-2:] == losses(tmp_path / "parts")[-2:]
+
+
+OTHER_LAYOUT = {
+    "dropout": ({}, "dropout draws new numbers"),
+    "shuffled": (
+        {"moe": {"keys": Keys.shuffled}, "model": {"dropout": 0.0, "attention_dropout": 0.0}},
+        "keys are shuffled among other tokens",
+    ),
+    "learned": (
+        {"moe": {"router": Router.learned}, "model": {"dropout": 0.0, "attention_dropout": 0.0}},
+        "the balance loss counts other tokens",
+    ),
+    "none": ({"model": {"dropout": 0.0, "attention_dropout": 0.0}}, None),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), OTHER_LAYOUT.values(), ids=OTHER_LAYOUT.keys())
+def test_what_another_layout_changes_is_said(tmp_path, text, change, words):
+    """Two micro-batches instead of one: of an arm of which nothing but the rounding depends on it nothing is said."""
+    config = make_config(text, **change)
+    train(make_trainer(config, tmp_path), lambda: True)
+    for accumulation in (1, 2):
+        changed = replace(config, train=replace(config.train, accumulation=accumulation))
+        resumed = make_trainer(changed, tmp_path)
+        resumed.resume()
+        said = [line for line in resumed.reporter.notes if "another layout" in line]
+        assert said == ([] if accumulation == 1 or words is None else [f"the checkpoint is of another layout of ranks and micro-batches: {words}"])  # fmt: skip
+
+
+def test_no_step_of_a_stopped_run_is_missing_from_the_lines(tmp_path, text):
+    config = make_config(text, train={"steps": 10, "log_every": 5})
+    train(make_trainer(config, tmp_path / "whole"))
+    first = make_trainer(config, tmp_path / "parts")
+    train(first, stop_at(first, 7))
+    second = make_trainer(config, tmp_path / "parts")
+    second.resume()
+    train(second)
+    rows = [json.loads(line) for line in (tmp_path / "parts/metrics.jsonl").read_text().splitlines()]  # fmt: skip
+    assert [row["step"] for row in rows] == [5, 7, 10]
+    assert [row["bpc"] for row in rows] == pytest.approx([row["loss"] / 0.6931471805599453 for row in rows])  # fmt: skip
+    together = (2 * rows[1]["loss"] + 3 * rows[2]["loss"]) / 5
+    assert [rows[0]["loss"], pytest.approx(together)] == losses(tmp_path / "whole")
+
+
+def test_a_validation_that_a_stop_cut_short_is_made_up_for(tmp_path, text):
+    config = make_config(text, train={"valid_every": 10, "valid_symbols": 200})
+    whole = make_trainer(config, tmp_path / "whole")
+    train(whole)
+    for step in (10, 20):  # also behind the last step
+        folder = tmp_path / str(step)
+        first = make_trainer(config, folder)
+        train(first, stop_at(first, step))
+        assert step not in validations(folder)
+        second = make_trainer(config, folder)
+        second.resume()
+        train(second)
+        assert validations(folder) == validations(tmp_path / "whole")
+    third = make_trainer(config, tmp_path / "20")  # nothing is missing: nothing is done twice
+    third.resume()
+    train(third)
+    assert len((tmp_path / "20/metrics.jsonl").read_text().splitlines()) == len((tmp_path / "whole/metrics.jsonl").read_text().splitlines())  # fmt: skip
+
+
+def validations(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["valid_bpc"] for row in rows if "valid_bpc" in row}
+
+
+def test_a_validation_takes_as_much_text_as_it_is_told(tmp_path, text):
+    found = {}
+    for symbols in (0, 200, 100_000):
+        config = make_config(text, train={"steps": 10, "valid_every": 10, "valid_symbols": symbols})
+        train(make_trainer(config, tmp_path / str(symbols)))
+        found[symbols] = validations(tmp_path / str(symbols))
+    assert found[0] == found[100_000] != found[200]
+
+
+def test_the_resume_test_sees_what_it_should(tmp_path, text):
+    """Negative control: without the restored random numbers or memory the run goes on differently."""
+    config = make_config(text)
+    whole = make_trainer(config, tmp_path / "whole")
+    train(whole)
+    for lost in ("rng", "memory"):
+        folder = tmp_path / lost
+        first = make_trainer(config, folder)
+        train(first, stop_at(first, 10))
+        second = make_trainer(config, folder)
+        second.resume()
+        if lost == "rng":
+            torch.manual_seed(999)
+        else:
+            second.memory = [None]
+        train(second)
+        want, got = parameters(whole), parameters(second)
+        assert not all(torch.equal(want[name], got[name]) for name in want), lost
+
+
+def test_it_learns_and_repeats(tmp_path, text):
+    config = make_config(
+        text, train={"steps": 150}, model={"dropout": 0.0, "attention_dropout": 0.0}
+    )
+    runs = []
+    for name in ("a", "b"):
+        train(make_trainer(config, tmp_path / name))
+        runs.append(losses(tmp_path / name))
+    assert runs[0] == runs[1]
+    assert (
+        runs[0][0] > 3.0 and runs[0][-1] < 1.0
+    )  # words of 5 known kinds: log(5)/6 nats is the floor
+
+
+@pytest.mark.parametrize("router", [Router.fresh, Router.stochastic])
+def test_routers_that_draw_learn(tmp_path, text, router):
+    """20 steps; the second half of THOR's loss is in auxiliary_loss and the other pass."""
+    trainer = make_trainer(
+        make_config(text, moe={"router": router}, model={"dropout": 0.0}), tmp_path
+    )
+    train(trainer)
+    found = losses(tmp_path)
+    assert found[-1] < found[0] - 0.3 and found == sorted(found, reverse=True)
+
+
+def test_accumulation_equals_one_batch(tmp_path, text):
+    quiet = {"dropout": 0.0, "attention_dropout": 0.0}
+    one = make_trainer(make_config(text, model=quiet), tmp_path / "one")
+    two = make_trainer(make_config(text, model=quiet, train={"accumulation": 2}), tmp_path / "two")
+    train(one)
+    train(two)
+    for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_frozen_router_is_never_updated(tmp_path, text):
+    trainer = make_trainer(make_config(text, moe={"router": Router.frozen}), tmp_path)
+    before = {name: b.clone() for name, b in trainer.model.named_buffers()}
+    assert any("gate_weight" in name for name in before)
+    train(trainer)
+    assert all(torch.equal(before[name], b) for name, b in trainer.model.named_buffers())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, text):
+    config = make_config(text, train={"save_every": 5})
+    trainer = make_trainer(config, tmp_path)
+    original = trainer.engine.forward
+
+    def forward(*args):
+        output = original(*args)
+        return output._replace(nll_BQ=output.nll_BQ * math.nan) if trainer.step == 7 else output
+
+    trainer.engine.forward = forward
+    with pytest.raises(
+        RunFailed, match=r"loss is nan at step 7; the last good checkpoint is .*step-00000005"
+    ):
+        train(trainer)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_change(tmp_path, text, stage):  # fmt: skip
+    config = make_config(text, train={"save_every": 5, "zero_stage": stage})
+    trainer = make_trainer(config, tmp_path / "nan")
+    original = trainer.engine.backward
+
+    def backward(loss):
+        original(loss * math.nan if trainer.step == 7 else loss)
+
+    trainer.engine.backward = backward
+    with pytest.raises(
+        RunFailed,
+        match=r"gradient norm is \S+ at step 7; the last good checkpoint is .*step-00000005",
+    ):
+        train(trainer)
+    healthy = make_trainer(config, tmp_path / "healthy")
+    train(healthy, stop_at(healthy, 7))
+    want, got = (dict(t.engine.read_state()) for t in (healthy, trainer))
+    assert all(torch.equal(want[name]["weight"], got[name]["weight"]) for name in want)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, text):
+    config = make_config(text, train={"save_every": 5})
+    train(make_trainer(config, tmp_path))
+    newest, _ = checkpoint.find_newest(tmp_path / "checkpoints")
+    shard = next(newest.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    again = make_trainer(config, tmp_path)
+    again.resume()
+    assert again.step == 15
+    assert any("step-00000020" in note for note in again.reporter.notes)
+
+
+@pytest.mark.parametrize(("minutes", "steps"), [(0.0, [4]), (10.0, [1, 4]), (0.01, [1, 2, 3, 4])])
+def test_checkpoints_by_time(text, tmp_path, monkeypatch, minutes, steps):
+    """By a clock that shows eleven minutes at the first look, and a second more at each other one."""
+    config = make_config(text, train={"steps": 4, "keep": 9, "save_minutes": minutes})
+    trainer = make_trainer(config, tmp_path / "run")
+    ticks = itertools.count(660.0)
+    clock = SimpleNamespace(monotonic=lambda: next(ticks), perf_counter=time.perf_counter)
+    monkeypatch.setattr(foreroute.engine.train.trainer, "time", clock)
+    trainer._saved_at = 0.0
+    assert train(trainer)
+    assert saved_steps(trainer) == steps

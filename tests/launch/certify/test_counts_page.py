@@ -1,0 +1,200 @@
+"""The page of a certificate says what was counted: every number on it against the counts themselves."""
+
+import io
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from foreroute.engine.certificate.counts.exact import certify
+from foreroute.engine.certificate.counts.placement import Placement
+from foreroute.engine.certificate.counts.replay import replay
+from foreroute.engine.certificate.counts.traffic import Trips, hops, leaving
+from foreroute.engine.config import (
+    Config,
+    Corpus,
+    CorpusConfig,
+    DataConfig,
+    EvalConfig,
+    Growth,
+    ModelConfig,
+    MoEConfig,
+    ParallelConfig,
+    ScheduleConfig,
+    Tokens,
+    TrainConfig,
+)
+from foreroute.engine.config.enums import ExchangeKind
+from foreroute.engine.data.corpus import PreparedCorpus
+from foreroute.engine.data.vocab import Vocab
+from foreroute.engine.routing.tables import build_tables
+from foreroute.launch.certify.counts_page import certificate_page
+from foreroute.launch.page.html_file import html
+from foreroute.launch.page.parts import Bars, Curve, Section, Table
+from foreroute.launch.page.terminal import print_page
+
+SYMBOLS, STREAMS, SEGMENT, STEPS = 7, 8, 12, 9
+PLACE = Placement(world_size=8, expert_ranks=4, ranks_per_node=2)
+TOKENS = STREAMS * SEGMENT // 8
+
+
+def make(**changes):
+    config = Config(
+        corpus=CorpusConfig(Corpus.file, "<script>alert(1)</script>"), data=DataConfig(STREAMS, SEGMENT), model=ModelConfig(layers=2, width=6),
+        moe=MoEConfig(experts=8, ngram=2, rows=40), schedule=ScheduleConfig(Growth.linear, 1, 3),
+        train=TrainConfig(steps=STEPS, name="tried"), eval=EvalConfig(k=[1]),
+    )  # fmt: skip
+    config = replace(config, **changes)
+    ids = np.random.default_rng(0).integers(0, SYMBOLS, STREAMS * (5 * SEGMENT + 1)).astype(np.uint8)  # fmt: skip
+    tables = build_tables(config.moe, SYMBOLS, ids, num_tables=2, seed=1, cache_dir=None)
+    corpus = PreparedCorpus(ids, Vocab(Tokens.bytes, bytes(range(SYMBOLS))), "ab" * 32, [], {"cuts": [0, ids.size, ids.size, ids.size]})  # fmt: skip
+    return config, corpus, tables
+
+
+def page_of(place=PLACE, further=(), sample=1, **changes):
+    config, corpus, tables = make(**changes)
+    found = certify(config, corpus.ids, tables, place, sample=sample)
+    return found, certificate_page(found, config, corpus, further)
+
+
+def parts(page, title, kind):
+    (section,) = [section for section in page.sections if section.title == title]
+    return [part for part in section.parts if isinstance(part, kind)]
+
+
+def counted(config, corpus, tables, place=PLACE):
+    """All steps of a run with their counts, repeated steps as often as they occur."""
+    for counts in replay(config, corpus.ids, tables, place, range(STEPS)):
+        yield from [(step, counts) for step in counts.steps.tolist()]
+
+
+def sent_bytes(counts, kind, near=None):
+    """Bytes that leave each rank in a step; forward and backward, rows of width 6 in fp32."""
+    rows = leaving(hops(counts, kind, PLACE, TOKENS), Trips(2, 2), near).sum(axis=(0, 1)) * 6 * 4
+    return rows.ravel().tolist()
+
+
+def test_the_rows_on_the_page_are_the_counts():
+    found, page = page_of()
+    table, idle = parts(page, "Rows", Table)
+    assert table.header == ["rows", "k", "steps", "mean", "p99", "max", "load", "worst step"]
+    lines = {(row[0], row[1]): row[2:] for row in table.rows if row}
+    by_k, empty = {}, Counter()
+    for step, counts in counted(*make()):
+        computed = counts.computed_ymgP.ravel().tolist()
+        by_k.setdefault(str(counts.k), []).append((step, computed))
+        by_k.setdefault("all", []).append((step, computed))
+        empty["rank"] += counts.received_ymgP.min() == 0
+        empty["expert"] += counts.count_ymgE.min() == 0
+    assert len(by_k) == 4 and len(lines) == 3 * len(by_k)
+    for k, of_steps in by_k.items():
+        values = sorted(value for _, computed in of_steps for value in computed)
+        mean, most = sum(values) / len(values), values[-1]
+        worst = min(step for step, computed in of_steps if max(computed) == most)
+        p99 = values[-(-99 * len(values) // 100) - 1]
+        want = [f"{len(of_steps)}", f"{mean:,.0f}", str(p99), str(most), f"{most / mean:.2f}", str(worst)]  # fmt: skip
+        assert lines["computed by a rank", k] == want
+    assert [row[1:3] for row in idle.rows] == [[str(empty["rank"]), "9"], [str(empty["expert"]), "9"]]  # fmt: skip
+    assert empty["expert"] > 0 and found.whole.idle_expert.first_step is not None
+    assert idle.rows[1][3] == str(found.whole.idle_expert.first_step)
+    values = {figure.label: figure.value for figure in page.figures}
+    assert values["Rows of the busiest rank"] == lines["computed by a rank", "all"][3]
+    worst = max(float(lines["computed by a rank", k][4]) for k in by_k if k != "all")
+    assert f"at most {worst:.2f} x the mean of the same k" in page.figures[0].note
+    assert values["Steps with an idle expert"] == str(empty["expert"])
+
+
+@pytest.mark.parametrize("exchange", [ExchangeKind.tokens, ExchangeKind.gather, ExchangeKind.auto])
+def test_the_key_figures_are_of_the_exchange_that_the_run_uses(exchange):
+    """With auto it changes from k to k: neither kind alone gives the figure."""
+    parallel = ParallelConfig(exchange=exchange, link_gb_per_s=1e-3)
+    schedule = ScheduleConfig(Growth.linear, 1, 8)
+    found, page = page_of(parallel=parallel, schedule=schedule)
+    used = {part.k: part.exchange for part in found.by_k}
+    assert len(set(used.values())) == (2 if exchange is ExchangeKind.auto else 1)
+    sent, between = [], []
+    for _, counts in counted(*make(schedule=schedule)):
+        every = sent_bytes(counts, used[counts.k])
+        near = sent_bytes(counts, used[counts.k], PLACE.same_node_PP)
+        sent += every
+        between += [a - b for a, b in zip(every, near, strict=True)]
+    figures = {figure.label: figure for figure in page.figures}
+    for label, values in (("Bytes a rank sends", sent), ("Bytes between nodes", between)):
+        mean, most = sum(values) / len(values) / 1e3, max(values) / 1e3
+        assert float(figures[label].value.removesuffix(" kB")) == pytest.approx(mean, rel=0.006)
+        assert float(figures[label].note.split("at most ")[1].split(" kB")[0]) == pytest.approx(most, rel=0.006)  # fmt: skip
+    (table,) = parts(page, "Bytes", Table)
+    marked = {(row[0].rstrip("*"), row[1]) for row in table.rows if row and row[0].endswith("*")}
+    want = {(kind, str(k)) for k, kind in used.items()}
+    if len(set(used.values())) == 1:
+        want |= {(exchange.name, "all")}
+    assert marked == want
+
+
+def test_the_charts_show_the_series_and_the_means():
+    found, page = page_of()
+    (load,) = parts(page, "Rows", Curve)
+    assert load.lines[1].y == found.series.computed_load.mean and load.y_from == 1
+    assert load.lines[0].upper is None and not load.band  # nine steps: nothing is thinned
+    (steps,), (bars,) = parts(page, "Bytes", Curve), parts(page, "Bytes", Bars)
+    assert [1e6 * y for y in steps.lines[0].y] == pytest.approx(found.series.busiest_rank_bytes.max)
+    assert bars.groups == ["1", "2", "3"] and [bar.name for bar in bars.bars] == ["tokens", "gather", "two_level"]  # fmt: skip
+    for bar in bars.bars:
+        for i, part in enumerate(found.by_k):
+            sent = part.bytes[bar.name]
+            assert [1e6 * stack[i] for stack in bar.parts] == pytest.approx([sent.inside.mean, sent.between.mean])  # fmt: skip
+            assert 1e6 * bar.mark[i] == sent.rank.max
+    _, alone = page_of(Placement(8, 4, 8))
+    (bars,) = parts(alone, "Bytes", Bars)
+    assert bars.stack == ["mean"] and len(bars.bars[0].parts) == 1  # one node: nothing between
+
+
+def test_a_thinned_series_has_bands():
+    config, corpus, tables = make(train=TrainConfig(steps=1100, name="long"))
+    found = certify(config, corpus.ids, tables, PLACE)
+    (load,) = parts(certificate_page(found, config, corpus), "Rows", Curve)
+    assert load.band and len(load.lines[0].x) == 500
+    assert load.lines[2].upper == found.series.expert_load.max != load.lines[2].y
+
+
+def test_one_k_has_no_sum_over_all():
+    _, page = page_of(schedule=ScheduleConfig(k_max=2))
+    table, _ = parts(page, "Rows", Table)
+    assert [row[1] for row in table.rows] == ["2", "2", "2"]
+
+
+def test_a_rank_that_is_alone_sends_nothing():
+    _, page = page_of(Placement(8, 1, 8))
+    values = {figure.label: figure.value for figure in page.figures}
+    assert values["Bytes a rank sends"] == values["Bytes between nodes"] == "0 B"
+    assert html(page)
+
+
+def test_a_sample_says_so():
+    _, page = page_of(sample=4)
+    assert "3 of the first 9 steps, one in 4" in page.lead
+    assert "Counted:" not in page_of()[1].lead
+
+
+def test_what_the_run_is_and_where_it_is_from():
+    _, page = page_of()
+    (facts,) = parts(page, "The run", Table)
+    found = dict(facts.rows)
+    assert page.title == "Certificate of tried"
+    assert found["ranks"] == "8, 2 on a node, in 2 expert groups of 4, each on 2 nodes"
+    assert found["experts"] == "8, 2 on a rank; active for a token: k from 1 to 3, linear"
+    assert found["a rank's share"] == "12 tokens in a micro-batch, 1 micro-batch in a step; 2 layers"  # fmt: skip
+    assert found["text"].startswith("<script>alert(1)</script> (file): 488 symbols to train on, sha256 abababab")  # fmt: skip
+
+
+def test_hostile_names_and_further_sections_arrive_as_text():
+    _, page = page_of(further=[Section("Memory", ["what others <count>"])])
+    assert [section.title for section in page.sections] == ["The run", "Rows", "Bytes", "Fixed shapes", "Memory"]  # fmt: skip
+    source = html(page)
+    assert "<script" not in source and "&lt;script&gt;alert(1)" in source
+    assert "what others &lt;count&gt;" in source and source.count("<svg") == 3
+    file = io.StringIO()
+    print_page(page, file)
+    assert "what others <count>" in file.getvalue() and "<script>alert(1)" in file.getvalue()
+    assert max(len(line) for line in file.getvalue().splitlines()) <= 80
