@@ -7,25 +7,6 @@ state.json says how the run stands, for whoever starts it again: {"state": "stop
 was killed; `stopped`: by SIGTERM or Ctrl-C; `failed`: it ended with a line or a traceback; `complete`: nothing is left to do.
 """
 
-import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from itertools import pairwise
-from pathlib import Path
-from typing import Any
-from foreroute.engine.evaluation.expert_analysis import LayerSeen, observe, output_similarity, route_statistics, routing_change, weight_similarity
-from foreroute.engine.model.build import build_model
-from foreroute.engine.checkpoint.save_load import load_weights, read_manifest
-from foreroute.engine.checkpoint.files import checkpoints
-from foreroute.engine.config import Keys, Router, Split
-from foreroute.engine.errors import require
-from foreroute.engine.config.checks import at_least
-from foreroute.engine.model.transformer_xl import TransformerXL
-from foreroute.engine.checkpoint.trained_run import SavedRun, open_saved
-from foreroute.launch.start.cli import run_program
-from foreroute.launch.start.console import table
-from foreroute.launch.start.process import set_up
-
 import fcntl
 import json
 import os
@@ -38,8 +19,7 @@ from typing import IO, Any
 import torch
 
 from foreroute.engine.config import Backend, Config, to_plain
-from foreroute.engine.errors import require
-from foreroute.engine.errors import UserError
+from foreroute.engine.errors import UserError, require
 from foreroute.engine.parallel.world import World, together
 from foreroute.engine.train.resolve import resolve
 from foreroute.launch.start.config_files import config_of, read_config, write_config

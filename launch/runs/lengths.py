@@ -1,8 +1,8 @@
 """A run that is given another length than it was started with: what becomes of what is a function of train.steps."""
 
 from foreroute.engine.config import Config, Decay, Growth
-from foreroute.engine.routing.k_schedule import active_experts
 from foreroute.engine.optim.adam import learning_rate
+from foreroute.engine.routing.k_schedule import active_experts
 
 
 def other_length(earlier: Config, now: Config, step: int) -> str:

@@ -12,16 +12,16 @@ from typing import Any
 
 from foreroute.engine.config import Split
 from foreroute.engine.data.corpus import PreparedCorpus
-from foreroute.engine.evaluation.ngram_baselines import bzip2_bpc, order_n_bpc
 from foreroute.engine.errors import RunFailed
 from foreroute.engine.evaluation.held_out import Evaluation, Progress, no_progress
-from foreroute.engine.metrics.names import JSONL, read_lines
+from foreroute.engine.evaluation.ngram_baselines import bzip2_bpc, order_n_bpc
 from foreroute.engine.metrics.host_memory import peak_memory_bytes
+from foreroute.engine.metrics.names import JSONL, read_lines
 from foreroute.engine.train.trainer import Trainer
-from foreroute.launch.start.console import clock, table
 from foreroute.launch.page.words import byte_text
-from foreroute.launch.runs.plots import plot_loss, plot_slimming
 from foreroute.launch.runs.folder import SUMMARY, RunFolder, write_json
+from foreroute.launch.runs.plots import plot_loss, plot_slimming
+from foreroute.launch.start.console import clock, table
 
 COUNTED_PER_SYMBOL, COUNTED_AT_LEAST = 100, 16_000_000
 """Training symbols that counting models are fitted on, at most, where eval.max_symbols is set: seconds of a long corpus."""

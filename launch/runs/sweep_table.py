@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from foreroute.launch.runs.folder import SUMMARY, write_json
+from foreroute.launch.start.console import table
 from foreroute.launch.start.jobs import Outcome
 from foreroute.launch.start.options import command_option, swept_name
-from foreroute.launch.start.console import table
-from foreroute.launch.runs.folder import SUMMARY, write_json
 
 
 def report_sweep(outcomes: list[Outcome]) -> None:

@@ -78,6 +78,8 @@ def _meet(place: Place, parallel: ParallelConfig) -> Any:
     meeting = _Meeting(place, parallel)
     try:
         return meeting.form()
+    except UserError:
+        raise
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import foreroute.launch.runs.facts
-from foreroute.engine.model.build import build_model
 from foreroute.engine.data.corpus import prepare
 from foreroute.engine.metrics.names import METRICS, WANDB_ID
+from foreroute.engine.model.build import build_model
 from foreroute.launch.start.config_files import read_config
 from foreroute.launch.testing.wandb_log import offline_runs
 
@@ -105,14 +105,26 @@ def test_the_code_of_a_checkout_and_of_a_copy(tmp_path, monkeypatch):
     monkeypatch.setattr(foreroute.launch.runs.facts, "ROOT", tmp_path)
     version = foreroute.launch.runs.facts.code()["version"]
     assert version == foreroute.__version__ == importlib.metadata.version("foreroute")
-    assert foreroute.launch.runs.facts.code() == {"version": version, "commit": None, "changed": None}
+    assert foreroute.launch.runs.facts.code() == {
+        "version": version,
+        "commit": None,
+        "changed": None,
+    }
     git("init", "-q")
     git("add", "pyproject.toml")
     git("commit", "-q", "-m", "x")
     commit = git("rev-parse", "HEAD")
-    assert foreroute.launch.runs.facts.code() == {"version": version, "commit": commit, "changed": False}
+    assert foreroute.launch.runs.facts.code() == {
+        "version": version,
+        "commit": commit,
+        "changed": False,
+    }
     (tmp_path / "pyproject.toml").write_text("[project]\n")
-    assert foreroute.launch.runs.facts.code() == {"version": version, "commit": commit, "changed": True}
+    assert foreroute.launch.runs.facts.code() == {
+        "version": version,
+        "commit": commit,
+        "changed": True,
+    }
     (tmp_path / "inner").mkdir()
     shutil.copy(ROOT / "pyproject.toml", tmp_path / "inner")
     monkeypatch.setattr(foreroute.launch.runs.facts, "ROOT", tmp_path / "inner")

@@ -14,8 +14,8 @@ from foreroute.engine.errors import UserError
 from foreroute.engine.parallel.cpu_group import Host
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.parallel.world import World
-from foreroute.launch.start.options import command_option
 from foreroute.launch.runs.folder import lock_folder, open_run
+from foreroute.launch.start.options import command_option
 from foreroute.launch.testing.runs import small_run
 
 

@@ -11,9 +11,9 @@ import psutil
 import pytest
 
 import foreroute.launch.train
+from foreroute.launch.runs.sweep_table import report_sweep, sweep_table
 from foreroute.launch.start.jobs import Outcome
 from foreroute.launch.start.options import swept_name
-from foreroute.launch.runs.sweep_table import report_sweep, sweep_table
 from foreroute.launch.testing.runs import wait_until
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -192,7 +192,9 @@ def test_different_values_never_share_a_folder():
 def test_names_have_what_varies_alone(run, tmp_path, text, monkeypatch):
     """However many other options there are; and -m may stand anywhere."""
     seen = []
-    monkeypatch.setattr(foreroute.launch.train, "_train", lambda config, *_: seen.append(config) or 0)
+    monkeypatch.setattr(
+        foreroute.launch.train, "_train", lambda config, *_: seen.append(config) or 0
+    )
     monkeypatch.setattr(foreroute.launch.train, "report_sweep", lambda outcomes: None)
     base = ["experiment=debug", "train.name=n", f"train.runs_dir={tmp_path / 'runs'}", "train.steps=2", "optim.clip=0.5"]  # fmt: skip
     done = run("train", *base, "-m", "train.threads=1,2", "wandb.notes=a b,'c,d'")

@@ -43,7 +43,7 @@ def test_ranks_that_never_come_are_named(tmp_path):
         ended = [process.wait() for process in both]
     assert [code for code, *_ in ended] == [2, 2]
     lines = [line_of(err) for *_, err in ended]
-    assert any(re.search(r"rank [01] of 8 did not meet the others at \S+ within 3 s: ranks 2, 3, 4, 5 and 2 more have not come; "
+    assert any(re.search(r"^foreroute: rank [01] of 8 did not meet the others at \S+ within 3 s: ranks 2, 3, 4, 5 and 2 more have not come; "
                          r"parallel.meet_s=SECONDS waits longer$", line) for line in lines), lines  # fmt: skip
     assert not (tmp_path / "debug").exists()
 
