@@ -18,6 +18,7 @@ from foreroute.engine.parallel.cpu_group import GlooHost, Host, MpiHost, expert_
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.parallel.watchdog import FOR_EVER, Watch
 from foreroute.engine.parallel.world import World, agree, together
+from foreroute.launch.start.process import MEETING
 from foreroute.launch.start.rank_variables import (
     Place,
     find_address,
@@ -27,6 +28,7 @@ from foreroute.launch.start.rank_variables import (
 )
 
 _GLANCE_S = 0.1  # how often a waiting rank looks whether the others have come
+_END_S = 1.0  # for the meeting's thread to end
 _stores: list[Any] = []  # of this process: kept for all jobs of a sweep
 
 
@@ -101,10 +103,19 @@ class _Meeting:
         self._missing = "rank 0 has not come"
         self._until = time.monotonic() + self._meet_s
         self._store: Future[Any] = Future()
+        self._over = threading.Event()
 
     def form(self) -> Any:
         """Give the store when all have met."""
-        threading.Thread(target=self._run, name="foreroute-meeting", daemon=True).start()
+        thread = threading.Thread(target=self._run, name=MEETING, daemon=True)
+        thread.start()
+        try:
+            return self._wait()
+        finally:
+            self._over.set()
+            thread.join(_END_S)
+
+    def _wait(self) -> Any:
         while not self._store.done():
             with suppress(TimeoutError):
                 return self._store.result(_GLANCE_S)
@@ -127,7 +138,8 @@ class _Meeting:
         ranks = range(self._place.ranks)
         while away := [rank for rank in ranks if not store.check([f"came/{rank}"])]:
             self._missing = f"{_named(away)} not come"
-            time.sleep(_GLANCE_S)
+            if self._over.wait(_GLANCE_S):
+                return store
         self._missing = "one has come and is gone"
         self._until = time.monotonic() + self._meet_s
         dist.init_process_group(

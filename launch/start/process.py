@@ -5,6 +5,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +20,8 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # options of glibc's ma
 GRACE_S = 3.0
 """Seconds from a signal in which others only repeat it."""
 
+MEETING = "foreroute-meeting"
+"""Name of the thread in which a rank meets the others (launch/start/meeting.py)."""
 _MOST_THREADS = 4096  # beyond any machine; far more end the process without a word
 
 
@@ -90,10 +93,10 @@ def run_and_leave(main: Callable[[], object]) -> None:
         main()
     except SystemExit as end:
         mpi = "mpi4py.MPI" in sys.modules  # whose runner ends the other ranks when one fails
-        if not dist.is_initialized() or not isinstance(end.code, int | None) or (end.code and mpi):
+        if not _leaves_at_once() or not isinstance(end.code, int | None) or (end.code and mpi):
             raise
         code = end.code or 0
-    if not dist.is_initialized():
+    if not _leaves_at_once():
         return
     atexit._run_exitfuncs()  # what the interpreter would do first; there is no public call for it
     if "mpi4py.MPI" in sys.modules:
@@ -104,6 +107,11 @@ def run_and_leave(main: Callable[[], object]) -> None:
         with suppress(BrokenPipeError):
             stream.flush()
     os._exit(code)
+
+
+def _leaves_at_once() -> bool:
+    """Say whether a thread of PyTorch's may need the interpreter at its end: of a group, or one that still waits to meet."""
+    return dist.is_initialized() or any(t.name == MEETING for t in threading.enumerate())
 
 
 def set_up(threads: int) -> None:
