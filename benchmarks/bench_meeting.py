@@ -10,7 +10,6 @@ which nobody tells anything: there `parallel.meet_s` counts. srun runs as launch
 
 import argparse
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks import slurm
-from benchmarks.cluster import ROOT
+from benchmarks.cluster import ROOT, free_port
 from benchmarks.harness import environment, positive, print_result, print_table
 from foreroute.launch.testing.runs import processes_of, small_run
 
@@ -53,13 +52,6 @@ if rank == "1" and "launch.train" in sys.orig_argv:
 """
 
 
-def free_port() -> str:
-    """A port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def commands(launcher: str, port: str) -> list[list[str]]:
     """What is started, to which the options are added; several processes where there is no launcher."""
     python = sys.executable
@@ -84,7 +76,7 @@ def seconds_to_end(launcher: str, moment: str, meet_s: float, here: "slurm.Slurm
         mark = folder / "killed"
         (folder / "sitecustomize.py").write_text(_HOOK.format(variables=_RANK, mark=str(mark), early=moment == MOMENTS[0]))  # fmt: skip
         options = [*small_run(folder), f"train.runs_dir={folder}", f"parallel.meet_s={meet_s}"]
-        port = free_port()
+        port = str(free_port())
         base = os.environ if here is None else here.environ
         environ = {**base, "PYTHONPATH": name, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         started = []

@@ -90,7 +90,7 @@ class Cluster:
 
         Each process finds RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT and GLOO_SOCKET_IFNAME.
         """
-        port, commands = _free_port(), []
+        port, commands = free_port(), []
         for number, node in enumerate(self.nodes):
             for local_rank in range(per_node):
                 rank = {
@@ -110,7 +110,7 @@ class Cluster:
 
         Each finds MASTER_ADDR, MASTER_PORT and GLOO_SOCKET_IFNAME.
         """
-        port = _free_port()
+        port = free_port()
         commands = [
             (node, command(number), {**(env or {}), **self._meeting(node, port)})
             for number, node in enumerate(self.nodes)
@@ -240,7 +240,7 @@ def _remove_abandoned() -> None:
             _remove(name)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """Find a port that nobody uses; in new namespaces any is free."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))

@@ -37,6 +37,12 @@ def refuse_link(file: Path) -> None:
     require(not file.is_symlink(), f"{file}: is a link, and must lie in its folder itself")
 
 
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """Give what read_sealed takes: the content as JSON has it, with its checksum."""
+    plain = json.loads(json.dumps(content))
+    return {**plain, "checksum": checksum(plain)}
+
+
 def checksum(manifest: dict[str, Any]) -> str:
     """sha256 of a manifest's content."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -10,11 +10,9 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-if (
-    not Path(__file__).with_name("engine").is_dir()
-):  # a checkout that was unpacked without its links
+# A checkout that was unpacked without its links.
+if not Path(__file__).with_name("engine").is_dir():
     __path__.append(str(Path(__file__).resolve().parents[1]))
-
 
 _PUBLIC = {
     "MoEConfig": "foreroute.engine.config",

@@ -27,7 +27,7 @@ from foreroute.engine.config import Config
 from foreroute.engine.data.streams import Ids
 from foreroute.engine.errors import require
 from foreroute.engine.routing.tables import Table
-from foreroute.engine.sealed_files import checksum, read_sealed, sha256_of
+from foreroute.engine.sealed_files import read_sealed, sealed, sha256_of
 
 FORMAT = 2  # raise it when something else is written, or other options are compared
 JSON, ARRAYS = "certificate.json", "certificate.safetensors"
@@ -97,9 +97,8 @@ def write(folder: Path, facts: dict[str, Any], arrays: dict[str, Counts]) -> int
     folder.mkdir(parents=True, exist_ok=True)
     content = save(arrays)
     (folder / ARRAYS).write_bytes(content)
-    sealed = {**facts, "format": FORMAT, "arrays_sha256": hashlib.sha256(content).hexdigest()}
-    sealed["checksum"] = checksum(json.loads(json.dumps(sealed)))
-    (folder / JSON).write_text(json.dumps(sealed, indent=1) + "\n", encoding="ascii")
+    whole = {**facts, "format": FORMAT, "arrays_sha256": hashlib.sha256(content).hexdigest()}
+    (folder / JSON).write_text(json.dumps(sealed(whole), indent=1) + "\n", encoding="ascii")
     return len(content)
 
 

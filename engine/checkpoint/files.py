@@ -22,7 +22,7 @@ from torch import Tensor
 
 from foreroute.engine.errors import UserError, require
 from foreroute.engine.parallel.cpu_group import Host
-from foreroute.engine.sealed_files import checksum, read_sealed, refuse_link, sha256_of, sync
+from foreroute.engine.sealed_files import read_sealed, refuse_link, sealed, sha256_of, sync
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -93,8 +93,7 @@ def write_manifest(folder: Path, header: dict[str, Any], shards: dict[str, dict[
         tensors.update(shard["tensors"])
         files[name] = {key: shard[key] for key in ("bytes", "sha256")}
     manifest = {**header, "files": files, "tensors": tensors}
-    manifest["checksum"] = checksum(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    (folder / MANIFEST).write_text(json.dumps(sealed(manifest), indent=1))
     sync(folder / MANIFEST)
     sync(folder)
 

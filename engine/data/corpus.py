@@ -30,15 +30,14 @@ from numpy.typing import NDArray
 from foreroute.engine.config import Corpus, CorpusConfig, Split, Tokens
 from foreroute.engine.data.vocab import Vocab, build_vocab
 from foreroute.engine.errors import UserError, require
-from foreroute.engine.sealed_files import checksum, read_sealed, sha256_of, sync
+from foreroute.engine.sealed_files import read_sealed, sealed, sha256_of, sync
 
 ENWIK8_URL = "http://mattmahoney.net/dc/enwik8.zip"
 ENWIK8_BYTES = 100_000_000
 ENWIK8_SHA256 = "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8"
 
-_FORMAT = (
-    2  # of a prepared corpus; part of its folder's name, so that another version makes its own
-)
+# Of a prepared corpus; part of its folder's name, so that another version makes its own.
+_FORMAT = 2
 _IDS, _META, _VERIFIED = "ids.bin", "meta.json", "verified.json"
 _SPLITS = tuple(Split)  # in the order of the text
 _NOT_STDLIB = {"test", "tests", "idlelib", "site-packages"}
@@ -192,9 +191,7 @@ def _write(folder: Path, config: CorpusConfig, source: _Source, sha256: str) -> 
     try:
         aside.mkdir(parents=True)
         (aside / _IDS).write_bytes(ids.data)
-        (aside / _META).write_text(
-            json.dumps({**meta, "checksum": checksum(meta)}), encoding="ascii"
-        )
+        (aside / _META).write_text(json.dumps(sealed(meta)), encoding="ascii")
         for path in (aside / _IDS, aside / _META, aside):
             sync(path)
         aside.rename(folder)

@@ -1,6 +1,6 @@
 """A run's useful arithmetic and the parameters that a symbol uses, at each k; the same on any number of ranks.
 
-The products of matrices are counted in engine/certificate/time/operations.py (`forward_flops` says what is useful).
+`forward_flops` says what is useful. The certificate's model of time counts by the same products.
 """
 
 from collections import Counter
@@ -151,8 +151,11 @@ class Arithmetic:
         used = self._parameters - (model.ngram > 0) * (model.ngram_rows - 1) * model.width
         if moe.router is Router.dense:
             return used
-        matrices = 3 if moe.activation is Activation.swiglu else 2
-        expert = matrices * moe.expert_width * model.width + moe.expert_width + model.width
+        expert = (
+            count_matrices(self._config) * moe.expert_width * model.width
+            + moe.expert_width
+            + model.width
+        )
         return used - self._config.expert_layers * (moe.experts - k) * expert
 
     def by_k(self) -> dict[str, int]:

@@ -6,6 +6,7 @@ connections of its own, so one thread may use one while another thread trains; t
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -96,6 +97,18 @@ class MpiHost(Host):
         found = np.empty((self.ranks, *own.shape), own.dtype)
         self.comm.Allgather(own, found)
         return found
+
+
+def named(ranks: Sequence[int], one: str, many: str, *, most: int | None = None) -> str:
+    """Name ranks, with the verb that follows.
+
+    Example: [3] is "rank 3 is", and [0, 1, 2] with most=2 "ranks 0, 1 and 1 more are".
+    """
+    if len(ranks) == 1:
+        return f"rank {ranks[0]} {one}"
+    shown = ranks[:most]
+    more = f" and {len(ranks) - len(shown)} more" if len(ranks) > len(shown) else ""
+    return f"ranks {', '.join(map(str, shown))}{more} {many}"
 
 
 def odd_ones(values: list[Any], has: str = "has", have: str = "have", *, first: int = 0) -> str:

@@ -23,7 +23,7 @@ from typing import Any
 from torch import distributed as dist
 
 from foreroute.engine.errors import RunFailed, UserError
-from foreroute.engine.parallel.cpu_group import odd_ones
+from foreroute.engine.parallel.cpu_group import named, odd_ones
 
 _FAULT, _DONE = "fault", "done"
 FOR_EVER = timedelta(days=23)
@@ -202,9 +202,7 @@ class Watch:
             if rank != self._rank and sign == first[rank] and sign != _DONE
         ]
         if silent:
-            message = (
-                f"{_named(silent)} lost: no sign of life, last seen at {_place(last[silent[0]])}"
-            )
+            message = f"{named(silent, 'is', 'are')} lost: no sign of life, last seen at {_place(last[silent[0]])}"
             self.report(message)
             return message
         places = [_place(sign) for sign in last]
@@ -235,7 +233,7 @@ class Watch:
                 silence = (
                     f"no sign of life for {self._lost_after_s:.0f} s, last seen at {_place(sign)}"
                 )
-                self._post(f"{_named([neighbour])} lost: {silence}")
+                self._post(f"{named([neighbour], 'is', 'are')} lost: {silence}")
             limit_s = self._limit_s
             if self._clock.now() - self._since > limit_s:
                 places = odd_ones([_place(sign) for sign in self._signs()], "is at", "are at")
@@ -275,10 +273,6 @@ class Watch:
     def _try(self, use: Callable[[Any], Any]) -> Any:
         """Use the store; _GONE if there is none any more."""
         return _GONE if self._store is None else self._store.ask(use)
-
-
-def _named(ranks: list[int]) -> str:
-    return f"rank {ranks[0]} is" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} are"
 
 
 def _place(sign: str) -> str:

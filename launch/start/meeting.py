@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import timedelta
@@ -14,7 +14,7 @@ from torch import distributed as dist
 
 from foreroute.engine.config import ParallelConfig
 from foreroute.engine.errors import UserError, require
-from foreroute.engine.parallel.cpu_group import GlooHost, Host, MpiHost, expert_group_host
+from foreroute.engine.parallel.cpu_group import GlooHost, Host, MpiHost, expert_group_host, named
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.parallel.watchdog import FOR_EVER, Watch
 from foreroute.engine.parallel.world import World, agree, together
@@ -137,7 +137,7 @@ class _Meeting:
         _take_place(store, self._place, self.address)
         ranks = range(self._place.ranks)
         while away := [rank for rank in ranks if not store.check([f"came/{rank}"])]:
-            self._missing = f"{_named(away)} not come"
+            self._missing = f"{named(away, 'has', 'have', most=4)} not come"
             if self._over.wait(_GLANCE_S):
                 return store
         self._missing = "one has come and is gone"
@@ -158,17 +158,6 @@ class _Meeting:
         )
         store.set_timeout(timedelta(seconds=self._timeout_s))
         return store
-
-
-def _named(ranks: Sequence[int]) -> str:
-    """Name ranks that have not done something.
-
-    Example: [3] is "rank 3 has", [0, 1, 2, 5, 7, 8] is "ranks 0, 1, 2, 5 and 2 more have".
-    """
-    if len(ranks) == 1:
-        return f"rank {ranks[0]} has"
-    more = f" and {len(ranks) - 4} more" if len(ranks) > 4 else ""
-    return f"ranks {', '.join(map(str, ranks[:4]))}{more} have"
 
 
 def _agents_have_a_store() -> bool:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from foreroute.engine.checkpoint import files
 from foreroute.engine.checkpoint.save_load import find_newest
+from foreroute.engine.sealed_files import checksum
 from foreroute.launch.testing.runs import last_step, wait_until
 
 
@@ -106,7 +107,7 @@ def plant(folder, payload):
     del entry["checksum"]
     real = files.sha256_of(shard / "shard-00000.safetensors")
     entry["files"] = {"shard-00000.safetensors": {"bytes": len(payload), "sha256": real}}
-    entry["checksum"] = files.checksum(entry)  # all checksums are right
+    entry["checksum"] = checksum(entry)  # all checksums are right
     (shard / files.MANIFEST).write_text(json.dumps(entry))
 
 

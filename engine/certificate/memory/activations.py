@@ -106,9 +106,8 @@ class Activations:
         if not s.shared_out or shared:
             found.append(term("experts' input", "{} layers x {} tokens x {} width x {} bytes", layers, s.tokens, width, c))  # fmt: skip
         if shared:
-            each = (4 if s.gated else 1) * c + (
-                c + 1 if s.mask else 0
-            )  # its mask is ours: a byte anywhere
+            dropped = c + 1 if s.mask else 0  # its mask is ours: a byte anywhere
+            each = (4 if s.gated else 1) * c + dropped
             found.append(term("shared expert", "{} layers x {} tokens x {} hidden units x {} bytes", layers, s.tokens, shared, each))  # fmt: skip
         return found
 

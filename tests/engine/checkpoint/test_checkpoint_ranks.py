@@ -17,6 +17,7 @@ from foreroute.engine.checkpoint.save_load import STATE_KEYS, TrainingState
 from foreroute.engine.errors import UserError
 from foreroute.engine.parallel.cpu_group import GlooHost
 from foreroute.engine.parallel.mesh import Mesh
+from foreroute.engine.sealed_files import checksum
 from foreroute.engine.testing.ranks import run_ranks
 
 RANKS, GROUP, EXPERTS = 4, 2, 4
@@ -327,7 +328,7 @@ def test_a_manifest_that_lists_more_than_there_is(tried, tmp_path):
     manifest = checkpoint.read_manifest(path)
     key = "weight/x.experts.w1/00001"
     manifest["tensors"][key]["file"] = files.shard_name(1)
-    manifest["checksum"] = files.checksum(manifest)
+    manifest["checksum"] = checksum(manifest)
     (path / files.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="holds other tensors than the manifest says"):
         checkpoint.load(path, whole())
@@ -338,7 +339,7 @@ def test_a_checkpoint_that_does_not_say_how_many_ranks(tmp_path):
     path = checkpoint.save(tmp_path, whole(), training_state(4, 7, [0, 1]), facts={}, keep=1)
     manifest = json.loads((path / files.MANIFEST).read_text())
     del manifest["ranks"], manifest["expert_ranks"], manifest["checksum"]
-    manifest["checksum"] = files.checksum(manifest)
+    manifest["checksum"] = checksum(manifest)
     (path / files.MANIFEST).write_text(json.dumps(manifest))
     engine = PlainEngine(Mesh(), seed=1)
     state = checkpoint.load(path, engine)

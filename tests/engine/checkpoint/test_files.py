@@ -16,6 +16,7 @@ from foreroute.engine.checkpoint import save_load as checkpoint
 from foreroute.engine.errors import UserError
 from foreroute.engine.parallel.cpu_group import Host
 from foreroute.engine.parallel.mesh import Mesh
+from foreroute.engine.sealed_files import checksum
 
 SHARD = files.shard_name(0)
 
@@ -46,7 +47,7 @@ def rewrite(path, change):
     manifest = json.loads((path / files.MANIFEST).read_text())
     del manifest["checksum"]
     change(manifest)
-    manifest["checksum"] = files.checksum(manifest)
+    manifest["checksum"] = checksum(manifest)
     (path / files.MANIFEST).write_text(json.dumps(manifest))
 
 

@@ -32,6 +32,7 @@ from foreroute.engine.config import (
 )
 from foreroute.engine.errors import UserError
 from foreroute.engine.optim.deepspeed_engine import Engine, start
+from foreroute.engine.sealed_files import checksum
 
 
 @pytest.fixture(autouse=True)
@@ -412,7 +413,7 @@ def test_a_changed_number_in_the_manifest_is_found(two_checkpoints: Path, tmp_pa
     manifest = json.loads((two_checkpoints / "step-00000008" / "manifest.json").read_text())
     del manifest["checksum"]
     manifest["format"] = 2
-    file.write_text(json.dumps({**manifest, "checksum": files.checksum(manifest)}))
+    file.write_text(json.dumps({**manifest, "checksum": checksum(manifest)}))
     with pytest.raises(UserError, match="format version 2, this program reads 1"):
         checkpoint.read_manifest(path)
 

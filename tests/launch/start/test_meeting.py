@@ -1,6 +1,5 @@
 """How ranks meet: who does not come, or is gone before all have come, is waited for no longer than parallel.meet_s."""
 
-import os
 import re
 import signal
 import socket
@@ -81,16 +80,8 @@ def test_a_rank_that_came_and_is_gone(tmp_path):
 )
 def test_a_signal_ends_the_wait_at_once(tmp_path, number):
     """Inside PyTorch's calls no handler would run until they give up."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {
-        "RANK": "0",
-        "WORLD_SIZE": "2",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    environ = rank_environments(2)[0]
+    port = int(environ["MASTER_PORT"])
     code = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n{MAIN}"
     command = [sys.executable, "-c", code, *small_run(tmp_path), f"train.runs_dir={tmp_path}", "parallel.meet_s=100000"]  # fmt: skip
 
@@ -98,9 +89,7 @@ def test_a_signal_ends_the_wait_at_once(tmp_path, number):
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", port)) == 0
 
-    with subprocess.Popen(
-        command, env={**os.environ, **place}, stderr=subprocess.PIPE, text=True
-    ) as rank:
+    with subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True) as rank:
         try:
             wait_until(listens)
             time.sleep(0.5)
