@@ -8,14 +8,10 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 
 .PHONY: train test test-all test-cluster test-gpu lint clean
-# Tests are shared out over JOBS processes (tests/README.md), three on two cores since some wait; JOBS=0 keeps them in one, for a
-# debugger.
+# Tests are shared out over JOBS processes and one for the Triton kernels (tests/README.md), more than there are cores since some
+# wait; JOBS=0 keeps them in one, for a debugger.
 JOBS ?= 3
-PYTEST = $(RUN) -m pytest -n $(JOBS)
-SUITE = $(PYTEST) --dist loadfile --no-loadscope-reorder --ignore=tests/kernels/on_triton
-# The Triton kernels run in their interpreter, which must be chosen before the start: a process of its own. Exit code 5:
-# ARGS left no test.
-TRITON_SUITE = TRITON_INTERPRET=1 $(PYTEST) --dist worksteal tests/kernels/on_triton
+SUITES = ./tests/run_suites.sh $(JOBS) "$(RUN) -m pytest"
 # One thread: tests are many small operations, and other cores are at work on other tests.
 test test-all test-cluster: export OMP_NUM_THREADS = 1
 # They start Python often, which would compile this project's files each time; empty is unset.
@@ -27,13 +23,11 @@ train: $(VENV)/ready
 
 test: $(VENV)/ready
 	./tests/install_browser.sh
-	$(SUITE) -m "not slow and not gpu" $(ARGS)
-	$(TRITON_SUITE) -m "not slow and not gpu" $(ARGS) || [ $$? -eq 5 ]
+	$(SUITES) -m "not slow and not gpu" $(ARGS)
 
 test-all: $(VENV)/ready
 	./tests/install_browser.sh
-	$(SUITE) -m "not gpu" $(ARGS)
-	$(TRITON_SUITE) -m "not gpu" $(ARGS) || [ $$? -eq 5 ]
+	$(SUITES) -m "not gpu" $(ARGS)
 
 test-cluster: $(VENV)/ready
 	./tests/install_cluster.sh

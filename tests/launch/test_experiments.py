@@ -98,7 +98,7 @@ def shrink(config, text, folder):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow) if name.startswith("paper/") else name
+        pytest.param(name, marks=[pytest.mark.slow] * name.startswith(("paper/", "study/")))
         for name in FILES
     ],
 )

@@ -299,6 +299,7 @@ def test_ctrl_c_ends_cleanly(runs, tmp_path, task):
     assert not list(folder.glob("finetune/*"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SST2.is_dir(), reason="FOREROUTE_DATA has no sst2")
 def test_real_sentences(run, runs, tmp_path):
     """All 872 of dev, with bytes beyond ASCII; that a model of three steps is near chance is said."""

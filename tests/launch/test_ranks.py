@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -46,33 +44,15 @@ atexit.register(lambda: Path({folder!r}, {mark!r}).exists() or os._exit(9))
 """Exit code 9 if the process ends before the mark is there."""
 
 
-class Fresh:
-    """A program in an interpreter of its own, with the methods of engine.testing.ranks.Program."""
-
-    def __init__(self, code, arguments, environ):
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code, *arguments], env=environ,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    def __exit__(self, *_):
-        self.process.kill()
-        self.process.communicate()
-
-    def wait(self):
-        out, err = self.process.communicate(timeout=600)
-        return self.process.returncode, out, err
-
-
 class Ranks:
     """Two processes of the training program (or as many as have options of their own), started as torchrun would, without its
-    agent; each may run code before it. `Fresh` ones can be sent signals, and have an interpreter each."""
+    agent; each may run code before it."""
 
-    def __init__(self, folder, options, own_options=((), ()), code=("", ""), start=Program):
+    def __init__(self, folder, options, own_options=((), ()), code=("", "")):
         self.folder = folder
         environments = rank_environments(len(own_options))
         self.processes = [
-            start(
+            Program(
                 f"{before}\n{MAIN}", [*OPTIONS, f"train.runs_dir={folder}", *options, *own], environ
             )
             for own, before, environ in zip(own_options, code, environments, strict=True)
@@ -93,7 +73,7 @@ class Ranks:
         """Return when the first steps are logged."""
 
         def logged():
-            assert all(one.process.poll() is None for one in self.processes)
+            assert all(one.runs for one in self.processes)
             return last_step(self.folder) > 5
 
         wait_until(logged)
@@ -181,9 +161,9 @@ def test_a_run_goes_on_with_other_ranks(tmp_path, alone):
 def test_a_lost_rank_is_named(tmp_path, how):
     """Killed: its connections break. Stopped: they stay, and the other rank waits in a collective."""
     options = ["train.steps=100000", "train.log_every=5", SOON]
-    with Ranks(tmp_path, options, start=Fresh) as ranks:
+    with Ranks(tmp_path, options) as ranks:
         ranks.wait_for_steps()
-        ranks.processes[1].process.send_signal(how)
+        ranks.processes[1].send_signal(how)
         code, _, stderr = ranks.processes[0].wait()
     assert code == 1
     (line,) = lines(stderr)
@@ -209,11 +189,11 @@ def test_a_rank_that_is_stuck_in_the_first_step_ends_all(tmp_path):
 def test_a_suspended_job_wakes_up(tmp_path, alone):
     """Longer than the ranks wait for one that is lost, wherever each of them is; the result is as without."""
     options = ["model.dropout=0", f"parallel.timeout_s={AWAKE_S}"]
-    with Ranks(tmp_path, options, code=(SLOW, SLOW), start=Fresh) as ranks:
+    with Ranks(tmp_path, options, code=(SLOW, SLOW)) as ranks:
         ranks.wait_for_steps()
         for number in (signal.SIGSTOP, signal.SIGCONT, signal.SIGSTOP, signal.SIGCONT):
             for one in ranks.processes:
-                one.process.send_signal(number)
+                one.send_signal(number)
             time.sleep(1.5 * AWAKE_S if number == signal.SIGSTOP else 1)
         for code, _, stderr in ranks.wait():
             assert code == 0, stderr
@@ -286,9 +266,9 @@ def test_a_failure_of_all_is_one_line(tmp_path):
 
 @pytest.mark.dist
 def test_a_stop_of_one_rank_stops_all_behind_the_same_step(tmp_path):
-    with Ranks(tmp_path, ["train.steps=100000", "train.log_every=5"], start=Fresh) as ranks:
+    with Ranks(tmp_path, ["train.steps=100000", "train.log_every=5"]) as ranks:
         ranks.wait_for_steps()
-        ranks.processes[1].process.send_signal(signal.SIGTERM)
+        ranks.processes[1].send_signal(signal.SIGTERM)
         first, second = ranks.wait()
     assert (first[0], second[0]) == (143, 143), first[2] + second[2]
     assert "stopped at step" in first[1]

@@ -70,6 +70,7 @@ def test_batches_are_of_about_equal_length():
     assert longest != sorted(longest)  # not the short ones first
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SST2.is_dir(), reason="FOREROUTE_DATA has no sst2")
 def test_padding_of_sst2():
     """What engine/finetune/sentences.py says of it."""

@@ -114,8 +114,8 @@ run_and_leave(main)
 
 @pytest.mark.parametrize(
     ("group", "end", "code"),
-    [(True, "", 0), (True, "sys.exit(5)", 5), (True, "sys.exit('bad')", -signal.SIGABRT),
-     (False, "sys.exit(5)", -signal.SIGABRT)],
+    [(True, "sys.exit(5)", 5), (False, "sys.exit(5)", -signal.SIGABRT),
+     pytest.param(True, "", 0, marks=pytest.mark.slow), pytest.param(True, "sys.exit('bad')", -signal.SIGABRT, marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_a_process_with_a_group_leaves_before_the_interpreter_ends(group, end, code):
     """What the interpreter destroys at its end aborts, as a thread of gloo may; all else that belongs to an end was done."""

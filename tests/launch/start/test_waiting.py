@@ -36,7 +36,9 @@ def load():
     return f"ctypes.CDLL({runtimes[0]!r})"
 
 
-@pytest.mark.parametrize("start", [["-m"], ["-m", "mpi4py", "-m"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "start", [["-m"], pytest.param(["-m", "mpi4py", "-m"], marks=pytest.mark.slow)], ids=" ".join
+)
 def test_a_programs_threads_soon_sleep(start, load):
     assert spins("-c", f"import ctypes; {load}") > 10 * SOON  # control
     assert spins(*start, "launch.prepare", "--help") == SOON

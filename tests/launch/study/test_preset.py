@@ -147,7 +147,7 @@ def test_routing_changes_small_in_nothing_else():
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "overnight" else n for n in PRESETS]
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ("overnight", "small"))) for n in PRESETS]
 )  # fmt: skip
 def test_presets_compose(composing, tmp_path, name):
     preset = read_preset(name)
