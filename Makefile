@@ -2,7 +2,7 @@
 # make test    set everything up, run the tests; make test-all adds the slow ones
 # make test-cluster   tests on simulated machines and on a real Slurm; as root it installs what they need (Debian, Ubuntu)
 # make test-gpu   on a machine with a GPU: all tests of the kernels, natively
-# make lint    style and types
+# make lint    style, types and spelling (.pre-commit-config.yaml)
 PYTHON ?= python3.11
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -39,9 +39,7 @@ test-gpu: $(VENV)/ready
 	$(RUN) -m pytest tests/engine -m gpu $(ARGS)
 
 lint: $(VENV)/ready
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
+	$(VENV)/bin/pre-commit run --all-files
 
 # torch first and alone, at its pinned version: otherwise a dependency may pull another build of several GB.
 $(VENV)/ready: pyproject.toml constraints.txt

@@ -2,13 +2,14 @@
 
     python -m benchmarks.bench_plan --steps 6 --against HEAD~1 --times 5
 
-REV is checked out into a temporary git worktree, which is removed at the end. Both trees run the benchmark as it is in this
-one, in child processes and in an order drawn anew for each round: only what lies outside benchmarks/ differs. A benchmark that
-is to reach far back measures commands, such as `launch.train`, whose options last longer than functions do.
+REV is checked out into a temporary git worktree, which is removed at the end. Both trees run the benchmark as it is in
+this one, in child processes and in an order drawn anew for each round: only what lies outside benchmarks/ differs. A
+benchmark that is to reach far back measures commands, such as `launch.train`, whose options last longer than functions
+do.
 
-A benchmark takes part when it reads its options with `parse` and ends with harness.print_result. Numbers in that last line are
-compared by their minima over the rounds, so of those that are better when larger the ratio means little; texts, such as a
-hash of all losses, must be the same in every round.
+A benchmark takes part when it reads its options with `parse` and ends with harness.print_result. Numbers in that last
+line are compared by their minima over the rounds, so of those that are better when larger the ratio means little;
+texts, such as a hash of all losses, must be the same in every round.
 """
 
 import argparse
@@ -37,7 +38,7 @@ class Failed(RuntimeError):
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Read the options of the benchmark that runs; with --against compare it instead, and end the program."""
-    parser.add_argument("--against", metavar="REV", help="run this benchmark on REV, too, in turn, and print ratios")  # fmt: skip
+    parser.add_argument("--against", metavar="REV", help="run this benchmark on REV, too, in turn, and print ratios")
     parser.add_argument("--times", type=positive, default=3, help="rounds of --against; default 3")
     args = parser.parse_args()
     if args.against is None:
@@ -48,9 +49,7 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     _, arguments = own.parse_known_args()
     module = sys.modules["__main__"].__spec__
     assert module is not None  # started with -m
-    signal.signal(
-        signal.SIGTERM, lambda number, _: sys.exit(128 + number)
-    )  # so that the tree is removed
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the tree is removed
     try:
         found = compare(ROOT, args.against, [module.name, *arguments], args.times)
     except ValueError as error:
@@ -61,9 +60,7 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     sys.exit()
 
 
-def compare(
-    root: Path, rev: str, benchmark: Sequence[str], rounds: int
-) -> dict[str, list[Figures]]:
+def compare(root: Path, rev: str, benchmark: Sequence[str], rounds: int) -> dict[str, list[Figures]]:
     """Run a benchmark in turn from the tree at root and from a revision of it.
 
     Args:
@@ -79,9 +76,7 @@ def compare(
     """
     with worktree(root, rev) as other:
         if (root / "foreroute").is_dir() and not (other / "foreroute").is_dir():
-            raise Failed(
-                f"--against {rev}: is older than foreroute/, and would import what is installed"
-            )
+            raise Failed(f"--against {rev}: is older than foreroute/, and would import what is installed")
         shutil.rmtree(other / "benchmarks", ignore_errors=True)
         shutil.copytree(root / "benchmarks", other / "benchmarks")
         found: dict[str, list[Figures]] = {HERE: [], rev: []}
@@ -103,7 +98,7 @@ def worktree(root: Path, rev: str) -> Iterator[Path]:
     """
 
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)  # fmt: skip
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
 
     commit = git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{rev}^{{commit}}")
     if commit.returncode != 0:
@@ -127,8 +122,12 @@ def figures(tree: Path, name: str, benchmark: Sequence[str]) -> Figures:
     """
     done = subprocess.run(
         [sys.executable, "-m", *benchmark],
-        cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=tree,
+        env={**os.environ, "PYTHONPATH": str(tree)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise Failed(f"{benchmark[0]} on {name} ended with {done.returncode}: {last}")
@@ -147,20 +146,21 @@ def _leaves(found: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, fl
 
 
 def print_comparison(found: Mapping[str, Sequence[Figures]], rev: str) -> None:
-    """Print the minima of both trees and their ratio, below 1 where this tree has less; then all of it as one JSON line."""
+    """Print the minima of both trees and their ratio, below 1 where this tree has less; then all of it as one JSON
+    line."""
     both = [name for name in found[HERE][0] if name in found[rev][0]]
     minima: dict[str, dict[str, float]] = {HERE: {}, rev: {}}
     same = {}
     for name in both:
         values = {tree: [one[name] for one in rounds] for tree, rounds in found.items()}
-        numbers = {tree: [v for v in some if not isinstance(v, str)] for tree, some in values.items()}  # fmt: skip
+        numbers = {tree: [v for v in some if not isinstance(v, str)] for tree, some in values.items()}
         if all(numbers.values()):
             for tree in minima:
                 minima[tree][name] = min(numbers[tree])
         else:
             same[name] = len({*values[HERE], *values[rev]}) == 1
-    ratio = {name: least / minima[rev][name] for name, least in minima[HERE].items() if minima[rev][name]}  # fmt: skip
+    ratio = {name: least / minima[rev][name] for name, least in minima[HERE].items() if minima[rev][name]}
     rows = [[name, minima[HERE][name], minima[rev][name], ratio[name]] for name in ratio]
     rows += [[name, "", "", "same" if equal else "DIFFERS"] for name, equal in same.items()]
     print_table(["least", HERE, rev, "ratio"], rows)
-    print_result({"against": rev, "rounds": len(found[rev]), "minima": minima, "ratio": ratio, "same": same})  # fmt: skip
+    print_result({"against": rev, "rounds": len(found[rev]), "minima": minima, "ratio": ratio, "same": same})

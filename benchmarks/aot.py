@@ -2,8 +2,8 @@
 
 `compile_launch` specialises a kernels.launching.Launch as Triton's own launcher would (types, alignment, constants) and
 compiles it for a chip; `failures` names what would make it slow or impossible there: spilled registers, too much shared
-memory, no tensor-core instruction, narrow or synchronous accesses to rows. Nothing runs, nothing is timed; the tools come
-with the triton wheel. What to compile is chosen in benchmarks/kernels_static.py.
+memory, no tensor-core instruction, narrow or synchronous accesses to rows. Nothing runs, nothing is timed; the tools
+come with the triton wheel. What to compile is chosen in benchmarks/kernels_static.py.
 """
 
 import linecache
@@ -117,17 +117,21 @@ def compile_launch(launch: Launch, arch: str) -> Resources:
     if CHIPS[arch].target.backend == "hip":
         return _amd_resources(compiled.asm["amdgcn"], CHIPS[arch], warps, rows, shared=shared)
     return _nvidia_resources(
-        compiled.asm["cubin"], CHIPS[arch], warps, rows, shared=shared,
+        compiled.asm["cubin"],
+        CHIPS[arch],
+        warps,
+        rows,
+        shared=shared,
         tensor_columns=getattr(compiled.metadata, "tmem_size", None) or 0,
-    )  # fmt: skip
+    )
 
 
 def failures(launch: Launch, arch: str, resources: Resources) -> list[str]:
     """Say what is wrong with a compiled launch; an empty list is what the gate wants.
 
     A product is a kernel with PRECISION among its constants; kernels of rows have D. fp32 at full precision needs no
-    tensor core. On AMD only the limits, spills and matrix instructions are judged; scalar registers that spill into vector
-    registers stay on the chip and are not counted as spills.
+    tensor core. On AMD only the limits, spills and matrix instructions are judged; scalar registers that spill into
+    vector registers stay on the chip and are not counted as spills.
     """
     chip, found = CHIPS[arch], resources.instructions
     wrong = []
@@ -143,11 +147,7 @@ def failures(launch: Launch, arch: str, resources: Resources) -> list[str]:
     if product and not full and not any(name in found for name in _TENSOR_CORE):
         wrong.append("no tensor-core instruction")
     if chip.target.backend == "cuda" and "D" in launch.arguments:
-        wrong += [
-            failure
-            for row in resources.rows
-            for failure in _row_failures(row, product and chip.is_async)
-        ]
+        wrong += [failure for row in resources.rows for failure in _row_failures(row, product and chip.is_async)]
     return wrong
 
 
@@ -177,7 +177,8 @@ def occupancy(chip: Chip, registers: int, warps: int, shared_bytes: int) -> floa
     rounded = -(-max(registers, 1) // 8) * 8
     by_registers = chip.registers // (rounded * chip.target.warp_size * warps)
     by_shared = chip.shared_total_bytes // max(shared_bytes + chip.shared_reserved_bytes, 1)
-    return min(by_registers, by_shared, chip.warps // warps) * warps / chip.warps
+    resident: float = min(by_registers, by_shared, chip.warps // warps) * warps
+    return resident / chip.warps
 
 
 def _is_wide(opcode: str) -> bool:
@@ -196,9 +197,7 @@ def _row_accesses(ir: str, file: Path) -> Iterator[RowAccess]:
     for text in map(str.strip, ir.splitlines()):
         if text.startswith("}"):
             loops.pop()
-        access = re.search(
-            r"\btt\.(load|store) .*: (?:tensor<([\dx]+)x)?!tt\.ptr<\w+>.*loc\(#(\w+)\)", text
-        )
+        access = re.search(r"\btt\.(load|store) .*: (?:tensor<([\dx]+)x)?!tt\.ptr<\w+>.*loc\(#(\w+)\)", text)
         if access:
             rank = len(access[2].split("x")) if access[2] else 0
             found.append((rank, _line(places, access[3]), access[1] == "load", any(loops)))
@@ -241,14 +240,19 @@ def _nvidia_resources(
             total[label] += count
     rows = [replace(row, instructions=_of_row(row, opcodes)) for row in rows]
     return Resources(
-        registers, stack + local, total["STL"] + total["LDL"], 0, shared, tensor_columns,
-        dict(sorted(total.items())), tuple(rows), occupancy(chip, registers, warps, shared),
-    )  # fmt: skip
+        registers,
+        stack + local,
+        total["STL"] + total["LDL"],
+        0,
+        shared,
+        tensor_columns,
+        dict(sorted(total.items())),
+        tuple(rows),
+        occupancy(chip, registers, warps, shared),
+    )
 
 
-def _amd_resources(
-    code: str, chip: Chip, warps: int, rows: list[RowAccess], *, shared: int
-) -> Resources:
+def _amd_resources(code: str, chip: Chip, warps: int, rows: list[RowAccess], *, shared: int) -> Resources:
     def number(name: str) -> int:
         return int(re.search(rf"\.{name}:\s+(\d+)", code)[1])  # type: ignore[index]
 
@@ -260,9 +264,16 @@ def _amd_resources(
     registers = number("vgpr_count")
     found = {name: count for name, count in counts.items() if count}
     return Resources(
-        registers, number("private_segment_fixed_size"), number("vgpr_spill_count"), number("sgpr_spill_count"),
-        shared, 0, found, tuple(rows), occupancy(chip, registers, warps, shared),
-    )  # fmt: skip
+        registers,
+        number("private_segment_fixed_size"),
+        number("vgpr_spill_count"),
+        number("sgpr_spill_count"),
+        shared,
+        0,
+        found,
+        tuple(rows),
+        occupancy(chip, registers, warps, shared),
+    )
 
 
 def _opcodes(code: str) -> Counter[tuple[int, str]]:

@@ -56,9 +56,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     rows, ratio = [], {}
     for name, dtype in PRECISIONS.items():
-        best = minima_ms(
-            interleave(cases(args.streams, args.segment, args.memory, dtype), args.rounds, 2)
-        )
+        best = minima_ms(interleave(cases(args.streams, args.segment, args.memory, dtype), args.rounds, 2))
         ratio[name] = best["relative"] / best["plain"]
         rows.append((name, best["relative"], best["plain"], ratio[name]))
     print_table(("precision", "relative_ms", "plain_ms", "ratio"), rows)

@@ -1,16 +1,17 @@
-"""Time and memory of certifying a whole epoch of enwik8, and the errors of the models: `python -m benchmarks.bench_certify`.
+"""Time and memory of certifying a whole epoch of enwik8, and the errors of the models: `python -m
+benchmarks.bench_certify`.
 
-90,000,000 training ids, 4 layers with a table each (trigrams, 65,536 rows, 16 experts), k growing from 8 to 16, 64 ranks in
-expert groups of 8, 64 streams of 512: 2,746 steps, all counted. The text is a prefix of enwik8, repeated (`--text`, or
-enwik8_prefix/enwik8.first4154394 in the folder FOREROUTE_DATA), or random bytes where there is none. `--sample` counts every so
-manieth step only.
+90,000,000 training ids, 4 layers with a table each (trigrams, 65,536 rows, 16 experts), k growing from 8 to 16, 64
+ranks in expert groups of 8, 64 streams of 512: 2,746 steps, all counted. The text is a prefix of enwik8, repeated
+(`--text`, or enwik8_prefix/enwik8.first4154394 in the folder FOREROUTE_DATA), or random bytes where there is none.
+`--sample` counts every so manieth step only.
 
 `seconds` is for building the tables and counting; `peak_bytes` is the most memory that the process held until then.
-`count_mismatches`: some steps are planned by TablePlanner for every rank, as a run does, and every number that differs from the
-certificate's counts is one mismatch. `memory_model_error`: of the memory part, see benchmarks/memory_model.py; `--memory-cases`
-measures only the first so many of its cases, and no growth. `time_model_median_error`: of the time part, see
-benchmarks/certify_time.py, after calibrating this machine; `--time-ways` measures only the first so many ways to train, on one
-speed of the link.
+`count_mismatches`: some steps are planned by TablePlanner for every rank, as a run does, and every number that differs
+from the certificate's counts is one mismatch. `memory_model_error`: of the memory part, see benchmarks/memory_model.py;
+`--memory-cases` measures only the first so many of its cases, and no growth. `time_model_median_error`: of the time
+part, see benchmarks/certify_time.py, after calibrating this machine; `--time-ways` measures only the first so many ways
+to train, on one speed of the link.
 """
 
 import argparse
@@ -30,14 +31,7 @@ from foreroute.engine.certificate.counts.exact import certify
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.counts.replay import StepCounts, replay
 from foreroute.engine.certificate.counts.traffic import FORWARD, hops, leaving
-from foreroute.engine.config import (
-    Config,
-    DataConfig,
-    Growth,
-    MoEConfig,
-    ScheduleConfig,
-    TrainConfig,
-)
+from foreroute.engine.config import Config, DataConfig, Growth, MoEConfig, ScheduleConfig, TrainConfig
 from foreroute.engine.data.planned_batches import group_batch
 from foreroute.engine.data.streams import Ids, Streams
 from foreroute.engine.parallel.mesh import Mesh
@@ -55,7 +49,7 @@ def epoch(ids: Ids) -> Config:
     steps = Streams(ids, STREAMS, SEGMENT, 0).segments_per_epoch
     return Config(
         data=data, moe=MoEConfig(), schedule=ScheduleConfig(Growth.linear, 8, 16), train=TrainConfig(steps=steps)
-    )  # fmt: skip
+    )
 
 
 def read_text(path: str | None) -> Ids:
@@ -69,15 +63,12 @@ def read_text(path: str | None) -> Ids:
 
 def mismatches(config: Config, ids: Ids, tables: Sequence[Table], steps: Sequence[int]) -> int:
     """Plan the steps for every rank and count what differs from the certificate's counts."""
-    return sum(
-        differing(config, ids, tables, counts)
-        for counts in replay(config, ids, tables, PLACEMENT, steps)
-    )
+    return sum(differing(config, ids, tables, counts) for counts in replay(config, ids, tables, PLACEMENT, steps))
 
 
 def differing(config: Config, ids: Ids, tables: Sequence[Table], counts: StepCounts) -> int:
     """Plan one step for every rank and count the numbers that differ."""
-    streams, ranks, width = Streams(ids, STREAMS, SEGMENT, config.context), PLACEMENT.expert_ranks, config.model.width  # fmt: skip
+    streams, ranks, width = Streams(ids, STREAMS, SEGMENT, config.context), PLACEMENT.expert_ranks, config.model.width
     tokens = config.streams_per_micro_batch(PLACEMENT.world_size) * SEGMENT
     left_ygP = leaving(hops(counts, "tokens", PLACEMENT, tokens), FORWARD)[:, 0] * width * 4
     wrong = 0
@@ -88,7 +79,7 @@ def differing(config: Config, ids: Ids, tables: Sequence[Table], counts: StepCou
             batches = [
                 streams.batch(counts.step, streams.streams_of(rank, 0, world=PLACEMENT.world_size, accumulation=1))
                 for rank in mesh.group_ranks
-            ]  # fmt: skip
+            ]
             both = group_batch(batches)
             rows = [table.rows_of(*pair) for pair in zip(both.ids_PBQ, both.left_PBC, strict=True)]
             row_PT = np.stack([row_BQ.numpy().reshape(-1) for row_BQ in rows])
@@ -104,7 +95,7 @@ def differing(config: Config, ids: Ids, tables: Sequence[Table], counts: StepCou
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", help="file to repeat")
     parser.add_argument("--ids", type=positive, default=IDS, help="training ids")
     parser.add_argument("--sample", type=positive, default=1, help="count every so manieth step")
@@ -115,9 +106,7 @@ def main() -> None:
     ids = np.resize(read_text(args.text), args.ids)
     config = epoch(ids)
     begin = time.perf_counter()
-    tables = build_tables(
-        config.moe, SYMBOLS, ids, num_tables=config.model.layers, seed=1, cache_dir=None
-    )
+    tables = build_tables(config.moe, SYMBOLS, ids, num_tables=config.model.layers, seed=1, cache_dir=None)
     built, cpu = time.perf_counter(), time.process_time()
     found = certify(config, ids, tables, PLACEMENT, sample=args.sample)
     done, cpu = time.perf_counter(), time.process_time() - cpu
@@ -125,7 +114,7 @@ def main() -> None:
     last = config.train.steps - 1
     checked = sorted({round(last * i / args.checked) for i in range(1, args.checked + 1)})
     wrong = mismatches(config, ids, tables, checked)
-    print(f"{environment()}, {found.whole.steps:,} steps, {len(checked)} of them planned as a run does")  # fmt: skip
+    print(f"{environment()}, {found.whole.steps:,} steps, {len(checked)} of them planned as a run does")
     rows: list[list[object]] = [
         ["tables", built - begin],
         ["count", done - built],
@@ -134,10 +123,15 @@ def main() -> None:
     print_table(["", "seconds"], rows)
     memory_error = memory_model_error(args.memory_cases)
     time_error = time_model_error(args.time_ways)
-    print_result({
-        "seconds": done - begin, "peak_bytes": peak_bytes, "count_mismatches": wrong,
-        "time_model_median_error": time_error, "memory_model_error": memory_error,
-    })  # fmt: skip
+    print_result(
+        {
+            "seconds": done - begin,
+            "peak_bytes": peak_bytes,
+            "count_mismatches": wrong,
+            "time_model_median_error": time_error,
+            "memory_model_error": memory_error,
+        }
+    )
 
 
 if __name__ == "__main__":

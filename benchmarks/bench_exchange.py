@@ -1,15 +1,15 @@
 """Our exchange against DeepSpeed's, on one node and across a slow link: `python -m benchmarks.bench_exchange`.
 
-Four expert layers (width 256, 16 experts x 512, 8 active), forward and backward, 1,024 tokens on each of 4 ranks; the same
-weights and the same routing for all systems (benchmarks/exchange_systems.py), which are checked against each other before
-anything is timed. Ranks lie on this machine's loopback, or 2 and 2 on simulated nodes (benchmarks/cluster.py) whose link is
-shaped to 1 Gbit/s or 200 Mbit/s. `spread` tables balance single experts (builder balanced); `packed` ones have blocks of 8
-experts, those of one node.
+Four expert layers (width 256, 16 experts x 512, 8 active), forward and backward, 1,024 tokens on each of 4 ranks; the
+same weights and the same routing for all systems (benchmarks/exchange_systems.py), which are checked against each other
+before anything is timed. Ranks lie on this machine's loopback, or 2 and 2 on simulated nodes (benchmarks/cluster.py)
+whose link is shaped to 1 Gbit/s or 200 Mbit/s. `spread` tables balance single experts (builder balanced); `packed` ones
+have blocks of 8 experts, those of one node.
 
 * bytes: what leaves a rank for another, and what of it crosses the nodes' link, summed over the ranks. Counted in the
   collectives and, beforehand, from plans and routes; a difference ends the benchmark.
-* step: forward and backward of all layers. exchange: the step's collectives alone, one after the other. exposed: step less
-  the same step without sending anything. All are times of the slowest rank, fastest of interleaved rounds.
+* step: forward and backward of all layers. exchange: the step's collectives alone, one after the other. exposed: step
+  less the same step without sending anything. All are times of the slowest rank, fastest of interleaved rounds.
 * hidden_fraction: of the smaller of exchange and computation, what 4 chunks hide at 200 Mbit/s.
 
 Simulated nodes need root and iproute2; without them their figures are null and a line says why. Most of the ten minutes
@@ -51,19 +51,14 @@ Figures = dict[str, dict[str, dict[str, float]]]  # by tables, system and name
 def run(cluster: Cluster, systems: list[str], args: argparse.Namespace) -> Figures:
     """Run systems on 4 ranks of a cluster."""
     per_node = RANKS // len(cluster.nodes)
-    arguments = ["-m", "benchmarks.exchange_rank", "--rounds", str(args.rounds), "--per-node", str(per_node)]  # fmt: skip
+    arguments = ["-m", "benchmarks.exchange_rank", "--rounds", str(args.rounds), "--per-node", str(per_node)]
     arguments += ["--quick"] * args.quick + ["--systems", *systems]
     done = cluster.run_ranks(
-        arguments,
-        per_node=per_node,
-        seconds=LIMIT_S,
-        env={"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        arguments, per_node=per_node, seconds=LIMIT_S, env={"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     )
     for rank, process in enumerate(done):
         if process.code != 0:
-            sys.exit(
-                f"bench_exchange: rank {rank} ended with {process.code}:\n{process.err[-2000:]}"
-            )
+            sys.exit(f"bench_exchange: rank {rank} ended with {process.code}:\n{process.err[-2000:]}")
     found: Figures = json.loads(done[0].out.splitlines()[-1])
     return found
 
@@ -88,15 +83,9 @@ def show_eight_ranks(shape: Shape) -> None:
     rows = []
     for tables in BUILDERS:
         problem = make_problem(shape, tables, 8)
-        for system, count in (
-            ("ours", planned_bytes),
-            ("moe", moe_bytes),
-            ("autoep", autoep_bytes),
-        ):
+        for system, count in (("ours", planned_bytes), ("moe", moe_bytes), ("autoep", autoep_bytes)):
             found = count(problem, 4)
-            rows.append(
-                [SYSTEMS[system], tables, f"{found.left / 1e6:.1f}", f"{found.crossed / 1e6:.1f}"]
-            )
+            rows.append([SYSTEMS[system], tables, f"{found.left / 1e6:.1f}", f"{found.crossed / 1e6:.1f}"])
     print_table(["8 ranks on 2 nodes, counted", "tables", "MB sent", "MB crossing"], rows)
     print(flush=True)
 
@@ -116,9 +105,7 @@ def hidden(found: dict[str, float]) -> float:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=positive, default=2)
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
     args = parse(parser)
@@ -144,8 +131,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "bytes_ratio": {t: ratio(figures["loopback"], t, "autoep", "left") for t in BUILDERS},
         "step_ratio": {
-            name: ratio(figures.get(name), "spread", "moe", "step_ms")
-            for name in ("loopback", "1gbit", "200mbit")
+            name: ratio(figures.get(name), "spread", "moe", "step_ms") for name in ("loopback", "1gbit", "200mbit")
         }
         | {"200mbit_packed": ratio(figures.get("200mbit"), "packed", "moe", "step_ms")},
         "hidden_fraction": hidden(slow["spread"]["parts"]) if slow else None,

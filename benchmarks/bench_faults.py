@@ -1,13 +1,14 @@
-"""Kill ranks of a small training run at random moments, restart it until it is done, and compare with the run never killed.
+"""Kill ranks of a small training run at random moments, restart it until it is done, and compare with the run never
+killed.
 
     python -m benchmarks.bench_faults --trials 20
 
-Two ranks of experiment=debug with a checkpoint every few steps. A trial kills a random rank with SIGKILL: in the middle of
-training, inside the writing of a checkpoint, or in training and again while the restart starts up. Then it resumes. Every
-tensor of the last checkpoint (weights, moments, memories, random state) must equal the uninterrupted run's, bit for bit. Some
-runs are also stopped with SIGTERM. `end` is the time from the signal until all ranks have ended; `lost` is that and the time
-from the restart until the step in which the run was killed is done again: a start and steps done twice. `inside` counts
-kills while a checkpoint's temporary folder was there.
+Two ranks of experiment=debug with a checkpoint every few steps. A trial kills a random rank with SIGKILL: in the middle
+of training, inside the writing of a checkpoint, or in training and again while the restart starts up. Then it resumes.
+Every tensor of the last checkpoint (weights, moments, memories, random state) must equal the uninterrupted run's, bit
+for bit. Some runs are also stopped with SIGTERM. `end` is the time from the signal until all ranks have ended; `lost`
+is that and the time from the restart until the step in which the run was killed is done again: a start and steps done
+twice. `inside` counts kills while a checkpoint's temporary folder was there.
 """
 
 import argparse
@@ -34,9 +35,7 @@ from benchmarks.cluster import ROOT
 from benchmarks.harness import environment, positive, print_result, print_table
 
 RANKS, SAVE_EVERY, TIMEOUT_S = 2, 5, 120
-PATIENCE_S = (
-    1500.0  # for a start, a whole run or an end, on a machine that is busy with other things
-)
+PATIENCE_S = 1500.0  # for a start, a whole run or an end, on a machine that is busy with other things
 KINDS = ("training", "checkpoint", "restart")
 _LONGEST_WRITE_S = 0.02  # of a checkpoint here, on quiet cores
 
@@ -55,7 +54,15 @@ class Trial:
 
     def row(self) -> list[object]:
         """Give the table's row."""
-        return [self.kind, self.rank, self.step, "yes" if self.inside else "no", self.end_s, self.lost_s, self.fault or "identical"]  # fmt: skip
+        return [
+            self.kind,
+            self.rank,
+            self.step,
+            "yes" if self.inside else "no",
+            self.end_s,
+            self.lost_s,
+            self.fault or "identical",
+        ]
 
 
 class TrialFailed(Exception):
@@ -79,23 +86,36 @@ class Job:
     def started(self) -> Iterator[None]:
         """Start the ranks; whoever is left at the end of the block is killed."""
         options = [
-            "experiment=debug", "corpus=file", f"corpus.path={Path(__file__)}", f"corpus.cache_dir={self.folder.parent / 'cache'}",
-            "train.resume=true", f"train.runs_dir={self.folder}", f"train.steps={self.steps}", "train.log_every=1",
-            f"train.save_every={SAVE_EVERY}", f"parallel.expert_ranks={RANKS}", f"parallel.timeout_s={TIMEOUT_S}",
-            "train.threads=1", "eval.k=[1]", "eval.max_symbols=256",
-        ]  # fmt: skip
+            "experiment=debug",
+            "corpus=file",
+            f"corpus.path={Path(__file__)}",
+            f"corpus.cache_dir={self.folder.parent / 'cache'}",
+            "train.resume=true",
+            f"train.runs_dir={self.folder}",
+            f"train.steps={self.steps}",
+            "train.log_every=1",
+            f"train.save_every={SAVE_EVERY}",
+            f"parallel.expert_ranks={RANKS}",
+            f"parallel.timeout_s={TIMEOUT_S}",
+            "train.threads=1",
+            "eval.k=[1]",
+            "eval.max_symbols=256",
+        ]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        shared = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}  # fmt: skip
+        shared = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
         with (self.folder / "log.txt").open("ab") as log:
             self.processes = [
                 subprocess.Popen(
-                    [sys.executable, "-m", "launch.train", *options], cwd=ROOT, stdout=log, stderr=log,
+                    [sys.executable, "-m", "launch.train", *options],
+                    cwd=ROOT,
+                    stdout=log,
+                    stderr=log,
                     env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 )
                 for rank in range(RANKS)
-            ]  # fmt: skip
+            ]
         try:
             yield
         finally:
@@ -166,9 +186,7 @@ class Job:
         return {key: value for shard in shards for key, value in load_file(shard).items()}
 
 
-def attempt(
-    kind: str, job: Job, wanted: dict[str, torch.Tensor], start_s: float, chance: random.Random
-) -> Trial:
+def attempt(kind: str, job: Job, wanted: dict[str, torch.Tensor], start_s: float, chance: random.Random) -> Trial:
     """Kill or stop one run, restart it, and compare its end with what is wanted."""
     end_s, lost_s, step, inside = 0.0, 0.0, 0, False
     rank, fault = chance.randrange(RANKS), ""
@@ -180,11 +198,11 @@ def attempt(
         if kind == "restart":  # killed again before it trains, or as it begins to
             begun, wait_s, old = time.monotonic(), chance.uniform(0, start_s), job.metrics_file()
             with job.started():
-                job.wait_until(lambda: time.monotonic() > begun + wait_s or job.metrics_file() != old)  # fmt: skip
+                job.wait_until(lambda: time.monotonic() > begun + wait_s or job.metrics_file() != old)
                 lost_s += time.monotonic() - begun + end(job, chance.randrange(RANKS))
         lost_s += job.go_to_the_end(step)
         found = job.result()
-        differ = [key for key in wanted if key not in found or not torch.equal(found[key], wanted[key])]  # fmt: skip
+        differ = [key for key in wanted if key not in found or not torch.equal(found[key], wanted[key])]
         if differ or found.keys() != wanted.keys():
             fault = f"{len(differ)} of {len(wanted)} tensors differ"
     except TrialFailed as error:
@@ -223,9 +241,7 @@ def end(job: Job, rank: int, *, stop: bool = False) -> float:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the trials and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=positive, default=20)
     parser.add_argument("--stops", type=int, default=3, help="further runs, stopped with SIGTERM")
     parser.add_argument("--seed", type=int, default=0, help="chooses ranks and moments")

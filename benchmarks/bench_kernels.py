@@ -67,11 +67,12 @@ class Measured:
 
 def dense(
     rows: int, width: int, hidden: int, dtype: torch.dtype, *, bias: bool = True, device: str = "cpu"
-) -> GradCase:  # fmt: skip
+) -> GradCase:
     """Make the plain feed-forward that ratios refer to."""
 
     def leaf(*size: int) -> Tensor:
-        return (torch.randn(*size, device=device) / size[-1] ** 0.5).to(dtype).requires_grad_()
+        numbers: Tensor = torch.randn(*size, device=device) / size[-1] ** 0.5
+        return numbers.to(dtype).requires_grad_()
 
     x_ND, w1_FD, w2_DF = leaf(rows, width), leaf(hidden, width), leaf(width, hidden)
     b1_F, b2_D = (leaf(hidden), leaf(width)) if bias else (None, None)
@@ -86,16 +87,22 @@ def dense(
 
 def ours(
     problem: Problem, mode: str, *, masked: bool = False, backend: str = "cpu", precision: str = "ieee"
-) -> GradCase:  # fmt: skip
+) -> GradCase:
     """Make a case of kernels.moe_ffn."""
     rows, choice_N = expert_rows(problem.expert_TK, problem.num_experts)
     weight_N = problem.weight_TK.flatten()[choice_N].float()
 
     def forward() -> Tensor:
         return moe_ffn(
-            problem.x_TD, weight_N, problem.weights, rows,
-            masked=masked, mode=mode, backend=backend, precision=precision,
-        )  # fmt: skip
+            problem.x_TD,
+            weight_N,
+            problem.weights,
+            rows,
+            masked=masked,
+            mode=mode,
+            backend=backend,
+            precision=precision,
+        )
 
     return peers.case(problem, forward, tables=(*rows.tensors(), weight_N))
 
@@ -141,9 +148,12 @@ def cpu_cases(
 
 
 def measure(
-    label: str, cases: Mapping[str, GradCase], truths: Mapping[str, Truth], rounds: int,
+    label: str,
+    cases: Mapping[str, GradCase],
+    truths: Mapping[str, Truth],
+    rounds: int,
     turns: Mapping[str, Callable[[], object]],
-) -> Measured:  # fmt: skip
+) -> Measured:
     """Check, count what is kept for backward, time (the routed cases by their turns), and print the table."""
     passed, failed = passing(label, cases, truths, TOLERANCE[label])
     print(f"\n{label}: {len(truths) - len(failed)} of {len(truths)} cases pass their check")
@@ -153,9 +163,11 @@ def measure(
     measured = Measured(minima_ms(seconds), saved, failed)
     print_table(
         ("case", "ms", "ratio", "saved MB", "without indices"),
-        [(name, ms, measured.ratio(name), sum(saved[name]) / 1e6, saved[name].numbers / 1e6)
-         for name, ms in measured.ms.items()],
-    )  # fmt: skip
+        [
+            (name, ms, measured.ratio(name), sum(saved[name]) / 1e6, saved[name].numbers / 1e6)
+            for name, ms in measured.ms.items()
+        ],
+    )
     return measured
 
 
@@ -210,10 +222,7 @@ def run_cpu(rounds: int, shape: Shape) -> int:
     lean = measured["fp32"].saved.get("lean uniform")
     print_result(
         {
-            **{
-                label: {key: one.ratio(name) for key, name in own.items()}
-                for label, one in measured.items()
-            },
+            **{label: {key: one.ratio(name) for key, name in own.items()} for label, one in measured.items()},
             "peers": {name: _peer_ratios(measured, name) for name in peers.NAMES},
             "saved_bytes": None if lean is None else sum(lean),
             "saved_bytes_bound": bound,
@@ -289,24 +298,20 @@ def run_gpu(rounds: int, shapes: tuple[Shape, ...]) -> int:
     return 1 if failed else 0
 
 
-def print_gpu_table(
-    shape: Shape, label: str, ms: Mapping[str, float], peak_tflops: float, peak_gbytes: float
-) -> None:
+def print_gpu_table(shape: Shape, label: str, ms: Mapping[str, float], peak_tflops: float, peak_gbytes: float) -> None:
     """Print times and what they mean for a shape: FLOPs are 12 NDF, bytes those of least_bytes."""
     flops = 12 * shape.rows * shape.width * shape.hidden
     moved = least_bytes(shape, DTYPES[label].itemsize)
     rows = []
     for name, value in ms.items():
         done, rate = flops / value / 1e9, moved / value / 1e6
-        rows.append((name, value, value / ms["dense"], done, done / peak_tflops, rate, rate / peak_gbytes))  # fmt: skip
+        rows.append((name, value, value / ms["dense"], done, done / peak_tflops, rate, rate / peak_gbytes))
     print_table(("case", "ms", "ratio", "TFLOP/s", "of peak", "GB/s", "of peak"), rows)
 
 
 def main() -> int:
     """Measure and print; return the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=positive, default=10, help="default 10")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="a small shape; times mean nothing")

@@ -4,10 +4,11 @@
     log_every  20, as the quickstart has it, and 1
     wandb      disabled and offline
 
-Each run is a process of its own (two ranks: torchrun), with one thread a rank. Reported for each: the share of the steps' time
-that the metrics' own code takes on rank 0, which the run measures itself (metric_ms over step_ms; the first line is left out, for
-it holds the start of kernels and threads). Writing a line counts to the line behind it. Not in it are the hooks around modules
-that take the times of a step's parts: they are timed here, on empty modules. W&B's service is a process of its own; nor is it.
+Each run is a process of its own (two ranks: torchrun), with one thread a rank. Reported for each: the share of the
+steps' time that the metrics' own code takes on rank 0, which the run measures itself (metric_ms over step_ms; the first
+line is left out, for it holds the start of kernels and threads). Writing a line counts to the line behind it. Not in it
+are the hooks around modules that take the times of a step's parts: they are timed here, on empty modules. W&B's service
+is a process of its own; nor is it.
 """
 
 import argparse
@@ -62,16 +63,28 @@ def train(folder: Path, ranks: int, log_every: int, wandb: str, steps: int) -> l
         SystemExit: the run failed.
     """
     name = f"{ranks}-{log_every}-{wandb}"
-    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []  # fmt: skip
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     options = [
-        "experiment=quickstart", f"train.name={name}", f"train.runs_dir={folder}", f"train.steps={steps}",
-        f"train.log_every={log_every}", "train.threads=1", f"parallel.expert_ranks={ranks}", f"wandb.mode={wandb}",
-        "kernels.masked_from_k=16", "eval.k=[4]", "eval.max_symbols=1024",
-    ]  # fmt: skip
+        "experiment=quickstart",
+        f"train.name={name}",
+        f"train.runs_dir={folder}",
+        f"train.steps={steps}",
+        f"train.log_every={log_every}",
+        "train.threads=1",
+        f"parallel.expert_ranks={ranks}",
+        f"wandb.mode={wandb}",
+        "kernels.masked_from_k=16",
+        "eval.k=[4]",
+        "eval.max_symbols=1024",
+    ]
     done = subprocess.run(
         [sys.executable, *start, "-m", "launch.train", *options],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode != 0:
         raise SystemExit(f"{name} ended with {done.returncode}:\n{done.stderr[-2000:]}")
     return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
@@ -83,7 +96,9 @@ class Cost:
 
     metric_ms: float  # of a step, mean
     step_ms: float  # mean
-    median_share: float  # of metric_ms in step_ms, median over the lines: without those in which other work took the core
+    median_share: (
+        float  # of metric_ms in step_ms, median over the lines: without those in which other work took the core
+    )
 
     @property
     def share(self) -> float:
@@ -100,13 +115,11 @@ def cost(lines: list[dict[str, Any]]) -> Cost:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--steps", type=positive, default=100, help="of each run; a multiple of 20, at least 60")  # fmt: skip
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=positive, default=100, help="of each run; a multiple of 20, at least 60")
     args = parse(parser)
     if args.steps % 20 or args.steps < 60:
-        parser.error(
-            f"--steps {args.steps}: must be a multiple of 20 and at least 60 (the warm-up has 50)"
-        )
+        parser.error(f"--steps {args.steps}: must be a multiple of 20 and at least 60 (the warm-up has 50)")
     rows, found = [], {}
     with tempfile.TemporaryDirectory() as folder:
         for ranks, log_every, wandb in product((1, 2), (20, 1), ("disabled", "offline")):
@@ -114,7 +127,7 @@ def main() -> None:
             one = found[f"{ranks} ranks, log_every {log_every}, {wandb}"] = cost(lines)
             rows.append(
                 [ranks, log_every, wandb, one.metric_ms, one.step_ms, f"{one.share:.3%}", f"{one.median_share:.3%}"]
-            )  # fmt: skip
+            )
     print(environment())
     print_table(["ranks", "log_every", "wandb", "metric ms", "step ms", "share", "median"], rows)
     print_result(

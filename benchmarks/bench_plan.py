@@ -33,8 +33,15 @@ class GroupRouter(HashedRouter):
     """Plans for one rank of eight, as on eight GPUs, and then gives the plan of the one rank that really runs."""
 
     def plan(
-        self, ids_PBQ: Tensor, left_PBC: Tensor, k: int, *, draw: Draw | None = None, gather: bool = False, chunks: int = 1
-    ) -> Plan:  # fmt: skip
+        self,
+        ids_PBQ: Tensor,
+        left_PBC: Tensor,
+        k: int,
+        *,
+        draw: Draw | None = None,
+        gather: bool = False,
+        chunks: int = 1,
+    ) -> Plan:
         """Plan twice."""
         everyone = torch.cat([ids_PBQ] * RANKS), torch.cat([left_PBC] * RANKS)
         self.group.plan(*everyone, k)
@@ -50,13 +57,9 @@ class GroupRouter(HashedRouter):
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument(
-        "--steps", type=int, default=6, help="training steps for plan_wait_fraction"
-    )
+    parser.add_argument("--steps", type=int, default=6, help="training steps for plan_wait_fraction")
     args = parse(parser)
     keep_freed_memory()
     step = argparse.Namespace(dropout=0.1, precision="fp32")

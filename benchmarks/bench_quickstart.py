@@ -1,10 +1,12 @@
-"""Seconds of the quickstart as a person starts it, alone and beside one busy process: `python -m benchmarks.bench_quickstart`.
+"""Seconds of the quickstart as a person starts it, alone and beside one busy process: `python -m
+benchmarks.bench_quickstart`.
 
     python -m benchmarks.bench_quickstart --steps 60 --symbols 60000 --against HEAD~1
 
-`training` is the steps' own time, `evaluation` from the line that announces it to the end of the process: the curve over k, the
-counting baselines, plots and the summary. `losses` is a hash of every logged loss and of bpc at each k: it says whether two
-trees compute the same bits. The case beside a process has an endless loop next to it, on as many cores as there are.
+`training` is the steps' own time, `evaluation` from the line that announces it to the end of the process: the curve
+over k, the counting baselines, plots and the summary. `losses` is a hash of every logged loss and of bpc at each k: it
+says whether two trees compute the same bits. The case beside a process has an endless loop next to it, on as many cores
+as there are.
 """
 
 import argparse
@@ -48,9 +50,7 @@ def timed(command: list[str]) -> tuple[float, float]:
     """
     start = evaluating = time.perf_counter()
     line = "no message"
-    with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as run:
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
         assert run.stdout is not None
         for line in run.stdout:
             if line.startswith("evaluating"):
@@ -69,33 +69,37 @@ def quickstart(steps: int, symbols: int) -> dict[str, float | str]:
     """
     with tempfile.TemporaryDirectory() as folder:
         options = [
-            f"train.runs_dir={folder}", f"train.steps={steps}", f"eval.max_symbols={symbols}",
+            f"train.runs_dir={folder}",
+            f"train.steps={steps}",
+            f"eval.max_symbols={symbols}",
             f"optim.warmup_steps={min(50, steps)}",
             "kernels.masked_from_k=16",  # otherwise measured, and rounded differently from run to run
-        ]  # fmt: skip
+        ]
         command = [sys.executable, "-u", "-m", "launch.train", "experiment=quickstart", *options]
         whole, evaluation = timed(command)
         summary = json.loads((Path(folder) / "quickstart/summary.json").read_text())
         rows = (Path(folder) / "quickstart/metrics.jsonl").read_text().splitlines()
     seen = json.dumps([[json.loads(row).get("loss") for row in rows], summary["bpc"]]).encode()
     return {
-        "training": summary["training_seconds"], "evaluation": evaluation, "all": whole,
+        "training": summary["training_seconds"],
+        "evaluation": evaluation,
+        "all": whole,
         "losses": hashlib.sha256(seen).hexdigest()[:16],
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--steps", type=positive, default=60, help="default 60; the quickstart has 1200")  # fmt: skip
-    parser.add_argument("--symbols", type=int, default=60_000, help="of the test split; 0 for all of it")  # fmt: skip
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=positive, default=60, help="default 60; the quickstart has 1200")
+    parser.add_argument("--symbols", type=int, default=60_000, help="of the test split; 0 for all of it")
     args = parse(parser)
     found = {"alone": quickstart(args.steps, args.symbols)}
     with busy_process():
         found["beside"] = quickstart(args.steps, args.symbols)
     print(environment())
     names = "training", "evaluation", "all"
-    print_table(["seconds", *names, "losses"], [[case, *one.values()] for case, one in found.items()])  # fmt: skip
+    print_table(["seconds", *names, "losses"], [[case, *one.values()] for case, one in found.items()])
     print_result(found)
 
 

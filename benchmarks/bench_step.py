@@ -1,4 +1,5 @@
-"""Time of a whole training step with experts against the dense model of equal parameters: `python -m benchmarks.bench_step`.
+"""Time of a whole training step with experts against the dense model of equal parameters: `python -m
+benchmarks.bench_step`.
 
 Published shapes of SMoE-Dropout (4 layers, width 256, 16 experts x 512, segment and memory 512) with 4 streams. All
 cases take turns in one process and share attention, optimizer (Adam through DeepSpeed) and text; only the feed-forward
@@ -79,11 +80,7 @@ class Arm:
         routers: list[PlannedRouter] | None,
     ) -> None:
         streams = Streams(
-            corpus.split(Split.train),
-            config.data.streams,
-            config.data.segment,
-            config.context,
-            config.data.start,
+            corpus.split(Split.train), config.data.streams, config.data.segment, config.context, config.data.start
         )
         batches = TrainingBatches(config, streams, Mesh(), routers)
         self.config, self.engine, self.forward_times = config, engine, forward_times
@@ -91,18 +88,13 @@ class Arm:
         self.step = 0
         self.times: list[StepTimes] = []
         self.loader = PlannedLoader(
-            batches.read, batches.plan, lambda step: k, steps=range(10**6), accumulation=1, prefetch=2,
-        )  # fmt: skip
+            batches.read, batches.plan, lambda step: k, steps=range(10**6), accumulation=1, prefetch=2
+        )
 
     def __call__(self) -> None:
         """Run one training step."""
         result = train_step(
-            self.engine,
-            self.loader,
-            self.memory,
-            self.config,
-            step=self.step,
-            forward_times=self.forward_times,
+            self.engine, self.loader, self.memory, self.config, step=self.step, forward_times=self.forward_times
         )
         self.times.append(result.times)
         self.step += 1
@@ -118,9 +110,7 @@ def _arms(config: Config, corpus: PreparedCorpus, ks: Sequence[int]) -> list[Arm
 def layer_cases(config: Config, corpus: PreparedCorpus) -> dict[str, Callable[[], object]]:
     """Forward and backward of the feed-forward part alone, at each k and dense."""
     torch.manual_seed(0)
-    streams = Streams(
-        corpus.split(Split.train), config.data.streams, config.data.segment, config.context
-    )
+    streams = Streams(corpus.split(Split.train), config.data.streams, config.data.segment, config.context)
     batch = streams.batch(0, range(config.data.streams))
     routers = build_routers(config, corpus)
     layer = MoELayer(config.model.width, config.moe, config.kernels, 0).train()
@@ -142,9 +132,7 @@ def layer_cases(config: Config, corpus: PreparedCorpus) -> dict[str, Callable[[]
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--dropout", type=float, default=0.1, help="the published value by default")
     parser.add_argument("--precision", choices=[p.name for p in Precision], default="fp32")
@@ -161,17 +149,20 @@ def main() -> None:
     outside = sum(time.outside_ms for time in times) / sum(time.step_ms for time in times)
     for arm in arms.values():
         arm.loader.close()
-    print(
-        f"{environment()}, {args.precision}, dropout {args.dropout}, masked from k={config.kernels.masked_from_k}"
-    )
+    print(f"{environment()}, {args.precision}, dropout {args.dropout}, masked from k={config.kernels.masked_from_k}")
     print_table(
         ["feed-forward", "step ms", "to dense", "layer ms", "to dense"],
         [
-            [name if name == "dense" else f"k={name}", step_ms[name], step_ms[name] / step_ms["dense"],
-             layer_ms[name], layer_ms[name] / layer_ms["dense"]]
+            [
+                name if name == "dense" else f"k={name}",
+                step_ms[name],
+                step_ms[name] / step_ms["dense"],
+                layer_ms[name],
+                layer_ms[name] / layer_ms["dense"],
+            ]
             for name in arms
         ],
-    )  # fmt: skip
+    )
     shown = [str(k) for k in KS if k > 2]
     print_result(
         {

@@ -2,11 +2,12 @@
 
     product_*       products of square matrices from 16 to 1,024 rows, one thread
     memory, start   adding two arrays of 32 MB, and of one number
-    scale           steps of small one-rank runs through the engine, fitted by non-negative least squares on relative errors
-    inside          all-to-alls between ranks of this machine, all at once (benchmarks/link_rank.py)
+    scale           steps of small one-rank runs through the engine, fitted by non-negative least squares on relative
+    errors inside          all-to-alls between ranks of this machine, all at once (benchmarks/link_rank.py)
     sharing         a computation on 1, 2 and 4 ranks at once
 
-Its last lines say what to set train.peak_tflops to on this machine, for the metric mfu: the rate of the fastest product.
+Its last lines say what to set train.peak_tflops to on this machine, for the metric mfu: the rate of the fastest
+product.
 
 None of the runs has the shape of one whose time benchmarks/bench_certify.py predicts. The link between nodes is not
 measured, as there is one machine: it is written as this machine's own; edit it, or take it from a preset.
@@ -30,12 +31,7 @@ from benchmarks.cluster import ROOT, Cluster, Finished, one_node
 from benchmarks.harness import fastest, print_table
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.counts.replay import replay
-from foreroute.engine.certificate.time.cluster import (
-    ClusterConfig,
-    LinkConfig,
-    ScaleConfig,
-    SharingConfig,
-)
+from foreroute.engine.certificate.time.cluster import ClusterConfig, LinkConfig, ScaleConfig, SharingConfig
 from foreroute.engine.certificate.time.step_time import StepModel, StepTime
 from foreroute.engine.config import (
     Config,
@@ -60,9 +56,20 @@ TARGET = ROOT / "conf" / "cluster" / "this_machine.yaml"
 
 
 def small_run(
-    *, streams: int = 4, segment: int = 64, layers: int = 2, width: int = 128, heads: int = 4, memory: int = 64,
-    experts: int = 8, expert_width: int = 128, k: int = 2, dropout: float = 0.0, steps: int = 12, stage: int = 1,
-) -> Config:  # fmt: skip
+    *,
+    streams: int = 4,
+    segment: int = 64,
+    layers: int = 2,
+    width: int = 128,
+    heads: int = 4,
+    memory: int = 64,
+    experts: int = 8,
+    expert_width: int = 128,
+    k: int = 2,
+    dropout: float = 0.0,
+    steps: int = 12,
+    stage: int = 1,
+) -> Config:
     """Give a run of the quickstart's text with a hashed router, without masked products."""
     return Config(
         corpus=CorpusConfig(cache_dir=str(ROOT / ".cache")),
@@ -74,7 +81,7 @@ def small_run(
         train=TrainConfig(steps=WARM_STEPS + steps, zero_stage=stage),
         eval=EvalConfig(k=[1]),
         kernels=KernelsConfig(masked_from_k=experts + 1),
-    )  # fmt: skip
+    )
 
 
 RUNS: list[Config] = [
@@ -159,18 +166,14 @@ def outputs(done: Sequence[Finished]) -> str:
     return done[0].out.strip().splitlines()[-1]
 
 
-def step_seconds(
-    configs: Sequence[Config], cluster: Cluster, *, per_node: int, seconds: float = 900
-) -> list[float]:
+def step_seconds(configs: Sequence[Config], cluster: Cluster, *, per_node: int, seconds: float = 900) -> list[float]:
     """Run configurations one after the other on all ranks of a cluster; gives the fastest step of each."""
     with tempfile.TemporaryDirectory() as folder:
         cases = Path(folder) / "cases.json"
         cases.write_text(json.dumps([to_plain(config) for config in configs]))
         arguments = ["-m", "benchmarks.step_rank", str(cases), folder]
         env = {"OMP_NUM_THREADS": "1"}
-        found = json.loads(
-            outputs(cluster.run_ranks(arguments, per_node=per_node, seconds=seconds, env=env))
-        )
+        found = json.loads(outputs(cluster.run_ranks(arguments, per_node=per_node, seconds=seconds, env=env)))
     return [min(row["step_ms"] for row in rows[WARM_STEPS:]) / 1e3 for rows in found]
 
 
@@ -190,16 +193,15 @@ def parts_of(config: Config, cluster: ClusterConfig) -> NDArray[np.float64]:
     zero = dict.fromkeys(names, 0.0)
     return np.array(
         [
-            predict(
-                config, replace(cluster, scale=ScaleConfig(**{**zero, name: 1.0})), Placement()
-            ).total
+            predict(config, replace(cluster, scale=ScaleConfig(**{**zero, name: 1.0})), Placement()).total
             for name in names
         ]
     )
 
 
 def fit(parts: NDArray[np.float64], measured: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Fit measured = parts @ scales with scales >= 0, minimising the squared relative errors; tries every set of scales."""
+    """Fit measured = parts @ scales with scales >= 0, minimising the squared relative errors; tries every set of
+    scales."""
     relative = parts / measured[:, None]
     best, least = np.zeros(parts.shape[1]), np.inf
     for size in range(1, parts.shape[1] + 1):
@@ -212,9 +214,7 @@ def fit(parts: NDArray[np.float64], measured: NDArray[np.float64]) -> NDArray[np
     return best
 
 
-def scales(
-    cluster: ClusterConfig, measured: Sequence[float]
-) -> tuple[ScaleConfig, list[list[object]]]:
+def scales(cluster: ClusterConfig, measured: Sequence[float]) -> tuple[ScaleConfig, list[list[object]]]:
     """Fit the scales; gives them and a table of the runs."""
     parts = np.stack([parts_of(config, cluster) for config in RUNS])
     found = fit(parts, np.array(measured))
@@ -231,9 +231,7 @@ def scales(
 def measure_links(cluster: Cluster, *, per_node: int) -> dict[str, float]:
     """Run benchmarks/link_rank.py on all ranks of a cluster."""
     env = {"OMP_NUM_THREADS": "1"}
-    done = cluster.run_ranks(
-        ["-m", "benchmarks.link_rank"], per_node=per_node, seconds=300, env=env
-    )
+    done = cluster.run_ranks(["-m", "benchmarks.link_rank"], per_node=per_node, seconds=300, env=env)
     found: dict[str, float] = json.loads(outputs(done))
     return found
 
@@ -259,21 +257,16 @@ def calibrate(rank_numbers: Sequence[int] = (2, 4)) -> tuple[ClusterConfig, list
     today = f"measured by benchmarks/calibrate.py, {date.today():%Y-%m}"
     sources = dict.fromkeys(
         ("product_fp32", "product_bf16", "memory_gb_per_s", "operation_us", "scale", "inside", "sharing"), today
-    )  # fmt: skip
+    )
     sources["between"] = "not measured: this machine's own ranks"
     return replace(
-        cluster,
-        scale=scale,
-        inside=link,
-        between=link,
-        sharing=[SharingConfig(1, 1.0), *shared],
-        sources=sources,
+        cluster, scale=scale, inside=link, between=link, sharing=[SharingConfig(1, 1.0), *shared], sources=sources
     ), rows
 
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=TARGET, help="file to write")
     args = parser.parse_args()
     peaks = peak_lines()

@@ -1,22 +1,16 @@
 """How far the certificate's time model is from measured steps, for benchmarks/bench_certify.py.
 
-2 and 4 ranks on two simulated nodes (benchmarks/cluster.py) whose link has three speeds; several ways to train one model
-on them. The cluster is described by benchmarks/calibrate.py: its one-rank runs have other shapes, and the links are
-measured by all-to-alls. Compared are fastest steps, and the way that the model recommends with the fastest one measured.
+2 and 4 ranks on two simulated nodes (benchmarks/cluster.py) whose link has three speeds; several ways to train one
+model on them. The cluster is described by benchmarks/calibrate.py: its one-rank runs have other shapes, and the links
+are measured by all-to-alls. Compared are fastest steps, and the way that the model recommends with the fastest one
+measured.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
-from benchmarks.calibrate import (
-    calibrate,
-    inside_link,
-    measure_links,
-    predict,
-    small_run,
-    step_seconds,
-)
+from benchmarks.calibrate import calibrate, inside_link, measure_links, predict, small_run, step_seconds
 from benchmarks.cluster import Cluster, one_node, two_nodes, why_not
 from benchmarks.harness import print_table
 from foreroute.engine.certificate.counts.placement import Placement
@@ -50,7 +44,7 @@ def ways(ranks: int) -> Iterator[tuple[str, Config]]:
     """Give ways to train RUN on so many ranks, with a name for each."""
     sizes = [size for size in (1, 2, 4) if size <= ranks]
     for size in sizes:
-        kinds = [("tokens", 1, None), ("tokens", 4, None), ("gather", 1, None), ("tokens", 1, 16 // size)]  # fmt: skip
+        kinds = [("tokens", 1, None), ("tokens", 4, None), ("gather", 1, None), ("tokens", 1, 16 // size)]
         for kind, chunks, pack in kinds if size > 1 else kinds[:1]:
             name = f"group {size} {kind}" if size > 1 else "no groups"
             name += f", {chunks} chunks" if chunks > 1 else ""
@@ -61,9 +55,7 @@ def ways(ranks: int) -> Iterator[tuple[str, Config]]:
                 replace(
                     RUN,
                     moe=replace(RUN.moe, builder=builder, pack=pack),
-                    parallel=ParallelConfig(
-                        expert_ranks=size, exchange=ExchangeKind[kind], chunks=chunks
-                    ),
+                    parallel=ParallelConfig(expert_ranks=size, exchange=ExchangeKind[kind], chunks=chunks),
                 ),
             )
 
@@ -76,9 +68,7 @@ def linked(cluster: ClusterConfig, nodes: Cluster, *, per_node: int) -> ClusterC
     return replace(cluster, between=link, overlap=found["overlap"])
 
 
-def compare(
-    cluster: ClusterConfig, per_node: int, rates: Sequence[str], limit: int | None = None
-) -> list[Compared]:
+def compare(cluster: ClusterConfig, per_node: int, rates: Sequence[str], limit: int | None = None) -> list[Compared]:
     """Predict and measure on two nodes of so many ranks, at each speed of their link.
 
     Args:
@@ -89,9 +79,7 @@ def compare(
     with one_node() as node:
         found = measure_links(node, per_node=ranks)
     shared = [SharingConfig(per_node, found["slowdown"])]  # simulated nodes share the cores
-    described = replace(
-        cluster, ranks_per_node=per_node, inside=inside_link(found, ranks), sharing=shared
-    )
+    described = replace(cluster, ranks_per_node=per_node, inside=inside_link(found, ranks), sharing=shared)
     chosen = list(ways(ranks))[:limit]
     configs = [config for _, config in chosen]
     results = []
@@ -99,8 +87,7 @@ def compare(
         with two_nodes(rate) as nodes:
             here = linked(described, nodes, per_node=per_node)
             predicted = [
-                predict(config, here, Placement(ranks, config.parallel.expert_ranks, per_node))
-                for config in configs
+                predict(config, here, Placement(ranks, config.parallel.expert_ranks, per_node)) for config in configs
             ]
             measured = step_seconds(configs, nodes, per_node=per_node)
         results += [
@@ -126,9 +113,7 @@ def time_model_error(limit: int | None = None) -> float | None:
     found = [one for per_node in (1, 2) for one in compare(cluster, per_node, rates, limit)]
     print_table(*table(found))
     for name, regret in regrets(found).items():
-        print(
-            f"{name}: the recommended way takes {regret:.1%} longer than the fastest one measured"
-        )
+        print(f"{name}: the recommended way takes {regret:.1%} longer than the fastest one measured")
     return median_error(found)
 
 
@@ -143,8 +128,7 @@ def regrets(found: Sequence[Compared]) -> dict[str, float]:
     for one in found:
         clusters.setdefault(f"{one.ranks} ranks, {one.rate}", []).append(one)
     return {
-        name: min(ways_here, key=lambda one: one.predicted.total).measured_s
-        / min(one.measured_s for one in ways_here)
+        name: min(ways_here, key=lambda one: one.predicted.total).measured_s / min(one.measured_s for one in ways_here)
         - 1
         for name, ways_here in clusters.items()
     }
@@ -152,11 +136,11 @@ def regrets(found: Sequence[Compared]) -> dict[str, float]:
 
 def table(found: Sequence[Compared]) -> tuple[list[str], list[list[object]]]:
     """Lay out what was compared: times in ms."""
-    header = ["link", "ranks", "way", "measured", "model", "error", "compute", "exchange", "gradients", "optimizer"]  # fmt: skip
+    header = ["link", "ranks", "way", "measured", "model", "error", "compute", "exchange", "gradients", "optimizer"]
     rows: list[list[object]] = []
     for one in found:
         time = one.predicted
-        parts = time.attention + time.experts + time.rest, time.exchange, time.gradients, time.optimizer  # fmt: skip
+        parts = time.attention + time.experts + time.rest, time.exchange, time.gradients, time.optimizer
         values = [f"{1e3 * value:.1f}" for value in (one.measured_s, time.total)]
-        rows.append([one.rate, one.ranks, one.name, *values, f"{one.error:.1%}", *(f"{1e3 * p:.1f}" for p in parts)])  # fmt: skip
+        rows.append([one.rate, one.ranks, one.name, *values, f"{one.error:.1%}", *(f"{1e3 * p:.1f}" for p in parts)])
     return header, rows

@@ -3,14 +3,15 @@
     with two_nodes("200mbit") as cluster:
         done = cluster.run_ranks(["-m", "benchmarks.exchange_rank"], per_node=2, seconds=300)
 
-Two nodes are two network namespaces joined by a veth pair; what a node sends over it is shaped by tbf (token bucket) to the
-rate, in both directions. Traffic inside a node goes over the loopback device of its namespace, unlimited. A node has a
-hostname of its own, which both nodes can look up; processes and files are this machine's. It needs root and iproute2
-(`ip`, `tc`); why_not() says what is missing. `one_node` is this machine itself, for comparison: no namespace, no root.
+Two nodes are two network namespaces joined by a veth pair; what a node sends over it is shaped by tbf (token bucket) to
+the rate, in both directions. Traffic inside a node goes over the loopback device of its namespace, unlimited. A node
+has a hostname of its own, which both nodes can look up; processes and files are this machine's. It needs root and
+iproute2 (`ip`, `tc`); why_not() says what is missing. `one_node` is this machine itself, for comparison: no namespace,
+no root.
 
-Namespaces, and so the hostnames, are called foreroute-PID-NUMBER-NODE. They are removed, with every process in them, when
-the block is left, however it is left; those of a user that was killed are removed by the next one. Other users' are left
-alone.
+Namespaces, and so the hostnames, are called foreroute-PID-NUMBER-NODE. They are removed, with every process in them,
+when the block is left, however it is left; those of a user that was killed are removed by the next one. Other users'
+are left alone.
 """
 
 import itertools
@@ -85,10 +86,11 @@ class Cluster:
 
     def run_ranks(
         self, arguments: Sequence[str], *, per_node: int, seconds: float, env: Mapping[str, str] | None = None
-    ) -> list[Finished]:  # fmt: skip
+    ) -> list[Finished]:
         """Run `python ARGUMENTS` as a rank of its own `per_node` times on each node; results in the order of ranks.
 
-        Each process finds RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT and GLOO_SOCKET_IFNAME.
+        Each process finds RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT and
+        GLOO_SOCKET_IFNAME.
         """
         port, commands = free_port(), []
         for number, node in enumerate(self.nodes):
@@ -105,7 +107,7 @@ class Cluster:
 
     def run_nodes(
         self, command: Callable[[int], Sequence[str]], *, seconds: float, env: Mapping[str, str] | None = None
-    ) -> list[Finished]:  # fmt: skip
+    ) -> list[Finished]:
         """Run command(node's number) once on each node, such as torchrun; results in the order of nodes.
 
         Each finds MASTER_ADDR, MASTER_PORT and GLOO_SOCKET_IFNAME.
@@ -117,9 +119,7 @@ class Cluster:
         ]
         return _run(commands, seconds)
 
-    def run_first(
-        self, command: Sequence[str], *, seconds: float, env: Mapping[str, str] | None = None
-    ) -> Finished:
+    def run_first(self, command: Sequence[str], *, seconds: float, env: Mapping[str, str] | None = None) -> Finished:
         """Run a command on the first node, such as mpirun, which reaches the others by itself."""
         return _run([(self.nodes[0], command, env or {})], seconds)[0]
 
@@ -142,11 +142,7 @@ class Cluster:
         return total
 
     def _meeting(self, node: Node, port: int) -> dict[str, str]:
-        return {
-            "MASTER_ADDR": self.nodes[0].address,
-            "MASTER_PORT": str(port),
-            "GLOO_SOCKET_IFNAME": node.interface,
-        }
+        return {"MASTER_ADDR": self.nodes[0].address, "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": node.interface}
 
 
 @contextmanager
@@ -173,7 +169,7 @@ def two_nodes(rate: str | None) -> Iterator[Cluster]:
             _call("ip", "netns", "add", name)
             (_ETC / name).mkdir(parents=True, exist_ok=True)
             (_ETC / name / "hosts").write_text("\n".join(["127.0.0.1 localhost", *hosts, ""]))
-        _call("ip", "link", "add", LINK, "netns", names[0], "type", "veth", "peer", "name", LINK, "netns", names[1])  # fmt: skip
+        _call("ip", "link", "add", LINK, "netns", names[0], "type", "veth", "peer", "name", LINK, "netns", names[1])
         for name, node in zip(names, nodes, strict=True):
             _call("ip", "-n", name, "addr", "add", f"{node.address}/24", "dev", LINK)
             if rate is not None:
@@ -205,7 +201,7 @@ def _call(*command: str) -> str:
     except OSError as error:
         raise ClusterError(f"{command[0]}: {error.strerror}") from error
     if done.returncode:
-        reason = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]  # fmt: skip
+        reason = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
         raise ClusterError(f"`{' '.join(command)}`: {reason[-1]}")
     return done.stdout
 
@@ -248,27 +244,29 @@ def free_port() -> int:
         return port
 
 
-def _run(
-    commands: Sequence[tuple[Node, Sequence[str], Mapping[str, str]]], seconds: float
-) -> list[Finished]:
-    """Run all at once from the root of the checkout; when time is over, kill those still running with their children."""
+def _run(commands: Sequence[tuple[Node, Sequence[str], Mapping[str, str]]], seconds: float) -> list[Finished]:
+    """Run all at once from the root of the checkout; when time is over, kill those still running with their
+    children."""
     deadline = time.monotonic() + seconds
     with ExitStack() as stack:
         started = []
         for node, command, variables in commands:
             out, err = (stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2))
             process = subprocess.Popen(
-                node.inside(command), cwd=ROOT, env={**os.environ, **variables}, stdout=out, stderr=err,
-                stdin=subprocess.DEVNULL, start_new_session=True,
-            )  # fmt: skip
+                node.inside(command),
+                cwd=ROOT,
+                env={**os.environ, **variables},
+                stdout=out,
+                stderr=err,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
             stack.callback(_end, process)
             started.append((process, out, err))
         return [_finish(process, deadline, out, err) for process, out, err in started]
 
 
-def _finish(
-    process: "subprocess.Popen[bytes]", deadline: float, out: IO[str], err: IO[str]
-) -> Finished:
+def _finish(process: "subprocess.Popen[bytes]", deadline: float, out: IO[str], err: IO[str]) -> Finished:
     code = None
     try:
         code = process.wait(max(0.0, deadline - time.monotonic()))

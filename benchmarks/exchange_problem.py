@@ -1,4 +1,5 @@
-"""What benchmarks/bench_exchange.py gives all systems: text, tables, routes, plans, weights; and the bytes that follow from it.
+"""What benchmarks/bench_exchange.py gives all systems: text, tables, routes, plans, weights; and the bytes that follow
+from it.
 
 Letters: T tokens of a rank, D width, F expert hidden width, E experts, K active experts, P ranks.
 """
@@ -78,10 +79,7 @@ class Problem:
     def plans(self, rank: int, chunks: int = 1) -> list[Plan]:
         """Plan of each layer for one rank."""
         routers = [HashedRouter(table, rank=rank, ranks=self.ranks) for table in self.tables]
-        return [
-            router.plan(self.ids_PBQ, self.left_PBC, self.shape.k, chunks=chunks)
-            for router in routers
-        ]
+        return [router.plan(self.ids_PBQ, self.left_PBC, self.shape.k, chunks=chunks) for router in routers]
 
     def x(self, rank: int) -> Tensor:
         """Input of a rank [T, D]; seed + 1000 gives its cotangent."""
@@ -115,19 +113,19 @@ def make_problem(shape: Shape, tables: str, ranks: int, nodes: int = 2) -> Probl
     """
     builder = BUILDERS[tables]
     pack = shape.experts // nodes if builder is Builder.packed else None
-    moe = MoEConfig(experts=shape.experts, ngram=shape.ngram, rows=shape.rows, builder=builder, pack=pack)  # fmt: skip
+    moe = MoEConfig(experts=shape.experts, ngram=shape.ngram, rows=shape.rows, builder=builder, pack=pack)
     config = CorpusConfig()
     corpus = prepare(config)
     ids = corpus.split(Split.train)
     built = build_tables(
         moe, corpus.vocab.size, ids, num_tables=shape.layers, seed=1111, cache_dir=Path(config.cache_dir) / "tables"
-    )  # fmt: skip
+    )
     streams = ranks * shape.tokens // shape.segment
     cut = Streams(ids, streams, shape.segment, shape.ngram - 1)
     batch = cut.batch(cut.segments_per_epoch // 2, range(streams))
     return Problem(
         shape, built, batch.ids_BQ.view(ranks, -1, shape.segment), batch.left_BC.view(ranks, -1, shape.ngram - 1)
-    )  # fmt: skip
+    )
 
 
 def planned_bytes(problem: Problem, per_node: int) -> Bytes:
@@ -175,6 +173,5 @@ def capacity(layer: list[Route], experts: int) -> int:
 def _pairs(ranks: int, per_node: int) -> list[tuple[int, list[tuple[int, bool]]]]:
     """Each rank with its peers, and whether they are on another node."""
     return [
-        (rank, [(q, q // per_node != rank // per_node) for q in range(ranks) if q != rank])
-        for rank in range(ranks)
+        (rank, [(q, q // per_node != rank // per_node) for q in range(ranks) if q != rank]) for rank in range(ranks)
     ]

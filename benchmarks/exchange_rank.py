@@ -1,7 +1,7 @@
 """One rank of benchmarks/bench_exchange.py: builds all systems, checks them against each other, times them in turn.
 
-Started by benchmarks/cluster.py with the launcher variables. Rank 0 prints one JSON object; each time in it is that of the
-slowest rank, and the fastest of the rounds.
+Started by benchmarks/cluster.py with the launcher variables. Rank 0 prints one JSON object; each time in it is that of
+the slowest rank, and the fastest of the rounds.
 """
 
 import argparse
@@ -35,12 +35,7 @@ SAME_OUTPUT = 1e-5  # fp32, sums in another order
 # A hidden unit within rounding of 0 is active for one system and not for another, a few of the 17 million of a layer;
 # one misplaced row of a rank's 8,192 would be 1e-2.
 SAME_GRADIENT = 2e-3
-EXPECTED = {
-    "ours": planned_bytes,
-    "parts": planned_bytes,
-    "moe": moe_bytes,
-    "autoep": autoep_bytes,
-}
+EXPECTED = {"ours": planned_bytes, "parts": planned_bytes, "moe": moe_bytes, "autoep": autoep_bytes}
 
 
 def check(results: dict[str, dict[str, Tensor]]) -> None:
@@ -59,9 +54,7 @@ def total(*values: int) -> Bytes:
     return Bytes(*found.tolist())
 
 
-def measure(
-    problem: Problem, names: list[str], *, per_node: int, rounds: int
-) -> dict[str, dict[str, float]]:
+def measure(problem: Problem, names: list[str], *, per_node: int, rounds: int) -> dict[str, dict[str, float]]:
     """Check systems on one problem, then time their steps, their computation alone and their exchange alone, in turn.
 
     Of other systems than ours only steps are timed in every round, the rest once.
@@ -89,9 +82,7 @@ def measure(
             if kind == "step" and found != sent[name]:
                 raise RuntimeError(f"{name} sent {found}, counted beforehand: {sent[name]}")
     fastest = {key: min(values) for key, values in times.items()}
-    return {
-        name: {f"{kind}_ms": fastest[name, kind] for kind in KINDS} | sent[name]._asdict() for name in names
-    }  # fmt: skip
+    return {name: {f"{kind}_ms": fastest[name, kind] for kind in KINDS} | sent[name]._asdict() for name in names}
 
 
 def main() -> None:

@@ -5,9 +5,9 @@
     moe      DeepSpeed 0.19.8's MOELayer (deepspeed/moe/sharded_moe.py) without drops
     autoep   DeepSpeed 0.19.8's AutoEPMoELayer (deepspeed/module_inject/auto_ep_layer.py)
 
-The last two are DeepSpeed's own classes and run their own forward; what they are given is a gate that hands out the fixed
-routing at no cost, and experts with biases and ReLU. MOELayer's gate still agrees on a capacity among the ranks in every
-layer, as DeepSpeed does without drops. A model is x = x + layer(x), layer by layer.
+The last two are DeepSpeed's own classes and run their own forward; what they are given is a gate that hands out the
+fixed routing at no cost, and experts with biases and ReLU. MOELayer's gate still agrees on a capacity among the ranks
+in every layer, as DeepSpeed does without drops. A model is x = x + layer(x), layer by layer.
 
 Letters: T tokens, D width, E experts, L experts on this rank, K active experts, P ranks, N expert rows.
 """
@@ -30,7 +30,7 @@ from benchmarks.harness import GradCase
 from benchmarks.peers import ExpertModule, separate
 from foreroute.engine.config import KernelsConfig, MoEConfig, ParallelConfig
 from foreroute.engine.moe.exchange import build_exchange
-from foreroute.engine.moe.layer import LayerCall, MoELayer
+from foreroute.engine.moe.layer import LayerCall, LayerOutput, MoELayer
 from foreroute.engine.parallel.collectives import Wire
 from foreroute.engine.routing.plan import Plan, Route
 from foreroute.kernels import ExpertWeights
@@ -94,7 +94,8 @@ class _Ours:
         self.call = LayerCall(shape.k, plan, everyone, dropout_seed=0, dropout=0.0)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        return self.layer(x_TD, self.call).y_TD
+        output: LayerOutput = self.layer(x_TD, self.call)
+        return output.y_TD
 
     def modules_of_experts(self) -> list[nn.Module]:
         return [self.layer.experts]
@@ -137,13 +138,13 @@ class _GroupedExperts(nn.Module):
 
     def __init__(self, weights: ExpertWeights) -> None:
         super().__init__()
-        self.w1, self.b1, self.w2, self.b2 = (nn.Parameter(w.clone()) for w in weights[:4] if w is not None)  # fmt: skip
+        self.w1, self.b1, self.w2, self.b2 = (nn.Parameter(w.clone()) for w in weights[:4] if w is not None)
 
     def forward(self, x_ND: Tensor, count_L: Tensor) -> Tensor:
         offset_L = count_L.cumsum(0, dtype=torch.int32)
         rows = int(offset_L[-1])
         expert_N = torch.repeat_interleave(count_L.long())
-        z_NF = F.grouped_mm(x_ND[:rows], self.w1.mT, offs=offset_L) + self.b1.index_select(0, expert_N)  # fmt: skip
+        z_NF = F.grouped_mm(x_ND[:rows], self.w1.mT, offs=offset_L) + self.b1.index_select(0, expert_N)
         y_ND = F.grouped_mm(z_NF.relu(), self.w2, offs=offset_L) + self.b2.index_select(0, expert_N)
         return torch.vstack((y_ND, y_ND.new_zeros(x_ND.shape[0] - rows, x_ND.shape[1])))
 
@@ -155,12 +156,25 @@ class _AutoEP(AutoEPMoELayer):  # type: ignore[misc]
         nn.Module.__init__(self)
         experts = problem.shape.experts
         given = {
-            "num_experts": experts, "num_local_experts": problem.local, "ep_size": problem.ranks, "ep_group": dist.group.WORLD,
-            "top_k": problem.shape.k, "score_apply": "post", "combine_impl": "weighted_sum", "row_weighting_impl": "eager",
-            "comm_backend": "comm", "async_split_plan": False, "_async_split_plan_pending": None, "expert_bias": None,
-            "folding_group_handles": None, "moe_output_shape": "batched", "shared_experts": None,
-            "shared_experts_gate": None, "return_router_logits": False, "tokens_per_expert": torch.zeros(experts),
-        }  # fmt: skip
+            "num_experts": experts,
+            "num_local_experts": problem.local,
+            "ep_size": problem.ranks,
+            "ep_group": dist.group.WORLD,
+            "top_k": problem.shape.k,
+            "score_apply": "post",
+            "combine_impl": "weighted_sum",
+            "row_weighting_impl": "eager",
+            "comm_backend": "comm",
+            "async_split_plan": False,
+            "_async_split_plan_pending": None,
+            "expert_bias": None,
+            "folding_group_handles": None,
+            "moe_output_shape": "batched",
+            "shared_experts": None,
+            "shared_experts_gate": None,
+            "return_router_logits": False,
+            "tokens_per_expert": torch.zeros(experts),
+        }
         for name, value in given.items():
             setattr(self, name, value)
         count_E = torch.bincount(route.expert_TK.flatten(), minlength=experts).int()

@@ -32,9 +32,7 @@ class GradCase:
     x: Tensor
     parameters: Mapping[str, Sequence[Tensor]]  # several under one name: one array kept in pieces
     cotangent: Tensor
-    tables: Sequence[
-        Tensor
-    ] = ()  # constants made beforehand; count as indices in what backward keeps
+    tables: Sequence[Tensor] = ()  # constants made beforehand; count as indices in what backward keeps
 
     def __call__(self) -> tuple[Tensor, ...]:
         """Give the output and every gradient."""
@@ -94,9 +92,7 @@ def minima_ms(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 def median_cuda_ms(cases: Mapping[str, Case], rounds: int, warmup: int = 3) -> dict[str, float]:
     """Run every case once per round, in turn, on the GPU; return each case's median milliseconds by CUDA events."""
-    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {
-        name: [] for name in cases
-    }
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in cases}
     for i in range(warmup + rounds):
         for name, case in cases.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -106,10 +102,7 @@ def median_cuda_ms(cases: Mapping[str, Case], rounds: int, warmup: int = 3) -> d
             if i >= warmup:
                 events[name].append((start, end))
     torch.cuda.synchronize()
-    return {
-        name: statistics.median(start.elapsed_time(end) for start, end in pairs)
-        for name, pairs in events.items()
-    }
+    return {name: statistics.median(start.elapsed_time(end) for start, end in pairs) for name, pairs in events.items()}
 
 
 def cuda_peaks(dtype: torch.dtype) -> tuple[float, float]:
@@ -148,7 +141,7 @@ def saved_bytes(case: GradCase) -> SavedBytes:
 
 def passing(
     label: str, cases: Mapping[str, GradCase], truths: Mapping[str, Mapping[str, Tensor]], tolerance: float
-) -> tuple[dict[str, GradCase], list[str]]:  # fmt: skip
+) -> tuple[dict[str, GradCase], list[str]]:
     """Leave out and name the cases that raise or differ from their truth; a case without one passes."""
     passed, failed = {}, []
     for name, case in cases.items():
@@ -186,9 +179,7 @@ def environment() -> dict[str, str | int]:
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print rows in aligned columns; floats with three decimals."""
-    text = [
-        [f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows
-    ]
+    text = [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     widths = [max(len(line[i]) for line in [list(header), *text]) for i in range(len(header))]
     for line in [list(header), *text]:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))

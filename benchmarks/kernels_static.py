@@ -115,9 +115,16 @@ def record_layer(layer: Layer, arch: str) -> tuple[list[Launch], list[Launch]]:
             combine_forward(y_ND, weight_N, rows)
     with recording(run=False, arch=arch) as backward:
         ffn_backward(
-            y_ND if layer.alone else x_RD, x_RD, weights, rows, dropout, saved, weight_N=weight_N,
-            dweight=layer.dweight, precision=precision,
-        )  # fmt: skip
+            y_ND if layer.alone else x_RD,
+            x_RD,
+            weights,
+            rows,
+            dropout,
+            saved,
+            weight_N=weight_N,
+            dweight=layer.dweight,
+            precision=precision,
+        )
     return forward.launches, backward.launches
 
 
@@ -133,10 +140,7 @@ def record_inference(layer: Layer, arch: str) -> list[Launch]:
 def record_rows(shape: Shape, dtype: torch.dtype, arch: str) -> list[Launch]:
     """Launches of the operations that move rows: combine, permute_rows, unpermute_rows, forward and backward."""
     rows, other = empty_rows(shape), torch.float32 if dtype != torch.float32 else torch.bfloat16
-    x_RD, y_ND = (
-        empty(shape.tokens, shape.width, dtype=dtype),
-        empty(rows.num_rows, shape.width, dtype=dtype),
-    )
+    x_RD, y_ND = (empty(shape.tokens, shape.width, dtype=dtype), empty(rows.num_rows, shape.width, dtype=dtype))
     weight_N = empty(rows.num_rows, dtype=torch.float32)
     with recording(run=False, arch=arch) as recorder:
         combine_forward(y_ND, weight_N, rows)
@@ -258,9 +262,7 @@ def bytes_over_minimum(arch: str) -> dict[str, dict[str, float]]:
         ratios[name] = {}
         passes = record_layer(Layer(shape, "bf16", gated=True), arch)
         least = minimum_bytes(shape)
-        for direction, launches, minimum in zip(
-            ("forward", "backward"), passes, least, strict=True
-        ):
+        for direction, launches, minimum in zip(("forward", "backward"), passes, least, strict=True):
             moved, asked = moved_bytes(launches)
             ratios[name][direction] = moved / minimum
             numbers = minimum / 1e6, moved / 1e6, moved / minimum, asked / 1e6
@@ -274,9 +276,7 @@ def main() -> None:
     """Run the gate."""
     parser = argparse.ArgumentParser(description="Static gate of the Triton kernels; no GPU.")
     parser.add_argument("--quick", action="store_true", help="one configuration of each kernel")
-    parser.add_argument(
-        "--processes", type=positive, default=2, help="compile in this many (default 2)"
-    )
+    parser.add_argument("--processes", type=positive, default=2, help="compile in this many (default 2)")
     args = parser.parse_args()
     list_builds = quick_builds if args.quick else full_builds
     builds = [build for arch in aot.CHIPS for build in list_builds(arch)]

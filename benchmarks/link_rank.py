@@ -1,9 +1,10 @@
 """One rank that measures links and shared cores for benchmarks/calibrate.py; rank 0 prints one JSON object.
 
     message_us    of an all-to-all of one number per rank, over its messages to other ranks
-    gb_per_s      bytes that leave a rank (inside) in an all-to-all of 1 MiB per rank, over the time beyond that of the messages
-    slowdown      a small model's forward and backward on all ranks at once, against rank 0 alone while the others wait
-    overlap       of such an all-to-all and about as long a computation at once: the time saved over one after the other, as a
+    gb_per_s      bytes that leave a rank (inside) in an all-to-all of 1 MiB per rank, over the time beyond that of the
+    messages slowdown      a small model's forward and backward on all ranks at once, against rank 0 alone while the
+    others wait overlap       of such an all-to-all and about as long a computation at once: the time saved over one
+    after the other, as a
                   share of the shorter one
 
 Each is the fastest of several rounds, of the slowest rank. Started by benchmarks/cluster.py.

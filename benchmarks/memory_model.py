@@ -1,9 +1,11 @@
-"""Predicted against measured memory: `python -m benchmarks.memory_model`, and as a part of `python -m benchmarks.bench_certify`.
+"""Predicted against measured memory: `python -m benchmarks.memory_model`, and as a part of `python -m
+benchmarks.bench_certify`.
 
-Each case is a small run of a few steps in processes of its own, on 1, 2 or 4 gloo ranks, whose tensors are counted as PyTorch
-allocates them (engine/testing/tensor_bytes.py) and compared with engine/certificate/memory/peak.py; of the ranks the one with the most.
-Then one larger run on one rank, uncounted: how much the process grows from before the model is built to its peak. The
-interpreter, libraries and threads grow it too, so that figure is above the tensors' bytes.
+Each case is a small run of a few steps in processes of its own, on 1, 2 or 4 gloo ranks, whose tensors are counted as
+PyTorch allocates them (engine/testing/tensor_bytes.py) and compared with engine/certificate/memory/peak.py; of the
+ranks the one with the most. Then one larger run on one rank, uncounted: how much the process grows from before the
+model is built to its peak. The interpreter, libraries and threads grow it too, so that figure is above the tensors'
+bytes.
 
 `memory_model_error` is the median over the cases of |predicted - measured| / measured.
 """
@@ -167,20 +169,23 @@ def make_config(changes: dict[str, dict[str, Any]], base: dict[str, dict[str, An
     merged = {name: {**base.get(name, {}), **changes.get(name, {})} for name in {*base, *changes}}
     train = TrainConfig(**merged["train"])
     return Config(
-        data=DataConfig(**merged["data"]), model=ModelConfig(**merged["model"]), moe=MoEConfig(**merged["moe"]),
-        schedule=ScheduleConfig(**merged["schedule"]), optim=OptimConfig(clip=0.25 if train.zero_stage else 0.0),
-        train=train, eval=EvalConfig(k=[1]), kernels=KernelsConfig(**merged.get("kernels", {})),
+        data=DataConfig(**merged["data"]),
+        model=ModelConfig(**merged["model"]),
+        moe=MoEConfig(**merged["moe"]),
+        schedule=ScheduleConfig(**merged["schedule"]),
+        optim=OptimConfig(clip=0.25 if train.zero_stage else 0.0),
+        train=train,
+        eval=EvalConfig(k=[1]),
+        kernels=KernelsConfig(**merged.get("kernels", {})),
         parallel=ParallelConfig(**merged.get("parallel", {})),
-    )  # fmt: skip
+    )
 
 
 def material(config: Config) -> tuple[NDArray[np.uint8], list[Table]]:
     """Make a text of random symbols, skewed so that experts differ in their rows, and the tables."""
     number = config.data.streams * (config.data.segment * (config.train.steps + 1) + 1)
     ids = (np.random.default_rng(0).random(number) ** 2 * SYMBOLS).astype(np.uint8)
-    tables = build_tables(
-        config.moe, SYMBOLS, ids, num_tables=config.model.layers, seed=1, cache_dir=None
-    )
+    tables = build_tables(config.moe, SYMBOLS, ids, num_tables=config.model.layers, seed=1, cache_dir=None)
     return ids, tables
 
 
@@ -240,17 +245,16 @@ def _row(name: str, when: str, guess: int, truth: int) -> list[object]:
 
 def describe(case: Case) -> str:
     """Name a case by its ranks and changes."""
-    changes = [f"{key}={getattr(value, 'name', value)}" for part in case.changes.values() for key, value in part.items()]  # fmt: skip
+    changes = [
+        f"{key}={getattr(value, 'name', value)}" for part in case.changes.values() for key, value in part.items()
+    ]
     return " ".join([f"{case.ranks} rank{'s' * (case.ranks > 1)}", *changes])
 
 
 def memory_model_error(number: int | None = None) -> float:
     """Measure the cases (or the first so many) and the growth, print them, give the cases' median relative error."""
     outcomes = compare(CASES[:number])
-    rows = [
-        _row(describe(one.case), one.predicted.when, one.predicted.peak_bytes, one.measured)
-        for one in outcomes
-    ]
+    rows = [_row(describe(one.case), one.predicted.when, one.predicted.peak_bytes, one.measured) for one in outcomes]
     if number is None:
         rows.append(_row("growth of a process, 1 rank", "", *growth()))
     print_table(["memory, MB (1e6)", "predicted", "measured", "error", "peak in"], rows)
@@ -261,7 +265,7 @@ def memory_model_error(number: int | None = None) -> float:
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=positive, help="measure only the first so many")
     args = parser.parse_args()
     print(environment())

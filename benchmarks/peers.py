@@ -21,8 +21,14 @@ from benchmarks.harness import GradCase
 from foreroute.kernels import ExpertWeights
 
 NAMES = (
-    "naive_loop", "argsort_mm", "argsort_mm_planned", "padded_bmm", "grouped_mm", "grouped_mm_planned", "deepspeed",
-)  # fmt: skip
+    "naive_loop",
+    "argsort_mm",
+    "argsort_mm_planned",
+    "padded_bmm",
+    "grouped_mm",
+    "grouped_mm_planned",
+    "deepspeed",
+)
 
 
 class Shape(NamedTuple):
@@ -63,7 +69,7 @@ class Problem:
             self.expert_TK,
             self.weight_TK.to(dtype),
             self.cotangent_TD.to(dtype),
-        )  # fmt: skip
+        )
 
 
 class Expert(NamedTuple):
@@ -87,10 +93,7 @@ class Order(NamedTuple):
 
 
 def case(
-    problem: Problem,
-    forward: Callable[[], Tensor],
-    experts: Sequence[Expert] = (),
-    tables: Sequence[Tensor] = (),
+    problem: Problem, forward: Callable[[], Tensor], experts: Sequence[Expert] = (), tables: Sequence[Tensor] = ()
 ) -> GradCase:
     """Make a case of a forward pass that reads the stacked weights or, if given, those of each expert."""
     pieces = zip(*experts, strict=True) if experts else ([w] for w in problem.weights[:4])
@@ -101,8 +104,8 @@ def case(
 def make_problem(shape: Shape, *, skewed: bool = False, device: str = "cpu") -> Problem:
     """Draw a problem in fp64 whose numbers are exact in bf16 too.
 
-    What enters the first product are small multiples of powers of two: its sums are then exact in fp32 in any order, and
-    no hidden unit near 0 is active for one implementation and not for another.
+    What enters the first product are small multiples of powers of two: its sums are then exact in fp32 in any order,
+    and no hidden unit near 0 is active for one implementation and not for another.
     """
     generator = torch.Generator(device).manual_seed(0)
     tokens, width, hidden, experts, k = shape
@@ -120,9 +123,12 @@ def make_problem(shape: Shape, *, skewed: bool = False, device: str = "cpu") -> 
         grid(experts, width, scale=1 / 16),
     )
     return Problem(
-        grid(tokens, width), weights, choose(shape, generator, skewed=skewed), weight_TK.bfloat16().double(),
         grid(tokens, width),
-    )  # fmt: skip
+        weights,
+        choose(shape, generator, skewed=skewed),
+        weight_TK.bfloat16().double(),
+        grid(tokens, width),
+    )
 
 
 def choose(shape: Shape, generator: torch.Generator, *, skewed: bool) -> Tensor:
@@ -156,7 +162,8 @@ def sort_choices(problem: Problem) -> Order:
 def _weighted_sum(y_ND: Tensor, index_N: Tensor, weight_TK: Tensor) -> Tensor:
     """Put rows into the order of tokens and choices, and add up each token's."""
     y_TKD = y_ND.index_select(0, index_N).unflatten(0, weight_TK.shape)
-    return (y_TKD * weight_TK[..., None]).sum(1)
+    weighted_TKD: Tensor = y_TKD * weight_TK[..., None]
+    return weighted_TKD.sum(1)
 
 
 def naive_loop(problem: Problem, experts: Sequence[Expert]) -> Tensor:
@@ -231,9 +238,7 @@ def grouped_products(x_ND: Tensor, weights: ExpertWeights, order: Order) -> Tens
 def permuted(problem: Problem) -> Problem:
     """Make each expert row of a problem a token of its own, sorted by expert, of weight 1."""
     order = sort_choices(problem)
-    x_ND, cotangent_ND = (
-        t.detach().index_select(0, order.source_N) for t in (problem.x_TD, problem.cotangent_TD)
-    )
+    x_ND, cotangent_ND = (t.detach().index_select(0, order.source_N) for t in (problem.x_TD, problem.cotangent_TD))
     expert_N1 = order.expert_N[:, None]
     weight_N1 = torch.ones_like(expert_N1, dtype=x_ND.dtype)
     return Problem(x_ND, problem.weights, expert_N1, weight_N1, cotangent_ND)
@@ -284,12 +289,8 @@ def peers(problem: Problem, names: Sequence[str] = NAMES) -> dict[str, GradCase]
     order, experts = sort_choices(problem), separate(problem.weights)
     made: dict[str, Callable[[], GradCase]] = {
         "naive_loop": lambda: case(problem, lambda: naive_loop(problem, experts), experts),
-        "argsort_mm": lambda: case(
-            problem, lambda: argsort_mm(problem, experts, sort_choices(problem)), experts
-        ),
-        "argsort_mm_planned": lambda: case(
-            problem, lambda: argsort_mm(problem, experts, order), experts
-        ),
+        "argsort_mm": lambda: case(problem, lambda: argsort_mm(problem, experts, sort_choices(problem)), experts),
+        "argsort_mm_planned": lambda: case(problem, lambda: argsort_mm(problem, experts, order), experts),
         "padded_bmm": lambda: case(problem, lambda: padded_bmm(problem, sort_choices(problem))),
         "grouped_mm": lambda: case(problem, lambda: grouped_mm(problem, sort_choices(problem))),
         "grouped_mm_planned": lambda: case(problem, lambda: grouped_mm(problem, order)),

@@ -3,9 +3,9 @@
     with one_slurm(Path("folder")) as slurm:
         slurm.run("sbatch", "--wait", "launch/recipes/slurm.sbatch", "experiment=debug")
 
-It runs beside a Slurm that the machine belongs to: own ports, own munge, own slurm.conf, all in the folder. It needs root and
-Debian's slurmctld, slurmd, slurm-client and munge; why_not() says what is missing. The daemons and all jobs end when
-the block is left.
+It runs beside a Slurm that the machine belongs to: own ports, own munge, own slurm.conf, all in the folder. It needs
+root and Debian's slurmctld, slurmd, slurm-client and munge; why_not() says what is missing. The daemons and all jobs
+end when the block is left.
 """
 
 import os
@@ -64,7 +64,9 @@ class Slurm:
 
     def run(self, *command: str, seconds: float = 300.0) -> str:
         """Run a command from the root of the checkout; gives what it printed."""
-        done = subprocess.run(command, env=self.environ, cwd=ROOT, timeout=seconds, capture_output=True, text=True, check=False)  # fmt: skip
+        done = subprocess.run(
+            command, env=self.environ, cwd=ROOT, timeout=seconds, capture_output=True, text=True, check=False
+        )
         if done.returncode:
             raise SlurmError(f"`{' '.join(command)}` ended with {done.returncode}: {done.stderr}")
         return done.stdout
@@ -106,7 +108,7 @@ def one_slurm(folder: Path, cpus: int = 4) -> Iterator[Slurm]:
     host = socket.gethostname()
     conf.write_text(_CONF.format(host=host, ports=_free_ports(2), folder=folder, cpus=cpus))
     slurm = Slurm({**os.environ, "PATH": _path(), "SLURM_CONF": str(conf)})
-    munged = ["--force", *(f"--{what}-file={folder}/munge/{what}" for what in ("key", "pid", "log", "seed"))]  # fmt: skip
+    munged = ["--force", *(f"--{what}-file={folder}/munge/{what}" for what in ("key", "pid", "log", "seed"))]
     with ExitStack() as stack:
         for name, options in (
             ("munged", [*munged, f"--socket={folder}/munge/socket"]),

@@ -2,9 +2,9 @@
 
     python -m benchmarks.step_rank CASES.json FOLDER
 
-CASES.json: a list of configurations as engine.config.to_plain gives them. Started alone or by benchmarks/cluster.py with
-the launcher variables. Rank 0 prints one JSON list: for each case the metrics of every step (engine/train/trainer.py). FOLDER
-takes checkpoints and caches.
+CASES.json: a list of configurations as engine.config.to_plain gives them. Started alone or by benchmarks/cluster.py
+with the launcher variables. Rank 0 prints one JSON list: for each case the metrics of every step
+(engine/train/trainer.py). FOLDER takes checkpoints and caches.
 """
 
 import argparse

@@ -1,8 +1,9 @@
-"""A meter in the place of torch.distributed's collectives: what a step sends, its computation alone, its exchange alone.
+"""A meter in the place of torch.distributed's collectives: what a step sends, its computation alone, its exchange
+alone.
 
 Ours and DeepSpeed's layers all end in torch.distributed.all_to_all_single and all_reduce, so one meter sees them all
-alike. `Meter.on` puts it there. It counts the bytes that leave this rank, and those that leave its node, and remembers the
-calls of a step, which can then be repeated in two ways:
+alike. `Meter.on` puts it there. It counts the bytes that leave this rank, and those that leave its node, and remembers
+the calls of a step, which can then be repeated in two ways:
 
 * muted: the step runs, but nothing is sent. Rows come in as zeros, numbers (counts, capacities) as they came before.
   What is left is the computation.
@@ -86,9 +87,7 @@ class Meter:
         finally:
             dist.all_to_all_single, dist.all_reduce = self._all_to_all, self._all_reduce
 
-    def kinds(
-        self, case: Callable[[], object], calls: Sequence[Call]
-    ) -> tuple[Callable[[], object], ...]:
+    def kinds(self, case: Callable[[], object], calls: Sequence[Call]) -> tuple[Callable[[], object], ...]:
         """Give a case in three KINDS: the whole of it, counted; muted; and its calls alone."""
 
         def counted() -> None:
@@ -110,18 +109,21 @@ class Meter:
                 self._all_to_all(call.got, call.sent, *call.splits, **call.options)
 
     def all_to_all_single(
-        self, output: Tensor, input: Tensor, output_split_sizes: list[int] | None = None,
-        input_split_sizes: list[int] | None = None, group: Any = None, async_op: bool = False,
-    ) -> Any:  # fmt: skip
+        self,
+        output: Tensor,
+        input: Tensor,
+        output_split_sizes: list[int] | None = None,
+        input_split_sizes: list[int] | None = None,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
         """Count and, unless muted, call torch's."""
         splits = input_split_sizes or [input.shape[0] // len(self.elsewhere)] * len(self.elsewhere)
         row_bytes = input[:1].nbytes if input.shape[0] else 0
         left = [n * row_bytes for n in splits]
         left[self.rank] = 0
         self.traffic.left_bytes += sum(left)
-        self.traffic.crossed_bytes += sum(
-            n for n, far in zip(left, self.elsewhere, strict=True) if far
-        )
+        self.traffic.crossed_bytes += sum(n for n, far in zip(left, self.elsewhere, strict=True) if far)
         if self._muted is not None:
             return self._answer(output, async_op)
         both = output_split_sizes, input_split_sizes
@@ -132,7 +134,7 @@ class Meter:
             self.traffic.calls.append(Call(*empty, known, both, {"group": group}))
         return result
 
-    def all_reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:  # fmt: skip
+    def all_reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
         """Unless muted, call torch's; the few bytes of a capacity are not counted."""
         if self._muted is not None:
             return self._answer(tensor, async_op)

@@ -1,5 +1,5 @@
-"""The exceptions that a program turns into one line: what the user can mend (exit code 2), and a run that cannot go on (1); and
-the checks of options that raise the first.
+"""The exceptions that a program turns into one line: what the user can mend (exit code 2), and a run that cannot go on
+(1); and the checks of options that raise the first.
 """
 
 from typing import TypeVar

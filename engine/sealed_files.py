@@ -11,7 +11,8 @@ from foreroute.engine.errors import UserError, require
 
 
 def read_sealed(file: Path, what: str, version: int) -> dict[str, Any]:
-    """Read a JSON object that holds a checksum of the rest of itself, and its format version; gives it without the checksum.
+    """Read a JSON object that holds a checksum of the rest of itself, and its format version; gives it without the
+    checksum.
 
     Raises:
         UserError: it is missing, damaged, of another format version or a link; names the file and says why.
@@ -25,10 +26,7 @@ def read_sealed(file: Path, what: str, version: int) -> dict[str, Any]:
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{file}: not a {what} ({type(error).__name__}: {error})") from None
     require(stored == checksum(found), f"{file}: its checksum does not match its content")
-    require(
-        found["format"] == version,
-        f"{file}: format version {found['format']}, this program reads {version}",
-    )
+    require(found["format"] == version, f"{file}: format version {found['format']}, this program reads {version}")
     return dict(found)
 
 
@@ -49,7 +47,8 @@ def checksum(manifest: dict[str, Any]) -> str:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk; a file system that cannot sync folders (CIFS, some of FUSE) is trusted."""
+    """Wait until a file or folder is on the disk; a file system that cannot sync folders (CIFS, some of FUSE) is
+    trusted."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,13 +1,14 @@
 """Named ranges of time, of any thread, for the trace of a few steps (engine/profiling/profiler.py starts and ends it).
 
-`with span("dispatch"):` stands at the few places that matter. While nothing is recorded it costs 0.2 us (record_function of
-PyTorch costs 5 us then). What is recorded are times of the host: on a CPU those of the work itself; on a GPU those of its
-launch, and there each range is also an annotation of PyTorch's profiler, which finds the kernels that belong to it.
+`with span("dispatch"):` stands at the few places that matter. While nothing is recorded it costs 0.2 us
+(record_function of PyTorch costs 5 us then). What is recorded are times of the host: on a CPU those of the work itself;
+on a GPU those of its launch, and there each range is also an annotation of PyTorch's profiler, which finds the kernels
+that belong to it.
 
 Autograd runs backward passes elsewhere: `traced` calls a function as a range and makes its backward pass one, too.
 
-The recorder is the one of the process, like PyTorch's profiler, and the one global state beside the logger: ranges lie too
-deep for an argument.
+The recorder is the one of the process, like PyTorch's profiler, and the one global state beside the logger: ranges lie
+too deep for an argument.
 """
 
 import threading
@@ -81,8 +82,8 @@ def traced(name: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwarg
     """Call the function as a range; so is its backward pass, from the gradient of its result to those of its arguments.
 
     Args:
-        function: gives one tensor. The gradients of tensors among the positional arguments end the backward range; without
-            such a gradient there is none.
+        function: gives one tensor. The gradients of tensors among the positional arguments end the backward range;
+            without such a gradient there is none.
     """
     if _recorder is None:
         return function(*args, **kwargs)
@@ -92,9 +93,9 @@ def traced(name: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwarg
             return function(*args, **kwargs)
         backward = _Span(name, _recorder)
         inner: list[Any] = list(args)
-        for i, arg in zip(wanted, _End.apply(backward, *(args[i] for i in wanted)), strict=True):
+        for i, arg in zip(wanted, _End.apply(backward, *(args[i] for i in wanted)), strict=True):  # type: ignore[no-untyped-call]
             inner[i] = arg
-        result: T = _Begin.apply(backward, function(*inner, **kwargs))  # type: ignore[arg-type]
+        result: T = _Begin.apply(backward, function(*inner, **kwargs))  # type: ignore[no-untyped-call]
         return result
 
 

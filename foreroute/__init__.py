@@ -1,7 +1,8 @@
 """Expert-parallel training for routing that is known ahead.
 
-engine/, kernels/, launch/ and conf/ of the checkout lie here as links: everything is imported as foreroute.engine... A name below is
-loaded when it is asked for, for PyTorch must come after what launch/__init__.py sets, and a check of the kernels needs no DeepSpeed.
+engine/, kernels/, launch/ and conf/ of the checkout lie here as links: everything is imported as foreroute.engine... A
+name below is loaded when it is asked for, for PyTorch must come after what launch/__init__.py sets, and a check of the
+kernels needs no DeepSpeed.
 """
 
 from importlib import import_module

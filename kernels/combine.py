@@ -16,22 +16,11 @@ from torch import Tensor
 from foreroute.kernels.cpu import rows as combine_cpu
 from foreroute.kernels.expert_rows import ExpertRows
 from foreroute.kernels.gpu import rows as combine_launch
-from foreroute.kernels.operands import (
-    check_dtype,
-    check_float,
-    check_rows,
-    check_tensor,
-    resolve_backend,
-)
+from foreroute.kernels.operands import check_dtype, check_float, check_rows, check_tensor, resolve_backend
 
 
 def combine(
-    y_ND: Tensor,
-    weight_N: Tensor | None,
-    rows: ExpertRows,
-    *,
-    backend: str | None = None,
-    debug: bool = False,
+    y_ND: Tensor, weight_N: Tensor | None, rows: ExpertRows, *, backend: str | None = None, debug: bool = False
 ) -> Tensor:
     """Add up each token row's expert rows.
 
@@ -93,12 +82,11 @@ def combine_reference(y_ND: Tensor, weight_N: Tensor | None, rows: ExpertRows) -
     return torch.stack(out).to(y_ND.dtype) if out else y_ND[:0]
 
 
-def combine_forward(
-    y_ND: Tensor, weight_N: Tensor | None, rows: ExpertRows, backend: str
-) -> Tensor:
+def combine_forward(y_ND: Tensor, weight_N: Tensor | None, rows: ExpertRows, backend: str) -> Tensor:
     """Run the forward pass on the backend chosen."""
     module = combine_launch if backend == "triton" else combine_cpu
-    return module.combine_forward(y_ND, weight_N, rows)
+    out_RD: Tensor = module.combine_forward(y_ND, weight_N, rows)
+    return out_RD
 
 
 @torch.library.custom_op("foreroute::combine", mutates_args=())

@@ -87,9 +87,8 @@ def expert_ffn(
     if options.backend == "reference":
         return expert_ffn_reference(x_RD, weights, rows, dropout)
     save = wants_grad(x_RD, *weights)
-    y_ND, *_ = _expert_ffn(
-        x_RD, pack_weights(weights), list(rows.tensors()), *pack_dropout(dropout), save, *options
-    )
+    y_ND: Tensor
+    y_ND, *_ = _expert_ffn(x_RD, pack_weights(weights), list(rows.tensors()), *pack_dropout(dropout), save, *options)
     return y_ND
 
 
@@ -114,39 +113,56 @@ def expert_ffn_reference(
 
 def ffn_forward(
     x_RD: Tensor, weights: ExpertWeights, rows: ExpertRows, dropout: Dropout | None, save: bool, options: Options
-) -> tuple[Tensor, Saved]:  # fmt: skip
+) -> tuple[Tensor, Saved]:
     """Run the forward pass on the backend chosen."""
     if options.backend == "triton":
-        return expert_ffn_launch.ffn_forward(
-            x_RD, weights, rows, dropout, save=save, precision=options.precision
-        )
-    return expert_ffn_cpu.ffn_forward(x_RD, weights, rows, dropout, save=save, mode=options.mode)
+        return expert_ffn_launch.ffn_forward(x_RD, weights, rows, dropout, save=save, precision=options.precision)
+    found: tuple[Tensor, Saved] = expert_ffn_cpu.ffn_forward(x_RD, weights, rows, dropout, save=save, mode=options.mode)
+    return found
 
 
 def ffn_backward(
-    dout: Tensor, x_RD: Tensor, weights: ExpertWeights, rows: ExpertRows, dropout: Dropout | None, saved: Saved, *,
-    weight_N: Tensor | None, dweight: bool, options: Options,
-) -> FfnGradients:  # fmt: skip
+    dout: Tensor,
+    x_RD: Tensor,
+    weights: ExpertWeights,
+    rows: ExpertRows,
+    dropout: Dropout | None,
+    saved: Saved,
+    *,
+    weight_N: Tensor | None,
+    dweight: bool,
+    options: Options,
+) -> FfnGradients:
     """Run the backward pass on the backend chosen (arguments: see kernels/gpu/expert_ffn.py)."""
     if options.backend == "triton":
         return expert_ffn_launch.ffn_backward(
             dout, x_RD, weights, rows, dropout, saved, weight_N=weight_N, dweight=dweight, precision=options.precision
-        )  # fmt: skip
-    return expert_ffn_cpu.ffn_backward(
+        )
+    gradients: FfnGradients = expert_ffn_cpu.ffn_backward(
         dout, x_RD, weights, rows, dropout, saved, weight_N=weight_N, dweight=dweight
     )
+    return gradients
 
 
 @torch.library.custom_op("foreroute::expert_ffn", mutates_args=())
 def _expert_ffn(
-    x_RD: Tensor, weights: list[Tensor], rows: list[Tensor], token_R: Tensor | None, rate: float, seed: int,
-    first_expert: int, save: bool, backend: str, mode: str, precision: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x_RD: Tensor,
+    weights: list[Tensor],
+    rows: list[Tensor],
+    token_R: Tensor | None,
+    rate: float,
+    seed: int,
+    first_expert: int,
+    save: bool,
+    backend: str,
+    mode: str,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y_ND, then Saved."""
     dropout = unpack_dropout(token_R, rate, seed, first_expert)
     y_ND, saved = ffn_forward(
         x_RD, unpack_weights(weights), ExpertRows(*rows), dropout, save, Options(backend, mode, precision)
-    )  # fmt: skip
+    )
     return y_ND, *saved
 
 
@@ -157,9 +173,7 @@ def _(x_RD: Tensor, weights: list[Tensor], rows: list[Tensor], *rest: Any) -> tu
     return y_ND, *fake_saved(x_RD, weights, rows, save, backend, mode)
 
 
-def fake_saved(
-    x_RD: Tensor, weights: list[Tensor], rows: list[Tensor], save: bool, backend: str, mode: str
-) -> Saved:
+def fake_saved(x_RD: Tensor, weights: list[Tensor], rows: list[Tensor], save: bool, backend: str, mode: str) -> Saved:
     """Shapes of what ffn_forward saves."""
     num_rows, width_F = rows[0].shape[0], weights[0].shape[1]
     gated = len(weights) == 5
@@ -174,14 +188,31 @@ def fake_saved(
 
 @torch.library.custom_op("foreroute::expert_ffn_backward", mutates_args=())
 def _expert_ffn_backward(
-    dy_ND: Tensor, x_RD: Tensor, weights: list[Tensor], rows: list[Tensor], saved: list[Tensor],
-    token_R: Tensor | None, rate: float, seed: int, first_expert: int, backend: str, mode: str, precision: str,
-) -> list[Tensor]:  # fmt: skip
+    dy_ND: Tensor,
+    x_RD: Tensor,
+    weights: list[Tensor],
+    rows: list[Tensor],
+    saved: list[Tensor],
+    token_R: Tensor | None,
+    rate: float,
+    seed: int,
+    first_expert: int,
+    backend: str,
+    mode: str,
+    precision: str,
+) -> list[Tensor]:
     """dx_RD, then the gradients of the weights."""
     grads = ffn_backward(
-        dy_ND, x_RD, unpack_weights(weights), ExpertRows(*rows), unpack_dropout(token_R, rate, seed, first_expert),
-        Saved(*saved), weight_N=None, dweight=False, options=Options(backend, mode, precision),
-    )  # fmt: skip
+        dy_ND,
+        x_RD,
+        unpack_weights(weights),
+        ExpertRows(*rows),
+        unpack_dropout(token_R, rate, seed, first_expert),
+        Saved(*saved),
+        weight_N=None,
+        dweight=False,
+        options=Options(backend, mode, precision),
+    )
     return [grads.x_RD, *pack_weights(grads.weights)]
 
 
@@ -211,7 +242,7 @@ def _backward(ctx: Any, dy_ND: Tensor | None, *_: Any) -> tuple[Any, ...]:
     return dx_RD, dweights, [None] * 4, *(None,) * 8
 
 
-def split(tensors: list[Tensor], num_weights: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
+def split(tensors: list[Tensor], num_weights: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Take apart what a forward pass kept: weights, four index tensors, Saved."""
     return tensors[:num_weights], tensors[num_weights:-3], tensors[-3:]
 

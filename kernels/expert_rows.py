@@ -1,6 +1,7 @@
 """Expert rows: which input row each expert-row reads and where its result is added, as plain index tensors.
 
-Built by engine/routing/plan.py (or by hand in tests), read by every operation of an expert layer. No values of x in here.
+Built by engine/routing/plan.py (or by hand in tests), read by every operation of an expert layer. No values of x in
+here.
 
 Letters: R input rows, L experts here, N expert rows (one per input row and active local expert).
 """
@@ -76,9 +77,7 @@ class ExpertRows:
         if last != num_rows:
             raise ValueError(f"rows.offset_L ends at {last}: must end at {num_rows}")
         if num_inputs and int(self.slot_offset_R[0]) != 0:
-            raise ValueError(
-                f"rows.slot_offset_R starts at {int(self.slot_offset_R[0])}: must be 0"
-            )
+            raise ValueError(f"rows.slot_offset_R starts at {int(self.slot_offset_R[0])}: must be 0")
         if (self.slot_N.bincount(minlength=num_rows) != 1).any():
             raise ValueError("rows.slot_N lists an expert row twice")
         pair_N = self.source_N * max(self.num_experts, 1) + self.expert_N()
@@ -115,7 +114,7 @@ def expert_rows(expert_RK: Tensor, num_experts: int) -> tuple[ExpertRows, Tensor
     if expert_RK.device.type == "cpu" and expert_RK.numel():
         low, high = int(expert_RK.min()), int(expert_RK.max())
         if low < 0 or high >= num_experts:
-            raise ValueError(f"expert_RK holds {low if low < 0 else high}: must be from 0 to {num_experts - 1}")  # fmt: skip
+            raise ValueError(f"expert_RK holds {low if low < 0 else high}: must be from 0 to {num_experts - 1}")
     num_inputs, num_choices = expert_RK.shape
     flat_N = expert_RK.reshape(-1)
     choice_N = _stable_order(flat_N, num_experts)

@@ -1,8 +1,8 @@
 """The one place from which Triton kernels are launched, so that launches can be watched.
 
 `launch` runs a kernel. Under `recording` each launch is also kept as a `Launch`; with `run=False` nothing is executed,
-and the launchers (kernels/*_launch.py) can be driven with tensors on the meta device: so the static gate compiles exactly
-what a GPU of a given architecture would be asked to run, and tests prove which kernels a step has launched.
+and the launchers (kernels/*_launch.py) can be driven with tensors on the meta device: so the static gate compiles
+exactly what a GPU of a given architecture would be asked to run, and tests prove which kernels a step has launched.
 """
 
 import contextlib
@@ -45,9 +45,7 @@ class Recorder:
 
 _INTERPRETED = bool(triton.knobs.runtime.interpret)  # decided when the kernels are defined
 
-_bf16_shims: list[
-    bool
-] = []  # one entry for each kernels.testing.interpreter.bf16_semantics in force
+_bf16_shims: list[bool] = []  # one entry for each kernels.testing.interpreter.bf16_semantics in force
 
 # Innermost last. Global, not a context variable: PyTorch runs backward passes on GPUs in threads of its own.
 _recorders: list[Recorder] = []
@@ -98,8 +96,8 @@ def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> None:
         for name, value in arguments.items():
             if isinstance(value, Tensor) and value.dtype == torch.bfloat16:
                 raise ValueError(
-                    f"{name.removesuffix('_ptr')} is torch.bfloat16: Triton's interpreter computes it wrongly; use fp32 "
-                    "or fp16, or kernels.testing.interpreter.bf16_semantics()"
+                    f"{name.removesuffix('_ptr')} is torch.bfloat16: Triton's interpreter computes it wrongly; use fp32"
+                    " or fp16, or kernels.testing.interpreter.bf16_semantics()"
                 )
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():

@@ -18,13 +18,7 @@ from torch import Tensor
 from foreroute.kernels.combine import check_weight, combine_forward, combine_reference
 from foreroute.kernels.cpu.masked_ffn import masked_backward, masked_forward
 from foreroute.kernels.dropout import Dropout
-from foreroute.kernels.expert_ffn import (
-    expert_ffn_reference,
-    fake_saved,
-    ffn_backward,
-    ffn_forward,
-    split,
-)
+from foreroute.kernels.expert_ffn import expert_ffn_reference, fake_saved, ffn_backward, ffn_forward, split
 from foreroute.kernels.expert_rows import ExpertRows
 from foreroute.kernels.operands import (
     ExpertWeights,
@@ -61,8 +55,9 @@ def moe_ffn(
 
     Args:
         x_RD: input rows, contiguous; fp32, bf16 or fp16 (fp64 too on the CPU).
-        weight_N: fp32 mixing weight of each expert row, in their order: `weight_RK.flatten()[choice_N]`, where choice_N is
-            the second result of expert_rows. The CPU rounds it to the dtype of x. Gets a gradient only if it asks for one.
+        weight_N: fp32 mixing weight of each expert row, in their order: `weight_RK.flatten()[choice_N]`, where choice_N
+            is the second result of expert_rows. The CPU rounds it to the dtype of x. Gets a gradient only if it asks
+            for one.
         masked: on the CPU, multiply all rows by all experts instead of only the chosen ones; keeps R * L * F numbers in
             either mode, and lets an expert that overflows reach rows that did not choose it. An input row must not
             choose an expert twice (debug checks it).
@@ -93,10 +88,18 @@ def moe_ffn(
         y_ND = expert_ffn_reference(x_RD, weights, rows, dropout)
         return combine_reference(y_ND, weight_N, rows)
     save, dweight = wants_grad(x_RD, weight_N, *weights), wants_grad(weight_N)
+    out_RD: Tensor
     out_RD, *_ = _moe_ffn(
-        x_RD, weight_N, pack_weights(weights), list(rows.tensors()), *pack_dropout(dropout), save, dweight, masked,
+        x_RD,
+        weight_N,
+        pack_weights(weights),
+        list(rows.tensors()),
+        *pack_dropout(dropout),
+        save,
+        dweight,
+        masked,
         *options,
-    )  # fmt: skip
+    )
     return out_RD
 
 
@@ -131,9 +134,16 @@ def moe_ffn_forward(
         raise ValueError("backend='reference': has no backward pass of its own; use moe_ffn")
     with torch.no_grad():
         out_RD, *saved = _moe_ffn(
-            x_RD, weight_N, pack_weights(weights), list(rows.tensors()), *pack_dropout(dropout), save, dweight, masked,
+            x_RD,
+            weight_N,
+            pack_weights(weights),
+            list(rows.tensors()),
+            *pack_dropout(dropout),
+            save,
+            dweight,
+            masked,
             *options,
-        )  # fmt: skip
+        )
     return out_RD, Saved(*saved)
 
 
@@ -158,31 +168,56 @@ def moe_ffn_backward(
     check_tensor("dout_RD", dout_RD, tuple(x_RD.shape), x_RD)
     with torch.no_grad():
         dx_RD, dweight_N, *dweights = _moe_ffn_backward(
-            dout_RD, x_RD, weight_N, pack_weights(weights), list(rows.tensors()), list(saved), *pack_dropout(dropout),
-            dweight, masked, *options,
-        )  # fmt: skip
+            dout_RD,
+            x_RD,
+            weight_N,
+            pack_weights(weights),
+            list(rows.tensors()),
+            list(saved),
+            *pack_dropout(dropout),
+            dweight,
+            masked,
+            *options,
+        )
     return FfnGradients(dx_RD, unpack_weights(dweights), dweight_N if dweight else None)
 
 
 def _check(
-    x_RD: Tensor, weight_N: Tensor, weights: ExpertWeights, rows: ExpertRows, dropout: Dropout | None, options: Options,
-    *, masked: bool, debug: bool,
-) -> None:  # fmt: skip
+    x_RD: Tensor,
+    weight_N: Tensor,
+    weights: ExpertWeights,
+    rows: ExpertRows,
+    dropout: Dropout | None,
+    options: Options,
+    *,
+    masked: bool,
+    debug: bool,
+) -> None:
     check_rows(rows, x_RD, debug=debug)
     check_weights(x_RD, weights, rows, options.backend)
     check_weight(weight_N, rows, x_RD)
     check_dropout(dropout, x_RD)
     if masked and options.backend != "cpu":
-        raise ValueError(
-            f"masked=True: backend {options.backend!r} multiplies only the chosen experts"
-        )
+        raise ValueError(f"masked=True: backend {options.backend!r} multiplies only the chosen experts")
 
 
 @torch.library.custom_op("foreroute::moe_ffn", mutates_args=())
 def _moe_ffn(
-    x_RD: Tensor, weight_N: Tensor, weights: list[Tensor], rows: list[Tensor], token_R: Tensor | None, rate: float,
-    seed: int, first_expert: int, save: bool, dweight: bool, masked: bool, backend: str, mode: str, precision: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x_RD: Tensor,
+    weight_N: Tensor,
+    weights: list[Tensor],
+    rows: list[Tensor],
+    token_R: Tensor | None,
+    rate: float,
+    seed: int,
+    first_expert: int,
+    save: bool,
+    dweight: bool,
+    masked: bool,
+    backend: str,
+    mode: str,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out_RD, then Saved."""
     dropout = unpack_dropout(token_R, rate, seed, first_expert)
     experts, index = unpack_weights(weights), ExpertRows(*rows)
@@ -196,9 +231,7 @@ def _moe_ffn(
 
 
 @_moe_ffn.register_fake
-def _(
-    x_RD: Tensor, weight_N: Tensor, weights: list[Tensor], rows: list[Tensor], *rest: Any
-) -> tuple[Tensor, ...]:
+def _(x_RD: Tensor, weight_N: Tensor, weights: list[Tensor], rows: list[Tensor], *rest: Any) -> tuple[Tensor, ...]:
     *_, save, _, masked, backend, mode, _ = rest
     if not masked:
         return torch.empty_like(x_RD), *fake_saved(x_RD, weights, rows, save, backend, mode)
@@ -210,22 +243,39 @@ def _(
 
 @torch.library.custom_op("foreroute::moe_ffn_backward", mutates_args=())
 def _moe_ffn_backward(
-    dout_RD: Tensor, x_RD: Tensor, weight_N: Tensor, weights: list[Tensor], rows: list[Tensor], saved: list[Tensor],
-    token_R: Tensor | None, rate: float, seed: int, first_expert: int, dweight: bool, masked: bool, backend: str,
-    mode: str, precision: str,
-) -> list[Tensor]:  # fmt: skip
+    dout_RD: Tensor,
+    x_RD: Tensor,
+    weight_N: Tensor,
+    weights: list[Tensor],
+    rows: list[Tensor],
+    saved: list[Tensor],
+    token_R: Tensor | None,
+    rate: float,
+    seed: int,
+    first_expert: int,
+    dweight: bool,
+    masked: bool,
+    backend: str,
+    mode: str,
+    precision: str,
+) -> list[Tensor]:
     """dx_RD, dweight_N (empty unless dweight), then the gradients of the weights."""
     dropout = unpack_dropout(token_R, rate, seed, first_expert)
     experts, index = unpack_weights(weights), ExpertRows(*rows)
     if masked:
-        grads = masked_backward(
-            dout_RD, x_RD, weight_N, experts, index, dropout, Saved(*saved), dweight=dweight
-        )
+        grads = masked_backward(dout_RD, x_RD, weight_N, experts, index, dropout, Saved(*saved), dweight=dweight)
     else:
         grads = ffn_backward(
-            dout_RD, x_RD, experts, index, dropout, Saved(*saved), weight_N=weight_N, dweight=dweight,
+            dout_RD,
+            x_RD,
+            experts,
+            index,
+            dropout,
+            Saved(*saved),
+            weight_N=weight_N,
+            dweight=dweight,
             options=Options(backend, mode, precision),
-        )  # fmt: skip
+        )
     dweight_N = weight_N.new_empty(0) if grads.weight_N is None else grads.weight_N
     return [grads.x_RD, dweight_N, *pack_weights(grads.weights)]
 
@@ -233,7 +283,7 @@ def _moe_ffn_backward(
 @_moe_ffn_backward.register_fake
 def _(
     dout_RD: Tensor, x_RD: Tensor, weight_N: Tensor, weights: list[Tensor], rows: list[Tensor], *rest: Any
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     dweight = rest[5]
     dweight_N = torch.empty_like(weight_N) if dweight else weight_N.new_empty(0)
     return [torch.empty_like(x_RD), dweight_N, *(torch.empty_like(w) for w in weights)]
@@ -256,7 +306,7 @@ def _backward(ctx: Any, dout_RD: Tensor | None, *_: Any) -> tuple[Any, ...]:
     weights, rows, saved = split(tensors, ctx.num_weights)
     dx_RD, dweight_N, *dweights = _moe_ffn_backward(
         dout_RD.contiguous(), x_RD, weight_N, weights, rows, saved, token_R, *ctx.dropout, ctx.dweight, *ctx.how
-    )  # fmt: skip
+    )
     return dx_RD, dweight_N if ctx.dweight else None, dweights, [None] * 4, *(None,) * 10
 
 

@@ -112,9 +112,7 @@ def pack_dropout(dropout: Dropout | None) -> tuple[Tensor | None, float, int, in
     return dropout.token_R, dropout.rate, seed, dropout.first_expert
 
 
-def unpack_dropout(
-    token_R: Tensor | None, rate: float, seed: int, first_expert: int
-) -> Dropout | None:
+def unpack_dropout(token_R: Tensor | None, rate: float, seed: int, first_expert: int) -> Dropout | None:
     """Undo pack_dropout; the seed is the same modulo 2**64."""
     return None if token_R is None else Dropout(rate, seed, token_R, first_expert)
 
@@ -125,10 +123,9 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
 
 
-def check_tensor(
-    name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor, *, aligned: bool = False
-) -> None:
-    """Raise ValueError unless a tensor has this shape, lies where `like` lies, is dense and, if asked, 16-byte aligned."""
+def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor, *, aligned: bool = False) -> None:
+    """Raise ValueError unless a tensor has this shape, lies where `like` lies, is dense and, if asked, 16-byte
+    aligned."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} is a {type(tensor).__name__}: must be a tensor")
     if tuple(tensor.shape) != shape:
@@ -139,17 +136,13 @@ def check_tensor(
         raise ValueError(f"{name} has strides {tensor.stride()}: must be contiguous")
     without_memory = torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)
     if aligned and not without_memory and tensor.data_ptr() % _ALIGNMENT:
-        raise ValueError(
-            f"{name} starts at an address that {_ALIGNMENT} does not divide: clone() gives one that does"
-        )
+        raise ValueError(f"{name} starts at an address that {_ALIGNMENT} does not divide: clone() gives one that does")
 
 
 def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
     """Raise ValueError unless a tensor has one of these dtypes."""
     if tensor.dtype not in allowed:
-        raise ValueError(
-            f"{name} is {tensor.dtype}: must be {' or '.join(str(dtype) for dtype in allowed)}"
-        )
+        raise ValueError(f"{name} is {tensor.dtype}: must be {' or '.join(str(dtype) for dtype in allowed)}")
 
 
 def check_float(name: str, tensor: Tensor, backend: str) -> None:
@@ -163,9 +156,7 @@ def check_dropout(dropout: Dropout | None, x_RD: Tensor) -> None:
     if dropout is None:
         return
     if not isinstance(dropout, Dropout):
-        raise ValueError(
-            f"dropout is a {type(dropout).__name__}: must be Dropout(rate, seed, token_R)"
-        )
+        raise ValueError(f"dropout is a {type(dropout).__name__}: must be Dropout(rate, seed, token_R)")
     if not (isinstance(dropout.rate, float | int) and isinstance(dropout.seed, int)):
         raise ValueError("dropout: rate must be a number and seed a whole number")
     if not 0.0 <= dropout.rate < 1.0:
@@ -177,7 +168,7 @@ def check_dropout(dropout: Dropout | None, x_RD: Tensor) -> None:
 def check_rows(rows: ExpertRows, like: Tensor, *, debug: bool) -> None:
     """Raise ValueError unless expert rows fit each other and int32; with debug, also unless every index is in range."""
     if not isinstance(rows, ExpertRows):
-        raise ValueError(f"rows is a {type(rows).__name__}: must be ExpertRows, the first of expert_rows' results")  # fmt: skip
+        raise ValueError(f"rows is a {type(rows).__name__}: must be ExpertRows, the first of expert_rows' results")
     for name in ("num_rows", "num_inputs"):
         if getattr(rows, name) > MAX_ROWS:
             raise ValueError(f"rows.{name}={getattr(rows, name)}: must be at most {MAX_ROWS}")
@@ -205,9 +196,7 @@ def check_weights(x_RD: Tensor, weights: ExpertWeights, rows: ExpertRows, backen
         raise ValueError(f"w1_LFD has shape {tuple(weights.w1_LFD.shape)}: must be [L, F, D]")
     num_experts, width_F, width_D = weights.w1_LFD.shape
     if not (width_F and width_D):
-        raise ValueError(
-            f"w1_LFD has shape {(num_experts, width_F, width_D)}: widths must be at least 1"
-        )
+        raise ValueError(f"w1_LFD has shape {(num_experts, width_F, width_D)}: widths must be at least 1")
     check_tensor("x_RD", x_RD, (rows.num_inputs, width_D), x_RD, aligned=backend == "triton")
     matrix = (num_experts, width_F, width_D)
     shapes = (matrix, (num_experts, width_F), matrix, (num_experts, width_D), matrix)

@@ -20,12 +20,7 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def permute_rows(
-    x_RD: Tensor,
-    index_M: Tensor,
-    *,
-    dtype: torch.dtype | None = None,
-    backend: str | None = None,
-    debug: bool = False,
+    x_RD: Tensor, index_M: Tensor, *, dtype: torch.dtype | None = None, backend: str | None = None, debug: bool = False
 ) -> Tensor:
     """Copy rows into the order of an index; a row may be taken often or never.
 
@@ -103,9 +98,7 @@ def unpermute_rows(
     return out_RD
 
 
-def _check(
-    name: str, x: Tensor, index_M: Tensor, dtype: torch.dtype | None, backend: str | None
-) -> str:
+def _check(name: str, x: Tensor, index_M: Tensor, dtype: torch.dtype | None, backend: str | None) -> str:
     backend = resolve_backend(x, backend)
     if x.dim() != 2:
         raise ValueError(f"{name} has shape {tuple(x.shape)}: must have two dimensions")
@@ -117,9 +110,7 @@ def _check(
     if x.element_size() not in (1, 2, 4, 8):
         raise ValueError(f"{name} is {x.dtype}: must be a dtype of 1, 2, 4 or 8 bytes")
     if x.is_complex() and x.requires_grad:
-        raise ValueError(
-            f"{name} is {x.dtype} and wants a gradient: only real numbers have one here"
-        )
+        raise ValueError(f"{name} is {x.dtype} and wants a gradient: only real numbers have one here")
     floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     if dtype not in (None, x.dtype) and not (dtype in floats and x.dtype in floats):
         raise ValueError(f"dtype={dtype}: {name} is {x.dtype}; only floats convert")
@@ -154,15 +145,14 @@ def _(x_RD: Tensor, index_M: Tensor, dtype: torch.dtype, backend: str) -> Tensor
 
 
 @torch.library.custom_op("foreroute::permute_rows_backward", mutates_args=())
-def _permute_rows_backward(
-    dout_MD: Tensor, index_M: Tensor, num_rows: int, dtype: torch.dtype, backend: str
-) -> Tensor:
+def _permute_rows_backward(dout_MD: Tensor, index_M: Tensor, num_rows: int, dtype: torch.dtype, backend: str) -> Tensor:
     """Sum of the gradients of a row's copies."""
     order_M = torch.argsort(index_M, stable=True)
     row_R = torch.arange(num_rows, device=index_M.device)
     slot_offset_R = torch.searchsorted(index_M[order_M], row_R)
     module = combine_launch if backend == "triton" else combine_cpu
-    return module.add_rows(dout_MD, order_M, slot_offset_R, dtype)
+    dx_RD: Tensor = module.add_rows(dout_MD, order_M, slot_offset_R, dtype)
+    return dx_RD
 
 
 @_permute_rows_backward.register_fake
@@ -171,9 +161,7 @@ def _(dout_MD: Tensor, index_M: Tensor, num_rows: int, dtype: torch.dtype, backe
 
 
 @torch.library.custom_op("foreroute::unpermute_rows", mutates_args=())
-def _unpermute_rows(
-    y_MD: Tensor, index_M: Tensor, num_rows: int, dtype: torch.dtype, backend: str
-) -> Tensor:
+def _unpermute_rows(y_MD: Tensor, index_M: Tensor, num_rows: int, dtype: torch.dtype, backend: str) -> Tensor:
     shape = num_rows, y_MD.shape[1]
     complete = index_M.numel() == num_rows  # distinct numbers: every row is written
     make = y_MD.new_empty if complete else y_MD.new_zeros
@@ -193,7 +181,7 @@ def _setup_permute(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward_permute(ctx: Any, dout_MD: Tensor) -> tuple[Any, ...]:
     (index_M,) = ctx.saved_tensors
-    dx_RD = _permute_rows_backward(dout_MD.contiguous(), index_M, ctx.num_rows, ctx.dtype, ctx.backend)  # fmt: skip
+    dx_RD = _permute_rows_backward(dout_MD.contiguous(), index_M, ctx.num_rows, ctx.dtype, ctx.backend)
     return dx_RD, None, None, None
 
 

@@ -30,8 +30,8 @@ class _TileLimits(NamedTuple):
 # Fastest of 64..512 queries x 1..22 streams with Q = M = 512, H = 8, W = 64 in fp32 and bf16, on 2 cores with 2 MiB of
 # second-level cache each: 128 queries in fp32, 256 in bf16; 4 streams of them with 1,024 keys, more when these are few.
 _ON_CPU = _TileLimits(512, 2 << 20)
-# Not measured. A GPU would wait for the launches of so small tiles: at the published size a head is one tile here, and the
-# keys that no query sees cost a third more products.
+# Not measured. A GPU would wait for the launches of so small tiles: at the published size a head is one tile here, and
+# the keys that no query sees cost a third more products.
 _ON_GPU = _TileLimits(2048, 64 << 20)
 _ALIGN = 16  # numbers; starting rows of keys on vector boundaries makes fp32 8 % faster
 
@@ -78,7 +78,7 @@ def relative_attention(
         F.pad(r_SHW.flip(0).transpose(0, 1), (0, 0, 0, 1)),
     )
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in operands)
-    out_HBQW: Tensor = _RelativeAttention.apply(*operands, window, dropout, keep)
+    out_HBQW: Tensor = _RelativeAttention.apply(*operands, window, dropout, keep)  # type: ignore[no-untyped-call]
     return out_HBQW.permute(1, 2, 0, 3)
 
 
@@ -148,7 +148,7 @@ class _Tile(NamedTuple):
         return x[: prod(self.shape)].view(self.shape)
 
 
-def tile_shape(streams: int, queries: int, keys: int, *, item_bytes: int, gpu: bool) -> tuple[int, int]:  # fmt: skip
+def tile_shape(streams: int, queries: int, keys: int, *, item_bytes: int, gpu: bool) -> tuple[int, int]:
     """Give the streams and the queries of a tile, at most; the last ones of a head may have fewer."""
     limits = _ON_GPU if gpu else _ON_CPU
     block = max(1, min(queries, limits.column_bytes // item_bytes))
@@ -161,7 +161,7 @@ def _tiles(operands: _Operands, window: int | None) -> list[_Tile]:
     heads, streams, queries, _ = like.shape
     keys = operands.key_HBSW.shape[2]
     memory = keys - queries
-    group, block = tile_shape(streams, queries, keys, item_bytes=like.element_size(), gpu=like.is_cuda)  # fmt: skip
+    group, block = tile_shape(streams, queries, keys, item_bytes=like.element_size(), gpu=like.is_cuda)
     tiles, start = [], 0
     for head, b, q in product(range(heads), range(0, streams, group), range(0, queries, block)):
         b_end, q_end = min(b + group, streams), min(q + block, queries)
@@ -200,13 +200,7 @@ def _shifted(buffer: Tensor, tile: _Tile) -> tuple[Tensor, Tensor]:
 
 
 def _scores(
-    operands: _Operands,
-    tile: _Tile,
-    buffer: Tensor,
-    future: Tensor,
-    window: int | None,
-    *,
-    out: Tensor,
+    operands: _Operands, tile: _Tile, buffer: Tensor, future: Tensor, window: int | None, *, out: Tensor
 ) -> None:
     """Compute a tile's scores [b, q, s] into out; hidden keys get -inf, `future` above its diagonal."""
     b, q, s = tile.shape
@@ -222,11 +216,7 @@ def _scores(
 
 
 def _scores_backward(
-    operands: _Operands,
-    grads: _Operands,
-    tile: _Tile,
-    buffer: Tensor,
-    factors: tuple[Tensor, Tensor],
+    operands: _Operands, grads: _Operands, tile: _Tile, buffer: Tensor, factors: tuple[Tensor, Tensor]
 ) -> None:
     """Set or add a tile's part of all gradients but the values'; the scores' gradient is the factors' product."""
     b, q, _ = tile.shape
@@ -239,9 +229,7 @@ def _scores_backward(
     tile.of_queries(grads.qv_HBQW).copy_(torch.bmm(by_distance, r_bxW))
     tile.of_queries(grads.qu_HBQW).copy_(torch.bmm(by_key, tile.of_keys(operands.key_HBSW)))
     tile.of_keys(grads.key_HBSW).add_(torch.bmm(by_key.mT, qu))
-    tile.of_distances(grads.r_HXW).add_(
-        torch.bmm(by_distance.mT, qv).sum(0, dtype=grads.r_HXW.dtype)
-    )
+    tile.of_distances(grads.r_HXW).add_(torch.bmm(by_distance.mT, qv).sum(0, dtype=grads.r_HXW.dtype))
 
 
 class _RelativeAttention(torch.autograd.Function):
@@ -253,9 +241,7 @@ class _RelativeAttention(torch.autograd.Function):
         like = operands.qu_HBQW
         heads, streams, queries, width = like.shape
         out_HBQW = like.new_empty(streams, queries, heads, width).permute(2, 0, 1, 3)
-        total_HBQ1 = like.new_empty(
-            heads, streams, queries, 1, dtype=torch.promote_types(like.dtype, torch.float32)
-        )
+        total_HBQ1 = like.new_empty(heads, streams, queries, 1, dtype=torch.promote_types(like.dtype, torch.float32))
         tiles = _tiles(operands, window)
         block = max(tile.shape[1] for tile in tiles)
         future = like.new_full((block, block), float("-inf")).triu_(1)

@@ -8,6 +8,7 @@ Letters: M rows, D width, F expert hidden width.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ FEW_ROWS = 64  # rows per expert below which small tiles waste less
 
 def _tiles(
     up: Tile, gated_up: Tile, down: Tile, backward: Tile, gated_backward: Tile, weights: Tile, pair: Tile
-) -> dict[bool, Tiles]:  # fmt: skip
+) -> dict[bool, Tiles]:
     """Tiles of a plain expert (False) and of one with a gate (True)."""
     return {
         False: Tiles(up, down, backward, down, weights, pair),
@@ -150,12 +151,12 @@ _TABLE = {
     "sm_90": {"half": (_SM90_HALF, _HALF_FEW), "tf32": (_SM90_TF32, _TF32_FEW), "ieee": (_IEEE, _IEEE)},
     "sm_100": {"half": (_SM100_HALF, _HALF_FEW), "tf32": (_SM90_TF32, _TF32_FEW), "ieee": (_IEEE, _IEEE)},
     "gfx942": {"half": (_AMD_HALF_MANY, _AMD_HALF_FEW), "tf32": (_AMD_IEEE, _AMD_IEEE), "ieee": (_AMD_IEEE, _AMD_IEEE)},
-}  # fmt: skip
+}
 
 
 def ffn_tiles(
     arch: str, dtype: torch.dtype, precision: str, *, gated: bool, rows: int, experts: int, width: int, hidden: int
-) -> Tiles:  # fmt: skip
+) -> Tiles:
     """Look up the tiles of an expert feed-forward, narrowed to its widths.
 
     Args:
@@ -169,21 +170,15 @@ def ffn_tiles(
         arithmetic = precision if dtype == torch.float32 else "half"
         few = rows < FEW_ROWS * max(experts, 1)
         found = _TABLE[_like(arch)][arithmetic][few][gated]
-    wide, deep = (
-        lambda t: _narrowed(t, columns=hidden, depth=width),
-        lambda t: _narrowed(t, columns=width, depth=hidden),
-    )
+    wide = partial(_narrowed, columns=hidden, depth=width)
+    deep = partial(_narrowed, columns=width, depth=hidden)
     return Tiles(
         wide(found.up),
         deep(found.down),
         wide(found.down_backward),
         deep(found.up_backward),
         *(
-            replace(
-                tile,
-                rows=min(tile.rows, _power_of_two(hidden)),
-                columns=min(tile.columns, _power_of_two(width)),
-            )
+            replace(tile, rows=min(tile.rows, _power_of_two(hidden)), columns=min(tile.columns, _power_of_two(width)))
             for tile in (found.weights, found.weights_pair)
         ),
     )
@@ -197,7 +192,8 @@ def row_tile(columns: int, item_bytes: int) -> Tile:
 
 
 def _like(arch: str) -> str:
-    """Architecture whose entries fit: data centre chips go by their generation, all other NVIDIA chips are like sm_80."""
+    """Architecture whose entries fit: data centre chips go by their generation, all other NVIDIA chips are like
+    sm_80."""
     if arch.startswith("gfx"):
         return "gfx942"
     if arch.startswith("sm_10"):
@@ -206,11 +202,7 @@ def _like(arch: str) -> str:
 
 
 def _narrowed(tile: Tile, *, columns: int, depth: int) -> Tile:
-    return replace(
-        tile,
-        columns=min(tile.columns, _power_of_two(columns)),
-        depth=min(tile.depth, _power_of_two(depth)),
-    )
+    return replace(tile, columns=min(tile.columns, _power_of_two(columns)), depth=min(tile.depth, _power_of_two(depth)))
 
 
 def _power_of_two(width: int) -> int:

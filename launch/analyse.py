@@ -1,9 +1,9 @@
 """What a trained run's experts and routes look like: `python -m launch.analyse run=runs/NAME`.
 
-Reads the run's whole checkpoints, the newest one and those at multiples of train.save_every (not what a stop left), and draws
-its initialisation anew from the seed. Prints a summary and writes analysis.json into the run's folder: similarity of the
-experts' outputs and weights at the start and the end, load and mixing weights at each k, and how many tokens changed their
-experts from checkpoint to checkpoint (engine/evaluation/expert_analysis.py).
+Reads the run's whole checkpoints, the newest one and those at multiples of train.save_every (not what a stop left), and
+draws its initialisation anew from the seed. Prints a summary and writes analysis.json into the run's folder: similarity
+of the experts' outputs and weights at the start and the end, load and mixing weights at each k, and how many tokens
+changed their experts from checkpoint to checkpoint (engine/evaluation/expert_analysis.py).
 """
 
 import math
@@ -35,8 +35,8 @@ from foreroute.launch.start.console import table
 from foreroute.launch.start.process import set_up
 
 _LASTING = (Router.hashed, Router.frozen, Router.learned)
-"""Routers by which a token's experts follow from the text and the weights, unless keys are shuffled; others draw them anew in
-every pass."""
+"""Routers by which a token's experts follow from the text and the weights, unless keys are shuffled; others draw them
+anew in every pass."""
 
 
 @dataclass
@@ -76,9 +76,7 @@ def measure(saved: SavedRun, folder: Path, split: Split, symbols: int) -> dict[s
     half = max(1, config.moe.experts // 2)
 
     def look(model: TransformerXL, k: int) -> list[LayerSeen]:
-        return observe(
-            model, saved.routers, saved.corpus, config, k=k, symbols=symbols, split=split
-        )
+        return observe(model, saved.routers, saved.corpus, config, k=k, symbols=symbols, split=split)
 
     seen = {k: look(saved.model, k) for k in sorted({*config.eval.k, k_max, half})}
     initial = build_model(config, saved.corpus.vocab.size).eval()
@@ -102,7 +100,8 @@ def measure(saved: SavedRun, folder: Path, split: Split, symbols: int) -> dict[s
 def _earlier(
     saved: SavedRun, folder: Path, look: Callable[[TransformerXL], list[LayerSeen]]
 ) -> dict[int, list[LayerSeen]]:
-    """Look at each earlier whole checkpoint of train.save_every, by its step, in a model of its own; stops left others."""
+    """Look at each earlier whole checkpoint of train.save_every, by its step, in a model of its own; stops left
+    others."""
     every = saved.config.train.save_every
     model = build_model(saved.config, saved.corpus.vocab.size).eval()
     found = {}
@@ -138,18 +137,26 @@ def _mean(values: list[float]) -> float | None:
 def _summary(found: dict[str, Any]) -> str:
     """Lay out what was measured for the terminal."""
     rows = [
-        [f"k = {k}", f"{s['load_max_over_mean']:.3f}", f"{s['load_entropy']:.4f}", f"{math.exp(s['weight_entropy']):.2f}"]
+        [
+            f"k = {k}",
+            f"{s['load_max_over_mean']:.3f}",
+            f"{s['load_entropy']:.4f}",
+            f"{math.exp(s['weight_entropy']):.2f}",
+        ]
         for k, s in found["routes"].items()
-    ]  # fmt: skip
-    lines = [
-        table(["", "busiest expert / mean", "load entropy / log E", "experts by weight"], rows)
     ]
+    lines = [table(["", "busiest expert / mean", "load entropy / log E", "experts by weight"], rows)]
     for name in ("output_similarity", "weight_similarity"):
         start, end = found[name]["start"], found[name]["end"]
         if end is not None:
-            lines.append(f"{name.replace('_', ' ')} of experts: {start:.3f} at the start, {end:.3f} at step {found['step']}")  # fmt: skip
+            lines.append(
+                f"{name.replace('_', ' ')} of experts: {start:.3f} at the start, {end:.3f} at step {found['step']}"
+            )
     for change in found["routing_change"]["between"] or []:
-        lines.append(f"step {change['from']} to {change['to']}: {change['share']:.1%} of tokens changed their {found['routing_change']['k']} experts")  # fmt: skip
+        lines.append(
+            f"step {change['from']} to {change['to']}: {change['share']:.1%} of tokens changed their"
+            f" {found['routing_change']['k']} experts"
+        )
     return "\n".join(lines)
 
 

@@ -1,8 +1,9 @@
 """The Weights & Biases dashboard of a project, as code: `python -m launch.dashboard project=NAME out=FILE`.
 
-SECTIONS says which metrics of engine/metrics/names.py each panel shows; titles get their units from there. The specification is the
-same in every call, down to its ids, so it can be kept in version control and compared. It is printed or written; only
-apply=true sends it, and a second time changes the dashboard of the first. The only file that knows wandb_workspaces.
+SECTIONS says which metrics of engine/metrics/names.py each panel shows; titles get their units from there. The
+specification is the same in every call, down to its ids, so it can be kept in version control and compared. It is
+printed or written; only apply=true sends it, and a second time changes the dashboard of the first. The only file that
+knows wandb_workspaces.
 """
 
 import hashlib
@@ -111,7 +112,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         _panel("Device memory of rank 0", "device_memory_bytes", "peak_device_memory_bytes"),
         _panel("Memory, by rank", "rank_memory_bytes"),
     ),
-}  # fmt: skip
+}
 HEAT_MAPS = "expert_rows"
 """The metric with a heat map for each layer, in the section Experts: W&B draws histograms over steps so."""
 LEFT_OUT = {"own_ms": "rank_own_ms has it for every rank"}
@@ -147,9 +148,7 @@ def build(args: DashboardArgs) -> Any:
             plots += [_heat_map(title, layer) for layer in range(args.layers)]
         layout = ws.SectionLayoutSettings(columns=3, rows=-(-len(plots) // 3))
         sections.append(ws.Section(name=title, panels=plots, is_open=True, layout_settings=layout))
-    workspace = ws.Workspace(
-        entity=args.entity or "", project=args.project, name=args.name, sections=sections
-    )
+    workspace = ws.Workspace(entity=args.entity or "", project=args.project, name=args.name, sections=sections)
     workspace._internal_name = f"nw-{_id(args.name)}-v"
     workspace._internal_runset_id = _id("runs")
     return workspace
@@ -157,7 +156,7 @@ def build(args: DashboardArgs) -> Any:
 
 def specification(workspace: Any) -> str:
     """Write a dashboard as the JSON that is kept at W&B: entity, project, displayName, name, id and spec."""
-    return str(workspace._to_model().model_dump_json(by_alias=True, exclude_none=True, indent=2)) + "\n"  # fmt: skip
+    return str(workspace._to_model().model_dump_json(by_alias=True, exclude_none=True, indent=2)) + "\n"
 
 
 def load(text: str) -> Any:
@@ -196,7 +195,7 @@ def _heat_map(section: str, layer: int) -> Any:
     from wandb_workspaces.reports.v2 import LinePlot
 
     title = f"Rows of each expert in a step, layer {layer}"
-    plot = LinePlot(title=f"{title} [{METRICS[HEAT_MAPS].unit}]", y=[f"{HEAT_MAPS}/{layer}"], title_y="expert")  # fmt: skip
+    plot = LinePlot(title=f"{title} [{METRICS[HEAT_MAPS].unit}]", y=[f"{HEAT_MAPS}/{layer}"], title_y="expert")
     plot._id = _id(section, title)
     return plot
 

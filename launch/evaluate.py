@@ -82,9 +82,7 @@ def evaluate(args: EvaluateArgs) -> int:
         [name, f"{found.bpc:.4f}", f"{found.symbols:,}", f"{found.symbols / found.seconds:,.0f}"]
         for name, found in curve.items()
     ]
-    print(
-        f"{folder} at step {saved.step}, {config.eval.split.name} split, {config.corpus.tokens.name}"
-    )
+    print(f"{folder} at step {saved.step}, {config.eval.split.name} split, {config.corpus.tokens.name}")
     print(table(["k", "bpc", "symbols", "symbols/s"], rows))
     bpc = {name: found.bpc for name, found in curve.items()}
     print(json.dumps({"bpc": bpc, "split": config.eval.split.name, "step": saved.step}))

@@ -1,7 +1,8 @@
-"""Fine-tune a trained run on SST-2: `python -m launch.finetune run=runs/NAME task.path=FOLDER [k=8] [pretrained=false]`.
+"""Fine-tune a trained run on SST-2: `python -m launch.finetune run=runs/NAME task.path=FOLDER [k=8]
+[pretrained=false]`.
 
-FOLDER holds GLUE's train.tsv and dev.tsv. Weights are selected by a held-out part of train; dev is looked at once, at the end, at
-every k of eval_k. Prints a table and writes RUN/finetune/NAME.json.
+FOLDER holds GLUE's train.tsv and dev.tsv. Weights are selected by a held-out part of train; dev is looked at once, at
+the end, at every k of eval_k. Prints a table and writes RUN/finetune/NAME.json.
 """
 
 import hashlib
@@ -78,9 +79,7 @@ class FinetuneArgs:
         require(bool(self.run), "run is missing: the folder of a trained run")
         require(bool(self.task.path), f"task.path is missing: the folder of {TRAIN} and {DEV}")
         at_least("", self, steps=1, batch=1, eval_every=1, held_out=1)
-        require(
-            len(self.lr) > 0 and min(self.lr) > 0, f"lr={self.lr}: needs one or more, each above 0"
-        )
+        require(len(self.lr) > 0 and min(self.lr) > 0, f"lr={self.lr}: needs one or more, each above 0")
         fraction("", self, "dropout")
         require(0 <= self.seed < 2**32, f"seed={self.seed}: must be from 0 to 2**32 - 1")
         plain = self.name is None or (self.name and "/" not in self.name and self.name[0] != ".")
@@ -143,7 +142,7 @@ def finetune(args: FinetuneArgs) -> int:
 
 def _run(
     classifier: Classifier, examples: _Examples, args: FinetuneArgs, k: int, eval_k: dict[str, int], console: Console
-) -> tuple[Selection, dict[str, Accuracy]]:  # fmt: skip
+) -> tuple[Selection, dict[str, Accuracy]]:
     """Train and select at k; then look at dev, once for each name of eval_k."""
     recipe = Recipe(k, args.steps, args.batch, tuple(args.lr), args.eval_every, args.seed)
     progress = _Progress(console, args.total_steps)
@@ -153,11 +152,10 @@ def _run(
 
 
 def _config(config: Config, args: FinetuneArgs) -> Config:
-    """The run's configuration with fine-tuning's dropout, in fp32; the run's seed stays: tables at the input follow from it."""
+    """The run's configuration with fine-tuning's dropout, in fp32; the run's seed stays: tables at the input follow
+    from it."""
     return replace(
-        config,
-        model=replace(config.model, dropout=args.dropout),
-        train=replace(config.train, precision=Precision.fp32),
+        config, model=replace(config.model, dropout=args.dropout), train=replace(config.train, precision=Precision.fp32)
     )
 
 
@@ -168,7 +166,8 @@ def _active_experts(config: Config, args: FinetuneArgs) -> tuple[int, dict[str, 
         return 1, {"dense": 1}
     require(
         config.moe.keys is Keys.own,
-        f"moe.keys={config.moe.keys.name}: a control that cannot be fine-tuned: a sentence's experts would follow from its neighbours",
+        f"moe.keys={config.moe.keys.name}: a control that cannot be fine-tuned: a sentence's experts would follow from"
+        " its neighbours",
     )
     experts = config.moe.experts
     k = config.schedule.k_max if args.k is None else args.k
@@ -199,9 +198,7 @@ def _write(target: Path, result: dict[str, Any]) -> Path:
     return target
 
 
-def _prepare(
-    read: dict[str, list[Example]], saved: SavedRun, args: FinetuneArgs, console: Console
-) -> _Examples:
+def _prepare(read: dict[str, list[Example]], saved: SavedRun, args: FinetuneArgs, console: Console) -> _Examples:
     """Hold examples out and turn all into ids."""
     vocab = saved.corpus.vocab
     train, held_out = hold_out(read[TRAIN], args.held_out, args.seed)
@@ -218,8 +215,7 @@ def _prepare(
         **{name: len(examples) for name, examples in parts.items()},
         "foreign_bytes": foreign,
         "sha256": {
-            name: hashlib.sha256((Path(args.task.path) / name).read_bytes()).hexdigest()
-            for name in (TRAIN, DEV)
+            name: hashlib.sha256((Path(args.task.path) / name).read_bytes()).hexdigest() for name in (TRAIN, DEV)
         },
     }
     encoded = {name: encode(examples, vocab) for name, examples in parts.items()}

@@ -1,8 +1,8 @@
 """How evenly a run's tables load experts and ranks: `python -m launch.tables experiment=enwik8_hashed ranks=[2,4,8]`.
 
-Builds the tables as training would and counts them on one split of the text. Loads are max / mean (1 is perfectly even) of
-the worst table; ranks touched by a token and rows on the wire are means over the tables. Prints one line for each k and,
-as its last line, one JSON object.
+Builds the tables as training would and counts them on one split of the text. Loads are max / mean (1 is perfectly even)
+of the worst table; ranks touched by a token and rows on the wire are means over the tables. Prints one line for each k
+and, as its last line, one JSON object.
 """
 
 import json
@@ -32,10 +32,7 @@ class TablesArgs(Config):
         super().__post_init__()
         bad = [num for num in self.ranks if num < 1 or self.moe.experts % num]
         require(not bad, f"ranks={bad}: must divide moe.experts={self.moe.experts}")
-        require(
-            self.moe.router is Router.hashed,
-            f"moe.router={self.moe.router.name}: only hashed has tables",
-        )
+        require(self.moe.router is Router.hashed, f"moe.router={self.moe.router.name}: only hashed has tables")
 
 
 def over_tables(same_k: Sequence[Balance]) -> Balance:
@@ -48,7 +45,7 @@ def over_tables(same_k: Sequence[Balance]) -> Balance:
         )
         for num in same_k[0].ranks
     }
-    experts, blocks = (max(getattr(found, name) for found in same_k) for name in ("experts", "blocks"))  # fmt: skip
+    experts, blocks = (max(getattr(found, name) for found in same_k) for name in ("experts", "blocks"))
     return Balance(same_k[0].k, experts, blocks, ranks)
 
 
@@ -60,8 +57,8 @@ def tables(args: TablesArgs) -> int:
     of_tables = [balances(table, ids, args.ranks) for table in found_tables]
     found = [over_tables(same_k) for same_k in zip(*of_tables, strict=True)]
     print(
-        f"{len(found_tables)} tables, builder {args.moe.builder.name}, blocks of {pack}, on {ids.size:,} symbols of the "
-        f"{args.split.name} split"
+        f"{len(found_tables)} tables, builder {args.moe.builder.name}, blocks of {pack}, on {ids.size:,} symbols of the"
+        f" {args.split.name} split"
     )
     header = ["k", "experts", "blocks"]
     for num in args.ranks:
@@ -73,7 +70,7 @@ def tables(args: TablesArgs) -> int:
             values += [on.load, on.touched, on.wire_rows]
         rows.append([str(line.k), *(f"{value:.3f}" for value in values)])
     print(table(header, rows))
-    print(json.dumps({"split": args.split.name, "pack": pack, "k": [asdict(line) for line in found]}))  # fmt: skip
+    print(json.dumps({"split": args.split.name, "pack": pack, "k": [asdict(line) for line in found]}))
     return 0
 
 

@@ -1,6 +1,8 @@
-"""Train, evaluate at every k, and leave a run folder behind: `python -m launch.train experiment=NAME [SECTION.OPTION=VALUE]`.
+"""Train, evaluate at every k, and leave a run folder behind: `python -m launch.train experiment=NAME
+[SECTION.OPTION=VALUE]`.
 
-Follow one run from here: configuration -> corpus -> tables -> Trainer (engine/train/trainer.py) -> slimming curve -> summary.
+Follow one run from here: configuration -> corpus -> tables -> Trainer (engine/train/trainer.py) -> slimming curve ->
+summary.
 """
 
 from collections.abc import Callable
@@ -38,8 +40,8 @@ class TrainArgs(Config):
     """Options: a run's configuration, and what it is held to."""
 
     certificate: str | None = None
-    """What launch.certify wrote, the folder or its certificate.json: every step that it counted must move and compute the same
-    rows and bytes, or the run ends. No part of the run: a resumed run may take one or drop it."""
+    """What launch.certify wrote, the folder or its certificate.json: every step that it counted must move and compute
+    the same rows and bytes, or the run ends. No part of the run: a resumed run may take one or drop it."""
 
 
 def train(args: TrainArgs) -> int:
@@ -48,11 +50,7 @@ def train(args: TrainArgs) -> int:
     name, group = config.train.name, config.wandb.group
     if in_sweep() and group is None:
         group = name
-    config = replace(
-        config,
-        train=replace(config.train, name=job_name(name)),
-        wandb=replace(config.wandb, group=group),
-    )
+    config = replace(config, train=replace(config.train, name=job_name(name)), wandb=replace(config.wandb, group=group))
     set_up(config.train.threads)
     stop = StopSignal()
     with lasting(), connected(config.parallel, _options(config)) as world:
@@ -66,10 +64,13 @@ def _train(config: Config, world: World, stop: StopSignal, certificate: str | No
     written = together(host, lambda: _read_certificate(certificate, config, world.mesh))
     together(host, lambda: _check_wandb(config) if world.first else None)
     corpus = together(host, lambda: prepare(config.corpus, console.note), rank_0_first=True)
-    agree(host, {
-        "the text (its sha256)": corpus.sha256,
-        "the certificate (its arrays' sha256)": written and written.facts["arrays_sha256"],
-    })  # fmt: skip
+    agree(
+        host,
+        {
+            "the text (its sha256)": corpus.sha256,
+            "the certificate (its arrays' sha256)": written and written.facts["arrays_sha256"],
+        },
+    )
     if written is not None:
         together(host, lambda: fits_text(written, corpus.sha256))
     run = open_run(config, world)
@@ -79,14 +80,8 @@ def _train(config: Config, world: World, stop: StopSignal, certificate: str | No
         config = run.config
         for line in corpus.notes:
             console.note(line)
-        routers = together(
-            host, lambda: build_routers(config, corpus, world.mesh), rank_0_first=True
-        )
-        trainer = together(
-            host,
-            lambda: Trainer(config, corpus, routers, run.path, console, world),
-            watch=world.watch,
-        )
+        routers = together(host, lambda: build_routers(config, corpus, world.mesh), rank_0_first=True)
+        trainer = together(host, lambda: Trainer(config, corpus, routers, run.path, console, world), watch=world.watch)
         if run.earlier:
             trainer.resume()
             if config.train.steps != run.earlier.train.steps:
@@ -97,21 +92,19 @@ def _train(config: Config, world: World, stop: StopSignal, certificate: str | No
                 if world.first:
                     print(result_table(summary))
                     print(
-                        f"{run.path} is complete; python -m launch.evaluate {command_option('run', run.path)} measures it again, "
-                        "train.steps=STEPS train.resume=true trains it further"
+                        f"{run.path} is complete; python -m launch.evaluate {command_option('run', run.path)} measures"
+                        " it again, train.steps=STEPS train.resume=true trains it further"
                     )
                 run.record("complete", trainer.step)
                 return 0
         check = together(host, lambda: _check(written, trainer))
         run.claim()
-    return run.recorded(
-        lambda: _run(run, trainer, corpus, console, stop, check), lambda: trainer.step
-    )
+    return run.recorded(lambda: _run(run, trainer, corpus, console, stop, check), lambda: trainer.step)
 
 
 def _run(
     run: RunFolder, trainer: Trainer, corpus: PreparedCorpus, console: Console, stop: StopSignal, check: Check | None
-) -> int:  # fmt: skip
+) -> int:
     """Train and evaluate; gives the exit code."""
     host = trainer.world.host
     _describe(console, trainer)
@@ -167,16 +160,12 @@ def _share_out(config: Config, mesh: Mesh) -> None:
 def _options(config: Config) -> dict[str, Any]:
     """Every option on which the ranks must agree, by its name; machines may have the same text in different places."""
     plain = to_plain(config)
-    found = {
-        f"{s}.{name}": value for s, options in plain.items() for name, value in options.items()
-    }
+    found = {f"{s}.{name}": value for s, options in plain.items() for name, value in options.items()}
     own = "corpus.path", "corpus.cache_dir"
     return {name: value for name, value in found.items() if name not in own}
 
 
-def _open_metrics(
-    run: RunFolder, trainer: Trainer, check: Check | None, note: Callable[[str], None]
-) -> Metrics | None:
+def _open_metrics(run: RunFolder, trainer: Trainer, check: Check | None, note: Callable[[str], None]) -> Metrics | None:
     """The run's outputs; rank 0 alone has them."""
     if not trainer.world.first:
         return None
@@ -220,9 +209,7 @@ def _describe(console: Console, trainer: Trainer) -> None:
         console.note(f"experts: backend {config.kernels.backend.value}{how}")
 
 
-def _finish(
-    run: RunFolder, trainer: Trainer, corpus: PreparedCorpus, metrics: Metrics | None
-) -> None:
+def _finish(run: RunFolder, trainer: Trainer, corpus: PreparedCorpus, metrics: Metrics | None) -> None:
     """Evaluate, and let rank 0 compare with counting, draw, and write summary.json; the others wait for it."""
     config, world = run.config, trainer.world
     if world.first:
@@ -232,16 +219,13 @@ def _finish(
         curve = slimming_curve(trainer.model, trainer.routers, corpus, config, world, progress)
         world.watch.at("the summary")
         summary = together(
-            world.host,
-            lambda: summarise(run, trainer, corpus, curve, progress) if world.first else None,
+            world.host, lambda: summarise(run, trainer, corpus, curve, progress) if world.first else None
         )
     if summary is not None:
         if metrics is not None:
             metrics.summarise(final_numbers(summary))
         print(result_table(summary))
-        print(
-            f"{run.path}: config.yaml facts.json metrics.jsonl checkpoints/ loss.png slimming.png summary.json"
-        )
+        print(f"{run.path}: config.yaml facts.json metrics.jsonl checkpoints/ loss.png slimming.png summary.json")
         print(f"python -m launch.report {command_option('run', run.path)} makes a page of it")
 
 

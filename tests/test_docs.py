@@ -1,4 +1,5 @@
-"""What the documentation names is there: files that it links to, experiments, presets, programs and options in its commands."""
+"""What the documentation names is there: files that it links to, experiments, presets, programs and options in its
+commands."""
 
 import dataclasses
 import re
@@ -88,9 +89,7 @@ def test_a_wrong_option_is_found():
 
 def test_a_wrong_name_is_found(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text(
-        "[gone](gone.md) [page](page.md) `launch.tarin experiment=quickstart` preset=smal\n"
-    )
+    page.write_text("[gone](gone.md) [page](page.md) `launch.tarin experiment=quickstart` preset=smal\n")
     assert missing_from(page) == ["gone.md", "preset=smal", "launch.tarin"]
 
 

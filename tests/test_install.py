@@ -1,4 +1,5 @@
-"""One import root: a wheel and a source archive are complete, and other packages of our folders' names do no harm, nor take any."""
+"""One import root: a wheel and a source archive are complete, and other packages of our folders' names do no harm, nor
+take any."""
 
 import os
 import subprocess
@@ -19,9 +20,7 @@ SHORT = "train.steps=2", "optim.warmup_steps=0", "eval.max_symbols=256"
 def checkout(tmp_path_factory):
     """A copy of what git has, without anything that was made."""
     folder = tmp_path_factory.mktemp("checkout")
-    files = subprocess.run(
-        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True
-    ).stdout
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
     command = ["tar", "--create", "--null", "--files-from=-"]
     packed = subprocess.run(command, cwd=ROOT, input=files, capture_output=True, check=True).stdout
     subprocess.run(["tar", "--extract", "--directory", str(folder)], input=packed, check=True)
@@ -46,20 +45,9 @@ def made(checkout, tmp_path_factory):
 
 
 def python(*arguments, cwd, path="", **more):
-    environ = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "PYTHONPATH": str(path),
-        **more,
-    }
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(path), **more}
     return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=cwd,
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=600,
+        [sys.executable, *arguments], cwd=cwd, env=environ, capture_output=True, text=True, timeout=600
     )
 
 
@@ -77,9 +65,7 @@ def test_a_wheel_is_the_whole_program(made, tmp_path):
         if path.suffix in (".py", ".yaml", ".js") and "__pycache__" not in path.parts
     }
     own = {"foreroute/conf/cluster/this_machine.yaml"}  # of benchmarks.calibrate; git ignores it
-    assert want - own <= names and not any(
-        name.startswith(("engine", "tests", "benchmarks")) for name in names
-    )
+    assert want - own <= names and not any(name.startswith(("engine", "tests", "benchmarks")) for name in names)
     where = python("-c", "import foreroute; print(foreroute.__file__)", cwd=tmp_path, path=site)
     assert where.stdout.strip() == str(site / "foreroute/__init__.py"), where.stderr
     options = [*small_run(tmp_path), f"train.runs_dir={tmp_path}", *SHORT]
@@ -96,12 +82,7 @@ def test_what_lies_beside_us_does_no_harm(tmp_path):
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels/__init__.py").write_text(FOREIGN)
     done = python(
-        "-m",
-        "foreroute.launch.train",
-        *small_run(tmp_path),
-        f"train.runs_dir={tmp_path}",
-        *SHORT,
-        cwd=tmp_path,
+        "-m", "foreroute.launch.train", *small_run(tmp_path), f"train.runs_dir={tmp_path}", *SHORT, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
     code = "import engine" if (tmp_path / "engine.py").exists() else ""
@@ -110,18 +91,18 @@ def test_what_lies_beside_us_does_no_harm(tmp_path):
 
 @pytest.mark.parametrize(
     "start",
-    [
-        ["-m", "launch.prepare", "--help"],
-        ["-m", "benchmarks.bench_plan", "--help"],
-        ["-c", "import foreroute.launch"],
-    ],
+    [["-m", "launch.prepare", "--help"], ["-m", "benchmarks.bench_plan", "--help"], ["-c", "import foreroute.launch"]],
     ids=" ".join,
 )
 def test_our_folders_stand_for_no_other_package(tmp_path, start):
     """Started in the checkout, which Python then has on its path: `import kernels` gives who is installed."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels/__init__.py").write_text("")
-    say = "import sys\nclass Say:\n    def find_spec(self, name, path=None, target=None):\n        if name == 'foreroute.launch':\n            import atexit; atexit.register(lambda: print(__import__('kernels').__file__))\nsys.meta_path.insert(0, Say())\n"
+    say = (
+        "import sys\nclass Say:\n    def find_spec(self, name, path=None, target=None):\n        if name =="
+        " 'foreroute.launch':\n            import atexit; atexit.register(lambda:"
+        " print(__import__('kernels').__file__))\nsys.meta_path.insert(0, Say())\n"
+    )
     (tmp_path / "sitecustomize.py").write_text(say)
     done = python(*start, cwd=ROOT, path=tmp_path)
     assert done.stdout.splitlines()[-1] == str(tmp_path / "kernels/__init__.py"), done.stderr

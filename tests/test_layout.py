@@ -1,4 +1,5 @@
-"""The house: which way imports point, that no files import each other in a circle, one import root, and how full a room is."""
+"""The house: which way imports point, that no files import each other in a circle, one import root, and how full a room
+is."""
 
 import ast
 from collections import Counter
@@ -9,20 +10,42 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS: dict[str, list[set[str]]] = {  # from the ground up; rooms of one floor do not import each other
     "engine": [
-        {"errors", "tracing"}, {"sealed_files"}, {"config"}, {"parallel"}, {"routing"}, {"moe"}, {"data"}, {"model"}, {"optim"},
-        {"metrics", "evaluation", "checkpoint", "finetune", "plug_in"}, {"profiling"}, {"certificate"}, {"train"}, {"testing"},
-    ],
-    "launch": [
-        {"start"}, {"page"}, {"runs"},
-        {"certify", "report", "study", "analyse", "dashboard", "evaluate", "finetune", "generate", "prepare", "tables", "train"},
+        {"errors", "tracing"},
+        {"sealed_files"},
+        {"config"},
+        {"parallel"},
+        {"routing"},
+        {"moe"},
+        {"data"},
+        {"model"},
+        {"optim"},
+        {"metrics", "evaluation", "checkpoint", "finetune", "plug_in"},
+        {"profiling"},
+        {"certificate"},
+        {"train"},
         {"testing"},
     ],
-}  # fmt: skip
-MAY_IMPORT = {
-    "kernels": {"kernels"},
-    "engine": {"kernels", "engine"},
-    "launch": {"kernels", "engine", "launch"},
+    "launch": [
+        {"start"},
+        {"page"},
+        {"runs"},
+        {
+            "certify",
+            "report",
+            "study",
+            "analyse",
+            "dashboard",
+            "evaluate",
+            "finetune",
+            "generate",
+            "prepare",
+            "tables",
+            "train",
+        },
+        {"testing"},
+    ],
 }
+MAY_IMPORT = {"kernels": {"kernels"}, "engine": {"kernels", "engine"}, "launch": {"kernels", "engine", "launch"}}
 ONLY_IN = {
     "hydra": ("launch/start/",),
     "omegaconf": ("launch/start/",),
@@ -80,13 +103,10 @@ def faults(name, source):
 
 def graph(found):
     """The files that each file imports."""
-    modules = {f"foreroute.{name[:-3].replace('/', '.')}".removesuffix(".__init__"): name for name in found}  # fmt: skip
+    modules = {f"foreroute.{name[:-3].replace('/', '.')}".removesuffix(".__init__"): name for name in found}
     arrows = {}
     for name, source in found.items():
-        full = [
-            modules.get(module) or modules.get(module.rpartition(".")[0])
-            for module in imports(source)
-        ]
+        full = [modules.get(module) or modules.get(module.rpartition(".")[0]) for module in imports(source)]
         arrows[name] = {other for other in full if other not in (None, name)}
     return arrows
 
@@ -109,11 +129,7 @@ def test_imports_point_one_way():
 
 def test_every_room_has_a_floor():
     for folder in FLOORS:
-        rooms = {
-            path.name.removesuffix(".py")
-            for path in (ROOT / folder).iterdir()
-            if path.suffix in ("", ".py")
-        }
+        rooms = {path.name.removesuffix(".py") for path in (ROOT / folder).iterdir() if path.suffix in ("", ".py")}
         assert rooms - {"__init__", "__pycache__", "recipes"} == set().union(*FLOORS[folder])
 
 
@@ -122,9 +138,7 @@ def test_no_files_import_each_other_in_a_circle():
 
 
 def test_a_room_is_not_crowded():
-    crowded = Counter(
-        name.rpartition("/")[0] for name in sources() if not name.endswith("__init__.py")
-    )
+    crowded = Counter(name.rpartition("/")[0] for name in sources() if not name.endswith("__init__.py"))
     assert {folder: count for folder, count in crowded.items() if count > MOST_FILES} == {}
 
 
@@ -152,15 +166,8 @@ def test_planted_faults_are_seen(name, source):
 
 
 def test_what_is_allowed_is_no_fault():
-    assert not list(
-        faults(
-            "engine/data/x.py",
-            "from foreroute.engine.config import Config\nimport foreroute.kernels",
-        )
-    )
-    assert not list(
-        faults("engine/data/x.py", "from foreroute.engine.data.corpus import prepare\nimport numpy")
-    )
+    assert not list(faults("engine/data/x.py", "from foreroute.engine.config import Config\nimport foreroute.kernels"))
+    assert not list(faults("engine/data/x.py", "from foreroute.engine.data.corpus import prepare\nimport numpy"))
 
 
 def test_a_planted_circle_is_seen():
@@ -183,7 +190,5 @@ def test_the_root_has_links_to_the_folders(name):
 def test_nothing_has_bare_imports():
     """Each module would be loaded twice, and its operators registered twice."""
     for path in [*ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmarks/**/*.py")]:
-        bare = [
-            module for module in imports(path.read_text()) if module.split(".")[0] in MAY_IMPORT
-        ]
+        bare = [module for module in imports(path.read_text()) if module.split(".")[0] in MAY_IMPORT]
         assert bare == [], path

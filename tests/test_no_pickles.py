@@ -7,7 +7,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
-CALLS = {"torch.load", "torch.jit.load", "torch.hub.load", "torch.package", "yaml.load", "yaml.unsafe_load", "pandas.read_pickle"}  # fmt: skip
+CALLS = {
+    "torch.load",
+    "torch.jit.load",
+    "torch.hub.load",
+    "torch.package",
+    "yaml.load",
+    "yaml.unsafe_load",
+    "pandas.read_pickle",
+}
 
 
 def unpickling(source):
@@ -22,7 +30,7 @@ def unpickling(source):
                 found.append(node.lineno)
         elif isinstance(node, ast.Call):
             name = ast.unparse(node.func)
-            safe = any(k.arg == "allow_pickle" and ast.unparse(k.value) == "False" for k in node.keywords)  # fmt: skip
+            safe = any(k.arg == "allow_pickle" and ast.unparse(k.value) == "False" for k in node.keywords)
             numpy = name in ("np.load", "numpy.load") or name.endswith(".open_memmap")
             if name in CALLS or (numpy and not safe):
                 found.append(node.lineno)
@@ -39,9 +47,15 @@ def test_no_file_is_unpickled(folder):
 def test_the_search_finds_them():
     """Negative control."""
     bad = [
-        "import pickle", "from pickle import loads", "from torch import load", "torch.load(f, weights_only=True)",
-        "np.load(f)", "np.load(f, allow_pickle=True)", "import joblib.parallel", "yaml.load(f)",
-    ]  # fmt: skip
+        "import pickle",
+        "from pickle import loads",
+        "from torch import load",
+        "torch.load(f, weights_only=True)",
+        "np.load(f)",
+        "np.load(f, allow_pickle=True)",
+        "import joblib.parallel",
+        "yaml.load(f)",
+    ]
     assert [unpickling(line) for line in bad] == [[1]] * len(bad)
-    good = ["np.load(f, allow_pickle=False)", "json.loads(f)", "from numpy import load_txt", "save_file(t, f)"]  # fmt: skip
+    good = ["np.load(f, allow_pickle=False)", "json.loads(f)", "from numpy import load_txt", "save_file(t, f)"]
     assert [unpickling(line) for line in good] == [[]] * len(good)

@@ -23,9 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=150, help="mutants to try")
     parser.add_argument("--seed", type=int, default=1, help="of the draw")
-    parser.add_argument(
-        "--rooms", nargs="+", choices=ROOMS, default=list(ROOMS), help="to draw from"
-    )
+    parser.add_argument("--rooms", nargs="+", choices=ROOMS, default=list(ROOMS), help="to draw from")
     parser.add_argument("--workers", type=int, default=2, help="mutants tried at a time")
     options = parser.parse_args()
     rooms = {room: ROOMS[room] for room in options.rooms}
@@ -42,7 +40,7 @@ def main() -> None:
     print_table(verdicts)
     noticed = sum(verdict.noticed for verdict in verdicts)
     survivors = [f"{verdict.said}  [{verdict.by}]" for verdict in verdicts if not verdict.noticed]
-    summary = {"tried": len(verdicts), "noticed": noticed, "equivalent": len(left_out), "survivors": survivors}  # fmt: skip
+    summary = {"tried": len(verdicts), "noticed": noticed, "equivalent": len(left_out), "survivors": survivors}
     sys.stdout.write(json.dumps(summary) + "\n")
 
 

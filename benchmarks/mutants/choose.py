@@ -1,11 +1,12 @@
 """Which tests to run for a place, and in which order.
 
-Asked are tests that run a line of the place's statement, themselves or in a fixture of theirs, in any of their processes. A place
-that runs at import (a constant, a default) has no such line: asked are those that run a line with the name that it gives, else those
-that run any line of its file; and all of the file's mirror. Where a file of tests keeps what one test has made for another, all its tests are asked.
+Asked are tests that run a line of the place's statement, themselves or in a fixture of theirs, in any of their
+processes. A place that runs at import (a constant, a default) has no such line: asked are those that run a line with
+the name that it gives, else those that run any line of its file; and all of the file's mirror. Where a file of tests
+keeps what one test has made for another, all its tests are asked.
 
-First come the tests of the file's own mirror under tests/, then the others; of each the fast ones first, then the slow ones in an
-order by chance. What would go beyond the time of a mutant is left out.
+First come the tests of the file's own mirror under tests/, then the others; of each the fast ones first, then the slow
+ones in an order by chance. What would go beyond the time of a mutant is left out.
 """
 
 import hashlib
@@ -77,7 +78,10 @@ class Chooser:
             own = self._file_of[test]
             near = _is_mirror(own, file)
             fast = self._seconds(test) < _FAST
-            groups[{(True, True): 0, (True, False): 1, (False, True): 1, (False, False): 2}[near, fast], own.startswith(INTERPRETED)].append(test)  # fmt: skip
+            groups[
+                {(True, True): 0, (True, False): 1, (False, True): 1, (False, False): 2}[near, fast],
+                own.startswith(INTERPRETED),
+            ].append(test)
         batches, left = [], seconds
         for (_, interpreted), group in sorted(groups.items()):
             chosen, left = self._fill(group, left)

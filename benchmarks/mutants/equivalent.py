@@ -1,7 +1,7 @@
 """Mutants that no test can tell from the program, listed by hand: benchmarks/mutants/equivalent.toml.
 
-Each entry has the `file`, the whole `line` (spaces around it aside), the change `old` to `new` (`new` may be left out: any), the
-number `which` if the line has its text more than once (0 is the first), and the `reason`.
+Each entry has the `file`, the whole `line` (spaces around it aside), the change `old` to `new` (`new` may be left out:
+any), the number `which` if the line has its text more than once (0 is the first), and the `reason`.
 """
 
 import tomllib

@@ -1,8 +1,8 @@
 """Places of a source file where one token can be changed so that the program still compiles, and what it can become.
 
-Left out is what has no behaviour, or none that a right program shows: docstrings and all strings, annotations, decorators,
-`raise` statements, messages of `assert`, what is under TYPE_CHECKING, arguments of loggers and warnings, and `strict=` of zip,
-which asserts. Formatting stays: nothing but the token's text is replaced.
+Left out is what has no behaviour, or none that a right program shows: docstrings and all strings, annotations,
+decorators, `raise` statements, messages of `assert`, what is under TYPE_CHECKING, arguments of loggers and warnings,
+and `strict=` of zip, which asserts. Formatting stays: nothing but the token's text is replaced.
 """
 
 import ast
@@ -13,14 +13,44 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 SWAPS = {
-    "+": ("-",), "-": ("+",), "*": ("/", "+"), "/": ("*",), "//": ("*",), "%": ("//",), "**": ("*",), "@": (),
-    "<<": (">>",), ">>": ("<<",), "&": ("|",), "|": ("&",), "^": ("&",),
-    "<": ("<=", ">="), "<=": ("<", ">"), ">": (">=", "<="), ">=": (">", "<"), "==": ("!=",), "!=": ("==",),
-    "is": ("is not",), "is not": ("is",), "in": ("not in",), "not in": ("in",), "and": ("or",), "or": ("and",),
-    "min": ("max",), "max": ("min",), "minimum": ("maximum",), "maximum": ("minimum",), "amin": ("amax",), "amax": ("amin",),
-    "argmin": ("argmax",), "argmax": ("argmin",), "any": ("all",), "all": ("any",),
-    "True": ("False",), "False": ("True",),
-}  # fmt: skip
+    "+": ("-",),
+    "-": ("+",),
+    "*": ("/", "+"),
+    "/": ("*",),
+    "//": ("*",),
+    "%": ("//",),
+    "**": ("*",),
+    "@": (),
+    "<<": (">>",),
+    ">>": ("<<",),
+    "&": ("|",),
+    "|": ("&",),
+    "^": ("&",),
+    "<": ("<=", ">="),
+    "<=": ("<", ">"),
+    ">": (">=", "<="),
+    ">=": (">", "<"),
+    "==": ("!=",),
+    "!=": ("==",),
+    "is": ("is not",),
+    "is not": ("is",),
+    "in": ("not in",),
+    "not in": ("in",),
+    "and": ("or",),
+    "or": ("and",),
+    "min": ("max",),
+    "max": ("min",),
+    "minimum": ("maximum",),
+    "maximum": ("minimum",),
+    "amin": ("amax",),
+    "amax": ("amin",),
+    "argmin": ("argmax",),
+    "argmax": ("argmin",),
+    "any": ("all",),
+    "all": ("any",),
+    "True": ("False",),
+    "False": ("True",),
+}
 """What a token can become."""
 _QUIET = {"warn", "warning", "info", "debug", "print", "isinstance", "cast", "TypeVar"}
 """Calls whose arguments are left alone: messages and types."""
@@ -35,9 +65,7 @@ class Place:
     old: str
     changes: tuple[str, ...]
     statement: tuple[int, int]  # lines of the innermost statement; of a compound one, of its header
-    names: (
-        tuple[str, ...] | None
-    )  # what a statement assigns that runs at import; None: it runs in a call
+    names: tuple[str, ...] | None  # what a statement assigns that runs at import; None: it runs in a call
 
     def apply(self, source: str, new: str) -> str:
         """Give the source with the token changed."""

@@ -80,5 +80,5 @@ class Fixtures:
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_call(self, item: Any) -> None:
         definitions = item._fixtureinfo.name2fixturedefs
-        used = [self._shared.get(one) for name in item.fixturenames for one in definitions.get(name, ())]  # fmt: skip
+        used = [self._shared.get(one) for name in item.fixturenames for one in definitions.get(name, ())]
         self._teller.tell(uses=item.nodeid, fixtures=[name for name in used if name])

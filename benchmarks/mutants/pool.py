@@ -1,7 +1,7 @@
 """Workers and their trees: each has a copy of the repository of its own, in which a mutant can be tried.
 
-A worker is two processes (worker.py), started when they are first asked: in one Triton's kernels run in its interpreter, which
-must be chosen before Triton is imported.
+A worker is two processes (worker.py), started when they are first asked: in one Triton's kernels run in its
+interpreter, which must be chosen before Triton is imported.
 """
 
 import contextlib
@@ -20,12 +20,34 @@ from typing import IO, TypeVar
 from benchmarks.mutants.worker import Answer, Job
 
 HEAVY = (
-    "numpy", "torch", "torch.distributed", "deepspeed", "triton", "omegaconf", "hydra", "safetensors.torch",
-    "torch._inductor.compile_fx", "torch._dynamo.testing", "deepspeed.ops.op_builder.all_ops",
-    "deepspeed.runtime.superoffload.superoffload_stage3", "deepspeed.runtime.zero.muon.original_muon",
-)  # fmt: skip
+    "numpy",
+    "torch",
+    "torch.distributed",
+    "deepspeed",
+    "triton",
+    "omegaconf",
+    "hydra",
+    "safetensors.torch",
+    "torch._inductor.compile_fx",
+    "torch._dynamo.testing",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.original_muon",
+)
 """What takes seconds to import."""
-_LEFT = (".git", ".venv", ".cache", ".*_cache", "runs", "certificates", "multirun", "outputs", "wandb", "*.egg-info", "__pycache__")  # fmt: skip
+_LEFT = (
+    ".git",
+    ".venv",
+    ".cache",
+    ".*_cache",
+    "runs",
+    "certificates",
+    "multirun",
+    "outputs",
+    "wandb",
+    "*.egg-info",
+    "__pycache__",
+)
 _HERE = Path(__file__).resolve().parents[2]
 _Task = TypeVar("_Task")
 _Result = TypeVar("_Result")
@@ -44,9 +66,7 @@ class Worker:
         copy_tree(root, self.tree)
         self._processes: dict[bool, subprocess.Popen[str]] = {}
         # Byte code is made once, of what nothing has changed; in a run none is written.
-        subprocess.run(
-            [sys.executable, "-m", "compileall", "-q", self.tree], check=False, capture_output=True
-        )
+        subprocess.run([sys.executable, "-m", "compileall", "-q", self.tree], check=False, capture_output=True)
 
     def run(self, job: Job, *, interpreted: bool) -> Answer:
         """Run tests in the tree; nothing that another run kept is there."""
@@ -94,8 +114,12 @@ class Worker:
                 own["TRITON_INTERPRET"] = "1"
             self._processes[interpreted] = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.mutants.worker", *self._heavy],
-                cwd=_HERE, env={**os.environ, **own}, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            )  # fmt: skip
+                cwd=_HERE,
+                env={**os.environ, **own},
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
         return self._processes[interpreted]
 
 

@@ -1,7 +1,7 @@
 """Which test runs which lines: one run of each file of tests under tracing, kept by what it depends on.
 
-A record is kept (in .cache/mutants) by a digest of the packages, of that file of tests and of what all tests share: a test that is
-added makes one file run again.
+A record is kept (in .cache/mutants) by a digest of the packages, of that file of tests and of what all tests share: a
+test that is added makes one file run again.
 """
 
 import hashlib
@@ -19,9 +19,9 @@ from benchmarks.mutants import worker
 from benchmarks.mutants.pool import Worker, over_workers
 
 INTERPRETED = "tests/kernels/on_triton/"
-LEFT_OUT = ("tests/benchmarks/", "tests/launch/", "tests/kernels/test_static_gate.py", "tests/test_dockerfile.py")  # fmt: skip
-"""Tests that are not asked: of the benchmarks; of programs, which start for seconds, and most in a browser; and the compilation for
-GPUs, which says no result."""
+LEFT_OUT = ("tests/benchmarks/", "tests/launch/", "tests/kernels/test_static_gate.py", "tests/test_dockerfile.py")
+"""Tests that are not asked: of the benchmarks; of programs, which start for seconds, and most in a browser; and the
+compilation for GPUs, which says no result."""
 ARGUMENTS = ["-m", "not slow and not gpu and not cluster"]
 _SECONDS = 1800.0  # of one file's recording
 _TRACING = Path(__file__).resolve().parent / "tracing"
@@ -39,9 +39,7 @@ class Record:
     keeps: bool  # what one test has made, another may use: a cached function
 
 
-def record_all(
-    root: Path, kept: Path, workers: list[Worker], packages: list[str]
-) -> dict[str, Record]:
+def record_all(root: Path, kept: Path, workers: list[Worker], packages: list[str]) -> dict[str, Record]:
     """Record every file of a tree's tests, or read what is kept in a folder; by file."""
     files = [
         file
@@ -91,7 +89,7 @@ def _record(own: Worker, root: Path, file: str, packages: list[str]) -> Record:
     return Record(*_told(own.told()), _lines(folder), keeps)
 
 
-def _told(events: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, bool], dict[str, list[str]]]:  # fmt: skip
+def _told(events: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, bool], dict[str, list[str]]]:
     """Seconds, outcomes and fixtures, of what a run told."""
     seconds: dict[str, float] = {}
     passed: dict[str, bool] = {}
@@ -122,4 +120,4 @@ def _lines(folder: Path) -> dict[str, dict[str, list[int]]]:
                 file, _, number = line.rpartition(":")
                 found[test][file].add(int(number))
     found.pop("", None)
-    return {test: {file: sorted(lines) for file, lines in files.items()} for test, files in found.items()}  # fmt: skip
+    return {test: {file: sorted(lines) for file, lines in files.items()} for test, files in found.items()}

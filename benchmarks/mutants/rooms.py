@@ -9,15 +9,40 @@ from benchmarks.mutants.places import Place, places
 
 ROOMS: dict[str, tuple[str, ...]] = {
     "routing": ("engine/routing/*.py",),
-    "layer": ("engine/moe/layer.py", "engine/moe/experts.py", "engine/moe/feed_forward.py", "engine/routing/losses.py", "engine/routing/exchange_choice.py", "engine/plug_in/*.py"),
-    "exchange": ("engine/moe/exchange.py", "engine/moe/overlap.py", "engine/parallel/collectives.py", "engine/parallel/in_flight.py", "engine/parallel/cpu_group.py", "engine/parallel/mesh.py"),
-    "loader": ("engine/data/loader.py", "engine/data/planned_batches.py", "engine/data/device_copy.py", "engine/data/plan_agreement.py"),
-    "data": ("engine/data/streams.py", "engine/data/corpus.py", "engine/data/vocab.py", "engine/finetune/glue.py", "engine/finetune/sentences.py"),
+    "layer": (
+        "engine/moe/layer.py",
+        "engine/moe/experts.py",
+        "engine/moe/feed_forward.py",
+        "engine/routing/losses.py",
+        "engine/routing/exchange_choice.py",
+        "engine/plug_in/*.py",
+    ),
+    "exchange": (
+        "engine/moe/exchange.py",
+        "engine/moe/overlap.py",
+        "engine/parallel/collectives.py",
+        "engine/parallel/in_flight.py",
+        "engine/parallel/cpu_group.py",
+        "engine/parallel/mesh.py",
+    ),
+    "loader": (
+        "engine/data/loader.py",
+        "engine/data/planned_batches.py",
+        "engine/data/device_copy.py",
+        "engine/data/plan_agreement.py",
+    ),
+    "data": (
+        "engine/data/streams.py",
+        "engine/data/corpus.py",
+        "engine/data/vocab.py",
+        "engine/finetune/glue.py",
+        "engine/finetune/sentences.py",
+    ),
     "checkpoint": ("engine/checkpoint/*.py", "engine/sealed_files.py"),
     "metrics": ("engine/metrics/*.py", "engine/model/flops.py"),
     "optimizer": ("engine/optim/*.py", "engine/config/unused_options.py"),
     "kernels": ("kernels/*.py", "kernels/cpu/*.py", "kernels/gpu/*.py", "kernels/testing/byte_counts.py"),
-}  # fmt: skip
+}
 """Files of each room; a file of two belongs to the later one."""
 
 

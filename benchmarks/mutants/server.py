@@ -1,4 +1,5 @@
-"""multiprocessing's fork server as a fork of a worker: what tests run on ranks starts at once, as the heavy libraries are imported.
+"""multiprocessing's fork server as a fork of a worker: what tests run on ranks starts at once, as the heavy libraries
+are imported.
 
 Its own way starts a fresh Python, which imports for seconds, in every run of tests.
 """
@@ -29,11 +30,7 @@ def lend() -> None:
     def instead(path: Any, arguments: Sequence[Any], fds: Sequence[int]) -> int:
         if _OWN not in str(arguments[-1]) or here.fileno() < 0:
             return start(path, arguments, fds)
-        message = {
-            "code": arguments[-1],
-            "fds": [int(fd) for fd in fds],
-            "environment": dict(os.environ),
-        }
+        message = {"code": arguments[-1], "fds": [int(fd) for fd in fds], "environment": dict(os.environ)}
         socket.send_fds(here, [json.dumps(message).encode()], list(fds))
         here.close()
         return child

@@ -1,7 +1,7 @@
 """Try mutants: each in a worker's tree, with the tests that run its line, until one of them fails.
 
-A mutant is noticed when a test fails or its file cannot be loaded, and when a test hangs: it takes over 20 s more than five times
-what it took when it was recorded. When a minute is over, or no test is left, it has survived.
+A mutant is noticed when a test fails or its file cannot be loaded, and when a test hangs: it takes over 20 s more than
+five times what it took when it was recorded. When a minute is over, or no test is left, it has survived.
 """
 
 import sys
@@ -37,14 +37,16 @@ class Verdict:
 class Trial:
     """Mutants of one tree, which must not change meanwhile; what is recorded of its tests is kept in a folder."""
 
-    def __init__(self, root: Path, kept: Path, workers: list[Worker], rooms: dict[str, tuple[str, ...]], equivalents: list[Equivalent]) -> None:  # fmt: skip
-        self._root, self._workers, self._rooms, self._equivalents = (
-            root,
-            workers,
-            rooms,
-            equivalents,
-        )
-        packages = sorted({pattern.split("/")[0] for patterns in rooms.values() for pattern in patterns})  # fmt: skip
+    def __init__(
+        self,
+        root: Path,
+        kept: Path,
+        workers: list[Worker],
+        rooms: dict[str, tuple[str, ...]],
+        equivalents: list[Equivalent],
+    ) -> None:
+        self._root, self._workers, self._rooms, self._equivalents = (root, workers, rooms, equivalents)
+        packages = sorted({pattern.split("/")[0] for patterns in rooms.values() for pattern in patterns})
         self._chooser = Chooser(root, record_all(root, kept, workers, packages))
 
     def run(self, count: int, seed: int) -> tuple[list[Verdict], list[Mutant]]:
@@ -56,9 +58,7 @@ class Trial:
     def _others(self, seed: int, left_out: list[Mutant]) -> Iterator[Mutant]:
         for mutant in draw(self._root, self._rooms, seed):
             line = self._line(mutant)
-            if any(
-                e.covers(mutant.file, line, mutant.place, mutant.new) for e in self._equivalents
-            ):
+            if any(e.covers(mutant.file, line, mutant.place, mutant.new) for e in self._equivalents):
                 left_out.append(mutant)
             else:
                 yield mutant
@@ -74,7 +74,7 @@ class Trial:
         seconds = round(time.monotonic() - begin, 1)
         said = mutant.describe(self._line(mutant))
         verdict = Verdict(mutant, noticed, by, seconds, said)
-        print(f"{'noticed' if noticed else 'SURVIVED'} {seconds:5.1f} s  {said}  [{by}]", file=sys.stderr, flush=True)  # fmt: skip
+        print(f"{'noticed' if noticed else 'SURVIVED'} {seconds:5.1f} s  {said}  [{by}]", file=sys.stderr, flush=True)
         return verdict
 
     def _ask(self, worker: Worker, mutant: Mutant) -> tuple[bool, str]:
@@ -88,9 +88,15 @@ class Trial:
                 break
             files = list(dict.fromkeys(test.partition("::")[0] for test in batch.tests))
             job = Job(
-                "", files, "", left, batch.tests, self._chooser.limits(batch.tests),
-                {"PYTHONPATH": str(worker.tree)}, ["-x", *ARGUMENTS],
-            )  # fmt: skip
+                "",
+                files,
+                "",
+                left,
+                batch.tests,
+                self._chooser.limits(batch.tests),
+                {"PYTHONPATH": str(worker.tree)},
+                ["-x", *ARGUMENTS],
+            )
             answer = worker.run(job, interpreted=batch.interpreted)
             asked += len(batch.tests)
             if answer.end in ("failed", "hung"):

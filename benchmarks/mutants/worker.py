@@ -1,7 +1,8 @@
-"""A process that has the heavy libraries imported, none of ours, and forks a child for each run of tests it is asked for.
+"""A process that has the heavy libraries imported, none of ours, and forks a child for each run of tests it is asked
+for.
 
-Asked by lines of JSON on its input (a Job), answers by lines of JSON on its output. Our own packages are imported by the
-child alone, from the tree it is told.
+Asked by lines of JSON on its input (a Job), answers by lines of JSON on its output. Our own packages are imported by
+the child alone, from the tree it is told.
 """
 
 import contextlib

@@ -1,10 +1,10 @@
 """Holds a run to its certificate: what each step did on this rank against what was counted before the run.
 
-`fits`, `fits_text` and `fits_tables` refuse a certificate of another run before the first step. `Check` watches the expert
-layers where the rows are: rows received are the rows of the tensors that arrive, expert rows those of the index tensors that
-the kernels are given, bytes what the collectives of a layer counted (engine/parallel/collectives.py). They are compared on the
-host, behind the backward passes and before the weights change, each rank for itself: no collective, nothing read back from a
-device.
+`fits`, `fits_text` and `fits_tables` refuse a certificate of another run before the first step. `Check` watches the
+expert layers where the rows are: rows received are the rows of the tensors that arrive, expert rows those of the index
+tensors that the kernels are given, bytes what the collectives of a layer counted (engine/parallel/collectives.py). They
+are compared on the host, behind the backward passes and before the weights change, each rank for itself: no collective,
+nothing read back from a device.
 
 Letters: y layers, m micro-batches of a step.
 """
@@ -29,15 +29,32 @@ from foreroute.engine.routing.tables import Table
 
 # Options that decide which rows go to which rank and when.
 _ROUTES = (
-    "corpus.tokens", "data.streams", "data.segment", "data.start", "model.layers", "moe.router", "moe.experts", "moe.ngram", "moe.rows",
-    "moe.builder", "moe.pack", "moe.share_table", "moe.keys", "moe.layers", "schedule.growth", "schedule.k_min", "schedule.k_max",
+    "corpus.tokens",
+    "data.streams",
+    "data.segment",
+    "data.start",
+    "model.layers",
+    "moe.router",
+    "moe.experts",
+    "moe.ngram",
+    "moe.rows",
+    "moe.builder",
+    "moe.pack",
+    "moe.share_table",
+    "moe.keys",
+    "moe.layers",
+    "schedule.growth",
+    "schedule.k_min",
+    "schedule.k_max",
     "schedule.steps",
-    "train.steps", "train.accumulation", "parallel.expert_ranks",
-)  # fmt: skip
+    "train.steps",
+    "train.accumulation",
+    "parallel.expert_ranks",
+)
 # Options that may decide what a row weighs, how often it travels and by which exchange.
 _ROW = ("model.width", "train.precision", "parallel.wire")
-_TRIPS = ("train.recompute", "parallel.chunks", "model.pre_norm", "model.dropout", "moe.shared_width")  # fmt: skip
-_EXCHANGE = ("parallel.exchange", "parallel.link_gb_per_s", "parallel.message_us", "parallel.memory_gb_per_s", *_ROW)  # fmt: skip
+_TRIPS = ("train.recompute", "parallel.chunks", "model.pre_norm", "model.dropout", "moe.shared_width")
+_EXCHANGE = ("parallel.exchange", "parallel.link_gb_per_s", "parallel.message_us", "parallel.memory_gb_per_s", *_ROW)
 
 
 def fits(written: Written, config: Config, world_size: int) -> None:
@@ -186,10 +203,12 @@ class Check:
             self._sent_before_y = [done.sent_bytes for done in self._done_y]
         before_y = [(done.received_rows, done.computed_rows) for done in self._done_y]
         yield
-        self._rows_my.append([
-            (done.received_rows - received, done.computed_rows - computed)
-            for done, (received, computed) in zip(self._done_y, before_y, strict=True)
-        ])  # fmt: skip
+        self._rows_my.append(
+            [
+                (done.received_rows - received, done.computed_rows - computed)
+                for done, (received, computed) in zip(self._done_y, before_y, strict=True)
+            ]
+        )
 
     def compare(self, step: int) -> None:
         """Compare what has been done since the step's first forward pass.

@@ -1,10 +1,11 @@
-"""A certificate on the disk: certificate.json, and beside it certificate.safetensors with what each step must do on every rank.
+"""A certificate on the disk: certificate.json, and beside it certificate.safetensors with what each step must do on
+every rank.
 
-`Record` collects while the steps are counted (exact.certify's `also`) and writes; `read` is for the run that is held to it
-(engine/certificate/check.py). Steps that repeat are stored once. The JSON seals both files by checksums.
+`Record` collects while the steps are counted (exact.certify's `also`) and writes; `read` is for the run that is held to
+it (engine/certificate/check.py). Steps that repeat are stored once. The JSON seals both files by checksums.
 
-Letters: s counted steps, u distinct ones, y layers, m micro-batches of a step, r ranks of the run, g expert groups and P ranks
-of one.
+Letters: s counted steps, u distinct ones, y layers, m micro-batches of a step, r ranks of the run, g expert groups and
+P ranks of one.
 """
 
 import hashlib
@@ -70,10 +71,7 @@ class Record:
         hops_ymgPP = hops(counts, "gather" if gather else "tokens", frame.placement, frame.tokens)
         rows_ygP = leaving(hops_ymgPP, frame.trips).sum(axis=1)
         place = int(np.searchsorted(self._first_u, counts.step))
-        for to_uyrm, rows_ymgP in (
-            (self._received_uyrm, received_ymgP),
-            (self._computed_uyrm, counts.computed_ymgP),
-        ):
+        for to_uyrm, rows_ymgP in ((self._received_uyrm, received_ymgP), (self._computed_uyrm, counts.computed_ymgP)):
             to_uyrm[place] = np.moveaxis(rows_ymgP, 1, 3).reshape(-1, world, rows_ymgP.shape[1])
         self._bytes_uyr[place] = rows_ygP.reshape(-1, world) * frame.row_bytes
 
@@ -81,7 +79,8 @@ class Record:
         """Write both files; gives the bytes of the arrays.
 
         Args:
-            facts: the JSON's content: "options", "corpus_sha256", "tables_sha256" and the certificate (exact.Certificate).
+            facts: the JSON's content: "options", "corpus_sha256", "tables_sha256" and the certificate
+                (exact.Certificate).
         """
         arrays = {
             "place_s": self._place_s,
@@ -135,13 +134,9 @@ class Expected:
 
     sample: int  # every so manieth step is known
     place_s: Counts  # of each known step, its number among the distinct ones
-    received_uym: (
-        Counts  # rows that arrive at the rank's experts in a forward pass, the rank's own included
-    )
+    received_uym: Counts  # rows that arrive at the rank's experts in a forward pass, the rank's own included
     computed_uym: Counts  # expert rows of a forward pass
-    bytes_uy: (
-        Counts  # that leave the rank in a step: forward, backward, and what recomputation repeats
-    )
+    bytes_uy: Counts  # that leave the rank in a step: forward, backward, and what recomputation repeats
 
     def find(self, step: int) -> int | None:
         """Give a step's number among the distinct ones; None if it is not known."""
@@ -160,7 +155,7 @@ def read(path: Path) -> Written:
     facts = read_sealed(path, "certificate", FORMAT)
     arrays = path.with_name(ARRAYS)
     require(arrays.is_file(), f"{arrays}: no such file; it belongs to {path}")
-    require(sha256_of(arrays) == facts["arrays_sha256"], f"{arrays}: damaged or not of {path}: its sha256 differs")  # fmt: skip
+    require(sha256_of(arrays) == facts["arrays_sha256"], f"{arrays}: damaged or not of {path}: its sha256 differs")
     return Written(path, facts)
 
 

@@ -1,8 +1,9 @@
 """The files of checkpoints: folders step-00001234/ of safetensors shards and one manifest; names, checksums, renames.
 
-What is in them is the business of engine/checkpoint/save_load.py. The manifest is JSON with a checksum of itself and the size and
-sha256 of each shard. A checkpoint is written in a temporary folder beside the others, made durable and renamed, so it is
-whole or absent. With many ranks each has one shard; ranks talk through a Host and all come to the same verdict.
+What is in them is the business of engine/checkpoint/save_load.py. The manifest is JSON with a checksum of itself and
+the size and sha256 of each shard. A checkpoint is written in a temporary folder beside the others, made durable and
+renamed, so it is whole or absent. With many ranks each has one shard; ranks talk through a Host and all come to the
+same verdict.
 """
 
 import json
@@ -87,7 +88,8 @@ def write_shard(file: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, header: dict[str, Any], shards: dict[str, dict[str, Any]]) -> None:
-    """Write the manifest beside the shards that it describes (what write_shard gave) and wait until it is on the disk."""
+    """Write the manifest beside the shards that it describes (what write_shard gave) and wait until it is on the
+    disk."""
     files, tensors = {}, {}
     for name, shard in shards.items():
         tensors.update(shard["tensors"])
@@ -116,7 +118,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """Read and check a checkpoint's manifest, without touching the shards.
 
     Raises:
-        UserError: it is missing, damaged, of another format version or names files that are no shards beside it; says why.
+        UserError: it is missing, damaged, of another format version or names files that are no shards beside it; says
+            why.
     """
     file = path / MANIFEST
     return _checked_names(file, read_sealed(file, "manifest", FORMAT))

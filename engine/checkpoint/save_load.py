@@ -1,9 +1,11 @@
 """Checkpoints that hold the model, not the cluster: saved by any number of ranks, loaded by any other.
 
-Keys, where an expert parameter (its name contains ".experts.", dim 0 = expert) is cut into one tensor per global expert id:
+Keys, where an expert parameter (its name contains ".experts.", dim 0 = expert) is cut into one tensor per global expert
+id:
 
     weight/<parameter>[/<expert:05d>]    fp32 master; exp_avg/... and exp_avg_sq/... likewise
-    buffer/<name>    memory/<layer>/<global stream id:06d>    table/<i>/<field>    rng/torch/rank-<rank:05d>    rng/cuda/rank-<rank:05d>
+    buffer/<name>    memory/<layer>/<global stream id:06d>    table/<i>/<field>    rng/torch/rank-<rank:05d>
+    rng/cuda/rank-<rank:05d>
 
 Each rank writes one shard: the experts that it holds, shared with the ranks that hold the same ones, its share of all
 other parameters, and its own memory and random state. Nothing is gathered on one rank but the manifest, which has all
@@ -50,13 +52,7 @@ class TrainingState:
 
 
 def save(
-    folder: Path,
-    engine: "Engine",
-    state: TrainingState,
-    *,
-    facts: dict[str, Any],
-    keep: int,
-    host: Host | None = None,
+    folder: Path, engine: "Engine", state: TrainingState, *, facts: dict[str, Any], keep: int, host: Host | None = None
 ) -> Path:
     """Write folder/step-<step> and then remove all but the newest `keep` checkpoints up to this step.
 
@@ -69,8 +65,8 @@ def save(
         host: how the ranks talk; None for a rank alone.
 
     Raises:
-        OSError: on every rank: it could not be written, older checkpoints are untouched and nothing half-written is left;
-            or it is written and an older one could not be removed.
+        OSError: on every rank: it could not be written, older checkpoints are untouched and nothing half-written is
+            left; or it is written and an older one could not be removed.
     """
     host = _checked(host, engine.mesh)
     target = folder / f"step-{state.step:08d}"
@@ -127,19 +123,16 @@ def find_newest(folder: Path, host: Host | None = None) -> tuple[Path | None, li
 
 
 def load(
-    path: Path,
-    engine: "Engine",
-    *,
-    host: Host | None = None,
-    streams: Sequence[int] | None = None,
+    path: Path, engine: "Engine", *, host: Host | None = None, streams: Sequence[int] | None = None
 ) -> TrainingState:
     """Restore weights, masters, moments, Adam step and buffers bit for bit, and give back the rest.
 
-    Every rank of the run takes part and reads only what it holds. The checkpoint may come from any other number of ranks,
-    size of expert groups and ZeRO stage; only this rank's random state is then absent.
+    Every rank of the run takes part and reads only what it holds. The checkpoint may come from any other number of
+    ranks, size of expert groups and ZeRO stage; only this rank's random state is then absent.
 
     Args:
-        streams: global ids of the streams whose memory this rank wants, in this order; None for all, in ascending order.
+        streams: global ids of the streams whose memory this rank wants, in this order; None for all, in ascending
+            order.
 
     Raises:
         UserError: on every rank: the checkpoint is damaged, or does not fit the model (names the first difference).
@@ -151,7 +144,7 @@ def load(
     require(not missing, f"{path}: holds no memory of streams {missing}")
     for name, shape in shapes.items():
         experts = _experts(name, shape, engine.mesh)
-        engine.write_state(name, {kind: reader.parameter(kind, name, experts) for kind in STATE_KEYS})  # fmt: skip
+        engine.write_state(name, {kind: reader.parameter(kind, name, experts) for kind in STATE_KEYS})
     engine.set_adam_step(reader.manifest["adam_step"])
     reader.load_buffers(engine.module)
     return reader.training_state(engine.mesh, streams)
@@ -196,9 +189,7 @@ class _Reader:
         for name, buffer in _buffers(module).items():
             buffer.copy_(self.get(f"buffer/{name}"))
 
-    def check_fits(
-        self, module: nn.Module, shapes: Shapes, kinds: tuple[str, ...], expert_ranks: int
-    ) -> None:
+    def check_fits(self, module: nn.Module, shapes: Shapes, kinds: tuple[str, ...], expert_ranks: int) -> None:
         """Compare names and shapes of the whole model, all its experts included, with the stored ones."""
         wanted = {f"buffer/{name}": list(b.shape) for name, b in _buffers(module).items()}
         for kind in kinds:
@@ -264,9 +255,7 @@ def _checked(host: Host | None, mesh: Mesh) -> Host:
     """The host, which must be for the engine's ranks: each would write a checkpoint of its own otherwise."""
     host = host or Host()
     if (host.rank, host.ranks) != (mesh.rank, mesh.world):
-        raise ValueError(
-            f"host is rank {host.rank} of {host.ranks}, the engine {mesh.rank} of {mesh.world}"
-        )
+        raise ValueError(f"host is rank {host.rank} of {host.ranks}, the engine {mesh.rank} of {mesh.world}")
     return host
 
 
@@ -326,7 +315,8 @@ def _tensors(engine: "Engine", state: TrainingState) -> dict[str, Tensor]:
 
 
 def _own_state(engine: "Engine") -> Iterator[tuple[str, Tensor]]:
-    """The parameters' state that this rank writes, each on the host before the next is read: a GPU has room for one, not for all.
+    """The parameters' state that this rank writes, each on the host before the next is read: a GPU has room for one,
+    not for all.
 
     Of R ranks that hold the same experts, the r-th takes the experts r, r + R, ... of those; of all W ranks the w-th
     takes the other parameters w, w + W, ...

@@ -25,9 +25,7 @@ class Router(Enum):
     frozen = "frozen"  # live: SMoE-Dropout's fixed random projection
     learned = "learned"  # live: top-k with balance loss
     fresh = "fresh"  # planned: new random experts for each token at each forward pass
-    stochastic = (
-        "stochastic"  # planned: THOR, one new random order of experts at each of two passes
-    )
+    stochastic = "stochastic"  # planned: THOR, one new random order of experts at each of two passes
     dense = "dense"  # no router: one feed-forward of equal parameters
 
 
@@ -43,9 +41,7 @@ class Builder(Enum):
 
     random = "random"  # every ordering equally likely
     balanced = "balanced"  # even load on the training text at every k
-    packed = (
-        "packed"  # balanced, and a prefix fills one block of experts before it touches the next
-    )
+    packed = "packed"  # balanced, and a prefix fills one block of experts before it touches the next
 
 
 class RouteWeights(Enum):

@@ -1,20 +1,13 @@
 """What a model is: the sections `model` and `moe` of a run's configuration (engine/config/run.py has the others).
 
-Each field says its unit and what a larger value does. `feed_forward_width` says how wide dense layers are, so that a dense
-model has as many parameters as the one with experts that it is compared with.
+Each field says its unit and what a larger value does. `feed_forward_width` says how wide dense layers are, so that a
+dense model has as many parameters as the one with experts that it is compared with.
 """
 
 from dataclasses import dataclass
 
 from foreroute.engine.config.checks import at_least, fraction
-from foreroute.engine.config.enums import (
-    Activation,
-    BalanceOver,
-    Builder,
-    Keys,
-    Router,
-    RouteWeights,
-)
+from foreroute.engine.config.enums import Activation, BalanceOver, Builder, Keys, Router, RouteWeights
 from foreroute.engine.errors import require
 
 MAX_NGRAM = 4
@@ -48,8 +41,8 @@ class ModelConfig:
     ngram_rows: int = 4096
     """Rows of that embedding; n-grams beyond them share rows by hash."""
     signatures: bool = False
-    """Of a dense model: feed it at the input what hashed routing would be told, the fixed weights of each token's table rows over
-    all experts at k = schedule.k_max, through a learned linear map."""
+    """Of a dense model: feed it at the input what hashed routing would be told, the fixed weights of each token's table
+    rows over all experts at k = schedule.k_max, through a learned linear map."""
 
     def __post_init__(self) -> None:
         at_least("model", self, layers=1, width=1, heads=1, head_width=1, memory=0, init_std=0)
@@ -75,8 +68,8 @@ class MoEConfig:
     shared_width: int = 0
     """Hidden width of the always-active shared expert with weight 1; 0 for none."""
     dense_width: int | None = None
-    """Hidden width with router=dense. None: experts x expert_width + shared_width, less what model.ngram or model.signatures
-    take, for equal parameters up to the experts' output biases and the router."""
+    """Hidden width with router=dense. None: experts x expert_width + shared_width, less what model.ngram or
+    model.signatures take, for equal parameters up to the experts' output biases and the router."""
     layers: int | None = None
     """Layers, the first ones, that have experts; the others are dense of width plain_width. None: all."""
     plain_width: int = 512
@@ -85,14 +78,14 @@ class MoEConfig:
     ngram: int = 3
     """Ids in a hashed router's key: the n-gram that ends at the token, 1 to 4."""
     keys: Keys = Keys.own
-    """Whose key a hashed router looks up for a token: its own, or shuffled, that of another token of the micro-batch, drawn
-    anew for each: the same load without the information."""
+    """Whose key a hashed router looks up for a token: its own, or shuffled, that of another token of the micro-batch,
+    drawn anew for each: the same load without the information."""
     rows: int = 65536
     """Rows of a table; n-grams beyond it share rows by hash."""
     builder: Builder = Builder.balanced
     pack: int | None = None
-    """Experts of one block, for builder packed: a token with k active experts uses ceil(k / pack) blocks. Larger: its row
-    travels to fewer ranks, and experts form fewer combinations."""
+    """Experts of one block, for builder packed: a token with k active experts uses ceil(k / pack) blocks. Larger: its
+    row travels to fewer ranks, and experts form fewer combinations."""
     weights: RouteWeights = RouteWeights.table
     spread: float = 2.0
     """Standard deviation of a row's fixed logits; larger means more unequal weights."""
@@ -101,12 +94,13 @@ class MoEConfig:
     balance_loss: float = 0.01
     """Weight of the load-balance loss of a learned router."""
     balance_over: BalanceOver = BalanceOver["global"]
-    """Tokens over which a learned router is balanced: global, those of all ranks in one forward pass, or micro, each rank's
-    own, which forces every small share of the text to be balanced by itself."""
+    """Tokens over which a learned router is balanced: global, those of all ranks in one forward pass, or micro, each
+    rank's own, which forces every small share of the text to be balanced by itself."""
     z_loss: float = 0.0
     """Weight of the router z-loss of a learned router."""
     consistency: float = 1.0
-    """Weight of the loss by which a stochastic router's two passes are to agree (alpha; the published runs have 1 and 5)."""
+    """Weight of the loss by which a stochastic router's two passes are to agree (alpha; the published runs have 1 and
+    5)."""
 
     def __post_init__(self) -> None:
         at_least("moe", self, experts=1, expert_width=1, shared_width=0, rows=1, spread=0)
@@ -114,9 +108,7 @@ class MoEConfig:
         for name in ("dense_width", "layers"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"moe.{name}={value}: must be at least 1")
-        require(
-            1 <= self.ngram <= MAX_NGRAM, f"moe.ngram={self.ngram}: must be in 1 .. {MAX_NGRAM}"
-        )
+        require(1 <= self.ngram <= MAX_NGRAM, f"moe.ngram={self.ngram}: must be in 1 .. {MAX_NGRAM}")
         require(
             self.keys is Keys.own or self.router is Router.hashed,
             f"moe.keys={self.keys.name}: needs moe.router=hashed, it is {self.router.name}",
@@ -145,8 +137,9 @@ def num_tables(model: ModelConfig, moe: MoEConfig) -> int:
 def feed_forward_width(model: ModelConfig, moe: MoEConfig, layer: int) -> int:
     """Give the hidden width of layer number `layer` where it is dense.
 
-    Example: 3 layers, width 128, 16 experts x 128 are 2,048 wide. 6,144 rows of n-gram embeddings are 786,432 parameters, and
-    one unit of width in three layers is 3 x (2 x 128 + 1), so beside them a layer is 2,048 - 1,020 = 1,028 wide.
+    Example: 3 layers, width 128, 16 experts x 128 are 2,048 wide. 6,144 rows of n-gram embeddings are 786,432
+    parameters, and one unit of width in three layers is 3 x (2 x 128 + 1), so beside them a layer is 2,048 - 1,020 =
+    1,028 wide.
 
     Raises:
         UserError: nothing is left beside the parameters at the input.
@@ -166,6 +159,7 @@ def feed_forward_width(model: ModelConfig, moe: MoEConfig, layer: int) -> int:
     cause = "model.signatures=true" if model.signatures else f"model.ngram_rows={model.ngram_rows}"
     require(
         width >= 1,
-        f"{cause}: no parameters are left for dense layers of equal parameters; needs fewer at the input, or moe.dense_width",
+        f"{cause}: no parameters are left for dense layers of equal parameters; needs fewer at the input, or"
+        " moe.dense_width",
     )
     return width

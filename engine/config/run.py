@@ -27,13 +27,7 @@ from foreroute.engine.config.enums import (
     WandbMode,
     WireFormat,
 )
-from foreroute.engine.config.model import (
-    ModelConfig,
-    MoEConfig,
-    expert_layers,
-    feed_forward_width,
-    num_tables,
-)
+from foreroute.engine.config.model import ModelConfig, MoEConfig, expert_layers, feed_forward_width, num_tables
 from foreroute.engine.errors import require
 
 
@@ -70,8 +64,8 @@ class DataConfig:
     prefetch: int = 2
     """Batches planned ahead of the step by the background worker."""
     start: float = 0.0
-    """Where in its stream each stream begins, as a fraction in [0, 1): another order of the same text; it goes on at the
-    stream's beginning after its end."""
+    """Where in its stream each stream begins, as a fraction in [0, 1): another order of the same text; it goes on at
+    the stream's beginning after its end."""
 
     def __post_init__(self) -> None:
         at_least("data", self, streams=1, segment=1, prefetch=1)
@@ -98,12 +92,10 @@ class ScheduleConfig:
         )
         require(
             self.growth is not Growth.multi_step or self.k_max <= 16,
-            f"schedule.k_max={self.k_max}: schedule.growth=multi_step is 1, 2, 4, 8, 16 as published, at most 16; doubling has any end",
+            f"schedule.k_max={self.k_max}: schedule.growth=multi_step is 1, 2, 4, 8, 16 as published, at most 16;"
+            " doubling has any end",
         )
-        require(
-            self.steps is None or self.steps >= 1,
-            f"schedule.steps={self.steps}: must be at least 1",
-        )
+        require(self.steps is None or self.steps >= 1, f"schedule.steps={self.steps}: must be at least 1")
 
 
 @dataclass
@@ -151,10 +143,11 @@ class TrainConfig:
     recompute: bool = False
     """Activation checkpointing: keep one tensor per layer, compute the rest again in backward."""
     zero_stage: int = 1
-    """DeepSpeed ZeRO stage: what is shared out over the ranks. 0 nothing, 1 the optimizer's state, 2 also gradients, 3 also
-    weights."""
+    """DeepSpeed ZeRO stage: what is shared out over the ranks. 0 nothing, 1 the optimizer's state, 2 also gradients, 3
+    also weights."""
     offload: bool = False
-    """Keep the optimizer's state, and update the weights, in host memory: slower, frees device memory (zero_stage >= 1)."""
+    """Keep the optimizer's state, and update the weights, in host memory: slower, frees device memory (zero_stage >=
+    1)."""
     log_every: int = 20
     """Steps between metric lines."""
     valid_every: int = 0
@@ -183,10 +176,7 @@ class TrainConfig:
             f"train.peak_tflops={self.peak_tflops}: must be above 0, or null where it is unknown",
         )
         require(self.seed < 2**32, f"train.seed={self.seed}: must be below 2**32")
-        require(
-            self.zero_stage in (0, 1, 2, 3),
-            f"train.zero_stage={self.zero_stage}: must be 0, 1, 2 or 3",
-        )
+        require(self.zero_stage in (0, 1, 2, 3), f"train.zero_stage={self.zero_stage}: must be 0, 1, 2 or 3")
         require(
             not self.offload or self.zero_stage >= 1,
             f"train.offload=true: needs train.zero_stage=1, 2 or 3, it is {self.zero_stage}",
@@ -217,7 +207,8 @@ class EvalConfig:
     same_length: bool = False
     """Every symbol sees exactly `memory` positions."""
     max_symbols: int = 0
-    """Evaluate only the first so many symbols of the split, and fit the counting models on at most 100 times as many; 0 for all."""
+    """Evaluate only the first so many symbols of the split, and fit the counting models on at most 100 times as many; 0
+    for all."""
 
     def __post_init__(self) -> None:
         at_least("eval", self, streams=1, clamp_len=0, max_symbols=0)
@@ -225,9 +216,7 @@ class EvalConfig:
             value = getattr(self, name)
             low = 1 if name == "segment" else 0
             require(value is None or value >= low, f"eval.{name}={value}: must be at least {low}")
-        require(
-            len(self.k) > 0 and min(self.k) >= 1, f"eval.k={self.k}: needs one or more k, each >= 1"
-        )
+        require(len(self.k) > 0 and min(self.k) >= 1, f"eval.k={self.k}: needs one or more k, each >= 1")
 
 
 @dataclass
@@ -271,12 +260,14 @@ class ParallelConfig:
     link_gb_per_s: float = 50.0
     """For exchange=auto: what a rank sends to other ranks, in 1e9 bytes per second; 50 is a port of 400 Gbit/s."""
     message_us: float = 5.0
-    """For exchange=auto: microseconds that a message costs whatever its size; more favours gather, which needs fewer."""
+    """For exchange=auto: microseconds that a message costs whatever its size; more favours gather, which needs
+    fewer."""
     memory_gb_per_s: float = 2000.0
     """For exchange=auto: memory bandwidth for packing rows, in 1e9 bytes per second; 2000 is a recent GPU's."""
     wire: WireFormat = WireFormat.model
     chunks: int = 1
-    """Parts of a micro-batch that are exchanged one behind the other, so that rows travel while experts compute. 1 is off."""
+    """Parts of a micro-batch that are exchanged one behind the other, so that rows travel while experts compute. 1 is
+    off."""
     peer_ids: PeerIds = PeerIds.corpus
     timeout_s: float = 120.0
     """Seconds without a sign of life after which a rank counts as lost and the others end."""
@@ -289,9 +280,7 @@ class ParallelConfig:
             seconds = getattr(self, name)
             require(seconds < 2e6, f"parallel.{name}={seconds}: must be below 2e6, 23 days")
         for name in ("link_gb_per_s", "memory_gb_per_s"):
-            require(
-                getattr(self, name) > 0, f"parallel.{name}={getattr(self, name)}: must be above 0"
-            )
+            require(getattr(self, name) > 0, f"parallel.{name}={getattr(self, name)}: must be above 0")
 
 
 def check_project(option: str, name: str) -> None:
@@ -322,10 +311,7 @@ class WandbConfig:
         if self.mode is WandbMode.disabled:
             return
         for tag in self.tags:
-            require(
-                1 <= len(tag) <= 64,
-                f"wandb.tags={tag[:64]!r}: W&B takes 1 to 64 letters, it has {len(tag)}",
-            )
+            require(1 <= len(tag) <= 64, f"wandb.tags={tag[:64]!r}: W&B takes 1 to 64 letters, it has {len(tag)}")
         check_project("wandb.project", self.project)
         for name in ("group", "job_type"):
             value = getattr(self, name) or ""
@@ -369,9 +355,7 @@ class Config:
     def __post_init__(self) -> None:
         experts, k_max = self.moe.experts, self.schedule.k_max
         if self.moe.router is not Router.dense or self.model.signatures:
-            require(
-                k_max <= experts, f"schedule.k_max={k_max}: must be at most moe.experts={experts}"
-            )
+            require(k_max <= experts, f"schedule.k_max={k_max}: must be at most moe.experts={experts}")
         if self.moe.router is Router.dense:
             tf32 = self.kernels.precision is Products.tf32
             require(not tf32, "kernels.precision=tf32: moe.router=dense has no expert kernels")
@@ -439,7 +423,8 @@ class Config:
 
     @property
     def context(self) -> int:
-        """Ids left of a segment that the n-grams of router and input need: n - 1 of the longer ones, or 0 without any."""
+        """Ids left of a segment that the n-grams of router and input need: n - 1 of the longer ones, or 0 without
+        any."""
         keyed = self.moe.router is Router.hashed or self.model.signatures
         return max(self.moe.ngram - 1 if keyed else 0, self.model.ngram - 1, 0)
 

@@ -2,9 +2,9 @@
 
 Whole enwik8 is split 90M / 5M / 5M bytes as in the published work, every other text in the same proportions. The split
 is by bytes of the source; what the vocabulary drops is dropped afterwards. A prepared corpus is one folder named by
-its content (ids.bin, meta.json), written aside, made durable and then renamed, so that ranks may prepare it at the same time.
-The ids are compared with their checksum when they are opened for the first time, and again after any change of the file.
-Batches are cut in engine/data/streams.py. This module never downloads unless asked: see download_enwik8.
+its content (ids.bin, meta.json), written aside, made durable and then renamed, so that ranks may prepare it at the same
+time. The ids are compared with their checksum when they are opened for the first time, and again after any change of
+the file. Batches are cut in engine/data/streams.py. This module never downloads unless asked: see download_enwik8.
 """
 
 import hashlib
@@ -43,8 +43,13 @@ _SPLITS = tuple(Split)  # in the order of the text
 _NOT_STDLIB = {"test", "tests", "idlelib", "site-packages"}
 _CHUNK = 1 << 20  # bytes read, hashed or counted at a time
 _ARCHIVES = {
-    b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"7z\xbc\xaf": "7z",
-}  # fmt: skip
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"7z\xbc\xaf": "7z",
+}
 _TIMEOUT_S = 30  # without a byte from the server
 
 
@@ -100,8 +105,8 @@ def prepare(config: CorpusConfig, progress: Callable[[str], None] | None = None)
         return _open(folder)
     except PermissionError as error:
         raise UserError(
-            f"corpus.cache_dir={config.cache_dir}: {folder} cannot be read ({error.strerror}), it may belong to another user; "
-            "take another corpus.cache_dir"
+            f"corpus.cache_dir={config.cache_dir}: {folder} cannot be read ({error.strerror}), it may belong to another"
+            " user; take another corpus.cache_dir"
         ) from error
 
 
@@ -114,9 +119,7 @@ def _read_source(config: CorpusConfig) -> _Source:
     if config.name is Corpus.stdlib:
         root = Path(sysconfig.get_paths()["stdlib"])
         text = b"".join(path.read_bytes() for path in _stdlib_files(root))
-        return _Source(
-            text, f"Python {platform.python_version()} standard library", "corpus=stdlib"
-        )
+        return _Source(text, f"Python {platform.python_version()} standard library", "corpus=stdlib")
     if config.path:
         path, asked = Path(config.path), f"corpus.path={config.path}"
     else:
@@ -144,10 +147,7 @@ def _check_text(config: CorpusConfig, source: _Source, sha256: str) -> None:
     size = len(source.text)
     require(size > 0, f"{source.asked}: the text is empty")
     for mark, kind in _ARCHIVES.items():
-        require(
-            not source.text.startswith(mark),
-            f"{source.asked}: is a {kind} archive, not text; unpack it first",
-        )
+        require(not source.text.startswith(mark), f"{source.asked}: is a {kind} archive, not text; unpack it first")
     if config.name is Corpus.enwik8:
         genuine = size < ENWIK8_BYTES or sha256 == ENWIK8_SHA256
         require(
@@ -168,10 +168,7 @@ def _write(folder: Path, config: CorpusConfig, source: _Source, sha256: str) -> 
             cuts[place] < cuts[place + 1],
             f"{source.asked}: {len(text):,} bytes are too short for three splits, the {split.name} split is empty",
         )
-    require(
-        vocab.size > 1,
-        f"{source.asked}: has one symbol only; corpus.tokens=bytes takes it, with nothing to learn",
-    )
+    require(vocab.size > 1, f"{source.asked}: has one symbol only; corpus.tokens=bytes takes it, with nothing to learn")
     meta = {
         "format": _FORMAT,
         "dtype": ids.dtype.name,
@@ -286,17 +283,13 @@ def download_enwik8(
         target.parent.mkdir(parents=True, exist_ok=True)
         _fetch(url, part, progress or (lambda done, total: None))
     except (OSError, http.client.HTTPException) as error:
-        raise UserError(
-            f"{url}: download failed ({error}); run again to go on from {part}"
-        ) from error
+        raise UserError(f"{url}: download failed ({error}); run again to go on from {part}") from error
     unzipped = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
         found = _unzip(part, unzipped)
         if found != sha256:
             part.unlink()
-            raise UserError(
-                f"{url}: SHA-256 of the unzipped file is {found}, expected {sha256}; deleted"
-            )
+            raise UserError(f"{url}: SHA-256 of the unzipped file is {found}, expected {sha256}; deleted")
         unzipped.rename(target)
         part.unlink()
     finally:
@@ -331,11 +324,7 @@ def _unzip(part: Path, target: Path) -> str:
     """Unzip the archive's one file and return its SHA-256, or a word for an archive that is broken."""
     digest = hashlib.sha256()
     try:
-        with (
-            zipfile.ZipFile(part) as archive,
-            archive.open(archive.namelist()[0]) as member,
-            target.open("wb") as file,
-        ):
+        with zipfile.ZipFile(part) as archive, archive.open(archive.namelist()[0]) as member, target.open("wb") as file:
             while block := member.read(_CHUNK):
                 digest.update(block)
                 file.write(block)

@@ -1,7 +1,7 @@
 """Planned batches on their way to the device. On a CPU there is no way: the same tensors are handed on.
 
-To a GPU the loader's thread copies through pinned memory on a stream of its own and records an event; the step makes its
-stream wait for that event, not the host. Nothing is read back.
+To a GPU the loader's thread copies through pinned memory on a stream of its own and records an event; the step makes
+its stream wait for that event, not the host. Nothing is read back.
 """
 
 import dataclasses
@@ -25,7 +25,8 @@ class Delivery:
         """Start the copy of every tensor in nested dataclasses and tuples; pass the result to `receive`."""
         if self._stream is None:
             return value, None
-        # Threads start on GPU 0: without the first of these, leaving the second would make a context there on every rank.
+        # Threads start on GPU 0: without the first of these, leaving the second would make a context there on every
+        # rank.
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
             copy = map_tensors(lambda t: t.pin_memory().to(self.device, non_blocking=True), value)
             return copy, self._stream.record_event()

@@ -4,10 +4,10 @@ One thread prepares every (step, micro-batch) in order, `prefetch` steps ahead o
 function of (step, micro-batch, tables, k), so the thread cannot change a run's numbers, and planning inline
 (`plan_batch`, as evaluation does) gives the same tensors.
 
-With many ranks the thread is also the one that talks to the other ranks' loaders, over connections of its own and in the
-order of the steps: it asks for the peers' ids where this rank does not read them (`share_ids`), and before a plan may be
-used it compares what the ranks planned (engine/data/plan_agreement.py). How far ahead it works depends on what was taken alone, so
-when a run stops, all ranks' threads stop behind the same micro-batch and none waits for another.
+With many ranks the thread is also the one that talks to the other ranks' loaders, over connections of its own and in
+the order of the steps: it asks for the peers' ids where this rank does not read them (`share_ids`), and before a plan
+may be used it compares what the ranks planned (engine/data/plan_agreement.py). How far ahead it works depends on what
+was taken alone, so when a run stops, all ranks' threads stop behind the same micro-batch and none waits for another.
 
 Letters: P ranks of the expert group, B streams, Q segment length, C ids left of a segment.
 """

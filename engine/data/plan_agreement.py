@@ -1,8 +1,8 @@
 """Do all ranks plan the same? Checked for every micro-batch, ahead of its step, over host connections.
 
-A rank with another k, table or text would wait for rows that nobody sends, or take rows for others than they are. So before
-a plan may be used the ranks compare what it was made from, and the sizes of what they are going to send each other. A
-difference ends every rank with the name of the one that differs.
+A rank with another k, table or text would wait for rows that nobody sends, or take rows for others than they are. So
+before a plan may be used the ranks compare what it was made from, and the sizes of what they are going to send each
+other. A difference ends every rank with the name of the one that differs.
 
 Letters: P ranks of the expert group, y tables.
 """
@@ -34,9 +34,7 @@ class Agreement:
         self._host, self._mesh = host, mesh
         self._tables = tables_digest(routers)
 
-    def check(
-        self, step: int, micro: int, k: int, group: "GroupBatch", plans: tuple[Plan, ...] | None
-    ) -> None:
+    def check(self, step: int, micro: int, k: int, group: "GroupBatch", plans: tuple[Plan, ...] | None) -> None:
         """Compare this micro-batch's plans, of all its passes, with the other ranks'; collective.
 
         Raises:

@@ -96,18 +96,19 @@ def plan_batch(
             return None
         this = replace(draw, number=number)
         return tuple(
-            router.plan(group.ids_PBQ, group.left_PBC, k, draw=this, gather=gather, chunks=chunks)
-            for router in routers
+            router.plan(group.ids_PBQ, group.left_PBC, k, draw=this, gather=gather, chunks=chunks) for router in routers
         )
 
     row_tBQ = [keys.of(group.own.ids_BQ, group.own.left_BC) for keys in input_keys]
     return PlannedBatch(
-        group, group.own, k,
+        group,
+        group.own,
+        k,
         plans=plans(0),
         second_plans=plans(1),
         input_row_tBQ=torch.stack(row_tBQ) if row_tBQ else None,
         token_T=token_PT.flatten(),
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +138,14 @@ class TrainingBatches:
         """Plan a micro-batch at k active experts, for as many passes as the step makes over it."""
         gather = gathers(self.config, self.mesh.expert_ranks, k, group.own.ids_BQ.numel())
         return plan_batch(
-            group, k, self.routers, gather=gather, chunks=self.config.parallel.chunks,
-            passes=self.config.training_passes, input_keys=self.input_keys,
-        )  # fmt: skip
+            group,
+            k,
+            self.routers,
+            gather=gather,
+            chunks=self.config.parallel.chunks,
+            passes=self.config.training_passes,
+            input_keys=self.input_keys,
+        )
 
     def k(self, step: int) -> int:
         """Give the active experts of a step."""
@@ -148,6 +154,4 @@ class TrainingBatches:
     def streams_of(self, rank: int, micro: int) -> range:
         """Give the global streams of a rank in a micro-batch."""
         accumulation = self.config.train.accumulation
-        return self.streams.streams_of(
-            rank, micro, world=self.mesh.world, accumulation=accumulation
-        )
+        return self.streams.streams_of(rank, micro, world=self.mesh.world, accumulation=accumulation)

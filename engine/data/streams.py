@@ -76,9 +76,7 @@ class Streams:
         position = (index + int(self.start * epoch)) % epoch
         stream_B = np.asarray(streams, dtype=np.int64)
         first_B = stream_B * self.stream_length
-        window = _window(
-            self.ids, first_B + position * self.segment, first_B, self.segment, self.context
-        )
+        window = _window(self.ids, first_B + position * self.segment, first_B, self.segment, self.context)
         return _to_batch(window, self.context, stream_B, index=index, fresh=position == 0)
 
     def streams_of(self, rank: int, micro: int, *, world: int, accumulation: int) -> range:
@@ -91,9 +89,7 @@ class Streams:
             | rank 1 | 4, 5    | 6, 7    |
         """
         if not (0 <= rank < world and 0 <= micro < accumulation):
-            raise ValueError(
-                f"rank={rank} of {world}, micro={micro} of {accumulation}: out of range"
-            )
+            raise ValueError(f"rank={rank} of {world}, micro={micro} of {accumulation}: out of range")
         if self.streams % (world * accumulation):
             raise ValueError(f"streams={self.streams}: not a multiple of {world} x {accumulation}")
         count = self.streams // (world * accumulation)
@@ -154,9 +150,7 @@ def warm_symbols(layers: int, memory: int, segment: int) -> int:
     return layers * _round_up(memory, segment)
 
 
-def eval_batches(
-    ids: Ids, previous_id: int, shares: EvalShares, context: int
-) -> Iterator[tuple[Batch, Tensor]]:
+def eval_batches(ids: Ids, previous_id: int, shares: EvalShares, context: int) -> Iterator[tuple[Batch, Tensor]]:
     """Yield (batch, counted_BQ bool) segment by segment; `fresh` at the first only.
 
     Args:
@@ -185,9 +179,7 @@ def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def _window(
-    ids: Ids, start_B: NDArray[np.int64], first_B: NDArray[np.int64], segment: int, context: int
-) -> Tensor:
+def _window(ids: Ids, start_B: NDArray[np.int64], first_B: NDArray[np.int64], segment: int, context: int) -> Tensor:
     """Read ids [B, C + Q + 1] around each segment start; 0 left of first_B and past the end."""
     position = start_B[:, None] + np.arange(-context, segment + 1)
     known = (position >= first_B[:, None]) & (position < len(ids))
@@ -195,9 +187,7 @@ def _window(
     return torch.from_numpy(np.where(known, found, 0).astype(np.int64))
 
 
-def _to_batch(
-    window: Tensor, context: int, stream_B: NDArray[np.int64], *, index: int, fresh: bool
-) -> Batch:
+def _to_batch(window: Tensor, context: int, stream_B: NDArray[np.int64], *, index: int, fresh: bool) -> Batch:
     return Batch(
         ids_BQ=window[:, context:-1].contiguous(),
         targets_BQ=window[:, context + 1 :].contiguous(),

@@ -2,7 +2,8 @@
 
 `bytes` keeps all 256 values, so bits per symbol are true bits per byte. `txl` drops newline bytes and keeps only the
 values that occur in the whole corpus: the published Transformer-XL preprocessing of enwik8 does that (vocabulary 204),
-because its tokeniser splits on line ends. The two are not comparable. engine/data/corpus.py decides which text is encoded.
+because its tokeniser splits on line ends. The two are not comparable. engine/data/corpus.py decides which text is
+encoded.
 """
 
 from dataclasses import dataclass
@@ -65,6 +66,4 @@ def build_vocab(tokens: Tokens, text: bytes) -> Vocab:
     """Make the vocabulary of a corpus from its whole text (all splits)."""
     if tokens is Tokens.bytes:
         return Vocab(tokens, bytes(range(256)))
-    return Vocab(
-        tokens, bytes(value for value in range(256) if value != NEWLINE[0] and value in text)
-    )
+    return Vocab(tokens, bytes(value for value in range(256) if value != NEWLINE[0] and value in text))

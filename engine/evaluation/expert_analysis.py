@@ -1,4 +1,5 @@
-"""What a trained model's experts and routes look like: how alike the experts are, how even the load, how the routes changed.
+"""What a trained model's experts and routes look like: how alike the experts are, how even the load, how the routes
+changed.
 
 Everything is measured on the first symbols of a split, read as one stream, by the evaluation's own forward passes
 (engine/evaluation/held_out.py) on one rank. launch/analyse.py runs it on the checkpoints of a run.
@@ -82,8 +83,8 @@ def observe(
 def output_similarity(seen: LayerSeen, tokens: int = COMPARED_TOKENS) -> float:
     """Mean cosine similarity of two experts' outputs for the same input, over all pairs of experts and all tokens.
 
-    All experts compute all tokens, whoever was chosen. 1 means that all experts point the same way (collapse); an output
-    of zeros counts as similar to nothing.
+    All experts compute all tokens, whoever was chosen. 1 means that all experts point the same way (collapse); an
+    output of zeros counts as similar to nothing.
 
     Args:
         tokens: the first so many are taken.
@@ -102,8 +103,8 @@ def output_similarity(seen: LayerSeen, tokens: int = COMPARED_TOKENS) -> float:
 def weight_similarity(experts: Experts) -> float:
     """Mean cosine similarity of two experts' flattened parameters, over all pairs of experts.
 
-    Hidden units can be permuted without changing what an expert computes, so a value near 0 does not show that two experts
-    compute different things. A value far from 0 shows that they share more than they began with.
+    Hidden units can be permuted without changing what an expert computes, so a value near 0 does not show that two
+    experts compute different things. A value far from 0 shows that they share more than they began with.
     """
     flat_EN = torch.cat([p.detach().flatten(1).float() for p in experts.parameters()], dim=1)
     return _mean_of_pairs(flat_EN[:, None])
@@ -114,13 +115,16 @@ def route_statistics(seen: Sequence[LayerSeen]) -> RouteStatistics:
     loads = [layer.chosen_TE.sum(dim=0).double() for layer in seen]
     return RouteStatistics(
         load_max_over_mean=_mean([(rows_E.max() / rows_E.mean()).item() for rows_E in loads]),
-        load_entropy=_mean([_entropy(rows_E / rows_E.sum()).item() / max(math.log(len(rows_E)), 1e-9) for rows_E in loads]),
+        load_entropy=_mean(
+            [_entropy(rows_E / rows_E.sum()).item() / max(math.log(len(rows_E)), 1e-9) for rows_E in loads]
+        ),
         weight_entropy=_mean([_entropy(layer.weight_TE.double()).mean().item() for layer in seen]),
-    )  # fmt: skip
+    )
 
 
 def routing_change(before: Sequence[LayerSeen], after: Sequence[LayerSeen]) -> float:
-    """Give the share of tokens whose set of active experts differs, mean over layers; both saw the same text at the same k."""
+    """Give the share of tokens whose set of active experts differs, mean over layers; both saw the same text at the
+    same k."""
     pairs = zip(before, after, strict=True)
     return _mean([(a.chosen_TE != b.chosen_TE).any(dim=1).double().mean().item() for a, b in pairs])
 
@@ -144,7 +148,8 @@ def _layer_seen(experts: Experts, passes: list[tuple[Tensor, Plan]]) -> LayerSee
 
 
 def _route_of(part: Part, tokens: int, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Spread expert rows out over [T, E]: the mixing weights, and who was chosen. On one rank received rows are tokens."""
+    """Spread expert rows out over [T, E]: the mixing weights, and who was chosen. On one rank received rows are
+    tokens."""
     expert_N = part.rows.expert_N()
     token_N = part.rows.source_N.long()
     weight_TE, chosen_TE = torch.zeros(tokens, num_experts), torch.zeros(tokens, num_experts).bool()
@@ -167,7 +172,8 @@ def _mean_of_pairs(value_ETD: Tensor) -> float:
 
 def _entropy(share_E: Tensor) -> Tensor:
     """Entropy in nats over the last dim."""
-    return torch.special.entr(share_E).sum(dim=-1)
+    nats_E: Tensor = torch.special.entr(share_E)
+    return nats_E.sum(dim=-1)
 
 
 def _mean(values: list[float]) -> float:

@@ -63,15 +63,12 @@ def generate(
                     left = ([0] * context + history)[start : start + context]
                     planned = plan_batch(
                         group_batch([_batch(part, left, start)]), k, routers, held_out=True, input_keys=model.input_keys
-                    )  # fmt: skip
+                    )
                     ids_BQ, plans, row_tBQ = map_tensors(
-                        lambda tensor: tensor.to(device),
-                        (planned.batch.ids_BQ, planned.plans, planned.input_row_tBQ),
+                        lambda tensor: tensor.to(device), (planned.batch.ids_BQ, planned.plans, planned.input_row_tBQ)
                     )
                     routing = Routing(k, plans, input_row_tBQ=row_tBQ)
-                    logits_BQV, memory = model.logits(
-                        ids_BQ, memory, routing, memory_len=memory_len
-                    )[:2]
+                    logits_BQV, memory = model.logits(ids_BQ, memory, routing, memory_len=memory_len)[:2]
                     start += len(part)
                 chosen = sample(logits_BQV[0, -1].cpu(), sampling)  # the generator is the host's
             history.append(chosen)

@@ -1,8 +1,8 @@
 """Held-out bits per symbol at a given number of active experts.
 
 Every symbol of the split counts exactly once and the result does not depend on the number of evaluation streams
-(engine/data/streams.py, EvalShares), but for routes that are drawn: those depend on stream and segment, and are the same each time.
-Used during training, by launch/evaluate.py and at the end of a run.
+(engine/data/streams.py, EvalShares), but for routes that are drawn: those depend on stream and segment, and are the
+same each time. Used during training, by launch/evaluate.py and at the end of a run.
 """
 
 import math
@@ -62,7 +62,8 @@ def evaluate(
 
     Args:
         routers: planned ones; None for live routers and dense.
-        progress: called with (segments done, segments in all), first with 0 done; may raise to leave, on all ranks alike.
+        progress: called with (segments done, segments in all), first with 0 done; may raise to leave, on all ranks
+            alike.
         world: the ranks, which share the streams; every rank gets the whole result.
         max_symbols: only the first so many of the split; 0 means config.eval.max_symbols, which 0 means all.
     """
@@ -82,23 +83,24 @@ def evaluate(
     if progress is not None:
         progress(0, shares.num_segments)
     with torch.inference_mode():
-        for whole, whole_counted_BQ in eval_batches(
-            ids, corpus.previous_id(split), shares, config.context
-        ):
+        for whole, whole_counted_BQ in eval_batches(ids, corpus.previous_id(split), shares, config.context):
             world.watch.gets_on()
             parts = [_share(whole, whole_counted_BQ, rank, world.mesh.world) for rank in ranks]
             batch, counted_BQ = parts[world.mesh.expert_rank]
             group = group_batch([part for part, _ in parts], world.mesh.expert_rank)
             gather = gathers(config, world.mesh.expert_ranks, k, batch.ids_BQ.numel())
-            planned = plan_batch(
-                group, k, routers, gather=gather, held_out=True, input_keys=model.input_keys
-            )
+            planned = plan_batch(group, k, routers, gather=gather, held_out=True, input_keys=model.input_keys)
             moved = batch, counted_BQ, planned.plans, planned.input_row_tBQ
             batch, counted_BQ, plans, row_tBQ = receive(*delivery.send(moved))
             output = model(
-                batch.ids_BQ, batch.targets_BQ, memory, Routing(k, plans, input_row_tBQ=row_tBQ),
-                memory_len=memory_len, clamp_len=config.eval.clamp_len, same_length=config.eval.same_length,
-            )  # fmt: skip
+                batch.ids_BQ,
+                batch.targets_BQ,
+                memory,
+                Routing(k, plans, input_row_tBQ=row_tBQ),
+                memory_len=memory_len,
+                clamp_len=config.eval.clamp_len,
+                same_length=config.eval.same_length,
+            )
             memory = output.memory
             nats += output.nll_BQ[counted_BQ].double().sum().item()
             symbols += int(counted_BQ.sum())
@@ -136,14 +138,17 @@ def slimming_curve(
     progress: Progress = no_progress,
 ) -> dict[str, Evaluation]:
     """Evaluate config.eval.split at every k of config.eval.k; a dense model has one result, called "dense"."""
-    if config.moe.router is Router.dense:
-        asked = {"dense": config.moe.experts}
-    else:
-        asked = {str(k): k for k in config.eval.k}
+    asked = {"dense": config.moe.experts} if config.moe.router is Router.dense else {str(k): k for k in config.eval.k}
     return {
         name: evaluate(
-            model, routers, corpus, config, split=config.eval.split, k=k, world=world,
+            model,
+            routers,
+            corpus,
+            config,
+            split=config.eval.split,
+            k=k,
+            world=world,
             progress=partial(progress, name if name == "dense" else f"k = {name}"),
         )
         for name, k in asked.items()
-    }  # fmt: skip
+    }

@@ -27,14 +27,19 @@ class GramCounts:
 
 
 def order_n_bpc(
-    train_ids: Ids, test_ids: Ids, order: int, vocab_size: int, progress: Callable[[int, int], None] = lambda done, total: None
-) -> float:  # fmt: skip
+    train_ids: Ids,
+    test_ids: Ids,
+    order: int,
+    vocab_size: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> float:
     """Measure bits per symbol of an order-n context model: counts of the training split, applied to the test split.
 
     Every test symbol counts; the `order` ids before the first one of either split are taken as 0.
 
     Args:
-        progress: called with (parts done, parts in all), first with 0 done: chunks of the training split, then the model.
+        progress: called with (parts done, parts in all), first with 0 done: chunks of the training split, then the
+            model.
     """
     parts = 1 + -(-len(train_ids) // _CHUNK)
     progress(0, parts)
@@ -72,14 +77,10 @@ def count_grams(
             keys += chunk[i : i + size]
         parts.append(np.unique(keys, return_counts=True))
         chunk_done(len(parts))
-    return _sum_by_key(
-        np.concatenate([keys for keys, _ in parts]), np.concatenate([counts for _, counts in parts])
-    )
+    return _sum_by_key(np.concatenate([keys for keys, _ in parts]), np.concatenate([counts for _, counts in parts]))
 
 
-def gram_probability(
-    keys: Keys, train: GramCounts, order: int, vocab_size: int
-) -> NDArray[np.float64]:
+def gram_probability(keys: Keys, train: GramCounts, order: int, vocab_size: int) -> NDArray[np.float64]:
     """Return p(last id | the ids before it) for each gram key, by interpolated modified Kneser-Ney smoothing.
 
     p_n(c | h) = (count(h, c) - D(count(h, c)) + free(h) * p_{n-1}(c | h')) / count(h): free(h) is the sum of the

@@ -1,8 +1,8 @@
 """A language model that classifies sentences: the pre-trained model whole, and a new head on its last hidden state.
 
-The head is that of SMoE-Dropout's public SST-2 code: linear, tanh, dropout, linear, on the hidden state at a sentence's last
-id, after the final norm. Unlike there, the embeddings are the pre-trained ones, and no memory goes from one batch to the next:
-a sentence is one segment that starts with an empty memory.
+The head is that of SMoE-Dropout's public SST-2 code: linear, tanh, dropout, linear, on the hidden state at a sentence's
+last id, after the final norm. Unlike there, the embeddings are the pre-trained ones, and no memory goes from one batch
+to the next: a sentence is one segment that starts with an empty memory.
 
 Letters: B sentences, Q ids of the longest one, D width, C classes.
 """
@@ -33,15 +33,13 @@ class Classifier(nn.Module):
         config: of the model; its dropout is the head's, too.
     """
 
-    def __init__(
-        self, model: TransformerXL, routers: Sequence[PlannedRouter] | None, config: Config
-    ) -> None:
+    def __init__(self, model: TransformerXL, routers: Sequence[PlannedRouter] | None, config: Config) -> None:
         super().__init__()
         width = config.model.width
         self.model, self.routers, self.context = model, routers, config.context
         self.head = nn.Sequential(
             nn.Linear(width, width), nn.Tanh(), nn.Dropout(config.model.dropout), nn.Linear(width, len(LABELS))
-        )  # fmt: skip
+        )
         # longer distances count as the longest one of pre-training: the model never learnt them
         self.clamp_len = config.data.segment + config.model.memory - 1
         for layer in self.head:
@@ -63,16 +61,17 @@ class Classifier(nn.Module):
             seed: of (run, step), for the experts' stateless dropout and for routers that draw.
         """
         planned = plan_batch(
-            group_batch([self._unplanned(batch.ids_BQ, seed)]), k, self.routers,
-            held_out=not self.training, input_keys=self.model.input_keys,
-        )  # fmt: skip
+            group_batch([self._unplanned(batch.ids_BQ, seed)]),
+            k,
+            self.routers,
+            held_out=not self.training,
+            input_keys=self.model.input_keys,
+        )
         batch, plans, input_row_tBQ = map_tensors(
             lambda tensor: tensor.to(self.device), (batch, planned.plans, planned.input_row_tBQ)
         )
         routing = Routing(k, plans, dropout_seed=seed, input_row_tBQ=input_row_tBQ)
-        hidden_BQD = self.model.hidden(
-            batch.ids_BQ, None, routing, memory_len=0, clamp_len=self.clamp_len
-        ).hidden_BQD
+        hidden_BQD = self.model.hidden(batch.ids_BQ, None, routing, memory_len=0, clamp_len=self.clamp_len).hidden_BQD
         row_B = torch.arange(len(batch.length_B), device=self.device)
         logits_BC: Tensor = self.head(hidden_BQD[row_B, batch.length_B - 1])
         return logits_BC

@@ -1,7 +1,7 @@
 """Labelled sentences in GLUE's file format, as bytes: reading them, and holding a part of them out.
 
-A file is SST-2's train.tsv or dev.tsv (Socher et al. 2013; GLUE, arXiv 1804.07461): a header, then a sentence, a tab and its
-label in each line. Sentences become ids and batches in engine/finetune/sentences.py.
+A file is SST-2's train.tsv or dev.tsv (Socher et al. 2013; GLUE, arXiv 1804.07461): a header, then a sentence, a tab
+and its label in each line. Sentences become ids and batches in engine/finetune/sentences.py.
 """
 
 from collections.abc import Sequence
@@ -38,17 +38,14 @@ def read_examples(path: Path) -> list[Example]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     header = lines[0] if lines else b""
-    require(header == HEADER, f"{path}: the first line is {_shown(header)}, it must be {_shown(HEADER)}")  # fmt: skip
+    require(header == HEADER, f"{path}: the first line is {_shown(header)}, it must be {_shown(HEADER)}")
     require(len(lines) > 1, f"{path}: holds no examples")
     return [_example(line, f"{path}, line {number}") for number, line in enumerate(lines[1:], 2)]
 
 
 def _example(line: bytes, place: str) -> Example:
     columns = line.split(b"\t")
-    require(
-        len(columns) == 2,
-        f"{place}: has {len(columns)} columns, it must have 2, a sentence and its label",
-    )
+    require(len(columns) == 2, f"{place}: has {len(columns)} columns, it must have 2, a sentence and its label")
     text, label = columns[0].strip(), columns[1].strip()
     require(bool(text), f"{place}: the sentence is empty")
     require(label in LABELS, f"{place}: the label is {_shown(label)}, it must be 0 or 1")
@@ -60,14 +57,12 @@ def _shown(value: bytes) -> str:
     return ascii(value[:40].decode("utf-8", "replace"))
 
 
-def hold_out(
-    examples: Sequence[Example], count: int, seed: int
-) -> tuple[list[Example], list[Example]]:
+def hold_out(examples: Sequence[Example], count: int, seed: int) -> tuple[list[Example], list[Example]]:
     """Draw `count` examples to select by; give the rest to train on, and them.
 
-    SST-2's dev examples are whole sentences, while its train examples are all phrases of its sentences. So the held-out ones
-    are drawn from the longest quarter, and an example that shares five words in a row with one of them, or is the same, is in
-    neither part.
+    SST-2's dev examples are whole sentences, while its train examples are all phrases of its sentences. So the held-out
+    ones are drawn from the longest quarter, and an example that shares five words in a row with one of them, or is the
+    same, is in neither part.
 
     Raises:
         UserError: there are not enough examples.

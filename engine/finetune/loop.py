@@ -1,8 +1,8 @@
 """Fine-tuning a classifier: Adam with the published cosine, and selection by held-out training examples.
 
-Several learning rates may be tried, each from the same start. Of all points looked at (learning rate, step) the one with the
-most right answers on the held-out examples is kept, of equal ones that with the smaller loss. What is reported as a
-result, such as GLUE's dev examples, is not known here.
+Several learning rates may be tried, each from the same start. Of all points looked at (learning rate, step) the one
+with the most right answers on the held-out examples is kept, of equal ones that with the smaller loss. What is reported
+as a result, such as GLUE's dev examples, is not known here.
 """
 
 import math
@@ -69,7 +69,7 @@ class Progress(Protocol):
 
 def finetune(
     classifier: Classifier, train: Sequence[Sentence], held_out: Sequence[Sentence], recipe: Recipe, progress: Progress
-) -> Selection:  # fmt: skip
+) -> Selection:
     """Train the classifier, and leave in it the weights that did best on the held-out sentences.
 
     Raises:
@@ -83,7 +83,7 @@ def finetune(
         classifier.load_state_dict(start)
         steps = _Steps(classifier, train, recipe, lr)
         while steps.done < recipe.steps:
-            steps.run(min(recipe.eval_every, recipe.steps - steps.done), number * recipe.steps, progress)  # fmt: skip
+            steps.run(min(recipe.eval_every, recipe.steps - steps.done), number * recipe.steps, progress)
             curve.append(_look(classifier, held_out, steps, lr, recipe.k))
             progress.point(number * recipe.steps + steps.done, curve[-1])
             if best is None or _rank(curve[-1]) > _rank(best):
@@ -97,9 +97,7 @@ def finetune(
 class _Steps:
     """The training steps at one learning rate."""
 
-    def __init__(
-        self, classifier: Classifier, train: Sequence[Sentence], recipe: Recipe, lr: float
-    ) -> None:
+    def __init__(self, classifier: Classifier, train: Sequence[Sentence], recipe: Recipe, lr: float) -> None:
         torch.manual_seed(recipe.seed)
         self.classifier, self.recipe = classifier.train(), recipe
         self.optim = OptimConfig(lr=lr, clip=recipe.clip)
@@ -137,9 +135,7 @@ class _Steps:
         return value
 
 
-def _look(
-    classifier: Classifier, held_out: Sequence[Sentence], steps: _Steps, lr: float, k: int
-) -> Point:
+def _look(classifier: Classifier, held_out: Sequence[Sentence], steps: _Steps, lr: float, k: int) -> Point:
     logits = predict(classifier, held_out, k)
     label = torch.tensor([sentence.label for sentence in held_out])
     loss = F.cross_entropy(logits, label).item()

@@ -1,8 +1,8 @@
 """Sentences as ids, and as batches of about equal length.
 
-A sentence is its bytes and one blank, as GLUE's files have it, so every sentence ends at the same symbol. Rows of a batch
-are filled up at the right with id 0: the model is causal, so no real position sees that, and a hashed router's keys look
-left only.
+A sentence is its bytes and one blank, as GLUE's files have it, so every sentence ends at the same symbol. Rows of a
+batch are filled up at the right with id 0: the model is causal, so no real position sees that, and a hashed router's
+keys look left only.
 
 Letters: B sentences, Q ids of the longest one.
 """
@@ -49,7 +49,7 @@ def encode(examples: Sequence[Example], vocab: Vocab) -> list[Sentence]:
     found = []
     for example in examples:
         ids = vocab.encode((example.text + b" ").translate(None, foreign))
-        require(len(ids) > 0, f"sentence {example.text[:40]!r}: the model's vocabulary has none of its bytes")  # fmt: skip
+        require(len(ids) > 0, f"sentence {example.text[:40]!r}: the model's vocabulary has none of its bytes")
         found.append(Sentence(ids, example.label))
     return found
 
@@ -72,13 +72,11 @@ def pad(sentences: Sequence[Sentence]) -> SentenceBatch:
     return SentenceBatch(ids_BQ, torch.tensor(lengths), torch.tensor(labels))
 
 
-def training_batches(
-    sentences: Sequence[Sentence], batch: int, seed: int
-) -> Iterator[SentenceBatch]:
+def training_batches(sentences: Sequence[Sentence], batch: int, seed: int) -> Iterator[SentenceBatch]:
     """Yield batches without end, epoch after epoch, each in a new order.
 
-    An epoch takes every sentence once. Its order is random, but for pools of batches that are sorted by length; then the
-    batches of a pool are shuffled.
+    An epoch takes every sentence once. Its order is random, but for pools of batches that are sorted by length; then
+    the batches of a pool are shuffled.
     """
     generator = np.random.default_rng(seed)
     pool = batch * _POOL

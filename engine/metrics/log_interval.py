@@ -38,7 +38,7 @@ class Window:
 
     def __init__(
         self, config: Config, arithmetic: Arithmetic, *, ranks: int, device: torch.device, peak: Peak, flops: float
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._config, self._arithmetic = config, arithmetic
         self._ranks, self._device, self._peak = ranks, device, peak
         # since the start of the run: now, and at the last close

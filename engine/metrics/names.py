@@ -23,9 +23,7 @@ _RANK, _LAYER, _EXPERT = ("rank",), ("layer",), ("layer", "expert")
 
 METRICS: dict[str, Metric] = {
     "loss": Metric("nats/symbol", "training loss without auxiliary losses"),
-    "auxiliary_loss": Metric(
-        "nats/symbol", "balance, z- or consistency loss, weighted; 0 for fixed routers"
-    ),
+    "auxiliary_loss": Metric("nats/symbol", "balance, z- or consistency loss, weighted; 0 for fixed routers"),
     "bpc": Metric("bits/symbol", "loss in bits"),
     "valid_loss": Metric("nats/symbol", "loss on the validation split at k_max, now"),
     "valid_bpc": Metric("bits/symbol", "valid_loss in bits, now"),
@@ -34,10 +32,18 @@ METRICS: dict[str, Metric] = {
     "learning_rate": Metric("1", "learning rate of this step"),
     "grad_norm": Metric("1", "global gradient norm before clipping, of this step"),
     "tokens": Metric("symbols", "trained on since the start of the run, over all ranks"),
-    "flops": Metric("FLOP", "useful arithmetic of training since the start of the run, over all ranks: forward and backward, recomputation not counted"),
+    "flops": Metric(
+        "FLOP",
+        "useful arithmetic of training since the start of the run, over all ranks: forward and backward, recomputation"
+        " not counted",
+    ),
     "tokens_per_second": Metric("symbols/s", "trained on per second, over all ranks"),
     "tokens_per_second_per_rank": Metric("symbols/s", "the same over the number of ranks"),
-    "mfu": Metric("1", "useful arithmetic per second over the peak of all ranks' devices (of tf32 where kernels.precision says so, though only experts use it); 0 when the peak is unknown"),
+    "mfu": Metric(
+        "1",
+        "useful arithmetic per second over the peak of all ranks' devices (of tf32 where kernels.precision says so,"
+        " though only experts use it); 0 when the peak is unknown",
+    ),
     "step_ms": Metric("ms", "one optimizer step; the parts below too"),
     "plan_wait_ms": Metric("ms", "waiting for a batch and its plans"),
     "forward_ms": Metric("ms", "forward passes; on a GPU their launch alone, and so its parts"),
@@ -49,7 +55,11 @@ METRICS: dict[str, Metric] = {
     "experts_ms": Metric("ms", "expert layers, part of forward_ms"),
     "exchange_exposed_ms": Metric("ms", "exchanging rows while nothing is computed; 0 on one rank"),
     "exchange_hidden_ms": Metric("ms", "exchanging rows behind computation; 0 on one rank"),
-    "own_ms": Metric("ms", "forward passes without waiting for other ranks, part of forward_ms (on a GPU of its own time); of rank 0. The wait of a learned router's global balance counts as own"),
+    "own_ms": Metric(
+        "ms",
+        "forward passes without waiting for other ranks, part of forward_ms (on a GPU of its own time); of rank 0. The"
+        " wait of a learned router's global balance counts as own",
+    ),
     "data_ms": Metric("ms", "the loader's thread reading and planning one step's batches, beside the step"),
     "slowest_rank": Metric("rank", "the rank with the most own_ms since the last line"),
     "rank_skew": Metric("1", "its own_ms over the median rank's; 1 on one rank"),
@@ -67,11 +77,15 @@ METRICS: dict[str, Metric] = {
     "rank_exchange_exposed_ms": Metric("ms", "exchange_exposed_ms of each rank, up to the step before this one", _RANK),
     "rank_memory_bytes": Metric("bytes", "memory_bytes of each rank in this step", _RANK),
     "rank_wire_bytes": Metric("bytes", "wire_bytes that each rank sent in one step", _RANK),
-    "link_bytes": Metric("bytes", "of rank_wire_bytes, what went to each rank of the sender's expert group; [] on one rank and on more than 16", ("rank", "peer")),
+    "link_bytes": Metric(
+        "bytes",
+        "of rank_wire_bytes, what went to each rank of the sender's expert group; [] on one rank and on more than 16",
+        ("rank", "peer"),
+    ),
     "rank_rows": Metric("rows", "expert rows computed by each rank in one step, all layers", _RANK),
     "layer_load": Metric("1", "rows of the busiest expert over the mean, in each layer", _LAYER),
     "expert_rows": Metric("rows", "of each expert in one step, over all ranks", _EXPERT),
-}  # fmt: skip
+}
 """Means over the steps since the last line, of rank 0 where ranks differ, unless the meaning says otherwise."""
 
 

@@ -1,7 +1,7 @@
 """The peak of one device's arithmetic, in the number format that a run multiplies in: what MFU is measured against.
 
-Said by train.peak_tflops, else looked up by the GPU's name, else unknown; it is never guessed. Figures are those of dense
-products in the makers' data sheets, which print some of them for 2:4 sparse ones, twice as much.
+Said by train.peak_tflops, else looked up by the GPU's name, else unknown; it is never guessed. Figures are those of
+dense products in the makers' data sheets, which print some of them for 2:4 sparse ones, twice as much.
 """
 
 from typing import NamedTuple
@@ -53,9 +53,7 @@ def peak_of(config: Config, device: torch.device) -> Peak:
     if config.train.peak_tflops is not None:
         return Peak(config.train.peak_tflops * 1e12, "train.peak_tflops")
     if device.type != "cuda":
-        return Peak(
-            0.0, "unknown: python -m benchmarks.calibrate measures a CPU; set train.peak_tflops"
-        )
+        return Peak(0.0, "unknown: python -m benchmarks.calibrate measures a CPU; set train.peak_tflops")
     return _from_sheet(torch.cuda.get_device_name(device), number_format(config))
 
 

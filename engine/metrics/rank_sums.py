@@ -1,7 +1,7 @@
 """What the ranks tell each other in a step: one sum over all of them, and the only read-back of a step from the device.
 
-It carries the losses, the rows of each expert, and a block in which each rank fills the row of its own. So every rank knows
-every other's times, memory, rows and bytes, and no further collective is needed.
+It carries the losses, the rows of each expert, and a block in which each rank fills the row of its own. So every rank
+knows every other's times, memory, rows and bytes, and no further collective is needed.
 
 Letters: L layers, E experts, P ranks of the run, X columns of a row, G links of a rank.
 """
@@ -28,9 +28,7 @@ class RankRow:
 
     stop_asked: float = 0.0  # 1: yes
     save_asked: float = 0.0  # likewise, for a checkpoint behind this step
-    own_ms: float = (
-        0.0  # of the step before (engine/train/step.py's StepTimes), for this one is not over
-    )
+    own_ms: float = 0.0  # of the step before (engine/train/step.py's StepTimes), for this one is not over
     exchange_exposed_ms: float = 0.0  # likewise
     plan_wait_ms: float = 0.0
     memory_bytes: float = 0.0  # resident memory of the process
@@ -50,7 +48,9 @@ class Totals(NamedTuple):
     loss: float  # mean nats per symbol over micro-batches and ranks, without auxiliary losses
     auxiliary_loss: float
     block_PX: Numbers  # every rank's RankRow; COLUMN says which column is what
-    sent_bytes_PG: Numbers  # what each rank sent to each of its expert group; [P, 0] for one rank or more than MOST_RANKS
+    sent_bytes_PG: (
+        Numbers  # what each rank sent to each of its expert group; [P, 0] for one rank or more than MOST_RANKS
+    )
     count_LE: Numbers  # rows of each expert over all ranks; [0, 0] when dense
 
 
@@ -84,7 +84,7 @@ def add_up(outputs: list[Output], world: World, block: Tensor) -> Totals:
         count_LE = torch.stack(counts).sum(0).to(nll.device, torch.float64)
         shape = tuple(count_LE.shape)
         here = mesh.local_experts(shape[1])
-        parts[1][mesh.rank * block.shape[1] + COLUMN["rows"]] = count_LE[:, here.start : here.stop].sum()  # fmt: skip
+        parts[1][mesh.rank * block.shape[1] + COLUMN["rows"]] = count_LE[:, here.start : here.stop].sum()
         parts.append(count_LE.flatten())
     found: Numbers = world.sum(torch.cat(parts)).cpu().numpy()
     (loss, auxiliary_loss), told, count_X = np.split(found, [2, 2 + block.numel()])

@@ -1,4 +1,5 @@
-"""Which rank is slow, seen from the ranks' own times (engine/metrics/timers.py's OwnTime), which every step's sum carries.
+"""Which rank is slow, seen from the ranks' own times (engine/metrics/timers.py's OwnTime), which every step's sum
+carries.
 
 A rank is called slow when in two successive windows of logged steps its own time is above 1.5 times the median rank's.
 """

@@ -30,9 +30,7 @@ class ForwardTimes:
         for name, module in model.named_modules():
             if isinstance(module, RelativeAttention):
                 self._watch(module, "attention")
-            elif isinstance(module, MoELayer) or (
-                isinstance(module, FeedForward) and name.endswith(".feed_forward")
-            ):
+            elif isinstance(module, MoELayer) or (isinstance(module, FeedForward) and name.endswith(".feed_forward")):
                 self._watch(module, "experts")
 
     def take(self) -> tuple[float, float]:
@@ -54,17 +52,16 @@ class ForwardTimes:
 
 
 class OwnTime:
-    """Time of a step's forward passes without the waits for other ranks' rows: a slow rank has more of it than the others.
+    """Time of a step's forward passes without the waits for other ranks' rows: a slow rank has more of it than the
+    others.
 
-    All ranks take equally long for a step, for each waits for the slowest. Backward and update are left out: DeepSpeed's
-    collectives in them wait, too. On a GPU it is time of the device.
+    All ranks take equally long for a step, for each waits for the slowest. Backward and update are left out:
+    DeepSpeed's collectives in them wait, too. On a GPU it is time of the device.
     """
 
     def __init__(self, device: torch.device, wire: Wire | None) -> None:
         self._cuda, self._wire = device.type == "cuda", wire
-        self._passes: list[
-            tuple[tuple[Any, float], tuple[Any, float]]
-        ] = []  # their begins and ends
+        self._passes: list[tuple[tuple[Any, float], tuple[Any, float]]] = []  # their begins and ends
 
     @contextmanager
     def forward(self) -> Iterator[None]:

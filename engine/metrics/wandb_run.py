@@ -1,12 +1,14 @@
-"""A run in Weights & Biases: the metrics under their names, lists as W&B can draw them. The only file of a run that imports wandb.
+"""A run in Weights & Biases: the metrics under their names, lists as W&B can draw them. The only file of a run that
+imports wandb.
 
-Scalars keep their names. Of a rank's series each rank has one (rank_own_ms/0, ...), or with more than 64 ranks /min, /median and
-/max; of a layer's each layer. The rows of a layer's experts are a histogram whose bins are the experts (expert_rows/0), which
-W&B draws as a heat map over the steps. W&B's id lives in the run's folder, so a resumed run goes on in the same W&B run; beside it
-lies the run's name, for a folder that was copied under another name is another W&B run.
+Scalars keep their names. Of a rank's series each rank has one (rank_own_ms/0, ...), or with more than 64 ranks /min,
+/median and /max; of a layer's each layer. The rows of a layer's experts are a histogram whose bins are the experts
+(expert_rows/0), which W&B draws as a heat map over the steps. W&B's id lives in the run's folder, so a resumed run goes
+on in the same W&B run; beside it lies the run's name, for a folder that was copied under another name is another W&B
+run.
 
-wandb hands values to a service of its own, a process, and waits for its connection to it. So a thread does that here: a step
-never waits, however slow W&B is. When the service is lost a note says so, and the run goes on without it.
+wandb hands values to a service of its own, a process, and waits for its connection to it. So a thread does that here: a
+step never waits, however slow W&B is. When the service is lost a note says so, and the run goes on without it.
 """
 
 import os
@@ -42,7 +44,9 @@ def check_key(mode: WandbMode) -> None:
     except (wandb.Error, ValueError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise UserError(f"wandb.mode=online: {reason}") from error
-    require(found, "wandb.mode=online: no key; `wandb login` saves one, or WANDB_API_KEY has it, or take wandb.mode=offline")  # fmt: skip
+    require(
+        found, "wandb.mode=online: no key; `wandb login` saves one, or WANDB_API_KEY has it, or take wandb.mode=offline"
+    )
 
 
 class WandbRun:
@@ -59,8 +63,8 @@ class WandbRun:
     ) -> None:
         """Start or go on; offline runs are written to folder/wandb for a later `wandb sync`.
 
-        Each offline start has a log of its own, which says that it goes on with the run of this id (wandb 0.31 and later), so
-        that `wandb sync` appends it to what came before.
+        Each offline start has a log of its own, which says that it goes on with the run of this id (wandb 0.31 and
+        later), so that `wandb sync` appends it to what came before.
 
         Args:
             note: gets one line when W&B is lost; called in the thread that calls this object.
@@ -139,15 +143,11 @@ class WandbRun:
     def _lose(self, error: BaseException) -> None:
         if not self._lost:
             why = " ".join(str(error).split()) or type(error).__name__
-            self._note(
-                f"W&B is lost ({why}): the run goes on without it, metrics.jsonl has all numbers"
-            )
+            self._note(f"W&B is lost ({why}): the run goes on without it, metrics.jsonl has all numbers")
         self._lost = True
 
     def _log(self, step: int, values: Mapping[str, Any]) -> None:
-        if (
-            "valid_bpc" in values
-        ):  # W&B has one row a step, and the training line's k is already in it
+        if "valid_bpc" in values:  # W&B has one row a step, and the training line's k is already in it
             values = {name: value for name, value in values.items() if name != "k"}
         shown: dict[str, Any] = {}
         for name, value in values.items():

@@ -1,8 +1,9 @@
-"""Where a run's numbers go: metrics.jsonl and Weights & Biases (engine/metrics/wandb_run.py), all under the names of METRICS.
+"""Where a run's numbers go: metrics.jsonl and Weights & Biases (engine/metrics/wandb_run.py), all under the names of
+METRICS.
 
-One process of a run (rank 0) owns a `Metrics`. metrics.jsonl has one object per call, {"step": 20, "loss": 1.25, ...}, complete
-after every line; a metric with axes is a list there, or a list of lists, and a number that is not finite is null.
-engine/metrics/log_interval.py makes the numbers of training.
+One process of a run (rank 0) owns a `Metrics`. metrics.jsonl has one object per call, {"step": 20, "loss": 1.25, ...},
+complete after every line; a metric with axes is a list there, or a list of lists, and a number that is not finite is
+null. engine/metrics/log_interval.py makes the numbers of training.
 """
 
 import json
@@ -71,9 +72,7 @@ class Metrics:
         """
         unknown = sorted(set(values) - set(METRICS))
         if unknown:
-            raise KeyError(
-                f"no such metric: {', '.join(unknown)} (engine/metrics/names.py lists them)"
-            )
+            raise KeyError(f"no such metric: {', '.join(unknown)} (engine/metrics/names.py lists them)")
         finite = {name: _finite(value) for name, value in values.items()}
         with _writing(Path(self._file.name)):
             self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")

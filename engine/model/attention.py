@@ -69,4 +69,5 @@ class RelativeAttention(nn.Module):
             window=shared.window,
             dropout=self.dropout if self.training else 0.0,
         )
-        return self.output(out_BQHW.flatten(2))
+        y_BQD: Tensor = self.output(out_BQHW.flatten(2))
+        return y_BQD

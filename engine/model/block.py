@@ -30,9 +30,7 @@ class BlockOutput(NamedTuple):
 class Block(nn.Module):
     """Attention and feed-forward of layer number `layer`."""
 
-    def __init__(
-        self, model: ModelConfig, moe: MoEConfig, kernels: KernelsConfig, layer: int
-    ) -> None:
+    def __init__(self, model: ModelConfig, moe: MoEConfig, kernels: KernelsConfig, layer: int) -> None:
         super().__init__()
         self.pre_norm = model.pre_norm
         self.attention = RelativeAttention(model)
@@ -68,7 +66,8 @@ class Block(nn.Module):
         if self.pre_norm:
             context_BSD = self.attention_norm(context_BSD)
             query_BQD = context_BSD[:, memory_BMD.shape[1] :]
-            y_BQD = traced("attention", self.attention, query_BQD, context_BSD, shared)
-            return x_BQD + self.dropout(y_BQD)
+            y_BQD: Tensor = self.dropout(traced("attention", self.attention, query_BQD, context_BSD, shared))
+            return x_BQD + y_BQD
         y_BQD = traced("attention", self.attention, x_BQD, context_BSD, shared)
-        return self.attention_norm(x_BQD + self.dropout(y_BQD))
+        y_BQD = self.attention_norm(x_BQD + self.dropout(y_BQD))
+        return y_BQD

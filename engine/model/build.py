@@ -15,10 +15,9 @@ from foreroute.engine.routing.routers import DrawnRouter, HashedRouter, PlannedR
 from foreroute.engine.routing.tables import Table, build_tables
 
 
-def build_routers(
-    config: Config, corpus: PreparedCorpus, mesh: Mesh | None = None
-) -> list[PlannedRouter] | None:
-    """Build the planned routers, for a hashed one with its table from the cache if it is there; None for live routers and dense.
+def build_routers(config: Config, corpus: PreparedCorpus, mesh: Mesh | None = None) -> list[PlannedRouter] | None:
+    """Build the planned routers, for a hashed one with its table from the cache if it is there; None for live routers
+    and dense.
 
     Args:
         mesh: this rank's place; one rank alone by default.
@@ -27,10 +26,9 @@ def build_routers(
     return planned_routers(config, tables, mesh or Mesh())
 
 
-def planned_routers(
-    config: Config, tables: Sequence[Table], mesh: Mesh
-) -> list[PlannedRouter] | None:
-    """Make the run's planned routers for this rank, of hashed routing by these tables; None for live routers and dense."""
+def planned_routers(config: Config, tables: Sequence[Table], mesh: Mesh) -> list[PlannedRouter] | None:
+    """Make the run's planned routers for this rank, of hashed routing by these tables; None for live routers and
+    dense."""
     router = config.moe.router
     if router is Router.hashed:
         return list(routers_of(tables, mesh, shuffled=config.moe.keys is Keys.shuffled))
@@ -38,11 +36,15 @@ def planned_routers(
         return None
     return [
         DrawnRouter(
-            config.moe.experts, each_token=router is Router.fresh, seed=config.train.seed, index=index,
-            rank=mesh.expert_rank, ranks=mesh.expert_ranks,
+            config.moe.experts,
+            each_token=router is Router.fresh,
+            seed=config.train.seed,
+            index=index,
+            rank=mesh.expert_rank,
+            ranks=mesh.expert_ranks,
         )
         for index in range(config.num_tables)
-    ]  # fmt: skip
+    ]
 
 
 def router_tables(routers: Sequence[PlannedRouter] | None) -> list[Table]:
@@ -68,17 +70,13 @@ def _build_tables(config: Config, corpus: PreparedCorpus) -> list[Table]:
     )
 
 
-def build_model(
-    config: Config, vocab_size: int, *, weights_seed: int | None = None
-) -> TransformerXL:
+def build_model(config: Config, vocab_size: int, *, weights_seed: int | None = None) -> TransformerXL:
     """Build the model with fp32 weights drawn from train.seed (sets PyTorch's global generator).
 
     Args:
         weights_seed: of the weights alone, instead of train.seed; the keys at the input are always those of train.seed.
     """
     torch.manual_seed(config.train.seed if weights_seed is None else weights_seed)
-    model = TransformerXL(
-        config.model, config.moe, config.kernels, vocab_size, seed=config.train.seed
-    )
+    model = TransformerXL(config.model, config.moe, config.kernels, vocab_size, seed=config.train.seed)
     model.recompute = config.train.recompute
     return model

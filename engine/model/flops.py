@@ -32,10 +32,10 @@ class Product:
 def forward_flops(config: Config, vocab: int, k: int) -> float:
     """Count the useful arithmetic of one forward pass over a step's symbols, of all ranks; backward is twice as much.
 
-    Useful is what the model asks for, whatever way it is computed in: products of matrices with the memory full, each query
-    with the keys that it may see, k experts for each symbol. Hidden keys of a tile, experts that a masked product computes in
-    vain, recomputation, and distances that each rank and micro-batch projects anew are not in it; nor is anything that is no
-    product of matrices (embedding, normalisation, softmax, weighted sums).
+    Useful is what the model asks for, whatever way it is computed in: products of matrices with the memory full, each
+    query with the keys that it may see, k experts for each symbol. Hidden keys of a tile, experts that a masked product
+    computes in vain, recomputation, and distances that each rank and micro-batch projects anew are not in it; nor is
+    anything that is no product of matrices (embedding, normalisation, softmax, weighted sums).
 
     Example: a dense feed-forward of width 3 in a model of width 2 adds 2 x 2 x 2 x 3 = 24 for each symbol and layer.
 
@@ -109,8 +109,8 @@ def count_matrices(config: Config) -> int:
 
 
 FORWARD_AND_BACKWARD = 3
-"""Passes that a training step weighs: backward makes two products of each one of forward. (A little less in truth: encoded
-distances and a frozen gate get no gradient.)"""
+"""Passes that a training step weighs: backward makes two products of each one of forward. (A little less in truth:
+encoded distances and a frozen gate get no gradient.)"""
 
 
 class Arithmetic:
@@ -143,19 +143,17 @@ class Arithmetic:
         return sum(times * self.step_flops(k) for k, times in steps.items())
 
     def active_parameters(self, k: int) -> int:
-        """Parameters that a symbol uses: all but those of the experts, and of the n-grams' embeddings, that it does not.
+        """Parameters that a symbol uses: all but those of the experts, and of the n-grams' embeddings, that it does
+        not.
 
-        Example: experts of 10 parameters each, 4 in each of 3 layers: at k = 1 a model of 500 uses 500 - 3 x 3 x 10 = 410.
+        Example: experts of 10 parameters each, 4 in each of 3 layers: at k = 1 a model of 500 uses 500 - 3 x 3 x 10 =
+        410.
         """
         model, moe = self._config.model, self._config.moe
         used = self._parameters - (model.ngram > 0) * (model.ngram_rows - 1) * model.width
         if moe.router is Router.dense:
             return used
-        expert = (
-            count_matrices(self._config) * moe.expert_width * model.width
-            + moe.expert_width
-            + model.width
-        )
+        expert = count_matrices(self._config) * moe.expert_width * model.width + moe.expert_width + model.width
         return used - self._config.expert_layers * (moe.experts - k) * expert
 
     def by_k(self) -> dict[str, int]:

@@ -1,9 +1,9 @@
 """What a model is told at its input: rows of tables that n-grams find as in hashed routing, added to the embedding.
 
-Dense controls ask so whether hashed routing helps by more than what its keys say. `NgramEmbedding` learns a vector for each
-row, also beside experts; `Signatures`, for dense models, has the weights that hashed routing would give each token's experts,
-in every layer, and learns one linear map of them. The loader finds the rows (TransformerXL.input_keys); both tables are a part
-of the model's state.
+Dense controls ask so whether hashed routing helps by more than what its keys say. `NgramEmbedding` learns a vector for
+each row, also beside experts; `Signatures`, for dense models, has the weights that hashed routing would give each
+token's experts, in every layer, and learns one linear map of them. The loader finds the rows
+(TransformerXL.input_keys); both tables are a part of the model's state.
 
 Letters: B streams, Q segment length, D width, t tables, r rows, E experts.
 """
@@ -53,14 +53,12 @@ class Signatures(nn.Module):
 
     def forward(self, row_tBQ: Tensor) -> Tensor:
         """Give [B, Q, D]."""
-        parts = [weight_rE[row_BQ] for weight_rE, row_BQ in zip(self.weight_trE, row_tBQ, strict=True)]  # fmt: skip
+        parts = [weight_rE[row_BQ] for weight_rE, row_BQ in zip(self.weight_trE, row_tBQ, strict=True)]
         found_BQD: Tensor = self.map(torch.cat(parts, dim=-1).to(self.map.weight.dtype))
         return found_BQD
 
 
-def input_tables(
-    model: ModelConfig, moe: MoEConfig, vocab_size: int, seed: int
-) -> NgramEmbedding | Signatures | None:
+def input_tables(model: ModelConfig, moe: MoEConfig, vocab_size: int, seed: int) -> NgramEmbedding | Signatures | None:
     """Build what the configuration asks for; None for models without tables at their input."""
     if model.ngram:
         # Beside hashed routing a number that none of its tables has, so that other n-grams share rows here than there.

@@ -96,7 +96,7 @@ class TransformerXL(nn.Module):
 
     def __init__(
         self, model: ModelConfig, moe: MoEConfig, kernels: KernelsConfig, vocab_size: int, *, seed: int = 0
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Build the model with random weights.
 
         Args:
@@ -143,8 +143,8 @@ class TransformerXL(nn.Module):
     ) -> Output:
         """Predict each target from the ids up to its place; arguments as for `hidden`.
 
-        With second plans there is a second pass by them, with dropout of its own, and the loss is that of THOR (Zuo et al., ICLR
-        2022, arXiv 2110.04260): both cross-entropies plus moe.consistency times what the passes differ in.
+        With second plans there is a second pass by them, with dropout of its own, and the loss is that of THOR (Zuo et
+        al., ICLR 2022, arXiv 2110.04260): both cross-entropies plus moe.consistency times what the passes differ in.
         """
 
         def run(routing: Routing) -> tuple[Logits, Tensor]:
@@ -172,16 +172,10 @@ class TransformerXL(nn.Module):
         )
 
     def logits(
-        self,
-        ids_BQ: Tensor,
-        memory: Sequence[Tensor] | None,
-        routing: Routing,
-        **options: Unpack[AttentionOptions],
+        self, ids_BQ: Tensor, memory: Sequence[Tensor] | None, routing: Routing, **options: Unpack[AttentionOptions]
     ) -> Logits:
         """Compute the logits of the next id at every place; arguments as for `hidden`."""
-        hidden_BQD, memory, auxiliary_loss, count_LE = self.hidden(
-            ids_BQ, memory, routing, **options
-        )
+        hidden_BQD, memory, auxiliary_loss, count_LE = self.hidden(ids_BQ, memory, routing, **options)
         logits_BQV = F.linear(hidden_BQD, self.embedding.weight, self.output_bias)
         return Logits(logits_BQV, memory, auxiliary_loss, count_LE)
 
@@ -238,17 +232,17 @@ class TransformerXL(nn.Module):
         dropout = self.config.dropout if self.training else 0.0
         own = itertools.cycle(plans) if len(plans) == 1 else iter(plans)
         return [
-            LayerCall(routing.k, next(own), token_T, routing.dropout_seed, dropout)
-            if block.has_experts
-            else None
+            LayerCall(routing.k, next(own), token_T, routing.dropout_seed, dropout) if block.has_experts else None
             for block in self.blocks
         ]
 
     def _run(self, block: nn.Module, *inputs: object) -> BlockOutput:
+        output: BlockOutput
         if self.recompute and torch.is_grad_enabled():
-            output: BlockOutput = checkpoint(block, *inputs, use_reentrant=False)
-            return output
-        return block(*inputs)
+            output = checkpoint(block, *inputs, use_reentrant=False)
+        else:
+            output = block(*inputs)
+        return output
 
 
 def extend_memory(memory_BmD: Tensor, x_BQD: Tensor, limit: int) -> Tensor:

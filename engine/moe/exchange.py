@@ -8,8 +8,8 @@ per received row and gives one row per local token. The two are each other's tra
              these experts is made; one row back from there
     gather   all rows to all ranks, and the partial results added up on the way back, for large k
 
-Either way two collectives a layer, part and direction, whose sizes the Plan knows: no counts are exchanged and the host is
-never waited for. A plan in several parts is exchanged inside the experts' call, by `to_experts` and `to_tokens`
+Either way two collectives a layer, part and direction, whose sizes the Plan knows: no counts are exchanged and the host
+is never waited for. A plan in several parts is exchanged inside the experts' call, by `to_experts` and `to_tokens`
 (engine/moe/overlap.py); `dispatch` and `combine` are for plans of one part.
 
 Letters: T local tokens (t: of one part), D width, S sent rows, R received rows, P ranks of the expert group.
@@ -75,29 +75,35 @@ class Exchange:
         self.wire, self.parallel, self.backend = wire, parallel, backend
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A group is neither copied nor pickled: a copy of a layer is not connected, and refuses plans of several ranks."""
+        """A group is neither copied nor pickled: a copy of a layer is not connected, and refuses plans of several
+        ranks."""
         return Local, ()
 
     def plan(self, route: Route, num_experts: int, x_TD: Tensor) -> Plan:
         """Make the plan of a live router's routes, one of each rank; a collective (engine/routing/live_plan.py)."""
         tokens, width = x_TD.shape
         gather = use_gather(
-            self.parallel, experts=num_experts, ranks=self.wire.ranks, k=route.expert_TK.shape[1], tokens=tokens,
-            width=width, itemsize=wire_dtype(self.parallel, x_TD.dtype).itemsize,
-        )  # fmt: skip
-        return build_live_plan(route, num_experts, self.wire, gather=gather, chunks=self.parallel.chunks)  # fmt: skip
+            self.parallel,
+            experts=num_experts,
+            ranks=self.wire.ranks,
+            k=route.expert_TK.shape[1],
+            tokens=tokens,
+            width=width,
+            itemsize=wire_dtype(self.parallel, x_TD.dtype).itemsize,
+        )
+        return build_live_plan(route, num_experts, self.wire, gather=gather, chunks=self.parallel.chunks)
 
     def dispatch(self, x_TD: Tensor, plan: Plan) -> Tensor:
         """Return the received rows [R, D]: rank by rank, in the order of the sender's tokens."""
         check_plan(x_TD, plan, ranks=self.wire.ranks)
         (part,) = plan.parts
-        received_RD: Tensor = _ToExperts.apply(x_TD, self, part)
+        received_RD: Tensor = _ToExperts.apply(x_TD, self, part)  # type: ignore[no-untyped-call]
         return received_RD
 
     def combine(self, partial_RD: Tensor, plan: Plan) -> Tensor:
         """Return the sum of each local token's partial results [T, D]."""
         (part,) = plan.parts
-        y_TD: Tensor = _ToTokens.apply(partial_RD, self, part)
+        y_TD: Tensor = _ToTokens.apply(partial_RD, self, part)  # type: ignore[no-untyped-call]
         return y_TD
 
     def to_experts(self, x_tD: Tensor, part: Part) -> Moving:
@@ -132,9 +138,7 @@ class Exchange:
         return Moving(flight, add_up)
 
 
-def build_exchange(
-    wire: Wire, parallel: ParallelConfig, backend: Backend = Backend.auto
-) -> Exchange | Local:
+def build_exchange(wire: Wire, parallel: ParallelConfig, backend: Backend = Backend.auto) -> Exchange | Local:
     """Make the exchange of a process group."""
     if wire.ranks == 1:
         return Local()

@@ -48,11 +48,11 @@ class Experts(nn.Module):
 
     def forward(
         self, rows_RD: Tensor, plan: Plan, dropout: Dropout | None, *, exchange: Exchange | Local | None = None
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Return the weighted sum of each received row's local experts.
 
-        All that needs the weights happens in this one call, as ZeRO-3 gathers them around it. So a plan in several parts is
-        exchanged in here, and then rows_RD and the result are the tokens' [T, D].
+        All that needs the weights happens in this one call, as ZeRO-3 gathers them around it. So a plan in several
+        parts is exchanged in here, and then rows_RD and the result are the tokens' [T, D].
 
         Args:
             dropout: with the numbers of all tokens of the expert group, rank by rank.
@@ -68,9 +68,7 @@ class Experts(nn.Module):
             check_plan(rows_RD, plan, ranks=exchange.wire.ranks)
             return run_in_parts(rows_RD, calls, weights, exchange)
         (call,) = calls
-        return traced(
-            "experts", moe_ffn, rows_RD, call.weight_N, weights, call.part.rows, **call.options
-        )
+        return traced("experts", moe_ffn, rows_RD, call.weight_N, weights, call.part.rows, **call.options)
 
     def _call(self, rows_RD: Tensor, part: Part, k: int, dropout: Dropout | None) -> PartCall:
         if dropout is not None and part.received_R is not None:

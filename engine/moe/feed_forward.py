@@ -31,4 +31,5 @@ class FeedForward(nn.Module):
         z_F = self.w1(x_D)
         hidden_F = F.relu(z_F) if self.w3 is None else F.silu(z_F) * self.w3(x_D)
         hidden_F = self.dropout(hidden_F) if keep_F is None else hidden_F * keep_F * scale
-        return self.w2(hidden_F)
+        y_D: Tensor = self.w2(hidden_F)
+        return y_D

@@ -50,13 +50,7 @@ class MoELayer(nn.Module):
     router: FrozenRouter | LearnedRouter | None
     shared: FeedForward | None
 
-    def __init__(
-        self,
-        width: int,
-        moe: MoEConfig,
-        kernels: KernelsConfig,
-        layer: int,
-    ) -> None:
+    def __init__(self, width: int, moe: MoEConfig, kernels: KernelsConfig, layer: int) -> None:
         """Build the layer with all experts.
 
         Args:
@@ -103,9 +97,7 @@ class MoELayer(nn.Module):
         if self.router is None:
             if call.plan is None or call.plan.k != call.k:
                 found = "no plan" if call.plan is None else f"a plan for k={call.plan.k}"
-                raise ValueError(
-                    f"layer {self.layer} has a planned router, k={call.k}, and got {found}"
-                )
+                raise ValueError(f"layer {self.layer} has a planned router, k={call.k}, and got {found}")
             return call.plan, no_loss
         live = self.router(x_TD, call.k)
         num_experts = live.logits_TE.shape[1]
@@ -119,19 +111,19 @@ class MoELayer(nn.Module):
         loss = self.balance_weight * balance_loss(live.logits_TE, count_E)
         return plan, loss + self.z_weight * z_loss(live.logits_TE)
 
-    def _shared(
-        self, shared: FeedForward, x_TD: Tensor, plan: Plan, dropout: Dropout | None
-    ) -> Tensor:
+    def _shared(self, shared: FeedForward, x_TD: Tensor, plan: Plan, dropout: Dropout | None) -> Tensor:
         """Apply the shared expert; its dropout is that of an expert behind all others."""
         if dropout is None:
-            return traced("shared_expert", shared, x_TD)
+            y_TD: Tensor = traced("shared_expert", shared, x_TD)
+            return y_TD
         tokens, num_experts = x_TD.shape[0], plan.count_E.numel()
         ranks = dropout.token_R.numel() // tokens  # of the expert group
         own = self.first_expert * ranks // num_experts
         token_T = dropout.token_R[own * tokens : (own + 1) * tokens]
         row_T = row_hash(replace(dropout, first_expert=0), token_T, num_experts)
         keep_TF = keep_mask(row_T, unit_hash(shared.w2.in_features, x_TD.device), dropout.threshold)
-        return traced("shared_expert", shared, x_TD, keep_TF, dropout.scale)
+        y_TD = traced("shared_expert", shared, x_TD, keep_TF, dropout.scale)
+        return y_TD
 
     def _dropout(self, call: LayerCall) -> Dropout | None:
         if call.dropout == 0.0:

@@ -4,8 +4,9 @@
     backward   the same, with the gradients of the results going out and those of the rows coming back
 
 One autograd function holds all parts, so every gradient of a parameter is the sum over the parts, added up in its own
-number format, and arrives once. It keeps for backward what the parts one by one would keep, the parameters themselves among
-it (not views or copies, which ZeRO-3 would leave empty), all through save_for_backward, so recomputation drops it.
+number format, and arrives once. It keeps for backward what the parts one by one would keep, the parameters themselves
+among it (not views or copies, which ZeRO-3 would leave empty), all through save_for_backward, so recomputation drops
+it.
 
 Letters: T local tokens (t: of one part), D width, R received rows, N expert rows, of one part.
 """
@@ -46,14 +47,12 @@ class _Trip:
         return [call.part for call in self.calls]
 
 
-def run_in_parts(
-    x_TD: Tensor, calls: Sequence[PartCall], weights: ExpertWeights, exchange: Exchange
-) -> Tensor:
+def run_in_parts(x_TD: Tensor, calls: Sequence[PartCall], weights: ExpertWeights, exchange: Exchange) -> Tensor:
     """Exchange and compute part by part: dispatch, experts and combine in one; gives y_TD."""
     weights_N = [call.weight_N for call in calls]
     parameters = pack_weights(weights)
     trip = _Trip(calls, exchange, wants_grad(x_TD, *weights_N, *parameters))
-    y_TD: Tensor = _InParts.apply(trip, x_TD.contiguous(), *weights_N, *parameters)
+    y_TD: Tensor = _InParts.apply(trip, x_TD.contiguous(), *weights_N, *parameters)  # type: ignore[no-untyped-call]
     return y_TD
 
 
@@ -82,7 +81,7 @@ class _InParts(torch.autograd.Function):
             with span("experts"):
                 partial_RD, saved = moe_ffn_forward(
                     received_RD, weight_N, weights, call.part.rows, save=trip.save, dweight=dweight, **call.options
-                )  # fmt: skip
+                )
             going.append(trip.exchange.to_tokens(partial_RD, call.part))
             if trip.save:
                 kept += [received_RD, *saved]
@@ -106,9 +105,15 @@ class _InParts(torch.autograd.Function):
             received_RD, *saved = (next(kept) for _ in range(1 + len(Saved._fields)))
             with span("experts"):
                 gradients = moe_ffn_backward(
-                    d_partial_RD, received_RD, weight_N, weights, call.part.rows, Saved(*saved), dweight=ctx.dweight,
+                    d_partial_RD,
+                    received_RD,
+                    weight_N,
+                    weights,
+                    call.part.rows,
+                    Saved(*saved),
+                    dweight=ctx.dweight,
                     **call.options,
-                )  # fmt: skip
+                )
             if ctx.needs_input_grad[1]:
                 going.append(trip.exchange.to_tokens(gradients.x_RD, call.part))
             d_weights_N.append(gradients.weight_N)

@@ -1,7 +1,8 @@
 """Adam and its learning rate.
 
-`build_optimizer` gives the plain torch optimizer that DeepSpeed wraps (engine/optim/deepspeed_engine.py); `learning_rate`
-is a pure function of our own step counter, set before each step. There is no scheduler object to save or restore.
+`build_optimizer` gives the plain torch optimizer that DeepSpeed wraps (engine/optim/deepspeed_engine.py);
+`learning_rate` is a pure function of our own step counter, set before each step. There is no scheduler object to save
+or restore.
 """
 
 import math
@@ -36,16 +37,15 @@ def build_optimizer(params: Iterable[nn.Parameter], config: OptimConfig) -> torc
     """
     betas = (config.beta1, config.beta2)
     if config.weight_decay > 0:
-        return torch.optim.AdamW(
-            params, config.lr, betas, config.eps, weight_decay=config.weight_decay, fused=True
-        )
+        return torch.optim.AdamW(params, config.lr, betas, config.eps, weight_decay=config.weight_decay, fused=True)
     return torch.optim.Adam(params, config.lr, betas, config.eps, fused=True)
 
 
 def comes_last(numel: int) -> bool:
-    """Say whether a parameter of this size is laid out behind the others: 8 does not divide it, as a bias of 204 symbols.
+    """Say whether a parameter of this size is laid out behind the others: 8 does not divide it, as a bias of 204
+    symbols.
 
-    ZeRO 1 and 2 lay a group's parameters out one behind the other. Behind such a one no other would start on 16 bytes, and the
-    Triton kernels would read experts' weights number by number.
+    ZeRO 1 and 2 lay a group's parameters out one behind the other. Behind such a one no other would start on 16 bytes,
+    and the Triton kernels would read experts' weights number by number.
     """
     return numel % 8 != 0

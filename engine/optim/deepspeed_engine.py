@@ -1,9 +1,10 @@
 """What DeepSpeed runs: our Config in, a small Engine out. Only this folder knows DeepSpeed.
 
 DeepSpeed runs every training step, also on one process. Its config is built here from ours and exists nowhere else.
-`Engine` offers a step (forward, backward, step) and, for engine/checkpoint/save_load.py, the fp32 master weight and the Adam
-moments of each parameter by name, whatever the ZeRO stage. DeepSpeed's own checkpoints, schedulers and loggers are not
-used. Constants whose names end in NAME or NAMES list the undocumented names relied on; a test fails when one is gone.
+`Engine` offers a step (forward, backward, step) and, for engine/checkpoint/save_load.py, the fp32 master weight and the
+Adam moments of each parameter by name, whatever the ZeRO stage. DeepSpeed's own checkpoints, schedulers and loggers are
+not used. Constants whose names end in NAME or NAMES list the undocumented names relied on; a test fails when one is
+gone.
 """
 
 import contextlib
@@ -61,7 +62,8 @@ FLATS_NAME = "fp32_partitioned_groups_flat"
 REGATHER_NAMES = ("checkpoint_event_prologue", "checkpoint_event_epilogue")
 """Of the optimizer of ZeRO-3: give up all gathered weights; gather those that are kept whole again."""
 SHARD_NAMES = ("ds_shape", "ds_tensor", "ds_zero_partition_rank", "ds_zero_partition_world_size")
-"""Of a parameter at ZeRO-3: its whole shape, this rank's padded part of the compute copy, which part that is, of how many."""
+"""Of a parameter at ZeRO-3: its whole shape, this rank's padded part of the compute copy, which part that is, of how
+many."""
 NEW_GROUP_NAME = "new_group"
 """Of TorchBackend: takes ranks, makes every group of them."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -84,7 +86,8 @@ class Engine:
     @property
     def module(self) -> nn.Module:
         """The model, holding the compute copy of the weights."""
-        return self._engine.module
+        module: nn.Module = self._engine.module
+        return module
 
     @property
     def device(self) -> torch.device:
@@ -108,9 +111,7 @@ class Engine:
     def step(self) -> bool:
         """Clip and update the weights, once per accumulation; False if the gradient was not finite and is dropped."""
         if self._micro_batches != self._accumulation:
-            raise RuntimeError(
-                f"step() after {self._micro_batches} of {self._accumulation} micro-batches"
-            )
+            raise RuntimeError(f"step() after {self._micro_batches} of {self._accumulation} micro-batches")
         self._micro_batches = 0
         if self._stage:
             self._engine.step()
@@ -161,8 +162,8 @@ class Engine:
     def read_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Yield (parameter name, {"weight", "exp_avg", "exp_avg_sq"}): fp32, in the shape that shapes() says.
 
-        "weight" is the master weight. A collective over the ranks that share the parameter's state: every rank must read
-        to the end. Values may alias the live state.
+        "weight" is the master weight. A collective over the ranks that share the parameter's state: every rank must
+        read to the end. Values may alias the live state.
         """
         for name, param in self.module.named_parameters():
             if self._stage:
@@ -201,7 +202,8 @@ class Engine:
                 getattr(self._engine.optimizer, name)()
 
     def _plain_grad_norm(self) -> Tensor:
-        """Norm of all gradients of the model at ZeRO-0; a collective over the expert group if experts are shared out."""
+        """Norm of all gradients of the model at ZeRO-0; a collective over the expert group if experts are shared
+        out."""
         gradients: dict[bool, list[Tensor]] = {False: [], True: []}
         for param in self.module.parameters():
             if param.grad is not None:
@@ -262,14 +264,13 @@ def start(model: nn.Module, config: Config, mesh: Mesh | None = None) -> Engine:
     for one process only.
 
     Raises:
-        UserError: an untested DeepSpeed, options that DeepSpeed gets wrong, or experts that cannot be shared out evenly.
+        UserError: an untested DeepSpeed, options that DeepSpeed gets wrong, or experts that cannot be shared out
+            evenly.
         RuntimeError: DeepSpeed groups the ranks in another way than the mesh.
     """
     check_version()
     mesh = mesh or Mesh()
-    shared = (
-        [m for m in model.modules() if isinstance(m, MoELayer)] if mesh.expert_ranks > 1 else []
-    )
+    shared = [m for m in model.modules() if isinstance(m, MoELayer)] if mesh.expert_ranks > 1 else []
     for layer in shared:
         share_experts(layer, mesh)
     ds_config = _deepspeed_config(config, mesh.world, sum(p.numel() for p in model.parameters()))
@@ -297,10 +298,7 @@ def _deepspeed_config(config: Config, world: int, num_params: int) -> dict[str, 
             f"optim.clip={config.optim.clip}: DeepSpeed clips wrongly at train.zero_stage=0; "
             "use train.zero_stage=1 or optim.clip=0",
         )
-        require(
-            not bf16,
-            "train.precision=bf16: needs train.zero_stage=1, 2 or 3, which keep the fp32 weights",
-        )
+        require(not bf16, "train.precision=bf16: needs train.zero_stage=1, 2 or 3, which keep the fp32 weights")
     zero: dict[str, Any] = {
         "stage": train.zero_stage,
         "reduce_bucket_size": min(num_params, MAX_BUCKET),  # allocated at every backward pass
@@ -315,7 +313,9 @@ def _deepspeed_config(config: Config, world: int, num_params: int) -> dict[str, 
         "gradient_accumulation_steps": train.accumulation,
         "gradient_clipping": config.optim.clip,
         "zero_optimization": zero,
-        "zero_force_ds_cpu_optimizer": False,  # PyTorch's Adam also for offloaded state: DeepSpeed's own would be compiled
+        "zero_force_ds_cpu_optimizer": (
+            False
+        ),  # PyTorch's Adam also for offloaded state: DeepSpeed's own would be compiled
         "steps_per_print": 2**62,
         "wall_clock_breakdown": False,
     }

@@ -8,9 +8,7 @@ import deepspeed.ops
 import torch
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
-from deepspeed.utils import (
-    groups,
-)
+from deepspeed.utils import groups
 from torch import distributed as dist
 from torch import nn
 
@@ -30,7 +28,7 @@ def is_shared_out(param: nn.Parameter) -> bool:
     return not getattr(param, "allreduce", True)
 
 
-class _SharedLayer(MoELayer, AutoEPMoELayer):
+class _SharedLayer(MoELayer, AutoEPMoELayer):  # type: ignore[misc]
     """A layer whose experts are shared out, as DeepSpeed 0.19.8 knows one: its class decides how it is treated."""
 
     def __getstate__(self) -> dict[str, Any]:
@@ -39,7 +37,7 @@ class _SharedLayer(MoELayer, AutoEPMoELayer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Become a copy; copy.deepcopy leaves out the tags of parameters."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         for parameter in self.experts.parameters():
             _tag(parameter, state["ep_group_name"])
 
@@ -64,21 +62,23 @@ def expert_wire(mesh: Mesh, device: torch.device, *, timed: bool = True) -> Wire
 
 
 def aligned_first(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Give parameters in the order in which they are to lie in ZeRO's flat buffers (engine/optim/adam.py, comes_last)."""
+    """Give parameters in the order in which they are to lie in ZeRO's flat buffers (engine/optim/adam.py,
+    comes_last)."""
     return sorted(parameters, key=lambda p: comes_last(p.numel()))
 
 
 def parameter_groups(params: Iterable[nn.Parameter | dict[str, Any]]) -> list[dict[str, Any]]:
     """Turn what a torch.optim optimizer takes into groups in which DeepSpeed can tell shared-out experts from the rest.
 
-    Needed for an optimizer that is passed to deepspeed.initialize; of one that is named in its config DeepSpeed sees to it.
+    Needed for an optimizer that is passed to deepspeed.initialize; of one that is named in its config DeepSpeed sees to
+    it.
 
     Args:
         params: parameters, or groups of them as dicts with further options, each a group "params".
     """
     given = list(params)
     groups = [p for p in given if isinstance(p, dict)] or [{"params": given}]
-    named = [{"name": f"parameters {i}", **group, "params": list(group["params"])} for i, group in enumerate(groups)]  # fmt: skip
+    named = [{"name": f"parameters {i}", **group, "params": list(group["params"])} for i, group in enumerate(groups)]
     result: list[dict[str, Any]] = split_params_into_different_moe_groups_for_optimizer(named)
     return [group for group in result if group["params"]]
 
@@ -93,6 +93,7 @@ def _expert_group(mesh: Mesh) -> dist.ProcessGroup:
     Raises:
         RuntimeError: DeepSpeed groups the ranks in another way than the mesh.
     """
+    exchanging: dist.ProcessGroup
     exchanging, same_experts = (getattr(groups, name)(_group_name(mesh)) for name in GROUP_NAMES)
     for what, group, ranks in (
         ("expert group", exchanging, mesh.group_ranks),
@@ -100,9 +101,7 @@ def _expert_group(mesh: Mesh) -> dist.ProcessGroup:
     ):
         found = dist.get_process_group_ranks(group)
         if found != list(ranks):
-            raise RuntimeError(
-                f"{what} of rank {mesh.rank}: DeepSpeed says {found}, the mesh {list(ranks)}"
-            )
+            raise RuntimeError(f"{what} of rank {mesh.rank}: DeepSpeed says {found}, the mesh {list(ranks)}")
     return exchanging
 
 
@@ -133,11 +132,18 @@ def share_experts(layer: MoELayer, mesh: Mesh) -> None:
         setattr(layer.experts, name, own)
     layer.first_expert = experts.start
     contract = {
-        "num_experts": len(experts) * mesh.expert_ranks, "num_local_experts": len(experts),
-        "ep_size": mesh.expert_ranks, "ep_rank": mesh.expert_rank, "ep_group_name": group_name, "ep_group": None,
-        "hidden_size": layer.experts.w1.shape[2], "folding_group_handles": None, "combine_impl": "weighted_sum",
-        "comm_backend": "comm", "expert_placement_descriptor": None,
-    }  # fmt: skip
+        "num_experts": len(experts) * mesh.expert_ranks,
+        "num_local_experts": len(experts),
+        "ep_size": mesh.expert_ranks,
+        "ep_rank": mesh.expert_rank,
+        "ep_group_name": group_name,
+        "ep_group": None,
+        "hidden_size": layer.experts.w1.shape[2],
+        "folding_group_handles": None,
+        "combine_impl": "weighted_sum",
+        "comm_backend": "comm",
+        "expert_placement_descriptor": None,
+    }
     for name, value in contract.items():
         setattr(layer, name, value)
     layer.__class__ = _SharedLayer

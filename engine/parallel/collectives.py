@@ -32,9 +32,15 @@ class Wire:
     """One process group: what this rank has sent through it and how long that took."""
 
     def __init__(
-        self, group: dist.ProcessGroup | None, comm: Any = dist, device: torch.device | str = "cpu", *, timed: bool = True
-    ) -> None:  # fmt: skip
-        """Take a group and the module that offers the collectives, with the functions and arguments of torch.distributed.
+        self,
+        group: dist.ProcessGroup | None,
+        comm: Any = dist,
+        device: torch.device | str = "cpu",
+        *,
+        timed: bool = True,
+    ) -> None:
+        """Take a group and the module that offers the collectives, with the functions and arguments of
+        torch.distributed.
 
         Args:
             group: None for all ranks.
@@ -85,7 +91,7 @@ class Wire:
         with torch.cuda.stream(side):
             yield
 
-    def all_to_all(self, rows: Tensor, splits: tuple[int, ...], got_splits: tuple[int, ...]) -> Flight:  # fmt: skip
+    def all_to_all(self, rows: Tensor, splits: tuple[int, ...], got_splits: tuple[int, ...]) -> Flight:
         """Send rows[splits[0] + .. + splits[q-1] :][: splits[q]] to rank q; give what came, rank by rank.
 
         Expert group; [sum(splits), D] to [sum(got_splits), D]; leaves: rows to other ranks x D x item bytes. No sync
@@ -104,7 +110,8 @@ class Wire:
     def reduce_scatter(self, rows: Tensor) -> Flight:
         """Add up the ranks' rows and keep this rank's part: [P * T, D] to [T, D]; leaves (P - 1) x T x D x item bytes.
 
-        On a CPU an all-to-all, added up here in rank order and fp32: gloo's own is an all-reduce, twice the bytes (measured).
+        On a CPU an all-to-all, added up here in rank order and fp32: gloo's own is an all-reduce, twice the bytes
+        (measured).
         """
         got = rows.new_empty(rows.shape[0] // self.ranks, rows.shape[1])
         self._count(rows, [got.shape[0]] * self.ranks)
@@ -114,7 +121,8 @@ class Wire:
         return SumFlight(parts, self.ranks)
 
     def all_reduce(self, values: Tensor) -> Tensor:
-        """Add up the ranks' values, of any shape; leaves about 2 (P - 1) / P x item bytes each, as round a ring to the next rank."""
+        """Add up the ranks' values, of any shape; leaves about 2 (P - 1) / P x item bytes each, as round a ring to the
+        next rank."""
         total = values.clone()
         self.collectives += 1
         self.sent_bytes_P[(self.rank + 1) % self.ranks] += (
@@ -130,7 +138,7 @@ class Wire:
             if rank != self.rank:
                 self.sent_bytes_P[rank] += num_rows * row_bytes
 
-    def _issue(self, collective: Callable[..., Any], got: Tensor, rows: Tensor, *splits: list[int]) -> Flight:  # fmt: skip
+    def _issue(self, collective: Callable[..., Any], got: Tensor, rows: Tensor, *splits: list[int]) -> Flight:
         # Nobody takes the times of an evaluation: its logs would only grow.
         taken = self._timed and not torch.is_inference_mode_enabled()
         log = self._log if taken else type(self._log)()
@@ -147,7 +155,8 @@ class Wire:
 
 
 def add_up(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Give the sum of the ranks' values. Any group, all ranks by default; leaves: about 2 x value's bytes; no sync with the host."""
+    """Give the sum of the ranks' values. Any group, all ranks by default; leaves: about 2 x value's bytes; no sync with
+    the host."""
     total = value.clone()
     dist.all_reduce(total, group=group)
     return total

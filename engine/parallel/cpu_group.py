@@ -1,7 +1,9 @@
-"""The ranks of a run talking through host memory, beside what moves on the device: who they are, what they have, what went wrong.
+"""The ranks of a run talking through host memory, beside what moves on the device: who they are, what they have, what
+went wrong.
 
-One primitive, `all_gather`, over a gloo group, over MPI, or on one rank over nothing; the rest is made of it. Each object has
-connections of its own, so one thread may use one while another thread trains; two threads must not share one.
+One primitive, `all_gather`, over a gloo group, over MPI, or on one rank over nothing; the rest is made of it. Each
+object has connections of its own, so one thread may use one while another thread trains; two threads must not share
+one.
 """
 
 import json
@@ -35,7 +37,7 @@ class Host:
         padded = np.zeros(length_P.max(), np.uint8)
         padded[: text.size] = text
         rows = self.all_gather(padded)
-        return [json.loads(row[:length].tobytes()) for row, length in zip(rows, length_P, strict=True)]  # fmt: skip
+        return [json.loads(row[:length].tobytes()) for row, length in zip(rows, length_P, strict=True)]
 
     def broadcast(self, value: Any, source: int = 0) -> Any:
         """Give the source rank's value, which must be JSON; the other ranks' values are not looked at."""
@@ -74,7 +76,8 @@ class GlooHost(Host):
 
 
 def expert_group_host(mesh: Mesh, timeout: timedelta | None = None) -> Host:
-    """Connect this rank to its expert group over gloo; every rank of the run calls it, as groups are made by all ranks."""
+    """Connect this rank to its expert group over gloo; every rank of the run calls it, as groups are made by all
+    ranks."""
     if mesh.expert_ranks == 1:
         return Host()
     groups = [

@@ -1,12 +1,13 @@
 """One collective under way, and the time that such flights took.
 
 Two times are kept for all flights of a wire. Total: how long at least one flight was under way, from its issue to its
-completion; waiting for slower ranks is part of it. Exposed: how long the computation stood still for one. The rest of the
-total was hidden behind computation.
+completion; waiting for slower ranks is part of it. Exposed: how long the computation stood still for one. The rest of
+the total was hidden behind computation.
 
-On a CPU both are host times: completion is when the library says so, from its own thread, and exposed is the time blocked
-in `wait`. On a GPU both are times of the device, taken with events: issue is when the rows are packed, exposed is how long
-the computing stream waited. No event is read before `take`, which waits for the last one: call it at the end of a step.
+On a CPU both are host times: completion is when the library says so, from its own thread, and exposed is the time
+blocked in `wait`. On a GPU both are times of the device, taken with events: issue is when the rows are packed, exposed
+is how long the computing stream waited. No event is read before `take`, which waits for the last one: call it at the
+end of a step.
 """
 
 import time
@@ -76,7 +77,8 @@ class DeviceLog:
     def exposed_ms(self, begin: float, end: float) -> float:
         """Give the exposed milliseconds between two marks made since the last `take`; the device must be past them."""
         flights = self.events[int(begin) : int(end)]
-        return sum(before.elapsed_time(after) for *_, before, after in flights)
+        flown_ms: float = sum(before.elapsed_time(after) for *_, before, after in flights)
+        return flown_ms
 
     def take(self) -> ExchangeTimes:
         """Give the times since the last call; waits for the device."""
@@ -147,7 +149,7 @@ class DeviceFlight:
 
     def __init__(
         self, work: Any, got: Tensor, rows: Tensor, log: DeviceLog, streams: Streams, issue: torch.cuda.Event
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Take the library's handle, both tensors and the event of the issue; marks the end on the watching stream."""
         self.got, self.rows, self.log, self.issue = got, rows, log, issue
         self.end = torch.cuda.Event(enable_timing=True)

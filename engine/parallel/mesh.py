@@ -8,8 +8,8 @@ Eight ranks in expert groups of four, 16 experts:
     experts             0-3   4-7   8-11  12-15  0-3   4-7   8-11  12-15
     holds the same as   4     5     6     7      0     1     2     3
 
-Rows travel inside an expert group. The gradients of an expert are added up over the ranks that hold the same experts, those
-of everything else over all ranks. DeepSpeed forms the same groups (engine/optim/deepspeed_engine.py).
+Rows travel inside an expert group. The gradients of an expert are added up over the ranks that hold the same experts,
+those of everything else over all ranks. DeepSpeed forms the same groups (engine/optim/deepspeed_engine.py).
 """
 
 from dataclasses import dataclass
@@ -27,9 +27,7 @@ class Mesh:
 
     def __post_init__(self) -> None:
         if self.world % self.expert_ranks:
-            raise UserError(
-                f"parallel.expert_ranks={self.expert_ranks}: must divide the number of ranks, {self.world}"
-            )
+            raise UserError(f"parallel.expert_ranks={self.expert_ranks}: must divide the number of ranks, {self.world}")
 
     @property
     def expert_rank(self) -> int:
@@ -59,8 +57,6 @@ class Mesh:
             UserError: the experts cannot be shared out evenly.
         """
         if experts % self.expert_ranks:
-            raise UserError(
-                f"moe.experts={experts}: must be a multiple of parallel.expert_ranks={self.expert_ranks}"
-            )
+            raise UserError(f"moe.experts={experts}: must be a multiple of parallel.expert_ranks={self.expert_ranks}")
         count = experts // self.expert_ranks
         return range(self.expert_rank * count, (self.expert_rank + 1) * count)

@@ -1,12 +1,13 @@
-"""A hang is a message: when a rank is lost, fails or stays behind, every other rank ends with a line that says which and why.
+"""A hang is a message: when a rank is lost, fails or stays behind, every other rank ends with a line that says which
+and why.
 
-Each rank leaves a sign of life and the place that it has reached in a store (torch.distributed's key-value store), once a
-period, and looks whether its right neighbour still does, whether anybody has reported a fault, and whether its own main
-thread gets on. A thread of its own does this, so it also ends a process whose main thread waits inside a collective for
-ever: the collectives themselves wait without an end (FOR_EVER).
+Each rank leaves a sign of life and the place that it has reached in a store (torch.distributed's key-value store), once
+a period, and looks whether its right neighbour still does, whether anybody has reported a fault, and whether its own
+main thread gets on. A thread of its own does this, so it also ends a process whose main thread waits inside a
+collective for ever: the collectives themselves wait without an end (FOR_EVER).
 
-A job that is suspended as a whole (scontrol suspend, a paused virtual machine, a laptop's lid) goes on when it wakes up: time in
-which a process did not run at all counts for nobody.
+A job that is suspended as a whole (scontrol suspend, a paused virtual machine, a laptop's lid) goes on when it wakes
+up: time in which a process did not run at all counts for nobody.
 """
 
 import os
@@ -27,8 +28,8 @@ from foreroute.engine.parallel.cpu_group import named, odd_ones
 
 _FAULT, _DONE = "fault", "done"
 FOR_EVER = timedelta(days=23)
-"""For the collectives of ranks that are watched; what their clocks, of 32-bit milliseconds, can say. One that gave up by its
-own clock would do so behind a suspension."""
+"""For the collectives of ranks that are watched; what their clocks, of 32-bit milliseconds, can say. One that gave up
+by its own clock would do so behind a suspension."""
 _LONG_S = 3600.0  # what no place takes, such as a checkpoint, or rank 0 that builds tables
 _CLOSE_S = 10.0  # how long `close` waits for a thread, which may wait for the store
 _MARKS = ("gloo", "Gloo", "NCCL", "Connection closed", "Connection reset", "MPI_ERR", "TCPStore")
@@ -69,7 +70,7 @@ class _AskedStore:
 
     def __init__(self, store: Any, answer_s: float) -> None:
         self._store, self._answer_s, self._gone = store, answer_s, False
-        self._calls: queue.SimpleQueue[tuple[Callable[[Any], Any], Future[Any]] | None] = queue.SimpleQueue()  # fmt: skip
+        self._calls: queue.SimpleQueue[tuple[Callable[[Any], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="foreroute-store", daemon=True)
         self._thread.start()
 
@@ -139,14 +140,15 @@ class Watch:
         """Note what the main thread is doing, such as "step 12": told when this rank keeps others waiting.
 
         Args:
-            timeouts: it takes less than so many timeout_s, without it less than an hour; otherwise the ranks end, for some wait
-                for ever.
+            timeouts: it takes less than so many timeout_s, without it less than an hour; otherwise the ranks end, for
+                some wait for ever.
         """
         self._limit_s = _LONG_S if timeouts is None else timeouts * self._timeout_s
         self._place, self._since = place, self._clock.now()
 
     def gets_on(self) -> None:
-        """Note that a part of what the main thread is doing is done, and that the next one takes less than timeout_s."""
+        """Note that a part of what the main thread is doing is done, and that the next one takes less than
+        timeout_s."""
         self.at(self._place, timeouts=1)
 
     def close(self) -> None:
@@ -167,7 +169,8 @@ class Watch:
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Report what ends the block by an exception; one that only follows from another rank's end becomes RunFailed."""
+        """Report what ends the block by an exception; one that only follows from another rank's end becomes
+        RunFailed."""
         try:
             yield
         except (UserError, RunFailed) as error:
@@ -197,9 +200,7 @@ class Watch:
             time.sleep(self._period_s / 4)
         last = self._signs()
         silent = [
-            rank
-            for rank, sign in enumerate(last)
-            if rank != self._rank and sign == first[rank] and sign != _DONE
+            rank for rank, sign in enumerate(last) if rank != self._rank and sign == first[rank] and sign != _DONE
         ]
         if silent:
             message = f"{named(silent, 'is', 'are')} lost: no sign of life, last seen at {_place(last[silent[0]])}"
@@ -230,9 +231,7 @@ class Watch:
             if now != sign or now == _DONE:
                 sign, since = now, self._clock.now()
             elif self._clock.now() - since > self._lost_after_s:
-                silence = (
-                    f"no sign of life for {self._lost_after_s:.0f} s, last seen at {_place(sign)}"
-                )
+                silence = f"no sign of life for {self._lost_after_s:.0f} s, last seen at {_place(sign)}"
                 self._post(f"{named([neighbour], 'is', 'are')} lost: {silence}")
             limit_s = self._limit_s
             if self._clock.now() - self._since > limit_s:

@@ -47,16 +47,14 @@ class World:
 
         Example: rank 1 of ranks on the nodes (0, 0, 1): ranks 0 and 2 are [True, False].
         """
-        return [not self.node_P or self.node_P[rank] == self.node_P[self.mesh.rank] for rank in ranks]  # fmt: skip
+        return [not self.node_P or self.node_P[rank] == self.node_P[self.mesh.rank] for rank in ranks]
 
     def sum(self, values: Tensor) -> Tensor:
         """Give the sum of the ranks' values."""
         return add_up(values) if self.mesh.world > 1 else values
 
 
-def together(
-    host: Host, make: Callable[[], T], *, rank_0_first: bool = False, watch: Watch | None = None
-) -> T:
+def together(host: Host, make: Callable[[], T], *, rank_0_first: bool = False, watch: Watch | None = None) -> T:
     """Run make() on every rank and return its result; what cannot be done on one rank raises on all.
 
     Args:

@@ -1,7 +1,7 @@
 """What a call of somebody else's model says about its ids, and which calls say too little to plan by.
 
-A plan needs every id's n-gram, and so the ids left of a piece of a text, where texts begin, and what is padding. A call that
-shows that it has such things, in arguments that `attach` was not told of, is refused: its plan would be another's.
+A plan needs every id's n-gram, and so the ids left of a piece of a text, where texts begin, and what is padding. A call
+that shows that it has such things, in arguments that `attach` was not told of, is refused: its plan would be another's.
 
 Letters: B sequences, Q ids of each, C = ngram - 1 ids left of them.
 """
@@ -49,7 +49,7 @@ class CallArguments:
     layout: Layout | None = None
 
     def __post_init__(self) -> None:
-        require(self.layout in (None, *_LAYOUTS), f"layout={self.layout!r}: must be one of {', '.join(_LAYOUTS)}")  # fmt: skip
+        require(self.layout in (None, *_LAYOUTS), f"layout={self.layout!r}: must be one of {', '.join(_LAYOUTS)}")
 
     def read(self, call: "Call", context: int, side: str = "") -> Sequences:
         """Give what to plan for a call.
@@ -63,7 +63,7 @@ class CallArguments:
             UserError: what an argument holds is no such thing; or the call says too little.
         """
         ids = self._turned(call, "ids", self.ids)
-        require(ids.dim() >= 2, f"{call.name(self.ids)} of shape {list(ids.shape)}: must be [sequences, length]")  # fmt: skip
+        require(ids.dim() >= 2, f"{call.name(self.ids)} of shape {list(ids.shape)}: must be [sequences, length]")
         length = ids.shape[-1]
         sizes = tuple(ids.shape[-2:])
         require(
@@ -86,21 +86,20 @@ class CallArguments:
         at_start = positions is not None or _starts(call, real)
         require(
             left is not None or length > context or at_start,
-            f"{call.name(self.ids)} has {length} ids a sequence, fewer than n-grams of {context + 1}: if it is a piece of a "
-            "text, attach(model, left=..) must say what is left of it; if not, positions or left context of 0 do",
+            f"{call.name(self.ids)} has {length} ids a sequence, fewer than n-grams of {context + 1}: if it is a piece"
+            " of a text, attach(model, left=..) must say what is left of it; if not, positions or left context of"
+            " 0 do",
         )
         first = self.layout in ("QB", "BQ->QB")
         return Sequences(ids, left, real, documents, sequence_first=first)
 
-    def _under_mask(
-        self, call: "Call", mask: Tensor, left: Tensor | None, length: int, context: int
-    ) -> Tensor | None:
+    def _under_mask(self, call: "Call", mask: Tensor, left: Tensor | None, length: int, context: int) -> Tensor | None:
         """Left context without the padding in it, of which the mask [B, M + Q] may tell."""
         older = mask[..., :-length] != 0
         require(
             left is not None or not bool(older.any()),
-            f"{call.name(self.mask)} is longer than ids, so ids are a piece of a text: attach(model, left=..) must say which "
-            "ids are left of it",
+            f"{call.name(self.mask)} is longer than ids, so ids are a piece of a text: attach(model, left=..) must say"
+            " which ids are left of it",
         )
         return left if left is None or not older.shape[-1] else left * _last(older, context)
 
@@ -109,7 +108,8 @@ class CallArguments:
         return value.transpose(-1, -2) if self.layout == "QB" and value.dim() >= 2 else value
 
     def _beside(self, call: "Call", name: str, place: Place | None, ids: Tensor) -> Tensor | None:
-        """A declared argument as [B, Q], or [B, M + Q] of a mask that covers what a cache holds; None if not declared."""
+        """A declared argument as [B, Q], or [B, M + Q] of a mask that covers what a cache holds; None if not
+        declared."""
         if place is None:
             return None
         value = self._turned(call, name, place)
@@ -117,7 +117,7 @@ class CallArguments:
             value = value.expand(ids.shape[-2], -1)
         longer = name == "mask" and value.shape[-1:] > ids.shape[-1:]
         fits = value.shape[:-1] == ids.shape[:-1] and (longer or value.shape == ids.shape)
-        require(fits, f"{call.name(place)} of shape {list(value.shape)}: must be {list(ids.shape)} as ids, for {name}")  # fmt: skip
+        require(fits, f"{call.name(place)} of shape {list(value.shape)}: must be {list(ids.shape)} as ids, for {name}")
         return value
 
     def _left(self, call: "Call", ids: Tensor, context: int) -> Tensor | None:
@@ -132,7 +132,8 @@ class CallArguments:
             return ids.new_zeros((*ids.shape[:-1], context))
         require(
             isinstance(value, Tensor) and value.shape[:-1] == ids.shape[:-1],
-            f"{name} is {kind_of(value)}: must be ids [{', '.join(map(str, ids.shape[:-1]))}, any number], of the left context",
+            f"{name} is {kind_of(value)}: must be ids [{', '.join(map(str, ids.shape[:-1]))}, any number], of the left"
+            " context",
         )
         return _last(value.to(ids.device), context)
 
@@ -153,7 +154,7 @@ class Call:
         given: dict[Place, Any] = dict(enumerate(self.args))
         given.update(self.kwargs)
         if place not in given:
-            raise RuntimeError(f"the model was called without argument {place!r}, which holds the {what}: see attach")  # fmt: skip
+            raise RuntimeError(f"the model was called without argument {place!r}, which holds the {what}: see attach")
         return given[place]
 
     def tensor(self, place: Place, what: str) -> Tensor:
@@ -178,7 +179,7 @@ class Call:
 def _argument_names(model: nn.Module) -> list[str]:
     """Names of the positional arguments, also of a model inside DeepSpeed's or PyTorch's wrapping."""
     kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
-    names = [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds]  # fmt: skip
+    names = [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds]
     inner = getattr(model, "module", None)
     return _argument_names(inner) if not names and isinstance(inner, nn.Module) else names
 
@@ -189,8 +190,8 @@ def _refuse_other_side(told: CallArguments, call: Call, side: str) -> None:
     is_theirs = theirs is call.value(told.ids, "ids")
     require(
         theirs is None or not side or is_theirs == (side == "decoder"),
-        f"{call.name(told.ids)} holds the ids of the {'decoder' if is_theirs else 'encoder'}, and the layers are in the {side}: "
-        "attach(model, ids=..) must say which ids those run for",
+        f"{call.name(told.ids)} holds the ids of the {'decoder' if is_theirs else 'encoder'}, and the layers are in the"
+        f" {side}: attach(model, ids=..) must say which ids those run for",
     )
 
 
@@ -201,7 +202,7 @@ def _refuse_undeclared(told: CallArguments, call: Call, real: Tensor) -> None:
         real: bool [B, Q], False where there is padding.
     """
     for name, value in call.by_name.items():
-        cache = ("past" in name or "cache" in name) and not isinstance(value, Tensor | bool | int | str)  # fmt: skip
+        cache = ("past" in name or "cache" in name) and not isinstance(value, Tensor | bool | int | str)
         require(
             not cache or told.left is not None or _is_empty(value),
             f"argument {name!r} of the model's call holds what was computed before, so ids are a piece of a text: "
@@ -209,15 +210,22 @@ def _refuse_undeclared(told: CallArguments, call: Call, real: Tensor) -> None:
         )
         masks = name == "attention_mask" or name.endswith("padding_mask")
         require(
-            not masks or told.mask is not None or not isinstance(value, Tensor) or value.numel() == 0
+            not masks
+            or told.mask is not None
+            or not isinstance(value, Tensor)
+            or value.numel() == 0
             or (value.dim() <= 2 and bool((value == value.flatten()[0]).all())),
-            f"argument {name!r} of the model's call masks some ids: attach(model, mask={name!r}) if it is [sequences, length] "
-            "and 0 where there is padding",
-        )  # fmt: skip
+            f"argument {name!r} of the model's call masks some ids: attach(model, mask={name!r}) if it is [sequences,"
+            " length] and 0 where there is padding",
+        )
     known = told.documents is not None or told.positions is not None
     for name, value in call.named(_DOCUMENTS):
         constant = bool((value == value[..., :1]).all())
-        require(constant or known, f"argument {name!r} of the model's call has several documents in a sequence: attach(model, documents={name!r})")  # fmt: skip
+        require(
+            constant or known,
+            f"argument {name!r} of the model's call has several documents in a sequence: attach(model,"
+            f" documents={name!r})",
+        )
     for name, value in () if known else call.named(_POSITIONS):
         rows = value.T if told.layout == "QB" and value.dim() == 2 else value
         if rows.shape[-1] == real.shape[-1] and rows.dim() <= real.dim():
@@ -257,8 +265,8 @@ def _by_positions(
     first = first * real.any(-1, keepdim=True)  # of padding alone: nothing
     require(
         left is not None or not bool(first.any()),
-        f"{name} begins with {int(first.max())}, so ids are a piece of a text: attach(model, left=..) must say which ids are "
-        "left of it",
+        f"{name} begins with {int(first.max())}, so ids are a piece of a text: attach(model, left=..) must say which"
+        " ids are left of it",
     )
     breaks = torch.zeros_like(positions)
     breaks[..., 1:] = (positions[..., 1:] != positions[..., :-1] + 1) & real[..., 1:]

@@ -1,9 +1,10 @@
-"""Which forward pass a layer belongs to: of a call, what its thread runs; of recomputation in backward, what its graph says.
+"""Which forward pass a layer belongs to: of a call, what its thread runs; of recomputation in backward, what its graph
+says.
 
-Backward runs in threads of autograd's own on a GPU, so a thread says nothing there. But the nodes of autograd's graph have a
-place for notes (Node.metadata). Every pass is noted on the nodes that it made, and lives as long as they do; recomputation
-looks it up from the node that is being run. What has no note (the graph inside of nested recomputation, a model that hides
-its outputs) is of the one pass that it can be of, or of none.
+Backward runs in threads of autograd's own on a GPU, so a thread says nothing there. But the nodes of autograd's graph
+have a place for notes (Node.metadata). Every pass is noted on the nodes that it made, and lives as long as they do;
+recomputation looks it up from the node that is being run. What has no note (the graph inside of nested recomputation, a
+model that hides its outputs) is of the one pass that it can be of, or of none.
 """
 
 import threading

@@ -1,10 +1,12 @@
-"""Expert layers that run inside somebody else's model, and the plans that they run by; engine/plug_in/replace.py puts them there.
+"""Expert layers that run inside somebody else's model, and the plans that they run by; engine/plug_in/replace.py puts
+them there.
 
-A layer (engine/plug_in/planned_layer.py) gets hidden states only; the model around it knows nothing of plans. So PlannedExperts keeps the
-plans of the forward passes that are under way, and each layer asks it. A plan is for one forward pass: what would run by the plan
-of another raises.
+A layer (engine/plug_in/planned_layer.py) gets hidden states only; the model around it knows nothing of plans. So
+PlannedExperts keeps the plans of the forward passes that are under way, and each layer asks it. A plan is for one
+forward pass: what would run by the plan of another raises.
 
-Letters: B sequences, Q ids of each, C = ngram - 1 ids left of them, D width, T = B*Q tokens, P ranks of the expert group.
+Letters: B sequences, Q ids of each, C = ngram - 1 ids left of them, D width, T = B*Q tokens, P ranks of the expert
+group.
 """
 
 import contextlib
@@ -31,16 +33,7 @@ from foreroute.engine.optim.expert_sharding import expert_wire
 from foreroute.engine.parallel.collectives import Wire
 from foreroute.engine.parallel.cpu_group import Host, expert_group_host, odd_ones
 from foreroute.engine.parallel.mesh import Mesh
-from foreroute.engine.plug_in.attached import (
-    After,
-    Attachment,
-    Before,
-    Call,
-    CallArguments,
-    Layout,
-    Place,
-    kind_of,
-)
+from foreroute.engine.plug_in.attached import After, Attachment, Before, Call, CallArguments, Layout, Place, kind_of
 from foreroute.engine.plug_in.passes import Pass, Passes, backward_node
 from foreroute.engine.plug_in.plans import Plans, Sequences, keep_to_texts
 from foreroute.engine.plug_in.replaceable import Replaced, side_of
@@ -54,9 +47,9 @@ Batch = TypeVar("Batch", bound=Sequence[Any] | Mapping[Any, Any])
 class PlannedExperts:
     """The replaced layers of a model, their tables, and the plans of the pass under way. Made by replace_feed_forwards.
 
-    A copy of the model (copy.deepcopy, pickle, torch.save, AveragedModel) has one of its own, with the same tables, k and number
-    of passes, and with no plans: engine.plug_in.experts_of gives it. If experts are shared out it connects to the other ranks
-    when it plans first, for which every rank of the run must plan with its copy.
+    A copy of the model (copy.deepcopy, pickle, torch.save, AveragedModel) has one of its own, with the same tables, k
+    and number of passes, and with no plans: engine.plug_in.experts_of gives it. If experts are shared out it connects
+    to the other ranks when it plans first, for which every rank of the run must plan with its copy.
     """
 
     wire: Wire | None = None
@@ -67,9 +60,16 @@ class PlannedExperts:
     _host: Host | None
 
     def __init__(
-        self, layers: Sequence[MoELayer], tables: Sequence[Table], mesh: Mesh, parallel: ParallelConfig,
-        *, width: int, k: int, seed: int,
-    ) -> None:  # fmt: skip
+        self,
+        layers: Sequence[MoELayer],
+        tables: Sequence[Table],
+        mesh: Mesh,
+        parallel: ParallelConfig,
+        *,
+        width: int,
+        k: int,
+        seed: int,
+    ) -> None:
         """Take the layers, numbered from 0, with a table for all or one each; collective over all ranks."""
         self.layers, self._mesh, self._parallel = layers, mesh, parallel
         self._width, self._seed = width, seed
@@ -115,22 +115,24 @@ class PlannedExperts:
 
     @k.setter
     def k(self, k: int) -> None:
-        require(1 <= k <= self._num_experts, f"k={k}: must be in 1 .. {self._num_experts}, the number of experts")  # fmt: skip
+        require(1 <= k <= self._num_experts, f"k={k}: must be in 1 .. {self._num_experts}, the number of experts")
         self._k = k
 
     # Plans.
 
     def plan(
         self, ids: Tensor, left: Tensor | None = None, *, mask: Tensor | None = None, documents: Tensor | None = None
-    ) -> Plans:  # fmt: skip
+    ) -> Plans:
         """Plan a batch for one forward pass, as early as its ids are known; in the training process, not in a loader's.
 
-        With several ranks in an expert group, each needs the ids of all. They are exchanged between the hosts, unless given.
-        So the ranks must ask for plans, here and by all other ways, in the same order, and all with documents or none.
+        With several ranks in an expert group, each needs the ids of all. They are exchanged between the hosts, unless
+        given. So the ranks must ask for plans, here and by all other ways, in the same order, and all with documents or
+        none.
 
         Args:
             ids: int [B, Q] of this rank; or [P, B, Q] of all ranks of the expert group, and then nothing is exchanged.
-            left: as ids with C for Q, the true ids left of each sequence. Without it they count as 0, as at the start of a text.
+            left: as ids with C for Q, the true ids left of each sequence. Without it they count as 0, as at the start
+                of a text.
             mask: as ids, 0 where there is padding, left or right of a sequence: ids behind it begin a text.
             documents: int as ids; where their number changes a text begins. Left context is of the first.
 
@@ -140,7 +142,7 @@ class PlannedExperts:
         """
         return self._planned_in_turn(Sequences(ids, left, mask, documents))
 
-    def ahead(self, batches: Iterable[Batch], depth: int = 2, *, ids: Any = 0) -> Iterator[tuple[Plans, Batch]]:  # fmt: skip
+    def ahead(self, batches: Iterable[Batch], depth: int = 2, *, ids: Any = 0) -> Iterator[tuple[Plans, Batch]]:
         """Yield each batch with its plans, made in a thread while earlier ones train.
 
             for plans, (ids, targets) in experts.ahead(loader):
@@ -158,7 +160,10 @@ class PlannedExperts:
             try:
                 found = batch[ids]
             except (LookupError, TypeError):
-                raise UserError(f"a batch is {kind_of(batch)}, without ids={ids!r}: ahead(batches, ids=..) must be their place or key") from None  # fmt: skip
+                raise UserError(
+                    f"a batch is {kind_of(batch)}, without ids={ids!r}: ahead(batches, ids=..) must be their place"
+                    " or key"
+                ) from None
             waiting.append((self._submit(Sequences(found)), batch))
             if len(waiting) > depth:
                 plans, batch = waiting.popleft()
@@ -170,8 +175,13 @@ class PlannedExperts:
 
     @contextlib.contextmanager
     def planned(
-        self, ids: Tensor | Plans, left: Tensor | None = None, *, mask: Tensor | None = None, documents: Tensor | None = None
-    ) -> Iterator[Plans]:  # fmt: skip
+        self,
+        ids: Tensor | Plans,
+        left: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        documents: Tensor | None = None,
+    ) -> Iterator[Plans]:
         """Run one forward pass of the model inside, in this thread, by these plans or those of these ids (see `plan`).
 
         With activation checkpointing, backward runs the layers again: then it belongs inside, too.
@@ -189,24 +199,34 @@ class PlannedExperts:
             self.passes.end()
 
     def attach(
-        self, model: nn.Module, ids: Place = 0, *, left: Place | Callable[..., Tensor | None] | None = None,
-        mask: Place | None = None, positions: Place | None = None, documents: Place | None = None, layout: Layout | None = None,
-    ) -> Attachment:  # fmt: skip
-        """Let each call of the model, or of a DeepSpeed engine, plan from its own arguments; inside `planned` it does not.
+        self,
+        model: nn.Module,
+        ids: Place = 0,
+        *,
+        left: Place | Callable[..., Tensor | None] | None = None,
+        mask: Place | None = None,
+        positions: Place | None = None,
+        documents: Place | None = None,
+        layout: Layout | None = None,
+    ) -> Attachment:
+        """Let each call of the model, or of a DeepSpeed engine, plan from its own arguments; inside `planned` it does
+        not.
 
-        Planning is then part of the step. Each argument here names one of the call: its place among the positional ones, or a
-        keyword. Calls that cannot be planned from what is named are refused: shorter than an n-gram, with a cache, or with
-        positions that do not begin with 0, without `left`; with an attention mask, several documents, or equal sizes that
-        nothing is said of. A text in pieces that no argument shows (prefill in parts without positions) is not noticed.
+        Planning is then part of the step. Each argument here names one of the call: its place among the positional
+        ones, or a keyword. Calls that cannot be planned from what is named are refused: shorter than an n-gram, with a
+        cache, or with positions that do not begin with 0, without `left`; with an attention mask, several documents, or
+        equal sizes that nothing is said of. A text in pieces that no argument shows (prefill in parts without
+        positions) is not noticed.
 
         Args:
             ids: the ids [B, Q].
-            left: the ids left of each sequence [B, any number]; or a function that gives them, or None, for the call's arguments.
+            left: the ids left of each sequence [B, any number]; or a function that gives them, or None, for the call's
+                arguments.
             mask: [B, Q], 0 where there is padding, or longer on the left, where it covers a cache.
             positions: of the ids in their texts, [B, Q] or [Q]; a text begins wherever they do not count on.
             documents: numbers [B, Q]; a text begins where they change.
-            layout: "BQ", the default where sizes differ; "QB" if all these, and hidden states, are [Q, B]; "BQ->QB" if only
-                hidden states are.
+            layout: "BQ", the default where sizes differ; "QB" if all these, and hidden states, are [Q, B]; "BQ->QB" if
+                only hidden states are.
         """
         told = CallArguments(ids, left, mask, positions, documents, layout)
         before = model.register_forward_pre_hook(Before(self, told), with_kwargs=True)
@@ -236,13 +256,13 @@ class PlannedExperts:
         running = self.passes.running() if node is None else self.passes.of_node(node, layer)
         if node is None and running is None:
             raise RuntimeError(
-                "an expert layer has no plan: call the model inside `with experts.planned(ids):`, in the same thread, or "
-                "experts.attach(model) once"
+                "an expert layer has no plan: call the model inside `with experts.planned(ids):`, in the same thread,"
+                " or experts.attach(model) once"
             )
-        if running is None or running.over or (node is not None and layer not in running.plans.used):  # fmt: skip
+        if running is None or running.over or (node is not None and layer not in running.plans.used):
             raise RuntimeError(
-                "an expert layer is recomputed in backward, and the plan of its forward pass is gone: run backward before the "
-                "next forward pass, and inside the same `with experts.planned(ids):`"
+                "an expert layer is recomputed in backward, and the plan of its forward pass is gone: run backward"
+                " before the next forward pass, and inside the same `with experts.planned(ids):`"
             )
         plans = running.plans
         if node is None and layer in plans.used:
@@ -250,7 +270,7 @@ class PlannedExperts:
                 "an expert layer has run by this plan before: every forward pass needs a plan of its own ids"
             )
         if x.shape[:-1] not in (plans.shape, (plans.shape[0] * plans.shape[1],)):
-            raise ValueError(f"x is {list(x.shape)}: the plan is for ids {list(plans.shape)}, first the sequences")  # fmt: skip
+            raise ValueError(f"x is {list(x.shape)}: the plan is for ids {list(plans.shape)}, first the sequences")
         self._connect(x.device)
         plans.used.add(layer)
         plan = plans.plans[layer if len(plans.plans) > 1 else 0]
@@ -271,8 +291,8 @@ class PlannedExperts:
         """Go on with what state_dict gave.
 
         Raises:
-            UserError: it is of another number of tables or experts; or experts are shared out and it is of another rank,
-                number of ranks or size of an expert group, where the same file holds other experts.
+            UserError: it is of another number of tables or experts; or experts are shared out and it is of another
+                rank, number of ranks or size of an expert group, where the same file holds other experts.
         """
         tables = [table_from_state(table) for table in state["tables"]]
         shape = len(tables), tables[0].order_rE.shape[1]
@@ -303,10 +323,11 @@ class PlannedExperts:
         return self._submit(sequences).result()
 
     def _submit(self, sequences: Sequences) -> Future[Plans]:
-        if (
-            os.getpid() != self._process
-        ):  # the thread is the other process's, and would be waited for for ever
-            raise UserError("planning in a forked process, such as a DataLoader's worker: must be in the one that trains; ahead(loader) plans beside it")  # fmt: skip
+        if os.getpid() != self._process:  # the thread is the other process's, and would be waited for for ever
+            raise UserError(
+                "planning in a forked process, such as a DataLoader's worker: must be in the one that trains;"
+                " ahead(loader) plans beside it"
+            )
         return self._thread.submit(self._plan, sequences, self.k)
 
     def _plan(self, sequences: Sequences, k: int) -> Plans:
@@ -317,12 +338,16 @@ class PlannedExperts:
         mesh, parallel, weight = self._mesh, self._parallel, self.layers[0].experts.w1
         tokens = shape[0] * shape[1]
         gather = use_gather(
-            parallel, experts=self._num_experts, ranks=mesh.expert_ranks, k=k, tokens=tokens, width=self._width,
+            parallel,
+            experts=self._num_experts,
+            ranks=mesh.expert_ranks,
+            k=k,
+            tokens=tokens,
+            width=self._width,
             itemsize=wire_dtype(parallel, weight.dtype).itemsize,
-        )  # fmt: skip
+        )
         plans = tuple(
-            router.plan(ids_PBQ, left_PBC, k, gather=gather, chunks=parallel.chunks)
-            for router in self._routers
+            router.plan(ids_PBQ, left_PBC, k, gather=gather, chunks=parallel.chunks) for router in self._routers
         )
         rank = dist.get_rank() if dist.is_initialized() else 0
         token_T = (rank - mesh.expert_rank) * tokens + torch.arange(mesh.expert_ranks * tokens)
@@ -336,9 +361,7 @@ class PlannedExperts:
         """Give ids and left context as int64 on the host."""
         table, ranks = self._routers[0].table, self._mesh.expert_ranks
         for name, given in (("ids", ids), ("left", ids if left is None else left)):
-            require(
-                isinstance(given, Tensor), f"{name} is {kind_of(given)}: must be a tensor of ids"
-            )
+            require(isinstance(given, Tensor), f"{name} is {kind_of(given)}: must be a tensor of ids")
         require(
             ids.dim() == 2 or (ids.dim() == 3 and ids.shape[0] == ranks),
             f"ids of shape {list(ids.shape)}: must be [sequences, length] or, of all ranks of the expert group, "
@@ -346,12 +369,15 @@ class PlannedExperts:
         )
         shape = (*ids.shape[:-1], table.ngram - 1)
         left = ids.new_zeros(shape) if left is None else left
-        require(left.shape == shape, f"left of shape {list(left.shape)}: must be {list(shape)}, as moe.ngram={table.ngram}")  # fmt: skip
+        require(
+            left.shape == shape, f"left of shape {list(left.shape)}: must be {list(shape)}, as moe.ngram={table.ngram}"
+        )
         for name, values in (("ids", ids), ("left", left)):
             low, high = (int(x) for x in values.aminmax()) if values.numel() else (0, 0)
             require(
                 not values.is_floating_point() and low >= 0 and high < table.vocab_size,
-                f"{name} from {low} to {high}, {values.dtype}: must be whole numbers in 0 .. {table.vocab_size - 1}, the vocabulary",
+                f"{name} from {low} to {high}, {values.dtype}: must be whole numbers in 0 .. {table.vocab_size - 1},"
+                " the vocabulary",
             )
         return ids.cpu().long(), left.cpu().long()
 
@@ -363,8 +389,9 @@ class PlannedExperts:
             found = host.all_gather(np.array([*ids_BQ.shape, k, self._tables], np.int64))
         except RuntimeError as error:
             raise RunFailed(
-                f"rank {self._mesh.rank} planned a forward pass, and not all ranks of its expert group did so within "
-                f"{self._timeout.total_seconds():g} s: all must run each forward pass, evaluation too ({str(error).splitlines()[0]})"
+                f"rank {self._mesh.rank} planned a forward pass, and not all ranks of its expert group did so within"
+                f" {self._timeout.total_seconds():g} s: all must run each forward pass, evaluation too"
+                f" ({str(error).splitlines()[0]})"
             ) from error
         for name, value_P in zip(names, found.T.tolist(), strict=True):
             if len(set(value_P)) > 1:

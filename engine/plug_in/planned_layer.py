@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from foreroute.engine.errors import require
-from foreroute.engine.moe.layer import MoELayer
+from foreroute.engine.moe.layer import LayerOutput, MoELayer
 
 if TYPE_CHECKING:
     from foreroute.engine.plug_in.planned_experts import PlannedExperts
@@ -35,7 +35,8 @@ class PlannedFeedForward(nn.Module):
         dropout = self.dropout if self.training else 0.0
         call, running = self._experts.call(self.moe.layer, x, dropout)
         x_TD = x.reshape(-1, x.shape[-1]).to(self.moe.experts.w1.dtype)
-        y = self.moe(x_TD, call).y_TD.to(x.dtype).view_as(x)
+        output: LayerOutput = self.moe(x_TD, call)
+        y = output.y_TD.to(x.dtype).view_as(x)
         self._experts.passes.note(y, running)
         return y
 
@@ -72,11 +73,10 @@ def _hex(digest: Tensor) -> str:
 
 def _refuse_tracing(x: Any) -> None:
     """Raise where a record of the call would be run for other ids: it would keep the plan of this call's."""
-    traced = (
-        isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_exporting()
-    )
+    traced = isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_exporting()
     captured = isinstance(x, Tensor) and x.is_cuda and torch.cuda.is_current_stream_capturing()
     if traced or captured:
         raise RuntimeError(
-            "an expert layer cannot be traced, exported or captured in a CUDA graph: the record would keep this call's plan"
+            "an expert layer cannot be traced, exported or captured in a CUDA graph: the record would keep this call's"
+            " plan"
         )

@@ -1,7 +1,7 @@
 """What is planned for somebody else's model, and from what; engine/plug_in/planned_experts.py plans.
 
-A token's routing depends on the ids of its n-gram: itself and what is left of it in its text. So padding and other documents
-must not get into it. Where nothing is left, ids count as 0, as at the start of a text.
+A token's routing depends on the ids of its n-gram: itself and what is left of it in its text. So padding and other
+documents must not get into it. Where nothing is left, ids count as 0, as at the start of a text.
 
 Letters: B sequences, Q ids of each, C = ngram - 1 ids left of them.
 """
@@ -30,12 +30,11 @@ class Plans:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sequences:
-    """Ids, and what belongs to their texts. In all shapes, [P, B, ..] of all ranks of the expert group may stand for [B, ..]."""
+    """Ids, and what belongs to their texts. In all shapes, [P, B, ..] of all ranks of the expert group may stand for
+    [B, ..]."""
 
     ids: Tensor  # int [B, Q]
-    left: Tensor | None = (
-        None  # int [B, C]: the true ids left of each sequence; None: the start of a text
-    )
+    left: Tensor | None = None  # int [B, C]: the true ids left of each sequence; None: the start of a text
     mask: Tensor | None = None  # [B, Q]: 0 where there is padding, left or right of a sequence
     documents: Tensor | None = None  # int [B, Q]: another number, another text
     sequence_first: bool = False  # the layers get [Q, B, D]
@@ -78,19 +77,18 @@ def keep_to_texts(sequences: Sequences, ids: Tensor, left: Tensor) -> tuple[Tens
 def _without_padding(ids: Tensor, left: Tensor, real: Tensor) -> Tensor:
     starts = (real[..., 1:] & ~real[..., :-1]).sum(-1) + real[..., 0]
     require(
-        bool((starts <= 1).all()),
-        "mask: has padding between the ids of a sequence; it must be left or right of them",
+        bool((starts <= 1).all()), "mask: has padding between the ids of a sequence; it must be left or right of them"
     )
     behind = left.any(-1) & ~real[..., 0] & real.any(-1)
     require(
-        not bool(behind.any()),
-        "mask: has padding between left context and the ids of a sequence; left must be 0 there",
+        not bool(behind.any()), "mask: has padding between left context and the ids of a sequence; left must be 0 there"
     )
     return ids * real
 
 
 def _windows(ids: Tensor, left: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
-    """Give each id's n-gram [.., B, Q, C + 1], and where it is of the id's document; left context is of the first one's."""
+    """Give each id's n-gram [.., B, Q, C + 1], and where it is of the id's document; left context is of the first
+    one's."""
     size = left.shape[-1] + 1
     changes = torch.zeros_like(documents)
     changes[..., 1:] = documents[..., 1:] != documents[..., :-1]

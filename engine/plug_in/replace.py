@@ -1,7 +1,8 @@
-"""foreroute's expert layer in somebody else's model: their feed-forwards replaced, their loop, DeepSpeed or plain PyTorch.
+"""foreroute's expert layer in somebody else's model: their feed-forwards replaced, their loop, DeepSpeed or plain
+PyTorch.
 
-    experts = replace_feed_forwards(model, r"layers\\.\\d+\\.mlp", width=256, vocab_size=256, moe=MoEConfig(), k=4, text_ids=text)
-    optimizer = torch.optim.Adam(parameter_groups(model.parameters()), lr=1e-3)
+    experts = replace_feed_forwards(model, r"layers\\.\\d+\\.mlp", width=256, vocab_size=256, moe=MoEConfig(), k=4,
+    text_ids=text) optimizer = torch.optim.Adam(parameter_groups(model.parameters()), lr=1e-3)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     for ids, targets in batches:
         with experts.planned(ids):
@@ -9,28 +10,32 @@
             engine.backward(loss)
             engine.step()
 
-Hashed routers only. A forward pass needs the plan of its own ids and uses it up; a pass without one raises. `planned` plans
-there and then; `ahead`, or `plan`, does it before the step; after `attach(model)` each call of the model plans from its
-ids. On one rank DeepSpeed is not needed. On several it is: a group of `parallel.expert_ranks` neighbouring ranks shares out
-the experts, DeepSpeed forms the groups and adds up the gradients, at ZeRO 0 to 3.
+Hashed routers only. A forward pass needs the plan of its own ids and uses it up; a pass without one raises. `planned`
+plans there and then; `ahead`, or `plan`, does it before the step; after `attach(model)` each call of the model plans
+from its ids. On one rank DeepSpeed is not needed. On several it is: a group of `parallel.expert_ranks` neighbouring
+ranks shares out the experts, DeepSpeed forms the groups and adds up the gradients, at ZeRO 0 to 3.
 
 What DeepSpeed 0.19.8 makes of shared-out experts, and nothing here can mend:
 
-* gradient_clipping, 1.0 unless its config says otherwise, is wrong at ZeRO-0, where it averages the norms of ranks: set 0
-  there, or use ZeRO 1, 2 or 3.
+* gradient_clipping, 1.0 unless its config says otherwise, is wrong at ZeRO-0, where it averages the norms of ranks: set
+  0 there, or use ZeRO 1, 2 or 3.
 * A client optimizer without `parameter_groups` is refused by ZeRO 1 and 2.
-* A model built inside deepspeed.zero.Init is refused here, and use_data_before_expert_parallelism at the first forward pass.
-* save_checkpoint refuses the layers. What each rank holds can be saved, and goes on bit for bit on as many ranks, expert
-  groups of the same size and the same ZeRO stage; on other ranks or groups load_state_dict of the experts raises:
+* A model built inside deepspeed.zero.Init is refused here, and use_data_before_expert_parallelism at the first forward
+  pass.
+* save_checkpoint refuses the layers. What each rank holds can be saved, and goes on bit for bit on as many ranks,
+  expert groups of the same size and the same ZeRO stage; on other ranks or groups load_state_dict of the experts
+  raises:
 
       state = {"optimizer": engine.optimizer.state_dict(), "experts": experts.state_dict()}
       state["module"] = engine.module.state_dict()                           # ZeRO 0 to 2
       torch.save(state, f"rank{rank}.pt")                                    # later: state = torch.load(..)
       experts.load_state_dict(state["experts"])
       engine.module.load_state_dict(state["module"])                         # ZeRO 0 to 2
-      engine.optimizer.load_state_dict([state["optimizer"]] * ranks, load_from_fp32_weights=True)  # ZeRO-0: the state alone
+      engine.optimizer.load_state_dict([state["optimizer"]] * ranks, load_from_fp32_weights=True)  # ZeRO-0: the state
+      alone
 
-Letters: B sequences, Q ids of each, C = ngram - 1 ids left of them, D width, T = B*Q tokens, P ranks of the expert group.
+Letters: B sequences, Q ids of each, C = ngram - 1 ids left of them, D width, T = B*Q tokens, P ranks of the expert
+group.
 """
 
 from collections.abc import Sequence
@@ -46,11 +51,7 @@ from torch import distributed as dist
 from foreroute.engine.config import Builder, KernelsConfig, Keys, MoEConfig, ParallelConfig, Router
 from foreroute.engine.errors import require
 from foreroute.engine.moe.layer import MoELayer
-from foreroute.engine.optim.deepspeed_engine import (
-    check_version,
-    skip_shared_memory_op,
-    wait_at_most,
-)
+from foreroute.engine.optim.deepspeed_engine import check_version, skip_shared_memory_op, wait_at_most
 from foreroute.engine.optim.expert_sharding import parameter_groups, share_experts
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.plug_in.planned_experts import PlannedExperts
@@ -88,24 +89,26 @@ def replace_feed_forwards(
     parallel: ParallelConfig | None = None,
     kernels: KernelsConfig | None = None,
 ) -> PlannedExperts:
-    """Put an expert layer in the place of each feed-forward of a model, before DeepSpeed or an optimizer sees its parameters.
+    """Put an expert layer in the place of each feed-forward of a model, before DeepSpeed or an optimizer sees its
+    parameters.
 
-    The new modules take x [..., D] alone and give as much; number format and device are those of what they replace. Nothing
-    else of the model changes, nor does PyTorch's random state. Every rank calls it with the same arguments. `replaced` of the
-    result says what was replaced.
+    The new modules take x [..., D] alone and give as much; number format and device are those of what they replace.
+    Nothing else of the model changes, nor does PyTorch's random state. Every rank calls it with the same arguments.
+    `replaced` of the result says what was replaced.
 
     Args:
-        pattern: regular expression; modules whose whole name (as in named_modules) it matches are replaced. Each must hold the
-            parameters of one feed-forward and no others: a block with attention or a norm in it is refused.
+        pattern: regular expression; modules whose whole name (as in named_modules) it matches are replaced. Each must
+            hold the parameters of one feed-forward and no others: a block with attention or a norm in it is refused.
         width: of the hidden states (D).
         k: active experts to begin with; experts.k = .. changes it.
-        text_ids: training text as one stream of ids, from which builders balanced and packed make their tables; of builder
-            random None.
+        text_ids: training text as one stream of ids, from which builders balanced and packed make their tables; of
+            builder random None.
         seed: of weights, tables and the experts' dropout.
         dropout: rate on the experts' hidden units, and those of the shared expert.
         init_std: standard deviation of the experts' first weights; their biases are 0.
-        parallel: expert_ranks above 1 shares the experts out over so many neighbouring ranks, for which the process group must
-            be there already; exchange, wire and chunks say how rows travel. By default each rank has all experts.
+        parallel: expert_ranks above 1 shares the experts out over so many neighbouring ranks, for which the process
+            group must be there already; exchange, wire and chunks say how rows travel. By default each rank has all
+            experts.
 
     Raises:
         UserError: no such module, one that is no feed-forward or more than one, or options that do not go together.
@@ -115,13 +118,8 @@ def replace_feed_forwards(
         moe.router is Router.hashed,
         f"moe.router={moe.router.name}: must be hashed, whose plans depend on the ids alone",
     )
-    require(
-        moe.keys is Keys.own,
-        f"moe.keys={moe.keys.name}: only own keys have plans that depend on the ids alone",
-    )
-    require(
-        moe.layers is None, f"moe.layers={moe.layers}: the pattern says which layers have experts"
-    )
+    require(moe.keys is Keys.own, f"moe.keys={moe.keys.name}: only own keys have plans that depend on the ids alone")
+    require(moe.layers is None, f"moe.layers={moe.layers}: the pattern says which layers have experts")
     require(0 <= dropout < 1, f"dropout={dropout}: must be in [0, 1)")
     mesh = _mesh(parallel.expert_ranks)
     names = find_feed_forwards(model, pattern, width)
@@ -156,7 +154,7 @@ def experts_of(model: nn.Module) -> PlannedExperts:
         UserError: it has none, or several calls of replace_feed_forwards made them.
     """
     found = {m.experts for m in model.modules() if isinstance(m, PlannedFeedForward)}
-    require(len(found) == 1, f"the model has expert layers of {len(found)} calls of replace_feed_forwards: must be 1")  # fmt: skip
+    require(len(found) == 1, f"the model has expert layers of {len(found)} calls of replace_feed_forwards: must be 1")
     return found.pop()
 
 
@@ -169,9 +167,7 @@ def _mesh(expert_ranks: int) -> Mesh:
     return Mesh(dist.get_rank(), dist.get_world_size(), expert_ranks) if started else Mesh()
 
 
-def _tables(
-    moe: MoEConfig, vocab_size: int, text_ids: Text | None, layers: int, seed: int
-) -> list[Table]:
+def _tables(moe: MoEConfig, vocab_size: int, text_ids: Text | None, layers: int, seed: int) -> list[Table]:
     random = moe.builder is Builder.random
     require(
         random or text_ids is not None,
@@ -189,14 +185,8 @@ def _tables(
 def _on_host(text_ids: Text) -> NDArray[np.integer[Any]]:
     """Give a text on any device as one stream."""
     if isinstance(text_ids, Tensor):
-        require(
-            not text_ids.is_meta,
-            "text_ids: is on the meta device, without values; must be on another",
-        )
+        require(not text_ids.is_meta, "text_ids: is on the meta device, without values; must be on another")
         text_ids = text_ids.detach().cpu().numpy()
     text = np.asarray(text_ids).reshape(-1)
-    require(
-        np.issubdtype(text.dtype, np.integer),
-        f"text_ids of {text.dtype}: must be whole numbers, as one stream",
-    )
+    require(np.issubdtype(text.dtype, np.integer), f"text_ids of {text.dtype}: must be whole numbers, as one stream")
     return text

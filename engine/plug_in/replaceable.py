@@ -1,7 +1,8 @@
-"""Which modules of somebody else's model are feed-forwards that an expert layer may replace; engine/plug_in/replace.py replaces them.
+"""Which modules of somebody else's model are feed-forwards that an expert layer may replace; engine/plug_in/replace.py
+replaces them.
 
-What is replaced is gone, so a module must hold the parameters of one feed-forward and nothing else. The parameters decide, and
-the kinds of modules; the calculation is not looked at.
+What is replaced is gone, so a module must hold the parameters of one feed-forward and nothing else. The parameters
+decide, and the kinds of modules; the calculation is not looked at.
 
 Letters: D width, F hidden width of a feed-forward.
 """
@@ -43,10 +44,7 @@ def find_feed_forwards(model: nn.Module, pattern: str, width: int) -> list[str]:
     modules = dict(model.named_modules(remove_duplicate=False))
     names = [name for name in modules if re.fullmatch(pattern, name)]
     known = ", ".join(name for name in list(modules)[:9] if name)
-    require(
-        len(names) > 0,
-        f"pattern {pattern!r}: matches no module; the model's names begin with {known}",
-    )
+    require(len(names) > 0, f"pattern {pattern!r}: matches no module; the model's names begin with {known}")
     for name in names:
         faults = {**_place_faults(name, names, modules), **_content_faults(modules[name], width)}
         fault = next((fault for fault, found in faults.items() if found), None)
@@ -58,8 +56,8 @@ def find_feed_forwards(model: nn.Module, pattern: str, width: int) -> list[str]:
     sides = {side_of(name): name for name in names if side_of(name)}
     require(
         len(sides) < 2,
-        f"pattern {pattern!r}: matches feed-forwards of an encoder and a decoder ({', '.join(sides.values())}), which run for "
-        "different ids: call replace_feed_forwards for each, with another seed",
+        f"pattern {pattern!r}: matches feed-forwards of an encoder and a decoder ({', '.join(sides.values())}), which"
+        " run for different ids: call replace_feed_forwards for each, with another seed",
     )
     return names
 
@@ -102,7 +100,7 @@ def _content_faults(module: nn.Module, width: int) -> dict[str, bool]:
         "is on the meta device, where first weights are never drawn: give the model its device and weights first": meta,
         f"has fewer than two matrices with {width} rows or columns": len(matrices) < 2,
         f"holds more than one feed-forward: {_listed(_shapes(module))}": not _fits(module, width),
-    }  # fmt: skip
+    }
 
 
 def _hint(name: str, module: nn.Module, width: int) -> str:
@@ -118,8 +116,8 @@ def _hint(name: str, module: nn.Module, width: int) -> str:
 def _fits(module: nn.Module, width: int) -> bool:
     """Does a module hold the parameters of one feed-forward, all of them, and no others?
 
-    That is two or three matrices [F, D] or [D, F], of which one may be two in one ([2F, D]), and one may lie between ([F, F]);
-    a bias for each; and the numbers of learned activations.
+    That is two or three matrices [F, D] or [D, F], of which one may be two in one ([2F, D]), and one may lie between
+    ([F, F]); a bias for each; and the numbers of learned activations.
     """
     if any(_other_kind(m) for m in module.modules()):
         return False
@@ -127,7 +125,7 @@ def _fits(module: nn.Module, width: int) -> bool:
     active = {p for m in module.modules() if isinstance(m, nn.PReLU) for p in m.parameters()}
     sides = [_sides(p, module) for p in parameters - active]
     matrices, biases = (sorted(s for s in sides if len(s) == dim) for dim in (2, 1))
-    if not 2 <= len(matrices) <= 3 or len(biases) > len(matrices) or len(sides) != len(matrices) + len(biases):  # fmt: skip
+    if not 2 <= len(matrices) <= 3 or len(biases) > len(matrices) or len(sides) != len(matrices) + len(biases):
         return False
     hidden = _hidden(matrices, width)
     if hidden is None or any(bias not in {(width,), (hidden,), (2 * hidden,)} for bias in biases):

@@ -6,8 +6,8 @@ Into the run's folder go, here for profile.steps=[5,8]:
     trace/step5-8.json.gz        the ranks together, if there are 2 to 8 and they share the folder
     trace/step5-8.txt            the summary, which rank 0 also says
 
-Our ranges (engine/tracing.py) and PyTorch's profiler keep different times; all are put on rank 0's time of day. What cannot be
-written is said, and the run goes on.
+Our ranges (engine/tracing.py) and PyTorch's profiler keep different times; all are put on rank 0's time of day. What
+cannot be written is said, and the run goes on.
 """
 
 import gzip
@@ -27,14 +27,7 @@ from foreroute.engine.config import ProfileConfig
 from foreroute.engine.metrics.step_result import StepTimes
 from foreroute.engine.parallel.cpu_group import Host
 from foreroute.engine.parallel.world import World
-from foreroute.engine.profiling.trace_events import (
-    Clock,
-    Event,
-    Process,
-    flight_events,
-    range_events,
-    torch_events,
-)
+from foreroute.engine.profiling.trace_events import Clock, Event, Process, flight_events, range_events, torch_events
 from foreroute.engine.profiling.trace_summary import Nested, costs, nest, overlap_ms, summary
 from foreroute.engine.tracing import InFlight, Range, Recorder, record_into, span
 
@@ -50,7 +43,7 @@ class Profiler:
 
     def __init__(
         self, config: ProfileConfig, folder: Path, world: World, note: Callable[[str], None], *, done: int = 0
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Trace nothing yet.
 
         Args:
@@ -71,7 +64,8 @@ class Profiler:
             note(f"profile.steps={config.steps}: {done} steps are done, only later ones are traced")
 
     def begin(self, step: int) -> None:
-        """Say that a step begins, counted from 1; the first one to be traced starts the recording. A collective, then."""
+        """Say that a step begins, counted from 1; the first one to be traced starts the recording. A collective,
+        then."""
         if step not in self._steps:
             return
         if self._recorder is None:
@@ -148,20 +142,18 @@ class Profiler:
             "problem": self._attempt(lambda: self._write_own(profiler, events, ranges)),
         }
 
-    def _overlap_ms(self, ranges: list[Nested], flights: list[InFlight], issued_in: list[str]) -> list[float]:  # fmt: skip
+    def _overlap_ms(self, ranges: list[Nested], flights: list[InFlight], issued_in: list[str]) -> list[float]:
         """Give the exchange's exposed and hidden time per step."""
         steps = len(self._traced)
         if self._world.device.type == "cuda":
             # Flights are the device's, and not recorded; the steps have their times.
             found = [(t.exchange_exposed_ms, t.exchange_hidden_ms) for t in self._times]
             return [sum(column) / steps for column in zip(*found, strict=True)] or [0.0, 0.0]
-        in_steps = [f for f, path in zip(flights, issued_in, strict=True) if path.startswith("step ")]  # fmt: skip
+        in_steps = [f for f, path in zip(flights, issued_in, strict=True) if path.startswith("step ")]
         waits = [part for part in ranges if part.path.startswith("step ")]
         return [value / steps for value in overlap_ms(waits, in_steps)]
 
-    def _write_own(
-        self, profiler: torch.profiler.profile | None, events: list[Event], ranges: list[Nested]
-    ) -> None:
+    def _write_own(self, profiler: torch.profiler.profile | None, events: list[Event], ranges: list[Nested]) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         more: dict[str, Any] = {}
         if profiler is not None:
@@ -196,9 +188,7 @@ class Profiler:
         problems[""] = self._attempt(lambda: self._write_together(text, len(ranks)))
         for who, problem in problems.items():
             if problem is not None:
-                self._note(
-                    f"cannot write the trace of {self._title}: {who}{problem}; the run goes on"
-                )
+                self._note(f"cannot write the trace of {self._title}: {who}{problem}; the run goes on")
                 return
         self._note(f"{self._folder}: the trace of {self._title}, for https://ui.perfetto.dev")
 
@@ -224,8 +214,8 @@ class Profiler:
 def agree_on_clock(host: Host) -> Clock:
     """Find out how this rank's time of day differs from rank 0's, as far as collectives tell. A collective.
 
-    No rank leaves a barrier before another has entered it. So between two ranks' clocks lies at least (one's entry - the
-    other's exit), and at most the reverse; the tightest bounds of a few barriers are taken. If they allow for no
+    No rank leaves a barrier before another has entered it. So between two ranks' clocks lies at least (one's entry -
+    the other's exit), and at most the reverse; the tightest bounds of a few barriers are taken. If they allow for no
     difference, as between ranks of one machine, none is assumed, else the middle.
     """
     marks = []
@@ -266,6 +256,6 @@ def _whole(path: Path) -> Iterator[Path]:
 
 
 def _write(path: Path, events: Iterable[Event], clock: Clock, more: dict[str, Any]) -> None:
-    trace = {**more, "displayTimeUnit": "ms", "baseTimeNanoseconds": clock.origin_ns, "traceEvents": list(events)}  # fmt: skip
+    trace = {**more, "displayTimeUnit": "ms", "baseTimeNanoseconds": clock.origin_ns, "traceEvents": list(events)}
     with _whole(path) as new, gzip.open(new, "wt", compresslevel=3) as file:
         json.dump(trace, file)

@@ -1,8 +1,8 @@
 """Events of Chrome's trace format, which Perfetto reads: our ranges and flights, and what PyTorch's profiler recorded.
 
 Each rank is a process of its own (its GPU another), so that files of several ranks can be put together. Its tracks: the
-ranges of the main thread; those of our other threads; collectives in flight, on as many tracks as were under way at a time;
-PyTorch's operators, a track for each thread.
+ranges of the main thread; those of our other threads; collectives in flight, on as many tracks as were under way at a
+time; PyTorch's operators, a track for each thread.
 
 Format: "Trace Event Format" (Chromium project); ts and dur are microseconds.
 """
@@ -56,14 +56,14 @@ def range_events(nested: Sequence[Nested], process: Process, clock: Clock) -> li
         _complete(part.name, "range", process.rank, number[part.track], clock.us(part.begin_ns), clock.us(part.end_ns))
         | {"args": {"path": part.path, "own_ms": part.own_ns / 1e6}}
         for part in nested
-    ]  # fmt: skip
+    ]
     found += _named("process", process.rank, 0, f"rank {process.rank} (host)", 2 * process.rank)
     for track, tid in number.items():
         found += _named("thread", process.rank, tid, _NAMES.get(track, track), tid - _OUR_TID)
     return found
 
 
-def flight_events(flights: Sequence[InFlight], issued_in: Sequence[str], process: Process, clock: Clock) -> list[Event]:  # fmt: skip
+def flight_events(flights: Sequence[InFlight], issued_in: Sequence[str], process: Process, clock: Clock) -> list[Event]:
     """Give an event for each flight, from its issue to its arrival, named after the range that issued it.
 
     Args:
@@ -83,7 +83,7 @@ def flight_events(flights: Sequence[InFlight], issued_in: Sequence[str], process
     return found
 
 
-def torch_events(trace: Mapping[str, Any], process: Process, clock: Clock, ours: set[str]) -> list[Event]:  # fmt: skip
+def torch_events(trace: Mapping[str, Any], process: Process, clock: Clock, ours: set[str]) -> list[Event]:
     """Give the events of PyTorch's profiler in this process as events of the rank and its GPU.
 
     Args:
@@ -100,15 +100,12 @@ def torch_events(trace: Mapping[str, Any], process: Process, clock: Clock, ours:
         if host and event.get("cat") == "user_annotation" and event["name"] in ours:
             continue
         tracks.add((host, event["tid"]))
-        event |= {
-            "pid": process.rank if host else process.gpu,
-            "ts": event["ts"] + shift_us,
-        }
+        event |= {"pid": process.rank if host else process.gpu, "ts": event["ts"] + shift_us}
         if "id" in event:  # of an arrow between two events
             event["id"] = event["id"] * process.world + process.rank
         found.append(event)
     if any(not host for host, _ in tracks):
-        found += _named("process", process.gpu, 0, f"rank {process.rank} (GPU)", 2 * process.rank + 1)  # fmt: skip
+        found += _named("process", process.gpu, 0, f"rank {process.rank} (GPU)", 2 * process.rank + 1)
     for host, tid in tracks:
         pid = process.rank if host else process.gpu
         main = tid == os.getpid()  # so Linux numbers a process's main thread
@@ -118,10 +115,7 @@ def torch_events(trace: Mapping[str, Any], process: Process, clock: Clock, ours:
 
 
 def _complete(name: str, kind: str, pid: int, tid: int, begin_us: float, end_us: float) -> Event:
-    return {
-        "ph": "X", "name": name, "cat": kind, "pid": pid, "tid": tid,
-        "ts": begin_us, "dur": end_us - begin_us,
-    }  # fmt: skip
+    return {"ph": "X", "name": name, "cat": kind, "pid": pid, "tid": tid, "ts": begin_us, "dur": end_us - begin_us}
 
 
 def _named(what: str, pid: int, tid: int, name: str, place: int) -> list[Event]:
@@ -129,4 +123,4 @@ def _named(what: str, pid: int, tid: int, name: str, place: int) -> list[Event]:
     return [
         {"ph": "M", "name": f"{what}_name", "pid": pid, "tid": tid, "args": {"name": name}},
         {"ph": "M", "name": f"{what}_sort_index", "pid": pid, "tid": tid, "args": {"sort_index": place}},
-    ]  # fmt: skip
+    ]

@@ -1,4 +1,5 @@
-"""What the ranges of a few steps cost: how they lie in each other, their own time, and a table of the most expensive ones.
+"""What the ranges of a few steps cost: how they lie in each other, their own time, and a table of the most expensive
+ones.
 
 A range's own time is its duration without the ranges inside it, so own times add up to the time of the step.
 """
@@ -12,7 +13,8 @@ from foreroute.engine.parallel.in_flight import covered
 from foreroute.engine.tracing import InFlight, Range
 
 THREADS = "foreroute-"
-"""Our own threads' names begin so; ranges of all other threads belong to the main one, which waits for them in backward."""
+"""Our own threads' names begin so; ranges of all other threads belong to the main one, which waits for them in
+backward."""
 MAIN = "main"
 TOP = 10
 
@@ -84,8 +86,8 @@ def summary(title: str, ranks: Sequence[Mapping[str, Any]]) -> str:
     """Lay out the ten ranges with the most own time, and how much of the exchange lay behind computation.
 
     Args:
-        ranks: of every rank, from rank 0 on, or of rank 0 alone: "costs" as of `costs`, and "overlap_ms", the exchange's
-            exposed and hidden time per step.
+        ranks: of every rank, from rank 0 on, or of rank 0 alone: "costs" as of `costs`, and "overlap_ms", the
+            exchange's exposed and hidden time per step.
     """
     none = [0.0, 0.0, 0.0]
     first = ranks[0]["costs"]
@@ -96,7 +98,10 @@ def summary(title: str, ranks: Sequence[Mapping[str, Any]]) -> str:
     names = ["(the step's rest)" if key == "step" else key for key in top]
     width = max(map(len, [*names, "range"]))
     lines = [
-        f"{title}: {step_ms:.1f} ms a step. Most time of their own, without the ranges inside them, per step of rank 0:",
+        (
+            f"{title}: {step_ms:.1f} ms a step. Most time of their own, without the ranges inside them, per step of"
+            " rank 0:"
+        ),
         f"{'range':{width}}  {'calls':>6} {'ms':>9} {'own ms':>9} {'of step':>8}",
     ]
     if len(ranks) > 1:
@@ -114,7 +119,9 @@ def summary(title: str, ranks: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _overlap(ranks: Sequence[Mapping[str, Any]]) -> list[str]:
-    exposed_ms, hidden_ms = (sum(column) / len(ranks) for column in zip(*(rank["overlap_ms"] for rank in ranks), strict=True))  # fmt: skip
+    exposed_ms, hidden_ms = (
+        sum(column) / len(ranks) for column in zip(*(rank["overlap_ms"] for rank in ranks), strict=True)
+    )
     total_ms = exposed_ms + hidden_ms
     if total_ms == 0:
         return []

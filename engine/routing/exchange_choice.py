@@ -1,7 +1,7 @@
 """`parallel.exchange=auto`: tokens or gather for a k, by modelled time from constants of the configuration.
 
-A pure function of the configuration and of sizes, so that loader, exchange and certificate agree and a resumed run decides
-as before: nothing is measured here.
+A pure function of the configuration and of sizes, so that loader, exchange and certificate agree and a resumed run
+decides as before: nothing is measured here.
 
 Letters: T tokens of a rank, D width, E experts, L = E / P experts of a rank, K active experts, P ranks of the group.
 """
@@ -16,7 +16,7 @@ from foreroute.engine.config.enums import ExchangeKind, Precision, Router, WireF
 
 def use_gather(
     parallel: ParallelConfig, *, experts: int, ranks: int, k: int, tokens: int, width: int, itemsize: int
-) -> bool:  # fmt: skip
+) -> bool:
     """Say whether the layers of a run shall gather at this k; never on one rank.
 
     Args:
@@ -29,7 +29,7 @@ def use_gather(
         return True
     row_bytes = tokens * width * itemsize
     routed = row_bytes * ranks * rank_share(experts, ranks, k)
-    return gather_seconds(parallel, ranks, row_bytes) < tokens_seconds(parallel, ranks, row_bytes, routed)  # fmt: skip
+    return gather_seconds(parallel, ranks, row_bytes) < tokens_seconds(parallel, ranks, row_bytes, routed)
 
 
 def gathers(config: Config, ranks: int, k: int, tokens: int) -> bool:
@@ -37,9 +37,14 @@ def gathers(config: Config, ranks: int, k: int, tokens: int) -> bool:
     if config.moe.router is Router.dense:  # k may be above moe.experts
         return False
     return use_gather(
-        config.parallel, experts=config.moe.experts, ranks=ranks, k=k, tokens=tokens, width=config.model.width,
+        config.parallel,
+        experts=config.moe.experts,
+        ranks=ranks,
+        k=k,
+        tokens=tokens,
+        width=config.model.width,
         itemsize=wire_itemsize(config),
-    )  # fmt: skip
+    )
 
 
 def wire_itemsize(config: Config) -> int:
@@ -62,9 +67,7 @@ def rank_share(experts: int, ranks: int, k: int) -> float:
     return 1 - comb(experts - experts // ranks, k) / comb(experts, k)
 
 
-def tokens_seconds(
-    parallel: ParallelConfig, ranks: int, row_bytes: float, routed_bytes: float
-) -> float:
+def tokens_seconds(parallel: ParallelConfig, ranks: int, row_bytes: float, routed_bytes: float) -> float:
     """Model one layer's forward exchange by `tokens`, of this rank; backward takes as long.
 
         2 (P - 1) messages, as each of two all-to-alls sends one to each other rank

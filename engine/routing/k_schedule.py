@@ -18,8 +18,8 @@ def active_experts(config: ScheduleConfig, step: int, total_steps: int) -> int:
     cosine       round((k_min - k_max) cos(pi s / 2T)) + k_max     (slow start, fast end)
     exponential  round((k_min - k_max) 0.99 ** (s // (T // 300))) + k_max   (fast start; 300 s // T below T = 300)
     multi_step   (1, 2, 4, 8, 16)[5 s // T], at least k_min, at most k_max
-    doubling     k_min, 2 k_min, 4 k_min, ... k_max, each for an equal part of T (not published; as multi_step from 1 to 16)
-    constant     k_max
+    doubling     k_min, 2 k_min, 4 k_min, ... k_max, each for an equal part of T (not published; as multi_step from 1 to
+    16) constant     k_max
 
     Example: linear with k_min 8, k_max 16 and T = 400,000 gives 9 first at step 25,001 and 10 at 75,000.
     """

@@ -1,11 +1,11 @@
 """The plan of a live router on several ranks, built in the forward pass: what planned routers never pay for.
 
-Per layer: one all-gather of counts, which the host reads back once, and one all-to-all that takes each row's weights to the
-rank of its experts; in backward the gradient of the weights comes the same way back, to route.weight_TK. After that a
-layer's exchange and experts are those of a planned router.
+Per layer: one all-gather of counts, which the host reads back once, and one all-to-all that takes each row's weights to
+the rank of its experts; in backward the gradient of the weights comes the same way back, to route.weight_TK. After that
+a layer's exchange and experts are those of a planned router.
 
-Letters: T local tokens, K active experts, E experts, L = E / P experts of a rank, P ranks of the expert group, S sent and R
-received rows, N expert rows of this rank, C parts; small t, s, r: of one part. Expert e lives on rank e // L.
+Letters: T local tokens, K active experts, E experts, L = E / P experts of a rank, P ranks of the expert group, S sent
+and R received rows, N expert rows of this rank, C parts; small t, s, r: of one part. Expert e lives on rank e // L.
 """
 
 from typing import Any
@@ -24,9 +24,7 @@ from foreroute.kernels.expert_rows import ExpertRows
 _UNUSED = -1.0
 
 
-def build_live_plan(
-    route: Route, num_experts: int, wire: Wire, *, gather: bool = False, chunks: int = 1
-) -> Plan:
+def build_live_plan(route: Route, num_experts: int, wire: Wire, *, gather: bool = False, chunks: int = 1) -> Plan:
     """Turn the routes of all ranks of an expert group, each its own, into this rank's plan; a collective.
 
     weight_N stays connected to route.weight_TK for autograd, over the ranks.
@@ -41,7 +39,7 @@ def build_live_plan(
     local, rank, ranks = num_experts // wire.ranks, wire.rank, wire.ranks
     limit = 2 ** (24 if route.weight_TK.dtype == torch.float32 else 53)
     if num_tokens * ranks > limit:
-        raise ValueError(f"{ranks} ranks with {num_tokens} tokens each: must be at most {limit} together")  # fmt: skip
+        raise ValueError(f"{ranks} ranks with {num_tokens} tokens each: must be at most {limit} together")
     weight_TPL = _weight_blocks(route, num_experts).view(num_tokens, ranks, local)
     chosen_TPL = weight_TPL.detach() != _UNUSED
     used_TP = torch.ones_like(chosen_TPL[..., 0]) if gather else chosen_TPL.any(dim=2)
@@ -54,7 +52,7 @@ def build_live_plan(
     weight_SL = weight_TPL.transpose(0, 1).reshape(-1, local)[flat_S]
     token_S = rank * num_tokens + flat_S % max(num_tokens, 1)
     splits = counts.splits(rank, slice(None))
-    weight_RL, token_R = _ToExpertRanks.apply(weight_SL, token_S, wire, *splits)
+    weight_RL, token_R = _ToExpertRanks.apply(weight_SL, token_S, wire, *splits)  # type: ignore[no-untyped-call]
     parts = []
     for number, span in enumerate(spans):
         block = counts.received(rank, number)
@@ -145,7 +143,7 @@ class _ToExpertRanks(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, weight_SL: Tensor, token_S: Tensor, wire: Wire, send: tuple[int, ...], recv: tuple[int, ...]
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         ctx.wire, ctx.send, ctx.recv = wire, send, recv
         block = torch.cat((weight_SL, token_S[:, None].to(weight_SL.dtype)), dim=1)
         got = wire.all_to_all(block, send, recv).wait()

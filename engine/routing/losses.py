@@ -16,7 +16,8 @@ def balance_loss(logits_TE: Tensor, count_E: Tensor) -> Tensor:
 
     Args:
         count_E: expert rows of each expert, from chosen_counts. Added up over the ranks of a run with equal numbers of
-            tokens, they make the mean over ranks of this loss, and of its gradient, those of the ranks' tokens together.
+            tokens, they make the mean over ranks of this loss, and of its gradient, those of the ranks' tokens
+            together.
     """
     logits_TE = _wide(logits_TE)
     fraction_E = count_E.to(logits_TE.device, logits_TE.dtype) / count_E.sum()
@@ -32,9 +33,10 @@ def z_loss(logits_TE: Tensor) -> Tensor:
 def consistency_loss(one_TV: Tensor, other_TV: Tensor) -> Tensor:
     """Return the mean over tokens of (KL(p||q) + KL(q||p)) / 2 = 1/2 sum_v (p_v - q_v)(log p_v - log q_v).
 
-    p and q are the softmax of two passes' logits (THOR, Zuo et al., ICLR 2022, arXiv 2110.04260). The public code adds up over
-    tokens where this, as our cross-entropy, is a mean: its whole loss is ours times the tokens of a batch, so its weight alpha
-    means the same. Logarithms come from log_softmax in fp32 at least: a probability may underflow, its logarithm does not.
+    p and q are the softmax of two passes' logits (THOR, Zuo et al., ICLR 2022, arXiv 2110.04260). The public code adds
+    up over tokens where this, as our cross-entropy, is a mean: its whole loss is ours times the tokens of a batch, so
+    its weight alpha means the same. Logarithms come from log_softmax in fp32 at least: a probability may underflow, its
+    logarithm does not.
     """
     log_p_TV, log_q_TV = (_wide(logits_TV).log_softmax(-1) for logits_TV in (one_TV, other_TV))
     difference_TV = (log_p_TV.exp() - log_q_TV.exp()) * (log_p_TV - log_q_TV)

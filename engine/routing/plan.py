@@ -1,14 +1,15 @@
 """The plan: everything a layer needs to know about routing, computed before the layer runs.
 
 For planned routers engine/routing/planner.py makes it in the data loader, from the token ids of all ranks of the expert
-group. A live router's Route becomes a plan inside the forward pass: `build_plan` on one rank, where every token stays and
-the received rows are the local tokens; engine/routing/live_plan.py on several. After that all share engine/moe/layer.py.
+group. A live router's Route becomes a plan inside the forward pass: `build_plan` on one rank, where every token stays
+and the received rows are the local tokens; engine/routing/live_plan.py on several. After that all share
+engine/moe/layer.py.
 
 A plan has one part, or several that are exchanged one behind the other (engine/moe/overlap.py). A part is about a
 contiguous share of every rank's tokens, so a token is in one part and the rows that travel are the same in number.
 
-Letters: T local tokens, K active experts, N expert rows (T*K on one rank), E experts, S sent and R received rows, P ranks
-of the expert group.
+Letters: T local tokens, K active experts, N expert rows (T*K on one rank), E experts, S sent and R received rows, P
+ranks of the expert group.
 """
 
 from dataclasses import dataclass
@@ -35,7 +36,8 @@ class Part:
     rows: ExpertRows  # expert-major rows over the received rows
     weight_N: Tensor  # fp32: mixing weight of each expert row
     send: ExpertRows | None
-    """Rows to send, rank by rank: "experts" are ranks, source_N the tokens of this part; None: all of them to all ranks."""
+    """Rows to send, rank by rank: "experts" are ranks, source_N the tokens of this part; None: all of them to all
+    ranks."""
     received_R: Tensor | None
     """int64: which of the group's tokens, rank by rank, each received row is; None: all, in order."""
     send_splits: tuple[int, ...]  # rows to each rank of the expert group, this one included

@@ -37,7 +37,8 @@ class Orders(Protocol):
 
 
 def mixing_weights(table: Orders, k: int) -> Tensor:
-    """Return the fp32 weights [r, E] of every row's first k experts: softmax of their logits, or 1/k; 0 for the others."""
+    """Return the fp32 weights [r, E] of every row's first k experts: softmax of their logits, or 1/k; 0 for the
+    others."""
     order_rK = table.order_rE[:, :k].long()
     if table.logits_rE is None:
         weight_rK = torch.full(order_rK.shape, 1.0 / k)
@@ -71,9 +72,7 @@ class TablePlanner:
         self._lookups: dict[int, _Lookups] = {}
         self._lock = threading.Lock()  # the loader's thread plans while validation does
 
-    def plan(
-        self, row_PT: NDArray[np.int64], k: int, *, gather: bool = False, chunks: int = 1
-    ) -> Plan:
+    def plan(self, row_PT: NDArray[np.int64], k: int, *, gather: bool = False, chunks: int = 1) -> Plan:
         """Plan a micro-batch from the table rows of every rank's tokens.
 
         Args:
@@ -86,9 +85,7 @@ class TablePlanner:
         count_E = torch.from_numpy(_count(found.active_rE, row_PT.reshape(-1)))
         return Plan(k, self.rank, count_E, parts)
 
-    def _part(
-        self, found: _Lookups, row_PT: NDArray[np.int64], span: slice, *, gather: bool
-    ) -> Part:
+    def _part(self, found: _Lookups, row_PT: NDArray[np.int64], span: slice, *, gather: bool) -> Part:
         """Plan a share of every rank's tokens."""
         row_Pt = row_PT[:, span]
         all_tokens, num_tokens = row_PT.shape[1], row_Pt.shape[1]
@@ -103,9 +100,7 @@ class TablePlanner:
             row_R = all_N.take(received_R)
             first_P = np.searchsorted(received_R, np.arange(self.ranks + 1) * num_tokens)
             send_splits, recv_splits = tuple(send.counts()), tuple(np.diff(first_P).tolist())
-        if (
-            received_R is not None and num_tokens < all_tokens
-        ):  # from places in the part to places in the group
+        if received_R is not None and num_tokens < all_tokens:  # from places in the part to places in the group
             others = all_tokens - num_tokens
             received_R = received_R + received_R // num_tokens * others + span.start
         rows, weight_N = _expert_rows(found.local_Lr, row_R, found.weight_Lr)
@@ -143,14 +138,15 @@ class TablePlanner:
 def _count(active_rE: NDArray[np.float32], row_N: NDArray[np.int64]) -> NDArray[np.int64]:
     """Expert rows of each expert; exact up to 2**24 uses of a table row and an expert."""
     if row_N.size < active_rE.shape[0]:
-        return active_rE.take(row_N, axis=0).sum(axis=0, dtype=np.int64)
+        count_E: NDArray[np.int64] = active_rE.take(row_N, axis=0).sum(axis=0, dtype=np.int64)
+        return count_E
     uses_r = np.bincount(row_N, minlength=active_rE.shape[0]).astype(np.float32)
     return (uses_r @ active_rE).astype(np.int64)
 
 
 def _expert_rows(
     uses_Lr: NDArray[np.bool_], row_R: NDArray[np.int64], weight_Lr: NDArray[np.float32] | None = None
-) -> tuple[ExpertRows, NDArray[np.float32]]:  # fmt: skip
+) -> tuple[ExpertRows, NDArray[np.float32]]:
     """List the rows that use each of L things (experts, or ranks), with their weights.
 
     Example: uses_Lr = [[1, 0], [1, 1]], row_R = [1, 0]: thing 0 is used by row 1, thing 1 by rows 0 and 1, so

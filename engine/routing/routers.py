@@ -1,11 +1,11 @@
 """Routers: who chooses the experts of a token.
 
-A planned router (HashedRouter, DrawnRouter) needs no hidden states, so the loader can route a batch before it reaches the
-device. Live routers (FrozenRouter, LearnedRouter) read hidden states inside the forward pass. All give k distinct experts per
-token in order of preference, nested in k, with weights that sum to 1.
+A planned router (HashedRouter, DrawnRouter) needs no hidden states, so the loader can route a batch before it reaches
+the device. Live routers (FrozenRouter, LearnedRouter) read hidden states inside the forward pass. All give k distinct
+experts per token in order of preference, nested in k, with weights that sum to 1.
 
-Letters: T tokens (= B*Q, row-major), B streams, Q segment length, C ids left of a segment (at least ngram - 1), D width,
-E experts, K active experts per token, P ranks of the expert group, r rows.
+Letters: T tokens (= B*Q, row-major), B streams, Q segment length, C ids left of a segment (at least ngram - 1), D
+width, E experts, K active experts per token, P ranks of the expert group, r rows.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,8 @@ _DRAW, _SHUFFLE = 7, 8
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """A forward pass and its tokens: with the seed all that a random choice may depend on, so every rank draws the same."""
+    """A forward pass and its tokens: with the seed all that a random choice may depend on, so every rank draws the
+    same."""
 
     token_PT: NDArray[np.int64]
     """Numbers of the expert group's tokens within the step: stream x Q + place in the segment."""
@@ -52,28 +53,33 @@ class LiveRoute(NamedTuple):
 class HashedRouter:
     """Planned router: the first k experts of the table row that the token's n-gram falls into."""
 
-    def __init__(
-        self, table: Table, *, rank: int = 0, ranks: int = 1, shuffled: bool = False
-    ) -> None:
+    def __init__(self, table: Table, *, rank: int = 0, ranks: int = 1, shuffled: bool = False) -> None:
         """Take a table, and this rank's place in its expert group for the plans.
 
         Args:
-            shuffled: let each token have the row of another token of the group's micro-batch (moe.keys=shuffled). All tables of
-                a seed shuffle alike, so a token has the key of one other token in every layer.
+            shuffled: let each token have the row of another token of the group's micro-batch (moe.keys=shuffled). All
+                tables of a seed shuffle alike, so a token has the key of one other token in every layer.
         """
         self.table, self.shuffled = table, shuffled
         self.planner = TablePlanner(table, rank=rank, ranks=ranks)
 
     def plan(
-        self, ids_PBQ: Tensor, left_PBC: Tensor, k: int, *, draw: Draw | None = None, gather: bool = False, chunks: int = 1
-    ) -> Plan:  # fmt: skip
+        self,
+        ids_PBQ: Tensor,
+        left_PBC: Tensor,
+        k: int,
+        *,
+        draw: Draw | None = None,
+        gather: bool = False,
+        chunks: int = 1,
+    ) -> Plan:
         """Plan a micro-batch from the ids of every rank of the expert group; gives what `route` says, rank by rank.
 
         Args:
             draw: needed to shuffle.
             gather, chunks: as for TablePlanner.plan.
         """
-        row_PBQ = [self.table.rows_of(ids, left) for ids, left in zip(ids_PBQ, left_PBC, strict=True)]  # fmt: skip
+        row_PBQ = [self.table.rows_of(ids, left) for ids, left in zip(ids_PBQ, left_PBC, strict=True)]
         row_PT = torch.stack(row_PBQ).flatten(1).numpy()
         if self.shuffled:
             if draw is None:
@@ -112,16 +118,16 @@ class _Orders(NamedTuple):
 
 
 class DrawnRouter:
-    """Planned router that draws the order of the experts anew at each forward pass; the first k are active, weights are 1/k.
+    """Planned router that draws the order of the experts anew at each forward pass; the first k are active, weights are
+    1/k.
 
-    `fresh`: an order for each token. SMoE-Dropout's public code (CustomRandomGate) takes the top k of U(0, 1) scores and their
-    softmax as weights, which are within a factor e of each other and say nothing of the token: 1/k is their mean.
-    `stochastic`: one order for all tokens of the step (THOR, Zuo et al., ICLR 2022, arXiv 2110.04260, which has k = 1).
+    `fresh`: an order for each token. SMoE-Dropout's public code (CustomRandomGate) takes the top k of U(0, 1) scores
+    and their softmax as weights, which are within a factor e of each other and say nothing of the token: 1/k is their
+    mean. `stochastic`: one order for all tokens of the step (THOR, Zuo et al., ICLR 2022, arXiv 2110.04260, which has k
+    = 1).
     """
 
-    def __init__(
-        self, experts: int, *, each_token: bool, seed: int, index: int, rank: int = 0, ranks: int = 1
-    ) -> None:  # fmt: skip
+    def __init__(self, experts: int, *, each_token: bool, seed: int, index: int, rank: int = 0, ranks: int = 1) -> None:
         """Take this rank's place in its expert group, and what the draws are hashed from.
 
         Args:
@@ -131,8 +137,15 @@ class DrawnRouter:
         self.rank, self.ranks = rank, ranks
 
     def plan(
-        self, ids_PBQ: Tensor, left_PBC: Tensor, k: int, *, draw: Draw | None = None, gather: bool = False, chunks: int = 1
-    ) -> Plan:  # fmt: skip
+        self,
+        ids_PBQ: Tensor,
+        left_PBC: Tensor,
+        k: int,
+        *,
+        draw: Draw | None = None,
+        gather: bool = False,
+        chunks: int = 1,
+    ) -> Plan:
         """Plan a micro-batch; arguments as for HashedRouter.plan, of which the ids do not matter."""
         if draw is None:
             raise ValueError("experts that are drawn need a draw")
@@ -157,9 +170,7 @@ class DrawnRouter:
 PlannedRouter = HashedRouter | DrawnRouter
 
 
-def routers_of(
-    tables: Sequence[Table], mesh: Mesh, *, shuffled: bool = False
-) -> list[HashedRouter]:
+def routers_of(tables: Sequence[Table], mesh: Mesh, *, shuffled: bool = False) -> list[HashedRouter]:
     """Make a router of each table that plans for this rank of its expert group."""
     rank, ranks = mesh.expert_rank, mesh.expert_ranks
     return [HashedRouter(t, rank=rank, ranks=ranks, shuffled=shuffled) for t in tables]
@@ -175,9 +186,7 @@ class FrozenRouter(nn.Module):
     gate_weight: Tensor
     gate_bias: Tensor
 
-    def __init__(
-        self, width: int, experts: int, *, generator: torch.Generator | None = None
-    ) -> None:
+    def __init__(self, width: int, experts: int, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
         weight = torch.empty(experts, width).normal_(0.0, _GATE_STD, generator=generator)
         self.register_buffer("gate_weight", weight)
@@ -189,11 +198,10 @@ class FrozenRouter(nn.Module):
 
 
 class LearnedRouter(nn.Module):
-    """The same gate as FrozenRouter with trainable parameters; see engine/routing/losses.py for its auxiliary losses."""
+    """The same gate as FrozenRouter with trainable parameters; see engine/routing/losses.py for its auxiliary
+    losses."""
 
-    def __init__(
-        self, width: int, experts: int, *, generator: torch.Generator | None = None
-    ) -> None:
+    def __init__(self, width: int, experts: int, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
         weight = torch.empty(experts, width).normal_(0.0, _GATE_STD, generator=generator)
         self.gate_weight = nn.Parameter(weight)

@@ -38,8 +38,9 @@ class Balance:
 def balances(table: Table, ids: NDArray[np.uint8], ranks: Sequence[int]) -> list[Balance]:
     """Return the balance of a text at k = 1 .. E; ids before its first count as 0.
 
-    Example: rows [0, 1, 2, 3] and [2, 3, 0, 1], each used once, 2 ranks, pack 2. At k = 1, experts 0 and 2 have one expert row
-    each: experts 2.0, blocks 1.0; a token needs one rank and sends half a row. At k = 3 it needs both and sends one row.
+    Example: rows [0, 1, 2, 3] and [2, 3, 0, 1], each used once, 2 ranks, pack 2. At k = 1, experts 0 and 2 have one
+    expert row each: experts 2.0, blocks 1.0; a token needs one rank and sends half a row. At k = 3 it needs both and
+    sends one row.
 
     Raises:
         UserError: the experts cannot be shared out evenly over one of the numbers of ranks.

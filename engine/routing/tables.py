@@ -1,14 +1,15 @@
 """Tables: the fixed map of a hashed router from the n-gram that ends at a token to an ordering of all experts.
 
-`build_tables` makes the tables of a run from its configuration and (unless its builder is `random`) its training ids, and
-keeps them in the cache folder. The first k experts of a row are active, so sets are nested in k. A table is part of the
-model: `table_state` turns it into tensors for a checkpoint. All randomness is stateless (engine/routing/hashing.py).
+`build_tables` makes the tables of a run from its configuration and (unless its builder is `random`) its training ids,
+and keeps them in the cache folder. The first k experts of a row are active, so sets are nested in k. A table is part of
+the model: `table_state` turns it into tensors for a checkpoint. All randomness is stateless
+(engine/routing/hashing.py).
 
 A row is an ordering of blocks of `pack` neighbouring experts, and inside each block an ordering of its experts; without
 packing all experts are one block. So the first k experts lie in ceil(k / pack) blocks.
 
-Letters: E experts, G blocks of experts, B streams, Q segment length, C ids left of a segment (at least ngram - 1), r table rows,
-t tables, s rows seen in training, w waves.
+Letters: E experts, G blocks of experts, B streams, Q segment length, C ids left of a segment (at least ngram - 1), r
+table rows, t tables, s rows seen in training, w waves.
 """
 
 import hashlib
@@ -157,9 +158,7 @@ def _ngram_counts(
     return keys, counts
 
 
-def _ngram_keys(
-    ids: NDArray[np.integer[Any]], vocab_size: int, ngram: int
-) -> Iterator[NDArray[np.int64]]:
+def _ngram_keys(ids: NDArray[np.integer[Any]], vocab_size: int, ngram: int) -> Iterator[NDArray[np.int64]]:
     """Yield the number of the n-gram that ends at each id, a chunk at a time."""
     padded = np.concatenate([np.zeros(ngram - 1, ids.dtype), ids])
     for start in range(0, ids.size, _CHUNK):
@@ -206,16 +205,14 @@ def _random_order(rows: int, experts: int, pack: int, seed: int, index: int) -> 
     return np.take_along_axis(inner_rGp, block_rG[:, :, None], axis=1).reshape(rows, experts)
 
 
-def _balance(
-    order_trE: NDArray[np.uint8], freq_tr: NDArray[np.float64], pack: int, seed: int
-) -> None:
+def _balance(order_trE: NDArray[np.uint8], freq_tr: NDArray[np.float64], pack: int, seed: int) -> None:
     """Overwrite the orderings of rows seen in training so that the load is even at every k.
 
-    One greedy rule orders the blocks of each row and then, block by block, the experts inside. For each row in descending
-    frequency (ties by row number) and each choice c in turn: of the things (blocks, or experts of the block in turn)
-    that the row has not used, those whose load_c is within the row's frequency of the lightest are candidates; a hash of
-    (seed, table, row, c) takes one; then load_c grows by the frequency for every thing among the row's first c + 1
-    choices.
+    One greedy rule orders the blocks of each row and then, block by block, the experts inside. For each row in
+    descending frequency (ties by row number) and each choice c in turn: of the things (blocks, or experts of the block
+    in turn) that the row has not used, those whose load_c is within the row's frequency of the lightest are candidates;
+    a hash of (seed, table, row, c) takes one; then load_c grows by the frequency for every thing among the row's first
+    c + 1 choices.
     """
     experts = order_trE.shape[2]
     seen = (freq_tr > 0).sum(axis=1)
@@ -229,8 +226,12 @@ def _balance(
 
 
 def _greedy(
-    row_ts: NDArray[np.int64], freq_ts: NDArray[np.float64], block_tsE: NDArray[np.uint8], pack: int, tie: tuple[int, int]
-) -> NDArray[np.uint8]:  # fmt: skip
+    row_ts: NDArray[np.int64],
+    freq_ts: NDArray[np.float64],
+    block_tsE: NDArray[np.uint8],
+    pack: int,
+    tie: tuple[int, int],
+) -> NDArray[np.uint8]:
     """Order the E things of each row by _balance's rule; choice c of a row is from block block_tsE[.., c].
 
     Choice c of a row needs only the row's earlier choices and load_c after the row before, so wave w makes choice c of
@@ -260,7 +261,7 @@ def _greedy(
 
 def _waves(
     freq_wtE: NDArray[np.float64], draw_wtE: NDArray[np.float64], block_wtE: NDArray[np.uint8], pack: int
-) -> NDArray[np.uint8]:  # fmt: skip
+) -> NDArray[np.uint8]:
     """Return the thing chosen in each wave and slot (see _greedy); slots without a row have frequency 0."""
     num_waves, num_tables, things = freq_wtE.shape
     thing_E1 = np.arange(things, dtype=np.uint8)[:, None]
@@ -282,9 +283,7 @@ def _waves(
     return chosen.reshape(num_waves, num_tables, things)
 
 
-def _cache_key(
-    moe: MoEConfig, vocab_size: int, train_ids: NDArray[np.integer[Any]], num_tables: int, seed: int
-) -> str:
+def _cache_key(moe: MoEConfig, vocab_size: int, train_ids: NDArray[np.integer[Any]], num_tables: int, seed: int) -> str:
     text = b""
     if moe.builder is not Builder.random:
         text = hashlib.sha256(np.ascontiguousarray(train_ids).data).digest()

@@ -1,6 +1,6 @@
-"""Processes for tests: `run_ranks` starts some that form a gloo group and gathers what they say, `Program` starts a program,
-both within a fraction of a second; `run_threads` gives threads of this process a Host each. And `change_certificate`, for
-tests of runs that shall differ from it.
+"""Processes for tests: `run_ranks` starts some that form a gloo group and gathers what they say, `Program` starts a
+program, both within a fraction of a second; `run_threads` gives threads of this process a Host each. And
+`change_certificate`, for tests of runs that shall differ from it.
 """
 
 import contextlib
@@ -36,17 +36,22 @@ from foreroute.engine.parallel.cpu_group import Host
 
 _SERVER = multiprocessing.get_context("forkserver")
 _PRELOADED = [  # what ranks import, also at their first step; none of it starts a thread
-    "pytest", "foreroute.engine.testing.ranks", "foreroute.engine.testing.tiny_run", "foreroute.engine.testing.tensor_bytes",
-    "foreroute.engine.train.trainer", "foreroute.engine.plug_in",
-    "torch._inductor.compile_fx", "torch._dynamo.testing", "deepspeed.ops.op_builder.all_ops",
-    "deepspeed.runtime.superoffload.superoffload_stage3", "deepspeed.runtime.zero.muon.original_muon",
-]  # fmt: skip
+    "pytest",
+    "foreroute.engine.testing.ranks",
+    "foreroute.engine.testing.tiny_run",
+    "foreroute.engine.testing.tensor_bytes",
+    "foreroute.engine.train.trainer",
+    "foreroute.engine.plug_in",
+    "torch._inductor.compile_fx",
+    "torch._dynamo.testing",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.original_muon",
+]
 _SERVER.set_forkserver_preload(_PRELOADED)
 
 
-def run_ranks(
-    function: Callable[..., Any], ranks: int, *arguments: Any, seconds: float = 600
-) -> list[Any]:
+def run_ranks(function: Callable[..., Any], ranks: int, *arguments: Any, seconds: float = 600) -> list[Any]:
     """Call function(rank, *arguments) in each of `ranks` new processes of one gloo group; return what they return.
 
     The processes are copies of one that has PyTorch, DeepSpeed and Triton imported and has done nothing else
@@ -58,13 +63,18 @@ def run_ranks(
         seconds: what all of it may take; collectives end then, too.
 
     Raises:
-        RuntimeError: a rank raised (its traceback is in the message), died or did not answer; no process is left behind.
+        RuntimeError: a rank raised (its traceback is in the message), died or did not answer; no process is left
+            behind.
     """
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         task = _Task(
             function=(inspect.getfile(function), function.__name__),
-            arguments=arguments, ranks=ranks, store=str(Path(folder) / "store"), seconds=seconds, environ=dict(os.environ),
-        )  # fmt: skip
+            arguments=arguments,
+            ranks=ranks,
+            store=str(Path(folder) / "store"),
+            seconds=seconds,
+            environ=dict(os.environ),
+        )
         workers = [_start(task, rank, stack) for rank in range(ranks)]
         return _collect(workers, seconds)
 
@@ -130,9 +140,7 @@ def _work(task: _Task, rank: int, answer: "Connection[Any, Any]") -> None:
     except BaseException:
         found = False, traceback.format_exc()
     answer.send(found)
-    time.sleep(
-        task.seconds
-    )  # others may still talk to this rank: it is killed when all have answered
+    time.sleep(task.seconds)  # others may still talk to this rank: it is killed when all have answered
 
 
 def _call(task: _Task, rank: int) -> Any:
@@ -144,9 +152,12 @@ def _call(task: _Task, rank: int) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     dist.init_process_group(
-        "gloo", store=dist.FileStore(task.store, task.ranks), rank=rank, world_size=task.ranks,
+        "gloo",
+        store=dist.FileStore(task.store, task.ranks),
+        rank=rank,
+        world_size=task.ranks,
         timeout=timedelta(seconds=task.seconds),
-    )  # fmt: skip
+    )
     return getattr(module, name)(rank, *task.arguments)
 
 
@@ -157,7 +168,8 @@ def _begin(environ: dict[str, str]) -> None:
 
 
 class Program:
-    """A Python program in a process like those of run_ranks: what it imports is there already. It ends with the block."""
+    """A Python program in a process like those of run_ranks: what it imports is there already. It ends with the
+    block."""
 
     def __init__(self, code: str, arguments: Sequence[str], environ: Mapping[str, str]) -> None:
         """Start it.
@@ -169,7 +181,7 @@ class Program:
         self._folder = tempfile.TemporaryDirectory()
         self._texts = [Path(self._folder.name) / name for name in ("out", "err")]
         arguments = ["-c", *arguments]
-        self._process = _SERVER.Process(target=_run, args=(code, arguments, dict(environ), self._texts))  # fmt: skip
+        self._process = _SERVER.Process(target=_run, args=(code, arguments, dict(environ), self._texts))
         self._process.start()
 
     def __enter__(self) -> "Program":
@@ -219,9 +231,7 @@ def rank_environments(ranks: int) -> list[dict[str, str]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [
-        {**os.environ, **world, "RANK": str(r), "LOCAL_RANK": str(r), "OMP_NUM_THREADS": "1"} for r in range(ranks)
-    ]  # fmt: skip
+    return [{**os.environ, **world, "RANK": str(r), "LOCAL_RANK": str(r), "OMP_NUM_THREADS": "1"} for r in range(ranks)]
 
 
 class _ThreadHost(Host):
@@ -237,7 +247,8 @@ class _ThreadHost(Host):
 
 
 def run_threads(function: Callable[[Host], Any], ranks: int, *, seconds: float = 60) -> list[Any]:
-    """Call function(host) in `ranks` threads whose hosts know each other; return results, or what was raised, by rank."""
+    """Call function(host) in `ranks` threads whose hosts know each other; return results, or what was raised, by
+    rank."""
     board: list[Any] = [None] * ranks
     barrier = threading.Barrier(ranks, timeout=seconds)
 

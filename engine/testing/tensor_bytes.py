@@ -1,11 +1,14 @@
-"""Bytes of tensors while a rank trains, as PyTorch's allocator counts them: the truth for engine/certificate/memory/peak.py.
+"""Bytes of tensors while a rank trains, as PyTorch's allocator counts them: the truth for
+engine/certificate/memory/peak.py.
 
-`TensorBytes` counts every block that PyTorch allocates on the CPU from `with` on, those inside its own and our operations too,
-through the events that its profiler records. Arrays of numpy are not among them, so plans are counted where they are made.
+`TensorBytes` counts every block that PyTorch allocates on the CPU from `with` on, those inside its own and our
+operations too, through the events that its profiler records. Arrays of numpy are not among them, so plans are counted
+where they are made.
 
-What a thread frees that is not profiled goes unseen, and gloo has such threads: the last to hold what was moved must be ours. So
-within the block who waited for a collective waits a little longer (`_GLOO_S`), until gloo's thread has let go; and where
-that was not enough, the block is gone when its address is given out again. PyTorch's own total would count it for ever.
+What a thread frees that is not profiled goes unseen, and gloo has such threads: the last to hold what was moved must be
+ours. So within the block who waited for a collective waits a little longer (`_GLOO_S`), until gloo's thread has let go;
+and where that was not enough, the block is gone when its address is given out again. PyTorch's own total would count it
+for ever.
 """
 
 import dataclasses
@@ -67,7 +70,7 @@ class TensorBytes:
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._profile.__exit__(kind, error, trace)
         self._slow_wait.stop()
         gc.unfreeze()
@@ -142,7 +145,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def train(
     config: Config, mesh: Mesh, ids: NDArray[np.uint8], tables: list[Table], vocab_size: int, *, counted: bool = True
-) -> int:  # fmt: skip
+) -> int:
     """Train train.steps steps on this rank, in the process group that there is.
 
     Returns:
@@ -158,9 +161,14 @@ def train(
 
 
 def _train(
-    config: Config, mesh: Mesh, ids: NDArray[np.uint8], tables: list[Table], vocab_size: int, plans: PlanBytes,
+    config: Config,
+    mesh: Mesh,
+    ids: NDArray[np.uint8],
+    tables: list[Table],
+    vocab_size: int,
+    plans: PlanBytes,
     held: TensorBytes | None,
-) -> None:  # fmt: skip
+) -> None:
     model = build_model(config, vocab_size)
     engine = adapter.start(model, config, mesh)
     loader = _loader(config, mesh, ids, tables, plans, model.input_keys)
@@ -174,12 +182,14 @@ def _train(
 
 
 def _loader(
-    config: Config, mesh: Mesh, ids: NDArray[np.uint8], tables: list[Table], plans: PlanBytes,
+    config: Config,
+    mesh: Mesh,
+    ids: NDArray[np.uint8],
+    tables: list[Table],
+    plans: PlanBytes,
     input_keys: Sequence[KeyRows],
-) -> PlannedLoader:  # fmt: skip
-    streams = Streams(
-        ids, config.data.streams, config.data.segment, config.context, config.data.start
-    )
+) -> PlannedLoader:
+    streams = Streams(ids, config.data.streams, config.data.segment, config.context, config.data.start)
     batches = TrainingBatches(config, streams, mesh, routers_of(tables, mesh), input_keys)
 
     def plan(group: GroupBatch, k: int) -> PlannedBatch:
@@ -188,6 +198,10 @@ def _loader(
         return planned
 
     return PlannedLoader(
-        batches.read, plan, batches.k,
-        steps=range(config.train.steps), accumulation=config.train.accumulation, prefetch=config.data.prefetch,
-    )  # fmt: skip
+        batches.read,
+        plan,
+        batches.k,
+        steps=range(config.train.steps),
+        accumulation=config.train.accumulation,
+        prefetch=config.data.prefetch,
+    )

@@ -52,7 +52,7 @@ def tiny_config(stage: int = 1, *, clip: float = 0.0, dropout: float = 0.0, **tr
         optim=OptimConfig(lr=0.002, clip=clip, eps=1e-6),
         train=TrainConfig(steps=10, zero_stage=stage, **train),
         eval=EvalConfig(k=[1]),
-    )  # fmt: skip
+    )
 
 
 class Run:
@@ -81,9 +81,7 @@ class Run:
         self.host = GlooHost(dist.group.WORLD)  # type: ignore[arg-type]
         text = np.random.default_rng(0).integers(0, SYMBOLS, 2000).astype(np.uint8)
         self.streams = Streams(text, STREAMS, SEGMENT, self.config.context)
-        tables = build_tables(
-            self.config.moe, SYMBOLS, text, num_tables=LAYERS, seed=1, cache_dir=None
-        )
+        tables = build_tables(self.config.moe, SYMBOLS, text, num_tables=LAYERS, seed=1, cache_dir=None)
         if idle:
             tables = [replace(t, order_rE=t.order_rE.sort().values.contiguous()) for t in tables]
         self._route_by(tables)
@@ -108,7 +106,8 @@ class Run:
         return add_up(total).item() / self.mesh.world
 
     def evaluate(self, guard: Callable[[], AbstractContextManager[Any]]) -> float:
-        """Give this rank's loss on the next step's first micro-batch, by the bare model under torch.no_grad or the like."""
+        """Give this rank's loss on the next step's first micro-batch, by the bare model under torch.no_grad or the
+        like."""
         self.engine.module.eval()
         with guard():
             loss: float = self.engine.module(*self._inputs(0)).loss.item()
@@ -116,7 +115,8 @@ class Run:
         return loss
 
     def state(self) -> dict[str, NDArray[np.float32]]:
-        """Give master weights and moments, "weight/<parameter>"; of experts each by itself, "weight/<parameter>@<expert>"."""
+        """Give master weights and moments, "weight/<parameter>"; of experts each by itself,
+        "weight/<parameter>@<expert>"."""
         found: dict[str, NDArray[np.float32]] = {}
         for name, values in self.engine.read_state():
             for key, value in values.items():
@@ -133,10 +133,13 @@ class Run:
         """Write a checkpoint."""
         layers = zip(*[micro for micro in self.memory if micro is not None], strict=True)
         state = checkpoint.TrainingState(
-            step=self.index, cursor=self.index, rng=torch.get_rng_state(),
-            memory=tuple(torch.cat(layer) for layer in layers), stream_B=torch.tensor(self._own_streams()),
+            step=self.index,
+            cursor=self.index,
+            rng=torch.get_rng_state(),
+            memory=tuple(torch.cat(layer) for layer in layers),
+            stream_B=torch.tensor(self._own_streams()),
             tables=[table_state(table) for table in self.tables],
-        )  # fmt: skip
+        )
         return checkpoint.save(folder, self.engine, state, facts={}, keep=2, host=self.host)
 
     def load(self, folder: Path) -> checkpoint.TrainingState:
@@ -157,9 +160,7 @@ class Run:
         self.tables, self.routers = tables, routers_of(tables, self.mesh)
 
     def _streams_of(self, rank: int, micro: int) -> range:
-        return self.streams.streams_of(
-            rank, micro, world=self.mesh.world, accumulation=self.accumulation
-        )
+        return self.streams.streams_of(rank, micro, world=self.mesh.world, accumulation=self.accumulation)
 
     def _own_streams(self) -> list[int]:
         micros = range(self.accumulation)
@@ -175,7 +176,8 @@ class Run:
 
 
 def _assert_sharded(model: nn.Module) -> None:
-    """Between steps a rank holds nothing of a dense parameter but its share; otherwise a test of ZeRO-3 proves nothing."""
+    """Between steps a rank holds nothing of a dense parameter but its share; otherwise a test of ZeRO-3 proves
+    nothing."""
     for name, param in model.named_parameters():
         shards = param.ds_zero_partition_world_size  # type: ignore[attr-defined]
         assert param.numel() == 0 and (shards > 1 or ".experts." in name), f"{name} is whole"

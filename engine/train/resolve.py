@@ -63,9 +63,7 @@ def _seconds(config: Config, k: int) -> tuple[float, float]:
         return torch.randn(shape, generator=generator).requires_grad_()
 
     shape = (moe.experts, moe.expert_width, width)
-    weights = ExpertWeights(
-        normal(*shape), normal(*shape[:2]), normal(*shape), normal(shape[0], width)
-    )
+    weights = ExpertWeights(normal(*shape), normal(*shape[:2]), normal(*shape), normal(shape[0], width))
     tokens = min(_TOKENS, config.symbols_per_step)
     x_TD = normal(tokens, width)
     expert_TK = torch.rand(tokens, moe.experts, generator=generator).topk(k, dim=1).indices

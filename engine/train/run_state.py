@@ -17,9 +17,7 @@ def not_in_rounding_alone(manifest: Mapping[str, Any], config: Config, mesh: Mes
     if then == (mesh.world, mesh.expert_ranks, config.train.accumulation):
         return []
     learned = config.moe.router is Router.learned and config.moe.balance_loss > 0
-    regrouped = (
-        accumulation != config.train.accumulation or config.moe.balance_over is BalanceOver.micro
-    )
+    regrouped = accumulation != config.train.accumulation or config.moe.balance_over is BalanceOver.micro
     found = {
         "dropout draws new numbers": drops_out(config),
         "keys are shuffled among other tokens": config.moe.keys is Keys.shuffled,

@@ -99,7 +99,7 @@ def train_step(
     if engine.device.type == "cuda":  # launched, not done; the ranks' sum would wait for it next
         torch.cuda.synchronize(engine.device)
         times.backward_ms += clock.lap_ms()
-    sent_G = [now - then for now, then in zip(wire.sent_bytes_P, sent_before_P, strict=True)] if wire else []  # fmt: skip
+    sent_G = [now - then for now, then in zip(wire.sent_bytes_P, sent_before_P, strict=True)] if wire else []
     row = _row(world, sent_G, times, before or StepTimes())
     row.stop_asked, row.save_asked = float(stop_asked), float(save_asked)
     block = block_of(row, sent_G, world.mesh)
@@ -107,9 +107,7 @@ def train_step(
     with span("totals"):
         totals = add_up(outputs, world, block)
     if not math.isfinite(totals.loss + totals.auxiliary_loss):
-        raise everywhere(
-            RunFailed(f"the loss is {totals.loss + totals.auxiliary_loss} at step {step}")
-        )
+        raise everywhere(RunFailed(f"the loss is {totals.loss + totals.auxiliary_loss} at step {step}"))
     clock.lap_ms()
     with span("optimizer"):
         applied = engine.step()
@@ -149,9 +147,7 @@ def _row(world: World, sent_G: list[int], times: StepTimes, before: StepTimes) -
     )
 
 
-def _forward(
-    engine: Engine, planned: PlannedBatch, memory: Memory | None, config: Config, step: int
-) -> Output:
+def _forward(engine: Engine, planned: PlannedBatch, memory: Memory | None, config: Config, step: int) -> Output:
     batch = planned.batch
     routing = Routing(
         planned.k,
@@ -161,7 +157,5 @@ def _forward(
         second_plans=planned.second_plans,
         input_row_tBQ=planned.input_row_tBQ,
     )
-    output: Output = engine.forward(
-        batch.ids_BQ, batch.targets_BQ, None if batch.fresh else memory, routing
-    )
+    output: Output = engine.forward(batch.ids_BQ, batch.targets_BQ, None if batch.fresh else memory, routing)
     return output

@@ -29,12 +29,7 @@ from foreroute.engine.metrics.step_result import StepTimes
 from foreroute.engine.metrics.stragglers import SlowRank
 from foreroute.engine.metrics.timers import ForwardTimes
 from foreroute.engine.metrics.writer import Metrics
-from foreroute.engine.model.build import (
-    build_model,
-    fill_signatures,
-    planned_routers,
-    router_tables,
-)
+from foreroute.engine.model.build import build_model, fill_signatures, planned_routers, router_tables
 from foreroute.engine.model.flops import Arithmetic
 from foreroute.engine.model.transformer_xl import Memory
 from foreroute.engine.optim.deepspeed_engine import start
@@ -89,7 +84,7 @@ class Trainer:
         self.folder, self.reporter = folder, reporter
         self.streams = Streams(
             corpus.split(Split.train), config.data.streams, config.data.segment, config.context, config.data.start
-        )  # fmt: skip
+        )
         self.model = build_model(config, corpus.vocab.size)
         fill_signatures(self.model, config, corpus)
         self.parameters = sum(p.numel() for p in self.model.parameters())  # of all ranks together
@@ -111,7 +106,8 @@ class Trainer:
         """Go on from the newest whole checkpoint, if there is one; damaged ones are named and skipped.
 
         Raises:
-            UserError: on every rank: there are checkpoints, and none is whole or fits, or the newest is beyond train.steps, or the
+            UserError: on every rank: there are checkpoints, and none is whole or fits, or the newest is beyond
+                train.steps, or the
             text has changed.
         """
         try:
@@ -134,13 +130,12 @@ class Trainer:
         trained_on = manifest["corpus_sha256"]
         if trained_on != self.corpus.sha256:
             raise UserError(
-                f"{path}: trained on text with sha256 {trained_on[:16]}..., the corpus is now {self.corpus.sha256[:16]}...; another train.name starts a new run"
+                f"{path}: trained on text with sha256 {trained_on[:16]}..., the corpus is now"
+                f" {self.corpus.sha256[:16]}...; another train.name starts a new run"
             )
         done, steps = step_of(path), self.config.train.steps
         if done > steps:
-            raise UserError(
-                f"train.steps={steps}: the run in {self.folder} is at step {done:,} already"
-            )
+            raise UserError(f"train.steps={steps}: the run in {self.folder} is at step {done:,} already")
         state = checkpoint.load(path, self.engine, host=host, streams=self._own_streams())
         self.step = state.step
         # tables belong to the model: take the saved ones
@@ -153,9 +148,9 @@ class Trainer:
             self.memory = [tuple(micro) for micro in zip(*parts, strict=True)]
         self.reporter.note(f"resumed at step {self.step} from {path}")
         if differs := not_in_rounding_alone(manifest, self.config, self.world.mesh):
-            self.reporter.note(f"the checkpoint is of another layout of ranks and micro-batches: {', '.join(differs)}")  # fmt: skip
+            self.reporter.note(f"the checkpoint is of another layout of ranks and micro-batches: {', '.join(differs)}")
         elif self._on_gpu != (state.device_rng is not None) and drops_out(self.config):
-            self.reporter.note("the checkpoint is of another kind of device: dropout draws new numbers")  # fmt: skip
+            self.reporter.note("the checkpoint is of another kind of device: dropout draws new numbers")
 
     def save(self) -> Path:
         """Write a checkpoint of this moment."""
@@ -172,7 +167,9 @@ class Trainer:
         )
         try:
             return checkpoint.save(
-                self.checkpoints, self.engine, state,
+                self.checkpoints,
+                self.engine,
+                state,
                 facts={
                     "config": to_plain(self.config),
                     "corpus_sha256": self.corpus.sha256,
@@ -180,14 +177,12 @@ class Trainer:
                 },
                 keep=self.config.train.keep,
                 host=self.world.host,
-            )  # fmt: skip
+            )
         except OSError as error:  # the same on every rank
             failure = RunFailed(f"cannot write a checkpoint at step {self.step}: {error}")
             raise everywhere(failure) from error
 
-    def run(
-        self, metrics: Metrics | None, stop_asked: Callable[[], bool], check: Check | None = None
-    ) -> bool:
+    def run(self, metrics: Metrics | None, stop_asked: Callable[[], bool], check: Check | None = None) -> bool:
         """Train until train.steps, or until stop_asked() says so; a checkpoint is written in both cases.
 
         Args:
@@ -208,9 +203,7 @@ class Trainer:
         alone = self.world.mesh.world == 1
         stopping = alone and stop_asked()
         slow, before = SlowRank(), StepTimes()
-        profiler = Profiler(
-            self.config.profile, self.folder / "trace", self.world, self.reporter.note, done=first
-        )
+        profiler = Profiler(self.config.profile, self.folder / "trace", self.world, self.reporter.note, done=first)
         try:
             if metrics is not None and alone and self._missed_validation():
                 self._validate(metrics, window, stop_asked)
@@ -219,10 +212,18 @@ class Trainer:
                 self.world.watch.at(f"step {self.step}", timeouts=5 if compiles else 1)
                 profiler.begin(self.step + 1)
                 result = train_step(
-                    self.engine, loader, self.memory, self.config,
-                    step=self.step, forward_times=self.forward_times,
-                    world=self.world, stop_asked=stop_asked(), save_asked=self._save_asked(), before=before, check=check,
-                )  # fmt: skip
+                    self.engine,
+                    loader,
+                    self.memory,
+                    self.config,
+                    step=self.step,
+                    forward_times=self.forward_times,
+                    world=self.world,
+                    stop_asked=stop_asked(),
+                    save_asked=self._save_asked(),
+                    before=before,
+                    check=check,
+                )
                 before = result.times
                 self.step += 1
                 profiler.end(self.step, result.times)
@@ -271,9 +272,13 @@ class Trainer:
 
     def _window(self) -> Window:
         return Window(
-            self.config, self.arithmetic,
-            ranks=self.world.mesh.world, device=self.world.device, peak=self.peak, flops=self.arithmetic.flops_before(self.step),
-        )  # fmt: skip
+            self.config,
+            self.arithmetic,
+            ranks=self.world.mesh.world,
+            device=self.world.device,
+            peak=self.peak,
+            flops=self.arithmetic.flops_before(self.step),
+        )
 
     def _loader(self) -> PlannedLoader:
         config, world, batches = self.config, self.world, self._batches()
@@ -286,11 +291,11 @@ class Trainer:
             prefetch=config.data.prefetch,
             agreement=Agreement(world.planning, world.mesh, self.routers) if world.mesh.world > 1 else None,
             device=self.engine.device,
-        )  # fmt: skip
+        )
 
     def _batches(self) -> TrainingBatches:
         keys, group = self.model.input_keys, self.world.planning_group
-        return TrainingBatches(self.config, self.streams, self.world.mesh, self.routers, keys, group)  # fmt: skip
+        return TrainingBatches(self.config, self.streams, self.world.mesh, self.routers, keys, group)
 
     def _own_streams(self) -> list[int]:
         """Global streams of this rank, micro-batch by micro-batch."""
@@ -322,9 +327,7 @@ class Trainer:
         minutes = self.config.train.save_minutes
         return minutes > 0 and time.monotonic() - self._saved_at >= 60 * minutes
 
-    def _validate(
-        self, metrics: Metrics | None, window: Window, stop_asked: Callable[[], bool]
-    ) -> None:
+    def _validate(self, metrics: Metrics | None, window: Window, stop_asked: Callable[[], bool]) -> None:
         self.world.watch.at(f"the validation at step {self.step}")
 
         def leave_if_asked(done: int, total: int) -> None:
@@ -332,12 +335,18 @@ class Trainer:
                 raise _StopAsked
 
         found = evaluate(
-            self.model, self.routers, self.corpus, self.config,
-            split=Split.valid, k=self.config.schedule.k_max, progress=leave_if_asked, world=self.world,
+            self.model,
+            self.routers,
+            self.corpus,
+            self.config,
+            split=Split.valid,
+            k=self.config.schedule.k_max,
+            progress=leave_if_asked,
+            world=self.world,
             max_symbols=self.config.train.valid_symbols,
-        )  # fmt: skip
+        )
         k = self.config.schedule.k_max
-        values = {"valid_loss": found.nats, "valid_bpc": found.bpc, "k": k, **window.progress(self.step)}  # fmt: skip
+        values = {"valid_loss": found.nats, "valid_bpc": found.bpc, "k": k, **window.progress(self.step)}
         if metrics is not None:
             with window.timed():
                 metrics.log(self.step, values)
@@ -354,8 +363,4 @@ class Trainer:
         """Say which checkpoint the run can go on from; all ranks look together."""
         self.world.watch.at("the search for the last good checkpoint")
         path, _ = checkpoint.find_newest(self.checkpoints, self.world.host)
-        return (
-            "no checkpoint was written yet"
-            if path is None
-            else f"the last good checkpoint is {path}"
-        )
+        return "no checkpoint was written yet" if path is None else f"the last good checkpoint is {path}"

@@ -6,8 +6,8 @@ and which were dropped. Mode "fast" keeps the gathered input rows for backward, 
 
 The library compiles a bf16 product for each new number of rows, which takes as long as the product, and experts have
 new numbers in every batch. So in half precision products take a few rows more, up to a multiple: those of the experts
-that follow, whose results are written after, with gradients of 0. Nothing is stored for them; where they are infinite, the
-gradients of the expert before become NaN as theirs do.
+that follow, whose results are written after, with gradients of 0. Nothing is stored for them; where they are infinite,
+the gradients of the expert before become NaN as theirs do.
 
 Letters: R input rows, N expert rows, n rows of one expert, m the same rounded up, D width, F expert hidden width.
 """
@@ -26,10 +26,10 @@ from foreroute.kernels.operands import ExpertWeights, FfnGradients, Saved
 _MULTIPLE = 8  # rows; of 1 to 64 the fastest when every batch is routed anew
 
 
-@torch.autocast("cpu", enabled=False)
+@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
 def ffn_forward(
     x_RD: Tensor, weights: ExpertWeights, rows: ExpertRows, dropout: Dropout | None, *, save: bool, mode: str
-) -> tuple[Tensor, Saved]:  # fmt: skip
+) -> tuple[Tensor, Saved]:
     """Give the unweighted output y_ND of every expert row, and what backward needs."""
     num_rows, width_F = rows.num_rows, weights.w1_LFD.shape[1]
     masks = Masks(dropout, width_F, x_RD.device)
@@ -59,11 +59,18 @@ def ffn_forward(
     return y_MD[:num_rows], Saved(hidden_NF, gate_NF, kept)
 
 
-@torch.autocast("cpu", enabled=False)
+@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
 def ffn_backward(
-    dout: Tensor, x_RD: Tensor, weights: ExpertWeights, rows: ExpertRows, dropout: Dropout | None, saved: Saved, *,
-    weight_N: Tensor | None, dweight: bool,
-) -> FfnGradients:  # fmt: skip
+    dout: Tensor,
+    x_RD: Tensor,
+    weights: ExpertWeights,
+    rows: ExpertRows,
+    dropout: Dropout | None,
+    saved: Saved,
+    *,
+    weight_N: Tensor | None,
+    dweight: bool,
+) -> FfnGradients:
     """Give every gradient of the feed-forward (arguments: see kernels/gpu/expert_ffn.py)."""
     masks = Masks(dropout, weights.w1_LFD.shape[1], x_RD.device)
     parts = _parts(rows, x_RD.dtype)
@@ -80,7 +87,7 @@ def ffn_backward(
         keep_nF = None if gate_mF is None else masks.keep(expert, rows.source_N[own])
         a_mF = hidden_units(hidden_mF, gate_mF, keep_nF)
         if dweight_N is not None and plain_ND is not None:
-            weight_gradient(weights, expert, plain_ND[own], a_mF[: part.count], scale, out=dweight_N[own])  # fmt: skip
+            weight_gradient(weights, expert, plain_ND[own], a_mF[: part.count], scale, out=dweight_N[own])
         dy_mD, dw2_FD = part.alone(dy_ND), grads.w2_LFD[expert]
         torch.addmm(dw2_FD, a_mF.T, dy_mD, beta=0, alpha=scale, out=dw2_FD)
         torch.sum(dy_ND[own], 0, out=grads.b2_LD[expert])
@@ -118,9 +125,15 @@ def activate_backward(
 
 
 def input_gradients(
-    weights: ExpertWeights, grads: ExpertWeights, expert: int, x_nD: Tensor, dz_nF: Tensor, du_nF: Tensor | None, *,
+    weights: ExpertWeights,
+    grads: ExpertWeights,
+    expert: int,
+    x_nD: Tensor,
+    dz_nF: Tensor,
+    du_nF: Tensor | None,
+    *,
     out: Tensor,
-) -> None:  # fmt: skip
+) -> None:
     """Gradients of one expert's first matrices, and of its input rows into `out`."""
     torch.mm(dz_nF.T, x_nD, out=grads.w1_LFD[expert])
     torch.sum(dz_nF, 0, out=grads.b1_LF[expert])
@@ -191,9 +204,7 @@ def _parts(rows: ExpertRows, dtype: torch.dtype) -> list[_Part]:
     return parts
 
 
-def _gathered(
-    x_RD: Tensor, rows: ExpertRows, parts: list[_Part], known_ND: Tensor | None = None
-) -> Tensor:
+def _gathered(x_RD: Tensor, rows: ExpertRows, parts: list[_Part], known_ND: Tensor | None = None) -> Tensor:
     """Input rows of all experts, and zeros up to where the last products reach."""
     num_rows = rows.num_rows
     end = max((part.wide.stop for part in parts), default=num_rows)

@@ -22,10 +22,10 @@ from foreroute.kernels.operands import ExpertWeights, FfnGradients, Saved
 BLOCK_ROWS = 2048
 
 
-@torch.autocast("cpu", enabled=False)
+@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
 def masked_forward(
     x_RD: Tensor, weight_N: Tensor, weights: ExpertWeights, rows: ExpertRows, dropout: Dropout | None, *, dweight: bool
-) -> tuple[Tensor, Saved]:  # fmt: skip
+) -> tuple[Tensor, Saved]:
     """Give the weighted sum out_RD, and what backward needs.
 
     Args:
@@ -57,11 +57,18 @@ def masked_forward(
     return out_RD, Saved(hidden_RH, gate_RH, x_RD.new_empty(0))
 
 
-@torch.autocast("cpu", enabled=False)
+@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
 def masked_backward(
-    dout_RD: Tensor, x_RD: Tensor, weight_N: Tensor, weights: ExpertWeights, rows: ExpertRows,
-    dropout: Dropout | None, saved: Saved, *, dweight: bool,
-) -> FfnGradients:  # fmt: skip
+    dout_RD: Tensor,
+    x_RD: Tensor,
+    weight_N: Tensor,
+    weights: ExpertWeights,
+    rows: ExpertRows,
+    dropout: Dropout | None,
+    saved: Saved,
+    *,
+    dweight: bool,
+) -> FfnGradients:
     """Give every gradient; an expert that was not chosen gets 0, being weighted with 0."""
     w1_HD, w2_HD = weights.w1_LFD.flatten(0, 1), weights.w2_LFD.flatten(0, 1)
     weight_RL = _spread(weight_N, rows, x_RD.dtype)
@@ -129,7 +136,8 @@ def _spread(weight_N: Tensor, rows: ExpertRows, dtype: torch.dtype) -> Tensor:
 
 
 def _weighted(a_rH: Tensor, weight_rL: Tensor) -> Tensor:
-    return (a_rH.unflatten(1, (weight_rL.shape[1], -1)) * weight_rL[..., None]).flatten(1)
+    a_rLF: Tensor = a_rH.unflatten(1, (weight_rL.shape[1], -1))
+    return (a_rLF * weight_rL[..., None]).flatten(1)
 
 
 def _drop(a_rH: Tensor, dropout: Dropout | None, block: slice, weights: ExpertWeights) -> None:

@@ -15,9 +15,7 @@ def combine_forward(y_ND: Tensor, weight_N: Tensor | None, rows: ExpertRows) -> 
     slot_weight_N = None
     if weight_N is not None:
         slot_weight_N = weight_N.to(y_ND.dtype).index_select(0, rows.slot_N)
-    return F.embedding_bag(
-        rows.slot_N, y_ND, rows.slot_offset_R, mode="sum", per_sample_weights=slot_weight_N
-    )
+    return F.embedding_bag(rows.slot_N, y_ND, rows.slot_offset_R, mode="sum", per_sample_weights=slot_weight_N)
 
 
 def combine_backward(
@@ -37,9 +35,7 @@ def combine_backward(
 def take_rows(x_RD: Tensor, source_N: Tensor, weight_N: Tensor) -> Tensor:
     """weight[n] * x[source[n]] in one pass."""
     each = torch.arange(source_N.numel(), device=source_N.device)
-    return F.embedding_bag(
-        source_N, x_RD, each, mode="sum", per_sample_weights=weight_N.to(x_RD.dtype)
-    )
+    return F.embedding_bag(source_N, x_RD, each, mode="sum", per_sample_weights=weight_N.to(x_RD.dtype))
 
 
 def add_rows(y_MD: Tensor, slot_M: Tensor, slot_offset_R: Tensor, dtype: torch.dtype) -> Tensor:

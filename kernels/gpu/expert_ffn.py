@@ -1,8 +1,9 @@
 """Backend "triton" of the expert feed-forward: which kernels run, on which tiles, in which order.
 
 Forward: list the row tiles, first product, second product. Backward: gradient of the hidden units, input rows (summed
-by kernels/gpu/rows_kernels.py), two or three weight matrices with their biases; for live routers the mixing weights. The
-kernels are in kernels/gpu/expert_ffn_forward.py and expert_ffn_backward_triton.py. Nothing is read back from the GPU.
+by kernels/gpu/rows_kernels.py), two or three weight matrices with their biases; for live routers the mixing weights.
+The kernels are in kernels/gpu/expert_ffn_forward.py and expert_ffn_backward_triton.py. Nothing is read back from the
+GPU.
 
 Letters: R input rows, N expert rows, L experts here, D width, F expert hidden width.
 """
@@ -25,7 +26,7 @@ from foreroute.kernels.tiles import Tile, Tiles, ffn_tiles
 
 def ffn_forward(
     x_RD: Tensor, weights: ExpertWeights, rows: ExpertRows, dropout: Dropout | None, *, save: bool, precision: str
-) -> tuple[Tensor, Saved]:  # fmt: skip
+) -> tuple[Tensor, Saved]:
     """Give the unweighted output y_ND of every expert row, and what backward needs."""
     width_F, width_D = weights.w1_LFD.shape[1:]
     gated = weights.w3_LFD is not None
@@ -33,26 +34,63 @@ def ffn_forward(
     tile_map, num_tiles = _tile_map(rows, tiles.up.rows)
     a_NF = x_RD.new_empty(rows.num_rows, width_F)
     z_NF, u_NF = (torch.empty_like(a_NF) if gated and save else a_NF.new_empty(0) for _ in range(2))
-    shared = {"offset_ptr": rows.offset_L, "tile_ptr": tile_map, "num_tiles": num_tiles, "PRECISION": precision,
-              "D": width_D, "F": width_F}  # fmt: skip
+    shared = {
+        "offset_ptr": rows.offset_L,
+        "tile_ptr": tile_map,
+        "num_tiles": num_tiles,
+        "PRECISION": precision,
+        "D": width_D,
+        "F": width_F,
+    }
     launch(
-        forward._up_kernel, num_tiles * triton.cdiv(width_F, tiles.up.columns), tiles.up, x_ptr=x_RD,
-        w1_ptr=weights.w1_LFD, b1_ptr=weights.b1_LF, w3_ptr=weights.w3_LFD, source_ptr=rows.source_N, a_ptr=a_NF,
-        z_ptr=z_NF, u_ptr=u_NF, GATED=gated, SAVE=save, **shared, **_dropout(dropout), **_blocks(tiles.up),
-    )  # fmt: skip
+        forward._up_kernel,
+        num_tiles * triton.cdiv(width_F, tiles.up.columns),
+        tiles.up,
+        x_ptr=x_RD,
+        w1_ptr=weights.w1_LFD,
+        b1_ptr=weights.b1_LF,
+        w3_ptr=weights.w3_LFD,
+        source_ptr=rows.source_N,
+        a_ptr=a_NF,
+        z_ptr=z_NF,
+        u_ptr=u_NF,
+        GATED=gated,
+        SAVE=save,
+        **shared,
+        **_dropout(dropout),
+        **_blocks(tiles.up),
+    )
     y_ND = x_RD.new_empty(rows.num_rows, width_D)
     launch(
-        forward._down_kernel, num_tiles * triton.cdiv(width_D, tiles.down.columns), tiles.down, a_ptr=a_NF,
-        w_ptr=weights.w2_LFD, a2_ptr=None, w2_ptr=None, b_ptr=weights.b2_LD, y_ptr=y_ND, BIAS=True, SECOND=False,
-        **shared, **_blocks(tiles.down),
-    )  # fmt: skip
+        forward._down_kernel,
+        num_tiles * triton.cdiv(width_D, tiles.down.columns),
+        tiles.down,
+        a_ptr=a_NF,
+        w_ptr=weights.w2_LFD,
+        a2_ptr=None,
+        w2_ptr=None,
+        b_ptr=weights.b2_LD,
+        y_ptr=y_ND,
+        BIAS=True,
+        SECOND=False,
+        **shared,
+        **_blocks(tiles.down),
+    )
     return y_ND, Saved(z_NF if gated else a_NF, u_NF, a_NF.new_empty(0))
 
 
 def ffn_backward(
-    dout: Tensor, x_RD: Tensor, weights: ExpertWeights, rows: ExpertRows, dropout: Dropout | None, saved: Saved, *,
-    weight_N: Tensor | None, dweight: bool, precision: str,
-) -> FfnGradients:  # fmt: skip
+    dout: Tensor,
+    x_RD: Tensor,
+    weights: ExpertWeights,
+    rows: ExpertRows,
+    dropout: Dropout | None,
+    saved: Saved,
+    *,
+    weight_N: Tensor | None,
+    dweight: bool,
+    precision: str,
+) -> FfnGradients:
     """Give every gradient of the feed-forward.
 
     Args:
@@ -65,8 +103,14 @@ def ffn_backward(
     weighted = weight_N is not None
     tiles = _tiles(x_RD, weights, rows, precision)
     tile_map, num_tiles = _tile_map(rows, tiles.up.rows)
-    shared = {"offset_ptr": rows.offset_L, "tile_ptr": tile_map, "num_tiles": num_tiles, "PRECISION": precision,
-              "D": width_D, "F": width_F}  # fmt: skip
+    shared = {
+        "offset_ptr": rows.offset_L,
+        "tile_ptr": tile_map,
+        "num_tiles": num_tiles,
+        "PRECISION": precision,
+        "D": width_D,
+        "F": width_F,
+    }
     tile = tiles.down_backward
     columns = triton.cdiv(width_F, tile.columns)
     dz_NF = torch.empty_like(saved.hidden_NF)
@@ -74,32 +118,69 @@ def ffn_backward(
     ga_NF = torch.empty_like(dz_NF) if gated or weighted else saved.hidden_NF
     partial = x_RD.new_empty(rows.num_rows, columns, dtype=torch.float32) if dweight else None
     launch(
-        backward._down_backward_kernel, num_tiles * columns, tile, dout_ptr=dout, w2_ptr=weights.w2_LFD,
-        weight_ptr=weight_N, source_ptr=rows.source_N, hidden_ptr=saved.hidden_NF, u_ptr=saved.gate_NF, dz_ptr=dz_NF,
-        du_ptr=du_NF, ga_ptr=ga_NF, partial_ptr=partial, GATED=gated, GATHER=weighted, WEIGHTED=weighted,
-        DWEIGHT=dweight, **shared, **_dropout(dropout), **_blocks(tile),
-    )  # fmt: skip
+        backward._down_backward_kernel,
+        num_tiles * columns,
+        tile,
+        dout_ptr=dout,
+        w2_ptr=weights.w2_LFD,
+        weight_ptr=weight_N,
+        source_ptr=rows.source_N,
+        hidden_ptr=saved.hidden_NF,
+        u_ptr=saved.gate_NF,
+        dz_ptr=dz_NF,
+        du_ptr=du_NF,
+        ga_ptr=ga_NF,
+        partial_ptr=partial,
+        GATED=gated,
+        GATHER=weighted,
+        WEIGHTED=weighted,
+        DWEIGHT=dweight,
+        **shared,
+        **_dropout(dropout),
+        **_blocks(tile),
+    )
     dweight_N = None
     if partial is not None:
         dweight_N = _dweight(partial, dout, weights, rows, tile_map, tile.rows)
     dx_ND = x_RD.new_empty(rows.num_rows, width_D)
     tile = tiles.up_backward
     launch(
-        forward._down_kernel, num_tiles * triton.cdiv(width_D, tile.columns), tile, a_ptr=dz_NF, w_ptr=weights.w1_LFD,
-        a2_ptr=du_NF, w2_ptr=weights.w3_LFD, b_ptr=None, y_ptr=dx_ND, BIAS=False, SECOND=gated,
-        **shared, **_blocks(tile),
-    )  # fmt: skip
-    dw2, _, db2 = _weights_gradient(ga_NF, None, dout, weights, rows, tiles.weights, precision, weight_N=weight_N, bias="right", gather=weighted)  # fmt: skip
+        forward._down_kernel,
+        num_tiles * triton.cdiv(width_D, tile.columns),
+        tile,
+        a_ptr=dz_NF,
+        w_ptr=weights.w1_LFD,
+        a2_ptr=du_NF,
+        w2_ptr=weights.w3_LFD,
+        b_ptr=None,
+        y_ptr=dx_ND,
+        BIAS=False,
+        SECOND=gated,
+        **shared,
+        **_blocks(tile),
+    )
+    dw2, _, db2 = _weights_gradient(
+        ga_NF, None, dout, weights, rows, tiles.weights, precision, weight_N=weight_N, bias="right", gather=weighted
+    )
     tile = tiles.weights_pair if gated else tiles.weights
-    dw1, dw3, db1 = _weights_gradient(dz_NF, du_NF, x_RD, weights, rows, tile, precision, bias="left")  # fmt: skip
+    dw1, dw3, db1 = _weights_gradient(dz_NF, du_NF, x_RD, weights, rows, tile, precision, bias="left")
     dx_RD = combine_forward(dx_ND, None, rows)
     return FfnGradients(dx_RD, ExpertWeights(dw1, db1, dw2, db2, dw3), dweight_N)
 
 
 def _weights_gradient(
-    left_NF: Tensor, left2_NF: Tensor | None, right: Tensor, weights: ExpertWeights, rows: ExpertRows, tile: Tile,
-    precision: str, *, bias: str, gather: bool = True, weight_N: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+    left_NF: Tensor,
+    left2_NF: Tensor | None,
+    right: Tensor,
+    weights: ExpertWeights,
+    rows: ExpertRows,
+    tile: Tile,
+    precision: str,
+    *,
+    bias: str,
+    gather: bool = True,
+    weight_N: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """Gradients [L, F, D] of a weight matrix and of one that shares its right side, and of the bias."""
     num_experts, width_F, width_D = weights.w1_LFD.shape
     dw_LFD = torch.empty_like(weights.w1_LFD)
@@ -107,32 +188,56 @@ def _weights_gradient(
     db = torch.empty_like(weights.b1_LF if bias == "left" else weights.b2_LD)
     programs = num_experts * triton.cdiv(width_F, tile.rows) * triton.cdiv(width_D, tile.columns)
     launch(
-        backward._weights_kernel, programs, tile, left_ptr=left_NF, left2_ptr=left2_NF, right_ptr=right,
-        source_ptr=rows.source_N, weight_ptr=weight_N, offset_ptr=rows.offset_L, dw_ptr=dw_LFD, dw2_ptr=dw2_LFD,
-        db_ptr=db, D=width_D, F=width_F, GATHER=gather, WEIGHTED=weight_N is not None, BIAS=bias,
-        PAIR=left2_NF is not None, PRECISION=precision, BLOCK_F=tile.rows, BLOCK_D=tile.columns, BLOCK_M=tile.depth,
-    )  # fmt: skip
+        backward._weights_kernel,
+        programs,
+        tile,
+        left_ptr=left_NF,
+        left2_ptr=left2_NF,
+        right_ptr=right,
+        source_ptr=rows.source_N,
+        weight_ptr=weight_N,
+        offset_ptr=rows.offset_L,
+        dw_ptr=dw_LFD,
+        dw2_ptr=dw2_LFD,
+        db_ptr=db,
+        D=width_D,
+        F=width_F,
+        GATHER=gather,
+        WEIGHTED=weight_N is not None,
+        BIAS=bias,
+        PAIR=left2_NF is not None,
+        PRECISION=precision,
+        BLOCK_F=tile.rows,
+        BLOCK_D=tile.columns,
+        BLOCK_M=tile.depth,
+    )
     return dw_LFD, dw2_LFD, db
 
 
 def _dweight(
-    partial: Tensor,
-    dout_RD: Tensor,
-    weights: ExpertWeights,
-    rows: ExpertRows,
-    tile_map: Tensor,
-    block: int,
+    partial: Tensor, dout_RD: Tensor, weights: ExpertWeights, rows: ExpertRows, tile_map: Tensor, block: int
 ) -> Tensor:
     """Finish the mixing weights' gradient from its partial sums."""
     width_D, columns = dout_RD.shape[1], partial.shape[1]
     dweight_N = partial.new_empty(rows.num_rows)
     block_c = triton.next_power_of_2(columns)
     launch(
-        backward._dweight_kernel, tile_map.shape[0], Tile(block, block_c, 1, 4, 1), partial_ptr=partial, dout_ptr=dout_RD,
-        b2_ptr=weights.b2_LD, source_ptr=rows.source_N, offset_ptr=rows.offset_L, tile_ptr=tile_map,
-        dweight_ptr=dweight_N, D=width_D, COLUMNS=columns, BLOCK_M=block, BLOCK_C=block_c,
+        backward._dweight_kernel,
+        tile_map.shape[0],
+        Tile(block, block_c, 1, 4, 1),
+        partial_ptr=partial,
+        dout_ptr=dout_RD,
+        b2_ptr=weights.b2_LD,
+        source_ptr=rows.source_N,
+        offset_ptr=rows.offset_L,
+        tile_ptr=tile_map,
+        dweight_ptr=dweight_N,
+        D=width_D,
+        COLUMNS=columns,
+        BLOCK_M=block,
+        BLOCK_C=block_c,
         BLOCK_D=min(64, triton.next_power_of_2(width_D)),
-    )  # fmt: skip
+    )
     return dweight_N
 
 
@@ -145,18 +250,30 @@ def _tile_map(rows: ExpertRows, block: int) -> tuple[Tensor, int]:
     tile_map = rows.offset_L.new_empty(num_tiles, 2)
     if num_tiles:
         launch(
-            forward._tile_map_kernel, rows.num_experts, Tile(block, 1, 1, 1, 1), offset_ptr=rows.offset_L,
-            tile_ptr=tile_map, num_tiles=num_tiles, EXPERTS=rows.num_experts,
-            BLOCK_E=max(32, triton.next_power_of_2(rows.num_experts)), BLOCK_M=block,
-        )  # fmt: skip
+            forward._tile_map_kernel,
+            rows.num_experts,
+            Tile(block, 1, 1, 1, 1),
+            offset_ptr=rows.offset_L,
+            tile_ptr=tile_map,
+            num_tiles=num_tiles,
+            EXPERTS=rows.num_experts,
+            BLOCK_E=max(32, triton.next_power_of_2(rows.num_experts)),
+            BLOCK_M=block,
+        )
     return tile_map, num_tiles
 
 
 def _tiles(x_RD: Tensor, weights: ExpertWeights, rows: ExpertRows, precision: str) -> Tiles:
     return ffn_tiles(
-        arch_of(x_RD), x_RD.dtype, precision, gated=weights.w3_LFD is not None, rows=rows.num_rows,
-        experts=rows.num_experts, width=x_RD.shape[1], hidden=weights.w1_LFD.shape[1],
-    )  # fmt: skip
+        arch_of(x_RD),
+        x_RD.dtype,
+        precision,
+        gated=weights.w3_LFD is not None,
+        rows=rows.num_rows,
+        experts=rows.num_experts,
+        width=x_RD.shape[1],
+        hidden=weights.w1_LFD.shape[1],
+    )
 
 
 def _blocks(tile: Tile) -> dict[str, int]:
@@ -165,7 +282,22 @@ def _blocks(tile: Tile) -> dict[str, int]:
 
 def _dropout(dropout: Dropout | None) -> dict[str, Any]:
     if dropout is None:
-        return {"token_ptr": None, "seed_low": 0, "seed_high": 0, "first_expert": 0, "threshold": 0, "keep_scale": 1.0, "DROPOUT": False}  # fmt: skip
+        return {
+            "token_ptr": None,
+            "seed_low": 0,
+            "seed_high": 0,
+            "first_expert": 0,
+            "threshold": 0,
+            "keep_scale": 1.0,
+            "DROPOUT": False,
+        }
     low, high = dropout.seed_words
-    return {"token_ptr": dropout.token_R, "seed_low": low, "seed_high": high, "first_expert": dropout.first_expert,
-            "threshold": dropout.threshold, "keep_scale": dropout.scale, "DROPOUT": True}  # fmt: skip
+    return {
+        "token_ptr": dropout.token_R,
+        "seed_low": low,
+        "seed_high": high,
+        "first_expert": dropout.first_expert,
+        "threshold": dropout.threshold,
+        "keep_scale": dropout.scale,
+        "DROPOUT": True,
+    }

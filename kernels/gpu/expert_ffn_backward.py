@@ -1,7 +1,7 @@
 """Triton kernels of the expert feed-forward, backward: hidden units, mixing weights, weight matrices with their biases.
 
-The gradient of the input rows is kernels.gpu.expert_ffn_forward._down_kernel again. Both sides of a weight matrix's gradient
-are read where they lie, rows of x and of the output's gradient through the index: nothing is permuted first.
+The gradient of the input rows is kernels.gpu.expert_ffn_forward._down_kernel again. Both sides of a weight matrix's
+gradient are read where they lie, rows of x and of the output's gradient through the index: nothing is permuted first.
 
 Letters: M rows of a tile, N expert rows, D width, F expert hidden width, L experts, R input rows.
 """
@@ -9,13 +9,7 @@ Letters: M rows of a tile, N expert rows, D width, F expert hidden width, L expe
 import triton
 import triton.language as tl
 
-from foreroute.kernels.gpu.expert_ffn_forward import (
-    CHANGING,
-    keep_mask_of,
-    product_of,
-    rows_of_tile,
-    swizzle,
-)
+from foreroute.kernels.gpu.expert_ffn_forward import CHANGING, keep_mask_of, product_of, rows_of_tile, swizzle
 
 
 @triton.jit(do_not_specialize=CHANGING)
@@ -74,9 +68,7 @@ def _down_backward_kernel(
         source_M = tl.load(source_ptr + row_M, mask=in_M, other=0)
     w2_ptrs = w2_ptr + expert.to(tl.int64) * F * D + n[None, :] * D + k[:, None]
     da = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    da = product_of(
-        dout_ptr + source_M[:, None] * D + k[None, :], w2_ptrs, 1, da, in_N, D, EVEN_N, BLOCK_K, PRECISION
-    )  # fmt: skip
+    da = product_of(dout_ptr + source_M[:, None] * D + k[None, :], w2_ptrs, 1, da, in_N, D, EVEN_N, BLOCK_K, PRECISION)
     spot = row_M.to(tl.int64)[:, None] * F + n[None, :]
     inside = in_M[:, None] & in_N[None, :]
     hidden = tl.load(hidden_ptr + spot, mask=inside, other=0.0).to(tl.float32)

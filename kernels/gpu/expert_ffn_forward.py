@@ -1,9 +1,9 @@
 """Triton kernels of the expert feed-forward, forward, and what the backward ones (expert_ffn_backward_triton.py) share.
 
 The launchers are in kernels/gpu/expert_ffn.py. Expert rows lie expert by expert; a tile of rows never crosses experts.
-Input rows are read through an index inside the product, so no permuted copy of them is ever written, and experts are not
-padded. The number of tiles is bounded from above on the host, so nothing is read back: programs beyond the last tile
-return at once. Offsets are int64. No atomics.
+Input rows are read through an index inside the product, so no permuted copy of them is ever written, and experts are
+not padded. The number of tiles is bounded from above on the host, so nothing is read back: programs beyond the last
+tile return at once. Offsets are int64. No atomics.
 
 Letters: M rows of a tile, N expert rows, D width, F expert hidden width, L experts, R input rows.
 """
@@ -86,8 +86,17 @@ def keep_mask_of(token_M, expert, unit_N, seed_low, seed_high, threshold):
 
 
 @triton.jit
-def product_of(a_ptrs, b_ptrs, b_step, acc, in_N, DEPTH: tl.constexpr, EVEN_N: tl.constexpr,
-             BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def product_of(
+    a_ptrs,
+    b_ptrs,
+    b_step,
+    acc,
+    in_N,
+    DEPTH: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Add a [M, DEPTH] @ b [DEPTH, N] to acc; along the contraction, a is contiguous and b advances by b_step."""
     k = tl.arange(0, BLOCK_K)
     for k0 in range(0, DEPTH, BLOCK_K):
@@ -228,13 +237,9 @@ def _down_kernel(
     a_offset = tl.where(in_M, row64_M, 0)[:, None] * F + k[None, :]
     w_offset = expert.to(tl.int64) * F * D + k[:, None] * D + n[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    acc = product_of(
-        a_ptr + a_offset, w_ptr + w_offset, D, acc, in_N, F, EVEN_N, BLOCK_K, PRECISION
-    )
+    acc = product_of(a_ptr + a_offset, w_ptr + w_offset, D, acc, in_N, F, EVEN_N, BLOCK_K, PRECISION)
     if SECOND:
-        acc = product_of(
-            a2_ptr + a_offset, w2_ptr + w_offset, D, acc, in_N, F, EVEN_N, BLOCK_K, PRECISION
-        )
+        acc = product_of(a2_ptr + a_offset, w2_ptr + w_offset, D, acc, in_N, F, EVEN_N, BLOCK_K, PRECISION)
     if BIAS:
         acc += tl.load(b_ptr + expert * D + n, mask=in_N, other=0.0).to(tl.float32)[None, :]
     inside = in_M[:, None] & in_N[None, :]

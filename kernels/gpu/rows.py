@@ -20,16 +20,26 @@ def combine_forward(y_ND: Tensor, weight_N: Tensor | None, rows: ExpertRows) -> 
 
 def add_rows(
     y_ND: Tensor, slot_N: Tensor, slot_offset_R: Tensor, dtype: torch.dtype, weight_N: Tensor | None = None
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Sum the (weighted) rows slot[slot_offset[r]:slot_offset[r + 1]] of y into row r."""
     width, num_inputs = y_ND.shape[1], slot_offset_R.numel()
     out_RD = y_ND.new_empty(num_inputs, width, dtype=dtype)
     tile = row_tile(width, min(y_ND.element_size(), out_RD.element_size()))
     launch(
-        jit._combine_kernel, num_inputs * triton.cdiv(width, tile.columns), tile, y_ptr=y_ND, weight_ptr=weight_N,
-        slot_ptr=slot_N, slot_offset_ptr=slot_offset_R, out_ptr=out_RD, num_inputs=num_inputs,
-        num_slots=slot_N.numel(), D=width, WEIGHTED=weight_N is not None, BLOCK_D=tile.columns,
-    )  # fmt: skip
+        jit._combine_kernel,
+        num_inputs * triton.cdiv(width, tile.columns),
+        tile,
+        y_ptr=y_ND,
+        weight_ptr=weight_N,
+        slot_ptr=slot_N,
+        slot_offset_ptr=slot_offset_R,
+        out_ptr=out_RD,
+        num_inputs=num_inputs,
+        num_slots=slot_N.numel(),
+        D=width,
+        WEIGHTED=weight_N is not None,
+        BLOCK_D=tile.columns,
+    )
     return out_RD
 
 
@@ -42,10 +52,20 @@ def combine_backward(
     dweight_N = None if y_ND is None else dout_RD.new_empty(rows.num_rows, dtype=torch.float32)
     tile = row_tile(width, dout_RD.element_size())
     launch(
-        jit._combine_backward_kernel, rows.num_rows, tile, dout_ptr=dout_RD, y_ptr=y_ND, weight_ptr=weight_N,
-        source_ptr=rows.source_N, dy_ptr=dy_ND, dweight_ptr=dweight_N, D=width, WEIGHTED=weight_N is not None,
-        DWEIGHT=y_ND is not None, BLOCK_D=tile.columns,
-    )  # fmt: skip
+        jit._combine_backward_kernel,
+        rows.num_rows,
+        tile,
+        dout_ptr=dout_RD,
+        y_ptr=y_ND,
+        weight_ptr=weight_N,
+        source_ptr=rows.source_N,
+        dy_ptr=dy_ND,
+        dweight_ptr=dweight_N,
+        D=width,
+        WEIGHTED=weight_N is not None,
+        DWEIGHT=y_ND is not None,
+        BLOCK_D=tile.columns,
+    )
     return dy_ND, dweight_N
 
 
@@ -54,6 +74,13 @@ def permute_forward(x: Tensor, index_M: Tensor, out: Tensor, *, scatter: bool) -
     width = x.shape[1]
     tile = row_tile(width, min(x.element_size(), out.element_size()))
     launch(
-        jit._permute_kernel, index_M.numel() * triton.cdiv(width, tile.columns), tile, x_ptr=x, index_ptr=index_M,
-        out_ptr=out, D=width, SCATTER=scatter, BLOCK_D=tile.columns,
-    )  # fmt: skip
+        jit._permute_kernel,
+        index_M.numel() * triton.cdiv(width, tile.columns),
+        tile,
+        x_ptr=x,
+        index_ptr=index_M,
+        out_ptr=out,
+        D=width,
+        SCATTER=scatter,
+        BLOCK_D=tile.columns,
+    )

@@ -1,8 +1,8 @@
 """Access lists: which bytes each launch of a kernel reads and writes, by argument.
 
-`distinct` counts every byte once, as if all caches were perfect; `total` counts what the programs ask for, tile by tile.
-Both are for the case in which every input row is chosen and every expert has rows, which is the most that can be. Tests
-compare them with the addresses that the kernels really touch in Triton's interpreter; the static gate
+`distinct` counts every byte once, as if all caches were perfect; `total` counts what the programs ask for, tile by
+tile. Both are for the case in which every input row is chosen and every expert has rows, which is the most that can be.
+Tests compare them with the addresses that the kernels really touch in Triton's interpreter; the static gate
 (benchmarks/kernels_static.py) adds them up for model shapes and compares with the least possible.
 
 Letters: N expert rows, L experts, D width, F expert hidden width; s bytes of a number.
@@ -101,10 +101,7 @@ class _Arguments:
 
 def _tile_map(a: _Arguments) -> list[Access]:
     experts = a.programs
-    return [
-        Access("offset_ptr", _COUNT * experts, _COUNT * experts * (2 * experts - 1)),
-        a.write("tile"),
-    ]
+    return [Access("offset_ptr", _COUNT * experts, _COUNT * experts * (2 * experts - 1)), a.write("tile")]
 
 
 def _up(a: _Arguments) -> list[Access]:

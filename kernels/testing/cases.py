@@ -29,11 +29,7 @@ class Case(NamedTuple):
 
 
 def make_case(
-    shape: tuple[int, int, int, int, int],
-    *,
-    gated: bool = False,
-    only_expert: int | None = None,
-    seed: int = 0,
+    shape: tuple[int, int, int, int, int], *, gated: bool = False, only_expert: int | None = None, seed: int = 0
 ) -> Case:
     """Draw operands of shape (T, D, F, L, K).
 
@@ -62,7 +58,7 @@ def make_case(
 
 def run_with_gradients(
     function: Callable[..., Tensor], inputs: dict[str, Tensor | None], *, constant: tuple[str, ...] = ()
-) -> dict[str, Tensor]:  # fmt: skip
+) -> dict[str, Tensor]:
     """Call function(**inputs), go back with a random cotangent, and give "out" and each input's gradient.
 
     Args:
@@ -90,13 +86,18 @@ def layer_inputs(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[st
         "x": case.x_TD.to(device, dtype),
         "weight": case.weight_N.to(device, wide),
         **{n: None if w is None else w.to(device, dtype) for n, w in zip(names, case.weights, strict=True)},
-    }  # fmt: skip
+    }
 
 
 def run_layer(
-    function: Callable[..., Tensor], case: Case, dtype: torch.dtype, *, device: str = "cpu", dweight: bool = True,
+    function: Callable[..., Tensor],
+    case: Case,
+    dtype: torch.dtype,
+    *,
+    device: str = "cpu",
+    dweight: bool = True,
     **options: Any,
-) -> dict[str, Tensor]:  # fmt: skip
+) -> dict[str, Tensor]:
     """Run moe_ffn (or anything with its arguments) on a case; see run_with_gradients."""
     rows = ExpertRows(*(index.to(device) for index in case.rows.tensors()))
 
@@ -124,5 +125,5 @@ def worst_error(got: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[float,
         raise ValueError(f"got {', '.join(got)}: want {', '.join(want)}")
     for name, value in want.items():
         if got[name].shape != value.shape:
-            raise ValueError(f"{name} has shape {tuple(got[name].shape)}: want {tuple(value.shape)}")  # fmt: skip
+            raise ValueError(f"{name} has shape {tuple(got[name].shape)}: want {tuple(value.shape)}")
     return max((relative_error(got[name], value), name) for name, value in want.items())

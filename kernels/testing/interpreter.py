@@ -141,12 +141,8 @@ class _Running:
         views = [view for view in self.views if view.num_bytes]
         if views:
             # The view that is nearest, before or after.
-            near = min(
-                views, key=lambda v: max(v.start - first, first + width - v.start - v.num_bytes)
-            )
-            where = (
-                f"the first at byte {first - near.start} of {near.name}, a view of {near.num_bytes}"
-            )
+            near = min(views, key=lambda v: max(v.start - first, first + width - v.start - v.num_bytes))
+            where = f"the first at byte {first - near.start} of {near.name}, a view of {near.num_bytes}"
         self._fail(f"{kind} outside every argument in {address.size} of {lanes} lanes: {where}")
 
     def _fail(self, what: str) -> None:
@@ -168,9 +164,7 @@ def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 
 def _require_interpreter() -> None:
     if not triton.knobs.runtime.interpret:
-        raise RuntimeError(
-            "set TRITON_INTERPRET=1 before kernels are imported: this patches the interpreter"
-        )
+        raise RuntimeError("set TRITON_INTERPRET=1 before kernels are imported: this patches the interpreter")
 
 
 def _watched_memory(access: Callable[[str, Any, Any, int], None]) -> SimpleNamespace:
@@ -254,9 +248,7 @@ def _widen(handle: Any) -> Any:
     """Give a bf16 handle's values in fp32, exactly; any other handle as it is."""
     if not _is_bf16(handle):
         return handle
-    return interpreter.TensorHandle(
-        (handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32
-    )
+    return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
 
 def _round(values: Any) -> Any:
@@ -300,9 +292,7 @@ class _Bf16:
             return self._fma(x, y, z)
         return _round(_widen(x).data.astype(np.float64) * _widen(y).data + _widen(z).data)
 
-    def get_bf16(
-        self, value: float
-    ) -> Any:  # triton 3.7.1 has none: a bf16 tensor x a Python number
+    def get_bf16(self, value: float) -> Any:  # triton 3.7.1 has none: a bf16 tensor x a Python number
         return _round([value])
 
 
@@ -324,9 +314,7 @@ def bf16_semantics() -> Iterator[None]:
 
     def sum_of_values(self: Any, x: Any) -> Any:
         if _is_bf16(x.handle):
-            raise NotImplementedError(
-                "tl.sum over bf16 in the interpreter: widen with .to(tl.float32) first"
-            )
+            raise NotImplementedError("tl.sum over bf16 in the interpreter: widen with .to(tl.float32) first")
         return reduce_sum(self, x)
 
     with contextlib.ExitStack() as stack:
@@ -341,9 +329,7 @@ def _poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(make)
     def made(*args: Any, **kwargs: Any) -> Tensor:
         tensor = make(*args, **kwargs)
-        value: float = int.from_bytes(
-            b"\x55" * tensor.element_size(), "big"
-        )  # two thirds of a signed maximum
+        value: float = int.from_bytes(b"\x55" * tensor.element_size(), "big")  # two thirds of a signed maximum
         if tensor.is_floating_point() or tensor.is_complex():
             value = float("nan")
         with torch.no_grad():

@@ -5,13 +5,7 @@ Everything here is exact and counted; what others add (memory, a model of the ti
 
 from collections.abc import Sequence
 
-from foreroute.engine.certificate.counts.exact import (
-    Bytes,
-    Certificate,
-    Idle,
-    Section,
-    counted_kind,
-)
+from foreroute.engine.certificate.counts.exact import Bytes, Certificate, Idle, Section, counted_kind
 from foreroute.engine.certificate.counts.series import Line as SeriesLine
 from foreroute.engine.certificate.counts.tally import Spread
 from foreroute.engine.certificate.counts.traffic import KINDS
@@ -29,9 +23,12 @@ _WORKED = (
 
 
 def certificate_page(
-    found: Certificate, config: Config, corpus: PreparedCorpus, further: Sequence[page.Section] = (),
+    found: Certificate,
+    config: Config,
+    corpus: PreparedCorpus,
+    further: Sequence[page.Section] = (),
     figures: Sequence[KeyFigure] = (),
-) -> Page:  # fmt: skip
+) -> Page:
     """Describe a certificate.
 
     Args:
@@ -57,13 +54,13 @@ def certificate_page(
 
 def _lead(found: Certificate) -> str:
     text = (
-        "What the run's steps compute and send, known before it starts: the routes follow from its text, its tables and the "
-        "schedule of k alone, so they were replayed and counted. Counts are exact, whatever the machines' speed."
+        "What the run's steps compute and send, known before it starts: the routes follow from its text, its tables and"
+        " the schedule of k alone, so they were replayed and counted. Counts are exact, whatever the machines' speed."
     )
     if found.sample > 1:
         text += (
-            f" Counted: {found.whole.steps:,} of the first {found.steps:,} steps, one in {found.sample}; means, maxima, bounds "
-            "and idle steps are of these alone."
+            f" Counted: {found.whole.steps:,} of the first {found.steps:,} steps, one in {found.sample}; means, maxima,"
+            " bounds and idle steps are of these alone."
         )
     return text
 
@@ -82,15 +79,9 @@ def _figures(found: Certificate) -> list[KeyFigure]:
             f"computed in one layer and micro-batch; at most {load:.2f} x the mean{of_k}",
         ),
         KeyFigure(
-            "Bytes a rank sends",
-            byte_text(mean),
-            f"of a rank in a step; at most {byte_text(most)}, exchange {kinds}",
+            "Bytes a rank sends", byte_text(mean), f"of a rank in a step; at most {byte_text(most)}, exchange {kinds}"
         ),
-        KeyFigure(
-            "Bytes between nodes",
-            byte_text(far_mean),
-            f"of a rank in a step; at most {byte_text(far_most)}",
-        ),
+        KeyFigure("Bytes between nodes", byte_text(far_mean), f"of a rank in a step; at most {byte_text(far_most)}"),
         KeyFigure(
             "Steps with an idle rank",
             f"{whole.idle_rank.steps:,}",
@@ -110,7 +101,8 @@ def _figures(found: Certificate) -> list[KeyFigure]:
 
 
 def _used(found: Certificate, values: str) -> tuple[float, int]:
-    """Give the mean and the maximum over steps and ranks of a field of Bytes, by the exchange that the run uses at each k."""
+    """Give the mean and the maximum over steps and ranks of a field of Bytes, by the exchange that the run uses at each
+    k."""
     total, most = 0.0, 0
     for part in found.by_k:
         spread: Spread = getattr(part.bytes[counted_kind(part.exchange)], values)
@@ -126,20 +118,38 @@ def _run(found: Certificate, config: Config, corpus: PreparedCorpus) -> page.Sec
     nodes = "1 node" if place.group_nodes == 1 else f"{place.group_nodes} nodes"
     groups = "1 expert group" if place.groups == 1 else f"{place.groups} expert groups"
     k = [part.k for part in found.by_k]
-    grown = f"k = {k[0]}" if len(k) == 1 else f"k from {k[0]} to {k[-1]}, {config.schedule.growth.name}"  # fmt: skip
+    grown = f"k = {k[0]}" if len(k) == 1 else f"k from {k[0]} to {k[-1]}, {config.schedule.growth.name}"
     pack = f" in blocks of {moe.pack}" if moe.pack else ""
-    source = f"{config.corpus.path} ({config.corpus.name.name})" if config.corpus.path else config.corpus.name.name  # fmt: skip
+    source = f"{config.corpus.path} ({config.corpus.name.name})" if config.corpus.path else config.corpus.name.name
     symbols = len(corpus.split(Split.train))
-    scope = "all counted" if found.sample == 1 else f"{found.whole.steps:,} of them counted, one in {found.sample}"  # fmt: skip
+    scope = "all counted" if found.sample == 1 else f"{found.whole.steps:,} of them counted, one in {found.sample}"
     rows = [
-        ["ranks", f"{place.world_size}, {min(place.ranks_per_node, place.world_size)} on a node, in {groups} of {place.expert_ranks}, each on {nodes}"],
+        [
+            "ranks",
+            (
+                f"{place.world_size}, {min(place.ranks_per_node, place.world_size)} on a node, in {groups} of"
+                f" {place.expert_ranks}, each on {nodes}"
+            ),
+        ],
         ["experts", f"{found.experts}, {found.experts // place.expert_ranks} on a rank; active for a token: {grown}"],
         ["a rank's share", f"{found.tokens:,} tokens in a micro-batch, {micro} in a step; {found.layers} layers"],
-        ["exchange", f"{_exchanges(found)}; {found.row_bytes:,} bytes a row; in a step and layer rows go to experts {found.trips.to_experts} times and results come back {found.trips.to_tokens} times"],
-        ["tables", f"{moe.ngram}-gram keys, {moe.rows:,} rows, builder {moe.builder.name}{pack}, {'one for all layers' if moe.share_table else 'one for each layer'}"],
+        [
+            "exchange",
+            (
+                f"{_exchanges(found)}; {found.row_bytes:,} bytes a row; in a step and layer rows go to experts"
+                f" {found.trips.to_experts} times and results come back {found.trips.to_tokens} times"
+            ),
+        ],
+        [
+            "tables",
+            (
+                f"{moe.ngram}-gram keys, {moe.rows:,} rows, builder {moe.builder.name}{pack},"
+                f" {'one for all layers' if moe.share_table else 'one for each layer'}"
+            ),
+        ],
         ["text", f"{source}: {symbols:,} symbols to train on, sha256 {corpus.sha256[:16]}..."],
         ["steps", f"the first {found.steps:,}, {scope}"],
-    ]  # fmt: skip
+    ]
     return page.Section("The run", [Table([], rows, text_columns=2)])
 
 
@@ -161,10 +171,14 @@ def _rows(found: Certificate, parts: Sequence[Section]) -> page.Section:
             mean, p99, most, worst = _spread(spread, "{:,.0f}")
             rows.append([what, _k(part), f"{part.steps:,}", mean, p99, most, load, worst])
     notes = [
-        "received: tokens that a rank gets by exchange=tokens, its own included, each once however many of its experts it "
-        "uses. computed: rows that go through a rank's experts, k for each token.",
-        "p99: 99 % of all values do not exceed it. load: max / mean. worst step: the first step with the maximum; the first of "
-        "all is step 0.",
+        (
+            "received: tokens that a rank gets by exchange=tokens, its own included, each once however many of its"
+            " experts it uses. computed: rows that go through a rank's experts, k for each token."
+        ),
+        (
+            "p99: 99 % of all values do not exceed it. load: max / mean. worst step: the first step with the maximum;"
+            " the first of all is step 0."
+        ),
     ]
     idle = [
         _idle_row("a rank receives no row", found.whole.idle_rank, found.whole.steps),
@@ -173,8 +187,10 @@ def _rows(found: Certificate, parts: Sequence[Section]) -> page.Section:
     return page.Section(
         "Rows",
         [
-            "How many rows ranks and experts work on in one layer and micro-batch, over all layers, micro-batches, ranks (or "
-            "experts of a group) and counted steps.",
+            (
+                "How many rows ranks and experts work on in one layer and micro-batch, over all layers, micro-batches,"
+                " ranks (or experts of a group) and counted steps."
+            ),
             _load_over_steps(found),
             Table(header, rows, notes=notes),
             Table(["steps in which", "steps", "of", "first step"], idle),
@@ -188,25 +204,29 @@ def _idle_row(what: str, idle: Idle, steps: int) -> list[str]:
 
 
 def _bytes(found: Certificate, parts: Sequence[Section]) -> page.Section:
-    header = ["exchange", "k", "mean", "p99", "max", "worst step", "mean in node", "mean between", "max between"]  # fmt: skip
+    header = ["exchange", "k", "mean", "p99", "max", "worst step", "mean in node", "mean between", "max between"]
     rows: list[list[str]] = []
     for kind in KINDS:
         rows += [[]] if rows and len(parts) > 1 else []
         for part in parts:
             sent = part.bytes[kind]
             mark = "*" if kind == part.exchange else ""
-            near = [_megabytes(value) for value in (sent.inside.mean, sent.between.mean, sent.between.max)]  # fmt: skip
+            near = [_megabytes(value) for value in (sent.inside.mean, sent.between.mean, sent.between.max)]
             rows.append([kind + mark, _k(part), *_spread(sent.rank, "{:,.3f}", 1e-6), *near])
     notes = [
-        "* the exchange that the run uses. tokens: each token once to each rank that has one of its experts. gather: all "
-        "tokens to all ranks, counted as if sent to each by itself; round a ring fewer cross between nodes. two_level: each token once to each other node, and from there to that node's ranks; the engine "
-        "does not run it, the count says what it would send.",
+        "* the exchange that the run uses. tokens: each token once to each rank that has one of its experts. gather:"
+        " all tokens to all ranks, counted as if sent to each by itself; round a ring fewer cross between nodes."
+        " two_level: each token once to each other node, and from there to that node's ranks; the engine does not run"
+        " it, the count says what it would send."
     ]
     return page.Section(
         "Bytes",
         [
-            "What leaves a rank in one step, in MB (1e6 bytes): rows of experts' inputs and results and of their gradients, all "
-            "layers, micro-batches and directions added up. What data parallelism, checkpoints and planning send is not in it.",
+            (
+                "What leaves a rank in one step, in MB (1e6 bytes): rows of experts' inputs and results and of their"
+                " gradients, all layers, micro-batches and directions added up. What data parallelism, checkpoints and"
+                " planning send is not in it."
+            ),
             _bytes_over_k(found),
             _bytes_over_steps(found),
             Table(header, rows, notes=notes),
@@ -224,8 +244,10 @@ def _fixed_shapes(parts: Sequence[Section]) -> page.Section:
     return page.Section(
         "Fixed shapes",
         [
-            "The fewest rows of a layer and micro-batch that would never overflow if all steps had the same shapes, and the "
-            "share of such rows that would be padding. The run itself pads nothing.",
+            (
+                "The fewest rows of a layer and micro-batch that would never overflow if all steps had the same shapes,"
+                " and the share of such rows that would be padding. The run itself pads nothing."
+            ),
             Table(header, rows),
         ],
     )
@@ -233,7 +255,11 @@ def _fixed_shapes(parts: Sequence[Section]) -> page.Section:
 
 def _load_over_steps(found: Certificate) -> Curve:
     series = found.series
-    lines = [("busiest rank, received", series.received_load), ("busiest rank, computed", series.computed_load), ("busiest expert", series.expert_load)]  # fmt: skip
+    lines = [
+        ("busiest rank, received", series.received_load),
+        ("busiest rank, computed", series.computed_load),
+        ("busiest expert", series.expert_load),
+    ]
     return Curve(
         "Load over steps",
         "step",

@@ -8,7 +8,11 @@ from foreroute.launch.page.words import byte_text
 
 def memory_figures(memory: Memory) -> list[KeyFigure]:
     """Give the numbers to see first."""
-    return [KeyFigure("Memory of a rank", byte_text(memory.peak_bytes), f"tensors at the peak: {memory.when}, k = {memory.k}")]  # fmt: skip
+    return [
+        KeyFigure(
+            "Memory of a rank", byte_text(memory.peak_bytes), f"tensors at the peak: {memory.when}, k = {memory.k}"
+        )
+    ]
 
 
 def memory_section(memory: Memory) -> page.Section:

@@ -1,8 +1,8 @@
 """What a run will do, before it starts: `python -m launch.certify experiment=NAME world_size=64 expert_group=8`.
 
-Replays the ids, tables and k of the run on this machine's CPU, without a GPU or a cluster: rows of every rank and expert, and
-bytes inside and between nodes, exactly, and the memory of a rank, by formula. With cluster=NAME also says whether it fits
-there, and models its time. Prints one page, and writes it with
+Replays the ids, tables and k of the run on this machine's CPU, without a GPU or a cluster: rows of every rank and
+expert, and bytes inside and between nodes, exactly, and the memory of a rank, by formula. With cluster=NAME also says
+whether it fits there, and models its time. Prints one page, and writes it with
 charts as certificate.html, every number as certificate.json, and what each rank must do in each step as
 certificate.safetensors, to which launch.train certificate=FOLDER holds the run.
 """
@@ -54,8 +54,8 @@ class CertifyArgs(Config):
     sample: int = 1
     """Count every so manieth step only."""
     device_memory_gb: float | None = None
-    """Memory of a rank's device in 1e9 bytes: says whether the run fits, on a GPU unless kernels.backend=cpu. None: the cluster's;
-    without one there is no verdict."""
+    """Memory of a rank's device in 1e9 bytes: says whether the run fits, on a GPU unless kernels.backend=cpu. None: the
+    cluster's; without one there is no verdict."""
     out: str | None = None
     """Folder of what is written; None means certificates/ and train.name."""
 
@@ -107,9 +107,7 @@ def run(args: CertifyArgs) -> int:
     corpus = prepare(args.corpus, print)
     tables, ids, config = _tables(args.alone(), corpus), corpus.split(Split.train), args.alone()
     record = Record(config, ids, args.placement, counted_steps(config, args.steps, args.sample))
-    found = certify(
-        config, ids, tables, args.placement, steps=args.steps, sample=args.sample, also=record.add
-    )
+    found = certify(config, ids, tables, args.placement, steps=args.steps, sample=args.sample, also=record.add)
     memory, time = _memory(args, found, corpus), _time(args, corpus)
     plain = {
         "options": to_plain(args),
@@ -128,8 +126,8 @@ def run(args: CertifyArgs) -> int:
     (folder / HTML).write_text(html(described), encoding="ascii")
     print_page(described)
     print(
-        f"written: {folder / JSON}, with charts {folder / HTML}, and what each rank must do in each step {folder / ARRAYS} "
-        f"({arrays_bytes:,} bytes); launch.train certificate={folder} holds the run to it"
+        f"written: {folder / JSON}, with charts {folder / HTML}, and what each rank must do in each step"
+        f" {folder / ARRAYS} ({arrays_bytes:,} bytes); launch.train certificate={folder} holds the run to it"
     )
     return 0
 
@@ -138,8 +136,7 @@ def _check_folder(folder: Path) -> None:
     """Refuse a folder that cannot be written, before anything is counted."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     require(
-        there.is_dir() and os.access(there, os.W_OK),
-        f"out={folder}: {there} is not a folder that can be written to",
+        there.is_dir() and os.access(there, os.W_OK), f"out={folder}: {there} is not a folder that can be written to"
     )
 
 
@@ -150,7 +147,7 @@ def _tables(config: Config, corpus: PreparedCorpus) -> Sequence[Table]:
 
 def _memory(args: CertifyArgs, found: Certificate, corpus: PreparedCorpus) -> Memory:
     config = args.alone()
-    if args.cluster is not None and args.cluster.host_copies and config.kernels.backend is Backend.auto:  # fmt: skip
+    if args.cluster is not None and args.cluster.host_copies and config.kernels.backend is Backend.auto:
         config = replace(config, kernels=replace(config.kernels, backend=Backend.cpu))
     return predict(config, found, corpus.vocab.size, device_memory_bytes=args.device_memory_bytes)
 

@@ -11,9 +11,9 @@ from foreroute.launch.page.parts import Code, Curve, KeyFigure, Line, Table
 _SHOWN = 5  # choices
 
 _MODEL = (
-    "A model, not a count: products, bytes and messages of a step over the rates of the cluster. benchmarks/bench_certify.py "
-    "measures its error on this software's own steps between CPUs; on the described cluster nobody has. Training steps alone: the "
-    "start, validation and checkpoints are not in it."
+    "A model, not a count: products, bytes and messages of a step over the rates of the cluster."
+    " benchmarks/bench_certify.py measures its error on this software's own steps between CPUs; on the described"
+    " cluster nobody has. Training steps alone: the start, validation and checkpoints are not in it."
 )
 
 
@@ -52,11 +52,32 @@ def duration(seconds: float) -> str:
 
 
 def _steps(found: TimePart) -> Table:
-    header = ["k", "steps", "attention", "experts", "rest", "exchange", "gradients", "optimizer", "step", "hidden", "tokens/s"]  # fmt: skip
+    header = [
+        "k",
+        "steps",
+        "attention",
+        "experts",
+        "rest",
+        "exchange",
+        "gradients",
+        "optimizer",
+        "step",
+        "hidden",
+        "tokens/s",
+    ]
     rows = []
     for part in found.forecast.by_k:
         time = part.time
-        values = [time.attention, time.experts, time.rest, time.exchange, time.gradients, time.optimizer, part.step_s, time.hidden]  # fmt: skip
+        values = [
+            time.attention,
+            time.experts,
+            time.rest,
+            time.exchange,
+            time.gradients,
+            time.optimizer,
+            part.step_s,
+            time.hidden,
+        ]
         cells = [f"{1e3 * value:,.2f}" for value in values]
         rows.append([str(part.k), f"{part.steps:,}", *cells, f"{part.tokens_per_s:,.0f}"])
     return Table(
@@ -75,7 +96,7 @@ def _exchanges(found: TimePart) -> list[page.Part]:
     if {part.exchange for part in found.exchanges} == {"local"}:
         return ["Exchange: local, as an expert group is one rank; auto changes nothing."]
     lines = []
-    for name, parts in (("as configured", found.exchanges), ("auto, with the rates of this cluster", found.auto)):  # fmt: skip
+    for name, parts in (("as configured", found.exchanges), ("auto, with the rates of this cluster", found.auto)):
         lines.append(f"{name}: {_changes(parts)}")
     return ["Exchange " + "; ".join(lines) + "."]
 
@@ -121,9 +142,7 @@ def _scaling(found: TimePart, placement: Placement) -> list[page.Part]:
     ideal = [first.ranks, most]
     each = first.tokens_per_s / first.ranks
     lines.append(Line("ideal", ideal, [each * ranks for ranks in ideal], dashed=True))
-    curve = Curve(
-        "Scaling (model)", "ranks", "tokens per second, all ranks", lines, x_log=True, y_log=True
-    )
+    curve = Curve("Scaling (model)", "ranks", "tokens per second, all ranks", lines, x_log=True, y_log=True)
     return [table, curve]
 
 
@@ -158,22 +177,32 @@ def _choices(found: TimePart, placement: Placement) -> list[page.Part]:
         shown.append(own)
     now = found.forecast.run_s / sum(part.steps for part in found.forecast.by_k)
     rows = [
-        [" ".join(choice.overrides), "" if choice.own_tables else "other", f"{1e3 * choice.step_s:,.2f}", f"{choice.step_s / now - 1:+.1%}"]
+        [
+            " ".join(choice.overrides),
+            "" if choice.own_tables else "other",
+            f"{1e3 * choice.step_s:,.2f}",
+            f"{choice.step_s / now - 1:+.1%}",
+        ]
         for choice in shown
-    ]  # fmt: skip
+    ]
     table = Table(
         ["options", "tables", "step ms", "to this run"],
         rows,
-        caption=f"The fastest of {len(found.choices)} layouts on {placement.world_size} ranks: expert group, exchange, chunks, tables",
+        caption=(
+            f"The fastest of {len(found.choices)} layouts on {placement.world_size} ranks: expert group, exchange,"
+            " chunks, tables"
+        ),
         text_columns=2,
         notes=[
             "other tables are other routes, and so another model: packed ones send less",
-            "memory is not looked at: certify a layout to know whether it fits, without expert_group=, which overrides "
-            "parallel.expert_ranks=",
+            (
+                "memory is not looked at: certify a layout to know whether it fits, without expert_group=, which"
+                " overrides parallel.expert_ranks="
+            ),
         ],
     )
     best = own or found.choices[0]
-    return [table, "Options of the fastest layout with this run's tables:", Code(" ".join(best.overrides))]  # fmt: skip
+    return [table, "Options of the fastest layout with this run's tables:", Code(" ".join(best.overrides))]
 
 
 def _cluster(cluster: ClusterConfig) -> Table:
@@ -184,7 +213,7 @@ def _cluster(cluster: ClusterConfig) -> Table:
         "device_memory_gb": "-" if cluster.device_memory_gb is None else f"{cluster.device_memory_gb:g}",
         "memory_gb_per_s": f"{cluster.memory_gb_per_s:g}",
         "operation_us": f"{cluster.operation_us:g}",
-    }  # fmt: skip
+    }
     for name in curve:
         points = getattr(cluster, name)
         plain[name] = f"{points[0][1]:g} to {max(rate for _, rate in points):g} TFLOP/s"
@@ -195,8 +224,7 @@ def _cluster(cluster: ClusterConfig) -> Table:
     known = {**cluster.sources, **_of_links(cluster.sources)}
     described = "ranks on", "ranks_per_node"
     rows = [
-        [name, value, known.get(name, "" if name in described else "no source given")]
-        for name, value in plain.items()
+        [name, value, known.get(name, "" if name in described else "no source given")] for name, value in plain.items()
     ]
     return Table(["figure", "value", "source"], rows, caption="The cluster", text_columns=3)
 

@@ -1,7 +1,7 @@
 """Makes one HTML file of a page: its style and charts are inside it, and it asks nothing of any server.
 
-It reads well on a phone, in dark and light (as the reader's system says) and on paper. A content security policy in the file
-itself forbids every request. By itself it runs no script: how charts are drawn is a Drawing, which may bring one
+It reads well on a phone, in dark and light (as the reader's system says) and on paper. A content security policy in the
+file itself forbids every request. By itself it runs no script: how charts are drawn is a Drawing, which may bring one
 (launch/page/plotly_charts.py).
 """
 
@@ -26,13 +26,35 @@ from foreroute.launch.page.parts import (
 from foreroute.launch.page.svg_charts import draw
 
 LIGHT = {
-    "paper": "#ffffff", "card": "#f5f6f8", "ink": "#1c2127", "muted": "#586370", "rule": "#d9dde2", "good": "#1d7a46", "bad": "#b3261e",
-    "c0": "#2463ad", "c1": "#c4560f", "c2": "#2a8057", "c3": "#8447a8", "c4": "#b12c62", "c5": "#6a6f00",
-}  # fmt: skip
+    "paper": "#ffffff",
+    "card": "#f5f6f8",
+    "ink": "#1c2127",
+    "muted": "#586370",
+    "rule": "#d9dde2",
+    "good": "#1d7a46",
+    "bad": "#b3261e",
+    "c0": "#2463ad",
+    "c1": "#c4560f",
+    "c2": "#2a8057",
+    "c3": "#8447a8",
+    "c4": "#b12c62",
+    "c5": "#6a6f00",
+}
 DARK = {
-    "paper": "#14171b", "card": "#1d2126", "ink": "#e4e8ec", "muted": "#9aa6b2", "rule": "#343b43", "good": "#6fcf97", "bad": "#ff8a80",
-    "c0": "#78b1f2", "c1": "#f2a05f", "c2": "#72c79a", "c3": "#c79ae6", "c4": "#f089ad", "c5": "#c9cc5a",
-}  # fmt: skip
+    "paper": "#14171b",
+    "card": "#1d2126",
+    "ink": "#e4e8ec",
+    "muted": "#9aa6b2",
+    "rule": "#343b43",
+    "good": "#6fcf97",
+    "bad": "#ff8a80",
+    "c0": "#78b1f2",
+    "c1": "#f2a05f",
+    "c2": "#72c79a",
+    "c3": "#c79ae6",
+    "c4": "#f089ad",
+    "c5": "#c9cc5a",
+}
 
 
 def variables(palette: dict[str, str]) -> str:
@@ -56,41 +78,53 @@ h2 {{ font-size: 1.2rem; margin: 2.75rem 0 .5rem; padding-top: .75rem; border-to
 p {{ margin: .5rem 0; max-width: 44rem; }}
 .lead, .note, footer {{ color: var(--muted); }}
 .note, footer {{ font-size: .875rem; }}
-dl {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(max(9.5rem, 30%), 1fr)); gap: .75rem; margin: 1.5rem 0 0; }}
-dl div {{ background: var(--card); border-radius: .5rem; padding: .75rem .9rem; display: flex; flex-direction: column; }}
+dl {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(max(9.5rem, 30%), 1fr)); gap: .75rem;
+  margin: 1.5rem 0 0; }}
+dl div {{ background: var(--card); border-radius: .5rem; padding: .75rem .9rem; display: flex;
+  flex-direction: column; }}
 dt {{ font-size: .8125rem; color: var(--muted); line-height: 1.3; }}
 dd {{ margin: 0; font-size: .8125rem; line-height: 1.35; color: var(--muted); }}
-dd.value {{ font-size: 1.5rem; line-height: 1.3; font-weight: 600; color: var(--ink); font-variant-numeric: tabular-nums; }}
+dd.value {{ font-size: 1.5rem; line-height: 1.3; font-weight: 600; color: var(--ink);
+  font-variant-numeric: tabular-nums; }}
 .scroll {{ overflow-x: auto; margin: 1rem 0 .5rem; }}
 table {{ border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }}
 caption {{ text-align: left; font-weight: 600; padding-bottom: .3rem; }}
-th, td {{ padding: .3rem .75rem; text-align: right; white-space: nowrap; vertical-align: top; border-bottom: 1px solid var(--rule); }}
+th, td {{ padding: .3rem .75rem; text-align: right; white-space: nowrap; vertical-align: top;
+  border-bottom: 1px solid var(--rule); }}
 th:first-child, td:first-child {{ padding-left: 0; }}
-thead th {{ white-space: normal; vertical-align: bottom; font-weight: 600; font-size: .8125rem; line-height: 1.25; color: var(--muted); }}
+thead th {{ white-space: normal; vertical-align: bottom; font-weight: 600; font-size: .8125rem; line-height: 1.25;
+  color: var(--muted); }}
 th.text, td.text {{ text-align: left; }}
 tbody th {{ font-weight: 500; }}
 tbody + tbody::before {{ content: ""; display: table-row; height: 1.25rem; }}
 th:first-child {{ position: sticky; left: 0; background: var(--paper); }}
 .facts td {{ white-space: normal; overflow-wrap: anywhere; }}
 .facts th {{ color: var(--muted); }}
-.charts {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(24rem, 100%), 1fr)); gap: 1.5rem; margin: 1.25rem 0; }}
+.charts {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(24rem, 100%), 1fr)); gap: 1.5rem;
+  margin: 1.25rem 0; }}
 figure {{ margin: 0; max-width: 36rem; break-inside: avoid; }}
 figcaption {{ font-weight: 600; font-size: .95rem; }}
 .legend {{ list-style: none; margin: .15rem 0 .35rem; padding: 0; display: flex; flex-wrap: wrap; gap: .1rem 1rem;
   font-size: .8125rem; color: var(--muted); }}
-.legend i {{ display: inline-block; width: 1.1rem; height: .7rem; margin-right: .4rem; border-radius: 2px; background: var(--hue); }}
-.legend i.line {{ height: 0; border-top: 3px solid var(--hue); background: none; border-radius: 0; vertical-align: middle; }}
+.legend i {{ display: inline-block; width: 1.1rem; height: .7rem; margin-right: .4rem; border-radius: 2px;
+  background: var(--hue); }}
+.legend i.line {{ height: 0; border-top: 3px solid var(--hue); background: none; border-radius: 0;
+  vertical-align: middle; }}
 .legend i.dashed {{ border-top-style: dashed; }}
 .legend i.faint {{ opacity: .4; }}
 svg {{ display: block; width: 100%; height: auto; stroke-linejoin: round; }}
-.verdict {{ border-left: 4px solid var(--tone); padding: .4rem .9rem; background: var(--card); border-radius: 0 .4rem .4rem 0;
-  font-weight: 500; }}
+.verdict {{ border-left: 4px solid var(--tone); padding: .4rem .9rem; background: var(--card);
+  border-radius: 0 .4rem .4rem 0; font-weight: 500; }}
 .good {{ --tone: var(--good); }} .bad {{ --tone: var(--bad); }}
 pre {{ background: var(--card); padding: .75rem .9rem; border-radius: .4rem; overflow-x: auto; font-size: .85rem; }}
-@media (max-width: 36rem) {{ th, td {{ padding: .3rem .45rem; }} table {{ font-size: .8125rem; }} h1 {{ font-size: 1.5rem; }} }}
+@media (max-width: 36rem) {{ th, td {{ padding: .3rem .45rem; }} table {{ font-size: .8125rem; }}
+  h1 {{ font-size: 1.5rem; }} }}
 footer {{ margin-top: 3rem; border-top: 1px solid var(--rule); padding-top: .75rem; }}
-@media print {{ body {{ max-width: none; padding: 0; font-size: 10pt; }} h2 {{ break-after: avoid; }} tr {{ break-inside: avoid; }}
-  .scroll {{ overflow: visible; }} th:first-child {{ position: static; background: none; }} h2 + p {{ break-after: avoid; }} dl div, pre, .verdict {{ border: 1px solid var(--rule); }} pre {{ white-space: pre-wrap; }}
+@media print {{ body {{ max-width: none; padding: 0; font-size: 10pt; }} h2 {{ break-after: avoid; }}
+  tr {{ break-inside: avoid; }}
+  .scroll {{ overflow: visible; }} th:first-child {{ position: static; background: none; }}
+  h2 + p {{ break-after: avoid; }} dl div, pre, .verdict {{ border: 1px solid var(--rule); }}
+  pre {{ white-space: pre-wrap; }}
   .charts {{ grid-template-columns: 1fr 1fr; }} dl {{ grid-template-columns: repeat(3, 1fr); }} }}
 """
 
@@ -119,7 +153,8 @@ def html(page: Page, drawing: Drawing | None = None) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{drawing.policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(page.title)}</title><style>{_STYLE}</style>{drawing.head}</head>\n"
-        f'<body>{_skip(page)}<header><h1>{escape(page.title)}</h1><p class="lead">{escape(page.lead)}</p>{_figures(page)}</header>\n'
+        f"<body>{_skip(page)}<header><h1>{escape(page.title)}</h1><p"
+        f' class="lead">{escape(page.lead)}</p>{_figures(page)}</header>\n'
         f"{_contents(page)}<main{main}>{_sections(page, drawing)}</main>\n"
         + (f"<footer>{escape(page.footer)}</footer>" if page.footer else "")
         + f"{drawing.end}</body></html>\n"
@@ -137,15 +172,12 @@ def _skip(page: Page) -> str:
 def _contents(page: Page) -> str:
     if not page.contents:
         return ""
-    links = "".join(
-        f'<li><a href="#s{i}">{escape(section.title)}</a></li>'
-        for i, section in enumerate(page.sections)
-    )
+    links = "".join(f'<li><a href="#s{i}">{escape(section.title)}</a></li>' for i, section in enumerate(page.sections))
     return f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n'
 
 
 def _figures(page: Page) -> str:
-    return f"<dl>{''.join(_key_figure(figure) for figure in page.figures)}</dl>" if page.figures else ""  # fmt: skip
+    return f"<dl>{''.join(_key_figure(figure) for figure in page.figures)}</dl>" if page.figures else ""
 
 
 def _key_figure(figure: KeyFigure) -> str:
@@ -203,7 +235,8 @@ def table_html(table: Table) -> str:
     caption = f"<caption>{escape(table.caption)}</caption>" if table.caption else ""
     facts = "" if table.header else ' class="facts"'
     return (
-        f'<div class="scroll" role="region" aria-label="{escape(table.caption or "table")}" tabindex="0"><table{facts}>{caption}'
+        f'<div class="scroll" role="region" aria-label="{escape(table.caption or "table")}"'
+        f' tabindex="0"><table{facts}>{caption}'
         + (f"<thead><tr>{head}</tr></thead>" if head else "")
         + f"<tbody>{''.join(line(row) for row in table.rows)}</tbody></table></div>"
         + "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
@@ -212,7 +245,7 @@ def table_html(table: Table) -> str:
 
 def _figure(chart: Chart, prefix: str) -> str:
     if not isinstance(chart, Curve | Bars):
-        raise TypeError(f"chart {chart.title!r}: {type(chart).__name__} has no picture without a script")  # fmt: skip
+        raise TypeError(f"chart {chart.title!r}: {type(chart).__name__} has no picture without a script")
     items = "".join(f"<li>{key.html()}</li>" for key in legend(chart))
     return (
         f"<figure><figcaption>{escape(chart.title)}</figcaption>"
@@ -248,7 +281,7 @@ def legend(chart: Chart) -> list[LegendKey]:
     found = [LegendKey(bar.name, f"c{i}", "") for i, bar in enumerate(chart.bars)]
     if len(chart.stack) > 1:
         last = len(chart.stack) - 1
-        found += [LegendKey(name, "muted", "" if i == last else "faint") for i, name in enumerate(chart.stack)]  # fmt: skip
+        found += [LegendKey(name, "muted", "" if i == last else "faint") for i, name in enumerate(chart.stack)]
     if chart.mark:
         found.append(LegendKey(chart.mark, "muted", "line"))
     return found

@@ -48,18 +48,18 @@ def markdown(page: Page, prefix: str, *, opening: str = "") -> tuple[str, dict[s
 def picture(chart: Curve | Bars) -> str:
     """Give a chart as the text of an SVG file."""
     drawn = draw(chart, "c")
-    _, _, width, height = (float(number) for number in drawn.split('viewBox="')[1].split('"')[0].split())  # fmt: skip
+    _, _, width, height = (float(number) for number in drawn.split('viewBox="')[1].split('"')[0].split())
     legend, rows = _legend(chart)
     top = _TITLE + rows * _ROW + _MARGIN
     inside = _WIDTH - 2 * _MARGIN
     tall = inside * height / width
-    placed = drawn.replace("<svg ", f'<svg x="{_MARGIN}" y="{top}" width="{inside}" height="{tall:.1f}" ', 1)  # fmt: skip
+    placed = drawn.replace("<svg ", f'<svg x="{_MARGIN}" y="{top}" width="{inside}" height="{tall:.1f}" ', 1)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {top + tall + _MARGIN:.1f}" width="720">'
-        f"<style>:root {{{variables(LIGHT)}}} @media (prefers-color-scheme: dark) {{ :root {{{variables(DARK)}}} }} text {{ font-family: sans-serif; }}</style>"
-        f'<rect width="100%" height="100%" style="fill: var(--paper)"/>'
-        f'<text x="{_MARGIN}" y="{_TITLE - 5}" style="font-size: 12px; font-weight: 600; fill: var(--ink)">{escape(chart.title)}</text>'
-        f"{legend}{placed}</svg>\n"
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {top + tall + _MARGIN:.1f}"'
+        f' width="720"><style>:root {{{variables(LIGHT)}}} @media (prefers-color-scheme: dark) {{ :root'
+        f' {{{variables(DARK)}}} }} text {{ font-family: sans-serif; }}</style><rect width="100%" height="100%"'
+        f' style="fill: var(--paper)"/><text x="{_MARGIN}" y="{_TITLE - 5}" style="font-size: 12px; font-weight: 600;'
+        f' fill: var(--ink)">{escape(chart.title)}</text>{legend}{placed}</svg>\n'
     )
 
 

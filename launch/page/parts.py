@@ -1,7 +1,7 @@
 """What a page for people is made of: sections of text, tables, charts and a strip of key figures.
 
-A page is described once, as plain values. launch/page/html_file.py makes one self-contained HTML file of it, launch/page/terminal.py
-prints it (without its charts). All text is plain text: neither output reads markup in it.
+A page is described once, as plain values. launch/page/html_file.py makes one self-contained HTML file of it,
+launch/page/terminal.py prints it (without its charts). All text is plain text: neither output reads markup in it.
 """
 
 from collections.abc import Sequence
@@ -27,9 +27,7 @@ class Table:
     header: Sequence[str]  # may be empty: rows then are names and what they are
     rows: Sequence[Sequence[str]]  # an empty row is a gap between groups of rows
     caption: str = ""
-    text_columns: int = (
-        1  # so many first columns hold text, aligned left; the others hold numbers, aligned right
-    )
+    text_columns: int = 1  # so many first columns hold text, aligned left; the others hold numbers, aligned right
     notes: Sequence[str] = ()
 
     def __post_init__(self) -> None:
@@ -97,7 +95,7 @@ class Bars:
         for bar in self.bars:
             counts = {len(part) for part in bar.parts} | {len(bar.mark or self.groups)}
             if len(bar.parts) != len(self.stack) or counts != {len(self.groups)}:
-                raise ValueError(f"bars {bar.name!r}: need {len(self.stack)} parts of {len(self.groups)} groups")  # fmt: skip
+                raise ValueError(f"bars {bar.name!r}: need {len(self.stack)} parts of {len(self.groups)} groups")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +130,7 @@ class HeatMap:
     def __post_init__(self) -> None:
         widths = {len(row) for row in self.values}
         if len(self.values) != len(self.rows) or widths != {len(self.x)}:
-            raise ValueError(f"heat map {self.title!r}: need {len(self.rows)} rows of {len(self.x)} values")  # fmt: skip
+            raise ValueError(f"heat map {self.title!r}: need {len(self.rows)} rows of {len(self.x)} values")
 
 
 Chart: TypeAlias = Curve | Bars | Areas | HeatMap
@@ -183,4 +181,4 @@ def hue_of(line: Line, place: int) -> int:
 
 def _check_colours(title: str, named: Sequence[object]) -> None:
     if not 1 <= len(named) <= COLOURS:
-        raise ValueError(f"chart {title!r}: {len(named)} names; from 1 to {COLOURS} can be told apart")  # fmt: skip
+        raise ValueError(f"chart {title!r}: {len(named)} names; from 1 to {COLOURS} can be told apart")

@@ -1,8 +1,8 @@
 """Draws the charts of a page with plotly: values under the pointer, names that hide their line, zoom by dragging.
 
-plotly.js is put into the file, once, with the script of launch/page/plotly_charts.js; the file's content security policy allows
-these two scripts, by their checksums, and no request. Without a script the page has its text and tables, among them one
-beneath each chart with its numbers, which is also what a screen reader and a keyboard get.
+plotly.js is put into the file, once, with the script of launch/page/plotly_charts.js; the file's content security
+policy allows these two scripts, by their checksums, and no request. Without a script the page has its text and tables,
+among them one beneath each chart with its numbers, which is also what a screen reader and a keyboard get.
 """
 
 import base64
@@ -27,13 +27,16 @@ _FAINT = "47"  # alpha of bands, in hexadecimal: 28 %
 _MARKED = 24  # lines of at most so many points show them
 _STYLE = """<style>
 .plot { height: 20rem; }
-figure { max-width: none; min-width: 0; display: grid; grid-template: subgrid / minmax(0, 1fr); grid-row: span 4; row-gap: 0; align-content: start; }
+figure { max-width: none; min-width: 0; display: grid; grid-template: subgrid / minmax(0, 1fr); grid-row: span 4;
+  row-gap: 0; align-content: start; }
 figure .scroll { margin: .5rem 0; }
 .legend { align-items: center; align-content: start; gap: .1rem .5rem; } ul.legend { gap: .1rem 1rem; }
 .legend i.scale { width: 7rem; margin: 0; border: 1px solid var(--rule); }
-.legend button { font: inherit; color: inherit; background: none; border: 0; padding: .15rem 0; cursor: pointer; text-align: left; }
+.legend button { font: inherit; color: inherit; background: none; border: 0; padding: .15rem 0; cursor: pointer;
+  text-align: left; }
 .legend button[aria-pressed="false"] { text-decoration: line-through; opacity: .6; }
-details { margin: .25rem 0 0; font-size: .875rem; } summary { cursor: pointer; color: var(--muted); width: fit-content; }
+details { margin: .25rem 0 0; font-size: .875rem; } summary { cursor: pointer; color: var(--muted);
+  width: fit-content; }
 details .scroll { max-height: 22rem; overflow: auto; }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 .charts { grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)); }
@@ -43,7 +46,7 @@ details .scroll { max-height: 22rem; overflow: auto; }
 
 def interactive_html(page: Page) -> str:
     """Give the whole file of a page with any charts, in ASCII."""
-    scripts = [_ascii_script(get_plotlyjs()), f"const PALETTES = {_palettes()};\n{_SCRIPT.read_text()}"]  # fmt: skip
+    scripts = [_ascii_script(get_plotlyjs()), f"const PALETTES = {_palettes()};\n{_SCRIPT.read_text()}"]
     allowed = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts)
     policy = f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:"
     end = "".join(f"<script>{script}</script>\n" for script in scripts)
@@ -60,16 +63,32 @@ def figure_of(chart: Chart) -> go.Figure:
         traces, layout = _bars(chart)
     else:
         traces, layout = _heat_map(chart)
-    axis = {"gridcolor": "var(--rule)", "linecolor": "var(--muted)", "zeroline": False, "automargin": True, "exponentformat": "power", "separatethousands": True}  # fmt: skip
+    axis = {
+        "gridcolor": "var(--rule)",
+        "linecolor": "var(--muted)",
+        "zeroline": False,
+        "automargin": True,
+        "exponentformat": "power",
+        "separatethousands": True,
+    }
     figure = go.Figure(traces)
     figure.update_layout(
-        template="none", showlegend=False, uirevision="kept", margin={"l": 8, "r": 12, "t": 12, "b": 8},
-        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
+        template="none",
+        showlegend=False,
+        uirevision="kept",
+        margin={"l": 8, "r": 12, "t": 12, "b": 8},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "system-ui, sans-serif", "size": 12, "color": "var(--muted)"},
-        hoverlabel={"bgcolor": "var(--card)", "bordercolor": "var(--rule)", "font": {"color": "var(--ink)"}, "namelength": -1},
+        hoverlabel={
+            "bgcolor": "var(--card)",
+            "bordercolor": "var(--rule)",
+            "font": {"color": "var(--ink)"},
+            "namelength": -1,
+        },
         xaxis={**axis, "title": {"text": escape(chart.x_label), "standoff": 8}, "ticks": ""},
         yaxis={**axis, "title": {"text": escape(chart.y_label), "standoff": 8}, "ticks": ""},
-    )  # fmt: skip
+    )
     figure.update_layout(layout)
     return figure
 
@@ -90,14 +109,19 @@ def _curve(chart: Curve) -> tuple[list[Any], dict[str, Any]]:
         style = {"color": colour, "width": 1.8, "dash": "dash" if line.dashed else "solid"}
         traces.append(
             go.Scatter(
-                **common, y=_short(line.y), name=escape(line.name), line=style, marker={"color": colour, "size": 6},
-                mode="lines+markers" if marked else "lines", hovertemplate="%{y:,.5~g}",
+                **common,
+                y=_short(line.y),
+                name=escape(line.name),
+                line=style,
+                marker={"color": colour, "size": 6},
+                mode="lines+markers" if marked else "lines",
+                hovertemplate="%{y:,.5~g}",
             )
-        )  # fmt: skip
+        )
     layout: dict[str, Any] = {"hovermode": "x unified", "xaxis": {}, "yaxis": {}}
     if chart.x_log:
         ticks = _powers_of_2([x for line in chart.lines for x in line.x])
-        layout["xaxis"] = {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:,}" for tick in ticks]}  # fmt: skip
+        layout["xaxis"] = {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:,}" for tick in ticks]}
     else:
         layout["xaxis"] = {"tickformat": _tick_format(chart.lines[0].x)}
     if chart.y_log:
@@ -113,46 +137,75 @@ def _curve(chart: Curve) -> tuple[list[Any], dict[str, Any]]:
 def _areas(chart: Areas) -> tuple[list[Any], dict[str, Any]]:
     traces = [
         go.Scatter(
-            x=_short(line.x), y=_short(line.y), name=escape(line.name), legendgroup=str(i), stackgroup="all",
+            x=_short(line.x),
+            y=_short(line.y),
+            name=escape(line.name),
+            legendgroup=str(i),
+            stackgroup="all",
             mode="lines" if len(line.x) > 1 else "lines+markers",
-            line={"width": 0.5, "color": f"var(--c{hue_of(line, i)})"}, fillcolor=f"var(--c{hue_of(line, i)})", hovertemplate="%{y:,.4~g}",
+            line={"width": 0.5, "color": f"var(--c{hue_of(line, i)})"},
+            fillcolor=f"var(--c{hue_of(line, i)})",
+            hovertemplate="%{y:,.4~g}",
         )
         for i, line in enumerate(chart.lines)
-    ]  # fmt: skip
-    return traces, {"hovermode": "x unified", "xaxis": {"tickformat": _tick_format(chart.lines[0].x)}}  # fmt: skip
+    ]
+    return traces, {"hovermode": "x unified", "xaxis": {"tickformat": _tick_format(chart.lines[0].x)}}
 
 
 def _bars(chart: Bars) -> tuple[list[Any], dict[str, Any]]:
     traces: list[Any] = []
     for i, bar in enumerate(chart.bars):
-        common = {"x": list(map(escape, chart.groups)), "offsetgroup": str(i), "legendgroup": str(i)}  # fmt: skip
+        common = {"x": list(map(escape, chart.groups)), "offsetgroup": str(i), "legendgroup": str(i)}
         base = [0.0] * len(chart.groups)
         for part, (name, values) in enumerate(zip(chart.stack, bar.parts, strict=True)):
             colour = f"var(--c{i}{'' if part == len(bar.parts) - 1 else '-faint'})"
             label = f"{bar.name}, {name}" if len(chart.stack) > 1 else bar.name
             traces.append(
                 go.Bar(
-                    **common, y=_short(values), base=_short(base), name=escape(label), marker={"color": colour},
-                    customdata=_short(values), hovertemplate="%{customdata:,.5~g}",
+                    **common,
+                    y=_short(values),
+                    base=_short(base),
+                    name=escape(label),
+                    marker={"color": colour},
+                    customdata=_short(values),
+                    hovertemplate="%{customdata:,.5~g}",
                 )
-            )  # fmt: skip
+            )
             base = [low + value for low, value in zip(base, values, strict=True)]
         if bar.mark is not None:
             line = {"width": 2, "color": "var(--muted)"}
             zeros = [0.0] * len(bar.mark)
             name = escape(f"{bar.name}, {chart.mark}")
-            traces.append(go.Bar(**common, y=zeros, base=_short(bar.mark), name=name, marker={"line": line}, hovertemplate="%{base:,.5~g}"))  # fmt: skip
-    return traces, {"barmode": "group", "hovermode": "x unified", "xaxis": {"type": "category", "showgrid": False}}  # fmt: skip
+            traces.append(
+                go.Bar(
+                    **common,
+                    y=zeros,
+                    base=_short(bar.mark),
+                    name=name,
+                    marker={"line": line},
+                    hovertemplate="%{base:,.5~g}",
+                )
+            )
+    return traces, {"barmode": "group", "hovermode": "x unified", "xaxis": {"type": "category", "showgrid": False}}
 
 
 def _heat_map(chart: HeatMap) -> tuple[list[Any], dict[str, Any]]:
     low, high, scale = _colours(chart)
     said = f"{escape(chart.x_label)} %{{x:,}}<br>{escape(chart.y_label)} %{{y}}<br>%{{z:,.4~g}}<extra></extra>"
     trace = go.Heatmap(
-        x=_short(chart.x), y=list(map(escape, chart.rows)), z=[_short(row) for row in chart.values], zmin=low, zmax=high,
-        colorscale=[(place, f"var(--{name})") for place, name in scale], showscale=False, hovertemplate=said,
-    )  # fmt: skip
-    return [trace], {"xaxis": {"tickformat": _tick_format(chart.x), "showgrid": False}, "yaxis": {"type": "category", "showgrid": False}}  # fmt: skip
+        x=_short(chart.x),
+        y=list(map(escape, chart.rows)),
+        z=[_short(row) for row in chart.values],
+        zmin=low,
+        zmax=high,
+        colorscale=[(place, f"var(--{name})") for place, name in scale],
+        showscale=False,
+        hovertemplate=said,
+    )
+    return [trace], {
+        "xaxis": {"tickformat": _tick_format(chart.x), "showgrid": False},
+        "yaxis": {"type": "category", "showgrid": False},
+    }
 
 
 def _colours(chart: HeatMap) -> tuple[float, float, list[tuple[float, str]]]:
@@ -182,23 +235,23 @@ def _colour_key(chart: HeatMap) -> str:
 
 def _figure(chart: Chart, prefix: str) -> str:
     keys = legend(chart)
-    named = 0 if isinstance(chart, HeatMap) else len(chart.bars if isinstance(chart, Bars) else chart.lines)  # fmt: skip
+    named = 0 if isinstance(chart, HeatMap) else len(chart.bars if isinstance(chart, Bars) else chart.lines)
     items = [
-        f'<li><button type="button" aria-pressed="true">{key.html()}</button></li>' if i < named else f"<li>{key.html()}</li>"
+        (
+            f'<li><button type="button" aria-pressed="true">{key.html()}</button></li>'
+            if i < named
+            else f"<li>{key.html()}</li>"
+        )
         for i, key in enumerate(keys)
-    ]  # fmt: skip
-    names = (
-        _colour_key(chart)
-        if isinstance(chart, HeatMap)
-        else f'<ul class="legend">{"".join(items)}</ul>'
-    )
-    data = json.dumps(figure_of(chart).to_plotly_json(), separators=(",", ":")).replace("<", "\\u003c")  # fmt: skip
+    ]
+    names = _colour_key(chart) if isinstance(chart, HeatMap) else f'<ul class="legend">{"".join(items)}</ul>'
+    data = json.dumps(figure_of(chart).to_plotly_json(), separators=(",", ":")).replace("<", "\\u003c")
     return (
-        f'<figure aria-labelledby="{prefix}-title"><figcaption id="{prefix}-title">{escape(chart.title)}</figcaption>{names}'
-        f'<div class="plot" id="{prefix}" role="img" aria-label="{escape(describe(chart))}"></div>'
-        f'<script type="application/json" id="{prefix}-data">{data}</script>'
-        f'<details><summary>Numbers<span class="unseen"> of {escape(chart.title)}</span></summary>{table_html(numbers(chart))}'
-        "</details></figure>"
+        f'<figure aria-labelledby="{prefix}-title"><figcaption'
+        f' id="{prefix}-title">{escape(chart.title)}</figcaption>{names}<div class="plot" id="{prefix}" role="img"'
+        f' aria-label="{escape(describe(chart))}"></div><script type="application/json"'
+        f' id="{prefix}-data">{data}</script><details><summary>Numbers<span class="unseen"> of'
+        f" {escape(chart.title)}</span></summary>{table_html(numbers(chart))}</details></figure>"
     )
 
 

@@ -1,7 +1,8 @@
 """Draws the charts of a page as small SVG pictures that take their colours and font from the page around them.
 
 Matplotlib draws with stand-in colours, which become the page's CSS variables: one picture serves dark, light and print.
-Titles and legends are not in the picture but in the HTML (launch/page/html_file.py), where they wrap on a narrow screen.
+Titles and legends are not in the picture but in the HTML (launch/page/html_file.py), where they wrap on a narrow
+screen.
 """
 
 import re
@@ -77,8 +78,14 @@ def _draw_curve(axes: Axes, chart: Curve) -> None:
         colour = _SERIES[hue_of(line, i)]
         marker = "o" if len(line.x) <= _MARKED and not line.dashed else ""
         axes.plot(
-            line.x, line.y, linestyle="--" if line.dashed else "-", color=colour, linewidth=1.2, marker=marker, markersize=3.2
-        )  # fmt: skip
+            line.x,
+            line.y,
+            linestyle="--" if line.dashed else "-",
+            color=colour,
+            linewidth=1.2,
+            marker=marker,
+            markersize=3.2,
+        )
         if line.upper is not None:
             axes.fill_between(line.x, line.y, line.upper, color=colour, alpha=0.28, linewidth=0)
     if chart.y_from is not None and min(_lowest(line.y) for line in chart.lines) >= chart.y_from:
@@ -107,14 +114,16 @@ def _scale(axes: Axes, which: str, log_base: int | None) -> None:
 def _draw_bars(axes: Axes, chart: Bars) -> None:
     width = 0.8 / len(chart.bars)
     for i, (bar, colour) in enumerate(zip(chart.bars, _SERIES, strict=False)):
-        places = [group + (i - (len(chart.bars) - 1) / 2) * width for group in range(len(chart.groups))]  # fmt: skip
+        places = [group + (i - (len(chart.bars) - 1) / 2) * width for group in range(len(chart.groups))]
         bottom = [0.0] * len(places)
         for part, values in enumerate(bar.parts):
             alpha = 1.0 if part == len(bar.parts) - 1 else 0.4
             axes.bar(places, values, 0.86 * width, bottom, color=colour, alpha=alpha, linewidth=0)
             bottom = [low + value for low, value in zip(bottom, values, strict=True)]
         if bar.mark is not None:
-            axes.hlines(bar.mark, [x - 0.43 * width for x in places], [x + 0.43 * width for x in places], _INK, linewidth=1.2)  # fmt: skip
+            axes.hlines(
+                bar.mark, [x - 0.43 * width for x in places], [x + 0.43 * width for x in places], _INK, linewidth=1.2
+            )
     every = -(-len(chart.groups) // 16)
     axes.set_xticks(range(0, len(chart.groups), every), chart.groups[::every])
     margin = 1.0 if len(chart.groups) == 1 else 0.6
@@ -137,11 +146,7 @@ def _for_page(svg: str, description: str, prefix: str) -> str:
     used = set(re.findall(r'(?:href="|url\()#([\w.-]+)', ElementTree.tostring(root, "unicode")))
     for element in root.iter():
         _for_page_element(element, used, prefix)
-    root.attrib = {
-        "viewBox": root.attrib["viewBox"],
-        "role": "img",
-        "aria-label": description,
-    }
+    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": description}
     text = ElementTree.tostring(root, "unicode", short_empty_elements=False)
     return re.sub(r">\s+<", "><", text)
 
@@ -157,7 +162,7 @@ def _for_page_element(element: ElementTree.Element, used: set[str], prefix: str)
     if "clip-path" in found:
         found["clip-path"] = found["clip-path"].replace("#", f"#{prefix}-")
     if "d" in found:
-        short = re.sub(r"-?\d+\.\d+", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), found["d"])  # fmt: skip
+        short = re.sub(r"-?\d+\.\d+", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), found["d"])
         found["d"] = " ".join(short.split())
     if "style" in found:
         style = re.sub(r"font-family: [^;]*;? ?", "", found["style"])

@@ -1,7 +1,7 @@
 """Prints a page in a terminal or into a file: text and tables; charts are left to the HTML.
 
-Text wraps at the terminal's width (80 columns in a file). A number is never broken or cut off: a table that does not fit is
-printed wider than the terminal.
+Text wraps at the terminal's width (80 columns in a file). A number is never broken or cut off: a table that does not
+fit is printed wider than the terminal.
 """
 
 import textwrap
@@ -97,14 +97,10 @@ class _Out:
         heads = [_head(head, cells) for head, cells in zip(table.header, columns, strict=True)]
         height = max(len(head) for head in heads)
         whole = [i >= table.text_columns for i in range(len(columns))]
-        widths = _widths(
-            [[*cells, *head] for cells, head in zip(columns, heads, strict=True)],
-            whole,
-            self._width,
-        )
+        widths = _widths([[*cells, *head] for cells, head in zip(columns, heads, strict=True)], whole, self._width)
         found = Grid(
             box=box.SIMPLE_HEAD, padding=(0, len(_GAP) - 1, 0, 0), show_edge=False, pad_edge=False, header_style="bold"
-        )  # fmt: skip
+        )
         for width, head, number in zip(widths, heads, whole, strict=True):
             low = "\n" * (height - len(head)) + "\n".join(head)  # stands on the rule, however short
             justify: JustifyMethod = "right" if number else "left"
@@ -143,7 +139,7 @@ def _widths(columns: Sequence[Sequence[str]], whole: Sequence[bool], room: int) 
     least = [
         wide if keep else max((cell_len(word) for cell in cells for word in cell.split()), default=1)
         for cells, keep, wide in zip(columns, whole, most, strict=True)
-    ]  # fmt: skip
+    ]
     spare = max(0, room - _total(least))
     widths = []
     for narrow, wide in zip(least, most, strict=True):

@@ -18,11 +18,14 @@ def describe(chart: Chart) -> str:
     if isinstance(chart, HeatMap):
         values = [value for row in chart.values for value in row]
         rows = f"{len(chart.rows)} rows, one for each {chart.y_label}"
-        return f"Heat map. {chart.title}: {chart.value_label} over {chart.x_label}. {rows}: {_range_text(values, last=False)}."
+        return (
+            f"Heat map. {chart.title}: {chart.value_label} over {chart.x_label}. {rows}:"
+            f" {_range_text(values, last=False)}."
+        )
     if isinstance(chart, Bars):
         kind = "Bar chart"
         totals = [[sum(parts) for parts in zip(*bar.parts, strict=True)] for bar in chart.bars]
-        said = [f"{bar.name}: {_range_text(sums)}" for bar, sums in zip(chart.bars, totals, strict=True)]  # fmt: skip
+        said = [f"{bar.name}: {_range_text(sums)}" for bar, sums in zip(chart.bars, totals, strict=True)]
     else:
         kind = "Line chart" if isinstance(chart, Curve) else "Stacked areas"
         said = [f"{line.name}: {_range_text(line.y)}{_band_text(line)}" for line in chart.lines]
@@ -45,11 +48,7 @@ def numbers(chart: Chart) -> Table:
     first = chart.lines[0]
     if all(list(line.x) == list(first.x) for line in chart.lines):
         return _numbers_of_columns(chart.x_label, first.x, chart.lines)
-    rows = [
-        [line.name, place_text(line.x[i]), _cell(line.y[i])]
-        for line in chart.lines
-        for i in _some(len(line.x))
-    ]
+    rows = [[line.name, place_text(line.x[i]), _cell(line.y[i])] for line in chart.lines for i in _some(len(line.x))]
     longest = max(len(line.x) for line in chart.lines)
     return Table(["line", chart.x_label, chart.y_label], rows, notes=_note(longest))
 
@@ -84,7 +83,11 @@ def _numbers_of_heat_map(chart: HeatMap) -> Table:
             cells = [*(_cell(value) for value in spread), most]
         rows.append([place_text(chart.x[i]), *cells])
     few = len(chart.rows) <= _COLUMNS
-    names = [f"{chart.y_label} {row}" for row in chart.rows] if few else ["least", "median", "most", f"{chart.y_label} with the most"]  # fmt: skip
+    names = (
+        [f"{chart.y_label} {row}" for row in chart.rows]
+        if few
+        else ["least", "median", "most", f"{chart.y_label} with the most"]
+    )
     return Table([chart.x_label, *names], rows, text_columns=0, notes=_note(len(chart.x)))
 
 
@@ -97,9 +100,7 @@ def _numbers_of_bars(chart: Bars) -> Table:
         if bar.mark is not None:
             header.append(f"{bar.name}, {chart.mark}")
             columns.append(bar.mark)
-    rows = [
-        [group, *(_cell(column[i]) for column in columns)] for i, group in enumerate(chart.groups)
-    ]
+    rows = [[group, *(_cell(column[i]) for column in columns)] for i, group in enumerate(chart.groups)]
     return Table(header, rows)
 
 

@@ -3,18 +3,7 @@
 from collections.abc import Mapping, Sequence
 from math import isfinite
 
-from foreroute.launch.page.parts import (
-    COLOURS,
-    Areas,
-    Chart,
-    Curve,
-    HeatMap,
-    Line,
-    Part,
-    Section,
-    Table,
-    Verdict,
-)
+from foreroute.launch.page.parts import COLOURS, Areas, Chart, Curve, HeatMap, Line, Part, Section, Table, Verdict
 from foreroute.launch.report.run_data import RunData, Series, grid, series
 
 X_LABELS = {
@@ -23,18 +12,21 @@ X_LABELS = {
     "flops": "training arithmetic, FLOP",
     "seconds": "training time, s",
 }
-OVER = {
-    "step": "steps",
-    "tokens": "symbols",
-    "flops": "training arithmetic",
-    "seconds": "training time",
-}
+OVER = {"step": "steps", "tokens": "symbols", "flops": "training arithmetic", "seconds": "training time"}
 
 
 def curve(
-    run: RunData, title: str, y_label: str, names: Mapping[str, str], *, factor: float = 1, y_from: float | None = None,
-    upper: bool = False, y_log: bool = False, x: str = "step",
-) -> list[Chart]:  # fmt: skip
+    run: RunData,
+    title: str,
+    y_label: str,
+    names: Mapping[str, str],
+    *,
+    factor: float = 1,
+    y_from: float | None = None,
+    upper: bool = False,
+    y_log: bool = False,
+    x: str = "step",
+) -> list[Chart]:
     """Give one chart of some metrics over a quantity; none if none of them has a number other than 0.
 
     Args:
@@ -61,9 +53,16 @@ def line_of(label: str, found: Series, *, factor: float = 1, upper: bool = False
 
 
 def by_place(
-    run: RunData, name: str, title: str, value_label: str, *, of: str, factor: float = 1, middle: float | None = None,
+    run: RunData,
+    name: str,
+    title: str,
+    value_label: str,
+    *,
+    of: str,
+    factor: float = 1,
+    middle: float | None = None,
     y_from: float | None = 0,
-) -> list[Chart]:  # fmt: skip
+) -> list[Chart]:
     """Give one chart of a metric of each rank or layer over steps: lines of a few, a heat map of many.
 
     Args:
@@ -91,14 +90,21 @@ def expert_maps(run: RunData) -> list[Chart]:
     ends = float(over.min()), float(over.max())  # one scale, so that layers can be compared
     return [
         HeatMap(
-            f"Layer {layer}: load of the experts", "step", "expert", "rows over the mean", found.steps, names,
-            over[:, layer].T.tolist(), middle=1.0, ends=ends,
+            f"Layer {layer}: load of the experts",
+            "step",
+            "expert",
+            "rows over the mean",
+            found.steps,
+            names,
+            over[:, layer].T.tolist(),
+            middle=1.0,
+            ends=ends,
         )
         for layer in range(over.shape[1])
-    ]  # fmt: skip
+    ]
 
 
-def areas(title: str, y_label: str, x: Sequence[float], parts: Mapping[str, Sequence[float]]) -> list[Chart]:  # fmt: skip
+def areas(title: str, y_label: str, x: Sequence[float], parts: Mapping[str, Sequence[float]]) -> list[Chart]:
     """Give stacked areas over steps of the parts that are not 0 everywhere."""
     lines = [Line(name, x, y) for name, y in parts.items() if any(value > 0 for value in y)]
     return [Areas(title, "step", y_label, lines)] if lines else []

@@ -1,4 +1,5 @@
-"""The report's page of one run: what it reached, how it learned, what its smaller k are worth, its health, and what it is.
+"""The report's page of one run: what it reached, how it learned, what its smaller k are worth, its health, and what it
+is.
 
 What happens inside its steps (experts, time, exchange) is laid out in launch/report/steps.py.
 """
@@ -86,7 +87,8 @@ def memory_peak(run: RunData) -> float:
 
 
 def by_arithmetic(run: RunData) -> list[tuple[float, float]]:
-    """Give forward arithmetic of a symbol and held-out bpc for each k (or dense) of which both are known, in this order."""
+    """Give forward arithmetic of a symbol and held-out bpc for each k (or dense) of which both are known, in this
+    order."""
     flops = plain_dict(run.facts.get("flops_per_symbol"))
     found = [(number(flops.get(k)), bpc) for k, bpc in run.bpc_by_k.items()]
     return sorted(point for point in found if isfinite(point[0]))
@@ -116,19 +118,29 @@ def _figures(run: RunData) -> list[KeyFigure]:
         KeyFigure("Bits per symbol", text(quality.bpc, "{:.3f}"), quality.source),
         KeyFigure("Symbols per second", text(tokens_per_second_of(run)), "of training, over all ranks; mean"),
         KeyFigure("Training time", duration(seconds_of(run)), "of steps alone"),
-    ]  # fmt: skip
+    ]
     if isfinite(k) and run.options.get("moe.router") != "dense":
-        found.append(KeyFigure("Active experts k", f"{k:.0f}", f"of {run.options.get('moe.experts', '?')}, in the last step logged"))  # fmt: skip
+        found.append(
+            KeyFigure(
+                "Active experts k", f"{k:.0f}", f"of {run.options.get('moe.experts', '?')}, in the last step logged"
+            )
+        )
     if isfinite(flops):
-        found.append(KeyFigure("Training arithmetic", f"{count_text(flops)}FLOP", "forward and backward, all ranks; recomputation not counted"))  # fmt: skip
+        found.append(
+            KeyFigure(
+                "Training arithmetic",
+                f"{count_text(flops)}FLOP",
+                "forward and backward, all ranks; recomputation not counted",
+            )
+        )
     if mfu > 0:
-        found.append(KeyFigure("Model FLOPs utilisation", f"{mfu:.1%}", str(run.facts.get("peak_source", ""))))  # fmt: skip
+        found.append(KeyFigure("Model FLOPs utilisation", f"{mfu:.1%}", str(run.facts.get("peak_source", ""))))
     if device > 0:
         found.append(KeyFigure("Peak device memory", byte_text(device), "of rank 0"))
     if isfinite(memory_peak(run)):
         found.append(KeyFigure("Peak memory", byte_text(memory_peak(run)), "of rank 0's process"))
     if wire > 0:
-        found.append(KeyFigure("Bytes on the wire", byte_text(wire), "of a step, all ranks, mean of the logged"))  # fmt: skip
+        found.append(KeyFigure("Bytes on the wire", byte_text(wire), "of a step, all ranks, mean of the logged"))
     return found
 
 
@@ -137,20 +149,24 @@ def _quality(run: RunData) -> list[Section]:
     for x in ("tokens", "flops", "seconds"):
         lines = _quality_lines(run, x)
         if lines:
-            charts.append(Curve(f"Bits per symbol over {OVER[x]}", X_LABELS[x], "bits per symbol", lines))  # fmt: skip
+            charts.append(Curve(f"Bits per symbol over {OVER[x]}", X_LABELS[x], "bits per symbol", lines))
     names = {"loss": "loss", "balance and z-loss": "auxiliary_loss"}
     for x in ("tokens", "flops"):
         charts += curve(run, f"Loss over {OVER[x]}", "nats per symbol", names, x=x)
     k = curve(run, "Active experts over steps", "active experts k", {"k": "k"}, y_from=0)
     varies = len({number(line.get("k")) for line in run.lines}) > 1
     each = -(-len(run.lines) // POINTS)
-    note = f"Each point of the training lines is the mean of {each} lines of metrics.jsonl." if each > 1 else ""  # fmt: skip
-    missing = "No curve over training arithmetic: the run did not log it." if charts and not isfinite(run.last("flops")) else ""  # fmt: skip
+    note = f"Each point of the training lines is the mean of {each} lines of metrics.jsonl." if each > 1 else ""
+    missing = (
+        "No curve over training arithmetic: the run did not log it."
+        if charts and not isfinite(run.last("flops"))
+        else ""
+    )
     return section("Quality", note, missing, charts, k if varies else [])
 
 
 def _quality_lines(run: RunData, x: str) -> list[Line]:
-    found = [("training", series(run.lines, "bpc", x)), ("validation", series(run.valid, "valid_bpc", x))]  # fmt: skip
+    found = [("training", series(run.lines, "bpc", x)), ("validation", series(run.valid, "valid_bpc", x))]
     return [line_of(label, points) for label, points in found if points.x]
 
 
@@ -163,26 +179,30 @@ def _slimming(run: RunData) -> list[Section]:
     if points:
         k = [float(k) for k, _ in points]
         lines = [Line("model", k, [bpc for _, bpc in points]), *_levels(baselines, k[0], k[-1])]
-        charts.append(Curve("Bits per symbol over k", "active experts k", "bits per symbol", lines, x_log=True))  # fmt: skip
+        charts.append(Curve("Bits per symbol over k", "active experts k", "bits per symbol", lines, x_log=True))
     if len(arithmetic) > 1:
         flops = [flops for flops, _ in arithmetic]
-        lines = [Line("model", flops, [bpc for _, bpc in arithmetic]), *_levels(baselines, flops[0], flops[-1])]  # fmt: skip
-        charts.append(Curve("Bits per symbol over inference arithmetic", "FLOP per symbol, forward pass", "bits per symbol", lines))  # fmt: skip
+        lines = [Line("model", flops, [bpc for _, bpc in arithmetic]), *_levels(baselines, flops[0], flops[-1])]
+        charts.append(
+            Curve(
+                "Bits per symbol over inference arithmetic", "FLOP per symbol, forward pass", "bits per symbol", lines
+            )
+        )
     symbols = number(run.summary.get("symbols"))
     words = (
-        f"Held-out {run.summary.get('split', '')} split, {text(symbols)} symbols. Every k is the same trained model; order 2, order 3 "
-        "and bzip2 are what counting gets on the same text."
+        f"Held-out {run.summary.get('split', '')} split, {text(symbols)} symbols. Every k is the same trained model;"
+        " order 2, order 3 and bzip2 are what counting gets on the same text."
     )
     return section("Slimming", words, charts, _slimming_table(run, baselines))
 
 
 def _levels(baselines: dict[str, float], first: float, last: float) -> list[Line]:
-    return [Line(label, [first, last], [bpc, bpc], dashed=True) for label, bpc in baselines.items() if isfinite(bpc)]  # fmt: skip
+    return [Line(label, [first, last], [bpc, bpc], dashed=True) for label, bpc in baselines.items() if isfinite(bpc)]
 
 
 def _slimming_table(run: RunData, baselines: dict[str, float]) -> Table:
     best = min(run.bpc_by_k.values())
-    active, flops = (plain_dict(run.facts.get(name)) for name in ("active_parameters", "flops_per_symbol"))  # fmt: skip
+    active, flops = (plain_dict(run.facts.get(name)) for name in ("active_parameters", "flops_per_symbol"))
 
     def row(label: str, bpc: float, k: str = "") -> list[str]:
         costs = [count_text(number(costs.get(k))) for costs in (active, flops)]
@@ -196,17 +216,29 @@ def _slimming_table(run: RunData, baselines: dict[str, float]) -> Table:
 def _health(run: RunData) -> list[Section]:
     return section(
         "Health",
-        curve(run, "Gradient norm", "global norm before clipping", {"gradient norm": "grad_norm"}, upper=True, y_log=True),
+        curve(
+            run, "Gradient norm", "global norm before clipping", {"gradient norm": "grad_norm"}, upper=True, y_log=True
+        ),
         curve(run, "Learning rate", "learning rate", {"learning rate": "learning_rate"}, y_from=0),
         curve(
-            run, "Memory of rank 0", "GB (1e9 bytes)", {
-                "process": "memory_bytes", "process, peak": "peak_memory_bytes",
-                "device": "device_memory_bytes", "device, peak": "peak_device_memory_bytes",
-            }, factor=1e-9, y_from=0,
+            run,
+            "Memory of rank 0",
+            "GB (1e9 bytes)",
+            {
+                "process": "memory_bytes",
+                "process, peak": "peak_memory_bytes",
+                "device": "device_memory_bytes",
+                "device, peak": "peak_device_memory_bytes",
+            },
+            factor=1e-9,
+            y_from=0,
         ),
-        curve(run, "Slowest rank over the median", "own time, slowest / median", {"skew": "rank_skew"}, upper=True)
-        if run.most("rank_skew") > 1 else [],
-    )  # fmt: skip
+        (
+            curve(run, "Slowest rank over the median", "own time, slowest / median", {"skew": "rank_skew"}, upper=True)
+            if run.most("rank_skew") > 1
+            else []
+        ),
+    )
 
 
 def _about(run: RunData) -> list[Section]:
@@ -215,7 +247,7 @@ def _about(run: RunData) -> list[Section]:
 
 def _missing(run: RunData) -> str:
     """Say what the files do not have."""
-    absent = [name for name in ("flops", "layer_load", "rank_own_ms") if run.lines and name not in run.lines[-1]]  # fmt: skip
+    absent = [name for name in ("flops", "layer_load", "rank_own_ms") if run.lines and name not in run.lines[-1]]
     words = [*run.missing, *(f"the metric {name}" for name in absent)]
     if not words:
         return ""
@@ -224,34 +256,37 @@ def _missing(run: RunData) -> str:
 
 def _facts(run: RunData) -> Table:
     facts, options = run.facts, run.options
-    corpus, code, versions = (plain_dict(facts.get(name)) for name in ("corpus", "code", "versions"))  # fmt: skip
+    corpus, code, versions = (plain_dict(facts.get(name)) for name in ("corpus", "code", "versions"))
     parameters = parameters_of(run)
     sha256 = str(corpus.get("sha256", run.summary.get("corpus_sha256", "")))[:16]
     commit = str(code.get("commit") or "")[:12] + (", with changes" if code.get("changed") else "")
     nodes, started = number(facts.get("nodes")), facts.get("started")
-    ranks = f"{facts['ranks']}, expert groups of {facts.get('expert_ranks', '?')}" if "ranks" in facts else ""  # fmt: skip
+    ranks = f"{facts['ranks']}, expert groups of {facts.get('expert_ranks', '?')}" if "ranks" in facts else ""
     known = {
         "router": facts.get("router", options.get("moe.router")),
         "parameters": text(parameters) if isfinite(parameters) else "",
         "ranks": f"{ranks}, on {nodes:.0f} node{'s' if nodes > 1 else ''}" if ranks and isfinite(nodes) else ranks,
         "device": facts.get("device"),
-        "text": f"{corpus.get('name', options.get('corpus.name', ''))}, sha256 {sha256}..." if sha256 else options.get("corpus.name"),
+        "text": (
+            f"{corpus.get('name', options.get('corpus.name', ''))}, sha256 {sha256}..."
+            if sha256
+            else options.get("corpus.name")
+        ),
         "version": code.get("version"),
         "commit": commit,
         "libraries": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
         "started": ", ".join(map(str, started)) if isinstance(started, list) else "",
         "folder": run.folder,
-    }  # fmt: skip
+    }
     rows = [[name, str(value)] for name, value in known.items() if value]
     return Table([], rows, text_columns=2)
 
 
 def changed_options(run: RunData) -> dict[str, tuple[Any, Any]]:
-    """Give the options that differ from the defaults: the run's value and the default, None where there is no such option."""
+    """Give the options that differ from the defaults: the run's value and the default, None where there is no such
+    option."""
     defaults = {
-        f"{section}.{name}": value
-        for section, options in to_plain(Config()).items()
-        for name, value in options.items()
+        f"{section}.{name}": value for section, options in to_plain(Config()).items() for name, value in options.items()
     }
     return {
         name: (value, defaults.get(name))

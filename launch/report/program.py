@@ -1,7 +1,7 @@
 """One page about a run, several runs or a sweep: `python -m launch.report run=runs/NAME`.
 
-Reads what is in the runs' folders (launch/report/run_data.py) and writes one HTML file, which needs no network and no other file.
-The run may go on meanwhile, or have failed, or be of an earlier version: the page says what is missing.
+Reads what is in the runs' folders (launch/report/run_data.py) and writes one HTML file, which needs no network and no
+other file. The run may go on meanwhile, or have failed, or be of an earlier version: the page says what is missing.
 """
 
 import json
@@ -31,7 +31,8 @@ class ReportArgs:
     run: Any
     """A run's folder, or a list of them, or what a sweep is called: runs/NAME or runs/NAME.sweep.json."""
     out: str | None = None
-    """The file to write; None means report.html in the run's folder, beside several runs' folders, or runs/NAME.report.html."""
+    """The file to write; None means report.html in the run's folder, beside several runs' folders, or
+    runs/NAME.report.html."""
     open: bool = False
     """Show it in the browser."""
 
@@ -46,7 +47,7 @@ class ReportArgs:
     @property
     def runs(self) -> list[str]:
         """What was asked for, as a list."""
-        return list(self.run) if isinstance(self.run, Sequence) and not isinstance(self.run, str) else [self.run]  # fmt: skip
+        return list(self.run) if isinstance(self.run, Sequence) and not isinstance(self.run, str) else [self.run]
 
 
 def report(args: ReportArgs) -> int:
@@ -88,7 +89,7 @@ def _sweep_page(sweep: Path) -> Page:
         raise UserError(f"run={sweep}: no such file") from None
     except ValueError as error:
         raise UserError(f"run={sweep}: is no file of a sweep: {error}") from error
-    if not isinstance(listed, list) or not all(isinstance(plain_dict(run).get("name"), str) for run in listed):  # fmt: skip
+    if not isinstance(listed, list) or not all(isinstance(plain_dict(run).get("name"), str) for run in listed):
         raise UserError(f"run={sweep}: is no file of a sweep: it lists no runs")
     runs, absent = [], []
     for run in listed:
@@ -103,7 +104,9 @@ def _check_target(out: Path) -> None:
     """Refuse a place that cannot be written, or that holds anything but a report."""
     folder = out.absolute().parent
     require(not out.is_dir(), f"out={out}: is a folder; must be a file")
-    require(folder.is_dir() and os.access(folder, os.W_OK), f"out={out}: {folder} is not a folder that can be written to")  # fmt: skip
+    require(
+        folder.is_dir() and os.access(folder, os.W_OK), f"out={out}: {folder} is not a folder that can be written to"
+    )
     if out.exists():
         with out.open(errors="replace") as file:
             start = file.read(4096)

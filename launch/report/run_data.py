@@ -1,7 +1,8 @@
-"""Reads what a run left in its folder, for a report: whole or cut short, running or failed, of this version or an earlier one.
+"""Reads what a run left in its folder, for a report: whole or cut short, running or failed, of this version or an
+earlier one.
 
-Nothing here fails because of a missing file, line or name: a RunData says what is missing. A run's numbers come out as series
-over steps, symbols, arithmetic or seconds, thinned to what a screen can show.
+Nothing here fails because of a missing file, line or name: a RunData says what is missing. A run's numbers come out as
+series over steps, symbols, arithmetic or seconds, thinned to what a screen can show.
 """
 
 import json
@@ -24,7 +25,8 @@ _COLUMNS, _CELLS = 150, 40_000  # of a heat map, at most
 
 @dataclass(frozen=True, slots=True, order=True)
 class Quality:
-    """Bits per symbol. Ordered: what was measured on held-out text at the end comes before what is known of other runs."""
+    """Bits per symbol. Ordered: what was measured on held-out text at the end comes before what is known of other
+    runs."""
 
     order: int
     bpc: float  # nan if there is none
@@ -47,17 +49,21 @@ class RunData:
 
     def last(self, name: str) -> float:
         """Give the newest finite value of a metric; nan if there is none."""
-        return next((value for line in reversed(self.lines) if isfinite(value := number(line.get(name)))), nan)  # fmt: skip
+        return next((value for line in reversed(self.lines) if isfinite(value := number(line.get(name)))), nan)
 
     def mean(self, name: str) -> float:
         """Give the mean of a metric over all steps; nan if there is none."""
-        found = [(steps, value) for steps, line in zip(self.steps_of_lines, self.lines, strict=True) if isfinite(value := number(line.get(name)))]  # fmt: skip
+        found = [
+            (steps, value)
+            for steps, line in zip(self.steps_of_lines, self.lines, strict=True)
+            if isfinite(value := number(line.get(name)))
+        ]
         total = sum(steps for steps, _ in found)
         return sum(steps * value for steps, value in found) / total if total else nan
 
     def most(self, name: str) -> float:
         """Give the largest value of a metric; nan if there is none."""
-        return max((value for line in self.lines if isfinite(value := number(line.get(name)))), default=nan)  # fmt: skip
+        return max((value for line in self.lines if isfinite(value := number(line.get(name)))), default=nan)
 
     @property
     def steps_of_lines(self) -> list[int]:
@@ -67,7 +73,7 @@ class RunData:
     @property
     def bpc_by_k(self) -> dict[str, float]:
         """Held-out bits per symbol at each k (or "dense"), after the end; empty before."""
-        return {str(k): bpc for k, bpc in plain_dict(self.summary.get("bpc")).items() if isfinite(number(bpc))}  # fmt: skip
+        return {str(k): bpc for k, bpc in plain_dict(self.summary.get("bpc")).items() if isfinite(number(bpc))}
 
     @property
     def quality(self) -> "Quality":
@@ -75,8 +81,11 @@ class RunData:
         if self.bpc_by_k:
             best = min(self.bpc_by_k, key=lambda k: self.bpc_by_k[k])
             at = "dense" if best == "dense" else f"k = {best}"
-            return Quality(0, self.bpc_by_k[best], f"{self.summary.get('split', 'held-out')} split, {at}")  # fmt: skip
-        for order, lines, name, source in ((1, self.valid, "valid_bpc", "last validation"), (2, self.lines, "bpc", "last line of training")):  # fmt: skip
+            return Quality(0, self.bpc_by_k[best], f"{self.summary.get('split', 'held-out')} split, {at}")
+        for order, lines, name, source in (
+            (1, self.valid, "valid_bpc", "last validation"),
+            (2, self.lines, "bpc", "last line of training"),
+        ):
             found = [number(line.get(name)) for line in lines]
             if found and isfinite(found[-1]):
                 return Quality(order, found[-1], source)
@@ -92,7 +101,7 @@ def read_run(folder: Path) -> RunData:
     if not folder.is_dir():
         raise UserError(f"run={folder}: no such folder")
     if not any((folder / name).is_file() for name in (CONFIG, JSONL, STATE)):
-        raise UserError(f"run={folder}: is no run folder, it holds none of {CONFIG}, {JSONL}, {STATE}")  # fmt: skip
+        raise UserError(f"run={folder}: is no run folder, it holds none of {CONFIG}, {JSONL}, {STATE}")
     missing: list[str] = []
     found = _read_lines(folder / JSONL, missing)
     lines = [line for line in found if "step_ms" in line or "loss" in line]
@@ -132,8 +141,9 @@ class Series:
     lines: int = 1
 
 
-def series(lines: Sequence[dict[str, Any]], name: str, x: str = "step", points: int = POINTS) -> Series:  # fmt: skip
-    """Give a metric over another one, thinned by means of neighbouring lines to at most `points`; empty if it is not there."""
+def series(lines: Sequence[dict[str, Any]], name: str, x: str = "step", points: int = POINTS) -> Series:
+    """Give a metric over another one, thinned by means of neighbouring lines to at most `points`; empty if it is not
+    there."""
     pairs = [(number(line.get(x)), number(line.get(name))) for line in lines]
     pairs = [(place, value) for place, value in pairs if isfinite(place)]
     if not any(isfinite(value) for _, value in pairs):
@@ -187,7 +197,7 @@ def _is_regular(value: Any, axes: int) -> bool:
     if axes == 1:
         return all(part is None or isinstance(part, int | float) for part in value)
     first = value[0]
-    return all(isinstance(part, list) and len(part) == len(first) and _is_regular(part, axes - 1) for part in value)  # fmt: skip
+    return all(isinstance(part, list) and len(part) == len(first) and _is_regular(part, axes - 1) for part in value)
 
 
 def _read_lines(file: Path, missing: list[str]) -> list[dict[str, Any]]:
@@ -230,9 +240,7 @@ def _read_options(file: Path, missing: list[str]) -> dict[str, Any]:
         missing.append(file.name)
         return {}
     return {
-        f"{section}.{name}": value
-        for section, options in plain.items()
-        for name, value in plain_dict(options).items()
+        f"{section}.{name}": value for section, options in plain.items() for name, value in plain_dict(options).items()
     }
 
 

@@ -1,4 +1,5 @@
-"""The report's page of several runs, or of a sweep: one table of all of them, and curves of the best six over each other."""
+"""The report's page of several runs, or of a sweep: one table of all of them, and curves of the best six over each
+other."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,20 @@ from foreroute.launch.report.one_run import (
 from foreroute.launch.report.run_data import RunData, number, plain_dict, series
 
 # options in which runs differ without being other experiments
-_OWN = ("train.name", "train.runs_dir", "train.resume", "train.log_every", "train.threads", "train.valid_every", "train.save_every", "train.save_minutes", "train.keep", "data.prefetch", "corpus.cache_dir", "wandb.group")  # fmt: skip
+_OWN = (
+    "train.name",
+    "train.runs_dir",
+    "train.resume",
+    "train.log_every",
+    "train.threads",
+    "train.valid_every",
+    "train.save_every",
+    "train.save_minutes",
+    "train.keep",
+    "data.prefetch",
+    "corpus.cache_dir",
+    "wandb.group",
+)
 _IN_A_NAME = 3  # options
 
 
@@ -48,7 +62,7 @@ def several_page(title: str, runs: Sequence[RunData], absent: Sequence[Absent] =
     runs = sorted(runs, key=lambda run: run.quality)
     differing = differing_options(runs)
     labels = labels_of(runs, differing)
-    drawn = [_Drawn(hue, *of_run) for hue, of_run in enumerate(zip(labels, runs, strict=True))][:COLOURS]  # fmt: skip
+    drawn = [_Drawn(hue, *of_run) for hue, of_run in enumerate(zip(labels, runs, strict=True))][:COLOURS]
     left_out = ""
     if len(runs) > COLOURS:
         left_out = f" Charts show the best {COLOURS} of {len(runs)}, the table all."
@@ -74,11 +88,14 @@ def differing_options(runs: Sequence[RunData]) -> list[str]:
     """Give the options that are not the same in all runs, as far as these are known."""
     known = [run.options for run in runs if run.options]
     names = dict.fromkeys(name for options in known for name in options)
-    return [name for name in names if name not in _OWN and len({option_text(options.get(name)) for options in known}) > 1]  # fmt: skip
+    return [
+        name for name in names if name not in _OWN and len({option_text(options.get(name)) for options in known}) > 1
+    ]
 
 
 def labels_of(runs: Sequence[RunData], differing: Sequence[str]) -> list[str]:
-    """Number the runs, and name each by the options in which they differ if these are few and tell them apart, else by folder."""
+    """Number the runs, and name each by the options in which they differ if these are few and tell them apart, else by
+    folder."""
     names = [run.name for run in runs]
     if len(set(names)) < len(runs):
         names = [str(run.folder) for run in runs]
@@ -86,9 +103,11 @@ def labels_of(runs: Sequence[RunData], differing: Sequence[str]) -> list[str]:
         last = [name.rpartition(".")[2] for name in differing]
         short = last if len(set(last)) == len(last) else differing
         found = [
-            ", ".join(f"{word}={option_text(run.options.get(name))}" for word, name in zip(short, differing, strict=True))
+            ", ".join(
+                f"{word}={option_text(run.options.get(name))}" for word, name in zip(short, differing, strict=True)
+            )
             for run in runs
-        ]  # fmt: skip
+        ]
         names = found if len(set(found)) == len(runs) else names
     return [f"{i}: {name}" for i, name in enumerate(names, 1)]
 
@@ -99,37 +118,50 @@ def _figures(best: RunData, label: str) -> list[KeyFigure]:
         KeyFigure("Best bits per symbol", text(quality.bpc, "{:.3f}"), f"{label}: {quality.source}"),
         KeyFigure("Its symbols per second", text(tokens_per_second_of(best)), "of training, over all ranks; mean"),
         KeyFigure("Its training time", duration(seconds_of(best)), "of steps alone"),
-    ]  # fmt: skip
+    ]
 
 
 def _words(runs: Sequence[RunData]) -> list[str]:
     texts = {str(run.summary["corpus_sha256"]) for run in runs if "corpus_sha256" in run.summary}
-    cut = {option_text(run.options.get(name)) for run in runs if run.options for name in ("corpus.tokens",)}  # fmt: skip
+    cut = {option_text(run.options.get(name)) for run in runs if run.options for name in ("corpus.tokens",)}
     if len(texts) > 1 or len(cut) > 1:
-        return ["These runs read different texts, or cut them into symbols differently: their bits per symbol are not comparable."]  # fmt: skip
+        return [
+            "These runs read different texts, or cut them into symbols differently: their bits per symbol are not"
+            " comparable."
+        ]
     return []
 
 
-def _table(runs: Sequence[RunData], differing: Sequence[str], absent: Sequence[Absent]) -> list[Table]:  # fmt: skip
+def _table(runs: Sequence[RunData], differing: Sequence[str], absent: Sequence[Absent]) -> list[Table]:
     ks = sorted({k for run in runs for k, _ in by_k(run)})
     few = len(differing) <= _IN_A_NAME  # many would push the results out of sight
     first, then = (differing, ()) if few else ((), differing)
     header = [
-        "run", "state", *first, "bpc", "of", *(f"k = {k}" for k in ks), "symbols/s", "time", "FLOP", "parameters", "active", *then, "folder",
-    ]  # fmt: skip
+        "run",
+        "state",
+        *first,
+        "bpc",
+        "of",
+        *(f"k = {k}" for k in ks),
+        "symbols/s",
+        "time",
+        "FLOP",
+        "parameters",
+        "active",
+        *then,
+        "folder",
+    ]
     rows = [[str(i), *_row(run, first, then, ks)] for i, run in enumerate(runs, 1)]
     rows += [["-", run.state, *["-"] * (len(header) - 3), run.name] for run in absent]
     notes = [
-        "Runs have the same numbers in the charts. bpc: bits per symbol, the best that is known; k = 1 and so on: of the held-out split "
-        "at that k. Runs without a held-out result come last. FLOP: of training, forward and backward, all ranks. active: parameters used "
-        "at the last k."
+        "Runs have the same numbers in the charts. bpc: bits per symbol, the best that is known; k = 1 and so on: of"
+        " the held-out split at that k. Runs without a held-out result come last. FLOP: of training, forward and"
+        " backward, all ranks. active: parameters used at the last k."
     ]
     return [Table(header, rows, text_columns=2 + len(first), notes=notes)] if rows else []
 
 
-def _row(
-    run: RunData, first: Sequence[str], then: Sequence[str], ks: Sequence[int]
-) -> list[str]:  # fmt: skip
+def _row(run: RunData, first: Sequence[str], then: Sequence[str], ks: Sequence[int]) -> list[str]:
     found, state = dict(by_k(run)), state_of(run)
 
     def values(names: Sequence[str]) -> list[str]:
@@ -168,11 +200,11 @@ _QUALITY = (
 def _quality(drawn: Sequence[_Drawn], what: str, lines: str, name: str, x: str) -> list[Chart]:
     found = [(each, series(getattr(each.run, lines), name, x)) for each in drawn]
     title = f"{what}: bits per symbol over {OVER[x]}"
-    return _chart(title, X_LABELS[x], "bits per symbol", [each.line(points.x, points.mean) for each, points in found])  # fmt: skip
+    return _chart(title, X_LABELS[x], "bits per symbol", [each.line(points.x, points.mean) for each, points in found])
 
 
 def _slimming(drawn: Sequence[_Drawn]) -> list[Chart]:
-    over_k = [each.line([float(k) for k, _ in by_k(each.run)], [bpc for _, bpc in by_k(each.run)]) for each in drawn]  # fmt: skip
+    over_k = [each.line([float(k) for k, _ in by_k(each.run)], [bpc for _, bpc in by_k(each.run)]) for each in drawn]
     over_flops = [
         each.line([flops for flops, _ in points], [bpc for _, bpc in points])
         for each in drawn
@@ -180,22 +212,26 @@ def _slimming(drawn: Sequence[_Drawn]) -> list[Chart]:
     ]
     return [
         *_chart("Bits per symbol over k", "active experts k", "bits per symbol", over_k, x_log=True),
-        *_chart("Bits per symbol over inference arithmetic", "FLOP per symbol, forward pass", "bits per symbol", over_flops),
-    ]  # fmt: skip
+        *_chart(
+            "Bits per symbol over inference arithmetic", "FLOP per symbol, forward pass", "bits per symbol", over_flops
+        ),
+    ]
 
 
 def _speed(drawn: Sequence[_Drawn]) -> list[Chart]:
     found = [(each, series(each.run.lines, "tokens_per_second")) for each in drawn]
     lines = [each.line(points.x, points.mean) for each, points in found]
-    return _chart("Symbols per second over steps", "step", "symbols per second, all ranks", lines, y_from=0)  # fmt: skip
+    return _chart("Symbols per second over steps", "step", "symbols per second, all ranks", lines, y_from=0)
 
 
-def _chart(title: str, x_label: str, y_label: str, lines: Sequence[Line], *, x_log: bool = False, y_from: float | None = None) -> list[Chart]:  # fmt: skip
+def _chart(
+    title: str, x_label: str, y_label: str, lines: Sequence[Line], *, x_log: bool = False, y_from: float | None = None
+) -> list[Chart]:
     """Give a chart of the lines that have points; none without any."""
     shown = [line for line in lines if len(line.x)]
     return [Curve(title, x_label, y_label, shown, x_log=x_log, y_from=y_from)] if shown else []
 
 
 def _missing(labels: Sequence[str], runs: Sequence[RunData]) -> list[Table]:
-    rows = [[label, ", ".join(run.missing)] for label, run in zip(labels, runs, strict=True) if run.missing]  # fmt: skip
+    rows = [[label, ", ".join(run.missing)] for label, run in zip(labels, runs, strict=True) if run.missing]
     return [Table(["run", "not in its folder, or not whole"], rows, text_columns=2)] if rows else []

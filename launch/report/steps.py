@@ -19,13 +19,17 @@ def experts(run: RunData) -> list[Section]:
         "Experts",
         words,
         curve(
-            run, "Busiest over the mean", "rows, busiest / mean",
-            {"busiest expert, worst layer": "load_max_over_mean", "busiest rank": "rank_load_max_over_mean"}, y_from=1, upper=True,
+            run,
+            "Busiest over the mean",
+            "rows, busiest / mean",
+            {"busiest expert, worst layer": "load_max_over_mean", "busiest rank": "rank_load_max_over_mean"},
+            y_from=1,
+            upper=True,
         ),
         by_place(run, "layer_load", "Busiest expert of each layer", "rows, busiest / mean", of="layer", y_from=1),
         expert_maps(run),
         by_place(run, "rank_rows", "Rows that each rank computes", "rows in a step, thousands", of="rank", factor=1e-3),
-    )  # fmt: skip
+    )
 
 
 def time(run: RunData) -> list[Section]:
@@ -36,16 +40,30 @@ def time(run: RunData) -> list[Section]:
         areas("Time of a step", "ms in a step", x, parts),
         curve(run, "Symbols per second", "symbols per second, all ranks", {"all ranks": "tokens_per_second"}, y_from=0),
         curve(
-            run, "Exchange between ranks", "ms in a step", {
-                "exposed: nothing is computed meanwhile": "exchange_exposed_ms", "hidden behind computation": "exchange_hidden_ms",
-            }, y_from=0,
+            run,
+            "Exchange between ranks",
+            "ms in a step",
+            {
+                "exposed: nothing is computed meanwhile": "exchange_exposed_ms",
+                "hidden behind computation": "exchange_hidden_ms",
+            },
+            y_from=0,
         ),
-        curve(run, "Waiting for plans", "ms in a step", {"waiting in the step": "plan_wait_ms", "background work beside it": "data_ms"}, y_from=0),
-        by_place(run, "rank_own_ms", "Each rank's own time in forward passes", "ms in a step", of="rank")
-        if grid(run, "rank_own_ms", 1).values.shape[-1] > 1 else [],
+        curve(
+            run,
+            "Waiting for plans",
+            "ms in a step",
+            {"waiting in the step": "plan_wait_ms", "background work beside it": "data_ms"},
+            y_from=0,
+        ),
+        (
+            by_place(run, "rank_own_ms", "Each rank's own time in forward passes", "ms in a step", of="rank")
+            if grid(run, "rank_own_ms", 1).values.shape[-1] > 1
+            else []
+        ),
         _time_table(run, x, parts),
         _rank_table(run),
-    )  # fmt: skip
+    )
 
 
 def exchange(run: RunData) -> list[Section]:
@@ -56,7 +74,7 @@ def exchange(run: RunData) -> list[Section]:
     if run.most("wire_bytes_inside") > 0 and run.most("wire_bytes_between") > 0:
         names |= {"inside nodes": "wire_bytes_inside", "between nodes": "wire_bytes_between"}
     certified = plain_dict(plain_dict(run.facts.get("certificate")).get("wire_bytes_by_k"))
-    charts = curve(run, "Bytes on the wire", "MB in a step, all ranks", names, factor=1e-6, y_from=0)  # fmt: skip
+    charts = curve(run, "Bytes on the wire", "MB in a step, all ranks", names, factor=1e-6, y_from=0)
     means = _means_by_k(run)
     return section(
         "Exchange",
@@ -67,14 +85,14 @@ def exchange(run: RunData) -> list[Section]:
         _bytes_table(means, certified),
         by_place(run, "rank_wire_bytes", "Bytes that each rank sends", "MB in a step", of="rank", factor=1e-6),
         _link_table(run),
-    )  # fmt: skip
+    )
 
 
 def _parts_over_steps(run: RunData) -> tuple[list[float], dict[str, list[float]]]:
     """Give the steps, and for each part of a step its milliseconds; they add up to step_ms."""
     lines: list[dict[str, Any]] = []
     for line in run.lines:
-        ms = {name: number(line.get(f"{name}_ms")) for name in ("forward", "backward", "optimizer", "outside")}  # fmt: skip
+        ms = {name: number(line.get(f"{name}_ms")) for name in ("forward", "backward", "optimizer", "outside")}
         if not all(map(isfinite, ms.values())):
             continue
         inner = [number(line.get(f"{name}_ms")) for name in ("attention", "experts")]
@@ -100,38 +118,67 @@ def _time_table(run: RunData, x: list[float], parts: dict[str, list[float]]) -> 
         return []
     whole = run.mean("step_ms")
     rows = [["whole step", text(whole, "{:,.2f}"), "100.0%"]]
-    means = {name: run.mean(f"{name}_ms") for name in ("forward", "attention", "experts", "backward", "optimizer", "outside", "plan_wait", "metric", "exchange_exposed", "exchange_hidden", "own", "data")}  # fmt: skip
+    means = {
+        name: run.mean(f"{name}_ms")
+        for name in (
+            "forward",
+            "attention",
+            "experts",
+            "backward",
+            "optimizer",
+            "outside",
+            "plan_wait",
+            "metric",
+            "exchange_exposed",
+            "exchange_hidden",
+            "own",
+            "data",
+        )
+    }
     labels = {
-        "forward": "forward", "attention": "forward, attention", "experts": "forward, experts", "own": "forward, without waiting for other ranks",
-        "backward": "backward", "optimizer": "optimizer", "outside": "outside", "plan_wait": "outside, waiting for plans",
-        "metric": "outside, metrics", "exchange_exposed": "exchange, exposed (in forward and backward)",
-        "exchange_hidden": "exchange, hidden", "data": "background: reading and planning, beside the step",
-    }  # fmt: skip
+        "forward": "forward",
+        "attention": "forward, attention",
+        "experts": "forward, experts",
+        "own": "forward, without waiting for other ranks",
+        "backward": "backward",
+        "optimizer": "optimizer",
+        "outside": "outside",
+        "plan_wait": "outside, waiting for plans",
+        "metric": "outside, metrics",
+        "exchange_exposed": "exchange, exposed (in forward and backward)",
+        "exchange_hidden": "exchange, hidden",
+        "data": "background: reading and planning, beside the step",
+    }
     rows += [
         [label, text(means[name], "{:,.2f}"), percent(means[name], whole)]
         for name, label in labels.items()
         if isfinite(means[name])
     ]
-    note = (
-        "Means over all logged steps, of rank 0. Outside: neither forward, backward nor optimizer."
-    )
-    return [Table(["part", "ms in a step", "of the step"], rows, "Mean time of a step", notes=[note])]  # fmt: skip
+    note = "Means over all logged steps, of rank 0. Outside: neither forward, backward nor optimizer."
+    return [Table(["part", "ms in a step", "of the step"], rows, "Mean time of a step", notes=[note])]
 
 
 def _rank_table(run: RunData) -> list[Table]:
     """Means of each rank, or of many ranks their spread."""
     names = {
-        "own time, ms": ("rank_own_ms", 1.0), "waiting for plans, ms": ("rank_plan_wait_ms", 1.0),
-        "exposed exchange, ms": ("rank_exchange_exposed_ms", 1.0), "memory, GB": ("rank_memory_bytes", 1e-9),
-        "sent, MB": ("rank_wire_bytes", 1e-6), "rows computed": ("rank_rows", 1.0),
-    }  # fmt: skip
-    found = {label: factor * grid(run, name, 1).values.mean(0) for label, (name, factor) in names.items() if grid(run, name, 1)}  # fmt: skip
+        "own time, ms": ("rank_own_ms", 1.0),
+        "waiting for plans, ms": ("rank_plan_wait_ms", 1.0),
+        "exposed exchange, ms": ("rank_exchange_exposed_ms", 1.0),
+        "memory, GB": ("rank_memory_bytes", 1e-9),
+        "sent, MB": ("rank_wire_bytes", 1e-6),
+        "rows computed": ("rank_rows", 1.0),
+    }
+    found = {
+        label: factor * grid(run, name, 1).values.mean(0)
+        for label, (name, factor) in names.items()
+        if grid(run, name, 1)
+    }
     ranks = max((len(values) for values in found.values()), default=0)
     if ranks < 2 or any(len(values) != ranks for values in found.values()):
         return []
     header = ["rank", *found]
     if ranks <= _RANKS:
-        rows = [[str(i), *(number_text(float(values[i])) for values in found.values())] for i in range(ranks)]  # fmt: skip
+        rows = [[str(i), *(number_text(float(values[i])) for values in found.values())] for i in range(ranks)]
         return [Table(header, rows, "Means of each rank, in one step")]
     rows = [
         ["least", *(number_text(float(values.min())) for values in found.values())],
@@ -149,11 +196,22 @@ def _verdict(run: RunData) -> list[Verdict]:
         return []
     path, state = certificate.get("path", "a certificate"), run.state.get("state")
     if state == "failed":
-        return [Verdict(f"Held to {path}; the run failed, and only its terminal output says whether for a difference from it.", False)]  # fmt: skip
+        return [
+            Verdict(
+                f"Held to {path}; the run failed, and only its terminal output says whether for a difference from it.",
+                False,
+            )
+        ]
     until = "" if state == "complete" else " so far"
     begin = certificate.get("from_step") or 0
     since = f" behind step {begin:,}" if begin else ""
-    return [Verdict(f"Held to {path}: every step{since}{until} that it counted moved and computed the rows and bytes that it says; the first difference would have ended the run.", True)]  # fmt: skip
+    return [
+        Verdict(
+            f"Held to {path}: every step{since}{until} that it counted moved and computed the rows and bytes that it"
+            " says; the first difference would have ended the run.",
+            True,
+        )
+    ]
 
 
 def _link_table(run: RunData) -> list[Table]:
@@ -163,7 +221,7 @@ def _link_table(run: RunData) -> list[Table]:
         return []
     means = found.values.mean(0)
     header = ["from rank", *(f"to {place}" for place in range(means.shape[1]))]
-    rows = [[str(rank), *(byte_text(float(value)) for value in to)] for rank, to in enumerate(means)]  # fmt: skip
+    rows = [[str(rank), *(byte_text(float(value)) for value in to)] for rank, to in enumerate(means)]
     note = "Expert groups are consecutive ranks; the columns are the ranks of the sender's group, counted in it."
     return [Table(header, rows, "Bytes on each link in one step, mean", notes=[note])]
 
@@ -186,7 +244,7 @@ def _bars(means: dict[str, tuple[int, float]], certified: dict[str, Any]) -> lis
         Bar("logged", [[means[k][1] / 1e6 for k in ks]]),
         Bar("certified", [[number(certified[k]) / 1e6 for k in ks]]),
     ]
-    return [Bars("Bytes against the certificate", "active experts k", "MB in a step, all ranks", ks, bars, ["mean"])]  # fmt: skip
+    return [Bars("Bytes against the certificate", "active experts k", "MB in a step, all ranks", ks, bars, ["mean"])]
 
 
 def _bytes_table(means: dict[str, tuple[int, float]], certified: dict[str, Any]) -> Table:
@@ -196,9 +254,12 @@ def _bytes_table(means: dict[str, tuple[int, float]], certified: dict[str, Any])
         return Table(header, rows, text_columns=0)
     for row, (k, (_, mean)) in zip(rows, means.items(), strict=True):
         said = number(certified.get(k, nan))
-        row += ["-", "-"] if not isfinite(said) else [byte_text(said), f"{100 * (mean / said - 1):+.2f}%" if said else "-"]  # fmt: skip
+        row += (
+            ["-", "-"] if not isfinite(said) else [byte_text(said), f"{100 * (mean / said - 1):+.2f}%" if said else "-"]
+        )
     note = (
-        "Certified is the mean over all counted steps of that k; logged is the mean over the lines of metrics.jsonl, which need not "
-        "have all of these steps, or those of one k alone: a difference here is no fault. Held to a certificate, each step is compared exactly."
+        "Certified is the mean over all counted steps of that k; logged is the mean over the lines of metrics.jsonl,"
+        " which need not have all of these steps, or those of one k alone: a difference here is no fault. Held to a"
+        " certificate, each step is compared exactly."
     )
     return Table([*header, "certified", "logged to certified"], rows, text_columns=0, notes=[note])

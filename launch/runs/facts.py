@@ -5,7 +5,8 @@ Rank 0 writes it at each start of training; "started" keeps the times of all sta
     parameters, active_parameters {k: number}, flops_per_symbol {k: of a forward pass}, symbols_per_step, steps, router
     ranks, expert_ranks, nodes, device, peak_flops (of one device, FLOP/s; 0: unknown), peak_source
     corpus {name, symbols, sha256, tokens}, code {version, commit, changed}, versions {python, torch, triton, deepspeed}
-    certificate {path, from_step: steps that were done before this start, wire_bytes_by_k {k: mean bytes that all ranks send in
+    certificate {path, from_step: steps that were done before this start, wire_bytes_by_k {k: mean bytes that all ranks
+    send in
         a step}}, or null: held to none
     started [ISO time of each start]
     lengths [[step, train.steps from this step on], ...]: more than one where a run was made longer or shorter
@@ -34,9 +35,7 @@ from foreroute.launch.runs.folder import FACTS, write_json
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def write_facts(
-    trainer: Trainer, written: Written | None, *, resuming: bool = False
-) -> dict[str, Any]:
+def write_facts(trainer: Trainer, written: Written | None, *, resuming: bool = False) -> dict[str, Any]:
     """Write facts.json for a start of training; gives what is in it.
 
     Args:
@@ -62,9 +61,7 @@ def write_facts(
         "peak_source": trainer.peak.source,
         "code": code(),
         "versions": _versions(),
-        "certificate": None
-        if written is None
-        else {**_of_certificate(written), "from_step": trainer.step},
+        "certificate": None if written is None else {**_of_certificate(written), "from_step": trainer.step},
         "lengths": lengths,
         "started": [*before.get("started", []), datetime.now(UTC).isoformat(timespec="seconds")],
     }
@@ -99,9 +96,7 @@ def _of_run(trainer: Trainer) -> dict[str, Any]:
 
 def _of_certificate(written: Written) -> dict[str, Any]:
     sections = written.facts["by_k"]
-    totals = {
-        part["k"]: part["bytes"][counted_kind(part["exchange"])]["total"] for part in sections
-    }
+    totals = {part["k"]: part["bytes"][counted_kind(part["exchange"])]["total"] for part in sections}
     return {
         "path": str(written.path),
         "wire_bytes_by_k": {str(part["k"]): totals[part["k"]] / part["steps"] for part in sections},
@@ -110,10 +105,7 @@ def _of_certificate(written: Written) -> dict[str, Any]:
 
 def code() -> dict[str, Any]:
     """Say which code this is: its version, the commit of its checkout, and whether files were changed since."""
-    commit, changes = (
-        _git("rev-parse", "HEAD"),
-        _git("status", "--porcelain", "--untracked-files=no"),
-    )
+    commit, changes = (_git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no"))
     return {
         "version": foreroute.__version__,
         "commit": commit,
@@ -126,9 +118,7 @@ def _git(*arguments: str) -> str | None:
     if not (ROOT / ".git").exists():  # the folder may lie in a checkout of something else
         return None
     try:
-        done = subprocess.run(
-            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10
-        )
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -140,7 +130,7 @@ def _device_name(device: torch.device) -> str:
     name = platform.processor() or platform.machine()
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)  # fmt: skip
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
     return f"{name}, {torch.get_num_threads()} threads"
 
 

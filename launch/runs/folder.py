@@ -1,10 +1,12 @@
 """The folder of a run, runs/<name>: what is in it, and the rule that nothing in it is ever overwritten by another run.
 
-config.yaml (resolved), facts.json (launch/runs/facts.py), state.json, metrics.jsonl, checkpoints/, loss.png, slimming.png,
-summary.json; trace/ of profiled steps. A finished run that is trained further keeps its first summary as summary-STEPS.json.
+config.yaml (resolved), facts.json (launch/runs/facts.py), state.json, metrics.jsonl, checkpoints/, loss.png,
+slimming.png, summary.json; trace/ of profiled steps. A finished run that is trained further keeps its first summary as
+summary-STEPS.json.
 
-state.json says how the run stands, for whoever starts it again: {"state": "stopped", "step": 400}. `running`: it is, or it
-was killed; `stopped`: by SIGTERM or Ctrl-C; `failed`: it ended with a line or a traceback; `complete`: nothing is left to do.
+state.json says how the run stands, for whoever starts it again: {"state": "stopped", "step": 400}. `running`: it is, or
+it was killed; `stopped`: by SIGTERM or Ctrl-C; `failed`: it ended with a line or a traceback; `complete`: nothing is
+left to do.
 """
 
 import fcntl
@@ -27,15 +29,35 @@ from foreroute.launch.start.config_files import config_of, read_config, write_co
 CONFIG, LOCK, STATE = "config.yaml", ".lock", "state.json"
 SUMMARY, FACTS = "summary.json", "facts.json"
 
-# Options that may differ when a run is resumed: they change where things lie (the text is compared by its sha256), what is written
-# and shown, or on which ranks and how the same steps are computed, which is seen in the rounding alone (and in what Trainer.resume then says).
-# Another train.steps is another end of the run, which launch/runs/lengths.py and facts.json tell of.
+# Options that may differ when a run is resumed: they change where things lie (the text is compared by its sha256), what
+# is written and shown, or on which ranks and how the same steps are computed, which is seen in the rounding alone (and
+# in what Trainer.resume then says). Another train.steps is another end of the run, which launch/runs/lengths.py and
+# facts.json tell of.
 FREE = (
     "train.steps",
-    "train.resume", "train.log_every", "train.valid_every", "train.valid_symbols", "train.save_every", "train.save_minutes", "train.keep", "train.threads",
-    "train.peak_tflops", "train.runs_dir", "train.name", "data.prefetch", "corpus.path", "corpus.cache_dir", "eval", "wandb", "profile",
-    "parallel", "train.zero_stage", "train.offload", "train.accumulation", "train.recompute",
-)  # fmt: skip
+    "train.resume",
+    "train.log_every",
+    "train.valid_every",
+    "train.valid_symbols",
+    "train.save_every",
+    "train.save_minutes",
+    "train.keep",
+    "train.threads",
+    "train.peak_tflops",
+    "train.runs_dir",
+    "train.name",
+    "data.prefetch",
+    "corpus.path",
+    "corpus.cache_dir",
+    "eval",
+    "wandb",
+    "profile",
+    "parallel",
+    "train.zero_stage",
+    "train.offload",
+    "train.accumulation",
+    "train.recompute",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +129,7 @@ class RunFolder:
         except SystemExit:  # a signal outside the training loop
             state = "stopped"
             if self.lock is not None and step() > 0:
-                print(
-                    f"stopped behind step {step()}, which is saved; train.resume=true evaluates it"
-                )
+                print(f"stopped behind step {step()}, which is saved; train.resume=true evaluates it")
             raise
         finally:
             self.record(state, step())
@@ -157,9 +177,7 @@ def open_run(config: Config, world: World | None = None) -> RunFolder:
     """
     world = world or World()
     host, device = world.host, world.device
-    opened = together(
-        host, lambda: _open(config, device) if world.first else None, rank_0_first=True
-    )
+    opened = together(host, lambda: _open(config, device) if world.first else None, rank_0_first=True)
     if host.ranks == 1:
         assert opened is not None
         return opened
@@ -168,10 +186,14 @@ def open_run(config: Config, world: World | None = None) -> RunFolder:
         told = [to_plain(opened.config), opened.earlier and to_plain(opened.earlier)]
     now, earlier = host.broadcast(told)
     path = Path(config.train.runs_dir) / config.train.name
-    together(host, lambda: require(
-        (path / LOCK).exists(),
-        f"train.runs_dir={config.train.runs_dir}: {path}, which rank 0 has made, is not here: all machines must share it",
-    ))  # fmt: skip
+    together(
+        host,
+        lambda: require(
+            (path / LOCK).exists(),
+            f"train.runs_dir={config.train.runs_dir}: {path}, which rank 0 has made, is not here: all machines must"
+            " share it",
+        ),
+    )
     if opened is not None:
         return opened
     return RunFolder(path, config_of(now), config_of(earlier) if earlier else None, None)
@@ -183,7 +205,9 @@ def _open(config: Config, device: torch.device) -> RunFolder:
         path.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(path)
     except OSError as error:
-        raise UserError(f"train.runs_dir={config.train.runs_dir}: {path} cannot be made or written: {error.strerror}") from error  # fmt: skip
+        raise UserError(
+            f"train.runs_dir={config.train.runs_dir}: {path} cannot be made or written: {error.strerror}"
+        ) from error
     try:
         return _read_or_new(config, device, path, lock)
     except BaseException:
@@ -207,8 +231,7 @@ def _read_or_new(config: Config, device: torch.device, path: Path, lock: IO[str]
         known = (LOCK, f".{CONFIG}.new")  # also of a run that was killed early
         foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in known)
         require(
-            not foreign,
-            f"train.name={config.train.name}: {path} holds {', '.join(foreign[:3])} and is no run folder",
+            not foreign, f"train.name={config.train.name}: {path} holds {', '.join(foreign[:3])} and is no run folder"
         )
         return RunFolder(path, resolve(config, device), None, lock)
     require(
@@ -239,10 +262,8 @@ def lock_folder(path: Path) -> IO[str]:
     except BlockingIOError:
         raise UserError(f"{path} is in use by another process") from None
     except OSError as error:  # such as Lustre mounted without flock
-        raise UserError(
-            f"{path} cannot be locked ({error.strerror}): needs a file system with flock"
-        ) from error
-    if not os.path.exists(path / LOCK) or not os.path.samestat(os.fstat(file.fileno()), os.stat(path / LOCK)):  # fmt: skip
+        raise UserError(f"{path} cannot be locked ({error.strerror}): needs a file system with flock") from error
+    if not os.path.exists(path / LOCK) or not os.path.samestat(os.fstat(file.fileno()), os.stat(path / LOCK)):
         raise UserError(f"{path} is in use by another process, which is leaving it: start again")
     return file
 

@@ -8,18 +8,19 @@ from foreroute.engine.routing.k_schedule import active_experts
 def other_length(earlier: Config, now: Config, step: int) -> str:
     """Say what a run becomes that is at a step and goes on to another train.steps.
 
-    Example: a run of 100 steps that is finished and goes on to 200, with a learning rate that falls to 0 and k growing to 4:
-    "train.steps=200, so far 100: step 101 has learning rate 5e-04 (so far 0e+00) and k = 3 (so far 4), as in a run of 200
-    steps; steps before it are those of one of 100".
+    Example: a run of 100 steps that is finished and goes on to 200, with a learning rate that falls to 0 and k growing
+    to 4: "train.steps=200, so far 100: step 101 has learning rate 5e-04 (so far 0e+00) and k = 3 (so far 4), as in a
+    run of 200 steps; steps before it are those of one of 100".
     """
     begins = f"train.steps={now.train.steps}, so far {earlier.train.steps}"
     if now.optim.decay is Decay.constant and _k_is_free(now):
         return f"{begins}: nothing else depends on it, the run is the same as one of {now.train.steps:,} steps"
     then_rate, rate = (learning_rate(c.optim, step, c.train.steps) for c in (earlier, now))
-    then_k, k = (active_experts(c.schedule, step, c.schedule_steps) for c in (earlier, now))  # fmt: skip
+    then_k, k = (active_experts(c.schedule, step, c.schedule_steps) for c in (earlier, now))
     return (
-        f"{begins}: step {step + 1:,} has learning rate {rate:.2g} (so far {then_rate:.2g}) and k = {k} (so far {then_k}), as in a "
-        f"run of {now.train.steps:,} steps; the steps before it are those of a run of {earlier.train.steps:,}"
+        f"{begins}: step {step + 1:,} has learning rate {rate:.2g} (so far {then_rate:.2g}) and k = {k} (so far"
+        f" {then_k}), as in a run of {now.train.steps:,} steps; the steps before it are those of a run of"
+        f" {earlier.train.steps:,}"
     )
 
 

@@ -37,9 +37,7 @@ def plot_slimming(bpc: Mapping[str, float], baselines: Mapping[str, float], targ
         axes.set_xticks(ks, [str(k) for k in ks])
     for name, value in {**{k: v for k, v in bpc.items() if not k.isdigit()}, **baselines}.items():
         axes.axhline(value, linestyle="--", linewidth=1, color="grey")
-        axes.annotate(
-            name, (1.0, value), xycoords=("axes fraction", "data"), ha="right", va="bottom"
-        )
+        axes.annotate(name, (1.0, value), xycoords=("axes fraction", "data"), ha="right", va="bottom")
     axes.set(xlabel="active experts k", ylabel="bits per symbol", title="Slimming")
     axes.grid(alpha=0.3)
     figure.savefig(target, dpi=120)

@@ -1,7 +1,7 @@
 """What a run ends with: summary.json, two plots, and a table for the console; rank 0 makes them.
 
-The slimming curve comes from launch/train.py, what was logged in training from metrics.jsonl, and beside both stands what counting
-gets on the same text (engine/evaluation/ngram_baselines.py).
+The slimming curve comes from launch/train.py, what was logged in training from metrics.jsonl, and beside both stands
+what counting gets on the same text (engine/evaluation/ngram_baselines.py).
 """
 
 import time
@@ -24,13 +24,14 @@ from foreroute.launch.runs.plots import plot_loss, plot_slimming
 from foreroute.launch.start.console import clock, table
 
 COUNTED_PER_SYMBOL, COUNTED_AT_LEAST = 100, 16_000_000
-"""Training symbols that counting models are fitted on, at most, where eval.max_symbols is set: seconds of a long corpus."""
+"""Training symbols that counting models are fitted on, at most, where eval.max_symbols is set: seconds of a long
+corpus."""
 _LAST_LINE = "flops", "peak_device_memory_bytes"  # of metrics.jsonl, for the summary
 
 
 def summarise(
     run: RunFolder, trainer: Trainer, corpus: PreparedCorpus, curve: Mapping[str, Evaluation], progress: Progress
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Write summary.json and the plots; gives what is in the summary.
 
     Raises:
@@ -66,10 +67,9 @@ def summarise(
 def final_numbers(summary: Mapping[str, Any]) -> dict[str, float]:
     """Name what W&B's table of runs shows of a summary: test_bpc/k4 and the like, and evaluation_seconds."""
     split = summary["split"]
-    return {
-        f"{split}_bpc/{f'k{name}' if name.isdigit() else name}": bpc
-        for name, bpc in summary["bpc"].items()
-    } | {"evaluation_seconds": summary["evaluation_seconds"]}
+    return {f"{split}_bpc/{f'k{name}' if name.isdigit() else name}": bpc for name, bpc in summary["bpc"].items()} | {
+        "evaluation_seconds": summary["evaluation_seconds"]
+    }
 
 
 def training_totals(metrics: Path) -> dict[str, float]:
@@ -78,10 +78,7 @@ def training_totals(metrics: Path) -> dict[str, float]:
     FLOPs and the GPU's memory are there when the last line has them.
     """
     rows = [row for row in read_lines(metrics) if "step_ms" in row]
-    steps = [
-        row["step"] - before
-        for row, before in zip(rows, [0, *(row["step"] for row in rows)], strict=False)
-    ]
+    steps = [row["step"] - before for row, before in zip(rows, [0, *(row["step"] for row in rows)], strict=False)]
     total_ms = sum(count * row["step_ms"] for count, row in zip(steps, rows, strict=True))
     outside_ms = sum(count * row["outside_ms"] for count, row in zip(steps, rows, strict=True))
     known = {name: rows[-1][name] for name in _LAST_LINE if rows[-1].get(name)}
@@ -105,9 +102,8 @@ def counting_baselines(
     most = max(COUNTED_PER_SYMBOL * max_symbols, COUNTED_AT_LEAST)
     counted_ids = train_ids[:most] if max_symbols else train_ids
     found = {
-        f"order{n}_bpc": order_n_bpc(counted_ids, held_out, n, size, partial(progress, f"order {n}"))
-        for n in (2, 3)
-    }  # fmt: skip
+        f"order{n}_bpc": order_n_bpc(counted_ids, held_out, n, size, partial(progress, f"order {n}")) for n in (2, 3)
+    }
     progress("bzip2 -9", 0, 1)
     found["bzip2_bpc"] = bzip2_bpc(corpus.vocab.decode(held_out))
     progress("bzip2 -9", 1, 1)
@@ -119,17 +115,11 @@ def counting_baselines(
 def result_table(summary: Mapping[str, Any]) -> str:
     """Lay out held-out bpc at each k beside what counting gets, and below it what the training took."""
     best = min(summary["bpc"].values())
-    found = {
-        name if name == "dense" else f"k = {name}": bpc for name, bpc in summary["bpc"].items()
-    }
+    found = {name if name == "dense" else f"k = {name}": bpc for name, bpc in summary["bpc"].items()}
     names = {"order 2": "order2_bpc", "order 3": "order3_bpc", "bzip2 -9": "bzip2_bpc"}
     found |= {label: summary[key] for label, key in names.items()}
-    rows = [
-        [label, f"{bpc:.3f}", f"{100 * (bpc / best - 1):+.1f}%"] for label, bpc in found.items()
-    ]
-    return "\n".join(
-        [table([f"{summary['split']} split", "bpc", "to best"], rows), *_training_lines(summary)]
-    )
+    rows = [[label, f"{bpc:.3f}", f"{100 * (bpc / best - 1):+.1f}%"] for label, bpc in found.items()]
+    return "\n".join([table([f"{summary['split']} split", "bpc", "to best"], rows), *_training_lines(summary)])
 
 
 def _training_lines(summary: Mapping[str, Any]) -> list[str]:
@@ -137,16 +127,18 @@ def _training_lines(summary: Mapping[str, Any]) -> list[str]:
     device, evaluation = summary.get("peak_device_memory_bytes"), summary.get("evaluation_seconds")
     found = {
         "training": f"{summary['steps']:,} steps, {seconds * speed:,.0f} symbols, {summary['parameters']:,} parameters",
-        "time": f"{clock(seconds)}, {speed:,.0f} symbols/s, {summary['outside_fraction']:.1%} outside forward, backward and optimizer"
-        + (f"; evaluation {clock(evaluation)}" if evaluation is not None else ""),
-        "memory": f"{byte_text(summary['peak_memory_bytes'])} at most"
-        + (f", {byte_text(device)} on the GPU" if device else "")
-        + " (rank 0)",
+        "time": (
+            f"{clock(seconds)}, {speed:,.0f} symbols/s, {summary['outside_fraction']:.1%} outside forward, backward and"
+            " optimizer" + (f"; evaluation {clock(evaluation)}" if evaluation is not None else "")
+        ),
+        "memory": (
+            f"{byte_text(summary['peak_memory_bytes'])} at most"
+            + (f", {byte_text(device)} on the GPU" if device else "")
+            + " (rank 0)"
+        ),
     }
     if "counted_symbols" in summary:
-        found["counting"] = (
-            f"order 2 and 3 know the first {summary['counted_symbols']:,} training symbols only"
-        )
+        found["counting"] = f"order 2 and 3 know the first {summary['counted_symbols']:,} training symbols only"
     if "flops" in summary:
         found["compute"] = f"{summary['flops']:.3g} FLOP"
     return [f"{label:<10}{text}" for label, text in found.items()]

@@ -34,7 +34,7 @@ def _earlier(file: Path, now: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return []
     again = {run["name"] for run in now}
     found: list[dict[str, Any]] = json.loads(file.read_text())["runs"]
-    return [run for run in found if run["name"] not in again and (file.parent / run["name"]).is_dir()]  # fmt: skip
+    return [run for run in found if run["name"] not in again and (file.parent / run["name"]).is_dir()]
 
 
 def _order(bpc: float | None) -> float:

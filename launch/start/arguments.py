@@ -1,10 +1,13 @@
-"""What a person types, made ready for Hydra: each NAME=VALUE is written as Hydra's grammar wants it, by what the option takes.
+"""What a person types, made ready for Hydra: each NAME=VALUE is written as Hydra's grammar wants it, by what the option
+takes.
 
-Text needs no quotes: brackets, =, commas, blanks and letters of any alphabet are part of it, and what looks like a number stays text.
-One value stands for a list of one. Quotes around a whole value still work. In a sweep commas separate values, unless they are
-inside quotes or brackets. What cannot be meant is a UserError that names the option and what works.
+Text needs no quotes: brackets, =, commas, blanks and letters of any alphabet are part of it, and what looks like a
+number stays text. One value stands for a list of one. Quotes around a whole value still work. In a sweep commas
+separate values, unless they are inside quotes or brackets. What cannot be meant is a UserError that names the option
+and what works.
 
-The options come from the program's dataclasses, the groups from its file in conf/. Knows nothing of Hydra but its grammar.
+The options come from the program's dataclasses, the groups from its file in conf/. Knows nothing of Hydra but its
+grammar.
 """
 
 import math
@@ -23,8 +26,18 @@ _WHOLE_QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
 _SWEPT = re.compile(r"(choice|range|interval|glob|sort|shuffle|tag)\(.*\)", re.DOTALL)
 _CAST = re.compile(r"(int|float|str|bool)\(.*\)", re.DOTALL)
 _PLAIN = re.compile(r"[\w./-]+", re.ASCII)
-_BOOLS = {"true": True, "yes": True, "on": True, "y": True, "1": True,
-          "false": False, "no": False, "off": False, "n": False, "0": False}  # fmt: skip
+_BOOLS = {
+    "true": True,
+    "yes": True,
+    "on": True,
+    "y": True,
+    "1": True,
+    "false": False,
+    "no": False,
+    "off": False,
+    "n": False,
+    "0": False,
+}
 _SHOWN = 80  # characters of a value in a line
 
 
@@ -52,7 +65,7 @@ def known_to(conf: Path, program: str, schema: type) -> Known:
             sections.append(name)
         else:
             options[name] = kind
-    needed = [f.name for f in fields(schema) if f.default is MISSING and f.default_factory is MISSING]  # fmt: skip
+    needed = [f.name for f in fields(schema) if f.default is MISSING and f.default_factory is MISSING]
     file = conf / f"{program}.yaml"
     return Known(conf, options, sections, groups_of(file) if file.exists() else [], needed)
 
@@ -99,8 +112,7 @@ def _ready(argument: str, following: str, known: Known, sweep: bool) -> str:
         return argument  # for those who know Hydra
     if deleted != name:
         require(
-            deleted in known.groups,
-            f"{_short(argument)}: only a group's choice can be left out, such as ~experiment",
+            deleted in known.groups, f"{_short(argument)}: only a group's choice can be left out, such as ~experiment"
         )
         return argument
     if not equals:
@@ -109,7 +121,7 @@ def _ready(argument: str, following: str, known: Known, sweep: bool) -> str:
         return f"{name}={_choice(name, value, sweep)}"
     if name in known.sections:
         options = ", ".join(o for o in known.options if o.startswith(f"{name}."))
-        require(value.startswith("{"), f"{name}={_short(value)}: is a section; its options are {options}")  # fmt: skip
+        require(value.startswith("{"), f"{name}={_short(value)}: is a section; its options are {options}")
         return argument
     if name not in known.options:
         raise UserError(_unknown(name, value, known))
@@ -126,13 +138,10 @@ def _choice(name: str, value: str, sweep: bool) -> str:
     require(value != "", f"{name}=: has no value; --help lists the choices")
     given = unquoted(value)
     is_path = name == "corpus" and Path(given).is_absolute() | Path(given).exists()
-    require(
-        not is_path,
-        f"corpus={_short(given)}: takes a choice; write corpus=file corpus.path={given}",
-    )
-    require(not value.startswith("["), f"{name}={_short(value)}: takes one choice, without brackets")  # fmt: skip
+    require(not is_path, f"corpus={_short(given)}: takes a choice; write corpus=file corpus.path={given}")
+    require(not value.startswith("["), f"{name}={_short(value)}: takes one choice, without brackets")
     require(sweep or len(parts) == 1, f"{name}={_short(value)}: takes one choice; -m runs each")
-    return ",".join(p if _PLAIN.fullmatch(p) or _WHOLE_QUOTED.fullmatch(p) else quote(p) for p in parts)  # fmt: skip
+    return ",".join(p if _PLAIN.fullmatch(p) or _WHOLE_QUOTED.fullmatch(p) else quote(p) for p in parts)
 
 
 def _value(name: str, value: str, known: Known, sweep: bool) -> str:
@@ -158,9 +167,7 @@ def _value(name: str, value: str, known: Known, sweep: bool) -> str:
         one = scalar(kind)
     lists = get_origin(inner) is list
     if lists and value.count("[") != value.count("]"):
-        raise UserError(
-            f"{name}={_short(value)}: a bracket is missing; must be a {allowed(kind)}, such as [1,2]"
-        )
+        raise UserError(f"{name}={_short(value)}: a bracket is missing; must be a {allowed(kind)}, such as [1,2]")
     if lists and not sweep and not value.strip().startswith("["):
         value_parts = [value] if _is_null(value) else [f"[{value}]"]
     elif sweep or _text_of(kind) is None:
@@ -168,7 +175,7 @@ def _value(name: str, value: str, known: Known, sweep: bool) -> str:
     else:
         value_parts = [value]
     if len(value_parts) > 1 and not sweep:
-        raise UserError(f"{name}={_short(value)}: must be {_words(kind)}; several values need -m, which runs each")  # fmt: skip
+        raise UserError(f"{name}={_short(value)}: must be {_words(kind)}; several values need -m, which runs each")
     return ",".join("null" if nullable and _is_null(p) else one(p) for p in value_parts)
 
 
@@ -326,7 +333,7 @@ def _unknown(name: str, value: str, known: Known) -> str:
     if section not in known.sections:
         section = ""
     start = f"{section}." if section else ""
-    inside = [o.removeprefix(start) for o in (*known.groups, *known.sections, *known.options) if o.startswith(start)]  # fmt: skip
+    inside = [o.removeprefix(start) for o in (*known.groups, *known.sections, *known.options) if o.startswith(start)]
     own = dict.fromkeys(o for o in inside if "." not in o)
     return f"{name}={_short(value)}: no such option; {hint}allowed: {', '.join(own)}"
 
@@ -347,7 +354,7 @@ def _close(name: str, known: Known) -> list[str]:
 def for_flag(flag: str, following: str | None, known: Known) -> str:
     """What is wrong with a flag that there is not, such as --experiment or --lr=0.1."""
     name, _, value = flag.lstrip("-").partition("=")
-    value = value or (following if following and not following.startswith("-") and "=" not in following else "")  # fmt: skip
+    value = value or (following if following and not following.startswith("-") and "=" not in following else "")
     close = _close(name, known)
     hint = f"; did you mean {close[0]}={value or 'VALUE'}?" if close else ""
     return f"{flag}: no such flag; options are NAME=VALUE, and --help lists them{hint}"

@@ -3,8 +3,8 @@
 Only this folder knows Hydra and OmegaConf. A program is `run_program("NAME", Schema, task)` with conf/NAME.yaml; the
 task receives the validated object and returns an exit code. What the user can mend ends with one line and exit code 2.
 
-In a sweep (-m) each job leaves its Outcome in a temporary folder, for jobs may be processes of their own (joblib). One that
-fails does not stop the others; a signal does.
+In a sweep (-m) each job leaves its Outcome in a temporary folder, for jobs may be processes of their own (joblib). One
+that fails does not stop the others; a signal does.
 """
 
 import codecs
@@ -26,14 +26,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from foreroute.engine.errors import UserError
-from foreroute.launch.start.arguments import (
-    Known,
-    for_flag,
-    is_sweep,
-    known_to,
-    ready,
-    swept,
-)
+from foreroute.launch.start.arguments import Known, for_flag, is_sweep, known_to, ready, swept
 from foreroute.launch.start.config_files import T, to_object
 from foreroute.launch.start.console import styled
 from foreroute.launch.start.help import CONF, groups_of, help_text
@@ -71,7 +64,9 @@ def run_program(
         place = find_place()
         encoding = "utf-8" if sys.flags.utf8_mode else locale.getencoding()
         if codecs.lookup(encoding).name != "utf-8":  # DeepSpeed, for one, could not read its files
-            raise BadOption(f"the locale's encoding is {encoding}, and must be UTF-8: start with PYTHONUTF8=1, or LC_ALL=C.UTF-8")  # fmt: skip
+            raise BadOption(
+                f"the locale's encoding is {encoding}, and must be UTF-8: start with PYTHONUTF8=1, or LC_ALL=C.UTF-8"
+            )
         if place.ranks > 1 and not many_ranks:
             raise BadOption(f"launch.{name} runs as one process: started as {place.ranks}")
         if {"-h", "--help"} & set(sys.argv[1:]):
@@ -103,15 +98,15 @@ def _arguments(name: str, schema: type, arguments: Sequence[str]) -> list[str]:
     known = known_to(CONF, name, schema)
     parser = get_args_parser()
     parser.allow_abbrev = False
-    parser.error = _refuse_flag  # type: ignore[assignment]
+    parser.error = _refuse_flag  # type: ignore[method-assign]
     found, unknown = parser.parse_known_intermixed_args(arguments)
     if found.experimental_rerun is not None:
         unknown = ["--experimental-rerun"]
     if unknown:
         after = arguments[arguments.index(unknown[0]) + 1 :] if unknown[0] in arguments else []
         raise BadOption(for_flag(unknown[0], after[0] if after else None, known))
-    if sum((found.run, found.multirun, found.cfg is not None, found.shell_completion, found.info is not None)) > 1:  # fmt: skip
-        raise BadOption("--run, --multirun, --cfg, --info and --shell-completion: only one at a time")  # fmt: skip
+    if sum((found.run, found.multirun, found.cfg is not None, found.shell_completion, found.info is not None)) > 1:
+        raise BadOption("--run, --multirun, --cfg, --info and --shell-completion: only one at a time")
     if found.resolve and found.cfg is None:
         raise BadOption("--resolve: goes with --cfg job")
     _check_files(found.config_dir, known)
@@ -136,21 +131,25 @@ def _refuse_flag(message: str) -> NoReturn:
 
 def _fixed(options: Sequence[str]) -> list[str]:
     """Tell each job of a sweep, in whatever process, which of its options do not vary: see job_name."""
-    names = [option.partition("=")[0] for option in options if option.partition("=")[0] not in swept(options)]  # fmt: skip
+    names = [option.partition("=")[0] for option in options if option.partition("=")[0] not in swept(options)]
     names = [name for name in names if re.fullmatch(r"[\w./]+", name, re.ASCII)]
     return [f"{_FIXED}=[{','.join(names)}]"]
 
 
 def _check_files(folder: str | None, known: Known) -> None:
-    """Refuse files of options that Hydra would stumble over: not UTF-8, or with a mark at the beginning that hides their head."""
+    """Refuse files of options that Hydra would stumble over: not UTF-8, or with a mark at the beginning that hides
+    their head."""
     if folder is None:
         return
-    files = [*Path(folder).glob("*.yaml"), *(f for group in known.groups for f in (Path(folder) / group).rglob("*.yaml"))]  # fmt: skip
+    files = [
+        *Path(folder).glob("*.yaml"),
+        *(f for group in known.groups for f in (Path(folder) / group).rglob("*.yaml")),
+    ]
     for path in files:
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise BadOption(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8") from error  # fmt: skip
+            raise BadOption(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8") from error
         if text.startswith("\ufeff"):
             raise BadOption(f"{path}: begins with a byte-order mark; save it as UTF-8 without one")
 
@@ -168,7 +167,8 @@ def _print_help(name: str, schema: type, arguments: Sequence[str]) -> None:
 
 
 def _guarded(run: Callable[[], int]) -> int:
-    """Turn expected failures into one line on stderr and an exit code; anything else is a bug and keeps its traceback."""
+    """Turn expected failures into one line on stderr and an exit code; anything else is a bug and keeps its
+    traceback."""
     try:
         return run()
     except (Exception, KeyboardInterrupt) as error:

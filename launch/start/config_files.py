@@ -98,7 +98,8 @@ def compose_run(options: list[str]) -> Config:
     """Give the configuration of `launch.train` with these options, from inside another program.
 
     Raises:
-        HydraException, OmegaConfBaseException, UserError: an option is wrong; each becomes one line at the end of a program.
+        HydraException, OmegaConfBaseException, UserError: an option is wrong; each becomes one line at the end of a
+            program.
     """
     store = ConfigStore.instance()
     own = store.load("schema.yaml").node

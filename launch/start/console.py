@@ -46,9 +46,10 @@ class _Lasting:
 
 @contextmanager
 def lasting() -> Iterator[None]:
-    """Let stdout and stderr fail without a word until the block ends: a full disk, a closed terminal or `head` ends no training."""
+    """Let stdout and stderr fail without a word until the block ends: a full disk, a closed terminal or `head` ends no
+    training."""
     streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = map(_Lasting, streams)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = map(_Lasting, streams)
     try:
         yield
     finally:
@@ -77,7 +78,7 @@ class Console:
         if self._bar is None:
             self._bar = tqdm(
                 total=self._total, initial=step, unit="step", dynamic_ncols=True, file=sys.stdout, bar_format=_BAR
-            )  # fmt: skip
+            )
         self._bar.update(step - self._bar.n)
 
     def metrics(self, step: int, values: Mapping[str, float], seconds_left: float) -> None:
@@ -138,8 +139,13 @@ class Stages:
         self._started = self._said = self._now()
         if self._terminal:
             self._bar = tqdm(
-                desc=f"{stage:<8}", total=total, leave=False, dynamic_ncols=True, file=sys.stdout, bar_format="{desc}" + _BAR
-            )  # fmt: skip
+                desc=f"{stage:<8}",
+                total=total,
+                leave=False,
+                dynamic_ncols=True,
+                file=sys.stdout,
+                bar_format="{desc}" + _BAR,
+            )
 
     def _say(self, stage: str, done: int, total: int) -> None:
         self._said = self._now()
@@ -172,12 +178,7 @@ def rich_console(file: TextIO | None, width: int | None = None) -> RichConsole:
     """
     plain = bool(os.environ.get("NO_COLOR"))
     return RichConsole(
-        file=file,
-        width=width,
-        color_system=None if plain else "auto",
-        highlight=False,
-        markup=False,
-        emoji=False,
+        file=file, width=width, color_system=None if plain else "auto", highlight=False, markup=False, emoji=False
     )
 
 

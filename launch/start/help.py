@@ -1,7 +1,7 @@
 """The text of `python -m launch.PROGRAM --help`: what the program does, the choices of its groups, and every option.
 
-It is read from where it is kept anyway: the comment at the head of conf/PROGRAM.yaml and of each file of a group, and, in the
-source of the options' dataclasses, the string under a field, its type, and the bounds that the class checks.
+It is read from where it is kept anyway: the comment at the head of conf/PROGRAM.yaml and of each file of a group, and,
+in the source of the options' dataclasses, the string under a field, its type, and the bounds that the class checks.
 """
 
 import ast
@@ -30,9 +30,7 @@ _TYPES = {bool: "true | false", int: "whole number", float: "number", str: "text
 _NEEDED = "???"  # OmegaConf's value of an option that has none
 
 
-def help_text(
-    conf: Path, program: str, schema: type, values: Mapping[str, Any], *, width: int
-) -> str:
+def help_text(conf: Path, program: str, schema: type, values: Mapping[str, Any], *, width: int) -> str:
     """Write the help of a program.
 
     Args:
@@ -84,10 +82,9 @@ def head_comment(file: Path) -> str:
     return "\n".join(lines)
 
 
-def sections(
-    schema: type, values: Mapping[str, Any], name: str = ""
-) -> Iterator[tuple[str, str, dict[str, str]]]:
-    """Give each section of the options: its name ("" for the program's own), its meaning, and OPTION=VALUE with their texts."""
+def sections(schema: type, values: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, str, dict[str, str]]]:
+    """Give each section of the options: its name ("" for the program's own), its meaning, and OPTION=VALUE with their
+    texts."""
     hints, docs, bounds = get_type_hints(schema), field_texts(schema), _bounds(schema)
     own, inner = {}, []
     for field in fields(schema):
@@ -98,9 +95,7 @@ def sections(
         notes = [allowed(kind), bounds.get(field.name, ""), "needed" if value == _NEEDED else ""]
         meaning = docs.get(field.name) or _enum_doc(kind)
         prefix = f"{name}." if name else ""
-        own[f"{prefix}{field.name}={_shown(value)}"] = (
-            f"{meaning} [{', '.join(filter(None, notes))}]".strip()
-        )
+        own[f"{prefix}{field.name}={_shown(value)}"] = f"{meaning} [{', '.join(filter(None, notes))}]".strip()
     yield name, inspect.getdoc(schema) or "", own
     for section, kind, value in inner:
         yield from sections(kind, value, section)
@@ -119,9 +114,7 @@ def _escaped(text: str) -> str:
 
 def _wrapped(text: str, width: int) -> str:
     """Wrap lines at the terminal's width, but for the indented ones, which are examples."""
-    lines = (
-        line if line.startswith(" ") else textwrap.fill(line, width) for line in text.splitlines()
-    )
+    lines = (line if line.startswith(" ") else textwrap.fill(line, width) for line in text.splitlines())
     return "\n".join(lines)
 
 
@@ -131,10 +124,7 @@ def field_texts(schema: type) -> dict[str, str]:
     for node in _bodies(schema):
         for field, below in pairwise(node.body):
             match field, below:
-                case (
-                    ast.AnnAssign(target=ast.Name(id=name)),
-                    ast.Expr(value=ast.Constant(value=str(text))),
-                ):
+                case (ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text)))):
                     found[name] = " ".join(text.split())
     return found
 

@@ -119,7 +119,8 @@ class Jobs:
 
     @contextmanager
     def stopped_by_signals(self) -> Iterator[None]:
-        """Start no further job after a signal that would end the process; a job that gets one itself, in this process or another, stops, too.
+        """Start no further job after a signal that would end the process; a job that gets one itself, in this process
+        or another, stops, too.
 
         A second one ends the process.
         """
@@ -145,7 +146,7 @@ class Jobs:
 def _check_launcher() -> None:
     name = HydraConfig.get().runtime.choices["hydra/launcher"]
     if name != "basic":
-        raise BadOption(f"hydra/launcher={name}: many ranks run a sweep's jobs one by one; leave it out")  # fmt: skip
+        raise BadOption(f"hydra/launcher={name}: many ranks run a sweep's jobs one by one; leave it out")
 
 
 def speak(failure: Told) -> None:

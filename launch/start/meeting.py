@@ -1,4 +1,5 @@
-"""How a process meets the other ranks, and is watched with them. launch/start/rank_variables.py says which rank it is, and where they meet."""
+"""How a process meets the other ranks, and is watched with them. launch/start/rank_variables.py says which rank it is,
+and where they meet."""
 
 import os
 import threading
@@ -19,13 +20,7 @@ from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.parallel.watchdog import FOR_EVER, Watch
 from foreroute.engine.parallel.world import World, agree, together
 from foreroute.launch.start.process import MEETING
-from foreroute.launch.start.rank_variables import (
-    Place,
-    find_address,
-    find_device,
-    find_node,
-    find_place,
-)
+from foreroute.launch.start.rank_variables import Place, find_address, find_device, find_node, find_place
 
 _GLANCE_S = 0.1  # how often a waiting rank looks whether the others have come
 _END_S = 1.0  # for the meeting's thread to end
@@ -59,9 +54,14 @@ def connected(parallel: ParallelConfig, options: Mapping[str, Any]) -> Iterator[
         names = list(dict.fromkeys(nodes))
         planning, planning_group = _hosts_for_planning(place, mesh)
         yield World(
-            mesh, device, host=host, planning=planning, planning_group=planning_group, watch=watch,
+            mesh,
+            device,
+            host=host,
+            planning=planning,
+            planning_group=planning_group,
+            watch=watch,
             node_P=tuple(names.index(node) for node in nodes),
-        )  # fmt: skip
+        )
         for connection in (planning, planning_group):  # after a failure a thread may be inside
             connection.close()
 
@@ -74,7 +74,7 @@ def _meet(place: Place, parallel: ParallelConfig) -> Any:
     """
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = find_address(place)
     port = os.environ["MASTER_PORT"]
-    require(port.isdecimal() and 0 < int(port) < 2**16, f"MASTER_PORT={port}: must be a port, 1 .. 65535")  # fmt: skip
+    require(port.isdecimal() and 0 < int(port) < 2**16, f"MASTER_PORT={port}: must be a port, 1 .. 65535")
     os.environ |= {"RANK": str(place.rank), "WORLD_SIZE": str(place.ranks)}
     os.environ["LOCAL_RANK"] = str(place.local_rank)  # DeepSpeed insists on it
     meeting = _Meeting(place, parallel)
@@ -84,16 +84,14 @@ def _meet(place: Place, parallel: ParallelConfig) -> Any:
         raise
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{meeting.who} did not meet the others at {meeting.address}: {reason}"
-        ) from error
+        raise UserError(f"{meeting.who} did not meet the others at {meeting.address}: {reason}") from error
 
 
 class _Meeting:
     """Ranks come to the store of rank 0, wait there until all have come, and then connect.
 
-    PyTorch's calls block where no signal reaches, so a thread of their own makes them: a process that is told to end meanwhile
-    does so at once, and a rank that died, or never came, is not waited for longer than parallel.meet_s.
+    PyTorch's calls block where no signal reaches, so a thread of their own makes them: a process that is told to end
+    meanwhile does so at once, and a rank that died, or never came, is not waited for longer than parallel.meet_s.
     """
 
     def __init__(self, place: Place, parallel: ParallelConfig) -> None:
@@ -143,9 +141,12 @@ class _Meeting:
         self._missing = "one has come and is gone"
         self._until = time.monotonic() + self._meet_s
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=dist.PrefixStore("ranks", store), rank=self._place.rank,
-            world_size=self._place.ranks, timeout=FOR_EVER,
-        )  # fmt: skip
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+            store=dist.PrefixStore("ranks", store),
+            rank=self._place.rank,
+            world_size=self._place.ranks,
+            timeout=FOR_EVER,
+        )
         return store
 
     def _find_store(self) -> Any:
@@ -153,9 +154,7 @@ class _Meeting:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         serves = self._place.rank == 0 and not _agents_have_a_store()
         wait = timedelta(seconds=self._meet_s + 1)
-        store = dist.TCPStore(
-            host, port, is_master=serves, timeout=wait, wait_for_workers=False, multi_tenant=True
-        )
+        store = dist.TCPStore(host, port, is_master=serves, timeout=wait, wait_for_workers=False, multi_tenant=True)
         store.set_timeout(timedelta(seconds=self._timeout_s))
         return store
 
@@ -185,7 +184,8 @@ def _fresh(store: Any) -> Any:
 
 
 def _take_place(store: Any, place: Place, address: str) -> None:
-    """Refuse to be a rank that is there already, before anything is exchanged: that would disturb a run that goes well."""
+    """Refuse to be a rank that is there already, before anything is exchanged: that would disturb a run that goes
+    well."""
     require(
         store.add(f"came/{place.rank}", 1) == 1,
         f"rank {place.rank} is at {address} already: another run meets there; give this one another port "

@@ -23,9 +23,12 @@ from foreroute.launch.start.help import CONF, field_texts
 from foreroute.launch.start.rank_variables import find_place
 
 _BELOW_NULL = "Unexpected type: None"
-"""What OmegaConf asserts when an option lies two levels below null, such as cluster.inside.gb_per_s without a cluster."""
-_NO_MEMORY = re.compile(r"DefaultCPUAllocator|alloc_cpu|Storage size calculation overflowed|Cannot allocate memory|Unable to allocate|"
-                        r"could not allocate")  # fmt: skip
+"""What OmegaConf asserts when an option lies two levels below null, such as cluster.inside.gb_per_s without a
+cluster."""
+_NO_MEMORY = re.compile(
+    r"DefaultCPUAllocator|alloc_cpu|Storage size calculation overflowed|Cannot allocate memory|Unable to allocate|"
+    r"could not allocate"
+)
 _NOISE = (
     "full_key:",
     "object_type=",
@@ -61,11 +64,17 @@ def told(error: BaseException) -> Told | None:
         code = 2 if isinstance(error, UserError) else 1
         return Told(code, one_line(error), not error.everywhere or find_place().rank == 0)
     if isinstance(error, torch.OutOfMemoryError):
-        return Told(1, f"{one_line(error).partition('. ')[0]}: needs fewer data.streams, more train.accumulation or train.recompute=true; "
-                       "launch.certify device_memory_gb=GB says beforehand what fits")  # fmt: skip
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):  # fmt: skip
-        return Told(1, f"this machine's memory does not hold it ({_asked_bytes(error)}): needs a smaller model, fewer data.streams or a "
-                       "shorter data.segment; launch.certify says beforehand what a run takes")  # fmt: skip
+        return Told(
+            1,
+            f"{one_line(error).partition('. ')[0]}: needs fewer data.streams, more train.accumulation or"
+            " train.recompute=true; launch.certify device_memory_gb=GB says beforehand what fits",
+        )
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
+        return Told(
+            1,
+            f"this machine's memory does not hold it ({_asked_bytes(error)}): needs a smaller model, fewer data.streams"
+            " or a shorter data.segment; launch.certify says beforehand what a run takes",
+        )
     if isinstance(error, BrokenPipeError):  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return Told(128 + signal.SIGPIPE)
@@ -118,7 +127,11 @@ def _with_hint(text: str) -> str:
         return f"{found[1]}=VALUE is missing" + (f": {meaning}" if meaning else "")
     if found := re.search(r"Could not find '(\w+)/([^']*)'", text):
         return text + choice_hint(CONF, found[1], found[2])
-    if re.search(r"mismatched input|no viable alternative|missing EQUAL|extraneous input|token recognition error|LexerNoViableAlt", text):  # fmt: skip
+    if re.search(
+        r"mismatched input|no viable alternative|missing EQUAL|extraneous input|token recognition"
+        r" error|LexerNoViableAlt",
+        text,
+    ):
         return "an option is not in Hydra's grammar: put its value in quotes inside quotes, \"NAME='VALUE'\""
     return text
 

@@ -11,9 +11,7 @@ from hydra.types import RunMode
 
 from foreroute.launch.start.arguments import unquoted
 
-_LONGEST_NAME = (
-    180  # bytes of a run's name; a file system takes 255, and files in the folder have longer ones
-)
+_LONGEST_NAME = 180  # bytes of a run's name; a file system takes 255, and files in the folder have longer ones
 
 
 def job_name(name: str) -> str:
@@ -47,7 +45,8 @@ def given_options() -> list[str]:
 def swept_name(name: str, options: Mapping[str, str]) -> str:
     """The name of a sweep's job: the sweep's name and what is varied. Different values give different names.
 
-    Signs that a folder's name is better without become _, and then, or where the name would be too long, its digest ends it.
+    Signs that a folder's name is better without become _, and then, or where the name would be too long, its digest
+    ends it.
     """
     if not options:
         return name
@@ -56,11 +55,12 @@ def swept_name(name: str, options: Mapping[str, str]) -> str:
     short = shown.encode()[: _LONGEST_NAME - len(name.encode())].decode(errors="ignore")
     if short == exact:
         return f"{name}-{short}"
-    return f"{name}-{short}-{hashlib.sha256(exact.encode(errors='surrogateescape')).hexdigest()[:8]}"  # fmt: skip
+    return f"{name}-{short}-{hashlib.sha256(exact.encode(errors='surrogateescape')).hexdigest()[:8]}"
 
 
 def command_option(name: str, value: str | Path) -> str:
-    """Write an option as a person would type it: quoted for Hydra and the shell where it must be, as with an = in a folder's name."""
+    """Write an option as a person would type it: quoted for Hydra and the shell where it must be, as with an = in a
+    folder's name."""
     if re.fullmatch(r"[\w./-]+", str(value), re.ASCII):
         return f"{name}={value}"
     quoted = "{}='{}'".format(name, str(value).replace("'", r"\'"))

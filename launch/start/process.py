@@ -25,7 +25,7 @@ MEETING = "foreroute-meeting"
 _MOST_THREADS = 4096  # beyond any machine; far more end the process without a word
 
 
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU, signal.SIGUSR1, signal.SIGUSR2)  # fmt: skip
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU, signal.SIGUSR1, signal.SIGUSR2)
 """Signals that would end the process and can be caught."""
 
 
@@ -38,8 +38,8 @@ def catchable_stops() -> list[signal.Signals]:
 class StopSignal:
     """Ends the program with 128 + number on each signal of STOPS: at once, or, while `deferred`, when the trainer asks.
 
-    So a signal in the middle of a step waits for its end and a checkpoint. Another one ends the process at once, unless it
-    comes within GRACE_S: a scheduler signals every process, and a launcher among them passes it on.
+    So a signal in the middle of a step waits for its end and a checkpoint. Another one ends the process at once, unless
+    it comes within GRACE_S: a scheduler signals every process, and a launcher among them passes it on.
     SIGUSR1 counts as SIGTERM: mpirun passes it on and waits, while its own end on SIGTERM leaves the ranks a second.
     SIGHUP stays ignored where it is (nohup).
     """
@@ -84,9 +84,10 @@ class StopSignal:
 def run_and_leave(main: Callable[[], object]) -> None:
     """Run a program; one that made a process group then leaves at once, without the interpreter's end.
 
-    A thread of gloo that lets go of a tensor at that moment needs the interpreter, and would abort the process ("terminate
-    called without an active exception": torch 2.13, busy cores). The threads cannot be ended before: PyTorch and DeepSpeed
-    keep the groups, so destroy_process_group leaves them running. An exception, and under MPI a failure, ends as usual.
+    A thread of gloo that lets go of a tensor at that moment needs the interpreter, and would abort the process
+    ("terminate called without an active exception": torch 2.13, busy cores). The threads cannot be ended before:
+    PyTorch and DeepSpeed keep the groups, so destroy_process_group leaves them running. An exception, and under MPI a
+    failure, ends as usual.
     """
     code = 0
     try:
@@ -110,16 +111,14 @@ def run_and_leave(main: Callable[[], object]) -> None:
 
 
 def _leaves_at_once() -> bool:
-    """Say whether a thread of PyTorch's may need the interpreter at its end: of a group, or one that still waits to meet."""
+    """Say whether a thread of PyTorch's may need the interpreter at its end: of a group, or one that still waits to
+    meet."""
     return dist.is_initialized() or any(t.name == MEETING for t in threading.enumerate())
 
 
 def set_up(threads: int) -> None:
     """Set PyTorch's CPU threads (0 leaves the default), make denormals zero, and keep freed memory."""
-    require(
-        0 <= threads <= _MOST_THREADS,
-        f"threads={threads}: must be at least 0, at most {_MOST_THREADS}",
-    )
+    require(0 <= threads <= _MOST_THREADS, f"threads={threads}: must be at least 0, at most {_MOST_THREADS}")
     if threads:
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)

@@ -5,10 +5,10 @@ runs torchrun in a shell of one task. So the variables of several may be there, 
 
 | variables there | whose place counts |
 |---|---|
-| none | one rank alone; so too in a Slurm batch script outside srun, which has SLURM_PROCID but no SLURM_STEP_NUM_TASKS |
-| RANK, with TORCHELASTIC_RUN_ID (torchrun) or CROSS_SIZE (deepspeed) | torchrun's, deepspeed's; whatever else is there belongs to who started it |
-| OMPI_COMM_WORLD_RANK | Open MPI's, whatever Slurm says: mpirun starts its daemons by srun |
-| PMI_RANK, Slurm's the same | Slurm's: srun --mpi=pmi2 |
+| none | one rank alone; so too in a Slurm batch script outside srun, which has SLURM_PROCID but no SLURM_STEP_NUM_TASKS
+| | RANK, with TORCHELASTIC_RUN_ID (torchrun) or CROSS_SIZE (deepspeed) | torchrun's, deepspeed's; whatever else is
+there belongs to who started it | | OMPI_COMM_WORLD_RANK | Open MPI's, whatever Slurm says: mpirun starts its daemons by
+srun | | PMI_RANK, Slurm's the same | Slurm's: srun --mpi=pmi2 |
 | PMI_RANK, Slurm's another | MPICH's or Intel MPI's: mpiexec starts its daemons by srun |
 | SLURM_PROCID and SLURM_STEP_NUM_TASKS | Slurm's: srun |
 | RANK by hand, alone | these; LOCAL_RANK must be there too |
@@ -63,9 +63,7 @@ class Launcher:
 
 
 TORCH = Launcher("torchrun or deepspeed", "RANK", "WORLD_SIZE", "LOCAL_RANK")
-OPEN_MPI = Launcher(
-    "Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", mpi=True
-)  # fmt: skip
+OPEN_MPI = Launcher("Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", mpi=True)
 MPICH = Launcher("MPICH or Intel MPI", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", mpi=True)
 SLURM = Launcher("Slurm", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
 
@@ -131,9 +129,7 @@ def _started(environ: Mapping[str, str]) -> Place | None:
     return MPICH.read({**alone, **environ})
 
 
-def _refuse_contradiction(
-    launcher: Launcher, name: str, value: int, environ: Mapping[str, str]
-) -> None:
+def _refuse_contradiction(launcher: Launcher, name: str, value: int, environ: Mapping[str, str]) -> None:
     said = environ.get(name)
     require(
         said is None or said == str(value),
@@ -165,15 +161,16 @@ def find_device(place: Place, environ: Mapping[str, str] = os.environ) -> torch.
 def find_node() -> str:
     """Name the machine on which this process runs: its host name and, on Linux, what the kernel drew at its boot.
 
-    Machines may have the same host name; containers and network namespaces of one machine may have several, and then they
-    count as machines of their own.
+    Machines may have the same host name; containers and network namespaces of one machine may have several, and then
+    they count as machines of their own.
     """
     boot = Path("/proc/sys/kernel/random/boot_id")
     return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}"
 
 
 def find_address(place: Place, environ: Mapping[str, str] = os.environ) -> tuple[str, str]:
-    """Host and port at which rank 0 waits for the others: MASTER_ADDR and MASTER_PORT, and what is missing of them from the launcher.
+    """Host and port at which rank 0 waits for the others: MASTER_ADDR and MASTER_PORT, and what is missing of them from
+    the launcher.
 
     A collective under MPI, where rank 0's variables count.
 

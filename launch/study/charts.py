@@ -10,7 +10,11 @@ from foreroute.launch.study.comparisons import evaluated_k, mean_curve, referenc
 from foreroute.launch.study.preset import Preset
 from foreroute.launch.study.results import Results
 
-_AXES = {"symbols": ("symbols trained on", 1.0), "flops": ("training FLOPs, 1e12", 1e12), "seconds": ("training time, s", 1.0)}  # fmt: skip
+_AXES = {
+    "symbols": ("symbols trained on", 1.0),
+    "flops": ("training FLOPs, 1e12", 1e12),
+    "seconds": ("training time, s", 1.0),
+}
 
 
 def curve_charts(preset: Preset, results: Results) -> list[Part]:
@@ -20,9 +24,14 @@ def curve_charts(preset: Preset, results: Results) -> list[Part]:
         curves = {arm: mean_curve(results, arm, axis) for arm in preset.arms}
         for arms in _groups(preset, [arm for arm in preset.arms if curves[arm]]):
             lines = [
-                Line(arm, [x / unit for x, _ in curves[arm]], [y for _, y in curves[arm]], dashed=arm == reference_arm(preset))
+                Line(
+                    arm,
+                    [x / unit for x, _ in curves[arm]],
+                    [y for _, y in curves[arm]],
+                    dashed=arm == reference_arm(preset),
+                )
                 for arm in arms
-            ]  # fmt: skip
+            ]
             title = f"Valid bpc over {label.split(',')[0]}"
             found.append(Curve(title, label, "bits per symbol", lines))
     return found
@@ -38,10 +47,8 @@ def slimming_charts(preset: Preset, results: Results) -> list[Part]:
         lines = []
         for arm in arms:
             means = [(k, mean.mean) for k in every_k if (mean := seeds_mean(results, arm, k))]
-            lines.append(Line(arm, [k for k, _ in means], [y for _, y in means], dashed=arm == reference_arm(preset)))  # fmt: skip
-        found.append(
-            Curve("Test bpc over active experts", "active experts k", "bits per symbol", lines, x_log=True)
-        )  # fmt: skip
+            lines.append(Line(arm, [k for k, _ in means], [y for _, y in means], dashed=arm == reference_arm(preset)))
+        found.append(Curve("Test bpc over active experts", "active experts k", "bits per symbol", lines, x_log=True))
     return found
 
 

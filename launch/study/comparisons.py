@@ -1,9 +1,10 @@
-"""What the result files of a study say: means over seeds, and differences between two arms paired by seed, with 95% intervals.
+"""What the result files of a study say: means over seeds, and differences between two arms paired by seed, with 95%
+intervals.
 
-Test numbers are of the last checkpoint, at a given k. Numbers over training are bpc on the valid split at the arm's own largest
-k in training (k_max), read from the curve by straight lines between its points. At equal FLOPs, or equal seconds, both arms are
-read where the one that used less of them ended; the other is then in the middle of its schedule of the learning rate, and
-nothing is claimed of the difference.
+Test numbers are of the last checkpoint, at a given k. Numbers over training are bpc on the valid split at the arm's own
+largest k in training (k_max), read from the curve by straight lines between its points. At equal FLOPs, or equal
+seconds, both arms are read where the one that used less of them ended; the other is then in the middle of its schedule
+of the learning rate, and nothing is claimed of the difference.
 """
 
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from foreroute.launch.study.results import Result, Results, bpc_at, own_bpc
 POINTS = (0.25, 0.5, 1.0)  # of training, at which differences are given
 _WHOLE = {"symbols": 0.97, "flops": 0.97, "seconds": 0.95}
 """Share of an arm's training from which on it counts as read at its end; seconds are those of a busy machine."""
-AXES = {"symbols": "equal tokens", "flops": "equal training FLOPs", "seconds": "equal training time"}  # fmt: skip
+AXES = {"symbols": "equal tokens", "flops": "equal training FLOPs", "seconds": "equal training time"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +36,12 @@ class Comparison:
         """Say what may be claimed: a percentage where the interval excludes 0 and no arm was read in mid-schedule."""
         d, at = self.difference, self.at + (f"; {self.cut}" if self.cut else "")
         if d.low is None or d.high is None:
-            return f"{self.a} to {self.b} ({at}): {d.mean:+.4f} with one seed, which has no interval: nothing is claimed."  # fmt: skip
-        numbers = f"{d.mean:+.4f} bits per symbol, 95% interval {d.low:+.4f} to {d.high:+.4f}, {d.n} seeds"  # fmt: skip
-        if self.cut:
             return (
-                f"{self.a} to {self.b} ({at}): {numbers}. No fair comparison: nothing is claimed."
+                f"{self.a} to {self.b} ({at}): {d.mean:+.4f} with one seed, which has no interval: nothing is claimed."
             )
+        numbers = f"{d.mean:+.4f} bits per symbol, 95% interval {d.low:+.4f} to {d.high:+.4f}, {d.n} seeds"
+        if self.cut:
+            return f"{self.a} to {self.b} ({at}): {numbers}. No fair comparison: nothing is claimed."
         if d.sign == 0:
             return f"{self.a} to {self.b} ({at}): no difference is shown ({numbers})."
         side = "below" if d.sign < 0 else "above"
@@ -68,7 +69,8 @@ def seeds_mean(results: Results, arm: str, k: int | None) -> Estimate | None:
 
 
 def compare_on_test(results: Results, a: str, b: str, k: int | None) -> Comparison | None:
-    """Compare on the test split at k (None: each at its own); None where a seed is not shared or k was not evaluated."""
+    """Compare on the test split at k (None: each at its own); None where a seed is not shared or k was not
+    evaluated."""
     at = "test, own k" if k is None else f"test, k={k}"
     return _compare(a, b, at, _test_values(results, a, k), _test_values(results, b, k))
 
@@ -80,14 +82,12 @@ def with_cost(results: Results, compared: Comparison) -> Comparison:
         "time": ratio(results, compared.a, compared.b, "seconds"),
     }
     words = " and ".join(
-        f"{found.mean:.2f} of its training {name}"
-        for name, found in spent.items()
-        if found is not None
+        f"{found.mean:.2f} of its training {name}" for name, found in spent.items() if found is not None
     )
     return replace(compared, at=f"{compared.at}, with {words}") if words else compared
 
 
-def compare_along(results: Results, a: str, b: str, axis: str, share: float = 1.0) -> Comparison | None:  # fmt: skip
+def compare_along(results: Results, a: str, b: str, axis: str, share: float = 1.0) -> Comparison | None:
     """Compare on the valid split during training, at a share of what the arm that used less of the axis used in all.
 
     Args:
@@ -102,9 +102,7 @@ def compare_along(results: Results, a: str, b: str, axis: str, share: float = 1.
         if not all(curves):
             continue
         at = share * min(curve[-1][0] for curve in curves)
-        here, there = (
-            read_between([x for x, _ in curve], [y for _, y in curve], at) for curve in curves
-        )
+        here, there = (read_between([x for x, _ in curve], [y for _, y in curve], at) for curve in curves)
         if here is not None and there is not None:
             values_a[seed], values_b[seed] = here, there
             for arm, curve in zip((a, b), curves, strict=True):
@@ -116,7 +114,9 @@ def compare_along(results: Results, a: str, b: str, axis: str, share: float = 1.
     early = {arm: part for arm, part in early.items() if part < share * _WHOLE[axis]}
     if compared is None or not early:
         return compared
-    return replace(compared, cut=" and ".join(f"{arm} was read at {part:.0%} of its training" for arm, part in early.items()))  # fmt: skip
+    return replace(
+        compared, cut=" and ".join(f"{arm} was read at {part:.0%} of its training" for arm, part in early.items())
+    )
 
 
 def ratio(results: Results, a: str, b: str, axis: str) -> Estimate | None:
@@ -151,12 +151,7 @@ def mean_curve(results: Results, arm: str, axis: str) -> list[tuple[float, float
 
 def missing(preset: Preset, results: Results) -> list[str]:
     """Name the runs that the preset lists and no result file is there of."""
-    return [
-        f"{arm}-seed{seed}"
-        for arm in preset.arms
-        for seed in preset.seeds
-        if seed not in results.seeds_of(arm)
-    ]
+    return [f"{arm}-seed{seed}" for arm in preset.arms for seed in preset.seeds if seed not in results.seeds_of(arm)]
 
 
 def experts_of(results: Results) -> int:
@@ -213,7 +208,7 @@ def all_runs(results: Results) -> list[Result]:
     return [run for by_seed in results.runs.values() for run in by_seed.values()]
 
 
-def _compare(a: str, b: str, at: str, of_a: dict[int, float], of_b: dict[int, float]) -> Comparison | None:  # fmt: skip
+def _compare(a: str, b: str, at: str, of_a: dict[int, float], of_b: dict[int, float]) -> Comparison | None:
     difference = paired(of_a, of_b)
     if difference is None:
         return None

@@ -1,4 +1,5 @@
-"""Steps of an arm that trains as long as another one (same_time_as), from the seconds per step of the runs that tried rates.
+"""Steps of an arm that trains as long as another one (same_time_as), from the seconds per step of the runs that tried
+rates.
 
 They are worked out once and kept in steps.json of the study's folder, so that a study that goes on makes the same runs.
 """
@@ -35,10 +36,10 @@ def keep_steps(out: Path, steps: Mapping[str, int]) -> None:
 
 def take_steps(preset: Preset, jobs: Sequence[Job], steps: Mapping[str, int]) -> list[Job]:
     """Give the jobs with the steps of their arms, where those are known."""
-    return [with_steps(preset, job, steps[job.arm]) if job.tries is None and job.arm in steps else job for job in jobs]  # fmt: skip
+    return [with_steps(preset, job, steps[job.arm]) if job.tries is None and job.arm in steps else job for job in jobs]
 
 
-def equal_time_steps(preset: Preset, jobs: Sequence[Job], arm: str, tuning: Sequence[Result]) -> int:  # fmt: skip
+def equal_time_steps(preset: Preset, jobs: Sequence[Job], arm: str, tuning: Sequence[Result]) -> int:
     """Work out how many steps of an arm take as long as all steps of the arm that it names, in whole validations.
 
     Args:
@@ -49,5 +50,5 @@ def equal_time_steps(preset: Preset, jobs: Sequence[Job], arm: str, tuning: Sequ
     seconds = {
         name: fmean([r["measured"]["training_seconds"] / r["steps"] for r in tuning if r["arm"] == name])
         for name in (mine, other)
-    }  # fmt: skip
+    }
     return max(1, round(whole * seconds[other] / seconds[mine] / preset.points)) * preset.points

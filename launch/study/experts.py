@@ -28,24 +28,20 @@ def experts_section(preset: Preset, results: Results) -> page.Section:
         ]
         rows.append([arm, *cells])
     notes = [
-        "Mean cosine similarity over all pairs of experts of a layer, mean over layers and seeds. Outputs: of all experts for the same tokens, at most "
-        f"{COMPARED_TOKENS:,}, of {_sample(results)}, "
-        "whoever is active; 1 would be collapse to one expert. Weights: of the flattened parameters. An expert's hidden units can be permuted without changing "
-        "what it computes, so weights that look different do not show different experts; outputs do.",
-    ]  # fmt: skip
+        "Mean cosine similarity over all pairs of experts of a layer, mean over layers and seeds. Outputs: of all"
+        f" experts for the same tokens, at most {COMPARED_TOKENS:,}, of {_sample(results)}, whoever is active; 1 would"
+        " be collapse to one expert. Weights: of the flattened parameters. An expert's hidden units can be permuted"
+        " without changing what it computes, so weights that look different do not show different experts; outputs do."
+    ]
     header = ["", "outputs, start", "outputs, end", "weights, start", "weights, end"]
-    return page.Section(
-        "How alike the experts are", [Table(header, rows, notes=notes)] if rows else [_nothing()]
-    )
+    return page.Section("How alike the experts are", [Table(header, rows, notes=notes)] if rows else [_nothing()])
 
 
 def routes_section(preset: Preset, results: Results) -> page.Section:
     """Load, mixing weights and routing change."""
     half = str(max(1, experts_of(results) // 2))
     stochastic = [
-        arm
-        for arm in preset.arms
-        if any(run["router"] == "stochastic" for run in results.seeds_of(arm).values())
+        arm for arm in preset.arms if any(run["router"] == "stochastic" for run in results.seeds_of(arm).values())
     ]
     load, changes = [], []
     for arm, found in _analyses(preset, results).items():
@@ -55,16 +51,17 @@ def routes_section(preset: Preset, results: Results) -> page.Section:
             for k in (half, own)
             for name in ("load_max_over_mean", "load_entropy")
         ]
-        load.append([
-            arm, *([_NONE] * len(loads) if arm in stochastic else loads),
-            _mean([math.exp(a["routes"][own]["weight_entropy"]) for a in found]), own,
-        ])  # fmt: skip
+        load.append(
+            [
+                arm,
+                *([_NONE] * len(loads) if arm in stochastic else loads),
+                _mean([math.exp(a["routes"][own]["weight_entropy"]) for a in found]),
+                own,
+            ]
+        )
         between = [a["routing_change"]["between"] for a in found]
         if all(between):
-            whole, last = (
-                [b[-1]["share"] for b in between],
-                [b[-2 if len(b) > 1 else -1]["share"] for b in between],
-            )
+            whole, last = ([b[-1]["share"] for b in between], [b[-2 if len(b) > 1 else -1]["share"] for b in between])
             changes.append([arm, f"{estimate(whole).mean:.1%}", f"{estimate(last).mean:.1%}"])
     if not load:
         return page.Section("Load and routes", [_nothing()])
@@ -78,28 +75,31 @@ def routes_section(preset: Preset, results: Results) -> page.Section:
         "own k",
     ]
     notes = [
-        f"On {_sample(results)}, means over layers and seeds. Entropy is that of the experts' shares of the rows over log E: 1 is even, and so it is at k = E whatever the router. "
-        "Experts by weight: e to the entropy of a token's mixing weights; k for equal weights."
-        + (f" {', '.join(stochastic)} sends all tokens of a pass to the same experts: a load of so few passes would say nothing." if stochastic else ""),
-    ]  # fmt: skip
+        f"On {_sample(results)}, means over layers and seeds. Entropy is that of the experts' shares of the rows over"
+        " log E: 1 is even, and so it is at k = E whatever the router. Experts by weight: e to the entropy of a"
+        " token's mixing weights; k for equal weights."
+        + (
+            f" {', '.join(stochastic)} sends all tokens of a pass to the same experts: a load of so few passes would"
+            " say nothing."
+            if stochastic
+            else ""
+        )
+    ]
     parts: list[page.Part] = [Table(header, load, notes=notes)]
     if changes:
         caption = f"Tokens of the test text whose {half} active experts changed"
-        note = "From the start of training to its end, and between the last two checkpoints: the share in a layer, mean over layers. A hashed route is a function of the text: 0 by construction. Routers that draw anew in every pass, and shuffled keys, are left out."
-        parts.append(
-            Table(
-                ["", "start to end", "last two checkpoints"], changes, caption=caption, notes=[note]
-            )
+        note = (
+            "From the start of training to its end, and between the last two checkpoints: the share in a layer, mean"
+            " over layers. A hashed route is a function of the text: 0 by construction. Routers that draw anew in every"
+            " pass, and shuffled keys, are left out."
         )
+        parts.append(Table(["", "start to end", "last two checkpoints"], changes, caption=caption, notes=[note]))
     return page.Section("Load and routes", parts)
 
 
 def _analyses(preset: Preset, results: Results) -> dict[str, list[dict[str, Any]]]:
     """Analyses by arm, of the arms that have any."""
-    found = {
-        arm: [run["analysis"] for run in results.seeds_of(arm).values() if run["analysis"]]
-        for arm in preset.arms
-    }
+    found = {arm: [run["analysis"] for run in results.seeds_of(arm).values() if run["analysis"]] for arm in preset.arms}
     return {arm: analyses for arm, analyses in found.items() if analyses}
 
 

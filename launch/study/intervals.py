@@ -1,4 +1,5 @@
-"""Means with 95% intervals, differences paired by seed, and curves read between their points. Plain numbers in and out."""
+"""Means with 95% intervals, differences paired by seed, and curves read between their points. Plain numbers in and
+out."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,8 @@ class Estimate:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Give the mean and mean -/+ t s / sqrt(n): Student's t with n - 1 degrees of freedom, s the sample standard deviation."""
+    """Give the mean and mean -/+ t s / sqrt(n): Student's t with n - 1 degrees of freedom, s the sample standard
+    deviation."""
     mean, n = fmean(values), len(values)
     if n < 2:
         return Estimate(mean, None, None, n)
@@ -48,17 +50,16 @@ def paired(a: Mapping[int, float], b: Mapping[int, float]) -> Estimate | None:
 def t_quantile(degrees: int, confidence: float = CONFIDENCE) -> float:
     """Give the t that Student's distribution exceeds in absolute value with probability 1 - confidence.
 
-    That probability is the regularised incomplete beta function I_x(degrees / 2, 1 / 2) at x = degrees / (degrees + t^2)
-    (Abramowitz and Stegun 26.7.1). It is solved by bisection; for one degree and confidence 0.99 the root is 63.7, well inside.
+    That probability is the regularised incomplete beta function I_x(degrees / 2, 1 / 2) at x = degrees / (degrees +
+    t^2) (Abramowitz and Stegun 26.7.1). It is solved by bisection; for one degree and confidence 0.99 the root is 63.7,
+    well inside.
     """
 
     def excess(t: float) -> float:
         x = degrees / (degrees + t * t)
         return float(mpmath.betainc(degrees / 2, 0.5, 0, x, regularized=True)) - (1 - confidence)
 
-    return float(
-        mpmath.findroot(excess, (0.01, 100.0), solver="bisect", maxsteps=100, verify=False)
-    )
+    return float(mpmath.findroot(excess, (0.01, 100.0), solver="bisect", maxsteps=100, verify=False))
 
 
 def read_between(x: Sequence[float], y: Sequence[float], at: float) -> float | None:

@@ -1,7 +1,8 @@
-"""What a study runs: a preset's arms, seeds and learning rates become jobs, in an order that is good when it is cut short.
+"""What a study runs: a preset's arms, seeds and learning rates become jobs, in an order that is good when it is cut
+short.
 
-A job is one run of launch.train. All of one seed read the same symbols in the same order: the seed sets the weights' start,
-dropout, a hashed router's tables, and where in their text the streams begin (data.start). Nothing is run here.
+A job is one run of launch.train. All of one seed read the same symbols in the same order: the seed sets the weights'
+start, dropout, a hashed router's tables, and where in their text the streams begin (data.start). Nothing is run here.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,11 +21,28 @@ TUNING_SEED = 0
 _GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, are spread evenly however many there are
 _STOPS = 16  # checkpoints beyond the preset's own that are kept, so that what stops leave pushes none of those out
 _OF_MACHINE = (
-    "corpus.path", "corpus.cache_dir", "train.name", "train.runs_dir", "train.resume", "train.threads", "train.keep",
-    "train.save_every", "train.save_minutes", "train.log_every", "data.prefetch", "wandb.mode", "wandb.project", "wandb.group",
-    "wandb.job_type", "wandb.tags", "wandb.notes", "train.peak_tflops", "profile.steps", "profile.operators",
+    "corpus.path",
+    "corpus.cache_dir",
+    "train.name",
+    "train.runs_dir",
+    "train.resume",
+    "train.threads",
+    "train.keep",
+    "train.save_every",
+    "train.save_minutes",
+    "train.log_every",
+    "data.prefetch",
+    "wandb.mode",
+    "wandb.project",
+    "wandb.group",
+    "wandb.job_type",
+    "wandb.tags",
+    "wandb.notes",
+    "train.peak_tflops",
+    "profile.steps",
+    "profile.operators",
     "kernels.masked_from_k",
-)  # fmt: skip
+)
 
 
 @dataclass
@@ -38,7 +56,8 @@ class ArmConfig:
     kin: str = "hashed"
     """The arm whose tuned learning rate this one takes."""
     same_time_as: str | None = None
-    """An arm that tries rates, too: this one's steps take as long as all of its steps, by the seconds per step of those runs."""
+    """An arm that tries rates, too: this one's steps take as long as all of its steps, by the seconds per step of those
+    runs."""
     core: bool = True
     """Core arms run first, with all their seeds."""
 
@@ -65,7 +84,8 @@ class Preset:
     checkpoints: int = 4
     """Checkpoints over training: a run that is killed goes on from the last one."""
     kept: int | None = None
-    """Newest checkpoints that are kept until the run is analysed; changes of routes are measured between them. None: all."""
+    """Newest checkpoints that are kept until the run is analysed; changes of routes are measured between them. None:
+    all."""
     analysed_symbols: int = 4096
     """Text on which experts and routes are compared (launch.analyse)."""
     pairs: list[list[str]] = field(default_factory=list)
@@ -75,13 +95,22 @@ class Preset:
 
     def __post_init__(self) -> None:
         require(len(self.arms) > 0, "arms: a study needs at least one")
-        require(len(self.seeds) == len(set(self.seeds)) > 0, f"seeds={self.seeds}: needs different seeds")  # fmt: skip
-        require(TUNING_SEED not in self.seeds, f"seeds={self.seeds}: {TUNING_SEED} is the seed of the learning rate's runs")  # fmt: skip
-        require(self.points >= 1 and self.checkpoints >= 1, "points and checkpoints: must be at least 1")  # fmt: skip
+        require(len(self.seeds) == len(set(self.seeds)) > 0, f"seeds={self.seeds}: needs different seeds")
+        require(
+            TUNING_SEED not in self.seeds, f"seeds={self.seeds}: {TUNING_SEED} is the seed of the learning rate's runs"
+        )
+        require(self.points >= 1 and self.checkpoints >= 1, "points and checkpoints: must be at least 1")
         for name, arm in self.arms.items():
-            require(arm.kin in self.arms or not self.learning_rates, f"arms.{name}.kin={arm.kin}: must be one of {', '.join(self.arms)}")  # fmt: skip
+            require(
+                arm.kin in self.arms or not self.learning_rates,
+                f"arms.{name}.kin={arm.kin}: must be one of {', '.join(self.arms)}",
+            )
             as_long = arm.same_time_as
-            require(as_long is None or (bool(self.learning_rates) and as_long in self.kin), f"arms.{name}.same_time_as={as_long}: must be one of the arms that try learning_rates: {', '.join(self.kin) if self.learning_rates else 'none does'}")  # fmt: skip
+            require(
+                as_long is None or (bool(self.learning_rates) and as_long in self.kin),
+                f"arms.{name}.same_time_as={as_long}: must be one of the arms that try learning_rates:"
+                f" {', '.join(self.kin) if self.learning_rates else 'none does'}",
+            )
         for pair in self.pairs:
             require(len(pair) == 2, f"pairs={pair}: must be two arms")
 
@@ -117,7 +146,7 @@ def read_preset(name: str) -> Preset:
     if name.endswith(".yaml"):
         return read_options(Path(name), Preset)
     known = sorted(path.stem for path in (CONF / "study").glob("*.yaml"))
-    require(name in known, f"preset={name}: must be one of {', '.join(known)}, or a file that ends in .yaml")  # fmt: skip
+    require(name in known, f"preset={name}: must be one of {', '.join(known)}, or a file that ends in .yaml")
     return read_options(CONF / "study" / f"{name}.yaml", Preset)
 
 
@@ -140,13 +169,17 @@ def _start_of(preset: Preset, corpus: CorpusConfig, out: Path, arm: str) -> Job:
         *preset.options,
         *chosen.options,
     ]
-    job = Job(
-        arm, arm, TUNING_SEED, compose_run([*options, *_corpus_options(corpus)]), tuple(options)
+    job = Job(arm, arm, TUNING_SEED, compose_run([*options, *_corpus_options(corpus)]), tuple(options))
+    return with_changes(
+        job,
+        {
+            **{f"corpus.{name}": getattr(corpus, name) for name in ("path", "tokens", "cache_dir")},
+            "train.runs_dir": str(out / "runs"),
+            "train.valid_symbols": preset.valid_symbols,
+            "train.threads": 1,
+            "train.resume": True,
+        },
     )
-    return with_changes(job, {
-        **{f"corpus.{name}": getattr(corpus, name) for name in ("path", "tokens", "cache_dir")},
-        "train.runs_dir": str(out / "runs"), "train.valid_symbols": preset.valid_symbols, "train.threads": 1, "train.resume": True,
-    })  # fmt: skip
 
 
 def _corpus_options(corpus: CorpusConfig) -> list[str]:
@@ -160,13 +193,19 @@ def _tuning_jobs(preset: Preset, started: Mapping[str, Job]) -> Iterator[Job]:
         for arm in preset.kin:
             job = replace(started[arm], name=f"tune-{arm}-lr{rate:g}", tries=rate)
             steps = preset.tuning_steps or job.config.train.steps
-            changes = {"optim.lr": rate, "train.steps": steps, "eval.split": Split.valid, "eval.k": [job.config.schedule.k_max]}  # fmt: skip
+            changes = {
+                "optim.lr": rate,
+                "train.steps": steps,
+                "eval.split": Split.valid,
+                "eval.k": [job.config.schedule.k_max],
+            }
             common = _common(preset, job.name, TUNING_SEED, steps)
             yield with_changes(job, {**changes, **common, "train.valid_every": 0})
 
 
 def _arm_jobs(preset: Preset, started: Mapping[str, Job]) -> Iterator[Job]:
-    """Core arms, seed by seed, then the others likewise; every other seed in reverse, so that no arm is always early."""
+    """Core arms, seed by seed, then the others likewise; every other seed in reverse, so that no arm is always
+    early."""
     for core in (True, False):
         arms = [name for name, arm in preset.arms.items() if arm.core is core]
         for number, seed in enumerate(preset.seeds):
@@ -174,14 +213,12 @@ def _arm_jobs(preset: Preset, started: Mapping[str, Job]) -> Iterator[Job]:
                 job = replace(started[arm], name=f"{arm}-seed{seed}", seed=seed)
                 ks = sorted({*preset.k, job.config.schedule.k_max})
                 changes = {"eval.split": Split.test, "eval.k": ks}
-                yield with_changes(job, {**changes, **_common(preset, job.name, seed, job.config.train.steps)})  # fmt: skip
+                yield with_changes(job, {**changes, **_common(preset, job.name, seed, job.config.train.steps)})
 
 
 def _common(preset: Preset, name: str, seed: int, steps: int) -> dict[str, Any]:
     """A run's name, its seed, and its validations and checkpoints over the steps; both come at its end, too."""
-    require(
-        steps % preset.points == 0, f"points={preset.points}: must divide train.steps={steps} of {name}"
-    )  # fmt: skip
+    require(steps % preset.points == 0, f"points={preset.points}: must divide train.steps={steps} of {name}")
     return {
         "train.name": name,
         "train.seed": seed,
@@ -204,7 +241,7 @@ def with_changes(job: Job, changes: Mapping[str, Any]) -> Job:
     for full, value in changes.items():
         section, name = full.split(".")
         sections.setdefault(section, {})[name] = value
-    replaced = {name: replace(getattr(job.config, name), **options) for name, options in sections.items()}  # fmt: skip
+    replaced = {name: replace(getattr(job.config, name), **options) for name, options in sections.items()}
     options = [f"{name}={_written(value)}" for name, value in changes.items()]
     return replace(job, config=replace(job.config, **replaced), options=(*job.options, *options))
 
@@ -235,9 +272,10 @@ def chosen_options(config: Config) -> dict[str, Any]:
 
 
 def difference(config: Config, chosen: Mapping[str, Any]) -> str | None:
-    """Name the first option in which a configuration is not what `chosen_options` gave earlier; None if there is none."""
+    """Name the first option in which a configuration is not what `chosen_options` gave earlier; None if there is
+    none."""
     now = chosen_options(config)
     for name in [*now, *chosen]:
         if now.get(name) != chosen.get(name):
-            return f"{name} was {chosen.get(name, 'the default')}, now it is {now.get(name, 'the default')}"  # fmt: skip
+            return f"{name} was {chosen.get(name, 'the default')}, now it is {now.get(name, 'the default')}"
     return None

@@ -1,7 +1,8 @@
 """Arms side by side, seed by seed: `python -m launch.study preset=small corpus.path=FILE out=runs/study_small jobs=2`.
 
-Runs what conf/study/PRESET.yaml lists (launch/study/preset.py) as processes of launch.train and launch.analyse, and goes on from
-where it was when it is started again. `report=true` runs nothing: it writes the page from the result files that are there.
+Runs what conf/study/PRESET.yaml lists (launch/study/preset.py) as processes of launch.train and launch.analyse, and
+goes on from where it was when it is started again. `report=true` runs nothing: it writes the page from the result files
+that are there.
 """
 
 from dataclasses import dataclass, field
@@ -64,9 +65,7 @@ def study(args: StudyArgs) -> int:
         runner = Runner(preset, jobs, folder, lock, at_once=args.jobs, say=_say)
         limit = args.time_limit_minutes
         with stop.deferred():
-            code = runner.run(
-                lambda: stop.exit_code if stop() else 0, None if limit is None else 60 * limit
-            )
+            code = runner.run(lambda: stop.exit_code if stop() else 0, None if limit is None else 60 * limit)
     if code == 0:
         _say(f"complete: {folder / 'results'}; report=true writes the page")
     return code

@@ -1,7 +1,9 @@
-"""The result files of a study: results/NAME.json in its folder, one for each finished run, small enough to be committed.
+"""The result files of a study: results/NAME.json in its folder, one for each finished run, small enough to be
+committed.
 
-`collect` makes one from a run folder, `read_results` gives all that are there. Times, and what else depends on the machine,
-are in the curve's seconds and under "measured"; all other numbers are the same however often the study was stopped.
+`collect` makes one from a run folder, `read_results` gives all that are there. Times, and what else depends on the
+machine, are in the curve's seconds and under "measured"; all other numbers are the same however often the study was
+stopped.
 """
 
 import json
@@ -24,15 +26,7 @@ FORMAT = 1
 # counted_symbols: where the models had less than all of the training text
 _COUNTING = "order2_bpc", "order3_bpc", "bzip2_bpc", "counted_symbols"
 Result = dict[str, Any]
-_SAME = (
-    "corpus_sha256",
-    "tokens",
-    "data.streams",
-    "data.segment",
-    "data.start",
-    "train.seed",
-    "test_symbols",
-)
+_SAME = ("corpus_sha256", "tokens", "data.streams", "data.segment", "data.start", "train.seed", "test_symbols")
 """What the runs of one seed must have in common to be compared."""
 
 
@@ -97,8 +91,8 @@ def collect(job: Job, rate: float | None, folder: Path, wall_seconds: float | No
 def curve(metrics: Path) -> list[dict[str, float | None]]:
     """Give the validations of a run: bpc at k_max, with symbols, FLOPs and seconds of training up to there.
 
-    Seconds are step_ms added up over the steps, so neither validations nor checkpoints count, nor work that was lost when a
-    run was killed. FLOPs are None where the run did not record any.
+    Seconds are step_ms added up over the steps, so neither validations nor checkpoints count, nor work that was lost
+    when a run was killed. FLOPs are None where the run did not record any.
     """
     rows = read_lines(metrics)
     logged = [row for row in rows if "step_ms" in row]
@@ -140,10 +134,12 @@ def read_result(path: Path) -> Result:
 
 
 def arrange(results: list[Result]) -> Results:
-    """Sort result files by arm and seed, and check that the runs of one seed, and the seeds of one arm, can be compared.
+    """Sort result files by arm and seed, and check that the runs of one seed, and the seeds of one arm, can be
+    compared.
 
     Raises:
-        UserError: they were trained or tested on other text, or in another order; or an arm's seeds have several learning rates.
+        UserError: they were trained or tested on other text, or in another order; or an arm's seeds have several
+            learning rates.
     """
     runs: dict[str, dict[int, Result]] = {}
     for result in results:
@@ -168,7 +164,8 @@ def check_same(results: list[Result]) -> None:
             a, b = ({**run["options"], **run}.get(name) for run in (first, other))
             require(
                 a == b,
-                f"seed {other['seed']}: {first['arm']} has {name}={a}, {other['arm']} has {b}; such runs cannot be paired",
+                f"seed {other['seed']}: {first['arm']} has {name}={a}, {other['arm']} has {b}; such runs cannot be"
+                " paired",
             )
 
 
@@ -184,13 +181,14 @@ def check_alike(results: list[Result]) -> None:
             a, b = first[name], other[name]
             require(
                 a == b,
-                f"{first['arm']}: seed {first['seed']} has {name}={a}, seed {other['seed']} has {b}; the seeds of an arm must "
-                "be alike: remove the result files of one of them and run the study again",
+                f"{first['arm']}: seed {first['seed']} has {name}={a}, seed {other['seed']} has {b}; the seeds of an"
+                " arm must be alike: remove the result files of one of them and run the study again",
             )
 
 
 def best_rate(results: list[Result], arm: str) -> float | None:
-    """Give the learning rate with the lowest bpc on the valid split among those that were tried with an arm; None: none was."""
+    """Give the learning rate with the lowest bpc on the valid split among those that were tried with an arm; None: none
+    was."""
     tried = [r for r in results if r["arm"] == arm and r["tries"] is not None]
     return min(tried, key=own_bpc)["tries"] if tried else None
 

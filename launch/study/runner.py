@@ -1,7 +1,8 @@
-"""Runs the jobs of a study: so many processes at a time, each with a log; what is finished is kept, the rest is resumed.
+"""Runs the jobs of a study: so many processes at a time, each with a log; what is finished is kept, the rest is
+resumed.
 
-A job is launch.train and then launch.analyse, each a process of its own, which a signal to the study, the end of its time or
-its death stops behind a checkpoint. Results are written when both are done (launch/study/results.py).
+A job is launch.train and then launch.analyse, each a process of its own, which a signal to the study, the end of its
+time or its death stops behind a checkpoint. Results are written when both are done (launch/study/results.py).
 """
 
 import ctypes
@@ -24,30 +25,15 @@ from foreroute.engine.metrics.names import JSONL
 from foreroute.launch.runs.folder import write_json
 from foreroute.launch.start.arguments import quote
 from foreroute.launch.start.console import clock
-from foreroute.launch.study.equal_time import (
-    equal_time_steps,
-    keep_steps,
-    read_steps,
-    take_steps,
-    waits_for,
-)
+from foreroute.launch.study.equal_time import equal_time_steps, keep_steps, read_steps, take_steps, waits_for
 from foreroute.launch.study.preset import Job, Preset, difference, with_rate
-from foreroute.launch.study.results import (
-    Result,
-    best_rate,
-    check_alike,
-    collect,
-    own_bpc,
-    read_result,
-)
+from foreroute.launch.study.results import Result, best_rate, check_alike, collect, own_bpc, read_result
 
 TIME_IS_UP = 124  # exit code of timeout(1)
 FAILED = 1
 _POLL_S = 0.2
 _STATUS_S = 120.0  # between lines that say where the running jobs are
-_WORTH_STARTING_S = (
-    30.0  # less than that before the end of the time: a process would hardly reach its first step
-)
+_WORTH_STARTING_S = 30.0  # less than that before the end of the time: a process would hardly reach its first step
 _STOP_S = 180.0  # in which a process must have written its checkpoint
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
 
@@ -75,8 +61,15 @@ class Runner:
     """
 
     def __init__(
-        self, preset: Preset, jobs: list[Job], out: Path, lock: IO[str], *, at_once: int = 1, say: Callable[[str], None] = print
-    ) -> None:  # fmt: skip
+        self,
+        preset: Preset,
+        jobs: list[Job],
+        out: Path,
+        lock: IO[str],
+        *,
+        at_once: int = 1,
+        say: Callable[[str], None] = print,
+    ) -> None:
         self._preset, self._out, self._lock = preset, out, lock
         self._steps = read_steps(out)
         self._jobs = take_steps(preset, jobs, self._steps)
@@ -101,7 +94,7 @@ class Runner:
                 found = read_result(path)
                 config = with_rate(job, found["learning_rate"]).config
                 differs = difference(config, found["options"])
-                require(differs is None, f"{path} is of another study: {differs}; take another out=FOLDER")  # fmt: skip
+                require(differs is None, f"{path} is of another study: {differs}; take another out=FOLDER")
                 self._done[job.name] = found
         for arm in self._preset.arms:
             if of_arm := self._runs_of(arm):
@@ -147,7 +140,7 @@ class Runner:
         if code == 0 and waiting:
             code = TIME_IS_UP
         what = "stopped" if code else "ended"
-        self._say(f"{what} with {len(open_jobs)} of {len(self._jobs)} runs to do; the same command goes on from here")  # fmt: skip
+        self._say(f"{what} with {len(open_jobs)} of {len(self._jobs)} runs to do; the same command goes on from here")
         return code or FAILED
 
     def _start_ready(self) -> None:
@@ -171,9 +164,7 @@ class Runner:
             if any(j.name not in self._done and j.name not in self._failed for j in trying):
                 return False
             if all(j.name in self._failed for j in trying):
-                self._failed[job.name] = (
-                    f"no learning rate: every run of {kin} that tried one failed"
-                )
+                self._failed[job.name] = f"no learning rate: every run of {kin} that tried one failed"
                 return False
         return True
 
@@ -182,7 +173,8 @@ class Runner:
         return [job for job in self._jobs if job.tries is not None and job.arm == kin]
 
     def _settle_steps(self) -> None:
-        """Work out the steps of arms that train as long as another one, as soon as the runs are done that say how long."""
+        """Work out the steps of arms that train as long as another one, as soon as the runs are done that say how
+        long."""
         for arm, chosen in self._preset.arms.items():
             if chosen.same_time_as is None or arm in self._steps:
                 continue
@@ -201,7 +193,10 @@ class Runner:
             rate = best_rate(list(self._done.values()), self._preset.arms[job.arm].kin)
             earlier = {run["learning_rate"] for run in self._runs_of(job.arm)}
             if earlier - {rate}:
-                self._failed[job.name] = f"the best learning rate is now {rate:g}, but seeds of {job.arm} ran with {earlier.pop():g}; take another out=FOLDER"  # fmt: skip
+                self._failed[job.name] = (
+                    f"the best learning rate is now {rate:g}, but seeds of {job.arm} ran with {earlier.pop():g}; take"
+                    " another out=FOLDER"
+                )
                 return
         whole = not (self._out / "runs" / job.name / JSONL).exists()
         started = time.monotonic()
@@ -213,10 +208,14 @@ class Runner:
         with (self._out / "logs" / f"{job.name}.log").open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", f"launch.{program}", *options],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"}, pass_fds=[self._lock.fileno()],
-                start_new_session=True, preexec_fn=_end_with_parent,
-            )  # fmt: skip
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                pass_fds=[self._lock.fileno()],
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
+            )
 
     def _look_after(self) -> None:
         """Take in what ended."""
@@ -234,15 +233,9 @@ class Runner:
 
     def _analyse(self, running: _Running) -> None:
         folder = self._out / "runs" / running.job.name
-        options = [
-            f"run={quote(str(folder))}",
-            f"symbols={self._preset.analysed_symbols}",
-            "threads=1",
-        ]
+        options = [f"run={quote(str(folder))}", f"symbols={self._preset.analysed_symbols}", "threads=1"]
         process = self._spawn(running.job, "analyse", options)
-        self._running.append(
-            _Running(running.job, running.rate, process, "analyse", running.started, running.whole)
-        )
+        self._running.append(_Running(running.job, running.rate, process, "analyse", running.started, running.whole))
 
     def _finish(self, running: _Running) -> None:
         job, folder = running.job, self._out / "runs" / running.job.name
@@ -274,7 +267,7 @@ class Runner:
             except subprocess.TimeoutExpired:
                 running.process.kill()
                 running.process.wait()
-            if running.process.returncode == 0 and (running.program == "analyse" or not running.job.analysed):  # fmt: skip
+            if running.process.returncode == 0 and (running.program == "analyse" or not running.job.analysed):
                 self._finish(running)
         self._running = []
 
@@ -298,7 +291,7 @@ class Runner:
         """Estimate the time that is left from the runs that went through in one go."""
         known: dict[str, list[float]] = {}
         for job in self._jobs:
-            wall = self._done[job.name]["measured"]["wall_seconds"] if job.name in self._done else None  # fmt: skip
+            wall = self._done[job.name]["measured"]["wall_seconds"] if job.name in self._done else None
             if wall is not None:
                 known.setdefault(job.arm, []).append(wall / _symbols(job))
         if not known:

@@ -1,4 +1,5 @@
-"""Lays out a study as a page: what was run, what was found at equal tokens, FLOPs and time, at each k, and inside the experts.
+"""Lays out a study as a page: what was run, what was found at equal tokens, FLOPs and time, at each k, and inside the
+experts.
 
 Every number and every sentence with a number is computed from the result files; what they mean is written by hand, in
 docs/study/NAME_discussion.md. Of what is not there the page says so.
@@ -34,15 +35,14 @@ from foreroute.launch.study.preset import Preset
 from foreroute.launch.study.results import Result, Results, best_rate, own_bpc
 
 NONE = "-"  # in a table: not there
-_CUT = "* No fair comparison: one of the two was read in the middle of its schedule of the learning rate, to its disadvantage."
-
-PUBLISHED = (
-    ("linear", "1.1776", "1.1486"),
-    ("exponential", "1.2167", "1.1877"),
-    ("cosine", "1.2142", "1.1858"),
+_CUT = (
+    "* No fair comparison: one of the two was read in the middle of its schedule of the learning rate, to its"
+    " disadvantage."
 )
-"""Schedule of k, and test bpc of SMoE-Dropout at k = N/2 and k = N: Transformer-XL on enwik8, 4 layers of width 256 with 16
-experts, 400,000 steps (arXiv 2303.01610, as quoted by a secondary source)."""
+
+PUBLISHED = (("linear", "1.1776", "1.1486"), ("exponential", "1.2167", "1.1877"), ("cosine", "1.2142", "1.1858"))
+"""Schedule of k, and test bpc of SMoE-Dropout at k = N/2 and k = N: Transformer-XL on enwik8, 4 layers of width 256
+with 16 experts, 400,000 steps (arXiv 2303.01610, as quoted by a secondary source)."""
 
 
 def study_page(name: str, preset: Preset, results: Results) -> Page:
@@ -63,9 +63,9 @@ def study_page(name: str, preset: Preset, results: Results) -> Page:
     return Page(
         title=f"Study: {name}",
         lead=(
-            "What a fixed route buys: arms that differ in how tokens find their experts, trained side by side on the "
-            "same symbols in the same order. bpc is bits per symbol of text that was not trained on; lower is better. Intervals are "
-            "95%, over seeds, of differences paired by seed."
+            "What a fixed route buys: arms that differ in how tokens find their experts, trained side by side on the"
+            " same symbols in the same order. bpc is bits per symbol of text that was not trained on; lower is better."
+            " Intervals are 95%, over seeds, of differences paired by seed."
         ),
         sections=sections,
         figures=_figures(preset, results),
@@ -93,8 +93,12 @@ def _figures(preset: Preset, results: Results) -> list[KeyFigure]:
     wanted = [(a, b) for a, b in preset.pairs] or pairs_of(preset, results)
     wanted = [pair for pair in wanted if all(results.seeds_of(arm) for arm in pair)]
     found = [
-        KeyFigure("Runs", f"{sum(map(len, results.runs.values()))} of {len(preset.arms) * len(preset.seeds)}", "arms times seeds, done")
-    ]  # fmt: skip
+        KeyFigure(
+            "Runs",
+            f"{sum(map(len, results.runs.values()))} of {len(preset.arms) * len(preset.seeds)}",
+            "arms times seeds, done",
+        )
+    ]
     return [*found, *(_figure(results, wanted, axis) for axis in AXES)] if wanted else found
 
 
@@ -113,35 +117,36 @@ def _figure(results: Results, pairs: list[tuple[str, str]], axis: str) -> KeyFig
 def _run(preset: Preset, results: Results) -> page.Section:
     runs = all_runs(results)
     gone = missing(preset, results)
-    rows = [
-        ["Arms", ", ".join(preset.arms)],
-        ["Seeds", ", ".join(str(seed) for seed in preset.seeds)],
-    ]
+    rows = [["Arms", ", ".join(preset.arms)], ["Seeds", ", ".join(str(seed) for seed in preset.seeds)]]
     if runs:
         rows += _protocol(runs)
     rows += [
         [
             "What a seed sets",
-            "the weights' start, dropout, a hashed router's tables, and where in the text the streams begin (data.start); all arms of a seed read the same symbols in the same order",
+            (
+                "the weights' start, dropout, a hashed router's tables, and where in the text the streams begin"
+                " (data.start); all arms of a seed read the same symbols in the same order"
+            ),
         ],
         ["Checkpoint", "the last one of each run is tested: none is chosen by its score at any k"],
         [
             "During training",
-            f"{preset.points} validations at k_max, the largest k in training, on {preset.valid_symbols or 'all':,} symbols of the valid split".replace(
-                "all,", "all"
-            ),
+            f"{preset.points} validations at k_max, the largest k in training, on {preset.valid_symbols or 'all':,}"
+            " symbols of the valid split".replace("all,", "all"),
         ],
     ]
     parts: list[page.Part] = [Table([], rows, text_columns=2)]
     if gone:
         parts.append(
-            f"Not there: {len(gone)} of {len(preset.arms) * len(preset.seeds)} runs ({', '.join(gone)}). Everything below is of the others."
+            f"Not there: {len(gone)} of {len(preset.arms) * len(preset.seeds)} runs ({', '.join(gone)}). Everything"
+            " below is of the others."
         )
     return page.Section("What was run", parts)
 
 
 def _protocol(runs: list[Result]) -> list[list[str]]:
-    """Rows of a table about text, model and training, of the first run; what differs between arms is in their experiments."""
+    """Rows of a table about text, model and training, of the first run; what differs between arms is in their
+    experiments."""
     first, o = runs[0], runs[0]["options"]
     tokens = (
         "bytes, true bits per byte"
@@ -171,7 +176,10 @@ def _protocol(runs: list[Result]) -> list[list[str]]:
         ["Model", f"{', '.join(shape)}; {parameters[0]:,} to {parameters[-1]:,} parameters"],
         [
             "Training",
-            f"{' or '.join(f'{length:,}' for length in lengths)} symbols in {' or '.join(f'{n:,}' for n in sorted({run['steps'] for run in runs}))} steps",
+            (
+                f"{' or '.join(f'{length:,}' for length in lengths)} symbols in"
+                f" {' or '.join(f'{n:,}' for n in sorted({run['steps'] for run in runs}))} steps"
+            ),
         ],
         ["Code", _commits(runs)],
         ["Machine", f"processes of one thread on {' or '.join(str(n) for n in cores)} cores"],
@@ -182,9 +190,13 @@ def _commits(runs: list[Result]) -> str:
     """The commits that the runs were made with, each once."""
     codes = [run.get("code") or {} for run in runs]
     found = {
-        f"{code['commit'][:12]}{', with files changed since' if code['changed'] else ''}" if code.get("commit") else "commit unknown"
+        (
+            f"{code['commit'][:12]}{', with files changed since' if code['changed'] else ''}"
+            if code.get("commit")
+            else "commit unknown"
+        )
         for code in codes
-    }  # fmt: skip
+    }
     return f"{len(found)} commits: {'; '.join(sorted(found))}" if len(found) > 1 else found.pop()
 
 
@@ -192,8 +204,9 @@ def _said(preset: Preset, results: Results) -> page.Section:
     """Sentences for the preset's own pairs (all to the first arm if it has none)."""
     pairs = [(a, b) for a, b in preset.pairs] or pairs_of(preset, results)
     parts: list[page.Part] = [
-        "A percentage is given only where the interval excludes 0. An arm that was read before its end was in the middle of its schedule of the learning rate, "
-        "to its disadvantage: of such a pair nothing is claimed; it is in the tables below, with a star.",
+        "A percentage is given only where the interval excludes 0. An arm that was read before its end was in the"
+        " middle of its schedule of the learning rate, to its disadvantage: of such a pair nothing is claimed; it is in"
+        " the tables below, with a star."
     ]
     apart = []
     for a, b in pairs:
@@ -213,28 +226,21 @@ def _budgets(preset: Preset, results: Results) -> page.Section:
     first = reference_arm(preset)
     rows = []
     for arm in _there(preset, results):
-        compared = (
-            [compare_along(results, arm, first, axis) for axis in AXES]
-            if arm != first
-            else [None] * len(AXES)
-        )
+        compared = [compare_along(results, arm, first, axis) for axis in AXES] if arm != first else [None] * len(AXES)
         rows.append([arm, span(seeds_mean(results, arm, None)), *(change(c) for c in compared)])
     header = ["", "test bpc at own k", *(f"valid, {words}" for words in AXES.values())]
     notes = [
-        f"Differences are to {first}. They are bpc on the valid split at each arm's own k_max, read from the curves by straight lines between their points.",
+        (
+            f"Differences are to {first}. They are bpc on the valid split at each arm's own k_max, read from the curves"
+            " by straight lines between their points."
+        ),
         "At equal FLOPs or time both arms are read where the cheaper one ended.",
         _CUT,
-    ]  # fmt: skip
-    if not any(
-        used(run, "flops")
-        for arm in _there(preset, results)
-        for run in results.seeds_of(arm).values()
-    ):
+    ]
+    if not any(used(run, "flops") for arm in _there(preset, results) for run in results.seeds_of(arm).values()):
         notes.append("The runs did not record FLOPs.")
     charts = curve_charts(preset, results)
-    return page.Section(
-        "At equal tokens, FLOPs and time", [Table(header, rows, notes=notes), *charts]
-    )
+    return page.Section("At equal tokens, FLOPs and time", [Table(header, rows, notes=notes), *charts])
 
 
 def _slimming(preset: Preset, results: Results) -> page.Section:
@@ -244,40 +250,38 @@ def _slimming(preset: Preset, results: Results) -> page.Section:
         for arm in _there(preset, results)
     ]
     notes = [
-        "One trained model per arm and seed, evaluated at every k without further training. A dense model has one value, whatever k."
+        "One trained model per arm and seed, evaluated at every k without further training. A dense model has one"
+        " value, whatever k."
     ]
     counting = next(iter(next(iter(results.runs.values())).values()))["counting"]
     if counting:
         cut = counting.get("counted_symbols")
         known = f"the first {cut:,} symbols" if cut else "all"
         notes.append(
-            f"On the same test text counting gets {counting['order2_bpc']:.3f} (order 2) and {counting['order3_bpc']:.3f} (order 3), "
-            f"bzip2 -9 {counting['bzip2_bpc']:.3f}, from {known} of the training text, whatever part of it the arms read."
+            f"On the same test text counting gets {counting['order2_bpc']:.3f} (order 2) and"
+            f" {counting['order3_bpc']:.3f} (order 3), bzip2 -9 {counting['bzip2_bpc']:.3f}, from {known} of the"
+            " training text, whatever part of it the arms read."
         )
-    table = Table(
-        ["", "own k", *(f"k = {k}" for k in every_k)], rows, caption="Test bpc", notes=notes
-    )
-    return page.Section(
-        "At each number of active experts", [table, *slimming_charts(preset, results)]
-    )
+    table = Table(["", "own k", *(f"k = {k}" for k in every_k)], rows, caption="Test bpc", notes=notes)
+    return page.Section("At each number of active experts", [table, *slimming_charts(preset, results)])
 
 
 def _pairs(preset: Preset, results: Results) -> page.Section:
     pairs, ks = pairs_of(preset, results), compared_k(results)
-    at_k = [
-        [f"{a} - {b}", *(change(compare_on_test(results, a, b, k)) for k in ks)] for a, b in pairs
-    ]
+    at_k = [[f"{a} - {b}", *(change(compare_on_test(results, a, b, k)) for k in ks)] for a, b in pairs]
     over_time = [
-        [f"{a} - {b}", *(change(compare_along(results, a, b, "symbols", share)) for share in POINTS)]
-        for a, b in pairs
-    ]  # fmt: skip
+        [f"{a} - {b}", *(change(compare_along(results, a, b, "symbols", share)) for share in POINTS)] for a, b in pairs
+    ]
     names = ["own k" if k is None else f"k = {k}" for k in ks]
     shares = [f"{share:.0%} of training" for share in POINTS]
     caption = "Difference of valid bpc at k_max, at equal tokens"
-    return page.Section("Differences between arms", [
-        Table(["", *names], at_k, caption="Difference of test bpc"),
-        Table(["", *shares], over_time, caption=caption, notes=[_CUT]),
-    ])  # fmt: skip
+    return page.Section(
+        "Differences between arms",
+        [
+            Table(["", *names], at_k, caption="Difference of test bpc"),
+            Table(["", *shares], over_time, caption=caption, notes=[_CUT]),
+        ],
+    )
 
 
 def _cost(preset: Preset, results: Results) -> page.Section:
@@ -289,10 +293,16 @@ def _cost(preset: Preset, results: Results) -> page.Section:
         flops, runs = _flops_per_symbol(results, arm), list(results.seeds_of(arm).values())
         seconds = estimate([run["measured"]["training_seconds"] for run in runs])
         inference = [_million(flops.get(str(k), flops.get("dense"))) for k in every_k]
-        rows.append([
-            arm, f"{runs[0]['parameters']:,}", span(ratio(results, arm, first, "flops"), 3), f"{seconds.mean:,.0f}",
-            span(ratio(results, arm, first, "seconds"), 2), *inference,
-        ])  # fmt: skip
+        rows.append(
+            [
+                arm,
+                f"{runs[0]['parameters']:,}",
+                span(ratio(results, arm, first, "flops"), 3),
+                f"{seconds.mean:,.0f}",
+                span(ratio(results, arm, first, "seconds"), 2),
+                *inference,
+            ]
+        )
     header = [
         "",
         "parameters",
@@ -302,7 +312,8 @@ def _cost(preset: Preset, results: Results) -> page.Section:
         *(f"MFLOP a symbol, k = {k}" for k in every_k),
     ]
     notes = [
-        "Seconds are those of training steps alone, on a machine that runs several arms at a time; their ratios are paired by seed. FLOPs a symbol are those of a forward pass."
+        "Seconds are those of training steps alone, on a machine that runs several arms at a time; their ratios are"
+        " paired by seed. FLOPs a symbol are those of a forward pass."
     ]
     return page.Section("What it costs", [Table(header, rows, notes=notes)])
 
@@ -311,17 +322,18 @@ def _published(results: Results) -> page.Section:
     experts = experts_of(results)
     ours = [
         [f"{arm} (here)", span(seeds_mean(results, arm, experts // 2)), span(seeds_mean(results, arm, experts))]
-        for arm in ("frozen_growing", "hashed_growing") if results.seeds_of(arm)
-    ]  # fmt: skip
+        for arm in ("frozen_growing", "hashed_growing")
+        if results.seeds_of(arm)
+    ]
     rows = [*([f"SMoE-Dropout, {schedule}", *bpc] for schedule, *bpc in PUBLISHED), [], *ours]
     notes = [
-        "Published: Transformer-XL of 4 layers and width 256 with 16 experts, all of enwik8 without newlines, 400,000 steps (about 50 passes), "
-        "one seed, its own evaluation protocol; taken from a secondary source that quotes the paper (arXiv 2303.01610). Ours differ in the size of model and text, in the length of "
-        "training and, where the symbols are bytes, in what a symbol is. The two groups cannot be compared with each other; only differences inside one can be looked at.",
-    ]  # fmt: skip
-    return page.Section(
-        "Beside the published numbers", [Table(["test bpc", "k = N/2", "k = N"], rows, notes=notes)]
-    )
+        "Published: Transformer-XL of 4 layers and width 256 with 16 experts, all of enwik8 without newlines, 400,000"
+        " steps (about 50 passes), one seed, its own evaluation protocol; taken from a secondary source that quotes the"
+        " paper (arXiv 2303.01610). Ours differ in the size of model and text, in the length of training and, where the"
+        " symbols are bytes, in what a symbol is. The two groups cannot be compared with each other; only differences"
+        " inside one can be looked at."
+    ]
+    return page.Section("Beside the published numbers", [Table(["test bpc", "k = N/2", "k = N"], rows, notes=notes)])
 
 
 def _rates(preset: Preset, results: Results) -> page.Section:
@@ -335,15 +347,16 @@ def _rates(preset: Preset, results: Results) -> page.Section:
     steps = max((run["steps"] for run in all_runs(results)), default=0)
     note = "On the valid split at k_max, by runs with a seed of their own; the lowest bpc decides."
     if steps > by_arm[0]["steps"]:
-        note += f" These are shorter than the arms' {steps:,} steps, for which the best rate may be lower. The curves below and above are of the beginning of the same split."
-    parts: list[page.Part] = [
-        Table(["tried with", "learning rate", "valid bpc", "steps"], rows, notes=[note])
-    ]
+        note += (
+            f" These are shorter than the arms' {steps:,} steps, for which the best rate may be lower. The curves below"
+            " and above are of the beginning of the same split."
+        )
+    parts: list[page.Part] = [Table(["tried with", "learning rate", "valid bpc", "steps"], rows, notes=[note])]
     for kin in dict.fromkeys(r["arm"] for r in by_arm):
         rates = [r["tries"] for r in by_arm if r["arm"] == kin]
         best = best_rate(results.tuning, kin)
         arms = ", ".join(name for name, arm in preset.arms.items() if arm.kin == kin)
-        edge = " It is at the end of the grid: a better one may lie outside." if best in (rates[0], rates[-1]) else ""  # fmt: skip
+        edge = " It is at the end of the grid: a better one may lie outside." if best in (rates[0], rates[-1]) else ""
         parts.append(f"{best:g} is the best for {kin}; taken by {arms}.{edge}")
     return page.Section("Learning rates", parts)
 
@@ -352,15 +365,34 @@ def _limits(preset: Preset, results: Results) -> page.Section:
     found = comparisons(preset, results)
     with_interval = [c for c in found if c.difference.low is not None and not c.cut]
     excluding = sum(c.difference.sign != 0 for c in with_interval)
-    return page.Section("Limits", [
-        f"{len(with_interval)} differences with an interval, of reads that are fair, were computed; {excluding} exclude 0. Of differences that are truly 0 one in twenty would "
-        "do so by chance: a single one proves little.",
-        "Intervals are over seeds, by Student's t. They hold for this text, this size and this length of training, and say nothing about others.",
-        *([f"Learning rates were tried with {', '.join(preset.kin)} alone. Every other arm took its kin's, which need not be its own best."] if results.tuning else []),
-        "An arm whose k grows is validated at k_max from the start, before it has trained at it: its curve says little before the end.",
-        "Seconds depend on what else ran on the machine at the same time.",
-        *preset.limits,
-    ])  # fmt: skip
+    return page.Section(
+        "Limits",
+        [
+            (
+                f"{len(with_interval)} differences with an interval, of reads that are fair, were computed; {excluding}"
+                " exclude 0. Of differences that are truly 0 one in twenty would do so by chance: a single one proves"
+                " little."
+            ),
+            (
+                "Intervals are over seeds, by Student's t. They hold for this text, this size and this length of"
+                " training, and say nothing about others."
+            ),
+            *(
+                [
+                    f"Learning rates were tried with {', '.join(preset.kin)} alone. Every other arm took its kin's,"
+                    " which need not be its own best."
+                ]
+                if results.tuning
+                else []
+            ),
+            (
+                "An arm whose k grows is validated at k_max from the start, before it has trained at it: its curve says"
+                " little before the end."
+            ),
+            "Seconds depend on what else ran on the machine at the same time.",
+            *preset.limits,
+        ],
+    )
 
 
 def _again(name: str) -> page.Section:
@@ -369,7 +401,10 @@ def _again(name: str) -> page.Section:
         "Run it again",
         [
             page.Code(command),
-            "The first command goes on where it was stopped. The second writes this page from result files, or, without any, from the JSON file beside it.",
+            (
+                "The first command goes on where it was stopped. The second writes this page from result files, or,"
+                " without any, from the JSON file beside it."
+            ),
         ],
     )
 

@@ -1,6 +1,8 @@
-"""Writes a study's page from its result files: docs/study/NAME.md with its pictures, NAME.json, and NAME.html beside the results.
+"""Writes a study's page from its result files: docs/study/NAME.md with its pictures, NAME.json, and NAME.html beside
+the results.
 
-Without a result file the JSON file of an earlier report is read instead, so the page can be made again from the repository alone.
+Without a result file the JSON file of an earlier report is read instead, so the page can be made again from the
+repository alone.
 """
 
 import json
@@ -30,10 +32,7 @@ def write_report(name: str, preset: Preset, results: Path, docs: Path) -> list[P
         UserError: there are no results, or they cannot be compared.
     """
     found = read_results(results) or _committed(docs / f"{name}.json")
-    require(
-        bool(found),
-        f"{results}: no result file, and no {docs / f'{name}.json'}; run the study first",
-    )
+    require(bool(found), f"{results}: no result file, and no {docs / f'{name}.json'}; run the study first")
     arranged = arrange([result for result in found if result["arm"] in preset.arms])
     described = study_page(name, preset, arranged)
     discussion = docs / f"{name}_discussion.md"
@@ -71,10 +70,4 @@ def _with_discussion(described: page.Page, text: str) -> page.Page:
     if not paragraphs:
         return described
     first = page.Section("Discussion", paragraphs)
-    return page.Page(
-        described.title,
-        described.lead,
-        [first, *described.sections],
-        described.figures,
-        described.footer,
-    )
+    return page.Page(described.title, described.lead, [first, *described.sections], described.figures, described.footer)

@@ -1,4 +1,5 @@
-"""What tests of launchers share: a run of seconds, what it wrote, which of its processes are there; results of a study."""
+"""What tests of launchers share: a run of seconds, what it wrote, which of its processes are there; results of a
+study."""
 
 import argparse
 import inspect
@@ -71,7 +72,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 200.0) -> None:
 
 def study_result(
     arm: str, seed: int, points: list[tuple[float, float, float, float]], bpc: dict[str, float], **changes: Any
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """A result file of a study as launch/study/results.py writes it, with made-up numbers.
 
     Args:
@@ -80,14 +81,38 @@ def study_result(
     """
     dense = "dense" in bpc
     names = "symbols", "flops", "seconds", "valid_bpc"
-    curve = [{"step": n, **dict(zip(names, point, strict=True))} for n, point in enumerate(points, 1)]  # fmt: skip
+    curve = [{"step": n, **dict(zip(names, point, strict=True))} for n, point in enumerate(points, 1)]
     return {
-        "format": 1, "arm": arm, "seed": seed, "tries": None, "learning_rate": 0.002,
+        "format": 1,
+        "arm": arm,
+        "seed": seed,
+        "tries": None,
+        "learning_rate": 0.002,
         "options": {"data.streams": 4, "data.segment": 32, "data.start": seed / 10, "train.seed": seed},
-        "corpus": "file", "tokens": "bytes", "corpus_sha256": "ab" * 32, "router": "dense" if dense else "hashed",
-        "experts": 0 if dense else 4, "k_max": None if dense else 2, "parameters": 1000, "active_parameters": None,
-        "flops_per_symbol": None, "steps": len(points), "symbols_per_step": 128, "curve": curve, "split": "test",
-        "bpc": bpc, "test_symbols": 500, "counting": {}, "analysis": None,
-        "measured": {"training_seconds": points[-1][2], "tokens_per_second": 1.0, "peak_memory_bytes": 1, "wall_seconds": None, "cores": 2, "torch": ""},
+        "corpus": "file",
+        "tokens": "bytes",
+        "corpus_sha256": "ab" * 32,
+        "router": "dense" if dense else "hashed",
+        "experts": 0 if dense else 4,
+        "k_max": None if dense else 2,
+        "parameters": 1000,
+        "active_parameters": None,
+        "flops_per_symbol": None,
+        "steps": len(points),
+        "symbols_per_step": 128,
+        "curve": curve,
+        "split": "test",
+        "bpc": bpc,
+        "test_symbols": 500,
+        "counting": {},
+        "analysis": None,
+        "measured": {
+            "training_seconds": points[-1][2],
+            "tokens_per_second": 1.0,
+            "peak_memory_bytes": 1,
+            "wall_seconds": None,
+            "cores": 2,
+            "torch": "",
+        },
         **changes,
-    }  # fmt: skip
+    }

@@ -1,8 +1,8 @@
 """Reads what an offline W&B run wrote, for tests: wandb has no public reader of its log.
 
-The log is LevelDB's record format behind a header of 7 bytes: blocks of 32 KiB, in them (crc32, length, type) and a payload.
-Type 1 is a whole record, 2 a first, 3 a middle and 4 a last part; a block's last bytes, if too few for a record's head, are
-padding. A payload is a protocol buffer of wandb's.
+The log is LevelDB's record format behind a header of 7 bytes: blocks of 32 KiB, in them (crc32, length, type) and a
+payload. Type 1 is a whole record, 2 a first, 3 a middle and 4 a last part; a block's last bytes, if too few for a
+record's head, are padding. A payload is a protocol buffer of wandb's.
 """
 
 import json
@@ -20,9 +20,7 @@ class Offline:
 
     history: dict[int, dict[str, Any]] = field(default_factory=dict)  # by step
     config: dict[str, Any] = field(default_factory=dict)
-    summary: dict[str, Any] = field(
-        default_factory=dict
-    )  # that was set, not what W&B makes of the history
+    summary: dict[str, Any] = field(default_factory=dict)  # that was set, not what W&B makes of the history
     metrics: dict[str, Any] = field(default_factory=dict)  # MetricRecord of each that was defined
     run: Any = None  # RunRecord
     exit_code: int | None = None
@@ -68,7 +66,7 @@ def _read(file: Path) -> Offline:
 
     found = Offline()
     for data in _records(file):
-        record: Any = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
+        record: Any = wandb_internal_pb2.Record()
         record.ParseFromString(data)
         kind = record.WhichOneof("record_type")
         if kind == "run":

@@ -19,8 +19,10 @@ print(json.dumps({"ms": {"step": product.MS, "none": None}, "losses": product.LO
 def git(folder, *arguments):
     return subprocess.run(
         ["git", "-C", str(folder), "-c", "user.name=x", "-c", "user.email=x@x", *arguments],
-        check=True, capture_output=True, text=True,
-    ).stdout  # fmt: skip
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
 
 
 @pytest.fixture
@@ -29,7 +31,11 @@ def repository(tmp_path):
     root = tmp_path / "repository"
     (root / "benchmarks").mkdir(parents=True)
     git(root, "init", "--quiet")
-    for tag, text in {"slow": "MS, LOSSES = 4, 'a'", "other": "MS, LOSSES = 2, 'b'", "now": "MS, LOSSES = 2, 'a'"}.items():  # fmt: skip
+    for tag, text in {
+        "slow": "MS, LOSSES = 4, 'a'",
+        "other": "MS, LOSSES = 2, 'b'",
+        "now": "MS, LOSSES = 2, 'a'",
+    }.items():
         (root / "product.py").write_text(text + "\n")
         if tag != "now":
             git(root, "add", "product.py")
@@ -69,9 +75,7 @@ def test_minima_are_over_all_rounds(capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["ratio"] == {"ms": 1.5}
 
 
-@pytest.mark.parametrize(
-    "text", ["import nothing_of_this_name", "print('no JSON')", "print(3)", ""]
-)
+@pytest.mark.parametrize("text", ["import nothing_of_this_name", "print('no JSON')", "print(3)", ""])
 def test_a_benchmark_that_fails_is_named_and_no_worktree_is_left(repository, text):
     (repository / "benchmarks/bench_fake.py").write_text(text)
     with pytest.raises(Failed, match=r"bench_fake on (this tree|slow)"):
@@ -89,7 +93,10 @@ def test_what_is_no_revision_is_refused(repository, rev):
 def test_a_benchmarks_own_option_ends_with_one_line_and_code_2():
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.bench_plan", "--against", "nope", "--rounds", "1"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 2
     assert "--against nope: no such revision" in done.stderr.splitlines()[-1]

@@ -21,8 +21,12 @@ def run(module, *arguments):
     """Exit code, stdout and stderr of a benchmark."""
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{module}", *arguments],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, capture_output=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
     return done.returncode, done.stdout, done.stderr
 
 
@@ -44,7 +48,7 @@ def test_bench_metrics():
     assert code == 0, err
     result = json.loads(out.splitlines()[-1])
     assert list(result) == ["metric_share", "median_share", "most", "hook_us"]
-    assert len(result["metric_share"]) == 8 and result["most"] == max(result["metric_share"].values())  # fmt: skip
+    assert len(result["metric_share"]) == 8 and result["most"] == max(result["metric_share"].values())
     assert all(share > 0 for share in result["metric_share"].values())
 
 
@@ -72,12 +76,7 @@ def test_bench_exchange():
     code, out, err = run("bench_exchange", "--quick", "--rounds", "1")
     assert code == 0, err
     result = json.loads(out.splitlines()[-1])
-    assert list(result) == [
-        "bytes_ratio",
-        "step_ratio",
-        "hidden_fraction",
-        "planned_equals_measured",
-    ]
+    assert list(result) == ["bytes_ratio", "step_ratio", "hidden_fraction", "planned_equals_measured"]
     assert list(result["step_ratio"]) == ["loopback", "1gbit", "200mbit", "200mbit_packed"]
     assert result["bytes_ratio"]["spread"] <= 0.49 and result["bytes_ratio"]["packed"] <= 0.26
     assert ("NOT MEASURED: 2 nodes" in out) == (result["hidden_fraction"] is None)
@@ -136,7 +135,8 @@ def test_bad_arguments_end_with_one_line_and_code_2(arguments, line):
 
 @pytest.mark.slow
 def test_bench_faults():
-    """A rank is killed in training, around a checkpoint's writing and at a restart, and one is stopped: the run ends the same."""
+    """A rank is killed in training, around a checkpoint's writing and at a restart, and one is stopped: the run ends
+    the same."""
     code, out, err = run("bench_faults", "--quick")
     assert code == 0, err
     result = json.loads(out.splitlines()[-1])

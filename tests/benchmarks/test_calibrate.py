@@ -35,7 +35,7 @@ def test_no_calibrating_run_has_the_shape_of_a_predicted_one() -> None:
     predicted = [config for ranks in (2, 4) for _, config in ways(ranks)]
     assert len(predicted) == 5 + 9
     shapes = [(c.data, c.model, c.moe.experts, c.moe.expert_width) for c in RUNS]
-    assert not any((c.data, c.model, c.moe.experts, c.moe.expert_width) in shapes for c in predicted)  # fmt: skip
+    assert not any((c.data, c.model, c.moe.experts, c.moe.expert_width) in shapes for c in predicted)
 
 
 def test_the_recommended_way_is_judged_by_what_was_measured() -> None:
@@ -51,14 +51,15 @@ def test_the_peak_is_that_of_the_largest_product(monkeypatch: pytest.MonkeyPatch
     """By each number of threads, which is as before at the end."""
     threads = torch.get_num_threads()
     monkeypatch.setattr(
-        calibrate,
-        "product_rates",
-        lambda dtype: [[1.0, 0.1], [2.0, dtype.itemsize + torch.get_num_threads() / 100]],
+        calibrate, "product_rates", lambda dtype: [[1.0, 0.1], [2.0, dtype.itemsize + torch.get_num_threads() / 100]]
     )
     torch.set_num_threads(2)
     lines = calibrate.peak_lines()
     assert [line.split("train.")[1] for line in lines] == [
-        "peak_tflops=4.01", "peak_tflops=2.01", "peak_tflops=4.02", "peak_tflops=2.02"
-    ]  # fmt: skip
+        "peak_tflops=4.01",
+        "peak_tflops=2.01",
+        "peak_tflops=4.02",
+        "peak_tflops=2.02",
+    ]
     assert "2 threads in bf16" in lines[3] and torch.get_num_threads() == 2
     torch.set_num_threads(threads)

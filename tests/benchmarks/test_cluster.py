@@ -14,10 +14,7 @@ from benchmarks import cluster
 from benchmarks.cluster import one_node, two_nodes, why_not
 
 REASON = why_not()
-needs_nodes = [
-    pytest.mark.cluster,
-    pytest.mark.skipif(REASON is not None, reason=str(REASON)),
-]
+needs_nodes = [pytest.mark.cluster, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 GROUP = """
 import os, sys, torch
 from torch import distributed as dist
@@ -72,18 +69,23 @@ class TestTwoNodes:
 
     def test_torchrun_on_each_node(self, nodes):
         program = "import os; print(*(os.environ[n] for n in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')))"
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2"]  # fmt: skip
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2"]
         address = nodes.nodes[0].address
         done = nodes.run_nodes(
-            lambda node: [*torchrun, f"--node_rank={node}", f"--master_addr={address}", "--master_port=29501",
-                          "--no_python", sys.executable, "-c", program],
+            lambda node: [
+                *torchrun,
+                f"--node_rank={node}",
+                f"--master_addr={address}",
+                "--master_port=29501",
+                "--no_python",
+                sys.executable,
+                "-c",
+                program,
+            ],
             seconds=60,
-        )  # fmt: skip
+        )
         assert [process.code for process in done] == [0, 0], done
-        assert [sorted(process.out.splitlines()) for process in done] == [
-            ["0 4 0", "1 4 1"],
-            ["2 4 0", "3 4 1"],
-        ]
+        assert [sorted(process.out.splitlines()) for process in done] == [["0 4 0", "1 4 1"], ["2 4 0", "3 4 1"]]
 
     def test_what_outlives_its_time_is_killed(self, nodes):
         # The first node's program leaves a child behind that has its own session.
@@ -106,9 +108,12 @@ class TestTwoNodes:
             "    nodes.run_nodes(lambda _: ['sleep', '9999'], seconds=9999)\n"
         )
         process = subprocess.Popen(
-            [sys.executable, "-c", program], cwd=cluster.ROOT, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            [sys.executable, "-c", program],
+            cwd=cluster.ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
         name = process.stdout.readline().strip()
         while not processes_in(name):
             time.sleep(0.05)
@@ -129,7 +134,7 @@ class TestTwoNodes:
             with two_nodes(None) as first, two_nodes(None) as second:
                 assert abandoned not in namespaces() and strange in namespaces()
                 assert sleeper.wait(timeout=600) == -signal.SIGKILL
-                assert {node.namespace for made in (first, second) for node in made.nodes} < namespaces()  # fmt: skip
+                assert {node.namespace for made in (first, second) for node in made.nodes} < namespaces()
             own = {name for name in namespaces() if name.startswith(f"foreroute-{os.getpid()}-")}
             assert strange in own
         finally:
@@ -148,15 +153,18 @@ def runs(pid):
 
 
 def processes_in(namespace):
-    found = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True, check=False)  # fmt: skip
+    found = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True, check=False)
     return found.stdout.split()
 
 
 def test_one_node_is_this_machine():
-    program = "import os, sys; print(os.environ['RANK'], os.environ['GLOO_SOCKET_IFNAME'], os.environ['MINE']); sys.exit(int(os.environ['RANK']))"
+    program = (
+        "import os, sys; print(os.environ['RANK'], os.environ['GLOO_SOCKET_IFNAME'], os.environ['MINE']);"
+        " sys.exit(int(os.environ['RANK']))"
+    )
     with one_node() as node:
         done = node.run_ranks(["-c", program], per_node=2, seconds=30, env={"MINE": "yes"})
-        assert [(process.code, process.out) for process in done] == [(0, "0 lo yes\n"), (1, "1 lo yes\n")]  # fmt: skip
+        assert [(process.code, process.out) for process in done] == [(0, "0 lo yes\n"), (1, "1 lo yes\n")]
         late = node.run_ranks(["-c", "import time; time.sleep(100)"], per_node=1, seconds=0.2)
         assert [process.code for process in late] == [None]
         assert node.link_bytes() == 0

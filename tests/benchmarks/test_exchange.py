@@ -9,14 +9,7 @@ from torch import distributed as dist
 
 from benchmarks import exchange_rank
 from benchmarks.cluster import one_node
-from benchmarks.exchange_problem import (
-    BUILDERS,
-    QUICK,
-    Problem,
-    autoep_bytes,
-    moe_bytes,
-    planned_bytes,
-)
+from benchmarks.exchange_problem import BUILDERS, QUICK, Problem, autoep_bytes, moe_bytes, planned_bytes
 from benchmarks.traffic import Meter
 from foreroute.engine.config import MoEConfig
 from foreroute.engine.routing.tables import build_tables
@@ -30,7 +23,7 @@ def problem(tables, ranks, pack=8):
     draws = np.random.default_rng(2).zipf(1.2, 30_000 + ranks * QUICK.tokens)
     ids = (np.minimum(draws, SYMBOLS) - 1).astype(np.uint8)
     builder = BUILDERS[tables]
-    moe = MoEConfig(experts=16, ngram=2, rows=4096, builder=builder, pack=pack if tables == "packed" else None)  # fmt: skip
+    moe = MoEConfig(experts=16, ngram=2, rows=4096, builder=builder, pack=pack if tables == "packed" else None)
     built = build_tables(moe, SYMBOLS, ids, num_tables=QUICK.layers, seed=1, cache_dir=None)
     own = torch.from_numpy(ids[30_000:].astype(np.int64)).view(ranks, 1, -1)
     return Problem(QUICK, built, own, torch.zeros(ranks, 1, 1, dtype=torch.int64))
@@ -45,7 +38,7 @@ def counted(given, per_node):
             for chosen in route.expert_TK.tolist():
                 homes = [expert // size for expert in chosen]
                 far = [home for home in homes if home // per_node != rank // per_node]
-                found += [len({*homes} - {rank}), len({*far}), sum(h != rank for h in homes), len(far)]  # fmt: skip
+                found += [len({*homes} - {rank}), len({*far}), sum(h != rank for h in homes), len(far)]
     return found * QUICK.width
 
 
@@ -130,12 +123,10 @@ def test_a_difference_between_systems_is_refused():
 @pytest.mark.slow
 def test_all_systems_compute_the_same_and_send_what_was_counted():
     """exchange_rank ends with an error where results or bytes differ."""
-    options = ["--rounds", "1", "--per-node", "2", "--quick", "--systems", "ours", "parts", "moe", "autoep"]  # fmt: skip
+    options = ["--rounds", "1", "--per-node", "2", "--quick", "--systems", "ours", "parts", "moe", "autoep"]
     env = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     with one_node() as node:
-        done = node.run_ranks(
-            ["-m", "benchmarks.exchange_rank", *options], per_node=2, seconds=100, env=env
-        )
+        done = node.run_ranks(["-m", "benchmarks.exchange_rank", *options], per_node=2, seconds=100, env=env)
     assert [process.code for process in done] == [0, 0], done[0].err
     figures = json.loads(done[0].out.splitlines()[-1])
     for by_system in figures.values():

@@ -104,9 +104,11 @@ def test_every_room_has_files_and_every_equivalent_its_line():
 def tree(tmp_path_factory):
     root = tmp_path_factory.mktemp("mutants")
     for name, text in {
-        "room/__init__.py": "", "room/numbers.py": SOURCE, "tests/room/test_numbers.py": TESTS,
+        "room/__init__.py": "",
+        "room/numbers.py": SOURCE,
+        "tests/room/test_numbers.py": TESTS,
         "pyproject.toml": '[tool.pytest.ini_options]\nmarkers = ["slow", "gpu", "cluster"]\n',
-    }.items():  # fmt: skip
+    }.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)

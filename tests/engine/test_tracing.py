@@ -144,7 +144,7 @@ def test_hidden_is_what_was_not_waited_for():
 
 
 def test_flights_that_overlap_get_tracks_of_their_own():
-    flights = [InFlight("", 0, 4000), InFlight("", 1000, 2000), InFlight("", 2000, 6000), InFlight("", 4500, 5000)]  # fmt: skip
+    flights = [InFlight("", 0, 4000), InFlight("", 1000, 2000), InFlight("", 2000, 6000), InFlight("", 4500, 5000)]
     places = ["step 1/forward/dispatch"] * 3 + ["step 1/forward/combine"]
     events = [e for e in flight_events(flights, places, Process(0, 1), CLOCK) if e["ph"] == "X"]
     first = events[0]["tid"]
@@ -159,15 +159,26 @@ def test_flights_that_overlap_get_tracks_of_their_own():
 def test_events_of_pytorch_become_the_ranks(monkeypatch):
     """As its profiler writes them on a GPU: the host's have the number of the process, the others that of the GPU."""
     monkeypatch.setattr("os.getpid", lambda: 77)
-    trace = {"baseTimeNanoseconds": 5000, "traceEvents": [
-        {"ph": "M", "name": "process_name", "pid": 77, "tid": 0, "ts": 0, "args": {"name": "python"}},
-        {"ph": "X", "cat": "Trace", "name": "PyTorch Profiler (0)", "pid": "Spans", "tid": "PyTorch Profiler", "ts": 1, "dur": 9},
-        {"ph": "X", "cat": "user_annotation", "name": "experts", "pid": 77, "tid": 77, "ts": 2, "dur": 1},
-        {"ph": "X", "cat": "cpu_op", "name": "aten::mm", "pid": 77, "tid": 77, "ts": 2, "dur": 1},
-        {"ph": "s", "cat": "ac2g", "name": "ac2g", "id": 4, "pid": 77, "tid": 77, "ts": 2},
-        {"ph": "X", "cat": "kernel", "name": "gemm", "pid": 0, "tid": 7, "ts": 3, "dur": 2},
-        {"ph": "X", "cat": "gpu_user_annotation", "name": "experts", "pid": 0, "tid": 7, "ts": 3, "dur": 2},
-    ]}  # fmt: skip
+    trace = {
+        "baseTimeNanoseconds": 5000,
+        "traceEvents": [
+            {"ph": "M", "name": "process_name", "pid": 77, "tid": 0, "ts": 0, "args": {"name": "python"}},
+            {
+                "ph": "X",
+                "cat": "Trace",
+                "name": "PyTorch Profiler (0)",
+                "pid": "Spans",
+                "tid": "PyTorch Profiler",
+                "ts": 1,
+                "dur": 9,
+            },
+            {"ph": "X", "cat": "user_annotation", "name": "experts", "pid": 77, "tid": 77, "ts": 2, "dur": 1},
+            {"ph": "X", "cat": "cpu_op", "name": "aten::mm", "pid": 77, "tid": 77, "ts": 2, "dur": 1},
+            {"ph": "s", "cat": "ac2g", "name": "ac2g", "id": 4, "pid": 77, "tid": 77, "ts": 2},
+            {"ph": "X", "cat": "kernel", "name": "gemm", "pid": 0, "tid": 7, "ts": 3, "dur": 2},
+            {"ph": "X", "cat": "gpu_user_annotation", "name": "experts", "pid": 0, "tid": 7, "ts": 3, "dur": 2},
+        ],
+    }
     clock = Clock(wall_ns=0, shift_ns=1000, unsure_ns=0, origin_ns=2000)
     events = torch_events(trace, Process(1, 2), clock, {"experts"})
     named = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}

@@ -9,9 +9,7 @@ from foreroute.kernels.dropout import hash32, row_hash, unit_hash
 
 def mask(tokens, units, rate, *, seed=42, expert=3, first_expert=0):
     dropout = Dropout(rate, seed, torch.arange(tokens), first_expert)
-    return keep_mask(
-        row_hash(dropout, dropout.token_R, expert), unit_hash(units), dropout.threshold
-    )
+    return keep_mask(row_hash(dropout, dropout.token_R, expert), unit_hash(units), dropout.threshold)
 
 
 def test_keep_mask_is_uniform_and_uncorrelated():
@@ -37,9 +35,7 @@ def test_keep_mask_is_uniform_and_uncorrelated():
 def test_neighbouring_seeds_share_no_row():
     """The layers of a step have neighbouring seeds; no token of one may have the mask of another token of the other."""
     tokens = torch.arange(4096)
-    rows = [
-        set(row_hash(Dropout(0.1, seed, tokens), tokens, 0).tolist()) for seed in range(6000, 6008)
-    ]
+    rows = [set(row_hash(Dropout(0.1, seed, tokens), tokens, 0).tolist()) for seed in range(6000, 6008)]
     shared = sum(len(a & b) for i, a in enumerate(rows) for b in rows[:i])
     assert shared <= 4  # 28 pairs x 4096^2 / 2^31: 0.2 expected by chance
 
@@ -83,7 +79,7 @@ def test_published_values_of_murmur_3():
 @pytest.mark.parametrize(
     ("seed", "first_output"),
     [(1234567, 6457827717110365317), (0, 0xE220A8397B1DCDAF), (2**64 + 1234567, 6457827717110365317)],
-)  # fmt: skip
+)
 def test_seed_words_are_the_published_first_output_of_splitmix64(seed, first_output):
     words = Dropout(0.1, seed, torch.arange(1)).seed_words
     assert words == (int32(first_output % 2**32), int32(first_output >> 32))

@@ -31,13 +31,7 @@ from foreroute.kernels.testing.cases import (
 )
 
 SHAPE = (13, 8, 12, 4, 2)
-PARTIAL = [
-    [0, 2],
-    [],
-    [1],
-    [2, 1, 0],
-    [],
-]  # an expert rank's rows: none to three local experts each
+PARTIAL = [[0, 2], [], [1], [2, 1, 0], []]  # an expert rank's rows: none to three local experts each
 
 
 def ffn_function(rows, **options):
@@ -83,7 +77,7 @@ def test_combine_of_partial_rows_equals_reference(weighted, dtype):
     inputs = {"y_ND": y, "weight_N": weight if weighted else None}
 
     def call(backend):
-        return run_with_gradients(lambda y_ND, weight_N: combine(y_ND, weight_N, rows, backend=backend), inputs)  # fmt: skip
+        return run_with_gradients(lambda y_ND, weight_N: combine(y_ND, weight_N, rows, backend=backend), inputs)
 
     got, want = call("cpu"), call("reference")
     assert got["out"][1].abs().sum() == 0  # no expert rows
@@ -91,9 +85,7 @@ def test_combine_of_partial_rows_equals_reference(weighted, dtype):
     assert worst_error(got, want)[0] < (1e-14 if dtype == torch.float64 else 8e-3)
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.complex64, torch.uint16]
-)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.complex64, torch.uint16])
 def test_row_copies_of_any_dtype(dtype):
     x = torch.arange(40).view(8, 5).to(dtype)
     index = torch.tensor([7, 0, 3, 1])
@@ -109,7 +101,7 @@ def test_gradients_of_row_copies_add_up_over_repeats():
     x = torch.arange(12.0, dtype=torch.float64).view(4, 3)
 
     def call(backend):
-        return run_with_gradients(lambda x_RD: permute_rows(x_RD, index, backend=backend), {"x_RD": x})  # fmt: skip
+        return run_with_gradients(lambda x_RD: permute_rows(x_RD, index, backend=backend), {"x_RD": x})
 
     got, want = call("cpu"), call("reference")
     assert worst_error(got, want)[0] < 1e-15
@@ -119,12 +111,12 @@ def test_gradients_of_row_copies_add_up_over_repeats():
 def test_cast_on_the_way():
     x = torch.randn(6, 4, generator=torch.Generator().manual_seed(3))
     index = torch.tensor([5, 4, 3, 2, 1, 0])
-    got = run_with_gradients(lambda x_RD: permute_rows(x_RD, index, dtype=torch.bfloat16), {"x_RD": x})  # fmt: skip
+    got = run_with_gradients(lambda x_RD: permute_rows(x_RD, index, dtype=torch.bfloat16), {"x_RD": x})
     assert torch.equal(got["out"], x.flip(0).bfloat16()) and got["d_x_RD"].dtype == torch.float32
     back = unpermute_rows(got["out"], index, 6, dtype=torch.float32)
     assert torch.equal(back, x.bfloat16().float())
     often = torch.zeros(64, dtype=torch.int64)
-    got = run_with_gradients(lambda x_RD: permute_rows(x_RD, often, dtype=torch.bfloat16), {"x_RD": x})  # fmt: skip
+    got = run_with_gradients(lambda x_RD: permute_rows(x_RD, often, dtype=torch.bfloat16), {"x_RD": x})
     cotangent = torch.randn(64, 4, generator=torch.Generator().manual_seed(9)).bfloat16()
     assert relative_error(got["d_x_RD"][0], cotangent.double().sum(0)) < 1e-6  # added up in fp32
 
@@ -173,7 +165,7 @@ def test_compiled_layer_equals_eager(options):
     dropout = Dropout(0.2, 5, torch.arange(13))
 
     def layer(x, weight, *weights):
-        return moe_ffn(x, weight, ExpertWeights(*weights), ExpertRows(*rows), dropout=dropout, **options)  # fmt: skip
+        return moe_ffn(x, weight, ExpertWeights(*weights), ExpertRows(*rows), dropout=dropout, **options)
 
     compiled, eager = compiled_and_eager(layer, x, weight, *weights)
     assert all(torch.equal(a, b) for a, b in zip(compiled, eager, strict=True))
@@ -199,9 +191,7 @@ def test_the_public_call_reads_nothing_back():
     real = make_case(SHAPE)
     inputs = layer_inputs(real, torch.float32)
     with FakeTensorMode():
-        x, weight, w1, b1, w2, b2 = (
-            torch.empty(v.shape).requires_grad_() for v in inputs.values() if v is not None
-        )
+        x, weight, w1, b1, w2, b2 = (torch.empty(v.shape).requires_grad_() for v in inputs.values() if v is not None)
         rows = ExpertRows(*(torch.empty(t.shape, dtype=t.dtype) for t in real.rows.tensors()))
         out = moe_ffn(x, weight, ExpertWeights(w1, b1, w2, b2), rows)
         out.sum().backward()
@@ -216,11 +206,13 @@ def test_the_triton_launchers_read_nothing_back(gated):
     case = make_case(SHAPE, gated=gated)
     meta = [None if w is None else w.float().to("meta") for w in case.weights]
     rows = ExpertRows(*(t.to("meta") for t in case.rows.tensors()))
-    x, weight, weights = case.x_TD.float().to("meta"), case.weight_N.float().to("meta"), ExpertWeights._make(meta)  # fmt: skip
+    x, weight, weights = case.x_TD.float().to("meta"), case.weight_N.float().to("meta"), ExpertWeights._make(meta)
     dropout = Dropout(0.1, 1, torch.empty(13, dtype=torch.int64, device="meta"))
     with recording(run=False, arch="sm_90") as recorder:
-        y, saved = expert_ffn_launch.ffn_forward(x, weights, rows, dropout, save=True, precision="ieee")  # fmt: skip
-        grads = expert_ffn_launch.ffn_backward(x, x, weights, rows, dropout, saved, weight_N=weight, dweight=True, precision="ieee")  # fmt: skip
+        y, saved = expert_ffn_launch.ffn_forward(x, weights, rows, dropout, save=True, precision="ieee")
+        grads = expert_ffn_launch.ffn_backward(
+            x, x, weights, rows, dropout, saved, weight_N=weight, dweight=True, precision="ieee"
+        )
     assert y.shape == (26, 8) and grads.weight_N.shape == (26,) and len(recorder.launches) == 10
 
 
@@ -267,14 +259,20 @@ def test_all_units_may_be_dropped():
 
 def bad_rows(**changes):
     rows = make_case(SHAPE).rows
-    fields = dict(zip(("source_N", "offset_L", "slot_N", "slot_offset_R"), rows.tensors(), strict=True))  # fmt: skip
+    fields = dict(zip(("source_N", "offset_L", "slot_N", "slot_offset_R"), rows.tensors(), strict=True))
     return ExpertRows(**{name: changes.get(name, value.clone()) for name, value in fields.items()})
 
 
 X, W, WEIGHTS, ROWS = make_case(SHAPE)
 BAD = {  # what is changed: arguments of moe_ffn, and the line that must name it
-    "shape": ({"weights": WEIGHTS._replace(b1_LF=torch.zeros(4, 11).double())}, r"b1_LF has shape \(4, 11\): must be \(4, 12\)"),
-    "dtype": ({"weights": WEIGHTS._replace(w2_LFD=WEIGHTS.w2_LFD.float())}, "w2_LFD is torch.float32: must be torch.float64"),
+    "shape": (
+        {"weights": WEIGHTS._replace(b1_LF=torch.zeros(4, 11).double())},
+        r"b1_LF has shape \(4, 11\): must be \(4, 12\)",
+    ),
+    "dtype": (
+        {"weights": WEIGHTS._replace(w2_LFD=WEIGHTS.w2_LFD.float())},
+        "w2_LFD is torch.float32: must be torch.float64",
+    ),
     "kind": ({"x_RD": X.int()}, "x_RD is torch.int32: must be"),
     "stride": ({"x_RD": X.t().contiguous().t()}, r"x_RD has strides \(1, 13\): must be contiguous"),
     "device": ({"weight_N": W.to("meta")}, "weight_N is on meta: must be on cpu"),
@@ -285,11 +283,26 @@ BAD = {  # what is changed: arguments of moe_ffn, and the line that must name it
     "no gpu": ({"backend": "triton"}, "backend='triton': the tensors are on cpu"),
     "mode": ({"mode": "small"}, "mode='small': must be one of 'lean', 'fast'"),
     "precision": ({"precision": "tf32"}, "precision='tf32': backend 'cpu' has only 'ieee'"),
-    "index type": ({"rows": bad_rows(source_N=ROWS.source_N.int())}, "rows.source_N is torch.int32: must be torch.int64"),
-    "index": ({"rows": bad_rows(source_N=ROWS.source_N.clone().fill_(13)), "debug": True}, "rows.source_N holds 13: must be from 0 to 12"),
-    "slots": ({"rows": bad_rows(slot_N=ROWS.slot_N.flip(0)), "debug": True}, "rows.slot_N does not list the expert rows"),
-    "twice": ({"rows": bad_rows(slot_N=ROWS.slot_N.clone().fill_(0)), "debug": True}, "rows.slot_N lists an expert row twice"),
-    "pair twice": ({"rows": bad_rows(source_N=ROWS.source_N.clone().fill_(3)), "debug": True}, "rows.source_N has an input row twice within one expert"),
+    "index type": (
+        {"rows": bad_rows(source_N=ROWS.source_N.int())},
+        "rows.source_N is torch.int32: must be torch.int64",
+    ),
+    "index": (
+        {"rows": bad_rows(source_N=ROWS.source_N.clone().fill_(13)), "debug": True},
+        "rows.source_N holds 13: must be from 0 to 12",
+    ),
+    "slots": (
+        {"rows": bad_rows(slot_N=ROWS.slot_N.flip(0)), "debug": True},
+        "rows.slot_N does not list the expert rows",
+    ),
+    "twice": (
+        {"rows": bad_rows(slot_N=ROWS.slot_N.clone().fill_(0)), "debug": True},
+        "rows.slot_N lists an expert row twice",
+    ),
+    "pair twice": (
+        {"rows": bad_rows(source_N=ROWS.source_N.clone().fill_(3)), "debug": True},
+        "rows.source_N has an input row twice within one expert",
+    ),
     "end": ({"rows": bad_rows(offset_L=ROWS.offset_L - 1)}, r"rows.offset_L counts \[.*must add up to 26 rows"),
     "missing": ({"weights": WEIGHTS._replace(b2_LD=None)}, "b2_LD is None: only w3_LFD may be left out"),
     "no width": ({"weights": WEIGHTS._replace(w1_LFD=WEIGHTS.w1_LFD[:, :0])}, "widths must be at least 1"),
@@ -302,7 +315,7 @@ BAD = {  # what is changed: arguments of moe_ffn, and the line that must name it
     "fast": ({"mode": "fast", "backend": "reference"}, "mode='fast': backend 'reference' has only 'lean'"),
     "masked": ({"masked": True, "backend": "reference"}, "masked=True: backend 'reference'"),
     "counts": ({"rows": bad_rows(offset_L=ROWS.offset_L.flip(0)), "debug": True}, "rows.offset_L=.*must not decrease"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD.values(), ids=BAD.keys())
@@ -327,7 +340,7 @@ def test_bad_input_of_the_other_operations_is_named():
         (lambda: combine(X[0], None, ROWS), r"y_ND has shape \(8,\): must have two dimensions"),
         (lambda: combine(X, None, ROWS), r"y_ND has shape \(13, 8\): must be \(26, 8\)"),
         (lambda: expert_ffn(X[:5], WEIGHTS, ROWS), r"x_RD has shape \(5, 8\): must be \(13, 8\)"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=message):
             call()
 

@@ -14,10 +14,7 @@ def inputs(b: int, q: int, m: int, h: int = 2, w: int = 4, dtype=torch.float64) 
     generator = torch.Generator().manual_seed(1000 * q + m)
     s = m + q
     shapes = [(b, q, h, w), (b, s, h, w), (b, s, h, w), (s, h, w), (h, w), (h, w)]
-    return [
-        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-        for shape in shapes
-    ]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
 
 
 def results(function, tensors: list[Tensor], **options) -> dict[str, Tensor]:
@@ -48,9 +45,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(
-    "b, q, m, window", CASES, ids=[f"B{b}-Q{q}-M{m}-w{w}" for b, q, m, w in CASES]
-)
+@pytest.mark.parametrize("b, q, m, window", CASES, ids=[f"B{b}-Q{q}-M{m}-w{w}" for b, q, m, w in CASES])
 @pytest.mark.parametrize("limits", [module._ON_CPU, module._ON_GPU], ids=["cpu", "gpu"])
 def test_fp64_equals_reference(b, q, m, window, limits, monkeypatch):
     """By the tiles of a CPU, and by those that a GPU gets."""
@@ -72,9 +67,7 @@ def test_the_tiles():
 
 
 # fp32: sums of up to 133 terms, each rounded to 6e-8. bf16: scores and weights are rounded to 4e-3 each.
-@pytest.mark.parametrize(
-    "dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"]
-)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
 def test_precision(dtype, tolerance):
     tensors = inputs(1, 130, 3, dtype=dtype)  # fp32 blocks hold 128 queries
     want = results(relative_attention_reference, tensors)

@@ -5,22 +5,15 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import aot
-from benchmarks.kernels_static import (
-    MANY_ROWS,
-    Layer,
-    bytes_over_minimum,
-    quick_builds,
-    record_layer,
-)
+from benchmarks.kernels_static import MANY_ROWS, Layer, bytes_over_minimum, quick_builds, record_layer
 from foreroute.kernels.launching import is_interpreted
 
-pytestmark = pytest.mark.skipif(
-    is_interpreted(), reason="TRITON_INTERPRET=1: kernels are interpreted, not compiled"
-)
+pytestmark = pytest.mark.skipif(is_interpreted(), reason="TRITON_INTERPRET=1: kernels are interpreted, not compiled")
 
 
 def recorded(kernel, shape=MANY_ROWS, arch="sm_80", **arguments):
-    """The first launch of this kernel in a plain bf16 layer, with some arguments changed; BLOCK_ sizes, warps, stages."""
+    """The first launch of this kernel in a plain bf16 layer, with some arguments changed; BLOCK_ sizes, warps,
+    stages."""
     forward, backward = record_layer(Layer(shape, "bf16", gated=False), arch)
     launch = next(launch for launch in forward + backward if launch.name == kernel)
     options = {name: arguments.pop(name, value) for name, value in launch.options.items()}
@@ -31,21 +24,17 @@ def failures(launch, arch="sm_80"):
     return aot.failures(launch, arch, aot.compile_launch(launch, arch))
 
 
-COMPILED = (
-    "gfx942"  # in every run of the tests; the others, up to half a minute each, in the slow set
-)
+COMPILED = "gfx942"  # in every run of the tests; the others, up to half a minute each, in the slow set
 
 
 @pytest.mark.parametrize(
     "arch", [arch if arch == COMPILED else pytest.param(arch, marks=pytest.mark.slow) for arch in aot.CHIPS]
-)  # fmt: skip
+)
 def test_every_kernel_passes(arch):
     builds = quick_builds(arch)
     assert len({build.launch.name for build in builds}) == 9
     wrong = {
-        f"{launch.name} {launch.start.arguments}": found
-        for _, launch in builds
-        if (found := failures(launch, arch))
+        f"{launch.name} {launch.start.arguments}": found for _, launch in builds if (found := failures(launch, arch))
     }
     assert not wrong
 
@@ -61,11 +50,9 @@ def test_reports_too_much_shared_memory():
     assert failure.endswith("bytes of 166912")
 
 
-@pytest.mark.parametrize("kernel", ["_up_kernel", "_down_kernel", "_weights_kernel", "_combine_kernel"])  # fmt: skip
+@pytest.mark.parametrize("kernel", ["_up_kernel", "_down_kernel", "_weights_kernel", "_combine_kernel"])
 def test_reports_narrow_accesses(kernel):
-    unaligned = recorded(
-        kernel, MANY_ROWS._replace(width=100)
-    )  # rows of 200 bytes: not a multiple of 16
+    unaligned = recorded(kernel, MANY_ROWS._replace(width=100))  # rows of 200 bytes: not a multiple of 16
     assert any(failure.startswith("not 128-bit: ") for failure in failures(unaligned))
 
 
@@ -79,9 +66,7 @@ def test_reports_a_product_without_tensor_cores():
     launch = recorded("_up_kernel", arch="sm_90")
     resources = aot.compile_launch(launch, "sm_90")
     without = {n: c for n, c in resources.instructions.items() if n != "HGMMA"}
-    assert aot.failures(launch, "sm_90", replace(resources, instructions=without)) == [
-        "no tensor-core instruction"
-    ]
+    assert aot.failures(launch, "sm_90", replace(resources, instructions=without)) == ["no tensor-core instruction"]
 
 
 def test_refuses_the_interpreter(monkeypatch):

@@ -17,10 +17,10 @@ ENTRIES = {
 }
 
 
-def find(arch="sm_80", dtype=torch.bfloat16, *, precision="ieee", gated=False, rows=10**6, experts=4, width=512, hidden=512):  # fmt: skip
-    return ffn_tiles(
-        arch, dtype, precision, gated=gated, rows=rows, experts=experts, width=width, hidden=hidden
-    )
+def find(
+    arch="sm_80", dtype=torch.bfloat16, *, precision="ieee", gated=False, rows=10**6, experts=4, width=512, hidden=512
+):
+    return ffn_tiles(arch, dtype, precision, gated=gated, rows=rows, experts=experts, width=width, hidden=hidden)
 
 
 @pytest.mark.parametrize("name", ENTRIES)
@@ -28,7 +28,7 @@ def test_an_entry_can_be_compiled(name):
     """Triton wants powers of two, tensor cores 16 or more along each side."""
     entry = ENTRIES[name]
     for tile in entry:
-        assert {size & (size - 1) for size in (tile.rows, tile.columns, tile.depth, tile.num_warps)} == {0}  # fmt: skip
+        assert {size & (size - 1) for size in (tile.rows, tile.columns, tile.depth, tile.num_warps)} == {0}
         assert min(tile.rows, tile.columns, tile.depth) >= 16
         assert max(tile.rows, tile.columns) <= 128 and tile.depth <= 64
         assert 1 <= tile.num_warps <= 8 and 1 <= tile.num_stages <= 3
@@ -46,15 +46,22 @@ def test_few_rows_get_low_tiles():
 @pytest.mark.parametrize(
     ("arch", "like"),
     [
-        ("sm_75", "sm_80"), ("sm_86", "sm_80"), ("sm_89", "sm_80"), ("sm_120", "sm_80"),
-        ("sm_90", "sm_90"), ("sm_100", "sm_100"), ("sm_103", "sm_100"), ("gfx942", "gfx942"), ("gfx950", "gfx942"),
+        ("sm_75", "sm_80"),
+        ("sm_86", "sm_80"),
+        ("sm_89", "sm_80"),
+        ("sm_120", "sm_80"),
+        ("sm_90", "sm_90"),
+        ("sm_100", "sm_100"),
+        ("sm_103", "sm_100"),
+        ("gfx942", "gfx942"),
+        ("gfx950", "gfx942"),
     ],
-)  # fmt: skip
+)
 def test_chips_without_entries_use_those_of_one_like_them(arch, like):
-    for number, arithmetic in ((torch.bfloat16, "half"), (torch.float32, "tf32"), (torch.float32, "ieee")):  # fmt: skip
+    for number, arithmetic in ((torch.bfloat16, "half"), (torch.float32, "tf32"), (torch.float32, "ieee")):
         for gated in (False, True):
             for few in (False, True):
-                found = find(arch, number, precision=arithmetic, gated=gated, rows=1 if few else 10**6)  # fmt: skip
+                found = find(arch, number, precision=arithmetic, gated=gated, rows=1 if few else 10**6)
                 assert found == tiles._TABLE[like][arithmetic][few][gated]
 
 
@@ -75,7 +82,7 @@ def test_tiles_are_narrowed_to_the_widths():
     narrow = find(width=3, hidden=3)
     assert [(tile.columns, tile.depth) for tile in narrow[:4]] == [(16, 16)] * 4
     assert [(tile.rows, tile.columns) for tile in narrow[4:]] == [(16, 16)] * 2
-    assert [tiles._power_of_two(width) for width in (0, 1, 16, 17, 32, 33)] == [16, 16, 16, 32, 32, 64]  # fmt: skip
+    assert [tiles._power_of_two(width) for width in (0, 1, 16, 17, 32, 33)] == [16, 16, 16, 32, 32, 64]
 
 
 def test_a_row_is_moved_by_16_bytes_a_thread():

@@ -1,4 +1,5 @@
-"""launch.analyse on runs of a few steps: its start is the run's own initialisation, and checkpoints are read in order."""
+"""launch.analyse on runs of a few steps: its start is the run's own initialisation, and checkpoints are read in
+order."""
 
 import json
 
@@ -7,10 +8,21 @@ import pytest
 
 def trained(run, tmp_path, text, name, *options):
     done = run(
-        "train", "experiment=debug", "corpus=file", f"corpus.path={text}", f"corpus.cache_dir={tmp_path / 'cache'}",
-        f"train.runs_dir={tmp_path}", f"train.name={name}", "train.steps=4", "train.save_every=2", "train.keep=3", "train.threads=1",
-        "eval.max_symbols=64", "eval.k=[1,4]", *options,
-    )  # fmt: skip
+        "train",
+        "experiment=debug",
+        "corpus=file",
+        f"corpus.path={text}",
+        f"corpus.cache_dir={tmp_path / 'cache'}",
+        f"train.runs_dir={tmp_path}",
+        f"train.name={name}",
+        "train.steps=4",
+        "train.save_every=2",
+        "train.keep=3",
+        "train.threads=1",
+        "eval.max_symbols=64",
+        "eval.k=[1,4]",
+        *options,
+    )
     assert done.returncode == 0, done.stderr
     return tmp_path / name
 
@@ -23,13 +35,13 @@ def analysed(run, folder):
 
 def test_a_run_that_learns_nothing_ends_as_it_starts(run, tmp_path, text):
     """With a learning rate of 0 the initialisation that is drawn anew must equal the checkpoints, bit for bit."""
-    still, _ = analysed(run, trained(run, tmp_path, text, "still", "moe.router=frozen", "optim.lr=0"))  # fmt: skip
+    still, _ = analysed(run, trained(run, tmp_path, text, "still", "moe.router=frozen", "optim.lr=0"))
     for name in ("output_similarity", "weight_similarity"):
         assert still[name]["start"] == still[name]["end"]
     between = still["routing_change"]["between"]
     assert [(c["from"], c["to"], c["share"]) for c in between] == [(0, 2, 0), (2, 4, 0), (0, 4, 0)]
 
-    moved, output = analysed(run, trained(run, tmp_path, text, "moved", "moe.router=frozen", "optim.lr=0.05"))  # fmt: skip
+    moved, output = analysed(run, trained(run, tmp_path, text, "moved", "moe.router=frozen", "optim.lr=0.05"))
     assert moved["output_similarity"]["start"] == still["output_similarity"]["start"]
     assert moved["output_similarity"]["end"] != still["output_similarity"]["end"]
     shares = [change["share"] for change in moved["routing_change"]["between"]]
@@ -46,7 +58,9 @@ def test_hashed_routes_do_not_change_with_training(run, tmp_path, text):
 
 def test_what_a_stop_left_changes_nothing(run, tmp_path, text):
     """Checkpoints of steps 1 and 3 lie between those of train.save_every=2, as after two stops."""
-    folder = trained(run, tmp_path, text, "stopped", "moe.router=frozen", "optim.lr=0.05", "train.save_every=1", "train.keep=4")  # fmt: skip
+    folder = trained(
+        run, tmp_path, text, "stopped", "moe.router=frozen", "optim.lr=0.05", "train.save_every=1", "train.keep=4"
+    )
     every, _ = analysed(run, folder)
     assert [c["to"] for c in every["routing_change"]["between"]] == [1, 2, 3, 4, 4]
     config = folder / "config.yaml"
@@ -63,7 +77,9 @@ def test_shuffled_keys_are_drawn_anew(run, tmp_path, text):
     assert found["routing_change"]["between"] is None and set(found["routes"]) == {"1", "2", "4"}
 
 
-@pytest.mark.parametrize(("option", "word"), [("symbols=0", "symbols=0"), ("run=/does/not/exist", "/does/not/exist"), ("k=3", "k")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("option", "word"), [("symbols=0", "symbols=0"), ("run=/does/not/exist", "/does/not/exist"), ("k=3", "k")]
+)
 def test_wrong_options_are_one_line(run, tmp_path, option, word):
     done = run("analyse", f"run={tmp_path}", option)
     assert done.returncode == 2 and word in done.stderr

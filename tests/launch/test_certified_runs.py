@@ -1,4 +1,5 @@
-"""launch.train certificate=PATH on one rank: what is held to, what is refused, with which line. On two: test_ranks.py."""
+"""launch.train certificate=PATH on one rank: what is held to, what is refused, with which line. On two:
+test_ranks.py."""
 
 import json
 import shutil
@@ -10,9 +11,15 @@ from foreroute.engine.testing.ranks import change_certificate
 
 def options(tmp_path, text, *more):
     return [
-        "experiment=debug", "corpus=file", f"corpus.path={text}", f"corpus.cache_dir={tmp_path / 'cache'}",
-        f"train.runs_dir={tmp_path / 'runs'}", "train.steps=6", "train.log_every=1", *more,
-    ]  # fmt: skip
+        "experiment=debug",
+        "corpus=file",
+        f"corpus.path={text}",
+        f"corpus.cache_dir={tmp_path / 'cache'}",
+        f"train.runs_dir={tmp_path / 'runs'}",
+        "train.steps=6",
+        "train.log_every=1",
+        *more,
+    ]
 
 
 @pytest.fixture
@@ -26,24 +33,30 @@ def certificate(run, tmp_path, text):
 
 
 def test_a_run_is_held_to_its_certificate(run, tmp_path, text, certificate):
-    """Options that change no count may differ; the first step that differs ends the run, and it can be resumed with another."""
+    """Options that change no count may differ; the first step that differs ends the run, and it can be resumed with
+    another."""
     right = shutil.copytree(certificate, tmp_path / "right")
     rows = change_certificate(certificate, "computed_uyrm", (4, 1, 0, 0))
-    free = "optim.lr=0.001", "train.save_every=2", "train.name=held", "moe.expert_width=8", "moe.spread=1", "parallel.wire=bf16"  # fmt: skip
+    free = (
+        "optim.lr=0.001",
+        "train.save_every=2",
+        "train.name=held",
+        "moe.expert_width=8",
+        "moe.spread=1",
+        "parallel.wire=bf16",
+    )
     run_options = options(tmp_path, text, *free)
     done = run("train", *run_options, f"certificate={certificate}")
     assert done.returncode == 1
     lines = [line for line in done.stderr.splitlines() if line.startswith("foreroute: ")]
     kept = tmp_path / "runs/held/checkpoints/step-00000004"
     assert lines == [
-        f"foreroute: rank 0 differs from its certificate at step 4, layer 1, micro-batch 0: expert rows computed {rows}, "
-        f"certified {rows + 1}; the last good checkpoint is {kept}"
+        "foreroute: rank 0 differs from its certificate at step 4, layer 1, micro-batch 0: expert rows computed"
+        f" {rows}, certified {rows + 1}; the last good checkpoint is {kept}"
     ]
     log = tmp_path / "runs/held/metrics.jsonl"
     assert json.loads(log.read_text().splitlines()[-1])["step"] == 4
-    done = run(
-        "train", *run_options, "train.resume=true", f"certificate={right / 'certificate.json'}"
-    )
+    done = run("train", *run_options, "train.resume=true", f"certificate={right / 'certificate.json'}")
     assert done.returncode == 0, done.stderr
     assert "resumed at step 4" in done.stdout and "\n2 steps were as certified\n" in done.stdout
     assert f"held to {right / 'certificate.json'}: all 6 steps" in done.stdout
@@ -51,10 +64,7 @@ def test_a_run_is_held_to_its_certificate(run, tmp_path, text, certificate):
 
 REFUSED = {
     "another schedule": (["schedule.k_max=3"], "schedule.k_max=3, certified 4"),
-    "another seed": (
-        ["train.seed=7"],
-        "a run with other tables: train.seed=7, certified 1111; their",
-    ),
+    "another seed": (["train.seed=7"], "a run with other tables: train.seed=7, certified 1111; their"),
     "another length": (["train.steps=5"], "train.steps=5, certified 6"),
     "micro-batches": (["train.accumulation=2"], "train.accumulation=2, certified 1"),
     "a live router": (["moe.router=frozen"], "moe.router=frozen, certified hashed"),
@@ -82,7 +92,7 @@ def test_a_certificate_of_another_text_is_refused(run, tmp_path, text, certifica
 
 def test_a_certificate_of_other_ranks_is_refused(run, tmp_path, text):
     path = tmp_path / "found/certificate.json"
-    assert run("certify", *options(tmp_path, text), "world_size=2", f"out={path.parent}").returncode == 0  # fmt: skip
+    assert run("certify", *options(tmp_path, text), "world_size=2", f"out={path.parent}").returncode == 0
     done = run("train", *options(tmp_path, text), f"certificate={path}")
     refused(done, tmp_path, f"ranks: 1; {path} is the certificate of a run on 2")
 

@@ -12,16 +12,7 @@ import pytest
 
 from foreroute.engine.metrics.names import METRICS
 from foreroute.engine.testing.ranks import Program
-from foreroute.launch.dashboard import (
-    HEAT_MAPS,
-    LEFT_OUT,
-    SECTIONS,
-    DashboardArgs,
-    Panel,
-    build,
-    load,
-    specification,
-)
+from foreroute.launch.dashboard import HEAT_MAPS, LEFT_OUT, SECTIONS, DashboardArgs, Panel, build, load, specification
 
 NAMES = ["Throughput", "Exchange", "Experts", "Quality against compute", "Health"]
 
@@ -80,9 +71,7 @@ def text():
 def panels_of(text):
     sections = json.loads(text)["spec"]["section"]["panelBankConfig"]["sections"]
     assert [section["name"] for section in sections] == NAMES
-    return {
-        section["name"]: [panel["config"] for panel in section["panels"]] for section in sections
-    }
+    return {section["name"]: [panel["config"] for panel in section["panels"]] for section in sections}
 
 
 def test_the_specification_shows_the_metrics_in_their_units(text):
@@ -103,15 +92,10 @@ def test_the_specification_shows_the_metrics_in_their_units(text):
 
 def test_series_of_ranks_and_layers_are_found_by_their_pattern(text):
     patterns = {
-        config["metricRegex"]
-        for panels in panels_of(text).values()
-        for config in panels
-        if "metricRegex" in config
+        config["metricRegex"] for panels in panels_of(text).values() for config in panels if "metricRegex" in config
     }
     found = {name for name in METRICS if any(re.search(p, f"{name}/0") for p in patterns)}
-    assert found == {
-        name for name, metric in METRICS.items() if metric.axes and "expert" not in metric.axes
-    }
+    assert found == {name for name, metric in METRICS.items() if metric.axes and "expert" not in metric.axes}
     assert any(re.search(p, "rank_own_ms/max") for p in patterns)
     assert not any(re.search(p, "own_ms/0") or re.search(p, "step_ms") for p in patterns)
     maps = [config["metrics"] for config in panels_of(text)["Experts"] if HEAT_MAPS in str(config)]
@@ -162,11 +146,7 @@ class Server:
     requests: list[str] = field(default_factory=list)
 
     def environment(self, home):
-        return {
-            "WANDB_BASE_URL": f"http://127.0.0.1:{self.port}",
-            "WANDB_API_KEY": "a" * 40,
-            "HOME": str(home),
-        }
+        return {"WANDB_BASE_URL": f"http://127.0.0.1:{self.port}", "WANDB_API_KEY": "a" * 40, "HOME": str(home)}
 
     def answer(self, query, variables):
         if "upsertView" in query:
@@ -175,7 +155,7 @@ class Server:
             if not inserted:
                 assert variables["id"] == self.views[name]["id"]
             self.views[name] = {"id": f"view-{name}", **variables}
-            return {"upsertView": {"view": {"id": f"view-{name}", "name": name}, "inserted": inserted}}  # fmt: skip
+            return {"upsertView": {"view": {"id": f"view-{name}", "name": name}, "inserted": inserted}}
         if "allViews" in query:
             if variables["projectName"] != "p":
                 return {"project": None}
@@ -211,12 +191,13 @@ def server():
 
 def apply(environment, *options, times=1):
     """Send the dashboard from a process of its own; W&B's client keeps its login for as long as a process lives."""
-    program = f"import sys\nfrom foreroute.launch.dashboard import main\nfor _ in range({times}):\n    try: main()\n    except SystemExit as end: code = end.code\nsys.exit(code)"  # fmt: skip
+    program = (
+        f"import sys\nfrom foreroute.launch.dashboard import main\nfor _ in range({times}):\n    try: main()\n   "
+        " except SystemExit as end: code = end.code\nsys.exit(code)"
+    )
     arguments = ["entity=team", "layers=3", "apply=true", *options]
     with Program(program, arguments, {**os.environ, **environment}) as process:
-        return SimpleNamespace(
-            **dict(zip(("returncode", "stdout", "stderr"), process.wait(), strict=True))
-        )
+        return SimpleNamespace(**dict(zip(("returncode", "stdout", "stderr"), process.wait(), strict=True)))
 
 
 def test_it_is_sent_once_and_then_changed(tmp_path, server, text):

@@ -14,14 +14,7 @@ from omegaconf import OmegaConf
 
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.memory.sizes import count_parameters
-from foreroute.engine.config import (
-    Config,
-    Corpus,
-    CorpusConfig,
-    DataConfig,
-    KernelsConfig,
-    ParallelConfig,
-)
+from foreroute.engine.config import Config, Corpus, CorpusConfig, DataConfig, KernelsConfig, ParallelConfig
 from foreroute.engine.config.enums import Router
 from foreroute.engine.data.corpus import prepare
 from foreroute.engine.evaluation.held_out import evaluate
@@ -29,7 +22,9 @@ from foreroute.engine.model.build import build_routers
 from foreroute.engine.train.trainer import Trainer
 from foreroute.launch.start.cli import CONF
 
-FILES = sorted(str(path.relative_to(CONF / "experiment").with_suffix("")) for path in (CONF / "experiment").rglob("*.yaml"))  # fmt: skip
+FILES = sorted(
+    str(path.relative_to(CONF / "experiment").with_suffix("")) for path in (CONF / "experiment").rglob("*.yaml")
+)
 ARMS = [name for name in FILES if name.startswith("study/")]
 NAMES = [
     "dense",
@@ -91,16 +86,12 @@ def shrink(config, text, folder):
         "eval": replace(config.eval, max_symbols=40, segment=8, memory=8, streams=2),
         "kernels": KernelsConfig(masked_from_k=99),
         "parallel": ParallelConfig(),
-    }  # fmt: skip
+    }
     return replace(config, **small)
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * name.startswith(("paper/", "study/")))
-        for name in FILES
-    ],
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * name.startswith(("paper/", "study/"))) for name in FILES]
 )
 def test_a_shrunk_copy_trains_and_evaluates(tmp_path, text, name):
     config = shrink(composed(name), text, tmp_path)
@@ -108,7 +99,7 @@ def test_a_shrunk_copy_trains_and_evaluates(tmp_path, text, name):
     trainer = Trainer(config, corpus, build_routers(config, corpus), tmp_path, SILENT)
     before = [p.detach().clone() for p in trainer.model.parameters()]
     assert trainer.run(None, lambda: False)
-    changed = [not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True)]  # fmt: skip
+    changed = [not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True)]
     assert sum(changed) > len(changed) / 2
     k = config.schedule.k_max
     found = evaluate(trainer.model, trainer.routers, corpus, config, split=config.eval.split, k=k)
@@ -149,7 +140,7 @@ def test_the_arms_are_those_of_the_study_and_say_what_they_are():
         assert config.train.name == f"study_{name}"
         for section in ("corpus", "data", "optim", "eval", "kernels"):
             assert getattr(config, section) == getattr(scale, section), name
-    told = {name: json.dumps([str(c.model), str(c.moe), str(c.schedule)]) for name, c in found.items()}  # fmt: skip
+    told = {name: json.dumps([str(c.model), str(c.moe), str(c.schedule)]) for name, c in found.items()}
     assert len(set(told.values())) == len(told)
     routers = {"thor": "stochastic", "hashed": "hashed", "dense": "dense"}
     for name, config in found.items():

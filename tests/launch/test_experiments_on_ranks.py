@@ -8,11 +8,26 @@ import sys
 import pytest
 
 SHRUNK = (
-    "corpus=stdlib", "corpus.tokens=bytes", "data.segment=16", "model.layers=2", "model.width=16", "model.heads=2",
-    "model.head_width=8", "model.memory=16", "moe.expert_width=8", "moe.rows=512", "train.steps=3", "train.log_every=1",
-    "train.save_every=0", "train.valid_every=0", "eval.k=[4]", "eval.max_symbols=2000", "eval.segment=16",
-    "eval.memory=16", "train.threads=1",
-)  # fmt: skip
+    "corpus=stdlib",
+    "corpus.tokens=bytes",
+    "data.segment=16",
+    "model.layers=2",
+    "model.width=16",
+    "model.heads=2",
+    "model.head_width=8",
+    "model.memory=16",
+    "moe.expert_width=8",
+    "moe.rows=512",
+    "train.steps=3",
+    "train.log_every=1",
+    "train.save_every=0",
+    "train.valid_every=0",
+    "eval.k=[4]",
+    "eval.max_symbols=2000",
+    "eval.segment=16",
+    "eval.memory=16",
+    "train.threads=1",
+)
 
 
 @pytest.mark.dist
@@ -20,14 +35,22 @@ SHRUNK = (
 @pytest.mark.parametrize("name,ranks", [("enwik8_hashed_8gpu", 8), ("enwik8_hashed_2x8gpu", 16)])
 def test_rehearsal(tmp_path, name, ranks):
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-        "-m", "launch.train", f"experiment={name}", f"train.runs_dir={tmp_path}", *SHRUNK,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+        "-m",
+        "launch.train",
+        f"experiment={name}",
+        f"train.runs_dir={tmp_path}",
+        *SHRUNK,
+    ]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"ranks: {ranks}, in expert groups of 8; ZeRO stage 1" in done.stdout
-    rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]  # fmt: skip
+    rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 3 and all(row["wire_bytes"] > 0 for row in rows)
     assert (tmp_path / name / "summary.json").exists()

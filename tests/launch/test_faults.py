@@ -24,10 +24,16 @@ from foreroute.launch.testing.runs import last_step, wait_until
 
 def options(tmp_path, text, *more):
     return [
-        "experiment=debug", "corpus=file", f"corpus.path={text}", f"corpus.cache_dir={tmp_path / 'cache'}",
-        f"train.runs_dir={tmp_path / 'runs'}", "train.steps=8", "train.save_every=2", "train.log_every=2",
+        "experiment=debug",
+        "corpus=file",
+        f"corpus.path={text}",
+        f"corpus.cache_dir={tmp_path / 'cache'}",
+        f"train.runs_dir={tmp_path / 'runs'}",
+        "train.steps=8",
+        "train.save_every=2",
+        "train.log_every=2",
         *more,
-    ]  # fmt: skip
+    ]
 
 
 def state(folder):
@@ -43,9 +49,7 @@ def small_disk(tmp_path):
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
         pytest.skip("a small disk is a mounted tmpfs: it needs root")
     try:
-        yield lambda size: subprocess.run(
-            ["mount", "-o", f"remount,size={size}", str(folder)], check=True
-        )
+        yield lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True)
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
@@ -60,11 +64,11 @@ def test_a_full_disk_ends_the_run_and_keeps_what_is_good(run, tmp_path, text, sm
     done = run("train", *train)
     folder = tmp_path / "runs/cut"
     (line,) = done.stderr.splitlines()
-    assert done.returncode == 1 and line.startswith(
-        "foreroute: cannot write a checkpoint at step 6: "
+    assert done.returncode == 1 and line.startswith("foreroute: cannot write a checkpoint at step 6: ")
+    assert "No space left on device" in line and line.endswith(
+        f"the last good checkpoint is {folder}/checkpoints/step-00000004"
     )
-    assert "No space left on device" in line and line.endswith("the last good checkpoint is "f"{folder}/checkpoints/step-00000004")  # fmt: skip
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]  # fmt: skip
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
     assert find_newest(folder / "checkpoints")[1] == []
     assert state(folder) == {"state": "failed", "step": 6}
     small_disk("64m")
@@ -88,14 +92,8 @@ class Malice:
 
 def plant(folder, payload):
     """Pickles under every name that a run folder has, or that other programs' checkpoints have."""
-    for name in (
-        "state.json",
-        "summary.json",
-        "optimizer.pt",
-        "pytorch_model.bin",
-        "checkpoints/latest",
-    ):
-        (folder / name).write_bytes(payload)  # fmt: skip
+    for name in ("state.json", "summary.json", "optimizer.pt", "pytorch_model.bin", "checkpoints/latest"):
+        (folder / name).write_bytes(payload)
     newest, _ = find_newest(folder / "checkpoints")
     shard, manifest = newest.parent / "step-00000098", newest.parent / "step-00000099"
     for path in (shard, manifest):
@@ -155,9 +153,13 @@ def test_secrets_of_the_environment_are_written_nowhere(tmp_path, text):
     home = tmp_path / "home"
     home.mkdir()
     command = [
-        sys.executable, "-m", "launch.train", "-m", *options(tmp_path, text, "wandb.mode=offline"),
+        sys.executable,
+        "-m",
+        "launch.train",
+        "-m",
+        *options(tmp_path, text, "wandb.mode=offline"),
         "optim.lr=1e30,0.002",
-    ]  # fmt: skip
+    ]
     env = {**os.environ, **SECRETS, "HOME": str(home), "TMPDIR": str(tmp_path)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1 and "is nan at step" in done.stderr, done.stderr
@@ -173,10 +175,10 @@ def test_the_end_of_wandbs_service_does_not_end_the_run(tmp_path, text):
     """Its process is killed in the middle, as by the system when memory is short."""
     more = "wandb.mode=offline", "train.steps=400", "train.log_every=1"
     command = [sys.executable, "-m", "launch.train", *options(tmp_path, text, *more)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as train:  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as train:
         try:
             wait_until(lambda: last_step(tmp_path / "runs") > 3)
-            services = [p for p in psutil.Process(train.pid).children(recursive=True) if "wandb" in p.name()]  # fmt: skip
+            services = [p for p in psutil.Process(train.pid).children(recursive=True) if "wandb" in p.name()]
             assert services
             for service in services:
                 service.kill()
@@ -185,7 +187,7 @@ def test_the_end_of_wandbs_service_does_not_end_the_run(tmp_path, text):
             train.kill()
     assert train.returncode == 0 and "Traceback" not in err, err
     assert out.count("W&B is lost (") == 1
-    assert last_step(tmp_path / "runs") == 400 and state(tmp_path / "runs/debug")["state"] == "complete"  # fmt: skip
+    assert last_step(tmp_path / "runs") == 400 and state(tmp_path / "runs/debug")["state"] == "complete"
 
 
 SLOW = """
@@ -203,7 +205,7 @@ foreroute.launch.{program}.main()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda n: n.name)  # fmt: skip
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda n: n.name)
 def test_a_signal_in_the_evaluation(tmp_path, text, number):
     """Behind the training, whose last checkpoint is there, and of a program that evaluates alone."""
     folder = tmp_path / "runs/debug"
@@ -211,7 +213,9 @@ def test_a_signal_in_the_evaluation(tmp_path, text, number):
     for program, arguments in (("train", own), ("evaluate", [f"run={folder}", "streams=1"])):
         command = [sys.executable, "-c", SLOW.format(program=program), *arguments]
         defaults = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=defaults) as process:  # fmt: skip
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=defaults
+        ) as process:
             try:
                 while process.stdout.readline().strip() != "evaluates":
                     assert process.poll() is None

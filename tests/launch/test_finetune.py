@@ -30,13 +30,17 @@ SHORT = ["steps=6", "eval_every=3", "held_out=20", "threads=1"]
 def runs(tmp_path_factory):
     """Small runs: a folder for each router, and for each kind of tables at a dense model's input."""
     folder = tmp_path_factory.mktemp("finetune")
-    at_input = {"ngram": ["model.ngram=2", "model.ngram_rows=64"], "signatures": ["model.signatures=true"]}  # fmt: skip
+    at_input = {"ngram": ["model.ngram=2", "model.ngram_rows=64"], "signatures": ["model.signatures=true"]}
     for name in ("hashed", "frozen", "dense", *at_input):
         router = "dense" if name in at_input else name
         options = [
-            *small_run(folder), f"moe.router={router}", "train.steps=3", f"train.name={name}", f"train.runs_dir={folder}",
+            *small_run(folder),
+            f"moe.router={router}",
+            "train.steps=3",
+            f"train.name={name}",
+            f"train.runs_dir={folder}",
             *at_input.get(name, []),
-        ]  # fmt: skip
+        ]
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
             patch.setattr(sys, "argv", ["train", *options])
             importlib.import_module("foreroute.launch.train").main()
@@ -93,11 +97,12 @@ def test_the_whole_way(run, runs, tmp_path, task, router):
     for name, score in found["dev"].items():
         label = name if router == "dense" else f"k = {name}"
         told = done.stdout.split("not better than always saying 0: ")[1:]
-        assert bool(told and label in told[0].splitlines()[0].split(", ")) != score["better_than_majority"]  # fmt: skip
+        assert bool(told and label in told[0].splitlines()[0].split(", ")) != score["better_than_majority"]
 
 
-def test_nothing_that_shares_five_words_with_a_held_out_sentence_is_trained_on(run, runs, tmp_path, monkeypatch):  # fmt: skip
-    """Train has phrases of its sentences, as SST-2's; what the program really trains on is looked at, not hold_out alone."""
+def test_nothing_that_shares_five_words_with_a_held_out_sentence_is_trained_on(run, runs, tmp_path, monkeypatch):
+    """Train has phrases of its sentences, as SST-2's; what the program really trains on is looked at, not hold_out
+    alone."""
     folder, task = copy_of(runs, "dense", tmp_path), tmp_path / "phrases"
     task.mkdir()
     rng, words = random.Random(1), [f"w{i}" for i in range(60)]
@@ -145,7 +150,8 @@ def read_checkpoint(run_folder):
 
 @pytest.mark.parametrize("router", ["hashed", "frozen", "dense"])
 def test_fine_tuning_starts_from_the_checkpoint(runs, router):
-    """Embeddings, attention, experts, gates and tables are those of the file; pretrained=false has none of the weights."""
+    """Embeddings, attention, experts, gates and tables are those of the file; pretrained=false has none of the
+    weights."""
     folder = runs / router
     stored, tables = read_checkpoint(folder)
     args = program.FinetuneArgs(run=str(folder), task=TASK, seed=7)
@@ -170,7 +176,8 @@ def test_fine_tuning_starts_from_the_checkpoint(runs, router):
 
 @pytest.mark.parametrize("kind", ["ngram", "signatures"])
 def test_tables_at_the_input_stay_the_runs(runs, kind):
-    """Whatever the seed of fine-tuning, with pre-trained or new weights: text finds the rows that it found in pre-training."""
+    """Whatever the seed of fine-tuning, with pre-trained or new weights: text finds the rows that it found in
+    pre-training."""
     folder = runs / kind
     trained = read_config(folder / "config.yaml")
     ids_BQ, left_BC = torch.arange(40).reshape(2, 20), torch.zeros(2, 1, dtype=torch.int64)
@@ -203,7 +210,7 @@ def test_selection_never_sees_dev(run, runs, tmp_path, task):
     flipped = write_task(tmp_path / "flipped", flip_dev=True)
     found = []
     for name, path in (("one", task), ("other", flipped)):
-        done = run("finetune", f"run={folder}", f"task.path={path}", *SHORT, f"name={name}", "lr=[1e-2,1e-3]")  # fmt: skip
+        done = run("finetune", f"run={folder}", f"task.path={path}", *SHORT, f"name={name}", "lr=[1e-2,1e-3]")
         assert done.returncode == 0, done.stderr
         found.append(json.loads((folder / f"finetune/{name}.json").read_text()))
         found[-1]["selection"].pop("seconds")
@@ -211,8 +218,10 @@ def test_selection_never_sees_dev(run, runs, tmp_path, task):
     for k, score in found[0]["dev"].items():
         assert score["correct"] + found[1]["dev"][k]["correct"] == 70
     # negative control: labels of train do count
-    (flipped / "train.tsv").write_text((flipped / "train.tsv").read_text().replace("good \t1", "good \t0"))  # fmt: skip
-    assert run("finetune", f"run={folder}", f"task.path={flipped}", *SHORT, "name=train", "lr=[1e-2,1e-3]").returncode == 0  # fmt: skip
+    (flipped / "train.tsv").write_text((flipped / "train.tsv").read_text().replace("good \t1", "good \t0"))
+    assert (
+        run("finetune", f"run={folder}", f"task.path={flipped}", *SHORT, "name=train", "lr=[1e-2,1e-3]").returncode == 0
+    )
     train = json.loads((folder / "finetune/train.json").read_text())
     assert train["selection"]["curve"] != found[0]["selection"]["curve"]
 
@@ -259,10 +268,7 @@ def test_bad_options_are_one_line(run, runs, tmp_path, task, options, word):
 
 
 def test_what_is_missing_is_named(run, runs):
-    for options, word in (
-        (["task.path=x"], "run is missing"),
-        ([f"run={runs / 'hashed'}"], "task.path is missing"),
-    ):
+    for options, word in ((["task.path=x"], "run is missing"), ([f"run={runs / 'hashed'}"], "task.path is missing")):
         done = run("finetune", *options)
         assert done.returncode == 2 and word in done.stderr, done.stderr
         assert done.stderr.count("\n") == 1, done.stderr
@@ -271,7 +277,7 @@ def test_what_is_missing_is_named(run, runs):
 def test_the_published_recipe(run, runs, tmp_path, task):
     """Its options reach the program, and options of the command line go before them."""
     folder = copy_of(runs, "hashed", tmp_path)
-    done = run("finetune", f"run={folder}", f"task.path={task}", "recipe=published", "steps=1", "held_out=20")  # fmt: skip
+    done = run("finetune", f"run={folder}", f"task.path={task}", "recipe=published", "steps=1", "held_out=20")
     assert done.returncode == 0, done.stderr
     (path,) = (folder / "finetune").iterdir()
     settings = json.loads(path.read_text())["settings"]
@@ -283,12 +289,13 @@ def test_the_published_recipe(run, runs, tmp_path, task):
 def test_ctrl_c_ends_cleanly(runs, tmp_path, task):
     folder = copy_of(runs, "hashed", tmp_path)
     process = subprocess.Popen(
-        [
-            sys.executable, "-m", "launch.finetune", f"run={folder}", f"task.path={task}", *SHORT,
-            "steps=100000",
-        ],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [sys.executable, "-m", "launch.finetune", f"run={folder}", f"task.path={task}", *SHORT, "steps=100000"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     for line in process.stdout:
         if line.startswith("step 6/"):
             break

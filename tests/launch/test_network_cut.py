@@ -11,9 +11,19 @@ from benchmarks.cluster import LINK, two_nodes, why_not
 REASON = why_not()
 TIMEOUT_S = 20
 OPTIONS = [
-    "-m", "launch.train", "experiment=debug", "parallel.expert_ranks=2", f"parallel.timeout_s={TIMEOUT_S}", "train.threads=1",
-    "train.log_every=1", "train.save_every=5", "train.resume=true", "train.steps=2000", "eval.k=[1]", "eval.max_symbols=256",
-]  # fmt: skip
+    "-m",
+    "launch.train",
+    "experiment=debug",
+    "parallel.expert_ranks=2",
+    f"parallel.timeout_s={TIMEOUT_S}",
+    "train.threads=1",
+    "train.log_every=1",
+    "train.save_every=5",
+    "train.resume=true",
+    "train.steps=2000",
+    "eval.k=[1]",
+    "eval.max_symbols=256",
+]
 
 
 def link(node, state):
@@ -24,7 +34,13 @@ def link(node, state):
 @pytest.mark.dist
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))
 def test_a_cut_network_ends_all_ranks(tmp_path, text):
-    options = [*OPTIONS, "corpus=file", f"corpus.path={text}", f"corpus.cache_dir={tmp_path}", f"train.runs_dir={tmp_path}"]  # fmt: skip
+    options = [
+        *OPTIONS,
+        "corpus=file",
+        f"corpus.path={text}",
+        f"corpus.cache_dir={tmp_path}",
+        f"train.runs_dir={tmp_path}",
+    ]
     metrics = tmp_path / "debug/metrics.jsonl"
 
     def steps():
@@ -34,7 +50,7 @@ def test_a_cut_network_ends_all_ranks(tmp_path, text):
 
         def run_until(ready, then):
             """Start the run; when ready() says so, do `then`; give the ranks' ends and the seconds since."""
-            run = pool.submit(cluster.run_ranks, options, per_node=1, seconds=300, env={"OMP_NUM_THREADS": "1"})  # fmt: skip
+            run = pool.submit(cluster.run_ranks, options, per_node=1, seconds=300, env={"OMP_NUM_THREADS": "1"})
             while not ready():
                 assert not run.done(), run.result()
                 time.sleep(0.05)
@@ -44,8 +60,8 @@ def test_a_cut_network_ends_all_ranks(tmp_path, text):
 
         ended, took_s = run_until(lambda: steps() > 12, lambda: link(cluster.nodes[1], "down"))
         assert [rank.code for rank in ended] == [1, 1], ended
-        lines = [[line for line in rank.err.splitlines() if line.startswith("foreroute:")] for rank in ended]  # fmt: skip
-        assert len(lines[0]) == 1 and lines[0][0].startswith("foreroute: rank 1 is lost: no sign of life")  # fmt: skip
+        lines = [[line for line in rank.err.splitlines() if line.startswith("foreroute:")] for rank in ended]
+        assert len(lines[0]) == 1 and lines[0][0].startswith("foreroute: rank 1 is lost: no sign of life")
         assert lines[1] == ["foreroute: rank 0 is lost: its store does not answer"]
         assert took_s < 3 * TIMEOUT_S  # itself, and two ends of Python on a busy machine
         link(cluster.nodes[1], "up")

@@ -24,11 +24,20 @@ def test_quickstart_learns_and_slims(tmp_path, corpus):
     options, bound = CORPORA[corpus]
     subprocess.run(
         [
-            sys.executable, "-m", "launch.train", "experiment=quickstart", *options, "train.steps=500",
-            f"train.runs_dir={tmp_path}", "eval.max_symbols=60000", "train.log_every=100",
+            sys.executable,
+            "-m",
+            "launch.train",
+            "experiment=quickstart",
+            *options,
+            "train.steps=500",
+            f"train.runs_dir={tmp_path}",
+            "eval.max_symbols=60000",
+            "train.log_every=100",
         ],
-        cwd=ROOT, check=True, timeout=900,
-    )  # fmt: skip
+        cwd=ROOT,
+        check=True,
+        timeout=900,
+    )
     summary = json.loads((tmp_path / "quickstart/summary.json").read_text())
     bpc = {int(k): value for k, value in summary["bpc"].items()}
     best = min(bpc.values())

@@ -12,15 +12,13 @@ import foreroute.launch.certify.program
 from foreroute.engine.testing.ranks import Program, change_certificate, rank_environments
 from foreroute.launch.testing.runs import last_step, wait_until
 
-OPTIONS = (
-    "experiment=debug",
-    "parallel.expert_ranks=2",
-    "parallel.timeout_s=600",
-    "train.threads=1",
-)
+OPTIONS = ("experiment=debug", "parallel.expert_ranks=2", "parallel.timeout_s=600", "train.threads=1")
 AWAKE_S = 10
 SOON = "parallel.timeout_s=20"  # for ranks that are lost
-MAIN = "import foreroute.launch.train; from foreroute.launch.start.process import run_and_leave; run_and_leave(foreroute.launch.train.main)"
+MAIN = (
+    "import foreroute.launch.train; from foreroute.launch.start.process import run_and_leave;"
+    " run_and_leave(foreroute.launch.train.main)"
+)
 LATE = """
 import time, foreroute.launch.train
 from pathlib import Path
@@ -45,16 +43,14 @@ atexit.register(lambda: Path({folder!r}, {mark!r}).exists() or os._exit(9))
 
 
 class Ranks:
-    """Two processes of the training program (or as many as have options of their own), started as torchrun would, without its
-    agent; each may run code before it."""
+    """Two processes of the training program (or as many as have options of their own), started as torchrun would,
+    without its agent; each may run code before it."""
 
     def __init__(self, folder, options, own_options=((), ()), code=("", "")):
         self.folder = folder
         environments = rank_environments(len(own_options))
         self.processes = [
-            Program(
-                f"{before}\n{MAIN}", [*OPTIONS, f"train.runs_dir={folder}", *options, *own], environ
-            )
+            Program(f"{before}\n{MAIN}", [*OPTIONS, f"train.runs_dir={folder}", *options, *own], environ)
             for own, before, environ in zip(own_options, code, environments, strict=True)
         ]
 
@@ -122,7 +118,7 @@ def test_two_processes_train_like_one(tmp_path, alone, peer_ids):
     assert lines(first[2] + second[2]) == [] and second[1] == ""
     if slow:
         assert ": rank 1 is slow: " in first[1]
-        rows = [json.loads(row) for row in (tmp_path / "debug/metrics.jsonl").read_text().splitlines()]  # fmt: skip
+        rows = [json.loads(row) for row in (tmp_path / "debug/metrics.jsonl").read_text().splitlines()]
         assert sum(row["slowest_rank"] == 1 and row["rank_skew"] > 1.5 for row in rows) >= 3
     assert losses(tmp_path) == pytest.approx(alone[0], rel=1e-5)
     summary = json.loads((tmp_path / "debug/summary.json").read_text())
@@ -134,11 +130,7 @@ def test_two_processes_train_like_one(tmp_path, alone, peer_ids):
 @pytest.mark.dist
 def test_a_run_goes_on_with_other_ranks(tmp_path, alone):
     """Two ranks at ZeRO stage 3, from step 10 on one rank at stage 2 and two micro-batches."""
-    options = [
-        "model.dropout=0",
-        "train.save_every=10",
-        "train.zero_stage=3",
-    ]  # dropout would draw new numbers
+    options = ["model.dropout=0", "train.save_every=10", "train.zero_stage=3"]  # dropout would draw new numbers
     with Ranks(tmp_path, options) as ranks:
         assert [code for code, *_ in ranks.wait()] == [0, 0]
     shutil.rmtree(tmp_path / "debug/checkpoints/step-00000020")
@@ -154,9 +146,7 @@ def test_a_run_goes_on_with_other_ranks(tmp_path, alone):
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    "how",
-    [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)],
-    ids=lambda how: how.name,
+    "how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)], ids=lambda how: how.name
 )
 def test_a_lost_rank_is_named(tmp_path, how):
     """Killed: its connections break. Stopped: they stay, and the other rank waits in a collective."""
@@ -173,8 +163,8 @@ def test_a_lost_rank_is_named(tmp_path, how):
 @pytest.mark.slow
 @pytest.mark.dist
 def test_a_rank_that_is_stuck_in_the_first_step_ends_all(tmp_path):
-    """It is alive, and waits for ever; the other waits for it in a group that DeepSpeed made. Five times as long as in others:
-    the first step may compile."""
+    """It is alive, and waits for ever; the other waits for it in a group that DeepSpeed made. Five times as long as in
+    others: the first step may compile."""
     code = "", SLOW.replace("sleep(0.25)", "sleep(1e6)")
     with Ranks(tmp_path, ["parallel.timeout_s=8"], code=code) as ranks:
         found = ranks.wait()
@@ -204,7 +194,9 @@ def test_a_suspended_job_wakes_up(tmp_path, alone):
 @pytest.mark.dist
 def test_the_clock_of_one_rank_saves_on_all(tmp_path):
     """A checkpoint by time is of one step on every rank."""
-    hasty = "from foreroute.engine.train.trainer import Trainer\nTrainer._save_asked = lambda trainer: trainer.step == 2"
+    hasty = (
+        "from foreroute.engine.train.trainer import Trainer\nTrainer._save_asked = lambda trainer: trainer.step == 2"
+    )
     options = ["train.steps=5", "train.keep=9", "eval.k=[1]", "eval.max_symbols=256"]
     with Ranks(tmp_path, options, code=("", hasty)) as ranks:
         assert [code for code, *_ in ranks.wait()] == [0, 0]
@@ -213,15 +205,15 @@ def test_the_clock_of_one_rank_saves_on_all(tmp_path):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(
-    ("name", "values"), [("optim.lr", (0.002, 0.5)), ("parallel.expert_ranks", (2, 1))]
-)
+@pytest.mark.parametrize(("name", "values"), [("optim.lr", (0.002, 0.5)), ("parallel.expert_ranks", (2, 1))])
 def test_a_rank_with_another_option_is_named(tmp_path, name, values):
     """Also one on which it depends which ranks form a group."""
     with Ranks(tmp_path, [], own_options=((), (f"{name}={values[1]}",))) as ranks:
         (code, _, stderr), second = ranks.wait()
     assert (code, second[0]) == (2, 2)
-    assert lines(stderr) == [f"foreroute: {name} differs between the ranks: rank 0 has {values[0]}, rank 1 has {values[1]}"]  # fmt: skip
+    assert lines(stderr) == [
+        f"foreroute: {name} differs between the ranks: rank 0 has {values[0]}, rank 1 has {values[1]}"
+    ]
     assert lines(second[2]) == []  # one of them speaks for all
     assert not (tmp_path / "debug/config.yaml").exists()
 
@@ -229,10 +221,12 @@ def test_a_rank_with_another_option_is_named(tmp_path, name, values):
 @pytest.mark.dist
 @pytest.mark.slow
 def test_nobody_goes_on_while_rank_0_works_alone(tmp_path):
-    """Rank 0 draws and closes the metrics (W&B may take minutes); a launcher would end it if the other had ended by then."""
+    """Rank 0 draws and closes the metrics (W&B may take minutes); a launcher would end it if the other had ended by
+    then."""
     folder = str(tmp_path)
-    late = LATE.format(folder=folder) + (
-        "make_late(Metrics, 'close', 'closed')\nmake_late(foreroute.launch.runs.summary, 'plot_slimming', 'drawn')"
+    late = (
+        LATE.format(folder=folder)
+        + "make_late(Metrics, 'close', 'closed')\nmake_late(foreroute.launch.runs.summary, 'plot_slimming', 'drawn')"
     )
     code = late, LEAVE.format(folder=folder, mark="closed")
     with Ranks(tmp_path, ["train.steps=2"], code=code) as ranks:
@@ -275,7 +269,7 @@ def test_a_stop_of_one_rank_stops_all_behind_the_same_step(tmp_path):
 
 
 def certify(monkeypatch, folder, *options):
-    monkeypatch.setattr("sys.argv", ["certify", *OPTIONS, f"out={folder}", *options])  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["certify", *OPTIONS, f"out={folder}", *options])
     with pytest.raises(SystemExit) as end:
         foreroute.launch.certify.program.main()
     assert end.value.code == 0
@@ -290,7 +284,7 @@ def test_a_run_that_differs_from_its_certificate_ends_on_every_rank(tmp_path, mo
     with Ranks(tmp_path, ["train.log_every=1", f"certificate={tmp_path}"]) as ranks:
         first, second = ranks.wait()
     assert (first[0], second[0]) == (1, 1), first[2] + second[2]
-    line = f"foreroute: rank 1 differs from its certificate at step 7, layer 1: bytes sent {sent}, certified {sent + 1}"  # fmt: skip
+    line = f"foreroute: rank 1 differs from its certificate at step 7, layer 1: bytes sent {sent}, certified {sent + 1}"
     assert lines(first[2]) == lines(second[2]) == [line]
     assert len(losses(tmp_path)) == 7  # steps 0 to 6
 
@@ -299,7 +293,7 @@ CERTIFIED = {
     "gather": (2, ["parallel.exchange=gather", "train.zero_stage=3", "train.valid_every=5"]),
     "in parts": (2, ["parallel.chunks=3", "train.recompute=true", "train.accumulation=2", "train.save_every=10"]),
     "two groups": (4, ["train.precision=bf16", "parallel.exchange=auto", "parallel.link_gb_per_s=0.0001"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.dist
@@ -324,17 +318,14 @@ def test_runs_that_their_certificates_describe(tmp_path, monkeypatch, number, op
 @pytest.mark.slow
 def test_a_certificate_that_one_rank_cannot_take(tmp_path, monkeypatch):
     """Of another expert group; all end with one line."""
-    for name, options in {
-        "right": ["world_size=2"],
-        "other": ["world_size=2", "expert_group=1"],
-    }.items():
+    for name, options in {"right": ["world_size=2"], "other": ["world_size=2", "expert_group=1"]}.items():
         certify(monkeypatch, tmp_path / name, *options)
     own_options = [(f"certificate={tmp_path / name}",) for name in ("right", "other")]
     with Ranks(tmp_path, [], own_options=own_options) as ranks:
         first, second = ranks.wait()
     assert (first[0], second[0]) == (2, 2)
     (line,) = lines(first[2])
-    assert line.startswith("foreroute: rank 1: ") and line.endswith("parallel.expert_ranks=2, certified 1")  # fmt: skip
+    assert line.startswith("foreroute: rank 1: ") and line.endswith("parallel.expert_ranks=2, certified 1")
     assert lines(second[2]) == []
 
 
@@ -344,5 +335,5 @@ def test_experts_that_do_not_divide(tmp_path):
     with Ranks(tmp_path, ["parallel.expert_ranks=3"]) as ranks:
         first, second = ranks.wait()
     assert (first[0], second[0]) == (2, 2)
-    assert lines(first[2]) == ["foreroute: parallel.expert_ranks=3: must divide the number of ranks, 2"]  # fmt: skip
+    assert lines(first[2]) == ["foreroute: parallel.expert_ranks=3: must divide the number of ranks, 2"]
     assert lines(second[2]) == []

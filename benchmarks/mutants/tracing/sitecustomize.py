@@ -1,8 +1,9 @@
-"""Which lines of some packages run in which test: Python itself starts this in each process that has this folder on its path.
+"""Which lines of some packages run in which test: Python itself starts this in each process that has this folder on its
+path.
 
-FOREROUTE_TRACE is a JSON object: `root` of the tree, its `packages`, and the `folder` where every process writes a file of its
-own as it goes, so that one that is killed has told all. The test is PYTEST_CURRENT_TEST, which processes inherit. Lines that run
-at import tell nothing about a test and are left out.
+FOREROUTE_TRACE is a JSON object: `root` of the tree, its `packages`, and the `folder` where every process writes a file
+of its own as it goes, so that one that is killed has told all. The test is PYTEST_CURRENT_TEST, which processes
+inherit. Lines that run at import tell nothing about a test and are left out.
 """
 
 import json

@@ -1,7 +1,7 @@
 """The exact part of a certificate: rows and bytes of a run's steps, summed up for each k and for all.
 
-Counts are exact, whatever the ranks' speed: no model of time is in them. Bytes are of rows of experts' inputs and results and
-of their gradients; what data parallelism, checkpoints and planning send is not in them.
+Counts are exact, whatever the ranks' speed: no model of time is in them. Bytes are of rows of experts' inputs and
+results and of their gradients; what data parallelism, checkpoints and planning send is not in them.
 
 Letters: as in engine/certificate/counts/replay.py.
 """
@@ -56,7 +56,9 @@ class Section:
     k: int | None  # None: all
     steps: int  # counted
     exchange: str  # that the run uses: tokens, gather, local (one rank: nothing moves), or mixed
-    received_rows: Spread  # over layers, micro-batches and ranks: rows that a rank receives by `tokens`, its own included
+    received_rows: (
+        Spread  # over layers, micro-batches and ranks: rows that a rank receives by `tokens`, its own included
+    )
     computed_rows: Spread  # likewise: expert rows that a rank computes
     received_layers: Spread  # over micro-batches and ranks: received_rows, all layers added up
     computed_layers: Spread  # likewise: computed_rows
@@ -85,9 +87,15 @@ class Certificate:
 
 
 def certify(
-    config: Config, ids: Ids, tables: Sequence[Table], placement: Placement, *, steps: int | None = None, sample: int = 1,
+    config: Config,
+    ids: Ids,
+    tables: Sequence[Table],
+    placement: Placement,
+    *,
+    steps: int | None = None,
+    sample: int = 1,
     also: Callable[[StepCounts], None] | None = None,
-) -> Certificate:  # fmt: skip
+) -> Certificate:
     """Count what a run does on these ranks; a pure function of its arguments.
 
     Args:
@@ -98,8 +106,8 @@ def certify(
         also: is given the counts of each step as well, such as Record.add (engine/certificate/record.py).
 
     Raises:
-        UserError: the run cannot be laid out on these ranks, its routes are not known beforehand, or steps or sample is out
-            of range.
+        UserError: the run cannot be laid out on these ranks, its routes are not known beforehand, or steps or sample is
+            out of range.
     """
     chosen = counted_steps(config, steps, sample)
     placement.check(config)
@@ -136,9 +144,7 @@ def counted_steps(config: Config, steps: int | None, sample: int) -> range:
     last = config.train.steps
     steps = last if steps is None else steps
     require(1 <= steps <= last, f"steps={steps}: must be from 1 to train.steps={last}")
-    require(
-        1 <= sample <= steps, f"sample={sample}: must be from 1 to the {steps} steps to certify"
-    )
+    require(1 <= sample <= steps, f"sample={sample}: must be from 1 to the {steps} steps to certify")
     return range(0, steps, sample)
 
 
@@ -171,8 +177,7 @@ class Frame:
         for kind in KINDS:
             hops_ymgPP = hops(counts, kind, self.placement, self.tokens)
             all_gP, inside_gP = (
-                leaving(hops_ymgPP, self.trips, near).sum(axis=(0, 1)) * self.row_bytes
-                for near in (None, near_PP)
+                leaving(hops_ymgPP, self.trips, near).sum(axis=(0, 1)) * self.row_bytes for near in (None, near_PP)
             )
             found[kind] = _Left(all_gP, inside_gP)
         return found
@@ -221,7 +226,7 @@ class _Sums:
                 before = Idle(before.steps + counts.times, first)
             self.idle[name] = before
         for kind, sent in left.items():
-            parts = {"": sent.all_gP, " inside": sent.inside_gP, " between": sent.all_gP - sent.inside_gP}  # fmt: skip
+            parts = {"": sent.all_gP, " inside": sent.inside_gP, " between": sent.all_gP - sent.inside_gP}
             for name, bytes_gP in parts.items():
                 self._tally(kind + name).add(bytes_gP, counts.step, counts.times)
 

@@ -54,7 +54,8 @@ class Placement:
     def same_node_PP(self) -> NDArray[np.bool_]:
         """Say which ranks of a group are on one node."""
         node_P = np.arange(self.expert_ranks) * self.group_nodes // self.expert_ranks
-        return node_P[:, None] == node_P
+        same_PP: NDArray[np.bool_] = node_P[:, None] == node_P
+        return same_PP
 
     def check(self, config: Config) -> None:
         """Refuse a configuration that cannot be certified on these ranks.
@@ -73,18 +74,16 @@ class Placement:
             if live
             else "routes are drawn at each forward pass and not replayed"
         )
-        require(
-            router is Router.hashed,
-            f"moe.router={router.name}: {why}; only hashed can be certified",
-        )
+        require(router is Router.hashed, f"moe.router={router.name}: {why}; only hashed can be certified")
         require(
             config.moe.keys is Keys.own,
-            f"moe.keys={config.moe.keys.name}: routes are drawn at each forward pass and not replayed; only own can be certified",
+            f"moe.keys={config.moe.keys.name}: routes are drawn at each forward pass and not replayed; only own can be"
+            " certified",
         )
         require(
             config.expert_layers == config.model.layers,
-            f"moe.layers={config.moe.layers} of model.layers={config.model.layers}: only models with experts in every layer can be "
-            "certified",
+            f"moe.layers={config.moe.layers} of model.layers={config.model.layers}: only models with experts in every"
+            " layer can be certified",
         )
         Mesh(0, self.world_size, self.expert_ranks).local_experts(config.moe.experts)
         config.streams_per_micro_batch(self.world_size)

@@ -1,12 +1,14 @@
 """Replays the routing of a run: for every step, layer and rank, how many rows go where.
 
-The ids come from the run's own layout (engine/data/streams.py), rows from its tables, k from its schedule. What the ranks would plan
-(engine/routing/planner.py) is not built: only its counts are. For each k a table row is turned into fields of one byte, eight to a
-64-bit word: a 1 for each expert that the row uses, each rank that holds one of them, and each node that has such a rank. The
-sum of the words of at most 255 tokens then counts all fields at once, and no field overflows into its neighbour.
+The ids come from the run's own layout (engine/data/streams.py), rows from its tables, k from its schedule. What the
+ranks would plan (engine/routing/planner.py) is not built: only its counts are. For each k a table row is turned into
+fields of one byte, eight to a 64-bit word: a 1 for each expert that the row uses, each rank that holds one of them, and
+each node that has such a rank. The sum of the words of at most 255 tokens then counts all fields at once, and no field
+overflows into its neighbour.
 
-Letters: y layers, m micro-batches of a step, g expert groups, s shares (a rank's tokens of a micro-batch), T tokens of a share,
-P ranks of an expert group, h nodes of an expert group, E experts, r table rows, w words, f fields, c runs of 255 tokens.
+Letters: y layers, m micro-batches of a step, g expert groups, s shares (a rank's tokens of a micro-batch), T tokens of
+a share, P ranks of an expert group, h nodes of an expert group, E experts, r table rows, w words, f fields, c runs of
+255 tokens.
 """
 
 from collections import deque
@@ -57,13 +59,15 @@ class StepCounts:
     @property
     def received_ymgP(self) -> Counts:
         """Rows that a rank receives, its own included, when the exchange is `tokens`."""
-        return self.sent_ymgPP.sum(axis=3)
+        received_ymgP: Counts = self.sent_ymgPP.sum(axis=3)
+        return received_ymgP
 
     @property
     def computed_ymgP(self) -> Counts:
         """Expert rows that a rank computes."""
         ranks = self.sent_ymgPP.shape[-1]
-        return self.count_ymgE.reshape(*self.count_ymgE.shape[:3], ranks, -1).sum(axis=4)
+        computed_ymgP: Counts = self.count_ymgE.reshape(*self.count_ymgE.shape[:3], ranks, -1).sum(axis=4)
+        return computed_ymgP
 
 
 class _Work(NamedTuple):
@@ -74,7 +78,8 @@ class _Work(NamedTuple):
 def replay(
     config: Config, ids: Ids, tables: Sequence[Table], placement: Placement, steps: Sequence[int]
 ) -> Iterator[StepCounts]:
-    """Count step after step; a step whose segments and k were counted before is not counted again (see StepCounts.steps).
+    """Count step after step; a step whose segments and k were counted before is not counted again (see
+    StepCounts.steps).
 
     Args:
         ids: the training split.
@@ -85,9 +90,7 @@ def replay(
         UserError: the run cannot be laid out on these ranks, or the text is too short.
     """
     placement.check(config)
-    streams = Streams(
-        ids, config.data.streams, config.data.segment, config.context, config.data.start
-    )
+    streams = Streams(ids, config.data.streams, config.data.segment, config.context, config.data.start)
     work = _distinct(config, streams, steps)
     with ThreadPoolExecutor(_THREADS) as pool:
         for k, same_k in groupby(work, key=lambda item: item.k):
@@ -97,17 +100,14 @@ def replay(
 
 
 def first_steps(config: Config, ids: Ids, steps: Sequence[int]) -> list[int]:
-    """Give for each step the first of the steps that does exactly the same (see StepCounts.times); arguments as for replay."""
-    streams = Streams(
-        ids, config.data.streams, config.data.segment, config.context, config.data.start
-    )
+    """Give for each step the first of the steps that does exactly the same (see StepCounts.times); arguments as for
+    replay."""
+    streams = Streams(ids, config.data.streams, config.data.segment, config.context, config.data.start)
     found: dict[tuple[int, int], int] = {}
     return [found.setdefault(key, step) for step, key in _keys(config, streams, steps)]
 
 
-def _keys(
-    config: Config, streams: Streams, steps: Iterable[int]
-) -> Iterator[tuple[int, tuple[int, int]]]:
+def _keys(config: Config, streams: Streams, steps: Iterable[int]) -> Iterator[tuple[int, tuple[int, int]]]:
     """Yield each step with what decides what it does: its segments, and k."""
     for step in steps:
         k = active_experts(config.schedule, step, config.schedule_steps)
@@ -139,14 +139,13 @@ def _pack(table: Table, k: int, placement: Placement) -> NDArray[np.uint64]:
 def _count_fields(word_wr: NDArray[np.uint64], row_sT: NDArray[np.int64]) -> Counts:
     """Count the fields of every share's table rows [s, f].
 
-    Example: one word, whose rows 0 and 1 have the fields 1 0 1 0 0 0 0 0 and 0 0 1 0 0 0 0 0; a share of rows [0, 1, 1] counts
-    1 0 3 0 0 0 0 0.
+    Example: one word, whose rows 0 and 1 have the fields 1 0 1 0 0 0 0 0 and 0 0 1 0 0 0 0 0; a share of rows [0, 1, 1]
+    counts 1 0 3 0 0 0 0 0.
     """
     starts = np.arange(0, row_sT.shape[1], _RUN)
-    sum_scw = np.stack(
-        [np.add.reduceat(word_r.take(row_sT), starts, axis=1) for word_r in word_wr], axis=-1
-    )
-    return sum_scw.view(np.uint8).sum(axis=1, dtype=np.int64)
+    sum_scw = np.stack([np.add.reduceat(word_r.take(row_sT), starts, axis=1) for word_r in word_wr], axis=-1)
+    count_sf: Counts = sum_scw.view(np.uint8).sum(axis=1, dtype=np.int64)
+    return count_sf
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,9 +182,7 @@ class _Counter:
         )
 
 
-def _in_order(
-    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item]
-) -> Iterator[Result]:
+def _in_order(pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """Map in the pool; results come in the order of the items, and few are made ahead."""
     coming: deque[Future[Result]] = deque()
     for item in items:

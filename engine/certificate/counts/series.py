@@ -1,7 +1,7 @@
 """How evenly the steps of a run are loaded and what they send, over its steps, thinned for a plot.
 
-A value belongs to one step. A point holds the mean and the maximum of a run of counted steps, and the points together hold every
-counted step once: a single bad step stays visible as a maximum, however long the run is.
+A value belongs to one step. A point holds the mean and the maximum of a run of counted steps, and the points together
+hold every counted step once: a single bad step stays visible as a maximum, however long the run is.
 
 Letters: g expert groups, P ranks of a group, s distinct steps, n counted steps, v values of a step.
 """
@@ -16,7 +16,7 @@ from foreroute.engine.certificate.counts.replay import Counts, StepCounts
 
 POINTS = 500
 
-_NAMES = "k", "received_load", "computed_load", "expert_load", "busiest_rank_bytes", "mean_rank_bytes"  # fmt: skip
+_NAMES = "k", "received_load", "computed_load", "expert_load", "busiest_rank_bytes", "mean_rank_bytes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +31,8 @@ class Line:
 class Series:
     """What each point's steps are and what they do.
 
-    A load is the maximum over a step's layers, micro-batches and ranks (or experts of a group), over the mean of the same
-    numbers; 1 is perfectly even. Bytes are of a whole step: all layers, micro-batches and directions added up.
+    A load is the maximum over a step's layers, micro-batches and ranks (or experts of a group), over the mean of the
+    same numbers; 1 is perfectly even. Bytes are of a whole step: all layers, micro-batches and directions added up.
     """
 
     first_step: list[int]  # of each point
@@ -79,6 +79,4 @@ class SeriesCollector:
             value_n = value_s[distinct_n]
             mean = np.add.reduceat(value_n, starts) / (ends - starts)
             lines[name] = Line(mean.tolist(), np.maximum.reduceat(value_n, starts).tolist())
-        return Series(
-            first_step=step_n[starts].tolist(), last_step=step_n[ends - 1].tolist(), **lines
-        )
+        return Series(first_step=step_n[starts].tolist(), last_step=step_n[ends - 1].tolist(), **lines)

@@ -1,4 +1,5 @@
-"""Distributions of whole numbers that come step by step, exact and small: equal values are kept once, with their number."""
+"""Distributions of whole numbers that come step by step, exact and small: equal values are kept once, with their
+number."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

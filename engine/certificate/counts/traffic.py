@@ -1,15 +1,18 @@
-"""What leaves a rank, by kind of exchange: rows that go from rank to rank on their way to experts, and what they sum to.
+"""What leaves a rank, by kind of exchange: rows that go from rank to rank on their way to experts, and what they sum
+to.
 
-The rows' way to the experts is a matrix of hops, rows from a rank to a rank; results go back the same way, so their matrix is
-the transpose, and the gradients of either follow them in backward. Three kinds are counted:
+The rows' way to the experts is a matrix of hops, rows from a rank to a rank; results go back the same way, so their
+matrix is the transpose, and the gradients of either follow them in backward. Three kinds are counted:
 
     tokens      each token to each rank that has one of its experts
     gather      all tokens to all ranks, as if sent to each by itself
-    two_level   each token once to each other node that has one of its experts, to the rank there that has the sender's place
-                on its node; from there to the ranks of that node that have one. On the way back the results of a node are
-                added up at that rank first. The engine does not run it: the count says what it would save.
+    two_level   each token once to each other node that has one of its experts, to the rank there that has the sender's
+    place
+                on its node; from there to the ranks of that node that have one. On the way back the results of a node
+                are added up at that rank first. The engine does not run it: the count says what it would save.
 
-Letters: y layers, m micro-batches, g expert groups, P ranks of a group, h nodes of a group, q ranks of a group on a node.
+Letters: y layers, m micro-batches, g expert groups, P ranks of a group, h nodes of a group, q ranks of a group on a
+node.
 """
 
 from itertools import permutations
@@ -38,8 +41,8 @@ FORWARD = Trips(1, 1)
 def trips_of(config: Config, tokens: int) -> Trips:
     """Count the trips of a layer in one micro-batch: forward, backward, and what recomputation repeats.
 
-    Recomputation ends as soon as everything that backward needs is there again: results do not come back once more where
-    nothing behind them is kept for backward. A layer in parts (engine/moe/overlap.py) repeats everything.
+    Recomputation ends as soon as everything that backward needs is there again: results do not come back once more
+    where nothing behind them is kept for backward. A layer in parts (engine/moe/overlap.py) repeats everything.
 
     Args:
         tokens: of a rank in a micro-batch.
@@ -67,9 +70,7 @@ def hops(counts: StepCounts, kind: str, placement: Placement, tokens: int) -> Co
     return hops_ymgPP * ~np.eye(placement.expert_ranks, dtype=bool)
 
 
-def leaving(
-    hops_ymgPP: Counts, trips: Trips, near_PP: NDArray[np.bool_] | None = None
-) -> NDArray[np.int64]:
+def leaving(hops_ymgPP: Counts, trips: Trips, near_PP: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
     """Count the rows that leave each rank [y, m, g, P] in so many trips.
 
     Args:
@@ -84,8 +85,8 @@ def leaving(
 def _two_level(counts: StepCounts, placement: Placement) -> Counts:
     """Give the hops of a two-level exchange, the diagonal undefined.
 
-    Example: two nodes of two ranks. A token of rank 0 with experts on ranks 1, 2 and 3 makes the hops 0 to 1, 0 to 2 (the rank
-    of rank 0's place on the other node) and 2 to 3; one with experts on rank 3 alone makes 0 to 2 and 2 to 3.
+    Example: two nodes of two ranks. A token of rank 0 with experts on ranks 1, 2 and 3 makes the hops 0 to 1, 0 to 2
+    (the rank of rank 0's place on the other node) and 2 to 3; one with experts on rank 3 alone makes 0 to 2 and 2 to 3.
     """
     nodes = placement.group_nodes
     shape = counts.sent_ymgPP.shape

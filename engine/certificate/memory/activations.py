@@ -1,8 +1,8 @@
 """What a forward pass keeps for backward, and what backward needs on top, on one rank.
 
-Follows engine/model/block.py, engine/model/attention.py, engine/moe/ and the two backends of kernels/. Backward releases what it kept layer
-by layer, so it is greatest in the last layer or, where gradients weigh more, in the first. Sums over layers are exact maxima
-(engine/certificate/counts/exact.py), so they are reached at most once in a run.
+Follows engine/model/block.py, engine/model/attention.py, engine/moe/ and the two backends of kernels/. Backward
+releases what it kept layer by layer, so it is greatest in the last layer or, where gradients weigh more, in the first.
+Sums over layers are exact maxima (engine/certificate/counts/exact.py), so they are reached at most once in a run.
 
 Letters: as in engine/certificate/memory/sizes.py.
 """
@@ -34,7 +34,14 @@ class Activations:
         words = "{} micro-batches x {} layers x {} streams x {} positions x {} width x {} bytes"
         found = [term("memory", words, times, config.model.layers, *shape)]
         if new:
-            found.append(term("memory", "{} new layers x {} streams x {} positions x {} width x {} bytes", config.model.layers, *shape))  # fmt: skip
+            found.append(
+                term(
+                    "memory",
+                    "{} new layers x {} streams x {} positions x {} width x {} bytes",
+                    config.model.layers,
+                    *shape,
+                )
+            )
         return found
 
     def ends(self) -> list[Term]:
@@ -42,11 +49,15 @@ class Activations:
         s, model = self.sizes, self.sizes.config.model
         masked = s.number + s.mask
         found = [
-            term("embedding and output", "{} tokens x {} width x {} bytes", s.tokens, model.width, s.number + 2 * s.mask),
+            term(
+                "embedding and output", "{} tokens x {} width x {} bytes", s.tokens, model.width, s.number + 2 * s.mask
+            ),
             term("embedding and output", "{} distances x {} width x {} bytes", s.keys, model.width, masked),
-        ]  # fmt: skip
+        ]
         if model.pre_norm:
-            found.append(term("embedding and output", "{} tokens x {} width x {} bytes", s.tokens, model.width, s.number))  # fmt: skip
+            found.append(
+                term("embedding and output", "{} tokens x {} width x {} bytes", s.tokens, model.width, s.number)
+            )
         return found
 
     def logits(self, *, backward: bool) -> list[Term]:
@@ -55,7 +66,7 @@ class Activations:
         each = 4 + s.number + (4 if s.number == 2 else 0)
         if backward:
             each = 12 + (2 if s.number == 2 else 0)
-        return [term("logits and loss", "{} tokens x {} symbols x {} bytes", s.tokens, s.vocab, each)]  # fmt: skip
+        return [term("logits and loss", "{} tokens x {} symbols x {} bytes", s.tokens, s.vocab, each)]
 
     def kept(self, layers: int, *, attention_only: bool = False) -> list[Term]:
         """Give what so many layers keep for backward.
@@ -66,7 +77,7 @@ class Activations:
         if self.sizes.config.train.recompute:
             return [*self._inputs(layers), *self._recomputed(attention_only)]
         own = layers - attention_only
-        return [*self._inputs(layers), *self._attention(layers), *self._around_experts(own), *self._experts(own)]  # fmt: skip
+        return [*self._inputs(layers), *self._attention(layers), *self._around_experts(own), *self._experts(own)]
 
     def _recomputed(self, attention_only: bool) -> list[Term]:
         experts = [] if attention_only else [*self._around_experts(1), *self._experts(1)]
@@ -77,24 +88,57 @@ class Activations:
         s = self.sizes
         if self._memory_is_view or (s.config.model.pre_norm and not s.config.train.recompute):
             return []
-        return [term("inputs of layers", "{} layers x {} tokens x {} width x {} bytes", layers, s.tokens, s.config.model.width, s.number)]  # fmt: skip
+        return [
+            term(
+                "inputs of layers",
+                "{} layers x {} tokens x {} width x {} bytes",
+                layers,
+                s.tokens,
+                s.config.model.width,
+                s.number,
+            )
+        ]
 
     def _attention(self, layers: int) -> list[Term]:
         s, model = self.sizes, self.sizes.config.model
         positions, c = s.streams * s.keys, s.number
         found = [
-            term("attention weights", "{} layers x {} streams x {} heads x {} query-key pairs x {} bytes",
-                 layers, s.streams, model.heads, s.pairs, c + (model.attention_dropout > 0)),
+            term(
+                "attention weights",
+                "{} layers x {} streams x {} heads x {} query-key pairs x {} bytes",
+                layers,
+                s.streams,
+                model.heads,
+                s.pairs,
+                c + (model.attention_dropout > 0),
+            ),
             term("attention", "{} layers x {} tokens x {} head widths x {} bytes", layers, s.tokens, s.inner, 3 * c),
-            term("attention", "{} layers x {} positions x {} head widths x {} bytes", layers, positions, s.inner, 2 * c),
+            term(
+                "attention", "{} layers x {} positions x {} head widths x {} bytes", layers, positions, s.inner, 2 * c
+            ),
             term("attention", "{} layers x {} distances x {} head widths x {} bytes", layers, s.keys + 1, s.inner, c),
             term("attention", "{} layers x {} tokens x {} heads x {} bytes", layers, s.tokens, model.heads, 4),
-            term("attention", "{} layers x {} positions x {} width x {} bytes", layers, positions, model.width,
-                 2 * c if model.pre_norm else c),
-            term("residual sums", "{} layers x {} tokens x {} width x {} bytes", layers, s.tokens, model.width, c + s.mask),
-        ]  # fmt: skip
+            term(
+                "attention",
+                "{} layers x {} positions x {} width x {} bytes",
+                layers,
+                positions,
+                model.width,
+                2 * c if model.pre_norm else c,
+            ),
+            term(
+                "residual sums",
+                "{} layers x {} tokens x {} width x {} bytes",
+                layers,
+                s.tokens,
+                model.width,
+                c + s.mask,
+            ),
+        ]
         if model.pre_norm:
-            found.append(term("attention", "{} layers x {} tokens x {} width x {} bytes", layers, s.tokens, model.width, c))  # fmt: skip
+            found.append(
+                term("attention", "{} layers x {} tokens x {} width x {} bytes", layers, s.tokens, model.width, c)
+            )
         return found
 
     def _around_experts(self, layers: int) -> list[Term]:
@@ -102,13 +146,24 @@ class Activations:
         s, config = self.sizes, self.sizes.config
         width, c, shared = config.model.width, s.number, config.moe.shared_width
         after = s.mask if config.model.pre_norm else c + s.mask
-        found = [term("residual sums", "{} layers x {} tokens x {} width x {} bytes", layers, s.tokens, width, after)]  # fmt: skip
+        found = [term("residual sums", "{} layers x {} tokens x {} width x {} bytes", layers, s.tokens, width, after)]
         if not s.shared_out or shared:
-            found.append(term("experts' input", "{} layers x {} tokens x {} width x {} bytes", layers, s.tokens, width, c))  # fmt: skip
+            found.append(
+                term("experts' input", "{} layers x {} tokens x {} width x {} bytes", layers, s.tokens, width, c)
+            )
         if shared:
             dropped = c + 1 if s.mask else 0  # its mask is ours: a byte anywhere
             each = (4 if s.gated else 1) * c + dropped
-            found.append(term("shared expert", "{} layers x {} tokens x {} hidden units x {} bytes", layers, s.tokens, shared, each))  # fmt: skip
+            found.append(
+                term(
+                    "shared expert",
+                    "{} layers x {} tokens x {} hidden units x {} bytes",
+                    layers,
+                    s.tokens,
+                    shared,
+                    each,
+                )
+            )
         return found
 
     def _experts(self, layers: int) -> list[Term]:
@@ -118,13 +173,25 @@ class Activations:
         computed = min(layers * rows.computed, rows.computed_all)
         products = 2 if s.gated else 1
         if s.masked:
-            hidden = term("experts' hidden units", "{} rows x {} experts x {} hidden units x {} bytes",
-                          received, s.local_experts, moe.expert_width, products * c)  # fmt: skip
+            hidden = term(
+                "experts' hidden units",
+                "{} rows x {} experts x {} hidden units x {} bytes",
+                received,
+                s.local_experts,
+                moe.expert_width,
+                products * c,
+            )
         else:
-            hidden = term("experts' hidden units", "{} expert rows x {} hidden units x {} bytes", computed, moe.expert_width, products * c)  # fmt: skip
+            hidden = term(
+                "experts' hidden units",
+                "{} expert rows x {} hidden units x {} bytes",
+                computed,
+                moe.expert_width,
+                products * c,
+            )
         found = [hidden]
         if s.fast:
-            found.append(term("experts' input", "{} expert rows x {} width x {} bytes", computed, width, c))  # fmt: skip
+            found.append(term("experts' input", "{} expert rows x {} width x {} bytes", computed, width, c))
         if s.shared_out:
             found.append(term("received rows", "{} rows x {} width x {} bytes", received, width, c))
             if s.config.model.dropout and not (s.gather and s.parts == 1):
@@ -140,29 +207,55 @@ class Activations:
         width, c = s.config.model.width, s.number
         received, computed, expert = (
             ceil(rows / s.parts) for rows in (self.rows.received, self.rows.computed, self.rows.expert)
-        )  # fmt: skip
+        )
         found = [
             term("experts' backward", "{} tokens x {} width x {} bytes", s.tokens, width, 2 * c),
             term("experts' backward", "{} rows x {} width x {} bytes", received, width, 2 * c if s.shared_out else c),
-        ]  # fmt: skip
+        ]
         if s.parts > 1:  # the next part's rows, and results that wait
-            found.append(term("rows on their way", "{} rows x {} width x {} bytes", received, width, c + s.wire))  # fmt: skip
-            found.append(term("rows on their way", "{} tokens x {} width x {} bytes", s.tokens, width, c))  # fmt: skip
+            found.append(term("rows on their way", "{} rows x {} width x {} bytes", received, width, c + s.wire))
+            found.append(term("rows on their way", "{} tokens x {} width x {} bytes", s.tokens, width, c))
         if s.masked:
             units = s.local_experts * moe.expert_width
             copies = 3 if s.gated else 1
-            found.append(term("experts' backward", "{} rows x {} hidden units x {} bytes", received, units, copies * c))  # fmt: skip
+            found.append(term("experts' backward", "{} rows x {} hidden units x {} bytes", received, units, copies * c))
             block = min(received, BLOCK_ROWS)
             if s.gated:
-                found.append(term("experts' backward", "{} rows of a block x {} hidden units x {} bytes", block, units, 3 * c))  # fmt: skip
+                found.append(
+                    term("experts' backward", "{} rows of a block x {} hidden units x {} bytes", block, units, 3 * c)
+                )
         elif s.gpu:
             copies = 3 if s.gated else 2
-            found.append(term("experts' backward", "{} expert rows x {} hidden units x {} bytes", computed, moe.expert_width, copies * c))  # fmt: skip
-            found.append(term("experts' backward", "{} expert rows x {} width x {} bytes", computed, width, c))  # fmt: skip
+            found.append(
+                term(
+                    "experts' backward",
+                    "{} expert rows x {} hidden units x {} bytes",
+                    computed,
+                    moe.expert_width,
+                    copies * c,
+                )
+            )
+            found.append(term("experts' backward", "{} expert rows x {} width x {} bytes", computed, width, c))
         else:
-            found.append(term("experts' backward", "{} rows of an expert x {} hidden units x {} bytes", expert, moe.expert_width, 4 * c if s.gated else c))  # fmt: skip
-            found.append(term("experts' backward", "{} expert rows x {} width x {} bytes", computed, width, (2 if s.fast else 3) * c))  # fmt: skip
-            found.append(term("experts' backward", "{} expert rows x {} bytes of indices", computed, 24))  # fmt: skip
+            found.append(
+                term(
+                    "experts' backward",
+                    "{} rows of an expert x {} hidden units x {} bytes",
+                    expert,
+                    moe.expert_width,
+                    4 * c if s.gated else c,
+                )
+            )
+            found.append(
+                term(
+                    "experts' backward",
+                    "{} expert rows x {} width x {} bytes",
+                    computed,
+                    width,
+                    (2 if s.fast else 3) * c,
+                )
+            )
+            found.append(term("experts' backward", "{} expert rows x {} bytes of indices", computed, 24))
         return found
 
     def attention_backward(self) -> list[Term]:
@@ -175,8 +268,16 @@ class Activations:
             term("attention's backward", "{} tokens x {} head widths x {} bytes", s.tokens, s.inner, 4 * c),
             term("attention's backward", "{} positions x {} head widths x {} bytes", positions, s.inner, 2 * c),
             term("attention's backward", "{} distances x {} head widths x {} bytes", s.keys + 1, s.inner, 4),
-            term("attention's backward", "{} tiles x {} streams x {} queries x {} keys x {} bytes", 2, together, queries, s.keys + 1, c),
-        ]  # fmt: skip
+            term(
+                "attention's backward",
+                "{} tiles x {} streams x {} queries x {} keys x {} bytes",
+                2,
+                together,
+                queries,
+                s.keys + 1,
+                c,
+            ),
+        ]
 
     @property
     def _memory_is_view(self) -> bool:

@@ -1,12 +1,13 @@
-"""The memory part of a certificate: the bytes of tensors that a rank holds when it holds the most, and whether a device has them.
+"""The memory part of a certificate: the bytes of tensors that a rank holds when it holds the most, and whether a device
+has them.
 
-A step is looked at where memory can be greatest: the first layer and the end of the forward pass, backward at the loss, in the
-experts and the attention of the last and of the first layer, at its end, and the optimizer step. Each of these moments is a
-list of terms, bytes with their formula; the greatest sum is the peak. Counts of rows are the exact maxima over the certified
-steps, micro-batches, layers and ranks, so no rank needs more than this for them.
+A step is looked at where memory can be greatest: the first layer and the end of the forward pass, backward at the loss,
+in the experts and the attention of the last and of the first layer, at its end, and the optimizer step. Each of these
+moments is a list of terms, bytes with their formula; the greatest sum is the peak. Counts of rows are the exact maxima
+over the certified steps, micro-batches, layers and ranks, so no rank needs more than this for them.
 
-What is counted is tensors. The libraries' own memory (a CUDA context and NCCL's buffers, or the interpreter's and gloo's) and
-what an allocator cannot reuse is not.
+What is counted is tensors. The libraries' own memory (a CUDA context and NCCL's buffers, or the interpreter's and
+gloo's) and what an allocator cannot reuse is not.
 """
 
 from collections.abc import Callable, Iterator
@@ -56,9 +57,7 @@ class Memory:
     uncounted_k: tuple[int, ...] = ()  # of the run, if no step of that k was counted
 
 
-def predict(
-    config: Config, found: Certificate, vocab_size: int, *, device_memory_bytes: int | None = None
-) -> Memory:
+def predict(config: Config, found: Certificate, vocab_size: int, *, device_memory_bytes: int | None = None) -> Memory:
     """Predict the memory of a certified run, and judge it.
 
     Args:
@@ -87,15 +86,13 @@ def predict(
     return replace(memory, verdict=verdict)
 
 
-def predict_at(
-    config: Config, found: Certificate, vocab_size: int, *, gpu: bool, streams: int | None = None
-) -> Memory:
+def predict_at(config: Config, found: Certificate, vocab_size: int, *, gpu: bool, streams: int | None = None) -> Memory:
     """Predict the memory of a certified run at another number of streams of a rank in a micro-batch.
 
-    Rows are known at the certified number b0 only. At b they are taken as at most ceil(b / b0) times as many, and never more
-    than if all tokens of the expert group chose the same rank's experts. For b below b0 that is never too little. Above b0 it
-    is so for multiples of b0 that share out the same streams of a step in fewer micro-batches (train.accumulation); with more
-    data.streams the text is cut elsewhere, and then it is an assumption.
+    Rows are known at the certified number b0 only. At b they are taken as at most ceil(b / b0) times as many, and never
+    more than if all tokens of the expert group chose the same rank's experts. For b below b0 that is never too little.
+    Above b0 it is so for multiples of b0 that share out the same streams of a step in fewer micro-batches
+    (train.accumulation); with more data.streams the text is cut elsewhere, and then it is an assumption.
 
     Args:
         gpu: count for a GPU and the Triton kernels, otherwise for a CPU.
@@ -137,9 +134,7 @@ def largest_number(fits: Callable[[int], bool]) -> int:
 def _peak(sizes: Sizes, rows: Rows, parameters: Parameters) -> Memory:
     moments = {name: merged(terms) for name, terms in _moments(sizes, rows, parameters)}
     # a CPU's device is the host
-    needed = {
-        name: total(terms, host=False if sizes.gpu else None) for name, terms in moments.items()
-    }
+    needed = {name: total(terms, host=False if sizes.gpu else None) for name, terms in moments.items()}
     when = max(needed, key=lambda name: needed[name])
     return Memory(
         peak_bytes=needed[when],
@@ -193,10 +188,7 @@ def _moments(sizes: Sizes, rows: Rows, parameters: Parameters) -> Iterator[tuple
         )
     if parameters.at_input:
         progress = Progress(parameters.numbers - parameters.at_input, parameters.at_input)
-        yield (
-            "backward, tables at the input",
-            [*moment(Phase.backward, progress), *activations.ends()],
-        )
+        yield ("backward, tables at the input", [*moment(Phase.backward, progress), *activations.ends()])
     yield Phase.backward_end.value, moment(Phase.backward_end)
     yield Phase.step.value, moment(Phase.step)
 
@@ -216,6 +208,13 @@ def _plans(sizes: Sizes, rows: Rows) -> list[Term]:
         words = "{} plans x {} tables x {} rows to send x {} bytes"
         found += [
             term("plans", words, ahead, tables, tokens * ranks, 16),
-            term("plans", "{} plans x {} tables x {} received rows and tokens x {} bytes", ahead, tables, rows.received + tokens, 8),
-        ]  # fmt: skip
+            term(
+                "plans",
+                "{} plans x {} tables x {} received rows and tokens x {} bytes",
+                ahead,
+                tables,
+                rows.received + tokens,
+                8,
+            ),
+        ]
     return found

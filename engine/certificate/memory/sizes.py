@@ -1,7 +1,7 @@
 """The sizes that memory depends on: of a rank's micro-batch, of its rows, and of the parameters that it holds.
 
-Letters: B streams, Q segment, M memory, S = M + Q, T = B * Q tokens, D width, H heads, W head width, V vocabulary, F expert
-hidden width, L experts of a rank, N expert rows, R received rows, P ranks of an expert group.
+Letters: B streams, Q segment, M memory, S = M + Q, T = B * Q tokens, D width, H heads, W head width, V vocabulary, F
+expert hidden width, L experts of a rank, N expert rows, R received rows, P ranks of an expert group.
 """
 
 from dataclasses import astuple, dataclass
@@ -124,7 +124,8 @@ class Sizes:
 
     @property
     def pairs(self) -> int:
-        """Query-key pairs of one stream and head that attention computes: block by block, all keys up to the block's end."""
+        """Query-key pairs of one stream and head that attention computes: block by block, all keys up to the block's
+        end."""
         segment, memory = self.config.data.segment, self.config.model.memory
         _, block = self.tile
         ends = [min(start + block, segment) for start in range(0, segment, block)]
@@ -138,11 +139,10 @@ def item_bytes(config: Config) -> int:
 
 
 def runs_on_gpu(config: Config, device_memory_bytes: int | None) -> bool:
-    """Say whether a run is to be certified for a GPU: it asks for Triton, or leaves the choice and a device is named."""
+    """Say whether a run is to be certified for a GPU: it asks for Triton, or leaves the choice and a device is
+    named."""
     backend = config.kernels.backend
-    return backend is Backend.triton or (
-        backend is Backend.auto and device_memory_bytes is not None
-    )
+    return backend is Backend.triton or (backend is Backend.auto and device_memory_bytes is not None)
 
 
 def exact_rows(section: Section, sizes: Sizes) -> Rows:
@@ -205,11 +205,7 @@ class Group:
         for rank in range(self.ranks):
             start, stop = rank * self.part, (rank + 1) * self.part
             found.append(
-                sum(
-                    numel
-                    for numel, end in zip(self.numels, ends, strict=True)
-                    if end > start and end - numel < stop
-                )
+                sum(numel for numel, end in zip(self.numels, ends, strict=True) if end > start and end - numel < stop)
             )
         return max(found)
 

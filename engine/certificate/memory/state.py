@@ -57,7 +57,7 @@ class State:
             term("weights", "{} numbers x {} bytes", part if stage == 3 else numbers, c),
             term("fp32 weights", "{} numbers of this rank's part x {} bytes", part, 4, host=host),
             term("Adam moments", "{} moments x {} numbers of this rank's part x {} bytes", 2, part, 4, host=host),
-        ]  # fmt: skip
+        ]
         if self._bf16_optimizer:
             found.append(term("gradients", "{} fp32 numbers x {} bytes", numbers, 4))
         if stage == 3:
@@ -65,13 +65,13 @@ class State:
                 term("gradients", "{} fp32 numbers of this rank's part x {} bytes", part, 4, host=host),
                 term("gradient bucket", "{} fp32 numbers x {} bytes", self._bucket, 4),
                 term("gathered weights", "{} numbers of small parameters x {} bytes", self._spread(small=True), c),
-            ]  # fmt: skip
+            ]
         return [*found, *self._offloaded()] if host else found
 
     def _offloaded(self) -> list[Term]:
         """What moves gradients to the host and weights back."""
         c, part, one = self.sizes.number, self.parameters.part, self.parameters.largest
-        found = [term("gradients on the host", "{} fp32 numbers of this rank's part x {} bytes", part, 4, host=True)]  # fmt: skip
+        found = [term("gradients on the host", "{} fp32 numbers of this rank's part x {} bytes", part, 4, host=True)]
         if self._stage == 3:
             return found
         return [
@@ -79,7 +79,7 @@ class State:
             term("weights on their way", "{} numbers of this rank's part x {} bytes", part, c, host=True),
             term("gradients on their way", "{} numbers of a parameter x {} bytes", one, c),
             term("gradients on the host", "{} numbers of a parameter x {} bytes", one, c, host=True),
-        ]  # fmt: skip
+        ]
 
     def gathered(self, phase: Phase) -> list[Term]:
         """Give the weights that ZeRO-3 gathers for a forward and backward pass."""
@@ -102,11 +102,16 @@ class State:
         return self._at_end() if phase is Phase.backward_end else self._in_step()
 
     def gradients_of_parts(self) -> list[Term]:
-        """Give what adds up the gradients of a layer's parts (engine/moe/overlap.py): the sum in fp32, and one part's too."""
+        """Give what adds up the gradients of a layer's parts (engine/moe/overlap.py): the sum in fp32, and one part's
+        too."""
         if self.sizes.parts == 1:
             return []
         each = 8 if self.sizes.number == 2 else 4
-        return [term("gradients of parts", "{} numbers of a layer's experts x {} bytes", self.parameters.layer_experts, each)]  # fmt: skip
+        return [
+            term(
+                "gradients of parts", "{} numbers of a layer's experts x {} bytes", self.parameters.layer_experts, each
+            )
+        ]
 
     def _between(self) -> list[Term]:
         """What earlier micro-batches of the step leave."""
@@ -123,7 +128,15 @@ class State:
             return found if plain else [*found, self._bucket_term()]
         if self._stage == 2 and self.sizes.config.train.offload:
             touched = sum(group.touched for group in self.parameters.groups)
-            return [term("gradients on the host", "{} numbers of parameters in this rank's part x {} bytes", touched, c, host=True)]  # fmt: skip
+            return [
+                term(
+                    "gradients on the host",
+                    "{} numbers of parameters in this rank's part x {} bytes",
+                    touched,
+                    c,
+                    host=True,
+                )
+            ]
         return self._own() if self._stage == 2 else []
 
     def _own(self) -> list[Term]:
@@ -131,9 +144,9 @@ class State:
         if self.sizes.config.train.offload and self.sizes.number == 4:
             return []
         if self.sizes.number == 2:
-            return [term("gradients", "{} fp32 numbers of this rank's part x {} bytes", self.parameters.part, 4)]  # fmt: skip
+            return [term("gradients", "{} fp32 numbers of this rank's part x {} bytes", self.parameters.part, 4)]
         touched = sum(group.touched for group in self.parameters.groups)
-        return [term("gradients", "{} numbers of parameters in this rank's part x {} bytes", touched, 4)]  # fmt: skip
+        return [term("gradients", "{} numbers of parameters in this rank's part x {} bytes", touched, 4)]
 
     def _during(self, progress: Progress) -> list[Term]:
         c, before = self.sizes.number, self._between()
@@ -158,14 +171,14 @@ class State:
         if self._stage == 0:
             return [term("gradients", "{} numbers x {} bytes", numbers, c), *copy]
         if self._bf16_optimizer:
-            one = term("gradients added up", "{} fp32 numbers of a parameter x {} bytes", self.parameters.largest, 4)  # fmt: skip
+            one = term("gradients added up", "{} fp32 numbers of a parameter x {} bytes", self.parameters.largest, 4)
             return [term("gradients", "{} numbers x {} bytes", numbers, c), one]
         if self._stage == 3:
             return self._added_up(largest_group)
         bucket = self._bucket_term()
         if c == 2:
             half = 0 if self._stage == 1 else largest_group
-            return [bucket, *self._own(), term("gradients added up", "{} numbers x {} bytes", half, 2), *copy]  # fmt: skip
+            return [bucket, *self._own(), term("gradients added up", "{} numbers x {} bytes", half, 2), *copy]
         if self._stage == 1:
             apart = [term("gradients", "{} numbers x {} bytes", numbers, c), bucket]
             return largest(apart, [bucket, *copy], [bucket, *self._own()])
@@ -179,7 +192,7 @@ class State:
         if self._stage == 3:
             return [] if self.sizes.config.train.offload else copy
         if self._bf16_optimizer:
-            return [term("gradients", "{} numbers x {} bytes", self.parameters.numbers, c), *self._gathering()]  # fmt: skip
+            return [term("gradients", "{} numbers x {} bytes", self.parameters.numbers, c), *self._gathering()]
         piece = min(self.parameters.largest, part)
         norm = [term("gradients in the step", "{} fp64 numbers for the norm x {} bytes", piece, 8)]
         if c == 2:
@@ -197,7 +210,7 @@ class State:
     def _added_up(self, numbers: int) -> list[Term]:
         """What ZeRO-3 adds up over the ranks at once."""
         copies = 1 if self.sizes.gpu else 2
-        return [term("gradients added up", "{} copies x {} fp32 numbers x {} bytes", copies, numbers, 4)]  # fmt: skip
+        return [term("gradients added up", "{} copies x {} fp32 numbers x {} bytes", copies, numbers, 4)]
 
     @property
     def _stage(self) -> int:

@@ -41,11 +41,6 @@ def merged(terms: Iterable[Term]) -> tuple[Term, ...]:
             continue
         before = found.get(each.name)
         if before is not None:
-            each = Term(
-                each.name,
-                before.bytes + each.bytes,
-                f"{before.formula} + {each.formula}",
-                each.host,
-            )
+            each = Term(each.name, before.bytes + each.bytes, f"{before.formula} + {each.formula}", each.host)
         found[each.name] = each
     return tuple(found.values())

@@ -1,4 +1,5 @@
-"""A cluster as the time model sees it: a few measured or published rates. conf/cluster/ holds descriptions of real ones.
+"""A cluster as the time model sees it: a few measured or published rates. conf/cluster/ holds descriptions of real
+ones.
 
 Rates are of what a program gets, not of what a data sheet promises, where that is known; `sources` says of each which.
 """
@@ -40,9 +41,7 @@ class ScaleConfig:
     optimizer: float = 1.0
 
     def __post_init__(self) -> None:
-        _at_least_0(
-            "cluster scale ", self, "attention", "experts", "rest", "operations", "optimizer"
-        )
+        _at_least_0("cluster scale ", self, "attention", "experts", "rest", "operations", "optimizer")
 
 
 @dataclass
@@ -66,8 +65,8 @@ class ClusterConfig:
     device_memory_gb: float | None = None
     """1e9 bytes that a rank may use; None if nobody said."""
     product_fp32: list[list[float]] = field(default_factory=lambda: [[1.0, 1.0]])
-    """Rate of matrix products by their size: pairs of GFLOP of one product and TFLOP/s (with a decimal point), ascending; it is
-    interpolated over the logarithm of the size."""
+    """Rate of matrix products by their size: pairs of GFLOP of one product and TFLOP/s (with a decimal point),
+    ascending; it is interpolated over the logarithm of the size."""
     product_bf16: list[list[float]] = field(default_factory=lambda: [[1.0, 1.0]])
     memory_gb_per_s: float = 100.0
     """1e9 bytes per second that an elementwise operation reads and writes."""
@@ -78,8 +77,8 @@ class ClusterConfig:
     between: LinkConfig = field(default_factory=LinkConfig)
     """Between nodes; all ranks of a node share its gb_per_s."""
     host_copies: bool = False
-    """Whether ranks run on CPUs: the processor that computes also starts operations and copies what is sent, so that only
-    waiting for the link between nodes is hidden behind computation."""
+    """Whether ranks run on CPUs: the processor that computes also starts operations and copies what is sent, so that
+    only waiting for the link between nodes is hidden behind computation."""
     overlap: float = 1.0
     """Share of the time that could be hidden behind computation that is."""
     scale: ScaleConfig = field(default_factory=ScaleConfig)
@@ -89,10 +88,10 @@ class ClusterConfig:
     """Where each figure comes from."""
 
     def __post_init__(self) -> None:
-        require(self.ranks_per_node >= 1, f"cluster.ranks_per_node={self.ranks_per_node}: must be at least 1")  # fmt: skip
+        require(self.ranks_per_node >= 1, f"cluster.ranks_per_node={self.ranks_per_node}: must be at least 1")
         for name in ("product_fp32", "product_bf16"):
             curve = getattr(self, name)
-            good = len(curve) > 0 and all(len(p) == 2 and min(p) > 0 and isfinite(sum(p)) for p in curve)  # fmt: skip
+            good = len(curve) > 0 and all(len(p) == 2 and min(p) > 0 and isfinite(sum(p)) for p in curve)
             require(
                 good and [p[0] for p in curve] == sorted({p[0] for p in curve}),
                 f"cluster.{name}={curve}: must be pairs [GFLOP, TFLOP/s] above 0, ascending",
@@ -103,13 +102,16 @@ class ClusterConfig:
         if self.device_memory_gb is not None:
             _above_0("cluster.", self, "device_memory_gb")
 
-    def product_seconds(self, flops: NDArray[np.float64] | float, *, bf16: bool) -> NDArray[np.float64]:  # fmt: skip
+    def product_seconds(self, flops: NDArray[np.float64] | float, *, bf16: bool) -> NDArray[np.float64]:
         """Time of one product of so many floating-point operations (2 x rows x columns x depth)."""
         gflop, tflops = np.array(self.product_bf16 if bf16 else self.product_fp32).T
         flops = np.maximum(np.asarray(flops, np.float64), 1.0)
         rate = np.interp(np.log(flops / 1e9), np.log(gflop), tflops)
         # below the curve's first point a product takes as long as there: what it costs is being started
-        return np.where(flops / 1e9 < gflop[0], gflop[0] / tflops[0] * 1e-3, flops / (rate * 1e12))
+        seconds: NDArray[np.float64] = np.where(
+            flops / 1e9 < gflop[0], gflop[0] / tflops[0] * 1e-3, flops / (rate * 1e12)
+        )
+        return seconds
 
     def memory_seconds(self, num_bytes: NDArray[np.float64] | float) -> NDArray[np.float64]:
         """Time of reading or writing so many bytes."""
@@ -134,4 +136,4 @@ def _above_0(where: str, config: object, *names: str) -> None:
 def _at_least_0(where: str, config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        require(value >= 0 and isfinite(value), f"{where}{name}={value}: must be at least 0 and finite")  # fmt: skip
+        require(value >= 0 and isfinite(value), f"{where}{name}={value}: must be at least 0 and finite")

@@ -1,7 +1,7 @@
 """The time part of a certificate: steps of a run on a cluster, how it scales, and the best way to lay it out.
 
-All of it is a model (engine/certificate/time/step_time.py) of exact counts. Counts come from a few steps of each k and one
-expert group: of the first ranks, whose streams are as long and as many as a rank of the run has.
+All of it is a model (engine/certificate/time/step_time.py) of exact counts. Counts come from a few steps of each k and
+one expert group: of the first ranks, whose streams are as long and as many as a rank of the run has.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -98,8 +98,13 @@ class Forecaster:
     """Models layouts of one run on one cluster."""
 
     def __init__(
-        self, config: Config, cluster: ClusterConfig, ids: Ids, vocab: int, tables_of: Callable[[MoEConfig], Sequence[Table]],
-    ) -> None:  # fmt: skip
+        self,
+        config: Config,
+        cluster: ClusterConfig,
+        ids: Ids,
+        vocab: int,
+        tables_of: Callable[[MoEConfig], Sequence[Table]],
+    ) -> None:
         """Take what stays the same.
 
         Args:
@@ -114,7 +119,8 @@ class Forecaster:
         """Model all steps of a layout.
 
         Args:
-            config: the run's with other data.streams, moe.builder, moe.pack or parallel; parallel.expert_ranks is the placement's.
+            config: the run's with other data.streams, moe.builder, moe.pack or parallel; parallel.expert_ranks is the
+                placement's.
         """
         counts = self._count(config, placement)
         model = StepModel(config, self.cluster, placement, self.vocab)
@@ -123,9 +129,7 @@ class Forecaster:
         for part in steps_of_k(config, placement):
             time = StepTime.mean([model.time(step) for step in counts if step.k == part.k])
             total += part.steps * time.total
-            by_k.append(
-                TimeOfK(part.k, part.steps, part.exchange, time, time.total, symbols / time.total)
-            )
+            by_k.append(TimeOfK(part.k, part.steps, part.exchange, time, time.total, symbols / time.total))
         return Forecast(by_k, total, symbols * config.train.steps / total)
 
     def weak(self, placement: Placement) -> list[Scale]:
@@ -142,7 +146,7 @@ class Forecaster:
         found = []
         for config, here in self._candidates(placement):
             step_s = self.forecast(config, here).run_s / config.train.steps
-            found.append(Choice(_overrides(self.config, config), step_s, config.moe == self.config.moe))  # fmt: skip
+            found.append(Choice(_overrides(self.config, config), step_s, config.moe == self.config.moe))
         return sorted(found, key=lambda choice: choice.step_s)
 
     def automatic(self, placement: Placement) -> Config:
@@ -160,9 +164,7 @@ class Forecaster:
                 here = Placement(world, ranks, placement.ranks_per_node)
                 config = replace(self.config, data=replace(self.config.data, streams=streams))
                 result = self.forecast(config, here)
-            except (
-                UserError
-            ):  # not that many experts for a group, or too little text for that many streams
+            except UserError:  # not that many experts for a group, or too little text for that many streams
                 continue
             each = result.tokens_per_s / world
             first = each if not found else found[0].tokens_per_s / found[0].ranks
@@ -187,9 +189,7 @@ class Forecaster:
             tables = [config.moe] if packed == config.moe else [config.moe, packed]
             kinds = ExchangeKind.tokens, ExchangeKind.gather, ExchangeKind.auto
             for moe, kind, chunks in product(tables, kinds, CHUNKS):
-                parallel = replace(
-                    config.parallel, expert_ranks=ranks, exchange=kind, chunks=chunks
-                )
+                parallel = replace(config.parallel, expert_ranks=ranks, exchange=kind, chunks=chunks)
                 found = replace(config, moe=moe, parallel=parallel)
                 if kind is ExchangeKind.auto:
                     found = replace(found, parallel=auto_rates(found, self.cluster, here))
@@ -205,13 +205,9 @@ class Forecaster:
         key = (group, streams, config.moe.builder, config.moe.pack)
         if key not in self._counts:
             one = replace(config, data=replace(config.data, streams=streams))
-            steps = sorted(
-                step for part in steps_of_k(config, placement) for step in _sampled(part)
-            )
+            steps = sorted(step for part in steps_of_k(config, placement) for step in _sampled(part))
             moe = config.moe
-            if (
-                moe != self.config.moe
-            ):  # to see what travels, one table is as good as one for each layer
+            if moe != self.config.moe:  # to see what travels, one table is as good as one for each layer
                 moe = replace(moe, share_table=True)
             tables = self._tables_of(moe)
             self._counts[key] = list(replay(one, self.ids, tables, group, steps))
@@ -253,12 +249,22 @@ def _left_out(config: Config, cluster: ClusterConfig) -> list[str]:
     """Name what the run does and engine/certificate/time/step_time.py does not know."""
     train, kernels, on_cpu = config.train, config.kernels, cluster.host_copies
     lines = {
-        "train.offload: weights are updated as if on the device, and nothing travels between host and device": train.offload,
-        "train.zero_stage=3: DeepSpeed sends weights and gradients beside computation, here nothing hides them": train.zero_stage == 3 and not on_cpu,
-        f"model.ngram={config.model.ngram}: looking up the input's rows and writing their gradient takes no time": config.model.ngram > 0,
-        f"kernels.precision={kernels.precision.value}: products run at the rate of product_fp32": kernels.precision is not Products.ieee,
-        "kernels.masked_from_k: a run measures it at its start; here all experts are grouped, as below it": on_cpu and kernels.masked_from_k is None,
-    }  # fmt: skip
+        "train.offload: weights are updated as if on the device, and nothing travels between host and device": (
+            train.offload
+        ),
+        "train.zero_stage=3: DeepSpeed sends weights and gradients beside computation, here nothing hides them": (
+            train.zero_stage == 3 and not on_cpu
+        ),
+        f"model.ngram={config.model.ngram}: looking up the input's rows and writing their gradient takes no time": (
+            config.model.ngram > 0
+        ),
+        f"kernels.precision={kernels.precision.value}: products run at the rate of product_fp32": (
+            kernels.precision is not Products.ieee
+        ),
+        "kernels.masked_from_k: a run measures it at its start; here all experts are grouped, as below it": (
+            on_cpu and kernels.masked_from_k is None
+        ),
+    }
     return [line for line, true in lines.items() if true]
 
 
@@ -289,9 +295,13 @@ def auto_rates(config: Config, cluster: ClusterConfig, placement: Placement) -> 
     link = cluster.between if crosses else cluster.inside
     sharing = min(placement.ranks_per_node, placement.world_size) if crosses else 1
     return replace(
-        config.parallel, expert_ranks=placement.expert_ranks, exchange=ExchangeKind.auto,
-        link_gb_per_s=link.gb_per_s / sharing, message_us=link.message_us, memory_gb_per_s=cluster.memory_gb_per_s,
-    )  # fmt: skip
+        config.parallel,
+        expert_ranks=placement.expert_ranks,
+        exchange=ExchangeKind.auto,
+        link_gb_per_s=link.gb_per_s / sharing,
+        message_us=link.message_us,
+        memory_gb_per_s=cluster.memory_gb_per_s,
+    )
 
 
 def _sampled(part: StepsOfK) -> set[int]:
@@ -307,6 +317,14 @@ def _overrides(before: Config, after: Config) -> list[str]:
         for f in fields(old):
             value = getattr(new, f.name)
             if value != getattr(old, f.name) and f.name != "expert_ranks":
-                text = value.name if hasattr(value, "name") else "null" if value is None else f"{value:g}" if isinstance(value, float) else value  # fmt: skip
+                text = (
+                    value.name
+                    if hasattr(value, "name")
+                    else "null"
+                    if value is None
+                    else f"{value:g}"
+                    if isinstance(value, float)
+                    else value
+                )
                 found.append(f"{section}.{f.name}={text}")
     return found

@@ -1,12 +1,13 @@
-"""What a step computes, counted in matrix products, bytes and operations: its useful arithmetic (`forward_flops`), and what of
-it all one rank does and how long that takes on a cluster.
+"""What a step computes, counted in matrix products, bytes and operations: its useful arithmetic (`forward_flops`), and
+what of it all one rank does and how long that takes on a cluster.
 
-The counts follow the code that runs: engine/model/transformer_xl.py, engine/model/attention.py, kernels/relative_attention.py, engine/moe,
-kernels/ and DeepSpeed's Adam. Products are exact; bytes of elementwise operations and numbers of operations are counted
-by hand to about a fifth, which the cluster's scales take up where they were measured.
+The counts follow the code that runs: engine/model/transformer_xl.py, engine/model/attention.py,
+kernels/relative_attention.py, engine/moe, kernels/ and DeepSpeed's Adam. Products are exact; bytes of elementwise
+operations and numbers of operations are counted by hand to about a fifth, which the cluster's scales take up where they
+were measured.
 
-Letters: B streams of a rank in a micro-batch, Q segment, M memory, S = M + Q, T = B x Q tokens, D width, H heads, W head
-width, I = H x W, V vocabulary, L experts of a rank, F expert width, N computed expert rows, R received rows.
+Letters: B streams of a rank in a micro-batch, Q segment, M memory, S = M + Q, T = B x Q tokens, D width, H heads, W
+head width, I = H x W, V vocabulary, L experts of a rank, F expert width, N computed expert rows, R received rows.
 """
 
 from dataclasses import dataclass
@@ -57,34 +58,21 @@ def model_seconds(config: Config, cluster: ClusterConfig, streams: int, vocab: i
     """
     model, item, bf16 = config.model, item_bytes(config), item_bytes(config) == 2
     queries, keys = config.data.segment, config.data.segment + model.memory
-    inner, width, tokens = (
-        model.heads * model.head_width,
-        model.width,
-        streams * config.data.segment,
-    )
+    inner, width, tokens = (model.heads * model.head_width, model.width, streams * config.data.segment)
 
     def seconds(*products: Product) -> float:
-        return sum(
-            product.count * float(cluster.product_seconds(product.flops, bf16=bf16))
-            for product in products
-        )
+        return sum(product.count * float(cluster.product_seconds(product.flops, bf16=bf16)) for product in products)
 
-    together, block = tile_shape(
-        streams, queries, keys, item_bytes=item, gpu=not cluster.host_copies
-    )
+    together, block = tile_shape(streams, queries, keys, item_bytes=item, gpu=not cluster.host_copies)
     tiles = model.heads * ceil(queries / block) * ceil(streams / together)
     projections = seconds(*projection_products(config, streams))
     score_product = score_products(config, block=block, together=together, tiles=tiles)
     scores = seconds(score_product)
     score_bytes = 6 * item * streams * model.heads * queries * score_product.columns
-    moved_bytes = item * (
-        8 * tokens * inner + 6 * streams * keys * inner + 2 * streams * keys * width
-    )
+    moved_bytes = item * (8 * tokens * inner + 6 * streams * keys * inner + 2 * streams * keys * width)
     attention = projections + scores + float(cluster.memory_seconds(score_bytes + moved_bytes))
     residual = float(cluster.memory_seconds(20 * item * tokens * width))
-    loss = seconds(Product(tokens, vocab, width)) + float(
-        cluster.memory_seconds((item + 16) * tokens * vocab)
-    )
+    loss = seconds(Product(tokens, vocab, width)) + float(cluster.memory_seconds((item + 16) * tokens * vocab))
     operations = model.layers * (45 + 9 * tiles) + 25
     layers, weigh = model.layers, passes(config)
     return ModelSeconds(
@@ -96,7 +84,7 @@ def model_seconds(config: Config, cluster: ClusterConfig, streams: int, vocab: i
 
 def expert_seconds(
     config: Config, cluster: ClusterConfig, k: int, computed: Rows, received: Rows, *, local: int
-) -> Seconds:  # fmt: skip
+) -> Seconds:
     """Time of the routed experts of one layer for one part of a micro-batch, forward and backward; of any shape.
 
     Args:
@@ -143,7 +131,8 @@ def shared_seconds(config: Config, cluster: ClusterConfig, tokens: int) -> float
 
 
 def packing_seconds(config: Config, cluster: ClusterConfig, rows: Rows, tokens: float) -> Seconds:
-    """Time of packing rows for other ranks and of adding up what comes back, of one part of a layer, forward and backward.
+    """Time of packing rows for other ranks and of adding up what comes back, of one part of a layer, forward and
+    backward.
 
     Args:
         rows: received by a rank, its own included.
@@ -164,9 +153,7 @@ def optimizer_seconds(config: Config, cluster: ClusterConfig, held: float, updat
         updated: parameters whose moments the rank keeps (ZeRO).
     """
     adam = 16 * 2 + 8  # fp32 weight, gradient and two moments read and written, and the norm
-    copies = (
-        2 * 4 + 2 * 4 + 2 * item_bytes(config)
-    )  # into the bucket, out of it, and the model's copy
+    copies = 2 * 4 + 2 * 4 + 2 * item_bytes(config)  # into the bucket, out of it, and the model's copy
     moved = float(cluster.memory_seconds(adam * updated + copies * held))
     operations = 40 * cluster.operation_us * 1e-6 * cluster.scale.operations
     return cluster.scale.optimizer * moved + operations

@@ -6,8 +6,8 @@ other in every layer, so a layer takes as long as its busiest rank, and all grou
     step = attention + experts + rest + exchange that nothing hides + gradients + optimizer
 
 Rows leave through two bottlenecks at once and the slower one counts: a rank's own port, and the link of its node for
-what goes to other nodes. With chunks, rows of one part travel while experts compute another. What DeepSpeed sends is hidden
-behind nothing: so it is at ZeRO-0 to 2, where it does not overlap; at ZeRO-3 a GPU may be faster.
+what goes to other nodes. With chunks, rows of one part travel while experts compute another. What DeepSpeed sends is
+hidden behind nothing: so it is at ZeRO-0 to 2, where it does not overlap; at ZeRO-3 a GPU may be faster.
 
 Letters: as in engine/certificate/counts/replay.py.
 """
@@ -51,15 +51,14 @@ class StepTime:
     @property
     def total(self) -> float:
         """The whole step."""
-        return sum(getattr(self, f.name) for f in fields(self) if f.name != "hidden")
+        parts: list[float] = [getattr(self, f.name) for f in fields(self) if f.name != "hidden"]
+        return sum(parts)
 
     @staticmethod
     def mean(times: "Sequence[StepTime]") -> "StepTime":
         """Average several steps, part by part."""
         names = [f.name for f in fields(StepTime)]
-        return StepTime(
-            **{name: sum(getattr(time, name) for time in times) / len(times) for name in names}
-        )
+        return StepTime(**{name: sum(getattr(time, name) for time in times) / len(times) for name in names})
 
 
 class StepModel:
@@ -71,9 +70,7 @@ class StepModel:
         vocab: symbols.
     """
 
-    def __init__(
-        self, config: Config, cluster: ClusterConfig, placement: Placement, vocab: int
-    ) -> None:
+    def __init__(self, config: Config, cluster: ClusterConfig, placement: Placement, vocab: int) -> None:
         self.config, self.cluster, self.placement = config, cluster, placement
         self._streams = config.streams_per_micro_batch(placement.world_size)
         self._parameters = count_parameters(config, placement, vocab)
@@ -118,7 +115,8 @@ class LayerTimes:
 def layer_times(
     config: Config, cluster: ClusterConfig, placement: Placement, counts: StepCounts, tokens: int
 ) -> LayerTimes:
-    """Model the expert layers of a step: arguments as for StepModel, experts' time without the ranks' sharing of cores."""
+    """Model the expert layers of a step: arguments as for StepModel, experts' time without the ranks' sharing of
+    cores."""
     ranks = placement.expert_ranks
     gather = ranks > 1 and gathers(config, ranks, counts.k, tokens)
     received = counts.received_ymgP.astype(np.float64)
@@ -126,9 +124,8 @@ def layer_times(
         received = np.full_like(received, tokens * ranks)
     parts = min(config.parallel.chunks, tokens) if ranks > 1 else 1
     experts = parts * expert_seconds(
-        config, cluster, counts.k, counts.computed_ymgP / parts, received / parts,
-        local=config.moe.experts // ranks,
-    )  # fmt: skip
+        config, cluster, counts.k, counts.computed_ymgP / parts, received / parts, local=config.moe.experts // ranks
+    )
     if ranks > 1 and not gather:
         packing = packing_seconds(config, cluster, received / parts, tokens / parts)
         experts = experts + parts * packing
@@ -139,7 +136,7 @@ def layer_times(
     kind = "gather" if gather else "tokens"
     hops_ymgPP = hops(counts, kind, placement, tokens)
     trips = trips_of(config, tokens)
-    trip = _trip(config, cluster, placement, hops_ymgPP, gathered=tokens if gather else 0, parts=parts)  # fmt: skip
+    trip = _trip(config, cluster, placement, hops_ymgPP, gathered=tokens if gather else 0, parts=parts)
     exchange_ymg = trip.weighed(trips)
     hidden_ymg = np.zeros_like(exchange_ymg)
     if parts > 1:
@@ -170,20 +167,19 @@ class _Trip:
         return trips.to_experts * self.to_experts + trips.to_tokens * self.to_tokens
 
     def hideable(self, trips: Trips, parts: int) -> NDArray[np.float64]:
-        """Time that computation may hide: the first part's way there and the last one's way back have none beside them."""
-        waiting = (
-            trips.to_experts * self.waiting_to_experts + trips.to_tokens * self.waiting_to_tokens
-        )
+        """Time that computation may hide: the first part's way there and the last one's way back have none beside
+        them."""
+        waiting = trips.to_experts * self.waiting_to_experts + trips.to_tokens * self.waiting_to_tokens
         return waiting * (parts - 1) / parts
 
 
 def _trip(
     config: Config, cluster: ClusterConfig, placement: Placement, hops_ymgPP: Counts, *, gathered: int, parts: int
-) -> _Trip:  # fmt: skip
+) -> _Trip:
     """Time the ways of one layer's rows.
 
-    An all-gather goes round a ring, as NCCL's reduce-scatter does: all rows but a rank's own pass each link between nodes once.
-    Without NCCL rows come back by an all-to-all, rank to rank (engine/parallel/collectives.py).
+    An all-gather goes round a ring, as NCCL's reduce-scatter does: all rows but a rank's own pass each link between
+    nodes once. Without NCCL rows come back by an all-to-all, rank to rank (engine/parallel/collectives.py).
 
     Args:
         gathered: rows of a rank that all ranks gather; 0 if rows go where they are needed.
@@ -216,9 +212,7 @@ def _trip(
     return _Trip(there, back, waiting_there, waiting_back)
 
 
-def gradient_seconds(
-    config: Config, cluster: ClusterConfig, placement: Placement, parameters: Parameters
-) -> float:
+def gradient_seconds(config: Config, cluster: ClusterConfig, placement: Placement, parameters: Parameters) -> float:
     """Model the collectives of DeepSpeed in a step, by ZeRO stage; nothing hides them."""
     stage, accumulation = config.train.zero_stage, config.train.accumulation
     total = 0.0
@@ -232,9 +226,7 @@ def gradient_seconds(
             total += ring.all_gather(weights) if stage else 0.0
         else:
             times = 3 if config.train.recompute else 2
-            reduce = (
-                ring.all_reduce if cluster.host_copies else ring.reduce_scatter
-            )  # gloo's is one
+            reduce = ring.all_reduce if cluster.host_copies else ring.reduce_scatter  # gloo's is one
             gathered = times * ring.all_gather(weights, len(group.numels))
             total += accumulation * (reduce(gradient) + gathered)
     return total
@@ -251,9 +243,7 @@ class _Ring:
 
     @property
     def _crosses(self) -> bool:
-        return (self.size - 1) * self.stride >= min(
-            self.placement.ranks_per_node, self.placement.world_size
-        )
+        return (self.size - 1) * self.stride >= min(self.placement.ranks_per_node, self.placement.world_size)
 
     @property
     def _bytes_per_s(self) -> float:
@@ -282,8 +272,6 @@ class _Ring:
         return self._best(num_bytes) + (messages - 1) * ceil(log2(self.size)) * self._message_s
 
     def _best(self, num_bytes: float) -> float:
-        ring = (self.size - 1) * self._message_s + (
-            self.size - 1
-        ) / self.size * num_bytes / self._bytes_per_s
+        ring = (self.size - 1) * self._message_s + (self.size - 1) / self.size * num_bytes / self._bytes_per_s
         tree = ceil(log2(self.size)) * self._message_s + num_bytes / self._bytes_per_s
         return min(ring, tree)

@@ -1,7 +1,7 @@
 """Runs on 1, 2 and 4 ranks: rows and bytes of every step, micro-batch, layer and rank are the certificate's.
 
-The text is read in 45 steps: runs of 60 go on into a second epoch, those of 200 into a fifth. Each run is held to its certificate; those that differ from it
-in one step end there.
+The text is read in 45 steps: runs of 60 go on into a second epoch, those of 200 into a fifth. Each run is held to its
+certificate; those that differ from it in one step end there.
 """
 
 import shutil
@@ -84,9 +84,7 @@ def four_ranks(folder):
     slow = {"exchange": ExchangeKind.auto, "link_gb_per_s": 1e-3}
     config = plain(folder, 4, **slow)
     return replace(
-        config,
-        moe=replace(config.moe, rows=676, ngram=1, share_table=True),
-        train=replace(config.train, steps=200),
+        config, moe=replace(config.moe, rows=676, ngram=1, share_table=True), train=replace(config.train, steps=200)
     )
 
 
@@ -117,17 +115,11 @@ def with_dropout(folder):
     """Likewise; and rows travel in half their bytes."""
     config = two_groups(folder)
     return replace(
-        config,
-        model=replace(config.model, dropout=0.1),
-        parallel=replace(config.parallel, wire=WireFormat.bf16),
+        config, model=replace(config.model, dropout=0.1), parallel=replace(config.parallel, wire=WireFormat.bf16)
     )
 
 
-CASES = {
-    1: [one_rank],
-    2: [two_ranks, with_shared_expert, with_dropout],
-    4: [four_ranks, two_groups, in_parts],
-}
+CASES = {1: [one_rank], 2: [two_ranks, with_shared_expert, with_dropout], 4: [four_ranks, two_groups, in_parts]}
 
 
 class Recorder:
@@ -182,7 +174,7 @@ class Recorder:
         """Arrays of [step, layer, micro-batch] and, of what was sent, [step]."""
         shape = config.train.steps, config.train.accumulation, LAYERS
         arrays = {name: np.array([one[name] for one in self.layers]) for name in self.layers[0]}
-        arrays = {name: a.reshape(*shape, *a.shape[1:]).swapaxes(1, 2) for name, a in arrays.items()}  # fmt: skip
+        arrays = {name: a.reshape(*shape, *a.shape[1:]).swapaxes(1, 2) for name, a in arrays.items()}
         return SimpleNamespace(**arrays, sent=np.diff(self.sent, prepend=0))
 
 
@@ -205,7 +197,7 @@ def write_certificate(make, ranks, folder, **options):
     tables = [router.table for router in build_routers(config, corpus)]
     record = Record(config, ids, place, range(0, config.train.steps, options.get("sample", 1)))
     found = certify(config, ids, tables, place, also=record.add, **options)
-    record.write(folder / f"{make.__name__} certificate", {"options": to_plain(config), **asdict(found)})  # fmt: skip
+    record.write(folder / f"{make.__name__} certificate", {"options": to_plain(config), **asdict(found)})
 
 
 def train(rank, ranks, folder):
@@ -247,16 +239,14 @@ def certified(config, ranks, seed=None):
         experts = np.stack(np.split(counts.count_ymgE, place.expert_ranks, axis=-1), axis=3)
         found["experts"].append(experts.reshape(LAYERS, -1, ranks, experts.shape[-1]))
         found["bytes"].append(leaving(moved, FORWARD).reshape(LAYERS, -1, ranks))
-        found["sent"].append(
-            leaving(moved, trips_of(config, tokens)).sum(axis=(0, 1)).reshape(ranks)
-        )
+        found["sent"].append(leaving(moved, trips_of(config, tokens)).sum(axis=(0, 1)).reshape(ranks))
     arrays = {name: np.array(values) for name, values in found.items()}
     rank_axis = {"received": 3, "experts": 3, "bytes": 3, "sent": 1}
     return {name: np.moveaxis(a, rank_axis[name], 0) for name, a in arrays.items()}
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("ranks", [pytest.param(r, marks=pytest.mark.slow) if r == 4 else r for r in CASES])  # fmt: skip
+@pytest.mark.parametrize("ranks", [pytest.param(r, marks=pytest.mark.slow) if r == 4 else r for r in CASES])
 def test_runs_do_what_their_certificates_say(ranks, folder):
     for make in CASES[ranks]:
         write_certificate(make, ranks, folder)
@@ -278,9 +268,10 @@ def test_runs_do_what_their_certificates_say(ranks, folder):
 def test_the_cases_cover_what_they_say(folder):
     config = four_ranks(folder)
     assert {gathers(config, 4, k, SEGMENT) for k in range(1, EXPERTS + 1)} == {False, True}
-    assert [trips_of(make(folder), SEGMENT) for make in (one_rank, two_ranks, with_shared_expert, with_dropout, two_groups, in_parts)] == [
-        (2, 2), (3, 3), (3, 3), (3, 3), (3, 2), (3, 3),
-    ]  # fmt: skip
+    assert [
+        trips_of(make(folder), SEGMENT)
+        for make in (one_rank, two_ranks, with_shared_expert, with_dropout, two_groups, in_parts)
+    ] == [(2, 2), (3, 3), (3, 3), (3, 3), (3, 2), (3, 3)]
 
 
 CHANGES = {  # array -> micro-batch or none
@@ -301,7 +292,8 @@ def another_k(schedule, step, steps, right=batches_module.active_experts):
 
 
 def differ(rank, ranks, folder):
-    """Lines with which runs end: by a certificate with another number of this rank, and one with another k in one step."""
+    """Lines with which runs end: by a certificate with another number of this rank, and one with another k in one
+    step."""
     lines = []
     for name in [*CHANGES, None]:
         trainer, recorder = trainer_of(two_short, rank, ranks, folder)
@@ -322,7 +314,7 @@ def test_a_step_that_differs_ends_the_run(folder):
     for name, micro in CHANGES.items():
         shutil.copytree(folder / "two_short certificate", folder / name)
         for rank in (0, 1):
-            before[name, rank] = change_certificate(folder / name, name, (STEP, LAYER, rank, *micro))  # fmt: skip
+            before[name, rank] = change_certificate(folder / name, name, (STEP, LAYER, rank, *micro))
     for rank, lines in enumerate(run_ranks(differ, 2, 2, folder)):
         where = f"rank {rank} differs from its certificate at step {STEP}, layer "
         numbers = [before[name, rank] for name in CHANGES]
@@ -350,7 +342,6 @@ def test_a_sampled_certificate_checks_its_steps_alone(folder):
     before = change_certificate(path, "computed_uyrm", (2, 0, 0, 0))
     trainer, _ = trainer_of(one_short, 0, 1, folder)
     with pytest.raises(
-        RunFailed,
-        match=f"at step 10, layer 0, micro-batch 0: expert rows computed {before}, certified {before + 1}",
+        RunFailed, match=f"at step 10, layer 0, micro-batch 0: expert rows computed {before}, certified {before + 1}"
     ):
         trainer.run(None, lambda: False, Check(read(path), trainer.model, 0))

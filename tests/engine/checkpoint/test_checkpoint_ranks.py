@@ -21,12 +21,7 @@ from foreroute.engine.sealed_files import checksum
 from foreroute.engine.testing.ranks import run_ranks
 
 RANKS, GROUP, EXPERTS = 4, 2, 4
-SHAPES = {
-    "out": (5, 3),
-    "x.experts.w1": (EXPERTS, 2, 3),
-    "bias": (7,),
-    "x.experts.b1": (EXPERTS, 2),
-}
+SHAPES = {"out": (5, 3), "x.experts.w1": (EXPERTS, 2, 3), "bias": (7,), "x.experts.b1": (EXPERTS, 2)}
 STREAMS = {0: [3, 1], 1: [0], 2: [4, 5], 3: [2]}  # of each rank, in its order
 
 
@@ -119,14 +114,9 @@ def four_ranks(rank, ranks, folder):
     attempt("newest", lambda: checkpoint.find_newest(folder, host))
     path = folder / "step-00000004"
     attempt("damaged", lambda: checkpoint.load(folder / "step-00000008", engine, host=host))
-    attempt(
-        "no such stream", lambda: checkpoint.load(path, engine, host=host, streams=[rank, 4 + rank])
-    )
+    attempt("no such stream", lambda: checkpoint.load(path, engine, host=host, streams=[rank, 4 + rank]))
     for group in (GROUP, 4):
-        attempt(
-            f"loaded in groups of {group}",
-            lambda group=group: list(faults(path, Mesh(rank, ranks, group), host)),
-        )
+        attempt(f"loaded in groups of {group}", lambda group=group: list(faults(path, Mesh(rank, ranks, group), host)))
     return found
 
 
@@ -134,25 +124,16 @@ def faults(path, mesh, host):
     """Load with other streams than this rank saved; say what differs from the truth."""
     engine, wanted = PlainEngine(mesh, seed=1), PlainEngine(mesh)
     engine.adam, streams = 0, STREAMS[3 - mesh.rank][::-1]
-    state, truth = (
-        checkpoint.load(path, engine, host=host, streams=streams),
-        training_state(4, mesh.rank, streams),
-    )
+    state, truth = (checkpoint.load(path, engine, host=host, streams=streams), training_state(4, mesh.rank, streams))
     for name, values in wanted.state.items():
-        yield from (
-            f"{key}/{name}"
-            for key, v in values.items()
-            if not torch.equal(engine.state[name][key], v)
-        )
+        yield from (f"{key}/{name}" for key, v in values.items() if not torch.equal(engine.state[name][key], v))
     same = {
         "adam step": engine.adam == 3,
         "buffer": torch.equal(engine.module.gate, wanted.module.gate),
         "streams": state.stream_B.tolist() == streams,
         "memory": all(torch.equal(a, b) for a, b in zip(state.memory, truth.memory, strict=True)),
         "table": torch.equal(state.tables[0]["order"], torch.arange(5)),
-        "rng": torch.equal(state.rng, truth.rng)
-        if mesh.expert_ranks == GROUP
-        else state.rng is None,
+        "rng": torch.equal(state.rng, truth.rng) if mesh.expert_ranks == GROUP else state.rng is None,
     }
     yield from (what for what, fine in same.items() if not fine)
 
@@ -174,28 +155,20 @@ def test_each_rank_writes_its_share(tried):
     for rank in range(RANKS):
         with safe_open(path / files.shard_name(rank), "pt") as shard:
             held[rank] = {key: shard.get_tensor(key) for key in shard.keys()}  # noqa: SIM118
-    weights = {
-        r: {k.removeprefix("weight/") for k in keys if k.startswith("weight/")}
-        for r, keys in held.items()
+    weights = {r: {k.removeprefix("weight/") for k in keys if k.startswith("weight/")} for r, keys in held.items()}
+    assert weights == {  # parameters 0 and 2 are dense; expert j of a slice goes to the replica j mod 2
+        0: {"out", "x.experts.w1/00000", "x.experts.b1/00000"},
+        1: {"x.experts.w1/00002", "x.experts.b1/00002"},
+        2: {"bias", "x.experts.w1/00001", "x.experts.b1/00001"},
+        3: {"x.experts.w1/00003", "x.experts.b1/00003"},
     }
-    assert (
-        weights
-        == {  # parameters 0 and 2 are dense; expert j of a slice goes to the replica j mod 2
-            0: {"out", "x.experts.w1/00000", "x.experts.b1/00000"},
-            1: {"x.experts.w1/00002", "x.experts.b1/00002"},
-            2: {"bias", "x.experts.w1/00001", "x.experts.b1/00001"},
-            3: {"x.experts.w1/00003", "x.experts.b1/00003"},
-        }
-    )
     assert {r: [k for k in keys if k.startswith("rng/")] for r, keys in held.items()} == {
         r: [f"rng/torch/rank-{r:05d}"] for r in range(RANKS)
     }
     for rank, streams in STREAMS.items():
         found = {key for key in held[rank] if key.startswith("memory/")}
         assert found == {f"memory/{layer}/{s:06d}" for layer in range(2) for s in streams}
-    assert {r for r, keys in held.items() if "buffer/gate" in keys or "table/0/order" in keys} == {
-        0
-    }
+    assert {r for r, keys in held.items() if "buffer/gate" in keys or "table/0/order" in keys} == {0}
     together = {key: value for keys in held.values() for key, value in keys.items()}
     assert len(together) == sum(map(len, held.values()))
     for name, values in whole().state.items():
@@ -217,16 +190,9 @@ def test_all_ranks_fail_together_and_leave_nothing(tried):
         assert "RuntimeError: memory/0/000000 is in shard-00000" in found["same stream twice"]
         for full, what in ((2, "shard"), (0, "manifest")):
             message = found[f"disk full at the {what}"]
-            assert (
-                message.startswith("OSError: checkpoint") and f"written: rank {full}: " in message
-            )
+            assert message.startswith("OSError: checkpoint") and f"written: rank {full}: " in message
             assert "step-00000008 could not be" in message
-        for what in (
-            "saved",
-            "same stream twice",
-            "disk full at the shard",
-            "disk full at the manifest",
-        ):
+        for what in ("saved", "same stream twice", "disk full at the shard", "disk full at the manifest"):
             assert found[what, "left"] == ["step-00000004"]
         assert found["saved later"] == str(folder / "step-00000008")
         message = found["an older one stays"]
@@ -269,23 +235,11 @@ def without_an_expert(tensors):
 
 
 def with_one_more(tensors):
-    tensors.update(
-        {
-            k.replace("00003", "00004"): v.clone()
-            for k, v in tensors.items()
-            if k.endswith("w1/00003")
-        }
-    )
+    tensors.update({k.replace("00003", "00004"): v.clone() for k, v in tensors.items() if k.endswith("w1/00003")})
 
 
 def with_another_shape(tensors):
-    tensors.update(
-        {
-            k: v.T.contiguous()
-            for k, v in tensors.items()
-            if k.endswith("exp_avg/x.experts.w1/00002")
-        }
-    )
+    tensors.update({k: v.T.contiguous() for k, v in tensors.items() if k.endswith("exp_avg/x.experts.w1/00002")})
 
 
 def fewer_experts(tensors):
@@ -309,16 +263,12 @@ def test_experts_that_do_not_fit_are_refused(change, why, tried, tmp_path):
     engine = PlainEngine(Mesh(), seed=1)
     rewrite(path, lambda tensors: None)
     checkpoint.load(path, engine)  # as it was
-    assert torch.equal(
-        engine.state["x.experts.w1"]["weight"], whole().state["x.experts.w1"]["weight"]
-    )
+    assert torch.equal(engine.state["x.experts.w1"]["weight"], whole().state["x.experts.w1"]["weight"])
     rewrite(path, change)
     before = {name: dict(values) for name, values in engine.state.items()}
     with pytest.raises(UserError, match=f"does not fit this model: .*{why}"):
         checkpoint.load(path, engine)
-    assert all(
-        engine.state[name][key] is value for name in before for key, value in before[name].items()
-    )
+    assert all(engine.state[name][key] is value for name in before for key, value in before[name].items())
 
 
 @pytest.mark.dist

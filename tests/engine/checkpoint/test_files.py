@@ -91,9 +91,14 @@ def test_leftovers_of_the_dead_are_removed_and_nothing_else(tmp_path):
     own = files.temporary_name(7)
     assert own == f".writing-7-{os.getpid()}@{host}"
     for name, age_s in {
-        own: 0, f".writing-12-{dead.pid}@{host}": 0, f".writing-1-{os.getppid()}@{host}": 2 * day,
-        ".writing-1-5@elsewhere": day - 60, ".writing-2-5@elsewhere": day + 60, ".writing-x": 2 * day, "step-00000001": 2 * day,
-    }.items():  # fmt: skip
+        own: 0,
+        f".writing-12-{dead.pid}@{host}": 0,
+        f".writing-1-{os.getppid()}@{host}": 2 * day,
+        ".writing-1-5@elsewhere": day - 60,
+        ".writing-2-5@elsewhere": day + 60,
+        ".writing-x": 2 * day,
+        "step-00000001": 2 * day,
+    }.items():
         (tmp_path / name / "new").mkdir(parents=True)
         written = time.time() - age_s
         os.utime(tmp_path / name, (written, written))
@@ -101,19 +106,16 @@ def test_leftovers_of_the_dead_are_removed_and_nothing_else(tmp_path):
     files.remove_leftovers(tmp_path)
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {
-        f".writing-1-{os.getppid()}@{host}", f".writing-3-{dead.pid}@{host}", ".writing-1-5@elsewhere", ".writing-x", "step-00000001",
-    }  # fmt: skip
+        f".writing-1-{os.getppid()}@{host}",
+        f".writing-3-{dead.pid}@{host}",
+        ".writing-1-5@elsewhere",
+        ".writing-x",
+        "step-00000001",
+    }
 
 
 def test_checkpoints_are_found_by_name_the_newest_first(tmp_path):
-    for name in (
-        "step-00000009",
-        "step-00000100",
-        "step-123456789",
-        "step-7",
-        "step-00000200.old",
-        "other",
-    ):
+    for name in ("step-00000009", "step-00000100", "step-123456789", "step-7", "step-00000200.old", "other"):
         (tmp_path / name).mkdir()
     found = files.checkpoints(tmp_path)
     assert [files.step_of(path) for path in found] == [123456789, 100, 9]

@@ -22,14 +22,7 @@ from torch import Tensor, nn
 from foreroute.engine.checkpoint import files
 from foreroute.engine.checkpoint import save_load as checkpoint
 from foreroute.engine.checkpoint.save_load import TrainingState
-from foreroute.engine.config import (
-    Config,
-    DataConfig,
-    OptimConfig,
-    Precision,
-    TrainConfig,
-    to_plain,
-)
+from foreroute.engine.config import Config, DataConfig, OptimConfig, Precision, TrainConfig, to_plain
 from foreroute.engine.errors import UserError
 from foreroute.engine.optim.deepspeed_engine import Engine, start
 from foreroute.engine.sealed_files import checksum
@@ -62,9 +55,7 @@ class Tiny(nn.Module):
         torch.manual_seed(seed)
         super().__init__()
         self.embed = nn.Embedding(11, 8)
-        self.blocks = nn.ModuleList(
-            [nn.ModuleDict({"moe": nn.ModuleDict({"experts": Experts(experts)})})]
-        )
+        self.blocks = nn.ModuleList([nn.ModuleDict({"moe": nn.ModuleDict({"experts": Experts(experts)})})])
         self.out = nn.Linear(8, 11)
         self.register_buffer("gate_weight", torch.randn(3, 8))
         self.register_buffer("position", torch.arange(4.0), persistent=False)
@@ -196,9 +187,7 @@ def test_every_part_matters(tmp_path: Path, uninterrupted: Any) -> None:
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_saved_at_zero_1_goes_on_at_another_stage(
-    stage: int, tmp_path: Path, uninterrupted: Any
-) -> None:
+def test_saved_at_zero_1_goes_on_at_another_stage(stage: int, tmp_path: Path, uninterrupted: Any) -> None:
     path, losses, wanted = uninterrupted(tmp_path, config(1))
     same = start(Tiny(seed=9), config(stage))
     checkpoint.load(path, same)
@@ -216,9 +205,7 @@ def test_keys_and_values(tmp_path: Path) -> None:
     engine = start(Tiny(), config())
     train(engine, 0, 3)
     state = full_state()
-    path = checkpoint.save(
-        tmp_path / "checkpoints", engine, state, facts={"config": to_plain(config())}, keep=1
-    )
+    path = checkpoint.save(tmp_path / "checkpoints", engine, state, facts={"config": to_plain(config())}, keep=1)
     assert path == tmp_path / "checkpoints" / "step-00000004"
     assert sorted(p.name for p in path.iterdir()) == ["manifest.json", "shard-00000.safetensors"]
     live = dict(engine.read_state())
@@ -309,13 +296,11 @@ def test_a_gpu_holds_one_parameter_more_at_a_time(monkeypatch: pytest.MonkeyPatc
             yield name, {kind: OnDevice(value) for kind, value in values.items()}
 
     monkeypatch.setattr(engine, "read_state", read_state)
-    written = checkpoint._tensors(
-        engine, TrainingState(step=1, cursor=1, rng=torch.get_rng_state())
-    )
+    written = checkpoint._tensors(engine, TrainingState(step=1, cursor=1, rng=torch.get_rng_state()))
     assert 0 < most <= 4  # three of the parameter before and one slice, until the next is read
     for name, values in whole:
         for kind, value in values.items():
-            stored = [written[key] for key in checkpoint._keys(kind, name, range(3) if ".experts." in name else None)]  # fmt: skip
+            stored = [written[key] for key in checkpoint._keys(kind, name, range(3) if ".experts." in name else None)]
             assert torch.equal(torch.stack(stored) if ".experts." in name else stored[0], value)
 
 
@@ -332,13 +317,9 @@ def test_weights_for_evaluation(tmp_path: Path) -> None:
 
 def test_another_model_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path, start(Tiny(), config()), 4)
-    with pytest.raises(
-        UserError, match=r"w1/00003 has shape none in the checkpoint, \[5, 8\] here"
-    ):
+    with pytest.raises(UserError, match=r"w1/00003 has shape none in the checkpoint, \[5, 8\] here"):
         checkpoint.load(path, start(Tiny(experts=4), config()))
-    with pytest.raises(
-        UserError, match=r"w1/00002 has shape \[5, 8\] in the checkpoint, none here"
-    ):
+    with pytest.raises(UserError, match=r"w1/00002 has shape \[5, 8\] in the checkpoint, none here"):
         checkpoint.load_weights(path, Tiny(experts=2))
     other = Tiny()
     other.out = nn.Linear(8, 12)

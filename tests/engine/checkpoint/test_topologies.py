@@ -43,9 +43,7 @@ def save_and_go_on(rank, ranks, folder):
             run.step()
         run.save(folder / name)
         saved = run.state()
-        results[name] = SimpleNamespace(
-            saved=saved, losses=[run.step() for _ in range(5)], state=run.state()
-        )
+        results[name] = SimpleNamespace(saved=saved, losses=[run.step() for _ in range(5)], state=run.state())
     return results
 
 
@@ -85,10 +83,7 @@ def saved(tmp_path_factory):
     wanted = {}
     for name in SAVED:
         parts = [answer[name] for answer in answers]
-        whole = [
-            {k: v for part in parts for k, v in getattr(part, what).items()}
-            for what in ("saved", "state")
-        ]
+        whole = [{k: v for part in parts for k, v in getattr(part, what).items()} for what in ("saved", "state")]
         wanted[name] = SimpleNamespace(saved=whole[0], losses=parts[0].losses, state=whole[1])
     return folder, wanted
 
@@ -110,9 +105,7 @@ def test_a_checkpoint_goes_on_anywhere(ranks, saved):
                     pytest.fail(f"{options} changes nothing")
             elif topology == list(SAVED[name][:3]):
                 assert got.losses == want.losses, name
-                assert all(
-                    np.array_equal(value, want.state[key]) for key, value in got.state.items()
-                )
+                assert all(np.array_equal(value, want.state[key]) for key, value in got.state.items())
             else:
                 compare_continued(got, want)
         assert {key for answer in answers for key in answer[index].state} == set(want.state)

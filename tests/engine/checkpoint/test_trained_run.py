@@ -32,14 +32,16 @@ def save(folder, config, step=3):
     model = build_model(config, corpus.vocab.size, weights_seed=5)
     tables = build_tables(
         config.moe, corpus.vocab.size, corpus.split(Split.train), num_tables=LAYERS, seed=1, cache_dir=None
-    )  # fmt: skip
-    engine = SimpleNamespace(
-        mesh=Mesh(), module=model, adam_step=lambda: step,
-        read_state=lambda: ((name, {key: p.detach().clone() for key in checkpoint.STATE_KEYS}) for name, p in model.named_parameters()),
-    )  # fmt: skip
-    state = checkpoint.TrainingState(
-        step, step, torch.get_rng_state(), tables=[table_state(t) for t in tables]
     )
+    engine = SimpleNamespace(
+        mesh=Mesh(),
+        module=model,
+        adam_step=lambda: step,
+        read_state=lambda: (
+            (name, {key: p.detach().clone() for key in checkpoint.STATE_KEYS}) for name, p in model.named_parameters()
+        ),
+    )
+    state = checkpoint.TrainingState(step, step, torch.get_rng_state(), tables=[table_state(t) for t in tables])
     facts = {"corpus_sha256": corpus.sha256, "symbols": corpus.vocab.symbols.hex()}
     checkpoint.save(folder / "checkpoints", engine, state, facts=facts, keep=9)
     return model, tables
@@ -54,9 +56,11 @@ def test_model_tables_and_step_come_back(tmp_path):
     assert found.step == 8 and notes == [] and not found.model.training
     weights = found.model.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-    assert [torch.equal(r.table.order_rE, t.order_rE) for r, t in zip(found.routers, tables, strict=True)] == [True] * LAYERS  # fmt: skip
+    assert [torch.equal(r.table.order_rE, t.order_rE) for r, t in zip(found.routers, tables, strict=True)] == [
+        True
+    ] * LAYERS
     # whatever the run was trained on, it is opened on what is here
-    assert found.config.kernels == KernelsConfig(backend=Backend.auto, mode=Kept.lean, precision=Products.ieee)  # fmt: skip
+    assert found.config.kernels == KernelsConfig(backend=Backend.auto, mode=Kept.lean, precision=Products.ieee)
 
 
 def test_weights_are_of_the_number_format_of_training(tmp_path):
@@ -65,7 +69,7 @@ def test_weights_are_of_the_number_format_of_training(tmp_path):
     found = open_saved(tmp_path, config, print)
     for name, parameter in found.model.named_parameters():
         assert torch.equal(parameter, model.get_parameter(name).bfloat16()), name
-    assert {buffer.dtype for buffer in found.model.buffers() if buffer.is_floating_point()} <= {torch.float32}  # fmt: skip
+    assert {buffer.dtype for buffer in found.model.buffers() if buffer.is_floating_point()} <= {torch.float32}
     live = replace(config, moe=replace(config.moe, router=Router.frozen))
     with pytest.raises(UserError, match="does not fit this model"):
         open_saved(tmp_path, live, print)

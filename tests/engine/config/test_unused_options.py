@@ -1,4 +1,5 @@
-"""An option that is said to have no effect has none: two runs that differ in it alone end with the same weights, bit for bit."""
+"""An option that is said to have no effect has none: two runs that differ in it alone end with the same weights, bit
+for bit."""
 
 from dataclasses import replace
 from typing import Any
@@ -56,9 +57,7 @@ def changed(config: Config, options: dict[str, Any]) -> Config:
     for full, value in options.items():
         section, name = full.split(".")
         sections.setdefault(section, {})[name] = value
-    return replace(
-        config, **{name: replace(getattr(config, name), **new) for name, new in sections.items()}
-    )
+    return replace(config, **{name: replace(getattr(config, name), **new) for name, new in sections.items()})
 
 
 def small(text: Any, **options: Any) -> Config:
@@ -84,14 +83,35 @@ def weights(config: Config, folder: Any) -> list[torch.Tensor]:
 
 
 OTHER = {
-    "schedule.growth": Growth.linear, "schedule.k_min": 1, "schedule.steps": 2, "schedule.k_max": 3, "eval.k": [1, 2],
-    "kernels.backend": Backend.cpu, "kernels.mode": Kept.fast, "kernels.debug": True, "kernels.masked_from_k": 1,
-    "parallel.exchange": ExchangeKind.gather, "parallel.wire": WireFormat.bf16, "parallel.chunks": 2,
-    "parallel.peer_ids": PeerIds.exchange, "moe.ngram": 3, "moe.rows": 32, "moe.builder": Builder.packed, "moe.pack": 2,
-    "moe.weights": RouteWeights.uniform, "moe.spread": 4.0, "moe.share_table": True, "moe.balance_loss": 0.5,
-    "moe.balance_over": BalanceOver.micro, "moe.z_loss": 0.5, "moe.consistency": 3.0, "moe.plain_width": 20,
-    "model.ngram_rows": 30, "optim.final_lr": 1e-3, "train.valid_symbols": 100,
-}  # fmt: skip
+    "schedule.growth": Growth.linear,
+    "schedule.k_min": 1,
+    "schedule.steps": 2,
+    "schedule.k_max": 3,
+    "eval.k": [1, 2],
+    "kernels.backend": Backend.cpu,
+    "kernels.mode": Kept.fast,
+    "kernels.debug": True,
+    "kernels.masked_from_k": 1,
+    "parallel.exchange": ExchangeKind.gather,
+    "parallel.wire": WireFormat.bf16,
+    "parallel.chunks": 2,
+    "parallel.peer_ids": PeerIds.exchange,
+    "moe.ngram": 3,
+    "moe.rows": 32,
+    "moe.builder": Builder.packed,
+    "moe.pack": 2,
+    "moe.weights": RouteWeights.uniform,
+    "moe.spread": 4.0,
+    "moe.share_table": True,
+    "moe.balance_loss": 0.5,
+    "moe.balance_over": BalanceOver.micro,
+    "moe.z_loss": 0.5,
+    "moe.consistency": 3.0,
+    "moe.plain_width": 20,
+    "model.ngram_rows": 30,
+    "optim.final_lr": 1e-3,
+    "train.valid_symbols": 100,
+}
 """Another value of each option that a rule names, but of parallel.expert_ranks, which needs ranks."""
 
 CASES: dict[str, dict[str, Any]] = {
@@ -123,18 +143,25 @@ def test_what_is_unused_changes_nothing(case, text, tmp_path):
 
 
 USED = {
-    "moe.spread": {}, "moe.ngram": {}, "moe.weights": {}, "moe.share_table": {}, "schedule.k_max": {},
-    "moe.balance_loss": {"moe.router": Router.learned}, "moe.z_loss": {"moe.router": Router.learned},
-    "moe.consistency": {"moe.router": Router.stochastic}, "moe.plain_width": {"moe.layers": 1},
-    "schedule.k_min": {"schedule.growth": Growth.linear}, "optim.final_lr": {},
-}  # fmt: skip
+    "moe.spread": {},
+    "moe.ngram": {},
+    "moe.weights": {},
+    "moe.share_table": {},
+    "schedule.k_max": {},
+    "moe.balance_loss": {"moe.router": Router.learned},
+    "moe.z_loss": {"moe.router": Router.learned},
+    "moe.consistency": {"moe.router": Router.stochastic},
+    "moe.plain_width": {"moe.layers": 1},
+    "schedule.k_min": {"schedule.growth": Growth.linear},
+    "optim.final_lr": {},
+}
 
 
 @pytest.mark.parametrize(("name", "case"), USED.items(), ids=USED.keys())
-def test_negative_control_what_is_used_is_not_named_and_changes_the_weights(name, case, text, tmp_path):  # fmt: skip
+def test_negative_control_what_is_used_is_not_named_and_changes_the_weights(name, case, text, tmp_path):
     config = small(text, **case)
     assert name not in unused(config, OTHER)
-    want, got = (weights(c, tmp_path / str(i)) for i, c in enumerate((config, changed(config, {name: OTHER[name]}))))  # fmt: skip
+    want, got = (weights(c, tmp_path / str(i)) for i, c in enumerate((config, changed(config, {name: OTHER[name]}))))
     assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(want, got, strict=False))
 
 
@@ -168,7 +195,7 @@ WHEN: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "idle", "busy"), WHEN, ids=[f"{n}-{i}" for i, (n, *_) in enumerate(WHEN)])  # fmt: skip
+@pytest.mark.parametrize(("name", "idle", "busy"), WHEN, ids=[f"{n}-{i}" for i, (n, *_) in enumerate(WHEN)])
 def test_when_an_option_is_unused(name, idle, busy, text):
     assert name in unused(small(text, **idle), OTHER)
     assert name not in unused(small(text, **busy), OTHER)

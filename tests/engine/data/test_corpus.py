@@ -140,7 +140,9 @@ def test_a_cache_of_another_user_is_not_called_damaged(tmp_path, monkeypatch):
         return opened(path, *arguments, **options)
 
     monkeypatch.setattr(Path, "open", refused)
-    with pytest.raises(UserError, match=r"^corpus.cache_dir=.* cannot be read \(Permission denied\), .*take another corpus.cache_dir$"):  # fmt: skip
+    with pytest.raises(
+        UserError, match=r"^corpus.cache_dir=.* cannot be read \(Permission denied\), .*take another corpus.cache_dir$"
+    ):
         prepare(config)
 
 
@@ -179,9 +181,7 @@ def test_missing_file_folder_and_unwritable_cache(tmp_path):
         prepare(CorpusConfig(Corpus.file, str(tmp_path), cache_dir=cache))
     config = file_config(tmp_path)
     Path(cache).write_text("a file where a folder should be")
-    with pytest.raises(
-        UserError, match=r"corpus.cache_dir=.*cannot be written \(Not a directory\)"
-    ):
+    with pytest.raises(UserError, match=r"corpus.cache_dir=.*cannot be written \(Not a directory\)"):
         prepare(config)
 
 
@@ -277,9 +277,7 @@ def server():
 
 def test_download_reports_progress_and_leaves_only_the_file(tmp_path, server):
     target, seen = tmp_path / "downloads" / "enwik8", []
-    download_enwik8(
-        target, server.url, sha256=server.sha256, progress=lambda *step: seen.append(step)
-    )
+    download_enwik8(target, server.url, sha256=server.sha256, progress=lambda *step: seen.append(step))
     assert target.read_bytes() == server.text
     assert seen[-1] == (len(server.body), len(server.body))
     assert list(target.parent.iterdir()) == [target]
@@ -289,9 +287,7 @@ def test_download_reports_progress_and_leaves_only_the_file(tmp_path, server):
 def test_download_of_unknown_length_says_so(tmp_path, server):
     server.says_length, seen = False, []
     target = tmp_path / "enwik8"
-    download_enwik8(
-        target, server.url, sha256=server.sha256, progress=lambda *step: seen.append(step)
-    )
+    download_enwik8(target, server.url, sha256=server.sha256, progress=lambda *step: seen.append(step))
     assert target.read_bytes() == server.text and seen[-1] == (len(server.body), 0)
 
 
@@ -342,11 +338,7 @@ def test_meta_json_is_plain(tmp_path):
     prepare(file_config(tmp_path))
     (path,) = (tmp_path / "cache" / "corpora").glob("*/meta.json")
     meta = json.loads(path.read_text())
-    assert (
-        meta["cuts"]
-        == meta["byte_cuts"]
-        == [0, len(TEXT) * 90 // 100, len(TEXT) * 95 // 100, len(TEXT)]
-    )
+    assert meta["cuts"] == meta["byte_cuts"] == [0, len(TEXT) * 90 // 100, len(TEXT) * 95 // 100, len(TEXT)]
     assert (meta["format"], meta["dtype"]) == (2, "uint8")
     assert meta["ids_sha256"] == hashlib.sha256(TEXT).hexdigest()
     assert (meta["corpus"], meta["tokens"], meta["source"]) == ("file", "bytes", "text.txt")

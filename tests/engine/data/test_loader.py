@@ -53,10 +53,7 @@ def flatten(value):
     """List the numbers of nested dataclasses and tuples."""
     if dataclasses.is_dataclass(value):
         return [
-            item
-            for field in dataclasses.fields(value)
-            if field.compare
-            for item in flatten(getattr(value, field.name))
+            item for field in dataclasses.fields(value) if field.compare for item in flatten(getattr(value, field.name))
         ]
     if isinstance(value, tuple):
         return [item for part in value for item in flatten(part)]
@@ -148,9 +145,7 @@ def test_a_stop_iteration_of_the_worker_is_an_error_too(routers):
 def test_steps_are_taken_as_they_are_needed(routers):
     """So that their number costs no memory: a run of 5e9 steps starts at once."""
     drawn = []
-    loader = start(
-        routers, steps=(drawn.append(step) or step for step in range(1000)), accumulation=1
-    )
+    loader = start(routers, steps=(drawn.append(step) or step for step in range(1000)), accumulation=1)
     loader.next()
     loader.close()
     assert drawn[0] == 0 and len(drawn) < 10, drawn

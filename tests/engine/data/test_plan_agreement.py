@@ -27,7 +27,7 @@ def routers(mesh, seed=1):
     return [HashedRouter(t, rank=mesh.expert_rank, ranks=mesh.expert_ranks) for t in tables]
 
 
-def start(host, group_host=None, *, text=TEXT, k=lambda step: 2, seed=1, steps=range(9), spoil=None):  # fmt: skip
+def start(host, group_host=None, *, text=TEXT, k=lambda step: 2, seed=1, steps=range(9), spoil=None):
     """A loader of one rank; with a group_host it reads its own streams only."""
     mesh = Mesh(host.rank, RANKS, GROUP)
     streams = Streams(text, STREAMS, SEGMENT, 1)
@@ -46,9 +46,8 @@ def start(host, group_host=None, *, text=TEXT, k=lambda step: 2, seed=1, steps=r
         return planned if spoil is None else spoil(planned)
 
     return PlannedLoader(
-        make_batch, plan, k, steps=steps, accumulation=2, prefetch=2,
-        agreement=Agreement(host, mesh, own_routers),
-    )  # fmt: skip
+        make_batch, plan, k, steps=steps, accumulation=2, prefetch=2, agreement=Agreement(host, mesh, own_routers)
+    )
 
 
 def take(host, number=6, **options):
@@ -68,9 +67,7 @@ def test_equal_ranks_go_on():
         first = 2 * (rank - rank % GROUP) + 1  # micro-batch 1 of the group's first rank
         assert tokens == [s * SEGMENT + q for s in (first, first + 2) for q in range(SEGMENT)]
         # unless asked for the other exchange: each rank gets the rows that it needs
-        assert all(
-            len(plan.parts) == 1 and plan.parts[0].send is not None for plan in found[0].plans
-        )
+        assert all(len(plan.parts) == 1 and plan.parts[0].send is not None for plan in found[0].plans)
 
 
 def test_ranks_that_close_at_different_speeds_do_not_wait_for_ever():
@@ -81,13 +78,28 @@ def test_ranks_that_close_at_different_speeds_do_not_wait_for_ever():
 @pytest.mark.parametrize(
     "rank,change,message",
     [
-        (2, {"k": lambda step: 2 + (step == 1)}, "step 1, micro-batch 0: the ranks differ in their number of active experts k: rank 2 has 3, the other 3 have 2"),
+        (
+            2,
+            {"k": lambda step: 2 + (step == 1)},
+            (
+                "step 1, micro-batch 0: the ranks differ in their number of active experts k: rank 2 has 3, the other 3"
+                " have 2"
+            ),
+        ),
         (3, {"seed": 2}, "step 0, micro-batch 0: the ranks differ in their tables: rank 3 has digest"),
-        (1, {"text": TEXT[::-1].copy()}, "step 0, micro-batch 0: the ranks differ in their token ids: rank 0 has digest"),
-        (3, {"text": TEXT[::-1].copy()}, "step 0, micro-batch 0: the ranks differ in their token ids: rank 2 has digest"),
+        (
+            1,
+            {"text": TEXT[::-1].copy()},
+            "step 0, micro-batch 0: the ranks differ in their token ids: rank 0 has digest",
+        ),
+        (
+            3,
+            {"text": TEXT[::-1].copy()},
+            "step 0, micro-batch 0: the ranks differ in their token ids: rank 2 has digest",
+        ),
         (2, {"steps": range(1, 9)}, "the ranks differ in their step: rank 2 has 1, the other 3 have 0"),
     ],
-)  # fmt: skip
+)
 def test_a_rank_that_differs_is_named_on_every_rank(rank, change, message):
     found = run_threads(lambda host: take(host, **(change if host.rank == rank else {})), RANKS)
     for other, problem in enumerate(found):
@@ -107,9 +119,7 @@ def test_other_splits_are_seen():
 
     found = run_threads(lambda host: take(host, spoil=spoil if host.rank == 3 else None), RANKS)
     for problem in found:
-        assert "rank 3 plans to send other numbers of rows to rank 2 than that one expects" in str(
-            problem
-        )
+        assert "rank 3 plans to send other numbers of rows to rank 2 than that one expects" in str(problem)
 
 
 def test_ids_by_exchange_equal_ids_from_the_corpus():
@@ -117,7 +127,7 @@ def test_ids_by_exchange_equal_ids_from_the_corpus():
     def exchange(host):
         return take(host, group_host=Half(host))
 
-    for by_exchange, by_corpus in zip(run_threads(exchange, RANKS), run_threads(take, RANKS), strict=True):  # fmt: skip
+    for by_exchange, by_corpus in zip(run_threads(exchange, RANKS), run_threads(take, RANKS), strict=True):
         for a, b in zip(by_exchange, by_corpus, strict=True):
             for name in ("ids_PBQ", "left_PBC", "stream_PB"):
                 assert (getattr(a.group, name) == getattr(b.group, name)).all()
@@ -135,7 +145,13 @@ class Half(Host):
         return self.host.all_gather(values)[first : first + GROUP]
 
 
-@pytest.mark.parametrize(("rank", "column", "message"), [(11, 0, "step: rank 11 has 1, the other 11 have 0"), (11, 4, "token ids: rank 10 has digest 00000000, rank 11 has digest 00000001")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rank", "column", "message"),
+    [
+        (11, 0, "step: rank 11 has 1, the other 11 have 0"),
+        (11, 4, "token ids: rank 10 has digest 00000000, rank 11 has digest 00000001"),
+    ],
+)
 def test_all_of_many_ranks_are_compared(rank, column, message):
     """More ranks than a rank tells numbers: 12 in groups of 2, of which each tells 5 + 2 x 2."""
     found = np.zeros((12, 9), np.int64)

@@ -49,7 +49,7 @@ class Reads(list):
 )
 def test_a_rank_reads_its_group_or_asks_it(mesh, peer_ids, read, asked):
     config = tiny_config()
-    config = replace(config, parallel=replace(config.parallel, expert_ranks=mesh.expert_ranks, peer_ids=peer_ids))  # fmt: skip
+    config = replace(config, parallel=replace(config.parallel, expert_ranks=mesh.expert_ranks, peer_ids=peer_ids))
     host, streams = Host() if asked is None else Group(), Reads()
     group = TrainingBatches(config, streams, mesh, None, planning_group=host).read(3, 0)
     assert streams == read and getattr(host, "asked", None) == asked
@@ -66,4 +66,4 @@ def test_k_follows_the_schedule_of_the_run():
 def test_streams_are_those_of_rank_and_micro_batch():
     config = replace(tiny_config(), train=replace(tiny_config().train, accumulation=2))
     batches = TrainingBatches(config, Reads(), Mesh(0, 2, 1), None)
-    assert [list(batches.streams_of(rank, micro)) for rank in (0, 1) for micro in (0, 1)] == [[0], [1], [2], [3]]  # fmt: skip
+    assert [list(batches.streams_of(rank, micro)) for rank in (0, 1) for micro in (0, 1)] == [[0], [1], [2], [3]]

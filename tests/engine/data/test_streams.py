@@ -28,9 +28,7 @@ def test_batches_equal_plain_loop(streams, segment, context):
     layout = Streams(SOME_IDS, streams, segment, context)
     for index in range(2 * layout.segments_per_epoch + 1):
         batch = layout.batch(index, range(streams))
-        inputs, targets, left = plain_batch(
-            SOME_IDS, streams, segment, context, index, range(streams)
-        )
+        inputs, targets, left = plain_batch(SOME_IDS, streams, segment, context, index, range(streams))
         assert batch.ids_BQ.tolist() == inputs
         assert batch.targets_BQ.tolist() == targets
         assert batch.left_BC.tolist() == left
@@ -67,9 +65,7 @@ def test_ranks_together_read_what_one_rank_reads():
 
 def test_streams_of_worked_example():
     layout = Streams(SOME_IDS, 8, 4, 2)
-    table = [
-        [list(layout.streams_of(r, m, world=2, accumulation=2)) for m in range(2)] for r in range(2)
-    ]
+    table = [[list(layout.streams_of(r, m, world=2, accumulation=2)) for m in range(2)] for r in range(2)]
     assert table == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
     with pytest.raises(ValueError, match="streams=8: not a multiple of 3 x 1"):
         layout.streams_of(0, 0, world=3, accumulation=1)
@@ -108,9 +104,7 @@ def test_eval_worked_example():
     assert counted == [list(range(100, 110)), list(range(110, 116)), list(range(116, 120))]
 
 
-SHARES = list(
-    itertools.product([1, 2, 7, 20, 64, 65, 250], [1, 2, 3, 8, 40], [1, 4, 7], [0, 3, 8, 30])
-)
+SHARES = list(itertools.product([1, 2, 7, 20, 64, 65, 250], [1, 2, 3, 8, 40], [1, 4, 7], [0, 3, 8, 30]))
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 20, 64, 65, 250])
@@ -148,9 +142,7 @@ def test_each_symbol_counted_once_with_its_true_past(length):
 def test_every_stream_counts_something_and_a_short_split_uses_fewer():
     for n, streams, segment, warm in SHARES:
         shares = EvalShares(n, streams, segment, warm)
-        counts = torch.stack(
-            [c.sum(1) for _, c in eval_batches(np.ones(n, np.uint8), 0, shares, 0)]
-        ).sum(0)
+        counts = torch.stack([c.sum(1) for _, c in eval_batches(np.ones(n, np.uint8), 0, shares, 0)]).sum(0)
         assert (counts > 0).all()
     assert EvalShares(30, 8, 4, 100).streams == 1
     assert EvalShares(1000, 8, 4, 100).streams == 8
@@ -158,9 +150,7 @@ def test_every_stream_counts_something_and_a_short_split_uses_fewer():
 
 def times_counted(shares):
     times = [0] * shares.num_symbols
-    for batch, counted_BQ in eval_batches(
-        np.zeros(shares.num_symbols, np.uint8), 0, shares, context=0
-    ):
+    for batch, counted_BQ in eval_batches(np.zeros(shares.num_symbols, np.uint8), 0, shares, context=0):
         for i, q in counted_BQ.nonzero().tolist():
             times[i * shares.stride + batch.index * shares.segment + q] += 1
     return times

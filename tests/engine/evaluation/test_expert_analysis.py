@@ -8,15 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from foreroute.engine.config import (
-    Activation,
-    Config,
-    KernelsConfig,
-    MoEConfig,
-    Router,
-    Split,
-    Tokens,
-)
+from foreroute.engine.config import Activation, Config, KernelsConfig, MoEConfig, Router, Split, Tokens
 from foreroute.engine.data.corpus import PreparedCorpus
 from foreroute.engine.data.vocab import Vocab
 from foreroute.engine.evaluation import expert_analysis as analysis
@@ -32,7 +24,7 @@ WIDTH, COUNT, TOKENS = 6, 4, 9
 
 def experts(seed=0, **options):
     torch.manual_seed(seed)
-    made = Experts(WIDTH, MoEConfig(experts=COUNT, expert_width=5, **options), KernelsConfig(masked_from_k=COUNT + 1))  # fmt: skip
+    made = Experts(WIDTH, MoEConfig(experts=COUNT, expert_width=5, **options), KernelsConfig(masked_from_k=COUNT + 1))
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter)
     return made
@@ -41,7 +33,7 @@ def experts(seed=0, **options):
 def seen(made, chosen_TE, weight_TE=None):
     torch.manual_seed(3)
     chosen_TE = torch.tensor(chosen_TE).bool()
-    weight_TE = chosen_TE / chosen_TE.sum(1, keepdim=True) if weight_TE is None else torch.tensor(weight_TE)  # fmt: skip
+    weight_TE = chosen_TE / chosen_TE.sum(1, keepdim=True) if weight_TE is None else torch.tensor(weight_TE)
     return analysis.LayerSeen(made, torch.randn(len(chosen_TE), WIDTH), weight_TE, chosen_TE)
 
 
@@ -57,7 +49,7 @@ def test_output_similarity_is_the_mean_over_pairs_and_tokens():
         outputs = [
             made.w2[e].double().T @ torch.relu(made.w1[e].double() @ x_D + made.b1[e].double()) + made.b2[e].double()
             for e in range(COUNT)
-        ]  # fmt: skip
+        ]
         total += [cosine(a, b) for a, b in itertools.combinations(outputs, 2)]
     assert analysis.output_similarity(layer) == pytest.approx(sum(total) / len(total), abs=1e-6)
     first = sum(total[:6]) / 6
@@ -73,9 +65,7 @@ def test_equal_experts_are_wholly_alike_and_opposite_ones_not():
     layer = seen(made, [[1] * COUNT] * TOKENS)
     assert analysis.output_similarity(layer) == pytest.approx(1, abs=1e-6)
     assert analysis.weight_similarity(made) == pytest.approx(1, abs=1e-6)
-    with (
-        torch.no_grad()
-    ):  # half of the experts say the opposite: 2 pairs of 6 are alike, 4 opposite
+    with torch.no_grad():  # half of the experts say the opposite: 2 pairs of 6 are alike, 4 opposite
         made.w2[:2] *= -1
         made.b2[:2] *= -1
     assert analysis.output_similarity(layer) == pytest.approx(-1 / 3, abs=1e-6)
@@ -88,9 +78,7 @@ def test_permuted_units_change_the_weights_similarity_alone():
             parameter.copy_(parameter[:1].expand_as(parameter))
         order = torch.tensor([3, 0, 4, 1, 2])
         made.w1[1], made.b1[1], made.w2[1] = made.w1[1, order], made.b1[1, order], made.w2[1, order]
-    assert analysis.output_similarity(seen(made, [[1] * COUNT] * TOKENS)) == pytest.approx(
-        1, abs=1e-6
-    )
+    assert analysis.output_similarity(seen(made, [[1] * COUNT] * TOKENS)) == pytest.approx(1, abs=1e-6)
     assert analysis.weight_similarity(made) < 0.9
 
 
@@ -112,7 +100,7 @@ def test_load_and_mixing_weights():
     layer = seen(experts(), [[1, 1, 0, 0], [1, 0, 1, 0]], [[0.9, 0.1, 0, 0], [0.5, 0, 0.5, 0]])
     found = analysis.route_statistics([layer])
     assert found.load_max_over_mean == 2  # rows 2, 1, 1, 0: mean 1
-    assert found.load_entropy == pytest.approx((0.5 * math.log(2) + 0.5 * math.log(4)) / math.log(4))  # fmt: skip
+    assert found.load_entropy == pytest.approx((0.5 * math.log(2) + 0.5 * math.log(4)) / math.log(4))
     token_0 = -(0.9 * math.log(0.9) + 0.1 * math.log(0.1))
     assert found.weight_entropy == pytest.approx((token_0 + math.log(2)) / 2)
     even = analysis.route_statistics([seen(experts(), [[1] * COUNT] * 3)])
@@ -128,9 +116,7 @@ def test_routing_change_counts_tokens_whose_set_differs():
     after = [seen(made, [[1, 1, 0, 0], [1, 0, 0, 1], [0, 0, 1, 1], [0, 0, 1, 1]])]
     assert analysis.routing_change(before, after) == 0.5
     assert analysis.routing_change(before, before) == 0
-    assert (
-        analysis.routing_change([*before, *before], [*before, *after]) == 0.25
-    )  # mean over layers
+    assert analysis.routing_change([*before, *before], [*before, *after]) == 0.25  # mean over layers
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +128,7 @@ def corpus():
 
 def whole_config(router) -> Config:
     config = tiny_config()
-    return replace(config, moe=replace(config.moe, router=router), kernels=KernelsConfig(masked_from_k=EXPERTS + 1))  # fmt: skip
+    return replace(config, moe=replace(config.moe, router=router), kernels=KernelsConfig(masked_from_k=EXPERTS + 1))
 
 
 def test_a_hashed_model_is_seen_as_its_tables_say(corpus):
@@ -151,9 +137,7 @@ def test_a_hashed_model_is_seen_as_its_tables_say(corpus):
     train = corpus.split(Split.train)
     tables = build_tables(config.moe, SYMBOLS, train, num_tables=LAYERS, seed=1, cache_dir=None)
     routers = routers_of(tables, Mesh())
-    layers = analysis.observe(
-        build_model(config, SYMBOLS), routers, corpus, config, k=k, symbols=50
-    )
+    layers = analysis.observe(build_model(config, SYMBOLS), routers, corpus, config, k=k, symbols=50)
     symbols = 50 // SEGMENT * SEGMENT
     inputs = corpus.ids[1099 : 1099 + symbols]  # each symbol's input is the one before it
     assert len(layers) == LAYERS
@@ -189,6 +173,4 @@ def test_a_live_router_is_seen_as_it_chooses(corpus):
 
 def test_a_dense_model_shows_no_experts(corpus):
     config = whole_config(Router.dense)
-    assert (
-        analysis.observe(build_model(config, SYMBOLS), None, corpus, config, k=1, symbols=64) == []
-    )
+    assert analysis.observe(build_model(config, SYMBOLS), None, corpus, config, k=1, symbols=64) == []

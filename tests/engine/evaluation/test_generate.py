@@ -3,15 +3,7 @@
 import pytest
 import torch
 
-from foreroute.engine.config import (
-    Config,
-    DataConfig,
-    EvalConfig,
-    KernelsConfig,
-    ModelConfig,
-    MoEConfig,
-    Router,
-)
+from foreroute.engine.config import Config, DataConfig, EvalConfig, KernelsConfig, ModelConfig, MoEConfig, Router
 from foreroute.engine.config.enums import Keys
 from foreroute.engine.errors import UserError
 from foreroute.engine.evaluation.generate import Sampling, generate, sample
@@ -48,9 +40,7 @@ def test_symbol_by_symbol_equals_a_whole_segment(memory):
     torch.manual_seed(0)
     config = Config(
         data=DataConfig(streams=1, segment=12),
-        model=ModelConfig(
-            layers=1, width=16, heads=2, head_width=8, memory=memory, dropout=0.0, init_std=0.5
-        ),
+        model=ModelConfig(layers=1, width=16, heads=2, head_width=8, memory=memory, dropout=0.0, init_std=0.5),
         moe=MoEConfig(router=Router.frozen, experts=4, expert_width=8),
         eval=EvalConfig(k=[2]),
         kernels=KernelsConfig(masked_from_k=5),
@@ -69,6 +59,6 @@ def test_symbol_by_symbol_equals_a_whole_segment(memory):
 
 def test_shuffled_keys_are_refused_before_anything_is_sampled():
     config = Config(moe=MoEConfig(keys=Keys.shuffled))
-    model = TransformerXL(ModelConfig(1, 8, 1, 8), MoEConfig(experts=2, expert_width=4), config.kernels, 20)  # fmt: skip
+    model = TransformerXL(ModelConfig(1, 8, 1, 8), MoEConfig(experts=2, expert_width=4), config.kernels, 20)
     with pytest.raises(UserError, match=r"moe\.keys=shuffled: a control that cannot generate"):
-        generate(model, None, config, [1], k=1, length=1, sampling=Sampling(0, 1.0, torch.Generator()))  # fmt: skip
+        generate(model, None, config, [1], k=1, length=1, sampling=Sampling(0, 1.0, torch.Generator()))

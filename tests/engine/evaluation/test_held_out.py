@@ -1,4 +1,5 @@
-"""Bits per symbol against arithmetic by hand: of a model that knows nothing, and symbol by symbol over the whole text at once."""
+"""Bits per symbol against arithmetic by hand: of a model that knows nothing, and symbol by symbol over the whole text
+at once."""
 
 import math
 from dataclasses import replace
@@ -71,9 +72,7 @@ def test_each_symbol_counts_once_by_its_own_probability(segment):
     """The memory holds all of the text, so cutting it into segments changes nothing."""
     model, config = make(segment=segment)
     assert measured(model, config).bpc == pytest.approx(by_hand(model), rel=1e-6)
-    assert measured(model, config, max_symbols=20).bpc == pytest.approx(
-        by_hand(model, 20), rel=1e-6
-    )
+    assert measured(model, config, max_symbols=20).bpc == pytest.approx(by_hand(model, 20), rel=1e-6)
     assert abs(by_hand(model, 20) - by_hand(model)) > 1e-3  # control
 
 

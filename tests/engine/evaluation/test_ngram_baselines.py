@@ -5,12 +5,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from foreroute.engine.evaluation.ngram_baselines import (
-    bzip2_bpc,
-    count_grams,
-    gram_probability,
-    order_n_bpc,
-)
+from foreroute.engine.evaluation.ngram_baselines import bzip2_bpc, count_grams, gram_probability, order_n_bpc
 
 V = 5
 
@@ -64,9 +59,7 @@ def test_order_n_equals_plain_loop(order, length):
     train, test = markov_ids(length, 1), markov_ids(300, 2)
     model = PlainKneserNey(train, order)
     padded = [0] * order + test.tolist()
-    bits = [
-        -math.log2(model.probability(tuple(padded[i : i + order + 1]))) for i in range(len(test))
-    ]
+    bits = [-math.log2(model.probability(tuple(padded[i : i + order + 1]))) for i in range(len(test))]
     assert order_n_bpc(train, test, order, V) == pytest.approx(sum(bits) / len(test), rel=1e-12)
 
 
@@ -104,9 +97,9 @@ def test_a_markov_source_is_learnt_and_a_random_one_is_not():
     choice = defaultdict(Counter)
     for a, b, c in zip(train, train[1:], train[2:], strict=False):
         choice[a, b][c] += 1
-    true_bits = -sum(
-        n * math.log2(n / sum(after.values())) for after in choice.values() for n in after.values()
-    ) / (len(train) - 2)
+    true_bits = -sum(n * math.log2(n / sum(after.values())) for after in choice.values() for n in after.values()) / (
+        len(train) - 2
+    )
     assert order_n_bpc(train, test, 2, V) == pytest.approx(true_bits, abs=0.03)
     assert order_n_bpc(train, test, 1, V) > true_bits + 0.1
     noise = np.random.default_rng(0).integers(0, V, (2, 20000), dtype=np.uint8)

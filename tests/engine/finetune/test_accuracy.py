@@ -23,9 +23,7 @@ def test_wilson_equals_published_values(correct, examples, low, high):
 def test_wilson_bounds_solve_the_score_equation():
     """A bound p is where the observed share lies z standard deviations of p away."""
     for bound in wilson(500, 872):
-        assert abs(500 / 872 - bound) == pytest.approx(
-            1.959964 * (bound * (1 - bound) / 872) ** 0.5
-        )
+        assert abs(500 / 872 - bound) == pytest.approx(1.959964 * (bound * (1 - bound) / 872) ** 0.5)
     assert wilson(500, 872, confidence=0.99).low < wilson(500, 872).low
 
 

@@ -71,7 +71,8 @@ def test_negative_control_a_real_id_more_changes_the_logits(router):
 
 
 def test_a_router_that_draws_does_so_anew_for_each_batch_and_alike_in_every_call():
-    """All sentences of a batch meet the same experts; of 200 equal ones, in two batches, two kinds of logits come out."""
+    """All sentences of a batch meet the same experts; of 200 equal ones, in two batches, two kinds of logits come
+    out."""
     config = replace(tiny_config(), moe=replace(tiny_config().moe, router=Router.stochastic))
     routers = planned_routers(config, [], Mesh())
     classifier = Classifier(build_model(config, SYMBOLS), routers, config)
@@ -112,7 +113,7 @@ def test_the_head_reads_the_last_hidden_state(pre_norm):
     (sentence,) = sentences(9)
     weights = dict(classifier.named_parameters())
     with torch.no_grad():
-        found = classifier.model.hidden(torch.tensor(sentence.ids[None].astype(int)), None, Routing(K))  # fmt: skip
+        found = classifier.model.hidden(torch.tensor(sentence.ids[None].astype(int)), None, Routing(K))
         x_D = found.hidden_BQD[0, -1]
         inner_D = torch.tanh(weights["head.0.weight"] @ x_D + weights["head.0.bias"])
         want = weights["head.3.weight"] @ inner_D + weights["head.3.bias"]
@@ -124,7 +125,7 @@ def test_a_hashed_sentence_is_routed_by_its_own_ids():
     classifier = build(Router.hashed).eval()
     (sentence,) = sentences(9)
     seen = []
-    classifier.model.blocks[1].moe.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1].plan))  # fmt: skip
+    classifier.model.blocks[1].moe.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1].plan))
     alone(classifier, sentence)
     order_rE = classifier.routers[1].table.order_rE
     ids = [0, *sentence.ids.tolist()]

@@ -53,9 +53,7 @@ def share_words(one: bytes, other: bytes, count: int) -> bool:
     """Whether two texts have `count` words in a row in common; by trying all places."""
     a, b = one.split(), other.split()
     return any(
-        a[i : i + count] == b[j : j + count]
-        for i in range(len(a) - count + 1)
-        for j in range(len(b) - count + 1)
+        a[i : i + count] == b[j : j + count] for i in range(len(a) - count + 1) for j in range(len(b) - count + 1)
     )
 
 
@@ -65,7 +63,7 @@ def phrases(sentences: int) -> list[Example]:
     found = []
     for _ in range(sentences):
         text = rng.choices(words, k=12)
-        found += [Example(b" ".join(part), rng.randrange(2)) for part in (text, text[:6], text[6:9], text[9:])]  # fmt: skip
+        found += [Example(b" ".join(part), rng.randrange(2)) for part in (text, text[:6], text[6:9], text[9:])]
     return found
 
 
@@ -75,10 +73,7 @@ def test_held_out_examples_share_nothing_with_the_rest():
     assert len(held_out) == 8 and len({e.text for e in held_out}) == 8
     assert all(len(e.text.split()) == 12 for e in held_out)  # from the longest quarter
     for example in examples:
-        shares = any(
-            example.text == other.text or share_words(example.text, other.text, 5)
-            for other in held_out
-        )
+        shares = any(example.text == other.text or share_words(example.text, other.text, 5) for other in held_out)
         assert shares != (example in rest), example
     # negative control: a split by chance leaves halves of held-out sentences in the training part
     mixed = random.Random(3).sample(examples, len(examples))
@@ -97,7 +92,7 @@ def test_too_much_held_out_is_refused():
         hold_out(examples, 11, seed=0)
     with pytest.raises(UserError, match="held_out=1: leaves nothing"):
         hold_out([Example(b"a b", 1)] * 4, 1, seed=0)
-    assert hold_out([Example(b"a b", 1)] * 3 + [Example(b"c", 0)], 1, seed=0)[0] == [Example(b"c", 0)]  # fmt: skip
+    assert hold_out([Example(b"a b", 1)] * 3 + [Example(b"c", 0)], 1, seed=0)[0] == [Example(b"c", 0)]
 
 
 @pytest.mark.skipif(not SST2.is_dir(), reason="FOREROUTE_DATA has no sst2")

@@ -36,17 +36,12 @@ class Quiet:
 
 def build(router: Router, seed: int = 1) -> Classifier:
     config = tiny_config(dropout=0.1, seed=seed)
-    config = replace(
-        config,
-        moe=replace(config.moe, router=router),
-        kernels=KernelsConfig(masked_from_k=EXPERTS),
-    )
+    config = replace(config, moe=replace(config.moe, router=router), kernels=KernelsConfig(masked_from_k=EXPERTS))
     routers = None
     if router is Router.hashed:
         tables = build_tables(
-            config.moe, SYMBOLS, np.arange(500, dtype=np.uint8) % SYMBOLS,
-            num_tables=LAYERS, seed=1, cache_dir=None,
-        )  # fmt: skip
+            config.moe, SYMBOLS, np.arange(500, dtype=np.uint8) % SYMBOLS, num_tables=LAYERS, seed=1, cache_dir=None
+        )
         routers = [HashedRouter(table) for table in tables]
     return Classifier(build_model(config, SYMBOLS), routers, config)
 
@@ -80,7 +75,9 @@ def test_the_best_point_is_kept():
     classifier, quiet, held_out = build(Router.hashed), Quiet(), task(100, seed=2)
     recipe = replace(RECIPE, steps=40, lr=(0.01, 30.0))
     found = finetune(classifier, task(400, seed=1), held_out, recipe, quiet)
-    assert [(point.lr, point.step) for point in found.curve] == [(lr, step) for lr in (0.01, 30.0) for step in range(10, 41, 10)]  # fmt: skip
+    assert [(point.lr, point.step) for point in found.curve] == [
+        (lr, step) for lr in (0.01, 30.0) for step in range(10, 41, 10)
+    ]
     best = max(point.held_out.correct for point in found.curve)
     assert found.chosen.lr == 0.01 and found.chosen.held_out.correct == best
     equal = [p.held_out_loss for p in found.curve if p.held_out.correct == best]
@@ -90,7 +87,7 @@ def test_the_best_point_is_kept():
     label = torch.tensor([s.label for s in held_out])
     assert F.cross_entropy(logits, label).item() == pytest.approx(found.chosen.held_out_loss)
     assert found.curve[-1].held_out != found.chosen.held_out
-    assert quiet.steps == list(range(1, 81)) and [s for s, _ in quiet.points] == list(range(10, 81, 10))  # fmt: skip
+    assert quiet.steps == list(range(1, 81)) and [s for s, _ in quiet.points] == list(range(10, 81, 10))
     assert found.sentences == 2 * 40 * 8
 
 
@@ -107,7 +104,7 @@ def test_the_same_seed_gives_the_same_weights():
     kept = []
     for seed in (1, 1, 2):
         classifier = build(Router.hashed)
-        finetune(classifier, task(300, seed=1), task(50, seed=2), replace(RECIPE, seed=seed), Quiet())  # fmt: skip
+        finetune(classifier, task(300, seed=1), task(50, seed=2), replace(RECIPE, seed=seed), Quiet())
         kept.append(classifier.state_dict())
     assert all(torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
     assert not torch.equal(kept[0]["head.3.weight"], kept[2]["head.3.weight"])

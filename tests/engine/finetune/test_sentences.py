@@ -12,13 +12,7 @@ from foreroute.engine.config import Tokens
 from foreroute.engine.data.vocab import Vocab
 from foreroute.engine.errors import UserError
 from foreroute.engine.finetune.glue import Example, read_examples
-from foreroute.engine.finetune.sentences import (
-    Sentence,
-    encode,
-    foreign_bytes,
-    pad,
-    training_batches,
-)
+from foreroute.engine.finetune.sentences import Sentence, encode, foreign_bytes, pad, training_batches
 
 SST2 = Path(os.environ.get("FOREROUTE_DATA", "")) / "sst2"
 

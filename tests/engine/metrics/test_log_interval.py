@@ -20,7 +20,7 @@ def a_window(flops=0.0, peak=0.0, device="cpu"):
     config = tiny_config()
     return Window(
         config, Arithmetic(config, 11, 1000), ranks=2, device=torch.device(device), peak=Peak(peak, "said"), flops=flops
-    )  # fmt: skip
+    )
 
 
 def result(number, own_ms_P, *, step_ms=10.0):
@@ -36,9 +36,7 @@ def result(number, own_ms_P, *, step_ms=10.0):
     count_LE = np.array([[4.0, 0.0], [1.0, 3.0]])
     times = StepTimes(step_ms=step_ms, forward_ms=3.0 * number, metric_ms=0.5)
     sent_bytes_PG = np.array([[0.0, 10 * number], [30 * number, 0.0]])
-    return StepResult(
-        float(number), number / 8, 2, 0.1 * number, 0.2, block_PX, sent_bytes_PG, count_LE, times
-    )
+    return StepResult(float(number), number / 8, 2, 0.1 * number, 0.2, block_PX, sent_bytes_PG, count_LE, times)
 
 
 def test_means_over_the_steps():

@@ -1,4 +1,5 @@
-"""Runs on 1, 2 and 4 ranks with pretended nodes: what every line says of ranks, layers and experts is what was counted apart.
+"""Runs on 1, 2 and 4 ranks with pretended nodes: what every line says of ranks, layers and experts is what was counted
+apart.
 
 Rows of experts are counted from tables and ids; bytes inside and between nodes are those of the certificate.
 """
@@ -71,11 +72,7 @@ CASES = {
 def config_of(name, folder):
     _, expert_ranks, _, router = CASES[name]
     config = plain(folder)
-    return replace(
-        config,
-        moe=replace(config.moe, router=router),
-        parallel=ParallelConfig(expert_ranks=expert_ranks),
-    )
+    return replace(config, moe=replace(config.moe, router=router), parallel=ParallelConfig(expert_ranks=expert_ranks))
 
 
 def train_one(name, rank, folder):
@@ -132,9 +129,9 @@ def counted_rows(name, folder):
         k = active_experts(config.schedule, step, STEPS)
         for rank in range(ranks):
             for micro in range(2):
-                batch = streams.batch(step, streams.streams_of(rank, micro, world=ranks, accumulation=2))  # fmt: skip
+                batch = streams.batch(step, streams.streams_of(rank, micro, world=ranks, accumulation=2))
                 for layer, router in enumerate(routers):
-                    for expert in router.route(batch.ids_BQ, batch.left_BC, k).expert_TK.flatten().tolist():  # fmt: skip
+                    for expert in router.route(batch.ids_BQ, batch.left_BC, k).expert_TK.flatten().tolist():
                         rows_sLE[step, layer, expert] += 1
                         home = expert // (EXPERTS // expert_ranks)
                         rows_sP[step, rank - rank % expert_ranks + home] += 1
@@ -198,8 +195,8 @@ def test_the_cases_differ(folder):
     assert len({tuple(rows) for rows in rows_sLE.reshape(-1, EXPERTS)}) > STEPS * LAYERS - 3
     assert (rows_sP.std(1)[:-1] > 0).all()  # in the last step all experts are active
     found = {name: lines(folder, name)[1] for name in CASES}
-    assert found["two nodes of one"]["wire_bytes_inside"] == 0 < found["two nodes of one"]["wire_bytes"]  # fmt: skip
-    assert found["one node of two"]["wire_bytes_between"] == 0 < found["one node of two"]["wire_bytes"]  # fmt: skip
+    assert found["two nodes of one"]["wire_bytes_inside"] == 0 < found["two nodes of one"]["wire_bytes"]
+    assert found["one node of two"]["wire_bytes_between"] == 0 < found["one node of two"]["wire_bytes"]
     split = found["two nodes of two"]
     assert 0 < split["wire_bytes_inside"] < split["wire_bytes_between"]
     assert found["two nodes of one"]["wire_bytes"] == found["one node of two"]["wire_bytes"]
@@ -210,10 +207,10 @@ def test_a_live_router_is_counted_too(folder):
     """Its rows are not known beforehand: all of them are somewhere, and each rank has those of its experts."""
     for line, steps in zip(lines(folder, "live"), windows(), strict=True):
         config = config_of("live", folder)
-        total = np.mean([active_experts(config.schedule, step, STEPS) for step in steps]) * STREAMS * SEGMENT  # fmt: skip
+        total = np.mean([active_experts(config.schedule, step, STEPS) for step in steps]) * STREAMS * SEGMENT
         rows_LE = np.array(line["expert_rows"])
         np.testing.assert_allclose(rows_LE.sum(1), [total] * LAYERS, atol=3e-3)
-        np.testing.assert_allclose(line["rank_rows"], rows_LE.reshape(LAYERS, 2, -1).sum((0, 2)), atol=6e-3)  # fmt: skip
+        np.testing.assert_allclose(line["rank_rows"], rows_LE.reshape(LAYERS, 2, -1).sum((0, 2)), atol=6e-3)
         assert line["wire_bytes_inside"] == 0 < line["wire_bytes"] == sum(line["rank_wire_bytes"])
 
 
@@ -240,11 +237,11 @@ def test_every_name_is_there_with_its_axes(name, folder):
                 assert np.shape(line[metric]) == tuple(sizes[axis] for axis in about.axes), metric
         assert not dense or all(line[metric] == [] for metric in empty)
         assert line["flops"] == pytest.approx(arithmetic.flops_before(line["step"]))
-        per_second = (line["flops"] - before) / (line["step"] % WINDOW or WINDOW) / line["step_ms"] * 1e3  # fmt: skip
+        per_second = (line["flops"] - before) / (line["step"] % WINDOW or WINDOW) / line["step_ms"] * 1e3
         before = line["flops"]
         assert line["mfu"] == pytest.approx(per_second / (ranks * PEAK * 1e12))
         assert line["tokens_per_second"] == pytest.approx(STREAMS * SEGMENT / line["step_ms"] * 1e3)
-        assert line["tokens_per_second_per_rank"] == pytest.approx(line["tokens_per_second"] / ranks)  # fmt: skip
+        assert line["tokens_per_second_per_rank"] == pytest.approx(line["tokens_per_second"] / ranks)
         outside = line["step_ms"] - line["forward_ms"] - line["backward_ms"] - line["optimizer_ms"]
         assert line["outside_ms"] == pytest.approx(outside) and outside > line["metric_ms"] > 0
         assert line["data_ms"] > 0

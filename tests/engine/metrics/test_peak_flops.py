@@ -72,7 +72,14 @@ def test_figures_of_the_data_sheets():
     """TFLOP/s in fp32 outside of tensor cores, TF32 and BF16 without sparsity."""
     a100, h100, mi300x = (19.5, 156, 312), (67, 494.5, 989.5), (163.4, 653.7, 1307.4)
     assert {name: tuple(sheet[1:]) for name, sheet in SHEETS.items()} == {
-        "NVIDIA A100-SXM4-40GB": a100, "NVIDIA A100-SXM4-80GB": a100, "NVIDIA A100-PCIE-40GB": a100, "NVIDIA A100 80GB PCIe": a100,
-        "NVIDIA H100 80GB HBM3": h100, "NVIDIA H200": h100, "NVIDIA H100 PCIe": (51, 378, 756.5), "NVIDIA L40S": (91.6, 183, 362.05),
-        "AMD Instinct MI300X": mi300x, "AMD Instinct MI300X OAM": mi300x,
-    }  # fmt: skip
+        "NVIDIA A100-SXM4-40GB": a100,
+        "NVIDIA A100-SXM4-80GB": a100,
+        "NVIDIA A100-PCIE-40GB": a100,
+        "NVIDIA A100 80GB PCIe": a100,
+        "NVIDIA H100 80GB HBM3": h100,
+        "NVIDIA H200": h100,
+        "NVIDIA H100 PCIe": (51, 378, 756.5),
+        "NVIDIA L40S": (91.6, 183, 362.05),
+        "AMD Instinct MI300X": mi300x,
+        "AMD Instinct MI300X OAM": mi300x,
+    }

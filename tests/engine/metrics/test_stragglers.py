@@ -24,7 +24,10 @@ def test_a_rank_is_named_once_when_it_stays_slow_and_again_when_it_recovers():
     for window in (even, slow, even, slow, slow, slow, other, other, even):
         said.append(watch.lines(window))
     assert said[:4] == [[], [], [], []]  # one window may be bad luck
-    assert said[4] == ["rank 2 is slow: 31.0 ms of its own in a step's forward passes, 2.8 times the median rank's; the others wait for it"]  # fmt: skip
+    assert said[4] == [
+        "rank 2 is slow: 31.0 ms of its own in a step's forward passes, 2.8 times the median rank's; the others wait"
+        " for it"
+    ]
     assert said[5] == [] and said[6] == ["rank 2 is no longer slow"]
     assert [line.split(":")[0] for line in said[7]] == ["rank 0 is slow"]
     assert said[8] == ["rank 0 is no longer slow"]

@@ -100,7 +100,7 @@ def predictions(folder):
                 streams.batch(step, streams.streams_of(rank, micro, world=RANKS, accumulation=2))
                 for rank in range(RANKS)
             ]
-            ids, left = (torch.stack([getattr(b, name) for b in batches]) for name in ("ids_BQ", "left_BC"))  # fmt: skip
+            ids, left = (torch.stack([getattr(b, name) for b in batches]) for name in ("ids_BQ", "left_BC"))
             for rank in range(RANKS):
                 for router in routers[rank]:
                     planned += 2 * router.plan(ids, left, k).wire_bytes(WIDTH, 4)

@@ -21,9 +21,7 @@ from foreroute.launch.testing.wandb_log import Offline, offline_runs
 
 
 def open_metrics(folder: Path, wandb: WandbConfig | None = None, **options: Any) -> Metrics:
-    return Metrics(
-        folder, wandb or WandbConfig(), name="r", config_plain={"moe": {"experts": 7}}, **options
-    )
+    return Metrics(folder, wandb or WandbConfig(), name="r", config_plain={"moe": {"experts": 7}}, **options)
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -72,11 +70,7 @@ def test_no_step_twice_after_resuming(tmp_path: Path) -> None:
     metrics = open_metrics(tmp_path, resume_step=20)
     metrics.log(30, {"loss": 0.5})
     metrics.close()
-    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [
-        (10, 10.0),
-        (20, 20.0),
-        (30, 0.5),
-    ]
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(10, 10.0), (20, 20.0), (30, 0.5)]
     open_metrics(tmp_path).close()  # a new run of the same name
     assert lines(tmp_path) == []
     open_metrics(tmp_path / "new", resume_step=5).close()  # nothing there yet
@@ -110,9 +104,11 @@ def value(number, axes):
     if not axes:
         return number
     return [value(number + place, axes[1:]) for place in range(SIZES[axes[0]])]
-with Metrics(Path(sys.argv[1]), wandb, name="r", config_plain={"moe": {"experts": 7}, "facts": {"ranks": 2}}) as metrics:
+config = {"moe": {"experts": 7}, "facts": {"ranks": 2}}
+with Metrics(Path(sys.argv[1]), wandb, name="r", config_plain=config) as metrics:
     for step in range(1, 41):  # more than one block of the log
-        metrics.log(step, {name: value(step + i / 64, about.axes) for i, (name, about) in enumerate(METRICS.items()) if "valid" not in name})
+        metrics.log(step, {name: value(step + i / 64, about.axes) for i, (name, about) in enumerate(METRICS.items())
+            if "valid" not in name})
     metrics.log(40, {"valid_bpc": 1.5, "valid_loss": 1.0, "k": 99, "tokens": 5, "flops": 7})
     metrics.log(41, {"loss": float("nan"), "rank_own_ms": [float("inf"), 1.0]})
     metrics.summarise({"test_bpc/k4": 1.25})
@@ -121,15 +117,10 @@ with Metrics(Path(sys.argv[1]), wandb, name="r", config_plain={"moe": {"experts"
 """
 
 
-def offline(
-    folder: Path, ranks: int, *more: str
-) -> tuple[subprocess.CompletedProcess[str], Offline]:
+def offline(folder: Path, ranks: int, *more: str) -> tuple[subprocess.CompletedProcess[str], Offline]:
     """Run the script above in a process of its own, so that all its output is seen."""
     done = subprocess.run(
-        [sys.executable, "-c", OFFLINE, str(folder), str(ranks), *more],
-        capture_output=True,
-        text=True,
-        timeout=600,
+        [sys.executable, "-c", OFFLINE, str(folder), str(ranks), *more], capture_output=True, text=True, timeout=600
     )
     (found,) = offline_runs(folder)
     return done, found
@@ -154,7 +145,7 @@ def test_offline_wandb_run_has_everything(tmp_path: Path) -> None:
                 assert [row[f"{name}/{place}"] for place in range(2)] == [number, number + 1]
         rows = found.history[step]["expert_rows/1"]
         first = step + list(METRICS).index("expert_rows") / 64 + 1
-        assert rows == {"_type": "histogram", "values": [first, first + 1, first + 2], "bins": [0, 1, 2, 3]}  # fmt: skip
+        assert rows == {"_type": "histogram", "values": [first, first + 1, first + 2], "bins": [0, 1, 2, 3]}
     assert found.history[40]["valid_bpc"] == 1.5
     assert found.history[40]["k"] == 40 + list(METRICS).index("k") / 64  # the training line's
     assert not any(name.endswith("/2") for name in found.history[1])
@@ -181,7 +172,7 @@ def test_many_ranks_are_three_series(tmp_path: Path) -> None:
     _, found = offline(tmp_path, ranks=65)
     first = 1 + list(METRICS).index("rank_rows") / 64
     row = {name: value for name, value in found.history[1].items() if name.startswith("rank_rows")}
-    assert row == {"rank_rows/min": first, "rank_rows/median": first + 32, "rank_rows/max": first + 64}  # fmt: skip
+    assert row == {"rank_rows/min": first, "rank_rows/median": first + 32, "rank_rows/max": first + 64}
     assert len(lines(tmp_path)[0]["rank_rows"]) == 65  # the file has all of them
 
 
@@ -205,10 +196,9 @@ def test_wandb_id_is_kept_on_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert all(call["group"] == "g" and Path(call["dir"]) == tmp_path for call in calls)
 
 
-def test_a_copied_folder_is_another_wandb_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It would write into the original's otherwise. The same folder goes on, also where an older version left the id alone."""
+def test_a_copied_folder_is_another_wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would write into the original's otherwise. The same folder goes on, also where an older version left the id
+    alone."""
     wandb = pytest.importorskip("wandb")
     ids: list[str] = []
     monkeypatch.setattr(wandb, "init", lambda **options: ids.append(options["id"]) or MagicMock())
@@ -223,7 +213,8 @@ def test_a_copied_folder_is_another_wandb_run(
 
 
 def test_a_slow_wandb_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lines are handed to a thread, which W&B may hold up; they arrive in order. An error is one note, and the run goes on without."""
+    """Lines are handed to a thread, which W&B may hold up; they arrive in order. An error is one note, and the run goes
+    on without."""
     wandb = pytest.importorskip("wandb")
     go_on, seen = threading.Event(), []
 
@@ -248,14 +239,11 @@ def test_a_slow_wandb_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     metrics.summarise({"test_bpc/k4": 1.0})
     metrics.close()
     assert seen[:3] == [1, 2, 3] and len(seen) == before and run.finish.called
-    assert notes == ["W&B is lost (the service is gone): the run goes on without it, metrics.jsonl has all numbers"]  # fmt: skip
+    assert notes == ["W&B is lost (the service is gone): the run goes on without it, metrics.jsonl has all numbers"]
     assert lines(tmp_path)[-1]["step"] == 5
 
 
 def test_disabled_wandb_is_not_even_imported(tmp_path: Path) -> None:
-    code = (
-        OFFLINE.replace("WandbMode.offline", "WandbMode.disabled")
-        + "assert 'wandb' not in sys.modules"
-    )
+    code = OFFLINE.replace("WandbMode.offline", "WandbMode.disabled") + "assert 'wandb' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, str(tmp_path), "2"], check=True, timeout=600)
     assert not (tmp_path / "wandb").exists() and not (tmp_path / WANDB_ID).exists()

@@ -46,9 +46,7 @@ def test_equals_projections_around_reference(window):
 
 def test_attention_dropout_only_in_training():
     torch.manual_seed(0)
-    attention = RelativeAttention(
-        ModelConfig(width=6, heads=2, head_width=4, attention_dropout=0.5)
-    )
+    attention = RelativeAttention(ModelConfig(width=6, heads=2, head_width=4, attention_dropout=0.5))
     context, distance = torch.randn(1, 9, 6), torch.randn(9, 6)
     shared = SharedAttention(distance, torch.zeros(2, 4), torch.zeros(2, 4), None)
     train = [attention(context, context, shared) for _ in range(2)]

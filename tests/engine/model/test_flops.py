@@ -17,14 +17,7 @@ from foreroute.engine.model.transformer_xl import Routing
 from foreroute.engine.moe.experts import Experts
 from foreroute.engine.routing.k_schedule import active_experts
 from foreroute.engine.routing.plan import Route, build_plan
-from foreroute.engine.testing.tiny_run import (
-    EXPERTS,
-    LAYERS,
-    SEGMENT,
-    STREAMS,
-    SYMBOLS,
-    tiny_config,
-)
+from foreroute.engine.testing.tiny_run import EXPERTS, LAYERS, SEGMENT, STREAMS, SYMBOLS, tiny_config
 
 K, TOKENS = 3, STREAMS * SEGMENT
 
@@ -72,10 +65,11 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_flops_are_those_that_pytorch_counts(name, monkeypatch):
-    """Exactly, but for what is done in vain: keys that a query may not see, and one column more of every tile's distances.
+    """Exactly, but for what is done in vain: keys that a query may not see, and one column more of every tile's
+    distances.
 
-    Backward counts two products for each one of forward. Two have one only: the encoded distances and a frozen gate get no
-    gradient.
+    Backward counts two products for each one of forward. Two have one only: the encoded distances and a frozen gate get
+    no gradient.
     """
     config = tiny_config()
     config = replace(config, moe=replace(config.moe, **MODELS[name]))
@@ -91,9 +85,7 @@ def test_flops_are_those_that_pytorch_counts(name, monkeypatch):
     assert useful == forward - column * (3 * in_vain + 1)
     step = Arithmetic(config, SYMBOLS, 0).step_flops(K)
     assert step == both - column * (9 * in_vain + 3) + no_gradient
-    assert step == pytest.approx(
-        both, rel=0.15
-    )  # so much in such a small model, with half a segment hidden
+    assert step == pytest.approx(both, rel=0.15)  # so much in such a small model, with half a segment hidden
 
 
 def test_flops_follow_k(monkeypatch):

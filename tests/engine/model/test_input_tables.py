@@ -1,4 +1,5 @@
-"""What models are told at their input, against plain loops over ids; and that dense arms have equal parameters for it."""
+"""What models are told at their input, against plain loops over ids; and that dense arms have equal parameters for
+it."""
 
 from dataclasses import replace
 
@@ -30,7 +31,10 @@ from foreroute.engine.routing.tables import build_tables
 V, K, MOE = 9, 2, MoEConfig(router=Router.dense, experts=4, expert_width=6, ngram=3, rows=50)
 SIZES = ModelConfig(2, 8, heads=2, head_width=4, memory=5, dropout=0.0, init_std=0.3)
 TEXT = np.random.default_rng(0).integers(0, V, 400).astype(np.uint8)
-IDS, LEFT = torch.from_numpy(TEXT[2:14].astype(np.int64)).view(2, 6), torch.from_numpy(TEXT[[0, 1, 6, 7]].astype(np.int64)).view(2, 2)  # fmt: skip
+IDS, LEFT = (
+    torch.from_numpy(TEXT[2:14].astype(np.int64)).view(2, 6),
+    torch.from_numpy(TEXT[[0, 1, 6, 7]].astype(np.int64)).view(2, 2),
+)
 
 
 def build(moe=MOE, **options):
@@ -83,10 +87,15 @@ def test_ngram_embeddings_equal_a_loop(ngram, table_rows):
 def test_input_and_router_read_n_grams_of_their_own(at_input, of_router):
     """From one left context, which is as long as the longer ones need."""
     moe = replace(MOE, router=Router.hashed, ngram=of_router)
-    config = Config(model=replace(SIZES, ngram=at_input, ngram_rows=40), moe=moe, eval=EvalConfig(k=[K]), schedule=ScheduleConfig(k_min=K, k_max=K))  # fmt: skip
+    config = Config(
+        model=replace(SIZES, ngram=at_input, ngram_rows=40),
+        moe=moe,
+        eval=EvalConfig(k=[K]),
+        schedule=ScheduleConfig(k_min=K, k_max=K),
+    )
     assert config.context == max(at_input, of_router) - 1
     model = build(moe, ngram=at_input, ngram_rows=40)
-    routers = [HashedRouter(t) for t in build_tables(moe, V, TEXT, num_tables=2, seed=5, cache_dir=None)]  # fmt: skip
+    routers = [HashedRouter(t) for t in build_tables(moe, V, TEXT, num_tables=2, seed=5, cache_dir=None)]
 
     def planned(context, routers, keys):
         left = LEFT[:, 2 - context :]
@@ -94,9 +103,7 @@ def test_input_and_router_read_n_grams_of_their_own(at_input, of_router):
         return plan_batch(group_batch([batch]), K, routers, input_keys=keys)
 
     both = planned(config.context, routers, model.input_keys)
-    assert torch.equal(
-        both.input_row_tBQ, planned(at_input - 1, None, model.input_keys).input_row_tBQ
-    )
+    assert torch.equal(both.input_row_tBQ, planned(at_input - 1, None, model.input_keys).input_row_tBQ)
     for got, want in zip(both.plans, planned(of_router - 1, routers, ()).plans, strict=True):
         assert torch.equal(got.parts[0].rows.source_N, want.parts[0].rows.source_N)
         assert torch.equal(got.count_E, want.count_E)
@@ -104,10 +111,8 @@ def test_input_and_router_read_n_grams_of_their_own(at_input, of_router):
     (keys,) = build(moe, ngram=of_router, ngram_rows=moe.rows).input_keys
     assert all(not torch.equal(keys.of(IDS, LEFT), r.table.rows_of(IDS, LEFT)) for r in routers)
     # negative control: another text is routed otherwise
-    other = plan_batch(group_batch([Batch(IDS.flip(1), IDS, LEFT, torch.arange(2), 0, fresh=False)]), K, routers)  # fmt: skip
-    assert not torch.equal(
-        other.plans[0].parts[0].rows.source_N, both.plans[0].parts[0].rows.source_N
-    )
+    other = plan_batch(group_batch([Batch(IDS.flip(1), IDS, LEFT, torch.arange(2), 0, fresh=False)]), K, routers)
+    assert not torch.equal(other.plans[0].parts[0].rows.source_N, both.plans[0].parts[0].rows.source_N)
 
 
 def test_signatures_are_the_tables_weights_of_hashed_routing():
@@ -119,7 +124,7 @@ def test_signatures_are_the_tables_weights_of_hashed_routing():
     for layer, table in enumerate(tables):
         route = HashedRouter(table).route(IDS, LEFT, K)
         for token in range(12):
-            for expert, weight in zip(route.expert_TK[token].tolist(), route.weight_TK[token].tolist(), strict=True):  # fmt: skip
+            for expert, weight in zip(route.expert_TK[token].tolist(), route.weight_TK[token].tolist(), strict=True):
                 features[token, layer, expert] = weight
     assert torch.allclose(features.sum(-1), torch.ones(12, 2))
     linear = model.input_tables.map
@@ -174,9 +179,15 @@ def test_the_first_layers_have_experts_and_the_others_are_plain():
 BAD = {
     "hashed has signatures": ({"model": ModelConfig(signatures=True)}, "model.signatures=True: needs moe.router=dense"),
     "layers": ({"moe": MoEConfig(layers=5)}, "moe.layers=5: must be at most model.layers=4"),
-    "signatures of more experts than there are": ({"model": ModelConfig(signatures=True), "moe": MOE, "schedule": ScheduleConfig(k_min=1, k_max=5)}, "schedule.k_max=5: must be at most moe.experts=4"),
-    "no width left": ({"model": ModelConfig(ngram=2, ngram_rows=99999), "moe": replace(MOE, experts=2)}, "model.ngram_rows=99999: no"),
-}  # fmt: skip
+    "signatures of more experts than there are": (
+        {"model": ModelConfig(signatures=True), "moe": MOE, "schedule": ScheduleConfig(k_min=1, k_max=5)},
+        "schedule.k_max=5: must be at most moe.experts=4",
+    ),
+    "no width left": (
+        {"model": ModelConfig(ngram=2, ngram_rows=99999), "moe": replace(MOE, experts=2)},
+        "model.ngram_rows=99999: no",
+    ),
+}
 
 
 @pytest.mark.parametrize("sections,message", BAD.values(), ids=BAD.keys())

@@ -1,4 +1,5 @@
-"""engine.model.transformer_xl against an independent Transformer-XL of plain loops in fp64, and against itself cut up differently."""
+"""engine.model.transformer_xl against an independent Transformer-XL of plain loops in fp64, and against itself cut up
+differently."""
 
 import math
 
@@ -34,9 +35,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 def layer_norm(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
     mean, variance = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
-    return (x - mean) / (variance + 1e-5).sqrt() * weights[f"{name}.weight"] + weights[
-        f"{name}.bias"
-    ]
+    return (x - mean) / (variance + 1e-5).sqrt() * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
 
 def encoding(distance: int, width: int) -> Tensor:
@@ -61,9 +60,7 @@ def attend(x_SD: Tensor, first: int, weights: dict[str, Tensor], name: str, **op
             for j in seen:
                 distance = min(i - j, options["clamp_len"] or i - j)
                 r = weights[f"{name}.distance.weight"][part] @ encoding(distance, x_SD.shape[1])
-                scores.append(
-                    ((query + u[h]) @ (w_key[part] @ x_SD[j]) + (query + v[h]) @ r) / width**0.5
-                )
+                scores.append(((query + u[h]) @ (w_key[part] @ x_SD[j]) + (query + v[h]) @ r) / width**0.5)
             attention = torch.stack(scores).softmax(0)
             out.append(sum(attention[n] * (w_value[part] @ x_SD[j]) for n, j in enumerate(seen)))
         rows.append(weights[f"{name}.output.weight"] @ torch.cat(out))
@@ -78,9 +75,7 @@ def feed_forward(x_D: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
     return weights[f"{name}.w2.weight"] @ hidden + weights[f"{name}.w2.bias"]
 
 
-def reference(
-    weights: dict[str, Tensor], ids: Tensor, memory: list[Tensor], pre_norm: bool, **options
-):
+def reference(weights: dict[str, Tensor], ids: Tensor, memory: list[Tensor], pre_norm: bool, **options):
     """Logits [Q, V] and new memory of one stream."""
     x, new_memory, layer = weights["embedding.weight"][ids], [], 0
     x = x * x.shape[1] ** 0.5
@@ -92,9 +87,7 @@ def reference(
             context = layer_norm(context, weights, f"{name}.attention_norm")
             x = x + attend(context, first, weights, f"{name}.attention", **options)
             inner = layer_norm(x, weights, f"{name}.feed_forward_norm")
-            x = x + torch.stack(
-                [feed_forward(row, weights, f"{name}.feed_forward") for row in inner]
-            )
+            x = x + torch.stack([feed_forward(row, weights, f"{name}.feed_forward") for row in inner])
         else:
             x = x + attend(context, first, weights, f"{name}.attention", **options)
             x = layer_norm(x, weights, f"{name}.attention_norm")
@@ -167,9 +160,7 @@ def test_negative_control():
         assert error > 1e-8, name
 
 
-@pytest.mark.parametrize(
-    "router, trained, held", [("dense", 19_489_996, 0), ("frozen", 19_505_356, 16_448)]
-)
+@pytest.mark.parametrize("router, trained, held", [("dense", 19_489_996, 0), ("frozen", 19_505_356, 16_448)])
 def test_published_parameter_counts(router, trained, held):
     with torch.device("meta"):
         model = TransformerXL(ModelConfig(), MoEConfig(router=Router[router]), KernelsConfig(), 204)
@@ -213,9 +204,7 @@ def test_causality():
     assert (before[:, 5:] != after[:, 5:]).any(dim=-1).all()
 
 
-@pytest.mark.parametrize(
-    "length, limit, want", [(3, 0, 0), (3, 2, 2), (3, 3, 3), (3, 5, 5), (3, 9, 7)]
-)
+@pytest.mark.parametrize("length, limit, want", [(3, 0, 0), (3, 2, 2), (3, 3, 3), (3, 5, 5), (3, 9, 7)])
 def test_extend_memory(length, limit, want):
     memory, x = torch.arange(4.0).view(1, 4, 1), 4 + torch.arange(float(length)).view(1, length, 1)
     assert extend_memory(memory, x, limit).flatten().tolist() == list(range(7 - want, 7))
@@ -262,9 +251,7 @@ def test_bf16_is_close():
     want = model(ids, ids, None, Routing(k=1))
     got = model.bfloat16()(ids, ids, None, Routing(k=1))
     assert got.loss.dtype == got.nll_BQ.dtype == torch.float32
-    assert got.loss.item() == pytest.approx(
-        want.loss.item(), rel=0.02
-    )  # 4e-3 per rounding, 2 layers
+    assert got.loss.item() == pytest.approx(want.loss.item(), rel=0.02)  # 4e-3 per rounding, 2 layers
 
 
 def test_empty_memory_forms():

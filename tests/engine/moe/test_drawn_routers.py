@@ -41,7 +41,7 @@ def rows_of_tokens(plans, tokens):
         source = part.rows.source_N
         token_N = source if part.received_R is None else part.received_R[source]
         expert_N = torch.bucketize(torch.arange(len(token_N)), part.rows.offset_L, right=True)
-        for token, expert, weight in zip(token_N.tolist(), expert_N.tolist(), part.weight_N.tolist(), strict=True):  # fmt: skip
+        for token, expert, weight in zip(token_N.tolist(), expert_N.tolist(), part.weight_N.tolist(), strict=True):
             found[token].append((rank * local + expert, weight))
     return found
 
@@ -54,10 +54,10 @@ def test_plans_equal_a_plain_loop_on_one_rank_and_on_two(each_token, k):
         orders = [
             sorted(range(E), key=lambda e, t=t: hash64(7, 9, 1, held_out, 3, number, t * each_token, e))
             for t in range(tokens)
-        ]  # fmt: skip
+        ]
         for ranks in (1, 2):
             draw = draw_of(tokens, ranks, held_out=held_out, number=number)
-            plans = [router(each_token, rank=r, ranks=ranks).plan(NO_IDS, NO_IDS, k, draw=draw) for r in range(ranks)]  # fmt: skip
+            plans = [router(each_token, rank=r, ranks=ranks).plan(NO_IDS, NO_IDS, k, draw=draw) for r in range(ranks)]
             found = rows_of_tokens(plans, tokens)
             for order, row in zip(orders, found, strict=True):
                 assert sorted(expert for expert, _ in row) == sorted(order[:k])
@@ -113,13 +113,13 @@ def test_shuffled_keys_are_the_same_keys_at_other_places(ranks):
     place_T = sorted(range(40), key=lambda t: hash64(8, 1, False, 3, 0, t))
     assert place_T != list(range(40))
     for table in tables():  # the same tokens lend their keys in every layer
-        row_T = torch.cat([table.rows_of(ids, left).reshape(-1) for ids, left in zip(ids_PBQ, left_PBC, strict=True)])  # fmt: skip
+        row_T = torch.cat([table.rows_of(ids, left).reshape(-1) for ids, left in zip(ids_PBQ, left_PBC, strict=True)])
         wanted = [table.order_rE[row_T[place], :2].tolist() for place in place_T]
         routers = [HashedRouter(table, rank=r, ranks=ranks, shuffled=True) for r in range(ranks)]
         plans = [r.plan(ids_PBQ, left_PBC, 2, draw=draw) for r in routers]
         found = rows_of_tokens(plans, 40)
         assert [sorted(e for e, _ in row) for row in found] == [sorted(row) for row in wanted]
-        own = [HashedRouter(table, rank=r, ranks=ranks).plan(ids_PBQ, left_PBC, 2) for r in range(ranks)]  # fmt: skip
+        own = [HashedRouter(table, rank=r, ranks=ranks).plan(ids_PBQ, left_PBC, 2) for r in range(ranks)]
         assert torch.equal(plans[0].count_E, own[0].count_E)
         assert rows_of_tokens(own, 40) != found
 
@@ -133,7 +133,9 @@ def test_what_is_drawn_needs_a_draw():
 
 def test_plans_are_for_the_exchange_of_tokens_in_one_part_unless_asked():
     draw, ids = draw_of(10, 2), torch.zeros(2, 1, 5, dtype=torch.int64)
-    table = build_tables(MoEConfig(experts=E, ngram=1, rows=9), 9, np.arange(9), num_tables=1, seed=1, cache_dir=None)[0]  # fmt: skip
+    table = build_tables(MoEConfig(experts=E, ngram=1, rows=9), 9, np.arange(9), num_tables=1, seed=1, cache_dir=None)[
+        0
+    ]
     for planned in (router(ranks=2), HashedRouter(table, ranks=2)):
         (part,) = planned.plan(ids, ids[..., :0], 2, draw=draw).parts
         assert part.send is not None and part.received_R is not None

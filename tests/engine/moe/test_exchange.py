@@ -48,7 +48,7 @@ def test_a_plan_for_others_is_refused(options):
 
 def test_a_plan_in_parts_for_others_is_refused():
     exchange = build_exchange(NoWire(), ParallelConfig())
-    experts, x_TD = Experts(4, MoEConfig(experts=8, expert_width=6), KernelsConfig()), torch.zeros(23, 4)  # fmt: skip
+    experts, x_TD = Experts(4, MoEConfig(experts=8, expert_width=6), KernelsConfig()), torch.zeros(23, 4)
     with pytest.raises(ValueError, match="for an expert group of 4 ranks: this one has 2"):
         experts(x_TD, make_plan(4, chunks=4), None, exchange=exchange)
     with pytest.raises(ValueError, match="x_TD has 5 rows: the plan is for 23 tokens"):
@@ -81,14 +81,15 @@ def test_a_live_router_gathers_when_the_model_of_times_says_so(dtype, monkeypatc
     """As loader and certificate decide, from the same sizes: 24 tokens, 6 wide, 8 experts on 2 ranks."""
     asked = []
     monkeypatch.setattr(exchange_file, "build_live_plan", lambda *_, **how: asked.append(how))
-    parallel = ParallelConfig(exchange=ExchangeKind.auto, link_gb_per_s=1e-3, message_us=0, memory_gb_per_s=0.01, chunks=3)  # fmt: skip
+    parallel = ParallelConfig(
+        exchange=ExchangeKind.auto, link_gb_per_s=1e-3, message_us=0, memory_gb_per_s=0.01, chunks=3
+    )
     exchange = build_exchange(NoWire(), parallel)
     for k in range(1, 9):
         route = Route(torch.zeros(24, k, dtype=torch.int64), torch.ones(24, k))
         exchange.plan(route, 8, torch.zeros(24, 6, dtype=dtype))
     want = [
-        use_gather(parallel, experts=8, ranks=2, k=k, tokens=24, width=6, itemsize=dtype.itemsize)
-        for k in range(1, 9)
+        use_gather(parallel, experts=8, ranks=2, k=k, tokens=24, width=6, itemsize=dtype.itemsize) for k in range(1, 9)
     ]
     assert asked == [{"gather": gather, "chunks": 3} for gather in want]
     assert set(want) == {False, True}

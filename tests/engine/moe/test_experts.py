@@ -27,15 +27,18 @@ def options(monkeypatch, kernels, k, dtype=torch.float32):
 @pytest.mark.parametrize(
     ("backend", "masked_from_k", "masked"),
     [
-        (Backend.auto, 3, [False, False, True, True]), (Backend.cpu, 4, [False, False, False, True]),
-        (Backend.cpu, None, [False] * 4), (Backend.reference, 1, [False] * 4), (Backend.triton, 1, [False] * 4),
+        (Backend.auto, 3, [False, False, True, True]),
+        (Backend.cpu, 4, [False, False, False, True]),
+        (Backend.cpu, None, [False] * 4),
+        (Backend.reference, 1, [False] * 4),
+        (Backend.triton, 1, [False] * 4),
     ],
-)  # fmt: skip
-def test_products_are_masked_on_a_cpu_from_the_k_that_was_asked_for(backend, masked_from_k, masked, monkeypatch):  # fmt: skip
+)
+def test_products_are_masked_on_a_cpu_from_the_k_that_was_asked_for(backend, masked_from_k, masked, monkeypatch):
     kernels = KernelsConfig(backend=backend, masked_from_k=masked_from_k)
     found = [options(monkeypatch, kernels, k) for k in range(1, 5)]
     assert [how["masked"] for how in found] == masked
-    assert {how["backend"] for how in found} == {"cpu" if backend is Backend.auto else backend.value}  # fmt: skip
+    assert {how["backend"] for how in found} == {"cpu" if backend is Backend.auto else backend.value}
 
 
 def test_the_other_options_are_those_of_the_configuration(monkeypatch):

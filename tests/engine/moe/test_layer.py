@@ -35,8 +35,7 @@ def test_a_learned_router_adds_its_losses_times_their_weights(balance, z):
     counts = [sum(e in picked for picked in chosen) for e in range(EXPERTS)]
     sums = [sum(map(math.exp, row)) for row in logits]
     share = [
-        sum(math.exp(row[e]) / total for row, total in zip(logits, sums, strict=True)) / TOKENS
-        for e in range(EXPERTS)
+        sum(math.exp(row[e]) / total for row, total in zip(logits, sums, strict=True)) / TOKENS for e in range(EXPERTS)
     ]
     balance_loss = EXPERTS * sum(c / (TOKENS * K) * p for c, p in zip(counts, share, strict=True))
     z_loss = sum(math.log(total) ** 2 for total in sums) / TOKENS
@@ -80,7 +79,8 @@ def test_the_shared_experts_dropout_is_that_of_an_expert_behind_all_others():
 
 
 def test_each_layer_and_step_has_dropout_of_its_own():
-    """A million layers have numbers between those of two steps; the numbers stay, as a run that goes on asks for them again."""
+    """A million layers have numbers between those of two steps; the numbers stay, as a run that goes on asks for them
+    again."""
     for layer, step, seed in ((0, 0, 0), (2, 0, 2), (0, 7, 7_000_021), (3, 7, 7_000_024)):
         dropout = a_layer(Router.frozen, layer)._dropout(call(dropout=0.5, seed=step))
         assert (dropout.seed, dropout.rate, dropout.first_expert) == (seed, 0.5, 0)

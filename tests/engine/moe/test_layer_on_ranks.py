@@ -46,21 +46,21 @@ class Case(NamedTuple):
 KINDS = ExchangeKind.tokens, ExchangeKind.gather
 LIVE = Router.frozen, Router.learned
 MATRIX = [
-    Case(*options)
-    for options in itertools.product((Router.hashed, *LIVE), KINDS, (1, 4), (False, True), (0.0, 0.3))
-]  # fmt: skip
+    Case(*options) for options in itertools.product((Router.hashed, *LIVE), KINDS, (1, 4), (False, True), (0.0, 0.3))
+]
 OTHERS = [
     Case(router, exchange, chunks, **other)
     for router, exchange, chunks in itertools.product((Router.hashed, *LIVE), KINDS, (1, 4))
     for other in ({"tokens": 3}, {"tokens": 1}, {"k": 1}, {"k": EXPERTS})
 ]
 SKEWED = [
-    Case(Router.hashed, exchange, chunks, symbols=1, k=1)
-    for exchange, chunks in itertools.product(KINDS, (1, 4))
+    Case(Router.hashed, exchange, chunks, symbols=1, k=1) for exchange, chunks in itertools.product(KINDS, (1, 4))
 ]
-MASKED = [Case(Router.hashed, chunks=4, masked_from_k=1), Case(Router.frozen, chunks=4, masked_from_k=1)]  # fmt: skip
-SHARED = [Case(Router.hashed, exchange, dropout=dropout, shared_width=10) for exchange in KINDS for dropout in (0.0, 0.3)]  # fmt: skip
-BF16 = [Case(Router.hashed, exchange, chunks, wire=WireFormat.bf16) for exchange in KINDS for chunks in (1, 4)]  # fmt: skip
+MASKED = [Case(Router.hashed, chunks=4, masked_from_k=1), Case(Router.frozen, chunks=4, masked_from_k=1)]
+SHARED = [
+    Case(Router.hashed, exchange, dropout=dropout, shared_width=10) for exchange in KINDS for dropout in (0.0, 0.3)
+]
+BF16 = [Case(Router.hashed, exchange, chunks, wire=WireFormat.bf16) for exchange in KINDS for chunks in (1, 4)]
 
 
 def normal(*shape, seed):
@@ -80,12 +80,7 @@ def make_layer(case):
         shared_width=case.shared_width,
     )
     model = ModelConfig(layers=1, width=WIDTH, heads=2, head_width=6)
-    layer = MoELayer(
-        model.width,
-        moe,
-        KernelsConfig(masked_from_k=case.masked_from_k),
-        layer=1,
-    ).double()
+    layer = MoELayer(model.width, moe, KernelsConfig(masked_from_k=case.masked_from_k), layer=1).double()
     for index, parameter in enumerate(layer.parameters()):
         parameter.data = normal(*parameter.shape, seed=8 + index)
     return layer
@@ -122,7 +117,7 @@ def run(layer, case, x, cotangent, plan, token_T, *, parts=1):
 def truth(case, ranks):
     """One rank; how rows would travel makes no difference to it."""
     plain = Case(case.router)
-    return whole(case._replace(exchange=plain.exchange, chunks=1, recompute=False, wire=plain.wire), ranks)  # fmt: skip
+    return whole(case._replace(exchange=plain.exchange, chunks=1, recompute=False, wire=plain.wire), ranks)
 
 
 @functools.cache
@@ -148,9 +143,9 @@ def share(layer, case, rank, ranks):
     """Keep this rank's experts; exchange over the group."""
     local = EXPERTS // ranks
     for name, parameter in list(layer.experts.named_parameters()):
-        setattr(layer.experts, name, nn.Parameter(parameter[rank * local : (rank + 1) * local].detach().clone()))  # fmt: skip
+        setattr(layer.experts, name, nn.Parameter(parameter[rank * local : (rank + 1) * local].detach().clone()))
     layer.first_expert = rank * local
-    parallel = ParallelConfig(expert_ranks=ranks, exchange=case.exchange, chunks=case.chunks, wire=case.wire)  # fmt: skip
+    parallel = ParallelConfig(expert_ranks=ranks, exchange=case.exchange, chunks=case.chunks, wire=case.wire)
     layer.exchange = build_exchange(Wire(dist.group.WORLD), parallel)
     layer.balance_wire = Wire(None) if case.router is Router.learned else None
     made, build = [], layer.exchange.plan
@@ -166,7 +161,7 @@ def one_case(case, rank, ranks):
     made = share(layer, case, rank, ranks)
     plan = None
     if case.router is Router.hashed:
-        router, gather = HashedRouter(make_table(), rank=rank, ranks=ranks), case.exchange is ExchangeKind.gather  # fmt: skip
+        router, gather = HashedRouter(make_table(), rank=rank, ranks=ranks), case.exchange is ExchangeKind.gather
         plan = router.plan(ids, left, case.k, gather=gather, chunks=case.chunks)
     fired = count_hooks(layer.experts)
     got, forward, out = run(layer, case, x[here], cotangent[here], plan, numbers(x), parts=ranks)
@@ -220,7 +215,7 @@ def without_weights(rank, ranks):
         ids, left, x, cotangent = problem(case, ranks)
         here = slice(rank * case.tokens, (rank + 1) * case.tokens)
         router = HashedRouter(make_table(), rank=rank, ranks=ranks)
-        call = LayerCall(case.k, router.plan(ids, left, case.k, chunks=chunks), torch.arange(1), 0, 0.0)  # fmt: skip
+        call = LayerCall(case.k, router.plan(ids, left, case.k, chunks=chunks), torch.arange(1), 0, 0.0)
         found = []
         for away in (False, True):
             layer = make_layer(case)
@@ -233,7 +228,7 @@ def without_weights(rank, ranks):
                 data.fill_(float("nan"))
             y_TD.backward(cotangent[here])
             found.append([parameter.grad for parameter in layer.parameters()])
-        errors.append(torch.stack([(a - b).abs().max() for a, b in zip(*found, strict=True)]).max().item())  # fmt: skip
+        errors.append(torch.stack([(a - b).abs().max() for a, b in zip(*found, strict=True)]).max().item())
     return errors
 
 
@@ -242,12 +237,12 @@ def live_equals_planned(rank, ranks):
     case = Case(Router.hashed)
     router = HashedRouter(make_table(), rank=rank, ranks=ranks)
     checked = 0
-    for tokens, k, gather, chunks in itertools.product((1, 5, 23), (1, 3, 8), (False, True), (1, 4)):  # fmt: skip
+    for tokens, k, gather, chunks in itertools.product((1, 5, 23), (1, 3, 8), (False, True), (1, 4)):
         ids, left, *_ = problem(case._replace(tokens=tokens), ranks)
         want = router.plan(ids, left, k, gather=gather, chunks=chunks)
         route = router.route(ids[rank], left[rank], k)
         got = build_live_plan(route, EXPERTS, Wire(None), gather=gather, chunks=chunks)
-        assert (got.k, got.rank, got.send_splits, got.recv_splits) == (k, rank, want.send_splits, want.recv_splits)  # fmt: skip
+        assert (got.k, got.rank, got.send_splits, got.recv_splits) == (k, rank, want.send_splits, want.recv_splits)
         assert torch.equal(got.count_E, want.count_E)
         for a, b in zip(got.parts, want.parts, strict=True):
             a.rows.validate()
@@ -275,10 +270,7 @@ def unequal(rank):
 
 def everything(rank, ranks):
     return {
-        "cases": [
-            one_case(case, rank, ranks)
-            for case in MATRIX + OTHERS + SKEWED + MASKED + SHARED + BF16
-        ],
+        "cases": [one_case(case, rank, ranks) for case in MATRIX + OTHERS + SKEWED + MASKED + SHARED + BF16],
         "without_weights": without_weights(rank, ranks),
         "live_equals_planned": live_equals_planned(rank, ranks),
         "unequal": unequal(rank),
@@ -293,10 +285,8 @@ def group(request):
 
 def found(group, cases):
     """Of some cases, every rank's results."""
-    places = {
-        case: place for place, case in enumerate(MATRIX + OTHERS + SKEWED + MASKED + SHARED + BF16)
-    }
-    return [(case, rank, answer["cases"][places[case]]) for case in cases for rank, answer in enumerate(group[1])]  # fmt: skip
+    places = {case: place for place, case in enumerate(MATRIX + OTHERS + SKEWED + MASKED + SHARED + BF16)}
+    return [(case, rank, answer["cases"][places[case]]) for case in cases for rank, answer in enumerate(group[1])]
 
 
 @pytest.mark.dist
@@ -305,7 +295,7 @@ def test_ranks_equal_one_rank(group):
         # fp64: only the order in which sums are added up differs
         for name, error in result["errors"].items():
             assert error < 1e-12, (case, rank, name)
-        assert {"y", "x", "experts.w1", "experts.b1", "experts.w2", "experts.b2"} < set(result["errors"])  # fmt: skip
+        assert {"y", "x", "experts.w1", "experts.b1", "experts.w2", "experts.b2"} < set(result["errors"])
         assert (case.router is Router.learned) == ("router.gate_weight" in result["errors"])
 
 
@@ -351,9 +341,7 @@ def test_bytes_and_collectives_of_planned_layers(group):
             assert result["total"] == (6 * parts, 3 * result["bytes"])
         else:  # recomputation ends when the experts have what they kept: their results need not travel again
             assert result["total"][0] == 5
-            assert (
-                result["total"][1] == 2 * result["bytes"] + result["wire_rows"] * WIDTH * itemsize
-            )
+            assert result["total"][1] == 2 * result["bytes"] + result["wire_rows"] * WIDTH * itemsize
         assert result["router"] == []
 
 
@@ -369,9 +357,7 @@ def test_bytes_and_collectives_of_live_layers(group):
         weights = result["wire_rows"] * (local + 1) * 8
         assert result["forward"] == (2 + 2 * parts, result["bytes"] + counts + weights)
         back = result["back"] * local * 8
-        assert result["total"] == (3 + 4 * parts, 2 * result["bytes"] + counts + weights + back), (
-            rank
-        )
+        assert result["total"] == (3 + 4 * parts, 2 * result["bytes"] + counts + weights + back), rank
         assert (result["router"] == []) == (case.router is Router.frozen)
 
 

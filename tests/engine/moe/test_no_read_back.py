@@ -68,36 +68,43 @@ def without_data(plan, device="cpu"):
     """The plan with tensors of the same shapes; to be called under a fake mode."""
 
     def like(tensor):
-        return None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device=device)  # fmt: skip
+        return None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
     def rows_like(rows):
         return None if rows is None else ExpertRows(*map(like, rows.tensors()))
 
     parts = [
-        replace(part, rows=rows_like(part.rows), weight_N=like(part.weight_N), send=rows_like(part.send),
-                received_R=like(part.received_R))
+        replace(
+            part,
+            rows=rows_like(part.rows),
+            weight_N=like(part.weight_N),
+            send=rows_like(part.send),
+            received_R=like(part.received_R),
+        )
         for part in plan.parts
-    ]  # fmt: skip
+    ]
     return replace(plan, count_E=like(plan.count_E), parts=tuple(parts))
 
 
 def make_layer(**kernels):
     """A layer that holds two of eight experts."""
-    layer = MoELayer(
-        WIDTH, MoEConfig(experts=EXPERTS, expert_width=32), KernelsConfig(**kernels), 0
-    )
+    layer = MoELayer(WIDTH, MoEConfig(experts=EXPERTS, expert_width=32), KernelsConfig(**kernels), 0)
     for name, parameter in list(layer.experts.named_parameters()):
-        setattr(
-            layer.experts, name, nn.Parameter(torch.empty(EXPERTS // RANKS, *parameter.shape[1:]))
-        )
+        setattr(layer.experts, name, nn.Parameter(torch.empty(EXPERTS // RANKS, *parameter.shape[1:])))
     layer.first_expert = RANK * EXPERTS // RANKS
     layer.exchange = Exchange(Wire("group", Stub()), ParallelConfig(expert_ranks=RANKS))
     return layer
 
 
-PLANS = {name: make_plan(**options) for name, options in {
-    "tokens": {}, "gather": {"gather": True}, "tokens in parts": {"chunks": 4}, "gather in parts": {"gather": True, "chunks": 4},
-}.items()}  # fmt: skip
+PLANS = {
+    name: make_plan(**options)
+    for name, options in {
+        "tokens": {},
+        "gather": {"gather": True},
+        "tokens in parts": {"chunks": 4},
+        "gather in parts": {"gather": True, "chunks": 4},
+    }.items()
+}
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -107,7 +114,7 @@ def test_a_planned_layer_reads_nothing_back(name, masked_from_k, recompute):
     with FakeTensorMode():
         layer = make_layer(masked_from_k=masked_from_k)
         x = torch.empty(TOKENS, WIDTH, requires_grad=True)
-        call = LayerCall(K, without_data(PLANS[name]), torch.empty(RANKS * TOKENS, dtype=torch.int64), 3, 0.1)  # fmt: skip
+        call = LayerCall(K, without_data(PLANS[name]), torch.empty(RANKS * TOKENS, dtype=torch.int64), 3, 0.1)
         out = checkpoint(layer, x, call, use_reentrant=False) if recompute else layer(x, call)
         assert out.y_TD.shape == x.shape
         out.y_TD.sum().backward()
@@ -129,7 +136,7 @@ def test_a_read_back_is_seen(where):
             return honest(rows, part)
 
         x = torch.empty(TOKENS, WIDTH, requires_grad=True)
-        call = LayerCall(K, without_data(PLANS["tokens"]), torch.empty(0, dtype=torch.int64), 3, 0.0)  # fmt: skip
+        call = LayerCall(K, without_data(PLANS["tokens"]), torch.empty(0, dtype=torch.int64), 3, 0.0)
         if where == "forward":
             exchange.to_experts = curious
             with pytest.raises(DataDependentOutputException):
@@ -151,7 +158,7 @@ def test_everything_is_on_the_device(name):
         plan = without_data(PLANS[name], "cuda")
         out = layer(x, LayerCall(K, plan, token_T, 3, 0.1))
         assert out.y_TD.device.type == out.count_E.device.type == "cuda"
-        stray = replace(plan.parts[0].rows, slot_N=torch.empty_like(plan.parts[0].rows.slot_N, device="cpu"))  # fmt: skip
+        stray = replace(plan.parts[0].rows, slot_N=torch.empty_like(plan.parts[0].rows.slot_N, device="cpu"))
         plan = replace(plan, parts=(replace(plan.parts[0], rows=stray), *plan.parts[1:]))
         with pytest.raises(ValueError, match=r"rows\.slot_N is on cpu: must be on cuda"):
             layer(x, LayerCall(K, plan, token_T, 3, 0.1))
@@ -163,7 +170,7 @@ def test_parts_overlap():
     with FakeTensorMode():
         layer = make_layer(masked_from_k=EXPERTS + 1)
         x = torch.empty(TOKENS, WIDTH, requires_grad=True)
-        call = LayerCall(K, without_data(plan), torch.empty(0, dtype=torch.int64), 3, 0.0)  # fmt: skip
+        call = LayerCall(K, without_data(plan), torch.empty(0, dtype=torch.int64), 3, 0.0)
         y_TD = layer(x, call).y_TD
         stub = layer.exchange.wire._comm
         # 0, 1, 3: parts on their way to experts; 2, 4, 5: their results

@@ -45,7 +45,7 @@ def run(dtype, parts, *, live=False):
     route, leaves, cotangent = problem(dtype)
     asked = [*leaves, route.weight_TK.requires_grad_()] if live else leaves
     weights, wide = ExpertWeights(*leaves[1:]), torch.promote_types(dtype, torch.float32)
-    options = {"dropout": None, "masked": False, "backend": "cpu", "mode": "lean", "precision": "ieee", "debug": False}  # fmt: skip
+    options = {"dropout": None, "masked": False, "backend": "cpu", "mode": "lean", "precision": "ieee", "debug": False}
     calls = []
     for span in cut(TOKENS, parts):
         part = build_plan(Route(route.expert_TK[span], route.weight_TK[span]), EXPERTS).parts[0]

@@ -34,9 +34,7 @@ def test_warm_up_then_cosine_of_the_whole_run() -> None:
 
 def test_constant() -> None:
     config = OptimConfig(lr=0.3, decay=Decay.constant, warmup_steps=2)
-    assert [learning_rate(config, s, 5) for s in range(5)] == pytest.approx(
-        [0.15, 0.3, 0.3, 0.3, 0.3]
-    )
+    assert [learning_rate(config, s, 5) for s in range(5)] == pytest.approx([0.15, 0.3, 0.3, 0.3, 0.3])
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])

@@ -1,4 +1,5 @@
-"""What foreroute relies on in DeepSpeed: a tested version, undocumented names, groups of ranks, a start without a compiler."""
+"""What foreroute relies on in DeepSpeed: a tested version, undocumented names, groups of ranks, a start without a
+compiler."""
 
 import gc
 import itertools
@@ -62,7 +63,8 @@ def test_contract_with_this_deepspeed_version() -> None:
 
 
 def test_how_long_deepspeeds_groups_wait() -> None:
-    """In a run for ever, for the watch ends ranks that wait for one that is stuck; beside a loop that nobody watches, a while."""
+    """In a run for ever, for the watch ends ranks that wait for one that is stuck; beside a loop that nobody watches, a
+    while."""
 
     def seconds(group: dist.ProcessGroup) -> float:
         backend: Any = group._get_backend(torch.device("cpu"))
@@ -79,9 +81,7 @@ def test_how_long_deepspeeds_groups_wait() -> None:
 
 
 @pytest.mark.parametrize("name", expert_sharding.GROUP_NAMES)
-def test_other_groups_than_the_meshs_are_an_error(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_groups_than_the_meshs_are_an_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mesh = Mesh(1, 4, 2)
     ranks = {"_get_expert_parallel_group": [0, 1], "_get_expert_data_parallel_group": [1, 3]}
     for other in expert_sharding.GROUP_NAMES:
@@ -97,9 +97,7 @@ def test_other_groups_than_the_meshs_are_an_error(
 
 def test_experts_that_cannot_be_shared_out() -> None:
     whole = build_model(tiny_config(), SYMBOLS)
-    with pytest.raises(
-        UserError, match=r"moe.experts=4: must be a multiple of parallel.expert_ranks=3"
-    ):
+    with pytest.raises(UserError, match=r"moe.experts=4: must be a multiple of parallel.expert_ranks=3"):
         adapter.start(whole, tiny_config(), Mesh(0, 3, 3))
 
 
@@ -122,15 +120,8 @@ print("backend", torch.distributed.get_backend(), "world", torch.distributed.get
 
 def test_start_alone_is_quiet_and_compiles_nothing(tmp_path: Any) -> None:
     """A fresh process without launcher variables and with an empty cache of compiled ops."""
-    env = {
-        "PATH": "/usr/bin:/bin",
-        "PYTHONPATH": ".",
-        "OMP_NUM_THREADS": "1",
-        "HOME": str(tmp_path),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", START_ALONE], env=env, capture_output=True, text=True, timeout=600
-    )
+    env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": ".", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", START_ALONE], env=env, capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "backend gloo world 1\n"
     assert not list(tmp_path.rglob("*.so"))

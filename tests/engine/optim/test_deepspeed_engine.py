@@ -1,4 +1,5 @@
-"""The adapter against plain torch: each ZeRO stage, accumulation, clipping, offload, bf16 masters, dropped steps, state."""
+"""The adapter against plain torch: each ZeRO stage, accumulation, clipping, offload, bf16 masters, dropped steps,
+state."""
 
 import copy
 import gc
@@ -40,7 +41,7 @@ def test_parameters_of_odd_sizes_come_last():
     assert all(start % 8 == 0 for start in starts[:5]) and starts[5] % 8
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(1, Precision.bf16), (1, Precision.fp32), (2, Precision.bf16)])  # fmt: skip
+@pytest.mark.parametrize(("stage", "precision"), [(1, Precision.bf16), (1, Precision.fp32), (2, Precision.bf16)])
 def test_weights_of_experts_start_on_16_bytes(stage, precision):
     """The vocabulary of 13 gives a bias whose size no power of 2 divides, and it is the model's first parameter."""
     config = tiny_config()
@@ -137,9 +138,7 @@ def compute_copy(engine: adapter.Engine, name: str) -> Tensor:
         return param.detach().clone()
 
 
-def train_plainly(
-    module: nn.Module, steps: int, clip: float
-) -> tuple[list[float], list[float], torch.optim.Adam]:
+def train_plainly(module: nn.Module, steps: int, clip: float) -> tuple[list[float], list[float], torch.optim.Adam]:
     adam = torch.optim.Adam(module.parameters(), lr=1.0)
     losses, norms = [], []
     for step in range(steps):
@@ -154,8 +153,7 @@ def train_plainly(
 
 
 @pytest.mark.parametrize(
-    "stage,clip,offload",
-    [(0, 0.0, False), *itertools.product((1, 2, 3), (0.0, 0.1), (False, True))],
+    "stage,clip,offload", [(0, 0.0, False), *itertools.product((1, 2, 3), (0.0, 0.1), (False, True))]
 )
 def test_five_steps_equal_plain_torch(stage: int, clip: float, offload: bool) -> None:
     reference = model()
@@ -261,8 +259,7 @@ def test_bf16_accumulates_in_fp32(stage: int) -> None:
 
 @pytest.mark.parametrize(
     "stage,precision",
-    [(0, Precision.fp32), (1, Precision.fp32), (3, Precision.fp32)]
-    + [(stage, Precision.bf16) for stage in (1, 2, 3)],
+    [(0, Precision.fp32), (1, Precision.fp32), (3, Precision.fp32)] + [(stage, Precision.bf16) for stage in (1, 2, 3)],
 )
 def test_a_step_that_is_not_finite_is_dropped(stage: int, precision: Precision) -> None:
     engine = adapter.start(model(), config(stage, precision=precision))
@@ -278,8 +275,7 @@ def test_a_step_that_is_not_finite_is_dropped(stage: int, precision: Precision) 
 
 
 @pytest.mark.parametrize(
-    "stage,offload,whole",
-    [(0, False, 0), *itertools.product((1, 2, 3), (False, True), (0,)), (3, False, 100_000)],
+    "stage,offload,whole", [(0, False, 0), *itertools.product((1, 2, 3), (False, True), (0,)), (3, False, 100_000)]
 )
 def test_written_state_is_read_back_and_used(
     stage: int, offload: bool, whole: int, monkeypatch: pytest.MonkeyPatch
@@ -287,9 +283,7 @@ def test_written_state_is_read_back_and_used(
     monkeypatch.setattr(adapter, "KEPT_WHOLE", whole)
     source = adapter.start(model(1), config(stage, offload=offload))
     train(source, 3)
-    stored = [
-        (name, {k: v.clone() for k, v in state.items()}) for name, state in source.read_state()
-    ]
+    stored = [(name, {k: v.clone() for k, v in state.items()}) for name, state in source.read_state()]
     losses = train(source, 2)
     target = adapter.start(model(2), config(stage, offload=offload))
     train(target, 1)
@@ -318,9 +312,7 @@ def test_zero_3_holds_no_whole_weight_between_steps(monkeypatch: pytest.MonkeyPa
 def test_zero_3_with_routers_inside_the_model(router: Router) -> None:
     """A gate's weight is gathered for its backward pass too; without experts nothing is special."""
 
-    def run(
-        stage: int, recompute: bool
-    ) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
+    def run(stage: int, recompute: bool) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
         setup = tiny_config(stage, recompute=recompute)
         setup = replace(setup, moe=replace(setup.moe, router=router, balance_loss=0.0))
         engine = adapter.start(build_model(setup, SYMBOLS), setup)
@@ -347,9 +339,7 @@ def test_zero_3_with_routers_inside_the_model(router: Router) -> None:
 
 @pytest.mark.parametrize("whole", [0, 50, 100_000])  # at 50 some parameters stay whole
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
-def test_a_validation_between_steps_changes_nothing(
-    guard: Any, whole: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_validation_between_steps_changes_nothing(guard: Any, whole: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapter, "KEPT_WHOLE", whole)
     losses = train(adapter.start(model(), config(3)), 2)
     engine = adapter.start(model(), config(3))
@@ -368,9 +358,7 @@ def test_a_validation_between_steps_changes_nothing(
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_state_of_every_parameter_group_is_linked(
-    stage: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_state_of_every_parameter_group_is_linked(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def two_groups(params: Any, optim: OptimConfig) -> torch.optim.Optimizer:
         tensors = list(params)
         groups = [{"params": tensors[:3]}, {"params": tensors[3:]}]
@@ -399,23 +387,27 @@ def test_what_deepspeed_gets_wrong_is_refused(setup: Config, message: str) -> No
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_bf16_start_is_quiet(stage: int, capfd: pytest.CaptureFixture[str]) -> None:
-    train(
-        adapter.start(model(), config(stage, 0.25, precision=Precision.bf16, offload=stage == 3)), 1
-    )
+    train(adapter.start(model(), config(stage, 0.25, precision=Precision.bf16, offload=stage == 3)), 1)
     assert capfd.readouterr() == ("", "")
 
 
 def test_the_configuration_that_deepspeed_gets():
-    """Of bf16 gradients are added up in fp32; a step that is not finite is dropped; what it logs by itself is never due."""
+    """Of bf16 gradients are added up in fp32; a step that is not finite is dropped; what it logs by itself is never
+    due."""
     config = replace(tiny_config(2, clip=0.5, precision=Precision.bf16), data=DataConfig(streams=8))
     config = replace(config, train=replace(config.train, accumulation=2))
     assert adapter._deepspeed_config(config, 2, 1000) == {
-        "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2, "gradient_clipping": 0.5,
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 0.5,
         "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000, "round_robin_gradients": False},
-        "zero_force_ds_cpu_optimizer": False, "steps_per_print": 2**62, "wall_clock_breakdown": False,
-        "bf16": {"enabled": True, "check_grad_overflow": True}, "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**62,
+        "wall_clock_breakdown": False,
+        "bf16": {"enabled": True, "check_grad_overflow": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
-    }  # fmt: skip
+    }
     plain = adapter._deepspeed_config(tiny_config(1), 1, 10**12)
     assert plain["zero_optimization"]["reduce_bucket_size"] == adapter.MAX_BUCKET < 10**9
     assert not {"bf16", "data_types", "communication_data_type"} & set(plain)

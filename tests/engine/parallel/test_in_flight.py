@@ -92,7 +92,7 @@ def test_a_wire_counts_what_leaves_and_calls_the_module_it_was_given():
     assert wire.all_to_all(rows, (1, 2, 3), (4, 2, 0)).wait().shape == (6, 5)
     assert (wire.collectives, wire.sent_bytes) == (1, (1 + 3) * 5 * 2)
     name, arguments, options = comm.calls[0]
-    assert name == "all_to_all_single" and arguments[1] is rows and arguments[2:] == ([4, 2, 0], [1, 2, 3])  # fmt: skip
+    assert name == "all_to_all_single" and arguments[1] is rows and arguments[2:] == ([4, 2, 0], [1, 2, 3])
     assert options == {"group": "group", "async_op": True}
     before = wire.sent_bytes
     assert wire.all_gather(rows).wait().shape == (18, 5)
@@ -186,17 +186,14 @@ class Device:
 def test_a_flight_of_a_gpu_lets_streams_wait_and_not_the_host(monkeypatch):
     device, log = Device(monkeypatch), DeviceLog()
     used = []
-    got, rows = (SimpleNamespace(record_stream=lambda s, n=n: used.append((n, s.name))) for n in ("got", "rows"))  # fmt: skip
-    work = SimpleNamespace(wait=lambda: device.told.append((device.current.name, "waits for", "the rows")))  # fmt: skip
+    got, rows = (SimpleNamespace(record_stream=lambda s, n=n: used.append((n, s.name))) for n in ("got", "rows"))
+    work = SimpleNamespace(wait=lambda: device.told.append((device.current.name, "waits for", "the rows")))
     streams = flights.Streams(Stream("side", device), Stream("watch", device))
     flight = flights.DeviceFlight(work, got, rows, log, streams, issue="issue")
     assert device.told == [("watch", "waits for", "the rows"), ("watch", "is here", None)]
     device.told.clear()
     assert flight.wait() is got
     end, before, after = device.events
-    assert device.told == [("compute", "is here", None), ("compute", "waits for", end), ("compute", "is here", None)]  # fmt: skip
+    assert device.told == [("compute", "is here", None), ("compute", "waits for", end), ("compute", "is here", None)]
     assert log.events == [("issue", end, before, after)]
-    assert sorted(used) == [
-        ("got", "compute"),
-        ("rows", "compute"),
-    ]  # their memory stays until then
+    assert sorted(used) == [("got", "compute"), ("rows", "compute")]  # their memory stays until then

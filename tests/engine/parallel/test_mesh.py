@@ -17,11 +17,7 @@ def test_one_rank_holds_everything():
 
 
 def test_what_cannot_be_shared_out_is_refused():
-    with pytest.raises(
-        UserError, match=r"parallel\.expert_ranks=3: must divide the number of ranks, 8"
-    ):
+    with pytest.raises(UserError, match=r"parallel\.expert_ranks=3: must divide the number of ranks, 8"):
         Mesh(0, 8, 3)
-    with pytest.raises(
-        UserError, match=r"moe\.experts=6: must be a multiple of parallel\.expert_ranks=4"
-    ):
+    with pytest.raises(UserError, match=r"moe\.experts=6: must be a multiple of parallel\.expert_ranks=4"):
         Mesh(0, 8, 4).local_experts(6)

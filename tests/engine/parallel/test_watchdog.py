@@ -42,7 +42,8 @@ def test_a_rank_that_came_to_its_end_is_not_missed(store):
 
 
 def test_nothing_is_left_of_a_closed_watch(store):
-    """Its thread must not be in the store when the interpreter ends, nor take back that its rank has come to its end."""
+    """Its thread must not be in the store when the interpreter ends, nor take back that its rank has come to its
+    end."""
     for _ in range(20):
         closed, _ = watch(store, 0, timeout_s=1e-3)
         closed.close()
@@ -75,7 +76,7 @@ def test_a_broken_connection_is_blamed_on_the_rank_that_is_gone(store):
     lost._closed.set()
     store.set("alive/1", "7 step 3")
     other, lines = watch(store, 0, timeout_s=8.0)
-    with pytest.raises(RunFailed, match="rank 1 is lost: no sign of life, last seen at step 3"), other.guard():  # fmt: skip
+    with pytest.raises(RunFailed, match="rank 1 is lost: no sign of life, last seen at step 3"), other.guard():
         raise RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer [127.0.0.1]:1")
     other.close()
     assert lines.empty()
@@ -86,10 +87,8 @@ def test_a_rank_that_stays_behind_is_named(store):
     late.at("step 11")
     waiting, _ = watch(store, 0)
     waiting.at("step 12")
-    with pytest.raises(RunFailed, match=r"rank 1 is at step 11, rank 0 at step 12: .*Timed out"), waiting.guard():  # fmt: skip
-        raise RuntimeError(
-            "[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 2000ms\nmore"
-        )
+    with pytest.raises(RunFailed, match=r"rank 1 is at step 11, rank 0 at step 12: .*Timed out"), waiting.guard():
+        raise RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 2000ms\nmore")
     assert lines.get(timeout=20).startswith("rank 1 is at step 11, rank 0 at step 12: ")  # its end
     for one in (late, waiting):
         one.close()
@@ -137,7 +136,8 @@ def jump_in(ask, sleepers):
 
 
 def test_a_job_that_was_suspended_goes_on(store, monkeypatch):
-    """Nobody is lost behind a gap in one's own clock, nor is anybody's time over; who stays silent is lost afterwards."""
+    """Nobody is lost behind a gap in one's own clock, nor is anybody's time over; who stays silent is lost
+    afterwards."""
     sleepers = Sleepers(monkeypatch)
     both = [watch(store, rank) for rank in range(2)]
     for one, _ in both:
@@ -164,7 +164,7 @@ def test_who_gets_on_is_given_time_again(store):
         one.gets_on()
         time.sleep(0.2)
     assert lines.empty()
-    assert lines.get(timeout=20) == "no progress for 1 s: rank 0 is at the evaluation, rank 1 is at the start"  # fmt: skip
+    assert lines.get(timeout=20) == "no progress for 1 s: rank 0 is at the evaluation, rank 1 is at the start"
     for each in (one, other):
         each.close()
 
@@ -183,7 +183,7 @@ def test_a_rank_that_ended_is_not_at_the_start(store):
     ended.close()
     waiting, _ = watch(store, 0)
     waiting.at("step 12")
-    with pytest.raises(RunFailed, match="rank 1 is at its end, rank 0 at step 12"), waiting.guard():  # fmt: skip
+    with pytest.raises(RunFailed, match="rank 1 is at its end, rank 0 at step 12"), waiting.guard():
         raise RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer")
     waiting.close()
 
@@ -207,7 +207,8 @@ def test_a_lost_store_is_rank_0s(store):
 
 
 def test_a_store_that_does_not_answer_is_rank_0s():
-    """As behind a cut network. Neither the watching thread nor the main thread, whose collective gave up, waits for ever."""
+    """As behind a cut network. Neither the watching thread nor the main thread, whose collective gave up, waits for
+    ever."""
     answered = threading.Event()
 
     class Silent:

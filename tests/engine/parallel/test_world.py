@@ -1,4 +1,5 @@
-"""What ranks tell each other at start-up: threads of this process, and gloo processes for the connections themselves."""
+"""What ranks tell each other at start-up: threads of this process, and gloo processes for the connections
+themselves."""
 
 import shutil
 import subprocess
@@ -62,12 +63,12 @@ def test_together_gives_each_its_own_result(rank_0_first):
         seen.append(host.rank)
         return host.rank
 
-    assert run_threads(lambda h: together(h, lambda: make(h), rank_0_first=rank_0_first), 3) == [0, 1, 2]  # fmt: skip
+    assert run_threads(lambda h: together(h, lambda: make(h), rank_0_first=rank_0_first), 3) == [0, 1, 2]
     assert not rank_0_first or seen[0] == 0
 
 
 @pytest.mark.parametrize("bad", [0, 2])
-@pytest.mark.parametrize("error", [UserError("no such file"), OSError("no such file"), RunFailed("no such file")])  # fmt: skip
+@pytest.mark.parametrize("error", [UserError("no such file"), OSError("no such file"), RunFailed("no such file")])
 @pytest.mark.parametrize("rank_0_first", [False, True])
 def test_what_fails_on_one_rank_fails_on_all(bad, error, rank_0_first):
     def make(host):
@@ -77,9 +78,7 @@ def test_what_fails_on_one_rank_fails_on_all(bad, error, rank_0_first):
     found = run_threads(lambda h: together(h, lambda: make(h), rank_0_first=rank_0_first), 3)
     kind = RunFailed if isinstance(error, RunFailed) else UserError
     assert [type(problem) for problem in found] == [kind] * 3
-    assert {str(problem) for problem in found} == {
-        "rank 2: no such file" if bad else "no such file"
-    }
+    assert {str(problem) for problem in found} == {"rank 2: no such file" if bad else "no such file"}
     assert all(problem.everywhere for problem in found)
 
 
@@ -113,10 +112,7 @@ def test_a_rank_with_other_facts_is_named():
         agree(host, {"train.seed": 1, "optim.lr": 0.5 if host.rank == 2 else 0.1})
 
     for problem in run_threads(compare, 4):
-        assert (
-            str(problem)
-            == "optim.lr differs between the ranks: rank 2 has 0.5, the other 3 have 0.1"
-        )
+        assert str(problem) == "optim.lr differs between the ranks: rank 2 has 0.5, the other 3 have 0.1"
         assert problem.everywhere
 
 
@@ -150,7 +146,7 @@ print("same", flush=True)
 @pytest.mark.dist
 @pytest.mark.skipif(MPIRUN is None, reason="there is no mpirun")
 def test_mpi_host():
-    command = [MPIRUN, "--allow-run-as-root", "--oversubscribe", "-np", "2", sys.executable, "-c", MPI]  # fmt: skip
+    command = [MPIRUN, "--allow-run-as-root", "--oversubscribe", "-np", "2", sys.executable, "-c", MPI]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["same", "same"]

@@ -26,9 +26,16 @@ class Host(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(WIDTH, 16), nn.ReLU(), nn.Linear(16, WIDTH))
 
     def forward(
-        self, ids, attention_mask=None, position_ids=None, past_key_values=None, documents=None, before=None,
-        decoder_input_ids=None, inputs_embeds=None,
-    ):  # fmt: skip
+        self,
+        ids,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        documents=None,
+        before=None,
+        decoder_input_ids=None,
+        inputs_embeds=None,
+    ):
         x = self.embed(ids)
         return self.mlp(x.transpose(0, 1)).transpose(0, 1) if self.transposed else self.mlp(x)
 
@@ -37,7 +44,7 @@ class Host(nn.Module):
 def made():
     torch.manual_seed(0)
     host = Host()
-    experts = replace_feed_forwards(host, "mlp", width=WIDTH, vocab_size=SYMBOLS, moe=MOE, k=2, init_std=0.5)  # fmt: skip
+    experts = replace_feed_forwards(host, "mlp", width=WIDTH, vocab_size=SYMBOLS, moe=MOE, k=2, init_std=0.5)
     return host.eval(), experts
 
 
@@ -116,9 +123,7 @@ def test_documents_are_as_each_alone(attached, alone, told):
     parts = texts(4, 1, 2, 5)
     ids = torch.cat(parts).view(2, 6)[:1].repeat(2, 1)
     row = [*parts[:2], torch.cat(parts)[5:6]]  # what of them is in the first 6
-    numbers = torch.tensor([0, 0, 0, 0, 8, 0]).expand(
-        2, 6
-    )  # a number that comes again is another text
+    numbers = torch.tensor([0, 0, 0, 0, 8, 0]).expand(2, 6)  # a number that comes again is another text
     positions = torch.tensor([0, 1, 2, 3, 0, 0])
     host = attached(**told)
     got = host(ids, documents=numbers, position_ids=positions)
@@ -219,20 +224,56 @@ IDS = torch.ones(2, 5, dtype=torch.int64)
 @pytest.mark.parametrize(
     "ids, given, fault",
     [
-        (IDS[:1, :2], {}, r"argument 0 .* has 2 ids a sequence, fewer than n-grams of 3: .* attach\(model, left=\.\.\)"),
-        (IDS, {"past_key_values": Cache(3)}, r"argument 'past_key_values' .* so ids are a piece of a text: attach\(model, left="),
-        (IDS, {"past_key_values": ((IDS,),)}, "argument 'past_key_values' of the model's call holds what was computed before"),
-        (IDS, {"position_ids": torch.arange(3, 8)}, r"argument 'position_ids' .* does not begin with 0, .*attach\(model, left="),
-        (IDS, {"position_ids": torch.tensor([0, 1, 0, 1, 2])}, r"'position_ids' .* begins again .* attach\(model, positions='position_ids'\)"),
-        (IDS, {"attention_mask": torch.tensor([[1] * 5, [0] + [1] * 4])}, r"'attention_mask' .* masks some ids: attach\(model, mask="),
-        (IDS, {"documents": torch.tensor([[0, 0, 1, 1, 1]] * 2)}, r"'documents' .* attach\(model, documents='documents'\)"),
+        (
+            IDS[:1, :2],
+            {},
+            r"argument 0 .* has 2 ids a sequence, fewer than n-grams of 3: .* attach\(model, left=\.\.\)",
+        ),
+        (
+            IDS,
+            {"past_key_values": Cache(3)},
+            r"argument 'past_key_values' .* so ids are a piece of a text: attach\(model, left=",
+        ),
+        (
+            IDS,
+            {"past_key_values": ((IDS,),)},
+            "argument 'past_key_values' of the model's call holds what was computed before",
+        ),
+        (
+            IDS,
+            {"position_ids": torch.arange(3, 8)},
+            r"argument 'position_ids' .* does not begin with 0, .*attach\(model, left=",
+        ),
+        (
+            IDS,
+            {"position_ids": torch.tensor([0, 1, 0, 1, 2])},
+            r"'position_ids' .* begins again .* attach\(model, positions='position_ids'\)",
+        ),
+        (
+            IDS,
+            {"attention_mask": torch.tensor([[1] * 5, [0] + [1] * 4])},
+            r"'attention_mask' .* masks some ids: attach\(model, mask=",
+        ),
+        (
+            IDS,
+            {"documents": torch.tensor([[0, 0, 1, 1, 1]] * 2)},
+            r"'documents' .* attach\(model, documents='documents'\)",
+        ),
         (IDS[:, :2], {"attention_mask": IDS[:, :2]}, "equal sizes do not say which are the sequences; .*layout='BQ'"),
-        (None, {"inputs_embeds": IDS}, r"argument 0 of the model's call is None: must be a tensor, of ids .* attach\(model, ids=\.\.\)"),
-        ({"input_ids": IDS, "labels": IDS}, {}, "argument 0 of the model's call is a dict with input_ids, labels: must be a tensor"),
+        (
+            None,
+            {"inputs_embeds": IDS},
+            r"argument 0 of the model's call is None: must be a tensor, of ids .* attach\(model, ids=\.\.\)",
+        ),
+        (
+            {"input_ids": IDS, "labels": IDS},
+            {},
+            "argument 0 of the model's call is a dict with input_ids, labels: must be a tensor",
+        ),
         ([[1, 2, 3]], {}, "argument 0 of the model's call is a list: must be a tensor"),
         (IDS[0], {}, r"argument 0 .* of shape \[5\]: must be \[sequences, length\]"),
     ],
-)  # fmt: skip
+)
 def test_calls_that_say_too_little_are_refused(attached, ids, given, fault):
     with refused(fault):
         attached()(ids, **given)
@@ -250,7 +291,11 @@ def test_calls_that_say_too_little_are_refused(attached, ids, given, fault):
 )
 def test_calls_of_whole_texts_are_not_refused(attached, given, alone):
     ids = torch.stack(texts(5, 5))
-    got = attached()(ids, *(given.get(name) for name in ("attention_mask",)), **{k: v for k, v in given.items() if k != "attention_mask"})  # fmt: skip
+    got = attached()(
+        ids,
+        *(given.get(name) for name in ("attention_mask",)),
+        **{k: v for k, v in given.items() if k != "attention_mask"},
+    )
     assert near(got, torch.stack([alone(text) for text in ids]))
 
 
@@ -263,26 +308,56 @@ def test_a_short_text_with_positions_is_whole(attached, alone):
 @pytest.mark.parametrize(
     "told, given, fault",
     [
-        ({"positions": "position_ids"}, {"position_ids": torch.arange(3, 8)}, r"'position_ids' .* begins with 3, .*left="),
-        ({"positions": "position_ids"}, {"position_ids": torch.arange(4)}, r"'position_ids' .* of shape \[2, 4\]: must be \[2, 5\]"),
-        ({"mask": "attention_mask"}, {"attention_mask": torch.ones(2, 9)}, r"'attention_mask' .* longer than ids, .*left="),
-        ({"mask": "attention_mask"}, {"attention_mask": torch.ones(2, 5), "position_ids": torch.arange(3, 8)}, "'position_ids' .* does not begin"),
-        ({"mask": "attention_mask"}, {"attention_mask": torch.ones(2, 1, 5, 5)}, r"'attention_mask' .* of shape \[2, 1, 5, 5\]"),
-        ({"documents": "documents"}, {"documents": None}, "'documents' of the model's call is None: must be a tensor, of documents"),
-        ({"left": "before"}, {"before": torch.ones(3, 2)}, r"'before' of the model's call is of shape \[3, 2\]: must be ids \[2, any"),
+        (
+            {"positions": "position_ids"},
+            {"position_ids": torch.arange(3, 8)},
+            r"'position_ids' .* begins with 3, .*left=",
+        ),
+        (
+            {"positions": "position_ids"},
+            {"position_ids": torch.arange(4)},
+            r"'position_ids' .* of shape \[2, 4\]: must be \[2, 5\]",
+        ),
+        (
+            {"mask": "attention_mask"},
+            {"attention_mask": torch.ones(2, 9)},
+            r"'attention_mask' .* longer than ids, .*left=",
+        ),
+        (
+            {"mask": "attention_mask"},
+            {"attention_mask": torch.ones(2, 5), "position_ids": torch.arange(3, 8)},
+            "'position_ids' .* does not begin",
+        ),
+        (
+            {"mask": "attention_mask"},
+            {"attention_mask": torch.ones(2, 1, 5, 5)},
+            r"'attention_mask' .* of shape \[2, 1, 5, 5\]",
+        ),
+        (
+            {"documents": "documents"},
+            {"documents": None},
+            "'documents' of the model's call is None: must be a tensor, of documents",
+        ),
+        (
+            {"left": "before"},
+            {"before": torch.ones(3, 2)},
+            r"'before' of the model's call is of shape \[3, 2\]: must be ids \[2, any",
+        ),
         ({"left": lambda *_, **__: [1]}, {}, r"what left\(\.\.\) gave is a list: must be ids"),
-        ({"left": "before", "mask": "attention_mask"}, {"before": IDS, "attention_mask": torch.tensor([[0, 1, 1, 1, 1]] * 2)}, "between left context and"),
+        (
+            {"left": "before", "mask": "attention_mask"},
+            {"before": IDS, "attention_mask": torch.tensor([[0, 1, 1, 1, 1]] * 2)},
+            "between left context and",
+        ),
     ],
-)  # fmt: skip
+)
 def test_wrong_arguments_are_named(attached, told, given, fault):
     with refused(fault):
         attached(**told)(IDS, **given)
 
 
 def test_missing_arguments_and_wrong_layouts_are_named(attached):
-    with pytest.raises(
-        RuntimeError, match="without argument 'documents', which holds the documents"
-    ):
+    with pytest.raises(RuntimeError, match="without argument 'documents', which holds the documents"):
         attached(documents="documents")(IDS)
     with refused("layout='BQD': must be one of BQ, QB, BQ->QB"):
         attached(layout="BQD")
@@ -318,7 +393,7 @@ def test_plans_by_hand_take_masks_and_documents(made, alone):
         assert torch.equal(host(ids)[0], got)
     with refused(r"documents of shape \[1, 6\]: must be \[1, 7\] as ids"):
         experts.plan(ids, documents=documents[:, 1:])
-    for wrong, fault in (({"ids": ids}, "ids is a dict with ids"), (None, "ids is None"), ([[1]], "ids is a list")):  # fmt: skip
+    for wrong, fault in (({"ids": ids}, "ids is a dict with ids"), (None, "ids is None"), ([[1]], "ids is a list")):
         with refused(f"{fault}: must be a tensor of ids"):
             experts.plan(wrong)
 
@@ -328,9 +403,7 @@ def test_batches_that_are_mappings_are_planned_ahead(made):
     batches = [{"input_ids": IDS, "labels": IDS}] * 3
     shapes = [plans.shape for plans, _ in experts.ahead(batches, ids="input_ids")]
     assert shapes == [(2, 5)] * 3
-    with refused(
-        r"a batch is a dict with input_ids, labels, without ids=0: ahead\(batches, ids=\.\.\)"
-    ):
+    with refused(r"a batch is a dict with input_ids, labels, without ids=0: ahead\(batches, ids=\.\.\)"):
         next(experts.ahead(batches))
 
 
@@ -340,7 +413,7 @@ class EncoderDecoder(nn.Module):
         self.embed = nn.Embedding(SYMBOLS, WIDTH)
         self.encoder, self.decoder = (
             nn.Sequential(nn.Sequential(nn.Linear(WIDTH, 16), nn.ReLU(), nn.Linear(16, WIDTH))) for _ in range(2)
-        )  # fmt: skip
+        )
 
     def forward(self, input_ids, decoder_input_ids=None):
         memory = self.encoder(self.embed(input_ids)).mean(1, keepdim=True)
@@ -351,9 +424,7 @@ def test_an_encoder_and_a_decoder_have_plans_of_their_own():
     options = {"width": WIDTH, "vocab_size": SYMBOLS, "moe": MOE, "k": 2, "init_std": 0.5}
     torch.manual_seed(0)
     model = EncoderDecoder()
-    with refused(
-        r"encoder and a decoder \(encoder.0, decoder.0\), which run for different ids: call replace"
-    ):
+    with refused(r"encoder and a decoder \(encoder.0, decoder.0\), which run for different ids: call replace"):
         replace_feed_forwards(model, r"\w+\.0", **options)
     first = replace_feed_forwards(model, r"encoder\.0", **options)
     second = replace_feed_forwards(model, r"decoder\.0", seed=1, **options)

@@ -86,5 +86,5 @@ def test_a_pass_lives_as_long_as_its_graph():
 
 def test_tensors_of_outputs():
     a, b, c, d = torch.eye(4)
-    assert [*map(id, tensors_of({"x": (a, [b]), "y": None, "z": {"w": c}}))] == [id(a), id(b), id(c)]  # fmt: skip
+    assert [*map(id, tensors_of({"x": (a, [b]), "y": None, "z": {"w": c}}))] == [id(a), id(b), id(c)]
     assert [*tensors_of(d)] == [d] and [*tensors_of("text")] == []

@@ -18,11 +18,7 @@ def ngrams(ids, left, mask, documents):
             gram, inside = [], True
             for back in range(start + 1):
                 place = q - back
-                if (
-                    back
-                    and place + 1 >= 1
-                    and documents[b, place + 1] != documents[b, max(place, 0)]
-                ):
+                if back and place + 1 >= 1 and documents[b, place + 1] != documents[b, max(place, 0)]:
                     inside = False
                 if place >= 0 and not mask[b, place]:
                     inside = False
@@ -47,13 +43,11 @@ def test_against_plain_loops(context, first):
     want = ngrams(ids, left, mask, documents)
     got = grams_of(*keep_to_texts(Sequences(ids, left, mask, documents, first), ids, left))
     got = got.view(8, 4, -1).transpose(0, 1) if first else got.view(4, 8, -1)
-    pairs = [
-        (tuple(got[b, q].tolist()), want[b][q]) for b in range(4) for q in range(8) if mask[b, q]
-    ]
+    pairs = [(tuple(got[b, q].tolist()), want[b][q]) for b in range(4) for q in range(8) if mask[b, q]]
     assert all(a == b for a, b in pairs)
     if context:  # negative control
         plain = grams_of(ids, left)
-        assert any(tuple(plain[b, q].tolist()) != want[b][q] for b in range(4) for q in range(8) if mask[b, q])  # fmt: skip
+        assert any(tuple(plain[b, q].tolist()) != want[b][q] for b in range(4) for q in range(8) if mask[b, q])
 
 
 def test_the_example():

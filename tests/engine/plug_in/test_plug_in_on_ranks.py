@@ -1,6 +1,8 @@
-"""Somebody else's model with our expert layers, trained by their DeepSpeed loop on 2 and 4 gloo ranks, against plain PyTorch.
+"""Somebody else's model with our expert layers, trained by their DeepSpeed loop on 2 and 4 gloo ranks, against plain
+PyTorch.
 
-As in tests/engine/train/test_many_ranks.py the optimizer is linear in the gradient, which shows every gradient with its scale.
+As in tests/engine/train/test_many_ranks.py the optimizer is linear in the gradient, which shows every gradient with its
+scale.
 """
 
 import copy
@@ -65,17 +67,23 @@ def make(dropout=0.0, seed=0, **parallel):
     model = Theirs()
     moe = MoEConfig(experts=EXPERTS, expert_width=12, ngram=2, rows=64, builder=Builder.random)
     experts = replace_feed_forwards(
-        model, r"layers\.\d+\.mlp", width=WIDTH, vocab_size=SYMBOLS, moe=moe, k=KS[0], dropout=dropout, init_std=0.3,
-        seed=seed, parallel=ParallelConfig(**parallel),
-    )  # fmt: skip
+        model,
+        r"layers\.\d+\.mlp",
+        width=WIDTH,
+        vocab_size=SYMBOLS,
+        moe=moe,
+        k=KS[0],
+        dropout=dropout,
+        init_std=0.3,
+        seed=seed,
+        parallel=ParallelConfig(**parallel),
+    )
     return model, experts
 
 
 def batch(step):
     """Ids left of each sequence, ids and targets of all ranks: the same everywhere."""
-    drawn = torch.randint(
-        0, SYMBOLS, (ROWS, LENGTH + 2), generator=torch.Generator().manual_seed(step)
-    )
+    drawn = torch.randint(0, SYMBOLS, (ROWS, LENGTH + 2), generator=torch.Generator().manual_seed(step))
     return drawn[:, :1], drawn[:, 1:-1], drawn[:, 2:]
 
 
@@ -93,9 +101,7 @@ def one_rank(dropout=0.0, left=False):
         adam.step()
         adam.zero_grad()
         losses.append(loss.item())
-    return SimpleNamespace(
-        losses=losses, weights=by_expert(dict(model.named_parameters()), range(EXPERTS))
-    )
+    return SimpleNamespace(losses=losses, weights=by_expert(dict(model.named_parameters()), range(EXPERTS)))
 
 
 def by_expert(parameters, experts):
@@ -119,10 +125,7 @@ def initialize(model, stage, accumulation=1, optimizer="client", bf16=False):
     if optimizer == "client":
         adam = torch.optim.Adam(parameter_groups(model.parameters()), **ADAM)
     else:
-        config["optimizer"] = {
-            "type": "Adam",
-            "params": {**ADAM, "torch_adam": True, "weight_decay": 0.0},
-        }
+        config["optimizer"] = {"type": "Adam", "params": {**ADAM, "torch_adam": True, "weight_decay": 0.0}}
     return deepspeed.initialize(model=model, optimizer=adam, config=config)[0]
 
 
@@ -153,8 +156,7 @@ def train(rank, case):
                 first = rank - rank % options["expert_ranks"]
                 whole = [part.chunk(accumulation * ranks) for part in batch(step)[:2]]
                 left, ids_PBQ = (
-                    torch.stack(part[micro * ranks + first :][: options["expert_ranks"]])
-                    for part in whole
+                    torch.stack(part[micro * ranks + first :][: options["expert_ranks"]]) for part in whole
                 )
                 experts._host = None  # nothing is exchanged
             with experts.planned(ids_PBQ if how == "given" else ids, left):
@@ -188,11 +190,8 @@ CASES = {
         {"stage": 3, "options": SHARED, "recompute": True, "accumulation": 2, "how": "hook"},
         {"stage": 3},
     ],
-    4: [
-        {"stage": 1, "options": SHARED, "dropout": 0.3},
-        {"stage": 3, "options": SHARED, "left": True, "how": "given"},
-    ],
-}  # fmt: skip
+    4: [{"stage": 1, "options": SHARED, "dropout": 0.3}, {"stage": 3, "options": SHARED, "left": True, "how": "given"}],
+}
 
 
 def nested(rank):
@@ -214,8 +213,11 @@ def nested(rank):
                 compare_plans(experts.plan(parts[inner][rank]), inner)
     texts = batch(0)[1] // 5  # documents
     whole = {"mask": batch(0)[1] >= 0, "documents": texts}
-    here, all_of_them = ({name: change(value) for name, value in whole.items()} for change in (lambda v: v.chunk(2)[rank], lambda v: torch.stack(v.chunk(2))))  # fmt: skip
-    plans, want = experts.plan(parts[0][rank], **here), experts.plan(torch.stack(parts[0]), **all_of_them)  # fmt: skip
+    here, all_of_them = (
+        {name: change(value) for name, value in whole.items()}
+        for change in (lambda v: v.chunk(2)[rank], lambda v: torch.stack(v.chunk(2)))
+    )
+    plans, want = experts.plan(parts[0][rank], **here), experts.plan(torch.stack(parts[0]), **all_of_them)
     pairs = zip(tensors_in(plans.plans), tensors_in(want.plans), strict=True)
     fine.append(all(torch.equal(a, b) for a, b in pairs))
     return len(fine) == 31 and all(fine)
@@ -231,10 +233,7 @@ def work(rank, cases):
 
 @pytest.fixture(scope="module")
 def truth():
-    return {
-        (dropout, left): one_rank(dropout, left)
-        for dropout, left in ((0.0, False), (0.3, False), (0.0, True))
-    }
+    return {(dropout, left): one_rank(dropout, left) for dropout, left in ((0.0, False), (0.3, False), (0.0, True))}
 
 
 @pytest.fixture(scope="module")
@@ -255,9 +254,7 @@ def check(answers, cases, truth):
         want = truth[case.get("dropout", 0.0), case.get("left", False)]
         for answer in answers:
             compare(answer[1][index], want)
-        assert {name for answer in answers for name in answer[1][index].weights} == set(
-            want.weights
-        )
+        assert {name for answer in answers for name in answer[1][index].weights} == set(want.weights)
 
 
 @pytest.mark.dist
@@ -280,7 +277,8 @@ def test_four_ranks_in_two_groups_train_like_plain_pytorch(truth):
 
 
 def test_three_steps_move_everything(truth):
-    """Negative controls: weights move by far more than the bound, and the options make a difference that `compare` sees."""
+    """Negative controls: weights move by far more than the bound, and the options make a difference that `compare`
+    sees."""
     start = by_expert(dict(make()[0].named_parameters()), range(EXPERTS))
     plain, *others = truth.values()
     assert min(np.abs(plain.weights[name] - start[name]).max() for name in start) > 1e-4
@@ -335,9 +333,7 @@ def mistakes(rank):
 @pytest.mark.dist
 def test_mistakes_are_named_on_every_rank(on_two_ranks):
     for said, *_ in on_two_ranks:
-        assert said["too early"].startswith(
-            "RuntimeError: experts are shared out over 2 ranks that have no group yet"
-        )
+        assert said["too early"].startswith("RuntimeError: experts are shared out over 2 ranks that have no group yet")
         differ = "RunFailed: the ranks of an expert group differ in their"
         assert said["lengths"] == f"{differ} length: rank 0 has 9, rank 1 has 8"
         assert said["rows"] == f"{differ} sequences: rank 0 has 3, rank 1 has 4"
@@ -347,7 +343,8 @@ def test_mistakes_are_named_on_every_rank(on_two_ranks):
         assert said["nested"]
         assert said["experts"].startswith("UserError: parallel.expert_ranks=3: must divide")
     assert on_two_ranks[0][0]["alone"].startswith(
-        "RunFailed: rank 0 planned a forward pass, and not all ranks of its expert group did so within 2 s: all must run each"
+        "RunFailed: rank 0 planned a forward pass, and not all ranks of its expert group did so within 2 s: all must"
+        " run each"
     )
 
 
@@ -382,7 +379,8 @@ def resume(rank):
 
 
 def copies(rank):
-    """The loss of a model, of a copy, of one from a file; the tags of parameters; and what a copy in another place says."""
+    """The loss of a model, of a copy, of one from a file; the tags of parameters; and what a copy in another place
+    says."""
     model, experts = make(**SHARED)
     from_file = copy.deepcopy(model)
     layers = clone(nn.ModuleList(layer.mlp for layer in model.layers))
@@ -450,9 +448,13 @@ def test_a_rank_goes_on_from_what_it_saved(on_two_ranks):
 def test_the_example_learns(ranks):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     done = subprocess.run(
-        [sys.executable, *launcher, "tests/examples/plug_in.py"], cwd=ROOT, capture_output=True, text=True, timeout=600,
+        [sys.executable, *launcher, "tests/examples/plug_in.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     losses = [float(line.split()[-1]) for line in done.stdout.splitlines() if "loss" in line]
     assert len(losses) == 5 and losses[-1] < losses[0] - 0.7

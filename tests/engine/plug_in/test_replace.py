@@ -1,4 +1,5 @@
-"""Expert layers inside a model that is not ours, on one rank in plain PyTorch: what is replaced, plans, hooks, recomputation.
+"""Expert layers inside a model that is not ours, on one rank in plain PyTorch: what is replaced, plans, hooks,
+recomputation.
 
 tests/engine/plug_in/test_plug_in_on_ranks.py trains the same model with DeepSpeed.
 """
@@ -20,12 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from foreroute.engine.config import Activation, Builder, MoEConfig, ParallelConfig, Router
 from foreroute.engine.config.enums import ExchangeKind, Keys
 from foreroute.engine.errors import UserError
-from foreroute.engine.plug_in import (
-    PlannedFeedForward,
-    experts_of,
-    parameter_groups,
-    replace_feed_forwards,
-)
+from foreroute.engine.plug_in import PlannedFeedForward, experts_of, parameter_groups, replace_feed_forwards
 
 SYMBOLS, WIDTH, EXPERTS, K = 11, 15, 4, 2
 MOE = MoEConfig(experts=EXPERTS, expert_width=12, ngram=2, rows=128, builder=Builder.random)
@@ -57,10 +53,7 @@ class Theirs(nn.Module):
     def forward(self, ids, targets):
         x = self.embed(ids)
         for layer in self.layers:
-            if self.reentrant is None:
-                x = layer(x)
-            else:
-                x = checkpoint(layer, x, use_reentrant=self.reentrant)
+            x = layer(x) if self.reentrant is None else checkpoint(layer, x, use_reentrant=self.reentrant)
         return nn.functional.cross_entropy(self.head(x).flatten(0, 1), targets.flatten())
 
 
@@ -72,9 +65,7 @@ def make(reentrant=None, moe=MOE, **options):
 
 
 def batch(index=0, rows=4, length=9):
-    ids = torch.randint(
-        0, SYMBOLS, (rows, length + 1), generator=torch.Generator().manual_seed(index)
-    )
+    ids = torch.randint(0, SYMBOLS, (rows, length + 1), generator=torch.Generator().manual_seed(index))
     return ids[:, :-1], ids[:, 1:]
 
 
@@ -130,7 +121,7 @@ def test_number_format_and_mode_are_those_of_what_was_there():
         (r"layers\.0", r"layers.0 holds more than one feed-forward: norm.weight [15], norm.bias [15], mix.weight"),
         (r"layers\.0", r"match feed-forwards only (inside, layers.0.mlp would fit)"),
     ],
-)  # fmt: skip
+)
 def test_unsuitable_modules_are_named(pattern, fault):
     model, _ = make()
     model.layers[0] = Block()
@@ -155,7 +146,7 @@ def test_unsuitable_modules_are_named(pattern, fault):
         ({"dropout": 1.0}, "^dropout=1.0: must be in"),
         ({"parallel": ParallelConfig(expert_ranks=2)}, "parallel.expert_ranks=2: start the process group first"),
     ],
-)  # fmt: skip
+)
 def test_wrong_options_are_named(monkeypatch, options, fault):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)  # whatever ran before
     with pytest.raises(UserError, match=fault.replace(".", r"\.")):
@@ -167,7 +158,7 @@ def test_tables_are_made_from_a_text():
     tables = [
         make(moe=replace(MOE, builder=builder, share_table=True), text_ids=given)[1].state_dict()["tables"]
         for builder, given in ((Builder.random, None), (Builder.balanced, text), (Builder.balanced, text.tolist()))
-    ]  # fmt: skip
+    ]
     (random,), (balanced,), (again,) = tables
     assert torch.equal(balanced["order_rE"], again["order_rE"])
     assert not torch.equal(balanced["order_rE"], random["order_rE"])
@@ -214,11 +205,9 @@ def test_a_layer_equals_plain_loops(options):
             at_start = model.layers[1].mlp(x.flatten(0, 1)).view_as(x)
         want = [plain_layer(experts, i, x, ids, left, k) for i in range(2)]
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)  # mixing weights are fp32
-        torch.testing.assert_close(at_start, plain_layer(experts, 1, x, ids, zeros, k), rtol=1e-6, atol=1e-6)  # fmt: skip
-        assert not torch.allclose(
-            got[1], at_start, atol=1e-3
-        )  # negative control: the left context counts
-        assert not torch.allclose(got[0], plain_layer(experts, 0, x, ids, left, k % EXPERTS + 1), atol=1e-3)  # fmt: skip
+        torch.testing.assert_close(at_start, plain_layer(experts, 1, x, ids, zeros, k), rtol=1e-6, atol=1e-6)
+        assert not torch.allclose(got[1], at_start, atol=1e-3)  # negative control: the left context counts
+        assert not torch.allclose(got[0], plain_layer(experts, 0, x, ids, left, k % EXPERTS + 1), atol=1e-3)
 
 
 def test_dropout_is_of_the_pass_and_off_in_evaluation():
@@ -264,10 +253,7 @@ def test_a_missing_or_used_plan_raises():
         model(ids, targets)
         with pytest.raises(RuntimeError, match="has run by this plan before"):
             model(ids, targets)
-        with (
-            pytest.raises(RuntimeError, match=r"planned\(\) inside planned\(\)"),
-            experts.planned(ids),
-        ):
+        with pytest.raises(RuntimeError, match=r"planned\(\) inside planned\(\)"), experts.planned(ids):
             pass
     with experts.planned(plans), pytest.raises(RuntimeError, match="has run by this plan before"):
         model(ids, targets)
@@ -295,10 +281,14 @@ def test_a_plan_of_another_batch_or_model_raises():
         (torch.full((4, 9), 11), None, r"ids from 11 to 11, torch.int64: .* in 0 .. 10"),
         (torch.full((4, 9), -100), None, "ids from -100"),
         (torch.zeros(4, 9), None, "torch.float32: must be whole numbers"),
-        (torch.zeros(4, 9, dtype=torch.int64), torch.zeros(4, 2, dtype=torch.int64), r"left of shape \[4, 2\]: must be \[4, 1\]"),
+        (
+            torch.zeros(4, 9, dtype=torch.int64),
+            torch.zeros(4, 2, dtype=torch.int64),
+            r"left of shape \[4, 2\]: must be \[4, 1\]",
+        ),
         (torch.zeros(4, 9, dtype=torch.int64), torch.full((4, 1), 12), "left from 12"),
     ],
-)  # fmt: skip
+)
 def test_wrong_ids_are_named(ids, left, fault):
     with pytest.raises(UserError, match=fault):
         make()[1].plan(ids, left)
@@ -498,11 +488,11 @@ def test_planning_in_a_forked_worker_is_refused(workers):
     """Its thread of plans is the other process's: it would wait for ever."""
     _, experts = make()
     fork = "fork" if workers else None
-    loader = torch.utils.data.DataLoader(Planned(experts), num_workers=workers, multiprocessing_context=fork)  # fmt: skip
+    loader = torch.utils.data.DataLoader(Planned(experts), num_workers=workers, multiprocessing_context=fork)
     if not workers:
         assert [k.item() for k in loader] == [K, K]
         return
-    with pytest.raises(UserError, match="planning in a forked process, such as a DataLoader's worker"):  # fmt: skip
+    with pytest.raises(UserError, match="planning in a forked process, such as a DataLoader's worker"):
         next(iter(loader))
 
 
@@ -535,10 +525,7 @@ def test_a_failed_call_leaves_no_plan():
 )
 def test_a_plan_is_not_recorded(record):
     model, experts = make()
-    with (
-        pytest.raises(RuntimeError, match="cannot be traced, exported or captured"),
-        experts.planned(batch()[0]),
-    ):
+    with pytest.raises(RuntimeError, match="cannot be traced, exported or captured"), experts.planned(batch()[0]):
         record(model, batch())
 
 
@@ -567,9 +554,7 @@ def test_state_goes_on():
     with experts.planned(ids):
         want = model(ids, targets).item()
     model, experts = make(dropout=0.3, seed=9)
-    with pytest.raises(
-        UserError, match=r"with other tables: digest \w{16}, must be \w{16} as here"
-    ):
+    with pytest.raises(UserError, match=r"with other tables: digest \w{16}, must be \w{16} as here"):
         model.load_state_dict(weights)
     experts.load_state_dict(state)  # the tables come first: weights belong to them
     model.load_state_dict(weights)
@@ -588,14 +573,10 @@ def test_state_of_a_shared_table_goes_on():
     assert len(state["tables"]) == 1 and state["place"] == (0, 1, 1)
     _, experts = make(moe=shared)
     experts.load_state_dict(state)
-    assert torch.equal(
-        experts.state_dict()["tables"][0]["order_rE"], state["tables"][0]["order_rE"]
-    )
+    assert torch.equal(experts.state_dict()["tables"][0]["order_rE"], state["tables"][0]["order_rE"])
 
 
-@pytest.mark.parametrize(
-    "change", [lambda v: v / 3 + v / 3 + v / 3, torch.Tensor.bfloat16, torch.Tensor.half]
-)
+@pytest.mark.parametrize("change", [lambda v: v / 3 + v / 3 + v / 3, torch.Tensor.bfloat16, torch.Tensor.half])
 def test_averages_and_other_formats_keep_the_digest_of_the_tables(change):
     model, _ = make()
     model.load_state_dict({name: change(value) for name, value in model.state_dict().items()})
@@ -661,9 +642,7 @@ def test_parameter_groups_take_what_optimizers_take():
     everything = list(model.parameters())
     (group,) = parameter_groups(model.parameters())
     assert [id(p) for p in group["params"]] == [id(p) for p in everything]
-    first, second = parameter_groups(
-        [{"params": everything[:2], "lr": 0.5}, {"params": iter(everything[2:])}]
-    )
+    first, second = parameter_groups([{"params": everything[:2], "lr": 0.5}, {"params": iter(everything[2:])}])
     assert first["lr"] == 0.5 and len(first["params"]) == 2
     assert torch.optim.SGD([first, second], lr=0.1).param_groups[1]["lr"] == 0.1
 

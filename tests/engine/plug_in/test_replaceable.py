@@ -71,7 +71,7 @@ MORE = {
     "a scale": (lambda: plain(*[nn.ParameterList([torch.zeros(D), torch.ones(D)])]), ""),
     "stacked experts": (lambda: nn.ParameterList([torch.zeros(4, F, D), torch.zeros(4, D, F)]), ""),
     "two hidden widths": (lambda: nn.Sequential(nn.Linear(D, 3 * F), nn.Linear(F, D)), ""),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", MORE)
@@ -83,9 +83,7 @@ def test_more_than_one_feed_forward_is_refused(kind):
         inside = "it.1"
     with pytest.raises(UserError, match="it holds more than one feed-forward: ") as error:
         found(module)
-    assert str(error.value).endswith(
-        f"(inside, {inside} would fit)" if inside else "match feed-forwards only"
-    )
+    assert str(error.value).endswith(f"(inside, {inside} would fit)" if inside else "match feed-forwards only")
     if inside:
         names = found(module, rf"{inside.split(', ')[0]}")
         assert names == inside.split(", ")[:1]
@@ -96,10 +94,13 @@ def test_more_than_one_feed_forward_is_refused(kind):
     [
         (plain().to("meta"), "it is on the meta device, where first weights are never drawn"),
         (plain().to(torch.float8_e4m3fn), "it has weights of torch.float8_e4m3fn: must be float64, float32"),
-        (nn.ParameterList([nn.Parameter(torch.zeros(F, D, dtype=torch.int8), requires_grad=False)] * 2), "it has weights of torch.int8"),
+        (
+            nn.ParameterList([nn.Parameter(torch.zeros(F, D, dtype=torch.int8), requires_grad=False)] * 2),
+            "it has weights of torch.int8",
+        ),
         (torch.ao.quantization.quantize_dynamic(plain(), {nn.Linear}), "it is quantized: must have"),
     ],
-)  # fmt: skip
+)
 def test_weights_that_cannot_be_drawn_are_refused(module, fault):
     with pytest.raises(UserError, match=fault):
         found(module)

@@ -80,7 +80,7 @@ def train(folder, world=None, *, steps=STEPS, operators=True, stop=None, **paral
 def train_two(rank, folder):
     """Three runs: traced in parts and whole, and not traced; losses and notes of each."""
     hosts = (GlooHost(dist.new_group([0, 1])) for _ in range(3))
-    world = World(Mesh(rank, 2, expert_ranks=2), host=next(hosts), planning=next(hosts), planning_group=next(hosts))  # fmt: skip
+    world = World(Mesh(rank, 2, expert_ranks=2), host=next(hosts), planning=next(hosts), planning_group=next(hosts))
     found = {}
     for name, steps, chunks in (("parts", STEPS, 2), ("whole", STEPS, 1), ("off", None, 2)):
         (folder / name).mkdir(exist_ok=True)
@@ -101,8 +101,8 @@ def read(folder, name):
 
 def ranges_of(events, rank):
     """Of the main thread."""
-    tracks = {e["args"]["name"]: e["tid"] for e in events if e["pid"] == rank and e["name"] == "thread_name"}  # fmt: skip
-    return [e for e in events if e["pid"] == rank and e["tid"] == tracks["ranges"] and e["ph"] == "X"]  # fmt: skip
+    tracks = {e["args"]["name"]: e["tid"] for e in events if e["pid"] == rank and e["name"] == "thread_name"}
+    return [e for e in events if e["pid"] == rank and e["tid"] == tracks["ranges"] and e["ph"] == "X"]
 
 
 def flights_of(events, rank):
@@ -135,9 +135,12 @@ def test_every_rank_has_all_ranges_where_they_belong(two_ranks, name, parts):
     per_pass = LAYERS * MICRO * TRACED
     moved = per_pass * parts
     in_a_pass = {
-        "attention": per_pass, "experts": moved, "dispatch": moved, "exchange": 2 * moved,
+        "attention": per_pass,
+        "experts": moved,
+        "dispatch": moved,
+        "exchange": 2 * moved,
         "combine": 2 * moved,  # before the rows go back, and when they are there
-    }  # fmt: skip
+    }
     for rank in (0, 1):
         events = read(folder / name, f"step2-4.rank{rank}.json.gz")
         ranges = ranges_of(events, rank)
@@ -145,8 +148,8 @@ def test_every_rank_has_all_ranges_where_they_belong(two_ranks, name, parts):
             assert count_in(ranges, outer) == in_a_pass
         for step in ("step 2", "step 3", "step 4"):
             found = count_in(ranges, step)
-            once = {key: found[key] for key in ("optimizer", "totals", "forward", "backward", "plan_wait")}  # fmt: skip
-            assert once == {"optimizer": 1, "totals": 1, "forward": MICRO, "backward": MICRO, "plan_wait": MICRO}  # fmt: skip
+            once = {key: found[key] for key in ("optimizer", "totals", "forward", "backward", "plan_wait")}
+            assert once == {"optimizer": 1, "totals": 1, "forward": MICRO, "backward": MICRO, "plan_wait": MICRO}
         assert {"step 1", "step 5"}.isdisjoint(part["name"] for part in ranges)
         others = [e for e in events if e.get("cat") == "range" and e not in ranges]
         assert {"plan"} <= {e["name"] for e in others} <= {"plan", "agree"}
@@ -208,11 +211,15 @@ def test_the_summary_adds_up_the_trace(two_ranks):
         ranges = ranges_of(events, rank)
         sums.append(
             {
-                f"{outer}/{name}": sum(p["dur"] for p in ranges if p["name"] == name and any(holds(o, p) for o in ranges if o["name"] == outer))
+                f"{outer}/{name}": sum(
+                    p["dur"]
+                    for p in ranges
+                    if p["name"] == name and any(holds(o, p) for o in ranges if o["name"] == outer)
+                )
                 for outer in ("forward", "backward")
                 for name in ("exchange", "experts", "attention", "dispatch")
             }
-        )  # fmt: skip
+        )
     compared = 0
     for row in rows:
         name, *numbers = re.sub(r"[()%]", "", row).split()
@@ -225,8 +232,8 @@ def test_the_summary_adds_up_the_trace(two_ranks):
             assert of_ranks[int(worst)] == max(of_ranks)
             compared += 1
     assert compared >= 3
-    waited_ms = sum(one[f"{o}/exchange"] for one in sums for o in ("forward", "backward")) / 2 / 1e3 / TRACED  # fmt: skip
-    total_ms, hidden_ms = map(float, re.search(r"exchange: ([\d.]+) ms .* ([\d.]+) ms \(", text).groups())  # fmt: skip
+    waited_ms = sum(one[f"{o}/exchange"] for one in sums for o in ("forward", "backward")) / 2 / 1e3 / TRACED
+    total_ms, hidden_ms = map(float, re.search(r"exchange: ([\d.]+) ms .* ([\d.]+) ms \(", text).groups())
     assert total_ms - hidden_ms == pytest.approx(waited_ms, abs=0.011)
     said = found[0]["parts"][1]
     assert said[: len(text.splitlines())] == text.splitlines()
@@ -246,11 +253,13 @@ def test_one_rank_stops_before_the_last_traced_step(tmp_path):
     assert files == ["step2-3.rank0.json.gz", "step2-3.txt"]  # nothing to put together
     events = read(tmp_path, "step2-3.rank0.json.gz")
     ranges = ranges_of(events, 0)
-    assert count_in(ranges, "forward") == count_in(ranges, "backward") == {
-        "attention": LAYERS * MICRO * 2, "experts": LAYERS * MICRO * 2,
-    }  # fmt: skip
+    assert (
+        count_in(ranges, "forward")
+        == count_in(ranges, "backward")
+        == {"attention": LAYERS * MICRO * 2, "experts": LAYERS * MICRO * 2}
+    )
     assert not any(e.get("cat") == "cpu_op" for e in events)
-    assert said.notes[0].startswith("steps 2 to 3: ") and "the trace of steps 2 to 3" in said.notes[-1]  # fmt: skip
+    assert said.notes[0].startswith("steps 2 to 3: ") and "the trace of steps 2 to 3" in said.notes[-1]
 
 
 def test_a_run_that_fails_leaves_its_trace(tmp_path, monkeypatch):
@@ -277,7 +286,7 @@ def test_a_full_disk_does_not_end_the_run(tmp_path, monkeypatch):
     (line,) = [note for note in said.notes if "cannot" in note]
     assert line == (
         "cannot write the trace of steps 2 to 4: rank 0: [Errno 28] No space left on device; the run goes on"
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("steps", [[5], [5, 8, 9], [8, 5], [0, 3], []])
@@ -287,7 +296,7 @@ def test_steps_that_are_none_are_refused(steps):
 
 
 def test_steps_behind_the_run_are_refused():
-    with pytest.raises(UserError, match=re.escape("profile.steps=[5, 8]: must end by train.steps=7")):  # fmt: skip
+    with pytest.raises(UserError, match=re.escape("profile.steps=[5, 8]: must end by train.steps=7")):
         Config(train=TrainConfig(steps=7), profile=ProfileConfig([5, 8]))
 
 

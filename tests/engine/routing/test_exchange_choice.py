@@ -9,15 +9,9 @@ import pytest
 from foreroute.engine.config import Config, KernelsConfig, MoEConfig, ParallelConfig
 from foreroute.engine.config.enums import Backend, ExchangeKind, Router
 from foreroute.engine.errors import UserError
-from foreroute.engine.routing.exchange_choice import (
-    gather_seconds,
-    gathers,
-    rank_share,
-    tokens_seconds,
-    use_gather,
-)
+from foreroute.engine.routing.exchange_choice import gather_seconds, gathers, rank_share, tokens_seconds, use_gather
 
-AUTO = ParallelConfig(exchange=ExchangeKind.auto, link_gb_per_s=10, message_us=5, memory_gb_per_s=100)  # fmt: skip
+AUTO = ParallelConfig(exchange=ExchangeKind.auto, link_gb_per_s=10, message_us=5, memory_gb_per_s=100)
 SIZES = {"experts": 16, "ranks": 8, "tokens": 4096, "width": 512, "itemsize": 2}
 
 
@@ -28,17 +22,16 @@ def test_the_model_by_hand():
     assert rank_share(16, 8, 8) == pytest.approx(0.7666667, abs=1e-6)
     assert row_bytes * 8 * rank_share(16, 8, 8) == pytest.approx(routed, abs=1)
     # 14 messages of 5 us; 2 x 7/8 of the routed bytes at 10 GB/s; (3 x 25,725,065 + 4,194,304) bytes at 100 GB/s
-    assert tokens_seconds(AUTO, 8, row_bytes, routed) == pytest.approx(70e-6 + 4501.886e-6 + 813.695e-6)  # fmt: skip
+    assert tokens_seconds(AUTO, 8, row_bytes, routed) == pytest.approx(70e-6 + 4501.886e-6 + 813.695e-6)
     # 6 messages; 14 x 4,194,304 bytes; 8 x 4,194,304 bytes of memory
     assert gather_seconds(AUTO, 8, row_bytes) == pytest.approx(30e-6 + 5872.026e-6 + 335.544e-6)
     assert not use_gather(AUTO, k=8, **SIZES)  # 5.39 ms against 6.24 ms
-    assert use_gather(
-        AUTO, k=12, **SIZES
-    )  # 1 - C(14, 12) / C(16, 12) = 0.95: 6.67 ms against 6.24 ms
+    assert use_gather(AUTO, k=12, **SIZES)  # 1 - C(14, 12) / C(16, 12) = 0.95: 6.67 ms against 6.24 ms
 
 
 def test_the_bytes_of_a_row_decide():
-    """Gather saves 8 messages, 40 us; a byte of rows costs it 1.48 - 1.26733 = 0.21267 ns more: 188,088 bytes are as good."""
+    """Gather saves 8 messages, 40 us; a byte of rows costs it 1.48 - 1.26733 = 0.21267 ns more: 188,088 bytes are as
+    good."""
     for tokens, gather in ((183, True), (184, False)):  # of 512 x 2 bytes
         assert use_gather(AUTO, k=8, **{**SIZES, "tokens": tokens}) == gather
     for tokens, gather in ((91, True), (92, False)):  # of 512 x 4 bytes
@@ -58,11 +51,19 @@ def test_limits():
     draw = random.Random(0)
     for _ in range(300):
         ranks = 2 ** draw.randint(1, 7)
-        sizes = {"experts": ranks * draw.randint(1, 4), "ranks": ranks, "tokens": draw.randint(1, 9999), "width": 64, "itemsize": 4}  # fmt: skip
+        sizes = {
+            "experts": ranks * draw.randint(1, 4),
+            "ranks": ranks,
+            "tokens": draw.randint(1, 9999),
+            "width": 64,
+            "itemsize": 4,
+        }
         parallel = ParallelConfig(
-            exchange=ExchangeKind.auto, link_gb_per_s=draw.uniform(0.01, 500), message_us=draw.uniform(0, 50),
+            exchange=ExchangeKind.auto,
+            link_gb_per_s=draw.uniform(0.01, 500),
+            message_us=draw.uniform(0, 50),
             memory_gb_per_s=draw.uniform(1, 4000),
-        )  # fmt: skip
+        )
         chosen = [use_gather(parallel, k=k, **sizes) for k in range(1, sizes["experts"] + 1)]
         assert chosen == sorted(chosen)  # once gather wins it wins for every larger k
         assert chosen[-1]  # all experts: as many bytes, fewer messages, nothing packed
@@ -82,16 +83,16 @@ def test_one_rank_never_gathers_and_a_fixed_choice_is_kept(kind):
             assert use_gather(parallel, k=k, **SIZES) == (kind is ExchangeKind.gather)
 
 
-@pytest.mark.parametrize(("name", "value"), [("link_gb_per_s", 0.0), ("memory_gb_per_s", -1.0), ("message_us", -0.5), ("chunks", 0)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "value"), [("link_gb_per_s", 0.0), ("memory_gb_per_s", -1.0), ("message_us", -0.5), ("chunks", 0)]
+)
 def test_wrong_constants_are_refused(name, value):
     with pytest.raises(UserError, match=rf"parallel\.{name}={value}: must be"):
         ParallelConfig(**{name: value})
 
 
 def test_parts_need_a_backend_with_a_backward_pass():
-    with pytest.raises(
-        UserError, match=r"parallel\.chunks=4: kernels\.backend=reference has only 1"
-    ):
+    with pytest.raises(UserError, match=r"parallel\.chunks=4: kernels\.backend=reference has only 1"):
         Config(parallel=ParallelConfig(chunks=4), kernels=KernelsConfig(backend=Backend.reference))
 
 

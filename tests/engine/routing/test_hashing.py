@@ -27,9 +27,7 @@ def test_arrays_broadcast_and_equal_the_hashes_of_their_numbers():
 
 
 def test_order_and_number_of_parts_matter():
-    values = {
-        int(hash64(*parts)) for parts in ((1, 2), (2, 1), (1,), (1, 0), (0, 1), (1, 2, 0), ())
-    }
+    values = {int(hash64(*parts)) for parts in ((1, 2), (2, 1), (1,), (1, 0), (0, 1), (1, 2, 0), ())}
     assert len(values) == 7
 
 

@@ -15,9 +15,7 @@ def curve(growth, k_min, k_max, total, steps=None):
 def test_published_change_points_of_the_linear_schedule():
     changes = {9: 25_001, 10: 75_000, 11: 125_001, 12: 175_000, 13: 225_001, 14: 275_000}
     changes |= {15: 325_001, 16: 375_000}
-    steps = (
-        [0] + [step + delta for step in changes.values() for delta in (-1, 0)] + [399_999, 10**6]
-    )
+    steps = [0] + [step + delta for step in changes.values() for delta in (-1, 0)] + [399_999, 10**6]
     expected = [8] + [k - late for k in changes for late in (1, 0)] + [16, 16]
     assert curve(Growth.linear, 8, 16, 400_000, steps) == expected
 
@@ -73,7 +71,9 @@ def test_every_schedule_grows_within_its_limits(growth, total, k_min, k_max):
     assert growth is Growth.constant or ks[0] == k_min
 
 
-@pytest.mark.parametrize(("total", "power_of"), [(3000, lambda s: s // 10), (2999, lambda s: s // 9), (100, lambda s: 3 * s)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("total", "power_of"), [(3000, lambda s: s // 10), (2999, lambda s: s // 9), (100, lambda s: 3 * s)]
+)
 def test_exponential_takes_300_powers(total, power_of):
     """With so many experts that each power shows."""
     want = [round(-9999 * 0.99 ** power_of(s)) + 10_000 for s in range(total)]

@@ -27,10 +27,10 @@ def route(tokens, dtype):
 @pytest.mark.parametrize(
     ("tokens", "dtype", "fits"),
     [(2**23, torch.float32, True), (2**23 + 1, torch.float32, False), (2**23 + 1, torch.float64, True)],
-)  # fmt: skip
+)
 def test_token_numbers_fit_into_the_format_of_the_weights(tokens, dtype, fits):
     """fp32 holds all whole numbers up to 2**24, and two ranks have twice the tokens."""
-    with pytest.raises(Asked if fits else ValueError, match=None if fits else "must be at most 16777216 together"):  # fmt: skip
+    with pytest.raises(Asked if fits else ValueError, match=None if fits else "must be at most 16777216 together"):
         build_live_plan(route(tokens, dtype), 2, Wire())
 
 
@@ -39,7 +39,7 @@ def test_rows_of_experts_and_of_rows_that_nobody_uses():
     assert (rows.source_N.tolist(), rows.offset_L.tolist()) == ([0, 1, 1], [2, 3])
     assert (rows.slot_N.tolist(), rows.slot_offset_R.tolist()) == ([0, 1, 2], [0, 1])
     assert place_N.tolist() == [0, 1, 3]  # the docstring's
-    mask = torch.tensor([[False, False, True], [False] * 3, [True, False, True], [False, False, True]])  # fmt: skip
+    mask = torch.tensor([[False, False, True], [False] * 3, [True, False, True], [False, False, True]])
     rows, place_N = _expert_rows(mask, 4)
     assert (rows.source_N.tolist(), rows.offset_L.tolist()) == ([2, 0, 2, 3], [1, 1, 4])
     assert (rows.slot_N.tolist(), rows.slot_offset_R.tolist()) == ([1, 0, 2, 3], [0, 1, 1, 3])

@@ -13,9 +13,7 @@ def plain_balance(logits, experts):
     total = 0.0
     for e in range(num_experts):
         fraction = sum(chosen.count(e) for chosen in experts) / (num_tokens * k)
-        probability = sum(
-            math.exp(row[e]) / sum(math.exp(value) for value in row) for row in logits
-        )
+        probability = sum(math.exp(row[e]) / sum(math.exp(value) for value in row) for row in logits)
         total += fraction * probability / num_tokens
     return num_experts * total
 

@@ -66,9 +66,7 @@ def test_example_of_the_rows():
 def test_plan_equals_a_plain_loop(num_tokens, k, num_experts):
     route = random_route(num_tokens, k, num_experts)
     plan = build_plan(route, num_experts)
-    source, ends, weight, slots = plain_plan(
-        route.expert_TK.tolist(), route.weight_TK.tolist(), num_experts
-    )
+    source, ends, weight, slots = plain_plan(route.expert_TK.tolist(), route.weight_TK.tolist(), num_experts)
     assert plan.parts[0].rows.source_N.tolist() == source
     assert plan.parts[0].rows.offset_L.tolist() == ends
     assert plan.parts[0].weight_N.tolist() == weight
@@ -112,8 +110,7 @@ def test_gradient_of_the_weights_reaches_the_route():
 def test_a_route_of_no_tokens():
     plan = build_plan(Route(torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2)), 3)
     assert (
-        plan.parts[0].rows.counts() == [0, 0, 0]
-        and plan.parts[0].rows.num_rows == plan.parts[0].rows.num_inputs == 0
+        plan.parts[0].rows.counts() == [0, 0, 0] and plan.parts[0].rows.num_rows == plan.parts[0].rows.num_inputs == 0
     )
 
 

@@ -30,9 +30,9 @@ def plain_plan(routes, rank, ranks):
     choices = [
         [dict(zip(e, w, strict=True)) for e, w in zip(route.expert_TK.tolist(), route.weight_TK.tolist(), strict=True)]
         for route in routes
-    ]  # fmt: skip
-    sent = [[t for t, chosen in enumerate(choices[rank]) if any(e // local == q for e in chosen)] for q in range(ranks)]  # fmt: skip
-    received = [[chosen for chosen in choices[s] if any(e // local == rank for e in chosen)] for s in range(ranks)]  # fmt: skip
+    ]
+    sent = [[t for t, chosen in enumerate(choices[rank]) if any(e // local == q for e in chosen)] for q in range(ranks)]
+    received = [[chosen for chosen in choices[s] if any(e // local == rank for e in chosen)] for s in range(ranks)]
     rows = [chosen for part in received for chosen in part]
     experts = [
         [(r, chosen[e]) for r, chosen in enumerate(rows) if e in chosen]
@@ -124,21 +124,13 @@ def test_parts_are_the_plans_of_their_tokens(tokens, chunks, gather):
             assert (part.send_splits, part.recv_splits) == (alone.send_splits, alone.recv_splits)
             assert gather or torch.equal(part.send.source_N, alone.send.source_N)
             # received rows in the part's own numbering are (rank, token of the part)
-            places = (
-                range(4 * part.num_tokens)
-                if alone.received_R is None
-                else alone.received_R.tolist()
-            )
+            places = range(4 * part.num_tokens) if alone.received_R is None else alone.received_R.tolist()
             expected = [p // part.num_tokens * tokens + start + p % part.num_tokens for p in places]
             received = range(4 * tokens) if part.received_R is None else part.received_R.tolist()
             assert list(received) == expected
             seen += expected
             start = span.stop
-        whole_R = (
-            range(4 * tokens)
-            if whole.parts[0].received_R is None
-            else whole.parts[0].received_R.tolist()
-        )
+        whole_R = range(4 * tokens) if whole.parts[0].received_R is None else whole.parts[0].received_R.tolist()
         assert sorted(seen) == list(whole_R)
 
 
@@ -157,7 +149,5 @@ def test_large_and_small_batches_count_alike():
 
 
 def test_experts_that_cannot_be_shared_out_are_refused():
-    with pytest.raises(
-        UserError, match=r"moe\.experts=8: must be a multiple of parallel\.expert_ranks=3"
-    ):
+    with pytest.raises(UserError, match=r"moe\.experts=8: must be a multiple of parallel\.expert_ranks=3"):
         HashedRouter(make_table(), rank=0, ranks=3)

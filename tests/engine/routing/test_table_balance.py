@@ -62,14 +62,14 @@ def test_equals_the_rows_that_plans_send():
     stream = torch.from_numpy(ids.astype(np.int64)).expand(ranks, 1, -1)
     left = torch.zeros(ranks, 1, 1, dtype=torch.int64)
     for found in balances(table, ids, (ranks,)):
-        plans = [HashedRouter(table, rank=r, ranks=ranks).plan(stream, left, found.k) for r in range(ranks)]  # fmt: skip
+        plans = [HashedRouter(table, rank=r, ranks=ranks).plan(stream, left, found.k) for r in range(ranks)]
         sent = sum(plan.wire_rows for plan in plans) / (ranks * ids.size)
         assert found.ranks[ranks].wire_rows == pytest.approx(sent)
 
 
 def test_worked_example():
     order = torch.tensor([[0, 1, 2, 3], [2, 3, 0, 1]], dtype=torch.uint8)
-    table = Table(order, None, ngram=1, vocab_size=2, seed=0, index=0, builder=Builder.packed, pack=2)  # fmt: skip
+    table = Table(order, None, ngram=1, vocab_size=2, seed=0, index=0, builder=Builder.packed, pack=2)
     first, _, third, _ = balances(table, np.array([0, 1], np.uint8), (2,))
     assert (first.experts, first.blocks) == (2.0, 1.0)
     assert (first.ranks[2].touched, first.ranks[2].wire_rows) == (1.0, 0.5)
@@ -77,7 +77,5 @@ def test_worked_example():
 
 
 def test_ranks_that_cannot_share_the_experts_are_refused():
-    with pytest.raises(
-        UserError, match=r"moe\.experts=8: must be a multiple of parallel\.expert_ranks=3"
-    ):
+    with pytest.raises(UserError, match=r"moe\.experts=8: must be a multiple of parallel\.expert_ranks=3"):
         balances(make(), text(), (3,))

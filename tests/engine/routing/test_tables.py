@@ -32,9 +32,7 @@ def build(moe=SMALL, ids=None, *, vocab=VOCAB, num_tables=2, seed=3, cache_dir=N
 
 
 def same(left: Table, right: Table) -> bool:
-    return torch.equal(left.order_rE, right.order_rE) and torch.equal(
-        left.logits_rE, right.logits_rE
-    )
+    return torch.equal(left.order_rE, right.order_rE) and torch.equal(left.logits_rE, right.logits_rE)
 
 
 def load_balance(table, ids, k):
@@ -91,9 +89,7 @@ def plain_packed(frequency, experts, pack, seed, index):
                 block_load[turn, block] += count
             for _ in range(pack):
                 length = len(order)
-                free = [
-                    e for e in range(blocks[-1] * pack, (blocks[-1] + 1) * pack) if e not in order
-                ]
+                free = [e for e in range(blocks[-1] * pack, (blocks[-1] + 1) * pack) if e not in order]
                 lightest = min(load[length, e] for e in free)
                 near = [e for e in free if load[length, e] <= lightest + count]
                 order.append(near[int(uniform(hash64(3, seed, index, row, length)) * len(near))])
@@ -129,9 +125,7 @@ def test_a_prefix_fills_a_block_before_it_touches_the_next(pack):
     half = text(size=600) // 2 * 2  # odd ids, and rows that only they reach, are unseen
     for table in build(moe, half):
         touched_rE = touched_blocks(table, pack)
-        assert (
-            len(plain_frequency(table, half, 2)) < 64
-        )  # rows without a training n-gram are packed too
+        assert len(plain_frequency(table, half, 2)) < 64  # rows without a training n-gram are packed too
         assert (touched_rE == [-(-k // pack) for k in range(1, 17)]).all()
     if 1 < pack < 16:  # negative control
         other = build(replace(moe, builder=Builder.balanced, pack=None), half)[0]
@@ -141,9 +135,7 @@ def test_a_prefix_fills_a_block_before_it_touches_the_next(pack):
 def touched_blocks(table, pack):
     """Distinct blocks among the first 1 .. E experts of each row."""
     order = table.order_rE.tolist()
-    return np.array(
-        [[len({e // pack for e in row[:k]}) for k in range(1, len(row) + 1)] for row in order]
-    )
+    return np.array([[len({e // pack for e in row[:k]}) for k in range(1, len(row) + 1)] for row in order])
 
 
 @pytest.mark.parametrize("experts", [1, 2, 256])
@@ -167,9 +159,7 @@ def test_rows_of_a_stream_do_not_depend_on_the_cut(rows):
         padded = torch.tensor(stream)
         for segment in (40, 8, 5, 1):
             got = [
-                table.rows_of(
-                    ids[None, at : at + segment], padded[None, at : at + ngram - 1]
-                ).tolist()[0]
+                table.rows_of(ids[None, at : at + segment], padded[None, at : at + ngram - 1]).tolist()[0]
                 for at in range(0, 40, segment)
             ]
             assert list(chain(*got)) == expected
@@ -187,9 +177,7 @@ def test_worked_example_of_rows_of_and_a_short_context():
 
 def test_every_prefix_is_balanced_on_the_fitted_text_and_random_is_not():
     moe, ids = replace(SMALL, experts=8, rows=4096, ngram=3), text(1, 60_000, 16)
-    balanced, random = (
-        build(replace(moe, builder=b), ids, vocab=16) for b in (Builder.balanced, Builder.random)
-    )
+    balanced, random = (build(replace(moe, builder=b), ids, vocab=16) for b in (Builder.balanced, Builder.random))
     for k in range(1, 9):
         assert max(load_balance(table, ids, k) for table in balanced) < 1.001
         assert k > 6 or min(load_balance(table, ids, k) for table in random) > 1.02
@@ -206,7 +194,7 @@ def test_packed_is_balanced_at_every_prefix_over_experts_and_blocks(pack):
 
 
 def test_unseen_rows_are_random_packed_orders():
-    (table,) = build(replace(PACKED, experts=4, pack=2, rows=20_000, ngram=3), text(size=10), num_tables=1)  # fmt: skip
+    (table,) = build(replace(PACKED, experts=4, pack=2, rows=20_000, ngram=3), text(size=10), num_tables=1)
     codes, counts = np.unique(table.order_rE.numpy() @ np.array([64, 16, 4, 1]), return_counts=True)
     assert codes.size == 8  # two orders of the blocks, two of the experts inside each
     assert np.abs(counts / (20_000 / 8) - 1).max() < 0.1
@@ -288,12 +276,19 @@ def test_cache_gives_the_same_tables_without_building(tmp_path, monkeypatch):
         {"seed": 4},
         {"vocab": 9},
         {"num_tables": 3},
-        *({"moe": replace(SMALL, **{name: value})} for name, value in [
-            ("experts", 5), ("ngram", 1), ("rows", 65), ("spread", 1.0),
-            ("builder", Builder.random), ("weights", RouteWeights.uniform),
-        ]),
+        *(
+            {"moe": replace(SMALL, **{name: value})}
+            for name, value in [
+                ("experts", 5),
+                ("ngram", 1),
+                ("rows", 65),
+                ("spread", 1.0),
+                ("builder", Builder.random),
+                ("weights", RouteWeights.uniform),
+            ]
+        ),
     ],
-)  # fmt: skip
+)
 def test_cache_key_covers_every_input(change, tmp_path):
     build(cache_dir=tmp_path)
     build(**change, cache_dir=tmp_path)
@@ -361,21 +356,15 @@ def test_second_half_of_enwik8_is_balanced(enwik8):
     for table in enwik8_tables(first):
         assert load_balance(table, second, 1) <= 1.05
         assert max(load_balance(table, first, k) for k in range(1, 16)) <= 1.0005
-    assert (
-        min(load_balance(table, second, 1) for table in enwik8_tables(first, Builder.random)) > 1.2
-    )
+    assert min(load_balance(table, second, 1) for table in enwik8_tables(first, Builder.random)) > 1.2
 
 
 def test_packed_tables_on_the_second_half_of_enwik8(enwik8):
     half = enwik8.size // 2
     first, second = enwik8[:half], enwik8[half:]
     for table in enwik8_tables(first, Builder.packed, pack=8):
-        for fitted, held_out in zip(
-            balances(table, first, (4,)), balances(table, second, (4,)), strict=True
-        ):
-            assert (
-                max(fitted.experts, fitted.blocks, fitted.ranks[4].load) <= 1.001 or fitted.k == 1
-            )
+        for fitted, held_out in zip(balances(table, first, (4,)), balances(table, second, (4,)), strict=True):
+            assert max(fitted.experts, fitted.blocks, fitted.ranks[4].load) <= 1.001 or fitted.k == 1
             assert held_out.experts <= 1.06 and held_out.blocks <= 1.03
         assert held_out.k == 16
         assert balances(table, second, (4,))[7].ranks[4].touched == 2

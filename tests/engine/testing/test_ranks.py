@@ -1,4 +1,5 @@
-"""Ranks for tests: each call starts from a clean state, and a rank that raises, dies or hangs ends the call with its name."""
+"""Ranks for tests: each call starts from a clean state, and a rank that raises, dies or hangs ends the call with its
+name."""
 
 import os
 import signal

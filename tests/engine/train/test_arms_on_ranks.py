@@ -85,15 +85,21 @@ def train(case, rank, ranks):
             batches = [
                 streams.batch(step, streams.streams_of(r, micro, world=ranks, accumulation=accumulation))
                 for r in mesh.group_ranks
-            ]  # fmt: skip
+            ]
             planned = plan_batch(
-                group_batch(batches, mesh.expert_rank), K, routers,
-                passes=config.training_passes, input_keys=model.input_keys,
-            )  # fmt: skip
+                group_batch(batches, mesh.expert_rank),
+                K,
+                routers,
+                passes=config.training_passes,
+                input_keys=model.input_keys,
+            )
             routing = Routing(
-                K, planned.plans, planned.token_T,
-                second_plans=planned.second_plans, input_row_tBQ=planned.input_row_tBQ,
-            )  # fmt: skip
+                K,
+                planned.plans,
+                planned.token_T,
+                second_plans=planned.second_plans,
+                input_row_tBQ=planned.input_row_tBQ,
+            )
             out = engine.forward(planned.batch.ids_BQ, planned.batch.targets_BQ, None, routing)
             engine.backward(out.loss)
             total += out.loss.detach() / accumulation / ranks

@@ -53,10 +53,7 @@ CLIP = 0.3
 GUARDS = (torch.inference_mode, torch.no_grad)  # of validations
 REFERENCES = ({}, {"clip": CLIP}, {"idle": True})
 CASES = {  # expert ranks, ZeRO stage, options
-    1: [
-        (1, 3, {"recompute": True, "guards": GUARDS}),
-        (1, 2, {"offload": True, "accumulation": 2}),
-    ],
+    1: [(1, 3, {"recompute": True, "guards": GUARDS}), (1, 2, {"offload": True, "accumulation": 2})],
     2: [
         (2, 0, {"recompute": True}),
         (2, 1, {"clip": CLIP}),
@@ -116,9 +113,7 @@ def check(answers, cases, one_rank):
             compare(answer[index], one_rank[REFERENCES.index(shared)])
         experts = {name for answer in answers for name in answer[index].state if "@" in name}
         assert len(experts) == LAYERS * EXPERTS * 4  # layers, experts, parameters: none is missing
-        if (
-            "guards" in options and "accumulation" not in options
-        ):  # a validation of what is trained on next
+        if "guards" in options and "accumulation" not in options:  # a validation of what is trained on next
             evaluated = np.mean([answer[index].evaluated for answer in answers], 0)
             assert evaluated == pytest.approx(answers[0][index].losses[:2], rel=1e-6)
 
@@ -148,12 +143,8 @@ def test_the_reference_moves(one_rank):
         moved = {name for name, by in movements(result, start).items() if max(by) > 1e-4}
         assert moved == set(start)
     assert min(one_rank[1].norms) > CLIP
-    experts = {
-        name: by for name, by in movements(one_rank[2], start).items() if ".experts." in name
-    }
-    assert all(
-        min(by[:2]) > 1e-3 and by[2:] == [0, 0] for by in experts.values()
-    )  # the second half is idle
+    experts = {name: by for name, by in movements(one_rank[2], start).items() if ".experts." in name}
+    assert all(min(by[:2]) > 1e-3 and by[2:] == [0, 0] for by in experts.values())  # the second half is idle
 
 
 def movements(result, start):

@@ -11,18 +11,27 @@ import pytest
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).resolve().parents[3]
-RUN = ("experiment=debug", "train.name=x", "train.save_every=10", "train.log_every=1", "model.dropout=0.3", "model.attention_dropout=0.3")  # fmt: skip
+RUN = (
+    "experiment=debug",
+    "train.name=x",
+    "train.save_every=10",
+    "train.log_every=1",
+    "model.dropout=0.3",
+    "model.attention_dropout=0.3",
+)
 
 
 def program(name: str, *options: str, **environ: str) -> str:
     command = [sys.executable, "-m", f"launch.{name}", *options]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environ}, capture_output=True, text=True, timeout=600)  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environ}, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def losses(folder: Path) -> list[float]:
-    return [row["loss"] for row in map(json.loads, (folder / "x/metrics.jsonl").read_text().splitlines()) if "loss" in row]  # fmt: skip
+    return [
+        row["loss"] for row in map(json.loads, (folder / "x/metrics.jsonl").read_text().splitlines()) if "loss" in row
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +47,16 @@ def test_a_resumed_run_draws_the_same_dropout(tmp_path, options):
     program("train", *RUN, *options, f"train.runs_dir={tmp_path}")
     whole = losses(tmp_path)
     shutil.rmtree(tmp_path / "x/checkpoints/step-00000020")
-    assert "resumed at step 10" in program("train", *RUN, *options, f"train.runs_dir={tmp_path}", "train.resume=true")  # fmt: skip
+    assert "resumed at step 10" in program("train", *RUN, *options, f"train.runs_dir={tmp_path}", "train.resume=true")
     assert losses(tmp_path) == pytest.approx(whole, rel=1e-3)
     program("train", *RUN, *options, f"train.runs_dir={tmp_path / 'other'}", "train.seed=5")
     assert losses(tmp_path / "other") != pytest.approx(whole, rel=1e-3)
 
 
 def test_evaluation_is_that_on_a_cpu(run):
-    told = [program("evaluate", f"run={run / 'x'}", "k=[1,2,4]", **device) for device in ({}, {"DS_ACCELERATOR": "cpu"})]  # fmt: skip
+    told = [
+        program("evaluate", f"run={run / 'x'}", "k=[1,2,4]", **device) for device in ({}, {"DS_ACCELERATOR": "cpu"})
+    ]
     on_gpu, on_cpu = (json.loads(text.splitlines()[-1])["bpc"] for text in told)
     assert on_gpu == pytest.approx(on_cpu, rel=1e-3)
 

@@ -66,15 +66,7 @@ def make_config(text, **sections):
     config = Config(
         corpus=CorpusConfig(Corpus.file, str(text), cache_dir=str(text.parent / "cache")),
         data=DataConfig(streams=4, segment=16),
-        model=ModelConfig(
-            layers=2,
-            width=32,
-            heads=2,
-            head_width=16,
-            memory=16,
-            dropout=0.1,
-            attention_dropout=0.1,
-        ),
+        model=ModelConfig(layers=2, width=32, heads=2, head_width=16, memory=16, dropout=0.1, attention_dropout=0.1),
         moe=MoEConfig(experts=4, expert_width=32, ngram=2, rows=512),
         schedule=ScheduleConfig(Growth.linear, 1, 4),
         optim=OptimConfig(lr=3e-3, clip=1.0),
@@ -82,9 +74,7 @@ def make_config(text, **sections):
         eval=EvalConfig(k=[1, 4]),
         kernels=KernelsConfig(masked_from_k=4),
     )
-    return replace(
-        config, **{name: replace(getattr(config, name), **new) for name, new in sections.items()}
-    )
+    return replace(config, **{name: replace(getattr(config, name), **new) for name, new in sections.items()})
 
 
 def make_trainer(config, folder):
@@ -95,13 +85,7 @@ def make_trainer(config, folder):
 
 def train(trainer, stop_asked=lambda: False):
     """Run with metrics in the run's folder, as launch/train.py does."""
-    metrics = Metrics(
-        trainer.folder,
-        WandbConfig(),
-        name="test",
-        config_plain={},
-        resume_step=trainer.step or None,
-    )
+    metrics = Metrics(trainer.folder, WandbConfig(), name="test", config_plain={}, resume_step=trainer.step or None)
     with closing(metrics):
         return trainer.run(metrics, stop_asked)
 
@@ -119,19 +103,14 @@ def parameters(trainer):
 
 
 def losses(folder):
-    return [
-        json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()
-    ]
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 ROUTERS = {router.name: {"moe": {"router": router}} for router in Router}
 VARIANTS = {
     **ROUTERS,
     "shuffled": {"moe": {"keys": Keys.shuffled}},
-    "stochastic, accumulation": {
-        "moe": {"router": Router.stochastic},
-        "train": {"accumulation": 2},
-    },
+    "stochastic, accumulation": {"moe": {"router": Router.stochastic}, "train": {"accumulation": 2}},
     "n-grams": {"moe": {"router": Router.dense}, "model": {"ngram": 2, "ngram_rows": 300}},
     "signatures": {"moe": {"router": Router.dense}, "model": {"signatures": True}},
     "one expert layer": {"moe": {"layers": 1, "plain_width": 20}},
@@ -145,10 +124,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize(
     "change",
-    [
-        pytest.param(change, id=name, marks=[pytest.mark.slow] * (name == "bf16"))
-        for name, change in VARIANTS.items()
-    ],
+    [pytest.param(change, id=name, marks=[pytest.mark.slow] * (name == "bf16")) for name, change in VARIANTS.items()],
 )
 def test_resume_is_bit_identical_to_never_stopping(tmp_path, text, change):
     config = make_config(text, **{**change, "train": {"steps": 10, **change.get("train", {})}})
@@ -193,7 +169,11 @@ def test_what_another_layout_changes_is_said(tmp_path, text, change, words):
         resumed = make_trainer(changed, tmp_path)
         resumed.resume()
         said = [line for line in resumed.reporter.notes if "another layout" in line]
-        assert said == ([] if accumulation == 1 or words is None else [f"the checkpoint is of another layout of ranks and micro-batches: {words}"])  # fmt: skip
+        assert said == (
+            []
+            if accumulation == 1 or words is None
+            else [f"the checkpoint is of another layout of ranks and micro-batches: {words}"]
+        )
 
 
 def test_no_step_of_a_stopped_run_is_missing_from_the_lines(tmp_path, text):
@@ -204,9 +184,9 @@ def test_no_step_of_a_stopped_run_is_missing_from_the_lines(tmp_path, text):
     second = make_trainer(config, tmp_path / "parts")
     second.resume()
     train(second)
-    rows = [json.loads(line) for line in (tmp_path / "parts/metrics.jsonl").read_text().splitlines()]  # fmt: skip
+    rows = [json.loads(line) for line in (tmp_path / "parts/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [5, 7, 10]
-    assert [row["bpc"] for row in rows] == pytest.approx([row["loss"] / 0.6931471805599453 for row in rows])  # fmt: skip
+    assert [row["bpc"] for row in rows] == pytest.approx([row["loss"] / 0.6931471805599453 for row in rows])
     together = (2 * rows[1]["loss"] + 3 * rows[2]["loss"]) / 5
     assert [rows[0]["loss"], pytest.approx(together)] == losses(tmp_path / "whole")
 
@@ -227,7 +207,9 @@ def test_a_validation_that_a_stop_cut_short_is_made_up_for(tmp_path, text):
     third = make_trainer(config, tmp_path / "20")  # nothing is missing: nothing is done twice
     third.resume()
     train(third)
-    assert len((tmp_path / "20/metrics.jsonl").read_text().splitlines()) == len((tmp_path / "whole/metrics.jsonl").read_text().splitlines())  # fmt: skip
+    assert len((tmp_path / "20/metrics.jsonl").read_text().splitlines()) == len(
+        (tmp_path / "whole/metrics.jsonl").read_text().splitlines()
+    )
 
 
 def validations(folder):
@@ -265,25 +247,19 @@ def test_the_resume_test_sees_what_it_should(tmp_path, text):
 
 
 def test_it_learns_and_repeats(tmp_path, text):
-    config = make_config(
-        text, train={"steps": 150}, model={"dropout": 0.0, "attention_dropout": 0.0}
-    )
+    config = make_config(text, train={"steps": 150}, model={"dropout": 0.0, "attention_dropout": 0.0})
     runs = []
     for name in ("a", "b"):
         train(make_trainer(config, tmp_path / name))
         runs.append(losses(tmp_path / name))
     assert runs[0] == runs[1]
-    assert (
-        runs[0][0] > 3.0 and runs[0][-1] < 1.0
-    )  # words of 5 known kinds: log(5)/6 nats is the floor
+    assert runs[0][0] > 3.0 and runs[0][-1] < 1.0  # words of 5 known kinds: log(5)/6 nats is the floor
 
 
 @pytest.mark.parametrize("router", [Router.fresh, Router.stochastic])
 def test_routers_that_draw_learn(tmp_path, text, router):
     """20 steps; the second half of THOR's loss is in auxiliary_loss and the other pass."""
-    trainer = make_trainer(
-        make_config(text, moe={"router": router}, model={"dropout": 0.0}), tmp_path
-    )
+    trainer = make_trainer(make_config(text, moe={"router": router}, model={"dropout": 0.0}), tmp_path)
     train(trainer)
     found = losses(tmp_path)
     assert found[-1] < found[0] - 0.3 and found == sorted(found, reverse=True)
@@ -317,15 +293,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
         return output._replace(nll_BQ=output.nll_BQ * math.nan) if trainer.step == 7 else output
 
     trainer.engine.forward = forward
-    with pytest.raises(
-        RunFailed, match=r"loss is nan at step 7; the last good checkpoint is .*step-00000005"
-    ):
+    with pytest.raises(RunFailed, match=r"loss is nan at step 7; the last good checkpoint is .*step-00000005"):
         train(trainer)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_change(tmp_path, text, stage):  # fmt: skip
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_change(tmp_path, text, stage):
     config = make_config(text, train={"save_every": 5, "zero_stage": stage})
     trainer = make_trainer(config, tmp_path / "nan")
     original = trainer.engine.backward
@@ -334,10 +308,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_change(t
         original(loss * math.nan if trainer.step == 7 else loss)
 
     trainer.engine.backward = backward
-    with pytest.raises(
-        RunFailed,
-        match=r"gradient norm is \S+ at step 7; the last good checkpoint is .*step-00000005",
-    ):
+    with pytest.raises(RunFailed, match=r"gradient norm is \S+ at step 7; the last good checkpoint is .*step-00000005"):
         train(trainer)
     healthy = make_trainer(config, tmp_path / "healthy")
     train(healthy, stop_at(healthy, 7))

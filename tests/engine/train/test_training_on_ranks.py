@@ -1,7 +1,7 @@
 """Training steps through DeepSpeed on 2 and 4 gloo ranks against one rank, for every way to run an expert layer.
 
-ZeRO stage x router x exchange x parts x recomputation: a cover of all pairs here, all 96 combinations in the slow set. The
-optimizer is linear in the gradient, which shows every gradient with its scale (Adam as usual would hide it).
+ZeRO stage x router x exchange x parts x recomputation: a cover of all pairs here, all 96 combinations in the slow set.
+The optimizer is linear in the gradient, which shows every gradient with its scale (Adam as usual would hide it).
 """
 
 import itertools
@@ -78,15 +78,24 @@ MICRO = Case(Router.learned, balance_over="micro")
 def make_config(case):
     return Config(
         data=DataConfig(streams=STREAMS, segment=SEGMENT),
-        model=ModelConfig(layers=2, width=16, heads=2, head_width=8, memory=8, dropout=0.0, attention_dropout=0.0, init_std=0.3),
-        moe=MoEConfig(router=case.router, experts=4, expert_width=12, ngram=2, rows=64, balance_loss=0.5,
-                      balance_over=BalanceOver[case.balance_over]),
+        model=ModelConfig(
+            layers=2, width=16, heads=2, head_width=8, memory=8, dropout=0.0, attention_dropout=0.0, init_std=0.3
+        ),
+        moe=MoEConfig(
+            router=case.router,
+            experts=4,
+            expert_width=12,
+            ngram=2,
+            rows=64,
+            balance_loss=0.5,
+            balance_over=BalanceOver[case.balance_over],
+        ),
         schedule=ScheduleConfig(k_min=K, k_max=K),
         optim=OptimConfig(clip=0.0),
         train=TrainConfig(steps=10, zero_stage=case.stage, recompute=case.recompute),
         eval=EvalConfig(k=[1]),
         parallel=ParallelConfig(expert_ranks=case.expert_ranks, exchange=case.exchange, chunks=case.chunks),
-    )  # fmt: skip
+    )
 
 
 def train(case, rank, ranks):
@@ -112,9 +121,9 @@ def train(case, rank, ranks):
         if routers is not None:
             group = ids.view(ranks, size, SEGMENT)[list(mesh.group_ranks)]
             gather = case.exchange is ExchangeKind.gather
-            plans = tuple(r.plan(group, group[..., :1] * 0, K, gather=gather, chunks=case.chunks) for r in routers)  # fmt: skip
+            plans = tuple(r.plan(group, group[..., :1] * 0, K, gather=gather, chunks=case.chunks) for r in routers)
         before = 0 if engine.wire is None else engine.wire.sent_bytes
-        deepspeed.comm.configure(enabled=step == STEPS - 1, prof_all=True, verbose=False, debug=False)  # fmt: skip
+        deepspeed.comm.configure(enabled=step == STEPS - 1, prof_all=True, verbose=False, debug=False)
         out = engine.forward(ids[here], targets[here], None, Routing(K, plans))
         engine.backward(out.loss)
         engine.step()
@@ -164,9 +173,9 @@ def difference(got, want):
     errors = {
         name: np.linalg.norm(value - want[1][name]) / (1e-6 * np.linalg.norm(want[1][name]) + 1e-7 * largest)
         for name, value in got[1].items()
-    }  # fmt: skip
+    }
     errors["loss"] = np.abs(np.array(got[0]) / np.array(want[0], dtype=float) - 1).max() / 1e-6
-    known = {name: float(error) if np.isfinite(error) else float("inf") for name, error in errors.items()}  # fmt: skip
+    known = {name: float(error) if np.isfinite(error) else float("inf") for name, error in errors.items()}
     return max((error, name) for name, error in known.items())
 
 

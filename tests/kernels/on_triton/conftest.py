@@ -1,8 +1,8 @@
 """The Triton suite runs twice: in the interpreter without a GPU (TRITON_INTERPRET=1), and natively on a GPU.
 
 Interpreted, every launch is watched: no access outside its arguments, no two writers of one address, and new memory is
-poisoned, so that what a kernel forgets to write is seen. bf16 goes through a shim (kernels/testing/interpreter.py says what it
-does not cover); on a GPU it is the real thing.
+poisoned, so that what a kernel forgets to write is seen. bf16 goes through a shim (kernels/testing/interpreter.py says
+what it does not cover); on a GPU it is the real thing.
 """
 
 import contextlib

@@ -102,14 +102,9 @@ class TestGuard:
         x, y = torch.randn(8), torch.empty(8)
         with guarded() as guard:
             for n in (8, 3):
-                copy_kernel[lambda meta: (triton.cdiv(8, meta["BLOCK"]),)](
-                    y_ptr=y, n=n, x_ptr=x, BLOCK=4, MASKED=True
-                )
+                copy_kernel[lambda meta: (triton.cdiv(8, meta["BLOCK"]),)](y_ptr=y, n=n, x_ptr=x, BLOCK=4, MASKED=True)
         assert [launch.grid for launch in guard.launches] == [(2, 1, 1), (2, 1, 1)]
-        assert [launch.touched["y_ptr"].written_bytes_total for launch in guard.launches] == [
-            32,
-            12,
-        ]
+        assert [launch.touched["y_ptr"].written_bytes_total for launch in guard.launches] == [32, 12]
         assert list(guard.launches[0].touched) == ["x_ptr", "y_ptr"]
 
     def test_zero_elements(self):
@@ -126,9 +121,7 @@ class TestGuard:
         with guarded() as guard:
             scalar_kernel[(2, 3)](y)
         assert y.tolist() == [2.0] * 6
-        assert guard.launches == [
-            TouchedLaunch("scalar_kernel", (2, 3, 1), {"y_ptr": Touched(0, 0, 24, 48)})
-        ]
+        assert guard.launches == [TouchedLaunch("scalar_kernel", (2, 3, 1), {"y_ptr": Touched(0, 0, 24, 48)})]
 
     def test_tensors_in_a_tuple(self):
         x, y = torch.randn(3), torch.empty(3)
@@ -149,9 +142,7 @@ class TestGuard:
 
     def test_missing_tail_mask(self):
         x, y = torch.randn(128), torch.empty(100)
-        place = (
-            r"copy_kernel, program \(3, 0, 0\): store outside .* 28 of 32 lanes.* byte 400 of y_ptr"
-        )
+        place = r"copy_kernel, program \(3, 0, 0\): store outside .* 28 of 32 lanes.* byte 400 of y_ptr"
         with guarded() as guard, pytest.raises(GuardError, match=place):
             copy_kernel[(4,)](x, y, 100, BLOCK=32, MASKED=False)
         assert guard.launches == []
@@ -339,9 +330,7 @@ class TestBf16:
     def test_cast_to_fp32_is_exact(self):
         x = torch.arange(2**16).to(torch.uint16).view(torch.bfloat16)
         with bf16_semantics():
-            assert torch.equal(
-                cast(x, torch.float32).nan_to_num(nan=7.0), x.float().nan_to_num(nan=7.0)
-            )
+            assert torch.equal(cast(x, torch.float32).nan_to_num(nan=7.0), x.float().nan_to_num(nan=7.0))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.int32])
     def test_cast_to_and_fro(self, dtype):

@@ -42,10 +42,10 @@ LARGE = {
     "T64-D48-F130-L8-K8": (64, 48, 130, 8, 8),
 }
 # fp32: 2^-24 times a few dozen additions and three products. Half types: inputs are rounded before, so what remains is
-# the rounding of hidden units, outputs and gradients, each 2^-12 (fp16) or 2^-9 (bf16) at most, a few in a row; with one
-# token the gradient of its mixing weight is one number, the difference of larger ones.
+# the rounding of hidden units, outputs and gradients, each 2^-12 (fp16) or 2^-9 (bf16) at most, a few in a row; with
+# one token the gradient of its mixing weight is one number, the difference of larger ones.
 BOUNDS = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3.2e-2}
-floats = pytest.mark.parametrize("dtype", BOUNDS, ids=lambda dtype: str(dtype).removeprefix("torch."))  # fmt: skip
+floats = pytest.mark.parametrize("dtype", BOUNDS, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
 def check_layer(shape, dtype, device, *, gated, rate=0.0, dweight=True, only_expert=None):
@@ -63,21 +63,22 @@ def check_layer(shape, dtype, device, *, gated, rate=0.0, dweight=True, only_exp
 
 
 def layers():
-    """Every combination. In every run: all of fp32 but the largest shape without dropout, and of the half precisions gated layers with
-    dropout, since they share their code with fp32 but for the casts; the rest in the slow set."""
+    """Every combination. In every run: all of fp32 but the largest shape without dropout, and of the half precisions
+    gated layers with dropout, since they share their code with fp32 but for the casts; the rest in the slow set."""
     activations, rates = {"relu": False, "swiglu": True}, {"plain": 0.0, "dropout": 0.3}
     for dtype, rate, activation, shape in itertools.product(BOUNDS, rates, activations, SHAPES):
         if dtype is torch.float32:
             slow = shape == LARGEST and rate == "plain"
         else:
-            slow = (rate, activation) != ("dropout", "swiglu") or (
-                shape == LARGEST and dtype is torch.float16
-            )
+            slow = (rate, activation) != ("dropout", "swiglu") or (shape == LARGEST and dtype is torch.float16)
         yield pytest.param(
-            SHAPES[shape], activations[activation], rates[rate], dtype,
+            SHAPES[shape],
+            activations[activation],
+            rates[rate],
+            dtype,
             id=f"{str(dtype).removeprefix('torch.')}-{rate}-{activation}-{shape}",
             marks=[pytest.mark.slow] if slow else [],
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.parametrize(("shape", "gated", "rate", "dtype"), layers())
@@ -110,7 +111,9 @@ def test_constant_weights_get_no_gradient_and_no_kernel(device):
 def test_which_kernels_run(device):
     def names(gated):
         with recording() as recorder:
-            run_layer(moe_ffn, make_case((13, 8, 12, 4, 2), gated=gated), torch.float32, backend="triton", device=device)  # fmt: skip
+            run_layer(
+                moe_ffn, make_case((13, 8, 12, 4, 2), gated=gated), torch.float32, backend="triton", device=device
+            )
         return [launch.name.strip("_").removesuffix("_kernel") for launch in recorder.launches]
 
     forward = ["tile_map", "up", "down", "combine"]
@@ -121,7 +124,7 @@ def test_which_kernels_run(device):
 @pytest.mark.gpu  # an interpreter runs programs one behind the other: it repeats whatever they do
 def test_the_same_bits_every_time(device):
     case = make_case((37, 20, 40, 5, 3), gated=True)
-    first, second = (run_layer(moe_ffn, case, torch.float16, backend="triton", device=device) for _ in range(2))  # fmt: skip
+    first, second = (run_layer(moe_ffn, case, torch.float16, backend="triton", device=device) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -162,7 +165,7 @@ def test_a_wrong_index_is_seen(device):
 def test_a_wrong_mask_is_seen(device):
     case = make_case((13, 8, 12, 4, 2))
     tokens = torch.arange(13)
-    want = run_layer(moe_ffn, case, torch.float64, backend="reference", dropout=Dropout(0.3, 1, tokens))  # fmt: skip
+    want = run_layer(moe_ffn, case, torch.float64, backend="reference", dropout=Dropout(0.3, 1, tokens))
     dropout = Dropout(0.3, 2, tokens.to(device))
     got = run_layer(moe_ffn, case, torch.float32, backend="triton", device=device, dropout=dropout)
     assert worst_error(got, want)[0] > 1e-2
@@ -179,7 +182,7 @@ def test_expert_ffn_equals_reference(gated, rate, dtype, device):
         dropout = Dropout(rate, 5, torch.arange(23).to(where)) if rate else None
 
         def call(x, **weights):
-            return expert_ffn(x, ExpertWeights(*weights.values()), rows, backend=backend, dropout=dropout)  # fmt: skip
+            return expert_ffn(x, ExpertWeights(*weights.values()), rows, backend=backend, dropout=dropout)
 
         return call
 
@@ -197,13 +200,13 @@ def test_expert_ffn_equals_reference(gated, rate, dtype, device):
 def test_combine_of_partial_rows_equals_reference(weighted, width, dtype, device):
     rows = expert_rows_from_lists([[0, 2], [], [1], [2, 1, 0], []], 3)
     generator = torch.Generator().manual_seed(1)
-    y, weight = torch.randn(6, width, generator=generator).to(dtype), torch.rand(6, generator=generator)  # fmt: skip
+    y, weight = torch.randn(6, width, generator=generator).to(dtype), torch.rand(6, generator=generator)
 
     def run(backend, where, kind):
         index = ExpertRows(*(t.to(where) for t in rows.tensors()))
         wide = torch.promote_types(kind, torch.float32)
         inputs = {"y": y.to(where, kind), "weight": weight.to(where, wide) if weighted else None}
-        return run_with_gradients(lambda y, weight: combine(y, weight, index, backend=backend), inputs)  # fmt: skip
+        return run_with_gradients(lambda y, weight: combine(y, weight, index, backend=backend), inputs)
 
     got, want = run("triton", device, dtype), run("reference", "cpu", torch.float64)
     assert got["out"][1].abs().sum() == 0
@@ -275,7 +278,7 @@ def test_unaligned_memory_is_refused(device):
     with pytest.raises(ValueError, match="x_RD starts at an address that 16 does not divide"):
         moe_ffn(shifted, weight, ExpertWeights(*weights), rows, backend="triton")
     with pytest.raises(ValueError, match=r"x_RD is torch\.float64: must be torch\.float32 or"):
-        moe_ffn(case.x_TD.to(device), case.weight_N.to(device), case.weights, rows, backend="triton")  # fmt: skip
+        moe_ffn(case.x_TD.to(device), case.weight_N.to(device), case.weights, rows, backend="triton")
     with pytest.raises(ValueError, match="masked=True: backend 'triton'"):
         moe_ffn(x, weight, ExpertWeights(*weights), rows, backend="triton", masked=True)
     with pytest.raises(ValueError, match="mode='fast': backend 'triton' has only 'lean'"):
@@ -284,11 +287,11 @@ def test_unaligned_memory_is_refused(device):
 
 def test_operator_and_compilation(device):
     case = make_case((13, 8, 12, 4, 2), gated=True)
-    x, weight, *weights = (v.requires_grad_() for v in layer_inputs(case, torch.float32, device).values())  # fmt: skip
+    x, weight, *weights = (v.requires_grad_() for v in layer_inputs(case, torch.float32, device).values())
     rows = [t.to(device) for t in case.rows.tensors()]
     how = (torch.arange(13, device=device), 0.3, 7, 0, True, True, False, "triton", "lean", "ieee")
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")  # fmt: skip
-    torch.library.opcheck(torch.ops.foreroute.moe_ffn, (x, weight, weights, rows, *how), test_utils=tests)  # fmt: skip
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.foreroute.moe_ffn, (x, weight, weights, rows, *how), test_utils=tests)
 
     def layer(x):
         return moe_ffn(x, weight, ExpertWeights(*weights), ExpertRows(*rows), backend="triton")

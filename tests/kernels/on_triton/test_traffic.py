@@ -30,14 +30,19 @@ def compare(recorder, guard, rows):
     assert len(recorder.launches) == len(guard.launches) > 0
     for launch, touched in zip(recorder.launches, guard.launches, strict=True):
         listed = {
-            access.argument: (access.read_bytes_distinct, access.read_bytes_total, access.written_bytes, access.written_bytes)
+            access.argument: (
+                access.read_bytes_distinct,
+                access.read_bytes_total,
+                access.written_bytes,
+                access.written_bytes,
+            )
             for access in accesses(launch, row_tiles=row_tiles(launch, rows))
-        }  # fmt: skip
+        }
         real = {
             name: (t.read_bytes_distinct, t.read_bytes_total, t.written_bytes_distinct, t.written_bytes_total)
             for name, t in touched.touched.items()
             if any(dataclasses.astuple(t))
-        }  # fmt: skip
+        }
         assert listed == real, launch.name
 
 

@@ -1,4 +1,5 @@
-"""Whole training steps with the Triton backend equal those with the CPU backend: losses, parameters, kernels launched."""
+"""Whole training steps with the Triton backend equal those with the CPU backend: losses, parameters, kernels
+launched."""
 
 import pytest
 import torch
@@ -19,11 +20,23 @@ def run(monkeypatch, tmp_path, backend, *more):
     text = tmp_path / "text.txt"
     text.write_bytes(b"the quick brown fox jumps over the lazy dog. " * 400)
     arguments = [
-        "train", "experiment=debug", "corpus=file", f"corpus.path={text}", f"corpus.cache_dir={tmp_path / 'cache'}",
-        f"train.runs_dir={tmp_path / 'runs'}", f"train.name={backend}", "train.steps=3", "data.streams=2",
-        "data.segment=16", "eval.k=[2]", "eval.max_symbols=64", "eval.streams=2", "kernels.masked_from_k=5",
-        f"kernels.backend={backend}", *more,
-    ]  # fmt: skip
+        "train",
+        "experiment=debug",
+        "corpus=file",
+        f"corpus.path={text}",
+        f"corpus.cache_dir={tmp_path / 'cache'}",
+        f"train.runs_dir={tmp_path / 'runs'}",
+        f"train.name={backend}",
+        "train.steps=3",
+        "data.streams=2",
+        "data.segment=16",
+        "eval.k=[2]",
+        "eval.max_symbols=64",
+        "eval.streams=2",
+        "kernels.masked_from_k=5",
+        f"kernels.backend={backend}",
+        *more,
+    ]
     monkeypatch.setattr("sys.argv", arguments)
     with pytest.raises(SystemExit) as end:
         train.main()
@@ -38,9 +51,7 @@ def run(monkeypatch, tmp_path, backend, *more):
     "more",
     [
         pytest.param((), id="hashed"),
-        pytest.param(
-            ("moe.router=learned", "moe.activation=swiglu"), id="learned", marks=pytest.mark.slow
-        ),
+        pytest.param(("moe.router=learned", "moe.activation=swiglu"), id="learned", marks=pytest.mark.slow),
     ],
 )
 def test_training_equals_the_cpu_backend(monkeypatch, tmp_path, more):
@@ -53,4 +64,11 @@ def test_training_equals_the_cpu_backend(monkeypatch, tmp_path, more):
         assert torch.allclose(got[name], value, rtol=1e-4, atol=1e-5), name
     names = {launch.name for launch in recorder.launches}
     learned = {"_dweight_kernel"} if more else set()
-    assert names == learned | {"_tile_map_kernel", "_up_kernel", "_down_kernel", "_down_backward_kernel", "_weights_kernel", "_combine_kernel"}  # fmt: skip
+    assert names == learned | {
+        "_tile_map_kernel",
+        "_up_kernel",
+        "_down_kernel",
+        "_down_backward_kernel",
+        "_weights_kernel",
+        "_combine_kernel",
+    }

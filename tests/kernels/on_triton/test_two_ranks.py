@@ -1,4 +1,5 @@
-"""Steps of experiment=debug on two ranks, through DeepSpeed with shared experts: the Triton backend equals the CPU backend."""
+"""Steps of experiment=debug on two ranks, through DeepSpeed with shared experts: the Triton backend equals the CPU
+backend."""
 
 import numpy as np
 import pytest
@@ -41,15 +42,26 @@ class Losses:
 def debug_config(folder, *options):
     ConfigStore.instance().store("schema", Config)
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return OmegaConf.to_object(compose("train", ["experiment=debug", *options, f"train.runs_dir={folder}"]))  # fmt: skip
+        return OmegaConf.to_object(compose("train", ["experiment=debug", *options, f"train.runs_dir={folder}"]))
 
 
 def options_of(folder, backend):
     return [
-        "corpus=file", f"corpus.path={folder / 'text.txt'}", f"corpus.cache_dir={folder / 'cache'}",
-        f"kernels.backend={backend}", f"train.name={backend}", f"train.steps={STEPS}", "train.log_every=1",
-        "data.segment=8", "data.streams=2", "optim.lr=500", "optim.decay=constant", "kernels.masked_from_k=5", "parallel.expert_ranks=2", "optim.clip=0",
-    ]  # fmt: skip
+        "corpus=file",
+        f"corpus.path={folder / 'text.txt'}",
+        f"corpus.cache_dir={folder / 'cache'}",
+        f"kernels.backend={backend}",
+        f"train.name={backend}",
+        f"train.steps={STEPS}",
+        "train.log_every=1",
+        "data.segment=8",
+        "data.streams=2",
+        "optim.lr=500",
+        "optim.decay=constant",
+        "kernels.masked_from_k=5",
+        "parallel.expert_ranks=2",
+        "optim.clip=0",
+    ]
 
 
 def steps(rank, folder):
@@ -58,7 +70,7 @@ def steps(rank, folder):
     found = {}
     for backend in ("cpu", "triton"):
         config = debug_config(folder, *options_of(folder, backend))
-        world = World(Mesh(rank, 2, 2), host=GlooHost(dist.group.WORLD), planning=GlooHost(dist.new_group()))  # fmt: skip
+        world = World(Mesh(rank, 2, 2), host=GlooHost(dist.group.WORLD), planning=GlooHost(dist.new_group()))
         corpus, losses = prepare(config.corpus), Losses()
         routers = build_routers(config, corpus, world.mesh)
         with guarded(), recording() as recorder:
@@ -88,5 +100,13 @@ def test_two_ranks_equal_the_cpu_backend(tmp_path, watched):
                 moved += np.linalg.norm(value - start[name].detach().numpy()) > 1e-4
         assert moved > 5  # negative control: there was something to compare
         # rows are packed for the exchange and results added up by kernels, too
-        assert names >= {"_tile_map_kernel", "_up_kernel", "_down_kernel", "_down_backward_kernel", "_weights_kernel", "_combine_kernel", "_permute_kernel"}  # fmt: skip
+        assert names >= {
+            "_tile_map_kernel",
+            "_up_kernel",
+            "_down_kernel",
+            "_down_backward_kernel",
+            "_weights_kernel",
+            "_combine_kernel",
+            "_permute_kernel",
+        }
         assert none == set()

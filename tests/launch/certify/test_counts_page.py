@@ -41,14 +41,20 @@ TOKENS = STREAMS * SEGMENT // 8
 
 def make(**changes):
     config = Config(
-        corpus=CorpusConfig(Corpus.file, "<script>alert(1)</script>"), data=DataConfig(STREAMS, SEGMENT), model=ModelConfig(layers=2, width=6),
-        moe=MoEConfig(experts=8, ngram=2, rows=40), schedule=ScheduleConfig(Growth.linear, 1, 3),
-        train=TrainConfig(steps=STEPS, name="tried"), eval=EvalConfig(k=[1]),
-    )  # fmt: skip
+        corpus=CorpusConfig(Corpus.file, "<script>alert(1)</script>"),
+        data=DataConfig(STREAMS, SEGMENT),
+        model=ModelConfig(layers=2, width=6),
+        moe=MoEConfig(experts=8, ngram=2, rows=40),
+        schedule=ScheduleConfig(Growth.linear, 1, 3),
+        train=TrainConfig(steps=STEPS, name="tried"),
+        eval=EvalConfig(k=[1]),
+    )
     config = replace(config, **changes)
-    ids = np.random.default_rng(0).integers(0, SYMBOLS, STREAMS * (5 * SEGMENT + 1)).astype(np.uint8)  # fmt: skip
+    ids = np.random.default_rng(0).integers(0, SYMBOLS, STREAMS * (5 * SEGMENT + 1)).astype(np.uint8)
     tables = build_tables(config.moe, SYMBOLS, ids, num_tables=2, seed=1, cache_dir=None)
-    corpus = PreparedCorpus(ids, Vocab(Tokens.bytes, bytes(range(SYMBOLS))), "ab" * 32, [], {"cuts": [0, ids.size, ids.size, ids.size]})  # fmt: skip
+    corpus = PreparedCorpus(
+        ids, Vocab(Tokens.bytes, bytes(range(SYMBOLS))), "ab" * 32, [], {"cuts": [0, ids.size, ids.size, ids.size]}
+    )
     return config, corpus, tables
 
 
@@ -93,9 +99,9 @@ def test_the_rows_on_the_page_are_the_counts():
         mean, most = sum(values) / len(values), values[-1]
         worst = min(step for step, computed in of_steps if max(computed) == most)
         p99 = values[-(-99 * len(values) // 100) - 1]
-        want = [f"{len(of_steps)}", f"{mean:,.0f}", str(p99), str(most), f"{most / mean:.2f}", str(worst)]  # fmt: skip
+        want = [f"{len(of_steps)}", f"{mean:,.0f}", str(p99), str(most), f"{most / mean:.2f}", str(worst)]
         assert lines["computed by a rank", k] == want
-    assert [row[1:3] for row in idle.rows] == [[str(empty["rank"]), "9"], [str(empty["expert"]), "9"]]  # fmt: skip
+    assert [row[1:3] for row in idle.rows] == [[str(empty["rank"]), "9"], [str(empty["expert"]), "9"]]
     assert empty["expert"] > 0 and found.whole.idle_expert.first_step is not None
     assert idle.rows[1][3] == str(found.whole.idle_expert.first_step)
     values = {figure.label: figure.value for figure in page.figures}
@@ -123,7 +129,7 @@ def test_the_key_figures_are_of_the_exchange_that_the_run_uses(exchange):
     for label, values in (("Bytes a rank sends", sent), ("Bytes between nodes", between)):
         mean, most = sum(values) / len(values) / 1e3, max(values) / 1e3
         assert float(figures[label].value.removesuffix(" kB")) == pytest.approx(mean, rel=0.006)
-        assert float(figures[label].note.split("at most ")[1].split(" kB")[0]) == pytest.approx(most, rel=0.006)  # fmt: skip
+        assert float(figures[label].note.split("at most ")[1].split(" kB")[0]) == pytest.approx(most, rel=0.006)
     (table,) = parts(page, "Bytes", Table)
     marked = {(row[0].rstrip("*"), row[1]) for row in table.rows if row and row[0].endswith("*")}
     want = {(kind, str(k)) for k, kind in used.items()}
@@ -139,11 +145,11 @@ def test_the_charts_show_the_series_and_the_means():
     assert load.lines[0].upper is None and not load.band  # nine steps: nothing is thinned
     (steps,), (bars,) = parts(page, "Bytes", Curve), parts(page, "Bytes", Bars)
     assert [1e6 * y for y in steps.lines[0].y] == pytest.approx(found.series.busiest_rank_bytes.max)
-    assert bars.groups == ["1", "2", "3"] and [bar.name for bar in bars.bars] == ["tokens", "gather", "two_level"]  # fmt: skip
+    assert bars.groups == ["1", "2", "3"] and [bar.name for bar in bars.bars] == ["tokens", "gather", "two_level"]
     for bar in bars.bars:
         for i, part in enumerate(found.by_k):
             sent = part.bytes[bar.name]
-            assert [1e6 * stack[i] for stack in bar.parts] == pytest.approx([sent.inside.mean, sent.between.mean])  # fmt: skip
+            assert [1e6 * stack[i] for stack in bar.parts] == pytest.approx([sent.inside.mean, sent.between.mean])
             assert 1e6 * bar.mark[i] == sent.rank.max
     _, alone = page_of(Placement(8, 4, 8))
     (bars,) = parts(alone, "Bytes", Bars)
@@ -184,13 +190,13 @@ def test_what_the_run_is_and_where_it_is_from():
     assert page.title == "Certificate of tried"
     assert found["ranks"] == "8, 2 on a node, in 2 expert groups of 4, each on 2 nodes"
     assert found["experts"] == "8, 2 on a rank; active for a token: k from 1 to 3, linear"
-    assert found["a rank's share"] == "12 tokens in a micro-batch, 1 micro-batch in a step; 2 layers"  # fmt: skip
-    assert found["text"].startswith("<script>alert(1)</script> (file): 488 symbols to train on, sha256 abababab")  # fmt: skip
+    assert found["a rank's share"] == "12 tokens in a micro-batch, 1 micro-batch in a step; 2 layers"
+    assert found["text"].startswith("<script>alert(1)</script> (file): 488 symbols to train on, sha256 abababab")
 
 
 def test_hostile_names_and_further_sections_arrive_as_text():
     _, page = page_of(further=[Section("Memory", ["what others <count>"])])
-    assert [section.title for section in page.sections] == ["The run", "Rows", "Bytes", "Fixed shapes", "Memory"]  # fmt: skip
+    assert [section.title for section in page.sections] == ["The run", "Rows", "Bytes", "Fixed shapes", "Memory"]
     source = html(page)
     assert "<script" not in source and "&lt;script&gt;alert(1)" in source
     assert "what others &lt;count&gt;" in source and source.count("<svg") == 3

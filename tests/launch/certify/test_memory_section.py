@@ -32,10 +32,11 @@ def test_rows_are_sorted_split_and_summed_up():
 
 
 def test_the_verdict_in_words():
-    assert memory_section(memory()).parts[-1].startswith("0.013 GB at the peak; cluster=NAME or device_memory_gb")  # fmt: skip
+    assert memory_section(memory()).parts[-1].startswith("0.013 GB at the peak; cluster=NAME or device_memory_gb")
     fits = Verdict(80_000_000, True, 67_000_000, 31)
     assert memory_section(memory(fits)).parts[-1] == Sentence(
-        "0.013 GB at the peak: fits into 0.080 GB: 0.067 GB are left; at most 31 streams of a rank in a micro-batch fit",
+        "0.013 GB at the peak: fits into 0.080 GB: 0.067 GB are left; at most 31 streams of a rank in a"
+        " micro-batch fit",
         good=True,
     )
     too_small = Verdict(3_000_000, False, -10_000_000, 0)

@@ -11,7 +11,7 @@ STEP = StepTime(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0)
 
 
 def section(exchange="tokens", scaled=(1, 2), left_out=(), **cluster):
-    kinds = [StepsOfK(1, 0, 5, exchange), StepsOfK(2, 5, 5, "gather" if exchange == "tokens" else exchange)]  # fmt: skip
+    kinds = [StepsOfK(1, 0, 5, exchange), StepsOfK(2, 5, 5, "gather" if exchange == "tokens" else exchange)]
     scales = [Scale(ranks, 1, 4, 1.0, 2.0, 1.0) for ranks in scaled]
     forecast = Forecast([TimeOfK(1, 10, exchange, STEP, STEP.total, 9.0)], 210.0, 9.0)
     found = TimePart("here", 2, forecast, kinds, kinds[:1], scales, scales, [], list(left_out))
@@ -35,7 +35,7 @@ def test_one_rank_has_no_exchange_to_choose():
 
 def test_ranks_that_are_left_out_are_named():
     scaling = tables(section(scaled=(1, 2, 4, 8, 16, 32, 64, 128, 256)))[1]
-    assert scaling.notes[-1].startswith("left out: weak on 512, 1,024 ranks; strong on 512, 1,024 ranks")  # fmt: skip
+    assert scaling.notes[-1].startswith("left out: weak on 512, 1,024 ranks; strong on 512, 1,024 ranks")
     whole = tables(section(scaled=[2**i for i in range(11)]))[1]
     assert not any(note.startswith("left out") for note in whole.notes)
 

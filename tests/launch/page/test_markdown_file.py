@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 from foreroute.launch.page.markdown_file import markdown, picture
 from foreroute.launch.page.parts import Curve, KeyFigure, Line, Page, Section, Table
 
-CHART = Curve("a < b & c", "x", "y", [Line("first_arm", [1, 2], [3, 4]), Line("second", [1, 2], [4, 5], dashed=True)])  # fmt: skip
+CHART = Curve("a < b & c", "x", "y", [Line("first_arm", [1, 2], [3, 4]), Line("second", [1, 2], [4, 5], dashed=True)])
 
 
 def page(*parts):

@@ -1,4 +1,5 @@
-"""A page as HTML and in the terminal: nothing from outside, nothing unescaped, nothing cut off, and charts that show their numbers."""
+"""A page as HTML and in the terminal: nothing from outside, nothing unescaped, nothing cut off, and charts that show
+their numbers."""
 
 import io
 import re
@@ -11,18 +12,7 @@ import numpy as np
 import pytest
 
 from foreroute.launch.page.html_file import html
-from foreroute.launch.page.parts import (
-    Bar,
-    Bars,
-    Code,
-    Curve,
-    KeyFigure,
-    Line,
-    Page,
-    Section,
-    Table,
-    Verdict,
-)
+from foreroute.launch.page.parts import Bar, Bars, Code, Curve, KeyFigure, Line, Page, Section, Table, Verdict
 from foreroute.launch.page.svg_charts import draw
 from foreroute.launch.page.terminal import print_page
 from foreroute.launch.page.words import byte_text, describe, number_text
@@ -55,7 +45,10 @@ def reaching_out(source):
         if tag in ("script", "link", "iframe", "object", "embed", "base", "form", "foreignobject"):
             found.append(tag)
         for name, value in attrs.items():
-            if name.startswith("on") or (name.rpartition(":")[2] in ("src", "srcset", "href", "action", "data", "poster") and not value.startswith("#")):  # fmt: skip
+            if name.startswith("on") or (
+                name.rpartition(":")[2] in ("src", "srcset", "href", "action", "data", "poster")
+                and not value.startswith("#")
+            ):
                 found.append(f"{name}={value}")
     found += [url for url in re.findall(r"url\(\s*['\"]?([^)'\"]*)", source) if url[0] != "#"]
     return found + re.findall(r"@import|http://|https://", source)
@@ -63,26 +56,47 @@ def reaching_out(source):
 
 def lines(log=False):
     return Curve(
-        "Speed", "ranks", "tokens per second",
-        [Line("weak", [1, 2, 4, 8], [10, 19, 36, 68], upper=[12, 20, 40, 70]), Line("strong", [1, 2, 4, 8], [10, 15, 20, 22], dashed=True)],
-        x_log=log, y_log=log, band="up to the worst",
-    )  # fmt: skip
+        "Speed",
+        "ranks",
+        "tokens per second",
+        [
+            Line("weak", [1, 2, 4, 8], [10, 19, 36, 68], upper=[12, 20, 40, 70]),
+            Line("strong", [1, 2, 4, 8], [10, 15, 20, 22], dashed=True),
+        ],
+        x_log=log,
+        y_log=log,
+        band="up to the worst",
+    )
 
 
 def bars():
-    each = [Bar("first", [[1, 2, 3], [4, 3, 0]], mark=[6, 7, 8]), Bar("second", [[2, 2, 2], [1, 1, 1]])]  # fmt: skip
+    each = [Bar("first", [[1, 2, 3], [4, 3, 0]], mark=[6, 7, 8]), Bar("second", [[2, 2, 2], [1, 1, 1]])]
     return Bars("Bytes", "k", "MB", ["1", "2", "16"], each, ["inside", "between"], mark="maximum")
 
 
 def full(text=lambda words: words):
     """A page with one of everything; `text` is applied to every text in it."""
-    curve = Curve(text("title"), text("x"), text("y"), [Line(text("line"), [0, 1], [1, 2])], band=text("band"))  # fmt: skip
-    chart = Bars(text("title"), text("x"), text("y"), [text("g")], [Bar(text("bar"), [[1], [2]], [4])], [text("a"), text("b")], text("mark"))  # fmt: skip
-    table = Table([text("head"), text("n")], [[text("cell"), text("1")], [], [text("cell"), text("2")]], text("caption"), 1, [text("note")])  # fmt: skip
+    curve = Curve(text("title"), text("x"), text("y"), [Line(text("line"), [0, 1], [1, 2])], band=text("band"))
+    chart = Bars(
+        text("title"),
+        text("x"),
+        text("y"),
+        [text("g")],
+        [Bar(text("bar"), [[1], [2]], [4])],
+        [text("a"), text("b")],
+        text("mark"),
+    )
+    table = Table(
+        [text("head"), text("n")],
+        [[text("cell"), text("1")], [], [text("cell"), text("2")]],
+        text("caption"),
+        1,
+        [text("note")],
+    )
     facts = Table([], [[text("name"), text("what")]], text_columns=2)
-    parts = [text("words"), table, facts, curve, chart, Verdict(text("fits"), True), Code(text("a=1"))]  # fmt: skip
+    parts = [text("words"), table, facts, curve, chart, Verdict(text("fits"), True), Code(text("a=1"))]
     figure = KeyFigure(text("label"), text("value"), text("note"))
-    return Page(text("page"), text("lead"), [Section(text("section"), parts)], [figure], text("footer"))  # fmt: skip
+    return Page(text("page"), text("lead"), [Section(text("section"), parts)], [figure], text("footer"))
 
 
 @cache
@@ -101,10 +115,15 @@ def test_a_page_asks_for_nothing_and_runs_nothing():
 @pytest.mark.parametrize(
     "planted",
     [
-        '<img src="https://example.org/x.png">', '<p style="background: url(//example.org/x)">', "<script>1</script>",
-        '<link rel="icon" href="x.ico">', "<style>@import 'x'</style>", '<svg><use xlink:href="other.svg#a"></use></svg>', '<p onclick="x">',
+        '<img src="https://example.org/x.png">',
+        '<p style="background: url(//example.org/x)">',
+        "<script>1</script>",
+        '<link rel="icon" href="x.ico">',
+        "<style>@import 'x'</style>",
+        '<svg><use xlink:href="other.svg#a"></use></svg>',
+        '<p onclick="x">',
     ],
-)  # fmt: skip
+)
 def test_the_search_for_requests_finds_them(planted):
     """Negative control of the test above."""
     assert reaching_out(full_html().replace("</main>", planted + "</main>"))
@@ -149,9 +168,9 @@ def test_a_chart_has_its_words_and_takes_its_colours_from_the_page(chart):
     assert {chart.x_label, chart.y_label} <= set(parsed.texts)
     assert parsed.tags[0][1]["role"] == "img" and parsed.tags[0][1]["aria-label"] == describe(chart)
     assert not re.findall(r"#[0-9a-fA-F]{6}\b|rgb|\bblack|\bwhite|font-family", svg)
-    assert {"var(--muted)", "var(--rule)", "var(--c0)", "var(--c1)"} <= set(re.findall(r"var\(--\w+\)", svg))  # fmt: skip
+    assert {"var(--muted)", "var(--rule)", "var(--c0)", "var(--c1)"} <= set(re.findall(r"var\(--\w+\)", svg))
     page = html(Page("page", "", [Section("s", [chart])]))
-    names = [line.name for line in getattr(chart, "lines", [])] + [bar.name for bar in getattr(chart, "bars", [])]  # fmt: skip
+    names = [line.name for line in getattr(chart, "lines", [])] + [bar.name for bar in getattr(chart, "bars", [])]
     assert {chart.title, *names} <= set(Parsed(page).texts)
     defined = set(re.findall(r"(--\w+):", page))
     assert set(re.findall(r"var\((--\w+)\)", page)) <= defined
@@ -175,7 +194,7 @@ def off_line(drawn, values):
 def test_a_curve_is_drawn_where_its_numbers_are():
     chart = Curve("t", "x", "y", [Line("a", [0, 1, 3, 7], [5, 2, 9, 4])])
     corners = path_of(draw(chart, "c"), "stroke: var(--c0)")
-    assert off_line(corners[:, 0], [0, 1, 3, 7]) < 0.02 and off_line(corners[:, 1], [5, 2, 9, 4]) < 0.02  # fmt: skip
+    assert off_line(corners[:, 0], [0, 1, 3, 7]) < 0.02 and off_line(corners[:, 1], [5, 2, 9, 4]) < 0.02
     assert off_line(corners[:, 1], [5, 2, 9, 5]) > 1  # negative control
     assert corners[2, 1] < corners[1, 1]  # up is more
 
@@ -212,7 +231,9 @@ def test_bars_are_as_high_as_their_numbers():
 
 
 def test_a_chart_is_described_in_words():
-    chart = Curve("Speed", "ranks", "ms", [Line("a", [1, 2, 3], [4, nan, 2500], upper=[5, nan, 3000]), Line("b", [1], [7])])  # fmt: skip
+    chart = Curve(
+        "Speed", "ranks", "ms", [Line("a", [1, 2, 3], [4, nan, 2500], upper=[5, nan, 3000]), Line("b", [1], [7])]
+    )
     assert describe(chart) == (
         "Line chart. Speed: ms over ranks. a: 4 to 2,500, last 2,500, its band up to 3,000; b: 7."
     )
@@ -228,10 +249,17 @@ def test_a_line_without_values_is_drawn_and_described():
 @pytest.mark.parametrize(
     ("value", "text"),
     [
-        (0, "0"), (1, "1"), (1.05, "1.05"), (400_000, "400,000"), (-20, "-20"), (0.00012345, "0.0001234"), (1e-7, "1e-07"), (3e15, "3e+15"),
+        (0, "0"),
+        (1, "1"),
+        (1.05, "1.05"),
+        (400_000, "400,000"),
+        (-20, "-20"),
+        (0.00012345, "0.0001234"),
+        (1e-7, "1e-07"),
+        (3e15, "3e+15"),
         (1234.5678, "1,235"),
     ],
-)  # fmt: skip
+)
 def test_numbers_of_axes(value, text):
     assert number_text(value) == text
 
@@ -239,10 +267,16 @@ def test_numbers_of_axes(value, text):
 @pytest.mark.parametrize(
     ("value", "text"),
     [
-        (0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (79_154_000, "79.2 MB"), (999_600, "1.00 MB"), (9_999_000, "10.0 MB"),
-        (99_960_000, "100 MB"), (5e18, "5000 PB"),
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.00 kB"),
+        (79_154_000, "79.2 MB"),
+        (999_600, "1.00 MB"),
+        (9_999_000, "10.0 MB"),
+        (99_960_000, "100 MB"),
+        (5e18, "5000 PB"),
     ],
-)  # fmt: skip
+)
 def test_bytes_have_three_digits(value, text):
     assert byte_text(value) == text
 
@@ -265,11 +299,23 @@ def test_a_file_gets_plain_text_of_80_columns():
     text = printed(full())
     assert "\x1b" not in text and all(len(line) <= 80 for line in text.splitlines())
     assert all(line == line.rstrip() for line in text.splitlines())
-    for word in ("page", "lead", "label", "value", "section", "words", "head", "cell", "caption", "note", "what", "fits", "a=1"):  # fmt: skip
+    for word in (
+        "page",
+        "lead",
+        "label",
+        "value",
+        "section",
+        "words",
+        "head",
+        "cell",
+        "caption",
+        "note",
+        "what",
+        "fits",
+        "a=1",
+    ):
         assert word in text
-    assert (
-        "title" not in text and "footer" not in text
-    )  # charts and the file's foot are for the HTML
+    assert "title" not in text and "footer" not in text  # charts and the file's foot are for the HTML
 
 
 @pytest.mark.parametrize("width", [10, 30, 40, 60, 80, 200])
@@ -304,12 +350,7 @@ def test_markup_is_text_in_the_terminal():
 def test_a_header_takes_two_lines_at_most_and_stands_on_the_rule():
     table = Table(["k", "rows from rank to rank", "of an expert"], [["4", "839", "3"]])
     text = printed(one(table)).splitlines()
-    assert text[-4:] == [
-        "      rows from   of an",
-        "k  rank to rank  expert",
-        "\u2500" * 23,
-        "4           839       3",
-    ]
+    assert text[-4:] == ["      rows from   of an", "k  rank to rank  expert", "\u2500" * 23, "4           839       3"]
 
 
 def test_groups_of_rows_are_apart():
@@ -331,7 +372,7 @@ def test_groups_of_rows_are_apart():
         (lambda: Bars("t", "x", "y", ["1"], [Bar("a", [[1], [2]])], ["s"]), "bars 'a': need 1 parts of 1 groups"),
         (lambda: Bars("t", "x", "y", ["1"], [Bar("a", [[1]], [1, 2])], ["s"]), "bars 'a'"),
     ],
-)  # fmt: skip
+)
 def test_what_a_page_cannot_be_made_of(make, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         make()

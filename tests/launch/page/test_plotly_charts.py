@@ -1,4 +1,5 @@
-"""Charts by plotly: the numbers and names of the page's description, in its palette, with a table beside each; nothing from outside."""
+"""Charts by plotly: the numbers and names of the page's description, in its palette, with a table beside each; nothing
+from outside."""
 
 import base64
 import hashlib
@@ -15,11 +16,25 @@ from foreroute.launch.page.plotly_charts import figure_of, interactive_html
 from foreroute.launch.page.words import describe, numbers
 
 CURVE = Curve(
-    "Loss", "step", "nats", [Line("a", [1, 2, 4], [5, nan, 4], upper=[6, nan, 4.5]), Line("b", [1, 4], [3, 2], dashed=True, hue=4)], band="worst"
-)  # fmt: skip
-AREAS = Areas("Step", "step", "ms", [Line("forward", [1, 2], [10, 11]), Line("backward", [1, 2], [20, 22])])  # fmt: skip
-BARS = Bars("Bytes", "k", "MB", ["1", "2"], [Bar("ours", [[1, 2], [4, 3]], mark=[6, 7]), Bar("theirs", [[2, 2], [1, 1]])], ["in", "out"], mark="most")  # fmt: skip
-HEAT = HeatMap("Load", "step", "expert", "over the mean", [10, 20, 30], ["0", "1"], [[1.5, 1, nan], [0.5, 1, 1]], middle=1)  # fmt: skip
+    "Loss",
+    "step",
+    "nats",
+    [Line("a", [1, 2, 4], [5, nan, 4], upper=[6, nan, 4.5]), Line("b", [1, 4], [3, 2], dashed=True, hue=4)],
+    band="worst",
+)
+AREAS = Areas("Step", "step", "ms", [Line("forward", [1, 2], [10, 11]), Line("backward", [1, 2], [20, 22])])
+BARS = Bars(
+    "Bytes",
+    "k",
+    "MB",
+    ["1", "2"],
+    [Bar("ours", [[1, 2], [4, 3]], mark=[6, 7]), Bar("theirs", [[2, 2], [1, 1]])],
+    ["in", "out"],
+    mark="most",
+)
+HEAT = HeatMap(
+    "Load", "step", "expert", "over the mean", [10, 20, 30], ["0", "1"], [[1.5, 1, nan], [0.5, 1, 1]], middle=1
+)
 CHARTS = [CURVE, AREAS, BARS, HEAT]
 IDS = ["curve", "areas", "bars", "heat"]
 
@@ -46,8 +61,12 @@ def test_areas_are_stacked():
 def test_bars_stand_on_each_other_and_beside_the_others():
     traces = plain(BARS)["data"]
     assert [(t["offsetgroup"], t["y"], t["base"]) for t in traces] == [
-        ("0", [1, 2], [0, 0]), ("0", [4, 3], [1, 2]), ("0", [0, 0], [6, 7]), ("1", [2, 2], [0, 0]), ("1", [1, 1], [2, 2]),
-    ]  # fmt: skip
+        ("0", [1, 2], [0, 0]),
+        ("0", [4, 3], [1, 2]),
+        ("0", [0, 0], [6, 7]),
+        ("1", [2, 2], [0, 0]),
+        ("1", [1, 1], [2, 2]),
+    ]
 
 
 def test_a_heat_map_has_no_colour_in_the_middle():
@@ -74,7 +93,7 @@ def test_words_and_lines_stand_out(palette):
 
     def luminance(name):
         parts = [int(palette[name][i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]  # fmt: skip
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
     def contrast(name, other):
@@ -90,13 +109,21 @@ def test_words_and_lines_stand_out(palette):
 @pytest.mark.parametrize(
     ("chart", "header", "rows"),
     [
-        (CURVE, ["line", "step", "nats"], [["a", "1", "5"], ["a", "2", "-"], ["a", "4", "4"], ["b", "1", "3"], ["b", "4", "2"]]),
+        (
+            CURVE,
+            ["line", "step", "nats"],
+            [["a", "1", "5"], ["a", "2", "-"], ["a", "4", "4"], ["b", "1", "3"], ["b", "4", "2"]],
+        ),
         (AREAS, ["step", "forward", "backward"], [["1", "10", "20"], ["2", "11", "22"]]),
-        (BARS, ["k", "ours, in", "ours, out", "ours, most", "theirs, in", "theirs, out"], [["1", "1", "4", "6", "2", "1"], ["2", "2", "3", "7", "2", "1"]]),
+        (
+            BARS,
+            ["k", "ours, in", "ours, out", "ours, most", "theirs, in", "theirs, out"],
+            [["1", "1", "4", "6", "2", "1"], ["2", "2", "3", "7", "2", "1"]],
+        ),
         (HEAT, ["step", "expert 0", "expert 1"], [["10", "1.5", "0.5"], ["20", "1", "1"], ["30", "-", "1"]]),
     ],
     ids=IDS,
-)  # fmt: skip
+)
 def test_a_table_has_the_numbers(chart, header, rows):
     table = numbers(chart)
     assert list(table.header) == header and [list(row) for row in table.rows] == rows
@@ -107,14 +134,16 @@ def test_long_tables_are_thinned_and_say_so():
     table = numbers(Curve("t", "x", "y", [Line("a", x, x, upper=x)]))
     assert len(table.rows) == 24 and table.rows[0][0] == "0" and table.rows[-1] == ["999"] * 3
     assert list(table.notes) == ["24 of 1,000 points, evenly spaced."]
-    many = numbers(HeatMap("t", "step", "rank", "z", [5], [str(i) for i in range(40)], [[i] for i in range(40)]))  # fmt: skip
+    many = numbers(HeatMap("t", "step", "rank", "z", [5], [str(i) for i in range(40)], [[i] for i in range(40)]))
     assert list(many.header) == ["step", "least", "median", "most", "rank with the most"]
     assert many.rows[0] == ["5", "0", "19.5", "39", "39"]
 
 
 def test_new_charts_are_described():
-    assert describe(HEAT) == "Heat map. Load: over the mean over step. 2 rows, one for each expert: 0.5 to 1.5."  # fmt: skip
-    assert describe(AREAS) == "Stacked areas. Step: ms over step. forward: 10 to 11, last 11; backward: 20 to 22, last 22."  # fmt: skip
+    assert describe(HEAT) == "Heat map. Load: over the mean over step. 2 rows, one for each expert: 0.5 to 1.5."
+    assert (
+        describe(AREAS) == "Stacked areas. Step: ms over step. forward: 10 to 11, last 11; backward: 20 to 22, last 22."
+    )
 
 
 class Scripts(HTMLParser):
@@ -143,11 +172,13 @@ class Scripts(HTMLParser):
 def test_the_file_allows_its_own_scripts_and_nothing_else():
     source = interactive_html(Page("p", "l", [Section("s", CHARTS)]))
     found = Scripts(source)
-    sums = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in found.runs]  # fmt: skip
+    sums = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in found.runs]
     assert len(sums) == 2 and source.isascii()
     allowed = " ".join(f"'sha256-{value}'" for value in sums)
-    assert found.policy == f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:"  # fmt: skip
-    assert not [tag for tag, attrs in found.tags if {"src", "srcset"} & set(attrs) or tag in ("link", "iframe", "object")]  # fmt: skip
+    assert found.policy == f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:"
+    assert not [
+        tag for tag, attrs in found.tags if {"src", "srcset"} & set(attrs) or tag in ("link", "iframe", "object")
+    ]
 
 
 def test_hostile_names_stay_text():
@@ -168,11 +199,14 @@ def test_hostile_names_stay_text():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Areas("t", "x", "y", [Line("a", [1], [1]), Line("b", [2], [1])]), "chart 't': areas must have the same x"),
+        (
+            lambda: Areas("t", "x", "y", [Line("a", [1], [1]), Line("b", [2], [1])]),
+            "chart 't': areas must have the same x",
+        ),
         (lambda: HeatMap("t", "x", "y", "z", [1], ["a"], [[1, 2]]), "heat map 't': need 1 rows of 1 values"),
         (lambda: HeatMap("t", "x", "y", "z", [1], ["a", "b"], [[1]]), "heat map 't': need 2 rows"),
     ],
-)  # fmt: skip
+)
 def test_what_a_chart_cannot_be_made_of(make, words):
     with pytest.raises(ValueError, match=words):
         make()

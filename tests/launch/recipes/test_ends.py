@@ -29,7 +29,7 @@ LAUNCHERS = {
     "torchrun": [f"{BIN}/torchrun", "--standalone", "--nproc_per_node=2"],
     "deepspeed": [f"{BIN}/deepspeed", "--num_accelerators=2", "--no_local_rank", "--master_port=PORT"],
     "mpirun": [f"{BIN}/mpirun", "-np", "2", "--oversubscribe", sys.executable, "-u", "-m", "mpi4py"],
-}  # fmt: skip
+}
 STOPS = {  # the rest of the command line; who gets which signal; the launcher's exit code then
     "torchrun": (["-m", "launch.train"], "launcher", signal.SIGTERM, 1),
     "deepspeed": (["--module", "launch.train"], "rank", signal.SIGTERM, 143),
@@ -48,9 +48,17 @@ def started(launcher, folder, what):
     recipe = [f"{ROOT}/launch/recipes/{launcher}"]
     command = [part.replace("PORT", port) for part in LAUNCHERS.get(launcher, recipe)]
     (folder / "hosts").write_text("localhost slots=2\n")
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-               "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-               "PYTHON": sys.executable, "MPIRUN": f"{BIN}/mpirun", "HOSTFILE": f"{folder}/hosts"}  # fmt: skip
+    environ = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "PYTHON": sys.executable,
+        "MPIRUN": f"{BIN}/mpirun",
+        "HOSTFILE": f"{folder}/hosts",
+    }
     runs = ["parallel.expert_ranks=2", f"train.runs_dir={folder}"]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen([*command, *what, *runs], stdout=log, stderr=log, env=environ)
@@ -80,11 +88,7 @@ def test_a_stop_saves(launcher, tmp_path, small_run):
     long = ["train.steps=100000", "train.log_every=1"]
     with started(launcher, tmp_path, [*program, *small_run, *long]) as process:
         wait_until(lambda: last_step(tmp_path) > 1)
-        ranks = [
-            p
-            for p in processes_of(tmp_path)
-            if "RANK" in p.environ() or "OMPI_COMM_WORLD_RANK" in p.environ()
-        ]
+        ranks = [p for p in processes_of(tmp_path) if "RANK" in p.environ() or "OMPI_COMM_WORLD_RANK" in p.environ()]
         assert len(ranks) == 2
         (process if whom == "launcher" else ranks[1]).send_signal(number)
         wait_until(lambda: process.poll() is not None and not processes_of(tmp_path), 60)

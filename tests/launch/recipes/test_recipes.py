@@ -15,14 +15,8 @@ from foreroute.launch.testing.runs import last_step, processes_of, read_losses, 
 
 REASON = why_not()
 RECIPES = ROOT / "launch/recipes"
-CASES = [
-    (recipe, count) for recipe in ("torchrun_static", "deepspeed", "mpirun") for count in (1, 2)
-]
-pytestmark = [
-    pytest.mark.cluster,
-    pytest.mark.dist,
-    pytest.mark.skipif(REASON is not None, reason=str(REASON)),
-]
+CASES = [(recipe, count) for recipe in ("torchrun_static", "deepspeed", "mpirun") for count in (1, 2)]
+pytestmark = [pytest.mark.cluster, pytest.mark.dist, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 
 
 class Machines:
@@ -38,13 +32,23 @@ class Machines:
         hosts = self.folder / f"hosts{count}"
         hosts.write_text("".join(f"{name} slots=2\n" for name in self.names[:count]))
         settings = {
-            "PATH": f"{self.folder}:{os.environ['PATH']}", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1",
-            "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-            "MPIRUN": f"{sys.prefix}/bin/mpirun", "HOSTFILE": hosts,
-        }  # fmt: skip
+            "PATH": f"{self.folder}:{os.environ['PATH']}",
+            "PYTHON": sys.executable,
+            "OMP_NUM_THREADS": "1",
+            "OMPI_ALLOW_RUN_AS_ROOT": "1",
+            "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+            "MPIRUN": f"{sys.prefix}/bin/mpirun",
+            "HOSTFILE": hosts,
+        }
         if recipe.startswith("torchrun"):
             first = self.names[0]
-            settings |= {"NODES": count, "RANKS_PER_NODE": 2, "NODE_RANK": number, "MASTER_ADDR": first, "RDZV_HOST": first}  # fmt: skip
+            settings |= {
+                "NODES": count,
+                "RANKS_PER_NODE": 2,
+                "NODE_RANK": number,
+                "MASTER_ADDR": first,
+                "RDZV_HOST": first,
+            }
         variables = [f"{name}={value}" for name, value in settings.items()]
         groups = f"parallel.expert_ranks={2 * count}"
         return ["env", *variables, f"{RECIPES}/{recipe}.sh", *options, groups]
@@ -52,9 +56,7 @@ class Machines:
     def run(self, recipe, count, options):
         """What came of it on each node on which the recipe has to be started."""
         if count == 2 and recipe.startswith("torchrun"):
-            return self.cluster.run_nodes(
-                lambda number: self.command(recipe, 2, options, number), seconds=300
-            )
+            return self.cluster.run_nodes(lambda number: self.command(recipe, 2, options, number), seconds=300)
         return [self.cluster.run_first(self.command(recipe, count, options), seconds=300)]
 
 
@@ -80,7 +82,7 @@ def test_it_trains_like_one_process(machines, small_run, alone, tmp_path, recipe
 
 def test_a_killed_rank_is_started_again(machines, small_run, tmp_path):
     """torchrun's restarts, on both machines: the run goes on from its newest checkpoint as if nothing had been."""
-    options = [*small_run, f"train.runs_dir={tmp_path}", "train.steps=120", "train.log_every=1", "train.save_every=20"]  # fmt: skip
+    options = [*small_run, f"train.runs_dir={tmp_path}", "train.steps=120", "train.log_every=1", "train.save_every=20"]
     commands = [machines.command("torchrun_c10d", 2, options, number) for number in (0, 1)]
     nodes = machines.cluster.nodes
     with ExitStack() as stack:
@@ -107,10 +109,18 @@ def test_a_killed_rank_is_started_again(machines, small_run, tmp_path):
 
 def test_restarts_that_could_not_meet_are_refused_at_once(machines, small_run, tmp_path):
     """Of torchrun by hand, without what the recipe sets."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--max-restarts=1", "--rdzv-backend=c10d",
-                f"--rdzv-endpoint={machines.names[0]}:29400", "--rdzv-id=by_hand"]  # fmt: skip
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--max-restarts=1",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={machines.names[0]}:29400",
+        "--rdzv-id=by_hand",
+    ]
     program = ["-m", "launch.train", *small_run, f"train.runs_dir={tmp_path}"]
     done = machines.cluster.run_nodes(lambda _: [*torchrun, *program], seconds=200)
-    said = [line for node in done for line in node.err.splitlines() if line.startswith("foreroute:")]  # fmt: skip
+    said = [line for node in done for line in node.err.splitlines() if line.startswith("foreroute:")]
     assert said and all("foreroute: --max-restarts=1: on several machines" in line for line in said)
     assert not (tmp_path / "debug").exists()

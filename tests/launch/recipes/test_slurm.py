@@ -9,11 +9,7 @@ from benchmarks.slurm import SlurmError, one_slurm, why_not
 from foreroute.launch.testing.runs import last_step, processes_of, read_losses, wait_until
 
 REASON = why_not()
-pytestmark = [
-    pytest.mark.cluster,
-    pytest.mark.dist,
-    pytest.mark.skipif(REASON is not None, reason=str(REASON)),
-]
+pytestmark = [pytest.mark.cluster, pytest.mark.dist, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 SAY = """
 import sys
 from foreroute.launch.start.rank_variables import find_place
@@ -44,8 +40,17 @@ class Job:
     def __init__(self, slurm, folder, options):
         self.slurm, self.folder = slurm, folder
         folder.mkdir()
-        command = ["sbatch", "--parsable", "--ntasks=2", f"--output={folder}/log", f"--export=ALL,PYTHON={sys.executable}",
-                   "launch/recipes/slurm.sbatch", *options, "parallel.expert_ranks=2", f"train.runs_dir={folder}"]  # fmt: skip
+        command = [
+            "sbatch",
+            "--parsable",
+            "--ntasks=2",
+            f"--output={folder}/log",
+            f"--export=ALL,PYTHON={sys.executable}",
+            "launch/recipes/slurm.sbatch",
+            *options,
+            "parallel.expert_ranks=2",
+            f"train.runs_dir={folder}",
+        ]
         self.number = slurm.run(*command).strip()
 
     def log(self):
@@ -96,10 +101,10 @@ def test_an_exception_under_srun_ends_all(slurm, small_run, tmp_path):
 def test_places_under_srun(slurm):
     """Of srun's own processes; of torchrun's, started by srun or in a shell of one task."""
     say = [sys.executable, "-c", SAY]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--no-python", *say]  # fmt: skip
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--no-python", *say]
     by_srun = slurm.run("srun", "--ntasks=2", *say)
     assert sorted(by_srun.splitlines()) == ["0 2 0 Slurm", "1 2 1 Slurm"]
     by_torchrun = slurm.run("srun", "--ntasks=1", *torchrun)
-    assert sorted(by_torchrun.splitlines()) == ["0 2 0 torchrun or deepspeed", "1 2 1 torchrun or deepspeed"]  # fmt: skip
-    with pytest.raises(SlurmError, match="RANK=0: Slurm started this process as rank 1 of 2; unset RANK"):  # fmt: skip
+    assert sorted(by_torchrun.splitlines()) == ["0 2 0 torchrun or deepspeed", "1 2 1 torchrun or deepspeed"]
+    with pytest.raises(SlurmError, match="RANK=0: Slurm started this process as rank 1 of 2; unset RANK"):
         slurm.run("env", "RANK=0", "WORLD_SIZE=2", "srun", "--ntasks=2", *say)

@@ -1,4 +1,5 @@
-"""Reports: their numbers are those of the run's files, a damaged or old folder gives a page that says what is missing."""
+"""Reports: their numbers are those of the run's files, a damaged or old folder gives a page that says what is
+missing."""
 
 import json
 import shlex
@@ -54,7 +55,7 @@ def words(page):
         found.append(section.title)
         for part in section.parts:
             if isinstance(part, Table):
-                found += [part.caption, *part.header, *(cell for row in part.rows for cell in row), *part.notes]  # fmt: skip
+                found += [part.caption, *part.header, *(cell for row in part.rows for cell in row), *part.notes]
             elif isinstance(part, str | Verdict):
                 found.append(part if isinstance(part, str) else part.text)
     return "\n".join(found)
@@ -62,19 +63,35 @@ def words(page):
 
 def test_a_page_has_every_section_and_figure(folder):
     page = run_page(read_run(folder))
-    assert [section.title for section in page.sections] == ["Quality", "Slimming", "Experts", "Time", "Exchange", "Health", "The run"]  # fmt: skip
+    assert [section.title for section in page.sections] == [
+        "Quality",
+        "Slimming",
+        "Experts",
+        "Time",
+        "Exchange",
+        "Health",
+        "The run",
+    ]
     figures = {figure.label: figure.value for figure in page.figures}
     rows, _ = logged(folder)
     seconds = sum(10 * row["step_ms"] for row in rows) / 1e3
     assert figures == {
-        "State": "complete", "Bits per symbol": "2.270", "Symbols per second": f"{400 * 1024 / seconds:,.0f}", "Training time": f"{seconds:.3g} s",
-        "Active experts k": "4", "Training arithmetic": "4.8 TFLOP", "Model FLOPs utilisation": "21.0%", "Peak memory": "900 MB",
+        "State": "complete",
+        "Bits per symbol": "2.270",
+        "Symbols per second": f"{400 * 1024 / seconds:,.0f}",
+        "Training time": f"{seconds:.3g} s",
+        "Active experts k": "4",
+        "Training arithmetic": "4.8 TFLOP",
+        "Model FLOPs utilisation": "21.0%",
+        "Peak memory": "900 MB",
         "Bytes on the wire": f"{sum(row['wire_bytes'] for row in rows) / 40e6:.2f} MB",
-    }  # fmt: skip
+    }
     assert "Not in this run's folder" not in words(page)
 
 
-@pytest.mark.parametrize(("title", "x"), [("Bits per symbol over symbols", "tokens"), ("Bits per symbol over training arithmetic", "flops")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("title", "x"), [("Bits per symbol over symbols", "tokens"), ("Bits per symbol over training arithmetic", "flops")]
+)
 def test_quality_is_what_was_logged(folder, title, x):
     chart = parts(run_page(read_run(folder)), Chart)[title]
     rows, valid = logged(folder)
@@ -86,7 +103,7 @@ def test_quality_is_what_was_logged(folder, title, x):
 def test_seconds_are_those_of_the_steps(folder):
     chart = parts(run_page(read_run(folder)), Chart)["Bits per symbol over training time"]
     rows, _ = logged(folder)
-    assert np.allclose(line(chart, "training").x, np.cumsum([10 * row["step_ms"] / 1e3 for row in rows]))  # fmt: skip
+    assert np.allclose(line(chart, "training").x, np.cumsum([10 * row["step_ms"] / 1e3 for row in rows]))
     places = dict(zip([row["step"] for row in rows], line(chart, "training").x, strict=True))
     assert line(chart, "validation").x == [places[step] for step in (100, 200, 300, 400)]
 
@@ -95,8 +112,10 @@ def test_slimming_is_the_summary_with_what_counting_gets(folder):
     charts = parts(run_page(read_run(folder)), Curve)
     summary = json.loads((folder / "summary.json").read_text())
     over_k = charts["Bits per symbol over k"]
-    assert dict(zip(over_k.lines[0].x, over_k.lines[0].y, strict=True)) == {int(k): bpc for k, bpc in summary["bpc"].items()}  # fmt: skip
-    assert {each.name: each.y[0] for each in over_k.lines[1:]} == {"order 2": 2.7, "order 3": 2.15, "bzip2 -9": 1.57}  # fmt: skip
+    assert dict(zip(over_k.lines[0].x, over_k.lines[0].y, strict=True)) == {
+        int(k): bpc for k, bpc in summary["bpc"].items()
+    }
+    assert {each.name: each.y[0] for each in over_k.lines[1:]} == {"order 2": 2.7, "order 3": 2.15, "bzip2 -9": 1.57}
     assert charts["Bits per symbol over inference arithmetic"].lines[0].x == [2e6, 3e6, 5e6, 9e6]
 
 
@@ -109,16 +128,16 @@ def test_heat_maps_are_rows_over_the_mean(folder):
         for column, row in enumerate(rows):
             mean = sum(row["expert_rows"][layer]) / EXPERTS
             for expert in range(EXPERTS):
-                assert isclose(chart.values[expert][column], row["expert_rows"][layer][expert] / mean, rel_tol=1e-5)  # fmt: skip
+                assert isclose(chart.values[expert][column], row["expert_rows"][layer][expert] / mean, rel_tol=1e-5)
         assert chart.middle == 1 and chart.ends == next(iter(maps.values())).ends
 
 
 def test_parts_of_a_step_add_up_to_it(folder):
     chart = parts(run_page(read_run(folder)), Areas)["Time of a step"]
     rows, _ = logged(folder)
-    assert np.allclose(np.sum([each.y for each in chart.lines], 0), [row["step_ms"] for row in rows])  # fmt: skip
+    assert np.allclose(np.sum([each.y for each in chart.lines], 0), [row["step_ms"] for row in rows])
     assert line(chart, "experts").y == [row["experts_ms"] for row in rows]
-    assert not np.allclose(np.sum([each.y for each in chart.lines[1:]], 0), [row["step_ms"] for row in rows])  # fmt: skip
+    assert not np.allclose(np.sum([each.y for each in chart.lines[1:]], 0), [row["step_ms"] for row in rows])
     table = parts(run_page(read_run(folder)), Table)["Mean time of a step"]
     mean = sum(row["step_ms"] for row in rows) / len(rows)
     assert table.rows[0] == ["whole step", f"{mean:.2f}", "100.0%"]
@@ -128,7 +147,7 @@ def test_bytes_stand_beside_the_certificate(folder, copied):
     page = run_page(read_run(folder))
     bars = parts(page, Bars)["Bytes against the certificate"]
     rows, _ = logged(folder)
-    assert bars.groups == ["1", "2", "3", "4"] and [bar.name for bar in bars.bars] == ["logged", "certified"]  # fmt: skip
+    assert bars.groups == ["1", "2", "3", "4"] and [bar.name for bar in bars.bars] == ["logged", "certified"]
     for i, k in enumerate((1, 2, 3, 4)):
         sent = [row["wire_bytes"] for row in rows if row["k"] == k]
         assert isclose(bars.bars[0].parts[0][i], sum(sent) / len(sent) / 1e6)
@@ -152,7 +171,12 @@ def test_ranks_have_lines_or_when_many_a_heat_map_and_a_spread(folder, tmp_path)
     assert len(parts(page, HeatMap)["Busiest expert of each layer"].rows) == 9
     own = np.mean([row["rank_own_ms"] for row in logged(many)[0]], 0)
     table = parts(page, Table)["Means of 40 ranks, in one step"]
-    assert [row[1] for row in table.rows] == [f"{own.min():.4g}", f"{own.mean():.4g}", f"{own.max():.4g}", str(own.argmax())]  # fmt: skip
+    assert [row[1] for row in table.rows] == [
+        f"{own.min():.4g}",
+        f"{own.mean():.4g}",
+        f"{own.max():.4g}",
+        str(own.argmax()),
+    ]
 
 
 def test_long_series_are_thinned_by_means():
@@ -167,7 +191,13 @@ def test_long_series_are_thinned_by_means():
 
 
 def test_gaps_stay_gaps():
-    lines = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": None}, {"step": 3}, {"step": 4, "loss": True}, {"step": 5, "loss": 1.0}]  # fmt: skip
+    lines = [
+        {"step": 1, "loss": 2.0},
+        {"step": 2, "loss": None},
+        {"step": 3},
+        {"step": 4, "loss": True},
+        {"step": 5, "loss": 1.0},
+    ]
     found = series(lines, "loss")
     assert found.mean[0] == 2 and all(map(isnan, found.mean[1:4])) and found.mean[4] == 1
     assert series(lines, "grad_norm").x == [] and series(lines, "loss", "tokens").x == []
@@ -180,12 +210,12 @@ def test_a_long_run_gives_a_small_page(tmp_path):
 
     run = read_run(write_run(tmp_path / "long", lines=1500, layers=6, experts=64))
     assert len(run.lines) == 1500
-    assert all(len(each.x) <= POINTS for chart in parts(run_page(run), Curve | Areas).values() for each in chart.lines)  # fmt: skip
+    assert all(len(each.x) <= POINTS for chart in parts(run_page(run), Curve | Areas).values() for each in chart.lines)
     assert grid(run, "expert_rows", 2).values.size < 42_000
     assert len(interactive_html(run_page(run))) - len(get_plotlyjs()) < 1_000_000
 
 
-@pytest.mark.parametrize("missing", ["config.yaml", "facts.json", "summary.json", "state.json", "metrics.jsonl"])  # fmt: skip
+@pytest.mark.parametrize("missing", ["config.yaml", "facts.json", "summary.json", "state.json", "metrics.jsonl"])
 @pytest.mark.parametrize("how", ["gone", "damaged", "other"])
 def test_a_page_says_what_is_missing(copied, missing, how):
     file = copied / missing
@@ -210,9 +240,26 @@ def test_a_line_that_is_being_written_is_left_out(copied):
 
 def test_a_run_of_an_earlier_version_gives_what_it_has(copied):
     """The names of the first version, whose validations knew no arithmetic."""
-    new = ("flops", "data_ms", "metric_ms", "active_parameters", "wire_bytes_inside", "wire_bytes_between", "layer_load", "expert_rows", "rank_load_max_over_mean")  # fmt: skip
+    new = (
+        "flops",
+        "data_ms",
+        "metric_ms",
+        "active_parameters",
+        "wire_bytes_inside",
+        "wire_bytes_between",
+        "layer_load",
+        "expert_rows",
+        "rank_load_max_over_mean",
+    )
     rows = [json.loads(line) for line in (copied / "metrics.jsonl").read_text().splitlines()]
-    old = [{name: value for name, value in row.items() if name == "rank_skew" or not (name in new or name.startswith("rank_"))} for row in rows]  # fmt: skip
+    old = [
+        {
+            name: value
+            for name, value in row.items()
+            if name == "rank_skew" or not (name in new or name.startswith("rank_"))
+        }
+        for row in rows
+    ]
     (copied / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old))
     (copied / "facts.json").unlink()
     page = run_page(read_run(copied))
@@ -220,11 +267,11 @@ def test_a_run_of_an_earlier_version_gives_what_it_has(copied):
     assert "facts.json, the metric flops, the metric layer_load, the metric rank_own_ms" in text
     assert "No curve over training arithmetic" in text
     titles = set(parts(page, Chart))
-    assert {"Bits per symbol over symbols", "Time of a step", "Bytes on the wire", "Bits per symbol over k"} <= titles  # fmt: skip
+    assert {"Bits per symbol over symbols", "Time of a step", "Bytes on the wire", "Bits per symbol over k"} <= titles
     assert not any("arithmetic" in title or "load of the experts" in title for title in titles)
 
 
-@pytest.mark.parametrize("value", [None, 3, "x", [], [None, 1], [[1, 2], [3]], [[None, 1], [2, 3]], {"a": 1}])  # fmt: skip
+@pytest.mark.parametrize("value", [None, 3, "x", [], [None, 1], [[1, 2], [3]], [[None, 1], [2, 3]], {"a": 1}])
 def test_strange_values_do_no_harm(tmp_path, value):
     copied = write_run(tmp_path / "short", lines=3)
     rows = [json.loads(line) for line in (copied / "metrics.jsonl").read_text().splitlines()]
@@ -270,18 +317,25 @@ def sweep(tmp_path_factory):
 def test_a_table_has_all_runs_and_charts_the_best_six(sweep):
     runs = [read_run(sweep / f"g-{i}") for i in (7, 3, 0, 1, 6, 2, 4, 5)]
     page = several_page("Sweep g", runs, [Absent("g-8", "not started")])
-    assert page.lead.startswith("9 runs: 6 complete, 2 failed, 1 not started. Charts show the best 6 of 8, the table all.")  # fmt: skip
+    assert page.lead.startswith(
+        "9 runs: 6 complete, 2 failed, 1 not started. Charts show the best 6 of 8, the table all."
+    )
     header, rows = page.sections[0].parts[0].header, page.sections[0].parts[0].rows
     assert [row[0] for row in rows] == ["1", "2", "3", "4", "5", "6", "7", "8", "-"]
     assert [row[-1] for row in rows][:6] == [f"g-{i}" for i in range(6)]
     assert {row[-1] for row in rows[6:8]} == {"g-6", "g-7"}
     assert rows[8] == ["-", "not started", *["-"] * (len(header) - 3), "g-8"]
     column = dict(zip(header, rows[1], strict=True))
-    assert (column["optim.lr"], column["bpc"], column["k = 1"], column["of"]) == ("0.002", "2.280", "2.690", "test split, k = 4")  # fmt: skip
-    assert (column["parameters"], column["active"], column["state"]) == ("3.44 M", "1.6 M", "complete")  # fmt: skip
+    assert (column["optim.lr"], column["bpc"], column["k = 1"], column["of"]) == (
+        "0.002",
+        "2.280",
+        "2.690",
+        "test split, k = 4",
+    )
+    assert (column["parameters"], column["active"], column["state"]) == ("3.44 M", "1.6 M", "complete")
     assert [name for name in header if "." in name] == ["optim.lr"]
     for chart in parts(page, Curve).values():
-        assert [each.name for each in chart.lines] == [f"{i + 1}: lr={1e-3 * (i + 1):g}" for i in range(6)]  # fmt: skip
+        assert [each.name for each in chart.lines] == [f"{i + 1}: lr={1e-3 * (i + 1):g}" for i in range(6)]
 
 
 def test_a_run_keeps_its_colour_where_others_have_no_line(sweep):
@@ -307,7 +361,7 @@ def test_runs_of_different_texts_are_not_compared_silently(sweep, tmp_path):
     (other / "summary.json").write_text(json.dumps({**summary, "corpus_sha256": "f" * 64}))
     page = several_page("two", [read_run(sweep / "g-0"), read_run(other)])
     assert "not comparable" in words(page)
-    assert "not comparable" not in words(several_page("two", [read_run(sweep / f"g-{i}") for i in (0, 1)]))  # fmt: skip
+    assert "not comparable" not in words(several_page("two", [read_run(sweep / f"g-{i}") for i in (0, 1)]))
 
 
 def test_the_program_writes_one_file_beside_what_was_asked_for(run, folder, copied, sweep):
@@ -315,10 +369,12 @@ def test_the_program_writes_one_file_beside_what_was_asked_for(run, folder, copi
     assert done.returncode == 0 and done.stdout.startswith(f"written: {copied}/report.html (")
     first = (copied / "report.html").read_text()
     assert "Run whole" in first and first.isascii()
-    assert sorted({path.name for path in copied.iterdir()} - {path.name for path in folder.iterdir()}) == ["report.html"]  # fmt: skip
+    assert sorted({path.name for path in copied.iterdir()} - {path.name for path in folder.iterdir()}) == [
+        "report.html"
+    ]
     assert run("report", f"run={copied}").returncode == 0  # over its own
     for asked in ("g", "g.sweep.json"):
-        assert run("report", f"run={sweep}/{asked}").stdout.startswith(f"written: {sweep}/g.report.html")  # fmt: skip
+        assert run("report", f"run={sweep}/{asked}").stdout.startswith(f"written: {sweep}/g.report.html")
     assert "Sweep g" in (sweep / "g.report.html").read_text()
     done = run("report", f"run=[{sweep}/g-0,{sweep}/g-1]", f"out={copied}/two.html")
     assert done.returncode == 0 and "Comparison of runs" in (copied / "two.html").read_text()
@@ -335,10 +391,13 @@ def test_the_program_writes_one_file_beside_what_was_asked_for(run, folder, copi
         (["run={tmp}/x.sweep.json"], "run={tmp}/x.sweep.json: no such file"),
         (["run={tmp}/bad.sweep.json"], "run={tmp}/bad.sweep.json: is no file of a sweep: it lists no runs"),
         (["run={run}", "out={tmp}"], "out={tmp}: is a folder; must be a file"),
-        (["run={run}", "out={tmp}/bad.sweep.json"], "out={tmp}/bad.sweep.json: exists, and is no report that launch.report wrote"),
+        (
+            ["run={run}", "out={tmp}/bad.sweep.json"],
+            "out={tmp}/bad.sweep.json: exists, and is no report that launch.report wrote",
+        ),
         (["run={run}", "out={tmp}/no/x.html"], "out={tmp}/no/x.html: {tmp}/no is not a folder that can be written to"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_one_line(run, folder, tmp_path, asked, words):
     bad = tmp_path / "bad.sweep.json"
     bad.write_text('{"runs": [1]}')
@@ -350,23 +409,37 @@ def test_bad_input_is_one_line(run, folder, tmp_path, asked, words):
 
 def test_a_run_names_the_command_that_works(run, tmp_path):
     """Also with an = in its folder's name, as in a sweep."""
-    options = [*small_run(tmp_path), "train.steps=4", "train.log_every=1", f"train.runs_dir={tmp_path}", "train.name='a=1'"]  # fmt: skip
+    options = [
+        *small_run(tmp_path),
+        "train.steps=4",
+        "train.log_every=1",
+        f"train.runs_dir={tmp_path}",
+        "train.name='a=1'",
+    ]
     done = run("train", *options)
     assert done.returncode == 0, done.stderr
     command = done.stdout.splitlines()[-1]
-    assert command.startswith("python -m launch.report ") and command.endswith(" makes a page of it")  # fmt: skip
+    assert command.startswith("python -m launch.report ") and command.endswith(" makes a page of it")
     asked = shlex.split(command)[3]
     assert asked == f"run='{tmp_path}/a=1'" and run("report", asked).returncode == 0
     page = run_page(read_run(tmp_path / "a=1"))
     rows, _ = logged(tmp_path / "a=1")
-    assert parts(page, Curve)["Bits per symbol over symbols"].lines[0].y == [row["bpc"] for row in rows]  # fmt: skip
-    assert {"Quality", "Slimming", "Time", "Health", "The run"} <= {section.title for section in page.sections}  # fmt: skip
+    assert parts(page, Curve)["Bits per symbol over symbols"].lines[0].y == [row["bpc"] for row in rows]
+    assert {"Quality", "Slimming", "Time", "Health", "The run"} <= {section.title for section in page.sections}
 
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(nan, "-"), (0.5, "0.5 s"), (99.96, "1 min 40 s"), (100, "1 min 40 s"), (3600, "1 h 00 min"), (4020, "1 h 07 min"), (86_400, "1 d 00 h")],
-)  # fmt: skip
+    [
+        (nan, "-"),
+        (0.5, "0.5 s"),
+        (99.96, "1 min 40 s"),
+        (100, "1 min 40 s"),
+        (3600, "1 h 00 min"),
+        (4020, "1 h 07 min"),
+        (86_400, "1 d 00 h"),
+    ],
+)
 def test_durations(value, text):
     assert duration(value) == text
 
@@ -374,7 +447,7 @@ def test_durations(value, text):
 @pytest.mark.parametrize(
     ("value", "text"),
     [(nan, "-"), (0, "0"), (999, "999"), (999.6, "1 k"), (3_444_992, "3.44 M"), (1e15, "1 P"), (999_999, "1 M")],
-)  # fmt: skip
+)
 def test_counts(value, text):
     assert count_text(value) == text
 
@@ -386,8 +459,8 @@ def test_many_options_stand_behind_the_results(sweep, tmp_path):
     page = several_page("two", runs)
     table = page.sections[0].parts[0]
     assert list(table.header)[:4] == ["run", "state", "bpc", "of"]
-    assert list(table.header)[-6:] == ["model.width", "model.heads", "moe.ngram", "moe.rows", "optim.lr", "folder"]  # fmt: skip
-    assert {each.name for chart in parts(page, Curve).values() for each in chart.lines} == {"1: r0", "2: r1"}  # fmt: skip
+    assert list(table.header)[-6:] == ["model.width", "model.heads", "moe.ngram", "moe.rows", "optim.lr", "folder"]
+    assert {each.name for chart in parts(page, Curve).values() for each in chart.lines} == {"1: r0", "2: r1"}
 
 
 def test_a_dense_run_is_a_point_among_the_others(sweep, tmp_path):
@@ -395,14 +468,14 @@ def test_a_dense_run_is_a_point_among_the_others(sweep, tmp_path):
     summary = json.loads((dense / "summary.json").read_text())
     (dense / "summary.json").write_text(json.dumps({**summary, "bpc": {"dense": 2.4}}))
     facts = json.loads((dense / "facts.json").read_text())
-    (dense / "facts.json").write_text(json.dumps({**facts, "flops_per_symbol": {"dense": 8e6}, "active_parameters": {"dense": 3_444_992}}))  # fmt: skip
+    (dense / "facts.json").write_text(
+        json.dumps({**facts, "flops_per_symbol": {"dense": 8e6}, "active_parameters": {"dense": 3_444_992}})
+    )
     page = several_page("two", [read_run(dense), read_run(sweep / "g-1")])
     chart = parts(page, Curve)["Bits per symbol over inference arithmetic"]
     assert line(chart, "2: lr=0.001").x == [8e6] and line(chart, "2: lr=0.001").y == [2.4]
-    assert [each.name for each in parts(page, Curve)["Bits per symbol over k"].lines] == [
-        "1: lr=0.002"
-    ]
-    row = dict(zip(page.sections[0].parts[0].header, page.sections[0].parts[0].rows[1], strict=True))  # fmt: skip
+    assert [each.name for each in parts(page, Curve)["Bits per symbol over k"].lines] == ["1: lr=0.002"]
+    row = dict(zip(page.sections[0].parts[0].header, page.sections[0].parts[0].rows[1], strict=True))
     assert (row["of"], row["active"], row["k = 1"]) == ("test split, dense", "3.44 M", "-")
     titles = {section.title: section for section in run_page(read_run(dense)).sections}
     assert [type(part) for part in titles["Slimming"].parts] == [str, Table]

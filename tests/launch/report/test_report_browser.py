@@ -1,4 +1,5 @@
-"""Reports in a real browser: they draw what is in them, ask for nothing, and can be read in the dark, on a phone and by keyboard."""
+"""Reports in a real browser: they draw what is in them, ask for nothing, and can be read in the dark, on a phone and by
+keyboard."""
 
 import json
 import shutil
@@ -17,8 +18,7 @@ from foreroute.launch.testing.run_folders import write_run
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
-    not (BROWSER and DRIVER),
-    reason="needs chromium and chromedriver: as root, tests/install_browser.sh",
+    not (BROWSER and DRIVER), reason="needs chromium and chromedriver: as root, tests/install_browser.sh"
 )
 PHONE = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
 DESK = {"width": 1280, "height": 900, "deviceScaleFactor": 1, "mobile": False}
@@ -33,7 +33,7 @@ class Browser:
 
         options = webdriver.ChromeOptions()
         options.binary_location = BROWSER
-        for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):  # fmt: skip
+        for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
             options.add_argument(argument)
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
         self.driver = webdriver.Chrome(options, Service(DRIVER))  # a path: selenium looks for none
@@ -68,10 +68,10 @@ class Browser:
 
     def requests(self):
         """Addresses that the page asked for, without its own and what it holds itself."""
-        messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]  # fmt: skip
-        asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]  # fmt: skip
+        messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
+        asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
         own = self.driver.current_url.partition("#")[0]
-        return [url for url in asked if url.partition("#")[0] != own and not url.startswith("data:")]  # fmt: skip
+        return [url for url in asked if url.partition("#")[0] != own and not url.startswith("data:")]
 
     def press(self, *keys):
         from selenium.webdriver.common.action_chains import ActionChains
@@ -91,7 +91,7 @@ def pages(tmp_path_factory):
     """Of one run and of several: the page and its file."""
     folder = tmp_path_factory.mktemp("runs")
     one = run_page(read_run(write_run(folder / "one", lines=60)))
-    runs = [read_run(write_run(folder / f"r{i}", lines=20, seed=i, lr=1e-3 * (i + 1))) for i in range(7)]  # fmt: skip
+    runs = [read_run(write_run(folder / f"r{i}", lines=20, seed=i, lr=1e-3 * (i + 1))) for i in range(7)]
     found = {}
     for name, page in (("one", one), ("several", several_page("Seven runs", runs))):
         file = folder / f"{name}.html"
@@ -104,16 +104,17 @@ def pages(tmp_path_factory):
 def test_every_plot_has_its_marks_and_nothing_is_asked_for(browser, pages, which):
     page, file = pages[which]
     browser.show(file)
-    counted = browser.run(
-        """[...document.querySelectorAll(".plot")].map((plot) => ({
-            lines: [...plot.querySelectorAll(".scatterlayer .js-line")].filter((p) => p.getAttribute("d").length > 4).length,
+    counted = browser.run("""[...document.querySelectorAll(".plot")].map((plot) => ({
+            lines: [...plot.querySelectorAll(".scatterlayer .js-line")]
+                .filter((p) => p.getAttribute("d").length > 4).length,
             fills: plot.querySelectorAll(".scatterlayer .js-fill").length,
-            bars: [...plot.querySelectorAll(".barlayer .point path")].filter((p) => p.getBoundingClientRect().height > 1).length,
-            images: [...plot.querySelectorAll(".heatmaplayer image")].filter((i) => i.getBoundingClientRect().width > 50).length,
-            words: plot.textContent}))"""
-    )
-    charts = [part for section in page.sections for part in section.parts if isinstance(part, Chart)]  # fmt: skip
-    assert {type(chart) for chart in charts} == ({Curve, Areas, Bars, HeatMap} if which == "one" else {Curve})  # fmt: skip
+            bars: [...plot.querySelectorAll(".barlayer .point path")]
+                .filter((p) => p.getBoundingClientRect().height > 1).length,
+            images: [...plot.querySelectorAll(".heatmaplayer image")]
+                .filter((i) => i.getBoundingClientRect().width > 50).length,
+            words: plot.textContent}))""")
+    charts = [part for section in page.sections for part in section.parts if isinstance(part, Chart)]
+    assert {type(chart) for chart in charts} == ({Curve, Areas, Bars, HeatMap} if which == "one" else {Curve})
     assert len(counted) == len(charts)
     for chart, marks in zip(charts, counted, strict=True):
         assert chart.x_label in marks["words"] and chart.y_label in marks["words"]
@@ -134,10 +135,10 @@ def test_the_search_for_requests_finds_them(browser, pages, tmp_path):
     """Negative control: an image from outside is asked for, or refused by the page's own policy."""
     page = pages["several"][0]
     small = replace(page, sections=[Section("one", page.sections[1].parts[:1])])
-    source = interactive_html(small).replace("</main>", '<img src="http://127.0.0.1:9/x.png" alt=""></main>')  # fmt: skip
+    source = interactive_html(small).replace("</main>", '<img src="http://127.0.0.1:9/x.png" alt=""></main>')
     refused, asked = tmp_path / "refused.html", tmp_path / "asked.html"
     refused.write_text(source)
-    asked.write_text(source.replace("default-src 'none'", "default-src *").replace("img-src data:", "img-src *"))  # fmt: skip
+    asked.write_text(source.replace("default-src 'none'", "default-src *").replace("img-src data:", "img-src *"))
     browser.show(refused)
     browser.wait("document.images[0].complete")
     assert any("Content Security Policy" in message for message in browser.errors())
@@ -174,7 +175,9 @@ def test_nothing_is_wider_than_a_phone(browser, pages, which, width):
     boxes = """[...document.querySelectorAll(".plot svg, figure, .scroll, dl, p, h1, h2")]
         .map((e) => e.getBoundingClientRect()).filter((b) => b.left < 0 || b.right > innerWidth + 0.5).length"""
     assert browser.run(boxes) == 0
-    browser.run("document.querySelector('main').append(Object.assign(document.createElement('pre'), {style: 'width: 60rem'}))")  # fmt: skip
+    browser.run(
+        "document.querySelector('main').append(Object.assign(document.createElement('pre'), {style: 'width: 60rem'}))"
+    )
     assert browser.run("document.documentElement.scrollWidth") > width  # negative control
 
 
@@ -187,12 +190,13 @@ def test_a_keyboard_reaches_everything(browser, pages):
     wanted = browser.run("document.querySelectorAll('summary, .legend button, nav a').length")
     browser.press(Keys.TAB)
     assert browser.run("document.activeElement.textContent") == "Skip to the content"
-    assert (
-        browser.run("document.activeElement.getBoundingClientRect().left") >= 0
-    )  # seen when it has the focus
+    assert browser.run("document.activeElement.getBoundingClientRect().left") >= 0  # seen when it has the focus
     for _ in range(wanted + 20):
         browser.press(Keys.TAB)
-        found = browser.run("[document.activeElement.tagName, [...document.querySelectorAll('*')].indexOf(document.activeElement), getComputedStyle(document.activeElement).outlineStyle]")  # fmt: skip
+        found = browser.run(
+            "[document.activeElement.tagName, [...document.querySelectorAll('*')].indexOf(document.activeElement),"
+            " getComputedStyle(document.activeElement).outlineStyle]"
+        )
         if found[0] == "BODY":
             break
         reached.append(found)
@@ -226,7 +230,7 @@ def test_a_screen_reader_finds_names_headings_and_landmarks(browser, pages, whic
     assert browser.run("document.documentElement.lang") == "en"
     for landmark in ("main", "header", "footer", "nav[aria-label]"):
         assert browser.run(f"document.querySelectorAll('{landmark}').length") == 1
-    assert set(browser.run("[...document.querySelectorAll('h1, h2, h3')].map((e) => e.tagName)")[1:]) == {"H2"}  # fmt: skip
+    assert set(browser.run("[...document.querySelectorAll('h1, h2, h3')].map((e) => e.tagName)")[1:]) == {"H2"}
     nameless = {
         "a chart without words": ".plot:not([role=img][aria-label*=' '])",
         "a header cell without a direction": "th:not([scope])",
@@ -240,12 +244,13 @@ def test_a_screen_reader_finds_names_headings_and_landmarks(browser, pages, whic
         assert browser.run(f'document.querySelectorAll("{selector}").length') == 0, what
     ids = browser.run("[...document.querySelectorAll('[id]')].map((e) => e.id)")
     assert len(ids) == len(set(ids))
-    titles = browser.run("[...document.querySelectorAll('[aria-labelledby]')].map((e) => document.getElementById(e.getAttribute('aria-labelledby')).textContent)")  # fmt: skip
+    titles = browser.run(
+        "[...document.querySelectorAll('[aria-labelledby]')].map((e) =>"
+        " document.getElementById(e.getAttribute('aria-labelledby')).textContent)"
+    )
     assert titles and all(titles)
     browser.run("document.querySelector('th').removeAttribute('scope')")
-    assert (
-        browser.run("document.querySelectorAll('th:not([scope])').length") == 1
-    )  # negative control
+    assert browser.run("document.querySelectorAll('th:not([scope])').length") == 1  # negative control
 
 
 def test_without_script_there_are_text_and_tables(browser, pages):

@@ -24,10 +24,18 @@ ROOT = Path(__file__).resolve().parents[3]
 
 def options(tmp_path, text, *more):
     return [
-        "experiment=debug", "corpus=file", f"corpus.path={text}", f"corpus.cache_dir={tmp_path / 'cache'}",
-        f"train.runs_dir={tmp_path / 'runs'}", "train.steps=4", "train.log_every=2", "train.threads=1",
-        "eval.k=[1,4]", "eval.max_symbols=256", *more,
-    ]  # fmt: skip
+        "experiment=debug",
+        "corpus=file",
+        f"corpus.path={text}",
+        f"corpus.cache_dir={tmp_path / 'cache'}",
+        f"train.runs_dir={tmp_path / 'runs'}",
+        "train.steps=4",
+        "train.log_every=2",
+        "train.threads=1",
+        "eval.k=[1,4]",
+        "eval.max_symbols=256",
+        *more,
+    ]
 
 
 def facts_of(folder):
@@ -45,18 +53,18 @@ def test_a_run_held_to_a_certificate(run, tmp_path, text):
     corpus = prepare(config.corpus)
     model = build_model(config, corpus.vocab.size)
     assert facts["parameters"] == sum(p.numel() for p in model.parameters())
-    assert list(facts["active_parameters"]) == list(facts["flops_per_symbol"]) == ["1", "2", "3", "4"]  # fmt: skip
+    assert list(facts["active_parameters"]) == list(facts["flops_per_symbol"]) == ["1", "2", "3", "4"]
     assert facts["active_parameters"]["4"] == facts["parameters"]
     assert facts["symbols_per_step"] == 128 and facts["steps"] == 4
-    assert (facts["ranks"], facts["expert_ranks"], facts["nodes"], facts["router"]) == (1, 1, 1, "hashed")  # fmt: skip
-    assert facts["corpus"] == {"name": "file", "symbols": len(corpus.ids), "sha256": corpus.sha256, "tokens": "bytes"}  # fmt: skip
+    assert (facts["ranks"], facts["expert_ranks"], facts["nodes"], facts["router"]) == (1, 1, 1, "hashed")
+    assert facts["corpus"] == {"name": "file", "symbols": len(corpus.ids), "sha256": corpus.sha256, "tokens": "bytes"}
     assert (facts["peak_flops"], facts["peak_source"]) == (0.5e12, "train.peak_tflops")
     assert facts["versions"]["torch"] == torch.__version__
     certified = json.loads((folder / "certificate.json").read_text())["by_k"]
     assert facts["certificate"]["path"] == str(folder / "certificate.json")
     assert facts["certificate"]["wire_bytes_by_k"] == {str(part["k"]): 0.0 for part in certified}
     (started,) = facts["started"]
-    assert abs((datetime.now().astimezone() - datetime.fromisoformat(started)).total_seconds()) < 600  # fmt: skip
+    assert abs((datetime.now().astimezone() - datetime.fromisoformat(started)).total_seconds()) < 600
     last = json.loads((here / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["active_parameters"] == facts["active_parameters"][str(last["k"])]
 
@@ -65,7 +73,9 @@ def test_certified_bytes_are_a_mean_over_the_steps_of_a_k(run, tmp_path, text):
     folder = tmp_path / "certificate"
     args = options(tmp_path, text), "world_size=2", "expert_group=2", f"out={folder}"
     assert run("certify", *args[0], *args[1:]).returncode == 0
-    written = foreroute.launch.runs.facts.Written(folder / "certificate.json", json.loads((folder / "certificate.json").read_text()))  # fmt: skip
+    written = foreroute.launch.runs.facts.Written(
+        folder / "certificate.json", json.loads((folder / "certificate.json").read_text())
+    )
     found = foreroute.launch.runs.facts._of_certificate(written)["wire_bytes_by_k"]
     ranks = [written.of_rank(rank) for rank in range(2)]
     steps = {"1": [0], "2": [1], "3": [2, 3]}  # linear growth over four steps
@@ -89,42 +99,21 @@ def test_the_code_of_a_checkout_and_of_a_copy(tmp_path, monkeypatch):
     """A copy without .git has no commit, also inside somebody else's checkout."""
 
     def git(*arguments):
-        command = [
-            "git",
-            "-C",
-            str(tmp_path),
-            "-c",
-            "user.name=n",
-            "-c",
-            "user.email=e",
-            *arguments,
-        ]
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e", *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     monkeypatch.setattr(foreroute.launch.runs.facts, "ROOT", tmp_path)
     version = foreroute.launch.runs.facts.code()["version"]
     assert version == foreroute.__version__ == importlib.metadata.version("foreroute")
-    assert foreroute.launch.runs.facts.code() == {
-        "version": version,
-        "commit": None,
-        "changed": None,
-    }
+    assert foreroute.launch.runs.facts.code() == {"version": version, "commit": None, "changed": None}
     git("init", "-q")
     git("add", "pyproject.toml")
     git("commit", "-q", "-m", "x")
     commit = git("rev-parse", "HEAD")
-    assert foreroute.launch.runs.facts.code() == {
-        "version": version,
-        "commit": commit,
-        "changed": False,
-    }
+    assert foreroute.launch.runs.facts.code() == {"version": version, "commit": commit, "changed": False}
     (tmp_path / "pyproject.toml").write_text("[project]\n")
-    assert foreroute.launch.runs.facts.code() == {
-        "version": version,
-        "commit": commit,
-        "changed": True,
-    }
+    assert foreroute.launch.runs.facts.code() == {"version": version, "commit": commit, "changed": True}
     (tmp_path / "inner").mkdir()
     shutil.copy(ROOT / "pyproject.toml", tmp_path / "inner")
     monkeypatch.setattr(foreroute.launch.runs.facts, "ROOT", tmp_path / "inner")
@@ -135,7 +124,7 @@ def test_the_code_of_a_checkout_and_of_a_copy(tmp_path, monkeypatch):
 
 
 def start(tmp_path, text, *more):
-    watched = "moe.spread=1", "train.name=grid", "wandb.mode=offline", "train.valid_every=2", *more  # fmt: skip
+    watched = "moe.spread=1", "train.name=grid", "wandb.mode=offline", "train.valid_every=2", *more
     command = [sys.executable, "-m", "launch.train", "-m", *options(tmp_path, text, *watched)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
@@ -157,7 +146,7 @@ def test_a_watched_sweep(tmp_path, text):
     validation = [line for line in lines if "valid_bpc" in line]
     for row, line, valid in zip(seen.history.values(), training, validation, strict=True):
         assert row["expert_rows/1"]["values"] == line["expert_rows"][1]
-        assert (row["k"], row["flops"]) == (line["k"], line["flops"]) and line["flops"] == valid["flops"]  # fmt: skip
+        assert (row["k"], row["flops"]) == (line["k"], line["flops"]) and line["flops"] == valid["flops"]
         assert set(valid) == {"step", "valid_loss", "valid_bpc", "tokens", "flops", "k"}
     assert (seen.run.run_group, seen.run.job_type) == ("grid", "train")
     assert seen.config["facts"] == first and seen.config["moe"]["spread"] == 1

@@ -39,9 +39,7 @@ def test_a_machine_that_does_not_see_the_folder_is_named(tmp_path):
     def second() -> World:
         return World(Mesh(1, 2, 1), host=SecondOfTwo(None, None, [to_plain(config), None], None))
 
-    with pytest.raises(
-        UserError, match=r"rank 1: train\.runs_dir=.*/x, which rank 0 has made, is not here"
-    ):
+    with pytest.raises(UserError, match=r"rank 1: train\.runs_dir=.*/x, which rank 0 has made, is not here"):
         open_run(config, second())
     (tmp_path / "x").mkdir()
     (tmp_path / "x/.lock").touch()
@@ -54,20 +52,14 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(
-        UserError,
-        match=r"cannot be locked \(Function not implemented\): needs a file system with flock",
+        UserError, match=r"cannot be locked \(Function not implemented\): needs a file system with flock"
     ):
         lock_folder(tmp_path)
 
 
 def test_a_run_and_its_text_may_move(run, tmp_path):
     """Resumed, evaluated and sampled from where they are now; another text is refused."""
-    options = [
-        *small_run(tmp_path),
-        "train.steps=4",
-        "train.save_every=2",
-        f"train.runs_dir={tmp_path / 'runs'}",
-    ]
+    options = [*small_run(tmp_path), "train.steps=4", "train.save_every=2", f"train.runs_dir={tmp_path / 'runs'}"]
     assert run("train", *options, "train.name=first").returncode == 0
     (path,) = [o.removeprefix("corpus.path=") for o in options if o.startswith("corpus.path=")]
     before = json.loads((tmp_path / "runs/first/summary.json").read_text())["bpc"]

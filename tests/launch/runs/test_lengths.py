@@ -19,12 +19,7 @@ def losses(folder):
 
 @pytest.fixture
 def train(run, tmp_path):
-    options = [
-        *small_run(tmp_path),
-        "train.log_every=1",
-        "optim.warmup_steps=0",
-        f"train.runs_dir={tmp_path}",
-    ]
+    options = [*small_run(tmp_path), "train.log_every=1", "optim.warmup_steps=0", f"train.runs_dir={tmp_path}"]
 
     def train(name, steps, *more):
         return run("train", *options, f"train.name={name}", f"train.steps={steps}", *more)
@@ -39,7 +34,7 @@ def test_a_finished_run_goes_on(train, tmp_path):
     first = json.loads((tmp_path / "run/summary.json").read_text())
     done = train("run", 5, *FREE, "train.resume=true")
     assert done.returncode == 0, done.stderr
-    assert "train.steps=5, so far 3: nothing else depends on it, the run is the same as one of 5 steps" in done.stdout  # fmt: skip
+    assert "train.steps=5, so far 3: nothing else depends on it, the run is the same as one of 5 steps" in done.stdout
     assert losses(tmp_path / "run") == losses(tmp_path / "long")
     last = json.loads((tmp_path / "run/summary.json").read_text())
     assert last["bpc"] == json.loads((tmp_path / "long/summary.json").read_text())["bpc"]
@@ -53,7 +48,7 @@ def test_a_length_below_what_is_done_is_refused(train, tmp_path):
     assert train("run", 4).returncode == 0
     done = train("run", 2, "train.resume=true")
     assert done.returncode == 2
-    assert done.stderr.strip().endswith("train.steps=2: the run in " + str(tmp_path / "run") + " is at step 4 already")  # fmt: skip
+    assert done.stderr.strip().endswith("train.steps=2: the run in " + str(tmp_path / "run") + " is at step 4 already")
     assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 4
 
 
@@ -65,9 +60,10 @@ def test_what_becomes_of_the_schedules():
             schedule=ScheduleConfig(Growth.linear, 1, 4, k_steps),
         )
 
-    assert other_length(config(100), config(200), 100) == (
-        "train.steps=200, so far 100: step 101 has learning rate 0.5 (so far 0) and k = 3 (so far 4), as in a run of 200 steps; "
-        "the steps before it are those of a run of 100"
+    assert (
+        other_length(config(100), config(200), 100)
+        == "train.steps=200, so far 100: step 101 has learning rate 0.5 (so far 0) and k = 3 (so far 4), as in a run of"
+        " 200 steps; the steps before it are those of a run of 100"
     )  # 1 + round(3 / 2), half to even
     assert "k = 4 (so far 4)" in other_length(config(100, 50), config(200, 50), 100)
     free = config(200, 50)

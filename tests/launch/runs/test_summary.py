@@ -18,9 +18,7 @@ CORPUS = SimpleNamespace(
 
 
 @pytest.mark.parametrize("max_symbols", [0, 7, 30, 2999])
-def test_max_symbols_shortens_what_is_scored_and_of_a_long_text_what_is_counted(
-    monkeypatch, max_symbols
-):
+def test_max_symbols_shortens_what_is_scored_and_of_a_long_text_what_is_counted(monkeypatch, max_symbols):
     assert "counted_symbols" not in counting_baselines(CORPUS, Split.test, 7)  # a short one
     monkeypatch.setattr("foreroute.launch.runs.summary.COUNTED_AT_LEAST", 0)
     seen = []
@@ -31,7 +29,12 @@ def test_max_symbols_shortens_what_is_scored_and_of_a_long_text_what_is_counted(
     assert found["bzip2_bpc"] == bzip2_bpc(scored.tobytes())
     assert found.get("counted_symbols") == (700 if max_symbols == 7 else None)
     assert [parts for parts in seen if parts[1] == 0 or parts[1] == parts[2]] == [
-        ("order 2", 0, 2), ("order 2", 2, 2), ("order 3", 0, 2), ("order 3", 2, 2), ("bzip2 -9", 0, 1), ("bzip2 -9", 1, 1),
-    ]  # fmt: skip
+        ("order 2", 0, 2),
+        ("order 2", 2, 2),
+        ("order 3", 0, 2),
+        ("order 3", 2, 2),
+        ("bzip2 -9", 0, 1),
+        ("bzip2 -9", 1, 1),
+    ]
     whole = order_n_bpc(TRAIN, scored, 3, V)  # control
     assert (found["order3_bpc"] == whole) == (max_symbols != 7)

@@ -1,4 +1,5 @@
-"""Sweeps: a run that fails does not stop the others, a signal does, and a table tells how each ended, the best on top."""
+"""Sweeps: a run that fails does not stop the others, a signal does, and a table tells how each ended, the best on
+top."""
 
 import json
 import os
@@ -23,10 +24,19 @@ ROUTERS, K_MAX = ("hashed", "frozen", "learned"), ("1", "2", "4")
 def options(tmp_path, text, *more):
     """The example grid, small."""
     return [
-        "experiment=debug", "sweep=router_k_max", "corpus=file", f"corpus.path={text}", f"corpus.cache_dir={tmp_path / 'cache'}",
-        f"train.runs_dir={tmp_path / 'runs'}", "train.name=grid", "train.steps=2", "train.log_every=1", "train.threads=1",
-        "eval.max_symbols=256", *more,
-    ]  # fmt: skip
+        "experiment=debug",
+        "sweep=router_k_max",
+        "corpus=file",
+        f"corpus.path={text}",
+        f"corpus.cache_dir={tmp_path / 'cache'}",
+        f"train.runs_dir={tmp_path / 'runs'}",
+        "train.name=grid",
+        "train.steps=2",
+        "train.log_every=1",
+        "train.threads=1",
+        "eval.max_symbols=256",
+        *more,
+    ]
 
 
 def sweep_of(tmp_path):
@@ -52,13 +62,11 @@ def test_the_example_grid_with_failures(run, tmp_path, text, monkeypatch):
     assert done.stderr.count("foreroute: schedule.k_max=9: must be at most moe.experts=4") == 3
     assert done.stderr.count("KeyError: 'a bug'") == 1
     runs = sweep_of(tmp_path)
-    assert sorted(cells(runs, "moe.router", "schedule.k_max")) == sorted((router, k) for router in ROUTERS for k in ("9", "4"))  # fmt: skip
+    assert sorted(cells(runs, "moe.router", "schedule.k_max")) == sorted(
+        (router, k) for router in ROUTERS for k in ("9", "4")
+    )
     reasons = {run["reason"] for run in runs}
-    assert reasons == {
-        None,
-        "schedule.k_max=9: must be at most moe.experts=4",
-        "a bug: KeyError: 'a bug'",
-    }
+    assert reasons == {None, "schedule.k_max=9: must be at most moe.experts=4", "a bug: KeyError: 'a bug'"}
     assert all(reason in done.stdout for reason in reasons - {None})
     good = [run for run in runs if run["state"] == "complete"]
     assert runs[:2] == good and {run["state"] for run in runs[2:]} == {"failed"}
@@ -69,7 +77,18 @@ def test_the_example_grid_with_failures(run, tmp_path, text, monkeypatch):
         assert entry["bpc"] == summary["bpc"] and entry["best_bpc"] == min(summary["bpc"].values())
         assert entry["tokens_per_second"] == summary["tokens_per_second"]
     header, *rows = done.stdout.splitlines()[-9:-2]
-    assert header.split() == ["moe.router", "schedule.k_max", "best", "bpc", "at", "k", "tok/s", "state", "run", "reason"]  # fmt: skip
+    assert header.split() == [
+        "moe.router",
+        "schedule.k_max",
+        "best",
+        "bpc",
+        "at",
+        "k",
+        "tok/s",
+        "state",
+        "run",
+        "reason",
+    ]
     assert [tuple(row.split()[:2]) for row in rows] == cells(runs, "moe.router", "schedule.k_max")
     assert done.stdout.splitlines()[-2:] == [
         f"6 runs, 2 complete: {tmp_path}/runs/grid.sweep.json",
@@ -83,16 +102,19 @@ def test_the_example_grid_is_whole():
     command = [sys.executable, "-m", "launch.train", "sweep=router_k_max", "--cfg", "hydra"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    for line in (f"moe.router: {','.join(ROUTERS)}", f"schedule.k_max: {','.join(K_MAX)}", "mode: MULTIRUN"):  # fmt: skip
+    for line in (f"moe.router: {','.join(ROUTERS)}", f"schedule.k_max: {','.join(K_MAX)}", "mode: MULTIRUN"):
         assert line in done.stdout
 
 
 def test_a_signal_stops_the_sweep(run, tmp_path, text, monkeypatch):
-    monkeypatch.setattr(foreroute.launch.train, "slimming_curve", lambda *_: os.kill(os.getpid(), signal.SIGTERM))  # fmt: skip
+    monkeypatch.setattr(foreroute.launch.train, "slimming_curve", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     done = run("train", *options(tmp_path, text, "moe.router=hashed", "schedule.k_max=2,4"))
     assert done.returncode == 143, done.stderr
     runs = sweep_of(tmp_path)
-    assert [(run["options"]["schedule.k_max"], run["state"]) for run in runs] == [("2", "stopped"), ("4", "not started")]  # fmt: skip
+    assert [(run["options"]["schedule.k_max"], run["state"]) for run in runs] == [
+        ("2", "stopped"),
+        ("4", "not started"),
+    ]
     folder = tmp_path / "runs" / runs[0]["name"]
     assert json.loads((folder / "state.json").read_text()) == {"state": "stopped", "step": 2}
     monkeypatch.undo()
@@ -105,12 +127,12 @@ def test_a_signal_stops_the_sweep(run, tmp_path, text, monkeypatch):
 @pytest.mark.slow
 def test_the_joblib_launcher(tmp_path, text):
     """Two processes side by side, one of whose jobs fail."""
-    more = ["moe.router=hashed", "schedule.k_max=9,1,2", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]  # fmt: skip
+    more = ["moe.router=hashed", "schedule.k_max=9,1,2", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     command = [sys.executable, "-m", "launch.train", *options(tmp_path, text, *more)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.splitlines() == ["foreroute: schedule.k_max=9: must be at most moe.experts=4"]  # fmt: skip
+    assert done.stderr.splitlines() == ["foreroute: schedule.k_max=9: must be at most moe.experts=4"]
     runs = sweep_of(tmp_path)
     assert [run["state"] for run in runs] == ["complete", "complete", "failed"]
     assert sorted(run["options"]["schedule.k_max"] for run in runs[:2]) == ["1", "2"]
@@ -121,13 +143,15 @@ def test_the_joblib_launcher(tmp_path, text):
 @pytest.mark.slow
 def test_a_killed_process_does_not_end_the_sweep(tmp_path, text):
     """As by the system when memory is short: joblib ends the other process, too, and gives up."""
-    more = ["moe.router=hashed", "schedule.k_max=1,2,3,4", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]  # fmt: skip
+    more = ["moe.router=hashed", "schedule.k_max=1,2,3,4", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     command = [sys.executable, "-m", "launch.train", *options(tmp_path, text, *more)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as sweep:  # fmt: skip
+    with subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as sweep:
         try:
             wait_until(lambda: list((tmp_path / "runs").glob("*/config.yaml")))
-            workers = [p for p in psutil.Process(sweep.pid).children() if "LokyProcess" in " ".join(p.cmdline())]  # fmt: skip
+            workers = [p for p in psutil.Process(sweep.pid).children() if "LokyProcess" in " ".join(p.cmdline())]
             workers[0].kill()
             _, err = sweep.communicate(timeout=600)
         finally:
@@ -137,7 +161,9 @@ def test_a_killed_process_does_not_end_the_sweep(tmp_path, text):
     assert [runs[k]["state"] for k in "34"] == ["complete"] * 2
     lost = [run for run in runs.values() if run["state"] == "failed"]
     assert len(runs) == 4 and 1 <= len(lost) <= 2
-    assert {run["reason"] for run in lost} == {"a process of the sweep was killed, and this run with it; train.resume=true goes on"}  # fmt: skip
+    assert {run["reason"] for run in lost} == {
+        "a process of the sweep was killed, and this run with it; train.resume=true goes on"
+    }
 
 
 def entry(bpc, code, **changed):
@@ -192,11 +218,15 @@ def test_different_values_never_share_a_folder():
 def test_names_have_what_varies_alone(run, tmp_path, text, monkeypatch):
     """However many other options there are; and -m may stand anywhere."""
     seen = []
-    monkeypatch.setattr(
-        foreroute.launch.train, "_train", lambda config, *_: seen.append(config) or 0
-    )
+    monkeypatch.setattr(foreroute.launch.train, "_train", lambda config, *_: seen.append(config) or 0)
     monkeypatch.setattr(foreroute.launch.train, "report_sweep", lambda outcomes: None)
-    base = ["experiment=debug", "train.name=n", f"train.runs_dir={tmp_path / 'runs'}", "train.steps=2", "optim.clip=0.5"]  # fmt: skip
+    base = [
+        "experiment=debug",
+        "train.name=n",
+        f"train.runs_dir={tmp_path / 'runs'}",
+        "train.steps=2",
+        "optim.clip=0.5",
+    ]
     done = run("train", *base, "-m", "train.threads=1,2", "wandb.notes=a b,'c,d'")
     assert done.returncode == 0, done.stderr
     names = [config.train.name for config in seen]

@@ -16,10 +16,45 @@ from foreroute.launch.start.arguments import known_to, quote, ready, swept, unqu
 from foreroute.launch.start.cli import CONF
 
 TEXTS = (
-    "def f(x):", "a=b,c", "it's", 'say "so"', "both ' and \"", " blanks ", "~|#", "${X}", "$HOME", "${oc}", r"a\${X}", "back\\",
-    "a\\'b", r"\\", "[1,2]", "{a: b}", "Grüße, 世界", "1e5", "1234e56", "true", "null", "0x10", "1_000", "inf", "", "%@?!&*;<>",
-    "line\nline", "a, b", "x=[1", "it's, that's", "choice(a,b)", "${a", "}{", "- a", ": b", "a: b", "# c", "'a' and 'b'",
-)  # fmt: skip
+    "def f(x):",
+    "a=b,c",
+    "it's",
+    'say "so"',
+    "both ' and \"",
+    " blanks ",
+    "~|#",
+    "${X}",
+    "$HOME",
+    "${oc}",
+    r"a\${X}",
+    "back\\",
+    "a\\'b",
+    r"\\",
+    "[1,2]",
+    "{a: b}",
+    "Grüße, 世界",
+    "1e5",
+    "1234e56",
+    "true",
+    "null",
+    "0x10",
+    "1_000",
+    "inf",
+    "",
+    "%@?!&*;<>",
+    "line\nline",
+    "a, b",
+    "x=[1",
+    "it's, that's",
+    "choice(a,b)",
+    "${a",
+    "}{",
+    "- a",
+    ": b",
+    "a: b",
+    "# c",
+    "'a' and 'b'",
+)
 
 
 @dataclass
@@ -123,10 +158,7 @@ def test_one_value_stands_for_a_list_of_one(composed):
         ("flag=maybe", "flag=maybe: must be true | false"),
         ("router=Dense", "did you mean dense?"),
         ("rate=1", "rate=1: no such option; did you mean inner.rate? allowed: "),
-        (
-            "inner.rat=1",
-            "inner.rat=1: no such option; did you mean inner.rate? allowed: rate, path",
-        ),
+        ("inner.rat=1", "inner.rat=1: no such option; did you mean inner.rate? allowed: rate, path"),
         ("inner=1", "inner=1: is a section; its options are inner.rate, inner.path"),
         ("steps", "steps: has no value; write steps=VALUE, without blanks"),
         ("=5", "=5: "),
@@ -141,7 +173,18 @@ def test_what_cannot_be_meant_is_one_line(known, argument, line):
 
 def test_what_a_sweep_varies(known):
     assert ready([], known) == []
-    given = ready(["steps=1,2", "inner.rate=range(0,1,0.5)", "inner.path=a b,c", "prompt='x,y'", "many=1,[2,3]", "flag=true"], known, sweep=True)  # fmt: skip
-    assert given == ["steps=1,2", "inner.rate=range(0,1,0.5)", "inner.path='a b','c'", "prompt='x,y'", "many=[1],[2,3]", "flag=true"]  # fmt: skip
+    given = ready(
+        ["steps=1,2", "inner.rate=range(0,1,0.5)", "inner.path=a b,c", "prompt='x,y'", "many=1,[2,3]", "flag=true"],
+        known,
+        sweep=True,
+    )
+    assert given == [
+        "steps=1,2",
+        "inner.rate=range(0,1,0.5)",
+        "inner.path='a b','c'",
+        "prompt='x,y'",
+        "many=[1],[2,3]",
+        "flag=true",
+    ]
     assert swept(given) == {"steps", "inner.rate", "inner.path", "many"}
     assert ready(["prompt=choice(a,b)"], known) == ["prompt='choice(a,b)'"]

@@ -29,16 +29,25 @@ ROOT = Path(__file__).resolve().parents[3]
 def spawn(program, *args):
     return subprocess.Popen(
         [sys.executable, "-m", f"launch.{program}", *args],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def small(tmp_path, text, *more):
     return [
-        "experiment=debug", "corpus=file", f"corpus.path={text}", f"corpus.cache_dir={tmp_path / 'cache'}",
-        f"train.runs_dir={tmp_path / 'runs'}", "train.steps=4", "train.log_every=2", *more,
-    ]  # fmt: skip
+        "experiment=debug",
+        "corpus=file",
+        f"corpus.path={text}",
+        f"corpus.cache_dir={tmp_path / 'cache'}",
+        f"train.runs_dir={tmp_path / 'runs'}",
+        "train.steps=4",
+        "train.log_every=2",
+        *more,
+    ]
 
 
 @pytest.mark.slow
@@ -51,7 +60,7 @@ def test_the_engines_warnings_are_lines(run, tmp_path, text):
     done = run("train", *options, f"train.runs_dir={tmp_path / 'again'}")
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
-    assert len(lines) == 2 and all(line.startswith("foreroute: ") and "is damaged" in line for line in lines), lines  # fmt: skip
+    assert len(lines) == 2 and all(line.startswith("foreroute: ") and "is damaged" in line for line in lines), lines
 
 
 BAD = {
@@ -67,10 +76,7 @@ BAD = {
     "streams": (["train.accumulation=3"], ["data.streams=4", "multiple", "3"]),
     "zero steps": (["train.steps=0"], ["train.steps=0", "at least 1"]),
     "n-gram": (["moe.ngram=5"], ["moe.ngram=5", "1 .. 4"]),
-    "signatures": (
-        ["model.signatures=true"],
-        ["model.signatures=True", "moe.router=dense", "hashed"],
-    ),
+    "signatures": (["model.signatures=true"], ["model.signatures=True", "moe.router=dense", "hashed"]),
     "shuffled": (["moe.router=frozen", "moe.keys=shuffled"], ["moe.keys=shuffled", "frozen"]),
     "pack": (["moe.builder=packed", "moe.pack=3"], ["moe.pack=3", "moe.experts=4"]),
     "no pack": (["moe.builder=packed"], ["moe.builder=packed", "moe.pack=None"]),
@@ -83,10 +89,7 @@ BAD = {
     "run name": (["train.name=../x"], ["../x", "folder name"]),
     "no GPU": (["kernels.backend=triton"], ["kernels.backend=triton", "on cpu", "GPU"]),
     "fast": (["kernels.mode=fast", "kernels.backend=reference"], ["kernels.mode=fast", "lean"]),
-    "tf32": (
-        ["kernels.precision=tf32"],
-        ["kernels.precision=tf32", "kernels.backend=triton", "auto"],
-    ),
+    "tf32": (["kernels.precision=tf32"], ["kernels.precision=tf32", "kernels.backend=triton", "auto"]),
 }
 
 
@@ -115,7 +118,7 @@ LEFT = {
     "a key that is none": (["wandb.mode=online"], "40+ characters"),
     "several values": (["optim.lr=0.1,0.2"], "several values need -m"),
     "no certificate": (["certificate={tmp}/none"], "none"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("options", "words"), LEFT.values(), ids=LEFT.keys())
@@ -123,7 +126,7 @@ def test_a_refused_start_leaves_no_run_folder(run, tmp_path, text, monkeypatch, 
     monkeypatch.setenv("WANDB_API_KEY", "short")
     options = [option.replace("{tmp}", str(tmp_path)) for option in options]
     done = run("train", *small(tmp_path, text, *options))
-    assert done.returncode == 2 and words.replace("{tmp}", str(tmp_path)) in done.stderr, done.stderr  # fmt: skip
+    assert done.returncode == 2 and words.replace("{tmp}", str(tmp_path)) in done.stderr, done.stderr
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and "[Errno" not in lines[0], done.stderr
     assert not list(tmp_path.glob("runs/*")) and text.is_file()
@@ -155,9 +158,7 @@ def test_a_python_without_the_packages_is_one_line():
     """Python's own modules alone: -S leaves out what is installed."""
     command = [sys.executable, "-S", "-m", "launch.train"]
     done = subprocess.run(command, cwd=ROOT, env={"PATH": ""}, capture_output=True, text=True)
-    assert (
-        done.returncode == 2 and "has no torch" in done.stderr and ".venv/bin/python" in done.stderr
-    )
+    assert done.returncode == 2 and "has no torch" in done.stderr and ".venv/bin/python" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
@@ -171,10 +172,7 @@ FLAGS = {
     "an option to delete": (["~moe"], "only a group's choice can be left out"),
     "Hydra's own, not in its grammar": (["hydra.job.name=(("], "write \"hydra.job.name='(('\""),
     "a section in part": (["moe={experts: 3"], "moe={experts: 3: Hydra's grammar"),
-    "a file for a choice": (
-        ["corpus=/data/text.txt"],
-        "write corpus=file corpus.path=/data/text.txt",
-    ),
+    "a file for a choice": (["corpus=/data/text.txt"], "write corpus=file corpus.path=/data/text.txt"),
     "half a list": (["eval.k=[1,2"], "a bracket is missing"),
     "a name too long": (["train.name=" + "x" * 300], "takes 255 bytes"),
     "no value": (["train.steps", "=", "5"], "write train.steps=VALUE, without blanks"),
@@ -210,7 +208,16 @@ def test_a_locale_that_is_not_utf8_is_one_line(run, monkeypatch, encoding):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:130] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000000000000 bytes.")])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:130] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
+            " allocate 4000000000000 bytes."
+        ),
+    ],
+)
 def test_a_host_without_room_is_one_line(error):
     assert told(error).exit_code == 1
     assert told(error).line.startswith("this machine's memory does not hold it (")
@@ -227,7 +234,7 @@ def test_empty_and_short_corpora_are_refused(run, tmp_path):
 
 
 def test_a_gpu_without_room_is_one_line():
-    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 1 GiB.\nSee more")  # fmt: skip
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 1 GiB.\nSee more")
     failure = told(error)
     assert failure.exit_code == 1
     assert failure.line.startswith("CUDA out of memory: needs fewer data.streams")
@@ -287,21 +294,13 @@ def test_a_sweep_gives_each_job_a_folder_and_resumes(run, tmp_path, text):
         ("tables", ["ranks=[2,3]"], "ranks=[3]: must divide moe.experts=16"),
         ("tables", ["moe.router=frozen"], "moe.router=frozen: only hashed has tables"),
         ("certify", ["world_size=3"], "data.streams=16: must be a multiple of world"),
-        (
-            "certify",
-            ["world_size=8", "expert_group=3"],
-            "expert_ranks=3: must divide the number of ranks, 8",
-        ),
+        ("certify", ["world_size=8", "expert_group=3"], "expert_ranks=3: must divide the number of ranks, 8"),
         ("certify", ["world_size=0"], "world_size=0: must be at least 1"),
         ("certify", ["moe.experts=4", "schedule.k_max=8"], "schedule.k_max=8"),
         ("certify", ["moe.router=frozen"], "moe.router=frozen: routes depend on hidden states"),
         ("certify", ["device_memory_gb=0"], "device_memory_gb=0.0: must be above 0"),
         ("certify", ["device_memory_gb=inf"], "device_memory_gb=inf: must be a finite number"),
-        (
-            "certify",
-            ["cluster=dgx_a100", "kernels.backend=cpu"],
-            "kernels.backend=cpu: cluster=dgx_a100",
-        ),
+        ("certify", ["cluster=dgx_a100", "kernels.backend=cpu"], "kernels.backend=cpu: cluster=dgx_a100"),
         ("certify", ["cluster=none_such"], "dgx_h100"),
         ("certify", ["cluster.inside.gb_per_s=3"], "such as cluster=NAME"),
         ("certify", [f"out={__file__}/found"], "is not a folder"),
@@ -338,7 +337,7 @@ def test_the_balance_of_packed_tables(run, tmp_path, text):
     done = run("tables", *packed, "ranks=[2,4]", "split=train")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.strip().splitlines()
-    assert "builder packed, blocks of 2" in lines[-7] and lines[-6].split()[:3] == ["k", "experts", "blocks"]  # fmt: skip
+    assert "builder packed, blocks of 2" in lines[-7] and lines[-6].split()[:3] == ["k", "experts", "blocks"]
     found = json.loads(lines[-1])
     assert found["pack"] == 2 and [line["k"] for line in found["k"]] == [1, 2, 3, 4]
     assert [line["ranks"]["2"]["touched"] for line in found["k"]] == [1, 1, 2, 2]
@@ -359,11 +358,7 @@ def test_a_machines_first_rank_speaks_for_all(run, monkeypatch, local_rank):
         monkeypatch.setenv(name, str(value))
     for program, options, line in (
         ("train", ["parallel.chunks=0"], "parallel.chunks=0: must be at least 1"),
-        (
-            "train",
-            ["parallel.chunk=2"],
-            "parallel.chunk=2: no such option; did you mean parallel.chunks?",
-        ),
+        ("train", ["parallel.chunk=2"], "parallel.chunk=2: no such option; did you mean parallel.chunks?"),
         ("evaluate", ["run=x"], "launch.evaluate runs as one process: started as 2"),
     ):
         done = run(program, *options)
@@ -405,18 +400,14 @@ def test_a_process_of_its_own_ends_likewise(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    "number",
-    [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
-    ids=["SIGTERM", "Ctrl-C"],
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=["SIGTERM", "Ctrl-C"]
 )
 def test_a_stop_saves_and_the_run_goes_on(run, tmp_path, text, number):
     options = small(tmp_path, text, "train.steps=100000", "train.log_every=1")
     process = spawn("train", *options)
     metrics = tmp_path / "runs/debug/metrics.jsonl"
     deadline = time.monotonic() + 100
-    while time.monotonic() < deadline and not (
-        metrics.exists() and metrics.read_text().count("\n") > 3
-    ):
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") > 3):
         time.sleep(0.1)
     process.send_signal(number)
     out, err = process.communicate(timeout=600)
@@ -428,7 +419,7 @@ def test_a_stop_saves_and_the_run_goes_on(run, tmp_path, text, number):
     assert state == {"state": "stopped", "step": step}
     done = run("train", *small(tmp_path, text, f"train.steps={step + 2}", "train.resume=true"))
     assert done.returncode == 0 and f"resumed at step {step} " in done.stdout, done.stderr
-    assert f"train.steps={step + 2}, so far 100000: step {step + 1} has learning rate" in done.stdout  # fmt: skip
+    assert f"train.steps={step + 2}, so far 100000: step {step + 1} has learning rate" in done.stdout
 
 
 def test_the_whole_way_of_a_run(run, tmp_path, text):
@@ -436,14 +427,7 @@ def test_the_whole_way_of_a_run(run, tmp_path, text):
     assert run("train", *small(tmp_path, text)).returncode == 0
     folder = tmp_path / "runs/debug"
     names = {path.name for path in folder.iterdir()}
-    assert names >= {
-        "config.yaml",
-        "metrics.jsonl",
-        "checkpoints",
-        "loss.png",
-        "slimming.png",
-        "summary.json",
-    }
+    assert names >= {"config.yaml", "metrics.jsonl", "checkpoints", "loss.png", "slimming.png", "summary.json"}
     summary = json.loads((folder / "summary.json").read_text())
     assert set(summary["bpc"]) == {"1", "2", "4"}
     assert {"tokens_per_second", "peak_memory_bytes", "bzip2_bpc", "order3_bpc"} <= set(summary)
@@ -454,8 +438,7 @@ def test_the_whole_way_of_a_run(run, tmp_path, text):
     # from the checkpoint, with another number of streams: the same text, the same bits
     assert all(abs(again[k] - summary["bpc"][k]) < 1e-5 for k in again)
     samples = [
-        run("generate", f"run={folder}", 'prompt="the "', "k=2", "length=20", f"seed={seed}")
-        for seed in (1, 1, 2)
+        run("generate", f"run={folder}", 'prompt="the "', "k=2", "length=20", f"seed={seed}") for seed in (1, 1, 2)
     ]
     texts = [sample.stdout for sample in samples]
     assert texts[0] == texts[1] != texts[2] and texts[0].startswith("the ")

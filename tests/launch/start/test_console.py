@@ -51,9 +51,7 @@ def show(columns, lines, monkeypatch):
         return written()
 
 
-@pytest.mark.parametrize(
-    ("columns", "lines", "bar"), [(80, 24, True), (0, 24, False), (80, 0, False), (40, 24, True)]
-)
+@pytest.mark.parametrize(("columns", "lines", "bar"), [(80, 24, True), (0, 24, False), (80, 0, False), (40, 24, True)])
 def test_a_terminal_without_a_size_gets_lines(monkeypatch, columns, lines, bar):
     """mpirun gives its processes one when its own output goes to a file; a bar would be empty there."""
     written = show(columns, lines, monkeypatch)
@@ -162,8 +160,11 @@ def test_an_error_is_red_on_a_terminal_and_one_line_however_narrow():
     with terminal(30) as (out, written):
         done = subprocess.run(
             [sys.executable, "-m", "launch.dashboard", "apply=true"],
-            cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=out,
-        )  # fmt: skip
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=out,
+        )
         assert done.returncode == 2
         line = "foreroute: entity is missing: apply=true needs entity=TEAM (or your user name)"
         assert written() == f"{RED}{line}\x1b[0m\r\n"
@@ -177,13 +178,18 @@ def test_the_summary_says_what_the_training_took(tmp_path):
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     totals = training_totals(tmp_path / "metrics.jsonl")
-    assert totals == {
-        "tokens_per_second": 150.0, "training_seconds": 2.0, "outside_fraction": 0.1, "flops": 1.5e9,
-    }  # fmt: skip
+    assert totals == {"tokens_per_second": 150.0, "training_seconds": 2.0, "outside_fraction": 0.1, "flops": 1.5e9}
     summary = {
-        "bpc": {"1": 3.0, "2": 2.0}, "order2_bpc": 4.0, "order3_bpc": 5.0, "bzip2_bpc": 1.0, "split": "test",
-        "steps": 3, "parameters": 12345, "peak_memory_bytes": 2.5e9, **totals,
-    }  # fmt: skip
+        "bpc": {"1": 3.0, "2": 2.0},
+        "order2_bpc": 4.0,
+        "order3_bpc": 5.0,
+        "bzip2_bpc": 1.0,
+        "split": "test",
+        "steps": 3,
+        "parameters": 12345,
+        "peak_memory_bytes": 2.5e9,
+        **totals,
+    }
     written = result_table(summary).splitlines()
     assert written[0].split() == ["test", "split", "bpc", "to", "best"]
     assert written[1].split() == ["k", "=", "1", "3.000", "+50.0%"]
@@ -198,7 +204,7 @@ def test_the_summary_says_what_the_training_took(tmp_path):
     assert "evaluation" not in result_table(summary) and "counting" not in result_table(summary)
     summary |= {"evaluation_seconds": 65.4, "counted_symbols": 12300}
     assert "and optimizer; evaluation 1:05" in result_table(summary)
-    assert "counting  order 2 and 3 know the first 12,300 training symbols only" in result_table(summary)  # fmt: skip
+    assert "counting  order 2 and 3 know the first 12,300 training symbols only" in result_table(summary)
     summary["peak_device_memory_bytes"] = 3e9
     assert "2.50 GB at most, 3.00 GB on the GPU (rank 0)" in result_table(summary)
 
@@ -224,6 +230,6 @@ READERS = {
 @pytest.mark.parametrize("lasts", [True, False])
 def test_a_console_that_fails_ends_nothing(tmp_path, reader, lasts):
     code = FAILING.format(reader, lasts)
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "end"], cwd=ROOT, capture_output=True)  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "end"], cwd=ROOT, capture_output=True)
     assert (tmp_path / "end").exists() == lasts
     assert (done.returncode == 0) == lasts

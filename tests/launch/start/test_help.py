@@ -193,8 +193,11 @@ def test_the_parts_of_a_small_program(tmp_path):
         ''')
     )
     (tmp_path / "tool").mkdir()
-    (tmp_path / "tool/brush.yaml").write_text("# @package _global_\n# A brush. It has hair.\na: 1\n# No head.\n")  # fmt: skip
-    (tmp_path / "paint.yaml").write_text("# Paint it.\n#\n#   paint now\ndefaults:\n  - schema\n  - tool: brush\n  - override hydra/job_logging: disabled\n")  # fmt: skip
+    (tmp_path / "tool/brush.yaml").write_text("# @package _global_\n# A brush. It has hair.\na: 1\n# No head.\n")
+    (tmp_path / "paint.yaml").write_text(
+        "# Paint it.\n#\n#   paint now\ndefaults:\n  - schema\n  - tool: brush\n  - override hydra/job_logging:"
+        " disabled\n"
+    )
     sys.path.insert(0, str(tmp_path))
     try:
         schema = importlib.import_module("paint").Paint
@@ -205,9 +208,7 @@ def test_the_parts_of_a_small_program(tmp_path):
         sys.modules.pop("paint", None)
     assert groups_of(tmp_path / "paint.yaml") == ["tool"]
     assert choices_of(tmp_path / "tool") == {"brush": "A brush."}
-    assert written.startswith(
-        "Paint it.\n\n  paint now\n\ntool=CHOICE:\n  brush           A brush.\n"
-    )
+    assert written.startswith("Paint it.\n\n  paint now\n\ntool=CHOICE:\n  brush           A brush.\n")
     assert "\n  colour=null     What colour it gets. [red | blue | null]\n" in written
     assert "\n  coats=[1,2]     null of them is dry: 100% wet. [list of whole numbers]\n" in written
     assert "\n  lid=null        [any value]\n" in written

@@ -13,8 +13,14 @@ import pytest
 from foreroute.engine.testing.ranks import Program, rank_environments
 from foreroute.launch.testing.runs import small_run, wait_until
 
-MAIN = "import foreroute.launch.train; from foreroute.launch.start.process import run_and_leave; run_and_leave(foreroute.launch.train.main)"
-GONE = "import os, foreroute.launch.start.meeting as m; m._take_place = lambda store, place, _: (store.add(f'came/{place.rank}', 1), os._exit(9))"
+MAIN = (
+    "import foreroute.launch.train; from foreroute.launch.start.process import run_and_leave;"
+    " run_and_leave(foreroute.launch.train.main)"
+)
+GONE = (
+    "import os, foreroute.launch.start.meeting as m; m._take_place = lambda store, place, _:"
+    " (store.add(f'came/{place.rank}', 1), os._exit(9))"
+)
 """A rank that dies when it has come."""
 
 
@@ -23,7 +29,7 @@ def ranks(tmp_path, *code, of=None, meet_s=3, start=Program):
     """As many ranks as there is code to run before them, of a world that may have more."""
     environments = rank_environments(of or len(code))[: len(code)]
     options = [*small_run(tmp_path), f"train.runs_dir={tmp_path}", f"parallel.meet_s={meet_s}"]
-    found = [start(f"{before}\n{MAIN}", options, environ) for before, environ in zip(code, environments, strict=True)]  # fmt: skip
+    found = [start(f"{before}\n{MAIN}", options, environ) for before, environ in zip(code, environments, strict=True)]
     try:
         yield found
     finally:
@@ -42,8 +48,15 @@ def test_ranks_that_never_come_are_named(tmp_path):
         ended = [process.wait() for process in both]
     assert [code for code, *_ in ended] == [2, 2]
     lines = [line_of(err) for *_, err in ended]
-    assert any(re.search(r"^foreroute: rank [01] of 8 did not meet the others at \S+ within 3 s: ranks 2, 3, 4, 5 and 2 more have not come; "
-                         r"parallel.meet_s=SECONDS waits longer$", line) for line in lines), lines  # fmt: skip
+    assert any(
+        re.search(
+            r"^foreroute: rank [01] of 8 did not meet the others at \S+ within 3 s: ranks 2, 3, 4, 5 and 2 more have"
+            r" not come; "
+            r"parallel.meet_s=SECONDS waits longer$",
+            line,
+        )
+        for line in lines
+    ), lines
     assert not (tmp_path / "debug").exists()
 
 
@@ -56,7 +69,7 @@ def test_a_missing_rank_0_is_named(tmp_path):
 
 @pytest.mark.parametrize("port", ["99999", "0", "http"])
 def test_what_is_no_port_is_one_line(run, tmp_path, monkeypatch, port):
-    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, value in place.items():
         monkeypatch.setenv(name, value)
     done = run("train", *small_run(tmp_path), f"train.runs_dir={tmp_path}")
@@ -74,16 +87,14 @@ def test_a_rank_that_came_and_is_gone(tmp_path):
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    "number",
-    [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
-    ids=lambda n: n.name,
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=lambda n: n.name
 )
 def test_a_signal_ends_the_wait_at_once(tmp_path, number):
     """Inside PyTorch's calls no handler would run until they give up."""
     environ = rank_environments(2)[0]
     port = int(environ["MASTER_PORT"])
     code = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n{MAIN}"
-    command = [sys.executable, "-c", code, *small_run(tmp_path), f"train.runs_dir={tmp_path}", "parallel.meet_s=100000"]  # fmt: skip
+    command = [sys.executable, "-c", code, *small_run(tmp_path), f"train.runs_dir={tmp_path}", "parallel.meet_s=100000"]
 
     def listens():
         with socket.socket() as probe:

@@ -62,14 +62,9 @@ def test_ctrl_c_while_a_program_is_loaded_is_one_line(tmp_path):
     def heed():  # a job in the background ignores it
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    for start, code in ((["-m", "launch.train"], 130), (["-c", "import foreroute.launch.train"], -signal.SIGINT)):  # fmt: skip
+    for start, code in ((["-m", "launch.train"], 130), (["-c", "import foreroute.launch.train"], -signal.SIGINT)):
         done = subprocess.run(
-            [sys.executable, *start],
-            env=environ,
-            capture_output=True,
-            text=True,
-            timeout=600,
-            preexec_fn=heed,
+            [sys.executable, *start], env=environ, capture_output=True, text=True, timeout=600, preexec_fn=heed
         )
         assert done.returncode == code  # an import leaves the signal to who imports
         assert (done.stderr == "foreroute: stopped before it began\n") == (code == 130)
@@ -90,7 +85,15 @@ for number in STOPS:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    codes = {"INT": 130, "TERM": 143, "HUP": 128 if ignored else 129, "QUIT": 131, "XCPU": 152, "USR1": 143, "USR2": 140}  # fmt: skip
+    codes = {
+        "INT": 130,
+        "TERM": 143,
+        "HUP": 128 if ignored else 129,
+        "QUIT": 131,
+        "XCPU": 152,
+        "USR1": 143,
+        "USR2": 140,
+    }
     assert list(map(int, done.stdout.split())) == list(codes.values())
 
 
@@ -114,11 +117,16 @@ run_and_leave(main)
 
 @pytest.mark.parametrize(
     ("group", "end", "code"),
-    [(True, "sys.exit(5)", 5), (False, "sys.exit(5)", -signal.SIGABRT),
-     pytest.param(True, "", 0, marks=pytest.mark.slow), pytest.param(True, "sys.exit('bad')", -signal.SIGABRT, marks=pytest.mark.slow)],
-)  # fmt: skip
+    [
+        (True, "sys.exit(5)", 5),
+        (False, "sys.exit(5)", -signal.SIGABRT),
+        pytest.param(True, "", 0, marks=pytest.mark.slow),
+        pytest.param(True, "sys.exit('bad')", -signal.SIGABRT, marks=pytest.mark.slow),
+    ],
+)
 def test_a_process_with_a_group_leaves_before_the_interpreter_ends(group, end, code):
-    """What the interpreter destroys at its end aborts, as a thread of gloo may; all else that belongs to an end was done."""
+    """What the interpreter destroys at its end aborts, as a thread of gloo may; all else that belongs to an end was
+    done."""
     command = [sys.executable, "-c", ENDS.format(group=group, end=end)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stdout) == (code, "done\nat exit\n"), done.stderr
@@ -146,22 +154,17 @@ run_and_leave(main) if leave else main()
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(
-    ("leave", "code"), [(True, 0), pytest.param(False, -signal.SIGABRT, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("leave", "code"), [(True, 0), pytest.param(False, -signal.SIGABRT, marks=pytest.mark.slow)])
 def test_what_gloo_lets_go_at_the_end_aborts_nothing(tmp_path, leave, code):
     """And what happens to a process that ends otherwise."""
     ranks = [
         subprocess.Popen([sys.executable, "-c", IN_FLIGHT, rank, str(tmp_path / "store"), str(leave)])
         for rank in ("0", "1")
-    ]  # fmt: skip
+    ]
     assert [process.wait(100) for process in ranks] == [code, 0]
 
 
-REFUSED = {
-    "0": "failed to listen",
-    "1": "^foreroute: rank 1 is at .* already: another run meets there; give",
-}
+REFUSED = {"0": "failed to listen", "1": "^foreroute: rank 1 is at .* already: another run meets there; give"}
 
 
 @pytest.mark.dist
@@ -171,13 +174,19 @@ def test_a_second_run_at_the_same_port_is_refused(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
+    shared = {
+        **os.environ,
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
     long = [*testing.small_run(tmp_path), "parallel.expert_ranks=2", "train.steps=100000"]
 
     def start(rank, folder):
         command = [sys.executable, "-m", "launch.train", *long, f"train.runs_dir={folder}"]
         environ = {**shared, "RANK": rank, "LOCAL_RANK": rank}
-        return subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
+        return subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
     with ExitStack() as stack:
         ranks = [start(number, tmp_path) for number in ("0", "1")]

@@ -24,7 +24,7 @@ def torch(rank, ranks, local_rank="0", **more):
 
 
 def open_mpi(rank, ranks, local_rank="0"):
-    return {"OMPI_COMM_WORLD_RANK": rank, "OMPI_COMM_WORLD_SIZE": ranks, "OMPI_COMM_WORLD_LOCAL_RANK": local_rank}  # fmt: skip
+    return {"OMPI_COMM_WORLD_RANK": rank, "OMPI_COMM_WORLD_SIZE": ranks, "OMPI_COMM_WORLD_LOCAL_RANK": local_rank}
 
 
 def mpich(rank, ranks):
@@ -33,8 +33,14 @@ def mpich(rank, ranks):
 
 def slurm(rank, ranks, local_rank="0"):
     """Of a task in a step, as Slurm 22.05 sets them."""
-    return {"SLURM_PROCID": rank, "SLURM_STEP_NUM_TASKS": ranks, "SLURM_LOCALID": local_rank, "SLURM_NTASKS": ranks,
-            "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "2"}  # fmt: skip
+    return {
+        "SLURM_PROCID": rank,
+        "SLURM_STEP_NUM_TASKS": ranks,
+        "SLURM_LOCALID": local_rank,
+        "SLURM_NTASKS": ranks,
+        "SLURM_JOB_ID": "4711",
+        "SLURM_STEP_ID": "2",
+    }
 
 
 BATCH_SCRIPT = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "7"}
@@ -66,7 +72,7 @@ DEEPSPEED = torch("5", "8", "1", CROSS_RANK="2", CROSS_SIZE="4")
         (torch("3", "4") | slurm("3", "4", "1"), Place(3, 4, 0, SLURM)),
         ({"WORLD_SIZE": "4"} | open_mpi("3", "4", "1"), Place(3, 4, 1, OPEN_MPI)),
     ],
-)  # fmt: skip
+)
 def test_places(environ, place):
     assert find_place(environ) == place
 
@@ -81,11 +87,14 @@ def test_places(environ, place):
         ({"OMPI_COMM_WORLD_RANK": "0"}, "OMPI_COMM_WORLD_SIZE=: Open MPI sets it"),
         (mpich("1", "2"), "MPI_LOCALRANKID=: MPICH or Intel MPI sets it"),  # all would take GPU 0
         ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_PROCID=: Slurm sets it"),
-        ({"WORLD_SIZE": "2"} | open_mpi("3", "4"), "WORLD_SIZE=2: Open MPI started this process as rank 3 of 4; unset WORLD_SIZE"),
+        (
+            {"WORLD_SIZE": "2"} | open_mpi("3", "4"),
+            "WORLD_SIZE=2: Open MPI started this process as rank 3 of 4; unset WORLD_SIZE",
+        ),
         (torch("0", "1") | slurm("1", "4"), "RANK=0: Slurm started this process as rank 1 of 4; unset RANK"),
         (mpich("3", "8") | open_mpi("3", "4"), "PMI_SIZE=8: Open MPI started this process as rank 3 of 4"),
     ],
-)  # fmt: skip
+)
 def test_places_that_cannot_be(environ, message):
     with pytest.raises(UserError, match=message):
         find_place(environ)
@@ -97,9 +106,7 @@ def test_the_cpu_on_request():
 
 def test_addresses(tmp_path, monkeypatch):
     scontrol = tmp_path / "scontrol"
-    scontrol.write_text(
-        '#!/bin/sh\n[ "$*" = "show hostnames n[07-08]" ] && printf "n07\\nn08\\n"\n'
-    )
+    scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames n[07-08]" ] && printf "n07\\nn08\\n"\n')
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     by_slurm = Place(1, 2, 0, SLURM)

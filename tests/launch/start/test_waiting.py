@@ -18,8 +18,12 @@ def spins(*command, **variables):
     environment = {k: v for k, v in os.environ.items() if k not in OF_THE_USER}
     done = subprocess.run(
         [sys.executable, *command],
-        cwd=ROOT, env={**environment, **variables, "OMP_DISPLAY_ENV": "VERBOSE"}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={**environment, **variables, "OMP_DISPLAY_ENV": "VERBOSE"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     found = re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)
     if not found:
         pytest.skip("PyTorch's threads are not those of libgomp here")
@@ -36,9 +40,7 @@ def load():
     return f"ctypes.CDLL({runtimes[0]!r})"
 
 
-@pytest.mark.parametrize(
-    "start", [["-m"], pytest.param(["-m", "mpi4py", "-m"], marks=pytest.mark.slow)], ids=" ".join
-)
+@pytest.mark.parametrize("start", [["-m"], pytest.param(["-m", "mpi4py", "-m"], marks=pytest.mark.slow)], ids=" ".join)
 def test_a_programs_threads_soon_sleep(start, load):
     assert spins("-c", f"import ctypes; {load}") > 10 * SOON  # control
     assert spins(*start, "launch.prepare", "--help") == SOON
@@ -46,14 +48,19 @@ def test_a_programs_threads_soon_sleep(start, load):
 
 def test_a_process_that_a_program_starts_does_the_same(load):
     inside = f"import ctypes; {load}"
-    assert spins("-c", f"import foreroute.launch, subprocess, sys; subprocess.run([sys.executable, '-c', {inside!r}])") == SOON  # fmt: skip
+    assert (
+        spins("-c", f"import foreroute.launch, subprocess, sys; subprocess.run([sys.executable, '-c', {inside!r}])")
+        == SOON
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "value", "rounds"),
     [("GOMP_SPINCOUNT", "77", 77), ("OMP_WAIT_POLICY", "ACTIVE", None), ("KMP_BLOCKTIME", "1", None)],
-)  # fmt: skip
+)
 def test_what_the_user_set_wins(load, name, value, rounds):
-    with_launch, without = (spins("-c", f"import ctypes{x}; {load}", **{name: value}) for x in (", foreroute.launch", ""))  # fmt: skip
+    with_launch, without = (
+        spins("-c", f"import ctypes{x}; {load}", **{name: value}) for x in (", foreroute.launch", "")
+    )
     assert with_launch == without != SOON
     assert rounds in (None, with_launch)

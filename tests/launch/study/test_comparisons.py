@@ -5,15 +5,7 @@ import json
 import pytest
 
 from foreroute.engine.errors import UserError
-from foreroute.launch.study.comparisons import (
-    as_json,
-    compare_along,
-    comparisons,
-    mean_curve,
-    missing,
-    pairs_of,
-    ratio,
-)
+from foreroute.launch.study.comparisons import as_json, compare_along, comparisons, mean_curve, missing, pairs_of, ratio
 from foreroute.launch.study.comparisons import compare_on_test as on_test
 from foreroute.launch.study.preset import ArmConfig, Preset
 from foreroute.launch.study.results import arrange, best_rate, curve, read_results
@@ -21,7 +13,9 @@ from foreroute.launch.study.study_page import change, study_page
 from foreroute.launch.study.write import write_report
 from foreroute.launch.testing.runs import study_result
 
-PRESET = Preset({"dense": ArmConfig(kin="dense"), "hashed": ArmConfig(), "frozen": ArmConfig()}, pairs=[["hashed", "frozen"]])  # fmt: skip
+PRESET = Preset(
+    {"dense": ArmConfig(kin="dense"), "hashed": ArmConfig(), "frozen": ArmConfig()}, pairs=[["hashed", "frozen"]]
+)
 SHIFT = {1: 0.5, 2: -0.3, 3: 0.1}  # of a seed, shared by its arms
 
 
@@ -49,9 +43,7 @@ def test_on_the_test_split_at_each_k():
     assert found.difference.mean == pytest.approx(-0.1) and found.difference.n == 3
     half = 4.302652729749462 * 0.01 / 3**0.5
     assert found.difference.high == pytest.approx(-0.1 + half)
-    assert found.relative == pytest.approx(
-        -0.1 / (2 + 0.1)
-    )  # mean of dense: 2 + (0.5 - 0.3 + 0.1) / 3
+    assert found.relative == pytest.approx(-0.1 / (2 + 0.1))  # mean of dense: 2 + (0.5 - 0.3 + 0.1) / 3
     assert on_test(results, "hashed", "dense", 1).difference.mean == pytest.approx(0.4)
     assert on_test(results, "hashed", "dense", 8) is None  # hashed was not evaluated there
     assert on_test(results, "hashed", "frozen", None) is None
@@ -80,7 +72,9 @@ def test_of_an_arm_in_mid_schedule_nothing_is_claimed():
     """The interval excludes 0 by far; at equal tokens the same pair may be claimed."""
     found = compare_along(all_of(dense, hashed), "hashed", "dense", "flops")
     assert found.difference.sign == -1
-    assert found.sentence().startswith("hashed to dense (valid, equal training FLOPs; dense was read at 50% of its training): -1.1000")  # fmt: skip
+    assert found.sentence().startswith(
+        "hashed to dense (valid, equal training FLOPs; dense was read at 50% of its training): -1.1000"
+    )
     assert found.sentence().endswith("No fair comparison: nothing is claimed.")
     assert change(found).endswith(" *")
     fair = compare_along(all_of(dense, hashed), "hashed", "dense", "symbols")
@@ -111,7 +105,7 @@ def test_one_seed_that_was_read_early_is_enough_to_claim_nothing():
 def dense_short(seed):
     """Dense with the FLOPs of hashed, in a whole schedule."""
     s = SHIFT[seed]
-    return study_result("dense_short", seed, [(100, 10, 1, 4 + s), (200, 20, 2, 2.5 + s)], {"dense": 2.5 + s})  # fmt: skip
+    return study_result("dense_short", seed, [(100, 10, 1, 4 + s), (200, 20, 2, 2.5 + s)], {"dense": 2.5 + s})
 
 
 def test_headline_figures_are_of_fair_pairs():
@@ -124,9 +118,9 @@ def test_headline_figures_are_of_fair_pairs():
     assert (flops.value, flops.note.split(",")[0]) == ("-0.6000", "hashed minus dense_short")
     assert (seconds.value, seconds.note) == ("-", "no fair pair")
     said = [part for section in page.sections for part in section.parts if isinstance(part, str)]
-    assert any("hashed is 23.1% below dense_short (valid, equal training FLOPs)" in part for part in said)  # fmt: skip
+    assert any("hashed is 23.1% below dense_short (valid, equal training FLOPs)" in part for part in said)
     assert any("hashed is 4.8% below dense (test, own k" in part for part in said)
-    assert not any("in mid-schedule" in part or "dense (valid, equal training time" in part for part in said)  # fmt: skip
+    assert not any("in mid-schedule" in part or "dense (valid, equal training time" in part for part in said)
     cost = "(test, own k, with 1.00 of its training FLOPs and 4.00 of its training time)"
     assert any(f"below dense_short {cost}" in part for part in said)
 
@@ -159,13 +153,17 @@ def test_ratios_and_mean_curves():
     assert ratio(results, "hashed", "dense", "seconds").mean == 2
     assert ratio(results, "hashed", "dense", "flops").mean == 0.5
     assert mean_curve(results, "dense", "symbols") == [
-        (100, pytest.approx(4.1)), (200, pytest.approx(3.1)), (400, pytest.approx(2.1)),
-    ]  # fmt: skip
+        (100, pytest.approx(4.1)),
+        (200, pytest.approx(3.1)),
+        (400, pytest.approx(2.1)),
+    ]
 
 
 def test_a_percentage_only_where_the_interval_excludes_0():
     shown = on_test(all_of(dense, hashed), "hashed", "dense", None).sentence()
-    assert shown.startswith("hashed is 4.8% below dense (test, own k): -0.1000 bits per symbol, 95% interval -0.1248 to -0.0752, 3 seeds")  # fmt: skip
+    assert shown.startswith(
+        "hashed is 4.8% below dense (test, own k): -0.1000 bits per symbol, 95% interval -0.1248 to -0.0752, 3 seeds"
+    )
 
     def noisy(seed):
         found = hashed(seed)
@@ -173,7 +171,7 @@ def test_a_percentage_only_where_the_interval_excludes_0():
         return found
 
     unsure = on_test(all_of(dense, noisy), "hashed", "dense", None).sentence()
-    assert "no difference is shown" in unsure and "below" not in unsure and "%" not in unsure.replace("95%", "")  # fmt: skip
+    assert "no difference is shown" in unsure and "below" not in unsure and "%" not in unsure.replace("95%", "")
     alone = on_test(all_of(dense, hashed, seeds=(1,)), "hashed", "dense", None).sentence()
     assert "nothing is claimed" in alone and "%" not in alone
 
@@ -202,7 +200,10 @@ def test_runs_on_other_text_or_in_another_order_are_not_paired(changes, words):
     arrange([hashed(1), dense(1)])
 
 
-@pytest.mark.parametrize(("changes", "words"), [({"learning_rate": 0.004}, "learning_rate=0.002, seed 2 has 0.004"), ({"steps": 9}, "steps=3, seed 2 has 9")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"learning_rate": 0.004}, "learning_rate=0.002, seed 2 has 0.004"), ({"steps": 9}, "steps=3, seed 2 has 9")],
+)
 def test_seeds_of_an_arm_that_are_not_alike_are_refused(changes, words):
     with pytest.raises(UserError) as error:
         arrange([dense(1), hashed(1), hashed(2, **changes)])
@@ -219,13 +220,16 @@ def test_the_page_lists_the_commits():
 
     one, other = ({"commit": letter * 40, "changed": False} for letter in "ab")
     assert page_of(one, one) == "a" * 12
-    assert page_of(one, {**other, "changed": True}, None) == f"3 commits: {'a' * 12}; {'b' * 12}, with files changed since; commit unknown"  # fmt: skip
+    assert (
+        page_of(one, {**other, "changed": True}, None)
+        == f"3 commits: {'a' * 12}; {'b' * 12}, with files changed since; commit unknown"
+    )
 
 
 def test_only_what_is_there_is_compared():
     results = all_of(dense, hashed, seeds=(1, 2))
     assert pairs_of(PRESET, results) == [("hashed", "dense")]
-    assert missing(PRESET, results) == ["dense-seed3", "hashed-seed3", *(f"frozen-seed{n}" for n in (1, 2, 3))]  # fmt: skip
+    assert missing(PRESET, results) == ["dense-seed3", "hashed-seed3", *(f"frozen-seed{n}" for n in (1, 2, 3))]
     assert {(c.a, c.b) for c in comparisons(PRESET, results)} == {("hashed", "dense")}
     found = as_json("x", PRESET, results)
     assert list(found["arms"]) == ["dense", "hashed"]
@@ -239,9 +243,12 @@ def test_the_best_rate_is_that_of_the_lowest_bpc_on_the_valid_split():
         return study_result(arm, 0, [(1, 1, 1, 9)], bpc, tries=rate, split="valid")
 
     results = [
-        tried("dense", 0.1, {"dense": 3}), tried("dense", 0.2, {"dense": 2}), tried("hashed", 0.1, {"2": 1.5, "4": 9}),
-        tried("hashed", 0.2, {"2": 1.6, "4": 1}), dense(1),
-    ]  # fmt: skip
+        tried("dense", 0.1, {"dense": 3}),
+        tried("dense", 0.2, {"dense": 2}),
+        tried("hashed", 0.1, {"2": 1.5, "4": 9}),
+        tried("hashed", 0.2, {"2": 1.6, "4": 1}),
+        dense(1),
+    ]
     assert (best_rate(results, "dense"), best_rate(results, "hashed")) == (0.2, 0.1)
     assert best_rate(results, "frozen") is None
 
@@ -276,7 +283,7 @@ def test_a_report_of_a_part_and_again_from_the_repository_alone(tmp_path):
     files = write_report("x", PRESET, folder, docs)
     assert all(path.exists() for path in files)
     text = (docs / "x.md").read_text()
-    assert "Not there: 5 of 9 runs (dense-seed3, hashed-seed3, frozen-seed1, frozen-seed2, frozen-seed3)" in text  # fmt: skip
+    assert "Not there: 5 of 9 runs (dense-seed3, hashed-seed3, frozen-seed1, frozen-seed2, frozen-seed3)" in text
     assert "Written **by hand**." in text and "No seed of both is there: hashed and frozen." in text
     for picture in docs.glob("*.svg"):
         assert f"({picture.name})" in text
@@ -306,10 +313,7 @@ def test_the_page_says_which_rates_were_tried_and_taken(tmp_path):
         (folder / f"tune-{result['tries']}.json").write_text(json.dumps(result))
     write_report("x", PRESET, folder, tmp_path)
     text = (tmp_path / "x.md").read_text()
-    assert (
-        "0.2 is the best for hashed; taken by hashed, frozen." in text
-        and "end of the grid" not in text
-    )
+    assert "0.2 is the best for hashed; taken by hashed, frozen." in text and "end of the grid" not in text
     tuning[2]["bpc"]["2"] = 1.5
     (folder / "tune-0.4.json").write_text(json.dumps(tuning[2]))
     write_report("x", PRESET, folder, tmp_path)
@@ -324,7 +328,7 @@ def test_the_page_states_the_limits_of_the_preset(tmp_path):
     tuned = study_result("hashed", 0, [(1, 1, 1, 9)], {"2": 3.0}, tries=0.1, split="valid")
     words = "rates were tried with dense, hashed alone"
     for results, told in (([dense(1), hashed(1)], False), ([dense(1), hashed(1), tuned], True)):
-        limits = next(s for s in study_page("x", preset, arrange(results)).sections if s.title == "Limits")  # fmt: skip
+        limits = next(s for s in study_page("x", preset, arrange(results)).sections if s.title == "Limits")
         assert "The choice of k came from a probe." in limits.parts
         assert any(words in part for part in limits.parts) == told
 

@@ -10,10 +10,18 @@ from foreroute.launch.study.intervals import Estimate, estimate, paired, read_be
 @pytest.mark.parametrize(
     ("degrees", "confidence", "table"),
     [
-        (1, 0.95, 12.706), (2, 0.95, 4.303), (3, 0.95, 3.182), (4, 0.95, 2.776), (9, 0.95, 2.262), (30, 0.95, 2.042),
-        (120, 0.95, 1.980), (1, 0.99, 63.657), (2, 0.9, 2.920), (10, 0.99, 3.169),
+        (1, 0.95, 12.706),
+        (2, 0.95, 4.303),
+        (3, 0.95, 3.182),
+        (4, 0.95, 2.776),
+        (9, 0.95, 2.262),
+        (30, 0.95, 2.042),
+        (120, 0.95, 1.980),
+        (1, 0.99, 63.657),
+        (2, 0.9, 2.920),
+        (10, 0.99, 3.169),
     ],
-)  # fmt: skip
+)
 def test_t_as_printed_tables_have_it(degrees, confidence, table):
     assert round(t_quantile(degrees, confidence), 3) == table
 
@@ -48,7 +56,7 @@ def test_pairing_removes_what_seeds_share():
     assert paired({1: 1.0}, {2: 1.0}) is None
 
 
-@pytest.mark.parametrize(("values", "sign"), [([1, 1.1, 0.9], 1), ([-1, -1.1, -0.9], -1), ([1, -1, 0.1], 0), ([3], 0)])  # fmt: skip
+@pytest.mark.parametrize(("values", "sign"), [([1, 1.1, 0.9], 1), ([-1, -1.1, -0.9], -1), ([1, -1, 0.1], 0), ([3], 0)])
 def test_the_side_of_an_interval(values, sign):
     assert estimate(values).sign == sign
 

@@ -9,13 +9,7 @@ from foreroute.engine.config import Corpus, CorpusConfig
 from foreroute.engine.errors import UserError
 from foreroute.launch.start.cli import CONF
 from foreroute.launch.start.config_files import compose_run
-from foreroute.launch.study.preset import (
-    chosen_options,
-    difference,
-    plan_jobs,
-    read_preset,
-    with_rate,
-)
+from foreroute.launch.study.preset import chosen_options, difference, plan_jobs, read_preset, with_rate
 from foreroute.launch.study.program import StudyArgs
 
 TINY = {
@@ -52,9 +46,17 @@ def plan(tmp_path, **changes):
 def test_the_order_is_good_when_it_is_cut_short(composing, tmp_path):
     """Rates first, arms side by side; then core arms seed by seed, every other seed in reverse; the others last."""
     assert [job.name for job in plan(tmp_path)] == [
-        "tune-dense-lr0.001", "tune-hashed-lr0.001", "tune-dense-lr0.004", "tune-hashed-lr0.004",
-        "dense-seed1", "hashed-seed1", "hashed-seed2", "dense-seed2", "more-seed1", "more-seed2",
-    ]  # fmt: skip
+        "tune-dense-lr0.001",
+        "tune-hashed-lr0.001",
+        "tune-dense-lr0.004",
+        "tune-hashed-lr0.004",
+        "dense-seed1",
+        "hashed-seed1",
+        "hashed-seed2",
+        "dense-seed2",
+        "more-seed1",
+        "more-seed2",
+    ]
     untuned = [job.name for job in plan(tmp_path, learning_rates=[])]
     assert untuned[:2] == ["dense-seed1", "hashed-seed1"] and len(untuned) == 6
 
@@ -105,12 +107,18 @@ def test_other_options_are_told_apart(composing, tmp_path):
         ({"points": 5}, "points=5: must divide train.steps=8"),
         ({"pairs": [["hashed"]]}, "pairs=['hashed']"),
         ({"arms": {"hashed": {"experiment": "debug", "kin": "dense"}}}, "arms.hashed.kin=dense: must be one of hashed"),
-        ({"arms": {**TINY["arms"], "long": {"same_time_as": "more"}}}, "arms.long.same_time_as=more: must be one of the arms that try learning_rates: dense, hashed"),
-        ({"arms": {**TINY["arms"], "long": {"same_time_as": "dense"}}, "learning_rates": []}, "arms.long.same_time_as=dense"),
+        (
+            {"arms": {**TINY["arms"], "long": {"same_time_as": "more"}}},
+            "arms.long.same_time_as=more: must be one of the arms that try learning_rates: dense, hashed",
+        ),
+        (
+            {"arms": {**TINY["arms"], "long": {"same_time_as": "dense"}}, "learning_rates": []},
+            "arms.long.same_time_as=dense",
+        ),
         ({"sedes": [1]}, "Key 'sedes' not in 'Preset'"),
         ({"seeds": ["one"]}, "one"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_preset_is_refused(composing, tmp_path, changes, words):
     with pytest.raises(UserError) as error:
         plan(tmp_path, **changes)
@@ -118,9 +126,7 @@ def test_a_wrong_preset_is_refused(composing, tmp_path, changes, words):
 
 
 def test_a_preset_that_is_not_there_names_those_that_are():
-    with pytest.raises(
-        UserError, match="preset=none_such: must be one of overnight, paper, routing, small"
-    ):
+    with pytest.raises(UserError, match="preset=none_such: must be one of overnight, paper, routing, small"):
         read_preset("none_such")
     with pytest.raises(UserError, match="no such file"):
         read_preset("/none/such.yaml")
@@ -148,7 +154,7 @@ def test_routing_changes_small_in_nothing_else():
 
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ("overnight", "small"))) for n in PRESETS]
-)  # fmt: skip
+)
 def test_presets_compose(composing, tmp_path, name):
     preset = read_preset(name)
     jobs = plan_jobs(preset, CorpusConfig(Corpus.file, path="x"), tmp_path)

@@ -1,4 +1,5 @@
-"""The runner with stand-ins for its processes: order, failures, rates that are waited for, stops, and what it goes on from."""
+"""The runner with stand-ins for its processes: order, failures, rates that are waited for, stops, and what it goes on
+from."""
 
 import json
 import signal
@@ -22,16 +23,19 @@ from foreroute.launch.testing.runs import study_result
 RATES = [0.1, 0.2]
 ARMS = {"dense": ArmConfig(kin="dense"), "hashed": ArmConfig(), "frozen": ArmConfig()}
 SLEEP = "import time; time.sleep(60)"
-STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"  # fmt: skip
+STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
 
 
 def jobs_of(preset, seeds=(1,)):
     """Jobs of 10 steps."""
-    dense, hashed = (replace(tiny_config(), moe=MoEConfig(router=router, experts=4)) for router in (Router.dense, Router.hashed))  # fmt: skip
+    dense, hashed = (
+        replace(tiny_config(), moe=MoEConfig(router=router, experts=4)) for router in (Router.dense, Router.hashed)
+    )
     tuning = [
         with_rate(Job(f"tune-{arm}-{rate}", arm, 0, dense if arm == "dense" else hashed, (), rate), rate)
-        for rate in preset.learning_rates for arm in preset.kin
-    ]  # fmt: skip
+        for rate in preset.learning_rates
+        for arm in preset.kin
+    ]
     return tuning + [
         Job(f"{arm}-seed{seed}", arm, seed, dense if arm == "dense" else hashed, ())
         for seed in seeds
@@ -49,7 +53,7 @@ def study(tmp_path, monkeypatch):
         result = study_result(job.arm, job.seed, [(1, 1, 1, bpc)], {"dense": bpc}, tries=job.tries)
         config = with_rate(job, rate).config
         result["steps"] = job.config.train.steps
-        result["measured"]["training_seconds"] = job.config.train.steps * {"dense": 3.0}.get(job.arm, 2.1)  # fmt: skip
+        result["measured"]["training_seconds"] = job.config.train.steps * {"dense": 3.0}.get(job.arm, 2.1)
         return {**result, "learning_rate": config.optim.lr, "options": chosen_options(config)}
 
     monkeypatch.setattr(foreroute.launch.study.runner, "collect", collect)
@@ -77,7 +81,7 @@ def never():
 
 
 def results(tmp_path):
-    return {path.stem: json.loads(path.read_text()) for path in (tmp_path / "results").glob("*.json")}  # fmt: skip
+    return {path.stem: json.loads(path.read_text()) for path in (tmp_path / "results").glob("*.json")}
 
 
 def test_all_run_in_order_and_experts_are_analysed(study, tmp_path):
@@ -85,8 +89,12 @@ def test_all_run_in_order_and_experts_are_analysed(study, tmp_path):
     runner, _, started = study(preset, jobs_of(preset), at_once=1)
     assert runner.run(never) == 0
     assert started == [
-        "dense-seed1 train", "hashed-seed1 train", "hashed-seed1 analyse", "frozen-seed1 train", "frozen-seed1 analyse",
-    ]  # fmt: skip
+        "dense-seed1 train",
+        "hashed-seed1 train",
+        "hashed-seed1 analyse",
+        "frozen-seed1 train",
+        "frozen-seed1 analyse",
+    ]
     assert set(results(tmp_path)) == {"dense-seed1", "hashed-seed1", "frozen-seed1"}
     again, _, started = study(preset, jobs_of(preset))
     assert again.run(never) == 0 and started == []  # nothing is done twice
@@ -102,12 +110,15 @@ def test_arms_wait_for_the_rate_of_their_kin(study, tmp_path):
     assert order.index("hashed-seed1") > order.index("tune-hashed-0.2")
     assert not any("analyse" in name for name in started if name.startswith("tune"))
     assert {name: run["learning_rate"] for name, run in results(tmp_path).items() if "seed" in name} == {
-        "dense-seed1": 0.2, "hashed-seed1": 0.2, "frozen-seed1": 0.2,
-    }  # fmt: skip
+        "dense-seed1": 0.2,
+        "hashed-seed1": 0.2,
+        "frozen-seed1": 0.2,
+    }
 
 
 def test_an_arm_that_trains_as_long_as_another(study, tmp_path):
-    """10 steps of hashed at 2.1 s are 7 of dense at 3 s, in whole validations of 2 points: 8. They stay so when it goes on."""
+    """10 steps of hashed at 2.1 s are 7 of dense at 3 s, in whole validations of 2 points: 8. They stay so when it goes
+    on."""
     arms = {**ARMS, "dense_time": ArmConfig(kin="dense", same_time_as="hashed")}
     preset = Preset(arms, learning_rates=RATES, points=2)
     jobs = jobs_of(preset, seeds=(1, 2))
@@ -118,9 +129,7 @@ def test_an_arm_that_trains_as_long_as_another(study, tmp_path):
     assert order.index("dense_time-seed1") > order.index("tune-hashed-0.2")
     assert results(tmp_path)["dense_time-seed1"]["steps"] == 8
     assert "dense_time: 8 steps, as long as hashed" in lines
-    for path in (tmp_path / "results").glob(
-        "tune-dense-*"
-    ):  # other times cannot move them any more
+    for path in (tmp_path / "results").glob("tune-dense-*"):  # other times cannot move them any more
         found = json.loads(path.read_text())
         found["measured"]["training_seconds"] *= 5
         path.write_text(json.dumps(found))
@@ -139,7 +148,7 @@ def test_one_that_fails_is_named_and_the_others_go_on(study, tmp_path):
     }
     runner, lines, started = study(preset, jobs_of(preset), code)
     assert runner.run(never) == 1
-    assert set(results(tmp_path)) == {"tune-dense-0.2", "tune-hashed-0.1", "tune-hashed-0.2", "dense-seed1"}  # fmt: skip
+    assert set(results(tmp_path)) == {"tune-dense-0.2", "tune-hashed-0.1", "tune-hashed-0.2", "dense-seed1"}
     text = "\n".join(lines)
     assert "failed: hashed-seed1: exit code 1: the loss is not finite" in text
     assert "failed: frozen-seed1: exit code 3" in text and "failed: tune-dense-0.1" in text
@@ -175,7 +184,7 @@ def test_the_end_of_the_time_stops_what_runs(study, tmp_path, monkeypatch):
 
 def test_a_signal_stops_and_its_code_is_given(study, tmp_path):
     preset = Preset(ARMS)
-    runner, lines, started = study(preset, jobs_of(preset), dict.fromkeys(("dense-seed1", "hashed-seed1"), SLEEP))  # fmt: skip
+    runner, lines, started = study(preset, jobs_of(preset), dict.fromkeys(("dense-seed1", "hashed-seed1"), SLEEP))
     assert runner.run(lambda: 143 if len(started) == 2 else 0) == 143
     assert results(tmp_path) == {} and "stopped with 3 of 3" in lines[-1]
 
@@ -197,8 +206,10 @@ def test_results_of_another_study_are_refused(study, tmp_path):
     preset = Preset(ARMS)
     runner, _, _ = study(preset, jobs_of(preset))
     assert runner.run(never) == 0
-    other = [replace(job, config=replace(job.config, train=replace(job.config.train, steps=12))) for job in jobs_of(preset)]  # fmt: skip
-    with pytest.raises(UserError, match=r"dense-seed1.* is of another study: train.steps was 10, now it is 12"):  # fmt: skip
+    other = [
+        replace(job, config=replace(job.config, train=replace(job.config.train, steps=12))) for job in jobs_of(preset)
+    ]
+    with pytest.raises(UserError, match=r"dense-seed1.* is of another study: train.steps was 10, now it is 12"):
         study(preset, other)
 
 
@@ -215,7 +226,10 @@ def test_an_arm_keeps_its_learning_rate(study, tmp_path):
     path.write_text(json.dumps(better))
     again, lines, _ = study(preset, jobs)
     assert again.run(never) == 1
-    assert any("failed: dense-seed2: the best learning rate is now 0.1, but seeds of dense ran with 0.2" in line for line in lines)  # fmt: skip
+    assert any(
+        "failed: dense-seed2: the best learning rate is now 0.1, but seeds of dense ran with 0.2" in line
+        for line in lines
+    )
     assert "hashed-seed2" in results(tmp_path) and "dense-seed2" not in results(tmp_path)
 
     two = json.loads((tmp_path / "results/hashed-seed2.json").read_text())

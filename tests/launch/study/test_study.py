@@ -35,13 +35,22 @@ def start(tmp_path, out, text, *more, **preset):
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump({**PRESET, **preset}))
     options = [
-        f"preset={file}", "corpus=file", f"corpus.path={text}", f"corpus.cache_dir={tmp_path}/cache", f"out={out}",
-        f"docs={tmp_path}/docs", *more,
-    ]  # fmt: skip
+        f"preset={file}",
+        "corpus=file",
+        f"corpus.path={text}",
+        f"corpus.cache_dir={tmp_path}/cache",
+        f"out={out}",
+        f"docs={tmp_path}/docs",
+        *more,
+    ]
     return subprocess.Popen(
-        [sys.executable, "-m", "launch.study", *options], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        [sys.executable, "-m", "launch.study", *options],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def finished(process, code=0):
@@ -57,7 +66,7 @@ def results(out):
 def untimed(result):
     """A result without what depends on the machine."""
     rest = {name: value for name, value in result.items() if name != "measured"}
-    points = [{name: value for name, value in point.items() if name != "seconds"} for point in rest["curve"]]  # fmt: skip
+    points = [{name: value for name, value in point.items() if name != "seconds"} for point in rest["curve"]]
     return {**rest, "curve": points}
 
 
@@ -82,7 +91,7 @@ def test_a_killed_study_goes_on_and_ends_as_if_it_never_was(tmp_path, text):
         name: untimed(run) for name, run in expected.items()
     }
     assert "[1/4] runs are done" in line and "frozen-seed1: goes on" in line
-    assert untimed(expected["frozen-seed1"]) != untimed(expected["frozen-seed2"])  # the comparison sees something  # fmt: skip
+    assert untimed(expected["frozen-seed1"]) != untimed(expected["frozen-seed2"])  # the comparison sees something
 
     check_results(expected)
     output = finished(start(tmp_path, whole, text, "report=true"))
@@ -96,7 +105,7 @@ def check_results(found):
     """What must hold whatever the numbers are."""
     for name, run in found.items():
         assert [point["step"] for point in run["curve"]] == [5, 10, 15, 20], name
-        assert all(a["seconds"] < b["seconds"] for a, b in zip(run["curve"], run["curve"][1:], strict=False))  # fmt: skip
+        assert all(a["seconds"] < b["seconds"] for a, b in zip(run["curve"], run["curve"][1:], strict=False))
         assert run["curve"][-1]["seconds"] == pytest.approx(run["measured"]["training_seconds"])
         assert set(run["bpc"]) == ({"dense"} if run["arm"] == "dense" else {"1", "2", "4"})
     assert found["dense-seed1"]["analysis"] is None
@@ -111,12 +120,7 @@ def check_results(found):
 @pytest.mark.slow
 def test_a_rate_is_tried_for_each_kin_and_taken(tmp_path, text):
     """A rate of 0 learns nothing, so the other one is taken; SIGTERM ends a study with its code, and it goes on."""
-    more = {
-        "learning_rates": [0.0, 0.01],
-        "tuning_steps": 8,
-        "seeds": [1],
-        "arms": {**PRESET["arms"]},
-    }
+    more = {"learning_rates": [0.0, 0.01], "tuning_steps": 8, "seeds": [1], "arms": {**PRESET["arms"]}}
     more["arms"]["frozen"] = {**more["arms"]["frozen"], "kin": "frozen"}
     process = start(tmp_path, tmp_path / "out", text, "jobs=2", **more)
     folder = tmp_path / "out/results"
@@ -154,9 +158,16 @@ def test_an_arm_that_is_wrong_is_refused_before_anything_runs(run, tmp_path, tex
         ({"experiment": "debug", "options": ["moe.exprts=2"]}, "moe.exprts"),
         ({"experiment": "none_such"}, "none_such"),
         ({"experiment": "debug", "options": ["train.steps=7"]}, "points=4: must divide train.steps=7"),
-    ):  # fmt: skip
+    ):
         file.write_text(yaml.safe_dump({**PRESET, "arms": {"a": arm}}))
-        done = run("study", f"preset={file}", "corpus=file", f"corpus.path={text}", f"corpus.cache_dir={tmp_path}/cache", f"out={tmp_path}/out")  # fmt: skip
+        done = run(
+            "study",
+            f"preset={file}",
+            "corpus=file",
+            f"corpus.path={text}",
+            f"corpus.cache_dir={tmp_path}/cache",
+            f"out={tmp_path}/out",
+        )
         assert done.returncode == 2 and words in done.stderr, done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
         assert not (tmp_path / "out/runs").exists()

@@ -120,18 +120,35 @@ def loops(config, ids, tables, steps):
         note("received_rows", k, step, [received[*p, r] for p in places for r in range(WORLD)])
         local = EXPERTS // RANKS
         groups = range(WORLD // RANKS)
-        note("expert_rows", k, step, [by_expert[*p, g, e] for p in places for g in groups for e in range(EXPERTS)])  # fmt: skip
-        note("computed_rows", k, step, [
-            sum(by_expert[*p, g, e] for e in range(r * local, (r + 1) * local))
-            for p in places for g in groups for r in range(RANKS)
-        ])  # fmt: skip
+        note("expert_rows", k, step, [by_expert[*p, g, e] for p in places for g in groups for e in range(EXPERTS)])
+        note(
+            "computed_rows",
+            k,
+            step,
+            [
+                sum(by_expert[*p, g, e] for e in range(r * local, (r + 1) * local))
+                for p in places
+                for g in groups
+                for r in range(RANKS)
+            ],
+        )
         for name, rows in (("received", received), ("computed", computed)):
-            sums = [sum(rows[layer, micro, r] for layer in range(LAYERS)) for micro in range(MICRO) for r in range(WORLD)]  # fmt: skip
+            sums = [
+                sum(rows[layer, micro, r] for layer in range(LAYERS)) for micro in range(MICRO) for r in range(WORLD)
+            ]
             note(f"{name}_layers", k, step, sums)
-        note("pair", k, step, [
-            pairs[*p, g * RANKS + a, g * RANKS + b]
-            for p in places for g in groups for a in range(RANKS) for b in range(RANKS)
-        ])  # fmt: skip
+        note(
+            "pair",
+            k,
+            step,
+            [
+                pairs[*p, g * RANKS + a, g * RANKS + b]
+                for p in places
+                for g in groups
+                for a in range(RANKS)
+                for b in range(RANKS)
+            ],
+        )
         for kind in KINDS:
             for name in (kind, f"{kind} inside", f"{kind} between"):
                 note(name, k, step, [sent[name, rank] for rank in range(WORLD)])
@@ -228,11 +245,9 @@ def test_repeated_steps_are_counted_once_and_weigh_their_number():
     ids = text()
     tables, place = tables_of(config, ids), Placement(WORLD, RANKS, PER_NODE)
     found = list(replay(config, ids, tables, place, range(23)))
-    assert [(counts.step, counts.times) for counts in found] == [(0, 5), (1, 5), (2, 5), (3, 4), (4, 4)]  # fmt: skip
+    assert [(counts.step, counts.times) for counts in found] == [(0, 5), (1, 5), (2, 5), (3, 4), (4, 4)]
     (again,) = replay(config, ids, tables, place, [17])
-    assert (again.count_ymgE == found[2].count_ymgE).all() and (
-        again.sent_ymgPP == found[2].sent_ymgPP
-    ).all()
+    assert (again.count_ymgE == found[2].count_ymgE).all() and (again.sent_ymgPP == found[2].sent_ymgPP).all()
     whole = certify(config, ids, tables, place).whole
     weighted = sum(counts.received_ymgP.mean() * counts.times for counts in found) / 23
     assert whole.steps == 23 and whole.received_rows.mean == pytest.approx(weighted)
@@ -242,9 +257,13 @@ def test_more_than_255_tokens_and_many_experts():
     """Fields of a byte do not overflow, whatever their number."""
     streams, segment, experts, ranks = 4, 600, 33, 3
     config = Config(
-        data=DataConfig(streams * ranks, segment), model=ModelConfig(layers=1), train=TrainConfig(steps=1),
-        moe=MoEConfig(experts=experts, ngram=1, rows=8), schedule=ScheduleConfig(k_max=20), eval=EvalConfig(k=[1]),
-    )  # fmt: skip
+        data=DataConfig(streams * ranks, segment),
+        model=ModelConfig(layers=1),
+        train=TrainConfig(steps=1),
+        moe=MoEConfig(experts=experts, ngram=1, rows=8),
+        schedule=ScheduleConfig(k_max=20),
+        eval=EvalConfig(k=[1]),
+    )
     ids = np.zeros(streams * ranks * (segment + 1), np.uint8)  # one n-gram: every token is alike
     (table,) = build_tables(config.moe, SYMBOLS, ids, num_tables=1, seed=1, cache_dir=None)
     (counts,) = replay(config, ids, [table], Placement(ranks, ranks), [0])
@@ -296,12 +315,27 @@ def test_bytes_are_those_of_the_wire_format():
         ({}, (8, 4), {"sample": 10}, "sample=10: must be from 1 to the 9 steps"),
         ({"moe": MoEConfig(router=Router.learned)}, (8, 4), {}, "moe.router=learned: routes depend on hidden states"),
         ({"moe": MoEConfig(router=Router.dense)}, (8, 4), {}, "moe.router=dense: no experts"),
-        ({"moe": MoEConfig(router=Router.fresh)}, (8, 4), {}, "moe.router=fresh: routes are drawn at each forward pass"),
-        ({"moe": MoEConfig(keys=Keys.shuffled)}, (8, 4), {}, "moe.keys=shuffled: routes are drawn at each forward pass"),
-        ({"moe": MoEConfig(layers=1)}, (8, 4), {}, "moe.layers=1 of model.layers=2: only models with experts in every layer"),
+        (
+            {"moe": MoEConfig(router=Router.fresh)},
+            (8, 4),
+            {},
+            "moe.router=fresh: routes are drawn at each forward pass",
+        ),
+        (
+            {"moe": MoEConfig(keys=Keys.shuffled)},
+            (8, 4),
+            {},
+            "moe.keys=shuffled: routes are drawn at each forward pass",
+        ),
+        (
+            {"moe": MoEConfig(layers=1)},
+            (8, 4),
+            {},
+            "moe.layers=1 of model.layers=2: only models with experts in every layer",
+        ),
         ({"data": DataConfig(16, 9000)}, (8, 4), {}, "need a training split of at least"),
     ],
-)  # fmt: skip
+)
 def test_what_is_refused(changes, place, options, words):
     ids = text()
     with pytest.raises(UserError) as error:
@@ -329,6 +363,6 @@ def test_auto_is_named_for_each_k():
     ids = text()
     tables = tables_of(config, ids)
     found = certify(config, ids, tables, Placement(WORLD, RANKS, PER_NODE))
-    assert [found.by_k[0].exchange, found.by_k[-1].exchange, found.whole.exchange] == ["tokens", "gather", "mixed"]  # fmt: skip
+    assert [found.by_k[0].exchange, found.by_k[-1].exchange, found.whole.exchange] == ["tokens", "gather", "mixed"]
     alone = certify(config, ids, tables, Placement(WORLD, 1, PER_NODE)).whole
     assert alone.exchange == "local" and alone.bytes["tokens"].total == 0

@@ -29,10 +29,14 @@ PLACE = Placement(world_size=4, expert_ranks=2, ranks_per_node=1)
 
 def make(parallel, k_min, k_max):
     config = Config(
-        data=DataConfig(streams=STREAMS, segment=SEGMENT), model=ModelConfig(layers=LAYERS, width=6),
-        moe=MoEConfig(experts=EXPERTS, ngram=2, rows=40), schedule=ScheduleConfig(Growth.linear, k_min, k_max),
-        train=TrainConfig(steps=STEPS), eval=EvalConfig(k=[1]), parallel=parallel,
-    )  # fmt: skip
+        data=DataConfig(streams=STREAMS, segment=SEGMENT),
+        model=ModelConfig(layers=LAYERS, width=6),
+        moe=MoEConfig(experts=EXPERTS, ngram=2, rows=40),
+        schedule=ScheduleConfig(Growth.linear, k_min, k_max),
+        train=TrainConfig(steps=STEPS),
+        eval=EvalConfig(k=[1]),
+        parallel=parallel,
+    )
     draw = np.random.default_rng(0).integers(0, SYMBOLS, STREAMS * (5 * SEGMENT + 1))
     ids = draw.astype(np.uint8)  # 5 segments an epoch: the 23 steps come back to each of them
     tables = build_tables(config.moe, SYMBOLS, ids, num_tables=LAYERS, seed=1, cache_dir=None)
@@ -52,7 +56,7 @@ def of_step(counts, kind):
                 other = 1 - rank
                 received.append(pairs[0][rank] + pairs[1][rank])
                 computed.append(experts[2 * rank] + experts[2 * rank + 1])
-                there, back = (tokens, tokens) if kind == "gather" else (pairs[rank][other], pairs[other][rank])  # fmt: skip
+                there, back = (tokens, tokens) if kind == "gather" else (pairs[rank][other], pairs[other][rank])
                 # rows and their gradients, each way
                 sent[group, rank] = sent.get((group, rank), 0) + 2 * (there + back) * 6 * 4
     return {
@@ -67,10 +71,7 @@ def of_step(counts, kind):
 
 @pytest.mark.parametrize(
     ("parallel", "kind"),
-    [
-        (ParallelConfig(), "tokens"),
-        (ParallelConfig(exchange=ExchangeKind.gather), "gather"),
-    ],
+    [(ParallelConfig(), "tokens"), (ParallelConfig(exchange=ExchangeKind.gather), "gather")],
     ids=["tokens", "gather"],
 )
 @pytest.mark.parametrize("sample", [1, 4])
@@ -89,7 +90,10 @@ def test_points_are_what_loops_over_all_steps_give(parallel, kind, sample):
 
 def test_the_exchange_counted_is_the_one_used():
     """Negative control of the test above: the two kinds differ, and so must what is counted."""
-    by_kind = [certify(*make(ParallelConfig(exchange=kind), 1, 3), PLACE).series for kind in (ExchangeKind.tokens, ExchangeKind.gather)]  # fmt: skip
+    by_kind = [
+        certify(*make(ParallelConfig(exchange=kind), 1, 3), PLACE).series
+        for kind in (ExchangeKind.tokens, ExchangeKind.gather)
+    ]
     assert by_kind[0].mean_rank_bytes != by_kind[1].mean_rank_bytes
     assert by_kind[0].received_load == by_kind[1].received_load
 
@@ -130,5 +134,10 @@ def test_a_long_run_is_thinned_and_loses_no_step():
     sizes = np.array(series.last_step) + 1 - np.array(series.first_step)
     assert sizes.sum() == 1234 and set(sizes.tolist()) == {2, 3}
     assert sizes @ np.array(series.mean_rank_bytes.mean) == pytest.approx(values.sum(), rel=1e-12)
-    lengths = {len(part) for name in fields(Series) if not name.name.endswith("step") for part in asdict(series)[name.name].values()}  # fmt: skip
+    lengths = {
+        len(part)
+        for name in fields(Series)
+        if not name.name.endswith("step")
+        for part in asdict(series)[name.name].values()
+    }
     assert lengths == {500}

@@ -10,13 +10,7 @@ from foreroute.engine.certificate.counts.exact import certify
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.memory import state as memory_state
 from foreroute.engine.certificate.memory.peak import largest_number, predict, predict_at
-from foreroute.engine.certificate.memory.sizes import (
-    Group,
-    Sizes,
-    bounded_rows,
-    count_parameters,
-    exact_rows,
-)
+from foreroute.engine.certificate.memory.sizes import Group, Sizes, bounded_rows, count_parameters, exact_rows
 from foreroute.engine.certificate.memory.state import Phase, State
 from foreroute.engine.certificate.memory.terms import merged, term, total
 from foreroute.engine.config import Growth, KernelsConfig, ScheduleConfig
@@ -37,9 +31,7 @@ def certified(changes=(), ranks=1, **more):
     if more:
         config = replace(config, **more)
     ids, tables = material(config)
-    return config, certify(
-        config, ids, tables, Placement(ranks, config.parallel.expert_ranks, ranks)
-    )
+    return config, certify(config, ids, tables, Placement(ranks, config.parallel.expert_ranks, ranks))
 
 
 @pytest.mark.dist
@@ -59,7 +51,7 @@ def test_predicted_bytes_are_the_allocated_ones(cases):
         assert -CLOSE < outcome.error < CLOSE, outcome
         assert outcome.measured > 5e6
         # negative control: without any one of the large terms the same check fails
-        big = [each for each in outcome.predicted.terms if each.bytes > 2 * CLOSE * outcome.measured]  # fmt: skip
+        big = [each for each in outcome.predicted.terms if each.bytes > 2 * CLOSE * outcome.measured]
         assert big
         for left_out in big:
             rest = outcome.predicted.peak_bytes - left_out.bytes
@@ -72,9 +64,7 @@ def test_parameters_are_those_counted_by_hand():
     assert [group.ranks for group in alone.groups] == [1]
     assert alone.numbers == _HEAD + 2 * (_BLOCK_DENSE + 8 * _EXPERT) == alone.part
     assert (alone.head, alone.layer) == (_HEAD, _BLOCK_DENSE + 8 * _EXPERT)
-    told = count_parameters(
-        make_config({"model": {"ngram": 2, "ngram_rows": 100}}, SMALL), Placement(), SYMBOLS
-    )
+    told = count_parameters(make_config({"model": {"ngram": 2, "ngram_rows": 100}}, SMALL), Placement(), SYMBOLS)
     assert (told.head, told.at_input, told.numbers) == (_HEAD, 100 * 128, alone.numbers + 100 * 128)
     shared = count_parameters(config, Placement(4, 2), SYMBOLS)
     assert [(group.numbers, group.ranks) for group in shared.groups] == [
@@ -89,7 +79,7 @@ def test_what_a_rank_always_holds_at_each_stage(stage):
     """Four ranks, two expert groups: dense parameters are shared out over 4, experts over 2."""
     config = make_config({"train": {"zero_stage": stage}}, SMALL)
     place = Placement(4, 2)
-    state = State(Sizes(config, place, SYMBOLS, 1, 2, False), count_parameters(config, place, SYMBOLS))  # fmt: skip
+    state = State(Sizes(config, place, SYMBOLS, 1, 2, False), count_parameters(config, place, SYMBOLS))
     found = {each.name: each.bytes for each in merged(state.held())}
     dense, experts = _HEAD + 2 * _BLOCK_DENSE, 2 * 4 * _EXPERT
     assert dense % 4 == 0
@@ -100,9 +90,13 @@ def test_what_a_rank_always_holds_at_each_stage(stage):
         want = {"weights": 4 * everything, "fp32 weights": 4 * part, "Adam moments": 8 * part}
     else:
         want = {
-            "weights": 4 * part, "fp32 weights": 4 * part, "Adam moments": 8 * part, "gradients": 4 * part,
-            "gradient bucket": 4 * everything, "gathered weights": 4 * (dense + 2 * 4 * (256 + 128)),  # and experts' biases
-        }  # fmt: skip
+            "weights": 4 * part,
+            "fp32 weights": 4 * part,
+            "Adam moments": 8 * part,
+            "gradients": 4 * part,
+            "gradient bucket": 4 * everything,
+            "gathered weights": 4 * (dense + 2 * 4 * (256 + 128)),  # and experts' biases
+        }
     assert found == want
     step = total(state.gradients(Phase.step))
     assert step >= 4 * (everything if stage == 0 else experts // 2)
@@ -149,10 +143,7 @@ def test_formulas_say_what_was_computed(gpu):
 
 def test_the_largest_micro_batch_fits_and_one_more_stream_does_not():
     config, found = certified({"parallel": {"expert_ranks": 2}}, ranks=2)
-    peaks = [
-        predict_at(config, found, SYMBOLS, gpu=True, streams=streams).peak_bytes
-        for streams in range(1, 13)
-    ]
+    peaks = [predict_at(config, found, SYMBOLS, gpu=True, streams=streams).peak_bytes for streams in range(1, 13)]
     assert peaks == sorted(peaks) and peaks[0] < peaks[-1]
     for device in (peaks[0] - 1, peaks[0], peaks[2], peaks[6] + 1):
         verdict = predict(config, found, SYMBOLS, device_memory_bytes=device).verdict
@@ -243,4 +234,4 @@ def test_the_k_with_the_most_rows_decides():
 
 def test_constants_are_those_of_the_code_that_is_counted():
     zero = DeepSpeedZeroConfig(stage=3)
-    assert (zero.prefetch_bucket_size, zero.max_live_parameters) == (memory_state._FETCHED, memory_state._LIVE)  # fmt: skip
+    assert (zero.prefetch_bucket_size, zero.max_live_parameters) == (memory_state._FETCHED, memory_state._LIVE)

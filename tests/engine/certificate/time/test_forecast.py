@@ -1,4 +1,5 @@
-"""Forecasts: which steps are sampled, what scaling keeps, and that the overrides of a choice give the layout that was modelled."""
+"""Forecasts: which steps are sampled, what scaling keeps, and that the overrides of a choice give the layout that was
+modelled."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,13 +10,7 @@ import pytest
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.counts.replay import replay
 from foreroute.engine.certificate.time.cluster import ClusterConfig, LinkConfig
-from foreroute.engine.certificate.time.forecast import (
-    Forecaster,
-    StepsOfK,
-    steps_of_k,
-    time_part,
-    worlds,
-)
+from foreroute.engine.certificate.time.forecast import Forecaster, StepsOfK, steps_of_k, time_part, worlds
 from foreroute.engine.certificate.time.step_time import StepModel
 from foreroute.engine.config import (
     Config,
@@ -34,9 +29,7 @@ from foreroute.engine.routing.tables import Table, build_tables
 SYMBOLS, VOCAB = 7, 7
 TEXT = np.random.default_rng(0).integers(0, SYMBOLS, 6000).astype(np.uint8)
 PLACE = Placement(4, 4, 2)
-SLOW_LINK = ClusterConfig(
-    ranks_per_node=2, inside=LinkConfig(1e-3, 1.0), between=LinkConfig(1e-4, 1.0)
-)
+SLOW_LINK = ClusterConfig(ranks_per_node=2, inside=LinkConfig(1e-3, 1.0), between=LinkConfig(1e-4, 1.0))
 SLOW_MESSAGES = replace(SLOW_LINK, inside=LinkConfig(1e3, 1e6), between=LinkConfig(1e3, 1e6))
 
 
@@ -64,9 +57,7 @@ def forecaster(cluster: ClusterConfig = SLOW_LINK) -> Forecaster:
 def test_steps_of_each_k_are_those_of_the_schedule() -> None:
     cfg = config()
     ks = [active_experts(cfg.schedule, step, 30) for step in range(30)]
-    assert steps_of_k(cfg, PLACE) == [
-        StepsOfK(k, ks.index(k), ks.count(k), "tokens") for k in sorted(set(ks))
-    ]
+    assert steps_of_k(cfg, PLACE) == [StepsOfK(k, ks.index(k), ks.count(k), "tokens") for k in sorted(set(ks))]
     assert {part.exchange for part in steps_of_k(cfg, Placement(4, 1, 2))} == {"local"}
 
 
@@ -88,7 +79,7 @@ def test_a_run_is_the_sum_of_its_steps() -> None:
 
 def test_scaling_keeps_the_streams_that_it_says() -> None:
     part = time_part(forecaster(), PLACE, search=False)
-    assert [(scale.ranks, scale.streams) for scale in part.strong] == [(1, 8), (2, 8), (4, 8), (8, 8)]  # fmt: skip
+    assert [(scale.ranks, scale.streams) for scale in part.strong] == [(1, 8), (2, 8), (4, 8), (8, 8)]
     # the text of 6,000 symbols is too short for streams of 1,024 ranks
     weak = [(scale.ranks, scale.streams) for scale in part.weak]
     assert weak == [(2**i, 2 * 2**i) for i in range(len(weak))] and len(weak) >= 7
@@ -102,7 +93,13 @@ def test_scaling_keeps_the_streams_that_it_says() -> None:
 def apply(overrides: Sequence[str]) -> Config:
     """What the command line does with a choice."""
     found = config()
-    kinds = {"exchange": ExchangeKind.__getitem__, "builder": Builder.__getitem__, "pack": int, "chunks": int, "expert_ranks": int}  # fmt: skip
+    kinds = {
+        "exchange": ExchangeKind.__getitem__,
+        "builder": Builder.__getitem__,
+        "pack": int,
+        "chunks": int,
+        "expert_ranks": int,
+    }
     for line in overrides:
         name, text = line.split("=")
         section, option = name.split(".")
@@ -133,7 +130,7 @@ def test_choices_come_fastest_first_and_their_overrides_give_them() -> None:
 def test_the_best_choice_follows_the_cluster() -> None:
     """Where bytes are dear, groups move rows and few of them; where messages are, as few as can be are sent."""
     by_rate = forecaster().choices(PLACE)
-    packed = [c for c in by_rate if "moe.builder=packed" in c.overrides and "parallel.expert_ranks=4" in c.overrides]  # fmt: skip
+    packed = [c for c in by_rate if "moe.builder=packed" in c.overrides and "parallel.expert_ranks=4" in c.overrides]
     spread = [c for c in by_rate if c.own_tables and "parallel.expert_ranks=4" in c.overrides]
     assert packed[0].step_s < spread[0].step_s
     by_messages = forecaster(SLOW_MESSAGES).choices(PLACE)
@@ -143,23 +140,19 @@ def test_the_best_choice_follows_the_cluster() -> None:
 
 def test_choices_stand_on_the_nodes_of_the_run() -> None:
     """The run's nodes have 2 ranks. The cluster's of 8 would split groups of 3 or 6 of 12 ranks unevenly."""
-    cfg = replace(config(), data=DataConfig(streams=12, segment=16), moe=MoEConfig(experts=12, expert_width=16, ngram=2, rows=32))  # fmt: skip
+    cfg = replace(
+        config(), data=DataConfig(streams=12, segment=16), moe=MoEConfig(experts=12, expert_width=16, ngram=2, rows=32)
+    )
     made = Forecaster(cfg, replace(SLOW_LINK, ranks_per_node=8), TEXT, VOCAB, tables_of)
     choices = made.choices(Placement(12, 4, 2))
     groups = {int(choice.overrides[0].split("=")[1]) for choice in choices}
-    assert groups == {
-        1,
-        2,
-        4,
-        6,
-        12,
-    }  # of 3 ranks none: they would lie on two nodes in different ways
+    assert groups == {1, 2, 4, 6, 12}  # of 3 ranks none: they would lie on two nodes in different ways
     eights = made.choices(Placement(12, 4, 8))
     assert {int(c.overrides[0].split("=")[1]) for c in eights} == {1, 2, 4}
 
 
 def test_scaling_has_the_runs_own_ranks_and_what_is_not_modelled_is_named() -> None:
-    cfg = replace(config(), data=DataConfig(streams=12, segment=16), train=TrainConfig(steps=30, offload=True))  # fmt: skip
+    cfg = replace(config(), data=DataConfig(streams=12, segment=16), train=TrainConfig(steps=30, offload=True))
     place = Placement(6, 2, 2)
     part = time_part(Forecaster(cfg, SLOW_LINK, TEXT, VOCAB, tables_of), place, search=False)
     assert [scale.ranks for scale in part.strong] == [1, 2, 4, 6]

@@ -7,12 +7,7 @@ import pytest
 
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.counts.replay import StepCounts
-from foreroute.engine.certificate.time.cluster import (
-    ClusterConfig,
-    LinkConfig,
-    ScaleConfig,
-    SharingConfig,
-)
+from foreroute.engine.certificate.time.cluster import ClusterConfig, LinkConfig, ScaleConfig, SharingConfig
 from foreroute.engine.certificate.time.step_time import StepModel, layer_times
 from foreroute.engine.config import (
     Config,
@@ -87,7 +82,8 @@ def test_rows_between_nodes_share_the_link_of_their_node() -> None:
     sent = [[9, 1, 2, 3], [1, 9, 4, 5], [6, 0, 9, 1], [0, 0, 1, 9]]
     step = counts(sent, [9, 9, 9, 9])
     found = layer_times(cfg, PLAIN, Placement(4, 4, 2), step, tokens=16)
-    # Node 0 sends 2 + 3 + 4 + 5 rows to node 1: 14 x 64 bytes at 0.5 MB/s, more than any port (10 rows at 1 MB/s); 3 messages.
+    # Node 0 sends 2 + 3 + 4 + 5 rows to node 1: 14 x 64 bytes at 0.5 MB/s, more than any port (10 rows at 1 MB/s); 3
+    # messages.
     assert found.exchange == pytest.approx(4 * (3 * 500e-6 + 14 * 64 / 0.5e6))
     narrow = replace(PLAIN, inside=LinkConfig(gb_per_s=0.2e-3, message_us=100.0))
     slower = layer_times(cfg, narrow, Placement(4, 4, 2), step, tokens=16)
@@ -112,7 +108,8 @@ def test_gather_sends_all_tokens_to_all() -> None:
 
 @pytest.mark.parametrize("on_cpu", [False, True])
 def test_a_gather_between_nodes_goes_round_a_ring(on_cpu: bool) -> None:
-    """Of 4 ranks' 16 rows each, 3 x 16 pass the link of a node; by an all-to-all each of 2 ranks sends 16 to each of 2."""
+    """Of 4 ranks' 16 rows each, 3 x 16 pass the link of a node; by an all-to-all each of 2 ranks sends 16 to each of
+    2."""
     cfg = config(parallel=ParallelConfig(expert_ranks=4, exchange=ExchangeKind.gather))
     cluster = replace(PLAIN, host_copies=on_cpu)
     step = counts([[1, 0, 0, 0]] * 4, [1, 0, 1, 0])
@@ -142,17 +139,13 @@ def test_parts_repeat_the_experts_and_the_packing_but_not_the_shared_expert() ->
 
 def test_parts_hide_what_experts_have_time_for() -> None:
     step = counts([[8, 8], [8, 8]], [8, 8, 8, 8])
-    slow = replace(
-        PLAIN, product_fp32=[[1000.0, 1e3]]
-    )  # a product takes 1 s: experts hide all they can
+    slow = replace(PLAIN, product_fp32=[[1000.0, 1e3]])  # a product takes 1 s: experts hide all they can
     parallel = ParallelConfig(expert_ranks=2, chunks=4)
     way = 4 * 100e-6 + 8 * 64 / 1e6  # four messages
     found = layer_times(config(parallel=parallel), slow, Placement(2, 2, 2), step, tokens=16)
     assert found.hidden == pytest.approx(4 * way * 3 / 4)
     assert found.exchange == pytest.approx(4 * way / 4)
-    half = layer_times(
-        config(parallel=parallel), replace(slow, overlap=0.5), Placement(2, 2, 2), step, 16
-    )
+    half = layer_times(config(parallel=parallel), replace(slow, overlap=0.5), Placement(2, 2, 2), step, 16)
     assert half.hidden == pytest.approx(found.hidden / 2)
     # experts that take no time hide nothing
     fast = replace(PLAIN, product_fp32=[[1e-9, 1e9]])
@@ -175,13 +168,15 @@ def test_gradients_are_summed_over_who_shares_the_weights(stage: int, times: flo
     shared = sum(p.numel() for p in model.parameters()) - experts
     step = counts([[8, 8], [8, 8]], [8, 8, 8, 8])
     found = StepModel(cfg, cluster, Placement(4, 2, 4), VOCAB).time(step)
-    # round a ring of n ranks an all-reduce sends 2 (n - 1) / n x bytes: 4 ranks share all but experts, 2 share half of these
+    # round a ring of n ranks an all-reduce sends 2 (n - 1) / n x bytes: 4 ranks share all but experts, 2 share half of
+    # these
     ring = 2 * 3 / 4 * 4 * shared + 2 * 1 / 2 * 4 * experts / 2
     assert found.gradients == pytest.approx(times * ring / 1e6)
 
 
 def test_an_all_reduce_costs_the_messages_of_both_its_halves() -> None:
-    """A 4 kB all-reduce of 8 ranks takes 6 messages one after the other (as conf/cluster/dgx_h100.yaml reads its source)."""
+    """A 4 kB all-reduce of 8 ranks takes 6 messages one after the other (as conf/cluster/dgx_h100.yaml reads its
+    source)."""
     cluster = replace(PLAIN, ranks_per_node=8, inside=LinkConfig(1e9, 4.0))
     cfg = config(data=DataConfig(streams=8, segment=8), train=TrainConfig(steps=10, zero_stage=0))
     step = counts([[8]], [8, 8, 8, 8])
