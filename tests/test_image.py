@@ -30,7 +30,7 @@ REASON = why_not()
 
 
 def call(*words, **options):
-    done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=False, **options)
+    done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=False, timeout=1500, **options)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 

@@ -20,7 +20,7 @@ for package in (torch, triton, deepspeed, hydra, safetensors, wandb):
 print(mpi4py.MPI.Get_library_version().split(",")[0])
 print("GPUs:", [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())])
 END
-"$PYTHON" -m torch.distributed.run --standalone --nproc-per-node="$RANKS" -m launch.train experiment=debug \
+"$PYTHON" -m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node="$RANKS" -m launch.train experiment=debug \
     train.steps=2 train.log_every=1 eval.max_symbols=512 parallel.expert_ranks="$RANKS" \
     train.runs_dir="$scratch" corpus.cache_dir="$scratch"
 echo "this machine can train"

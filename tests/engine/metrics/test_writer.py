@@ -219,7 +219,7 @@ def test_a_slow_wandb_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     go_on, seen = threading.Event(), []
 
     def log(shown: dict[str, Any], step: int) -> None:
-        assert go_on.wait(20)
+        assert go_on.wait(600)
         seen.append(step)
         if step == 3:
             raise BrokenPipeError("the service is gone")
@@ -234,11 +234,10 @@ def test_a_slow_wandb_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     go_on.set()
     while not notes:
         metrics.log(4, {"loss": 1.0})
-    before = len(seen)
     metrics.log(5, {"loss": 1.0})
     metrics.summarise({"test_bpc/k4": 1.0})
     metrics.close()
-    assert seen[:3] == [1, 2, 3] and len(seen) == before and run.finish.called
+    assert seen[:3] == [1, 2, 3] and 5 not in seen and run.finish.called
     assert notes == ["W&B is lost (the service is gone): the run goes on without it, metrics.jsonl has all numbers"]
     assert lines(tmp_path)[-1]["step"] == 5
 
