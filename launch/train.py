@@ -73,11 +73,17 @@ def _train(config: Config, world: World, stop: StopSignal, certificate: str | No
     )
     if written is not None:
         together(host, lambda: fits_text(written, corpus.sha256))
-    run = open_run(config, world)
+    with closing(open_run(config, world)) as run:
+        return _train_in(run, corpus, written, console, world, stop)
+
+
+def _train_in(
+    run: RunFolder, corpus: PreparedCorpus, written: Written | None, console: Console, world: World, stop: StopSignal
+) -> int:
+    host, config = world.host, run.config
     with run.left_unless_claimed():
         if config.train.resume and not run.resuming:
             console.note(f"{run.path}: no run to resume, a new one starts")
-        config = run.config
         for line in corpus.notes:
             console.note(line)
         routers = together(host, lambda: build_routers(config, corpus, world.mesh), rank_0_first=True)

@@ -1,5 +1,7 @@
-"""The image is built for real, without a daemon: a base made here, and the Dockerfile through its arguments. What pip installs is
-downloaded before, as this machine's pip finds it, and given to the build as an index in a folder."""
+"""The image is built for real, without a daemon: a base made here, and the Dockerfile through its arguments.
+
+What pip installs is downloaded before, as this machine's pip finds it, and given to the build as an index in a folder.
+"""
 
 import re
 import shutil
@@ -19,7 +21,7 @@ def why_not():
     """Return what this machine lacks."""
     missing = [program for program in ("buildah", "mmdebstrap") if shutil.which(program) is None]
     if missing:
-        return f"there is no {' and no '.join(missing)} here: `make test-cluster` installs them, as root on Debian and Ubuntu"
+        return f"there is no {' and no '.join(missing)} here: `make test-cluster` installs them, as root"
     theirs = subprocess.run(["/usr/bin/python3", "-V"], capture_output=True, text=True, check=False).stdout.split()
     if not theirs or not theirs[-1].startswith(f"{PYTHON}."):
         return f"the distribution's Python must be {PYTHON} as here, for packages are downloaded for it: {theirs}"

@@ -44,6 +44,18 @@ from foreroute.engine.routing.tables import Table, table_from_state, table_state
 Batch = TypeVar("Batch", bound=Sequence[Any] | Mapping[Any, Any])
 
 
+_forks = 0
+"""From how many processes, one after the other, this one was forked since this file was imported."""
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+os.register_at_fork(after_in_child=_count_fork)
+
+
 class PlannedExperts:
     """The replaced layers of a model, their tables, and the plans of the pass under way. Made by replace_feed_forwards.
 
@@ -81,7 +93,7 @@ class PlannedExperts:
 
     def _connections(self) -> None:
         """What a copy has of its own."""
-        self._process = os.getpid()
+        self._forks = _forks
         # all plans, in the order in which they were asked for
         self._thread = ThreadPoolExecutor(1, "foreroute-planner")
         self._host = None
@@ -323,7 +335,7 @@ class PlannedExperts:
         return self._submit(sequences).result()
 
     def _submit(self, sequences: Sequences) -> Future[Plans]:
-        if os.getpid() != self._process:  # the thread is the other process's, and would be waited for for ever
+        if _forks != self._forks:  # the thread is the other process's, and would be waited for for ever
             raise UserError(
                 "planning in a forked process, such as a DataLoader's worker: must be in the one that trains;"
                 " ahead(loader) plans beside it"

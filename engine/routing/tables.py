@@ -298,7 +298,7 @@ def _load(path: Path) -> dict[str, NDArray[Any]] | None:
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
     except (zipfile.BadZipFile, ValueError, EOFError) as error:
         _log.warning("%s is damaged (%s): building the tables again", path, error)

@@ -13,7 +13,7 @@ import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -62,7 +62,7 @@ FREE = (
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """An opened run folder; locked against other runs as long as rank 0's object lives."""
+    """An opened run folder, locked by rank 0 against other runs until `close`."""
 
     path: Path
     config: Config  # resolved
@@ -73,6 +73,11 @@ class RunFolder:
     def resuming(self) -> bool:
         """The folder already held this run."""
         return self.earlier is not None
+
+    def close(self) -> None:
+        """Give up the lock."""
+        if self.lock is not None:
+            self.lock.close()
 
     def claim(self) -> None:
         """Write the resolved configuration: from now on the folder holds this run. Only rank 0 writes."""
@@ -256,15 +261,17 @@ def lock_folder(path: Path) -> IO[str]:
     Raises:
         UserError: another process has it.
     """
-    file = (path / LOCK).open("w", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{path} is in use by another process") from None
-    except OSError as error:  # such as Lustre mounted without flock
-        raise UserError(f"{path} cannot be locked ({error.strerror}): needs a file system with flock") from error
-    if not os.path.exists(path / LOCK) or not os.path.samestat(os.fstat(file.fileno()), os.stat(path / LOCK)):
-        raise UserError(f"{path} is in use by another process, which is leaving it: start again")
+    with ExitStack() as unless_locked:
+        file = unless_locked.enter_context((path / LOCK).open("w", encoding="utf-8"))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path} is in use by another process") from None
+        except OSError as error:  # such as Lustre mounted without flock
+            raise UserError(f"{path} cannot be locked ({error.strerror}): needs a file system with flock") from error
+        if not os.path.exists(path / LOCK) or not os.path.samestat(os.fstat(file.fileno()), os.stat(path / LOCK)):
+            raise UserError(f"{path} is in use by another process, which is leaving it: start again")
+        unless_locked.pop_all()
     return file
 
 

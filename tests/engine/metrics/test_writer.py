@@ -186,9 +186,8 @@ def test_wandb_id_is_kept_on_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(wandb, "init", init)
     online = WandbConfig(mode=WandbMode.online, group="g")
-    open_metrics(tmp_path, online)
-    open_metrics(tmp_path, online, resume_step=5)
-    open_metrics(tmp_path, online)
+    for step in (None, 5, None):
+        open_metrics(tmp_path, online, resume_step=step).close()
     ids = [call["id"] for call in calls]
     assert ids[0] == ids[1] != ids[2]
     assert (tmp_path / WANDB_ID).read_text() == f"{ids[2]}\nr\n"
@@ -204,11 +203,11 @@ def test_a_copied_folder_is_another_wandb_run(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(wandb, "init", lambda **options: ids.append(options["id"]) or MagicMock())
     online, notes = WandbConfig(mode=WandbMode.online), []
     for name, step in (("first", None), ("first", 5), ("copy", 5), ("copy", 6)):
-        Metrics(tmp_path, online, name=name, config_plain={}, resume_step=step, note=notes.append)
+        Metrics(tmp_path, online, name=name, config_plain={}, resume_step=step, note=notes.append).close()
     assert ids[0] == ids[1] != ids[2] == ids[3]
     assert notes == ["the folder is a copy of the run first: it becomes a W&B run of its own"]
     (tmp_path / WANDB_ID).write_text("0123456789ab")
-    Metrics(tmp_path, online, name="copy", config_plain={}, resume_step=5)
+    Metrics(tmp_path, online, name="copy", config_plain={}, resume_step=5).close()
     assert ids[4] == "0123456789ab"
 
 

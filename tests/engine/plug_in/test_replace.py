@@ -423,6 +423,7 @@ def test_backward_may_run_in_another_thread(reentrant, hook):
     assert same(gradients(model), gradients(want))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo looks
 def test_a_compiled_model_answers_the_same():
     model, experts = make()
     experts.attach(model)
@@ -515,6 +516,7 @@ def test_a_failed_call_leaves_no_plan():
         model.layers[0].mlp(torch.zeros(4, 9, WIDTH))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.*deprecated:DeprecationWarning")  # as others may still use it
 @pytest.mark.parametrize(
     "record",
     [

@@ -81,7 +81,7 @@ def layers():
         )
 
 
-@pytest.mark.parametrize(("shape", "gated", "rate", "dtype"), layers())
+@pytest.mark.parametrize(("shape", "gated", "rate", "dtype"), list(layers()))
 def test_layer_equals_reference(shape, gated, rate, dtype, device):
     check_layer(shape, dtype, device, gated=gated, rate=rate)
 

@@ -247,10 +247,9 @@ def test_children_end_with_the_study(tmp_path):
         f"child = subprocess.Popen([sys.executable, '-c', {SLEEP!r}], preexec_fn=_end_with_parent)\n"
         "print(child.pid, flush=True); time.sleep(60)"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    child = int(parent.stdout.readline())
-    parent.send_signal(signal.SIGKILL)
-    parent.wait()
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        child = int(parent.stdout.readline())
+        parent.send_signal(signal.SIGKILL)
     deadline = time.monotonic() + 20
     while alive(child) and time.monotonic() < deadline:
         time.sleep(0.05)
