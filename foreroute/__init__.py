@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # A checkout that was unpacked without its links.
 if not Path(__file__).with_name("engine").is_dir():

@@ -126,3 +126,81 @@ def test_a_checkout_without_its_links(checkout, tmp_path):
         for name in ("engine", "kernels", "launch", "conf"):
             (checkout / "foreroute" / name).unlink()
             (checkout / "foreroute" / name).symlink_to(f"../{name}")
+
+
+BESIDE = '''
+import sys
+import torch
+from torch import distributed as dist
+from torch import multiprocessing
+
+
+def check(rank=0):
+    """A model of transformers, which uses the package kernels, with our expert layers."""
+    import kernels
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import is_kernels_available
+
+    import foreroute.launch
+    from foreroute import MoEConfig, replace_feed_forwards
+
+    assert is_kernels_available() and kernels.__file__.startswith(sys.argv[1]), kernels.__file__
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **shape))
+    moe = MoEConfig(experts=4, expert_width=8, ngram=2, rows=64, builder="random")
+    experts = replace_feed_forwards(model, r"model[.]layers[.][0-9]+[.]mlp", width=16, vocab_size=64, moe=moe, k=2, seed=0)
+    ids = torch.arange(12).reshape(2, 6)
+    with experts.planned(ids):
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert experts.layers[0].experts.w1.grad.abs().sum() > 0
+    sys.stdout.write("fine\\n")  # in one piece, also of two processes
+
+
+def test_check():
+    check()
+
+
+if __name__ == "__main__":
+    if "spawn" in sys.argv:
+        multiprocessing.spawn(check, nprocs=2)
+    else:
+        check()
+'''
+
+
+@pytest.fixture(scope="module")
+def neighbours(tmp_path_factory):
+    """Transformers, with the version of the package kernels that it uses."""
+    folder = tmp_path_factory.mktemp("neighbours")
+    install = [sys.executable, "-m", "pip", "install", "-q", "--target", folder, "-c", ROOT / "constraints.txt"]
+    done = subprocess.run([*install, "transformers[kernels]"], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"pip cannot install transformers[kernels] here: {done.stderr.splitlines()[-1]}")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["root", "elsewhere"])
+@pytest.mark.parametrize(
+    ("start", "behind", "times"),
+    [
+        ([], [], 1),
+        ([], ["spawn"], 2),
+        (["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"], [], 2),
+        (["-m", "pytest", "-q", "-s", "-p", "no:cacheprovider"], [], 1),
+    ],
+    ids=["script", "spawn", "torchrun", "pytest"],
+)
+def test_beside_transformers_and_its_kernels(neighbours, tmp_path, start, behind, times, elsewhere):
+    file = tmp_path / "test_beside.py"
+    file.write_text(BESIDE)
+    if start[:2] == ["-m", "pytest"]:  # its words are pytest's own, and it begins with conftest.py
+        told = BESIDE.replace("sys.argv[1]", repr(str(neighbours)))
+        file.write_text(f"import foreroute.launch\n{told}")
+        words = [*start, file]
+    else:
+        words = [*start, file, neighbours, *behind]
+    done = python(*map(str, words), cwd=tmp_path if elsewhere else ROOT, path=neighbours)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("fine\n") == times, done.stdout

@@ -6,7 +6,7 @@ dense model has as many parameters as the one with experts that it is compared w
 
 from dataclasses import dataclass
 
-from foreroute.engine.config.checks import at_least, fraction
+from foreroute.engine.config.checks import at_least, choices, fraction
 from foreroute.engine.config.enums import Activation, BalanceOver, Builder, Keys, Router, RouteWeights
 from foreroute.engine.errors import require
 
@@ -103,6 +103,7 @@ class MoEConfig:
     5)."""
 
     def __post_init__(self) -> None:
+        choices("moe", self)
         at_least("moe", self, experts=1, expert_width=1, shared_width=0, rows=1, spread=0)
         at_least("moe", self, balance_loss=0, z_loss=0, consistency=0, plain_width=1)
         for name in ("dense_width", "layers"):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from foreroute.engine.config.checks import at_least, fraction
+from foreroute.engine.config.checks import at_least, choices, fraction
 from foreroute.engine.config.enums import (
     Backend,
     Corpus,
@@ -43,6 +43,7 @@ class CorpusConfig:
     """Folder of prepared corpora and tables; safe to delete."""
 
     def __post_init__(self) -> None:
+        choices("corpus", self)
         require(
             not (self.name is Corpus.file and not self.path),
             "corpus.path is missing: corpus=file needs corpus.path=FILE",
@@ -85,6 +86,7 @@ class ScheduleConfig:
     """Steps over which k grows; None means train.steps."""
 
     def __post_init__(self) -> None:
+        choices("schedule", self)
         at_least("schedule", self, k_min=1, k_max=1)
         require(
             self.growth is Growth.constant or self.k_min <= self.k_max,
@@ -121,6 +123,7 @@ class OptimConfig:
     """Learning rate of the last step, where it decays."""
 
     def __post_init__(self) -> None:
+        choices("optim", self)
         at_least("optim", self, lr=0, weight_decay=0, clip=0, warmup_steps=0, final_lr=0, eps=0)
         fraction("optim", self, "beta1", "beta2")
 
@@ -169,6 +172,7 @@ class TrainConfig:
     format. None: by the data sheet of a known GPU, else unknown, and mfu is 0; benchmarks.calibrate measures a CPU."""
 
     def __post_init__(self) -> None:
+        choices("train", self)
         at_least("train", self, steps=1, seed=0, accumulation=1, log_every=1, valid_every=0)
         at_least("train", self, valid_symbols=0, save_every=0, save_minutes=0, keep=1, threads=0)
         require(
@@ -211,6 +215,7 @@ class EvalConfig:
     for all."""
 
     def __post_init__(self) -> None:
+        choices("eval", self)
         at_least("eval", self, streams=1, clamp_len=0, max_symbols=0)
         for name in ("segment", "memory"):
             value = getattr(self, name)
@@ -236,6 +241,7 @@ class KernelsConfig:
     """Check every row index of every layer on the host: slow, for hunting a fault."""
 
     def __post_init__(self) -> None:
+        choices("kernels", self)
         require(
             self.masked_from_k is None or self.masked_from_k >= 1,
             f"kernels.masked_from_k={self.masked_from_k}: must be at least 1",
@@ -275,6 +281,7 @@ class ParallelConfig:
     """Seconds that a rank waits at the start for the others to come; more where some load PyTorch from a slow disk."""
 
     def __post_init__(self) -> None:
+        choices("parallel", self)
         at_least("parallel", self, expert_ranks=1, chunks=1, timeout_s=1, meet_s=1, message_us=0)
         for name in ("timeout_s", "meet_s"):
             seconds = getattr(self, name)
@@ -308,6 +315,7 @@ class WandbConfig:
     """Free text beside the run."""
 
     def __post_init__(self) -> None:
+        choices("wandb", self)
         if self.mode is WandbMode.disabled:
             return
         for tag in self.tags:
