@@ -149,7 +149,8 @@ def check(rank=0):
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **shape))
     moe = MoEConfig(experts=4, expert_width=8, ngram=2, rows=64, builder="random")
-    experts = replace_feed_forwards(model, r"model[.]layers[.][0-9]+[.]mlp", width=16, vocab_size=64, moe=moe, k=2, seed=0)
+    where = r"model[.]layers[.][0-9]+[.]mlp"
+    experts = replace_feed_forwards(model, where, width=16, vocab_size=64, moe=moe, k=2, seed=0)
     ids = torch.arange(12).reshape(2, 6)
     with experts.planned(ids):
         model(input_ids=ids, labels=ids).loss.backward()
