@@ -11,8 +11,8 @@ import argparse
 import torch
 import torch.nn.functional as F
 
-from benchmarks.against import parse
 from benchmarks.harness import Case, environment, interleave, minima_ms, print_result, print_table
+from benchmarks.harness.against import parse
 from foreroute.kernels.relative_attention import relative_attention
 from foreroute.launch.start.process import keep_freed_memory
 

@@ -1,10 +1,10 @@
 """Our exchange against DeepSpeed's, on one node and across a slow link: `python -m benchmarks.bench_exchange`.
 
 Four expert layers (width 256, 16 experts x 512, 8 active), forward and backward, 1,024 tokens on each of 4 ranks; the
-same weights and the same routing for all systems (benchmarks/exchange_systems.py), which are checked against each other
-before anything is timed. Ranks lie on this machine's loopback, or 2 and 2 on simulated nodes (benchmarks/cluster.py)
-whose link is shaped to 1 Gbit/s or 200 Mbit/s. `spread` tables balance single experts (builder balanced); `packed` ones
-have blocks of 8 experts, those of one node.
+same weights and the same routing for all systems (benchmarks/systems/exchange_systems.py), which are checked against
+each other before anything is timed. Ranks lie on this machine's loopback, or 2 and 2 on simulated nodes
+(benchmarks/machines/cluster.py) whose link is shaped to 1 Gbit/s or 200 Mbit/s. `spread` tables balance single experts
+(builder balanced); `packed` ones have blocks of 8 experts, those of one node.
 
 * bytes: what leaves a rank for another, and what of it crosses the nodes' link, summed over the ranks. Counted in the
   collectives and, beforehand, from plans and routes; a difference ends the benchmark.
@@ -22,9 +22,10 @@ import sys
 from contextlib import AbstractContextManager
 from typing import Any
 
-from benchmarks.against import parse
-from benchmarks.cluster import Cluster, one_node, two_nodes, why_not
-from benchmarks.exchange_problem import (
+from benchmarks.harness import environment, positive, print_result, print_table
+from benchmarks.harness.against import parse
+from benchmarks.machines.cluster import Cluster, one_node, two_nodes, why_not
+from benchmarks.systems.exchange_problem import (
     BUILDERS,
     PUBLISHED,
     QUICK,
@@ -34,8 +35,7 @@ from benchmarks.exchange_problem import (
     moe_bytes,
     planned_bytes,
 )
-from benchmarks.harness import environment, positive, print_result, print_table
-from benchmarks.traffic import KINDS
+from benchmarks.timing.traffic import KINDS
 
 RANKS = 4
 SYSTEMS = {
@@ -51,7 +51,7 @@ Figures = dict[str, dict[str, dict[str, float]]]  # by tables, system and name
 def run(cluster: Cluster, systems: list[str], args: argparse.Namespace) -> Figures:
     """Run systems on 4 ranks of a cluster."""
     per_node = RANKS // len(cluster.nodes)
-    arguments = ["-m", "benchmarks.exchange_rank", "--rounds", str(args.rounds), "--per-node", str(per_node)]
+    arguments = ["-m", "benchmarks.systems.exchange_rank", "--rounds", str(args.rounds), "--per-node", str(per_node)]
     arguments += ["--quick"] * args.quick + ["--systems", *systems]
     done = cluster.run_ranks(
         arguments, per_node=per_node, seconds=LIMIT_S, env={"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}

@@ -31,8 +31,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.cluster import ROOT
 from benchmarks.harness import environment, positive, print_result, print_table
+from benchmarks.machines.cluster import ROOT
 
 RANKS, SAVE_EVERY, TIMEOUT_S = 2, 5, 120
 PATIENCE_S = 1500.0  # for a start, a whole run or an end, on a machine that is busy with other things

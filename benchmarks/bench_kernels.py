@@ -3,10 +3,10 @@
     python -m benchmarks.bench_kernels [--rounds N] [--device cpu|cuda] [--quick]
 
 Ours (kernels.moe_ffn) have their routing tables made beforehand, as in training, where they are planned; peers
-(benchmarks/peers.py) sort at every step, except those named _planned. A case whose output or gradients differ from
-those in fp64 is not timed. On the CPU the cases of a dtype take turns, every round has a new routing, as every batch of
-a training, and fastest rounds are compared; a GPU is measured in medians of CUDA events, beside the peaks of a product
-and a copy. Letters: see benchmarks/peers.py; s bytes of a number.
+(benchmarks/systems/peers.py) sort at every step, except those named _planned. A case whose output or gradients differ
+from those in fp64 is not timed. On the CPU the cases of a dtype take turns, every round has a new routing, as every
+batch of a training, and fastest rounds are compared; a GPU is measured in medians of CUDA events, beside the peaks of a
+product and a copy. Letters: see benchmarks/systems/peers.py; s bytes of a number.
 """
 
 import argparse
@@ -19,8 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import peers
-from benchmarks.against import parse
 from benchmarks.harness import (
     GradCase,
     SavedBytes,
@@ -35,7 +33,9 @@ from benchmarks.harness import (
     print_table,
     saved_bytes,
 )
-from benchmarks.peers import Problem, Shape, choose, make_problem, truth
+from benchmarks.harness.against import parse
+from benchmarks.systems import peers
+from benchmarks.systems.peers import Problem, Shape, choose, make_problem, truth
 from foreroute.kernels import expert_rows, moe_ffn
 from foreroute.launch.start.process import keep_freed_memory
 

@@ -6,7 +6,7 @@ Two ranks of experiment=debug; rank 1 kills itself (SIGKILL) before it looks for
 to them. The seconds are from there to the end of the launcher and of every process of the run. `by hand` are two
 processes without a launcher, which nobody tells anything: there `parallel.meet_s` counts. srun runs as
 launch/recipes/slurm.sbatch has it, without --kill-on-bad-exit; it needs root and Slurm's programs
-(benchmarks/slurm.py), and is left out where they are missing.
+(benchmarks/machines/slurm.py), and is left out where they are missing.
 """
 
 import argparse
@@ -18,9 +18,9 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from benchmarks import slurm
-from benchmarks.cluster import ROOT, free_port
 from benchmarks.harness import environment, positive, print_result, print_table
+from benchmarks.machines import slurm
+from benchmarks.machines.cluster import ROOT, free_port
 from foreroute.launch.testing.runs import processes_of, small_run
 
 MOMENTS = "before it comes", "once it has come"

@@ -25,9 +25,9 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks.against import parse
-from benchmarks.cluster import ROOT
 from benchmarks.harness import environment, fastest, positive, print_result, print_table
+from benchmarks.harness.against import parse
+from benchmarks.machines.cluster import ROOT
 from foreroute.engine.metrics.timers import ForwardTimes
 from foreroute.engine.model.attention import RelativeAttention
 

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.against import parse
 from benchmarks.bench_step import Arm, shapes
 from benchmarks.harness import environment, fastest, print_result, print_table
+from benchmarks.harness.against import parse
 from foreroute.engine.config import Split
 from foreroute.engine.data.corpus import prepare
 from foreroute.engine.data.streams import Streams

@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.against import parse
-from benchmarks.cluster import ROOT
 from benchmarks.harness import environment, positive, print_result, print_table
+from benchmarks.harness.against import parse
+from benchmarks.machines.cluster import ROOT
 
 _LOOP = """import os
 parent = os.getppid()

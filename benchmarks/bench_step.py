@@ -15,8 +15,8 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks.against import parse
 from benchmarks.harness import environment, interleave, minima_ms, print_result, print_table
+from benchmarks.harness.against import parse
 from foreroute.engine.config import (
     Config,
     DataConfig,

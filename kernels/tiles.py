@@ -1,8 +1,8 @@
 """The tile sizes of every Triton product: an explicit table keyed by architecture, arithmetic, widths and rows.
 
 No autotuning: the same call always runs the same code, and importing measures nothing. The sizes were chosen from what
-the compiler reports (benchmarks/kernels_static.py: no spills, shared memory within the chip, tensor-core instructions,
-128-bit accesses); none was timed on a GPU yet.
+the compiler reports (benchmarks/kernels_static/program.py: no spills, shared memory within the chip, tensor-core
+instructions, 128-bit accesses); none was timed on a GPU yet.
 
 Letters: M rows, D width, F expert hidden width.
 """

@@ -3,7 +3,7 @@
 `distinct` counts every byte once, as if all caches were perfect; `total` counts what the programs ask for, tile by
 tile. Both are for the case in which every input row is chosen and every expert has rows, which is the most that can be.
 Tests compare them with the addresses that the kernels really touch in Triton's interpreter; the static gate
-(benchmarks/kernels_static.py) adds them up for model shapes and compares with the least possible.
+(benchmarks/kernels_static/program.py) adds them up for model shapes and compares with the least possible.
 
 Letters: N expert rows, L experts, D width, F expert hidden width; s bytes of a number.
 """

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.against import HERE, Failed, compare, print_comparison
+from benchmarks.harness.against import HERE, Failed, compare, print_comparison
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARK = """import json, sys, product

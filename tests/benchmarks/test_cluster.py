@@ -10,8 +10,8 @@ import time
 import psutil
 import pytest
 
-from benchmarks import cluster
-from benchmarks.cluster import one_node, two_nodes, why_not
+from benchmarks.machines import cluster
+from benchmarks.machines.cluster import one_node, two_nodes, why_not
 
 REASON = why_not()
 needs_nodes = [pytest.mark.cluster, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
@@ -102,7 +102,7 @@ class TestTwoNodes:
 
     def test_ctrl_c_removes_everything(self):
         program = (
-            "from benchmarks.cluster import two_nodes\n"
+            "from benchmarks.machines.cluster import two_nodes\n"
             "with two_nodes('1gbit') as nodes:\n"
             "    print(nodes.nodes[0].namespace, flush=True)\n"
             "    nodes.run_nodes(lambda _: ['sleep', '9999'], seconds=9999)\n"
@@ -179,5 +179,5 @@ def test_one_node_is_this_machine():
 )
 def test_why_not(monkeypatch, attribute, value, reason):
     monkeypatch.setattr(cluster.os, "geteuid", lambda: 0)
-    monkeypatch.setattr(f"benchmarks.cluster.{attribute}", value)
+    monkeypatch.setattr(f"benchmarks.machines.cluster.{attribute}", value)
     assert reason in why_not.__wrapped__()

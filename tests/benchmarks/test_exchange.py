@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from benchmarks import exchange_rank
-from benchmarks.cluster import one_node
-from benchmarks.exchange_problem import BUILDERS, QUICK, Problem, autoep_bytes, moe_bytes, planned_bytes
-from benchmarks.traffic import Meter
+from benchmarks.machines.cluster import one_node
+from benchmarks.systems import exchange_rank
+from benchmarks.systems.exchange_problem import BUILDERS, QUICK, Problem, autoep_bytes, moe_bytes, planned_bytes
+from benchmarks.timing.traffic import Meter
 from foreroute.engine.config import MoEConfig
 from foreroute.engine.routing.tables import build_tables
 from foreroute.engine.testing.ranks import run_ranks
@@ -126,7 +126,7 @@ def test_all_systems_compute_the_same_and_send_what_was_counted():
     options = ["--rounds", "1", "--per-node", "2", "--quick", "--systems", "ours", "parts", "moe", "autoep"]
     env = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     with one_node() as node:
-        done = node.run_ranks(["-m", "benchmarks.exchange_rank", *options], per_node=2, seconds=100, env=env)
+        done = node.run_ranks(["-m", "benchmarks.systems.exchange_rank", *options], per_node=2, seconds=100, env=env)
     assert [process.code for process in done] == [0, 0], done[0].err
     figures = json.loads(done[0].out.splitlines()[-1])
     for by_system in figures.values():

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import aot
-from benchmarks.kernels_static import MANY_ROWS, Layer, bytes_over_minimum, quick_builds, record_layer
+from benchmarks.kernels_static import aot
+from benchmarks.kernels_static.program import MANY_ROWS, Layer, bytes_over_minimum, quick_builds, record_layer
 from foreroute.kernels.launching import is_interpreted
 
 pytestmark = pytest.mark.skipif(is_interpreted(), reason="TRITON_INTERPRET=1: kernels are interpreted, not compiled")

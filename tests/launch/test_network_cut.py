@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from benchmarks.cluster import LINK, two_nodes, why_not
+from benchmarks.machines.cluster import LINK, two_nodes, why_not
 
 REASON = why_not()
 TIMEOUT_S = 20

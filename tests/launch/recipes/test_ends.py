@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from benchmarks.cluster import ROOT
+from benchmarks.machines.cluster import ROOT
 from foreroute.launch.testing.runs import last_step, processes_of, wait_until
 
 PROGRAM = """

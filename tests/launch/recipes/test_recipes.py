@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from benchmarks.cluster import ROOT, two_nodes, why_not
+from benchmarks.machines.cluster import ROOT, two_nodes, why_not
 from foreroute.launch.testing.runs import last_step, processes_of, read_losses, wait_until
 
 REASON = why_not()

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from benchmarks.slurm import SlurmError, one_slurm, why_not
+from benchmarks.machines.slurm import SlurmError, one_slurm, why_not
 from foreroute.launch.testing.runs import last_step, processes_of, read_losses, wait_until
 
 REASON = why_not()

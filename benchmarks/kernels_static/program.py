@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import aot
 from benchmarks.harness import positive, print_result, print_table
+from benchmarks.kernels_static import aot
 from foreroute.kernels import Dropout, ExpertRows, ExpertWeights
 from foreroute.kernels.gpu.expert_ffn import ffn_backward, ffn_forward
 from foreroute.kernels.gpu.rows import add_rows, combine_backward, combine_forward, permute_forward
@@ -294,7 +294,3 @@ def main() -> None:
     moved = bytes_over_minimum("sm_90")
     print_result({"compiled": len(builds), "failures": wrong, "bytes_over_minimum": moved})
     sys.exit(1 if wrong else 0)
-
-
-if __name__ == "__main__":
-    main()

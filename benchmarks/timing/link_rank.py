@@ -7,7 +7,7 @@
     after the other, as a
                   share of the shorter one
 
-Each is the fastest of several rounds, of the slowest rank. Started by benchmarks/cluster.py.
+Each is the fastest of several rounds, of the slowest rank. Started by benchmarks/machines/cluster.py.
 """
 
 import json

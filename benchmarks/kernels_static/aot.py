@@ -3,7 +3,7 @@
 `compile_launch` specialises a kernels.launching.Launch as Triton's own launcher would (types, alignment, constants) and
 compiles it for a chip; `failures` names what would make it slow or impossible there: spilled registers, too much shared
 memory, no tensor-core instruction, narrow or synchronous accesses to rows. Nothing runs, nothing is timed; the tools
-come with the triton wheel. What to compile is chosen in benchmarks/kernels_static.py.
+come with the triton wheel. What to compile is chosen in benchmarks/kernels_static/program.py.
 """
 
 import linecache
@@ -24,7 +24,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from foreroute.kernels.launching import Launch, is_interpreted
 
-CACHE = Path(__file__).resolve().parents[1] / ".cache" / "triton"
+CACHE = Path(__file__).resolve().parents[2] / ".cache" / "triton"
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 

@@ -1,7 +1,7 @@
 """One rank of benchmarks/bench_exchange.py: builds all systems, checks them against each other, times them in turn.
 
-Started by benchmarks/cluster.py with the launcher variables. Rank 0 prints one JSON object; each time in it is that of
-the slowest rank, and the fastest of the rounds.
+Started by benchmarks/machines/cluster.py with the launcher variables. Rank 0 prints one JSON object; each time in it is
+that of the slowest rank, and the fastest of the rounds.
 """
 
 import argparse
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from benchmarks.exchange_problem import (
+from benchmarks.harness import together
+from benchmarks.systems.exchange_problem import (
     BUILDERS,
     PUBLISHED,
     QUICK,
@@ -25,9 +26,8 @@ from benchmarks.exchange_problem import (
     moe_bytes,
     planned_bytes,
 )
-from benchmarks.exchange_systems import PARTS, start_deepspeed, systems
-from benchmarks.harness import together
-from benchmarks.traffic import KINDS, Meter
+from benchmarks.systems.exchange_systems import PARTS, start_deepspeed, systems
+from benchmarks.timing.traffic import KINDS, Meter
 from foreroute.kernels.testing.cases import relative_error
 from foreroute.launch.start.process import keep_freed_memory, run_and_leave
 

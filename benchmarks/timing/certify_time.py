@@ -1,9 +1,9 @@
 """How far the certificate's time model is from measured steps, for benchmarks/bench_certify.py.
 
-2 and 4 ranks on two simulated nodes (benchmarks/cluster.py) whose link has three speeds; several ways to train one
-model on them. The cluster is described by benchmarks/calibrate.py: its one-rank runs have other shapes, and the links
-are measured by all-to-alls. Compared are fastest steps, and the way that the model recommends with the fastest one
-measured.
+2 and 4 ranks on two simulated nodes (benchmarks/machines/cluster.py) whose link has three speeds; several ways to train
+one model on them. The cluster is described by benchmarks/calibrate.py: its one-rank runs have other shapes, and the
+links are measured by all-to-alls. Compared are fastest steps, and the way that the model recommends with the fastest
+one measured.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from benchmarks.calibrate import calibrate, inside_link, measure_links, predict, small_run, step_seconds
-from benchmarks.cluster import Cluster, one_node, two_nodes, why_not
 from benchmarks.harness import print_table
+from benchmarks.machines.cluster import Cluster, one_node, two_nodes, why_not
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.time.cluster import ClusterConfig, LinkConfig, SharingConfig
 from foreroute.engine.certificate.time.step_time import StepTime

@@ -27,7 +27,7 @@ from typing import Any
 
 from benchmarks.harness import interleave, positive, print_result, print_table
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 HERE = "this tree"
 Figures = dict[str, float | str]
 

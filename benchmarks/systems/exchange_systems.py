@@ -25,9 +25,9 @@ from deepspeed.moe.sharded_moe import MOELayer as DeepSpeedLayer
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from benchmarks.exchange_problem import Problem
 from benchmarks.harness import GradCase
-from benchmarks.peers import ExpertModule, separate
+from benchmarks.systems.exchange_problem import Problem
+from benchmarks.systems.peers import ExpertModule, separate
 from foreroute.engine.config import KernelsConfig, MoEConfig, ParallelConfig
 from foreroute.engine.moe.exchange import build_exchange
 from foreroute.engine.moe.layer import LayerCall, LayerOutput, MoELayer

@@ -1,7 +1,7 @@
 """Simulated nodes on one machine: network namespaces joined by a link of a given rate, and programs run in them.
 
     with two_nodes("200mbit") as cluster:
-        done = cluster.run_ranks(["-m", "benchmarks.exchange_rank"], per_node=2, seconds=300)
+        done = cluster.run_ranks(["-m", "benchmarks.systems.exchange_rank"], per_node=2, seconds=300)
 
 Two nodes are two network namespaces joined by a veth pair; what a node sends over it is shaped by tbf (token bucket) to
 the rate, in both directions. Traffic inside a node goes over the loopback device of its namespace, unlimited. A node
@@ -32,14 +32,14 @@ from functools import cache
 from pathlib import Path
 from typing import IO
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LINK = "veth0"  # name of a node's end of the link
 _PREFIX = "foreroute"
 _BURST = {"burst": "256kb", "latency": "50ms"}  # of tbf: a TCP segment of 64 kB must fit in it
 _ETC = Path("/etc/netns")  # NAMESPACE/hosts is /etc/hosts in the namespace: see ip-netns(8)
 _NAMED = 'hostname "$0" && exec "$@"'
 _SSH = """#!/bin/sh
-# ssh [options] HOST COMMAND... between the simulated nodes of benchmarks/cluster.py
+# ssh [options] HOST COMMAND... between the simulated nodes of benchmarks/machines/cluster.py
 while case $1 in -[bFilop]) shift ;; -*) ;; *) false ;; esac do shift; done
 node=$1 && shift && cd
 exec env -i HOME="$HOME" PATH={here}:/usr/sbin:/usr/bin:/sbin:/bin {enter} sh -c "$*"

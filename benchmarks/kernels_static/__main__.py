@@ -1,0 +1,3 @@
+from benchmarks.kernels_static.program import main
+
+main()

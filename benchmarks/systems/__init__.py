@@ -1,0 +1,1 @@
+"""What the expert layer and its exchange are compared with."""

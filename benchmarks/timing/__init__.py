@@ -1,0 +1,1 @@
+"""What the certificate's model of time is measured by and compared with."""
