@@ -135,8 +135,8 @@ def _device_name(device: torch.device) -> str:
 
 
 def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("torch", "triton", "deepspeed"):
+    found: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}  # with its build
+    for package in ("triton", "deepspeed"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -122,6 +122,7 @@ def test_start_alone_is_quiet_and_compiles_nothing(tmp_path: Any) -> None:
     """A fresh process without launcher variables and with an empty cache of compiled ops."""
     env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": ".", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", START_ALONE], env=env, capture_output=True, text=True, timeout=600)
-    assert (done.returncode, done.stderr) == (0, "")
+    said = [line for line in done.stderr.splitlines() if "No CUDA runtime is found" not in line]  # PyTorch's, with nvcc
+    assert (done.returncode, said) == (0, [])
     assert done.stdout == "backend gloo world 1\n"
     assert not list(tmp_path.rglob("*.so"))
