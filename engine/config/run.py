@@ -45,8 +45,8 @@ class CorpusConfig:
     def __post_init__(self) -> None:
         choices("corpus", self)
         require(
-            not (self.name is Corpus.file and not self.path),
-            "corpus.path is missing: corpus=file needs corpus.path=FILE",
+            self.name in (Corpus.stdlib, Corpus.enwik8) or bool(self.path),
+            f"corpus.path is missing: corpus={self.name.name} needs corpus.path=FILE",
         )
         require(
             not (self.name is Corpus.stdlib and self.path),

@@ -122,7 +122,7 @@ def _read_source(config: CorpusConfig) -> _Source:
         return _Source(text, f"Python {platform.python_version()} standard library", "corpus=stdlib")
     if config.path:
         path, asked = Path(config.path), f"corpus.path={config.path}"
-    else:
+    else:  # only enwik8 needs none
         path, asked = enwik8_copy(config), "corpus=enwik8"
         require(
             path.exists(),
@@ -132,9 +132,12 @@ def _read_source(config: CorpusConfig) -> _Source:
     require(path.exists(), f"{asked}: no such file")
     require(path.is_file(), f"{asked}: not a file")
     try:
-        return _Source(path.read_bytes(), path.name, asked)
+        text = path.read_bytes()
     except OSError as error:
         raise UserError(f"{asked}: cannot be read ({error.strerror})") from error
+    for mark, kind in _ARCHIVES.items():
+        require(not text.startswith(mark), f"{asked}: is a {kind} archive, not text; unpack it first")
+    return _Source(text, path.name, asked)
 
 
 def _stdlib_files(root: Path) -> list[Path]:
@@ -146,8 +149,6 @@ def _stdlib_files(root: Path) -> list[Path]:
 def _check_text(config: CorpusConfig, source: _Source, sha256: str) -> None:
     size = len(source.text)
     require(size > 0, f"{source.asked}: the text is empty")
-    for mark, kind in _ARCHIVES.items():
-        require(not source.text.startswith(mark), f"{source.asked}: is a {kind} archive, not text; unpack it first")
     if config.name is Corpus.enwik8:
         genuine = size < ENWIK8_BYTES or sha256 == ENWIK8_SHA256
         require(

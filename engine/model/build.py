@@ -32,8 +32,10 @@ def planned_routers(config: Config, tables: Sequence[Table], mesh: Mesh) -> list
     router = config.moe.router
     if router is Router.hashed:
         return list(routers_of(tables, mesh, shuffled=config.moe.keys is Keys.shuffled))
-    if router not in (Router.fresh, Router.stochastic):
+    if router in (Router.dense, Router.frozen, Router.learned):
         return None
+    if router not in (Router.fresh, Router.stochastic):
+        raise NotImplementedError(f"planned_routers makes no router of moe.router={router.name}")
     return [
         DrawnRouter(
             config.moe.experts,

@@ -150,7 +150,7 @@ def _expert_rows(
     """List the rows that use each of L things (experts, or ranks), with their weights.
 
     Example: uses_Lr = [[1, 0], [1, 1]], row_R = [1, 0]: thing 0 is used by row 1, thing 1 by rows 0 and 1, so
-    source = [1, 0, 1], offset = [1, 3], slot = [1, 0, 2], slot_offset = [0, 1].
+    source_N = [1, 0, 1], offset_L = [1, 3], slot_N = [1, 0, 2], slot_offset_R = [0, 1].
     """
     uses = [uses_r.take(row_R) for uses_r in uses_Lr]
     sources = [np.flatnonzero(use_R) for use_R in uses]

@@ -68,13 +68,12 @@ class Placement:
             router is not Router.dense,
             "moe.router=dense: no experts and no rows that travel, so there is nothing to certify",
         )
-        live = router in (Router.frozen, Router.learned)
-        why = (
-            "routes depend on hidden states, so rows and bytes are not known before the run"
-            if live
-            else "routes are drawn at each forward pass and not replayed"
-        )
-        require(router is Router.hashed, f"moe.router={router.name}: {why}; only hashed can be certified")
+        why = ""
+        if router in (Router.frozen, Router.learned):
+            why = "routes depend on hidden states, so rows and bytes are not known before the run; "
+        elif router in (Router.fresh, Router.stochastic):
+            why = "routes are drawn at each forward pass and not replayed; "
+        require(router is Router.hashed, f"moe.router={router.name}: {why}only hashed can be certified")
         require(
             config.moe.keys is Keys.own,
             f"moe.keys={config.moe.keys.name}: routes are drawn at each forward pass and not replayed; only own can be"

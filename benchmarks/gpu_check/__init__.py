@@ -1,0 +1,1 @@
+"""What minutes on a GPU can tell: `python -m benchmarks.gpu_check`."""

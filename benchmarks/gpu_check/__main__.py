@@ -1,0 +1,3 @@
+from benchmarks.gpu_check.program import main
+
+main()

@@ -1,0 +1,276 @@
+"""The parts that need torch, triton and numpy alone. Each gives its figures, and under "failed" a line for each fault.
+
+Letters: T tokens, D width, F expert hidden width, L experts, K active experts.
+"""
+
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from foreroute.engine.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    KernelsConfig,
+    ModelConfig,
+    MoEConfig,
+    ScheduleConfig,
+)
+from foreroute.engine.config.enums import Backend
+from foreroute.engine.model.build import build_model
+from foreroute.engine.model.transformer_xl import Routing
+from foreroute.engine.moe.layer import LayerCall, MoELayer
+from foreroute.engine.routing.plan import Plan
+from foreroute.engine.routing.routers import HashedRouter
+from foreroute.engine.routing.tables import build_tables
+from foreroute.kernels import Dropout, ExpertRows, combine, expert_ffn, moe_ffn, permute_rows
+from foreroute.kernels.testing.cases import make_case, run_layer, run_with_gradients, worst_error
+from foreroute.kernels.testing.interpreter import bf16_semantics
+
+SMALL = ((37, 20, 40, 5, 3), (1, 4, 4, 3, 1), (0, 4, 4, 3, 2))  # T, D, F, L, K: nothing divides by anything
+LARGE = ((1000, 256, 512, 16, 8), (333, 200, 136, 7, 3), (4096, 512, 512, 64, 2))
+# of a relative norm: rounding of the inputs is in the reference, that of hidden units, outputs and gradients is not
+TOLERANCE = {"fp32": 1e-5, "tf32": 5e-3, "fp16": 5e-3, "bf16": 4e-2}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+VOCAB, PLANS, STEPS, CLOSE = 64, 100, 200, 2e-2
+_READS = ("_local_scalar_dense", "nonzero", "unique", "masked_select")
+
+
+def kernels(dry_run: bool) -> dict[str, Any]:
+    """Compare every kernel with the reference."""
+    device, failed = _device(dry_run), []
+    worst: dict[str, float] = {}
+    cases = itertools.product(SMALL if dry_run else (*SMALL, *LARGE), DTYPES, (False, True), (0.0, 0.3))
+    for shape, name, gated, rate in cases:
+        dtype, precision = DTYPES[name], "tf32" if name == "tf32" else "ieee"
+        if dry_run and (name == "tf32" or (shape == SMALL[0] and gated != bool(rate))):
+            continue  # the interpreter has no tf32, and is slow
+        case = make_case(shape, gated=gated).rounded(dtype)
+        with ExitStack() as stack:
+            if dry_run and dtype is torch.bfloat16:
+                stack.enter_context(bf16_semantics())
+            want = run_layer(moe_ffn, case, torch.float64, backend="reference", **_dropout(rate, shape[0], "cpu"))
+            options = {"backend": "triton", "precision": precision, **_dropout(rate, shape[0], device)}
+            found = {"moe_ffn": (run_layer(moe_ffn, case, dtype, device=device, **options), want)}
+            if not rate and shape[0] > 0:
+                found |= _steps_of_the_layer(case, dtype, device, precision)
+        for kernel, (got, wanted) in found.items():
+            error, tensor = worst_error(got, wanted)
+            worst[name] = max(worst.get(name, 0.0), error)
+            if not error <= TOLERANCE[name]:
+                failed.append(f"{kernel} {name} {shape} gated={gated} dropout={rate}: {tensor} is off by {error:.1e}")
+    return {"failed": failed, **{f"error_{name}": error for name, error in worst.items()}}
+
+
+def reads(dry_run: bool) -> dict[str, Any]:
+    """Run a planned layer forward and backward where waiting for the device is an error."""
+    layer, x_TD, plan = _layer(dry_run)
+    call = _call(plan)
+    _gradients(layer, x_TD, call)  # compiles
+    with _no_reads(dry_run):
+        _gradients(layer, x_TD, call)
+    try:
+        with _no_reads(dry_run):
+            x_TD.sum().item()
+    except RuntimeError:
+        return {"reads": 0}
+    return {"failed": ["a planted read is not seen"]}
+
+
+def graph(dry_run: bool) -> dict[str, Any]:
+    """Replay one graph with many plans; without a GPU the same buffers are run again."""
+    layer, x_TD, plan = _layer(dry_run)
+    static, own_x_TD = _copy(plan), x_TD.detach().clone().requires_grad_()
+    call = _call(static)
+    run = partial(_gradients, layer, own_x_TD, call)
+    replay = run if dry_run else _captured(run)
+    different = 0
+    count = 3 if dry_run else PLANS
+    for number in range(count):
+        plan = _plan(number + 1, x_TD.device)
+        for mine, new in zip(_tensors(static), _tensors(plan), strict=True):
+            mine.copy_(new)
+        want = _gradients(layer, x_TD, _call(plan))
+        different += not all(torch.equal(a, b) for a, b in zip(replay(), want, strict=True))
+    return {"failed": [f"{different} of {count} plans give other bits"] if different else [], "plans": count}
+
+
+def training(dry_run: bool) -> dict[str, Any]:
+    """Train a small model with torch's Adam on the device and on the CPU."""
+    steps = 3 if dry_run else STEPS
+    want = _train("cpu", Backend.cpu, steps)
+    got = _train(_device(dry_run), Backend.triton, steps)
+    apart = max(abs(a - b) / b for a, b in zip(got, want, strict=True))
+    fine = apart <= CLOSE and (dry_run or got[-1] < 0.9 * got[0])
+    failed = [] if fine else [f"losses are up to {apart:.1e} apart: {got[0]:.3f} to {got[-1]:.3f}"]
+    return {"failed": failed, "apart": apart, "first_loss": got[0], "last_loss": got[-1]}
+
+
+def speed(dry_run: bool) -> dict[str, Any]:
+    """Run the benchmark of the kernels."""
+    options = ["--quick", "--rounds", "1"] if dry_run else ["--device", "cuda"]
+    command = [sys.executable, "-m", "benchmarks.bench_kernels", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode not in (0, 1):
+        return {"failed": [f"exit code {done.returncode}: {(done.stderr.splitlines() or [''])[-1]}"]}
+    return {"bench_kernels": json.loads(done.stdout.splitlines()[-1])}
+
+
+PARTS = {"kernels": kernels, "reads": reads, "graph": graph, "training": training, "speed": speed}
+
+
+def _device(dry_run: bool) -> str:
+    return "cpu" if dry_run else "cuda"
+
+
+def _dropout(rate: float, tokens: int, device: str) -> dict[str, Any]:
+    return {"dropout": Dropout(rate, 12345, torch.arange(tokens, device=device), first_expert=2)} if rate else {}
+
+
+def _steps_of_the_layer(
+    case: Any, dtype: torch.dtype, device: str, precision: str
+) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """What moe_ffn does in one, step by step: the experts, the weighted sum, and rows moved there and back."""
+    here = ExpertRows(*(index.to(device) for index in case.rows.tensors()))
+    index = case.rows.source_N
+
+    def steps(backend: str, dtype: torch.dtype, device: str, rows: ExpertRows) -> dict[str, dict[str, Tensor]]:
+        wide = torch.promote_types(dtype, torch.float32)
+        x_TD, weight_N = case.x_TD.to(device, dtype), case.weight_N.to(device, wide)
+        weights = type(case.weights)(*(w if w is None else w.to(device, dtype) for w in case.weights))
+        y_ND = permute_rows(x_TD, index.to(device), backend=backend)
+        options: dict[str, Any] = {"backend": backend}
+        if backend == "triton":
+            options["precision"] = precision
+        moved_N = index.to(device)
+        return {
+            "expert_ffn": run_with_gradients(lambda x: expert_ffn(x, weights, rows, **options), {"x": x_TD}),
+            "combine": run_with_gradients(
+                lambda y, weight: combine(y, weight, rows, backend=backend), {"y": y_ND, "weight": weight_N}
+            ),
+            "permute_rows": run_with_gradients(lambda x: permute_rows(x, moved_N, backend=backend), {"x": x_TD}),
+        }
+
+    got = steps("triton", dtype, device, here)
+    want = steps("reference", torch.float64, "cpu", case.rows)
+    return {name: (got[name], want[name]) for name in got}
+
+
+def _plan(number: int, device: torch.device | str) -> Plan:
+    """Plan 64 tokens of random ids, on the device."""
+    text = np.random.default_rng(0).integers(0, VOCAB, 4000).astype(np.uint8)
+    (table,) = build_tables(_moe(), VOCAB, text, num_tables=1, seed=1, cache_dir=None)
+    ids = torch.randint(0, VOCAB, (1, 4, 16), generator=torch.Generator().manual_seed(number))
+    return _copy(HashedRouter(table).plan(ids, ids[..., :1], 2), device)
+
+
+def _moe() -> MoEConfig:
+    return MoEConfig(experts=8, expert_width=32, ngram=2, rows=128)
+
+
+def _tensors(plan: Plan) -> list[Tensor]:
+    (part,) = plan.parts
+    return [plan.count_E, part.weight_N, *part.rows.tensors()]
+
+
+def _copy(plan: Plan, device: torch.device | str | None = None) -> Plan:
+    (part,) = plan.parts
+    count_E, weight_N, *rows = (torch.empty_like(t, device=device).copy_(t) for t in _tensors(plan))
+    return replace(plan, count_E=count_E, parts=(replace(part, weight_N=weight_N, rows=ExpertRows(*rows)),))
+
+
+def _layer(dry_run: bool) -> tuple[MoELayer, Tensor, Plan]:
+    torch.manual_seed(0)
+    device = _device(dry_run)
+    layer = MoELayer(32, _moe(), KernelsConfig(backend=Backend.triton, masked_from_k=99), 0).to(device)
+    return layer, torch.randn(64, 32, device=device, requires_grad=True), _plan(0, device)
+
+
+def _call(plan: Plan) -> LayerCall:
+    tokens = torch.arange(64, device=plan.count_E.device)
+    return LayerCall(2, plan, tokens, dropout_seed=3, dropout=0.1)
+
+
+def _gradients(layer: MoELayer, x_TD: Tensor, call: LayerCall) -> tuple[Tensor, ...]:
+    y_TD = layer(x_TD, call).y_TD
+    return y_TD.detach(), *torch.autograd.grad(y_TD, [x_TD, *layer.experts.parameters()], torch.ones_like(y_TD))
+
+
+def _captured(run: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
+    """Capture what run() does; gives a function that replays it and gives what it gives."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        results = run()
+
+    def replay() -> tuple[Tensor, ...]:
+        captured.replay()
+        return results
+
+    return replay
+
+
+class _Refuse(TorchDispatchMode):
+    """Raises where a value would be read back to the host."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(name in func.name() for name in _READS):
+            raise RuntimeError(f"{func.name()} reads back")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _no_reads(dry_run: bool) -> Iterator[None]:
+    if dry_run:
+        with _Refuse():  # type: ignore[no-untyped-call]
+            yield
+        return
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def _train(device: str, backend: Backend, steps: int) -> list[float]:
+    """Losses of a model of two layers over steps of random text with a pattern."""
+    config = Config(
+        data=DataConfig(streams=4, segment=16),
+        model=ModelConfig(layers=2, width=32, heads=2, head_width=16, memory=0, dropout=0.0, attention_dropout=0.0),
+        moe=_moe(),
+        schedule=ScheduleConfig(k_min=2, k_max=2),
+        eval=EvalConfig(k=[2]),
+        kernels=KernelsConfig(backend=backend, masked_from_k=99),
+    )
+    model = build_model(config, VOCAB).to(device)
+    adam = torch.optim.Adam(model.parameters(), 3e-3)
+    text = np.random.default_rng(0).integers(0, VOCAB, 4000).astype(np.uint8)
+    routers = [HashedRouter(t) for t in build_tables(_moe(), VOCAB, text, num_tables=2, seed=1, cache_dir=None)]
+    generator, losses = torch.Generator().manual_seed(0), []
+    for _ in range(steps):
+        first = torch.randint(0, VOCAB, (4, 1), generator=generator)
+        ids = (first + 5 * torch.arange(17)) % VOCAB
+        plans = tuple(_copy(router.plan(ids[None, :, :-1], ids[None, :, :1], 2), device) for router in routers)
+        out = model(ids[:, :-1].to(device), ids[:, 1:].to(device), None, Routing(2, plans))
+        adam.zero_grad()
+        out.loss.backward()
+        adam.step()
+        losses.append(out.loss.item())
+    return losses
