@@ -104,8 +104,8 @@ class Worker:
     def close(self) -> None:
         """End the processes."""
         for process in self._processes.values():
-            _pipe(process.stdin).close()
-            process.wait()
+            with process:
+                _pipe(process.stdin).close()
 
     def _process(self, interpreted: bool) -> subprocess.Popen[str]:
         if interpreted not in self._processes:

@@ -83,7 +83,7 @@ def test_a_killed_study_goes_on_and_ends_as_if_it_never_was(tmp_path, text):
     wait_until(lambda: log.exists() and len(log.read_text().splitlines()) > 8, seconds=600)
     for running in processes_of(killed):
         running.kill()
-    process.wait()
+    process.communicate()
     wait_until(lambda: not processes_of(killed))
     assert set(results(killed)) < NAMES
     line = finished(start(tmp_path, killed, text, "jobs=2"))
