@@ -118,7 +118,7 @@ class TestTwoNodes:
         while not processes_in(name):
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        process.wait(timeout=600)
+        process.communicate(timeout=600)
         assert not {n for n in namespaces() if n.startswith(f"foreroute-{process.pid}-")}
 
     def test_namespaces_of_a_killed_user_go_and_others_stay(self):
