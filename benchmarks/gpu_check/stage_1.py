@@ -9,8 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from foreroute.engine.config import (
     ScheduleConfig,
 )
 from foreroute.engine.config.enums import Backend
+from foreroute.engine.data.device_copy import map_tensors, tensors_in
 from foreroute.engine.model.build import build_model
 from foreroute.engine.model.transformer_xl import Routing
 from foreroute.engine.moe.layer import LayerCall, MoELayer
@@ -91,7 +91,7 @@ def reads(dry_run: bool) -> dict[str, Any]:
 def graph(dry_run: bool) -> dict[str, Any]:
     """Replay one graph with many plans; without a GPU the same buffers are run again."""
     layer, x_TD, plan = _layer(dry_run)
-    static, own_x_TD = _copy(plan), x_TD.detach().clone().requires_grad_()
+    static, own_x_TD = _copy(plan, x_TD.device), x_TD.detach().clone().requires_grad_()
     call = _call(static)
     run = partial(_gradients, layer, own_x_TD, call)
     replay = run if dry_run else _captured(run)
@@ -99,7 +99,7 @@ def graph(dry_run: bool) -> dict[str, Any]:
     count = 3 if dry_run else PLANS
     for number in range(count):
         plan = _plan(number + 1, x_TD.device)
-        for mine, new in zip(_tensors(static), _tensors(plan), strict=True):
+        for mine, new in zip(tensors_in(static), tensors_in(plan), strict=True):
             mine.copy_(new)
         want = _gradients(layer, x_TD, _call(plan))
         different += not all(torch.equal(a, b) for a, b in zip(replay(), want, strict=True))
@@ -167,27 +167,27 @@ def _steps_of_the_layer(
     return {name: (got[name], want[name]) for name in got}
 
 
+@cache
+def _routers() -> list[HashedRouter]:
+    """Planned routers of two layers."""
+    text = np.random.default_rng(0).integers(0, VOCAB, 4000).astype(np.uint8)
+    return [HashedRouter(t) for t in build_tables(_moe(), VOCAB, text, num_tables=2, seed=1, cache_dir=None)]
+
+
 def _plan(number: int, device: torch.device | str) -> Plan:
     """Plan 64 tokens of random ids, on the device."""
-    text = np.random.default_rng(0).integers(0, VOCAB, 4000).astype(np.uint8)
-    (table,) = build_tables(_moe(), VOCAB, text, num_tables=1, seed=1, cache_dir=None)
     ids = torch.randint(0, VOCAB, (1, 4, 16), generator=torch.Generator().manual_seed(number))
-    return _copy(HashedRouter(table).plan(ids, ids[..., :1], 2), device)
+    return _copy(_routers()[0].plan(ids, ids[..., :1], 2), device)
 
 
 def _moe() -> MoEConfig:
     return MoEConfig(experts=8, expert_width=32, ngram=2, rows=128)
 
 
-def _tensors(plan: Plan) -> list[Tensor]:
-    (part,) = plan.parts
-    return [plan.count_E, part.weight_N, *part.rows.tensors()]
-
-
-def _copy(plan: Plan, device: torch.device | str | None = None) -> Plan:
-    (part,) = plan.parts
-    count_E, weight_N, *rows = (torch.empty_like(t, device=device).copy_(t) for t in _tensors(plan))
-    return replace(plan, count_E=count_E, parts=(replace(part, weight_N=weight_N, rows=ExpertRows(*rows)),))
+def _copy(plan: Plan, device: torch.device | str) -> Plan:
+    """Copy a plan to memory of its own."""
+    copied: Plan = map_tensors(lambda tensor: tensor.to(device, copy=True), plan)
+    return copied
 
 
 def _layer(dry_run: bool) -> tuple[MoELayer, Tensor, Plan]:
@@ -261,13 +261,11 @@ def _train(device: str, backend: Backend, steps: int) -> list[float]:
     )
     model = build_model(config, VOCAB).to(device)
     adam = torch.optim.Adam(model.parameters(), 3e-3)
-    text = np.random.default_rng(0).integers(0, VOCAB, 4000).astype(np.uint8)
-    routers = [HashedRouter(t) for t in build_tables(_moe(), VOCAB, text, num_tables=2, seed=1, cache_dir=None)]
     generator, losses = torch.Generator().manual_seed(0), []
     for _ in range(steps):
         first = torch.randint(0, VOCAB, (4, 1), generator=generator)
         ids = (first + 5 * torch.arange(17)) % VOCAB
-        plans = tuple(_copy(router.plan(ids[None, :, :-1], ids[None, :, :1], 2), device) for router in routers)
+        plans = tuple(_copy(router.plan(ids[None, :, :-1], ids[None, :, :1], 2), device) for router in _routers())
         out = model(ids[:, :-1].to(device), ids[:, 1:].to(device), None, Routing(2, plans))
         adam.zero_grad()
         out.loss.backward()
