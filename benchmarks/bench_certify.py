@@ -8,10 +8,10 @@ ranks in expert groups of 8, 64 streams of 512: 2,746 steps, all counted. The te
 
 `seconds` is for building the tables and counting; `peak_bytes` is the most memory that the process held until then.
 `count_mismatches`: some steps are planned by TablePlanner for every rank, as a run does, and every number that differs
-from the certificate's counts is one mismatch. `memory_model_error`: of the memory part, see benchmarks/memory_model.py;
-`--memory-cases` measures only the first so many of its cases, and no growth. `time_model_median_error`: of the time
-part, see benchmarks/timing/certify_time.py, after calibrating this machine; `--time-ways` measures only the first so
-many ways to train, on one speed of the link.
+from the certificate's counts is one mismatch. `memory_model_error`: of the memory part, see
+benchmarks/models/memory_model.py; `--memory-cases` measures only the first so many of its cases, and no growth.
+`time_model_median_error`: of the time part, see benchmarks/models/certify_time.py, after calibrating this machine;
+`--time-ways` measures only the first so many ways to train, on one speed of the link.
 """
 
 import argparse
@@ -25,8 +25,8 @@ import numpy as np
 
 from benchmarks.harness import environment, positive, print_result, print_table
 from benchmarks.harness.against import parse
-from benchmarks.memory_model import memory_model_error
-from benchmarks.timing.certify_time import time_model_error
+from benchmarks.models.certify_time import time_model_error
+from benchmarks.models.memory_model import memory_model_error
 from foreroute.engine.certificate.counts.exact import certify
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.counts.replay import StepCounts, replay

@@ -25,6 +25,7 @@ from typing import Any
 from benchmarks.harness import environment, positive, print_result, print_table
 from benchmarks.harness.against import parse
 from benchmarks.machines.cluster import Cluster, one_node, two_nodes, why_not
+from benchmarks.models.traffic import KINDS
 from benchmarks.systems.exchange_problem import (
     BUILDERS,
     PUBLISHED,
@@ -35,7 +36,6 @@ from benchmarks.systems.exchange_problem import (
     moe_bytes,
     planned_bytes,
 )
-from benchmarks.timing.traffic import KINDS
 
 RANKS = 4
 SYSTEMS = {

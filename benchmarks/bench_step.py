@@ -40,7 +40,7 @@ from foreroute.engine.metrics.timers import ForwardTimes
 from foreroute.engine.model.build import build_model, build_routers
 from foreroute.engine.model.transformer_xl import Memory
 from foreroute.engine.moe.feed_forward import FeedForward
-from foreroute.engine.moe.layer import LayerCall, MoELayer
+from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.optim.deepspeed_engine import Engine, start
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.routers import PlannedRouter
@@ -113,7 +113,7 @@ def layer_cases(config: Config, corpus: PreparedCorpus) -> dict[str, Callable[[]
     streams = Streams(corpus.split(Split.train), config.data.streams, config.data.segment, config.context)
     batch = streams.batch(0, range(config.data.streams))
     routers = build_routers(config, corpus)
-    layer = MoELayer(config.model.width, config.moe, config.kernels, 0).train()
+    layer = MoELayer(config.model.width, config.moe, config.kernels, 0, dropout=config.model.dropout).train()
     inner = feed_forward_width(config.model, config.moe, 0)
     dense = FeedForward(config.model.width, inner, config.moe.activation, config.model.dropout)
     tokens = batch.ids_BQ.numel()
@@ -123,10 +123,8 @@ def layer_cases(config: Config, corpus: PreparedCorpus) -> dict[str, Callable[[]
     cotangent_TD = torch.randn_like(x_TD)
     cases: dict[str, Callable[[], object]] = {"dense": lambda: dense(x_TD).backward(cotangent_TD)}
     for k in KS:
-        plans = plan_batch(group_batch([batch]), k, routers).plans
-        assert plans is not None
-        call = LayerCall(k, plans[0], torch.arange(tokens), 1, config.model.dropout)
-        cases[str(k)] = lambda call=call: layer(x_TD, call).y_TD.backward(cotangent_TD)  # type: ignore[misc]
+        routing = plan_batch(group_batch([batch]), k, routers, dropout_seed=1, layers=1).routing
+        cases[str(k)] = lambda routing=routing: layer(x_TD, routing).y_TD.backward(cotangent_TD)  # type: ignore[misc]
     return cases
 
 

@@ -3,7 +3,7 @@
     product_*       products of square matrices from 16 to 1,024 rows, one thread
     memory, start   adding two arrays of 32 MB, and of one number
     scale           steps of small one-rank runs through the engine, fitted by non-negative least squares on relative
-    errors inside          all-to-alls between ranks of this machine, all at once (benchmarks/timing/link_rank.py)
+    errors inside          all-to-alls between ranks of this machine, all at once (benchmarks/models/link_rank.py)
     sharing         a computation on 1, 2 and 4 ranks at once
 
 Its last lines say what to set train.peak_tflops to on this machine, for the metric mfu: the rate of the fastest
@@ -171,7 +171,7 @@ def step_seconds(configs: Sequence[Config], cluster: Cluster, *, per_node: int, 
     with tempfile.TemporaryDirectory() as folder:
         cases = Path(folder) / "cases.json"
         cases.write_text(json.dumps([to_plain(config) for config in configs]))
-        arguments = ["-m", "benchmarks.timing.step_rank", str(cases), folder]
+        arguments = ["-m", "benchmarks.models.step_rank", str(cases), folder]
         env = {"OMP_NUM_THREADS": "1"}
         found = json.loads(outputs(cluster.run_ranks(arguments, per_node=per_node, seconds=seconds, env=env)))
     return [min(row["step_ms"] for row in rows[WARM_STEPS:]) / 1e3 for rows in found]
@@ -229,9 +229,9 @@ def scales(cluster: ClusterConfig, measured: Sequence[float]) -> tuple[ScaleConf
 
 
 def measure_links(cluster: Cluster, *, per_node: int) -> dict[str, float]:
-    """Run benchmarks/timing/link_rank.py on all ranks of a cluster."""
+    """Run benchmarks/models/link_rank.py on all ranks of a cluster."""
     env = {"OMP_NUM_THREADS": "1"}
-    done = cluster.run_ranks(["-m", "benchmarks.timing.link_rank"], per_node=per_node, seconds=300, env=env)
+    done = cluster.run_ranks(["-m", "benchmarks.models.link_rank"], per_node=per_node, seconds=300, env=env)
     found: dict[str, float] = json.loads(outputs(done))
     return found
 

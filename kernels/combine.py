@@ -82,16 +82,11 @@ def combine_reference(y_ND: Tensor, weight_N: Tensor | None, rows: ExpertRows) -
     return torch.stack(out).to(y_ND.dtype) if out else y_ND[:0]
 
 
-def combine_forward(y_ND: Tensor, weight_N: Tensor | None, rows: ExpertRows, backend: str) -> Tensor:
-    """Run the forward pass on the backend chosen."""
-    module = combine_launch if backend == "triton" else combine_cpu
-    out_RD: Tensor = module.combine_forward(y_ND, weight_N, rows)
-    return out_RD
-
-
 @torch.library.custom_op("foreroute::combine", mutates_args=())
 def _combine(y_ND: Tensor, weight_N: Tensor | None, rows: list[Tensor], backend: str) -> Tensor:
-    return combine_forward(y_ND, weight_N, ExpertRows(*rows), backend)
+    module = combine_launch if backend == "triton" else combine_cpu
+    out_RD: Tensor = module.combine_forward(y_ND, weight_N, ExpertRows(*rows))
+    return out_RD
 
 
 @_combine.register_fake

@@ -20,7 +20,9 @@ class Dropout:
     """What a mask depends on besides expert and unit."""
 
     rate: float  # probability of zeroing a unit, in [0, 1)
-    seed: int  # of (run, step, micro-batch, layer)
+    seed: int | Tensor
+    """Of (run, step, micro-batch, layer). Or its words (seed_words), int32 [2] where token_R lies: nothing goes to the
+    device then, and a CUDA graph reads them anew at each replay."""
     token_R: Tensor  # int64: global token number of each input row
     first_expert: int = 0  # global number of local expert 0
 
@@ -29,17 +31,23 @@ class Dropout:
         """A unit is kept when the product of its hashes, as int32, is at least this."""
         return min(round(self.rate * 2**32), 2**32 - 1) - 2**31
 
-    @property
-    def seed_words(self) -> tuple[int, int]:
-        """The mixed seed's low and high word, each as int32: neighbouring seeds have unlike words."""
-        mixed = _mix64(self.seed)
-        low, high = (word - 2**32 * (word >> 31) for word in (mixed & _MASK32, mixed >> 32))
-        return low, high
+    def words(self) -> Tensor:
+        """Return the words of the seed, int32 [2], where token_R lies."""
+        if isinstance(self.seed, Tensor):
+            return self.seed
+        return torch.tensor(seed_words(self.seed), dtype=torch.int32, device=self.token_R.device)
 
     @property
     def scale(self) -> float:
         """Factor that keeps the expectation: 1 / (1 - rate)."""
         return 1.0 / (1.0 - self.rate)
+
+
+def seed_words(seed: int) -> tuple[int, int]:
+    """Return the low and high word, as int32, of the mixed seed: neighbouring seeds have unlike words."""
+    mixed = _mix64(seed)
+    low, high = (word - 2**32 * (word >> 31) for word in (mixed & _MASK32, mixed >> 32))
+    return low, high
 
 
 def hash32(value: Tensor) -> Tensor:
@@ -53,7 +61,8 @@ def hash32(value: Tensor) -> Tensor:
 def row_hash(dropout: Dropout, token_N: Tensor, expert: int | Tensor) -> Tensor:
     """Hash (seed, token, global number of the local expert) to odd int32, one for each expert row."""
     # Seeds are often neighbours, and so are tokens: neither may stand for the other, so the seed is mixed first.
-    low, high = dropout.seed_words
+    words = dropout.seed.unbind() if isinstance(dropout.seed, Tensor) else seed_words(dropout.seed)
+    low, high = words
     mixed_N = hash32(token_N ^ low)
     mixed_N = hash32(mixed_N ^ (token_N >> 32) ^ high)
     return (hash32(mixed_N + (dropout.first_expert + expert) * 0x9E3779B1) | 1).to(torch.int32)

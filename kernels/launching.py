@@ -121,6 +121,8 @@ def arch_of(tensor: Tensor) -> str:
             return recorder.arch
     if not tensor.is_cuda:
         return "interpreter"
+    if not torch.cuda.is_available():
+        return "sm_80"  # of a fake tensor: nothing is launched
     if torch.version.hip:
         return str(torch.cuda.get_device_properties(tensor.device).gcnArchName.split(":")[0])
     major, minor = torch.cuda.get_device_capability(tensor.device)

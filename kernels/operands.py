@@ -35,6 +35,7 @@ class Saved(NamedTuple):
     hidden_NF: Tensor  # hidden units after activation and dropout; for SwiGLU the pre-activation
     gate_NF: Tensor  # SwiGLU: input of the gate
     x_ND: Tensor  # mode "fast": the gathered input rows
+    tile_map: Tensor  # "triton", if backward may follow: int32 [tiles, 2], expert and first row of each row tile
 
 
 class Options(NamedTuple):
@@ -104,19 +105,6 @@ def unpack_weights(weights: list[Tensor]) -> ExpertWeights:
     return ExpertWeights(*weights)
 
 
-def pack_dropout(dropout: Dropout | None) -> tuple[Tensor | None, float, int, int]:
-    """Give dropout as token numbers, rate, seed (as int64) and first expert."""
-    if dropout is None:
-        return None, 0.0, 0, 0
-    seed = (dropout.seed + 2**63) % 2**64 - 2**63
-    return dropout.token_R, dropout.rate, seed, dropout.first_expert
-
-
-def unpack_dropout(token_R: Tensor | None, rate: float, seed: int, first_expert: int) -> Dropout | None:
-    """Undo pack_dropout; the seed is the same modulo 2**64."""
-    return None if token_R is None else Dropout(rate, seed, token_R, first_expert)
-
-
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raise ValueError unless the value is one of those allowed."""
     if value not in allowed:
@@ -126,6 +114,14 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor, *, aligned: bool = False) -> None:
     """Raise ValueError unless a tensor has this shape, lies where `like` lies, is dense and, if asked, 16-byte
     aligned."""
+    if (
+        not aligned
+        and isinstance(tensor, Tensor)
+        and tensor.shape == shape
+        and tensor.device == like.device
+        and tensor.is_contiguous()
+    ):
+        return  # as nearly always: the host has little time for it
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} is a {type(tensor).__name__}: must be a tensor")
     if tuple(tensor.shape) != shape:
@@ -157,10 +153,13 @@ def check_dropout(dropout: Dropout | None, x_RD: Tensor) -> None:
         return
     if not isinstance(dropout, Dropout):
         raise ValueError(f"dropout is a {type(dropout).__name__}: must be Dropout(rate, seed, token_R)")
-    if not (isinstance(dropout.rate, float | int) and isinstance(dropout.seed, int)):
-        raise ValueError("dropout: rate must be a number and seed a whole number")
+    if not (isinstance(dropout.rate, float | int) and isinstance(dropout.seed, int | Tensor)):
+        raise ValueError("dropout: rate must be a number and seed a whole number or its words")
     if not 0.0 <= dropout.rate < 1.0:
         raise ValueError(f"dropout.rate={dropout.rate}: must be in [0, 1)")
+    if isinstance(dropout.seed, Tensor):
+        check_dtype("dropout.seed", dropout.seed, (torch.int32,))
+        check_tensor("dropout.seed", dropout.seed, (2,), x_RD)
     check_dtype("dropout.token_R", dropout.token_R, (torch.int64,))
     check_tensor("dropout.token_R", dropout.token_R, (x_RD.shape[0],), x_RD)
 

@@ -8,7 +8,7 @@ Letters: M rows, D width, F expert hidden width.
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -164,12 +164,28 @@ def ffn_tiles(
         precision: "ieee" or "tf32", how fp32 operands are multiplied.
         rows: expert rows of all experts together.
     """
+    return _ffn_tiles(arch, dtype, precision, gated, _few(rows, experts), width, hidden)
+
+
+def row_block(arch: str, dtype: torch.dtype, precision: str, *, gated: bool, rows: int, experts: int) -> int:
+    """Look up the rows of a row tile; arguments as for ffn_tiles."""
+    return _entry(arch, dtype, precision, gated, _few(rows, experts)).up.rows
+
+
+def _few(rows: int, experts: int) -> bool:
+    return bool(rows < FEW_ROWS * max(experts, 1))
+
+
+def _entry(arch: str, dtype: torch.dtype, precision: str, gated: bool, few: bool) -> Tiles:
     if arch == "interpreter":
-        found = _INTERPRETER[gated]
-    else:
-        arithmetic = precision if dtype == torch.float32 else "half"
-        few = rows < FEW_ROWS * max(experts, 1)
-        found = _TABLE[_like(arch)][arithmetic][few][gated]
+        return _INTERPRETER[gated]
+    arithmetic = precision if dtype == torch.float32 else "half"
+    return _TABLE[_like(arch)][arithmetic][few][gated]
+
+
+@cache
+def _ffn_tiles(arch: str, dtype: torch.dtype, precision: str, gated: bool, few: bool, width: int, hidden: int) -> Tiles:
+    found = _entry(arch, dtype, precision, gated, few)
     wide = partial(_narrowed, columns=hidden, depth=width)
     deep = partial(_narrowed, columns=width, depth=hidden)
     return Tiles(
@@ -178,15 +194,16 @@ def ffn_tiles(
         wide(found.down_backward),
         deep(found.up_backward),
         *(
-            replace(tile, rows=min(tile.rows, _power_of_two(hidden)), columns=min(tile.columns, _power_of_two(width)))
+            replace(tile, rows=min(tile.rows, power_of_two(hidden)), columns=min(tile.columns, power_of_two(width)))
             for tile in (found.weights, found.weights_pair)
         ),
     )
 
 
+@cache
 def row_tile(columns: int, item_bytes: int) -> Tile:
     """Tile of a kernel that moves whole rows: one row a program, 16 bytes or more a thread."""
-    block = min(_power_of_two(columns), 4096 // item_bytes)
+    block = min(power_of_two(columns), 4096 // item_bytes)
     warps = max(1, min(4, block * item_bytes // (32 * 16)))
     return Tile(1, block, 1, warps, 1)
 
@@ -202,9 +219,9 @@ def _like(arch: str) -> str:
 
 
 def _narrowed(tile: Tile, *, columns: int, depth: int) -> Tile:
-    return replace(tile, columns=min(tile.columns, _power_of_two(columns)), depth=min(tile.depth, _power_of_two(depth)))
+    return replace(tile, columns=min(tile.columns, power_of_two(columns)), depth=min(tile.depth, power_of_two(depth)))
 
 
-def _power_of_two(width: int) -> int:
+def power_of_two(width: int, least: int = 16) -> int:
     """Smallest power of two that holds width; tensor cores want at least 16."""
-    return max(16, 1 << max(width - 1, 0).bit_length())
+    return max(least, 1 << max(width - 1, 0).bit_length())

@@ -29,9 +29,8 @@ from foreroute.engine.config import (
 from foreroute.engine.config.enums import Backend
 from foreroute.engine.data.device_copy import map_tensors, tensors_in
 from foreroute.engine.model.build import build_model
-from foreroute.engine.model.transformer_xl import Routing
-from foreroute.engine.moe.layer import LayerCall, MoELayer
-from foreroute.engine.routing.plan import Plan
+from foreroute.engine.moe.layer import MoELayer
+from foreroute.engine.routing.plan import Plan, Routing, layer_seeds
 from foreroute.engine.routing.routers import HashedRouter
 from foreroute.engine.routing.tables import build_tables
 from foreroute.kernels import Dropout, ExpertRows, combine, expert_ffn, moe_ffn, permute_rows
@@ -193,16 +192,16 @@ def _copy(plan: Plan, device: torch.device | str) -> Plan:
 def _layer(dry_run: bool) -> tuple[MoELayer, Tensor, Plan]:
     torch.manual_seed(0)
     device = _device(dry_run)
-    layer = MoELayer(32, _moe(), KernelsConfig(backend=Backend.triton, masked_from_k=99), 0).to(device)
+    layer = MoELayer(32, _moe(), KernelsConfig(backend=Backend.triton, masked_from_k=99), 0, dropout=0.1).to(device)
     return layer, torch.randn(64, 32, device=device, requires_grad=True), _plan(0, device)
 
 
-def _call(plan: Plan) -> LayerCall:
+def _call(plan: Plan) -> Routing:
     tokens = torch.arange(64, device=plan.count_E.device)
-    return LayerCall(2, plan, tokens, dropout_seed=3, dropout=0.1)
+    return Routing(2, (plan,), tokens, layer_seeds(3, 1).to(tokens.device))
 
 
-def _gradients(layer: MoELayer, x_TD: Tensor, call: LayerCall) -> tuple[Tensor, ...]:
+def _gradients(layer: MoELayer, x_TD: Tensor, call: Routing) -> tuple[Tensor, ...]:
     y_TD = layer(x_TD, call).y_TD
     return y_TD.detach(), *torch.autograd.grad(y_TD, [x_TD, *layer.experts.parameters()], torch.ones_like(y_TD))
 

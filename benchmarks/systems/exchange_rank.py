@@ -15,6 +15,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from benchmarks.harness import together
+from benchmarks.models.traffic import KINDS, Meter
 from benchmarks.systems.exchange_problem import (
     BUILDERS,
     PUBLISHED,
@@ -27,7 +28,6 @@ from benchmarks.systems.exchange_problem import (
     planned_bytes,
 )
 from benchmarks.systems.exchange_systems import PARTS, start_deepspeed, systems
-from benchmarks.timing.traffic import KINDS, Meter
 from foreroute.kernels.testing.cases import relative_error
 from foreroute.launch.start.process import keep_freed_memory, run_and_leave
 

@@ -30,9 +30,9 @@ from benchmarks.systems.exchange_problem import Problem
 from benchmarks.systems.peers import ExpertModule, separate
 from foreroute.engine.config import KernelsConfig, MoEConfig, ParallelConfig
 from foreroute.engine.moe.exchange import build_exchange
-from foreroute.engine.moe.layer import LayerCall, LayerOutput, MoELayer
+from foreroute.engine.moe.layer import LayerOutput, MoELayer
 from foreroute.engine.parallel.collectives import Wire
-from foreroute.engine.routing.plan import Plan, Route
+from foreroute.engine.routing.plan import Plan, Route, Routing
 from foreroute.kernels import ExpertWeights
 
 NAMES = "w1", "b1", "w2", "b2"
@@ -90,11 +90,10 @@ class _Ours:
             assert value is not None
             setattr(self.layer.experts, name, nn.Parameter(value))
         self.layer.exchange = build_exchange(Wire(dist.group.WORLD), ParallelConfig())
-        everyone = torch.arange(problem.ranks * shape.tokens)
-        self.call = LayerCall(shape.k, plan, everyone, dropout_seed=0, dropout=0.0)
+        self.routing = Routing(shape.k, (plan,))
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        output: LayerOutput = self.layer(x_TD, self.call)
+        output: LayerOutput = self.layer(x_TD, self.routing)
         return output.y_TD
 
     def modules_of_experts(self) -> list[nn.Module]:

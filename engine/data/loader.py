@@ -26,7 +26,7 @@ from foreroute.engine.data.planned_batches import GroupBatch, PlannedBatch
 from foreroute.engine.tracing import span
 
 # Of a planned batch, what the step needs on the device.
-_MOVED = "batch", "plans", "second_plans", "input_row_tBQ", "token_T"
+_MOVED = "batch", "routing"
 _CLOSE_S = 10.0  # how long `close` waits for the other ranks' threads
 
 
@@ -111,9 +111,9 @@ class PlannedLoader:
                     planned = self._plan(self._make_batch(step, micro), self._k_of_step(step))
                 planned = replace(planned, prepare_ms=1e3 * (time.perf_counter() - start))
                 if self._agreement is not None:
-                    plans = (planned.plans or ()) + (planned.second_plans or ())
+                    routing = planned.routing
                     with span("agree"):
-                        self._agreement.check(step, micro, planned.k, planned.group, plans)
+                        self._agreement.check(step, micro, routing.k, planned.group, routing.all_plans)
                 self._queue.put(self._deliver(planned))
             self._queue.put(RuntimeError("no batch left: all steps are done"))
         except BaseException as error:  # handed to the consumer, which re-raises it

@@ -17,8 +17,10 @@ from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.exchange_choice import gathers
 from foreroute.engine.routing.k_schedule import active_experts
 from foreroute.engine.routing.ngram_rows import KeyRows
-from foreroute.engine.routing.plan import Plan
+from foreroute.engine.routing.plan import Plan, Routing, layer_seeds
 from foreroute.engine.routing.routers import Draw, PlannedRouter
+
+_SECOND_SEED = 2**31  # beyond all steps: seeds of first passes are neighbours
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +39,7 @@ class PlannedBatch:
 
     group: GroupBatch  # on the host
     batch: Batch  # this rank's own
-    k: int  # active experts
-    plans: tuple[Plan, ...] | None  # one per table; None for live routers and dense
-    second_plans: tuple[Plan, ...] | None  # of a second pass over the batch; None without one
-    input_row_tBQ: Tensor | None  # int64: this rank's rows of tables at the input; None: no tables
-    token_T: Tensor  # int64: numbers of the group's tokens within the step: stream x Q + place in the segment
+    routing: Routing
     copied: torch.cuda.Event | None = None  # of the copy to a GPU
     prepare_ms: float = field(default=0.0, compare=False)
     """What the loader's thread needed to read and plan it."""
@@ -77,6 +75,8 @@ def plan_batch(
     passes: int = 1,
     held_out: bool = False,
     input_keys: Sequence[KeyRows] = (),
+    dropout_seed: int = 0,
+    layers: int = 0,
 ) -> PlannedBatch:
     """Plan the batch for each router; without routers, pass it on with its k.
 
@@ -86,29 +86,32 @@ def plan_batch(
         passes: over the batch, 1 or 2, each with plans of its own.
         held_out: the batch is not trained on; what is drawn then depends on batch.index and streams alone.
         input_keys: of the tables at the input of the model (TransformerXL.input_keys).
+        dropout_seed: of (run, step), for the experts' stateless dropout.
+        layers: of the model, for their seeds of it; 0 where there is no dropout.
     """
     segment = group.ids_PBQ.shape[2]
     token_PT = (group.stream_PB[..., None] * segment + torch.arange(segment)).flatten(1)
     draw = Draw(token_PT.numpy(), group.own.index, held_out)
 
-    def plans(number: int) -> tuple[Plan, ...] | None:
-        if routers is None or number >= passes:
-            return None
-        this = replace(draw, number=number)
-        return tuple(
-            router.plan(group.ids_PBQ, group.left_PBC, k, draw=this, gather=gather, chunks=chunks) for router in routers
+    row_tBQ = [keys.of(group.own.ids_BQ, group.own.left_BC) for keys in input_keys]
+    input_row_tBQ, token_T = torch.stack(row_tBQ) if row_tBQ else None, token_PT.flatten()
+
+    def routing(number: int) -> Routing:
+        plans: tuple[Plan, ...] | None = None
+        if routers is not None:
+            this = replace(draw, number=number)
+            ids_PBQ, left_PBC = group.ids_PBQ, group.left_PBC
+            plans = tuple(r.plan(ids_PBQ, left_PBC, k, draw=this, gather=gather, chunks=chunks) for r in routers)
+        return Routing(
+            k,
+            plans,
+            token_T,
+            dropout_seed=layer_seeds(dropout_seed + number * _SECOND_SEED, layers) if layers else 0,
+            input_row_tBQ=input_row_tBQ,
+            second=routing(1) if number + 1 < passes else None,
         )
 
-    row_tBQ = [keys.of(group.own.ids_BQ, group.own.left_BC) for keys in input_keys]
-    return PlannedBatch(
-        group,
-        group.own,
-        k,
-        plans=plans(0),
-        second_plans=plans(1),
-        input_row_tBQ=torch.stack(row_tBQ) if row_tBQ else None,
-        token_T=token_PT.flatten(),
-    )
+    return PlannedBatch(group, group.own, routing(0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +148,8 @@ class TrainingBatches:
             chunks=self.config.parallel.chunks,
             passes=self.config.training_passes,
             input_keys=self.input_keys,
+            dropout_seed=self.config.train.seed * 2**32 + group.own.index,
+            layers=self.config.model.layers,
         )
 
     def k(self, step: int) -> int:

@@ -11,7 +11,7 @@ from foreroute.engine.data.device_copy import map_tensors
 from foreroute.engine.data.planned_batches import group_batch, plan_batch
 from foreroute.engine.data.streams import Batch
 from foreroute.engine.errors import require
-from foreroute.engine.model.transformer_xl import Memory, Routing, TransformerXL
+from foreroute.engine.model.transformer_xl import Memory, TransformerXL
 from foreroute.engine.routing.routers import PlannedRouter
 
 
@@ -64,10 +64,9 @@ def generate(
                     planned = plan_batch(
                         group_batch([_batch(part, left, start)]), k, routers, held_out=True, input_keys=model.input_keys
                     )
-                    ids_BQ, plans, row_tBQ = map_tensors(
-                        lambda tensor: tensor.to(device), (planned.batch.ids_BQ, planned.plans, planned.input_row_tBQ)
+                    ids_BQ, routing = map_tensors(
+                        lambda tensor: tensor.to(device), (planned.batch.ids_BQ, planned.routing)
                     )
-                    routing = Routing(k, plans, input_row_tBQ=row_tBQ)
                     logits_BQV, memory = model.logits(ids_BQ, memory, routing, memory_len=memory_len)[:2]
                     start += len(part)
                 chosen = sample(logits_BQV[0, -1].cpu(), sampling)  # the generator is the host's

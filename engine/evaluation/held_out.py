@@ -19,7 +19,7 @@ from foreroute.engine.data.corpus import PreparedCorpus
 from foreroute.engine.data.device_copy import Delivery, receive
 from foreroute.engine.data.planned_batches import group_batch, plan_batch
 from foreroute.engine.data.streams import Batch, EvalShares, eval_batches, warm_symbols
-from foreroute.engine.model.transformer_xl import Memory, Routing, TransformerXL
+from foreroute.engine.model.transformer_xl import Memory, TransformerXL
 from foreroute.engine.parallel.world import World
 from foreroute.engine.routing.exchange_choice import gathers
 from foreroute.engine.routing.routers import PlannedRouter
@@ -90,13 +90,12 @@ def evaluate(
             group = group_batch([part for part, _ in parts], world.mesh.expert_rank)
             gather = gathers(config, world.mesh.expert_ranks, k, batch.ids_BQ.numel())
             planned = plan_batch(group, k, routers, gather=gather, held_out=True, input_keys=model.input_keys)
-            moved = batch, counted_BQ, planned.plans, planned.input_row_tBQ
-            batch, counted_BQ, plans, row_tBQ = receive(*delivery.send(moved))
+            batch, counted_BQ, routing = receive(*delivery.send((batch, counted_BQ, planned.routing)))
             output = model(
                 batch.ids_BQ,
                 batch.targets_BQ,
                 memory,
-                Routing(k, plans, input_row_tBQ=row_tBQ),
+                routing,
                 memory_len=memory_len,
                 clamp_len=config.eval.clamp_len,
                 same_length=config.eval.same_length,

@@ -18,7 +18,7 @@ from foreroute.engine.data.planned_batches import group_batch, plan_batch
 from foreroute.engine.data.streams import Batch
 from foreroute.engine.finetune.glue import LABELS
 from foreroute.engine.finetune.sentences import Sentence, SentenceBatch, by_length, pad
-from foreroute.engine.model.transformer_xl import Routing, TransformerXL
+from foreroute.engine.model.transformer_xl import TransformerXL
 from foreroute.engine.routing.routers import PlannedRouter
 
 _PREDICTED = 64  # sentences in a batch without gradients
@@ -66,11 +66,10 @@ class Classifier(nn.Module):
             self.routers,
             held_out=not self.training,
             input_keys=self.model.input_keys,
+            dropout_seed=seed,
+            layers=len(self.model.blocks),
         )
-        batch, plans, input_row_tBQ = map_tensors(
-            lambda tensor: tensor.to(self.device), (batch, planned.plans, planned.input_row_tBQ)
-        )
-        routing = Routing(k, plans, dropout_seed=seed, input_row_tBQ=input_row_tBQ)
+        batch, routing = map_tensors(lambda tensor: tensor.to(self.device), (batch, planned.routing))
         hidden_BQD = self.model.hidden(batch.ids_BQ, None, routing, memory_len=0, clamp_len=self.clamp_len).hidden_BQD
         row_B = torch.arange(len(batch.length_B), device=self.device)
         logits_BC: Tensor = self.head(hidden_BQD[row_B, batch.length_B - 1])

@@ -15,7 +15,8 @@ from foreroute.engine.config import KernelsConfig, ModelConfig, MoEConfig, Route
 from foreroute.engine.config.model import expert_layers, feed_forward_width
 from foreroute.engine.model.attention import RelativeAttention, SharedAttention
 from foreroute.engine.moe.feed_forward import FeedForward
-from foreroute.engine.moe.layer import LayerCall, MoELayer
+from foreroute.engine.moe.layer import MoELayer
+from foreroute.engine.routing.plan import Routing
 from foreroute.engine.tracing import traced
 
 
@@ -23,7 +24,7 @@ class BlockOutput(NamedTuple):
     """Result of a block."""
 
     y_BQD: Tensor
-    auxiliary_loss: Tensor | None  # scalar, already weighted; None when dense
+    auxiliary_loss: Tensor | None  # scalar, already weighted; None unless the router is learned
     count_E: Tensor | None  # int64: rows of each expert; None when dense
 
 
@@ -37,25 +38,23 @@ class Block(nn.Module):
         self.attention_norm = nn.LayerNorm(model.width)
         self.has_experts = moe.router is not Router.dense and layer < expert_layers(model, moe)
         if self.has_experts:
-            self.moe = MoELayer(model.width, moe, kernels, layer)
+            self.moe = MoELayer(model.width, moe, kernels, layer, dropout=model.dropout)
         else:
             inner = feed_forward_width(model, moe, layer)
             self.feed_forward = FeedForward(model.width, inner, moe.activation, model.dropout)
         self.feed_forward_norm = nn.LayerNorm(model.width)
         self.dropout = nn.Dropout(model.dropout)
 
-    def forward(
-        self, x_BQD: Tensor, memory_BMD: Tensor, shared: SharedAttention, call: LayerCall | None
-    ) -> BlockOutput:
-        """Apply the block to x; the call, for the expert layer, is None when dense."""
+    def forward(self, x_BQD: Tensor, memory_BMD: Tensor, shared: SharedAttention, routing: Routing) -> BlockOutput:
+        """Apply the block to x."""
         x_BQD = self._attend(x_BQD, memory_BMD, shared)
         inner_BQD = self.feed_forward_norm(x_BQD) if self.pre_norm else x_BQD
         auxiliary_loss, count_E = None, None
-        if call is None:
-            y_BQD = traced("feed_forward", self.feed_forward, inner_BQD)
-        else:
-            y_TD, auxiliary_loss, count_E = self.moe(inner_BQD.flatten(0, 1), call)
+        if self.has_experts:
+            y_TD, auxiliary_loss, count_E = self.moe(inner_BQD.flatten(0, 1), routing)
             y_BQD = y_TD.view_as(x_BQD)
+        else:
+            y_BQD = traced("feed_forward", self.feed_forward, inner_BQD)
         y_BQD = x_BQD + self.dropout(y_BQD)
         if not self.pre_norm:
             y_BQD = self.feed_forward_norm(y_BQD)

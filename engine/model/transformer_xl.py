@@ -8,9 +8,7 @@ Letters: B streams, Q query length, M memory length (m <= M of it filled), S = m
 H heads, W head width, L expert layers here, E experts, t tables at the input.
 """
 
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import NamedTuple, TypedDict, Unpack
 
 import torch
@@ -23,33 +21,12 @@ from foreroute.engine.model.attention import SharedAttention, encode_distances
 from foreroute.engine.model.block import Block, BlockOutput
 from foreroute.engine.model.input_tables import input_tables
 from foreroute.engine.moe.experts import Experts
-from foreroute.engine.moe.layer import LayerCall
 from foreroute.engine.routing.losses import consistency_loss
 from foreroute.engine.routing.ngram_rows import KeyRows
-from foreroute.engine.routing.plan import Plan
+from foreroute.engine.routing.plan import Routing
 
 Memory = tuple[Tensor, ...]
 """Each layer's input at the newest m positions, [B, m, D], detached."""
-
-
-_SECOND_SEED = 2**31  # beyond all steps: seeds of first passes are neighbours
-
-
-@dataclass(frozen=True, slots=True)
-class Routing:
-    """What the layers of one forward pass need besides their input; a plain dense model ignores it."""
-
-    k: int  # active experts
-    plans: tuple[Plan, ...] | None = None  # one for all layers, or one each; None for live routers
-    token_T: Tensor | None = None  # int64: global number of each token; None counts from 0
-    dropout_seed: int = 0  # of (run, step), for the experts' stateless dropout
-    input_row_tBQ: Tensor | None = None  # int64: rows of the model's tables at the input
-    second_plans: tuple[Plan, ...] | None = None  # for a second pass; None: there is one pass
-
-    def second(self) -> "Routing":
-        """Give the routing of the second pass."""
-        seed = self.dropout_seed + _SECOND_SEED
-        return replace(self, plans=self.second_plans, second_plans=None, dropout_seed=seed)
 
 
 class AttentionOptions(TypedDict, total=False):
@@ -143,8 +120,8 @@ class TransformerXL(nn.Module):
     ) -> Output:
         """Predict each target from the ids up to its place; arguments as for `hidden`.
 
-        With second plans there is a second pass by them, with dropout of its own, and the loss is that of THOR (Zuo et
-        al., ICLR 2022, arXiv 2110.04260): both cross-entropies plus moe.consistency times what the passes differ in.
+        With a second routing there is a second pass, with dropout of its own, and the loss is that of THOR (Zuo et al.,
+        ICLR 2022, arXiv 2110.04260): both cross-entropies plus moe.consistency times what the passes differ in.
         """
 
         def run(routing: Routing) -> tuple[Logits, Tensor]:
@@ -155,8 +132,8 @@ class TransformerXL(nn.Module):
         first, nll_T = run(routing)
         auxiliary_loss, count_LE = first.auxiliary_loss, first.count_LE
         loss = nll_T.mean()
-        if routing.second_plans is not None:
-            second, second_nll_T = run(routing.second())
+        if routing.second is not None:
+            second, second_nll_T = run(routing.second)
             differ = consistency_loss(*(out.logits_BQV.flatten(0, 1) for out in (first, second)))
             auxiliary_loss = auxiliary_loss + second.auxiliary_loss + self.consistency * differ
             loss = loss + second_nll_T.mean()
@@ -208,11 +185,10 @@ class TransformerXL(nn.Module):
         )
         window = limit if same_length else None
         shared = SharedAttention(self.dropout(distance_SD), self.u, self.v, window)
-        calls = self._calls(routing, ids_BQ)
         new_memory, outputs = [], []
-        for block, memory_BmD, call in zip(self.blocks, memory, calls, strict=True):
+        for block, memory_BmD in zip(self.blocks, memory, strict=True):
             new_memory.append(extend_memory(memory_BmD, x_BQD, limit))
-            outputs.append(self._run(block, x_BQD, memory_BmD, shared, call))
+            outputs.append(self._run(block, x_BQD, memory_BmD, shared, routing))
             x_BQD = outputs[-1].y_BQD
         hidden_BQD = self.dropout(self.final_norm(x_BQD))
         losses = [out.auxiliary_loss.float() for out in outputs if out.auxiliary_loss is not None]
@@ -223,18 +199,6 @@ class TransformerXL(nn.Module):
             torch.stack(losses).sum() if losses else hidden_BQD.new_zeros((), dtype=torch.float32),
             torch.stack(counts) if counts else None,
         )
-
-    def _calls(self, routing: Routing, ids_BQ: Tensor) -> list[LayerCall | None]:
-        plans: tuple[Plan | None, ...] = routing.plans or (None,)
-        token_T = routing.token_T
-        if token_T is None:
-            token_T = torch.arange(ids_BQ.numel(), device=ids_BQ.device)
-        dropout = self.config.dropout if self.training else 0.0
-        own = itertools.cycle(plans) if len(plans) == 1 else iter(plans)
-        return [
-            LayerCall(routing.k, next(own), token_T, routing.dropout_seed, dropout) if block.has_experts else None
-            for block in self.blocks
-        ]
 
     def _run(self, block: nn.Module, *inputs: object) -> BlockOutput:
         output: BlockOutput

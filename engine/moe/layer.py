@@ -7,7 +7,7 @@ decision is taken below this file.
 Letters: T local tokens, D width, R received rows, E experts.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -19,28 +19,17 @@ from foreroute.engine.moe.experts import Experts
 from foreroute.engine.moe.feed_forward import FeedForward
 from foreroute.engine.parallel.collectives import Wire
 from foreroute.engine.routing.losses import balance_loss, chosen_counts, z_loss
-from foreroute.engine.routing.plan import Plan
+from foreroute.engine.routing.plan import Plan, Routing
 from foreroute.engine.routing.routers import FrozenRouter, LearnedRouter
 from foreroute.engine.tracing import span, traced
 from foreroute.kernels import Dropout, keep_mask, row_hash, unit_hash
-
-
-@dataclass(frozen=True, slots=True)
-class LayerCall:
-    """What a layer needs besides its input."""
-
-    k: int  # active experts
-    plan: Plan | None  # of a planned router; None for live ones
-    token_T: Tensor  # int64: global numbers of the tokens of the expert group, rank by rank, for the experts' dropout
-    dropout_seed: int  # of (run, step); the layer's number is mixed in here
-    dropout: float  # rate on the experts' hidden units, the shared one's too; 0 in evaluation
 
 
 class LayerOutput(NamedTuple):
     """Result of a layer."""
 
     y_TD: Tensor
-    auxiliary_loss: Tensor  # fp32 scalar, already weighted; zero unless the router is learned
+    auxiliary_loss: Tensor | None  # fp32 scalar, already weighted; None unless the router is learned
     count_E: Tensor  # int64: rows of each expert over the expert group
 
 
@@ -50,15 +39,16 @@ class MoELayer(nn.Module):
     router: FrozenRouter | LearnedRouter | None
     shared: FeedForward | None
 
-    def __init__(self, width: int, moe: MoEConfig, kernels: KernelsConfig, layer: int) -> None:
+    def __init__(self, width: int, moe: MoEConfig, kernels: KernelsConfig, layer: int, *, dropout: float = 0.0) -> None:
         """Build the layer with all experts.
 
         Args:
             width: of the hidden states (D).
-            layer: its number in the model.
+            layer: its number among the model's expert layers.
+            dropout: rate on the experts' hidden units in training, the shared one's too.
         """
         super().__init__()
-        self.layer = layer
+        self.layer, self.dropout = layer, dropout
         self.balance_weight, self.z_weight = moe.balance_loss, moe.z_loss
         self.router = None
         if moe.router is Router.frozen:
@@ -74,14 +64,14 @@ class MoELayer(nn.Module):
         if moe.shared_width:
             self.shared = FeedForward(width, moe.shared_width, moe.activation, dropout=0.0)
 
-    def forward(self, x_TD: Tensor, call: LayerCall) -> LayerOutput:
+    def forward(self, x_TD: Tensor, routing: Routing) -> LayerOutput:
         """Apply the layer to the tokens x_TD.
 
         Raises:
             ValueError: a planned router's plan is missing or is for another k or number of tokens.
         """
-        plan, auxiliary_loss = self._plan(x_TD, call)
-        dropout = self._dropout(call)
+        plan, auxiliary_loss = self._plan(x_TD, routing)
+        dropout = self._dropout(x_TD, routing)
         if len(plan.parts) == 1:
             received_RD = self.exchange.dispatch(x_TD, plan)
             partial_RD = self.experts(received_RD, plan, dropout)
@@ -92,19 +82,19 @@ class MoELayer(nn.Module):
             y_TD = y_TD + self._shared(self.shared, x_TD, plan, dropout)
         return LayerOutput(y_TD, auxiliary_loss, plan.count_E)
 
-    def _plan(self, x_TD: Tensor, call: LayerCall) -> tuple[Plan, Tensor]:
-        no_loss = torch.zeros((), device=x_TD.device)
+    def _plan(self, x_TD: Tensor, routing: Routing) -> tuple[Plan, Tensor | None]:
         if self.router is None:
-            if call.plan is None or call.plan.k != call.k:
-                found = "no plan" if call.plan is None else f"a plan for k={call.plan.k}"
-                raise ValueError(f"layer {self.layer} has a planned router, k={call.k}, and got {found}")
-            return call.plan, no_loss
-        live = self.router(x_TD, call.k)
+            plan = routing.plan_of(self.layer)
+            if plan is None or plan.k != routing.k:
+                found = "no plan" if plan is None else f"a plan for k={plan.k}"
+                raise ValueError(f"layer {self.layer} has a planned router, k={routing.k}, and got {found}")
+            return plan, None
+        live = self.router(x_TD, routing.k)
         num_experts = live.logits_TE.shape[1]
         with span("plan"):
             plan = self.exchange.plan(live.route, num_experts, x_TD)
         if isinstance(self.router, FrozenRouter):
-            return plan, no_loss
+            return plan, None
         count_E = chosen_counts(live.route.expert_TK, num_experts)
         if self.balance_wire is not None:
             count_E = self.balance_wire.all_reduce(count_E)
@@ -125,8 +115,10 @@ class MoELayer(nn.Module):
         y_TD = traced("shared_expert", shared, x_TD, keep_TF, dropout.scale)
         return y_TD
 
-    def _dropout(self, call: LayerCall) -> Dropout | None:
-        if call.dropout == 0.0:
+    def _dropout(self, x_TD: Tensor, routing: Routing) -> Dropout | None:
+        if not self.training or self.dropout == 0.0:
             return None
-        seed = call.dropout_seed * 1_000_003 + self.layer
-        return Dropout(call.dropout, seed, call.token_T, self.first_expert)
+        token_T = routing.token_T
+        if token_T is None:
+            token_T = torch.arange(x_TD.shape[0], device=x_TD.device)
+        return Dropout(self.dropout, routing.seed_of(self.layer), token_T, self.first_expert)

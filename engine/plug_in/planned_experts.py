@@ -28,7 +28,7 @@ from foreroute.engine.data.device_copy import Delivery, receive
 from foreroute.engine.data.plan_agreement import tables_digest
 from foreroute.engine.errors import RunFailed, UserError, require
 from foreroute.engine.moe.exchange import build_exchange
-from foreroute.engine.moe.layer import LayerCall, MoELayer
+from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.optim.expert_sharding import expert_wire
 from foreroute.engine.parallel.collectives import Wire
 from foreroute.engine.parallel.cpu_group import Host, expert_group_host, odd_ones
@@ -38,6 +38,7 @@ from foreroute.engine.plug_in.passes import Pass, Passes, backward_node
 from foreroute.engine.plug_in.plans import Plans, Sequences, keep_to_texts
 from foreroute.engine.plug_in.replaceable import Replaced, side_of
 from foreroute.engine.routing.exchange_choice import use_gather, wire_dtype
+from foreroute.engine.routing.plan import Routing
 from foreroute.engine.routing.routers import routers_of
 from foreroute.engine.routing.tables import Table, table_from_state, table_state
 
@@ -262,7 +263,7 @@ class PlannedExperts:
         if running is not None:
             self.passes.note(outputs, running)
 
-    def call(self, layer: int, x: Tensor, dropout: float) -> tuple[LayerCall, Pass]:
+    def call(self, layer: int, x: Tensor) -> tuple[Routing, Pass]:
         """Give a layer what it needs for x, and the pass it is of; the layers ask by themselves."""
         node = backward_node()
         running = self.passes.running() if node is None else self.passes.of_node(node, layer)
@@ -285,8 +286,7 @@ class PlannedExperts:
             raise ValueError(f"x is {list(x.shape)}: the plan is for ids {list(plans.shape)}, first the sequences")
         self._connect(x.device)
         plans.used.add(layer)
-        plan = plans.plans[layer if len(plans.plans) > 1 else 0]
-        return LayerCall(plans.k, plan, plans.token_T, running.dropout_seed, dropout), running
+        return Routing(plans.k, plans.plans, plans.token_T, running.dropout_seed), running
 
     # State.
 

@@ -18,10 +18,9 @@ if TYPE_CHECKING:
 class PlannedFeedForward(nn.Module):
     """An expert layer in the place of a feed-forward: x [..., D] to [..., D]."""
 
-    def __init__(self, moe: MoELayer, experts: "PlannedExperts", dropout: float) -> None:
+    def __init__(self, moe: MoELayer, experts: "PlannedExperts") -> None:
         super().__init__()
         self.moe = moe
-        self.dropout = dropout
         self._experts = experts
 
     def forward(self, x: Tensor) -> Tensor:
@@ -32,10 +31,9 @@ class PlannedFeedForward(nn.Module):
             ValueError: x is not of the batch that was planned.
         """
         _refuse_tracing(x)
-        dropout = self.dropout if self.training else 0.0
-        call, running = self._experts.call(self.moe.layer, x, dropout)
+        routing, running = self._experts.call(self.moe.layer, x)
         x_TD = x.reshape(-1, x.shape[-1]).to(self.moe.experts.w1.dtype)
-        output: LayerOutput = self.moe(x_TD, call)
+        output: LayerOutput = self.moe(x_TD, routing)
         y = output.y_TD.to(x.dtype).view_as(x)
         self._experts.passes.note(y, running)
         return y

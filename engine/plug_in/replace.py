@@ -130,7 +130,7 @@ def replace_feed_forwards(
         for number, name in enumerate(names):
             like = next(model.get_submodule(name).parameters())
             with torch.device(like.device):
-                layer = MoELayer(width, moe, kernels or KernelsConfig(), number)
+                layer = MoELayer(width, moe, kernels or KernelsConfig(), number, dropout=dropout)
             layer.experts.init_weights(init_std)
             layers.append(layer.to(like.dtype))
     skip_shared_memory_op()
@@ -142,7 +142,7 @@ def replace_feed_forwards(
     experts = PlannedExperts(layers, tables, mesh, parallel, width=width, k=k, seed=seed)
     experts.replaced = tuple(replaced(name, model.get_submodule(name)) for name in names)
     for name, layer in zip(names, layers, strict=True):
-        replacement = PlannedFeedForward(layer, experts, dropout)
+        replacement = PlannedFeedForward(layer, experts)
         model.set_submodule(name, replacement.train(model.get_submodule(name).training))
     return experts
 

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from foreroute.kernels.dropout import seed_words
 from foreroute.kernels.expert_rows import ExpertRows, expert_rows
 
 
@@ -90,6 +91,48 @@ class Plan:
         """
         results = sum(self.recv_splits) - self.recv_splits[self.rank]
         return (self.wire_rows + results) * width * itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """All that was planned ahead of one forward pass, from the loader down to the layers; a dense model ignores it."""
+
+    k: int  # active experts
+    plans: tuple[Plan, ...] | None = None  # one for all layers, or one each; None for live routers
+    token_T: Tensor | None = None
+    """int64: global numbers of the tokens of the expert group, rank by rank, for the experts' stateless dropout; None
+    counts from 0."""
+    dropout_seed: int | Tensor = 0  # of (run, step); or the words of each layer's own seed (layer_seeds)
+    input_row_tBQ: Tensor | None = None  # int64: rows of the model's tables at the input
+    second: "Routing | None" = None  # of a second pass over the batch; None: there is one pass
+
+    @property
+    def all_plans(self) -> tuple[Plan, ...]:
+        """The plans of all passes."""
+        return (self.plans or ()) + (self.second.all_plans if self.second is not None else ())
+
+    def plan_of(self, layer: int) -> Plan | None:
+        """Return the plan of a layer; None for live routers."""
+        if self.plans is None:
+            return None
+        return self.plans[layer if len(self.plans) > 1 else 0]
+
+    def seed_of(self, layer: int) -> int | Tensor:
+        """Return the seed of a layer's dropout, as kernels.Dropout takes it."""
+        seed = self.dropout_seed
+        return seed.select(0, layer) if isinstance(seed, Tensor) else _layer_seed(seed, layer)
+
+
+def layer_seeds(seed: int, layers: int) -> Tensor:
+    """Return the words of each layer's dropout seed, int32 [layers, 2] (kernels.dropout.seed_words).
+
+    They travel with the plans, so the step sends nothing to the device, and a CUDA graph reads them at each replay.
+    """
+    return torch.tensor([seed_words(_layer_seed(seed, layer)) for layer in range(layers)], dtype=torch.int32)
+
+
+def _layer_seed(seed: int, layer: int) -> int:
+    return seed * 1_000_003 + layer
 
 
 def _sums(splits: list[tuple[int, ...]]) -> tuple[int, ...]:

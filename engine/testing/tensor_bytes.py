@@ -122,11 +122,12 @@ class PlanBytes:
 
     def add(self, planned: PlannedBatch) -> None:
         """Count a batch's plans until they are gone."""
-        assert planned.plans is not None
-        held = sum(tensor.nbytes for tensor in _tensors(planned.plans))
+        plans = planned.routing.plans
+        assert plans is not None
+        held = sum(tensor.nbytes for tensor in _tensors(plans))
         self._alive += held
         self.peak_bytes = max(self.peak_bytes, self._alive)
-        weakref.finalize(planned.plans[0].count_E, self._drop, held)
+        weakref.finalize(plans[0].count_E, self._drop, held)
 
     def _drop(self, held: int) -> None:
         self._alive -= held

@@ -29,12 +29,13 @@ from foreroute.engine.config import (
 from foreroute.engine.data.planned_batches import group_batch, plan_batch
 from foreroute.engine.data.streams import Streams
 from foreroute.engine.model.build import build_model
-from foreroute.engine.model.transformer_xl import Memory, Routing
+from foreroute.engine.model.transformer_xl import Memory
 from foreroute.engine.optim import deepspeed_engine as adapter
 from foreroute.engine.optim.adam import build_optimizer
 from foreroute.engine.parallel.collectives import add_up
 from foreroute.engine.parallel.cpu_group import GlooHost
 from foreroute.engine.parallel.mesh import Mesh
+from foreroute.engine.routing.plan import Routing
 from foreroute.engine.routing.routers import routers_of
 from foreroute.engine.routing.tables import Table, build_tables, table_from_state, table_state
 
@@ -170,9 +171,9 @@ class Run:
         """What the model takes in the next step."""
         ranks = self.mesh.group_ranks
         batches = [self.streams.batch(self.index, self._streams_of(r, micro)) for r in ranks]
-        planned = plan_batch(group_batch(batches, self.mesh.expert_rank), K, self.routers)
-        routing = Routing(K, planned.plans, planned.token_T, dropout_seed=self.index)
-        return planned.batch.ids_BQ, planned.batch.targets_BQ, self.memory[micro], routing
+        group = group_batch(batches, self.mesh.expert_rank)
+        planned = plan_batch(group, K, self.routers, dropout_seed=self.index, layers=LAYERS)
+        return planned.batch.ids_BQ, planned.batch.targets_BQ, self.memory[micro], planned.routing
 
 
 def _assert_sharded(model: nn.Module) -> None:

@@ -18,7 +18,7 @@ from foreroute.engine.metrics.host_memory import memory_bytes
 from foreroute.engine.metrics.rank_sums import RankRow, add_up, block_of
 from foreroute.engine.metrics.step_result import StepResult, StepTimes
 from foreroute.engine.metrics.timers import ForwardTimes, OwnTime
-from foreroute.engine.model.transformer_xl import Memory, Output, Routing
+from foreroute.engine.model.transformer_xl import Memory, Output
 from foreroute.engine.optim.adam import learning_rate
 from foreroute.engine.optim.deepspeed_engine import Engine
 from foreroute.engine.parallel.world import World
@@ -81,7 +81,7 @@ def train_step(
         times.data_ms += planned.prepare_ms
         clock.lap_ms()
         with span("forward"), own.forward(), check.forward() if check else nullcontext():
-            output = _forward(engine, planned, memory[micro], config, step)
+            output = _forward(engine, planned, memory[micro])
         times.forward_ms += clock.lap_ms()
         attention_ms, experts_ms = forward_times.take()
         times.attention_ms += attention_ms
@@ -117,7 +117,7 @@ def train_step(
     result = StepResult(
         loss=totals.loss,
         auxiliary_loss=totals.auxiliary_loss,
-        k=planned.k,
+        k=planned.routing.k,
         learning_rate=rate,
         grad_norm=engine.grad_norm(),
         block_PX=totals.block_PX,
@@ -147,15 +147,7 @@ def _row(world: World, sent_G: list[int], times: StepTimes, before: StepTimes) -
     )
 
 
-def _forward(engine: Engine, planned: PlannedBatch, memory: Memory | None, config: Config, step: int) -> Output:
+def _forward(engine: Engine, planned: PlannedBatch, memory: Memory | None) -> Output:
     batch = planned.batch
-    routing = Routing(
-        planned.k,
-        planned.plans,
-        token_T=planned.token_T,
-        dropout_seed=config.train.seed * 2**32 + step,
-        second_plans=planned.second_plans,
-        input_row_tBQ=planned.input_row_tBQ,
-    )
-    output: Output = engine.forward(batch.ids_BQ, batch.targets_BQ, None if batch.fresh else memory, routing)
+    output: Output = engine.forward(batch.ids_BQ, batch.targets_BQ, None if batch.fresh else memory, planned.routing)
     return output

@@ -56,7 +56,7 @@ def ffn_forward(
         if gate_mF is not None:
             part.keep(gate_NF, gate_mF)
     kept = x_MD[:num_rows] if mode == "fast" and save else x_RD.new_empty(0)
-    return y_MD[:num_rows], Saved(hidden_NF, gate_NF, kept)
+    return y_MD[:num_rows], Saved(hidden_NF, gate_NF, kept, rows.offset_L.new_empty(0, 2))
 
 
 @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]

@@ -54,7 +54,7 @@ def masked_forward(
             a_rH = _weighted(a_rH, weight_rL)
         alpha = 1.0 if dropout is None else dropout.scale
         torch.addmm(weight_rL @ weights.b2_LD, a_rH, w2_HD, alpha=alpha, out=out_RD[block])
-    return out_RD, Saved(hidden_RH, gate_RH, x_RD.new_empty(0))
+    return out_RD, Saved(hidden_RH, gate_RH, x_RD.new_empty(0), rows.offset_L.new_empty(0, 2))
 
 
 @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]

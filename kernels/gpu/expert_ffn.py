@@ -2,7 +2,7 @@
 
 Forward: list the row tiles, first product, second product. Backward: gradient of the hidden units, input rows (summed
 by kernels/gpu/rows_kernels.py), two or three weight matrices with their biases; for live routers the mixing weights.
-The kernels are in kernels/gpu/expert_ffn_forward.py and expert_ffn_backward_triton.py. Nothing is read back from the
+The kernels are in kernels/gpu/expert_ffn_forward.py and expert_ffn_backward.py. Nothing is read back from the
 GPU.
 
 Letters: R input rows, N expert rows, L experts here, D width, F expert hidden width.
@@ -11,7 +11,6 @@ Letters: R input rows, N expert rows, L experts here, D width, F expert hidden w
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from foreroute.kernels.dropout import Dropout
@@ -21,7 +20,7 @@ from foreroute.kernels.gpu import expert_ffn_forward as forward
 from foreroute.kernels.gpu.rows import combine_forward
 from foreroute.kernels.launching import arch_of, launch
 from foreroute.kernels.operands import ExpertWeights, FfnGradients, Saved
-from foreroute.kernels.tiles import Tile, Tiles, ffn_tiles
+from foreroute.kernels.tiles import Tile, Tiles, ffn_tiles, power_of_two, row_block
 
 
 def ffn_forward(
@@ -31,7 +30,8 @@ def ffn_forward(
     width_F, width_D = weights.w1_LFD.shape[1:]
     gated = weights.w3_LFD is not None
     tiles = _tiles(x_RD, weights, rows, precision)
-    tile_map, num_tiles = _tile_map(rows, tiles.up.rows)
+    num_tiles = num_row_tiles(x_RD, rows, precision, gated=gated)
+    tile_map = _tile_map(rows, num_tiles, tiles.up.rows)
     a_NF = x_RD.new_empty(rows.num_rows, width_F)
     z_NF, u_NF = (torch.empty_like(a_NF) if gated and save else a_NF.new_empty(0) for _ in range(2))
     shared = {
@@ -44,7 +44,7 @@ def ffn_forward(
     }
     launch(
         forward._up_kernel,
-        num_tiles * triton.cdiv(width_F, tiles.up.columns),
+        num_tiles * _blocks_of(width_F, tiles.up.columns),
         tiles.up,
         x_ptr=x_RD,
         w1_ptr=weights.w1_LFD,
@@ -63,7 +63,7 @@ def ffn_forward(
     y_ND = x_RD.new_empty(rows.num_rows, width_D)
     launch(
         forward._down_kernel,
-        num_tiles * triton.cdiv(width_D, tiles.down.columns),
+        num_tiles * _blocks_of(width_D, tiles.down.columns),
         tiles.down,
         a_ptr=a_NF,
         w_ptr=weights.w2_LFD,
@@ -76,7 +76,7 @@ def ffn_forward(
         **shared,
         **_blocks(tiles.down),
     )
-    return y_ND, Saved(z_NF if gated else a_NF, u_NF, a_NF.new_empty(0))
+    return y_ND, Saved(z_NF if gated else a_NF, u_NF, a_NF.new_empty(0), tile_map if save else tile_map.new_empty(0, 2))
 
 
 def ffn_backward(
@@ -102,7 +102,7 @@ def ffn_backward(
     gated = weights.w3_LFD is not None
     weighted = weight_N is not None
     tiles = _tiles(x_RD, weights, rows, precision)
-    tile_map, num_tiles = _tile_map(rows, tiles.up.rows)
+    tile_map, num_tiles = saved.tile_map, saved.tile_map.shape[0]
     shared = {
         "offset_ptr": rows.offset_L,
         "tile_ptr": tile_map,
@@ -112,7 +112,7 @@ def ffn_backward(
         "F": width_F,
     }
     tile = tiles.down_backward
-    columns = triton.cdiv(width_F, tile.columns)
+    columns = _blocks_of(width_F, tile.columns)
     dz_NF = torch.empty_like(saved.hidden_NF)
     du_NF = torch.empty_like(dz_NF) if gated else None
     ga_NF = torch.empty_like(dz_NF) if gated or weighted else saved.hidden_NF
@@ -146,7 +146,7 @@ def ffn_backward(
     tile = tiles.up_backward
     launch(
         forward._down_kernel,
-        num_tiles * triton.cdiv(width_D, tile.columns),
+        num_tiles * _blocks_of(width_D, tile.columns),
         tile,
         a_ptr=dz_NF,
         w_ptr=weights.w1_LFD,
@@ -186,7 +186,7 @@ def _weights_gradient(
     dw_LFD = torch.empty_like(weights.w1_LFD)
     dw2_LFD = None if left2_NF is None else torch.empty_like(dw_LFD)
     db = torch.empty_like(weights.b1_LF if bias == "left" else weights.b2_LD)
-    programs = num_experts * triton.cdiv(width_F, tile.rows) * triton.cdiv(width_D, tile.columns)
+    programs = num_experts * _blocks_of(width_F, tile.rows) * _blocks_of(width_D, tile.columns)
     launch(
         backward._weights_kernel,
         programs,
@@ -220,7 +220,7 @@ def _dweight(
     """Finish the mixing weights' gradient from its partial sums."""
     width_D, columns = dout_RD.shape[1], partial.shape[1]
     dweight_N = partial.new_empty(rows.num_rows)
-    block_c = triton.next_power_of_2(columns)
+    block_c = power_of_two(columns, least=1)
     launch(
         backward._dweight_kernel,
         tile_map.shape[0],
@@ -236,17 +236,22 @@ def _dweight(
         COLUMNS=columns,
         BLOCK_M=block,
         BLOCK_C=block_c,
-        BLOCK_D=min(64, triton.next_power_of_2(width_D)),
+        BLOCK_D=min(64, power_of_two(width_D, least=1)),
     )
     return dweight_N
 
 
-def _tile_map(rows: ExpertRows, block: int) -> tuple[Tensor, int]:
-    """List the row tiles; their number is bounded from above without looking at the counts.
+def num_row_tiles(x_RD: Tensor, rows: ExpertRows, precision: str, *, gated: bool) -> int:
+    """Bound the number of row tiles from above, without looking at the counts.
 
-    Each expert adds at most one tile that is not full, so there are at most N // block + min(N, L) tiles.
+    Each expert adds at most one tile that is not full, so there are at most N // block + min(N, L).
     """
-    num_tiles = rows.num_rows // block + min(rows.num_rows, rows.num_experts)
+    block = row_block(arch_of(x_RD), x_RD.dtype, precision, gated=gated, rows=rows.num_rows, experts=rows.num_experts)
+    return rows.num_rows // block + min(rows.num_rows, rows.num_experts)
+
+
+def _tile_map(rows: ExpertRows, num_tiles: int, block: int) -> Tensor:
+    """List the row tiles."""
     tile_map = rows.offset_L.new_empty(num_tiles, 2)
     if num_tiles:
         launch(
@@ -257,10 +262,10 @@ def _tile_map(rows: ExpertRows, block: int) -> tuple[Tensor, int]:
             tile_ptr=tile_map,
             num_tiles=num_tiles,
             EXPERTS=rows.num_experts,
-            BLOCK_E=max(32, triton.next_power_of_2(rows.num_experts)),
+            BLOCK_E=max(32, power_of_two(rows.num_experts)),
             BLOCK_M=block,
         )
-    return tile_map, num_tiles
+    return tile_map
 
 
 def _tiles(x_RD: Tensor, weights: ExpertWeights, rows: ExpertRows, precision: str) -> Tiles:
@@ -276,28 +281,32 @@ def _tiles(x_RD: Tensor, weights: ExpertWeights, rows: ExpertRows, precision: st
     )
 
 
+def _blocks_of(size: int, block: int) -> int:
+    return -(-size // block)
+
+
 def _blocks(tile: Tile) -> dict[str, int]:
     return {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth}
 
 
 def _dropout(dropout: Dropout | None) -> dict[str, Any]:
     if dropout is None:
-        return {
-            "token_ptr": None,
-            "seed_low": 0,
-            "seed_high": 0,
-            "first_expert": 0,
-            "threshold": 0,
-            "keep_scale": 1.0,
-            "DROPOUT": False,
-        }
-    low, high = dropout.seed_words
+        return _NO_DROPOUT
     return {
         "token_ptr": dropout.token_R,
-        "seed_low": low,
-        "seed_high": high,
+        "seed_ptr": dropout.words(),
         "first_expert": dropout.first_expert,
         "threshold": dropout.threshold,
         "keep_scale": dropout.scale,
         "DROPOUT": True,
     }
+
+
+_NO_DROPOUT = {
+    "token_ptr": None,
+    "seed_ptr": None,
+    "first_expert": 0,
+    "threshold": 0,
+    "keep_scale": 1.0,
+    "DROPOUT": False,
+}

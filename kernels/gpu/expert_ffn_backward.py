@@ -21,6 +21,7 @@ def _down_backward_kernel(
     offset_ptr,  # [L] int32
     tile_ptr,  # [num_tiles, 2] int32
     token_ptr,  # [R] int64, only if GATED and DROPOUT
+    seed_ptr,  # [2] int32, only if GATED and DROPOUT
     hidden_ptr,  # [N, F]: a, or z if GATED
     u_ptr,  # [N, F], only if GATED
     dz_ptr,  # [N, F], output
@@ -28,8 +29,6 @@ def _down_backward_kernel(
     ga_ptr,  # [N, F], output if WEIGHTED or GATED: hidden units times the mixing weight
     partial_ptr,  # [N, COLUMNS] fp32, output if DWEIGHT: part of the mixing weight's gradient
     num_tiles,
-    seed_low,
-    seed_high,
     first_expert,
     threshold,
     keep_scale,
@@ -81,7 +80,7 @@ def _down_backward_kernel(
         if DROPOUT:
             token_source_M = tl.load(source_ptr + row_M, mask=in_M, other=0)
             token_M = tl.load(token_ptr + token_source_M, mask=in_M, other=0)
-            keep = keep_mask_of(token_M, first_expert + expert, n, seed_low, seed_high, threshold)
+            keep = keep_mask_of(token_M, first_expert + expert, n, seed_ptr, threshold)
             a = tl.where(keep, a * keep_scale, 0.0)
             factor = tl.where(keep, factor * keep_scale, 0.0)
             silu = tl.where(keep, silu * keep_scale, 0.0)

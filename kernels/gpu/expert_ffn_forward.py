@@ -1,4 +1,4 @@
-"""Triton kernels of the expert feed-forward, forward, and what the backward ones (expert_ffn_backward_triton.py) share.
+"""Triton kernels of the expert feed-forward, forward, and what the backward ones (expert_ffn_backward.py) share.
 
 The launchers are in kernels/gpu/expert_ffn.py. Expert rows lie expert by expert; a tile of rows never crosses experts.
 Input rows are read through an index inside the product, so no permuted copy of them is ever written, and experts are
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 # Numbers that change from step to step: a kernel must not be compiled again when one happens to be 1 or divide by 16.
-CHANGING = ["num_tiles", "seed_low", "seed_high", "first_expert", "threshold"]
+CHANGING = ["num_tiles", "first_expert", "threshold"]
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
@@ -75,10 +75,12 @@ def _hash32(value):
 
 
 @triton.jit
-def keep_mask_of(token_M, expert, unit_N, seed_low, seed_high, threshold):
+def keep_mask_of(token_M, expert, unit_N, seed_ptr, threshold):
     """Dropout mask [M, N] of kernels/dropout.py: a function of seed, token, global expert and unit alone."""
-    mixed_M = _hash32(token_M.to(tl.uint32) ^ seed_low.to(tl.uint32))
-    mixed_M = _hash32(mixed_M ^ (token_M >> 32).to(tl.uint32) ^ seed_high.to(tl.uint32))
+    low = tl.load(seed_ptr).to(tl.uint32)
+    high = tl.load(seed_ptr + 1).to(tl.uint32)
+    mixed_M = _hash32(token_M.to(tl.uint32) ^ low)
+    mixed_M = _hash32(mixed_M ^ (token_M >> 32).to(tl.uint32) ^ high)
     row_M = _hash32(mixed_M + expert.to(tl.uint32) * 0x9E3779B1) | 1
     unit_hash_N = _hash32((unit_N + 1).to(tl.uint32) * 0x9E3779B1) | 1
     product = (row_M[:, None] * unit_hash_N[None, :]).to(tl.int32, bitcast=True)
@@ -124,12 +126,11 @@ def _up_kernel(
     offset_ptr,  # [L] int32
     tile_ptr,  # [num_tiles, 2] int32
     token_ptr,  # [R] int64, only if DROPOUT
+    seed_ptr,  # [2] int32, only if DROPOUT
     a_ptr,  # [N, F], output: hidden units after activation and dropout
     z_ptr,  # [N, F], output if GATED and SAVE: pre-activation
     u_ptr,  # [N, F], output if GATED and SAVE: gate input
     num_tiles,
-    seed_low,
-    seed_high,
     first_expert,
     threshold,
     keep_scale,
@@ -195,7 +196,7 @@ def _up_kernel(
         hidden = tl.where(acc < 0.0, 0.0, acc)  # a GPU's max would turn NaN into 0
     if DROPOUT:
         token_M = tl.load(token_ptr + source_M, mask=in_M, other=0)
-        keep = keep_mask_of(token_M, first_expert + expert, n, seed_low, seed_high, threshold)
+        keep = keep_mask_of(token_M, first_expert + expert, n, seed_ptr, threshold)
         hidden = tl.where(keep, hidden * keep_scale, 0.0)
     tl.store(a_ptr + out, hidden.to(a_ptr.dtype.element_ty), mask=inside)
 

@@ -4,7 +4,6 @@ Letters: N expert rows, R token rows, M permuted rows, D columns.
 """
 
 import torch
-import triton
 from torch import Tensor
 
 from foreroute.kernels.expert_rows import ExpertRows
@@ -27,7 +26,7 @@ def add_rows(
     tile = row_tile(width, min(y_ND.element_size(), out_RD.element_size()))
     launch(
         jit._combine_kernel,
-        num_inputs * triton.cdiv(width, tile.columns),
+        num_inputs * -(-width // tile.columns),
         tile,
         y_ptr=y_ND,
         weight_ptr=weight_N,
@@ -75,7 +74,7 @@ def permute_forward(x: Tensor, index_M: Tensor, out: Tensor, *, scatter: bool) -
     tile = row_tile(width, min(x.element_size(), out.element_size()))
     launch(
         jit._permute_kernel,
-        index_M.numel() * triton.cdiv(width, tile.columns),
+        index_M.numel() * -(-width // tile.columns),
         tile,
         x_ptr=x,
         index_ptr=index_M,

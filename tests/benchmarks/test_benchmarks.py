@@ -43,6 +43,15 @@ def test_bench_kernels():
 
 
 @pytest.mark.slow
+def test_bench_host():
+    code, out, err = run("bench_host", "--rounds", "1")
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert list(result)[:4] == ["layer_ms", "attention_ms", "step_ms", "launches"]
+    assert result["launches"] == 9 and min(result[name] for name in list(result)[:3]) > 0
+
+
+@pytest.mark.slow
 def test_bench_metrics():
     code, out, err = run("bench_metrics", "--steps", "60")
     assert code == 0, err

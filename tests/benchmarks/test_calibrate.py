@@ -6,7 +6,7 @@ import torch
 
 from benchmarks import calibrate
 from benchmarks.calibrate import RUNS, fit, inside_link
-from benchmarks.timing.certify_time import Compared, median_error, regrets, ways
+from benchmarks.models.certify_time import Compared, median_error, regrets, ways
 from foreroute.engine.certificate.time.step_time import StepTime
 
 

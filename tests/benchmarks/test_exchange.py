@@ -8,9 +8,9 @@ import torch
 from torch import distributed as dist
 
 from benchmarks.machines.cluster import one_node
+from benchmarks.models.traffic import Meter
 from benchmarks.systems import exchange_rank
 from benchmarks.systems.exchange_problem import BUILDERS, QUICK, Problem, autoep_bytes, moe_bytes, planned_bytes
-from benchmarks.timing.traffic import Meter
 from foreroute.engine.config import MoEConfig
 from foreroute.engine.routing.tables import build_tables
 from foreroute.engine.testing.ranks import run_ranks

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from foreroute.kernels import Dropout, keep_mask
-from foreroute.kernels.dropout import hash32, row_hash, unit_hash
+from foreroute.kernels.dropout import hash32, row_hash, seed_words, unit_hash
 
 
 def mask(tokens, units, rate, *, seed=42, expert=3, first_expert=0):
@@ -52,9 +52,9 @@ def test_an_expert_keeps_its_masks_wherever_it_lives():
 
 def test_seed_words_are_int32_and_periodic_in_64_bits():
     for seed in (0, 1, 2**31, 2**63 + 5, -7, 12345678901234567890123):
-        words = Dropout(0.1, seed, torch.arange(1)).seed_words
+        words = seed_words(seed)
         assert all(-(2**31) <= word < 2**31 for word in words)
-        assert words == Dropout(0.1, seed + 2**64, torch.arange(1)).seed_words
+        assert words == seed_words(seed + 2**64)
 
 
 def murmur(value):
@@ -81,7 +81,7 @@ def test_published_values_of_murmur_3():
     [(1234567, 6457827717110365317), (0, 0xE220A8397B1DCDAF), (2**64 + 1234567, 6457827717110365317)],
 )
 def test_seed_words_are_the_published_first_output_of_splitmix64(seed, first_output):
-    words = Dropout(0.1, seed, torch.arange(1)).seed_words
+    words = seed_words(seed)
     assert words == (int32(first_output % 2**32), int32(first_output >> 32))
 
 
@@ -97,6 +97,14 @@ def test_row_and_unit_hashes_in_python_integers():
         dropout = Dropout(0.1, seed, torch.tensor(tokens), first_expert)
         assert row_hash(dropout, dropout.token_R, expert).tolist() == want
     assert unit_hash(40).tolist() == [int32(murmur(unit * golden) | 1) for unit in range(1, 41)]
+
+
+def test_a_seed_may_be_given_as_its_words():
+    tokens = torch.tensor([5, 9, 2**40])
+    by_number = Dropout(0.5, -(2**62) + 11, tokens)
+    by_words = Dropout(0.5, torch.tensor(seed_words(-(2**62) + 11), dtype=torch.int32), tokens)
+    assert torch.equal(row_hash(by_number, tokens, 3), row_hash(by_words, tokens, 3))
+    assert torch.equal(by_number.words(), by_words.words())
 
 
 def test_threshold_and_scale():

@@ -133,14 +133,13 @@ def operator_arguments(*, gated=True, grad=True):
 def test_opcheck(gated):
     """PyTorch's own test of operators: schema, fakes, autograd registration, tracing with symbolic shapes."""
     x, weight, weights, rows = operator_arguments(gated=gated)
-    dropout = torch.arange(13), 0.3, 7, 0
+    dropout = torch.arange(13), torch.tensor([7, -3], dtype=torch.int32), 0.3, 0
     ops = torch.ops.foreroute
     how = "cpu", "lean", "ieee"
-    torch.library.opcheck(ops.expert_ffn, (x, weights, rows, *dropout, True, *how))
-    torch.library.opcheck(ops.expert_ffn, (x, weights, rows, *dropout, True, "cpu", "fast", "ieee"))
+    torch.library.opcheck(ops.ffn, (x, None, weights, rows, *dropout, True, False, False, *how))
+    torch.library.opcheck(ops.ffn, (x, None, weights, rows, *dropout, True, False, False, "cpu", "fast", "ieee"))
     for masked in (False, True):
-        arguments = (x, weight, weights, rows, *dropout, True, True, masked, *how)
-        torch.library.opcheck(ops.moe_ffn, arguments)
+        torch.library.opcheck(ops.ffn, (x, weight, weights, rows, *dropout, True, True, masked, *how))
     y = torch.randn(26, 8, requires_grad=True)
     torch.library.opcheck(ops.combine, (y, weight, rows, "cpu"))
     index = torch.tensor([3, 1, 3])
@@ -213,7 +212,7 @@ def test_the_triton_launchers_read_nothing_back(gated):
         grads = expert_ffn_launch.ffn_backward(
             x, x, weights, rows, dropout, saved, weight_N=weight, dweight=True, precision="ieee"
         )
-    assert y.shape == (26, 8) and grads.weight_N.shape == (26,) and len(recorder.launches) == 10
+    assert y.shape == (26, 8) and grads.weight_N.shape == (26,) and len(recorder.launches) == 9
 
 
 @pytest.mark.parametrize("options", [{}, {"mode": "fast"}, {"masked": True}], ids=str)
@@ -311,7 +310,8 @@ BAD = {  # what is changed: arguments of moe_ffn, and the line that must name it
     "a list": ({"weights": list(WEIGHTS)}, "weights is a list: must be ExpertWeights"),
     "a pair": ({"rows": (ROWS, None)}, "rows is a tuple: must be ExpertRows"),
     "a rate": ({"dropout": 0.1}, r"dropout is a float: must be Dropout\(rate, seed, token_R\)"),
-    "a seed": ({"dropout": Dropout(0.1, torch.arange(13), 5)}, "seed a whole number"),
+    "a seed": ({"dropout": Dropout(0.1, "5", torch.arange(13))}, "seed a whole number or its words"),
+    "words of a seed": ({"dropout": Dropout(0.1, torch.arange(2), torch.arange(13))}, r"dropout\.seed is torch\.int64"),
     "fast": ({"mode": "fast", "backend": "reference"}, "mode='fast': backend 'reference' has only 'lean'"),
     "masked": ({"masked": True, "backend": "reference"}, "masked=True: backend 'reference'"),
     "counts": ({"rows": bad_rows(offset_L=ROWS.offset_L.flip(0)), "debug": True}, "rows.offset_L=.*must not decrease"),

@@ -82,7 +82,7 @@ def test_tiles_are_narrowed_to_the_widths():
     narrow = find(width=3, hidden=3)
     assert [(tile.columns, tile.depth) for tile in narrow[:4]] == [(16, 16)] * 4
     assert [(tile.rows, tile.columns) for tile in narrow[4:]] == [(16, 16)] * 2
-    assert [tiles._power_of_two(width) for width in (0, 1, 16, 17, 32, 33)] == [16, 16, 16, 32, 32, 64]
+    assert [tiles.power_of_two(width) for width in (0, 1, 16, 17, 32, 33)] == [16, 16, 16, 32, 32, 64]
 
 
 def test_a_row_is_moved_by_16_bytes_a_thread():

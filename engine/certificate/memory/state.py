@@ -1,7 +1,8 @@
 """Weights, optimizer state and gradients of a rank, as DeepSpeed 0.19.8 holds them at each ZeRO stage.
 
 What is always held is `held`; what gradients need is greatest in backward or in the optimizer step. Found by measuring
-(benchmarks/memory_model.py). "All" are the numbers of the rank's parameters, "part" those whose optimizer state it has.
+(benchmarks/models/memory_model.py). "All" are the numbers of the rank's parameters, "part" those whose optimizer state
+it has.
 On a CPU, gloo copies what it gathers and adds up; NCCL does not.
 """
 

@@ -68,8 +68,8 @@ def test_batches_come_in_order_and_equal_planning_inline(routers, prefetch):
             planned, wait_seconds = loader.next()
             inline = plan_batch(make_batch(step, micro), 1 + step % 3, routers)
             assert flatten(planned) == flatten(inline)
-            assert len(planned.plans) == 2 and wait_seconds >= 0
-            assert planned.k == planned.plans[1].k == 1 + step % 3
+            assert len(planned.routing.plans) == 2 and wait_seconds >= 0
+            assert planned.routing.k == planned.routing.plans[1].k == 1 + step % 3
     for _ in range(2):
         with pytest.raises(RuntimeError, match="all steps are done"):
             loader.next()
@@ -95,7 +95,7 @@ def test_without_planned_routers_there_is_no_plan():
     loader = start(None)
     planned, _ = loader.next()
     loader.close()
-    assert planned.plans is None and planned.k == 3 and planned.batch.index == 2
+    assert planned.routing.plans is None and planned.routing.k == 3 and planned.batch.index == 2
 
 
 def test_worker_stays_a_whole_number_of_steps_ahead(routers):

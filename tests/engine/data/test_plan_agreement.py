@@ -63,11 +63,11 @@ def test_equal_ranks_go_on():
     for rank, found in enumerate(run_threads(take, RANKS)):
         assert [planned.batch.index for planned in found] == [0, 0, 1, 1, 2, 2]
         assert found[0].batch.stream_B.tolist() == [2 * rank]
-        tokens = found[1].token_T.tolist()
+        tokens = found[1].routing.token_T.tolist()
         first = 2 * (rank - rank % GROUP) + 1  # micro-batch 1 of the group's first rank
         assert tokens == [s * SEGMENT + q for s in (first, first + 2) for q in range(SEGMENT)]
         # unless asked for the other exchange: each rank gets the rows that it needs
-        assert all(len(plan.parts) == 1 and plan.parts[0].send is not None for plan in found[0].plans)
+        assert all(len(plan.parts) == 1 and plan.parts[0].send is not None for plan in found[0].routing.plans)
 
 
 def test_ranks_that_close_at_different_speeds_do_not_wait_for_ever():
@@ -112,10 +112,11 @@ def test_other_splits_are_seen():
     """Negative control of the last comparison: ids and tables agree and the plan is still another one."""
 
     def spoil(planned):
-        plan = planned.plans[1]
+        first, plan = planned.routing.plans
         sent = plan.send_splits
         part = replace(plan.parts[0], send_splits=(sent[0] - 1, sent[1] + 1))
-        return replace(planned, plans=(planned.plans[0], replace(plan, parts=(part,))))
+        routing = replace(planned.routing, plans=(first, replace(plan, parts=(part,))))
+        return replace(planned, routing=routing)
 
     found = run_threads(lambda host: take(host, spoil=spoil if host.rank == 3 else None), RANKS)
     for problem in found:
@@ -131,7 +132,7 @@ def test_ids_by_exchange_equal_ids_from_the_corpus():
         for a, b in zip(by_exchange, by_corpus, strict=True):
             for name in ("ids_PBQ", "left_PBC", "stream_PB"):
                 assert (getattr(a.group, name) == getattr(b.group, name)).all()
-            assert a.plans[1].send_splits == b.plans[1].send_splits
+            assert a.routing.plans[1].send_splits == b.routing.plans[1].send_splits
 
 
 class Half(Host):

@@ -7,7 +7,8 @@ from foreroute.engine.config import Config, DataConfig, EvalConfig, KernelsConfi
 from foreroute.engine.config.enums import Keys
 from foreroute.engine.errors import UserError
 from foreroute.engine.evaluation.generate import Sampling, generate, sample
-from foreroute.engine.model.transformer_xl import Routing, TransformerXL
+from foreroute.engine.model.transformer_xl import TransformerXL
+from foreroute.engine.routing.plan import Routing
 
 
 def draws(logits, temperature, top_p, count=2000):

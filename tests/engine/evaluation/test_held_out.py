@@ -21,9 +21,10 @@ from foreroute.engine.config import (
     Split,
 )
 from foreroute.engine.evaluation.held_out import evaluate, slimming_curve
-from foreroute.engine.model.transformer_xl import Routing, TransformerXL
+from foreroute.engine.model.transformer_xl import TransformerXL
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.parallel.world import World
+from foreroute.engine.routing.plan import Routing
 
 V, LENGTH, BEFORE = 11, 43, 5
 IDS = np.random.default_rng(0).integers(0, V, LENGTH).astype(np.uint8)

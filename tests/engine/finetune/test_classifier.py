@@ -10,8 +10,8 @@ from foreroute.engine.config import KernelsConfig, Router
 from foreroute.engine.finetune.classifier import Classifier, predict
 from foreroute.engine.finetune.sentences import Sentence, pad
 from foreroute.engine.model.build import build_model, planned_routers
-from foreroute.engine.model.transformer_xl import Routing
 from foreroute.engine.parallel.mesh import Mesh
+from foreroute.engine.routing.plan import Routing
 from foreroute.engine.routing.routers import HashedRouter
 from foreroute.engine.routing.tables import build_tables
 from foreroute.engine.testing.tiny_run import EXPERTS, LAYERS, SYMBOLS, K, tiny_config
@@ -125,7 +125,7 @@ def test_a_hashed_sentence_is_routed_by_its_own_ids():
     classifier = build(Router.hashed).eval()
     (sentence,) = sentences(9)
     seen = []
-    classifier.model.blocks[1].moe.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1].plan))
+    classifier.model.blocks[1].moe.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1].plan_of(1)))
     alone(classifier, sentence)
     order_rE = classifier.routers[1].table.order_rE
     ids = [0, *sentence.ids.tolist()]

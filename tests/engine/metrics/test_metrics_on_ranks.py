@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from benchmarks.timing.step_rank import Silent
+from benchmarks.models.step_rank import Silent
 from foreroute.engine.certificate.counts.exact import frame_of
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.counts.replay import replay

@@ -4,7 +4,7 @@ import torch
 
 from foreroute.engine.metrics.timers import ForwardTimes
 from foreroute.engine.model.build import build_model
-from foreroute.engine.model.transformer_xl import Routing
+from foreroute.engine.routing.plan import Routing
 from foreroute.engine.testing.tiny_run import SEGMENT, STREAMS, SYMBOLS, tiny_config
 
 

@@ -13,10 +13,9 @@ from foreroute.engine.config import MoEConfig, ScheduleConfig
 from foreroute.engine.config.enums import Activation, Growth, Router
 from foreroute.engine.model.build import build_model
 from foreroute.engine.model.flops import Arithmetic, forward_flops
-from foreroute.engine.model.transformer_xl import Routing
 from foreroute.engine.moe.experts import Experts
 from foreroute.engine.routing.k_schedule import active_experts
-from foreroute.engine.routing.plan import Route, build_plan
+from foreroute.engine.routing.plan import Route, Routing, build_plan
 from foreroute.engine.testing.tiny_run import EXPERTS, LAYERS, SEGMENT, STREAMS, SYMBOLS, tiny_config
 
 K, TOKENS = 3, STREAMS * SEGMENT

@@ -22,8 +22,9 @@ from foreroute.engine.data.planned_batches import group_batch, plan_batch
 from foreroute.engine.data.streams import Batch
 from foreroute.engine.errors import UserError
 from foreroute.engine.evaluation.generate import Sampling, generate
-from foreroute.engine.model.transformer_xl import Routing, TransformerXL
+from foreroute.engine.model.transformer_xl import TransformerXL
 from foreroute.engine.routing.ngram_rows import KeyRows
+from foreroute.engine.routing.plan import Routing
 from foreroute.engine.routing.planner import mixing_weights
 from foreroute.engine.routing.routers import HashedRouter
 from foreroute.engine.routing.tables import build_tables
@@ -46,7 +47,7 @@ def build(moe=MOE, **options):
 def rows(model, ids=IDS, left=LEFT):
     batch = Batch(ids, ids, left, torch.arange(len(ids)), 0, fresh=False)
     planned = plan_batch(group_batch([batch]), K, None, input_keys=model.input_keys)
-    return planned.input_row_tBQ
+    return planned.routing.input_row_tBQ
 
 
 def hidden_at_input(model, ids, row_tBQ):
@@ -100,7 +101,7 @@ def test_input_and_router_read_n_grams_of_their_own(at_input, of_router):
     def planned(context, routers, keys):
         left = LEFT[:, 2 - context :]
         batch = Batch(IDS, IDS, left, torch.arange(len(IDS)), 0, fresh=False)
-        return plan_batch(group_batch([batch]), K, routers, input_keys=keys)
+        return plan_batch(group_batch([batch]), K, routers, input_keys=keys).routing
 
     both = planned(config.context, routers, model.input_keys)
     assert torch.equal(both.input_row_tBQ, planned(at_input - 1, None, model.input_keys).input_row_tBQ)
@@ -111,7 +112,9 @@ def test_input_and_router_read_n_grams_of_their_own(at_input, of_router):
     (keys,) = build(moe, ngram=of_router, ngram_rows=moe.rows).input_keys
     assert all(not torch.equal(keys.of(IDS, LEFT), r.table.rows_of(IDS, LEFT)) for r in routers)
     # negative control: another text is routed otherwise
-    other = plan_batch(group_batch([Batch(IDS.flip(1), IDS, LEFT, torch.arange(2), 0, fresh=False)]), K, routers)
+    other = plan_batch(
+        group_batch([Batch(IDS.flip(1), IDS, LEFT, torch.arange(2), 0, fresh=False)]), K, routers
+    ).routing
     assert not torch.equal(other.plans[0].parts[0].rows.source_N, both.plans[0].parts[0].rows.source_N)
 
 

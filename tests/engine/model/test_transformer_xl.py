@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from foreroute.engine.config import Activation, KernelsConfig, ModelConfig, MoEConfig, Router
-from foreroute.engine.model.transformer_xl import Output, Routing, TransformerXL, extend_memory
+from foreroute.engine.model.transformer_xl import Output, TransformerXL, extend_memory
+from foreroute.engine.routing.plan import Routing
 
 V = 11
 DENSE = MoEConfig(router=Router.dense, experts=3, expert_width=4)

@@ -6,20 +6,22 @@ import pytest
 import torch
 
 from foreroute.engine.config import KernelsConfig, MoEConfig, Router
-from foreroute.engine.moe.layer import LayerCall, MoELayer
+from foreroute.engine.moe.layer import MoELayer
+from foreroute.engine.routing.plan import Routing, layer_seeds
 from foreroute.kernels import Dropout, keep_mask, row_hash, unit_hash
+from foreroute.kernels.dropout import seed_words
 
 TOKENS, WIDTH, EXPERTS, K = 12, 6, 4, 2
 
 
-def a_layer(router, number=0, **moe):
+def a_layer(router, number=0, dropout=0.0, **moe):
     torch.manual_seed(1)
     options = {"experts": EXPERTS, "expert_width": 5, "router": router, **moe}
-    return MoELayer(WIDTH, MoEConfig(**options), KernelsConfig(), number)
+    return MoELayer(WIDTH, MoEConfig(**options), KernelsConfig(), number, dropout=dropout)
 
 
-def call(*, dropout=0.0, seed=0, plan=None):
-    return LayerCall(K, plan, torch.arange(TOKENS), seed, dropout)
+def call(*, seed=0, plan=None):
+    return Routing(K, None if plan is None else (plan,), torch.arange(TOKENS), seed)
 
 
 @pytest.mark.parametrize(("balance", "z"), [(0.5, 0.0), (0.0, 0.25), (0.5, 0.25), (0.0, 0.0)])
@@ -45,7 +47,7 @@ def test_a_learned_router_adds_its_losses_times_their_weights(balance, z):
 
 def test_a_frozen_router_adds_no_loss():
     layer = a_layer(Router.frozen, balance_loss=0.5, z_loss=0.5)
-    assert layer(torch.randn(TOKENS, WIDTH), call()).auxiliary_loss.item() == 0
+    assert layer(torch.randn(TOKENS, WIDTH), call()).auxiliary_loss is None
 
 
 def test_a_shared_expert_is_added():
@@ -58,14 +60,14 @@ def test_a_shared_expert_is_added():
 
 def test_the_shared_experts_dropout_is_that_of_an_expert_behind_all_others():
     """In fp64, by the mask's formula; PyTorch's generator has no part in it."""
-    layer = a_layer(Router.frozen, shared_width=7).double()
+    layer = a_layer(Router.frozen, dropout=0.25, shared_width=7).double()
     shared, x_TD = layer.shared, torch.randn(TOKENS, WIDTH, dtype=torch.float64)
     found = []
     for seed in (5, 5, 6):
         torch.manual_seed(len(found))
-        both = layer(x_TD, call(dropout=0.25, seed=seed)).y_TD
+        both = layer(x_TD, call(seed=seed)).y_TD
         layer.shared = None
-        found.append(both - layer(x_TD, call(dropout=0.25, seed=seed)).y_TD)
+        found.append(both - layer(x_TD, call(seed=seed)).y_TD)
         layer.shared = shared
     dropout = Dropout(0.25, 5 * 1_000_003, torch.arange(TOKENS))
     want = torch.zeros_like(x_TD)
@@ -81,11 +83,15 @@ def test_the_shared_experts_dropout_is_that_of_an_expert_behind_all_others():
 def test_each_layer_and_step_has_dropout_of_its_own():
     """A million layers have numbers between those of two steps; the numbers stay, as a run that goes on asks for them
     again."""
+    x_TD = torch.zeros(TOKENS, WIDTH)
     for layer, step, seed in ((0, 0, 0), (2, 0, 2), (0, 7, 7_000_021), (3, 7, 7_000_024)):
-        dropout = a_layer(Router.frozen, layer)._dropout(call(dropout=0.5, seed=step))
+        built = a_layer(Router.frozen, layer, dropout=0.5)
+        dropout = built._dropout(x_TD, call(seed=step))
         assert (dropout.seed, dropout.rate, dropout.first_expert) == (seed, 0.5, 0)
         assert dropout.token_R.tolist() == list(range(TOKENS))
-    assert a_layer(Router.frozen)._dropout(call()) is None
+        assert layer_seeds(step, layer + 1)[layer].tolist() == list(seed_words(seed))
+        assert built.eval()._dropout(x_TD, call()) is None
+    assert a_layer(Router.frozen)._dropout(x_TD, call()) is None
 
 
 def test_a_planned_router_needs_a_plan_of_its_k():

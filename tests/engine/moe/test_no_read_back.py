@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from foreroute.engine.config import KernelsConfig, MoEConfig, ParallelConfig
 from foreroute.engine.config.enums import Backend
 from foreroute.engine.moe.exchange import Exchange
-from foreroute.engine.moe.layer import LayerCall, MoELayer
+from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.parallel.collectives import Wire
+from foreroute.engine.routing.plan import Routing
 from foreroute.engine.routing.routers import HashedRouter
 from foreroute.engine.routing.tables import build_tables
 from foreroute.kernels import ExpertRows
@@ -86,9 +87,14 @@ def without_data(plan, device="cpu"):
     return replace(plan, count_E=like(plan.count_E), parts=tuple(parts))
 
 
+def routing(plan, device="cpu"):
+    tokens = torch.empty(RANKS * TOKENS, dtype=torch.int64, device=device)
+    return Routing(K, (plan,), tokens, torch.empty(1, 2, dtype=torch.int32, device=device))
+
+
 def make_layer(**kernels):
     """A layer that holds two of eight experts."""
-    layer = MoELayer(WIDTH, MoEConfig(experts=EXPERTS, expert_width=32), KernelsConfig(**kernels), 0)
+    layer = MoELayer(WIDTH, MoEConfig(experts=EXPERTS, expert_width=32), KernelsConfig(**kernels), 0, dropout=0.1)
     for name, parameter in list(layer.experts.named_parameters()):
         setattr(layer.experts, name, nn.Parameter(torch.empty(EXPERTS // RANKS, *parameter.shape[1:])))
     layer.first_expert = RANK * EXPERTS // RANKS
@@ -114,7 +120,7 @@ def test_a_planned_layer_reads_nothing_back(name, masked_from_k, recompute):
     with FakeTensorMode():
         layer = make_layer(masked_from_k=masked_from_k)
         x = torch.empty(TOKENS, WIDTH, requires_grad=True)
-        call = LayerCall(K, without_data(PLANS[name]), torch.empty(RANKS * TOKENS, dtype=torch.int64), 3, 0.1)
+        call = routing(without_data(PLANS[name]))
         out = checkpoint(layer, x, call, use_reentrant=False) if recompute else layer(x, call)
         assert out.y_TD.shape == x.shape
         out.y_TD.sum().backward()
@@ -136,7 +142,7 @@ def test_a_read_back_is_seen(where):
             return honest(rows, part)
 
         x = torch.empty(TOKENS, WIDTH, requires_grad=True)
-        call = LayerCall(K, without_data(PLANS["tokens"]), torch.empty(0, dtype=torch.int64), 3, 0.0)
+        call = routing(without_data(PLANS["tokens"]))
         if where == "forward":
             exchange.to_experts = curious
             with pytest.raises(DataDependentOutputException):
@@ -154,14 +160,13 @@ def test_everything_is_on_the_device(name):
         with torch.device("cuda"):
             layer = make_layer(backend=Backend.triton)
             x = torch.empty(TOKENS, WIDTH)
-            token_T = torch.empty(RANKS * TOKENS, dtype=torch.int64)
         plan = without_data(PLANS[name], "cuda")
-        out = layer(x, LayerCall(K, plan, token_T, 3, 0.1))
+        out = layer(x, routing(plan, "cuda"))
         assert out.y_TD.device.type == out.count_E.device.type == "cuda"
         stray = replace(plan.parts[0].rows, slot_N=torch.empty_like(plan.parts[0].rows.slot_N, device="cpu"))
         plan = replace(plan, parts=(replace(plan.parts[0], rows=stray), *plan.parts[1:]))
         with pytest.raises(ValueError, match=r"rows\.slot_N is on cpu: must be on cuda"):
-            layer(x, LayerCall(K, plan, token_T, 3, 0.1))
+            layer(x, routing(plan, "cuda"))
 
 
 def test_parts_overlap():
@@ -170,7 +175,7 @@ def test_parts_overlap():
     with FakeTensorMode():
         layer = make_layer(masked_from_k=EXPERTS + 1)
         x = torch.empty(TOKENS, WIDTH, requires_grad=True)
-        call = LayerCall(K, without_data(plan), torch.empty(0, dtype=torch.int64), 3, 0.0)
+        call = routing(without_data(plan))
         y_TD = layer(x, call).y_TD
         stub = layer.exchange.wire._comm
         # 0, 1, 3: parts on their way to experts; 2, 4, 5: their results

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from foreroute.engine.config import Config, DataConfig, OptimConfig, Precision, Router, TrainConfig
 from foreroute.engine.errors import UserError
 from foreroute.engine.model.build import build_model
-from foreroute.engine.model.transformer_xl import Routing
 from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.optim import deepspeed_engine as adapter
 from foreroute.engine.optim import expert_sharding
+from foreroute.engine.routing.plan import Routing
 from foreroute.engine.testing.tiny_run import SYMBOLS, tiny_config
 
 

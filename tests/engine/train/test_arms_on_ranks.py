@@ -16,7 +16,6 @@ from foreroute.engine.config.enums import Keys, Router
 from foreroute.engine.data.planned_batches import group_batch, plan_batch
 from foreroute.engine.data.streams import Streams
 from foreroute.engine.model.build import build_model, planned_routers
-from foreroute.engine.model.transformer_xl import Routing
 from foreroute.engine.optim import deepspeed_engine as adapter
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.planner import mixing_weights
@@ -93,14 +92,7 @@ def train(case, rank, ranks):
                 passes=config.training_passes,
                 input_keys=model.input_keys,
             )
-            routing = Routing(
-                K,
-                planned.plans,
-                planned.token_T,
-                second_plans=planned.second_plans,
-                input_row_tBQ=planned.input_row_tBQ,
-            )
-            out = engine.forward(planned.batch.ids_BQ, planned.batch.targets_BQ, None, routing)
+            out = engine.forward(planned.batch.ids_BQ, planned.batch.targets_BQ, None, planned.routing)
             engine.backward(out.loss)
             total += out.loss.detach() / accumulation / ranks
         engine.step()

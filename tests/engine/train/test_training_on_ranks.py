@@ -27,9 +27,9 @@ from foreroute.engine.config import (
 )
 from foreroute.engine.config.enums import BalanceOver, ExchangeKind
 from foreroute.engine.model.build import build_model
-from foreroute.engine.model.transformer_xl import Routing
 from foreroute.engine.optim import deepspeed_engine as adapter
 from foreroute.engine.parallel.mesh import Mesh
+from foreroute.engine.routing.plan import Routing
 from foreroute.engine.routing.routers import HashedRouter
 from foreroute.engine.routing.tables import build_tables
 from foreroute.engine.testing.ranks import run_ranks

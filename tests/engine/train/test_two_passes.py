@@ -1,5 +1,7 @@
 """THOR's two passes: the model's loss and gradients against plain fp64 loops over two separate passes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,8 @@ import torch
 from foreroute.engine.config import KernelsConfig, ModelConfig, MoEConfig, Router
 from foreroute.engine.data.planned_batches import group_batch, plan_batch
 from foreroute.engine.data.streams import Batch
-from foreroute.engine.model.transformer_xl import Routing, TransformerXL
+from foreroute.engine.model.transformer_xl import TransformerXL
+from foreroute.engine.routing.plan import Routing
 from foreroute.engine.routing.routers import DrawnRouter
 
 V, LAYERS, E = 7, 2, 4
@@ -26,8 +29,7 @@ def build(dropout=0.0, consistency=3.0):
 def routing(passes=2, step=5):
     batch = Batch(IDS, TARGETS, IDS[:, :0], torch.arange(2), step, fresh=False)
     routers = [DrawnRouter(E, each_token=False, seed=1, index=i) for i in range(LAYERS)]
-    planned = plan_batch(group_batch([batch]), 1, routers, passes=passes)
-    return Routing(1, planned.plans, second_plans=planned.second_plans)
+    return plan_batch(group_batch([batch]), 1, routers, passes=passes, dropout_seed=4, layers=LAYERS).routing
 
 
 def plain_loss(first_TV, second_TV, targets_T, alpha):
@@ -50,7 +52,7 @@ def test_loss_and_gradients_equal_two_separate_passes():
     model, both = build(), routing()
     out = model(IDS, TARGETS, None, both)
     one = model.logits(IDS, None, Routing(1, both.plans))
-    two = model.logits(IDS, None, Routing(1, both.second_plans))
+    two = model.logits(IDS, None, Routing(1, both.second.plans))
     rows = [logits.logits_BQV.flatten(0, 1) for logits in (one, two)]
     want = plain_loss(*rows, TARGETS.flatten(), 3.0)
     # logits are taken to fp32 before the losses, as in bf16 runs
@@ -70,7 +72,7 @@ def test_loss_and_gradients_equal_two_separate_passes():
 def test_equal_passes_agree_and_without_a_second_there_is_one_loss():
     """Negative control: the same plans twice leave nothing to agree on."""
     model, both = build(), routing()
-    same = model(IDS, TARGETS, None, Routing(1, both.plans, second_plans=both.plans))
+    same = model(IDS, TARGETS, None, replace(both, second=replace(both, second=None)))
     alone = model(IDS, TARGETS, None, routing(passes=1))
     assert same.auxiliary_loss.item() == 0 and alone.auxiliary_loss.item() == 0
     assert same.loss.item() == pytest.approx(2 * alone.loss.item(), rel=1e-6)
@@ -83,7 +85,7 @@ def test_the_passes_drop_other_units():
     for block in model.blocks:
         block.dropout.eval()
         block.attention.dropout = 0.0
-    out = model(IDS, TARGETS, None, Routing(1, both.plans, second_plans=both.plans, dropout_seed=4))
+    out = model(IDS, TARGETS, None, replace(both, second=replace(both.second, plans=both.plans)))
     assert out.auxiliary_loss.item() > 1e-4
 
 
@@ -91,7 +93,7 @@ def test_each_step_and_pass_has_experts_of_its_own():
     found = set()
     for step in range(12):
         both = routing(step=step)
-        for plans in (both.plans, both.second_plans):
+        for plans in (both.plans, both.second.plans):
             found.add(tuple(int(plan.count_E.argmax()) for plan in plans))
             assert all(plan.count_E.max() == 12 for plan in plans)
     assert len(found) > 8  # of 16 pairs of experts in two layers, 24 draws

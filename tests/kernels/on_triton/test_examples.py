@@ -12,8 +12,7 @@ SMALL = Tile(16, 16, 16, 1, 1)
 BLOCKS = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16}
 NO_DROPOUT = {
     "token_ptr": None,
-    "seed_low": 0,
-    "seed_high": 0,
+    "seed_ptr": None,
     "first_expert": 0,
     "threshold": 0,
     "keep_scale": 1.0,

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 import pytest
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from benchmarks.memory_model import SMALL, SYMBOLS, Case, compare, make_config, material
+from benchmarks.models.memory_model import SMALL, SYMBOLS, Case, compare, make_config, material
 from foreroute.engine.certificate.counts.exact import certify
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.memory import state as memory_state

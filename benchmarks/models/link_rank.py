@@ -20,7 +20,7 @@ from torch import distributed as dist
 from benchmarks.harness import together
 from foreroute.engine.config import Config, DataConfig, EvalConfig, ModelConfig, MoEConfig, Router
 from foreroute.engine.model.build import build_model
-from foreroute.engine.model.transformer_xl import Routing
+from foreroute.engine.routing.plan import Routing
 from foreroute.launch.start.process import keep_freed_memory, run_and_leave
 
 _ROUNDS = 12

@@ -1,4 +1,4 @@
-"""Predicted against measured memory: `python -m benchmarks.memory_model`, and as a part of `python -m
+"""Predicted against measured memory: `python -m benchmarks.models.memory_model`, and as a part of `python -m
 benchmarks.bench_certify`.
 
 Each case is a small run of a few steps in processes of its own, on 1, 2 or 4 gloo ranks, whose tensors are counted as

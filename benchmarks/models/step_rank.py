@@ -1,6 +1,6 @@
 """One rank that trains several small runs for a few steps each and says how long each step took.
 
-    python -m benchmarks.timing.step_rank CASES.json FOLDER
+    python -m benchmarks.models.step_rank CASES.json FOLDER
 
 CASES.json: a list of configurations as engine.config.to_plain gives them. Started alone or by
 benchmarks/machines/cluster.py with the launcher variables. Rank 0 prints one JSON list: for each case the metrics of

@@ -1,0 +1,1 @@
+"""What the certificate's models of time and memory are measured by and compared with."""

@@ -1,1 +1,0 @@
-"""What the certificate's model of time is measured by and compared with."""

@@ -1,0 +1,245 @@
+"""The one operator under expert_ffn and moe_ffn: what autograd, torch.compile and fake tensors see of them.
+
+    foreroute::ffn           out and what backward needs: out is y_ND, or with mixing weights their sum out_RD
+    foreroute::ffn_backward  the gradients of the input rows, the mixing weights and the parameters
+
+Arguments are flat, as operators want them, and were checked before. A small model waits for its host, so each call here
+is counted (benchmarks/bench_host.py). The operator is registered with torch.library.Library: the wrappers of
+torch.library.custom_op walk through all arguments several times, 0.2 ms a layer. Where nobody watches operators, the
+same functions are called without the dispatcher.
+
+Letters: R input rows, D width, L experts here, F expert hidden width, N expert rows.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
+
+from foreroute.kernels.cpu import expert_ffn as cpu
+from foreroute.kernels.cpu.masked_ffn import masked_backward, masked_forward
+from foreroute.kernels.cpu.rows import combine_forward as combine_on_cpu
+from foreroute.kernels.dropout import Dropout
+from foreroute.kernels.expert_rows import ExpertRows
+from foreroute.kernels.gpu import expert_ffn as gpu
+from foreroute.kernels.gpu.rows import combine_forward as combine_on_gpu
+from foreroute.kernels.operands import ExpertWeights, FfnGradients, Saved, pack_weights
+
+_ARGUMENTS = "float rate, int first_expert, bool save, bool dweight, bool masked, str backend, str mode, str precision"
+_NUM_ROWS = len(ExpertRows.__slots__)  # index tensors
+_NUM_SAVED = len(Saved._fields)
+
+
+class FfnCall(NamedTuple):
+    """The arguments of the operator that are no tensors."""
+
+    rate: float  # of dropout
+    first_expert: int
+    save: bool  # backward may follow
+    dweight: bool  # it will be asked for the gradient of the mixing weights
+    masked: bool
+    backend: str
+    mode: str
+    precision: str
+
+
+def ffn(
+    x_RD: Tensor,
+    weight_N: Tensor | None,
+    weights: ExpertWeights,
+    rows: ExpertRows,
+    dropout: Dropout | None,
+    call: FfnCall,
+) -> tuple[Tensor, Saved]:
+    """Run the operator: differentiable where call.save is set."""
+    token_R, seed = (None, None) if dropout is None else (dropout.token_R, dropout.words())
+    run = _differentiable if _unwatched(x_RD) else _ffn
+    out, *saved = run(x_RD, weight_N, pack_weights(weights), list(rows.tensors()), token_R, seed, *call)
+    return out, Saved(*saved)
+
+
+def ffn_backward(
+    dout: Tensor,
+    x_RD: Tensor,
+    weight_N: Tensor | None,
+    weights: ExpertWeights,
+    rows: ExpertRows,
+    saved: Saved,
+    dropout: Dropout | None,
+    call: FfnCall,
+) -> FfnGradients:
+    """Run the operator's backward pass."""
+    token_R, seed = (None, None) if dropout is None else (dropout.token_R, dropout.words())
+    run = _backward if _unwatched(dout) else _ffn_backward
+    dx_RD, dweight_N, *dweights = run(
+        dout, x_RD, weight_N, pack_weights(weights), list(rows.tensors()), list(saved), token_R, seed, *call
+    )
+    return FfnGradients(dx_RD, ExpertWeights(*dweights), dweight_N if call.dweight else None)
+
+
+def _forward(
+    x_RD: Tensor,
+    weight_N: Tensor | None,
+    weights: list[Tensor],
+    rows: list[Tensor],
+    token_R: Tensor | None,
+    seed: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    call, index, experts = FfnCall(*rest), ExpertRows(*rows), ExpertWeights(*weights)
+    dropout = _dropout(call, token_R, seed)
+    if call.backend == "triton":
+        out, saved = gpu.ffn_forward(x_RD, experts, index, dropout, save=call.save, precision=call.precision)
+        if weight_N is not None:
+            out = combine_on_gpu(out, weight_N, index)
+    elif call.masked and weight_N is not None:
+        out, saved = masked_forward(x_RD, weight_N, experts, index, dropout, dweight=call.dweight)
+    else:
+        out, saved = cpu.ffn_forward(x_RD, experts, index, dropout, save=call.save, mode=call.mode)
+        if weight_N is not None:
+            out = combine_on_cpu(out, weight_N, index)
+    return out, *saved
+
+
+def _backward(
+    dout: Tensor,
+    x_RD: Tensor,
+    weight_N: Tensor | None,
+    weights: list[Tensor],
+    rows: list[Tensor],
+    saved: list[Tensor],
+    token_R: Tensor | None,
+    seed: Tensor | None,
+    *rest: Any,
+) -> list[Tensor]:
+    call, index, experts, kept = FfnCall(*rest), ExpertRows(*rows), ExpertWeights(*weights), Saved(*saved)
+    dropout, dweight = _dropout(call, token_R, seed), call.dweight
+    operands = (dout, x_RD, experts, index, dropout, kept)
+    if call.backend == "triton":
+        found = gpu.ffn_backward(*operands, weight_N=weight_N, dweight=dweight, precision=call.precision)
+    elif call.masked and weight_N is not None:
+        found = masked_backward(dout, x_RD, weight_N, experts, index, dropout, kept, dweight=dweight)
+    else:
+        found = cpu.ffn_backward(*operands, weight_N=weight_N, dweight=dweight)
+    dweight_N = x_RD.new_empty(0) if found.weight_N is None else found.weight_N
+    return [found.x_RD, dweight_N, *pack_weights(found.weights)]
+
+
+def _unwatched(tensor: Tensor) -> bool:
+    """Return whether the tensor is a real one, and neither torch.compile nor a dispatch mode wants to see operators."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(tensor) in (Tensor, Parameter)
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def _dropout(call: FfnCall, token_R: Tensor | None, seed: Tensor | None) -> Dropout | None:
+    if token_R is None or seed is None:
+        return None
+    return Dropout(call.rate, seed, token_R, call.first_expert)
+
+
+def _fake_forward(
+    x_RD: Tensor,
+    weight_N: Tensor | None,
+    weights: list[Tensor],
+    rows: list[Tensor],
+    token_R: Tensor | None,
+    seed: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    call = FfnCall(*rest)
+    (num_inputs, width_D), num_rows, (num_experts, width_F) = x_RD.shape, rows[0].shape[0], weights[1].shape
+    gated, nothing = len(weights) == len(ExpertWeights._fields), x_RD.new_empty
+    out = x_RD.new_empty(num_rows if weight_N is None else num_inputs, width_D)
+    no_tiles = rows[1].new_empty(0, 2)
+    if call.masked:
+        hidden = (num_inputs, num_experts * width_F)
+        return out, x_RD.new_empty(hidden), x_RD.new_empty(hidden if gated else (0, hidden[1])), nothing(0), no_tiles
+    hidden = (num_rows, width_F)
+    if call.backend == "cpu":
+        x_ND = x_RD.new_empty(num_rows, width_D) if call.mode == "fast" and call.save else nothing(0)
+        return out, x_RD.new_empty(hidden), x_RD.new_empty(hidden if gated else (0, width_F)), x_ND, no_tiles
+    pre_NF = x_RD.new_empty(hidden) if call.save or not gated else nothing(0)
+    gate_NF = x_RD.new_empty(hidden) if call.save and gated else nothing(0)
+    if call.save:
+        num_tiles = gpu.num_row_tiles(x_RD, ExpertRows(*rows), call.precision, gated=gated)
+        no_tiles = rows[1].new_empty(num_tiles, 2)
+    return out, pre_NF, gate_NF, nothing(0), no_tiles
+
+
+def _fake_backward(
+    dout: Tensor, x_RD: Tensor, weight_N: Tensor | None, weights: list[Tensor], *rest: Any
+) -> list[Tensor]:
+    dweight = FfnCall(*rest[-len(FfnCall._fields) :]).dweight
+    dweight_N = torch.empty_like(weight_N) if dweight and weight_N is not None else x_RD.new_empty(0)
+    return [torch.empty_like(x_RD), dweight_N, *(torch.empty_like(w) for w in weights)]
+
+
+def _run_forward(x_RD: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    with torch._C._AutoDispatchBelowAutograd():
+        if _unwatched(x_RD):
+            return _forward(x_RD, *arguments)
+        return _ffn(x_RD, *arguments)  # type: ignore[no-any-return]
+
+
+class _Ffn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: FfnCall, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        x_RD, weight_N, token_R, seed, *lists = tensors
+        outputs = _run_forward(x_RD, weight_N, lists[:-_NUM_ROWS], lists[-_NUM_ROWS:], token_R, seed, *call)
+        ctx.call = call
+        ctx.save_for_backward(*tensors, *outputs[1:])
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if dout is None:
+            return (None,) * len(ctx.needs_input_grad)
+        x_RD, weight_N, token_R, seed, *lists = ctx.saved_tensors
+        lists, saved = lists[:-_NUM_SAVED], lists[-_NUM_SAVED:]
+        weights, rows = lists[:-_NUM_ROWS], lists[-_NUM_ROWS:]
+        dout = dout.contiguous()
+        run = _backward if _unwatched(dout) else _ffn_backward
+        dx_RD, dweight_N, *dweights = run(dout, x_RD, weight_N, weights, rows, saved, token_R, seed, *ctx.call)
+        return None, dx_RD, dweight_N if ctx.call.dweight else None, None, None, *dweights, *(None,) * _NUM_ROWS
+
+
+def _differentiable(
+    x_RD: Tensor,
+    weight_N: Tensor | None,
+    weights: list[Tensor],
+    rows: list[Tensor],
+    token_R: Tensor | None,
+    seed: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    call = FfnCall(*rest)
+    if not (call.save and torch.is_grad_enabled()):
+        return _run_forward(x_RD, weight_N, weights, rows, token_R, seed, *call)
+    return _Ffn.apply(call, x_RD, weight_N, token_R, seed, *weights, *rows)  # type: ignore[no-any-return, no-untyped-call]
+
+
+_OPERANDS = "Tensor x_RD, Tensor? weight_N, Tensor[] weights, Tensor[] rows"
+_DROPOUT = "Tensor? token_R, Tensor? seed"
+_library = torch.library.Library("foreroute", "FRAGMENT")
+_traceable = {"tags": (torch.Tag.pt2_compliant_tag,)}
+_library.define(
+    f"ffn({_OPERANDS}, {_DROPOUT}, {_ARGUMENTS}) -> ({', '.join(['Tensor'] * (1 + _NUM_SAVED))})", **_traceable
+)
+_library.define(
+    f"ffn_backward(Tensor dout, {_OPERANDS}, Tensor[] saved, {_DROPOUT}, {_ARGUMENTS}) -> Tensor[]", **_traceable
+)
+_library.impl("ffn", _forward, "CompositeExplicitAutograd")
+_library.impl("ffn_backward", _backward, "CompositeExplicitAutograd")
+_library.impl("ffn", _differentiable, "Autograd")
+torch.library.register_fake("foreroute::ffn", _fake_forward, lib=_library)
+torch.library.register_fake("foreroute::ffn_backward", _fake_backward, lib=_library)
+_ffn = torch.ops.foreroute.ffn.default
+_ffn_backward = torch.ops.foreroute.ffn_backward.default
