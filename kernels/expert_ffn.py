@@ -43,7 +43,8 @@ def expert_ffn(
         x_RD: input rows, contiguous; fp32, bf16 or fp16 (fp64 too on the CPU). On "triton" all numbers start at an
             address that 16 divides.
         weights: stacked expert parameters, dtype of x; with w3 the activation is SwiGLU.
-        rows: which input row each expert row reads (kernels/expert_rows.py).
+        rows: which input row each expert row reads (kernels/expert_rows.py). What is given for padding, and gradients
+            of its mixing weights, are any numbers.
         dropout: Dropout(rate, seed, token_R) on the hidden units, a function of seed, token, expert and unit alone.
         backend: "cpu", "triton" or "reference" (plain loops in fp64); by default "triton" on a GPU and "cpu" elsewhere.
         mode: what is kept for backward: "lean" x and the hidden units, N * F numbers (2 N * F for SwiGLU); "fast", on
@@ -90,7 +91,7 @@ def expert_ffn_reference(
     w1, b1, w2, b2 = (tensor.double() for tensor in weights[:4])
     w3 = None if weights.w3_LFD is None else weights.w3_LFD.double()
     out = []
-    for e, r in zip(rows.expert_N().tolist(), rows.source_N.tolist(), strict=True):
+    for e, r in zip(rows.expert_N().tolist(), rows.source_N.tolist(), strict=False):  # without padding
         z = w1[e] @ x[r] + b1[e]
         hidden = torch.relu(z) if w3 is None else z * torch.sigmoid(z) * (w3[e] @ x[r])
         if dropout is not None:
@@ -98,4 +99,5 @@ def expert_ffn_reference(
             unit_F = unit_hash(hidden.numel(), x.device)
             hidden = hidden * keep_mask(row, unit_F, dropout.threshold)[0] * dropout.scale
         out.append(hidden @ w2[e] + b2[e])
-    return torch.stack(out).to(x_RD.dtype) if out else x_RD[:0]
+    padding = [x.new_zeros(x.shape[1])] * (rows.num_rows - len(out))
+    return torch.stack(out + padding).to(x_RD.dtype) if out or padding else x_RD[:0]

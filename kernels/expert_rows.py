@@ -23,6 +23,14 @@ class ExpertRows:
         offset_L       = [2, 4]            expert 0 owns expert-rows 0..1, expert 1 owns 2..3
         slot_N         = [2, 0, 3, 1]      row 0 adds up expert-rows 2 and 0, row 1 adds 3, row 2 adds 1
         slot_offset_R  = [0, 2, 3]         where each row's slots start in slot_N
+
+    Rows may be padded to a fixed number. Padding reads any row, 0 as a rule, lies behind the last expert's rows, and is
+    listed in slot_N in front of the first row's slots, so no sum has it in it. The same, padded to 6:
+
+        source_N       = [0, 2, 0, 1, 0, 0]
+        offset_L       = [2, 4]
+        slot_N         = [4, 5, 2, 0, 3, 1]
+        slot_offset_R  = [2, 4, 5]
     """
 
     source_N: Tensor  # int64: input row that expert-row n reads; ascending within an expert
@@ -37,7 +45,7 @@ class ExpertRows:
 
     @property
     def num_rows(self) -> int:
-        """Number of expert rows N."""
+        """Number of expert rows N, padding included."""
         return self.source_N.numel()
 
     @property
@@ -55,10 +63,9 @@ class ExpertRows:
         return self.source_N, self.offset_L, self.slot_N, self.slot_offset_R
 
     def expert_N(self) -> Tensor:
-        """Local expert of each expert row, int64."""
+        """Local expert of each expert row, int64; without padding (its length is read back)."""
         counts_L = torch.diff(self.offset_L, prepend=self.offset_L.new_zeros(1))
-        expert_L = torch.arange(self.num_experts, device=counts_L.device)
-        return expert_L.repeat_interleave(counts_L, output_size=self.num_rows)
+        return torch.arange(self.num_experts, device=counts_L.device).repeat_interleave(counts_L)
 
     def validate(self) -> None:
         """Check every index, on the host.
@@ -74,18 +81,21 @@ class ExpertRows:
                 raise ValueError(f"rows.{name}={ends.tolist()}: must not decrease")
             _check_range(f"rows.{name}", ends, num_rows + 1)
         last = int(self.offset_L[-1]) if self.num_experts else 0
-        if last != num_rows:
-            raise ValueError(f"rows.offset_L ends at {last}: must end at {num_rows}")
-        if num_inputs and int(self.slot_offset_R[0]) != 0:
-            raise ValueError(f"rows.slot_offset_R starts at {int(self.slot_offset_R[0])}: must be 0")
+        padding = int(self.slot_offset_R[0]) if num_inputs else num_rows
+        if last + padding != num_rows:
+            raise ValueError(
+                f"rows.offset_L ends at {last} and rows.slot_offset_R starts at {padding}: must add up to {num_rows}"
+            )
         if (self.slot_N.bincount(minlength=num_rows) != 1).any():
             raise ValueError("rows.slot_N lists an expert row twice")
-        pair_N = self.source_N * max(self.num_experts, 1) + self.expert_N()
-        if pair_N.unique().numel() != num_rows:
+        if (self.slot_N[:padding] < last).any():
+            raise ValueError(f"rows.slot_N begins with an expert row below {last}: must begin with the padding")
+        pair_N = self.source_N[:last] * max(self.num_experts, 1) + self.expert_N()
+        if pair_N.unique().numel() != last:
             raise ValueError("rows.source_N has an input row twice within one expert")
         counts_R = torch.diff(self.slot_offset_R, append=self.slot_offset_R.new_tensor([num_rows]))
         reader_N = torch.arange(num_inputs, device=counts_R.device).repeat_interleave(counts_R)
-        if not torch.equal(self.source_N[self.slot_N], reader_N):
+        if not torch.equal(self.source_N[self.slot_N[padding:]], reader_N):
             raise ValueError("rows.slot_N does not list the expert rows of each input row")
 
 

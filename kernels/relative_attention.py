@@ -78,7 +78,10 @@ def relative_attention(
         F.pad(r_SHW.flip(0).transpose(0, 1), (0, 0, 0, 1)),
     )
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in operands)
-    out_HBQW: Tensor = _RelativeAttention.apply(*operands, window, dropout, keep)  # type: ignore[no-untyped-call]
+    if torch.compiler.is_compiling():  # its views into one buffer cannot be traced
+        out_HBQW: Tensor = _operator(*operands, window, dropout, keep)[0]
+    else:
+        out_HBQW = _RelativeAttention.apply(*operands, window, dropout, keep, _forward, _backward)  # type: ignore[no-untyped-call]
     return out_HBQW.permute(1, 2, 0, 3)
 
 
@@ -232,65 +235,137 @@ def _scores_backward(
     tile.of_distances(grads.r_HXW).add_(torch.bmm(by_distance.mT, qv).sum(0, dtype=grads.r_HXW.dtype))
 
 
+def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Operands, window, dropout rate, and whether backward will follow; return the output [H, B, Q, W] and what
+    backward needs."""
+    operands, (window, dropout, keep) = _Operands(*inputs[:5]), inputs[5:]
+    like = operands.qu_HBQW
+    out_HBQW, total_HBQ1 = _results(like)
+    tiles = _tiles(operands, window)
+    block = max(tile.shape[1] for tile in tiles)
+    future = like.new_full((block, block), float("-inf")).triu_(1)
+    count = _count(tiles)
+    buffer = _buffer(tiles, like)
+    # exp(score - row maximum), all tiles one after the other or one at a time
+    weights = like.new_empty(count) if keep else _buffer(tiles, like)
+    masks = like.new_empty(count if dropout else 0, dtype=torch.bool).bernoulli_(1.0 - dropout)
+    for tile in tiles:
+        weight = tile.of_all(weights) if keep else tile.of_scratch(weights)
+        _scores(operands, tile, buffer, future, window, out=weight)
+        weight.sub_(weight.amax(-1, keepdim=True)).exp_()
+        tile.of_queries(total_HBQ1).copy_(weight.sum(-1, keepdim=True, dtype=total_HBQ1.dtype))
+        weight = weight * tile.of_all(masks) if dropout else weight
+        tile.of_queries(out_HBQW).copy_(torch.bmm(weight, tile.of_keys(operands.value_HBSW)))
+    out_HBQW.div_(total_HBQ1 * (1.0 - dropout))
+    return out_HBQW, total_HBQ1, weights if keep else like.new_empty(0), masks
+
+
+def _backward(d_out_HBQW: Tensor, *inputs: Any) -> list[Tensor]:
+    """The output's gradient, operands, what _forward returned, window and dropout rate; return the operands'
+    gradients."""
+    operands, (out_HBQW, total_HBQ1, weights, masks, window, dropout) = _Operands(*inputs[:5]), inputs[5:]
+    dtype, wide = out_HBQW.dtype, total_HBQ1.dtype
+    # softmax = exp(score - maximum) / total: the small tensors are divided instead of the weights.
+    mean_HBQ1 = (d_out_HBQW * out_HBQW).sum(-1, keepdim=True, dtype=wide)
+    mean_HBQ1 = (mean_HBQ1 / total_HBQ1).to(dtype)
+    d_out_HBQW = (d_out_HBQW / (total_HBQ1 * (1.0 - dropout))).to(dtype).contiguous()
+    grads = _Operands(
+        torch.empty_like(operands.qu_HBQW),
+        torch.empty_like(operands.qv_HBQW),
+        torch.zeros_like(operands.key_HBSW),
+        torch.zeros_like(operands.value_HBSW),
+        torch.zeros_like(operands.r_HXW, dtype=wide),
+    )
+    tiles = _tiles(operands, window)
+    buffer, scratch = _buffer(tiles, d_out_HBQW), _buffer(tiles, d_out_HBQW)
+    for tile in tiles:
+        weight, d_weight = tile.of_all(weights), tile.of_scratch(scratch)
+        d_out = tile.of_queries(d_out_HBQW)
+        torch.bmm(d_out, tile.of_keys(operands.value_HBSW).mT, out=d_weight)
+        kept = weight
+        if dropout:
+            kept = weight * tile.of_all(masks)
+            d_weight.mul_(tile.of_all(masks))
+        tile.of_keys(grads.value_HBSW).add_(torch.bmm(kept.mT, d_out))
+        d_weight.sub_(tile.of_queries(mean_HBQ1))
+        _scores_backward(operands, grads, tile, buffer, (d_weight, weight))
+    return [*grads[:4], grads.r_HXW.to(dtype)]
+
+
+def _results(like: Tensor) -> tuple[Tensor, Tensor]:
+    """Allocate the output and the totals of the weights."""
+    heads, streams, queries, width = like.shape
+    out_HBQW = like.new_empty(streams, queries, heads, width).permute(2, 0, 1, 3)
+    wide = torch.promote_types(like.dtype, torch.float32)
+    return out_HBQW, like.new_empty(heads, streams, queries, 1, dtype=wide)
+
+
+def _count(tiles: list[_Tile]) -> int:
+    return sum(prod(tile.shape) for tile in tiles)
+
+
+def _fake_forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    operands, (window, dropout, keep) = _Operands(*inputs[:5]), inputs[5:]
+    like, count = operands.qu_HBQW, _count(_tiles(operands, window))
+    kept, masks = like.new_empty(count if keep else 0), like.new_empty(count if dropout else 0, dtype=torch.bool)
+    return *_results(like), kept, masks
+
+
 class _RelativeAttention(torch.autograd.Function):
-    """Operands, window, dropout rate and whether backward will follow; returns [H, B, Q, W]."""
+    """Operands, window, dropout rate, whether backward will follow, and the functions that do it."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        operands, (window, dropout, keep) = _Operands(*inputs[:5]), inputs[5:]
-        like = operands.qu_HBQW
-        heads, streams, queries, width = like.shape
-        out_HBQW = like.new_empty(streams, queries, heads, width).permute(2, 0, 1, 3)
-        total_HBQ1 = like.new_empty(heads, streams, queries, 1, dtype=torch.promote_types(like.dtype, torch.float32))
-        tiles = _tiles(operands, window)
-        block = max(tile.shape[1] for tile in tiles)
-        future = like.new_full((block, block), float("-inf")).triu_(1)
-        count = sum(prod(tile.shape) for tile in tiles)
-        buffer = _buffer(tiles, like)
-        # exp(score - row maximum), all tiles one after the other or one at a time
-        weights = like.new_empty(count) if keep else _buffer(tiles, like)
-        masks = like.new_empty(count if dropout else 0, dtype=torch.bool).bernoulli_(1.0 - dropout)
-        for tile in tiles:
-            weight = tile.of_all(weights) if keep else tile.of_scratch(weights)
-            _scores(operands, tile, buffer, future, window, out=weight)
-            weight.sub_(weight.amax(-1, keepdim=True)).exp_()
-            tile.of_queries(total_HBQ1).copy_(weight.sum(-1, keepdim=True, dtype=total_HBQ1.dtype))
-            weight = weight * tile.of_all(masks) if dropout else weight
-            tile.of_queries(out_HBQW).copy_(torch.bmm(weight, tile.of_keys(operands.value_HBSW)))
-        out_HBQW.div_(total_HBQ1 * (1.0 - dropout))
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...] | Tensor:
+        *arguments, run, ctx.run_backward = inputs
+        *operands, ctx.window, ctx.dropout, keep = arguments
+        results: tuple[Tensor, ...] = run(*arguments)
         if keep:
-            ctx.save_for_backward(*operands, out_HBQW, total_HBQ1, weights, masks)
-            ctx.window, ctx.dropout = window, dropout
-        return out_HBQW
+            ctx.save_for_backward(*operands, *results)
+        ctx.set_materialize_grads(False)
+        if run is not _below_autograd:
+            return results[0]
+        ctx.mark_non_differentiable(*results[1:])
+        return results
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out_HBQW: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, out_HBQW, total_HBQ1, weights, masks = ctx.saved_tensors
-        operands = _Operands(*inputs)
-        dtype, wide = out_HBQW.dtype, total_HBQ1.dtype
-        # softmax = exp(score - maximum) / total: the small tensors are divided instead of the weights.
-        mean_HBQ1 = (d_out_HBQW * out_HBQW).sum(-1, keepdim=True, dtype=wide)
-        mean_HBQ1 = (mean_HBQ1 / total_HBQ1).to(dtype)
-        d_out_HBQW = (d_out_HBQW / (total_HBQ1 * (1.0 - ctx.dropout))).to(dtype).contiguous()
-        grads = _Operands(
-            torch.empty_like(operands.qu_HBQW),
-            torch.empty_like(operands.qv_HBQW),
-            torch.zeros_like(operands.key_HBSW),
-            torch.zeros_like(operands.value_HBSW),
-            torch.zeros_like(operands.r_HXW, dtype=wide),
-        )
-        tiles = _tiles(operands, ctx.window)
-        buffer, scratch = _buffer(tiles, d_out_HBQW), _buffer(tiles, d_out_HBQW)
-        for tile in tiles:
-            weight, d_weight = tile.of_all(weights), tile.of_scratch(scratch)
-            d_out = tile.of_queries(d_out_HBQW)
-            torch.bmm(d_out, tile.of_keys(operands.value_HBSW).mT, out=d_weight)
-            kept = weight
-            if ctx.dropout:
-                kept = weight * tile.of_all(masks)
-                d_weight.mul_(tile.of_all(masks))
-            tile.of_keys(grads.value_HBSW).add_(torch.bmm(kept.mT, d_out))
-            d_weight.sub_(tile.of_queries(mean_HBQ1))
-            _scores_backward(operands, grads, tile, buffer, (d_weight, weight))
-        return *grads[:4], grads.r_HXW.to(dtype), None, None, None
+    def backward(ctx: Any, d_out_HBQW: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if d_out_HBQW is None:
+            return (None,) * 10
+        grads = ctx.run_backward(d_out_HBQW, *ctx.saved_tensors, ctx.window, ctx.dropout)
+        return *grads, None, None, None, None, None
+
+
+def _below_autograd(*arguments: Any) -> tuple[Tensor, ...]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return _operator(*arguments)  # type: ignore[no-any-return]
+
+
+def _differentiable(*arguments: Any) -> tuple[Tensor, ...]:
+    if not arguments[-1]:
+        return _below_autograd(*arguments)
+    return _RelativeAttention.apply(*arguments, _below_autograd, _operator_backward)  # type: ignore[no-any-return, no-untyped-call]
+
+
+_OPERANDS = "Tensor qu, Tensor qv, Tensor key, Tensor value, Tensor r"
+_library = torch.library.Library("foreroute", "FRAGMENT")
+_library.define(
+    f"relative_attention({_OPERANDS}, int? window, float dropout, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded),
+)
+_library.define(
+    f"relative_attention_backward(Tensor d_out, {_OPERANDS}, Tensor out, Tensor total, Tensor weights, Tensor masks,"
+    " int? window, float dropout) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.impl("relative_attention", _forward, "CompositeExplicitAutograd")
+_library.impl("relative_attention_backward", _backward, "CompositeExplicitAutograd")
+_library.impl("relative_attention", _differentiable, "Autograd")
+torch.library.register_fake("foreroute::relative_attention", _fake_forward, lib=_library)
+torch.library.register_fake(
+    "foreroute::relative_attention_backward",
+    lambda d_out, *inputs: [torch.empty_like(x) for x in inputs[:5]],
+    lib=_library,
+)
+_operator = torch.ops.foreroute.relative_attention.default
+_operator_backward = torch.ops.foreroute.relative_attention_backward.default

@@ -22,9 +22,8 @@ from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.record import Written, tables_sha256
 from foreroute.engine.config import Config, to_plain
 from foreroute.engine.errors import RunFailed, require
-from foreroute.engine.moe.exchange import Exchange, Local, Moving
+from foreroute.engine.moe.exchange import Exchange, Local, Moving, Transfer
 from foreroute.engine.moe.layer import MoELayer
-from foreroute.engine.routing.plan import Part
 from foreroute.engine.routing.tables import Table
 
 # Options that decide which rows go to which rank and when.
@@ -139,7 +138,7 @@ class _Watched(Exchange):
         super().__init__(exchange.wire, exchange.parallel, exchange.backend)
         self._done = done
 
-    def to_experts(self, x_tD: Tensor, part: Part) -> Moving:
+    def to_experts(self, x_tD: Tensor, part: Transfer) -> Moving:
         """Send a part's rows from tokens to experts."""
         with self._sending():
             moving = super().to_experts(x_tD, part)
@@ -151,7 +150,7 @@ class _Watched(Exchange):
 
         return Moving(moving.flight, finish)
 
-    def to_tokens(self, partial_RD: Tensor, part: Part) -> Moving:
+    def to_tokens(self, partial_RD: Tensor, part: Transfer) -> Moving:
         """Send a part's rows from experts to tokens."""
         with self._sending():
             return super().to_tokens(partial_RD, part)

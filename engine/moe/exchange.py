@@ -10,14 +10,17 @@ per received row and gives one row per local token. The two are each other's tra
 
 Either way two collectives a layer, part and direction, whose sizes the Plan knows: no counts are exchanged and the host
 is never waited for. A plan in several parts is exchanged inside the experts' call, by `to_experts` and `to_tokens`
-(engine/moe/overlap.py); `dispatch` and `combine` are for plans of one part.
+(engine/moe/overlap.py); `dispatch` and `combine` are for plans of one part, and these two can be compiled: then they
+are operators, which find their exchange by its number.
 
 Letters: T local tokens (t: of one part), D width, S sent rows, R received rows, P ranks of the expert group.
 """
 
+import itertools
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -31,7 +34,7 @@ from foreroute.engine.routing.exchange_choice import use_gather, wire_dtype
 from foreroute.engine.routing.live_plan import build_live_plan
 from foreroute.engine.routing.plan import Part, Plan, Route, build_plan
 from foreroute.engine.tracing import span
-from foreroute.kernels import combine, permute_rows
+from foreroute.kernels import ExpertRows, combine, permute_rows
 
 
 class Local:
@@ -49,6 +52,22 @@ class Local:
     def combine(self, partial_RD: Tensor, plan: Plan) -> Tensor:
         """Return the output rows [T, D], here the partial results themselves."""
         return partial_RD
+
+
+class Transfer(Protocol):
+    """What the exchange reads of a Part."""
+
+    @property
+    def send(self) -> ExpertRows | None:
+        """Rows to send, rank by rank."""
+
+    @property
+    def send_splits(self) -> tuple[int, ...]:
+        """Rows to each rank."""
+
+    @property
+    def recv_splits(self) -> tuple[int, ...]:
+        """Rows from each rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +92,8 @@ class Exchange:
             backend: of the kernels that pack rows and add them up; None goes by their device.
         """
         self.wire, self.parallel, self.backend = wire, parallel, backend
+        self.number = next(_numbers)  # by which operators find it
+        _exchanges[self.number] = self
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A group is neither copied nor pickled: a copy of a layer is not connected, and refuses plans of several
@@ -97,16 +118,22 @@ class Exchange:
         """Return the received rows [R, D]: rank by rank, in the order of the sender's tokens."""
         check_plan(x_TD, plan, ranks=self.wire.ranks)
         (part,) = plan.parts
+        if torch.compiler.is_compiling():
+            traced_RD: Tensor = _to_experts(x_TD, *_flat(part), self.number)
+            return traced_RD
         received_RD: Tensor = _ToExperts.apply(x_TD, self, part)  # type: ignore[no-untyped-call]
         return received_RD
 
     def combine(self, partial_RD: Tensor, plan: Plan) -> Tensor:
         """Return the sum of each local token's partial results [T, D]."""
         (part,) = plan.parts
+        if torch.compiler.is_compiling():
+            traced_TD: Tensor = _to_tokens(partial_RD, *_flat(part), self.number)
+            return traced_TD
         y_TD: Tensor = _ToTokens.apply(partial_RD, self, part)  # type: ignore[no-untyped-call]
         return y_TD
 
-    def to_experts(self, x_tD: Tensor, part: Part) -> Moving:
+    def to_experts(self, x_tD: Tensor, part: Transfer) -> Moving:
         """Send a part's rows from tokens to experts, without autograd; the received rows arrive."""
         dtype = wire_dtype(self.parallel, x_tD.dtype)
         with span("dispatch"), self.wire.aside(x_tD):
@@ -119,7 +146,7 @@ class Exchange:
                 flight = self.wire.all_to_all(rows_SD, part.send_splits, part.recv_splits)
         return Moving(flight, lambda received_RD: received_RD.to(x_tD.dtype))
 
-    def to_tokens(self, partial_RD: Tensor, part: Part) -> Moving:
+    def to_tokens(self, partial_RD: Tensor, part: Transfer) -> Moving:
         """Send a part's rows from experts to tokens, without autograd; the sum of each token's rows arrives."""
         dtype, send = partial_RD.dtype, part.send
         with span("combine"), self.wire.aside(partial_RD):
@@ -177,3 +204,71 @@ class _ToTokens(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_y_TD: Tensor) -> tuple[Tensor, None, None]:
         return ctx.exchange.to_experts(d_y_TD.contiguous(), ctx.part).wait(), None, None
+
+
+_numbers = itertools.count()
+_exchanges: weakref.WeakValueDictionary[int, Exchange] = weakref.WeakValueDictionary()
+
+
+class _Sent(NamedTuple):
+    """A Transfer."""
+
+    send: ExpertRows | None
+    send_splits: tuple[int, ...]
+    recv_splits: tuple[int, ...]
+
+
+def _flat(part: Part) -> tuple[list[Tensor], list[int], list[int]]:
+    return [] if part.send is None else list(part.send.tensors()), list(part.send_splits), list(part.recv_splits)
+
+
+def _whole(send: list[Tensor], send_splits: list[int], recv_splits: list[int]) -> _Sent:
+    return _Sent(ExpertRows(*send) if send else None, tuple(send_splits), tuple(recv_splits))
+
+
+@torch.library.custom_op("foreroute::to_experts", mutates_args=())
+def _to_experts(
+    x_TD: Tensor, send: list[Tensor], send_splits: list[int], recv_splits: list[int], exchange: int
+) -> Tensor:
+    arrived_RD = _exchanges[exchange].to_experts(x_TD.contiguous(), _whole(send, send_splits, recv_splits)).wait()
+    return arrived_RD.clone() if arrived_RD is x_TD else arrived_RD
+
+
+@torch.library.custom_op("foreroute::to_tokens", mutates_args=())
+def _to_tokens(
+    partial_RD: Tensor, send: list[Tensor], send_splits: list[int], recv_splits: list[int], exchange: int
+) -> Tensor:
+    return _exchanges[exchange].to_tokens(partial_RD.contiguous(), _whole(send, send_splits, recv_splits)).wait()
+
+
+@_to_experts.register_fake
+def _(x_TD: Tensor, send: list[Tensor], send_splits: list[int], recv_splits: list[int], exchange: int) -> Tensor:
+    return x_TD.new_empty(sum(recv_splits), x_TD.shape[1])
+
+
+@_to_tokens.register_fake
+def _(partial_RD: Tensor, send: list[Tensor], send_splits: list[int], recv_splits: list[int], exchange: int) -> Tensor:
+    return partial_RD.new_empty(send[3].shape[0] if send else send_splits[0], partial_RD.shape[1])
+
+
+def _keep_transfer(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, send, *ctx.rest = inputs
+    ctx.save_for_backward(*send)
+
+
+_to_experts.register_autograd(
+    lambda ctx, d_RD: (
+        _to_tokens(d_RD, list(ctx.saved_tensors), *ctx.rest),
+        [None] * len(ctx.saved_tensors),
+        *[None] * 3,
+    ),
+    setup_context=_keep_transfer,
+)
+_to_tokens.register_autograd(
+    lambda ctx, d_TD: (
+        _to_experts(d_TD, list(ctx.saved_tensors), *ctx.rest),
+        [None] * len(ctx.saved_tensors),
+        *[None] * 3,
+    ),
+    setup_context=_keep_transfer,
+)

@@ -193,8 +193,9 @@ def _parts(rows: ExpertRows, dtype: torch.dtype) -> list[_Part]:
         ValueError: offset_L contradicts the number of rows.
     """
     counts = rows.counts()
-    if min(counts, default=0) < 0 or sum(counts) != rows.num_rows:
-        raise ValueError(f"rows.offset_L counts {counts}: must add up to {rows.num_rows} rows")
+    padding = int(rows.slot_offset_R[0]) if rows.num_inputs else 0
+    if min(counts, default=0) < 0 or sum(counts) + padding != rows.num_rows:
+        raise ValueError(f"rows.offset_L counts {counts}: must add up to {rows.num_rows - padding} rows")
     multiple = _MULTIPLE if dtype in (torch.bfloat16, torch.float16) else 1
     parts, start = [], 0
     for expert, count in enumerate(counts):
@@ -208,6 +209,7 @@ def _gathered(x_RD: Tensor, rows: ExpertRows, parts: list[_Part], known_ND: Tens
     """Input rows of all experts, and zeros up to where the last products reach."""
     num_rows = rows.num_rows
     end = max((part.wide.stop for part in parts), default=num_rows)
+    end = max(end, num_rows)  # padding lies behind
     if known_ND is not None and known_ND.dim() == 2 and end == num_rows:
         return known_ND
     x_MD = x_RD.new_empty(end, x_RD.shape[1])

@@ -109,7 +109,11 @@ def masked_backward(
         weight_RL.T @ dout_RD,
         dw3_LFD,
     )
-    dweight_N = None if dweight_RL is None else dweight_RL[rows.source_N, rows.expert_N()]
+    dweight_N = None
+    if dweight_RL is not None:
+        expert_N = rows.expert_N()
+        dweight_N = weight_N.new_zeros(rows.num_rows)
+        dweight_N[: expert_N.numel()] = dweight_RL[rows.source_N[: expert_N.numel()], expert_N]
     return FfnGradients(dx_RD, grads, dweight_N)
 
 
@@ -131,7 +135,8 @@ def _blocks(num_inputs: int) -> Iterator[slice]:
 def _spread(weight_N: Tensor, rows: ExpertRows, dtype: torch.dtype) -> Tensor:
     """Mixing weight of each row and expert [R, L], 0 where not chosen."""
     weight_RL = weight_N.new_zeros(rows.num_inputs, rows.num_experts, dtype=dtype)
-    weight_RL[rows.source_N, rows.expert_N()] = weight_N.to(dtype)
+    expert_N = rows.expert_N()
+    weight_RL[rows.source_N[: expert_N.numel()], expert_N] = weight_N[: expert_N.numel()].to(dtype)
     return weight_RL
 
 

@@ -12,10 +12,17 @@ from foreroute.kernels.expert_rows import ExpertRows
 
 def combine_forward(y_ND: Tensor, weight_N: Tensor | None, rows: ExpertRows) -> Tensor:
     """Sum each row's expert rows; weights are rounded to the dtype of y."""
+    slot_N, slot_offset_R = _without_padding(rows.slot_N, rows.slot_offset_R)
     slot_weight_N = None
     if weight_N is not None:
-        slot_weight_N = weight_N.to(y_ND.dtype).index_select(0, rows.slot_N)
-    return F.embedding_bag(rows.slot_N, y_ND, rows.slot_offset_R, mode="sum", per_sample_weights=slot_weight_N)
+        slot_weight_N = weight_N.to(y_ND.dtype).index_select(0, slot_N)
+    return F.embedding_bag(slot_N, y_ND, slot_offset_R, mode="sum", per_sample_weights=slot_weight_N)
+
+
+def _without_padding(slot_N: Tensor, slot_offset_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Leave out the slots before the first row's, which embedding_bag does not take."""
+    first = int(slot_offset_R[0]) if slot_offset_R.numel() else 0
+    return (slot_N[first:], slot_offset_R - first) if first else (slot_N, slot_offset_R)
 
 
 def combine_backward(

@@ -56,6 +56,18 @@ def make_case(
     return Case(normal(tokens, width), normal(tokens * active).abs(), weights, rows)
 
 
+def padded(rows: ExpertRows, more_rows: int, more_inputs: int = 0) -> ExpertRows:
+    """Pad expert rows and input rows (kernels/expert_rows.py says how padding is marked)."""
+    padding = torch.arange(rows.num_rows, rows.num_rows + more_rows)
+    end = rows.slot_offset_R.new_full((more_inputs,), rows.num_rows)
+    return ExpertRows(
+        torch.cat((rows.source_N, torch.zeros_like(padding))),
+        rows.offset_L,
+        torch.cat((padding, rows.slot_N)),
+        torch.cat((rows.slot_offset_R, end)) + more_rows,
+    )
+
+
 def run_with_gradients(
     function: Callable[..., Tensor], inputs: dict[str, Tensor | None], *, constant: tuple[str, ...] = ()
 ) -> dict[str, Tensor]:

@@ -2,9 +2,11 @@
 
 import doctest
 import importlib
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from foreroute.kernels import (
@@ -24,6 +26,7 @@ from foreroute.kernels.launching import recording
 from foreroute.kernels.testing.cases import (
     layer_inputs,
     make_case,
+    padded,
     relative_error,
     run_layer,
     run_with_gradients,
@@ -147,6 +150,47 @@ def test_opcheck(gated):
     distinct = torch.tensor([3, 1, 5, 0])
     y = torch.randn(4, 8, requires_grad=True)
     torch.library.opcheck(ops.unpermute_rows, (y, distinct, 6, torch.float32, "cpu"))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("mode", ["lean", "fast"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padding_changes_no_bit(dtype, mode, masked):
+    case = make_case((16, 8, 12, 4, 2), gated=masked)
+    options = {"mode": mode, "masked": masked}
+    want = run_layer(moe_ffn, case, dtype, dweight=False, dropout=Dropout(0.3, 5, torch.arange(16)), **options)
+    longer = case._replace(
+        x_TD=F.pad(case.x_TD, (0, 0, 0, 3)), weight_N=F.pad(case.weight_N, (0, 20)), rows=padded(case.rows, 20, 3)
+    )
+    longer.rows.validate()
+    dropout = Dropout(0.3, 5, F.pad(torch.arange(16), (0, 3)))
+    got = run_layer(moe_ffn, longer, dtype, dweight=False, dropout=dropout, **options)
+    assert masked or (not got["out"][16:].any() and not got["d_x"][16:].any())
+    got = {name: value[:16] if name in ("out", "d_x") else value for name, value in got.items()}
+    for name, value in want.items():
+        if masked:  # products of more rows may add up in another order
+            assert torch.allclose(got[name], value, rtol=1e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-5), name
+        else:
+            assert torch.equal(got[name], value), name
+
+
+def test_padding_that_contradicts_itself_is_seen():
+    rows = make_case(SHAPE).rows
+    wrong = padded(rows, 2)
+    for changed, message in (
+        ({"slot_offset_R": wrong.slot_offset_R - 1}, "must add up to 28"),
+        ({"slot_N": wrong.slot_N.roll(-1)}, "begins with an expert row below 26"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(wrong, **changed).validate()
+    with pytest.raises(ValueError, match="must add up to 24 rows"):
+        short = replace(rows, slot_offset_R=rows.slot_offset_R + 2)
+        moe_ffn(
+            torch.zeros(13, 8),
+            torch.zeros(26),
+            ExpertWeights(*(w.float() for w in make_case(SHAPE).weights[:4])),
+            short,
+        )
 
 
 def compiled_and_eager(function, *inputs):

@@ -150,3 +150,13 @@ def test_without_dropout_no_random_number_is_drawn():
     before = torch.get_rng_state()
     results(relative_attention, inputs(2, 7, 5), window=3)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_opcheck(dropout):
+    generator = torch.Generator().manual_seed(0)
+    sizes = (2, 3, 5, 4), (2, 3, 5, 4), (2, 3, 8, 4), (2, 3, 8, 4), (2, 9, 4)
+    operands = [torch.randn(size, generator=generator, requires_grad=True) for size in sizes]
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    tests += [] if dropout else ["test_aot_dispatch_static"]  # draws at each call
+    torch.library.opcheck(torch.ops.foreroute.relative_attention, (*operands, None, dropout, True), test_utils=tests)

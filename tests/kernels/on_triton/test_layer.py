@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from foreroute.kernels import (
     Dropout,
@@ -20,6 +21,7 @@ from foreroute.kernels.launching import recording
 from foreroute.kernels.testing.cases import (
     layer_inputs,
     make_case,
+    padded,
     relative_error,
     run_layer,
     run_with_gradients,
@@ -299,3 +301,20 @@ def test_operator_and_compilation(device):
 
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["relu", "swiglu"])
+def test_padding_changes_no_bit(device, gated):
+    """20 expert rows and 3 input rows more, which no sum has in it."""
+    case = make_case((16, 8, 12, 4, 2), gated=gated)
+    plain = {"backend": "triton", "device": device, "dweight": False}
+    dropout = Dropout(0.3, 5, torch.arange(16, device=device))
+    want = run_layer(moe_ffn, case, torch.float32, dropout=dropout, **plain)
+    longer = case._replace(
+        x_TD=F.pad(case.x_TD, (0, 0, 0, 3)), weight_N=F.pad(case.weight_N, (0, 20)), rows=padded(case.rows, 20, 3)
+    )
+    dropout = Dropout(0.3, 5, F.pad(dropout.token_R, (0, 3)))
+    got = run_layer(moe_ffn, longer, torch.float32, dropout=dropout, **plain)
+    assert not got["out"][16:].any() and not got["d_x"][16:].any()
+    got = {name: value[:16] if name in ("out", "d_x") else value for name, value in got.items()}
+    assert all(torch.equal(got[name], want[name]) for name in want)
