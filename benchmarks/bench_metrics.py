@@ -23,19 +23,20 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+import torch
 from torch import nn
 
 from benchmarks.harness import environment, fastest, positive, print_result, print_table
 from benchmarks.harness.against import parse
 from benchmarks.machines.cluster import ROOT
-from foreroute.engine.metrics.timers import ForwardTimes
+from foreroute.engine.metrics.timers import StepTimer
 from foreroute.engine.model.attention import RelativeAttention
 
 CALLS = 10_000  # of an empty module, to time its hooks
 
 
 class _Empty(RelativeAttention):
-    """A module that ForwardTimes watches and that does nothing."""
+    """A module that StepTimer watches and that does nothing."""
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
@@ -52,8 +53,14 @@ def hook_us() -> float:
             module()
 
     bare, watched = _Empty(), _Empty()
-    ForwardTimes(watched)
-    return (fastest(lambda: call(watched)) - fastest(lambda: call(bare))) / CALLS * 1e6
+    timer = StepTimer(watched, torch.device("cpu"))
+
+    def call_in_step() -> None:
+        timer.begin()
+        with timer.phase("forward"):
+            call(watched)
+
+    return (fastest(call_in_step) - fastest(lambda: call(bare))) / CALLS * 1e6
 
 
 def train(folder: Path, ranks: int, log_every: int, wandb: str, steps: int) -> list[dict[str, Any]]:

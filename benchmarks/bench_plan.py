@@ -18,7 +18,7 @@ from benchmarks.harness.against import parse
 from foreroute.engine.config import Split
 from foreroute.engine.data.corpus import prepare
 from foreroute.engine.data.streams import Streams
-from foreroute.engine.metrics.timers import ForwardTimes
+from foreroute.engine.metrics.step_meter import StepMeter
 from foreroute.engine.model.build import build_model, build_routers, router_tables
 from foreroute.engine.optim.deepspeed_engine import start
 from foreroute.engine.routing.plan import Plan
@@ -85,9 +85,9 @@ def main() -> None:
     torch.set_num_threads(threads)
 
     model = build_model(config, corpus.vocab.size)
-    engine, forward_times = start(model, config), ForwardTimes(model)
+    engine = start(model, config)
     group = [GroupRouter(table) for table in tables]
-    arm = Arm(config, corpus, engine, forward_times, K, list(group))
+    arm = Arm(config, corpus, engine, StepMeter(model, engine.device), K, list(group))
     for _ in range(args.steps + 1):
         arm()
     arm.loader.close()

@@ -35,8 +35,8 @@ from foreroute.engine.data.corpus import PreparedCorpus, prepare
 from foreroute.engine.data.loader import PlannedLoader
 from foreroute.engine.data.planned_batches import TrainingBatches, group_batch, plan_batch
 from foreroute.engine.data.streams import Streams
-from foreroute.engine.metrics.step_result import StepTimes
-from foreroute.engine.metrics.timers import ForwardTimes
+from foreroute.engine.metrics.step_meter import StepMeter
+from foreroute.engine.metrics.timers import StepTimes
 from foreroute.engine.model.build import build_model, build_routers
 from foreroute.engine.model.transformer_xl import Memory
 from foreroute.engine.moe.feed_forward import FeedForward
@@ -75,7 +75,7 @@ class Arm:
         config: Config,
         corpus: PreparedCorpus,
         engine: Engine,
-        forward_times: ForwardTimes,
+        meter: StepMeter,
         k: int,
         routers: list[PlannedRouter] | None,
     ) -> None:
@@ -83,7 +83,7 @@ class Arm:
             corpus.split(Split.train), config.data.streams, config.data.segment, config.context, config.data.start
         )
         batches = TrainingBatches(config, streams, Mesh(), routers)
-        self.config, self.engine, self.forward_times = config, engine, forward_times
+        self.config, self.engine, self.meter = config, engine, meter
         self.memory: list[Memory | None] = [None]
         self.step = 0
         self.times: list[StepTimes] = []
@@ -93,18 +93,17 @@ class Arm:
 
     def __call__(self) -> None:
         """Run one training step."""
-        result = train_step(
-            self.engine, self.loader, self.memory, self.config, step=self.step, forward_times=self.forward_times
-        )
-        self.times.append(result.times)
+        launched = train_step(self.engine, self.loader, self.memory, self.config, step=self.step, meter=self.meter)
+        self.times.append(launched.read().times)
         self.step += 1
 
 
 def _arms(config: Config, corpus: PreparedCorpus, ks: Sequence[int]) -> list[Arm]:
     model = build_model(config, corpus.vocab.size)
-    engine, forward_times = start(model, config), ForwardTimes(model)
+    engine = start(model, config)
+    meter = StepMeter(model, engine.device)
     routers = build_routers(config, corpus)
-    return [Arm(config, corpus, engine, forward_times, k, routers) for k in ks]
+    return [Arm(config, corpus, engine, meter, k, routers) for k in ks]
 
 
 def layer_cases(config: Config, corpus: PreparedCorpus) -> dict[str, Callable[[], object]]:

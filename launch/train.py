@@ -119,7 +119,7 @@ def _run(
     metrics = together(host, lambda: _open_metrics(run, trainer, check, console.note))
     with metrics or nullcontext():
         with closing(console), stop.deferred():
-            complete = trainer.run(metrics, stop, check)
+            complete = trainer.run(metrics, stop, [] if check is None else [check])
         stopped = not complete or (stop() and host.ranks == 1)
         if stopped:
             console.note(f"stopped at step {trainer.step}; train.resume=true goes on from there")

@@ -1,7 +1,7 @@
-"""Planned batches on their way to the device. On a CPU there is no way: the same tensors are handed on.
+"""Copies to the device and back without waiting for it. On a CPU there is no way: the same tensors are handed on.
 
-To a GPU the loader's thread copies through pinned memory on a stream of its own and records an event; the step makes
-its stream wait for that event, not the host. Nothing is read back.
+To a GPU the loader's thread copies planned batches through pinned memory on a stream of its own and records an event;
+the step makes its stream wait for that event, not the host. A HostCopy brings a step's numbers back the same way.
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 T = TypeVar("T")
@@ -28,8 +29,34 @@ class Delivery:
         # Threads start on GPU 0: without the first of these, leaving the second would make a context there on every
         # rank.
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
-            copy = map_tensors(lambda t: t.pin_memory().to(self.device, non_blocking=True), value)
+            copy = map_tensors(lambda tensor: to_device(tensor, self.device), value)
             return copy, self._stream.record_event()
+
+
+class HostCopy:
+    """A tensor on its way to the host, from construction on; it must not change on a CPU, where nothing is copied."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values, self._copied = values, None
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._copied = torch.cuda.current_stream().record_event()
+
+    def wait(self) -> None:
+        """Block the host until the device is past the copy, and so past everything before it."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def read(self) -> NDArray[Any]:
+        """Return the values, after `wait`."""
+        found: NDArray[Any] = self._values.numpy()
+        return found
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the host to the device without waiting for it."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def receive(value: T, copied: torch.cuda.Event | None) -> T:

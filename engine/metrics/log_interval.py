@@ -17,8 +17,9 @@ from foreroute.engine.config import Config
 from foreroute.engine.metrics.host_memory import memory_bytes, peak_memory_bytes
 from foreroute.engine.metrics.peak_flops import Peak
 from foreroute.engine.metrics.rank_sums import COLUMN, Numbers
-from foreroute.engine.metrics.step_result import StepResult, StepTimes
+from foreroute.engine.metrics.step_result import StepResult
 from foreroute.engine.metrics.stragglers import skew
+from foreroute.engine.metrics.timers import StepTimes
 from foreroute.engine.model.flops import Arithmetic
 
 Values = dict[str, Any]
@@ -58,7 +59,7 @@ class Window:
     def add(self, result: StepResult) -> None:
         """Take in a step."""
         self._steps += 1
-        # of the step before: the first one of a process has none
+        # of a step before: the first one of a process has none
         self._timed += bool(result.of_ranks("own_ms").any())
         self._loss += result.loss
         self._auxiliary_loss += result.auxiliary_loss

@@ -44,11 +44,13 @@ METRICS: dict[str, Metric] = {
         "useful arithmetic per second over the peak of all ranks' devices (of tf32 where kernels.precision says so,"
         " though only experts use it); 0 when the peak is unknown",
     ),
-    "step_ms": Metric("ms", "one optimizer step; the parts below too"),
+    "step_ms": Metric(
+        "ms", "one optimizer step; the parts below too. On a GPU the device's time, waits for the host in it"
+    ),
     "plan_wait_ms": Metric("ms", "waiting for a batch and its plans"),
-    "forward_ms": Metric("ms", "forward passes; on a GPU their launch alone, and so its parts"),
-    "backward_ms": Metric("ms", "backward passes; on a GPU until the device is done with both"),
-    "optimizer_ms": Metric("ms", "gradient clipping and update"),
+    "forward_ms": Metric("ms", "forward passes; on a GPU of its own time, as its parts"),
+    "backward_ms": Metric("ms", "backward passes; on a GPU of its own time"),
+    "optimizer_ms": Metric("ms", "gradient clipping and update; on a GPU of its own time"),
     "outside_ms": Metric("ms", "step time outside forward, backward and optimizer"),
     "metric_ms": Metric("ms", "time in the code of metrics itself, part of outside_ms"),
     "attention_ms": Metric("ms", "attention, part of forward_ms"),
@@ -72,9 +74,11 @@ METRICS: dict[str, Metric] = {
     "peak_memory_bytes": Metric("bytes", "largest resident memory of this process since its start"),
     "device_memory_bytes": Metric("bytes", "of rank 0's GPU in use by tensors now; 0 on a CPU"),
     "peak_device_memory_bytes": Metric("bytes", "largest device_memory_bytes since the start of the process"),
-    "rank_own_ms": Metric("ms", "own_ms of each rank, up to the step before this one", _RANK),
+    "rank_own_ms": Metric(
+        "ms", "own_ms of each rank, up to the step before this one, on a GPU the one before that", _RANK
+    ),
     "rank_plan_wait_ms": Metric("ms", "plan_wait_ms of each rank", _RANK),
-    "rank_exchange_exposed_ms": Metric("ms", "exchange_exposed_ms of each rank, up to the step before this one", _RANK),
+    "rank_exchange_exposed_ms": Metric("ms", "exchange_exposed_ms of each rank, likewise", _RANK),
     "rank_memory_bytes": Metric("bytes", "memory_bytes of each rank in this step", _RANK),
     "rank_wire_bytes": Metric("bytes", "wire_bytes that each rank sent in one step", _RANK),
     "link_bytes": Metric(

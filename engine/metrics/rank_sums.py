@@ -1,4 +1,4 @@
-"""What the ranks tell each other in a step: one sum over all of them, and the only read-back of a step from the device.
+"""What the ranks tell each other in a step: one sum over all of them, which stays on the device.
 
 It carries the losses, the rows of each expert, and a block in which each rank fills the row of its own. So every rank
 knows every other's times, memory, rows and bytes, and no further collective is needed.
@@ -6,6 +6,7 @@ knows every other's times, memory, rows and bytes, and no further collective is 
 Letters: L layers, E experts, P ranks of the run, X columns of a row, G links of a rank.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
@@ -15,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from foreroute.engine.data.device_copy import to_device
 from foreroute.engine.model.transformer_xl import Output
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.parallel.world import World
@@ -28,7 +30,7 @@ class RankRow:
 
     stop_asked: float = 0.0  # 1: yes
     save_asked: float = 0.0  # likewise, for a checkpoint behind this step
-    own_ms: float = 0.0  # of the step before (engine/train/step.py's StepTimes), for this one is not over
+    own_ms: float = 0.0  # of the step before (StepTimes), or on a GPU of one that it is past; 0: none
     exchange_exposed_ms: float = 0.0  # likewise
     plan_wait_ms: float = 0.0
     memory_bytes: float = 0.0  # resident memory of the process
@@ -66,19 +68,47 @@ def block_of(row: RankRow, sent_bytes_G: Sequence[int], mesh: Mesh) -> Tensor:
     return torch.from_numpy(block)
 
 
-def add_up(outputs: list[Output], world: World, block: Tensor) -> Totals:
-    """Add up a step over its micro-batches and ranks; a collective.
+@dataclass(frozen=True, slots=True)
+class RankSum:
+    """A step added up over its micro-batches and ranks, on the device."""
+
+    values: Tensor  # fp64: nats, auxiliary loss, block, rows of each expert, one after the other
+    passes: int  # micro-batches of all ranks
+    block_shape: tuple[int, int]
+    counts_shape: tuple[int, ...]
+    expert_ranks: int
+
+    @property
+    def is_finite(self) -> Tensor:
+        """Whether the loss is, a bool scalar on the device."""
+        return self.values[:2].sum().isfinite()
+
+    def split(self, values: Numbers) -> Totals:
+        """Return the numbers, from `values` copied to the host."""
+        (loss, auxiliary_loss), told, count_X = np.split(values, [2, 2 + math.prod(self.block_shape)])
+        block_PX, sent_bytes_PG = np.split(told.reshape(self.block_shape), [len(COLUMN)], axis=1)
+        return Totals(
+            float(loss) / self.passes,
+            float(auxiliary_loss) / self.passes,
+            block_PX,
+            sent_bytes_PG,
+            count_X.reshape(self.counts_shape) / self.expert_ranks,  # each rank counts for its whole expert group
+        )
+
+
+def add_up(outputs: list[Output], world: World, block: Tensor) -> RankSum:
+    """Add up a step over its micro-batches and ranks; a collective. No sync with the host.
 
     Leaves: about 16 x (2 + P x (X + G) + L x E) bytes.
 
     Args:
-        block: this rank's (block_of).
+        block: this rank's (block_of), on the host.
     """
     mesh = world.mesh
     nll = torch.stack([output.nll_BQ.mean() for output in outputs]).double().sum()
     auxiliary = torch.stack([output.auxiliary_loss for output in outputs]).double().sum()
     counts = [output.count_LE for output in outputs if output.count_LE is not None]
-    parts = [torch.stack((nll, auxiliary)), block.flatten().to(nll.device)]
+    parts = [torch.stack((nll, auxiliary)), to_device(block.flatten(), nll.device)]
     shape: tuple[int, ...] = 0, 0
     if counts:
         count_LE = torch.stack(counts).sum(0).to(nll.device, torch.float64)
@@ -86,14 +116,5 @@ def add_up(outputs: list[Output], world: World, block: Tensor) -> Totals:
         here = mesh.local_experts(shape[1])
         parts[1][mesh.rank * block.shape[1] + COLUMN["rows"]] = count_LE[:, here.start : here.stop].sum()
         parts.append(count_LE.flatten())
-    found: Numbers = world.sum(torch.cat(parts)).cpu().numpy()
-    (loss, auxiliary_loss), told, count_X = np.split(found, [2, 2 + block.numel()])
-    block_PX, sent_bytes_PG = np.split(told.reshape(block.shape), [len(COLUMN)], axis=1)
-    number = len(outputs) * mesh.world
-    return Totals(
-        float(loss) / number,
-        float(auxiliary_loss) / number,
-        block_PX,
-        sent_bytes_PG,
-        count_X.reshape(shape) / mesh.expert_ranks,  # each rank counts for its whole expert group
-    )
+    values = world.sum(torch.cat(parts))
+    return RankSum(values, len(outputs) * mesh.world, (block.shape[0], block.shape[1]), shape, mesh.expert_ranks)

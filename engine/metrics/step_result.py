@@ -2,30 +2,12 @@
 
 from dataclasses import dataclass, field
 
-from foreroute.engine.metrics.rank_sums import COLUMN, Numbers
+import torch
+from torch import Tensor
 
-
-@dataclass(slots=True)
-class StepTimes:
-    """Milliseconds of one step; `outside` of forward, backward and optimizer is step_ms minus these three."""
-
-    step_ms: float = 0.0
-    plan_wait_ms: float = 0.0
-    forward_ms: float = 0.0
-    attention_ms: float = 0.0  # part of forward_ms
-    experts_ms: float = 0.0  # part of forward_ms
-    backward_ms: float = 0.0
-    optimizer_ms: float = 0.0
-    exchange_exposed_ms: float = 0.0  # part of forward_ms and backward_ms
-    exchange_hidden_ms: float = 0.0  # beside computation
-    own_ms: float = 0.0  # part of forward_ms: not waiting for other ranks
-    data_ms: float = 0.0  # of the loader's thread, beside the step
-    metric_ms: float = 0.0  # collecting what metrics need
-
-    @property
-    def outside_ms(self) -> float:
-        """Time of the loop itself, waiting for plans included."""
-        return self.step_ms - self.forward_ms - self.backward_ms - self.optimizer_ms
+from foreroute.engine.data.device_copy import HostCopy
+from foreroute.engine.metrics.rank_sums import COLUMN, Numbers, RankSum
+from foreroute.engine.metrics.timers import StepTimes, TimedStep
 
 
 @dataclass(slots=True)
@@ -56,3 +38,35 @@ class StepResult:
     def save_asked(self) -> bool:
         """A checkpoint was asked for on any rank."""
         return bool(self.of_ranks("save_asked").any())
+
+
+class LaunchedStep:
+    """A step that the host is done with; a GPU may still be at it. Its numbers are on their way to the host."""
+
+    def __init__(
+        self, total: RankSum, grad_norm: Tensor, timed: TimedStep, *, step: int, k: int, learning_rate: float
+    ) -> None:
+        self.step, self._k, self._learning_rate = step, k, learning_rate
+        self._total, self._timed = total, timed
+        norm = grad_norm.to(total.values.device, torch.float64)
+        self._numbers = HostCopy(torch.cat((norm.view(1), total.values)))
+
+    def wait(self) -> None:
+        """Block the host until the device is past the step."""
+        self._numbers.wait()
+
+    def read(self) -> StepResult:
+        """Return the numbers, once and after `wait`."""
+        values = self._numbers.read()
+        totals = self._total.split(values[1:])
+        return StepResult(
+            loss=totals.loss,
+            auxiliary_loss=totals.auxiliary_loss,
+            k=self._k,
+            learning_rate=self._learning_rate,
+            grad_norm=float(values[0]),
+            block_PX=totals.block_PX,
+            sent_bytes_PG=totals.sent_bytes_PG,
+            count_LE=totals.count_LE,
+            times=self._timed.times(),
+        )

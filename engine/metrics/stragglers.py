@@ -1,4 +1,4 @@
-"""Which rank is slow, seen from the ranks' own times (engine/metrics/timers.py's OwnTime), which every step's sum
+"""Which rank is slow, seen from the ranks' own times (own_ms of engine/metrics/timers.py), which every step's sum
 carries.
 
 A rank is called slow when in two successive windows of logged steps its own time is above 1.5 times the median rank's.

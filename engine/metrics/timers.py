@@ -1,13 +1,15 @@
-"""How much of a forward pass is attention and how much is expert layers, measured where the modules are called; and how
-much of it is this rank's own work.
+"""Where the time of a step goes: its phases; how much of the forward passes is attention and how much expert layers;
+and how much of them is this rank's own work.
 
-The parts are host time: on a CPU the time of the work itself. Backward is not split.
+On a CPU a mark is the host's clock. On a GPU it is an event of the computing stream: nothing waits for it, and the
+times of a step are read when the device is past the step. Backward is not split.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,73 +18,146 @@ from foreroute.engine.model.attention import RelativeAttention
 from foreroute.engine.moe.feed_forward import FeedForward
 from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.parallel.collectives import Wire
+from foreroute.engine.parallel.in_flight import DeviceLog, HostLog
+from foreroute.engine.tracing import span
 
 
-class ForwardTimes:
-    """Adds up the time spent in attention modules and in feed-forward or expert modules of a model that trains.
+@dataclass(slots=True)
+class StepTimes:
+    """Milliseconds of one step; `outside` of forward, backward and optimizer is step_ms minus these three."""
 
-    An evaluation between two steps is none of a step's time.
+    step_ms: float = 0.0
+    plan_wait_ms: float = 0.0  # of the host
+    forward_ms: float = 0.0
+    attention_ms: float = 0.0  # part of forward_ms
+    experts_ms: float = 0.0  # part of forward_ms
+    backward_ms: float = 0.0
+    optimizer_ms: float = 0.0
+    exchange_exposed_ms: float = 0.0  # part of forward_ms and backward_ms
+    exchange_hidden_ms: float = 0.0  # beside computation
+    own_ms: float = 0.0  # part of forward_ms: not waiting for other ranks
+    data_ms: float = 0.0  # of the loader's thread, beside the step
+    metric_ms: float = 0.0  # of the host: collecting what metrics need
+
+    @property
+    def outside_ms(self) -> float:
+        """Time of the loop itself, waiting for plans included."""
+        return self.step_ms - self.forward_ms - self.backward_ms - self.optimizer_ms
+
+
+class Mark(NamedTuple):
+    """A moment."""
+
+    at: Any  # seconds of the host's clock, or an event of the device
+    log: float  # where the log of the exchange is
+
+
+_FIELDS = {name: f"{name}_ms" for name in ("forward", "backward", "optimizer", "attention", "experts")}
+
+
+@dataclass(slots=True)
+class TimedStep:
+    """The marks of one step, and what the host measured in it."""
+
+    host: StepTimes = field(default_factory=StepTimes)
+    spans: list[tuple[str, Mark, Mark]] = field(default_factory=list)  # what, begin, end
+    log: HostLog | DeviceLog = field(default_factory=HostLog)  # of the exchange
+
+    def times(self) -> StepTimes:
+        """Return the times, once; the device must be past the step, or the host waits for it.
+
+        Own time is that of the forward passes without the waits for other ranks' rows. All ranks take equally long for
+        a step, for each waits for the slowest; a slow rank has more time of its own. Backward and update are left out:
+        DeepSpeed's collectives in them wait, too.
+        """
+        found = self.host
+        for name, begin, end in self.spans:
+            ms = _elapsed_ms(begin, end)
+            if name == "step":
+                found.step_ms += ms
+            elif name in _FIELDS:
+                setattr(found, _FIELDS[name], getattr(found, _FIELDS[name]) + ms)
+            if name == "forward":
+                found.own_ms += ms - self.log.exposed_ms(begin.log, end.log)
+        found.exchange_exposed_ms, found.exchange_hidden_ms = self.log.take()
+        return found
+
+
+class StepTimer:
+    """Marks the steps of a model in training; an evaluation between two steps is none of a step's time.
+
+    Args:
+        model: its attention modules and its feed-forward or expert modules are timed.
+        device: where it lives.
+        wire: through which its layers exchange rows; None if experts are not shared out.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._ms = {"attention": 0.0, "experts": 0.0}
-        self._start = 0.0
+    def __init__(self, model: nn.Module, device: torch.device, wire: Wire | None = None) -> None:
+        self._cuda, self._wire = device.type == "cuda", wire
+        self._step, self._phase = TimedStep(), ""
         for name, module in model.named_modules():
             if isinstance(module, RelativeAttention):
                 self._watch(module, "attention")
             elif isinstance(module, MoELayer) or (isinstance(module, FeedForward) and name.endswith(".feed_forward")):
                 self._watch(module, "experts")
 
-    def take(self) -> tuple[float, float]:
-        """Milliseconds in (attention, experts) since the last call."""
-        taken = self._ms["attention"], self._ms["experts"]
-        self._ms = {"attention": 0.0, "experts": 0.0}
-        return taken
+    @property
+    def host(self) -> StepTimes:
+        """Times of the host in the step under way."""
+        return self._step.host
 
-    def _watch(self, module: nn.Module, kind: str) -> None:
-        def before(*_: Any) -> None:
-            self._start = time.perf_counter()
+    def begin(self) -> None:
+        """Begin a step."""
+        self._step = TimedStep()
+        self._began = self._mark()
 
-        def after(*_: Any) -> None:
-            if module.training:
-                self._ms[kind] += 1e3 * (time.perf_counter() - self._start)
-
-        module.register_forward_pre_hook(before)
-        module.register_forward_hook(after)
-
-
-class OwnTime:
-    """Time of a step's forward passes without the waits for other ranks' rows: a slow rank has more of it than the
-    others.
-
-    All ranks take equally long for a step, for each waits for the slowest. Backward and update are left out:
-    DeepSpeed's collectives in them wait, too. On a GPU it is time of the device.
-    """
-
-    def __init__(self, device: torch.device, wire: Wire | None) -> None:
-        self._cuda, self._wire = device.type == "cuda", wire
-        self._passes: list[tuple[tuple[Any, float], tuple[Any, float]]] = []  # their begins and ends
+    def end(self) -> TimedStep:
+        """End the step and return its marks; the device may still be at it."""
+        self._step.spans.append(("step", self._began, self._mark()))
+        if self._wire is not None:
+            self._step.log = self._wire.take_log()
+        return self._step
 
     @contextmanager
-    def forward(self) -> Iterator[None]:
-        """Time a forward pass."""
-        begin = self._now()
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a part of the step, which is also a range of a trace."""
+        self._phase = name
+        with span(name):
+            begin = self._mark()
+            yield
+            self._step.spans.append((name, begin, self._mark()))
+        self._phase = ""
+
+    @contextmanager
+    def metrics(self) -> Iterator[None]:
+        """Time code of the host that only metrics need."""
+        start = time.perf_counter()
         yield
-        self._passes.append((begin, self._now()))
+        self.host.metric_ms += 1e3 * (time.perf_counter() - start)
 
-    def total_ms(self) -> float:
-        """Give the time of all passes; the device must be past them, and wire.take_times not called yet."""
-        total = 0.0
-        for (begin, begin_mark), (end, end_mark) in self._passes:
-            total += begin.elapsed_time(end) if self._cuda else 1e3 * (end - begin)
-            if self._wire is not None:
-                total -= self._wire.exposed_ms(begin_mark, end_mark)
-        return total
+    def _watch(self, module: nn.Module, kind: str) -> None:
+        begin: list[Mark] = []
 
-    def _now(self) -> tuple[Any, float]:
-        mark = 0.0 if self._wire is None else self._wire.mark()
+        def timed(mark: Callable[[], None]) -> Callable[..., None]:
+            def hook(*_: Any) -> None:
+                if module.training and self._phase == "forward":  # with recomputation, backward runs modules again
+                    mark()
+
+            return hook
+
+        module.register_forward_pre_hook(timed(lambda: begin.append(self._mark())))
+        module.register_forward_hook(timed(lambda: self._step.spans.append((kind, begin.pop(), self._mark()))))
+
+    def _mark(self) -> Mark:
+        log = 0.0 if self._wire is None else self._wire.mark()
         if not self._cuda:
-            return time.perf_counter(), mark
+            return Mark(time.perf_counter(), log)
         event = torch.cuda.Event(enable_timing=True)
         event.record()
-        return event, mark
+        return Mark(event, log)
+
+
+def _elapsed_ms(begin: Mark, end: Mark) -> float:
+    on_gpu = isinstance(begin.at, torch.cuda.Event)
+    elapsed_ms: float = begin.at.elapsed_time(end.at) if on_gpu else 1e3 * (end.at - begin.at)
+    return elapsed_ms

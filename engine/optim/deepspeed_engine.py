@@ -12,7 +12,7 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -20,6 +20,8 @@ import deepspeed
 import deepspeed.ops
 import torch
 from deepspeed.comm.torch import TorchBackend
+from deepspeed.runtime import bf16_optimizer
+from deepspeed.runtime.zero import stage3, stage_1_and_2
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -66,6 +68,14 @@ SHARD_NAMES = ("ds_shape", "ds_tensor", "ds_zero_partition_rank", "ds_zero_parti
 many."""
 NEW_GROUP_NAME = "new_group"
 """Of TorchBackend: takes ranks, makes every group of them."""
+NORM_CHECK_NAME = "is_invalid_grad_norm"
+"""Of NORM_CHECKERS: asked with the global gradient norm of every step; True makes the optimizer drop the update. It
+reads the norm back to the host."""
+NORM_CHECKERS = (stage_1_and_2, stage3, bf16_optimizer)
+NORM_MASK_NAME = "mask_nan_or_inf_with_val_inplace"
+"""Of stage_1_and_2: sets a norm that is not finite to -1, by way of a copy from the host."""
+OVERFLOW_NAME = "check_overflow"
+"""Of the optimizers of ZeRO-1 and 2: asks, with bf16, whether any gradient is not finite. The norm says the same."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -80,7 +90,10 @@ class Engine:
         self._adam = engine.optimizer.optimizer if self._stage else engine.optimizer
         self._accumulation = accumulation
         self._micro_batches = 0  # since the last optimizer step
-        self._grad_norm: float | Tensor = float("nan")
+        self._grad_norm = torch.tensor(float("nan"))
+        self._unless: Tensor | None = None
+        if self._stage in (1, 2):
+            setattr(engine.optimizer, OVERFLOW_NAME, lambda **_: None)
         self._create_adam_state()
 
     @property
@@ -108,31 +121,56 @@ class Engine:
         if self._micro_batches < self._accumulation:
             self._engine.step()  # inside the accumulation this only counts the micro-batch
 
-    def step(self) -> bool:
-        """Clip and update the weights, once per accumulation; False if the gradient was not finite and is dropped."""
+    def step(self, *, unless: Tensor | None = None) -> Tensor:
+        """Clip and update the weights, once per accumulation.
+
+        An update whose gradient norm is not finite is dropped: weights and Adam's state stay as they are. Adam's kernel
+        decides that on the device (torch's found_inf); the host reads nothing back.
+
+        Args:
+            unless: bool scalar on the device; True drops the update, too.
+
+        Returns:
+            Bool scalar on the device: the weights were updated.
+        """
         if self._micro_batches != self._accumulation:
             raise RuntimeError(f"step() after {self._micro_batches} of {self._accumulation} micro-batches")
-        self._micro_batches = 0
-        if self._stage:
+        self._micro_batches, self._unless = 0, unless
+        self._adam.found_inf = None
+        if self._stage == 0:  # DeepSpeed looks at no norm without clipping
+            self._drop_unless_finite(self._plain_grad_norm())
+        with _norm_checked_by(self._drop_unless_finite):
             self._engine.step()
-            self._grad_norm = self._engine.get_global_grad_norm()
-            return bool(self._engine.was_step_applied())
-        # ZeRO-0 has neither a norm without clipping nor a check: the others skip such a step, so do the same here.
-        self._grad_norm = self._plain_grad_norm()
-        finite = bool(self._grad_norm.isfinite())
-        if not finite:  # Adam passes over parameters without a gradient
-            self.module.zero_grad(set_to_none=True)
-        self._engine.step()
-        return finite
+        if self._adam.found_inf is None:
+            raise RuntimeError("DeepSpeed has not asked whether the gradient norm is finite")
+        updated: Tensor = self._adam.found_inf == 0
+        return updated
 
-    def grad_norm(self) -> float:
-        """Give the global gradient norm of the last step before clipping; inf or nan when that step was dropped."""
-        return float(self._grad_norm)
+    @property
+    def grad_norm(self) -> Tensor:
+        """Global gradient norm of the last step before clipping, a scalar on the device; inf or nan when the gradient
+        was not finite."""
+        return self._grad_norm
+
+    def _drop_unless_finite(self, norm: Tensor | float) -> bool:
+        """Let Adam drop the update if the norm is not finite (DeepSpeed may say so by -1); never ask DeepSpeed to."""
+        norm = torch.as_tensor(norm)
+        self._grad_norm = torch.where(norm < 0, math.inf, norm)
+        dropped = ~self._grad_norm.isfinite()
+        if self._unless is not None:
+            dropped = dropped | self._unless.to(dropped.device)
+        self._adam.found_inf = dropped.to(self._adam_device, torch.float32)
+        return False
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of the following steps."""
         for group in self._adam.param_groups:
             group["lr"] = lr
+
+    @property
+    def _adam_device(self) -> torch.device:
+        """Where Adam's state lies: with train.offload, in the host's memory."""
+        return next(self._flats()).device
 
     def adam_step(self) -> int:
         """Give the number of updates that Adam has made (its bias correction)."""
@@ -238,6 +276,26 @@ class Engine:
             getattr(self._engine.optimizer, link)()
 
 
+@contextlib.contextmanager
+def _norm_checked_by(check: Callable[[Tensor | float], bool]) -> Iterator[None]:
+    """Let DeepSpeed's optimizers ask `check` about the norm, and leave the norm on the device, inside the block."""
+    replaced: list[tuple[Any, str, Any]] = [(module, NORM_CHECK_NAME, check) for module in NORM_CHECKERS]
+    replaced.append((stage_1_and_2, NORM_MASK_NAME, _mask_norm))
+    theirs = [getattr(module, name) for module, name, _ in replaced]
+    try:
+        for module, name, ours in replaced:
+            setattr(module, name, ours)
+        yield
+    finally:
+        for (module, name, _), function in zip(replaced, theirs, strict=True):
+            setattr(module, name, function)
+
+
+def _mask_norm(norm: Tensor, device: Any = None, val: float = -1.0) -> None:
+    """Do what DeepSpeed's function of this name does, without a copy from the host."""
+    norm.masked_fill_(~norm.isfinite(), val)
+
+
 def _shard(value: Tensor, param: nn.Parameter) -> Tensor:
     """This rank's part of a parameter-shaped value at ZeRO-3: equal parts, the last ones padded with zeros."""
     shard: Any = param
@@ -318,6 +376,7 @@ def _deepspeed_config(config: Config, world: int, num_params: int) -> dict[str, 
         ),  # PyTorch's Adam also for offloaded state: DeepSpeed's own would be compiled
         "steps_per_print": 2**62,
         "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False}},  # waits for the device before and after each step
     }
     if bf16:
         result["bf16"] = {"enabled": True, "check_grad_overflow": True}

@@ -45,7 +45,7 @@ class Wire:
         Args:
             group: None for all ranks.
             device: of the rows; on a GPU packing and collectives get streams of their own.
-            timed: keep times, until take_times is called; somebody must.
+            timed: keep times, until they are taken (take_log, take_times); somebody must.
         """
         self.group, self._comm = group, comm
         self.rank, self.ranks = comm.get_rank(group), comm.get_world_size(group)
@@ -63,20 +63,21 @@ class Wire:
         """All that left this rank since construction."""
         return sum(self.sent_bytes_P)
 
-    def take_times(self) -> ExchangeTimes:
-        """Give exposed and hidden time since the last call (see engine/parallel/in_flight.py); on a GPU waits for it.
+    def take_log(self) -> HostLog | DeviceLog:
+        """Return the log of the flights since the last call, and begin another; nothing is waited for.
 
-        What is sent in torch.inference_mode is not timed.
+        What is sent in torch.inference_mode is not logged.
         """
-        return self._log.take()
+        log, self._log = self._log, type(self._log)()
+        return log
+
+    def take_times(self) -> ExchangeTimes:
+        """Return exposed and hidden time since the last call (see engine/parallel/in_flight.py); waits for a GPU."""
+        return self.take_log().take()
 
     def mark(self) -> float:
-        """Give the place where the log of times is now, for exposed_ms."""
+        """Return the place where the log is now, for its exposed_ms."""
         return self._log.mark()
-
-    def exposed_ms(self, begin: float, end: float) -> float:
-        """Give the exposed time between two marks made since the last take_times; a GPU must be past them."""
-        return self._log.exposed_ms(begin, end)
 
     @contextlib.contextmanager
     def aside(self, *tensors: Tensor) -> Iterator[None]:

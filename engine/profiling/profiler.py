@@ -15,7 +15,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from foreroute.engine.config import ProfileConfig
-from foreroute.engine.metrics.step_result import StepTimes
+from foreroute.engine.metrics.timers import StepTimes
 from foreroute.engine.parallel.cpu_group import Host
 from foreroute.engine.parallel.world import World
 from foreroute.engine.profiling.trace_events import Clock, Event, Process, flight_events, range_events, torch_events
@@ -74,12 +74,21 @@ class Profiler:
         self._step = span(f"step {step}")
         self._step.__enter__()
 
-    def end(self, step: int, times: StepTimes) -> None:
-        """Say that a step has ended; behind the last one the files are written. A collective, then."""
+    @property
+    def in_step(self) -> bool:
+        """Whether a traced step has begun and not ended."""
+        return self._step is not None
+
+    def end(self, step: int, times: Sequence[StepTimes]) -> None:
+        """End a step; after the last one the files are written. A collective, then.
+
+        Args:
+            times: of the steps that were read; the last of them is this one, if it is traced.
+        """
         if step not in self._traced:
             return
         self._end_step()
-        self._times.append(times)
+        self._times.append(times[-1])
         if step == self._steps[-1]:
             self.close()
 

@@ -31,7 +31,7 @@ from foreroute.engine.config import Config
 from foreroute.engine.data.loader import PlannedLoader
 from foreroute.engine.data.planned_batches import GroupBatch, PlannedBatch, TrainingBatches
 from foreroute.engine.data.streams import Streams
-from foreroute.engine.metrics.timers import ForwardTimes
+from foreroute.engine.metrics.step_meter import StepMeter
 from foreroute.engine.model.build import build_model
 from foreroute.engine.model.transformer_xl import Memory
 from foreroute.engine.optim import deepspeed_engine as adapter
@@ -175,10 +175,10 @@ def _train(
     loader = _loader(config, mesh, ids, tables, plans, model.input_keys)
     world = World(mesh) if mesh.world == 1 else World(mesh, host=GlooHost(dist.group.WORLD))  # type: ignore[arg-type]
     memory: list[Memory | None] = [None] * config.train.accumulation
-    times = ForwardTimes(engine.module)
+    meter = StepMeter(engine.module, engine.device, engine.wire, world)
     for step in range(config.train.steps):
         with held.marked() if held else record_function(""):
-            train_step(engine, loader, memory, config, step=step, forward_times=times, world=world)
+            train_step(engine, loader, memory, config, step=step, meter=meter).read()
     loader.close()
 
 

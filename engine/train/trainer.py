@@ -1,17 +1,17 @@
 """The training loop: steps, logged metrics, validation, checkpoints, and a clean stop.
 
 Owns the run's moving parts (engine, loader, memory, counters); says what happens through a Reporter, prints nothing.
-A stop asked for (Ctrl-C, SIGTERM) takes effect between two steps, after a checkpoint.
+A stop asked for (Ctrl-C, SIGTERM) takes effect between two steps, after a checkpoint. On a GPU a step's numbers are
+read while the next one runs, and all of them before a line, a validation or a checkpoint.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from foreroute.engine.certificate.check import Check
 from foreroute.engine.checkpoint import save_load as checkpoint
 from foreroute.engine.checkpoint.files import step_of
 from foreroute.engine.config import Config, Split, to_plain
@@ -25,9 +25,9 @@ from foreroute.engine.evaluation.held_out import evaluate
 from foreroute.engine.metrics.log_interval import Values, Window
 from foreroute.engine.metrics.names import JSONL, read_lines
 from foreroute.engine.metrics.peak_flops import peak_of
-from foreroute.engine.metrics.step_result import StepTimes
+from foreroute.engine.metrics.step_meter import StepMeter
+from foreroute.engine.metrics.step_result import StepResult
 from foreroute.engine.metrics.stragglers import SlowRank
-from foreroute.engine.metrics.timers import ForwardTimes
 from foreroute.engine.metrics.writer import Metrics
 from foreroute.engine.model.build import build_model, fill_signatures, planned_routers, router_tables
 from foreroute.engine.model.flops import Arithmetic
@@ -40,7 +40,7 @@ from foreroute.engine.routing.routers import PlannedRouter
 from foreroute.engine.routing.tables import table_from_state, table_state
 from foreroute.engine.tracing import span
 from foreroute.engine.train.run_state import drops_out, join_memory, not_in_rounding_alone
-from foreroute.engine.train.step import train_step
+from foreroute.engine.train.step import Observer, StepsUnderWay, read, train_step
 
 
 class Reporter(Protocol):
@@ -91,7 +91,7 @@ class Trainer:
         self.arithmetic = Arithmetic(config, corpus.vocab.size, self.parameters)
         self.peak = peak_of(config, self.world.device)
         self.engine = start(self.model, config, self.world.mesh)
-        self.forward_times = ForwardTimes(self.model)
+        self.meter = StepMeter(self.model, self.engine.device, self.engine.wire, self.world)
         self.memory: list[Memory | None] = [None] * config.train.accumulation
         self.step = 0
         self._saved_at = time.monotonic()  # or began
@@ -182,19 +182,19 @@ class Trainer:
             failure = RunFailed(f"cannot write a checkpoint at step {self.step}: {error}")
             raise everywhere(failure) from error
 
-    def run(self, metrics: Metrics | None, stop_asked: Callable[[], bool], check: Check | None = None) -> bool:
+    def run(self, metrics: Metrics | None, stop_asked: Callable[[], bool], observers: Sequence[Observer] = ()) -> bool:
         """Train until train.steps, or until stop_asked() says so; a checkpoint is written in both cases.
 
         Args:
             metrics: where numbers go; None on all ranks but the first.
-            stop_asked: may differ between the ranks, which stop behind the same step.
-            check: what every step is held to.
+            stop_asked: may differ between the ranks, which stop after the same step: on a GPU perhaps the one after.
+            observers: what watches every step.
 
         Returns:
             True when all steps are done.
 
         Raises:
-            RunFailed: the loss is not finite, a step differs from its certificate, or a checkpoint cannot be written.
+            RunFailed: the loss is not finite, an observer refuses a step, or a checkpoint cannot be written.
         """
         train, first, start = self.config.train, self.step, time.perf_counter()
         window = self._window()
@@ -202,7 +202,7 @@ class Trainer:
         saved = first or -1  # a resumed run starts at its checkpoint
         alone = self.world.mesh.world == 1
         stopping = alone and stop_asked()
-        slow, before = SlowRank(), StepTimes()
+        slow, under_way = SlowRank(), StepsUnderWay(on_gpu=self._on_gpu)
         profiler = Profiler(self.config.profile, self.folder / "trace", self.world, self.reporter.note, done=first)
         try:
             if metrics is not None and alone and self._missed_validation():
@@ -211,37 +211,42 @@ class Trainer:
                 compiles = self.step == first  # kernels, perhaps
                 self.world.watch.at(f"step {self.step}", timeouts=5 if compiles else 1)
                 profiler.begin(self.step + 1)
-                result = train_step(
+                launched = train_step(
                     self.engine,
                     loader,
                     self.memory,
                     self.config,
                     step=self.step,
-                    forward_times=self.forward_times,
-                    world=self.world,
+                    meter=self.meter,
+                    observers=observers,
                     stop_asked=stop_asked(),
                     save_asked=self._save_asked(),
-                    before=before,
-                    check=check,
                 )
-                before = result.times
+                under_way.add(launched)
                 self.step += 1
-                profiler.end(self.step, result.times)
-                stopping = result.stop_asked or (alone and stop_asked())
-                with window.timed():
-                    window.add(result)
+                logs = self.step % train.log_every == 0 or self.step == train.steps
+                validates = train.valid_every > 0 and self.step % train.valid_every == 0
+                saves = train.save_every > 0 and self.step % train.save_every == 0
+                stopping = alone and stop_asked()
+                due = logs or validates or saves or stopping or profiler.in_step
+                results = self._read(under_way, window, all_of_them=due)
+                if any(result.save_asked or result.stop_asked for result in results):
+                    results += self._read(under_way, window, all_of_them=True)
+                profiler.end(self.step, [result.times for result in results])
+                saves = saves or any(result.save_asked for result in results)
+                stopping = stopping or any(result.stop_asked for result in results)
                 self.reporter.step(self.step)
-                if self.step % train.log_every == 0 or self.step == train.steps:
+                if logs:
                     for line in slow.lines(window.own_ms_P()):
                         self.reporter.note(f"step {self.step}: {line}")
                     values = self._log(window, metrics)
                     elapsed = time.perf_counter() - start
                     left = elapsed / (self.step - first) * (train.steps - self.step)
                     self.reporter.metrics(self.step, values, left)
-                if train.valid_every and self.step % train.valid_every == 0:
+                if validates:
                     with span("validation"):
                         self._validate(metrics, window, stop_asked if alone else lambda: False)
-                if result.save_asked or (train.save_every and self.step % train.save_every == 0):
+                if saves:
                     with span("checkpoint"):
                         self.save()
                     saved = self.step
@@ -249,6 +254,7 @@ class Trainer:
         except _StopAsked:
             pass
         except RunFailed as error:
+            self.step -= len(under_way)  # finished steps
             together = error.everywhere or alone
             failure = RunFailed(f"{error}; {self._last_good()}" if together else str(error))
             failure.everywhere = error.everywhere
@@ -261,6 +267,16 @@ class Trainer:
         if saved != self.step:
             self.save()
         return self.step >= train.steps
+
+    def _read(self, under_way: StepsUnderWay, window: Window, *, all_of_them: bool) -> list[StepResult]:
+        """Take in the steps that have arrived, and have the next step tell the other ranks of their times."""
+        results = []
+        for arrived in under_way.arrived(all_of_them=all_of_them):
+            with window.timed():
+                results.append(read(arrived))
+                window.add(results[-1])
+            self.meter.tell(results[-1].times)
+        return results
 
     def _log(self, window: Window, metrics: Metrics | None) -> Values:
         """End the window behind this step, and give and write its numbers."""

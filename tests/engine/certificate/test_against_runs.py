@@ -205,7 +205,7 @@ def train(rank, ranks, folder):
     for make in CASES[ranks]:
         trainer, recorder = trainer_of(make, rank, ranks, folder)
         check = Check(read(folder / f"{make.__name__} certificate"), trainer.model, rank)
-        assert trainer.run(None, lambda: False, check)
+        assert trainer.run(None, lambda: False, [check])
         assert check.steps == trainer.config.train.steps
         results.append(recorder.found(trainer.config))
     return results
@@ -300,7 +300,7 @@ def differ(rank, ranks, folder):
         check = Check(read(folder / (name or "two_short certificate")), trainer.model, rank)
         batches_module.active_experts = another_k if name is None else active_experts
         with pytest.raises(RunFailed) as error:
-            trainer.run(None, lambda: False, check)
+            trainer.run(None, lambda: False, [check])
         lines.append(str(error.value))
         assert len(recorder.sent) == trainer.step == STEP  # finished steps
     return lines
@@ -337,11 +337,11 @@ def test_a_sampled_certificate_checks_its_steps_alone(folder):
     path = folder / "one_short certificate"
     trainer, _ = trainer_of(one_short, 0, 1, folder)
     check = Check(read(path), trainer.model, 0)
-    assert trainer.run(None, lambda: False, check) and check.steps == 3
+    assert trainer.run(None, lambda: False, [check]) and check.steps == 3
     assert read(path).scope == "one in 5 of all 12 steps"
     before = change_certificate(path, "computed_uyrm", (2, 0, 0, 0))
     trainer, _ = trainer_of(one_short, 0, 1, folder)
     with pytest.raises(
         RunFailed, match=f"at step 10, layer 0, micro-batch 0: expert rows computed {before}, certified {before + 1}"
     ):
-        trainer.run(None, lambda: False, Check(read(path), trainer.model, 0))
+        trainer.run(None, lambda: False, [Check(read(path), trainer.model, 0)])

@@ -11,7 +11,8 @@ import torch
 from foreroute.engine.metrics.log_interval import Window
 from foreroute.engine.metrics.peak_flops import Peak
 from foreroute.engine.metrics.rank_sums import COLUMN
-from foreroute.engine.metrics.step_result import StepResult, StepTimes
+from foreroute.engine.metrics.step_result import StepResult
+from foreroute.engine.metrics.timers import StepTimes
 from foreroute.engine.model.flops import Arithmetic
 from foreroute.engine.testing.tiny_run import tiny_config
 

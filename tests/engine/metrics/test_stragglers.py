@@ -1,13 +1,6 @@
 """Who is called slow, and when; the ranks' own times as a clock of the test has them."""
 
-import time
-
-import pytest
-import torch
-
 from foreroute.engine.metrics.stragglers import SlowRank, skew
-from foreroute.engine.metrics.timers import OwnTime
-from foreroute.engine.parallel.in_flight import HostLog
 
 
 def test_the_slowest_rank_and_its_ratio():
@@ -36,31 +29,3 @@ def test_a_rank_is_named_once_when_it_stays_slow_and_again_when_it_recovers():
 def test_equal_ranks_are_not_slow():
     watch = SlowRank()
     assert all(watch.lines((10, 14, 10.5, 12)) == [] for _ in range(5))
-
-
-class Wire:
-    def __init__(self):
-        self.log = HostLog()
-
-    def mark(self):
-        return self.log.mark()
-
-    def exposed_ms(self, begin, end):
-        return self.log.exposed_ms(begin, end)
-
-
-@pytest.mark.parametrize("waits", [True, False])
-def test_own_time_leaves_out_what_was_waited_for_in_forward(monkeypatch, waits):
-    now = [0.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    wire = Wire() if waits else None
-    own = OwnTime(torch.device("cpu"), wire)
-    for forward, waited in ((0.5, 0.2), (0.25, 0.1)):
-        with own.forward():
-            now[0] += forward
-            if wire is not None:
-                wire.log.exposed += waited
-        now[0] += 2.0  # backward
-        if wire is not None:
-            wire.log.exposed += 1.0
-    assert own.total_ms() == pytest.approx(450 if waits else 750)

@@ -3,6 +3,7 @@ compiler."""
 
 import gc
 import itertools
+import math
 import subprocess
 import sys
 from datetime import timedelta
@@ -43,6 +44,9 @@ def test_contract_with_this_deepspeed_version() -> None:
     assert adapter.SHARED_MEMORY_OP in getattr(deepspeed.ops, adapter.COMPATIBLE_OPS)
     for name in expert_sharding.GROUP_NAMES:
         assert callable(getattr(groups, name))
+    for module in adapter.NORM_CHECKERS:
+        assert callable(getattr(module, adapter.NORM_CHECK_NAME))
+    assert callable(getattr(adapter.stage_1_and_2, adapter.NORM_MASK_NAME))
     for stage, precision, offload in itertools.product((1, 2, 3), Precision, (False, True)):
         setup = tiny_config(stage, precision=precision, offload=offload)
         engine = adapter.start(build_model(setup, SYMBOLS), setup)
@@ -50,7 +54,9 @@ def test_contract_with_this_deepspeed_version() -> None:
         if (stage, precision, offload) == (1, Precision.bf16, False):
             kind = BF16_Optimizer
         assert type(engine._engine.optimizer) is kind
-        assert isinstance(engine._adam, torch.optim.Adam)
+        assert isinstance(engine._adam, torch.optim.Adam) and engine._adam.defaults["fused"]  # knows found_inf
+        if stage < 3:
+            assert callable(getattr(kind, adapter.OVERFLOW_NAME, None)) == (kind is DeepSpeedZeroOptimizer)
         names = (adapter.FLATS_NAME, *adapter.REGATHER_NAMES) if stage == 3 else adapter.LINK_NAMES
         for name in names:
             assert hasattr(engine._engine.optimizer, name)
@@ -78,6 +84,29 @@ def test_how_long_deepspeeds_groups_wait() -> None:
     assert seconds(plain) == 1800  # negative control: PyTorch's own
     adapter.wait_at_most(timedelta(seconds=77))
     assert seconds(deepspeed.comm.new_group([0])) == 77
+
+
+@pytest.mark.parametrize("norm", [0.0, 2.5, math.inf, -math.inf, math.nan])
+def test_a_norm_is_masked_as_deepspeed_does(norm: float) -> None:
+    ours, theirs = torch.tensor(norm), torch.tensor(norm)
+    adapter._mask_norm(ours)
+    getattr(adapter.stage_1_and_2, adapter.NORM_MASK_NAME)(theirs)
+    assert ours.equal(theirs)
+
+
+def test_an_optimizer_that_asks_about_no_norm_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the question an update that is not finite would be made; afterwards DeepSpeed has its own names again."""
+    monkeypatch.setattr(adapter, "NORM_CHECKERS", ())
+    setup = tiny_config()
+    engine = adapter.start(nn.Linear(2, 1), setup)
+    theirs = getattr(adapter.stage_1_and_2, adapter.NORM_CHECK_NAME)
+    engine.backward(engine.forward(torch.ones(4, 2)).mean())
+    with pytest.raises(RuntimeError, match="has not asked whether the gradient norm is finite"):
+        engine.step()
+    monkeypatch.undo()
+    engine.backward(engine.forward(torch.ones(4, 2)).mean())
+    assert engine.step()
+    assert getattr(adapter.stage_1_and_2, adapter.NORM_CHECK_NAME) is theirs
 
 
 @pytest.mark.parametrize("name", expert_sharding.GROUP_NAMES)

@@ -160,7 +160,7 @@ def test_five_steps_equal_plain_torch(stage: int, clip: float, offload: bool) ->
     engine = adapter.start(copy.deepcopy(reference), config(stage, clip, offload=offload))
     losses, norms, adam = train_plainly(reference, 5, clip)
     assert train(engine, 5) == pytest.approx(losses, rel=1e-6)
-    assert engine.grad_norm() == pytest.approx(norms[-1], rel=1e-5)
+    assert engine.grad_norm.item() == pytest.approx(norms[-1], rel=1e-5)
     assert clip == 0 or min(norms) > clip  # the clip really acts
     assert engine.adam_step() == 5
     wanted = dict(reference.named_parameters())
@@ -191,7 +191,7 @@ def test_two_micro_batches_equal_one_batch(stage: int) -> None:
     losses = train(whole, 3)
     halves = adapter.start(model(), config(stage, clip, accumulation=2))
     assert train(halves, 3, micro_batches=2) == pytest.approx(losses, rel=1e-6)
-    assert halves.grad_norm() == pytest.approx(whole.grad_norm(), rel=1e-5)
+    assert halves.grad_norm.item() == pytest.approx(whole.grad_norm.item(), rel=1e-5)
     assert halves.adam_step() == 3
     for (_, a), (_, b) in zip(halves.read_state(), whole.read_state(), strict=True):
         assert error(a["exp_avg"], b["exp_avg"]) < 1e-6  # Adam's weights would hide a wrong scale
@@ -267,11 +267,24 @@ def test_a_step_that_is_not_finite_is_dropped(stage: int, precision: Precision) 
     before = {name: state["weight"].clone() for name, state in engine.read_state()}
     engine.backward(engine.forward(*batch(1)).loss * float("nan"))
     assert not engine.step()
-    assert not torch.tensor(engine.grad_norm()).isfinite()
+    assert not engine.grad_norm.isfinite()
     assert engine.adam_step() == 1
     assert all(torch.equal(state["weight"], before[name]) for name, state in engine.read_state())
     train(engine, 1)
     assert engine.adam_step() == 2
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_an_update_that_is_not_wanted_is_dropped(stage: int) -> None:
+    """By a flag on the device, such as that of a loss that is not finite; the norm is told all the same."""
+    engine = adapter.start(model(), config(stage))
+    before = {name: state["weight"].clone() for name, state in engine.read_state()}
+    for unless in (torch.tensor(True), torch.tensor(False)):
+        engine.backward(engine.forward(*batch(1)).loss)
+        assert bool(engine.step(unless=unless)) != bool(unless)
+        assert engine.grad_norm.isfinite() and engine.adam_step() == int(not unless)
+        now = {name: state["weight"].clone() for name, state in engine.read_state()}
+        assert all(torch.equal(now[name], before[name]) for name in now) == bool(unless)
 
 
 @pytest.mark.parametrize(
@@ -404,6 +417,7 @@ def test_the_configuration_that_deepspeed_gets():
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**62,
         "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False}},
         "bf16": {"enabled": True, "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",

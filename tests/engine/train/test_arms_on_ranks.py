@@ -68,7 +68,7 @@ def configure(case):
 def train(case, rank, ranks):
     """Mean losses over the ranks, and each parameter's norm; of experts over all."""
     config, mesh = configure(case), Mesh(rank, ranks, case.expert_ranks)
-    adapter.build_optimizer = lambda params, _: torch.optim.Adam(params, 500.0, (0.0, 0.999), 1e3)
+    adapter.build_optimizer = lambda params, _: torch.optim.Adam(params, 500.0, (0.0, 0.999), 1e3, fused=True)
     text = np.random.default_rng(0).integers(0, SYMBOLS, 2000).astype(np.uint8)
     tables = build_tables(MOE, SYMBOLS, text, num_tables=config.num_tables, seed=1, cache_dir=None)
     model = build_model(config, SYMBOLS)

@@ -6,10 +6,12 @@ import math
 import time
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import distributed as dist
 
 import foreroute.engine.train.trainer
 from foreroute.engine.checkpoint import save_load as checkpoint
@@ -35,6 +37,11 @@ from foreroute.engine.data.corpus import prepare
 from foreroute.engine.errors import RunFailed
 from foreroute.engine.metrics.writer import Metrics
 from foreroute.engine.model.build import build_routers
+from foreroute.engine.parallel.cpu_group import GlooHost
+from foreroute.engine.parallel.mesh import Mesh
+from foreroute.engine.parallel.world import World
+from foreroute.engine.testing.ranks import run_ranks
+from foreroute.engine.train.step import StepsUnderWay
 from foreroute.engine.train.trainer import Trainer
 
 
@@ -341,3 +348,98 @@ def test_checkpoints_by_time(text, tmp_path, monkeypatch, minutes, steps):
     trainer._saved_at = 0.0
     assert train(trainer)
     assert saved_steps(trainer) == steps
+
+
+@pytest.fixture
+def behind(monkeypatch):
+    """Steps are read one step later, as on a GPU."""
+    monkeypatch.setattr(foreroute.engine.train.trainer, "StepsUnderWay", lambda on_gpu: StepsUnderWay(on_gpu=True))
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_steps_read_later_are_the_same_steps(tmp_path, text, behind, monkeypatch):
+    """In lines of five steps, the last of them short: all that does not tell a time, and the model."""
+    config = make_config(text, train={"steps": 13, "valid_every": 4, "save_every": 6, "keep": 9})
+    later = make_trainer(config, tmp_path / "later")
+    train(later)
+    monkeypatch.undo()
+    at_once = make_trainer(config, tmp_path / "at once")
+    train(at_once)
+    want, got = lines(tmp_path / "at once"), lines(tmp_path / "later")
+    assert [line["step"] for line in got] == [4, 5, 8, 10, 12, 13]
+    timed = ("_ms", "memory_bytes", "per_second", "mfu", "slowest_rank", "rank_skew")
+    for a, b in zip(want, got, strict=True):
+        assert a.keys() == b.keys()
+        assert [name for name in a if a[name] != b[name] and not any(part in name for part in timed)] == []
+    assert all(torch.equal(b, parameters(at_once)[name]) for name, b in parameters(later).items())
+    assert saved_steps(later) == saved_steps(at_once) == [6, 12, 13]
+
+
+def test_a_step_read_later_has_its_times_in_a_line_once(tmp_path, text, behind):
+    trainer = make_trainer(make_config(text), tmp_path)
+    told = []
+    tell = trainer.meter.tell
+    trainer.meter.tell = lambda times: (told.append(times), tell(times))
+    train(trainer)
+    assert len(told) == 20
+    for number, line in enumerate(lines(tmp_path)):
+        steps = told[5 * number : 5 * number + 5]
+        assert line["forward_ms"] == pytest.approx(sum(times.forward_ms for times in steps) / 5)
+        assert 0 < line["rank_own_ms"][0] <= max(times.own_ms for times in told)
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_a_step_read_later_that_is_not_finite(tmp_path, text, behind, bad):
+    """The line names the right step, it has changed nothing, and no checkpoint is written behind it."""
+    config = make_config(text, train={"save_every": 8})
+    trainer = make_trainer(config, tmp_path)
+    forward, backward, step = trainer.engine.forward, trainer.engine.backward, trainer.engine.step
+    updated, launched = [], []
+
+    def bad_forward(*args):
+        launched.append(trainer.step)
+        output = forward(*args)
+        return output._replace(nll_BQ=output.nll_BQ * math.nan) if bad == "loss" and trainer.step == 15 else output
+
+    trainer.engine.forward = bad_forward
+    trainer.engine.backward = lambda loss: backward(
+        loss * math.nan if bad == "gradient" and trainer.step == 15 else loss
+    )
+    trainer.engine.step = lambda **options: updated.append(step(**options))
+    trainer.config.train.log_every = 100
+    what = "loss is nan" if bad == "loss" else "gradient norm is inf"
+    with pytest.raises(RunFailed, match=rf"{what} at step 15; the last good checkpoint is .*step-00000008"):
+        train(trainer)
+    assert trainer.step == 15 and saved_steps(trainer) == [8]
+    assert launched == list(range(16))  # a checkpoint is due behind step 15: it is read first
+    assert [bool(applied) for applied in updated] == [True] * 15 + [False]
+
+
+def stopped_by_one(rank, ranks, config, folder):
+    """Steps at which a rank stops, and its checkpoints: rank 1 asks for it in the sixth step."""
+    found = []
+    for later in (False, True):
+        foreroute.engine.train.trainer.StepsUnderWay = partial(pretended, later)
+        host, planning = GlooHost(dist.group.WORLD), GlooHost(dist.new_group())
+        world = World(Mesh(rank, ranks, ranks), host=host, planning=planning)
+        corpus = prepare(config.corpus)
+        routers = build_routers(config, corpus, world.mesh)
+        trainer = Trainer(config, corpus, routers, folder / str(later), Silent(), world)
+        assert not trainer.run(None, lambda: rank == 1 and trainer.step >= 5)  # noqa: B023
+        found.append((trainer.step, saved_steps(trainer)))
+    return found
+
+
+def pretended(later, *, on_gpu):
+    return StepsUnderWay(on_gpu=on_gpu or later)
+
+
+@pytest.mark.dist
+def test_a_stop_of_one_rank_that_is_read_later_is_one_step_later_on_all(tmp_path, text):
+    config = make_config(text, train={"log_every": 100})
+    prepare(config.corpus)
+    for answer in run_ranks(stopped_by_one, 2, 2, config, tmp_path):
+        assert answer == [(6, [6]), (7, [7])]

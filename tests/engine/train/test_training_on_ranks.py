@@ -102,7 +102,7 @@ def train(case, rank, ranks):
     """Mean losses of the steps, final parameters, and what was sent and predicted on the last step."""
     config, mesh = make_config(case), Mesh(rank, ranks, case.expert_ranks)
     # Adam with a huge epsilon: the update is 0.5 times the gradient
-    adapter.build_optimizer = lambda params, _: torch.optim.Adam(params, 500.0, (0.0, 0.999), 1e3)
+    adapter.build_optimizer = lambda params, _: torch.optim.Adam(params, 500.0, (0.0, 0.999), 1e3, fused=True)
     text = np.random.default_rng(0).integers(0, SYMBOLS, 2000).astype(np.uint8)
     routers = None
     if case.router is Router.hashed:
