@@ -155,7 +155,7 @@ class Engine:
     def _drop_unless_finite(self, norm: Tensor | float) -> bool:
         """Let Adam drop the update if the norm is not finite (DeepSpeed may say so by -1); never ask DeepSpeed to."""
         norm = torch.as_tensor(norm)
-        self._grad_norm = torch.where(norm < 0, math.inf, norm)
+        self._grad_norm = norm.masked_fill(norm < 0, math.inf)
         dropped = ~self._grad_norm.isfinite()
         if self._unless is not None:
             dropped = dropped | self._unless.to(dropped.device)

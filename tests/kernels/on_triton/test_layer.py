@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from foreroute.engine.testing.read_backs import ReadBacks
 from foreroute.kernels import (
     Dropout,
     ExpertRows,
@@ -17,6 +18,7 @@ from foreroute.kernels import (
     permute_rows,
     unpermute_rows,
 )
+from foreroute.kernels.dropout import seed_words
 from foreroute.kernels.launching import recording
 from foreroute.kernels.testing.cases import (
     layer_inputs,
@@ -318,3 +320,18 @@ def test_padding_changes_no_bit(device, gated):
     assert not got["out"][16:].any() and not got["d_x"][16:].any()
     got = {name: value[:16] if name in ("out", "d_x") else value for name, value in got.items()}
     assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_the_host_of_a_layer_reads_nothing_back(rate):
+    """Forward and backward as on a GPU; kernels are launched into nothing. The CPU's products do read (control)."""
+    shape = SHAPES[LARGEST]
+    case = make_case(shape, gated=True)
+    seed = torch.tensor(seed_words(5), dtype=torch.int32)  # of a plan; a number would be sent in the step
+    dropout = Dropout(rate, seed, torch.arange(shape[0]), first_expert=2) if rate else None
+    with recording(run=False) as recorder, ReadBacks(refuse=True):
+        run_layer(moe_ffn, case, torch.float32, backend="triton", dropout=dropout)
+    assert len(recorder.launches) >= 4
+    with ReadBacks() as seen:
+        run_layer(moe_ffn, case, torch.float32, backend="cpu", dropout=dropout)
+    assert {place for _, place in seen.found} == {"kernels/expert_rows.py:counts"}
