@@ -114,6 +114,13 @@ class ExchangeKind(Enum):
     gather = "gather"  # all rows to all ranks
 
 
+class Collectives(Enum):
+    """The library through which GPUs exchange tensors; CPUs have gloo, whatever is said."""
+
+    nccl = "nccl"
+    gloo = "gloo"  # through host memory: slow, and ranks may share a GPU
+
+
 class WireFormat(Enum):
     """Number format of rows on their way between ranks."""
 

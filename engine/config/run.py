@@ -13,6 +13,7 @@ from typing import Any
 from foreroute.engine.config.checks import at_least, choices, fraction
 from foreroute.engine.config.enums import (
     Backend,
+    Collectives,
     Corpus,
     Decay,
     ExchangeKind,
@@ -275,6 +276,7 @@ class ParallelConfig:
     """Parts of a micro-batch that are exchanged one behind the other, so that rows travel while experts compute. 1 is
     off."""
     peer_ids: PeerIds = PeerIds.corpus
+    collectives: Collectives = Collectives.nccl
     timeout_s: float = 120.0
     """Seconds without a sign of life after which a rank counts as lost and the others end."""
     meet_s: float = 30.0

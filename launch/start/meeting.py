@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from foreroute.engine.config import ParallelConfig
+from foreroute.engine.config import Collectives, ParallelConfig
 from foreroute.engine.errors import UserError, require
 from foreroute.engine.parallel.cpu_group import GlooHost, Host, MpiHost, expert_group_host, named
 from foreroute.engine.parallel.mesh import Mesh
@@ -96,6 +96,7 @@ class _Meeting:
 
     def __init__(self, place: Place, parallel: ParallelConfig) -> None:
         self._place, self._meet_s, self._timeout_s = place, parallel.meet_s, parallel.timeout_s
+        self._collectives = parallel.collectives
         self.address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         self.who = f"rank {place.rank} of {place.ranks}"
         self._missing = "rank 0 has not come"
@@ -141,7 +142,7 @@ class _Meeting:
         self._missing = "one has come and is gone"
         self._until = time.monotonic() + self._meet_s
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+            _backend(self._collectives),
             store=dist.PrefixStore("ranks", store),
             rank=self._place.rank,
             world_size=self._place.ranks,
@@ -157,6 +158,11 @@ class _Meeting:
         store = dist.TCPStore(host, port, is_master=serves, timeout=wait, wait_for_workers=False, multi_tenant=True)
         store.set_timeout(timedelta(seconds=self._timeout_s))
         return store
+
+
+def _backend(collectives: Collectives) -> str:
+    """Name what tensors travel through, as PyTorch does."""
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and collectives is Collectives.nccl else "gloo"
 
 
 def _agents_have_a_store() -> bool:

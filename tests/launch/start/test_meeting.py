@@ -10,7 +10,9 @@ from contextlib import contextmanager
 
 import pytest
 
+from foreroute.engine.config import Collectives
 from foreroute.engine.testing.ranks import Program, rank_environments
+from foreroute.launch.start.meeting import _backend
 from foreroute.launch.testing.runs import small_run, wait_until
 
 MAIN = (
@@ -65,6 +67,19 @@ def test_a_missing_rank_0_is_named(tmp_path):
     with ranks(tmp_path, "import os; os._exit(9)", "") as both:
         code, _, err = both[1].wait()
     assert code == 2 and "did not meet the others" in line_of(err) and "rank 0 has not come" in err
+
+
+@pytest.mark.parametrize(
+    ("gpus", "collectives", "backend"),
+    [
+        (True, Collectives.nccl, "cpu:gloo,cuda:nccl"),
+        (True, Collectives.gloo, "gloo"),
+        (False, Collectives.nccl, "gloo"),
+    ],
+)
+def test_what_tensors_travel_through(monkeypatch, gpus, collectives, backend):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus)
+    assert _backend(collectives) == backend
 
 
 @pytest.mark.parametrize("port", ["99999", "0", "http"])
