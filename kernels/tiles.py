@@ -39,18 +39,28 @@ class Tiles(NamedTuple):
 FEW_ROWS = 64  # rows per expert below which small tiles waste less
 
 
-def _tiles(
-    up: Tile, gated_up: Tile, down: Tile, backward: Tile, gated_backward: Tile, weights: Tile, pair: Tile
-) -> dict[bool, Tiles]:
-    """Tiles of a plain expert (False) and of one with a gate (True)."""
-    return {
-        False: Tiles(up, down, backward, down, weights, pair),
-        True: Tiles(gated_up, down, gated_backward, down, weights, pair),
-    }
+class Entry(NamedTuple):
+    """One entry of the table: tiles of plain experts and of those with a gate.
+
+    All but the last two have the same number of rows; `down` is also that of the input rows' gradient.
+    """
+
+    up: Tile
+    gated_up: Tile
+    down: Tile
+    backward: Tile
+    gated_backward: Tile
+    weights: Tile
+    pair: Tile
+
+    def tiles(self, *, gated: bool) -> Tiles:
+        """Give the tiles of a plain expert, or of one with a gate."""
+        up, backward = (self.gated_up, self.gated_backward) if gated else (self.up, self.backward)
+        return Tiles(up, self.down, backward, self.down, self.weights, self.pair)
 
 
 # The gradient of the hidden units has the longest epilogue: with wider tiles registers spill on sm_80 and sm_90.
-_SM80_HALF = _tiles(
+_SM80_HALF = Entry(
     up=Tile(128, 128, 64, 8, 3),
     gated_up=Tile(128, 64, 64, 8, 3),
     down=Tile(128, 128, 64, 8, 3),
@@ -59,7 +69,7 @@ _SM80_HALF = _tiles(
     weights=Tile(128, 128, 32, 8, 3),
     pair=Tile(128, 64, 32, 8, 3),
 )
-_SM90_HALF = _tiles(
+_SM90_HALF = Entry(
     up=Tile(128, 128, 64, 8, 3),
     gated_up=Tile(128, 64, 64, 8, 3),
     down=Tile(128, 128, 64, 8, 3),
@@ -68,7 +78,7 @@ _SM90_HALF = _tiles(
     weights=Tile(128, 128, 32, 8, 3),
     pair=Tile(128, 64, 32, 8, 3),
 )
-_SM100_HALF = _tiles(
+_SM100_HALF = Entry(
     up=Tile(128, 128, 64, 8, 3),
     gated_up=Tile(128, 64, 64, 8, 3),
     down=Tile(128, 128, 64, 8, 3),
@@ -77,7 +87,7 @@ _SM100_HALF = _tiles(
     weights=Tile(128, 128, 32, 8, 3),
     pair=Tile(128, 64, 64, 8, 3),  # depth 32 spills one register
 )
-_HALF_FEW = _tiles(
+_HALF_FEW = Entry(
     up=Tile(32, 128, 64, 8, 3),
     gated_up=Tile(32, 64, 64, 8, 3),
     down=Tile(32, 128, 64, 8, 3),
@@ -86,7 +96,7 @@ _HALF_FEW = _tiles(
     weights=Tile(128, 128, 32, 8, 3),
     pair=Tile(128, 64, 64, 8, 3),
 )
-_SM80_TF32 = _tiles(
+_SM80_TF32 = Entry(
     up=Tile(128, 128, 32, 8, 3),
     gated_up=Tile(128, 64, 32, 8, 3),
     down=Tile(128, 128, 32, 8, 3),
@@ -97,7 +107,7 @@ _SM80_TF32 = _tiles(
 )
 # From sm_90 on, a product of 64 rows and 4 warps is done by instructions that want fp32 operands contiguous along the
 # contraction; others would be copied four bytes at a time. Two warps, or 32 rows, keep to those that do not care.
-_SM90_TF32 = _tiles(
+_SM90_TF32 = Entry(
     up=Tile(64, 128, 32, 8, 3),
     gated_up=Tile(64, 64, 32, 4, 3),
     down=Tile(64, 64, 32, 2, 3),
@@ -106,7 +116,7 @@ _SM90_TF32 = _tiles(
     weights=Tile(32, 128, 32, 4, 3),
     pair=Tile(32, 128, 32, 4, 2),
 )
-_TF32_FEW = _tiles(
+_TF32_FEW = Entry(
     up=Tile(32, 64, 32, 4, 3),
     gated_up=Tile(32, 64, 32, 4, 3),
     down=Tile(32, 64, 32, 4, 3),
@@ -115,8 +125,8 @@ _TF32_FEW = _tiles(
     weights=Tile(32, 128, 32, 4, 3),
     pair=Tile(32, 128, 32, 4, 2),
 )
-_IEEE = _tiles(Tile(64, 64, 16, 4, 2), *[Tile(64, 64, 16, 8, 3)] * 6)
-_AMD_HALF_MANY = _tiles(
+_IEEE = Entry(Tile(64, 64, 16, 4, 2), *[Tile(64, 64, 16, 8, 3)] * 6)
+_AMD_HALF_MANY = Entry(
     up=Tile(128, 128, 64, 8, 2),
     gated_up=Tile(128, 64, 64, 8, 2),
     down=Tile(128, 128, 64, 8, 2),
@@ -125,7 +135,7 @@ _AMD_HALF_MANY = _tiles(
     weights=Tile(128, 128, 32, 8, 2),
     pair=Tile(128, 64, 32, 8, 2),
 )
-_AMD_HALF_FEW = _tiles(
+_AMD_HALF_FEW = Entry(
     up=Tile(32, 128, 64, 4, 2),
     gated_up=Tile(32, 64, 64, 4, 2),
     down=Tile(32, 128, 64, 4, 2),
@@ -134,8 +144,8 @@ _AMD_HALF_FEW = _tiles(
     weights=Tile(128, 128, 32, 8, 2),
     pair=Tile(128, 64, 32, 8, 2),
 )
-_AMD_IEEE = _tiles(*[Tile(64, 64, 16, 8, 2)] * 7)
-_INTERPRETER = _tiles(
+_AMD_IEEE = Entry(*[Tile(64, 64, 16, 8, 2)] * 7)
+_INTERPRETER = Entry(
     up=Tile(16, 32, 16, 1, 1),
     gated_up=Tile(16, 16, 32, 1, 1),
     down=Tile(16, 32, 16, 1, 1),
@@ -177,10 +187,8 @@ def _few(rows: int, experts: int) -> bool:
 
 
 def _entry(arch: str, dtype: torch.dtype, precision: str, gated: bool, few: bool) -> Tiles:
-    if arch == "interpreter":
-        return _INTERPRETER[gated]
     arithmetic = precision if dtype == torch.float32 else "half"
-    return _TABLE[_like(arch)][arithmetic][few][gated]
+    return entry_of(arch, arithmetic, few=few).tiles(gated=gated)
 
 
 @cache
@@ -198,6 +206,17 @@ def _ffn_tiles(arch: str, dtype: torch.dtype, precision: str, gated: bool, few: 
             for tile in (found.weights, found.weights_pair)
         ),
     )
+
+
+def entry_of(arch: str, arithmetic: str, *, few: bool) -> Entry:
+    """Look up the table.
+
+    Args:
+        arch: as of ffn_tiles.
+        arithmetic: "half", "tf32" or "ieee".
+        few: for few rows per expert.
+    """
+    return _INTERPRETER if arch == "interpreter" else _TABLE[_like(arch)][arithmetic][few]
 
 
 @cache

@@ -9,7 +9,7 @@ from foreroute.kernels import tiles
 from foreroute.kernels.tiles import Tile, ffn_tiles, row_tile
 
 ENTRIES = {
-    f"{arch}-{arithmetic}-{'few' if few else 'many'}-{'gated' if gated else 'plain'}": entry[gated]
+    f"{arch}-{arithmetic}-{'few' if few else 'many'}-{'gated' if gated else 'plain'}": entry.tiles(gated=gated)
     for arch, row in {**tiles._TABLE, "interpreter": {"any": (tiles._INTERPRETER,) * 2}}.items()
     for arithmetic, pair in row.items()
     for few, entry in enumerate(pair)
@@ -62,12 +62,12 @@ def test_chips_without_entries_use_those_of_one_like_them(arch, like):
         for gated in (False, True):
             for few in (False, True):
                 found = find(arch, number, precision=arithmetic, gated=gated, rows=1 if few else 10**6)
-                assert found == tiles._TABLE[like][arithmetic][few][gated]
+                assert found == tiles._TABLE[like][arithmetic][few].tiles(gated=gated)
 
 
 def test_the_interpreter_has_tiles_of_its_own():
     for gated in (False, True):
-        assert find("interpreter", torch.float32, gated=gated) == tiles._INTERPRETER[gated]
+        assert find("interpreter", torch.float32, gated=gated) == tiles._INTERPRETER.tiles(gated=gated)
 
 
 def test_tiles_are_narrowed_to_the_widths():
