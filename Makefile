@@ -2,12 +2,13 @@
 # make test    set everything up, run the tests; make test-all adds the slow ones
 # make test-cluster   tests on simulated machines and on a real Slurm; as root it installs what they need (Debian, Ubuntu)
 # make test-gpu   on a machine with a GPU: all tests of the kernels, natively
+# make gpu-wheels PYTHON=python3.12   packages for benchmarks.gpu_check on a machine without a network
 # make lint    style, types and spelling (.pre-commit-config.yaml)
 PYTHON ?= python3.11
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train test test-all test-cluster test-gpu lint clean
+.PHONY: train test test-all test-cluster test-gpu gpu-wheels lint clean
 # Tests are shared out over JOBS processes and one for the Triton kernels (tests/README.md), more than there are cores since some
 # wait; JOBS=0 keeps them in one, for a debugger.
 JOBS ?= 3
@@ -37,6 +38,14 @@ test-gpu: $(VENV)/ready
 	$(RUN) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make test-gpu: PyTorch sees no GPU')"
 	$(RUN) -m pytest tests/kernels $(ARGS)
 	$(RUN) -m pytest tests/engine -m gpu $(ARGS)
+
+# For this machine's system and this Python. DeepSpeed comes as source; its operators are not compiled.
+WHEELS := .cache/gpu-wheels
+gpu-wheels:
+	rm -rf $(WHEELS)
+	DS_BUILD_OPS=0 $(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps -c constraints.txt \
+		-r benchmarks/gpu_check/packages.txt -w $(WHEELS)
+	@du -sm $(WHEELS) | awk '{print $$2 ": " $$1 " MiB"; exit $$1 > 50}'
 
 lint: $(VENV)/ready
 	$(VENV)/bin/pre-commit run --all-files

@@ -5,8 +5,8 @@
 Ours (kernels.moe_ffn) have their routing tables made beforehand, as in training, where they are planned; peers
 (benchmarks/systems/peers.py) sort at every step, except those named _planned. A case whose output or gradients differ
 from those in fp64 is not timed. On the CPU the cases of a dtype take turns, every round has a new routing, as every
-batch of a training, and fastest rounds are compared; a GPU is measured in medians of CUDA events, beside the peaks of a
-product and a copy. Letters: see benchmarks/systems/peers.py; s bytes of a number.
+batch of a training, and fastest rounds are compared; a GPU is measured at the sizes of five models, as
+benchmarks/gpu_check/speed.py says. Letters: see benchmarks/systems/peers.py; s bytes of a number.
 """
 
 import argparse
@@ -16,16 +16,13 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import (
     GradCase,
     SavedBytes,
-    cuda_peaks,
     environment,
     interleave,
-    median_cuda_ms,
     minima_ms,
     passing,
     positive,
@@ -35,17 +32,13 @@ from benchmarks.harness import (
 )
 from benchmarks.harness.against import parse
 from benchmarks.systems import peers
+from benchmarks.systems.layer_cases import DTYPES, LOADS, TOLERANCE, dense, ours
 from benchmarks.systems.peers import Problem, Shape, choose, make_problem, truth
-from foreroute.kernels import expert_rows, moe_ffn
 from foreroute.launch.start.process import keep_freed_memory
 
 THREADS = 2
 SHAPE = Shape(tokens=4096, width=512, hidden=512, experts=16, k=2)
-LARGER = (Shape(8192, 1024, 4096, 8, 2), Shape(8192, 2048, 768, 128, 8))  # coarse, fine experts
 QUICK = Shape(tokens=256, width=64, hidden=128, experts=16, k=2)
-LOADS = ("uniform", "skewed")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "tf32": torch.float32}
-TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2, "tf32": 5e-3}  # of a relative norm
 AHEAD = 0.97  # a peer that takes less than this share of our time is ahead
 
 Truth = Mapping[str, Tensor]
@@ -63,48 +56,6 @@ class Measured:
         """Time relative to the dense layer of equal FLOPs; None for a case that was not timed."""
         base = "dense_all" if name in ("all", "dense_all") else "dense"
         return self.ms[name] / self.ms[base] if name in self.ms else None
-
-
-def dense(
-    rows: int, width: int, hidden: int, dtype: torch.dtype, *, bias: bool = True, device: str = "cpu"
-) -> GradCase:
-    """Make the plain feed-forward that ratios refer to."""
-
-    def leaf(*size: int) -> Tensor:
-        numbers: Tensor = torch.randn(*size, device=device) / size[-1] ** 0.5
-        return numbers.to(dtype).requires_grad_()
-
-    x_ND, w1_FD, w2_DF = leaf(rows, width), leaf(hidden, width), leaf(width, hidden)
-    b1_F, b2_D = (leaf(hidden), leaf(width)) if bias else (None, None)
-    named = {"w1": w1_FD, "b1": b1_F, "w2": w2_DF, "b2": b2_D}
-
-    def forward() -> Tensor:
-        return F.linear(F.linear(x_ND, w1_FD, b1_F).relu(), w2_DF, b2_D)
-
-    parameters = {name: [tensor] for name, tensor in named.items() if tensor is not None}
-    return GradCase(forward, x_ND, parameters, torch.randn_like(x_ND))
-
-
-def ours(
-    problem: Problem, mode: str, *, masked: bool = False, backend: str = "cpu", precision: str = "ieee"
-) -> GradCase:
-    """Make a case of kernels.moe_ffn."""
-    rows, choice_N = expert_rows(problem.expert_TK, problem.num_experts)
-    weight_N = problem.weight_TK.flatten()[choice_N].float()
-
-    def forward() -> Tensor:
-        return moe_ffn(
-            problem.x_TD,
-            weight_N,
-            problem.weights,
-            rows,
-            masked=masked,
-            mode=mode,
-            backend=backend,
-            precision=precision,
-        )
-
-    return peers.case(problem, forward, tables=(*rows.tensors(), weight_N))
 
 
 def routed_cases(problem: Problem, load: str) -> dict[str, GradCase]:
@@ -239,76 +190,6 @@ def _peer_ratios(measured: Mapping[str, Measured], name: str) -> dict[str, float
     }
 
 
-def set_tf32(label: str) -> None:
-    """Allow PyTorch's fp32 products to use tf32, or not."""
-    torch.set_float32_matmul_precision("high" if label == "tf32" else "highest")
-
-
-def least_bytes(shape: Shape, size: int) -> int:
-    """Bytes that forward and backward move at least if each kernel reads and writes every row once.
-
-    Forward s(2EDF + 2TD + 2NF + 2ND), backward s(4EDF + 4TD + 5NF + 2ND).
-    """
-    tokens, width, hidden, experts, _ = shape
-    weights, rows = experts * width * hidden, shape.rows
-    return size * (6 * weights + 6 * tokens * width + 7 * rows * hidden + 4 * rows * width)
-
-
-def gpu_cases(shape: Shape, label: str, exact: Problem, permuted: Problem) -> dict[str, GradCase]:
-    """Give the cases of one precision on the GPU."""
-    problem = exact.cast(DTYPES[label])
-    precision = "tf32" if label == "tf32" else "ieee"
-    return {
-        "dense": dense(shape.rows, shape.width, shape.hidden, DTYPES[label], device="cuda"),
-        "ours": ours(problem, "lean", backend="triton", precision=precision),
-        **peers.peers(problem, ("grouped_mm", "grouped_mm_planned")),
-        "grouped products": peers.products_only(permuted.cast(DTYPES[label])),
-    }
-
-
-def run_gpu(rounds: int, shapes: tuple[Shape, ...]) -> int:
-    """Measure on the GPU; return the exit code.
-
-    grouped_mm_planned is a permute, torch's grouped products and an index_add, unfused; "grouped products" only those.
-    """
-    peaks = {}
-    for label, dtype in DTYPES.items():
-        set_tf32(label)
-        peaks[label] = cuda_peaks(dtype)
-    name = torch.cuda.get_device_name()
-    print(f"{name}; {environment()}; peak TFLOP/s and GB/s: {peaks}")
-    ratios: dict[str, dict[str, float]] = {}
-    failed: list[str] = []
-    for shape, load in ((shape, load) for shape in shapes for load in LOADS):
-        exact = make_problem(shape, skewed=load == "skewed", device="cuda")
-        permuted = peers.permuted(exact)
-        truths = dict.fromkeys(("ours", "grouped_mm", "grouped_mm_planned"), truth(exact))
-        truths["grouped products"] = truth(permuted)
-        for label in DTYPES:
-            set_tf32(label)
-            title = f"{label} {load} " + " ".join(f"{k}={v}" for k, v in shape._asdict().items())
-            print(f"\n{title}")
-            cases = gpu_cases(shape, label, exact, permuted)
-            passed, wrong = passing(title, cases, truths, TOLERANCE[label])
-            failed += wrong
-            ms = median_cuda_ms(passed, rounds)
-            ratios[title] = {key: value / ms["dense"] for key, value in ms.items()}
-            print_gpu_table(shape, label, ms, *peaks[label])
-    print_result({"device": name, "ratio_to_dense": ratios})
-    return 1 if failed else 0
-
-
-def print_gpu_table(shape: Shape, label: str, ms: Mapping[str, float], peak_tflops: float, peak_gbytes: float) -> None:
-    """Print times and what they mean for a shape: FLOPs are 12 NDF, bytes those of least_bytes."""
-    flops = 12 * shape.rows * shape.width * shape.hidden
-    moved = least_bytes(shape, DTYPES[label].itemsize)
-    rows = []
-    for name, value in ms.items():
-        done, rate = flops / value / 1e9, moved / value / 1e6
-        rows.append((name, value, value / ms["dense"], done, done / peak_tflops, rate, rate / peak_gbytes))
-    print_table(("case", "ms", "ratio", "TFLOP/s", "of peak", "GB/s", "of peak"), rows)
-
-
 def main() -> int:
     """Measure and print; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -323,7 +204,11 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("--device cuda: PyTorch finds no CUDA device here", file=sys.stderr)
         return 2
-    return run_gpu(args.rounds, (QUICK,) if args.quick else (SHAPE, *LARGER))
+    from benchmarks.gpu_check import speed
+
+    found = speed.measure({"quick": QUICK} if args.quick else speed.SHAPES, tuple(DTYPES), LOADS, rounds=args.rounds)
+    print_result(found)
+    return 1 if found["failed"] else 0
 
 
 if __name__ == "__main__":

@@ -1,22 +1,21 @@
-"""The parts that need torch, triton and numpy alone. Each gives its figures, and under "failed" a line for each fault.
+"""The parts that need torch, triton and numpy alone, but speed.py and tile_sweep.py. Each gives its figures, and under
+"failed" a line for each fault.
 
 Letters: T tokens, D width, F expert hidden width, L experts, K active experts.
 """
 
 import itertools
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.gpu_check.setting import Setting, in_processes
 from foreroute.engine.config import (
     Config,
     DataConfig,
@@ -46,56 +45,78 @@ VOCAB, PLANS, STEPS, CLOSE = 64, 100, 200, 2e-2
 _READS = ("_local_scalar_dense", "nonzero", "unique", "masked_select")
 
 
-def kernels(dry_run: bool) -> dict[str, Any]:
-    """Compare every kernel with the reference."""
-    device, failed = _device(dry_run), []
+class Job(NamedTuple):
+    """One case of the layer."""
+
+    shape: tuple[int, int, int, int, int]
+    name: str  # key of DTYPES
+    gated: bool
+    rate: float  # of dropout
+
+
+def kernels(setting: Setting) -> dict[str, Any]:
+    """Compare every kernel with the reference, in several processes; breadth first."""
+    shapes = SMALL if setting.dry_run else (*SMALL, *LARGE)
+    cases = itertools.product((0.0, 0.3), (False, True), shapes, DTYPES)
+    jobs = [Job(shape, name, gated, rate) for rate, gated, shape, name in cases]
+    if setting.dry_run:  # the interpreter has no tf32, and is slow
+        jobs = [job for job in jobs if job.name != "tf32" and (job.shape != SMALL[0] or job.gated == bool(job.rate))]
+    found = in_processes(partial(compare, device=setting.device), jobs, setting.seconds)
     worst: dict[str, float] = {}
-    cases = itertools.product(SMALL if dry_run else (*SMALL, *LARGE), DTYPES, (False, True), (0.0, 0.3))
-    for shape, name, gated, rate in cases:
-        dtype, precision = DTYPES[name], "tf32" if name == "tf32" else "ieee"
-        if dry_run and (name == "tf32" or (shape == SMALL[0] and gated != bool(rate))):
-            continue  # the interpreter has no tf32, and is slow
-        case = make_case(shape, gated=gated).rounded(dtype)
-        with ExitStack() as stack:
-            if dry_run and dtype is torch.bfloat16:
-                stack.enter_context(bf16_semantics())
-            want = run_layer(moe_ffn, case, torch.float64, backend="reference", **_dropout(rate, shape[0], "cpu"))
-            options = {"backend": "triton", "precision": precision, **_dropout(rate, shape[0], device)}
-            found = {"moe_ffn": (run_layer(moe_ffn, case, dtype, device=device, **options), want)}
-            if not rate and shape[0] > 0:
-                found |= _steps_of_the_layer(case, dtype, device, precision)
-        for kernel, (got, wanted) in found.items():
-            error, tensor = worst_error(got, wanted)
-            worst[name] = max(worst.get(name, 0.0), error)
-            if not error <= TOLERANCE[name]:
-                failed.append(f"{kernel} {name} {shape} gated={gated} dropout={rate}: {tensor} is off by {error:.1e}")
-    return {"failed": failed, **{f"error_{name}": error for name, error in worst.items()}}
+    failed = []
+    for number, errors in found.items():
+        job = jobs[number]
+        if isinstance(errors, Exception):
+            failed.append(f"{job}: {type(errors).__name__}: {(str(errors).splitlines() or [''])[0]}")
+            continue
+        for kernel, (error, tensor) in errors.items():
+            worst[job.name] = max(worst.get(job.name, 0.0), error)
+            if not error <= TOLERANCE[job.name]:
+                failed.append(f"{kernel} {job}: {tensor} is off by {error:.1e}")
+    failed += [f"{name}: no case was done in {setting.seconds:.0f} s" for name in {j.name for j in jobs} - worst.keys()]
+    errors_by_name = {f"error_{name}": error for name, error in worst.items()}
+    return {"failed": failed, "cases": len(found), "left_out": len(jobs) - len(found), **errors_by_name}
 
 
-def reads(dry_run: bool) -> dict[str, Any]:
+def compare(job: Job, *, device: str) -> dict[str, tuple[float, str]]:
+    """Give each kernel's largest error in a case, and the tensor that has it."""
+    dtype, precision = DTYPES[job.name], "tf32" if job.name == "tf32" else "ieee"
+    case, tokens = make_case(job.shape, gated=job.gated).rounded(dtype), job.shape[0]
+    with ExitStack() as stack:
+        if device == "cpu" and dtype is torch.bfloat16:
+            stack.enter_context(bf16_semantics())
+        want = run_layer(moe_ffn, case, torch.float64, backend="reference", **_dropout(job.rate, tokens, "cpu"))
+        options = {"backend": "triton", "precision": precision, **_dropout(job.rate, tokens, device)}
+        found = {"moe_ffn": (run_layer(moe_ffn, case, dtype, device=device, **options), want)}
+        if not job.rate and tokens > 0:
+            found |= _steps_of_the_layer(case, dtype, device, precision)
+    return {kernel: worst_error(got, wanted) for kernel, (got, wanted) in found.items()}
+
+
+def reads(setting: Setting) -> dict[str, Any]:
     """Run a planned layer forward and backward where waiting for the device is an error."""
-    layer, x_TD, plan = _layer(dry_run)
+    layer, x_TD, plan = _layer(setting.device)
     call = _call(plan)
     _gradients(layer, x_TD, call)  # compiles
-    with _no_reads(dry_run):
+    with _no_reads(setting.dry_run):
         _gradients(layer, x_TD, call)
     try:
-        with _no_reads(dry_run):
+        with _no_reads(setting.dry_run):
             x_TD.sum().item()
     except RuntimeError:
         return {"reads": 0}
     return {"failed": ["a planted read is not seen"]}
 
 
-def graph(dry_run: bool) -> dict[str, Any]:
+def graph(setting: Setting) -> dict[str, Any]:
     """Replay one graph with many plans; without a GPU the same buffers are run again."""
-    layer, x_TD, plan = _layer(dry_run)
+    layer, x_TD, plan = _layer(setting.device)
     static, own_x_TD = _copy(plan, x_TD.device), x_TD.detach().clone().requires_grad_()
     call = _call(static)
     run = partial(_gradients, layer, own_x_TD, call)
-    replay = run if dry_run else _captured(run)
+    replay = run if setting.dry_run else _captured(run)
     different = 0
-    count = 3 if dry_run else PLANS
+    count = 3 if setting.dry_run else PLANS
     for number in range(count):
         plan = _plan(number + 1, x_TD.device)
         for mine, new in zip(tensors_in(static), tensors_in(plan), strict=True):
@@ -105,32 +126,15 @@ def graph(dry_run: bool) -> dict[str, Any]:
     return {"failed": [f"{different} of {count} plans give other bits"] if different else [], "plans": count}
 
 
-def training(dry_run: bool) -> dict[str, Any]:
+def training(setting: Setting) -> dict[str, Any]:
     """Train a small model with torch's Adam on the device and on the CPU."""
-    steps = 3 if dry_run else STEPS
+    steps = 3 if setting.dry_run else STEPS
     want = _train("cpu", Backend.cpu, steps)
-    got = _train(_device(dry_run), Backend.triton, steps)
+    got = _train(setting.device, Backend.triton, steps)
     apart = max(abs(a - b) / b for a, b in zip(got, want, strict=True))
-    fine = apart <= CLOSE and (dry_run or got[-1] < 0.9 * got[0])
+    fine = apart <= CLOSE and (setting.dry_run or got[-1] < 0.9 * got[0])
     failed = [] if fine else [f"losses are up to {apart:.1e} apart: {got[0]:.3f} to {got[-1]:.3f}"]
     return {"failed": failed, "apart": apart, "first_loss": got[0], "last_loss": got[-1]}
-
-
-def speed(dry_run: bool) -> dict[str, Any]:
-    """Run the benchmark of the kernels."""
-    options = ["--quick", "--rounds", "1"] if dry_run else ["--device", "cuda"]
-    command = [sys.executable, "-m", "benchmarks.bench_kernels", *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode not in (0, 1):
-        return {"failed": [f"exit code {done.returncode}: {(done.stderr.splitlines() or [''])[-1]}"]}
-    return {"bench_kernels": json.loads(done.stdout.splitlines()[-1])}
-
-
-PARTS = {"kernels": kernels, "reads": reads, "graph": graph, "training": training, "speed": speed}
-
-
-def _device(dry_run: bool) -> str:
-    return "cpu" if dry_run else "cuda"
 
 
 def _dropout(rate: float, tokens: int, device: str) -> dict[str, Any]:
@@ -189,9 +193,8 @@ def _copy(plan: Plan, device: torch.device | str) -> Plan:
     return copied
 
 
-def _layer(dry_run: bool) -> tuple[MoELayer, Tensor, Plan]:
+def _layer(device: str) -> tuple[MoELayer, Tensor, Plan]:
     torch.manual_seed(0)
-    device = _device(dry_run)
     layer = MoELayer(32, _moe(), KernelsConfig(backend=Backend.triton, masked_from_k=99), 0, dropout=0.1).to(device)
     return layer, torch.randn(64, 32, device=device, requires_grad=True), _plan(0, device)
 

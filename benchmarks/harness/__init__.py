@@ -90,8 +90,10 @@ def minima_ms(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {name: 1e3 * min(values) for name, values in seconds.items()}
 
 
-def median_cuda_ms(cases: Mapping[str, Case], rounds: int, warmup: int = 3) -> dict[str, float]:
-    """Run every case once per round, in turn, on the GPU; return each case's median milliseconds by CUDA events."""
+def median_ms(cases: Mapping[str, Case], rounds: int, *, device: str = "cuda", warmup: int = 3) -> dict[str, float]:
+    """Run every case once per round, in turn; return each case's median milliseconds, on a GPU by CUDA events."""
+    if device != "cuda":
+        return {name: 1e3 * statistics.median(values) for name, values in interleave(cases, rounds, warmup).items()}
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in cases}
     for i in range(warmup + rounds):
         for name, case in cases.items():
@@ -105,13 +107,14 @@ def median_cuda_ms(cases: Mapping[str, Case], rounds: int, warmup: int = 3) -> d
     return {name: statistics.median(start.elapsed_time(end) for start, end in pairs) for name, pairs in events.items()}
 
 
-def cuda_peaks(dtype: torch.dtype) -> tuple[float, float]:
-    """Measure a GPU's TFLOP/s in a large product and GB/s, read and written, in a large copy."""
-    size = 8192
-    a = torch.randn(size, size, device="cuda").to(dtype)
-    source = torch.zeros(2**30, dtype=torch.uint8, device="cuda")
+def measured_peaks(dtype: torch.dtype, *, device: str = "cuda") -> tuple[float, float]:
+    """Measure a device's TFLOP/s in a large product and GB/s, read and written, in a large copy (small ones on a
+    CPU)."""
+    size, copied = (8192, 2**30) if device == "cuda" else (256, 2**22)
+    a = torch.randn(size, size, device=device).to(dtype)
+    source = torch.zeros(copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    ms = median_cuda_ms({"product": lambda: a @ a, "copy": lambda: target.copy_(source)}, 10)
+    ms = median_ms({"product": lambda: a @ a, "copy": lambda: target.copy_(source)}, 10, device=device)
     return 2 * size**3 / ms["product"] / 1e9, 2 * source.nbytes / ms["copy"] / 1e6
 
 
@@ -154,7 +157,7 @@ def passing(
             wrong = [str(error).splitlines()[0]]
         if wrong:
             print(f"NOT TIMED: {label} {name}: {', '.join(wrong)} (allowed: {tolerance})")
-            failed.append(f"{label} {name}")
+            failed.append(f"{label} {name}: {', '.join(wrong)}")
         else:
             passed[name] = case
     return passed, failed

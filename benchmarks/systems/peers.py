@@ -1,4 +1,4 @@
-"""The expert layer as others compute it, for benchmarks/bench_kernels.py: same routing and weights, by autograd.
+"""The expert layer as others compute it, for bench_kernels.py and gpu_check/: same routing and weights, by autograd.
 
     out[t] = sum over t's choices k:  weight[t, k] * (relu(x[t] @ w1[e].T + b1[e]) @ w2[e] + b2[e]),   e = expert[t, k]
 
@@ -29,6 +29,9 @@ NAMES = (
     "grouped_mm_planned",
     "deepspeed",
 )
+
+# older PyTorch has it under the second name
+_grouped_mm: Callable[..., Tensor] = getattr(F, "grouped_mm", None) or torch._grouped_mm
 
 
 class Shape(NamedTuple):
@@ -229,9 +232,9 @@ def grouped_products(x_ND: Tensor, weights: ExpertWeights, order: Order) -> Tens
     Nothing is gathered or added up: what is left of grouped_mm when its rows are where they should be.
     """
     w1_EFD, b1_EF, w2_EFD, b2_ED, _ = weights
-    z_NF = F.grouped_mm(x_ND, w1_EFD.mT, offs=order.offset_E)
+    z_NF = _grouped_mm(x_ND, w1_EFD.mT, offs=order.offset_E)
     hidden_NF = (z_NF + b1_EF.index_select(0, order.expert_N)).relu()
-    y_ND = F.grouped_mm(hidden_NF, w2_EFD, offs=order.offset_E)
+    y_ND = _grouped_mm(hidden_NF, w2_EFD, offs=order.offset_E)
     return y_ND + b2_ED.index_select(0, order.expert_N)
 
 

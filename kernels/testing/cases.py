@@ -121,9 +121,11 @@ def run_layer(
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """||got - want|| / ||want|| in fp64; NaN or infinity count as infinite."""
-    difference = (got.double().cpu() - want.double().cpu()).norm()
-    error = difference / want.double().norm().clamp(min=1e-30).cpu()
+    """||got - want|| / ||want|| in fp64, on their device if it is one; NaN or infinity count as infinite."""
+    if got.device != want.device:
+        got, want = got.cpu(), want.cpu()
+    want = want.double()
+    error = (got.double() - want).norm() / want.norm().clamp(min=1e-30)
     return float(error) if torch.isfinite(error) else float("inf")
 
 
