@@ -89,7 +89,7 @@ class _Ours:
         for name, value in zip(NAMES, weights, strict=False):  # relu: no w3
             assert value is not None
             setattr(self.layer.experts, name, nn.Parameter(value))
-        self.layer.exchange = build_exchange(Wire(dist.group.WORLD), ParallelConfig())
+        self.layer.wire(build_exchange(Wire(dist.group.WORLD), ParallelConfig()))
         self.routing = Routing(shape.k, (plan,))
 
     def __call__(self, x_TD: Tensor) -> Tensor:

@@ -167,7 +167,7 @@ def _watch(layer: MoELayer) -> _Done:
     done = _Done()
     alone = isinstance(layer.exchange, Local)
     if isinstance(layer.exchange, Exchange):
-        layer.exchange = _Watched(layer.exchange, done)
+        layer.wire(_Watched(layer.exchange, done))
 
     def before_experts(_: nn.Module, inputs: tuple[Any, ...]) -> None:
         rows_RD, plan = inputs[:2]

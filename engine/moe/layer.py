@@ -1,8 +1,11 @@
 """The Mixture-of-Experts layer: dispatch -> experts -> combine, driven by a Plan.
 
-A planned router's Plan comes with the batch. A live router routes here, inside the forward pass, and builds the same
-Plan; after that nothing differs. A plan in several parts does the three part by part, in the experts' call. No routing
-decision is taken below this file.
+    one part        x_TD -> dispatch -> [ experts ] -> combine -> y_TD
+    several parts   x_TD -> [ dispatch -> experts -> combine, part by part ] -> y_TD
+
+The brackets are the call of the module `experts`, around which ZeRO-3 gathers its weights once: so a plan in several
+parts does all three inside it. A planned router's Plan comes with the batch. A live router routes here, inside the
+forward pass, and builds the same Plan; after that nothing differs. No routing decision is taken below this file.
 
 Letters: T local tokens, D width, R received rows, E experts.
 """
@@ -57,12 +60,27 @@ class MoELayer(nn.Module):
             self.router = LearnedRouter(width, moe.experts)
         self.experts = Experts(width, moe, kernels)
         self.exchange: Exchange | Local = Local()
-        # all ranks, over which a learned router is balanced; None: this rank's tokens
-        self.balance_wire: Wire | None = None
+        self.balance_wire: Wire | None = None  # None: a learned router is balanced over this rank's tokens
         self.first_expert = 0  # global number of the first expert on this rank
         self.shared = None
         if moe.shared_width:
             self.shared = FeedForward(width, moe.shared_width, moe.activation, dropout=0.0)
+
+    def wire(self, exchange: Exchange | Local | None = None, *, balance_wire: Wire | None = None) -> None:
+        """Connect the layer to other ranks; what is None stays as it is.
+
+        Args:
+            exchange: moves rows to the ranks that hold their experts and back.
+            balance_wire: the ranks over whose tokens a learned router is balanced.
+        """
+        self.exchange = exchange or self.exchange
+        self.balance_wire = balance_wire or self.balance_wire
+
+    def keep_experts(self, experts: range) -> None:
+        """Drop all experts but these; the others are on other ranks."""
+        for name, parameter in list(self.experts.named_parameters()):
+            setattr(self.experts, name, nn.Parameter(parameter.detach()[experts.start : experts.stop].clone()))
+        self.first_expert = experts.start
 
     def forward(self, x_TD: Tensor, routing: Routing) -> LayerOutput:
         """Apply the layer to the tokens x_TD.

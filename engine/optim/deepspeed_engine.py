@@ -342,7 +342,7 @@ def start(model: nn.Module, config: Config, mesh: Mesh | None = None) -> Engine:
     wire = expert_wire(mesh, torch.device(engine.device)) if shared else None
     for layer in shared:
         assert wire is not None
-        layer.exchange = build_exchange(wire, config.parallel, config.kernels.backend)
+        layer.wire(build_exchange(wire, config.parallel, config.kernels.backend))
     balance_over_ranks(model, config, mesh)
     return Engine(engine, config.train.accumulation, mesh, wire)
 

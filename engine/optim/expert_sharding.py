@@ -113,7 +113,7 @@ def balance_over_ranks(model: nn.Module, config: Config, mesh: Mesh) -> None:
     world = Wire(None, deepspeed.comm)
     for layer in model.modules():
         if isinstance(layer, MoELayer):
-            layer.balance_wire = world
+            layer.wire(balance_wire=world)
 
 
 def share_experts(layer: MoELayer, mesh: Mesh) -> None:
@@ -126,11 +126,9 @@ def share_experts(layer: MoELayer, mesh: Mesh) -> None:
     """
     experts = mesh.local_experts(layer.experts.w1.shape[0])
     group_name = _group_name(mesh)
-    for name, parameter in list(layer.experts.named_parameters()):
-        own = nn.Parameter(parameter.detach()[experts.start : experts.stop].clone())
-        _tag(own, group_name)
-        setattr(layer.experts, name, own)
-    layer.first_expert = experts.start
+    layer.keep_experts(experts)
+    for parameter in layer.experts.parameters():
+        _tag(parameter, group_name)
     contract = {
         "num_experts": len(experts) * mesh.expert_ranks,
         "num_local_experts": len(experts),

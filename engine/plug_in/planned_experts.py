@@ -442,4 +442,4 @@ class PlannedExperts:
         self.wire = expert_wire(self._mesh, device, timed=False)
         for layer in self.layers:
             backend = layer.experts.kernels.backend
-            layer.exchange = build_exchange(self.wire, self._parallel, backend)
+            layer.wire(build_exchange(self.wire, self._parallel, backend))

@@ -5,7 +5,6 @@ import functools
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
@@ -99,11 +98,9 @@ def on_ranks(rank, ranks, gather):
     torch.manual_seed(0)
     layer = MoELayer(WIDTH, MOE, KERNELS, 0, dropout=0.2)
     local = EXPERTS // ranks
-    for name, weight in list(layer.experts.named_parameters()):
-        setattr(layer.experts, name, nn.Parameter(weight.detach()[rank * local : (rank + 1) * local].clone()))
-    layer.first_expert = rank * local
+    layer.keep_experts(range(rank * local, (rank + 1) * local))
     kind = ExchangeKind.gather if gather else ExchangeKind.tokens
-    layer.exchange = build_exchange(Wire(None), ParallelConfig(expert_ranks=ranks, exchange=kind))
+    layer.wire(build_exchange(Wire(None), ParallelConfig(expert_ranks=ranks, exchange=kind)))
     x_TD = torch.randn(TOKENS, WIDTH, requires_grad=True)
     leaves, bounds = [x_TD, *layer.parameters()], RowBounds(TOKENS, local * ranks * TOKENS)
 
