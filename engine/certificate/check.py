@@ -232,6 +232,6 @@ class Check:
             place = tuple(np.argwhere(certified != seen)[0])
             micro = f", micro-batch {place[1]}" if len(place) > 1 else ""
             raise RunFailed(
-                f"rank {self._rank} differs from its certificate at step {step}, layer {place[0]}{micro}: "
+                f"rank {self._rank} differs from its certificate at step {step + 1}, layer {place[0]}{micro}: "
                 f"{what} {seen[place]}, certified {certified[place]}"
             )

@@ -3,7 +3,7 @@
 Everything here is exact and counted; what others add (memory, a model of the time) comes in as sections of their own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from foreroute.engine.certificate.counts.exact import Bytes, Certificate, Idle, Section, counted_kind
 from foreroute.engine.certificate.counts.series import Line as SeriesLine
@@ -28,6 +28,7 @@ def certificate_page(
     corpus: PreparedCorpus,
     further: Sequence[page.Section] = (),
     figures: Sequence[KeyFigure] = (),
+    verdicts: Sequence[KeyFigure] = (),
 ) -> Page:
     """Describe a certificate.
 
@@ -35,17 +36,19 @@ def certificate_page(
         config: of the run.
         further: sections that follow the counted ones.
         figures: key figures of theirs.
+        verdicts: answers that stand on top.
     """
     parts = [*found.by_k, found.whole] if len(found.by_k) > 1 else found.by_k
     return Page(
         title=f"Certificate of {config.train.name}",
         lead=_lead(found),
         figures=[*_figures(found), *figures],
+        verdicts=verdicts,
         sections=[
             _run(found, config, corpus),
             _rows(found, parts),
-            _bytes(found, parts),
-            _fixed_shapes(parts),
+            *([] if _alone(found) else [_bytes(found, parts)]),
+            _fixed_shapes(found, parts),
             *further,
         ],
         footer="Written by python -m launch.certify; certificate.json beside it holds every number and option.",
@@ -65,8 +68,29 @@ def _lead(found: Certificate) -> str:
     return text
 
 
+def counts_verdict(found: Certificate) -> KeyFigure:
+    """Return whether every step was counted."""
+    if found.sample > 1:
+        return KeyFigure("Exact", f"1 step in {found.sample}", f"{found.whole.steps:,} of {found.steps:,} were counted")
+    return KeyFigure("Exact", "yes", f"rows and bytes of all {found.steps:,} steps were counted", good=True)
+
+
+def _alone(found: Certificate) -> bool:
+    """Whether a rank has all experts, so that nothing moves and all ranks compute as many rows."""
+    return found.placement.expert_ranks == 1
+
+
 def _figures(found: Certificate) -> list[KeyFigure]:
     whole = found.whole
+    idle_expert = KeyFigure(
+        "Steps with an idle expert",
+        f"{whole.idle_expert.steps:,}",
+        f"of {whole.steps:,}: an expert gets no row in some layer and micro-batch",
+    )
+    if _alone(found):
+        busiest = max(part.expert_rows.max / part.expert_rows.mean for part in found.by_k)
+        note = f"in one layer and micro-batch; at most {busiest:.2f} x the mean of the same k"
+        return [KeyFigure("Rows of the busiest expert", f"{whole.expert_rows.max:,}", note), idle_expert]
     kinds = " or ".join(sorted({part.exchange for part in found.by_k}))
     load = max(part.computed_rows.max / part.computed_rows.mean for part in found.by_k)
     of_k = "" if len(found.by_k) == 1 else " of the same k"
@@ -76,7 +100,7 @@ def _figures(found: Certificate) -> list[KeyFigure]:
         KeyFigure(
             "Rows of the busiest rank",
             f"{whole.computed_rows.max:,}",
-            f"computed in one layer and micro-batch; at most {load:.2f} x the mean{of_k}",
+            f"in one layer and micro-batch; at most {load:.2f} x the mean{of_k}",
         ),
         KeyFigure(
             "Bytes a rank sends", byte_text(mean), f"of a rank in a step; at most {byte_text(most)}, exchange {kinds}"
@@ -85,17 +109,13 @@ def _figures(found: Certificate) -> list[KeyFigure]:
         KeyFigure(
             "Steps with an idle rank",
             f"{whole.idle_rank.steps:,}",
-            f"of {whole.steps:,}: a rank receives no row in some layer and micro-batch",
+            f"of {whole.steps:,}: a rank gets no row in some layer and micro-batch",
         ),
-        KeyFigure(
-            "Steps with an idle expert",
-            f"{whole.idle_expert.steps:,}",
-            f"of {whole.steps:,}: an expert gets no row in some layer and micro-batch",
-        ),
+        idle_expert,
         KeyFigure(
             "Padding of fixed shapes",
             f"{whole.static.pair_padding:.1%}",
-            "of the rows, if each rank sent each other equally many in every step",
+            "of rows, if all steps sent equally many to each rank",
         ),
     ]
 
@@ -163,7 +183,7 @@ def _exchanges(found: Certificate) -> str:
 def _rows(found: Certificate, parts: Sequence[Section]) -> page.Section:
     header = ["rows", "k", "steps", "mean", "p99", "max", "load", "worst step"]
     rows: list[list[str]] = []
-    for what, name in _WORKED:
+    for what, name in _WORKED[2:] if _alone(found) else _WORKED:
         rows += [[]] if rows and len(parts) > 1 else []
         for part in parts:
             spread: Spread = getattr(part, name)
@@ -175,15 +195,13 @@ def _rows(found: Certificate, parts: Sequence[Section]) -> page.Section:
             "received: tokens that a rank gets by exchange=tokens, its own included, each once however many of its"
             " experts it uses. computed: rows that go through a rank's experts, k for each token."
         ),
-        (
-            "p99: 99 % of all values do not exceed it. load: max / mean. worst step: the first step with the maximum;"
-            " the first of all is step 0."
-        ),
+        ("p99: 99 % of all values do not exceed it. load: max / mean. worst step: the first step with the maximum."),
     ]
-    idle = [
-        _idle_row("a rank receives no row", found.whole.idle_rank, found.whole.steps),
-        _idle_row("an expert gets no row", found.whole.idle_expert, found.whole.steps),
-    ]
+    idle = [_idle_row("an expert gets no row", found.whole.idle_expert, found.whole.steps)]
+    if _alone(found):
+        del notes[0]
+    else:
+        idle.insert(0, _idle_row("a rank receives no row", found.whole.idle_rank, found.whole.steps))
     return page.Section(
         "Rows",
         [
@@ -234,13 +252,18 @@ def _bytes(found: Certificate, parts: Sequence[Section]) -> page.Section:
     )
 
 
-def _fixed_shapes(parts: Sequence[Section]) -> page.Section:
-    header = ["k", "rows from rank to rank", "padding", "rows of an expert", "padding"]
-    rows = []
-    for part in parts:
-        static = part.static
-        pair, expert = f"{static.pair_padding:.1%}", f"{static.expert_padding:.1%}"
-        rows.append([_k(part), f"{static.pair_rows:,}", pair, f"{static.expert_rows:,}", expert])
+def _fixed_shapes(found: Certificate, parts: Sequence[Section]) -> page.Section:
+    columns: list[tuple[str, Callable[[Section], str]]] = [
+        ("k", _k),
+        ("rows from rank to rank", lambda part: f"{part.static.pair_rows:,}"),
+        ("padding", lambda part: f"{part.static.pair_padding:.1%}"),
+        ("rows of an expert", lambda part: f"{part.static.expert_rows:,}"),
+        ("padding", lambda part: f"{part.static.expert_padding:.1%}"),
+    ]
+    if _alone(found):
+        del columns[1:3]
+    header = [name for name, _ in columns]
+    rows = [[cell(part) for _, cell in columns] for part in parts]
     return page.Section(
         "Fixed shapes",
         [
@@ -264,7 +287,7 @@ def _load_over_steps(found: Certificate) -> Curve:
         "Load over steps",
         "step",
         "rows, maximum / mean",
-        [_over_steps(found, name, line) for name, line in lines],
+        [_over_steps(found, name, line) for name, line in (lines[2:] if _alone(found) else lines)],
         y_from=1,
         band=_band(found),
     )

@@ -6,13 +6,14 @@ from foreroute.launch.page.parts import KeyFigure, Table
 from foreroute.launch.page.words import byte_text
 
 
-def memory_figures(memory: Memory) -> list[KeyFigure]:
-    """Give the numbers to see first."""
-    return [
-        KeyFigure(
-            "Memory of a rank", byte_text(memory.peak_bytes), f"tensors at the peak: {memory.when}, k = {memory.k}"
-        )
-    ]
+def memory_verdict(memory: Memory) -> KeyFigure:
+    """Return whether the run fits, as far as somebody said into what."""
+    peak, verdict = f"{byte_text(memory.peak_bytes)} at the peak ({memory.when})", memory.verdict
+    if verdict is None:
+        return KeyFigure("Fits", "unknown", f"{peak}; cluster=NAME or device_memory_gb=80 says it")
+    left = f"{byte_text(abs(verdict.headroom_bytes))} {'left' if verdict.fits else 'missing'}"
+    note = f"{peak}; {left}, by formula"
+    return KeyFigure("Fits", "yes" if verdict.fits else "no", note, good=verdict.fits)
 
 
 def memory_section(memory: Memory) -> page.Section:

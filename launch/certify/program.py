@@ -2,9 +2,9 @@
 
 Replays the ids, tables and k of the run on this machine's CPU, without a GPU or a cluster: rows of every rank and
 expert, and bytes inside and between nodes, exactly, and the memory of a rank, by formula. With cluster=NAME also says
-whether it fits there, and models its time. Prints one page, and writes it with
-charts as certificate.html, every number as certificate.json, and what each rank must do in each step as
-certificate.safetensors, to which launch.train certificate=FOLDER holds the run.
+whether it fits there, and models its time. Prints what a person must know, and writes all of it: with charts as
+certificate.html, as text as certificate.md, every number as certificate.json, and what each rank must do in each step
+as certificate.safetensors, to which launch.train certificate=FOLDER holds the run.
 """
 
 import math
@@ -24,14 +24,16 @@ from foreroute.engine.data.corpus import PreparedCorpus, prepare
 from foreroute.engine.errors import require
 from foreroute.engine.model.build import build_routers, router_tables
 from foreroute.engine.routing.tables import Table
-from foreroute.launch.certify.counts_page import certificate_page
-from foreroute.launch.certify.memory_section import memory_figures, memory_section
-from foreroute.launch.certify.time_section import time_figures, time_section
+from foreroute.launch.certify.counts_page import certificate_page, counts_verdict
+from foreroute.launch.certify.memory_section import memory_section, memory_verdict
+from foreroute.launch.certify.time_section import layout_verdict, time_figure, time_section
 from foreroute.launch.page.html_file import html
-from foreroute.launch.page.terminal import print_page
+from foreroute.launch.page.markdown_file import markdown
+from foreroute.launch.page.terminal import print_top
 from foreroute.launch.start.cli import run_program
+from foreroute.launch.start.options import command_option
 
-HTML = "certificate.html"
+HTML, TEXT = "certificate.html", "certificate.md"
 _RANKS_PER_NODE = 8  # where no cluster is named
 
 
@@ -118,16 +120,18 @@ def run(args: CertifyArgs) -> int:
         "time_model": time and asdict(time),
     }
     arrays_bytes = record.write(folder, plain)
-    figures, further = memory_figures(memory), [memory_section(memory)]
+    figures, further = [], [memory_section(memory)]
     if time is not None and args.cluster is not None:
-        figures += time_figures(time)
+        figures.append(time_figure(time))
         further.append(time_section(time, args.cluster, args.placement))
-    described = certificate_page(found, config, corpus, further, figures)
+    verdicts = [memory_verdict(memory), counts_verdict(found), layout_verdict(time)]
+    described = certificate_page(found, config, corpus, further, figures, verdicts)
     (folder / HTML).write_text(html(described), encoding="ascii")
-    print_page(described)
+    (folder / TEXT).write_text(markdown(described)[0])
+    print_top(described)
+    print(f"all of it: {folder / HTML} with charts, {folder / TEXT} as text, {folder / JSON}")
     print(
-        f"written: {folder / JSON}, with charts {folder / HTML}, and what each rank must do in each step"
-        f" {folder / ARRAYS} ({arrays_bytes:,} bytes); launch.train certificate={folder} holds the run to it"
+        f"launch.train {command_option('certificate', folder)} holds the run to {ARRAYS} ({arrays_bytes:,} bytes) there"
     )
     return 0
 

@@ -9,6 +9,7 @@ from foreroute.launch.page import parts as page
 from foreroute.launch.page.parts import Code, Curve, KeyFigure, Line, Table
 
 _SHOWN = 5  # choices
+_WORTH = 0.005  # share of the time that a faster layout saves, at least
 
 _MODEL = (
     "A model, not a count: products, bytes and messages of a step over the rates of the cluster."
@@ -17,16 +18,29 @@ _MODEL = (
 )
 
 
-def time_figures(found: TimePart) -> list[KeyFigure]:
-    """Give the numbers to see first."""
+def time_figure(found: TimePart) -> KeyFigure:
+    """Return the number to see first."""
     whole = found.forecast
-    return [
-        KeyFigure(
-            "Time of the run (model)",
-            duration(whole.run_s),
-            f"on {found.cluster}, {whole.tokens_per_s:,.0f} tokens/s over all ranks",
-        )
-    ]
+    note = f"on {found.cluster}, {whole.tokens_per_s:,.0f} tokens/s over all ranks"
+    return KeyFigure("Time of the run (model)", duration(whole.run_s), note)
+
+
+def layout_verdict(found: TimePart | None) -> KeyFigure:
+    """Return whether another layout of the same run is faster, as far as that was modelled."""
+    title = "Fastest layout (model)"
+    if found is None:
+        return KeyFigure(title, "unknown", "cluster=NAME models the time of this and of other layouts")
+    best = next((choice for choice in found.choices if choice.own_tables), None)
+    if best is None:
+        return KeyFigure(title, "unknown", "search=false: no other layout was modelled")
+    saved = 1 - best.step_s / _step_s(found)
+    if saved < _WORTH:
+        return KeyFigure(title, "this one", f"of {len(found.choices)} on {found.cluster}", good=True)
+    return KeyFigure(title, "another", f"{saved:.0%} less time with {' '.join(best.overrides)}", good=False)
+
+
+def _step_s(found: TimePart) -> float:
+    return found.forecast.run_s / sum(part.steps for part in found.forecast.by_k)
 
 
 def time_section(found: TimePart, cluster: ClusterConfig, placement: Placement) -> page.Section:
@@ -106,7 +120,7 @@ def _changes(parts: Sequence[StepsOfK]) -> str:
     last = ""
     for part in parts:
         if part.exchange != last:
-            from_here = f" from step {part.first:,} (k = {part.k})" if words else ""
+            from_here = f" from step {part.first + 1:,} (k = {part.k})" if words else ""
             words.append(part.exchange + from_here)
             last = part.exchange
     return ", ".join(words)
@@ -175,7 +189,7 @@ def _choices(found: TimePart, placement: Placement) -> list[page.Part]:
     own = next((choice for choice in found.choices if choice.own_tables), None)
     if own is not None and own not in shown:
         shown.append(own)
-    now = found.forecast.run_s / sum(part.steps for part in found.forecast.by_k)
+    now = _step_s(found)
     rows = [
         [
             " ".join(choice.overrides),

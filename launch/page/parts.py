@@ -1,11 +1,12 @@
 """What a page for people is made of: sections of text, tables, charts and a strip of key figures.
 
 A page is described once, as plain values. launch/page/html_file.py makes one self-contained HTML file of it,
-launch/page/terminal.py prints it (without its charts). All text is plain text: neither output reads markup in it.
+launch/page/markdown_file.py a Markdown file, and launch/page/terminal.py prints what stands on top. All text is plain
+text: no output reads markup in it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeAlias
 
 COLOURS = 6  # that a chart has: lines or bars of a group at most
@@ -13,11 +14,12 @@ COLOURS = 6  # that a chart has: lines or bars of a group at most
 
 @dataclass(frozen=True, slots=True)
 class KeyFigure:
-    """A number that a reader should see first."""
+    """A number, or the answer to a question, that a reader should see first."""
 
     label: str
     value: str  # with its unit
     note: str = ""
+    good: bool | None = None  # of an answer; None: neither
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,7 @@ class Curve:
     y_log: bool = False
     y_from: float | None = None  # the axis starts here, or below where a value is lower
     band: str = ""  # what the bands are, if there are any
+    choice: str = ""  # neighbours of one title are shown one at a time, and these are the names to choose by
 
     def __post_init__(self) -> None:
         _check_colours(self.title, self.lines)
@@ -169,9 +172,10 @@ class Page:
     title: str
     lead: str  # one paragraph: what is seen here
     sections: Sequence[Section]
-    figures: Sequence[KeyFigure] = field(default_factory=list)
+    figures: Sequence[KeyFigure] = ()
+    verdicts: Sequence[KeyFigure] = ()  # answers; before the figures
     footer: str = ""  # of the file; a terminal does not show it
-    contents: bool = False  # of the file: links to the sections, on top
+    contents: bool = False  # of the HTML file: links to the sections, on top
 
 
 def hue_of(line: Line, place: int) -> int:

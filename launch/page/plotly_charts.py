@@ -1,60 +1,55 @@
-"""Draws the charts of a page with plotly: values under the pointer, names that hide their line, zoom by dragging.
+"""Makes plotly figures of a page's charts: values under the pointer, zoom by dragging.
 
-plotly.js is put into the file, once, with the script of launch/page/plotly_charts.js; the file's content security
-policy allows these two scripts, by their checksums, and no request. Without a script the page has its text and tables,
-among them one beneath each chart with its numbers, which is also what a screen reader and a keyboard get.
+Colours are names of the page's palette, such as var(--c0); launch/page/templates/charts.js puts the reader's in.
 """
 
-import base64
-import hashlib
-import json
-import re
 from collections.abc import Sequence
 from html import escape
-from math import isfinite, log2
-from pathlib import Path
+from math import ceil, floor, isfinite, log2, log10
 from typing import Any
 
 import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
 
-from foreroute.launch.page.html_file import DARK, LIGHT, Drawing, html, legend, table_html
-from foreroute.launch.page.parts import COLOURS, Areas, Bars, Chart, Curve, HeatMap, Page, hue_of
-from foreroute.launch.page.words import describe, number_text, numbers
+from foreroute.launch.page.parts import Areas, Bars, Chart, Curve, HeatMap, hue_of
+from foreroute.launch.page.words import number_text
 
-_SCRIPT = Path(__file__).with_suffix(".js")
-_FAINT = "47"  # alpha of bands, in hexadecimal: 28 %
-_MARKED = 24  # lines of at most so many points show them
-_STYLE = """<style>
-.plot { height: 20rem; }
-figure { max-width: none; min-width: 0; display: grid; grid-template: subgrid / minmax(0, 1fr); grid-row: span 4;
-  row-gap: 0; align-content: start; }
-figure .scroll { margin: .5rem 0; }
-.legend { align-items: center; align-content: start; gap: .1rem .5rem; } ul.legend { gap: .1rem 1rem; }
-.legend i.scale { width: 7rem; margin: 0; border: 1px solid var(--rule); }
-.legend button { font: inherit; color: inherit; background: none; border: 0; padding: .15rem 0; cursor: pointer;
-  text-align: left; }
-.legend button[aria-pressed="false"] { text-decoration: line-through; opacity: .6; }
-details { margin: .25rem 0 0; font-size: .875rem; } summary { cursor: pointer; color: var(--muted);
-  width: fit-content; }
-details .scroll { max-height: 22rem; overflow: auto; }
-.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
-.charts { grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)); }
-@media print { .plot { height: 15rem; } .charts { grid-template-columns: 1fr; } details { display: none; } }
-</style><noscript><style>.plot, .legend { display: none; }</style></noscript>"""
-
-
-def interactive_html(page: Page) -> str:
-    """Give the whole file of a page with any charts, in ASCII."""
-    scripts = [_ascii_script(get_plotlyjs()), f"const PALETTES = {_palettes()};\n{_SCRIPT.read_text()}"]
-    allowed = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts)
-    policy = f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:"
-    end = "".join(f"<script>{script}</script>\n" for script in scripts)
-    return html(page, Drawing(_figure, policy, _STYLE, end))
+LIGHT = {
+    "paper": "#ffffff",
+    "card": "#f5f6f8",
+    "ink": "#1c2127",
+    "muted": "#586370",
+    "rule": "#d9dde2",
+    "good": "#1d7a46",
+    "bad": "#b3261e",
+    "c0": "#2463ad",
+    "c1": "#c4560f",
+    "c2": "#2a8057",
+    "c3": "#8447a8",
+    "c4": "#b12c62",
+    "c5": "#6a6f00",
+}
+DARK = {
+    "paper": "#14171b",
+    "card": "#1d2126",
+    "ink": "#e4e8ec",
+    "muted": "#9aa6b2",
+    "rule": "#343b43",
+    "good": "#6fcf97",
+    "bad": "#ff8a80",
+    "c0": "#78b1f2",
+    "c1": "#f2a05f",
+    "c2": "#72c79a",
+    "c3": "#c79ae6",
+    "c4": "#f089ad",
+    "c5": "#c9cc5a",
+}
+MARKED = 24
+"""Lines of at most so many points show them."""
+_TICKS = 8  # of a logarithmic axis, about
 
 
 def figure_of(chart: Chart) -> go.Figure:
-    """Give the plotly figure of a chart; its colours are names of the page's palette, such as var(--c0)."""
+    """Return the plotly figure of a chart; its colours are names of the page's palette, such as var(--c0)."""
     if isinstance(chart, Curve):
         traces, layout = _curve(chart)
     elif isinstance(chart, Areas):
@@ -97,7 +92,8 @@ def _curve(chart: Curve) -> tuple[list[Any], dict[str, Any]]:
     traces: list[Any] = []
     for i, line in enumerate(chart.lines):
         common = {"x": _short(line.x), "legendgroup": str(i)}
-        marked = len(line.x) <= _MARKED and not line.dashed
+        marked = len(line.x) <= MARKED and not line.dashed
+        size = 10 if len(line.x) == 1 else 6
         if line.upper is not None:
             none = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
             faint = f"var(--c{hue_of(line, i)}-faint)"
@@ -113,20 +109,18 @@ def _curve(chart: Curve) -> tuple[list[Any], dict[str, Any]]:
                 y=_short(line.y),
                 name=escape(line.name),
                 line=style,
-                marker={"color": colour, "size": 6},
+                marker={"color": colour, "size": size},
                 mode="lines+markers" if marked else "lines",
                 hovertemplate="%{y:,.5~g}",
             )
         )
     layout: dict[str, Any] = {"hovermode": "x unified", "xaxis": {}, "yaxis": {}}
-    if chart.x_log:
-        ticks = _powers_of_2([x for line in chart.lines for x in line.x])
-        layout["xaxis"] = {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:,}" for tick in ticks]}
-    else:
-        layout["xaxis"] = {"tickformat": _tick_format(chart.lines[0].x)}
-    if chart.y_log:
-        layout["yaxis"] = {"type": "log", "dtick": "D2"}
     values = [y for line in chart.lines for y in [*line.y, *(line.upper or ())] if isfinite(y)]
+    layout["xaxis"] = {"tickformat": _tick_format(chart.lines[0].x)}
+    if chart.x_log:
+        layout["xaxis"] = _log_axis([x for line in chart.lines for x in line.x], 2)
+    if chart.y_log:
+        layout["yaxis"] = _log_axis(values, 10)
     low = chart.y_from
     if low is not None and values and min(values) >= low:
         top = max(values)
@@ -223,36 +217,15 @@ def _colours(chart: HeatMap) -> tuple[float, float, list[tuple[float, str]]]:
     return low, high, [(0, "c0"), ((chart.middle - low) / (high - low), "card"), (1, "c1")]
 
 
-def _colour_key(chart: HeatMap) -> str:
+def colour_key(chart: Chart) -> dict[str, str]:
+    """Return what a reader needs to know of a heat map's colours: the values at both ends, the colours between them as
+    stops of a gradient, and what the middle is; empty for other charts."""
+    if not isinstance(chart, HeatMap):
+        return {}
     low, high, scale = _colours(chart)
     stops = ", ".join(f"var(--{name}) {100 * place:.0f}%" for place, name in scale)
     middle = "" if chart.middle is None else f"; {number_text(chart.middle)} has no colour"
-    return (
-        f'<p class="legend">{escape(chart.value_label)}: {number_text(low)} '
-        f'<i class="scale" style="background: linear-gradient(90deg, {stops})"></i> {number_text(high)}{middle}</p>'
-    )
-
-
-def _figure(chart: Chart, prefix: str) -> str:
-    keys = legend(chart)
-    named = 0 if isinstance(chart, HeatMap) else len(chart.bars if isinstance(chart, Bars) else chart.lines)
-    items = [
-        (
-            f'<li><button type="button" aria-pressed="true">{key.html()}</button></li>'
-            if i < named
-            else f"<li>{key.html()}</li>"
-        )
-        for i, key in enumerate(keys)
-    ]
-    names = _colour_key(chart) if isinstance(chart, HeatMap) else f'<ul class="legend">{"".join(items)}</ul>'
-    data = json.dumps(figure_of(chart).to_plotly_json(), separators=(",", ":")).replace("<", "\\u003c")
-    return (
-        f'<figure aria-labelledby="{prefix}-title"><figcaption'
-        f' id="{prefix}-title">{escape(chart.title)}</figcaption>{names}<div class="plot" id="{prefix}" role="img"'
-        f' aria-label="{escape(describe(chart))}"></div><script type="application/json"'
-        f' id="{prefix}-data">{data}</script><details><summary>Numbers<span class="unseen"> of'
-        f" {escape(chart.title)}</span></summary>{table_html(numbers(chart))}</details></figure>"
-    )
+    return {"low": number_text(low), "high": number_text(high), "stops": stops, "middle": middle}
 
 
 def _short(values: Sequence[float]) -> list[float | None]:
@@ -265,22 +238,24 @@ def _tick_format(x: Sequence[float]) -> str:
     return "~s" if max(map(abs, x), default=0) >= 1e5 else ",~g"
 
 
-def _powers_of_2(values: Sequence[float]) -> list[int]:
-    highest = max([1.0, *values])
-    return [2**i for i in range(int(log2(highest)) + 1)]
+def _log_axis(values: Sequence[float], base: int) -> dict[str, Any]:
+    ticks = log_ticks(values, base)
+    return {"type": "log", "tickvals": ticks, "ticktext": [number_text(tick) for tick in ticks]}
 
 
-def _palettes() -> str:
-    def whole(palette: dict[str, str]) -> dict[str, str]:
-        return palette | {f"c{i}-faint": palette[f"c{i}"] + _FAINT for i in range(COLOURS)}
+def log_ticks(values: Sequence[float], base: int) -> list[float]:
+    """Return places for a logarithmic axis, at most about eight, at whole powers of 2 or at 1, 2 and 5 times those of
+    10.
 
-    return json.dumps({"light": whole(LIGHT), "dark": whole(DARK)})
-
-
-def _ascii_script(script: str) -> str:
-    """Write other characters as escapes; plotly.js has them in strings and patterns only, where they mean the same."""
-    return re.sub(r"[^\x00-\x7f]", lambda found: f"\\u{ord(found[0]):04x}", script)
-
-
-def _sha256(script: str) -> str:
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    Example: of 0.3 to 7 to base 10 they are 0.2, 0.5, 1, 2, 5 and 10.
+    """
+    known = [value for value in values if isfinite(value) and value > 0] or [1.0]
+    if base == 2:
+        first, last = floor(log2(min(known))), ceil(log2(max(known)))
+        return [2.0**power for power in range(first, last + 1, -(-(last - first + 1) // _TICKS))]
+    first, last = floor(log10(min(known))), ceil(log10(max(known)))
+    steps = (1, 2, 5) if last - first <= 2 else (1,)
+    every = max(1, -(-(last - first + 1) // _TICKS))
+    found = [step * 10.0**power for power in range(first, last + 1, every) for step in steps]
+    inside = [i for i, tick in enumerate(found) if min(known) <= tick <= max(known)] or [0]
+    return found[max(0, inside[0] - 1) : inside[-1] + 2]

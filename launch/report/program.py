@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from foreroute.engine.errors import UserError, require
+from foreroute.launch.page.html_file import html
 from foreroute.launch.page.parts import Page
-from foreroute.launch.page.plotly_charts import interactive_html
 from foreroute.launch.report.one_run import run_page
 from foreroute.launch.report.run_data import plain_dict, read_run
 from foreroute.launch.report.several_runs import Absent, several_page
 from foreroute.launch.start.cli import run_program
 
 _SWEEP = ".sweep.json"
-_OURS = '<meta name="generator" content="foreroute launch.report">'
+_GENERATOR = "foreroute launch.report"
 
 
 @dataclass
@@ -110,12 +110,12 @@ def _check_target(out: Path) -> None:
     if out.exists():
         with out.open(errors="replace") as file:
             start = file.read(4096)
-        require(_OURS in start, f"out={out}: exists, and is no report that launch.report wrote")
+        require(f'content="{_GENERATOR}"' in start, f"out={out}: exists, and is no report that launch.report wrote")
 
 
 def _write(out: Path, page: Page) -> int:
-    """Write the file at once; gives its bytes."""
-    text = interactive_html(page).replace("<title>", f"{_OURS}<title>", 1)
+    """Write the file at once; returns its bytes."""
+    text = html(page, _GENERATOR)
     new = out.with_name(f".{out.name}.new")
     new.write_text(text, encoding="ascii")
     new.replace(out)

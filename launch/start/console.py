@@ -1,19 +1,27 @@
-"""What a person sees in the terminal: notes, a progress bar on a terminal, plain lines elsewhere, and tables."""
+"""What a person sees in the terminal: notes, a progress bar on a terminal, plain lines elsewhere, and tables.
+
+Rich makes colours and tables. Bars are tqdm's: Rich's hide the cursor, and a run that is killed would leave it hidden.
+"""
 
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from io import StringIO
 from typing import Any, TextIO
 
+from rich.cells import cell_len
 from rich.console import Console as RichConsole
+from rich.measure import Measurement
+from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
 _BAR = "{percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}]{postfix}"  # cut on the right
 LINE_S = 10.0
 """Seconds between two lines of a stage."""
+_WIDEST = 10_000  # columns
 
 
 class _Lasting:
@@ -198,13 +206,42 @@ def clock(seconds: float) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay out cells in columns, the first aligned left."""
-    lines = [list(header), *[list(row) for row in rows]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+    """Lay out cells in columns, the first aligned left, as wide as they are."""
+    file = StringIO()
+    console = rich_console(file)
+    print_grid(console, grid(header, rows, whole=range(len(header)), right=range(1, len(header))))
+    return file.getvalue().removesuffix("\n")
+
+
+def grid(
+    header: Sequence[str], rows: Sequence[Sequence[str | Text]], *, whole: Collection[int], right: Collection[int] = ()
+) -> Table:
+    """Lay out cells in columns two spaces apart.
+
+    Args:
+        header: may be empty.
+        whole: columns that never wrap; the others wrap between words.
+        right: columns that are aligned right.
+    """
+    found = Table(box=None, show_header=bool(header), header_style="", pad_edge=False, padding=(0, 2, 0, 0))
+    for i, cells in enumerate(zip(*rows, strict=True) if rows else [()] * len(header)):
+        pieces = (piece for cell in cells for piece in ([str(cell)] if i in whole else str(cell).split()))
+        found.add_column(
+            header[i] if header else "",
+            justify="right" if i in right else "left",
+            no_wrap=i in whole,
+            min_width=max(map(cell_len, pieces), default=1),
+        )
+    for row in rows:
+        found.add_row(*row)
+    return found
+
+
+def print_grid(console: RichConsole, what: Table | Text) -> None:
+    """Print without spaces at the ends of lines; what cannot be narrower than the console is printed wider."""
+    least = Measurement.get(console, console.options.update(width=_WIDEST), what).minimum
+    console.width = max(console.width, least)
+    with console.capture() as written:
+        console.print(what)
+    for line in written.get().splitlines():
+        console.file.write(line.rstrip() + "\n")

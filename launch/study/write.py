@@ -7,6 +7,7 @@ repository alone.
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from foreroute.engine.errors import UserError, require
 from foreroute.launch.page import parts as page
 from foreroute.launch.page.html_file import html
 from foreroute.launch.page.markdown_file import markdown
+from foreroute.launch.page.pictures import save_picture
 from foreroute.launch.runs.folder import write_json
 from foreroute.launch.study.comparisons import as_json
 from foreroute.launch.study.preset import Preset
@@ -41,13 +43,15 @@ def write_report(name: str, preset: Preset, results: Path, docs: Path) -> list[P
     docs.mkdir(parents=True, exist_ok=True)
     for old in docs.glob(f"{name}-*.svg"):
         old.unlink()
-    files = {docs / f"{name}.md": text, **{docs / file: svg for file, svg in pictures.items()}}
+    files = {docs / f"{name}.md": text}
     if results.is_dir():
         files[results.parent / f"{name}.html"] = html(_with_discussion(described, opening))
     for path, content in files.items():
         path.write_text(content)
+    for file, curve in pictures.items():
+        save_picture(curve, docs / file)
     write_json(docs / f"{name}.json", as_json(name, preset, arranged))
-    return [*files, docs / f"{name}.json"]
+    return [*files, *(docs / file for file in pictures), docs / f"{name}.json"]
 
 
 def _committed(path: Path) -> list[Result]:
@@ -70,4 +74,4 @@ def _with_discussion(described: page.Page, text: str) -> page.Page:
     if not paragraphs:
         return described
     first = page.Section("Discussion", paragraphs)
-    return page.Page(described.title, described.lead, [first, *described.sections], described.figures, described.footer)
+    return replace(described, sections=[first, *described.sections])

@@ -51,7 +51,7 @@ def test_a_run_is_held_to_its_certificate(run, tmp_path, text, certificate):
     lines = [line for line in done.stderr.splitlines() if line.startswith("foreroute: ")]
     kept = tmp_path / "runs/held/checkpoints/step-00000004"
     assert lines == [
-        "foreroute: rank 0 differs from its certificate at step 4, layer 1, micro-batch 0: expert rows computed"
+        "foreroute: rank 0 differs from its certificate at step 5, layer 1, micro-batch 0: expert rows computed"
         f" {rows}, certified {rows + 1}; the last good checkpoint is {kept}"
     ]
     log = tmp_path / "runs/held/metrics.jsonl"

@@ -284,9 +284,9 @@ def test_a_run_that_differs_from_its_certificate_ends_on_every_rank(tmp_path, mo
     with Ranks(tmp_path, ["train.log_every=1", f"certificate={tmp_path}"]) as ranks:
         first, second = ranks.wait()
     assert (first[0], second[0]) == (1, 1), first[2] + second[2]
-    line = f"foreroute: rank 1 differs from its certificate at step 7, layer 1: bytes sent {sent}, certified {sent + 1}"
+    line = f"foreroute: rank 1 differs from its certificate at step 8, layer 1: bytes sent {sent}, certified {sent + 1}"
     assert lines(first[2]) == lines(second[2]) == [line]
-    assert len(losses(tmp_path)) == 7  # steps 0 to 6
+    assert len(losses(tmp_path)) == 7  # the first seven
 
 
 CERTIFIED = {

@@ -26,7 +26,7 @@ class Idle:
     """Steps in which somewhere (a layer, micro-batch and expert group) something gets no row at all."""
 
     steps: int
-    first_step: int | None
+    first_step: int | None  # counted from 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +222,7 @@ class _Sums:
         for name in ("received", "expert"):
             before = self.idle.get(name, Idle(0, None))
             if rows[name].min() == 0:
-                first = counts.step if before.first_step is None else before.first_step
+                first = counts.step + 1 if before.first_step is None else before.first_step
                 before = Idle(before.steps + counts.times, first)
             self.idle[name] = before
         for kind, sent in left.items():

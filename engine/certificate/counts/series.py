@@ -35,7 +35,7 @@ class Series:
     same numbers; 1 is perfectly even. Bytes are of a whole step: all layers, micro-batches and directions added up.
     """
 
-    first_step: list[int]  # of each point
+    first_step: list[int]  # of each point, counted from 1
     last_step: list[int]
     k: Line
     received_load: Line  # rows that a rank receives by `tokens`, its own included
@@ -63,7 +63,7 @@ class SeriesCollector:
     def series(self, points: int = POINTS) -> Series:
         """Thin to at most so many points, runs of nearly equally many counted steps each.
 
-        Example: the steps 0 to 6 as 3 points are the runs 0 to 1, 2 to 3 and 4 to 6.
+        Example: the steps 1 to 7 as 3 points are the runs 1 to 2, 3 to 4 and 5 to 7.
         """
         step_n = np.concatenate(self._steps)
         order_n = step_n.argsort()
@@ -79,4 +79,4 @@ class SeriesCollector:
             value_n = value_s[distinct_n]
             mean = np.add.reduceat(value_n, starts) / (ends - starts)
             lines[name] = Line(mean.tolist(), np.maximum.reduceat(value_n, starts).tolist())
-        return Series(first_step=step_n[starts].tolist(), last_step=step_n[ends - 1].tolist(), **lines)
+        return Series(first_step=(step_n[starts] + 1).tolist(), last_step=(step_n[ends - 1] + 1).tolist(), **lines)

@@ -18,7 +18,7 @@ class Spread:
     mean: float
     p99: int  # the smallest value that 99 % of all do not exceed
     max: int
-    worst_step: int  # the first one with the maximum
+    worst_step: int  # the first one with the maximum, counted from 1
 
 
 class Tally:
@@ -52,7 +52,7 @@ class Tally:
             mean=Tally.total(tallies) / int(end[-1]),
             p99=int(value[np.searchsorted(end, ceil(end[-1] * 99 / 100))]),
             max=worst._max,
-            worst_step=worst._worst_step,
+            worst_step=worst._worst_step + 1,
         )
 
     @staticmethod

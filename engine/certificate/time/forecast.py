@@ -32,7 +32,7 @@ class StepsOfK:
     """The steps of a run with one k."""
 
     k: int
-    first: int
+    first: int  # counted from 0
     steps: int
     exchange: str  # tokens, gather or local
 

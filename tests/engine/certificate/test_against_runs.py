@@ -316,7 +316,7 @@ def test_a_step_that_differs_ends_the_run(folder):
         for rank in (0, 1):
             before[name, rank] = change_certificate(folder / name, name, (STEP, LAYER, rank, *micro))
     for rank, lines in enumerate(run_ranks(differ, 2, 2, folder)):
-        where = f"rank {rank} differs from its certificate at step {STEP}, layer "
+        where = f"rank {rank} differs from its certificate at step {STEP + 1}, layer "
         numbers = [before[name, rank] for name in CHANGES]
         assert lines[:3] == [
             f"{where}{LAYER}, micro-batch 1: rows received {numbers[0]}, certified {numbers[0] + 1}",

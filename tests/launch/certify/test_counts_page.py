@@ -29,10 +29,11 @@ from foreroute.engine.config.enums import ExchangeKind
 from foreroute.engine.data.corpus import PreparedCorpus
 from foreroute.engine.data.vocab import Vocab
 from foreroute.engine.routing.tables import build_tables
-from foreroute.launch.certify.counts_page import certificate_page
+from foreroute.launch.certify.counts_page import certificate_page, counts_verdict
 from foreroute.launch.page.html_file import html
+from foreroute.launch.page.markdown_file import markdown
 from foreroute.launch.page.parts import Bars, Curve, Section, Table
-from foreroute.launch.page.terminal import print_page
+from foreroute.launch.page.terminal import print_top
 
 SYMBOLS, STREAMS, SEGMENT, STEPS = 7, 8, 12, 9
 PLACE = Placement(world_size=8, expert_ranks=4, ranks_per_node=2)
@@ -97,7 +98,7 @@ def test_the_rows_on_the_page_are_the_counts():
     for k, of_steps in by_k.items():
         values = sorted(value for _, computed in of_steps for value in computed)
         mean, most = sum(values) / len(values), values[-1]
-        worst = min(step for step, computed in of_steps if max(computed) == most)
+        worst = 1 + min(step for step, computed in of_steps if max(computed) == most)
         p99 = values[-(-99 * len(values) // 100) - 1]
         want = [f"{len(of_steps)}", f"{mean:,.0f}", str(p99), str(most), f"{most / mean:.2f}", str(worst)]
         assert lines["computed by a rank", k] == want
@@ -170,11 +171,25 @@ def test_one_k_has_no_sum_over_all():
     assert [row[1] for row in table.rows] == ["2", "2", "2"]
 
 
-def test_a_rank_that_is_alone_sends_nothing():
-    _, page = page_of(Placement(8, 1, 8))
-    values = {figure.label: figure.value for figure in page.figures}
-    assert values["Bytes a rank sends"] == values["Bytes between nodes"] == "0 B"
+def test_of_a_rank_that_is_alone_nothing_is_said_that_says_nothing():
+    """It sends nothing and computes as much as all others: neither bytes nor loads of ranks have a figure or chart."""
+    found, page = page_of(Placement(8, 1, 8))
+    assert all(part.bytes["tokens"].total == 0 for part in found.by_k)
+    assert all(part.computed_rows.max == part.computed_rows.mean for part in found.by_k)
+    assert [figure.label for figure in page.figures] == ["Rows of the busiest expert", "Steps with an idle expert"]
+    assert page.figures[0].value == str(found.whole.expert_rows.max)
+    assert [section.title for section in page.sections] == ["The run", "Rows", "Fixed shapes"]
+    (load,) = parts(page, "Rows", Curve)
+    assert [line.name for line in load.lines] == ["busiest expert"]
+    table, idle = parts(page, "Rows", Table)
+    assert {row[0] for row in table.rows if row} == {"of an expert"} and len(idle.rows) == 1
     assert html(page)
+
+
+def test_every_step_or_a_sample_is_exact():
+    assert (counts_verdict(page_of()[0]).value, counts_verdict(page_of()[0]).good) == ("yes", True)
+    sampled = counts_verdict(page_of(sample=4)[0])
+    assert (sampled.value, sampled.note, sampled.good) == ("1 step in 4", "3 of 9 were counted", None)
 
 
 def test_a_sample_says_so():
@@ -197,10 +212,19 @@ def test_what_the_run_is_and_where_it_is_from():
 def test_hostile_names_and_further_sections_arrive_as_text():
     _, page = page_of(further=[Section("Memory", ["what others <count>"])])
     assert [section.title for section in page.sections] == ["The run", "Rows", "Bytes", "Fixed shapes", "Memory"]
-    source = html(page)
-    assert "<script" not in source and "&lt;script&gt;alert(1)" in source
-    assert "what others &lt;count&gt;" in source and source.count("<svg") == 3
+    source = html(page).rpartition("</main>")[0]
+    assert "<script>" not in source and "&lt;script&gt;alert(1)" in source
+    assert "what others &lt;count&gt;" in source and source.count("<figure") == 3
+    text, _ = markdown(page)
+    assert "what others \\<count\\>" in text and "\\<script\\>alert(1)" in text
+
+
+def test_a_terminal_gets_what_a_person_must_know():
+    _, page = page_of(further=[Section("Memory", ["not in the terminal"])])
     file = io.StringIO()
-    print_page(page, file)
-    assert "what others <count>" in file.getvalue() and "<script>alert(1)" in file.getvalue()
-    assert max(len(line) for line in file.getvalue().splitlines()) <= 80
+    print_top(page, file, 100)
+    lines = file.getvalue().splitlines()
+    assert len(lines) <= 12 and max(map(len, lines)) <= 100 and lines[0] == "Certificate of tried"
+    assert "not in the terminal" not in file.getvalue()
+    for figure in page.figures:
+        assert any(line.startswith(figure.label) and f"  {figure.value} " in line for line in lines)

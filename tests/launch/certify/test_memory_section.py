@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from foreroute.engine.certificate.memory.peak import Memory, Verdict
 from foreroute.engine.certificate.memory.terms import Term
-from foreroute.launch.certify.memory_section import memory_section
+from foreroute.launch.certify.memory_section import memory_section, memory_verdict
 from foreroute.launch.page.parts import Verdict as Sentence
 
 TERMS = (
@@ -45,6 +45,15 @@ def test_the_verdict_in_words():
         "not even one stream of a rank in a micro-batch fits",
         good=False,
     )
+
+
+def test_whether_it_fits_stands_on_top():
+    assert memory_verdict(memory()).good is None and "cluster=NAME" in memory_verdict(memory()).note
+    fits = memory_verdict(memory(Verdict(80_000_000, True, 67_000_000, 31)))
+    assert (fits.value, fits.good) == ("yes", True)
+    assert fits.note == "13.0 MB at the peak (optimizer step); 67.0 MB left, by formula"
+    small = memory_verdict(memory(Verdict(3_000_000, False, -10_000_000, 0)))
+    assert (small.value, small.good) == ("no", False) and "10.0 MB missing" in small.note
 
 
 def test_k_whose_steps_were_not_counted_are_named():

@@ -2,20 +2,33 @@
 
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.time.cluster import ClusterConfig
-from foreroute.engine.certificate.time.forecast import Forecast, Scale, StepsOfK, TimeOfK, TimePart
+from foreroute.engine.certificate.time.forecast import Choice, Forecast, Scale, StepsOfK, TimeOfK, TimePart
 from foreroute.engine.certificate.time.step_time import StepTime
-from foreroute.launch.certify.time_section import time_section
+from foreroute.launch.certify.time_section import layout_verdict, time_section
 from foreroute.launch.page.parts import Table
 
 STEP = StepTime(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0)
 
 
-def section(exchange="tokens", scaled=(1, 2), left_out=(), **cluster):
+def part(exchange="tokens", scaled=(1, 2), left_out=(), choices=()):
     kinds = [StepsOfK(1, 0, 5, exchange), StepsOfK(2, 5, 5, "gather" if exchange == "tokens" else exchange)]
     scales = [Scale(ranks, 1, 4, 1.0, 2.0, 1.0) for ranks in scaled]
     forecast = Forecast([TimeOfK(1, 10, exchange, STEP, STEP.total, 9.0)], 210.0, 9.0)
-    found = TimePart("here", 2, forecast, kinds, kinds[:1], scales, scales, [], list(left_out))
-    return time_section(found, ClusterConfig(**cluster), Placement(2, 1, 2)).parts
+    return TimePart("here", 2, forecast, kinds, kinds[:1], scales, scales, list(choices), list(left_out))
+
+
+def section(exchange="tokens", scaled=(1, 2), left_out=(), **cluster):
+    return time_section(part(exchange, scaled, left_out), ClusterConfig(**cluster), Placement(2, 1, 2)).parts
+
+
+def test_the_fastest_layout_has_this_runs_tables():
+    """21 s a step here; a layout with other tables is another model, however fast."""
+    assert layout_verdict(None).good is layout_verdict(part()).good is None
+    other, own, this = Choice(["a=1"], 5.0, False), Choice(["b=2"], 10.5, True), Choice([], 21.0, True)
+    found = layout_verdict(part(choices=[other, own, this]))
+    assert (found.value, found.note, found.good) == ("another", "50% less time with b=2", False)
+    found = layout_verdict(part(choices=[other, this]))
+    assert (found.value, found.note, found.good) == ("this one", "of 2 on here", True)
 
 
 def words(parts):
@@ -29,7 +42,7 @@ def tables(parts):
 def test_one_rank_has_no_exchange_to_choose():
     assert any(line.startswith("Exchange: local") for line in words(section("local")))
     (line,) = [line for line in words(section()) if line.startswith("Exchange")]
-    assert "as configured: tokens, gather from step 5 (k = 2)" in line
+    assert "as configured: tokens, gather from step 6 (k = 2)" in line
     assert "rates of this cluster: tokens" in line
 
 

@@ -10,9 +10,9 @@ from math import nan
 
 import pytest
 
-from foreroute.launch.page.html_file import DARK, LIGHT, html
+from foreroute.launch.page.html_file import html
 from foreroute.launch.page.parts import Areas, Bar, Bars, Curve, HeatMap, Line, Page, Section
-from foreroute.launch.page.plotly_charts import figure_of, interactive_html
+from foreroute.launch.page.plotly_charts import DARK, LIGHT, figure_of, log_ticks
 from foreroute.launch.page.words import describe, numbers
 
 CURVE = Curve(
@@ -170,7 +170,7 @@ class Scripts(HTMLParser):
 
 
 def test_the_file_allows_its_own_scripts_and_nothing_else():
-    source = interactive_html(Page("p", "l", [Section("s", CHARTS)]))
+    source = html(Page("p", "l", [Section("s", CHARTS)]))
     found = Scripts(source)
     sums = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in found.runs]
     assert len(sums) == 2 and source.isascii()
@@ -190,7 +190,7 @@ def test_hostile_names_stay_text():
         heat = HeatMap(word, word, word, word, [1], [word], [[1]])
         return Page(word, word, [Section(word, [curve, bars, heat])], contents=True)
 
-    tame, wild = (Scripts(interactive_html(page(word))) for word in ("words", evil))
+    tame, wild = (Scripts(html(page(word))) for word in ("words", evil))
     assert tame.tags == wild.tags
     texts = json.dumps(plain(page(evil).sections[0].parts[0]))
     assert "<img" not in texts and "&lt;img" in texts  # plotly reads a little HTML in names
@@ -212,6 +212,26 @@ def test_what_a_chart_cannot_be_made_of(make, words):
         make()
 
 
-def test_without_a_script_only_curves_and_bars_are_drawn():
-    with pytest.raises(TypeError, match="HeatMap has no picture without a script"):
-        html(Page("p", "l", [Section("s", [HEAT])]))
+@pytest.mark.parametrize(
+    ("values", "base", "words"),
+    [
+        ([0.31, 7], 10, ["0.2", "0.5", "1", "2", "5", "10"]),
+        ([0.5, 0.5], 10, ["0.2", "0.5", "1"]),
+        ([3, 1e6], 10, ["1", "10", "100", "1,000", "10,000", "100,000", "1,000,000"]),
+        ([1, 4, 16], 2, ["1", "2", "4", "8", "16"]),
+        ([1, 1024], 2, ["1", "4", "16", "64", "256", "1,024"]),
+        ([nan, 0], 10, ["1", "2"]),
+    ],
+)
+def test_log_axes_have_their_numbers_written_out(values, base, words):
+    """plotly's own ticks say 5 where they mean 0.5."""
+    chart = Curve("t", "x", "y", [Line("a", values, values)], x_log=base == 2, y_log=base == 10)
+    axis = plain(chart)["layout"]["xaxis" if base == 2 else "yaxis"]
+    assert (axis["type"], axis["ticktext"], axis["tickvals"]) == ("log", words, log_ticks(values, base))
+    assert [float(word.replace(",", "")) for word in words] == pytest.approx(axis["tickvals"])
+
+
+@pytest.mark.parametrize(("y", "low"), [([79.0, 80.0], 0), ([-20.0, 80.0], None)], ids=["from 0", "no value is hidden"])
+def test_an_axis_starts_where_it_is_told(y, low):
+    shown = plain(Curve("t", "x", "y", [Line("a", [0, 1], y)], y_from=0.0))["layout"]["yaxis"].get("range")
+    assert shown == (None if low is None else [0, 84])

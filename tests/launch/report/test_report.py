@@ -206,13 +206,13 @@ def test_gaps_stay_gaps():
 def test_a_long_run_gives_a_small_page(tmp_path):
     from plotly.offline import get_plotlyjs
 
-    from foreroute.launch.page.plotly_charts import interactive_html
+    from foreroute.launch.page.html_file import html
 
     run = read_run(write_run(tmp_path / "long", lines=1500, layers=6, experts=64))
     assert len(run.lines) == 1500
     assert all(len(each.x) <= POINTS for chart in parts(run_page(run), Curve | Areas).values() for each in chart.lines)
     assert grid(run, "expert_rows", 2).values.size < 42_000
-    assert len(interactive_html(run_page(run))) - len(get_plotlyjs()) < 1_000_000
+    assert len(html(run_page(run))) - len(get_plotlyjs()) < 1_000_000
 
 
 @pytest.mark.parametrize("missing", ["config.yaml", "facts.json", "summary.json", "state.json", "metrics.jsonl"])

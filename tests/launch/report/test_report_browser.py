@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from foreroute.launch.page.html_file import DARK, LIGHT
+from foreroute.launch.page.html_file import html
 from foreroute.launch.page.parts import Areas, Bars, Chart, Curve, HeatMap, Section
-from foreroute.launch.page.plotly_charts import interactive_html
+from foreroute.launch.page.plotly_charts import DARK, LIGHT
 from foreroute.launch.report.one_run import run_page
 from foreroute.launch.report.run_data import read_run
 from foreroute.launch.report.several_runs import several_page
@@ -95,7 +95,7 @@ def pages(tmp_path_factory):
     found = {}
     for name, page in (("one", one), ("several", several_page("Seven runs", runs))):
         file = folder / f"{name}.html"
-        file.write_text(interactive_html(page), encoding="ascii")
+        file.write_text(html(page), encoding="ascii")
         found[name] = page, file
     return found
 
@@ -135,7 +135,7 @@ def test_the_search_for_requests_finds_them(browser, pages, tmp_path):
     """Negative control: an image from outside is asked for, or refused by the page's own policy."""
     page = pages["several"][0]
     small = replace(page, sections=[Section("one", page.sections[1].parts[:1])])
-    source = interactive_html(small).replace("</main>", '<img src="http://127.0.0.1:9/x.png" alt=""></main>')
+    source = html(small).replace("</main>", '<img src="http://127.0.0.1:9/x.png" alt=""></main>')
     refused, asked = tmp_path / "refused.html", tmp_path / "asked.html"
     refused.write_text(source)
     asked.write_text(source.replace("default-src 'none'", "default-src *").replace("img-src data:", "img-src *"))

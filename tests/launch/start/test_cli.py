@@ -367,15 +367,20 @@ def test_a_machines_first_rank_speaks_for_all(run, monkeypatch, local_rank):
         assert done.stderr.count("\n") == (1 if local_rank == 0 else 0)
 
 
-def test_a_certificate_is_printed_and_written(run, tmp_path, text):
+def test_a_certificate_is_printed_and_written(run, monkeypatch, tmp_path, text):
+    monkeypatch.setenv("COLUMNS", "100")
     options = small(tmp_path, text, "train.log_every=1", "train.steps=6")
     ranks = ["world_size=4", "expert_group=4", "ranks_per_node=2"]
     path = tmp_path / "found/certificate.json"
     done = run("certify", *options, *ranks, f"out={path.parent}")
     assert done.returncode == 0, done.stderr
-    assert "4, 2 on a node, in 1 expert group of 4, each on 2 nodes\n" in done.stdout
-    assert "the first 6, all counted\n" in done.stdout and "two_level" in done.stdout
+    printed = done.stdout[done.stdout.index("Certificate of ") :].splitlines()
+    assert len(printed) <= 15 and all(len(line) <= 100 or str(path.parent) in line for line in printed)
     assert "\x1b" not in done.stdout  # no terminal, no colours
+    assert all(str(path.with_suffix(suffix)) in printed[-2] for suffix in (".html", ".md", ".json"))
+    written = path.with_suffix(".md").read_text()
+    assert "4, 2 on a node, in 1 expert group of 4, each on 2 nodes |\n" in written
+    assert "the first 6, all counted |\n" in written and "two\\_level" in written
     assert "<h1>Certificate of " in path.with_suffix(".html").read_text("ascii")
     found = json.loads(path.read_text())
     assert found["placement"] == {"world_size": 4, "expert_ranks": 4, "ranks_per_node": 2}
@@ -385,9 +390,9 @@ def test_a_certificate_is_printed_and_written(run, tmp_path, text):
     assert found["memory"]["peak_bytes"] == sum(term["bytes"] for term in found["memory"]["terms"])
     judged = [*options, *ranks, "sample=5", f"out={path.parent}", "device_memory_gb=1"]
     done = run("certify", *judged)
-    printed = " ".join(done.stdout.split())
-    assert done.returncode == 0 and "Counted: 2 of the first 6 steps, one in 5" in printed
-    assert "at the peak: fits into 1.000 GB" in printed
+    assert done.returncode == 0 and "Exact 1 step in 5 2 of 6 were counted" in " ".join(done.stdout.split())
+    written = path.with_suffix(".md").read_text()
+    assert "Counted: 2 of the first 6 steps, one in 5" in written and "at the peak: fits into 1.000 GB" in written
     assert json.loads(path.read_text())["memory"]["verdict"]["fits"]
     assert json.loads(path.read_text())["whole"]["steps"] == 2
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from foreroute.launch.page.parts import Page
-from foreroute.launch.page.terminal import print_page
+from foreroute.launch.page.terminal import print_top
 from foreroute.launch.runs.summary import result_table, training_totals
 from foreroute.launch.start.console import Console, Stages, clock, styled
 
@@ -146,11 +146,11 @@ def test_colours_are_for_terminals(monkeypatch, variables, coloured):
     page = Page("Title", "A lead.", [], [])
     with terminal() as (out, written):
         assert styled(line, "red", out) == (f"{RED}{line}\x1b[0m" if coloured else line)
-        print_page(page, out)
+        print_top(page, out)
         assert ("\x1b[" in written()) == coloured
     file = io.StringIO()
     assert styled(line, "red", file) == line
-    print_page(page, file)
+    print_top(page, file)
     assert file.getvalue().startswith("Title\n")
 
 

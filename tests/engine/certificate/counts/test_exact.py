@@ -161,13 +161,13 @@ def spread(entries):
         "mean": pytest.approx(sum(values) / len(values), rel=1e-12),
         "p99": values[ceil(0.99 * len(values)) - 1],
         "max": values[-1],
-        "worst_step": next(step for _, step, value in entries if value == values[-1]),
+        "worst_step": 1 + next(step for _, step, value in entries if value == values[-1]),
     }
 
 
 def idle(entries):
     steps = sorted({step for _, step, value in entries if value == 0})
-    return {"steps": len(steps), "first_step": steps[0] if steps else None}
+    return {"steps": len(steps), "first_step": steps[0] + 1 if steps else None}
 
 
 def section(lists):

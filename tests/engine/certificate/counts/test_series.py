@@ -79,7 +79,9 @@ def test_points_are_what_loops_over_all_steps_give(parallel, kind, sample):
     config, ids, tables = make(parallel, 1, 3)
     series = certify(config, ids, tables, PLACE, sample=sample).series
     steps = list(range(0, STEPS, sample))
-    assert series.first_step == series.last_step == steps  # fewer than 500: each a point of its own
+    assert (
+        series.first_step == series.last_step == [step + 1 for step in steps]
+    )  # fewer than 500: each a point of its own
     for i, step in enumerate(steps):
         (counts,) = replay(config, ids, tables, PLACE, [step])
         for name, value in of_step(counts, kind).items():
@@ -117,7 +119,7 @@ def test_runs_of_steps_keep_means_and_maxima():
     for steps, rows, left in (([0, 2, 4, 6], [4, 4], 10), ([1, 3], [5, 3], 20), ([5], [8, 0], 90)):
         collector.add(counts_of(steps, rows), np.array([[left]]))
     series = collector.series(3)
-    assert (series.first_step, series.last_step) == ([0, 2, 4], [1, 3, 6])
+    assert (series.first_step, series.last_step) == ([1, 3, 5], [2, 4, 7])
     assert series.expert_load == Line([1.125, 1.125, pytest.approx(4 / 3)], [1.25, 1.25, 2.0])
     assert series.mean_rank_bytes == Line([15, 15, pytest.approx(110 / 3)], [20, 20, 90])
     lost = collector.series(7).mean_rank_bytes

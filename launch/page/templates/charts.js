@@ -1,6 +1,7 @@
 "use strict";
 // Draws each chart of the page from the JSON beside it, in the colours of the reader's light or dark system, and again
-// when that changes, when a name in its legend is pressed, and in light colours on paper.
+// when that changes, when a name in its legend is pressed, and in light colours on paper. Of charts that are shown one at a
+// time each is drawn when it is chosen.
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const touch = matchMedia("(pointer: coarse)").matches;
 const config = {displayModeBar: false, responsive: true, showTips: false};
@@ -29,12 +30,20 @@ function draw(plot) {
   return Plotly.react(plot, figure.data, figure.layout, config);
 }
 
-const plots = [...document.querySelectorAll(".plot")];
-const drawAll = () => plots.forEach(draw);
+function choose(group, place) {
+  [...group.children].forEach((figure, i) => { figure.hidden = i !== place; });
+  draw(group.children[place].querySelector(".plot"));
+  group.children[place].querySelectorAll(".choice button")[place].focus();
+}
+
+const plots = [...document.querySelectorAll(".plot")].filter((plot) => !plot.closest("figure").hidden);
+const drawAll = () => document.querySelectorAll("figure:not([hidden]) .plot").forEach(draw);
 dark.addEventListener("change", drawAll);
 addEventListener("beforeprint", () => { printing = true; drawAll(); });
 addEventListener("afterprint", () => { printing = false; drawAll(); });
 document.addEventListener("click", (event) => {
+  const choice = event.target.closest(".choice button");
+  if (choice) choose(choice.closest(".switch"), [...choice.parentElement.children].indexOf(choice));
   const button = event.target.closest(".legend button");
   if (!button) return;
   button.setAttribute("aria-pressed", button.getAttribute("aria-pressed") !== "true");

@@ -1,0 +1,40 @@
+"""Draws curves as pictures that stand alone, with matplotlib: on white, for a run's folder and for Markdown pages."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from foreroute.launch.page.parts import Curve, hue_of
+from foreroute.launch.page.plotly_charts import LIGHT, MARKED, log_ticks
+from foreroute.launch.page.words import number_text
+
+_STYLE: dict[Any, Any] = {"svg.fonttype": "none", "text.parse_math": False, "path.simplify_threshold": 0.2}
+
+
+def save_picture(chart: Curve, target: Path) -> None:
+    """Write a curve as a file, of the kind that its name ends in."""
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": chart.title}):  # the same bytes for the same chart
+        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+        try:
+            for i, line in enumerate(chart.lines):
+                marker = "o" if len(line.x) <= MARKED and not line.dashed else ""
+                style, colour = ("--" if line.dashed else "-"), LIGHT[f"c{hue_of(line, i)}"]
+                axes.plot(
+                    line.x, line.y, style, marker=marker, markersize=4, linewidth=1.4, color=colour, label=line.name
+                )
+            axes.set(title=chart.title, xlabel=chart.x_label, ylabel=chart.y_label)
+            axes.grid(alpha=0.3)
+            if chart.x_log:
+                ticks = log_ticks([x for line in chart.lines for x in line.x], 2)
+                axes.set_xscale("log", base=2)
+                axes.set_xticks(ticks, [number_text(tick) for tick in ticks])
+            if len(chart.lines) > 1:
+                axes.legend()
+            metadata = {"Date": None} if target.suffix == ".svg" else None
+            figure.savefig(target, dpi=120, metadata=metadata)
+        finally:
+            plt.close(figure)
