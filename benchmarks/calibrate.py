@@ -19,13 +19,13 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from datetime import date
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
 from numpy.typing import NDArray
+from scipy.optimize import nnls
 
 from benchmarks.harness import fastest, print_table
 from benchmarks.machines.cluster import ROOT, Cluster, Finished, one_node
@@ -200,18 +200,9 @@ def parts_of(config: Config, cluster: ClusterConfig) -> NDArray[np.float64]:
 
 
 def fit(parts: NDArray[np.float64], measured: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Fit measured = parts @ scales with scales >= 0, minimising the squared relative errors; tries every set of
-    scales."""
-    relative = parts / measured[:, None]
-    best, least = np.zeros(parts.shape[1]), np.inf
-    for size in range(1, parts.shape[1] + 1):
-        for chosen in combinations(range(parts.shape[1]), size):
-            found, *_ = np.linalg.lstsq(relative[:, chosen], np.ones(len(measured)))
-            error = float(((relative[:, chosen] @ found - 1) ** 2).sum())
-            if found.min() >= 0 and error < least:
-                best, least = np.zeros(parts.shape[1]), error
-                best[list(chosen)] = found
-    return best
+    """Fit measured = parts @ scales with scales >= 0, minimising the squared relative errors."""
+    found, _ = nnls(parts / measured[:, None], np.ones(len(measured)))
+    return np.asarray(found)
 
 
 def scales(cluster: ClusterConfig, measured: Sequence[float]) -> tuple[ScaleConfig, list[list[object]]]:

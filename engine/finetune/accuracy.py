@@ -1,11 +1,11 @@
 """How well a classifier does: accuracy with its interval, and whether that is better than always giving one answer."""
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import NamedTuple
+
+from scipy.stats import binomtest
 
 CONFIDENCE = 0.95
 
@@ -47,13 +47,9 @@ class Accuracy:
 
 
 def wilson(correct: int, examples: int, confidence: float = CONFIDENCE) -> Interval:
-    """Give the score interval of a proportion (Wilson 1927), without continuity correction."""
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    share = correct / examples
-    scale = 1 + z * z / examples
-    middle = (share + z * z / (2 * examples)) / scale
-    half = z * math.sqrt(share * (1 - share) / examples + (z / (2 * examples)) ** 2) / scale
-    return Interval(max(0.0, middle - half), min(1.0, middle + half))
+    """Return the score interval of a proportion (Wilson 1927), without continuity correction."""
+    found = binomtest(correct, examples).proportion_ci(confidence, method="wilson")
+    return Interval(float(found.low), float(found.high))
 
 
 def majority(labels: Sequence[int]) -> Majority:

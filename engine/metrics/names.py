@@ -1,6 +1,7 @@
 """The names of a run's numbers, their units and meanings, and the file that has them."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,6 +94,28 @@ METRICS: dict[str, Metric] = {
 """Means over the steps since the last line, of rank 0 where ranks differ, unless the meaning says otherwise."""
 
 
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Read the lines of a run's metrics.jsonl, each an object with "step" and metrics by name."""
-    return [json.loads(line) for line in file.read_text().splitlines()]
+def read_lines(file: Path, damaged: list[str] | None = None) -> list[dict[str, Any]]:
+    """Read the lines of a run's metrics.jsonl, each an object with "step" and metrics by name.
+
+    Args:
+        damaged: takes the lines that are no JSON, such as one that is just being written; None: there may be none.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: a line is no JSON.
+    """
+    found = []
+    for line in file.read_text(errors="replace").splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            if damaged is None:
+                raise
+            damaged.append(line)
+    return found
+
+
+def steps_between(lines: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return the steps of each line, those since the line before."""
+    steps = [int(line["step"]) for line in lines]
+    return [max(step - before, 0) for step, before in zip(steps, [0, *steps], strict=False)]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from foreroute.engine.errors import UserError
-from foreroute.engine.metrics.names import JSONL
+from foreroute.engine.metrics.names import JSONL, read_lines, steps_between
 from foreroute.launch.runs.folder import CONFIG, FACTS, STATE, SUMMARY
 from foreroute.launch.start.config_files import read_plain
 
@@ -68,7 +68,7 @@ class RunData:
     @property
     def steps_of_lines(self) -> list[int]:
         """For each line, the steps since the line before."""
-        return _steps_between(self.lines)
+        return steps_between(self.lines)
 
     @property
     def bpc_by_k(self) -> dict[str, float]:
@@ -202,23 +202,15 @@ def _is_regular(value: Any, axes: int) -> bool:
 
 def _read_lines(file: Path, missing: list[str]) -> list[dict[str, Any]]:
     """Read what is whole; of the last line a killed run, or one that just writes, may have left a part."""
+    damaged: list[str] = []
     try:
-        text = file.read_text(errors="replace")
+        lines: list[Any] = read_lines(file, damaged)
     except OSError:
         missing.append(f"{JSONL} (no line of training was logged yet)")
         return []
-    found, bad = [], 0
-    for line in text.splitlines():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            bad += 1
-            continue
-        if isinstance(value, dict) and isfinite(number(value.get("step"))):
-            found.append(value)
-    if bad:
-        missing.append(f"{bad} line{'s' if bad > 1 else ''} of {JSONL} (cut short)")
-    return found
+    if damaged:
+        missing.append(f"{len(damaged)} line{'s' if len(damaged) > 1 else ''} of {JSONL} (cut short)")
+    return [line for line in lines if isinstance(line, dict) and isfinite(number(line.get("step")))]
 
 
 def _read_object(file: Path, missing: list[str]) -> dict[str, Any]:
@@ -244,14 +236,9 @@ def _read_options(file: Path, missing: list[str]) -> dict[str, Any]:
     }
 
 
-def _steps_between(lines: Sequence[dict[str, Any]]) -> list[int]:
-    steps = [int(line["step"]) for line in lines]
-    return [max(step - before, 0) for step, before in zip(steps, [0, *steps], strict=False)]
-
-
 def _add_seconds(lines: list[dict[str, Any]]) -> None:
     seconds = 0.0
-    for line, steps in zip(lines, _steps_between(lines), strict=True):
+    for line, steps in zip(lines, steps_between(lines), strict=True):
         step_ms = number(line.get("step_ms"))
         seconds += steps * step_ms / 1e3 if isfinite(step_ms) else 0.0
         line["seconds"] = seconds if isfinite(step_ms) else None

@@ -16,7 +16,7 @@ from foreroute.engine.errors import RunFailed
 from foreroute.engine.evaluation.held_out import Evaluation, Progress, no_progress
 from foreroute.engine.evaluation.ngram_baselines import bzip2_bpc, order_n_bpc
 from foreroute.engine.metrics.host_memory import peak_memory_bytes
-from foreroute.engine.metrics.names import JSONL, read_lines
+from foreroute.engine.metrics.names import JSONL, read_lines, steps_between
 from foreroute.engine.train.trainer import Trainer
 from foreroute.launch.page.words import byte_text
 from foreroute.launch.runs.folder import SUMMARY, RunFolder, write_json
@@ -78,7 +78,7 @@ def training_totals(metrics: Path) -> dict[str, float]:
     FLOPs and the GPU's memory are there when the last line has them.
     """
     rows = [row for row in read_lines(metrics) if "step_ms" in row]
-    steps = [row["step"] - before for row, before in zip(rows, [0, *(row["step"] for row in rows)], strict=False)]
+    steps = steps_between(rows)
     total_ms = sum(count * row["step_ms"] for count, row in zip(steps, rows, strict=True))
     outside_ms = sum(count * row["outside_ms"] for count, row in zip(steps, rows, strict=True))
     known = {name: rows[-1][name] for name in _LAST_LINE if rows[-1].get(name)}

@@ -225,7 +225,8 @@ def grid(
     """
     found = Table(box=None, show_header=bool(header), header_style="", pad_edge=False, padding=(0, 2, 0, 0))
     for i, cells in enumerate(zip(*rows, strict=True) if rows else [()] * len(header)):
-        pieces = (piece for cell in cells for piece in ([str(cell)] if i in whole else str(cell).split()))
+        texts = [*header[i : i + 1], *map(str, cells)]
+        pieces = (piece for text in texts for piece in ([text] if i in whole else text.split()))
         found.add_column(
             header[i] if header else "",
             justify="right" if i in right else "left",
@@ -242,6 +243,6 @@ def print_grid(console: RichConsole, what: Table | Text) -> None:
     least = Measurement.get(console, console.options.update(width=_WIDEST), what).minimum
     console.width = max(console.width, least)
     with console.capture() as written:
-        console.print(what)
+        console.print(what, crop=False)
     for line in written.get().splitlines():
         console.file.write(line.rstrip() + "\n")

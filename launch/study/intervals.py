@@ -4,11 +4,10 @@ out."""
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from statistics import fmean, stdev
 
-import mpmath  # type: ignore[import-untyped]
 import numpy as np
+from scipy.special import stdtrit
 
 CONFIDENCE = 0.95
 
@@ -46,20 +45,9 @@ def paired(a: Mapping[int, float], b: Mapping[int, float]) -> Estimate | None:
     return estimate([a[seed] - b[seed] for seed in seeds]) if seeds else None
 
 
-@lru_cache
 def t_quantile(degrees: int, confidence: float = CONFIDENCE) -> float:
-    """Give the t that Student's distribution exceeds in absolute value with probability 1 - confidence.
-
-    That probability is the regularised incomplete beta function I_x(degrees / 2, 1 / 2) at x = degrees / (degrees +
-    t^2) (Abramowitz and Stegun 26.7.1). It is solved by bisection; for one degree and confidence 0.99 the root is 63.7,
-    well inside.
-    """
-
-    def excess(t: float) -> float:
-        x = degrees / (degrees + t * t)
-        return float(mpmath.betainc(degrees / 2, 0.5, 0, x, regularized=True)) - (1 - confidence)
-
-    return float(mpmath.findroot(excess, (0.01, 100.0), solver="bisect", maxsteps=100, verify=False))
+    """Return the t that Student's distribution exceeds in absolute value with probability 1 - confidence."""
+    return float(stdtrit(degrees, (1 + confidence) / 2))
 
 
 def read_between(x: Sequence[float], y: Sequence[float], at: float) -> float | None:

@@ -6,7 +6,6 @@ time or its death stops behind a checkpoint. Results are written when both are d
 """
 
 import ctypes
-import json
 import os
 import shutil
 import signal
@@ -21,7 +20,7 @@ from typing import IO
 
 from foreroute.engine.checkpoint.files import checkpoints
 from foreroute.engine.errors import require
-from foreroute.engine.metrics.names import JSONL
+from foreroute.engine.metrics.names import JSONL, read_lines
 from foreroute.launch.runs.folder import write_json
 from foreroute.launch.start.arguments import quote
 from foreroute.launch.start.console import clock
@@ -281,9 +280,8 @@ class Runner:
     def _share(self, job: Job) -> float:
         """Share of a run's steps that are logged."""
         try:
-            last = (self._out / "runs" / job.name / JSONL).read_text().splitlines()[-1]
-            step: int = json.loads(last)["step"]
-        except (OSError, IndexError, ValueError):
+            step: int = read_lines(self._out / "runs" / job.name / JSONL, damaged=[])[-1]["step"]
+        except (OSError, IndexError):
             return 0.0
         return step / job.config.train.steps
 

@@ -228,7 +228,7 @@ def test_a_file_gets_plain_text_of_80_columns():
     text = printed(full())
     assert "\x1b" not in text and all(len(line) <= 80 for line in text.splitlines())
     assert all(line == line.rstrip() for line in text.splitlines())
-    assert text.splitlines() == ["page", "asked  answer  why", "label  value  note"]
+    assert text.splitlines() == ["page", "asked  answer  why", "label  value   note"]
 
 
 @pytest.mark.parametrize("width", [10, 20, 30, 40, 60, 80, 200])

@@ -16,7 +16,7 @@ import pytest
 from foreroute.launch.page.parts import Page
 from foreroute.launch.page.terminal import print_top
 from foreroute.launch.runs.summary import result_table, training_totals
-from foreroute.launch.start.console import Console, Stages, clock, styled
+from foreroute.launch.start.console import Console, Stages, clock, styled, table
 
 ROOT = Path(__file__).resolve().parents[3]
 RED = "\x1b[31m"
@@ -152,6 +152,18 @@ def test_colours_are_for_terminals(monkeypatch, variables, coloured):
     assert styled(line, "red", file) == line
     print_top(page, file)
     assert file.getvalue().startswith("Title\n")
+
+
+def test_a_table_is_as_wide_as_its_cells(monkeypatch):
+    """Whatever the terminal: no cell is wrapped, cut off or read as markup."""
+    monkeypatch.setenv("COLUMNS", "20")
+    header = ["a", "a longer header", "reason"]
+    rows = [["[red]x", "1", ":smile: " * 30 + "end"], ["y" * 70, "12,345.6", ""]]
+    head, *lines = table(header, rows).splitlines()
+    assert head.split("  ", 1)[0] == "a" and head.endswith("reason")
+    for line, (name, number, reason) in zip(lines, rows, strict=True):
+        assert line == f"{name:<70}  {number:>15}  {reason:>243}".rstrip()
+    assert table(header, []).split() == ["a", "a", "longer", "header", "reason"]
 
 
 def test_an_error_is_red_on_a_terminal_and_one_line_however_narrow():
