@@ -6,13 +6,8 @@ from math import isfinite
 from foreroute.launch.page.parts import COLOURS, Areas, Chart, Curve, HeatMap, Line, Part, Section, Table, Verdict
 from foreroute.launch.report.run_data import RunData, Series, grid, series
 
-X_LABELS = {
-    "step": "step",
-    "tokens": "symbols trained on",
-    "flops": "training arithmetic, FLOP",
-    "seconds": "training time, s",
-}
-OVER = {"step": "steps", "tokens": "symbols", "flops": "training arithmetic", "seconds": "training time"}
+X_LABELS = {"step": "step", "tokens": "symbols trained on", "flops": "FLOP of training", "seconds": "training time, s"}
+QUALITY_OVER = {"tokens": "symbols", "flops": "FLOP", "seconds": "time"}
 
 
 def curve(
@@ -70,8 +65,8 @@ def by_place(
         middle: of the heat map.
     """
     found = grid(run, name, axes=1)
-    if not found:
-        return []
+    if not found or (of == "rank" and found.values.shape[1] == 1):
+        return []  # what a single rank has is that of all
     values = (factor * found.values).T.tolist()
     if len(values) > COLOURS:
         rows = [str(i) for i in range(len(values))]

@@ -1,18 +1,19 @@
-"""The report's page of one run: what it reached, how it learned, what its smaller k are worth, its health, and what it
-is.
+"""The report's page of one run: what it reached at each k, how it learned, its health, and what it is.
 
 What happens inside its steps (experts, time, exchange) is laid out in launch/report/steps.py.
 """
 
+from dataclasses import replace
 from math import isfinite
 from typing import Any
 
 from foreroute.engine.config import Config, to_plain
 from foreroute.launch.page.parts import Chart, Curve, KeyFigure, Line, Page, Section, Table
 from foreroute.launch.page.words import byte_text, count_text, duration
-from foreroute.launch.report.charts import OVER, X_LABELS, curve, line_of, section, text
+from foreroute.launch.report.charts import QUALITY_OVER, X_LABELS, curve, line_of, section, text
 from foreroute.launch.report.run_data import POINTS, RunData, number, plain_dict, series
 from foreroute.launch.report.steps import exchange, experts, time
+from foreroute.launch.runs.folder import MEASURED, OF_MACHINE
 
 LEAD = (
     "Drag in a chart to zoom, double-click to go back; press a name above a chart to hide its line. Beneath each chart "
@@ -34,8 +35,8 @@ def run_page(run: RunData) -> Page:
         lead=f"{_state(run)} {LEAD}",
         figures=_figures(run),
         sections=[
-            *_quality(run),
             *_slimming(run),
+            *_quality(run),
             *experts(run),
             *time(run),
             *exchange(run),
@@ -145,29 +146,27 @@ def _figures(run: RunData) -> list[KeyFigure]:
 
 
 def _quality(run: RunData) -> list[Section]:
-    charts: list[Chart] = []
-    for x in ("tokens", "flops", "seconds"):
-        lines = _quality_lines(run, x)
-        if lines:
-            charts.append(Curve(f"Bits per symbol over {OVER[x]}", X_LABELS[x], "bits per symbol", lines))
-    names = {"loss": "loss", "balance and z-loss": "auxiliary_loss"}
-    for x in ("tokens", "flops"):
-        charts += curve(run, f"Loss over {OVER[x]}", "nats per symbol", names, x=x)
+    """One chart of all that is known of bits per symbol, over what the reader chooses."""
+    charts = [
+        Curve("Bits per symbol", X_LABELS[x], "bits per symbol", lines, choice=choice)
+        for x, choice in QUALITY_OVER.items()
+        if (lines := _quality_lines(run, x))
+    ]
     k = curve(run, "Active experts over steps", "active experts k", {"k": "k"}, y_from=0)
     varies = len({number(line.get("k")) for line in run.lines}) > 1
     each = -(-len(run.lines) // POINTS)
-    note = f"Each point of the training lines is the mean of {each} lines of metrics.jsonl." if each > 1 else ""
+    note = f"Each point of the training line is the mean of {each} lines of metrics.jsonl." if each > 1 else ""
     missing = (
-        "No curve over training arithmetic: the run did not log it."
-        if charts and not isfinite(run.last("flops"))
-        else ""
+        "Not over training arithmetic: the run did not log it." if charts and not isfinite(run.last("flops")) else ""
     )
     return section("Quality", note, missing, charts, k if varies else [])
 
 
 def _quality_lines(run: RunData, x: str) -> list[Line]:
-    found = [("training", series(run.lines, "bpc", x)), ("validation", series(run.valid, "valid_bpc", x))]
-    return [line_of(label, points) for label, points in found if points.x]
+    lines = [line_of("training", series(run.lines, "bpc", x)), line_of("validation", series(run.valid, "valid_bpc", x))]
+    if run.bpc_by_k and isfinite(run.last(x)):
+        lines.append(Line(run.quality.source, [run.last(x)], [run.quality.bpc]))
+    return [replace(line, hue=hue) for hue, line in enumerate(lines) if line.x]
 
 
 def _slimming(run: RunData) -> list[Section]:
@@ -219,6 +218,7 @@ def _health(run: RunData) -> list[Section]:
         curve(
             run, "Gradient norm", "global norm before clipping", {"gradient norm": "grad_norm"}, upper=True, y_log=True
         ),
+        curve(run, "Auxiliary loss", "nats per symbol", {"balance and z-loss": "auxiliary_loss"}),
         curve(run, "Learning rate", "learning rate", {"learning rate": "learning_rate"}, y_from=0),
         curve(
             run,
@@ -267,6 +267,7 @@ def _facts(run: RunData) -> Table:
         "parameters": text(parameters) if isfinite(parameters) else "",
         "ranks": f"{ranks}, on {nodes:.0f} node{'s' if nodes > 1 else ''}" if ranks and isfinite(nodes) else ranks,
         "device": facts.get("device"),
+        "measured at the start": _measured(run),
         "text": (
             f"{corpus.get('name', options.get('corpus.name', ''))}, sha256 {sha256}..."
             if sha256
@@ -282,25 +283,26 @@ def _facts(run: RunData) -> Table:
     return Table([], rows, text_columns=2)
 
 
+def _measured(run: RunData) -> str:
+    first, experts = number(run.options.get(MEASURED)), number(run.options.get("moe.experts"))
+    return f"masked products from k = {first:.0f} on" if first <= experts else ""
+
+
 def changed_options(run: RunData) -> dict[str, tuple[Any, Any]]:
-    """Give the options that differ from the defaults: the run's value and the default, None where there is no such
-    option."""
+    """Return the options of the experiment that differ from the defaults: the run's value and the default, None where
+    there is no such option."""
     defaults = {
         f"{section}.{name}": value for section, options in to_plain(Config()).items() for name, value in options.items()
     }
     return {
         name: (value, defaults.get(name))
         for name, value in run.options.items()
-        if name not in defaults or value != defaults[name]
+        if name not in OF_MACHINE and (name not in defaults or value != defaults[name])
     }
 
 
 def _changed_options(run: RunData) -> list[Table]:
-    rows = [
-        [name, option_text(value), option_text(default)]
-        for name, (value, default) in changed_options(run).items()
-        if name != "train.name"
-    ]
+    rows = [[name, option_text(value), option_text(default)] for name, (value, default) in changed_options(run).items()]
     caption = "Options that differ from the defaults"
     return [Table(["option", "this run", "default"], rows, caption, text_columns=3)] if rows else []
 

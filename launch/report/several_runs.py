@@ -4,10 +4,11 @@ other."""
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite, nan
+from typing import Any
 
 from foreroute.launch.page.parts import COLOURS, Chart, Curve, KeyFigure, Line, Page, Table
 from foreroute.launch.page.words import count_text, duration
-from foreroute.launch.report.charts import OVER, X_LABELS, section, text
+from foreroute.launch.report.charts import QUALITY_OVER, X_LABELS, section, text
 from foreroute.launch.report.one_run import (
     LEAD,
     by_arithmetic,
@@ -20,23 +21,10 @@ from foreroute.launch.report.one_run import (
     tokens_per_second_of,
 )
 from foreroute.launch.report.run_data import RunData, number, plain_dict, series
+from foreroute.launch.runs.folder import OF_MACHINE
 
-# options in which runs differ without being other experiments
-_OWN = (
-    "train.name",
-    "train.runs_dir",
-    "train.resume",
-    "train.log_every",
-    "train.threads",
-    "train.valid_every",
-    "train.save_every",
-    "train.save_minutes",
-    "train.keep",
-    "data.prefetch",
-    "corpus.cache_dir",
-    "wandb.group",
-)
-_IN_A_NAME = 3  # options
+_OWN = {*OF_MACHINE, "train.valid_every"}
+_FEW = 3  # options
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +49,7 @@ def several_page(title: str, runs: Sequence[RunData], absent: Sequence[Absent] =
     """Describe several runs; the best is on top and the first in every chart, in which a run keeps its colour."""
     runs = sorted(runs, key=lambda run: run.quality)
     differing = differing_options(runs)
-    labels = labels_of(runs, differing)
+    labels = labels_of(runs)
     drawn = [_Drawn(hue, *of_run) for hue, of_run in enumerate(zip(labels, runs, strict=True))][:COLOURS]
     left_out = ""
     if len(runs) > COLOURS:
@@ -73,9 +61,13 @@ def several_page(title: str, runs: Sequence[RunData], absent: Sequence[Absent] =
         lead=f"{len(states)} runs: {counted}.{left_out} {LEAD}",
         figures=_figures(runs[0], labels[0]) if runs else [],
         sections=[
-            *section("Runs", *_words(runs), _table(runs, differing, absent)),
-            *section("Quality", *(_quality(drawn, *which) for which in _QUALITY)),
+            *section("Runs", *_words(runs), _table(labels, runs, differing, absent)),
             *section("Slimming", _slimming(drawn)),
+            *section(
+                "Quality",
+                _quality(drawn, "Training: bits per symbol", "lines", "bpc"),
+                _quality(drawn, "Validation: bits per symbol", "valid", "valid_bpc"),
+            ),
             *section("Speed", _speed(drawn)),
             *section("Missing", _missing(labels, runs)),
         ],
@@ -93,23 +85,10 @@ def differing_options(runs: Sequence[RunData]) -> list[str]:
     ]
 
 
-def labels_of(runs: Sequence[RunData], differing: Sequence[str]) -> list[str]:
-    """Number the runs, and name each by the options in which they differ if these are few and tell them apart, else by
-    folder."""
+def labels_of(runs: Sequence[RunData]) -> list[str]:
+    """Return the runs' names, or their folders where names are not different."""
     names = [run.name for run in runs]
-    if len(set(names)) < len(runs):
-        names = [str(run.folder) for run in runs]
-    if 1 <= len(differing) <= _IN_A_NAME:
-        last = [name.rpartition(".")[2] for name in differing]
-        short = last if len(set(last)) == len(last) else differing
-        found = [
-            ", ".join(
-                f"{word}={option_text(run.options.get(name))}" for word, name in zip(short, differing, strict=True)
-            )
-            for run in runs
-        ]
-        names = found if len(set(found)) == len(runs) else names
-    return [f"{i}: {name}" for i, name in enumerate(names, 1)]
+    return names if len(set(names)) == len(runs) else [str(run.folder) for run in runs]
 
 
 def _figures(best: RunData, label: str) -> list[KeyFigure]:
@@ -132,33 +111,21 @@ def _words(runs: Sequence[RunData]) -> list[str]:
     return []
 
 
-def _table(runs: Sequence[RunData], differing: Sequence[str], absent: Sequence[Absent]) -> list[Table]:
+def _table(
+    labels: Sequence[str], runs: Sequence[RunData], differing: Sequence[str], absent: Sequence[Absent]
+) -> list[Table]:
     ks = sorted({k for run in runs for k, _ in by_k(run)})
-    few = len(differing) <= _IN_A_NAME  # many would push the results out of sight
-    first, then = (differing, ()) if few else ((), differing)
-    header = [
-        "run",
-        "state",
-        *first,
-        "bpc",
-        "of",
-        *(f"k = {k}" for k in ks),
-        "symbols/s",
-        "time",
-        "FLOP",
-        "parameters",
-        "active",
-        *then,
-        "folder",
-    ]
-    rows = [[str(i), *_row(run, first, then, ks)] for i, run in enumerate(runs, 1)]
-    rows += [["-", run.state, *["-"] * (len(header) - 3), run.name] for run in absent]
+    first, then = (differing, ()) if len(differing) <= _FEW else ((), differing)  # many would push results out of sight
+    cells = ["symbols/s", "time", "FLOP", "parameters", "active", "of", "state"]
+    header = ["run", "bpc", *first, *(f"k = {k}" for k in ks), *cells, *then]
+    rows = [[label, *_row(run, first, then, ks)] for label, run in zip(labels, runs, strict=True)]
+    rows += [[run.name, *["-"] * (header.index("state") - 1), run.state, *["-"] * len(then)] for run in absent]
     notes = [
-        "Runs have the same numbers in the charts. bpc: bits per symbol, the best that is known; k = 1 and so on: of"
-        " the held-out split at that k. Runs without a held-out result come last. FLOP: of training, forward and"
-        " backward, all ranks. active: parameters used at the last k."
+        "bpc: bits per symbol, the best that is known, and beside it what it is of; k = 1 and so on: of the held-out"
+        " split at that k. Runs without a held-out result come last. FLOP: of training, forward and backward, of all"
+        " ranks. active: parameters used at the last k."
     ]
-    return [Table(header, rows, text_columns=2 + len(first), notes=notes)] if rows else []
+    return [Table(header, rows, notes=notes)] if rows else []
 
 
 def _row(run: RunData, first: Sequence[str], then: Sequence[str], ks: Sequence[int]) -> list[str]:
@@ -168,18 +135,17 @@ def _row(run: RunData, first: Sequence[str], then: Sequence[str], ks: Sequence[i
         return [option_text(run.options[name]) if name in run.options else "-" for name in names]
 
     return [
-        state if state == "complete" else f"{state}, step {step_of(run):,}",
-        *values(first),
         text(run.quality.bpc, "{:.3f}"),
-        run.quality.source,
+        *values(first),
         *(text(found.get(k, nan), "{:.3f}") for k in ks),
         text(tokens_per_second_of(run)),
         duration(seconds_of(run)),
         count_text(run.last("flops")),
         count_text(parameters_of(run)),
         count_text(_active_parameters(run)),
+        run.quality.source,
+        state if state == "complete" else f"{state}, step {step_of(run):,}",
         *values(then),
-        run.name,
     ]
 
 
@@ -189,18 +155,14 @@ def _active_parameters(run: RunData) -> float:
     return number(active.get("dense", active.get(f"{k:.0f}" if isfinite(k) else "")))
 
 
-_QUALITY = (
-    ("Training", "lines", "bpc", "tokens"),
-    ("Validation", "valid", "valid_bpc", "tokens"),
-    ("Training", "lines", "bpc", "flops"),
-    ("Training", "lines", "bpc", "seconds"),
-)
-
-
-def _quality(drawn: Sequence[_Drawn], what: str, lines: str, name: str, x: str) -> list[Chart]:
-    found = [(each, series(getattr(each.run, lines), name, x)) for each in drawn]
-    title = f"{what}: bits per symbol over {OVER[x]}"
-    return _chart(title, X_LABELS[x], "bits per symbol", [each.line(points.x, points.mean) for each, points in found])
+def _quality(drawn: Sequence[_Drawn], title: str, lines: str, name: str) -> list[Chart]:
+    """One chart of a metric of all runs, over what the reader chooses."""
+    charts: list[Chart] = []
+    for x, choice in QUALITY_OVER.items():
+        found = [(each, series(getattr(each.run, lines), name, x)) for each in drawn]
+        of_runs = [each.line(points.x, points.mean) for each, points in found]
+        charts += _chart(title, X_LABELS[x], "bits per symbol", of_runs, choice=choice)
+    return charts
 
 
 def _slimming(drawn: Sequence[_Drawn]) -> list[Chart]:
@@ -224,12 +186,10 @@ def _speed(drawn: Sequence[_Drawn]) -> list[Chart]:
     return _chart("Symbols per second over steps", "step", "symbols per second, all ranks", lines, y_from=0)
 
 
-def _chart(
-    title: str, x_label: str, y_label: str, lines: Sequence[Line], *, x_log: bool = False, y_from: float | None = None
-) -> list[Chart]:
-    """Give a chart of the lines that have points; none without any."""
+def _chart(title: str, x_label: str, y_label: str, lines: Sequence[Line], **options: Any) -> list[Chart]:
+    """Return a chart of the lines that have points; none without any."""
     shown = [line for line in lines if len(line.x)]
-    return [Curve(title, x_label, y_label, shown, x_log=x_log, y_from=y_from)] if shown else []
+    return [Curve(title, x_label, y_label, shown, **options)] if shown else []
 
 
 def _missing(labels: Sequence[str], runs: Sequence[RunData]) -> list[Table]:

@@ -22,7 +22,8 @@ def experts(run: RunData) -> list[Section]:
             run,
             "Busiest over the mean",
             "rows, busiest / mean",
-            {"busiest expert, worst layer": "load_max_over_mean", "busiest rank": "rank_load_max_over_mean"},
+            {"busiest expert, worst layer": "load_max_over_mean"}
+            | ({"busiest rank": "rank_load_max_over_mean"} if run.most("rank_load_max_over_mean") > 1 else {}),
             y_from=1,
             upper=True,
         ),
@@ -56,11 +57,7 @@ def time(run: RunData) -> list[Section]:
             {"waiting in the step": "plan_wait_ms", "background work beside it": "data_ms"},
             y_from=0,
         ),
-        (
-            by_place(run, "rank_own_ms", "Each rank's own time in forward passes", "ms in a step", of="rank")
-            if grid(run, "rank_own_ms", 1).values.shape[-1] > 1
-            else []
-        ),
+        by_place(run, "rank_own_ms", "Each rank's own time in forward passes", "ms in a step", of="rank"),
         _time_table(run, x, parts),
         _rank_table(run),
     )

@@ -28,6 +28,8 @@ from foreroute.launch.start.config_files import config_of, read_config, write_co
 
 CONFIG, LOCK, STATE = "config.yaml", ".lock", "state.json"
 SUMMARY, FACTS = "summary.json", "facts.json"
+MEASURED = "kernels.masked_from_k"
+"""The option that a run sets itself, by a measurement at its start (engine/train/resolve.py)."""
 
 # Options that may differ when a run is resumed: they change where things lie (the text is compared by its sha256), what
 # is written and shown, or on which ranks and how the same steps are computed, which is seen in the rounding alone (and
@@ -58,6 +60,30 @@ FREE = (
     "train.accumulation",
     "train.recompute",
 )
+OF_MACHINE = (
+    "corpus.path",
+    "corpus.cache_dir",
+    "train.name",
+    "train.runs_dir",
+    "train.resume",
+    "train.threads",
+    "train.keep",
+    "train.save_every",
+    "train.save_minutes",
+    "train.log_every",
+    "data.prefetch",
+    "wandb.mode",
+    "wandb.project",
+    "wandb.group",
+    "wandb.job_type",
+    "wandb.tags",
+    "wandb.notes",
+    "train.peak_tflops",
+    "profile.steps",
+    "profile.operators",
+    MEASURED,
+)
+"""Options in which runs differ without being other experiments: where and how the same steps are computed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 from foreroute.engine.config import Config, CorpusConfig, Router, Split, to_plain
 from foreroute.engine.errors import require
+from foreroute.launch.runs.folder import OF_MACHINE
 from foreroute.launch.start.arguments import quote
 from foreroute.launch.start.config_files import compose_run, read_options
 from foreroute.launch.start.help import CONF
@@ -20,29 +21,6 @@ from foreroute.launch.start.help import CONF
 TUNING_SEED = 0
 _GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, are spread evenly however many there are
 _STOPS = 16  # checkpoints beyond the preset's own that are kept, so that what stops leave pushes none of those out
-_OF_MACHINE = (
-    "corpus.path",
-    "corpus.cache_dir",
-    "train.name",
-    "train.runs_dir",
-    "train.resume",
-    "train.threads",
-    "train.keep",
-    "train.save_every",
-    "train.save_minutes",
-    "train.log_every",
-    "data.prefetch",
-    "wandb.mode",
-    "wandb.project",
-    "wandb.group",
-    "wandb.job_type",
-    "wandb.tags",
-    "wandb.notes",
-    "train.peak_tflops",
-    "profile.steps",
-    "profile.operators",
-    "kernels.masked_from_k",
-)
 
 
 @dataclass
@@ -267,7 +245,7 @@ def chosen_options(config: Config) -> dict[str, Any]:
         f"{section}.{name}": value
         for section, options in to_plain(config).items()
         for name, value in options.items()
-        if value != defaults[section][name] and f"{section}.{name}" not in _OF_MACHINE
+        if value != defaults[section][name] and f"{section}.{name}" not in OF_MACHINE
     }
 
 

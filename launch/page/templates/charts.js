@@ -21,7 +21,7 @@ function painted(value, palette) {
 function draw(plot) {
   const described = JSON.parse(document.getElementById(plot.id + "-data").textContent);
   const figure = painted(described, dark.matches && !printing ? PALETTES.dark : PALETTES.light);
-  const pressed = plot.closest("figure").querySelectorAll("button");
+  const pressed = plot.closest("figure").querySelectorAll(".legend button");
   for (const trace of figure.data) {
     const button = pressed[trace.legendgroup];
     trace.visible = !button || button.getAttribute("aria-pressed") === "true";

@@ -64,8 +64,8 @@ def words(page):
 def test_a_page_has_every_section_and_figure(folder):
     page = run_page(read_run(folder))
     assert [section.title for section in page.sections] == [
-        "Quality",
         "Slimming",
+        "Quality",
         "Experts",
         "Time",
         "Exchange",
@@ -89,19 +89,29 @@ def test_a_page_has_every_section_and_figure(folder):
     assert "Not in this run's folder" not in words(page)
 
 
-@pytest.mark.parametrize(
-    ("title", "x"), [("Bits per symbol over symbols", "tokens"), ("Bits per symbol over training arithmetic", "flops")]
-)
-def test_quality_is_what_was_logged(folder, title, x):
-    chart = parts(run_page(read_run(folder)), Chart)[title]
+def quality(page, choice, title="Bits per symbol"):
+    """The chart that is shown when its quantity is chosen."""
+    (found,) = [
+        part
+        for section in page.sections
+        for part in section.parts
+        if isinstance(part, Curve) and (part.title, part.choice) == (title, choice)
+    ]
+    return found
+
+
+@pytest.mark.parametrize(("choice", "x"), [("symbols", "tokens"), ("FLOP", "flops")])
+def test_quality_is_what_was_logged_and_the_test_split_at_its_end(folder, choice, x):
+    chart = quality(run_page(read_run(folder)), choice)
     rows, valid = logged(folder)
+    assert (line(chart, "test split, k = 4").x, line(chart, "test split, k = 4").y) == ([rows[-1][x]], [2.27])
     for name, found, value in (("training", rows, "bpc"), ("validation", valid, "valid_bpc")):
         assert line(chart, name).x == [row[x] for row in found]
         assert line(chart, name).y == [row[value] for row in found]
 
 
 def test_seconds_are_those_of_the_steps(folder):
-    chart = parts(run_page(read_run(folder)), Chart)["Bits per symbol over training time"]
+    chart = quality(run_page(read_run(folder)), "time")
     rows, _ = logged(folder)
     assert np.allclose(line(chart, "training").x, np.cumsum([10 * row["step_ms"] / 1e3 for row in rows]))
     places = dict(zip([row["step"] for row in rows], line(chart, "training").x, strict=True))
@@ -265,9 +275,10 @@ def test_a_run_of_an_earlier_version_gives_what_it_has(copied):
     page = run_page(read_run(copied))
     text = words(page)
     assert "facts.json, the metric flops, the metric layer_load, the metric rank_own_ms" in text
-    assert "No curve over training arithmetic" in text
+    assert "Not over training arithmetic" in text
     titles = set(parts(page, Chart))
-    assert {"Bits per symbol over symbols", "Time of a step", "Bytes on the wire", "Bits per symbol over k"} <= titles
+    assert {"Bits per symbol", "Time of a step", "Bytes on the wire", "Bits per symbol over k"} <= titles
+    assert [chart.choice for chart in page.sections[1].parts if isinstance(chart, Curve)][:2] == ["symbols", "time"]
     assert not any("arithmetic" in title or "load of the experts" in title for title in titles)
 
 
@@ -301,6 +312,34 @@ def test_options_that_differ_from_the_defaults(folder):
     assert "optim.beta1" not in found
 
 
+def test_what_a_machine_was_measured_to_be_is_a_fact_and_no_option(folder, copied):
+    runs = [read_run(folder), read_run(copied)]
+    for run, first in zip(runs, (3, 99), strict=True):
+        run.options["kernels.masked_from_k"] = first
+    facts = [dict(parts(run_page(run), Table)[""].rows) for run in runs]
+    assert facts[0]["measured at the start"] == "masked products from k = 3 on"
+    assert "measured at the start" not in facts[1]  # never, of 8 experts
+    assert "kernels.masked_from_k" not in {**changed_options(runs[0]), **changed_options(runs[1])}
+    assert "masked" not in words(several_page("two", runs))
+
+
+def test_one_rank_has_no_chart_of_ranks(tmp_path):
+    """All that it has is what is shown of all ranks."""
+    row = {"rank_load_max_over_mean": 1.0, "rank_skew": 1.0, "link_bytes": []}
+    zero = ("wire_bytes", "wire_bytes_inside", "wire_bytes_between", "exchange_exposed_ms", "exchange_hidden_ms")
+    alone = write_run(tmp_path / "alone", lines=12, ranks=1)
+    rows = [
+        json.loads(line) | row | dict.fromkeys(zero, 0) for line in (alone / "metrics.jsonl").read_text().splitlines()
+    ]
+    (alone / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page, two = (run_page(read_run(each)) for each in (alone, write_run(tmp_path / "two", lines=12, ranks=2)))
+    charts = parts(page, Chart)
+    assert "Exchange" not in {section.title for section in page.sections}
+    assert not any(word in title for title in charts for word in ("each rank", "Each rank", "between ranks", "Slowest"))
+    assert [each.name for each in charts["Busiest over the mean"].lines] == ["busiest expert, worst layer"]
+    assert {"Rows that each rank computes", "Exchange between ranks"} <= set(parts(two, Chart))  # negative control
+
+
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
     """Eight runs, the later the worse; the last two are cut short."""
@@ -321,10 +360,10 @@ def test_a_table_has_all_runs_and_charts_the_best_six(sweep):
         "9 runs: 6 complete, 2 failed, 1 not started. Charts show the best 6 of 8, the table all."
     )
     header, rows = page.sections[0].parts[0].header, page.sections[0].parts[0].rows
-    assert [row[0] for row in rows] == ["1", "2", "3", "4", "5", "6", "7", "8", "-"]
-    assert [row[-1] for row in rows][:6] == [f"g-{i}" for i in range(6)]
-    assert {row[-1] for row in rows[6:8]} == {"g-6", "g-7"}
-    assert rows[8] == ["-", "not started", *["-"] * (len(header) - 3), "g-8"]
+    assert list(header)[:3] == ["run", "bpc", "optim.lr"] and header[-1] == "state"
+    assert [row[0] for row in rows][:6] == [f"g-{i}" for i in range(6)]
+    assert {row[0] for row in rows[6:8]} == {"g-6", "g-7"}
+    assert rows[8] == ["g-8", *["-"] * (len(header) - 2), "not started"]
     column = dict(zip(header, rows[1], strict=True))
     assert (column["optim.lr"], column["bpc"], column["k = 1"], column["of"]) == (
         "0.002",
@@ -335,7 +374,7 @@ def test_a_table_has_all_runs_and_charts_the_best_six(sweep):
     assert (column["parameters"], column["active"], column["state"]) == ("3.44 M", "1.6 M", "complete")
     assert [name for name in header if "." in name] == ["optim.lr"]
     for chart in parts(page, Curve).values():
-        assert [each.name for each in chart.lines] == [f"{i + 1}: lr={1e-3 * (i + 1):g}" for i in range(6)]
+        assert [each.name for each in chart.lines] == [f"g-{i}" for i in range(6)]
 
 
 def test_a_run_keeps_its_colour_where_others_have_no_line(sweep):
@@ -345,13 +384,12 @@ def test_a_run_keeps_its_colour_where_others_have_no_line(sweep):
     rows, _ = logged(bare)
     (bare / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = several_page("three", [*runs, read_run(bare)])
-    charts = parts(page, Curve)
     hues = {}
-    for chart in charts.values():
+    for chart in parts(page, Curve).values():
         for each in chart.lines:
             assert hues.setdefault(each.name, each.hue) == each.hue
     assert sorted(hues.values()) == [0, 1, 2, 3]
-    validation = charts["Validation: bits per symbol over symbols"]
+    validation = quality(page, "symbols", "Validation: bits per symbol")
     assert len(validation.lines) == 3 and [each.hue for each in validation.lines] != [0, 1, 2]
 
 
@@ -424,7 +462,7 @@ def test_a_run_names_the_command_that_works(run, tmp_path):
     assert asked == f"run='{tmp_path}/a=1'" and run("report", asked).returncode == 0
     page = run_page(read_run(tmp_path / "a=1"))
     rows, _ = logged(tmp_path / "a=1")
-    assert parts(page, Curve)["Bits per symbol over symbols"].lines[0].y == [row["bpc"] for row in rows]
+    assert quality(page, "symbols").lines[0].y == [row["bpc"] for row in rows]
     assert {"Quality", "Slimming", "Time", "Health", "The run"} <= {section.title for section in page.sections}
 
 
@@ -458,9 +496,9 @@ def test_many_options_stand_behind_the_results(sweep, tmp_path):
         runs[0].options[name] = 1
     page = several_page("two", runs)
     table = page.sections[0].parts[0]
-    assert list(table.header)[:4] == ["run", "state", "bpc", "of"]
-    assert list(table.header)[-6:] == ["model.width", "model.heads", "moe.ngram", "moe.rows", "optim.lr", "folder"]
-    assert {each.name for chart in parts(page, Curve).values() for each in chart.lines} == {"1: r0", "2: r1"}
+    assert list(table.header)[:3] == ["run", "bpc", "k = 1"]
+    assert list(table.header)[-6:] == ["state", "model.width", "model.heads", "moe.ngram", "moe.rows", "optim.lr"]
+    assert {each.name for chart in parts(page, Curve).values() for each in chart.lines} == {"r0", "r1"}
 
 
 def test_a_dense_run_is_a_point_among_the_others(sweep, tmp_path):
@@ -473,8 +511,8 @@ def test_a_dense_run_is_a_point_among_the_others(sweep, tmp_path):
     )
     page = several_page("two", [read_run(dense), read_run(sweep / "g-1")])
     chart = parts(page, Curve)["Bits per symbol over inference arithmetic"]
-    assert line(chart, "2: lr=0.001").x == [8e6] and line(chart, "2: lr=0.001").y == [2.4]
-    assert [each.name for each in parts(page, Curve)["Bits per symbol over k"].lines] == ["1: lr=0.002"]
+    assert line(chart, "dense").x == [8e6] and line(chart, "dense").y == [2.4]
+    assert [each.name for each in parts(page, Curve)["Bits per symbol over k"].lines] == ["g-1"]
     row = dict(zip(page.sections[0].parts[0].header, page.sections[0].parts[0].rows[1], strict=True))
     assert (row["of"], row["active"], row["k = 1"]) == ("test split, dense", "3.44 M", "-")
     titles = {section.title: section for section in run_page(read_run(dense)).sections}

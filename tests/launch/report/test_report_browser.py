@@ -100,10 +100,19 @@ def pages(tmp_path_factory):
     return found
 
 
+def choose_all(browser):
+    """Have every chart drawn, also those that are shown one at a time, and leave all of them open."""
+    browser.run("""document.querySelectorAll(".switch").forEach((group) => {
+        [...group.children].forEach((_, i) => [...group.children].find((figure) => !figure.hidden)
+            .querySelectorAll(".choice button")[i].click());
+        [...group.children].forEach((figure) => { figure.hidden = false; })})""")
+
+
 @pytest.mark.parametrize("which", ["one", "several"])
 def test_every_plot_has_its_marks_and_nothing_is_asked_for(browser, pages, which):
     page, file = pages[which]
     browser.show(file)
+    choose_all(browser)
     counted = browser.run("""[...document.querySelectorAll(".plot")].map((plot) => ({
             lines: [...plot.querySelectorAll(".scatterlayer .js-line")]
                 .filter((p) => p.getAttribute("d").length > 4).length,
@@ -128,6 +137,19 @@ def test_every_plot_has_its_marks_and_nothing_is_asked_for(browser, pages, which
         else:
             assert marks["images"] == 1, chart.title
     assert browser.errors() == [] and browser.requests() == []
+
+
+def test_one_of_a_choice_is_shown(browser, pages):
+    browser.show(pages["several"][1])
+    shown = "[...document.querySelector('.switch').children].map((figure) => figure.checkVisibility())"
+    pressed = "[...document.activeElement.parentElement.children].map((button) => button.ariaPressed)"
+    lines = "document.querySelectorAll('.switch')[0].children[2].querySelectorAll('.scatterlayer .js-line').length"
+    assert browser.run(shown) == [True, False, False] and browser.run(lines) == 0
+    browser.driver.find_elements("css selector", ".choice button")[2].click()
+    browser.wait(f"{lines} === 6")
+    assert browser.run(shown) == [False, False, True]
+    assert browser.run(pressed) == ["false", "false", "true"]
+    assert browser.run("document.activeElement.textContent") == "time"
 
 
 @pytest.mark.slow
@@ -187,7 +209,10 @@ def test_a_keyboard_reaches_everything(browser, pages):
 
     browser.show(pages["several"][1])
     reached = []
-    wanted = browser.run("document.querySelectorAll('summary, .legend button, nav a').length")
+    wanted = browser.run(
+        "[...document.querySelectorAll('summary, .legend button, .choice button, nav a')]"
+        ".filter((e) => e.checkVisibility()).length"
+    )
     browser.press(Keys.TAB)
     assert browser.run("document.activeElement.textContent") == "Skip to the content"
     assert browser.run("document.activeElement.getBoundingClientRect().left") >= 0  # seen when it has the focus
