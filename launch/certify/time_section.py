@@ -7,6 +7,7 @@ from foreroute.engine.certificate.time.cluster import ClusterConfig
 from foreroute.engine.certificate.time.forecast import Scale, StepsOfK, TimePart, worlds
 from foreroute.launch.page import parts as page
 from foreroute.launch.page.parts import Code, Curve, KeyFigure, Line, Table
+from foreroute.launch.page.words import duration
 
 _SHOWN = 5  # choices
 _WORTH = 0.005  # share of the time that a faster layout saves, at least
@@ -55,14 +56,6 @@ def time_section(found: TimePart, cluster: ClusterConfig, placement: Placement) 
         _cluster(cluster),
     ]
     return page.Section(f"Time on {found.cluster}: a model", parts)
-
-
-def duration(seconds: float) -> str:
-    """Write seconds as what a person plans with: 4.6 hours, 3.1 days."""
-    for size, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {name}"
-    return f"{seconds:.1f} seconds"
 
 
 def _steps(found: TimePart) -> Table:

@@ -18,7 +18,7 @@ def markdown(page: Page, prefix: str = "", *, opening: str = "") -> tuple[str, d
 
     Args:
         prefix: of the pictures' file names; without one there are none.
-        opening: Markdown that stands after the first paragraph as it is.
+        opening: Markdown that stands after the first section as it is.
     """
     pictures: dict[str, Curve] = {}
 

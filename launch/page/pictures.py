@@ -21,10 +21,17 @@ def save_picture(chart: Curve, target: Path) -> None:
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
         try:
             for i, line in enumerate(chart.lines):
-                marker = "o" if len(line.x) <= MARKED and not line.dashed else ""
-                style, colour = ("--" if line.dashed else "-"), LIGHT[f"c{hue_of(line, i)}"]
+                point, colour = len(line.x) == 1, LIGHT[f"c{hue_of(line, i)}"]
                 axes.plot(
-                    line.x, line.y, style, marker=marker, markersize=4, linewidth=1.4, color=colour, label=line.name
+                    line.x,
+                    line.y,
+                    "" if point else "--" if line.dashed else "-",
+                    marker="o" if len(line.x) <= MARKED and not line.dashed else "",
+                    markersize=8 if point else 4,
+                    zorder=3 if point else 2,
+                    linewidth=1.4,
+                    color=colour,
+                    label=line.name,
                 )
             axes.set(title=chart.title, xlabel=chart.x_label, ylabel=chart.y_label)
             axes.grid(alpha=0.3)

@@ -147,7 +147,7 @@ def _figures(run: RunData) -> list[KeyFigure]:
 
 def _quality(run: RunData) -> list[Section]:
     """One chart of all that is known of bits per symbol, over what the reader chooses."""
-    charts = [
+    charts: list[Chart] = [
         Curve("Bits per symbol", X_LABELS[x], "bits per symbol", lines, choice=choice)
         for x, choice in QUALITY_OVER.items()
         if (lines := _quality_lines(run, x))

@@ -17,23 +17,42 @@ _AXES = {
 }
 
 
+def lead_chart(preset: Preset, results: Results) -> list[Part]:
+    """The preset's main arms: test bpc over the arithmetic of a forward pass where all arms know it, else over k."""
+    names = preset.lead or ({arm: arm for arm in preset.arms} if len(preset.arms) <= COLOURS else {})
+    there = {arm: next(iter(results.seeds_of(arm).values())) for arm in names if results.seeds_of(arm)}
+    every_k = evaluated_k(results)
+    flops = {arm: run["flops_per_symbol"] or {} for arm, run in there.items()}
+    known = all(flops.values())
+    lines = []
+    for arm, run in there.items():
+        if known and "dense" in run["bpc"]:
+            means = [(flops[arm]["dense"] / 1e6, seeds_mean(results, arm, None))]
+        else:
+            means = [(flops[arm].get(str(k), 0) / 1e6 if known else k, seeds_mean(results, arm, k)) for k in every_k]
+        points = [(x, mean.mean) for x, mean in means if mean]
+        lines.append(Line(names[arm], [x for x, _ in points], [y for _, y in points]))
+    if not any(line.x for line in lines):
+        return []
+    label = "MFLOP per symbol, forward pass" if known else "active experts k"
+    return [Curve("Test bpc of the main arms", label, "bits per symbol", lines, x_log=not known)]
+
+
 def curve_charts(preset: Preset, results: Results) -> list[Part]:
     """Valid bpc at k_max over training, for each axis that was recorded."""
+    curves = {(arm, axis): mean_curve(results, arm, axis) for arm in preset.arms for axis in _AXES}
+    groups = _groups(preset, [arm for arm in preset.arms if any(curves[arm, axis] for axis in _AXES)])
     found: list[Part] = []
-    for axis, (label, unit) in _AXES.items():
-        curves = {arm: mean_curve(results, arm, axis) for arm in preset.arms}
-        for arms in _groups(preset, [arm for arm in preset.arms if curves[arm]]):
+    for i, arms in enumerate(groups, 1):
+        title = "Valid bpc over training" + (f", {i} of {len(groups)}" if len(groups) > 1 else "")
+        for axis, (label, unit) in _AXES.items():
             lines = [
-                Line(
-                    arm,
-                    [x / unit for x, _ in curves[arm]],
-                    [y for _, y in curves[arm]],
-                    dashed=arm == reference_arm(preset),
-                )
+                Line(arm, [x / unit for x, _ in points], [y for _, y in points], dashed=arm == reference_arm(preset))
                 for arm in arms
+                if (points := curves[arm, axis])
             ]
-            title = f"Valid bpc over {label.split(',')[0]}"
-            found.append(Curve(title, label, "bits per symbol", lines))
+            if lines:
+                found.append(Curve(title, label, "bits per symbol", lines, choice=axis.replace("flops", "FLOPs")))
     return found
 
 

@@ -68,6 +68,8 @@ class Preset:
     """Text on which experts and routes are compared (launch.analyse)."""
     pairs: list[list[str]] = field(default_factory=list)
     """Pairs of arms, [a, b], whose difference a - b is reported beside that of every arm to the first."""
+    lead: dict[str, str] = field(default_factory=dict)
+    """Arms of the chart that the page begins with, and what they are called there; empty: all, where these are few."""
     limits: list[str] = field(default_factory=list)
     """Statements for the page's section of limits."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from foreroute.launch.page import parts as page
 from foreroute.launch.page.parts import KeyFigure, Page, Table
-from foreroute.launch.study.charts import curve_charts, slimming_charts
+from foreroute.launch.study.charts import curve_charts, lead_chart, slimming_charts
 from foreroute.launch.study.comparisons import (
     AXES,
     POINTS,
@@ -49,6 +49,7 @@ def study_page(name: str, preset: Preset, results: Results) -> Page:
     """Describe a study, or what there is of it."""
     sections = [_run(preset, results)]
     if results.runs:
+        sections[:0] = _lead(preset, results)
         sections += [
             _said(preset, results),
             _budgets(preset, results),
@@ -71,6 +72,16 @@ def study_page(name: str, preset: Preset, results: Results) -> Page:
         figures=_figures(preset, results),
         footer="Every number here was computed from the result files in the JSON file beside this page.",
     )
+
+
+def _lead(preset: Preset, results: Results) -> list[page.Section]:
+    """The chart that says most, if there is one."""
+    chart = lead_chart(preset, results)
+    words = (
+        "Means over seeds. A line is the same trained model at each number of active experts, from 1 on; a dense model"
+        " is a point."
+    )
+    return [page.Section("The main arms", [*chart, words])] if chart else []
 
 
 def span(found: Estimate | None, digits: int = 3, sign: str = "") -> str:

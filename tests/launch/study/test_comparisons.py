@@ -1,6 +1,7 @@
 """Comparisons of arms against plain numbers, what may be claimed of them, and which runs must not be paired."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -123,6 +124,25 @@ def test_headline_figures_are_of_fair_pairs():
     assert not any("in mid-schedule" in part or "dense (valid, equal training time" in part for part in said)
     cost = "(test, own k, with 1.00 of its training FLOPs and 4.00 of its training time)"
     assert any(f"below dense_short {cost}" in part for part in said)
+
+
+def test_the_page_begins_with_the_main_arms():
+    """Means of three seeds, shifted by 0.1: over k where no run knows its arithmetic, else over that."""
+    preset = replace(PRESET, lead={"hashed": "Hashed, k = 4", "dense": "Dense", "frozen": "not run"})
+    chart, _ = study_page("x", preset, all_of(dense, hashed)).sections[0].parts
+    assert [line.name for line in chart.lines] == ["Hashed, k = 4", "Dense"] and chart.x_log
+    of_hashed, of_dense = chart.lines
+    assert of_hashed.x == of_dense.x == [1, 2, 4]
+    assert of_hashed.y == pytest.approx([2.5, 2.0, 2.2]) and of_dense.y == pytest.approx([2.1] * 3)
+    runs = [
+        *(dense(seed, flops_per_symbol={"dense": 8e6}) for seed in SHIFT),
+        *(hashed(seed, flops_per_symbol={"1": 2e6, "2": 3e6, "4": 5e6}) for seed in SHIFT),
+    ]
+    of_hashed, of_dense = study_page("x", preset, arrange(runs)).sections[0].parts[0].lines
+    assert of_hashed.x == [2, 3, 5] and of_hashed.y == pytest.approx([2.5, 2.0, 2.2])
+    assert of_dense.x == [8] and of_dense.y == pytest.approx([2.1])
+    many = replace(PRESET, arms={f"a{i}": ArmConfig(kin="a0") for i in range(7)} | PRESET.arms)
+    assert study_page("x", many, all_of(dense, hashed)).sections[0].title == "What was run"  # nobody said which
 
 
 def test_at_equal_seconds_between_two_points():
