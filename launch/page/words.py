@@ -1,6 +1,6 @@
 """A chart in words and in numbers, for those who cannot see it: a description and a table.
 
-Used by every way to draw one (launch/page/svg_charts.py, launch/page/plotly_charts.py).
+launch/page/html_file.py puts both beside each chart.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,9 @@
 """The report's page of several runs, or of a sweep: one table of all of them, and curves of the best six over each
 other."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite, nan
 from typing import Any
 
@@ -115,38 +116,45 @@ def _table(
     labels: Sequence[str], runs: Sequence[RunData], differing: Sequence[str], absent: Sequence[Absent]
 ) -> list[Table]:
     ks = sorted({k for run in runs for k, _ in by_k(run)})
-    first, then = (differing, ()) if len(differing) <= _FEW else ((), differing)  # many would push results out of sight
-    cells = ["symbols/s", "time", "FLOP", "parameters", "active", "of", "state"]
-    header = ["run", "bpc", *first, *(f"k = {k}" for k in ks), *cells, *then]
-    rows = [[label, *_row(run, first, then, ks)] for label, run in zip(labels, runs, strict=True)]
-    rows += [[run.name, *["-"] * (header.index("state") - 1), run.state, *["-"] * len(then)] for run in absent]
+    options = {name: partial(_option, name=name) for name in differing}
+    few = len(differing) <= _FEW  # many would push results out of sight
+    columns: dict[str, Callable[[RunData], str]] = {
+        "bpc": lambda run: text(run.quality.bpc, "{:.3f}"),
+        **(options if few else {}),
+        **{f"k = {k}": partial(_bpc_at, k=k) for k in ks},
+        "symbols/s": lambda run: text(tokens_per_second_of(run)),
+        "time": lambda run: duration(seconds_of(run)),
+        "FLOP": lambda run: count_text(run.last("flops")),
+        "parameters": lambda run: count_text(parameters_of(run)),
+        "active": lambda run: count_text(_active_parameters(run)),
+    }
+    if any(run.quality.order for run in runs):
+        columns["of"] = lambda run: run.quality.source
+    if absent or any(state_of(run) != "complete" for run in runs):
+        columns["state"] = _state
+    columns |= {} if few else options
+    header = ["run", *columns]
+    rows = [[label, *(cell(run) for cell in columns.values())] for label, run in zip(labels, runs, strict=True)]
+    rows += [[run.name, *(run.state if name == "state" else "-" for name in columns)] for run in absent]
     notes = [
-        "bpc: bits per symbol, the best that is known, and beside it what it is of; k = 1 and so on: of the held-out"
-        " split at that k. Runs without a held-out result come last. FLOP: of training, forward and backward, of all"
-        " ranks. active: parameters used at the last k."
+        "bpc: bits per symbol, the best that is known; k = 1 and so on: of the held-out split at that k. Runs"
+        " without a held-out result come last. FLOP: of training, forward and backward, of all ranks. active:"
+        " parameters used at the last k."
     ]
     return [Table(header, rows, notes=notes)] if rows else []
 
 
-def _row(run: RunData, first: Sequence[str], then: Sequence[str], ks: Sequence[int]) -> list[str]:
-    found, state = dict(by_k(run)), state_of(run)
+def _option(run: RunData, name: str) -> str:
+    return option_text(run.options[name]) if name in run.options else "-"
 
-    def values(names: Sequence[str]) -> list[str]:
-        return [option_text(run.options[name]) if name in run.options else "-" for name in names]
 
-    return [
-        text(run.quality.bpc, "{:.3f}"),
-        *values(first),
-        *(text(found.get(k, nan), "{:.3f}") for k in ks),
-        text(tokens_per_second_of(run)),
-        duration(seconds_of(run)),
-        count_text(run.last("flops")),
-        count_text(parameters_of(run)),
-        count_text(_active_parameters(run)),
-        run.quality.source,
-        state if state == "complete" else f"{state}, step {step_of(run):,}",
-        *values(then),
-    ]
+def _bpc_at(run: RunData, k: int) -> str:
+    return text(dict(by_k(run)).get(k, nan), "{:.3f}")
+
+
+def _state(run: RunData) -> str:
+    state = state_of(run)
+    return state if state == "complete" else f"{state}, step {step_of(run):,}"
 
 
 def _active_parameters(run: RunData) -> float:

@@ -146,10 +146,11 @@ def _time_table(run: RunData, x: list[float], parts: dict[str, list[float]]) -> 
         "exchange_hidden": "exchange, hidden",
         "data": "background: reading and planning, beside the step",
     }
+    alone = number(run.facts.get("ranks")) == 1  # no exchange, and no other ranks to wait for
     rows += [
         [label, text(means[name], "{:,.2f}"), percent(means[name], whole)]
         for name, label in labels.items()
-        if isfinite(means[name])
+        if isfinite(means[name]) and not (alone and (name == "own" or name.startswith("exchange")))
     ]
     note = "Means over all logged steps, of rank 0. Outside: neither forward, backward nor optimizer."
     return [Table(["part", "ms in a step", "of the step"], rows, "Mean time of a step", notes=[note])]

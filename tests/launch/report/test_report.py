@@ -337,6 +337,12 @@ def test_one_rank_has_no_chart_of_ranks(tmp_path):
     assert "Exchange" not in {section.title for section in page.sections}
     assert not any(word in title for title in charts for word in ("each rank", "Each rank", "between ranks", "Slowest"))
     assert [each.name for each in charts["Busiest over the mean"].lines] == ["busiest expert, worst layer"]
+    times = [{row[0] for row in parts(each, Table)["Mean time of a step"].rows} for each in (page, two)]
+    assert times[1] - times[0] == {
+        "forward, without waiting for other ranks",
+        "exchange, exposed (in forward and backward)",
+        "exchange, hidden",
+    }
     assert {"Rows that each rank computes", "Exchange between ranks"} <= set(parts(two, Chart))  # negative control
 
 
@@ -497,7 +503,7 @@ def test_many_options_stand_behind_the_results(sweep, tmp_path):
     page = several_page("two", runs)
     table = page.sections[0].parts[0]
     assert list(table.header)[:3] == ["run", "bpc", "k = 1"]
-    assert list(table.header)[-6:] == ["state", "model.width", "model.heads", "moe.ngram", "moe.rows", "optim.lr"]
+    assert list(table.header)[-6:] == ["active", "model.width", "model.heads", "moe.ngram", "moe.rows", "optim.lr"]
     assert {each.name for chart in parts(page, Curve).values() for each in chart.lines} == {"r0", "r1"}
 
 
@@ -514,6 +520,6 @@ def test_a_dense_run_is_a_point_among_the_others(sweep, tmp_path):
     assert line(chart, "dense").x == [8e6] and line(chart, "dense").y == [2.4]
     assert [each.name for each in parts(page, Curve)["Bits per symbol over k"].lines] == ["g-1"]
     row = dict(zip(page.sections[0].parts[0].header, page.sections[0].parts[0].rows[1], strict=True))
-    assert (row["of"], row["active"], row["k = 1"]) == ("test split, dense", "3.44 M", "-")
+    assert (row["active"], row["k = 1"]) == ("3.44 M", "-") and not {"of", "state"} & set(row)  # all whole
     titles = {section.title: section for section in run_page(read_run(dense)).sections}
     assert [type(part) for part in titles["Slimming"].parts] == [str, Table]
