@@ -48,6 +48,8 @@ CHIPS = {
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 65_536, 65_536, 0, 32, 4 * 512 * 64, False),
 }
 _TENSOR_MEMORY_COLUMNS = 512  # of a Blackwell multiprocessor
+_BLOCK = re.compile(r"// begin inline asm$.*?// end inline asm$", re.DOTALL | re.MULTILINE)
+_PLACE = re.compile(r"^\s*\.loc\b.*\n", re.MULTILINE)
 _TENSOR_CORE = ("HMMA", "HGMMA", "UTCMMA", "MFMA")
 
 
@@ -109,8 +111,9 @@ def compile_launch(launch: Launch, arch: str) -> Resources:
         RuntimeError: under TRITON_INTERPRET=1. Triton's own errors if it cannot compile.
     """
     source, options = specialise(launch, arch)
-    with triton.knobs.cache.scope():
+    with triton.knobs.cache.scope(), triton.knobs.runtime.scope():
         triton.knobs.cache.dir = str(CACHE)
+        triton.knobs.runtime.add_stages_inspection_hook = _mend_lines
         compiled = triton.compile(source, target=CHIPS[arch].target, options=options)
         warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     rows = list(_row_accesses(compiled.asm["ttir"], Path(launch.kernel.fn.__code__.co_filename)))
@@ -124,6 +127,27 @@ def compile_launch(launch: Launch, arch: str) -> Resources:
         shared=shared,
         tensor_columns=getattr(compiled.metadata, "tmem_size", None) or 0,
     )
+
+
+def _mend_lines(*arguments: Any) -> tuple[str, str]:
+    """Put `true_lines` behind the stage that makes PTX; called without arguments, return keys for Triton's cache."""
+    stages = arguments[1] if arguments else {}
+    if "ptx" in stages:
+        make_ptx = stages["ptx"]
+        stages["ptx"] = lambda source, metadata: true_lines(make_ptx(source, metadata))
+    return "true_lines", "true_lines"
+
+
+def true_lines(ptx: str) -> str:
+    """Return PTX whose inline blocks stand whole on the source line of the .loc above them.
+
+    The LLVM of Triton 3.8 gives each line of a block the number after that of the line above it (llvm/llvm-project
+    177718; 222764 mends it). Triton writes its global loads and stores as such blocks, so they would count for source
+    lines further down. Only line information changes: ptxas makes the same instructions of it.
+
+    Example: of `.loc 1 38 13`, a block of `.loc 1 38 13`, `mov`, `.loc 1 39 13`, `ld.global`, the two in the block go.
+    """
+    return _BLOCK.sub(lambda block: _PLACE.sub("", block[0]), ptx)
 
 
 def failures(launch: Launch, arch: str, resources: Resources) -> list[str]:

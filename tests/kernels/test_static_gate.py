@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.kernels_static import aot
-from benchmarks.kernels_static.program import MANY_ROWS, Layer, bytes_over_minimum, quick_builds, record_layer
+from benchmarks.kernels_static.program import MANY_ROWS, Layer, bytes_over_minimum, describe, quick_builds, record_layer
 from foreroute.kernels.launching import is_interpreted
 
 pytestmark = pytest.mark.skipif(is_interpreted(), reason="TRITON_INTERPRET=1: kernels are interpreted, not compiled")
@@ -33,9 +33,7 @@ COMPILED = "gfx942"  # in every run of the tests; the others, up to half a minut
 def test_every_kernel_passes(arch):
     builds = quick_builds(arch)
     assert len({build.launch.name for build in builds}) == 9
-    wrong = {
-        f"{launch.name} {launch.start.arguments}": found for _, launch in builds if (found := failures(launch, arch))
-    }
+    wrong = {f"{launch.name} {describe(launch)}": found for _, launch in builds if (found := failures(launch, arch))}
     assert not wrong
 
 
@@ -67,6 +65,25 @@ def test_reports_a_product_without_tensor_cores():
     resources = aot.compile_launch(launch, "sm_90")
     without = {n: c for n, c in resources.instructions.items() if n != "HGMMA"}
     assert aot.failures(launch, "sm_90", replace(resources, instructions=without)) == ["no tensor-core instruction"]
+
+
+def test_blocks_stand_on_the_line_above_them():
+    load = "@%p1 ld.global.b32 {{ %r1 }}, [ %rd3 + 0 ];"
+    block = f"\t// begin inline asm\n{{}}\tmov.u32 %r1, 0x0;\n{{}}\t{load}\n\n\t// end inline asm\n"
+    outside = "\t.loc\t1 38 13 // rows.py:38:13\n{}\t.loc\t1 41 9\n\tadd.s32 %r2, %r1, 1;\n{}"
+    places = "\t.loc\t1 38 13 // rows.py:38:13\n", "\t.loc\t1 39 13 // rows.py:39:13\n"
+    whole, split = block.format("", ""), block.format(*places)
+    assert aot.true_lines(outside.format(split, split)) == outside.format(whole, whole)
+    assert aot.true_lines(outside.format(whole, whole)) == outside.format(whole, whole)
+
+
+def test_lines_alone_are_mended(tmp_path, monkeypatch):
+    """Without it a kernel has the same instructions."""
+    launch = recorded("_combine_kernel")
+    mended = aot.compile_launch(launch, "sm_80")
+    monkeypatch.setattr(aot, "CACHE", tmp_path)
+    monkeypatch.setattr(aot, "true_lines", lambda ptx: ptx)
+    assert replace(aot.compile_launch(launch, "sm_80"), rows=mended.rows) == mended
 
 
 def test_refuses_the_interpreter(monkeypatch):
