@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from importlib.util import find_spec
+from types import TracebackType
 
 # PyTorch's OpenMP runtime reads this once, as it is loaded. Otherwise its threads spin at their barriers for
 # milliseconds, and beside a busy process that takes the core from the thread they wait for. To sleep and wake costs,
@@ -18,7 +19,19 @@ def _leave(number: int, _frame: object) -> None:
     os._exit(128 + number)
 
 
+def _end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """End a program that cannot be loaded with what is installed; launch.start.cli.run_program takes over."""
+    from foreroute.engine.errors import UserError
+
+    if not isinstance(error, UserError):
+        sys.__excepthook__(kind, error, trace)
+        return
+    sys.stderr.write(f"foreroute: {error}\n")
+    sys.exit(2)
+
+
 if sys.argv[:1] == ["-m"]:  # a program's start, not an import
+    sys.excepthook = _end
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell has it for a job in the background
         signal.signal(signal.SIGINT, _leave)
     _absent = [name for name in ("torch", "hydra", "deepspeed", "numpy") if find_spec(name) is None]

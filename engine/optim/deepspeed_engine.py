@@ -3,8 +3,7 @@
 DeepSpeed runs every training step, also on one process. Its config is built here from ours and exists nowhere else.
 `Engine` offers a step (forward, backward, step) and, for engine/checkpoint/save_load.py, the fp32 master weight and the
 Adam moments of each parameter by name, whatever the ZeRO stage. DeepSpeed's own checkpoints, schedulers and loggers are
-not used. Constants whose names end in NAME or NAMES list the undocumented names relied on; a test fails when one is
-gone.
+not used.
 """
 
 import contextlib
@@ -19,17 +18,6 @@ from typing import Any
 import deepspeed
 import deepspeed.ops
 import torch
-from deepspeed.comm.torch import TorchBackend
-from deepspeed.runtime import bf16_optimizer
-from deepspeed.runtime.zero import stage3, stage_1_and_2
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
 from torch import Tensor, nn
 from torch import distributed as dist
 
@@ -38,6 +26,28 @@ from foreroute.engine.errors import require
 from foreroute.engine.moe.exchange import build_exchange
 from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.optim.adam import build_optimizer
+from foreroute.engine.optim.deepspeed_contract import (
+    COMPATIBLE_OPS,
+    FLATS_NAME,
+    LINK_NAMES,
+    NEW_GROUP_NAME,
+    NORM_CHECK_NAME,
+    NORM_CHECKERS,
+    NORM_MASK_NAME,
+    OVERFLOW_NAME,
+    REGATHER_NAMES,
+    SHARD_NAMES,
+    SHARED_MEMORY_OP,
+    TorchBackend,
+    require_names,
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+    stage_1_and_2,
+)
 from foreroute.engine.optim.expert_sharding import (
     aligned_first,
     balance_over_ranks,
@@ -54,28 +64,6 @@ from foreroute.engine.parallel.watchdog import FOR_EVER
 # DeepSpeed calls collectives by names that PyTorch is about to drop.
 warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", FutureWarning)
 
-TESTED_VERSIONS = ("0.19.8",)
-COMPATIBLE_OPS = "__compatible_ops__"  # of deepspeed.ops: name of a C++ op -> may it be built
-SHARED_MEMORY_OP = "deepspeed_shm_comm"
-LINK_NAMES = ("_lazy_init_hp_params_optimizer_state", "_hp_optimizer_states_linked")
-"""Of the optimizers of ZeRO-1 and 2: link each parameter to its slice of the flat Adam state."""
-FLATS_NAME = "fp32_partitioned_groups_flat"
-"""Of the optimizer of ZeRO-3: the flat fp32 tensors that Adam steps."""
-REGATHER_NAMES = ("checkpoint_event_prologue", "checkpoint_event_epilogue")
-"""Of the optimizer of ZeRO-3: give up all gathered weights; gather those that are kept whole again."""
-SHARD_NAMES = ("ds_shape", "ds_tensor", "ds_zero_partition_rank", "ds_zero_partition_world_size")
-"""Of a parameter at ZeRO-3: its whole shape, this rank's padded part of the compute copy, which part that is, of how
-many."""
-NEW_GROUP_NAME = "new_group"
-"""Of TorchBackend: takes ranks, makes every group of them."""
-NORM_CHECK_NAME = "is_invalid_grad_norm"
-"""Of NORM_CHECKERS: asked with the global gradient norm of every step; True makes the optimizer drop the update. It
-reads the norm back to the host."""
-NORM_CHECKERS = (stage_1_and_2, stage3, bf16_optimizer)
-NORM_MASK_NAME = "mask_nan_or_inf_with_val_inplace"
-"""Of stage_1_and_2: sets a norm that is not finite to -1, by way of a copy from the host."""
-OVERFLOW_NAME = "check_overflow"
-"""Of the optimizers of ZeRO-1 and 2: asks, with bf16, whether any gradient is not finite. The norm says the same."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -94,6 +82,7 @@ class Engine:
         self._unless: Tensor | None = None
         if self._stage in (1, 2):
             setattr(engine.optimizer, OVERFLOW_NAME, lambda **_: None)
+        self._check_contract()
         self._create_adam_state()
 
     @property
@@ -259,6 +248,15 @@ class Engine:
         for group in self._adam.param_groups:
             yield from group["params"]
 
+    def _check_contract(self) -> None:
+        """Raise UserError if DeepSpeed has not put there what the methods of this class use."""
+        if self._stage == 3:
+            require_names(self._engine.optimizer, FLATS_NAME, *REGATHER_NAMES)
+            for param in self.module.parameters():
+                require_names(param, *SHARD_NAMES)
+        elif self._stage:
+            require_names(self._engine.optimizer, *LINK_NAMES)
+
     def _create_adam_state(self) -> None:
         """Create Adam's state as its first step would, so that it can be read and written at any time.
 
@@ -305,15 +303,6 @@ def _shard(value: Tensor, param: nn.Parameter) -> Tensor:
     return padded.narrow(0, numel * shard.ds_zero_partition_rank, numel)
 
 
-def check_version(version: str = deepspeed.__version__) -> None:
-    """Raise UserError unless this is a DeepSpeed version whose internals were tested."""
-    require(
-        version in TESTED_VERSIONS,
-        f"DeepSpeed {version} is installed: foreroute relies on internals tested with "
-        f"{', '.join(TESTED_VERSIONS)} only (pip install deepspeed=={TESTED_VERSIONS[-1]})",
-    )
-
-
 def start(model: nn.Module, config: Config, mesh: Mesh | None = None) -> Engine:
     """Hand the model to DeepSpeed and return the engine that trains it.
 
@@ -322,11 +311,10 @@ def start(model: nn.Module, config: Config, mesh: Mesh | None = None) -> Engine:
     for one process only.
 
     Raises:
-        UserError: an untested DeepSpeed, options that DeepSpeed gets wrong, or experts that cannot be shared out
-            evenly.
+        UserError: options that DeepSpeed gets wrong, experts that cannot be shared out evenly, or a DeepSpeed without
+            a name that is needed.
         RuntimeError: DeepSpeed groups the ranks in another way than the mesh.
     """
-    check_version()
     mesh = mesh or Mesh()
     shared = [m for m in model.modules() if isinstance(m, MoELayer)] if mesh.expert_ranks > 1 else []
     for layer in shared:

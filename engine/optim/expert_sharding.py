@@ -4,11 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import deepspeed
-import deepspeed.ops
 import torch
-from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
-from deepspeed.utils import groups
 from torch import distributed as dist
 from torch import nn
 
@@ -16,11 +12,14 @@ from foreroute.engine.config import Config, Router
 from foreroute.engine.config.enums import BalanceOver
 from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.optim.adam import comes_last
+from foreroute.engine.optim.deepspeed_contract import (
+    GROUP_NAMES,
+    AutoEPMoELayer,
+    groups,
+    split_params_into_different_moe_groups_for_optimizer,
+)
 from foreroute.engine.parallel.collectives import Wire
 from foreroute.engine.parallel.mesh import Mesh
-
-GROUP_NAMES = ("_get_expert_parallel_group", "_get_expert_data_parallel_group")
-"""Of deepspeed.utils.groups: the ranks that exchange rows with this one, and those that hold the same experts."""
 
 
 def is_shared_out(param: nn.Parameter) -> bool:
@@ -29,7 +28,7 @@ def is_shared_out(param: nn.Parameter) -> bool:
 
 
 class _SharedLayer(MoELayer, AutoEPMoELayer):  # type: ignore[misc]
-    """A layer whose experts are shared out, as DeepSpeed 0.19.8 knows one: its class decides how it is treated."""
+    """A layer whose experts are shared out, as DeepSpeed knows one: its class decides how it is treated."""
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy gets: no process group, which DeepSpeed has put here."""

@@ -61,8 +61,8 @@ class GlooHost(Host):
     def all_gather(self, values: NDArray[Any]) -> NDArray[Any]:
         """Give every rank's array, [ranks, *values.shape]."""
         own = torch.from_numpy(np.ascontiguousarray(values).copy().reshape(-1))
-        found = own.new_empty(self.ranks * own.numel())
-        dist.all_gather_single(found, own, group=self.group)
+        found = own.new_empty(self.ranks, own.numel())
+        dist.all_gather(list(found), own, group=self.group)
         return found.numpy().reshape(self.ranks, *values.shape)
 
     def close(self) -> None:

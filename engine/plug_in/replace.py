@@ -51,7 +51,7 @@ from torch import distributed as dist
 from foreroute.engine.config import Builder, KernelsConfig, Keys, MoEConfig, ParallelConfig, Router
 from foreroute.engine.errors import require
 from foreroute.engine.moe.layer import MoELayer
-from foreroute.engine.optim.deepspeed_engine import check_version, skip_shared_memory_op, wait_at_most
+from foreroute.engine.optim.deepspeed_engine import skip_shared_memory_op, wait_at_most
 from foreroute.engine.optim.expert_sharding import parameter_groups, share_experts
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.plug_in.planned_experts import PlannedExperts
@@ -136,7 +136,6 @@ def replace_feed_forwards(
     skip_shared_memory_op()
     wait_at_most(timedelta(seconds=parallel.timeout_s))
     if mesh.expert_ranks > 1:
-        check_version()
         for layer in layers:
             share_experts(layer, mesh)
     experts = PlannedExperts(layers, tables, mesh, parallel, width=width, k=k, seed=seed)

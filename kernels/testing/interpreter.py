@@ -1,4 +1,5 @@
-"""What a kernel test needs around Triton's interpreter (TRITON_INTERPRET=1); inert until asked.
+"""What a kernel test needs around Triton's interpreter (TRITON_INTERPRET=1); inert until asked, but for a
+mistake of Triton 3.6 that it mends.
 
 `guarded` catches accesses outside a launch's tensors and write races, and records the bytes that
 were really touched. `bf16_semantics` gives bf16 its arithmetic. `poisoned_empty` makes visible what
@@ -23,6 +24,16 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from foreroute.kernels.launching import bf16_allowed
+
+if triton.__version__.startswith("3.6."):
+    # Its range(tensor, tensor) makes a Python int of an array of shape [1], which newer NumPy refuses.
+    _patch_tensor = interpreter._patch_lang_tensor
+
+    def _patch_with_index(tensor: Any, scope: Any) -> None:
+        _patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = _patch_with_index
 
 
 class GuardError(RuntimeError):
@@ -272,6 +283,7 @@ class _Bf16:
     def __init__(self, builder: Any) -> None:
         self._dot, self._cast = builder.create_dot, builder.cast_impl
         self._binary, self._fma = builder.binary_op, builder.create_fma
+        self._negate: Any = getattr(builder, "create_fneg", None)
 
     def create_dot(self, a: Any, b: Any, *rest: Any) -> Any:
         return self._dot(_widen(a), _widen(b), *rest)
@@ -292,6 +304,9 @@ class _Bf16:
             return self._fma(x, y, z)
         return _round(_widen(x).data.astype(np.float64) * _widen(y).data + _widen(z).data)
 
+    def create_fneg(self, x: Any) -> Any:  # Triton 3.8's; before, negation is 0 - x
+        return _round(-_widen(x).data) if _is_bf16(x) else self._negate(x)
+
     def get_bf16(self, value: float) -> Any:  # triton 3.7.1 has none: a bf16 tensor x a Python number
         return _round([value])
 
@@ -309,7 +324,7 @@ def bf16_semantics() -> Iterator[None]:
     """
     _require_interpreter()
     builder, reduce_sum = interpreter.interpreter_builder, interpreter.ReduceOps.sum
-    names = ("create_dot", "cast_impl", "binary_op", "create_fma", "get_bf16")
+    names = ("create_dot", "cast_impl", "binary_op", "create_fma", "create_fneg", "get_bf16")
     bf16 = _Bf16(builder)
 
     def sum_of_values(self: Any, x: Any) -> Any:

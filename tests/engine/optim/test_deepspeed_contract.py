@@ -23,6 +23,7 @@ from torch import nn
 from foreroute.engine.config import Precision
 from foreroute.engine.errors import UserError
 from foreroute.engine.model.build import build_model
+from foreroute.engine.optim import deepspeed_contract as contract
 from foreroute.engine.optim import deepspeed_engine as adapter
 from foreroute.engine.optim import expert_sharding
 from foreroute.engine.parallel.mesh import Mesh
@@ -38,15 +39,12 @@ def side_effects(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_contract_with_this_deepspeed_version() -> None:
-    adapter.check_version()
-    with pytest.raises(UserError, match=r"DeepSpeed 0\.20\.0 is installed.*0\.19\.8"):
-        adapter.check_version("0.20.0")
-    assert adapter.SHARED_MEMORY_OP in getattr(deepspeed.ops, adapter.COMPATIBLE_OPS)
-    for name in expert_sharding.GROUP_NAMES:
+    assert contract.SHARED_MEMORY_OP in getattr(deepspeed.ops, contract.COMPATIBLE_OPS)
+    for name in contract.GROUP_NAMES:
         assert callable(getattr(groups, name))
-    for module in adapter.NORM_CHECKERS:
-        assert callable(getattr(module, adapter.NORM_CHECK_NAME))
-    assert callable(getattr(adapter.stage_1_and_2, adapter.NORM_MASK_NAME))
+    for module in contract.NORM_CHECKERS:
+        assert callable(getattr(module, contract.NORM_CHECK_NAME))
+    assert callable(getattr(contract.stage_1_and_2, contract.NORM_MASK_NAME))
     for stage, precision, offload in itertools.product((1, 2, 3), Precision, (False, True)):
         setup = tiny_config(stage, precision=precision, offload=offload)
         engine = adapter.start(build_model(setup, SYMBOLS), setup)
@@ -56,16 +54,71 @@ def test_contract_with_this_deepspeed_version() -> None:
         assert type(engine._engine.optimizer) is kind
         assert isinstance(engine._adam, torch.optim.Adam) and engine._adam.defaults["fused"]  # knows found_inf
         if stage < 3:
-            assert callable(getattr(kind, adapter.OVERFLOW_NAME, None)) == (kind is DeepSpeedZeroOptimizer)
-        names = (adapter.FLATS_NAME, *adapter.REGATHER_NAMES) if stage == 3 else adapter.LINK_NAMES
+            assert callable(getattr(kind, contract.OVERFLOW_NAME, None)) == (kind is DeepSpeedZeroOptimizer)
+        names = (contract.FLATS_NAME, *contract.REGATHER_NAMES) if stage == 3 else contract.LINK_NAMES
         for name in names:
             assert hasattr(engine._engine.optimizer, name)
         for param in engine.module.parameters():
             if stage == 3:
-                assert all(hasattr(param, name) for name in adapter.SHARD_NAMES)
+                assert all(hasattr(param, name) for name in contract.SHARD_NAMES)
             else:
                 fragment: Any = getattr(param, "_hp_mapping", None)
                 assert fragment.get_hp_fragment("exp_avg") is not None
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind", "name"),
+    [
+        *((2, DeepSpeedZeroOptimizer, name) for name in contract.LINK_NAMES),
+        *((3, DeepSpeedZeroOptimizer_Stage3, name) for name in (contract.FLATS_NAME, *contract.REGATHER_NAMES)),
+    ],
+)
+def test_an_engine_without_a_name_is_refused(
+    stage: int, kind: type, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a version would be that renamed it."""
+
+    def renamed(self: Any, wanted: str) -> Any:
+        if wanted == name:
+            raise AttributeError(name)
+        return object.__getattribute__(self, wanted)
+
+    setup = tiny_config(stage)
+    engine = adapter.start(build_model(setup, SYMBOLS), setup)
+    monkeypatch.setattr(kind, "__getattribute__", renamed)
+    with pytest.raises(
+        UserError, match=rf"DeepSpeed {deepspeed.__version__} is installed.*: {kind.__name__} has no {name} "
+    ):
+        adapter.Engine(engine._engine, 1, Mesh(), None)
+
+
+def test_a_parameter_without_a_name_is_refused() -> None:
+    setup = tiny_config(3)
+    engine = adapter.start(build_model(setup, SYMBOLS), setup)
+    contract.require_names(parameter := next(engine.module.parameters()), *contract.SHARD_NAMES)
+    del parameter.ds_tensor  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"Parameter has no ds_tensor "):
+        adapter.Engine(engine._engine, 1, Mesh(), None)
+
+
+LACKING = """
+import sys
+class Lacking:
+    def find_spec(self, name, path=None, target=None):
+        if name == "deepspeed.module_inject.auto_ep_layer": raise ModuleNotFoundError(f"No module named '{name}'")
+sys.meta_path.insert(0, Lacking())
+"""
+
+
+def test_a_program_without_a_name_ends_with_one_line(tmp_path: Any) -> None:
+    (tmp_path / "sitecustomize.py").write_text(LACKING)
+    env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{tmp_path}:.", "DS_ACCELERATOR": "cpu", "HOME": str(tmp_path)}
+    start = [sys.executable, "-m", "launch.train", "experiment=debug", f"train.runs_dir={tmp_path}"]
+    done = subprocess.run(start, env=env, capture_output=True, text=True, timeout=600)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"foreroute: DeepSpeed {deepspeed.__version__} is installed, without")
+    assert "No module named 'deepspeed.module_inject.auto_ep_layer'" in line
 
 
 def test_how_long_deepspeeds_groups_wait() -> None:
@@ -76,7 +129,7 @@ def test_how_long_deepspeeds_groups_wait() -> None:
         backend: Any = group._get_backend(torch.device("cpu"))
         return backend.options._timeout.total_seconds()
 
-    assert callable(getattr(TorchBackend, adapter.NEW_GROUP_NAME))
+    assert callable(getattr(TorchBackend, contract.NEW_GROUP_NAME))
     setup = tiny_config()
     adapter.start(build_model(setup, SYMBOLS), setup)
     deepspeeds, plain = deepspeed.comm.new_group([0]), dist.new_group([0])
@@ -90,7 +143,7 @@ def test_how_long_deepspeeds_groups_wait() -> None:
 def test_a_norm_is_masked_as_deepspeed_does(norm: float) -> None:
     ours, theirs = torch.tensor(norm), torch.tensor(norm)
     adapter._mask_norm(ours)
-    getattr(adapter.stage_1_and_2, adapter.NORM_MASK_NAME)(theirs)
+    getattr(contract.stage_1_and_2, contract.NORM_MASK_NAME)(theirs)
     assert ours.equal(theirs)
 
 
@@ -99,21 +152,21 @@ def test_an_optimizer_that_asks_about_no_norm_is_an_error(monkeypatch: pytest.Mo
     monkeypatch.setattr(adapter, "NORM_CHECKERS", ())
     setup = tiny_config()
     engine = adapter.start(nn.Linear(2, 1), setup)
-    theirs = getattr(adapter.stage_1_and_2, adapter.NORM_CHECK_NAME)
+    theirs = getattr(contract.stage_1_and_2, contract.NORM_CHECK_NAME)
     engine.backward(engine.forward(torch.ones(4, 2)).mean())
     with pytest.raises(RuntimeError, match="has not asked whether the gradient norm is finite"):
         engine.step()
     monkeypatch.undo()
     engine.backward(engine.forward(torch.ones(4, 2)).mean())
     assert engine.step()
-    assert getattr(adapter.stage_1_and_2, adapter.NORM_CHECK_NAME) is theirs
+    assert getattr(contract.stage_1_and_2, contract.NORM_CHECK_NAME) is theirs
 
 
-@pytest.mark.parametrize("name", expert_sharding.GROUP_NAMES)
+@pytest.mark.parametrize("name", contract.GROUP_NAMES)
 def test_other_groups_than_the_meshs_are_an_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mesh = Mesh(1, 4, 2)
     ranks = {"_get_expert_parallel_group": [0, 1], "_get_expert_data_parallel_group": [1, 3]}
-    for other in expert_sharding.GROUP_NAMES:
+    for other in contract.GROUP_NAMES:
         monkeypatch.setattr(groups, other, lambda group_name, other=other: (group_name, other))
     monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: ranks[group[1]])
     assert expert_sharding._expert_group(mesh) == ("ep_size_2", "_get_expert_parallel_group")

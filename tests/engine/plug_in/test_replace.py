@@ -517,6 +517,7 @@ def test_a_failed_call_leaves_no_plan():
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.*deprecated:DeprecationWarning")  # as others may still use it
+@pytest.mark.filterwarnings("ignore:`torch.jit.*deprecated:FutureWarning")  # from PyTorch 2.14 on
 @pytest.mark.parametrize(
     "record",
     [
