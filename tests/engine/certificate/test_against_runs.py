@@ -342,6 +342,6 @@ def test_a_sampled_certificate_checks_its_steps_alone(folder):
     before = change_certificate(path, "computed_uyrm", (2, 0, 0, 0))
     trainer, _ = trainer_of(one_short, 0, 1, folder)
     with pytest.raises(
-        RunFailed, match=f"at step 10, layer 0, micro-batch 0: expert rows computed {before}, certified {before + 1}"
+        RunFailed, match=f"at step 11, layer 0, micro-batch 0: expert rows computed {before}, certified {before + 1}"
     ):
         trainer.run(None, lambda: False, [Check(read(path), trainer.model, 0)])

@@ -289,6 +289,7 @@ def test_unaligned_memory_is_refused(device):
         moe_ffn(x, weight, ExpertWeights(*weights), rows, backend="triton", mode="fast")
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # PyTorch 2.14's
 def test_operator_and_compilation(device):
     case = make_case((13, 8, 12, 4, 2), gated=True)
     x, weight, *weights = (v.requires_grad_() for v in layer_inputs(case, torch.float32, device).values())

@@ -66,7 +66,7 @@ def options_of(folder, backend):
 
 def steps(rank, folder):
     """Losses, parameters and kernels of both backends; the optimizer is linear, so parameters show every gradient."""
-    adapter.build_optimizer = lambda params, _: torch.optim.Adam(params, 500.0, (0.0, 0.999), 1e3)
+    adapter.build_optimizer = lambda params, _: torch.optim.Adam(params, 500.0, (0.0, 0.999), 1e3, fused=True)
     found = {}
     for backend in ("cpu", "triton"):
         config = debug_config(folder, *options_of(folder, backend))
