@@ -1,22 +1,32 @@
 """How evenly a run's tables load experts and ranks: `python -m launch.tables experiment=enwik8_hashed ranks=[2,4,8]`.
 
 Builds the tables as training would and counts them on one split of the text. Loads are max / mean (1 is perfectly even)
-of the worst table; ranks touched by a token and rows on the wire are means over the tables. Prints one line for each k
-and, as its last line, one JSON object.
+of the worst table; ranks touched by a token and rows on the wire are means over the tables. Prints one line for each k,
+and below them what the columns are; `json=FILE` writes the same numbers.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from statistics import fmean
 
 from foreroute.engine.config import Config, Router, Split
 from foreroute.engine.data.corpus import prepare
-from foreroute.engine.errors import require
+from foreroute.engine.errors import UserError, require
 from foreroute.engine.model.build import build_routers, router_tables
 from foreroute.engine.routing.table_balance import Balance, RankBalance, balances
+from foreroute.launch.runs.folder import write_json
 from foreroute.launch.start.cli import run_program
 from foreroute.launch.start.console import table
+
+COLUMNS = """\
+k          active experts of each token
+experts    expert rows of the busiest expert to the mean of all: 1 is perfectly even; the worst table
+blocks     the same of blocks of experts, which builder packed fills one after the other
+P ranks    the same of ranks, where P ranks share out the experts
+touched    ranks that hold an active expert of a token, mean
+wire rows  rows of a token that leave its rank, for each layer and direction, mean"""
+"""What the columns of the table are."""
 
 
 @dataclass
@@ -27,6 +37,8 @@ class TablesArgs(Config):
     """Sizes of the expert group."""
     split: Split = Split.valid
     """Part of the corpus that is counted."""
+    json: str | None = None
+    """File for the numbers as JSON; one that is there is replaced."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,7 +82,14 @@ def tables(args: TablesArgs) -> int:
             values += [on.load, on.touched, on.wire_rows]
         rows.append([str(line.k), *(f"{value:.3f}" for value in values)])
     print(table(header, rows))
-    print(json.dumps({"split": args.split.name, "pack": pack, "k": [asdict(line) for line in found]}))
+    print(COLUMNS)
+    if args.json is not None:
+        written = {"split": args.split.name, "pack": pack, "k": [asdict(line) for line in found]}
+        try:
+            write_json(Path(args.json), written)
+        except OSError as error:
+            raise UserError(f"json={args.json}: cannot be written ({error.strerror})") from error
+        print(f"written: {args.json}")
     return 0
 
 

@@ -50,6 +50,7 @@ _ARCHIVES = {
     b"\x28\xb5\x2f\xfd": "zstd",
     b"7z\xbc\xaf": "7z",
 }
+_TAR_MARK, _TAR_MARK_AT = b"ustar", 257
 _TIMEOUT_S = 30  # without a byte from the server
 
 
@@ -135,8 +136,9 @@ def _read_source(config: CorpusConfig) -> _Source:
         text = path.read_bytes()
     except OSError as error:
         raise UserError(f"{asked}: cannot be read ({error.strerror})") from error
-    for mark, kind in _ARCHIVES.items():
-        require(not text.startswith(mark), f"{asked}: is a {kind} archive, not text; unpack it first")
+    archives = [kind for mark, kind in _ARCHIVES.items() if text.startswith(mark)]
+    archives += ["tar"] if text.startswith(_TAR_MARK, _TAR_MARK_AT) else []
+    require(not archives, f"{asked}: is a {''.join(archives[:1])} archive, not text; unpack it first")
     return _Source(text, path.name, asked)
 
 

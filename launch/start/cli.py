@@ -17,6 +17,8 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,11 +27,12 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+import foreroute
 from foreroute.engine.errors import UserError
 from foreroute.launch.start.arguments import Known, for_flag, is_sweep, known_to, ready, swept
 from foreroute.launch.start.config_files import T, to_object
 from foreroute.launch.start.console import styled
-from foreroute.launch.start.help import CONF, groups_of, help_text
+from foreroute.launch.start.help import CONF, SCREEN_COLUMNS, groups_of, help_text
 from foreroute.launch.start.jobs import Jobs, Outcome, name_rank, speak
 from foreroute.launch.start.one_line import BadOption, told
 from foreroute.launch.start.rank_variables import find_place
@@ -69,8 +72,10 @@ def run_program(
             )
         if place.ranks > 1 and not many_ranks:
             raise BadOption(f"launch.{name} runs as one process: started as {place.ranks}")
-        if {"-h", "--help"} & set(sys.argv[1:]):
-            if place.rank == 0:
+        if {"-h", "--help", "--version"} & set(sys.argv[1:]):
+            if place.rank == 0 and "--version" in sys.argv[1:]:
+                print(f"foreroute {foreroute.__version__} (PyTorch {version('torch')})")
+            elif place.rank == 0:
                 _print_help(name, schema, sys.argv[1:])
             return 0
         sys.argv = [sys.argv[0], *_arguments(name, schema, sys.argv[1:])]
@@ -155,13 +160,16 @@ def _check_files(folder: str | None, known: Known) -> None:
 
 
 def _print_help(name: str, schema: type, arguments: Sequence[str]) -> None:
-    """Print the program's help, with the options' values under the groups' choices of the command line."""
+    """Print the program's help, or that of the topics behind --help, with the options' values under the groups' choices
+    of the command line."""
     groups = groups_of(CONF / f"{name}.yaml")
-    chosen = [text for text in arguments if text.split("=")[0] in groups and "," not in text]
+    chosen = [text for text in arguments if "=" in text and text.split("=")[0] in groups and "," not in text]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         values: Any = OmegaConf.to_container(hydra.compose(name, chosen), enum_to_str=True)
-    width = min(shutil.get_terminal_size().columns, 100)
-    for line in help_text(CONF, name, schema, values, width=width).splitlines():
+    asked = next(place for place, text in enumerate(arguments) if text in ("-h", "--help"))
+    topics = list(takewhile(lambda text: not text.startswith("-") and "=" not in text, arguments[asked + 1 :]))
+    width = min(shutil.get_terminal_size().columns, SCREEN_COLUMNS)
+    for line in help_text(CONF, name, schema, values, width=width, topics=topics).splitlines():
         title = line.endswith(":") and not line.startswith(" ")
         print(styled(line, "bold", sys.stdout) if title else line)
 

@@ -1,4 +1,4 @@
-"""The text of `python -m launch.PROGRAM --help`: what the program does, the choices of its groups, and every option.
+"""The text of `python -m launch.PROGRAM --help`: one screen, or all about the groups that are named behind it.
 
 It is read from where it is kept anyway: the comment at the head of conf/PROGRAM.yaml and of each file of a group, and,
 in the source of the options' dataclasses, the string under a field, its type, and the bounds that the class checks.
@@ -9,8 +9,10 @@ import inspect
 import re
 import textwrap
 from argparse import SUPPRESS, ArgumentParser, HelpFormatter
-from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from difflib import get_close_matches
 from enum import Enum
 from itertools import pairwise
 from pathlib import Path
@@ -19,19 +21,43 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml  # type: ignore[import-untyped]
 
+from foreroute.engine.errors import require
+
 CONF = Path(__file__).resolve().parents[2] / "conf"
+SCREEN_LINES, SCREEN_COLUMNS = 30, 100
+"""What a help without a group fits in."""
+ALL = "all"
 OPTIONS = "As they are with the choices made, and in brackets what they may be."
 FLAGS = {
+    "--help GROUP": "a group, a folder of its choices (experiment/study), an option (optim.lr), or all",
     "-m": "run once for each combination of values, such as moe.spread=1,2",
     "--cfg job": "print the options as they would be, and stop",
+    "--version": "print the versions of foreroute and PyTorch",
     "--hydra-help": "what else Hydra can do",
 }
 _TYPES = {bool: "true | false", int: "whole number", float: "number", str: "text"}
 _NEEDED = "???"  # OmegaConf's value of an option that has none
+_SENTENCE = re.compile(r"(?<=\.)\s+(?=[A-Z`])")
 
 
-def help_text(conf: Path, program: str, schema: type, values: Mapping[str, Any], *, width: int) -> str:
-    """Write the help of a program.
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A part of the help that has a title."""
+
+    name: str  # by which it is asked for
+    title: str
+    meaning: str
+    lines: dict[str, str]  # what is typed, and the text about it
+
+    @property
+    def has_choices(self) -> bool:
+        return self.title.endswith("=CHOICE")
+
+
+def help_text(
+    conf: Path, program: str, schema: type, values: Mapping[str, Any], *, width: int, topics: Sequence[str] = ()
+) -> str:
+    """Write the help of a program: all of it where that is one screen, else its groups, each in a line.
 
     Args:
         conf: folder of the configuration files.
@@ -39,19 +65,89 @@ def help_text(conf: Path, program: str, schema: type, values: Mapping[str, Any],
         schema: dataclass of its options.
         values: the options as composed, as dicts and lists.
         width: columns; examples in the program's head are never broken.
+        topics: groups, folders of a group's choices, and options that are shown whole; "all" is everything.
+
+    Raises:
+        UserError: there is no such topic.
     """
+    file = conf / f"{program}.yaml"
+    parts = [_Part(name, f"{name}=CHOICE", "", choices_of(conf / name)) for name in groups_of(file)]
+    for name, meaning, options in sections(schema, values):
+        parts.append(_Part(name or "options", name or "options", meaning if name else OPTIONS, options))
+    parts = [*(part for part in parts if part.lines), _Part("flags", "flags", "", FLAGS)]
+    head = _wrapped(head_comment(file), width)
+    if topics and ALL not in topics:
+        return _written([part for topic in topics for part in _about(topic, parts)], width)
+    own = [part for part in parts if part.name == "options"]
+    others = [part for part in parts if part.name != "options"]
+    whole = f"{head}\n\n{_written(parts, width)}"
+    with_own = f"{head}\n\n{_written(own, width)}\n{_overview(others, width)}"
+    fitting = [text for text in (whole, with_own) if topics or len(text.splitlines()) <= SCREEN_LINES]
+    return next(iter(fitting), f"{head}\n\n{_overview(parts, width)}")
+
+
+def _written(parts: Sequence[_Part], width: int) -> str:
     parser = ArgumentParser(
         add_help=False,
         usage=SUPPRESS,
         formatter_class=lambda prog: HelpFormatter(prog, max_help_position=32, width=width),
     )
-    file = conf / f"{program}.yaml"
-    for group in groups_of(file):
-        _add(parser, f"{group}=CHOICE", "", choices_of(conf / group))
-    for name, meaning, options in sections(schema, values):
-        _add(parser, name or "options", meaning if name else OPTIONS, options)
-    _add(parser, "flags", "", FLAGS)
-    return f"{_wrapped(head_comment(file), width)}\n\n{parser.format_help().lstrip()}"
+    for part in parts:
+        _add(parser, part.title, part.meaning, part.lines)
+    return parser.format_help().lstrip()
+
+
+def _overview(parts: Sequence[_Part], width: int) -> str:
+    """Name the groups, each in a line with its choices or the first sentence of its meaning."""
+    found: dict[str, list[str]] = {}
+    for part in parts:
+        if part.has_choices:
+            text = f"{', '.join(_short_names(part.lines))}."
+        elif part.name == "options" or not part.meaning:
+            text = ", ".join(label.partition("=")[0] for label in part.lines)
+        else:
+            text = _SENTENCE.split(part.meaning, maxsplit=1)[0]
+        found.setdefault(part.name, []).append(text)
+    column = max(map(len, found)) + 4
+    lines = [_wrapped("groups: --help GROUP shows one, --help all everything", width)]
+    for name, texts in found.items():
+        text = re.sub(r"\bNone\b", "null", " ".join(texts))
+        wrapped = textwrap.wrap(text, max(width - column, 12), break_long_words=False, break_on_hyphens=False)
+        lines += [f"  {name}".ljust(column) + wrapped[0], *(" " * column + line for line in wrapped[1:])]
+    return "\n".join([*lines, ""])
+
+
+def _short_names(choices: Mapping[str, str]) -> list[str]:
+    """Names of choices, those in a folder as its name and how many they are."""
+    folders = Counter(name.rpartition("/")[0] for name in choices)
+    alone = [name for name in choices if "/" not in name]
+    return [*alone, *(f"{folder}/ ({num})" for folder, num in folders.items() if folder)]
+
+
+def _about(topic: str, parts: Sequence[_Part]) -> list[_Part]:
+    """The parts of a topic; choices that lie in a folder become one line."""
+    found = []
+    for part in parts:
+        folders = Counter(f"{part.name}/{name.rpartition('/')[0]}" for name in part.lines if "/" in name)
+        if part.name == topic and part.has_choices:
+            lines = {name: text for name, text in part.lines.items() if "/" not in name}
+            for folder, num in folders.items():
+                lines[f"{folder.removeprefix(f'{topic}/')}/NAME"] = f"{num} choices: --help {folder}"
+            found.append(replace(part, lines=lines))
+        elif part.name == topic:
+            found.append(part)
+        elif part.has_choices and topic in folders:
+            start = topic.removeprefix(f"{part.name}/") + "/"
+            found.append(replace(part, lines={n: text for n, text in part.lines.items() if n.startswith(start)}))
+        elif not part.has_choices:
+            lines = {label: text for label, text in part.lines.items() if label.partition("=")[0] == topic}
+            found += [replace(part, lines=lines)] if lines else []
+    names = [*dict.fromkeys(part.name for part in parts), ALL]
+    options = [label.partition("=")[0] for part in parts for label in part.lines if not part.has_choices]
+    close = get_close_matches(topic, [*names, *options], n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    require(bool(found), f"--help {topic}: no such group; {hint}allowed: {', '.join(names)}, or an option")
+    return found
 
 
 def groups_of(file: Path) -> list[str]:
@@ -66,8 +162,7 @@ def choices_of(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(folder.rglob("*.yaml"), key=lambda path: (len(path.parts), path)):
         text = " ".join(head_comment(path).split())
-        sentence = re.split(r"(?<=\.)\s+(?=[A-Z`])", text, maxsplit=1)[0]
-        found[path.relative_to(folder).with_suffix("").as_posix()] = sentence
+        found[path.relative_to(folder).with_suffix("").as_posix()] = _SENTENCE.split(text, maxsplit=1)[0]
     return found
 
 

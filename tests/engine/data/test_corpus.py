@@ -1,11 +1,14 @@
+import bz2
 import errno
 import gzip
 import hashlib
 import http.server
 import io
 import json
+import lzma
 import os
 import sysconfig
+import tarfile
 import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +29,15 @@ def file_config(tmp_path, text=TEXT, tokens=Tokens.bytes):
     path = tmp_path / "text.txt"
     path.write_bytes(text)
     return CorpusConfig(Corpus.file, str(path), tokens, str(tmp_path / "cache"))
+
+
+def tar_of(form):
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w", format=form) as archive:
+        member = tarfile.TarInfo("text.txt")
+        member.size = len(TEXT)
+        archive.addfile(member, io.BytesIO(TEXT))
+    return packed.getvalue()
 
 
 def plain_parts(text):
@@ -165,6 +177,11 @@ def test_an_interrupted_preparation_leaves_nothing(tmp_path, monkeypatch):
         (b"a" * 400, "has one symbol only"),
         (gzip.compress(b"text " * 400, mtime=0), "is a gzip archive, not text"),
         (b"PK\x03\x04" + b"a" * 400, "is a zip archive, not text"),
+        (bz2.compress(b"text " * 400), "is a bzip2 archive, not text"),
+        (lzma.compress(b"text " * 400), "is a xz archive, not text"),
+        (b"\x28\xb5\x2f\xfd" + b"a" * 400, "is a zstd archive, not text"),
+        (tar_of(tarfile.USTAR_FORMAT), "is a tar archive, not text"),
+        (tar_of(tarfile.GNU_FORMAT), "is a tar archive, not text"),
     ],
 )
 def test_unusable_texts(tmp_path, text, message):

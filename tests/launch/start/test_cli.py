@@ -5,6 +5,7 @@ import io
 import json
 import locale
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -334,14 +335,20 @@ def test_a_wrong_cluster_file_is_one_line(run, tmp_path, content, word):
 def test_the_balance_of_packed_tables(run, tmp_path, text):
     """launch.tables counts what a run with the same options trains with."""
     packed = small(tmp_path, text, "moe.builder=packed", "moe.pack=2")
-    done = run("tables", *packed, "ranks=[2,4]", "split=train")
+    out = tmp_path / "balance.json"
+    done = run("tables", *packed, "ranks=[2,4]", "split=train", f"json={out}")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.strip().splitlines()
-    assert "builder packed, blocks of 2" in lines[-7] and lines[-6].split()[:3] == ["k", "experts", "blocks"]
-    found = json.loads(lines[-1])
+    (head,) = (place for place, line in enumerate(lines) if line.split()[:3] == ["k", "experts", "blocks"])
+    assert "builder packed, blocks of 2" in lines[head - 1] and lines[-1] == f"written: {out}"
+    explained = [re.split(r"  +", line)[0] for line in lines[head + 5 : -1]]
+    assert {re.sub(r"\b[24] ranks", "P ranks", name) for name in re.split(r"  +", lines[head])} == set(explained)
+    found = json.loads(out.read_text())
     assert found["pack"] == 2 and [line["k"] for line in found["k"]] == [1, 2, 3, 4]
     assert [line["ranks"]["2"]["touched"] for line in found["k"]] == [1, 1, 2, 2]
-    assert lines[-4].split()[0] == "2" and lines[-4].split()[4:6] == ["1.000", "0.500"]
+    assert lines[head + 2].split()[0] == "2" and lines[head + 2].split()[4:6] == ["1.000", "0.500"]
+    done = run("tables", *packed, "ranks=[2,4]", "split=train", f"json={tmp_path / 'no/balance.json'}")
+    assert done.returncode == 2 and "json=" in done.stderr and len(done.stderr.splitlines()) == 1
     assert run("train", *packed).returncode == 0
     folder = tmp_path / "runs/debug"
     saved = open_saved(folder, read_config(folder / "config.yaml"), print)

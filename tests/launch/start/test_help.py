@@ -10,8 +10,10 @@ from enum import Enum
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+import foreroute
 from foreroute.engine.config import Config, MoEConfig
 from foreroute.engine.errors import UserError
 from foreroute.launch.start.help import choices_of, groups_of, head_comment, help_text, sections
@@ -25,11 +27,11 @@ EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
 @pytest.fixture
 def helped(run, monkeypatch):
-    """The help of a program at a width."""
+    """The help of a program at a width: all of it, unless topics are given."""
 
-    def helped(program, *options, width=80):
+    def helped(program, *options, width=80, topics=("all",)):
         monkeypatch.setenv("COLUMNS", str(width))
-        done = run(program, *options, "--help")
+        done = run(program, *options, "--help", *topics)
         assert done.returncode == 0 and done.stderr == "", done.stderr
         return done.stdout
 
@@ -111,7 +113,7 @@ def test_every_program_has_a_help_that_fits(helped, program):
     names = [name for item in defaults if isinstance(item, dict) for name in item]
     groups = [name for name in names if "hydra" not in name]
     for group in groups:
-        assert f"\n{group}=CHOICE:\n" in text
+        assert f"\n{group}=CHOICE:\n" in text, group
         for path in (CONF / group).rglob("*.yaml"):
             choice = str(path.relative_to(CONF / group))[: -len(".yaml")]
             assert re.search(rf"^  {choice}\s", text, re.MULTILINE), path
@@ -141,6 +143,70 @@ def test_no_word_is_broken_at_any_width(helped, width):
     wide = helped("train", width=80)
     assert whole_words(text) == whole_words(wide)
     assert whole_words(text) != whole_words(wide.replace("experts", "exp erts"))
+
+
+@pytest.mark.parametrize("width", [80, 100, 300])
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_without_a_group_it_is_one_screen(helped, program, width):
+    text = helped(program, width=width, topics=())
+    examples = [line for line in text.splitlines() if re.match(r"  (python -m|\.\.\.) ", line)]
+    assert len(text.splitlines()) <= 30 and len(examples) <= 5
+    assert all(len(line) <= min(width, 100) or line in examples for line in text.splitlines())
+    everything = helped(program, width=width)
+    titles = {title.removesuffix("=CHOICE") for title in re.findall(r"^(\S+):$", everything, re.MULTILINE)}
+    if "\ngroups: " not in text:
+        assert text == everything
+        return
+    listed = set(re.findall(r"^  (\w+)  ", text.partition("\ngroups: ")[2], re.MULTILINE))
+    assert listed | ({"options"} if "\noptions:\n" in text else set()) == titles
+
+
+def test_a_group_alone(helped):
+    whole = helped("train", "experiment=debug")
+    for topic in ("optim", "moe", "options", "flags"):
+        text = helped("train", "experiment=debug", topics=[topic])
+        assert text.splitlines()[0] == f"{topic}:" and [*entries(text)] == [
+            name
+            for name in entries(whole)
+            if name.startswith(f"{topic}.") or (topic, name) == ("options", "certificate")
+        ]
+    both = helped("train", topics=["corpus"])
+    assert "corpus=CHOICE:\n" in both and "\ncorpus:\n" in both and set(entries(both)) >= {"corpus.path"}
+    two = helped("train", "experiment=debug", topics=["data", "moe.spread"])
+    assert set(entries(two)) == {*(name for name in entries(whole) if name.startswith("data.")), "moe.spread"}
+    assert entries(two)["data.streams"] == entries(whole)["data.streams"]
+
+
+def test_choices_in_a_folder_are_one_line_until_asked_for(helped):
+    text = helped("train", topics=["experiment"], width=100)
+    studies = sorted(path.stem for path in (CONF / "experiment/study").glob("*.yaml"))
+    assert re.findall(r"^  (\S+)  ", text, re.MULTILINE) == [*EXPERIMENTS, "paper/NAME", "study/NAME"]
+    assert f" {len(studies)} choices: --help experiment/study\n" in text
+    text = helped("train", topics=["experiment/study"], width=100)
+    assert re.findall(r"^  study/(\S+)  ", text, re.MULTILINE) == studies and "paper/" not in text
+
+
+@pytest.mark.parametrize(
+    ("topic", "words"),
+    [
+        ("optm", ["did you mean optim?", "allowed: corpus, experiment, "]),
+        ("moe.spred", ["did you mean moe.spread?"]),
+        ("experiment/gone", ["allowed: "]),
+        ("quickstart", ["allowed: "]),
+    ],
+)
+def test_a_wrong_group_is_one_line_and_code_2(run, topic, words):
+    done = run("train", "--help", topic)
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and f"--help {topic}: no such group; " in done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_version_is_ours(run, program):
+    done = run(program, "--version")
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout == f"foreroute {foreroute.__version__} (PyTorch {torch.__version__})\n"
 
 
 def test_a_wrong_choice_is_one_line_and_code_2(run):
