@@ -80,6 +80,7 @@ def test_a_layer_is_compiled_once_for_each_k():
     assert not torch.equal(traced(x_TD, routing(0)).y_TD, traced(x_TD, routing(1)).y_TD)
 
 
+@pytest.mark.slow
 def test_a_block_is_compiled_once():
     torch.manual_seed(0)
     model = ModelConfig(layers=1, width=WIDTH, heads=2, head_width=6, dropout=0.0, attention_dropout=0.0)
@@ -123,7 +124,7 @@ def on_ranks(rank, ranks, gather):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("gather", [False, True], ids=["tokens", "gather"])
+@pytest.mark.parametrize("gather", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["tokens", "gather"])
 def test_padded_plans_of_two_ranks_share_one_graph(gather):
     """Outputs and gradients are those of the plans without padding, run eagerly. Negative control: without padding the
     layer is compiled again."""
