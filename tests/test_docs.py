@@ -2,9 +2,11 @@
 commands."""
 
 import dataclasses
+import importlib.util
 import re
 import typing
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -96,3 +98,53 @@ def test_a_wrong_name_is_found(tmp_path):
 def test_the_readme_leads_to_every_page():
     linked = {(page.parent / link).resolve() for page in PAGES for link in _links(page)}
     assert [page.name for page in PAGES[1:] if page not in linked] == []
+
+
+def test_the_tour_of_the_house_links_to_what_is_there():
+    tour = ROOT / "CONTRIBUTING.md"
+    assert [link for link in _links(tour) if not (ROOT / link).exists()] == []
+
+
+def _program_of(page: str) -> ModuleType:
+    """A program of docs/, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"docs_{Path(page).stem}", ROOT / "docs" / page)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_api_page_has_every_public_name():
+    api = _program_of("api.py")
+    assert (ROOT / "docs/api.md").read_text() == api.page(), "python docs/api.py writes it anew"
+
+
+def test_a_name_that_is_new_or_gone_changes_the_api_page():
+    api = _program_of("api.py")
+    module = ModuleType("house")
+    exec("class Door: ...\ndef open_it(): ...\ndef _hidden(): ...\nNUMBER = 3", module.__dict__)
+    for value in (module.Door, module.open_it):
+        value.__module__ = "house"
+    module.Path = Path  # another module's
+    assert api.public_names(module) == ["Door", "open_it"]
+    module.__all__ = ["NUMBER", "__version__"]
+    assert api.public_names(module) == ["NUMBER"]
+
+
+def test_the_readmes_pictures_are_what_draws_them_and_show_its_table():
+    pictures = _program_of("img/pictures.py")
+    assert (ROOT / "docs/img/way.svg").read_text() == pictures.way()
+    (table,) = pictures.RESULTS.findall((ROOT / "README.md").read_text())
+    shown = dict(re.findall(r"^ +(k = \d+|order \d) +(\d\.\d{3}) ", table, re.MULTILINE))
+    curve = (ROOT / "docs/img/slimming.svg").read_text()
+    assert len(shown) == 7 and all(re.search(rf">(order \d )?{value}</text>", curve) for value in shown.values())
+
+
+def test_a_run_is_put_into_the_readme():
+    pictures = _program_of("img/pictures.py")
+    text = (ROOT / "README.md").read_text()
+    put = pictures.RESULTS.sub(lambda _: "    nothing", text)
+    assert "\n\n    nothing\n\n<!-- end" in put and put.count("\n") < text.count("\n")
+    drawn = pictures.slimming({"1": 3.0, "2": 2.5, "4": 2.25}, {"order 2": 2.75})
+    places = [float(y) for y in re.findall(r'<circle cx="[\d.]+" cy="([\d.]+)"', drawn)]
+    assert places == sorted(places) and places[1] - places[0] == pytest.approx(2 * (places[2] - places[1]), abs=0.3)
