@@ -116,7 +116,7 @@ def graph(setting: Setting) -> dict[str, Any]:
     run = partial(_gradients, layer, own_x_TD, call)
     replay = run if setting.dry_run else _captured(run)
     different = 0
-    count = 3 if setting.dry_run else PLANS
+    count = 2 if setting.dry_run else PLANS
     for number in range(count):
         plan = _plan(number + 1, x_TD.device)
         for mine, new in zip(tensors_in(static), tensors_in(plan), strict=True):
@@ -128,7 +128,7 @@ def graph(setting: Setting) -> dict[str, Any]:
 
 def training(setting: Setting) -> dict[str, Any]:
     """Train a small model with torch's Adam on the device and on the CPU."""
-    steps = 3 if setting.dry_run else STEPS
+    steps = 2 if setting.dry_run else STEPS
     want = _train("cpu", Backend.cpu, steps)
     got = _train(setting.device, Backend.triton, steps)
     apart = max(abs(a - b) / b for a, b in zip(got, want, strict=True))
