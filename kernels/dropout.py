@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foreroute.kernels.launching import to_device
+
 _MASK32 = 0xFFFFFFFF
 
 
@@ -32,10 +34,10 @@ class Dropout:
         return min(round(self.rate * 2**32), 2**32 - 1) - 2**31
 
     def words(self) -> Tensor:
-        """Return the words of the seed, int32 [2], where token_R lies."""
+        """Return the words of the seed, int32 [2], where token_R lies; the host does not wait for them."""
         if isinstance(self.seed, Tensor):
             return self.seed
-        return torch.tensor(seed_words(self.seed), dtype=torch.int32, device=self.token_R.device)
+        return to_device(torch.tensor(seed_words(self.seed), dtype=torch.int32), self.token_R.device)
 
     @property
     def scale(self) -> float:

@@ -77,8 +77,7 @@ def expert_ffn(
     check_dropout(dropout, x_RD)
     if options.backend == "reference":
         return expert_ffn_reference(x_RD, weights, rows, dropout)
-    rate, first_expert = (0.0, 0) if dropout is None else (dropout.rate, dropout.first_expert)
-    call = FfnCall(rate, first_expert, wants_grad(x_RD, *weights), False, False, *options)
+    call = FfnCall(wants_grad(x_RD, *weights), False, False, *options)
     y_ND, _ = ffn(x_RD, None, weights, rows, dropout, call)
     return y_ND
 

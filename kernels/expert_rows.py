@@ -62,6 +62,16 @@ class ExpertRows:
         """Give the fields in order."""
         return self.source_N, self.offset_L, self.slot_N, self.slot_offset_R
 
+    def padded(self, num_rows: int) -> "ExpertRows":
+        """Return the same with so many expert rows, at least as many as there are."""
+        padding = torch.arange(self.num_rows, num_rows, device=self.source_N.device)
+        return ExpertRows(
+            torch.cat((self.source_N, torch.zeros_like(padding))),
+            self.offset_L,
+            torch.cat((padding, self.slot_N)),
+            self.slot_offset_R + padding.numel(),
+        )
+
     def expert_N(self) -> Tensor:
         """Local expert of each expert row, int64; without padding (its length is read back)."""
         counts_L = torch.diff(self.offset_L, prepend=self.offset_L.new_zeros(1))

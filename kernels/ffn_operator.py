@@ -25,24 +25,41 @@ from foreroute.kernels.dropout import Dropout
 from foreroute.kernels.expert_rows import ExpertRows
 from foreroute.kernels.gpu import expert_ffn as gpu
 from foreroute.kernels.gpu.rows import combine_forward as combine_on_gpu
-from foreroute.kernels.operands import ExpertWeights, FfnGradients, Saved, pack_weights
+from foreroute.kernels.operands import ExpertWeights, FfnGradients, Saved, pack_weights, unpack_weights
 
-_ARGUMENTS = "float rate, int first_expert, bool save, bool dweight, bool masked, str backend, str mode, str precision"
 _NUM_ROWS = len(ExpertRows.__slots__)  # index tensors
 _NUM_SAVED = len(Saved._fields)
 
 
 class FfnCall(NamedTuple):
-    """The arguments of the operator that are no tensors."""
+    """How the operator is run."""
 
-    rate: float  # of dropout
-    first_expert: int
     save: bool  # backward may follow
     dweight: bool  # it will be asked for the gradient of the mixing weights
     masked: bool
     backend: str
     mode: str
     precision: str
+
+
+class _Operands(NamedTuple):
+    """What the operator works on, as its flat arguments have it; a FfnCall comes after it."""
+
+    x_RD: Tensor
+    weight_N: Tensor | None
+    weights: list[Tensor]
+    rows: list[Tensor]
+    token_R: Tensor | None
+    seed: Tensor | None
+    rate: float
+    first_expert: int
+
+    @property
+    def dropout(self) -> Dropout | None:
+        """The dropout that was flattened."""
+        if self.token_R is None or self.seed is None:
+            return None
+        return Dropout(self.rate, self.seed, self.token_R, self.first_expert)
 
 
 def ffn(
@@ -54,9 +71,8 @@ def ffn(
     call: FfnCall,
 ) -> tuple[Tensor, Saved]:
     """Run the operator: differentiable where call.save is set."""
-    token_R, seed = (None, None) if dropout is None else (dropout.token_R, dropout.words())
     run = _differentiable if _unwatched(x_RD) else _ffn
-    out, *saved = run(x_RD, weight_N, pack_weights(weights), list(rows.tensors()), token_R, seed, *call)
+    out, *saved = run(*_flat(x_RD, weight_N, weights, rows, dropout), *call)
     return out, Saved(*saved)
 
 
@@ -71,60 +87,60 @@ def ffn_backward(
     call: FfnCall,
 ) -> FfnGradients:
     """Run the operator's backward pass."""
-    token_R, seed = (None, None) if dropout is None else (dropout.token_R, dropout.words())
-    run = _backward if _unwatched(dout) else _ffn_backward
-    dx_RD, dweight_N, *dweights = run(
-        dout, x_RD, weight_N, pack_weights(weights), list(rows.tensors()), list(saved), token_R, seed, *call
-    )
-    return FfnGradients(dx_RD, ExpertWeights(*dweights), dweight_N if call.dweight else None)
+    operands = _flat(x_RD, weight_N, weights, rows, dropout)
+    dx_RD, dweight_N, *dweights = _run_backward(dout, list(saved), *operands, *call)
+    return FfnGradients(dx_RD, unpack_weights(dweights), dweight_N if call.dweight else None)
 
 
-def _forward(
-    x_RD: Tensor,
-    weight_N: Tensor | None,
-    weights: list[Tensor],
-    rows: list[Tensor],
-    token_R: Tensor | None,
-    seed: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    call, index, experts = FfnCall(*rest), ExpertRows(*rows), ExpertWeights(*weights)
-    dropout = _dropout(call, token_R, seed)
+def _flat(
+    x_RD: Tensor, weight_N: Tensor | None, weights: ExpertWeights, rows: ExpertRows, dropout: Dropout | None
+) -> _Operands:
+    index = list(rows.tensors())
+    if dropout is None:
+        return _Operands(x_RD, weight_N, pack_weights(weights), index, None, None, 0.0, 0)
+    masks = dropout.token_R, dropout.words(), dropout.rate, dropout.first_expert
+    return _Operands(x_RD, weight_N, pack_weights(weights), index, *masks)
+
+
+def _whole(arguments: tuple[Any, ...]) -> tuple[_Operands, FfnCall]:
+    """Take apart the flat arguments."""
+    count = len(_Operands._fields)
+    return _Operands(*arguments[:count]), FfnCall(*arguments[count:])
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    operands, call = _whole(arguments)
+    x_RD, weight_N, experts, index = operands.x_RD, operands.weight_N, *_structured(operands)
     if call.backend == "triton":
-        out, saved = gpu.ffn_forward(x_RD, experts, index, dropout, save=call.save, precision=call.precision)
+        out, saved = gpu.ffn_forward(x_RD, experts, index, operands.dropout, save=call.save, precision=call.precision)
         if weight_N is not None:
             out = combine_on_gpu(out, weight_N, index)
     elif call.masked and weight_N is not None:
-        out, saved = masked_forward(x_RD, weight_N, experts, index, dropout, dweight=call.dweight)
+        out, saved = masked_forward(x_RD, weight_N, experts, index, operands.dropout, dweight=call.dweight)
     else:
-        out, saved = cpu.ffn_forward(x_RD, experts, index, dropout, save=call.save, mode=call.mode)
+        out, saved = cpu.ffn_forward(x_RD, experts, index, operands.dropout, save=call.save, mode=call.mode)
         if weight_N is not None:
             out = combine_on_cpu(out, weight_N, index)
     return out, *saved
 
 
-def _backward(
-    dout: Tensor,
-    x_RD: Tensor,
-    weight_N: Tensor | None,
-    weights: list[Tensor],
-    rows: list[Tensor],
-    saved: list[Tensor],
-    token_R: Tensor | None,
-    seed: Tensor | None,
-    *rest: Any,
-) -> list[Tensor]:
-    call, index, experts, kept = FfnCall(*rest), ExpertRows(*rows), ExpertWeights(*weights), Saved(*saved)
-    dropout, dweight = _dropout(call, token_R, seed), call.dweight
-    operands = (dout, x_RD, experts, index, dropout, kept)
+def _backward(dout: Tensor, saved: list[Tensor], *arguments: Any) -> list[Tensor]:
+    operands, call = _whole(arguments)
+    x_RD, weight_N, experts, index = operands.x_RD, operands.weight_N, *_structured(operands)
+    kept, dweight = Saved(*saved), call.dweight
+    whole = dout, x_RD, experts, index, operands.dropout, kept
     if call.backend == "triton":
-        found = gpu.ffn_backward(*operands, weight_N=weight_N, dweight=dweight, precision=call.precision)
+        found = gpu.ffn_backward(*whole, weight_N=weight_N, dweight=dweight, precision=call.precision)
     elif call.masked and weight_N is not None:
-        found = masked_backward(dout, x_RD, weight_N, experts, index, dropout, kept, dweight=dweight)
+        found = masked_backward(dout, x_RD, weight_N, experts, index, operands.dropout, kept, dweight=dweight)
     else:
-        found = cpu.ffn_backward(*operands, weight_N=weight_N, dweight=dweight)
+        found = cpu.ffn_backward(*whole, weight_N=weight_N, dweight=dweight)
     dweight_N = x_RD.new_empty(0) if found.weight_N is None else found.weight_N
     return [found.x_RD, dweight_N, *pack_weights(found.weights)]
+
+
+def _structured(operands: _Operands) -> tuple[ExpertWeights, ExpertRows]:
+    return unpack_weights(operands.weights), ExpertRows(*operands.rows)
 
 
 def _unwatched(tensor: Tensor) -> bool:
@@ -136,47 +152,33 @@ def _unwatched(tensor: Tensor) -> bool:
     )
 
 
-def _dropout(call: FfnCall, token_R: Tensor | None, seed: Tensor | None) -> Dropout | None:
-    if token_R is None or seed is None:
-        return None
-    return Dropout(call.rate, seed, token_R, call.first_expert)
-
-
-def _fake_forward(
-    x_RD: Tensor,
-    weight_N: Tensor | None,
-    weights: list[Tensor],
-    rows: list[Tensor],
-    token_R: Tensor | None,
-    seed: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    call = FfnCall(*rest)
-    (num_inputs, width_D), num_rows, (num_experts, width_F) = x_RD.shape, rows[0].shape[0], weights[1].shape
-    gated, nothing = len(weights) == len(ExpertWeights._fields), x_RD.new_empty
-    out = x_RD.new_empty(num_rows if weight_N is None else num_inputs, width_D)
-    no_tiles = rows[1].new_empty(0, 2)
+def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    operands, call = _whole(arguments)
+    x_RD, (experts, index) = operands.x_RD, _structured(operands)
+    (num_inputs, width_D), num_rows, (num_experts, width_F) = x_RD.shape, index.num_rows, experts.b1_LF.shape
+    gated, nothing = experts.w3_LFD is not None, x_RD.new_empty
+    out = x_RD.new_empty(num_rows if operands.weight_N is None else num_inputs, width_D)
+    tile_map = index.offset_L.new_empty(0, 2)
     if call.masked:
         hidden = (num_inputs, num_experts * width_F)
-        return out, x_RD.new_empty(hidden), x_RD.new_empty(hidden if gated else (0, hidden[1])), nothing(0), no_tiles
+        return out, x_RD.new_empty(hidden), x_RD.new_empty(hidden if gated else (0, hidden[1])), nothing(0), tile_map
     hidden = (num_rows, width_F)
     if call.backend == "cpu":
         x_ND = x_RD.new_empty(num_rows, width_D) if call.mode == "fast" and call.save else nothing(0)
-        return out, x_RD.new_empty(hidden), x_RD.new_empty(hidden if gated else (0, width_F)), x_ND, no_tiles
+        return out, x_RD.new_empty(hidden), x_RD.new_empty(hidden if gated else (0, width_F)), x_ND, tile_map
     pre_NF = x_RD.new_empty(hidden) if call.save or not gated else nothing(0)
     gate_NF = x_RD.new_empty(hidden) if call.save and gated else nothing(0)
     if call.save:
-        num_tiles = gpu.num_row_tiles(x_RD, ExpertRows(*rows), call.precision, gated=gated)
-        no_tiles = rows[1].new_empty(num_tiles, 2)
-    return out, pre_NF, gate_NF, nothing(0), no_tiles
+        block = gpu.tile_rows(x_RD, index, call.precision, gated=gated)
+        tile_map = index.offset_L.new_empty(gpu.num_row_tiles(index, block), 2)
+    return out, pre_NF, gate_NF, nothing(0), tile_map
 
 
-def _fake_backward(
-    dout: Tensor, x_RD: Tensor, weight_N: Tensor | None, weights: list[Tensor], *rest: Any
-) -> list[Tensor]:
-    dweight = FfnCall(*rest[-len(FfnCall._fields) :]).dweight
-    dweight_N = torch.empty_like(weight_N) if dweight and weight_N is not None else x_RD.new_empty(0)
-    return [torch.empty_like(x_RD), dweight_N, *(torch.empty_like(w) for w in weights)]
+def _fake_backward(dout: Tensor, saved: list[Tensor], *arguments: Any) -> list[Tensor]:
+    operands, call = _whole(arguments)
+    x_RD, weight_N = operands.x_RD, operands.weight_N
+    dweight_N = torch.empty_like(weight_N) if call.dweight and weight_N is not None else x_RD.new_empty(0)
+    return [torch.empty_like(x_RD), dweight_N, *(torch.empty_like(w) for w in operands.weights)]
 
 
 def _run_forward(x_RD: Any, *arguments: Any) -> tuple[Tensor, ...]:
@@ -186,12 +188,17 @@ def _run_forward(x_RD: Any, *arguments: Any) -> tuple[Tensor, ...]:
         return _ffn(x_RD, *arguments)  # type: ignore[no-any-return]
 
 
+def _run_backward(dout: Tensor, *arguments: Any) -> list[Tensor]:
+    run = _backward if _unwatched(dout) else _ffn_backward
+    return run(dout, *arguments)
+
+
 class _Ffn(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: FfnCall, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, rest: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
         x_RD, weight_N, token_R, seed, *lists = tensors
-        outputs = _run_forward(x_RD, weight_N, lists[:-_NUM_ROWS], lists[-_NUM_ROWS:], token_R, seed, *call)
-        ctx.call = call
+        outputs = _run_forward(x_RD, weight_N, lists[:-_NUM_ROWS], lists[-_NUM_ROWS:], token_R, seed, *rest)
+        ctx.rest, ctx.dweight = rest, FfnCall(*rest[-len(FfnCall._fields) :]).dweight
         ctx.save_for_backward(*tensors, *outputs[1:])
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
@@ -204,38 +211,28 @@ class _Ffn(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         x_RD, weight_N, token_R, seed, *lists = ctx.saved_tensors
         lists, saved = lists[:-_NUM_SAVED], lists[-_NUM_SAVED:]
-        weights, rows = lists[:-_NUM_ROWS], lists[-_NUM_ROWS:]
-        dout = dout.contiguous()
-        run = _backward if _unwatched(dout) else _ffn_backward
-        dx_RD, dweight_N, *dweights = run(dout, x_RD, weight_N, weights, rows, saved, token_R, seed, *ctx.call)
-        return None, dx_RD, dweight_N if ctx.call.dweight else None, None, None, *dweights, *(None,) * _NUM_ROWS
+        operands = x_RD, weight_N, lists[:-_NUM_ROWS], lists[-_NUM_ROWS:], token_R, seed
+        dx_RD, dweight_N, *dweights = _run_backward(dout.contiguous(), saved, *operands, *ctx.rest)
+        return None, dx_RD, dweight_N if ctx.dweight else None, None, None, *dweights, *(None,) * _NUM_ROWS
 
 
-def _differentiable(
-    x_RD: Tensor,
-    weight_N: Tensor | None,
-    weights: list[Tensor],
-    rows: list[Tensor],
-    token_R: Tensor | None,
-    seed: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    call = FfnCall(*rest)
+def _differentiable(*arguments: Any) -> tuple[Tensor, ...]:
+    operands, call = _whole(arguments)
     if not (call.save and torch.is_grad_enabled()):
-        return _run_forward(x_RD, weight_N, weights, rows, token_R, seed, *call)
-    return _Ffn.apply(call, x_RD, weight_N, token_R, seed, *weights, *rows)  # type: ignore[no-any-return, no-untyped-call]
+        return _run_forward(*arguments)
+    x_RD, weight_N, weights, rows, token_R, seed, *numbers = operands
+    return _Ffn.apply((*numbers, *call), x_RD, weight_N, token_R, seed, *weights, *rows)  # type: ignore[no-any-return, no-untyped-call]
 
 
-_OPERANDS = "Tensor x_RD, Tensor? weight_N, Tensor[] weights, Tensor[] rows"
-_DROPOUT = "Tensor? token_R, Tensor? seed"
+_OPERANDS = (
+    "Tensor x_RD, Tensor? weight_N, Tensor[] weights, Tensor[] rows, Tensor? token_R, Tensor? seed, float rate,"
+    " int first_expert"
+)
+_CALL = "bool save, bool dweight, bool masked, str backend, str mode, str precision"
 _library = torch.library.Library("foreroute", "FRAGMENT")
 _traceable = {"tags": (torch.Tag.pt2_compliant_tag,)}
-_library.define(
-    f"ffn({_OPERANDS}, {_DROPOUT}, {_ARGUMENTS}) -> ({', '.join(['Tensor'] * (1 + _NUM_SAVED))})", **_traceable
-)
-_library.define(
-    f"ffn_backward(Tensor dout, {_OPERANDS}, Tensor[] saved, {_DROPOUT}, {_ARGUMENTS}) -> Tensor[]", **_traceable
-)
+_library.define(f"ffn({_OPERANDS}, {_CALL}) -> ({', '.join(['Tensor'] * (1 + _NUM_SAVED))})", **_traceable)
+_library.define(f"ffn_backward(Tensor dout, Tensor[] saved, {_OPERANDS}, {_CALL}) -> Tensor[]", **_traceable)
 _library.impl("ffn", _forward, "CompositeExplicitAutograd")
 _library.impl("ffn_backward", _backward, "CompositeExplicitAutograd")
 _library.impl("ffn", _differentiable, "Autograd")

@@ -8,6 +8,7 @@ exactly what a GPU of a given architecture would be asked to run, and tests prov
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -121,9 +122,19 @@ def arch_of(tensor: Tensor) -> str:
             return recorder.arch
     if not tensor.is_cuda:
         return "interpreter"
+    return _arch_of_device(tensor.device.index)
+
+
+@cache
+def _arch_of_device(device: int) -> str:
     if not torch.cuda.is_available():
         return "sm_80"  # of a fake tensor: nothing is launched
     if torch.version.hip:
-        return str(torch.cuda.get_device_properties(tensor.device).gcnArchName.split(":")[0])
-    major, minor = torch.cuda.get_device_capability(tensor.device)
+        return str(torch.cuda.get_device_properties(device).gcnArchName.split(":")[0])
+    major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the host to the device without waiting for it."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)

@@ -82,7 +82,7 @@ def moe_ffn(
         y_ND = expert_ffn_reference(x_RD, weights, rows, dropout)
         return combine_reference(y_ND, weight_N, rows)
     save, dweight = wants_grad(x_RD, weight_N, *weights), wants_grad(weight_N)
-    out_RD, _ = ffn(x_RD, weight_N, weights, rows, dropout, _call(dropout, save, dweight, masked, options))
+    out_RD, _ = ffn(x_RD, weight_N, weights, rows, dropout, FfnCall(save, dweight, masked, *options))
     return out_RD
 
 
@@ -116,7 +116,7 @@ def moe_ffn_forward(
     if options.backend == "reference":
         raise ValueError("backend='reference': has no backward pass of its own; use moe_ffn")
     with torch.no_grad():
-        return ffn(x_RD, weight_N, weights, rows, dropout, _call(dropout, save, dweight, masked, options))
+        return ffn(x_RD, weight_N, weights, rows, dropout, FfnCall(save, dweight, masked, *options))
 
 
 def moe_ffn_backward(
@@ -138,7 +138,7 @@ def moe_ffn_backward(
     """Give the gradients of what moe_ffn_forward computed from the same arguments; dout_RD: of out_RD, contiguous."""
     options = resolve_options(x_RD, backend, mode, precision)
     check_tensor("dout_RD", dout_RD, tuple(x_RD.shape), x_RD)
-    call = _call(dropout, True, dweight, masked, options)
+    call = FfnCall(True, dweight, masked, *options)
     with torch.no_grad():
         return ffn_backward(dout_RD, x_RD, weight_N, weights, rows, saved, dropout, call)
 
@@ -160,8 +160,3 @@ def _check(
     check_dropout(dropout, x_RD)
     if masked and options.backend != "cpu":
         raise ValueError(f"masked=True: backend {options.backend!r} multiplies only the chosen experts")
-
-
-def _call(dropout: Dropout | None, save: bool, dweight: bool, masked: bool, options: Options) -> FfnCall:
-    rate, first_expert = (0.0, 0) if dropout is None else (dropout.rate, dropout.first_expert)
-    return FfnCall(rate, first_expert, save, dweight, masked, *options)

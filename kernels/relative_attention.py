@@ -79,9 +79,10 @@ def relative_attention(
     )
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in operands)
     if torch.compiler.is_compiling():  # its views into one buffer cannot be traced
-        out_HBQW: Tensor = _operator(*operands, window, dropout, keep)[0]
+        results = _operator(*operands, window, dropout, keep)
     else:
-        out_HBQW = _RelativeAttention.apply(*operands, window, dropout, keep, _forward, _backward)  # type: ignore[no-untyped-call]
+        results = _RelativeAttention.apply(*operands, window, dropout, keep, _forward, _backward)  # type: ignore[no-untyped-call]
+    out_HBQW: Tensor = results[0]
     return out_HBQW.permute(1, 2, 0, 3)
 
 
@@ -315,16 +316,14 @@ class _RelativeAttention(torch.autograd.Function):
     """Operands, window, dropout rate, whether backward will follow, and the functions that do it."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...] | Tensor:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         *arguments, run, ctx.run_backward = inputs
         *operands, ctx.window, ctx.dropout, keep = arguments
         results: tuple[Tensor, ...] = run(*arguments)
         if keep:
             ctx.save_for_backward(*operands, *results)
-        ctx.set_materialize_grads(False)
-        if run is not _below_autograd:
-            return results[0]
         ctx.mark_non_differentiable(*results[1:])
+        ctx.set_materialize_grads(False)
         return results
 
     @staticmethod

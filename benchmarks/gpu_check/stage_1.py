@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.gpu_check.setting import Setting, in_processes
 from foreroute.engine.config import (
@@ -32,6 +31,7 @@ from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.routing.plan import Plan, Routing, layer_seeds
 from foreroute.engine.routing.routers import HashedRouter
 from foreroute.engine.routing.tables import build_tables
+from foreroute.engine.testing.read_backs import ReadBacks
 from foreroute.kernels import Dropout, ExpertRows, combine, expert_ffn, moe_ffn, permute_rows
 from foreroute.kernels.testing.cases import make_case, run_layer, run_with_gradients, worst_error
 from foreroute.kernels.testing.interpreter import bf16_semantics
@@ -42,7 +42,6 @@ LARGE = ((1000, 256, 512, 16, 8), (333, 200, 136, 7, 3), (4096, 512, 512, 64, 2)
 TOLERANCE = {"fp32": 1e-5, "tf32": 5e-3, "fp16": 5e-3, "bf16": 4e-2}
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 VOCAB, PLANS, STEPS, CLOSE = 64, 100, 200, 2e-2
-_READS = ("_local_scalar_dense", "nonzero", "unique", "masked_select")
 
 
 class Job(NamedTuple):
@@ -228,19 +227,10 @@ def _captured(run: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tenso
     return replay
 
 
-class _Refuse(TorchDispatchMode):
-    """Raises where a value would be read back to the host."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(name in func.name() for name in _READS):
-            raise RuntimeError(f"{func.name()} reads back")
-        return func(*args, **(kwargs or {}))
-
-
 @contextmanager
 def _no_reads(dry_run: bool) -> Iterator[None]:
     if dry_run:
-        with _Refuse():  # type: ignore[no-untyped-call]
+        with ReadBacks(refuse=True):
             yield
         return
     torch.cuda.synchronize()

@@ -42,15 +42,15 @@ _IDS, _META, _VERIFIED = "ids.bin", "meta.json", "verified.json"
 _SPLITS = tuple(Split)  # in the order of the text
 _NOT_STDLIB = {"test", "tests", "idlelib", "site-packages"}
 _CHUNK = 1 << 20  # bytes read, hashed or counted at a time
-_ARCHIVES = {
-    b"\x1f\x8b": "gzip",
-    b"PK\x03\x04": "zip",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ\x00": "xz",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"7z\xbc\xaf": "7z",
+_ARCHIVES = {  # by a mark and its place
+    (b"\x1f\x8b", 0): "gzip",
+    (b"PK\x03\x04", 0): "zip",
+    (b"BZh", 0): "bzip2",
+    (b"\xfd7zXZ\x00", 0): "xz",
+    (b"\x28\xb5\x2f\xfd", 0): "zstd",
+    (b"7z\xbc\xaf", 0): "7z",
+    (b"ustar", 257): "tar",
 }
-_TAR_MARK, _TAR_MARK_AT = b"ustar", 257
 _TIMEOUT_S = 30  # without a byte from the server
 
 
@@ -136,9 +136,8 @@ def _read_source(config: CorpusConfig) -> _Source:
         text = path.read_bytes()
     except OSError as error:
         raise UserError(f"{asked}: cannot be read ({error.strerror})") from error
-    archives = [kind for mark, kind in _ARCHIVES.items() if text.startswith(mark)]
-    archives += ["tar"] if text.startswith(_TAR_MARK, _TAR_MARK_AT) else []
-    require(not archives, f"{asked}: is a {''.join(archives[:1])} archive, not text; unpack it first")
+    for mark, kind in _ARCHIVES.items():
+        require(not text.startswith(*mark), f"{asked}: is a {kind} archive, not text; unpack it first")
     return _Source(text, path.name, asked)
 
 

@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from foreroute.kernels.launching import to_device
+
 T = TypeVar("T")
 
 
@@ -52,11 +54,6 @@ class HostCopy:
         """Return the values, after `wait`."""
         found: NDArray[Any] = self._values.numpy()
         return found
-
-
-def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor of the host to the device without waiting for it."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def receive(value: T, copied: torch.cuda.Event | None) -> T:

@@ -149,7 +149,7 @@ class TrainingBatches:
             passes=self.config.training_passes,
             input_keys=self.input_keys,
             dropout_seed=self.config.train.seed * 2**32 + group.own.index,
-            layers=self.config.model.layers,
+            layers=self.config.model.layers if self.config.model.dropout else 0,
         )
 
     def k(self, step: int) -> int:

@@ -16,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from foreroute.engine.data.device_copy import to_device
 from foreroute.engine.model.transformer_xl import Output
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.parallel.world import World
+from foreroute.kernels.launching import to_device
 
 Numbers = NDArray[np.float64]
 

@@ -230,8 +230,7 @@ def _whole(send: list[Tensor], send_splits: list[int], recv_splits: list[int]) -
 def _to_experts(
     x_TD: Tensor, send: list[Tensor], send_splits: list[int], recv_splits: list[int], exchange: int
 ) -> Tensor:
-    arrived_RD = _exchanges[exchange].to_experts(x_TD.contiguous(), _whole(send, send_splits, recv_splits)).wait()
-    return arrived_RD.clone() if arrived_RD is x_TD else arrived_RD
+    return _exchanges[exchange].to_experts(x_TD.contiguous(), _whole(send, send_splits, recv_splits)).wait()
 
 
 @torch.library.custom_op("foreroute::to_tokens", mutates_args=())
@@ -256,19 +255,13 @@ def _keep_transfer(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*send)
 
 
-_to_experts.register_autograd(
-    lambda ctx, d_RD: (
-        _to_tokens(d_RD, list(ctx.saved_tensors), *ctx.rest),
-        [None] * len(ctx.saved_tensors),
-        *[None] * 3,
-    ),
-    setup_context=_keep_transfer,
-)
-_to_tokens.register_autograd(
-    lambda ctx, d_TD: (
-        _to_experts(d_TD, list(ctx.saved_tensors), *ctx.rest),
-        [None] * len(ctx.saved_tensors),
-        *[None] * 3,
-    ),
-    setup_context=_keep_transfer,
-)
+def _backward_by(transpose: Callable[..., Tensor]) -> Callable[..., tuple[Any, ...]]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        send = list(ctx.saved_tensors)
+        return transpose(gradient, send, *ctx.rest), [None] * len(send), None, None, None
+
+    return backward
+
+
+_to_experts.register_autograd(_backward_by(_to_tokens), setup_context=_keep_transfer)
+_to_tokens.register_autograd(_backward_by(_to_experts), setup_context=_keep_transfer)

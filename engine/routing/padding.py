@@ -41,7 +41,7 @@ def _pad_part(part: Part, bounds: RowBounds) -> Part:
     if rows.num_rows > most:
         raise RunFailed(f"a plan has {rows.num_rows} expert rows: its bound is {most}")
     if part.send is None:
-        return replace(part, rows=_pad_experts(rows, most), weight_N=_longer(part.weight_N, most))
+        return replace(part, rows=rows.padded(most), weight_N=_longer(part.weight_N, most))
     pair = bounds.pair_rows
     if (rows_P := max(*part.send_splits, *part.recv_splits)) > pair:
         raise RunFailed(f"a plan has {rows_P} rows from one rank to another: its bound is {pair}")
@@ -53,23 +53,12 @@ def _pad_part(part: Part, bounds: RowBounds) -> Part:
     received = ExpertRows(recv_R[rows.source_N], rows.offset_L, rows.slot_N, count_R.cumsum(0) - count_R)
     return replace(
         part,
-        rows=_pad_experts(received, most),
+        rows=received.padded(most),
         weight_N=_longer(part.weight_N, most),
         send=_pad_sent(part.send, send_S, pair),
         received_R=_spread(part.received_R, recv_R, ranks * pair),
         send_splits=(pair,) * ranks,
         recv_splits=(pair,) * ranks,
-    )
-
-
-def _pad_experts(rows: ExpertRows, most: int) -> ExpertRows:
-    """Add expert rows behind those of the last expert."""
-    padding = torch.arange(rows.num_rows, most)
-    return ExpertRows(
-        _longer(rows.source_N, most),
-        rows.offset_L,
-        torch.cat((padding, rows.slot_N)),
-        rows.slot_offset_R + padding.numel(),
     )
 
 

@@ -30,8 +30,8 @@ def ffn_forward(
     width_F, width_D = weights.w1_LFD.shape[1:]
     gated = weights.w3_LFD is not None
     tiles = _tiles(x_RD, weights, rows, precision)
-    num_tiles = num_row_tiles(x_RD, rows, precision, gated=gated)
-    tile_map = _tile_map(rows, num_tiles, tiles.up.rows)
+    tile_map = _tile_map(rows, tiles.up.rows)
+    num_tiles = tile_map.shape[0]
     a_NF = x_RD.new_empty(rows.num_rows, width_F)
     z_NF, u_NF = (torch.empty_like(a_NF) if gated and save else a_NF.new_empty(0) for _ in range(2))
     shared = {
@@ -241,17 +241,22 @@ def _dweight(
     return dweight_N
 
 
-def num_row_tiles(x_RD: Tensor, rows: ExpertRows, precision: str, *, gated: bool) -> int:
+def tile_rows(x_RD: Tensor, rows: ExpertRows, precision: str, *, gated: bool) -> int:
+    """Return the rows of a row tile."""
+    return row_block(arch_of(x_RD), x_RD.dtype, precision, gated=gated, rows=rows.num_rows, experts=rows.num_experts)
+
+
+def num_row_tiles(rows: ExpertRows, block: int) -> int:
     """Bound the number of row tiles from above, without looking at the counts.
 
     Each expert adds at most one tile that is not full, so there are at most N // block + min(N, L).
     """
-    block = row_block(arch_of(x_RD), x_RD.dtype, precision, gated=gated, rows=rows.num_rows, experts=rows.num_experts)
     return rows.num_rows // block + min(rows.num_rows, rows.num_experts)
 
 
-def _tile_map(rows: ExpertRows, num_tiles: int, block: int) -> Tensor:
+def _tile_map(rows: ExpertRows, block: int) -> Tensor:
     """List the row tiles."""
+    num_tiles = num_row_tiles(rows, block)
     tile_map = rows.offset_L.new_empty(num_tiles, 2)
     if num_tiles:
         launch(
@@ -291,7 +296,7 @@ def _blocks(tile: Tile) -> dict[str, int]:
 
 def _dropout(dropout: Dropout | None) -> dict[str, Any]:
     if dropout is None:
-        return _NO_DROPOUT
+        return NO_DROPOUT
     return {
         "token_ptr": dropout.token_R,
         "seed_ptr": dropout.words(),
@@ -302,7 +307,7 @@ def _dropout(dropout: Dropout | None) -> dict[str, Any]:
     }
 
 
-_NO_DROPOUT = {
+NO_DROPOUT = {
     "token_ptr": None,
     "seed_ptr": None,
     "first_expert": 0,

@@ -4,6 +4,7 @@ Letters: T tokens, D width, F expert hidden width, L experts, K active experts, 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -58,14 +59,9 @@ def make_case(
 
 def padded(rows: ExpertRows, more_rows: int, more_inputs: int = 0) -> ExpertRows:
     """Pad expert rows and input rows (kernels/expert_rows.py says how padding is marked)."""
-    padding = torch.arange(rows.num_rows, rows.num_rows + more_rows)
-    end = rows.slot_offset_R.new_full((more_inputs,), rows.num_rows)
-    return ExpertRows(
-        torch.cat((rows.source_N, torch.zeros_like(padding))),
-        rows.offset_L,
-        torch.cat((padding, rows.slot_N)),
-        torch.cat((rows.slot_offset_R, end)) + more_rows,
-    )
+    longer = rows.padded(rows.num_rows + more_rows)
+    end = rows.slot_offset_R.new_full((more_inputs,), longer.num_rows)
+    return replace(longer, slot_offset_R=torch.cat((longer.slot_offset_R, end)))
 
 
 def run_with_gradients(

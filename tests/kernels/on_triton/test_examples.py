@@ -5,19 +5,12 @@ import torch
 from foreroute.kernels.gpu import expert_ffn_backward as backward
 from foreroute.kernels.gpu import expert_ffn_forward as ffn
 from foreroute.kernels.gpu import rows_kernels as rows
+from foreroute.kernels.gpu.expert_ffn import NO_DROPOUT
 from foreroute.kernels.launching import launch
 from foreroute.kernels.tiles import Tile
 
 SMALL = Tile(16, 16, 16, 1, 1)
 BLOCKS = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16}
-NO_DROPOUT = {
-    "token_ptr": None,
-    "seed_ptr": None,
-    "first_expert": 0,
-    "threshold": 0,
-    "keep_scale": 1.0,
-    "DROPOUT": False,
-}
 
 
 def tensors(device, **values):
