@@ -43,5 +43,7 @@ def save_picture(chart: Curve, target: Path) -> None:
                 axes.legend()
             metadata = {"Date": None} if target.suffix == ".svg" else None
             figure.savefig(target, dpi=120, metadata=metadata)
+            if target.suffix == ".svg":  # matplotlib ends the lines of a path with spaces
+                target.write_text("\n".join(line.rstrip() for line in target.read_text().splitlines()) + "\n")
         finally:
             plt.close(figure)

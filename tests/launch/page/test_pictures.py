@@ -33,6 +33,12 @@ def off_line(found, values):
     return np.abs(np.polyval(np.polyfit(values, found, 1), values) - found).max()
 
 
+def test_a_picture_may_be_committed(tmp_path):
+    """`make lint` refuses spaces at the end of a line, which matplotlib writes."""
+    text = drawn(Curve("t", "x", "y", [Line("a", [1, 2], [3, 4])]), tmp_path)
+    assert "<path" in text and text.endswith("\n") and not re.search(r"[ \t]$", text, re.MULTILINE)
+
+
 @pytest.mark.parametrize("log", [False, True])
 def test_a_line_is_where_its_numbers_are(tmp_path, log):
     x, y = [1, 2, 8, 64], [5, 2, 9, 4]
