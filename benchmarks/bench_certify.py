@@ -78,7 +78,7 @@ def differing(config: Config, ids: Ids, tables: Sequence[Table], counts: StepCou
             mesh = Mesh(group * ranks, PLACEMENT.world_size, ranks)
             batches = [
                 streams.batch(counts.step, streams.streams_of(rank, 0, world=PLACEMENT.world_size, accumulation=1))
-                for rank in mesh.group_ranks
+                for rank in mesh.ep_ranks
             ]
             both = group_batch(batches)
             rows = [table.rows_of(*pair) for pair in zip(both.ids_PBQ, both.left_PBC, strict=True)]

@@ -53,7 +53,7 @@ class Recorder:
         """
         self.annotate = annotate
         self.ranges: list[Range] = []
-        self.flights: list[InFlight] = []
+        self.collectives: list[InFlight] = []
 
 
 _recorder: Recorder | None = None
@@ -71,11 +71,11 @@ def span(name: str) -> AbstractContextManager[None]:
     return _nothing if _recorder is None else _Span(name, _recorder)
 
 
-def flown(issued: float, arrived: float) -> None:
+def record_collective(issued: float, arrived: float) -> None:
     """Record a collective between two times of time.perf_counter; called by the thread that issued it."""
     if _recorder is not None:
         thread = threading.current_thread().name
-        _recorder.flights.append(InFlight(thread, int(1e9 * issued), int(1e9 * arrived)))
+        _recorder.collectives.append(InFlight(thread, int(1e9 * issued), int(1e9 * arrived)))
 
 
 def traced(name: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

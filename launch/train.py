@@ -58,21 +58,21 @@ def train(args: TrainArgs) -> int:
 
 
 def _train(config: Config, world: World, stop: StopSignal, certificate: str | None) -> int:
-    host = world.host
+    cpu_group = world.cpu_group
     console = Console(config.train.steps, enabled=world.first)
-    together(host, lambda: _share_out(config, world.mesh))
-    written = together(host, lambda: _read_certificate(certificate, config, world.mesh))
-    together(host, lambda: _check_wandb(config) if world.first else None)
-    corpus = together(host, lambda: prepare(config.corpus, console.note), rank_0_first=True)
+    together(cpu_group, lambda: _share_out(config, world.mesh))
+    written = together(cpu_group, lambda: _read_certificate(certificate, config, world.mesh))
+    together(cpu_group, lambda: _check_wandb(config) if world.first else None)
+    corpus = together(cpu_group, lambda: prepare(config.corpus, console.note), rank_0_first=True)
     agree(
-        host,
+        cpu_group,
         {
             "the text (its sha256)": corpus.sha256,
             "the certificate (its arrays' sha256)": written and written.facts["arrays_sha256"],
         },
     )
     if written is not None:
-        together(host, lambda: fits_text(written, corpus.sha256))
+        together(cpu_group, lambda: fits_text(written, corpus.sha256))
     with closing(open_run(config, world)) as run:
         return _train_in(run, corpus, written, console, world, stop)
 
@@ -80,20 +80,22 @@ def _train(config: Config, world: World, stop: StopSignal, certificate: str | No
 def _train_in(
     run: RunFolder, corpus: PreparedCorpus, written: Written | None, console: Console, world: World, stop: StopSignal
 ) -> int:
-    host, config = world.host, run.config
+    cpu_group, config = world.cpu_group, run.config
     with run.left_unless_claimed():
         if config.train.resume and not run.resuming:
             console.note(f"{run.path}: no run to resume, a new one starts")
         for line in corpus.notes:
             console.note(line)
-        routers = together(host, lambda: build_routers(config, corpus, world.mesh), rank_0_first=True)
-        trainer = together(host, lambda: Trainer(config, corpus, routers, run.path, console, world), watch=world.watch)
+        routers = together(cpu_group, lambda: build_routers(config, corpus, world.mesh), rank_0_first=True)
+        trainer = together(
+            cpu_group, lambda: Trainer(config, corpus, routers, run.path, console, world), watchdog=world.watchdog
+        )
         if run.earlier:
             trainer.resume()
             if config.train.steps != run.earlier.train.steps:
                 console.note(other_length(run.earlier, config, trainer.step))
         if run.earlier and run.earlier.eval == config.eval and trainer.step == config.train.steps:
-            summary = host.broadcast(run.summary_of(trainer.step))
+            summary = cpu_group.broadcast(run.summary_of(trainer.step))
             if summary is not None:
                 if world.first:
                     print(result_table(summary))
@@ -103,7 +105,7 @@ def _train_in(
                     )
                 run.record("complete", trainer.step)
                 return 0
-        check = together(host, lambda: _check(written, trainer))
+        check = together(cpu_group, lambda: _check(written, trainer))
         run.claim()
     return run.recorded(lambda: _run(run, trainer, corpus, console, stop, check), lambda: trainer.step)
 
@@ -112,22 +114,22 @@ def _run(
     run: RunFolder, trainer: Trainer, corpus: PreparedCorpus, console: Console, stop: StopSignal, check: Check | None
 ) -> int:
     """Train and evaluate; gives the exit code."""
-    host = trainer.world.host
+    cpu_group = trainer.world.cpu_group
     _describe(console, trainer)
     if check is not None:
         console.note(f"held to {check.written.path}: {check.written.scope}")
-    metrics = together(host, lambda: _open_metrics(run, trainer, check, console.note))
+    metrics = together(cpu_group, lambda: _open_metrics(run, trainer, check, console.note))
     with metrics or nullcontext():
         with closing(console), stop.deferred():
             complete = trainer.run(metrics, stop, [] if check is None else [check])
-        stopped = not complete or (stop() and host.ranks == 1)
+        stopped = not complete or (stop() and cpu_group.ranks == 1)
         if stopped:
             console.note(f"stopped at step {trainer.step}; train.resume=true goes on from there")
         else:
             if check is not None:
                 console.note(f"{check.steps:,} steps were as certified")
             _finish(run, trainer, corpus, metrics)
-    host.barrier()  # rank 0 may have waited long for W&B
+    cpu_group.barrier()  # rank 0 may have waited long for W&B
     if not stopped:
         return 0
     return stop.exit_code if stop() else 128 + SIGTERM  # of another rank
@@ -194,7 +196,7 @@ def _describe(console: Console, trainer: Trainer) -> None:
         console.note(f"{name} has no effect: {reason}")
     if mesh.world > 1:
         console.note(
-            f"ranks: {mesh.world}, in expert groups of {mesh.expert_ranks}; ZeRO stage {config.train.zero_stage}, "
+            f"ranks: {mesh.world}, in expert groups of {mesh.ep_size}; ZeRO stage {config.train.zero_stage}, "
             f"{config.streams_per_micro_batch(mesh.world)} streams per micro-batch on each"
         )
     train_symbols = len(corpus.split(Split.train))
@@ -220,12 +222,12 @@ def _finish(run: RunFolder, trainer: Trainer, corpus: PreparedCorpus, metrics: M
     config, world = run.config, trainer.world
     if world.first:
         print(f"evaluating the {config.eval.split.name} split ...", flush=True)
-    world.watch.at("the evaluation")
+    world.watchdog.at("the evaluation")
     with closing(Stages(enabled=world.first)) as progress:
         curve = slimming_curve(trainer.model, trainer.routers, corpus, config, world, progress)
-        world.watch.at("the summary")
+        world.watchdog.at("the summary")
         summary = together(
-            world.host, lambda: summarise(run, trainer, corpus, curve, progress) if world.first else None
+            world.cpu_group, lambda: summarise(run, trainer, corpus, curve, progress) if world.first else None
         )
     if summary is not None:
         if metrics is not None:

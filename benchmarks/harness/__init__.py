@@ -75,7 +75,7 @@ def fastest(case: Case, rounds: int = 7) -> float:
     return min(seconds)
 
 
-def together(case: Case) -> float:
+def slowest_seconds(case: Case) -> float:
     """Run a case on all ranks of the process group, started together; give the seconds of the slowest."""
     dist.barrier()
     start = time.perf_counter()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from benchmarks.harness import together
+from benchmarks.harness import slowest_seconds
 from benchmarks.models.traffic import KINDS, Meter
 from benchmarks.systems.exchange_problem import (
     BUILDERS,
@@ -77,7 +77,7 @@ def measure(problem: Problem, names: list[str], *, per_node: int, rounds: int) -
         for name, kind in random.Random(number).sample(list(runs), len(runs)):
             if number > 0 and kind != "step" and name not in PARTS:
                 continue
-            times[name, kind].append(1e3 * together(runs[name, kind]))
+            times[name, kind].append(1e3 * slowest_seconds(runs[name, kind]))
             found = total(meter.traffic.left_bytes, meter.traffic.crossed_bytes)
             if kind == "step" and found != sent[name]:
                 raise RuntimeError(f"{name} sent {found}, counted beforehand: {sent[name]}")

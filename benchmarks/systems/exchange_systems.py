@@ -31,7 +31,7 @@ from benchmarks.systems.peers import ExpertModule, separate
 from foreroute.engine.config import KernelsConfig, MoEConfig, ParallelConfig
 from foreroute.engine.moe.exchange import build_exchange
 from foreroute.engine.moe.layer import LayerOutput, MoELayer
-from foreroute.engine.parallel.collectives import Wire
+from foreroute.engine.parallel.collectives import ExpertGroupComm
 from foreroute.engine.routing.plan import Plan, Route, Routing
 from foreroute.kernels import ExpertWeights
 
@@ -89,7 +89,7 @@ class _Ours:
         for name, value in zip(NAMES, weights, strict=False):  # relu: no w3
             assert value is not None
             setattr(self.layer.experts, name, nn.Parameter(value))
-        self.layer.wire(build_exchange(Wire(dist.group.WORLD), ParallelConfig()))
+        self.layer.connect(build_exchange(ExpertGroupComm(dist.group.WORLD), ParallelConfig()))
         self.routing = Routing(shape.k, (plan,))
 
     def __call__(self, x_TD: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ class _Watched(Exchange):
     """An exchange that notes what arrives at a layer's experts, and what leaves for its sake."""
 
     def __init__(self, exchange: Exchange, done: _Done) -> None:
-        super().__init__(exchange.wire, exchange.parallel, exchange.backend)
+        super().__init__(exchange.comm, exchange.parallel, exchange.backend)
         self._done = done
 
     def to_experts(self, x_tD: Tensor, part: Transfer) -> Moving:
@@ -148,7 +148,7 @@ class _Watched(Exchange):
             self._done.received_rows += arrived_RD.shape[0]
             return arrived_RD
 
-        return Moving(moving.flight, finish)
+        return Moving(moving.collective, finish)
 
     def to_tokens(self, partial_RD: Tensor, part: Transfer) -> Moving:
         """Send a part's rows from experts to tokens."""
@@ -157,9 +157,9 @@ class _Watched(Exchange):
 
     @contextmanager
     def _sending(self) -> Iterator[None]:
-        before = self.wire.sent_bytes
+        before = self.comm.sent_bytes
         yield
-        self._done.sent_bytes += self.wire.sent_bytes - before
+        self._done.sent_bytes += self.comm.sent_bytes - before
 
 
 def _watch(layer: MoELayer) -> _Done:
@@ -167,7 +167,7 @@ def _watch(layer: MoELayer) -> _Done:
     done = _Done()
     alone = isinstance(layer.exchange, Local)
     if isinstance(layer.exchange, Exchange):
-        layer.wire(_Watched(layer.exchange, done))
+        layer.connect(_Watched(layer.exchange, done))
 
     def before_experts(_: nn.Module, inputs: tuple[Any, ...]) -> None:
         rows_RD, plan = inputs[:2]

@@ -2,7 +2,7 @@
 
 What is in them is the business of engine/checkpoint/save_load.py. The manifest is JSON with a checksum of itself and
 the size and sha256 of each shard. A checkpoint is written in a temporary folder beside the others, made durable and
-renamed, so it is whole or absent. With many ranks each has one shard; ranks talk through a Host and all come to the
+renamed, so it is whole or absent. With many ranks each has one shard; ranks talk through a CpuGroup and all come to the
 same verdict.
 """
 
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from foreroute.engine.errors import UserError, require
-from foreroute.engine.parallel.cpu_group import Host
+from foreroute.engine.parallel.cpu_group import CpuGroup
 from foreroute.engine.sealed_files import read_sealed, refuse_link, sealed, sha256_of, sync
 
 FORMAT = 1
@@ -54,19 +54,19 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def together(host: Host, act: Callable[[], Any], *, only: int | None = None) -> list[Any]:
+def on_ranks(cpu_group: CpuGroup, act: Callable[[], Any], *, only: int | None = None) -> list[Any]:
     """Call act on every rank, or on one only, and give every rank's result (JSON).
 
     Raises:
         OSError: on every rank, if files could not be read or written on any.
     """
     result, error = None, None
-    if only is None or only == host.rank:
+    if only is None or only == cpu_group.rank:
         try:
             result = act()
         except (OSError, SafetensorError) as caught:
-            error = f"rank {host.rank}: {caught}" if host.ranks > 1 else str(caught)
-    outcomes = host.gather([result, error])
+            error = f"rank {cpu_group.rank}: {caught}" if cpu_group.ranks > 1 else str(caught)
+    outcomes = cpu_group.gather([result, error])
     for _, error in outcomes:
         if error is not None:
             raise OSError(error)
@@ -136,7 +136,7 @@ def _checked_names(file: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     return manifest
 
 
-def verify(path: Path, host: Host) -> dict[str, Any]:
+def verify(path: Path, cpu_group: CpuGroup) -> dict[str, Any]:
     """Read the manifest and compare it with every shard; the ranks share the work and all come to the same end.
 
     Raises:
@@ -146,11 +146,11 @@ def verify(path: Path, host: Host) -> dict[str, Any]:
     fault = None
     try:
         manifest = read_manifest(path)
-        for name in sorted(manifest["files"])[host.rank :: host.ranks]:
+        for name in sorted(manifest["files"])[cpu_group.rank :: cpu_group.ranks]:
             _verify_shard(path / name, manifest)
     except UserError as error:
         fault = str(error)
-    for found in host.gather(fault):
+    for found in cpu_group.gather(fault):
         require(found is None, found)
     return manifest
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from foreroute.engine.checkpoint import files
 from foreroute.engine.checkpoint.files import read_manifest
 from foreroute.engine.errors import UserError, require
-from foreroute.engine.parallel.cpu_group import Host
+from foreroute.engine.parallel.cpu_group import CpuGroup
 from foreroute.engine.parallel.mesh import Mesh
 
 if TYPE_CHECKING:  # evaluation loads weights without DeepSpeed
@@ -52,7 +52,13 @@ class TrainingState:
 
 
 def save(
-    folder: Path, engine: "Engine", state: TrainingState, *, facts: dict[str, Any], keep: int, host: Host | None = None
+    folder: Path,
+    engine: "Engine",
+    state: TrainingState,
+    *,
+    facts: dict[str, Any],
+    keep: int,
+    cpu_group: CpuGroup | None = None,
 ) -> Path:
     """Write folder/step-<step> and then remove all but the newest `keep` checkpoints up to this step.
 
@@ -62,15 +68,15 @@ def save(
     Args:
         state: of this rank; each rank has the memory of its own streams.
         facts: JSON values that the manifest keeps beside its own, such as the run's configuration; rank 0's are taken.
-        host: how the ranks talk; None for a rank alone.
+        cpu_group: how the ranks talk; None for a rank alone.
 
     Raises:
         OSError: on every rank: it could not be written, older checkpoints are untouched and nothing half-written is
             left; or it is written and an older one could not be removed.
     """
-    host = _checked(host, engine.mesh)
+    cpu_group = _checked(cpu_group, engine.mesh)
     target = folder / f"step-{state.step:08d}"
-    temporary = folder / host.broadcast(files.temporary_name(state.step))
+    temporary = folder / cpu_group.broadcast(files.temporary_name(state.step))
     new = temporary / "new"
 
     def begin() -> None:
@@ -79,7 +85,7 @@ def save(
         new.mkdir(parents=True)
 
     def write() -> dict[str, Any]:
-        return files.write_shard(new / files.shard_name(host.rank), _tensors(engine, state))
+        return files.write_shard(new / files.shard_name(cpu_group.rank), _tensors(engine, state))
 
     def finish() -> None:
         files.write_manifest(new, _header(engine, state, facts), shards)
@@ -91,30 +97,30 @@ def save(
             shutil.rmtree(path)
 
     try:
-        files.together(host, begin, only=0)
-        described = files.together(host, write)
+        files.on_ranks(cpu_group, begin, only=0)
+        described = files.on_ranks(cpu_group, write)
         shards = {files.shard_name(rank): shard for rank, shard in enumerate(described)}
         _check_disjoint(shards)
-        files.together(host, finish, only=0)
+        files.on_ranks(cpu_group, finish, only=0)
     except OSError as error:
         raise OSError(f"checkpoint {target} could not be written: {error}") from error
     finally:
-        if host.rank == 0:
+        if cpu_group.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-    files.together(host, remove_older, only=0)
+    files.on_ranks(cpu_group, remove_older, only=0)
     return target
 
 
-def find_newest(folder: Path, host: Host | None = None) -> tuple[Path | None, list[str]]:
+def find_newest(folder: Path, cpu_group: CpuGroup | None = None) -> tuple[Path | None, list[str]]:
     """Give the newest whole checkpoint (None: there is none) and a warning line for each newer one that is not.
 
     With many ranks all call it, share the work and get the same answer.
     """
-    host = host or Host()
+    cpu_group = cpu_group or CpuGroup()
     warnings = []
-    for name in host.broadcast([path.name for path in files.checkpoints(folder)]):
+    for name in cpu_group.broadcast([path.name for path in files.checkpoints(folder)]):
         try:
-            files.verify(folder / name, host)
+            files.verify(folder / name, cpu_group)
         except UserError as error:
             warnings.append(f"skipped a damaged checkpoint: {error}")
         else:
@@ -123,7 +129,7 @@ def find_newest(folder: Path, host: Host | None = None) -> tuple[Path | None, li
 
 
 def load(
-    path: Path, engine: "Engine", *, host: Host | None = None, streams: Sequence[int] | None = None
+    path: Path, engine: "Engine", *, cpu_group: CpuGroup | None = None, streams: Sequence[int] | None = None
 ) -> TrainingState:
     """Restore weights, masters, moments, Adam step and buffers bit for bit, and give back the rest.
 
@@ -137,10 +143,10 @@ def load(
     Raises:
         UserError: on every rank: the checkpoint is damaged, or does not fit the model (names the first difference).
     """
-    host = _checked(host, engine.mesh)
-    reader, shapes = _Reader(path, host), engine.shapes()
-    reader.check_fits(engine.module, shapes, STATE_KEYS, engine.mesh.expert_ranks)
-    missing = [stream for rank in host.gather(reader.missing(streams)) for stream in rank]
+    cpu_group = _checked(cpu_group, engine.mesh)
+    reader, shapes = _Reader(path, cpu_group), engine.shapes()
+    reader.check_fits(engine.module, shapes, STATE_KEYS, engine.mesh.ep_size)
+    missing = [stream for rank in cpu_group.gather(reader.missing(streams)) for stream in rank]
     require(not missing, f"{path}: holds no memory of streams {missing}")
     for name, shape in shapes.items():
         experts = _experts(name, shape, engine.mesh)
@@ -155,9 +161,9 @@ def load_weights(path: Path, module: nn.Module) -> TrainingState:
 
     Memory and random state are not read.
     """
-    reader = _Reader(path, Host())
+    reader = _Reader(path, CpuGroup())
     shapes = {name: tuple(param.shape) for name, param in module.named_parameters()}
-    reader.check_fits(module, shapes, STATE_KEYS[:1], expert_ranks=1)
+    reader.check_fits(module, shapes, STATE_KEYS[:1], ep_size=1)
     for name, param in module.named_parameters():
         param.data.copy_(reader.parameter("weight", name, _experts(name, param.shape, Mesh())))
     reader.load_buffers(module)
@@ -167,9 +173,9 @@ def load_weights(path: Path, module: nn.Module) -> TrainingState:
 class _Reader:
     """An opened checkpoint whose checksums agree; tensors are read one by one."""
 
-    def __init__(self, path: Path, host: Host) -> None:
+    def __init__(self, path: Path, cpu_group: CpuGroup) -> None:
         self.path = path
-        self.manifest = files.verify(path, host)
+        self.manifest = files.verify(path, cpu_group)
         self._keys = self.manifest["tensors"]
         self._open: dict[str, Any] = {}
 
@@ -189,12 +195,12 @@ class _Reader:
         for name, buffer in _buffers(module).items():
             buffer.copy_(self.get(f"buffer/{name}"))
 
-    def check_fits(self, module: nn.Module, shapes: Shapes, kinds: tuple[str, ...], expert_ranks: int) -> None:
+    def check_fits(self, module: nn.Module, shapes: Shapes, kinds: tuple[str, ...], ep_size: int) -> None:
         """Compare names and shapes of the whole model, all its experts included, with the stored ones."""
         wanted = {f"buffer/{name}": list(b.shape) for name, b in _buffers(module).items()}
         for kind in kinds:
             for name, shape in shapes.items():
-                experts = range(shape[0] * expert_ranks) if _is_expert(name) else None
+                experts = range(shape[0] * ep_size) if _is_expert(name) else None
                 part = list(shape if experts is None else shape[1:])
                 wanted.update((key, part) for key in _keys(kind, name, experts))
         prefixes = tuple(f"{kind}/" for kind in (*kinds, "buffer"))
@@ -220,7 +226,7 @@ class _Reader:
                 tables[int(rest[0])][rest[1]] = self.get(key)
         saved_by = self.manifest.get("ranks", 1), self.manifest.get("expert_ranks", 1)
         rng = device_rng = None
-        if mesh is not None and saved_by == (mesh.world, mesh.expert_ranks):
+        if mesh is not None and saved_by == (mesh.world, mesh.ep_size):
             rng, device_key = self.get(_rng(mesh.rank)), _rng(mesh.rank, "cuda")
             device_rng = self.get(device_key) if device_key in self._keys else None
         memory = None
@@ -251,12 +257,14 @@ class _Reader:
         return torch.stack([self.get(f"memory/{layer}/{stream:06d}") for stream in streams])
 
 
-def _checked(host: Host | None, mesh: Mesh) -> Host:
-    """The host, which must be for the engine's ranks: each would write a checkpoint of its own otherwise."""
-    host = host or Host()
-    if (host.rank, host.ranks) != (mesh.rank, mesh.world):
-        raise ValueError(f"host is rank {host.rank} of {host.ranks}, the engine {mesh.rank} of {mesh.world}")
-    return host
+def _checked(cpu_group: CpuGroup | None, mesh: Mesh) -> CpuGroup:
+    """The cpu_group, which must be for the engine's ranks: each would write a checkpoint of its own otherwise."""
+    cpu_group = cpu_group or CpuGroup()
+    if (cpu_group.rank, cpu_group.ranks) != (mesh.rank, mesh.world):
+        raise ValueError(
+            f"cpu_group is rank {cpu_group.rank} of {cpu_group.ranks}, the engine {mesh.rank} of {mesh.world}"
+        )
+    return cpu_group
 
 
 def _check_disjoint(shards: dict[str, dict[str, Any]]) -> None:
@@ -279,7 +287,7 @@ def _is_expert(name: str) -> bool:
 
 def _experts(name: str, shape: Sequence[int], mesh: Mesh) -> range | None:
     """Global ids of the experts of this rank's parameter; None if it is not one of experts."""
-    return mesh.local_experts(shape[0] * mesh.expert_ranks) if _is_expert(name) else None
+    return mesh.local_experts(shape[0] * mesh.ep_size) if _is_expert(name) else None
 
 
 def _keys(kind: str, name: str, experts: range | None) -> list[str]:
@@ -322,7 +330,7 @@ def _own_state(engine: "Engine") -> Iterator[tuple[str, Tensor]]:
     takes the other parameters w, w + W, ...
     """
     mesh = engine.mesh
-    replicas, replica = mesh.world // mesh.expert_ranks, mesh.rank // mesh.expert_ranks
+    replicas, replica = mesh.world // mesh.ep_size, mesh.rank // mesh.ep_size
     for number, (name, values) in enumerate(engine.read_state()):
         experts = _experts(name, values["weight"].shape, mesh)
         for kind in STATE_KEYS:
@@ -339,7 +347,7 @@ def _header(engine: "Engine", state: TrainingState, facts: dict[str, Any]) -> di
     return {
         "format": files.FORMAT,
         "ranks": engine.mesh.world,
-        "expert_ranks": engine.mesh.expert_ranks,
+        "expert_ranks": engine.mesh.ep_size,
         "step": state.step,
         "adam_step": engine.adam_step(),
         "cursor": state.cursor,

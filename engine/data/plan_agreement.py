@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foreroute.engine.errors import RunFailed, everywhere
-from foreroute.engine.parallel.cpu_group import Host, odd_ones
+from foreroute.engine.parallel.cpu_group import CpuGroup, odd_ones
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.plan import Plan
 from foreroute.engine.routing.routers import PlannedRouter
@@ -29,9 +29,9 @@ _FIELDS = ("step", "micro-batch", "number of active experts k", "tables", "token
 class Agreement:
     """Compares plans between the ranks; used by one thread of each rank, in the order of the steps."""
 
-    def __init__(self, host: Host, mesh: Mesh, routers: Sequence[PlannedRouter] | None) -> None:
+    def __init__(self, cpu_group: CpuGroup, mesh: Mesh, routers: Sequence[PlannedRouter] | None) -> None:
         """Take connections to all ranks that no other thread uses, and the routers whose tables must agree."""
-        self._host, self._mesh = host, mesh
+        self._cpu_group, self._mesh = cpu_group, mesh
         self._tables = tables_digest(routers)
 
     def check(self, step: int, micro: int, k: int, group: "GroupBatch", plans: tuple[Plan, ...] | None) -> None:
@@ -40,16 +40,16 @@ class Agreement:
         Raises:
             RunFailed: on every rank; names what differs, where, and the ranks.
         """
-        ranks = self._mesh.expert_ranks
+        ranks = self._mesh.ep_size
         ids = _digest(group.ids_PBQ.numpy(), group.left_PBC.numpy(), group.stream_PB.numpy())
         send_Py = np.array([plan.send_splits for plan in plans or ()]).reshape(-1, ranks).T
         recv_Py = np.array([plan.recv_splits for plan in plans or ()]).reshape(-1, ranks).T
         sends, gets = ([_digest(split_y) for split_y in both] for both in (send_Py, recv_Py))
         own = np.array([step, micro, k, self._tables, ids, *sends, *gets], np.int64)
-        self._compare(self._host.all_gather(own), f"step {step}, micro-batch {micro}")
+        self._compare(self._cpu_group.all_gather(own), f"step {step}, micro-batch {micro}")
 
     def _compare(self, found: NDArray[np.int64], where: str) -> None:
-        world, ranks = found.shape[0], self._mesh.expert_ranks
+        world, ranks = found.shape[0], self._mesh.ep_size
         for column, name in enumerate(_FIELDS):
             size = ranks if name == "token ids" else world
             for first in range(0, world, size):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from foreroute.engine.config import Config, PeerIds
 from foreroute.engine.data.streams import Batch, Streams
-from foreroute.engine.parallel.cpu_group import Host
+from foreroute.engine.parallel.cpu_group import CpuGroup
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.exchange_choice import gathers
 from foreroute.engine.routing.k_schedule import active_experts
@@ -55,11 +55,11 @@ def group_batch(batches: Sequence[Batch], own: int = 0) -> GroupBatch:
     )
 
 
-def share_ids(alone: GroupBatch, host: Host) -> GroupBatch:
+def share_ids(alone: GroupBatch, cpu_group: CpuGroup) -> GroupBatch:
     """Fill in what the other ranks of the expert group read: one exchange of ids, left contexts and stream numbers."""
     own = alone.own
     parts = [own.left_BC, own.ids_BQ, own.stream_B[:, None]]
-    found = torch.from_numpy(host.all_gather(torch.cat(parts, dim=1).numpy().astype(np.int32)))
+    found = torch.from_numpy(cpu_group.all_gather(torch.cat(parts, dim=1).numpy().astype(np.int32)))
     context, segment = own.left_BC.shape[1], own.ids_BQ.shape[1]
     left_PBC, ids_PBQ, stream_PB1 = found.long().split([context, segment, 1], dim=2)
     return GroupBatch(own, ids_PBQ.contiguous(), left_PBC.contiguous(), stream_PB1[..., 0])
@@ -123,23 +123,22 @@ class TrainingBatches:
     mesh: Mesh
     routers: Sequence[PlannedRouter] | None  # planned ones; None for live routers and dense
     input_keys: Sequence[KeyRows] = ()  # of the tables at the input of the model
-    planning_group: Host = field(default_factory=Host)  # asks the expert group for its ids
+    planning_group: CpuGroup = field(default_factory=CpuGroup)  # asks the expert group for its ids
 
     def read(self, step: int, micro: int) -> GroupBatch:
         """Read a micro-batch: all of the expert group's streams, or this rank's, and ask the others for theirs."""
         mesh = self.mesh
-        alone = mesh.expert_ranks == 1 or self.config.parallel.peer_ids is PeerIds.exchange
+        alone = mesh.ep_size == 1 or self.config.parallel.peer_ids is PeerIds.exchange
         batches = [
-            self.streams.batch(step, self.streams_of(rank, micro))
-            for rank in ([mesh.rank] if alone else mesh.group_ranks)
+            self.streams.batch(step, self.streams_of(rank, micro)) for rank in ([mesh.rank] if alone else mesh.ep_ranks)
         ]
         if alone:
             return share_ids(group_batch(batches), self.planning_group)
-        return group_batch(batches, mesh.expert_rank)
+        return group_batch(batches, mesh.ep_rank)
 
     def plan(self, group: GroupBatch, k: int) -> PlannedBatch:
         """Plan a micro-batch at k active experts, for as many passes as the step makes over it."""
-        gather = gathers(self.config, self.mesh.expert_ranks, k, group.own.ids_BQ.numel())
+        gather = gathers(self.config, self.mesh.ep_size, k, group.own.ids_BQ.numel())
         return plan_batch(
             group,
             k,

@@ -24,7 +24,7 @@ from foreroute.engine.parallel.world import World
 from foreroute.engine.routing.exchange_choice import gathers
 from foreroute.engine.routing.routers import PlannedRouter
 
-Progress = Callable[[str, int, int], None]
+ProgressReporter = Callable[[str, int, int], None]
 """Told of a stage of an evaluation by its name, the parts that are done, and all its parts; first with 0 done."""
 
 
@@ -75,7 +75,7 @@ def evaluate(
     segment = config.eval.segment or config.data.segment
     warm = warm_symbols(config.model.layers, memory_len, segment)
     shares = EvalShares(len(ids), config.eval.streams, segment, warm)
-    ranks, delivery = world.mesh.group_ranks, Delivery(world.device)
+    ranks, delivery = world.mesh.ep_ranks, Delivery(world.device)
     nats, symbols = 0.0, 0
     memory: Memory | None = None
     was_training = model.training
@@ -84,11 +84,11 @@ def evaluate(
         progress(0, shares.num_segments)
     with torch.inference_mode():
         for whole, whole_counted_BQ in eval_batches(ids, corpus.previous_id(split), shares, config.context):
-            world.watch.gets_on()
+            world.watchdog.gets_on()
             parts = [_share(whole, whole_counted_BQ, rank, world.mesh.world) for rank in ranks]
-            batch, counted_BQ = parts[world.mesh.expert_rank]
-            group = group_batch([part for part, _ in parts], world.mesh.expert_rank)
-            gather = gathers(config, world.mesh.expert_ranks, k, batch.ids_BQ.numel())
+            batch, counted_BQ = parts[world.mesh.ep_rank]
+            group = group_batch([part for part, _ in parts], world.mesh.ep_rank)
+            gather = gathers(config, world.mesh.ep_size, k, batch.ids_BQ.numel())
             planned = plan_batch(group, k, routers, gather=gather, held_out=True, input_keys=model.input_keys)
             batch, counted_BQ, routing = receive(*delivery.send((batch, counted_BQ, planned.routing)))
             output = model(
@@ -134,7 +134,7 @@ def slimming_curve(
     corpus: PreparedCorpus,
     config: Config,
     world: World | None = None,
-    progress: Progress = no_progress,
+    progress: ProgressReporter = no_progress,
 ) -> dict[str, Evaluation]:
     """Evaluate config.eval.split at every k of config.eval.k; a dense model has one result, called "dense"."""
     asked = {"dense": config.moe.experts} if config.moe.router is Router.dense else {str(k): k for k in config.eval.k}

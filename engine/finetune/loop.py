@@ -57,7 +57,7 @@ class Selection:
     sentences: int  # trained on, repetitions counted
 
 
-class Progress(Protocol):
+class StepReporter(Protocol):
     """Where fine-tuning tells a person how it is doing; steps count on over the learning rates."""
 
     def step(self, step: int) -> None:
@@ -68,7 +68,11 @@ class Progress(Protocol):
 
 
 def finetune(
-    classifier: Classifier, train: Sequence[Sentence], held_out: Sequence[Sentence], recipe: Recipe, progress: Progress
+    classifier: Classifier,
+    train: Sequence[Sentence],
+    held_out: Sequence[Sentence],
+    recipe: Recipe,
+    progress: StepReporter,
 ) -> Selection:
     """Train the classifier, and leave in it the weights that did best on the held-out sentences.
 
@@ -106,7 +110,7 @@ class _Steps:
         self.done = self.sentences = 0
         self.seconds = self.mean_loss = 0.0
 
-    def run(self, count: int, before: int, progress: Progress) -> None:
+    def run(self, count: int, before: int, progress: StepReporter) -> None:
         """Make `count` steps; `before` were made at other learning rates."""
         start = time.perf_counter()
         losses = []

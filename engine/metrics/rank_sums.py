@@ -76,7 +76,7 @@ class RankSum:
     passes: int  # micro-batches of all ranks
     block_shape: tuple[int, int]
     counts_shape: tuple[int, ...]
-    expert_ranks: int
+    ep_size: int
 
     @property
     def is_finite(self) -> Tensor:
@@ -92,11 +92,11 @@ class RankSum:
             float(auxiliary_loss) / self.passes,
             block_PX,
             sent_bytes_PG,
-            count_X.reshape(self.counts_shape) / self.expert_ranks,  # each rank counts for its whole expert group
+            count_X.reshape(self.counts_shape) / self.ep_size,  # each rank counts for its whole expert group
         )
 
 
-def add_up(outputs: list[Output], world: World, block: Tensor) -> RankSum:
+def sum_over_ranks(outputs: list[Output], world: World, block: Tensor) -> RankSum:
     """Add up a step over its micro-batches and ranks; a collective. No sync with the host.
 
     Leaves: about 16 x (2 + P x (X + G) + L x E) bytes.
@@ -117,4 +117,4 @@ def add_up(outputs: list[Output], world: World, block: Tensor) -> RankSum:
         parts[1][mesh.rank * block.shape[1] + COLUMN["rows"]] = count_LE[:, here.start : here.stop].sum()
         parts.append(count_LE.flatten())
     values = world.sum(torch.cat(parts))
-    return RankSum(values, len(outputs) * mesh.world, (block.shape[0], block.shape[1]), shape, mesh.expert_ranks)
+    return RankSum(values, len(outputs) * mesh.world, (block.shape[0], block.shape[1]), shape, mesh.ep_size)

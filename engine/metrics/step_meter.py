@@ -4,10 +4,10 @@ import torch
 from torch import nn
 
 from foreroute.engine.metrics.host_memory import memory_bytes
-from foreroute.engine.metrics.rank_sums import RankRow, RankSum, add_up, block_of
+from foreroute.engine.metrics.rank_sums import RankRow, RankSum, block_of, sum_over_ranks
 from foreroute.engine.metrics.timers import StepTimer, StepTimes
 from foreroute.engine.model.transformer_xl import Output
-from foreroute.engine.parallel.collectives import Wire
+from foreroute.engine.parallel.collectives import ExpertGroupComm
 from foreroute.engine.parallel.world import World
 
 
@@ -16,29 +16,29 @@ class StepMeter:
 
     Args:
         device: where the model lives.
-        wire: through which its layers exchange rows; None if experts are not shared out.
+        comm: through which its layers exchange rows; None if experts are not shared out.
         world: the ranks; one alone by default.
     """
 
     def __init__(
-        self, model: nn.Module, device: torch.device, wire: Wire | None = None, world: World | None = None
+        self, model: nn.Module, device: torch.device, comm: ExpertGroupComm | None = None, world: World | None = None
     ) -> None:
-        self.timer = StepTimer(model, device, wire)
-        self._wire, self._world = wire, world or World()
-        self._near_G = self._world.near(self._world.mesh.group_ranks) if wire else []
+        self.timer = StepTimer(model, device, comm)
+        self._comm, self._world = comm, world or World()
+        self._near_G = self._world.near(self._world.mesh.ep_ranks) if comm else []
         self._sent_before_G: list[int] = []
         self._untold = StepTimes()
 
     def begin(self) -> None:
         """Begin a step."""
         self.timer.begin()
-        self._sent_before_G = list(self._wire.sent_bytes_P) if self._wire else []
+        self._sent_before_G = list(self._comm.sent_bytes_P) if self._comm else []
 
     def tell(self, times: StepTimes) -> None:
         """Have the next step's row tell all ranks of these times, of a step before it."""
         self._untold = times
 
-    def add_up(self, outputs: list[Output], *, stop_asked: bool = False, save_asked: bool = False) -> RankSum:
+    def sum_over_ranks(self, outputs: list[Output], *, stop_asked: bool = False, save_asked: bool = False) -> RankSum:
         """Add up the step over its micro-batches and ranks; a collective.
 
         Args:
@@ -58,7 +58,7 @@ class StepMeter:
                 wire_bytes_inside=sum(sent for sent, near in zip(sent_G, self._near_G, strict=True) if near),
             )
             block = block_of(row, sent_G, self._world.mesh)
-        return add_up(outputs, self._world, block)
+        return sum_over_ranks(outputs, self._world, block)
 
     def _sent_now_G(self) -> list[int]:
-        return self._wire.sent_bytes_P if self._wire else []
+        return self._comm.sent_bytes_P if self._comm else []

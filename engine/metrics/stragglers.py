@@ -28,7 +28,7 @@ def skew(own_ms_P: Sequence[float]) -> Skew:
     return Skew(list(own_ms_P).index(slowest), slowest / median if median > 0 else 1.0)
 
 
-class SlowRank:
+class StragglerDetector:
     """What there is to say about a slow rank: when it is slow, and when it no longer is."""
 
     def __init__(self) -> None:

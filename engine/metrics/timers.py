@@ -17,7 +17,7 @@ from torch import nn
 from foreroute.engine.model.attention import RelativeAttention
 from foreroute.engine.moe.feed_forward import FeedForward
 from foreroute.engine.moe.layer import MoELayer
-from foreroute.engine.parallel.collectives import Wire
+from foreroute.engine.parallel.collectives import ExpertGroupComm
 from foreroute.engine.parallel.in_flight import DeviceLog, HostLog
 from foreroute.engine.tracing import span
 
@@ -89,11 +89,11 @@ class StepTimer:
     Args:
         model: its attention modules and its feed-forward or expert modules are timed.
         device: where it lives.
-        wire: through which its layers exchange rows; None if experts are not shared out.
+        comm: through which its layers exchange rows; None if experts are not shared out.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, wire: Wire | None = None) -> None:
-        self._cuda, self._wire = device.type == "cuda", wire
+    def __init__(self, model: nn.Module, device: torch.device, comm: ExpertGroupComm | None = None) -> None:
+        self._cuda, self._comm = device.type == "cuda", comm
         self._step, self._phase = TimedStep(), ""
         for name, module in model.named_modules():
             if isinstance(module, RelativeAttention):
@@ -114,8 +114,8 @@ class StepTimer:
     def end(self) -> TimedStep:
         """End the step and return its marks; the device may still be at it."""
         self._step.spans.append(("step", self._began, self._mark()))
-        if self._wire is not None:
-            self._step.log = self._wire.take_log()
+        if self._comm is not None:
+            self._step.log = self._comm.take_log()
         return self._step
 
     @contextmanager
@@ -149,7 +149,7 @@ class StepTimer:
         module.register_forward_hook(timed(lambda: self._step.spans.append((kind, begin.pop(), self._mark()))))
 
     def _mark(self) -> Mark:
-        log = 0.0 if self._wire is None else self._wire.mark()
+        log = 0.0 if self._comm is None else self._comm.mark()
         if not self._cuda:
             return Mark(time.perf_counter(), log)
         event = torch.cuda.Event(enable_timing=True)

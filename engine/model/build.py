@@ -42,8 +42,8 @@ def planned_routers(config: Config, tables: Sequence[Table], mesh: Mesh) -> list
             each_token=router is Router.fresh,
             seed=config.train.seed,
             index=index,
-            rank=mesh.expert_rank,
-            ranks=mesh.expert_ranks,
+            rank=mesh.ep_rank,
+            ranks=mesh.ep_size,
         )
         for index in range(config.num_tables)
     ]

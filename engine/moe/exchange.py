@@ -28,8 +28,8 @@ from torch.autograd.function import once_differentiable
 
 from foreroute.engine.config import ParallelConfig
 from foreroute.engine.config.enums import Backend
-from foreroute.engine.parallel.collectives import Wire
-from foreroute.engine.parallel.in_flight import Flight
+from foreroute.engine.parallel.collectives import ExpertGroupComm
+from foreroute.engine.parallel.in_flight import AsyncCollective
 from foreroute.engine.routing.exchange_choice import use_gather, wire_dtype
 from foreroute.engine.routing.live_plan import build_live_plan
 from foreroute.engine.routing.plan import Part, Plan, Route, build_plan
@@ -74,24 +74,24 @@ class Transfer(Protocol):
 class Moving:
     """Rows on their way."""
 
-    flight: Flight
+    collective: AsyncCollective
     finish: Callable[[Tensor], Tensor]
 
     def wait(self) -> Tensor:
         """Give them where they arrive."""
-        return self.finish(self.flight.wait())
+        return self.finish(self.collective.wait())
 
 
 class Exchange:
     """Exchange over a process group."""
 
-    def __init__(self, wire: Wire, parallel: ParallelConfig, backend: str | None = None) -> None:
+    def __init__(self, comm: ExpertGroupComm, parallel: ParallelConfig, backend: str | None = None) -> None:
         """Take the group; rows travel in the configuration's number format (on a GPU, gather adds them up in it).
 
         Args:
             backend: of the kernels that pack rows and add them up; None goes by their device.
         """
-        self.wire, self.parallel, self.backend = wire, parallel, backend
+        self.comm, self.parallel, self.backend = comm, parallel, backend
         self.number = next(_numbers)  # by which operators find it
         _exchanges[self.number] = self
 
@@ -106,17 +106,17 @@ class Exchange:
         gather = use_gather(
             self.parallel,
             experts=num_experts,
-            ranks=self.wire.ranks,
+            ranks=self.comm.ranks,
             k=route.expert_TK.shape[1],
             tokens=tokens,
             width=width,
             itemsize=wire_dtype(self.parallel, x_TD.dtype).itemsize,
         )
-        return build_live_plan(route, num_experts, self.wire, gather=gather, chunks=self.parallel.chunks)
+        return build_live_plan(route, num_experts, self.comm, gather=gather, chunks=self.parallel.chunks)
 
     def dispatch(self, x_TD: Tensor, plan: Plan) -> Tensor:
         """Return the received rows [R, D]: rank by rank, in the order of the sender's tokens."""
-        check_plan(x_TD, plan, ranks=self.wire.ranks)
+        check_plan(x_TD, plan, ranks=self.comm.ranks)
         (part,) = plan.parts
         if torch.compiler.is_compiling():
             traced_RD: Tensor = _to_experts(x_TD, *_flat(part), self.number)
@@ -136,40 +136,42 @@ class Exchange:
     def to_experts(self, x_tD: Tensor, part: Transfer) -> Moving:
         """Send a part's rows from tokens to experts, without autograd; the received rows arrive."""
         dtype = wire_dtype(self.parallel, x_tD.dtype)
-        with span("dispatch"), self.wire.aside(x_tD):
+        with span("dispatch"), self.comm.aside(x_tD):
             if part.send is None:
                 # Expert group, [t, D] to [P * t, D].
-                flight = self.wire.all_gather(x_tD.to(dtype))
+                collective = self.comm.all_gather(x_tD.to(dtype))
             else:
                 # Expert group, [S, D] to [R, D].
                 rows_SD = permute_rows(x_tD, part.send.source_N, dtype=dtype, backend=self.backend)
-                flight = self.wire.all_to_all(rows_SD, part.send_splits, part.recv_splits)
-        return Moving(flight, lambda received_RD: received_RD.to(x_tD.dtype))
+                collective = self.comm.all_to_all(rows_SD, part.send_splits, part.recv_splits)
+        return Moving(collective, lambda received_RD: received_RD.to(x_tD.dtype))
 
     def to_tokens(self, partial_RD: Tensor, part: Transfer) -> Moving:
         """Send a part's rows from experts to tokens, without autograd; the sum of each token's rows arrives."""
         dtype, send = partial_RD.dtype, part.send
-        with span("combine"), self.wire.aside(partial_RD):
+        with span("combine"), self.comm.aside(partial_RD):
             rows_RD = partial_RD.to(wire_dtype(self.parallel, dtype))
             if send is None:
                 # Expert group, [P * t, D] to [t, D].
-                flight = self.wire.reduce_scatter(rows_RD)
-                return Moving(flight, lambda sum_tD: sum_tD.to(dtype))
+                collective = self.comm.reduce_scatter(rows_RD)
+                return Moving(collective, lambda sum_tD: sum_tD.to(dtype))
             # Expert group, [R, D] to [S, D].
-            flight = self.wire.all_to_all(rows_RD, part.recv_splits, part.send_splits)
+            collective = self.comm.all_to_all(rows_RD, part.recv_splits, part.send_splits)
 
         def add_up(rows_SD: Tensor) -> Tensor:
             with span("combine"):
                 return combine(rows_SD.to(dtype), None, send, backend=self.backend)
 
-        return Moving(flight, add_up)
+        return Moving(collective, add_up)
 
 
-def build_exchange(wire: Wire, parallel: ParallelConfig, backend: Backend = Backend.auto) -> Exchange | Local:
+def build_exchange(
+    comm: ExpertGroupComm, parallel: ParallelConfig, backend: Backend = Backend.auto
+) -> Exchange | Local:
     """Make the exchange of a process group."""
-    if wire.ranks == 1:
+    if comm.ranks == 1:
         return Local()
-    return Exchange(wire, parallel, None if backend is Backend.auto else backend.value)
+    return Exchange(comm, parallel, None if backend is Backend.auto else backend.value)
 
 
 def check_plan(x_TD: Tensor, plan: Plan, *, ranks: int) -> None:

@@ -65,7 +65,7 @@ class Experts(nn.Module):
         calls = [self._call(rows_RD, part, plan.k, dropout) for part in plan.parts]
         if len(calls) > 1:
             assert isinstance(exchange, Exchange), "one rank has plans of one part"
-            check_plan(rows_RD, plan, ranks=exchange.wire.ranks)
+            check_plan(rows_RD, plan, ranks=exchange.comm.ranks)
             return run_in_parts(rows_RD, calls, weights, exchange)
         (call,) = calls
         return traced("experts", moe_ffn, rows_RD, call.weight_N, weights, call.part.rows, **call.options)

@@ -20,7 +20,7 @@ from foreroute.engine.config import KernelsConfig, MoEConfig, Router
 from foreroute.engine.moe.exchange import Exchange, Local
 from foreroute.engine.moe.experts import Experts
 from foreroute.engine.moe.feed_forward import FeedForward
-from foreroute.engine.parallel.collectives import Wire
+from foreroute.engine.parallel.collectives import ExpertGroupComm
 from foreroute.engine.routing.losses import balance_loss, chosen_counts, z_loss
 from foreroute.engine.routing.plan import Plan, Routing
 from foreroute.engine.routing.routers import FrozenRouter, LearnedRouter
@@ -60,21 +60,21 @@ class MoELayer(nn.Module):
             self.router = LearnedRouter(width, moe.experts)
         self.experts = Experts(width, moe, kernels)
         self.exchange: Exchange | Local = Local()
-        self.balance_wire: Wire | None = None  # None: a learned router is balanced over this rank's tokens
+        self.balance_comm: ExpertGroupComm | None = None  # None: a learned router is balanced over this rank's tokens
         self.first_expert = 0  # global number of the first expert on this rank
         self.shared = None
         if moe.shared_width:
             self.shared = FeedForward(width, moe.shared_width, moe.activation, dropout=0.0)
 
-    def wire(self, exchange: Exchange | Local | None = None, *, balance_wire: Wire | None = None) -> None:
+    def connect(self, exchange: Exchange | Local | None = None, *, balance_comm: ExpertGroupComm | None = None) -> None:
         """Connect the layer to other ranks; what is None stays as it is.
 
         Args:
             exchange: moves rows to the ranks that hold their experts and back.
-            balance_wire: the ranks over whose tokens a learned router is balanced.
+            balance_comm: the ranks over whose tokens a learned router is balanced.
         """
         self.exchange = exchange or self.exchange
-        self.balance_wire = balance_wire or self.balance_wire
+        self.balance_comm = balance_comm or self.balance_comm
 
     def keep_experts(self, experts: range) -> None:
         """Drop all experts but these; the others are on other ranks."""
@@ -114,8 +114,8 @@ class MoELayer(nn.Module):
         if isinstance(self.router, FrozenRouter):
             return plan, None
         count_E = chosen_counts(live.route.expert_TK, num_experts)
-        if self.balance_wire is not None:
-            count_E = self.balance_wire.all_reduce(count_E)
+        if self.balance_comm is not None:
+            count_E = self.balance_comm.all_reduce(count_E)
         loss = self.balance_weight * balance_loss(live.logits_TE, count_E)
         return plan, loss + self.z_weight * z_loss(live.logits_TE)
 

@@ -51,13 +51,13 @@ from foreroute.engine.optim.deepspeed_contract import (
 from foreroute.engine.optim.expert_sharding import (
     aligned_first,
     balance_over_ranks,
-    expert_wire,
+    expert_group_comm,
     is_shared_out,
     parameter_groups,
     share_experts,
 )
 from foreroute.engine.optim.zero_defaults import KEPT_WHOLE, MAX_BUCKET
-from foreroute.engine.parallel.collectives import Wire, add_up
+from foreroute.engine.parallel.collectives import ExpertGroupComm, all_reduce_sum
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.parallel.watchdog import FOR_EVER
 
@@ -70,9 +70,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class Engine:
     """A model in training: what foreroute needs of a DeepSpeed engine."""
 
-    def __init__(self, engine: Any, accumulation: int, mesh: Mesh, wire: Wire | None) -> None:
+    def __init__(self, engine: Any, accumulation: int, mesh: Mesh, comm: ExpertGroupComm | None) -> None:
         """Take a DeepSpeed engine, and what its layers exchange rows through; None if experts are not shared out."""
-        self.mesh, self.wire = mesh, wire
+        self.mesh, self.comm = mesh, comm
         self._engine = engine
         self._stage = int(engine.zero_optimization_stage())
         self._adam = engine.optimizer.optimizer if self._stage else engine.optimizer
@@ -183,7 +183,7 @@ class Engine:
         total = 0
         for name, shape in self.shapes().items():
             shared_out = is_shared_out(self.module.get_parameter(name))
-            total += math.prod(shape) * (self.mesh.expert_ranks if shared_out else 1)
+            total += math.prod(shape) * (self.mesh.ep_size if shared_out else 1)
         return total
 
     def read_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -236,8 +236,8 @@ class Engine:
             if param.grad is not None:
                 gradients[is_shared_out(param)].append(param.grad)
         dense, experts = (nn.utils.get_total_norm(part) for part in gradients.values())
-        if self.wire is not None:
-            experts = add_up(experts**2, self.wire.group).sqrt()
+        if self.comm is not None:
+            experts = all_reduce_sum(experts**2, self.comm.group).sqrt()
         return torch.hypot(dense, experts)
 
     def _flats(self) -> Iterator[Tensor]:
@@ -316,7 +316,7 @@ def start(model: nn.Module, config: Config, mesh: Mesh | None = None) -> Engine:
         RuntimeError: DeepSpeed groups the ranks in another way than the mesh.
     """
     mesh = mesh or Mesh()
-    shared = [m for m in model.modules() if isinstance(m, MoELayer)] if mesh.expert_ranks > 1 else []
+    shared = [m for m in model.modules() if isinstance(m, MoELayer)] if mesh.ep_size > 1 else []
     for layer in shared:
         share_experts(layer, mesh)
     ds_config = _deepspeed_config(config, mesh.world, sum(p.numel() for p in model.parameters()))
@@ -327,12 +327,12 @@ def start(model: nn.Module, config: Config, mesh: Mesh | None = None) -> Engine:
     wait_at_most(FOR_EVER)  # the watch ends them
     with contextlib.redirect_stdout(io.StringIO()):  # bf16 prints memory use; warnings pass
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
-    wire = expert_wire(mesh, torch.device(engine.device)) if shared else None
+    comm = expert_group_comm(mesh, torch.device(engine.device)) if shared else None
     for layer in shared:
-        assert wire is not None
-        layer.wire(build_exchange(wire, config.parallel, config.kernels.backend))
+        assert comm is not None
+        layer.connect(build_exchange(comm, config.parallel, config.kernels.backend))
     balance_over_ranks(model, config, mesh)
-    return Engine(engine, config.train.accumulation, mesh, wire)
+    return Engine(engine, config.train.accumulation, mesh, comm)
 
 
 def _deepspeed_config(config: Config, world: int, num_params: int) -> dict[str, Any]:

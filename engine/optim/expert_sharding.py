@@ -18,7 +18,7 @@ from foreroute.engine.optim.deepspeed_contract import (
     groups,
     split_params_into_different_moe_groups_for_optimizer,
 )
-from foreroute.engine.parallel.collectives import Wire
+from foreroute.engine.parallel.collectives import ExpertGroupComm
 from foreroute.engine.parallel.mesh import Mesh
 
 
@@ -42,20 +42,20 @@ class _SharedLayer(MoELayer, AutoEPMoELayer):  # type: ignore[misc]
 
 
 # These two, and share_experts, are also for models that others hand to DeepSpeed (engine/plug_in/replace.py).
-def expert_wire(mesh: Mesh, device: torch.device, *, timed: bool = True) -> Wire:
+def expert_group_comm(mesh: Mesh, device: torch.device, *, timed: bool = True) -> ExpertGroupComm:
     """Give what the ranks of this rank's expert group exchange rows through; deepspeed.initialize forms the group.
 
     Args:
-        timed: as of Wire.
+        timed: as of ExpertGroupComm.
 
     Raises:
         RuntimeError: it has not yet, or in another way than the mesh.
     """
     try:
-        return Wire(_expert_group(mesh), deepspeed.comm, device, timed=timed)
+        return ExpertGroupComm(_expert_group(mesh), deepspeed.comm, device, timed=timed)
     except (AssertionError, KeyError) as error:  # as DeepSpeed says that there is no such group
         raise RuntimeError(
-            f"experts are shared out over {mesh.expert_ranks} ranks that have no group yet: "
+            f"experts are shared out over {mesh.ep_size} ranks that have no group yet: "
             "give the model to deepspeed.initialize before you run it"
         ) from error
 
@@ -83,7 +83,7 @@ def parameter_groups(params: Iterable[nn.Parameter | dict[str, Any]]) -> list[di
 
 
 def _group_name(mesh: Mesh) -> str:
-    return f"ep_size_{mesh.expert_ranks}"  # the form is parsed by DeepSpeed
+    return f"ep_size_{mesh.ep_size}"  # the form is parsed by DeepSpeed
 
 
 def _expert_group(mesh: Mesh) -> dist.ProcessGroup:
@@ -95,8 +95,8 @@ def _expert_group(mesh: Mesh) -> dist.ProcessGroup:
     exchanging: dist.ProcessGroup
     exchanging, same_experts = (getattr(groups, name)(_group_name(mesh)) for name in GROUP_NAMES)
     for what, group, ranks in (
-        ("expert group", exchanging, mesh.group_ranks),
-        ("ranks with the same experts", same_experts, mesh.replica_ranks),
+        ("expert group", exchanging, mesh.ep_ranks),
+        ("ranks with the same experts", same_experts, mesh.expert_dp_ranks),
     ):
         found = dist.get_process_group_ranks(group)
         if found != list(ranks):
@@ -109,10 +109,10 @@ def balance_over_ranks(model: nn.Module, config: Config, mesh: Mesh) -> None:
     everywhere = config.moe.balance_over is BalanceOver["global"] and mesh.world > 1
     if config.moe.router is not Router.learned or not everywhere:
         return
-    world = Wire(None, deepspeed.comm)
+    world = ExpertGroupComm(None, deepspeed.comm)
     for layer in model.modules():
         if isinstance(layer, MoELayer):
-            layer.wire(balance_wire=world)
+            layer.connect(balance_comm=world)
 
 
 def share_experts(layer: MoELayer, mesh: Mesh) -> None:
@@ -129,10 +129,10 @@ def share_experts(layer: MoELayer, mesh: Mesh) -> None:
     for parameter in layer.experts.parameters():
         _tag(parameter, group_name)
     contract = {
-        "num_experts": len(experts) * mesh.expert_ranks,
+        "num_experts": len(experts) * mesh.ep_size,
         "num_local_experts": len(experts),
-        "ep_size": mesh.expert_ranks,
-        "ep_rank": mesh.expert_rank,
+        "ep_size": mesh.ep_size,
+        "ep_rank": mesh.ep_rank,
         "ep_group_name": group_name,
         "ep_group": None,
         "hidden_size": layer.experts.w1.shape[2],

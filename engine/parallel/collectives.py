@@ -2,7 +2,7 @@
 
 Splits come from the Plan and are known on the host: nothing here asks another rank how much will come, and nothing is
 read back from a device. A rank's own rows stay on it and do not count. Every collective is issued at once and gives a
-Flight (engine/parallel/in_flight.py); what it brings may be used after `wait`.
+AsyncCollective (engine/parallel/in_flight.py); what it brings may be used after `wait`.
 
 Letters: P ranks of the group, D columns.
 """
@@ -17,24 +17,24 @@ from torch import Tensor
 from torch import distributed as dist
 
 from foreroute.engine.parallel.in_flight import (
-    DeviceFlight,
+    AsyncCollective,
+    CpuCollective,
+    CudaStreams,
     DeviceLog,
     ExchangeTimes,
-    Flight,
-    HostFlight,
+    GpuCollective,
     HostLog,
-    Streams,
-    SumFlight,
+    SummedCollective,
 )
 
 
-class Wire:
+class ExpertGroupComm:
     """One process group: what this rank has sent through it and how long that took."""
 
     def __init__(
         self,
         group: dist.ProcessGroup | None,
-        comm: Any = dist,
+        ops: Any = dist,
         device: torch.device | str = "cpu",
         *,
         timed: bool = True,
@@ -47,15 +47,15 @@ class Wire:
             device: of the rows; on a GPU packing and collectives get streams of their own.
             timed: keep times, until they are taken (take_log, take_times); somebody must.
         """
-        self.group, self._comm = group, comm
-        self.rank, self.ranks = comm.get_rank(group), comm.get_world_size(group)
+        self.group, self._ops = group, ops
+        self.rank, self.ranks = ops.get_rank(group), ops.get_world_size(group)
         self.sent_bytes_P = [0] * self.ranks  # left this rank since construction, by destination
         self.collectives = 0  # issued since construction
         self._timed = timed
-        self._streams: Streams | None = None
+        self._streams: CudaStreams | None = None
         self._log: HostLog | DeviceLog = HostLog()
         if torch.device(device).type == "cuda":
-            self._streams = Streams(torch.cuda.Stream(device), torch.cuda.Stream(device))
+            self._streams = CudaStreams(torch.cuda.Stream(device), torch.cuda.Stream(device))
             self._log = DeviceLog()
 
     @property
@@ -64,7 +64,7 @@ class Wire:
         return sum(self.sent_bytes_P)
 
     def take_log(self) -> HostLog | DeviceLog:
-        """Return the log of the flights since the last call, and begin another; nothing is waited for.
+        """Return the log of the collectives since the last call, and begin another; nothing is waited for.
 
         What is sent in torch.inference_mode is not logged.
         """
@@ -92,7 +92,7 @@ class Wire:
         with torch.cuda.stream(side):
             yield
 
-    def all_to_all(self, rows: Tensor, splits: tuple[int, ...], got_splits: tuple[int, ...]) -> Flight:
+    def all_to_all(self, rows: Tensor, splits: tuple[int, ...], got_splits: tuple[int, ...]) -> AsyncCollective:
         """Send rows[splits[0] + .. + splits[q-1] :][: splits[q]] to rank q; give what came, rank by rank.
 
         Expert group; [sum(splits), D] to [sum(got_splits), D]; leaves: rows to other ranks x D x item bytes. No sync
@@ -100,15 +100,15 @@ class Wire:
         """
         got = rows.new_empty(sum(got_splits), rows.shape[1])
         self._count(rows, splits)
-        return self._issue(self._comm.all_to_all_single, got, rows, list(got_splits), list(splits))
+        return self._issue(self._ops.all_to_all_single, got, rows, list(got_splits), list(splits))
 
-    def all_gather(self, rows: Tensor) -> Flight:
+    def all_gather(self, rows: Tensor) -> AsyncCollective:
         """Give the rows of all ranks, rank by rank: [T, D] to [P * T, D]; leaves: (P - 1) x T x D x item bytes."""
         got = rows.new_empty(self.ranks * rows.shape[0], rows.shape[1])
         self._count(rows, [rows.shape[0]] * self.ranks)
-        return self._issue(self._comm.all_gather_into_tensor, got, rows)
+        return self._issue(self._ops.all_gather_into_tensor, got, rows)
 
-    def reduce_scatter(self, rows: Tensor) -> Flight:
+    def reduce_scatter(self, rows: Tensor) -> AsyncCollective:
         """Add up the ranks' rows and keep this rank's part: [P * T, D] to [T, D]; leaves (P - 1) x T x D x item bytes.
 
         On a CPU an all-to-all, added up here in rank order and fp32: gloo's own is an all-reduce, twice the bytes
@@ -117,9 +117,9 @@ class Wire:
         got = rows.new_empty(rows.shape[0] // self.ranks, rows.shape[1])
         self._count(rows, [got.shape[0]] * self.ranks)
         if self._streams is not None:
-            return self._issue(self._comm.reduce_scatter_tensor, got, rows)
-        parts = self._issue(self._comm.all_to_all_single, torch.empty_like(rows), rows)
-        return SumFlight(parts, self.ranks)
+            return self._issue(self._ops.reduce_scatter_tensor, got, rows)
+        parts = self._issue(self._ops.all_to_all_single, torch.empty_like(rows), rows)
+        return SummedCollective(parts, self.ranks)
 
     def all_reduce(self, values: Tensor) -> Tensor:
         """Add up the ranks' values, of any shape; leaves about 2 (P - 1) / P x item bytes each, as round a ring to the
@@ -129,7 +129,7 @@ class Wire:
         self.sent_bytes_P[(self.rank + 1) % self.ranks] += (
             2 * (self.ranks - 1) * values.numel() * values.element_size() // self.ranks
         )
-        self._comm.all_reduce(total, group=self.group)
+        self._ops.all_reduce(total, group=self.group)
         return total
 
     def _count(self, rows: Tensor, num_rows_P: Sequence[int]) -> None:
@@ -139,7 +139,7 @@ class Wire:
             if rank != self.rank:
                 self.sent_bytes_P[rank] += num_rows * row_bytes
 
-    def _issue(self, collective: Callable[..., Any], got: Tensor, rows: Tensor, *splits: list[int]) -> Flight:
+    def _issue(self, collective: Callable[..., Any], got: Tensor, rows: Tensor, *splits: list[int]) -> AsyncCollective:
         # Nobody takes the times of an evaluation: its logs would only grow.
         taken = self._timed and not torch.is_inference_mode_enabled()
         log = self._log if taken else type(self._log)()
@@ -147,15 +147,15 @@ class Wire:
             assert isinstance(log, HostLog)
             issued = time.perf_counter()
             work = collective(got, rows, *splits, group=self.group, async_op=True)
-            return HostFlight(work, got, log, issued)
+            return CpuCollective(work, got, log, issued)
         assert isinstance(log, DeviceLog)
         issue = torch.cuda.Event(enable_timing=True)
         issue.record()
         work = collective(got, rows, *splits, group=self.group, async_op=True)
-        return DeviceFlight(work, got, rows, log, self._streams, issue)
+        return GpuCollective(work, got, rows, log, self._streams, issue)
 
 
-def add_up(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+def all_reduce_sum(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Give the sum of the ranks' values. Any group, all ranks by default; leaves: about 2 x value's bytes; no sync with
     the host."""
     total = value.clone()

@@ -20,7 +20,7 @@ from torch import distributed as dist
 from foreroute.engine.parallel.mesh import Mesh
 
 
-class Host:
+class CpuGroup:
     """A rank alone; the base of those with company."""
 
     rank = 0
@@ -51,7 +51,7 @@ class Host:
         """Give the connections back; nothing can be sent any more."""
 
 
-class GlooHost(Host):
+class GlooGroup(CpuGroup):
     """Over a gloo process group; errors and timeouts are gloo's, as RuntimeError."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -75,19 +75,19 @@ class GlooHost(Host):
         del self.group  # the last reference
 
 
-def expert_group_host(mesh: Mesh, timeout: timedelta | None = None) -> Host:
+def expert_cpu_group(mesh: Mesh, timeout: timedelta | None = None) -> CpuGroup:
     """Connect this rank to its expert group over gloo; every rank of the run calls it, as groups are made by all
     ranks."""
-    if mesh.expert_ranks == 1:
-        return Host()
+    if mesh.ep_size == 1:
+        return CpuGroup()
     groups = [
-        dist.new_group(list(range(first, first + mesh.expert_ranks)), timeout, backend="gloo")
-        for first in range(0, mesh.world, mesh.expert_ranks)
+        dist.new_group(list(range(first, first + mesh.ep_size)), timeout, backend="gloo")
+        for first in range(0, mesh.world, mesh.ep_size)
     ]
-    return GlooHost(groups[mesh.group_number])
+    return GlooGroup(groups[mesh.expert_dp_rank])
 
 
-class MpiHost(Host):
+class MpiGroup(CpuGroup):
     """Over a communicator of its own, a duplicate of the one given; needs MPI_THREAD_MULTIPLE beside other threads."""
 
     def __init__(self, comm: Any) -> None:

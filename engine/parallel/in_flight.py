@@ -1,6 +1,6 @@
-"""One collective under way, and the time that such flights took.
+"""One collective under way, and the time that such collectives took.
 
-Two times are kept for all flights of a wire. Total: how long at least one flight was under way, from its issue to its
+Two times are kept for all collectives of a group. Total: how long at least one was under way, from its issue to its
 completion; waiting for slower ranks is part of it. Exposed: how long the computation stood still for one. The rest of
 the total was hidden behind computation.
 
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from foreroute.engine.tracing import flown, span
+from foreroute.engine.tracing import record_collective, span
 
 
 class ExchangeTimes(NamedTuple):
@@ -27,7 +27,7 @@ class ExchangeTimes(NamedTuple):
     hidden_ms: float  # exchanging behind computation
 
 
-class Flight(Protocol):
+class AsyncCollective(Protocol):
     """A collective under way."""
 
     def wait(self) -> Tensor:
@@ -35,7 +35,7 @@ class Flight(Protocol):
         ...
 
 
-class Streams(NamedTuple):
+class CudaStreams(NamedTuple):
     """CUDA streams beside the computing one."""
 
     side: torch.cuda.Stream  # rows are packed and collectives issued here
@@ -44,7 +44,7 @@ class Streams(NamedTuple):
 
 @dataclass(slots=True)
 class HostLog:
-    """Times of the flights of a CPU."""
+    """Times of the collectives of a CPU."""
 
     spans: list[tuple[float, float]] = field(default_factory=list)  # seconds: issue, completion
     exposed: float = 0.0  # seconds
@@ -58,7 +58,7 @@ class HostLog:
         return 1e3 * (end - begin)
 
     def take(self) -> ExchangeTimes:
-        """Give the times since the last call, of flights that were waited for."""
+        """Give the times since the last call, of collectives that were waited for."""
         spans, exposed_ms = self.spans, 1e3 * self.exposed
         self.spans, self.exposed = [], 0.0
         return ExchangeTimes(exposed_ms, max(0.0, 1e3 * covered(spans) - exposed_ms))
@@ -66,7 +66,7 @@ class HostLog:
 
 @dataclass(slots=True)
 class DeviceLog:
-    """Times of the flights of a GPU, as CUDA events: issue, completion, before and after the wait for it."""
+    """Times of the collectives of a GPU, as CUDA events: issue, completion, before and after the wait for it."""
 
     events: list[tuple[torch.cuda.Event, ...]] = field(default_factory=list)
 
@@ -76,9 +76,9 @@ class DeviceLog:
 
     def exposed_ms(self, begin: float, end: float) -> float:
         """Give the exposed milliseconds between two marks made since the last `take`; the device must be past them."""
-        flights = self.events[int(begin) : int(end)]
-        flown_ms: float = sum(before.elapsed_time(after) for *_, before, after in flights)
-        return flown_ms
+        collectives = self.events[int(begin) : int(end)]
+        exposed_ms: float = sum(before.elapsed_time(after) for *_, before, after in collectives)
+        return exposed_ms
 
     def take(self) -> ExchangeTimes:
         """Give the times since the last call; waits for the device."""
@@ -86,8 +86,8 @@ class DeviceLog:
         if not events:
             return ExchangeTimes(0.0, 0.0)
         zero = events[0][0]
-        for flight in events:
-            for event in flight:
+        for collective in events:
+            for event in collective:
                 event.synchronize()
         spans = [(zero.elapsed_time(issue), zero.elapsed_time(end)) for issue, end, *_ in events]
         exposed_ms = sum(before.elapsed_time(after) for *_, before, after in events)
@@ -106,7 +106,7 @@ def covered(spans: list[tuple[float, float]]) -> float:
     return total
 
 
-class HostFlight:
+class CpuCollective:
     """A collective of CPU tensors."""
 
     def __init__(self, work: Any, got: Tensor, log: HostLog, issued: float) -> None:
@@ -124,31 +124,31 @@ class HostFlight:
         self.log.exposed += end - start
         arrived = end if self.done is None else self.done
         self.log.spans.append((self.issued, arrived))
-        flown(self.issued, arrived)
+        record_collective(self.issued, arrived)
         return self.got
 
     def _land(self, _: Any) -> None:
         self.done = time.perf_counter()
 
 
-class SumFlight:
-    """A flight that brings as many rows from each of the ranks, to be added up."""
+class SummedCollective:
+    """A collective that brings as many rows from each of the ranks, to be added up."""
 
-    def __init__(self, flight: Flight, ranks: int) -> None:
-        self.flight, self.ranks = flight, ranks
+    def __init__(self, collective: AsyncCollective, ranks: int) -> None:
+        self.collective, self.ranks = collective, ranks
 
     def wait(self) -> Tensor:
         """Give the sum over the ranks."""
-        got = self.flight.wait()
+        got = self.collective.wait()
         with span("combine"):
             return got.view(self.ranks, -1, got.shape[1]).sum(dim=0)
 
 
-class DeviceFlight:
+class GpuCollective:
     """A collective of GPU tensors; the host never waits."""
 
     def __init__(
-        self, work: Any, got: Tensor, rows: Tensor, log: DeviceLog, streams: Streams, issue: torch.cuda.Event
+        self, work: Any, got: Tensor, rows: Tensor, log: DeviceLog, streams: CudaStreams, issue: torch.cuda.Event
     ) -> None:
         """Take the library's handle, both tensors and the event of the issue; marks the end on the watching stream."""
         self.got, self.rows, self.log, self.issue = got, rows, log, issue

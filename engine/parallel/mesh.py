@@ -23,32 +23,32 @@ class Mesh:
 
     rank: int = 0
     world: int = 1
-    expert_ranks: int = 1  # ranks of an expert group
+    ep_size: int = 1  # ranks of an expert group
 
     def __post_init__(self) -> None:
-        if self.world % self.expert_ranks:
-            raise UserError(f"parallel.expert_ranks={self.expert_ranks}: must divide the number of ranks, {self.world}")
+        if self.world % self.ep_size:
+            raise UserError(f"parallel.expert_ranks={self.ep_size}: must divide the number of ranks, {self.world}")
 
     @property
-    def expert_rank(self) -> int:
+    def ep_rank(self) -> int:
         """This rank's number in its expert group."""
-        return self.rank % self.expert_ranks
+        return self.rank % self.ep_size
 
     @property
-    def group_number(self) -> int:
+    def expert_dp_rank(self) -> int:
         """The number of this rank's expert group."""
-        return self.rank // self.expert_ranks
+        return self.rank // self.ep_size
 
     @property
-    def group_ranks(self) -> range:
+    def ep_ranks(self) -> range:
         """The ranks of this rank's expert group."""
-        first = self.rank - self.expert_rank
-        return range(first, first + self.expert_ranks)
+        first = self.rank - self.ep_rank
+        return range(first, first + self.ep_size)
 
     @property
-    def replica_ranks(self) -> range:
+    def expert_dp_ranks(self) -> range:
         """The ranks that hold the same experts as this one."""
-        return range(self.expert_rank, self.world, self.expert_ranks)
+        return range(self.ep_rank, self.world, self.ep_size)
 
     def local_experts(self, experts: int) -> range:
         """Global numbers of the experts that this rank holds.
@@ -56,7 +56,7 @@ class Mesh:
         Raises:
             UserError: the experts cannot be shared out evenly.
         """
-        if experts % self.expert_ranks:
-            raise UserError(f"moe.experts={experts}: must be a multiple of parallel.expert_ranks={self.expert_ranks}")
-        count = experts // self.expert_ranks
-        return range(self.expert_rank * count, (self.expert_rank + 1) * count)
+        if experts % self.ep_size:
+            raise UserError(f"moe.experts={experts}: must be a multiple of parallel.expert_ranks={self.ep_size}")
+        count = experts // self.ep_size
+        return range(self.ep_rank * count, (self.ep_rank + 1) * count)

@@ -104,7 +104,7 @@ class _AskedStore:
                 answer.set_exception(bug)
 
 
-class Watch:
+class Watchdog:
     """Signs of life of one rank; without a store (one rank alone) it does nothing."""
 
     def __init__(

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from foreroute.engine.errors import RunFailed, UserError, everywhere
-from foreroute.engine.parallel.collectives import add_up
-from foreroute.engine.parallel.cpu_group import Host, odd_ones
+from foreroute.engine.parallel.collectives import all_reduce_sum
+from foreroute.engine.parallel.cpu_group import CpuGroup, odd_ones
 from foreroute.engine.parallel.mesh import Mesh
-from foreroute.engine.parallel.watchdog import Watch
+from foreroute.engine.parallel.watchdog import Watchdog
 
 T = TypeVar("T")
 
@@ -26,10 +26,10 @@ class World:
 
     mesh: Mesh = field(default_factory=Mesh)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    host: Host = field(default_factory=Host)  # all ranks; for the main thread
-    planning: Host = field(default_factory=Host)  # all ranks; for the loader's thread
-    planning_group: Host = field(default_factory=Host)  # the expert group; for the loader's thread
-    watch: Watch = field(default_factory=Watch)
+    cpu_group: CpuGroup = field(default_factory=CpuGroup)  # all ranks; for the main thread
+    planning: CpuGroup = field(default_factory=CpuGroup)  # all ranks; for the loader's thread
+    planning_group: CpuGroup = field(default_factory=CpuGroup)  # the expert group; for the loader's thread
+    watchdog: Watchdog = field(default_factory=Watchdog)
     node_P: tuple[int, ...] = ()  # each rank's node, from 0 on; empty: all are on one
 
     @property
@@ -51,20 +51,22 @@ class World:
 
     def sum(self, values: Tensor) -> Tensor:
         """Give the sum of the ranks' values."""
-        return add_up(values) if self.mesh.world > 1 else values
+        return all_reduce_sum(values) if self.mesh.world > 1 else values
 
 
-def together(host: Host, make: Callable[[], T], *, rank_0_first: bool = False, watch: Watch | None = None) -> T:
+def together(
+    cpu_group: CpuGroup, make: Callable[[], T], *, rank_0_first: bool = False, watchdog: Watchdog | None = None
+) -> T:
     """Run make() on every rank and return its result; what cannot be done on one rank raises on all.
 
     Args:
         rank_0_first: the others start when rank 0 is done, and find what it left on the disk.
-        watch: for a make() with collectives, in which the others would wait for a rank that failed: it ends them.
+        watchdog: for a make() with collectives, in which the others would wait for a rank that failed: it ends them.
 
     Raises:
         UserError, RunFailed: of the first rank that raised one (an OSError counts as UserError).
     """
-    if host.ranks == 1:
+    if cpu_group.ranks == 1:
         return make()
     made: list[T] = []
     problem: list[str] | None = None
@@ -75,16 +77,16 @@ def together(host: Host, make: Callable[[], T], *, rank_0_first: bool = False, w
             made.append(make())
         except (UserError, RunFailed, OSError) as error:
             problem = ["failed" if isinstance(error, RunFailed) else "user", str(error)]
-            if watch is not None:
-                watch.report(str(error))
+            if watchdog is not None:
+                watchdog.report(str(error))
 
-    if rank_0_first and host.rank == 0:
+    if rank_0_first and cpu_group.rank == 0:
         attempt()
     if rank_0_first:
-        _raise_first([host.broadcast(problem)])
+        _raise_first([cpu_group.broadcast(problem)])
     if not made:
         attempt()
-    _raise_first(host.gather(problem))
+    _raise_first(cpu_group.gather(problem))
     return made[0]
 
 
@@ -96,13 +98,13 @@ def _raise_first(problems: list[list[str] | None]) -> None:
             raise everywhere(UserError(message) if kind == "user" else RunFailed(message))
 
 
-def agree(host: Host, facts: Mapping[str, Any]) -> None:
+def agree(cpu_group: CpuGroup, facts: Mapping[str, Any]) -> None:
     """Compare facts (JSON) between the ranks.
 
     Raises:
         UserError: on every rank; names a fact that differs, the ranks and their values.
     """
-    everyone = host.gather(dict(facts))
+    everyone = cpu_group.gather(dict(facts))
     for name in facts:
         values = [str(other.get(name)) for other in everyone]
         if len(set(values)) > 1:

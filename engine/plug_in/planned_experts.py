@@ -29,9 +29,9 @@ from foreroute.engine.data.plan_agreement import tables_digest
 from foreroute.engine.errors import RunFailed, UserError, require
 from foreroute.engine.moe.exchange import build_exchange
 from foreroute.engine.moe.layer import MoELayer
-from foreroute.engine.optim.expert_sharding import expert_wire
-from foreroute.engine.parallel.collectives import Wire
-from foreroute.engine.parallel.cpu_group import Host, expert_group_host, odd_ones
+from foreroute.engine.optim.expert_sharding import expert_group_comm
+from foreroute.engine.parallel.collectives import ExpertGroupComm
+from foreroute.engine.parallel.cpu_group import CpuGroup, expert_cpu_group, odd_ones
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.plug_in.attached import After, Attachment, Before, Call, CallArguments, Layout, Place, kind_of
 from foreroute.engine.plug_in.passes import Pass, Passes, backward_node
@@ -65,12 +65,12 @@ class PlannedExperts:
     to the other ranks when it plans first, for which every rank of the run must plan with its copy.
     """
 
-    wire: Wire | None = None
+    comm: ExpertGroupComm | None = None
     """What the layers exchange rows through, with its counts and times; None before the first pass and on one rank."""
 
     replaced: tuple[Replaced, ...] = ()
     """What the layers took the place of, layer by layer."""
-    _host: Host | None
+    _cpu_group: CpuGroup | None
 
     def __init__(
         self,
@@ -90,18 +90,18 @@ class PlannedExperts:
         self.k = k
         self._passes = 0  # begun so far
         self._connections()
-        self._host = expert_group_host(mesh, self._timeout)
+        self._cpu_group = expert_cpu_group(mesh, self._timeout)
 
     def _connections(self) -> None:
         """What a copy has of its own."""
         self._forks = _forks
         # all plans, in the order in which they were asked for
         self._thread = ThreadPoolExecutor(1, "foreroute-planner")
-        self._host = None
+        self._cpu_group = None
         self._delivery: Delivery | None = None
         self.passes = Passes()
         self._lock = threading.Lock()
-        self.wire = None
+        self.comm = None
 
     def __getstate__(self) -> dict[str, Any]:
         """What is copied: neither threads nor locks, connections nor plans."""
@@ -324,7 +324,7 @@ class PlannedExperts:
 
     def _place(self) -> tuple[int, int, int]:
         mesh = self._mesh
-        return (mesh.rank, mesh.world, mesh.expert_ranks) if mesh.expert_ranks > 1 else (0, 1, 1)
+        return (mesh.rank, mesh.world, mesh.ep_size) if mesh.ep_size > 1 else (0, 1, 1)
 
     def _use(self, tables: Sequence[Table]) -> None:
         self._routers = routers_of(tables, self._mesh)
@@ -352,7 +352,7 @@ class PlannedExperts:
         gather = use_gather(
             parallel,
             experts=self._num_experts,
-            ranks=mesh.expert_ranks,
+            ranks=mesh.ep_size,
             k=k,
             tokens=tokens,
             width=self._width,
@@ -362,7 +362,7 @@ class PlannedExperts:
             router.plan(ids_PBQ, left_PBC, k, gather=gather, chunks=parallel.chunks) for router in self._routers
         )
         rank = dist.get_rank() if dist.is_initialized() else 0
-        token_T = (rank - mesh.expert_rank) * tokens + torch.arange(mesh.expert_ranks * tokens)
+        token_T = (rank - mesh.ep_rank) * tokens + torch.arange(mesh.ep_size * tokens)
         if self._delivery is None or self._delivery.device != weight.device:
             self._delivery = Delivery(weight.device)
         (plans, token_T), copied = self._delivery.send((plans, token_T))
@@ -371,7 +371,7 @@ class PlannedExperts:
 
     def _check(self, ids: Tensor, left: Tensor | None) -> tuple[Tensor, Tensor]:
         """Give ids and left context as int64 on the host."""
-        table, ranks = self._routers[0].table, self._mesh.expert_ranks
+        table, ranks = self._routers[0].table, self._mesh.ep_size
         for name, given in (("ids", ids), ("left", ids if left is None else left)):
             require(isinstance(given, Tensor), f"{name} is {kind_of(given)}: must be a tensor of ids")
         require(
@@ -396,9 +396,9 @@ class PlannedExperts:
     def _share(self, ids_BQ: Tensor, left_BC: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Exchange ids and left context in the expert group: first the sizes, then [B, C + Q] numbers of 4 bytes."""
         names = "sequences", "length", "k", "tables"
-        host = self._host = self._host or self._reconnect()
+        cpu_group = self._cpu_group = self._cpu_group or self._reconnect()
         try:
-            found = host.all_gather(np.array([*ids_BQ.shape, k, self._tables], np.int64))
+            found = cpu_group.all_gather(np.array([*ids_BQ.shape, k, self._tables], np.int64))
         except RuntimeError as error:
             raise RunFailed(
                 f"rank {self._mesh.rank} planned a forward pass, and not all ranks of its expert group did so within"
@@ -407,23 +407,23 @@ class PlannedExperts:
             ) from error
         for name, value_P in zip(names, found.T.tolist(), strict=True):
             if len(set(value_P)) > 1:
-                odd = odd_ones(value_P, first=self._mesh.group_ranks.start)
+                odd = odd_ones(value_P, first=self._mesh.ep_ranks.start)
                 raise RunFailed(f"the ranks of an expert group differ in their {name}: {odd}")
         both_BS = torch.cat((left_BC, ids_BQ), dim=1).numpy().astype(np.int32)
-        both_PBS = torch.from_numpy(host.all_gather(both_BS)).long()
+        both_PBS = torch.from_numpy(cpu_group.all_gather(both_BS)).long()
         context = left_BC.shape[1]
         return both_PBS[..., context:].contiguous(), both_PBS[..., :context].contiguous()
 
-    def _reconnect(self) -> Host:
+    def _reconnect(self) -> CpuGroup:
         """Connect a copy to the other ranks of its expert group; collective over all ranks."""
         mesh = self._mesh
-        if mesh.expert_ranks > 1:
+        if mesh.ep_size > 1:
             place = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
             require(
                 place == (mesh.rank, mesh.world),
                 f"copied on (rank, of ranks) = {mesh.rank, mesh.world}, which holds other experts: must be used there",
             )
-        return expert_group_host(mesh, self._timeout)
+        return expert_cpu_group(mesh, self._timeout)
 
     def _begin(self, plans: Plans) -> Pass:
         require(plans.tables == self._tables, "these plans are of other tables than the model's")
@@ -437,9 +437,9 @@ class PlannedExperts:
 
     def _connect(self, device: torch.device) -> None:
         """Let the layers exchange rows, once DeepSpeed has formed the groups."""
-        if self.wire is not None or self._mesh.expert_ranks == 1:
+        if self.comm is not None or self._mesh.ep_size == 1:
             return
-        self.wire = expert_wire(self._mesh, device, timed=False)
+        self.comm = expert_group_comm(self._mesh, device, timed=False)
         for layer in self.layers:
             backend = layer.experts.kernels.backend
-            layer.wire(build_exchange(self.wire, self._parallel, backend))
+            layer.connect(build_exchange(self.comm, self._parallel, backend))

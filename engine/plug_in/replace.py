@@ -135,7 +135,7 @@ def replace_feed_forwards(
             layers.append(layer.to(like.dtype))
     skip_shared_memory_op()
     wait_at_most(timedelta(seconds=parallel.timeout_s))
-    if mesh.expert_ranks > 1:
+    if mesh.ep_size > 1:
         for layer in layers:
             share_experts(layer, mesh)
     experts = PlannedExperts(layers, tables, mesh, parallel, width=width, k=k, seed=seed)

@@ -25,9 +25,9 @@ import torch
 
 from foreroute.engine.config import ProfileConfig
 from foreroute.engine.metrics.timers import StepTimes
-from foreroute.engine.parallel.cpu_group import Host
+from foreroute.engine.parallel.cpu_group import CpuGroup
 from foreroute.engine.parallel.world import World
-from foreroute.engine.profiling.trace_events import Clock, Event, Process, flight_events, range_events, torch_events
+from foreroute.engine.profiling.trace_events import Clock, Event, Process, collective_events, range_events, torch_events
 from foreroute.engine.profiling.trace_summary import Nested, costs, nest, overlap_ms, summary
 from foreroute.engine.tracing import InFlight, Range, Recorder, record_into, span
 
@@ -95,8 +95,8 @@ class Profiler:
     def close(self) -> None:
         """Write what is recorded and not written yet; a collective."""
         if self._recorder is not None:
-            self._world.watch.at(f"the trace of {self._title}")
-            self._report(self._world.host.gather(self._stop(self._recorder)))
+            self._world.watchdog.at(f"the trace of {self._title}")
+            self._report(self._world.cpu_group.gather(self._stop(self._recorder)))
 
     def leave(self) -> None:
         """Write what is recorded and not written yet, of this rank alone: the others may be lost."""
@@ -114,7 +114,7 @@ class Profiler:
         return self._folder / f"step{self._traced[0]}-{self._traced[-1]}.{ending}"
 
     def _start(self) -> None:
-        self._clock = agree_on_clock(self._world.host)
+        self._clock = agree_on_clock(self._world.cpu_group)
         if self._operators:
             os.environ.setdefault("KINETO_LOG_LEVEL", _QUIET)
             self._torch = torch.profiler.profile(activities=torch.profiler.supported_activities())
@@ -136,14 +136,14 @@ class Profiler:
         if profiler is not None:
             profiler.stop()
         # Ranges that other threads had begun still come in.
-        recorded, flights = list(recorder.ranges), list(recorder.flights)
+        recorded, flights = list(recorder.ranges), list(recorder.collectives)
         issued = [Range("", f.thread, f.issued_ns, f.issued_ns) for f in flights]
         nested = nest([*recorded, *issued])
         ranges, places = nested[: len(recorded)], nested[len(recorded) :]
         issued_in = [place.path.rpartition("/")[0] for place in places]
         events = [
             *range_events(ranges, self._process, self._clock),
-            *flight_events(flights, issued_in, self._process, self._clock),
+            *collective_events(flights, issued_in, self._process, self._clock),
         ]
         return {
             "costs": costs(ranges),
@@ -220,7 +220,7 @@ class Profiler:
         return None
 
 
-def agree_on_clock(host: Host) -> Clock:
+def agree_on_clock(cpu_group: CpuGroup) -> Clock:
     """Find out how this rank's time of day differs from rank 0's, as far as collectives tell. A collective.
 
     No rank leaves a barrier before another has entered it. So between two ranks' clocks lies at least (one's entry -
@@ -230,10 +230,10 @@ def agree_on_clock(host: Host) -> Clock:
     marks = []
     for _ in range(_CLOCK_ROUNDS):
         entry = time.time_ns()
-        host.barrier()
+        cpu_group.barrier()
         marks.append((entry, time.time_ns()))
-    marks_PR2 = host.all_gather(np.array(marks))
-    (entry_0, exit_0), (entry_own, exit_own) = marks_PR2[0].T, marks_PR2[host.rank].T
+    marks_PR2 = cpu_group.all_gather(np.array(marks))
+    (entry_0, exit_0), (entry_own, exit_own) = marks_PR2[0].T, marks_PR2[cpu_group.rank].T
     low, high = int((entry_0 - exit_own).max()), int((exit_0 - entry_own).min())
     apart = not low <= 0 <= high
     return Clock(

@@ -63,7 +63,9 @@ def range_events(nested: Sequence[Nested], process: Process, clock: Clock) -> li
     return found
 
 
-def flight_events(flights: Sequence[InFlight], issued_in: Sequence[str], process: Process, clock: Clock) -> list[Event]:
+def collective_events(
+    flights: Sequence[InFlight], issued_in: Sequence[str], process: Process, clock: Clock
+) -> list[Event]:
     """Give an event for each flight, from its issue to its arrival, named after the range that issued it.
 
     Args:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from foreroute.engine.parallel.collectives import Wire
+from foreroute.engine.parallel.collectives import ExpertGroupComm
 from foreroute.engine.routing.plan import Part, Plan, Route, cut
 from foreroute.kernels.expert_rows import ExpertRows
 
@@ -24,7 +24,9 @@ from foreroute.kernels.expert_rows import ExpertRows
 _UNUSED = -1.0
 
 
-def build_live_plan(route: Route, num_experts: int, wire: Wire, *, gather: bool = False, chunks: int = 1) -> Plan:
+def build_live_plan(
+    route: Route, num_experts: int, comm: ExpertGroupComm, *, gather: bool = False, chunks: int = 1
+) -> Plan:
     """Turn the routes of all ranks of an expert group, each its own, into this rank's plan; a collective.
 
     weight_N stays connected to route.weight_TK for autograd, over the ranks.
@@ -36,7 +38,7 @@ def build_live_plan(route: Route, num_experts: int, wire: Wire, *, gather: bool 
         ValueError: the ranks have unequal numbers of tokens, or too many to count in the weights' number format.
     """
     num_tokens, k = route.expert_TK.shape
-    local, rank, ranks = num_experts // wire.ranks, wire.rank, wire.ranks
+    local, rank, ranks = num_experts // comm.ranks, comm.rank, comm.ranks
     limit = 2 ** (24 if route.weight_TK.dtype == torch.float32 else 53)
     if num_tokens * ranks > limit:
         raise ValueError(f"{ranks} ranks with {num_tokens} tokens each: must be at most {limit} together")
@@ -44,7 +46,7 @@ def build_live_plan(route: Route, num_experts: int, wire: Wire, *, gather: bool 
     chosen_TPL = weight_TPL.detach() != _UNUSED
     used_TP = torch.ones_like(chosen_TPL[..., 0]) if gather else chosen_TPL.any(dim=2)
     spans = cut(num_tokens, chunks)
-    counts = _exchange_counts(used_TP, chosen_TPL.flatten(1), spans, wire)
+    counts = _exchange_counts(used_TP, chosen_TPL.flatten(1), spans, comm)
     _check_tokens(counts, num_tokens, k, ranks)
 
     # rank by rank, its tokens in order
@@ -52,7 +54,7 @@ def build_live_plan(route: Route, num_experts: int, wire: Wire, *, gather: bool 
     weight_SL = weight_TPL.transpose(0, 1).reshape(-1, local)[flat_S]
     token_S = rank * num_tokens + flat_S % max(num_tokens, 1)
     splits = counts.splits(rank, slice(None))
-    weight_RL, token_R = _ToExpertRanks.apply(weight_SL, token_S, wire, *splits)  # type: ignore[no-untyped-call]
+    weight_RL, token_R = _ToExpertRanks.apply(weight_SL, token_S, comm, *splits)  # type: ignore[no-untyped-call]
     parts = []
     for number, span in enumerate(spans):
         block = counts.received(rank, number)
@@ -99,10 +101,10 @@ class _Counts:
         return [slice(ends[place] - int(rows_N[place]), ends[place]) for place in places]
 
 
-def _exchange_counts(used_TP: Tensor, chosen_TE: Tensor, spans: list[slice], wire: Wire) -> _Counts:
+def _exchange_counts(used_TP: Tensor, chosen_TE: Tensor, spans: list[slice], comm: ExpertGroupComm) -> _Counts:
     both_TX = torch.cat((used_TP, chosen_TE), dim=1).long()
     sum_CX = torch.stack([both_TX[span].sum(dim=0) for span in spans])
-    return _Counts(wire.all_gather(sum_CX).wait(), wire.ranks, len(spans))
+    return _Counts(comm.all_gather(sum_CX).wait(), comm.ranks, len(spans))
 
 
 def _check_tokens(counts: _Counts, num_tokens: int, k: int, ranks: int) -> None:
@@ -142,11 +144,16 @@ class _ToExpertRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight_SL: Tensor, token_S: Tensor, wire: Wire, send: tuple[int, ...], recv: tuple[int, ...]
+        ctx: Any,
+        weight_SL: Tensor,
+        token_S: Tensor,
+        comm: ExpertGroupComm,
+        send: tuple[int, ...],
+        recv: tuple[int, ...],
     ) -> tuple[Tensor, Tensor]:
-        ctx.wire, ctx.send, ctx.recv = wire, send, recv
+        ctx.comm, ctx.send, ctx.recv = comm, send, recv
         block = torch.cat((weight_SL, token_S[:, None].to(weight_SL.dtype)), dim=1)
-        got = wire.all_to_all(block, send, recv).wait()
+        got = comm.all_to_all(block, send, recv).wait()
         weight_RL, token_R = got[:, :-1].contiguous(), got[:, -1].long()
         ctx.mark_non_differentiable(token_R)
         return weight_RL, token_R
@@ -154,5 +161,5 @@ class _ToExpertRanks(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_weight_RL: Tensor, _: Any) -> tuple[Any, ...]:
-        d_weight_SL = ctx.wire.all_to_all(d_weight_RL.contiguous(), ctx.recv, ctx.send).wait()
+        d_weight_SL = ctx.comm.all_to_all(d_weight_RL.contiguous(), ctx.recv, ctx.send).wait()
         return d_weight_SL, None, None, None, None

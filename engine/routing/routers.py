@@ -172,7 +172,7 @@ PlannedRouter = HashedRouter | DrawnRouter
 
 def routers_of(tables: Sequence[Table], mesh: Mesh, *, shuffled: bool = False) -> list[HashedRouter]:
     """Make a router of each table that plans for this rank of its expert group."""
-    rank, ranks = mesh.expert_rank, mesh.expert_ranks
+    rank, ranks = mesh.ep_rank, mesh.ep_size
     return [HashedRouter(t, rank=rank, ranks=ranks, shuffled=shuffled) for t in tables]
 
 

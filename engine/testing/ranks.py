@@ -1,5 +1,5 @@
 """Processes for tests: `run_ranks` starts some that form a gloo group and gathers what they say, `Program` starts a
-program, both within a fraction of a second; `run_threads` gives threads of this process a Host each. And
+program, both within a fraction of a second; `run_threads` gives threads of this process a CpuGroup each. And
 `change_certificate`, for tests of runs that shall differ from it.
 """
 
@@ -32,7 +32,7 @@ from safetensors.numpy import load_file
 from torch import distributed as dist
 
 from foreroute.engine.certificate.record import ARRAYS, read, write
-from foreroute.engine.parallel.cpu_group import Host
+from foreroute.engine.parallel.cpu_group import CpuGroup
 
 _SERVER = multiprocessing.get_context("forkserver")
 _PRELOADED = [  # what ranks import, also at their first step; none of it starts a thread
@@ -234,7 +234,7 @@ def rank_environments(ranks: int) -> list[dict[str, str]]:
     return [{**os.environ, **world, "RANK": str(r), "LOCAL_RANK": str(r), "OMP_NUM_THREADS": "1"} for r in range(ranks)]
 
 
-class _ThreadHost(Host):
+class _ThreadGroup(CpuGroup):
     def __init__(self, rank: int, board: list[Any], barrier: threading.Barrier) -> None:
         self.rank, self.ranks, self._board, self._barrier = rank, len(board), board, barrier
 
@@ -246,7 +246,7 @@ class _ThreadHost(Host):
         return found
 
 
-def run_threads(function: Callable[[Host], Any], ranks: int, *, seconds: float = 60) -> list[Any]:
+def run_threads(function: Callable[[CpuGroup], Any], ranks: int, *, seconds: float = 60) -> list[Any]:
     """Call function(host) in `ranks` threads whose hosts know each other; return results, or what was raised, by
     rank."""
     board: list[Any] = [None] * ranks
@@ -254,7 +254,7 @@ def run_threads(function: Callable[[Host], Any], ranks: int, *, seconds: float =
 
     def call(rank: int) -> Any:
         try:
-            return function(_ThreadHost(rank, board, barrier))
+            return function(_ThreadGroup(rank, board, barrier))
         except Exception as error:
             return error
 

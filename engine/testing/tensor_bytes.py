@@ -35,7 +35,7 @@ from foreroute.engine.metrics.step_meter import StepMeter
 from foreroute.engine.model.build import build_model
 from foreroute.engine.model.transformer_xl import Memory
 from foreroute.engine.optim import deepspeed_engine as adapter
-from foreroute.engine.parallel.cpu_group import GlooHost
+from foreroute.engine.parallel.cpu_group import GlooGroup
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.parallel.world import World
 from foreroute.engine.routing.ngram_rows import KeyRows
@@ -173,9 +173,9 @@ def _train(
     model = build_model(config, vocab_size)
     engine = adapter.start(model, config, mesh)
     loader = _loader(config, mesh, ids, tables, plans, model.input_keys)
-    world = World(mesh) if mesh.world == 1 else World(mesh, host=GlooHost(dist.group.WORLD))  # type: ignore[arg-type]
+    world = World(mesh) if mesh.world == 1 else World(mesh, cpu_group=GlooGroup(dist.group.WORLD))  # type: ignore[arg-type]
     memory: list[Memory | None] = [None] * config.train.accumulation
-    meter = StepMeter(engine.module, engine.device, engine.wire, world)
+    meter = StepMeter(engine.module, engine.device, engine.comm, world)
     for step in range(config.train.steps):
         with held.marked() if held else record_function(""):
             train_step(engine, loader, memory, config, step=step, meter=meter).read()

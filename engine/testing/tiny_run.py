@@ -32,8 +32,8 @@ from foreroute.engine.model.build import build_model
 from foreroute.engine.model.transformer_xl import Memory
 from foreroute.engine.optim import deepspeed_engine as adapter
 from foreroute.engine.optim.adam import build_optimizer
-from foreroute.engine.parallel.collectives import add_up
-from foreroute.engine.parallel.cpu_group import GlooHost
+from foreroute.engine.parallel.collectives import all_reduce_sum
+from foreroute.engine.parallel.cpu_group import GlooGroup
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.plan import Routing
 from foreroute.engine.routing.routers import routers_of
@@ -79,7 +79,7 @@ class Run:
         """
         self.config, self.mesh = tiny_config(stage, **options), mesh
         vars(adapter).update(build_optimizer=optimizer, KEPT_WHOLE=whole)
-        self.host = GlooHost(dist.group.WORLD)  # type: ignore[arg-type]
+        self.cpu_group = GlooGroup(dist.group.WORLD)  # type: ignore[arg-type]
         text = np.random.default_rng(0).integers(0, SYMBOLS, 2000).astype(np.uint8)
         self.streams = Streams(text, STREAMS, SEGMENT, self.config.context)
         tables = build_tables(self.config.moe, SYMBOLS, text, num_tables=LAYERS, seed=1, cache_dir=None)
@@ -104,7 +104,7 @@ class Run:
             total += out.loss.detach().float() / self.accumulation
         assert self.engine.step()
         self.index += 1
-        return add_up(total).item() / self.mesh.world
+        return all_reduce_sum(total).item() / self.mesh.world
 
     def evaluate(self, guard: Callable[[], AbstractContextManager[Any]]) -> float:
         """Give this rank's loss on the next step's first micro-batch, by the bare model under torch.no_grad or the
@@ -141,13 +141,13 @@ class Run:
             stream_B=torch.tensor(self._own_streams()),
             tables=[table_state(table) for table in self.tables],
         )
-        return checkpoint.save(folder, self.engine, state, facts={}, keep=2, host=self.host)
+        return checkpoint.save(folder, self.engine, state, facts={}, keep=2, cpu_group=self.cpu_group)
 
     def load(self, folder: Path) -> checkpoint.TrainingState:
         """Go on from the newest checkpoint."""
-        path, warnings = checkpoint.find_newest(folder, self.host)
+        path, warnings = checkpoint.find_newest(folder, self.cpu_group)
         assert path is not None and not warnings
-        state = checkpoint.load(path, self.engine, host=self.host, streams=self._own_streams())
+        state = checkpoint.load(path, self.engine, cpu_group=self.cpu_group, streams=self._own_streams())
         assert state.memory is not None
         self._route_by([table_from_state(table) for table in state.tables])
         parts = [layer.tensor_split(self.accumulation) for layer in state.memory]
@@ -169,9 +169,9 @@ class Run:
 
     def _inputs(self, micro: int) -> tuple[Tensor, Tensor, Memory | None, Routing]:
         """What the model takes in the next step."""
-        ranks = self.mesh.group_ranks
+        ranks = self.mesh.ep_ranks
         batches = [self.streams.batch(self.index, self._streams_of(r, micro)) for r in ranks]
-        group = group_batch(batches, self.mesh.expert_rank)
+        group = group_batch(batches, self.mesh.ep_rank)
         planned = plan_batch(group, K, self.routers, dropout_seed=self.index, layers=LAYERS)
         return planned.batch.ids_BQ, planned.batch.targets_BQ, self.memory[micro], planned.routing
 

@@ -14,7 +14,7 @@ def not_in_rounding_alone(manifest: Mapping[str, Any], config: Config, mesh: Mes
     """Say what follows from the layout of ranks and micro-batches, if that of a checkpoint was another one."""
     accumulation = manifest["config"]["train"]["accumulation"]
     then = manifest.get("ranks", 1), manifest.get("expert_ranks", 1), accumulation
-    if then == (mesh.world, mesh.expert_ranks, config.train.accumulation):
+    if then == (mesh.world, mesh.ep_size, config.train.accumulation):
         return []
     learned = config.moe.router is Router.learned and config.moe.balance_loss > 0
     regrouped = accumulation != config.train.accumulation or config.moe.balance_over is BalanceOver.micro

@@ -72,7 +72,7 @@ def train_step(
     for observer in observers:
         observer.compare(step)
     with timer.phase("totals"):
-        total = meter.add_up(outputs, stop_asked=stop_asked, save_asked=save_asked)
+        total = meter.sum_over_ranks(outputs, stop_asked=stop_asked, save_asked=save_asked)
     with timer.phase("optimizer"):
         engine.step(unless=~total.is_finite)
     return LaunchedStep(total, engine.grad_norm, timer.end(), step=step, k=planned.routing.k, learning_rate=rate)

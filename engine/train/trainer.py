@@ -27,7 +27,7 @@ from foreroute.engine.metrics.names import JSONL, read_lines
 from foreroute.engine.metrics.peak_flops import peak_of
 from foreroute.engine.metrics.step_meter import StepMeter
 from foreroute.engine.metrics.step_result import StepResult
-from foreroute.engine.metrics.stragglers import SlowRank
+from foreroute.engine.metrics.stragglers import StragglerDetector
 from foreroute.engine.metrics.writer import Metrics
 from foreroute.engine.model.build import build_model, fill_signatures, planned_routers, router_tables
 from foreroute.engine.model.flops import Arithmetic
@@ -91,7 +91,7 @@ class Trainer:
         self.arithmetic = Arithmetic(config, corpus.vocab.size, self.parameters)
         self.peak = peak_of(config, self.world.device)
         self.engine = start(self.model, config, self.world.mesh)
-        self.meter = StepMeter(self.model, self.engine.device, self.engine.wire, self.world)
+        self.meter = StepMeter(self.model, self.engine.device, self.engine.comm, self.world)
         self.memory: list[Memory | None] = [None] * config.train.accumulation
         self.step = 0
         self._saved_at = time.monotonic()  # or began
@@ -117,8 +117,8 @@ class Trainer:
             raise
 
     def _resume(self) -> None:
-        host = self.world.host
-        path, warnings = checkpoint.find_newest(self.checkpoints, host)
+        cpu_group = self.world.cpu_group
+        path, warnings = checkpoint.find_newest(self.checkpoints, cpu_group)
         for warning in warnings:
             self.reporter.note(warning)
         if path is None and warnings:
@@ -136,7 +136,7 @@ class Trainer:
         done, steps = step_of(path), self.config.train.steps
         if done > steps:
             raise UserError(f"train.steps={steps}: the run in {self.folder} is at step {done:,} already")
-        state = checkpoint.load(path, self.engine, host=host, streams=self._own_streams())
+        state = checkpoint.load(path, self.engine, cpu_group=cpu_group, streams=self._own_streams())
         self.step = state.step
         # tables belong to the model: take the saved ones
         tables = [table_from_state(table) for table in state.tables]
@@ -154,7 +154,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of this moment."""
-        self.world.watch.at(f"the checkpoint of step {self.step}")
+        self.world.watchdog.at(f"the checkpoint of step {self.step}")
         self._saved_at = time.monotonic()
         state = checkpoint.TrainingState(
             step=self.step,
@@ -176,7 +176,7 @@ class Trainer:
                     "symbols": self.corpus.vocab.symbols.hex(),
                 },
                 keep=self.config.train.keep,
-                host=self.world.host,
+                cpu_group=self.world.cpu_group,
             )
         except OSError as error:  # the same on every rank
             failure = RunFailed(f"cannot write a checkpoint at step {self.step}: {error}")
@@ -202,14 +202,14 @@ class Trainer:
         saved = first or -1  # a resumed run starts at its checkpoint
         alone = self.world.mesh.world == 1
         stopping = alone and stop_asked()
-        slow, under_way = SlowRank(), StepsUnderWay(on_gpu=self._on_gpu)
+        slow, under_way = StragglerDetector(), StepsUnderWay(on_gpu=self._on_gpu)
         profiler = Profiler(self.config.profile, self.folder / "trace", self.world, self.reporter.note, done=first)
         try:
             if metrics is not None and alone and self._missed_validation():
                 self._validate(metrics, window, stop_asked)
             while self.step < train.steps and not stopping:
                 compiles = self.step == first  # kernels, perhaps
-                self.world.watch.at(f"step {self.step}", timeouts=5 if compiles else 1)
+                self.world.watchdog.at(f"step {self.step}", timeouts=5 if compiles else 1)
                 profiler.begin(self.step + 1)
                 launched = train_step(
                     self.engine,
@@ -344,7 +344,7 @@ class Trainer:
         return minutes > 0 and time.monotonic() - self._saved_at >= 60 * minutes
 
     def _validate(self, metrics: Metrics | None, window: Window, stop_asked: Callable[[], bool]) -> None:
-        self.world.watch.at(f"the validation at step {self.step}")
+        self.world.watchdog.at(f"the validation at step {self.step}")
 
         def leave_if_asked(done: int, total: int) -> None:
             if stop_asked():
@@ -377,6 +377,6 @@ class Trainer:
 
     def _last_good(self) -> str:
         """Say which checkpoint the run can go on from; all ranks look together."""
-        self.world.watch.at("the search for the last good checkpoint")
-        path, _ = checkpoint.find_newest(self.checkpoints, self.world.host)
+        self.world.watchdog.at("the search for the last good checkpoint")
+        path, _ = checkpoint.find_newest(self.checkpoints, self.world.cpu_group)
         return "no checkpoint was written yet" if path is None else f"the last good checkpoint is {path}"

@@ -82,7 +82,7 @@ def _of_run(trainer: Trainer) -> dict[str, Any]:
         "symbols_per_step": config.symbols_per_step,
         "steps": config.train.steps,
         "ranks": trainer.world.mesh.world,
-        "expert_ranks": trainer.world.mesh.expert_ranks,
+        "expert_ranks": trainer.world.mesh.ep_size,
         "nodes": trainer.world.nodes,
         "router": config.moe.router.name,
         "corpus": {

@@ -207,18 +207,18 @@ def open_run(config: Config, world: World | None = None) -> RunFolder:
             else, or another process is using it.
     """
     world = world or World()
-    host, device = world.host, world.device
-    opened = together(host, lambda: _open(config, device) if world.first else None, rank_0_first=True)
-    if host.ranks == 1:
+    cpu_group, device = world.cpu_group, world.device
+    opened = together(cpu_group, lambda: _open(config, device) if world.first else None, rank_0_first=True)
+    if cpu_group.ranks == 1:
         assert opened is not None
         return opened
     told = None
     if opened is not None:
         told = [to_plain(opened.config), opened.earlier and to_plain(opened.earlier)]
-    now, earlier = host.broadcast(told)
+    now, earlier = cpu_group.broadcast(told)
     path = Path(config.train.runs_dir) / config.train.name
     together(
-        host,
+        cpu_group,
         lambda: require(
             (path / LOCK).exists(),
             f"train.runs_dir={config.train.runs_dir}: {path}, which rank 0 has made, is not here: all machines must"

@@ -13,7 +13,7 @@ from typing import Any
 from foreroute.engine.config import Split
 from foreroute.engine.data.corpus import PreparedCorpus
 from foreroute.engine.errors import RunFailed
-from foreroute.engine.evaluation.held_out import Evaluation, Progress, no_progress
+from foreroute.engine.evaluation.held_out import Evaluation, ProgressReporter, no_progress
 from foreroute.engine.evaluation.ngram_baselines import bzip2_bpc, order_n_bpc
 from foreroute.engine.metrics.host_memory import peak_memory_bytes
 from foreroute.engine.metrics.names import JSONL, read_lines, steps_between
@@ -30,7 +30,11 @@ _LAST_LINE = "flops", "peak_device_memory_bytes"  # of metrics.jsonl, for the su
 
 
 def summarise(
-    run: RunFolder, trainer: Trainer, corpus: PreparedCorpus, curve: Mapping[str, Evaluation], progress: Progress
+    run: RunFolder,
+    trainer: Trainer,
+    corpus: PreparedCorpus,
+    curve: Mapping[str, Evaluation],
+    progress: ProgressReporter,
 ) -> dict[str, Any]:
     """Write summary.json and the plots; gives what is in the summary.
 
@@ -91,7 +95,7 @@ def training_totals(metrics: Path) -> dict[str, float]:
 
 
 def counting_baselines(
-    corpus: PreparedCorpus, split: Split, max_symbols: int, progress: Progress = no_progress
+    corpus: PreparedCorpus, split: Split, max_symbols: int, progress: ProgressReporter = no_progress
 ) -> dict[str, float]:
     """Bits per symbol of counting models fitted on the training split, and of bzip2, on the same held-out text.
 

@@ -15,9 +15,9 @@ from torch import distributed as dist
 
 from foreroute.engine.config import Collectives, ParallelConfig
 from foreroute.engine.errors import UserError, require
-from foreroute.engine.parallel.cpu_group import GlooHost, Host, MpiHost, expert_group_host, named
+from foreroute.engine.parallel.cpu_group import CpuGroup, GlooGroup, MpiGroup, expert_cpu_group, named
 from foreroute.engine.parallel.mesh import Mesh
-from foreroute.engine.parallel.watchdog import FOR_EVER, Watch
+from foreroute.engine.parallel.watchdog import FOR_EVER, Watchdog
 from foreroute.engine.parallel.world import World, agree, together
 from foreroute.launch.start.process import MEETING
 from foreroute.launch.start.rank_variables import Place, find_address, find_device, find_node, find_place
@@ -40,26 +40,26 @@ def connected(parallel: ParallelConfig, options: Mapping[str, Any]) -> Iterator[
     place = find_place()
     device = find_device(place)
     if place.ranks == 1:
-        yield World(Mesh(expert_ranks=parallel.expert_ranks), device)
+        yield World(Mesh(ep_size=parallel.expert_ranks), device)
         return
     if not _stores:
         _stores.append(_meet(place, parallel))
     watch_store = dist.PrefixStore("watch", _stores[0].clone())
-    watch = Watch(watch_store, place.rank, place.ranks, parallel.timeout_s)
-    with closing(watch), watch.guard(), ExitStack() as stack:
-        host = stack.enter_context(closing(_host_of_all()))
-        agree(host, options)
-        mesh = together(host, lambda: Mesh(place.rank, place.ranks, parallel.expert_ranks))
-        nodes = host.gather(find_node())
+    watchdog = Watchdog(watch_store, place.rank, place.ranks, parallel.timeout_s)
+    with closing(watchdog), watchdog.guard(), ExitStack() as stack:
+        cpu_group = stack.enter_context(closing(_group_of_all()))
+        agree(cpu_group, options)
+        mesh = together(cpu_group, lambda: Mesh(place.rank, place.ranks, parallel.expert_ranks))
+        nodes = cpu_group.gather(find_node())
         names = list(dict.fromkeys(nodes))
         planning, planning_group = _hosts_for_planning(place, mesh)
         yield World(
             mesh,
             device,
-            host=host,
+            cpu_group=cpu_group,
             planning=planning,
             planning_group=planning_group,
-            watch=watch,
+            watchdog=watchdog,
             node_P=tuple(names.index(node) for node in nodes),
         )
         for connection in (planning, planning_group):  # after a failure a thread may be inside
@@ -199,16 +199,16 @@ def _take_place(store: Any, place: Place, address: str) -> None:
     )
 
 
-def _hosts_for_planning(place: Place, mesh: Mesh) -> tuple[Host, Host]:
+def _hosts_for_planning(place: Place, mesh: Mesh) -> tuple[CpuGroup, CpuGroup]:
     """Connections of the loader's thread: all ranks, and this rank's expert group."""
     if place.mpi:
         from mpi4py import MPI
 
         if MPI.Query_thread() == MPI.THREAD_MULTIPLE:
             world = MPI.COMM_WORLD
-            return MpiHost(world), MpiHost(world.Split(mesh.group_number, place.rank))
-    return _host_of_all(), expert_group_host(mesh, FOR_EVER)
+            return MpiGroup(world), MpiGroup(world.Split(mesh.expert_dp_rank, place.rank))
+    return _group_of_all(), expert_cpu_group(mesh, FOR_EVER)
 
 
-def _host_of_all() -> Host:
-    return GlooHost(dist.new_group(backend="gloo", timeout=FOR_EVER))
+def _group_of_all() -> CpuGroup:
+    return GlooGroup(dist.new_group(backend="gloo", timeout=FOR_EVER))

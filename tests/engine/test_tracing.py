@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from foreroute.engine import tracing
-from foreroute.engine.profiling.trace_events import Clock, Process, flight_events, torch_events
+from foreroute.engine.profiling.trace_events import Clock, Process, collective_events, torch_events
 from foreroute.engine.profiling.trace_summary import costs, nest, overlap_ms, summary
 from foreroute.engine.tracing import InFlight, Range, Recorder, record_into, span, traced
 
@@ -33,12 +33,12 @@ def test_ranges_are_recorded_only_while_a_recorder_is_set():
     with span("before"):
         record_into(recorder)
         with span("while"):
-            tracing.flown(1.0, 2.0)
+            tracing.record_collective(1.0, 2.0)
         record_into(None)
     with span("after"):
-        tracing.flown(3.0, 4.0)
+        tracing.record_collective(3.0, 4.0)
     assert names(recorder) == ["while"]
-    assert recorder.flights == [InFlight("MainThread", 10**9, 2 * 10**9)]
+    assert recorder.collectives == [InFlight("MainThread", 10**9, 2 * 10**9)]
     assert span("off") is span("off")  # nothing is made
 
 
@@ -146,7 +146,7 @@ def test_hidden_is_what_was_not_waited_for():
 def test_flights_that_overlap_get_tracks_of_their_own():
     flights = [InFlight("", 0, 4000), InFlight("", 1000, 2000), InFlight("", 2000, 6000), InFlight("", 4500, 5000)]
     places = ["step 1/forward/dispatch"] * 3 + ["step 1/forward/combine"]
-    events = [e for e in flight_events(flights, places, Process(0, 1), CLOCK) if e["ph"] == "X"]
+    events = [e for e in collective_events(flights, places, Process(0, 1), CLOCK) if e["ph"] == "X"]
     first = events[0]["tid"]
     assert [(e["name"], e["tid"] - first, e["ts"], e["dur"]) for e in events] == [
         ("dispatch", 0, 0, 4),

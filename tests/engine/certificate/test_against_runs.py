@@ -43,7 +43,7 @@ from foreroute.engine.data import planned_batches as batches_module
 from foreroute.engine.data.corpus import prepare
 from foreroute.engine.errors import RunFailed
 from foreroute.engine.model.build import build_routers
-from foreroute.engine.parallel.cpu_group import GlooHost
+from foreroute.engine.parallel.cpu_group import GlooGroup
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.parallel.world import World
 from foreroute.engine.routing.exchange_choice import gathers
@@ -144,7 +144,7 @@ class Recorder:
             block.moe.register_forward_hook(self.after_layer)
 
     def sent_bytes(self):
-        return self.engine.wire.sent_bytes if self.engine.wire else 0
+        return self.engine.comm.sent_bytes if self.engine.comm else 0
 
     def before_layer(self, _module, _inputs):
         if self.on:
@@ -182,8 +182,8 @@ def trainer_of(make, rank, ranks, folder):
     config = make(folder)
     world = World(Mesh(rank, ranks, config.parallel.expert_ranks))
     if ranks > 1:
-        host, planning = GlooHost(dist.group.WORLD), GlooHost(dist.new_group())
-        world = replace(world, host=host, planning=planning)
+        cpu_group, planning = GlooGroup(dist.group.WORLD), GlooGroup(dist.new_group())
+        world = replace(world, cpu_group=cpu_group, planning=planning)
     corpus = prepare(config.corpus)
     routers = build_routers(config, corpus, world.mesh)
     trainer = Trainer(config, corpus, routers, folder / make.__name__, None, world)

@@ -15,7 +15,7 @@ from foreroute.engine.checkpoint import files
 from foreroute.engine.checkpoint import save_load as checkpoint
 from foreroute.engine.checkpoint.save_load import STATE_KEYS, TrainingState
 from foreroute.engine.errors import UserError
-from foreroute.engine.parallel.cpu_group import GlooHost
+from foreroute.engine.parallel.cpu_group import GlooGroup
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.sealed_files import checksum
 from foreroute.engine.testing.ranks import run_ranks
@@ -78,20 +78,20 @@ def outcome(act):
 
 def four_ranks(rank, ranks, folder):
     """One rank's part of all that is tried."""
-    mesh, host, found = Mesh(rank, ranks, GROUP), GlooHost(dist.group.WORLD), {}
+    mesh, cpu_group, found = Mesh(rank, ranks, GROUP), GlooGroup(dist.group.WORLD), {}
     engine = PlainEngine(mesh)
 
-    def save(step, streams=STREAMS[rank], host=host, keep=9):
+    def save(step, streams=STREAMS[rank], cpu_group=cpu_group, keep=9):
         state, facts = training_state(step, rank, streams), {"rank": rank}
-        return str(checkpoint.save(folder, engine, state, facts=facts, keep=keep, host=host))
+        return str(checkpoint.save(folder, engine, state, facts=facts, keep=keep, cpu_group=cpu_group))
 
     def attempt(name, act):
         found[name] = outcome(act)
-        host.barrier()
+        cpu_group.barrier()
         found[name, "left"] = sorted(path.name for path in folder.iterdir())
-        host.barrier()
+        cpu_group.barrier()
 
-    attempt("alone", lambda: save(4, host=None))
+    attempt("alone", lambda: save(4, cpu_group=None))
     attempt("saved", lambda: save(4))
     attempt("same stream twice", lambda: save(8, [rank // 2]))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -110,21 +110,26 @@ def four_ranks(rank, ranks, folder):
         stuck.unlink()
         shard = folder / "step-00000008" / files.shard_name(3)
         shard.write_bytes(shard.read_bytes()[:-9])
-    host.barrier()
-    attempt("newest", lambda: checkpoint.find_newest(folder, host))
+    cpu_group.barrier()
+    attempt("newest", lambda: checkpoint.find_newest(folder, cpu_group))
     path = folder / "step-00000004"
-    attempt("damaged", lambda: checkpoint.load(folder / "step-00000008", engine, host=host))
-    attempt("no such stream", lambda: checkpoint.load(path, engine, host=host, streams=[rank, 4 + rank]))
+    attempt("damaged", lambda: checkpoint.load(folder / "step-00000008", engine, cpu_group=cpu_group))
+    attempt("no such stream", lambda: checkpoint.load(path, engine, cpu_group=cpu_group, streams=[rank, 4 + rank]))
     for group in (GROUP, 4):
-        attempt(f"loaded in groups of {group}", lambda group=group: list(faults(path, Mesh(rank, ranks, group), host)))
+        attempt(
+            f"loaded in groups of {group}", lambda group=group: list(faults(path, Mesh(rank, ranks, group), cpu_group))
+        )
     return found
 
 
-def faults(path, mesh, host):
+def faults(path, mesh, cpu_group):
     """Load with other streams than this rank saved; say what differs from the truth."""
     engine, wanted = PlainEngine(mesh, seed=1), PlainEngine(mesh)
     engine.adam, streams = 0, STREAMS[3 - mesh.rank][::-1]
-    state, truth = (checkpoint.load(path, engine, host=host, streams=streams), training_state(4, mesh.rank, streams))
+    state, truth = (
+        checkpoint.load(path, engine, cpu_group=cpu_group, streams=streams),
+        training_state(4, mesh.rank, streams),
+    )
     for name, values in wanted.state.items():
         yield from (f"{key}/{name}" for key, v in values.items() if not torch.equal(engine.state[name][key], v))
     same = {
@@ -133,7 +138,7 @@ def faults(path, mesh, host):
         "streams": state.stream_B.tolist() == streams,
         "memory": all(torch.equal(a, b) for a, b in zip(state.memory, truth.memory, strict=True)),
         "table": torch.equal(state.tables[0]["order"], torch.arange(5)),
-        "rng": torch.equal(state.rng, truth.rng) if mesh.expert_ranks == GROUP else state.rng is None,
+        "rng": torch.equal(state.rng, truth.rng) if mesh.ep_size == GROUP else state.rng is None,
     }
     yield from (what for what, fine in same.items() if not fine)
 
@@ -185,7 +190,7 @@ def test_each_rank_writes_its_share(tried):
 def test_all_ranks_fail_together_and_leave_nothing(tried):
     folder, answers = tried
     for rank, found in enumerate(answers):
-        assert found["alone"] == f"ValueError: host is rank 0 of 1, the engine {rank} of 4"
+        assert found["alone"] == f"ValueError: cpu_group is rank 0 of 1, the engine {rank} of 4"
         assert found["saved"] == str(folder / "step-00000004")
         assert "RuntimeError: memory/0/000000 is in shard-00000" in found["same stream twice"]
         for full, what in ((2, "shard"), (0, "manifest")):

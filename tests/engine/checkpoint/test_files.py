@@ -14,7 +14,7 @@ from torch import nn
 from foreroute.engine.checkpoint import files
 from foreroute.engine.checkpoint import save_load as checkpoint
 from foreroute.engine.errors import UserError
-from foreroute.engine.parallel.cpu_group import Host
+from foreroute.engine.parallel.cpu_group import CpuGroup
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.sealed_files import checksum
 
@@ -123,10 +123,10 @@ def test_checkpoints_are_found_by_name_the_newest_first(tmp_path):
 
 
 def test_a_rank_alone_acts_or_is_told(tmp_path):
-    assert files.together(Host(), lambda: 5) == [5] == files.together(Host(), lambda: 5, only=0)
-    assert files.together(Host(), lambda: 5, only=1) == [None]
+    assert files.on_ranks(CpuGroup(), lambda: 5) == [5] == files.on_ranks(CpuGroup(), lambda: 5, only=0)
+    assert files.on_ranks(CpuGroup(), lambda: 5, only=1) == [None]
     with pytest.raises(OSError, match=r"^no space$"):
-        files.together(Host(), raise_no_space)
+        files.on_ranks(CpuGroup(), raise_no_space)
 
 
 def raise_no_space():

@@ -11,7 +11,7 @@ from foreroute.engine.data.plan_agreement import Agreement
 from foreroute.engine.data.planned_batches import group_batch, plan_batch, share_ids
 from foreroute.engine.data.streams import Streams
 from foreroute.engine.errors import RunFailed
-from foreroute.engine.parallel.cpu_group import Host
+from foreroute.engine.parallel.cpu_group import CpuGroup
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.routers import HashedRouter
 from foreroute.engine.routing.tables import build_tables
@@ -24,7 +24,7 @@ TEXT = np.random.default_rng(0).integers(0, SYMBOLS, 900).astype(np.uint8)
 def routers(mesh, seed=1):
     moe = MoEConfig(experts=4, ngram=2, rows=32)
     tables = build_tables(moe, SYMBOLS, TEXT, num_tables=2, seed=seed, cache_dir=None)
-    return [HashedRouter(t, rank=mesh.expert_rank, ranks=mesh.expert_ranks) for t in tables]
+    return [HashedRouter(t, rank=mesh.ep_rank, ranks=mesh.ep_size) for t in tables]
 
 
 def start(host, group_host=None, *, text=TEXT, k=lambda step: 2, seed=1, steps=range(9), spoil=None):
@@ -38,7 +38,7 @@ def start(host, group_host=None, *, text=TEXT, k=lambda step: 2, seed=1, steps=r
 
     def make_batch(step, micro):
         if group_host is None:
-            return group_batch([batch(r, step, micro) for r in mesh.group_ranks], mesh.expert_rank)
+            return group_batch([batch(r, step, micro) for r in mesh.ep_ranks], mesh.ep_rank)
         return share_ids(group_batch([batch(mesh.rank, step, micro)]), group_host)
 
     def plan(group, k):
@@ -135,7 +135,7 @@ def test_ids_by_exchange_equal_ids_from_the_corpus():
             assert a.routing.plans[1].send_splits == b.routing.plans[1].send_splits
 
 
-class Half(Host):
+class Half(CpuGroup):
     """The expert group of a rank, over connections of all ranks."""
 
     def __init__(self, host):
@@ -156,7 +156,7 @@ class Half(Host):
 def test_all_of_many_ranks_are_compared(rank, column, message):
     """More ranks than a rank tells numbers: 12 in groups of 2, of which each tells 5 + 2 x 2."""
     found = np.zeros((12, 9), np.int64)
-    agreement = Agreement(Host(), Mesh(0, 12, GROUP), None)
+    agreement = Agreement(CpuGroup(), Mesh(0, 12, GROUP), None)
     agreement._compare(found, "here")
     found[rank, column] = 1
     with pytest.raises(RunFailed, match=f"here: the ranks differ in their {message}"):

@@ -9,14 +9,14 @@ from foreroute.engine.config import ScheduleConfig
 from foreroute.engine.config.enums import Growth, PeerIds
 from foreroute.engine.data.planned_batches import TrainingBatches
 from foreroute.engine.data.streams import Streams
-from foreroute.engine.parallel.cpu_group import Host
+from foreroute.engine.parallel.cpu_group import CpuGroup
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.testing.tiny_run import SEGMENT, STREAMS, tiny_config
 
 TEXT = np.random.default_rng(0).integers(0, 9, 900).astype(np.uint8)
 
 
-class Group(Host):
+class Group(CpuGroup):
     """Counts what is asked of it; the other rank of two says the same as this one."""
 
     ranks, asked = 2, 0
@@ -49,12 +49,12 @@ class Reads(list):
 )
 def test_a_rank_reads_its_group_or_asks_it(mesh, peer_ids, read, asked):
     config = tiny_config()
-    config = replace(config, parallel=replace(config.parallel, expert_ranks=mesh.expert_ranks, peer_ids=peer_ids))
-    host, streams = Host() if asked is None else Group(), Reads()
+    config = replace(config, parallel=replace(config.parallel, expert_ranks=mesh.ep_size, peer_ids=peer_ids))
+    host, streams = CpuGroup() if asked is None else Group(), Reads()
     group = TrainingBatches(config, streams, mesh, None, planning_group=host).read(3, 0)
     assert streams == read and getattr(host, "asked", None) == asked
     assert group.own.stream_B.tolist() == read[-1] and group.own.index == 3
-    assert group.ids_PBQ.shape[0] == mesh.expert_ranks
+    assert group.ids_PBQ.shape[0] == mesh.ep_size
 
 
 def test_k_follows_the_schedule_of_the_run():

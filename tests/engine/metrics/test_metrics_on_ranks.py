@@ -35,7 +35,7 @@ from foreroute.engine.metrics.names import METRICS
 from foreroute.engine.metrics.writer import Metrics
 from foreroute.engine.model.build import build_routers
 from foreroute.engine.model.flops import Arithmetic
-from foreroute.engine.parallel.cpu_group import GlooHost
+from foreroute.engine.parallel.cpu_group import GlooGroup
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.parallel.world import World
 from foreroute.engine.routing.k_schedule import active_experts
@@ -79,8 +79,8 @@ def train_one(name, rank, folder):
     ranks, expert_ranks, nodes, _ = CASES[name]
     config, world = config_of(name, folder), World(Mesh(rank, ranks, expert_ranks), node_P=nodes)
     if ranks > 1:
-        host, planning = GlooHost(dist.group.WORLD), GlooHost(dist.new_group())
-        world = replace(world, host=host, planning=planning)
+        cpu_group, planning = GlooGroup(dist.group.WORLD), GlooGroup(dist.new_group())
+        world = replace(world, cpu_group=cpu_group, planning=planning)
     corpus = prepare(config.corpus)
     routers = build_routers(config, corpus, world.mesh)
     run = folder / name

@@ -1,6 +1,6 @@
 """Who is called slow, and when; the ranks' own times as a clock of the test has them."""
 
-from foreroute.engine.metrics.stragglers import SlowRank, skew
+from foreroute.engine.metrics.stragglers import StragglerDetector, skew
 
 
 def test_the_slowest_rank_and_its_ratio():
@@ -12,7 +12,7 @@ def test_the_slowest_rank_and_its_ratio():
 
 
 def test_a_rank_is_named_once_when_it_stays_slow_and_again_when_it_recovers():
-    watch, said = SlowRank(), []
+    watch, said = StragglerDetector(), []
     even, slow, other = (10, 11, 10, 12), (10, 11, 31, 12), (40, 10, 10, 10)
     for window in (even, slow, even, slow, slow, slow, other, other, even):
         said.append(watch.lines(window))
@@ -27,5 +27,5 @@ def test_a_rank_is_named_once_when_it_stays_slow_and_again_when_it_recovers():
 
 
 def test_equal_ranks_are_not_slow():
-    watch = SlowRank()
+    watch = StragglerDetector()
     assert all(watch.lines((10, 14, 10.5, 12)) == [] for _ in range(5))

@@ -39,7 +39,7 @@ def test_times_are_of_the_forward_passes_of_training_alone():
     assert min(run("forward").attention_ms, run("forward").experts_ms) > 0
 
 
-class Wire:
+class ExpertGroupComm:
     def __init__(self):
         self.log = HostLog()
 
@@ -56,13 +56,13 @@ def test_a_step_by_a_clock_of_the_test(monkeypatch, waits):
     """Two micro-batches, and what other ranks' rows were waited for in forward and backward; a second step is new."""
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    wire = Wire() if waits else None
-    timer = StepTimer(nn.Identity(), CPU, wire)
+    comm = ExpertGroupComm() if waits else None
+    timer = StepTimer(nn.Identity(), CPU, comm)
 
     def spend(seconds, waited):
         now[0] += seconds
-        if wire is not None:
-            wire.log.exposed += waited
+        if comm is not None:
+            comm.log.exposed += waited
 
     for scale in (1.0, 2.0):
         timer.begin()

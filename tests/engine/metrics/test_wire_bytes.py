@@ -28,7 +28,7 @@ from foreroute.engine.data.corpus import prepare
 from foreroute.engine.data.streams import Streams
 from foreroute.engine.metrics.writer import Metrics
 from foreroute.engine.model.build import build_routers
-from foreroute.engine.parallel.cpu_group import GlooHost
+from foreroute.engine.parallel.cpu_group import GlooGroup
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.parallel.world import World
 from foreroute.engine.routing.k_schedule import active_experts
@@ -66,8 +66,8 @@ def make_config(folder):
 
 def train(rank, folder):
     config = make_config(folder)
-    host, planning = GlooHost(dist.group.WORLD), GlooHost(dist.new_group())
-    world = World(Mesh(rank, RANKS, RANKS), host=host, planning=planning)
+    cpu_group, planning = GlooGroup(dist.group.WORLD), GlooGroup(dist.new_group())
+    world = World(Mesh(rank, RANKS, RANKS), cpu_group=cpu_group, planning=planning)
     corpus = prepare(config.corpus)
     routers = build_routers(config, corpus, world.mesh)
     trainer = Trainer(config, corpus, routers, folder, Silent(), world)

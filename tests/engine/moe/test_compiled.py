@@ -14,7 +14,7 @@ from foreroute.engine.model.attention import SharedAttention
 from foreroute.engine.model.block import Block
 from foreroute.engine.moe.exchange import build_exchange
 from foreroute.engine.moe.layer import MoELayer
-from foreroute.engine.parallel.collectives import Wire
+from foreroute.engine.parallel.collectives import ExpertGroupComm
 from foreroute.engine.routing.padding import RowBounds, pad_plan
 from foreroute.engine.routing.plan import Routing, layer_seeds
 from foreroute.engine.routing.routers import HashedRouter
@@ -101,7 +101,7 @@ def on_ranks(rank, ranks, gather):
     local = EXPERTS // ranks
     layer.keep_experts(range(rank * local, (rank + 1) * local))
     kind = ExchangeKind.gather if gather else ExchangeKind.tokens
-    layer.wire(build_exchange(Wire(None), ParallelConfig(expert_ranks=ranks, exchange=kind)))
+    layer.connect(build_exchange(ExpertGroupComm(None), ParallelConfig(expert_ranks=ranks, exchange=kind)))
     x_TD = torch.randn(TOKENS, WIDTH, requires_grad=True)
     leaves, bounds = [x_TD, *layer.parameters()], RowBounds(TOKENS, local * ranks * TOKENS)
 

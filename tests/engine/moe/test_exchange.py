@@ -56,8 +56,8 @@ def test_a_plan_in_parts_for_others_is_refused():
 
 
 def test_one_rank_exchanges_nothing():
-    wire = type("Wire", (), {"ranks": 1})()
-    exchange = build_exchange(wire, ParallelConfig())
+    comm = type("ExpertGroupComm", (), {"ranks": 1})()
+    exchange = build_exchange(comm, ParallelConfig())
     x_TD = torch.zeros(23, 4)
     plan = make_plan(1)
     assert isinstance(exchange, Local)

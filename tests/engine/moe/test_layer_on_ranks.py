@@ -18,7 +18,7 @@ from foreroute.engine.config import KernelsConfig, ModelConfig, MoEConfig, Paral
 from foreroute.engine.config.enums import ExchangeKind, Router, WireFormat
 from foreroute.engine.moe.exchange import Local, build_exchange
 from foreroute.engine.moe.layer import MoELayer
-from foreroute.engine.parallel.collectives import Wire
+from foreroute.engine.parallel.collectives import ExpertGroupComm
 from foreroute.engine.routing.live_plan import build_live_plan
 from foreroute.engine.routing.plan import Route, Routing
 from foreroute.engine.routing.routers import HashedRouter
@@ -109,7 +109,7 @@ def run(layer, case, x, cotangent, plan, token_T, *, parts=1):
     x = x.clone().requires_grad_()
     call = Routing(case.k, None if plan is None else (plan,), token_T, dropout_seed=11)
     out = checkpoint(layer, x, call, use_reentrant=False) if case.recompute else layer(x, call)
-    forward = getattr(layer.exchange, "wire", None)
+    forward = getattr(layer.exchange, "comm", None)
     forward = None if forward is None else (forward.collectives, forward.sent_bytes)
     auxiliary_loss = 0.0 if out.auxiliary_loss is None else out.auxiliary_loss
     ((out.y_TD * cotangent).sum() + auxiliary_loss / parts).backward()
@@ -149,8 +149,8 @@ def share(layer, case, rank, ranks):
         setattr(layer.experts, name, nn.Parameter(parameter[rank * local : (rank + 1) * local].detach().clone()))
     layer.first_expert = rank * local
     parallel = ParallelConfig(expert_ranks=ranks, exchange=case.exchange, chunks=case.chunks, wire=case.wire)
-    layer.exchange = build_exchange(Wire(dist.group.WORLD), parallel)
-    layer.balance_wire = Wire(None) if case.router is Router.learned else None
+    layer.exchange = build_exchange(ExpertGroupComm(dist.group.WORLD), parallel)
+    layer.balance_comm = ExpertGroupComm(None) if case.router is Router.learned else None
     made, build = [], layer.exchange.plan
     layer.exchange.plan = lambda *arguments: made.append(build(*arguments)) or made[-1]
     return made
@@ -184,11 +184,11 @@ def one_case(case, rank, ranks):
         auxiliary = out.auxiliary_loss.detach().double().clone()
         dist.all_reduce(auxiliary)
         errors["auxiliary"] = abs(auxiliary.item() / ranks - want_out.auxiliary_loss.item())
-    used, wire = plan or made[0], layer.exchange.wire
+    used, comm = plan or made[0], layer.exchange.comm
     return {
         "errors": errors,
         "forward": forward,
-        "total": (wire.collectives, wire.sent_bytes),
+        "total": (comm.collectives, comm.sent_bytes),
         "bytes": used.wire_bytes(WIDTH, 2 if case.wire is WireFormat.bf16 else 8),
         "parts": len(used.parts),
         "wire_rows": used.wire_rows,
@@ -245,7 +245,7 @@ def live_equals_planned(rank, ranks):
         ids, left, *_ = problem(case._replace(tokens=tokens), ranks)
         want = router.plan(ids, left, k, gather=gather, chunks=chunks)
         route = router.route(ids[rank], left[rank], k)
-        got = build_live_plan(route, EXPERTS, Wire(None), gather=gather, chunks=chunks)
+        got = build_live_plan(route, EXPERTS, ExpertGroupComm(None), gather=gather, chunks=chunks)
         assert (got.k, got.rank, got.send_splits, got.recv_splits) == (k, rank, want.send_splits, want.recv_splits)
         assert torch.equal(got.count_E, want.count_E)
         for a, b in zip(got.parts, want.parts, strict=True):
@@ -267,8 +267,8 @@ def unequal(rank):
     """Ranks with unequal numbers of tokens are told so; a weight of 0 is still a choice."""
     route = Route(torch.zeros(3 + rank, 1, dtype=torch.int64), torch.zeros(3 + rank, 1))
     with pytest.raises(ValueError, match="tokens: must be equal"):
-        build_live_plan(route, EXPERTS, Wire(None))
-    plan = build_live_plan(Route(route.expert_TK[:3], route.weight_TK[:3]), EXPERTS, Wire(None))
+        build_live_plan(route, EXPERTS, ExpertGroupComm(None))
+    plan = build_live_plan(Route(route.expert_TK[:3], route.weight_TK[:3]), EXPERTS, ExpertGroupComm(None))
     return plan.parts[0].rows.num_rows
 
 

@@ -17,7 +17,7 @@ from foreroute.engine.config import KernelsConfig, MoEConfig, ParallelConfig
 from foreroute.engine.config.enums import Backend
 from foreroute.engine.moe.exchange import Exchange
 from foreroute.engine.moe.layer import MoELayer
-from foreroute.engine.parallel.collectives import Wire
+from foreroute.engine.parallel.collectives import ExpertGroupComm
 from foreroute.engine.routing.plan import Routing
 from foreroute.engine.routing.routers import HashedRouter
 from foreroute.engine.routing.tables import build_tables
@@ -98,7 +98,7 @@ def make_layer(**kernels):
     for name, parameter in list(layer.experts.named_parameters()):
         setattr(layer.experts, name, nn.Parameter(torch.empty(EXPERTS // RANKS, *parameter.shape[1:])))
     layer.first_expert = RANK * EXPERTS // RANKS
-    layer.exchange = Exchange(Wire("group", Stub()), ParallelConfig(expert_ranks=RANKS))
+    layer.exchange = Exchange(ExpertGroupComm("group", Stub()), ParallelConfig(expert_ranks=RANKS))
     return layer
 
 
@@ -177,7 +177,7 @@ def test_parts_overlap():
         x = torch.empty(TOKENS, WIDTH, requires_grad=True)
         call = routing(without_data(plan))
         y_TD = layer(x, call).y_TD
-        stub = layer.exchange.wire._comm
+        stub = layer.exchange.comm._ops
         # 0, 1, 3: parts on their way to experts; 2, 4, 5: their results
         expected = [
             *[("issue", 0), ("issue", 1), ("wait", 0), ("issue", 2)],

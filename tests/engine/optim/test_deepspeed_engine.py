@@ -433,6 +433,6 @@ def test_the_configuration_that_deepspeed_gets():
 def test_experts_of_one_rank_are_not_shared_out():
     engine = adapter.start(build_model(tiny_config(), SYMBOLS), tiny_config())
     layers = [module for module in engine.module.modules() if isinstance(module, MoELayer)]
-    assert engine.wire is None and len(layers) == 2
+    assert engine.comm is None and len(layers) == 2
     assert {type(layer) for layer in layers} == {MoELayer}
     assert not any(hasattr(p, "allreduce") for p in engine.module.parameters())

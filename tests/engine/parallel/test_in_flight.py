@@ -1,4 +1,4 @@
-"""The times of flights with a clock that the test sets; what a wire counts, against a module that records its calls."""
+"""The times of flights with a clock that the test sets; what a comm counts, against a module that records its calls."""
 
 import contextlib
 from types import SimpleNamespace
@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from foreroute.engine.parallel import in_flight as flights
-from foreroute.engine.parallel.collectives import Wire
-from foreroute.engine.parallel.in_flight import DeviceLog, HostFlight, HostLog, covered
+from foreroute.engine.parallel.collectives import ExpertGroupComm
+from foreroute.engine.parallel.in_flight import CpuCollective, DeviceLog, HostLog, covered
 
 
 def test_covered_is_the_length_of_the_union():
@@ -48,12 +48,12 @@ def test_exposed_is_blocked_time_and_hidden_the_rest(monkeypatch):
     clock, log = Clock(), HostLog()
     monkeypatch.setattr(flights, "time", clock)
     result = torch.zeros(1)
-    first = HostFlight(Work(clock, end=4.0), result, log, issued=1.0)
+    first = CpuCollective(Work(clock, end=4.0), result, log, issued=1.0)
     first.work.land()  # behind computation: nobody waits for it
     clock.now = 5.0
     assert first.wait() is result
-    second = HostFlight(Work(clock, end=9.0), result, log, issued=6.0)
-    third = HostFlight(Work(clock, end=11.0), result, log, issued=7.0)
+    second = CpuCollective(Work(clock, end=9.0), result, log, issued=6.0)
+    third = CpuCollective(Work(clock, end=11.0), result, log, issued=7.0)
     clock.now = 8.0
     second.wait()  # blocked from 8 to 9
     third.wait()  # blocked from 9 to 11
@@ -86,35 +86,35 @@ class Recorder:
 
 
 def test_a_wire_counts_what_leaves_and_calls_the_module_it_was_given():
-    comm = Recorder()
-    wire = Wire("group", comm)
+    ops = Recorder()
+    comm = ExpertGroupComm("group", ops)
     rows = torch.ones(6, 5, dtype=torch.bfloat16)
-    assert wire.all_to_all(rows, (1, 2, 3), (4, 2, 0)).wait().shape == (6, 5)
-    assert (wire.collectives, wire.sent_bytes) == (1, (1 + 3) * 5 * 2)
-    name, arguments, options = comm.calls[0]
+    assert comm.all_to_all(rows, (1, 2, 3), (4, 2, 0)).wait().shape == (6, 5)
+    assert (comm.collectives, comm.sent_bytes) == (1, (1 + 3) * 5 * 2)
+    name, arguments, options = ops.calls[0]
     assert name == "all_to_all_single" and arguments[1] is rows and arguments[2:] == ([4, 2, 0], [1, 2, 3])
     assert options == {"group": "group", "async_op": True}
-    before = wire.sent_bytes
-    assert wire.all_gather(rows).wait().shape == (18, 5)
-    assert wire.sent_bytes - before == 2 * 6 * 5 * 2
-    before = wire.sent_bytes
-    assert wire.reduce_scatter(rows).wait().shape == (2, 5)
-    assert wire.sent_bytes - before == 2 * 2 * 5 * 2
-    before = wire.sent_bytes
-    assert torch.equal(wire.all_reduce(torch.arange(9)), torch.arange(9))
-    assert wire.sent_bytes - before == 2 * 2 * 9 * 8 // 3
-    assert wire.collectives == len(comm.calls) == 4
+    before = comm.sent_bytes
+    assert comm.all_gather(rows).wait().shape == (18, 5)
+    assert comm.sent_bytes - before == 2 * 6 * 5 * 2
+    before = comm.sent_bytes
+    assert comm.reduce_scatter(rows).wait().shape == (2, 5)
+    assert comm.sent_bytes - before == 2 * 2 * 5 * 2
+    before = comm.sent_bytes
+    assert torch.equal(comm.all_reduce(torch.arange(9)), torch.arange(9))
+    assert comm.sent_bytes - before == 2 * 2 * 9 * 8 // 3
+    assert comm.collectives == len(ops.calls) == 4
     # by destination; the ring goes on to rank 2
-    assert wire.sent_bytes_P == [(1 + 6 + 2) * 10, 0, (3 + 6 + 2) * 10 + 96]
+    assert comm.sent_bytes_P == [(1 + 6 + 2) * 10, 0, (3 + 6 + 2) * 10 + 96]
 
 
 def test_evaluation_is_not_timed():
-    wire, rows = Wire("group", Recorder()), torch.ones(3, 5)
+    comm, rows = ExpertGroupComm("group", Recorder()), torch.ones(3, 5)
     with torch.inference_mode():
-        wire.all_gather(rows).wait()
-    assert wire.take_times() == (0, 0) and wire.collectives == 1
-    wire.all_gather(rows).wait()
-    assert sum(wire.take_times()) > 0
+        comm.all_gather(rows).wait()
+    assert comm.take_times() == (0, 0) and comm.collectives == 1
+    comm.all_gather(rows).wait()
+    assert sum(comm.take_times()) > 0
 
 
 class Event:
@@ -159,7 +159,7 @@ class Stream:
 
 
 class Device:
-    """What DeviceFlight needs of torch.cuda: events, streams, the current one."""
+    """What GpuCollective needs of torch.cuda: events, streams, the current one."""
 
     def __init__(self, monkeypatch):
         self.told, self.events = [], []
@@ -188,8 +188,8 @@ def test_a_flight_of_a_gpu_lets_streams_wait_and_not_the_host(monkeypatch):
     used = []
     got, rows = (SimpleNamespace(record_stream=lambda s, n=n: used.append((n, s.name))) for n in ("got", "rows"))
     work = SimpleNamespace(wait=lambda: device.told.append((device.current.name, "waits for", "the rows")))
-    streams = flights.Streams(Stream("side", device), Stream("watch", device))
-    flight = flights.DeviceFlight(work, got, rows, log, streams, issue="issue")
+    streams = flights.CudaStreams(Stream("side", device), Stream("watch", device))
+    flight = flights.GpuCollective(work, got, rows, log, streams, issue="issue")
     assert device.told == [("watch", "waits for", "the rows"), ("watch", "is here", None)]
     device.told.clear()
     assert flight.wait() is got

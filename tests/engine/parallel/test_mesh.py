@@ -6,14 +6,14 @@ from foreroute.engine.parallel.mesh import Mesh
 
 def test_the_table_of_the_docstring():
     meshes = [Mesh(rank, 8, 4) for rank in range(8)]
-    assert [mesh.expert_rank for mesh in meshes] == [0, 1, 2, 3] * 2
-    assert [mesh.group_ranks for mesh in meshes] == [range(4)] * 4 + [range(4, 8)] * 4
+    assert [mesh.ep_rank for mesh in meshes] == [0, 1, 2, 3] * 2
+    assert [mesh.ep_ranks for mesh in meshes] == [range(4)] * 4 + [range(4, 8)] * 4
     experts = [mesh.local_experts(16) for mesh in meshes]
     assert experts == [range(0, 4), range(4, 8), range(8, 12), range(12, 16)] * 2
 
 
 def test_one_rank_holds_everything():
-    assert Mesh().local_experts(5) == range(5) and Mesh().group_ranks == range(1)
+    assert Mesh().local_experts(5) == range(5) and Mesh().ep_ranks == range(1)
 
 
 def test_what_cannot_be_shared_out_is_refused():

@@ -10,7 +10,7 @@ from torch import distributed as dist
 
 from foreroute.engine.errors import RunFailed, UserError
 from foreroute.engine.parallel import watchdog as watching
-from foreroute.engine.parallel.watchdog import Watch
+from foreroute.engine.parallel.watchdog import Watchdog
 from foreroute.launch.testing.runs import wait_until
 
 
@@ -21,7 +21,7 @@ def store():
 
 def watch(store, rank, ranks=2, timeout_s=2.0):
     lines = queue.Queue()
-    return Watch(store, rank, ranks, timeout_s, end=lines.put), lines
+    return Watchdog(store, rank, ranks, timeout_s, end=lines.put), lines
 
 
 def test_a_rank_without_a_sign_of_life_is_named(store):

@@ -13,9 +13,9 @@ import pytest
 from torch import distributed as dist
 
 from foreroute.engine.errors import RunFailed, UserError
-from foreroute.engine.parallel.cpu_group import GlooHost, Host, odd_ones
+from foreroute.engine.parallel.cpu_group import CpuGroup, GlooGroup, odd_ones
 from foreroute.engine.parallel.mesh import Mesh
-from foreroute.engine.parallel.watchdog import Watch
+from foreroute.engine.parallel.watchdog import Watchdog
 from foreroute.engine.parallel.world import World, agree, together
 from foreroute.engine.testing.ranks import run_ranks, run_threads
 
@@ -23,14 +23,14 @@ MPIRUN = shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil
 
 
 def gloo(rank):
-    host = GlooHost(dist.group.WORLD)
+    host = GlooGroup(dist.group.WORLD)
     array = np.arange(6, dtype=np.int64).reshape(2, 3) + 100 * rank
     answer = {"rank": rank, "text": "ü" * rank, "none": None}
     found = host.all_gather(array), host.gather(answer), host.broadcast([rank], source=1)
     threads = []
     for _ in range(2):
         threads.append(psutil.Process().num_threads())
-        other = GlooHost(dist.new_group(backend="gloo"))
+        other = GlooGroup(dist.new_group(backend="gloo"))
         other.barrier()
         threads.append(psutil.Process().num_threads())
         other.close()
@@ -48,7 +48,7 @@ def test_gloo_host():
 
 
 def test_one_rank_talks_to_itself():
-    host = Host()
+    host = CpuGroup()
     assert host.gather({"a": 1}) == [{"a": 1}] and host.broadcast("x") == "x"
     assert together(host, lambda: 5) == 5
     agree(host, {"a": 1})
@@ -92,9 +92,9 @@ def test_ranks_inside_a_collective_learn_of_a_failure():
         assert told.wait(timeout=20)  # a collective that the others wait in
 
     def start(host):
-        watch = Watch(store, host.rank, host.ranks, timeout_s=8.0, end=lambda line: told.set())
+        watch = Watchdog(store, host.rank, host.ranks, timeout_s=8.0, end=lambda line: told.set())
         try:
-            return together(host, lambda: make(host), watch=watch)
+            return together(host, lambda: make(host), watchdog=watch)
         finally:
             watch.close()
 
@@ -133,8 +133,8 @@ def test_which_ranks_share_a_node():
 MPI = """
 import numpy as np
 from mpi4py import MPI
-from foreroute.engine.parallel.cpu_group import MpiHost
-host = MpiHost(MPI.COMM_WORLD)
+from foreroute.engine.parallel.cpu_group import MpiGroup
+host = MpiGroup(MPI.COMM_WORLD)
 found = host.all_gather(np.arange(3) + 10 * host.rank).tolist()
 assert found == [[0, 1, 2], [10, 11, 12]], found
 assert host.gather({"rank": host.rank}) == [{"rank": 0}, {"rank": 1}]

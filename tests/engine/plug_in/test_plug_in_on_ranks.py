@@ -173,8 +173,8 @@ def train(rank, case):
     return SimpleNamespace(
         losses=np.reshape(losses, (-1, accumulation)).mean(1).tolist(),
         weights=by_expert(weights, range(first, first + local)),
-        wire=experts.wire and (experts.wire.collectives, experts.wire.sent_bytes),
-        times=experts.wire and tuple(experts.wire.take_times()),
+        wire=experts.comm and (experts.comm.collectives, experts.comm.sent_bytes),
+        times=experts.comm and tuple(experts.comm.take_times()),
     )
 
 

@@ -27,7 +27,7 @@ from foreroute.engine.config import (
 from foreroute.engine.data.corpus import prepare
 from foreroute.engine.errors import RunFailed, UserError
 from foreroute.engine.model.build import build_routers
-from foreroute.engine.parallel.cpu_group import GlooHost
+from foreroute.engine.parallel.cpu_group import GlooGroup
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.parallel.world import World
 from foreroute.engine.profiling import profiler
@@ -79,8 +79,8 @@ def train(folder, world=None, *, steps=STEPS, operators=True, stop=None, **paral
 
 def train_two(rank, folder):
     """Three runs: traced in parts and whole, and not traced; losses and notes of each."""
-    hosts = (GlooHost(dist.new_group([0, 1])) for _ in range(3))
-    world = World(Mesh(rank, 2, expert_ranks=2), host=next(hosts), planning=next(hosts), planning_group=next(hosts))
+    hosts = (GlooGroup(dist.new_group([0, 1])) for _ in range(3))
+    world = World(Mesh(rank, 2, ep_size=2), cpu_group=next(hosts), planning=next(hosts), planning_group=next(hosts))
     found = {}
     for name, steps, chunks in (("parts", STEPS, 2), ("whole", STEPS, 1), ("off", None, 2)):
         (folder / name).mkdir(exist_ok=True)

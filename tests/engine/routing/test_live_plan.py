@@ -11,7 +11,7 @@ class Asked(Exception):
     """The plan has got as far as to ask the other ranks."""
 
 
-class Wire:
+class ExpertGroupComm:
     rank, ranks = 1, 2
 
     def all_gather(self, rows):
@@ -31,7 +31,7 @@ def route(tokens, dtype):
 def test_token_numbers_fit_into_the_format_of_the_weights(tokens, dtype, fits):
     """fp32 holds all whole numbers up to 2**24, and two ranks have twice the tokens."""
     with pytest.raises(Asked if fits else ValueError, match=None if fits else "must be at most 16777216 together"):
-        build_live_plan(route(tokens, dtype), 2, Wire())
+        build_live_plan(route(tokens, dtype), 2, ExpertGroupComm())
 
 
 def test_rows_of_experts_and_of_rows_that_nobody_uses():

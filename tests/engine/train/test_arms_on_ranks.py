@@ -83,10 +83,10 @@ def train(case, rank, ranks):
         for micro in range(accumulation):
             batches = [
                 streams.batch(step, streams.streams_of(r, micro, world=ranks, accumulation=accumulation))
-                for r in mesh.group_ranks
+                for r in mesh.ep_ranks
             ]
             planned = plan_batch(
-                group_batch(batches, mesh.expert_rank),
+                group_batch(batches, mesh.ep_rank),
                 K,
                 routers,
                 passes=config.training_passes,

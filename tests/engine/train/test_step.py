@@ -18,15 +18,15 @@ from foreroute.engine.data.device_copy import map_tensors
 from foreroute.engine.data.loader import PlannedLoader
 from foreroute.engine.data.planned_batches import TrainingBatches
 from foreroute.engine.data.streams import Streams
-from foreroute.engine.metrics.rank_sums import RankRow, add_up, block_of
+from foreroute.engine.metrics.rank_sums import RankRow, block_of, sum_over_ranks
 from foreroute.engine.metrics.step_meter import StepMeter
 from foreroute.engine.model.build import build_model
 from foreroute.engine.moe.exchange import build_exchange
 from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.optim import deepspeed_engine as adapter
 from foreroute.engine.optim.expert_sharding import share_experts
-from foreroute.engine.parallel.collectives import Wire
-from foreroute.engine.parallel.cpu_group import GlooHost
+from foreroute.engine.parallel.collectives import ExpertGroupComm
+from foreroute.engine.parallel.cpu_group import GlooGroup
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.parallel.world import World
 from foreroute.engine.routing.routers import routers_of
@@ -92,8 +92,8 @@ class Steps:
         routers = routers_of(tables, mesh) if router is Router.hashed else None
         self.model = build_model(self.config, SYMBOLS)
         self.engine = adapter.start(self.model, self.config, mesh)
-        world = World(mesh, host=GlooHost(dist.group.WORLD)) if mesh.world > 1 else World(mesh)
-        self.meter = StepMeter(self.model, self.engine.device, self.engine.wire, world)
+        world = World(mesh, cpu_group=GlooGroup(dist.group.WORLD)) if mesh.world > 1 else World(mesh)
+        self.meter = StepMeter(self.model, self.engine.device, self.engine.comm, world)
         data = self.config.data
         streams = Streams(text, data.streams, data.segment, self.config.context, data.start)
         self.batches = TrainingBatches(self.config, streams, mesh, routers)
@@ -233,13 +233,15 @@ def without_data(ranks, read=None):
     for layer in model.modules():
         if isinstance(layer, MoELayer) and ranks > 1:
             share_experts(layer, mesh)
-            layer.exchange = build_exchange(Wire(None, Silent(ranks)), config.parallel, config.kernels.backend)
+            layer.exchange = build_exchange(
+                ExpertGroupComm(None, Silent(ranks)), config.parallel, config.kernels.backend
+            )
     model.to("meta")
     with Uploads() as uploads:
         output = model(planned.batch.ids_BQ, planned.batch.targets_BQ, None, planned.routing)
         output.loss.backward()
         assert uploads.number == 0
-        total = add_up([output], World(), block_of(RankRow(own_ms=1.0), [], Mesh()))
+        total = sum_over_ranks([output], World(), block_of(RankRow(own_ms=1.0), [], Mesh()))
         assert uploads.number == 1  # the rank's row, pinned on a GPU
     if read is not None:
         read(total.is_finite)

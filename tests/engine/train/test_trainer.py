@@ -37,7 +37,7 @@ from foreroute.engine.data.corpus import prepare
 from foreroute.engine.errors import RunFailed
 from foreroute.engine.metrics.writer import Metrics
 from foreroute.engine.model.build import build_routers
-from foreroute.engine.parallel.cpu_group import GlooHost
+from foreroute.engine.parallel.cpu_group import GlooGroup
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.parallel.world import World
 from foreroute.engine.testing.ranks import run_ranks
@@ -423,8 +423,8 @@ def stopped_by_one(rank, ranks, config, folder):
     found = []
     for later in (False, True):
         foreroute.engine.train.trainer.StepsUnderWay = partial(pretended, later)
-        host, planning = GlooHost(dist.group.WORLD), GlooHost(dist.new_group())
-        world = World(Mesh(rank, ranks, ranks), host=host, planning=planning)
+        cpu_group, planning = GlooGroup(dist.group.WORLD), GlooGroup(dist.new_group())
+        world = World(Mesh(rank, ranks, ranks), cpu_group=cpu_group, planning=planning)
         corpus = prepare(config.corpus)
         routers = build_routers(config, corpus, world.mesh)
         trainer = Trainer(config, corpus, routers, folder / str(later), Silent(), world)

@@ -107,7 +107,7 @@ def train(case, rank, ranks):
     routers = None
     if case.router is Router.hashed:
         tables = build_tables(config.moe, SYMBOLS, text, num_tables=2, seed=1, cache_dir=None)
-        routers = [HashedRouter(t, rank=mesh.expert_rank, ranks=case.expert_ranks) for t in tables]
+        routers = [HashedRouter(t, rank=mesh.ep_rank, ranks=case.expert_ranks) for t in tables]
     model = build_model(config, SYMBOLS)
     watch_margins(model)
     engine = adapter.start(model, config, mesh)
@@ -119,15 +119,15 @@ def train(case, rank, ranks):
         here = slice(rank * size, (rank + 1) * size)
         plans = None
         if routers is not None:
-            group = ids.view(ranks, size, SEGMENT)[list(mesh.group_ranks)]
+            group = ids.view(ranks, size, SEGMENT)[list(mesh.ep_ranks)]
             gather = case.exchange is ExchangeKind.gather
             plans = tuple(r.plan(group, group[..., :1] * 0, K, gather=gather, chunks=case.chunks) for r in routers)
-        before = 0 if engine.wire is None else engine.wire.sent_bytes
+        before = 0 if engine.comm is None else engine.comm.sent_bytes
         deepspeed.comm.configure(enabled=step == STEPS - 1, prof_all=True, verbose=False, debug=False)
         out = engine.forward(ids[here], targets[here], None, Routing(K, plans))
         engine.backward(out.loss)
         engine.step()
-        sent = 0 if engine.wire is None else engine.wire.sent_bytes - before
+        sent = 0 if engine.comm is None else engine.comm.sent_bytes - before
         loss = out.loss.detach().clone()
         dist.all_reduce(loss)
         losses.append(float(loss) / ranks)
@@ -135,7 +135,7 @@ def train(case, rank, ranks):
     logged = sorted(deepspeed.comm.comm.comms_logger.comms_dict)
     deepspeed.comm.comm.comms_logger.comms_dict.clear()
     predicted = sum(plan.wire_bytes(16, 4) for plan in plans) if plans else 0
-    times = None if engine.wire is None else tuple(engine.wire.take_times())
+    times = None if engine.comm is None else tuple(engine.comm.take_times())
     return losses, dict(named(engine, mesh)), (sent, predicted), logged, times
 
 

@@ -13,7 +13,7 @@ from foreroute.engine.config import Config
 from foreroute.engine.data.corpus import prepare
 from foreroute.engine.model.build import build_model, build_routers
 from foreroute.engine.optim import deepspeed_engine as adapter
-from foreroute.engine.parallel.cpu_group import GlooHost
+from foreroute.engine.parallel.cpu_group import GlooGroup
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.parallel.world import World
 from foreroute.engine.testing.ranks import run_ranks
@@ -70,7 +70,7 @@ def steps(rank, folder):
     found = {}
     for backend in ("cpu", "triton"):
         config = debug_config(folder, *options_of(folder, backend))
-        world = World(Mesh(rank, 2, 2), host=GlooHost(dist.group.WORLD), planning=GlooHost(dist.new_group()))
+        world = World(Mesh(rank, 2, 2), cpu_group=GlooGroup(dist.group.WORLD), planning=GlooGroup(dist.new_group()))
         corpus, losses = prepare(config.corpus), Losses()
         routers = build_routers(config, corpus, world.mesh)
         with guarded(), recording() as recorder:

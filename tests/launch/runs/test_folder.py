@@ -11,7 +11,7 @@ import pytest
 
 from foreroute.engine.config import Config, to_plain
 from foreroute.engine.errors import UserError
-from foreroute.engine.parallel.cpu_group import Host
+from foreroute.engine.parallel.cpu_group import CpuGroup
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.parallel.world import World
 from foreroute.launch.runs.folder import lock_folder, open_run
@@ -19,7 +19,7 @@ from foreroute.launch.start.options import command_option
 from foreroute.launch.testing.runs import small_run
 
 
-class SecondOfTwo(Host):
+class SecondOfTwo(CpuGroup):
     """Rank 1 beside a rank 0 that says what it is told to."""
 
     rank, ranks = 1, 2
@@ -37,7 +37,7 @@ def test_a_machine_that_does_not_see_the_folder_is_named(tmp_path):
     config = replace(config, train=replace(config.train, runs_dir=str(tmp_path), name="x"))
 
     def second() -> World:
-        return World(Mesh(1, 2, 1), host=SecondOfTwo(None, None, [to_plain(config), None], None))
+        return World(Mesh(1, 2, 1), cpu_group=SecondOfTwo(None, None, [to_plain(config), None], None))
 
     with pytest.raises(UserError, match=r"rank 1: train\.runs_dir=.*/x, which rank 0 has made, is not here"):
         open_run(config, second())
