@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from math import isfinite
 
 from foreroute.launch.page.parts import COLOURS, Areas, Chart, Curve, HeatMap, Line, Part, Section, Table, Verdict
-from foreroute.launch.report.run_data import RunData, Series, grid, series
+from foreroute.launch.report.run_data import MetricSeries, RunData, metric_grid, metric_series
 
 X_LABELS = {"step": "step", "tokens": "symbols trained on", "flops": "FLOP of training", "seconds": "training time, s"}
 QUALITY_OVER = {"tokens": "symbols", "flops": "FLOP", "seconds": "time"}
@@ -31,7 +31,7 @@ def curve(
     """
     lines, thinned = [], 1
     for label, name in names.items():
-        found = series(run.lines, name, x)
+        found = metric_series(run.lines, name, x)
         if any(value for value in found.mean if isfinite(value)):
             lines.append(line_of(label, found, factor=factor, upper=upper))
             thinned = max(thinned, found.lines)
@@ -41,7 +41,7 @@ def curve(
     return [Curve(title, X_LABELS[x], y_label, lines, y_from=y_from, y_log=y_log, band=band)]
 
 
-def line_of(label: str, found: Series, *, factor: float = 1, upper: bool = False) -> Line:
+def line_of(label: str, found: MetricSeries, *, factor: float = 1, upper: bool = False) -> Line:
     """Give a chart's line of a series."""
     most = [factor * value for value in found.most] if upper and found.lines > 1 else None
     return Line(label, found.x, [factor * value for value in found.mean], most)
@@ -64,7 +64,7 @@ def by_place(
         of: what there is one of for each number, such as "rank".
         middle: of the heat map.
     """
-    found = grid(run, name, axes=1)
+    found = metric_grid(run, name, axes=1)
     if not found or (of == "rank" and found.values.shape[1] == 1):
         return []  # what a single rank has is that of all
     values = (factor * found.values).T.tolist()
@@ -77,7 +77,7 @@ def by_place(
 
 def expert_maps(run: RunData) -> list[Chart]:
     """Give a heat map for each layer: rows of each expert over the mean, over steps."""
-    found = grid(run, "expert_rows", axes=2)
+    found = metric_grid(run, "expert_rows", axes=2)
     if not found:
         return []
     over = found.values / found.values.mean(axis=2, keepdims=True).clip(min=1e-30)

@@ -11,7 +11,7 @@ from foreroute.engine.config import Config, to_plain
 from foreroute.launch.page.parts import Chart, Curve, KeyFigure, Line, Page, Section, Table
 from foreroute.launch.page.words import byte_text, count_text, duration
 from foreroute.launch.report.charts import QUALITY_OVER, X_LABELS, curve, line_of, section, text
-from foreroute.launch.report.run_data import POINTS, RunData, number, plain_dict, series
+from foreroute.launch.report.run_data import POINTS, RunData, metric_series, number, plain_dict
 from foreroute.launch.report.steps import exchange, experts, time
 from foreroute.launch.runs.folder import MEASURED, OF_MACHINE
 
@@ -163,7 +163,10 @@ def _quality(run: RunData) -> list[Section]:
 
 
 def _quality_lines(run: RunData, x: str) -> list[Line]:
-    lines = [line_of("training", series(run.lines, "bpc", x)), line_of("validation", series(run.valid, "valid_bpc", x))]
+    lines = [
+        line_of("training", metric_series(run.lines, "bpc", x)),
+        line_of("validation", metric_series(run.valid, "valid_bpc", x)),
+    ]
     if run.bpc_by_k and isfinite(run.last(x)):
         lines.append(Line(run.quality.source, [run.last(x)], [run.quality.bpc]))
     return [replace(line, hue=hue) for hue, line in enumerate(lines) if line.x]

@@ -132,7 +132,7 @@ def plain_dict(value: Any) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class Series:
+class MetricSeries:
     """Numbers over a quantity; each is the mean of as many neighbours as `lines` says."""
 
     x: list[float]
@@ -141,17 +141,17 @@ class Series:
     lines: int = 1
 
 
-def series(lines: Sequence[dict[str, Any]], name: str, x: str = "step", points: int = POINTS) -> Series:
+def metric_series(lines: Sequence[dict[str, Any]], name: str, x: str = "step", points: int = POINTS) -> MetricSeries:
     """Give a metric over another one, thinned by means of neighbouring lines to at most `points`; empty if it is not
     there."""
     pairs = [(number(line.get(x)), number(line.get(name))) for line in lines]
     pairs = [(place, value) for place, value in pairs if isfinite(place)]
     if not any(isfinite(value) for _, value in pairs):
-        return Series([], [], [])
+        return MetricSeries([], [], [])
     each = -(-len(pairs) // points)
     groups = [pairs[start : start + each] for start in range(0, len(pairs), each)]
     kept = [[value for _, value in group if isfinite(value)] for group in groups]
-    return Series(
+    return MetricSeries(
         [sum(place for place, _ in group) / len(group) for group in groups],
         [sum(values) / len(values) if values else nan for values in kept],
         [max(values, default=nan) for values in kept],
@@ -160,7 +160,7 @@ def series(lines: Sequence[dict[str, Any]], name: str, x: str = "step", points: 
 
 
 @dataclass(frozen=True, slots=True)
-class Grid:
+class MetricGrid:
     """A metric with axes over steps."""
 
     steps: list[float]  # of the columns
@@ -170,7 +170,7 @@ class Grid:
         return self.values.size > 0
 
 
-def grid(run: RunData, name: str, axes: int) -> Grid:
+def metric_grid(run: RunData, name: str, axes: int) -> MetricGrid:
     """Give a metric with axes, thinned by means to what a heat map can show; empty if it is not there.
 
     Lines of another shape than the last are left out: the run went on on other ranks.
@@ -182,12 +182,12 @@ def grid(run: RunData, name: str, axes: int) -> Grid:
     ]
     found = [(step, value) for step, value in found if value.shape == found[-1][1].shape]
     if not found:
-        return Grid([], np.zeros(0, np.float32))
+        return MetricGrid([], np.zeros(0, np.float32))
     columns = max(2, min(_COLUMNS, _CELLS // max(1, found[0][1].size)))
     each = -(-len(found) // columns)
     groups = [found[start : start + each] for start in range(0, len(found), each)]
     steps = [sum(step for step, _ in group) / len(group) for group in groups]
-    return Grid(steps, np.stack([np.mean([value for _, value in group], 0) for group in groups]))
+    return MetricGrid(steps, np.stack([np.mean([value for _, value in group], 0) for group in groups]))
 
 
 def _is_regular(value: Any, axes: int) -> bool:

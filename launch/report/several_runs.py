@@ -21,7 +21,7 @@ from foreroute.launch.report.one_run import (
     step_of,
     tokens_per_second_of,
 )
-from foreroute.launch.report.run_data import RunData, number, plain_dict, series
+from foreroute.launch.report.run_data import RunData, metric_series, number, plain_dict
 from foreroute.launch.runs.folder import OF_MACHINE
 
 _OWN = {*OF_MACHINE, "train.valid_every"}
@@ -167,7 +167,7 @@ def _quality(drawn: Sequence[_Drawn], title: str, lines: str, name: str) -> list
     """One chart of a metric of all runs, over what the reader chooses."""
     charts: list[Chart] = []
     for x, choice in QUALITY_OVER.items():
-        found = [(each, series(getattr(each.run, lines), name, x)) for each in drawn]
+        found = [(each, metric_series(getattr(each.run, lines), name, x)) for each in drawn]
         of_runs = [each.line(points.x, points.mean) for each, points in found]
         charts += _chart(title, X_LABELS[x], "bits per symbol", of_runs, choice=choice)
     return charts
@@ -189,7 +189,7 @@ def _slimming(drawn: Sequence[_Drawn]) -> list[Chart]:
 
 
 def _speed(drawn: Sequence[_Drawn]) -> list[Chart]:
-    found = [(each, series(each.run.lines, "tokens_per_second")) for each in drawn]
+    found = [(each, metric_series(each.run.lines, "tokens_per_second")) for each in drawn]
     lines = [each.line(points.x, points.mean) for each, points in found]
     return _chart("Symbols per second over steps", "step", "symbols per second, all ranks", lines, y_from=0)
 

@@ -6,7 +6,7 @@ from typing import Any
 from foreroute.launch.page.parts import Bar, Bars, Chart, Section, Table, Verdict
 from foreroute.launch.page.words import byte_text, number_text, percent
 from foreroute.launch.report.charts import areas, by_place, curve, expert_maps, section, text
-from foreroute.launch.report.run_data import RunData, grid, number, plain_dict, series
+from foreroute.launch.report.run_data import RunData, metric_grid, metric_series, number, plain_dict
 
 _PARTS = ("attention", "experts", "rest of forward", "backward", "optimizer", "outside")
 _RANKS = 32  # that a table shows one by one
@@ -106,7 +106,7 @@ def _parts_over_steps(run: RunData) -> tuple[list[float], dict[str, list[float]]
             ms["outside"],
         )
         lines.append({"step": line["step"], **dict(zip(_PARTS, values, strict=True))})
-    found = {name: series(lines, name) for name in _PARTS}
+    found = {name: metric_series(lines, name) for name in _PARTS}
     return found[_PARTS[0]].x, {name: points.mean for name, points in found.items()}
 
 
@@ -167,9 +167,9 @@ def _rank_table(run: RunData) -> list[Table]:
         "rows computed": ("rank_rows", 1.0),
     }
     found = {
-        label: factor * grid(run, name, 1).values.mean(0)
+        label: factor * metric_grid(run, name, 1).values.mean(0)
         for label, (name, factor) in names.items()
-        if grid(run, name, 1)
+        if metric_grid(run, name, 1)
     }
     ranks = max((len(values) for values in found.values()), default=0)
     if ranks < 2 or any(len(values) != ranks for values in found.values()):
@@ -214,7 +214,7 @@ def _verdict(run: RunData) -> list[Verdict]:
 
 def _link_table(run: RunData) -> list[Table]:
     """Means of each link, of up to 16 ranks."""
-    found = grid(run, "link_bytes", 2)
+    found = metric_grid(run, "link_bytes", 2)
     if not found:
         return []
     means = found.values.mean(0)

@@ -84,7 +84,7 @@ def _lead(preset: Preset, results: Results) -> list[page.Section]:
     return [page.Section("The main arms", [*chart, words])] if chart else []
 
 
-def span(found: Estimate | None, digits: int = 3, sign: str = "") -> str:
+def interval_text(found: Estimate | None, digits: int = 3, sign: str = "") -> str:
     """Write a mean with its interval."""
     if found is None:
         return NONE
@@ -96,7 +96,7 @@ def span(found: Estimate | None, digits: int = 3, sign: str = "") -> str:
 
 def change(found: Comparison | None) -> str:
     """Write a difference of bpc with its interval; a star marks one that is no fair comparison."""
-    return NONE if found is None else span(found.difference, 4, "+") + (" *" if found.cut else "")
+    return NONE if found is None else interval_text(found.difference, 4, "+") + (" *" if found.cut else "")
 
 
 def _figures(preset: Preset, results: Results) -> list[KeyFigure]:
@@ -238,7 +238,7 @@ def _budgets(preset: Preset, results: Results) -> page.Section:
     rows = []
     for arm in _there(preset, results):
         compared = [compare_along(results, arm, first, axis) for axis in AXES] if arm != first else [None] * len(AXES)
-        rows.append([arm, span(seeds_mean(results, arm, None)), *(change(c) for c in compared)])
+        rows.append([arm, interval_text(seeds_mean(results, arm, None)), *(change(c) for c in compared)])
     header = ["", "test bpc at own k", *(f"valid, {words}" for words in AXES.values())]
     notes = [
         (
@@ -257,7 +257,7 @@ def _budgets(preset: Preset, results: Results) -> page.Section:
 def _slimming(preset: Preset, results: Results) -> page.Section:
     every_k = evaluated_k(results)
     rows = [
-        [arm, _own_k(results, arm), *(span(seeds_mean(results, arm, k)) for k in every_k)]
+        [arm, _own_k(results, arm), *(interval_text(seeds_mean(results, arm, k)) for k in every_k)]
         for arm in _there(preset, results)
     ]
     notes = [
@@ -308,9 +308,9 @@ def _cost(preset: Preset, results: Results) -> page.Section:
             [
                 arm,
                 f"{runs[0]['parameters']:,}",
-                span(ratio(results, arm, first, "flops"), 3),
+                interval_text(ratio(results, arm, first, "flops"), 3),
                 f"{seconds.mean:,.0f}",
-                span(ratio(results, arm, first, "seconds"), 2),
+                interval_text(ratio(results, arm, first, "seconds"), 2),
                 *inference,
             ]
         )
@@ -332,7 +332,11 @@ def _cost(preset: Preset, results: Results) -> page.Section:
 def _published(results: Results) -> page.Section:
     experts = experts_of(results)
     ours = [
-        [f"{arm} (here)", span(seeds_mean(results, arm, experts // 2)), span(seeds_mean(results, arm, experts))]
+        [
+            f"{arm} (here)",
+            interval_text(seeds_mean(results, arm, experts // 2)),
+            interval_text(seeds_mean(results, arm, experts)),
+        ]
         for arm in ("frozen_growing", "hashed_growing")
         if results.seeds_of(arm)
     ]

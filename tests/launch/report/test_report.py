@@ -14,7 +14,7 @@ from foreroute.engine.config import Config
 from foreroute.launch.page.parts import Areas, Bars, Chart, Curve, HeatMap, Table, Verdict
 from foreroute.launch.page.words import count_text, duration
 from foreroute.launch.report.one_run import changed_options, run_page
-from foreroute.launch.report.run_data import POINTS, grid, read_run, series
+from foreroute.launch.report.run_data import POINTS, metric_grid, metric_series, read_run
 from foreroute.launch.report.several_runs import Absent, several_page
 from foreroute.launch.testing.run_folders import EXPERTS, LAYERS, RANKS, write_run
 from foreroute.launch.testing.runs import small_run
@@ -191,7 +191,7 @@ def test_ranks_have_lines_or_when_many_a_heat_map_and_a_spread(folder, tmp_path)
 
 def test_long_series_are_thinned_by_means():
     lines = [{"step": step, "loss": float(step % 7)} for step in range(1, 10 * POINTS + 4)]
-    found = series(lines, "loss")
+    found = metric_series(lines, "loss")
     assert len(found.x) <= POINTS and found.lines == 11
     assert found.mean[3] == sum(step % 7 for step in range(34, 45)) / 11 and found.most[3] == 6
     assert found.x[3] == 39
@@ -208,9 +208,9 @@ def test_gaps_stay_gaps():
         {"step": 4, "loss": True},
         {"step": 5, "loss": 1.0},
     ]
-    found = series(lines, "loss")
+    found = metric_series(lines, "loss")
     assert found.mean[0] == 2 and all(map(isnan, found.mean[1:4])) and found.mean[4] == 1
-    assert series(lines, "grad_norm").x == [] and series(lines, "loss", "tokens").x == []
+    assert metric_series(lines, "grad_norm").x == [] and metric_series(lines, "loss", "tokens").x == []
 
 
 def test_a_long_run_gives_a_small_page(tmp_path):
@@ -221,7 +221,7 @@ def test_a_long_run_gives_a_small_page(tmp_path):
     run = read_run(write_run(tmp_path / "long", lines=1500, layers=6, experts=64))
     assert len(run.lines) == 1500
     assert all(len(each.x) <= POINTS for chart in parts(run_page(run), Curve | Areas).values() for each in chart.lines)
-    assert grid(run, "expert_rows", 2).values.size < 42_000
+    assert metric_grid(run, "expert_rows", 2).values.size < 42_000
     assert len(html(run_page(run))) - len(get_plotlyjs()) < 1_000_000
 
 
@@ -302,7 +302,7 @@ def test_lines_of_another_number_of_ranks_are_left_out(copied):
     rows = [json.loads(line) for line in (copied / "metrics.jsonl").read_text().splitlines()]
     rows[0]["rank_own_ms"] = [1.0, 2.0]
     (copied / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = grid(read_run(copied), "rank_own_ms", 1)
+    found = metric_grid(read_run(copied), "rank_own_ms", 1)
     assert found.values.shape == (39, RANKS) and found.steps[0] == 20
 
 
