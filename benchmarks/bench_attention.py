@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from benchmarks.harness import Case, environment, interleave, minima_ms, print_result, print_table
 from benchmarks.harness.against import parse
-from foreroute.kernels.relative_attention import relative_attention
+from foreroute.kernels.ops.relative_attention import relative_attention
 from foreroute.launch.start.process import keep_freed_memory
 
 HEADS, WIDTH = 8, 64

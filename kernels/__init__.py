@@ -5,13 +5,13 @@ Knows tensors and integers only: no configuration, no process group, no nn.Modul
 reference beside it. Import from here: `from kernels import moe_ffn, ExpertRows`.
 """
 
-from foreroute.kernels.combine import combine
 from foreroute.kernels.dropout import Dropout, keep_mask, row_hash, unit_hash
-from foreroute.kernels.expert_ffn import expert_ffn
-from foreroute.kernels.expert_rows import ExpertRows, expert_rows, expert_rows_from_lists
-from foreroute.kernels.moe_ffn import moe_ffn, moe_ffn_backward, moe_ffn_forward
+from foreroute.kernels.expert_index import ExpertRows, expert_rows, expert_rows_from_lists
 from foreroute.kernels.operands import ExpertWeights
-from foreroute.kernels.permute_rows import permute_rows, unpermute_rows
+from foreroute.kernels.ops.combine import combine
+from foreroute.kernels.ops.expert_ffn import expert_ffn
+from foreroute.kernels.ops.moe_ffn import moe_ffn, moe_ffn_backward, moe_ffn_forward
+from foreroute.kernels.ops.permute import permute_rows, unpermute_rows
 
 __all__ = [
     "Dropout",

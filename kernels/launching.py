@@ -1,7 +1,7 @@
 """The one place from which Triton kernels are launched, so that launches can be watched.
 
 `launch` runs a kernel. Under `recording` each launch is also kept as a `Launch`; with `run=False` nothing is executed,
-and the launchers (kernels/*_launch.py) can be driven with tensors on the meta device: so the static gate compiles
+and the launchers (kernels/gpu/) can be driven with tensors on the meta device: so the static gate compiles
 exactly what a GPU of a given architecture would be asked to run, and tests prove which kernels a step has launched.
 """
 
@@ -36,7 +36,7 @@ class Launch:
 
 
 @dataclass(slots=True, eq=False)
-class Recorder:
+class LaunchLog:
     """What `recording` gives: the launches so far."""
 
     arch: str | None  # pretend to be this architecture
@@ -49,7 +49,7 @@ _INTERPRETED = bool(triton.knobs.runtime.interpret)  # decided when the kernels 
 _bf16_shims: list[bool] = []  # one entry for each kernels.testing.interpreter.bf16_semantics in force
 
 # Innermost last. Global, not a context variable: PyTorch runs backward passes on GPUs in threads of its own.
-_recorders: list[Recorder] = []
+_recorders: list[LaunchLog] = []
 
 
 @contextlib.contextmanager
@@ -63,14 +63,14 @@ def bf16_allowed() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def recording(*, run: bool = True, arch: str | None = None) -> Iterator[Recorder]:
+def recording(*, run: bool = True, arch: str | None = None) -> Iterator[LaunchLog]:
     """Keep every launch made in this context.
 
     Args:
         run: False keeps launches without executing them; tensors may then be on the meta device.
         arch: choose tiles for this architecture (a key of kernels.tiles), whatever the device is.
     """
-    recorder = Recorder(arch, run)
+    recorder = LaunchLog(arch, run)
     _recorders.append(recorder)
     try:
         yield recorder

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from foreroute.kernels.dropout import Dropout
-from foreroute.kernels.expert_rows import ExpertRows
+from foreroute.kernels.expert_index import ExpertRows
 from foreroute.kernels.launching import MAX_ROWS, can_launch
 
 BACKENDS = ("cpu", "triton", "reference")

@@ -137,6 +137,16 @@ def test_no_files_import_each_other_in_a_circle():
     assert circle(graph(sources())) == ()
 
 
+def test_no_function_hides_a_module():
+    """`from foreroute.kernels import x` is one thing or the other."""
+    for name, source in sources().items():
+        if name.endswith("__init__.py"):
+            here = (ROOT / name).parent
+            beside = {path.stem for path in here.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+            nodes = [node for node in ast.parse(source).body if isinstance(node, ast.ImportFrom)]
+            assert beside.isdisjoint(alias.asname or alias.name for node in nodes for alias in node.names), name
+
+
 def test_a_step_shows_its_algorithm():
     tree = ast.parse((ROOT / "engine/train/step.py").read_text())
     (step,) = [node for node in tree.body if getattr(node, "name", "") == "train_step"]

@@ -22,8 +22,13 @@ from torch import Tensor
 from benchmarks.harness import positive, print_result, print_table
 from benchmarks.kernels_static import aot
 from foreroute.kernels import Dropout, ExpertRows, ExpertWeights
-from foreroute.kernels.gpu.expert_ffn import ffn_backward, ffn_forward
-from foreroute.kernels.gpu.rows import add_rows, combine_backward, combine_forward, permute_forward
+from foreroute.kernels.gpu.combine_permute import (
+    add_rows_triton,
+    combine_backward_triton,
+    combine_triton,
+    copy_rows_triton,
+)
+from foreroute.kernels.gpu.expert_ffn import ffn_backward_triton, ffn_forward_triton
 from foreroute.kernels.launching import Launch, recording
 from foreroute.kernels.testing.byte_counts import accesses
 
@@ -110,11 +115,11 @@ def record_layer(layer: Layer, arch: str) -> tuple[list[Launch], list[Launch]]:
     weight_N = None if layer.alone else empty(rows.num_rows, dtype=torch.float32)
     dropout = Dropout(0.1, 1, empty(layer.shape.tokens)) if layer.dropout else None
     with recording(run=False, arch=arch) as forward:
-        y_ND, saved = ffn_forward(x_RD, weights, rows, dropout, save=True, precision=precision)
+        y_ND, saved = ffn_forward_triton(x_RD, weights, rows, dropout, save=True, precision=precision)
         if weight_N is not None:
-            combine_forward(y_ND, weight_N, rows)
+            combine_triton(y_ND, weight_N, rows)
     with recording(run=False, arch=arch) as backward:
-        ffn_backward(
+        ffn_backward_triton(
             y_ND if layer.alone else x_RD,
             x_RD,
             weights,
@@ -133,7 +138,7 @@ def record_inference(layer: Layer, arch: str) -> list[Launch]:
     dtype, precision = ARITHMETIC[layer.arithmetic]
     operands = empty_operands(layer.shape, dtype, layer.gated)
     with recording(run=False, arch=arch) as forward:
-        ffn_forward(*operands, empty_rows(layer.shape), None, save=False, precision=precision)
+        ffn_forward_triton(*operands, empty_rows(layer.shape), None, save=False, precision=precision)
     return forward.launches
 
 
@@ -143,15 +148,15 @@ def record_rows(shape: Shape, dtype: torch.dtype, arch: str) -> list[Launch]:
     x_RD, y_ND = (empty(shape.tokens, shape.width, dtype=dtype), empty(rows.num_rows, shape.width, dtype=dtype))
     weight_N = empty(rows.num_rows, dtype=torch.float32)
     with recording(run=False, arch=arch) as recorder:
-        combine_forward(y_ND, weight_N, rows)
-        combine_backward(x_RD, y_ND, weight_N, rows)
-        combine_backward(x_RD, None, weight_N, rows)
-        permute_forward(x_RD, rows.source_N, y_ND, scatter=False)
-        permute_forward(x_RD, rows.source_N, y_ND.to(other), scatter=False)
-        permute_forward(y_ND, rows.source_N, x_RD, scatter=True)
-        permute_forward(y_ND, rows.source_N, x_RD.to(other), scatter=True)
-        add_rows(y_ND, rows.slot_N, rows.slot_offset_R, dtype)
-        add_rows(y_ND, rows.slot_N, rows.slot_offset_R, other)
+        combine_triton(y_ND, weight_N, rows)
+        combine_backward_triton(x_RD, y_ND, weight_N, rows)
+        combine_backward_triton(x_RD, None, weight_N, rows)
+        copy_rows_triton(x_RD, rows.source_N, y_ND, scatter=False)
+        copy_rows_triton(x_RD, rows.source_N, y_ND.to(other), scatter=False)
+        copy_rows_triton(y_ND, rows.source_N, x_RD, scatter=True)
+        copy_rows_triton(y_ND, rows.source_N, x_RD.to(other), scatter=True)
+        add_rows_triton(y_ND, rows.slot_N, rows.slot_offset_R, dtype)
+        add_rows_triton(y_ND, rows.slot_N, rows.slot_offset_R, other)
     return recorder.launches
 
 

@@ -41,7 +41,13 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "checkpoint": ("engine/checkpoint/*.py", "engine/sealed_files.py"),
     "metrics": ("engine/metrics/*.py", "engine/model/flops.py"),
     "optimizer": ("engine/optim/*.py", "engine/config/unused_options.py"),
-    "kernels": ("kernels/*.py", "kernels/cpu/*.py", "kernels/gpu/*.py", "kernels/testing/byte_counts.py"),
+    "kernels": (
+        "kernels/*.py",
+        "kernels/ops/*.py",
+        "kernels/cpu/*.py",
+        "kernels/gpu/*.py",
+        "kernels/testing/byte_counts.py",
+    ),
 }
 """Files of each room; a file of two belongs to the later one."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from foreroute.engine.checkpoint import save_load as checkpoint
-from foreroute.engine.config import Backend, Config, Kept, Precision, Products
+from foreroute.engine.config import Backend, Config, MatmulPrecision, Precision, SavedForBackward
 from foreroute.engine.data.corpus import PreparedCorpus, prepare
 from foreroute.engine.errors import UserError, require
 from foreroute.engine.model.build import build_model, planned_routers
@@ -50,7 +50,7 @@ def open_saved(
     if manifest["corpus_sha256"] != corpus.sha256:
         note(f"the corpus has changed since {path} was trained: its held-out text is another one")
     # by the device of today, whatever the run was trained on
-    today = replace(config.kernels, backend=Backend.auto, mode=Kept.lean, precision=Products.ieee)
+    today = replace(config.kernels, backend=Backend.auto, mode=SavedForBackward.lean, precision=MatmulPrecision.ieee)
     config = replace(config, kernels=today)
     model = build_model(config, corpus.vocab.size)
     state = checkpoint.load_weights(path, model)

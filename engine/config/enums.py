@@ -92,14 +92,14 @@ class Backend(Enum):
     reference = "reference"  # plain loops, the truth for tests; slow
 
 
-class Kept(Enum):
+class SavedForBackward(Enum):
     """What the expert layer keeps for backward."""
 
     lean = "lean"  # the input and the hidden units
     fast = "fast"  # also the gathered input rows; backend cpu only
 
 
-class Products(Enum):
+class MatmulPrecision(Enum):
     """How fp32 operands are multiplied."""
 
     ieee = "ieee"  # exactly as fp32

@@ -18,11 +18,11 @@ from foreroute.engine.config.enums import (
     Decay,
     ExchangeKind,
     Growth,
-    Kept,
+    MatmulPrecision,
     PeerIds,
     Precision,
-    Products,
     Router,
+    SavedForBackward,
     Split,
     Tokens,
     WandbMode,
@@ -234,9 +234,9 @@ class KernelsConfig:
     masked_from_k: int | None = None
     """From this k on, one dense product with inactive experts masked replaces the grouped products (backend cpu). None:
     measured once at the start of the run and written into its resolved config."""
-    mode: Kept = Kept.lean
+    mode: SavedForBackward = SavedForBackward.lean
     """What is kept for backward: lean, or fast (backend cpu), which also keeps the gathered input rows."""
-    precision: Products = Products.ieee
+    precision: MatmulPrecision = MatmulPrecision.ieee
     """How fp32 is multiplied: ieee, or tf32 (backend triton), with 10 bits of mantissa on tensor cores."""
     debug: bool = False
     """Check every row index of every layer on the host: slow, for hunting a fault."""
@@ -248,11 +248,11 @@ class KernelsConfig:
             f"kernels.masked_from_k={self.masked_from_k}: must be at least 1",
         )
         require(
-            self.mode is Kept.lean or self.backend in (Backend.cpu, Backend.auto),
+            self.mode is SavedForBackward.lean or self.backend in (Backend.cpu, Backend.auto),
             f"kernels.mode=fast: kernels.backend={self.backend.value} has only lean",
         )
         require(
-            self.precision is Products.ieee or self.backend is Backend.triton,
+            self.precision is MatmulPrecision.ieee or self.backend is Backend.triton,
             f"kernels.precision=tf32: needs kernels.backend=triton, it is {self.backend.value}",
         )
 
@@ -367,7 +367,7 @@ class Config:
         if self.moe.router is not Router.dense or self.model.signatures:
             require(k_max <= experts, f"schedule.k_max={k_max}: must be at most moe.experts={experts}")
         if self.moe.router is Router.dense:
-            tf32 = self.kernels.precision is Products.tf32
+            tf32 = self.kernels.precision is MatmulPrecision.tf32
             require(not tf32, "kernels.precision=tf32: moe.router=dense has no expert kernels")
         else:
             too_big = [k for k in self.eval.k if k > experts]

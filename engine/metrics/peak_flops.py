@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from foreroute.engine.config import Config
-from foreroute.engine.config.enums import Precision, Products
+from foreroute.engine.config.enums import MatmulPrecision, Precision
 
 
 class Peak(NamedTuple):
@@ -61,7 +61,7 @@ def number_format(config: Config) -> str:
     """Name the format in which the run's products are made: bf16, tf32 (where kernels.precision says so) or fp32."""
     if config.train.precision is Precision.bf16:
         return "bf16"
-    return "tf32" if config.kernels.precision is Products.tf32 else "fp32"
+    return "tf32" if config.kernels.precision is MatmulPrecision.tf32 else "fp32"
 
 
 def _from_sheet(name: str, number: str) -> Peak:

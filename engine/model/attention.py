@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from foreroute.engine.config import ModelConfig
-from foreroute.kernels.relative_attention import relative_attention
+from foreroute.kernels.ops.relative_attention import relative_attention
 
 
 @dataclass(frozen=True, slots=True)

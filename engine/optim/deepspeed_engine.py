@@ -52,9 +52,9 @@ from foreroute.engine.optim.expert_sharding import (
     aligned_first,
     balance_over_ranks,
     expert_group_comm,
-    is_shared_out,
+    is_sharded,
     parameter_groups,
-    share_experts,
+    shard_experts,
 )
 from foreroute.engine.optim.zero_defaults import KEPT_WHOLE, MAX_BUCKET
 from foreroute.engine.parallel.collectives import ExpertGroupComm, all_reduce_sum
@@ -182,7 +182,7 @@ class Engine:
         """Give the size of the whole model, with the experts of other ranks."""
         total = 0
         for name, shape in self.shapes().items():
-            shared_out = is_shared_out(self.module.get_parameter(name))
+            shared_out = is_sharded(self.module.get_parameter(name))
             total += math.prod(shape) * (self.mesh.ep_size if shared_out else 1)
         return total
 
@@ -234,7 +234,7 @@ class Engine:
         gradients: dict[bool, list[Tensor]] = {False: [], True: []}
         for param in self.module.parameters():
             if param.grad is not None:
-                gradients[is_shared_out(param)].append(param.grad)
+                gradients[is_sharded(param)].append(param.grad)
         dense, experts = (nn.utils.get_total_norm(part) for part in gradients.values())
         if self.comm is not None:
             experts = all_reduce_sum(experts**2, self.comm.group).sqrt()
@@ -318,7 +318,7 @@ def start(model: nn.Module, config: Config, mesh: Mesh | None = None) -> Engine:
     mesh = mesh or Mesh()
     shared = [m for m in model.modules() if isinstance(m, MoELayer)] if mesh.ep_size > 1 else []
     for layer in shared:
-        share_experts(layer, mesh)
+        shard_experts(layer, mesh)
     ds_config = _deepspeed_config(config, mesh.world, sum(p.numel() for p in model.parameters()))
     _start_process_group(mesh.world)
     ordered = aligned_first(model.parameters())

@@ -22,12 +22,12 @@ from foreroute.engine.parallel.collectives import ExpertGroupComm
 from foreroute.engine.parallel.mesh import Mesh
 
 
-def is_shared_out(param: nn.Parameter) -> bool:
+def is_sharded(param: nn.Parameter) -> bool:
     """Whether other ranks of the expert group hold other experts of this parameter."""
     return not getattr(param, "allreduce", True)
 
 
-class _SharedLayer(MoELayer, AutoEPMoELayer):  # type: ignore[misc]
+class _ShardedLayer(MoELayer, AutoEPMoELayer):  # type: ignore[misc]
     """A layer whose experts are shared out, as DeepSpeed knows one: its class decides how it is treated."""
 
     def __getstate__(self) -> dict[str, Any]:
@@ -41,7 +41,7 @@ class _SharedLayer(MoELayer, AutoEPMoELayer):  # type: ignore[misc]
             _tag(parameter, state["ep_group_name"])
 
 
-# These two, and share_experts, are also for models that others hand to DeepSpeed (engine/plug_in/replace.py).
+# These two, and shard_experts, are also for models that others hand to DeepSpeed (engine/plug_in/replace.py).
 def expert_group_comm(mesh: Mesh, device: torch.device, *, timed: bool = True) -> ExpertGroupComm:
     """Give what the ranks of this rank's expert group exchange rows through; deepspeed.initialize forms the group.
 
@@ -115,7 +115,7 @@ def balance_over_ranks(model: nn.Module, config: Config, mesh: Mesh) -> None:
             layer.connect(balance_comm=world)
 
 
-def share_experts(layer: MoELayer, mesh: Mesh) -> None:
+def shard_experts(layer: MoELayer, mesh: Mesh) -> None:
     """Keep this rank's experts and present the layer as DeepSpeed's expert parallelism asks (AutoEPMoELayer).
 
     Every parameter of an expert carries four tags: which ranks add up its gradient and share its optimizer state.
@@ -143,7 +143,7 @@ def share_experts(layer: MoELayer, mesh: Mesh) -> None:
     }
     for name, value in contract.items():
         setattr(layer, name, value)
-    layer.__class__ = _SharedLayer
+    layer.__class__ = _ShardedLayer
 
 
 def _tag(parameter: nn.Parameter, group_name: str) -> None:

@@ -52,7 +52,7 @@ from foreroute.engine.config import Builder, KernelsConfig, Keys, MoEConfig, Par
 from foreroute.engine.errors import require
 from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.optim.deepspeed_engine import skip_shared_memory_op, wait_at_most
-from foreroute.engine.optim.expert_sharding import parameter_groups, share_experts
+from foreroute.engine.optim.expert_sharding import parameter_groups, shard_experts
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.plug_in.planned_experts import PlannedExperts
 from foreroute.engine.plug_in.planned_layer import PlannedFeedForward
@@ -137,7 +137,7 @@ def replace_feed_forwards(
     wait_at_most(timedelta(seconds=parallel.timeout_s))
     if mesh.ep_size > 1:
         for layer in layers:
-            share_experts(layer, mesh)
+            shard_experts(layer, mesh)
     experts = PlannedExperts(layers, tables, mesh, parallel, width=width, k=k, seed=seed)
     experts.replaced = tuple(replaced(name, model.get_submodule(name)) for name in names)
     for name, layer in zip(names, layers, strict=True):

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from foreroute.engine.parallel.collectives import ExpertGroupComm
 from foreroute.engine.routing.plan import Part, Plan, Route, cut
-from foreroute.kernels.expert_rows import ExpertRows
+from foreroute.kernels.expert_index import ExpertRows
 
 # In a weight block: the token did not choose this expert. A weight that was chosen may be 0.
 _UNUSED = -1.0

@@ -1,7 +1,7 @@
 """Plans of equal shapes: padded to bounds that a run's certificate knows, so that one traced graph serves all of them.
 
 Rows from each rank to each other are padded to as many, and so are a rank's expert rows. Padding is sent, but no expert
-reads it, and no sum has it in it: outputs and gradients have the same bits (kernels/expert_rows.py says how padding is
+reads it, and no sum has it in it: outputs and gradients have the same bits (kernels/expert_index.py says how padding is
 marked). On one rank shapes are equal without it. With all rows on every rank (gather) only the expert rows are padded.
 
 Letters: P ranks of the expert group, S sent and R received rows, N expert rows; after padding S = R = P * pair_rows.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from foreroute.engine.errors import RunFailed
 from foreroute.engine.routing.plan import Part, Plan
-from foreroute.kernels.expert_rows import ExpertRows
+from foreroute.kernels.expert_index import ExpertRows
 
 
 class RowBounds(NamedTuple):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from foreroute.kernels.dropout import seed_words
-from foreroute.kernels.expert_rows import ExpertRows, expert_rows
+from foreroute.kernels.expert_index import ExpertRows, expert_rows
 
 
 class Route(NamedTuple):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.plan import Part, Plan, cut
-from foreroute.kernels.expert_rows import ExpertRows
+from foreroute.kernels.expert_index import ExpertRows
 
 _KEPT = 2  # values of k whose lookups are kept: training's and, at a change of k, the one before
 

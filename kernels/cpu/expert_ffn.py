@@ -18,16 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foreroute.kernels.cpu.rows import combine_forward, take_rows
+from foreroute.kernels.cpu.combine_permute import combine_cpu, take_rows
 from foreroute.kernels.dropout import Dropout, keep_mask, row_hash, unit_hash
-from foreroute.kernels.expert_rows import ExpertRows
+from foreroute.kernels.expert_index import ExpertRows
 from foreroute.kernels.operands import ExpertWeights, FfnGradients, Saved
 
 _MULTIPLE = 8  # rows; of 1 to 64 the fastest when every batch is routed anew
 
 
 @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
-def ffn_forward(
+def ffn_forward_cpu(
     x_RD: Tensor, weights: ExpertWeights, rows: ExpertRows, dropout: Dropout | None, *, save: bool, mode: str
 ) -> tuple[Tensor, Saved]:
     """Give the unweighted output y_ND of every expert row, and what backward needs."""
@@ -60,7 +60,7 @@ def ffn_forward(
 
 
 @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
-def ffn_backward(
+def ffn_backward_cpu(
     dout: Tensor,
     x_RD: Tensor,
     weights: ExpertWeights,
@@ -96,7 +96,7 @@ def ffn_backward(
             da_mF.mul_(scale)
         dz_mF, du_mF = activate_backward(da_mF, hidden_mF, gate_mF, keep_nF)
         input_gradients(weights, grads, expert, x_MD[part.wide], dz_mF, du_mF, out=dx_MD[part.wide])
-    return FfnGradients(combine_forward(dx_MD[: rows.num_rows], None, rows), grads, dweight_N)
+    return FfnGradients(combine_cpu(dx_MD[: rows.num_rows], None, rows), grads, dweight_N)
 
 
 def hidden_units(hidden_mF: Tensor, gate_mF: Tensor | None, keep_nF: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from foreroute.kernels.cpu.expert_ffn import activate_backward, hidden_units
 from foreroute.kernels.dropout import Dropout, keep_mask, row_hash, unit_hash
-from foreroute.kernels.expert_rows import ExpertRows
+from foreroute.kernels.expert_index import ExpertRows
 from foreroute.kernels.operands import ExpertWeights, FfnGradients, Saved
 
 # Fewer than 1,024 were slower, more made no difference (H = 8,192, 2 cores).

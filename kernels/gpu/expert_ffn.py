@@ -1,9 +1,9 @@
 """Backend "triton" of the expert feed-forward: which kernels run, on which tiles, in which order.
 
-Forward: list the row tiles, first product, second product. Backward: gradient of the hidden units, input rows (summed
-by kernels/gpu/rows_kernels.py), two or three weight matrices with their biases; for live routers the mixing weights.
-The kernels are in kernels/gpu/expert_ffn_forward.py and expert_ffn_backward.py. Nothing is read back from the
-GPU.
+Forward: list the row tiles, first product, second product. Backward: gradient of the hidden units, of the token rows
+(summed by kernels/gpu/combine_permute.py), and of two or three weight matrices with their biases; for live routers also
+of the mixing weights. The kernels are in expert_ffn_forward_kernels.py and expert_ffn_backward_kernels.py. Nothing is
+read back from the GPU.
 
 Letters: R input rows, N expert rows, L experts here, D width, F expert hidden width.
 """
@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from foreroute.kernels.dropout import Dropout
-from foreroute.kernels.expert_rows import ExpertRows
-from foreroute.kernels.gpu import expert_ffn_backward as backward
-from foreroute.kernels.gpu import expert_ffn_forward as forward
-from foreroute.kernels.gpu.rows import combine_forward
+from foreroute.kernels.expert_index import ExpertRows
+from foreroute.kernels.gpu import expert_ffn_backward_kernels as backward
+from foreroute.kernels.gpu import expert_ffn_forward_kernels as forward
+from foreroute.kernels.gpu.combine_permute import combine_triton
 from foreroute.kernels.launching import arch_of, launch
 from foreroute.kernels.operands import ExpertWeights, FfnGradients, Saved
 from foreroute.kernels.tiles import Tile, Tiles, ffn_tiles, power_of_two, row_block
 
 
-def ffn_forward(
+def ffn_forward_triton(
     x_RD: Tensor, weights: ExpertWeights, rows: ExpertRows, dropout: Dropout | None, *, save: bool, precision: str
 ) -> tuple[Tensor, Saved]:
     """Give the unweighted output y_ND of every expert row, and what backward needs."""
@@ -79,7 +79,7 @@ def ffn_forward(
     return y_ND, Saved(z_NF if gated else a_NF, u_NF, a_NF.new_empty(0), tile_map if save else tile_map.new_empty(0, 2))
 
 
-def ffn_backward(
+def ffn_backward_triton(
     dout: Tensor,
     x_RD: Tensor,
     weights: ExpertWeights,
@@ -164,7 +164,7 @@ def ffn_backward(
     )
     tile = tiles.weights_pair if gated else tiles.weights
     dw1, dw3, db1 = _weights_gradient(dz_NF, du_NF, x_RD, weights, rows, tile, precision, bias="left")
-    dx_RD = combine_forward(dx_ND, None, rows)
+    dx_RD = combine_triton(dx_ND, None, rows)
     return FfnGradients(dx_RD, ExpertWeights(dw1, db1, dw2, db2, dw3), dweight_N)
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from foreroute.kernels.expert_rows import ExpertRows, expert_rows
+from foreroute.kernels.expert_index import ExpertRows, expert_rows
 from foreroute.kernels.operands import ExpertWeights
 
 
@@ -58,7 +58,7 @@ def make_case(
 
 
 def padded(rows: ExpertRows, more_rows: int, more_inputs: int = 0) -> ExpertRows:
-    """Pad expert rows and input rows (kernels/expert_rows.py says how padding is marked)."""
+    """Pad expert rows and input rows (kernels/expert_index.py says how padding is marked)."""
     longer = rows.padded(rows.num_rows + more_rows)
     end = rows.slot_offset_R.new_full((more_inputs,), longer.num_rows)
     return replace(longer, slot_offset_R=torch.cat((longer.slot_offset_R, end)))

@@ -16,11 +16,11 @@ from torch.overrides import TorchFunctionMode
 from foreroute.engine.certificate.counts.exact import Section
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.config import Config, KernelsConfig, ModelConfig, MoEConfig
-from foreroute.engine.config.enums import Activation, Backend, Kept, Precision
+from foreroute.engine.config.enums import Activation, Backend, Precision, SavedForBackward
 from foreroute.engine.model.transformer_xl import TransformerXL
 from foreroute.engine.optim.adam import comes_last
 from foreroute.engine.routing.exchange_choice import gathers, wire_itemsize
-from foreroute.kernels.relative_attention import tile_shape
+from foreroute.kernels.ops.relative_attention import tile_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ class Sizes:
     @property
     def fast(self) -> bool:
         """Whether the gathered input rows are kept."""
-        return not self.gpu and not self.masked and self.config.kernels.mode is Kept.fast
+        return not self.gpu and not self.masked and self.config.kernels.mode is SavedForBackward.fast
 
     @property
     def local_experts(self) -> int:

@@ -16,7 +16,7 @@ from foreroute.engine.certificate.counts.replay import StepCounts, replay
 from foreroute.engine.certificate.time.cluster import ClusterConfig
 from foreroute.engine.certificate.time.step_time import StepModel, StepTime
 from foreroute.engine.config import Config, MoEConfig, ParallelConfig, ScheduleConfig
-from foreroute.engine.config.enums import Builder, ExchangeKind, Products
+from foreroute.engine.config.enums import Builder, ExchangeKind, MatmulPrecision
 from foreroute.engine.data.streams import Ids
 from foreroute.engine.errors import UserError
 from foreroute.engine.routing.k_schedule import active_experts
@@ -259,7 +259,7 @@ def _left_out(config: Config, cluster: ClusterConfig) -> list[str]:
             config.model.ngram > 0
         ),
         f"kernels.precision={kernels.precision.value}: products run at the rate of product_fp32": (
-            kernels.precision is not Products.ieee
+            kernels.precision is not MatmulPrecision.ieee
         ),
         "kernels.masked_from_k: a run measures it at its start; here all experts are grouped, as below it": (
             on_cpu and kernels.masked_from_k is None

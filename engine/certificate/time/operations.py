@@ -2,7 +2,7 @@
 what of it all one rank does and how long that takes on a cluster.
 
 The counts follow the code that runs: engine/model/transformer_xl.py, engine/model/attention.py,
-kernels/relative_attention.py, engine/moe, kernels/ and DeepSpeed's Adam. Products are exact; bytes of elementwise
+kernels/ops/relative_attention.py, engine/moe, kernels/ and DeepSpeed's Adam. Products are exact; bytes of elementwise
 operations and numbers of operations are counted by hand to about a fifth, which the cluster's scales take up where they
 were measured.
 
@@ -27,7 +27,7 @@ from foreroute.engine.model.flops import (
     projection_products,
     score_products,
 )
-from foreroute.kernels.relative_attention import tile_shape
+from foreroute.kernels.ops.relative_attention import tile_shape
 
 Seconds = NDArray[np.float64]
 Rows = NDArray[np.float64]

@@ -9,7 +9,7 @@ import torch
 from foreroute.engine.checkpoint import save_load as checkpoint
 from foreroute.engine.checkpoint.trained_run import open_saved
 from foreroute.engine.config import Corpus, CorpusConfig, KernelsConfig, Router, Split, Tokens
-from foreroute.engine.config.enums import Backend, Kept, Precision, Products
+from foreroute.engine.config.enums import Backend, MatmulPrecision, Precision, SavedForBackward
 from foreroute.engine.data.corpus import prepare
 from foreroute.engine.errors import UserError
 from foreroute.engine.model.build import build_model
@@ -51,7 +51,7 @@ def test_model_tables_and_step_come_back(tmp_path):
     config, notes = a_config(tmp_path), []
     save(tmp_path, config)
     model, tables = save(tmp_path, config, step=8)
-    kernels = KernelsConfig(backend=Backend.triton, precision=Products.tf32)
+    kernels = KernelsConfig(backend=Backend.triton, precision=MatmulPrecision.tf32)
     found = open_saved(tmp_path, replace(config, kernels=kernels), notes.append)
     assert found.step == 8 and notes == [] and not found.model.training
     weights = found.model.state_dict()
@@ -60,7 +60,9 @@ def test_model_tables_and_step_come_back(tmp_path):
         True
     ] * LAYERS
     # whatever the run was trained on, it is opened on what is here
-    assert found.config.kernels == KernelsConfig(backend=Backend.auto, mode=Kept.lean, precision=Products.ieee)
+    assert found.config.kernels == KernelsConfig(
+        backend=Backend.auto, mode=SavedForBackward.lean, precision=MatmulPrecision.ieee
+    )
 
 
 def test_weights_are_of_the_number_format_of_training(tmp_path):

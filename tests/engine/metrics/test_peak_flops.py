@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from foreroute.engine.config import KernelsConfig, TrainConfig
-from foreroute.engine.config.enums import Backend, Precision, Products
+from foreroute.engine.config.enums import Backend, MatmulPrecision, Precision
 from foreroute.engine.errors import UserError
 from foreroute.engine.metrics.peak_flops import SHEETS, peak_of
 from foreroute.engine.testing.tiny_run import tiny_config
@@ -23,8 +23,8 @@ def gpu(monkeypatch):
     return named
 
 
-def with_formats(precision, products=Products.ieee):
-    backend = Backend.triton if products is Products.tf32 else Backend.auto
+def with_formats(precision, products=MatmulPrecision.ieee):
+    backend = Backend.triton if products is MatmulPrecision.tf32 else Backend.auto
     config = tiny_config()
     return replace(
         config,
@@ -38,7 +38,7 @@ def test_a_known_gpu_in_the_number_format_of_the_run(gpu):
     found = peak_of(with_formats(Precision.bf16), device)
     assert found.flops == 989.5e12 and found.source == "NVIDIA H100 data sheet (SXM), dense bf16"
     assert peak_of(with_formats(Precision.fp32), device).flops == 67e12
-    assert peak_of(with_formats(Precision.fp32, Products.tf32), device).flops == 494.5e12
+    assert peak_of(with_formats(Precision.fp32, MatmulPrecision.tf32), device).flops == 494.5e12
 
 
 def test_an_unknown_device_has_no_peak(gpu):

@@ -7,7 +7,7 @@ import torch
 
 from foreroute.engine.config import ModelConfig
 from foreroute.engine.model.attention import RelativeAttention, SharedAttention, encode_distances
-from foreroute.kernels.relative_attention import relative_attention_reference
+from foreroute.kernels.ops.relative_attention import relative_attention_reference
 
 
 @pytest.mark.parametrize("clamp_len", [0, 3])

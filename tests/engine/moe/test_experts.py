@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from foreroute.engine.config import KernelsConfig, MoEConfig
-from foreroute.engine.config.enums import Activation, Backend, Kept, Products
+from foreroute.engine.config.enums import Activation, Backend, MatmulPrecision, SavedForBackward
 from foreroute.engine.moe import experts as module
 from foreroute.engine.moe.experts import Experts
 from foreroute.engine.routing.plan import Route, build_plan
@@ -44,10 +44,10 @@ def test_products_are_masked_on_a_cpu_from_the_k_that_was_asked_for(backend, mas
 def test_the_other_options_are_those_of_the_configuration(monkeypatch):
     plain = options(monkeypatch, KernelsConfig(), 2)
     assert (plain["mode"], plain["precision"], plain["debug"]) == ("lean", "ieee", False)
-    fast = KernelsConfig(backend=Backend.cpu, mode=Kept.fast, debug=True)
+    fast = KernelsConfig(backend=Backend.cpu, mode=SavedForBackward.fast, debug=True)
     found = options(monkeypatch, fast, 2)
     assert (found["mode"], found["debug"]) == ("fast", True)
-    tf32 = KernelsConfig(backend=Backend.triton, precision=Products.tf32)
+    tf32 = KernelsConfig(backend=Backend.triton, precision=MatmulPrecision.tf32)
     assert options(monkeypatch, tf32, 2)["precision"] == "tf32"
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from foreroute.engine.routing.plan import Plan, Route, build_plan, cut
-from foreroute.kernels.expert_rows import ExpertRows, expert_rows
+from foreroute.kernels.expert_index import ExpertRows, expert_rows
 
 
 def plain_plan(experts, weights, num_experts):

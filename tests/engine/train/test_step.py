@@ -24,7 +24,7 @@ from foreroute.engine.model.build import build_model
 from foreroute.engine.moe.exchange import build_exchange
 from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.optim import deepspeed_engine as adapter
-from foreroute.engine.optim.expert_sharding import share_experts
+from foreroute.engine.optim.expert_sharding import shard_experts
 from foreroute.engine.parallel.collectives import ExpertGroupComm
 from foreroute.engine.parallel.cpu_group import GlooGroup
 from foreroute.engine.parallel.mesh import Mesh
@@ -36,7 +36,7 @@ from foreroute.engine.testing.read_backs import HostWaits, ReadBacks
 from foreroute.engine.testing.tiny_run import LAYERS, SYMBOLS, K, tiny_config
 from foreroute.engine.train.step import train_step
 
-CPU_PRODUCTS = "kernels/expert_rows.py:counts"
+CPU_PRODUCTS = "kernels/expert_index.py:counts"
 """kernels/cpu/ multiplies expert by expert, and needs their sizes; kernels/gpu/ does not call it."""
 CLIP = {"clip": 0.25}
 QUIET = {  # ZeRO stage, options of the run
@@ -72,9 +72,9 @@ EXCEPTIONS = {  # ZeRO stage, options, router, who reads back and why
     "a live router": (
         *(1, CLIP, Router.learned),
         {
-            "kernels/expert_rows.py:expert_rows": "its plan is made from hidden states",
-            "kernels/expert_rows.py:_stable_order": "likewise",
-            "kernels/expert_rows.py:_counts": "likewise",
+            "kernels/expert_index.py:expert_rows": "its plan is made from hidden states",
+            "kernels/expert_index.py:_stable_order": "likewise",
+            "kernels/expert_index.py:_counts": "likewise",
             "routing/live_plan.py:__init__": "likewise, one table of counts",
         },
     ),
@@ -232,7 +232,7 @@ def without_data(ranks, read=None):
     model = build_model(config, SYMBOLS)
     for layer in model.modules():
         if isinstance(layer, MoELayer) and ranks > 1:
-            share_experts(layer, mesh)
+            shard_experts(layer, mesh)
             layer.exchange = build_exchange(
                 ExpertGroupComm(None, Silent(ranks)), config.parallel, config.kernels.backend
             )

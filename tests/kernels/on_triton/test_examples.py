@@ -2,9 +2,9 @@
 
 import torch
 
-from foreroute.kernels.gpu import expert_ffn_backward as backward
-from foreroute.kernels.gpu import expert_ffn_forward as ffn
-from foreroute.kernels.gpu import rows_kernels as rows
+from foreroute.kernels.gpu import combine_permute_kernels as rows
+from foreroute.kernels.gpu import expert_ffn_backward_kernels as backward
+from foreroute.kernels.gpu import expert_ffn_forward_kernels as ffn
 from foreroute.kernels.gpu.expert_ffn import NO_DROPOUT
 from foreroute.kernels.launching import launch
 from foreroute.kernels.tiles import Tile

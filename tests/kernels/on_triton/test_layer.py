@@ -335,4 +335,4 @@ def test_the_host_of_a_layer_reads_nothing_back(rate):
     assert len(recorder.launches) >= 4
     with ReadBacks() as seen:
         run_layer(moe_ffn, case, torch.float32, backend="cpu", dropout=dropout)
-    assert {place for _, place in seen.found} == {"kernels/expert_rows.py:counts"}
+    assert {place for _, place in seen.found} == {"kernels/expert_index.py:counts"}

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from foreroute.kernels import relative_attention as module
-from foreroute.kernels.relative_attention import relative_attention, relative_attention_reference
+from foreroute.kernels.ops import relative_attention as module
+from foreroute.kernels.ops.relative_attention import relative_attention, relative_attention_reference
 
 NAMES = ("query", "key", "value", "r", "u", "v")
 

@@ -1,4 +1,4 @@
-"""Triton kernels of the expert feed-forward, forward, and what the backward ones (expert_ffn_backward.py) share.
+"""Triton kernels of the forward expert feed-forward, and helpers shared with expert_ffn_backward_kernels.py.
 
 The launchers are in kernels/gpu/expert_ffn.py. Expert rows lie expert by expert; a tile of rows never crosses experts.
 Input rows are read through an index inside the product, so no permuted copy of them is ever written, and experts are

@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
-from foreroute.kernels.cpu import expert_ffn as cpu
+from foreroute.kernels.cpu.combine_permute import combine_cpu
+from foreroute.kernels.cpu.expert_ffn import ffn_backward_cpu, ffn_forward_cpu
 from foreroute.kernels.cpu.masked_ffn import masked_backward, masked_forward
-from foreroute.kernels.cpu.rows import combine_forward as combine_on_cpu
 from foreroute.kernels.dropout import Dropout
-from foreroute.kernels.expert_rows import ExpertRows
-from foreroute.kernels.gpu import expert_ffn as gpu
-from foreroute.kernels.gpu.rows import combine_forward as combine_on_gpu
+from foreroute.kernels.expert_index import ExpertRows
+from foreroute.kernels.gpu.combine_permute import combine_triton
+from foreroute.kernels.gpu.expert_ffn import ffn_backward_triton, ffn_forward_triton, num_row_tiles, tile_rows
 from foreroute.kernels.operands import ExpertWeights, FfnGradients, Saved, pack_weights, unpack_weights
 
 _NUM_ROWS = len(ExpertRows.__slots__)  # index tensors
@@ -112,15 +112,17 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     operands, call = _whole(arguments)
     x_RD, weight_N, experts, index = operands.x_RD, operands.weight_N, *_structured(operands)
     if call.backend == "triton":
-        out, saved = gpu.ffn_forward(x_RD, experts, index, operands.dropout, save=call.save, precision=call.precision)
+        out, saved = ffn_forward_triton(
+            x_RD, experts, index, operands.dropout, save=call.save, precision=call.precision
+        )
         if weight_N is not None:
-            out = combine_on_gpu(out, weight_N, index)
+            out = combine_triton(out, weight_N, index)
     elif call.masked and weight_N is not None:
         out, saved = masked_forward(x_RD, weight_N, experts, index, operands.dropout, dweight=call.dweight)
     else:
-        out, saved = cpu.ffn_forward(x_RD, experts, index, operands.dropout, save=call.save, mode=call.mode)
+        out, saved = ffn_forward_cpu(x_RD, experts, index, operands.dropout, save=call.save, mode=call.mode)
         if weight_N is not None:
-            out = combine_on_cpu(out, weight_N, index)
+            out = combine_cpu(out, weight_N, index)
     return out, *saved
 
 
@@ -130,11 +132,11 @@ def _backward(dout: Tensor, saved: list[Tensor], *arguments: Any) -> list[Tensor
     kept, dweight = Saved(*saved), call.dweight
     whole = dout, x_RD, experts, index, operands.dropout, kept
     if call.backend == "triton":
-        found = gpu.ffn_backward(*whole, weight_N=weight_N, dweight=dweight, precision=call.precision)
+        found = ffn_backward_triton(*whole, weight_N=weight_N, dweight=dweight, precision=call.precision)
     elif call.masked and weight_N is not None:
         found = masked_backward(dout, x_RD, weight_N, experts, index, operands.dropout, kept, dweight=dweight)
     else:
-        found = cpu.ffn_backward(*whole, weight_N=weight_N, dweight=dweight)
+        found = ffn_backward_cpu(*whole, weight_N=weight_N, dweight=dweight)
     dweight_N = x_RD.new_empty(0) if found.weight_N is None else found.weight_N
     return [found.x_RD, dweight_N, *pack_weights(found.weights)]
 
@@ -169,8 +171,8 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     pre_NF = x_RD.new_empty(hidden) if call.save or not gated else nothing(0)
     gate_NF = x_RD.new_empty(hidden) if call.save and gated else nothing(0)
     if call.save:
-        block = gpu.tile_rows(x_RD, index, call.precision, gated=gated)
-        tile_map = index.offset_L.new_empty(gpu.num_row_tiles(index, block), 2)
+        block = tile_rows(x_RD, index, call.precision, gated=gated)
+        tile_map = index.offset_L.new_empty(num_row_tiles(index, block), 2)
     return out, pre_NF, gate_NF, nothing(0), tile_map
 
 

@@ -13,11 +13,8 @@ Letters: R input rows, D width, L experts here, F expert hidden width, N expert 
 import torch
 from torch import Tensor
 
-from foreroute.kernels.combine import check_weight, combine_reference
 from foreroute.kernels.dropout import Dropout
-from foreroute.kernels.expert_ffn import expert_ffn_reference
-from foreroute.kernels.expert_rows import ExpertRows
-from foreroute.kernels.ffn_operator import FfnCall, ffn, ffn_backward
+from foreroute.kernels.expert_index import ExpertRows
 from foreroute.kernels.operands import (
     ExpertWeights,
     FfnGradients,
@@ -30,6 +27,9 @@ from foreroute.kernels.operands import (
     resolve_options,
     wants_grad,
 )
+from foreroute.kernels.ops.combine import check_weight, combine_reference
+from foreroute.kernels.ops.expert_ffn import expert_ffn_reference
+from foreroute.kernels.ops.ffn_operator import FfnCall, ffn, ffn_backward
 
 
 def moe_ffn(

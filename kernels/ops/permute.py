@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foreroute.kernels.cpu import rows as combine_cpu
-from foreroute.kernels.gpu import rows as combine_launch
+from foreroute.kernels.cpu.combine_permute import add_rows_cpu, copy_rows_cpu
+from foreroute.kernels.gpu.combine_permute import add_rows_triton, copy_rows_triton
 from foreroute.kernels.launching import MAX_ROWS
 from foreroute.kernels.operands import check_dtype, check_tensor, resolve_backend
 
@@ -124,12 +124,12 @@ def _check_index(index_M: Tensor, num_rows: int) -> None:
 
 
 def _copy(x: Tensor, index_M: Tensor, out: Tensor, backend: str, *, scatter: bool) -> Tensor:
-    module = combine_launch if backend == "triton" else combine_cpu
+    copy_rows = copy_rows_triton if backend == "triton" else copy_rows_cpu
     if x.dtype == out.dtype:  # a copy of bits
         word = _WORDS[x.element_size()]
-        module.permute_forward(x.view(word), index_M, out.view(word), scatter=scatter)
+        copy_rows(x.view(word), index_M, out.view(word), scatter=scatter)
     else:
-        module.permute_forward(x, index_M, out, scatter=scatter)
+        copy_rows(x, index_M, out, scatter=scatter)
     return out
 
 
@@ -150,9 +150,8 @@ def _permute_rows_backward(dout_MD: Tensor, index_M: Tensor, num_rows: int, dtyp
     order_M = torch.argsort(index_M, stable=True)
     row_R = torch.arange(num_rows, device=index_M.device)
     slot_offset_R = torch.searchsorted(index_M[order_M], row_R)
-    module = combine_launch if backend == "triton" else combine_cpu
-    dx_RD: Tensor = module.add_rows(dout_MD, order_M, slot_offset_R, dtype)
-    return dx_RD
+    add_rows = add_rows_triton if backend == "triton" else add_rows_cpu
+    return add_rows(dout_MD, order_M, slot_offset_R, dtype)
 
 
 @_permute_rows_backward.register_fake

@@ -1,7 +1,8 @@
 """Triton kernels of the expert feed-forward, backward: hidden units, mixing weights, weight matrices with their biases.
 
-The gradient of the input rows is kernels.gpu.expert_ffn_forward._down_kernel again. Both sides of a weight matrix's
-gradient are read where they lie, rows of x and of the output's gradient through the index: nothing is permuted first.
+The gradient of the token rows is computed by _down_kernel of expert_ffn_forward_kernels.py. Both sides of the product
+for a weight matrix's gradient are read in place; rows of x and of the output's gradient are read through the index, so
+nothing is permuted first.
 
 Letters: M rows of a tile, N expert rows, D width, F expert hidden width, L experts, R input rows.
 """
@@ -9,7 +10,7 @@ Letters: M rows of a tile, N expert rows, D width, F expert hidden width, L expe
 import triton
 import triton.language as tl
 
-from foreroute.kernels.gpu.expert_ffn_forward import CHANGING, keep_mask_of, product_of, rows_of_tile, swizzle
+from foreroute.kernels.gpu.expert_ffn_forward_kernels import CHANGING, keep_mask_of, product_of, rows_of_tile, swizzle
 
 
 @triton.jit(do_not_specialize=CHANGING)

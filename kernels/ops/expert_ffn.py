@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from foreroute.kernels.dropout import Dropout, keep_mask, row_hash, unit_hash
-from foreroute.kernels.expert_rows import ExpertRows
-from foreroute.kernels.ffn_operator import FfnCall, ffn
+from foreroute.kernels.expert_index import ExpertRows
 from foreroute.kernels.operands import (
     ExpertWeights,
     check_dropout,
@@ -24,6 +23,7 @@ from foreroute.kernels.operands import (
     resolve_options,
     wants_grad,
 )
+from foreroute.kernels.ops.ffn_operator import FfnCall, ffn
 
 
 def expert_ffn(
@@ -43,7 +43,7 @@ def expert_ffn(
         x_RD: input rows, contiguous; fp32, bf16 or fp16 (fp64 too on the CPU). On "triton" all numbers start at an
             address that 16 divides.
         weights: stacked expert parameters, dtype of x; with w3 the activation is SwiGLU.
-        rows: which input row each expert row reads (kernels/expert_rows.py). What is given for padding, and gradients
+        rows: which input row each expert row reads (kernels/expert_index.py). What is given for padding, and gradients
             of its mixing weights, are any numbers.
         dropout: Dropout(rate, seed, token_R) on the hidden units, a function of seed, token, expert and unit alone.
         backend: "cpu", "triton" or "reference" (plain loops in fp64); by default "triton" on a GPU and "cpu" elsewhere.

@@ -50,9 +50,9 @@ def ffn_inputs(case, dtype):
     return inputs
 
 
-@pytest.mark.parametrize("name", ["combine", "expert_ffn", "moe_ffn", "permute_rows"])
+@pytest.mark.parametrize("name", ["combine", "expert_ffn", "moe_ffn", "permute"])
 def test_docstring_examples(name):
-    result = doctest.testmod(importlib.import_module(f"foreroute.kernels.{name}"))
+    result = doctest.testmod(importlib.import_module(f"foreroute.kernels.ops.{name}"))
     assert result.attempted > 3 and result.failed == 0
 
 
@@ -255,8 +255,8 @@ def test_the_triton_launchers_read_nothing_back(gated):
     x, weight, weights = case.x_TD.float().to("meta"), case.weight_N.float().to("meta"), ExpertWeights._make(meta)
     dropout = Dropout(0.1, 1, torch.empty(13, dtype=torch.int64, device="meta"))
     with recording(run=False, arch="sm_90") as recorder:
-        y, saved = expert_ffn_launch.ffn_forward(x, weights, rows, dropout, save=True, precision="ieee")
-        grads = expert_ffn_launch.ffn_backward(
+        y, saved = expert_ffn_launch.ffn_forward_triton(x, weights, rows, dropout, save=True, precision="ieee")
+        grads = expert_ffn_launch.ffn_backward_triton(
             x, x, weights, rows, dropout, saved, weight_N=weight, dweight=True, precision="ieee"
         )
     assert y.shape == (26, 8) and grads.weight_N.shape == (26,) and len(recorder.launches) == 9

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foreroute.kernels.cpu import rows as combine_cpu
-from foreroute.kernels.expert_rows import ExpertRows
-from foreroute.kernels.gpu import rows as combine_launch
+from foreroute.kernels.cpu.combine_permute import combine_backward_cpu, combine_cpu
+from foreroute.kernels.expert_index import ExpertRows
+from foreroute.kernels.gpu.combine_permute import combine_backward_triton, combine_triton
 from foreroute.kernels.operands import check_dtype, check_float, check_rows, check_tensor, resolve_backend
 
 
@@ -27,7 +27,7 @@ def combine(
     Args:
         y_ND: expert rows, contiguous; fp32, bf16 or fp16 (fp64 too on the CPU).
         weight_N: fp32 weights (fp64 for fp64), or None for ones. The CPU rounds them to the dtype of y.
-        rows: source_N, slot_N and slot_offset_R say which rows belong together (kernels/expert_rows.py).
+        rows: source_N, slot_N and slot_offset_R say which rows belong together (kernels/expert_index.py).
         backend: "cpu", "triton" or "reference"; by default "triton" on a GPU and "cpu" elsewhere.
         debug: check every index on the host.
 
@@ -84,9 +84,8 @@ def combine_reference(y_ND: Tensor, weight_N: Tensor | None, rows: ExpertRows) -
 
 @torch.library.custom_op("foreroute::combine", mutates_args=())
 def _combine(y_ND: Tensor, weight_N: Tensor | None, rows: list[Tensor], backend: str) -> Tensor:
-    module = combine_launch if backend == "triton" else combine_cpu
-    out_RD: Tensor = module.combine_forward(y_ND, weight_N, ExpertRows(*rows))
-    return out_RD
+    run = combine_triton if backend == "triton" else combine_cpu
+    return run(y_ND, weight_N, ExpertRows(*rows))
 
 
 @_combine.register_fake
@@ -99,8 +98,8 @@ def _combine_backward(
     dout_RD: Tensor, y_ND: Tensor | None, weight_N: Tensor | None, rows: list[Tensor], backend: str
 ) -> tuple[Tensor, Tensor]:
     """dy_ND and dweight_N (empty without y_ND)."""
-    module = combine_launch if backend == "triton" else combine_cpu
-    dy_ND, dweight_N = module.combine_backward(dout_RD, y_ND, weight_N, ExpertRows(*rows))
+    run = combine_backward_triton if backend == "triton" else combine_backward_cpu
+    dy_ND, dweight_N = run(dout_RD, y_ND, weight_N, ExpertRows(*rows))
     return dy_ND, dout_RD.new_empty(0) if dweight_N is None else dweight_N
 
 

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foreroute.kernels.expert_rows import ExpertRows
+from foreroute.kernels.expert_index import ExpertRows
 
 
-def combine_forward(y_ND: Tensor, weight_N: Tensor | None, rows: ExpertRows) -> Tensor:
+def combine_cpu(y_ND: Tensor, weight_N: Tensor | None, rows: ExpertRows) -> Tensor:
     """Sum each row's expert rows; weights are rounded to the dtype of y."""
     slot_N, slot_offset_R = _without_padding(rows.slot_N, rows.slot_offset_R)
     slot_weight_N = None
@@ -25,7 +25,7 @@ def _without_padding(slot_N: Tensor, slot_offset_R: Tensor) -> tuple[Tensor, Ten
     return (slot_N[first:], slot_offset_R - first) if first else (slot_N, slot_offset_R)
 
 
-def combine_backward(
+def combine_backward_cpu(
     dout_RD: Tensor, y_ND: Tensor | None, weight_N: Tensor | None, rows: ExpertRows
 ) -> tuple[Tensor, Tensor | None]:
     """Gradient of the expert rows and, if y_ND is given, of their weights."""
@@ -45,13 +45,13 @@ def take_rows(x_RD: Tensor, source_N: Tensor, weight_N: Tensor) -> Tensor:
     return F.embedding_bag(source_N, x_RD, each, mode="sum", per_sample_weights=weight_N.to(x_RD.dtype))
 
 
-def add_rows(y_MD: Tensor, slot_M: Tensor, slot_offset_R: Tensor, dtype: torch.dtype) -> Tensor:
+def add_rows_cpu(y_MD: Tensor, slot_M: Tensor, slot_offset_R: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum the rows slot[slot_offset[r]:slot_offset[r + 1]] of y into row r."""
     wide = y_MD.to(torch.promote_types(y_MD.dtype, dtype))
     return F.embedding_bag(slot_M, wide, slot_offset_R, mode="sum").to(dtype)
 
 
-def permute_forward(x: Tensor, index_M: Tensor, out: Tensor, *, scatter: bool) -> None:
+def copy_rows_cpu(x: Tensor, index_M: Tensor, out: Tensor, *, scatter: bool) -> None:
     """Copy rows: out[m] = x[index[m]], or out[index[m]] = x[m] if scatter; converts when the dtypes differ."""
     if scatter:
         out.index_copy_(0, index_M, x.to(out.dtype))

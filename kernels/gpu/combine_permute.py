@@ -1,4 +1,4 @@
-"""Backend "triton" of combine, permute_rows and unpermute_rows: tiles and launches of kernels/gpu/rows_kernels.py.
+"""Backend "triton" of combine, permute_rows and unpermute_rows: launches the kernels of combine_permute_kernels.py.
 
 Letters: N expert rows, R token rows, M permuted rows, D columns.
 """
@@ -6,18 +6,18 @@ Letters: N expert rows, R token rows, M permuted rows, D columns.
 import torch
 from torch import Tensor
 
-from foreroute.kernels.expert_rows import ExpertRows
-from foreroute.kernels.gpu import rows_kernels as jit
+from foreroute.kernels.expert_index import ExpertRows
+from foreroute.kernels.gpu import combine_permute_kernels as jit
 from foreroute.kernels.launching import launch
 from foreroute.kernels.tiles import row_tile
 
 
-def combine_forward(y_ND: Tensor, weight_N: Tensor | None, rows: ExpertRows) -> Tensor:
+def combine_triton(y_ND: Tensor, weight_N: Tensor | None, rows: ExpertRows) -> Tensor:
     """Sum each row's expert rows, weighted if weight_N is given."""
-    return add_rows(y_ND, rows.slot_N, rows.slot_offset_R, y_ND.dtype, weight_N)
+    return add_rows_triton(y_ND, rows.slot_N, rows.slot_offset_R, y_ND.dtype, weight_N)
 
 
-def add_rows(
+def add_rows_triton(
     y_ND: Tensor, slot_N: Tensor, slot_offset_R: Tensor, dtype: torch.dtype, weight_N: Tensor | None = None
 ) -> Tensor:
     """Sum the (weighted) rows slot[slot_offset[r]:slot_offset[r + 1]] of y into row r."""
@@ -42,7 +42,7 @@ def add_rows(
     return out_RD
 
 
-def combine_backward(
+def combine_backward_triton(
     dout_RD: Tensor, y_ND: Tensor | None, weight_N: Tensor | None, rows: ExpertRows
 ) -> tuple[Tensor, Tensor | None]:
     """Gradient of the expert rows and, if y_ND is given, of their weights."""
@@ -68,7 +68,7 @@ def combine_backward(
     return dy_ND, dweight_N
 
 
-def permute_forward(x: Tensor, index_M: Tensor, out: Tensor, *, scatter: bool) -> None:
+def copy_rows_triton(x: Tensor, index_M: Tensor, out: Tensor, *, scatter: bool) -> None:
     """Copy rows: out[m] = x[index[m]], or out[index[m]] = x[m] if scatter; converts when the dtypes differ."""
     width = x.shape[1]
     tile = row_tile(width, min(x.element_size(), out.element_size()))
