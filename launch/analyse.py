@@ -17,7 +17,7 @@ from foreroute.engine.checkpoint.files import checkpoints
 from foreroute.engine.checkpoint.save_load import load_weights, read_manifest
 from foreroute.engine.checkpoint.trained_run import SavedRun, open_saved
 from foreroute.engine.config import Keys, Router, Split
-from foreroute.engine.config.checks import at_least
+from foreroute.engine.config.option import check, option, required
 from foreroute.engine.errors import require
 from foreroute.engine.evaluation.expert_analysis import (
     LayerSeen,
@@ -43,17 +43,16 @@ anew in every pass."""
 class AnalyseArgs:
     """Options."""
 
-    run: str
-    """Folder of the run."""
+    run: str = required("Folder of the run.")
     split: Split = Split.test
-    symbols: int = 4096
-    """Text that is looked at: the first so many symbols of the split, in whole segments."""
-    threads: int = 0
-    """CPU threads of PyTorch; 0 leaves its default."""
+    symbols: int = option(
+        4096, "Text that is looked at: the first so many symbols of the split, in whole segments.", at_least=1
+    )
+    threads: int = option(0, "CPU threads of PyTorch; 0 leaves its default.")
     corpus: TextArgs = field(default_factory=TextArgs)
 
     def __post_init__(self) -> None:
-        at_least("", self, symbols=1)
+        check("", self)
 
 
 def analyse(args: AnalyseArgs) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from foreroute.engine.config import WandbConfig, check_project
-from foreroute.engine.config.checks import at_least
+from foreroute.engine.config.option import check, option
 from foreroute.engine.errors import RunFailed, UserError, require
 from foreroute.engine.metrics.names import METRICS
 from foreroute.launch.start.cli import run_program
@@ -29,21 +29,19 @@ XAxis = Literal["Step", "tokens", "flops"]
 class DashboardArgs:
     """Options: the project, and what to do with its dashboard."""
 
-    project: str = WandbConfig.project
-    """Project at W&B, as wandb.project of its runs."""
-    entity: str | None = None
-    """Team or user that the project belongs to; needed with apply=true."""
-    name: str = "foreroute"
-    """Title of the dashboard. apply=true changes the one of this title that it made before."""
-    layers: int = 4
-    """First layers whose experts get a heat map each."""
-    out: str | None = None
-    """File of the specification as JSON; null prints it, unless it is sent."""
-    apply: bool = False
-    """Send the dashboard to the project, with the key that `wandb login` saved or WANDB_API_KEY has."""
+    project: str = option(WandbConfig.project, "Project at W&B, as wandb.project of its runs.")
+    entity: str | None = option(None, "Team or user that the project belongs to; needed with apply=true.")
+    name: str = option(
+        "foreroute", "Title of the dashboard. apply=true changes the one of this title that it made before."
+    )
+    layers: int = option(4, "First layers whose experts get a heat map each.", at_least=0)
+    out: str | None = option(None, "File of the specification as JSON; null prints it, unless it is sent.")
+    apply: bool = option(
+        False, "Send the dashboard to the project, with the key that `wandb login` saved or WANDB_API_KEY has."
+    )
 
     def __post_init__(self) -> None:
-        at_least("", self, layers=0)
+        check("", self)
         check_project("project", self.project.strip())
         require(bool(self.name.strip()), f"name={self.name!r}: must not be empty")
         odd = "".join(c for c in self.name if unicodedata.category(c).startswith("S"))

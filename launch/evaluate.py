@@ -12,6 +12,7 @@ from pathlib import Path
 
 from foreroute.engine.checkpoint.trained_run import open_saved
 from foreroute.engine.config import Config, EvalConfig, Split
+from foreroute.engine.config.option import option, required
 from foreroute.engine.evaluation.held_out import slimming_curve
 from foreroute.engine.parallel.world import World
 from foreroute.launch.runs.folder import TextArgs, read_run
@@ -32,26 +33,17 @@ class Protocol(Enum):
 class EvaluateArgs:
     """Options; None means the run's own."""
 
-    run: str
-    """Folder of the run."""
-    k: list[int] | None = None
-    """Numbers of active experts to evaluate."""
+    run: str = required("Folder of the run.")
+    k: list[int] | None = option(None, "Numbers of active experts to evaluate.")
     split: Split | None = None
     protocol: Protocol = Protocol.run
-    streams: int | None = None
-    """Contiguous shares of the split; changes speed, not the result."""
-    segment: int | None = None
-    """Symbols per forward pass."""
-    memory: int | None = None
-    """Memory length."""
-    clamp_len: int | None = None
-    """Distances beyond this count as this; 0 for no clamp."""
-    same_length: bool | None = None
-    """Every symbol sees exactly `memory` positions."""
-    max_symbols: int | None = None
-    """Evaluate only the first so many symbols of the split; 0 for all."""
-    threads: int = 0
-    """CPU threads of PyTorch; 0 leaves its default."""
+    streams: int | None = option(None, "Contiguous shares of the split; changes speed, not the result.")
+    segment: int | None = option(None, "Symbols per forward pass.")
+    memory: int | None = option(None, "Memory length.")
+    clamp_len: int | None = option(None, "Distances beyond this count as this; 0 for no clamp.")
+    same_length: bool | None = option(None, "Every symbol sees exactly `memory` positions.")
+    max_symbols: int | None = option(None, "Evaluate only the first so many symbols of the split; 0 for all.")
+    threads: int = option(0, "CPU threads of PyTorch; 0 leaves its default.")
     corpus: TextArgs = field(default_factory=TextArgs)
 
 
@@ -61,10 +53,10 @@ PUBLISHED = {"segment": 80, "memory": 2100, "clamp_len": 820, "same_length": Tru
 def evaluation_config(config: Config, args: EvaluateArgs) -> Config:
     """The run's configuration with the evaluation that was asked for (validated)."""
     changes: dict[str, object] = dict(PUBLISHED) if args.protocol is Protocol.published else {}
-    for option in fields(EvalConfig):
-        asked = getattr(args, option.name)
+    for each in fields(EvalConfig):
+        asked = getattr(args, each.name)
         if asked is not None:
-            changes[option.name] = asked
+            changes[each.name] = asked
     return replace(config, eval=replace(config.eval, **changes))  # type: ignore[arg-type]
 
 

@@ -16,7 +16,7 @@ import torch
 
 from foreroute.engine.checkpoint.trained_run import SavedRun, open_saved
 from foreroute.engine.config import Config, Keys, Precision, Router, to_plain
-from foreroute.engine.config.checks import at_least, fraction
+from foreroute.engine.config.option import check, option
 from foreroute.engine.errors import require
 from foreroute.engine.finetune.accuracy import Accuracy, Majority, majority
 from foreroute.engine.finetune.classifier import Classifier, predict
@@ -38,49 +38,34 @@ TRAIN, DEV = "train.tsv", "dev.tsv"
 class TaskArgs:
     """The examples."""
 
-    path: str = ""
-    """Folder of GLUE's train.tsv and dev.tsv; needed."""
+    path: str = option("", "Folder of GLUE's train.tsv and dev.tsv; needed.")
 
 
 @dataclass
 class FinetuneArgs:
     """Options; the defaults are the published recipe, shortened."""
 
-    run: str = ""
-    """Folder of the trained run; needed."""
+    run: str = option("", "Folder of the trained run; needed.")
     task: TaskArgs = field(default_factory=TaskArgs)
-    name: str | None = None
-    """Name of the result; None makes it of pretrained, k and seed."""
-    pretrained: bool = True
-    """false: the same model from new weights, drawn from `seed`, with the run's tables."""
-    k: int | None = None
-    """Active experts in fine-tuning; None means schedule.k_max of the run."""
-    eval_k: list[int] | None = None
-    """Numbers of active experts on dev; None means eval.k of the run, and k."""
-    steps: int = 1500
-    """Optimizer steps for each learning rate."""
-    batch: int = 16
-    """Sentences in a step."""
-    lr: list[float] = field(default_factory=lambda: [1e-4])
-    """Learning rates; each is tried, and the best is selected."""
-    eval_every: int = 250
-    """Steps between two looks at the held-out examples."""
-    held_out: int = 1000
-    """Examples of train to select by."""
-    dropout: float = 0.1
-    """Of the model and the head."""
-    seed: int = 1
-    """Of the held-out examples, the order of the others, dropout, the head, and new weights."""
-    threads: int = 0
-    """CPU threads of PyTorch; 0 leaves its default."""
+    name: str | None = option(None, "Name of the result; None makes it of pretrained, k and seed.")
+    pretrained: bool = option(True, "false: the same model from new weights, drawn from `seed`, with the run's tables.")
+    k: int | None = option(None, "Active experts in fine-tuning; None means schedule.k_max of the run.")
+    eval_k: list[int] | None = option(None, "Numbers of active experts on dev; None means eval.k of the run, and k.")
+    steps: int = option(1500, "Optimizer steps for each learning rate.", at_least=1)
+    batch: int = option(16, "Sentences in a step.", at_least=1)
+    lr: list[float] = option([1e-4], "Learning rates; each is tried, and the best is selected.")
+    eval_every: int = option(250, "Steps between two looks at the held-out examples.", at_least=1)
+    held_out: int = option(1000, "Examples of train to select by.", at_least=1)
+    dropout: float = option(0.1, "Of the model and the head.", at_least=0, below=1)
+    seed: int = option(1, "Of the held-out examples, the order of the others, dropout, the head, and new weights.")
+    threads: int = option(0, "CPU threads of PyTorch; 0 leaves its default.")
     corpus: TextArgs = field(default_factory=TextArgs)
 
     def __post_init__(self) -> None:
         require(bool(self.run), "run is missing: the folder of a trained run")
         require(bool(self.task.path), f"task.path is missing: the folder of {TRAIN} and {DEV}")
-        at_least("", self, steps=1, batch=1, eval_every=1, held_out=1)
+        check("", self)
         require(len(self.lr) > 0 and min(self.lr) > 0, f"lr={self.lr}: needs one or more, each above 0")
-        fraction("", self, "dropout")
         require(0 <= self.seed < 2**32, f"seed={self.seed}: must be from 0 to 2**32 - 1")
         plain = self.name is None or (self.name and "/" not in self.name and self.name[0] != ".")
         require(bool(plain), f"name={self.name!r}: must be a plain file name, without .json")

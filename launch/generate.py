@@ -9,7 +9,7 @@ import torch
 
 from foreroute.engine.checkpoint.trained_run import open_saved
 from foreroute.engine.config import Router
-from foreroute.engine.config.checks import at_least
+from foreroute.engine.config.option import check, option, required
 from foreroute.engine.errors import UserError, require
 from foreroute.engine.evaluation.generate import Sampling
 from foreroute.engine.evaluation.generate import generate as sample_ids
@@ -23,33 +23,25 @@ from foreroute.launch.start.rank_variables import find_device, find_place
 class GenerateArgs:
     """Options of a sample."""
 
-    run: str
-    """Folder of the run."""
-    prompt: str = ""
-    """Text that the sample continues."""
-    prompt_file: str | None = None
-    """A file that has it, or - for standard input; None takes prompt."""
-    k: int | None = None
-    """Active experts; None means schedule.k_max of the run."""
-    length: int = 400
-    """Symbols to sample, at least 1."""
-    temperature: float = 0.8
-    """Divides the logits: larger is more varied, 0 takes the likeliest symbol."""
-    top_p: float = 0.95
-    """Sample among the likeliest symbols that make up this probability, above 0 and at most 1."""
-    seed: int = 1
-    """Of the sample."""
-    threads: int = 0
-    """CPU threads of PyTorch; 0 leaves its default."""
+    run: str = required("Folder of the run.")
+    prompt: str = option("", "Text that the sample continues.")
+    prompt_file: str | None = option(None, "A file that has it, or - for standard input; None takes prompt.")
+    k: int | None = option(None, "Active experts; None means schedule.k_max of the run.")
+    length: int = option(400, "Symbols to sample.", at_least=1)
+    temperature: float = option(
+        0.8, "Divides the logits: larger is more varied, 0 takes the likeliest symbol.", at_least=0
+    )
+    top_p: float = option(0.95, "Sample among the likeliest symbols that make up this probability.", above=0, at_most=1)
+    seed: int = option(1, "Of the sample.")
+    threads: int = option(0, "CPU threads of PyTorch; 0 leaves its default.")
     corpus: TextArgs = field(default_factory=TextArgs)
 
     def __post_init__(self) -> None:
-        at_least("", self, length=1, temperature=0)
+        check("", self)
         require(
             not (self.prompt and self.prompt_file),
             f"prompt_file={self.prompt_file}: goes without prompt={self.prompt!r}",
         )
-        require(0 < self.top_p <= 1, f"top_p={self.top_p}: must be in (0, 1]")
         require(0 <= self.seed < 2**32, f"seed={self.seed}: must be from 0 to 2**32 - 1")
 
 

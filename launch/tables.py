@@ -6,11 +6,12 @@ and below them what the columns are; `json=FILE` writes the same numbers.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 
 from foreroute.engine.config import Config, Router, Split
+from foreroute.engine.config.option import option
 from foreroute.engine.data.corpus import prepare
 from foreroute.engine.errors import UserError, require
 from foreroute.engine.model.build import build_routers, router_tables
@@ -33,12 +34,9 @@ wire rows  rows of a token that leave its rank, for each layer and direction, me
 class TablesArgs(Config):
     """Options: a run's configuration, and what to count."""
 
-    ranks: list[int] = field(default_factory=lambda: [2, 4, 8])
-    """Sizes of the expert group."""
-    split: Split = Split.valid
-    """Part of the corpus that is counted."""
-    json: str | None = None
-    """File for the numbers as JSON; one that is there is replaced."""
+    ranks: list[int] = option([2, 4, 8], "Sizes of the expert group.")
+    split: Split = option(Split.valid, "Part of the corpus that is counted.")
+    json: str | None = option(None, "File for the numbers as JSON; one that is there is replaced.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

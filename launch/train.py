@@ -15,6 +15,7 @@ from typing import Any
 from foreroute.engine.certificate.check import Check, fits, fits_tables, fits_text
 from foreroute.engine.certificate.record import Written, read
 from foreroute.engine.config import Backend, Config, Router, Split, WandbMode, to_plain
+from foreroute.engine.config.option import option
 from foreroute.engine.config.unused_options import unused
 from foreroute.engine.data.corpus import PreparedCorpus, prepare
 from foreroute.engine.evaluation.held_out import slimming_curve
@@ -39,9 +40,12 @@ from foreroute.launch.start.process import StopSignal, run_and_leave, set_up
 class TrainArgs(Config):
     """Options: a run's configuration, and what it is held to."""
 
-    certificate: str | None = None
-    """What launch.certify wrote, the folder or its certificate.json: every step that it counted must move and compute
-    the same rows and bytes, or the run ends. No part of the run: a resumed run may take one or drop it."""
+    certificate: str | None = option(
+        None,
+        "What launch.certify wrote, the folder or its certificate.json: every step that it counted must move and "
+        "compute the same rows and bytes, or the run ends. No part of the run: a resumed run may take one or drop "
+        "it.",
+    )
 
 
 def train(args: TrainArgs) -> int:

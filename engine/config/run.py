@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from foreroute.engine.config.checks import at_least, choices, fraction
 from foreroute.engine.config.enums import (
     Backend,
     Collectives,
@@ -29,6 +28,7 @@ from foreroute.engine.config.enums import (
     WireFormat,
 )
 from foreroute.engine.config.model import ModelConfig, MoEConfig, expert_layers, feed_forward_width, num_tables
+from foreroute.engine.config.option import check, option
 from foreroute.engine.errors import require
 
 
@@ -37,14 +37,14 @@ class CorpusConfig:
     """Text and how it is cut into symbols."""
 
     name: Corpus = Corpus.stdlib
-    path: str | None = None
-    """File to read: required for `file`; for `enwik8` a local copy, whole or a prefix of it."""
+    path: str | None = option(
+        None, "File to read: required for `file`; for `enwik8` a local copy, whole or a prefix of it."
+    )
     tokens: Tokens = Tokens.bytes
-    cache_dir: str = ".cache"
-    """Folder of prepared corpora and tables; safe to delete."""
+    cache_dir: str = option(".cache", "Folder of prepared corpora and tables; safe to delete.")
 
     def __post_init__(self) -> None:
-        choices("corpus", self)
+        check("corpus", self)
         require(
             self.name in (Corpus.stdlib, Corpus.enwik8) or bool(self.path),
             f"corpus.path is missing: corpus={self.name.name} needs corpus.path=FILE",
@@ -59,19 +59,21 @@ class CorpusConfig:
 class DataConfig:
     """How the training stream is laid out (see docs in engine/data/streams.py)."""
 
-    streams: int = 22
-    """Contiguous streams over all ranks; = world x accumulation x streams per micro-batch."""
-    segment: int = 512
-    """Symbols per stream and step (Q)."""
-    prefetch: int = 2
-    """Batches planned ahead of the step by the background worker."""
-    start: float = 0.0
-    """Where in its stream each stream begins, as a fraction in [0, 1): another order of the same text; it goes on at
-    the stream's beginning after its end."""
+    streams: int = option(
+        22, "Contiguous streams over all ranks; = world x accumulation x streams per micro-batch.", at_least=1
+    )
+    segment: int = option(512, "Symbols per stream and step (Q).", at_least=1)
+    prefetch: int = option(2, "Batches planned ahead of the step by the background worker.", at_least=1)
+    start: float = option(
+        0.0,
+        "Where in its stream each stream begins, as a fraction in [0, 1): another order of the same text; it goes on "
+        "at the stream's beginning after its end.",
+        at_least=0,
+        below=1,
+    )
 
     def __post_init__(self) -> None:
-        at_least("data", self, streams=1, segment=1, prefetch=1)
-        fraction("data", self, "start")
+        check("data", self)
 
 
 @dataclass
@@ -79,16 +81,14 @@ class ScheduleConfig:
     """Number of active experts k over optimizer steps."""
 
     growth: Growth = Growth.constant
-    k_min: int = 4
-    """k of the first step, where it grows."""
-    k_max: int = 4
-    """Largest k in training; the k of `constant`, which ignores k_min. May stay below moe.experts."""
-    steps: int | None = None
-    """Steps over which k grows; None means train.steps."""
+    k_min: int = option(4, "k of the first step, where it grows.", at_least=1)
+    k_max: int = option(
+        4, "Largest k in training; the k of `constant`, which ignores k_min. May stay below moe.experts.", at_least=1
+    )
+    steps: int | None = option(None, "Steps over which k grows; None means train.steps.", at_least=1)
 
     def __post_init__(self) -> None:
-        choices("schedule", self)
-        at_least("schedule", self, k_min=1, k_max=1)
+        check("schedule", self)
         require(
             self.growth is Growth.constant or self.k_min <= self.k_max,
             f"schedule.k_min={self.k_min}: must be at most schedule.k_max={self.k_max}",
@@ -98,90 +98,80 @@ class ScheduleConfig:
             f"schedule.k_max={self.k_max}: schedule.growth=multi_step is 1, 2, 4, 8, 16 as published, at most 16;"
             " doubling has any end",
         )
-        require(self.steps is None or self.steps >= 1, f"schedule.steps={self.steps}: must be at least 1")
 
 
 @dataclass
 class OptimConfig:
     """Adam with warm-up and decay to final_lr."""
 
-    lr: float = 2.5e-4
-    """Learning rate after warm-up, the largest of the run."""
-    beta1: float = 0.9
-    """Decay of the mean of gradients."""
-    beta2: float = 0.999
-    """Decay of the mean of squared gradients."""
-    eps: float = 1e-8
-    """Added to the root of the mean of squares; larger shortens the steps of rare weights."""
-    weight_decay: float = 0.0
-    """Decoupled (AdamW); 0 is plain Adam."""
-    clip: float = 0.25
-    """Largest global gradient norm; 0 turns clipping off."""
-    warmup_steps: int = 0
-    """Steps over which the learning rate rises to lr."""
+    lr: float = option(2.5e-4, "Learning rate after warm-up, the largest of the run.", at_least=0)
+    beta1: float = option(0.9, "Decay of the mean of gradients.", at_least=0, below=1)
+    beta2: float = option(0.999, "Decay of the mean of squared gradients.", at_least=0, below=1)
+    eps: float = option(
+        1e-8, "Added to the root of the mean of squares; larger shortens the steps of rare weights.", at_least=0
+    )
+    weight_decay: float = option(0.0, "Decoupled (AdamW); 0 is plain Adam.", at_least=0)
+    clip: float = option(0.25, "Largest global gradient norm; 0 turns clipping off.", at_least=0)
+    warmup_steps: int = option(0, "Steps over which the learning rate rises to lr.", at_least=0)
     decay: Decay = Decay.cosine
-    final_lr: float = 0.0
-    """Learning rate of the last step, where it decays."""
+    final_lr: float = option(0.0, "Learning rate of the last step, where it decays.", at_least=0)
 
     def __post_init__(self) -> None:
-        choices("optim", self)
-        at_least("optim", self, lr=0, weight_decay=0, clip=0, warmup_steps=0, final_lr=0, eps=0)
-        fraction("optim", self, "beta1", "beta2")
+        check("optim", self)
 
 
 @dataclass
 class TrainConfig:
     """The training loop."""
 
-    name: str = "run"
-    """Name of the run; its folder is runs_dir/name."""
-    runs_dir: str = "runs"
-    """Folder of run folders; many machines must share it."""
-    steps: int = 1000
-    """Optimizer steps."""
-    seed: int = 1111
-    """Of initial weights, dropout and tables, below 2**32."""
+    name: str = option("run", "Name of the run; its folder is runs_dir/name.")
+    runs_dir: str = option("runs", "Folder of run folders; many machines must share it.")
+    steps: int = option(1000, "Optimizer steps.", at_least=1)
+    seed: int = option(1111, "Of initial weights, dropout and tables, below 2**32.", at_least=0)
     precision: Precision = Precision.fp32
-    accumulation: int = 1
-    """Micro-batches per optimizer step; splits streams, never time."""
-    recompute: bool = False
-    """Activation checkpointing: keep one tensor per layer, compute the rest again in backward."""
-    zero_stage: int = 1
-    """DeepSpeed ZeRO stage: what is shared out over the ranks. 0 nothing, 1 the optimizer's state, 2 also gradients, 3
-    also weights."""
-    offload: bool = False
-    """Keep the optimizer's state, and update the weights, in host memory: slower, frees device memory (zero_stage >=
-    1)."""
-    log_every: int = 20
-    """Steps between metric lines."""
-    valid_every: int = 0
-    """Steps between validations at k_max; 0 for none before the end."""
-    valid_symbols: int = 0
-    """A validation takes only the first so many symbols of the split; 0 for as many as eval.max_symbols."""
-    save_every: int = 0
-    """Steps between checkpoints; 0 for none by steps. There is always one at the end."""
-    save_minutes: float = 10.0
-    """Minutes after which a checkpoint is written if none was in that time; 0 for none by time."""
-    keep: int = 2
-    """Newest checkpoints that are kept."""
-    resume: bool = False
-    """Go on from the newest whole checkpoint of this run's folder."""
-    threads: int = 0
-    """CPU threads of PyTorch; 0 leaves its default."""
-    peak_tflops: float | None = None
-    """For the metric mfu: what one rank's device reaches at most, in 1e12 FLOP/s of dense products in this run's number
-    format. None: by the data sheet of a known GPU, else unknown, and mfu is 0; benchmarks.calibrate measures a CPU."""
+    accumulation: int = option(1, "Micro-batches per optimizer step; splits streams, never time.", at_least=1)
+    recompute: bool = option(
+        False, "Activation checkpointing: keep one tensor per layer, compute the rest again in backward."
+    )
+    zero_stage: int = option(
+        1,
+        "DeepSpeed ZeRO stage: what is shared out over the ranks. 0 nothing, 1 the optimizer's state, 2 also "
+        "gradients, 3 also weights.",
+        at_least=0,
+        at_most=3,
+    )
+    offload: bool = option(
+        False,
+        "Keep the optimizer's state, and update the weights, in host memory: slower, frees device memory (zero_stage "
+        ">= 1).",
+    )
+    log_every: int = option(20, "Steps between metric lines.", at_least=1)
+    valid_every: int = option(0, "Steps between validations at k_max; 0 for none before the end.", at_least=0)
+    valid_symbols: int = option(
+        0,
+        "A validation takes only the first so many symbols of the split; 0 for as many as eval.max_symbols.",
+        at_least=0,
+    )
+    save_every: int = option(
+        0, "Steps between checkpoints; 0 for none by steps. There is always one at the end.", at_least=0
+    )
+    save_minutes: float = option(
+        10.0, "Minutes after which a checkpoint is written if none was in that time; 0 for none by time.", at_least=0
+    )
+    keep: int = option(2, "Newest checkpoints that are kept.", at_least=1)
+    resume: bool = option(False, "Go on from the newest whole checkpoint of this run's folder.")
+    threads: int = option(0, "CPU threads of PyTorch; 0 leaves its default.", at_least=0)
+    peak_tflops: float | None = option(
+        None,
+        "For the metric mfu: what one rank's device reaches at most, in 1e12 FLOP/s of dense products in this run's "
+        "number format. None: by the data sheet of a known GPU, else unknown, and mfu is 0; benchmarks.calibrate "
+        "measures a CPU.",
+        above=0,
+    )
 
     def __post_init__(self) -> None:
-        choices("train", self)
-        at_least("train", self, steps=1, seed=0, accumulation=1, log_every=1, valid_every=0)
-        at_least("train", self, valid_symbols=0, save_every=0, save_minutes=0, keep=1, threads=0)
-        require(
-            self.peak_tflops is None or self.peak_tflops > 0,
-            f"train.peak_tflops={self.peak_tflops}: must be above 0, or null where it is unknown",
-        )
+        check("train", self)
         require(self.seed < 2**32, f"train.seed={self.seed}: must be below 2**32")
-        require(self.zero_stage in (0, 1, 2, 3), f"train.zero_stage={self.zero_stage}: must be 0, 1, 2 or 3")
         require(
             not self.offload or self.zero_stage >= 1,
             f"train.offload=true: needs train.zero_stage=1, 2 or 3, it is {self.zero_stage}",
@@ -198,30 +188,24 @@ class TrainConfig:
 class EvalConfig:
     """Held-out bits per symbol."""
 
-    k: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
-    """Numbers of active experts to evaluate."""
+    k: list[int] = option([1, 2, 4, 8, 16], "Numbers of active experts to evaluate.")
     split: Split = Split.test
-    streams: int = 8
-    """Contiguous shares of the split; changes speed, not the result (warm-up covers the cuts)."""
-    segment: int | None = None
-    """Symbols per forward pass; None means data.segment."""
-    memory: int | None = None
-    """Memory length; None means model.memory."""
-    clamp_len: int = 0
-    """Distances beyond this count as this; 0 for no clamp."""
-    same_length: bool = False
-    """Every symbol sees exactly `memory` positions."""
-    max_symbols: int = 0
-    """Evaluate only the first so many symbols of the split, and fit the counting models on at most 100 times as many; 0
-    for all."""
+    streams: int = option(
+        8, "Contiguous shares of the split; changes speed, not the result (warm-up covers the cuts).", at_least=1
+    )
+    segment: int | None = option(None, "Symbols per forward pass; None means data.segment.", at_least=1)
+    memory: int | None = option(None, "Memory length; None means model.memory.", at_least=0)
+    clamp_len: int = option(0, "Distances beyond this count as this; 0 for no clamp.", at_least=0)
+    same_length: bool = option(False, "Every symbol sees exactly `memory` positions.")
+    max_symbols: int = option(
+        0,
+        "Evaluate only the first so many symbols of the split, and fit the counting models on at most 100 times as "
+        "many; 0 for all.",
+        at_least=0,
+    )
 
     def __post_init__(self) -> None:
-        choices("eval", self)
-        at_least("eval", self, streams=1, clamp_len=0, max_symbols=0)
-        for name in ("segment", "memory"):
-            value = getattr(self, name)
-            low = 1 if name == "segment" else 0
-            require(value is None or value >= low, f"eval.{name}={value}: must be at least {low}")
+        check("eval", self)
         require(len(self.k) > 0 and min(self.k) >= 1, f"eval.k={self.k}: needs one or more k, each >= 1")
 
 
@@ -229,24 +213,24 @@ class EvalConfig:
 class KernelsConfig:
     """How the expert layer is executed."""
 
-    backend: Backend = Backend.auto
-    """Who computes: cpu, triton, or reference (plain loops, slow)."""
-    masked_from_k: int | None = None
-    """From this k on, one dense product with inactive experts masked replaces the grouped products (backend cpu). None:
-    measured once at the start of the run and written into its resolved config."""
-    mode: SavedForBackward = SavedForBackward.lean
-    """What is kept for backward: lean, or fast (backend cpu), which also keeps the gathered input rows."""
-    precision: MatmulPrecision = MatmulPrecision.ieee
-    """How fp32 is multiplied: ieee, or tf32 (backend triton), with 10 bits of mantissa on tensor cores."""
-    debug: bool = False
-    """Check every row index of every layer on the host: slow, for hunting a fault."""
+    backend: Backend = option(Backend.auto, "Who computes: cpu, triton, or reference (plain loops, slow).")
+    masked_from_k: int | None = option(
+        None,
+        "From this k on, one dense product with inactive experts masked replaces the grouped products (backend cpu). "
+        "None: measured once at the start of the run and written into its resolved config.",
+        at_least=1,
+    )
+    mode: SavedForBackward = option(
+        SavedForBackward.lean, "What is kept for backward: lean, or fast (backend cpu), which also keeps the gathered input rows."
+    )
+    precision: MatmulPrecision = option(
+        MatmulPrecision.ieee,
+        "How fp32 is multiplied: ieee, or tf32 (backend triton), with 10 bits of mantissa on tensor cores.",
+    )
+    debug: bool = option(False, "Check every row index of every layer on the host: slow, for hunting a fault.")
 
     def __post_init__(self) -> None:
-        choices("kernels", self)
-        require(
-            self.masked_from_k is None or self.masked_from_k >= 1,
-            f"kernels.masked_from_k={self.masked_from_k}: must be at least 1",
-        )
+        check("kernels", self)
         require(
             self.mode is SavedForBackward.lean or self.backend in (Backend.cpu, Backend.auto),
             f"kernels.mode=fast: kernels.backend={self.backend.value} has only lean",
@@ -261,35 +245,49 @@ class KernelsConfig:
 class ParallelConfig:
     """Many ranks: world = data x expert groups (engine/parallel/mesh.py)."""
 
-    expert_ranks: int = 1
-    """Ranks of an expert group: each holds moe.experts / expert_ranks experts; must divide the world."""
+    expert_ranks: int = option(
+        1, "Ranks of an expert group: each holds moe.experts / expert_ranks experts; must divide the world.", at_least=1
+    )
     exchange: ExchangeKind = ExchangeKind.tokens
-    link_gb_per_s: float = 50.0
-    """For exchange=auto: what a rank sends to other ranks, in 1e9 bytes per second; 50 is a port of 400 Gbit/s."""
-    message_us: float = 5.0
-    """For exchange=auto: microseconds that a message costs whatever its size; more favours gather, which needs
-    fewer."""
-    memory_gb_per_s: float = 2000.0
-    """For exchange=auto: memory bandwidth for packing rows, in 1e9 bytes per second; 2000 is a recent GPU's."""
+    link_gb_per_s: float = option(
+        50.0,
+        "For exchange=auto: what a rank sends to other ranks, in 1e9 bytes per second; 50 is a port of 400 Gbit/s.",
+        above=0,
+    )
+    message_us: float = option(
+        5.0,
+        "For exchange=auto: microseconds that a message costs whatever its size; more favours gather, which needs "
+        "fewer.",
+        at_least=0,
+    )
+    memory_gb_per_s: float = option(
+        2000.0,
+        "For exchange=auto: memory bandwidth for packing rows, in 1e9 bytes per second; 2000 is a recent GPU's.",
+        above=0,
+    )
     wire: WireFormat = WireFormat.model
-    chunks: int = 1
-    """Parts of a micro-batch that are exchanged one behind the other, so that rows travel while experts compute. 1 is
-    off."""
+    chunks: int = option(
+        1,
+        "Parts of a micro-batch that are exchanged one behind the other, so that rows travel while experts compute. "
+        "1 is off.",
+        at_least=1,
+    )
     peer_ids: PeerIds = PeerIds.corpus
     collectives: Collectives = Collectives.nccl
-    timeout_s: float = 120.0
-    """Seconds without a sign of life after which a rank counts as lost and the others end."""
-    meet_s: float = 30.0
-    """Seconds that a rank waits at the start for the others to come; more where some load PyTorch from a slow disk."""
+    timeout_s: float = option(
+        120.0, "Seconds without a sign of life after which a rank counts as lost and the others end.", at_least=1
+    )
+    meet_s: float = option(
+        30.0,
+        "Seconds that a rank waits at the start for the others to come; more where some load PyTorch from a slow disk.",
+        at_least=1,
+    )
 
     def __post_init__(self) -> None:
-        choices("parallel", self)
-        at_least("parallel", self, expert_ranks=1, chunks=1, timeout_s=1, meet_s=1, message_us=0)
+        check("parallel", self)
         for name in ("timeout_s", "meet_s"):
             seconds = getattr(self, name)
             require(seconds < 2e6, f"parallel.{name}={seconds}: must be below 2e6, 23 days")
-        for name in ("link_gb_per_s", "memory_gb_per_s"):
-            require(getattr(self, name) > 0, f"parallel.{name}={getattr(self, name)}: must be above 0")
 
 
 def check_project(option: str, name: str) -> None:
@@ -305,19 +303,14 @@ class WandbConfig:
     """Weights & Biases."""
 
     mode: WandbMode = WandbMode.disabled
-    project: str = "foreroute"
-    """Project of the run on W&B."""
-    group: str | None = None
-    """None: in a sweep the sweep's name, else no group."""
-    job_type: str = "train"
-    """Kind of the run, by which W&B can group."""
-    tags: list[str] = field(default_factory=list)
-    """Words to find the run by."""
-    notes: str | None = None
-    """Free text beside the run."""
+    project: str = option("foreroute", "Project of the run on W&B.")
+    group: str | None = option(None, "None: in a sweep the sweep's name, else no group.")
+    job_type: str = option("train", "Kind of the run, by which W&B can group.")
+    tags: list[str] = option([], "Words to find the run by.")
+    notes: str | None = option(None, "Free text beside the run.")
 
     def __post_init__(self) -> None:
-        choices("wandb", self)
+        check("wandb", self)
         if self.mode is WandbMode.disabled:
             return
         for tag in self.tags:
@@ -332,10 +325,12 @@ class WandbConfig:
 class ProfileConfig:
     """A trace of a few steps (engine/profiling/profiler.py)."""
 
-    steps: list[int] | None = None
-    """First and last step traced, counted from 1 as the console does; None is off."""
-    operators: bool = True
-    """Also PyTorch's operators and a GPU's kernels; false disturbs the traced steps less."""
+    steps: list[int] | None = option(
+        None, "First and last step traced, counted from 1 as the console does; None is off."
+    )
+    operators: bool = option(
+        True, "Also PyTorch's operators and a GPU's kernels; false disturbs the traced steps less."
+    )
 
     def __post_init__(self) -> None:
         steps = self.steps
@@ -363,6 +358,7 @@ class Config:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
+        check("", self)
         experts, k_max = self.moe.experts, self.schedule.k_max
         if self.moe.router is not Router.dense or self.model.signatures:
             require(k_max <= experts, f"schedule.k_max={k_max}: must be at most moe.experts={experts}")

@@ -20,6 +20,7 @@ from foreroute.engine.certificate.record import ARRAYS, JSON, Record, tables_sha
 from foreroute.engine.certificate.time.cluster import ClusterConfig
 from foreroute.engine.certificate.time.forecast import Forecaster, TimePart, time_part
 from foreroute.engine.config import Backend, Config, MoEConfig, Split, to_plain
+from foreroute.engine.config.option import option
 from foreroute.engine.data.corpus import PreparedCorpus, prepare
 from foreroute.engine.errors import require
 from foreroute.engine.model.build import build_routers, router_tables
@@ -41,25 +42,23 @@ _RANKS_PER_NODE = 8  # where no cluster is named
 class CertifyArgs(Config):
     """Options: a run's configuration, the ranks it is to run on, and what to count."""
 
-    world_size: int = 1
-    """Ranks of the run."""
-    expert_group: int | None = None
-    """Ranks of an expert group; None means parallel.expert_ranks."""
-    ranks_per_node: int | None = None
-    """Ranks of a node; None means the cluster's, and 8 without one."""
-    cluster: ClusterConfig | None = None
-    """What the run's time is modelled on: one of conf/cluster/; None models no time."""
-    search: bool = True
-    """Model other layouts on these ranks too, and name the fastest; with tables of its own for some."""
-    steps: int | None = None
-    """Count the first so many steps; None means train.steps."""
-    sample: int = 1
-    """Count every so manieth step only."""
-    device_memory_gb: float | None = None
-    """Memory of a rank's device in 1e9 bytes: says whether the run fits, on a GPU unless kernels.backend=cpu. None: the
-    cluster's; without one there is no verdict."""
-    out: str | None = None
-    """Folder of what is written; None means certificates/ and train.name."""
+    world_size: int = option(1, "Ranks of the run.")
+    expert_group: int | None = option(None, "Ranks of an expert group; None means parallel.expert_ranks.")
+    ranks_per_node: int | None = option(None, "Ranks of a node; None means the cluster's, and 8 without one.")
+    cluster: ClusterConfig | None = option(
+        None, "What the run's time is modelled on: one of conf/cluster/; None models no time."
+    )
+    search: bool = option(
+        True, "Model other layouts on these ranks too, and name the fastest; with tables of its own for some."
+    )
+    steps: int | None = option(None, "Count the first so many steps; None means train.steps.")
+    sample: int = option(1, "Count every so manieth step only.")
+    device_memory_gb: float | None = option(
+        None,
+        "Memory of a rank's device in 1e9 bytes: says whether the run fits, on a GPU unless kernels.backend=cpu. "
+        "None: the cluster's; without one there is no verdict.",
+    )
+    out: str | None = option(None, "Folder of what is written; None means certificates/ and train.name.")
 
     def __post_init__(self) -> None:
         if self.expert_group is not None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from foreroute.engine.config.option import option, required
 from foreroute.engine.errors import UserError, require
 from foreroute.launch.page.html_file import html
 from foreroute.launch.page.parts import Page
@@ -28,13 +29,15 @@ _GENERATOR = "foreroute launch.report"
 class ReportArgs:
     """Options."""
 
-    run: Any
-    """A run's folder, or a list of them, or what a sweep is called: runs/NAME or runs/NAME.sweep.json."""
-    out: str | None = None
-    """The file to write; None means report.html in the run's folder, beside several runs' folders, or
-    runs/NAME.report.html."""
-    open: bool = False
-    """Show it in the browser."""
+    run: Any = required(
+        "A run's folder, or a list of them, or what a sweep is called: runs/NAME or runs/NAME.sweep.json."
+    )
+    out: str | None = option(
+        None,
+        "The file to write; None means report.html in the run's folder, beside several runs' folders, or "
+        "runs/NAME.report.html.",
+    )
+    open: bool = option(False, "Show it in the browser.")
 
     def __post_init__(self) -> None:
         asked = self.runs

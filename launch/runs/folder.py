@@ -21,6 +21,7 @@ from typing import IO, Any
 import torch
 
 from foreroute.engine.config import Backend, Config, to_plain
+from foreroute.engine.config.option import option
 from foreroute.engine.errors import UserError, require
 from foreroute.engine.parallel.world import World, together
 from foreroute.engine.train.resolve import resolve
@@ -170,10 +171,8 @@ class RunFolder:
 class TextArgs:
     """Where the run's text is now; None means where it was in training."""
 
-    path: str | None = None
-    """The file that the run was trained on."""
-    cache_dir: str | None = None
-    """Folder of prepared corpora and tables; safe to delete."""
+    path: str | None = option(None, "The file that the run was trained on.")
+    cache_dir: str | None = option(None, "Folder of prepared corpora and tables; safe to delete.")
 
 
 def read_run(folder: Path, text: TextArgs) -> Config:

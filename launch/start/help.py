@@ -1,10 +1,9 @@
 """The text of `python -m launch.PROGRAM --help`: one screen, or all about the groups that are named behind it.
 
-It is read from where it is kept anyway: the comment at the head of conf/PROGRAM.yaml and of each file of a group, and,
-in the source of the options' dataclasses, the string under a field, its type, and the bounds that the class checks.
+It is read from where it is kept anyway: the comment at the head of conf/PROGRAM.yaml and of each file of a group, and
+the fields of the options' dataclasses with their types, help texts and bounds (engine/config/option.py).
 """
 
-import ast
 import inspect
 import re
 import textwrap
@@ -14,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 from enum import Enum
-from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -180,15 +178,16 @@ def head_comment(file: Path) -> str:
 def sections(schema: type, values: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, str, dict[str, str]]]:
     """Give each section of the options: its name ("" for the program's own), its meaning, and OPTION=VALUE with their
     texts."""
-    hints, docs, bounds = get_type_hints(schema), field_texts(schema), _bounds(schema)
+    hints = get_type_hints(schema)
     own, inner = {}, []
     for field in fields(schema):
         kind, value = hints[field.name], values[field.name]
         if isinstance(kind, type) and is_dataclass(kind):
             inner.append((field.name, kind, value))
             continue
-        notes = [allowed(kind), bounds.get(field.name, ""), "needed" if value == _NEEDED else ""]
-        meaning = docs.get(field.name) or _enum_doc(kind)
+        bounds = field.metadata.get("bounds")
+        notes = [allowed(kind), bounds.words if bounds else "", "needed" if value == _NEEDED else ""]
+        meaning = field.metadata.get("help") or _enum_doc(kind)
         prefix = f"{name}." if name else ""
         own[f"{prefix}{field.name}={_shown(value)}"] = f"{meaning} [{', '.join(filter(None, notes))}]".strip()
     yield name, inspect.getdoc(schema) or "", own
@@ -211,38 +210,6 @@ def _wrapped(text: str, width: int) -> str:
     """Wrap lines at the terminal's width, but for the indented ones, which are examples."""
     lines = (line if line.startswith(" ") else textwrap.fill(line, width) for line in text.splitlines())
     return "\n".join(lines)
-
-
-def field_texts(schema: type) -> dict[str, str]:
-    """The string under each field, of a dataclass and those that it extends."""
-    found = {}
-    for node in _bodies(schema):
-        for field, below in pairwise(node.body):
-            match field, below:
-                case (ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text)))):
-                    found[name] = " ".join(text.split())
-    return found
-
-
-def _bounds(schema: type) -> dict[str, str]:
-    """What `at_least` and `fraction` of engine/errors.py check, by field."""
-    found: dict[str, str] = {}
-    for node in _bodies(schema):
-        for call in ast.walk(node):
-            match call:
-                case ast.Call(func=ast.Name(id="at_least"), keywords=keywords):
-                    found |= {str(k.arg): f"at least {ast.literal_eval(k.value)}" for k in keywords}
-                case ast.Call(func=ast.Name(id="fraction"), args=[_, _, *names]):
-                    found |= {ast.literal_eval(name): "at least 0, below 1" for name in names}
-    return found
-
-
-def _bodies(schema: type) -> Iterator[ast.ClassDef]:
-    for base in reversed(schema.__mro__):
-        if is_dataclass(base):
-            (node,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-            assert isinstance(node, ast.ClassDef)
-            yield node
 
 
 def _is_enum(kind: Any) -> bool:

@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from hydra.core.config_store import ConfigStore
@@ -19,7 +19,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from foreroute.engine.errors import RunFailed, UserError
 from foreroute.launch.start.arguments import choice_hint, quote
 from foreroute.launch.start.console import styled
-from foreroute.launch.start.help import CONF, field_texts
+from foreroute.launch.start.help import CONF
 from foreroute.launch.start.rank_variables import find_place
 
 _BELOW_NULL = "Unexpected type: None"
@@ -123,8 +123,8 @@ def _with_hint(text: str) -> str:
     """Say what to type instead, where Hydra does not."""
     if found := re.search(r"missing mandatory value: (\w+)", text):
         schema = OmegaConf.get_type(ConfigStore.instance().load("schema.yaml").node)
-        meaning = field_texts(schema).get(found[1], "") if schema is not None else ""
-        return f"{found[1]}=VALUE is missing" + (f": {meaning}" if meaning else "")
+        texts = {f.name: f.metadata.get("help") for f in fields(schema)} if schema is not None else {}
+        return f"{found[1]}=VALUE is missing" + (f": {texts[found[1]]}" if texts.get(found[1]) else "")
     if found := re.search(r"Could not find '(\w+)/([^']*)'", text):
         return text + choice_hint(CONF, found[1], found[2])
     if re.search(

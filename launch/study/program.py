@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from foreroute.engine.config import CorpusConfig
+from foreroute.engine.config.option import check, option
 from foreroute.engine.data.corpus import prepare
-from foreroute.engine.errors import require
 from foreroute.launch.runs.folder import lock_folder
 from foreroute.launch.start.cli import run_program
 from foreroute.launch.start.process import StopSignal
@@ -23,24 +23,20 @@ from foreroute.launch.study.write import write_report
 class StudyArgs:
     """Options."""
 
-    preset: str = "small"
-    """One of conf/study/, or a file of yours that ends in .yaml."""
+    preset: str = option("small", "One of conf/study/, or a file of yours that ends in .yaml.")
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
-    out: str | None = None
-    """The study's folder: results/, runs/ and logs/; None means runs/study_PRESET."""
-    jobs: int = 2
-    """Processes at a time; each has one thread."""
-    time_limit_minutes: float | None = None
-    """Stop all processes behind a checkpoint after so long; the same command goes on from there. None: no limit."""
-    report: bool = False
-    """Write the page from the result files and run nothing."""
-    docs: str = "docs/study"
-    """Folder of the page: PRESET.md with its pictures, and PRESET.json."""
+    out: str | None = option(None, "The study's folder: results/, runs/ and logs/; None means runs/study_PRESET.")
+    jobs: int = option(2, "Processes at a time; each has one thread.", at_least=1)
+    time_limit_minutes: float | None = option(
+        None,
+        "Stop all processes behind a checkpoint after so long; the same command goes on from there. None: no limit.",
+        above=0,
+    )
+    report: bool = option(False, "Write the page from the result files and run nothing.")
+    docs: str = option("docs/study", "Folder of the page: PRESET.md with its pictures, and PRESET.json.")
 
     def __post_init__(self) -> None:
-        require(self.jobs >= 1, f"jobs={self.jobs}: must be at least 1")
-        limit = self.time_limit_minutes
-        require(limit is None or limit > 0, f"time_limit_minutes={limit}: must be above 0")
+        check("", self)
 
     @property
     def folder(self) -> Path:

@@ -10,6 +10,7 @@ from math import isfinite
 import numpy as np
 from numpy.typing import NDArray
 
+from foreroute.engine.config.option import check, option
 from foreroute.engine.errors import require
 
 
@@ -17,14 +18,12 @@ from foreroute.engine.errors import require
 class LinkConfig:
     """One level of the network."""
 
-    gb_per_s: float = 1.0
-    """1e9 bytes per second in one direction: inside a node what one rank sends, between nodes what one node sends."""
-    message_us: float = 1.0
-    """Microseconds that a message costs whatever its size."""
-
-    def __post_init__(self) -> None:
-        _above_0("cluster link ", self, "gb_per_s")
-        _at_least_0("cluster link ", self, "message_us")
+    gb_per_s: float = option(
+        1.0,
+        "1e9 bytes per second in one direction: inside a node what one rank sends, between nodes what one node sends.",
+        above=0,
+    )
+    message_us: float = option(1.0, "Microseconds that a message costs whatever its size.", at_least=0)
 
 
 @dataclass
@@ -34,26 +33,27 @@ class ScaleConfig:
     1 where nobody measured it; benchmarks/calibrate.py measures it.
     """
 
-    attention: float = 1.0
-    experts: float = 1.0
-    rest: float = 1.0
-    operations: float = 1.0
-    optimizer: float = 1.0
+    attention: float = option(1.0, "Of attention.", at_least=0)
+    experts: float = option(1.0, "Of experts.", at_least=0)
+    rest: float = option(1.0, "Of all other products and bytes.", at_least=0)
+    operations: float = option(1.0, "Of starting operations.", at_least=0)
+    optimizer: float = option(1.0, "Of the optimizer.", at_least=0)
 
     def __post_init__(self) -> None:
-        _at_least_0("cluster scale ", self, "attention", "experts", "rest", "operations", "optimizer")
+        check("cluster.scale", self)
 
 
 @dataclass
 class SharingConfig:
     """Ranks that share the cores of one machine."""
 
-    ranks: int = 1
-    slowdown: float = 1.0
-    """Time of a computation on each of so many ranks at once, against one rank alone."""
+    ranks: int = option(1, "Ranks on the machine.", at_least=1)
+    slowdown: float = option(
+        1.0, "Time of a computation on each of so many ranks at once, against one rank alone.", above=0
+    )
 
     def __post_init__(self) -> None:
-        _above_0("cluster sharing ", self, "ranks", "slowdown")
+        check("cluster.sharing", self)
 
 
 @dataclass
@@ -61,34 +61,36 @@ class ClusterConfig:
     """Machines of one kind."""
 
     name: str = "unnamed"
-    ranks_per_node: int = 8
-    device_memory_gb: float | None = None
-    """1e9 bytes that a rank may use; None if nobody said."""
-    product_fp32: list[list[float]] = field(default_factory=lambda: [[1.0, 1.0]])
-    """Rate of matrix products by their size: pairs of GFLOP of one product and TFLOP/s (with a decimal point),
-    ascending; it is interpolated over the logarithm of the size."""
+    ranks_per_node: int = option(8, "Ranks of a node.", at_least=1)
+    device_memory_gb: float | None = option(None, "1e9 bytes that a rank may use; None if nobody said.", above=0)
+    product_fp32: list[list[float]] = option(
+        [[1.0, 1.0]],
+        "Rate of matrix products by their size: pairs of GFLOP of one product and TFLOP/s (with a decimal point), "
+        "ascending; it is interpolated over the logarithm of the size.",
+    )
     product_bf16: list[list[float]] = field(default_factory=lambda: [[1.0, 1.0]])
-    memory_gb_per_s: float = 100.0
-    """1e9 bytes per second that an elementwise operation reads and writes."""
-    operation_us: float = 5.0
-    """Microseconds that starting an operation costs whatever its size."""
-    inside: LinkConfig = field(default_factory=LinkConfig)
-    """Between ranks of a node."""
-    between: LinkConfig = field(default_factory=LinkConfig)
-    """Between nodes; all ranks of a node share its gb_per_s."""
-    host_copies: bool = False
-    """Whether ranks run on CPUs: the processor that computes also starts operations and copies what is sent, so that
-    only waiting for the link between nodes is hidden behind computation."""
-    overlap: float = 1.0
-    """Share of the time that could be hidden behind computation that is."""
+    memory_gb_per_s: float = option(
+        100.0, "1e9 bytes per second that an elementwise operation reads and writes.", above=0
+    )
+    operation_us: float = option(5.0, "Microseconds that starting an operation costs whatever its size.", at_least=0)
+    inside: LinkConfig = field(default_factory=LinkConfig)  # between ranks of a node
+    between: LinkConfig = field(default_factory=LinkConfig)  # between nodes; all ranks of a node share its gb_per_s
+    host_copies: bool = option(
+        False,
+        "Whether ranks run on CPUs: the processor that computes also starts operations and copies what is sent, so "
+        "that only waiting for the link between nodes is hidden behind computation.",
+    )
+    overlap: float = option(
+        1.0, "Share of the time that could be hidden behind computation that is.", at_least=0, at_most=1
+    )
     scale: ScaleConfig = field(default_factory=ScaleConfig)
-    sharing: list[SharingConfig] = field(default_factory=list)
-    """For ranks on CPUs, which share cores; interpolated."""
-    sources: dict[str, str] = field(default_factory=dict)
-    """Where each figure comes from."""
+    sharing: list[SharingConfig] = option([], "For ranks on CPUs, which share cores; interpolated.")
+    sources: dict[str, str] = option({}, "Where each figure comes from.")
 
     def __post_init__(self) -> None:
-        require(self.ranks_per_node >= 1, f"cluster.ranks_per_node={self.ranks_per_node}: must be at least 1")
+        check("cluster", self)
+        check("cluster.inside", self.inside)
+        check("cluster.between", self.between)
         for name in ("product_fp32", "product_bf16"):
             curve = getattr(self, name)
             good = len(curve) > 0 and all(len(p) == 2 and min(p) > 0 and isfinite(sum(p)) for p in curve)
@@ -96,11 +98,6 @@ class ClusterConfig:
                 good and [p[0] for p in curve] == sorted({p[0] for p in curve}),
                 f"cluster.{name}={curve}: must be pairs [GFLOP, TFLOP/s] above 0, ascending",
             )
-        require(0 <= self.overlap <= 1, f"cluster.overlap={self.overlap}: must be from 0 to 1")
-        _above_0("cluster.", self, "memory_gb_per_s")
-        _at_least_0("cluster.", self, "operation_us")
-        if self.device_memory_gb is not None:
-            _above_0("cluster.", self, "device_memory_gb")
 
     def product_seconds(self, flops: NDArray[np.float64] | float, *, bf16: bool) -> NDArray[np.float64]:
         """Time of one product of so many floating-point operations (2 x rows x columns x depth)."""
@@ -125,15 +122,3 @@ class ClusterConfig:
         found = np.interp(ranks, [s.ranks for s in known], [s.slowdown for s in known])
         last = known[-1]
         return float(found * max(1.0, ranks / last.ranks))
-
-
-def _above_0(where: str, config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        require(value > 0 and isfinite(value), f"{where}{name}={value}: must be above 0 and finite")
-
-
-def _at_least_0(where: str, config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        require(value >= 0 and isfinite(value), f"{where}{name}={value}: must be at least 0 and finite")

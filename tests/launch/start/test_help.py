@@ -230,30 +230,26 @@ def test_the_parts_of_a_small_program(tmp_path):
         from enum import Enum
         from typing import Any
 
+        from foreroute.engine.config.option import option
+
         class Colour(Enum):
             """What colour it gets."""
 
             red = 1
             blue = 2
 
-        def at_least(*_, **__): ...
-
         @dataclass
         class Size:
             """How large it is."""
 
-            width: float = 2.0
-
-            def __post_init__(self):
-                at_least("size", self, width=1)
+            width: float = option(2.0, "", at_least=1)
 
         @dataclass
         class Paint:
             """Options."""
 
             colour: Colour | None = None
-            coats: list[int] = field(default_factory=list)
-            """None of them is dry: 100% wet."""
+            coats: list[int] = option([], "None of them is dry: 100% wet.")
             size: Size = field(default_factory=Size)
             lid: Any = None
         ''')
