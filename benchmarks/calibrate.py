@@ -177,7 +177,7 @@ def step_seconds(configs: Sequence[Config], cluster: Cluster, *, per_node: int, 
     return [min(row["step_ms"] for row in rows[WARM_STEPS:]) / 1e3 for rows in found]
 
 
-def predict(config: Config, cluster: ClusterConfig, placement: Placement) -> StepTime:
+def modelled_step(config: Config, cluster: ClusterConfig, placement: Placement) -> StepTime:
     """Model the steps that step_seconds counts; their mean."""
     corpus = prepare(config.corpus, lambda line: None)
     tables = router_tables(build_routers(config, corpus))
@@ -193,7 +193,7 @@ def parts_of(config: Config, cluster: ClusterConfig) -> NDArray[np.float64]:
     zero = dict.fromkeys(names, 0.0)
     return np.array(
         [
-            predict(config, replace(cluster, scale=ScaleConfig(**{**zero, name: 1.0})), Placement()).total
+            modelled_step(config, replace(cluster, scale=ScaleConfig(**{**zero, name: 1.0})), Placement()).total
             for name in names
         ]
     )

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
-from benchmarks.calibrate import calibrate, inside_link, measure_links, predict, small_run, step_seconds
+from benchmarks.calibrate import calibrate, inside_link, measure_links, modelled_step, small_run, step_seconds
 from benchmarks.harness import print_table
 from benchmarks.machines.cluster import Cluster, one_node, two_nodes, why_not
 from foreroute.engine.certificate.counts.placement import Placement
@@ -87,7 +87,8 @@ def compare(cluster: ClusterConfig, per_node: int, rates: Sequence[str], limit: 
         with two_nodes(rate) as nodes:
             here = linked(described, nodes, per_node=per_node)
             predicted = [
-                predict(config, here, Placement(ranks, config.parallel.expert_ranks, per_node)) for config in configs
+                modelled_step(config, here, Placement(ranks, config.parallel.expert_ranks, per_node))
+                for config in configs
             ]
             measured = step_seconds(configs, nodes, per_node=per_node)
         results += [

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from benchmarks.harness import environment, positive, print_result, print_table
 from foreroute.engine.certificate.counts.exact import certify
 from foreroute.engine.certificate.counts.placement import Placement
-from foreroute.engine.certificate.memory.peak import Memory, predict
+from foreroute.engine.certificate.memory.peak import Memory, peak_memory
 from foreroute.engine.config import (
     Activation,
     Config,
@@ -193,7 +193,7 @@ def predicted(config: Config, ranks: int) -> Memory:
     """Predict a run's memory."""
     ids, tables = material(config)
     place = Placement(ranks, config.parallel.expert_ranks, ranks)
-    return predict(config, certify(config, ids, tables, place), SYMBOLS)
+    return peak_memory(config, certify(config, ids, tables, place), SYMBOLS)
 
 
 def measured(rank: int, ranks: int, configs: Sequence[Config]) -> list[int]:

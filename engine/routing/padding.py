@@ -19,7 +19,7 @@ from foreroute.kernels.expert_index import ExpertRows
 
 
 class RowBounds(NamedTuple):
-    """The most that any plan of a run has at one k, on any rank and in any layer (a certificate's Section)."""
+    """The most that any plan of a run has at one k, on any rank and in any layer (a certificate's StepStatistics)."""
 
     pair_rows: int  # rows from one rank to one rank, itself included (static.pair_rows)
     expert_rows: int  # expert rows of one rank (computed_rows.max)

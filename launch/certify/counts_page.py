@@ -5,8 +5,8 @@ Everything here is exact and counted; what others add (memory, a model of the ti
 
 from collections.abc import Callable, Sequence
 
-from foreroute.engine.certificate.counts.exact import Bytes, Certificate, Idle, Section, counted_kind
-from foreroute.engine.certificate.counts.series import Line as SeriesLine
+from foreroute.engine.certificate.counts.exact import Bytes, Certificate, Idle, StepStatistics, counted_kind
+from foreroute.engine.certificate.counts.series import MeanAndMax
 from foreroute.engine.certificate.counts.tally import Spread
 from foreroute.engine.certificate.counts.traffic import KINDS
 from foreroute.engine.config import Config, Split
@@ -180,7 +180,7 @@ def _exchanges(found: Certificate) -> str:
     return ", ".join(f"{part.exchange} at k = {part.k}" for part in found.by_k)
 
 
-def _rows(found: Certificate, parts: Sequence[Section]) -> page.Section:
+def _rows(found: Certificate, parts: Sequence[StepStatistics]) -> page.Section:
     header = ["rows", "k", "steps", "mean", "p99", "max", "load", "worst step"]
     rows: list[list[str]] = []
     for what, name in _WORKED[2:] if _alone(found) else _WORKED:
@@ -221,7 +221,7 @@ def _idle_row(what: str, idle: Idle, steps: int) -> list[str]:
     return [what, f"{idle.steps:,}", f"{steps:,}", first]
 
 
-def _bytes(found: Certificate, parts: Sequence[Section]) -> page.Section:
+def _bytes(found: Certificate, parts: Sequence[StepStatistics]) -> page.Section:
     header = ["exchange", "k", "mean", "p99", "max", "worst step", "mean in node", "mean between", "max between"]
     rows: list[list[str]] = []
     for kind in KINDS:
@@ -252,8 +252,8 @@ def _bytes(found: Certificate, parts: Sequence[Section]) -> page.Section:
     )
 
 
-def _fixed_shapes(found: Certificate, parts: Sequence[Section]) -> page.Section:
-    columns: list[tuple[str, Callable[[Section], str]]] = [
+def _fixed_shapes(found: Certificate, parts: Sequence[StepStatistics]) -> page.Section:
+    columns: list[tuple[str, Callable[[StepStatistics], str]]] = [
         ("k", _k),
         ("rows from rank to rank", lambda part: f"{part.static.pair_rows:,}"),
         ("padding", lambda part: f"{part.static.pair_padding:.1%}"),
@@ -315,7 +315,7 @@ def _thinned(found: Certificate) -> bool:
     return found.series.first_step != found.series.last_step
 
 
-def _over_steps(found: Certificate, name: str, line: SeriesLine, factor: float = 1) -> Line:
+def _over_steps(found: Certificate, name: str, line: MeanAndMax, factor: float = 1) -> Line:
     return Line(
         name,
         found.series.first_step,
@@ -343,7 +343,7 @@ def _bytes_over_k(found: Certificate) -> Bars:
     )
 
 
-def _k(part: Section) -> str:
+def _k(part: StepStatistics) -> str:
     return "all" if part.k is None else str(part.k)
 
 

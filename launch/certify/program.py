@@ -15,7 +15,7 @@ from pathlib import Path
 
 from foreroute.engine.certificate.counts.exact import Certificate, certify, counted_steps
 from foreroute.engine.certificate.counts.placement import Placement
-from foreroute.engine.certificate.memory.peak import Memory, predict
+from foreroute.engine.certificate.memory.peak import Memory, peak_memory
 from foreroute.engine.certificate.record import ARRAYS, JSON, Record, tables_sha256
 from foreroute.engine.certificate.time.cluster import ClusterConfig
 from foreroute.engine.certificate.time.forecast import Forecaster, TimePart, time_part
@@ -152,7 +152,7 @@ def _memory(args: CertifyArgs, found: Certificate, corpus: PreparedCorpus) -> Me
     config = args.alone()
     if args.cluster is not None and args.cluster.host_copies and config.kernels.backend is Backend.auto:
         config = replace(config, kernels=replace(config.kernels, backend=Backend.cpu))
-    return predict(config, found, corpus.vocab.size, device_memory_bytes=args.device_memory_bytes)
+    return peak_memory(config, found, corpus.vocab.size, device_memory_bytes=args.device_memory_bytes)
 
 
 def _time(args: CertifyArgs, corpus: PreparedCorpus) -> TimePart | None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.time.cluster import ClusterConfig
-from foreroute.engine.certificate.time.forecast import Scale, StepsOfK, TimePart, worlds
+from foreroute.engine.certificate.time.forecast import ScalingPoint, StepsOfK, TimePart, worlds
 from foreroute.launch.page import parts as page
 from foreroute.launch.page.parts import Code, Curve, KeyFigure, Line, Table
 from foreroute.launch.page.words import duration
@@ -164,7 +164,7 @@ def _not_scaled(found: TimePart, placement: Placement) -> list[str]:
     return [f"left out: {'; '.join(missing)}: {why}"] if missing else []
 
 
-def _scale(scale: Scale) -> list[str]:
+def _scale(scale: ScalingPoint) -> list[str]:
     return [
         f"{scale.ranks:,}",
         f"{scale.expert_ranks}",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.counts.replay import Counts, StepCounts, replay
-from foreroute.engine.certificate.counts.series import Series, SeriesCollector
+from foreroute.engine.certificate.counts.series import SeriesCollector, StepSeries
 from foreroute.engine.certificate.counts.tally import Spread, Tally
 from foreroute.engine.certificate.counts.traffic import KINDS, Trips, hops, leaving, trips_of
 from foreroute.engine.config import Config
@@ -50,7 +50,7 @@ class Bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Section:
+class StepStatistics:
     """Steps at one k, or all of them."""
 
     k: int | None  # None: all
@@ -81,9 +81,9 @@ class Certificate:
     tokens: int  # of a rank in a micro-batch
     row_bytes: int  # of one row on the wire
     trips: Trips  # of a layer's rows in one micro-batch
-    whole: Section
-    by_k: list[Section]
-    series: Series  # over the counted steps
+    whole: StepStatistics
+    by_k: list[StepStatistics]
+    series: StepSeries  # over the counted steps
 
 
 def certify(
@@ -133,8 +133,8 @@ def certify(
         tokens=frame.tokens,
         row_bytes=frame.row_bytes,
         trips=frame.trips,
-        whole=_section(None, mixed, list(sums.values())),
-        by_k=[_section(k, exchange[k], [found]) for k, found in sorted(sums.items())],
+        whole=_statistics(None, mixed, list(sums.values())),
+        by_k=[_statistics(k, exchange[k], [found]) for k, found in sorted(sums.items())],
         series=series.series(),
     )
 
@@ -149,7 +149,7 @@ def counted_steps(config: Config, steps: int | None, sample: int) -> range:
 
 
 def counted_kind(exchange: str) -> str:
-    """Give the kind of exchange whose bytes are those of a Section's exchange at one k."""
+    """Give the kind of exchange whose bytes are those of a StepStatistics's exchange at one k."""
     return "tokens" if exchange == "local" else exchange  # local: nothing moves by any kind
 
 
@@ -234,11 +234,11 @@ class _Sums:
         return self.tallies.setdefault(name, Tally())
 
 
-def _section(k: int | None, exchange: str, sums: Sequence[_Sums]) -> Section:
+def _statistics(k: int | None, exchange: str, sums: Sequence[_Sums]) -> StepStatistics:
     """Sum up one k, or several."""
     names = sums[0].tallies
     spreads = {name: Tally.spread([part.tallies[name] for part in sums]) for name in names}
-    return Section(
+    return StepStatistics(
         k=k,
         steps=sum(part.steps for part in sums),
         exchange=exchange,

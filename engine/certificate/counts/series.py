@@ -20,7 +20,7 @@ _NAMES = "k", "received_load", "computed_load", "expert_load", "busiest_rank_byt
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class MeanAndMax:
     """One quantity, point by point."""
 
     mean: list[float]
@@ -28,7 +28,7 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
-class Series:
+class StepSeries:
     """What each point's steps are and what they do.
 
     A load is the maximum over a step's layers, micro-batches and ranks (or experts of a group), over the mean of the
@@ -37,12 +37,12 @@ class Series:
 
     first_step: list[int]  # of each point, counted from 1
     last_step: list[int]
-    k: Line
-    received_load: Line  # rows that a rank receives by `tokens`, its own included
-    computed_load: Line  # expert rows that a rank computes
-    expert_load: Line  # rows of an expert
-    busiest_rank_bytes: Line  # that leave the rank which sends most, by the run's own exchange
-    mean_rank_bytes: Line  # that leave a rank in the mean, likewise
+    k: MeanAndMax
+    received_load: MeanAndMax  # rows that a rank receives by `tokens`, its own included
+    computed_load: MeanAndMax  # expert rows that a rank computes
+    expert_load: MeanAndMax  # rows of an expert
+    busiest_rank_bytes: MeanAndMax  # that leave the rank which sends most, by the run's own exchange
+    mean_rank_bytes: MeanAndMax  # that leave a rank in the mean, likewise
 
 
 class SeriesCollector:
@@ -60,7 +60,7 @@ class SeriesCollector:
         self._steps.append(counts.steps)
         self._values.extend((counts.k, *loads, *sent))
 
-    def series(self, points: int = POINTS) -> Series:
+    def series(self, points: int = POINTS) -> StepSeries:
         """Thin to at most so many points, runs of nearly equally many counted steps each.
 
         Example: the steps 1 to 7 as 3 points are the runs 1 to 2, 3 to 4 and 5 to 7.
@@ -78,5 +78,5 @@ class SeriesCollector:
         for name, value_s in zip(_NAMES, values_sv.T, strict=True):
             value_n = value_s[distinct_n]
             mean = np.add.reduceat(value_n, starts) / (ends - starts)
-            lines[name] = Line(mean.tolist(), np.maximum.reduceat(value_n, starts).tolist())
-        return Series(first_step=(step_n[starts] + 1).tolist(), last_step=(step_n[ends - 1] + 1).tolist(), **lines)
+            lines[name] = MeanAndMax(mean.tolist(), np.maximum.reduceat(value_n, starts).tolist())
+        return StepSeries(first_step=(step_n[starts] + 1).tolist(), last_step=(step_n[ends - 1] + 1).tolist(), **lines)

@@ -24,7 +24,7 @@ from foreroute.engine.certificate.memory.sizes import (
     exact_rows,
     runs_on_gpu,
 )
-from foreroute.engine.certificate.memory.state import START, Phase, Progress, State
+from foreroute.engine.certificate.memory.state import START, GradientProgress, Phase, State
 from foreroute.engine.certificate.memory.terms import Term, merged, term, total
 from foreroute.engine.config import Config
 from foreroute.engine.errors import require
@@ -57,7 +57,9 @@ class Memory:
     uncounted_k: tuple[int, ...] = ()  # of the run, if no step of that k was counted
 
 
-def predict(config: Config, found: Certificate, vocab_size: int, *, device_memory_bytes: int | None = None) -> Memory:
+def peak_memory(
+    config: Config, found: Certificate, vocab_size: int, *, device_memory_bytes: int | None = None
+) -> Memory:
     """Predict the memory of a certified run, and judge it.
 
     Args:
@@ -72,13 +74,13 @@ def predict(config: Config, found: Certificate, vocab_size: int, *, device_memor
         f"device memory of {device_memory_bytes} bytes: must be above 0",
     )
     gpu = runs_on_gpu(config, device_memory_bytes)
-    memory = predict_at(config, found, vocab_size, gpu=gpu)
+    memory = peak_memory_at(config, found, vocab_size, gpu=gpu)
     memory = replace(memory, uncounted_k=_uncounted_k(config, found))
     if device_memory_bytes is None:
         return memory
 
     def fits(streams: int) -> bool:
-        other = predict_at(config, found, vocab_size, gpu=gpu, streams=streams)
+        other = peak_memory_at(config, found, vocab_size, gpu=gpu, streams=streams)
         return other.peak_bytes <= device_memory_bytes
 
     headroom = device_memory_bytes - memory.peak_bytes
@@ -86,7 +88,9 @@ def predict(config: Config, found: Certificate, vocab_size: int, *, device_memor
     return replace(memory, verdict=verdict)
 
 
-def predict_at(config: Config, found: Certificate, vocab_size: int, *, gpu: bool, streams: int | None = None) -> Memory:
+def peak_memory_at(
+    config: Config, found: Certificate, vocab_size: int, *, gpu: bool, streams: int | None = None
+) -> Memory:
     """Predict the memory of a certified run at another number of streams of a rank in a micro-batch.
 
     Rows are known at the certified number b0 only. At b they are taken as at most ceil(b / b0) times as many, and never
@@ -101,10 +105,10 @@ def predict_at(config: Config, found: Certificate, vocab_size: int, *, gpu: bool
     known_streams = config.streams_per_micro_batch(found.placement.world_size)
     parameters = count_parameters(config, found.placement, vocab_size)
     candidates = []
-    for section in found.by_k:
-        assert section.k is not None
-        sizes = Sizes(config, found.placement, vocab_size, known_streams, section.k, gpu)
-        rows = exact_rows(section, sizes)
+    for of_k in found.by_k:
+        assert of_k.k is not None
+        sizes = Sizes(config, found.placement, vocab_size, known_streams, of_k.k, gpu)
+        rows = exact_rows(of_k, sizes)
         if streams is not None:
             sizes = replace(sizes, streams=streams)
             rows = bounded_rows(rows, sizes, known_streams)
@@ -115,7 +119,7 @@ def predict_at(config: Config, found: Certificate, vocab_size: int, *, gpu: bool
 def _uncounted_k(config: Config, found: Certificate) -> tuple[int, ...]:
     steps = range(config.train.steps)
     ks = {active_experts(config.schedule, step, config.schedule_steps) for step in steps}
-    return tuple(sorted(ks - {section.k for section in found.by_k if section.k is not None}))
+    return tuple(sorted(ks - {of_k.k for of_k in found.by_k if of_k.k is not None}))
 
 
 def largest_number(fits: Callable[[int], bool]) -> int:
@@ -155,7 +159,7 @@ def _moments(sizes: Sizes, rows: Rows, parameters: Parameters) -> Iterator[tuple
     layers, layer = sizes.config.model.layers, parameters.layer
     always = [*state.held(), *_plans(sizes, rows)]
 
-    def moment(phase: Phase, progress: Progress = START) -> list[Term]:
+    def moment(phase: Phase, progress: GradientProgress = START) -> list[Term]:
         gradients = state.gradients(phase, progress)
         running = phase in (Phase.forward, Phase.backward)
         return [*always, *state.gathered(phase), *gradients, *activations.memory(new=running)]
@@ -170,7 +174,7 @@ def _moments(sizes: Sizes, rows: Rows, parameters: Parameters) -> Iterator[tuple
         yield (
             f"backward, experts of the {name} layer",
             [
-                *moment(Phase.backward, Progress(done, parameters.layer_experts)),
+                *moment(Phase.backward, GradientProgress(done, parameters.layer_experts)),
                 *activations.ends(),
                 *activations.kept(number),
                 *activations.experts_backward(),
@@ -180,14 +184,14 @@ def _moments(sizes: Sizes, rows: Rows, parameters: Parameters) -> Iterator[tuple
         yield (
             f"backward, attention of the {name} layer",
             [
-                *moment(Phase.backward, Progress(done + parameters.layer_experts)),
+                *moment(Phase.backward, GradientProgress(done + parameters.layer_experts)),
                 *activations.ends(),
                 *activations.kept(number, attention_only=True),
                 *activations.attention_backward(),
             ],
         )
     if parameters.at_input:
-        progress = Progress(parameters.numbers - parameters.at_input, parameters.at_input)
+        progress = GradientProgress(parameters.numbers - parameters.at_input, parameters.at_input)
         yield ("backward, tables at the input", [*moment(Phase.backward, progress), *activations.ends()])
     yield Phase.backward_end.value, moment(Phase.backward_end)
     yield Phase.step.value, moment(Phase.step)

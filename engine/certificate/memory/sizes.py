@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from foreroute.engine.certificate.counts.exact import Section
+from foreroute.engine.certificate.counts.exact import StepStatistics
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.config import Config, KernelsConfig, ModelConfig, MoEConfig
 from foreroute.engine.config.enums import Activation, Backend, Precision, SavedForBackward
@@ -145,18 +145,18 @@ def runs_on_gpu(config: Config, device_memory_bytes: int | None) -> bool:
     return backend is Backend.triton or (backend is Backend.auto and device_memory_bytes is not None)
 
 
-def exact_rows(section: Section, sizes: Sizes) -> Rows:
+def exact_rows(of_k: StepStatistics, sizes: Sizes) -> Rows:
     """Take the exact maxima of one k."""
-    received, all_layers = section.received_rows.max, section.received_layers.max
+    received, all_layers = of_k.received_rows.max, of_k.received_layers.max
     if sizes.gather or not sizes.shared_out:
         received = sizes.placement.expert_ranks * sizes.tokens
         all_layers = sizes.config.model.layers * received
     return Rows(
         received=received,
-        computed=section.computed_rows.max,
+        computed=of_k.computed_rows.max,
         received_all=all_layers,
-        computed_all=section.computed_layers.max,
-        expert=section.expert_rows.max,
+        computed_all=of_k.computed_layers.max,
+        expert=of_k.expert_rows.max,
     )
 
 

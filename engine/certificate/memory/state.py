@@ -28,14 +28,14 @@ class Phase(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class GradientProgress:
     """How far gradients are in backward, in numbers of parameters."""
 
     done: int = 0  # gradient is where it stays
     new: int = 0  # gradient was just made
 
 
-START = Progress()
+START = GradientProgress()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class State:
             found.append(term("gathered weights", "{} numbers on their way x {} bytes", fetched, c))
         return found
 
-    def gradients(self, phase: Phase, progress: Progress = START) -> list[Term]:
+    def gradients(self, phase: Phase, progress: GradientProgress = START) -> list[Term]:
         """Give what gradients need at a moment of the last micro-batch of a step."""
         if phase in (Phase.first_layer, Phase.forward):
             return self._between()
@@ -149,7 +149,7 @@ class State:
         touched = sum(group.touched for group in self.parameters.groups)
         return [term("gradients", "{} numbers of parameters in this rank's part x {} bytes", touched, 4)]
 
-    def _during(self, progress: Progress) -> list[Term]:
+    def _during(self, progress: GradientProgress) -> list[Term]:
         c, before = self.sizes.number, self._between()
         new = term("gradients", "{} numbers just made x {} bytes", progress.new, c)
         if self._stage < 2:

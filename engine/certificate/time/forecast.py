@@ -59,7 +59,7 @@ class Forecast:
 
 
 @dataclass(frozen=True, slots=True)
-class Scale:
+class ScalingPoint:
     """A run on another number of ranks."""
 
     ranks: int
@@ -71,7 +71,7 @@ class Scale:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class LayoutChoice:
     """A way to lay the run out on its ranks."""
 
     overrides: list[str]  # of the command line
@@ -88,9 +88,9 @@ class TimePart:
     forecast: Forecast
     exchanges: list[StepsOfK]  # as the run is configured
     auto: list[StepsOfK]  # as exchange=auto chooses with the cluster's rates
-    weak: list[Scale]  # streams of a rank stay
-    strong: list[Scale]  # streams of all ranks stay
-    choices: list[Choice]  # fastest first; empty if not searched
+    weak: list[ScalingPoint]  # streams of a rank stay
+    strong: list[ScalingPoint]  # streams of all ranks stay
+    choices: list[LayoutChoice]  # fastest first; empty if not searched
     left_out: list[str]  # what this run does and the model does not know
 
 
@@ -132,29 +132,29 @@ class Forecaster:
             by_k.append(TimeOfK(part.k, part.steps, part.exchange, time, time.total, symbols / time.total))
         return Forecast(by_k, total, symbols * config.train.steps / total)
 
-    def weak(self, placement: Placement) -> list[Scale]:
+    def weak(self, placement: Placement) -> list[ScalingPoint]:
         """Model more and fewer ranks with the streams of a rank as they are."""
         streams = self.config.data.streams // placement.world_size
         return self._scale(placement, lambda world: streams * world)
 
-    def strong(self, placement: Placement) -> list[Scale]:
+    def strong(self, placement: Placement) -> list[ScalingPoint]:
         """Model more and fewer ranks with all streams as they are, as far as they can be shared out."""
         return self._scale(placement, lambda world: self.config.data.streams)
 
-    def choices(self, placement: Placement) -> list[Choice]:
+    def choices(self, placement: Placement) -> list[LayoutChoice]:
         """Model every expert group, exchange, number of chunks and kind of table on the ranks, fastest first."""
         found = []
         for config, here in self._candidates(placement):
             step_s = self.forecast(config, here).run_s / config.train.steps
-            found.append(Choice(_overrides(self.config, config), step_s, config.moe == self.config.moe))
+            found.append(LayoutChoice(_overrides(self.config, config), step_s, config.moe == self.config.moe))
         return sorted(found, key=lambda choice: choice.step_s)
 
     def automatic(self, placement: Placement) -> Config:
         """Give the run with exchange=auto and the cluster's rates."""
         return replace(self.config, parallel=auto_rates(self.config, self.cluster, placement))
 
-    def _scale(self, placement: Placement, streams_of: Callable[[int], int]) -> list[Scale]:
-        found: list[Scale] = []
+    def _scale(self, placement: Placement, streams_of: Callable[[int], int]) -> list[ScalingPoint]:
+        found: list[ScalingPoint] = []
         for world in worlds(placement):
             ranks = min(placement.expert_ranks, world)
             streams = streams_of(world)
@@ -169,7 +169,7 @@ class Forecaster:
             each = result.tokens_per_s / world
             first = each if not found else found[0].tokens_per_s / found[0].ranks
             step_s = result.run_s / config.train.steps
-            found.append(Scale(world, ranks, streams, step_s, result.tokens_per_s, each / first))
+            found.append(ScalingPoint(world, ranks, streams, step_s, result.tokens_per_s, each / first))
         return found
 
     def _candidates(self, placement: Placement) -> Iterator[tuple[Config, Placement]]:

@@ -30,7 +30,7 @@ from foreroute.engine.model.flops import (
 from foreroute.kernels.ops.relative_attention import tile_shape
 
 Seconds = NDArray[np.float64]
-Rows = NDArray[np.float64]
+RowCounts = NDArray[np.float64]
 
 _BACKWARD = 2.0  # products, bytes and operations of backward against forward: two gradients for each product
 
@@ -83,7 +83,7 @@ def model_seconds(config: Config, cluster: ClusterConfig, streams: int, vocab: i
 
 
 def expert_seconds(
-    config: Config, cluster: ClusterConfig, k: int, computed: Rows, received: Rows, *, local: int
+    config: Config, cluster: ClusterConfig, k: int, computed: RowCounts, received: RowCounts, *, local: int
 ) -> Seconds:
     """Time of the routed experts of one layer for one part of a micro-batch, forward and backward; of any shape.
 
@@ -130,7 +130,7 @@ def shared_seconds(config: Config, cluster: ClusterConfig, tokens: int) -> float
     return passes(config) * cluster.scale.experts * seconds
 
 
-def packing_seconds(config: Config, cluster: ClusterConfig, rows: Rows, tokens: float) -> Seconds:
+def packing_seconds(config: Config, cluster: ClusterConfig, rows: RowCounts, tokens: float) -> Seconds:
     """Time of packing rows for other ranks and of adding up what comes back, of one part of a layer, forward and
     backward.
 

@@ -2,7 +2,7 @@
 
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.time.cluster import ClusterConfig
-from foreroute.engine.certificate.time.forecast import Choice, Forecast, Scale, StepsOfK, TimeOfK, TimePart
+from foreroute.engine.certificate.time.forecast import Forecast, LayoutChoice, ScalingPoint, StepsOfK, TimeOfK, TimePart
 from foreroute.engine.certificate.time.step_time import StepTime
 from foreroute.launch.certify.time_section import layout_verdict, time_section
 from foreroute.launch.page.parts import Table
@@ -12,7 +12,7 @@ STEP = StepTime(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0)
 
 def part(exchange="tokens", scaled=(1, 2), left_out=(), choices=()):
     kinds = [StepsOfK(1, 0, 5, exchange), StepsOfK(2, 5, 5, "gather" if exchange == "tokens" else exchange)]
-    scales = [Scale(ranks, 1, 4, 1.0, 2.0, 1.0) for ranks in scaled]
+    scales = [ScalingPoint(ranks, 1, 4, 1.0, 2.0, 1.0) for ranks in scaled]
     forecast = Forecast([TimeOfK(1, 10, exchange, STEP, STEP.total, 9.0)], 210.0, 9.0)
     return TimePart("here", 2, forecast, kinds, kinds[:1], scales, scales, list(choices), list(left_out))
 
@@ -24,7 +24,11 @@ def section(exchange="tokens", scaled=(1, 2), left_out=(), **cluster):
 def test_the_fastest_layout_has_this_runs_tables():
     """21 s a step here; a layout with other tables is another model, however fast."""
     assert layout_verdict(None).good is layout_verdict(part()).good is None
-    other, own, this = Choice(["a=1"], 5.0, False), Choice(["b=2"], 10.5, True), Choice([], 21.0, True)
+    other, own, this = (
+        LayoutChoice(["a=1"], 5.0, False),
+        LayoutChoice(["b=2"], 10.5, True),
+        LayoutChoice([], 21.0, True),
+    )
     found = layout_verdict(part(choices=[other, own, this]))
     assert (found.value, found.note, found.good) == ("another", "50% less time with b=2", False)
     found = layout_verdict(part(choices=[other, this]))

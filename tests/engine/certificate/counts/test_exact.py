@@ -171,7 +171,7 @@ def idle(entries):
 
 
 def section(lists):
-    """What a Section says of these lists but for k and the exchange."""
+    """What a StepStatistics says of these lists but for k and the exchange."""
     pair, expert = spread(lists["pair"]), spread(lists["expert_rows"])
 
     def padding(entries):

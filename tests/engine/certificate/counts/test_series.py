@@ -8,7 +8,7 @@ import pytest
 from foreroute.engine.certificate.counts.exact import certify
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.counts.replay import StepCounts, replay
-from foreroute.engine.certificate.counts.series import Line, Series, SeriesCollector
+from foreroute.engine.certificate.counts.series import MeanAndMax, SeriesCollector, StepSeries
 from foreroute.engine.config import (
     Config,
     DataConfig,
@@ -120,8 +120,8 @@ def test_runs_of_steps_keep_means_and_maxima():
         collector.add(counts_of(steps, rows), np.array([[left]]))
     series = collector.series(3)
     assert (series.first_step, series.last_step) == ([1, 3, 5], [2, 4, 7])
-    assert series.expert_load == Line([1.125, 1.125, pytest.approx(4 / 3)], [1.25, 1.25, 2.0])
-    assert series.mean_rank_bytes == Line([15, 15, pytest.approx(110 / 3)], [20, 20, 90])
+    assert series.expert_load == MeanAndMax([1.125, 1.125, pytest.approx(4 / 3)], [1.25, 1.25, 2.0])
+    assert series.mean_rank_bytes == MeanAndMax([15, 15, pytest.approx(110 / 3)], [20, 20, 90])
     lost = collector.series(7).mean_rank_bytes
     assert lost.mean == [10, 20, 10, 20, 10, 90, 10] and lost != series.mean_rank_bytes
 
@@ -138,7 +138,7 @@ def test_a_long_run_is_thinned_and_loses_no_step():
     assert sizes @ np.array(series.mean_rank_bytes.mean) == pytest.approx(values.sum(), rel=1e-12)
     lengths = {
         len(part)
-        for name in fields(Series)
+        for name in fields(StepSeries)
         if not name.name.endswith("step")
         for part in asdict(series)[name.name].values()
     }

@@ -9,7 +9,7 @@ from benchmarks.models.memory_model import SMALL, SYMBOLS, Case, compare, make_c
 from foreroute.engine.certificate.counts.exact import certify
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.memory import state as memory_state
-from foreroute.engine.certificate.memory.peak import largest_number, predict, predict_at
+from foreroute.engine.certificate.memory.peak import largest_number, peak_memory, peak_memory_at
 from foreroute.engine.certificate.memory.sizes import Group, Sizes, bounded_rows, count_parameters, exact_rows
 from foreroute.engine.certificate.memory.state import Phase, State
 from foreroute.engine.certificate.memory.terms import merged, term, total
@@ -133,7 +133,7 @@ def evaluated(formula):
 def test_formulas_say_what_was_computed(gpu):
     changes = {"parallel": {"expert_ranks": 2, "chunks": 3}, "train": {"offload": True}}
     config, found = certified(changes, ranks=2)
-    memory = predict_at(config, found, SYMBOLS, gpu=gpu)
+    memory = peak_memory_at(config, found, SYMBOLS, gpu=gpu)
     for each in memory.terms:
         assert evaluated(each.formula) == each.bytes, each
     assert total(memory.terms, host=False if gpu else None) == memory.peak_bytes
@@ -143,16 +143,16 @@ def test_formulas_say_what_was_computed(gpu):
 
 def test_the_largest_micro_batch_fits_and_one_more_stream_does_not():
     config, found = certified({"parallel": {"expert_ranks": 2}}, ranks=2)
-    peaks = [predict_at(config, found, SYMBOLS, gpu=True, streams=streams).peak_bytes for streams in range(1, 13)]
+    peaks = [peak_memory_at(config, found, SYMBOLS, gpu=True, streams=streams).peak_bytes for streams in range(1, 13)]
     assert peaks == sorted(peaks) and peaks[0] < peaks[-1]
     for device in (peaks[0] - 1, peaks[0], peaks[2], peaks[6] + 1):
-        verdict = predict(config, found, SYMBOLS, device_memory_bytes=device).verdict
+        verdict = peak_memory(config, found, SYMBOLS, device_memory_bytes=device).verdict
         assert verdict is not None
         most = verdict.largest_streams
         assert most == sum(peak <= device for peak in peaks)
         assert verdict.fits == (verdict.headroom_bytes >= 0)
-    exact = predict_at(config, found, SYMBOLS, gpu=True)
-    judged = predict(config, found, SYMBOLS, device_memory_bytes=exact.peak_bytes)
+    exact = peak_memory_at(config, found, SYMBOLS, gpu=True)
+    judged = peak_memory(config, found, SYMBOLS, device_memory_bytes=exact.peak_bytes)
     assert judged.verdict is not None and judged.verdict.fits
     assert judged.verdict.headroom_bytes == 0 and judged.verdict.largest_streams >= exact.streams
 
@@ -161,10 +161,10 @@ def test_k_of_which_no_step_was_counted_are_named():
     schedule = ScheduleConfig(Growth.linear, k_min=1, k_max=3)
     config, whole = certified({"train": {"steps": 9}}, schedule=schedule)
     assert {part.k for part in whole.by_k} == {1, 2, 3}
-    assert predict(config, whole, SYMBOLS).uncounted_k == ()
+    assert peak_memory(config, whole, SYMBOLS).uncounted_k == ()
     ids, tables = material(config)
     start = certify(config, ids, tables, Placement(), steps=1)
-    assert predict(config, start, SYMBOLS).uncounted_k == (2, 3)
+    assert peak_memory(config, start, SYMBOLS).uncounted_k == (2, 3)
 
 
 @pytest.mark.parametrize("most", [0, 1, 2, 3, 7, 8, 100])
@@ -204,7 +204,7 @@ def test_sums_over_layers_are_not_the_layers_maxima():
 def test_options_move_memory_as_they_should():
     def peak(ranks=1, gpu=True, **changes):
         config, found = certified(changes, ranks)
-        return predict_at(config, found, SYMBOLS, gpu=gpu).peak_bytes
+        return peak_memory_at(config, found, SYMBOLS, gpu=gpu).peak_bytes
 
     plain = peak()
     assert peak(train={"recompute": True}) < plain
@@ -217,19 +217,19 @@ def test_options_move_memory_as_they_should():
 
 def test_a_device_means_a_gpu_unless_the_backend_says_cpu():
     config, found = certified()
-    assert not predict(config, found, SYMBOLS).gpu
-    assert predict(config, found, SYMBOLS, device_memory_bytes=10**9).gpu
+    assert not peak_memory(config, found, SYMBOLS).gpu
+    assert peak_memory(config, found, SYMBOLS, device_memory_bytes=10**9).gpu
     on_cpu = replace(config, kernels=KernelsConfig(Backend.cpu))
-    assert not predict(on_cpu, found, SYMBOLS, device_memory_bytes=10**9).gpu
+    assert not peak_memory(on_cpu, found, SYMBOLS, device_memory_bytes=10**9).gpu
     with pytest.raises(UserError, match="device memory of 0 bytes: must be above 0"):
-        predict(config, found, SYMBOLS, device_memory_bytes=0)
+        peak_memory(config, found, SYMBOLS, device_memory_bytes=0)
 
 
 def test_the_k_with_the_most_rows_decides():
     growing = {"growth": Growth.linear, "k_min": 1, "k_max": 4}
     config, found = certified({"schedule": growing, "train": {"steps": 4}})
     assert [section.k for section in found.by_k] == [1, 2, 3]
-    assert predict(config, found, SYMBOLS).k == 3
+    assert peak_memory(config, found, SYMBOLS).k == 3
 
 
 def test_constants_are_those_of_the_code_that_is_counted():
