@@ -28,9 +28,10 @@ from benchmarks.harness.against import parse
 from benchmarks.models.certify_time import time_model_error
 from benchmarks.models.memory_model import memory_model_error
 from foreroute.engine.certificate.counts.exact import certify
+from foreroute.engine.certificate.counts.layout import FORWARD, Layout
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.counts.replay import StepCounts, replay
-from foreroute.engine.certificate.counts.traffic import FORWARD, hops, leaving
+from foreroute.engine.certificate.counts.traffic import hops, leaving
 from foreroute.engine.config import Config, DataConfig, Growth, MoEConfig, ScheduleConfig, TrainConfig
 from foreroute.engine.data.planned_batches import group_batch
 from foreroute.engine.data.streams import Ids, Streams
@@ -61,16 +62,15 @@ def read_text(path: str | None) -> Ids:
     return np.fromfile(found, np.uint8)
 
 
-def mismatches(config: Config, ids: Ids, tables: Sequence[Table], steps: Sequence[int]) -> int:
+def mismatches(layout: Layout, ids: Ids, tables: Sequence[Table], steps: Sequence[int]) -> int:
     """Plan the steps for every rank and count what differs from the certificate's counts."""
-    return sum(differing(config, ids, tables, counts) for counts in replay(config, ids, tables, PLACEMENT, steps))
+    return sum(differing(layout, ids, tables, counts) for counts in replay(layout, ids, tables, steps))
 
 
-def differing(config: Config, ids: Ids, tables: Sequence[Table], counts: StepCounts) -> int:
+def differing(layout: Layout, ids: Ids, tables: Sequence[Table], counts: StepCounts) -> int:
     """Plan one step for every rank and count the numbers that differ."""
-    streams, ranks, width = Streams(ids, STREAMS, SEGMENT, config.context), PLACEMENT.expert_ranks, config.model.width
-    tokens = config.streams_per_micro_batch(PLACEMENT.world_size) * SEGMENT
-    left_ygP = leaving(hops(counts, "tokens", PLACEMENT, tokens), FORWARD)[:, 0] * width * 4
+    streams, ranks, width = layout.read(ids), PLACEMENT.expert_ranks, layout.config.model.width
+    left_ygP = leaving(hops(counts, "tokens", PLACEMENT, layout.tokens), FORWARD)[:, 0] * width * 4
     wrong = 0
     for layer, table in enumerate(tables):
         planners = [TablePlanner(table, rank=rank, ranks=ranks) for rank in range(ranks)]
@@ -105,15 +105,16 @@ def main() -> None:
     args = parse(parser)
     ids = np.resize(read_text(args.text), args.ids)
     config = epoch(ids)
+    layout = Layout(config, PLACEMENT)
     begin = time.perf_counter()
     tables = build_tables(config.moe, SYMBOLS, ids, num_tables=config.model.layers, seed=1, cache_dir=None)
     built, cpu = time.perf_counter(), time.process_time()
-    found = certify(config, ids, tables, PLACEMENT, sample=args.sample)
+    found = certify(layout, ids, tables, sample=args.sample)
     done, cpu = time.perf_counter(), time.process_time() - cpu
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     last = config.train.steps - 1
     checked = sorted({round(last * i / args.checked) for i in range(1, args.checked + 1)})
-    wrong = mismatches(config, ids, tables, checked)
+    wrong = mismatches(layout, ids, tables, checked)
     print(f"{environment()}, {found.whole.steps:,} steps, {len(checked)} of them planned as a run does")
     rows: list[list[object]] = [
         ["tables", built - begin],

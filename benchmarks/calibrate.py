@@ -29,7 +29,7 @@ from scipy.optimize import nnls
 
 from benchmarks.harness import fastest, print_table
 from benchmarks.machines.cluster import ROOT, Cluster, Finished, one_node
-from foreroute.engine.certificate.counts.placement import Placement
+from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.counts.replay import replay
 from foreroute.engine.certificate.time.cluster import ClusterConfig, LinkConfig, ScaleConfig, SharingConfig
 from foreroute.engine.certificate.time.step_time import StepModel, StepTime
@@ -177,25 +177,23 @@ def step_seconds(configs: Sequence[Config], cluster: Cluster, *, per_node: int, 
     return [min(row["step_ms"] for row in rows[WARM_STEPS:]) / 1e3 for rows in found]
 
 
-def modelled_step(config: Config, cluster: ClusterConfig, placement: Placement) -> StepTime:
+def modelled_step(layout: Layout, cluster: ClusterConfig) -> StepTime:
     """Model the steps that step_seconds counts; their mean."""
+    config = layout.config
     corpus = prepare(config.corpus, lambda line: None)
     tables = router_tables(build_routers(config, corpus))
     steps = range(WARM_STEPS, config.train.steps)
-    counts = replay(config, corpus.split(Split.train), tables, placement, steps)
-    model = StepModel(config, cluster, placement, corpus.vocab.size)
+    counts = replay(layout, corpus.split(Split.train), tables, steps)
+    model = StepModel(layout, cluster, corpus.vocab.size)
     return StepTime.mean([model.time(step) for step in counts])
 
 
-def parts_of(config: Config, cluster: ClusterConfig) -> NDArray[np.float64]:
-    """Seconds of a one-rank step that each scale multiplies."""
+def parts_of(layout: Layout, cluster: ClusterConfig) -> NDArray[np.float64]:
+    """Model the seconds of a step that each scale multiplies."""
     names = [f.name for f in fields(ScaleConfig)]
     zero = dict.fromkeys(names, 0.0)
     return np.array(
-        [
-            modelled_step(config, replace(cluster, scale=ScaleConfig(**{**zero, name: 1.0})), Placement()).total
-            for name in names
-        ]
+        [modelled_step(layout, replace(cluster, scale=ScaleConfig(**{**zero, name: 1.0}))).total for name in names]
     )
 
 
@@ -207,7 +205,7 @@ def fit(parts: NDArray[np.float64], measured: NDArray[np.float64]) -> NDArray[np
 
 def scales(cluster: ClusterConfig, measured: Sequence[float]) -> tuple[ScaleConfig, list[list[object]]]:
     """Fit the scales; gives them and a table of the runs."""
-    parts = np.stack([parts_of(config, cluster) for config in RUNS])
+    parts = np.stack([parts_of(Layout(config), cluster) for config in RUNS])
     found = fit(parts, np.array(measured))
     names = [f.name for f in fields(ScaleConfig)]
     rows: list[list[object]] = []

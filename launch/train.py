@@ -13,6 +13,7 @@ from signal import SIGTERM
 from typing import Any
 
 from foreroute.engine.certificate.check import Check, fits, fits_tables, fits_text
+from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.record import Written, read
 from foreroute.engine.config import Backend, Config, Router, Split, WandbMode, to_plain
 from foreroute.engine.config.option import option
@@ -143,7 +144,7 @@ def _read_certificate(path: str | None, config: Config, mesh: Mesh) -> Written |
     if path is None:
         return None
     written = read(Path(path))
-    fits(written, config, mesh.world)
+    fits(written, Layout(config, written.placement), mesh.world)
     return written
 
 
@@ -158,7 +159,7 @@ def _check(written: Written | None, trainer: Trainer) -> Check | None:
     """Hold the trainer's model, with the tables that it trains with, to a certificate."""
     if written is None:
         return None
-    fits_tables(written, trainer.config, router_tables(trainer.routers))
+    fits_tables(written, trainer.config.train.seed, router_tables(trainer.routers))
     return Check(written, trainer.model, trainer.world.mesh.rank)
 
 

@@ -13,6 +13,7 @@ from statistics import median
 from benchmarks.calibrate import calibrate, inside_link, measure_links, modelled_step, small_run, step_seconds
 from benchmarks.harness import print_table
 from benchmarks.machines.cluster import Cluster, one_node, two_nodes, why_not
+from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.time.cluster import ClusterConfig, LinkConfig, SharingConfig
 from foreroute.engine.certificate.time.step_time import StepTime
@@ -87,7 +88,7 @@ def compare(cluster: ClusterConfig, per_node: int, rates: Sequence[str], limit: 
         with two_nodes(rate) as nodes:
             here = linked(described, nodes, per_node=per_node)
             predicted = [
-                modelled_step(config, here, Placement(ranks, config.parallel.expert_ranks, per_node))
+                modelled_step(Layout(config, Placement(ranks, config.parallel.expert_ranks, per_node)), here)
                 for config in configs
             ]
             measured = step_seconds(configs, nodes, per_node=per_node)

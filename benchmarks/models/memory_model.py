@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from benchmarks.harness import environment, positive, print_result, print_table
 from foreroute.engine.certificate.counts.exact import certify
+from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.memory.peak import Memory, peak_memory
 from foreroute.engine.config import (
@@ -192,8 +193,8 @@ def material(config: Config) -> tuple[NDArray[np.uint8], list[Table]]:
 def predicted(config: Config, ranks: int) -> Memory:
     """Predict a run's memory."""
     ids, tables = material(config)
-    place = Placement(ranks, config.parallel.expert_ranks, ranks)
-    return peak_memory(config, certify(config, ids, tables, place), SYMBOLS)
+    layout = Layout(config, Placement(ranks, config.parallel.expert_ranks, ranks))
+    return peak_memory(layout, certify(layout, ids, tables), SYMBOLS)
 
 
 def measured(rank: int, ranks: int, configs: Sequence[Config]) -> list[int]:

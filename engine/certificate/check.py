@@ -9,7 +9,7 @@ nothing read back from a device.
 Letters: y layers, m micro-batches of a step.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from foreroute.engine.certificate.counts.exact import exchange_of, frame_of
-from foreroute.engine.certificate.counts.placement import Placement
+from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.record import Written, tables_sha256
-from foreroute.engine.config import Config, to_plain
+from foreroute.engine.config import to_plain
 from foreroute.engine.errors import RunFailed, require
 from foreroute.engine.moe.exchange import Exchange, Local, Moving, Transfer
 from foreroute.engine.moe.layer import MoELayer
@@ -56,30 +55,33 @@ _TRIPS = ("train.recompute", "parallel.chunks", "model.pre_norm", "model.dropout
 _EXCHANGE = ("parallel.exchange", "parallel.link_gb_per_s", "parallel.message_us", "parallel.memory_gb_per_s", *_ROW)
 
 
-def fits(written: Written, config: Config, world_size: int) -> None:
+def fits(written: Written, layout: Layout, world_size: int) -> None:
     """Refuse a certificate that was made for other ranks, or with an option that changes rows or bytes.
+
+    Args:
+        layout: the run on the certificate's ranks.
+        world_size: ranks of the run.
 
     Raises:
         UserError: names the first such option, its value and the certificate's.
     """
     facts, path = written.facts, written.path
-    placement = Placement(**facts["placement"])
+    placement, options = layout.placement, to_plain(layout.config)
     require(
         placement.world_size == world_size,
         f"ranks: {world_size}; {path} is the certificate of a run on {placement.world_size}",
     )
-    difference = _difference(written, config, _ROUTES)
+    difference = _difference(written, options, _ROUTES)
     if difference is None and placement.expert_ranks > 1:
-        frame = frame_of(config, placement)
         certified_exchange = {part["k"]: part["exchange"] for part in facts["by_k"]}
-        exchange = {k: exchange_of(config, frame, k) for k in certified_exchange}
+        exchange = {k: layout.exchange(k) for k in certified_exchange}
         for names, certified, now in (
-            (_ROW, facts["row_bytes"], frame.row_bytes),
-            (_TRIPS, facts["trips"], list(frame.trips)),
+            (_ROW, facts["row_bytes"], layout.row_bytes),
+            (_TRIPS, facts["trips"], list(layout.trips)),
             (_EXCHANGE, certified_exchange, exchange),
         ):
             if difference is None and certified != now:
-                difference = _difference(written, config, names) or "written by another version"
+                difference = _difference(written, options, names) or "written by another version"
     require(difference is None, f"{path} is the certificate of another run: {difference}")
 
 
@@ -97,24 +99,24 @@ def fits_text(written: Written, sha256: str) -> None:
     )
 
 
-def fits_tables(written: Written, config: Config, tables: Sequence[Table]) -> None:
+def fits_tables(written: Written, seed: int, tables: Sequence[Table]) -> None:
     """Refuse a certificate of other tables, such as those of another seed.
 
     Raises:
         UserError: the tables' digest is not the certificate's.
     """
     certified, now = written.facts["tables_sha256"], tables_sha256(tables)
-    seed = _difference(written, config, ["train.seed"])
+    difference = _difference(written, {"train": {"seed": seed}}, ["train.seed"])
     require(
         certified == now,
-        f"{written.path} is the certificate of a run with other tables: {seed or 'train.seed is the same'}; "
+        f"{written.path} is the certificate of a run with other tables: {difference or 'train.seed is the same'}; "
         f"their sha256 was {certified[:16]}..., now it is {now[:16]}...",
     )
 
 
-def _difference(written: Written, config: Config, names: Sequence[str]) -> str | None:
-    """Name the first option that is not as it was certified."""
-    now, certified = to_plain(config), written.facts["options"]
+def _difference(written: Written, now: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """Return the first option that is not as it was certified, in words."""
+    certified = written.facts["options"]
     for name in names:
         section, option = name.split(".")
         if now[section][option] != certified[section][option]:

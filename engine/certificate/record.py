@@ -20,11 +20,10 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from foreroute.engine.certificate.counts.exact import exchange_of, frame_of
+from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.counts.replay import StepCounts, first_steps
 from foreroute.engine.certificate.counts.traffic import hops, leaving
-from foreroute.engine.config import Config
 from foreroute.engine.data.streams import Ids
 from foreroute.engine.errors import require
 from foreroute.engine.routing.tables import Table
@@ -40,43 +39,42 @@ class Record:
 
     Args:
         ids: the training split.
-        steps: those that are counted; as for engine.certificate.counts.exact.certify.
+        steps: those that are counted (Layout.counted_steps).
     """
 
-    def __init__(self, config: Config, ids: Ids, placement: Placement, steps: range) -> None:
-        self._config, self._frame = config, frame_of(config, placement)
-        first_s = first_steps(config, ids, steps)
+    def __init__(self, layout: Layout, ids: Ids, steps: range) -> None:
+        self._layout = layout
+        config, placement = layout.config, layout.placement
+        first_s = first_steps(layout, ids, steps)
         self._first_u, place_s = np.unique(first_s, return_inverse=True)
         self._place_s = place_s.astype(np.min_scalar_type(self._first_u.size))
-        group_tokens = placement.expert_ranks * self._frame.tokens
-        micro, trips = config.train.accumulation, sum(self._frame.trips)
-        local = config.moe.experts // placement.expert_ranks
+        group_tokens = placement.expert_ranks * layout.tokens
+        micro, trips = config.train.accumulation, sum(layout.trips)
         shape = self._first_u.size, config.model.layers, placement.world_size
 
         def zeros(largest: int, *more: int) -> Counts:
             return np.zeros((*shape, *more), np.min_scalar_type(largest))
 
         self._received_uyrm = zeros(group_tokens, micro)
-        self._computed_uyrm = zeros(group_tokens * local, micro)
-        self._bytes_uyr = zeros(micro * trips * group_tokens * self._frame.row_bytes)
+        self._computed_uyrm = zeros(group_tokens * layout.local_experts, micro)
+        self._bytes_uyr = zeros(micro * trips * group_tokens * layout.row_bytes)
 
     def add(self, counts: StepCounts) -> None:
         """Take in a step."""
-        frame = self._frame
-        ranks, world = frame.placement.expert_ranks, frame.placement.world_size
-        gather = exchange_of(self._config, frame, counts.k) == "gather"
+        layout, world = self._layout, self._layout.placement.world_size
+        gather = layout.exchange(counts.k) == "gather"
         received_ymgP = counts.received_ymgP
         if gather:
-            received_ymgP = np.full_like(received_ymgP, ranks * frame.tokens)
-        hops_ymgPP = hops(counts, "gather" if gather else "tokens", frame.placement, frame.tokens)
-        rows_ygP = leaving(hops_ymgPP, frame.trips).sum(axis=1)
+            received_ymgP = np.full_like(received_ymgP, layout.placement.expert_ranks * layout.tokens)
+        hops_ymgPP = hops(counts, "gather" if gather else "tokens", layout.placement, layout.tokens)
+        rows_ygP = leaving(hops_ymgPP, layout.trips).sum(axis=1)
         place = int(np.searchsorted(self._first_u, counts.step))
         for to_uyrm, rows_ymgP in ((self._received_uyrm, received_ymgP), (self._computed_uyrm, counts.computed_ymgP)):
             to_uyrm[place] = np.moveaxis(rows_ymgP, 1, 3).reshape(-1, world, rows_ymgP.shape[1])
-        self._bytes_uyr[place] = rows_ygP.reshape(-1, world) * frame.row_bytes
+        self._bytes_uyr[place] = rows_ygP.reshape(-1, world) * layout.row_bytes
 
     def write(self, folder: Path, facts: dict[str, Any]) -> int:
-        """Write both files; gives the bytes of the arrays.
+        """Write both files and return the bytes of the arrays.
 
         Args:
             facts: the JSON's content: "options", "corpus_sha256", "tables_sha256" and the certificate
@@ -92,7 +90,7 @@ class Record:
 
 
 def write(folder: Path, facts: dict[str, Any], arrays: dict[str, Counts]) -> int:
-    """Write and seal both files; gives the bytes of the arrays."""
+    """Write and seal both files; return the bytes of the arrays."""
     folder.mkdir(parents=True, exist_ok=True)
     content = save(arrays)
     (folder / ARRAYS).write_bytes(content)
@@ -110,11 +108,16 @@ class Written:
 
     @property
     def scope(self) -> str:
-        """Say which steps it knows."""
+        """Which of the run's steps were counted, in words."""
         steps, sample = self.facts["steps"], self.facts["sample"]
         last = self.facts["options"]["train"]["steps"]
         span = f"all {last:,} steps" if steps == last else f"the first {steps:,} of {last:,} steps"
         return span if sample == 1 else f"one in {sample} of {span}"
+
+    @property
+    def placement(self) -> Placement:
+        """The ranks that it was made for."""
+        return Placement(**self.facts["placement"])
 
     def of_rank(self, rank: int) -> "Expected":
         """Read what one rank of the run must do."""

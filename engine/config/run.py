@@ -221,7 +221,8 @@ class KernelsConfig:
         at_least=1,
     )
     mode: SavedForBackward = option(
-        SavedForBackward.lean, "What is kept for backward: lean, or fast (backend cpu), which also keeps the gathered input rows."
+        SavedForBackward.lean,
+        "What is kept for backward: lean, or fast (backend cpu), which also keeps the gathered input rows.",
     )
     precision: MatmulPrecision = option(
         MatmulPrecision.ieee,

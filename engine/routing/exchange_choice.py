@@ -43,14 +43,13 @@ def gathers(config: Config, ranks: int, k: int, tokens: int) -> bool:
         k=k,
         tokens=tokens,
         width=config.model.width,
-        itemsize=wire_itemsize(config),
+        itemsize=wire_itemsize(config.parallel, config.train.precision),
     )
 
 
-def wire_itemsize(config: Config) -> int:
-    """Bytes of a number on the wire."""
-    bf16 = config.train.precision is Precision.bf16
-    return wire_dtype(config.parallel, torch.bfloat16 if bf16 else torch.float32).itemsize
+def wire_itemsize(parallel: ParallelConfig, precision: Precision) -> int:
+    """Return the bytes of a number on the wire."""
+    return wire_dtype(parallel, torch.bfloat16 if precision is Precision.bf16 else torch.float32).itemsize
 
 
 def wire_dtype(parallel: ParallelConfig, model: torch.dtype) -> torch.dtype:

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from foreroute.engine.certificate.counts.exact import Certificate, certify, counted_steps
+from foreroute.engine.certificate.counts.exact import Certificate, certify
+from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.memory.peak import Memory, peak_memory
 from foreroute.engine.certificate.record import ARRAYS, JSON, Record, tables_sha256
@@ -64,8 +65,8 @@ class CertifyArgs(Config):
         if self.expert_group is not None:
             self.parallel = replace(self.parallel, expert_ranks=self.expert_group)
         super().__post_init__()
-        self.placement.check(self)
-        counted_steps(self, self.steps, self.sample)
+        self.layout.check()
+        self.layout.counted_steps(self.steps, self.sample)
         memory_gb = self.device_memory_gb
         require(
             memory_gb is None or (memory_gb * 1e9 >= 1 and math.isfinite(memory_gb)),
@@ -86,29 +87,30 @@ class CertifyArgs(Config):
 
     @property
     def device_memory_bytes(self) -> int | None:
-        """Memory of a rank's device; None if nobody said."""
+        """Memory of a rank's device; None if it was not given."""
         memory_gb = self.device_memory_gb
         if memory_gb is None and self.cluster is not None:
             memory_gb = self.cluster.device_memory_gb
         return None if memory_gb is None else int(memory_gb * 1e9)
 
     @property
-    def placement(self) -> Placement:
-        """Where the ranks stand."""
+    def layout(self) -> Layout:
+        """The run on its ranks."""
         per_node = self.ranks_per_node
         if per_node is None:
             per_node = _RANKS_PER_NODE if self.cluster is None else self.cluster.ranks_per_node
-        return Placement(self.world_size, self.parallel.expert_ranks, per_node)
+        return Layout(self.alone(), Placement(self.world_size, self.parallel.expert_ranks, per_node))
 
 
 def run(args: CertifyArgs) -> int:
-    """Count, print and write; returns the exit code."""
+    """Count, print and write; return the exit code."""
     folder = Path(args.out or Path("certificates") / args.train.name)
     _check_folder(folder)
     corpus = prepare(args.corpus, print)
-    tables, ids, config = _tables(args.alone(), corpus), corpus.split(Split.train), args.alone()
-    record = Record(config, ids, args.placement, counted_steps(config, args.steps, args.sample))
-    found = certify(config, ids, tables, args.placement, steps=args.steps, sample=args.sample, also=record.add)
+    layout, ids = args.layout, corpus.split(Split.train)
+    tables = router_tables(build_routers(layout.config, corpus))
+    record = Record(layout, ids, layout.counted_steps(args.steps, args.sample))
+    found = certify(layout, ids, tables, steps=args.steps, sample=args.sample, also=record.add)
     memory, time = _memory(args, found, corpus), _time(args, corpus)
     plain = {
         "options": to_plain(args),
@@ -122,9 +124,9 @@ def run(args: CertifyArgs) -> int:
     figures, further = [], [memory_section(memory)]
     if time is not None and args.cluster is not None:
         figures.append(time_figure(time))
-        further.append(time_section(time, args.cluster, args.placement))
+        further.append(time_section(time, args.cluster, layout.placement))
     verdicts = [memory_verdict(memory), counts_verdict(found), layout_verdict(time)]
-    described = certificate_page(found, config, corpus, further, figures, verdicts)
+    described = certificate_page(found, layout.config, corpus, further, figures, verdicts)
     (folder / HTML).write_text(html(described), encoding="ascii")
     (folder / TEXT).write_text(markdown(described)[0])
     print_top(described)
@@ -143,30 +145,24 @@ def _check_folder(folder: Path) -> None:
     )
 
 
-def _tables(config: Config, corpus: PreparedCorpus) -> Sequence[Table]:
-    routers = build_routers(config, corpus)
-    return router_tables(routers)
-
-
 def _memory(args: CertifyArgs, found: Certificate, corpus: PreparedCorpus) -> Memory:
-    config = args.alone()
+    layout, config = args.layout, args.layout.config
     if args.cluster is not None and args.cluster.host_copies and config.kernels.backend is Backend.auto:
-        config = replace(config, kernels=replace(config.kernels, backend=Backend.cpu))
-    return peak_memory(config, found, corpus.vocab.size, device_memory_bytes=args.device_memory_bytes)
+        layout = replace(layout, config=replace(config, kernels=replace(config.kernels, backend=Backend.cpu)))
+    return peak_memory(layout, found, corpus.vocab.size, device_memory_bytes=args.device_memory_bytes)
 
 
 def _time(args: CertifyArgs, corpus: PreparedCorpus) -> TimePart | None:
     """Model the time; None without a cluster."""
     if args.cluster is None:
         return None
-    config = args.alone()
+    layout = args.layout
 
     def tables_of(moe: MoEConfig) -> Sequence[Table]:
-        return _tables(replace(config, moe=moe), corpus)
+        return router_tables(build_routers(replace(layout.config, moe=moe), corpus))
 
-    ids, vocab = corpus.split(Split.train), corpus.vocab.size
-    forecaster = Forecaster(config, args.cluster, ids, vocab, tables_of)
-    return time_part(forecaster, args.placement, search=args.search)
+    forecaster = Forecaster(layout, args.cluster, corpus.split(Split.train), corpus.vocab.size, tables_of)
+    return time_part(forecaster, search=args.search)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import bench_certify
+from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.counts.replay import replay
 from foreroute.engine.routing.tables import build_tables
 
@@ -122,12 +123,12 @@ def test_bench_certify_sees_a_mismatch():
     ids = np.resize(np.arange(97, 123, dtype=np.uint8), 40_000)
     config = bench_certify.epoch(ids)
     tables = build_tables(config.moe, 256, ids, num_tables=4, seed=1, cache_dir=None)[:1]
-    (counts,) = replay(config, ids, tables * 4, bench_certify.PLACEMENT, [0])
-    assert bench_certify.differing(config, ids, tables, counts) == 0
+    (counts,) = replay(Layout(config, bench_certify.PLACEMENT), ids, tables * 4, [0])
+    assert bench_certify.differing(Layout(config, bench_certify.PLACEMENT), ids, tables, counts) == 0
     sent_ymgPP = counts.sent_ymgPP.copy()
     sent_ymgPP[0, 0, 5, 1, 2] += 1
     wrong = replace(counts, sent_ymgPP=sent_ymgPP)
-    assert bench_certify.differing(config, ids, tables, wrong) == 4
+    assert bench_certify.differing(Layout(config, bench_certify.PLACEMENT), ids, tables, wrong) == 4
 
 
 @pytest.mark.parametrize(

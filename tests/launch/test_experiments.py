@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from foreroute.engine.certificate.counts.placement import Placement
+from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.memory.sizes import count_parameters
 from foreroute.engine.config import Config, Corpus, CorpusConfig, DataConfig, KernelsConfig, ParallelConfig
 from foreroute.engine.config.enums import Router
@@ -107,7 +107,7 @@ def test_a_shrunk_copy_trains_and_evaluates(tmp_path, text, name):
 
 
 def count(config):
-    return count_parameters(config, Placement(), VOCAB).numbers
+    return count_parameters(Layout(config), VOCAB).numbers
 
 
 def enlarge(config):

@@ -9,15 +9,13 @@ Letters: as in engine/certificate/counts/replay.py.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from foreroute.engine.certificate.counts.layout import Layout, Trips
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.counts.replay import Counts, StepCounts, replay
 from foreroute.engine.certificate.counts.series import SeriesCollector, StepSeries
 from foreroute.engine.certificate.counts.tally import Spread, Tally
-from foreroute.engine.certificate.counts.traffic import KINDS, Trips, hops, leaving, trips_of
-from foreroute.engine.config import Config
+from foreroute.engine.certificate.counts.traffic import KINDS, hops, leaving
 from foreroute.engine.data.streams import Ids
-from foreroute.engine.errors import require
-from foreroute.engine.routing.exchange_choice import gathers, wire_itemsize
 from foreroute.engine.routing.tables import Table
 
 
@@ -87,69 +85,58 @@ class Certificate:
 
 
 def certify(
-    config: Config,
+    layout: Layout,
     ids: Ids,
     tables: Sequence[Table],
-    placement: Placement,
     *,
     steps: int | None = None,
     sample: int = 1,
     also: Callable[[StepCounts], None] | None = None,
 ) -> Certificate:
-    """Count what a run does on these ranks; a pure function of its arguments.
+    """Count what a run does on its ranks; a pure function of its arguments.
 
     Args:
         ids: the training split.
         tables: of the run, one for each layer or one for all.
         steps: count the first so many; None for train.steps.
         sample: count every so manieth only; maxima and bounds then hold for those steps alone.
-        also: is given the counts of each step as well, such as Record.add (engine/certificate/record.py).
+        also: called with the counts of each step, such as Record.add (engine/certificate/record.py).
 
     Raises:
         UserError: the run cannot be laid out on these ranks, its routes are not known beforehand, or steps or sample is
             out of range.
     """
-    chosen = counted_steps(config, steps, sample)
-    placement.check(config)
-    frame = frame_of(config, placement)
+    chosen = layout.counted_steps(steps, sample)
+    layout.check()
     sums: dict[int, _Sums] = {}
     exchange: dict[int, str] = {}
     series = SeriesCollector()
-    for counts in replay(config, ids, tables, placement, chosen):
-        k, left = counts.k, frame.left(counts)
+    for counts in replay(layout, ids, tables, chosen):
+        k, left = counts.k, bytes_left(layout, counts)
         if k not in sums:
-            sums[k], exchange[k] = _Sums(), exchange_of(config, frame, k)
+            sums[k], exchange[k] = _Sums(), layout.exchange(k)
         sums[k].add(counts, left)
         series.add(counts, left[counted_kind(exchange[k])].all_gP)
         if also is not None:
             also(counts)
     mixed = exchange[min(sums)] if len(set(exchange.values())) == 1 else "mixed"
     return Certificate(
-        placement=placement,
+        placement=layout.placement,
         steps=chosen.stop,
         sample=sample,
-        layers=config.model.layers,
-        experts=config.moe.experts,
-        tokens=frame.tokens,
-        row_bytes=frame.row_bytes,
-        trips=frame.trips,
+        layers=layout.config.model.layers,
+        experts=layout.config.moe.experts,
+        tokens=layout.tokens,
+        row_bytes=layout.row_bytes,
+        trips=layout.trips,
         whole=_statistics(None, mixed, list(sums.values())),
         by_k=[_statistics(k, exchange[k], [found]) for k, found in sorted(sums.items())],
         series=series.series(),
     )
 
 
-def counted_steps(config: Config, steps: int | None, sample: int) -> range:
-    """Give the steps that a certificate counts; arguments and errors as for certify."""
-    last = config.train.steps
-    steps = last if steps is None else steps
-    require(1 <= steps <= last, f"steps={steps}: must be from 1 to train.steps={last}")
-    require(1 <= sample <= steps, f"sample={sample}: must be from 1 to the {steps} steps to certify")
-    return range(0, steps, sample)
-
-
 def counted_kind(exchange: str) -> str:
-    """Give the kind of exchange whose bytes are those of a StepStatistics's exchange at one k."""
+    """Return the kind of exchange by which the bytes of a run's exchange at one k are counted."""
     return "tokens" if exchange == "local" else exchange  # local: nothing moves by any kind
 
 
@@ -161,41 +148,17 @@ class _Left:
     inside_gP: Counts  # to ranks of the same node
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
-    """What all steps share."""
-
-    placement: Placement
-    tokens: int  # of a rank in a micro-batch
-    row_bytes: int  # of one row on the wire
-    trips: Trips  # of a layer's rows in one micro-batch
-
-    def left(self, counts: StepCounts) -> dict[str, _Left]:
-        """Give what leaves the ranks in a step by each kind of exchange."""
-        near_PP = self.placement.same_node_PP
-        found = {}
-        for kind in KINDS:
-            hops_ymgPP = hops(counts, kind, self.placement, self.tokens)
-            all_gP, inside_gP = (
-                leaving(hops_ymgPP, self.trips, near).sum(axis=(0, 1)) * self.row_bytes for near in (None, near_PP)
-            )
-            found[kind] = _Left(all_gP, inside_gP)
-        return found
-
-
-def frame_of(config: Config, placement: Placement) -> Frame:
-    """Give what all steps of a run on these ranks share."""
-    tokens = config.streams_per_micro_batch(placement.world_size) * config.data.segment
-    row_bytes = config.model.width * wire_itemsize(config)
-    return Frame(placement, tokens, row_bytes, trips_of(config, tokens))
-
-
-def exchange_of(config: Config, frame: Frame, k: int) -> str:
-    """Name the exchange that a run uses at this k: tokens, gather, or local (one rank: nothing moves)."""
-    ranks = frame.placement.expert_ranks
-    if ranks == 1:
-        return "local"
-    return "gather" if gathers(config, ranks, k, frame.tokens) else "tokens"
+def bytes_left(layout: Layout, counts: StepCounts) -> dict[str, _Left]:
+    """Count what leaves the ranks in a step by each kind of exchange."""
+    near_PP = layout.placement.same_node_PP
+    found = {}
+    for kind in KINDS:
+        hops_ymgPP = hops(counts, kind, layout.placement, layout.tokens)
+        all_gP, inside_gP = (
+            leaving(hops_ymgPP, layout.trips, near).sum(axis=(0, 1)) * layout.row_bytes for near in (None, near_PP)
+        )
+        found[kind] = _Left(all_gP, inside_gP)
+    return found
 
 
 @dataclass(slots=True)

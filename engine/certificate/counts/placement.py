@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from foreroute.engine.config import Config, Keys, Router
 from foreroute.engine.errors import require
 from foreroute.engine.parallel.mesh import Mesh
 
@@ -42,50 +41,20 @@ class Placement:
 
     @property
     def groups(self) -> int:
-        """Expert groups."""
+        """Number of expert groups."""
         return self.world_size // self.expert_ranks
 
     @property
     def group_nodes(self) -> int:
-        """Nodes of an expert group (h)."""
+        """Number of nodes of an expert group (h)."""
         return max(1, self.expert_ranks // self._ranks_here)
 
     @property
     def same_node_PP(self) -> NDArray[np.bool_]:
-        """Say which ranks of a group are on one node."""
+        """Return which ranks of a group are on one node."""
         node_P = np.arange(self.expert_ranks) * self.group_nodes // self.expert_ranks
         same_PP: NDArray[np.bool_] = node_P[:, None] == node_P
         return same_PP
-
-    def check(self, config: Config) -> None:
-        """Refuse a configuration that cannot be certified on these ranks.
-
-        Raises:
-            UserError: experts or streams cannot be shared out evenly, or routes are not known before the run.
-        """
-        router = config.moe.router
-        require(
-            router is not Router.dense,
-            "moe.router=dense: no experts and no rows that travel, so there is nothing to certify",
-        )
-        why = ""
-        if router in (Router.frozen, Router.learned):
-            why = "routes depend on hidden states, so rows and bytes are not known before the run; "
-        elif router in (Router.fresh, Router.stochastic):
-            why = "routes are drawn at each forward pass and not replayed; "
-        require(router is Router.hashed, f"moe.router={router.name}: {why}only hashed can be certified")
-        require(
-            config.moe.keys is Keys.own,
-            f"moe.keys={config.moe.keys.name}: routes are drawn at each forward pass and not replayed; only own can be"
-            " certified",
-        )
-        require(
-            config.expert_layers == config.model.layers,
-            f"moe.layers={config.moe.layers} of model.layers={config.model.layers}: only models with experts in every"
-            " layer can be certified",
-        )
-        Mesh(0, self.world_size, self.expert_ranks).local_experts(config.moe.experts)
-        config.streams_per_micro_batch(self.world_size)
 
     @property
     def _ranks_here(self) -> int:

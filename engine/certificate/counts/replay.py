@@ -21,10 +21,9 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.counts.placement import Placement
-from foreroute.engine.config import Config
 from foreroute.engine.data.streams import Ids, Streams
-from foreroute.engine.routing.k_schedule import active_experts
 from foreroute.engine.routing.tables import Table
 
 _RUN = 255  # tokens whose fields fit in a byte
@@ -75,9 +74,7 @@ class _Work(NamedTuple):
     k: int
 
 
-def replay(
-    config: Config, ids: Ids, tables: Sequence[Table], placement: Placement, steps: Sequence[int]
-) -> Iterator[StepCounts]:
+def replay(layout: Layout, ids: Ids, tables: Sequence[Table], steps: Sequence[int]) -> Iterator[StepCounts]:
     """Count step after step; a step whose segments and k were counted before is not counted again (see
     StepCounts.steps).
 
@@ -89,41 +86,39 @@ def replay(
     Raises:
         UserError: the run cannot be laid out on these ranks, or the text is too short.
     """
-    placement.check(config)
-    streams = Streams(ids, config.data.streams, config.data.segment, config.context, config.data.start)
-    work = _distinct(config, streams, steps)
+    layout.check()
+    streams = layout.read(ids)
+    work = _distinct(layout, streams, steps)
     with ThreadPoolExecutor(_THREADS) as pool:
         for k, same_k in groupby(work, key=lambda item: item.k):
-            words = [_pack(table, k, placement) for table in tables]
-            counter = _Counter(config, streams, tables, words, placement)
+            words = [_pack(table, k, layout.placement) for table in tables]
+            counter = _Counter(layout, streams, tables, words)
             yield from _in_order(pool, counter.count, same_k)
 
 
-def first_steps(config: Config, ids: Ids, steps: Sequence[int]) -> list[int]:
-    """Give for each step the first of the steps that does exactly the same (see StepCounts.times); arguments as for
+def first_steps(layout: Layout, ids: Ids, steps: Sequence[int]) -> list[int]:
+    """Return for each step the first of the steps that does exactly the same (see StepCounts.times); arguments as for
     replay."""
-    streams = Streams(ids, config.data.streams, config.data.segment, config.context, config.data.start)
     found: dict[tuple[int, int], int] = {}
-    return [found.setdefault(key, step) for step, key in _keys(config, streams, steps)]
+    return [found.setdefault(key, step) for step, key in _keys(layout, layout.read(ids), steps)]
 
 
-def _keys(config: Config, streams: Streams, steps: Iterable[int]) -> Iterator[tuple[int, tuple[int, int]]]:
-    """Yield each step with what decides what it does: its segments, and k."""
+def _keys(layout: Layout, streams: Streams, steps: Iterable[int]) -> Iterator[tuple[int, tuple[int, int]]]:
+    """Yield each step with its segments and its k, which decide all that it does."""
     for step in steps:
-        k = active_experts(config.schedule, step, config.schedule_steps)
-        yield step, (step % streams.segments_per_epoch, k)
+        yield step, (step % streams.segments_per_epoch, layout.k(step))
 
 
-def _distinct(config: Config, streams: Streams, steps: Iterable[int]) -> list[_Work]:
-    """List what there is to count, in the order of first steps."""
+def _distinct(layout: Layout, streams: Streams, steps: Iterable[int]) -> list[_Work]:
+    """Group the steps that do exactly the same, in the order of first steps."""
     found: dict[tuple[int, int], list[int]] = {}
-    for step, key in _keys(config, streams, steps):
+    for step, key in _keys(layout, streams, steps):
         found.setdefault(key, []).append(step)
     return [_Work(np.array(same), k) for (_, k), same in found.items()]
 
 
 def _pack(table: Table, k: int, placement: Placement) -> NDArray[np.uint64]:
-    """Give the words [w, r] of a table at one k; fields are experts, then ranks, then nodes, then padding."""
+    """Return the words [w, r] of a table at one k; fields are experts, then ranks, then nodes, then padding."""
     order_rE = table.order_rE.numpy()
     rows, experts = order_rE.shape
     active_Er = np.zeros((experts, rows), np.uint8)
@@ -152,16 +147,16 @@ def _count_fields(word_wr: NDArray[np.uint64], row_sT: NDArray[np.int64]) -> Cou
 class _Counter:
     """Counts the steps of one k."""
 
-    config: Config
+    layout: Layout
     streams: Streams
     tables: Sequence[Table]
     words: Sequence[NDArray[np.uint64]]  # of each table
-    placement: Placement
 
     def count(self, work: _Work) -> StepCounts:
         """Count a step."""
         batch = self.streams.batch(int(work.steps[0]), range(self.streams.streams))
-        place, accumulation = self.placement, self.config.train.accumulation
+        config, place = self.layout.config, self.layout.placement
+        accumulation = config.train.accumulation
         # rank by rank, micro-batch by micro-batch, as Streams.streams_of
         shares = place.world_size * accumulation
         found = []
@@ -170,9 +165,9 @@ class _Counter:
             field_sf = _count_fields(word_wr, row_sT)
             found.append(field_sf.reshape(place.groups, place.expert_ranks, accumulation, -1))
         field_ymgPf = np.stack(found).transpose(0, 3, 1, 2, 4)
-        layers = self.config.model.layers  # of one table, or each with its own
+        layers = config.model.layers  # of one table, or each with its own
         field_ymgPf = np.broadcast_to(field_ymgPf, (layers, *field_ymgPf.shape[1:]))
-        experts, ranks = self.config.moe.experts, place.expert_ranks
+        experts, ranks = config.moe.experts, place.expert_ranks
         end = experts + ranks
         return StepCounts(
             *work,

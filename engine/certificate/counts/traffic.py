@@ -16,46 +16,19 @@ node.
 """
 
 from itertools import permutations
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from foreroute.engine.certificate.counts.layout import Trips
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.counts.replay import Counts, StepCounts
-from foreroute.engine.config import Config
 
 KINDS = "tokens", "gather", "two_level"
 
 
-class Trips(NamedTuple):
-    """How often in a step rows go to experts, and results come back (or gradients, which weigh as much)."""
-
-    to_experts: int
-    to_tokens: int
-
-
-FORWARD = Trips(1, 1)
-
-
-def trips_of(config: Config, tokens: int) -> Trips:
-    """Count the trips of a layer in one micro-batch: forward, backward, and what recomputation repeats.
-
-    Recomputation ends as soon as everything that backward needs is there again: results do not come back once more
-    where nothing behind them is kept for backward. A layer in parts (engine/moe/overlap.py) repeats everything.
-
-    Args:
-        tokens: of a rank in a micro-batch.
-    """
-    if not config.train.recompute:
-        return Trips(2, 2)
-    model, moe = config.model, config.moe
-    kept_behind = not model.pre_norm or model.dropout > 0 or moe.shared_width > 0
-    return Trips(3, 3 if kept_behind or min(config.parallel.chunks, tokens) > 1 else 2)
-
-
 def hops(counts: StepCounts, kind: str, placement: Placement, tokens: int) -> Counts:
-    """Give the rows from each rank of a group to each other [y, m, g, P, P]; the diagonal is 0.
+    """Return the rows from each rank of a group to each other [y, m, g, P, P]; the diagonal is 0.
 
     Args:
         kind: one of KINDS.
@@ -83,7 +56,7 @@ def leaving(hops_ymgPP: Counts, trips: Trips, near_PP: NDArray[np.bool_] | None 
 
 
 def _two_level(counts: StepCounts, placement: Placement) -> Counts:
-    """Give the hops of a two-level exchange, the diagonal undefined.
+    """Return the hops of a two-level exchange, the diagonal undefined.
 
     Example: two nodes of two ranks. A token of rank 0 with experts on ranks 1, 2 and 3 makes the hops 0 to 1, 0 to 2
     (the rank of rank 0's place on the other node) and 2 to 3; one with experts on rank 3 alone makes 0 to 2 and 2 to 3.

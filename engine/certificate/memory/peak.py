@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from foreroute.engine.certificate.counts.exact import Certificate
+from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.memory.activations import Activations
 from foreroute.engine.certificate.memory.sizes import (
     Parameters,
@@ -26,9 +27,7 @@ from foreroute.engine.certificate.memory.sizes import (
 )
 from foreroute.engine.certificate.memory.state import START, GradientProgress, Phase, State
 from foreroute.engine.certificate.memory.terms import Term, merged, term, total
-from foreroute.engine.config import Config
 from foreroute.engine.errors import require
-from foreroute.engine.routing.k_schedule import active_experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +57,12 @@ class Memory:
 
 
 def peak_memory(
-    config: Config, found: Certificate, vocab_size: int, *, device_memory_bytes: int | None = None
+    layout: Layout, found: Certificate, vocab_size: int, *, device_memory_bytes: int | None = None
 ) -> Memory:
     """Predict the memory of a certified run, and judge it.
 
     Args:
-        config: as certified.
+        layout: as certified.
         device_memory_bytes: of a rank's device; None: no verdict. With one, kernels.backend=auto means a GPU.
 
     Raises:
@@ -73,14 +72,14 @@ def peak_memory(
         device_memory_bytes is None or device_memory_bytes > 0,
         f"device memory of {device_memory_bytes} bytes: must be above 0",
     )
-    gpu = runs_on_gpu(config, device_memory_bytes)
-    memory = peak_memory_at(config, found, vocab_size, gpu=gpu)
-    memory = replace(memory, uncounted_k=_uncounted_k(config, found))
+    gpu = runs_on_gpu(layout.config.kernels.backend, device_memory_bytes)
+    memory = peak_memory_at(layout, found, vocab_size, gpu=gpu)
+    memory = replace(memory, uncounted_k=_uncounted_k(layout, found))
     if device_memory_bytes is None:
         return memory
 
     def fits(streams: int) -> bool:
-        other = peak_memory_at(config, found, vocab_size, gpu=gpu, streams=streams)
+        other = peak_memory_at(layout, found, vocab_size, gpu=gpu, streams=streams)
         return other.peak_bytes <= device_memory_bytes
 
     headroom = device_memory_bytes - memory.peak_bytes
@@ -89,7 +88,7 @@ def peak_memory(
 
 
 def peak_memory_at(
-    config: Config, found: Certificate, vocab_size: int, *, gpu: bool, streams: int | None = None
+    layout: Layout, found: Certificate, vocab_size: int, *, gpu: bool, streams: int | None = None
 ) -> Memory:
     """Predict the memory of a certified run at another number of streams of a rank in a micro-batch.
 
@@ -102,12 +101,11 @@ def peak_memory_at(
         gpu: count for a GPU and the Triton kernels, otherwise for a CPU.
         streams: None for the certified number.
     """
-    known_streams = config.streams_per_micro_batch(found.placement.world_size)
-    parameters = count_parameters(config, found.placement, vocab_size)
+    known_streams, parameters = layout.streams, count_parameters(layout, vocab_size)
     candidates = []
     for of_k in found.by_k:
         assert of_k.k is not None
-        sizes = Sizes(config, found.placement, vocab_size, known_streams, of_k.k, gpu)
+        sizes = Sizes(layout, vocab_size, known_streams, of_k.k, gpu)
         rows = exact_rows(of_k, sizes)
         if streams is not None:
             sizes = replace(sizes, streams=streams)
@@ -116,14 +114,13 @@ def peak_memory_at(
     return max(candidates, key=lambda memory: memory.peak_bytes)
 
 
-def _uncounted_k(config: Config, found: Certificate) -> tuple[int, ...]:
-    steps = range(config.train.steps)
-    ks = {active_experts(config.schedule, step, config.schedule_steps) for step in steps}
+def _uncounted_k(layout: Layout, found: Certificate) -> tuple[int, ...]:
+    ks = {layout.k(step) for step in range(layout.config.train.steps)}
     return tuple(sorted(ks - {of_k.k for of_k in found.by_k if of_k.k is not None}))
 
 
 def largest_number(fits: Callable[[int], bool]) -> int:
-    """Give the largest number for which `fits` is true; 0 if it is false for 1. Above that number it must be false."""
+    """Return the largest number for which `fits` is true, 0 if it is false for 1; above it `fits` must be false."""
     if not fits(1):
         return 0
     low, high = 1, 2
@@ -154,7 +151,7 @@ def _peak(sizes: Sizes, rows: Rows, parameters: Parameters) -> Memory:
 
 
 def _moments(sizes: Sizes, rows: Rows, parameters: Parameters) -> Iterator[tuple[str, list[Term]]]:
-    """Give the terms of every moment at which memory can be greatest."""
+    """Yield the terms of every moment at which memory can be greatest."""
     state, activations = State(sizes, parameters), Activations(sizes, rows)
     layers, layer = sizes.config.model.layers, parameters.layer
     always = [*state.held(), *_plans(sizes, rows)]

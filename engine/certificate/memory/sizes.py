@@ -14,12 +14,13 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from foreroute.engine.certificate.counts.exact import StepStatistics
+from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.config import Config, KernelsConfig, ModelConfig, MoEConfig
-from foreroute.engine.config.enums import Activation, Backend, Precision, SavedForBackward
+from foreroute.engine.config.enums import Activation, Backend, SavedForBackward
 from foreroute.engine.model.transformer_xl import TransformerXL
 from foreroute.engine.optim.adam import comes_last
-from foreroute.engine.routing.exchange_choice import gathers, wire_itemsize
+from foreroute.engine.routing.exchange_choice import wire_itemsize
 from foreroute.kernels.ops.relative_attention import tile_shape
 
 
@@ -36,14 +37,23 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What one rank runs in one micro-batch."""
+    """The sizes of one rank's part of a micro-batch."""
 
-    config: Config
-    placement: Placement
+    layout: Layout
     vocab: int
     streams: int  # B, of one rank and micro-batch
     k: int
     gpu: bool  # runs on a GPU, with the Triton kernels
+
+    @property
+    def config(self) -> Config:
+        """The run's configuration."""
+        return self.layout.config
+
+    @property
+    def placement(self) -> Placement:
+        """The run's ranks."""
+        return self.layout.placement
 
     @property
     def tokens(self) -> int:
@@ -63,7 +73,7 @@ class Sizes:
     @property
     def number(self) -> int:
         """Bytes of a number of the compute copy and of activations."""
-        return item_bytes(self.config)
+        return self.layout.item_bytes
 
     @property
     def mask(self) -> int:
@@ -75,7 +85,7 @@ class Sizes:
     @property
     def wire(self) -> int:
         """Bytes of a number between ranks."""
-        return wire_itemsize(self.config)
+        return wire_itemsize(self.config.parallel, self.config.train.precision)
 
     @property
     def shared_out(self) -> bool:
@@ -85,7 +95,7 @@ class Sizes:
     @property
     def gather(self) -> bool:
         """Whether all rows go to all ranks."""
-        return gathers(self.config, self.placement.expert_ranks, self.k, self.tokens)
+        return self.layout.gathers(self.k, self.tokens)
 
     @property
     def parts(self) -> int:
@@ -114,7 +124,7 @@ class Sizes:
     @property
     def local_experts(self) -> int:
         """L."""
-        return self.config.moe.experts // self.placement.expert_ranks
+        return self.layout.local_experts
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -133,15 +143,8 @@ class Sizes:
         return sum((end - start) * (memory + end) for start, end in zip(starts, ends, strict=True))
 
 
-def item_bytes(config: Config) -> int:
-    """Bytes of a number of the model's compute copy and of activations."""
-    return 2 if config.train.precision is Precision.bf16 else 4
-
-
-def runs_on_gpu(config: Config, device_memory_bytes: int | None) -> bool:
-    """Say whether a run is to be certified for a GPU: it asks for Triton, or leaves the choice and a device is
-    named."""
-    backend = config.kernels.backend
+def runs_on_gpu(backend: Backend, device_memory_bytes: int | None) -> bool:
+    """Return whether a run is certified for a GPU: it asks for Triton, or leaves the choice and a device is named."""
     return backend is Backend.triton or (backend is Backend.auto and device_memory_bytes is not None)
 
 
@@ -212,7 +215,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """What a rank holds."""
+    """The parameters that a rank holds."""
 
     groups: tuple[Group, ...]  # all, or without experts and experts
     layer: int  # numbers of one block
@@ -236,8 +239,9 @@ class Parameters:
         return max(max(group.numels) for group in self.groups)
 
 
-def count_parameters(config: Config, placement: Placement, vocab_size: int) -> Parameters:
+def count_parameters(layout: Layout, vocab_size: int) -> Parameters:
     """Count the parameters of a rank from the model itself, built without memory."""
+    config, placement = layout.config, layout.placement
     dense: list[int] = []
     experts: list[int] = []
     layer = layer_experts = at_input = 0
@@ -267,7 +271,7 @@ class _NoValues(TorchFunctionMode):
     """Leaves out initial values: without memory there are none, and PyTorch would load its compiler to draw them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Give the tensor to be drawn as it is; call everything else."""
+        """Return the tensor to be drawn as it is; call everything else."""
         if getattr(func, "__name__", "") in ("normal_", "uniform_"):
             return args[0] if args else kwargs["tensor"]
         return func(*args, **(kwargs or {}))
@@ -275,7 +279,7 @@ class _NoValues(TorchFunctionMode):
 
 @cache
 def _numels(model: tuple[Any, ...], moe: tuple[Any, ...], vocab_size: int) -> list[tuple[str, int]]:
-    """Name each parameter of a model of all experts, with its size."""
+    """List each parameter of a model of all experts by its name, with its size."""
     with torch.device("meta"), _NoValues():
         built = TransformerXL(ModelConfig(*model), MoEConfig(*moe), KernelsConfig(), vocab_size)
     return [(name, parameter.numel()) for name, parameter in built.named_parameters()]

@@ -10,12 +10,12 @@ from functools import cache
 from itertools import groupby, product
 from typing import Any
 
-from foreroute.engine.certificate.counts.exact import exchange_of, frame_of
+from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.counts.replay import StepCounts, replay
 from foreroute.engine.certificate.time.cluster import ClusterConfig
 from foreroute.engine.certificate.time.step_time import StepModel, StepTime
-from foreroute.engine.config import Config, MoEConfig, ParallelConfig, ScheduleConfig
+from foreroute.engine.config import MoEConfig, ScheduleConfig
 from foreroute.engine.config.enums import Builder, ExchangeKind, MatmulPrecision
 from foreroute.engine.data.streams import Ids
 from foreroute.engine.errors import UserError
@@ -99,71 +99,71 @@ class Forecaster:
 
     def __init__(
         self,
-        config: Config,
+        layout: Layout,
         cluster: ClusterConfig,
         ids: Ids,
         vocab: int,
         tables_of: Callable[[MoEConfig], Sequence[Table]],
     ) -> None:
-        """Take what stays the same.
+        """Take the run.
 
         Args:
+            layout: the run on its own ranks.
             ids: the training split.
             tables_of: builds the run's tables with other options.
         """
-        self.config, self.cluster, self.ids, self.vocab = config, cluster, ids, vocab
+        self.layout, self.cluster, self.ids, self.vocab = layout, cluster, ids, vocab
         self._tables_of = tables_of
         self._counts: dict[object, list[StepCounts]] = {}
 
-    def forecast(self, config: Config, placement: Placement) -> Forecast:
+    def forecast(self, layout: Layout) -> Forecast:
         """Model all steps of a layout.
 
         Args:
-            config: the run's with other data.streams, moe.builder, moe.pack or parallel; parallel.expert_ranks is the
-                placement's.
+            layout: the run with other data.streams, moe.builder, moe.pack or parallel, on its own or other ranks.
         """
-        counts = self._count(config, placement)
-        model = StepModel(config, self.cluster, placement, self.vocab)
+        counts = self._count(layout)
+        model = StepModel(layout, self.cluster, self.vocab)
         by_k, total = [], 0.0
-        symbols = config.symbols_per_step
-        for part in steps_of_k(config, placement):
+        symbols = layout.config.symbols_per_step
+        for part in steps_of_k(layout):
             time = StepTime.mean([model.time(step) for step in counts if step.k == part.k])
             total += part.steps * time.total
             by_k.append(TimeOfK(part.k, part.steps, part.exchange, time, time.total, symbols / time.total))
-        return Forecast(by_k, total, symbols * config.train.steps / total)
+        return Forecast(by_k, total, symbols * layout.config.train.steps / total)
 
-    def weak(self, placement: Placement) -> list[ScalingPoint]:
+    def weak(self) -> list[ScalingPoint]:
         """Model more and fewer ranks with the streams of a rank as they are."""
-        streams = self.config.data.streams // placement.world_size
-        return self._scale(placement, lambda world: streams * world)
+        streams = self.layout.config.data.streams // self.layout.placement.world_size
+        return self._scale(lambda world: streams * world)
 
-    def strong(self, placement: Placement) -> list[ScalingPoint]:
+    def strong(self) -> list[ScalingPoint]:
         """Model more and fewer ranks with all streams as they are, as far as they can be shared out."""
-        return self._scale(placement, lambda world: self.config.data.streams)
+        return self._scale(lambda world: self.layout.config.data.streams)
 
-    def choices(self, placement: Placement) -> list[LayoutChoice]:
+    def choices(self) -> list[LayoutChoice]:
         """Model every expert group, exchange, number of chunks and kind of table on the ranks, fastest first."""
-        found = []
-        for config, here in self._candidates(placement):
-            step_s = self.forecast(config, here).run_s / config.train.steps
-            found.append(LayoutChoice(_overrides(self.config, config), step_s, config.moe == self.config.moe))
+        found, run = [], self.layout.config
+        for layout in self._candidates():
+            step_s = self.forecast(layout).run_s / run.train.steps
+            found.append(LayoutChoice(_overrides(self.layout, layout), step_s, layout.config.moe == run.moe))
         return sorted(found, key=lambda choice: choice.step_s)
 
-    def automatic(self, placement: Placement) -> Config:
-        """Give the run with exchange=auto and the cluster's rates."""
-        return replace(self.config, parallel=auto_rates(self.config, self.cluster, placement))
+    def automatic(self) -> Layout:
+        """Return the run with exchange=auto and the cluster's rates."""
+        return with_rates(self.layout, self.cluster)
 
-    def _scale(self, placement: Placement, streams_of: Callable[[int], int]) -> list[ScalingPoint]:
+    def _scale(self, streams_of: Callable[[int], int]) -> list[ScalingPoint]:
+        config, placement = self.layout.config, self.layout.placement
         found: list[ScalingPoint] = []
         for world in worlds(placement):
             ranks = min(placement.expert_ranks, world)
             streams = streams_of(world)
-            if streams % (world * self.config.train.accumulation):
+            if streams % (world * config.train.accumulation):
                 continue
             try:
                 here = Placement(world, ranks, placement.ranks_per_node)
-                config = replace(self.config, data=replace(self.config.data, streams=streams))
-                result = self.forecast(config, here)
+                result = self.forecast(Layout(replace(config, data=replace(config.data, streams=streams)), here))
             except UserError:  # not that many experts for a group, or too little text for that many streams
                 continue
             each = result.tokens_per_s / world
@@ -172,70 +172,71 @@ class Forecaster:
             found.append(ScalingPoint(world, ranks, streams, step_s, result.tokens_per_s, each / first))
         return found
 
-    def _candidates(self, placement: Placement) -> Iterator[tuple[Config, Placement]]:
-        config, experts, world = self.config, self.config.moe.experts, placement.world_size
+    def _candidates(self) -> Iterator[Layout]:
+        config, experts, world = self.layout.config, self.layout.config.moe.experts, self.layout.placement.world_size
         for ranks in range(1, min(world, experts) + 1):
             if world % ranks or experts % ranks:
                 continue
             try:
-                here = Placement(world, ranks, placement.ranks_per_node)
+                here = Placement(world, ranks, self.layout.placement.ranks_per_node)
             except UserError:  # groups that would lie on the nodes in different ways
                 continue
             if ranks == 1:
                 alone = replace(config.parallel, expert_ranks=1, chunks=1)
-                yield replace(config, parallel=alone), here
+                yield Layout(replace(config, parallel=alone), here)
                 continue
             packed = replace(config.moe, builder=Builder.packed, pack=experts // ranks)
             tables = [config.moe] if packed == config.moe else [config.moe, packed]
             kinds = ExchangeKind.tokens, ExchangeKind.gather, ExchangeKind.auto
             for moe, kind, chunks in product(tables, kinds, CHUNKS):
                 parallel = replace(config.parallel, expert_ranks=ranks, exchange=kind, chunks=chunks)
-                found = replace(config, moe=moe, parallel=parallel)
+                found = Layout(replace(config, moe=moe, parallel=parallel), here)
                 if kind is ExchangeKind.auto:
-                    found = replace(found, parallel=auto_rates(found, self.cluster, here))
-                    kinds_used = {part.exchange for part in steps_of_k(found, here)}
+                    found = with_rates(found, self.cluster)
+                    kinds_used = {part.exchange for part in steps_of_k(found)}
                     if len(kinds_used) == 1:  # the same as one of the fixed kinds
                         continue
-                yield found, here
+                yield found
 
-    def _count(self, config: Config, placement: Placement) -> list[StepCounts]:
+    def _count(self, layout: Layout) -> list[StepCounts]:
         """Count a few steps of each k, of one expert group."""
+        config, placement = layout.config, layout.placement
         group = replace(placement, world_size=placement.expert_ranks)
         streams = config.data.streams // placement.world_size * placement.expert_ranks
         key = (group, streams, config.moe.builder, config.moe.pack)
         if key not in self._counts:
             one = replace(config, data=replace(config.data, streams=streams))
-            steps = sorted(step for part in steps_of_k(config, placement) for step in _sampled(part))
+            steps = sorted(step for part in steps_of_k(layout) for step in _sampled(part))
             moe = config.moe
-            if moe != self.config.moe:  # to see what travels, one table is as good as one for each layer
+            if moe != self.layout.config.moe:  # to see what travels, one table is as good as one for each layer
                 moe = replace(moe, share_table=True)
             tables = self._tables_of(moe)
-            self._counts[key] = list(replay(one, self.ids, tables, group, steps))
+            self._counts[key] = list(replay(Layout(one, group), self.ids, tables, steps))
         return self._counts[key]
 
 
-def time_part(forecaster: Forecaster, placement: Placement, *, search: bool = True) -> TimePart:
+def time_part(forecaster: Forecaster, *, search: bool = True) -> TimePart:
     """Model a run, its scaling, and other layouts of it on its ranks.
 
     Args:
         search: look for the best layout, which builds further tables.
     """
-    config = forecaster.config
+    layout = forecaster.layout
     return TimePart(
         cluster=forecaster.cluster.name,
-        ranks_per_node=placement.ranks_per_node,
-        forecast=forecaster.forecast(config, placement),
-        exchanges=steps_of_k(config, placement),
-        auto=steps_of_k(forecaster.automatic(placement), placement),
-        weak=forecaster.weak(placement),
-        strong=forecaster.strong(placement),
-        choices=forecaster.choices(placement) if search else [],
-        left_out=_left_out(config, forecaster.cluster),
+        ranks_per_node=layout.placement.ranks_per_node,
+        forecast=forecaster.forecast(layout),
+        exchanges=steps_of_k(layout),
+        auto=steps_of_k(forecaster.automatic()),
+        weak=forecaster.weak(),
+        strong=forecaster.strong(),
+        choices=forecaster.choices() if search else [],
+        left_out=_left_out(layout, forecaster.cluster),
     )
 
 
 def worlds(placement: Placement) -> list[int]:
-    """Give the numbers of ranks at which scaling is modelled: one, the run's own, and those that double.
+    """Return the numbers of ranks at which scaling is modelled: one, the run's own, and those that double.
 
     Doubling starts at 1, or at the expert group if that is no power of two: other numbers would hold no whole groups.
     """
@@ -245,8 +246,9 @@ def worlds(placement: Placement) -> list[int]:
     return sorted({1, placement.world_size, *doubled})
 
 
-def _left_out(config: Config, cluster: ClusterConfig) -> list[str]:
-    """Name what the run does and engine/certificate/time/step_time.py does not know."""
+def _left_out(layout: Layout, cluster: ClusterConfig) -> list[str]:
+    """List what the run does and engine/certificate/time/step_time.py does not model."""
+    config = layout.config
     train, kernels, on_cpu = config.train, config.kernels, cluster.host_copies
     lines = {
         "train.offload: weights are updated as if on the device, and nothing travels between host and device": (
@@ -268,11 +270,10 @@ def _left_out(config: Config, cluster: ClusterConfig) -> list[str]:
     return [line for line, true in lines.items() if true]
 
 
-def steps_of_k(config: Config, placement: Placement) -> list[StepsOfK]:
-    """Say from which step on a run uses each k, and by which exchange."""
-    frame = frame_of(config, placement)
-    parts = _parts_of_schedule(astuple(config.schedule), config.train.steps)
-    return [StepsOfK(k, first, steps, exchange_of(config, frame, k)) for k, first, steps in parts]
+def steps_of_k(layout: Layout) -> list[StepsOfK]:
+    """List each k of a run with its first step, its number of steps and its exchange."""
+    parts = _parts_of_schedule(astuple(layout.config.schedule), layout.config.train.steps)
+    return [StepsOfK(k, first, steps, layout.exchange(k)) for k, first, steps in parts]
 
 
 @cache
@@ -289,19 +290,21 @@ def _parts_of_schedule(schedule: tuple[Any, ...], steps: int) -> list[tuple[int,
     return found
 
 
-def auto_rates(config: Config, cluster: ClusterConfig, placement: Placement) -> ParallelConfig:
-    """Give the parallel options with which exchange=auto knows the cluster's rates."""
+def with_rates(layout: Layout, cluster: ClusterConfig) -> Layout:
+    """Return the run with exchange=auto, which knows the cluster's rates."""
+    placement = layout.placement
     crosses = placement.group_nodes > 1
     link = cluster.between if crosses else cluster.inside
     sharing = min(placement.ranks_per_node, placement.world_size) if crosses else 1
-    return replace(
-        config.parallel,
+    parallel = replace(
+        layout.config.parallel,
         expert_ranks=placement.expert_ranks,
         exchange=ExchangeKind.auto,
         link_gb_per_s=link.gb_per_s / sharing,
         message_us=link.message_us,
         memory_gb_per_s=cluster.memory_gb_per_s,
     )
+    return replace(layout, config=replace(layout.config, parallel=parallel))
 
 
 def _sampled(part: StepsOfK) -> set[int]:
@@ -309,11 +312,11 @@ def _sampled(part: StepsOfK) -> set[int]:
     return {part.first + part.steps * (2 * i + 1) // (2 * SAMPLED) for i in range(SAMPLED)}
 
 
-def _overrides(before: Config, after: Config) -> list[str]:
-    """Options of the command line that turn one layout into the other; parallel.expert_ranks always."""
-    found = [f"parallel.expert_ranks={after.parallel.expert_ranks}"]
+def _overrides(before: Layout, after: Layout) -> list[str]:
+    """Return the options of the command line that turn one layout into the other; parallel.expert_ranks always."""
+    found = [f"parallel.expert_ranks={after.config.parallel.expert_ranks}"]
     for section in ("parallel", "moe"):
-        old, new = getattr(before, section), getattr(after, section)
+        old, new = getattr(before.config, section), getattr(after.config, section)
         for f in fields(old):
             value = getattr(new, f.name)
             if value != getattr(old, f.name) and f.name != "expert_ranks":

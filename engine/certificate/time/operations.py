@@ -16,17 +16,10 @@ from math import ceil
 import numpy as np
 from numpy.typing import NDArray
 
-from foreroute.engine.certificate.memory.sizes import item_bytes
+from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.time.cluster import ClusterConfig
-from foreroute.engine.config import Config
-from foreroute.engine.config.enums import Backend
-from foreroute.engine.model.flops import (
-    Product,
-    count_matrices,
-    feed_forward_product,
-    projection_products,
-    score_products,
-)
+from foreroute.engine.config import Backend, TrainConfig
+from foreroute.engine.model.flops import Product, count_matrices, projection_products, score_products
 from foreroute.kernels.ops.relative_attention import tile_shape
 
 Seconds = NDArray[np.float64]
@@ -44,29 +37,28 @@ class ModelSeconds:
     operations: float
 
 
-def passes(config: Config) -> float:
-    """Forward passes that one forward and backward pass weighs; recomputation makes one more."""
-    return 1 + _BACKWARD + (1 if config.train.recompute else 0)
+def passes(train: TrainConfig) -> float:
+    """Return the forward passes that one forward and backward pass weighs; recomputation makes one more."""
+    return 1 + _BACKWARD + (1 if train.recompute else 0)
 
 
-def model_seconds(config: Config, cluster: ClusterConfig, streams: int, vocab: int) -> ModelSeconds:
-    """Time of one micro-batch outside the experts.
+def model_seconds(layout: Layout, cluster: ClusterConfig, vocab: int) -> ModelSeconds:
+    """Model the time of one micro-batch outside the experts.
 
     Args:
-        streams: of this rank in the micro-batch (B).
         vocab: symbols (V).
     """
-    model, item, bf16 = config.model, item_bytes(config), item_bytes(config) == 2
-    queries, keys = config.data.segment, config.data.segment + model.memory
-    inner, width, tokens = (model.heads * model.head_width, model.width, streams * config.data.segment)
+    model, item, bf16 = layout.config.model, layout.item_bytes, layout.item_bytes == 2
+    streams, queries, tokens = layout.streams, layout.config.data.segment, layout.tokens
+    inner, width, keys = model.heads * model.head_width, model.width, queries + model.memory
 
     def seconds(*products: Product) -> float:
         return sum(product.count * float(cluster.product_seconds(product.flops, bf16=bf16)) for product in products)
 
     together, block = tile_shape(streams, queries, keys, item_bytes=item, gpu=not cluster.host_copies)
     tiles = model.heads * ceil(queries / block) * ceil(streams / together)
-    projections = seconds(*projection_products(config, streams))
-    score_product = score_products(config, block=block, together=together, tiles=tiles)
+    projections = seconds(*projection_products(model, streams=streams, segment=queries))
+    score_product = score_products(model, segment=queries, block=block, together=together, tiles=tiles)
     scores = seconds(score_product)
     score_bytes = 6 * item * streams * model.heads * queries * score_product.columns
     moved_bytes = item * (8 * tokens * inner + 6 * streams * keys * inner + 2 * streams * keys * width)
@@ -74,7 +66,7 @@ def model_seconds(config: Config, cluster: ClusterConfig, streams: int, vocab: i
     residual = float(cluster.memory_seconds(20 * item * tokens * width))
     loss = seconds(Product(tokens, vocab, width)) + float(cluster.memory_seconds((item + 16) * tokens * vocab))
     operations = model.layers * (45 + 9 * tiles) + 25
-    layers, weigh = model.layers, passes(config)
+    layers, weigh = model.layers, passes(layout.config.train)
     return ModelSeconds(
         attention=cluster.scale.attention * weigh * layers * attention,
         rest=cluster.scale.rest * (weigh * layers * residual + (1 + _BACKWARD) * loss),
@@ -82,22 +74,20 @@ def model_seconds(config: Config, cluster: ClusterConfig, streams: int, vocab: i
     )
 
 
-def expert_seconds(
-    config: Config, cluster: ClusterConfig, k: int, computed: RowCounts, received: RowCounts, *, local: int
-) -> Seconds:
-    """Time of the routed experts of one layer for one part of a micro-batch, forward and backward; of any shape.
+def expert_seconds(layout: Layout, cluster: ClusterConfig, k: int, computed: RowCounts, received: RowCounts) -> Seconds:
+    """Model the time of one layer's routed experts for one part of a micro-batch, forward and backward; of any shape.
 
     Args:
         computed: expert rows (N).
         received: rows that they are computed from (R).
-        local: experts of the rank (L).
     """
-    moe, item, width = config.moe, item_bytes(config), config.model.width
-    hidden = moe.expert_width
-    matrices = count_matrices(config)
-    grouped = config.kernels.backend is Backend.triton or _on_gpu(cluster, config)
-    masked = not grouped and k >= (config.kernels.masked_from_k or moe.experts + 1)
-    drops = 8 if config.model.dropout > 0 else 0  # hashing a mask, in passes over the hidden units
+    moe, kernels, item, width = layout.config.moe, layout.config.kernels, layout.item_bytes, layout.config.model.width
+    hidden, local = moe.expert_width, layout.local_experts
+    matrices = count_matrices(moe.activation)
+    # kernels.backend=auto takes Triton on a GPU; ranks whose processor copies what is sent run on CPUs
+    grouped = kernels.backend is Backend.triton or (kernels.backend is Backend.auto and not cluster.host_copies)
+    masked = not grouped and k >= (kernels.masked_from_k or moe.experts + 1)
+    drops = 8 if layout.config.model.dropout > 0 else 0  # hashing a mask, in passes over the hidden units
     if masked:
         flops, products = 2.0 * received * width * hidden * local, 1
         hidden_bytes = item * received * local * hidden * (4 + drops)
@@ -112,53 +102,47 @@ def expert_seconds(
     seconds = matrices * products * cluster.product_seconds(flops / products, bf16=item == 2)
     seconds = seconds + cluster.memory_seconds(hidden_bytes + row_bytes)
     start = cluster.scale.operations * operations * cluster.operation_us * 1e-6
-    found: Seconds = passes(config) * (cluster.scale.experts * seconds + start)
+    found: Seconds = passes(layout.config.train) * (cluster.scale.experts * seconds + start)
     return found
 
 
-def shared_seconds(config: Config, cluster: ClusterConfig, tokens: int) -> float:
-    """Time of the shared expert of one layer for one micro-batch, forward and backward; it is never cut into parts.
-
-    Args:
-        tokens: of the rank (T).
-    """
-    moe, item = config.moe, item_bytes(config)
-    if not moe.shared_width:
+def shared_seconds(layout: Layout, cluster: ClusterConfig) -> float:
+    """Model the time of the shared expert of one layer for one micro-batch, forward and backward; it is never cut into
+    parts."""
+    config = layout.config
+    if not config.moe.shared_width:
         return 0.0
-    product = feed_forward_product(config, tokens, moe.shared_width)
-    seconds = product.count * float(cluster.product_seconds(product.flops, bf16=item == 2))
-    return passes(config) * cluster.scale.experts * seconds
+    product = Product(layout.tokens, config.moe.shared_width, config.model.width)
+    seconds = float(cluster.product_seconds(product.flops, bf16=layout.item_bytes == 2))
+    seconds *= count_matrices(config.moe.activation)
+    return passes(config.train) * cluster.scale.experts * seconds
 
 
-def packing_seconds(config: Config, cluster: ClusterConfig, rows: RowCounts, tokens: float) -> Seconds:
-    """Time of packing rows for other ranks and of adding up what comes back, of one part of a layer, forward and
-    backward.
+def packing_seconds(layout: Layout, cluster: ClusterConfig, rows: RowCounts, tokens: float) -> Seconds:
+    """Model the time of packing rows for other ranks and of adding up what comes back, of one part of a layer.
+
+    Forward and backward are both in it.
 
     Args:
         rows: received by a rank, its own included.
         tokens: of a rank in the part.
     """
-    item, width = item_bytes(config), config.model.width
-    moved = cluster.memory_seconds(item * width * (5.0 * rows + tokens))
+    moved = cluster.memory_seconds(layout.item_bytes * layout.config.model.width * (5.0 * rows + tokens))
     start = cluster.scale.operations * 12 * cluster.operation_us * 1e-6
-    found: Seconds = passes(config) * (cluster.scale.experts * moved + start)
+    found: Seconds = passes(layout.config.train) * (cluster.scale.experts * moved + start)
     return found
 
 
-def optimizer_seconds(config: Config, cluster: ClusterConfig, held: float, updated: float) -> float:
-    """Time of gathering, clipping and applying gradients.
+def optimizer_seconds(item_bytes: int, cluster: ClusterConfig, held: float, updated: float) -> float:
+    """Model the time of gathering, clipping and applying gradients.
 
     Args:
+        item_bytes: of a number of the model's compute copy.
         held: parameters of the rank.
         updated: parameters whose moments the rank keeps (ZeRO).
     """
     adam = 16 * 2 + 8  # fp32 weight, gradient and two moments read and written, and the norm
-    copies = 2 * 4 + 2 * 4 + 2 * item_bytes(config)  # into the bucket, out of it, and the model's copy
+    copies = 2 * 4 + 2 * 4 + 2 * item_bytes  # into the bucket, out of it, and the model's copy
     moved = float(cluster.memory_seconds(adam * updated + copies * held))
     operations = 40 * cluster.operation_us * 1e-6 * cluster.scale.operations
     return cluster.scale.optimizer * moved + operations
-
-
-def _on_gpu(cluster: ClusterConfig, config: Config) -> bool:
-    """kernels.backend=auto takes Triton on a GPU; ranks whose processor copies what is sent run on CPUs."""
-    return config.kernels.backend is Backend.auto and not cluster.host_copies

@@ -19,10 +19,11 @@ from math import ceil, log2
 import numpy as np
 from numpy.typing import NDArray
 
+from foreroute.engine.certificate.counts.layout import FORWARD, Layout, Trips
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.counts.replay import Counts, StepCounts
-from foreroute.engine.certificate.counts.traffic import FORWARD, Trips, hops, trips_of
-from foreroute.engine.certificate.memory.sizes import Parameters, count_parameters, item_bytes
+from foreroute.engine.certificate.counts.traffic import hops
+from foreroute.engine.certificate.memory.sizes import Parameters, count_parameters
 from foreroute.engine.certificate.time.cluster import ClusterConfig
 from foreroute.engine.certificate.time.operations import (
     expert_seconds,
@@ -32,8 +33,6 @@ from foreroute.engine.certificate.time.operations import (
     passes,
     shared_seconds,
 )
-from foreroute.engine.config import Config
-from foreroute.engine.routing.exchange_choice import gathers, wire_itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,33 +64,32 @@ class StepModel:
     """Models the steps of one run on one cluster.
 
     Args:
-        config: of a hashed run; its parallel.expert_ranks is not looked at.
-        placement: ranks; its ranks_per_node is used, not the cluster's.
+        layout: of a hashed run; the placement's expert_ranks and ranks_per_node count, not the configuration's and the
+            cluster's.
         vocab: symbols.
     """
 
-    def __init__(self, config: Config, cluster: ClusterConfig, placement: Placement, vocab: int) -> None:
-        self.config, self.cluster, self.placement = config, cluster, placement
-        self._streams = config.streams_per_micro_batch(placement.world_size)
-        self._parameters = count_parameters(config, placement, vocab)
-        self._model = model_seconds(config, cluster, self._streams, vocab)
-        self._gradients = gradient_seconds(config, cluster, placement, self._parameters)
+    def __init__(self, layout: Layout, cluster: ClusterConfig, vocab: int) -> None:
+        self.layout, self.cluster = layout, cluster
+        self._parameters = count_parameters(layout, vocab)
+        self._model = model_seconds(layout, cluster, vocab)
+        self._gradients = gradient_seconds(layout, cluster, self._parameters)
 
     def time(self, counts: StepCounts) -> StepTime:
         """Model one step.
 
         Args:
-            counts: of a step of this placement, or of one expert group of it.
+            counts: of a step of this layout, or of one expert group of it.
         """
-        config, cluster, place, model = self.config, self.cluster, self.placement, self._model
-        accumulation = config.train.accumulation
+        train, cluster, place, model = self.layout.config.train, self.cluster, self.layout.placement, self._model
+        accumulation = train.accumulation
         slower = cluster.slowdown(min(place.ranks_per_node, place.world_size))
-        layers = layer_times(config, cluster, place, counts, self._streams * config.data.segment)
+        layers = layer_times(self.layout, cluster, counts)
         starts = model.operations
         if not cluster.host_copies:  # the host starts operations ahead of the device that runs them
             starts = max(0.0, starts - model.attention - model.rest)
-        updated = self._parameters.part if config.train.zero_stage else self._parameters.numbers
-        optimizer = optimizer_seconds(config, cluster, self._parameters.numbers, updated)
+        updated = self._parameters.part if train.zero_stage else self._parameters.numbers
+        optimizer = optimizer_seconds(self.layout.item_bytes, cluster, self._parameters.numbers, updated)
         return StepTime(
             attention=slower * accumulation * model.attention,
             experts=slower * layers.experts,
@@ -112,38 +110,35 @@ class LayerTimes:
     hidden: float
 
 
-def layer_times(
-    config: Config, cluster: ClusterConfig, placement: Placement, counts: StepCounts, tokens: int
-) -> LayerTimes:
+def layer_times(layout: Layout, cluster: ClusterConfig, counts: StepCounts) -> LayerTimes:
     """Model the expert layers of a step: arguments as for StepModel, experts' time without the ranks' sharing of
     cores."""
+    config, placement, tokens = layout.config, layout.placement, layout.tokens
     ranks = placement.expert_ranks
-    gather = ranks > 1 and gathers(config, ranks, counts.k, tokens)
+    gather = layout.exchange(counts.k) == "gather"
     received = counts.received_ymgP.astype(np.float64)
     if gather:
         received = np.full_like(received, tokens * ranks)
     parts = min(config.parallel.chunks, tokens) if ranks > 1 else 1
-    experts = parts * expert_seconds(
-        config, cluster, counts.k, counts.computed_ymgP / parts, received / parts, local=config.moe.experts // ranks
-    )
+    experts = parts * expert_seconds(layout, cluster, counts.k, counts.computed_ymgP / parts, received / parts)
     if ranks > 1 and not gather:
-        packing = packing_seconds(config, cluster, received / parts, tokens / parts)
+        packing = packing_seconds(layout, cluster, received / parts, tokens / parts)
         experts = experts + parts * packing
     experts_ymg = experts.max(axis=3)
-    shared = experts_ymg[..., 0].size * shared_seconds(config, cluster, tokens)
+    shared = experts_ymg[..., 0].size * shared_seconds(layout, cluster)
     if ranks == 1:
         return LayerTimes(float(experts_ymg.sum(axis=(0, 1)).max()) + shared, 0.0, 0.0)
     kind = "gather" if gather else "tokens"
     hops_ymgPP = hops(counts, kind, placement, tokens)
-    trips = trips_of(config, tokens)
-    trip = _trip(config, cluster, placement, hops_ymgPP, gathered=tokens if gather else 0, parts=parts)
+    trips = layout.trips
+    trip = _trip(layout, cluster, hops_ymgPP, gathered=tokens if gather else 0, parts=parts)
     exchange_ymg = trip.weighed(trips)
     hidden_ymg = np.zeros_like(exchange_ymg)
     if parts > 1:
         # forward and backward each hide what waits for the link, up to what their experts compute meanwhile
-        forward = np.minimum(trip.hideable(FORWARD, parts), experts_ymg / passes(config))
+        forward = np.minimum(trip.hideable(FORWARD, parts), experts_ymg / passes(config.train))
         rest = Trips(trips.to_experts - 1, trips.to_tokens - 1)
-        backward = np.minimum(trip.hideable(rest, parts), experts_ymg * (1 - 1 / passes(config)))
+        backward = np.minimum(trip.hideable(rest, parts), experts_ymg * (1 - 1 / passes(config.train)))
         hidden_ymg = cluster.overlap * (forward + backward)
     total_g = (experts_ymg + exchange_ymg - hidden_ymg).sum(axis=(0, 1))
     group = int(total_g.argmax())
@@ -173,9 +168,7 @@ class _Trip:
         return waiting * (parts - 1) / parts
 
 
-def _trip(
-    config: Config, cluster: ClusterConfig, placement: Placement, hops_ymgPP: Counts, *, gathered: int, parts: int
-) -> _Trip:
+def _trip(layout: Layout, cluster: ClusterConfig, hops_ymgPP: Counts, *, gathered: int, parts: int) -> _Trip:
     """Time the ways of one layer's rows.
 
     An all-gather goes round a ring, as NCCL's reduce-scatter does: all rows but a rank's own pass each link between
@@ -184,7 +177,7 @@ def _trip(
     Args:
         gathered: rows of a rank that all ranks gather; 0 if rows go where they are needed.
     """
-    row_bytes = config.model.width * wire_itemsize(config)
+    placement, row_bytes = layout.placement, layout.row_bytes
     ranks, nodes = placement.expert_ranks, placement.group_nodes
     crosses = nodes > 1
     link = cluster.between if crosses else cluster.inside
@@ -212,15 +205,16 @@ def _trip(
     return _Trip(there, back, waiting_there, waiting_back)
 
 
-def gradient_seconds(config: Config, cluster: ClusterConfig, placement: Placement, parameters: Parameters) -> float:
+def gradient_seconds(layout: Layout, cluster: ClusterConfig, parameters: Parameters) -> float:
     """Model the collectives of DeepSpeed in a step, by ZeRO stage; nothing hides them."""
+    config, placement = layout.config, layout.placement
     stage, accumulation = config.train.zero_stage, config.train.accumulation
     total = 0.0
     for number, group in enumerate(parameters.groups):  # experts, if shared out, are the second
         if group.ranks == 1:
             continue
         ring = _Ring(cluster, placement, group.ranks, placement.expert_ranks if number else 1)
-        gradient, weights = 4.0 * group.numbers, float(item_bytes(config) * group.numbers)
+        gradient, weights = 4.0 * group.numbers, float(layout.item_bytes * group.numbers)
         if stage < 3:
             total += (accumulation if stage == 2 else 1) * ring.all_reduce(gradient)
             total += ring.all_gather(weights) if stage else 0.0

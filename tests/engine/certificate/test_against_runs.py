@@ -15,9 +15,10 @@ from torch import distributed as dist
 
 from foreroute.engine.certificate.check import Check
 from foreroute.engine.certificate.counts.exact import certify
+from foreroute.engine.certificate.counts.layout import FORWARD, Layout
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.counts.replay import replay
-from foreroute.engine.certificate.counts.traffic import FORWARD, hops, leaving, trips_of
+from foreroute.engine.certificate.counts.traffic import hops, leaving
 from foreroute.engine.certificate.record import Record, read
 from foreroute.engine.config import (
     Builder,
@@ -195,8 +196,9 @@ def write_certificate(make, ranks, folder, **options):
     corpus = prepare(config.corpus)
     ids, place = corpus.split(Split.train), Placement(ranks, config.parallel.expert_ranks, ranks)
     tables = [router.table for router in build_routers(config, corpus)]
-    record = Record(config, ids, place, range(0, config.train.steps, options.get("sample", 1)))
-    found = certify(config, ids, tables, place, also=record.add, **options)
+    layout = Layout(config, place)
+    record = Record(layout, ids, range(0, config.train.steps, options.get("sample", 1)))
+    found = certify(layout, ids, tables, also=record.add, **options)
     record.write(folder / f"{make.__name__} certificate", {"options": to_plain(config), **asdict(found)})
 
 
@@ -225,11 +227,11 @@ def certified(config, ranks, seed=None):
     other = replace(config, train=replace(config.train, seed=seed or config.train.seed))
     tables = [router.table for router in build_routers(other, corpus)]
     place = Placement(ranks, config.parallel.expert_ranks, ranks)
-    tokens = config.streams_per_micro_batch(ranks) * SEGMENT
+    tokens, layout = config.streams_per_micro_batch(ranks) * SEGMENT, Layout(config, place)
     found = {name: [] for name in ("received", "experts", "bytes", "sent")}
     number_bytes = 2 if config.parallel.wire is WireFormat.bf16 else 4
     for step in range(config.train.steps):
-        (counts,) = replay(config, corpus.split(Split.train), tables, place, [step])
+        (counts,) = replay(layout, corpus.split(Split.train), tables, [step])
         gather = gathers(config, place.expert_ranks, counts.k, tokens)
         received = counts.received_ymgP
         if gather:
@@ -239,7 +241,7 @@ def certified(config, ranks, seed=None):
         experts = np.stack(np.split(counts.count_ymgE, place.expert_ranks, axis=-1), axis=3)
         found["experts"].append(experts.reshape(LAYERS, -1, ranks, experts.shape[-1]))
         found["bytes"].append(leaving(moved, FORWARD).reshape(LAYERS, -1, ranks))
-        found["sent"].append(leaving(moved, trips_of(config, tokens)).sum(axis=(0, 1)).reshape(ranks))
+        found["sent"].append(leaving(moved, layout.trips).sum(axis=(0, 1)).reshape(ranks))
     arrays = {name: np.array(values) for name, values in found.items()}
     rank_axis = {"received": 3, "experts": 3, "bytes": 3, "sent": 1}
     return {name: np.moveaxis(a, rank_axis[name], 0) for name, a in arrays.items()}
@@ -269,7 +271,7 @@ def test_the_cases_cover_what_they_say(folder):
     config = four_ranks(folder)
     assert {gathers(config, 4, k, SEGMENT) for k in range(1, EXPERTS + 1)} == {False, True}
     assert [
-        trips_of(make(folder), SEGMENT)
+        Layout(make(folder)).trips
         for make in (one_rank, two_ranks, with_shared_expert, with_dropout, two_groups, in_parts)
     ] == [(2, 2), (3, 3), (3, 3), (3, 3), (3, 2), (3, 3)]
 

@@ -14,7 +14,8 @@ import torch
 from torch import distributed as dist
 
 from benchmarks.models.step_rank import Silent
-from foreroute.engine.certificate.counts.exact import frame_of
+from foreroute.engine.certificate.counts.exact import bytes_left
+from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.counts.replay import replay
 from foreroute.engine.config import (
@@ -148,8 +149,8 @@ def certified_bytes(name, folder):
     tables = [router.table for router in build_routers(config, corpus)]
     found = []
     for step in range(STEPS):
-        (counts,) = replay(config, corpus.split(Split.train), tables, place, [step])
-        left = frame_of(config, place).left(counts)["tokens"]
+        (counts,) = replay(Layout(config, place), corpus.split(Split.train), tables, [step])
+        left = bytes_left(Layout(config, place), counts)["tokens"]
         found.append([left.all_gP.reshape(-1), left.inside_gP.reshape(-1)])
     return np.array(found).swapaxes(0, 1)
 

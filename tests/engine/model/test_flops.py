@@ -37,6 +37,10 @@ def textbook_moe(x_RD, weight_N, weights, rows, **_):
     return out_RD
 
 
+def useful_flops(config, k):
+    return forward_flops(config.model, config.moe, streams=STREAMS, segment=SEGMENT, vocab=SYMBOLS, k=k)
+
+
 def counted(config, monkeypatch):
     """What PyTorch counts in a forward and a backward pass with the memory full: (forward, both)."""
     monkeypatch.setattr(foreroute.engine.moe.experts, "moe_ffn", textbook_moe)
@@ -80,7 +84,7 @@ def test_flops_are_those_that_pytorch_counts(name, monkeypatch):
     if name == "frozen":
         no_gradient += LAYERS * 2 * TOKENS * EXPERTS * model.width
     forward, both = counted(config, monkeypatch)
-    useful = forward_flops(config, SYMBOLS, K)
+    useful = useful_flops(config, K)
     assert useful == forward - column * (3 * in_vain + 1)
     step = Arithmetic(config, SYMBOLS, 0).step_flops(K)
     assert step == both - column * (9 * in_vain + 3) + no_gradient
@@ -90,7 +94,7 @@ def test_flops_are_those_that_pytorch_counts(name, monkeypatch):
 def test_flops_follow_k(monkeypatch):
     """Negative control: one expert more, or another router's gate, is another number."""
     config = tiny_config()
-    found = [forward_flops(config, SYMBOLS, k) for k in (1, 2, 3)]
+    found = [useful_flops(config, k) for k in (1, 2, 3)]
     expert = LAYERS * 2 * 2 * TOKENS * config.model.width * config.moe.expert_width
     assert found[1] - found[0] == found[2] - found[1] == expert
     forward, _ = counted(config, monkeypatch)
@@ -106,7 +110,7 @@ def test_flops_since_the_start_are_the_sum_over_the_steps():
         assert arithmetic.flops_before(step) == pytest.approx(total, rel=1e-12)
         k = active_experts(config.schedule, step, config.train.steps)
         ks.add(k)
-        total += 3 * forward_flops(config, SYMBOLS, k)
+        total += 3 * useful_flops(config, k)
     assert ks == {1, 2, 3, 4}
 
 
@@ -147,4 +151,4 @@ def test_a_symbol_is_one_forward_pass_of_the_step_shared_out(k):
     arithmetic = Arithmetic(tiny_config(), SYMBOLS, 1000)
     step = arithmetic.step_flops(k)
     assert arithmetic.flops_per_symbol(k) == pytest.approx(step / 3 / TOKENS)
-    assert step == 3 * forward_flops(tiny_config(), SYMBOLS, k)
+    assert step == 3 * useful_flops(tiny_config(), k)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from foreroute.engine.certificate.counts.exact import certify
+from foreroute.engine.certificate.counts.layout import Layout, Trips
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.counts.replay import replay
-from foreroute.engine.certificate.counts.traffic import Trips, hops, leaving
+from foreroute.engine.certificate.counts.traffic import hops, leaving
 from foreroute.engine.config import (
     Config,
     Corpus,
@@ -61,7 +62,7 @@ def make(**changes):
 
 def page_of(place=PLACE, further=(), sample=1, **changes):
     config, corpus, tables = make(**changes)
-    found = certify(config, corpus.ids, tables, place, sample=sample)
+    found = certify(Layout(config, place), corpus.ids, tables, sample=sample)
     return found, certificate_page(found, config, corpus, further)
 
 
@@ -72,7 +73,7 @@ def parts(page, title, kind):
 
 def counted(config, corpus, tables, place=PLACE):
     """All steps of a run with their counts, repeated steps as often as they occur."""
-    for counts in replay(config, corpus.ids, tables, place, range(STEPS)):
+    for counts in replay(Layout(config, place), corpus.ids, tables, range(STEPS)):
         yield from [(step, counts) for step in counts.steps.tolist()]
 
 
@@ -159,7 +160,7 @@ def test_the_charts_show_the_series_and_the_means():
 
 def test_a_thinned_series_has_bands():
     config, corpus, tables = make(train=TrainConfig(steps=1100, name="long"))
-    found = certify(config, corpus.ids, tables, PLACE)
+    found = certify(Layout(config, PLACE), corpus.ids, tables)
     (load,) = parts(certificate_page(found, config, corpus), "Rows", Curve)
     assert load.band and len(load.lines[0].x) == 500
     assert load.lines[2].upper == found.series.expert_load.max != load.lines[2].y

@@ -10,6 +10,7 @@ import pytest
 
 from foreroute.engine.certificate.counts import tally
 from foreroute.engine.certificate.counts.exact import certify
+from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.counts.replay import StepCounts, replay
 from foreroute.engine.certificate.counts.tally import Tally
@@ -213,7 +214,7 @@ def test_a_certificate_says_what_loops_count(steps, sample, share_table):
     ids = text()
     tables = tables_of(config, ids)
     place = Placement(WORLD, RANKS, PER_NODE)
-    found = certify(config, ids, tables, place, steps=steps, sample=sample)
+    found = certify(Layout(config, place), ids, tables, steps=steps, sample=sample)
     lists = loops(config, ids, tables, range(0, steps or STEPS, sample))
     known = {"k": None, "exchange": "tokens"}
     assert asdict(found.whole) == known | section(lists)
@@ -224,7 +225,7 @@ def test_a_certificate_says_what_loops_count(steps, sample, share_table):
         assert asdict(part) == known | {"k": part.k} | section(own)
     assert (found.tokens, found.row_bytes, found.trips) == (TOKENS, WIDTH * 4, (2, 2))
     assert found.whole.idle_expert.steps > 0  # such a small batch cannot feed all experts
-    other = certify(config, ids, tables_of(config, ids, seed=2), place, steps=steps, sample=sample)
+    other = certify(Layout(config, place), ids, tables_of(config, ids, seed=2), steps=steps, sample=sample)
     assert asdict(other.whole) != asdict(found.whole)  # negative control
     json.dumps(asdict(found))
 
@@ -233,8 +234,8 @@ def test_a_run_that_starts_elsewhere_in_the_text_is_counted_from_there():
     config, place, ids = make(), Placement(WORLD, RANKS, PER_NODE), text()
     tables = tables_of(config, ids)
     moved = replace(config, data=replace(config.data, start=0.4))  # segment 2 of the 5 of an epoch
-    (first,) = replay(moved, ids, tables, place, [0])
-    plain = list(replay(config, ids, tables, place, [0, 2]))
+    (first,) = replay(Layout(moved, place), ids, tables, [0])
+    plain = list(replay(Layout(config, place), ids, tables, [0, 2]))
     assert plain[1].step == 2 and plain[1].k == first.k
     assert (first.count_ymgE == plain[1].count_ymgE).all()
     assert not (first.count_ymgE == plain[0].count_ymgE).all()
@@ -244,11 +245,11 @@ def test_repeated_steps_are_counted_once_and_weigh_their_number():
     config = make(schedule=ScheduleConfig(k_max=2), train=TrainConfig(steps=23))
     ids = text()
     tables, place = tables_of(config, ids), Placement(WORLD, RANKS, PER_NODE)
-    found = list(replay(config, ids, tables, place, range(23)))
+    found = list(replay(Layout(config, place), ids, tables, range(23)))
     assert [(counts.step, counts.times) for counts in found] == [(0, 5), (1, 5), (2, 5), (3, 4), (4, 4)]
-    (again,) = replay(config, ids, tables, place, [17])
+    (again,) = replay(Layout(config, place), ids, tables, [17])
     assert (again.count_ymgE == found[2].count_ymgE).all() and (again.sent_ymgPP == found[2].sent_ymgPP).all()
-    whole = certify(config, ids, tables, place).whole
+    whole = certify(Layout(config, place), ids, tables).whole
     weighted = sum(counts.received_ymgP.mean() * counts.times for counts in found) / 23
     assert whole.steps == 23 and whole.received_rows.mean == pytest.approx(weighted)
 
@@ -266,7 +267,7 @@ def test_more_than_255_tokens_and_many_experts():
     )
     ids = np.zeros(streams * ranks * (segment + 1), np.uint8)  # one n-gram: every token is alike
     (table,) = build_tables(config.moe, SYMBOLS, ids, num_tables=1, seed=1, cache_dir=None)
-    (counts,) = replay(config, ids, [table], Placement(ranks, ranks), [0])
+    (counts,) = replay(Layout(config, Placement(ranks, ranks)), ids, [table], [0])
     chosen = table.order_rE[0, :20].tolist()
     tokens = streams * segment
     want = [ranks * tokens * (expert in chosen) for expert in range(experts)]
@@ -299,7 +300,7 @@ def test_a_tally_is_exact_when_it_puts_values_together(monkeypatch):
 def test_bytes_are_those_of_the_wire_format():
     bf16 = make(train=TrainConfig(steps=STEPS, accumulation=MICRO, precision=Precision.bf16))
     ids = text()
-    found = certify(bf16, ids, tables_of(bf16, ids), Placement(WORLD, RANKS, PER_NODE))
+    found = certify(Layout(bf16, Placement(WORLD, RANKS, PER_NODE)), ids, tables_of(bf16, ids))
     assert found.row_bytes == WIDTH * 2
 
 
@@ -339,7 +340,7 @@ def test_bytes_are_those_of_the_wire_format():
 def test_what_is_refused(changes, place, options, words):
     ids = text()
     with pytest.raises(UserError) as error:
-        certify(make(**changes), ids, tables_of(make(), ids), Placement(*place), **options)
+        certify(Layout(make(**changes), Placement(*place)), ids, tables_of(make(), ids), **options)
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
@@ -362,7 +363,7 @@ def test_auto_is_named_for_each_k():
     config = make(schedule=ScheduleConfig(Growth.linear, 1, EXPERTS), parallel=parallel)
     ids = text()
     tables = tables_of(config, ids)
-    found = certify(config, ids, tables, Placement(WORLD, RANKS, PER_NODE))
+    found = certify(Layout(config, Placement(WORLD, RANKS, PER_NODE)), ids, tables)
     assert [found.by_k[0].exchange, found.by_k[-1].exchange, found.whole.exchange] == ["tokens", "gather", "mixed"]
-    alone = certify(config, ids, tables, Placement(WORLD, 1, PER_NODE)).whole
+    alone = certify(Layout(config, Placement(WORLD, 1, PER_NODE)), ids, tables).whole
     assert alone.exchange == "local" and alone.bytes["tokens"].total == 0

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from foreroute.engine.certificate.counts.exact import certify
+from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.counts.replay import StepCounts, replay
 from foreroute.engine.certificate.counts.series import MeanAndMax, SeriesCollector, StepSeries
@@ -77,13 +78,13 @@ def of_step(counts, kind):
 @pytest.mark.parametrize("sample", [1, 4])
 def test_points_are_what_loops_over_all_steps_give(parallel, kind, sample):
     config, ids, tables = make(parallel, 1, 3)
-    series = certify(config, ids, tables, PLACE, sample=sample).series
+    series = certify(Layout(config, PLACE), ids, tables, sample=sample).series
     steps = list(range(0, STEPS, sample))
     assert (
         series.first_step == series.last_step == [step + 1 for step in steps]
     )  # fewer than 500: each a point of its own
     for i, step in enumerate(steps):
-        (counts,) = replay(config, ids, tables, PLACE, [step])
+        (counts,) = replay(Layout(config, PLACE), ids, tables, [step])
         for name, value in of_step(counts, kind).items():
             line = getattr(series, name)
             assert line.mean[i] == line.max[i] == pytest.approx(value, rel=1e-12), (name, step)
@@ -93,8 +94,10 @@ def test_points_are_what_loops_over_all_steps_give(parallel, kind, sample):
 def test_the_exchange_counted_is_the_one_used():
     """Negative control of the test above: the two kinds differ, and so must what is counted."""
     by_kind = [
-        certify(*make(ParallelConfig(exchange=kind), 1, 3), PLACE).series
-        for kind in (ExchangeKind.tokens, ExchangeKind.gather)
+        certify(Layout(config, PLACE), ids, tables).series
+        for config, ids, tables in (
+            make(ParallelConfig(exchange=kind), 1, 3) for kind in (ExchangeKind.tokens, ExchangeKind.gather)
+        )
     ]
     assert by_kind[0].mean_rank_bytes != by_kind[1].mean_rank_bytes
     assert by_kind[0].received_load == by_kind[1].received_load
@@ -102,7 +105,7 @@ def test_the_exchange_counted_is_the_one_used():
 
 def test_nothing_leaves_a_rank_that_is_alone():
     config, ids, tables = make(ParallelConfig(), 2, 2)
-    series = certify(config, ids, tables, Placement(4, 1, 1)).series
+    series = certify(Layout(config, Placement(4, 1, 1)), ids, tables).series
     assert set(series.busiest_rank_bytes.max) == {0.0} and min(series.expert_load.max) > 1
 
 

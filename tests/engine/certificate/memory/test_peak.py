@@ -7,6 +7,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from benchmarks.models.memory_model import SMALL, SYMBOLS, Case, compare, make_config, material
 from foreroute.engine.certificate.counts.exact import certify
+from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.memory import state as memory_state
 from foreroute.engine.certificate.memory.peak import largest_number, peak_memory, peak_memory_at
@@ -31,7 +32,8 @@ def certified(changes=(), ranks=1, **more):
     if more:
         config = replace(config, **more)
     ids, tables = material(config)
-    return config, certify(config, ids, tables, Placement(ranks, config.parallel.expert_ranks, ranks))
+    layout = Layout(config, Placement(ranks, config.parallel.expert_ranks, ranks))
+    return layout, certify(layout, ids, tables)
 
 
 @pytest.mark.dist
@@ -60,13 +62,13 @@ def test_predicted_bytes_are_the_allocated_ones(cases):
 
 def test_parameters_are_those_counted_by_hand():
     config = make_config({}, SMALL)
-    alone = count_parameters(config, Placement(1, 1), SYMBOLS)
+    alone = count_parameters(Layout(config, Placement(1, 1)), SYMBOLS)
     assert [group.ranks for group in alone.groups] == [1]
     assert alone.numbers == _HEAD + 2 * (_BLOCK_DENSE + 8 * _EXPERT) == alone.part
     assert (alone.head, alone.layer) == (_HEAD, _BLOCK_DENSE + 8 * _EXPERT)
-    told = count_parameters(make_config({"model": {"ngram": 2, "ngram_rows": 100}}, SMALL), Placement(), SYMBOLS)
+    told = count_parameters(Layout(make_config({"model": {"ngram": 2, "ngram_rows": 100}}, SMALL)), SYMBOLS)
     assert (told.head, told.at_input, told.numbers) == (_HEAD, 100 * 128, alone.numbers + 100 * 128)
-    shared = count_parameters(config, Placement(4, 2), SYMBOLS)
+    shared = count_parameters(Layout(config, Placement(4, 2)), SYMBOLS)
     assert [(group.numbers, group.ranks) for group in shared.groups] == [
         (_HEAD + 2 * _BLOCK_DENSE, 4),
         (2 * 4 * _EXPERT, 2),
@@ -79,7 +81,7 @@ def test_what_a_rank_always_holds_at_each_stage(stage):
     """Four ranks, two expert groups: dense parameters are shared out over 4, experts over 2."""
     config = make_config({"train": {"zero_stage": stage}}, SMALL)
     place = Placement(4, 2)
-    state = State(Sizes(config, place, SYMBOLS, 1, 2, False), count_parameters(config, place, SYMBOLS))
+    state = State(Sizes(Layout(config, place), SYMBOLS, 1, 2, False), count_parameters(Layout(config, place), SYMBOLS))
     found = {each.name: each.bytes for each in merged(state.held())}
     dense, experts = _HEAD + 2 * _BLOCK_DENSE, 2 * 4 * _EXPERT
     assert dense % 4 == 0
@@ -132,8 +134,8 @@ def evaluated(formula):
 @pytest.mark.parametrize("gpu", [False, True])
 def test_formulas_say_what_was_computed(gpu):
     changes = {"parallel": {"expert_ranks": 2, "chunks": 3}, "train": {"offload": True}}
-    config, found = certified(changes, ranks=2)
-    memory = peak_memory_at(config, found, SYMBOLS, gpu=gpu)
+    layout, found = certified(changes, ranks=2)
+    memory = peak_memory_at(layout, found, SYMBOLS, gpu=gpu)
     for each in memory.terms:
         assert evaluated(each.formula) == each.bytes, each
     assert total(memory.terms, host=False if gpu else None) == memory.peak_bytes
@@ -142,29 +144,28 @@ def test_formulas_say_what_was_computed(gpu):
 
 
 def test_the_largest_micro_batch_fits_and_one_more_stream_does_not():
-    config, found = certified({"parallel": {"expert_ranks": 2}}, ranks=2)
-    peaks = [peak_memory_at(config, found, SYMBOLS, gpu=True, streams=streams).peak_bytes for streams in range(1, 13)]
+    layout, found = certified({"parallel": {"expert_ranks": 2}}, ranks=2)
+    peaks = [peak_memory_at(layout, found, SYMBOLS, gpu=True, streams=streams).peak_bytes for streams in range(1, 13)]
     assert peaks == sorted(peaks) and peaks[0] < peaks[-1]
     for device in (peaks[0] - 1, peaks[0], peaks[2], peaks[6] + 1):
-        verdict = peak_memory(config, found, SYMBOLS, device_memory_bytes=device).verdict
+        verdict = peak_memory(layout, found, SYMBOLS, device_memory_bytes=device).verdict
         assert verdict is not None
         most = verdict.largest_streams
         assert most == sum(peak <= device for peak in peaks)
         assert verdict.fits == (verdict.headroom_bytes >= 0)
-    exact = peak_memory_at(config, found, SYMBOLS, gpu=True)
-    judged = peak_memory(config, found, SYMBOLS, device_memory_bytes=exact.peak_bytes)
+    exact = peak_memory_at(layout, found, SYMBOLS, gpu=True)
+    judged = peak_memory(layout, found, SYMBOLS, device_memory_bytes=exact.peak_bytes)
     assert judged.verdict is not None and judged.verdict.fits
     assert judged.verdict.headroom_bytes == 0 and judged.verdict.largest_streams >= exact.streams
 
 
 def test_k_of_which_no_step_was_counted_are_named():
     schedule = ScheduleConfig(Growth.linear, k_min=1, k_max=3)
-    config, whole = certified({"train": {"steps": 9}}, schedule=schedule)
+    layout, whole = certified({"train": {"steps": 9}}, schedule=schedule)
     assert {part.k for part in whole.by_k} == {1, 2, 3}
-    assert peak_memory(config, whole, SYMBOLS).uncounted_k == ()
-    ids, tables = material(config)
-    start = certify(config, ids, tables, Placement(), steps=1)
-    assert peak_memory(config, start, SYMBOLS).uncounted_k == (2, 3)
+    assert peak_memory(layout, whole, SYMBOLS).uncounted_k == ()
+    start = certify(layout, *material(layout.config), steps=1)
+    assert peak_memory(layout, start, SYMBOLS).uncounted_k == (2, 3)
 
 
 @pytest.mark.parametrize("most", [0, 1, 2, 3, 7, 8, 100])
@@ -177,11 +178,10 @@ def test_rows_at_other_micro_batches_are_never_below_the_truth():
     shapes = {"data": {"streams": 16}, "parallel": {"expert_ranks": 2}}
     found = {}
     for accumulation in (1, 2, 4, 8):
-        config, certificate = certified({**shapes, "train": {"accumulation": accumulation}}, 2)
+        layout, certificate = certified({**shapes, "train": {"accumulation": accumulation}}, 2)
         (section,) = certificate.by_k
-        streams = config.streams_per_micro_batch(2)
-        sizes = Sizes(config, certificate.placement, SYMBOLS, streams, 2, False)
-        found[streams] = sizes, exact_rows(section, sizes)
+        sizes = Sizes(layout, SYMBOLS, layout.streams, 2, False)
+        found[layout.streams] = sizes, exact_rows(section, sizes)
     assert sorted(found) == [1, 2, 4, 8]
     for known, (_, rows) in found.items():
         for streams, (sizes, truth) in found.items():
@@ -203,8 +203,8 @@ def test_sums_over_layers_are_not_the_layers_maxima():
 
 def test_options_move_memory_as_they_should():
     def peak(ranks=1, gpu=True, **changes):
-        config, found = certified(changes, ranks)
-        return peak_memory_at(config, found, SYMBOLS, gpu=gpu).peak_bytes
+        layout, found = certified(changes, ranks)
+        return peak_memory_at(layout, found, SYMBOLS, gpu=gpu).peak_bytes
 
     plain = peak()
     assert peak(train={"recompute": True}) < plain
@@ -216,20 +216,20 @@ def test_options_move_memory_as_they_should():
 
 
 def test_a_device_means_a_gpu_unless_the_backend_says_cpu():
-    config, found = certified()
-    assert not peak_memory(config, found, SYMBOLS).gpu
-    assert peak_memory(config, found, SYMBOLS, device_memory_bytes=10**9).gpu
-    on_cpu = replace(config, kernels=KernelsConfig(Backend.cpu))
+    layout, found = certified()
+    assert not peak_memory(layout, found, SYMBOLS).gpu
+    assert peak_memory(layout, found, SYMBOLS, device_memory_bytes=10**9).gpu
+    on_cpu = replace(layout, config=replace(layout.config, kernels=KernelsConfig(Backend.cpu)))
     assert not peak_memory(on_cpu, found, SYMBOLS, device_memory_bytes=10**9).gpu
     with pytest.raises(UserError, match="device memory of 0 bytes: must be above 0"):
-        peak_memory(config, found, SYMBOLS, device_memory_bytes=0)
+        peak_memory(layout, found, SYMBOLS, device_memory_bytes=0)
 
 
 def test_the_k_with_the_most_rows_decides():
     growing = {"growth": Growth.linear, "k_min": 1, "k_max": 4}
-    config, found = certified({"schedule": growing, "train": {"steps": 4}})
+    layout, found = certified({"schedule": growing, "train": {"steps": 4}})
     assert [section.k for section in found.by_k] == [1, 2, 3]
-    assert peak_memory(config, found, SYMBOLS).k == 3
+    assert peak_memory(layout, found, SYMBOLS).k == 3
 
 
 def test_constants_are_those_of_the_code_that_is_counted():

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.counts.replay import replay
 from foreroute.engine.certificate.time.cluster import ClusterConfig, LinkConfig
@@ -51,25 +52,25 @@ def tables_of(moe: MoEConfig) -> Sequence[Table]:
 
 
 def forecaster(cluster: ClusterConfig = SLOW_LINK) -> Forecaster:
-    return Forecaster(config(), cluster, TEXT, VOCAB, tables_of)
+    return Forecaster(Layout(config(), PLACE), cluster, TEXT, VOCAB, tables_of)
 
 
 def test_steps_of_each_k_are_those_of_the_schedule() -> None:
     cfg = config()
     ks = [active_experts(cfg.schedule, step, 30) for step in range(30)]
-    assert steps_of_k(cfg, PLACE) == [StepsOfK(k, ks.index(k), ks.count(k), "tokens") for k in sorted(set(ks))]
-    assert {part.exchange for part in steps_of_k(cfg, Placement(4, 1, 2))} == {"local"}
+    assert steps_of_k(Layout(cfg, PLACE)) == [StepsOfK(k, ks.index(k), ks.count(k), "tokens") for k in sorted(set(ks))]
+    assert {part.exchange for part in steps_of_k(Layout(cfg, Placement(4, 1, 2)))} == {"local"}
 
 
 def test_a_run_is_the_sum_of_its_steps() -> None:
     """One expert group: two steps of each k are replayed as they are, and stand for all of that k."""
-    found = forecaster().forecast(config(), PLACE)
+    found = forecaster().forecast(Layout(config(), PLACE))
     total = 0.0
-    for part in steps_of_k(config(), PLACE):
+    for part in steps_of_k(Layout(config(), PLACE)):
         steps = [part.first + part.steps // 4, part.first + part.steps * 3 // 4]
         times = [
-            StepModel(config(), SLOW_LINK, PLACE, VOCAB).time(counts).total
-            for counts in replay(config(), TEXT, tables_of(config().moe), PLACE, steps)
+            StepModel(Layout(config(), PLACE), SLOW_LINK, VOCAB).time(counts).total
+            for counts in replay(Layout(config(), PLACE), TEXT, tables_of(config().moe), steps)
         ]
         total += part.steps * sum(times) / len(times)
     assert found.run_s == pytest.approx(total)
@@ -78,7 +79,7 @@ def test_a_run_is_the_sum_of_its_steps() -> None:
 
 
 def test_scaling_keeps_the_streams_that_it_says() -> None:
-    part = time_part(forecaster(), PLACE, search=False)
+    part = time_part(forecaster(), search=False)
     assert [(scale.ranks, scale.streams) for scale in part.strong] == [(1, 8), (2, 8), (4, 8), (8, 8)]
     # the text of 6,000 symbols is too short for streams of 1,024 ranks
     weak = [(scale.ranks, scale.streams) for scale in part.weak]
@@ -116,24 +117,24 @@ def _unchecked(section, option, value):
 
 def test_choices_come_fastest_first_and_their_overrides_give_them() -> None:
     made = forecaster()
-    choices = made.choices(PLACE)
+    choices = made.choices()
     seconds = [choice.step_s for choice in choices]
     assert seconds == sorted(seconds)
     assert any(not choice.own_tables for choice in choices)
     for choice in [*choices[:3], choices[-1]]:
         cfg = apply(choice.overrides)
         place = Placement(4, cfg.parallel.expert_ranks, 2)
-        assert made.forecast(cfg, place).run_s / 30 == pytest.approx(choice.step_s)
+        assert made.forecast(Layout(cfg, place)).run_s / 30 == pytest.approx(choice.step_s)
         assert choice.own_tables == (cfg.moe == config().moe)
 
 
 def test_the_best_choice_follows_the_cluster() -> None:
     """Where bytes are dear, groups move rows and few of them; where messages are, as few as can be are sent."""
-    by_rate = forecaster().choices(PLACE)
+    by_rate = forecaster().choices()
     packed = [c for c in by_rate if "moe.builder=packed" in c.overrides and "parallel.expert_ranks=4" in c.overrides]
     spread = [c for c in by_rate if c.own_tables and "parallel.expert_ranks=4" in c.overrides]
     assert packed[0].step_s < spread[0].step_s
-    by_messages = forecaster(SLOW_MESSAGES).choices(PLACE)
+    by_messages = forecaster(SLOW_MESSAGES).choices()
     assert by_messages[0].overrides == ["parallel.expert_ranks=1"]
     assert "parallel.chunks=4" in by_messages[-1].overrides
 
@@ -143,23 +144,23 @@ def test_choices_stand_on_the_nodes_of_the_run() -> None:
     cfg = replace(
         config(), data=DataConfig(streams=12, segment=16), moe=MoEConfig(experts=12, expert_width=16, ngram=2, rows=32)
     )
-    made = Forecaster(cfg, replace(SLOW_LINK, ranks_per_node=8), TEXT, VOCAB, tables_of)
-    choices = made.choices(Placement(12, 4, 2))
+    cluster = replace(SLOW_LINK, ranks_per_node=8)
+    choices = Forecaster(Layout(cfg, Placement(12, 4, 2)), cluster, TEXT, VOCAB, tables_of).choices()
     groups = {int(choice.overrides[0].split("=")[1]) for choice in choices}
     assert groups == {1, 2, 4, 6, 12}  # of 3 ranks none: they would lie on two nodes in different ways
-    eights = made.choices(Placement(12, 4, 8))
+    eights = Forecaster(Layout(cfg, Placement(12, 4, 8)), cluster, TEXT, VOCAB, tables_of).choices()
     assert {int(c.overrides[0].split("=")[1]) for c in eights} == {1, 2, 4}
 
 
 def test_scaling_has_the_runs_own_ranks_and_what_is_not_modelled_is_named() -> None:
     cfg = replace(config(), data=DataConfig(streams=12, segment=16), train=TrainConfig(steps=30, offload=True))
     place = Placement(6, 2, 2)
-    part = time_part(Forecaster(cfg, SLOW_LINK, TEXT, VOCAB, tables_of), place, search=False)
+    part = time_part(Forecaster(Layout(cfg, place), SLOW_LINK, TEXT, VOCAB, tables_of), search=False)
     assert [scale.ranks for scale in part.strong] == [1, 2, 4, 6]
     assert part.strong[-1].step_s == pytest.approx(part.forecast.run_s / 30)
     assert len(part.left_out) == 1 and part.left_out[0].startswith("train.offload:")
-    assert time_part(forecaster(), PLACE, search=False).left_out == []
-    on_cpu = time_part(forecaster(replace(SLOW_LINK, host_copies=True)), PLACE, search=False)
+    assert time_part(forecaster(), search=False).left_out == []
+    on_cpu = time_part(forecaster(replace(SLOW_LINK, host_copies=True)), search=False)
     assert [line.split(":")[0] for line in on_cpu.left_out] == ["kernels.masked_from_k"]
     assert worlds(Placement(6, 2, 2)) == sorted([6, *(2**i for i in range(11))])
     assert worlds(Placement(12, 6, 6)) == [1, 6, 12, 24, 48, 96, 192, 384, 768]
@@ -167,8 +168,8 @@ def test_scaling_has_the_runs_own_ranks_and_what_is_not_modelled_is_named() -> N
 
 def test_auto_is_asked_with_the_rates_of_the_cluster() -> None:
     many = forecaster(SLOW_MESSAGES)
-    assert {part.exchange for part in steps_of_k(many.automatic(PLACE), PLACE)} == {"gather"}
+    assert {part.exchange for part in steps_of_k(many.automatic())} == {"gather"}
     few = forecaster()
-    assert {part.exchange for part in steps_of_k(few.automatic(PLACE), PLACE)} == {"tokens"}
-    rates = few.automatic(PLACE).parallel
+    assert {part.exchange for part in steps_of_k(few.automatic())} == {"tokens"}
+    rates = few.automatic().config.parallel
     assert (rates.link_gb_per_s, rates.message_us) == (1e-4 / 2, 1.0)  # two ranks share a link

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.counts.replay import StepCounts
 from foreroute.engine.certificate.time.cluster import ClusterConfig, LinkConfig, ScaleConfig, SharingConfig
@@ -67,26 +68,26 @@ def test_products_take_what_the_curve_says() -> None:
 def test_rows_inside_a_node_leave_through_the_ports_of_their_ranks() -> None:
     cfg = config()
     step = counts([[10, 4], [6, 9]], [20, 10, 15, 5])
-    found = layer_times(cfg, PLAIN, Placement(2, 2, 2), step, tokens=16)
+    found = layer_times(Layout(cfg, Placement(2, 2, 2)), PLAIN, step)
     # The busier direction carries 6 rows of 64 bytes; one message; twice to experts and twice back.
     assert found.exchange == pytest.approx(4 * (100e-6 + 6 * 64 / 1e6))
     assert found.hidden == 0.0
     # 3 passes x 2 matrices x 1 us: one launch computes all experts on a GPU, on a CPU each is a product of its own
     assert found.experts == pytest.approx(6e-6)
-    on_cpu = layer_times(cfg, replace(PLAIN, host_copies=True), Placement(2, 2, 2), step, tokens=16)
+    on_cpu = layer_times(Layout(cfg, Placement(2, 2, 2)), replace(PLAIN, host_copies=True), step)
     assert on_cpu.experts == pytest.approx(12e-6)
 
 
 def test_rows_between_nodes_share_the_link_of_their_node() -> None:
-    cfg = config()
+    cfg = config(data=DataConfig(streams=8, segment=8))
     sent = [[9, 1, 2, 3], [1, 9, 4, 5], [6, 0, 9, 1], [0, 0, 1, 9]]
     step = counts(sent, [9, 9, 9, 9])
-    found = layer_times(cfg, PLAIN, Placement(4, 4, 2), step, tokens=16)
+    found = layer_times(Layout(cfg, Placement(4, 4, 2)), PLAIN, step)
     # Node 0 sends 2 + 3 + 4 + 5 rows to node 1: 14 x 64 bytes at 0.5 MB/s, more than any port (10 rows at 1 MB/s); 3
     # messages.
     assert found.exchange == pytest.approx(4 * (3 * 500e-6 + 14 * 64 / 0.5e6))
     narrow = replace(PLAIN, inside=LinkConfig(gb_per_s=0.2e-3, message_us=100.0))
-    slower = layer_times(cfg, narrow, Placement(4, 4, 2), step, tokens=16)
+    slower = layer_times(Layout(cfg, Placement(4, 4, 2)), narrow, step)
     # rank 1 sends 10 rows at 0.2 MB/s
     assert slower.exchange == pytest.approx(4 * (3 * 500e-6 + 10 * 64 / 0.2e6))
 
@@ -96,13 +97,13 @@ def test_the_slowest_group_counts_with_its_busiest_rank() -> None:
     sent = np.array([[[5, 1], [1, 5]], [[5, 7], [2, 5]]])[None, None]
     count = np.array([[3, 3, 3, 3], [9, 9, 1, 1]])[None, None]
     step = StepCounts(np.array([0]), 2, sent, sent, count)
-    found = layer_times(cfg, PLAIN, Placement(4, 2, 4), step, tokens=8)
+    found = layer_times(Layout(cfg, Placement(4, 2, 4)), PLAIN, step)
     assert found.exchange == pytest.approx(4 * (100e-6 + 7 * 64 / 1e6))
 
 
 def test_gather_sends_all_tokens_to_all() -> None:
     cfg = config(parallel=ParallelConfig(expert_ranks=2, exchange=ExchangeKind.gather))
-    found = layer_times(cfg, PLAIN, Placement(2, 2, 2), counts([[1, 0], [0, 1]], [1, 0, 1, 0]), 16)
+    found = layer_times(Layout(cfg, Placement(2, 2, 2)), PLAIN, counts([[1, 0], [0, 1]], [1, 0, 1, 0]))
     assert found.exchange == pytest.approx(4 * (100e-6 + 16 * 64 / 1e6))
 
 
@@ -110,10 +111,11 @@ def test_gather_sends_all_tokens_to_all() -> None:
 def test_a_gather_between_nodes_goes_round_a_ring(on_cpu: bool) -> None:
     """Of 4 ranks' 16 rows each, 3 x 16 pass the link of a node; by an all-to-all each of 2 ranks sends 16 to each of
     2."""
-    cfg = config(parallel=ParallelConfig(expert_ranks=4, exchange=ExchangeKind.gather))
+    parallel = ParallelConfig(expert_ranks=4, exchange=ExchangeKind.gather)
+    cfg = config(data=DataConfig(streams=8, segment=8), parallel=parallel)
     cluster = replace(PLAIN, host_copies=on_cpu)
     step = counts([[1, 0, 0, 0]] * 4, [1, 0, 1, 0])
-    found = layer_times(cfg, cluster, Placement(4, 4, 2), step, tokens=16)
+    found = layer_times(Layout(cfg, Placement(4, 4, 2)), cluster, step)
     ring, pairs = (rows * 64 / 0.5e6 for rows in (3 * 16, 2 * 2 * 16))
     starts = (3 if on_cpu else 2) * 500e-6  # gloo sends three messages, NCCL doubles twice
     assert found.exchange == pytest.approx(4 * starts + 2 * ring + 2 * (pairs if on_cpu else ring))
@@ -126,7 +128,7 @@ def test_parts_repeat_the_experts_and_the_packing_but_not_the_shared_expert() ->
     def experts(cluster: ClusterConfig, shared_width: int, chunks: int) -> float:
         moe = replace(config().moe, shared_width=shared_width)
         cfg = config(moe=moe, parallel=ParallelConfig(expert_ranks=2, chunks=chunks))
-        return layer_times(cfg, cluster, Placement(2, 2, 2), step, tokens=16).experts
+        return layer_times(Layout(cfg, Placement(2, 2, 2)), cluster, step).experts
 
     products, shared = 3 * 2 * 1e-6, 3 * 2 * 1e-6
     assert experts(PLAIN, 0, 4) == pytest.approx(4 * products)
@@ -142,19 +144,19 @@ def test_parts_hide_what_experts_have_time_for() -> None:
     slow = replace(PLAIN, product_fp32=[[1000.0, 1e3]])  # a product takes 1 s: experts hide all they can
     parallel = ParallelConfig(expert_ranks=2, chunks=4)
     way = 4 * 100e-6 + 8 * 64 / 1e6  # four messages
-    found = layer_times(config(parallel=parallel), slow, Placement(2, 2, 2), step, tokens=16)
+    found = layer_times(Layout(config(parallel=parallel), Placement(2, 2, 2)), slow, step)
     assert found.hidden == pytest.approx(4 * way * 3 / 4)
     assert found.exchange == pytest.approx(4 * way / 4)
-    half = layer_times(config(parallel=parallel), replace(slow, overlap=0.5), Placement(2, 2, 2), step, 16)
+    half = layer_times(Layout(config(parallel=parallel), Placement(2, 2, 2)), replace(slow, overlap=0.5), step)
     assert half.hidden == pytest.approx(found.hidden / 2)
     # experts that take no time hide nothing
     fast = replace(PLAIN, product_fp32=[[1e-9, 1e9]])
-    found = layer_times(config(parallel=parallel), fast, Placement(2, 2, 2), step, tokens=16)
+    found = layer_times(Layout(config(parallel=parallel), Placement(2, 2, 2)), fast, step)
     assert found.hidden < 1e-9
     assert found.exchange == pytest.approx(4 * way)
     # a processor that copies what it sends hides only the wait for a link, and there is none inside a node
     copying = replace(slow, host_copies=True)
-    found = layer_times(config(parallel=parallel), copying, Placement(2, 2, 2), step, tokens=16)
+    found = layer_times(Layout(config(parallel=parallel), Placement(2, 2, 2)), copying, step)
     assert found.hidden == 0.0
 
 
@@ -167,7 +169,7 @@ def test_gradients_are_summed_over_who_shares_the_weights(stage: int, times: flo
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     shared = sum(p.numel() for p in model.parameters()) - experts
     step = counts([[8, 8], [8, 8]], [8, 8, 8, 8])
-    found = StepModel(cfg, cluster, Placement(4, 2, 4), VOCAB).time(step)
+    found = StepModel(Layout(cfg, Placement(4, 2, 4)), cluster, VOCAB).time(step)
     # round a ring of n ranks an all-reduce sends 2 (n - 1) / n x bytes: 4 ranks share all but experts, 2 share half of
     # these
     ring = 2 * 3 / 4 * 4 * shared + 2 * 1 / 2 * 4 * experts / 2
@@ -180,7 +182,7 @@ def test_an_all_reduce_costs_the_messages_of_both_its_halves() -> None:
     cluster = replace(PLAIN, ranks_per_node=8, inside=LinkConfig(1e9, 4.0))
     cfg = config(data=DataConfig(streams=8, segment=8), train=TrainConfig(steps=10, zero_stage=0))
     step = counts([[8]], [8, 8, 8, 8])
-    found = StepModel(cfg, cluster, Placement(8, 1, 8), VOCAB).time(step)
+    found = StepModel(Layout(cfg, Placement(8, 1, 8)), cluster, VOCAB).time(step)
     assert found.gradients == pytest.approx(6 * 4e-6)
 
 
@@ -188,17 +190,17 @@ def test_ranks_on_shared_cores_are_slower() -> None:
     cluster = replace(PLAIN, sharing=[SharingConfig(1, 1.0), SharingConfig(4, 2.5)])
     assert [cluster.slowdown(n) for n in (1, 2, 4, 8)] == pytest.approx([1.0, 1.5, 2.5, 5.0])
     cfg, step = config(), counts([[16, 8], [8, 16]], [8, 8, 8, 8])
-    alone = StepModel(cfg, PLAIN, Placement(4, 2, 4), VOCAB).time(step)
-    together = StepModel(cfg, cluster, Placement(4, 2, 4), VOCAB).time(step)
+    alone = StepModel(Layout(cfg, Placement(4, 2, 4)), PLAIN, VOCAB).time(step)
+    together = StepModel(Layout(cfg, Placement(4, 2, 4)), cluster, VOCAB).time(step)
     assert together.attention == pytest.approx(2.5 * alone.attention)
     assert together.exchange == pytest.approx(alone.exchange)
 
 
 def test_scales_multiply_their_part_alone() -> None:
     cfg, step = config(), counts([[16, 8], [8, 16]], [8, 8, 8, 8])
-    plain = StepModel(cfg, PLAIN, Placement(2, 2, 2), VOCAB).time(step)
+    plain = StepModel(Layout(cfg, Placement(2, 2, 2)), PLAIN, VOCAB).time(step)
     scaled = replace(PLAIN, scale=ScaleConfig(attention=3.0))
-    found = StepModel(cfg, scaled, Placement(2, 2, 2), VOCAB).time(step)
+    found = StepModel(Layout(cfg, Placement(2, 2, 2)), scaled, VOCAB).time(step)
     assert found.attention == pytest.approx(3 * plain.attention)
     assert found.total - plain.total == pytest.approx(2 * plain.attention)
 

@@ -1,0 +1,137 @@
+"""A run laid out on its ranks: the sizes that all of its steps share."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from foreroute.engine.certificate.counts.placement import Placement
+from foreroute.engine.config import Config, Keys, Precision, Router
+from foreroute.engine.data.streams import Ids, Streams
+from foreroute.engine.errors import require
+from foreroute.engine.parallel.mesh import Mesh
+from foreroute.engine.routing.exchange_choice import gathers, wire_itemsize
+from foreroute.engine.routing.k_schedule import active_experts
+
+
+class Trips(NamedTuple):
+    """How often in a step rows go to experts, and results come back (or gradients, which weigh as much)."""
+
+    to_experts: int
+    to_tokens: int
+
+
+FORWARD = Trips(1, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A run and the ranks that it runs on."""
+
+    config: Config
+    placement: Placement = field(default_factory=Placement)
+
+    @property
+    def streams(self) -> int:
+        """Streams of a rank in a micro-batch."""
+        return self.config.streams_per_micro_batch(self.placement.world_size)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a rank in a micro-batch."""
+        return self.streams * self.config.data.segment
+
+    @property
+    def local_experts(self) -> int:
+        """Experts of a rank."""
+        return self.config.moe.experts // self.placement.expert_ranks
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of a number of the model's compute copy and of activations."""
+        return 2 if self.config.train.precision is Precision.bf16 else 4
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row between ranks."""
+        return self.config.model.width * wire_itemsize(self.config.parallel, self.config.train.precision)
+
+    @property
+    def trips(self) -> Trips:
+        """Trips of a layer's rows in one micro-batch: forward, backward, and what recomputation repeats.
+
+        Recomputation ends as soon as everything that backward needs is there again. Results do not come back once more
+        where nothing after them is kept for backward. A layer in chunks (engine/moe/overlap.py) repeats everything.
+        """
+        if not self.config.train.recompute:
+            return Trips(2, 2)
+        model, moe = self.config.model, self.config.moe
+        kept_after = not model.pre_norm or model.dropout > 0 or moe.shared_width > 0
+        return Trips(3, 3 if kept_after or min(self.config.parallel.chunks, self.tokens) > 1 else 2)
+
+    def gathers(self, k: int, tokens: int | None = None) -> bool:
+        """Return whether all rows go to all ranks at this k.
+
+        Args:
+            tokens: of a rank in a micro-batch; None for the run's.
+        """
+        return gathers(self.config, self.placement.expert_ranks, k, self.tokens if tokens is None else tokens)
+
+    def exchange(self, k: int) -> str:
+        """Return the exchange that the run uses at this k: tokens, gather, or local (one rank: nothing moves)."""
+        if self.placement.expert_ranks == 1:
+            return "local"
+        return "gather" if self.gathers(k) else "tokens"
+
+    def k(self, step: int) -> int:
+        """Return the active experts of a step."""
+        return active_experts(self.config.schedule, step, self.config.schedule_steps)
+
+    def read(self, ids: Ids) -> Streams:
+        """Lay the training split out in streams."""
+        data = self.config.data
+        return Streams(ids, data.streams, data.segment, self.config.context, data.start)
+
+    def counted_steps(self, steps: int | None = None, sample: int = 1) -> range:
+        """Return the steps that a certificate counts.
+
+        Args:
+            steps: count the first so many; None for train.steps.
+            sample: count every so manieth only.
+
+        Raises:
+            UserError: steps or sample is out of range.
+        """
+        last = self.config.train.steps
+        steps = last if steps is None else steps
+        require(1 <= steps <= last, f"steps={steps}: must be from 1 to train.steps={last}")
+        require(1 <= sample <= steps, f"sample={sample}: must be from 1 to the {steps} steps to certify")
+        return range(0, steps, sample)
+
+    def check(self) -> None:
+        """Refuse a run that cannot be certified on these ranks.
+
+        Raises:
+            UserError: experts or streams cannot be shared out evenly, or routes are not known before the run.
+        """
+        model, moe = self.config.model, self.config.moe
+        require(
+            moe.router is not Router.dense,
+            "moe.router=dense: no experts and no rows that travel, so there is nothing to certify",
+        )
+        why = ""
+        if moe.router in (Router.frozen, Router.learned):
+            why = "routes depend on hidden states, so rows and bytes are not known before the run; "
+        elif moe.router in (Router.fresh, Router.stochastic):
+            why = "routes are drawn at each forward pass and not replayed; "
+        require(moe.router is Router.hashed, f"moe.router={moe.router.name}: {why}only hashed can be certified")
+        require(
+            moe.keys is Keys.own,
+            f"moe.keys={moe.keys.name}: routes are drawn at each forward pass and not replayed; only own can be"
+            " certified",
+        )
+        require(
+            self.config.expert_layers == model.layers,
+            f"moe.layers={moe.layers} of model.layers={model.layers}: only models with experts in every layer can be"
+            " certified",
+        )
+        Mesh(0, self.placement.world_size, self.placement.expert_ranks).local_experts(moe.experts)
+        self.config.streams_per_micro_batch(self.placement.world_size)
