@@ -92,7 +92,7 @@ def main() -> None:
         arm()
     arm.loader.close()
     wait = sum(t.plan_wait_ms for t in arm.times[1:]) / sum(t.step_ms for t in arm.times[1:])
-    rows = plan.parts[0].rows
+    rows = plan.chunks[0].rows
     print(f"{environment()}, {rows.num_rows} expert rows over {rows.num_inputs} received")
     print_table(["one table, one core", "ms"], [[name, ms] for name, ms in times.items()])
     print_result({"plan_ms": times["ids to plan"], "plan_wait_fraction": wait})

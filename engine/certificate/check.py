@@ -140,10 +140,10 @@ class _Watched(Exchange):
         super().__init__(exchange.comm, exchange.parallel, exchange.backend)
         self._done = done
 
-    def to_experts(self, x_tD: Tensor, part: Transfer) -> Moving:
-        """Send a part's rows from tokens to experts."""
+    def to_experts(self, x_tD: Tensor, chunk: Transfer) -> Moving:
+        """Send a chunk's rows from tokens to experts."""
         with self._sending():
-            moving = super().to_experts(x_tD, part)
+            moving = super().to_experts(x_tD, chunk)
 
         def finish(rows: Tensor) -> Tensor:
             arrived_RD = moving.finish(rows)
@@ -152,10 +152,10 @@ class _Watched(Exchange):
 
         return Moving(moving.collective, finish)
 
-    def to_tokens(self, partial_RD: Tensor, part: Transfer) -> Moving:
-        """Send a part's rows from experts to tokens."""
+    def to_tokens(self, partial_RD: Tensor, chunk: Transfer) -> Moving:
+        """Send a chunk's rows from experts to tokens."""
         with self._sending():
-            return super().to_tokens(partial_RD, part)
+            return super().to_tokens(partial_RD, chunk)
 
     @contextmanager
     def _sending(self) -> Iterator[None]:
@@ -173,7 +173,7 @@ def _watch(layer: MoELayer) -> _Done:
 
     def before_experts(_: nn.Module, inputs: tuple[Any, ...]) -> None:
         rows_RD, plan = inputs[:2]
-        done.computed_rows += sum(part.rows.num_rows for part in plan.parts)
+        done.computed_rows += sum(chunk.rows.num_rows for chunk in plan.chunks)
         if alone:  # nothing arrives by an exchange
             done.received_rows += rows_RD.shape[0]
 

@@ -21,7 +21,7 @@ from foreroute.engine.data.corpus import PreparedCorpus
 from foreroute.engine.evaluation.held_out import evaluate
 from foreroute.engine.model.transformer_xl import TransformerXL
 from foreroute.engine.moe.experts import Experts
-from foreroute.engine.routing.plan import Part, Plan
+from foreroute.engine.routing.plan import Chunk, Plan
 from foreroute.engine.routing.routers import PlannedRouter
 from foreroute.kernels import ExpertWeights, expert_ffn, expert_rows
 
@@ -138,7 +138,7 @@ def _note(seen: list[tuple[Tensor, Plan]], module: nn.Module, inputs: tuple[obje
 
 def _layer_seen(experts: Experts, passes: list[tuple[Tensor, Plan]]) -> LayerSeen:
     num_experts = experts.w1.shape[0]
-    routes = [_route_of(plan.parts[0], len(x_TD), num_experts) for x_TD, plan in passes]
+    routes = [_route_of(plan.chunks[0], len(x_TD), num_experts) for x_TD, plan in passes]
     return LayerSeen(
         experts,
         torch.cat([x_TD for x_TD, _ in passes]),
@@ -147,13 +147,13 @@ def _layer_seen(experts: Experts, passes: list[tuple[Tensor, Plan]]) -> LayerSee
     )
 
 
-def _route_of(part: Part, tokens: int, num_experts: int) -> tuple[Tensor, Tensor]:
+def _route_of(chunk: Chunk, tokens: int, num_experts: int) -> tuple[Tensor, Tensor]:
     """Spread expert rows out over [T, E]: the mixing weights, and who was chosen. On one rank received rows are
     tokens."""
-    expert_N = part.rows.expert_N()
-    token_N = part.rows.source_N.long()
+    expert_N = chunk.rows.expert_N()
+    token_N = chunk.rows.source_N.long()
     weight_TE, chosen_TE = torch.zeros(tokens, num_experts), torch.zeros(tokens, num_experts).bool()
-    weight_TE[token_N, expert_N] = part.weight_N.detach().float()
+    weight_TE[token_N, expert_N] = chunk.weight_N.detach().float()
     chosen_TE[token_N, expert_N] = True
     return weight_TE, chosen_TE
 

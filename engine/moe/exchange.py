@@ -8,12 +8,12 @@ per received row and gives one row per local token. The two are each other's tra
              these experts is made; one row back from there
     gather   all rows to all ranks, and the partial results added up on the way back, for large k
 
-Either way two collectives a layer, part and direction, whose sizes the Plan knows: no counts are exchanged and the host
-is never waited for. A plan in several parts is exchanged inside the experts' call, by `to_experts` and `to_tokens`
-(engine/moe/overlap.py); `dispatch` and `combine` are for plans of one part, and these two can be compiled: then they
-are operators, which find their exchange by its number.
+Either way a layer has two collectives for each chunk and direction. The Plan knows their sizes: no counts are exchanged
+and the host never waits. `dispatch` and `combine` are for plans of one chunk. They can be compiled: then they are
+operators, which find their exchange by its number. A plan of several chunks is exchanged inside the experts' call, by
+`to_experts` and `to_tokens` (engine/moe/overlap.py).
 
-Letters: T local tokens (t: of one part), D width, S sent rows, R received rows, P ranks of the expert group.
+Letters: T local tokens (t: of one chunk), D width, S sent rows, R received rows, P ranks of the expert group.
 """
 
 import itertools
@@ -32,7 +32,7 @@ from foreroute.engine.parallel.collectives import ExpertGroupComm
 from foreroute.engine.parallel.in_flight import AsyncCollective
 from foreroute.engine.routing.exchange_choice import use_gather, wire_dtype
 from foreroute.engine.routing.live_plan import build_live_plan
-from foreroute.engine.routing.plan import Part, Plan, Route, build_plan
+from foreroute.engine.routing.plan import Chunk, Plan, Route, build_plan
 from foreroute.engine.tracing import span
 from foreroute.kernels import ExpertRows, combine, permute_rows
 
@@ -55,7 +55,7 @@ class Local:
 
 
 class Transfer(Protocol):
-    """What the exchange reads of a Part."""
+    """What the exchange reads of a Chunk."""
 
     @property
     def send(self) -> ExpertRows | None:
@@ -117,38 +117,38 @@ class Exchange:
     def dispatch(self, x_TD: Tensor, plan: Plan) -> Tensor:
         """Return the received rows [R, D]: rank by rank, in the order of the sender's tokens."""
         check_plan(x_TD, plan, ranks=self.comm.ranks)
-        (part,) = plan.parts
+        (chunk,) = plan.chunks
         if torch.compiler.is_compiling():
-            traced_RD: Tensor = _to_experts(x_TD, *_flat(part), self.number)
+            traced_RD: Tensor = _to_experts(x_TD, *_flat(chunk), self.number)
             return traced_RD
-        received_RD: Tensor = _ToExperts.apply(x_TD, self, part)  # type: ignore[no-untyped-call]
+        received_RD: Tensor = _ToExperts.apply(x_TD, self, chunk)  # type: ignore[no-untyped-call]
         return received_RD
 
     def combine(self, partial_RD: Tensor, plan: Plan) -> Tensor:
         """Return the sum of each local token's partial results [T, D]."""
-        (part,) = plan.parts
+        (chunk,) = plan.chunks
         if torch.compiler.is_compiling():
-            traced_TD: Tensor = _to_tokens(partial_RD, *_flat(part), self.number)
+            traced_TD: Tensor = _to_tokens(partial_RD, *_flat(chunk), self.number)
             return traced_TD
-        y_TD: Tensor = _ToTokens.apply(partial_RD, self, part)  # type: ignore[no-untyped-call]
+        y_TD: Tensor = _ToTokens.apply(partial_RD, self, chunk)  # type: ignore[no-untyped-call]
         return y_TD
 
-    def to_experts(self, x_tD: Tensor, part: Transfer) -> Moving:
-        """Send a part's rows from tokens to experts, without autograd; the received rows arrive."""
+    def to_experts(self, x_tD: Tensor, chunk: Transfer) -> Moving:
+        """Send a chunk's rows from tokens to experts, without autograd; the received rows arrive."""
         dtype = wire_dtype(self.parallel, x_tD.dtype)
         with span("dispatch"), self.comm.aside(x_tD):
-            if part.send is None:
+            if chunk.send is None:
                 # Expert group, [t, D] to [P * t, D].
                 collective = self.comm.all_gather(x_tD.to(dtype))
             else:
                 # Expert group, [S, D] to [R, D].
-                rows_SD = permute_rows(x_tD, part.send.source_N, dtype=dtype, backend=self.backend)
-                collective = self.comm.all_to_all(rows_SD, part.send_splits, part.recv_splits)
+                rows_SD = permute_rows(x_tD, chunk.send.source_N, dtype=dtype, backend=self.backend)
+                collective = self.comm.all_to_all(rows_SD, chunk.send_splits, chunk.recv_splits)
         return Moving(collective, lambda received_RD: received_RD.to(x_tD.dtype))
 
-    def to_tokens(self, partial_RD: Tensor, part: Transfer) -> Moving:
-        """Send a part's rows from experts to tokens, without autograd; the sum of each token's rows arrives."""
-        dtype, send = partial_RD.dtype, part.send
+    def to_tokens(self, partial_RD: Tensor, chunk: Transfer) -> Moving:
+        """Send a chunk's rows from experts to tokens, without autograd; the sum of each token's rows arrives."""
+        dtype, send = partial_RD.dtype, chunk.send
         with span("combine"), self.comm.aside(partial_RD):
             rows_RD = partial_RD.to(wire_dtype(self.parallel, dtype))
             if send is None:
@@ -156,7 +156,7 @@ class Exchange:
                 collective = self.comm.reduce_scatter(rows_RD)
                 return Moving(collective, lambda sum_tD: sum_tD.to(dtype))
             # Expert group, [R, D] to [S, D].
-            collective = self.comm.all_to_all(rows_RD, part.recv_splits, part.send_splits)
+            collective = self.comm.all_to_all(rows_RD, chunk.recv_splits, chunk.send_splits)
 
         def add_up(rows_SD: Tensor) -> Tensor:
             with span("combine"):
@@ -176,9 +176,9 @@ def build_exchange(
 
 def check_plan(x_TD: Tensor, plan: Plan, *, ranks: int) -> None:
     """Raise ValueError unless a plan is for so many ranks and for these tokens."""
-    if len(plan.parts[0].send_splits) != ranks:
+    if len(plan.chunks[0].send_splits) != ranks:
         raise ValueError(
-            f"the plan is for an expert group of {len(plan.parts[0].send_splits)} ranks: this one has {ranks}"
+            f"the plan is for an expert group of {len(plan.chunks[0].send_splits)} ranks: this one has {ranks}"
         )
     if x_TD.shape[0] != plan.num_tokens:
         raise ValueError(f"x_TD has {x_TD.shape[0]} rows: the plan is for {plan.num_tokens} tokens")
@@ -186,26 +186,26 @@ def check_plan(x_TD: Tensor, plan: Plan, *, ranks: int) -> None:
 
 class _ToExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, exchange: Exchange, part: Part) -> Tensor:
-        ctx.exchange, ctx.part = exchange, part
-        return exchange.to_experts(x_TD.contiguous(), part).wait()
+    def forward(ctx: Any, x_TD: Tensor, exchange: Exchange, chunk: Chunk) -> Tensor:
+        ctx.exchange, ctx.chunk = exchange, chunk
+        return exchange.to_experts(x_TD.contiguous(), chunk).wait()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_received_RD: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.exchange.to_tokens(d_received_RD.contiguous(), ctx.part).wait(), None, None
+        return ctx.exchange.to_tokens(d_received_RD.contiguous(), ctx.chunk).wait(), None, None
 
 
 class _ToTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, partial_RD: Tensor, exchange: Exchange, part: Part) -> Tensor:
-        ctx.exchange, ctx.part = exchange, part
-        return exchange.to_tokens(partial_RD.contiguous(), part).wait()
+    def forward(ctx: Any, partial_RD: Tensor, exchange: Exchange, chunk: Chunk) -> Tensor:
+        ctx.exchange, ctx.chunk = exchange, chunk
+        return exchange.to_tokens(partial_RD.contiguous(), chunk).wait()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_y_TD: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.exchange.to_experts(d_y_TD.contiguous(), ctx.part).wait(), None, None
+        return ctx.exchange.to_experts(d_y_TD.contiguous(), ctx.chunk).wait(), None, None
 
 
 _numbers = itertools.count()
@@ -220,8 +220,8 @@ class _Sent(NamedTuple):
     recv_splits: tuple[int, ...]
 
 
-def _flat(part: Part) -> tuple[list[Tensor], list[int], list[int]]:
-    return [] if part.send is None else list(part.send.tensors()), list(part.send_splits), list(part.recv_splits)
+def _flat(chunk: Chunk) -> tuple[list[Tensor], list[int], list[int]]:
+    return [] if chunk.send is None else list(chunk.send.tensors()), list(chunk.send_splits), list(chunk.recv_splits)
 
 
 def _whole(send: list[Tensor], send_splits: list[int], recv_splits: list[int]) -> _Sent:

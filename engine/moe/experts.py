@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from foreroute.engine.config import Activation, Backend, KernelsConfig, MoEConfig
 from foreroute.engine.moe.exchange import Exchange, Local, check_plan
-from foreroute.engine.moe.overlap import PartCall, run_in_parts
-from foreroute.engine.routing.plan import Part, Plan
+from foreroute.engine.moe.overlap import ChunkCall, run_in_chunks
+from foreroute.engine.routing.plan import Chunk, Plan
 from foreroute.engine.tracing import traced
 from foreroute.kernels import Dropout, ExpertWeights, moe_ffn
 
@@ -52,27 +52,27 @@ class Experts(nn.Module):
         """Return the weighted sum of each received row's local experts.
 
         All that needs the weights happens in this one call, as ZeRO-3 gathers them around it. So a plan in several
-        parts is exchanged in here, and then rows_RD and the result are the tokens' [T, D].
+        chunks is exchanged in here, and then rows_RD and the result are the tokens' [T, D].
 
         Args:
             dropout: with the numbers of all tokens of the expert group, rank by rank.
-            exchange: for a plan in several parts.
+            exchange: for a plan in several chunks.
 
         Raises:
             ValueError: the plan is for other ranks or another number of tokens.
         """
         weights = ExpertWeights(self.w1, self.b1, self.w2, self.b2, self.w3)
-        calls = [self._call(rows_RD, part, plan.k, dropout) for part in plan.parts]
+        calls = [self._call(rows_RD, chunk, plan.k, dropout) for chunk in plan.chunks]
         if len(calls) > 1:
-            assert isinstance(exchange, Exchange), "one rank has plans of one part"
+            assert isinstance(exchange, Exchange), "one rank has plans of one chunk"
             check_plan(rows_RD, plan, ranks=exchange.comm.ranks)
-            return run_in_parts(rows_RD, calls, weights, exchange)
+            return run_in_chunks(rows_RD, calls, weights, exchange)
         (call,) = calls
-        return traced("experts", moe_ffn, rows_RD, call.weight_N, weights, call.part.rows, **call.options)
+        return traced("experts", moe_ffn, rows_RD, call.weight_N, weights, call.chunk.rows, **call.options)
 
-    def _call(self, rows_RD: Tensor, part: Part, k: int, dropout: Dropout | None) -> PartCall:
-        if dropout is not None and part.received_R is not None:
-            dropout = replace(dropout, token_R=dropout.token_R.index_select(0, part.received_R))
+    def _call(self, rows_RD: Tensor, chunk: Chunk, k: int, dropout: Dropout | None) -> ChunkCall:
+        if dropout is not None and chunk.received_R is not None:
+            dropout = replace(dropout, token_R=dropout.token_R.index_select(0, chunk.received_R))
         backend = self.kernels.backend.value
         if self.kernels.backend is Backend.auto:
             backend = "triton" if rows_RD.is_cuda else "cpu"
@@ -85,4 +85,4 @@ class Experts(nn.Module):
             "debug": self.kernels.debug,
         }
         wide = torch.promote_types(rows_RD.dtype, torch.float32)
-        return PartCall(part, part.weight_N.to(wide), options)
+        return ChunkCall(chunk, chunk.weight_N.to(wide), options)

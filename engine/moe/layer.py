@@ -1,10 +1,10 @@
 """The Mixture-of-Experts layer: dispatch -> experts -> combine, driven by a Plan.
 
-    one part        x_TD -> dispatch -> [ experts ] -> combine -> y_TD
-    several parts   x_TD -> [ dispatch -> experts -> combine, part by part ] -> y_TD
+    one chunk       x_TD -> dispatch -> [ experts ] -> combine -> y_TD
+    several chunks  x_TD -> [ dispatch -> experts -> combine, chunk by chunk ] -> y_TD
 
 The brackets are the call of the module `experts`, around which ZeRO-3 gathers its weights once: so a plan in several
-parts does all three inside it. A planned router's Plan comes with the batch. A live router routes here, inside the
+chunks does all three inside it. A planned router's Plan comes with the batch. A live router routes here, inside the
 forward pass, and builds the same Plan; after that nothing differs. No routing decision is taken below this file.
 
 Letters: T local tokens, D width, R received rows, E experts.
@@ -90,11 +90,11 @@ class MoELayer(nn.Module):
         """
         plan, auxiliary_loss = self._plan(x_TD, routing)
         dropout = self._dropout(x_TD, routing)
-        if len(plan.parts) == 1:
+        if len(plan.chunks) == 1:
             received_RD = self.exchange.dispatch(x_TD, plan)
             partial_RD = self.experts(received_RD, plan, dropout)
             y_TD = self.exchange.combine(partial_RD, plan)
-        else:  # the same, part by part, in the one call around which ZeRO-3 gathers the weights
+        else:  # the same, chunk by chunk, in the one call around which ZeRO-3 gathers the weights
             y_TD = self.experts(x_TD, plan, dropout, exchange=self.exchange)
         if self.shared is not None:
             y_TD = y_TD + self._shared(self.shared, x_TD, plan, dropout)

@@ -5,7 +5,7 @@ the rank of its experts; in backward the gradient of the weights comes the same 
 a layer's exchange and experts are those of a planned router.
 
 Letters: T local tokens, K active experts, E experts, L = E / P experts of a rank, P ranks of the expert group, S sent
-and R received rows, N expert rows of this rank, C parts; small t, s, r: of one part. Expert e lives on rank e // L.
+and R received rows, N expert rows of this rank, C chunks; small t, s, r: of one chunk. Expert e lives on rank e // L.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from foreroute.engine.parallel.collectives import ExpertGroupComm
-from foreroute.engine.routing.plan import Part, Plan, Route, cut
+from foreroute.engine.routing.plan import Chunk, Plan, Route, cut
 from foreroute.kernels.expert_index import ExpertRows
 
 # In a weight block: the token did not choose this expert. A weight that was chosen may be 0.
@@ -55,17 +55,17 @@ def build_live_plan(
     token_S = rank * num_tokens + flat_S % max(num_tokens, 1)
     splits = counts.splits(rank, slice(None))
     weight_RL, token_R = _ToExpertRanks.apply(weight_SL, token_S, comm, *splits)  # type: ignore[no-untyped-call]
-    parts = []
+    found_chunks = []
     for number, span in enumerate(spans):
         block = counts.received(rank, number)
-        weight_rL, token_r = (torch.cat([x[part] for part in block]) for x in (weight_RL, token_R))
+        weight_rL, token_r = (torch.cat([x[chunk] for chunk in block]) for x in (weight_RL, token_R))
         num_rows = int(counts.experts_PCE[:, number, rank * local : (rank + 1) * local].sum())
         rows, place_N = _expert_rows(weight_rL.detach() != _UNUSED, num_rows)
         send_splits, recv_splits = counts.splits(rank, slice(number, number + 1))
         send = None if gather else _expert_rows(used_TP[span], sum(send_splits))[0]
         weight_N = weight_rL.T.reshape(-1)[place_N]
-        parts.append(Part(rows, weight_N, send, token_r, send_splits, recv_splits))
-    return Plan(k, rank, counts.total_E, tuple(parts))
+        found_chunks.append(Chunk(rows, weight_N, send, token_r, send_splits, recv_splits))
+    return Plan(k, rank, counts.total_E, tuple(found_chunks))
 
 
 def _weight_blocks(route: Route, num_experts: int) -> Tensor:
@@ -78,26 +78,26 @@ def _weight_blocks(route: Route, num_experts: int) -> Tensor:
 class _Counts:
     """What all ranks know of each other's routes."""
 
-    def __init__(self, got: Tensor, ranks: int, parts: int) -> None:
+    def __init__(self, got: Tensor, ranks: int, chunks: int) -> None:
         """Read the gathered counts [P * C, P + E] back."""
-        counts: NDArray[np.int64] = got.cpu().numpy().reshape(ranks, parts, -1)
-        self.rows_PCP = counts[..., :ranks]  # rows from a rank, in a part, to a rank
-        # expert rows of a rank's tokens, in a part, for an expert
+        counts: NDArray[np.int64] = got.cpu().numpy().reshape(ranks, chunks, -1)
+        self.rows_PCP = counts[..., :ranks]  # rows from a rank, in a chunk, to a rank
+        # expert rows of a rank's tokens, in a chunk, for an expert
         self.experts_PCE = counts[..., ranks:]
         self.total_E = got[:, ranks:].sum(dim=0)
 
-    def splits(self, rank: int, parts: slice) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def splits(self, rank: int, chunks: slice) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Rows to and from each rank."""
-        sent_P = self.rows_PCP[rank, parts].sum(axis=0)
-        received_P = self.rows_PCP[:, parts, rank].sum(axis=1)
+        sent_P = self.rows_PCP[rank, chunks].sum(axis=0)
+        received_P = self.rows_PCP[:, chunks, rank].sum(axis=1)
         return tuple(sent_P.tolist()), tuple(received_P.tolist())
 
-    def received(self, rank: int, part: int) -> list[slice]:
-        """Where the rows of a part are among all received rows: from each rank its parts one behind the other."""
+    def received(self, rank: int, chunk: int) -> list[slice]:
+        """Where the rows of a chunk are among all received rows: from each rank its chunks one behind the other."""
         rows_N = self.rows_PCP[:, :, rank].reshape(-1)
         ends = np.cumsum(rows_N).tolist()
         count = self.rows_PCP.shape[1]
-        places = range(part, len(ends), count)
+        places = range(chunk, len(ends), count)
         return [slice(ends[place] - int(rows_N[place]), ends[place]) for place in places]
 
 

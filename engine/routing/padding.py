@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from foreroute.engine.errors import RunFailed
-from foreroute.engine.routing.plan import Part, Plan
+from foreroute.engine.routing.plan import Chunk, Plan
 from foreroute.kernels.expert_index import ExpertRows
 
 
@@ -31,32 +31,32 @@ def pad_plan(plan: Plan, bounds: RowBounds) -> Plan:
     Raises:
         RunFailed: the plan has more rows than a bound says; names both.
     """
-    if len(plan.parts[0].send_splits) == 1:
+    if len(plan.chunks[0].send_splits) == 1:
         return plan
-    return replace(plan, parts=tuple(_pad_part(part, bounds) for part in plan.parts))
+    return replace(plan, chunks=tuple(_pad_chunk(chunk, bounds) for chunk in plan.chunks))
 
 
-def _pad_part(part: Part, bounds: RowBounds) -> Part:
-    rows, most = part.rows, bounds.expert_rows
+def _pad_chunk(chunk: Chunk, bounds: RowBounds) -> Chunk:
+    rows, most = chunk.rows, bounds.expert_rows
     if rows.num_rows > most:
         raise RunFailed(f"a plan has {rows.num_rows} expert rows: its bound is {most}")
-    if part.send is None:
-        return replace(part, rows=rows.padded(most), weight_N=_longer(part.weight_N, most))
+    if chunk.send is None:
+        return replace(chunk, rows=rows.padded(most), weight_N=_longer(chunk.weight_N, most))
     pair = bounds.pair_rows
-    if (rows_P := max(*part.send_splits, *part.recv_splits)) > pair:
+    if (rows_P := max(*chunk.send_splits, *chunk.recv_splits)) > pair:
         raise RunFailed(f"a plan has {rows_P} rows from one rank to another: its bound is {pair}")
-    assert part.received_R is not None
-    ranks = len(part.send_splits)
-    send_S, recv_R = _places(part.send_splits, pair), _places(part.recv_splits, pair)
+    assert chunk.received_R is not None
+    ranks = len(chunk.send_splits)
+    send_S, recv_R = _places(chunk.send_splits, pair), _places(chunk.recv_splits, pair)
     count_R = torch.diff(rows.slot_offset_R, append=rows.slot_offset_R.new_tensor([rows.num_rows]))
     count_R = _spread(count_R, recv_R, ranks * pair)
     received = ExpertRows(recv_R[rows.source_N], rows.offset_L, rows.slot_N, count_R.cumsum(0) - count_R)
     return replace(
-        part,
+        chunk,
         rows=received.padded(most),
-        weight_N=_longer(part.weight_N, most),
-        send=_pad_sent(part.send, send_S, pair),
-        received_R=_spread(part.received_R, recv_R, ranks * pair),
+        weight_N=_longer(chunk.weight_N, most),
+        send=_pad_sent(chunk.send, send_S, pair),
+        received_R=_spread(chunk.received_R, recv_R, ranks * pair),
         send_splits=(pair,) * ranks,
         recv_splits=(pair,) * ranks,
     )

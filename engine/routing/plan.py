@@ -5,8 +5,8 @@ group. A live router's Route becomes a plan inside the forward pass: `build_plan
 and the received rows are the local tokens; engine/routing/live_plan.py on several. After that all share
 engine/moe/layer.py.
 
-A plan has one part, or several that are exchanged one behind the other (engine/moe/overlap.py). A part is about a
-contiguous share of every rank's tokens, so a token is in one part and the rows that travel are the same in number.
+A plan has one chunk, or several that are exchanged one behind the other (engine/moe/overlap.py). A chunk is about a
+contiguous share of every rank's tokens, so a token is in one chunk and the rows that travel are the same in number.
 
 Letters: T local tokens, K active experts, N expert rows (T*K on one rank), E experts, S sent and R received rows, P
 ranks of the expert group.
@@ -31,13 +31,13 @@ class Route(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Chunk:
     """Where rows go and what each expert reads, for a share of every rank's tokens."""
 
     rows: ExpertRows  # expert-major rows over the received rows
     weight_N: Tensor  # fp32: mixing weight of each expert row
     send: ExpertRows | None
-    """Rows to send, rank by rank: "experts" are ranks, source_N the tokens of this part; None: all of them to all
+    """Rows to send, rank by rank: "experts" are ranks, source_N the tokens of this chunk; None: all of them to all
     ranks."""
     received_R: Tensor | None
     """int64: which of the group's tokens, rank by rank, each received row is; None: all, in order."""
@@ -46,7 +46,7 @@ class Part:
 
     @property
     def num_tokens(self) -> int:
-        """Local tokens of this part."""
+        """Local tokens of this chunk."""
         return self.send_splits[0] if self.send is None else self.send.num_inputs
 
 
@@ -57,22 +57,22 @@ class Plan:
     k: int  # active experts per token
     rank: int  # this rank's number in its expert group
     count_E: Tensor  # int64: rows of every expert over the expert group
-    parts: tuple[Part, ...]  # in the order of the tokens
+    chunks: tuple[Chunk, ...]  # in the order of the tokens
 
     @property
     def num_tokens(self) -> int:
         """Local tokens T."""
-        return sum(part.num_tokens for part in self.parts)
+        return sum(chunk.num_tokens for chunk in self.chunks)
 
     @property
     def send_splits(self) -> tuple[int, ...]:
         """Rows to each rank of the expert group, this one included."""
-        return _sums([part.send_splits for part in self.parts])
+        return _sums([chunk.send_splits for chunk in self.chunks])
 
     @property
     def recv_splits(self) -> tuple[int, ...]:
         """Rows from each rank of the expert group."""
-        return _sums([part.recv_splits for part in self.parts])
+        return _sums([chunk.recv_splits for chunk in self.chunks])
 
     @property
     def wire_rows(self) -> int:
@@ -140,7 +140,7 @@ def _sums(splits: list[tuple[int, ...]]) -> tuple[int, ...]:
 
 
 def cut(num_tokens: int, chunks: int) -> list[slice]:
-    """Cut tokens into contiguous parts as equal as can be: `chunks` of them, or one each where tokens are fewer.
+    """Cut tokens into contiguous chunks as equal as can be: `chunks` of them, or one each where tokens are fewer.
 
     Example: 7 tokens in 3 chunks are 0 and 1, 2 and 3, 4 to 6.
     """
@@ -161,7 +161,7 @@ def build_plan(route: Route, num_experts: int) -> Plan:
     num_tokens, k = route.expert_TK.shape
     rows, choice_N = expert_rows(route.expert_TK, num_experts)
     count_E = torch.diff(rows.offset_L.long(), prepend=rows.offset_L.new_zeros(1).long())
-    part = Part(
+    chunk = Chunk(
         rows=rows,
         weight_N=route.weight_TK.reshape(-1)[choice_N],
         send=None,
@@ -169,4 +169,4 @@ def build_plan(route: Route, num_experts: int) -> Plan:
         send_splits=(num_tokens,),
         recv_splits=(num_tokens,),
     )
-    return Plan(k, 0, count_E, (part,))
+    return Plan(k, 0, count_E, (chunk,))

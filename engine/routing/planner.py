@@ -4,7 +4,7 @@ Everything that depends on the table, k and the rank alone is worked out once fo
 ranks and which local experts it uses, with which weights. A plan is then a few lookups over the tokens of all ranks of
 the group. Pure numpy on the host: no collective, no generator, any thread.
 
-Letters: P ranks of the expert group, T tokens of a rank, t of them in one part, E experts, L = E / P experts of a rank,
+Letters: P ranks of the expert group, T tokens of a rank, t of them in a chunk, E experts, L = E / P experts of a rank,
 K active experts, R received rows, N expert rows of this rank, r table rows. Expert e lives on rank e // L.
 """
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from foreroute.engine.parallel.mesh import Mesh
-from foreroute.engine.routing.plan import Part, Plan, cut
+from foreroute.engine.routing.plan import Chunk, Plan, cut
 from foreroute.kernels.expert_index import ExpertRows
 
 _KEPT = 2  # values of k whose lookups are kept: training's and, at a change of k, the one before
@@ -77,15 +77,15 @@ class TablePlanner:
 
         Args:
             gather: for the exchange in which every rank receives all rows, needed or not.
-            chunks: parts that are exchanged one behind the other; one rank has nothing to exchange and makes one.
+            chunks: chunks that are exchanged one behind the other; one rank has nothing to exchange and makes one.
         """
         found = self._lookups_of(k)
         spans = cut(row_PT.shape[1], chunks if self.ranks > 1 else 1)
-        parts = tuple(self._part(found, row_PT, span, gather=gather) for span in spans)
+        found_chunks = tuple(self._chunk(found, row_PT, span, gather=gather) for span in spans)
         count_E = torch.from_numpy(_count(found.active_rE, row_PT.reshape(-1)))
-        return Plan(k, self.rank, count_E, parts)
+        return Plan(k, self.rank, count_E, found_chunks)
 
-    def _part(self, found: _Lookups, row_PT: NDArray[np.int64], span: slice, *, gather: bool) -> Part:
+    def _chunk(self, found: _Lookups, row_PT: NDArray[np.int64], span: slice, *, gather: bool) -> Chunk:
         """Plan a share of every rank's tokens."""
         row_Pt = row_PT[:, span]
         all_tokens, num_tokens = row_PT.shape[1], row_Pt.shape[1]
@@ -100,11 +100,11 @@ class TablePlanner:
             row_R = all_N.take(received_R)
             first_P = np.searchsorted(received_R, np.arange(self.ranks + 1) * num_tokens)
             send_splits, recv_splits = tuple(send.counts()), tuple(np.diff(first_P).tolist())
-        if received_R is not None and num_tokens < all_tokens:  # from places in the part to places in the group
+        if received_R is not None and num_tokens < all_tokens:  # from places in the chunk to places in the group
             others = all_tokens - num_tokens
             received_R = received_R + received_R // num_tokens * others + span.start
         rows, weight_N = _expert_rows(found.local_Lr, row_R, found.weight_Lr)
-        return Part(
+        return Chunk(
             rows=rows,
             weight_N=torch.from_numpy(weight_N),
             send=send,

@@ -154,8 +154,8 @@ class Recorder:
     def before_experts(self, _module, inputs):
         rows_RD, plan, *_ = inputs
         if self.on:
-            offsets = [np.diff(part.rows.offset_L.numpy(), prepend=0) for part in plan.parts]
-            received = len(rows_RD) if len(plan.parts) == 1 else sum(plan.recv_splits)
+            offsets = [np.diff(chunk.rows.offset_L.numpy(), prepend=0) for chunk in plan.chunks]
+            received = len(rows_RD) if len(plan.chunks) == 1 else sum(plan.recv_splits)
             self.layers[-1] |= {"received": received, "experts": np.sum(offsets, axis=0)}
 
     def after_layer(self, _module, _inputs, _output):

@@ -67,7 +67,7 @@ def test_equal_ranks_go_on():
         first = 2 * (rank - rank % GROUP) + 1  # micro-batch 1 of the group's first rank
         assert tokens == [s * SEGMENT + q for s in (first, first + 2) for q in range(SEGMENT)]
         # unless asked for the other exchange: each rank gets the rows that it needs
-        assert all(len(plan.parts) == 1 and plan.parts[0].send is not None for plan in found[0].routing.plans)
+        assert all(len(plan.chunks) == 1 and plan.chunks[0].send is not None for plan in found[0].routing.plans)
 
 
 def test_ranks_that_close_at_different_speeds_do_not_wait_for_ever():
@@ -114,8 +114,8 @@ def test_other_splits_are_seen():
     def spoil(planned):
         first, plan = planned.routing.plans
         sent = plan.send_splits
-        part = replace(plan.parts[0], send_splits=(sent[0] - 1, sent[1] + 1))
-        routing = replace(planned.routing, plans=(first, replace(plan, parts=(part,))))
+        chunk = replace(plan.chunks[0], send_splits=(sent[0] - 1, sent[1] + 1))
+        routing = replace(planned.routing, plans=(first, replace(plan, chunks=(chunk,))))
         return replace(planned, routing=routing)
 
     found = run_threads(lambda host: take(host, spoil=spoil if host.rank == 3 else None), RANKS)

@@ -130,7 +130,7 @@ def test_a_hashed_sentence_is_routed_by_its_own_ids():
     order_rE = classifier.routers[1].table.order_rE
     ids = [0, *sentence.ids.tolist()]
     want = [set(order_rE[ids[i] * SYMBOLS + ids[i + 1], :K].tolist()) for i in range(9)]
-    rows = seen[0].parts[0].rows
+    rows = seen[0].chunks[0].rows
     got: list[set[int]] = [set() for _ in range(9)]
     for expert, source_n in enumerate(rows.source_N.tensor_split(rows.offset_L[:-1].long())):
         for token in source_n.tolist():

@@ -106,7 +106,7 @@ def test_input_and_router_read_n_grams_of_their_own(at_input, of_router):
     both = planned(config.context, routers, model.input_keys)
     assert torch.equal(both.input_row_tBQ, planned(at_input - 1, None, model.input_keys).input_row_tBQ)
     for got, want in zip(both.plans, planned(of_router - 1, routers, ()).plans, strict=True):
-        assert torch.equal(got.parts[0].rows.source_N, want.parts[0].rows.source_N)
+        assert torch.equal(got.chunks[0].rows.source_N, want.chunks[0].rows.source_N)
         assert torch.equal(got.count_E, want.count_E)
     # with as many rows for the same n-grams the input has collisions of its own, too
     (keys,) = build(moe, ngram=of_router, ngram_rows=moe.rows).input_keys
@@ -115,7 +115,7 @@ def test_input_and_router_read_n_grams_of_their_own(at_input, of_router):
     other = plan_batch(
         group_batch([Batch(IDS.flip(1), IDS, LEFT, torch.arange(2), 0, fresh=False)]), K, routers
     ).routing
-    assert not torch.equal(other.plans[0].parts[0].rows.source_N, both.plans[0].parts[0].rows.source_N)
+    assert not torch.equal(other.plans[0].chunks[0].rows.source_N, both.plans[0].chunks[0].rows.source_N)
 
 
 def test_signatures_are_the_tables_weights_of_hashed_routing():

@@ -37,11 +37,11 @@ def rows_of_tokens(plans, tokens):
     """Expert and weight of every row of the plans of all ranks, by token of the group."""
     found, local = [[] for _ in range(tokens)], E // len(plans)
     for rank, plan in enumerate(plans):
-        (part,) = plan.parts
-        source = part.rows.source_N
-        token_N = source if part.received_R is None else part.received_R[source]
-        expert_N = torch.bucketize(torch.arange(len(token_N)), part.rows.offset_L, right=True)
-        for token, expert, weight in zip(token_N.tolist(), expert_N.tolist(), part.weight_N.tolist(), strict=True):
+        (chunk,) = plan.chunks
+        source = chunk.rows.source_N
+        token_N = source if chunk.received_R is None else chunk.received_R[source]
+        expert_N = torch.bucketize(torch.arange(len(token_N)), chunk.rows.offset_L, right=True)
+        for token, expert, weight in zip(token_N.tolist(), expert_N.tolist(), chunk.weight_N.tolist(), strict=True):
             found[token].append((rank * local + expert, weight))
     return found
 
@@ -137,7 +137,7 @@ def test_plans_are_for_the_exchange_of_tokens_in_one_part_unless_asked():
         0
     ]
     for planned in (router(ranks=2), HashedRouter(table, ranks=2)):
-        (part,) = planned.plan(ids, ids[..., :0], 2, draw=draw).parts
-        assert part.send is not None and part.received_R is not None
-        (part,) = planned.plan(ids, ids[..., :0], 2, draw=draw, gather=True).parts
-        assert part.send is None and part.received_R is None
+        (chunk,) = planned.plan(ids, ids[..., :0], 2, draw=draw).chunks
+        assert chunk.send is not None and chunk.received_R is not None
+        (chunk,) = planned.plan(ids, ids[..., :0], 2, draw=draw, gather=True).chunks
+        assert chunk.send is None and chunk.received_R is None

@@ -190,7 +190,7 @@ def one_case(case, rank, ranks):
         "forward": forward,
         "total": (comm.collectives, comm.sent_bytes),
         "bytes": used.wire_bytes(WIDTH, 2 if case.wire is WireFormat.bf16 else 8),
-        "parts": len(used.parts),
+        "parts": len(used.chunks),
         "wire_rows": used.wire_rows,
         "back": sum(used.recv_splits) - used.recv_splits[rank],
         "fired": fired,
@@ -248,7 +248,7 @@ def live_equals_planned(rank, ranks):
         got = build_live_plan(route, EXPERTS, ExpertGroupComm(None), gather=gather, chunks=chunks)
         assert (got.k, got.rank, got.send_splits, got.recv_splits) == (k, rank, want.send_splits, want.recv_splits)
         assert torch.equal(got.count_E, want.count_E)
-        for a, b in zip(got.parts, want.parts, strict=True):
+        for a, b in zip(got.chunks, want.chunks, strict=True):
             a.rows.validate()
             pairs = list(zip(a.rows.tensors(), b.rows.tensors(), strict=True))
             assert (a.send is None) == (b.send is None) == gather
@@ -269,7 +269,7 @@ def unequal(rank):
     with pytest.raises(ValueError, match="tokens: must be equal"):
         build_live_plan(route, EXPERTS, ExpertGroupComm(None))
     plan = build_live_plan(Route(route.expert_TK[:3], route.weight_TK[:3]), EXPERTS, ExpertGroupComm(None))
-    return plan.parts[0].rows.num_rows
+    return plan.chunks[0].rows.num_rows
 
 
 def everything(rank, ranks):
@@ -326,7 +326,7 @@ def needed(case, ranks):
 
 @pytest.mark.dist
 def test_bytes_and_collectives_of_planned_layers(group):
-    """Two collectives for each part and direction, none about counts; bytes are predicted and the least possible."""
+    """Two collectives for each chunk and direction, none about counts; bytes are predicted and the least possible."""
     ranks, _ = group
     planned = [case for case in MATRIX + OTHERS + SKEWED + BF16 if case.router is Router.hashed]
     for case, rank, result in found(group, planned):

@@ -76,15 +76,15 @@ def without_data(plan, device="cpu"):
 
     parts = [
         replace(
-            part,
-            rows=rows_like(part.rows),
-            weight_N=like(part.weight_N),
-            send=rows_like(part.send),
-            received_R=like(part.received_R),
+            chunk,
+            rows=rows_like(chunk.rows),
+            weight_N=like(chunk.weight_N),
+            send=rows_like(chunk.send),
+            received_R=like(chunk.received_R),
         )
-        for part in plan.parts
+        for chunk in plan.chunks
     ]
-    return replace(plan, count_E=like(plan.count_E), parts=tuple(parts))
+    return replace(plan, count_E=like(plan.count_E), chunks=tuple(parts))
 
 
 def routing(plan, device="cpu"):
@@ -137,9 +137,9 @@ def test_a_read_back_is_seen(where):
         name = "to_experts" if where == "forward" else "to_tokens"
         honest = getattr(exchange, name)
 
-        def curious(rows: Tensor, part):
+        def curious(rows: Tensor, chunk):
             rows.sum().item()
-            return honest(rows, part)
+            return honest(rows, chunk)
 
         x = torch.empty(TOKENS, WIDTH, requires_grad=True)
         call = routing(without_data(PLANS["tokens"]))
@@ -163,14 +163,14 @@ def test_everything_is_on_the_device(name):
         plan = without_data(PLANS[name], "cuda")
         out = layer(x, routing(plan, "cuda"))
         assert out.y_TD.device.type == out.count_E.device.type == "cuda"
-        stray = replace(plan.parts[0].rows, slot_N=torch.empty_like(plan.parts[0].rows.slot_N, device="cpu"))
-        plan = replace(plan, parts=(replace(plan.parts[0], rows=stray), *plan.parts[1:]))
+        stray = replace(plan.chunks[0].rows, slot_N=torch.empty_like(plan.chunks[0].rows.slot_N, device="cpu"))
+        plan = replace(plan, chunks=(replace(plan.chunks[0], rows=stray), *plan.chunks[1:]))
         with pytest.raises(ValueError, match=r"rows\.slot_N is on cpu: must be on cuda"):
             layer(x, routing(plan, "cuda"))
 
 
 def test_parts_overlap():
-    """A part travels before the one in front of it is waited for, in both directions; results are waited for last."""
+    """A chunk travels before the one in front of it is waited for, in both directions; results are waited for last."""
     plan = make_plan(chunks=3)
     with FakeTensorMode():
         layer = make_layer(masked_from_k=EXPERTS + 1)

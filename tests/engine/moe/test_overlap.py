@@ -1,9 +1,9 @@
-"""A layer in parts on one rank, where rows arrive at once: gradients of parts add up as those of one part."""
+"""A layer in chunks on one rank, where rows arrive at once: gradients of chunks add up as those of one chunk."""
 
 import pytest
 import torch
 
-from foreroute.engine.moe.overlap import PartCall, run_in_parts
+from foreroute.engine.moe.overlap import ChunkCall, run_in_chunks
 from foreroute.engine.routing.plan import Route, build_plan, cut
 from foreroute.kernels import ExpertWeights, moe_ffn
 from foreroute.kernels.testing.cases import relative_error
@@ -17,7 +17,7 @@ class Here:
     def __init__(self, rows=None):
         self.rows = rows
 
-    def to_experts(self, x_tD, part):
+    def to_experts(self, x_tD, chunk):
         return Here(x_tD)
 
     to_tokens = to_experts
@@ -40,20 +40,20 @@ def problem(dtype):
     return route, leaves, normal(TOKENS, WIDTH)
 
 
-def run(dtype, parts, *, live=False):
-    """Output and gradients, of a live router's weights too; one part by kernels.moe_ffn."""
+def run(dtype, chunks, *, live=False):
+    """Output and gradients, of a live router's weights too; one chunk by kernels.moe_ffn."""
     route, leaves, cotangent = problem(dtype)
     asked = [*leaves, route.weight_TK.requires_grad_()] if live else leaves
     weights, wide = ExpertWeights(*leaves[1:]), torch.promote_types(dtype, torch.float32)
     options = {"dropout": None, "masked": False, "backend": "cpu", "mode": "lean", "precision": "ieee", "debug": False}
     calls = []
-    for span in cut(TOKENS, parts):
-        part = build_plan(Route(route.expert_TK[span], route.weight_TK[span]), EXPERTS).parts[0]
-        calls.append(PartCall(part, part.weight_N.to(wide), options))
-    if parts == 1:
-        y = moe_ffn(leaves[0], calls[0].weight_N, weights, calls[0].part.rows, **options)
+    for span in cut(TOKENS, chunks):
+        chunk = build_plan(Route(route.expert_TK[span], route.weight_TK[span]), EXPERTS).chunks[0]
+        calls.append(ChunkCall(chunk, chunk.weight_N.to(wide), options))
+    if chunks == 1:
+        y = moe_ffn(leaves[0], calls[0].weight_N, weights, calls[0].chunk.rows, **options)
     else:
-        y = run_in_parts(leaves[0], calls, weights, Here())
+        y = run_in_chunks(leaves[0], calls, weights, Here())
     return [y.detach(), *torch.autograd.grad(y, asked, cotangent)]
 
 
@@ -62,9 +62,9 @@ def errors(got, want):
 
 
 @pytest.mark.parametrize("live", [False, True])
-@pytest.mark.parametrize("parts", [2, 3, PARTS])
-def test_parts_equal_the_whole(parts, live):
-    got, want = run(torch.float64, parts, live=live), run(torch.float64, 1, live=live)
+@pytest.mark.parametrize("chunks", [2, 3, PARTS])
+def test_parts_equal_the_whole(chunks, live):
+    got, want = run(torch.float64, chunks, live=live), run(torch.float64, 1, live=live)
     assert len(got) == 6 + live and max(errors(got[:6], want[:6])) < 1e-14
     assert max(errors(got[6:], want[6:]), default=0) < 1e-6  # the weights are fp32
 

@@ -40,7 +40,7 @@ def test_rows_keep_their_sums_and_splits_become_equal(chunks):
         dynamic = plan(rank, chunks=chunks)
         padded = pad_plan(dynamic, BOUNDS)
         assert torch.equal(padded.count_E, dynamic.count_E) and padded.num_tokens == dynamic.num_tokens
-        for old, new in zip(dynamic.parts, padded.parts, strict=True):
+        for old, new in zip(dynamic.chunks, padded.chunks, strict=True):
             new.rows.validate()
             assert new.send_splits == new.recv_splits == (TOKENS,) * RANKS
             assert new.send.num_rows == new.rows.num_inputs == RANKS * TOKENS
@@ -66,7 +66,7 @@ def test_rows_keep_their_sums_and_splits_become_equal(chunks):
 def test_with_all_rows_everywhere_only_expert_rows_are_padded():
     dynamic = plan(2, gather=True)
     padded = pad_plan(dynamic, BOUNDS)
-    (old,), (new,) = dynamic.parts, padded.parts
+    (old,), (new,) = dynamic.chunks, padded.chunks
     new.rows.validate()
     assert new.rows.num_rows == BOUNDS.expert_rows > old.rows.num_rows
     assert sums(new.rows, new.weight_N) == sums(old.rows, old.weight_N)
@@ -80,7 +80,7 @@ def test_one_rank_needs_no_padding():
 
 def test_more_rows_than_a_bound_says_are_refused():
     dynamic = plan(1)
-    rows, most = dynamic.parts[0].rows.num_rows, max(*dynamic.send_splits, *dynamic.recv_splits)
+    rows, most = dynamic.chunks[0].rows.num_rows, max(*dynamic.send_splits, *dynamic.recv_splits)
     pad_plan(dynamic, RowBounds(most, rows))
     with pytest.raises(RunFailed, match=f"a plan has {rows} expert rows: its bound is {rows - 1}"):
         pad_plan(dynamic, RowBounds(most, rows - 1))

@@ -36,11 +36,11 @@ def test_example_of_the_plan():
     route = Route(torch.tensor([[2, 0], [0, 1]]), torch.tensor([[0.7, 0.3], [0.6, 0.4]]))
     plan = build_plan(route, 3)
     assert plan.k == 2
-    assert plan.parts[0].rows.source_N.tolist() == [0, 1, 1, 0]
-    assert plan.parts[0].rows.offset_L.tolist() == [2, 3, 4]
-    assert torch.equal(plan.parts[0].weight_N, torch.tensor([0.3, 0.6, 0.4, 0.7]))
-    assert plan.count_E.tolist() == plan.parts[0].rows.counts() == [2, 1, 1]
-    assert slots_of(plan.parts[0].rows) == [[3, 0], [1, 2]]
+    assert plan.chunks[0].rows.source_N.tolist() == [0, 1, 1, 0]
+    assert plan.chunks[0].rows.offset_L.tolist() == [2, 3, 4]
+    assert torch.equal(plan.chunks[0].weight_N, torch.tensor([0.3, 0.6, 0.4, 0.7]))
+    assert plan.count_E.tolist() == plan.chunks[0].rows.counts() == [2, 1, 1]
+    assert slots_of(plan.chunks[0].rows) == [[3, 0], [1, 2]]
     assert (plan.send_splits, plan.recv_splits, plan.wire_rows) == ((2,), (2,), 0)
 
 
@@ -67,10 +67,10 @@ def test_plan_equals_a_plain_loop(num_tokens, k, num_experts):
     route = random_route(num_tokens, k, num_experts)
     plan = build_plan(route, num_experts)
     source, ends, weight, slots = plain_plan(route.expert_TK.tolist(), route.weight_TK.tolist(), num_experts)
-    assert plan.parts[0].rows.source_N.tolist() == source
-    assert plan.parts[0].rows.offset_L.tolist() == ends
-    assert plan.parts[0].weight_N.tolist() == weight
-    assert slots_of(plan.parts[0].rows) == slots
+    assert plan.chunks[0].rows.source_N.tolist() == source
+    assert plan.chunks[0].rows.offset_L.tolist() == ends
+    assert plan.chunks[0].weight_N.tolist() == weight
+    assert slots_of(plan.chunks[0].rows) == slots
     assert plan.count_E.sum() == num_tokens * k and len(plan.count_E) == num_experts
     _, choice_N = expert_rows(route.expert_TK, num_experts)
     assert torch.equal(route.expert_TK.reshape(-1)[choice_N], plan_experts(plan))
@@ -82,15 +82,15 @@ def plan_experts(plan: Plan) -> torch.Tensor:
 
 def test_experts_without_rows_have_empty_ranges():
     plan = build_plan(Route(torch.tensor([[3], [1], [3]]), torch.ones(3, 1)), 5)
-    assert plan.parts[0].rows.counts() == plan.count_E.tolist() == [0, 1, 0, 2, 0]
-    assert plan.parts[0].rows.offset_L.tolist() == [0, 1, 1, 3, 3]
-    assert plan.parts[0].rows.source_N.tolist() == [1, 0, 2]
+    assert plan.chunks[0].rows.counts() == plan.count_E.tolist() == [0, 1, 0, 2, 0]
+    assert plan.chunks[0].rows.offset_L.tolist() == [0, 1, 1, 3, 3]
+    assert plan.chunks[0].rows.source_N.tolist() == [1, 0, 2]
 
 
 def test_dtypes_are_as_promised():
     plan = build_plan(random_route(6, 2, 4), 4)
-    rows = plan.parts[0].rows
-    assert rows.offset_L.dtype == torch.int32 and plan.parts[0].weight_N.dtype == torch.float32
+    rows = plan.chunks[0].rows
+    assert rows.offset_L.dtype == torch.int32 and plan.chunks[0].weight_N.dtype == torch.float32
     for tensor in (rows.source_N, rows.slot_N, rows.slot_offset_R, plan.count_E):
         assert tensor.dtype == torch.int64
 
@@ -100,9 +100,9 @@ def test_gradient_of_the_weights_reaches_the_route():
     route.weight_TK.requires_grad_()
     plan = build_plan(route, 4)
     scale = torch.arange(10.0)
-    (plan.parts[0].weight_N * scale).sum().backward()
+    (plan.chunks[0].weight_N * scale).sum().backward()
     expected = torch.zeros(5, 2)
-    for token, slots in enumerate(slots_of(plan.parts[0].rows)):
+    for token, slots in enumerate(slots_of(plan.chunks[0].rows)):
         expected[token] = scale[slots]
     assert torch.equal(route.weight_TK.grad, expected)
 
@@ -110,7 +110,8 @@ def test_gradient_of_the_weights_reaches_the_route():
 def test_a_route_of_no_tokens():
     plan = build_plan(Route(torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2)), 3)
     assert (
-        plan.parts[0].rows.counts() == [0, 0, 0] and plan.parts[0].rows.num_rows == plan.parts[0].rows.num_inputs == 0
+        plan.chunks[0].rows.counts() == [0, 0, 0]
+        and plan.chunks[0].rows.num_rows == plan.chunks[0].rows.num_inputs == 0
     )
 
 

@@ -33,33 +33,33 @@ def plain_plan(routes, rank, ranks):
     ]
     sent = [[t for t, chosen in enumerate(choices[rank]) if any(e // local == q for e in chosen)] for q in range(ranks)]
     received = [[chosen for chosen in choices[s] if any(e // local == rank for e in chosen)] for s in range(ranks)]
-    rows = [chosen for part in received for chosen in part]
+    rows = [chosen for chunk in received for chosen in chunk]
     experts = [
         [(r, chosen[e]) for r, chosen in enumerate(rows) if e in chosen]
         for e in range(rank * local, (rank + 1) * local)
     ]
-    return sent, [len(part) for part in received], experts
+    return sent, [len(chunk) for chunk in received], experts
 
 
 def check(plan, routes, rank, ranks, k):
-    (part,) = plan.parts
+    (chunk,) = plan.chunks
     sent, received, experts = plain_plan(routes, rank, ranks)
-    part.rows.validate()
+    chunk.rows.validate()
     assert plan.k == k and plan.recv_splits == tuple(received)
-    assert part.rows.counts() == [len(chosen) for chosen in experts]
+    assert chunk.rows.counts() == [len(chosen) for chosen in experts]
     pairs = [pair for chosen in experts for pair in chosen]
-    assert part.rows.source_N.tolist() == [row for row, _ in pairs]
-    assert torch.allclose(part.weight_N, torch.tensor([w for _, w in pairs]), rtol=1e-6, atol=0)
-    assert part.weight_N.dtype == torch.float32
+    assert chunk.rows.source_N.tolist() == [row for row, _ in pairs]
+    assert torch.allclose(chunk.weight_N, torch.tensor([w for _, w in pairs]), rtol=1e-6, atol=0)
+    assert chunk.weight_N.dtype == torch.float32
     counts = sum(torch.bincount(route.expert_TK.flatten(), minlength=EXPERTS) for route in routes)
     assert plan.count_E.tolist() == counts.tolist()
-    assert plan.wire_rows == sum(len(part) for q, part in enumerate(sent) if q != rank)
+    assert plan.wire_rows == sum(len(chunk) for q, chunk in enumerate(sent) if q != rank)
     if ranks == 1:
-        assert part.send is None and plan.send_splits == (routes[0].expert_TK.shape[0],)
+        assert chunk.send is None and plan.send_splits == (routes[0].expert_TK.shape[0],)
         return
-    part.send.validate()
-    assert plan.send_splits == tuple(map(len, sent)) == tuple(part.send.counts())
-    assert part.send.source_N.tolist() == [t for tokens in sent for t in tokens]
+    chunk.send.validate()
+    assert plan.send_splits == tuple(map(len, sent)) == tuple(chunk.send.counts())
+    assert chunk.send.source_N.tolist() == [t for tokens in sent for t in tokens]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
@@ -77,14 +77,14 @@ def test_plans_of_all_ranks_equal_plain_loops(ranks, k, tokens, weights):
         check(plans[-1], routes, rank, ranks, k)
     for p, q in np.ndindex(ranks, ranks):  # what one sends the other receives
         assert plans[p].send_splits[q] == plans[q].recv_splits[p]
-    assert sum(plan.parts[0].rows.num_rows for plan in plans) == ranks * tokens * k
+    assert sum(plan.chunks[0].rows.num_rows for plan in plans) == ranks * tokens * k
 
 
 def test_a_rank_or_an_expert_may_get_nothing():
     table = make_table()
     ids, left = torch.zeros(2, 1, 4, dtype=torch.int64), torch.zeros(2, 1, 1, dtype=torch.int64)
     plans = [HashedRouter(table, rank=rank, ranks=2).plan(ids, left, 1) for rank in range(2)]
-    rows = [plan.parts[0].rows for plan in plans]
+    rows = [plan.chunks[0].rows for plan in plans]
     assert sorted(each.num_rows for each in rows) == [0, 8]
     empty = rows.index(min(rows, key=lambda each: each.num_rows))
     assert plans[empty].recv_splits == (0, 0) and rows[empty].num_inputs == 0
@@ -102,41 +102,41 @@ def test_k_may_change_at_any_time():
 @pytest.mark.parametrize("gather", [False, True])
 @pytest.mark.parametrize(("tokens", "chunks"), [(23, 4), (8, 4), (3, 4), (1, 4), (7, 2)])
 def test_parts_are_the_plans_of_their_tokens(tokens, chunks, gather):
-    """Each part is what its tokens' plan alone would be, and names the group's tokens; together they say the same."""
+    """Each chunk is what its tokens' plan alone would be, and names the group's tokens; together they say the same."""
     table = make_table()
     ids, left = make_ids(4, tokens)
     for rank in range(4):
         router = HashedRouter(table, rank=rank, ranks=4)
         whole = router.plan(ids, left, 3, gather=gather)
         plan = router.plan(ids, left, 3, gather=gather, chunks=chunks)
-        assert len(plan.parts) == min(chunks, tokens) and plan.num_tokens == tokens
+        assert len(plan.chunks) == min(chunks, tokens) and plan.num_tokens == tokens
         assert (plan.send_splits, plan.recv_splits) == (whole.send_splits, whole.recv_splits)
         assert torch.equal(plan.count_E, whole.count_E) and plan.wire_rows == whole.wire_rows
         assert plan.wire_bytes(5, 2) == whole.wire_bytes(5, 2)
         row_PT = np.stack([table.rows_of(*pair).flatten() for pair in zip(ids, left, strict=True)])
         start, seen = 0, []
-        for part in plan.parts:
-            span = slice(start, start + part.num_tokens)
-            (alone,) = router.planner.plan(row_PT[:, span], 3, gather=gather).parts
-            for a, b in zip(part.rows.tensors(), alone.rows.tensors(), strict=True):
+        for chunk in plan.chunks:
+            span = slice(start, start + chunk.num_tokens)
+            (alone,) = router.planner.plan(row_PT[:, span], 3, gather=gather).chunks
+            for a, b in zip(chunk.rows.tensors(), alone.rows.tensors(), strict=True):
                 assert torch.equal(a, b)
-            assert torch.equal(part.weight_N, alone.weight_N)
-            assert (part.send_splits, part.recv_splits) == (alone.send_splits, alone.recv_splits)
-            assert gather or torch.equal(part.send.source_N, alone.send.source_N)
-            # received rows in the part's own numbering are (rank, token of the part)
-            places = range(4 * part.num_tokens) if alone.received_R is None else alone.received_R.tolist()
-            expected = [p // part.num_tokens * tokens + start + p % part.num_tokens for p in places]
-            received = range(4 * tokens) if part.received_R is None else part.received_R.tolist()
+            assert torch.equal(chunk.weight_N, alone.weight_N)
+            assert (chunk.send_splits, chunk.recv_splits) == (alone.send_splits, alone.recv_splits)
+            assert gather or torch.equal(chunk.send.source_N, alone.send.source_N)
+            # received rows in the chunk's own numbering are (rank, token of the chunk)
+            places = range(4 * chunk.num_tokens) if alone.received_R is None else alone.received_R.tolist()
+            expected = [p // chunk.num_tokens * tokens + start + p % chunk.num_tokens for p in places]
+            received = range(4 * tokens) if chunk.received_R is None else chunk.received_R.tolist()
             assert list(received) == expected
             seen += expected
             start = span.stop
-        whole_R = range(4 * tokens) if whole.parts[0].received_R is None else whole.parts[0].received_R.tolist()
+        whole_R = range(4 * tokens) if whole.chunks[0].received_R is None else whole.chunks[0].received_R.tolist()
         assert sorted(seen) == list(whole_R)
 
 
 def test_one_rank_has_nothing_to_exchange_in_parts():
     ids, left = make_ids(1, 9)
-    assert len(HashedRouter(make_table()).plan(ids, left, 2, chunks=4).parts) == 1
+    assert len(HashedRouter(make_table()).plan(ids, left, 2, chunks=4).chunks) == 1
 
 
 def test_large_and_small_batches_count_alike():
