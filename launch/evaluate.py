@@ -71,13 +71,22 @@ def evaluate(args: EvaluateArgs) -> int:
     with closing(Stages()) as progress:
         curve = slimming_curve(saved.model, saved.routers, saved.corpus, config, world, progress)
     rows = [
-        [name, f"{found.bpc:.4f}", f"{found.symbols:,}", f"{found.symbols / found.seconds:,.0f}"]
+        [
+            name,
+            f"{found.bpc:.4f}",
+            "" if found.bits_per_byte is None else f"{found.bits_per_byte:.4f}",
+            f"{found.perplexity:.3f}",
+            f"{found.symbols:,}",
+            f"{found.symbols / found.seconds:,.0f}",
+        ]
         for name, found in curve.items()
     ]
     print(f"{folder} at step {saved.step}, {config.eval.split.name} split, {config.corpus.tokens.name}")
-    print(table(["k", "bpc", "symbols", "symbols/s"], rows))
+    print(table(["k", "bpc", "bits/byte", "perplexity", "symbols", "symbols/s"], rows))
     bpc = {name: found.bpc for name, found in curve.items()}
-    print(json.dumps({"bpc": bpc, "split": config.eval.split.name, "step": saved.step}))
+    bits_per_byte = {name: found.bits_per_byte for name, found in curve.items()}
+    found = {"bpc": bpc, "bits_per_byte": bits_per_byte, "split": config.eval.split.name, "step": saved.step}
+    print(json.dumps(found))
     return 0
 
 

@@ -46,7 +46,7 @@ class GenerateArgs:
 
 
 def generate(args: GenerateArgs) -> int:
-    """Write the prompt and its continuation to stdout, byte by byte as they come; returns the exit code."""
+    """Write the prompt and its continuation to stdout, symbol by symbol as they come; returns the exit code."""
     set_up(args.threads)
     folder = Path(args.run)
     config = read_run(folder, args.corpus)
@@ -69,8 +69,8 @@ def generate(args: GenerateArgs) -> int:
     )
     out = sys.stdout.buffer
     out.write(prompt)
-    for i in ids:
-        out.write(saved.corpus.vocab.symbols[i : i + 1])
+    for text in saved.corpus.vocab.decode_stream(ids):
+        out.write(text)
         out.flush()
     out.write(b"\n")
     return 0

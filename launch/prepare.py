@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from foreroute.engine.config import Corpus, CorpusConfig, Split
-from foreroute.engine.data.corpus import download_enwik8, enwik8_copy, prepare
+from foreroute.engine.data.corpus import prepare
+from foreroute.engine.data.download import download_enwik8, enwik8_copy
 from foreroute.launch.start.cli import run_program
 
 
@@ -36,7 +37,7 @@ def prepare_corpus(args: PrepareArgs) -> int:
     for line in corpus.notes:
         print(line)
     parts = ", ".join(f"{split.name} {len(corpus.split(split)):,}" for split in Split)
-    print(f"{config.name.name} ({config.tokens.name}, {corpus.vocab.size} symbols): {parts}")
+    print(f"{config.name.name} ({config.tokens.name}, {corpus.vocab.size:,} symbols): {parts}")
     print(f"sha256 {corpus.sha256}")
     return 0
 

@@ -73,6 +73,7 @@ def _train(config: Config, world: World, stop: StopSignal, certificate: str | No
         cpu_group,
         {
             "the text (its sha256)": corpus.sha256,
+            "the vocabulary (its sha256)": corpus.vocab.fingerprint,
             "the certificate (its arrays' sha256)": written and written.facts["arrays_sha256"],
         },
     )
@@ -111,7 +112,7 @@ def _train_in(
                 run.record("complete", trainer.step)
                 return 0
         check = together(cpu_group, lambda: _check(written, trainer))
-        run.claim()
+        run.claim(corpus.vocab.files())
     return run.recorded(lambda: _run(run, trainer, corpus, console, stop, check), lambda: trainer.step)
 
 
@@ -174,7 +175,7 @@ def _options(config: Config) -> dict[str, Any]:
     """Every option on which the ranks must agree, by its name; machines may have the same text in different places."""
     plain = to_plain(config)
     found = {f"{s}.{name}": value for s, options in plain.items() for name, value in options.items()}
-    own = "corpus.path", "corpus.cache_dir"
+    own = "corpus.path", "corpus.valid_path", "corpus.test_path", "corpus.tokenizer", "corpus.cache_dir"
     return {name: value for name, value in found.items() if name not in own}
 
 

@@ -34,7 +34,10 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "data": (
         "engine/data/streams.py",
         "engine/data/corpus.py",
-        "engine/data/vocab.py",
+        "engine/data/preparation.py",
+        "engine/data/sources/pieces.py",
+        "engine/data/tokens/byte_values.py",
+        "engine/data/tokens/chunks.py",
         "engine/finetune/glue.py",
         "engine/finetune/sentences.py",
     ),

@@ -28,6 +28,7 @@ from foreroute.engine.routing.tables import Table
 # Options that decide which rows go to which rank and when.
 _ROUTES = (
     "corpus.tokens",
+    "corpus.vocab_size",
     "data.streams",
     "data.segment",
     "data.start",

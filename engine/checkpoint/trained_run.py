@@ -9,6 +9,7 @@ import torch
 from foreroute.engine.checkpoint import save_load as checkpoint
 from foreroute.engine.config import Backend, Config, MatmulPrecision, Precision, SavedForBackward
 from foreroute.engine.data.corpus import PreparedCorpus, prepare
+from foreroute.engine.data.tokens.build import same_vocab
 from foreroute.engine.errors import UserError, require
 from foreroute.engine.model.build import build_model, planned_routers
 from foreroute.engine.model.transformer_xl import TransformerXL
@@ -44,7 +45,7 @@ def open_saved(
     corpus = prepare(config.corpus)
     manifest = checkpoint.read_manifest(path)
     require(
-        manifest["symbols"] == corpus.vocab.symbols.hex(),
+        same_vocab(manifest["symbols"], corpus.vocab),
         f"run={folder}: the corpus has changed and has another vocabulary than the one trained on",
     )
     if manifest["corpus_sha256"] != corpus.sha256:

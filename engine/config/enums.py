@@ -16,6 +16,10 @@ class Tokens(Enum):
 
     bytes = "bytes"  # 256 symbols, true bits per byte
     txl = "txl"  # without newlines, as all published Transformer-XL enwik8 numbers
+    word = "word"  # between white space, as Transformer-XL's WikiText-103
+    bpe = "bpe"  # byte-pair encoding, trained on the training split
+    file = "file"  # what corpus.tokenizer, a tokenizer.json, says
+    ids = "ids"  # the files hold ids already
 
 
 class Router(Enum):

@@ -37,11 +37,33 @@ class CorpusConfig:
     """Text and how it is cut into symbols."""
 
     name: Corpus = Corpus.stdlib
-    path: str | None = option(
-        None, "File to read: required for `file`; for `enwik8` a local copy, whole or a prefix of it."
+    path: Any = option(
+        None,
+        'What to read: a file, a folder, a pattern such as "data/*.jsonl.zst", or a list of these; gzip and zstd are'
+        " unpacked. Required for `file`; for `enwik8` a local copy, whole or a prefix of it.",
     )
     tokens: Tokens = Tokens.bytes
     cache_dir: str = option(".cache", "Folder of prepared corpora and tables; safe to delete.")
+    valid_path: Any = option(
+        None, "Of the valid split, where it has files of its own; path is then the training split."
+    )
+    test_path: Any = option(None, "Of the test split, where it has files of its own.")
+    proportions: list[int] = option(
+        [90, 5, 5], "Of train, valid and test, in the order of the text, where the splits have no files of their own."
+    )
+    field: str | None = option(
+        None,
+        "Field of JSON lines that holds the text; None is text. Files named .jsonl are JSON lines, and all files are"
+        " where this is given.",
+    )
+    dtype: str | None = option(None, "For tokens=ids and file: the number format of raw files of ids, such as uint16.")
+    vocab_size: int | None = option(
+        None,
+        "For tokens=bpe: ids to learn (None: 8192); word: ids at most (None: all words); ids: their number (None: what"
+        " occurs).",
+        at_least=2,
+    )
+    tokenizer: str | None = option(None, "For tokens=file: the tokenizer.json.")
 
     def __post_init__(self) -> None:
         check("corpus", self)
@@ -52,6 +74,54 @@ class CorpusConfig:
         require(
             not (self.name is Corpus.stdlib and self.path),
             f"corpus.path={self.path}: corpus=stdlib takes no path (use corpus=file)",
+        )
+        self._check_paths()
+        self._check_tokens()
+
+    def _check_paths(self) -> None:
+        for name in ("path", "valid_path", "test_path"):
+            value = getattr(self, name)
+            good = value is None or isinstance(value, str) or (isinstance(value, list) and bool(value))
+            good = good and all(isinstance(item, str) for item in value or [])
+            require(good, f"corpus.{name}={value}: must be a path or a list of paths")
+        own = [name for name in ("valid_path", "test_path") if getattr(self, name) is not None]
+        require(
+            len(own) != 1, f"corpus.{own[:1]} is given alone: corpus.valid_path and corpus.test_path belong together"
+        )
+        require(not own or self.name is Corpus.file, f"corpus.valid_path={self.valid_path}: needs corpus=file")
+        require(
+            len(self.proportions) == 3 and min(self.proportions) >= 1 and sum(self.proportions) < 2**31,
+            f"corpus.proportions={self.proportions}: must be three numbers of at least 1, such as [90,5,5]",
+        )
+
+    def _check_tokens(self) -> None:
+        tokens, ready = self.tokens, self.tokens in (Tokens.ids, Tokens.file)
+        require(
+            not ready or self.name is Corpus.file,
+            f"corpus.tokens={tokens.name}: needs corpus=file, not {self.name.name}",
+        )
+        require(
+            self.field is None or (self.name is Corpus.file and tokens is not Tokens.ids),
+            f"corpus.field={self.field}: needs corpus=file with files of text",
+        )
+        for name, users in (("dtype", "ids or file"), ("tokenizer", "file"), ("vocab_size", "bpe, word or ids")):
+            value = getattr(self, name)
+            require(
+                value is None or tokens.name in users.replace(" or", ",").split(", "),
+                f"corpus.{name}={value}: needs corpus.tokens={users}, it is {tokens.name}",
+            )
+        require(
+            tokens is not Tokens.file or self.tokenizer is not None,
+            "corpus.tokenizer is missing: corpus.tokens=file needs corpus.tokenizer=FILE, a tokenizer.json",
+        )
+        require(
+            self.dtype in (None, "uint8", "uint16", "uint32", "int16", "int32", "int64"),
+            f"corpus.dtype={self.dtype}: must be uint8, uint16, uint32, int16, int32 or int64",
+        )
+        least = {Tokens.bpe: 257, Tokens.word: 3}.get(tokens, 2)
+        require(
+            self.vocab_size is None or least <= self.vocab_size < 2**31,
+            f"corpus.vocab_size={self.vocab_size}: must be from {least} to 2**31 - 1 for corpus.tokens={tokens.name}",
         )
 
 

@@ -9,6 +9,7 @@ router or input need).
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from foreroute.engine.errors import require
 
-Ids = NDArray[np.uint8]
+Ids = NDArray[np.unsignedinteger[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ class Streams:
         return _to_batch(window, self.context, stream_B, index=index, fresh=position == 0)
 
     def streams_of(self, rank: int, micro: int, *, world: int, accumulation: int) -> range:
-        """Say which global streams a rank runs in a micro-batch: rank by rank, micro-batch by micro-batch.
+        """Return which global streams a rank runs in a micro-batch: rank by rank, micro-batch by micro-batch.
 
         Example: 8 streams, world 2, accumulation 2:
 
@@ -162,13 +163,15 @@ def eval_batches(ids: Ids, previous_id: int, shares: EvalShares, context: int) -
     """
     if len(ids) != shares.num_symbols:
         raise ValueError(f"len(ids)={len(ids)}: shares were made for {shares.num_symbols} symbols")
-    inputs = np.concatenate([np.array([previous_id], dtype=np.uint8), ids])
     stream_B = np.arange(shares.streams)
     offset_Q = np.arange(shares.segment)
     for index in range(shares.num_segments):
         offset = index * shares.segment
         start_B = stream_B * shares.stride + offset
-        window = _window(inputs, start_B, np.zeros_like(start_B), shares.segment, context)
+        # the input of a position is the id before it
+        window = _window(ids, start_B - 1, np.full_like(start_B, -1), shares.segment, context)
+        position = start_B[:, None] + np.arange(-context, shares.segment + 1)
+        window[torch.from_numpy(position == 0)] = previous_id
         warmed_B = (stream_B == 0) | (offset >= shares.warm_up)
         inside_BQ = start_B[:, None] + offset_Q < shares.num_symbols
         counted_BQ = torch.from_numpy(warmed_B[:, None] & inside_BQ)

@@ -39,11 +39,17 @@ class Evaluation:
     bpc: float  # bits per symbol
     symbols: int  # counted symbols
     seconds: float
+    bits_per_byte: float | None = None  # of the source, by the split's mean bytes per symbol; None: the source is ids
 
     @property
     def nats(self) -> float:
         """Mean loss in nats."""
         return self.bpc * math.log(2)
+
+    @property
+    def perplexity(self) -> float:
+        """Of a symbol."""
+        return float(2**self.bpc)
 
 
 def evaluate(
@@ -108,7 +114,9 @@ def evaluate(
     model.train(was_training)
     total = world.sum(torch.tensor([nats, symbols], dtype=torch.float64))
     nats, symbols = total[0].item(), int(total[1])
-    return Evaluation(nats / symbols / math.log(2), symbols, time.perf_counter() - start)
+    bpc, bytes_per_symbol = nats / symbols / math.log(2), corpus.bytes_per_symbol(split)
+    bits_per_byte = None if bytes_per_symbol is None else bpc / bytes_per_symbol
+    return Evaluation(bpc, symbols, time.perf_counter() - start, bits_per_byte)
 
 
 def _share(whole: Batch, counted_BQ: Tensor, rank: int, ranks: int) -> tuple[Batch, Tensor]:

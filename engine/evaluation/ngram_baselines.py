@@ -5,14 +5,14 @@ held-out text alone. Both are bits per symbol. Nothing here is used in training.
 """
 
 import bz2
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Ids = NDArray[np.uint8]
+Ids = NDArray[np.unsignedinteger[Any]]
 Keys = NDArray[np.int64]
 
 _CHUNK = 1 << 22  # symbols counted at a time; keeps a 90M-symbol split below 1 GB
@@ -50,9 +50,13 @@ def order_n_bpc(
     return float(-(test.counts * np.log2(probability)).sum() / test.counts.sum())
 
 
-def bzip2_bpc(data: bytes) -> float:
-    """Measure bits per byte of `bzip2 -9` on this text alone."""
-    return 8 * len(bz2.compress(data, 9)) / len(data)
+def bzip2_bpc(parts: Iterable[bytes]) -> float:
+    """Measure bits per byte of `bzip2 -9` on this text alone, given in parts."""
+    packer, size, packed = bz2.BZ2Compressor(9), 0, 0
+    for part in parts:
+        size += len(part)
+        packed += len(packer.compress(part))
+    return 8 * (packed + len(packer.flush())) / size
 
 
 def count_grams(
@@ -66,18 +70,21 @@ def count_grams(
     """
     if order < 0 or vocab_size ** (order + 1) >= 2**63:
         raise ValueError(f"order={order}: keys of {vocab_size} symbols must fit in 63 bits")
-    padded = np.concatenate([np.zeros(order, dtype=np.uint8), ids])
-    parts = []
-    for start in range(0, len(ids), _CHUNK):
-        chunk = padded[start : start + _CHUNK + order]
+    parts: list[GramCounts] = []  # each at most half as long as the one before
+    for done, start in enumerate(range(0, len(ids), _CHUNK), 1):
+        chunk = ids[max(start - order, 0) : start + _CHUNK]
+        if start < order:
+            chunk = np.concatenate([np.zeros(order - start, dtype=ids.dtype), chunk])
         size = len(chunk) - order
         keys = np.zeros(size, dtype=np.int64)
         for i in range(order + 1):
             keys *= vocab_size
             keys += chunk[i : i + size]
-        parts.append(np.unique(keys, return_counts=True))
-        chunk_done(len(parts))
-    return _sum_by_key(np.concatenate([keys for keys, _ in parts]), np.concatenate([counts for _, counts in parts]))
+        parts.append(GramCounts(*np.unique(keys, return_counts=True)))
+        while len(parts) > 1 and 2 * len(parts[-1].keys) > len(parts[-2].keys):
+            parts[-2:] = [_sum_by_key(parts[-2:])]
+        chunk_done(done)
+    return _sum_by_key(parts)
 
 
 def gram_probability(keys: Keys, train: GramCounts, order: int, vocab_size: int) -> NDArray[np.float64]:
@@ -128,7 +135,8 @@ def _discounts(counts: Keys) -> NDArray[np.float64]:
     return np.concatenate([[0], discount]) if (discount > 0).all() else fallback
 
 
-def _sum_by_key(keys: Keys, counts: Keys) -> GramCounts:
+def _sum_by_key(parts: list[GramCounts]) -> GramCounts:
+    keys, counts = (np.concatenate(found) for found in zip(*((p.keys, p.counts) for p in parts), strict=True))
     by_key = np.argsort(keys, kind="stable")
     keys, counts = keys[by_key], counts[by_key]
     first = np.flatnonzero(np.diff(keys, prepend=-1))

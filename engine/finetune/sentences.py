@@ -9,13 +9,14 @@ Letters: B sentences, Q ids of the longest one.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from foreroute.engine.data.vocab import Vocab
+from foreroute.engine.data.tokens.vocab import Vocab
 from foreroute.engine.errors import require
 from foreroute.engine.finetune.glue import Example
 
@@ -26,7 +27,7 @@ _POOL = 64  # batches that are sorted by length together: about 4 % of the ids a
 class Sentence:
     """An example as the model reads it."""
 
-    ids: NDArray[np.uint8]  # at least one
+    ids: NDArray[np.unsignedinteger[Any]]  # at least one
     label: int
 
 
@@ -45,10 +46,9 @@ def encode(examples: Sequence[Example], vocab: Vocab) -> list[Sentence]:
     Raises:
         UserError: nothing is left of a sentence.
     """
-    foreign = bytes(set(range(256)) - set(vocab.symbols))
     found = []
     for example in examples:
-        ids = vocab.encode((example.text + b" ").translate(None, foreign))
+        ids = vocab.encode(vocab.known(example.text + b" "))
         require(len(ids) > 0, f"sentence {example.text[:40]!r}: the model's vocabulary has none of its bytes")
         found.append(Sentence(ids, example.label))
     return found
@@ -56,7 +56,7 @@ def encode(examples: Sequence[Example], vocab: Vocab) -> list[Sentence]:
 
 def foreign_bytes(examples: Sequence[Example], vocab: Vocab) -> int:
     """Count the bytes that have no id."""
-    return sum(len(example.text.translate(None, vocab.symbols)) for example in examples)
+    return sum(max(len(example.text) - len(vocab.known(example.text)), 0) for example in examples)
 
 
 def pad(sentences: Sequence[Sentence]) -> SentenceBatch:

@@ -20,7 +20,8 @@ from foreroute.engine.data.loader import PlannedLoader
 from foreroute.engine.data.plan_agreement import Agreement
 from foreroute.engine.data.planned_batches import TrainingBatches
 from foreroute.engine.data.streams import Streams
-from foreroute.engine.errors import RunFailed, UserError, everywhere
+from foreroute.engine.data.tokens.build import same_vocab
+from foreroute.engine.errors import RunFailed, UserError, everywhere, require
 from foreroute.engine.evaluation.held_out import evaluate
 from foreroute.engine.metrics.log_interval import Values, Window
 from foreroute.engine.metrics.names import JSONL, read_lines
@@ -133,6 +134,10 @@ class Trainer:
                 f"{path}: trained on text with sha256 {trained_on[:16]}..., the corpus is now"
                 f" {self.corpus.sha256[:16]}...; another train.name starts a new run"
             )
+        require(
+            same_vocab(manifest["symbols"], self.corpus.vocab),
+            f"{path}: trained with another vocabulary than the corpus has now; another train.name starts a new run",
+        )
         done, steps = step_of(path), self.config.train.steps
         if done > steps:
             raise UserError(f"train.steps={steps}: the run in {self.folder} is at step {done:,} already")
@@ -173,7 +178,7 @@ class Trainer:
                 facts={
                     "config": to_plain(self.config),
                     "corpus_sha256": self.corpus.sha256,
-                    "symbols": self.corpus.vocab.symbols.hex(),
+                    "symbols": self.corpus.vocab.fingerprint,
                 },
                 keep=self.config.train.keep,
                 cpu_group=self.world.cpu_group,

@@ -1,8 +1,8 @@
 """The folder of a run, runs/<name>: what is in it, and the rule that nothing in it is ever overwritten by another run.
 
 config.yaml (resolved), facts.json (launch/runs/facts.py), state.json, metrics.jsonl, checkpoints/, loss.png,
-slimming.png, summary.json; trace/ of profiled steps. A finished run that is trained further keeps its first summary as
-summary-STEPS.json.
+slimming.png, summary.json; tokenizer.json or words.txt, where text is cut into such symbols; trace/ of profiled steps.
+A finished run that is trained further keeps its first summary as summary-STEPS.json.
 
 state.json says how the run stands, for whoever starts it again: {"state": "stopped", "step": 400}. `running`: it is, or
 it was killed; `stopped`: by SIGTERM or Ctrl-C; `failed`: it ended with a line or a traceback; `complete`: nothing is
@@ -12,7 +12,7 @@ left to do.
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from foreroute.engine.train.resolve import resolve
 from foreroute.launch.start.config_files import config_of, read_config, write_config
 
 CONFIG, LOCK, STATE = "config.yaml", ".lock", "state.json"
-SUMMARY, FACTS = "summary.json", "facts.json"
+SUMMARY, FACTS, TOKENIZER = "summary.json", "facts.json", "tokenizer.json"
 MEASURED = "kernels.masked_from_k"
 """The option that a run sets itself, by a measurement at its start (engine/train/resolve.py)."""
 
@@ -51,6 +51,9 @@ FREE = (
     "train.name",
     "data.prefetch",
     "corpus.path",
+    "corpus.valid_path",
+    "corpus.test_path",
+    "corpus.tokenizer",
     "corpus.cache_dir",
     "eval",
     "wandb",
@@ -63,6 +66,9 @@ FREE = (
 )
 OF_MACHINE = (
     "corpus.path",
+    "corpus.valid_path",
+    "corpus.test_path",
+    "corpus.tokenizer",
     "corpus.cache_dir",
     "train.name",
     "train.runs_dir",
@@ -106,9 +112,15 @@ class RunFolder:
         if self.lock is not None:
             self.lock.close()
 
-    def claim(self) -> None:
-        """Write the resolved configuration: from now on the folder holds this run. Only rank 0 writes."""
+    def claim(self, vocab: Mapping[str, bytes] | None = None) -> None:
+        """Write the resolved configuration: from now on the folder holds this run. Only rank 0 writes.
+
+        Args:
+            vocab: files of its vocabulary, by name.
+        """
         if self.lock is not None:
+            for name, content in (vocab or {}).items():
+                (self.path / name).write_bytes(content)
             new = self.path / f".{CONFIG}.new"
             write_config(self.config, new)
             new.replace(self.path / CONFIG)
@@ -171,7 +183,12 @@ class RunFolder:
 class TextArgs:
     """Where the run's text is now; None means where it was in training."""
 
-    path: str | None = option(None, "The file that the run was trained on.")
+    path: Any = option(None, "The file that the run was trained on, or whatever its corpus.path named.")
+    valid_path: Any = option(None, "Of the valid split, where it has files of its own.")
+    test_path: Any = option(None, "Of the test split, where it has files of its own.")
+    tokenizer: str | None = option(
+        None, "The tokenizer.json of corpus.tokens=file; None takes the copy in the run's folder."
+    )
     cache_dir: str | None = option(None, "Folder of prepared corpora and tables; safe to delete.")
 
 
@@ -183,6 +200,9 @@ def read_run(folder: Path, text: TextArgs) -> Config:
     """
     config = read_config(folder / CONFIG)
     moved = {name: value for name, value in asdict(text).items() if value is not None}
+    kept = folder / TOKENIZER
+    if config.corpus.tokenizer is not None and kept.exists():
+        moved = {"tokenizer": str(kept), **moved}
     return replace(config, corpus=replace(config.corpus, **moved))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from foreroute.engine.config import Split
 from foreroute.engine.data.corpus import PreparedCorpus
+from foreroute.engine.data.tokens.byte_values import ByteVocab
 from foreroute.engine.errors import RunFailed
 from foreroute.engine.evaluation.held_out import Evaluation, ProgressReporter, no_progress
 from foreroute.engine.evaluation.ngram_baselines import bzip2_bpc, order_n_bpc
@@ -26,6 +27,8 @@ from foreroute.launch.start.console import clock, table
 COUNTED_PER_SYMBOL, COUNTED_AT_LEAST = 100, 16_000_000
 """Training symbols that counting models are fitted on, at most, where eval.max_symbols is set: seconds of a long
 corpus."""
+_BASELINES = {"order 2": "order2_bpc", "order 3": "order3_bpc", "bzip2 -9": "bzip2_bpc"}
+_CHUNK = 1 << 22  # symbols turned into text at a time
 _LAST_LINE = "flops", "peak_device_memory_bytes"  # of metrics.jsonl, for the summary
 
 
@@ -48,6 +51,8 @@ def summarise(
     bpc = {name: found.bpc for name, found in curve.items()}
     summary: dict[str, Any] = {
         "bpc": bpc,
+        "bits_per_byte": {name: found.bits_per_byte for name, found in curve.items()},
+        "perplexity": {name: found.perplexity for name, found in curve.items()},
         **training_totals(run.path / JSONL),
         "evaluation_seconds": sum(found.seconds for found in curve.values()) + counting_seconds,
         "peak_memory_bytes": peak_memory_bytes(),
@@ -57,8 +62,9 @@ def summarise(
         "symbols": next(iter(curve.values())).symbols,
         "parameters": trainer.parameters,
         "corpus_sha256": corpus.sha256,
+        "vocab_sha256": corpus.vocab.fingerprint,
     }
-    lines = {"order 3": baselines["order3_bpc"], "bzip2 -9": baselines["bzip2_bpc"]}
+    lines = {label: baselines[key] for label, key in _BASELINES.items() if key in baselines and label != "order 2"}
     try:
         plot_loss(run.path / JSONL, run.path / "loss.png")
         plot_slimming(bpc, lines, run.path / "slimming.png")
@@ -97,10 +103,13 @@ def training_totals(metrics: Path) -> dict[str, float]:
 def counting_baselines(
     corpus: PreparedCorpus, split: Split, max_symbols: int, progress: ProgressReporter = no_progress
 ) -> dict[str, float]:
-    """Bits per symbol of counting models fitted on the training split, and of bzip2, on the same held-out text.
+    """Bits per symbol of counting models fitted on the training split, and of bzip2, on the same held-out text; none
+    where symbols are no bytes.
 
     Where max_symbols shortens the fit as well, counted_symbols says how many training symbols it had.
     """
+    if not isinstance(corpus.vocab, ByteVocab):
+        return {}
     held_out = corpus.split(split)[: max_symbols or None]
     train_ids, size = corpus.split(Split.train), corpus.vocab.size
     most = max(COUNTED_PER_SYMBOL * max_symbols, COUNTED_AT_LEAST)
@@ -109,7 +118,8 @@ def counting_baselines(
         f"order{n}_bpc": order_n_bpc(counted_ids, held_out, n, size, partial(progress, f"order {n}")) for n in (2, 3)
     }
     progress("bzip2 -9", 0, 1)
-    found["bzip2_bpc"] = bzip2_bpc(corpus.vocab.decode(held_out))
+    starts = range(0, len(held_out), _CHUNK)
+    found["bzip2_bpc"] = bzip2_bpc(corpus.vocab.decode(held_out[start : start + _CHUNK]) for start in starts)
     progress("bzip2 -9", 1, 1)
     if len(counted_ids) < len(train_ids):
         found["counted_symbols"] = len(counted_ids)
@@ -120,10 +130,16 @@ def result_table(summary: Mapping[str, Any]) -> str:
     """Lay out held-out bpc at each k beside what counting gets, and below it what the training took."""
     best = min(summary["bpc"].values())
     found = {name if name == "dense" else f"k = {name}": bpc for name, bpc in summary["bpc"].items()}
-    names = {"order 2": "order2_bpc", "order 3": "order3_bpc", "bzip2 -9": "bzip2_bpc"}
-    found |= {label: summary[key] for label, key in names.items()}
+    found |= {label: summary[key] for label, key in _BASELINES.items() if key in summary}
     rows = [[label, f"{bpc:.3f}", f"{100 * (bpc / best - 1):+.1f}%"] for label, bpc in found.items()]
-    return "\n".join([table([f"{summary['split']} split", "bpc", "to best"], rows), *_training_lines(summary)])
+    heads = [f"{summary['split']} split", "bpc", "to best"]
+    by_byte = summary.get("bits_per_byte", {})
+    if by_byte != summary["bpc"] and None not in by_byte.values():
+        heads.append("bits/byte")
+        rows = [[*row, f"{bits:.3f}"] for row, bits in zip(rows, by_byte.values(), strict=False)] + [
+            [*row, ""] for row in rows[len(by_byte) :]
+        ]
+    return "\n".join([table(heads, rows), *_training_lines(summary)])
 
 
 def _training_lines(summary: Mapping[str, Any]) -> list[str]:

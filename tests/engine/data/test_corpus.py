@@ -16,10 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 
 from foreroute.engine.config import Corpus, CorpusConfig, Split, Tokens
-from foreroute.engine.data import corpus
-from foreroute.engine.data.corpus import download_enwik8, prepare
+from foreroute.engine.data import corpus, preparation
+from foreroute.engine.data.corpus import prepare
+from foreroute.engine.data.download import ENWIK8_BYTES, download_enwik8, enwik8_copy
 from foreroute.engine.errors import UserError
 
 TEXT = b"".join(b"line %d of the text\n" % i for i in range(50))
@@ -45,7 +47,7 @@ def plain_parts(text):
     return [text[:a], text[a:b], text[b:]]
 
 
-@pytest.mark.parametrize("tokens", list(Tokens))
+@pytest.mark.parametrize("tokens", [Tokens.bytes, Tokens.txl])
 def test_splits_hold_the_text_and_what_is_before_it(tmp_path, tokens):
     made = prepare(file_config(tmp_path, tokens=tokens))
     parts = plain_parts(TEXT)
@@ -59,9 +61,7 @@ def test_splits_hold_the_text_and_what_is_before_it(tmp_path, tokens):
     assert made.previous_id(Split.test) == made.split(Split.valid)[-1]
     assert isinstance(made.split(Split.test), np.memmap)
     assert made.sha256 == hashlib.sha256(TEXT).hexdigest()
-    counts = np.bincount(made.ids, minlength=made.vocab.size)
-    assert made.meta["symbol_counts"] == counts.tolist()
-    assert made.meta["bytes"] == len(TEXT)
+    assert made.meta["units"] == len(TEXT) and made.document_ends.tolist() == [len(made.ids)]
     assert len(made.notes) == 1
     assert "90/5/5" in made.notes[0]
 
@@ -162,7 +162,7 @@ def test_an_interrupted_preparation_leaves_nothing(tmp_path, monkeypatch):
     def interrupted(path):
         raise SystemExit(143)
 
-    monkeypatch.setattr(corpus, "sync", interrupted)
+    monkeypatch.setattr(preparation, "sync", interrupted)
     with pytest.raises(SystemExit):
         prepare(file_config(tmp_path))
     assert not list((tmp_path / "cache/corpora").iterdir())
@@ -175,11 +175,13 @@ def test_an_interrupted_preparation_leaves_nothing(tmp_path, monkeypatch):
         (b"ab", "2 bytes are too short"),
         (b"\n" * 400, "too short"),
         (b"a" * 400, "has one symbol only"),
-        (gzip.compress(b"text " * 400, mtime=0), "is a gzip archive, not text"),
+        (gzip.compress(TEXT, mtime=0)[:-9], "is damaged after .* bytes of text"),
+        (gzip.compress(TEXT, mtime=0) + b"more", "is damaged after .* bytes of text"),
         (b"PK\x03\x04" + b"a" * 400, "is a zip archive, not text"),
         (bz2.compress(b"text " * 400), "is a bzip2 archive, not text"),
         (lzma.compress(b"text " * 400), "is a xz archive, not text"),
-        (b"\x28\xb5\x2f\xfd" + b"a" * 400, "is a zstd archive, not text"),
+        (b"\x28\xb5\x2f\xfd" + b"a" * 400, "is damaged after 0 bytes of text"),
+        (zstandard.compress(TEXT)[:-3], "is damaged after .* bytes of text .*in the middle of a zstd frame"),
         (tar_of(tarfile.USTAR_FORMAT), "is a tar archive, not text"),
         (tar_of(tarfile.GNU_FORMAT), "is a tar archive, not text"),
     ],
@@ -195,7 +197,11 @@ def test_missing_file_folder_and_unwritable_cache(tmp_path):
     with pytest.raises(UserError, match=r"corpus.path=nowhere: no such file"):
         prepare(CorpusConfig(Corpus.file, "nowhere", cache_dir=cache))
     with pytest.raises(UserError, match=r"corpus.path=.*: not a file"):
+        prepare(CorpusConfig(Corpus.file, "/dev/null", cache_dir=cache))
+    with pytest.raises(UserError, match=r"corpus.path=.*: no files in this folder"):
         prepare(CorpusConfig(Corpus.file, str(tmp_path), cache_dir=cache))
+    with pytest.raises(UserError, match=r"corpus.path=.*\*.txt: no file matches"):
+        prepare(CorpusConfig(Corpus.file, str(tmp_path / "*.txt"), cache_dir=cache))
     config = file_config(tmp_path)
     Path(cache).write_text("a file where a folder should be")
     with pytest.raises(UserError, match=r"corpus.cache_dir=.*cannot be written \(Not a directory\)"):
@@ -219,7 +225,7 @@ def test_enwik8_missing_wrong_prefix_and_whole(tmp_path, monkeypatch):
     config = CorpusConfig(Corpus.enwik8, cache_dir=str(tmp_path))
     with pytest.raises(UserError, match=r"python -m launch.prepare corpus=enwik8.*corpus.path"):
         prepare(config)
-    copy = corpus.enwik8_copy(config)
+    copy = enwik8_copy(config)
     copy.parent.mkdir(parents=True)
     copy.write_bytes(TEXT)
     with pytest.raises(UserError, match="corpus=enwik8: neither enwik8 nor a prefix"):
@@ -234,7 +240,7 @@ def test_enwik8_missing_wrong_prefix_and_whole(tmp_path, monkeypatch):
 
 
 def test_whole_enwik8_is_cut_at_90_and_95_million():
-    n = corpus.ENWIK8_BYTES
+    n = ENWIK8_BYTES
     assert n == 100_000_000
     assert (n * 90 // 100, n * 95 // 100) == (90_000_000, 95_000_000)
 
@@ -355,7 +361,7 @@ def test_meta_json_is_plain(tmp_path):
     prepare(file_config(tmp_path))
     (path,) = (tmp_path / "cache" / "corpora").glob("*/meta.json")
     meta = json.loads(path.read_text())
-    assert meta["cuts"] == meta["byte_cuts"] == [0, len(TEXT) * 90 // 100, len(TEXT) * 95 // 100, len(TEXT)]
-    assert (meta["format"], meta["dtype"]) == (2, "uint8")
+    assert meta["cuts"] == meta["unit_cuts"] == [0, len(TEXT) * 90 // 100, len(TEXT) * 95 // 100, len(TEXT)]
+    assert (meta["format"], meta["dtype"]) == (3, "uint8")
     assert meta["ids_sha256"] == hashlib.sha256(TEXT).hexdigest()
     assert (meta["corpus"], meta["tokens"], meta["source"]) == ("file", "bytes", "text.txt")

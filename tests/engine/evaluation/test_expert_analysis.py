@@ -10,7 +10,7 @@ import torch
 
 from foreroute.engine.config import Activation, Config, KernelsConfig, MoEConfig, Router, Split, Tokens
 from foreroute.engine.data.corpus import PreparedCorpus
-from foreroute.engine.data.vocab import Vocab
+from foreroute.engine.data.tokens.byte_values import ByteVocab
 from foreroute.engine.evaluation import expert_analysis as analysis
 from foreroute.engine.model.build import build_model
 from foreroute.engine.moe.experts import Experts
@@ -123,7 +123,7 @@ def test_routing_change_counts_tokens_whose_set_differs():
 def corpus():
     ids = np.random.default_rng(0).integers(0, SYMBOLS, 1200).astype(np.uint8)
     meta = {"cuts": [0, 1000, 1100, 1200]}
-    return PreparedCorpus(ids, Vocab(Tokens.bytes, bytes(range(SYMBOLS))), "0" * 64, [], meta)
+    return PreparedCorpus(ids, ByteVocab(Tokens.bytes, bytes(range(SYMBOLS))), "0" * 64, [], meta)
 
 
 def whole_config(router) -> Config:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from foreroute.engine.config import Tokens
-from foreroute.engine.data.vocab import Vocab
+from foreroute.engine.data.tokens.byte_values import ByteVocab
 from foreroute.engine.errors import UserError
 from foreroute.engine.finetune.glue import Example, read_examples
 from foreroute.engine.finetune.sentences import Sentence, encode, foreign_bytes, pad, training_batches
@@ -22,14 +22,14 @@ def sentences(*lengths):
 
 
 def test_encodes_with_the_models_symbols():
-    vocab = Vocab(Tokens.txl, b" abc")
+    vocab = ByteVocab(Tokens.txl, b" abc")
     examples = [Example(b"cab", 1), Example(b"a\xc3xb", 0)]
     assert [s.ids.tolist() for s in encode(examples, vocab)] == [[3, 1, 2, 0], [1, 2, 0]]
     assert [s.label for s in encode(examples, vocab)] == [1, 0]
     assert foreign_bytes(examples, vocab) == 2
     assert encode([Example(b"xyz", 0)], vocab)[0].ids.tolist() == [0]  # the blank is left
     with pytest.raises(UserError, match="sentence b'xyz'"):
-        encode([Example(b"xyz", 0)], Vocab(Tokens.txl, b"abc"))
+        encode([Example(b"xyz", 0)], ByteVocab(Tokens.txl, b"abc"))
 
 
 def test_pads_at_the_right():
@@ -68,7 +68,7 @@ def test_batches_are_of_about_equal_length():
 @pytest.mark.skipif(not SST2.is_dir(), reason="FOREROUTE_DATA has no sst2")
 def test_padding_of_sst2():
     """What engine/finetune/sentences.py says of it."""
-    many = encode(read_examples(SST2 / "train.tsv"), Vocab(Tokens.bytes, bytes(range(256))))
+    many = encode(read_examples(SST2 / "train.tsv"), ByteVocab(Tokens.bytes, bytes(range(256))))
     padded = real = 0
     for batch in itertools.islice(training_batches(many, 16, seed=1), 2000):
         padded, real = padded + batch.ids_BQ.numel(), real + int(batch.length_B.sum())

@@ -28,7 +28,7 @@ from foreroute.engine.config import (
 )
 from foreroute.engine.config.enums import ExchangeKind
 from foreroute.engine.data.corpus import PreparedCorpus
-from foreroute.engine.data.vocab import Vocab
+from foreroute.engine.data.tokens.byte_values import ByteVocab
 from foreroute.engine.routing.tables import build_tables
 from foreroute.launch.certify.counts_page import certificate_page, counts_verdict
 from foreroute.launch.page.html_file import html
@@ -55,7 +55,7 @@ def make(**changes):
     ids = np.random.default_rng(0).integers(0, SYMBOLS, STREAMS * (5 * SEGMENT + 1)).astype(np.uint8)
     tables = build_tables(config.moe, SYMBOLS, ids, num_tables=2, seed=1, cache_dir=None)
     corpus = PreparedCorpus(
-        ids, Vocab(Tokens.bytes, bytes(range(SYMBOLS))), "ab" * 32, [], {"cuts": [0, ids.size, ids.size, ids.size]}
+        ids, ByteVocab(Tokens.bytes, bytes(range(SYMBOLS))), "ab" * 32, [], {"cuts": [0, ids.size, ids.size, ids.size]}
     )
     return config, corpus, tables
 

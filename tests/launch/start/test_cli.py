@@ -107,7 +107,7 @@ def test_bad_input_is_one_line_and_code_2(run, tmp_path, text, options, words):
 LEFT = {
     "a folder for a file": (["train.runs_dir={tmp}/text.txt"], "train.runs_dir={tmp}/text.txt: "),
     "a cache for a file": (["corpus.cache_dir={tmp}/text.txt"], "corpus.cache_dir={tmp}/text.txt: "),
-    "a text that is a folder": (["corpus.path={tmp}"], "not a file"),
+    "a text that is no file": (["corpus.path=/dev/null"], "not a file"),
     "warm-up beyond the end": (["optim.warmup_steps=9"], "give optim.warmup_steps=4 or fewer"),
     "an infinite number": (["parallel.timeout_s=inf"], "parallel.timeout_s=inf: must be a finite number"),
     "an enormous time": (["parallel.timeout_s=1e300"], "parallel.timeout_s=1e+300: must be below"),

@@ -1,0 +1,161 @@
+"""Write a prepared corpus: the ids of the three splits one after the other, where documents end, and the vocabulary.
+
+The source is read once to know its size and content (engine/data/sources/source.py), once more for a vocabulary that
+is learned from its training split, and once to turn it into ids; nothing holds more than a few blocks of it. The folder
+is written aside, made durable and then renamed, so that nobody sees a part of it.
+"""
+
+import hashlib
+import json
+import platform
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from foreroute.engine.config import Corpus, Split
+from foreroute.engine.data.sources.pieces import Piece
+from foreroute.engine.data.sources.source import Scan, Source
+from foreroute.engine.data.tokens.build import make_vocab, stated
+from foreroute.engine.data.tokens.vocab import Vocab, ids_dtype
+from foreroute.engine.errors import UserError, require
+from foreroute.engine.sealed_files import sealed, sync
+
+FORMAT = 3
+"""Of a prepared corpus; part of its folder's name, so that another version makes its own."""
+IDS, ENDS, META = "ids.bin", "document_ends.bin", "meta.json"
+SPLITS = tuple(Split)  # in the order of the text
+_EVERY_S = 10.0  # between lines of progress
+Note = Callable[[str], None]
+
+
+class Meter:
+    """Lines that say how far a pass over a source is, and how long it will still take."""
+
+    def __init__(self, note: Note, what: str, total: int, unit: Callable[[int], str]) -> None:
+        self._note, self._what, self._total, self._unit = note, what, total, unit
+        self._done, self._start = 0, time.monotonic()
+        self._said = self._start
+
+    def __call__(self, more: int) -> None:
+        """Count what has been read."""
+        self._done += more
+        now = time.monotonic()
+        if now - self._said >= _EVERY_S and self._done:
+            self._said = now
+            left = (self._total - self._done) * (now - self._start) / self._done
+            of = f" of {self._unit(self._total)}, about {max(left, 0):,.0f} s left" if self._total else ""
+            self._note(f"{self._what}: {self._unit(self._done)}{of}")
+
+
+def write(folder: Path, source: Source, scan: Scan, note: Note) -> None:
+    """Prepare a corpus in `folder`; if another process was faster, keep its folder.
+
+    Raises:
+        UserError: a split would be empty, the vocabulary cannot be made, the source has changed since `scan`, or the
+            folder cannot be written.
+    """
+    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    try:
+        aside.mkdir(parents=True)
+        vocab = _vocab(source, scan, note)
+        for name, content in vocab.files().items():
+            (aside / name).write_bytes(content)
+        with (aside / IDS).open("wb") as ids, (aside / ENDS).open("wb") as ends:
+            found = _encode(source, scan, vocab, ids, ends, Meter(note, "ids", sum(scan.units), source.unit))
+        require(
+            vocab.size > 1, f"{source.asked}: has one symbol only; corpus.tokens=bytes takes it, with nothing to learn"
+        )
+        meta = {
+            "format": FORMAT,
+            "dtype": np.dtype(ids_dtype(vocab.size)).name,
+            "source": source.name,
+            "corpus": source.config.name.name,
+            "tokens": source.config.tokens.name,
+            **stated(vocab),
+            "sha256": content_sha256(source, scan),
+            "documents": scan.documents,
+            "python": platform.python_version() if source.config.name is Corpus.stdlib else None,
+            "unit": "byte" if source.is_text else "id",
+            "proportions": source.config.proportions if len(source.parts) == 1 else None,
+            **found,
+        }
+        (aside / META).write_text(json.dumps(sealed(meta)), encoding="ascii")
+        for path in (*sorted(aside.iterdir()), aside):
+            sync(path)
+        aside.rename(folder)
+    except OSError as error:
+        if not folder.is_dir():
+            raise UserError(
+                f"corpus.cache_dir={source.config.cache_dir}: {folder} cannot be written ({error.strerror})"
+            ) from error
+    finally:  # of a signal, too
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def content_sha256(source: Source, scan: Scan) -> str:
+    """Return the sha256 by which a run knows its text: of the text itself, where it is cut by the usual proportions."""
+    how: list[Any] = []
+    if len(source.parts) > 1:
+        how = [scan.units]
+    elif source.config.proportions != [90, 5, 5]:
+        how = [source.config.proportions]
+    return hashlib.sha256(json.dumps([scan.sha256, *how]).encode()).hexdigest() if how else scan.sha256
+
+
+def _vocab(source: Source, scan: Scan, note: Note) -> Vocab:
+    config = source.config
+
+    def training() -> Iterator[Piece]:
+        meter = Meter(note, f"vocabulary ({config.tokens.name})", scan.units[0], source.unit)
+        for place, piece in source.splits(scan):
+            if place:
+                return
+            meter(len(piece.data))
+            yield piece
+
+    return make_vocab(config, values=bytes(scan.values), largest_id=scan.largest_id, training=training)
+
+
+def _encode(source: Source, scan: Scan, vocab: Vocab, ids: IO[bytes], ends: IO[bytes], meter: Meter) -> dict[str, Any]:
+    """Write the ids and the ends of documents; returns what meta.json says of them."""
+    units, symbols = [0] * len(SPLITS), [0] * len(SPLITS)
+    last_end = num_ends = 0
+    text_hash, ids_hash = hashlib.sha256(), hashlib.sha256()
+
+    def counted(pieces: Iterator[tuple[int, Piece]]) -> Iterator[Piece]:
+        for place, piece in pieces:
+            units[place] += len(piece.data)
+            text_hash.update(piece.hashed)
+            meter(len(piece.data))
+            yield piece
+
+    for place, pieces in groupby(source.splits(scan), key=lambda found: found[0]):
+        first = sum(symbols)
+        for encoded in vocab.encode_pieces(counted(pieces)):
+            end_d = first + symbols[place] + encoded.ends
+            end_d = np.unique(end_d[end_d > last_end])  # a document may be empty
+            ends.write(end_d.astype("<i8").tobytes())
+            num_ends += len(end_d)
+            last_end = int(end_d[-1]) if len(end_d) else last_end
+            ids.write(encoded.ids.data)
+            ids_hash.update(encoded.ids.data)
+            symbols[place] += len(encoded.ids)
+    require(text_hash.hexdigest() == scan.sha256, f"{source.asked}: has changed while it was read; run again")
+    for place, split in enumerate(SPLITS):
+        why = "are too short for three splits" if len(source.parts) == 1 else "in three parts"
+        require(
+            symbols[place] > 0, f"{source.asked}: {source.unit(sum(scan.units))} {why}, the {split.name} split is empty"
+        )
+    return {
+        "ids_sha256": ids_hash.hexdigest(),
+        "document_ends": num_ends,
+        "units": sum(units),
+        "cuts": np.cumsum([0, *symbols]).tolist(),  # ids where the splits begin, and the end
+        "unit_cuts": np.cumsum([0, *units]).tolist(),
+    }

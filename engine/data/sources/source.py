@@ -1,0 +1,200 @@
+"""The source of a corpus as one stream of documents, read as often as needed, and what is known of it after one pass.
+
+What a pass finds is kept in the cache beside the state of the files, so that a source that has not changed is not read
+again at the start of every run.
+"""
+
+import hashlib
+import json
+import platform
+import sysconfig
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from foreroute.engine.config import Corpus, CorpusConfig, Tokens
+from foreroute.engine.data.sources.files import SourceFile, find_files, read_blocks, state_of
+from foreroute.engine.data.sources.ids import read_ids
+from foreroute.engine.data.sources.pieces import Cuts, Piece, cut
+from foreroute.engine.data.sources.text import json_field, read_json_lines, read_plain
+from foreroute.engine.data.tokens.build import BYTES
+from foreroute.engine.errors import require
+
+_FORMAT = 1  # of what a pass leaves in the cache
+_NOT_STDLIB = {"test", "tests", "idlelib", "site-packages"}
+Pieces = Iterator[Piece]
+Watch = Callable[[int], None]  # is given how many bytes or ids more have been read
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """What one pass over a source finds. Units are bytes of text, or ids."""
+
+    sha256: str  # of all that is read, one document after the other
+    ends_sha256: str  # of the places where documents end
+    units: list[int]  # of each part
+    documents: int
+    values: list[int]  # byte values that occur, ascending
+    largest_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Files, in the order in which they are read."""
+
+    config: CorpusConfig
+    parts: list[list[SourceFile]]  # one, cut by proportion; or one for each split
+    name: str  # for people
+    asked: str  # the options that chose it, for error lines
+
+    @property
+    def is_text(self) -> bool:
+        """Text, and not ids."""
+        return self.config.tokens is not Tokens.ids and not (
+            self.config.tokens is Tokens.file and any(_holds_ids(f, self.config) for part in self.parts for f in part)
+        )
+
+    def unit(self, number: int) -> str:
+        """Name so many units."""
+        return f"{number:,} {'bytes' if self.is_text else 'ids'}"
+
+    def pieces(self, part: int) -> Pieces:
+        """Yield the documents of a part.
+
+        Raises:
+            UserError: a file cannot be read, or is broken.
+        """
+        if self.config.name is Corpus.stdlib:  # all of it is one document
+            for file in self.parts[part]:
+                yield from (Piece(block, False) for block in read_blocks(file))
+            yield Piece(b"", True)
+            return
+        for file in self.parts[part]:
+            field = json_field(file, self.config.field)
+            if not self.is_text:
+                yield from read_ids(file, self.config.dtype)
+            elif field is None:
+                yield from read_plain(file, utf8=self.config.tokens not in BYTES)
+            else:
+                yield from read_json_lines(file, field)
+
+    def splits(self, scan: Scan) -> Iterator[tuple[int, Piece]]:
+        """Yield all documents with the number of their split: 0 train, 1 valid, 2 test."""
+        if len(self.parts) > 1:
+            for place in range(len(self.parts)):
+                yield from ((place, piece) for piece in self.pieces(place))
+            return
+        (total,), parts = scan.units, self.config.proportions
+        at = [total * sum(parts[:place]) // sum(parts) for place in range(1, len(parts))]
+        slack = 0 if scan.documents == 1 else total // 100
+        yield from cut(self.pieces(0), Cuts(at, self.config.tokens in BYTES, slack))
+
+    def signature(self) -> str:
+        """Return what changes when the files, or how they are read, do.
+
+        Raises:
+            OSError: a file is gone.
+        """
+        config = self.config
+        files = [[(str(f.path.absolute()), *state_of(f.path)) for f in part] for part in self.parts]
+        if not self.is_text:
+            files += [[("", *state_of(_index(f))) for f in part if _index(f).is_file()] for part in self.parts]
+        reading = [config.name.name, config.field, config.dtype, self.is_text, config.tokens in BYTES]
+        return hashlib.sha256(json.dumps([_FORMAT, reading, files]).encode()).hexdigest()[:32]
+
+
+def find_source(config: CorpusConfig, enwik8: Path) -> Source:
+    """Find the files of a corpus.
+
+    Args:
+        enwik8: where a downloaded copy is.
+
+    Raises:
+        UserError: there are none, or something is no file.
+    """
+    if config.name is Corpus.stdlib:
+        root, asked = Path(sysconfig.get_paths()["stdlib"]), "corpus=stdlib"
+        files = [SourceFile(path, f"{asked}: {path}") for path in _stdlib_files(root)]
+        return Source(config, [files], f"Python {platform.python_version()} standard library", asked)
+    if config.path is None:  # only enwik8 needs none
+        require(
+            enwik8.exists(),
+            f"corpus=enwik8: no local copy at {enwik8}; run `python -m launch.prepare corpus=enwik8` or give "
+            "corpus.path=FILE",
+        )
+        return Source(config, [[SourceFile(enwik8, "corpus=enwik8")]], "enwik8", "corpus=enwik8")
+    named = [("corpus.path", config.path)]
+    if config.valid_path is not None:
+        named += [("corpus.valid_path", config.valid_path), ("corpus.test_path", config.test_path)]
+    parts = [find_files(asked, option) for option, asked in named]
+    if config.tokens in (Tokens.ids, Tokens.file):
+        parts = [_pairs(part) for part in parts]
+    words = config.path if isinstance(config.path, str) else f"[{', '.join(config.path)}]"
+    single = isinstance(config.path, str) and len(parts) == 1
+    return Source(config, parts, Path(words).name if single else words, f"corpus.path={words}")
+
+
+def _pairs(files: list[SourceFile]) -> list[SourceFile]:
+    """Name each Megatron pair once, by its .bin."""
+    named = [SourceFile(f.path.with_suffix(".bin"), f.label) if f.path.suffix == ".idx" else f for f in files]
+    return list({file.path: file for file in named}.values())
+
+
+def _holds_ids(file: SourceFile, config: CorpusConfig) -> bool:
+    """Whether a file that is read by a tokenizer.json holds its ids, and no text."""
+    return file.path.suffix == ".npy" or config.dtype is not None or _index(file).is_file()
+
+
+def _index(file: SourceFile) -> Path:
+    return file.path.with_suffix(".idx")
+
+
+def _stdlib_files(root: Path) -> list[Path]:
+    relative = [path.relative_to(root) for path in root.rglob("*.py") if path.is_file()]
+    kept = [path for path in relative if not _NOT_STDLIB.intersection(path.parts)]
+    return [root / path for path in sorted(kept, key=Path.as_posix)]
+
+
+def scan(source: Source, cache: Path, watch: Watch) -> Scan:
+    """Read a source once, unless it is as it was when that was last done.
+
+    Args:
+        cache: folder in which to remember it.
+
+    Raises:
+        UserError: a file cannot be read, or is broken.
+    """
+    file = cache / f"{source.signature()}.json"
+    with suppress(OSError, ValueError, TypeError):
+        return Scan(**json.loads(file.read_bytes()))
+    found = _read_once(source, watch)
+    new = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+    with suppress(OSError):  # as in a cache that only another user may write
+        file.parent.mkdir(parents=True, exist_ok=True)
+        new.write_text(json.dumps(asdict(found)), encoding="ascii")
+        new.replace(file)
+    return found
+
+
+def _read_once(source: Source, watch: Watch) -> Scan:
+    whole, ends, units = hashlib.sha256(), hashlib.sha256(), []
+    position = documents = 0
+    values, largest = b"", -1
+    for part in range(len(source.parts)):
+        start = position
+        for piece in source.pieces(part):
+            data = piece.data
+            whole.update(piece.hashed)
+            if isinstance(data, bytes):
+                values += bytes(set(data.translate(None, values)))
+            elif len(data):
+                largest = max(largest, int(data.max()))
+            position += len(data)
+            if piece.ends:
+                documents += 1
+                ends.update(position.to_bytes(8, "little"))
+            watch(len(data))
+        units.append(position - start)
+    return Scan(whole.hexdigest(), ends.hexdigest(), units, documents, sorted(values), largest)

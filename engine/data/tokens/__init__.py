@@ -1,0 +1,1 @@
+"""From text to ids and back: a vocabulary for each way to cut text into symbols."""
