@@ -4,7 +4,8 @@
 
 A tile is one head, a few streams and a block of queries with the keys that they see; it fits into the cache, and keys
 beyond the block are not computed. The distance term lines up with the keys without a copy, in both directions (see
-_shifted). Kept for backward are the unnormalised weights, at most B*H*Q*S numbers; activation recomputation avoids it.
+_shifted). Keys before a query's document are hidden tile by tile. Kept for backward are the unnormalised weights, at
+most B*H*Q*S numbers; activation recomputation avoids it.
 
 Letters: B streams, Q query length, M memory length, S = M+Q key length, H heads, W head width, X = S+1; of a tile:
 b streams, q queries, s keys. Keys are in order of position, r in order of distance: r_SHW[0] is for the query itself.
@@ -45,6 +46,7 @@ def relative_attention(
     v_HW: Tensor,
     *,
     scale: float,
+    first_BQ: Tensor | None = None,
     window: int | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
@@ -54,17 +56,27 @@ def relative_attention(
 
     Args:
         r_SHW: encodings of the distances 0..S-1.
+        first_BQ: int32, the first key that each query sees, such as that of its document; at most the query's own, M +
+            q, which is not checked: it would be a read-back. A hidden key has a weight of exactly 0, so no bit of the
+            result depends on it while it is finite. None hides no keys.
         window: keys at a distance of `window` or more are hidden; None for no limit.
         dropout: rate on the attention weights, drawn from PyTorch's generator; 0 in evaluation.
 
     Raises:
-        ValueError: the shapes do not fit each other, or window < 1.
+        ValueError: the shapes do not fit each other, first_BQ is not int32, or window < 1.
+
+    Example: one stream, two keys of memory and queries at keys 2, 3 and 4, where a document starts at key 3. With
+    first_BQ = [[0, 3, 3]] the queries see keys 0 to 2, 3 alone, and 3 to 4; if all scores are equal and the values are
+    1, 2, 4, 8 and 16, they get 7/3, 8 and 12.
     """
     streams, queries, heads, width = query_BQHW.shape
     keys = r_SHW.shape[0]
     shapes = [tuple(x.shape) for x in (query_BQHW, key_BSHW, value_BSHW, r_SHW)]
     if keys < queries or shapes[1:] != [(streams, keys, heads, width)] * 2 + [(keys, heads, width)]:
         raise ValueError(f"query, key, value and r of shapes {shapes} do not fit each other")
+    if first_BQ is not None and (first_BQ.shape != (streams, queries) or first_BQ.dtype != torch.int32):
+        found = f"{tuple(first_BQ.shape)} of {first_BQ.dtype}"
+        raise ValueError(f"first_BQ has the shape {found}: must be {(streams, queries)} of torch.int32")
     if window is not None and window < 1:
         raise ValueError(f"window={window}: must be at least 1")
     query_HBQW, key_HBSW, value_HBSW = (
@@ -79,9 +91,9 @@ def relative_attention(
     )
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in operands)
     if torch.compiler.is_compiling():  # its views into one buffer cannot be traced
-        results = _operator(*operands, window, dropout, keep)
+        results = _operator(*operands, first_BQ, window, dropout, keep)
     else:
-        results = _RelativeAttention.apply(*operands, window, dropout, keep, _forward, _backward)  # type: ignore[no-untyped-call]
+        results = _RelativeAttention.apply(*operands, first_BQ, window, dropout, keep, _forward, _backward)  # type: ignore[no-untyped-call]
     out_HBQW: Tensor = results[0]
     return out_HBQW.permute(1, 2, 0, 3)
 
@@ -95,6 +107,7 @@ def relative_attention_reference(
     v_HW: Tensor,
     *,
     scale: float,
+    first_BQ: Tensor | None = None,
     window: int | None = None,
 ) -> Tensor:
     """Compute relative_attention one query at a time in fp64, differentiated by autograd: the truth for tests."""
@@ -104,7 +117,8 @@ def relative_attention_reference(
     out = []
     for b, q, h in product(range(streams), range(queries), range(heads)):
         own = key.shape[1] - queries + q  # the query's place among the keys
-        seen = [s for s in range(own + 1) if window is None or own - s < window]
+        first = 0 if first_BQ is None else int(first_BQ[b, q])
+        seen = [s for s in range(first, own + 1) if window is None or own - s < window]
         content = key[b, seen, h] @ (query[b, q, h] + u[h])
         position = r[[own - s for s in seen], h] @ (query[b, q, h] + v[h])
         out.append(torch.softmax((content + position) * scale, dim=0) @ value[b, seen, h])
@@ -204,7 +218,14 @@ def _shifted(buffer: Tensor, tile: _Tile) -> tuple[Tensor, Tensor]:
 
 
 def _scores(
-    operands: _Operands, tile: _Tile, buffer: Tensor, future: Tensor, window: int | None, *, out: Tensor
+    operands: _Operands,
+    tile: _Tile,
+    buffer: Tensor,
+    future: Tensor,
+    *,
+    first_BQ: Tensor | None,
+    window: int | None,
+    out: Tensor,
 ) -> None:
     """Compute a tile's scores [b, q, s] into out; hidden keys get -inf, `future` above its diagonal."""
     b, q, s = tile.shape
@@ -217,6 +238,9 @@ def _scores(
     if window is not None:  # d = s-q+i-j >= window: only in the first q columns
         far = torch.full_like(future[:q, :q], float("-inf")).tril(s - q - window)
         out[..., :q].add_(far)
+    if first_BQ is not None:
+        key_s = torch.arange(tile.keys.start, tile.keys.stop, dtype=first_BQ.dtype, device=out.device)
+        out.masked_fill_(key_s < first_BQ[tile.streams, tile.queries, None], float("-inf"))
 
 
 def _scores_backward(
@@ -237,9 +261,9 @@ def _scores_backward(
 
 
 def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Operands, window, dropout rate, and whether backward will follow; return the output [H, B, Q, W] and what
-    backward needs."""
-    operands, (window, dropout, keep) = _Operands(*inputs[:5]), inputs[5:]
+    """Compute the output [H, B, Q, W] and what backward needs from the operands, the first keys, window, dropout rate,
+    and whether backward will follow."""
+    operands, (first_BQ, window, dropout, keep) = _Operands(*inputs[:5]), inputs[5:]
     like = operands.qu_HBQW
     out_HBQW, total_HBQ1 = _results(like)
     tiles = _tiles(operands, window)
@@ -252,7 +276,7 @@ def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     masks = like.new_empty(count if dropout else 0, dtype=torch.bool).bernoulli_(1.0 - dropout)
     for tile in tiles:
         weight = tile.of_all(weights) if keep else tile.of_scratch(weights)
-        _scores(operands, tile, buffer, future, window, out=weight)
+        _scores(operands, tile, buffer, future, first_BQ=first_BQ, window=window, out=weight)
         weight.sub_(weight.amax(-1, keepdim=True)).exp_()
         tile.of_queries(total_HBQ1).copy_(weight.sum(-1, keepdim=True, dtype=total_HBQ1.dtype))
         weight = weight * tile.of_all(masks) if dropout else weight
@@ -262,8 +286,10 @@ def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _backward(d_out_HBQW: Tensor, *inputs: Any) -> list[Tensor]:
-    """The output's gradient, operands, what _forward returned, window and dropout rate; return the operands'
-    gradients."""
+    """Compute the operands' gradients from the output's, the operands, what _forward returned, window and dropout rate.
+
+    Hidden keys need no mask here: their weights are 0.
+    """
     operands, (out_HBQW, total_HBQ1, weights, masks, window, dropout) = _Operands(*inputs[:5]), inputs[5:]
     dtype, wide = out_HBQW.dtype, total_HBQ1.dtype
     # softmax = exp(score - maximum) / total: the small tensors are divided instead of the weights.
@@ -306,19 +332,19 @@ def _count(tiles: list[_Tile]) -> int:
 
 
 def _fake_forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    operands, (window, dropout, keep) = _Operands(*inputs[:5]), inputs[5:]
+    operands, (_, window, dropout, keep) = _Operands(*inputs[:5]), inputs[5:]
     like, count = operands.qu_HBQW, _count(_tiles(operands, window))
     kept, masks = like.new_empty(count if keep else 0), like.new_empty(count if dropout else 0, dtype=torch.bool)
     return *_results(like), kept, masks
 
 
 class _RelativeAttention(torch.autograd.Function):
-    """Operands, window, dropout rate, whether backward will follow, and the functions that do it."""
+    """Operands, first keys, window, dropout rate, whether backward will follow, and the functions that do it."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         *arguments, run, ctx.run_backward = inputs
-        *operands, ctx.window, ctx.dropout, keep = arguments
+        *operands, _, ctx.window, ctx.dropout, keep = arguments
         results: tuple[Tensor, ...] = run(*arguments)
         if keep:
             ctx.save_for_backward(*operands, *results)
@@ -330,9 +356,9 @@ class _RelativeAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out_HBQW: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if d_out_HBQW is None:
-            return (None,) * 10
+            return (None,) * 11
         grads = ctx.run_backward(d_out_HBQW, *ctx.saved_tensors, ctx.window, ctx.dropout)
-        return *grads, None, None, None, None, None
+        return *grads, None, None, None, None, None, None
 
 
 def _below_autograd(*arguments: Any) -> tuple[Tensor, ...]:
@@ -349,7 +375,8 @@ def _differentiable(*arguments: Any) -> tuple[Tensor, ...]:
 _OPERANDS = "Tensor qu, Tensor qv, Tensor key, Tensor value, Tensor r"
 _library = torch.library.Library("foreroute", "FRAGMENT")
 _library.define(
-    f"relative_attention({_OPERANDS}, int? window, float dropout, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"relative_attention({_OPERANDS}, Tensor? first, int? window, float dropout, bool keep)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded),
 )
 _library.define(

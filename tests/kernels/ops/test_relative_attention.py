@@ -55,6 +55,75 @@ def test_fp64_equals_reference(b, q, m, window, limits, monkeypatch):
     assert_close(results(relative_attention, tensors, window=window), want, 1e-12)
 
 
+def document_starts(b: int, q: int, m: int) -> Tensor:
+    """First keys of queries whose documents start at a few places, others in each stream; some lie in the memory."""
+    own_Q = torch.arange(m, m + q)
+    first_BQ = torch.zeros(b, q, dtype=torch.int32)
+    for stream in range(b):
+        for start in (m // 2 + stream, m, m + 1 + stream, m + q // 2, m + q - 1):
+            first_BQ[stream, own_Q >= start] = start
+    return first_BQ
+
+
+@pytest.mark.parametrize("b, q, m, window", CASES, ids=[f"B{b}-Q{q}-M{m}-w{w}" for b, q, m, w in CASES])
+@pytest.mark.parametrize("limits", [module._ON_CPU, module._ON_GPU], ids=["cpu", "gpu"])
+def test_documents_equal_reference(b, q, m, window, limits, monkeypatch):
+    monkeypatch.setattr(module, "_ON_CPU", limits)
+    tensors, options = inputs(b, q, m), {"window": window, "first_BQ": document_starts(b, q, m)}
+    want = results(relative_attention_reference, tensors, **options)
+    got = results(relative_attention, tensors, **options)
+    for name in NAMES:  # of a query that sees itself alone nothing but the value has a gradient
+        if want[name].abs().max() < 1e-12:
+            assert got.pop(name).abs().max() < 1e-12
+            del want[name]
+    assert_close(got, want, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_document_sees_no_bit_of_others(dtype):
+    """Documents start at keys 0, 45 and 80, queries at key 7; the first and the last document are changed."""
+    tensors = inputs(2, 130, 7, dtype=dtype)
+    middle = slice(45 - 7, 80 - 7)
+    first_BQ = torch.zeros(2, 130, dtype=torch.int32)
+    first_BQ[:, middle], first_BQ[:, middle.stop :] = 45, 80
+    changed = [x.detach().clone() for x in tensors]
+    for x, start in zip(changed[:3], (7, 0, 0), strict=True):
+        x[:, : 45 - start] *= 1.5
+        x[:, 80 - start :] *= -2
+    out, other = (relative_attention(*x, scale=0.5, first_BQ=first_BQ) for x in (tensors, changed))
+    assert torch.equal(out[:, middle], other[:, middle])
+    assert not torch.isclose(out[:, middle.stop :], other[:, middle.stop :]).any(-1).all()
+    plain, mixed = (relative_attention(*x, scale=0.5) for x in (tensors, changed))
+    assert not torch.equal(plain[:, middle], mixed[:, middle])  # without first keys they do
+    grads = torch.autograd.grad(out[:, middle].square().sum(), tensors[:3])
+    for grad, start in zip(grads, (7, 0, 0), strict=True):
+        assert grad[:, : 45 - start].eq(0).all()
+        assert grad[:, 80 - start :].eq(0).all()
+        assert grad[:, 45 - start : 80 - start].ne(0).any()
+
+
+def test_document_example():
+    zero, value = torch.zeros(1, 5, 1, 4), torch.tensor([1.0, 2, 4, 8, 16]).view(1, 5, 1, 1).expand(1, 5, 1, 4)
+    first_BQ = torch.tensor([[0, 3, 3]], dtype=torch.int32)
+    nothing = torch.zeros(1, 4)
+    out = relative_attention(zero[:, 2:], zero, value, zero[0], nothing, nothing, scale=1.0, first_BQ=first_BQ)
+    assert out[0, :, 0, 0].tolist() == pytest.approx([7 / 3, 8, 12])
+
+
+def test_first_keys_of_zero_change_no_bit():
+    tensors = inputs(2, 70, 5, dtype=torch.float32)
+    first_BQ = torch.zeros(2, 70, dtype=torch.int32)
+    got, want = (results(relative_attention, tensors, **options) for options in ({"first_BQ": first_BQ}, {}))
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
+def test_precision_of_documents(dtype, tolerance):
+    tensors, first_BQ = inputs(1, 130, 3, dtype=dtype), document_starts(1, 130, 3)
+    want = results(relative_attention_reference, tensors, first_BQ=first_BQ)
+    assert_close(results(relative_attention, tensors, first_BQ=first_BQ), want, tolerance)
+
+
 def test_the_tiles():
     """fp32, 22 streams, 512 queries, 1,024 keys: 128 queries and 4 streams to 2 MiB; on a GPU a head is one tile."""
     size = {"item_bytes": 4, "gpu": False}
@@ -74,10 +143,12 @@ def test_precision(dtype, tolerance):
     assert_close(results(relative_attention, tensors), want, tolerance)
 
 
-@pytest.mark.parametrize("window", [None, 2])
-def test_gradcheck(window):
+@pytest.mark.parametrize("window, first", [(None, None), (2, None), (None, (1, 3, 3)), (2, (1, 1, 3))])
+def test_gradcheck(window, first):
+    first_BQ = None if first is None else torch.tensor([first], dtype=torch.int32)
+
     def function(*tensors):
-        return relative_attention(*tensors, scale=0.7, window=window)
+        return relative_attention(*tensors, scale=0.7, window=window, first_BQ=first_BQ)
 
     assert torch.autograd.gradcheck(function, inputs(1, 3, 2, w=2))
 
@@ -119,10 +190,13 @@ def test_dropout_zeroes_weights_and_keeps_the_mean():
     assert kept[seen].double().mean().item() == pytest.approx(0.75, abs=0.02)  # 20,000 draws: 0.003
 
 
-def test_dropout_gradients():
+@pytest.mark.parametrize("first", [None, (1, 3, 3)])
+def test_dropout_gradients(first):
+    first_BQ = None if first is None else torch.tensor([first], dtype=torch.int32)
+
     def function(*tensors):
         torch.manual_seed(3)  # the same mask in every evaluation
-        return relative_attention(*tensors, scale=0.7, dropout=0.4)
+        return relative_attention(*tensors, scale=0.7, dropout=0.4, first_BQ=first_BQ)
 
     assert torch.autograd.gradcheck(function, inputs(1, 3, 2, w=2))
 
@@ -144,6 +218,10 @@ def test_refuses_what_does_not_fit():
         relative_attention(query, key, value, r[1:], u, v, scale=1.0)
     with pytest.raises(ValueError, match="window=0"):
         relative_attention(query, key, value, r, u, v, scale=1.0, window=0)
+    with pytest.raises(ValueError, match=r"first_BQ has the shape \(2, 6\) of torch.int32: must be \(2, 7\)"):
+        relative_attention(query, key, value, r, u, v, scale=1.0, first_BQ=torch.zeros(2, 6, dtype=torch.int32))
+    with pytest.raises(ValueError, match="int64: must be"):
+        relative_attention(query, key, value, r, u, v, scale=1.0, first_BQ=torch.zeros(2, 7, dtype=torch.int64))
 
 
 def test_without_dropout_no_random_number_is_drawn():
@@ -154,10 +232,13 @@ def test_without_dropout_no_random_number_is_drawn():
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # PyTorch 2.14's
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_opcheck(dropout):
+@pytest.mark.parametrize("first", [None, (0, 4, 4, 6, 6)], ids=["all keys", "documents"])
+def test_opcheck(dropout, first):
     generator = torch.Generator().manual_seed(0)
     sizes = (2, 3, 5, 4), (2, 3, 5, 4), (2, 3, 8, 4), (2, 3, 8, 4), (2, 9, 4)
     operands = [torch.randn(size, generator=generator, requires_grad=True) for size in sizes]
     tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
     tests += [] if dropout else ["test_aot_dispatch_static"]  # draws at each call
-    torch.library.opcheck(torch.ops.foreroute.relative_attention, (*operands, None, dropout, True), test_utils=tests)
+    first_BQ = None if first is None else torch.tensor([first] * 3, dtype=torch.int32)
+    arguments = *operands, first_BQ, None, dropout, True
+    torch.library.opcheck(torch.ops.foreroute.relative_attention, arguments, test_utils=tests)
