@@ -62,7 +62,8 @@ class Curve:
     x_label: str  # with its unit
     y_label: str
     lines: Sequence[Line]
-    x_log: bool = False  # to base 2, with ticks at powers of 2
+    x_log: bool = False
+    x_base: int = 2  # of a logarithmic x axis: ticks at powers of 2, or at 1, 2 and 5 times those of 10
     y_log: bool = False
     y_from: float | None = None  # the axis starts here, or below where a value is lower
     band: str = ""  # what the bands are, if there are any
@@ -175,7 +176,6 @@ class Page:
     figures: Sequence[KeyFigure] = ()
     verdicts: Sequence[KeyFigure] = ()  # answers; before the figures
     footer: str = ""  # of the file; a terminal does not show it
-    contents: bool = False  # of the HTML file: links to the sections, on top
 
 
 def hue_of(line: Line, place: int) -> int:

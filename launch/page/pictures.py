@@ -9,8 +9,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from foreroute.launch.page.parts import Curve, hue_of
-from foreroute.launch.page.plotly_charts import LIGHT, MARKED, log_ticks
-from foreroute.launch.page.words import number_text
+from foreroute.launch.page.plotly_charts import LIGHT, MARKED, log_ticks, tick_text
 
 _STYLE: dict[Any, Any] = {"svg.fonttype": "none", "text.parse_math": False, "path.simplify_threshold": 0.2}
 
@@ -36,9 +35,9 @@ def save_picture(chart: Curve, target: Path) -> None:
             axes.set(title=chart.title, xlabel=chart.x_label, ylabel=chart.y_label)
             axes.grid(alpha=0.3)
             if chart.x_log:
-                ticks = log_ticks([x for line in chart.lines for x in line.x], 2)
-                axes.set_xscale("log", base=2)
-                axes.set_xticks(ticks, [number_text(tick) for tick in ticks])
+                ticks = log_ticks([x for line in chart.lines for x in line.x], chart.x_base)
+                axes.set_xscale("log", base=chart.x_base)
+                axes.set_xticks(ticks, [tick_text(tick) for tick in ticks])
             if len(chart.lines) > 1:
                 axes.legend()
             metadata = {"Date": None} if target.suffix == ".svg" else None

@@ -11,7 +11,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from foreroute.launch.page.parts import Areas, Bars, Chart, Curve, HeatMap, hue_of
-from foreroute.launch.page.words import number_text
+from foreroute.launch.page.words import count_text, number_text
 
 LIGHT = {
     "paper": "#ffffff",
@@ -46,6 +46,7 @@ DARK = {
 MARKED = 24
 """Lines of at most so many points show them."""
 _TICKS = 8  # of a logarithmic axis, about
+_LARGE = 1e5  # from here on an axis has prefixes
 
 
 def figure_of(chart: Chart) -> go.Figure:
@@ -58,14 +59,7 @@ def figure_of(chart: Chart) -> go.Figure:
         traces, layout = _bars(chart)
     else:
         traces, layout = _heat_map(chart)
-    axis = {
-        "gridcolor": "var(--rule)",
-        "linecolor": "var(--muted)",
-        "zeroline": False,
-        "automargin": True,
-        "exponentformat": "power",
-        "separatethousands": True,
-    }
+    axis = {"gridcolor": "var(--rule)", "linecolor": "var(--muted)", "zeroline": False, "automargin": True}
     figure = go.Figure(traces)
     figure.update_layout(
         template="none",
@@ -114,13 +108,11 @@ def _curve(chart: Curve) -> tuple[list[Any], dict[str, Any]]:
                 hovertemplate="%{y:,.5~g}",
             )
         )
-    layout: dict[str, Any] = {"hovermode": "x unified", "xaxis": {}, "yaxis": {}}
+    layout: dict[str, Any] = {"hovermode": "x unified"}
     values = [y for line in chart.lines for y in [*line.y, *(line.upper or ())] if isfinite(y)]
-    layout["xaxis"] = {"tickformat": _tick_format(chart.lines[0].x)}
-    if chart.x_log:
-        layout["xaxis"] = _log_axis([x for line in chart.lines for x in line.x], 2)
-    if chart.y_log:
-        layout["yaxis"] = _log_axis(values, 10)
+    places = [x for line in chart.lines for x in line.x]
+    layout["xaxis"] = _log_axis(places, chart.x_base) if chart.x_log else {"tickformat": _tick_format(places)}
+    layout["yaxis"] = _log_axis(values, 10) if chart.y_log else {"tickformat": _tick_format(values)}
     low = chart.y_from
     if low is not None and values and min(values) >= low:
         top = max(values)
@@ -143,7 +135,9 @@ def _areas(chart: Areas) -> tuple[list[Any], dict[str, Any]]:
         )
         for i, line in enumerate(chart.lines)
     ]
-    return traces, {"hovermode": "x unified", "xaxis": {"tickformat": _tick_format(chart.lines[0].x)}}
+    tops = [sum(y for y in column if isfinite(y)) for column in zip(*(line.y for line in chart.lines), strict=True)]
+    axes = {"xaxis": {"tickformat": _tick_format(chart.lines[0].x)}, "yaxis": {"tickformat": _tick_format(tops)}}
+    return traces, {"hovermode": "x unified", **axes}
 
 
 def _bars(chart: Bars) -> tuple[list[Any], dict[str, Any]]:
@@ -233,14 +227,19 @@ def _short(values: Sequence[float]) -> list[float | None]:
     return [float(f"{value:.6g}") if isfinite(value) else None for value in values]
 
 
-def _tick_format(x: Sequence[float]) -> str:
-    """Large values as 200k or 3M."""
-    return "~s" if max(map(abs, x), default=0) >= 1e5 else ",~g"
+def _tick_format(values: Sequence[float]) -> str:
+    """Return plotly's format of an axis: 200k and 3M from 1e5 on, else plain numbers."""
+    return "~s" if max(map(abs, values), default=0) >= _LARGE else ",~g"
+
+
+def tick_text(value: float) -> str:
+    """Write a tick as the other axes have it."""
+    return count_text(value).replace(" ", "") if value >= _LARGE else number_text(value)
 
 
 def _log_axis(values: Sequence[float], base: int) -> dict[str, Any]:
     ticks = log_ticks(values, base)
-    return {"type": "log", "tickvals": ticks, "ticktext": [number_text(tick) for tick in ticks]}
+    return {"type": "log", "tickvals": ticks, "ticktext": [tick_text(tick) for tick in ticks]}
 
 
 def log_ticks(values: Sequence[float], base: int) -> list[float]:

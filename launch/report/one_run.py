@@ -25,6 +25,8 @@ _STATES = {
     "failed": "its terminal output says why",
     "complete": "",
 }
+HIDDEN = {*OF_MACHINE, "kernels.backend"}
+"""Options that say where the steps are computed; the backend that a run writes follows from its device."""
 _BASELINES = {"order 2": "order2_bpc", "order 3": "order3_bpc", "bzip2 -9": "bzip2_bpc"}
 
 
@@ -44,7 +46,6 @@ def run_page(run: RunData) -> Page:
             *_about(run),
         ],
         footer="Written by python -m launch.report from the files in the run's folder.",
-        contents=True,
     )
 
 
@@ -300,7 +301,7 @@ def changed_options(run: RunData) -> dict[str, tuple[Any, Any]]:
     return {
         name: (value, defaults.get(name))
         for name, value in run.options.items()
-        if name not in OF_MACHINE and (name not in defaults or value != defaults[name])
+        if name not in HIDDEN and (name not in defaults or value != defaults[name])
     }
 
 

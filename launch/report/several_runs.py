@@ -11,6 +11,7 @@ from foreroute.launch.page.parts import COLOURS, Chart, Curve, KeyFigure, Line, 
 from foreroute.launch.page.words import count_text, duration
 from foreroute.launch.report.charts import QUALITY_OVER, X_LABELS, section, text
 from foreroute.launch.report.one_run import (
+    HIDDEN,
     LEAD,
     by_arithmetic,
     by_k,
@@ -22,10 +23,10 @@ from foreroute.launch.report.one_run import (
     tokens_per_second_of,
 )
 from foreroute.launch.report.run_data import RunData, metric_series, number, plain_dict
-from foreroute.launch.runs.folder import OF_MACHINE
 
-_OWN = {*OF_MACHINE, "train.valid_every"}
+_OWN = {*HIDDEN, "train.valid_every"}
 _FEW = 3  # options
+_WIDE = 8  # the largest over the smallest; models that differ more need a logarithmic axis
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,6 @@ def several_page(title: str, runs: Sequence[RunData], absent: Sequence[Absent] =
             *section("Missing", _missing(labels, runs)),
         ],
         footer="Written by python -m launch.report from the files in the runs' folders.",
-        contents=True,
     )
 
 
@@ -180,10 +180,16 @@ def _slimming(drawn: Sequence[_Drawn]) -> list[Chart]:
         for each in drawn
         if (points := by_arithmetic(each.run))
     ]
+    flops = [x for line in over_flops for x in line.x]
     return [
         *_chart("Bits per symbol over k", "active experts k", "bits per symbol", over_k, x_log=True),
         *_chart(
-            "Bits per symbol over inference arithmetic", "FLOP per symbol, forward pass", "bits per symbol", over_flops
+            "Bits per symbol over inference arithmetic",
+            "FLOP per symbol, forward pass",
+            "bits per symbol",
+            over_flops,
+            x_log=bool(flops) and max(flops) > _WIDE * min(flops),
+            x_base=10,
         ),
     ]
 

@@ -3,7 +3,7 @@
 from math import isfinite, nan
 from typing import Any
 
-from foreroute.launch.page.parts import Bar, Bars, Chart, Section, Table, Verdict
+from foreroute.launch.page.parts import Bar, Bars, Chart, Curve, Section, Table, Verdict
 from foreroute.launch.page.words import byte_text, number_text, percent
 from foreroute.launch.report.charts import areas, by_place, curve, expert_maps, section, text
 from foreroute.launch.report.run_data import RunData, metric_grid, metric_series, number, plain_dict
@@ -15,19 +15,17 @@ _RANKS = 32  # that a table shows one by one
 def experts(run: RunData) -> list[Section]:
     """Lay out how evenly experts and ranks are loaded."""
     words = "Load is a number of rows (a token through one expert) over the mean: 1 everywhere is perfect balance."
+    names = {"busiest expert, worst layer": "load_max_over_mean"}
+    if several_ranks := run.most("rank_load_max_over_mean") > 1:
+        names["busiest rank"] = "rank_load_max_over_mean"
+    busiest = curve(run, "Busiest over the mean", "rows, busiest / mean", names, y_from=1, upper=True)
+    layers = by_place(run, "layer_load", "Busiest expert of each layer", "rows, busiest / mean", of="layer", y_from=1)
+    repeated = not several_ranks and any(isinstance(chart, Curve) for chart in layers)
     return section(
         "Experts",
         words,
-        curve(
-            run,
-            "Busiest over the mean",
-            "rows, busiest / mean",
-            {"busiest expert, worst layer": "load_max_over_mean"}
-            | ({"busiest rank": "rank_load_max_over_mean"} if run.most("rank_load_max_over_mean") > 1 else {}),
-            y_from=1,
-            upper=True,
-        ),
-        by_place(run, "layer_load", "Busiest expert of each layer", "rows, busiest / mean", of="layer", y_from=1),
+        [] if repeated else busiest,  # lines of all layers have the worst one's
+        layers,
         expert_maps(run),
         by_place(run, "rank_rows", "Rows that each rank computes", "rows in a step, thousands", of="rank", factor=1e-3),
     )
@@ -78,9 +76,9 @@ def exchange(run: RunData) -> list[Section]:
         "Rows of experts' inputs and results and of their gradients that ranks send to each other in one step.",
         _verdict(run),
         charts,
+        by_place(run, "rank_wire_bytes", "Bytes that each rank sends", "MB in a step", of="rank", factor=1e-6),
         _bars(means, certified),
         _bytes_table(means, certified),
-        by_place(run, "rank_wire_bytes", "Bytes that each rank sends", "MB in a step", of="rank", factor=1e-6),
         _link_table(run),
     )
 

@@ -36,6 +36,10 @@ function choose(group, place) {
   group.children[place].querySelectorAll(".choice button")[place].focus();
 }
 
+const wide = new ResizeObserver((boxes) => boxes.forEach(({target}) => {
+  target.classList.toggle("wide", target.scrollWidth > target.clientWidth);
+}));
+document.querySelectorAll(".scroll").forEach((box) => wide.observe(box));
 const plots = [...document.querySelectorAll(".plot")].filter((plot) => !plot.closest("figure").hidden);
 const drawAll = () => document.querySelectorAll("figure:not([hidden]) .plot").forEach(draw);
 dark.addEventListener("change", drawAll);

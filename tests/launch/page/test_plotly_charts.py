@@ -188,7 +188,7 @@ def test_hostile_names_stay_text():
         curve = Curve(word, word, word, [Line(word, [1], [1]), Line(word, [1], [2])], band=word)
         bars = Bars(word, word, word, [word], [Bar(word, [[1]], [2])], [word], mark=word)
         heat = HeatMap(word, word, word, word, [1], [word], [[1]])
-        return Page(word, word, [Section(word, [curve, bars, heat])], contents=True)
+        return Page(word, word, [Section(word, [curve, bars, heat])] * 4)
 
     tame, wild = (Scripts(html(page(word))) for word in ("words", evil))
     assert tame.tags == wild.tags
@@ -217,7 +217,7 @@ def test_what_a_chart_cannot_be_made_of(make, words):
     [
         ([0.31, 7], 10, ["0.2", "0.5", "1", "2", "5", "10"]),
         ([0.5, 0.5], 10, ["0.2", "0.5", "1"]),
-        ([3, 1e6], 10, ["1", "10", "100", "1,000", "10,000", "100,000", "1,000,000"]),
+        ([3, 1e6], 10, ["1", "10", "100", "1,000", "10,000", "100k", "1M"]),
         ([1, 4, 16], 2, ["1", "2", "4", "8", "16"]),
         ([1, 1024], 2, ["1", "4", "16", "64", "256", "1,024"]),
         ([nan, 0], 10, ["1", "2"]),
@@ -228,7 +228,8 @@ def test_log_axes_have_their_numbers_written_out(values, base, words):
     chart = Curve("t", "x", "y", [Line("a", values, values)], x_log=base == 2, y_log=base == 10)
     axis = plain(chart)["layout"]["xaxis" if base == 2 else "yaxis"]
     assert (axis["type"], axis["ticktext"], axis["tickvals"]) == ("log", words, log_ticks(values, base))
-    assert [float(word.replace(",", "")) for word in words] == pytest.approx(axis["tickvals"])
+    numbers = [float(word.replace(",", "").replace("k", "e3").replace("M", "e6")) for word in words]
+    assert numbers == pytest.approx(axis["tickvals"])
 
 
 @pytest.mark.parametrize(("y", "low"), [([79.0, 80.0], 0), ([-20.0, 80.0], None)], ids=["from 0", "no value is hidden"])

@@ -197,6 +197,10 @@ def test_nothing_is_wider_than_a_phone(browser, pages, which, width):
     boxes = """[...document.querySelectorAll(".plot svg, figure, .scroll, dl, p, h1, h2")]
         .map((e) => e.getBoundingClientRect()).filter((b) => b.left < 0 || b.right > innerWidth + 0.5).length"""
     assert browser.run(boxes) == 0
+    hints = """[...document.querySelectorAll(".scroll")].filter((e) => e.checkVisibility()).map((e) =>
+        [e.scrollWidth > e.clientWidth, getComputedStyle(e, "::before").content.includes("more columns")])"""
+    browser.wait(f"{hints}.every(([hides, told]) => hides === told)")
+    assert {hides for hides, _ in browser.run(hints)} == {False, True} if which == "one" else {True}
     browser.run(
         "document.querySelector('main').append(Object.assign(document.createElement('pre'), {style: 'width: 60rem'}))"
     )
