@@ -3,7 +3,8 @@
 A chart can tell six lines apart: the first arm is in every chart, the others share them out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 from foreroute.launch.page.parts import COLOURS, Curve, Line, Part
 from foreroute.launch.study.comparisons import evaluated_k, mean_curve, reference_arm, seeds_mean
@@ -11,9 +12,9 @@ from foreroute.launch.study.preset import Preset
 from foreroute.launch.study.results import Results
 
 _AXES = {
-    "symbols": ("symbols trained on", 1.0),
-    "flops": ("training FLOPs, 1e12", 1e12),
-    "seconds": ("training time, s", 1.0),
+    "symbols": ("symbols trained on", 1.0, "symbols"),
+    "flops": ("FLOP of training, 1e12", 1e12, "FLOP"),
+    "seconds": ("training time, s", 1.0, "time"),
 }
 
 
@@ -43,16 +44,15 @@ def curve_charts(preset: Preset, results: Results) -> list[Part]:
     curves = {(arm, axis): mean_curve(results, arm, axis) for arm in preset.arms for axis in _AXES}
     groups = _groups(preset, [arm for arm in preset.arms if any(curves[arm, axis] for axis in _AXES)])
     found: list[Part] = []
-    for i, arms in enumerate(groups, 1):
-        title = "Valid bpc over training" + (f", {i} of {len(groups)}" if len(groups) > 1 else "")
-        for axis, (label, unit) in _AXES.items():
+    for title, arms in _titled("Valid bpc over training", groups):
+        for axis, (label, unit, choice) in _AXES.items():
             lines = [
                 Line(arm, [x / unit for x, _ in points], [y for _, y in points], dashed=arm == reference_arm(preset))
                 for arm in arms
                 if (points := curves[arm, axis])
             ]
             if lines:
-                found.append(Curve(title, label, "bits per symbol", lines, choice=axis.replace("flops", "FLOPs")))
+                found.append(Curve(title, label, "bits per symbol", lines, choice=choice))
     return found
 
 
@@ -62,12 +62,13 @@ def slimming_charts(preset: Preset, results: Results) -> list[Part]:
     if not every_k:
         return []
     found: list[Part] = []
-    for arms in _groups(preset, [arm for arm in preset.arms if results.seeds_of(arm)]):
+    groups = _groups(preset, [arm for arm in preset.arms if results.seeds_of(arm)])
+    for title, arms in _titled("Test bpc over active experts", groups):
         lines = []
         for arm in arms:
             means = [(k, mean.mean) for k in every_k if (mean := seeds_mean(results, arm, k))]
             lines.append(Line(arm, [k for k, _ in means], [y for _, y in means], dashed=arm == reference_arm(preset)))
-        found.append(Curve("Test bpc over active experts", "active experts k", "bits per symbol", lines, x_log=True))
+        found.append(Curve(title, "active experts k", "bits per symbol", lines, x_log=True))
     return found
 
 
@@ -75,7 +76,13 @@ def _groups(preset: Preset, arms: Sequence[str]) -> list[list[str]]:
     """Share the arms out over charts, with the first arm of the study in each."""
     first = reference_arm(preset)
     others = [arm for arm in arms if arm != first]
-    size = COLOURS - 1
-    groups = [others[i : i + size] for i in range(0, len(others), size)] or [[]]
-    found = [[*([first] if first in arms else []), *group] for group in groups]
+    charts = -(-len(others) // (COLOURS - 1)) or 1
+    bounds = [len(others) * i // charts for i in range(charts + 1)]
+    found = [[*([first] if first in arms else []), *others[low:high]] for low, high in pairwise(bounds)]
     return [group for group in found if group]
+
+
+def _titled(title: str, groups: Sequence[list[str]]) -> Iterator[tuple[str, list[str]]]:
+    """Return the groups with a title each, numbered if there are several."""
+    for i, arms in enumerate(groups, 1):
+        yield f"{title}, {i} of {len(groups)}" if len(groups) > 1 else title, arms

@@ -32,20 +32,16 @@ class Comparison:
     relative: float  # mean difference over b's mean, as a fraction
     cut: str = ""  # the arm that was read in mid-schedule, and where: no fair comparison
 
-    def sentence(self) -> str:
-        """Say what may be claimed: a percentage where the interval excludes 0 and no arm was read in mid-schedule."""
-        d, at = self.difference, self.at + (f"; {self.cut}" if self.cut else "")
-        if d.low is None or d.high is None:
-            return (
-                f"{self.a} to {self.b} ({at}): {d.mean:+.4f} with one seed, which has no interval: nothing is claimed."
-            )
-        numbers = f"{d.mean:+.4f} bits per symbol, 95% interval {d.low:+.4f} to {d.high:+.4f}, {d.n} seeds"
+    @property
+    def claim(self) -> str:
+        """What the numbers allow to say; a percentage only where the interval excludes 0 and no arm was read early."""
         if self.cut:
-            return f"{self.a} to {self.b} ({at}): {numbers}. No fair comparison: nothing is claimed."
-        if d.sign == 0:
-            return f"{self.a} to {self.b} ({at}): no difference is shown ({numbers})."
-        side = "below" if d.sign < 0 else "above"
-        return f"{self.a} is {abs(self.relative):.1%} {side} {self.b} ({at}): {numbers}."
+            return "none: no fair comparison"
+        if self.difference.low is None:
+            return "none: one seed has no interval"
+        if self.difference.sign == 0:
+            return "no difference is shown"
+        return f"{abs(self.relative):.1%} {'below' if self.difference.sign < 0 else 'above'}"
 
 
 def reference_arm(preset: Preset) -> str:
@@ -73,18 +69,6 @@ def compare_on_test(results: Results, a: str, b: str, k: int | None) -> Comparis
     evaluated."""
     at = "test, own k" if k is None else f"test, k={k}"
     return _compare(a, b, at, _test_values(results, a, k), _test_values(results, b, k))
-
-
-def with_cost(results: Results, compared: Comparison) -> Comparison:
-    """Add what a's whole training took of b's to the place of a comparison."""
-    spent = {
-        "FLOPs": ratio(results, compared.a, compared.b, "flops"),
-        "time": ratio(results, compared.a, compared.b, "seconds"),
-    }
-    words = " and ".join(
-        f"{found.mean:.2f} of its training {name}" for name, found in spent.items() if found is not None
-    )
-    return replace(compared, at=f"{compared.at}, with {words}") if words else compared
 
 
 def compare_along(results: Results, a: str, b: str, axis: str, share: float = 1.0) -> Comparison | None:

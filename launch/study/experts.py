@@ -111,7 +111,7 @@ def _sample(results: Results) -> str:
 
 def _mean(values: list[float | None]) -> str:
     known = [value for value in values if value is not None]
-    return f"{estimate(known).mean:.3f}" if known else _NONE
+    return f"{estimate(known).mean:z.3f}" if known else _NONE
 
 
 def _nothing() -> str:

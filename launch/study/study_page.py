@@ -27,7 +27,6 @@ from foreroute.launch.study.comparisons import (
     reference_arm,
     seeds_mean,
     used,
-    with_cost,
 )
 from foreroute.launch.study.experts import experts_section, routes_section
 from foreroute.launch.study.intervals import Estimate, estimate
@@ -51,7 +50,7 @@ def study_page(name: str, preset: Preset, results: Results) -> Page:
     if results.runs:
         sections[:0] = _lead(preset, results)
         sections += [
-            _said(preset, results),
+            _claims(preset, results),
             _budgets(preset, results),
             _slimming(preset, results),
             _pairs(preset, results),
@@ -88,10 +87,10 @@ def interval_text(found: Estimate | None, digits: int = 3, sign: str = "") -> st
     """Write a mean with its interval."""
     if found is None:
         return NONE
-    mean = f"{found.mean:{sign}.{digits}f}"
+    mean = f"{found.mean:{sign}z.{digits}f}"
     if found.low is None or found.high is None:
         return f"{mean} (1 seed)"
-    return f"{mean} [{found.low:{sign}.{digits}f}, {found.high:{sign}.{digits}f}]"
+    return f"{mean} [{found.low:{sign}z.{digits}f}, {found.high:{sign}z.{digits}f}]"
 
 
 def change(found: Comparison | None) -> str:
@@ -211,26 +210,27 @@ def _commits(runs: list[Result]) -> str:
     return f"{len(found)} commits: {'; '.join(sorted(found))}" if len(found) > 1 else found.pop()
 
 
-def _said(preset: Preset, results: Results) -> page.Section:
-    """Sentences for the preset's own pairs (all to the first arm if it has none)."""
-    pairs = [(a, b) for a, b in preset.pairs] or pairs_of(preset, results)
-    parts: list[page.Part] = [
-        "A percentage is given only where the interval excludes 0. An arm that was read before its end was in the"
-        " middle of its schedule of the learning rate, to its disadvantage: of such a pair nothing is claimed; it is in"
-        " the tables below, with a star."
-    ]
-    apart = []
-    for a, b in pairs:
+def _claims(preset: Preset, results: Results) -> page.Section:
+    """Claims about the preset's own pairs (every arm and the first one, if it has none)."""
+    rows, apart = [], []
+    for a, b in [(a, b) for a, b in preset.pairs] or pairs_of(preset, results):
         tested = compare_on_test(results, a, b, None)
         if tested is None:
             apart.append(f"{a} and {b}")
             continue
+        cost = [interval_text(ratio(results, a, b, axis), 2).partition(" ")[0] for axis in ("flops", "seconds")]
         budgets = [compare_along(results, a, b, axis) for axis in ("flops", "seconds")]
         fair = [c for c in budgets if c is not None and not c.cut]
-        parts += [c.sentence() for c in (with_cost(results, tested), *fair)]
-    if apart:
-        parts.append(f"No seed of both is there: {', '.join(apart)}.")
-    return page.Section("What the intervals allow to say", parts)
+        rows += [[a, b, c.claim, change(c), c.at, str(c.difference.n), *cost] for c in (tested, *fair)]
+    notes = [
+        "A percentage stands only where the interval excludes 0. An arm that was read before its end was in the middle"
+        " of its schedule of the learning rate, to its disadvantage: nothing is claimed of such a pair. It stands in"
+        " the tables below, with a star.",
+        "FLOPs and time: the arm's whole training over that of the arm beside it.",
+    ]
+    notes += [f"No seed of both is there: {', '.join(apart)}."] if apart else []
+    header = ["arm", "against", "claim", "difference of bpc", "compared on", "seeds", "FLOPs", "time"]
+    return page.Section("What the intervals allow to say", [Table(header, rows, text_columns=5, notes=notes)])
 
 
 def _budgets(preset: Preset, results: Results) -> page.Section:
@@ -318,7 +318,7 @@ def _cost(preset: Preset, results: Results) -> page.Section:
         "",
         "parameters",
         f"training FLOPs / {first}",
-        "training, s",
+        "training time, s",
         f"time / {first}",
         *(f"MFLOP a symbol, k = {k}" for k in every_k),
     ]

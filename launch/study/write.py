@@ -68,7 +68,7 @@ def _committed(path: Path) -> list[Result]:
 def _with_discussion(described: page.Page, text: str) -> page.Page:
     """Put the discussion after the first section, paragraph by paragraph and point by point: no Markdown is read."""
     plain = re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", text)  # links
-    plain = re.sub(r"(\*{1,2})(?=\S)([^*]+)\1", r"\2", plain)  # emphasis
+    plain = re.sub(r"(\*{1,2}|`)(?=\S)([^*`]+)\1", r"\2", plain)  # emphasis and code
     parts = re.split(r"\n+\* |\n\n", f"\n{plain}")
     paragraphs = [" ".join(part.split()) for part in parts if part.strip()]
     if not paragraphs:

@@ -73,13 +73,10 @@ def test_of_an_arm_in_mid_schedule_nothing_is_claimed():
     """The interval excludes 0 by far; at equal tokens the same pair may be claimed."""
     found = compare_along(all_of(dense, hashed), "hashed", "dense", "flops")
     assert found.difference.sign == -1
-    assert found.sentence().startswith(
-        "hashed to dense (valid, equal training FLOPs; dense was read at 50% of its training): -1.1000"
-    )
-    assert found.sentence().endswith("No fair comparison: nothing is claimed.")
-    assert change(found).endswith(" *")
+    assert found.claim == "none: no fair comparison"
+    assert change(found).startswith("-1.1000") and change(found).endswith(" *")
     fair = compare_along(all_of(dense, hashed), "hashed", "dense", "symbols")
-    assert " is 4.8% below " in fair.sentence() and not change(fair).endswith("*")
+    assert fair.claim == "4.8% below" and not change(fair).endswith("*")
 
 
 def test_one_seed_that_was_read_early_is_enough_to_claim_nothing():
@@ -118,12 +115,12 @@ def test_headline_figures_are_of_fair_pairs():
     assert (tokens.value, tokens.note.split(",")[0]) == ("-0.1000", "hashed minus dense")
     assert (flops.value, flops.note.split(",")[0]) == ("-0.6000", "hashed minus dense_short")
     assert (seconds.value, seconds.note) == ("-", "no fair pair")
-    said = [part for section in page.sections for part in section.parts if isinstance(part, str)]
-    assert any("hashed is 23.1% below dense_short (valid, equal training FLOPs)" in part for part in said)
-    assert any("hashed is 4.8% below dense (test, own k" in part for part in said)
-    assert not any("in mid-schedule" in part or "dense (valid, equal training time" in part for part in said)
-    cost = "(test, own k, with 1.00 of its training FLOPs and 4.00 of its training time)"
-    assert any(f"below dense_short {cost}" in part for part in said)
+    claims = next(section.parts[0] for section in page.sections if section.title.startswith("What the intervals"))
+    assert [[row[i] for i in (0, 1, 2, 4, 5, 6, 7)] for row in claims.rows] == [
+        ["hashed", "dense", "4.8% below", "test, own k", "3", "0.50", "2.00"],
+        ["hashed", "dense_short", "23.1% below", "test, own k", "3", "1.00", "4.00"],
+        ["hashed", "dense_short", "23.1% below", "valid, equal training FLOPs", "3", "1.00", "4.00"],
+    ]
 
 
 def test_the_page_begins_with_the_main_arms():
@@ -180,20 +177,18 @@ def test_ratios_and_mean_curves():
 
 
 def test_a_percentage_only_where_the_interval_excludes_0():
-    shown = on_test(all_of(dense, hashed), "hashed", "dense", None).sentence()
-    assert shown.startswith(
-        "hashed is 4.8% below dense (test, own k): -0.1000 bits per symbol, 95% interval -0.1248 to -0.0752, 3 seeds"
-    )
+    shown = on_test(all_of(dense, hashed), "hashed", "dense", None)
+    assert (shown.claim, change(shown)) == ("4.8% below", "-0.1000 [-0.1248, -0.0752]")
+    assert on_test(all_of(dense, hashed), "dense", "hashed", None).claim == "5.0% above"
 
     def noisy(seed):
         found = hashed(seed)
         found["bpc"]["2"] += {1: 0.3, 2: -0.3, 3: 0.05}[seed]
         return found
 
-    unsure = on_test(all_of(dense, noisy), "hashed", "dense", None).sentence()
-    assert "no difference is shown" in unsure and "below" not in unsure and "%" not in unsure.replace("95%", "")
-    alone = on_test(all_of(dense, hashed, seeds=(1,)), "hashed", "dense", None).sentence()
-    assert "nothing is claimed" in alone and "%" not in alone
+    assert on_test(all_of(dense, noisy), "hashed", "dense", None).claim == "no difference is shown"
+    alone = on_test(all_of(dense, hashed, seeds=(1,)), "hashed", "dense", None)
+    assert alone.claim == "none: one seed has no interval"
 
 
 def test_pairs_are_by_seed():
