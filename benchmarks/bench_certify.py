@@ -45,7 +45,7 @@ PREFIX = "enwik8_prefix/enwik8.first4154394"
 
 
 def epoch(ids: Ids) -> Config:
-    """Give the run: one pass over the ids."""
+    """Return the configuration of the run: one pass over the ids."""
     data = DataConfig(streams=STREAMS, segment=SEGMENT)
     steps = Streams(ids, STREAMS, SEGMENT, 0).segments_per_epoch
     return Config(

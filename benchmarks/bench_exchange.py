@@ -91,14 +91,14 @@ def show_eight_ranks(shape: Shape) -> None:
 
 
 def ratio(figures: Figures | None, tables: str, other: str, name: str) -> float | None:
-    """One figure of ours to another system's."""
+    """Return one figure of ours over another system's."""
     if figures is None:
         return None
     return figures[tables]["ours"][name] / figures[tables][other][name]
 
 
 def hidden(found: dict[str, float]) -> float:
-    """Part of the smaller of exchange and computation that runs while the other does."""
+    """Return the share of the smaller of exchange and computation that runs at the same time as the other."""
     step, compute, exchange = (found[f"{kind}_ms"] for kind in KINDS)
     return (exchange + compute - step) / min(exchange, compute)
 

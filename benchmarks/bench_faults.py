@@ -42,7 +42,7 @@ _LONGEST_WRITE_S = 0.02  # of a checkpoint here, on quiet cores
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What became of one run that was killed or stopped."""
+    """The outcome of one run that was killed or stopped."""
 
     kind: str
     rank: int  # killed first
@@ -53,7 +53,7 @@ class Trial:
     fault: str  # what went wrong; empty: nothing
 
     def row(self) -> list[object]:
-        """Give the table's row."""
+        """Return the trial's row of the table."""
         return [
             self.kind,
             self.rank,
@@ -66,11 +66,11 @@ class Trial:
 
 
 class TrialFailed(Exception):
-    """A trial did not go as it must."""
+    """A trial that did not end as it must."""
 
 
 class Job:
-    """One training run in a folder of its own, through all its starts."""
+    """One training run in a folder of its own, over all its starts."""
 
     def __init__(self, folder: Path, steps: int) -> None:
         self.folder, self.steps = folder, steps
@@ -84,7 +84,7 @@ class Job:
 
     @contextmanager
     def started(self) -> Iterator[None]:
-        """Start the ranks; whoever is left at the end of the block is killed."""
+        """Start the ranks; ranks that are still running at the end of the block are killed."""
         options = [
             "experiment=debug",
             "corpus=file",
@@ -138,11 +138,11 @@ class Job:
             return None
 
     def is_writing(self, step: int | None = None) -> bool:
-        """Whether a checkpoint (of that step) is being written."""
+        """Return whether a checkpoint (of that step) is being written."""
         return any(self.checkpoints.glob(f".writing-{step or '*'}-*"))
 
     def wait_until(self, reached: Callable[[], bool]) -> None:
-        """Return when reached() says so.
+        """Return when reached() is true.
 
         Raises:
             TrialFailed: a rank ended, or it took too long.
@@ -156,14 +156,18 @@ class Job:
             time.sleep(0.001)
 
     def ended(self) -> list[int]:
-        """Wait for all ranks and give their exit codes; raises TrialFailed when one hangs."""
+        """Wait for all ranks and return their exit codes.
+
+        Raises:
+            TrialFailed: a rank hangs.
+        """
         try:
             return [process.wait(PATIENCE_S) for process in self.processes]
         except subprocess.TimeoutExpired:
             raise TrialFailed(f"a rank goes on {PATIENCE_S:.0f} s later") from None
 
     def go_to_the_end(self, step: int = 0) -> float:
-        """Start it, and let it finish; give the seconds until `step` steps were done (again).
+        """Start the run and let it finish; return the seconds until `step` steps were done (again).
 
         Raises:
             TrialFailed: it does not finish.
@@ -179,7 +183,7 @@ class Job:
         return seconds
 
     def result(self) -> dict[str, torch.Tensor]:
-        """Give all tensors of the last step's checkpoint."""
+        """Return all tensors of the last step's checkpoint."""
         shards = sorted((self.checkpoints / f"step-{self.steps:08d}").glob("*.safetensors"))
         if len(shards) != RANKS:
             raise TrialFailed("no checkpoint of the last step")
@@ -187,7 +191,7 @@ class Job:
 
 
 def attempt(kind: str, job: Job, wanted: dict[str, torch.Tensor], start_s: float, chance: random.Random) -> Trial:
-    """Kill or stop one run, restart it, and compare its end with what is wanted."""
+    """Kill or stop one run, restart it, and compare its end with the expected one."""
     end_s, lost_s, step, inside = 0.0, 0.0, 0, False
     rank, fault = chance.randrange(RANKS), ""
     try:
@@ -223,10 +227,10 @@ def wait_for_the_moment(kind: str, job: Job, chance: random.Random) -> None:
 
 
 def end(job: Job, rank: int, *, stop: bool = False) -> float:
-    """Kill (or stop) a rank and wait for all; give the seconds that this took.
+    """Kill (or stop) a rank and wait for all; return the seconds that this took.
 
     Raises:
-        TrialFailed: the others do not end, or a stop is not as it must be.
+        TrialFailed: the others do not end, or a stop does not end as it must.
     """
     begun = time.monotonic()
     job.processes[rank].send_signal(signal.SIGTERM if stop else signal.SIGKILL)

@@ -59,7 +59,7 @@ def repeat(case: Callable[[], object]) -> None:
 
 
 def layer_case() -> Callable[[], object]:
-    """An expert layer with a planned router, with dropout."""
+    """Make the case of an expert layer with a planned router, with dropout."""
     import torch
 
     from foreroute.engine.config import KernelsConfig, MoEConfig
@@ -83,7 +83,7 @@ def layer_case() -> Callable[[], object]:
 
 
 def attention_case() -> Callable[[], object]:
-    """The attention of a block."""
+    """Make the case of a block's attention."""
     import torch
 
     from foreroute.engine.config import ModelConfig
@@ -104,7 +104,7 @@ def attention_case() -> Callable[[], object]:
 
 
 def step_case() -> Callable[[], object]:
-    """The update of all weights through DeepSpeed, clipped."""
+    """Make the case of the update of all weights through DeepSpeed, clipped."""
     import torch
 
     from foreroute.engine.config import Config, KernelsConfig, ModelConfig, MoEConfig

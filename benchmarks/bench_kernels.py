@@ -1,12 +1,14 @@
-"""Time of the expert layer, forward and backward, against one dense feed-forward of equal FLOPs, and against its peers.
+"""Time of the expert layer, forward and backward, over one dense feed-forward of equal FLOPs, and over its peers.
 
     python -m benchmarks.bench_kernels [--rounds N] [--device cpu|cuda] [--quick]
 
-Ours (kernels.moe_ffn) have their routing tables made beforehand, as in training, where they are planned; peers
+Ours (kernels.moe_ffn) gets routing tables that were made beforehand, as in training, where they are planned. Peers
 (benchmarks/systems/peers.py) sort at every step, except those named _planned. A case whose output or gradients differ
-from those in fp64 is not timed. On the CPU the cases of a dtype take turns, every round has a new routing, as every
-batch of a training, and fastest rounds are compared; a GPU is measured at the sizes of five models, as
-benchmarks/gpu_check/speed.py says. Letters: see benchmarks/systems/peers.py; s bytes of a number.
+from those in fp64 is not timed. On the CPU the cases of a dtype take turns and every round has a new routing, like the
+batches of a training; fastest rounds are compared. A GPU is measured at the sizes of five models, as
+benchmarks/gpu_check/speed.py describes.
+
+Letters: see benchmarks/systems/peers.py; s bytes of a number.
 """
 
 import argparse
@@ -59,7 +61,7 @@ class Measured:
 
 
 def routed_cases(problem: Problem, load: str) -> dict[str, GradCase]:
-    """Give ours and the peers' cases of a problem."""
+    """Return ours and the peers' cases of a problem."""
     made = {"fast": ours(problem, "fast"), "lean": ours(problem, "lean"), **peers.peers(problem)}
     return {f"{name} {load}": one for name, one in made.items()}
 
@@ -67,7 +69,7 @@ def routed_cases(problem: Problem, load: str) -> dict[str, GradCase]:
 def rounds_of(
     shape: Shape, dtype: torch.dtype, problems: Mapping[str, Problem], rounds: int
 ) -> dict[str, Callable[[], object]]:
-    """Give the routed cases as calls, of which each has a routing of its own."""
+    """Return the routed cases as calls, each with a routing of its own."""
     calls: dict[str, list[GradCase]] = {}
     for i, load in product(range(rounds), LOADS):
         generator = torch.Generator().manual_seed(1 + i)
@@ -82,7 +84,7 @@ def rounds_of(
 def cpu_cases(
     shape: Shape, dtype: torch.dtype, problems: Mapping[str, Problem], truths: Mapping[str, Truth]
 ) -> tuple[dict[str, GradCase], dict[str, Truth]]:
-    """Give the cases of a dtype, and the truth of each that is not dense."""
+    """Return the cases of a dtype, and the truth of each case that is not dense."""
     tokens, width, hidden, experts, _ = shape
     cases = {
         "dense": dense(shape.rows, width, hidden, dtype),
@@ -105,7 +107,8 @@ def measure(
     rounds: int,
     turns: Mapping[str, Callable[[], object]],
 ) -> Measured:
-    """Check, count what is kept for backward, time (the routed cases by their turns), and print the table."""
+    """Check the cases, count the bytes that they keep for backward, time them (routed cases by their turns), and print
+    the table."""
     passed, failed = passing(label, cases, truths, TOLERANCE[label])
     print(f"\n{label}: {len(truths) - len(failed)} of {len(truths)} cases pass their check")
     saved = {name: saved_bytes(one) for name, one in passed.items()}
@@ -123,7 +126,7 @@ def measure(
 
 
 def compare(measured: Mapping[str, Measured]) -> None:
-    """Say whether a peer is ahead of ours."""
+    """Print whether a peer is faster than ours."""
     shares = {
         f"{name} ({label} {load})": one.ms[f"{name} {load}"] / one.ms[f"fast {load}"]
         for label, one in measured.items()
@@ -139,7 +142,7 @@ def compare(measured: Mapping[str, Measured]) -> None:
 
 
 def print_bounds(shape: Shape, size: int, index_bytes: int) -> int:
-    """Print what formulas say is kept for backward; return the bound of lean with its indices."""
+    """Print the bytes kept for backward that formulas predict; return the bound of lean with its indices."""
     tokens, width, hidden, experts, _ = shape
     lean = size * (tokens * width + shape.rows * hidden)
     scatter = lean + size * shape.rows * (hidden + width)

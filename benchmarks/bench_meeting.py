@@ -54,7 +54,8 @@ if rank == "1" and "launch.train" in sys.orig_argv:
 
 
 def commands(launcher: str, port: str) -> list[list[str]]:
-    """What is started, to which the options are added; several processes where there is no launcher."""
+    """Return the commands of each launcher, to which the options are added; several processes where there is no
+    launcher."""
     python = sys.executable
     hosted = ["--master_addr=127.0.0.1", f"--master_port={port}"]
     return {
@@ -93,7 +94,7 @@ def commands(launcher: str, port: str) -> list[list[str]]:
 
 
 def seconds_to_end(launcher: str, moment: str, meet_s: float, here: "slurm.Slurm | None") -> float:
-    """Start the run, and give the seconds from the death of rank 1 to the end of everything.
+    """Start the run; return the seconds from the death of rank 1 to the end of all processes.
 
     Raises:
         SystemExit: rank 1 did not die, or the run did not fail.

@@ -1,14 +1,14 @@
-"""What metrics cost: `python -m benchmarks.bench_metrics` trains the quickstart for some steps in each way to log it.
+"""The cost of metrics: `python -m benchmarks.bench_metrics` trains the quickstart for some steps in each way to log it.
 
     ranks      1, and 2 in one expert group
     log_every  20, as the quickstart has it, and 1
     wandb      disabled and offline
 
 Each run is a process of its own (two ranks: torchrun), with one thread a rank. Reported for each: the share of the
-steps' time that the metrics' own code takes on rank 0, which the run measures itself (metric_ms over step_ms; the first
-line is left out, for it holds the start of kernels and threads). Writing a line counts to the line behind it. Not in it
-are the hooks around modules that take the times of a step's parts: they are timed here, on empty modules. W&B's service
-is a process of its own; nor is it.
+steps' time that the metrics' own code takes on rank 0, which the run measures itself (metric_ms over step_ms). The
+first line is left out, since it holds the start of kernels and threads. The time of writing a line counts to the line
+after it. The hooks around modules that take the times of a step's parts are not in that share: they are timed here, on
+empty modules. W&B's service is a process of its own and is not counted.
 """
 
 import argparse
@@ -46,7 +46,7 @@ class _Empty(RelativeAttention):
 
 
 def hook_us() -> float:
-    """Microseconds that the hooks around one module cost."""
+    """Return the microseconds that the hooks around one module cost."""
 
     def call(module: nn.Module) -> None:
         for _ in range(CALLS):
@@ -64,7 +64,7 @@ def hook_us() -> float:
 
 
 def train(folder: Path, ranks: int, log_every: int, wandb: str, steps: int) -> list[dict[str, Any]]:
-    """Train; gives the lines of training.
+    """Train; return the lines of training.
 
     Raises:
         SystemExit: the run failed.
@@ -99,7 +99,7 @@ def train(folder: Path, ranks: int, log_every: int, wandb: str, steps: int) -> l
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What metrics cost a run, from its lines but the first."""
+    """The cost of metrics in a run, from its lines but the first."""
 
     metric_ms: float  # of a step, mean
     step_ms: float  # mean

@@ -42,7 +42,7 @@ class GroupRouter(HashedRouter):
         gather: bool = False,
         chunks: int = 1,
     ) -> Plan:
-        """Plan twice."""
+        """Plan twice: for rank 3 of eight and for the one rank that runs."""
         everyone = torch.cat([ids_PBQ] * RANKS), torch.cat([left_PBC] * RANKS)
         self.group.plan(*everyone, k)
         return super().plan(ids_PBQ, left_PBC, k, gather=gather, chunks=chunks)

@@ -43,7 +43,7 @@ def busy_process() -> Iterator[None]:
 
 
 def timed(command: list[str]) -> tuple[float, float]:
-    """Run a training to its end; gives the seconds of all of it, and of what follows the training.
+    """Run a training to its end; return the seconds of all of it, and of the part after the training.
 
     Raises:
         SystemExit: it failed.
@@ -62,7 +62,7 @@ def timed(command: list[str]) -> tuple[float, float]:
 
 
 def quickstart(steps: int, symbols: int) -> dict[str, float | str]:
-    """Train and evaluate; gives seconds and the hash.
+    """Train and evaluate; return the seconds and the hash.
 
     Args:
         symbols: of the test split that are evaluated; 0 for all.

@@ -52,7 +52,7 @@ KS = (2, 4, 8, 12, 16)
 
 
 def shapes(args: argparse.Namespace) -> Config:
-    """The published model with 4 streams."""
+    """Return the configuration of the published model with 4 streams."""
     return resolve(
         Config(
             data=DataConfig(streams=4, segment=512),
@@ -107,7 +107,7 @@ def _arms(config: Config, corpus: PreparedCorpus, ks: Sequence[int]) -> list[Arm
 
 
 def layer_cases(config: Config, corpus: PreparedCorpus) -> dict[str, Callable[[], object]]:
-    """Forward and backward of the feed-forward part alone, at each k and dense."""
+    """Make the cases of the feed-forward part alone, forward and backward, at each k and dense."""
     torch.manual_seed(0)
     streams = Streams(corpus.split(Split.train), config.data.streams, config.data.segment, config.context)
     batch = streams.batch(0, range(config.data.streams))

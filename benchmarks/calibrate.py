@@ -70,7 +70,7 @@ def small_run(
     steps: int = 12,
     stage: int = 1,
 ) -> Config:
-    """Give a run of the quickstart's text with a hashed router, without masked products."""
+    """Return the configuration of a run of the quickstart's text with a hashed router, without masked products."""
     return Config(
         corpus=CorpusConfig(cache_dir=str(ROOT / ".cache")),
         data=DataConfig(streams=streams, segment=segment),
@@ -98,11 +98,11 @@ RUNS: list[Config] = [
     small_run(layers=1, width=256, heads=8, expert_width=512),
     small_run(layers=2, streams=6, segment=128, memory=128, width=96, heads=6),
 ]
-"""What the scales are fitted to."""
+"""Runs that the scales are fitted to."""
 
 
 def product_rates(dtype: torch.dtype) -> list[list[float]]:
-    """Measure products of square matrices; pairs of GFLOP and TFLOP/s."""
+    """Measure products of square matrices; return pairs of GFLOP and TFLOP/s."""
     curve = []
     for size in (16, 32, 64, 128, 256, 512, 1024):
         a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
@@ -118,7 +118,8 @@ def product_rates(dtype: torch.dtype) -> list[list[float]]:
 
 
 def peak_lines() -> list[str]:
-    """Measure the largest rate of a product, by one thread and by PyTorch's own number of them; says how to set it."""
+    """Measure the largest rate of a product, by one thread and by PyTorch's own number of them; return the lines that
+    tell how to set it."""
     lines = []
     for threads in sorted({1, torch.get_num_threads()}):  # in the end as many as before
         torch.set_num_threads(threads)
@@ -134,7 +135,7 @@ def peak_lines() -> list[str]:
 
 
 def device() -> ClusterConfig:
-    """Measure what one thread computes."""
+    """Measure the rates of one thread."""
     torch.set_num_threads(1)
     large, other, tiny = torch.zeros(8 << 20), torch.zeros(8 << 20), torch.zeros(1)
 
@@ -155,10 +156,10 @@ def device() -> ClusterConfig:
 
 
 def outputs(done: Sequence[Finished]) -> str:
-    """What rank 0 printed last.
+    """Return the last line that rank 0 printed.
 
     Raises:
-        SystemExit: a rank failed; says which and what it wrote.
+        SystemExit: a rank failed; names the rank and its output.
     """
     for rank, process in enumerate(done):
         if process.code != 0:
@@ -167,7 +168,7 @@ def outputs(done: Sequence[Finished]) -> str:
 
 
 def step_seconds(configs: Sequence[Config], cluster: Cluster, *, per_node: int, seconds: float = 900) -> list[float]:
-    """Run configurations one after the other on all ranks of a cluster; gives the fastest step of each."""
+    """Run configurations one after the other on all ranks of a cluster; return the fastest step of each."""
     with tempfile.TemporaryDirectory() as folder:
         cases = Path(folder) / "cases.json"
         cases.write_text(json.dumps([to_plain(config) for config in configs]))
@@ -204,7 +205,7 @@ def fit(parts: NDArray[np.float64], measured: NDArray[np.float64]) -> NDArray[np
 
 
 def scales(cluster: ClusterConfig, measured: Sequence[float]) -> tuple[ScaleConfig, list[list[object]]]:
-    """Fit the scales; gives them and a table of the runs."""
+    """Fit the scales; return them and a table of the runs."""
     parts = np.stack([parts_of(Layout(config), cluster) for config in RUNS])
     found = fit(parts, np.array(measured))
     names = [f.name for f in fields(ScaleConfig)]
@@ -234,7 +235,7 @@ def inside_link(found: dict[str, float], ranks: int) -> LinkConfig:
 
 
 def calibrate(rank_numbers: Sequence[int] = (2, 4)) -> tuple[ClusterConfig, list[list[object]]]:
-    """Measure this machine; gives its description and a table of the runs that its scales were fitted to."""
+    """Measure this machine; return its description and a table of the runs that its scales were fitted to."""
     cluster = device()
     with one_node() as node:
         measured = step_seconds(RUNS, node, per_node=1)
@@ -254,7 +255,7 @@ def calibrate(rank_numbers: Sequence[int] = (2, 4)) -> tuple[ClusterConfig, list
 
 
 def main() -> None:
-    """Entry point."""
+    """Measure this machine and write its description."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=TARGET, help="file to write")
     args = parser.parse_args()

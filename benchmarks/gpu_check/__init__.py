@@ -1,1 +1,1 @@
-"""What minutes on a GPU can tell: `python -m benchmarks.gpu_check`."""
+"""A check of minutes on a GPU: `python -m benchmarks.gpu_check`."""

@@ -54,7 +54,7 @@ _SMALL = (
 
 
 class Wrong(RuntimeError):
-    """A program did not do what it should; one line says what."""
+    """A fault of a program; the text is one line about it."""
 
 
 @dataclass(slots=True)
@@ -93,7 +93,7 @@ class Program:
 
 @dataclass(slots=True)
 class Programs:
-    """Starts programs; those that are left at the end are ended."""
+    """Starts programs; programs that are still running at the end of the block are ended."""
 
     setting: Setting
     stack: ExitStack
@@ -126,12 +126,12 @@ class Programs:
         return self.start(name, "train", [*options, f"train.name={name}", "train.log_every=1"], **environ)
 
     def lines(self, name: str) -> list[dict[str, Any]]:
-        """Give the numbers that a training has logged."""
+        """Return the numbers that a training has logged."""
         path = self.setting.work / "runs" / name / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()]
 
     def losses(self, name: str) -> list[float]:
-        """Give the losses of a training, step by step."""
+        """Return the losses of a training, step by step."""
         return [line["loss"] for line in self.lines(name)]
 
 
@@ -196,7 +196,7 @@ def resume(setting: Setting) -> dict[str, Any]:
 
 
 def ranks(setting: Setting) -> dict[str, Any]:
-    """Train as two ranks that share the GPU, each with half of the experts; NCCL refuses that, so over gloo."""
+    """Train as two ranks that share the GPU, each with half of the experts. NCCL refuses that, so gloo is used."""
     refused = _refused_by_gloo(setting)
     if refused:
         return {"not_possible": f"two ranks on one GPU: gloo refuses {'; '.join(refused)}"}
@@ -213,7 +213,7 @@ def ranks(setting: Setting) -> dict[str, Any]:
 
 
 def memory(setting: Setting) -> dict[str, Any]:
-    """Certify a model, hold its run to that, and compare the peak of the device's memory."""
+    """Certify a model, hold its run to the certificate, and compare the peak of the device's memory."""
     options = [o for o in _text_options(setting) if not o.startswith("corpus=")]
     options += ["experiment=enwik8_hashed", "train.steps=20", "eval.k=[4]", "eval.max_symbols=1000"]
     if setting.dry_run:
@@ -250,7 +250,8 @@ def _text_options(setting: Setting) -> list[str]:
 
 
 def _quickstart(setting: Setting) -> list[str]:
-    """Options of the run that several parts repeat: its learning rate does not depend on the number of steps."""
+    """Return the options of the run that several parts repeat: its learning rate does not depend on the number of
+    steps."""
     options = ["experiment=quickstart", *_text_options(setting), "optim.decay=constant", "optim.warmup_steps=2"]
     if setting.dry_run:
         return [*options, *_SMALL, "train.steps=4", "train.threads=1", "kernels.backend=triton"]
@@ -258,7 +259,7 @@ def _quickstart(setting: Setting) -> list[str]:
 
 
 def _alone(programs: Programs) -> list[float]:
-    """Give the losses of the quickstart on the GPU, of the part before or of a run for this one."""
+    """Return the losses of the quickstart on the GPU, of the part before or of a run for this one."""
     found: list[float] | None = programs.setting.found.get("quickstart", {}).get("losses")
     if found is None:
         programs.train("alone", _quickstart(programs.setting)).wait()
@@ -290,7 +291,7 @@ def _refused_by_gloo(setting: Setting) -> list[str]:
 
 
 def _try_gloo(rank: int, *, file: str, device: str) -> list[str]:
-    """Call what DeepSpeed and the exchange call; give those that gloo refuses, with the reason."""
+    """Call the collectives of DeepSpeed and the exchange; return those that gloo refuses, with the reason."""
     warnings.simplefilter("ignore", FutureWarning)  # names that newer PyTorch has others for
     dist.init_process_group(
         "gloo", init_method=f"file://{file}", rank=rank, world_size=2, timeout=timedelta(seconds=20)

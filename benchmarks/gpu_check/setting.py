@@ -1,4 +1,4 @@
-"""What a part of the check is given, and cases shared out over processes.
+"""The setting of a part of the check, and cases shared out over processes.
 
 Compiling its kernels takes longer than anything else that a part does on a GPU; several processes do it side by side.
 """
@@ -18,7 +18,7 @@ _MOST_PROCESSES = 12
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What a part is given."""
+    """The setting of a part."""
 
     dry_run: bool
     seconds: float  # that it may take
@@ -35,12 +35,12 @@ class Setting:
 def in_processes(
     function: Callable[[J], R], jobs: Sequence[J], seconds: float, *, least: int = 1
 ) -> dict[int, R | Exception]:
-    """Call a function for each job in processes that see the GPU; give results, or errors, by the job's number.
+    """Call a function for each job in processes that see the GPU; return results, or errors, by the job's number.
 
     Jobs that are not done after so many seconds are ended, and have no result.
 
     Args:
-        least: processes that there are even on fewer cores.
+        least: processes that are started even on fewer cores.
     """
     until = time.monotonic() + seconds
     context = multiprocessing.get_context("forkserver")

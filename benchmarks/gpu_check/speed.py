@@ -1,11 +1,11 @@
-"""The layer on a GPU at the sizes of five models, forward and backward, beside what PyTorch offers for it.
+"""The layer on a GPU at the sizes of five models, forward and backward, beside PyTorch's own operations for it.
 
-Every case is a ratio to one dense feed-forward of equal FLOPs. grouped_mm sorts at every step; grouped_mm_planned is a
-permute, torch's grouped products and an index_add, unfused; "grouped products" only the products; padded_bmm pads every
-expert's rows to those of the busiest. One whose output or gradients differ from those in fp64 is not timed.
-
+Every case is a ratio to one dense feed-forward of equal FLOPs. grouped_mm sorts at every step. grouped_mm_planned is a
+permute, torch's grouped products and an index_add, unfused; "grouped products" are the products alone. padded_bmm pads
+every expert's rows to those of the busiest. A case whose output or gradients differ from those in fp64 is not timed.
 The bound is the least time that the device needs: FLOPs (12 NDF) over the peak of a data sheet, or of a large product
 where engine/metrics/peak_flops.py has none, or least_bytes over the rate of a large copy, whichever is longer.
+
 Letters: see benchmarks/systems/peers.py; s bytes of a number.
 """
 
@@ -39,7 +39,7 @@ _AHEAD_SHARE = 0.4  # of the time, for compiling before anything is timed
 
 
 class Peaks(NamedTuple):
-    """What a device reaches in one number format."""
+    """The rates that a device reaches in one number format."""
 
     tflops: float
     gbytes: float  # per second, read and written
@@ -66,8 +66,8 @@ def measure(
     device: str = "cuda",
     seconds: float = math.inf,
 ) -> dict[str, Any]:
-    """Check, time and print; "failed" has our cases that are wrong, "refused" those of others, "left_out" what no time
-    was left for."""
+    """Check, time and print. "failed" lists our cases that are wrong, "refused" those of others, "left_out" cases for
+    which no time was left."""
     until = time.perf_counter() + seconds
     peaks = {label: _peaks(label, device) for label in labels}
     print(f"{environment()}; {peaks}")
@@ -117,7 +117,7 @@ def layer_cases(shape: Shape, label: str, exact: Problem, permuted: Problem, dev
 
 
 def least_bytes(shape: Shape, size: int) -> int:
-    """Bytes that forward and backward move at least if each kernel reads and writes every row once.
+    """Return the bytes that forward and backward move at least, if each kernel reads and writes every row once.
 
     Forward s(2EDF + 2TD + 2NF + 2ND), backward s(4EDF + 4TD + 5NF + 2ND).
     """
@@ -127,7 +127,7 @@ def least_bytes(shape: Shape, size: int) -> int:
 
 
 def bound_ms(shape: Shape, label: str, peaks: Peaks) -> tuple[float, str]:
-    """Give the least milliseconds of the layer, and what they are needed for: arithmetic or memory.
+    """Return the least milliseconds of the layer, and whether arithmetic or memory needs them.
 
     Example: 2 rows of width 500 and hidden width 1,000 are 12 MFLOP: 12 ms of arithmetic at 0.001 TFLOP/s.
     """
@@ -155,6 +155,6 @@ def _ours(exact: Problem, label: str) -> GradCase:
 
 
 def _compile(job: tuple[Shape, str], *, device: str) -> None:
-    """Run the layer once, which leaves its kernels in Triton's cache; what is wrong shows when it is measured."""
+    """Run the layer once, which leaves its kernels in Triton's cache; errors show when it is measured."""
     shape, label = job
     _ours(make_problem(shape, device=device), label)()

@@ -1,5 +1,6 @@
-"""The parts that need torch, triton and numpy alone, but speed.py and tile_sweep.py. Each gives its figures, and under
-"failed" a line for each fault.
+"""The parts that need torch, triton and numpy alone, except speed.py and tile_sweep.py.
+
+Each returns its figures, and under "failed" a line for each fault.
 
 Letters: T tokens, D width, F expert hidden width, L experts, K active experts.
 """
@@ -78,7 +79,7 @@ def kernels(setting: Setting) -> dict[str, Any]:
 
 
 def compare(job: Job, *, device: str) -> dict[str, tuple[float, str]]:
-    """Give each kernel's largest error in a case, and the tensor that has it."""
+    """Return each kernel's largest error in a case, and the tensor that has it."""
     dtype, precision = DTYPES[job.name], "tf32" if job.name == "tf32" else "ieee"
     case, tokens = make_case(job.shape, gated=job.gated).rounded(dtype), job.shape[0]
     with ExitStack() as stack:
@@ -143,7 +144,7 @@ def _dropout(rate: float, tokens: int, device: str) -> dict[str, Any]:
 def _steps_of_the_layer(
     case: Any, dtype: torch.dtype, device: str, precision: str
 ) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """What moe_ffn does in one, step by step: the experts, the weighted sum, and rows moved there and back."""
+    """Compute moe_ffn step by step: the experts, the weighted sum, and rows moved there and back."""
     here = ExpertRows(*(index.to(device) for index in case.rows.tensors()))
     index = case.rows.source_N
 
@@ -171,7 +172,7 @@ def _steps_of_the_layer(
 
 @cache
 def _routers() -> list[HashedRouter]:
-    """Planned routers of two layers."""
+    """Make planned routers of two layers."""
     text = np.random.default_rng(0).integers(0, VOCAB, 4000).astype(np.uint8)
     return [HashedRouter(t) for t in build_tables(_moe(), VOCAB, text, num_tables=2, seed=1, cache_dir=None)]
 
@@ -209,7 +210,7 @@ def _gradients(layer: MoELayer, x_TD: Tensor, call: Routing) -> tuple[Tensor, ..
 
 
 def _captured(run: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
-    """Capture what run() does; gives a function that replays it and gives what it gives."""
+    """Capture run() as a CUDA graph; return a function that replays it and returns its result."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -242,7 +243,7 @@ def _no_reads(dry_run: bool) -> Iterator[None]:
 
 
 def _train(device: str, backend: Backend, steps: int) -> list[float]:
-    """Losses of a model of two layers over steps of random text with a pattern."""
+    """Return the losses of a model of two layers over steps of random text with a pattern."""
     config = Config(
         data=DataConfig(streams=4, segment=16),
         model=ModelConfig(layers=2, width=32, heads=2, head_width=16, memory=0, dropout=0.0, attention_dropout=0.0),

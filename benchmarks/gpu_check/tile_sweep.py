@@ -1,10 +1,10 @@
-"""Looks for tiles that are faster than those of kernels/tiles.py on this GPU, by climbing from the table's own.
+"""Search for tiles that are faster than those of kernels/tiles.py on this GPU, by climbing from the table's own.
 
-Each round tries every tile that differs from the best entry in one number, compiles those in several processes, checks
-each against the results of the table's tiles, and times the launches that it changes; the best change of each product
-is taken. A plain layer and one with a gate are timed together, since they share tiles and the number of rows. In the
-end table and best are timed in turn, and the best is printed, as it stands in kernels/tiles.py, where it takes less
-than 0.97 of the time.
+Each round tries every tile that differs from the best entry in one number. It compiles them in several processes,
+checks each against the results of the table's tiles, and times the launches that it changes; the best change of each
+product is taken. A plain layer and one with a gate are timed together, since they share tiles and the number of rows.
+In the end the table's entry and the best one are timed in turn. The best entry is printed in the form of
+kernels/tiles.py if it takes less than 0.97 of the time.
 """
 
 import time
@@ -41,12 +41,12 @@ class Aim(NamedTuple):
 
     @property
     def name(self) -> str:
-        """In words."""
+        """The entry's name, in words."""
         return f"{self.arithmetic}, {'few' if self.few else 'many'} rows"
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the layer's numbers."""
+        """The dtype of the layer's numbers."""
         return torch.bfloat16 if self.arithmetic == "half" else torch.float32
 
 
@@ -60,7 +60,7 @@ TINY = ("ieee", False, (16, 16, 32, 2, 1))
 
 @dataclass(slots=True)
 class Climb:
-    """How far a climb has come."""
+    """The state of a climb."""
 
     best: Entry
     tried: set[Entry] = field(default_factory=set)
@@ -102,12 +102,13 @@ def climb(
     arithmetic: str,
     until: float,
 ) -> Climb:
-    """Go from the table's entry to faster ones until none is left, or time.monotonic() is at `until`.
+    """Climb from the table's entry to faster ones until none is left, or time.monotonic() reaches `until`.
 
     Args:
-        next_to: entries to try from one.
-        errors: by number, how far an entry's results are from the table's; what cannot run has an exception or nothing.
-        gain: time that the second entry saves over the first; not above 0 where it is noise.
+        next_to: returns the entries to try from one.
+        errors: returns, by number, how far an entry's results are from the table's; an entry that cannot run has an
+            exception or nothing.
+        gain: returns the time that the second entry saves over the first; not above 0 where it is noise.
     """
     state = Climb(table)
     while time.monotonic() < until:
@@ -133,7 +134,7 @@ def climb(
 
 
 def neighbours(entry: Entry, aim: Aim) -> Iterator[Entry]:
-    """Give the entries that differ in one number of one tile, or in the number of rows that several share."""
+    """Return the entries that differ in one number of one tile, or in the number of rows that several share."""
     for rows in (entry.up.rows // 2, entry.up.rows * 2):
         if _LIMITS["rows"][0] <= rows <= _LIMITS["rows"][1]:
             yield entry._replace(**{name: replace(getattr(entry, name), rows=rows) for name in _SHARE_ROWS})
@@ -152,7 +153,7 @@ def _next_to(entry: Entry, *, aim: Aim, only: list[Entry] | None) -> list[Entry]
 
 
 def text(entry: Entry) -> str:
-    """Write an entry as it stands in kernels/tiles.py."""
+    """Write an entry in the form of kernels/tiles.py."""
     lines = [
         f"    {name}=Tile({tile.rows}, {tile.columns}, {tile.depth}, {tile.num_warps}, {tile.num_stages}),"
         for name, tile in entry._asdict().items()
@@ -185,14 +186,14 @@ def _compile(number: int, *, aim: Aim, table: Entry) -> None:
 
 
 def error_of(entry: Entry, *, aim: Aim, table: Entry) -> float:
-    """Compile an entry, and give the largest relative error between its results and the table's."""
+    """Compile an entry, and return the largest relative error between its results and the table's."""
     with _with(entry):
         got = [_layer(case, aim) for case in _cases(aim)]
     return max(worst_error(*pair)[0] for pair in zip(got, _results(aim, table), strict=True))
 
 
 def _gain(before: Entry, after: Entry, *, aim: Aim) -> float:
-    """Milliseconds that are saved, of the launches that differ."""
+    """Return the milliseconds that are saved, of the launches that differ."""
     old, new = _launches(aim, before), _launches(aim, after)
     differ = [name for name in old if _tiling(old[name]) != _tiling(new[name])]
     both = {f"{name} {i}": launches[name] for i, launches in enumerate((old, new)) for name in differ}
@@ -202,7 +203,7 @@ def _gain(before: Entry, after: Entry, *, aim: Aim) -> float:
 
 
 def _ratio(aim: Aim, table: Entry, best: Entry) -> float:
-    """Time of all launches on the best entry's tiles over that on the table's, in turn."""
+    """Return the time of all launches on the best entry's tiles over that on the table's, in turn."""
     if table == best:
         return 1.0
     both = {f"{name} {i}": one for i, e in enumerate((table, best)) for name, one in _launches(aim, e).items()}
@@ -220,7 +221,7 @@ def _timed(launches: Mapping[str, Launch], device: str, rounds: int) -> dict[str
 
 
 def _launches(aim: Aim, entry: Entry) -> dict[str, Launch]:
-    """Give the launches of a plain layer and of one with a gate that work on tiles, forward and backward."""
+    """Return the launches of a plain layer and of one with a gate that work on tiles, forward and backward."""
     found: dict[str, Launch] = {}
     for layer, case in zip(("plain", "gated"), _cases(aim), strict=True):
         with _with(entry), recording() as recorder:
@@ -236,7 +237,7 @@ def _tiling(launch: Launch) -> dict[str, int]:
 
 @cache
 def _cases(aim: Aim) -> list[Case]:
-    """Give a plain case and one with a gate, on the device."""
+    """Return a plain case and one with a gate, on the device."""
     made = []
     for gated in (False, True):
         case = make_case(aim.shape, gated=gated).rounded(aim.dtype)
@@ -260,7 +261,7 @@ def _layer(case: Case, aim: Aim) -> dict[str, Tensor]:
 
 @contextmanager
 def _with(entry: Entry) -> Iterator[None]:
-    """Let kernels use an entry; what is looked up is remembered otherwise."""
+    """Let kernels use an entry; lookups that were remembered are forgotten."""
     remembered = tiles._ffn_tiles.__wrapped__
     with patch.object(tiles, "entry_of", lambda *_, **__: entry), patch.object(tiles, "_ffn_tiles", remembered):
         yield

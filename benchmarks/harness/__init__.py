@@ -1,4 +1,5 @@
-"""What all benchmarks share: interleaved timing, the environment's description, the table and the closing JSON line.
+"""The parts that all benchmarks share: interleaved timing, the environment's description, the table and the closing
+JSON line.
 
 Timings of a shared machine are noisy, so cases are run in turn, round after round, and compared by the ratio of their
 fastest rounds.
@@ -35,13 +36,13 @@ class GradCase:
     tables: Sequence[Tensor] = ()  # constants made beforehand; count as indices in what backward keeps
 
     def __call__(self) -> tuple[Tensor, ...]:
-        """Give the output and every gradient."""
+        """Return the output and every gradient."""
         out = self.forward()
         leaves = [self.x, *chain(*self.parameters.values())]
         return out.detach(), *torch.autograd.grad(out, leaves, self.cotangent)
 
     def results(self) -> dict[str, Tensor]:
-        """Give the output and every gradient by name, pieces stacked."""
+        """Return the output and every gradient by name, pieces stacked."""
         out, dx, *grads = self()
         named, rest = {"out": out, "dx": dx}, iter(grads)
         for name, pieces in self.parameters.items():
@@ -51,14 +52,14 @@ class GradCase:
 
 
 class SavedBytes(NamedTuple):
-    """What a forward pass keeps for backward, parameters left out."""
+    """The bytes that a forward pass keeps for backward, parameters left out."""
 
     numbers: int
     indices: int
 
 
 def interleave(cases: Mapping[str, Case], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Run every case once per round, in an order drawn anew (what ran before matters); return seconds per round."""
+    """Run every case once per round, in an order drawn anew (the case before matters); return seconds per round."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for i in range(warmup + rounds):
         for name in random.Random(i).sample(list(cases), len(cases)):
@@ -70,13 +71,13 @@ def interleave(cases: Mapping[str, Case], rounds: int, warmup: int = 1) -> dict[
 
 
 def fastest(case: Case, rounds: int = 7) -> float:
-    """Seconds of the fastest round of one case."""
+    """Return the seconds of the fastest round of one case."""
     (seconds,) = interleave({"": case}, rounds, warmup=0).values()
     return min(seconds)
 
 
 def slowest_seconds(case: Case) -> float:
-    """Run a case on all ranks of the process group, started together; give the seconds of the slowest."""
+    """Run a case on all ranks of the process group, started together; return the seconds of the slowest."""
     dist.barrier()
     start = time.perf_counter()
     case()
@@ -86,7 +87,7 @@ def slowest_seconds(case: Case) -> float:
 
 
 def minima_ms(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Fastest round of each case in milliseconds."""
+    """Return the fastest round of each case in milliseconds."""
     return {name: 1e3 * min(values) for name, values in seconds.items()}
 
 

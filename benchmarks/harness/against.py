@@ -115,7 +115,7 @@ def worktree(root: Path, rev: str) -> Iterator[Path]:
 
 
 def figures(tree: Path, name: str, benchmark: Sequence[str]) -> Figures:
-    """Run a benchmark in a tree; gives what its last line holds, by path such as "layer_ratio.4".
+    """Run a benchmark in a tree; return the numbers and texts of its last line, by path such as "layer_ratio.4".
 
     Raises:
         Failed: it ended with an error, or its last line is no JSON object.
@@ -146,7 +146,7 @@ def _leaves(found: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, fl
 
 
 def print_comparison(found: Mapping[str, Sequence[Figures]], rev: str) -> None:
-    """Print the minima of both trees and their ratio, below 1 where this tree has less; then all of it as one JSON
+    """Print the minima of both trees and their ratio, below 1 where this tree has less; then all of them as one JSON
     line."""
     both = [name for name in found[HERE][0] if name in found[rev][0]]
     minima: dict[str, dict[str, float]] = {HERE: {}, rev: {}}

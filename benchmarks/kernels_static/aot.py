@@ -1,9 +1,9 @@
-"""Compile recorded launches for GPUs that are not here, and judge what the compiler made of them.
+"""Compile recorded launches for GPUs that this machine lacks, and judge the compiler's result.
 
 `compile_launch` specialises a kernels.launching.Launch as Triton's own launcher would (types, alignment, constants) and
-compiles it for a chip; `failures` names what would make it slow or impossible there: spilled registers, too much shared
-memory, no tensor-core instruction, narrow or synchronous accesses to rows. Nothing runs, nothing is timed; the tools
-come with the triton wheel. What to compile is chosen in benchmarks/kernels_static/program.py.
+compiles it for a chip. `failures` names the faults that would make it slow or impossible there: spilled registers, too
+much shared memory, no tensor-core instruction, narrow or synchronous accesses to rows. Nothing runs, nothing is timed;
+the tools come with the triton wheel. benchmarks/kernels_static/program.py chooses the launches.
 """
 
 import linecache
@@ -55,7 +55,7 @@ _TENSOR_CORE = ("HMMA", "HGMMA", "UTCMMA", "MFMA")
 
 @dataclass(frozen=True, slots=True)
 class RowAccess:
-    """A load or store of the kernel's source that runs along rows, and the instructions that came of it."""
+    """A load or store of the kernel's source that runs along rows, and the instructions that it became."""
 
     line: int
     text: str  # of that line
@@ -66,7 +66,7 @@ class RowAccess:
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What a compiled kernel needs and consists of."""
+    """The needs of a compiled kernel and its instructions."""
 
     registers: int  # of a thread; AMD: vector registers
     stack_bytes: int  # NVIDIA: stack and local memory, AMD: scratch
@@ -80,7 +80,7 @@ class Resources:
 
 
 def specialise(launch: Launch, arch: str) -> tuple[ASTSource, dict[str, Any]]:
-    """Source and options with which Triton's launcher would compile this launch on such a chip.
+    """Return the source and options with which Triton's launcher would compile this launch on such a chip.
 
     Raises:
         RuntimeError: under TRITON_INTERPRET=1, where kernels are not compiled.
@@ -98,17 +98,18 @@ def specialise(launch: Launch, arch: str) -> tuple[ASTSource, dict[str, Any]]:
 
 
 def compile_key(launch: Launch, arch: str) -> str:
-    """Name all that the compiler looks at: launches with equal keys compile to the same code."""
+    """Return a key of all that the compiler reads: launches with equal keys compile to the same code."""
     source, options = specialise(launch, arch)
     constants = {path: str(value) for path, value in source.constants.items()}
     return f"{arch} {launch.name} {source.signature} {constants} {source.attrs} {options}"
 
 
 def compile_launch(launch: Launch, arch: str) -> Resources:
-    """Compile a launch for a chip (a key of CHIPS) and read what it needs; compiled code is kept in .cache/triton.
+    """Compile a launch for a chip (a key of CHIPS) and read its needs; compiled code is kept in .cache/triton.
 
     Raises:
-        RuntimeError: under TRITON_INTERPRET=1. Triton's own errors if it cannot compile.
+        RuntimeError: under TRITON_INTERPRET=1.
+        Triton's own errors if it cannot compile.
     """
     source, options = specialise(launch, arch)
     with triton.knobs.cache.scope(), triton.knobs.runtime.scope():
@@ -151,10 +152,10 @@ def true_lines(ptx: str) -> str:
 
 
 def failures(launch: Launch, arch: str, resources: Resources) -> list[str]:
-    """Say what is wrong with a compiled launch; an empty list is what the gate wants.
+    """List the faults of a compiled launch; the gate requires an empty list.
 
     A product is a kernel with PRECISION among its constants; kernels of rows have D. fp32 at full precision needs no
-    tensor core. On AMD only the limits, spills and matrix instructions are judged; scalar registers that spill into
+    tensor core. On AMD only the limits, spills and matrix instructions are judged. Scalar registers that spill into
     vector registers stay on the chip and are not counted as spills.
     """
     chip, found = CHIPS[arch], resources.instructions
@@ -314,7 +315,8 @@ def _opcodes(code: str) -> Counter[tuple[int, str]]:
 
 
 def _labels(opcode: str) -> Iterator[str]:
-    """Names under which an instruction is counted, if it is of interest: LDG.E.128 counts as LDG and as LDG.128."""
+    """Return the names under which an instruction is counted, if it is of interest: LDG.E.128 counts as LDG and as
+    LDG.128."""
     name = re.sub(r"^UTC\w*MMA$", "UTCMMA", opcode.split(".")[0])
     if name in ("HMMA", "HGMMA", "UTCMMA", "LDGSTS", "LDG", "STG", "STL", "LDL"):
         yield name
@@ -323,7 +325,7 @@ def _labels(opcode: str) -> Iterator[str]:
 
 
 def _of_row(row: RowAccess, opcodes: Counter[tuple[int, str]]) -> dict[str, int]:
-    """Instructions that came of a row access: memory instructions in its direction, on its source line."""
+    """Return the instructions of a row access: memory instructions in its direction, on its source line."""
     names = ("LDG", "LDGSTS") if row.is_load else ("STG",)
     found = {opcode: count for (line, opcode), count in opcodes.items() if line == row.line}
     return {opcode: count for opcode, count in found.items() if opcode.split(".")[0] in names}

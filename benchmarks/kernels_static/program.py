@@ -1,9 +1,11 @@
 """Compile every Triton kernel for four architectures and count the bytes it moves, all without a GPU.
 
-The real launchers are driven with tensors on the meta device, so what is compiled is what a GPU would be asked to run:
+The real launchers are driven with tensors on the meta device, so the compiled launches are those that a GPU would get:
 every dtype and tile size, with and without gate, dropout and the mixing weights' gradient. Then the bytes that the
-launches of five named model shapes move, against the least that fused kernels must move. Nothing is timed.
-`python -m benchmarks.kernels_static` compiles all, `--quick` what the tests compile; exit code 1 if anything fails.
+launches of five named model shapes move are counted, against the least that fused kernels must move. Nothing is timed.
+
+`python -m benchmarks.kernels_static` compiles all, `--quick` the selection that the tests compile. The exit code is 1
+if anything fails.
 """
 
 import argparse
@@ -80,7 +82,7 @@ class Build(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What became of it."""
+    """The outcome of one compilation."""
 
     resources: aot.Resources | None  # None: it does not compile
     failures: list[str]
@@ -108,7 +110,7 @@ def empty_operands(shape: Shape, dtype: torch.dtype, gated: bool) -> tuple[Tenso
 
 
 def record_layer(layer: Layer, arch: str) -> tuple[list[Launch], list[Launch]]:
-    """Launches of a layer's forward and backward pass on an architecture."""
+    """Record the launches of a layer's forward and backward pass on an architecture."""
     dtype, precision = ARITHMETIC[layer.arithmetic]
     rows = empty_rows(layer.shape)
     x_RD, weights = empty_operands(layer.shape, dtype, layer.gated)
@@ -134,7 +136,7 @@ def record_layer(layer: Layer, arch: str) -> tuple[list[Launch], list[Launch]]:
 
 
 def record_inference(layer: Layer, arch: str) -> list[Launch]:
-    """Launches of a layer's forward pass that keeps nothing for backward."""
+    """Record the launches of a layer's forward pass that keeps nothing for backward."""
     dtype, precision = ARITHMETIC[layer.arithmetic]
     operands = empty_operands(layer.shape, dtype, layer.gated)
     with recording(run=False, arch=arch) as forward:
@@ -143,7 +145,8 @@ def record_inference(layer: Layer, arch: str) -> list[Launch]:
 
 
 def record_rows(shape: Shape, dtype: torch.dtype, arch: str) -> list[Launch]:
-    """Launches of the operations that move rows: combine, permute_rows, unpermute_rows, forward and backward."""
+    """Record the launches of the operations that move rows: combine, permute_rows, unpermute_rows, forward and
+    backward."""
     rows, other = empty_rows(shape), torch.float32 if dtype != torch.float32 else torch.bfloat16
     x_RD, y_ND = (empty(shape.tokens, shape.width, dtype=dtype), empty(rows.num_rows, shape.width, dtype=dtype))
     weight_N = empty(rows.num_rows, dtype=torch.float32)
@@ -161,7 +164,7 @@ def record_rows(shape: Shape, dtype: torch.dtype, arch: str) -> list[Launch]:
 
 
 def quick_builds(arch: str) -> list[Build]:
-    """One configuration of every kernel, plain and gated: bf16, many rows for each expert."""
+    """Return one configuration of every kernel, plain and gated: bf16, many rows for each expert."""
     launches: list[Launch] = []
     for gated in (False, True):
         layer = Layer(MANY_ROWS, "bf16", gated, dropout=gated, dweight=gated)
@@ -171,7 +174,7 @@ def quick_builds(arch: str) -> list[Build]:
 
 
 def full_builds(arch: str) -> list[Build]:
-    """Every configuration."""
+    """Return every configuration."""
     launches: list[Launch] = []
     for shape, arithmetic in itertools.product((MANY_ROWS, FEW_ROWS), ARITHMETIC):
         for gated, dropout in itertools.product((False, True), repeat=2):
@@ -192,7 +195,7 @@ def distinct(launches: Iterable[Launch], arch: str) -> list[Build]:
 
 
 def describe(launch: Launch) -> str:
-    """Configuration of a launch in a few words: dtype, tile, warps and stages, and what is switched on."""
+    """Describe a launch's configuration in a few words: dtype, tile, warps and stages, and its options that are on."""
     values, options = launch.arguments, launch.options
     dtype = next(str(v.dtype)[6:] for v in values.values() if isinstance(v, Tensor))
     blocks = "x".join(str(size) for name, size in values.items() if name.startswith("BLOCK_"))
@@ -237,12 +240,13 @@ def print_resources(builds: list[Build], results: list[Result]) -> None:
 
 
 def minimum_bytes(shape: Shape) -> tuple[int, int]:
-    """Least bytes that fused kernels move forward and backward in a bf16 SwiGLU layer, every tensor once a kernel.
+    """Return the least bytes that fused kernels move forward and backward in a bf16 SwiGLU layer, every tensor once a
+    kernel.
 
-    With M = tokens * active rows, hidden width h, width d, E experts (3 matrices each), in numbers:
-    forward   3Edh weights, Td inputs, 4Mh (z and u written, a written and read), 2Md (y written and read), Td outputs;
-    backward  6Edh (weights read, gradients written), 4Td (dout twice, x, dx), 10Mh (z and u read, dz and du written and
-              read twice, weighted a written and read), 2Md (rows of dx written and read).
+    With M = tokens * active rows, hidden width h, width d, E experts (3 matrices each), in numbers: forward 3Edh
+    weights, Td inputs, 4Mh (z and u written, a written and read), 2Md (y written and read), Td outputs; backward 6Edh
+    (weights read, gradients written), 4Td (dout twice, x, dx), 10Mh (z and u read, dz and du written and read twice,
+    weighted a written and read), 2Md (rows of dx written and read).
     """
     tokens, width, hidden, experts, active = shape
     rows, matrices = tokens * active, 3 * experts * width * hidden
@@ -252,7 +256,7 @@ def minimum_bytes(shape: Shape) -> tuple[int, int]:
 
 
 def moved_bytes(launches: list[Launch]) -> tuple[int, int]:
-    """Bytes that launches move: with perfect caches inside each launch, and as its tiles ask for them."""
+    """Return the bytes that launches move: with perfect caches inside each launch, and as its tiles ask for them."""
     found = [access for launch in launches for access in accesses(launch)]
     written = sum(access.written_bytes for access in found)
     perfect = sum(access.read_bytes_distinct for access in found)
@@ -260,7 +264,7 @@ def moved_bytes(launches: list[Launch]) -> tuple[int, int]:
 
 
 def bytes_over_minimum(arch: str) -> dict[str, dict[str, float]]:
-    """Print the bytes of the model shapes; give their ratio to the minimum."""
+    """Print the bytes of the model shapes; return their ratio to the minimum."""
     ratios: dict[str, dict[str, float]] = {}
     table: list[list[object]] = []
     for name, shape in MODELS.items():

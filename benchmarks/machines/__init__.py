@@ -1,1 +1,1 @@
-"""Machines that a benchmark or a test makes here: simulated nodes and a Slurm."""
+"""Machines that a benchmark or a test makes on this one: simulated nodes and a Slurm."""

@@ -48,7 +48,7 @@ _numbers = itertools.count()
 
 
 class ClusterError(RuntimeError):
-    """The nodes cannot be made; one line says why."""
+    """The nodes cannot be made; the text gives the reason in one line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +61,17 @@ class Node:
 
     @property
     def hostname(self) -> str:
-        """What `hostname` says in it."""
+        """The output of `hostname` in the node."""
         return self.namespace or socket.gethostname()
 
     def inside(self, command: Sequence[str]) -> list[str]:
-        """The command line that runs a command in the node; it has the process id of the command."""
+        """Return the command line that runs a command in the node; it has the process id of the command."""
         return [*_enter(self.namespace), *command] if self.namespace else [*command]
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """How a process ended."""
+    """The end of a process."""
 
     code: int | None  # exit code, or minus a signal's number; None: time was over and it was killed
     out: str
@@ -87,7 +87,8 @@ class Cluster:
     def run_ranks(
         self, arguments: Sequence[str], *, per_node: int, seconds: float, env: Mapping[str, str] | None = None
     ) -> list[Finished]:
-        """Run `python ARGUMENTS` as a rank of its own `per_node` times on each node; results in the order of ranks.
+        """Run `python ARGUMENTS` as a rank of its own `per_node` times on each node; return results in the order of
+        ranks.
 
         Each process finds RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT and
         GLOO_SOCKET_IFNAME.
@@ -108,7 +109,7 @@ class Cluster:
     def run_nodes(
         self, command: Callable[[int], Sequence[str]], *, seconds: float, env: Mapping[str, str] | None = None
     ) -> list[Finished]:
-        """Run command(node's number) once on each node, such as torchrun; results in the order of nodes.
+        """Run command(node's number) once on each node, such as torchrun; return results in the order of nodes.
 
         Each finds MASTER_ADDR, MASTER_PORT and GLOO_SOCKET_IFNAME.
         """
@@ -133,7 +134,7 @@ class Cluster:
         (folder / "ssh").chmod(0o755)
 
     def link_bytes(self) -> int:
-        """Bytes that the nodes have sent to each other, protocol included."""
+        """Return the bytes that the nodes have sent to each other, protocol included."""
         total = 0
         for node in self.nodes:
             if node.namespace is not None:
@@ -147,7 +148,7 @@ class Cluster:
 
 @contextmanager
 def one_node() -> Iterator[Cluster]:
-    """This machine as the only node; nothing is made."""
+    """Return this machine as the only node; nothing is made."""
     yield Cluster((Node(None, "lo", "127.0.0.1"),))
 
 
@@ -182,7 +183,7 @@ def two_nodes(rate: str | None) -> Iterator[Cluster]:
 
 @cache
 def why_not() -> str | None:
-    """Say in one line why two nodes cannot be made here; None if they can."""
+    """Return in one line the reason why two nodes cannot be made here; None if they can."""
     if os.geteuid() != 0:
         return "simulated nodes need root"
     for tool in ("ip", "tc"):
@@ -237,7 +238,7 @@ def _remove_abandoned() -> None:
 
 
 def free_port() -> int:
-    """Find a port that nobody uses; in new namespaces any is free."""
+    """Return a port that no process uses; in new namespaces any is free."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port: int = found.getsockname()[1]

@@ -53,17 +53,17 @@ PartitionName=all Nodes=ALL Default=YES State=UP
 
 
 class SlurmError(RuntimeError):
-    """Slurm did not start; one line says why."""
+    """Slurm did not start; the text gives the reason in one line."""
 
 
 @dataclass(frozen=True, slots=True)
 class Slurm:
-    """One that runs."""
+    """A running Slurm."""
 
     environ: Mapping[str, str]
 
     def run(self, *command: str, seconds: float = 300.0) -> str:
-        """Run a command from the root of the checkout; gives what it printed."""
+        """Run a command from the root of the checkout; return its output."""
         done = subprocess.run(
             command, env=self.environ, cwd=ROOT, timeout=seconds, capture_output=True, text=True, check=False
         )
@@ -72,13 +72,13 @@ class Slurm:
         return done.stdout
 
     def state(self, job: str) -> str:
-        """Of a job, such as RUNNING."""
+        """Return the state of a job, such as RUNNING."""
         found = self.run("scontrol", "--oneliner", "show", "job", job)
         return found.split("JobState=")[1].split()[0]
 
 
 def why_not() -> str | None:
-    """Say in one line why Slurm cannot run here; None if it can."""
+    """Return in one line the reason why Slurm cannot run here; None if it can."""
     if os.geteuid() != 0:
         return "a Slurm of one machine needs root"
     for program in _PROGRAMS:
@@ -89,7 +89,7 @@ def why_not() -> str | None:
 
 @contextmanager
 def one_slurm(folder: Path, cpus: int = 4) -> Iterator[Slurm]:
-    """Start Slurm with everything it writes in an empty folder, and end it when the block is left.
+    """Start Slurm with all its files in an empty folder, and end it when the block is left.
 
     Args:
         cpus: processors that the node claims to have.

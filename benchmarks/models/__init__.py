@@ -1,1 +1,1 @@
-"""What the certificate's models of time and memory are measured by and compared with."""
+"""Measurements for the certificate's models of time and memory, and comparisons with them."""

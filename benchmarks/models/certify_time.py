@@ -1,9 +1,9 @@
-"""How far the certificate's time model is from measured steps, for benchmarks/bench_certify.py.
+"""The error of the certificate's time model against measured steps, for benchmarks/bench_certify.py.
 
-2 and 4 ranks on two simulated nodes (benchmarks/machines/cluster.py) whose link has three speeds; several ways to train
-one model on them. The cluster is described by benchmarks/calibrate.py: its one-rank runs have other shapes, and the
-links are measured by all-to-alls. Compared are fastest steps, and the way that the model recommends with the fastest
-one measured.
+The measured runs have 2 and 4 ranks on two simulated nodes (benchmarks/machines/cluster.py) whose link has three
+speeds, with several ways to train one model. benchmarks/calibrate.py describes the cluster: its one-rank runs have
+other shapes, and the links are measured by all-to-alls. Fastest steps are compared, and the way that the model
+recommends is compared with the fastest one measured.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,12 +37,12 @@ class Compared:
 
     @property
     def error(self) -> float:
-        """Relative error of the prediction."""
+        """The relative error of the prediction."""
         return abs(self.predicted.total - self.measured_s) / self.measured_s
 
 
 def ways(ranks: int) -> Iterator[tuple[str, Config]]:
-    """Give ways to train RUN on so many ranks, with a name for each."""
+    """Return named ways to train RUN on so many ranks."""
     sizes = [size for size in (1, 2, 4) if size <= ranks]
     for size in sizes:
         kinds = [("tokens", 1, None), ("tokens", 4, None), ("gather", 1, None), ("tokens", 1, 16 // size)]
@@ -62,7 +62,7 @@ def ways(ranks: int) -> Iterator[tuple[str, Config]]:
 
 
 def linked(cluster: ClusterConfig, nodes: Cluster, *, per_node: int) -> ClusterConfig:
-    """Measure the link between two nodes, by what leaves one of them in one direction, and what of it can be hidden."""
+    """Measure the link between two nodes: its rate in one direction, and the share that can be hidden."""
     found = measure_links(nodes, per_node=per_node)
     crossing = per_node * per_node * found["bytes"]
     link = LinkConfig(gb_per_s=crossing / found["bytes_s"] / 1e9, message_us=found["message_us"])
@@ -100,7 +100,7 @@ def compare(cluster: ClusterConfig, per_node: int, rates: Sequence[str], limit: 
 
 
 def time_model_error(limit: int | None = None) -> float | None:
-    """Calibrate, compare on all clusters and print; gives the median error, None where nodes cannot be simulated.
+    """Calibrate, compare on all clusters and print; return the median error, None where nodes cannot be simulated.
 
     Args:
         limit: try so many ways on each cluster, on the fastest link only.
@@ -120,12 +120,12 @@ def time_model_error(limit: int | None = None) -> float | None:
 
 
 def median_error(found: Sequence[Compared]) -> float:
-    """Median of the relative errors."""
+    """Return the median of the relative errors."""
     return median(one.error for one in found)
 
 
 def regrets(found: Sequence[Compared]) -> dict[str, float]:
-    """For each cluster: how much longer the recommended way takes than the fastest, both measured."""
+    """Return, for each cluster, how much longer the recommended way takes than the fastest, both measured."""
     clusters: dict[str, list[Compared]] = {}
     for one in found:
         clusters.setdefault(f"{one.ranks} ranks, {one.rate}", []).append(one)
@@ -137,7 +137,7 @@ def regrets(found: Sequence[Compared]) -> dict[str, float]:
 
 
 def table(found: Sequence[Compared]) -> tuple[list[str], list[list[object]]]:
-    """Lay out what was compared: times in ms."""
+    """Tabulate the comparison, with times in ms."""
     header = ["link", "ranks", "way", "measured", "model", "error", "compute", "exchange", "gradients", "optimizer"]
     rows: list[list[object]] = []
     for one in found:

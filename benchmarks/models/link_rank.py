@@ -31,23 +31,23 @@ SHARED = Config(
     moe=MoEConfig(router=Router.frozen, experts=8, expert_width=144),
     eval=EvalConfig(k=[1]),
 )
-"""What all ranks compute at once; no configuration that is ever predicted."""
+"""The computation of all ranks at once; no configuration that is ever predicted."""
 
 
 def fastest(case: Callable[[], object], rounds: int = _ROUNDS) -> float:
-    """Seconds of a case that all ranks start together."""
+    """Return the seconds of a case that all ranks start together."""
     return min([slowest_seconds(case) for _ in range(rounds + 2)][2:])
 
 
 def all_to_all_seconds(numbers: int) -> float:
-    """Time of an all-to-all of so many fp32 numbers to each rank."""
+    """Return the seconds of an all-to-all of so many fp32 numbers to each rank."""
     rows = torch.zeros(dist.get_world_size() * numbers)
     got = torch.empty_like(rows)
     return fastest(lambda: dist.all_to_all_single(got, rows))
 
 
 def overlap(run: Callable[[], object], run_s: float, numbers: int, exchange_s: float) -> float:
-    """Share of the shorter of exchange and computation that is hidden when both run at once."""
+    """Return the share of the shorter of exchange and computation that is hidden when both run at once."""
     rows = torch.zeros(dist.get_world_size() * numbers)
     got = torch.empty_like(rows)
     repeats = max(1, round(exchange_s / run_s))
@@ -63,7 +63,7 @@ def overlap(run: Callable[[], object], run_s: float, numbers: int, exchange_s: f
 
 
 def computation() -> Callable[[], object]:
-    """Give a forward and backward pass of a small model."""
+    """Return a forward and backward pass of a small model."""
     model = build_model(SHARED, _SYMBOLS)
     ids_BQ = torch.zeros(SHARED.data.streams, SHARED.data.segment, dtype=torch.long)
 

@@ -1,10 +1,10 @@
 """Predicted against measured memory: `python -m benchmarks.models.memory_model`, and as a part of `python -m
 benchmarks.bench_certify`.
 
-Each case is a small run of a few steps in processes of its own, on 1, 2 or 4 gloo ranks, whose tensors are counted as
-PyTorch allocates them (engine/testing/tensor_bytes.py) and compared with engine/certificate/memory/peak.py; of the
-ranks the one with the most. Then one larger run on one rank, uncounted: how much the process grows from before the
-model is built to its peak. The interpreter, libraries and threads grow it too, so that figure is above the tensors'
+Each case is a small run of a few steps in processes of its own, on 1, 2 or 4 gloo ranks. Its tensors are counted as
+PyTorch allocates them (engine/testing/tensor_bytes.py) and compared with engine/certificate/memory/peak.py, for the
+rank with the most. Then one larger run on one rank is not counted: its figure is the growth of the process from before
+the model is built to its peak. The interpreter, libraries and threads grow it too, so that figure is above the tensors'
 bytes.
 
 `memory_model_error` is the median over the cases of |predicted - measured| / measured.
@@ -166,7 +166,7 @@ class Outcome(NamedTuple):
 
 
 def make_config(changes: dict[str, dict[str, Any]], base: dict[str, dict[str, Any]]) -> Config:
-    """Give a run's configuration: the base's options, changed."""
+    """Return a run's configuration: the base's options, changed."""
     merged = {name: {**base.get(name, {}), **changes.get(name, {})} for name in {*base, *changes}}
     train = TrainConfig(**merged["train"])
     return Config(
@@ -198,7 +198,7 @@ def predicted(config: Config, ranks: int) -> Memory:
 
 
 def measured(rank: int, ranks: int, configs: Sequence[Config]) -> list[int]:
-    """Run some configurations one after the other as one rank; give the most bytes of each."""
+    """Run some configurations one after the other as one rank; return the most bytes of each."""
     found = []
     for config in configs:
         mesh = Mesh(rank, ranks, config.parallel.expert_ranks)
@@ -219,7 +219,7 @@ def compare(cases: Sequence[Case]) -> list[Outcome]:
 
 
 def grown(rank: int, config: Config) -> int:
-    """Train on one rank; give how many bytes the process is larger at its peak than before the model was built.
+    """Train on one rank; return the bytes that the process has at its peak above those before the model was built.
 
     A small run before it loads the libraries, whose memory is not predicted.
     """
@@ -253,7 +253,8 @@ def describe(case: Case) -> str:
 
 
 def memory_model_error(number: int | None = None) -> float:
-    """Measure the cases (or the first so many) and the growth, print them, give the cases' median relative error."""
+    """Measure the cases (or the first so many) and the growth, print them, and return the cases' median relative
+    error."""
     outcomes = compare(CASES[:number])
     rows = [_row(describe(one.case), one.predicted.when, one.predicted.peak_bytes, one.measured) for one in outcomes]
     if number is None:
@@ -265,7 +266,7 @@ def memory_model_error(number: int | None = None) -> float:
 
 
 def main() -> None:
-    """Entry point."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=positive, help="measure only the first so many")
     args = parser.parse_args()

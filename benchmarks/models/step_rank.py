@@ -1,8 +1,8 @@
-"""One rank that trains several small runs for a few steps each and says how long each step took.
+"""One rank that trains several small runs for a few steps each and reports the time of each step.
 
     python -m benchmarks.models.step_rank CASES.json FOLDER
 
-CASES.json: a list of configurations as engine.config.to_plain gives them. Started alone or by
+CASES.json is a list of configurations as engine.config.to_plain returns them. The program is started alone or by
 benchmarks/machines/cluster.py with the launcher variables. Rank 0 prints one JSON list: for each case the metrics of
 every step (engine/train/trainer.py). FOLDER takes checkpoints and caches.
 """
@@ -33,25 +33,25 @@ class Kept(Metrics):
         self.rows: list[dict[str, float]] = []
 
     def log(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Take in the metrics of a step."""
+        """Keep the metrics of a step."""
         self.rows.append({name: value for name, value in values.items() if value is not None})
 
 
 class Silent:
-    """A Reporter that says nothing."""
+    """A Reporter that prints nothing."""
 
     def note(self, line: str) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
     def step(self, step: int) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
     def metrics(self, step: int, values: Mapping[str, float], seconds_left: float) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
 
 def time_steps(config: Config, world: World, folder: Path) -> list[dict[str, float]]:
-    """Train a run; gives the metrics of every step on rank 0, nothing elsewhere."""
+    """Train a run; return the metrics of every step on rank 0, nothing elsewhere."""
     corpus = prepare(config.corpus, lambda line: None)
     routers = build_routers(config, corpus, world.mesh)
     trainer = Trainer(config, corpus, routers, folder, Silent(), world)

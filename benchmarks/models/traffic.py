@@ -1,13 +1,12 @@
-"""A meter in the place of torch.distributed's collectives: what a step sends, its computation alone, its exchange
-alone.
+"""A meter in the place of torch.distributed's collectives: a step's bytes, its computation alone, its exchange alone.
 
-Ours and DeepSpeed's layers all end in torch.distributed.all_to_all_single and all_reduce, so one meter sees them all
-alike. `Meter.on` puts it there. It counts the bytes that leave this rank, and those that leave its node, and remembers
-the calls of a step, which can then be repeated in two ways:
+Ours and DeepSpeed's layers all end in torch.distributed.all_to_all_single and all_reduce, so one meter measures them
+alike. `Meter.on` installs it. It counts the bytes that leave this rank, and those that leave its node. It remembers the
+calls of a step, which can then be repeated in two ways:
 
-* muted: the step runs, but nothing is sent. Rows come in as zeros, numbers (counts, capacities) as they came before.
-  What is left is the computation.
-* replayed: only the calls are made, one after the other, with other contents. What is left is the exchange.
+* muted: the step runs, but nothing is sent. Rows arrive as zeros, numbers (counts, capacities) as they arrived before.
+The computation is left. * replayed: only the calls are made, one after the other, with other contents. The exchange is
+left.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +34,7 @@ class Call:
 
 @dataclass(slots=True)
 class Traffic:
-    """What left this rank in one step."""
+    """The bytes that left this rank in one step."""
 
     left_bytes: int = 0
     crossed_bytes: int = 0  # of them to ranks of other nodes
@@ -43,7 +42,7 @@ class Traffic:
 
 
 class _Done:
-    """The handle of a collective that never was under way."""
+    """The handle of a collective that was never started."""
 
     def __init__(self, got: Tensor) -> None:
         self.future: torch.futures.Future[list[Tensor]] = torch.futures.Future()
@@ -73,7 +72,7 @@ class Meter:
 
     @contextmanager
     def on(self, *, record: bool = False, muted: Sequence[Call] | None = None) -> Iterator[Traffic]:
-        """Count what runs inside.
+        """Count the collectives of the block.
 
         Args:
             record: keep the calls, which costs memory and time.
@@ -88,7 +87,7 @@ class Meter:
             dist.all_to_all_single, dist.all_reduce = self._all_to_all, self._all_reduce
 
     def kinds(self, case: Callable[[], object], calls: Sequence[Call]) -> tuple[Callable[[], object], ...]:
-        """Give a case in three KINDS: the whole of it, counted; muted; and its calls alone."""
+        """Return a case in three KINDS: the whole of it, counted; muted; and its calls alone."""
 
         def counted() -> None:
             with self.on():

@@ -1,1 +1,2 @@
-"""Can the tests fail? One operator, comparison, constant or index is changed at a time; do they notice?"""
+"""Can the tests fail? One operator, comparison, constant or index is changed at a time, and the tests must notice
+it."""

@@ -1,4 +1,4 @@
-"""Say how many mutants the tests notice: `python -m benchmarks.mutants --count 150 --seed 1`.
+"""Count the mutants that the tests notice: `python -m benchmarks.mutants --count 150 --seed 1`.
 
 The last line is a JSON object: `tried`, `noticed`, `equivalent` (drawn and left out, see equivalent.toml), `survivors`.
 """
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def print_table(verdicts: list[Verdict]) -> None:
-    """Print how many were tried and noticed, by room."""
+    """Print the numbers of mutants that were tried and noticed, by room."""
     tried = Counter(verdict.mutant.room for verdict in verdicts)
     noticed = Counter(verdict.mutant.room for verdict in verdicts if verdict.noticed)
     for room, count in tried.items():

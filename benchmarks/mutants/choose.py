@@ -72,7 +72,7 @@ class Chooser:
         return {test for test in found if self._records[self._file_of[test]].passed.get(test)}
 
     def batches(self, file: str, tests: Iterable[str], seconds: float) -> list[Batch]:
-        """Order them, as many as take so many seconds, by suite and by speed."""
+        """Order the tests, as many as take so many seconds, by suite and by speed."""
         groups: dict[tuple[int, bool], list[str]] = defaultdict(list)
         for test in tests:
             own = self._file_of[test]
@@ -91,11 +91,11 @@ class Chooser:
         return batches
 
     def limits(self, tests: Iterable[str]) -> dict[str, float]:
-        """Seconds after which a test hangs: several times what it took, and never few."""
+        """Return the seconds after which a test hangs: several times its recorded time, and never few."""
         return {test: 20.0 + 5 * self._seconds(test) for test in tests}
 
     def _fill(self, group: list[str], left: float) -> tuple[list[str], float]:
-        """Take tests, one file's together: the fast ones by speed, of the slow ones a sample."""
+        """Take tests, one file's together: the fast ones by speed, a sample of the slow ones."""
         chosen: dict[str, list[str]] = defaultdict(list)
         fixtures: set[str] = set()
         for test in sorted(group, key=self._turn):
@@ -139,6 +139,6 @@ class Chooser:
 
 
 def _is_mirror(tests: str, file: str) -> bool:
-    """Whether a file of tests is that of a source file by its name."""
+    """Return whether a file of tests is that of a source file by its name."""
     name = re.escape(Path(file).stem.removesuffix("_triton"))
     return re.search(rf"test_{name}(_on_ranks|_ranks)?\.py$", tests) is not None

@@ -25,7 +25,7 @@ class Equivalent:
     which: int | None = None  # of the same tokens in the line; None: each
 
     def covers(self, file: str, source_line: str, place: Place, new: str) -> bool:
-        """Say whether a mutant is this one."""
+        """Return whether a mutant is this one."""
         before = source_line[: place.columns[0]]
         return (
             (self.file, self.line, self.old) == (file, source_line.strip(), place.old)

@@ -1,8 +1,9 @@
-"""Places of a source file where one token can be changed so that the program still compiles, and what it can become.
+"""Places of a source file where one token can be changed so that the program still compiles, and the tokens that can
+replace it.
 
-Left out is what has no behaviour, or none that a right program shows: docstrings and all strings, annotations,
-decorators, `raise` statements, messages of `assert`, what is under TYPE_CHECKING, arguments of loggers and warnings,
-and `strict=` of zip, which asserts. Formatting stays: nothing but the token's text is replaced.
+Left out are places without behaviour, or whose behaviour a right program does not show: docstrings and all strings,
+annotations, decorators, `raise` statements, messages of `assert`, code under TYPE_CHECKING, arguments of loggers and
+warnings, and `strict=` of zip, which asserts. Formatting stays: only the token's text is replaced.
 """
 
 import ast
@@ -51,7 +52,7 @@ SWAPS = {
     "True": ("False",),
     "False": ("True",),
 }
-"""What a token can become."""
+"""The replacements of a token."""
 _QUIET = {"warn", "warning", "info", "debug", "print", "isinstance", "cast", "TypeVar"}
 """Calls whose arguments are left alone: messages and types."""
 
@@ -68,7 +69,7 @@ class Place:
     names: tuple[str, ...] | None  # what a statement assigns that runs at import; None: it runs in a call
 
     def apply(self, source: str, new: str) -> str:
-        """Give the source with the token changed."""
+        """Return the source with the token changed."""
         lines = source.splitlines(keepends=True)
         text = lines[self.line - 1]
         lines[self.line - 1] = text[: self.columns[0]] + new + text[self.columns[1] :]
@@ -83,7 +84,7 @@ def places(source: str) -> list[Place]:
 
 
 def _numbers(text: str, value: complex) -> tuple[str, ...]:
-    """What a number can become: its neighbours, and of a fraction its double."""
+    """Return the replacements of a number: its neighbours, and of a fraction its double."""
     if isinstance(value, int):
         return ("1",) if value == 0 else (str(value + 1), str(value - 1))
     return ("1.0",) if value == 0 else (f"{value * 2!r}",)
@@ -122,7 +123,7 @@ class _Finder(ast.NodeVisitor):
             self.found.append(Place(line, columns, old, changes, self._statement, self._names))
 
     def _between(self, left: ast.AST, right: ast.AST) -> None:
-        """Add the operator between two operands: all that stands there besides brackets and commas."""
+        """Add the operator between two operands: all text between them except brackets and commas."""
         begin, end = _end(left), _begin(right)
         first = bisect_left(self._tokens, begin, key=lambda token: token.start)
         behind = bisect_left(self._tokens, end, key=lambda token: token.start)
@@ -220,7 +221,7 @@ class _Finder(ast.NodeVisitor):
 
 
 def _assigned(node: ast.stmt, inside: str) -> Iterator[str]:
-    """Names that a statement gives: of `__init__` its class, which callers say."""
+    """Return the names that a statement assigns; for `__init__` its class, which callers name."""
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         yield inside if node.name == "__init__" else node.name
     targets = getattr(node, "targets", None) or [getattr(node, "target", None)]

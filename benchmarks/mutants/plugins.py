@@ -1,4 +1,4 @@
-"""Plugins of pytest for one run of chosen tests: which of them, in which order, and what is told as they go.
+"""Plugins of pytest for one run of chosen tests: the tests, their order, and the reports that are written as they run.
 
 Each writes lines of JSON to a file: `start` and `end` of a test, and for a recording its fixtures too.
 """
@@ -14,7 +14,7 @@ import pytest
 
 
 class Teller:
-    """Tells of every test when it starts, and how it ended."""
+    """Reports the start of every test, and its outcome."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", buffering=1)
@@ -51,7 +51,7 @@ class Chosen:
 
 
 class Fixtures:
-    """Gives what a fixture of several tests runs a name of its own, and tells which tests use it."""
+    """Names the runs of a fixture that several tests share, and reports which tests use it."""
 
     def __init__(self, teller: Teller) -> None:
         self._teller = teller

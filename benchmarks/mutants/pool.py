@@ -34,7 +34,7 @@ HEAVY = (
     "deepspeed.runtime.superoffload.superoffload_stage3",
     "deepspeed.runtime.zero.muon.original_muon",
 )
-"""What takes seconds to import."""
+"""Modules that take seconds to import."""
 _LEFT = (
     ".git",
     ".venv",
@@ -54,7 +54,7 @@ _Result = TypeVar("_Result")
 
 
 def copy_tree(root: Path, target: Path) -> None:
-    """Copy a repository without what runs have left in it."""
+    """Copy a repository without the files that runs have left in it."""
     shutil.copytree(root, target, symlinks=True, ignore=shutil.ignore_patterns(*_LEFT))
 
 
@@ -69,7 +69,7 @@ class Worker:
         subprocess.run([sys.executable, "-m", "compileall", "-q", self.tree], check=False, capture_output=True)
 
     def run(self, job: Job, *, interpreted: bool) -> Answer:
-        """Run tests in the tree; nothing that another run kept is there."""
+        """Run tests in the tree; files that another run kept are removed first."""
         for kept in (self._scratch, self.tree / ".cache", self.tree / "runs"):
             shutil.rmtree(kept, ignore_errors=True)
         self._scratch.mkdir(parents=True)
@@ -81,16 +81,17 @@ class Worker:
         return Answer(**json.loads(_pipe(process.stdout).readline()))
 
     def told(self) -> list[dict[str, object]]:
-        """Give what the last run told, and what it wrote."""
+        """Return the reports of the last run, and the files it wrote."""
         return [json.loads(line) for line in (self._scratch / "told").read_text().splitlines()]
 
     def log(self) -> str:
-        """Give what pytest printed in the last run."""
+        """Return the output of pytest in the last run."""
         return (self._scratch / "log").read_text(errors="replace")
 
     @contextlib.contextmanager
     def changed(self, file: str, source: str) -> Iterator[None]:
-        """Have this source in a file of the tree; its byte code is away meanwhile, as it goes by date and size."""
+        """Put this source into a file of the tree until the block ends; its byte code, which goes by date and size, is
+        away meanwhile."""
         path = self.tree / file
         before = path.read_text()
         for code in (path.parent / "__pycache__").glob(f"{path.stem}.*.pyc"):
@@ -131,7 +132,7 @@ def _pipe(stream: IO[str] | None) -> IO[str]:
 def over_workers(
     workers: list[Worker], tasks: Iterable[_Task], do: Callable[[Worker, _Task], _Result]
 ) -> list[_Result]:
-    """Do every task with a worker that is free; give the results in the tasks' order."""
+    """Do every task with a worker that is free; return the results in the tasks' order."""
     free: SimpleQueue[Worker] = SimpleQueue()
     for worker in workers:
         free.put(worker)

@@ -30,7 +30,7 @@ _KEEPS = re.compile(r"lru_cache|functools\.cache|^@cache", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What a file of tests runs; what runs is a test, or a fixture that several share."""
+    """The lines that a file of tests runs, by test or by a fixture that several tests share."""
 
     seconds: dict[str, float]  # of tests and fixtures
     passed: dict[str, bool]  # by test
@@ -59,7 +59,7 @@ def record_all(root: Path, kept: Path, workers: list[Worker], packages: list[str
 
 
 def _shared(root: Path, packages: list[str]) -> list[str]:
-    """The packages' sources, and the files of tests/ that are no tests."""
+    """Return the packages' sources, and the files of tests/ that are no tests."""
     found = [path for package in packages for path in root.glob(f"{package}/**/*.py")]
     found += [path for path in root.glob("tests/**/*.py") if not path.name.startswith("test_")]
     return sorted(str(path.relative_to(root)) for path in found)
@@ -90,7 +90,7 @@ def _record(own: Worker, root: Path, file: str, packages: list[str]) -> Record:
 
 
 def _told(events: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, bool], dict[str, list[str]]]:
-    """Seconds, outcomes and fixtures, of what a run told."""
+    """Return seconds, outcomes and fixtures from the reports of a run."""
     seconds: dict[str, float] = {}
     passed: dict[str, bool] = {}
     fixtures: dict[str, list[str]] = {}

@@ -65,7 +65,7 @@ class Mutant:
     new: str
 
     def describe(self, source_line: str) -> str:
-        """Say it in a line."""
+        """Return the mutant in one line."""
         return f"{self.file}:{self.place.line} {self.place.old} -> {self.new or 'nothing'}: {source_line.strip()}"
 
 

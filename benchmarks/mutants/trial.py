@@ -25,7 +25,7 @@ _CHOSEN = 40.0  # seconds that the chosen tests took when they were recorded
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What became of a mutant."""
+    """The outcome of a mutant."""
 
     mutant: Mutant
     noticed: bool
@@ -35,7 +35,7 @@ class Verdict:
 
 
 class Trial:
-    """Mutants of one tree, which must not change meanwhile; what is recorded of its tests is kept in a folder."""
+    """Mutants of one tree, which must not change meanwhile; the record of its tests is kept in a folder."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Trial:
         self._chooser = Chooser(root, record_all(root, kept, workers, packages))
 
     def run(self, count: int, seed: int) -> tuple[list[Verdict], list[Mutant]]:
-        """Try so many mutants; give what became of them, and the equivalent ones that were drawn and left out."""
+        """Try so many mutants; return their outcomes, and the equivalent ones that were drawn and left out."""
         left_out: list[Mutant] = []
         mutants = list(islice(self._others(seed, left_out), count))
         return over_workers(self._workers, mutants, self._try), left_out

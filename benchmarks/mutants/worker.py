@@ -41,7 +41,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """How a run ended."""
+    """The end of a run."""
 
     end: str  # passed, failed, hung (in a test, beyond its limit), cut (beyond the time of all)
     test: str  # that failed or hung
@@ -85,7 +85,7 @@ def _now(told: Path) -> tuple[str, float, str]:
 
 
 def _end(child: int, *, reap: bool) -> None:
-    """End what is left of a child's processes: its session is its own."""
+    """End the remaining processes of a child: its session is its own."""
     kin = []
     if reap:
         with contextlib.suppress(psutil.Error):

@@ -1,1 +1,1 @@
-"""What the expert layer and its exchange are compared with."""
+"""Systems that the expert layer and its exchange are compared with."""

@@ -1,5 +1,5 @@
-"""What benchmarks/bench_exchange.py gives all systems: text, tables, routes, plans, weights; and the bytes that follow
-from it.
+"""The problem of benchmarks/bench_exchange.py for all systems: text, tables, routes, plans and weights, and the bytes
+that follow from them.
 
 Letters: T tokens of a rank, D width, F expert hidden width, E experts, K active experts, P ranks.
 """
@@ -44,7 +44,7 @@ BUILDERS = {"spread": Builder.balanced, "packed": Builder.packed}
 
 
 class Bytes(NamedTuple):
-    """What one step sends, over all ranks: dispatch and combine, forward and backward, all layers."""
+    """The bytes that one step sends, over all ranks: dispatch and combine, forward and backward, all layers."""
 
     left: int  # from rank to rank
     crossed: int  # of it from node to node
@@ -129,7 +129,7 @@ def make_problem(shape: Shape, tables: str, ranks: int, nodes: int = 2) -> Probl
 
 
 def planned_bytes(problem: Problem, per_node: int) -> Bytes:
-    """Bytes of ours, from the plans: a row goes once each way in forward and backward."""
+    """Return our bytes, from the plans: a row travels once each way in forward and in backward."""
     left = crossed = 0
     for rank in range(problem.ranks):
         for plan in problem.plans(rank):
@@ -141,7 +141,7 @@ def planned_bytes(problem: Problem, per_node: int) -> Bytes:
 
 
 def autoep_bytes(problem: Problem, per_node: int) -> Bytes:
-    """Bytes of AutoEP's dispatch, by plain counting: one row for each choice, and once in a layer the counts."""
+    """Count the bytes of AutoEP's dispatch: one row for each choice, and once in a layer the counts."""
     trip, total = 4 * problem.shape.width * 4, [0, 0]
     for rank, far in _pairs(problem.ranks, per_node):
         for layer in problem.routes:
@@ -154,7 +154,8 @@ def autoep_bytes(problem: Problem, per_node: int) -> Bytes:
 
 
 def moe_bytes(problem: Problem, per_node: int) -> Bytes:
-    """Bytes of DeepSpeed's MoE layer: every expert of every rank gets as many rows as the busiest anywhere."""
+    """Count the bytes of DeepSpeed's MoE layer: every expert of every rank gets as many rows as the busiest
+    anywhere."""
     trip, total = 4 * problem.shape.width * 4, [0, 0]
     for _, far in _pairs(problem.ranks, per_node):
         for layer in problem.routes:
@@ -165,13 +166,13 @@ def moe_bytes(problem: Problem, per_node: int) -> Bytes:
 
 
 def capacity(layer: list[Route], experts: int) -> int:
-    """Rows of the busiest expert of any rank."""
+    """Return the rows of the busiest expert of any rank."""
     counts = [torch.bincount(route.expert_TK.flatten(), minlength=experts).max() for route in layer]
     return int(max(counts))
 
 
 def _pairs(ranks: int, per_node: int) -> list[tuple[int, list[tuple[int, bool]]]]:
-    """Each rank with its peers, and whether they are on another node."""
+    """Return each rank with its peers, and whether they are on another node."""
     return [
         (rank, [(q, q // per_node != rank // per_node) for q in range(ranks) if q != rank]) for rank in range(ranks)
     ]

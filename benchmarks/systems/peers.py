@@ -51,7 +51,7 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What a layer is given."""
+    """The input of a layer: tensors, routing and sizes."""
 
     x_TD: Tensor
     weights: ExpertWeights
@@ -65,7 +65,7 @@ class Problem:
         return self.weights.b1_LF.shape[0]
 
     def cast(self, dtype: torch.dtype) -> "Problem":
-        """Give the same problem in another dtype, with parameters of its own."""
+        """Return the same problem in another dtype, with parameters of its own."""
         return Problem(
             self.x_TD.detach().to(dtype).requires_grad_(),
             ExpertWeights(*(w.detach().to(dtype).requires_grad_() for w in self.weights if w is not None)),
@@ -303,7 +303,7 @@ def peers(problem: Problem, names: Sequence[str] = NAMES) -> dict[str, GradCase]
 
 
 def truth(problem: Problem) -> dict[str, Tensor]:
-    """Give output and gradients, computed in fp64."""
+    """Return output and gradients, computed in fp64."""
     exact = problem.cast(torch.float64)
     experts = separate(exact.weights)
     return case(exact, lambda: naive_loop(exact, experts), experts).results()

@@ -1,1 +1,1 @@
-"""How a page is drawn: parts, charts, words; as HTML, Markdown and for a terminal."""
+"""Pages: their parts, charts and words, drawn as HTML, as Markdown and for a terminal."""

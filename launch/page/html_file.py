@@ -1,9 +1,9 @@
-"""Makes one HTML file of a page: its style, its charts and the script that draws them are inside it.
+"""Make one HTML file of a page, with its style, its charts and the script that draws them inside.
 
 launch/page/templates/ has the template, the style and the script. The file reads well on a phone, in dark and light (as
-the reader's system says) and on paper. A content security policy in it allows its own two scripts, by their checksums,
-and forbids every request. Without a script the page has its text and tables, among them one beneath each chart with its
-numbers, which is also what a screen reader and a keyboard get.
+the reader's system asks) and on paper. Its content security policy allows its own two scripts, by their checksums, and
+forbids every request. Without a script the page has its text and tables. A table beneath each chart has the chart's
+numbers; a screen reader and a keyboard get that table too.
 """
 
 import base64
@@ -27,10 +27,10 @@ _FAINT = "47"  # alpha of bands, in hexadecimal: 28 %
 
 
 def environment(*, trim: bool = False) -> Environment:
-    """Open the templates; what is put into a .html file is escaped.
+    """Open the templates; text that is put into a .html file is escaped.
 
     Args:
-        trim: lines that hold nothing but a tag leave nothing behind.
+        trim: a line that holds only a tag leaves no line in the output.
     """
     return Environment(
         loader=FileSystemLoader(_TEMPLATES),
@@ -82,7 +82,7 @@ class Side:
 
 
 def blocks(section: Section) -> Iterator[Part | Side]:
-    """Return the parts of a section in order, charts that follow each other as one."""
+    """Return the parts of a section in order; charts that follow each other are one block."""
     for are_charts, found in groupby(section.parts, lambda part: isinstance(part, Chart)):
         if are_charts:
             charts = [part for part in found if isinstance(part, Chart)]
@@ -92,7 +92,7 @@ def blocks(section: Section) -> Iterator[Part | Side]:
 
 
 def _place(chart: Chart) -> tuple[str, int]:
-    """Equal for charts that are shown one at a time."""
+    """Return a key that is equal for charts that are shown one at a time."""
     return chart.title, 0 if isinstance(chart, Curve) and chart.choice else id(chart)
 
 
@@ -107,7 +107,7 @@ class LegendKey:
 
 
 def legend(chart: Chart) -> list[LegendKey]:
-    """Return the names of a chart: of its lines or bars, in order, then of what else there is to tell apart."""
+    """Return the names of a chart: its lines or bars in order, then the parts of a stack, bands and marks."""
     if isinstance(chart, HeatMap):
         return []
     if not isinstance(chart, Bars):
@@ -138,7 +138,8 @@ def _unbroken(text: str) -> str:
 
 
 def _ascii_script(script: str) -> str:
-    """Write other characters as escapes; plotly.js has them in strings and patterns only, where they mean the same."""
+    """Write other characters as escapes. plotly.js has them in strings and patterns only, where an escape means the
+    same."""
     return re.sub(r"[^\x00-\x7f]", lambda found: f"\\u{ord(found[0]):04x}", script)
 
 

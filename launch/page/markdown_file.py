@@ -1,5 +1,5 @@
-"""Writes a page as Markdown that a git host shows and that can be read as it is: its tables, and its curves as pictures
-beside it.
+"""Write a page as Markdown that a git host shows and that reads well as plain text; its curves become pictures beside
+it.
 
 launch/page/templates/page.md is the template.
 """
@@ -17,8 +17,8 @@ def markdown(page: Page, prefix: str = "", *, opening: str = "") -> tuple[str, d
     """Return the page's text, and its curves by the names of their files.
 
     Args:
-        prefix: of the pictures' file names; without one there are none.
-        opening: Markdown that stands after the first section as it is.
+        prefix: of the pictures' file names; an empty one leaves the pictures out.
+        opening: Markdown that is put after the first section unchanged.
     """
     pictures: dict[str, Curve] = {}
 
@@ -36,7 +36,7 @@ def markdown(page: Page, prefix: str = "", *, opening: str = "") -> tuple[str, d
 
 
 def plain(text: str) -> str:
-    """Keep Markdown from reading anything into a text."""
+    """Escape the characters that Markdown would interpret."""
     return text.translate(_SPECIAL)
 
 

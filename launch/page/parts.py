@@ -1,8 +1,8 @@
-"""What a page for people is made of: sections of text, tables, charts and a strip of key figures.
+"""The parts of a page: sections of text, tables and charts, and a strip of key figures.
 
 A page is described once, as plain values. launch/page/html_file.py makes one self-contained HTML file of it,
-launch/page/markdown_file.py a Markdown file, and launch/page/terminal.py prints what stands on top. All text is plain
-text: no output reads markup in it.
+launch/page/markdown_file.py makes a Markdown file, and launch/page/terminal.py prints the figures on top. All text is
+plain text: no output interprets markup in it.
 """
 
 from collections.abc import Sequence
@@ -179,7 +179,7 @@ class Page:
 
 
 def hue_of(line: Line, place: int) -> int:
-    """Give the colour of a line at a place among its chart's lines."""
+    """Return the colour of a line at a place among its chart's lines."""
     return place if line.hue is None else line.hue
 
 

@@ -1,4 +1,4 @@
-"""Draws curves as pictures that stand alone, with matplotlib: on white, for a run's folder and for Markdown pages."""
+"""Draw curves as pictures with matplotlib, on white, for a run's folder and for Markdown pages."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ _STYLE: dict[Any, Any] = {"svg.fonttype": "none", "text.parse_math": False, "pat
 
 
 def save_picture(chart: Curve, target: Path) -> None:
-    """Write a curve as a file, of the kind that its name ends in."""
+    """Write a curve as a file; the suffix of the name chooses the format."""
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": chart.title}):  # the same bytes for the same chart
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
         try:

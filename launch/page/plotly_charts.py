@@ -1,6 +1,7 @@
-"""Makes plotly figures of a page's charts: values under the pointer, zoom by dragging.
+"""Make plotly figures of a page's charts, with values under the pointer and zoom by dragging.
 
-Colours are names of the page's palette, such as var(--c0); launch/page/templates/charts.js puts the reader's in.
+Colours are names of the page's palette, such as var(--c0). launch/page/templates/charts.js replaces them by the colours
+of the reader's light or dark system.
 """
 
 from collections.abc import Sequence
@@ -197,9 +198,9 @@ def _heat_map(chart: HeatMap) -> tuple[list[Any], dict[str, Any]]:
 
 
 def _colours(chart: HeatMap) -> tuple[float, float, list[tuple[float, str]]]:
-    """Give the values at the ends of the scale, and the palette's names at places from 0 to 1 between them.
+    """Return the values at the ends of the scale, and the palette's names at places from 0 to 1 between them.
 
-    Around a middle both ends are equally far from it, as long as no end is below 0 for values that are not.
+    Around a middle both ends are equally far from it. No end is below 0 if no value is.
     """
     values = [value for row in chart.values for value in row if isfinite(value)]
     low, high = chart.ends or (min(values, default=0.0), max(values, default=1.0))
@@ -212,8 +213,8 @@ def _colours(chart: HeatMap) -> tuple[float, float, list[tuple[float, str]]]:
 
 
 def colour_key(chart: Chart) -> dict[str, str]:
-    """Return what a reader needs to know of a heat map's colours: the values at both ends, the colours between them as
-    stops of a gradient, and what the middle is; empty for other charts."""
+    """Return the legend of a heat map: the values at both ends, the stops of the colour gradient and the middle; empty
+    for other charts."""
     if not isinstance(chart, HeatMap):
         return {}
     low, high, scale = _colours(chart)
@@ -223,7 +224,7 @@ def colour_key(chart: Chart) -> dict[str, str]:
 
 
 def _short(values: Sequence[float]) -> list[float | None]:
-    """Give numbers with six digits, and nothing where they are not finite: the file stays small."""
+    """Round to six digits, which keeps the file small; a value that is not finite becomes None."""
     return [float(f"{value:.6g}") if isfinite(value) else None for value in values]
 
 
@@ -243,10 +244,9 @@ def _log_axis(values: Sequence[float], base: int) -> dict[str, Any]:
 
 
 def log_ticks(values: Sequence[float], base: int) -> list[float]:
-    """Return places for a logarithmic axis, at most about eight, at whole powers of 2 or at 1, 2 and 5 times those of
-    10.
+    """Return ticks for a logarithmic axis, about eight at most: powers of 2, or 1, 2 and 5 times powers of 10.
 
-    Example: of 0.3 to 7 to base 10 they are 0.2, 0.5, 1, 2, 5 and 10.
+    Example: for values from 0.3 to 7 and base 10 the ticks are 0.2, 0.5, 1, 2, 5 and 10.
     """
     known = [value for value in values if isfinite(value) and value > 0] or [1.0]
     if base == 2:

@@ -1,7 +1,7 @@
-"""Prints what stands on top of a page, its verdicts and its figures, on a terminal or into a file.
+"""Print the top of a page, its verdicts and figures, on a terminal or into a file.
 
-Text wraps at the terminal's width (80 columns in a file) between words. A value is never broken or cut off: where even
-that does not fit, the lines are longer than the terminal.
+Text wraps between words at the terminal's width (80 columns in a file). A value is never broken or cut off: where a
+value does not fit, the lines are longer than the terminal.
 """
 
 from typing import TextIO

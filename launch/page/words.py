@@ -1,4 +1,4 @@
-"""A chart in words and in numbers, for those who cannot see it: a description and a table.
+"""A chart in words and in numbers, for readers who cannot see it: a description and a table.
 
 launch/page/html_file.py puts both beside each chart.
 """
@@ -14,7 +14,7 @@ _COLUMNS = 16  # rows of a heat map that a table shows one by one
 
 
 def describe(chart: Chart) -> str:
-    """Say in words what a chart shows."""
+    """Describe a chart in words: its kind, title, axes and the range of each line."""
     if isinstance(chart, HeatMap):
         values = [value for row in chart.values for value in row]
         rows = f"{len(chart.rows)} rows, one for each {chart.y_label}"
@@ -40,7 +40,7 @@ def number_text(value: float) -> str:
 
 
 def numbers(chart: Chart) -> Table:
-    """Give a chart's numbers as a table; of long lines, some evenly spaced ones."""
+    """Return a chart's numbers as a table; a long line is represented by evenly spaced points."""
     if isinstance(chart, HeatMap):
         return _numbers_of_heat_map(chart)
     if isinstance(chart, Bars):
@@ -70,7 +70,7 @@ def _numbers_of_columns(x_label: str, x: Sequence[float], lines: Sequence[Line])
 
 
 def _numbers_of_heat_map(chart: HeatMap) -> Table:
-    """One column a row of the map, or of many rows their spread."""
+    """Return one column for each row of the map; many rows are summed up by least, median and most."""
     rows = []
     for i in _some(len(chart.x)):
         column = [row[i] for row in chart.values]
@@ -105,7 +105,7 @@ def _numbers_of_bars(chart: Bars) -> Table:
 
 
 def _some(count: int) -> list[int]:
-    """Give at most _POINTS evenly spaced places, the first and the last among them."""
+    """Return at most _POINTS evenly spaced places, the first and the last among them."""
     if count <= _POINTS:
         return list(range(count))
     return [round(i * (count - 1) / (_POINTS - 1)) for i in range(_POINTS)]
@@ -148,7 +148,7 @@ _PREFIXES = ["", "k", "M", "G", "T", "P", "E", "Z"]
 
 
 def percent(part: float, whole: float) -> str:
-    """Write a share."""
+    """Write a part of a whole as a percentage."""
     return f"{part / whole:.1%}" if whole and isfinite(part) else "-"
 
 

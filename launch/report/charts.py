@@ -1,4 +1,4 @@
-"""Makes charts of a run's series, for the sections of a report; what a run does not have gives no chart."""
+"""Make charts of a run's metrics for the sections of a report; a metric that the run lacks makes no chart."""
 
 from collections.abc import Mapping, Sequence
 from math import isfinite
@@ -22,12 +22,12 @@ def curve(
     y_log: bool = False,
     x: str = "step",
 ) -> list[Chart]:
-    """Give one chart of some metrics over a quantity; none if none of them has a number other than 0.
+    """Return one chart of some metrics over a quantity; none if no metric has a number other than 0.
 
     Args:
-        names: of the metrics, by what they are called in the chart.
-        factor: by which values are multiplied.
-        upper: with a band up to the largest line nearby, where lines were thinned.
+        names: the metrics, by their names in the chart.
+        factor: multiplies the values.
+        upper: draw a band up to the largest neighbour, where lines were thinned.
     """
     lines, thinned = [], 1
     for label, name in names.items():
@@ -42,7 +42,7 @@ def curve(
 
 
 def line_of(label: str, found: MetricSeries, *, factor: float = 1, upper: bool = False) -> Line:
-    """Give a chart's line of a series."""
+    """Return a chart's line of a series."""
     most = [factor * value for value in found.most] if upper and found.lines > 1 else None
     return Line(label, found.x, [factor * value for value in found.mean], most)
 
@@ -58,10 +58,11 @@ def by_place(
     middle: float | None = None,
     y_from: float | None = 0,
 ) -> list[Chart]:
-    """Give one chart of a metric of each rank or layer over steps: lines of a few, a heat map of many.
+    """Return one chart of a metric of each rank or layer over steps: lines if there are few, a heat map if there are
+    many.
 
     Args:
-        of: what there is one of for each number, such as "rank".
+        of: the name of one place, such as "rank".
         middle: of the heat map.
     """
     found = metric_grid(run, name, axes=1)
@@ -76,7 +77,7 @@ def by_place(
 
 
 def expert_maps(run: RunData) -> list[Chart]:
-    """Give a heat map for each layer: rows of each expert over the mean, over steps."""
+    """Return a heat map for each layer: token rows of each expert over the mean, over steps."""
     found = metric_grid(run, "expert_rows", axes=2)
     if not found:
         return []
@@ -100,13 +101,13 @@ def expert_maps(run: RunData) -> list[Chart]:
 
 
 def areas(title: str, y_label: str, x: Sequence[float], parts: Mapping[str, Sequence[float]]) -> list[Chart]:
-    """Give stacked areas over steps of the parts that are not 0 everywhere."""
+    """Return stacked areas over steps of the parts that are not 0 everywhere."""
     lines = [Line(name, x, y) for name, y in parts.items() if any(value > 0 for value in y)]
     return [Areas(title, "step", y_label, lines)] if lines else []
 
 
 def section(title: str, *parts: Part | list[Chart] | list[Table] | list[Verdict]) -> list[Section]:
-    """Give a section of parts and lists of parts; none if it had no more than text."""
+    """Return a section of parts and lists of parts; none if it had no more than text."""
     flat: list[Part] = []
     for part in parts:
         if isinstance(part, list):

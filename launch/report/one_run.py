@@ -1,6 +1,6 @@
-"""The report's page of one run: what it reached at each k, how it learned, its health, and what it is.
+"""The report's page of one run: its quality at each k, its training, its health, and its options.
 
-What happens inside its steps (experts, time, exchange) is laid out in launch/report/steps.py.
+launch/report/steps.py has the sections about the inside of a step (experts, time, exchange).
 """
 
 from dataclasses import replace
@@ -50,54 +50,54 @@ def run_page(run: RunData) -> Page:
 
 
 def state_of(run: RunData) -> str:
-    """Give the run's state in one word."""
+    """Return the run's state as one word."""
     return str(run.state.get("state", "unknown"))
 
 
 def step_of(run: RunData) -> int:
-    """Give the number of steps that the run is known to have made."""
+    """Return the number of steps that the run is known to have finished."""
     logged = int(run.lines[-1]["step"]) if run.lines else 0
     recorded = number(run.state.get("step"))
     return max(logged, int(recorded) if isfinite(recorded) else 0)
 
 
 def steps_of(run: RunData) -> float:
-    """Give the number of steps that the run is to make; nan if unknown."""
+    """Return the number of steps that the run was asked for; nan if unknown."""
     return number(run.facts.get("steps", run.options.get("train.steps")))
 
 
 def parameters_of(run: RunData) -> float:
-    """Give the number of the model's parameters; nan if unknown."""
+    """Return the number of the model's parameters; nan if unknown."""
     return number(run.facts.get("parameters", run.summary.get("parameters")))
 
 
 def seconds_of(run: RunData) -> float:
-    """Give the time that steps took, without starts, validations and pauses; nan if unknown."""
+    """Return the seconds of training steps, without starts, validations and pauses; nan if unknown."""
     return run.last("seconds")
 
 
 def tokens_per_second_of(run: RunData) -> float:
-    """Give the mean speed over all ranks; nan if unknown."""
+    """Return the mean speed over all ranks; nan if unknown."""
     seconds = seconds_of(run)
     return run.last("tokens") / seconds if seconds > 0 else run.mean("tokens_per_second")
 
 
 def memory_peak(run: RunData) -> float:
-    """Give the most memory that a process of the run (rank 0's) is known to have used."""
+    """Return the largest memory in bytes that rank 0's process is known to have used; nan if unknown."""
     known = [run.most("peak_memory_bytes"), number(run.summary.get("peak_memory_bytes"))]
     return max((value for value in known if isfinite(value)), default=float("nan"))
 
 
 def by_arithmetic(run: RunData) -> list[tuple[float, float]]:
-    """Give forward arithmetic of a symbol and held-out bpc for each k (or dense) of which both are known, in this
-    order."""
+    """Return pairs of FLOP per symbol (forward pass) and held-out bpc, ascending, for each k (or dense) of which both
+    are known."""
     flops = plain_dict(run.facts.get("flops_per_symbol"))
     found = [(number(flops.get(k)), bpc) for k, bpc in run.bpc_by_k.items()]
     return sorted(point for point in found if isfinite(point[0]))
 
 
 def by_k(run: RunData) -> list[tuple[int, float]]:
-    """Give k and held-out bpc, in the order of k; empty for a dense run or before the end."""
+    """Return pairs of k and held-out bpc, ascending in k; empty for a dense run or before the end."""
     return sorted((int(k), bpc) for k, bpc in run.bpc_by_k.items() if k.isdigit())
 
 
@@ -147,7 +147,7 @@ def _figures(run: RunData) -> list[KeyFigure]:
 
 
 def _quality(run: RunData) -> list[Section]:
-    """One chart of all that is known of bits per symbol, over what the reader chooses."""
+    """Make one chart of all bits per symbol that are known; the reader chooses the quantity of the x axis."""
     charts: list[Chart] = [
         Curve("Bits per symbol", X_LABELS[x], "bits per symbol", lines, choice=choice)
         for x, choice in QUALITY_OVER.items()
@@ -250,7 +250,7 @@ def _about(run: RunData) -> list[Section]:
 
 
 def _missing(run: RunData) -> str:
-    """Say what the files do not have."""
+    """Name the files and metrics that the run's folder lacks."""
     absent = [name for name in ("flops", "layer_load", "rank_own_ms") if run.lines and name not in run.lines[-1]]
     words = [*run.missing, *(f"the metric {name}" for name in absent)]
     if not words:
@@ -293,8 +293,8 @@ def _measured(run: RunData) -> str:
 
 
 def changed_options(run: RunData) -> dict[str, tuple[Any, Any]]:
-    """Return the options of the experiment that differ from the defaults: the run's value and the default, None where
-    there is no such option."""
+    """Return the options of the experiment that differ from the defaults, as pairs of the run's value and the default;
+    the default is None for an option that does not exist."""
     defaults = {
         f"{section}.{name}": value for section, options in to_plain(Config()).items() for name, value in options.items()
     }

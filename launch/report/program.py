@@ -1,7 +1,8 @@
 """One page about a run, several runs or a sweep: `python -m launch.report run=runs/NAME`.
 
-Reads what is in the runs' folders (launch/report/run_data.py) and writes one HTML file, which needs no network and no
-other file. The run may go on meanwhile, or have failed, or be of an earlier version: the page says what is missing.
+The program reads the runs' folders (launch/report/run_data.py) and writes one HTML file, which needs no network and no
+other file. A run may still be training, have failed, or be of an earlier version: the page names the files and metrics
+that are missing.
 """
 
 import json
@@ -49,12 +50,12 @@ class ReportArgs:
 
     @property
     def runs(self) -> list[str]:
-        """What was asked for, as a list."""
+        """The runs that were asked for, as a list."""
         return list(self.run) if isinstance(self.run, Sequence) and not isinstance(self.run, str) else [self.run]
 
 
 def report(args: ReportArgs) -> int:
-    """Write the page; returns the exit code."""
+    """Write the page; return the exit code."""
     asked = [Path(name) for name in args.runs]
     sweep = _sweep_file(asked[0]) if len(asked) == 1 else None
     if sweep is not None:
@@ -74,7 +75,7 @@ def report(args: ReportArgs) -> int:
 
 
 def _sweep_file(asked: Path) -> Path | None:
-    """Give the sweep's file, if a sweep was asked for."""
+    """Return the sweep's file if a sweep was asked for, else None."""
     if asked.name.endswith(_SWEEP):
         return asked
     beside = asked.with_name(asked.name + _SWEEP)
@@ -104,7 +105,7 @@ def _sweep_page(sweep: Path) -> Page:
 
 
 def _check_target(out: Path) -> None:
-    """Refuse a place that cannot be written, or that holds anything but a report."""
+    """Refuse a target that cannot be written, or that holds anything but a report."""
     folder = out.absolute().parent
     require(not out.is_dir(), f"out={out}: is a folder; must be a file")
     require(
@@ -117,7 +118,7 @@ def _check_target(out: Path) -> None:
 
 
 def _write(out: Path, page: Page) -> int:
-    """Write the file at once; returns its bytes."""
+    """Write the file in one move; return its size in bytes."""
     text = html(page, _GENERATOR)
     new = out.with_name(f".{out.name}.new")
     new.write_text(text, encoding="ascii")
@@ -126,7 +127,7 @@ def _write(out: Path, page: Page) -> int:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the program."""
     run_program("report", ReportArgs, report)
 
 

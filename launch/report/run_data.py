@@ -1,8 +1,7 @@
-"""Reads what a run left in its folder, for a report: whole or cut short, running or failed, of this version or an
-earlier one.
+"""Read a run's folder for a report: complete or cut short, running or failed, of this version or an earlier one.
 
-Nothing here fails because of a missing file, line or name: a RunData says what is missing. A run's numbers come out as
-series over steps, symbols, arithmetic or seconds, thinned to what a screen can show.
+A missing file, line or name raises no error; RunData lists what is missing. Numbers become series over steps, symbols,
+arithmetic or seconds, thinned to the resolution of a screen.
 """
 
 import json
@@ -25,8 +24,7 @@ _COLUMNS, _CELLS = 150, 40_000  # of a heat map, at most
 
 @dataclass(frozen=True, slots=True, order=True)
 class Quality:
-    """Bits per symbol. Ordered: what was measured on held-out text at the end comes before what is known of other
-    runs."""
+    """Bits per symbol and their source. A held-out result at the end of a run orders before every other source."""
 
     order: int
     bpc: float  # nan if there is none
@@ -35,7 +33,7 @@ class Quality:
 
 @dataclass(frozen=True, slots=True)
 class RunData:
-    """A run's files, read."""
+    """The contents of a run's folder."""
 
     folder: Path
     name: str
@@ -48,11 +46,11 @@ class RunData:
     missing: list[str] = field(default_factory=list)  # what a reader should know is not there
 
     def last(self, name: str) -> float:
-        """Give the newest finite value of a metric; nan if there is none."""
+        """Return the newest finite value of a metric; nan if there is none."""
         return next((value for line in reversed(self.lines) if isfinite(value := number(line.get(name)))), nan)
 
     def mean(self, name: str) -> float:
-        """Give the mean of a metric over all steps; nan if there is none."""
+        """Return the mean of a metric over all steps; nan if there is none."""
         found = [
             (steps, value)
             for steps, line in zip(self.steps_of_lines, self.lines, strict=True)
@@ -62,12 +60,12 @@ class RunData:
         return sum(steps * value for steps, value in found) / total if total else nan
 
     def most(self, name: str) -> float:
-        """Give the largest value of a metric; nan if there is none."""
+        """Return the largest value of a metric; nan if there is none."""
         return max((value for line in self.lines if isfinite(value := number(line.get(name)))), default=nan)
 
     @property
     def steps_of_lines(self) -> list[int]:
-        """For each line, the steps since the line before."""
+        """The steps of each line, counted since the line before."""
         return steps_between(self.lines)
 
     @property
@@ -96,7 +94,7 @@ def read_run(folder: Path) -> RunData:
     """Read a run's folder.
 
     Raises:
-        UserError: it is not there, or holds no run.
+        UserError: the folder does not exist, or holds no run.
     """
     if not folder.is_dir():
         raise UserError(f"run={folder}: no such folder")
@@ -122,18 +120,18 @@ def read_run(folder: Path) -> RunData:
 
 
 def number(value: Any) -> float:
-    """Give a value of a file as a number; nan if it is none."""
+    """Return a value of a file as a float; nan if it is not a number."""
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else nan
 
 
 def plain_dict(value: Any) -> dict[str, Any]:
-    """Give a value of a file as an object; an empty one if it is none."""
+    """Return a value of a file as a dict; an empty one if it is not an object."""
     return value if isinstance(value, dict) else {}
 
 
 @dataclass(frozen=True, slots=True)
 class MetricSeries:
-    """Numbers over a quantity; each is the mean of as many neighbours as `lines` says."""
+    """A metric over another quantity; each point is the mean of `lines` neighbouring lines."""
 
     x: list[float]
     mean: list[float]
@@ -142,8 +140,8 @@ class MetricSeries:
 
 
 def metric_series(lines: Sequence[dict[str, Any]], name: str, x: str = "step", points: int = POINTS) -> MetricSeries:
-    """Give a metric over another one, thinned by means of neighbouring lines to at most `points`; empty if it is not
-    there."""
+    """Return a metric over another one, thinned to at most `points` means of neighbouring lines; empty if the metric is
+    missing."""
     pairs = [(number(line.get(x)), number(line.get(name))) for line in lines]
     pairs = [(place, value) for place, value in pairs if isfinite(place)]
     if not any(isfinite(value) for _, value in pairs):
@@ -171,9 +169,9 @@ class MetricGrid:
 
 
 def metric_grid(run: RunData, name: str, axes: int) -> MetricGrid:
-    """Give a metric with axes, thinned by means to what a heat map can show; empty if it is not there.
+    """Return a metric with axes, thinned by means to the resolution of a heat map; empty if the metric is missing.
 
-    Lines of another shape than the last are left out: the run went on on other ranks.
+    Lines of another shape than the last line's are left out: the run was resumed on other ranks.
     """
     found = [
         (number(line.get("step")), np.array(line[name], np.float32))
@@ -191,7 +189,7 @@ def metric_grid(run: RunData, name: str, axes: int) -> MetricGrid:
 
 
 def _is_regular(value: Any, axes: int) -> bool:
-    """Lists within lists of equal lengths, of numbers or null."""
+    """Check for lists within lists of equal lengths, of numbers or null."""
     if not isinstance(value, list) or not value:
         return False
     if axes == 1:
@@ -201,7 +199,7 @@ def _is_regular(value: Any, axes: int) -> bool:
 
 
 def _read_lines(file: Path, missing: list[str]) -> list[dict[str, Any]]:
-    """Read what is whole; of the last line a killed run, or one that just writes, may have left a part."""
+    """Read all complete lines. A killed run, or one that is writing, can leave a part of its last line."""
     damaged: list[str] = []
     try:
         lines: list[Any] = read_lines(file, damaged)
@@ -245,7 +243,7 @@ def _add_seconds(lines: list[dict[str, Any]]) -> None:
 
 
 def _add_places(valid: list[dict[str, Any]], lines: list[dict[str, Any]]) -> None:
-    """Give validations the places of the newest line of training before them, where they do not say their own."""
+    """Set the places of a validation that does not have its own to those of the newest line of training before it."""
     at = 0
     for found in valid:
         while at < len(lines) and lines[at]["step"] <= found["step"]:

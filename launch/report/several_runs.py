@@ -1,5 +1,4 @@
-"""The report's page of several runs, or of a sweep: one table of all of them, and curves of the best six over each
-other."""
+"""The report's page of several runs or a sweep: one table of all runs, and curves of the best six in common charts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -48,7 +47,8 @@ class _Drawn:
 
 
 def several_page(title: str, runs: Sequence[RunData], absent: Sequence[Absent] = ()) -> Page:
-    """Describe several runs; the best is on top and the first in every chart, in which a run keeps its colour."""
+    """Describe several runs. The best run is first in the table and in every chart; a run keeps its colour in all
+    charts."""
     runs = sorted(runs, key=lambda run: run.quality)
     differing = differing_options(runs)
     labels = labels_of(runs)
@@ -78,7 +78,7 @@ def several_page(title: str, runs: Sequence[RunData], absent: Sequence[Absent] =
 
 
 def differing_options(runs: Sequence[RunData]) -> list[str]:
-    """Give the options that are not the same in all runs, as far as these are known."""
+    """Return the names of the options whose known values differ between the runs."""
     known = [run.options for run in runs if run.options]
     names = dict.fromkeys(name for options in known for name in options)
     return [
@@ -87,7 +87,7 @@ def differing_options(runs: Sequence[RunData]) -> list[str]:
 
 
 def labels_of(runs: Sequence[RunData]) -> list[str]:
-    """Return the runs' names, or their folders where names are not different."""
+    """Return the runs' names, or their folders if two names are equal."""
     names = [run.name for run in runs]
     return names if len(set(names)) == len(runs) else [str(run.folder) for run in runs]
 
@@ -158,13 +158,13 @@ def _state(run: RunData) -> str:
 
 
 def _active_parameters(run: RunData) -> float:
-    """Give the parameters that the run used at the last k that it logged."""
+    """Return the number of parameters that were active at the last k that the run logged."""
     active, k = plain_dict(run.facts.get("active_parameters")), run.last("k")
     return number(active.get("dense", active.get(f"{k:.0f}" if isfinite(k) else "")))
 
 
 def _quality(drawn: Sequence[_Drawn], title: str, lines: str, name: str) -> list[Chart]:
-    """One chart of a metric of all runs, over what the reader chooses."""
+    """Make one chart of a metric of all runs; the reader chooses the quantity of the x axis."""
     charts: list[Chart] = []
     for x, choice in QUALITY_OVER.items():
         found = [(each, metric_series(getattr(each.run, lines), name, x)) for each in drawn]

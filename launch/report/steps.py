@@ -1,4 +1,4 @@
-"""The report's sections about what happens inside a run's steps: load of the experts, time, and bytes between ranks."""
+"""The report's sections about the inside of a step: load of the experts, time, and bytes between ranks."""
 
 from math import isfinite, nan
 from typing import Any
@@ -13,7 +13,7 @@ _RANKS = 32  # that a table shows one by one
 
 
 def experts(run: RunData) -> list[Section]:
-    """Lay out how evenly experts and ranks are loaded."""
+    """Describe how evenly experts and ranks are loaded."""
     words = "Load is a number of rows (a token through one expert) over the mean: 1 everywhere is perfect balance."
     names = {"busiest expert, worst layer": "load_max_over_mean"}
     if several_ranks := run.most("rank_load_max_over_mean") > 1:
@@ -32,7 +32,7 @@ def experts(run: RunData) -> list[Section]:
 
 
 def time(run: RunData) -> list[Section]:
-    """Lay out where the time of a step goes."""
+    """Describe how the time of a step is spent."""
     x, parts = _parts_over_steps(run)
     return section(
         "Time",
@@ -62,7 +62,7 @@ def time(run: RunData) -> list[Section]:
 
 
 def exchange(run: RunData) -> list[Section]:
-    """Lay out the bytes between ranks, beside those of a certificate; nothing for a run that sent none."""
+    """Describe the bytes between ranks, beside the certificate's; return no section for a run that sent none."""
     if not run.most("wire_bytes") > 0:
         return []
     names = {"all": "wire_bytes"}
@@ -84,7 +84,7 @@ def exchange(run: RunData) -> list[Section]:
 
 
 def _parts_over_steps(run: RunData) -> tuple[list[float], dict[str, list[float]]]:
-    """Give the steps, and for each part of a step its milliseconds; they add up to step_ms."""
+    """Return the steps, and the milliseconds of each part of a step; the parts add up to step_ms."""
     lines: list[dict[str, Any]] = []
     for line in run.lines:
         ms = {name: number(line.get(f"{name}_ms")) for name in ("forward", "backward", "optimizer", "outside")}
@@ -155,7 +155,7 @@ def _time_table(run: RunData, x: list[float], parts: dict[str, list[float]]) -> 
 
 
 def _rank_table(run: RunData) -> list[Table]:
-    """Means of each rank, or of many ranks their spread."""
+    """Tabulate the means of each rank; many ranks are summed up by least, mean and most."""
     names = {
         "own time, ms": ("rank_own_ms", 1.0),
         "waiting for plans, ms": ("rank_plan_wait_ms", 1.0),
@@ -186,7 +186,7 @@ def _rank_table(run: RunData) -> list[Table]:
 
 
 def _verdict(run: RunData) -> list[Verdict]:
-    """Say whether the run was held to a certificate, and how that ended."""
+    """Return a verdict on the certificate that the run was held to; none if it had no certificate."""
     certificate = plain_dict(run.facts.get("certificate"))
     if not certificate:
         return []
@@ -211,7 +211,7 @@ def _verdict(run: RunData) -> list[Verdict]:
 
 
 def _link_table(run: RunData) -> list[Table]:
-    """Means of each link, of up to 16 ranks."""
+    """Tabulate the mean bytes on each link, of up to 16 ranks."""
     found = metric_grid(run, "link_bytes", 2)
     if not found:
         return []
@@ -223,7 +223,7 @@ def _link_table(run: RunData) -> list[Table]:
 
 
 def _means_by_k(run: RunData) -> dict[str, tuple[int, float]]:
-    """Give, for each k, the number of lines logged at it and their mean bytes of a step."""
+    """Return, for each k, the number of lines logged at it and their mean bytes of a step."""
     found: dict[str, list[float]] = {}
     for line in run.lines:
         k, value = number(line.get("k")), number(line.get("wire_bytes"))

@@ -1,6 +1,6 @@
-"""The charts of a study: valid bpc over tokens, FLOPs and seconds, and test bpc over k. Means over seeds.
+"""The charts of a study, as means over seeds: valid bpc over tokens, FLOPs and seconds, and test bpc over k.
 
-A chart can tell six lines apart: the first arm is in every chart, the others share them out.
+A chart can tell six lines apart. The first arm is in every chart; the charts share out the other arms.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,8 @@ _AXES = {
 
 
 def lead_chart(preset: Preset, results: Results) -> list[Part]:
-    """The preset's main arms: test bpc over the arithmetic of a forward pass where all arms know it, else over k."""
+    """Chart test bpc of the preset's main arms over the arithmetic of a forward pass, or over k if an arm does not know
+    it."""
     names = preset.lead or ({arm: arm for arm in preset.arms} if len(preset.arms) <= COLOURS else {})
     there = {arm: next(iter(results.seeds_of(arm).values())) for arm in names if results.seeds_of(arm)}
     every_k = evaluated_k(results)
@@ -40,7 +41,7 @@ def lead_chart(preset: Preset, results: Results) -> list[Part]:
 
 
 def curve_charts(preset: Preset, results: Results) -> list[Part]:
-    """Valid bpc at k_max over training, for each axis that was recorded."""
+    """Chart valid bpc at k_max over training, for each axis that was recorded."""
     curves = {(arm, axis): mean_curve(results, arm, axis) for arm in preset.arms for axis in _AXES}
     groups = _groups(preset, [arm for arm in preset.arms if any(curves[arm, axis] for axis in _AXES)])
     found: list[Part] = []
@@ -57,7 +58,7 @@ def curve_charts(preset: Preset, results: Results) -> list[Part]:
 
 
 def slimming_charts(preset: Preset, results: Results) -> list[Part]:
-    """Test bpc over the number of active experts."""
+    """Chart test bpc over the number of active experts."""
     every_k = evaluated_k(results)
     if not every_k:
         return []
@@ -73,7 +74,7 @@ def slimming_charts(preset: Preset, results: Results) -> list[Part]:
 
 
 def _groups(preset: Preset, arms: Sequence[str]) -> list[list[str]]:
-    """Share the arms out over charts, with the first arm of the study in each."""
+    """Share the arms out over charts evenly, with the first arm of the study in each chart."""
     first = reference_arm(preset)
     others = [arm for arm in arms if arm != first]
     charts = -(-len(others) // (COLOURS - 1)) or 1

@@ -1,10 +1,9 @@
-"""What the result files of a study say: means over seeds, and differences between two arms paired by seed, with 95%
-intervals.
+"""Compare the arms of a study: means over seeds, and differences between two arms paired by seed, with 95% intervals.
 
 Test numbers are of the last checkpoint, at a given k. Numbers over training are bpc on the valid split at the arm's own
-largest k in training (k_max), read from the curve by straight lines between its points. At equal FLOPs, or equal
-seconds, both arms are read where the one that used less of them ended; the other is then in the middle of its schedule
-of the learning rate, and nothing is claimed of the difference.
+largest k in training (k_max); a value between two points of the curve is interpolated linearly. At equal FLOPs or equal
+seconds, both arms are read at the point where the cheaper arm ended. The other arm is then in the middle of its
+learning rate schedule, and no claim is made about the difference.
 """
 
 from collections.abc import Iterator
@@ -34,7 +33,8 @@ class Comparison:
 
     @property
     def claim(self) -> str:
-        """What the numbers allow to say; a percentage only where the interval excludes 0 and no arm was read early."""
+        """The claim that the numbers allow; a percentage only where the interval excludes 0 and no arm was read
+        early."""
         if self.cut:
             return "none: no fair comparison"
         if self.difference.low is None:
@@ -45,12 +45,12 @@ class Comparison:
 
 
 def reference_arm(preset: Preset) -> str:
-    """The arm that all others are compared with."""
+    """Return the arm that all others are compared with."""
     return next(iter(preset.arms))
 
 
 def pairs_of(preset: Preset, results: Results) -> list[tuple[str, str]]:
-    """Every arm to the first, then the preset's own pairs; those of which both arms have a run."""
+    """Return every arm with the first, then the preset's own pairs, as far as both arms have a run."""
     first = reference_arm(preset)
     wanted = [(arm, first) for arm in preset.arms if arm != first]
     wanted += [(a, b) for a, b in preset.pairs]
@@ -59,20 +59,21 @@ def pairs_of(preset: Preset, results: Results) -> list[tuple[str, str]]:
 
 
 def seeds_mean(results: Results, arm: str, k: int | None) -> Estimate | None:
-    """Mean test bpc of an arm at k (None: its own); None if no run was evaluated there."""
+    """Estimate the mean test bpc of an arm at k (None: its own k); None if no run was evaluated there."""
     values = _test_values(results, arm, k)
     return estimate(list(values.values())) if values else None
 
 
 def compare_on_test(results: Results, a: str, b: str, k: int | None) -> Comparison | None:
-    """Compare on the test split at k (None: each at its own); None where a seed is not shared or k was not
+    """Compare on the test split at k (None: each arm at its own k); None if no seed is shared or k was not
     evaluated."""
     at = "test, own k" if k is None else f"test, k={k}"
     return _compare(a, b, at, _test_values(results, a, k), _test_values(results, b, k))
 
 
 def compare_along(results: Results, a: str, b: str, axis: str, share: float = 1.0) -> Comparison | None:
-    """Compare on the valid split during training, at a share of what the arm that used less of the axis used in all.
+    """Compare on the valid split during training, at a share of the amount of the axis that the cheaper arm used in
+    all.
 
     Args:
         axis: one of AXES.
@@ -104,7 +105,7 @@ def compare_along(results: Results, a: str, b: str, axis: str, share: float = 1.
 
 
 def ratio(results: Results, a: str, b: str, axis: str) -> Estimate | None:
-    """What an arm's whole training used of an axis, over what another's used, seed by seed."""
+    """Estimate the amount of an axis that the training of one arm used, over that of another arm, seed by seed."""
     of_a, of_b = results.seeds_of(a), results.seeds_of(b)
     values = []
     for seed in sorted(of_a.keys() & of_b.keys()):
@@ -115,7 +116,7 @@ def ratio(results: Results, a: str, b: str, axis: str) -> Estimate | None:
 
 
 def used(run: Result, axis: str) -> float | None:
-    """What a run's whole training used of an axis."""
+    """Return the amount of an axis that a run's whole training used; None if it was not recorded."""
     if axis == "seconds":
         return float(run["measured"]["training_seconds"])
     points = _axis(run, axis)
@@ -123,7 +124,7 @@ def used(run: Result, axis: str) -> float | None:
 
 
 def mean_curve(results: Results, arm: str, axis: str) -> list[tuple[float, float]]:
-    """Points (axis, valid bpc) of an arm, means over its seeds; empty where the axis was not recorded."""
+    """Return points (axis, valid bpc) of an arm, means over its seeds; empty where the axis was not recorded."""
     curves = [_axis(run, axis) for run in results.seeds_of(arm).values()]
     if not curves or len({len(curve) for curve in curves}) != 1:
         return []
@@ -134,28 +135,29 @@ def mean_curve(results: Results, arm: str, axis: str) -> list[tuple[float, float
 
 
 def missing(preset: Preset, results: Results) -> list[str]:
-    """Name the runs that the preset lists and no result file is there of."""
+    """Name the runs of the preset that have no result file."""
     return [f"{arm}-seed{seed}" for arm in preset.arms for seed in preset.seeds if seed not in results.seeds_of(arm)]
 
 
 def experts_of(results: Results) -> int:
-    """Experts of a layer, the most of any arm."""
+    """Return the number of experts of a layer, the largest of any arm."""
     return max((run["experts"] for run in all_runs(results)), default=0)
 
 
 def compared_k(results: Results) -> list[int | None]:
-    """Numbers of active experts at which arms are compared on the test split: each arm's own (None), E / 2 and E."""
+    """Return the numbers of active experts at which arms are compared on the test split: their own (None), E / 2
+    and E."""
     experts = experts_of(results)
     return [None, *sorted({k for k in (experts // 2, experts) if k})]
 
 
 def evaluated_k(results: Results) -> list[int]:
-    """Numbers of active experts at which any run was evaluated."""
+    """Return the numbers of active experts at which any run was evaluated."""
     return sorted({int(k) for run in all_runs(results) for k in run["bpc"] if k.isdigit()})
 
 
 def comparisons(preset: Preset, results: Results) -> list[Comparison]:
-    """Every comparison that the page and the JSON file give."""
+    """Return every comparison of the page and the JSON file."""
     pairs = pairs_of(preset, results)
     found = [c for a, b in pairs for c in _comparisons_of(results, a, b)]
     return [c for c in found if c is not None]
@@ -170,7 +172,7 @@ def _comparisons_of(results: Results, a: str, b: str) -> Iterator[Comparison | N
 
 
 def as_json(name: str, preset: Preset, results: Results) -> dict[str, Any]:
-    """Give what docs/study/NAME.json holds: the numbers of the page, and every result file."""
+    """Return the contents of docs/study/NAME.json: the numbers of the page, and every result file."""
     arms: dict[str, Any] = {}
     for arm in preset.arms:
         if results.seeds_of(arm):
@@ -188,7 +190,7 @@ def as_json(name: str, preset: Preset, results: Results) -> dict[str, Any]:
 
 
 def all_runs(results: Results) -> list[Result]:
-    """Give the runs of all arms and seeds."""
+    """Return the runs of all arms and seeds."""
     return [run for by_seed in results.runs.values() for run in by_seed.values()]
 
 
@@ -202,7 +204,7 @@ def _compare(a: str, b: str, at: str, of_a: dict[int, float], of_b: dict[int, fl
 
 
 def _test_values(results: Results, arm: str, k: int | None) -> dict[int, float]:
-    """Test bpc by seed."""
+    """Return test bpc by seed."""
     found = {}
     for seed, run in results.seeds_of(arm).items():
         if k is None:
@@ -213,6 +215,6 @@ def _test_values(results: Results, arm: str, k: int | None) -> dict[int, float]:
 
 
 def _axis(run: Result, axis: str) -> list[tuple[float, float]]:
-    """Points (axis, valid bpc) of a run; empty where the axis was not recorded."""
+    """Return points (axis, valid bpc) of a run; empty where the axis was not recorded."""
     points = [(point[axis], point["valid_bpc"]) for point in run["curve"]]
     return [] if any(x is None for x, _ in points) else points

@@ -1,7 +1,7 @@
-"""Steps of an arm that trains as long as another one (same_time_as), from the seconds per step of the runs that tried
-rates.
+"""Compute the steps of an arm that trains as long as another one (same_time_as), from the seconds per step of the runs
+that tried learning rates.
 
-They are worked out once and kept in steps.json of the study's folder, so that a study that goes on makes the same runs.
+The steps are computed once and kept in steps.json of the study's folder, so that a resumed study makes the same runs.
 """
 
 import json
@@ -17,30 +17,30 @@ STEPS = "steps.json"
 
 
 def waits_for(preset: Preset, arm: str) -> list[str]:
-    """Arms whose runs that try rates must have ended before an arm can start."""
+    """Return the arms whose runs that try rates must end before an arm can start."""
     chosen = preset.arms[arm]
     return [chosen.kin, *([chosen.same_time_as] if chosen.same_time_as else [])]
 
 
 def read_steps(out: Path) -> dict[str, int]:
-    """Read the steps that were worked out earlier, by arm; empty if there are none."""
+    """Read the steps that were computed earlier, by arm; empty if there are none."""
     path = out / STEPS
     found: dict[str, int] = json.loads(path.read_text()) if path.exists() else {}
     return found
 
 
 def keep_steps(out: Path, steps: Mapping[str, int]) -> None:
-    """Keep them for a study that goes on."""
+    """Write the steps to the study's folder, for a study that is resumed."""
     write_json(out / STEPS, dict(steps))
 
 
 def take_steps(preset: Preset, jobs: Sequence[Job], steps: Mapping[str, int]) -> list[Job]:
-    """Give the jobs with the steps of their arms, where those are known."""
+    """Return the jobs with the steps of their arms, as far as these are known."""
     return [with_steps(preset, job, steps[job.arm]) if job.tries is None and job.arm in steps else job for job in jobs]
 
 
 def equal_time_steps(preset: Preset, jobs: Sequence[Job], arm: str, tuning: Sequence[Result]) -> int:
-    """Work out how many steps of an arm take as long as all steps of the arm that it names, in whole validations.
+    """Compute how many steps of an arm take as long as all steps of the arm that it names, in whole validations.
 
     Args:
         tuning: results of the runs that tried rates with this arm's kin and with the arm that it names.

@@ -1,4 +1,4 @@
-"""The part of a study's page about experts and routes: how alike experts are, how even the load, how routes changed.
+"""The sections of a study's page about experts and routes: similarity of experts, load, and change of routes.
 
 The numbers are those of launch.analyse, means over seeds.
 """
@@ -18,7 +18,7 @@ _NONE = "-"
 
 
 def experts_section(preset: Preset, results: Results) -> page.Section:
-    """Redundancy: similarity of the experts' outputs and weights, at the start and at the end."""
+    """Tabulate the similarity of the experts' outputs and weights, at the start and at the end."""
     rows = []
     for arm, found in _analyses(preset, results).items():
         cells = [
@@ -38,7 +38,7 @@ def experts_section(preset: Preset, results: Results) -> page.Section:
 
 
 def routes_section(preset: Preset, results: Results) -> page.Section:
-    """Load, mixing weights and routing change."""
+    """Tabulate load, mixing weights and routing change."""
     half = str(max(1, experts_of(results) // 2))
     stochastic = [
         arm for arm in preset.arms if any(run["router"] == "stochastic" for run in results.seeds_of(arm).values())
@@ -98,13 +98,13 @@ def routes_section(preset: Preset, results: Results) -> page.Section:
 
 
 def _analyses(preset: Preset, results: Results) -> dict[str, list[dict[str, Any]]]:
-    """Analyses by arm, of the arms that have any."""
+    """Return the analyses by arm, of the arms that have any."""
     found = {arm: [run["analysis"] for run in results.seeds_of(arm).values() if run["analysis"]] for arm in preset.arms}
     return {arm: analyses for arm, analyses in found.items() if analyses}
 
 
 def _sample(results: Results) -> str:
-    """The text that the experts were looked at on."""
+    """Describe the text on which the experts were analysed."""
     found = sorted({run["analysis"]["symbols"] for run in all_runs(results) if run["analysis"]})
     return f"the first {' or '.join(f'{n:,}' for n in found)} symbols of the test text"
 

@@ -1,5 +1,4 @@
-"""Means with 95% intervals, differences paired by seed, and curves read between their points. Plain numbers in and
-out."""
+"""Means with 95% intervals, differences paired by seed, and interpolated curves, from and to plain numbers."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -30,8 +29,8 @@ class Estimate:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Give the mean and mean -/+ t s / sqrt(n): Student's t with n - 1 degrees of freedom, s the sample standard
-    deviation."""
+    """Return the mean and the interval mean -/+ t s / sqrt(n): Student's t with n - 1 degrees of freedom, s the sample
+    standard deviation."""
     mean, n = fmean(values), len(values)
     if n < 2:
         return Estimate(mean, None, None, n)
@@ -51,7 +50,7 @@ def t_quantile(degrees: int, confidence: float = CONFIDENCE) -> float:
 
 
 def read_between(x: Sequence[float], y: Sequence[float], at: float) -> float | None:
-    """Read a curve at a place: a straight line between its two neighbouring points; None outside of the points.
+    """Interpolate a curve linearly at a place; None outside of its points.
 
     Args:
         x: ascending.

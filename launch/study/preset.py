@@ -1,8 +1,9 @@
-"""What a study runs: a preset's arms, seeds and learning rates become jobs, in an order that is good when it is cut
+"""Make the jobs of a study from a preset's arms, seeds and learning rates, in an order that serves a study that is cut
 short.
 
-A job is one run of launch.train. All of one seed read the same symbols in the same order: the seed sets the weights'
-start, dropout, a hashed router's tables, and where in their text the streams begin (data.start). Nothing is run here.
+A job is one run of launch.train. All jobs of one seed read the same symbols in the same order. The seed sets the
+initial weights, dropout, a hashed router's tables, and the place in the text where the streams begin (data.start).
+Nothing is run here.
 """
 
 from collections.abc import Iterator, Mapping
@@ -113,7 +114,7 @@ class Job:
 
     @property
     def analysed(self) -> bool:
-        """The run has experts to look at."""
+        """Whether the run has experts that can be analysed."""
         return self.tries is None and self.config.moe.router is not Router.dense
 
 
@@ -141,7 +142,7 @@ def plan_jobs(preset: Preset, corpus: CorpusConfig, out: Path) -> list[Job]:
 
 
 def _start_of(preset: Preset, corpus: CorpusConfig, out: Path, arm: str) -> Job:
-    """What all runs of an arm have in common; Hydra composes it once."""
+    """Compose the configuration that all runs of an arm share; Hydra composes it once."""
     chosen = preset.arms[arm]
     options = [
         f"experiment={chosen.experiment or f'study/{arm}'}",
@@ -163,12 +164,12 @@ def _start_of(preset: Preset, corpus: CorpusConfig, out: Path, arm: str) -> Job:
 
 
 def _corpus_options(corpus: CorpusConfig) -> list[str]:
-    """A file's path is needed from the first."""
+    """Return the corpus options that composing needs; a file's path is needed from the first."""
     return [] if corpus.path is None else [f"corpus.path={quote(corpus.path)}"]
 
 
 def _tuning_jobs(preset: Preset, started: Mapping[str, Job]) -> Iterator[Job]:
-    """Rate by rate, so that noise of the machine is shared between the arms."""
+    """List the runs that try rates, rate by rate, so that noise of the machine is shared between the arms."""
     for rate in preset.learning_rates:
         for arm in preset.kin:
             job = replace(started[arm], name=f"tune-{arm}-lr{rate:g}", tries=rate)
@@ -184,7 +185,7 @@ def _tuning_jobs(preset: Preset, started: Mapping[str, Job]) -> Iterator[Job]:
 
 
 def _arm_jobs(preset: Preset, started: Mapping[str, Job]) -> Iterator[Job]:
-    """Core arms, seed by seed, then the others likewise; every other seed in reverse, so that no arm is always
+    """List core arms, seed by seed, then the others likewise; every other seed in reverse, so that no arm is always
     early."""
     for core in (True, False):
         arms = [name for name, arm in preset.arms.items() if arm.core is core]
@@ -197,7 +198,7 @@ def _arm_jobs(preset: Preset, started: Mapping[str, Job]) -> Iterator[Job]:
 
 
 def _common(preset: Preset, name: str, seed: int, steps: int) -> dict[str, Any]:
-    """A run's name, its seed, and its validations and checkpoints over the steps; both come at its end, too."""
+    """Return a run's options: its name, its seed, and its validations and checkpoints over the steps and at the end."""
     require(steps % preset.points == 0, f"points={preset.points}: must divide train.steps={steps} of {name}")
     return {
         "train.name": name,
@@ -211,12 +212,12 @@ def _common(preset: Preset, name: str, seed: int, steps: int) -> dict[str, Any]:
 
 
 def with_steps(preset: Preset, job: Job, steps: int) -> Job:
-    """Give an arm's job with another number of steps."""
+    """Return an arm's job with another number of steps."""
     return with_changes(job, {"train.steps": steps, **_common(preset, job.name, job.seed, steps)})
 
 
 def with_changes(job: Job, changes: Mapping[str, Any]) -> Job:
-    """Give a job with other options, by their full names, in its configuration and on its command line."""
+    """Return a job with other options, by their full names, in its configuration and on its command line."""
     sections: dict[str, dict[str, Any]] = {}
     for full, value in changes.items():
         section, name = full.split(".")
@@ -236,12 +237,13 @@ def _written(value: Any) -> str:
 
 
 def with_rate(job: Job, rate: float | None) -> Job:
-    """Put a learning rate in; None leaves the experiment's own."""
+    """Set a learning rate; None keeps the experiment's own."""
     return job if rate is None else with_changes(job, {"optim.lr": rate})
 
 
 def chosen_options(config: Config) -> dict[str, Any]:
-    """Give the options that are not the default's, without those that say where and how the same steps are computed."""
+    """Return the options that differ from the defaults, without those that only affect where and how the same steps are
+    computed."""
     defaults = to_plain(Config())
     return {
         f"{section}.{name}": value
@@ -252,8 +254,7 @@ def chosen_options(config: Config) -> dict[str, Any]:
 
 
 def difference(config: Config, chosen: Mapping[str, Any]) -> str | None:
-    """Name the first option in which a configuration is not what `chosen_options` gave earlier; None if there is
-    none."""
+    """Name the first option in which a configuration differs from earlier `chosen_options`; None if there is none."""
     now = chosen_options(config)
     for name in [*now, *chosen]:
         if now.get(name) != chosen.get(name):

@@ -1,8 +1,8 @@
 """Arms side by side, seed by seed: `python -m launch.study preset=small corpus.path=FILE out=runs/study_small jobs=2`.
 
-Runs what conf/study/PRESET.yaml lists (launch/study/preset.py) as processes of launch.train and launch.analyse, and
-goes on from where it was when it is started again. `report=true` runs nothing: it writes the page from the result files
-that are there.
+The program runs the jobs of conf/study/PRESET.yaml (launch/study/preset.py) as processes of launch.train and
+launch.analyse, and resumes them when it is started again. `report=true` runs nothing: it writes the page from the
+result files that exist.
 """
 
 from dataclasses import dataclass, field
@@ -45,7 +45,7 @@ class StudyArgs:
 
 
 def study(args: StudyArgs) -> int:
-    """Run the study or write its page; returns the exit code."""
+    """Run the study or write its page; return the exit code."""
     preset = read_preset(args.preset)
     name, folder = Path(args.preset).stem, args.folder
     if args.report:
@@ -72,7 +72,7 @@ def _say(line: str) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the program."""
     run_program("study", StudyArgs, study)
 
 

@@ -1,8 +1,8 @@
 """The result files of a study: results/NAME.json in its folder, one for each finished run, small enough to be
 committed.
 
-`collect` makes one from a run folder, `read_results` gives all that are there. Times, and what else depends on the
-machine, are in the curve's seconds and under "measured"; all other numbers are the same however often the study was
+`collect` makes one from a run folder; `read_results` reads all of them. Numbers that depend on the machine, such as
+times, are in the curve's seconds and under "measured". All other numbers are the same however often the study was
 stopped.
 """
 
@@ -27,23 +27,23 @@ FORMAT = 1
 _COUNTING = "order2_bpc", "order3_bpc", "bzip2_bpc", "counted_symbols"
 Result = dict[str, Any]
 _SAME = ("corpus_sha256", "tokens", "data.streams", "data.segment", "data.start", "train.seed", "test_symbols")
-"""What the runs of one seed must have in common to be compared."""
+"""Properties in which the runs of one seed must agree to be compared."""
 
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """Result files, read."""
+    """The result files of a study, by arm and seed."""
 
     tuning: list[Result]  # one for each arm and learning rate that was tried
     runs: dict[str, dict[int, Result]]  # by arm and seed
 
     def seeds_of(self, arm: str) -> dict[int, Result]:
-        """Runs of an arm by seed."""
+        """Return the runs of an arm by seed."""
         return self.runs.get(arm, {})
 
 
 def collect(job: Job, rate: float | None, folder: Path, wall_seconds: float | None) -> Result:
-    """Put together what is known of a finished run.
+    """Make the result of a finished run from its folder.
 
     Args:
         folder: the run's.
@@ -89,10 +89,10 @@ def collect(job: Job, rate: float | None, folder: Path, wall_seconds: float | No
 
 
 def curve(metrics: Path) -> list[dict[str, float | None]]:
-    """Give the validations of a run: bpc at k_max, with symbols, FLOPs and seconds of training up to there.
+    """Return the validations of a run: bpc at k_max, with symbols, FLOPs and seconds of training up to each.
 
-    Seconds are step_ms added up over the steps, so neither validations nor checkpoints count, nor work that was lost
-    when a run was killed. FLOPs are None where the run did not record any.
+    Seconds are the sum of step_ms over the steps: validations, checkpoints and work that a kill lost are not in them.
+    FLOPs are None if the run did not record them.
     """
     rows = read_lines(metrics)
     logged = [row for row in rows if "step_ms" in row]
@@ -153,10 +153,10 @@ def arrange(results: list[Result]) -> Results:
 
 
 def check_same(results: list[Result]) -> None:
-    """Refuse runs that did not read the same text in the same order, or were not tested on the same symbols.
+    """Refuse runs that read other text or another order, or were tested on other symbols.
 
     Raises:
-        UserError: names the two arms and what differs.
+        UserError: names the two arms and the difference.
     """
     first = results[0]
     for other in results[1:]:
@@ -173,7 +173,7 @@ def check_alike(results: list[Result]) -> None:
     """Refuse runs of one arm that differ in more than their seed.
 
     Raises:
-        UserError: names the arm, the two seeds and what differs.
+        UserError: names the arm, the two seeds and the difference.
     """
     first = results[0]
     for other in results[1:]:
@@ -187,19 +187,19 @@ def check_alike(results: list[Result]) -> None:
 
 
 def best_rate(results: list[Result], arm: str) -> float | None:
-    """Give the learning rate with the lowest bpc on the valid split among those that were tried with an arm; None: none
-    was."""
+    """Return the learning rate with the lowest bpc on the valid split among those that were tried with an arm; None if
+    none was tried."""
     tried = [r for r in results if r["arm"] == arm and r["tries"] is not None]
     return min(tried, key=own_bpc)["tries"] if tried else None
 
 
 def own_bpc(result: Result) -> float:
-    """Bits per symbol at the arm's own largest k in training; a dense model has one value."""
+    """Return bits per symbol at the arm's own largest k in training; a dense model has one value."""
     return bpc_at(result, result["k_max"] or 0)
 
 
 def bpc_at(result: Result, k: int) -> float:
-    """Bits per symbol at k; a dense model has one value, whatever k.
+    """Return bits per symbol at k; a dense model has one value for every k.
 
     Raises:
         KeyError: the run was not evaluated at k.
@@ -209,7 +209,7 @@ def bpc_at(result: Result, k: int) -> float:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A JSON file's object; empty if there is no such file."""
+    """Return a JSON file's object; empty if there is no such file."""
     if not path.exists():
         return {}
     found: dict[str, Any] = json.loads(path.read_text())

@@ -1,8 +1,8 @@
-"""Runs the jobs of a study: so many processes at a time, each with a log; what is finished is kept, the rest is
+"""Run the jobs of a study in several processes at a time, each with a log; finished jobs are kept, the others are
 resumed.
 
-A job is launch.train and then launch.analyse, each a process of its own, which a signal to the study, the end of its
-time or its death stops behind a checkpoint. Results are written when both are done (launch/study/results.py).
+A job is launch.train and then launch.analyse, each in a process of its own. A signal to the study, the end of its time
+or its death stops the process after a checkpoint. Results are written when both are done (launch/study/results.py).
 """
 
 import ctypes
@@ -50,7 +50,7 @@ class _Running:
 
 
 class Runner:
-    """Jobs of one study, waiting, running and done.
+    """The jobs of one study: waiting, running and done.
 
     Args:
         out: the study's folder.
@@ -82,10 +82,10 @@ class Runner:
         self._read_done()
 
     def _read_done(self) -> None:
-        """Take the results that are there, which must be of this study.
+        """Read the results that exist, which must be of this study.
 
         Raises:
-            UserError: one was made with other options, or an arm's seeds are not alike.
+            UserError: a result was made with other options, or an arm's seeds are not alike.
         """
         for job in self._jobs:
             path = self._results / f"{job.name}.json"
@@ -100,14 +100,14 @@ class Runner:
                 check_alike(of_arm)
 
     def _runs_of(self, arm: str) -> list[Result]:
-        """Results of an arm's seeds."""
+        """Return the results of an arm's seeds."""
         return [r for r in self._done.values() if r["arm"] == arm and r["tries"] is None]
 
     def run(self, stop_asked: Callable[[], int], seconds: float | None = None) -> int:
-        """Run until all jobs are done or have failed, or a stop is asked for, or the time is up; gives the exit code.
+        """Run until all jobs are done or have failed, a stop is asked for, or the time is up; return the exit code.
 
         Args:
-            stop_asked: gives the exit code of a stop, or 0.
+            stop_asked: returns the exit code of a stop, or 0.
             seconds: time until running processes are stopped; None for no limit.
         """
         end = None if seconds is None else time.monotonic() + seconds
@@ -143,7 +143,7 @@ class Runner:
         return code or FAILED
 
     def _start_ready(self) -> None:
-        """Start the first jobs that can run, as many as there is room for."""
+        """Start the first jobs that can run, as long as a process is free."""
         self._settle_steps()
         busy = {running.job.name for running in self._running}
         for job in self._jobs:
@@ -155,7 +155,7 @@ class Runner:
                 self._start(job)
 
     def _may_run(self, job: Job) -> bool:
-        """The learning rate is known; where every run that tried one has failed, it never will be."""
+        """Check that the learning rate is known. If every run that tried one has failed, the job fails as well."""
         if job.tries is not None or not self._preset.learning_rates:
             return True
         for kin in waits_for(self._preset, job.arm):
@@ -168,12 +168,12 @@ class Runner:
         return True
 
     def _trying(self, kin: str) -> list[Job]:
-        """Jobs that try rates with an arm."""
+        """Return the jobs that try rates with an arm."""
         return [job for job in self._jobs if job.tries is not None and job.arm == kin]
 
     def _settle_steps(self) -> None:
-        """Work out the steps of arms that train as long as another one, as soon as the runs are done that say how
-        long."""
+        """Compute the steps of arms that train as long as another one, as soon as the runs are done that determine
+        them."""
         for arm, chosen in self._preset.arms.items():
             if chosen.same_time_as is None or arm in self._steps:
                 continue
@@ -217,7 +217,7 @@ class Runner:
             )
 
     def _look_after(self) -> None:
-        """Take in what ended."""
+        """Handle the processes that have ended."""
         for running in list(self._running):
             code = running.process.poll()
             if code is None:
@@ -256,7 +256,7 @@ class Runner:
         self._say(f"{self._place()} {job.name} failed with exit code {code}: {lines[-1]}")
 
     def _stop(self) -> None:
-        """Let every process write its checkpoint and end; results of those that are just done are taken in."""
+        """Let every process write its checkpoint and end; results of those that have just finished are kept."""
         for running in self._running:
             running.process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + _STOP_S
@@ -274,11 +274,11 @@ class Runner:
         return f"[{len(self._done)}/{len(self._jobs)}]"
 
     def _where(self) -> str:
-        """Say where the running jobs are."""
+        """Describe the progress of the running jobs."""
         return ", ".join(f"{r.job.name} {self._share(r.job):.0%}" for r in self._running)
 
     def _share(self, job: Job) -> float:
-        """Share of a run's steps that are logged."""
+        """Return the share of a run's steps that are logged."""
         try:
             step: int = read_lines(self._out / "runs" / job.name / JSONL, damaged=[])[-1]["step"]
         except (OSError, IndexError):
@@ -286,7 +286,7 @@ class Runner:
         return step / job.config.train.steps
 
     def _left(self) -> str:
-        """Estimate the time that is left from the runs that went through in one go."""
+        """Estimate the time that is left from the runs that were not interrupted."""
         known: dict[str, list[float]] = {}
         for job in self._jobs:
             wall = self._done[job.name]["measured"]["wall_seconds"] if job.name in self._done else None

@@ -1,8 +1,7 @@
-"""Lays out a study as a page: what was run, what was found at equal tokens, FLOPs and time, at each k, and inside the
-experts.
+"""Describe a study as a page: its runs, its results at equal tokens, FLOPs and time and at each k, and its experts.
 
-Every number and every sentence with a number is computed from the result files; what they mean is written by hand, in
-docs/study/NAME_discussion.md. Of what is not there the page says so.
+Every number is computed from the result files. Their meaning is written by hand, in docs/study/NAME_discussion.md. The
+page names the runs that are missing.
 """
 
 from typing import Any
@@ -45,7 +44,7 @@ with 16 experts, 400,000 steps (arXiv 2303.01610, as quoted by a secondary sourc
 
 
 def study_page(name: str, preset: Preset, results: Results) -> Page:
-    """Describe a study, or what there is of it."""
+    """Describe a study, finished or not."""
     sections = [_run(preset, results)]
     if results.runs:
         sections[:0] = _lead(preset, results)
@@ -74,7 +73,7 @@ def study_page(name: str, preset: Preset, results: Results) -> Page:
 
 
 def _lead(preset: Preset, results: Results) -> list[page.Section]:
-    """The chart that says most, if there is one."""
+    """Return the chart of the main arms, if there is one."""
     chart = lead_chart(preset, results)
     words = (
         "Means over seeds. A line is the same trained model at each number of active experts, from 1 on; a dense model"
@@ -94,12 +93,12 @@ def interval_text(found: Estimate | None, digits: int = 3, sign: str = "") -> st
 
 
 def change(found: Comparison | None) -> str:
-    """Write a difference of bpc with its interval; a star marks one that is no fair comparison."""
+    """Write a difference of bpc with its interval; a star marks a comparison that is not fair."""
     return NONE if found is None else interval_text(found.difference, 4, "+") + (" *" if found.cut else "")
 
 
 def _figures(preset: Preset, results: Results) -> list[KeyFigure]:
-    """The first fair pair at equal tokens, FLOPs and time."""
+    """Return key figures of the first fair pair at equal tokens, FLOPs and time."""
     wanted = [(a, b) for a, b in preset.pairs] or pairs_of(preset, results)
     wanted = [pair for pair in wanted if all(results.seeds_of(arm) for arm in pair)]
     found = [
@@ -113,7 +112,7 @@ def _figures(preset: Preset, results: Results) -> list[KeyFigure]:
 
 
 def _figure(results: Results, pairs: list[tuple[str, str]], axis: str) -> KeyFigure:
-    """The first pair of which both arms ended there."""
+    """Return the key figure of the first pair of which both arms ended there."""
     title = f"bpc at {AXES[axis]}"
     compared = (compare_along(results, a, b, axis) for a, b in pairs)
     fair = next((c for c in compared if c is not None and not c.cut), None)
@@ -155,7 +154,7 @@ def _run(preset: Preset, results: Results) -> page.Section:
 
 
 def _protocol(runs: list[Result]) -> list[list[str]]:
-    """Rows of a table about text, model and training, of the first run; what differs between arms is in their
+    """Return table rows about text, model and training of the first run; the arms' differences are in their
     experiments."""
     first, o = runs[0], runs[0]["options"]
     tokens = (
@@ -197,7 +196,7 @@ def _protocol(runs: list[Result]) -> list[list[str]]:
 
 
 def _commits(runs: list[Result]) -> str:
-    """The commits that the runs were made with, each once."""
+    """List the commits that the runs were made with, each once."""
     codes = [run.get("code") or {} for run in runs]
     found = {
         (
@@ -211,7 +210,7 @@ def _commits(runs: list[Result]) -> str:
 
 
 def _claims(preset: Preset, results: Results) -> page.Section:
-    """Claims about the preset's own pairs (every arm and the first one, if it has none)."""
+    """Tabulate claims about the preset's own pairs (every arm and the first one, if it has none)."""
     rows, apart = [], []
     for a, b in [(a, b) for a, b in preset.pairs] or pairs_of(preset, results):
         tested = compare_on_test(results, a, b, None)
@@ -352,7 +351,7 @@ def _published(results: Results) -> page.Section:
 
 
 def _rates(preset: Preset, results: Results) -> page.Section:
-    """Rates that were tried and taken."""
+    """Tabulate the rates that were tried, and name the best ones."""
     if not results.tuning:
         rates = sorted({run["learning_rate"] for run in all_runs(results)})
         text = f"No learning rate was tried. Taken by the arms: {', '.join(f'{rate:g}' for rate in rates)}."

@@ -1,8 +1,8 @@
-"""Writes a study's page from its result files: docs/study/NAME.md with its pictures, NAME.json, and NAME.html beside
-the results.
+"""Write a study's page from its result files: docs/study/NAME.md with its pictures, NAME.json, and NAME.html beside the
+results.
 
-Without a result file the JSON file of an earlier report is read instead, so the page can be made again from the
-repository alone.
+Without a result file the JSON file of an earlier report is read instead, so the repository alone is enough to make the
+page again.
 """
 
 import json
@@ -24,7 +24,7 @@ from foreroute.launch.study.study_page import study_page
 
 
 def write_report(name: str, preset: Preset, results: Path, docs: Path) -> list[Path]:
-    """Write the report; gives its files, the page first.
+    """Write the report; return its files, the page first.
 
     Args:
         results: folder of the result files.
@@ -55,7 +55,7 @@ def write_report(name: str, preset: Preset, results: Path, docs: Path) -> list[P
 
 
 def _committed(path: Path) -> list[Result]:
-    """The result files that an earlier report kept."""
+    """Read the result files that an earlier report kept."""
     if not path.exists():
         return []
     try:
@@ -66,7 +66,7 @@ def _committed(path: Path) -> list[Result]:
 
 
 def _with_discussion(described: page.Page, text: str) -> page.Page:
-    """Put the discussion after the first section, paragraph by paragraph and point by point: no Markdown is read."""
+    """Put the discussion after the first section, a paragraph for each paragraph and list item, without its markup."""
     plain = re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", text)  # links
     plain = re.sub(r"(\*{1,2}|`)(?=\S)([^*`]+)\1", r"\2", plain)  # emphasis and code
     parts = re.split(r"\n+\* |\n\n", f"\n{plain}")

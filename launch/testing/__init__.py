@@ -1,1 +1,1 @@
-"""What tests of the programs share."""
+"""Helpers for tests of the programs."""

@@ -1,4 +1,4 @@
-"""What tests of reports share: folders of runs, with every file and metric that a run writes, made up."""
+"""Make run folders for tests of reports, with every file and metric that a run writes, and made-up numbers."""
 
 import json
 from dataclasses import replace
@@ -27,7 +27,7 @@ def write_run(
     lr: float = 1e-3,
     certificate: bool = True,
 ) -> Path:
-    """Write the folder of a run that never was; k grows from 1 to 4."""
+    """Write the folder of a run that never ran; k grows from 1 to 4."""
     folder.mkdir(parents=True)
     steps = lines * log_every
     base = Config(train=TrainConfig(name=folder.name, steps=steps, log_every=log_every))

@@ -1,4 +1,4 @@
-"""What tests of launchers share: a run of seconds, what it wrote, which of its processes are there; results of a
+"""Helpers for tests of launchers: the options of a run of seconds, its losses, its processes, and results of a
 study."""
 
 import argparse
@@ -16,13 +16,13 @@ import psutil
 
 
 def program_module(name: str) -> ModuleType:
-    """The module of a program, which has its options and main(): of a package, its program.py."""
+    """Return the module of a program, which has its options and main(); for a package, its program.py."""
     module = import_module(f"foreroute.launch.{name}")
     return import_module(f"{module.__name__}.program") if hasattr(module, "__path__") else module
 
 
 def small_run(folder: Path) -> list[str]:
-    """Options of a run of seconds: experiment=debug on a text of 100 kB, which is written to the folder."""
+    """Return the options of a run of seconds: experiment=debug on a text of 100 kB, which is written to the folder."""
     text = folder / "argparse"
     text.write_text(inspect.getsource(argparse))
     corpus = ["corpus=file", f"corpus.path={text}", f"corpus.cache_dir={folder}/cache"]
@@ -31,13 +31,13 @@ def small_run(folder: Path) -> list[str]:
 
 
 def read_losses(runs: Path) -> dict[int, float]:
-    """Of the run's logged steps, in nats, by step."""
+    """Return the losses of the run's logged steps, in nats, by step."""
     rows = (runs / "debug/metrics.jsonl").read_text().splitlines()
     return {row["step"]: row["loss"] for row in map(json.loads, rows)}
 
 
 def last_step(runs: Path) -> int:
-    """The newest step logged; 0 if there is none yet."""
+    """Return the newest step logged; 0 if there is none yet."""
     try:
         return max(read_losses(runs), default=0)
     except (FileNotFoundError, json.JSONDecodeError):
@@ -45,7 +45,7 @@ def last_step(runs: Path) -> int:
 
 
 def processes_of(runs: Path) -> list[psutil.Process]:
-    """Processes with this folder on their command line."""
+    """Return the processes with this folder on their command line."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -73,7 +73,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 200.0) -> None:
 def study_result(
     arm: str, seed: int, points: list[tuple[float, float, float, float]], bpc: dict[str, float], **changes: Any
 ) -> dict[str, Any]:
-    """A result file of a study as launch/study/results.py writes it, with made-up numbers.
+    """Return a result file of a study as launch/study/results.py writes it, with made-up numbers.
 
     Args:
         points: of the curve: symbols, FLOPs, seconds, valid bpc.

@@ -1,8 +1,8 @@
-"""Reads what an offline W&B run wrote, for tests: wandb has no public reader of its log.
+"""Read the log of an offline W&B run, for tests: wandb has no public reader of its log.
 
-The log is LevelDB's record format behind a header of 7 bytes: blocks of 32 KiB, in them (crc32, length, type) and a
-payload. Type 1 is a whole record, 2 a first, 3 a middle and 4 a last part; a block's last bytes, if too few for a
-record's head, are padding. A payload is a protocol buffer of wandb's.
+The log is LevelDB's record format after a header of 7 bytes. A block has 32 KiB; a record in it is (crc32, length,
+type) and a payload. Type 1 is a whole record, 2 a first, 3 a middle and 4 a last part. The last bytes of a block are
+padding if they are too few for a record's head. A payload is a protocol buffer of wandb's.
 """
 
 import json
@@ -50,7 +50,7 @@ def _records(file: Path) -> Iterator[bytes]:
 
 
 def _items(items: Any) -> dict[str, Any]:
-    """Put items together; a histogram comes field by field, under [its name, the field's]."""
+    """Merge items into one dict; a histogram comes field by field, under [its name, the field's]."""
     found: dict[str, Any] = {}
     for item in items:
         *outer, name = list(item.nested_key) or [item.key]
