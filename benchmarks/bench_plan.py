@@ -19,7 +19,7 @@ from foreroute.engine.config import Split
 from foreroute.engine.data.corpus import prepare
 from foreroute.engine.data.streams import Streams
 from foreroute.engine.metrics.step_meter import StepMeter
-from foreroute.engine.model.build import build_model, build_routers, router_tables
+from foreroute.engine.model.build import build_model, run_tables
 from foreroute.engine.optim.deepspeed_engine import start
 from foreroute.engine.routing.plan import Plan
 from foreroute.engine.routing.planner import TablePlanner
@@ -65,7 +65,7 @@ def main() -> None:
     step = argparse.Namespace(dropout=0.1, precision="fp32")
     config = shapes(step)
     corpus = prepare(config.corpus)
-    tables = router_tables(build_routers(config, corpus))
+    tables = run_tables(config, corpus)
     streams = Streams(corpus.split(Split.train), RANKS * STREAMS, SEGMENT, config.context)
     batch = streams.batch(0, range(RANKS * STREAMS))
     ids_PBQ = batch.ids_BQ.view(RANKS, STREAMS, SEGMENT)

@@ -8,7 +8,7 @@ changed their experts from checkpoint to checkpoint (engine/evaluation/expert_an
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ def measure(saved: SavedRun, folder: Path, split: Split, symbols: int) -> dict[s
     half = max(1, config.moe.experts // 2)
 
     def look(model: TransformerXL, k: int) -> list[LayerSeen]:
-        return observe(model, saved.routers, saved.corpus, config, k=k, symbols=symbols, split=split)
+        return observe(replace(saved, model=model), k=k, symbols=symbols, split=split)
 
     seen = {k: look(saved.model, k) for k in sorted({*config.eval.k, k_max, half})}
     initial = build_model(config, saved.corpus.vocab.size).eval()

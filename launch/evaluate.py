@@ -50,8 +50,9 @@ class EvaluateArgs:
 PUBLISHED = {"segment": 80, "memory": 2100, "clamp_len": 820, "same_length": True}
 
 
-def evaluation_config(config: Config, args: EvaluateArgs) -> Config:
-    """The run's configuration with the evaluation that was asked for (validated)."""
+def evaluation_config(args: EvaluateArgs) -> Config:
+    """Read the run's configuration and put the evaluation in that was asked for (validated)."""
+    config = read_run(Path(args.run), args.corpus)
     changes: dict[str, object] = dict(PUBLISHED) if args.protocol is Protocol.published else {}
     for each in fields(EvalConfig):
         asked = getattr(args, each.name)
@@ -64,12 +65,12 @@ def evaluate(args: EvaluateArgs) -> int:
     """Evaluate; returns the exit code."""
     set_up(args.threads)
     folder = Path(args.run)
-    config = evaluation_config(read_run(folder, args.corpus), args)
+    config = evaluation_config(args)
     device = find_device(find_place())
     saved = open_saved(folder, config, print, device)
     world = World(device=device)
     with closing(Stages()) as progress:
-        curve = slimming_curve(saved.model, saved.routers, saved.corpus, config, world, progress)
+        curve = slimming_curve(saved, world, progress)
     rows = [
         [
             name,

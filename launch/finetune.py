@@ -7,6 +7,7 @@ the end, at every k of eval_k. Prints a table and writes RUN/finetune/NAME.json.
 
 import hashlib
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from foreroute.engine.checkpoint.trained_run import SavedRun, open_saved
-from foreroute.engine.config import Config, Keys, Precision, Router, to_plain
+from foreroute.engine.config import Config, Keys, MoEConfig, Precision, Router, to_plain
 from foreroute.engine.config.option import check, option
 from foreroute.engine.errors import require
 from foreroute.engine.finetune.accuracy import Accuracy, Majority, majority
@@ -92,8 +93,8 @@ def finetune(args: FinetuneArgs) -> int:
     stop = StopSignal()  # ends the program at once: a result is written whole or not at all
     started = time.perf_counter()
     folder = Path(args.run)
-    config = _config(read_run(folder, args.corpus), args)
-    k, eval_k = _active_experts(config, args)
+    config = _config(args)
+    k, eval_k = _active_experts(args, config.moe, config.schedule.k_max, config.eval.k)
     trained_k = None if config.moe.router is Router.dense else k
     target = _target(folder, args, trained_k)
     console = Console(args.total_steps)
@@ -136,28 +137,33 @@ def _run(
     return found, {name: accuracy(predict(classifier, dev, k), dev) for name, k in eval_k.items()}
 
 
-def _config(config: Config, args: FinetuneArgs) -> Config:
-    """The run's configuration with fine-tuning's dropout, in fp32; the run's seed stays: tables at the input follow
-    from it."""
+def _config(args: FinetuneArgs) -> Config:
+    """Read the run's configuration and put fine-tuning's dropout and fp32 in.
+
+    The run's seed stays: tables at the input follow from it.
+    """
+    config = read_run(Path(args.run), args.corpus)
     return replace(
         config, model=replace(config.model, dropout=args.dropout), train=replace(config.train, precision=Precision.fp32)
     )
 
 
-def _active_experts(config: Config, args: FinetuneArgs) -> tuple[int, dict[str, int]]:
-    """The k to train at, and those to report, by name."""
-    if config.moe.router is Router.dense:
+def _active_experts(
+    args: FinetuneArgs, moe: MoEConfig, k_max: int, eval_k: Sequence[int]
+) -> tuple[int, dict[str, int]]:
+    """Return the k to train at, and those to report, by name; by default the run's k_max and eval_k."""
+    if moe.router is Router.dense:
         require(args.k is None, f"k={args.k}: run={args.run} is dense, which has no k")
         return 1, {"dense": 1}
     require(
-        config.moe.keys is Keys.own,
-        f"moe.keys={config.moe.keys.name}: a control that cannot be fine-tuned: a sentence's experts would follow from"
+        moe.keys is Keys.own,
+        f"moe.keys={moe.keys.name}: a control that cannot be fine-tuned: a sentence's experts would follow from"
         " its neighbours",
     )
-    experts = config.moe.experts
-    k = config.schedule.k_max if args.k is None else args.k
+    experts = moe.experts
+    k = k_max if args.k is None else args.k
     require(1 <= k <= experts, f"k={k}: must be 1 to moe.experts={experts}")
-    asked = [*config.eval.k, k] if args.eval_k is None else args.eval_k
+    asked = [*eval_k, k] if args.eval_k is None else args.eval_k
     require(
         len(asked) > 0 and min(asked) >= 1 and max(asked) <= experts,
         f"eval_k={asked}: needs one or more, each 1 to moe.experts={experts}",
@@ -209,12 +215,11 @@ def _prepare(read: dict[str, list[Example]], saved: SavedRun, args: FinetuneArgs
 
 def _classifier(saved: SavedRun, args: FinetuneArgs) -> Classifier:
     """The run's model, or a new one like it, with a new head; moved to this machine's device."""
-    model = saved.model
     if not args.pretrained:
-        model = build_model(saved.config, saved.corpus.vocab.size, weights_seed=args.seed)
-        fill_signatures(model, saved.config, saved.corpus)
+        saved = replace(saved, model=build_model(saved.config, saved.corpus.vocab.size, weights_seed=args.seed))
+        fill_signatures(saved)
     torch.manual_seed(args.seed)
-    return Classifier(model, saved.routers, saved.config).to(find_device(find_place()))
+    return Classifier(saved).to(find_device(find_place()))
 
 
 class _Progress:

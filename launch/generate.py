@@ -59,9 +59,7 @@ def generate(args: GenerateArgs) -> int:
     device = find_device(find_place())
     saved = open_saved(folder, config, lambda line: print(line, file=sys.stderr), device)
     ids = sample_ids(
-        saved.model,
-        saved.routers,
-        config,
+        saved,
         [int(i) for i in saved.corpus.vocab.encode(prompt)],
         k=k,
         length=args.length,

@@ -14,7 +14,7 @@ from foreroute.engine.config import Config, Router, Split
 from foreroute.engine.config.option import option
 from foreroute.engine.data.corpus import prepare
 from foreroute.engine.errors import UserError, require
-from foreroute.engine.model.build import build_routers, router_tables
+from foreroute.engine.model.build import run_tables
 from foreroute.engine.routing.table_balance import Balance, RankBalance, balances
 from foreroute.launch.runs.folder import write_json
 from foreroute.launch.start.cli import run_program
@@ -62,7 +62,7 @@ def over_tables(same_k: Sequence[Balance]) -> Balance:
 def tables(args: TablesArgs) -> int:
     """Build, count and print; returns the exit code."""
     corpus = prepare(args.corpus, print)
-    found_tables = router_tables(build_routers(args, corpus))
+    found_tables = run_tables(args, corpus)
     ids, pack = corpus.split(args.split), found_tables[0].pack
     of_tables = [balances(table, ids, args.ranks) for table in found_tables]
     found = [over_tables(same_k) for same_k in zip(*of_tables, strict=True)]

@@ -230,7 +230,7 @@ def _finish(run: RunFolder, trainer: Trainer, corpus: PreparedCorpus, metrics: M
         print(f"evaluating the {config.eval.split.name} split ...", flush=True)
     world.watchdog.at("the evaluation")
     with closing(Stages(enabled=world.first)) as progress:
-        curve = slimming_curve(trainer.model, trainer.routers, corpus, config, world, progress)
+        curve = slimming_curve(trainer.run_model, world, progress)
         world.watchdog.at("the summary")
         summary = together(
             world.cpu_group, lambda: summarise(run, trainer, corpus, curve, progress) if world.first else None

@@ -42,7 +42,6 @@ from foreroute.engine.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.tables import Table, build_tables
 from foreroute.engine.testing.ranks import run_ranks
 from foreroute.engine.testing.tensor_bytes import train
@@ -182,28 +181,28 @@ def make_config(changes: dict[str, dict[str, Any]], base: dict[str, dict[str, An
     )
 
 
-def material(config: Config) -> tuple[NDArray[np.uint8], list[Table]]:
+def material(layout: Layout) -> tuple[NDArray[np.uint8], list[Table]]:
     """Make a text of random symbols, skewed so that experts differ in their rows, and the tables."""
+    config = layout.config
     number = config.data.streams * (config.data.segment * (config.train.steps + 1) + 1)
     ids = (np.random.default_rng(0).random(number) ** 2 * SYMBOLS).astype(np.uint8)
     tables = build_tables(config.moe, SYMBOLS, ids, num_tables=config.model.layers, seed=1, cache_dir=None)
     return ids, tables
 
 
-def predicted(config: Config, ranks: int) -> Memory:
+def on_one_node(config: Config, ranks: int) -> Layout:
+    """Lay a run out on the ranks of one node."""
+    return Layout(config, Placement(ranks, config.parallel.expert_ranks, ranks))
+
+
+def predicted(layout: Layout) -> Memory:
     """Predict a run's memory."""
-    ids, tables = material(config)
-    layout = Layout(config, Placement(ranks, config.parallel.expert_ranks, ranks))
-    return peak_memory(layout, certify(layout, ids, tables), SYMBOLS)
+    return peak_memory(layout, certify(layout, *material(layout)), SYMBOLS)
 
 
-def measured(rank: int, ranks: int, configs: Sequence[Config]) -> list[int]:
-    """Run some configurations one after the other as one rank; return the most bytes of each."""
-    found = []
-    for config in configs:
-        mesh = Mesh(rank, ranks, config.parallel.expert_ranks)
-        found.append(train(config, mesh, *material(config), SYMBOLS))
-    return found
+def measured(rank: int, layouts: Sequence[Layout]) -> list[int]:
+    """Run some layouts one after the other as one rank; return the most bytes of each."""
+    return [train(layout, rank, *material(layout), SYMBOLS) for layout in layouts]
 
 
 def compare(cases: Sequence[Case]) -> list[Outcome]:
@@ -211,33 +210,33 @@ def compare(cases: Sequence[Case]) -> list[Outcome]:
     outcomes = []
     for ranks in sorted({case.ranks for case in cases}):
         own = [case for case in cases if case.ranks == ranks]
-        configs = [make_config(case.changes, SMALL) for case in own]
-        of_ranks = run_ranks(measured, ranks, ranks, configs, seconds=900)
-        for case, config, *found in zip(own, configs, *of_ranks, strict=True):
-            outcomes.append(Outcome(case, predicted(config, ranks), max(found)))
+        layouts = [on_one_node(make_config(case.changes, SMALL), ranks) for case in own]
+        of_ranks = run_ranks(measured, ranks, layouts, seconds=900)
+        for case, layout, *found in zip(own, layouts, *of_ranks, strict=True):
+            outcomes.append(Outcome(case, predicted(layout), max(found)))
     return outcomes
 
 
-def grown(rank: int, config: Config) -> int:
+def grown(rank: int, layout: Layout) -> int:
     """Train on one rank; return the bytes that the process has at its peak above those before the model was built.
 
     A small run before it loads the libraries, whose memory is not predicted.
     """
     torch.set_num_threads(1)
     keep_freed_memory()
-    small = make_config({}, SMALL)
-    train(small, Mesh(), *material(small), SYMBOLS, counted=False)
-    text = material(config)
+    small = Layout(make_config({}, SMALL))
+    train(small, rank, *material(small), SYMBOLS, counted=False)
+    text = material(layout)
     before = psutil.Process().memory_info().rss
-    train(config, Mesh(), *text, SYMBOLS, counted=False)
+    train(layout, rank, *text, SYMBOLS, counted=False)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 
 
 def growth() -> tuple[int, int]:
     """Predict and measure the growth of a large run's process, in bytes."""
-    config = make_config({}, GROWTH)
-    (found,) = run_ranks(grown, 1, config, seconds=600)
-    return predicted(config, 1).peak_bytes, found
+    layout = on_one_node(make_config({}, GROWTH), 1)
+    (found,) = run_ranks(grown, 1, layout, seconds=600)
+    return predicted(layout).peak_bytes, found
 
 
 def _row(name: str, when: str, guess: int, truth: int) -> list[object]:

@@ -8,24 +8,18 @@ import torch
 
 from foreroute.engine.checkpoint import save_load as checkpoint
 from foreroute.engine.config import Backend, Config, MatmulPrecision, Precision, SavedForBackward
-from foreroute.engine.data.corpus import PreparedCorpus, prepare
+from foreroute.engine.data.corpus import prepare
 from foreroute.engine.data.tokens.build import same_vocab
 from foreroute.engine.errors import UserError, require
-from foreroute.engine.model.build import build_model, planned_routers
-from foreroute.engine.model.transformer_xl import TransformerXL
+from foreroute.engine.model.build import RunModel, build_model, planned_routers
 from foreroute.engine.parallel.mesh import Mesh
-from foreroute.engine.routing.routers import PlannedRouter
 from foreroute.engine.routing.tables import table_from_state
 
 
 @dataclass(frozen=True, slots=True)
-class SavedRun:
-    """What launch/evaluate.py and launch/generate.py need."""
+class SavedRun(RunModel):
+    """A run's model as its newest checkpoint has it."""
 
-    config: Config
-    corpus: PreparedCorpus
-    model: TransformerXL
-    routers: list[PlannedRouter] | None
     step: int
 
 
@@ -59,5 +53,5 @@ def open_saved(
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16()
     tables = [table_from_state(table) for table in state.tables]
-    routers = planned_routers(config, tables, Mesh())
+    routers = planned_routers(config.moe, tables, Mesh(), num_tables=config.num_tables, seed=config.train.seed)
     return SavedRun(config, corpus, model.eval().to(device), routers, state.step)

@@ -16,13 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from foreroute.engine.config import Backend, Config, Split
-from foreroute.engine.data.corpus import PreparedCorpus
+from foreroute.engine.config import Backend, Split
 from foreroute.engine.evaluation.held_out import evaluate
-from foreroute.engine.model.transformer_xl import TransformerXL
+from foreroute.engine.model.build import RunModel
 from foreroute.engine.moe.experts import Experts
 from foreroute.engine.routing.plan import Chunk, Plan
-from foreroute.engine.routing.routers import PlannedRouter
 from foreroute.kernels import ExpertWeights, expert_ffn, expert_rows
 
 COMPARED_TOKENS = 1024
@@ -48,32 +46,24 @@ class RouteStatistics:
     weight_entropy: float  # of a token's mixing weights in nats, mean over tokens; at most log k
 
 
-def observe(
-    model: TransformerXL,
-    routers: Sequence[PlannedRouter] | None,
-    corpus: PreparedCorpus,
-    config: Config,
-    *,
-    k: int,
-    symbols: int,
-    split: Split = Split.test,
-) -> list[LayerSeen]:
-    """Run the first symbols of a split at k active experts; give what each expert layer saw (none in a dense model).
+def observe(run: RunModel, *, k: int, symbols: int, split: Split = Split.test) -> list[LayerSeen]:
+    """Run the first symbols of a split at k active experts; return what each expert layer saw (none in a dense model).
 
     Args:
         symbols: whole segments of them are read, and at least one.
     """
+    config = run.config
     segment = config.eval.segment or config.data.segment
-    whole = max(1, min(symbols, len(corpus.split(split))) // segment) * segment
+    whole = max(1, min(symbols, len(run.corpus.split(split))) // segment) * segment
     one_stream = replace(config, eval=replace(config.eval, streams=1, max_symbols=whole))
     found: dict[Experts, list[tuple[Tensor, Plan]]] = {}
     hooks = []
-    for module in model.modules():
+    for module in run.model.modules():
         if isinstance(module, Experts):
             seen = found.setdefault(module, [])
             hooks.append(module.register_forward_pre_hook(partial(_note, seen)))
     try:
-        evaluate(model, routers, corpus, one_stream, split=split, k=k)
+        evaluate(replace(run, config=one_stream), split=split, k=k)
     finally:
         for hook in hooks:
             hook.remove()

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foreroute.engine.config import Config, Keys
+from foreroute.engine.config import Keys
 from foreroute.engine.data.device_copy import map_tensors
 from foreroute.engine.data.planned_batches import group_batch, plan_batch
 from foreroute.engine.data.streams import Batch
 from foreroute.engine.errors import require
-from foreroute.engine.model.transformer_xl import Memory, TransformerXL
-from foreroute.engine.routing.routers import PlannedRouter
+from foreroute.engine.model.build import RunModel
+from foreroute.engine.model.transformer_xl import Memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,25 +24,16 @@ class Sampling:
     generator: torch.Generator
 
 
-def generate(
-    model: TransformerXL,
-    routers: Sequence[PlannedRouter] | None,
-    config: Config,
-    prompt: Sequence[int],
-    *,
-    k: int,
-    length: int,
-    sampling: Sampling,
-) -> Iterator[int]:
-    """Give an iterator over `length` sampled ids that continue the prompt, at k active experts.
+def generate(run: RunModel, prompt: Sequence[int], *, k: int, length: int, sampling: Sampling) -> Iterator[int]:
+    """Return an iterator over `length` sampled ids that continue the prompt, at k active experts.
 
     Args:
-        routers: planned ones; None for live routers and dense.
         prompt: ids; an empty prompt starts from id 0, as ids before a stream's start do.
 
     Raises:
         UserError: keys were shuffled in training, and one symbol at a time has no others to shuffle with.
     """
+    config, model = run.config, run.model
     require(
         config.moe.keys is Keys.own,
         f"moe.keys={config.moe.keys.name}: a control that cannot generate; only moe.keys=own can",
@@ -62,7 +53,11 @@ def generate(
                     part = history[start : start + config.data.segment]
                     left = ([0] * context + history)[start : start + context]
                     planned = plan_batch(
-                        group_batch([_batch(part, left, start)]), k, routers, held_out=True, input_keys=model.input_keys
+                        group_batch([_batch(part, left, start)]),
+                        k,
+                        run.routers,
+                        held_out=True,
+                        input_keys=model.input_keys,
                     )
                     ids_BQ, routing = map_tensors(
                         lambda tensor: tensor.to(device), (planned.batch.ids_BQ, planned.routing)

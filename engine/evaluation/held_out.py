@@ -7,22 +7,21 @@ same each time. Used during training, by launch/evaluate.py and at the end of a 
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from foreroute.engine.config import Config, Router, Split
-from foreroute.engine.data.corpus import PreparedCorpus
+from foreroute.engine.config import Router, Split
 from foreroute.engine.data.device_copy import Delivery, receive
 from foreroute.engine.data.planned_batches import group_batch, plan_batch
 from foreroute.engine.data.streams import Batch, EvalShares, eval_batches, warm_symbols
-from foreroute.engine.model.transformer_xl import Memory, TransformerXL
+from foreroute.engine.model.build import RunModel
+from foreroute.engine.model.transformer_xl import Memory
 from foreroute.engine.parallel.world import World
 from foreroute.engine.routing.exchange_choice import gathers
-from foreroute.engine.routing.routers import PlannedRouter
 
 ProgressReporter = Callable[[str, int, int], None]
 """Told of a stage of an evaluation by its name, the parts that are done, and all its parts; first with 0 done."""
@@ -53,10 +52,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: TransformerXL,
-    routers: Sequence[PlannedRouter] | None,
-    corpus: PreparedCorpus,
-    config: Config,
+    run: RunModel,
     *,
     split: Split,
     k: int,
@@ -67,12 +63,12 @@ def evaluate(
     """Measure the split at k active experts.
 
     Args:
-        routers: planned ones; None for live routers and dense.
         progress: called with (segments done, segments in all), first with 0 done; may raise to leave, on all ranks
             alike.
         world: the ranks, which share the streams; every rank gets the whole result.
         max_symbols: only the first so many of the split; 0 means config.eval.max_symbols, which 0 means all.
     """
+    config, corpus, model = run.config, run.corpus, run.model
     world = world or World()
     start = time.perf_counter()
     ids = corpus.split(split)
@@ -95,7 +91,7 @@ def evaluate(
             batch, counted_BQ = parts[world.mesh.ep_rank]
             group = group_batch([part for part, _ in parts], world.mesh.ep_rank)
             gather = gathers(config, world.mesh.ep_size, k, batch.ids_BQ.numel())
-            planned = plan_batch(group, k, routers, gather=gather, held_out=True, input_keys=model.input_keys)
+            planned = plan_batch(group, k, run.routers, gather=gather, held_out=True, input_keys=model.input_keys)
             batch, counted_BQ, routing = receive(*delivery.send((batch, counted_BQ, planned.routing)))
             output = model(
                 batch.ids_BQ,
@@ -137,21 +133,14 @@ def _share(whole: Batch, counted_BQ: Tensor, rank: int, ranks: int) -> tuple[Bat
 
 
 def slimming_curve(
-    model: TransformerXL,
-    routers: Sequence[PlannedRouter] | None,
-    corpus: PreparedCorpus,
-    config: Config,
-    world: World | None = None,
-    progress: ProgressReporter = no_progress,
+    run: RunModel, world: World | None = None, progress: ProgressReporter = no_progress
 ) -> dict[str, Evaluation]:
-    """Evaluate config.eval.split at every k of config.eval.k; a dense model has one result, called "dense"."""
+    """Evaluate eval.split at every k of eval.k; a dense model has one result, called "dense"."""
+    config = run.config
     asked = {"dense": config.moe.experts} if config.moe.router is Router.dense else {str(k): k for k in config.eval.k}
     return {
         name: evaluate(
-            model,
-            routers,
-            corpus,
-            config,
+            run,
             split=config.eval.split,
             k=k,
             world=world,

@@ -12,14 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from foreroute.engine.config import Config
 from foreroute.engine.data.device_copy import map_tensors
 from foreroute.engine.data.planned_batches import group_batch, plan_batch
 from foreroute.engine.data.streams import Batch
 from foreroute.engine.finetune.glue import LABELS
 from foreroute.engine.finetune.sentences import Sentence, SentenceBatch, by_length, pad
-from foreroute.engine.model.transformer_xl import TransformerXL
-from foreroute.engine.routing.routers import PlannedRouter
+from foreroute.engine.model.build import RunModel
 
 _PREDICTED = 64  # sentences in a batch without gradients
 
@@ -28,15 +26,13 @@ class Classifier(nn.Module):
     """The model with its head, and the routers that plan for it.
 
     Args:
-        model: used as it is, not copied.
-        routers: planned ones; None for live routers and dense.
-        config: of the model; its dropout is the head's, too.
+        run: its model is used as it is, not copied; model.dropout is the head's, too.
     """
 
-    def __init__(self, model: TransformerXL, routers: Sequence[PlannedRouter] | None, config: Config) -> None:
+    def __init__(self, run: RunModel) -> None:
         super().__init__()
-        width = config.model.width
-        self.model, self.routers, self.context = model, routers, config.context
+        config, width = run.config, run.config.model.width
+        self.model, self.routers, self.context = run.model, run.routers, config.context
         self.head = nn.Sequential(
             nn.Linear(width, width), nn.Tanh(), nn.Dropout(config.model.dropout), nn.Linear(width, len(LABELS))
         )
@@ -53,7 +49,7 @@ class Classifier(nn.Module):
         return self.model.embedding.weight.device
 
     def forward(self, batch: SentenceBatch, k: int, seed: int = 0) -> Tensor:
-        """Give the logits [B, C] at k active experts; the batch is on the host.
+        """Return the logits [B, C] at k active experts; the batch is on the host.
 
         The balance loss of a learned router is left out: it would count padding.
 
@@ -83,7 +79,7 @@ class Classifier(nn.Module):
 
 
 def predict(classifier: Classifier, sentences: Sequence[Sentence], k: int) -> Tensor:
-    """Give the logits [number of sentences, C] on the host, in the order of the sentences.
+    """Return the logits [number of sentences, C] on the host, in the order of the sentences.
 
     Routers that draw do so anew for each batch, alike in every call.
     """

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from foreroute.engine.config import Config
 from foreroute.engine.metrics.host_memory import memory_bytes, peak_memory_bytes
 from foreroute.engine.metrics.peak_flops import Peak
 from foreroute.engine.metrics.rank_sums import COLUMN, Numbers
@@ -37,10 +36,8 @@ class Window:
         flops: useful arithmetic before the first step.
     """
 
-    def __init__(
-        self, config: Config, arithmetic: Arithmetic, *, ranks: int, device: torch.device, peak: Peak, flops: float
-    ) -> None:
-        self._config, self._arithmetic = config, arithmetic
+    def __init__(self, arithmetic: Arithmetic, *, ranks: int, device: torch.device, peak: Peak, flops: float) -> None:
+        self._arithmetic = arithmetic
         self._ranks, self._device, self._peak = ranks, device, peak
         # since the start of the run: now, and at the last close
         self._flops = self._flops_before = flops
@@ -108,12 +105,12 @@ class Window:
 
     def progress(self, step: int) -> Values:
         """Give what also stands in a validation's line."""
-        return {"tokens": step * self._config.symbols_per_step, "flops": self._flops}
+        return {"tokens": step * self._arithmetic.symbols_per_step, "flops": self._flops}
 
     def _training(self, step: int, last: StepResult) -> Values:
         steps = self._steps
         step_s = self._ms["step_ms"] / steps / 1e3
-        tokens_per_second = self._config.symbols_per_step / step_s
+        tokens_per_second = self._arithmetic.symbols_per_step / step_s
         flops_per_second = (self._flops - self._flops_before) / steps / step_s
         peak = self._ranks * self._peak.flops
         return {

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from foreroute.engine.config import Config
+from foreroute.engine.config import KernelsConfig, TrainConfig
 from foreroute.engine.config.enums import MatmulPrecision, Precision
 
 
@@ -48,20 +48,20 @@ SHEETS: dict[str, _Sheet] = {
 """By the name that torch.cuda.get_device_name gives. A part of a GPU (MIG) has another name, and so no peak."""
 
 
-def peak_of(config: Config, device: torch.device) -> Peak:
+def peak_of(train: TrainConfig, kernels: KernelsConfig, device: torch.device) -> Peak:
     """Find the peak of one of the run's devices."""
-    if config.train.peak_tflops is not None:
-        return Peak(config.train.peak_tflops * 1e12, "train.peak_tflops")
+    if train.peak_tflops is not None:
+        return Peak(train.peak_tflops * 1e12, "train.peak_tflops")
     if device.type != "cuda":
         return Peak(0.0, "unknown: python -m benchmarks.calibrate measures a CPU; set train.peak_tflops")
-    return _from_sheet(torch.cuda.get_device_name(device), number_format(config))
+    return _from_sheet(torch.cuda.get_device_name(device), number_format(train.precision, kernels.precision))
 
 
-def number_format(config: Config) -> str:
-    """Name the format in which the run's products are made: bf16, tf32 (where kernels.precision says so) or fp32."""
-    if config.train.precision is Precision.bf16:
+def number_format(precision: Precision, matmul: MatmulPrecision) -> str:
+    """Return the format in which a run multiplies: bf16, tf32 or fp32."""
+    if precision is Precision.bf16:
         return "bf16"
-    return "tf32" if config.kernels.precision is MatmulPrecision.tf32 else "fp32"
+    return "tf32" if matmul is MatmulPrecision.tf32 else "fp32"
 
 
 def _from_sheet(name: str, number: str) -> Peak:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from foreroute.engine.config import Config, Precision
+from foreroute.engine.config import Config, Precision, TrainConfig
 from foreroute.engine.errors import require
 from foreroute.engine.moe.exchange import build_exchange
 from foreroute.engine.moe.layer import MoELayer
@@ -319,7 +319,12 @@ def start(model: nn.Module, config: Config, mesh: Mesh | None = None) -> Engine:
     shared = [m for m in model.modules() if isinstance(m, MoELayer)] if mesh.ep_size > 1 else []
     for layer in shared:
         shard_experts(layer, mesh)
-    ds_config = _deepspeed_config(config, mesh.world, sum(p.numel() for p in model.parameters()))
+    ds_config = _deepspeed_config(
+        config.train,
+        config.optim.clip,
+        streams=config.streams_per_micro_batch(mesh.world),
+        num_params=sum(p.numel() for p in model.parameters()),
+    )
     _start_process_group(mesh.world)
     ordered = aligned_first(model.parameters())
     parameters: Any = parameter_groups(ordered) if shared else ordered
@@ -331,18 +336,22 @@ def start(model: nn.Module, config: Config, mesh: Mesh | None = None) -> Engine:
     for layer in shared:
         assert comm is not None
         layer.connect(build_exchange(comm, config.parallel, config.kernels.backend))
-    balance_over_ranks(model, config, mesh)
+    balance_over_ranks(model, config.moe, mesh)
     return Engine(engine, config.train.accumulation, mesh, comm)
 
 
-def _deepspeed_config(config: Config, world: int, num_params: int) -> dict[str, Any]:
-    """Translate our configuration; refuse what is wrong upstream (DeepSpeed issues 8475 and 8613)."""
-    train, bf16 = config.train, config.train.precision is Precision.bf16
+def _deepspeed_config(train: TrainConfig, clip: float, *, streams: int, num_params: int) -> dict[str, Any]:
+    """Translate our configuration; refuse what is wrong upstream (DeepSpeed issues 8475 and 8613).
+
+    Args:
+        clip: largest gradient norm; 0 for none.
+        streams: of this rank in a micro-batch.
+    """
+    bf16 = train.precision is Precision.bf16
     if train.zero_stage == 0:
         require(
-            config.optim.clip == 0,
-            f"optim.clip={config.optim.clip}: DeepSpeed clips wrongly at train.zero_stage=0; "
-            "use train.zero_stage=1 or optim.clip=0",
+            clip == 0,
+            f"optim.clip={clip}: DeepSpeed clips wrongly at train.zero_stage=0; use train.zero_stage=1 or optim.clip=0",
         )
         require(not bf16, "train.precision=bf16: needs train.zero_stage=1, 2 or 3, which keep the fp32 weights")
     zero: dict[str, Any] = {
@@ -355,9 +364,9 @@ def _deepspeed_config(config: Config, world: int, num_params: int) -> dict[str, 
     if train.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
     result: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": config.streams_per_micro_batch(world),
+        "train_micro_batch_size_per_gpu": streams,
         "gradient_accumulation_steps": train.accumulation,
-        "gradient_clipping": config.optim.clip,
+        "gradient_clipping": clip,
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": (
             False

@@ -8,7 +8,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from foreroute.engine.config import Config, Router
+from foreroute.engine.config import MoEConfig, Router
 from foreroute.engine.config.enums import BalanceOver
 from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.optim.adam import comes_last
@@ -104,10 +104,10 @@ def _expert_group(mesh: Mesh) -> dist.ProcessGroup:
     return exchanging
 
 
-def balance_over_ranks(model: nn.Module, config: Config, mesh: Mesh) -> None:
+def balance_over_ranks(model: nn.Module, moe: MoEConfig, mesh: Mesh) -> None:
     """Let learned routers count the tokens of all ranks for their balance loss, if they shall."""
-    everywhere = config.moe.balance_over is BalanceOver["global"] and mesh.world > 1
-    if config.moe.router is not Router.learned or not everywhere:
+    everywhere = moe.balance_over is BalanceOver["global"] and mesh.world > 1
+    if moe.router is not Router.learned or not everywhere:
         return
     world = ExpertGroupComm(None, deepspeed.comm)
     for layer in model.modules():

@@ -27,10 +27,9 @@ from torch import distributed as dist
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from foreroute.engine.config import Config
+from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.data.loader import PlannedLoader
 from foreroute.engine.data.planned_batches import GroupBatch, PlannedBatch, TrainingBatches
-from foreroute.engine.data.streams import Streams
 from foreroute.engine.metrics.step_meter import StepMeter
 from foreroute.engine.model.build import build_model
 from foreroute.engine.model.transformer_xl import Memory
@@ -145,34 +144,35 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def train(
-    config: Config, mesh: Mesh, ids: NDArray[np.uint8], tables: list[Table], vocab_size: int, *, counted: bool = True
+    layout: Layout, rank: int, ids: NDArray[np.uint8], tables: list[Table], vocab_size: int, *, counted: bool = True
 ) -> int:
-    """Train train.steps steps on this rank, in the process group that there is.
+    """Train train.steps steps as one rank of the run, in the process group that there is.
 
     Returns:
         The most bytes of tensors and plans that were held in a step; 0 unless counted.
     """
     plans, held = PlanBytes(), TensorBytes()
     if not counted:
-        _train(config, mesh, ids, tables, vocab_size, plans, None)
+        _train(layout, rank, ids, tables, vocab_size, plans, None)
         return 0
     with held:
-        _train(config, mesh, ids, tables, vocab_size, plans, held)
+        _train(layout, rank, ids, tables, vocab_size, plans, held)
     return held.peak_bytes + plans.peak_bytes
 
 
 def _train(
-    config: Config,
-    mesh: Mesh,
+    layout: Layout,
+    rank: int,
     ids: NDArray[np.uint8],
     tables: list[Table],
     vocab_size: int,
     plans: PlanBytes,
     held: TensorBytes | None,
 ) -> None:
+    config, mesh = layout.config, Mesh(rank, layout.placement.world_size, layout.placement.expert_ranks)
     model = build_model(config, vocab_size)
     engine = adapter.start(model, config, mesh)
-    loader = _loader(config, mesh, ids, tables, plans, model.input_keys)
+    loader = _loader(layout, mesh, ids, tables, plans, model.input_keys)
     world = World(mesh) if mesh.world == 1 else World(mesh, cpu_group=GlooGroup(dist.group.WORLD))  # type: ignore[arg-type]
     memory: list[Memory | None] = [None] * config.train.accumulation
     meter = StepMeter(engine.module, engine.device, engine.comm, world)
@@ -183,15 +183,15 @@ def _train(
 
 
 def _loader(
-    config: Config,
+    layout: Layout,
     mesh: Mesh,
     ids: NDArray[np.uint8],
     tables: list[Table],
     plans: PlanBytes,
     input_keys: Sequence[KeyRows],
 ) -> PlannedLoader:
-    streams = Streams(ids, config.data.streams, config.data.segment, config.context, config.data.start)
-    batches = TrainingBatches(config, streams, mesh, routers_of(tables, mesh), input_keys)
+    config = layout.config
+    batches = TrainingBatches(config, layout.read(ids), mesh, routers_of(tables, mesh), input_keys)
 
     def plan(group: GroupBatch, k: int) -> PlannedBatch:
         planned = batches.plan(group, k)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from foreroute.engine.config import Backend, Config, Router
+from foreroute.engine.config import Backend, Config, MoEConfig, Router
 from foreroute.engine.errors import require
 from foreroute.kernels import ExpertWeights, expert_rows, moe_ffn
 from foreroute.kernels.launching import is_interpreted
@@ -37,26 +37,29 @@ def resolve(config: Config, device: torch.device) -> Config:
     if kernels.masked_from_k is not None:
         return config
     needless = config.moe.router is Router.dense or kernels.backend is not Backend.cpu
-    first = config.moe.experts + 1 if needless else measure_masked_from_k(config)
+    first = (
+        config.moe.experts + 1
+        if needless
+        else measure_masked_from_k(config.moe, config.model.width, config.symbols_per_step)
+    )
     return replace(config, kernels=replace(kernels, masked_from_k=first))
 
 
-def measure_masked_from_k(config: Config) -> int:
+def measure_masked_from_k(moe: MoEConfig, width: int, tokens: int) -> int:
     """Find the smallest k at which the masked form is faster, forward and backward; experts + 1 if there is none.
 
     The grouped form's time grows with k and the masked one's does not, so the crossing is found by bisection.
     """
-    low, high = 1, config.moe.experts + 1  # masked loses below low, wins from high on
+    low, high = 1, moe.experts + 1  # masked loses below low, wins from high on
     while low < high:
         k = (low + high) // 2
-        grouped, masked = _seconds(config, k)
+        grouped, masked = _seconds(moe, width, min(_TOKENS, tokens), k)
         low, high = (low, k) if masked < grouped else (k + 1, high)
     return low
 
 
-def _seconds(config: Config, k: int) -> tuple[float, float]:
+def _seconds(moe: MoEConfig, width: int, tokens: int, k: int) -> tuple[float, float]:
     """Fastest of a few interleaved rounds of (grouped, masked)."""
-    moe, width = config.moe, config.model.width
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -64,7 +67,6 @@ def _seconds(config: Config, k: int) -> tuple[float, float]:
 
     shape = (moe.experts, moe.expert_width, width)
     weights = ExpertWeights(normal(*shape), normal(*shape[:2]), normal(*shape), normal(shape[0], width))
-    tokens = min(_TOKENS, config.symbols_per_step)
     x_TD = normal(tokens, width)
     expert_TK = torch.rand(tokens, moe.experts, generator=generator).topk(k, dim=1).indices
     rows, _ = expert_rows(expert_TK, moe.experts)

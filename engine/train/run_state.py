@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from foreroute.engine.config import BalanceOver, Config, Keys, Router
+from foreroute.engine.config import BalanceOver, Config, Keys, ModelConfig, Router
 from foreroute.engine.model.transformer_xl import Memory
 from foreroute.engine.parallel.mesh import Mesh
 
@@ -19,16 +19,16 @@ def not_in_rounding_alone(manifest: Mapping[str, Any], config: Config, mesh: Mes
     learned = config.moe.router is Router.learned and config.moe.balance_loss > 0
     regrouped = accumulation != config.train.accumulation or config.moe.balance_over is BalanceOver.micro
     found = {
-        "dropout draws new numbers": drops_out(config),
+        "dropout draws new numbers": drops_out(config.model),
         "keys are shuffled among other tokens": config.moe.keys is Keys.shuffled,
         "the balance loss counts other tokens": learned and regrouped,
     }
     return [words for words, applies in found.items() if applies]
 
 
-def drops_out(config: Config) -> bool:
+def drops_out(model: ModelConfig) -> bool:
     """Say whether PyTorch's generators are drawn from; the experts' dropout is hashed."""
-    return max(config.model.dropout, config.model.attention_dropout) > 0
+    return max(model.dropout, model.attention_dropout) > 0
 
 
 def join_memory(memory: list[Memory | None]) -> Memory | None:

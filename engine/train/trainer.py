@@ -30,7 +30,7 @@ from foreroute.engine.metrics.step_meter import StepMeter
 from foreroute.engine.metrics.step_result import StepResult
 from foreroute.engine.metrics.stragglers import StragglerDetector
 from foreroute.engine.metrics.writer import Metrics
-from foreroute.engine.model.build import build_model, fill_signatures, planned_routers, router_tables
+from foreroute.engine.model.build import RunModel, build_model, fill_signatures, planned_routers, router_tables
 from foreroute.engine.model.flops import Arithmetic
 from foreroute.engine.model.transformer_xl import Memory
 from foreroute.engine.optim.deepspeed_engine import start
@@ -87,16 +87,21 @@ class Trainer:
             corpus.split(Split.train), config.data.streams, config.data.segment, config.context, config.data.start
         )
         self.model = build_model(config, corpus.vocab.size)
-        fill_signatures(self.model, config, corpus)
+        fill_signatures(self.run_model)
         self.parameters = sum(p.numel() for p in self.model.parameters())  # of all ranks together
         self.arithmetic = Arithmetic(config, corpus.vocab.size, self.parameters)
-        self.peak = peak_of(config, self.world.device)
+        self.peak = peak_of(config.train, config.kernels, self.world.device)
         self.engine = start(self.model, config, self.world.mesh)
         self.meter = StepMeter(self.model, self.engine.device, self.engine.comm, self.world)
         self.memory: list[Memory | None] = [None] * config.train.accumulation
         self.step = 0
         self._saved_at = time.monotonic()  # or began
         self._seed_generator()
+
+    @property
+    def run_model(self) -> RunModel:
+        """The model as it is now, for an evaluation."""
+        return RunModel(self.config, self.corpus, self.model, self.routers)
 
     @property
     def checkpoints(self) -> Path:
@@ -145,7 +150,10 @@ class Trainer:
         self.step = state.step
         # tables belong to the model: take the saved ones
         tables = [table_from_state(table) for table in state.tables]
-        self.routers = planned_routers(self.config, tables, self.world.mesh)
+        config = self.config
+        self.routers = planned_routers(
+            config.moe, tables, self.world.mesh, num_tables=config.num_tables, seed=config.train.seed
+        )
         self._restore_generators(state)
         if state.memory is not None:
             device, micros = self.engine.device, len(self.memory)
@@ -154,7 +162,7 @@ class Trainer:
         self.reporter.note(f"resumed at step {self.step} from {path}")
         if differs := not_in_rounding_alone(manifest, self.config, self.world.mesh):
             self.reporter.note(f"the checkpoint is of another layout of ranks and micro-batches: {', '.join(differs)}")
-        elif self._on_gpu != (state.device_rng is not None) and drops_out(self.config):
+        elif self._on_gpu != (state.device_rng is not None) and drops_out(self.config.model):
             self.reporter.note("the checkpoint is of another kind of device: dropout draws new numbers")
 
     def save(self) -> Path:
@@ -293,7 +301,6 @@ class Trainer:
 
     def _window(self) -> Window:
         return Window(
-            self.config,
             self.arithmetic,
             ranks=self.world.mesh.world,
             device=self.world.device,
@@ -356,10 +363,7 @@ class Trainer:
                 raise _StopAsked
 
         found = evaluate(
-            self.model,
-            self.routers,
-            self.corpus,
-            self.config,
+            self.run_model,
             split=Split.valid,
             k=self.config.schedule.k_max,
             progress=leave_if_asked,

@@ -6,10 +6,11 @@ Everything here is exact and counted; what others add (memory, a model of the ti
 from collections.abc import Callable, Sequence
 
 from foreroute.engine.certificate.counts.exact import Bytes, Certificate, Idle, StepStatistics, counted_kind
+from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.counts.series import MeanAndMax
 from foreroute.engine.certificate.counts.tally import Spread
 from foreroute.engine.certificate.counts.traffic import KINDS
-from foreroute.engine.config import Config, Split
+from foreroute.engine.config import Split
 from foreroute.engine.data.corpus import PreparedCorpus
 from foreroute.launch.page import parts as page
 from foreroute.launch.page.parts import Bar, Bars, Curve, KeyFigure, Line, Page, Table
@@ -24,7 +25,7 @@ _WORKED = (
 
 def certificate_page(
     found: Certificate,
-    config: Config,
+    layout: Layout,
     corpus: PreparedCorpus,
     further: Sequence[page.Section] = (),
     figures: Sequence[KeyFigure] = (),
@@ -33,19 +34,19 @@ def certificate_page(
     """Describe a certificate.
 
     Args:
-        config: of the run.
+        layout: of the run.
         further: sections that follow the counted ones.
         figures: key figures of theirs.
         verdicts: answers that stand on top.
     """
     parts = [*found.by_k, found.whole] if len(found.by_k) > 1 else found.by_k
     return Page(
-        title=f"Certificate of {config.train.name}",
+        title=f"Certificate of {layout.config.train.name}",
         lead=_lead(found),
         figures=[*_figures(found), *figures],
         verdicts=verdicts,
         sections=[
-            _run(found, config, corpus),
+            _run(found, layout, corpus),
             _rows(found, parts),
             *([] if _alone(found) else [_bytes(found, parts)]),
             _fixed_shapes(found, parts),
@@ -131,8 +132,8 @@ def _used(found: Certificate, values: str) -> tuple[float, int]:
     return total / found.whole.steps, most
 
 
-def _run(found: Certificate, config: Config, corpus: PreparedCorpus) -> page.Section:
-    place, moe = found.placement, config.moe
+def _run(found: Certificate, layout: Layout, corpus: PreparedCorpus) -> page.Section:
+    place, config, moe = layout.placement, layout.config, layout.config.moe
     accumulation = config.train.accumulation
     micro = "1 micro-batch" if accumulation == 1 else f"{accumulation} micro-batches"
     nodes = "1 node" if place.group_nodes == 1 else f"{place.group_nodes} nodes"

@@ -24,7 +24,7 @@ from foreroute.engine.config import Backend, Config, MoEConfig, Split, to_plain
 from foreroute.engine.config.option import option
 from foreroute.engine.data.corpus import PreparedCorpus, prepare
 from foreroute.engine.errors import require
-from foreroute.engine.model.build import build_routers, router_tables
+from foreroute.engine.model.build import run_tables
 from foreroute.engine.routing.tables import Table
 from foreroute.launch.certify.counts_page import certificate_page, counts_verdict
 from foreroute.launch.certify.memory_section import memory_section, memory_verdict
@@ -108,7 +108,7 @@ def run(args: CertifyArgs) -> int:
     _check_folder(folder)
     corpus = prepare(args.corpus, print)
     layout, ids = args.layout, corpus.split(Split.train)
-    tables = router_tables(build_routers(layout.config, corpus))
+    tables = run_tables(layout.config, corpus)
     record = Record(layout, ids, layout.counted_steps(args.steps, args.sample))
     found = certify(layout, ids, tables, steps=args.steps, sample=args.sample, also=record.add)
     memory, time = _memory(args, found, corpus), _time(args, corpus)
@@ -126,7 +126,7 @@ def run(args: CertifyArgs) -> int:
         figures.append(time_figure(time))
         further.append(time_section(time, args.cluster, layout.placement))
     verdicts = [memory_verdict(memory), counts_verdict(found), layout_verdict(time)]
-    described = certificate_page(found, layout.config, corpus, further, figures, verdicts)
+    described = certificate_page(found, layout, corpus, further, figures, verdicts)
     (folder / HTML).write_text(html(described), encoding="ascii")
     (folder / TEXT).write_text(markdown(described)[0])
     print_top(described)
@@ -159,7 +159,7 @@ def _time(args: CertifyArgs, corpus: PreparedCorpus) -> TimePart | None:
     layout = args.layout
 
     def tables_of(moe: MoEConfig) -> Sequence[Table]:
-        return router_tables(build_routers(replace(layout.config, moe=moe), corpus))
+        return run_tables(replace(layout.config, moe=moe), corpus)
 
     forecaster = Forecaster(layout, args.cluster, corpus.split(Split.train), corpus.vocab.size, tables_of)
     return time_part(forecaster, search=args.search)

@@ -1,6 +1,6 @@
 """A run that is given another length than it was started with: what becomes of what is a function of train.steps."""
 
-from foreroute.engine.config import Config, Decay, Growth
+from foreroute.engine.config import Config, Decay, Growth, ScheduleConfig
 from foreroute.engine.optim.adam import learning_rate
 from foreroute.engine.routing.k_schedule import active_experts
 
@@ -13,7 +13,7 @@ def other_length(earlier: Config, now: Config, step: int) -> str:
     run of 200 steps; steps before it are those of one of 100".
     """
     begins = f"train.steps={now.train.steps}, so far {earlier.train.steps}"
-    if now.optim.decay is Decay.constant and _k_is_free(now):
+    if now.optim.decay is Decay.constant and _k_is_free(now.schedule):
         return f"{begins}: nothing else depends on it, the run is the same as one of {now.train.steps:,} steps"
     then_rate, rate = (learning_rate(c.optim, step, c.train.steps) for c in (earlier, now))
     then_k, k = (active_experts(c.schedule, step, c.schedule_steps) for c in (earlier, now))
@@ -24,5 +24,5 @@ def other_length(earlier: Config, now: Config, step: int) -> str:
     )
 
 
-def _k_is_free(config: Config) -> bool:
-    return config.schedule.growth is Growth.constant or config.schedule.steps is not None
+def _k_is_free(schedule: ScheduleConfig) -> bool:
+    return schedule.growth is Growth.constant or schedule.steps is not None

@@ -242,8 +242,7 @@ def with_rate(job: Job, rate: float | None) -> Job:
 
 
 def chosen_options(config: Config) -> dict[str, Any]:
-    """Return the options that differ from the defaults, without those that only affect where and how the same steps are
-    computed."""
+    """Return the options that are not the default's, but for those of where and how the same steps are computed."""
     defaults = to_plain(Config())
     return {
         f"{section}.{name}": value
@@ -253,9 +252,8 @@ def chosen_options(config: Config) -> dict[str, Any]:
     }
 
 
-def difference(config: Config, chosen: Mapping[str, Any]) -> str | None:
-    """Name the first option in which a configuration differs from earlier `chosen_options`; None if there is none."""
-    now = chosen_options(config)
+def difference(now: Mapping[str, Any], chosen: Mapping[str, Any]) -> str | None:
+    """Return the first option that `chosen_options` has now and had not earlier, in words; None if there is none."""
     for name in [*now, *chosen]:
         if now.get(name) != chosen.get(name):
             return f"{name} was {chosen.get(name, 'the default')}, now it is {now.get(name, 'the default')}"

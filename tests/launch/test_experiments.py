@@ -102,7 +102,7 @@ def test_a_shrunk_copy_trains_and_evaluates(tmp_path, text, name):
     changed = [not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True)]
     assert sum(changed) > len(changed) / 2
     k = config.schedule.k_max
-    found = evaluate(trainer.model, trainer.routers, corpus, config, split=config.eval.split, k=k)
+    found = evaluate(trainer.run_model, split=config.eval.split, k=k)
     assert found.symbols == 40 and 0 < found.bpc < 16
 
 

@@ -155,7 +155,7 @@ def test_fine_tuning_starts_from_the_checkpoint(runs, router):
     folder = runs / router
     stored, tables = read_checkpoint(folder)
     args = program.FinetuneArgs(run=str(folder), task=TASK, seed=7)
-    saved = open_saved(folder, program._config(read_config(folder / "config.yaml"), args), print)
+    saved = open_saved(folder, program._config(args), print)
 
     def start(pretrained):
         state = program._classifier(saved, replace(args, pretrained=pretrained)).state_dict()
@@ -184,7 +184,7 @@ def test_tables_at_the_input_stay_the_runs(runs, kind):
 
     def start(seed, pretrained):
         args = program.FinetuneArgs(run=str(folder), task=TASK, seed=seed, pretrained=pretrained)
-        saved = open_saved(folder, program._config(trained, args), lambda _: None)
+        saved = open_saved(folder, program._config(args), lambda _: None)
         return program._classifier(saved, args).model
 
     def rows(model):

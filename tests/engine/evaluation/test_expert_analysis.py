@@ -12,7 +12,7 @@ from foreroute.engine.config import Activation, Config, KernelsConfig, MoEConfig
 from foreroute.engine.data.corpus import PreparedCorpus
 from foreroute.engine.data.tokens.byte_values import ByteVocab
 from foreroute.engine.evaluation import expert_analysis as analysis
-from foreroute.engine.model.build import build_model
+from foreroute.engine.model.build import RunModel, build_model
 from foreroute.engine.moe.experts import Experts
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.routers import routers_of
@@ -137,7 +137,7 @@ def test_a_hashed_model_is_seen_as_its_tables_say(corpus):
     train = corpus.split(Split.train)
     tables = build_tables(config.moe, SYMBOLS, train, num_tables=LAYERS, seed=1, cache_dir=None)
     routers = routers_of(tables, Mesh())
-    layers = analysis.observe(build_model(config, SYMBOLS), routers, corpus, config, k=k, symbols=50)
+    layers = analysis.observe(RunModel(config, corpus, build_model(config, SYMBOLS), routers), k=k, symbols=50)
     symbols = 50 // SEGMENT * SEGMENT
     inputs = corpus.ids[1099 : 1099 + symbols]  # each symbol's input is the one before it
     assert len(layers) == LAYERS
@@ -156,7 +156,7 @@ def test_a_hashed_model_is_seen_as_its_tables_say(corpus):
 def test_a_live_router_is_seen_as_it_chooses(corpus):
     config, k = whole_config(Router.frozen), 2
     model = build_model(config, SYMBOLS)
-    layers = analysis.observe(model, None, corpus, config, k=k, symbols=64)
+    layers = analysis.observe(RunModel(config, corpus, model, None), k=k, symbols=64)
     for block, layer in zip(model.blocks, layers, strict=True):
         logits_TE = layer.hidden_TD @ block.moe.router.gate_weight.T
         top_TK = logits_TE.topk(k).indices
@@ -166,11 +166,11 @@ def test_a_live_router_is_seen_as_it_chooses(corpus):
     with torch.no_grad():
         for block in model.blocks:
             block.moe.router.gate_weight.neg_()
-    other = analysis.observe(model, None, corpus, config, k=k, symbols=64)
+    other = analysis.observe(RunModel(config, corpus, model, None), k=k, symbols=64)
     assert analysis.routing_change(layers, other) > 0.9  # the lowest instead of the highest
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_a_dense_model_shows_no_experts(corpus):
     config = whole_config(Router.dense)
-    assert analysis.observe(build_model(config, SYMBOLS), None, corpus, config, k=1, symbols=64) == []
+    assert analysis.observe(RunModel(config, corpus, build_model(config, SYMBOLS), None), k=1, symbols=64) == []

@@ -7,6 +7,7 @@ from foreroute.engine.config import Config, DataConfig, EvalConfig, KernelsConfi
 from foreroute.engine.config.enums import Keys
 from foreroute.engine.errors import UserError
 from foreroute.engine.evaluation.generate import Sampling, generate, sample
+from foreroute.engine.model.build import RunModel
 from foreroute.engine.model.transformer_xl import TransformerXL
 from foreroute.engine.routing.plan import Routing
 
@@ -49,7 +50,7 @@ def test_symbol_by_symbol_equals_a_whole_segment(memory):
     model = TransformerXL(config.model, config.moe, config.kernels, 20).eval()
     greedy = Sampling(0, 1.0, torch.Generator())
     prompt = [3, 1, 4]
-    found = list(generate(model, None, config, prompt, k=2, length=9, sampling=greedy))
+    found = list(generate(RunModel(config, None, model, None), prompt, k=2, length=9, sampling=greedy))
     text = prompt[:]
     with torch.inference_mode():
         for _ in range(9):
@@ -62,4 +63,4 @@ def test_shuffled_keys_are_refused_before_anything_is_sampled():
     config = Config(moe=MoEConfig(keys=Keys.shuffled))
     model = TransformerXL(ModelConfig(1, 8, 1, 8), MoEConfig(experts=2, expert_width=4), config.kernels, 20)
     with pytest.raises(UserError, match=r"moe\.keys=shuffled: a control that cannot generate"):
-        generate(model, None, config, [1], k=1, length=1, sampling=Sampling(0, 1.0, torch.Generator()))
+        generate(RunModel(config, None, model, None), [1], k=1, length=1, sampling=Sampling(0, 1.0, torch.Generator()))

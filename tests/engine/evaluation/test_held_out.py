@@ -21,6 +21,7 @@ from foreroute.engine.config import (
     Split,
 )
 from foreroute.engine.evaluation.held_out import evaluate, slimming_curve
+from foreroute.engine.model.build import RunModel
 from foreroute.engine.model.transformer_xl import TransformerXL
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.parallel.world import World
@@ -45,7 +46,7 @@ def make(*, memory=100, streams=1, segment=6):
 
 
 def measured(model, config, **options):
-    return evaluate(model, None, CORPUS, config, split=Split.test, k=2, **options)
+    return evaluate(RunModel(config, CORPUS, model, None), split=Split.test, k=2, **options)
 
 
 def by_hand(model, symbols=LENGTH):
@@ -81,9 +82,9 @@ def test_progress_is_told_at_each_k_and_changes_nothing():
     model, config = make(segment=20)
     config = replace(config, eval=replace(config.eval, k=[1, 2], memory=1))
     seen = []
-    curve = slimming_curve(model, None, CORPUS, config, progress=lambda *parts: seen.append(parts))
+    curve = slimming_curve(RunModel(config, CORPUS, model, None), progress=lambda *parts: seen.append(parts))
     assert seen == [(f"k = {k}", done, 3) for k in (1, 2) for done in range(4)]
-    plain = slimming_curve(model, None, CORPUS, config)
+    plain = slimming_curve(RunModel(config, CORPUS, model, None))
     assert {k: found.bpc for k, found in curve.items()} == {k: f.bpc for k, f in plain.items()}
 
 

@@ -9,7 +9,7 @@ import torch
 from foreroute.engine.config import KernelsConfig, Router
 from foreroute.engine.finetune.classifier import Classifier, predict
 from foreroute.engine.finetune.sentences import Sentence, pad
-from foreroute.engine.model.build import build_model, planned_routers
+from foreroute.engine.model.build import RunModel, build_model, planned_routers
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.plan import Routing
 from foreroute.engine.routing.routers import HashedRouter
@@ -32,7 +32,7 @@ def build(router: Router, *, dropout: float = 0.0, pre_norm: bool = True) -> Cla
         text = np.random.default_rng(0).integers(0, SYMBOLS, 500).astype(np.uint8)
         tables = build_tables(config.moe, SYMBOLS, text, num_tables=LAYERS, seed=1, cache_dir=None)
         routers = [HashedRouter(table) for table in tables]
-    return Classifier(build_model(config, SYMBOLS), routers, config).double()
+    return Classifier(RunModel(config, None, build_model(config, SYMBOLS), routers)).double()
 
 
 def sentences(*lengths: int, seed: int = 0) -> list[Sentence]:
@@ -74,8 +74,8 @@ def test_a_router_that_draws_does_so_anew_for_each_batch_and_alike_in_every_call
     """All sentences of a batch meet the same experts; of 200 equal ones, in two batches, two kinds of logits come
     out."""
     config = replace(tiny_config(), moe=replace(tiny_config().moe, router=Router.stochastic))
-    routers = planned_routers(config, [], Mesh())
-    classifier = Classifier(build_model(config, SYMBOLS), routers, config)
+    routers = planned_routers(config.moe, [], Mesh(), num_tables=config.num_tables, seed=config.train.seed)
+    classifier = Classifier(RunModel(config, None, build_model(config, SYMBOLS), routers))
     same = sentences(7) * 200
     first, again = predict(classifier, same, 1), predict(classifier, same, 1)
     assert torch.equal(first, again)

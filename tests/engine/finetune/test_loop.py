@@ -12,7 +12,7 @@ from foreroute.engine.errors import RunFailed
 from foreroute.engine.finetune.classifier import Classifier, predict
 from foreroute.engine.finetune.loop import Recipe, accuracy, finetune
 from foreroute.engine.finetune.sentences import Sentence
-from foreroute.engine.model.build import build_model
+from foreroute.engine.model.build import RunModel, build_model
 from foreroute.engine.routing.routers import HashedRouter
 from foreroute.engine.routing.tables import build_tables
 from foreroute.engine.testing.tiny_run import EXPERTS, LAYERS, SYMBOLS, K, tiny_config
@@ -43,7 +43,7 @@ def build(router: Router, seed: int = 1) -> Classifier:
             config.moe, SYMBOLS, np.arange(500, dtype=np.uint8) % SYMBOLS, num_tables=LAYERS, seed=1, cache_dir=None
         )
         routers = [HashedRouter(table) for table in tables]
-    return Classifier(build_model(config, SYMBOLS), routers, config)
+    return Classifier(RunModel(config, None, build_model(config, SYMBOLS), routers))
 
 
 def task(count: int, seed: int) -> list[Sentence]:

@@ -18,9 +18,8 @@ from foreroute.engine.testing.tiny_run import tiny_config
 
 
 def a_window(flops=0.0, peak=0.0, device="cpu"):
-    config = tiny_config()
     return Window(
-        config, Arithmetic(config, 11, 1000), ranks=2, device=torch.device(device), peak=Peak(peak, "said"), flops=flops
+        Arithmetic(tiny_config(), 11, 1000), ranks=2, device=torch.device(device), peak=Peak(peak, "said"), flops=flops
     )
 
 

@@ -25,35 +25,30 @@ def gpu(monkeypatch):
 
 def with_formats(precision, products=MatmulPrecision.ieee):
     backend = Backend.triton if products is MatmulPrecision.tf32 else Backend.auto
-    config = tiny_config()
-    return replace(
-        config,
-        train=replace(config.train, precision=precision),
-        kernels=KernelsConfig(backend=backend, precision=products),
-    )
+    return replace(tiny_config().train, precision=precision), KernelsConfig(backend=backend, precision=products)
 
 
 def test_a_known_gpu_in_the_number_format_of_the_run(gpu):
     device = gpu("NVIDIA H100 80GB HBM3")
-    found = peak_of(with_formats(Precision.bf16), device)
+    found = peak_of(*with_formats(Precision.bf16), device)
     assert found.flops == 989.5e12 and found.source == "NVIDIA H100 data sheet (SXM), dense bf16"
-    assert peak_of(with_formats(Precision.fp32), device).flops == 67e12
-    assert peak_of(with_formats(Precision.fp32, MatmulPrecision.tf32), device).flops == 494.5e12
+    assert peak_of(*with_formats(Precision.fp32), device).flops == 67e12
+    assert peak_of(*with_formats(Precision.fp32, MatmulPrecision.tf32), device).flops == 494.5e12
 
 
 def test_an_unknown_device_has_no_peak(gpu):
     """Also a part of a known one."""
     for name in ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA GeForce RTX 4090", "NVIDIA H100"):
-        found = peak_of(with_formats(Precision.bf16), gpu(name))
+        found = peak_of(*with_formats(Precision.bf16), gpu(name))
         assert found.flops == 0 and name in found.source and "train.peak_tflops" in found.source
-    assert peak_of(with_formats(Precision.fp32), torch.device("cpu")).flops == 0
+    assert peak_of(*with_formats(Precision.fp32), torch.device("cpu")).flops == 0
 
 
 def test_what_the_run_says_counts(gpu):
-    config = with_formats(Precision.bf16)
-    config = replace(config, train=replace(config.train, peak_tflops=0.5))
+    train, kernels = with_formats(Precision.bf16)
+    train = replace(train, peak_tflops=0.5)
     for device in (gpu("NVIDIA H200"), torch.device("cpu")):
-        assert peak_of(config, device) == (0.5e12, "train.peak_tflops")
+        assert peak_of(train, kernels, device) == (0.5e12, "train.peak_tflops")
 
 
 def test_a_peak_of_nothing_is_refused():

@@ -22,6 +22,7 @@ from foreroute.engine.data.planned_batches import group_batch, plan_batch
 from foreroute.engine.data.streams import Batch
 from foreroute.engine.errors import UserError
 from foreroute.engine.evaluation.generate import Sampling, generate
+from foreroute.engine.model.build import RunModel
 from foreroute.engine.model.transformer_xl import TransformerXL
 from foreroute.engine.routing.ngram_rows import KeyRows
 from foreroute.engine.routing.plan import Routing
@@ -149,7 +150,7 @@ def test_generation_reads_the_same_rows_as_a_whole_segment(control):
     config = Config(model=replace(SIZES, **control), moe=MOE, eval=EvalConfig(k=[K]))
     greedy = Sampling(0, 1.0, torch.Generator())
     text = [3, 1, 4]
-    text += generate(model, None, config, text, k=K, length=6, sampling=greedy)
+    text += generate(RunModel(config, None, model, None), text, k=K, length=6, sampling=greedy)
     ids = torch.tensor([text[:-1]])
     row_tBQ = rows(model, ids, torch.zeros(1, 2, dtype=torch.int64))
     logits_BQV = model.logits(ids, None, Routing(K, input_row_tBQ=row_tBQ)).logits_BQV

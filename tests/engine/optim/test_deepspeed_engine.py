@@ -409,7 +409,7 @@ def test_the_configuration_that_deepspeed_gets():
     due."""
     config = replace(tiny_config(2, clip=0.5, precision=Precision.bf16), data=DataConfig(streams=8))
     config = replace(config, train=replace(config.train, accumulation=2))
-    assert adapter._deepspeed_config(config, 2, 1000) == {
+    assert adapter._deepspeed_config(config.train, 0.5, streams=2, num_params=1000) == {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": 2,
         "gradient_clipping": 0.5,
@@ -422,10 +422,12 @@ def test_the_configuration_that_deepspeed_gets():
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
     }
-    plain = adapter._deepspeed_config(tiny_config(1), 1, 10**12)
+    plain = adapter._deepspeed_config(tiny_config(1).train, 0.0, streams=1, num_params=10**12)
     assert plain["zero_optimization"]["reduce_bucket_size"] == adapter.MAX_BUCKET < 10**9
     assert not {"bf16", "data_types", "communication_data_type"} & set(plain)
-    full = adapter._deepspeed_config(tiny_config(3, offload=True), 1, 10)["zero_optimization"]
+    full = adapter._deepspeed_config(tiny_config(3, offload=True).train, 0.0, streams=1, num_params=10)[
+        "zero_optimization"
+    ]
     assert full["stage3_param_persistence_threshold"] == adapter.KEPT_WHOLE
     assert full["offload_optimizer"] == {"device": "cpu"}
 

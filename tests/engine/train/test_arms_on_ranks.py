@@ -74,7 +74,7 @@ def train(case, rank, ranks):
     model = build_model(config, SYMBOLS)
     if config.model.signatures:
         model.input_tables.fill([mixing_weights(table, K) for table in tables])
-    routers = planned_routers(config, tables, mesh)
+    routers = planned_routers(config.moe, tables, mesh, num_tables=config.num_tables, seed=config.train.seed)
     engine = adapter.start(model, config, mesh)
     streams = Streams(text, config.data.streams, config.data.segment, config.context)
     accumulation, losses = config.train.accumulation, []

@@ -63,7 +63,7 @@ def make(**changes):
 def page_of(place=PLACE, further=(), sample=1, **changes):
     config, corpus, tables = make(**changes)
     found = certify(Layout(config, place), corpus.ids, tables, sample=sample)
-    return found, certificate_page(found, config, corpus, further)
+    return found, certificate_page(found, Layout(config, place), corpus, further)
 
 
 def parts(page, title, kind):
@@ -161,7 +161,7 @@ def test_the_charts_show_the_series_and_the_means():
 def test_a_thinned_series_has_bands():
     config, corpus, tables = make(train=TrainConfig(steps=1100, name="long"))
     found = certify(Layout(config, PLACE), corpus.ids, tables)
-    (load,) = parts(certificate_page(found, config, corpus), "Rows", Curve)
+    (load,) = parts(certificate_page(found, Layout(config, PLACE), corpus), "Rows", Curve)
     assert load.band and len(load.lines[0].x) == 500
     assert load.lines[2].upper == found.series.expert_load.max != load.lines[2].y
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 import pytest
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from benchmarks.models.memory_model import SMALL, SYMBOLS, Case, compare, make_config, material
+from benchmarks.models.memory_model import SMALL, SYMBOLS, Case, compare, make_config, material, on_one_node
 from foreroute.engine.certificate.counts.exact import certify
 from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.counts.placement import Placement
@@ -31,9 +31,8 @@ def certified(changes=(), ranks=1, **more):
     config = make_config(dict(changes), SMALL)
     if more:
         config = replace(config, **more)
-    ids, tables = material(config)
-    layout = Layout(config, Placement(ranks, config.parallel.expert_ranks, ranks))
-    return layout, certify(layout, ids, tables)
+    layout = on_one_node(config, ranks)
+    return layout, certify(layout, *material(layout))
 
 
 @pytest.mark.dist
@@ -164,7 +163,7 @@ def test_k_of_which_no_step_was_counted_are_named():
     layout, whole = certified({"train": {"steps": 9}}, schedule=schedule)
     assert {part.k for part in whole.by_k} == {1, 2, 3}
     assert peak_memory(layout, whole, SYMBOLS).uncounted_k == ()
-    start = certify(layout, *material(layout.config), steps=1)
+    start = certify(layout, *material(layout), steps=1)
     assert peak_memory(layout, start, SYMBOLS).uncounted_k == (2, 3)
 
 
