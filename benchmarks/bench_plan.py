@@ -19,7 +19,7 @@ from foreroute.engine.config import Split
 from foreroute.engine.data.corpus import prepare
 from foreroute.engine.data.streams import Streams
 from foreroute.engine.metrics.step_meter import StepMeter
-from foreroute.engine.model.build import build_model, run_tables
+from foreroute.engine.model.build import RunModel, build_model, run_tables
 from foreroute.engine.optim.deepspeed_engine import start
 from foreroute.engine.routing.plan import Plan
 from foreroute.engine.routing.planner import TablePlanner
@@ -86,8 +86,8 @@ def main() -> None:
 
     model = build_model(config, corpus.vocab.size)
     engine = start(model, config)
-    group = [GroupRouter(table) for table in tables]
-    arm = Arm(config, corpus, engine, StepMeter(model, engine.device), K, list(group))
+    run = RunModel(config, corpus, model, [GroupRouter(table) for table in tables])
+    arm = Arm(run, engine, StepMeter(model, engine.device), K)
     for _ in range(args.steps + 1):
         arm()
     arm.loader.close()

@@ -31,19 +31,18 @@ from foreroute.engine.config import (
     TrainConfig,
 )
 from foreroute.engine.config.model import feed_forward_width
-from foreroute.engine.data.corpus import PreparedCorpus, prepare
+from foreroute.engine.data.corpus import prepare
 from foreroute.engine.data.loader import PlannedLoader
 from foreroute.engine.data.planned_batches import TrainingBatches, group_batch, plan_batch
 from foreroute.engine.data.streams import Streams
 from foreroute.engine.metrics.step_meter import StepMeter
 from foreroute.engine.metrics.timers import StepTimes
-from foreroute.engine.model.build import build_model, build_routers
+from foreroute.engine.model.build import RunModel, build_model, build_routers
 from foreroute.engine.model.transformer_xl import Memory
 from foreroute.engine.moe.feed_forward import FeedForward
 from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.optim.deepspeed_engine import Engine, start
 from foreroute.engine.parallel.mesh import Mesh
-from foreroute.engine.routing.routers import PlannedRouter
 from foreroute.engine.train.resolve import resolve
 from foreroute.engine.train.step import train_step
 from foreroute.launch.start.process import keep_freed_memory, run_and_leave
@@ -70,19 +69,10 @@ def shapes(args: argparse.Namespace) -> Config:
 class Arm:
     """One case: a loader at a fixed k in front of an engine that other cases may share."""
 
-    def __init__(
-        self,
-        config: Config,
-        corpus: PreparedCorpus,
-        engine: Engine,
-        meter: StepMeter,
-        k: int,
-        routers: list[PlannedRouter] | None,
-    ) -> None:
-        streams = Streams(
-            corpus.split(Split.train), config.data.streams, config.data.segment, config.context, config.data.start
-        )
-        batches = TrainingBatches(config, streams, Mesh(), routers)
+    def __init__(self, run: RunModel, engine: Engine, meter: StepMeter, k: int) -> None:
+        config, ids = run.config, run.corpus.split(Split.train)
+        streams = Streams(ids, config.data.streams, config.data.segment, config.context, config.data.start)
+        batches = TrainingBatches(config, streams, Mesh(), run.routers)
         self.config, self.engine, self.meter = config, engine, meter
         self.memory: list[Memory | None] = [None]
         self.step = 0
@@ -98,20 +88,18 @@ class Arm:
         self.step += 1
 
 
-def _arms(config: Config, corpus: PreparedCorpus, ks: Sequence[int]) -> list[Arm]:
-    model = build_model(config, corpus.vocab.size)
-    engine = start(model, config)
-    meter = StepMeter(model, engine.device)
-    routers = build_routers(config, corpus)
-    return [Arm(config, corpus, engine, meter, k, routers) for k in ks]
+def _arms(run: RunModel, ks: Sequence[int]) -> list[Arm]:
+    engine = start(run.model, run.config)
+    meter = StepMeter(run.model, engine.device)
+    return [Arm(run, engine, meter, k) for k in ks]
 
 
-def layer_cases(config: Config, corpus: PreparedCorpus) -> dict[str, Callable[[], object]]:
+def layer_cases(run: RunModel) -> dict[str, Callable[[], object]]:
     """Make the cases of the feed-forward part alone, forward and backward, at each k and dense."""
+    config, corpus = run.config, run.corpus
     torch.manual_seed(0)
     streams = Streams(corpus.split(Split.train), config.data.streams, config.data.segment, config.context)
     batch = streams.batch(0, range(config.data.streams))
-    routers = build_routers(config, corpus)
     layer = MoELayer(config.model.width, config.moe, config.kernels, 0, dropout=config.model.dropout).train()
     inner = feed_forward_width(config.model, config.moe, 0)
     dense = FeedForward(config.model.width, inner, config.moe.activation, config.model.dropout)
@@ -122,7 +110,7 @@ def layer_cases(config: Config, corpus: PreparedCorpus) -> dict[str, Callable[[]
     cotangent_TD = torch.randn_like(x_TD)
     cases: dict[str, Callable[[], object]] = {"dense": lambda: dense(x_TD).backward(cotangent_TD)}
     for k in KS:
-        routing = plan_batch(group_batch([batch]), k, routers, dropout_seed=1, layers=1).routing
+        routing = plan_batch(group_batch([batch]), k, run.routers, dropout_seed=1, layers=1).routing
         cases[str(k)] = lambda routing=routing: layer(x_TD, routing).y_TD.backward(cotangent_TD)  # type: ignore[misc]
     return cases
 
@@ -138,10 +126,14 @@ def main() -> None:
     config = shapes(args)
     corpus = prepare(config.corpus)
     dense_config = replace(config, moe=replace(config.moe, router=Router.dense))
-    arms = {"dense": _arms(dense_config, corpus, [1])[0]}
-    arms.update({str(k): arm for k, arm in zip(KS, _arms(config, corpus, KS), strict=True)})
+    dense, run = (
+        RunModel(each, corpus, build_model(each, corpus.vocab.size), build_routers(each, corpus))
+        for each in (dense_config, config)
+    )
+    arms = {"dense": _arms(dense, [1])[0]}
+    arms.update({str(k): arm for k, arm in zip(KS, _arms(run, KS), strict=True)})
     step_ms = minima_ms(interleave(arms, args.rounds))
-    layer_ms = minima_ms(interleave(layer_cases(config, corpus), args.rounds))
+    layer_ms = minima_ms(interleave(layer_cases(run), args.rounds))
     times = [time for arm in arms.values() for time in arm.times[1:]]
     outside = sum(time.outside_ms for time in times) / sum(time.step_ms for time in times)
     for arm in arms.values():

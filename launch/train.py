@@ -17,7 +17,7 @@ from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.record import Written, read
 from foreroute.engine.config import Backend, Config, Router, Split, WandbMode, to_plain
 from foreroute.engine.config.option import option
-from foreroute.engine.config.unused_options import unused
+from foreroute.engine.config.unused_options import rules, unused
 from foreroute.engine.data.corpus import PreparedCorpus, prepare
 from foreroute.engine.evaluation.held_out import slimming_curve
 from foreroute.engine.metrics.writer import Metrics
@@ -198,7 +198,7 @@ def _open_metrics(run: RunFolder, trainer: Trainer, check: Check | None, note: C
 def _describe(console: Console, trainer: Trainer) -> None:
     config, corpus = trainer.config, trainer.corpus
     mesh = trainer.world.mesh
-    for name, reason in unused(config, given_options()).items():
+    for name, reason in unused(rules(config), given_options()).items():
         console.note(f"{name} has no effect: {reason}")
     if mesh.world > 1:
         console.note(

@@ -54,12 +54,13 @@ ONLY_IN = {
 }
 MOST_FILES = 12  # beside each other in a folder
 MOST_LINES_OF_A_STEP = 45  # of train_step: what is measured is attached from outside
+MOST_WHOLE_CONFIGS = 30  # parameters and fields that are a whole Config: a part takes the sections that it reads
 
 
-def sources():
+def sources(folders=tuple(MAY_IMPORT)):
     return {
         path.relative_to(ROOT).as_posix(): path.read_text()
-        for folder in MAY_IMPORT
+        for folder in folders
         for path in sorted((ROOT / folder).rglob("*.py"))
     }
 
@@ -153,8 +154,27 @@ def test_a_step_shows_its_algorithm():
     assert step.end_lineno - step.lineno + 1 <= MOST_LINES_OF_A_STEP
 
 
+def whole_configs(source):
+    """Names of the parameters and fields of a source that are annotated as a whole Config, or one that may be None."""
+    for node in ast.walk(ast.parse(source)):
+        kind = getattr(node, "annotation", None)
+        if kind is not None and ast.unparse(kind).split(" | ")[0] == "Config":
+            yield node.arg if isinstance(node, ast.arg) else ast.unparse(node.target)
+
+
+def test_parts_take_their_sections():
+    everything = sources((*MAY_IMPORT, "benchmarks"))
+    found = [f"{name}: {config}" for name, source in everything.items() for config in whole_configs(source)]
+    assert len(found) <= MOST_WHOLE_CONFIGS, "\n".join(found)
+
+
+def test_a_whole_config_is_seen():
+    source = "def f(a: Config, *, b: Config | None = None, c: MoEConfig, d: list[Config]): ...\nclass C:\n    e: Config"
+    assert sorted(whole_configs(source)) == ["a", "b", "e"]
+
+
 def test_a_room_is_not_crowded():
-    names = [*sources(), *(path.relative_to(ROOT).as_posix() for path in (ROOT / "benchmarks").rglob("*.py"))]
+    names = sources((*MAY_IMPORT, "benchmarks"))
     crowded = Counter(name.rpartition("/")[0] for name in names if not name.endswith("__init__.py"))
     assert {folder: count for folder, count in crowded.items() if count > MOST_FILES} == {}
 

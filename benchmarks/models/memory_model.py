@@ -190,8 +190,9 @@ def material(layout: Layout) -> tuple[NDArray[np.uint8], list[Table]]:
     return ids, tables
 
 
-def on_one_node(config: Config, ranks: int) -> Layout:
-    """Lay a run out on the ranks of one node."""
+def make_layout(changes: dict[str, dict[str, Any]], base: dict[str, dict[str, Any]], ranks: int) -> Layout:
+    """Lay a run out on the ranks of one node; as make_config."""
+    config = make_config(changes, base)
     return Layout(config, Placement(ranks, config.parallel.expert_ranks, ranks))
 
 
@@ -210,7 +211,7 @@ def compare(cases: Sequence[Case]) -> list[Outcome]:
     outcomes = []
     for ranks in sorted({case.ranks for case in cases}):
         own = [case for case in cases if case.ranks == ranks]
-        layouts = [on_one_node(make_config(case.changes, SMALL), ranks) for case in own]
+        layouts = [make_layout(case.changes, SMALL, ranks) for case in own]
         of_ranks = run_ranks(measured, ranks, layouts, seconds=900)
         for case, layout, *found in zip(own, layouts, *of_ranks, strict=True):
             outcomes.append(Outcome(case, predicted(layout), max(found)))
@@ -234,7 +235,7 @@ def grown(rank: int, layout: Layout) -> int:
 
 def growth() -> tuple[int, int]:
     """Predict and measure the growth of a large run's process, in bytes."""
-    layout = on_one_node(make_config({}, GROWTH), 1)
+    layout = make_layout({}, GROWTH, 1)
     (found,) = run_ranks(grown, 1, layout, seconds=600)
     return predicted(layout).peak_bytes, found
 

@@ -1,2 +1,2 @@
-"""What a run with a planned router will do, known before it starts: counted from its text, its tables and its schedule
+"""The work of a run with a planned router, known before it starts: counted from its text, its tables and its schedule
 alone."""

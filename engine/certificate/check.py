@@ -1,10 +1,10 @@
-"""Holds a run to its certificate: what each step did on this rank against what was counted before the run.
+"""Holds a run to its certificate: each step's counts on this rank against those from before the run.
 
 `fits`, `fits_text` and `fits_tables` refuse a certificate of another run before the first step. `Check` watches the
 expert layers where the rows are: rows received are the rows of the tensors that arrive, expert rows those of the index
 tensors that the kernels are given, bytes what the collectives of a layer counted (engine/parallel/collectives.py). They
-are compared on the host, behind the backward passes and before the weights change, each rank for itself: no collective,
-nothing read back from a device.
+are compared on the host, after the backward passes and before the weights change. Each rank compares its own: there is
+no collective, and nothing is read back from a device.
 
 Letters: y layers, m micro-batches of a step.
 """
@@ -127,7 +127,7 @@ def _difference(written: Written, now: Mapping[str, Any], names: Sequence[str]) 
 
 @dataclass(slots=True)
 class _Done:
-    """What a layer has done since it is watched."""
+    """Counts of a layer since it is watched."""
 
     received_rows: int = 0
     computed_rows: int = 0
@@ -135,7 +135,7 @@ class _Done:
 
 
 class _Watched(Exchange):
-    """An exchange that notes what arrives at a layer's experts, and what leaves for its sake."""
+    """An exchange that counts the rows that arrive at a layer's experts, and the bytes that the layer sends."""
 
     def __init__(self, exchange: Exchange, done: _Done) -> None:
         super().__init__(exchange.comm, exchange.parallel, exchange.backend)
@@ -166,7 +166,7 @@ class _Watched(Exchange):
 
 
 def _watch(layer: MoELayer) -> _Done:
-    """Note from now on what a layer does."""
+    """Count from now on the rows and bytes of a layer."""
     done = _Done()
     alone = isinstance(layer.exchange, Local)
     if isinstance(layer.exchange, Exchange):
@@ -200,7 +200,7 @@ class Check:
 
     @contextmanager
     def forward(self) -> Iterator[None]:
-        """Note what the forward pass of the step's next micro-batch does, which runs inside."""
+        """Count the forward pass of the step's next micro-batch, which runs inside."""
         if not self._rows_my:
             self._sent_before_y = [done.sent_bytes for done in self._done_y]
         before_y = [(done.received_rows, done.computed_rows) for done in self._done_y]
@@ -213,7 +213,7 @@ class Check:
         )
 
     def compare(self, step: int) -> None:
-        """Compare what has been done since the step's first forward pass.
+        """Compare the counts since the step's first forward pass.
 
         Raises:
             RunFailed: on this rank; names the first difference, by layer and micro-batch.

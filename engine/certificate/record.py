@@ -35,7 +35,7 @@ Counts = NDArray[np.unsignedinteger[Any]]
 
 
 class Record:
-    """What a run must do in each step, by the exchange that it uses at that step's k.
+    """Collects the rows and bytes of each step, by the exchange that the run uses at that step's k.
 
     Args:
         ids: the training split.
@@ -120,7 +120,7 @@ class Written:
         return Placement(**self.facts["placement"])
 
     def of_rank(self, rank: int) -> "Expected":
-        """Read what one rank of the run must do."""
+        """Read the rows and bytes of one rank."""
         with safe_open(self.path.with_name(ARRAYS), "numpy") as file:
             return Expected(
                 self.facts["sample"],
@@ -133,7 +133,7 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What one rank of a run must do."""
+    """Rows and bytes of each step of one rank."""
 
     sample: int  # every so manieth step is known
     place_s: Counts  # of each known step, its number among the distinct ones
@@ -142,7 +142,7 @@ class Expected:
     bytes_uy: Counts  # that leave the rank in a step: forward, backward, and what recomputation repeats
 
     def find(self, step: int) -> int | None:
-        """Give a step's number among the distinct ones; None if it is not known."""
+        """Return a step's number among the distinct ones; None if it is not known."""
         known, between = divmod(step, self.sample)
         return None if between or known >= len(self.place_s) else int(self.place_s[known])
 

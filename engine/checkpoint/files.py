@@ -34,28 +34,28 @@ _ABANDONED_S = 24 * 3600  # a temporary folder of another host is left alone for
 
 
 def shard_name(rank: int) -> str:
-    """Name of the file that a rank writes."""
+    """Return the name of the file that a rank writes."""
     return f"shard-{rank:05d}.safetensors"
 
 
 def temporary_name(step: int) -> str:
-    """Name of a folder that this process is about to write in; says whose it is."""
+    """Return the name of a folder that this process will write in, with the writer's name."""
     return f".writing-{step}-{os.getpid()}@{socket.gethostname()}"
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """All checkpoints by name, the newest first."""
+    """List all checkpoints, the newest first."""
     found = [path for path in folder.glob("step-*") if _STEP_FOLDER.fullmatch(path.name)]
     return sorted(found, key=step_of, reverse=True)
 
 
 def step_of(path: Path) -> int:
-    """Step of a checkpoint's folder."""
+    """Return the step of a checkpoint's folder."""
     return int(path.name.removeprefix("step-"))
 
 
 def on_ranks(cpu_group: CpuGroup, act: Callable[[], Any], *, only: int | None = None) -> list[Any]:
-    """Call act on every rank, or on one only, and give every rank's result (JSON).
+    """Call act on every rank, or on one only, and return every rank's result (JSON).
 
     Raises:
         OSError: on every rank, if files could not be read or written on any.
@@ -74,7 +74,7 @@ def on_ranks(cpu_group: CpuGroup, act: Callable[[], Any], *, only: int | None = 
 
 
 def write_shard(file: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Write a shard and wait until it is on the disk; give its size and sha256, and type and shape of each tensor."""
+    """Write a shard and wait until it is on the disk; return its size and sha256, and type and shape of each tensor."""
     save_file(tensors, file)
     sync(file)
     return {
@@ -88,7 +88,7 @@ def write_shard(file: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, header: dict[str, Any], shards: dict[str, dict[str, Any]]) -> None:
-    """Write the manifest beside the shards that it describes (what write_shard gave) and wait until it is on the
+    """Write the manifest beside the shards that it describes (as write_shard returned them) and wait until it is on the
     disk."""
     files, tensors = {}, {}
     for name, shard in shards.items():
@@ -126,7 +126,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _checked_names(file: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Give the manifest; refuse one that names files that are no shards beside it."""
+    """Return the manifest; refuse one that names files that are no shards beside it."""
     held = [entry["file"] for entry in manifest["tensors"].values()]
     for name in dict.fromkeys([*manifest["files"], *held]):
         require(

@@ -38,7 +38,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass
 class TrainingState:
-    """What a rank needs to go on, beside what the engine holds."""
+    """State that a rank needs to go on, beside the engine's."""
 
     step: int  # optimizer steps done; the k schedule and the learning rate follow it
     cursor: int  # index of the next segment in the data stream
@@ -112,7 +112,7 @@ def save(
 
 
 def find_newest(folder: Path, cpu_group: CpuGroup | None = None) -> tuple[Path | None, list[str]]:
-    """Give the newest whole checkpoint (None: there is none) and a warning line for each newer one that is not.
+    """Return the newest whole checkpoint (None: there is none) and a warning line for each newer one that is not.
 
     With many ranks all call it, share the work and get the same answer.
     """
@@ -131,7 +131,7 @@ def find_newest(folder: Path, cpu_group: CpuGroup | None = None) -> tuple[Path |
 def load(
     path: Path, engine: "Engine", *, cpu_group: CpuGroup | None = None, streams: Sequence[int] | None = None
 ) -> TrainingState:
-    """Restore weights, masters, moments, Adam step and buffers bit for bit, and give back the rest.
+    """Restore weights, masters, moments, Adam step and buffers bit for bit, and return the rest.
 
     Every rank of the run takes part and reads only what it holds. The checkpoint may come from any other number of
     ranks, size of expert groups and ZeRO stage; only this rank's random state is then absent.
@@ -187,7 +187,7 @@ class _Reader:
         return value
 
     def parameter(self, kind: str, name: str, experts: range | None) -> Tensor:
-        """A parameter's value; the experts asked for are put together."""
+        """Read a parameter's value; the experts asked for are put together."""
         parts = [self.get(key) for key in _keys(kind, name, experts)]
         return parts[0] if experts is None else torch.stack(parts)
 
@@ -213,12 +213,12 @@ class _Reader:
                 )
 
     def missing(self, streams: Sequence[int] | None) -> list[int]:
-        """Those of the streams whose memory is not here, though there is some."""
+        """Return the streams whose memory is not here, though there is some."""
         saved = self._streams()
         return [stream for stream in streams or [] if stream not in saved] if saved else []
 
     def training_state(self, mesh: Mesh | None, streams: Sequence[int] | None) -> TrainingState:
-        """What is not in the engine; the random state only if as many ranks in equal groups had saved it."""
+        """Read the state that is not in the engine; the random state only if as many ranks in equal groups saved it."""
         tables: list[dict[str, Tensor]] = [{} for _ in range(self.manifest["tables"])]
         for key in self._keys:
             kind, *rest = key.split("/")
@@ -245,7 +245,7 @@ class _Reader:
         )
 
     def _streams(self) -> dict[int, list[int]]:
-        """The layers whose memory is here, by stream."""
+        """List the layers whose memory is here, by stream."""
         found: dict[int, list[int]] = {}
         for key in self._keys:
             kind, *rest = key.split("/")
@@ -258,7 +258,7 @@ class _Reader:
 
 
 def _checked(cpu_group: CpuGroup | None, mesh: Mesh) -> CpuGroup:
-    """The cpu_group, which must be for the engine's ranks: each would write a checkpoint of its own otherwise."""
+    """Return the cpu_group, which must be for the engine's ranks: otherwise each would write its own checkpoint."""
     cpu_group = cpu_group or CpuGroup()
     if (cpu_group.rank, cpu_group.ranks) != (mesh.rank, mesh.world):
         raise ValueError(
@@ -268,7 +268,7 @@ def _checked(cpu_group: CpuGroup | None, mesh: Mesh) -> CpuGroup:
 
 
 def _check_disjoint(shards: dict[str, dict[str, Any]]) -> None:
-    """Every rank sees the same: a tensor that two ranks wrote (such as a stream that both claim) is an error."""
+    """Refuse a tensor that two ranks wrote, such as a stream that both claim; every rank sees the same."""
     seen: dict[str, str] = {}
     for name, shard in shards.items():
         for key in shard["tensors"]:
@@ -286,24 +286,24 @@ def _is_expert(name: str) -> bool:
 
 
 def _experts(name: str, shape: Sequence[int], mesh: Mesh) -> range | None:
-    """Global ids of the experts of this rank's parameter; None if it is not one of experts."""
+    """Return the global ids of the experts of this rank's parameter; None if it is not one of experts."""
     return mesh.local_experts(shape[0] * mesh.ep_size) if _is_expert(name) else None
 
 
 def _keys(kind: str, name: str, experts: range | None) -> list[str]:
-    """What a parameter is stored under: one key, or one for each expert."""
+    """Return the keys that a parameter is stored under: one, or one for each expert."""
     key = f"{kind}/{name}"
     return [key] if experts is None else [f"{key}/{expert:05d}" for expert in experts]
 
 
 def _buffers(module: nn.Module) -> dict[str, Tensor]:
-    """The persistent buffers."""
+    """Return the persistent buffers."""
     persistent = module.state_dict(keep_vars=True)
     return {name: buffer for name, buffer in module.named_buffers() if name in persistent}
 
 
 def _tensors(engine: "Engine", state: TrainingState) -> dict[str, Tensor]:
-    """What this rank writes, on the host; values may alias live tensors. A collective, as Engine.read_state."""
+    """Return the tensors that this rank writes, on the host, perhaps aliases of live ones; a collective."""
     result = dict(_own_state(engine))
     assert state.rng is not None
     result[_rng(engine.mesh.rank)] = state.rng
@@ -323,8 +323,9 @@ def _tensors(engine: "Engine", state: TrainingState) -> dict[str, Tensor]:
 
 
 def _own_state(engine: "Engine") -> Iterator[tuple[str, Tensor]]:
-    """The parameters' state that this rank writes, each on the host before the next is read: a GPU has room for one,
-    not for all.
+    """Yield the parameters' state that this rank writes, each on the host before the next is read.
+
+    A GPU has room for one, not for all.
 
     Of R ranks that hold the same experts, the r-th takes the experts r, r + R, ... of those; of all W ranks the w-th
     takes the other parameters w, w + W, ...

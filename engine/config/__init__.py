@@ -1,4 +1,4 @@
-"""What a run is, checked at start-up; the rest of the engine may trust it. Import from here."""
+"""The configuration of a run, checked at start-up; the rest of the engine trusts it. Import from here."""
 
 from foreroute.engine.config.enums import (
     Activation,

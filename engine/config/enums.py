@@ -1,4 +1,4 @@
-"""The closed sets of values in a configuration; engine/config/run.py says where each is used."""
+"""The closed sets of values in a configuration; engine/config/run.py and model.py use them."""
 
 from enum import Enum
 
@@ -23,7 +23,7 @@ class Tokens(Enum):
 
 
 class Router(Enum):
-    """Who chooses the experts."""
+    """The router, which chooses the experts."""
 
     hashed = "hashed"  # planned: a function of token ids
     frozen = "frozen"  # live: SMoE-Dropout's fixed random projection
@@ -34,7 +34,7 @@ class Router(Enum):
 
 
 class Keys(Enum):
-    """Whose key a hashed router looks up for a token."""
+    """The token whose key a hashed router looks up."""
 
     own = "own"
     shuffled = "shuffled"  # that of another token of the micro-batch: a control
@@ -88,7 +88,7 @@ class Precision(Enum):
 
 
 class Backend(Enum):
-    """Who executes the expert layer."""
+    """The backend that executes the expert layer."""
 
     auto = "auto"  # triton on a GPU, cpu elsewhere; decided at the start of a run
     cpu = "cpu"  # PyTorch products, grouped or masked
@@ -97,7 +97,7 @@ class Backend(Enum):
 
 
 class SavedForBackward(Enum):
-    """What the expert layer keeps for backward."""
+    """Tensors that the expert layer keeps for backward."""
 
     lean = "lean"  # the input and the hidden units
     fast = "fast"  # also the gathered input rows; backend cpu only

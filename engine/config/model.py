@@ -1,7 +1,7 @@
-"""What a model is: the sections `model` and `moe` of a run's configuration (engine/config/run.py has the others).
+"""The sections `model` and `moe` of a run's configuration; engine/config/run.py has the others.
 
-Each field says its unit and what a larger value does. `feed_forward_width` says how wide dense layers are, so that a
-dense model has as many parameters as the one with experts that it is compared with.
+Each help text has the unit of its option and the effect of a larger value. `feed_forward_width` is the width of dense
+layers with which a dense model has as many parameters as the model with experts that it is compared with.
 """
 
 from dataclasses import dataclass
@@ -137,7 +137,7 @@ def num_tables(model: ModelConfig, moe: MoEConfig) -> int:
 
 
 def feed_forward_width(model: ModelConfig, moe: MoEConfig, layer: int) -> int:
-    """Give the hidden width of layer number `layer` where it is dense.
+    """Return the hidden width of layer number `layer` where it is dense.
 
     Example: 3 layers, width 128, 16 experts x 128 are 2,048 wide. 6,144 rows of n-gram embeddings are 786,432
     parameters, and one unit of width in three layers is 3 x (2 x 128 + 1), so beside them a layer is 2,048 - 1,020 =

@@ -1,8 +1,7 @@
 """The run's configuration as validated dataclasses; the schema that the Hydra files in conf/ fill in.
 
-Each field says its unit and what a larger value does. Everything is checked here, at start-up; the rest of
-the engine receives these plain objects and may trust them. Derived numbers are properties, computed once here.
-All names of a configuration can be imported from here.
+Each help text has the unit of its option and the effect of a larger value. Everything is checked here, at start-up. The
+rest of the engine receives these plain objects and trusts them. Derived numbers are properties.
 """
 
 import dataclasses
@@ -461,7 +460,7 @@ class Config:
         self.streams_per_micro_batch(world=1)
 
     def _check_input(self) -> None:
-        """Check what the model is given at its input, and which layers have experts."""
+        """Check the tables at the model's input, and which layers have experts."""
         model, moe = self.model, self.moe
         dense = moe.router is Router.dense
         require(
@@ -476,7 +475,7 @@ class Config:
             feed_forward_width(model, moe, 0)
 
     def streams_per_micro_batch(self, world: int) -> int:
-        """Streams that one rank runs in one forward pass.
+        """Count the streams that one rank runs in one forward pass.
 
         Raises:
             UserError: data.streams is no multiple of world x accumulation.
@@ -490,7 +489,7 @@ class Config:
         return self.data.streams // parts
 
     def alone(self) -> "Config":
-        """The run's configuration alone, of a program's options that extend it."""
+        """Return the run's configuration without the options of a program that extends it."""
         return Config(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Config)})
 
     @property

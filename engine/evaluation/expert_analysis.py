@@ -1,5 +1,4 @@
-"""What a trained model's experts and routes look like: how alike the experts are, how even the load, how the routes
-changed.
+"""Statistics of a trained model's experts and routes: likeness of the experts, evenness of the load, change of routes.
 
 Everything is measured on the first symbols of a split, read as one stream, by the evaluation's own forward passes
 (engine/evaluation/held_out.py) on one rank. launch/analyse.py runs it on the checkpoints of a run.
@@ -29,7 +28,7 @@ COMPARED_TOKENS = 1024
 
 @dataclass(frozen=True, slots=True)
 class LayerSeen:
-    """What one expert layer was given and how it was routed, token by token."""
+    """Inputs of one expert layer and their routes, token by token."""
 
     experts: Experts
     hidden_TD: Tensor  # what the experts read
@@ -47,7 +46,7 @@ class RouteStatistics:
 
 
 def observe(run: RunModel, *, k: int, symbols: int, split: Split = Split.test) -> list[LayerSeen]:
-    """Run the first symbols of a split at k active experts; return what each expert layer saw (none in a dense model).
+    """Run the first symbols of a split at k active experts; return what each expert layer was given (nothing if dense).
 
     Args:
         symbols: whole segments of them are read, and at least one.
@@ -71,7 +70,7 @@ def observe(run: RunModel, *, k: int, symbols: int, split: Split = Split.test) -
 
 
 def output_similarity(seen: LayerSeen, tokens: int = COMPARED_TOKENS) -> float:
-    """Mean cosine similarity of two experts' outputs for the same input, over all pairs of experts and all tokens.
+    """Compute the mean cosine similarity of two experts' outputs for the same input, over pairs of experts and tokens.
 
     All experts compute all tokens, whoever was chosen. 1 means that all experts point the same way (collapse); an
     output of zeros counts as similar to nothing.
@@ -91,7 +90,7 @@ def output_similarity(seen: LayerSeen, tokens: int = COMPARED_TOKENS) -> float:
 
 
 def weight_similarity(experts: Experts) -> float:
-    """Mean cosine similarity of two experts' flattened parameters, over all pairs of experts.
+    """Compute the mean cosine similarity of two experts' flattened parameters, over all pairs of experts.
 
     Hidden units can be permuted without changing what an expert computes, so a value near 0 does not show that two
     experts compute different things. A value far from 0 shows that they share more than they began with.
@@ -113,14 +112,14 @@ def route_statistics(seen: Sequence[LayerSeen]) -> RouteStatistics:
 
 
 def routing_change(before: Sequence[LayerSeen], after: Sequence[LayerSeen]) -> float:
-    """Give the share of tokens whose set of active experts differs, mean over layers; both saw the same text at the
+    """Return the share of tokens whose set of active experts differs, mean over layers; both saw the same text at the
     same k."""
     pairs = zip(before, after, strict=True)
     return _mean([(a.chosen_TE != b.chosen_TE).any(dim=1).double().mean().item() for a, b in pairs])
 
 
 def _note(seen: list[tuple[Tensor, Plan]], module: nn.Module, inputs: tuple[object, ...]) -> None:
-    """Keep what a layer's experts are called with."""
+    """Keep the arguments of a layer's experts."""
     rows_RD, plan = inputs[:2]
     assert isinstance(rows_RD, Tensor) and isinstance(plan, Plan)
     seen.append((rows_RD.detach(), plan))
@@ -149,7 +148,7 @@ def _route_of(chunk: Chunk, tokens: int, num_experts: int) -> tuple[Tensor, Tens
 
 
 def _mean_of_pairs(value_ETD: Tensor) -> float:
-    """Mean over pairs of different E, and over T, of the cosine of the angle between their last dims."""
+    """Average over pairs of different E, and over T, the cosine of the angle between their last dims."""
     count, tokens = value_ETD.shape[:2]
     if count < 2:
         return math.nan
@@ -161,7 +160,7 @@ def _mean_of_pairs(value_ETD: Tensor) -> float:
 
 
 def _entropy(share_E: Tensor) -> Tensor:
-    """Entropy in nats over the last dim."""
+    """Compute the entropy in nats over the last dim."""
     nats_E: Tensor = torch.special.entr(share_E)
     return nats_E.sum(dim=-1)
 

@@ -28,7 +28,7 @@ ProgressReporter = Callable[[str, int, int], None]
 
 
 def no_progress(stage: str, done: int, total: int) -> None:
-    """Tell nobody."""
+    """Report no progress."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """Of a symbol."""
+        """Perplexity of a symbol."""
         return float(2**self.bpc)
 
 
@@ -116,7 +116,7 @@ def evaluate(
 
 
 def _share(whole: Batch, counted_BQ: Tensor, rank: int, ranks: int) -> tuple[Batch, Tensor]:
-    """A rank's streams of a batch; where they do not divide, the last ranks run some twice that do not count."""
+    """Take a rank's streams of a batch; where they do not divide, the last ranks run some twice that do not count."""
     streams = whole.ids_BQ.shape[0]
     size = -(-streams // ranks)
     row_B = torch.arange(rank * size, (rank + 1) * size)

@@ -1,4 +1,4 @@
-"""What counting gets on the same held-out text: the baselines that a trained model has to beat.
+"""Counting models on the same held-out text: the baselines that a trained model has to beat.
 
 `order_n_bpc` is a static context model whose counts come from the training split alone; `bzip2_bpc` compresses the
 held-out text alone. Both are bits per symbol. Nothing here is used in training.

@@ -1,4 +1,4 @@
-"""How well a classifier does: accuracy with its interval, and whether that is better than always giving one answer."""
+"""Accuracy of a classifier with its interval, against always giving one answer."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ class Accuracy:
         return wilson(self.correct, self.examples)
 
     def beats(self, share: float) -> bool:
-        """Whether the whole interval lies above a share that one gets without looking."""
+        """Return whether the whole interval lies above a share that is reached without looking."""
         return self.interval.low > share
 
 
@@ -53,7 +53,7 @@ def wilson(correct: int, examples: int, confidence: float = CONFIDENCE) -> Inter
 
 
 def majority(labels: Sequence[int]) -> Majority:
-    """Find what always giving one answer gets."""
+    """Measure the answer that is always the most frequent label."""
     counts = Counter(sorted(labels))
     ((label, count),) = counts.most_common(1)
     return Majority(label, count / len(labels))

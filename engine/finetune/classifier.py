@@ -72,7 +72,7 @@ class Classifier(nn.Module):
         return logits_BC
 
     def _unplanned(self, ids_BQ: Tensor, index: int) -> Batch:
-        """The ids as routers take them: the ids left of a sentence count as 0."""
+        """Make a batch that routers take: the ids left of a sentence count as 0."""
         rows = ids_BQ.shape[0]
         left_BC = torch.zeros(rows, self.context, dtype=torch.int64)
         return Batch(ids_BQ, ids_BQ, left_BC, torch.arange(rows), index, fresh=True)

@@ -53,12 +53,12 @@ def _example(line: bytes, place: str) -> Example:
 
 
 def _shown(value: bytes) -> str:
-    """Bytes of a file in an error line, shortened."""
+    """Shorten bytes of a file for an error line."""
     return ascii(value[:40].decode("utf-8", "replace"))
 
 
 def hold_out(examples: Sequence[Example], count: int, seed: int) -> tuple[list[Example], list[Example]]:
-    """Draw `count` examples to select by; give the rest to train on, and them.
+    """Draw `count` examples to select by; return the rest to train on, and them.
 
     SST-2's dev examples are whole sentences, while its train examples are all phrases of its sentences. So the held-out
     ones are drawn from the longest quarter, and an example that shares five words in a row with one of them, or is the
@@ -83,6 +83,6 @@ def hold_out(examples: Sequence[Example], count: int, seed: int) -> tuple[list[E
 
 
 def _runs(text: bytes) -> list[tuple[bytes, ...]]:
-    """The runs of _RUN words in a text."""
+    """Return the runs of _RUN words in a text."""
     words = text.split()
     return list(zip(*(words[start:] for start in range(_RUN)), strict=False))

@@ -49,7 +49,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What came of fine-tuning; the classifier holds the chosen weights."""
+    """Result of fine-tuning; the classifier holds the chosen weights."""
 
     chosen: Point
     curve: tuple[Point, ...]
@@ -58,10 +58,10 @@ class Selection:
 
 
 class StepReporter(Protocol):
-    """Where fine-tuning tells a person how it is doing; steps count on over the learning rates."""
+    """Shows a person the progress of fine-tuning; steps count on over the learning rates."""
 
     def step(self, step: int) -> None:
-        """Say that so many steps are finished."""
+        """Show that so many steps are finished."""
 
     def point(self, step: int, point: Point) -> None:
         """Show a look at the held-out examples."""

@@ -17,7 +17,7 @@ from foreroute.kernels.ops.relative_attention import relative_attention
 
 @dataclass(frozen=True, slots=True)
 class SharedAttention:
-    """What the attention of all layers has in common in one forward pass."""
+    """Tensors that the attention of all layers shares in one forward pass."""
 
     distance_SD: Tensor  # encodings of the distances 0..S-1, after dropout
     u_HW: Tensor  # added to the query against the content of keys

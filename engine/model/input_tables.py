@@ -1,4 +1,4 @@
-"""What a model is told at its input: rows of tables that n-grams find as in hashed routing, added to the embedding.
+"""Tables at a model's input: n-grams find their rows as in hashed routing, and the rows are added to the embedding.
 
 Dense controls ask so whether hashed routing helps by more than what its keys say. `NgramEmbedding` learns a vector for
 each row, also beside experts; `Signatures`, for dense models, has the weights that hashed routing would give each
@@ -27,7 +27,7 @@ class NgramEmbedding(nn.Module):
         self.embedding = nn.Embedding(keys.rows, width)
 
     def forward(self, row_1BQ: Tensor) -> Tensor:
-        """Give [B, Q, D]."""
+        """Return the rows' sum [B, Q, D]."""
         found_BQD: Tensor = self.embedding(row_1BQ[0])
         return found_BQD
 
@@ -52,14 +52,14 @@ class Signatures(nn.Module):
         self.weight_trE.copy_(torch.stack(list(weights)))
 
     def forward(self, row_tBQ: Tensor) -> Tensor:
-        """Give [B, Q, D]."""
+        """Return the mapped weights [B, Q, D]."""
         parts = [weight_rE[row_BQ] for weight_rE, row_BQ in zip(self.weight_trE, row_tBQ, strict=True)]
         found_BQD: Tensor = self.map(torch.cat(parts, dim=-1).to(self.map.weight.dtype))
         return found_BQD
 
 
 def input_tables(model: ModelConfig, moe: MoEConfig, vocab_size: int, seed: int) -> NgramEmbedding | Signatures | None:
-    """Build what the configuration asks for; None for models without tables at their input."""
+    """Build the tables that the configuration asks for; None for models without tables at their input."""
     if model.ngram:
         # Beside hashed routing a number that none of its tables has, so that other n-grams share rows here than there.
         index = num_tables(model, moe) if moe.router is Router.hashed else 0

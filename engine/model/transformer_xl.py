@@ -30,7 +30,7 @@ Memory = tuple[Tensor, ...]
 
 
 class AttentionOptions(TypedDict, total=False):
-    """How far attention sees; TransformerXL.hidden says what each does."""
+    """How far attention sees; TransformerXL.hidden describes each field."""
 
     memory_len: int | None
     clamp_len: int

@@ -1,1 +1,1 @@
-"""`python -m launch.certify`: what a run will do, written down before it starts."""
+"""`python -m launch.certify`: a run's rows, bytes, memory and time, written down before it starts."""

@@ -122,8 +122,7 @@ def _figures(found: Certificate) -> list[KeyFigure]:
 
 
 def _used(found: Certificate, values: str) -> tuple[float, int]:
-    """Give the mean and the maximum over steps and ranks of a field of Bytes, by the exchange that the run uses at each
-    k."""
+    """Return mean and maximum over steps and ranks of a field of Bytes, by the exchange of the run at each k."""
     total, most = 0.0, 0
     for part in found.by_k:
         spread: Spread = getattr(part.bytes[counted_kind(part.exchange)], values)
@@ -308,7 +307,7 @@ def _bytes_over_steps(found: Certificate) -> Curve:
 
 
 def _band(found: Certificate) -> str:
-    """Say what the bands of a chart over steps are, if it has any."""
+    """Describe the bands of a chart over steps, if it has any."""
     return "up to the worst step nearby" if _thinned(found) else ""
 
 

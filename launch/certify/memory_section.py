@@ -35,7 +35,7 @@ def _lead(memory: Memory) -> str:
 
 
 def _terms(memory: Memory) -> Table:
-    """The largest first; a term whose formula is a sum goes on in the next rows."""
+    """List the terms, the largest first; a term whose formula is a sum goes on in the next rows."""
     rows = []
     for term in sorted(memory.terms, key=lambda term: -term.bytes):
         first, *others = term.formula.split(" + ")

@@ -1,4 +1,4 @@
-"""What a run will do, before it starts: `python -m launch.certify experiment=NAME world_size=64 expert_group=8`.
+"""Certify a run before it starts: `python -m launch.certify experiment=NAME world_size=64 expert_group=8`.
 
 Replays the ids, tables and k of the run on this machine's CPU, without a GPU or a cluster: rows of every rank and
 expert, and bytes inside and between nodes, exactly, and the memory of a rank, by formula. With cluster=NAME also says

@@ -99,7 +99,7 @@ def _steps(found: TimePart) -> Table:
 
 
 def _exchanges(found: TimePart) -> list[page.Part]:
-    """Say where the exchange changes with k, as configured and as auto would choose on this cluster."""
+    """Describe where the exchange changes with k, as configured and as auto would choose on this cluster."""
     if {part.exchange for part in found.exchanges} == {"local"}:
         return ["Exchange: local, as an expert group is one rank; auto changes nothing."]
     lines = []
@@ -154,7 +154,7 @@ def _scaling(found: TimePart, placement: Placement) -> list[page.Part]:
 
 
 def _not_scaled(found: TimePart, placement: Placement) -> list[str]:
-    """Say which numbers of ranks are missing."""
+    """List the numbers of ranks that are missing."""
     missing = []
     for name, scales in (("weak", found.weak), ("strong", found.strong)):
         there = {scale.ranks for scale in scales}
@@ -237,7 +237,7 @@ def _cluster(cluster: ClusterConfig) -> Table:
 
 
 def _of_links(sources: dict[str, str]) -> dict[str, str]:
-    """A source of a whole link is that of both its figures."""
+    """Name the source of a whole link at both its figures."""
     return {
         f"{level}.{figure}": sources[level]
         for level in ("inside", "between")

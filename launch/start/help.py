@@ -1,6 +1,6 @@
-"""The text of `python -m launch.PROGRAM --help`: one screen, or all about the groups that are named behind it.
+"""The text of `python -m launch.PROGRAM --help`: one screen, or all about the groups that are named after it.
 
-It is read from where it is kept anyway: the comment at the head of conf/PROGRAM.yaml and of each file of a group, and
+It shows the comment at the head of conf/PROGRAM.yaml and of each file of a group, and
 the fields of the options' dataclasses with their types, help texts and bounds (engine/config/option.py).
 """
 
@@ -40,7 +40,7 @@ _SENTENCE = re.compile(r"(?<=\.)\s+(?=[A-Z`])")
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A part of the help that has a title."""
+    """A titled part of the help."""
 
     name: str  # by which it is asked for
     title: str
@@ -96,7 +96,7 @@ def _written(parts: Sequence[_Part], width: int) -> str:
 
 
 def _overview(parts: Sequence[_Part], width: int) -> str:
-    """Name the groups, each in a line with its choices or the first sentence of its meaning."""
+    """List the groups, each in a line with its choices or the first sentence of its meaning."""
     found: dict[str, list[str]] = {}
     for part in parts:
         if part.has_choices:
@@ -123,7 +123,7 @@ def _short_names(choices: Mapping[str, str]) -> list[str]:
 
 
 def _about(topic: str, parts: Sequence[_Part]) -> list[_Part]:
-    """The parts of a topic; choices that lie in a folder become one line."""
+    """Return the parts of a topic; choices that lie in a folder become one line."""
     found = []
     for part in parts:
         folders = Counter(f"{part.name}/{name.rpartition('/')[0]}" for name in part.lines if "/" in name)
@@ -165,7 +165,7 @@ def choices_of(folder: Path) -> dict[str, str]:
 
 
 def head_comment(file: Path) -> str:
-    """The comment at the head of a YAML file, without its marks and without Hydra's `@package`."""
+    """Return the comment at the head of a YAML file, without its marks and without Hydra's `@package`."""
     lines = []
     for line in file.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
@@ -176,7 +176,7 @@ def head_comment(file: Path) -> str:
 
 
 def sections(schema: type, values: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, str, dict[str, str]]]:
-    """Give each section of the options: its name ("" for the program's own), its meaning, and OPTION=VALUE with their
+    """Yield each section of the options: its name ("" for the program's own), its meaning, and OPTION=VALUE with their
     texts."""
     hints = get_type_hints(schema)
     own, inner = {}, []
@@ -202,7 +202,7 @@ def _add(parser: ArgumentParser, title: str, meaning: str, lines: Mapping[str, s
 
 
 def _escaped(text: str) -> str:
-    """Text for argparse, which formats it; on a command line None is null."""
+    """Escape text for argparse, which formats it; on a command line None is null."""
     return re.sub(r"\bNone\b", "null", text).replace("%", "%%")
 
 
@@ -217,7 +217,7 @@ def _is_enum(kind: Any) -> bool:
 
 
 def not_none(kind: Any) -> Any:
-    """The type of what an option that may be null is otherwise."""
+    """Return the type that an option has when it is not null."""
     if not isinstance(kind, UnionType):
         return kind
     (found,) = (arg for arg in get_args(kind) if arg is not NoneType)
@@ -230,7 +230,7 @@ def _enum_doc(kind: Any) -> str:
 
 
 def allowed(kind: Any) -> str:
-    """The values of a type, in words."""
+    """Return the values of a type, in words."""
     if isinstance(kind, UnionType):
         text = allowed(not_none(kind))
         return f"{text} | null" if " | " in text else f"{text} or null"
@@ -242,7 +242,7 @@ def allowed(kind: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as it is written on a command line."""
+    """Write a value as on a command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list):

@@ -113,6 +113,17 @@ class Job:
     tries: float | None = None  # the learning rate that this run tries
 
     @property
+    def chosen_options(self) -> dict[str, Any]:
+        """Options that are not the default's, but for those of where and how the same steps are computed."""
+        defaults = to_plain(Config())
+        return {
+            f"{section}.{name}": value
+            for section, options in to_plain(self.config).items()
+            for name, value in options.items()
+            if value != defaults[section][name] and f"{section}.{name}" not in OF_MACHINE
+        }
+
+    @property
     def analysed(self) -> bool:
         """Whether the run has experts that can be analysed."""
         return self.tries is None and self.config.moe.router is not Router.dense
@@ -241,19 +252,8 @@ def with_rate(job: Job, rate: float | None) -> Job:
     return job if rate is None else with_changes(job, {"optim.lr": rate})
 
 
-def chosen_options(config: Config) -> dict[str, Any]:
-    """Return the options that are not the default's, but for those of where and how the same steps are computed."""
-    defaults = to_plain(Config())
-    return {
-        f"{section}.{name}": value
-        for section, options in to_plain(config).items()
-        for name, value in options.items()
-        if value != defaults[section][name] and f"{section}.{name}" not in OF_MACHINE
-    }
-
-
 def difference(now: Mapping[str, Any], chosen: Mapping[str, Any]) -> str | None:
-    """Return the first option that `chosen_options` has now and had not earlier, in words; None if there is none."""
+    """Return the first option of a job's chosen ones that is not what it was, in words; None if there is none."""
     for name in [*now, *chosen]:
         if now.get(name) != chosen.get(name):
             return f"{name} was {chosen.get(name, 'the default')}, now it is {now.get(name, 'the default')}"

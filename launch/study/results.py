@@ -20,7 +20,7 @@ from foreroute.engine.config import Router
 from foreroute.engine.errors import UserError, require
 from foreroute.engine.metrics.names import JSONL, read_lines
 from foreroute.launch.runs.folder import ANALYSIS, FACTS, SUMMARY
-from foreroute.launch.study.preset import Job, chosen_options, with_rate
+from foreroute.launch.study.preset import Job, with_rate
 
 FORMAT = 1
 # counted_symbols: where the models had less than all of the training text
@@ -49,7 +49,8 @@ def collect(job: Job, rate: float | None, folder: Path, wall_seconds: float | No
         folder: the run's.
         wall_seconds: from the start of its first process to the end of its last; None if it was stopped in between.
     """
-    config = with_rate(job, rate).config
+    tuned = with_rate(job, rate)
+    config = tuned.config
     summary, facts = _json(folder / SUMMARY), _json(folder / FACTS)
     points = curve(folder / JSONL)
     return {
@@ -58,7 +59,7 @@ def collect(job: Job, rate: float | None, folder: Path, wall_seconds: float | No
         "seed": job.seed,
         "tries": job.tries,
         "learning_rate": config.optim.lr,
-        "options": chosen_options(config),
+        "options": tuned.chosen_options,
         "corpus": config.corpus.name.name,
         "tokens": config.corpus.tokens.name,
         "corpus_sha256": summary["corpus_sha256"],

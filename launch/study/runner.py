@@ -25,7 +25,7 @@ from foreroute.launch.runs.folder import write_json
 from foreroute.launch.start.arguments import quote
 from foreroute.launch.start.console import clock
 from foreroute.launch.study.equal_time import equal_time_steps, keep_steps, read_steps, take_steps, waits_for
-from foreroute.launch.study.preset import Job, Preset, chosen_options, difference, with_rate
+from foreroute.launch.study.preset import Job, Preset, difference, with_rate
 from foreroute.launch.study.results import Result, best_rate, check_alike, collect, own_bpc, read_result
 
 TIME_IS_UP = 124  # exit code of timeout(1)
@@ -91,7 +91,7 @@ class Runner:
             path = self._results / f"{job.name}.json"
             if path.exists():
                 found = read_result(path)
-                now = chosen_options(with_rate(job, found["learning_rate"]).config)
+                now = with_rate(job, found["learning_rate"]).chosen_options
                 differs = difference(now, found["options"])
                 require(differs is None, f"{path} is of another study: {differs}; take another out=FOLDER")
                 self._done[job.name] = found

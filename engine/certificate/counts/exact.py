@@ -39,7 +39,7 @@ class Static:
 
 @dataclass(frozen=True, slots=True)
 class Bytes:
-    """What one kind of exchange sends; spreads are over ranks and steps, all layers and directions together."""
+    """Bytes that one kind of exchange sends; spreads are over ranks and steps, all layers and directions together."""
 
     rank: Spread  # leaves a rank in a step
     inside: Spread  # of it to ranks of the same node
@@ -69,7 +69,7 @@ class StepStatistics:
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """What the steps of a run move and compute."""
+    """Rows and bytes of the steps of a run."""
 
     placement: Placement
     steps: int  # the first so many of the run

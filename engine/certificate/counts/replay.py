@@ -37,7 +37,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class StepCounts:
-    """What one step moves and computes, in rows; all in all groups, of every layer and micro-batch."""
+    """Rows that one step moves and computes, of all groups, layers and micro-batches."""
 
     steps: Counts  # ascending, all that do exactly this: same segments, same k, later epochs
     k: int

@@ -29,7 +29,7 @@ class MeanAndMax:
 
 @dataclass(frozen=True, slots=True)
 class StepSeries:
-    """What each point's steps are and what they do.
+    """The steps of each point, with their loads and bytes.
 
     A load is the maximum over a step's layers, micro-batches and ranks (or experts of a group), over the mean of the
     same numbers; 1 is perfectly even. Bytes are of a whole step: all layers, micro-batches and directions added up.

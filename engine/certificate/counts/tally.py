@@ -63,7 +63,7 @@ class Tally:
 
 
 def _put_together(tallies: Sequence[Tally]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Give the distinct values, ascending, and how often each occurs."""
+    """Return the distinct values, ascending, and how often each occurs."""
     values = np.concatenate([part for tally in tallies for part in tally._values])
     times = np.concatenate([part for tally in tallies for part in tally._times])
     value, place = np.unique(values, return_inverse=True)

@@ -1,5 +1,4 @@
-"""What leaves a rank, by kind of exchange: rows that go from rank to rank on their way to experts, and what they sum
-to.
+"""Rows that leave a rank, by kind of exchange: from rank to rank on their way to experts, and their sums.
 
 The rows' way to the experts is a matrix of hops, rows from a rank to a rank; results go back the same way, so their
 matrix is the transpose, and the gradients of either follow them in backward. Three kinds are counted:
@@ -7,9 +6,8 @@ matrix is the transpose, and the gradients of either follow them in backward. Th
     tokens      each token to each rank that has one of its experts
     gather      all tokens to all ranks, as if sent to each by itself
     two_level   each token once to each other node that has one of its experts, to the rank there that has the sender's
-    place
-                on its node; from there to the ranks of that node that have one. On the way back the results of a node
-                are added up at that rank first. The engine does not run it: the count says what it would save.
+                place on its node; from there to the ranks of that node that have one. On the way back the results of a
+                node are added up at that rank first. The engine does not run it: the count shows the saving.
 
 Letters: y layers, m micro-batches, g expert groups, P ranks of a group, h nodes of a group, q ranks of a group on a
 node.

@@ -1,1 +1,1 @@
-"""What a run holds in memory, at its peak and by moment."""
+"""The memory that a run holds, at its peak and by moment."""

@@ -1,4 +1,4 @@
-"""What a forward pass keeps for backward, and what backward needs on top, on one rank.
+"""Memory that a forward pass keeps for backward, and that backward needs on top, on one rank.
 
 Follows engine/model/block.py, engine/model/attention.py, engine/moe/ and the two backends of kernels/. Backward
 releases what it kept layer by layer, so it is greatest in the last layer or, where gradients weigh more, in the first.
@@ -23,7 +23,7 @@ class Activations:
     rows: Rows
 
     def memory(self, *, new: bool) -> list[Term]:
-        """Give the Transformer-XL memory: of every micro-batch, and the one being made by this one.
+        """List the Transformer-XL memory: of every micro-batch, and the one that this one makes.
 
         A memory no longer than the segment is a view of the layer's input, which stays whole.
         """
@@ -45,7 +45,7 @@ class Activations:
         return found
 
     def ends(self) -> list[Term]:
-        """Give what is kept outside the blocks."""
+        """List the tensors that are kept outside the blocks."""
         s, model = self.sizes, self.sizes.config.model
         masked = s.number + s.mask
         found = [
@@ -61,7 +61,7 @@ class Activations:
         return found
 
     def logits(self, *, backward: bool) -> list[Term]:
-        """Give the loss's: logits, their fp32 copy and logarithms; in backward logarithms and two gradients."""
+        """List the loss's tensors: logits, their fp32 copy and logarithms; in backward logarithms and two gradients."""
         s = self.sizes
         each = 4 + s.number + (4 if s.number == 2 else 0)
         if backward:
@@ -69,7 +69,7 @@ class Activations:
         return [term("logits and loss", "{} tokens x {} symbols x {} bytes", s.tokens, s.vocab, each)]
 
     def kept(self, layers: int, *, attention_only: bool = False) -> list[Term]:
-        """Give what so many layers keep for backward.
+        """List the tensors that so many layers keep for backward.
 
         Args:
             attention_only: of the last of them, the experts' part is gone.
@@ -84,7 +84,7 @@ class Activations:
         return [*self._attention(1), *experts]
 
     def _inputs(self, layers: int) -> list[Term]:
-        """Inputs of blocks, if they are not there as memory."""
+        """List the inputs of blocks, if they are not there as memory."""
         s = self.sizes
         if self._memory_is_view or (s.config.model.pre_norm and not s.config.train.recompute):
             return []
@@ -142,7 +142,7 @@ class Activations:
         return found
 
     def _around_experts(self, layers: int) -> list[Term]:
-        """Dense parts of the expert layer and what follows it."""
+        """List the tensors of the dense parts of the expert layer and of what follows it."""
         s, config = self.sizes, self.sizes.config
         width, c, shared = config.model.width, s.number, config.moe.shared_width
         after = s.mask if config.model.pre_norm else c + s.mask
@@ -199,7 +199,7 @@ class Activations:
         return found
 
     def experts_backward(self) -> list[Term]:
-        """Give what the backward pass of one layer's experts needs, gradients of parameters left out.
+        """List the tensors of one layer's experts in backward, without gradients of parameters.
 
         With parallel.chunks a part has its share of the rows; it may have a few more.
         """
@@ -259,7 +259,7 @@ class Activations:
         return found
 
     def attention_backward(self) -> list[Term]:
-        """Give what the backward pass of one layer's attention needs."""
+        """List the tensors of one layer's attention in backward."""
         s = self.sizes
         positions, c = s.streams * s.keys, s.number
         together, queries = s.tile

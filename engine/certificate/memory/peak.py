@@ -175,7 +175,7 @@ def _moments(sizes: Sizes, rows: Rows, parameters: Parameters) -> Iterator[tuple
                 *activations.ends(),
                 *activations.kept(number),
                 *activations.experts_backward(),
-                *state.gradients_of_parts(),
+                *state.gradients_of_chunks(),
             ],
         )
         yield (

@@ -1,9 +1,8 @@
 """Weights, optimizer state and gradients of a rank, as DeepSpeed 0.19.8 holds them at each ZeRO stage.
 
-What is always held is `held`; what gradients need is greatest in backward or in the optimizer step. Found by measuring
-(benchmarks/models/memory_model.py). "All" are the numbers of the rank's parameters, "part" those whose optimizer state
-it has.
-On a CPU, gloo copies what it gathers and adds up; NCCL does not.
+`held` is held all the time. Gradients need the most in backward or in the optimizer step. The terms were found by
+measuring (benchmarks/models/memory_model.py). "All" are the numbers of the rank's parameters, "part" those whose
+optimizer state it has. On a CPU, gloo copies the tensors that it gathers and adds up; NCCL does not.
 """
 
 from dataclasses import dataclass
@@ -46,7 +45,7 @@ class State:
     parameters: Parameters
 
     def held(self) -> list[Term]:
-        """Give what is held all the time."""
+        """List the tensors that are held all the time."""
         stage, c, host = self._stage, self.sizes.number, self.sizes.config.train.offload
         numbers, part = self.parameters.numbers, self.parameters.part
         if stage == 0:
@@ -70,7 +69,7 @@ class State:
         return [*found, *self._offloaded()] if host else found
 
     def _offloaded(self) -> list[Term]:
-        """What moves gradients to the host and weights back."""
+        """List the buffers that move gradients to the host and weights back."""
         c, part, one = self.sizes.number, self.parameters.part, self.parameters.largest
         found = [term("gradients on the host", "{} fp32 numbers of this rank's part x {} bytes", part, 4, host=True)]
         if self._stage == 3:
@@ -83,7 +82,7 @@ class State:
         ]
 
     def gathered(self, phase: Phase) -> list[Term]:
-        """Give the weights that ZeRO-3 gathers for a forward and backward pass."""
+        """List the weights that ZeRO-3 gathers for a forward and backward pass."""
         if self._stage < 3 or phase in (Phase.backward_end, Phase.step):
             return []
         numbers, c = self._spread(small=False), self.sizes.number
@@ -95,16 +94,16 @@ class State:
         return found
 
     def gradients(self, phase: Phase, progress: GradientProgress = START) -> list[Term]:
-        """Give what gradients need at a moment of the last micro-batch of a step."""
+        """List the tensors of gradients at a moment of the last micro-batch of a step."""
         if phase in (Phase.first_layer, Phase.forward):
             return self._between()
         if phase is Phase.backward:
             return self._during(progress)
         return self._at_end() if phase is Phase.backward_end else self._in_step()
 
-    def gradients_of_parts(self) -> list[Term]:
-        """Give what adds up the gradients of a layer's parts (engine/moe/overlap.py): the sum in fp32, and one part's
-        too."""
+    def gradients_of_chunks(self) -> list[Term]:
+        """List the buffers that add up the gradients of a layer's chunks (engine/moe/overlap.py): the sum in fp32, and
+        one chunk's."""
         if self.sizes.parts == 1:
             return []
         each = 8 if self.sizes.number == 2 else 4
@@ -115,13 +114,13 @@ class State:
         ]
 
     def _between(self) -> list[Term]:
-        """What earlier micro-batches of the step leave."""
+        """List the gradients that earlier micro-batches of the step leave."""
         if self.sizes.config.train.accumulation == 1:
             return []
         return self._kept()
 
     def _kept(self) -> list[Term]:
-        """Gradients that stay until the optimizer step."""
+        """List the gradients that stay until the optimizer step."""
         numbers, c = self.parameters.numbers, self.sizes.number
         if self._stage < 2:
             found = [term("gradients", "{} numbers x {} bytes", numbers, c)]
@@ -141,7 +140,7 @@ class State:
         return self._own() if self._stage == 2 else []
 
     def _own(self) -> list[Term]:
-        """Gradients of this rank's part at ZeRO-1 and 2; in fp32 of whole parameters."""
+        """List the gradients of this rank's part at ZeRO-1 and 2; in fp32 of whole parameters."""
         if self.sizes.config.train.offload and self.sizes.number == 4:
             return []
         if self.sizes.number == 2:
@@ -203,13 +202,13 @@ class State:
         return largest([*self._own(), *largest(copy, norm)], self._gathering())
 
     def _gathering(self) -> list[Term]:
-        """Copy of the weights that gloo gathers after the update."""
+        """List the copy of the weights that gloo gathers after the update."""
         groups = [group.numbers for group in self.parameters.groups if group.ranks > 1]
         numbers = 0 if self.sizes.gpu else max(groups, default=0)
         return [term("weights on their way", "{} numbers x {} bytes", numbers, self.sizes.number)]
 
     def _added_up(self, numbers: int) -> list[Term]:
-        """What ZeRO-3 adds up over the ranks at once."""
+        """List the gradients that ZeRO-3 adds up over the ranks at once."""
         copies = 1 if self.sizes.gpu else 2
         return [term("gradients added up", "{} copies x {} fp32 numbers x {} bytes", copies, numbers, 4)]
 
@@ -232,7 +231,7 @@ class State:
         return term("gradient bucket", "{} numbers x {} bytes", self._bucket, each)
 
     def _spread(self, *, small: bool) -> int:
-        """Numbers of parameters that ZeRO-3 cuts up over ranks: those that stay gathered, or the others."""
+        """Count the numbers of parameters that ZeRO-3 cuts up over ranks: those that stay gathered, or the others."""
         return sum(
             numel
             for group in self.parameters.groups

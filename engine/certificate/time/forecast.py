@@ -81,7 +81,7 @@ class LayoutChoice:
 
 @dataclass(frozen=True, slots=True)
 class TimePart:
-    """What a certificate says about time; a model."""
+    """The time part of a certificate; a model."""
 
     cluster: str
     ranks_per_node: int

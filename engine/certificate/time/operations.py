@@ -1,5 +1,4 @@
-"""What a step computes, counted in matrix products, bytes and operations: its useful arithmetic (`forward_flops`), and
-what of it all one rank does and how long that takes on a cluster.
+"""Time of one rank's part of a step on a cluster, from its matrix products, bytes and operations.
 
 The counts follow the code that runs: engine/model/transformer_xl.py, engine/model/attention.py,
 kernels/ops/relative_attention.py, engine/moe, kernels/ and DeepSpeed's Adam. Products are exact; bytes of elementwise

@@ -254,15 +254,15 @@ class _Ring:
         return link.message_us * 1e-6
 
     def all_reduce(self, num_bytes: float) -> float:
-        """Twice round a ring, or up and down a tree when that is faster."""
+        """Time twice round a ring, or up and down a tree when that is faster."""
         return 2 * self._best(num_bytes)
 
     def reduce_scatter(self, num_bytes: float) -> float:
-        """Half of an all-reduce."""
+        """Time half of an all-reduce."""
         return self._best(num_bytes)
 
     def all_gather(self, num_bytes: float, messages: int = 1) -> float:
-        """The other half; messages: tensors that are gathered one by one."""
+        """Time the other half; messages: tensors that are gathered one by one."""
         return self._best(num_bytes) + (messages - 1) * ceil(log2(self.size)) * self._message_s
 
     def _best(self, num_bytes: float) -> float:

@@ -125,7 +125,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def test_every_option_of_a_rule_is_tried():
-    named = {name for _, _, options in rules(Config()) for name in options}
+    named = {name for rule in rules(Config()) for name in rule.options}
     assert named == {*OTHER, "parallel.expert_ranks"}
     plain = to_plain(Config())
     assert all(name.split(".")[1] in plain[name.split(".")[0]] for name in named)
@@ -135,7 +135,7 @@ def test_every_option_of_a_rule_is_tried():
 def test_what_is_unused_changes_nothing(case, text, tmp_path):
     """All unused options at once."""
     config = small(text, **case)
-    idle = {name: OTHER[name] for name in unused(config, OTHER)}
+    idle = {name: OTHER[name] for name in unused(rules(config), OTHER)}
     assert len(idle) >= 4
     want = weights(config, tmp_path / "a")
     got = weights(changed(config, idle), tmp_path / "b")
@@ -160,14 +160,14 @@ USED = {
 @pytest.mark.parametrize(("name", "case"), USED.items(), ids=USED.keys())
 def test_negative_control_what_is_used_is_not_named_and_changes_the_weights(name, case, text, tmp_path):
     config = small(text, **case)
-    assert name not in unused(config, OTHER)
+    assert name not in unused(rules(config), OTHER)
     want, got = (weights(c, tmp_path / str(i)) for i, c in enumerate((config, changed(config, {name: OTHER[name]}))))
     assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(want, got, strict=False))
 
 
 def test_only_what_was_given_is_named():
     config = changed(Config(), {"moe.router": Router.learned})
-    assert unused(config, ["moe.spread", "optim.lr", "moe.consistency"]) == {
+    assert unused(rules(config), ["moe.spread", "optim.lr", "moe.consistency"]) == {
         "moe.spread": "moe.router=learned",
         "moe.consistency": "moe.router=learned",
     }
@@ -197,5 +197,5 @@ WHEN: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("name", "idle", "busy"), WHEN, ids=[f"{n}-{i}" for i, (n, *_) in enumerate(WHEN)])
 def test_when_an_option_is_unused(name, idle, busy, text):
-    assert name in unused(small(text, **idle), OTHER)
-    assert name not in unused(small(text, **busy), OTHER)
+    assert name in unused(rules(small(text, **idle)), OTHER)
+    assert name not in unused(rules(small(text, **busy)), OTHER)

@@ -9,7 +9,7 @@ from foreroute.engine.config import Corpus, CorpusConfig
 from foreroute.engine.errors import UserError
 from foreroute.launch.start.cli import CONF
 from foreroute.launch.start.config_files import compose_run
-from foreroute.launch.study.preset import chosen_options, difference, plan_jobs, read_preset, with_rate
+from foreroute.launch.study.preset import difference, plan_jobs, read_preset, with_rate
 from foreroute.launch.study.program import StudyArgs
 
 TINY = {
@@ -91,11 +91,11 @@ def test_the_command_line_says_what_the_configuration_says(composing, tmp_path):
 
 def test_other_options_are_told_apart(composing, tmp_path):
     job, *_ = plan(tmp_path, learning_rates=[])
-    written = chosen_options(job.config)
-    assert difference(chosen_options(job.config), written) is None
+    written = job.chosen_options
+    assert difference(job.chosen_options, written) is None
     assert "train.runs_dir" not in written and "corpus.path" not in written
     other, *_ = plan(tmp_path, learning_rates=[], options=["train.steps=12", "schedule.k_max=3"])
-    assert difference(chosen_options(other.config), written) == "train.steps was 24, now it is 12"
+    assert difference(other.chosen_options, written) == "train.steps was 24, now it is 12"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from foreroute.engine.config import MoEConfig, Router
 from foreroute.engine.errors import UserError
 from foreroute.engine.testing.tiny_run import tiny_config
 from foreroute.launch.runs.folder import lock_folder
-from foreroute.launch.study.preset import ArmConfig, Job, Preset, chosen_options, with_rate
+from foreroute.launch.study.preset import ArmConfig, Job, Preset, with_rate
 from foreroute.launch.study.runner import TIME_IS_UP, Runner
 from foreroute.launch.testing.runs import study_result
 
@@ -51,10 +51,10 @@ def study(tmp_path, monkeypatch):
     def collect(job, rate, folder, wall_seconds):
         bpc = 1.0 + abs((job.tries or 0) - 0.2)  # 0.2 is the best rate
         result = study_result(job.arm, job.seed, [(1, 1, 1, bpc)], {"dense": bpc}, tries=job.tries)
-        config = with_rate(job, rate).config
+        tuned = with_rate(job, rate)
         result["steps"] = job.config.train.steps
         result["measured"]["training_seconds"] = job.config.train.steps * {"dense": 3.0}.get(job.arm, 2.1)
-        return {**result, "learning_rate": config.optim.lr, "options": chosen_options(config)}
+        return {**result, "learning_rate": tuned.config.optim.lr, "options": tuned.chosen_options}
 
     monkeypatch.setattr(foreroute.launch.study.runner, "collect", collect)
     with lock_folder(tmp_path) as lock:

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 import pytest
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from benchmarks.models.memory_model import SMALL, SYMBOLS, Case, compare, make_config, material, on_one_node
+from benchmarks.models.memory_model import SMALL, SYMBOLS, Case, compare, make_config, make_layout, material
 from foreroute.engine.certificate.counts.exact import certify
 from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.counts.placement import Placement
@@ -28,10 +28,8 @@ _HEAD = 64 * 128 + 64 + 2 * 128  # embedding, output bias, u and v
 
 
 def certified(changes=(), ranks=1, **more):
-    config = make_config(dict(changes), SMALL)
-    if more:
-        config = replace(config, **more)
-    layout = on_one_node(config, ranks)
+    layout = make_layout(dict(changes), SMALL, ranks)
+    layout = replace(layout, config=replace(layout.config, **more))
     return layout, certify(layout, *material(layout))
 
 
