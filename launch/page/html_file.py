@@ -19,7 +19,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from plotly.offline import get_plotlyjs
 
 from foreroute.launch.page.parts import COLOURS, Bars, Chart, Curve, HeatMap, Page, Part, Section, hue_of
-from foreroute.launch.page.plotly_charts import DARK, LIGHT, colour_key, figure_of
+from foreroute.launch.page.plotly_charts import colour_key, figure_of
+from foreroute.launch.page.style import DARK, LIGHT
 from foreroute.launch.page.words import describe, numbers
 
 _TEMPLATES = Path(__file__).with_name("templates")

@@ -9,7 +9,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from foreroute.launch.page.parts import Curve, hue_of
-from foreroute.launch.page.plotly_charts import LIGHT, MARKED, log_ticks, tick_text
+from foreroute.launch.page.style import LIGHT, MARKED, log_ticks, tick_text
 
 _STYLE: dict[Any, Any] = {"svg.fonttype": "none", "text.parse_math": False, "path.simplify_threshold": 0.2}
 

@@ -12,7 +12,8 @@ import pytest
 
 from foreroute.launch.page.html_file import html
 from foreroute.launch.page.parts import Areas, Bar, Bars, Curve, HeatMap, Line, Page, Section
-from foreroute.launch.page.plotly_charts import DARK, LIGHT, figure_of, log_ticks
+from foreroute.launch.page.plotly_charts import figure_of
+from foreroute.launch.page.style import DARK, LIGHT, log_ticks
 from foreroute.launch.page.words import describe, numbers
 
 CURVE = Curve(

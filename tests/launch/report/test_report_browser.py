@@ -10,7 +10,7 @@ import pytest
 
 from foreroute.launch.page.html_file import html
 from foreroute.launch.page.parts import Areas, Bars, Chart, Curve, HeatMap, Section
-from foreroute.launch.page.plotly_charts import DARK, LIGHT
+from foreroute.launch.page.style import DARK, LIGHT
 from foreroute.launch.report.one_run import run_page
 from foreroute.launch.report.run_data import read_run
 from foreroute.launch.report.several_runs import several_page
