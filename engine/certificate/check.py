@@ -29,6 +29,8 @@ from foreroute.engine.routing.tables import Table
 _ROUTES = (
     "corpus.tokens",
     "corpus.vocab_size",
+    "corpus.weights",
+    "corpus.stretch",
     "data.streams",
     "data.segment",
     "data.start",

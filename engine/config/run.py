@@ -50,6 +50,14 @@ class CorpusConfig:
     proportions: list[int] = option(
         [90, 5, 5], "Of train, valid and test, in the order of the text, where the splits have no files of their own."
     )
+    weights: list[int] | None = option(
+        None,
+        "Of a mixture: how often each entry of the list corpus.path is read, such as [7,3]; None reads them one after"
+        " the other.",
+    )
+    stretch: int = option(
+        8192, "Of a mixture: symbols that are read of one corpus before the next; fewer mix more finely.", at_least=1
+    )
     field: str | None = option(
         None,
         "Field of JSON lines that holds the text; None is text. Files named .jsonl are JSON lines, and all files are"
@@ -88,6 +96,14 @@ class CorpusConfig:
             len(own) != 1, f"corpus.{own[:1]} is given alone: corpus.valid_path and corpus.test_path belong together"
         )
         require(not own or self.name is Corpus.file, f"corpus.valid_path={self.valid_path}: needs corpus=file")
+        if self.weights is not None:
+            words = f"corpus.weights={self.weights}"
+            number = len(self.path) if isinstance(self.path, list) else 0
+            require(number == len(self.weights) and not own, f"{words}: needs as many entries in a list corpus.path")
+            require(
+                min(self.weights) >= 1 and sum(self.weights) <= 10**6,
+                f"{words}: must be whole numbers of at least 1, together at most 1,000,000",
+            )
         require(
             len(self.proportions) == 3 and min(self.proportions) >= 1 and sum(self.proportions) < 2**31,
             f"corpus.proportions={self.proportions}: must be three numbers of at least 1, such as [90,5,5]",

@@ -13,15 +13,16 @@ import json
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from foreroute.engine.config import Corpus, CorpusConfig, Split, Tokens
 from foreroute.engine.data.download import ENWIK8_BYTES, ENWIK8_SHA256, enwik8_copy
+from foreroute.engine.data.mixture import Mixture
 from foreroute.engine.data.preparation import ENDS, FORMAT, IDS, META, SPLITS, Meter, content_sha256, write
 from foreroute.engine.data.sources.files import read_blocks
 from foreroute.engine.data.sources.source import Scan, Source, find_source, scan
@@ -45,9 +46,15 @@ class PreparedCorpus:
     document_ends: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     """Memory-mapped, ascending: the place in `ids` behind the last id of each document."""
 
+    weights: tuple[int, ...] = ()
+    """Of a mixture."""
+    stretch: int = 1
+
     def split(self, split: Split) -> Ids:
-        """Return the memory-mapped ids of a split."""
+        """Return the memory-mapped ids of a split; the training split of a mixture is read by its weights."""
         first, end = self._bounds(split)
+        if self.weights and split is Split.train:
+            return cast(Ids, Mixture(self.ids[first:end], self.meta["corpora"], self.weights, self.stretch))
         return self.ids[first:end]
 
     def previous_id(self, split: Split) -> int:
@@ -93,7 +100,12 @@ def prepare(config: CorpusConfig, progress: Callable[[str], None] | None = None)
             if not folder.is_dir():
                 note(f"corpus {source.name}: preparing {source.unit(sum(found.units))} in {folder}")
                 write(folder, source, found, note)
-            return _open(folder)
+            corpus = _open(folder)
+            return (
+                corpus
+                if config.weights is None
+                else replace(corpus, weights=(*config.weights,), stretch=config.stretch)
+            )
         except PermissionError as error:
             raise UserError(
                 f"corpus.cache_dir={config.cache_dir}: {folder} cannot be read ({error.strerror}), it may belong to"

@@ -82,7 +82,7 @@ def write(folder: Path, source: Source, scan: Scan, note: Note) -> None:
             "documents": scan.documents,
             "python": platform.python_version() if source.config.name is Corpus.stdlib else None,
             "unit": "byte" if source.is_text else "id",
-            "proportions": source.config.proportions if len(source.parts) == 1 else None,
+            "proportions": None if source.by_split else source.config.proportions,
             **found,
         }
         (aside / META).write_text(json.dumps(sealed(meta)), encoding="ascii")
@@ -100,11 +100,11 @@ def write(folder: Path, source: Source, scan: Scan, note: Note) -> None:
 
 def content_sha256(source: Source, scan: Scan) -> str:
     """Return the sha256 by which a run knows its text: of the text itself, where it is cut by the usual proportions."""
-    how: list[Any] = []
-    if len(source.parts) > 1:
-        how = [scan.units]
-    elif source.config.proportions != [90, 5, 5]:
-        how = [source.config.proportions]
+    how: list[Any] = [] if len(source.parts) == 1 else [scan.units]
+    if source.config.proportions != [90, 5, 5] and not source.by_split:
+        how.append(source.config.proportions)
+    if len(source.parts) > 1 and not source.by_split:
+        how.append("mixture")
     return hashlib.sha256(json.dumps([scan.sha256, *how]).encode()).hexdigest() if how else scan.sha256
 
 
@@ -112,8 +112,9 @@ def _vocab(source: Source, scan: Scan, note: Note) -> Vocab:
     config = source.config
 
     def training() -> Iterator[Piece]:
-        meter = Meter(note, f"vocabulary ({config.tokens.name})", scan.units[0], source.unit)
-        for place, piece in source.splits(scan):
+        total = scan.units[0] if source.by_split else sum(scan.units) * config.proportions[0] // sum(config.proportions)
+        meter = Meter(note, f"vocabulary ({config.tokens.name})", total, source.unit)
+        for (place, _), piece in source.splits(scan):
             if place:
                 return
             meter(len(piece.data))
@@ -122,21 +123,38 @@ def _vocab(source: Source, scan: Scan, note: Note) -> Vocab:
     return make_vocab(config, values=bytes(scan.values), largest_id=scan.largest_id, training=training)
 
 
+class _Hashes:
+    """The sha256 of each part of a source, whose pieces come in turns."""
+
+    def __init__(self, parts: int) -> None:
+        self._hashes = [hashlib.sha256() for _ in range(parts)]
+
+    def update(self, part: int, piece: Piece) -> None:
+        """Take in a piece."""
+        self._hashes[part].update(piece.hashed)
+
+    @property
+    def found(self) -> list[str]:
+        """The sha256 of each part."""
+        return [found.hexdigest() for found in self._hashes]
+
+
 def _encode(source: Source, scan: Scan, vocab: Vocab, ids: IO[bytes], ends: IO[bytes], meter: Meter) -> dict[str, Any]:
     """Write the ids and the ends of documents; returns what meta.json says of them."""
     units, symbols = [0] * len(SPLITS), [0] * len(SPLITS)
     last_end = num_ends = 0
-    text_hash, ids_hash = hashlib.sha256(), hashlib.sha256()
+    corpora: list[int] = []  # of a mixture: where in the training split each ends
+    ids_hash, unit_hash = hashlib.sha256(), _Hashes(len(source.parts))
 
-    def counted(pieces: Iterator[tuple[int, Piece]]) -> Iterator[Piece]:
-        for place, piece in pieces:
+    def counted(pieces: Iterator[tuple[tuple[int, int], Piece]]) -> Iterator[Piece]:
+        for (place, part), piece in pieces:
             units[place] += len(piece.data)
-            text_hash.update(piece.hashed)
+            unit_hash.update(place if source.by_split else part, piece)
             meter(len(piece.data))
             yield piece
 
-    for place, pieces in groupby(source.splits(scan), key=lambda found: found[0]):
-        first = sum(symbols)
+    for (place, _), pieces in groupby(source.splits(scan), key=lambda found: found[0]):
+        first = sum(symbols[:place])
         for encoded in vocab.encode_pieces(counted(pieces)):
             end_d = first + symbols[place] + encoded.ends
             end_d = np.unique(end_d[end_d > last_end])  # a document may be empty
@@ -146,16 +164,21 @@ def _encode(source: Source, scan: Scan, vocab: Vocab, ids: IO[bytes], ends: IO[b
             ids.write(encoded.ids.data)
             ids_hash.update(encoded.ids.data)
             symbols[place] += len(encoded.ids)
-    require(text_hash.hexdigest() == scan.sha256, f"{source.asked}: has changed while it was read; run again")
+        corpora += [] if place else [symbols[0]]
+    require(unit_hash.found == scan.parts_sha256, f"{source.asked}: has changed while it was read; run again")
     for place, split in enumerate(SPLITS):
-        why = "are too short for three splits" if len(source.parts) == 1 else "in three parts"
+        why = "in three parts" if source.by_split else "are too short for three splits"
         require(
             symbols[place] > 0, f"{source.asked}: {source.unit(sum(scan.units))} {why}, the {split.name} split is empty"
         )
+    if not source.by_split and len(source.parts) > 1:
+        whole = len(corpora) == len(source.parts) and corpora == sorted(set(corpora)) and corpora[0] > 0
+        require(whole, f"{source.asked}: {source.unit(sum(scan.units))}, a corpus of the mixture has none to train on")
     return {
         "ids_sha256": ids_hash.hexdigest(),
         "document_ends": num_ends,
         "units": sum(units),
         "cuts": np.cumsum([0, *symbols]).tolist(),  # ids where the splits begin, and the end
         "unit_cuts": np.cumsum([0, *units]).tolist(),
+        "corpora": corpora,
     }

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import product, takewhile
 from pathlib import Path
 
 from foreroute.engine.config import Corpus, CorpusConfig, Tokens
@@ -22,7 +23,7 @@ from foreroute.engine.data.sources.text import json_field, read_json_lines, read
 from foreroute.engine.data.tokens.build import BYTES
 from foreroute.engine.errors import require
 
-_FORMAT = 1  # of what a pass leaves in the cache
+_FORMAT = 2  # of what a pass leaves in the cache
 _NOT_STDLIB = {"test", "tests", "idlelib", "site-packages"}
 Pieces = Iterator[Piece]
 Watch = Callable[[int], None]  # is given how many bytes or ids more have been read
@@ -34,6 +35,7 @@ class Scan:
 
     sha256: str  # of all that is read, one document after the other
     ends_sha256: str  # of the places where documents end
+    parts_sha256: list[str]  # of each part
     units: list[int]  # of each part
     documents: int
     values: list[int]  # byte values that occur, ascending
@@ -45,7 +47,7 @@ class Source:
     """Files, in the order in which they are read."""
 
     config: CorpusConfig
-    parts: list[list[SourceFile]]  # one, cut by proportion; or one for each split
+    parts: list[list[SourceFile]]  # one, cut by proportion; or one for each split, or for each corpus of a mixture
     name: str  # for people
     asked: str  # the options that chose it, for error lines
 
@@ -80,16 +82,31 @@ class Source:
             else:
                 yield from read_json_lines(file, field)
 
-    def splits(self, scan: Scan) -> Iterator[tuple[int, Piece]]:
-        """Yield all documents with the number of their split: 0 train, 1 valid, 2 test."""
-        if len(self.parts) > 1:
+    @property
+    def by_split(self) -> bool:
+        """Each split has files of its own."""
+        return self.config.valid_path is not None
+
+    def splits(self, scan: Scan) -> Iterator[tuple[tuple[int, int], Piece]]:
+        """Yield all documents with the number of their split, 0 train, 1 valid, 2 test, and of their part.
+
+        Splits come one after the other, in each of them the corpora of a mixture.
+        """
+        if self.by_split:
             for place in range(len(self.parts)):
-                yield from ((place, piece) for piece in self.pieces(place))
-            return
-        (total,), parts = scan.units, self.config.proportions
+                yield from (((place, 0), piece) for piece in self.pieces(place))
+        elif len(self.parts) == 1:
+            yield from (((place, 0), piece) for place, piece in self._cut(0, scan))
+        else:
+            for place, part in product(range(len(self.config.proportions)), range(len(self.parts))):
+                upto = takewhile(lambda found, last=place: found[0] <= last, self._cut(part, scan))  # type: ignore[misc]
+                yield from (((place, part), piece) for split, piece in upto if split == place)
+
+    def _cut(self, part: int, scan: Scan) -> Iterator[tuple[int, Piece]]:
+        total, parts = scan.units[part], self.config.proportions
         at = [total * sum(parts[:place]) // sum(parts) for place in range(1, len(parts))]
         slack = 0 if scan.documents == 1 else total // 100
-        yield from cut(self.pieces(0), Cuts(at, self.config.tokens in BYTES, slack))
+        return cut(self.pieces(part), Cuts(at, self.config.tokens in BYTES, slack))
 
     def signature(self) -> str:
         """Return what changes when the files, or how they are read, do.
@@ -128,6 +145,8 @@ def find_source(config: CorpusConfig, enwik8: Path) -> Source:
     named = [("corpus.path", config.path)]
     if config.valid_path is not None:
         named += [("corpus.valid_path", config.valid_path), ("corpus.test_path", config.test_path)]
+    if config.weights is not None:
+        named = [("corpus.path", asked) for asked in config.path]
     parts = [find_files(asked, option) for option, asked in named]
     if config.tokens in (Tokens.ids, Tokens.file):
         parts = [_pairs(part) for part in parts]
@@ -179,14 +198,15 @@ def scan(source: Source, cache: Path, watch: Watch) -> Scan:
 
 
 def _read_once(source: Source, watch: Watch) -> Scan:
-    whole, ends, units = hashlib.sha256(), hashlib.sha256(), []
+    whole, ends, units, parts_sha256 = hashlib.sha256(), hashlib.sha256(), [], []
     position = documents = 0
     values, largest = b"", -1
     for part in range(len(source.parts)):
-        start = position
+        start, alone = position, hashlib.sha256()
         for piece in source.pieces(part):
             data = piece.data
-            whole.update(piece.hashed)
+            for found in (whole, alone) if len(source.parts) > 1 else (whole,):
+                found.update(piece.hashed)
             if isinstance(data, bytes):
                 values += bytes(set(data.translate(None, values)))
             elif len(data):
@@ -197,4 +217,5 @@ def _read_once(source: Source, watch: Watch) -> Scan:
                 ends.update(position.to_bytes(8, "little"))
             watch(len(data))
         units.append(position - start)
-    return Scan(whole.hexdigest(), ends.hexdigest(), units, documents, sorted(values), largest)
+        parts_sha256.append((alone if len(source.parts) > 1 else whole).hexdigest())
+    return Scan(whole.hexdigest(), ends.hexdigest(), parts_sha256, units, documents, sorted(values), largest)

@@ -113,6 +113,63 @@ def test_a_file_for_each_split_and_other_proportions(tmp_path):
         prepare(config(tmp_path, train, valid_path=valid, test_path=test))
 
 
+@pytest.mark.parametrize("tokens", [Tokens.bytes, Tokens.word])
+def test_a_mixture_reads_each_corpus_as_often_as_its_weight_says(tmp_path, tokens):
+    folder = write_shards(tmp_path / "shards")
+    (tmp_path / "other.txt").write_text("another text, with other words\n" * 300)
+    paths = [folder, str(tmp_path / "other.txt")]
+    made = prepare(config(tmp_path, paths, weights=[2, 1], stretch=64, tokens=tokens))
+    alone = [prepare(config(tmp_path, path)) for path in paths]
+    ids = made.split(Split.train)
+    if tokens is Tokens.bytes:
+        own = [corpus.split(Split.train) for corpus in alone]
+        for split in (Split.valid, Split.test):  # one after the other
+            assert bytes(made.split(split)) == b"".join(bytes(corpus.split(split)) for corpus in alone)
+    else:
+        first, second = made.meta["corpora"]
+        own = [made.ids[:first], made.ids[first:second]]
+        assert {made.vocab.words[i] for i in own[1]} == {"<eos>", *["another", "text,", "with", "other", "words"]}
+    cursor = [0, 0]
+    for place in range(0, len(ids), 64):
+        chosen = [0, 1, 0][place // 64 % 3]
+        want = np.take(own[chosen], range(cursor[chosen], cursor[chosen] + 64), mode="wrap")
+        assert ids[place : place + 64].tolist() == want.tolist()
+        cursor[chosen] += 64
+    assert min(seen / len(part) for seen, part in zip(cursor, own, strict=True)) >= 1
+    listed = prepare(config(tmp_path, paths, tokens=tokens))
+    assert listed.sha256 != made.sha256 and len(listed.split(Split.train)) != len(ids)
+    (tmp_path / "other.txt").write_text("")
+    with pytest.raises(UserError, match=r"a corpus of the mixture has none to train on"):
+        prepare(config(tmp_path, paths, weights=[2, 1], tokens=tokens))
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"path": "x", "weights": [1]}, "needs as many entries in a list corpus.path"),
+        ({"path": ["x", "y"], "weights": [1, 2, 3]}, "needs as many entries"),
+        ({"path": ["x", "y"], "weights": [1, 0]}, "must be whole numbers of at least 1"),
+        ({"path": []}, r"corpus.path is missing"),
+        ({"path": 3}, "corpus.path=3: must be a path or a list of paths"),
+        ({"path": "x", "valid_path": "y"}, "belong together"),
+        ({"path": "x", "proportions": [90, 10]}, "must be three numbers"),
+        ({"path": "x", "tokens": Tokens.ids, "field": "text"}, "corpus.field=text: needs"),
+        ({"path": "x", "vocab_size": 300}, "corpus.vocab_size=300: needs corpus.tokens=bpe, word or ids, it is bytes"),
+        ({"path": "x", "tokens": Tokens.bpe, "vocab_size": 256}, "must be from 257 to 2"),
+        ({"path": "x", "tokens": Tokens.file}, "corpus.tokenizer is missing"),
+        (
+            {"path": "x", "tokens": Tokens.bpe, "tokenizer": "y"},
+            "corpus.tokenizer=y: needs corpus.tokens=file, it is bpe",
+        ),
+        ({"path": "x", "tokens": Tokens.ids, "dtype": "float32"}, "corpus.dtype=float32: must be uint8"),
+    ],
+)
+def test_options_that_do_not_go_together(tmp_path, options, words):
+    path = options.pop("path")
+    with pytest.raises(UserError, match=words):
+        config(tmp_path, path, **options)
+
+
 @pytest.mark.parametrize("largest, dtype", [(255, np.uint8), (256, np.uint16), (65535, np.uint16), (65536, np.uint32)])
 def test_ids_of_any_width(tmp_path, largest, dtype):
     ids = np.random.default_rng(0).integers(0, largest + 1, 5000)

@@ -29,7 +29,7 @@ from foreroute.engine.routing.plan import Routing
 
 V, LENGTH, BEFORE = 11, 43, 5
 IDS = np.random.default_rng(0).integers(0, V, LENGTH).astype(np.uint8)
-CORPUS = SimpleNamespace(split=lambda _: IDS, previous_id=lambda _: BEFORE)
+CORPUS = SimpleNamespace(split=lambda _: IDS, previous_id=lambda _: BEFORE, bytes_per_symbol=lambda _: None)
 
 
 def make(*, memory=100, streams=1, segment=6):

@@ -1,0 +1,143 @@
+"""Runs on real corpora: packed JSON lines with byte-pair encoding, over ranks, and a corpus beyond the memory."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+
+from foreroute.engine.testing.ranks import Program, rank_environments
+from foreroute.launch.testing.runs import last_step, read_losses, wait_until
+
+MAIN = (
+    "import foreroute.launch.train; from foreroute.launch.start.process import run_and_leave;"
+    " run_and_leave(foreroute.launch.train.main)"
+)
+SLOW = """
+import time
+import foreroute.engine.train.step
+forward = foreroute.engine.train.step._forward
+def slow(*arguments):
+    time.sleep(0.2)
+    return forward(*arguments)
+foreroute.engine.train.step._forward = slow
+"""
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    """Of a small run on shards of JSON lines, with byte-pair encoding."""
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "shards").mkdir()
+    sources = sorted((ROOT / "engine").rglob("*.py"))[:60]
+    for shard in range(3):
+        lines = [json.dumps({"body": path.read_text()}) + "\n" for path in sources[shard::3]]
+        (folder / f"shards/{shard}.jsonl.zst").write_bytes(zstandard.compress("".join(lines).encode()))
+    corpus = [
+        "corpus=file",
+        f"corpus.path={folder / 'shards'}",
+        "corpus.field=body",
+        f"corpus.cache_dir={folder}/cache",
+    ]
+    tokens = ["corpus.tokens=bpe", "corpus.vocab_size=400"]
+    return ["experiment=debug", *corpus, *tokens, "model.dropout=0", "eval.max_symbols=512", "train.threads=1"]
+
+
+def test_a_trained_run_speaks_text_and_measures_bits_per_byte(run, tmp_path, options):
+    done = run("train", *options, f"train.runs_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "debug"
+    summary = json.loads((folder / "summary.json").read_text())
+    for k, bpc in summary["bpc"].items():
+        assert summary["perplexity"][k] == pytest.approx(2**bpc)
+        assert 1.5 < bpc / summary["bits_per_byte"][k] < 5  # bytes per symbol
+    assert "order3_bpc" not in summary
+    evaluated = run("evaluate", f"run={folder}", "k=[1]")
+    found = json.loads(evaluated.stdout.splitlines()[-1])
+    assert found["bits_per_byte"]["1"] == pytest.approx(summary["bits_per_byte"]["1"])
+    written = run("generate", f"run={folder}", "prompt=def f\u00e9(", "length=12", "seed=3")
+    assert written.returncode == 0 and written.stdout.startswith("def f\u00e9(") and len(written.stdout) > 15
+    assert run("report", f"run={folder}").returncode == 0
+    kept = folder / "tokenizer.json"
+    copy = run(
+        "train",
+        *[o for o in options if "vocab_size" not in o and "tokens" not in o],
+        *(f"train.runs_dir={tmp_path / 'copy'}", "corpus.tokens=file", f"corpus.tokenizer={kept}"),
+    )
+    assert copy.returncode == 0, copy.stderr
+    assert read_losses(tmp_path / "copy") == read_losses(tmp_path)
+    moved = kept.rename(tmp_path / "elsewhere.json")
+    assert run("evaluate", f"run={tmp_path / 'copy/debug'}", "k=[1]").returncode == 0  # by the copy in its folder
+    (tmp_path / "copy/debug/tokenizer.json").write_text(moved.read_text() + "\n")
+    refused = run("evaluate", f"run={tmp_path / 'copy/debug'}", "k=[1]")
+    assert refused.returncode == 2 and "another vocabulary" in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_run_that_is_killed_goes_on_with_other_ranks_as_if_it_never_was(run, tmp_path, options):
+    options = [*options, "train.log_every=1", "train.save_every=5", "parallel.timeout_s=60"]
+    done = run("train", *options, f"train.runs_dir={tmp_path / 'alone'}")
+    assert done.returncode == 0, done.stderr
+    two = [*options, f"train.runs_dir={tmp_path / 'two'}", "parallel.expert_ranks=2"]
+    certified = run("certify", *two, "world_size=2", f"out={tmp_path / 'certificate'}")
+    assert certified.returncode == 0, certified.stderr
+    two.append(f"certificate={tmp_path / 'certificate'}")
+    ranks = [Program(f"{SLOW}\n{MAIN}", two, environ) for environ in rank_environments(2)]
+    try:
+        wait_until(lambda: last_step(tmp_path / "two") > 7)
+        for rank in ranks:
+            rank.send_signal(signal.SIGKILL)
+    finally:
+        for rank in ranks:
+            rank.__exit__()
+    one = [option for option in two if not option.startswith(("certificate=", "parallel.expert_ranks="))]
+    with Program(MAIN, [*one, "train.resume=true"], os.environ) as program:
+        code, out, err = program.wait()
+    assert code == 0 and "resumed at step 5" in out, err
+    alone = read_losses(tmp_path / "alone")
+    assert read_losses(tmp_path / "two") == pytest.approx(alone, rel=1e-5) and len(alone) == 20
+
+
+LIMIT = 1_000_000_000
+LIMITED = f"""
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_DATA, ({LIMIT}, {LIMIT}))
+sys.argv = sys.argv[1:]
+"""
+PROGRAM = "runpy.run_module(sys.argv[0], run_name='__main__')"
+WHOLE = "import numpy; numpy.fromfile(sys.argv[0], numpy.uint8)"
+
+
+@pytest.mark.slow
+def test_a_corpus_beyond_the_memory_is_prepared_and_trains(tmp_path):
+    """Anonymous memory is limited to 1 GB; the text has 2.1, and is unpacked as it is read."""
+    block = "".join(f"{i} {i * i} {i**3}\n" for i in range(100_000)).encode()
+    times = 2_100_000_000 // len(block)
+    with zstandard.open(tmp_path / "text.zst", "wb") as file:
+        for _ in range(times):
+            file.write(block)
+    corpus = ["corpus=file", f"corpus.path={tmp_path / 'text.zst'}", f"corpus.cache_dir={tmp_path / 'cache'}"]
+    small = ["moe.builder=random", "train.steps=4", "eval.max_symbols=512", f"train.runs_dir={tmp_path / 'runs'}"]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def start(code, *arguments):
+        command = [sys.executable, "-c", LIMITED + code, *arguments]
+        return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=900)
+
+    for program, more in (("prepare", []), ("train", ["experiment=debug", *small])):
+        done = start(PROGRAM, f"foreroute.launch.{program}", *more, *corpus)
+        assert done.returncode == 0, done.stderr
+    assert f"{times * len(block):,} bytes split 90/5/5" in done.stdout
+    (ids,) = tmp_path.glob("cache/corpora/*/ids.bin")
+    assert bytes(np.memmap(ids, np.uint8, mode="r")[-len(block) :]) == block
+    whole = start(WHOLE, str(ids))  # control: the limit holds
+    assert whole.returncode != 0 and "MemoryError" in whole.stderr
+    assert resource.getrlimit(resource.RLIMIT_DATA)[0] != LIMIT
