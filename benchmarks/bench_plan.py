@@ -1,101 +1,133 @@
-"""Time of planning a micro-batch for one rank of eight: `python -m benchmarks.bench_plan`.
+"""Time of planning a micro-batch for one rank of a group: `python -m benchmarks.bench_plan`.
 
-The published batch of SMoE-Dropout on each rank, 22 streams of 512: 11,264 tokens, 16 experts, 8 active, trigrams in
-65,536 rows. `plan_ms` is for one table and one core, from the ids of all eight ranks to the plan; the lookups that are
-made once for each k are listed beside it. `plan_wait_fraction` is the share of step time for which a training step of
-the published model (4 streams, one rank) waits for its plan while the loader's thread plans for eight ranks, 4 tables.
+Published: the batch of SMoE-Dropout on each of 8 ranks, 22 streams of 512: 11,264 tokens, 16 experts. At scale: 64
+ranks with 8,192 tokens each, 128 experts, 48 tables. Both with 8 active experts and trigrams in 65,536 rows. `plan_ms`
+and `scale_ms` are of one table and one core, from the ids of all ranks to the plan; keys are made once for all tables
+of a run, and counted in parts. `lookup_mib` is what a table keeps for each k at scale.
+
+`plan_wait_fraction`: the loader's thread reads and plans 48 tables at scale, while a step of 15,000 tokens a second and
+rank leaves the host alone; the share of the time that the step waits for its plans.
 """
 
 import argparse
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from benchmarks.bench_step import Arm, shapes
+from benchmarks.bench_step import shapes
 from benchmarks.harness import environment, fastest, print_result, print_table
 from benchmarks.harness.against import parse
 from foreroute.engine.config import Split
-from foreroute.engine.data.corpus import prepare
+from foreroute.engine.data.corpus import PreparedCorpus, prepare
+from foreroute.engine.data.loader import PlannedLoader
+from foreroute.engine.data.planned_batches import GroupBatch, group_batch, plan_batch
 from foreroute.engine.data.streams import Streams
-from foreroute.engine.metrics.step_meter import StepMeter
-from foreroute.engine.model.build import RunModel, build_model, run_tables
-from foreroute.engine.optim.deepspeed_engine import start
-from foreroute.engine.routing.plan import Plan
-from foreroute.engine.routing.planner import TablePlanner
-from foreroute.engine.routing.routers import Draw, HashedRouter
+from foreroute.engine.routing.routers import GroupIds, HashedRouter
+from foreroute.engine.routing.tables import Table, build_tables
 from foreroute.launch.start.process import keep_freed_memory, run_and_leave
 
-RANKS, STREAMS, SEGMENT, K = 8, 22, 512, 8
+K, RANK, SEGMENT, TOKENS_PER_SECOND = 8, 3, 512, 15_000
 
 
-class GroupRouter(HashedRouter):
-    """Plans for one rank of eight, as on eight GPUs, and then gives the plan of the one rank that really runs."""
+@dataclass(frozen=True)
+class Group:
+    """An expert group and its tables."""
 
-    def plan(
-        self,
-        ids_PBQ: Tensor,
-        left_PBC: Tensor,
-        k: int,
-        *,
-        draw: Draw | None = None,
-        gather: bool = False,
-        chunks: int = 1,
-    ) -> Plan:
-        """Plan twice: for rank 3 of eight and for the one rank that runs."""
-        everyone = torch.cat([ids_PBQ] * RANKS), torch.cat([left_PBC] * RANKS)
-        self.group.plan(*everyone, k)
-        return super().plan(ids_PBQ, left_PBC, k, gather=gather, chunks=chunks)
+    ranks: int
+    streams: int  # of a rank
+    experts: int
+    layers: int
+    tables: int  # that differ; layers take turns with them
 
     @property
-    def group(self) -> HashedRouter:
-        """The router of rank 3 of eight."""
-        if not hasattr(self, "_group"):
-            self._group = HashedRouter(self.table, rank=3, ranks=RANKS)
-        return self._group
+    def tokens(self) -> int:
+        """Tokens of a rank."""
+        return self.streams * SEGMENT
+
+
+PUBLISHED = Group(ranks=8, streams=22, experts=16, layers=4, tables=1)
+SCALE = Group(ranks=64, streams=16, experts=128, layers=48, tables=6)
+
+
+class Simulated:
+    """One rank of a group that reads a text."""
+
+    def __init__(self, group: Group, corpus: PreparedCorpus, cache_dir: Path) -> None:
+        """Build the tables."""
+        config = shapes(argparse.Namespace(dropout=0.1, precision="fp32"))
+        ids = corpus.split(Split.train)
+        self.group, self.streams = group, Streams(ids, group.ranks * group.streams, SEGMENT, config.context)
+        moe, size = replace(config.moe, experts=group.experts), corpus.vocab.size
+        self.tables = build_tables(moe, size, ids, num_tables=group.tables, seed=1111, cache_dir=cache_dir)
+        self.routers = [self._router(self.tables[layer % group.tables]) for layer in range(group.layers)]
+
+    def _router(self, table: Table) -> HashedRouter:
+        return HashedRouter(table, rank=RANK, ranks=self.group.ranks)
+
+    def read(self, step: int, micro: int = 0) -> GroupBatch:
+        """Read what every rank trains on."""
+        size = self.group.streams
+        rows = [range(rank * size, (rank + 1) * size) for rank in range(self.group.ranks)]
+        return group_batch([self.streams.batch(step, streams) for streams in rows], RANK)
+
+    def times_ms(self, rounds: int) -> dict[str, float]:
+        """Measure one table, and its share of the keys of all."""
+        batch, router = self.read(0), self.routers[0]
+        ids, rows = GroupIds(batch.ids_PBQ, batch.left_PBC), router.table.key_rows
+        row_PT = rows.of_keys(ids.keys(rows))
+        found = {
+            "keys, once for all tables": lambda: GroupIds(batch.ids_PBQ, batch.left_PBC).keys(rows),
+            "keys to table rows": lambda: rows.of_keys(ids.keys(rows)),
+            "table rows to plan": lambda: router.planner.plan(row_PT, K),
+            "lookups, once for each k": lambda: self._router(router.table).planner.lookups(K),
+        }
+        return {name: 1e3 * fastest(case, rounds) for name, case in found.items()}
+
+    def wait_fraction(self, steps: int) -> float:
+        """Measure the share of time that steps wait for their plans."""
+        step_s = self.group.tokens / TOKENS_PER_SECOND
+        loader = PlannedLoader(
+            self.read,
+            lambda group, k: plan_batch(group, k, self.routers),
+            lambda step: K,
+            steps=range(steps + 1),
+            accumulation=1,
+            prefetch=2,
+        )
+        waits = []
+        for _ in range(steps + 1):
+            waits.append(loader.next()[1])
+            time.sleep(step_s)
+        loader.close()
+        return sum(waits[1:]) / (sum(waits[1:]) + steps * step_s)
+
+
+def plan_ms(times: dict[str, float], layers: int) -> float:
+    """Add up what one of the tables of a run takes."""
+    return times["keys, once for all tables"] / layers + times["keys to table rows"] + times["table rows to plan"]
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--steps", type=int, default=6, help="training steps for plan_wait_fraction")
+    parser.add_argument("--steps", type=int, default=6, help="steps for plan_wait_fraction")
     args = parse(parser)
     keep_freed_memory()
-    step = argparse.Namespace(dropout=0.1, precision="fp32")
-    config = shapes(step)
-    corpus = prepare(config.corpus)
-    tables = run_tables(config, corpus)
-    streams = Streams(corpus.split(Split.train), RANKS * STREAMS, SEGMENT, config.context)
-    batch = streams.batch(0, range(RANKS * STREAMS))
-    ids_PBQ = batch.ids_BQ.view(RANKS, STREAMS, SEGMENT)
-    left_PBC = batch.left_BC.view(RANKS, STREAMS, -1)
-    router = HashedRouter(tables[0], rank=3, ranks=RANKS)
-    table_rows = [router.table.rows_of(*pair) for pair in zip(ids_PBQ, left_PBC, strict=True)]
-    row_PT = np.stack([rows.flatten().numpy() for rows in table_rows])
-    planner = TablePlanner(router.table, rank=3, ranks=RANKS)
-    plan = planner.plan(row_PT, K)
-    threads = torch.get_num_threads()
+    config = shapes(argparse.Namespace(dropout=0.1, precision="fp32"))
+    corpus, cache_dir = prepare(config.corpus), Path(config.corpus.cache_dir) / "tables"
+    published, scale = (Simulated(group, corpus, cache_dir) for group in (PUBLISHED, SCALE))
     torch.set_num_threads(1)
-    times = {
-        "ids to plan": 1e3 * fastest(lambda: router.plan(ids_PBQ, left_PBC, K), args.rounds),
-        "of it: table rows to plan": 1e3 * fastest(lambda: planner.plan(row_PT, K), args.rounds),
-        "lookups, once for each k": 1e3 * fastest(lambda: planner._look_up(K), 5),
-    }
-    torch.set_num_threads(threads)
-
-    model = build_model(config, corpus.vocab.size)
-    engine = start(model, config)
-    run = RunModel(config, corpus, model, [GroupRouter(table) for table in tables])
-    arm = Arm(run, engine, StepMeter(model, engine.device), K)
-    for _ in range(args.steps + 1):
-        arm()
-    arm.loader.close()
-    wait = sum(t.plan_wait_ms for t in arm.times[1:]) / sum(t.step_ms for t in arm.times[1:])
-    rows = plan.chunks[0].rows
-    print(f"{environment()}, {rows.num_rows} expert rows over {rows.num_inputs} received")
-    print_table(["one table, one core", "ms"], [[name, ms] for name, ms in times.items()])
-    print_result({"plan_ms": times["ids to plan"], "plan_wait_fraction": wait})
+    columns = [each.times_ms(args.rounds) for each in (published, scale)]
+    wait = scale.wait_fraction(args.steps)
+    totals = [plan_ms(times, group.layers) for times, group in zip(columns, (PUBLISHED, SCALE), strict=True)]
+    lookups = scale.routers[0].planner.lookups(K).nbytes / 2**20
+    print(f"{environment()}, lookups of {lookups:.2f} MiB a table and k at scale, waiting {100 * wait:.3f} % of a step")
+    rows = [[name, *(times[name] for times in columns)] for name in columns[0]]
+    print_table(["one table, one core, ms", "8 ranks", "64 ranks"], [*rows, ["ids to plan", *totals]])
+    print_result({"plan_ms": totals[0], "scale_ms": totals[1], "lookup_mib": lookups, "plan_wait_fraction": wait})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from foreroute.engine.config.option import check, option
 from foreroute.engine.errors import require
 
 MAX_NGRAM = 4
-"""Of ids below 256, so that the number of an n-gram fits 64 bits many times over."""
+_MOST_ENTRIES = 1 << 28  # of a table: 256 MiB of orders in bytes, and four times as much of logits
 
 
 @dataclass
@@ -58,7 +58,7 @@ class MoEConfig:
     """The expert layers. With router=dense they are feed-forwards of equal parameters (see dense_width)."""
 
     router: Router = Router.hashed
-    experts: int = option(16, "Experts of a layer (E).", at_least=1, at_most=256)
+    experts: int = option(16, "Experts of a layer (E).", at_least=1, at_most=512)
     expert_width: int = option(512, "Hidden width of one expert (F).", at_least=1)
     shared_width: int = option(
         0, "Hidden width of the always-active shared expert with weight 1; 0 for none.", at_least=0
@@ -115,6 +115,11 @@ class MoEConfig:
         require(
             self.keys is Keys.own or self.router is Router.hashed,
             f"moe.keys={self.keys.name}: needs moe.router=hashed, it is {self.router.name}",
+        )
+        require(
+            self.router is not Router.hashed or self.rows * self.experts <= _MOST_ENTRIES,
+            f"moe.rows={self.rows} with moe.experts={self.experts}: must be at most {_MOST_ENTRIES} together, rows x"
+            " experts, since each table is held in memory",
         )
         require(
             (self.builder is Builder.packed) == (self.pack is not None),

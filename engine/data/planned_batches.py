@@ -18,7 +18,7 @@ from foreroute.engine.routing.exchange_choice import gathers
 from foreroute.engine.routing.k_schedule import active_experts
 from foreroute.engine.routing.ngram_rows import KeyRows
 from foreroute.engine.routing.plan import Plan, Routing, layer_seeds
-from foreroute.engine.routing.routers import Draw, PlannedRouter
+from foreroute.engine.routing.routers import Draw, GroupIds, PlannedRouter
 
 _SECOND_SEED = 2**31  # beyond all steps: seeds of first passes are neighbours
 
@@ -95,13 +95,14 @@ def plan_batch(
 
     row_tBQ = [keys.of(group.own.ids_BQ, group.own.left_BC) for keys in input_keys]
     input_row_tBQ, token_T = torch.stack(row_tBQ) if row_tBQ else None, token_PT.flatten()
+    ids = group.ids_PBQ, group.left_PBC
+    shared = GroupIds(*ids)
 
     def routing(number: int) -> Routing:
         plans: tuple[Plan, ...] | None = None
         if routers is not None:
             this = replace(draw, number=number)
-            ids_PBQ, left_PBC = group.ids_PBQ, group.left_PBC
-            plans = tuple(r.plan(ids_PBQ, left_PBC, k, draw=this, gather=gather, chunks=chunks) for r in routers)
+            plans = tuple(r.plan(*ids, k, draw=this, gather=gather, chunks=chunks, group=shared) for r in routers)
         return Routing(
             k,
             plans,

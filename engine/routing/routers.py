@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.hashing import hash64
+from foreroute.engine.routing.ngram_rows import KeyRows
 from foreroute.engine.routing.plan import Plan, Route
-from foreroute.engine.routing.planner import TablePlanner
+from foreroute.engine.routing.planner import OrdersOf, TablePlanner, order_dtype
 from foreroute.engine.routing.tables import Table
 
 _GATE_STD = 0.02  # SMoE-Dropout's public code, whatever the model's own init_std
@@ -50,6 +51,33 @@ class LiveRoute(NamedTuple):
     logits_TE: Tensor  # fp32 (fp64 for fp64 x), connected to x (and to the gate, if learned)
 
 
+class GroupIds:
+    """The ids of an expert group's micro-batch, and what all routers of a run make of them once: keys, and in which
+    order they are shuffled."""
+
+    def __init__(self, ids_PBQ: Tensor, left_PBC: Tensor, new_document_PBX: Tensor | None = None) -> None:
+        """Take int64 ids, the true ids left of each segment, and where in both documents begin (KeyRows.of)."""
+        self.shape = ids_PBQ.shape[0], ids_PBQ[0].numel()
+        marks = None if new_document_PBX is None else new_document_PBX.flatten(0, 1)
+        self._ids = ids_PBQ.flatten(0, 1), left_PBC.flatten(0, 1), marks
+        self._keys: dict[tuple[int, ...], NDArray[np.int64]] = {}
+        self._places: dict[tuple[int, ...], NDArray[np.int64]] = {}
+
+    def keys(self, rows: KeyRows) -> NDArray[np.int64]:
+        """Return the key [P, T] of each token."""
+        kind = rows.ngram, rows.vocab_size
+        if kind not in self._keys:
+            self._keys[kind] = rows.keys(*self._ids).reshape(self.shape)
+        return self._keys[kind]
+
+    def shuffled_keys(self, rows: KeyRows, draw: Draw) -> NDArray[np.int64]:
+        """Return for each token the key of another one [P, T]."""
+        numbers = rows.seed, draw.held_out, draw.index, draw.number
+        if numbers not in self._places:
+            self._places[numbers] = hash64(_SHUFFLE, *numbers, draw.token_PT).argsort(axis=None, kind="stable")
+        return self.keys(rows).take(self._places[numbers]).reshape(self.shape)
+
+
 class HashedRouter:
     """Planned router: the first k experts of the table row that the token's n-gram falls into."""
 
@@ -72,22 +100,20 @@ class HashedRouter:
         draw: Draw | None = None,
         gather: bool = False,
         chunks: int = 1,
+        group: GroupIds | None = None,
     ) -> Plan:
-        """Plan a micro-batch from the ids of every rank of the expert group; gives what `route` says, rank by rank.
+        """Plan a micro-batch from the ids of every rank of the expert group, as `route` routes them, rank by rank.
 
         Args:
             draw: needed to shuffle.
             gather, chunks: as for TablePlanner.plan.
+            group: of the same ids, shared by the routers of a run.
         """
-        row_PBQ = [self.table.rows_of(ids, left) for ids, left in zip(ids_PBQ, left_PBC, strict=True)]
-        row_PT = torch.stack(row_PBQ).flatten(1).numpy()
-        if self.shuffled:
-            if draw is None:
-                raise ValueError("shuffled keys need a draw")
-            numbers = self.table.seed, draw.held_out, draw.index, draw.number
-            place_T = hash64(_SHUFFLE, *numbers, draw.token_PT).argsort(axis=None, kind="stable")
-            row_PT = row_PT.take(place_T).reshape(row_PT.shape)
-        return self.planner.plan(row_PT, k, gather=gather, chunks=chunks)
+        ids, rows = group or GroupIds(ids_PBQ, left_PBC), self.table.key_rows
+        if self.shuffled and draw is None:
+            raise ValueError("shuffled keys need a draw")
+        key_PT = ids.shuffled_keys(rows, draw) if self.shuffled and draw is not None else ids.keys(rows)
+        return self.planner.plan(rows.of_keys(key_PT), k, gather=gather, chunks=chunks)
 
     def identity(self) -> list[NDArray[Any]]:
         """All that its plans depend on besides ids and k, to be compared between ranks."""
@@ -110,11 +136,6 @@ class HashedRouter:
         logits_KT = self.table.logits_rE.index_select(0, row_T).T[:k].contiguous()
         # Token-last: on 2 CPU cores a softmax over a last dim of 8 took 0.5 ms for T = 2048, this one 0.07 ms.
         return Route(expert_TK, logits_KT.softmax(dim=0).T.contiguous())
-
-
-class _Orders(NamedTuple):
-    order_rE: Tensor
-    logits_rE: None = None
 
 
 class DrawnRouter:
@@ -145,6 +166,7 @@ class DrawnRouter:
         draw: Draw | None = None,
         gather: bool = False,
         chunks: int = 1,
+        group: GroupIds | None = None,
     ) -> Plan:
         """Plan a micro-batch; arguments as for HashedRouter.plan, of which the ids do not matter."""
         if draw is None:
@@ -152,15 +174,15 @@ class DrawnRouter:
         row_PT = np.zeros(draw.token_PT.shape, np.int64)
         if self.each_token:
             row_PT = np.arange(row_PT.size).reshape(row_PT.shape)
-        planner = TablePlanner(_Orders(self.order(draw)), rank=self.rank, ranks=self.ranks)
+        planner = TablePlanner(OrdersOf(self.order(draw)), rank=self.rank, ranks=self.ranks)
         return planner.plan(row_PT, k, gather=gather, chunks=chunks)
 
     def order(self, draw: Draw) -> Tensor:
-        """Draw the experts' order: uint8 [P*T, E], or [1, E] for all tokens."""
+        """Draw the experts' order: uint8, or int16 above 256 experts, [P*T, E], or [1, E] for all tokens."""
         token_r1 = draw.token_PT.reshape(-1, 1) if self.each_token else np.zeros((1, 1), np.int64)
         numbers = self.seed, self.index, draw.held_out, draw.index, draw.number
         hash_rE = hash64(_DRAW, *numbers, token_r1, np.arange(self.experts))
-        return torch.from_numpy(hash_rE.argsort(axis=1, kind="stable").astype(np.uint8))
+        return torch.from_numpy(hash_rE.argsort(axis=1, kind="stable").astype(order_dtype(self.experts)))
 
     def identity(self) -> list[NDArray[Any]]:
         """All that its plans depend on besides the draw and k, to be compared between ranks."""

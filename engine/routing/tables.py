@@ -9,7 +9,7 @@ A row is an ordering of blocks of `pack` neighbouring experts, and inside each b
 packing all experts are one block. So the first k experts lie in ceil(k / pack) blocks.
 
 Letters: E experts, G blocks of experts, B streams, Q segment length, C ids left of a segment (at least ngram - 1), r
-table rows, t tables, s rows seen in training, w waves.
+table rows, t tables, s rows seen in training.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,15 +30,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from foreroute.engine.config import Builder, MoEConfig, RouteWeights
-from foreroute.engine.routing.hashing import hash64, normal, uniform
-from foreroute.engine.routing.ngram_rows import KeyRows
+from foreroute.engine.routing.hashing import hash64, normal
+from foreroute.engine.routing.loops.orders import greedy
+from foreroute.engine.routing.ngram_rows import KeyRows, ngram_keys
+from foreroute.engine.routing.planner import order_dtype
 
 _FORMAT = 1  # part of the cache key; raise it when the same inputs would give another table
 # First part of each hash: what the number is for; engine/routing/ngram_rows.py has 1.
 _ORDER, _TIE, _LOGIT, _BLOCK_ORDER, _BLOCK_TIE = range(2, 7)
 _NUMBERS = ("ngram", "vocab_size", "seed", "index", "pack")
-_CHUNK = 1 << 22  # symbols counted at a time, to bound memory
-# n-grams that may have a counter each (256 MiB); beyond it those that occur are sorted
+# Symbols counted, and entries of tables drawn at a time, to bound memory; these fit in a cache.
+_CHUNK, _DRAWN = 1 << 22, 1 << 18
+# n-grams that may have a counter each (256 MiB); beyond it each occurrence finds its row
 _COUNTERS = 1 << 25
 
 _log = logging.getLogger(__name__)
@@ -47,7 +51,7 @@ _log = logging.getLogger(__name__)
 class Table:
     """Orderings of the experts by row, and which row an n-gram falls into."""
 
-    order_rE: Tensor  # uint8: each row a permutation of all experts
+    order_rE: Tensor  # uint8, or int16 above 256 experts: each row a permutation of all experts
     logits_rE: Tensor | None  # fp32, descending in a row; None for uniform weights
     ngram: int
     vocab_size: int
@@ -62,9 +66,9 @@ class Table:
         rows = self.order_rE.shape[0]
         return KeyRows(self.ngram, self.vocab_size, rows, self.seed, self.index)
 
-    def rows_of(self, ids_BQ: Tensor, left_BC: Tensor) -> Tensor:
-        """Return the int64 row [B, Q] of each id, given the true ids left of each segment."""
-        return self.key_rows.of(ids_BQ, left_BC)
+    def rows_of(self, ids_BQ: Tensor, left_BC: Tensor, new_document_BX: Tensor | None = None) -> Tensor:
+        """Return the int64 row [B, Q] of each id, given the true ids left of each segment; as KeyRows.of."""
+        return self.key_rows.of(ids_BQ, left_BC, new_document_BX)
 
 
 def build_tables(
@@ -75,6 +79,7 @@ def build_tables(
     num_tables: int,
     seed: int,
     cache_dir: Path | None,
+    documents: NDArray[np.int64] | None = None,
 ) -> list[Table]:
     """Build tables 0 .. num_tables - 1 of a run, or load them from the cache.
 
@@ -83,13 +88,15 @@ def build_tables(
     Args:
         train_ids: the training split as one stream; ids before its first count as 0.
         cache_dir: folder of .npz files, safe to delete; None for no cache.
+        documents: ascending, where in the stream documents begin, at which keys stop; None: one document.
     """
+    text = _Text(train_ids, vocab_size, moe.ngram, documents)
     if cache_dir is None:
-        arrays = _build(moe, vocab_size, train_ids, num_tables, seed)
+        arrays = _build(moe, text, num_tables, seed)
     else:
-        key = _cache_key(moe, vocab_size, train_ids, num_tables, seed)
+        key = _cache_key(moe, text, num_tables, seed)
         path = cache_dir / f"tables-{key}.npz"
-        arrays = _load(path) or _build(moe, vocab_size, train_ids, num_tables, seed)
+        arrays = _load(path) or _build(moe, text, num_tables, seed)
         if not path.exists():
             try:
                 _save(path, arrays)
@@ -112,11 +119,12 @@ def build_tables(
     ]
 
 
-def row_frequency(table: Table, ids: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
-    """Return how often a text uses each row [r]; ids before its first count as 0."""
-    keys, counts = _ngram_counts(ids, table.vocab_size, table.ngram)
-    rows = table.order_rE.shape[0]
-    return np.bincount(table.key_rows.of_keys(keys), counts, rows).astype(np.float64, copy=False)
+def row_frequency(
+    table: Table, ids: NDArray[np.integer[Any]], documents: NDArray[np.int64] | None = None
+) -> NDArray[np.float64]:
+    """Return how often a text uses each row [r]; ids before its first count as 0, documents as for build_tables."""
+    text = _Text(ids, table.vocab_size, table.ngram, documents)
+    return text.row_frequency([table.key_rows]).reshape(-1)
 
 
 def table_state(table: Table) -> dict[str, Tensor]:
@@ -140,72 +148,109 @@ def table_from_state(state: dict[str, Tensor]) -> Table:
     )
 
 
-def _ngram_counts(
-    ids: NDArray[np.integer[Any]], vocab_size: int, ngram: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the n-gram numbers that occur in a stream, ascending, and how often."""
-    chunks = _ngram_keys(ids, vocab_size, ngram)
-    if vocab_size**ngram <= _COUNTERS:
-        counts = np.zeros(vocab_size**ngram, np.int64)
-        for key in chunks:
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """A stream of ids, read a chunk at a time: it may be longer than memory."""
+
+    ids: NDArray[np.integer[Any]]
+    vocab_size: int
+    ngram: int
+    documents: NDArray[np.int64] | None  # where they begin
+
+    def row_frequency(self, keys_t: list[KeyRows]) -> NDArray[np.float64]:
+        """Return how often each table's rows are used [t, r]."""
+        rows = keys_t[0].rows
+        freq_tr = np.zeros((len(keys_t), rows))
+        for key, counts in self._counted_keys():
+            for freq_r, keys in zip(freq_tr, keys_t, strict=True):
+                freq_r += np.bincount(keys.of_keys(key), counts, rows)
+        return freq_tr
+
+    def digest(self) -> str:
+        """Return a digest of all that the tables depend on."""
+        digest = hashlib.sha256()
+        for start in range(0, self.ids.size, _CHUNK):
+            digest.update(np.ascontiguousarray(self.ids[start : start + _CHUNK]).data)
+        if self.documents is not None:
+            digest.update(b"documents" + np.ascontiguousarray(self.documents).tobytes())
+        return digest.hexdigest()
+
+    def _counted_keys(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64] | None]]:
+        """Yield keys and how often they occur (None: once each); a key may come again."""
+        if self.vocab_size**self.ngram > _COUNTERS:
+            yield from ((key, None) for key in self._keys())
+            return
+        counts = np.zeros(self.vocab_size**self.ngram, np.int64)
+        for key in self._keys():
             counts += np.bincount(key, minlength=counts.size)
         keys = np.flatnonzero(counts)
-        return keys, counts[keys]
-    found = [np.unique(key, return_counts=True) for key in chunks]
-    keys, place = np.unique(np.concatenate([key for key, _ in found]), return_inverse=True)
-    counts = np.zeros(keys.size, np.int64)
-    np.add.at(counts, place, np.concatenate([count for _, count in found]))
-    return keys, counts
+        yield keys, counts[keys]
+
+    def _keys(self) -> Iterator[NDArray[np.int64]]:
+        """Yield the key of the n-gram that ends at each id, a chunk at a time."""
+        left = self.ngram - 1
+        for start in range(0, self.ids.size, _CHUNK):
+            part = self.ids[max(start - left, 0) : start + _CHUNK]
+            part = np.concatenate([np.zeros(max(left - start, 0), part.dtype), part])
+            begins = None
+            if self.documents is not None:
+                begins = np.zeros((1, part.size), bool)
+                first, last = np.searchsorted(self.documents, [start - left, start - left + part.size])
+                begins[0, self.documents[first:last] - (start - left)] = True
+            yield ngram_keys(part[None], self.vocab_size, self.ngram, begins)[0]
 
 
-def _ngram_keys(ids: NDArray[np.integer[Any]], vocab_size: int, ngram: int) -> Iterator[NDArray[np.int64]]:
-    """Yield the number of the n-gram that ends at each id, a chunk at a time."""
-    padded = np.concatenate([np.zeros(ngram - 1, ids.dtype), ids])
-    for start in range(0, ids.size, _CHUNK):
-        part = padded[start : start + _CHUNK + ngram - 1].astype(np.int64)
-        size = part.size - ngram + 1
-        key = part[:size]
-        for shift in range(1, ngram):
-            key = key * vocab_size + part[shift : shift + size]
-        yield key
-
-
-def _build(
-    moe: MoEConfig, vocab_size: int, train_ids: NDArray[np.integer[Any]], num_tables: int, seed: int
-) -> dict[str, NDArray[Any]]:
-    """Return order uint8 [t, r, E] and, for table weights, logits fp32 [t, r, E]."""
-    row_r1, expert_E = np.arange(moe.rows)[:, None], np.arange(moe.experts)
-    pack = moe.pack or moe.experts
-    order_trE = np.empty((num_tables, moe.rows, moe.experts), np.uint8)
-    for index, order_rE in enumerate(order_trE):
-        order_rE[:] = _random_order(moe.rows, moe.experts, pack, seed, index)
+def _build(moe: MoEConfig, text: _Text, num_tables: int, seed: int) -> dict[str, NDArray[Any]]:
+    """Return order uint8 or int16 [t, r, E] and, for table weights, logits fp32 [t, r, E]."""
+    order_trE = np.empty((num_tables, moe.rows, moe.experts), order_dtype(moe.experts))
+    pack, freq_tr = moe.pack or moe.experts, np.zeros((num_tables, moe.rows))
     if moe.builder is not Builder.random:
-        keys, counts = _ngram_counts(train_ids, vocab_size, moe.ngram)
-        freq_tr = np.empty((num_tables, moe.rows))
-        for index, freq_r in enumerate(freq_tr):
-            row = KeyRows(moe.ngram, vocab_size, moe.rows, seed, index).of_keys(keys)
-            freq_r[:] = np.bincount(row, weights=counts, minlength=moe.rows)
-        _balance(order_trE, freq_tr, pack, seed)
-    if moe.weights is RouteWeights.uniform:
-        return {"order": order_trE}
-    logits_trE = np.empty(order_trE.shape, np.float32)
-    for index, logits_rE in enumerate(logits_trE):
-        draw_rE = moe.spread * normal(hash64(_LOGIT, seed, index, row_r1, expert_E))
-        logits_rE[:] = -np.sort(-draw_rE, axis=1)
-    return {"order": order_trE, "logits": logits_trE}
+        tables = range(num_tables)
+        freq_tr = text.row_frequency([KeyRows(moe.ngram, text.vocab_size, moe.rows, seed, index) for index in tables])
+    logits_trE = None if moe.weights is RouteWeights.uniform else np.empty(order_trE.shape, np.float32)
+
+    def build(index: int) -> None:
+        _draw_orders(order_trE[index], np.flatnonzero(freq_tr[index] == 0), pack, seed, index)
+        _balance(order_trE[index], freq_tr[index], pack, seed, index)
+        if logits_trE is not None:
+            _draw_logits(logits_trE[index], moe.spread, seed, index)
+
+    with ThreadPoolExecutor(_threads(num_tables)) as pool:
+        list(pool.map(build, range(num_tables)))
+    return {"order": order_trE} if logits_trE is None else {"order": order_trE, "logits": logits_trE}
 
 
-def _random_order(rows: int, experts: int, pack: int, seed: int, index: int) -> NDArray[np.int64]:
-    """Return for each row a random ordering of its blocks, and of the experts inside each block, [r, E]."""
-    row_r1, blocks = np.arange(rows)[:, None], experts // pack
-    draw_rE = hash64(_ORDER, seed, index, row_r1, np.arange(experts))
-    inner_rGp = draw_rE.reshape(rows, blocks, pack).argsort(axis=2)
-    inner_rGp += pack * np.arange(blocks)[:, None]
-    block_rG = hash64(_BLOCK_ORDER, seed, index, row_r1, np.arange(blocks)).argsort(axis=1)
-    return np.take_along_axis(inner_rGp, block_rG[:, :, None], axis=1).reshape(rows, experts)
+def _threads(num_tables: int) -> int:
+    """Return how many tables are built at a time: as many as PyTorch has threads, which launchers share out."""
+    return max(1, min(num_tables, torch.get_num_threads()))
 
 
-def _balance(order_trE: NDArray[np.uint8], freq_tr: NDArray[np.float64], pack: int, seed: int) -> None:
+def _chunks(row_r: NDArray[np.int64], experts: int) -> list[NDArray[np.int64]]:
+    return np.array_split(row_r, -(-row_r.size * experts // _DRAWN)) if row_r.size else []
+
+
+def _draw_orders(order_rE: NDArray[Any], row_r: NDArray[np.int64], pack: int, seed: int, index: int) -> None:
+    """Overwrite the given rows with random orderings of the blocks, and of the experts inside each block."""
+    experts = order_rE.shape[1]
+    blocks = experts // pack
+    for row_s in _chunks(row_r, experts):
+        draw_sE = hash64(_ORDER, seed, index, row_s[:, None], np.arange(experts))
+        inner_sGp = draw_sE.reshape(-1, blocks, pack).argsort(axis=2)
+        inner_sGp += pack * np.arange(blocks)[:, None]
+        block_sG = hash64(_BLOCK_ORDER, seed, index, row_s[:, None], np.arange(blocks)).argsort(axis=1)
+        order_sGp = np.take_along_axis(inner_sGp, block_sG[:, :, None], axis=1)
+        order_rE[row_s] = order_sGp.reshape(-1, experts)
+
+
+def _draw_logits(logits_rE: NDArray[np.float32], spread: float, seed: int, index: int) -> None:
+    """Overwrite with normal logits, descending in each row."""
+    rows, experts = logits_rE.shape
+    for row_s in _chunks(np.arange(rows), experts):
+        draw_sE = spread * normal(hash64(_LOGIT, seed, index, row_s[:, None], np.arange(experts)))
+        logits_rE[row_s] = -np.sort(-draw_sE, axis=1)
+
+
+def _balance(order_rE: NDArray[Any], freq_r: NDArray[np.float64], pack: int, seed: int, index: int) -> None:
     """Overwrite the orderings of rows seen in training so that the load is even at every k.
 
     One greedy rule orders the blocks of each row and then, block by block, the experts inside. For each row in
@@ -214,82 +259,20 @@ def _balance(order_trE: NDArray[np.uint8], freq_tr: NDArray[np.float64], pack: i
     a hash of (seed, table, row, c) takes one; then load_c grows by the frequency for every thing among the row's first
     c + 1 choices.
     """
-    experts = order_trE.shape[2]
-    seen = (freq_tr > 0).sum(axis=1)
-    row_ts = np.argsort(-freq_tr, axis=1, kind="stable")[:, : seen.max()]
-    freq_ts = np.take_along_axis(freq_tr, row_ts, axis=1)
-    anywhere = np.zeros((*row_ts.shape, experts // pack), np.uint8)
-    block_tsG = _greedy(row_ts, freq_ts, anywhere, experts // pack, (_BLOCK_TIE, seed))
-    expert_tsE = _greedy(row_ts, freq_ts, block_tsG.repeat(pack, axis=2), pack, (_TIE, seed))
-    for index, num_seen in enumerate(seen):  # the other tables' further rows are padding
-        order_trE[index, row_ts[index, :num_seen]] = expert_tsE[index, :num_seen]
+    rows, experts = order_rE.shape
+    row_s = np.argsort(-freq_r, kind="stable")[: np.count_nonzero(freq_r)]
+    use_s = freq_r[row_s].astype(np.int64)
+    block_rG = np.zeros((rows, experts // pack), order_rE.dtype)
+    if block_rG.shape[1] > 1:
+        greedy(row_s, use_s, np.uint64(hash64(_BLOCK_TIE, seed, index)), np.zeros((rows, 1), order_rE.dtype), block_rG)
+    greedy(row_s, use_s, np.uint64(hash64(_TIE, seed, index)), block_rG, order_rE)
 
 
-def _greedy(
-    row_ts: NDArray[np.int64],
-    freq_ts: NDArray[np.float64],
-    block_tsE: NDArray[np.uint8],
-    pack: int,
-    tie: tuple[int, int],
-) -> NDArray[np.uint8]:
-    """Order the E things of each row by _balance's rule; choice c of a row is from block block_tsE[.., c].
-
-    Choice c of a row needs only the row's earlier choices and load_c after the row before, so wave w makes choice c of
-    row w - c for all c and tables at once: slot t*E + c of the arrays below. All counts are exact in float64.
-
-    Args:
-        row_ts: row numbers in the order in which they choose.
-        freq_ts: their frequencies.
-        pack: things of a block; thing e is in block e // pack.
-        tie: purpose and seed of the tie-breaking hash.
-    """
-    num_tables, seen, things = block_tsE.shape
-    shape = seen + things - 1, num_tables, things
-    freq_wtE, draw_wtE, block_wtE = np.zeros(shape), np.zeros(shape), np.zeros(shape, np.uint8)
-    for index, row_s in enumerate(row_ts):
-        for choice in range(things):
-            wave = slice(choice, choice + seen)
-            freq_wtE[wave, index, choice] = freq_ts[index]
-            draw_wtE[wave, index, choice] = uniform(hash64(*tie, index, row_s, choice))
-            block_wtE[wave, index, choice] = block_tsE[index, :, choice]
-    chosen_wtE = _waves(freq_wtE, draw_wtE, block_wtE, pack)
-    chosen_tsE = np.empty_like(block_tsE)
-    for choice in range(things):
-        chosen_tsE[:, :, choice] = chosen_wtE[choice : choice + seen, :, choice].T
-    return chosen_tsE
-
-
-def _waves(
-    freq_wtE: NDArray[np.float64], draw_wtE: NDArray[np.float64], block_wtE: NDArray[np.uint8], pack: int
-) -> NDArray[np.uint8]:
-    """Return the thing chosen in each wave and slot (see _greedy); slots without a row have frequency 0."""
-    num_waves, num_tables, things = freq_wtE.shape
-    thing_E1 = np.arange(things, dtype=np.uint8)[:, None]
-    home_E1 = thing_E1 // np.uint16(pack)
-    load = np.zeros((things, num_tables * things))  # [thing, slot]
-    used = np.zeros(load.shape, bool)  # things that the row in each slot has used
-    chosen = np.empty((num_waves, load.shape[1]), np.uint8)
-    slots = (x.reshape(num_waves, -1) for x in (freq_wtE, draw_wtE, block_wtE))
-    for wave, (freq, draw, block) in enumerate(zip(*slots, strict=True)):
-        cost = np.where(used | (home_E1 != block), np.inf, load)
-        candidate = cost <= cost.min(axis=0) + freq
-        rank = candidate.cumsum(axis=0, dtype=np.uint16)
-        pick = (draw * rank[-1]).astype(np.uint16)  # 0 .. candidates - 1
-        chosen[wave] = (rank <= pick).sum(axis=0, dtype=np.uint8)  # first thing with rank pick + 1
-        used |= thing_E1 == chosen[wave]
-        load += used * freq
-        used[:, 1:] = used[:, :-1]  # each row moves on to its next choice
-        used[:, ::things] = False  # and a new row enters at choice 0
-    return chosen.reshape(num_waves, num_tables, things)
-
-
-def _cache_key(moe: MoEConfig, vocab_size: int, train_ids: NDArray[np.integer[Any]], num_tables: int, seed: int) -> str:
-    text = b""
-    if moe.builder is not Builder.random:
-        text = hashlib.sha256(np.ascontiguousarray(train_ids).data).digest()
+def _cache_key(moe: MoEConfig, text: _Text, num_tables: int, seed: int) -> str:
+    digest = "" if moe.builder is Builder.random else text.digest()
     names = ("experts", "ngram", "rows", "spread", "pack")
     inputs = [_FORMAT, moe.builder.name, moe.weights.name, *(getattr(moe, name) for name in names)]
-    inputs += [vocab_size, num_tables, seed, text.hex()]
+    inputs += [text.vocab_size, num_tables, seed, digest]
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:32]
 
 

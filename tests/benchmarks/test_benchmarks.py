@@ -78,7 +78,9 @@ def test_bench_quickstart():
 def test_bench_plan():
     code, out, err = run("bench_plan", "--rounds", "2", "--steps", "1")
     assert code == 0, err
-    assert list(json.loads(out.splitlines()[-1])) == ["plan_ms", "plan_wait_fraction"]
+    result = json.loads(out.splitlines()[-1])
+    assert list(result) == ["plan_ms", "scale_ms", "lookup_mib", "plan_wait_fraction"]
+    assert result["lookup_mib"] < 8 and all(value >= 0 for value in result.values())
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from foreroute.engine.config import MoEConfig
 from foreroute.engine.data.loader import PlannedLoader
@@ -68,6 +69,30 @@ def test_equal_ranks_go_on():
         assert tokens == [s * SEGMENT + q for s in (first, first + 2) for q in range(SEGMENT)]
         # unless asked for the other exchange: each rank gets the rows that it needs
         assert all(len(plan.chunks) == 1 and plan.chunks[0].send is not None for plan in found[0].routing.plans)
+
+
+def test_two_ranks_with_512_experts():
+    """Numbers of experts beyond a byte; what one sends the other receives, and each expert gets its tokens' rows."""
+
+    def plan(host):
+        mesh = Mesh(host.rank, 2, 2)
+        moe = MoEConfig(experts=512, ngram=2, rows=32)
+        (table,) = build_tables(moe, SYMBOLS, TEXT, num_tables=1, seed=1, cache_dir=None)
+        router = HashedRouter(table, rank=host.rank, ranks=2)
+        streams = Streams(TEXT, STREAMS, SEGMENT, 1)
+        own = streams.batch(0, streams.streams_of(host.rank, 0, world=2, accumulation=1))
+        group = share_ids(group_batch([own]), host)
+        planned = plan_batch(group, 3, [router])
+        Agreement(host, mesh, [router]).check(0, 0, 3, group, planned.routing.plans)
+        (found,) = planned.routing.plans
+        return found, torch.bincount(router.route(own.ids_BQ, own.left_BC, 3).expert_TK.flatten(), minlength=512)
+
+    (one, own), (other, others) = run_threads(plan, 2)
+    assert one.send_splits[1] == other.recv_splits[0] and other.send_splits[0] == one.recv_splits[1]
+    wanted = (own + others).tolist()
+    assert wanted[256:] != [0] * 256
+    assert one.count_E.tolist() == other.count_E.tolist() == wanted
+    assert one.chunks[0].rows.counts() + other.chunks[0].rows.counts() == wanted
 
 
 def test_ranks_that_close_at_different_speeds_do_not_wait_for_ever():

@@ -1,20 +1,23 @@
 """The planner against plain loops over every rank's route, and against the route itself."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 
 from foreroute.engine.config import Builder, MoEConfig, RouteWeights
 from foreroute.engine.errors import UserError
-from foreroute.engine.routing.routers import HashedRouter
+from foreroute.engine.routing import planner
+from foreroute.engine.routing.routers import Draw, DrawnRouter, GroupIds, HashedRouter
 from foreroute.engine.routing.tables import build_tables
 
 EXPERTS, SYMBOLS = 8, 9
 
 
-def make_table(**options):
+def make_table(experts=EXPERTS, **options):
     ids = np.random.default_rng(0).integers(0, SYMBOLS, 900).astype(np.uint8)
-    moe = MoEConfig(experts=EXPERTS, ngram=2, rows=32, **options)
+    moe = MoEConfig(experts=experts, ngram=2, rows=32, **options)
     return build_tables(moe, SYMBOLS, ids, num_tables=1, seed=1, cache_dir=None)[0]
 
 
@@ -24,9 +27,9 @@ def make_ids(ranks, tokens, seed=0):
     return ids, torch.randint(0, SYMBOLS, (ranks, 1, 1), generator=generator)
 
 
-def plain_plan(routes, rank, ranks):
+def plain_plan(routes, rank, ranks, experts=EXPERTS):
     """By the definition: rows sent by `rank`, rows received, and for each local expert (received row, weight)."""
-    local = EXPERTS // ranks
+    local = experts // ranks
     choices = [
         [dict(zip(e, w, strict=True)) for e, w in zip(route.expert_TK.tolist(), route.weight_TK.tolist(), strict=True)]
         for route in routes
@@ -41,17 +44,17 @@ def plain_plan(routes, rank, ranks):
     return sent, [len(chunk) for chunk in received], experts
 
 
-def check(plan, routes, rank, ranks, k):
+def check(plan, routes, rank, ranks, k, num_experts=EXPERTS, rtol=1e-6):
     (chunk,) = plan.chunks
-    sent, received, experts = plain_plan(routes, rank, ranks)
+    sent, received, experts = plain_plan(routes, rank, ranks, num_experts)
     chunk.rows.validate()
     assert plan.k == k and plan.recv_splits == tuple(received)
     assert chunk.rows.counts() == [len(chosen) for chosen in experts]
     pairs = [pair for chosen in experts for pair in chosen]
     assert chunk.rows.source_N.tolist() == [row for row, _ in pairs]
-    assert torch.allclose(chunk.weight_N, torch.tensor([w for _, w in pairs]), rtol=1e-6, atol=0)
+    assert torch.allclose(chunk.weight_N, torch.tensor([w for _, w in pairs]), rtol=rtol, atol=0)
     assert chunk.weight_N.dtype == torch.float32
-    counts = sum(torch.bincount(route.expert_TK.flatten(), minlength=EXPERTS) for route in routes)
+    counts = sum(torch.bincount(route.expert_TK.flatten(), minlength=num_experts) for route in routes)
     assert plan.count_E.tolist() == counts.tolist()
     assert plan.wire_rows == sum(len(chunk) for q, chunk in enumerate(sent) if q != rank)
     if ranks == 1:
@@ -60,6 +63,11 @@ def check(plan, routes, rank, ranks, k):
     chunk.send.validate()
     assert plan.send_splits == tuple(map(len, sent)) == tuple(chunk.send.counts())
     assert chunk.send.source_N.tolist() == [t for tokens in sent for t in tokens]
+    for rows in (chunk.rows, chunk.send):  # slots of a row ascend
+        starts = [*rows.slot_offset_R.tolist(), rows.num_rows]
+        slots = [rows.slot_N[a:b].tolist() for a, b in pairwise(starts)]
+        assert slots == [sorted(row) for row in slots]
+        assert all(rows.source_N[n] == i for i, row in enumerate(slots) for n in row)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
@@ -139,13 +147,64 @@ def test_one_rank_has_nothing_to_exchange_in_parts():
     assert len(HashedRouter(make_table()).plan(ids, left, 2, chunks=4).chunks) == 1
 
 
-def test_large_and_small_batches_count_alike():
-    """Counting takes another way when a batch has fewer tokens than the table has rows."""
-    table = make_table()
-    router = HashedRouter(table)
-    for tokens in (20, 200):
-        ids, left = make_ids(1, tokens)
-        check(router.plan(ids, left, 2), [router.route(ids[0], left[0], 2)], 0, 1, 2)
+@pytest.mark.parametrize("weights", list(RouteWeights), ids=lambda w: w.name)
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_lookups_of_the_rows_that_occur_give_the_same_plans(ranks, weights, monkeypatch):
+    """Large tables keep no lookups where a micro-batch has fewer tokens than they have rows."""
+    table = make_table(weights=weights)
+    for tokens in (20 // ranks, 200):
+        ids, left = make_ids(ranks, tokens)
+        router = HashedRouter(table, rank=ranks - 1, ranks=ranks)
+        routes = [router.route(*batch, 2) for batch in zip(ids, left, strict=True)]
+        monkeypatch.setattr(planner, "_MOST_KEPT", 0)
+        check(router.plan(ids, left, 2), routes, ranks - 1, ranks, 2)
+        assert len(router.planner._lookups) == (tokens == 200)
+        monkeypatch.undo()
+        check(router.plan(ids, left, 2), routes, ranks - 1, ranks, 2)
+
+
+@pytest.mark.parametrize("k", [1, 8, 300, 512])
+@pytest.mark.parametrize("ranks", [1, 2, 64])
+def test_512_experts(ranks, k):
+    """Beyond a byte: numbers of experts must not wrap."""
+    table = make_table(512)
+    assert table.order_rE.dtype == torch.int16 and (table.order_rE.sort(dim=1).values == torch.arange(512)).all()
+    ids, left = make_ids(ranks, 3)
+    for rank in {0, ranks - 1}:
+        router = HashedRouter(table, rank=rank, ranks=ranks)
+        routes = [router.route(*batch, k) for batch in zip(ids, left, strict=True)]
+        # the route's softmax adds up k numbers in another order
+        check(router.plan(ids, left, k), routes, rank, ranks, k, 512, rtol=1e-6 + k * 2**-24)
+
+
+@pytest.mark.parametrize("each_token", [True, False])
+def test_512_drawn_experts(each_token):
+    draw = Draw(np.arange(12).reshape(2, 6), 3)
+    order = DrawnRouter(512, each_token=each_token, seed=1, index=0).order(draw)
+    assert (order.sort(dim=1).values == torch.arange(512)).all()
+    plans = [
+        DrawnRouter(512, each_token=each_token, seed=1, index=0, rank=r, ranks=2).plan(None, None, 7, draw=draw)
+        for r in range(2)
+    ]
+    counts = torch.bincount(order[:, :7].long().flatten(), minlength=512) * (1 if each_token else 12)
+    assert [plan.count_E.tolist() for plan in plans] == [counts.tolist()] * 2
+    assert [n for plan in plans for n in plan.chunks[0].rows.counts()] == counts.tolist()
+
+
+def test_routers_share_keys_and_shuffles():
+    ids, left = make_ids(2, 12)
+    draw = Draw(np.arange(24).reshape(2, 12), 5)
+    tables = [make_table(), make_table(16)]
+    for shuffled in (False, True):
+        group = GroupIds(ids, left)
+        for table in tables:
+            router = HashedRouter(table, rank=1, ranks=2, shuffled=shuffled)
+            shared = router.plan(ids, left, 2, draw=draw, group=group)
+            alone = router.plan(ids, left, 2, draw=draw)
+            assert torch.equal(shared.chunks[0].rows.source_N, alone.chunks[0].rows.source_N)
+            assert torch.equal(shared.chunks[0].weight_N, alone.chunks[0].weight_N)
+            assert torch.equal(shared.count_E, alone.count_E)
+        assert len(group._keys) == 1
 
 
 def test_experts_that_cannot_be_shared_out_are_refused():

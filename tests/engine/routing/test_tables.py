@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from foreroute.engine.config import Builder, MoEConfig, RouteWeights
+from foreroute.engine.config import Builder, MoEConfig, Router, RouteWeights
 from foreroute.engine.errors import UserError
 from foreroute.engine.routing import tables
 from foreroute.engine.routing.hashing import hash64, uniform
@@ -138,14 +138,14 @@ def touched_blocks(table, pack):
     return np.array([[len({e // pack for e in row[:k]}) for k in range(1, len(row) + 1)] for row in order])
 
 
-@pytest.mark.parametrize("experts", [1, 2, 256])
+@pytest.mark.parametrize("experts", [1, 2, 256, 512])
 def test_any_number_of_experts(experts):
     kinds = [(builder, None) for builder in Builder if builder is not Builder.packed]
     kinds += [(Builder.packed, pack) for pack in {1, (experts + 1) // 2, experts}]
     for builder, pack in kinds:
         moe = replace(SMALL, experts=experts, builder=builder, pack=pack)
         (table,) = build(moe, text(size=200), num_tables=1)
-        assert table.order_rE.dtype == torch.uint8
+        assert table.order_rE.dtype == (torch.uint8 if experts <= 256 else torch.int16)
         assert (table.order_rE.long().sort(dim=1).values == torch.arange(experts)).all()
 
 
@@ -395,7 +395,7 @@ def co_assignment(one, other):
     return (together & (other[i] == other[j])).sum() / together.sum()
 
 
-def test_many_symbols_are_counted_by_sorting(monkeypatch):
+def test_many_symbols_have_no_counters(monkeypatch):
     """Where each n-gram cannot have a counter: the same tables, and ids beyond a byte."""
     ids = text(size=3000)
     want = build(ids=ids)
@@ -408,3 +408,46 @@ def test_many_symbols_are_counted_by_sorting(monkeypatch):
     counts = plain_frequency(table, large, 3)
     frequency = tables.row_frequency(table, large)
     assert frequency.tolist() == [counts[row] for row in range(64)]
+
+
+@pytest.mark.parametrize("ngram", [1, 2, 4])
+def test_keys_of_a_text_stop_where_documents_begin(ngram, monkeypatch):
+    """Also where documents are shorter than a key, and where a chunk of the text ends."""
+    ids, documents = text(size=300), np.array([0, 5, 6, 8, 70, 71, 140, 299])
+    moe = replace(SMALL, ngram=ngram, rows=97)
+    monkeypatch.setattr(tables, "_CHUNK", 7)
+    counts = Counter()
+    (table,) = build_tables(moe, VOCAB, ids, num_tables=1, seed=3, cache_dir=None, documents=documents)
+    for first, last in zip(documents, [*documents[1:], 300], strict=True):
+        counts += plain_frequency(table, ids[first:last], ngram)
+    assert tables.row_frequency(table, ids, documents).tolist() == [counts[row] for row in range(97)]
+    expected = plain_greedy({row: counts[row] for row in counts}, 4, 3, 0)
+    assert {row: table.order_rE[row].tolist() for row in expected} == expected
+    if ngram > 1:  # negative control
+        assert tables.row_frequency(table, ids).tolist() != [counts[row] for row in range(97)]
+
+
+def test_cache_key_covers_documents(tmp_path):
+    for documents in (None, np.array([0, 50]), np.array([0, 51])):
+        build_tables(SMALL, VOCAB, text(), num_tables=1, seed=3, cache_dir=tmp_path, documents=documents)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("weights", list(RouteWeights), ids=lambda w: w.name)
+def test_rows_drawn_in_chunks_and_tables_in_threads_are_the_same(weights, monkeypatch):
+    moe = replace(PACKED, weights=weights)
+    want = build(moe, num_tables=3)
+    monkeypatch.setattr(tables, "_DRAWN", 24)
+    monkeypatch.setattr(tables, "_threads", lambda num_tables: num_tables)
+    for one, other in zip(build(moe, num_tables=3), want, strict=True):
+        assert torch.equal(one.order_rE, other.order_rE)
+        assert weights is RouteWeights.uniform or torch.equal(one.logits_rE, other.logits_rE)
+
+
+def test_too_large_a_table_is_refused():
+    with pytest.raises(UserError, match=r"moe\.rows=524289 with moe\.experts=512: must be at most 268435456 together"):
+        replace(SMALL, rows=524_289, experts=512)
+    replace(SMALL, rows=524_288, experts=512)
+    replace(SMALL, rows=524_289, experts=512, router=Router.learned)  # no table
+    with pytest.raises(UserError, match=r"moe\.experts=513: must be at most 512"):
+        replace(SMALL, experts=513)

@@ -1,0 +1,40 @@
+"""hash64 of engine/routing/hashing.py, one number at a time.
+
+Letters: N keys.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foreroute.engine.routing.loops import compiled
+
+U64 = np.uint64
+_GAMMA, _FIRST, _SECOND = U64(0x9E3779B97F4A7C15), U64(0xBF58476D1CE4E5B9), U64(0x94D049BB133111EB)
+# From here on the quotient of a hash is so small that its float64 is off by one at most.
+_FLOAT_DIVIDES = 1 << 13
+
+
+@compiled
+def hash_next(state: Any, part: Any) -> Any:
+    """Hash one more part: hash64(a, b) = hash_next(hash64(a), b), all uint64."""
+    z = state + part + _GAMMA
+    z = (z ^ (z >> U64(30))) * _FIRST
+    z = (z ^ (z >> U64(27))) * _SECOND
+    return z ^ (z >> U64(31))
+
+
+@compiled
+def hash_rows(state: Any, key_N: NDArray[np.int64], rows: int, row_N: NDArray[np.int64]) -> None:
+    """Write hash_next(state, key) modulo rows for each key; the division is one of float64, put right."""
+    modulus, inverse = U64(rows), 1.0 / rows
+    if rows < _FLOAT_DIVIDES:
+        for n in range(key_N.size):
+            row_N[n] = np.int64(hash_next(state, U64(key_N[n])) % modulus)
+        return
+    for n in range(key_N.size):
+        z = hash_next(state, U64(key_N[n]))
+        rest = np.int64(z - U64(np.float64(z) * inverse) * modulus)
+        rest = rest + rows if rest < 0 else rest
+        row_N[n] = rest - rows if rest >= rows else rest
