@@ -1,6 +1,6 @@
 """Check what has only run without a GPU, on one: `python -m benchmarks.gpu_check [--out FOLDER] [--dry-run]`.
 
-Stage 1 needs torch, triton and numpy alone:
+Stage 1 needs torch, triton, numpy and numba alone:
 
     kernels     every kernel against the plain-loop reference in fp64, outputs and gradients: fp32, tf32, fp16, bf16
     reads       forward and backward of a planned layer wait for nothing that is on the device

@@ -1,4 +1,4 @@
-"""The parts that need torch, triton and numpy alone, except speed.py and tile_sweep.py.
+"""The parts that need torch, triton, numpy and numba alone, except speed.py and tile_sweep.py.
 
 Each returns its figures, and under "failed" a line for each fault.
 

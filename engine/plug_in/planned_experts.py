@@ -39,7 +39,7 @@ from foreroute.engine.plug_in.plans import Plans, Sequences, keep_to_texts
 from foreroute.engine.plug_in.replaceable import Replaced, side_of
 from foreroute.engine.routing.exchange_choice import use_gather, wire_dtype
 from foreroute.engine.routing.plan import Routing
-from foreroute.engine.routing.routers import routers_of
+from foreroute.engine.routing.routers import GroupIds, routers_of
 from foreroute.engine.routing.tables import Table, table_from_state, table_state
 
 Batch = TypeVar("Batch", bound=Sequence[Any] | Mapping[Any, Any])
@@ -358,8 +358,10 @@ class PlannedExperts:
             width=self._width,
             itemsize=wire_dtype(parallel, weight.dtype).itemsize,
         )
+        shared = GroupIds(ids_PBQ, left_PBC)
         plans = tuple(
-            router.plan(ids_PBQ, left_PBC, k, gather=gather, chunks=parallel.chunks) for router in self._routers
+            router.plan(ids_PBQ, left_PBC, k, gather=gather, chunks=parallel.chunks, group=shared)
+            for router in self._routers
         )
         rank = dist.get_rank() if dist.is_initialized() else 0
         token_T = (rank - mesh.ep_rank) * tokens + torch.arange(mesh.ep_size * tokens)

@@ -17,7 +17,7 @@ from foreroute.engine.config.enums import ExchangeKind, Precision, Router, WireF
 def use_gather(
     parallel: ParallelConfig, *, experts: int, ranks: int, k: int, tokens: int, width: int, itemsize: int
 ) -> bool:
-    """Say whether the layers of a run shall gather at this k; never on one rank.
+    """Return whether the layers of a run gather at this k; never on one rank.
 
     Args:
         tokens: of one rank in one micro-batch (T).
@@ -33,7 +33,7 @@ def use_gather(
 
 
 def gathers(config: Config, ranks: int, k: int, tokens: int) -> bool:
-    """Say whether the layers of a run with this configuration gather at this k; as use_gather. Dense ones never do."""
+    """Return whether the layers of a run with this configuration gather at this k; as use_gather. Dense ones do not."""
     if config.moe.router is Router.dense:  # k may be above moe.experts
         return False
     return use_gather(
@@ -53,13 +53,13 @@ def wire_itemsize(parallel: ParallelConfig, precision: Precision) -> int:
 
 
 def wire_dtype(parallel: ParallelConfig, model: torch.dtype) -> torch.dtype:
-    """Number format in which the rows of a model in this format travel."""
+    """Return the number format in which the rows of a model in this format travel."""
     formats = {WireFormat.fp32: torch.float32, WireFormat.bf16: torch.bfloat16}
     return formats.get(parallel.wire, model)
 
 
 def rank_share(experts: int, ranks: int, k: int) -> float:
-    """Give the share of tokens that need a given rank, 1 - C(E - L, K) / C(E, K), if experts are chosen at random.
+    """Return the share of tokens that need a given rank, 1 - C(E - L, K) / C(E, K), if experts are chosen at random.
 
     Example: 16 experts on 8 ranks and k = 8: 1 - 3003 / 12870 = 0.767; so 5.4 of 7 other ranks get a row of a token.
     """

@@ -76,7 +76,7 @@ def _weight_blocks(route: Route, num_experts: int) -> Tensor:
 
 
 class _Counts:
-    """What all ranks know of each other's routes."""
+    """The numbers of rows that the ranks send each other, as all ranks know them."""
 
     def __init__(self, got: Tensor, ranks: int, chunks: int) -> None:
         """Read the gathered counts [P * C, P + E] back."""

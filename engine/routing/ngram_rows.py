@@ -57,7 +57,7 @@ def ngram_keys(
 
 @dataclass(frozen=True, slots=True)
 class KeyRows:
-    """How one table of `rows` rows finds the row of an n-gram."""
+    """The map from n-grams to the rows of one table of `rows` rows."""
 
     ngram: int
     vocab_size: int

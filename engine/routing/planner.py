@@ -37,7 +37,7 @@ _MOST_KEPT = 1 << 20  # choices in them, 6 bytes each; above it, those of a micr
 
 
 class Orders(Protocol):
-    """What a plan is made from: a Table, or orders drawn for one forward pass."""
+    """The source of a plan: a Table, or orders drawn for one forward pass."""
 
     @property
     def order_rE(self) -> Tensor:

@@ -62,7 +62,7 @@ class Table:
 
     @property
     def key_rows(self) -> KeyRows:
-        """How an n-gram finds its row."""
+        """The map from n-grams to its rows."""
         rows = self.order_rE.shape[0]
         return KeyRows(self.ngram, self.vocab_size, rows, self.seed, self.index)
 

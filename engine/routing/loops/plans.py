@@ -1,4 +1,4 @@
-"""What a plan counts and lists: uses of experts, received tokens, and rows by what uses them.
+"""Loops of the planner: uses of experts, received tokens, and rows sorted by what uses them.
 
 A choice is a row and a thing that it uses, an expert of this rank or a rank. Choices lie one behind the other, row by
 row. Loops avoid branches that a processor cannot foresee: they write what may not count, and then move on by 0 or 1.

@@ -449,5 +449,5 @@ def test_too_large_a_table_is_refused():
         replace(SMALL, rows=524_289, experts=512)
     replace(SMALL, rows=524_288, experts=512)
     replace(SMALL, rows=524_289, experts=512, router=Router.learned)  # no table
-    with pytest.raises(UserError, match=r"moe\.experts=513: must be at most 512"):
+    with pytest.raises(UserError, match=r"moe\.experts=513: must be in 1 .. 512"):
         replace(SMALL, experts=513)
