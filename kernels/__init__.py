@@ -1,5 +1,5 @@
 """How tensors move fast: the operations of an expert layer, one public function each (attention:
-relative_attention.py).
+relative_attention.py, loss: linear_cross_entropy.py).
 
 Knows tensors and integers only: no configuration, no process group, no nn.Module. Every operation has a plain-loop
 reference beside it. Import from here: `from kernels import moe_ffn, ExpertRows`.
