@@ -1,1 +1,1 @@
-"""What training is: data, model, routing, optimisation, checkpoints. Imports kernels, never launch."""
+"""Training: data, model, routing, optimization, checkpoints. Imports kernels, never launch."""

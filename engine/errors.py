@@ -1,21 +1,19 @@
-"""The exceptions that a program turns into one line: what the user can mend (exit code 2), and a run that cannot go on
-(1); and the checks of options that raise the first.
-"""
+"""The exceptions that a program reports in one line: bad input (exit code 2) and a run that cannot continue (1)."""
 
 from typing import TypeVar
 
 
 class UserError(ValueError):
-    """Bad input from a person; the message names the value and what is allowed, in one line.
+    """Bad input from the user; the message is one line that names the value and the allowed values.
 
-    `everywhere`: every rank of the run raises the same, so one of them may speak for all.
+    `everywhere`: every rank of the run raises the same error, so one rank reports it.
     """
 
     everywhere = False
 
 
 class RunFailed(RuntimeError):
-    """A run cannot go on (a loss that is not finite, a disk that is full); one line says why and what was kept."""
+    """A run cannot continue (a loss that is not finite, a full disk); one line names the cause and the saved state."""
 
     everywhere = False
 
@@ -24,7 +22,7 @@ E = TypeVar("E", bound=UserError | RunFailed)
 
 
 def everywhere(error: E) -> E:
-    """Mark an error that every rank of the run raises."""
+    """Mark an error as one that every rank of the run raises."""
     error.everywhere = True
     return error
 

@@ -1,4 +1,4 @@
-"""Files that are whole and durable, or not there: checksums, and JSON that holds its own."""
+"""Files that are complete and durable, or absent: checksums, and JSON files that hold their own checksum."""
 
 import errno
 import hashlib
@@ -11,11 +11,10 @@ from foreroute.engine.errors import UserError, require
 
 
 def read_sealed(file: Path, what: str, version: int) -> dict[str, Any]:
-    """Read a JSON object that holds a checksum of the rest of itself, and its format version; gives it without the
-    checksum.
+    """Read a JSON object with a checksum and a format version; return it without the checksum.
 
     Raises:
-        UserError: it is missing, damaged, of another format version or a link; names the file and says why.
+        UserError: the file is missing, damaged, a link, or of another format version; the message names file and cause.
     """
     refuse_link(file)
     try:
@@ -31,24 +30,23 @@ def read_sealed(file: Path, what: str, version: int) -> dict[str, Any]:
 
 
 def refuse_link(file: Path) -> None:
-    """Refuse a file that lies elsewhere."""
-    require(not file.is_symlink(), f"{file}: is a link, and must lie in its folder itself")
+    """Raise UserError if a file is a link."""
+    require(not file.is_symlink(), f"{file}: is a link: must be a file in its folder")
 
 
 def sealed(content: dict[str, Any]) -> dict[str, Any]:
-    """Give what read_sealed takes: the content as JSON has it, with its checksum."""
+    """Return the content, converted as JSON converts it, with its checksum, for read_sealed."""
     plain = json.loads(json.dumps(content))
     return {**plain, "checksum": checksum(plain)}
 
 
 def checksum(manifest: dict[str, Any]) -> str:
-    """sha256 of a manifest's content."""
+    """Return the sha256 of a manifest's content."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk; a file system that cannot sync folders (CIFS, some of FUSE) is
-    trusted."""
+    """Wait until a file or folder is on the disk; if the file system cannot sync folders (CIFS, some FUSE), return."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -60,6 +58,6 @@ def sync(path: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """sha256 of a file's content."""
+    """Return the sha256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

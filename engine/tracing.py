@@ -1,14 +1,14 @@
 """Named ranges of time, of any thread, for the trace of a few steps (engine/profiling/profiler.py starts and ends it).
 
-`with span("dispatch"):` stands at the few places that matter. While nothing is recorded it costs 0.2 us
-(record_function of PyTorch costs 5 us then). What is recorded are times of the host: on a CPU those of the work itself;
-on a GPU those of its launch, and there each range is also an annotation of PyTorch's profiler, which finds the kernels
-that belong to it.
+`with span("dispatch"):` marks the few places that matter. Without a recording it costs 0.2 us (PyTorch's
+record_function then costs 5 us). The recorded times are times of the host. On a CPU they are those of the work itself.
+On a GPU they are those of its launch; there each range is also an annotation of PyTorch's profiler, which finds the
+kernels that belong to it.
 
-Autograd runs backward passes elsewhere: `traced` calls a function as a range and makes its backward pass one, too.
+Autograd runs backward passes elsewhere: `traced` calls a function as a range and also makes its backward pass a range.
 
-The recorder is the one of the process, like PyTorch's profiler, and the one global state beside the logger: ranges lie
-too deep for an argument.
+The recorder belongs to the process, like PyTorch's profiler. It is the only global state besides the logger: ranges are
+too deep in the code for an argument.
 """
 
 import threading
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class Range(NamedTuple):
-    """A part of a thread's time, in nanoseconds of time.perf_counter_ns."""
+    """An interval of a thread's time, in nanoseconds of time.perf_counter_ns."""
 
     name: str
     thread: str  # its name
@@ -35,7 +35,7 @@ class Range(NamedTuple):
 
 
 class InFlight(NamedTuple):
-    """A collective under way, in nanoseconds of time.perf_counter_ns."""
+    """A collective in flight, in nanoseconds of time.perf_counter_ns."""
 
     thread: str  # that issued it
     issued_ns: int
@@ -43,13 +43,13 @@ class InFlight(NamedTuple):
 
 
 class Recorder:
-    """What was recorded; threads only append to its lists."""
+    """A recording; threads only append to its lists."""
 
     def __init__(self, *, annotate: bool) -> None:
-        """Record nothing yet.
+        """Set up an empty recording.
 
         Args:
-            annotate: also tell PyTorch's profiler of each range.
+            annotate: also annotate each range in PyTorch's profiler.
         """
         self.annotate = annotate
         self.ranges: list[Range] = []
@@ -61,29 +61,31 @@ _nothing = nullcontext()
 
 
 def record_into(recorder: Recorder | None) -> None:
-    """Record from now on; None ends it. A range that is open then still goes where it began."""
+    """Start a recording; None ends it. An open range is still added to the recording in which it began."""
     global _recorder
     _recorder = recorder
 
 
 def span(name: str) -> AbstractContextManager[None]:
-    """Make a range of what happens inside."""
+    """Record the time inside the context as a range."""
     return _nothing if _recorder is None else _Span(name, _recorder)
 
 
 def record_collective(issued: float, arrived: float) -> None:
-    """Record a collective between two times of time.perf_counter; called by the thread that issued it."""
+    """Record a collective between two times of time.perf_counter; the thread that issued it calls this."""
     if _recorder is not None:
         thread = threading.current_thread().name
         _recorder.collectives.append(InFlight(thread, int(1e9 * issued), int(1e9 * arrived)))
 
 
 def traced(name: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call the function as a range; so is its backward pass, from the gradient of its result to those of its arguments.
+    """Call a function as a range, and make its backward pass a range.
+
+    The backward range is from the gradient of the result to those of the arguments.
 
     Args:
-        function: gives one tensor. The gradients of tensors among the positional arguments end the backward range;
-            without such a gradient there is none.
+        function: returns one tensor. The gradients of tensors among the positional arguments end the backward range;
+            without such a gradient there is no backward range.
     """
     if _recorder is None:
         return function(*args, **kwargs)
@@ -100,7 +102,7 @@ def traced(name: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwarg
 
 
 class _Span:
-    """One range, to be entered and left once, by one thread."""
+    """One range, entered and left once, by one thread."""
 
     __slots__ = ("_annotation", "_begin_ns", "_name", "_recorder")
 
@@ -121,7 +123,7 @@ class _Span:
 
 
 class _Begin(torch.autograd.Function):
-    """Hands a tensor on; in backward its gradient comes first, and the range begins."""
+    """Returns its tensor; its backward runs first and begins the range."""
 
     @staticmethod
     def forward(ctx: Any, backward: _Span, result: Tensor) -> Tensor:
@@ -135,7 +137,7 @@ class _Begin(torch.autograd.Function):
 
 
 class _End(torch.autograd.Function):
-    """Hands tensors on; in backward their gradients come last, and the range ends."""
+    """Returns its tensors; its backward runs last and ends the range."""
 
     @staticmethod
     def forward(ctx: Any, backward: _Span, *args: Tensor) -> tuple[Tensor, ...]:

@@ -1,8 +1,9 @@
-"""How tensors move fast: the operations of an expert layer, one public function each (attention:
-relative_attention.py, loss: linear_cross_entropy.py).
+"""The operations of an expert layer on tensors, one public function each.
 
-Knows tensors and integers only: no configuration, no process group, no nn.Module. Every operation has a plain-loop
-reference beside it. Import from here: `from kernels import moe_ffn, ExpertRows`.
+Attention is in ops/relative_attention.py, the loss in ops/linear_cross_entropy.py.
+
+They take tensors and integers: no configuration, no process group, no nn.Module. Every operation has a plain-loop
+reference. Import from here: `from foreroute.kernels import moe_ffn, ExpertRows`.
 """
 
 from foreroute.kernels.dropout import Dropout, keep_mask, row_hash, unit_hash

@@ -1,8 +1,9 @@
 """Stateless dropout for expert hidden units: the mask is a function of (seed, token, expert, unit) alone.
 
-Nothing is drawn from a generator and nothing is saved: backward and recomputation ask again and get the same mask, and
-a token keeps its mask wherever its expert lives. A unit is kept when the 32-bit product row_hash * unit_hash (both odd,
-both from a full avalanche hash) reaches a threshold: one multiplication and one comparison per unit.
+Nothing is drawn from a generator and nothing is saved. Backward and activation checkpointing compute the same mask
+again, and a token's mask does not depend on the rank of its expert. A unit is kept if the 32-bit product
+row_hash * unit_hash (both odd, both from a full avalanche hash) reaches a threshold: one multiplication and one
+comparison per unit.
 
 Letters: N expert rows, F expert hidden width.
 """
@@ -19,34 +20,34 @@ _MASK32 = 0xFFFFFFFF
 
 @dataclass(frozen=True, slots=True)
 class Dropout:
-    """What a mask depends on besides expert and unit."""
+    """The inputs of a mask besides expert and unit."""
 
     rate: float  # probability of zeroing a unit, in [0, 1)
     seed: int | Tensor
-    """Of (run, step, micro-batch, layer). Or its words (seed_words), int32 [2] where token_R lies: nothing goes to the
-    device then, and a CUDA graph reads them anew at each replay."""
-    token_R: Tensor  # int64: global token number of each input row
+    """Depends on (run, step, micro-batch, layer). Or its words (seed_words), int32 [2] on the device of token_R: then
+    nothing is copied to the device, and a CUDA graph reads new words at each replay."""
+    token_R: Tensor  # int64: global token number of each token row
     first_expert: int = 0  # global number of local expert 0
 
     @property
     def threshold(self) -> int:
-        """A unit is kept when the product of its hashes, as int32, is at least this."""
+        """The least product of hashes, as int32, at which a unit is kept."""
         return min(round(self.rate * 2**32), 2**32 - 1) - 2**31
 
     def words(self) -> Tensor:
-        """Return the words of the seed, int32 [2], where token_R lies; the host does not wait for them."""
+        """Return the words of the seed, int32 [2], on the device of token_R, without blocking the host."""
         if isinstance(self.seed, Tensor):
             return self.seed
         return to_device(torch.tensor(seed_words(self.seed), dtype=torch.int32), self.token_R.device)
 
     @property
     def scale(self) -> float:
-        """Factor that keeps the expectation: 1 / (1 - rate)."""
+        """The factor that preserves the expectation: 1 / (1 - rate)."""
         return 1.0 / (1.0 - self.rate)
 
 
 def seed_words(seed: int) -> tuple[int, int]:
-    """Return the low and high word, as int32, of the mixed seed: neighbouring seeds have unlike words."""
+    """Return the low and high word, as int32, of the mixed seed; neighbouring seeds have unrelated words."""
     mixed = _mix64(seed)
     low, high = (word - 2**32 * (word >> 31) for word in (mixed & _MASK32, mixed >> 32))
     return low, high
@@ -62,7 +63,7 @@ def hash32(value: Tensor) -> Tensor:
 
 def row_hash(dropout: Dropout, token_N: Tensor, expert: int | Tensor) -> Tensor:
     """Hash (seed, token, global number of the local expert) to odd int32, one for each expert row."""
-    # Seeds are often neighbours, and so are tokens: neither may stand for the other, so the seed is mixed first.
+    # Seeds are often consecutive, and so are tokens. The seed is mixed first, so that the two are not interchangeable.
     words = dropout.seed.unbind() if isinstance(dropout.seed, Tensor) else seed_words(dropout.seed)
     low, high = words
     mixed_N = hash32(token_N ^ low)

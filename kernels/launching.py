@@ -1,8 +1,8 @@
-"""The one place from which Triton kernels are launched, so that launches can be watched.
+"""The single place that launches Triton kernels, so that launches can be recorded.
 
-`launch` runs a kernel. Under `recording` each launch is also kept as a `Launch`; with `run=False` nothing is executed,
-and the launchers (kernels/gpu/) can be driven with tensors on the meta device: so the static gate compiles
-exactly what a GPU of a given architecture would be asked to run, and tests prove which kernels a step has launched.
+`launch` runs a kernel. Inside `recording` each launch is also recorded as a `Launch`. With `run=False` nothing is
+executed, and the launchers (kernels/gpu/) accept tensors on the meta device. So the static gate compiles exactly the
+kernels that a GPU of a given architecture would run, and tests verify which kernels a step has launched.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ MAX_ROWS = 2**31 - 2**10  # row numbers are int32, up to the end of the last til
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One launch: what was asked of the GPU."""
+    """One launch of a kernel, with its arguments and options."""
 
     kernel: Any  # the @triton.jit function
     programs: int  # size of the one-dimensional grid
@@ -37,24 +37,24 @@ class Launch:
 
 @dataclass(slots=True, eq=False)
 class LaunchLog:
-    """What `recording` gives: the launches so far."""
+    """The launches recorded so far, in order."""
 
-    arch: str | None  # pretend to be this architecture
-    run: bool
+    arch: str | None  # choose tiles for this architecture
+    run: bool  # whether launches are executed
     launches: list[Launch] = field(default_factory=list)
 
 
-_INTERPRETED = bool(triton.knobs.runtime.interpret)  # decided when the kernels are defined
+_INTERPRETED = bool(triton.knobs.runtime.interpret)  # fixed when the kernels are defined
 
-_bf16_shims: list[bool] = []  # one entry for each kernels.testing.interpreter.bf16_semantics in force
+_bf16_shims: list[bool] = []  # one entry for each active kernels.testing.interpreter.bf16_semantics
 
-# Innermost last. Global, not a context variable: PyTorch runs backward passes on GPUs in threads of its own.
+# The innermost is last. Global, not a context variable: PyTorch runs backward passes on GPUs in its own threads.
 _recorders: list[LaunchLog] = []
 
 
 @contextlib.contextmanager
 def bf16_allowed() -> Iterator[None]:
-    """Let interpreted kernels work on bf16 in this context: somebody has mended the interpreter."""
+    """Allow bf16 in interpreted kernels inside this context, where the interpreter's arithmetic is corrected."""
     _bf16_shims.append(True)
     try:
         yield
@@ -64,11 +64,11 @@ def bf16_allowed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def recording(*, run: bool = True, arch: str | None = None) -> Iterator[LaunchLog]:
-    """Keep every launch made in this context.
+    """Record every launch made in this context.
 
     Args:
-        run: False keeps launches without executing them; tensors may then be on the meta device.
-        arch: choose tiles for this architecture (a key of kernels.tiles), whatever the device is.
+        run: False records launches without executing them; tensors may then be on the meta device.
+        arch: choose tiles for this architecture (a key of kernels.tiles) instead of the device's.
     """
     recorder = LaunchLog(arch, run)
     _recorders.append(recorder)
@@ -79,10 +79,10 @@ def recording(*, run: bool = True, arch: str | None = None) -> Iterator[LaunchLo
 
 
 def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> None:
-    """Launch a kernel over a one-dimensional grid; no programs, no launch.
+    """Launch a kernel over a one-dimensional grid; an empty grid is not launched.
 
     Raises:
-        ValueError: more programs than a grid can have, or bf16 in an interpreter that was not mended for it.
+        ValueError: the grid is too large, or a tensor is bf16 in an interpreter without bf16 arithmetic.
     """
     if programs == 0:
         return
@@ -106,17 +106,12 @@ def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> None:
 
 
 def is_interpreted() -> bool:
-    """Say whether Triton kernels run in its interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+    """Return whether Triton kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
     return _INTERPRETED
 
 
-def can_launch(tensor: Tensor) -> bool:
-    """Say whether a kernel can be launched on this tensor: on a GPU, or interpreted."""
-    return tensor.is_cuda or is_interpreted()
-
-
 def arch_of(tensor: Tensor) -> str:
-    """Name the architecture that tiles are chosen for: sm_XY, gfxNNN, or "interpreter"."""
+    """Return the name of the architecture for which tiles are chosen: sm_XY, gfxNNN, or "interpreter"."""
     for recorder in _recorders:
         if recorder.arch is not None:
             return recorder.arch
@@ -128,7 +123,7 @@ def arch_of(tensor: Tensor) -> str:
 @cache
 def _arch_of_device(device: int) -> str:
     if not torch.cuda.is_available():
-        return "sm_80"  # of a fake tensor: nothing is launched
+        return "sm_80"  # for a fake tensor: nothing is launched
     if torch.version.hip:
         return str(torch.cuda.get_device_properties(device).gcnArchName.split(":")[0])
     major, minor = torch.cuda.get_device_capability(device)
@@ -136,5 +131,5 @@ def _arch_of_device(device: int) -> str:
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor of the host to the device without waiting for it."""
+    """Copy a tensor from the host to the device without blocking the host."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)

@@ -1,6 +1,6 @@
-"""What the operations of an expert layer take and give: weights, what backward needs, gradients; and their checks.
+"""Arguments and results of an expert layer's operations: weights, tensors saved for backward, gradients; their checks.
 
-Letters: R input rows, N expert rows, L experts here, D width, F expert hidden width.
+Letters: R token rows, N expert rows, L experts here, D width, F expert hidden width.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from foreroute.kernels.dropout import Dropout
 from foreroute.kernels.expert_index import ExpertRows
-from foreroute.kernels.launching import MAX_ROWS, can_launch
+from foreroute.kernels.launching import MAX_ROWS, is_interpreted
 
 BACKENDS = ("cpu", "triton", "reference")
 MODES = ("lean", "fast")
@@ -30,12 +30,12 @@ class ExpertWeights(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the forward pass keeps for backward besides its inputs; empty tensors where there is nothing."""
+    """The tensors that the forward pass saves for backward besides its inputs; unused ones are empty."""
 
     hidden_NF: Tensor  # hidden units after activation and dropout; for SwiGLU the pre-activation
     gate_NF: Tensor  # SwiGLU: input of the gate
-    x_ND: Tensor  # mode "fast": the gathered input rows
-    tile_map: Tensor  # "triton", if backward may follow: int32 [tiles, 2], expert and first row of each row tile
+    x_ND: Tensor  # mode "fast": the gathered token rows
+    tile_map: Tensor  # "triton", if backward may follow: int32 [tiles, 2], expert and first expert row of each tile
 
 
 class Options(NamedTuple):
@@ -51,14 +51,14 @@ class FfnGradients(NamedTuple):
 
     x_RD: Tensor
     weights: ExpertWeights
-    weight_N: Tensor | None  # of the mixing weights, if asked for
+    weight_N: Tensor | None  # of the mixing weights, if requested
 
 
 def resolve_options(x: Tensor, backend: str | None, mode: str, precision: str) -> Options:
-    """Check how an operation shall be executed and choose the backend if the caller did not.
+    """Check the execution options and choose the backend if the caller did not.
 
     Raises:
-        ValueError: a value is unknown or the backend does not have it.
+        ValueError: a value is unknown or the backend does not support it.
     """
     backend = resolve_backend(x, backend)
     check_choice("mode", mode, MODES)
@@ -71,7 +71,7 @@ def resolve_options(x: Tensor, backend: str | None, mode: str, precision: str) -
 
 
 def resolve_backend(x: Tensor, backend: str | None) -> str:
-    """Choose "triton" for tensors on a GPU and "cpu" otherwise, unless the caller said.
+    """Return the caller's backend, by default "triton" for tensors on a GPU and "cpu" otherwise.
 
     Raises:
         ValueError: the backend is unknown or cannot run where the tensor is.
@@ -81,7 +81,7 @@ def resolve_backend(x: Tensor, backend: str | None) -> str:
     if backend is None:
         return "triton" if x.is_cuda else "cpu"
     check_choice("backend", backend, BACKENDS)
-    if backend == "triton" and not can_launch(x):
+    if backend == "triton" and not (x.is_cuda or is_interpreted()):
         raise ValueError(
             f"backend='triton': the tensors are on {x.device}; needs a GPU, or TRITON_INTERPRET=1 set before start"
         )
@@ -91,29 +91,24 @@ def resolve_backend(x: Tensor, backend: str | None) -> str:
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
-    """Say whether backward may follow."""
+    """Return whether backward may follow."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def pack_weights(weights: ExpertWeights) -> list[Tensor]:
-    """Give the weights as the list that a custom operation takes: four, or five with the gate."""
+    """Return the weights as the list that a custom operator takes: four, or five with the gate."""
     return [w for w in weights if w is not None]
 
 
-def unpack_weights(weights: list[Tensor]) -> ExpertWeights:
-    """Undo pack_weights."""
-    return ExpertWeights(*weights)
-
-
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raise ValueError unless the value is one of those allowed."""
+    """Raise ValueError unless the value is allowed."""
     if value not in allowed:
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor, *, aligned: bool = False) -> None:
-    """Raise ValueError unless a tensor has this shape, lies where `like` lies, is dense and, if asked, 16-byte
-    aligned."""
+    """Raise ValueError unless a tensor has this shape, is on the device of `like` and contiguous; if `aligned`, also
+    16-byte aligned."""
     if (
         not aligned
         and isinstance(tensor, Tensor)
@@ -121,7 +116,7 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor
         and tensor.device == like.device
         and tensor.is_contiguous()
     ):
-        return  # as nearly always: the host has little time for it
+        return  # the usual case, which must be cheap for the host
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} is a {type(tensor).__name__}: must be a tensor")
     if tuple(tensor.shape) != shape:
@@ -132,7 +127,9 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor
         raise ValueError(f"{name} has strides {tensor.stride()}: must be contiguous")
     without_memory = torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)
     if aligned and not without_memory and tensor.data_ptr() % _ALIGNMENT:
-        raise ValueError(f"{name} starts at an address that {_ALIGNMENT} does not divide: clone() gives one that does")
+        raise ValueError(
+            f"{name} starts at an address that is no multiple of {_ALIGNMENT}: clone() makes an aligned copy"
+        )
 
 
 def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
@@ -148,7 +145,7 @@ def check_float(name: str, tensor: Tensor, backend: str) -> None:
 
 
 def check_dropout(dropout: Dropout | None, x_RD: Tensor) -> None:
-    """Raise ValueError unless the dropout's rate and token numbers are usable."""
+    """Raise ValueError unless the dropout's rate, seed and token numbers are valid."""
     if dropout is None:
         return
     if not isinstance(dropout, Dropout):
@@ -165,7 +162,7 @@ def check_dropout(dropout: Dropout | None, x_RD: Tensor) -> None:
 
 
 def check_rows(rows: ExpertRows, like: Tensor, *, debug: bool) -> None:
-    """Raise ValueError unless expert rows fit each other and int32; with debug, also unless every index is in range."""
+    """Raise ValueError unless expert rows are consistent and fit int32; `debug` also checks every index."""
     if not isinstance(rows, ExpertRows):
         raise ValueError(f"rows is a {type(rows).__name__}: must be ExpertRows, the first of expert_rows' results")
     for name in ("num_rows", "num_inputs"):
@@ -185,7 +182,7 @@ def check_rows(rows: ExpertRows, like: Tensor, *, debug: bool) -> None:
 
 
 def check_weights(x_RD: Tensor, weights: ExpertWeights, rows: ExpertRows, backend: str) -> None:
-    """Raise ValueError unless input rows, weights and expert rows fit each other and the backend."""
+    """Raise ValueError unless token rows, weights and expert rows are consistent and the backend supports them."""
     if not isinstance(weights, ExpertWeights):
         raise ValueError(f"weights is a {type(weights).__name__}: must be ExpertWeights")
     check_float("x_RD", x_RD, backend)
@@ -204,7 +201,7 @@ def check_weights(x_RD: Tensor, weights: ExpertWeights, rows: ExpertRows, backen
             if name != "w3_LFD":
                 raise ValueError(f"{name} is None: only w3_LFD may be left out")
             continue
-        # Not aligned: optimizers place weights, and off 16 bytes they are slower, not wrong.
+        # No check of alignment: optimizers place weights, and unaligned ones are slower, not wrong.
         check_tensor(name, tensor, shape, x_RD)
         check_dtype(name, tensor, (x_RD.dtype,))
     if rows.num_experts != num_experts:

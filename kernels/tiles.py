@@ -1,10 +1,10 @@
-"""The tile sizes of every Triton product: an explicit table keyed by architecture, arithmetic, widths and rows.
+"""The tile sizes of every Triton matrix product: a table keyed by architecture, arithmetic, widths and expert rows.
 
-No autotuning: the same call always runs the same code, and importing measures nothing. The sizes were chosen from what
-the compiler reports (benchmarks/kernels_static/program.py: no spills, shared memory within the chip, tensor-core
-instructions, 128-bit accesses); none was timed on a GPU yet.
+No autotuning: the same call always runs the same code, and an import measures nothing. The sizes were chosen by the
+compiler's reports (benchmarks/kernels_static/program.py: no spills, shared memory within the chip, tensor-core
+instructions, 128-bit accesses). None was timed on a GPU yet.
 
-Letters: M rows, D width, F expert hidden width.
+Letters: M expert rows, D width, F expert hidden width.
 """
 
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Output rows x output columns x contraction step of one program, and how it is executed."""
+    """Output rows x output columns x contraction step of one program, and its launch options."""
 
     rows: int
     columns: int
@@ -26,23 +26,23 @@ class Tile:
 
 
 class Tiles(NamedTuple):
-    """Tiles of the products of an expert feed-forward; the first four share their number of rows."""
+    """Tiles of the matrix products of an expert feed-forward; the first four share their number of rows."""
 
     up: Tile  # [M, D] x [D, F]: first product (and the gate's)
     down: Tile  # [M, F] x [F, D]: second product
     down_backward: Tile  # [M, D] x [D, F]: gradient of the hidden units
-    up_backward: Tile  # [M, F] x [F, D]: gradient of the input rows
+    up_backward: Tile  # [M, F] x [F, D]: gradient of the token rows
     weights: Tile  # [F, M] x [M, D]: gradient of a weight matrix
     weights_pair: Tile  # the same for w1 and w3 at once, which share the right side
 
 
-FEW_ROWS = 64  # rows per expert below which small tiles waste less
+FEW_ROWS = 64  # expert rows per expert below which small tiles waste less
 
 
 class Entry(NamedTuple):
-    """One entry of the table: tiles of plain experts and of those with a gate.
+    """One entry of the table: tiles for experts with and without a gate.
 
-    All but the last two have the same number of rows; `down` is also that of the input rows' gradient.
+    All but the last two have the same number of rows. `down` also computes the gradient of the token rows.
     """
 
     up: Tile
@@ -54,12 +54,12 @@ class Entry(NamedTuple):
     pair: Tile
 
     def tiles(self, *, gated: bool) -> Tiles:
-        """Give the tiles of a plain expert, or of one with a gate."""
+        """Return the tiles for experts with or without a gate."""
         up, backward = (self.gated_up, self.gated_backward) if gated else (self.up, self.backward)
         return Tiles(up, self.down, backward, self.down, self.weights, self.pair)
 
 
-# The gradient of the hidden units has the longest epilogue: with wider tiles registers spill on sm_80 and sm_90.
+# The gradient of the hidden units has the longest epilogue: wider tiles spill registers on sm_80 and sm_90.
 _SM80_HALF = Entry(
     up=Tile(128, 128, 64, 8, 3),
     gated_up=Tile(128, 64, 64, 8, 3),
@@ -105,8 +105,8 @@ _SM80_TF32 = Entry(
     weights=Tile(128, 128, 32, 8, 2),
     pair=Tile(128, 64, 32, 8, 2),
 )
-# From sm_90 on, a product of 64 rows and 4 warps is done by instructions that want fp32 operands contiguous along the
-# contraction; others would be copied four bytes at a time. Two warps, or 32 rows, keep to those that do not care.
+# From sm_90 on, a product of 64 rows and 4 warps uses instructions that require fp32 operands contiguous along the
+# contraction; other operands would be copied four bytes at a time. Two warps, or 32 rows, avoid these instructions.
 _SM90_TF32 = Entry(
     up=Tile(64, 128, 32, 8, 3),
     gated_up=Tile(64, 64, 32, 4, 3),
@@ -155,7 +155,7 @@ _INTERPRETER = Entry(
     pair=Tile(16, 16, 16, 1, 1),
 )
 
-# architecture, then arithmetic: many rows per expert, few rows per expert
+# architecture, then arithmetic: many expert rows per expert, few expert rows per expert
 _TABLE = {
     "sm_80": {"half": (_SM80_HALF, _HALF_FEW), "tf32": (_SM80_TF32, _TF32_FEW), "ieee": (_IEEE, _IEEE)},
     "sm_90": {"half": (_SM90_HALF, _HALF_FEW), "tf32": (_SM90_TF32, _TF32_FEW), "ieee": (_IEEE, _IEEE)},
@@ -167,18 +167,18 @@ _TABLE = {
 def ffn_tiles(
     arch: str, dtype: torch.dtype, precision: str, *, gated: bool, rows: int, experts: int, width: int, hidden: int
 ) -> Tiles:
-    """Look up the tiles of an expert feed-forward, narrowed to its widths.
+    """Return the tiles of an expert feed-forward, narrowed to its widths.
 
     Args:
-        arch: as kernels.launching.arch_of names it; those without entries use those of a chip like them.
-        precision: "ieee" or "tf32", how fp32 operands are multiplied.
-        rows: expert rows of all experts together.
+        arch: a name from kernels.launching.arch_of; an architecture without entries uses those of a similar chip.
+        precision: "ieee" or "tf32", the arithmetic for fp32 operands.
+        rows: number of expert rows of all experts together.
     """
     return _ffn_tiles(arch, dtype, precision, gated, _few(rows, experts), width, hidden)
 
 
 def row_block(arch: str, dtype: torch.dtype, precision: str, *, gated: bool, rows: int, experts: int) -> int:
-    """Look up the rows of a row tile; arguments as for ffn_tiles."""
+    """Return the number of expert rows in a tile; arguments as for ffn_tiles."""
     return _entry(arch, dtype, precision, gated, _few(rows, experts)).up.rows
 
 
@@ -209,27 +209,26 @@ def _ffn_tiles(arch: str, dtype: torch.dtype, precision: str, gated: bool, few: 
 
 
 def entry_of(arch: str, arithmetic: str, *, few: bool) -> Entry:
-    """Look up the table.
+    """Look up an entry of the table.
 
     Args:
-        arch: as of ffn_tiles.
+        arch: as for ffn_tiles.
         arithmetic: "half", "tf32" or "ieee".
-        few: for few rows per expert.
+        few: whether there are few expert rows per expert.
     """
     return _INTERPRETER if arch == "interpreter" else _TABLE[_like(arch)][arithmetic][few]
 
 
 @cache
 def row_tile(columns: int, item_bytes: int) -> Tile:
-    """Tile of a kernel that moves whole rows: one row a program, 16 bytes or more a thread."""
+    """Return the tile of a kernel that moves whole rows: one row a program, 16 bytes or more a thread."""
     block = min(power_of_two(columns), 4096 // item_bytes)
     warps = max(1, min(4, block * item_bytes // (32 * 16)))
     return Tile(1, block, 1, warps, 1)
 
 
 def _like(arch: str) -> str:
-    """Architecture whose entries fit: data centre chips go by their generation, all other NVIDIA chips are like
-    sm_80."""
+    """Return the architecture whose entries fit: a data centre chip's generation; sm_80 for all other NVIDIA chips."""
     if arch.startswith("gfx"):
         return "gfx942"
     if arch.startswith("sm_10"):
@@ -242,5 +241,5 @@ def _narrowed(tile: Tile, *, columns: int, depth: int) -> Tile:
 
 
 def power_of_two(width: int, least: int = 16) -> int:
-    """Smallest power of two that holds width; tensor cores want at least 16."""
+    """Return the smallest power of two not below width; tensor cores need at least 16."""
     return max(least, 1 << max(width - 1, 0).bit_length())

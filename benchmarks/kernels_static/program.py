@@ -101,7 +101,7 @@ def empty_rows(shape: Shape) -> ExpertRows:
 
 
 def empty_operands(shape: Shape, dtype: torch.dtype, gated: bool) -> tuple[Tensor, ExpertWeights]:
-    """Make input rows and weights of a shape, without data."""
+    """Make token rows and weights of a shape, without data."""
     tokens, width, hidden, experts, _ = shape
     w_LFD = empty(experts, hidden, width, dtype=dtype)
     b1_LF, b2_LD = (empty(experts, size, dtype=dtype) for size in (hidden, width))

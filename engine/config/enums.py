@@ -100,7 +100,7 @@ class SavedForBackward(Enum):
     """Tensors that the expert layer keeps for backward."""
 
     lean = "lean"  # the input and the hidden units
-    fast = "fast"  # also the gathered input rows; backend cpu only
+    fast = "fast"  # also the gathered token rows; backend cpu only
 
 
 class MatmulPrecision(Enum):

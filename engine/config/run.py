@@ -307,7 +307,7 @@ class KernelsConfig:
     )
     mode: SavedForBackward = option(
         SavedForBackward.lean,
-        "What is kept for backward: lean, or fast (backend cpu), which also keeps the gathered input rows.",
+        "What is kept for backward: lean, or fast (backend cpu), which also keeps the gathered token rows.",
     )
     precision: MatmulPrecision = option(
         MatmulPrecision.ieee,

@@ -1,1 +1,1 @@
-"""Mixture-of-Experts: routers, tables, k schedule, plan, exchange, experts, layer."""
+"""A Mixture-of-Experts layer driven by a Plan: exchange, experts, combine."""

@@ -1,12 +1,13 @@
-"""The exchange: moves rows to the ranks that hold their experts and back, as the Plan says.
+"""The exchange: sends token rows to the ranks of their experts and returns the results, as the Plan specifies.
 
-`dispatch` gives the rows that this rank's experts read (the Plan's received rows); `combine` takes one partial result
-per received row and gives one row per local token. The two are each other's transposes, so backward is one of them.
-`Local`: one rank, nothing moves. `Exchange`: over a process group, in the way that the plan was made for:
+`dispatch` returns the token rows that this rank's experts read (the received rows). `combine` takes one partial result
+for each received row and returns one token row for each local token. Each is the transpose of the other, so the
+backward pass of one calls the other. `Local`: one rank, nothing is sent. `Exchange`: over a process group, in the way
+that the plan uses:
 
-    tokens   one uneven all-to-all: each token once to each rank that has one of its experts, where the partial sum of
-             these experts is made; one row back from there
-    gather   all rows to all ranks, and the partial results added up on the way back, for large k
+    tokens   one uneven all-to-all: each token goes once to each rank that has one of its experts. That rank sums the
+             outputs of these experts and returns one partial result
+    gather   an all-gather of all token rows, and a reduce-scatter of the partial results; for large k
 
 Either way a layer has two collectives for each chunk and direction. The Plan knows their sizes: no counts are exchanged
 and the host never waits. `dispatch` and `combine` are for plans of one chunk. They can be compiled: then they are
@@ -20,7 +21,7 @@ import itertools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -38,10 +39,10 @@ from foreroute.kernels import ExpertRows, combine, permute_rows
 
 
 class Local:
-    """Exchange of a one-rank expert group: no collective, no copy, zero bytes."""
+    """The exchange of a one-rank expert group: no collective, no copy, zero bytes."""
 
     def plan(self, route: Route, num_experts: int, x_TD: Tensor) -> Plan:
-        """Make the plan of a live router's route."""
+        """Build the plan of a live router's route."""
         return build_plan(route, num_experts)
 
     def dispatch(self, x_TD: Tensor, plan: Plan) -> Tensor:
@@ -50,58 +51,52 @@ class Local:
         return x_TD
 
     def combine(self, partial_RD: Tensor, plan: Plan) -> Tensor:
-        """Return the output rows [T, D], here the partial results themselves."""
+        """Return the output token rows [T, D], here the partial results themselves."""
         return partial_RD
 
 
-class Transfer(Protocol):
-    """What the exchange reads of a Chunk."""
+class _OperatorTransfer(NamedTuple):
+    """The fields of a Chunk that the exchange reads, from the arguments of an operator."""
 
-    @property
-    def send(self) -> ExpertRows | None:
-        """Rows to send, rank by rank."""
+    send: ExpertRows | None
+    send_splits: tuple[int, ...]
+    recv_splits: tuple[int, ...]
 
-    @property
-    def send_splits(self) -> tuple[int, ...]:
-        """Rows to each rank."""
 
-    @property
-    def recv_splits(self) -> tuple[int, ...]:
-        """Rows from each rank."""
+Transfer: TypeAlias = Chunk | _OperatorTransfer
 
 
 @dataclass(frozen=True, slots=True)
 class Moving:
-    """Rows on their way."""
+    """Token rows in transfer."""
 
     collective: AsyncCollective
     finish: Callable[[Tensor], Tensor]
 
     def wait(self) -> Tensor:
-        """Give them where they arrive."""
+        """Wait for the transfer and return the rows that arrive."""
         return self.finish(self.collective.wait())
 
 
 class Exchange:
-    """Exchange over a process group."""
+    """The exchange over a process group."""
 
     def __init__(self, comm: ExpertGroupComm, parallel: ParallelConfig, backend: str | None = None) -> None:
-        """Take the group; rows travel in the configuration's number format (on a GPU, gather adds them up in it).
+        """Set the group. Token rows are sent in the configuration's number format; on a GPU, gather also sums in it.
 
         Args:
-            backend: of the kernels that pack rows and add them up; None goes by their device.
+            backend: backend of the kernels that permute and sum token rows; by default their device decides.
         """
         self.comm, self.parallel, self.backend = comm, parallel, backend
-        self.number = next(_numbers)  # by which operators find it
+        self.number = next(_numbers)  # operators find the exchange by this number
         _exchanges[self.number] = self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A group is neither copied nor pickled: a copy of a layer is not connected, and refuses plans of several
-        ranks."""
+        """Return Local for a copy or a pickle, which has no process group and refuses plans of several ranks."""
         return Local, ()
 
     def plan(self, route: Route, num_experts: int, x_TD: Tensor) -> Plan:
-        """Make the plan of a live router's routes, one of each rank; a collective (engine/routing/live_plan.py)."""
+        """Build the plan from the live routes of all ranks; a collective (engine/routing/live_plan.py)."""
         tokens, width = x_TD.shape
         gather = use_gather(
             self.parallel,
@@ -115,7 +110,7 @@ class Exchange:
         return build_live_plan(route, num_experts, self.comm, gather=gather, chunks=self.parallel.chunks)
 
     def dispatch(self, x_TD: Tensor, plan: Plan) -> Tensor:
-        """Return the received rows [R, D]: rank by rank, in the order of the sender's tokens."""
+        """Return the received rows [R, D], rank by rank, in the order of the sender's tokens."""
         check_plan(x_TD, plan, ranks=self.comm.ranks)
         (chunk,) = plan.chunks
         if torch.compiler.is_compiling():
@@ -134,7 +129,7 @@ class Exchange:
         return y_TD
 
     def to_experts(self, x_tD: Tensor, chunk: Transfer) -> Moving:
-        """Send a chunk's rows from tokens to experts, without autograd; the received rows arrive."""
+        """Start to send a chunk's token rows to their experts, without autograd; wait() returns the received rows."""
         dtype = wire_dtype(self.parallel, x_tD.dtype)
         with span("dispatch"), self.comm.aside(x_tD):
             if chunk.send is None:
@@ -147,7 +142,7 @@ class Exchange:
         return Moving(collective, lambda received_RD: received_RD.to(x_tD.dtype))
 
     def to_tokens(self, partial_RD: Tensor, chunk: Transfer) -> Moving:
-        """Send a chunk's rows from experts to tokens, without autograd; the sum of each token's rows arrives."""
+        """Start to return a chunk's results to their tokens, without autograd; wait() returns each token's sum."""
         dtype, send = partial_RD.dtype, chunk.send
         with span("combine"), self.comm.aside(partial_RD):
             rows_RD = partial_RD.to(wire_dtype(self.parallel, dtype))
@@ -168,14 +163,14 @@ class Exchange:
 def build_exchange(
     comm: ExpertGroupComm, parallel: ParallelConfig, backend: Backend = Backend.auto
 ) -> Exchange | Local:
-    """Make the exchange of a process group."""
+    """Build the exchange for a process group."""
     if comm.ranks == 1:
         return Local()
     return Exchange(comm, parallel, None if backend is Backend.auto else backend.value)
 
 
 def check_plan(x_TD: Tensor, plan: Plan, *, ranks: int) -> None:
-    """Raise ValueError unless a plan is for so many ranks and for these tokens."""
+    """Raise ValueError unless a plan is for this number of ranks and of tokens."""
     if len(plan.chunks[0].send_splits) != ranks:
         raise ValueError(
             f"the plan is for an expert group of {len(plan.chunks[0].send_splits)} ranks: this one has {ranks}"
@@ -212,20 +207,12 @@ _numbers = itertools.count()
 _exchanges: weakref.WeakValueDictionary[int, Exchange] = weakref.WeakValueDictionary()
 
 
-class _Sent(NamedTuple):
-    """A Transfer."""
-
-    send: ExpertRows | None
-    send_splits: tuple[int, ...]
-    recv_splits: tuple[int, ...]
-
-
 def _flat(chunk: Chunk) -> tuple[list[Tensor], list[int], list[int]]:
     return [] if chunk.send is None else list(chunk.send.tensors()), list(chunk.send_splits), list(chunk.recv_splits)
 
 
-def _whole(send: list[Tensor], send_splits: list[int], recv_splits: list[int]) -> _Sent:
-    return _Sent(ExpertRows(*send) if send else None, tuple(send_splits), tuple(recv_splits))
+def _whole(send: list[Tensor], send_splits: list[int], recv_splits: list[int]) -> _OperatorTransfer:
+    return _OperatorTransfer(ExpertRows(*send) if send else None, tuple(send_splits), tuple(recv_splits))
 
 
 @torch.library.custom_op("foreroute::to_experts", mutates_args=())

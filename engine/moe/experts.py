@@ -1,8 +1,8 @@
-"""The experts of one layer on this rank: stacked parameters and the call into kernels.moe_ffn.
+"""The experts of one layer on this rank: stacked parameters and the call of kernels.moe_ffn.
 
-Parameter names and layout decide checkpoint keys and are what DeepSpeed's expert-parallel contract asks for: w1, w2
-and, for SwiGLU, w3, each [L, F, D] (one row per hidden unit, also in w2, so that all experts together are one dense
-feed-forward seen as [L*F, D]), and the biases b1 [L, F], b2 [L, D].
+The names and shapes of the parameters determine checkpoint keys and satisfy DeepSpeed's expert-parallel contract: w1,
+w2 and, for SwiGLU, w3, each [L, F, D], and the biases b1 [L, F], b2 [L, D]. Every matrix, w2 too, has one row per
+hidden unit, so that all experts together are one dense feed-forward, seen as [L*F, D].
 
 Letters: L experts on this rank, D width, F expert hidden width, R received rows, T local tokens.
 """
@@ -51,12 +51,12 @@ class Experts(nn.Module):
     ) -> Tensor:
         """Return the weighted sum of each received row's local experts.
 
-        All that needs the weights happens in this one call, as ZeRO-3 gathers them around it. So a plan in several
-        chunks is exchanged in here, and then rows_RD and the result are the tokens' [T, D].
+        ZeRO-3 gathers the weights around this call, so every use of them happens in it. A plan of several chunks is
+        therefore exchanged here; then rows_RD and the result are the rows of the local tokens [T, D].
 
         Args:
             dropout: with the numbers of all tokens of the expert group, rank by rank.
-            exchange: for a plan in several chunks.
+            exchange: the exchange for a plan of several chunks.
 
         Raises:
             ValueError: the plan is for other ranks or another number of tokens.

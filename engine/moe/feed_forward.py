@@ -1,4 +1,4 @@
-"""The dense feed-forward: linear, ReLU or SwiGLU, dropout, linear, with biases. Dense blocks and the shared expert.
+"""The dense feed-forward of dense blocks and the shared expert: linear, ReLU or SwiGLU, dropout, linear, with biases.
 
 Letters: D model width, F hidden width.
 """
@@ -23,10 +23,11 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_D: Tensor, keep_F: Tensor | None = None, scale: float = 1.0) -> Tensor:
-        """Apply to the last dim of x.
+        """Apply the feed-forward to the last dim of x.
 
         Args:
-            keep_F: bool, like the hidden units: those that stay, multiplied by scale, in the place of drawn dropout.
+            keep_F: bool, shape of the hidden units: replaces random dropout; units that are kept are multiplied by
+                scale.
         """
         z_F = self.w1(x_D)
         hidden_F = F.relu(z_F) if self.w3 is None else F.silu(z_F) * self.w3(x_D)

@@ -3,9 +3,10 @@
     one chunk       x_TD -> dispatch -> [ experts ] -> combine -> y_TD
     several chunks  x_TD -> [ dispatch -> experts -> combine, chunk by chunk ] -> y_TD
 
-The brackets are the call of the module `experts`, around which ZeRO-3 gathers its weights once: so a plan in several
-chunks does all three inside it. A planned router's Plan comes with the batch. A live router routes here, inside the
-forward pass, and builds the same Plan; after that nothing differs. No routing decision is taken below this file.
+The brackets are the call of the module `experts`. ZeRO-3 gathers the weights once around this call, so a plan of
+several chunks runs all three steps inside it. A planned router's Plan comes with the batch. A live router routes here,
+inside the forward pass, and builds the same kind of Plan; the rest of the layer is equal for both. No code below this
+file makes a routing decision.
 
 Letters: T local tokens, D width, R received rows, E experts.
 """
@@ -33,11 +34,11 @@ class LayerOutput(NamedTuple):
 
     y_TD: Tensor
     auxiliary_loss: Tensor | None  # fp32 scalar, already weighted; None unless the router is learned
-    count_E: Tensor  # int64: rows of each expert over the expert group
+    count_E: Tensor  # int64: expert rows of each expert over the expert group
 
 
 class MoELayer(nn.Module):
-    """Expert feed-forward layer of one block."""
+    """The expert layer of one block."""
 
     router: FrozenRouter | LearnedRouter | None
     shared: FeedForward | None
@@ -46,9 +47,9 @@ class MoELayer(nn.Module):
         """Build the layer with all experts.
 
         Args:
-            width: of the hidden states (D).
-            layer: its number among the model's expert layers.
-            dropout: rate on the experts' hidden units in training, the shared one's too.
+            width: width of the hidden states (D).
+            layer: number of the layer among the model's expert layers.
+            dropout: rate on the hidden units of the experts and the shared expert in training.
         """
         super().__init__()
         self.layer, self.dropout = layer, dropout
@@ -67,17 +68,17 @@ class MoELayer(nn.Module):
             self.shared = FeedForward(width, moe.shared_width, moe.activation, dropout=0.0)
 
     def connect(self, exchange: Exchange | Local | None = None, *, balance_comm: ExpertGroupComm | None = None) -> None:
-        """Connect the layer to other ranks; what is None stays as it is.
+        """Connect the layer to other ranks; None changes nothing.
 
         Args:
-            exchange: moves rows to the ranks that hold their experts and back.
+            exchange: sends token rows to the ranks of their experts and returns the results.
             balance_comm: the ranks over whose tokens a learned router is balanced.
         """
         self.exchange = exchange or self.exchange
         self.balance_comm = balance_comm or self.balance_comm
 
     def keep_experts(self, experts: range) -> None:
-        """Drop all experts but these; the others are on other ranks."""
+        """Keep these experts and drop the others, which other ranks hold."""
         for name, parameter in list(self.experts.named_parameters()):
             setattr(self.experts, name, nn.Parameter(parameter.detach()[experts.start : experts.stop].clone()))
         self.first_expert = experts.start
@@ -86,7 +87,7 @@ class MoELayer(nn.Module):
         """Apply the layer to the tokens x_TD.
 
         Raises:
-            ValueError: a planned router's plan is missing or is for another k or number of tokens.
+            ValueError: a planned router's plan is missing, or is for another k or another number of tokens.
         """
         plan, auxiliary_loss = self._plan(x_TD, routing)
         dropout = self._dropout(x_TD, routing)
@@ -120,12 +121,12 @@ class MoELayer(nn.Module):
         return plan, loss + self.z_weight * z_loss(live.logits_TE)
 
     def _shared(self, shared: FeedForward, x_TD: Tensor, plan: Plan, dropout: Dropout | None) -> Tensor:
-        """Apply the shared expert; its dropout is that of an expert behind all others."""
+        """Apply the shared expert; its dropout mask is that of an expert numbered after all others."""
         if dropout is None:
             y_TD: Tensor = traced("shared_expert", shared, x_TD)
             return y_TD
         tokens, num_experts = x_TD.shape[0], plan.count_E.numel()
-        ranks = dropout.token_R.numel() // tokens  # of the expert group
+        ranks = dropout.token_R.numel() // tokens  # ranks of the expert group
         own = self.first_expert * ranks // num_experts
         token_T = dropout.token_R[own * tokens : (own + 1) * tokens]
         row_T = row_hash(replace(dropout, first_expert=0), token_T, num_experts)

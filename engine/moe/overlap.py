@@ -1,12 +1,13 @@
-"""A layer in chunks: while experts compute one chunk, the rows of the next one come and the results before it go back.
+"""Overlap of exchange and computation: while experts compute a chunk, token rows of the next chunk and results of the
+previous one are sent.
 
-    forward    send 0 | send 1, experts 0, return 0 | send 2, experts 1, return 1 | ... | wait for all that returns
-    backward   the same, with the gradients of the results going out and those of the rows coming back
+    forward    send 0 | send 1, experts 0, return 0 | send 2, experts 1, return 1 | ... | wait for all results
+    backward   the same, with the gradients of the results sent out and the gradients of the token rows returned
 
-One autograd function holds all chunks, so every gradient of a parameter is the sum over the chunks, added up in its own
-number format, and arrives once. It keeps for backward what the chunks one by one would keep, the parameters themselves
-among it (not views or copies, which ZeRO-3 would leave empty), all through save_for_backward, so recomputation drops
-it.
+One autograd function computes all chunks, so it sums a parameter's gradient over the chunks, in fp32 at least, and
+returns it once. It saves the same tensors for backward as separate chunks would. These include the parameters
+themselves, not views or copies, which would be empty under ZeRO-3. All are saved by save_for_backward, so activation
+checkpointing drops them.
 
 Letters: T local tokens (t: of one chunk), D width, R received rows, N expert rows, of one chunk.
 """
@@ -23,32 +24,28 @@ from foreroute.engine.moe.exchange import Exchange, Moving
 from foreroute.engine.routing.plan import Chunk
 from foreroute.engine.tracing import span
 from foreroute.kernels import ExpertWeights, moe_ffn_backward, moe_ffn_forward
-from foreroute.kernels.operands import Saved, pack_weights, unpack_weights, wants_grad
+from foreroute.kernels.operands import Saved, pack_weights, wants_grad
 
 
 class ChunkCall(NamedTuple):
-    """The experts of one chunk."""
+    """The call of the experts for one chunk."""
 
     chunk: Chunk
-    weight_N: Tensor  # mixing weights, as kernels.moe_ffn wants them
+    weight_N: Tensor  # mixing weights, as for kernels.moe_ffn
     options: dict[str, Any]  # the keyword arguments of kernels.moe_ffn
 
 
 @dataclass(frozen=True, slots=True)
 class _Trip:
-    """What the function needs besides tensors."""
+    """The function's arguments that are not tensors."""
 
     calls: Sequence[ChunkCall]
     exchange: Exchange
     save: bool  # backward may follow
 
-    @property
-    def chunks(self) -> list[Chunk]:
-        return [call.chunk for call in self.calls]
-
 
 def run_in_chunks(x_TD: Tensor, calls: Sequence[ChunkCall], weights: ExpertWeights, exchange: Exchange) -> Tensor:
-    """Exchange and compute chunk by chunk: dispatch, experts and combine in one; gives y_TD."""
+    """Run dispatch, experts and combine chunk by chunk; return y_TD."""
     weights_N = [call.weight_N for call in calls]
     parameters = pack_weights(weights)
     trip = _Trip(calls, exchange, wants_grad(x_TD, *weights_N, *parameters))
@@ -57,14 +54,15 @@ def run_in_chunks(x_TD: Tensor, calls: Sequence[ChunkCall], weights: ExpertWeigh
 
 
 def _sent(x_TD: Tensor, trip: _Trip) -> Iterator[Tensor]:
-    """Send all chunks to their experts and give what arrives, each after the one behind it has been sent."""
-    x_chunks = x_TD.split([chunk.num_tokens for chunk in trip.chunks])
+    """Send all chunks to their experts; yield each chunk's received rows after the next chunk has been sent."""
+    chunks = [call.chunk for call in trip.calls]
+    x_chunks = x_TD.split([chunk.num_tokens for chunk in chunks])
     coming: Moving | None = None
-    for x_tD, chunk in zip(x_chunks, trip.chunks, strict=True):
-        behind = trip.exchange.to_experts(x_tD, chunk)
+    for x_tD, chunk in zip(x_chunks, chunks, strict=True):
+        following = trip.exchange.to_experts(x_tD, chunk)
         if coming is not None:
             yield coming.wait()
-        coming = behind
+        coming = following
     assert coming is not None
     yield coming.wait()
 
@@ -72,7 +70,7 @@ def _sent(x_TD: Tensor, trip: _Trip) -> Iterator[Tensor]:
 class _InChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, trip: _Trip, x_TD: Tensor, *tensors: Tensor) -> Tensor:
-        weights = unpack_weights(list(tensors[len(trip.calls) :]))
+        weights = ExpertWeights(*tensors[len(trip.calls) :])
         kept: list[Tensor] = []
         going: list[Moving] = []
         dweight = trip.save and any(ctx.needs_input_grad[2 : 2 + len(trip.calls)])
@@ -95,7 +93,7 @@ class _InChunks(torch.autograd.Function):
         trip: _Trip = ctx.trip
         num_chunks, num_inputs = len(trip.calls), len(ctx.needs_input_grad) - 2
         tensors = ctx.saved_tensors
-        weights_N, weights = tensors[:num_chunks], unpack_weights(tensors[num_chunks:num_inputs])
+        weights_N, weights = tensors[:num_chunks], ExpertWeights(*tensors[num_chunks:num_inputs])
         kept = iter(tensors[num_inputs:])
         going: list[Moving] = []
         d_weights_N: list[Tensor | None] = []
@@ -117,7 +115,7 @@ class _InChunks(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 going.append(trip.exchange.to_tokens(gradients.x_RD, call.chunk))
             d_weights_N.append(gradients.weight_N)
-            found = [_wide(gradient) for gradient in pack_weights(gradients.weights)]
+            found = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in pack_weights(gradients.weights)]
             if d_parameters:
                 torch._foreach_add_(d_parameters, found)
             else:
@@ -126,8 +124,3 @@ class _InChunks(torch.autograd.Function):
         parameters = tensors[num_chunks:num_inputs]
         d_parameters = [d.to(p.dtype) for d, p in zip(d_parameters, parameters, strict=True)]
         return None, d_x_TD, *d_weights_N, *d_parameters
-
-
-def _wide(gradient: Tensor) -> Tensor:
-    """Parts are added up in fp32 at least."""
-    return gradient.to(torch.promote_types(gradient.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""Adam, DeepSpeed, and experts shared out over ranks."""
+"""Adam, DeepSpeed, and experts sharded over ranks."""
 
 import os
 

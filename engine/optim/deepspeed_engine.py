@@ -1,9 +1,9 @@
-"""What DeepSpeed runs: our Config in, a small Engine out. Only this folder knows DeepSpeed.
+"""Runs training with DeepSpeed: takes our Config and returns a small Engine. Only this folder imports DeepSpeed.
 
-DeepSpeed runs every training step, also on one process. Its config is built here from ours and exists nowhere else.
-`Engine` offers a step (forward, backward, step) and, for engine/checkpoint/save_load.py, the fp32 master weight and the
-Adam moments of each parameter by name, whatever the ZeRO stage. DeepSpeed's own checkpoints, schedulers and loggers are
-not used.
+DeepSpeed runs every training step, also on one process. This file builds its config from ours. `Engine` has the methods
+of a step (forward, backward, step). For engine/checkpoint/save_load.py it also reads and writes the fp32 master weight
+and the Adam moments of each parameter by name, at every ZeRO stage. DeepSpeed's own checkpoints, schedulers and loggers
+are not used.
 """
 
 import contextlib
@@ -61,17 +61,17 @@ from foreroute.engine.parallel.collectives import ExpertGroupComm, all_reduce_su
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.parallel.watchdog import FOR_EVER
 
-# DeepSpeed calls collectives by names that PyTorch is about to drop.
+# DeepSpeed calls collectives by names that PyTorch has deprecated.
 warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", FutureWarning)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Engine:
-    """A model in training: what foreroute needs of a DeepSpeed engine."""
+    """A model in training: the part of a DeepSpeed engine that foreroute uses."""
 
     def __init__(self, engine: Any, accumulation: int, mesh: Mesh, comm: ExpertGroupComm | None) -> None:
-        """Take a DeepSpeed engine, and what its layers exchange rows through; None if experts are not shared out."""
+        """Set a DeepSpeed engine, and the communicator of the expert group; None if experts are not sharded."""
         self.mesh, self.comm = mesh, comm
         self._engine = engine
         self._stage = int(engine.zero_optimization_stage())
@@ -87,13 +87,13 @@ class Engine:
 
     @property
     def module(self) -> nn.Module:
-        """The model, holding the compute copy of the weights."""
+        """The model, with the compute copy of the weights."""
         module: nn.Module = self._engine.module
         return module
 
     @property
     def device(self) -> torch.device:
-        """Where the model lives."""
+        """The device of the model."""
         return torch.device(self._engine.device)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -108,61 +108,57 @@ class Engine:
         self._engine.backward(loss)
         self._micro_batches += 1
         if self._micro_batches < self._accumulation:
-            self._engine.step()  # inside the accumulation this only counts the micro-batch
+            self._engine.step()  # before the last micro-batch this only counts
 
     def step(self, *, unless: Tensor | None = None) -> Tensor:
-        """Clip and update the weights, once per accumulation.
+        """Clip the gradients and update the weights, after the last micro-batch of an accumulation.
 
-        An update whose gradient norm is not finite is dropped: weights and Adam's state stay as they are. Adam's kernel
-        decides that on the device (torch's found_inf); the host reads nothing back.
+        An update is skipped if its gradient norm is not finite: weights and Adam's state do not change. Adam's kernel
+        decides this on the device (torch's found_inf); the host reads nothing back.
 
         Args:
-            unless: bool scalar on the device; True drops the update, too.
+            unless: bool scalar on the device; True also skips the update.
 
         Returns:
-            Bool scalar on the device: the weights were updated.
+            Bool scalar on the device: whether the weights were updated.
         """
         if self._micro_batches != self._accumulation:
             raise RuntimeError(f"step() after {self._micro_batches} of {self._accumulation} micro-batches")
         self._micro_batches, self._unless = 0, unless
         self._adam.found_inf = None
-        if self._stage == 0:  # DeepSpeed looks at no norm without clipping
+        if self._stage == 0:  # without clipping DeepSpeed computes no norm
             self._drop_unless_finite(self._plain_grad_norm())
         with _norm_checked_by(self._drop_unless_finite):
             self._engine.step()
         if self._adam.found_inf is None:
-            raise RuntimeError("DeepSpeed has not asked whether the gradient norm is finite")
+            raise RuntimeError("DeepSpeed has not checked whether the gradient norm is finite")
         updated: Tensor = self._adam.found_inf == 0
         return updated
 
     @property
     def grad_norm(self) -> Tensor:
-        """Global gradient norm of the last step before clipping, a scalar on the device; inf or nan when the gradient
+        """The global gradient norm of the last step before clipping, a scalar on the device; inf or nan if the gradient
         was not finite."""
         return self._grad_norm
 
     def _drop_unless_finite(self, norm: Tensor | float) -> bool:
-        """Let Adam drop the update if the norm is not finite (DeepSpeed may say so by -1); never ask DeepSpeed to."""
+        """Make Adam skip the update if the norm is not finite (DeepSpeed may report -1); return False to DeepSpeed."""
         norm = torch.as_tensor(norm)
         self._grad_norm = norm.masked_fill(norm < 0, math.inf)
         dropped = ~self._grad_norm.isfinite()
         if self._unless is not None:
             dropped = dropped | self._unless.to(dropped.device)
-        self._adam.found_inf = dropped.to(self._adam_device, torch.float32)
+        adam_device = next(self._flats()).device  # with train.offload, the host
+        self._adam.found_inf = dropped.to(adam_device, torch.float32)
         return False
 
     def set_lr(self, lr: float) -> None:
-        """Set the learning rate of the following steps."""
+        """Set the learning rate for the next steps."""
         for group in self._adam.param_groups:
             group["lr"] = lr
 
-    @property
-    def _adam_device(self) -> torch.device:
-        """Where Adam's state lies: with train.offload, in the host's memory."""
-        return next(self._flats()).device
-
     def adam_step(self) -> int:
-        """Give the number of updates that Adam has made (its bias correction)."""
+        """Return the number of updates that Adam has made, which its bias correction uses."""
         steps = {int(self._adam.state[flat]["step"]) for flat in self._flats()}
         if len(steps) != 1:
             raise RuntimeError(f"parameter groups differ in their Adam step: {sorted(steps)}")
@@ -174,12 +170,12 @@ class Engine:
             self._adam.state[flat]["step"].fill_(step)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Give each parameter's name and shape on this rank, where an expert parameter has this rank's experts."""
+        """Return each parameter's name and shape on this rank; an expert parameter has this rank's experts."""
         parameters = self.module.named_parameters()
         return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters}
 
     def num_parameters(self) -> int:
-        """Give the size of the whole model, with the experts of other ranks."""
+        """Return the number of parameters of the whole model, including the experts of other ranks."""
         total = 0
         for name, shape in self.shapes().items():
             shared_out = is_sharded(self.module.get_parameter(name))
@@ -187,10 +183,10 @@ class Engine:
         return total
 
     def read_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Yield (parameter name, {"weight", "exp_avg", "exp_avg_sq"}): fp32, in the shape that shapes() says.
+        """Yield (parameter name, {"weight", "exp_avg", "exp_avg_sq"}): fp32, in the shapes of shapes().
 
-        "weight" is the master weight. A collective over the ranks that share the parameter's state: every rank must
-        read to the end. Values may alias the live state.
+        "weight" is the master weight. This is a collective over the ranks that shard the parameter's state: every rank
+        must read to the end. Values may alias the live state.
         """
         for name, param in self.module.named_parameters():
             if self._stage:
@@ -202,7 +198,7 @@ class Engine:
 
     @torch.no_grad()
     def write_state(self, name: str, state: Mapping[str, Tensor]) -> None:
-        """Overwrite a parameter's master weight, compute copies and Adam moments (the form that read_state yields)."""
+        """Overwrite a parameter's master weight, compute copies and Adam moments with values as from read_state."""
         self._leave_inference()
         param = self.module.get_parameter(name)
         weight = state["weight"]
@@ -222,15 +218,14 @@ class Engine:
                 self._adam.state[param][key].copy_(state[key])
 
     def _leave_inference(self) -> None:
-        """At ZeRO-3, give up weights that were gathered in torch.inference_mode(): autograd cannot use them."""
+        """Release weights that ZeRO-3 gathered in torch.inference_mode(), which autograd cannot use."""
         parameters = self.module.parameters()
         if self._stage == 3 and any(p.is_inference() and p.numel() for p in parameters):
             for name in REGATHER_NAMES:
                 getattr(self._engine.optimizer, name)()
 
     def _plain_grad_norm(self) -> Tensor:
-        """Norm of all gradients of the model at ZeRO-0; a collective over the expert group if experts are shared
-        out."""
+        """Compute the norm of all gradients at ZeRO-0; a collective over the expert group if experts are sharded."""
         gradients: dict[bool, list[Tensor]] = {False: [], True: []}
         for param in self.module.parameters():
             if param.grad is not None:
@@ -241,7 +236,7 @@ class Engine:
         return torch.hypot(dense, experts)
 
     def _flats(self) -> Iterator[Tensor]:
-        """The tensors that Adam really steps: with ZeRO flat fp32 partitions, else the parameters."""
+        """Yield the tensors that Adam updates: with ZeRO flat fp32 partitions, else the parameters."""
         if self._stage == 3:  # Adam's own groups are empty between steps
             yield from getattr(self._engine.optimizer, FLATS_NAME)
             return
@@ -249,7 +244,7 @@ class Engine:
             yield from group["params"]
 
     def _check_contract(self) -> None:
-        """Raise UserError if DeepSpeed has not put there what the methods of this class use."""
+        """Raise UserError if DeepSpeed's objects lack attributes that this class uses."""
         if self._stage == 3:
             require_names(self._engine.optimizer, FLATS_NAME, *REGATHER_NAMES)
             for param in self.module.parameters():
@@ -260,8 +255,8 @@ class Engine:
     def _create_adam_state(self) -> None:
         """Create Adam's state as its first step would, so that it can be read and written at any time.
 
-        DeepSpeed links parameters to their moments once, at the first step of the first group, when the other groups
-        have none yet; those would stay unlinked. Here all groups have a state when the one link is made.
+        DeepSpeed links parameters to their moments once, at the first step of the first group. The other groups have no
+        moments by then and would stay unlinked. Here all groups have a state when the link is made.
         """
         for flat in self._flats():
             self._adam.state[flat] = {
@@ -276,7 +271,7 @@ class Engine:
 
 @contextlib.contextmanager
 def _norm_checked_by(check: Callable[[Tensor | float], bool]) -> Iterator[None]:
-    """Let DeepSpeed's optimizers ask `check` about the norm, and leave the norm on the device, inside the block."""
+    """Inside the block, make DeepSpeed's optimizers check the norm with `check`, and keep the norm on the device."""
     replaced: list[tuple[Any, str, Any]] = [(module, NORM_CHECK_NAME, check) for module in NORM_CHECKERS]
     replaced.append((stage_1_and_2, NORM_MASK_NAME, _mask_norm))
     theirs = [getattr(module, name) for module, name, _ in replaced]
@@ -290,12 +285,12 @@ def _norm_checked_by(check: Callable[[Tensor | float], bool]) -> Iterator[None]:
 
 
 def _mask_norm(norm: Tensor, device: Any = None, val: float = -1.0) -> None:
-    """Do what DeepSpeed's function of this name does, without a copy from the host."""
+    """Replace DeepSpeed's function of the same purpose, without its copy from the host."""
     norm.masked_fill_(~norm.isfinite(), val)
 
 
 def _shard(value: Tensor, param: nn.Parameter) -> Tensor:
-    """This rank's part of a parameter-shaped value at ZeRO-3: equal parts, the last ones padded with zeros."""
+    """Return this rank's shard of a parameter-shaped value at ZeRO-3; shards are equal, the last padded with zeros."""
     shard: Any = param
     numel = shard.ds_tensor.numel()
     padding = numel * shard.ds_zero_partition_world_size - value.numel()
@@ -304,16 +299,16 @@ def _shard(value: Tensor, param: nn.Parameter) -> Tensor:
 
 
 def start(model: nn.Module, config: Config, mesh: Mesh | None = None) -> Engine:
-    """Hand the model to DeepSpeed and return the engine that trains it.
+    """Initialize DeepSpeed with the model and return the engine that trains it.
 
     The model, built with all experts, is changed in place: it keeps the experts of this rank, and with bf16 its
-    parameters become the compute copy (buffers keep their type). Starts the process group if there is none, which works
-    for one process only.
+    parameters become the compute copy (buffers keep their dtype). Starts a process group if there is none, for one
+    process only.
 
     Raises:
-        UserError: options that DeepSpeed gets wrong, experts that cannot be shared out evenly, or a DeepSpeed without
-            a name that is needed.
-        RuntimeError: DeepSpeed groups the ranks in another way than the mesh.
+        UserError: DeepSpeed handles an option wrongly, the experts cannot be sharded evenly, or DeepSpeed lacks a name
+            that is needed.
+        RuntimeError: DeepSpeed's groups differ from those of the mesh.
     """
     mesh = mesh or Mesh()
     shared = [m for m in model.modules() if isinstance(m, MoELayer)] if mesh.ep_size > 1 else []
@@ -329,8 +324,8 @@ def start(model: nn.Module, config: Config, mesh: Mesh | None = None) -> Engine:
     ordered = aligned_first(model.parameters())
     parameters: Any = parameter_groups(ordered) if shared else ordered
     optimizer = build_optimizer(parameters, config.optim)
-    wait_at_most(FOR_EVER)  # the watch ends them
-    with contextlib.redirect_stdout(io.StringIO()):  # bf16 prints memory use; warnings pass
+    wait_at_most(FOR_EVER)  # the watchdog ends them
+    with contextlib.redirect_stdout(io.StringIO()):  # hides the memory use that bf16 prints, not warnings
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     comm = expert_group_comm(mesh, torch.device(engine.device)) if shared else None
     for layer in shared:
@@ -341,11 +336,11 @@ def start(model: nn.Module, config: Config, mesh: Mesh | None = None) -> Engine:
 
 
 def _deepspeed_config(train: TrainConfig, clip: float, *, streams: int, num_params: int) -> dict[str, Any]:
-    """Translate our configuration; refuse what is wrong upstream (DeepSpeed issues 8475 and 8613).
+    """Translate our configuration; refuse options that are wrong upstream (DeepSpeed issues 8475 and 8613).
 
     Args:
         clip: largest gradient norm; 0 for none.
-        streams: of this rank in a micro-batch.
+        streams: number of streams of this rank in a micro-batch.
     """
     bf16 = train.precision is Precision.bf16
     if train.zero_stage == 0:
@@ -384,12 +379,12 @@ def _deepspeed_config(train: TrainConfig, clip: float, *, streams: int, num_para
 
 
 def wait_at_most(timeout: timedelta) -> None:
-    """Let collectives of the groups that DeepSpeed makes wait so long for a rank, instead of PyTorch's 30 minutes."""
+    """Set the timeout of collectives in the groups that DeepSpeed creates, instead of PyTorch's 30 minutes."""
     setattr(TorchBackend, NEW_GROUP_NAME, lambda _, ranks: dist.new_group(ranks, timeout))
 
 
 def skip_shared_memory_op() -> None:
-    """Keep DeepSpeed from compiling an op for inference, for a minute, at its first start on a CPU."""
+    """Prevent DeepSpeed from compiling an op for inference at its first start on a CPU, which takes a minute."""
     getattr(deepspeed.ops, COMPATIBLE_OPS)[SHARED_MEMORY_OP] = False
 
 
@@ -397,7 +392,7 @@ def _start_process_group(world: int) -> None:
     """Start a process group of this process alone, in memory: no port, no address, no MPI."""
     skip_shared_memory_op()
     if world == 1:
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed requires it
     if dist.is_initialized():
         return
     if world != 1:

@@ -1,4 +1,4 @@
-"""Experts shared out over the ranks of an expert group, as DeepSpeed's groups have them."""
+"""Experts sharded over the ranks of an expert group, in DeepSpeed's groups."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -23,57 +23,56 @@ from foreroute.engine.parallel.mesh import Mesh
 
 
 def is_sharded(param: nn.Parameter) -> bool:
-    """Whether other ranks of the expert group hold other experts of this parameter."""
+    """Return whether other ranks of the expert group hold other experts of this parameter."""
     return not getattr(param, "allreduce", True)
 
 
 class _ShardedLayer(MoELayer, AutoEPMoELayer):  # type: ignore[misc]
-    """A layer whose experts are shared out, as DeepSpeed knows one: its class decides how it is treated."""
+    """A layer with sharded experts; its class makes DeepSpeed treat it as one."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy gets: no process group, which DeepSpeed has put here."""
+        """Return the state of a copy, without the process group that DeepSpeed sets."""
         return {**self.__dict__, "ep_group": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Become a copy; copy.deepcopy leaves out the tags of parameters."""
+        """Restore a copy; copy.deepcopy does not copy the tags of parameters."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         for parameter in self.experts.parameters():
             _tag(parameter, state["ep_group_name"])
 
 
-# These two, and shard_experts, are also for models that others hand to DeepSpeed (engine/plug_in/replace.py).
+# The next three functions and shard_experts also serve models of users' own (engine/plug_in/replace.py).
 def expert_group_comm(mesh: Mesh, device: torch.device, *, timed: bool = True) -> ExpertGroupComm:
-    """Give what the ranks of this rank's expert group exchange rows through; deepspeed.initialize forms the group.
+    """Return the communicator of this rank's expert group, which deepspeed.initialize creates.
 
     Args:
-        timed: as of ExpertGroupComm.
+        timed: as for ExpertGroupComm.
 
     Raises:
-        RuntimeError: it has not yet, or in another way than the mesh.
+        RuntimeError: the group does not exist yet, or differs from that of the mesh.
     """
     try:
         return ExpertGroupComm(_expert_group(mesh), deepspeed.comm, device, timed=timed)
-    except (AssertionError, KeyError) as error:  # as DeepSpeed says that there is no such group
+    except (AssertionError, KeyError) as error:  # DeepSpeed's errors for a missing group
         raise RuntimeError(
-            f"experts are shared out over {mesh.ep_size} ranks that have no group yet: "
-            "give the model to deepspeed.initialize before you run it"
+            f"experts are sharded over {mesh.ep_size} ranks that have no group yet: "
+            "call deepspeed.initialize with the model before you run it"
         ) from error
 
 
 def aligned_first(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Give parameters in the order in which they are to lie in ZeRO's flat buffers (engine/optim/adam.py,
-    comes_last)."""
+    """Sort parameters into their order in ZeRO's flat buffers (comes_last in engine/optim/adam.py)."""
     return sorted(parameters, key=lambda p: comes_last(p.numel()))
 
 
 def parameter_groups(params: Iterable[nn.Parameter | dict[str, Any]]) -> list[dict[str, Any]]:
-    """Turn what a torch.optim optimizer takes into groups in which DeepSpeed can tell shared-out experts from the rest.
+    """Split an optimizer's parameters into groups that separate sharded experts from the rest, as DeepSpeed requires.
 
-    Needed for an optimizer that is passed to deepspeed.initialize; of one that is named in its config DeepSpeed sees to
-    it.
+    An optimizer that is passed to deepspeed.initialize needs these groups. DeepSpeed itself makes them for an optimizer
+    that its config names.
 
     Args:
-        params: parameters, or groups of them as dicts with further options, each a group "params".
+        params: parameters, or groups of them: dicts with "params" and further options.
     """
     given = list(params)
     groups = [p for p in given if isinstance(p, dict)] or [{"params": given}]
@@ -87,10 +86,10 @@ def _group_name(mesh: Mesh) -> str:
 
 
 def _expert_group(mesh: Mesh) -> dist.ProcessGroup:
-    """Give DeepSpeed's expert group of this rank.
+    """Return DeepSpeed's expert group of this rank.
 
     Raises:
-        RuntimeError: DeepSpeed groups the ranks in another way than the mesh.
+        RuntimeError: DeepSpeed's groups differ from those of the mesh.
     """
     exchanging: dist.ProcessGroup
     exchanging, same_experts = (getattr(groups, name)(_group_name(mesh)) for name in GROUP_NAMES)
@@ -100,12 +99,12 @@ def _expert_group(mesh: Mesh) -> dist.ProcessGroup:
     ):
         found = dist.get_process_group_ranks(group)
         if found != list(ranks):
-            raise RuntimeError(f"{what} of rank {mesh.rank}: DeepSpeed says {found}, the mesh {list(ranks)}")
+            raise RuntimeError(f"{what} of rank {mesh.rank}: DeepSpeed has {found}, the mesh {list(ranks)}")
     return exchanging
 
 
 def balance_over_ranks(model: nn.Module, moe: MoEConfig, mesh: Mesh) -> None:
-    """Let learned routers count the tokens of all ranks for their balance loss, if they shall."""
+    """Connect learned routers to all ranks if their balance loss shall count the tokens of all ranks."""
     everywhere = moe.balance_over is BalanceOver["global"] and mesh.world > 1
     if moe.router is not Router.learned or not everywhere:
         return
@@ -116,12 +115,12 @@ def balance_over_ranks(model: nn.Module, moe: MoEConfig, mesh: Mesh) -> None:
 
 
 def shard_experts(layer: MoELayer, mesh: Mesh) -> None:
-    """Keep this rank's experts and present the layer as DeepSpeed's expert parallelism asks (AutoEPMoELayer).
+    """Keep this rank's experts and give the layer the interface of DeepSpeed's expert parallelism (AutoEPMoELayer).
 
-    Every parameter of an expert carries four tags: which ranks add up its gradient and share its optimizer state.
+    Every expert parameter has four tags that name the ranks that reduce its gradient and shard its optimizer state.
 
     Raises:
-        UserError: the experts cannot be shared out evenly.
+        UserError: the number of experts is no multiple of the number of ranks.
     """
     experts = mesh.local_experts(layer.experts.w1.shape[0])
     group_name = _group_name(mesh)

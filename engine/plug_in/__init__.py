@@ -1,4 +1,4 @@
-"""Expert layers inside somebody else's model and training loop. Import from here."""
+"""Expert layers inside a model and training loop of the user's own. Import from here."""
 
 from foreroute.engine.plug_in.planned_layer import PlannedFeedForward
 from foreroute.engine.plug_in.replace import experts_of, parameter_groups, replace_feed_forwards

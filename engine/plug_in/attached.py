@@ -1,7 +1,7 @@
-"""What a call of somebody else's model says about its ids, and which calls say too little to plan by.
+"""Reads ids and their context from the arguments of a call of the user's model, and refuses incomplete calls.
 
-A plan needs every id's n-gram, and so the ids left of a piece of a text, where texts begin, and what is padding. A call
-that shows that it has such things, in arguments that `attach` was not told of, is refused: its plan would be another's.
+A plan needs every id's n-gram. It therefore needs the ids left of a continued text, the start of each text, and the
+padding. A call is refused if its arguments show such context and `attach` does not name them: its plan would be wrong.
 
 Letters: B sequences, Q ids of each, C = ngram - 1 ids left of them.
 """
@@ -19,7 +19,7 @@ from foreroute.engine.errors import require
 from foreroute.engine.plug_in.plans import Sequences
 
 Place = int | str
-"""An argument of a call: its place among the positional ones, or its keyword."""
+"""An argument of a call: its position among the positional arguments, or its keyword."""
 Layout = Literal["BQ", "QB", "BQ->QB"]
 
 _LAYOUTS = ("BQ", "QB", "BQ->QB")
@@ -28,18 +28,18 @@ _DOCUMENTS = ("documents", "document_ids", "doc_ids", "seq_idx")
 
 
 class Planner(Protocol):
-    """Who plans for the calls of a model: PlannedExperts."""
+    """The interface of PlannedExperts that the hooks of a model call."""
 
     def begin_call(self, told: "CallArguments", call: "Call") -> None:
-        """Plan for a call."""
+        """Plan a call before it runs."""
 
     def end_call(self, outputs: Any) -> None:
-        """Note that it is over."""
+        """End a call."""
 
 
 @dataclass(frozen=True, slots=True)
 class CallArguments:
-    """Which arguments of a model's call say what; see PlannedExperts.attach."""
+    """The arguments of a model's call that hold ids and context; see PlannedExperts.attach."""
 
     ids: Place = 0
     left: Place | Callable[..., Tensor | None] | None = None
@@ -52,15 +52,15 @@ class CallArguments:
         require(self.layout in (None, *_LAYOUTS), f"layout={self.layout!r}: must be one of {', '.join(_LAYOUTS)}")
 
     def read(self, call: "Call", context: int, side: str = "") -> Sequences:
-        """Give what to plan for a call.
+        """Return the ids of a call and their context.
 
         Args:
-            context: C.
-            side: "encoder" or "decoder" if that is what the layers are in.
+            context: number of ids left of each sequence (C).
+            side: "encoder" or "decoder" if the layers are in one.
 
         Raises:
-            RuntimeError: the call has no such argument.
-            UserError: what an argument holds is no such thing; or the call says too little.
+            RuntimeError: the call lacks a named argument.
+            UserError: an argument has a wrong type or shape, or the call does not determine every n-gram.
         """
         ids = self._turned(call, "ids", self.ids)
         require(ids.dim() >= 2, f"{call.name(self.ids)} of shape {list(ids.shape)}: must be [sequences, length]")
@@ -68,8 +68,8 @@ class CallArguments:
         sizes = tuple(ids.shape[-2:])
         require(
             self.layout is not None or sizes[0] != sizes[1] or length == 1,
-            f"{call.name(self.ids)} is {list(sizes)}: equal sizes do not say which are the sequences; "
-            "attach(model, layout='BQ') does, or 'QB' for [length, sequences]",
+            f"{call.name(self.ids)} is {list(sizes)}: equal sizes do not show which dimension has the sequences; use"
+            " attach(model, layout='BQ'), or 'QB' for [length, sequences]",
         )
         mask = self._beside(call, "mask", self.mask, ids)
         positions = self._beside(call, "positions", self.positions, ids)
@@ -83,23 +83,24 @@ class CallArguments:
         if positions is not None:
             left, runs = _by_positions(call.name(self.positions), positions, left, real, context)
             documents = runs if documents is None else documents
-        at_start = positions is not None or _starts(call, real)
+        # Undeclared positions, already checked, show the start of a text.
+        at_start = positions is not None or (real is None and any(call.named(_POSITIONS)))
         require(
             left is not None or length > context or at_start,
-            f"{call.name(self.ids)} has {length} ids a sequence, fewer than n-grams of {context + 1}: if it is a piece"
-            " of a text, attach(model, left=..) must say what is left of it; if not, positions or left context of"
-            " 0 do",
+            f"{call.name(self.ids)} has {length} ids per sequence, fewer than an n-gram of {context + 1}: if they"
+            " continue a text, attach(model, left=..) must name the ids left of them; if not, pass positions or a left"
+            " context of 0",
         )
         first = self.layout in ("QB", "BQ->QB")
         return Sequences(ids, left, real, documents, sequence_first=first)
 
     def _under_mask(self, call: "Call", mask: Tensor, left: Tensor | None, length: int, context: int) -> Tensor | None:
-        """Left context without the padding in it, of which the mask [B, M + Q] may tell."""
+        """Return the left context with its padding set to 0; the mask may be [B, M + Q] and cover it."""
         older = mask[..., :-length] != 0
         require(
             left is not None or not bool(older.any()),
-            f"{call.name(self.mask)} is longer than ids, so ids are a piece of a text: attach(model, left=..) must say"
-            " which ids are left of it",
+            f"{call.name(self.mask)} is longer than ids, so ids continue a text: attach(model, left=..) must name the"
+            " ids left of them",
         )
         return left if left is None or not older.shape[-1] else left * _last(older, context)
 
@@ -108,8 +109,7 @@ class CallArguments:
         return value.transpose(-1, -2) if self.layout == "QB" and value.dim() >= 2 else value
 
     def _beside(self, call: "Call", name: str, place: Place | None, ids: Tensor) -> Tensor | None:
-        """A declared argument as [B, Q], or [B, M + Q] of a mask that covers what a cache holds; None if not
-        declared."""
+        """Return a declared argument as [B, Q], a mask that covers a cache as [B, M + Q]; None if not declared."""
         if place is None:
             return None
         value = self._turned(call, name, place)
@@ -121,19 +121,19 @@ class CallArguments:
         return value
 
     def _left(self, call: "Call", ids: Tensor, context: int) -> Tensor | None:
-        """Left context [B, C]: the last ids of what is given, behind zeros where less than C is."""
+        """Return the left context [B, C]: the last C given ids, after zeros if there are fewer."""
         if self.left is None:
             return None
         if callable(self.left):
-            name, value = "what left(..) gave", self.left(*call.args, **call.kwargs)
+            name, value = "the result of left(..)", self.left(*call.args, **call.kwargs)
         else:
             name, value = call.name(self.left), call.value(self.left, "left")
         if value is None:
             return ids.new_zeros((*ids.shape[:-1], context))
         require(
             isinstance(value, Tensor) and value.shape[:-1] == ids.shape[:-1],
-            f"{name} is {kind_of(value)}: must be ids [{', '.join(map(str, ids.shape[:-1]))}, any number], of the left"
-            " context",
+            f"{name} is {kind_of(value)}: must be the ids [{', '.join(map(str, ids.shape[:-1]))}, any number] of the"
+            " left context",
         )
         return _last(value.to(ids.device), context)
 
@@ -146,30 +146,32 @@ class Call:
         self.by_name = {**dict(zip(_argument_names(model), args, strict=False)), **kwargs}
 
     def name(self, place: Place | None) -> str:
-        """What to call an argument in a message."""
+        """Return an argument's name for messages."""
         return f"argument {place!r} of the model's call"
 
     def value(self, place: Place, what: str) -> Any:
-        """Give an argument."""
+        """Return an argument's value."""
         given: dict[Place, Any] = dict(enumerate(self.args))
         given.update(self.kwargs)
         if place not in given:
-            raise RuntimeError(f"the model was called without argument {place!r}, which holds the {what}: see attach")
+            raise RuntimeError(
+                f"the model was called without argument {place!r}, which must hold the {what}: see attach"
+            )
         return given[place]
 
     def tensor(self, place: Place, what: str) -> Tensor:
-        """Give an argument that must be a tensor."""
+        """Return an argument that must be a tensor."""
         value = self.value(place, what)
         require(
             isinstance(value, Tensor),
-            f"{self.name(place)} is {kind_of(value)}: must be a tensor, of {what} [sequences, length]; "
-            f"attach(model, {what}=..) says which argument is",
+            f"{self.name(place)} is {kind_of(value)}: must be a tensor of {what} [sequences, length]; name the right"
+            f" argument with attach(model, {what}=..)",
         )
         assert isinstance(value, Tensor)
         return value
 
     def named(self, names: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors of integers among arguments of these names."""
+        """Yield the arguments of these names that are integer tensors."""
         for name in names:
             value = self.by_name.get(name)
             if isinstance(value, Tensor) and not value.is_floating_point() and value.numel():
@@ -177,7 +179,7 @@ class Call:
 
 
 def _argument_names(model: nn.Module) -> list[str]:
-    """Names of the positional arguments, also of a model inside DeepSpeed's or PyTorch's wrapping."""
+    """Return the names of the positional arguments, also for a model wrapped by DeepSpeed or PyTorch."""
     kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
     names = [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds]
     inner = getattr(model, "module", None)
@@ -185,28 +187,28 @@ def _argument_names(model: nn.Module) -> list[str]:
 
 
 def _refuse_other_side(told: CallArguments, call: Call, side: str) -> None:
-    """Refuse the encoder's ids for a decoder, and the other way round."""
+    """Refuse the encoder's ids for layers in a decoder, and the decoder's ids for layers in an encoder."""
     theirs = call.by_name.get("decoder_input_ids")
     is_theirs = theirs is call.value(told.ids, "ids")
     require(
         theirs is None or not side or is_theirs == (side == "decoder"),
-        f"{call.name(told.ids)} holds the ids of the {'decoder' if is_theirs else 'encoder'}, and the layers are in the"
-        f" {side}: attach(model, ids=..) must say which ids those run for",
+        f"{call.name(told.ids)} holds the ids of the {'decoder' if is_theirs else 'encoder'}, but the layers are in the"
+        f" {side}: attach(model, ids=..) must name the ids of the {side}",
     )
 
 
 def _refuse_undeclared(told: CallArguments, call: Call, real: Tensor) -> None:
-    """Refuse a call with arguments that make a difference and that attach was not told of.
+    """Refuse a call with arguments that change n-grams and that attach does not name.
 
     Args:
-        real: bool [B, Q], False where there is padding.
+        real: bool [B, Q], False for padding.
     """
     for name, value in call.by_name.items():
         cache = ("past" in name or "cache" in name) and not isinstance(value, Tensor | bool | int | str)
         require(
             not cache or told.left is not None or _is_empty(value),
-            f"argument {name!r} of the model's call holds what was computed before, so ids are a piece of a text: "
-            "attach(model, left=..) must say which ids are left of it",
+            f"argument {name!r} of the model's call holds a cache of earlier ids, so ids continue a text: "
+            "attach(model, left=..) must name the ids left of them",
         )
         masks = name == "attention_mask" or name.endswith("padding_mask")
         require(
@@ -215,15 +217,15 @@ def _refuse_undeclared(told: CallArguments, call: Call, real: Tensor) -> None:
             or not isinstance(value, Tensor)
             or value.numel() == 0
             or (value.dim() <= 2 and bool((value == value.flatten()[0]).all())),
-            f"argument {name!r} of the model's call masks some ids: attach(model, mask={name!r}) if it is [sequences,"
-            " length] and 0 where there is padding",
+            f"argument {name!r} of the model's call masks some ids: use attach(model, mask={name!r}) if it is"
+            " [sequences, length] and 0 for padding",
         )
     known = told.documents is not None or told.positions is not None
     for name, value in call.named(_DOCUMENTS):
         constant = bool((value == value[..., :1]).all())
         require(
             constant or known,
-            f"argument {name!r} of the model's call has several documents in a sequence: attach(model,"
+            f"argument {name!r} of the model's call has several documents in a sequence: use attach(model,"
             f" documents={name!r})",
         )
     for name, value in () if known else call.named(_POSITIONS):
@@ -233,51 +235,46 @@ def _refuse_undeclared(told: CallArguments, call: Call, real: Tensor) -> None:
 
 
 def _refuse_positions(name: str, positions: Tensor, real: Tensor, *, left: bool) -> None:
-    """Refuse undeclared positions [B, Q] that begin again, or begin within a text of which nothing is known."""
+    """Refuse undeclared positions [B, Q] that restart within a sequence, or that continue an unknown text."""
     steps = (positions[..., 1:] - positions[..., :-1] == 1) | ~real[..., 1:] | ~real[..., :-1]
     require(
         bool(steps.all()),
-        f"argument {name!r} of the model's call begins again within a sequence: attach(model, positions={name!r})",
+        f"argument {name!r} of the model's call restarts within a sequence: use attach(model, positions={name!r})",
     )
     first = positions.gather(-1, real.int().argmax(-1, keepdim=True)) * real.any(-1, keepdim=True)
     require(
         left or not bool(first.any()),
-        f"argument {name!r} of the model's call does not begin with 0, so ids are a piece of a text: "
-        "attach(model, left=..) must say which ids are left of it",
+        f"argument {name!r} of the model's call does not begin with 0, so ids continue a text: "
+        "attach(model, left=..) must name the ids left of them",
     )
-
-
-def _starts(call: Call, real: Tensor | None) -> bool:
-    """Do undeclared positions say that this is the start of a text? What they may be is checked already."""
-    return real is None and any(True for _ in call.named(_POSITIONS))
 
 
 def _by_positions(
     name: str, positions: Tensor, left: Tensor | None, real: Tensor | None, context: int
 ) -> tuple[Tensor | None, Tensor]:
-    """Give the left context of the text that each sequence begins with, and a number for each text in it [B, Q].
+    """Return the left context of each sequence's first text, and a number for each text in it [B, Q].
 
     Raises:
-        UserError: a sequence begins within a text, and nothing is said of what is left of it.
+        UserError: a sequence continues a text, and its left context is unknown.
     """
     real = torch.ones_like(positions, dtype=torch.bool) if real is None else real
     first = positions.gather(-1, real.int().argmax(-1, keepdim=True))
-    first = first * real.any(-1, keepdim=True)  # of padding alone: nothing
+    first = first * real.any(-1, keepdim=True)  # 0 for a sequence of padding alone
     require(
         left is not None or not bool(first.any()),
-        f"{name} begins with {int(first.max())}, so ids are a piece of a text: attach(model, left=..) must say which"
-        " ids are left of it",
+        f"{name} begins with {int(first.max())}, so ids continue a text: attach(model, left=..) must name the ids left"
+        " of them",
     )
     breaks = torch.zeros_like(positions)
     breaks[..., 1:] = (positions[..., 1:] != positions[..., :-1] + 1) & real[..., 1:]
     if left is not None:
-        places = torch.arange(context, 0, -1, device=left.device)  # how far left
+        places = torch.arange(context, 0, -1, device=left.device)  # distance to the left
         left = left * (places <= first.to(left.device))
     return left, breaks.cumsum(-1)
 
 
 def _last(value: Tensor, size: int) -> Tensor:
-    """The last `size` columns, behind zeros where there are fewer."""
+    """Return the last `size` columns, after zeros if there are fewer."""
     missing = value.new_zeros((*value.shape[:-1], max(0, size - value.shape[-1])))
     both = torch.cat((missing, value), dim=-1)
     return both[..., both.shape[-1] - size :]
@@ -292,7 +289,7 @@ def _is_empty(cache: Any) -> bool:
 
 
 def kind_of(value: Any) -> str:
-    """Say what a value is that should have been a tensor."""
+    """Describe a value for the message that a tensor was expected."""
     if isinstance(value, Tensor):
         return f"of shape {list(value.shape)}"
     if isinstance(value, Mapping):
@@ -302,19 +299,19 @@ def kind_of(value: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Before:
-    """The hook before a call: an object, so that in a copy of the model it plans for the copy."""
+    """The hook before a call; an object, so that in a copy of the model it plans for the copy."""
 
     experts: Planner
     told: CallArguments
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Plan."""
+        """Plan the call."""
         self.experts.begin_call(self.told, Call(model, args, kwargs))
 
 
 @dataclass(frozen=True, slots=True)
 class After:
-    """The hook behind the call, also of one that raised."""
+    """The hook after a call, also after one that raised."""
 
     experts: Planner
 
@@ -325,11 +322,11 @@ class After:
 
 @dataclass(frozen=True, slots=True)
 class Attachment:
-    """What attach has put into a model."""
+    """The hooks that attach has registered on a model."""
 
     hooks: tuple[RemovableHandle, ...]
 
     def remove(self) -> None:
-        """Take it out again."""
+        """Remove the hooks."""
         for hook in self.hooks:
             hook.remove()

@@ -1,10 +1,10 @@
-"""Which forward pass a layer belongs to: of a call, what its thread runs; of recomputation in backward, what its graph
-says.
+"""Finds the forward pass to which the run of a layer belongs: by thread in forward, by autograd graph in backward.
 
-Backward runs in threads of autograd's own on a GPU, so a thread says nothing there. But the nodes of autograd's graph
-have a place for notes (Node.metadata). Every pass is noted on the nodes that it made, and lives as long as they do;
-recomputation looks it up from the node that is being run. What has no note (the graph inside of nested recomputation, a
-model that hides its outputs) is of the one pass that it can be of, or of none.
+Activation checkpointing runs layers again in backward. On a GPU backward runs in autograd's own threads, so the thread
+does not identify the pass there. But the nodes of autograd's graph can carry metadata (Node.metadata). Every pass is
+recorded on the nodes that it created and lives as long as they do; a recomputed layer looks it up from the running
+node. A node without a record (inside nested checkpointing, or if a model hides its outputs) belongs to the only
+possible pass, or to none.
 """
 
 import threading
@@ -21,17 +21,12 @@ from foreroute.engine.plug_in.plans import Plans
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
 class Pass:
-    """A forward pass and its backward: what layers run by."""
+    """A forward pass and its backward pass, with the plans for its layers."""
 
     plans: Plans
     dropout_seed: int
-    first_node: int  # autograd numbers the nodes of a thread; those of this pass begin here
-    over: bool = False  # no layer may run by it any more
-
-    def may_be_of(self, node: Any, layer: int) -> bool:
-        """Could this node of the graph, which recomputes the layer, be of this pass?"""
-        used = layer in self.plans.used and not self.over
-        return used and bool(node._sequence_nr() >= self.first_node)
+    first_node: int  # autograd's sequence number of the first node of this pass
+    over: bool = False  # no layer may use it any more
 
 
 class Passes:
@@ -47,45 +42,46 @@ class Passes:
         return stack
 
     def begin(self, new: Pass | None) -> None:
-        """Let this thread's layers run by a pass; None: by the one before, as if this call had not been."""
+        """Make a pass the current one of this thread; None keeps the one before."""
         self._stack().append(new)
         if new is not None:
             with self._lock:
                 self._alive.add(new)
 
     def end(self) -> Pass | None:
-        """Go back to what was before the last `begin`, and give what it began."""
+        """Undo the last `begin` and return its pass."""
         stack = self._stack()
         return stack.pop() if stack else None
 
     def running(self) -> Pass | None:
-        """Give what this thread's layers run by."""
+        """Return this thread's current pass."""
         return next((found for found in reversed(self._stack()) if found is not None), None)
 
     def of_node(self, node: Any, layer: int) -> Pass | None:
-        """Give the pass whose graph has a node that recomputes a layer; None if it cannot be known."""
+        """Return the pass of a graph node that recomputes a layer; None if it is unknown."""
         noted = self._noted(node)
         if noted is not None:
             return noted
         with self._lock:
-            found = [one for one in self._alive if one.may_be_of(node, layer)]
+            unfinished = [one for one in self._alive if layer in one.plans.used and not one.over]
+        found = [one for one in unfinished if node._sequence_nr() >= one.first_node]
         return found[0] if len(found) == 1 else None
 
     def note(self, outputs: Any, of: Pass) -> None:
-        """Note a pass on the nodes that made these outputs, back to its first."""
+        """Record a pass on the nodes that created these outputs, back to its first node."""
         waiting: list[Any] = [t.grad_fn for t in tensors_of(outputs) if t.grad_fn is not None]
         while waiting:
             node = waiting.pop()
             notes: dict[Any, Any] = node.metadata
             older = node._sequence_nr() < of.first_node
-            shared = node.name().endswith("AccumulateGrad")  # a parameter's: of all passes
+            shared = node.name().endswith("AccumulateGrad")  # a parameter's node, in every pass
             if older or shared or self in notes:
                 continue
             notes[self] = of
             waiting += [before for before, _ in node.next_functions if before is not None]
 
     def _noted(self, node: Any) -> Pass | None:
-        """Give the note on a node, or the next one on the way to what it was made from."""
+        """Return the pass recorded on a node, or on the nearest node among its inputs."""
         waiting, seen = [node], {node}
         for node in waiting:
             found: Pass | None = node.metadata.get(self)
@@ -98,7 +94,7 @@ class Passes:
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors of a model's outputs: in tuples, lists, mappings and dataclasses."""
+    """Yield the tensors in a model's outputs, also inside tuples, lists, mappings and dataclasses."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -113,5 +109,5 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
 
 
 def backward_node() -> Any:
-    """The autograd node that is being run, None outside of backward: what runs a layer there is recomputation."""
+    """Return the running autograd node, None outside backward; a layer that runs in backward is recomputed."""
     return torch._C._current_autograd_node()

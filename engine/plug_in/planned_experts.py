@@ -1,9 +1,8 @@
-"""Expert layers that run inside somebody else's model, and the plans that they run by; engine/plug_in/replace.py puts
-them there.
+"""The plans for expert layers inside the user's model; engine/plug_in/replace.py inserts the layers.
 
-A layer (engine/plug_in/planned_layer.py) gets hidden states only; the model around it knows nothing of plans. So
-PlannedExperts keeps the plans of the forward passes that are under way, and each layer asks it. A plan is for one
-forward pass: what would run by the plan of another raises.
+A layer (engine/plug_in/planned_layer.py) receives hidden states only, and the model around it has no plans. So
+PlannedExperts holds the plans of the forward passes in progress, and each layer gets its plan from it. A plan is for
+one forward pass: a layer that would use another pass's plan raises.
 
 Letters: B sequences, Q ids of each, C = ngram - 1 ids left of them, D width, T = B*Q tokens, P ranks of the expert
 group.
@@ -46,7 +45,7 @@ Batch = TypeVar("Batch", bound=Sequence[Any] | Mapping[Any, Any])
 
 
 _forks = 0
-"""From how many processes, one after the other, this one was forked since this file was imported."""
+"""The number of forks between the process that imported this file and this process."""
 
 
 def _count_fork() -> None:
@@ -58,18 +57,18 @@ os.register_at_fork(after_in_child=_count_fork)
 
 
 class PlannedExperts:
-    """The replaced layers of a model, their tables, and the plans of the pass under way. Made by replace_feed_forwards.
+    """The expert layers of a model, their tables, and the plans of the current pass; made by replace_feed_forwards.
 
-    A copy of the model (copy.deepcopy, pickle, torch.save, AveragedModel) has one of its own, with the same tables, k
-    and number of passes, and with no plans: engine.plug_in.experts_of gives it. If experts are shared out it connects
-    to the other ranks when it plans first, for which every rank of the run must plan with its copy.
+    A copy of the model (copy.deepcopy, pickle, torch.save, AveragedModel) has its own, with the same tables, k and
+    number of passes, and without plans: engine.plug_in.experts_of returns it. If experts are sharded, it connects to
+    the other ranks at its first plan, so every rank of the run must plan with its copy.
     """
 
     comm: ExpertGroupComm | None = None
-    """What the layers exchange rows through, with its counts and times; None before the first pass and on one rank."""
+    """The communicator of the expert group, with counts and times; None before the first pass and on one rank."""
 
     replaced: tuple[Replaced, ...] = ()
-    """What the layers took the place of, layer by layer."""
+    """The replaced modules, layer by layer."""
     _cpu_group: CpuGroup | None
 
     def __init__(
@@ -83,19 +82,19 @@ class PlannedExperts:
         k: int,
         seed: int,
     ) -> None:
-        """Take the layers, numbered from 0, with a table for all or one each; collective over all ranks."""
+        """Set the layers, numbered from 0, and one table for all or one for each; a collective over all ranks."""
         self.layers, self._mesh, self._parallel = layers, mesh, parallel
         self._width, self._seed = width, seed
         self._use(tables)
         self.k = k
-        self._passes = 0  # begun so far
+        self._passes = 0  # number of passes begun
         self._connections()
         self._cpu_group = expert_cpu_group(mesh, self._timeout)
 
     def _connections(self) -> None:
-        """What a copy has of its own."""
+        """Create the state that a copy does not share."""
         self._forks = _forks
-        # all plans, in the order in which they were asked for
+        # makes all plans, in the order of the requests
         self._thread = ThreadPoolExecutor(1, "foreroute-planner")
         self._cpu_group = None
         self._delivery: Delivery | None = None
@@ -104,13 +103,13 @@ class PlannedExperts:
         self.comm = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is copied: neither threads nor locks, connections nor plans."""
+        """Return the state of a copy, without threads, locks, connections and plans."""
         names = "layers", "replaced", "_mesh", "_parallel", "_width", "_seed", "_k", "_passes"
         kept = {name: getattr(self, name) for name in names}
         return {**kept, "tables": [router.table for router in self._routers]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Become a copy."""
+        """Restore a copy."""
         tables = state.pop("tables")
         self.__dict__.update(state)
         self._use(tables)
@@ -118,12 +117,12 @@ class PlannedExperts:
 
     @property
     def tables(self) -> int:
-        """A 64-bit digest of the tables, equal for equal ones."""
+        """A 64-bit digest of the tables; equal tables have equal digests."""
         return self._tables
 
     @property
     def k(self) -> int:
-        """Active experts of what is planned from here on; the same on all ranks."""
+        """The number of active experts in new plans; the same on all ranks."""
         return self._k
 
     @k.setter
@@ -136,37 +135,37 @@ class PlannedExperts:
     def plan(
         self, ids: Tensor, left: Tensor | None = None, *, mask: Tensor | None = None, documents: Tensor | None = None
     ) -> Plans:
-        """Plan a batch for one forward pass, as early as its ids are known; in the training process, not in a loader's.
+        """Plan a batch for one forward pass, in the training process, not in a loader's worker.
 
-        With several ranks in an expert group, each needs the ids of all. They are exchanged between the hosts, unless
-        given. So the ranks must ask for plans, here and by all other ways, in the same order, and all with documents or
-        none.
+        A plan can be made as soon as the ids are known. With several ranks in an expert group, each rank needs the ids
+        of all. They are exchanged between the hosts, unless given. So all ranks must request plans, by this and every
+        other method, in the same order, and all with documents or all without.
 
         Args:
             ids: int [B, Q] of this rank; or [P, B, Q] of all ranks of the expert group, and then nothing is exchanged.
-            left: as ids with C for Q, the true ids left of each sequence. Without it they count as 0, as at the start
-                of a text.
-            mask: as ids, 0 where there is padding, left or right of a sequence: ids behind it begin a text.
-            documents: int as ids; where their number changes a text begins. Left context is of the first.
+            left: as ids with C for Q, the ids left of each sequence. By default they count as 0, as at the start of a
+                text.
+            mask: as ids, 0 for padding, left or right of a sequence; ids after left padding begin a text.
+            documents: int as ids; a change of number begins a text. Left context belongs to the first document.
 
         Raises:
-            UserError: ids that are not in the vocabulary, or anything of a wrong shape.
+            UserError: an id is not in the vocabulary, or an argument has a wrong shape.
             RunFailed: the ranks of the expert group differ in B, Q, k or their tables.
         """
-        return self._planned_in_turn(Sequences(ids, left, mask, documents))
+        return self._submit(Sequences(ids, left, mask, documents)).result()
 
     def ahead(self, batches: Iterable[Batch], depth: int = 2, *, ids: Any = 0) -> Iterator[tuple[Plans, Batch]]:
-        """Yield each batch with its plans, made in a thread while earlier ones train.
+        """Yield each batch with its plans, which a thread makes while earlier batches train.
 
             for plans, (ids, targets) in experts.ahead(loader):
                 with experts.planned(plans):
                     ...
 
-        A changed k holds from the batch after the next `depth` on. With several ranks in an expert group all must take
-        equally many batches.
+        A change of k takes effect after the next `depth` batches. With several ranks in an expert group, all must take
+        the same number of batches.
 
         Args:
-            ids: where they are in a batch: its place, or its key in a mapping.
+            ids: the position of the ids in a batch, or their key in a mapping.
         """
         waiting: deque[tuple[Future[Plans], Batch]] = deque()
         for batch in batches:
@@ -174,8 +173,8 @@ class PlannedExperts:
                 found = batch[ids]
             except (LookupError, TypeError):
                 raise UserError(
-                    f"a batch is {kind_of(batch)}, without ids={ids!r}: ahead(batches, ids=..) must be their place"
-                    " or key"
+                    f"a batch is {kind_of(batch)}, without ids={ids!r}: ahead(batches, ids=..) must be the position or"
+                    " key of the ids"
                 ) from None
             waiting.append((self._submit(Sequences(found)), batch))
             if len(waiting) > depth:
@@ -195,9 +194,9 @@ class PlannedExperts:
         mask: Tensor | None = None,
         documents: Tensor | None = None,
     ) -> Iterator[Plans]:
-        """Run one forward pass of the model inside, in this thread, by these plans or those of these ids (see `plan`).
+        """Run one forward pass of the model inside, in this thread, with these plans or with plans of these ids.
 
-        With activation checkpointing, backward runs the layers again: then it belongs inside, too.
+        Activation checkpointing runs the layers again in backward, which then also belongs inside.
         """
         if self.passes.running() is not None:
             raise RuntimeError("planned() inside planned(): one forward pass at a time")
@@ -222,24 +221,23 @@ class PlannedExperts:
         documents: Place | None = None,
         layout: Layout | None = None,
     ) -> Attachment:
-        """Let each call of the model, or of a DeepSpeed engine, plan from its own arguments; inside `planned` it does
-        not.
+        """Make each call of the model, or of a DeepSpeed engine, plan from its own arguments, except inside `planned`.
 
-        Planning is then part of the step. Each argument here names one of the call: its place among the positional
-        ones, or a keyword. Calls that cannot be planned from what is named are refused: shorter than an n-gram, with a
-        cache, or with positions that do not begin with 0, without `left`; with an attention mask, several documents, or
-        equal sizes that nothing is said of. A text in pieces that no argument shows (prefill in parts without
-        positions) is not noticed.
+        Planning is then part of the step. Each argument here names an argument of the call, by its position or its
+        keyword. A call is refused if the named arguments do not determine its n-grams. Without `left`, that is a call
+        shorter than an n-gram, with a cache, or with positions that do not begin with 0. It is also a call with an
+        attention mask, several documents or equal sizes that no argument here names. A continued text that no argument
+        of the call shows (chunked prefill without positions) is not detected.
 
         Args:
             ids: the ids [B, Q].
-            left: the ids left of each sequence [B, any number]; or a function that gives them, or None, for the call's
-                arguments.
-            mask: [B, Q], 0 where there is padding, or longer on the left, where it covers a cache.
-            positions: of the ids in their texts, [B, Q] or [Q]; a text begins wherever they do not count on.
-            documents: numbers [B, Q]; a text begins where they change.
-            layout: "BQ", the default where sizes differ; "QB" if all these, and hidden states, are [Q, B]; "BQ->QB" if
-                only hidden states are.
+            left: the ids left of each sequence [B, any number]; or a function of the call's arguments that returns
+                them, or None.
+            mask: [B, Q], 0 for padding; longer on the left if it covers a cache.
+            positions: positions of the ids in their texts, [B, Q] or [Q]; a text begins where they are not consecutive.
+            documents: document numbers [B, Q]; a text begins where they change.
+            layout: "BQ", the default if sizes differ; "QB" if all of these and the hidden states are [Q, B]; "BQ->QB"
+                if only the hidden states are.
         """
         told = CallArguments(ids, left, mask, positions, documents, layout)
         before = model.register_forward_pre_hook(Before(self, told), with_kwargs=True)
@@ -247,24 +245,24 @@ class PlannedExperts:
         return Attachment((before, after))
 
     def begin_call(self, told: CallArguments, call: Call) -> None:
-        """Plan for a call of an attached model, unless it has a plan; its hook asks by itself."""
-        self.passes.begin(None)  # whatever happens, end_call takes one away
+        """Plan a call of an attached model that has no plan; its hook calls this."""
+        self.passes.begin(None)  # end_call always removes one
         if self.passes.running() is not None or backward_node() is not None:
-            return  # inside `planned`, inside another attached call, or the whole model is recomputed
+            return  # inside `planned`, inside another attached call, or in activation checkpointing of the whole model
         side = side_of(self.replaced[0].name) if self.replaced else ""
         sequences = told.read(call, self._routers[0].table.ngram - 1, side)
-        plans = self._planned_in_turn(sequences)
+        plans = self._submit(sequences).result()
         self.passes.end()
         self._begin(plans)
 
     def end_call(self, outputs: Any) -> None:
-        """Note the call's pass on the graph of its outputs, for recomputation in backward."""
+        """Record the call's pass on the graph of its outputs, for activation checkpointing in backward."""
         running = self.passes.end()
         if running is not None:
             self.passes.note(outputs, running)
 
     def call(self, layer: int, x: Tensor) -> tuple[Routing, Pass]:
-        """Give a layer what it needs for x, and the pass it is of; the layers ask by themselves."""
+        """Return the routing of a layer for x, and its pass; the layers call this."""
         node = backward_node()
         running = self.passes.running() if node is None else self.passes.of_node(node, layer)
         if node is None and running is None:
@@ -274,16 +272,16 @@ class PlannedExperts:
             )
         if running is None or running.over or (node is not None and layer not in running.plans.used):
             raise RuntimeError(
-                "an expert layer is recomputed in backward, and the plan of its forward pass is gone: run backward"
+                "an expert layer is recomputed in backward, but the plan of its forward pass is gone: run backward"
                 " before the next forward pass, and inside the same `with experts.planned(ids):`"
             )
         plans = running.plans
         if node is None and layer in plans.used:
             raise RuntimeError(
-                "an expert layer has run by this plan before: every forward pass needs a plan of its own ids"
+                "an expert layer has already run with this plan: every forward pass needs a plan of its own ids"
             )
         if x.shape[:-1] not in (plans.shape, (plans.shape[0] * plans.shape[1],)):
-            raise ValueError(f"x is {list(x.shape)}: the plan is for ids {list(plans.shape)}, first the sequences")
+            raise ValueError(f"x is {list(x.shape)}: the plan is for ids {list(plans.shape)}, sequences first")
         self._connect(x.device)
         plans.used.add(layer)
         return Routing(plans.k, plans.plans, plans.token_T, running.dropout_seed), running
@@ -291,7 +289,7 @@ class PlannedExperts:
     # State.
 
     def state_dict(self) -> dict[str, Any]:
-        """Give k and the tables, a part of the model that its own state_dict lacks, and whose they are."""
+        """Return k, the tables, which the model's state_dict does not hold, and the rank to which they belong."""
         return {
             "place": self._place(),
             "k": self.k,
@@ -300,11 +298,11 @@ class PlannedExperts:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with what state_dict gave.
+        """Restore the result of state_dict.
 
         Raises:
-            UserError: it is of another number of tables or experts; or experts are shared out and it is of another
-                rank, number of ranks or size of an expert group, where the same file holds other experts.
+            UserError: the number of tables or experts differs; or experts are sharded, and the rank, the number of
+                ranks or the size of the expert group differs, for which the same file holds other experts.
         """
         tables = [table_from_state(table) for table in state["tables"]]
         shape = len(tables), tables[0].order_rE.shape[1]
@@ -331,14 +329,11 @@ class PlannedExperts:
         self._num_experts = tables[0].order_rE.shape[1]
         self._tables = tables_digest(self._routers)
 
-    def _planned_in_turn(self, sequences: Sequences) -> Plans:
-        return self._submit(sequences).result()
-
     def _submit(self, sequences: Sequences) -> Future[Plans]:
-        if _forks != self._forks:  # the thread is the other process's, and would be waited for for ever
+        if _forks != self._forks:  # the thread belongs to the other process: its result would never come
             raise UserError(
-                "planning in a forked process, such as a DataLoader's worker: must be in the one that trains;"
-                " ahead(loader) plans beside it"
+                "planning in a forked process, such as a DataLoader's worker: must be in the training process;"
+                " ahead(loader) plans in a thread of it"
             )
         return self._thread.submit(self._plan, sequences, self.k)
 
@@ -372,7 +367,7 @@ class PlannedExperts:
         return Plans(k, shape, self._tables, plans, token_T, copied)
 
     def _check(self, ids: Tensor, left: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Give ids and left context as int64 on the host."""
+        """Return ids and left context as int64 on the host."""
         table, ranks = self._routers[0].table, self._mesh.ep_size
         for name, given in (("ids", ids), ("left", ids if left is None else left)):
             require(isinstance(given, Tensor), f"{name} is {kind_of(given)}: must be a tensor of ids")
@@ -396,7 +391,7 @@ class PlannedExperts:
         return ids.cpu().long(), left.cpu().long()
 
     def _share(self, ids_BQ: Tensor, left_BC: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Exchange ids and left context in the expert group: first the sizes, then [B, C + Q] numbers of 4 bytes."""
+        """Gather ids and left context over the expert group: first the sizes, then [B, C + Q] numbers of 4 bytes."""
         names = "sequences", "length", "k", "tables"
         cpu_group = self._cpu_group = self._cpu_group or self._reconnect()
         try:
@@ -417,7 +412,7 @@ class PlannedExperts:
         return both_PBS[..., context:].contiguous(), both_PBS[..., :context].contiguous()
 
     def _reconnect(self) -> CpuGroup:
-        """Connect a copy to the other ranks of its expert group; collective over all ranks."""
+        """Connect a copy to the other ranks of its expert group; a collective over all ranks."""
         mesh = self._mesh
         if mesh.ep_size > 1:
             place = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -438,7 +433,7 @@ class PlannedExperts:
         return running
 
     def _connect(self, device: torch.device) -> None:
-        """Let the layers exchange rows, once DeepSpeed has formed the groups."""
+        """Connect the layers to the expert group, after DeepSpeed has created it."""
         if self.comm is not None or self._mesh.ep_size == 1:
             return
         self.comm = expert_group_comm(self._mesh, device, timed=False)

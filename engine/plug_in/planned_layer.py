@@ -1,4 +1,4 @@
-"""The module in the place of a feed-forward; it asks engine/plug_in/planned_experts.py what to run by.
+"""The module that replaces a feed-forward; it gets its plans from engine/plug_in/planned_experts.py.
 
 Letters: B sequences, Q ids of each, D width, T = B*Q tokens.
 """
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class PlannedFeedForward(nn.Module):
-    """An expert layer in the place of a feed-forward: x [..., D] to [..., D]."""
+    """An expert layer that replaces a feed-forward: x [..., D] to [..., D]."""
 
     def __init__(self, moe: MoELayer, experts: "PlannedExperts") -> None:
         super().__init__()
@@ -24,11 +24,11 @@ class PlannedFeedForward(nn.Module):
         self._experts = experts
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to x [B, Q, D], or to the same tokens row by row, [T, D].
+        """Apply the layer to x [B, Q, D], or to the same tokens flattened, [T, D].
 
         Raises:
-            RuntimeError: no plan, or one that is not of this forward pass; or the model is traced or exported.
-            ValueError: x is not of the batch that was planned.
+            RuntimeError: there is no plan for this forward pass, or the model is traced or exported.
+            ValueError: the shape of x differs from that of the planned batch.
         """
         _refuse_tracing(x)
         routing, running = self._experts.call(self.moe.layer, x)
@@ -40,28 +40,28 @@ class PlannedFeedForward(nn.Module):
 
     @property
     def experts(self) -> "PlannedExperts":
-        """What plans for it: in a copy of the model another one than in the model."""
+        """The planner of this layer; a copy of the model has its own."""
         return self._experts
 
     def get_extra_state(self) -> Tensor:
-        """Give a digest of the tables for the model's state_dict, which lacks them.
+        """Return a digest of the tables for the model's state_dict, which does not hold them.
 
-        It is 8 numbers of 0 .. 255 as fp32 [8]: averages and other number formats leave them as they are.
+        It is 8 numbers from 0 to 255 as fp32 [8], which averaging and conversion to other number formats preserve.
         """
         digest = self._experts.tables % 2**64
         return torch.tensor(list(digest.to_bytes(8, "little")), dtype=torch.float32)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Refuse the state of a model that was trained with other tables.
+        """Check that a state belongs to a model with the same tables.
 
         Raises:
-            UserError: it is.
+            UserError: the model was trained with other tables.
         """
         here = self.get_extra_state()
         require(
             torch.equal(state.detach().cpu().float().round(), here),
-            f"state of a model with other tables: digest {_hex(state)}, must be {_hex(here)} as here; give "
-            "load_state_dict of the experts what its state_dict gave first",
+            f"state of a model with other tables: digest {_hex(state)}, must be {_hex(here)} as here; first load the"
+            " state_dict of its experts with load_state_dict of these experts",
         )
 
 
@@ -70,7 +70,7 @@ def _hex(digest: Tensor) -> str:
 
 
 def _refuse_tracing(x: Any) -> None:
-    """Raise where a record of the call would be run for other ids: it would keep the plan of this call's."""
+    """Raise if the call is recorded to run again with other ids: the record would keep this call's plan."""
     traced = isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_exporting()
     captured = isinstance(x, Tensor) and x.is_cuda and torch.cuda.is_current_stream_capturing()
     if traced or captured:

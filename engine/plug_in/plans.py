@@ -1,7 +1,7 @@
-"""What is planned for somebody else's model, and from what; engine/plug_in/planned_experts.py plans.
+"""The plans for the user's model and the ids from which they are made; engine/plug_in/planned_experts.py makes them.
 
-A token's routing depends on the ids of its n-gram: itself and what is left of it in its text. So padding and other
-documents must not get into it. Where nothing is left, ids count as 0, as at the start of a text.
+A token's routing depends on its n-gram: its own id and the ids left of it in the same text. Padding and other documents
+must not be part of it. At the start of a text the missing ids count as 0.
 
 Letters: B sequences, Q ids of each, C = ngram - 1 ids left of them.
 """
@@ -20,38 +20,40 @@ class Plans:
     """The routing of one batch in every replaced layer, for one forward pass."""
 
     k: int  # active experts
-    shape: tuple[int, ...]  # B, Q, or Q, B where hidden states are sequence first
+    shape: tuple[int, ...]  # B, Q; or Q, B for hidden states [Q, B, D]
     tables: int  # digest of the tables
-    plans: tuple[Plan, ...]  # one for all layers, or one each
+    plans: tuple[Plan, ...]  # one for all layers, or one for each
     token_T: Tensor  # int64: numbers of the expert group's tokens among those of all ranks
-    copied: torch.cuda.Event | None  # of the copy to a GPU
-    used: set[int] = field(default_factory=set)  # layers that have run by it
+    copied: torch.cuda.Event | None  # the end of the copy to a GPU
+    used: set[int] = field(default_factory=set)  # layers that have run with it
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sequences:
-    """Ids, and what belongs to their texts. In all shapes, [P, B, ..] of all ranks of the expert group may stand for
-    [B, ..]."""
+    """Ids and the context that determines their n-grams.
+
+    Shapes may be [P, B, ..], of all ranks of the expert group, in place of [B, ..].
+    """
 
     ids: Tensor  # int [B, Q]
-    left: Tensor | None = None  # int [B, C]: the true ids left of each sequence; None: the start of a text
-    mask: Tensor | None = None  # [B, Q]: 0 where there is padding, left or right of a sequence
-    documents: Tensor | None = None  # int [B, Q]: another number, another text
-    sequence_first: bool = False  # the layers get [Q, B, D]
+    left: Tensor | None = None  # int [B, C]: the ids left of each sequence; None: the start of a text
+    mask: Tensor | None = None  # [B, Q]: 0 for padding, left or right of a sequence
+    documents: Tensor | None = None  # int [B, Q]: a change of number begins a text
+    sequence_first: bool = False  # hidden states are [Q, B, D]
 
 
 def keep_to_texts(sequences: Sequences, ids: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
-    """Give ids [.., B, Q] and left context [.., B, C] whose n-grams have nothing in them but the text of each id.
+    """Return ids [.., B, Q] and left context [.., B, C] such that each n-gram has only ids of its own text.
 
-    With documents, or sequence first, that is a sequence for each id: ids [.., B*Q, 1] and left context [.., B*Q, C].
+    With documents or sequence_first each id becomes a sequence: ids [.., B*Q, 1] and left context [.., B*Q, C].
 
     Args:
         ids, left: those of `sequences`, checked, int64 on the host.
 
-    Example: ids [[3, 4, 5]] of documents [[0, 1, 1]] and left [[9]] give ids [[3], [4], [5]] and left [[9], [0], [4]].
+    Example: ids [[3, 4, 5]], documents [[0, 1, 1]], left [[9]] become ids [[3], [4], [5]] and left [[9], [0], [4]].
 
     Raises:
-        UserError: mask or documents of a wrong shape, padding within a sequence or right behind left context.
+        UserError: mask or documents have a wrong shape, or padding is within a sequence or directly after left context.
     """
     for name in ("mask", "documents"):
         value = getattr(sequences, name)
@@ -77,18 +79,21 @@ def keep_to_texts(sequences: Sequences, ids: Tensor, left: Tensor) -> tuple[Tens
 def _without_padding(ids: Tensor, left: Tensor, real: Tensor) -> Tensor:
     starts = (real[..., 1:] & ~real[..., :-1]).sum(-1) + real[..., 0]
     require(
-        bool((starts <= 1).all()), "mask: has padding between the ids of a sequence; it must be left or right of them"
+        bool((starts <= 1).all()), "mask: has padding between the ids of a sequence; must have it left or right of them"
     )
-    behind = left.any(-1) & ~real[..., 0] & real.any(-1)
+    separated = left.any(-1) & ~real[..., 0] & real.any(-1)
     require(
-        not bool(behind.any()), "mask: has padding between left context and the ids of a sequence; left must be 0 there"
+        not bool(separated.any()),
+        "mask: has padding between left context and the ids of a sequence; left must be 0 there",
     )
     return ids * real
 
 
 def _windows(ids: Tensor, left: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
-    """Give each id's n-gram [.., B, Q, C + 1], and where it is of the id's document; left context is of the first
-    one's."""
+    """Return each id's n-gram [.., B, Q, C + 1], and a mask of its ids in the same document as the id.
+
+    Left context belongs to the first document.
+    """
     size = left.shape[-1] + 1
     changes = torch.zeros_like(documents)
     changes[..., 1:] = documents[..., 1:] != documents[..., :-1]

@@ -1,8 +1,9 @@
-"""foreroute's expert layer in somebody else's model: their feed-forwards replaced, their loop, DeepSpeed or plain
-PyTorch.
+"""foreroute's expert layer in place of the feed-forwards of the user's model, with DeepSpeed or plain PyTorch.
 
-    experts = replace_feed_forwards(model, r"layers\\.\\d+\\.mlp", width=256, vocab_size=256, moe=MoEConfig(), k=4,
-    text_ids=text) optimizer = torch.optim.Adam(parameter_groups(model.parameters()), lr=1e-3)
+    experts = replace_feed_forwards(
+        model, r"layers\\.\\d+\\.mlp", width=256, vocab_size=256, moe=MoEConfig(), k=4, text_ids=text
+    )
+    optimizer = torch.optim.Adam(parameter_groups(model.parameters()), lr=1e-3)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     for ids, targets in batches:
         with experts.planned(ids):
@@ -10,21 +11,22 @@ PyTorch.
             engine.backward(loss)
             engine.step()
 
-Hashed routers only. A forward pass needs the plan of its own ids and uses it up; a pass without one raises. `planned`
-plans there and then; `ahead`, or `plan`, does it before the step; after `attach(model)` each call of the model plans
-from its ids. On one rank DeepSpeed is not needed. On several it is: a group of `parallel.expert_ranks` neighbouring
-ranks shares out the experts, DeepSpeed forms the groups and adds up the gradients, at ZeRO 0 to 3.
+Hashed routers only. Every forward pass needs a plan of its own ids, and a plan is used once; a pass without a plan
+raises. `planned` makes the plan when it is entered. `ahead` and `plan` make it before the step. After `attach(model)`
+each call of the model plans from its ids. On one rank DeepSpeed is not needed. On several ranks it is: a group of
+`parallel.expert_ranks` neighbouring ranks shards the experts; DeepSpeed creates the groups and reduces the gradients,
+at ZeRO 0 to 3.
 
-What DeepSpeed 0.19.8 makes of shared-out experts, and nothing here can mend:
+Limits of DeepSpeed 0.19.8 with sharded experts, which foreroute cannot remove:
 
-* gradient_clipping, 1.0 unless its config says otherwise, is wrong at ZeRO-0, where it averages the norms of ranks: set
-  0 there, or use ZeRO 1, 2 or 3.
-* A client optimizer without `parameter_groups` is refused by ZeRO 1 and 2.
-* A model built inside deepspeed.zero.Init is refused here, and use_data_before_expert_parallelism at the first forward
-  pass.
-* save_checkpoint refuses the layers. What each rank holds can be saved, and goes on bit for bit on as many ranks,
-  expert groups of the same size and the same ZeRO stage; on other ranks or groups load_state_dict of the experts
-  raises:
+* gradient_clipping, by default 1.0, is wrong at ZeRO-0, where it averages the norms of ranks: set 0 there, or use
+  ZeRO 1, 2 or 3.
+* ZeRO 1 and 2 refuse a client optimizer without `parameter_groups`.
+* A model built inside deepspeed.zero.Init is refused here; use_data_before_expert_parallelism is refused at the first
+  forward pass.
+* save_checkpoint refuses the layers. Each rank can save its own state instead. Training resumes from it bit for bit
+  with the same number of ranks, size of expert groups and ZeRO stage; with other ranks or groups, load_state_dict of
+  the experts raises:
 
       state = {"optimizer": engine.optimizer.state_dict(), "experts": experts.state_dict()}
       state["module"] = engine.module.state_dict()                           # ZeRO 0 to 2
@@ -89,37 +91,36 @@ def replace_feed_forwards(
     parallel: ParallelConfig | None = None,
     kernels: KernelsConfig | None = None,
 ) -> PlannedExperts:
-    """Put an expert layer in the place of each feed-forward of a model, before DeepSpeed or an optimizer sees its
-    parameters.
+    """Replace each matching feed-forward of a model by an expert layer.
 
-    The new modules take x [..., D] alone and give as much; number format and device are those of what they replace.
-    Nothing else of the model changes, nor does PyTorch's random state. Every rank calls it with the same arguments.
-    `replaced` of the result says what was replaced.
+    Call it before DeepSpeed or an optimizer takes the model's parameters, on every rank with the same arguments. The
+    new modules take x [..., D] alone and return the same shape, in the number format and on the device of the modules
+    that they replace. The rest of the model and PyTorch's random state do not change. `replaced` of the result lists
+    the replaced modules.
 
     Args:
         pattern: regular expression; modules whose whole name (as in named_modules) it matches are replaced. Each must
-            hold the parameters of one feed-forward and no others: a block with attention or a norm in it is refused.
-        width: of the hidden states (D).
-        k: active experts to begin with; experts.k = .. changes it.
-        text_ids: training text as one stream of ids, from which builders balanced and packed make their tables; of
-            builder random None.
-        seed: of weights, tables and the experts' dropout.
-        dropout: rate on the experts' hidden units, and those of the shared expert.
-        init_std: standard deviation of the experts' first weights; their biases are 0.
-        parallel: expert_ranks above 1 shares the experts out over so many neighbouring ranks, for which the process
-            group must be there already; exchange, wire and chunks say how rows travel. By default each rank has all
-            experts.
+            hold the parameters of one feed-forward and no others: a block with attention or a norm is refused.
+        width: width of the hidden states (D).
+        k: initial number of active experts; set experts.k to change it.
+        text_ids: training text as one stream of ids, from which the builders balanced and packed make their tables;
+            None for builder random.
+        seed: seed of weights, tables and the experts' dropout.
+        dropout: rate on the hidden units of the experts and the shared expert.
+        init_std: standard deviation of the experts' initial weights; their biases are 0.
+        parallel: expert_ranks above 1 shards the experts over that many neighbouring ranks and requires an initialized
+            process group; exchange, wire and chunks configure the exchange. By default each rank has all experts.
 
     Raises:
-        UserError: no such module, one that is no feed-forward or more than one, or options that do not go together.
+        UserError: the pattern matches no module, or one that is not exactly one feed-forward; or options conflict.
     """
     parallel = parallel or ParallelConfig()
     require(
         moe.router is Router.hashed,
-        f"moe.router={moe.router.name}: must be hashed, whose plans depend on the ids alone",
+        f"moe.router={moe.router.name}: must be hashed, as its plans depend on the ids alone",
     )
     require(moe.keys is Keys.own, f"moe.keys={moe.keys.name}: only own keys have plans that depend on the ids alone")
-    require(moe.layers is None, f"moe.layers={moe.layers}: the pattern says which layers have experts")
+    require(moe.layers is None, f"moe.layers={moe.layers}: must be null, as the pattern selects the layers")
     require(0 <= dropout < 1, f"dropout={dropout}: must be in [0, 1)")
     mesh = _mesh(parallel.expert_ranks)
     names = find_feed_forwards(model, pattern, width)
@@ -147,10 +148,10 @@ def replace_feed_forwards(
 
 
 def experts_of(model: nn.Module) -> PlannedExperts:
-    """Give what plans for a model whose feed-forwards were replaced: for a copy of such a model, the copy's.
+    """Return the planner of a model whose feed-forwards were replaced; a copy of such a model has its own.
 
     Raises:
-        UserError: it has none, or several calls of replace_feed_forwards made them.
+        UserError: the model has no expert layers, or layers of several calls of replace_feed_forwards.
     """
     found = {m.experts for m in model.modules() if isinstance(m, PlannedFeedForward)}
     require(len(found) == 1, f"the model has expert layers of {len(found)} calls of replace_feed_forwards: must be 1")
@@ -182,9 +183,9 @@ def _tables(moe: MoEConfig, vocab_size: int, text_ids: Text | None, layers: int,
 
 
 def _on_host(text_ids: Text) -> NDArray[np.integer[Any]]:
-    """Give a text on any device as one stream."""
+    """Return a text from any device as one stream on the host."""
     if isinstance(text_ids, Tensor):
-        require(not text_ids.is_meta, "text_ids: is on the meta device, without values; must be on another")
+        require(not text_ids.is_meta, "text_ids: is on the meta device, without values; must be on another device")
         text_ids = text_ids.detach().cpu().numpy()
     text = np.asarray(text_ids).reshape(-1)
     require(np.issubdtype(text.dtype, np.integer), f"text_ids of {text.dtype}: must be whole numbers, as one stream")

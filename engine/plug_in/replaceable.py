@@ -1,8 +1,7 @@
-"""Which modules of somebody else's model are feed-forwards that an expert layer may replace; engine/plug_in/replace.py
-replaces them.
+"""Finds the modules of the user's model that an expert layer may replace; engine/plug_in/replace.py replaces them.
 
-What is replaced is gone, so a module must hold the parameters of one feed-forward and nothing else. The parameters
-decide, and the kinds of modules; the calculation is not looked at.
+A replaced module is removed, so it must hold the parameters of one feed-forward and nothing else. The check uses the
+shapes of parameters and the types of modules, not the computation.
 
 Letters: D width, F hidden width of a feed-forward.
 """
@@ -24,22 +23,22 @@ _CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
 
 @dataclass(frozen=True, slots=True)
 class Replaced:
-    """What an expert layer took the place of."""
+    """A module that an expert layer has replaced."""
 
-    name: str  # in the model
-    kind: str  # class of the module that was there
-    shapes: dict[str, tuple[int, ...]]  # of its parameters, which are gone
+    name: str  # its name in the model
+    kind: str  # its class
+    shapes: dict[str, tuple[int, ...]]  # shapes of its parameters, which are removed
 
 
 def find_feed_forwards(model: nn.Module, pattern: str, width: int) -> list[str]:
-    """Give the names of the modules to replace, in the model's order.
+    """Return the names of the modules to replace, in the model's order.
 
     Args:
         pattern: regular expression for whole names, as in named_modules.
-        width: of the hidden states (D).
+        width: width of the hidden states (D).
 
     Raises:
-        UserError: no such module, or one that may not be replaced.
+        UserError: no module matches, or one that may not be replaced.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     names = [name for name in modules if re.fullmatch(pattern, name)]
@@ -63,7 +62,7 @@ def find_feed_forwards(model: nn.Module, pattern: str, width: int) -> list[str]:
 
 
 def side_of(name: str) -> str:
-    """Say whether a module's name is of an "encoder" or a "decoder": the last part says it; "" of neither."""
+    """Return "encoder" or "decoder" by the last component of a module's name that ends so, else ""."""
     for part in reversed(name.lower().split(".")):
         for side in ("encoder", "decoder"):
             if part.endswith(side):
@@ -72,7 +71,7 @@ def side_of(name: str) -> str:
 
 
 def _place_faults(name: str, names: list[str], modules: dict[str, nn.Module]) -> dict[str, bool]:
-    """What may be wrong with where a module is, and whether it is."""
+    """Map each possible fault of a module's place in the model to whether it has it."""
     module = modules[name]
     others = [other for other, same in modules.items() if same is module and other != name]
     around = [other for other in names if other != name and name.startswith(f"{other}.")]
@@ -85,7 +84,7 @@ def _place_faults(name: str, names: list[str], modules: dict[str, nn.Module]) ->
 
 
 def _content_faults(module: nn.Module, width: int) -> dict[str, bool]:
-    """What may be wrong with what a module holds, and whether it is."""
+    """Map each possible fault of a module's content to whether it has it."""
     parameters = list(module.parameters())
     formats = {p.dtype for p in parameters}
     names = ", ".join(str(dtype) for dtype in sorted(formats - set(_FORMATS), key=str))
@@ -104,7 +103,7 @@ def _content_faults(module: nn.Module, width: int) -> dict[str, bool]:
 
 
 def _hint(name: str, module: nn.Module, width: int) -> str:
-    """Say which names inside would fit."""
+    """Return a hint with the names of modules inside that may be replaced."""
     fitting: list[str] = []
     for inner, part in module.named_modules(prefix=name):
         inside = any(inner.startswith(f"{outer}.") for outer in fitting)
@@ -114,10 +113,10 @@ def _hint(name: str, module: nn.Module, width: int) -> str:
 
 
 def _fits(module: nn.Module, width: int) -> bool:
-    """Does a module hold the parameters of one feed-forward, all of them, and no others?
+    """Return whether a module holds all parameters of one feed-forward and no others.
 
-    That is two or three matrices [F, D] or [D, F], of which one may be two in one ([2F, D]), and one may lie between
-    ([F, F]); a bias for each; and the numbers of learned activations.
+    These are two or three matrices [F, D] or [D, F], one of which may be two fused matrices ([2F, D]) and one a middle
+    matrix ([F, F]); a bias for each; and the parameters of learned activations.
     """
     if any(_other_kind(m) for m in module.modules()):
         return False
@@ -138,9 +137,9 @@ def _fits(module: nn.Module, width: int) -> bool:
 
 
 def _hidden(matrices: list[tuple[int, ...]], width: int) -> int | None:
-    """F, or None if these are not the matrices of a feed-forward.
+    """Return F, or None if these are not the matrices of a feed-forward.
 
-    [(8, 32), (32, 8)] and [(8, 32), (32, 32), (32, 8)] of width 8 have F = 32, as has [(64, 8), (8, 32)].
+    Example, width 8: [(8, 32), (32, 8)], [(8, 32), (32, 32), (32, 8)] and [(64, 8), (8, 32)] all have F = 32.
     """
     outer = [s for s in matrices if width in s]
     found = {s[0] if s[1] == width else s[1] for s in outer}
@@ -151,7 +150,7 @@ def _hidden(matrices: list[tuple[int, ...]], width: int) -> int | None:
 
 
 def _sides(parameter: Tensor, module: nn.Module) -> tuple[int, ...]:
-    """The sizes of a parameter: of a convolution's its channels, of others without those of 1."""
+    """Return the sizes of a parameter: the channels of a convolution, otherwise all sizes but those of 1."""
     convolutions = (m for m in module.modules() if isinstance(m, _CONVOLUTIONS))
     if parameter.dim() > 2 and any(m.weight is parameter for m in convolutions):
         return tuple(parameter.shape[:2])
@@ -159,7 +158,7 @@ def _sides(parameter: Tensor, module: nn.Module) -> tuple[int, ...]:
 
 
 def _other_kind(module: nn.Module) -> bool:
-    """Is a module of a kind that no feed-forward has in it?"""
+    """Return whether a module is of a type that does not occur in a feed-forward."""
     kind = type(module).__name__.lower()
     return isinstance(module, nn.RNNBase | nn.Embedding) or "attention" in kind or "norm" in kind
 
@@ -174,11 +173,11 @@ def _listed(shapes: dict[str, tuple[int, ...]]) -> str:
 
 
 def _some(names: Iterable[str]) -> str:
-    """The first few names."""
+    """Return the first few names as text."""
     listed = list(names)
     return ", ".join(listed[:9]) + (f" and {len(listed) - 9} more" if len(listed) > 9 else "")
 
 
 def replaced(name: str, module: nn.Module) -> Replaced:
-    """Describe a module that is going to be replaced."""
+    """Describe a module before it is replaced."""
     return Replaced(name, type(module).__name__, _shapes(module))

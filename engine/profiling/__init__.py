@@ -1,1 +1,1 @@
-"""A trace of a few steps."""
+"""Traces of a few steps."""

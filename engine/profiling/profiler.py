@@ -1,13 +1,13 @@
 """Profile a few steps: a trace for Perfetto on every rank, and a summary of the most expensive ranges.
 
-Into the run's folder go, here for profile.steps=[5,8]:
+The run's folder then holds, here for profile.steps=[5,8]:
 
-    trace/step5-8.rank0.json.gz  one of every rank, which writes it itself (all else in a run is rank 0's)
-    trace/step5-8.json.gz        the ranks together, if there are 2 to 8 and they share the folder
-    trace/step5-8.txt            the summary, which rank 0 also says
+    trace/step5-8.rank0.json.gz  one for every rank, written by that rank (rank 0 writes all other files of a run)
+    trace/step5-8.json.gz        the merged traces of 2 to 8 ranks that share the folder
+    trace/step5-8.txt            the summary, which rank 0 also prints
 
-Our ranges (engine/tracing.py) and PyTorch's profiler keep different times; all are put on rank 0's time of day. What
-cannot be written is said, and the run goes on.
+Our ranges (engine/tracing.py) and PyTorch's profiler use different clocks; all times are converted to rank 0's time of
+day. If a file cannot be written, rank 0 reports it, and training continues.
 """
 
 import gzip
@@ -32,24 +32,24 @@ from foreroute.engine.profiling.trace_summary import Nested, costs, nest, overla
 from foreroute.engine.tracing import InFlight, Range, Recorder, record_into, span
 
 MERGED_RANKS = 8
-"""Up to so many ranks are put together in one file."""
+"""The largest number of ranks whose traces are merged into one file."""
 _CLOCK_ROUNDS = 8
 _QUIET = "6"
-"""Above the level at which PyTorch's profiler says on stderr that it starts and stops."""
+"""Above the log level at which PyTorch's profiler reports its start and stop on stderr."""
 
 
 class Profiler:
-    """The steps of a run that are traced, if any; all ranks call the same, step for step."""
+    """Traces some steps of a run, if configured; all ranks make the same calls in every step."""
 
     def __init__(
         self, config: ProfileConfig, folder: Path, world: World, note: Callable[[str], None], *, done: int = 0
     ) -> None:
-        """Trace nothing yet.
+        """Set up without tracing.
 
         Args:
-            folder: where the files go.
-            note: says a line; on rank 0.
-            done: steps that were trained before.
+            folder: the folder for the files.
+            note: prints a line, on rank 0.
+            done: number of steps trained before.
         """
         first, last = config.steps or (1, 0)
         self._steps, self._operators = range(first, last + 1), config.operators
@@ -64,8 +64,7 @@ class Profiler:
             note(f"profile.steps={config.steps}: {done} steps are done, only later ones are traced")
 
     def begin(self, step: int) -> None:
-        """Say that a step begins, counted from 1; the first one to be traced starts the recording. A collective,
-        then."""
+        """Begin a step, counted from 1; the first traced step starts the recording, which is a collective."""
         if step not in self._steps:
             return
         if self._recorder is None:
@@ -80,10 +79,10 @@ class Profiler:
         return self._step is not None
 
     def end(self, step: int, times: Sequence[StepTimes]) -> None:
-        """End a step; after the last one the files are written. A collective, then.
+        """End a step; after the last traced step the files are written, which is a collective.
 
         Args:
-            times: of the steps that were read; the last of them is this one, if it is traced.
+            times: times of the steps read so far; the last one is of this step if it is traced.
         """
         if step not in self._traced:
             return
@@ -93,13 +92,13 @@ class Profiler:
             self.close()
 
     def close(self) -> None:
-        """Write what is recorded and not written yet; a collective."""
+        """Write a recording that is not written yet; a collective."""
         if self._recorder is not None:
             self._world.watchdog.at(f"the trace of {self._title}")
             self._report(self._world.cpu_group.gather(self._stop(self._recorder)))
 
     def leave(self) -> None:
-        """Write what is recorded and not written yet, of this rank alone: the others may be lost."""
+        """Write this rank's recording without the other ranks, which may be lost."""
         if self._recorder is not None:
             own = self._stop(self._recorder)
             if self._world.first:
@@ -128,14 +127,14 @@ class Profiler:
             self._step = None
 
     def _stop(self, recorder: Recorder) -> dict[str, Any]:
-        """End the recording and write this rank's file; gives what rank 0 needs to know of it."""
+        """End the recording and write this rank's file; return this rank's results for the summary."""
         self._end_step()
         record_into(None)
         self._recorder = None
         profiler, self._torch = self._torch, None
         if profiler is not None:
             profiler.stop()
-        # Ranges that other threads had begun still come in.
+        # Ranges that other threads began earlier may still be added.
         recorded, flights = list(recorder.ranges), list(recorder.collectives)
         issued = [Range("", f.thread, f.issued_ns, f.issued_ns) for f in flights]
         nested = nest([*recorded, *issued])
@@ -152,7 +151,7 @@ class Profiler:
         }
 
     def _overlap_ms(self, ranges: list[Nested], flights: list[InFlight], issued_in: list[str]) -> list[float]:
-        """Give the exchange's exposed and hidden time per step."""
+        """Return the exchange's exposed and hidden time per step."""
         steps = len(self._traced)
         if self._world.device.type == "cuda":
             # Flights are the device's, and not recorded; the steps have their times.
@@ -176,18 +175,18 @@ class Profiler:
         _write(self._file(f"rank{self._process.rank}.json.gz"), events, self._clock, more)
 
     def _export(self, profiler: torch.profiler.profile) -> dict[str, Any]:
-        """Give what PyTorch's profiler recorded; it can only be had by way of a file."""
+        """Return the recording of PyTorch's profiler, which is available only through a file."""
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
             path = Path(folder) / "torch.json"
             profiler.export_chrome_trace(str(path))
             try:
                 found: dict[str, Any] = json.loads(path.read_text())
-            except (FileNotFoundError, json.JSONDecodeError) as error:  # it does not say so itself
+            except (FileNotFoundError, json.JSONDecodeError) as error:  # the profiler itself does not report it
                 raise OSError(f"PyTorch's profiler could not write into {self._folder}") from error
         return found
 
     def _report(self, ranks: list[dict[str, Any]]) -> None:
-        """Let rank 0 put together, write and say what the ranks, or rank 0 alone, found out."""
+        """On rank 0, merge the ranks' traces, write them and print the summary; `ranks` may hold rank 0 alone."""
         if not self._world.first:
             return
         text = summary(self._title, ranks)
@@ -212,7 +211,7 @@ class Profiler:
 
     @staticmethod
     def _attempt(write: Callable[[], None]) -> str | None:
-        """Give what is wrong, or None."""
+        """Call write; return the message of an OSError, or None."""
         try:
             write()
         except OSError as error:
@@ -221,11 +220,11 @@ class Profiler:
 
 
 def agree_on_clock(cpu_group: CpuGroup) -> Clock:
-    """Find out how this rank's time of day differs from rank 0's, as far as collectives tell. A collective.
+    """Estimate the difference between this rank's time of day and rank 0's; a collective.
 
-    No rank leaves a barrier before another has entered it. So between two ranks' clocks lies at least (one's entry -
-    the other's exit), and at most the reverse; the tightest bounds of a few barriers are taken. If they allow for no
-    difference, as between ranks of one machine, none is assumed, else the middle.
+    No rank leaves a barrier before the others have entered it. So the difference of two ranks' clocks is at least (one
+    rank's entry - the other's exit), and at most the reverse. The tightest bounds of a few barriers are used. If they
+    include 0, as between ranks of one machine, the estimate is 0, else the middle of the bounds.
     """
     marks = []
     for _ in range(_CLOCK_ROUNDS):
@@ -245,7 +244,7 @@ def agree_on_clock(cpu_group: CpuGroup) -> Clock:
 
 
 def _wall_ns() -> int:
-    """What to add to time.perf_counter_ns for the time of day: of a few readings the one that took the shortest."""
+    """Return the offset from time.perf_counter_ns to the time of day, by the shortest of a few readings."""
     found = []
     for _ in range(10):
         before, wall, after = time.perf_counter_ns(), time.time_ns(), time.perf_counter_ns()
@@ -255,7 +254,7 @@ def _wall_ns() -> int:
 
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
-    """Give a file to write, which gets its name when it is whole."""
+    """Yield a temporary path that is renamed to the final one when the file is complete."""
     new = path.with_name(f".{path.name}.new")
     try:
         yield new

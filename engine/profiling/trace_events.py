@@ -1,8 +1,8 @@
-"""Events of Chrome's trace format, which Perfetto reads: our ranges and flights, and what PyTorch's profiler recorded.
+"""Events of Chrome's trace format, which Perfetto reads: our ranges and collectives, and PyTorch's profiler events.
 
-Each rank is a process of its own (its GPU another), so that files of several ranks can be put together. Its tracks: the
-ranges of the main thread; those of our other threads; collectives in flight, on as many tracks as were under way at a
-time; PyTorch's operators, a track for each thread.
+In a trace each rank is a process, and so is its GPU, so that files of several ranks can be merged. Its tracks are: the
+ranges of the main thread; those of our other threads; collectives in flight, on as many tracks as ran at one time;
+PyTorch's operators, one track for each thread.
 
 Format: "Trace Event Format" (Chromium project); ts and dur are microseconds.
 """
@@ -17,21 +17,21 @@ from foreroute.engine.tracing import InFlight
 
 Event = dict[str, Any]
 _OUR_TID = 10_000_000
-"""First number of our tracks: above every thread's number, which Linux keeps below 2**22."""
+"""The first number of our tracks: above every thread's number, which Linux keeps below 2**22."""
 _NAMES = {MAIN: "ranges"}
 
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """Turns this rank's times into those of the trace, which are rank 0's."""
+    """Converts this rank's times to times of the trace, which are rank 0's."""
 
     wall_ns: int  # to add to time.perf_counter_ns for the time of day
     shift_ns: int  # to add to this rank's time of day for rank 0's
-    unsure_ns: int  # by how much the shift may be wrong; 0 where no difference can be seen
+    unsure_ns: int  # the largest error of the shift; 0 if no difference was found
     origin_ns: int  # rank 0's time of day at which the trace's time is 0
 
     def us(self, perf_ns: int) -> float:
-        """Microseconds of the trace of a time of time.perf_counter_ns."""
+        """Convert a time of time.perf_counter_ns to microseconds of the trace."""
         return (perf_ns + self.wall_ns + self.shift_ns - self.origin_ns) / 1e3
 
 
@@ -44,12 +44,12 @@ class Process:
 
     @property
     def gpu(self) -> int:
-        """Number of the GPU."""
+        """The number of the GPU."""
         return self.world + self.rank
 
 
 def range_events(nested: Sequence[Nested], process: Process, clock: Clock) -> list[Event]:
-    """Give an event for each range, and names for the rank and the tracks."""
+    """Return an event for each range, and names for the rank and the tracks."""
     tracks = sorted({part.track for part in nested}, key=lambda track: (track != MAIN, track))
     number = {track: _OUR_TID + i for i, track in enumerate(tracks)}
     found = [
@@ -66,7 +66,7 @@ def range_events(nested: Sequence[Nested], process: Process, clock: Clock) -> li
 def collective_events(
     flights: Sequence[InFlight], issued_in: Sequence[str], process: Process, clock: Clock
 ) -> list[Event]:
-    """Give an event for each flight, from its issue to its arrival, named after the range that issued it.
+    """Return an event for each collective, from its issue to its arrival, named after the range that issued it.
 
     Args:
         issued_in: the paths of these ranges.
@@ -86,11 +86,11 @@ def collective_events(
 
 
 def torch_events(trace: Mapping[str, Any], process: Process, clock: Clock, ours: set[str]) -> list[Event]:
-    """Give the events of PyTorch's profiler in this process as events of the rank and its GPU.
+    """Convert the events of PyTorch's profiler in this process to events of the rank and its GPU.
 
     Args:
-        trace: what export_chrome_trace wrote.
-        ours: names of our ranges, whose annotations on the host are left out: the ranges are there already.
+        trace: the content of the file from export_chrome_trace.
+        ours: names of our ranges; their annotations on the host are dropped, as the ranges are already in the trace.
     """
     shift_us = (trace["baseTimeNanoseconds"] + clock.shift_ns - clock.origin_ns) / 1e3
     found: list[Event] = []
@@ -121,7 +121,7 @@ def _complete(name: str, kind: str, pid: int, tid: int, begin_us: float, end_us:
 
 
 def _named(what: str, pid: int, tid: int, name: str, place: int) -> list[Event]:
-    """Name a process or thread and say where it is shown."""
+    """Return events that set the name and the position of a process or thread."""
     return [
         {"ph": "M", "name": f"{what}_name", "pid": pid, "tid": tid, "args": {"name": name}},
         {"ph": "M", "name": f"{what}_sort_index", "pid": pid, "tid": tid, "args": {"sort_index": place}},

@@ -1,5 +1,4 @@
-"""What the ranges of a few steps cost: how they lie in each other, their own time, and a table of the most expensive
-ones.
+"""The cost of ranges in a few steps: their nesting, their own time, and a table of the most expensive ones.
 
 A range's own time is its duration without the ranges inside it, so own times add up to the time of the step.
 """
@@ -13,7 +12,7 @@ from foreroute.engine.parallel.in_flight import covered
 from foreroute.engine.tracing import InFlight, Range
 
 THREADS = "foreroute-"
-"""Our own threads' names begin so; ranges of all other threads belong to the main one, which waits for them in
+"""The prefix of our own threads' names; ranges of other threads belong to the main thread, which waits for them in
 backward."""
 MAIN = "main"
 TOP = 10
@@ -21,10 +20,10 @@ TOP = 10
 
 @dataclass(slots=True)
 class Nested:
-    """A range and where it lies."""
+    """A range and its place in the nesting."""
 
     name: str
-    track: str  # MAIN, or which of our threads
+    track: str  # MAIN, or the name of one of our threads
     path: str  # names from the outermost range to this one: "step 5/forward/experts"
     begin_ns: int
     end_ns: int
@@ -32,7 +31,7 @@ class Nested:
 
 
 def nest(ranges: Sequence[Range]) -> list[Nested]:
-    """Find out which range lies in which; the result is in the order of the argument.
+    """Compute the nesting of ranges; the result has the order of the argument.
 
     Example: ("step 1", 0 to 10) with ("forward", 2 to 8) inside has 4 of its own.
     """
@@ -53,9 +52,9 @@ def nest(ranges: Sequence[Range]) -> list[Nested]:
 
 
 def costs(nested: Sequence[Nested]) -> dict[str, list[float]]:
-    """Add up the ranges of all steps, and those of other threads: calls, ms and own ms per step.
+    """Sum the ranges of all steps, and those of other threads: calls, ms and own ms per step.
 
-    The keys are paths within the step, such as "forward/experts", and "step" for the steps themselves.
+    The keys are paths inside the step, such as "forward/experts", and "step" for the steps themselves.
     """
     totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
     for part in nested:
@@ -73,9 +72,9 @@ def costs(nested: Sequence[Nested]) -> dict[str, list[float]]:
 
 
 def overlap_ms(nested: Sequence[Nested], flights: Sequence[InFlight]) -> tuple[float, float]:
-    """Give how long the exchange was exposed, the computation waiting for it, and how long hidden behind computation.
+    """Return the exchange's exposed time, in which computation waited, and its time hidden by computation, in ms.
 
-    Both as engine/parallel/in_flight.py has them, but from the ranges and flights of all steps together.
+    The definitions are those of engine/parallel/in_flight.py, applied to the ranges and collectives of all steps.
     """
     waited_ns = sum(part.end_ns - part.begin_ns for part in nested if part.name == "exchange")
     flown_ns = covered([(flight.issued_ns, flight.arrived_ns) for flight in flights])
@@ -83,10 +82,10 @@ def overlap_ms(nested: Sequence[Nested], flights: Sequence[InFlight]) -> tuple[f
 
 
 def summary(title: str, ranks: Sequence[Mapping[str, Any]]) -> str:
-    """Lay out the ten ranges with the most own time, and how much of the exchange lay behind computation.
+    """Return a table of the ten ranges with the most own time, and the share of the exchange hidden by computation.
 
     Args:
-        ranks: of every rank, from rank 0 on, or of rank 0 alone: "costs" as of `costs`, and "overlap_ms", the
+        ranks: results of every rank in order, or of rank 0 alone: "costs" as from `costs`, and "overlap_ms", the
             exchange's exposed and hidden time per step.
     """
     none = [0.0, 0.0, 0.0]
@@ -98,10 +97,7 @@ def summary(title: str, ranks: Sequence[Mapping[str, Any]]) -> str:
     names = ["(the step's rest)" if key == "step" else key for key in top]
     width = max(map(len, [*names, "range"]))
     lines = [
-        (
-            f"{title}: {step_ms:.1f} ms a step. Most time of their own, without the ranges inside them, per step of"
-            " rank 0:"
-        ),
+        f"{title}: {step_ms:.1f} ms a step. Ranges with the most own time, without the ranges inside them, of rank 0:",
         f"{'range':{width}}  {'calls':>6} {'ms':>9} {'own ms':>9} {'of step':>8}",
     ]
     if len(ranks) > 1:
@@ -126,6 +122,6 @@ def _overlap(ranks: Sequence[Mapping[str, Any]]) -> list[str]:
     if total_ms == 0:
         return []
     return [
-        f"exchange: {total_ms:.2f} ms a step in flight, {hidden_ms:.2f} ms ({hidden_ms / total_ms:.0%}) of it behind "
-        f"computation (mean of {len(ranks)} rank{'s'[: len(ranks) > 1]})"
+        f"exchange: {total_ms:.2f} ms a step in flight, {hidden_ms:.2f} ms ({hidden_ms / total_ms:.0%}) of it hidden "
+        f"by computation (mean of {len(ranks)} rank{'s'[: len(ranks) > 1]})"
     ]

@@ -1,1 +1,1 @@
-"""What tests share: ranks, a tiny run, bytes of tensors."""
+"""Helpers for tests: ranks, a tiny run, read-backs, bytes of tensors."""

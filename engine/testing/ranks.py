@@ -1,6 +1,8 @@
-"""Processes for tests: `run_ranks` starts some that form a gloo group and gathers what they say, `Program` starts a
-program, both within a fraction of a second; `run_threads` gives threads of this process a CpuGroup each. And
-`change_certificate`, for tests of runs that shall differ from it.
+"""Processes and threads for tests.
+
+`run_ranks` starts processes in one gloo group and collects their results. `Program` starts a program. Both take a
+fraction of a second. `run_threads` runs threads of this process, each with a CpuGroup. `change_certificate` is for
+tests of runs that differ from their certificate.
 """
 
 import contextlib
@@ -35,7 +37,7 @@ from foreroute.engine.certificate.record import ARRAYS, read, write
 from foreroute.engine.parallel.cpu_group import CpuGroup
 
 _SERVER = multiprocessing.get_context("forkserver")
-_PRELOADED = [  # what ranks import, also at their first step; none of it starts a thread
+_PRELOADED = [  # modules that ranks import, some at their first step; none of them starts a thread
     "pytest",
     "foreroute.engine.testing.ranks",
     "foreroute.engine.testing.tiny_run",
@@ -52,19 +54,17 @@ _SERVER.set_forkserver_preload(_PRELOADED)
 
 
 def run_ranks(function: Callable[..., Any], ranks: int, *arguments: Any, seconds: float = 600) -> list[Any]:
-    """Call function(rank, *arguments) in each of `ranks` new processes of one gloo group; return what they return.
+    """Call function(rank, *arguments) in each of `ranks` new processes of one gloo group; return their results.
 
-    The processes are copies of one that has PyTorch, DeepSpeed and Triton imported and has done nothing else
-    (tests/README.md), so each call starts from a clean state within a fraction of a second. They take the environment
-    that this process has now.
+    The processes are forks of one that has only imported PyTorch, DeepSpeed and Triton (tests/README.md), so each call
+    starts from a clean state within a fraction of a second. They inherit the present environment of this process.
 
     Args:
-        function: at the top level of its file, which each process loads again.
-        seconds: what all of it may take; collectives end then, too.
+        function: a function at the top level of its file, which each process loads again.
+        seconds: the timeout of the call and of its collectives.
 
     Raises:
-        RuntimeError: a rank raised (its traceback is in the message), died or did not answer; no process is left
-            behind.
+        RuntimeError: a rank raised (its traceback is in the message), died or did not answer; no process remains.
     """
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         task = _Task(
@@ -96,11 +96,11 @@ class _Worker:
 
 
 def _start(task: _Task, rank: int, stack: contextlib.ExitStack) -> _Worker:
-    """Start a rank, which ends with the stack."""
+    """Start a rank, which the stack ends."""
     here, there = _SERVER.Pipe(duplex=False)
     process = _SERVER.Process(target=_work, args=(task, rank, there))
     process.start()
-    there.close()  # so that the end of the process is the end of the pipe
+    there.close()  # so that the pipe ends with the process
     stack.callback(here.close)
     stack.callback(process.join)
     stack.callback(process.kill)
@@ -140,7 +140,7 @@ def _work(task: _Task, rank: int, answer: "Connection[Any, Any]") -> None:
     except BaseException:
         found = False, traceback.format_exc()
     answer.send(found)
-    time.sleep(task.seconds)  # others may still talk to this rank: it is killed when all have answered
+    time.sleep(task.seconds)  # others may still communicate with this rank: it is killed when all have answered
 
 
 def _call(task: _Task, rank: int) -> Any:
@@ -162,21 +162,20 @@ def _call(task: _Task, rank: int) -> Any:
 
 
 def _begin(environ: dict[str, str]) -> None:
-    gc.freeze()  # what was imported stays: ZeRO-3 collects whole, 0.3 s each time
+    gc.freeze()  # exempts imports from the full collections of ZeRO-3, 0.3 s each
     os.environ.clear()
     os.environ.update(environ)
 
 
 class Program:
-    """A Python program in a process like those of run_ranks: what it imports is there already. It ends with the
-    block."""
+    """A Python program in a process like those of run_ranks, with modules already imported; it ends with the block."""
 
     def __init__(self, code: str, arguments: Sequence[str], environ: Mapping[str, str]) -> None:
-        """Start it.
+        """Start the program.
 
         Args:
-            code: what the process does, as with `python -c`.
-            arguments: what it finds in sys.argv[1:].
+            code: the source, as for `python -c`.
+            arguments: its sys.argv[1:].
         """
         self._folder = tempfile.TemporaryDirectory()
         self._texts = [Path(self._folder.name) / name for name in ("out", "err")]
@@ -194,20 +193,20 @@ class Program:
 
     @property
     def runs(self) -> bool:
-        """It has not ended."""
+        """Whether the program is still running."""
         return self._process.is_alive()
 
     def send_signal(self, number: int) -> None:
-        """Send it a signal."""
+        """Send a signal to the program."""
         pid = self._process.pid
         assert pid is not None
         os.kill(pid, number)
 
     def wait(self, seconds: float = 600) -> tuple[int, str, str]:
-        """Wait for its end; gives exit code, stdout and stderr.
+        """Wait for the program's end; return its exit code, stdout and stderr.
 
         Raises:
-            TimeoutError: it goes on.
+            TimeoutError: it still runs.
         """
         self._process.join(seconds)
         code = self._process.exitcode
@@ -226,7 +225,7 @@ def _run(code: str, arguments: list[str], environ: dict[str, str], texts: list[P
 
 
 def rank_environments(ranks: int) -> list[dict[str, str]]:
-    """Give each rank's environment as torchrun would, with a meeting point of their own on this machine."""
+    """Return each rank's environment as set by torchrun, with a free rendezvous port on this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -242,13 +241,12 @@ class _ThreadGroup(CpuGroup):
         self._board[self.rank] = values
         self._barrier.wait()
         found = np.stack(self._board)
-        self._barrier.wait()  # nobody writes again before all have read
+        self._barrier.wait()  # no rank writes again before all have read
         return found
 
 
 def run_threads(function: Callable[[CpuGroup], Any], ranks: int, *, seconds: float = 60) -> list[Any]:
-    """Call function(host) in `ranks` threads whose hosts know each other; return results, or what was raised, by
-    rank."""
+    """Call function(cpu_group) in `ranks` threads of one group; return each rank's result or exception."""
     board: list[Any] = [None] * ranks
     barrier = threading.Barrier(ranks, timeout=seconds)
 
@@ -263,7 +261,7 @@ def run_threads(function: Callable[[CpuGroup], Any], ranks: int, *, seconds: flo
 
 
 def change_certificate(folder: Path, array: str, place: tuple[int, ...]) -> int:
-    """Add 1 to one number of a certificate's arrays, as if it had been written so; gives the number that was there."""
+    """Add 1 to one number of a certificate's arrays and seal it again; return the number before."""
     arrays = load_file(folder / ARRAYS)
     before = int(arrays[array][place])
     arrays[array][place] += 1

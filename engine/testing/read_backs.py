@@ -1,10 +1,10 @@
-"""Sees where the host would wait for a device: values that are read back, and copies of memory that is not pinned.
+"""Detects where the host would wait for a device: values that are read back, and copies of memory that is not pinned.
 
-Works without a GPU. Operators that read values are seen where PyTorch dispatches them (`.item()`, `bool(tensor)`,
-`nonzero`, an index of booleans ...), in forward, backward and hooks of the thread that enters. Methods that never reach
-the dispatcher on a CPU (`.numpy()`, `.tolist()`, `.cpu()` ...) are seen where they are called, and so is
-`torch.tensor(..., device=...)`, a copy of pageable memory, for which the host waits. A CPU's tensors look all the same:
-what is meant for the host alone counts, too, so a step must read nothing at all.
+Works without a GPU. Operators that read values (`.item()`, `bool(tensor)`, `nonzero`, an index of booleans ...) are
+detected in PyTorch's dispatcher, in forward, backward and hooks of the thread that enters. Methods that do not reach
+the dispatcher on a CPU (`.numpy()`, `.tolist()`, `.cpu()` ...) are detected at their call. So is
+`torch.tensor(..., device=...)`, a copy of pageable memory, for which the host waits. On a CPU, tensors meant for the
+host cannot be distinguished and count as well, so a step must read no value at all.
 """
 
 import threading
@@ -27,22 +27,22 @@ _NOT_CALLERS = (str(Path(torch.__file__).parent), __file__)
 
 
 class ReadBack(NamedTuple):
-    """One place at which the host waits."""
+    """One place where the host waits."""
 
     what: str  # the operator or method
     place: str  # the innermost caller outside PyTorch: "folder/file.py:function"
 
 
 class HostWaits(RuntimeError):
-    """The host waits for the device where it must not."""
+    """The host waits for the device at a place that is not allowed."""
 
 
 class ReadBacks:
-    """Notes each read-back of this thread while it is entered.
+    """Records each read-back of this thread while it is entered.
 
     Args:
-        refuse: raise HostWaits instead, but at the allowed places.
-        allowed: ends of the places, such as "bf16_optimizer.py:step".
+        refuse: raise HostWaits at a read-back, except at allowed places.
+        allowed: suffixes of allowed places, such as "bf16_optimizer.py:step".
     """
 
     def __init__(self, *, refuse: bool = False, allowed: Sequence[str] = ()) -> None:
@@ -51,20 +51,20 @@ class ReadBacks:
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        """Begin."""
+        """Start to record."""
         self._stack.enter_context(_methods_watched(self))
         self._stack.enter_context(_Operators(self))
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End."""
+        """Stop."""
         self._stack.close()
 
     def note(self, what: str) -> None:
-        """Take in a read-back that happens now.
+        """Record a read-back.
 
         Raises:
-            HostWaits: it is refused.
+            HostWaits: read-backs are refused at this place.
         """
         found = ReadBack(what, _place())
         if self._allowed and found.place.endswith(self._allowed):
@@ -93,7 +93,7 @@ class _Operators(TorchDispatchMode):
 
 @contextmanager
 def _methods_watched(into: ReadBacks) -> Iterator[None]:
-    """Note calls of this thread that no operator shows; autograd leaves out a TorchFunctionMode in backward passes."""
+    """Record calls of this thread that dispatch no operator; in backward autograd ignores a TorchFunctionMode."""
     thread = threading.get_ident()
 
     def watched(call: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -113,7 +113,7 @@ def _methods_watched(into: ReadBacks) -> Iterator[None]:
 
 
 def _place() -> str:
-    """The innermost frame that is neither PyTorch's nor this file's."""
+    """Return the innermost frame outside PyTorch and this file."""
     for frame in reversed(traceback.extract_stack()):
         if not frame.filename.startswith(_NOT_CALLERS):
             path = Path(frame.filename)

@@ -1,14 +1,13 @@
-"""Bytes of tensors while a rank trains, as PyTorch's allocator counts them: the truth for
+"""Bytes of tensors while a rank trains, counted by PyTorch's allocator: the reference for
 engine/certificate/memory/peak.py.
 
-`TensorBytes` counts every block that PyTorch allocates on the CPU from `with` on, those inside its own and our
-operations too, through the events that its profiler records. Arrays of numpy are not among them, so plans are counted
-where they are made.
+`TensorBytes` counts every block that PyTorch allocates on the CPU inside its context, also inside operators, from the
+events of PyTorch's profiler. It does not count numpy arrays, so plans are counted when they are made.
 
-What a thread frees that is not profiled goes unseen, and gloo has such threads: the last to hold what was moved must be
-ours. So within the block who waited for a collective waits a little longer (`_GLOO_S`), until gloo's thread has let go;
-and where that was not enough, the block is gone when its address is given out again. PyTorch's own total would count it
-for ever.
+The profiler does not see frees by threads that it does not profile, such as gloo's. So the last reference to sent rows
+must be ours: inside the context every wait for a collective takes a little longer (`_GLOO_S`), until gloo's thread has
+released them. If that is not enough, the block counts as freed when its address is allocated again. PyTorch's own total
+would count it for ever.
 """
 
 import dataclasses
@@ -47,10 +46,10 @@ _GLOO_S = 0.005
 
 
 class TensorBytes:
-    """Counts allocated bytes in a `with` block; `peak_bytes` is there behind it."""
+    """Counts allocated bytes in a `with` block; `peak_bytes` is set after it."""
 
     peak_bytes: int
-    """The most bytes inside marked() that were allocated within the block and not yet freed."""
+    """The largest number of bytes inside marked() that were allocated in the block and not yet freed."""
 
     def __init__(self) -> None:
         self._slow_wait = mock.patch.object(dist.Work, "wait", _slowly(dist.Work.wait))
@@ -58,13 +57,13 @@ class TensorBytes:
 
     def __enter__(self) -> "TensorBytes":
         gc.collect()
-        gc.freeze()  # what is there now is not freed within the block
+        gc.freeze()  # present objects are not freed in the block
         self._slow_wait.start()
         self._profile.__enter__()
         return self
 
     def marked(self) -> record_function:
-        """Mark a part of the block in which the peak is looked for."""
+        """Mark a section of the block as one in which the peak is measured."""
         return record_function(_MARK)
 
     def __exit__(
@@ -87,7 +86,7 @@ def _slowly(wait: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _peak(blocks: Iterable[tuple[int, int, int, bool]]) -> int:
-    """Give the most bytes held in a mark, of blocks in the order of time."""
+    """Return the largest number of bytes held in a mark; the blocks are in the order of time."""
     alive: dict[int, int] = {}
     held = peak = 0
     for _, address, size, marked in blocks:
@@ -101,7 +100,7 @@ def _peak(blocks: Iterable[tuple[int, int, int, bool]]) -> int:
 
 
 def _blocks(found: Any) -> Iterator[tuple[int, int, int, bool]]:
-    """Yield (time, address, bytes: negative when freed, inside a mark) of every block that was allocated or freed."""
+    """Yield (time, address, bytes (negative for a free), whether inside a mark) of every allocation and free."""
     left = [(node, False) for node in found.profiler.kineto_results.experimental_event_tree()]
     while left:
         node, marked = left.pop()
@@ -114,13 +113,13 @@ def _blocks(found: Any) -> Iterator[tuple[int, int, int, bool]]:
 
 
 class PlanBytes:
-    """Counts the bytes of plans that are alive."""
+    """Counts the bytes of live plans."""
 
     def __init__(self) -> None:
         self.peak_bytes = self._alive = 0
 
     def add(self, planned: PlannedBatch) -> None:
-        """Count a batch's plans until they are gone."""
+        """Count a batch's plans until they are freed."""
         plans = planned.routing.plans
         assert plans is not None
         held = sum(tensor.nbytes for tensor in _tensors(plans))
@@ -146,10 +145,10 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def train(
     layout: Layout, rank: int, ids: NDArray[np.uint8], tables: list[Table], vocab_size: int, *, counted: bool = True
 ) -> int:
-    """Train train.steps steps as one rank of the run, in the process group that there is.
+    """Train train.steps steps as one rank of the run, in the present process group.
 
     Returns:
-        The most bytes of tensors and plans that were held in a step; 0 unless counted.
+        The largest number of bytes of tensors and plans held in a step; 0 unless counted.
     """
     plans, held = PlanBytes(), TensorBytes()
     if not counted:

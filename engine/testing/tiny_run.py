@@ -1,6 +1,6 @@
 """A tiny training run on any number of ranks, for tests: Transformer-XL with two expert layers, through DeepSpeed.
 
-Four streams of random text, shared out over ranks and micro-batches; everything it gives is numbered by global expert.
+Four streams of random text are divided over ranks and micro-batches. All results are numbered by global expert.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,7 @@ SYMBOLS, STREAMS, SEGMENT, LAYERS, EXPERTS, K = 11, 4, 16, 2, 4, 2
 
 
 def tiny_config(stage: int = 1, *, clip: float = 0.0, dropout: float = 0.0, **train: Any) -> Config:
-    """Give the run's configuration; further options are of section train."""
+    """Return the run's configuration; further options belong to the section train."""
     return Config(
         data=DataConfig(streams=STREAMS, segment=SEGMENT),
         model=ModelConfig(LAYERS, 16, heads=2, head_width=8, memory=16, dropout=dropout, init_std=0.2),
@@ -72,10 +72,10 @@ class Run:
         """Start at step 0, in the process group of run_ranks.
 
         Args:
-            optimizer: in place of engine.optim.adam.build_optimizer.
-            whole: in place of adapter.KEPT_WHOLE.
-            idle: leave the second half of the experts without a token.
-            options: of tiny_config.
+            optimizer: replaces engine.optim.adam.build_optimizer.
+            whole: replaces adapter.KEPT_WHOLE.
+            idle: leave the second half of the experts without tokens.
+            options: options for tiny_config.
         """
         self.config, self.mesh = tiny_config(stage, **options), mesh
         vars(adapter).update(build_optimizer=optimizer, KEPT_WHOLE=whole)
@@ -92,10 +92,10 @@ class Run:
         torch.manual_seed(50 + mesh.rank)
         self.accumulation = self.config.train.accumulation
         self.memory: list[Memory | None] = [None] * self.accumulation
-        self.index = 0  # of the next step
+        self.index = 0  # number of the next step
 
     def step(self) -> float:
-        """Make one optimizer step; give the mean loss over all ranks."""
+        """Run one optimizer step; return the mean loss over all ranks."""
         total = torch.zeros(())
         for micro in range(self.accumulation):
             out = self.engine.forward(*self._inputs(micro))
@@ -107,8 +107,8 @@ class Run:
         return all_reduce_sum(total).item() / self.mesh.world
 
     def evaluate(self, guard: Callable[[], AbstractContextManager[Any]]) -> float:
-        """Give this rank's loss on the next step's first micro-batch, by the bare model under torch.no_grad or the
-        like."""
+        """Return this rank's loss on the next step's first micro-batch, by the bare model under torch.no_grad or
+        similar."""
         self.engine.module.eval()
         with guard():
             loss: float = self.engine.module(*self._inputs(0)).loss.item()
@@ -116,8 +116,7 @@ class Run:
         return loss
 
     def state(self) -> dict[str, NDArray[np.float32]]:
-        """Give master weights and moments, "weight/<parameter>"; of experts each by itself,
-        "weight/<parameter>@<expert>"."""
+        """Return master weights and moments, "weight/<parameter>", for each expert "weight/<parameter>@<expert>"."""
         found: dict[str, NDArray[np.float32]] = {}
         for name, values in self.engine.read_state():
             for key, value in values.items():
@@ -144,7 +143,7 @@ class Run:
         return checkpoint.save(folder, self.engine, state, facts={}, keep=2, cpu_group=self.cpu_group)
 
     def load(self, folder: Path) -> checkpoint.TrainingState:
-        """Go on from the newest checkpoint."""
+        """Resume from the newest checkpoint."""
         path, warnings = checkpoint.find_newest(folder, self.cpu_group)
         assert path is not None and not warnings
         state = checkpoint.load(path, self.engine, cpu_group=self.cpu_group, streams=self._own_streams())
@@ -168,7 +167,7 @@ class Run:
         return [stream for micro in micros for stream in self._streams_of(self.mesh.rank, micro)]
 
     def _inputs(self, micro: int) -> tuple[Tensor, Tensor, Memory | None, Routing]:
-        """What the model takes in the next step."""
+        """Return the model's inputs for the next step."""
         ranks = self.mesh.ep_ranks
         batches = [self.streams.batch(self.index, self._streams_of(r, micro)) for r in ranks]
         group = group_batch(batches, self.mesh.ep_rank)
@@ -177,8 +176,7 @@ class Run:
 
 
 def _assert_sharded(model: nn.Module) -> None:
-    """Between steps a rank holds nothing of a dense parameter but its share; otherwise a test of ZeRO-3 proves
-    nothing."""
+    """Assert that between steps a rank holds only its shard of a dense parameter: else ZeRO-3 is not tested."""
     for name, param in model.named_parameters():
         shards = param.ds_zero_partition_world_size  # type: ignore[attr-defined]
         assert param.numel() == 0 and (shards > 1 or ".experts." in name), f"{name} is whole"

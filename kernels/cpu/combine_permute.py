@@ -1,4 +1,4 @@
-"""Backend "cpu" of combine and the row copies: PyTorch's embedding_bag, which sums in fp32 whatever the dtype.
+"""Backend "cpu" of combine, permute_rows and unpermute_rows: PyTorch's embedding_bag, which sums any dtype in fp32.
 
 Letters: N expert rows, R token rows, M permuted rows, D columns.
 """
@@ -11,7 +11,7 @@ from foreroute.kernels.expert_index import ExpertRows
 
 
 def combine_cpu(y_ND: Tensor, weight_N: Tensor | None, rows: ExpertRows) -> Tensor:
-    """Sum each row's expert rows; weights are rounded to the dtype of y."""
+    """Sum each token row's expert rows; weights are rounded to the dtype of y."""
     slot_N, slot_offset_R = _without_padding(rows.slot_N, rows.slot_offset_R)
     slot_weight_N = None
     if weight_N is not None:
@@ -20,7 +20,7 @@ def combine_cpu(y_ND: Tensor, weight_N: Tensor | None, rows: ExpertRows) -> Tens
 
 
 def _without_padding(slot_N: Tensor, slot_offset_R: Tensor) -> tuple[Tensor, Tensor]:
-    """Leave out the slots before the first row's, which embedding_bag does not take."""
+    """Drop the slots of padding, which embedding_bag does not accept."""
     first = int(slot_offset_R[0]) if slot_offset_R.numel() else 0
     return (slot_N[first:], slot_offset_R - first) if first else (slot_N, slot_offset_R)
 
@@ -28,7 +28,7 @@ def _without_padding(slot_N: Tensor, slot_offset_R: Tensor) -> tuple[Tensor, Ten
 def combine_backward_cpu(
     dout_RD: Tensor, y_ND: Tensor | None, weight_N: Tensor | None, rows: ExpertRows
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradient of the expert rows and, if y_ND is given, of their weights."""
+    """Compute the gradient of the expert rows and, if y_ND is given, of their weights."""
     dout_ND = dout_RD.index_select(0, rows.source_N)
     dweight_N = None
     if y_ND is not None:
@@ -40,7 +40,7 @@ def combine_backward_cpu(
 
 
 def take_rows(x_RD: Tensor, source_N: Tensor, weight_N: Tensor) -> Tensor:
-    """weight[n] * x[source[n]] in one pass."""
+    """Compute weight[n] * x[source[n]] in one pass."""
     each = torch.arange(source_N.numel(), device=source_N.device)
     return F.embedding_bag(source_N, x_RD, each, mode="sum", per_sample_weights=weight_N.to(x_RD.dtype))
 
@@ -52,7 +52,7 @@ def add_rows_cpu(y_MD: Tensor, slot_M: Tensor, slot_offset_R: Tensor, dtype: tor
 
 
 def copy_rows_cpu(x: Tensor, index_M: Tensor, out: Tensor, *, scatter: bool) -> None:
-    """Copy rows: out[m] = x[index[m]], or out[index[m]] = x[m] if scatter; converts when the dtypes differ."""
+    """Copy rows: out[m] = x[index[m]], or out[index[m]] = x[m] if scatter; convert if the dtypes differ."""
     if scatter:
         out.index_copy_(0, index_M, x.to(out.dtype))
     elif x.dtype == out.dtype:

@@ -1,11 +1,12 @@
-"""moe_ffn on the CPU when k is near E: all rows through all experts as one dense feed-forward of width L * F.
+"""moe_ffn on the CPU when k is near E: all token rows through all experts as one feed-forward of width L * F.
 
-Hidden units are multiplied by the mixing weight of their row and expert, 0 where the expert was not chosen. Nothing is
-gathered or scattered and all products are large; what is wasted is the share of experts that were not chosen. Rows go
-block by block, which bounds what is held besides the hidden units. An expert that overflows reaches all rows: 0 times
-infinity is not 0.
+Hidden units are multiplied by the mixing weight of their token row and expert, 0 where the expert was not chosen.
+Nothing is gathered or scattered, and all products are large; work of experts that were not chosen is wasted. Token
+rows are processed in blocks, which bounds the memory besides the hidden units. An expert that overflows affects all
+token rows: 0 times infinity is not 0.
 
-Letters: R input rows, N expert rows, L experts here, D width, F expert hidden width, H = L * F, r rows of a block.
+Letters: R token rows, N expert rows, L experts here, D width, F expert hidden width, H = L * F, r token rows of a
+block.
 """
 
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from foreroute.kernels.dropout import Dropout, keep_mask, row_hash, unit_hash
 from foreroute.kernels.expert_index import ExpertRows
 from foreroute.kernels.operands import ExpertWeights, FfnGradients, Saved
 
-# Fewer than 1,024 were slower, more made no difference (H = 8,192, 2 cores).
+# Less than 1,024 was slower, more made no difference (H = 8,192, 2 cores).
 BLOCK_ROWS = 2048
 
 
@@ -26,10 +27,10 @@ BLOCK_ROWS = 2048
 def masked_forward(
     x_RD: Tensor, weight_N: Tensor, weights: ExpertWeights, rows: ExpertRows, dropout: Dropout | None, *, dweight: bool
 ) -> tuple[Tensor, Saved]:
-    """Give the weighted sum out_RD, and what backward needs.
+    """Compute the weighted sum out_RD, and the tensors saved for backward.
 
     Args:
-        dweight: backward will be asked for the gradient of weight_N.
+        dweight: whether backward computes the gradient of weight_N.
     """
     w1_HD, w2_HD = weights.w1_LFD.flatten(0, 1), weights.w2_LFD.flatten(0, 1)
     weight_RL = _spread(weight_N, rows, x_RD.dtype)
@@ -69,7 +70,7 @@ def masked_backward(
     *,
     dweight: bool,
 ) -> FfnGradients:
-    """Give every gradient; an expert that was not chosen gets 0, being weighted with 0."""
+    """Compute every gradient; an expert that was not chosen has weight 0 and so a gradient of 0."""
     w1_HD, w2_HD = weights.w1_LFD.flatten(0, 1), weights.w2_LFD.flatten(0, 1)
     weight_RL = _spread(weight_N, rows, x_RD.dtype)
     scale = 1.0 if dropout is None else dropout.scale
@@ -118,9 +119,9 @@ def masked_backward(
 
 
 def _keeps_weighted(weight_N: Tensor, weights: ExpertWeights, dweight: bool) -> bool:
-    """Say whether ReLU's hidden units are kept times their weight.
+    """Return whether ReLU's hidden units are saved multiplied by their mixing weight.
 
-    They still tell the active units if no weight is negative, and if the product does not underflow: not in fp16.
+    The products still show the active units if no weight is negative and no product underflows, which excludes fp16.
     """
     if weights.w3_LFD is not None or dweight or weights.w1_LFD.dtype == torch.float16:
         return False
@@ -133,7 +134,7 @@ def _blocks(num_inputs: int) -> Iterator[slice]:
 
 
 def _spread(weight_N: Tensor, rows: ExpertRows, dtype: torch.dtype) -> Tensor:
-    """Mixing weight of each row and expert [R, L], 0 where not chosen."""
+    """Return the mixing weight of each token row and expert [R, L], 0 where not chosen."""
     weight_RL = weight_N.new_zeros(rows.num_inputs, rows.num_experts, dtype=dtype)
     expert_N = rows.expert_N()
     weight_RL[rows.source_N[: expert_N.numel()], expert_N] = weight_N[: expert_N.numel()].to(dtype)

@@ -13,7 +13,7 @@ from foreroute.kernels.tiles import row_tile
 
 
 def combine_triton(y_ND: Tensor, weight_N: Tensor | None, rows: ExpertRows) -> Tensor:
-    """Sum each row's expert rows, weighted if weight_N is given."""
+    """Sum each token row's expert rows, weighted if weight_N is given."""
     return add_rows_triton(y_ND, rows.slot_N, rows.slot_offset_R, y_ND.dtype, weight_N)
 
 
@@ -45,7 +45,7 @@ def add_rows_triton(
 def combine_backward_triton(
     dout_RD: Tensor, y_ND: Tensor | None, weight_N: Tensor | None, rows: ExpertRows
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradient of the expert rows and, if y_ND is given, of their weights."""
+    """Compute the gradient of the expert rows and, if y_ND is given, of their weights."""
     width = dout_RD.shape[1]
     dy_ND = dout_RD.new_empty(rows.num_rows, width)
     dweight_N = None if y_ND is None else dout_RD.new_empty(rows.num_rows, dtype=torch.float32)
@@ -69,7 +69,7 @@ def combine_backward_triton(
 
 
 def copy_rows_triton(x: Tensor, index_M: Tensor, out: Tensor, *, scatter: bool) -> None:
-    """Copy rows: out[m] = x[index[m]], or out[index[m]] = x[m] if scatter; converts when the dtypes differ."""
+    """Copy rows: out[m] = x[index[m]], or out[index[m]] = x[m] if scatter; convert if the dtypes differ."""
     width = x.shape[1]
     tile = row_tile(width, min(x.element_size(), out.element_size()))
     launch(

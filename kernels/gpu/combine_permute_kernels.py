@@ -1,6 +1,6 @@
 """Triton kernels that move whole rows: combine and its backward, permute and unpermute; one row a program.
 
-Accesses are 16 bytes a thread where a row's bytes allow it. Offsets are int64. Sums run in a fixed order in fp32.
+A thread accesses 16 bytes where the bytes of a row allow it. Offsets are int64. Sums are in fp32, in a fixed order.
 
 Letters: N expert rows, R token rows, M permuted rows, D columns.
 """
@@ -13,8 +13,8 @@ import triton.language as tl
 def _combine_kernel(
     y_ptr,  # [N, D]
     weight_ptr,  # [N] fp32, only if WEIGHTED
-    slot_ptr,  # [num_slots] int64: rows of y in the order in which they are added up
-    slot_offset_ptr,  # [R] int64: where each output row's slots start
+    slot_ptr,  # [num_slots] int64: rows of y in the order of summation
+    slot_offset_ptr,  # [R] int64: start of each output row's slots
     out_ptr,  # [R, D], output
     num_inputs,  # R
     num_slots,
@@ -22,7 +22,7 @@ def _combine_kernel(
     WEIGHTED: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """out[r] = sum over the slots n of r, in order, of weight[n] y[n] (1 without WEIGHTED); fp32 inside.
+    """Compute out[r] = sum over the slots n of r, in order, of weight[n] y[n] (1 without WEIGHTED), in fp32.
 
     Example: y = [[1, 2], [10, 20], [100, 200]], weight = [1, 2, 3], slot = [2, 0, 1], slot_offset = [0, 2]:
     out = [[3*100 + 1, 3*200 + 2], [2*10, 2*20]] = [[301, 602], [20, 40]].
@@ -47,7 +47,7 @@ def _combine_backward_kernel(
     dout_ptr,  # [R, D]
     y_ptr,  # [N, D], only if DWEIGHT
     weight_ptr,  # [N] fp32, only if WEIGHTED
-    source_ptr,  # [N] int64: the output row to which row n was added
+    source_ptr,  # [N] int64: the output row whose sum includes row n
     dy_ptr,  # [N, D], output
     dweight_ptr,  # [N] fp32, output if DWEIGHT
     D: tl.constexpr,
@@ -55,7 +55,7 @@ def _combine_backward_kernel(
     DWEIGHT: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """dy[n] = weight[n] dout[source[n]] and dweight[n] = <dout[source[n]], y[n]>.
+    """Compute dy[n] = weight[n] dout[source[n]] and dweight[n] = <dout[source[n]], y[n]>.
 
     Example: dout = [[1, 2], [3, 4]], y = [[5, 6], [7, 8]], weight = [2, 10], source = [1, 0]:
     dy = [[6, 8], [10, 20]], dweight = [3*5 + 4*6, 1*7 + 2*8] = [39, 23].
@@ -85,7 +85,7 @@ def _permute_kernel(
     SCATTER: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """out[m] = x[index[m]], or out[index[m]] = x[m] if SCATTER; converted when the dtypes differ.
+    """Copy out[m] = x[index[m]], or out[index[m]] = x[m] if SCATTER; convert if the dtypes differ.
 
     Example: x = [[1, 2], [3, 4], [5, 6]], index = [2, 0, 2] gives [[5, 6], [1, 2], [5, 6]]; with SCATTER,
     x = [[1, 2], [3, 4]], index = [1, 0] gives [[3, 4], [1, 2]].

@@ -1,17 +1,18 @@
-"""Backend "triton" of the expert feed-forward: which kernels run, on which tiles, in which order.
+"""Backend "triton" of the expert feed-forward: the order, the tiles and the arguments of its kernels.
 
 Forward: list the row tiles, first product, second product. Backward: gradient of the hidden units, of the token rows
 (summed by kernels/gpu/combine_permute.py), and of two or three weight matrices with their biases; for live routers also
 of the mixing weights. The kernels are in expert_ffn_forward_kernels.py and expert_ffn_backward_kernels.py. Nothing is
 read back from the GPU.
 
-Letters: R input rows, N expert rows, L experts here, D width, F expert hidden width.
+Letters: R token rows, N expert rows, L experts here, D width, F expert hidden width.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton import cdiv
 
 from foreroute.kernels.dropout import Dropout
 from foreroute.kernels.expert_index import ExpertRows
@@ -20,31 +21,22 @@ from foreroute.kernels.gpu import expert_ffn_forward_kernels as forward
 from foreroute.kernels.gpu.combine_permute import combine_triton
 from foreroute.kernels.launching import arch_of, launch
 from foreroute.kernels.operands import ExpertWeights, FfnGradients, Saved
-from foreroute.kernels.tiles import Tile, Tiles, ffn_tiles, power_of_two, row_block
+from foreroute.kernels.tiles import Tile, Tiles, ffn_tiles, power_of_two
 
 
 def ffn_forward_triton(
     x_RD: Tensor, weights: ExpertWeights, rows: ExpertRows, dropout: Dropout | None, *, save: bool, precision: str
 ) -> tuple[Tensor, Saved]:
-    """Give the unweighted output y_ND of every expert row, and what backward needs."""
-    width_F, width_D = weights.w1_LFD.shape[1:]
-    gated = weights.w3_LFD is not None
+    """Compute the unweighted output y_ND of every expert row, and the tensors saved for backward."""
+    width_F, gated = weights.w1_LFD.shape[1], weights.w3_LFD is not None
     tiles = _tiles(x_RD, weights, rows, precision)
     tile_map = _tile_map(rows, tiles.up.rows)
-    num_tiles = tile_map.shape[0]
+    shared = _shared_arguments(weights, rows, tile_map, precision)
     a_NF = x_RD.new_empty(rows.num_rows, width_F)
     z_NF, u_NF = (torch.empty_like(a_NF) if gated and save else a_NF.new_empty(0) for _ in range(2))
-    shared = {
-        "offset_ptr": rows.offset_L,
-        "tile_ptr": tile_map,
-        "num_tiles": num_tiles,
-        "PRECISION": precision,
-        "D": width_D,
-        "F": width_F,
-    }
     launch(
         forward._up_kernel,
-        num_tiles * _blocks_of(width_F, tiles.up.columns),
+        tile_map.shape[0] * cdiv(width_F, tiles.up.columns),
         tiles.up,
         x_ptr=x_RD,
         w1_ptr=weights.w1_LFD,
@@ -60,22 +52,7 @@ def ffn_forward_triton(
         **_dropout(dropout),
         **_blocks(tiles.up),
     )
-    y_ND = x_RD.new_empty(rows.num_rows, width_D)
-    launch(
-        forward._down_kernel,
-        num_tiles * _blocks_of(width_D, tiles.down.columns),
-        tiles.down,
-        a_ptr=a_NF,
-        w_ptr=weights.w2_LFD,
-        a2_ptr=None,
-        w2_ptr=None,
-        b_ptr=weights.b2_LD,
-        y_ptr=y_ND,
-        BIAS=True,
-        SECOND=False,
-        **shared,
-        **_blocks(tiles.down),
-    )
+    y_ND = _product(a_NF, weights.w2_LFD, tiles.down, shared, bias_LD=weights.b2_LD)
     return y_ND, Saved(z_NF if gated else a_NF, u_NF, a_NF.new_empty(0), tile_map if save else tile_map.new_empty(0, 2))
 
 
@@ -91,35 +68,72 @@ def ffn_backward_triton(
     dweight: bool,
     precision: str,
 ) -> FfnGradients:
-    """Give every gradient of the feed-forward.
+    """Compute every gradient of the feed-forward.
 
     Args:
         dout: [N, D], gradient of y_ND; with weight_N [R, D], gradient of the weighted sum, read through the index.
-        weight_N: mixing weights, if the weighted sum belongs to the operation.
-        dweight: also give the gradient of weight_N.
+        weight_N: mixing weights, if the operation includes the weighted sum.
+        dweight: whether to compute the gradient of weight_N.
     """
-    width_F, width_D = weights.w1_LFD.shape[1:]
-    gated = weights.w3_LFD is not None
-    weighted = weight_N is not None
     tiles = _tiles(x_RD, weights, rows, precision)
-    tile_map, num_tiles = saved.tile_map, saved.tile_map.shape[0]
-    shared = {
-        "offset_ptr": rows.offset_L,
-        "tile_ptr": tile_map,
-        "num_tiles": num_tiles,
-        "PRECISION": precision,
-        "D": width_D,
-        "F": width_F,
-    }
-    tile = tiles.down_backward
-    columns = _blocks_of(width_F, tile.columns)
+    shared = _shared_arguments(weights, rows, saved.tile_map, precision)
+    hidden = _hidden_gradients(
+        dout, weights, rows, dropout, saved, shared, tiles.down_backward, weight_N=weight_N, dweight=dweight
+    )
+    dweight_N = None
+    if hidden.partial is not None:
+        dweight_N = _dweight(hidden.partial, dout, weights, rows, saved.tile_map, tiles.down_backward.rows)
+    dx_ND = _product(hidden.dz_NF, weights.w1_LFD, tiles.up_backward, shared, second=(hidden.du_NF, weights.w3_LFD))
+    gather = weight_N is not None
+    dw2, _, db2 = _weights_gradient(
+        hidden.ga_NF,
+        None,
+        dout,
+        weights,
+        rows,
+        tiles.weights,
+        precision,
+        weight_N=weight_N,
+        bias="right",
+        gather=gather,
+    )
+    tile = tiles.weights if weights.w3_LFD is None else tiles.weights_pair
+    dw1, dw3, db1 = _weights_gradient(hidden.dz_NF, hidden.du_NF, x_RD, weights, rows, tile, precision, bias="left")
+    dx_RD = combine_triton(dx_ND, None, rows)
+    return FfnGradients(dx_RD, ExpertWeights(dw1, db1, dw2, db2, dw3), dweight_N)
+
+
+class _HiddenGradients(NamedTuple):
+    """The results of _down_backward_kernel."""
+
+    dz_NF: Tensor  # gradient of the pre-activation
+    du_NF: Tensor | None  # gradient of the gate's input
+    ga_NF: Tensor  # hidden units times the mixing weights
+    partial: Tensor | None  # fp32: partial sums of the mixing weights' gradient
+
+
+def _hidden_gradients(
+    dout: Tensor,
+    weights: ExpertWeights,
+    rows: ExpertRows,
+    dropout: Dropout | None,
+    saved: Saved,
+    shared: dict[str, Any],
+    tile: Tile,
+    *,
+    weight_N: Tensor | None,
+    dweight: bool,
+) -> _HiddenGradients:
+    """Compute the gradients of the hidden units."""
+    gated, weighted = weights.w3_LFD is not None, weight_N is not None
+    columns = cdiv(shared["F"], tile.columns)
     dz_NF = torch.empty_like(saved.hidden_NF)
     du_NF = torch.empty_like(dz_NF) if gated else None
     ga_NF = torch.empty_like(dz_NF) if gated or weighted else saved.hidden_NF
-    partial = x_RD.new_empty(rows.num_rows, columns, dtype=torch.float32) if dweight else None
+    partial = dz_NF.new_empty(rows.num_rows, columns, dtype=torch.float32) if dweight else None
     launch(
         backward._down_backward_kernel,
-        num_tiles * columns,
+        shared["num_tiles"] * columns,
         tile,
         dout_ptr=dout,
         w2_ptr=weights.w2_LFD,
@@ -139,33 +153,36 @@ def ffn_backward_triton(
         **_dropout(dropout),
         **_blocks(tile),
     )
-    dweight_N = None
-    if partial is not None:
-        dweight_N = _dweight(partial, dout, weights, rows, tile_map, tile.rows)
-    dx_ND = x_RD.new_empty(rows.num_rows, width_D)
-    tile = tiles.up_backward
+    return _HiddenGradients(dz_NF, du_NF, ga_NF, partial)
+
+
+def _product(
+    a_NF: Tensor,
+    w_LFD: Tensor,
+    tile: Tile,
+    shared: dict[str, Any],
+    *,
+    second: tuple[Tensor | None, Tensor | None] = (None, None),
+    bias_LD: Tensor | None = None,
+) -> Tensor:
+    """Compute y[n] = a[n] w[e], plus a second such product and a bias if they are given; return y_ND."""
+    y_ND = a_NF.new_empty(a_NF.shape[0], shared["D"])
     launch(
         forward._down_kernel,
-        num_tiles * _blocks_of(width_D, tile.columns),
+        shared["num_tiles"] * cdiv(shared["D"], tile.columns),
         tile,
-        a_ptr=dz_NF,
-        w_ptr=weights.w1_LFD,
-        a2_ptr=du_NF,
-        w2_ptr=weights.w3_LFD,
-        b_ptr=None,
-        y_ptr=dx_ND,
-        BIAS=False,
-        SECOND=gated,
+        a_ptr=a_NF,
+        w_ptr=w_LFD,
+        a2_ptr=second[0],
+        w2_ptr=second[1],
+        b_ptr=bias_LD,
+        y_ptr=y_ND,
+        BIAS=bias_LD is not None,
+        SECOND=second[0] is not None,
         **shared,
         **_blocks(tile),
     )
-    dw2, _, db2 = _weights_gradient(
-        ga_NF, None, dout, weights, rows, tiles.weights, precision, weight_N=weight_N, bias="right", gather=weighted
-    )
-    tile = tiles.weights_pair if gated else tiles.weights
-    dw1, dw3, db1 = _weights_gradient(dz_NF, du_NF, x_RD, weights, rows, tile, precision, bias="left")
-    dx_RD = combine_triton(dx_ND, None, rows)
-    return FfnGradients(dx_RD, ExpertWeights(dw1, db1, dw2, db2, dw3), dweight_N)
+    return y_ND
 
 
 def _weights_gradient(
@@ -181,12 +198,12 @@ def _weights_gradient(
     gather: bool = True,
     weight_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Gradients [L, F, D] of a weight matrix and of one that shares its right side, and of the bias."""
+    """Compute the gradients [L, F, D] of a weight matrix and of one with the same right operand, and of the bias."""
     num_experts, width_F, width_D = weights.w1_LFD.shape
     dw_LFD = torch.empty_like(weights.w1_LFD)
     dw2_LFD = None if left2_NF is None else torch.empty_like(dw_LFD)
     db = torch.empty_like(weights.b1_LF if bias == "left" else weights.b2_LD)
-    programs = num_experts * _blocks_of(width_F, tile.rows) * _blocks_of(width_D, tile.columns)
+    programs = num_experts * cdiv(width_F, tile.rows) * cdiv(width_D, tile.columns)
     launch(
         backward._weights_kernel,
         programs,
@@ -217,7 +234,7 @@ def _weights_gradient(
 def _dweight(
     partial: Tensor, dout_RD: Tensor, weights: ExpertWeights, rows: ExpertRows, tile_map: Tensor, block: int
 ) -> Tensor:
-    """Finish the mixing weights' gradient from its partial sums."""
+    """Compute the mixing weights' gradient from its partial sums."""
     width_D, columns = dout_RD.shape[1], partial.shape[1]
     dweight_N = partial.new_empty(rows.num_rows)
     block_c = power_of_two(columns, least=1)
@@ -241,21 +258,16 @@ def _dweight(
     return dweight_N
 
 
-def tile_rows(x_RD: Tensor, rows: ExpertRows, precision: str, *, gated: bool) -> int:
-    """Return the rows of a row tile."""
-    return row_block(arch_of(x_RD), x_RD.dtype, precision, gated=gated, rows=rows.num_rows, experts=rows.num_experts)
-
-
 def num_row_tiles(rows: ExpertRows, block: int) -> int:
-    """Bound the number of row tiles from above, without looking at the counts.
+    """Return an upper bound on the number of tiles of expert rows, without reading the counts.
 
-    Each expert adds at most one tile that is not full, so there are at most N // block + min(N, L).
+    Each expert has at most one tile that is not full, so there are at most N // block + min(N, L).
     """
     return rows.num_rows // block + min(rows.num_rows, rows.num_experts)
 
 
 def _tile_map(rows: ExpertRows, block: int) -> Tensor:
-    """List the row tiles."""
+    """List the tiles of expert rows."""
     num_tiles = num_row_tiles(rows, block)
     tile_map = rows.offset_L.new_empty(num_tiles, 2)
     if num_tiles:
@@ -286,8 +298,17 @@ def _tiles(x_RD: Tensor, weights: ExpertWeights, rows: ExpertRows, precision: st
     )
 
 
-def _blocks_of(size: int, block: int) -> int:
-    return -(-size // block)
+def _shared_arguments(weights: ExpertWeights, rows: ExpertRows, tile_map: Tensor, precision: str) -> dict[str, Any]:
+    """Return the arguments that all products over tiles of expert rows have in common."""
+    width_F, width_D = weights.w1_LFD.shape[1:]
+    return {
+        "offset_ptr": rows.offset_L,
+        "tile_ptr": tile_map,
+        "num_tiles": tile_map.shape[0],
+        "PRECISION": precision,
+        "D": width_D,
+        "F": width_F,
+    }
 
 
 def _blocks(tile: Tile) -> dict[str, int]:

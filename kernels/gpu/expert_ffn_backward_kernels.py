@@ -1,10 +1,10 @@
-"""Triton kernels of the expert feed-forward, backward: hidden units, mixing weights, weight matrices with their biases.
+"""Triton kernels of the backward expert feed-forward: hidden units, mixing weights, weight matrices with their biases.
 
 The gradient of the token rows is computed by _down_kernel of expert_ffn_forward_kernels.py. Both sides of the product
 for a weight matrix's gradient are read in place; rows of x and of the output's gradient are read through the index, so
 nothing is permuted first.
 
-Letters: M rows of a tile, N expert rows, D width, F expert hidden width, L experts, R input rows.
+Letters: M expert rows of a tile, N expert rows, D width, F expert hidden width, L experts, R token rows.
 """
 
 import triton
@@ -45,11 +45,11 @@ def _down_backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Gradient of an expert row's hidden units and of what is before the activation, from the output's gradient.
+    """Compute the gradients of an expert row's hidden units and pre-activation from the output's gradient.
 
     da[n] = w2[e] dout[source[n]]; dz = weight * da where a > 0; with a gate dz and du follow from silu(z) u. The
-    gradient of the mixing weight, <dout, y> = <dout, w2[e]^T a + b2[e]> = <da, a> + <dout, b2[e]>, needs no saved y:
-    the first term leaves here as one partial sum for each block of hidden units.
+    gradient of the mixing weight, <dout, y> = <dout, w2[e]^T a + b2[e]> = <da, a> + <dout, b2[e]>, needs no saved y.
+    Its first term is stored as one partial sum for each block of hidden units.
 
     Example: dout = [[1, 2]], w2 = [[[3, 4], [5, 6]]], weight = [0.5], source = [0], a = [[0, 7]]:
     da = [[11, 17]], dz = [[0, 8.5]], ga = [[0, 3.5]], partial = [[119]].
@@ -117,7 +117,7 @@ def _dweight_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Gradient of the mixing weights: dweight[n] = sum of partial[n] + <dout[source[n]], b2[e]>, in a fixed order."""
+    """Compute the mixing weights' gradient, sum of partial[n] + <dout[source[n]], b2[e]>, in a fixed order."""
     expert, row_M, in_M = rows_of_tile(tile_ptr, offset_ptr, tl.program_id(0), BLOCK_M)
     if expert < 0:
         return
@@ -157,11 +157,11 @@ def _weights_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """dw[e] = left^T right over the rows of expert e, where right is read through the index if GATHER.
+    """Compute dw[e] = left^T right over the rows of expert e; right is read through the index if GATHER.
 
     PAIR: also dw2[e] = left2^T right, with the right rows read once (w1 and w3 of SwiGLU).
-    BIAS "left": db[e] is the sum of the left rows (b1, whose gradient is that of the pre-activation). BIAS "right": the
-    sum of the right rows times their mixing weight (b2). An expert without rows gets zeros.
+    BIAS "left": db[e] is the sum of the left rows (b1: the gradient of the pre-activation). BIAS "right": db[e] is the
+    sum of the right rows times their mixing weight (b2). The gradients of an expert without rows are zero.
 
     Example: left = [[1], [2], [3]], right = [[10, 20], [30, 40]], source = [1, 0, 1], offset = [1, 3]:
     dw = [[[30, 40]], [[2*10 + 3*30, 2*20 + 3*40]]] = [[[30, 40]], [[110, 160]]]; BIAS "left": db = [[1], [5]].

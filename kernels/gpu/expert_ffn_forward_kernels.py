@@ -1,17 +1,17 @@
 """Triton kernels of the forward expert feed-forward, and helpers shared with expert_ffn_backward_kernels.py.
 
-The launchers are in kernels/gpu/expert_ffn.py. Expert rows lie expert by expert; a tile of rows never crosses experts.
-Input rows are read through an index inside the product, so no permuted copy of them is ever written, and experts are
-not padded. The number of tiles is bounded from above on the host, so nothing is read back: programs beyond the last
-tile return at once. Offsets are int64. No atomics.
+The launchers are in kernels/gpu/expert_ffn.py. Expert rows are in expert-major order, and all rows of a tile belong to
+one expert. The product reads token rows through an index, so no permuted copy is written, and experts are not padded.
+The host launches an upper bound of the number of tiles and reads nothing back: programs after the last tile return at
+once. Offsets are int64. No atomics.
 
-Letters: M rows of a tile, N expert rows, D width, F expert hidden width, L experts, R input rows.
+Letters: M expert rows of a tile, N expert rows, D width, F expert hidden width, L experts, R token rows.
 """
 
 import triton
 import triton.language as tl
 
-# Numbers that change from step to step: a kernel must not be compiled again when one happens to be 1 or divide by 16.
+# Numbers that change from step to step: a kernel must not be compiled again when one is 1 or a multiple of 16.
 CHANGING = ["num_tiles", "first_expert", "threshold"]
 
 
@@ -24,9 +24,9 @@ def _tile_map_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """List the row tiles expert by expert; program e lists those of expert e, the last program marks the rest.
+    """List the tiles expert by expert; program e lists those of expert e, the last program also marks unused entries.
 
-    Example: 16 rows a tile, offset_L = [20, 20, 23] gives [[0, 0], [0, 16], [2, 20], [-1, 0], ...].
+    Example: 16 rows per tile, offset_L = [20, 20, 23]: [[0, 0], [0, 16], [2, 20], [-1, 0], ...].
     """
     expert = tl.program_id(0)
     e = tl.arange(0, BLOCK_E)
@@ -50,7 +50,7 @@ def _tile_map_kernel(
 
 @triton.jit
 def swizzle(pid, num_tiles, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
-    """Order programs so that GROUP row tiles share the columns of a weight while these are in the cache."""
+    """Order programs so that GROUP row tiles use the same columns of a weight while the cache holds them."""
     per_group = GROUP * COLUMNS
     first = pid // per_group * GROUP
     size = min(num_tiles - first, GROUP)
@@ -59,7 +59,7 @@ def swizzle(pid, num_tiles, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def rows_of_tile(tile_ptr, offset_ptr, tile, BLOCK_M: tl.constexpr):
-    """Expert, row numbers [M] and which of them are the expert's; an expert of -1 means that there is no tile."""
+    """Return a tile's expert (-1: an unused tile), its row numbers [M] and a mask of the expert's rows."""
     expert = tl.load(tile_ptr + 2 * tile)
     row_M = tl.load(tile_ptr + 2 * tile + 1) + tl.arange(0, BLOCK_M)
     end = tl.load(offset_ptr + tl.maximum(expert, 0))
@@ -68,7 +68,7 @@ def rows_of_tile(tile_ptr, offset_ptr, tile, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _hash32(value):
-    """Avalanche uint32 (kernels/dropout.py has the same in torch)."""
+    """Avalanche uint32, as hash32 of kernels/dropout.py does."""
     value = (value ^ (value >> 16)) * 0x85EBCA6B
     value = (value ^ (value >> 13)) * 0xC2B2AE35
     return value ^ (value >> 16)
@@ -76,7 +76,7 @@ def _hash32(value):
 
 @triton.jit
 def keep_mask_of(token_M, expert, unit_N, seed_ptr, threshold):
-    """Dropout mask [M, N] of kernels/dropout.py: a function of seed, token, global expert and unit alone."""
+    """Return the dropout mask [M, N] of kernels/dropout.py, a function of seed, token, global expert and unit alone."""
     low = tl.load(seed_ptr).to(tl.uint32)
     high = tl.load(seed_ptr + 1).to(tl.uint32)
     mixed_M = _hash32(token_M.to(tl.uint32) ^ low)
@@ -99,7 +99,7 @@ def product_of(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add a [M, DEPTH] @ b [DEPTH, N] to acc; along the contraction, a is contiguous and b advances by b_step."""
+    """Add a [M, DEPTH] @ b [DEPTH, N] to acc; along the contraction a is contiguous, and b has a stride of b_step."""
     k = tl.arange(0, BLOCK_K)
     for k0 in range(0, DEPTH, BLOCK_K):
         if DEPTH % BLOCK_K == 0:
@@ -144,7 +144,7 @@ def _up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """a[n] = dropout(act(w1[e] x[source[n]] + b1[e])): ReLU, or silu(.) times (w3[e] x[source[n]]) if GATED.
+    """Compute a[n] = dropout(act(w1[e] x[source[n]] + b1[e])): ReLU, or silu(.) times (w3[e] x[source[n]]) if GATED.
 
     Example: x = [[1, 2], [3, 4]], w1 = [[[1, 1]], [[1, -1]]], b1 = [[10], [20]], source = [1, 0, 1], offset = [1, 3]:
     expert 0 reads row 1, expert 1 rows 0 and 1, so a = [[3+4+10], [1-2+20], [3-4+20]] = [[17], [19], [19]].
@@ -158,7 +158,7 @@ def _up_kernel(
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     in_N = n < F
     k = tl.arange(0, BLOCK_K)
-    # Rows beyond the expert's read input row 0 and are not stored.
+    # Rows after the expert's last one read token row 0 and are not stored.
     source_M = tl.load(source_ptr + row_M, mask=in_M, other=0)
     x_ptrs = x_ptr + source_M[:, None] * D + k[None, :]
     w_offset = expert.to(tl.int64) * F * D + n[None, :] * D + k[:, None]
@@ -221,7 +221,7 @@ def _down_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """y[n] = a[n] w[e] (+ a2[n] w2[e]) (+ b[e]): second product forward, and the gradient of the input rows.
+    """Compute y[n] = a[n] w[e] (+ a2[n] w2[e]) (+ b[e]): the second product, and the gradient of the token rows.
 
     Example: a = [[2], [3]], w = [[[1, 10]], [[2, 20]]], b = [[0, 1], [0, 5]], offset = [1, 2]: y = [[2, 21], [6, 65]].
     """

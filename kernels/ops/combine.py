@@ -2,8 +2,8 @@
 
     out[r] = sum over the expert rows n of r, in order, of weight[n] * y[n]
 
-Rows may have any number of expert rows, none included: an expert rank adds up what its own experts gave (a partial
-result), and the token's rank adds up the partial results, then without weights.
+A token row may have any number of expert rows, or none. An expert rank sums the outputs of its own experts (a partial
+result). The token's rank sums the partial results, without weights.
 
 Letters: N expert rows, R token rows, D columns.
 """
@@ -22,20 +22,20 @@ from foreroute.kernels.operands import check_dtype, check_float, check_rows, che
 def combine(
     y_ND: Tensor, weight_N: Tensor | None, rows: ExpertRows, *, backend: str | None = None, debug: bool = False
 ) -> Tensor:
-    """Add up each token row's expert rows.
+    """Sum each token row's expert rows.
 
     Args:
-        y_ND: expert rows, contiguous; fp32, bf16 or fp16 (fp64 too on the CPU).
+        y_ND: expert rows, contiguous; fp32, bf16 or fp16 (on the CPU also fp64).
         weight_N: fp32 weights (fp64 for fp64), or None for ones. The CPU rounds them to the dtype of y.
-        rows: source_N, slot_N and slot_offset_R say which rows belong together (kernels/expert_index.py).
+        rows: maps expert rows to token rows by source_N, slot_N and slot_offset_R (kernels/expert_index.py).
         backend: "cpu", "triton" or "reference"; by default "triton" on a GPU and "cpu" elsewhere.
         debug: check every index on the host.
 
     Returns:
-        out_RD, dtype of y. A row without expert rows gives zeros.
+        out_RD, dtype of y. A token row without expert rows is zero.
 
     Raises:
-        ValueError: an argument does not fit; the message names it, its value and what is allowed.
+        ValueError: an argument is invalid; the message names it, its value and the allowed values.
 
     Example:
         >>> import torch
@@ -69,7 +69,7 @@ def check_weight(weight_N: Tensor, rows: ExpertRows, like: Tensor) -> None:
 
 
 def combine_reference(y_ND: Tensor, weight_N: Tensor | None, rows: ExpertRows) -> Tensor:
-    """Compute combine one row at a time in fp64, differentiated by autograd: the truth for tests."""
+    """Compute combine one token row at a time in fp64, differentiated by autograd: the reference for tests."""
     y = y_ND.double()
     weight = y.new_ones(y.shape[0]) if weight_N is None else weight_N.double()
     starts = [*rows.slot_offset_R.tolist(), rows.num_rows]
@@ -97,7 +97,7 @@ def _(y_ND: Tensor, weight_N: Tensor | None, rows: list[Tensor], backend: str) -
 def _combine_backward(
     dout_RD: Tensor, y_ND: Tensor | None, weight_N: Tensor | None, rows: list[Tensor], backend: str
 ) -> tuple[Tensor, Tensor]:
-    """dy_ND and dweight_N (empty without y_ND)."""
+    """Return dy_ND and dweight_N (empty without y_ND)."""
     run = combine_backward_triton if backend == "triton" else combine_backward_cpu
     dy_ND, dweight_N = run(dout_RD, y_ND, weight_N, ExpertRows(*rows))
     return dy_ND, dout_RD.new_empty(0) if dweight_N is None else dweight_N

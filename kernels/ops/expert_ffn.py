@@ -1,13 +1,13 @@
-"""expert_ffn: the feed-forward of every expert over the rows that chose it, in one operation.
+"""expert_ffn: the feed-forward of every expert over its expert rows, in one operation.
 
     y[n] = dropout(act(x[source[n]] @ w1[e].T + b1[e])) @ w2[e] + b2[e],   e the expert of expert row n
     act = ReLU, or with w3 SwiGLU: silu(.) * (x[source[n]] @ w3[e].T)
 
-Input rows are read through an index and experts may have any number of rows: nothing is permuted, padded or dropped.
-Backends: kernels/cpu/expert_ffn.py, kernels/gpu/expert_ffn.py (Triton), and the plain loops below. For the weighted
-sum that usually follows use kernels.moe_ffn: its backward pass does not need y.
+Token rows are read through an index, and an expert may have any number of expert rows: nothing is permuted, padded or
+dropped. Backends: kernels/cpu/expert_ffn.py, kernels/gpu/expert_ffn.py (Triton), and the plain loops below. A weighted
+sum usually follows; kernels.moe_ffn computes both, and its backward pass does not need y.
 
-Letters: R input rows, N expert rows, L experts here, D width, F expert hidden width.
+Letters: R token rows, N expert rows, L experts here, D width, F expert hidden width.
 """
 
 import torch
@@ -37,28 +37,28 @@ def expert_ffn(
     precision: str = "ieee",
     debug: bool = False,
 ) -> Tensor:
-    """Apply its expert to each expert row.
+    """Apply each expert to its expert rows.
 
     Args:
-        x_RD: input rows, contiguous; fp32, bf16 or fp16 (fp64 too on the CPU). On "triton" all numbers start at an
-            address that 16 divides.
+        x_RD: token rows, contiguous; fp32, bf16 or fp16 (on the CPU also fp64). On "triton" the tensor must start at
+            an address that is a multiple of 16.
         weights: stacked expert parameters, dtype of x; with w3 the activation is SwiGLU.
-        rows: which input row each expert row reads (kernels/expert_index.py). What is given for padding, and gradients
-            of its mixing weights, are any numbers.
+        rows: the token row of each expert row (kernels/expert_index.py). Outputs of padding, and gradients of its
+            mixing weights, are undefined.
         dropout: Dropout(rate, seed, token_R) on the hidden units, a function of seed, token, expert and unit alone.
         backend: "cpu", "triton" or "reference" (plain loops in fp64); by default "triton" on a GPU and "cpu" elsewhere.
-        mode: what is kept for backward: "lean" x and the hidden units, N * F numbers (2 N * F for SwiGLU); "fast", on
-            the CPU only, also the gathered input rows, N * D numbers.
-        precision: of fp32 products on "triton": "ieee", or "tf32" (tensor cores, 10 bits of mantissa).
-        debug: check every index on the host. Otherwise an index out of range is an error of PyTorch's at best.
+        mode: tensors saved for backward. "lean": x and the hidden units, N * F numbers (2 N * F for SwiGLU). "fast",
+            on the CPU only: also the gathered token rows, N * D numbers.
+        precision: of fp32 matrix products on "triton": "ieee", or "tf32" (tensor cores, 10 bits of mantissa).
+        debug: check every index on the host. Otherwise PyTorch may or may not detect an index that is out of range.
 
     Returns:
-        y_ND, dtype of x: the output of expert row n, not weighted.
+        y_ND, dtype of x: the output of expert row n, without its mixing weight.
 
     Raises:
-        ValueError: an argument does not fit; the message names it, its value and what is allowed.
+        ValueError: an argument is invalid; the message names it, its value and the allowed values.
 
-    Example, two experts of one hidden unit; row 1 uses both, row 0 expert 0 only:
+    Example: two experts of one hidden unit. Token row 1 uses both, token row 0 uses expert 0:
 
         >>> import torch
         >>> from foreroute.kernels import ExpertWeights, expert_ffn, expert_rows_from_lists
@@ -85,7 +85,7 @@ def expert_ffn(
 def expert_ffn_reference(
     x_RD: Tensor, weights: ExpertWeights, rows: ExpertRows, dropout: Dropout | None = None
 ) -> Tensor:
-    """Compute expert_ffn one expert row at a time in fp64, differentiated by autograd: the truth for tests."""
+    """Compute expert_ffn one expert row at a time in fp64, differentiated by autograd: the reference for tests."""
     x = x_RD.double()
     w1, b1, w2, b2 = (tensor.double() for tensor in weights[:4])
     w3 = None if weights.w3_LFD is None else weights.w3_LFD.double()

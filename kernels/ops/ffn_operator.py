@@ -1,14 +1,14 @@
-"""The one operator under expert_ffn and moe_ffn: what autograd, torch.compile and fake tensors see of them.
+"""The operator behind expert_ffn and moe_ffn, as autograd, torch.compile and fake tensors see it.
 
-    foreroute::ffn           out and what backward needs: out is y_ND, or with mixing weights their sum out_RD
-    foreroute::ffn_backward  the gradients of the input rows, the mixing weights and the parameters
+    foreroute::ffn           out, and the tensors saved for backward; out is y_ND, or with mixing weights out_RD
+    foreroute::ffn_backward  the gradients of the token rows, the mixing weights and the parameters
 
-Arguments are flat, as operators want them, and were checked before. A small model waits for its host, so each call here
-is counted (benchmarks/bench_host.py). The operator is registered with torch.library.Library: the wrappers of
-torch.library.custom_op walk through all arguments several times, 0.2 ms a layer. Where nobody watches operators, the
-same functions are called without the dispatcher.
+Arguments are flat, as operators require, and already checked. The host limits the speed of a small model, so a
+benchmark counts the calls made here (benchmarks/bench_host.py). The operator is registered with torch.library.Library:
+the wrappers of torch.library.custom_op traverse all arguments several times, 0.2 ms a layer. If no tool observes
+operators, the same functions are called without the dispatcher.
 
-Letters: R input rows, D width, L experts here, F expert hidden width, N expert rows.
+Letters: R token rows, D width, L experts here, F expert hidden width, N expert rows.
 """
 
 from typing import Any, NamedTuple
@@ -24,18 +24,20 @@ from foreroute.kernels.cpu.masked_ffn import masked_backward, masked_forward
 from foreroute.kernels.dropout import Dropout
 from foreroute.kernels.expert_index import ExpertRows
 from foreroute.kernels.gpu.combine_permute import combine_triton
-from foreroute.kernels.gpu.expert_ffn import ffn_backward_triton, ffn_forward_triton, num_row_tiles, tile_rows
-from foreroute.kernels.operands import ExpertWeights, FfnGradients, Saved, pack_weights, unpack_weights
+from foreroute.kernels.gpu.expert_ffn import ffn_backward_triton, ffn_forward_triton, num_row_tiles
+from foreroute.kernels.launching import arch_of
+from foreroute.kernels.operands import ExpertWeights, FfnGradients, Saved, pack_weights
+from foreroute.kernels.tiles import row_block
 
 _NUM_ROWS = len(ExpertRows.__slots__)  # index tensors
 _NUM_SAVED = len(Saved._fields)
 
 
 class FfnCall(NamedTuple):
-    """How the operator is run."""
+    """The options of one call of the operator."""
 
     save: bool  # backward may follow
-    dweight: bool  # it will be asked for the gradient of the mixing weights
+    dweight: bool  # backward computes the gradient of the mixing weights
     masked: bool
     backend: str
     mode: str
@@ -43,7 +45,7 @@ class FfnCall(NamedTuple):
 
 
 class _Operands(NamedTuple):
-    """What the operator works on, as its flat arguments have it; a FfnCall comes after it."""
+    """The operator's flat arguments, in order; the fields of a FfnCall follow them."""
 
     x_RD: Tensor
     weight_N: Tensor | None
@@ -56,7 +58,7 @@ class _Operands(NamedTuple):
 
     @property
     def dropout(self) -> Dropout | None:
-        """The dropout that was flattened."""
+        """The dropout, or None."""
         if self.token_R is None or self.seed is None:
             return None
         return Dropout(self.rate, self.seed, self.token_R, self.first_expert)
@@ -70,8 +72,8 @@ def ffn(
     dropout: Dropout | None,
     call: FfnCall,
 ) -> tuple[Tensor, Saved]:
-    """Run the operator: differentiable where call.save is set."""
-    run = _differentiable if _unwatched(x_RD) else _ffn
+    """Run the operator; the result is differentiable if call.save is set."""
+    run = _differentiable if _unobserved(x_RD) else _ffn
     out, *saved = run(*_flat(x_RD, weight_N, weights, rows, dropout), *call)
     return out, Saved(*saved)
 
@@ -89,7 +91,7 @@ def ffn_backward(
     """Run the operator's backward pass."""
     operands = _flat(x_RD, weight_N, weights, rows, dropout)
     dx_RD, dweight_N, *dweights = _run_backward(dout, list(saved), *operands, *call)
-    return FfnGradients(dx_RD, unpack_weights(dweights), dweight_N if call.dweight else None)
+    return FfnGradients(dx_RD, ExpertWeights(*dweights), dweight_N if call.dweight else None)
 
 
 def _flat(
@@ -103,14 +105,15 @@ def _flat(
 
 
 def _whole(arguments: tuple[Any, ...]) -> tuple[_Operands, FfnCall]:
-    """Take apart the flat arguments."""
+    """Split the flat arguments."""
     count = len(_Operands._fields)
     return _Operands(*arguments[:count]), FfnCall(*arguments[count:])
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     operands, call = _whole(arguments)
-    x_RD, weight_N, experts, index = operands.x_RD, operands.weight_N, *_structured(operands)
+    x_RD, weight_N = operands.x_RD, operands.weight_N
+    experts, index = ExpertWeights(*operands.weights), ExpertRows(*operands.rows)
     if call.backend == "triton":
         out, saved = ffn_forward_triton(
             x_RD, experts, index, operands.dropout, save=call.save, precision=call.precision
@@ -128,7 +131,8 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _backward(dout: Tensor, saved: list[Tensor], *arguments: Any) -> list[Tensor]:
     operands, call = _whole(arguments)
-    x_RD, weight_N, experts, index = operands.x_RD, operands.weight_N, *_structured(operands)
+    x_RD, weight_N = operands.x_RD, operands.weight_N
+    experts, index = ExpertWeights(*operands.weights), ExpertRows(*operands.rows)
     kept, dweight = Saved(*saved), call.dweight
     whole = dout, x_RD, experts, index, operands.dropout, kept
     if call.backend == "triton":
@@ -141,12 +145,8 @@ def _backward(dout: Tensor, saved: list[Tensor], *arguments: Any) -> list[Tensor
     return [found.x_RD, dweight_N, *pack_weights(found.weights)]
 
 
-def _structured(operands: _Operands) -> tuple[ExpertWeights, ExpertRows]:
-    return unpack_weights(operands.weights), ExpertRows(*operands.rows)
-
-
-def _unwatched(tensor: Tensor) -> bool:
-    """Return whether the tensor is a real one, and neither torch.compile nor a dispatch mode wants to see operators."""
+def _unobserved(tensor: Tensor) -> bool:
+    """Return whether a tensor is a real one and neither torch.compile nor a dispatch mode observes operators."""
     return (
         not torch.compiler.is_compiling()
         and type(tensor) in (Tensor, Parameter)
@@ -156,7 +156,7 @@ def _unwatched(tensor: Tensor) -> bool:
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     operands, call = _whole(arguments)
-    x_RD, (experts, index) = operands.x_RD, _structured(operands)
+    x_RD, experts, index = operands.x_RD, ExpertWeights(*operands.weights), ExpertRows(*operands.rows)
     (num_inputs, width_D), num_rows, (num_experts, width_F) = x_RD.shape, index.num_rows, experts.b1_LF.shape
     gated, nothing = experts.w3_LFD is not None, x_RD.new_empty
     out = x_RD.new_empty(num_rows if operands.weight_N is None else num_inputs, width_D)
@@ -171,7 +171,9 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     pre_NF = x_RD.new_empty(hidden) if call.save or not gated else nothing(0)
     gate_NF = x_RD.new_empty(hidden) if call.save and gated else nothing(0)
     if call.save:
-        block = tile_rows(x_RD, index, call.precision, gated=gated)
+        block = row_block(
+            arch_of(x_RD), x_RD.dtype, call.precision, gated=gated, rows=num_rows, experts=index.num_experts
+        )
         tile_map = index.offset_L.new_empty(num_row_tiles(index, block), 2)
     return out, pre_NF, gate_NF, nothing(0), tile_map
 
@@ -185,13 +187,13 @@ def _fake_backward(dout: Tensor, saved: list[Tensor], *arguments: Any) -> list[T
 
 def _run_forward(x_RD: Any, *arguments: Any) -> tuple[Tensor, ...]:
     with torch._C._AutoDispatchBelowAutograd():
-        if _unwatched(x_RD):
+        if _unobserved(x_RD):
             return _forward(x_RD, *arguments)
         return _ffn(x_RD, *arguments)  # type: ignore[no-any-return]
 
 
 def _run_backward(dout: Tensor, *arguments: Any) -> list[Tensor]:
-    run = _backward if _unwatched(dout) else _ffn_backward
+    run = _backward if _unobserved(dout) else _ffn_backward
     return run(dout, *arguments)
 
 

@@ -2,12 +2,12 @@
 
     out[r] = sum over the expert rows n of r:  weight[n] * FFN_e(n)(x[r])
 
-What the pair gains by being one: backward reads the output's gradient through the index (no copy of it for each expert
-row), and the gradient of the weights, if anybody wants it, is rewritten so that the experts' outputs are not saved.
-Planned routers' weights are constants and their gradient is not computed. On the CPU, `masked` computes the same with
-all rows through all experts, which wins when k is near E (kernels/cpu/masked_ffn.py).
+Fusing the two saves memory in backward. The output's gradient is read through the index, without a copy for each expert
+row. The gradient of the mixing weights is computed by a formula that needs no saved expert outputs; weights of planned
+routers are constants, and their gradient is not computed. On the CPU, `masked` sends all token rows through all
+experts, which is faster when k is near E (kernels/cpu/masked_ffn.py).
 
-Letters: R input rows, D width, L experts here, F expert hidden width, N expert rows.
+Letters: R token rows, D width, L experts here, F expert hidden width, N expert rows.
 """
 
 import torch
@@ -45,25 +45,24 @@ def moe_ffn(
     precision: str = "ieee",
     debug: bool = False,
 ) -> Tensor:
-    """Apply each row's experts and add up their weighted outputs.
+    """Apply the experts of each token row and sum their weighted outputs.
 
     Args:
-        x_RD: input rows, contiguous; fp32, bf16 or fp16 (fp64 too on the CPU).
-        weight_N: fp32 mixing weight of each expert row, in their order: `weight_RK.flatten()[choice_N]`, where choice_N
-            is the second result of expert_rows. The CPU rounds it to the dtype of x. Gets a gradient only if it asks
-            for one.
-        masked: on the CPU, multiply all rows by all experts instead of only the chosen ones; keeps R * L * F numbers in
-            either mode, and lets an expert that overflows reach rows that did not choose it. An input row must not
-            choose an expert twice (debug checks it).
+        x_RD: token rows, contiguous; fp32, bf16 or fp16 (on the CPU also fp64).
+        weight_N: fp32 mixing weight of each expert row: `weight_RK.flatten()[choice_N]`, where choice_N is the second
+            result of expert_rows. The CPU rounds it to the dtype of x. Its gradient is computed only if it is required.
+        masked: on the CPU, multiply all token rows by all experts instead of only the chosen ones. Saves R * L * F
+            numbers in either mode. An expert that overflows also affects token rows that did not choose it. A token row
+            must not choose an expert twice (debug checks this).
         weights, rows, dropout, backend, mode, precision, debug: see kernels.expert_ffn.
 
     Returns:
-        out_RD, dtype of x. A row without expert rows gives zeros.
+        out_RD, dtype of x. A token row without expert rows is zero.
 
     Raises:
-        ValueError: an argument does not fit; the message names it, its value and what is allowed.
+        ValueError: an argument is invalid; the message names it, its value and the allowed values.
 
-    Example, the rows and experts of kernels.expert_ffn; row 1 mixes [17, 0.5] and [0, 38.5]:
+    Example: the expert rows and experts of kernels.expert_ffn. Token row 1 mixes [17, 0.5] and [0, 38.5]:
 
         >>> import torch
         >>> from foreroute.kernels import ExpertWeights, expert_rows_from_lists, moe_ffn
@@ -104,12 +103,12 @@ def moe_ffn_forward(
     """Run moe_ffn without autograd, for a caller that writes its own autograd function.
 
     Args:
-        save: moe_ffn_backward will follow; otherwise what is given for it is incomplete.
-        dweight: it will be asked for the gradient of weight_N.
-        others: as for moe_ffn; backend "reference" has no backward pass of its own and is refused.
+        save: whether moe_ffn_backward follows; without it the saved tensors are incomplete.
+        dweight: whether moe_ffn_backward will compute the gradient of weight_N.
+        others: as for moe_ffn; backend "reference" is refused, as it has no backward pass of its own.
 
     Returns:
-        out_RD, and what moe_ffn_backward needs besides the arguments.
+        out_RD, and the tensors that moe_ffn_backward needs besides the arguments.
     """
     options = resolve_options(x_RD, backend, mode, precision)
     _check(x_RD, weight_N, weights, rows, dropout, options, masked=masked, debug=debug)
@@ -135,7 +134,13 @@ def moe_ffn_backward(
     precision: str = "ieee",
     debug: bool = False,
 ) -> FfnGradients:
-    """Give the gradients of what moe_ffn_forward computed from the same arguments; dout_RD: of out_RD, contiguous."""
+    """Compute the gradients of moe_ffn_forward for the same arguments.
+
+    Args:
+        dout_RD: gradient of out_RD, contiguous.
+        saved: the second result of moe_ffn_forward.
+        others: as for moe_ffn_forward.
+    """
     options = resolve_options(x_RD, backend, mode, precision)
     check_tensor("dout_RD", dout_RD, tuple(x_RD.shape), x_RD)
     call = FfnCall(True, dweight, masked, *options)

@@ -1,7 +1,7 @@
-"""permute_rows and unpermute_rows: copies of whole rows by index, of any dtype, converted on the way if asked.
+"""permute_rows and unpermute_rows: copy whole rows by index, of any dtype, with an optional cast.
 
-    permute_rows:    out[m] = x[index[m]]      the send side of the exchange: rows in the order of their ranks
-    unpermute_rows:  out[index[m]] = y[m]      its inverse; rows that no index names are zeros
+    permute_rows:    out[m] = x[index[m]]      the send side of the exchange: token rows in the order of their ranks
+    unpermute_rows:  out[index[m]] = y[m]      its inverse; rows without an index are zero
 
 Letters: R rows, M permuted rows, D columns.
 """
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from foreroute.kernels.cpu.combine_permute import add_rows_cpu, copy_rows_cpu
+from foreroute.kernels.expert_index import check_range
 from foreroute.kernels.gpu.combine_permute import add_rows_triton, copy_rows_triton
 from foreroute.kernels.launching import MAX_ROWS
 from foreroute.kernels.operands import check_dtype, check_tensor, resolve_backend
@@ -22,20 +23,20 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def permute_rows(
     x_RD: Tensor, index_M: Tensor, *, dtype: torch.dtype | None = None, backend: str | None = None, debug: bool = False
 ) -> Tensor:
-    """Copy rows into the order of an index; a row may be taken often or never.
+    """Copy rows in the order of an index, which may repeat or skip rows.
 
     Args:
         x_RD: rows, contiguous, of any dtype of 1 to 8 bytes.
-        index_M: int64, which row goes where.
-        dtype: of the result, if not that of x; between floats only.
+        index_M: int64, the source row of each result row.
+        dtype: dtype of the result, by default that of x; only floats are converted.
         backend: "cpu", "triton" or "reference"; by default "triton" on a GPU and "cpu" elsewhere.
         debug: check every index on the host.
 
     Returns:
-        out_MD. Its gradient is added up over the copies of a row, in fp32 and in the order of m.
+        out_MD. The gradient of a row is the sum over its copies, in fp32 and in the order of m.
 
     Raises:
-        ValueError: an argument does not fit; the message names it, its value and what is allowed.
+        ValueError: an argument is invalid; the message names it, its value and the allowed values.
 
     Example:
         >>> import torch
@@ -48,7 +49,7 @@ def permute_rows(
     """
     backend = _check("x_RD", x_RD, index_M, dtype, backend)
     if debug:
-        _check_index(index_M, x_RD.shape[0])
+        check_range("index_M", index_M, x_RD.shape[0])
     if backend == "reference":
         wide = x_RD.double() if x_RD.is_floating_point() else x_RD
         rows = [wide[r].to(dtype or x_RD.dtype) for r in index_M.tolist()]
@@ -66,27 +67,27 @@ def unpermute_rows(
     backend: str | None = None,
     debug: bool = False,
 ) -> Tensor:
-    """Undo permute_rows: put each row back where it was taken from.
+    """Undo permute_rows: copy each row back to its source.
 
     Args:
         y_MD: rows, as in permute_rows.
-        index_M: int64, which row of the result each becomes. It must not repeat a number (debug checks it): what then
-            comes out is undefined. To add up rows that go to one place use kernels.combine.
-        num_rows: rows of the result; those that index_M does not name are zeros.
+        index_M: int64, the result row of each row. It must not repeat a number (debug checks this); otherwise the
+            result is undefined. Use kernels.combine to sum rows with one destination.
+        num_rows: number of result rows; rows without an index are zero.
         dtype, backend, debug: as in permute_rows.
 
     Returns:
-        out of num_rows rows.
+        out, num_rows rows.
 
     Raises:
-        ValueError: an argument does not fit; the message names it, its value and what is allowed.
+        ValueError: an argument is invalid; the message names it, its value and the allowed values.
     """
     backend = _check("y_MD", y_MD, index_M, dtype, backend)
     check_tensor("index_M", index_M, (y_MD.shape[0],), y_MD)
     if not 0 <= num_rows <= MAX_ROWS:
         raise ValueError(f"num_rows={num_rows}: must be from 0 to {MAX_ROWS}")
     if debug:
-        _check_index(index_M, num_rows)
+        check_range("index_M", index_M, num_rows)
         if index_M.unique().numel() != index_M.numel():
             raise ValueError(f"index_M={index_M.tolist()}: must not repeat a row")
     if backend == "reference":
@@ -110,17 +111,11 @@ def _check(name: str, x: Tensor, index_M: Tensor, dtype: torch.dtype | None, bac
     if x.element_size() not in (1, 2, 4, 8):
         raise ValueError(f"{name} is {x.dtype}: must be a dtype of 1, 2, 4 or 8 bytes")
     if x.is_complex() and x.requires_grad:
-        raise ValueError(f"{name} is {x.dtype} and wants a gradient: only real numbers have one here")
+        raise ValueError(f"{name} is {x.dtype} and requires a gradient: only real numbers have one here")
     floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     if dtype not in (None, x.dtype) and not (dtype in floats and x.dtype in floats):
         raise ValueError(f"dtype={dtype}: {name} is {x.dtype}; only floats convert")
     return backend
-
-
-def _check_index(index_M: Tensor, num_rows: int) -> None:
-    bad = index_M[(index_M < 0) | (index_M >= num_rows)]
-    if bad.numel():
-        raise ValueError(f"index_M holds {int(bad[0])}: must be from 0 to {num_rows - 1}")
 
 
 def _copy(x: Tensor, index_M: Tensor, out: Tensor, backend: str, *, scatter: bool) -> Tensor:
@@ -146,7 +141,7 @@ def _(x_RD: Tensor, index_M: Tensor, dtype: torch.dtype, backend: str) -> Tensor
 
 @torch.library.custom_op("foreroute::permute_rows_backward", mutates_args=())
 def _permute_rows_backward(dout_MD: Tensor, index_M: Tensor, num_rows: int, dtype: torch.dtype, backend: str) -> Tensor:
-    """Sum of the gradients of a row's copies."""
+    """Sum the gradients of each row's copies."""
     order_M = torch.argsort(index_M, stable=True)
     row_R = torch.arange(num_rows, device=index_M.device)
     slot_offset_R = torch.searchsorted(index_M[order_M], row_R)

@@ -1,11 +1,11 @@
-"""Transformer-XL's relative attention (arXiv 1901.02860, section 3.3) by tiles of queries, its backward by hand.
+"""Transformer-XL's relative attention (arXiv 1901.02860, section 3.3) in tiles of queries, with a manual backward pass.
 
     score[q, s] = ((query_q + u) . key_s + (query_q + v) . r_d) * scale,   d = M + q - s >= 0 the distance of s from q
 
-A tile is one head, a few streams and a block of queries with the keys that they see; it fits into the cache, and keys
-beyond the block are not computed. The distance term lines up with the keys without a copy, in both directions (see
-_shifted). Keys before a query's document are hidden tile by tile. Kept for backward are the unnormalised weights, at
-most B*H*Q*S numbers; activation recomputation avoids it.
+A tile is one head, a few streams and a block of queries with the keys visible to them. It fits into the cache, and no
+score of a key after the block is computed. The distance term is aligned with the keys without a copy, in both
+directions (see _shifted). Keys before a query's document are masked tile by tile. The unnormalised weights are saved
+for backward, at most B*H*Q*S numbers; activation checkpointing avoids this.
 
 Letters: B streams, Q query length, M memory length, S = M+Q key length, H heads, W head width, X = S+1; of a tile:
 b streams, q queries, s keys. Keys are in order of position, r in order of distance: r_SHW[0] is for the query itself.
@@ -22,19 +22,19 @@ from torch.autograd.function import once_differentiable
 
 
 class _TileLimits(NamedTuple):
-    """Of a tile's scores."""
+    """Limits on a tile's scores."""
 
-    column_bytes: int  # of all queries, for one key
-    tile_bytes: int  # of all streams, but for those of a single stream
+    column_bytes: int  # scores of all queries, for one key
+    tile_bytes: int  # scores of all streams; a tile of a single stream may have more
 
 
 # Fastest of 64..512 queries x 1..22 streams with Q = M = 512, H = 8, W = 64 in fp32 and bf16, on 2 cores with 2 MiB of
-# second-level cache each: 128 queries in fp32, 256 in bf16; 4 streams of them with 1,024 keys, more when these are few.
+# second-level cache each: 128 queries in fp32, 256 in bf16; 4 streams with 1,024 keys, more with fewer keys.
 _ON_CPU = _TileLimits(512, 2 << 20)
-# Not measured. A GPU would wait for the launches of so small tiles: at the published size a head is one tile here, and
-# the keys that no query sees cost a third more products.
+# Not measured. Tiles as small as on a CPU would leave a GPU waiting for launches. At the published size a head is one
+# tile here, and the keys that no query sees add a third to the products.
 _ON_GPU = _TileLimits(2048, 64 << 20)
-_ALIGN = 16  # numbers; starting rows of keys on vector boundaries makes fp32 8 % faster
+_ALIGN = 16  # numbers; rows of keys that start on vector boundaries make fp32 8 % faster
 
 
 def relative_attention(
@@ -50,24 +50,24 @@ def relative_attention(
     window: int | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attend from each query to itself and the keys before it; return [B, Q, H, W].
+    """Attend from each query to its own position and the keys before it; return [B, Q, H, W].
 
-    The last Q of the S keys are at the positions of the queries, the others are memory.
+    The last Q of the S keys have the positions of the queries, the others are memory.
 
     Args:
         r_SHW: encodings of the distances 0..S-1.
-        first_BQ: int32, the first key that each query sees, such as that of its document; at most the query's own, M +
-            q, which is not checked: it would be a read-back. A hidden key has a weight of exactly 0, so no bit of the
-            result depends on it while it is finite. None hides no keys.
-        window: keys at a distance of `window` or more are hidden; None for no limit.
+        first_BQ: int32, the first key visible to each query, such as the first of its document; at most the query's own
+            key, M + q, which is not checked, as it would be a read-back. A masked key has a weight of exactly 0, so no
+            bit of the result depends on it while it is finite. None masks no keys.
+        window: keys at a distance of `window` or more are masked; None for no limit.
         dropout: rate on the attention weights, drawn from PyTorch's generator; 0 in evaluation.
 
     Raises:
-        ValueError: the shapes do not fit each other, first_BQ is not int32, or window < 1.
+        ValueError: the shapes are inconsistent, first_BQ is not int32, or window < 1.
 
     Example: one stream, two keys of memory and queries at keys 2, 3 and 4, where a document starts at key 3. With
-    first_BQ = [[0, 3, 3]] the queries see keys 0 to 2, 3 alone, and 3 to 4; if all scores are equal and the values are
-    1, 2, 4, 8 and 16, they get 7/3, 8 and 12.
+    first_BQ = [[0, 3, 3]] the queries attend to keys 0 to 2, 3 alone, and 3 to 4. If all scores are equal and the
+    values are 1, 2, 4, 8 and 16, the results are 7/3, 8 and 12.
     """
     streams, queries, heads, width = query_BQHW.shape
     keys = r_SHW.shape[0]
@@ -90,7 +90,7 @@ def relative_attention(
         F.pad(r_SHW.flip(0).transpose(0, 1), (0, 0, 0, 1)),
     )
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in operands)
-    if torch.compiler.is_compiling():  # its views into one buffer cannot be traced
+    if torch.compiler.is_compiling():  # the views into one buffer cannot be traced
         results = _operator(*operands, first_BQ, window, dropout, keep)
     else:
         results = _RelativeAttention.apply(*operands, first_BQ, window, dropout, keep, _forward, _backward)  # type: ignore[no-untyped-call]
@@ -110,13 +110,13 @@ def relative_attention_reference(
     first_BQ: Tensor | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """Compute relative_attention one query at a time in fp64, differentiated by autograd: the truth for tests."""
+    """Compute relative_attention one query at a time in fp64, differentiated by autograd: the reference for tests."""
     inputs = (query_BQHW, key_BSHW, value_BSHW, r_SHW, u_HW, v_HW)
     query, key, value, r, u, v = (x.double() for x in inputs)
     streams, queries, heads, _ = query.shape
     out = []
     for b, q, h in product(range(streams), range(queries), range(heads)):
-        own = key.shape[1] - queries + q  # the query's place among the keys
+        own = key.shape[1] - queries + q  # the query's position among the keys
         first = 0 if first_BQ is None else int(first_BQ[b, q])
         seen = [s for s in range(first, own + 1) if window is None or own - s < window]
         content = key[b, seen, h] @ (query[b, q, h] + u[h])
@@ -126,7 +126,7 @@ def relative_attention_reference(
 
 
 class _Operands(NamedTuple):
-    """The inputs of the tiles, or their gradients, head by head."""
+    """The inputs of the tiles, or their gradients, with the head as first dim."""
 
     qu_HBQW: Tensor  # (query + u) * scale
     qv_HBQW: Tensor  # (query + v) * scale
@@ -136,38 +136,38 @@ class _Operands(NamedTuple):
 
 
 class _Tile(NamedTuple):
-    """One head, a few streams, a block of queries, and the keys that any of them sees."""
+    """One head, a few streams, a block of queries, and the keys visible to any of them."""
 
     head: int
     streams: slice
     queries: slice
     keys: slice
     shape: tuple[int, int, int]  # b, q, s
-    start: int  # where the tile's numbers start when all tiles lie one after the other
+    start: int  # offset of the tile's numbers when all tiles are concatenated
 
     def of_queries(self, x_HBQW: Tensor) -> Tensor:
-        """Slice what is indexed by query."""
+        """Slice a tensor that is indexed by query."""
         return x_HBQW[self.head, self.streams, self.queries]
 
     def of_keys(self, x_HBSW: Tensor) -> Tensor:
-        """Slice what is indexed by key."""
+        """Slice a tensor that is indexed by key."""
         return x_HBSW[self.head, self.streams, self.keys]
 
     def of_distances(self, x_HXW: Tensor) -> Tensor:
-        """Slice what is indexed by distance: s-1 down to 0, and the last row."""
+        """Slice a tensor that is indexed by distance: s-1 down to 0, and the last row."""
         return x_HXW[self.head, -self.shape[2] - 1 :]
 
     def of_all(self, x: Tensor) -> Tensor:
-        """Take this tile's part, [b, q, s], of a flat tensor that holds all tiles."""
+        """Return this tile's view, [b, q, s], of a flat tensor that holds all tiles."""
         return x[self.start : self.start + prod(self.shape)].view(self.shape)
 
     def of_scratch(self, x: Tensor) -> Tensor:
-        """Take [b, q, s] from the front of a buffer."""
+        """Return a view, [b, q, s], of the start of a buffer."""
         return x[: prod(self.shape)].view(self.shape)
 
 
 def tile_shape(streams: int, queries: int, keys: int, *, item_bytes: int, gpu: bool) -> tuple[int, int]:
-    """Give the streams and the queries of a tile, at most; the last ones of a head may have fewer."""
+    """Return the largest number of streams and of queries in a tile; the last tiles of a head may have fewer."""
     limits = _ON_GPU if gpu else _ON_CPU
     block = max(1, min(queries, limits.column_bytes // item_bytes))
     group = limits.tile_bytes // (block * max(1, keys) * item_bytes)
@@ -192,24 +192,24 @@ def _tiles(operands: _Operands, window: int | None) -> list[_Tile]:
 
 
 def _buffer(tiles: list[_Tile], like: Tensor) -> Tensor:
-    """Allocate what _shifted needs for the largest tile."""
+    """Allocate the buffer that _shifted needs for the largest tile."""
     return like.new_empty(_ALIGN + max(b * q * (s + 1) for b, q, s in (t.shape for t in tiles)))
 
 
 def _shifted(buffer: Tensor, tile: _Tile) -> tuple[Tensor, Tensor]:
-    """See one buffer by distance, [b, q, s+1], and by key, [b, q, s].
+    """Return two views of one buffer, by distance, [b, q, s+1], and by key, [b, q, s].
 
-    Query i of the tile sees its key j at distance d = s-q+i-j. By distance, the columns are d = s-1 down to 0 and one
-    more, so d is in column s-1-d = q-1-i+j. In memory that is i*(s+1) + q-1-i+j = (q-1) + i*s + j: the view by key is
-    contiguous and starts q-1 numbers late.
+    Query i of the tile has its key j at distance d = s-q+i-j. By distance, the columns are d = s-1 down to 0 and one
+    more, so d is in column s-1-d = q-1-i+j. Its offset in memory is i*(s+1) + q-1-i+j = (q-1) + i*s + j: the view by
+    key is contiguous and starts q-1 numbers later.
 
-    Example, q=2, s=3, the distances written where they are stored ("-": the additional column):
+    Example, q=2, s=3, the distances at their places in memory ("-": the additional column):
 
         by distance:  2 1 0 -     by key:  1 0 -
                       2 1 0 -              2 1 0
 
-    Read by key, the future of a query (d < 0) shows whatever is there. Written by key, with zeros for the future, the
-    buffer is right by distance once each stream's first q-1 numbers and its last one are zero.
+    Read by key, the future of a query (d < 0) holds arbitrary numbers. A buffer written by key, with zeros for the
+    future, is correct by distance once each stream's first q-1 numbers and its last one are set to zero.
     """
     b, q, s = tile.shape
     start = (1 - q) % _ALIGN
@@ -227,7 +227,7 @@ def _scores(
     window: int | None,
     out: Tensor,
 ) -> None:
-    """Compute a tile's scores [b, q, s] into out; hidden keys get -inf, `future` above its diagonal."""
+    """Compute a tile's scores [b, q, s] into out; masked keys get -inf; `future` is -inf above its diagonal."""
     b, q, s = tile.shape
     by_distance, by_key = _shifted(buffer, tile)
     r_bxW = tile.of_distances(operands.r_HXW).expand(b, -1, -1)
@@ -246,7 +246,7 @@ def _scores(
 def _scores_backward(
     operands: _Operands, grads: _Operands, tile: _Tile, buffer: Tensor, factors: tuple[Tensor, Tensor]
 ) -> None:
-    """Set or add a tile's part of all gradients but the values'; the scores' gradient is the factors' product."""
+    """Store or add a tile's contribution to all gradients but the values'; d_scores is the product of the factors."""
     b, q, _ = tile.shape
     by_distance, by_key = _shifted(buffer, tile)
     by_distance.view(b, -1)[:, : q - 1] = 0
@@ -261,8 +261,10 @@ def _scores_backward(
 
 
 def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the output [H, B, Q, W] and what backward needs from the operands, the first keys, window, dropout rate,
-    and whether backward will follow."""
+    """Compute the output [H, B, Q, W] and the tensors saved for backward.
+
+    The inputs are the operands, the first keys, window, dropout rate, and whether backward follows.
+    """
     operands, (first_BQ, window, dropout, keep) = _Operands(*inputs[:5]), inputs[5:]
     like = operands.qu_HBQW
     out_HBQW, total_HBQ1 = _results(like)
@@ -271,7 +273,7 @@ def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     future = like.new_full((block, block), float("-inf")).triu_(1)
     count = _count(tiles)
     buffer = _buffer(tiles, like)
-    # exp(score - row maximum), all tiles one after the other or one at a time
+    # exp(score - row maximum), for all tiles or for one at a time
     weights = like.new_empty(count) if keep else _buffer(tiles, like)
     masks = like.new_empty(count if dropout else 0, dtype=torch.bool).bernoulli_(1.0 - dropout)
     for tile in tiles:
@@ -286,13 +288,14 @@ def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _backward(d_out_HBQW: Tensor, *inputs: Any) -> list[Tensor]:
-    """Compute the operands' gradients from the output's, the operands, what _forward returned, window and dropout rate.
+    """Compute the operands' gradients.
 
-    Hidden keys need no mask here: their weights are 0.
+    The inputs are the output's gradient, the operands, the results of _forward, window and dropout rate. Masked keys
+    need no mask here: their weights are 0.
     """
     operands, (out_HBQW, total_HBQ1, weights, masks, window, dropout) = _Operands(*inputs[:5]), inputs[5:]
     dtype, wide = out_HBQW.dtype, total_HBQ1.dtype
-    # softmax = exp(score - maximum) / total: the small tensors are divided instead of the weights.
+    # softmax = exp(score - maximum) / total: dividing the small tensors replaces a division of the weights.
     mean_HBQ1 = (d_out_HBQW * out_HBQW).sum(-1, keepdim=True, dtype=wide)
     mean_HBQ1 = (mean_HBQ1 / total_HBQ1).to(dtype)
     d_out_HBQW = (d_out_HBQW / (total_HBQ1 * (1.0 - dropout))).to(dtype).contiguous()
@@ -339,7 +342,8 @@ def _fake_forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 class _RelativeAttention(torch.autograd.Function):
-    """Operands, first keys, window, dropout rate, whether backward will follow, and the functions that do it."""
+    """Takes the operands, first keys, window, dropout rate, whether backward follows, and the functions for both
+    passes."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:

@@ -1,1 +1,1 @@
-"""What tests of the operations share: cases, an interpreter that guards memory, bytes moved."""
+"""Helpers for tests of the operations: cases, an interpreter that guards memory, counts of bytes moved."""

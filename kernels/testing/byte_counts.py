@@ -1,9 +1,9 @@
-"""Access lists: which bytes each launch of a kernel reads and writes, by argument.
+"""Access lists: the bytes that each launch of a kernel reads and writes, by argument.
 
-`distinct` counts every byte once, as if all caches were perfect; `total` counts what the programs ask for, tile by
-tile. Both are for the case in which every input row is chosen and every expert has rows, which is the most that can be.
-Tests compare them with the addresses that the kernels really touch in Triton's interpreter; the static gate
-(benchmarks/kernels_static/program.py) adds them up for model shapes and compares with the least possible.
+`distinct` counts every byte once, as with perfect caches; `total` counts the requests of all programs, tile by tile.
+Both assume that every token row is chosen and every expert has expert rows, which is the maximum. Tests compare them
+with the addresses that the kernels access in Triton's interpreter. The static gate
+(benchmarks/kernels_static/program.py) sums them for model shapes and compares the sums with the minimum.
 
 Letters: N expert rows, L experts, D width, F expert hidden width; s bytes of a number.
 """
@@ -32,10 +32,10 @@ class Access:
 
 
 def accesses(launch: Launch, *, row_tiles: int | None = None) -> list[Access]:
-    """List what a launch touches.
+    """List the accesses of a launch.
 
     Args:
-        row_tiles: row tiles that hold rows; by default the upper bound for which programs are launched.
+        row_tiles: number of tiles that hold expert rows; by default the upper bound for which programs are launched.
 
     Raises:
         ValueError: the kernel has no access list.
@@ -43,15 +43,12 @@ def accesses(launch: Launch, *, row_tiles: int | None = None) -> list[Access]:
     rule = _RULES.get(launch.name)
     if rule is None:
         raise ValueError(f"{launch.name} has no access list: must be one of {', '.join(_RULES)}")
-    return [access for access in rule(_Arguments(launch, row_tiles)) if _touches(access)]
-
-
-def _touches(access: Access) -> bool:
-    return bool(access.read_bytes_total or access.written_bytes)
+    listed = rule(_Arguments(launch, row_tiles))
+    return [access for access in listed if access.read_bytes_total or access.written_bytes]
 
 
 class _Arguments:
-    """A launch's arguments by short names, and what all products have in common."""
+    """A launch's arguments by short names, and the terms common to all matrix products."""
 
     def __init__(self, launch: Launch, row_tiles: int | None) -> None:
         self.values = launch.arguments
@@ -65,34 +62,34 @@ class _Arguments:
         return self.values[name]
 
     def bytes(self, name: str) -> int:
-        """Size of a tensor argument, 0 if it is not there."""
+        """Return the size of a tensor argument, 0 if there is none."""
         value = self.values[f"{name}_ptr"]
         return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
 
     def item(self, name: str) -> int:
-        """Size of one number of a tensor argument, 0 if it is not there."""
+        """Return the size of one number of a tensor argument, 0 if there is none."""
         value = self.values[f"{name}_ptr"]
         return value.element_size() if isinstance(value, Tensor) else 0
 
     def rows(self, name: str) -> int:
-        """Number of rows of a tensor argument."""
+        """Return the first size of a tensor argument."""
         return int(self.values[f"{name}_ptr"].shape[0])
 
     def whole(self, name: str, times: int = 1) -> Access:
-        """Read a tensor completely, this often."""
+        """Return the access that reads a whole tensor, `times` times."""
         return Access(f"{name}_ptr", self.bytes(name), times * self.bytes(name))
 
     def write(self, name: str) -> Access:
-        """Write a tensor completely."""
+        """Return the access that writes a whole tensor."""
         return Access(f"{name}_ptr", written_bytes=self.bytes(name))
 
     def weight(self, name: str) -> Access:
-        """Read the matrices [L, F, D] of a product: each row tile reads its expert's."""
+        """Return the access that reads the matrices [L, F, D] of a product, one matrix per tile of expert rows."""
         total = self.tiles * self.hidden * self.width * self.item(name)
         return Access(f"{name}_ptr", self.bytes(name), total)
 
     def row_map(self, columns: int) -> list[Access]:
-        """Read the tile map and the end of the expert's rows once in each program."""
+        """Return the accesses that read the tile map and the end of the expert's rows once per program."""
         return [
             Access("tile_ptr", self.bytes("tile"), columns * self.bytes("tile")),
             Access("offset_ptr", self.bytes("offset"), columns * self.tile_bound * _COUNT),

@@ -1,4 +1,4 @@
-"""Cases for tests of the expert layer: random operands of a given shape, one run with all gradients, named errors.
+"""Cases for tests of the expert layer: random operands of a given shape, a run with all gradients, relative errors.
 
 Letters: T tokens, D width, F expert hidden width, L experts, K active experts, N = T * K expert rows.
 """
@@ -23,7 +23,7 @@ class Case(NamedTuple):
     rows: ExpertRows
 
     def rounded(self, dtype: torch.dtype) -> "Case":
-        """Give the same operands as they are after a round trip through dtype; mixing weights stay fp32."""
+        """Return the operands after a round trip through dtype; mixing weights through fp32."""
         weights = [None if w is None else w.to(dtype).double() for w in self.weights]
         x_TD, weight_N = self.x_TD.to(dtype).double(), self.weight_N.float().double()
         return Case(x_TD, weight_N, ExpertWeights._make(weights), self.rows)
@@ -35,7 +35,7 @@ def make_case(
     """Draw operands of shape (T, D, F, L, K).
 
     Args:
-        only_expert: every token's first choice, for skewed loads.
+        only_expert: the first choice of every token, for skewed loads.
     """
     tokens, width, hidden, experts, active = shape
     generator = torch.Generator().manual_seed(seed)
@@ -58,7 +58,7 @@ def make_case(
 
 
 def padded(rows: ExpertRows, more_rows: int, more_inputs: int = 0) -> ExpertRows:
-    """Pad expert rows and input rows (kernels/expert_index.py says how padding is marked)."""
+    """Pad expert rows and token rows; kernels/expert_index.py defines the form of padding."""
     longer = rows.padded(rows.num_rows + more_rows)
     end = rows.slot_offset_R.new_full((more_inputs,), longer.num_rows)
     return replace(longer, slot_offset_R=torch.cat((longer.slot_offset_R, end)))
@@ -67,10 +67,10 @@ def padded(rows: ExpertRows, more_rows: int, more_inputs: int = 0) -> ExpertRows
 def run_with_gradients(
     function: Callable[..., Tensor], inputs: dict[str, Tensor | None], *, constant: tuple[str, ...] = ()
 ) -> dict[str, Tensor]:
-    """Call function(**inputs), go back with a random cotangent, and give "out" and each input's gradient.
+    """Call function(**inputs), run backward from a random cotangent, and return "out" and each input's gradient.
 
     Args:
-        constant: inputs without a gradient.
+        constant: names of inputs without a gradient.
     """
     leaves = {
         name: None if value is None else value.detach().clone().requires_grad_(name not in constant)
@@ -87,7 +87,7 @@ def run_with_gradients(
 
 
 def layer_inputs(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor | None]:
-    """Name the tensors of a case, converted; mixing weights in at least fp32."""
+    """Return the tensors of a case by name, converted to dtype; mixing weights are at least fp32."""
     wide = torch.promote_types(dtype, torch.float32)
     names = ("w1", "b1", "w2", "b2", "w3")
     return {
@@ -106,7 +106,7 @@ def run_layer(
     dweight: bool = True,
     **options: Any,
 ) -> dict[str, Tensor]:
-    """Run moe_ffn (or anything with its arguments) on a case; see run_with_gradients."""
+    """Run moe_ffn, or a function with the same arguments, on a case; see run_with_gradients."""
     rows = ExpertRows(*(index.to(device) for index in case.rows.tensors()))
 
     def call(x: Tensor, weight: Tensor, **weights: Any) -> Tensor:
@@ -117,7 +117,7 @@ def run_layer(
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """||got - want|| / ||want|| in fp64, on their device if it is one; NaN or infinity count as infinite."""
+    """Compute ||got - want|| / ||want|| in fp64, on the common device if there is one; a NaN counts as infinite."""
     if got.device != want.device:
         got, want = got.cpu(), want.cpu()
     want = want.double()
@@ -126,7 +126,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 def worst_error(got: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[float, str]:
-    """Give the largest relative error and the name of its tensor.
+    """Return the largest relative error and the name of its tensor.
 
     Raises:
         ValueError: a tensor is missing or has another shape.

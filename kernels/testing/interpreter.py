@@ -1,10 +1,10 @@
-"""What a kernel test needs around Triton's interpreter (TRITON_INTERPRET=1); inert until asked, but for a
-mistake of Triton 3.6 that it mends.
+"""Checks around Triton's interpreter (TRITON_INTERPRET=1) for kernel tests.
 
-`guarded` catches accesses outside a launch's tensors and write races, and records the bytes that
-were really touched. `bf16_semantics` gives bf16 its arithmetic. `poisoned_empty` makes visible what
-a kernel forgot to write. The interpreter runs one program after the other, in grid order: it says
-nothing about tf32 rounding, asynchronous copies, the number of warps or the order of programs.
+`guarded` detects accesses outside a launch's tensors and write races, and records the bytes that were accessed.
+`bf16_semantics` corrects bf16 arithmetic. `poisoned_empty` reveals memory that a kernel did not write. Nothing is
+changed until one of them is entered, except for a defect of Triton 3.6 that is corrected on import. The interpreter
+runs one program after another, in grid order: it does not show tf32 rounding, asynchronous copies, or effects of the
+number of warps and of the order of programs.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from triton.runtime import interpreter
 from foreroute.kernels.launching import bf16_allowed
 
 if triton.__version__.startswith("3.6."):
-    # Its range(tensor, tensor) makes a Python int of an array of shape [1], which newer NumPy refuses.
+    # Its range(tensor, tensor) converts an array of shape [1] to a Python int, which newer NumPy refuses.
     _patch_tensor = interpreter._patch_lang_tensor
 
     def _patch_with_index(tensor: Any, scope: Any) -> None:
@@ -37,14 +37,14 @@ if triton.__version__.startswith("3.6."):
 
 
 class GuardError(RuntimeError):
-    """A kernel touched memory that it was not given, or stored one address twice."""
+    """A kernel accessed memory outside its arguments, or stored one address twice."""
 
 
 @dataclass(frozen=True, slots=True)
 class Touched:
-    """What one launch did to one tensor argument; an atomic counts as a read and as a write."""
+    """The accesses of one launch to one tensor argument; an atomic counts as a read and as a write."""
 
-    read_bytes_distinct: int  # bytes that some active lane addressed
+    read_bytes_distinct: int  # bytes that an active lane addressed
     read_bytes_total: int  # active lanes x bytes per lane, summed over all programs
     written_bytes_distinct: int
     written_bytes_total: int
@@ -52,7 +52,7 @@ class Touched:
 
 @dataclass(frozen=True, slots=True)
 class TouchedLaunch:
-    """One launch that ran to its end."""
+    """One launch that completed."""
 
     name: str  # of the kernel function
     grid: tuple[int, ...]  # always three numbers
@@ -61,13 +61,13 @@ class TouchedLaunch:
 
 @dataclass(slots=True)
 class Guard:
-    """What `guarded` gives: the launches so far."""
+    """The launches recorded by `guarded` so far."""
 
     launches: list[TouchedLaunch] = field(default_factory=list)
 
 
 class _View:
-    """One tensor argument of one launch: where its elements are, and which bytes were touched."""
+    """One tensor argument of one launch: the addresses of its elements, and the bytes that were accessed."""
 
     def __init__(self, name: str, tensor: Tensor) -> None:
         self.name = name
@@ -86,7 +86,7 @@ class _View:
             as_strided(self.elements, (*tensor.shape, size), (*strides, 1))[...] = True
 
     def holds(self, address: NDArray[np.int64], width: int) -> NDArray[np.bool_]:
-        """Say which lanes, `width` bytes from each address, lie in the view."""
+        """Return which lanes, `width` bytes from each address, are inside the view."""
         offset = address - self.start
         inside = (offset >= 0) & (offset <= self.num_bytes - width)
         if self.elements is not None:
@@ -95,17 +95,17 @@ class _View:
         return inside
 
     def touched(self) -> Touched:
-        """Sum up."""
+        """Return the totals."""
         read, written = np.count_nonzero(self.read), np.count_nonzero(self.written)
         return Touched(int(read), self.read_total, int(written), self.written_total)
 
 
 class _Running:
-    """The launch that is running: checks each access and keeps count."""
+    """The running launch: checks and counts each access."""
 
     def __init__(self, name: str, views: list[_View], races: bool) -> None:
         self.name, self.views, self.races = name, views, races
-        self.fault: GuardError | None = None  # upstream buries an exception in its own; keep it
+        self.fault: GuardError | None = None  # kept here, as upstream wraps exceptions in its own
 
     def access(self, kind: str, pointers: Any, mask: Any, width: int) -> None:
         """Account for one load, store or atomic of a program."""
@@ -151,7 +151,7 @@ class _Running:
         first = int(address[0])
         views = [view for view in self.views if view.num_bytes]
         if views:
-            # The view that is nearest, before or after.
+            # The nearest view, before or after.
             near = min(views, key=lambda v: max(v.start - first, first + width - v.start - v.num_bytes))
             where = f"the first at byte {first - near.start} of {near.name}, a view of {near.num_bytes}"
         self._fail(f"{kind} outside every argument in {address.size} of {lanes} lanes: {where}")
@@ -163,7 +163,7 @@ class _Running:
 
 
 def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    """Give the tensors in a kernel argument: itself, a descriptor's base, or a tuple's parts."""
+    """Yield the tensors in a kernel argument: itself, a descriptor's base, or a tuple's items."""
     if isinstance(value, tuple):
         for i, part in enumerate(value):
             yield from _tensors(f"{name}[{i}]", part)
@@ -205,11 +205,11 @@ def _watched_memory(access: Callable[[str, Any, Any, int], None]) -> SimpleNames
 def guarded(*, races: bool = True) -> Iterator[Guard]:
     """Check and record every access of the interpreted launches in this context.
 
-    An active lane must lie on elements of one of the launch's tensor arguments: not before or after
-    the view, nor in the gaps that its strides leave. Where arguments share elements, an access
-    belongs to the first. The launch raises GuardError at its first fault, and is then not recorded.
-    A program that reads what another writes, or stores what another adds to, is not seen. As on a
-    GPU, and unlike upstream's interpreter, tl.maximum and tl.minimum prefer a number to NaN.
+    An active lane must address elements of one of the launch's tensor arguments, not memory before or after the view
+    nor gaps between its strides. If arguments share elements, an access is attributed to the first. The launch raises
+    GuardError at its first fault and is then not recorded. Reads of another program's stores, and stores to another
+    program's atomics, are not detected. As on a GPU, and unlike upstream's interpreter, tl.maximum and tl.minimum
+    prefer a number to NaN.
 
     Args:
         races: also refuse plain stores of one byte by two programs, or by two lanes of one store.
@@ -256,14 +256,14 @@ def _is_bf16(handle: Any) -> bool:
 
 
 def _widen(handle: Any) -> Any:
-    """Give a bf16 handle's values in fp32, exactly; any other handle as it is."""
+    """Return a bf16 handle's values in fp32, exactly; any other handle unchanged."""
     if not _is_bf16(handle):
         return handle
     return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
 
 def _round(values: Any) -> Any:
-    """Round numbers of any kind to a bf16 handle, once, to nearest even."""
+    """Round numbers of any dtype to a bf16 handle, once, to nearest even."""
     exact = np.asarray(values)
     with np.errstate(over="ignore"):
         wide = exact.astype(np.float32)
@@ -313,14 +313,13 @@ class _Bf16:
 
 @contextlib.contextmanager
 def bf16_semantics() -> Iterator[None]:
-    """Give the interpreter bf16 arithmetic; upstream computes on the bits, and truncates in casts.
+    """Correct the interpreter's bf16 arithmetic; upstream computes on the bits, and truncates in casts.
 
-    Covers dot (summed in fp32), casts (to nearest even), negation, abs, binary and comparing
-    operations, fma, bf16 x Python number, where; and what Triton itself widens: maximum, minimum,
-    tl.max, tl.min, tl.cumsum, division. (Of other functions, exp to floor, Triton refuses bf16.)
-    Does not cover tl.sum over a bf16 tensor, which raises NotImplementedError here (widen first);
-    bf16 atomics, which upstream refuses; casts that ask for rounding to zero; fp8; dot_scaled. And
-    the interpreter says nothing about what the module's first lines name.
+    Covers dot (summed in fp32), casts (to nearest even), negation, abs, binary operations and comparisons, fma, bf16 x
+    Python number, where; and the operations that Triton itself widens: maximum, minimum, tl.max, tl.min, tl.cumsum,
+    division. (Triton refuses bf16 in other functions, exp to floor.) Does not cover tl.sum over a bf16 tensor, which
+    raises NotImplementedError here (widen first); bf16 atomics, which upstream refuses; casts with rounding to zero;
+    fp8; dot_scaled. The limits named in the module's docstring remain.
     """
     _require_interpreter()
     builder, reduce_sum = interpreter.interpreter_builder, interpreter.ReduceOps.sum
@@ -355,10 +354,10 @@ def _poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @contextlib.contextmanager
 def poisoned_empty() -> Iterator[None]:
-    """Fill what torch.empty and its like give: NaN, True, or in integers 0x55 in every byte.
+    """Fill tensors from torch.empty and its variants with NaN, True, or for integers 0x55 in every byte.
 
-    Covers torch.empty, empty_like, empty_strided, Tensor.new_empty and Tensor.new_empty_strided,
-    looked up in Python while this is active.
+    Covers torch.empty, empty_like, empty_strided, Tensor.new_empty and Tensor.new_empty_strided, looked up in Python
+    while this is active.
     """
     plain, methods = ("empty", "empty_like", "empty_strided"), ("new_empty", "new_empty_strided")
     with contextlib.ExitStack() as stack:

@@ -131,7 +131,7 @@ def test_the_summary_names_the_ten_most_expensive_ranges_and_the_slowest_rank():
     rows = [line.split() for line in lines[2:-1]]
     assert [row[0] for row in rows[:2]] == ["range3", "range0"] and len(rows) == 10
     assert rows[0][1:] == ["2", "7.00", "7.00", "7.0%", "28.50", "50.00", "1"]
-    assert "4.00 ms a step in flight, 3.00 ms (75%) of it behind computation" in lines[-1]
+    assert "4.00 ms a step in flight, 3.00 ms (75%) of it hidden by computation" in lines[-1]
     alone = summary("step 5", [{"costs": of_rank_0, "overlap_ms": [0, 0]}])
     assert "ranks" not in alone and "exchange" not in alone and len(alone.splitlines()) == 12
 

@@ -118,7 +118,7 @@ class Sizes:
 
     @property
     def fast(self) -> bool:
-        """Whether the gathered input rows are kept."""
+        """Whether the gathered token rows are kept."""
         return not self.gpu and not self.masked and self.config.kernels.mode is SavedForBackward.fast
 
     @property

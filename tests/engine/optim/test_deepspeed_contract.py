@@ -117,7 +117,7 @@ def test_a_program_without_a_name_ends_with_one_line(tmp_path: Any) -> None:
     done = subprocess.run(start, env=env, capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"foreroute: DeepSpeed {deepspeed.__version__} is installed, without")
+    assert line.startswith(f"foreroute: DeepSpeed {deepspeed.__version__} is installed, but lacks a name")
     assert "No module named 'deepspeed.module_inject.auto_ep_layer'" in line
 
 
@@ -154,7 +154,7 @@ def test_an_optimizer_that_asks_about_no_norm_is_an_error(monkeypatch: pytest.Mo
     engine = adapter.start(nn.Linear(2, 1), setup)
     theirs = getattr(contract.stage_1_and_2, contract.NORM_CHECK_NAME)
     engine.backward(engine.forward(torch.ones(4, 2)).mean())
-    with pytest.raises(RuntimeError, match="has not asked whether the gradient norm is finite"):
+    with pytest.raises(RuntimeError, match="has not checked whether the gradient norm is finite"):
         engine.step()
     monkeypatch.undo()
     engine.backward(engine.forward(torch.ones(4, 2)).mean())
@@ -174,7 +174,7 @@ def test_other_groups_than_the_meshs_are_an_error(name: str, monkeypatch: pytest
     ranks[name] = [0, 3]
     with pytest.raises(RuntimeError) as caught:
         expert_sharding._expert_group(mesh)
-    assert f"of rank 1: DeepSpeed says [0, 3], the mesh {right}" in str(caught.value)
+    assert f"of rank 1: DeepSpeed has [0, 3], the mesh {right}" in str(caught.value)
 
 
 def test_experts_that_cannot_be_shared_out() -> None:

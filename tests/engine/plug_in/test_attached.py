@@ -227,17 +227,17 @@ IDS = torch.ones(2, 5, dtype=torch.int64)
         (
             IDS[:1, :2],
             {},
-            r"argument 0 .* has 2 ids a sequence, fewer than n-grams of 3: .* attach\(model, left=\.\.\)",
+            r"argument 0 .* has 2 ids per sequence, fewer than an n-gram of 3: .* attach\(model, left=\.\.\)",
         ),
         (
             IDS,
             {"past_key_values": Cache(3)},
-            r"argument 'past_key_values' .* so ids are a piece of a text: attach\(model, left=",
+            r"argument 'past_key_values' .* so ids continue a text: attach\(model, left=",
         ),
         (
             IDS,
             {"past_key_values": ((IDS,),)},
-            "argument 'past_key_values' of the model's call holds what was computed before",
+            "argument 'past_key_values' of the model's call holds a cache of earlier ids",
         ),
         (
             IDS,
@@ -247,23 +247,23 @@ IDS = torch.ones(2, 5, dtype=torch.int64)
         (
             IDS,
             {"position_ids": torch.tensor([0, 1, 0, 1, 2])},
-            r"'position_ids' .* begins again .* attach\(model, positions='position_ids'\)",
+            r"'position_ids' .* restarts .* use attach\(model, positions='position_ids'\)",
         ),
         (
             IDS,
             {"attention_mask": torch.tensor([[1] * 5, [0] + [1] * 4])},
-            r"'attention_mask' .* masks some ids: attach\(model, mask=",
+            r"'attention_mask' .* masks some ids: use attach\(model, mask=",
         ),
         (
             IDS,
             {"documents": torch.tensor([[0, 0, 1, 1, 1]] * 2)},
             r"'documents' .* attach\(model, documents='documents'\)",
         ),
-        (IDS[:, :2], {"attention_mask": IDS[:, :2]}, "equal sizes do not say which are the sequences; .*layout='BQ'"),
+        (IDS[:, :2], {"attention_mask": IDS[:, :2]}, "equal sizes do not show which .*layout='BQ'"),
         (
             None,
             {"inputs_embeds": IDS},
-            r"argument 0 of the model's call is None: must be a tensor, of ids .* attach\(model, ids=\.\.\)",
+            r"argument 0 of the model's call is None: must be a tensor of ids .* attach\(model, ids=\.\.\)",
         ),
         (
             {"input_ids": IDS, "labels": IDS},
@@ -336,14 +336,14 @@ def test_a_short_text_with_positions_is_whole(attached, alone):
         (
             {"documents": "documents"},
             {"documents": None},
-            "'documents' of the model's call is None: must be a tensor, of documents",
+            "'documents' of the model's call is None: must be a tensor of documents",
         ),
         (
             {"left": "before"},
             {"before": torch.ones(3, 2)},
-            r"'before' of the model's call is of shape \[3, 2\]: must be ids \[2, any",
+            r"'before' of the model's call is of shape \[3, 2\]: must be the ids \[2, any",
         ),
-        ({"left": lambda *_, **__: [1]}, {}, r"what left\(\.\.\) gave is a list: must be ids"),
+        ({"left": lambda *_, **__: [1]}, {}, r"the result of left\(\.\.\) is a list: must be the ids"),
         (
             {"left": "before", "mask": "attention_mask"},
             {"before": IDS, "attention_mask": torch.tensor([[0, 1, 1, 1, 1]] * 2)},
@@ -357,7 +357,7 @@ def test_wrong_arguments_are_named(attached, told, given, fault):
 
 
 def test_missing_arguments_and_wrong_layouts_are_named(attached):
-    with pytest.raises(RuntimeError, match="without argument 'documents', which holds the documents"):
+    with pytest.raises(RuntimeError, match="without argument 'documents', which must hold the documents"):
         attached(documents="documents")(IDS)
     with refused("layout='BQD': must be one of BQ, QB, BQ->QB"):
         attached(layout="BQD")
@@ -435,7 +435,7 @@ def test_an_encoder_and_a_decoder_have_plans_of_their_own():
         assert not near(model(inputs, others), want)  # negative control: equal lengths, other ids
     hook = second.attach(model)
     first.attach(model)
-    with refused("argument 0 .* holds the ids of the encoder, and the layers are in the decoder"):
+    with refused("argument 0 .* holds the ids of the encoder, but the layers are in the decoder"):
         model(inputs, others)
     hook.remove()
     second.attach(model, "decoder_input_ids")

@@ -333,7 +333,7 @@ def mistakes(rank):
 @pytest.mark.dist
 def test_mistakes_are_named_on_every_rank(on_two_ranks):
     for said, *_ in on_two_ranks:
-        assert said["too early"].startswith("RuntimeError: experts are shared out over 2 ranks that have no group yet")
+        assert said["too early"].startswith("RuntimeError: experts are sharded over 2 ranks that have no group yet")
         differ = "RunFailed: the ranks of an expert group differ in their"
         assert said["lengths"] == f"{differ} length: rank 0 has 9, rank 1 has 8"
         assert said["rows"] == f"{differ} sequences: rank 0 has 3, rank 1 has 4"

@@ -138,7 +138,7 @@ def test_unsuitable_modules_are_named(pattern, fault):
         ({"k": 5}, "k=5: must be in 1 .. 4"),
         ({"moe": replace(MOE, router=Router.frozen)}, "moe.router=frozen: must be hashed"),
         ({"moe": replace(MOE, keys=Keys.shuffled)}, "moe.keys=shuffled: only own"),
-        ({"moe": replace(MOE, layers=1)}, "moe.layers=1: the pattern says"),
+        ({"moe": replace(MOE, layers=1)}, "moe.layers=1: must be null"),
         ({"moe": replace(MOE, builder=Builder.balanced)}, "moe.builder=balanced: needs text_ids"),
         ({"text_ids": [3, 11]}, "text_ids: must be ids in 0 .. 10"),
         ({"text_ids": [0.5, 1.0]}, "text_ids of float64: must be whole numbers"),
@@ -251,11 +251,11 @@ def test_a_missing_or_used_plan_raises():
     with experts.planned(plans) as inside:
         assert inside is plans
         model(ids, targets)
-        with pytest.raises(RuntimeError, match="has run by this plan before"):
+        with pytest.raises(RuntimeError, match="has already run with this plan"):
             model(ids, targets)
         with pytest.raises(RuntimeError, match=r"planned\(\) inside planned\(\)"), experts.planned(ids):
             pass
-    with experts.planned(plans), pytest.raises(RuntimeError, match="has run by this plan before"):
+    with experts.planned(plans), pytest.raises(RuntimeError, match="has already run with this plan"):
         model(ids, targets)
     with pytest.raises(RuntimeError, match="has no plan"):
         model(ids, targets)
@@ -376,7 +376,7 @@ def test_recomputation_changes_nothing(reentrant, hook):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_recomputation_by_another_plan_raises(reentrant):
     model, experts = make(reentrant)
-    gone = "recomputed in backward, and the plan of its forward pass is gone"
+    gone = "recomputed in backward, but the plan of its forward pass is gone"
     ids, targets = batch()
     with experts.planned(ids):
         loss = model(ids, targets)
@@ -385,7 +385,7 @@ def test_recomputation_by_another_plan_raises(reentrant):
     with experts.planned(ids):
         loss = model(ids, targets)
     with pytest.raises(RuntimeError, match=gone), experts.planned(batch(1)[0]):
-        loss.backward()  # its layers have not run by this plan
+        loss.backward()  # its layers have not run with this plan
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

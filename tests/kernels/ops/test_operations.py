@@ -186,7 +186,7 @@ def test_padding_that_contradicts_itself_is_seen():
     ):
         with pytest.raises(ValueError, match=message):
             replace(wrong, **changed).validate()
-    with pytest.raises(ValueError, match="must add up to 24 rows"):
+    with pytest.raises(ValueError, match="must add up to 24 expert rows"):
         short = replace(rows, slot_offset_R=rows.slot_offset_R + 2)
         moe_ffn(
             torch.zeros(13, 8),
@@ -347,9 +347,9 @@ BAD = {  # what is changed: arguments of moe_ffn, and the line that must name it
     ),
     "pair twice": (
         {"rows": bad_rows(source_N=ROWS.source_N.clone().fill_(3)), "debug": True},
-        "rows.source_N has an input row twice within one expert",
+        "rows.source_N has a token row twice within one expert",
     ),
-    "end": ({"rows": bad_rows(offset_L=ROWS.offset_L - 1)}, r"rows.offset_L counts \[.*must add up to 26 rows"),
+    "end": ({"rows": bad_rows(offset_L=ROWS.offset_L - 1)}, r"rows.offset_L counts \[.*must add up to 26 expert rows"),
     "missing": ({"weights": WEIGHTS._replace(b2_LD=None)}, "b2_LD is None: only w3_LFD may be left out"),
     "no width": ({"weights": WEIGHTS._replace(w1_LFD=WEIGHTS.w1_LFD[:, :0])}, "widths must be at least 1"),
     "no weights": ({"weight_N": None}, "weight_N is a NoneType: must be a tensor"),
