@@ -52,6 +52,17 @@ ONLY_IN = {
     "wandb": ("engine/metrics/wandb_run.py", "launch/testing/"),
     "wandb_workspaces": ("launch/dashboard.py",),
 }
+OPENINGS = {"Give", "Gives", "Say", "Says", "Tell", "Tells", "What"}  # a docstring starts with none of them
+OPEN_ROOMS = {
+    "engine/data",
+    "engine/metrics",
+    "engine/parallel",
+    "engine/routing",
+    "engine/train",
+    "launch",
+    "launch/runs",
+    "launch/start",
+}  # to be emptied
 MOST_FILES = 12  # beside each other in a folder
 MOST_LINES_OF_A_STEP = 45  # of train_step: what is measured is attached from outside
 MOST_WHOLE_CONFIGS = 30  # parameters and fields that are a whole Config: a part takes the sections that it reads
@@ -182,6 +193,25 @@ def test_a_room_is_not_crowded():
 def test_each_room_says_what_it_is():
     for folder in {name.rpartition("/")[0] for name in sources()}:
         assert ast.get_docstring(ast.parse((ROOT / folder / "__init__.py").read_text())), folder
+
+
+def openings(source):
+    """The first words of a source's docstrings, those of attributes among them."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield node.value.value.split(maxsplit=1)[0].rstrip(",:")
+
+
+def test_docstrings_start_with_a_plain_verb():
+    files = {**sources(), **{f"benchmarks/{p.stem}.py": p.read_text() for p in (ROOT / "benchmarks").rglob("*.py")}}
+    found = {name: OPENINGS.intersection(openings(source)) for name, source in files.items()}
+    room_of = {name: "/".join(name.split("/")[:2]) if name.count("/") > 1 else name.split("/")[0] for name in files}
+    assert {name: words for name, words in found.items() if words and room_of[name] not in OPEN_ROOMS} == {}
+
+
+def test_a_planted_opening_is_seen():
+    source = 'def f():\n    """Give a number."""\n\nX = 1\n"""What it is."""\n\nclass A:\n    """Returns."""'
+    assert OPENINGS.intersection(openings(source)) == {"Give", "What"}
 
 
 @pytest.mark.parametrize(
