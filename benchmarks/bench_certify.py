@@ -4,7 +4,7 @@ benchmarks.bench_certify`.
 90,000,000 training ids, 4 layers with a table each (trigrams, 65,536 rows, 16 experts), k growing from 8 to 16, 64
 ranks in expert groups of 8, 64 streams of 512: 2,746 steps, all counted. The text is a prefix of enwik8, repeated
 (`--text`, or enwik8_prefix/enwik8.first4154394 in the folder FOREROUTE_DATA), or random bytes where there is none.
-`--sample` counts every so manieth step only.
+`--sample N` counts one step in N.
 
 `seconds` is for building the tables and counting; `peak_bytes` is the most memory that the process held until then.
 `count_mismatches`: some steps are planned by TablePlanner for every rank, as a run does, and every number that differs
@@ -98,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", help="file to repeat")
     parser.add_argument("--ids", type=positive, default=IDS, help="training ids")
-    parser.add_argument("--sample", type=positive, default=1, help="count every so manieth step")
+    parser.add_argument("--sample", type=positive, default=1, help="count one step in so many")
     parser.add_argument("--checked", type=positive, default=9, help="steps to plan for every rank")
     parser.add_argument("--memory-cases", type=positive, help="memory cases to measure")
     parser.add_argument("--time-ways", type=positive, help="ways to train to time on each cluster")

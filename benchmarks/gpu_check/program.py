@@ -18,7 +18,7 @@ Stage 2 runs the programs. Packages that this Python lacks come from the wheels 
     memory      a model of published size, held to its certificate, and its peak of memory against the certificate's
 
 Both take eight minutes at most: each part has a share, and leaves out what it has no time for, which its figures say.
-Each result is written to FOLDER/gpu_check.json when its part ends, so a second start goes on behind it; a part that
+Each result is written to FOLDER/gpu_check.json when its part ends, so a second start continues after it; a part that
 failed runs again. `--dry-run` does all of it on the CPU with interpreted kernels (TRITON_INTERPRET=1 is set for it):
 small, and nothing is captured. The last line is one JSON object: {"stages": {"1": {part: result}, "2": {..}},
 "failures": [..]}.

@@ -131,7 +131,7 @@ def compile_launch(launch: Launch, arch: str) -> Resources:
 
 
 def _mend_lines(*arguments: Any) -> tuple[str, str]:
-    """Put `true_lines` behind the stage that makes PTX; called without arguments, return keys for Triton's cache."""
+    """Run `true_lines` after the stage that makes PTX; called without arguments, return keys for Triton's cache."""
     stages = arguments[1] if arguments else {}
     if "ptx" in stages:
         make_ptx = stages["ptx"]

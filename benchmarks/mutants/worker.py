@@ -49,7 +49,7 @@ class Answer:
 
 
 def run(job: Job) -> Answer:
-    """Run the tests in a child; nothing of it is left behind."""
+    """Run the tests in a child; its files and processes are removed."""
     begin = time.monotonic()
     child = os.fork()
     if child == 0:

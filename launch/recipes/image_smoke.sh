@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Says whether an image (or any machine) can train: what is in it, and two steps on two ranks (one where there is one GPU), on this machine's GPUs or CPU.
+# Tests whether an image (or any machine) can train: it lists the versions and trains two steps on two ranks (on one rank if there is one GPU).
 #
 #     docker run --rm --gpus all --ipc host foreroute launch/recipes/image_smoke.sh
 set -euo pipefail

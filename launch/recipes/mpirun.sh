@@ -9,7 +9,7 @@
 #     host1 slots=8
 #
 # It needs ssh without a password to every machine. The checkout has the same path everywhere, and train.runs_dir is a
-# folder that all machines share. Ctrl-C and SIGTERM stop the run as they should: it saves first.
+# folder that all machines share. Ctrl-C and SIGTERM save a checkpoint and stop the run.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 : "${HOSTFILE:?is a file with lines such as: host0 slots=8}"

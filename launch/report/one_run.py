@@ -16,13 +16,13 @@ from foreroute.launch.report.steps import exchange, experts, time
 from foreroute.launch.runs.folder import MEASURED, OF_MACHINE
 
 LEAD = (
-    "Drag in a chart to zoom, double-click to go back; press a name above a chart to hide its line. Beneath each chart "
-    "stand its numbers as a table; of long lines, some of them."
+    "Drag in a chart to zoom, double-click to go back. Press a name above a chart to hide its line. A table beneath "
+    "each chart has its numbers; of long lines it has some."
 )
 _STATES = {
-    "running": "or it was killed: its files cannot tell",
-    "stopped": "by a signal; train.resume=true goes on",
-    "failed": "its terminal output says why",
+    "running": "or killed: the files cannot tell",
+    "stopped": "by a signal; train.resume=true continues",
+    "failed": "its terminal output has the reason",
     "complete": "",
 }
 HIDDEN = {*OF_MACHINE, "kernels.backend"}
@@ -193,8 +193,8 @@ def _slimming(run: RunData) -> list[Section]:
         )
     symbols = number(run.summary.get("symbols"))
     words = (
-        f"Held-out {run.summary.get('split', '')} split, {text(symbols)} symbols. Every k is the same trained model;"
-        " order 2, order 3 and bzip2 are what counting gets on the same text."
+        f"Held-out {run.summary.get('split', '')} split, {text(symbols)} symbols. Every k is the same trained model."
+        " Order 2, order 3 and bzip2 are baselines without a network: they count the same text."
     )
     return section("Slimming", words, charts, _slimming_table(run, baselines))
 
@@ -255,7 +255,7 @@ def _missing(run: RunData) -> str:
     words = [*run.missing, *(f"the metric {name}" for name in absent)]
     if not words:
         return ""
-    return f"Not in this run's folder, for it has not ended, or an earlier version wrote it: {', '.join(words)}."
+    return f"Missing in this folder, because the run has not ended or is of an earlier version: {', '.join(words)}."
 
 
 def _facts(run: RunData) -> Table:

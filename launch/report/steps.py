@@ -42,17 +42,14 @@ def time(run: RunData) -> list[Section]:
             run,
             "Exchange between ranks",
             "ms in a step",
-            {
-                "exposed: nothing is computed meanwhile": "exchange_exposed_ms",
-                "hidden behind computation": "exchange_hidden_ms",
-            },
+            {"exposed: no computation meanwhile": "exchange_exposed_ms", "hidden by computation": "exchange_hidden_ms"},
             y_from=0,
         ),
         curve(
             run,
             "Waiting for plans",
             "ms in a step",
-            {"waiting in the step": "plan_wait_ms", "background work beside it": "data_ms"},
+            {"waiting in the step": "plan_wait_ms", "work in the background": "data_ms"},
             y_from=0,
         ),
         by_place(run, "rank_own_ms", "Each rank's own time in forward passes", "ms in a step", of="rank"),
@@ -142,7 +139,7 @@ def _time_table(run: RunData, x: list[float], parts: dict[str, list[float]]) -> 
         "metric": "outside, metrics",
         "exchange_exposed": "exchange, exposed (in forward and backward)",
         "exchange_hidden": "exchange, hidden",
-        "data": "background: reading and planning, beside the step",
+        "data": "background: reading and planning",
     }
     alone = number(run.facts.get("ranks")) == 1  # no exchange, and no other ranks to wait for
     rows += [
@@ -194,17 +191,16 @@ def _verdict(run: RunData) -> list[Verdict]:
     if state == "failed":
         return [
             Verdict(
-                f"Held to {path}; the run failed, and only its terminal output says whether for a difference from it.",
-                False,
+                f"Held to {path}; the run failed, and its terminal output tells whether it differed from that.", False
             )
         ]
     until = "" if state == "complete" else " so far"
     begin = certificate.get("from_step") or 0
-    since = f" behind step {begin:,}" if begin else ""
+    since = f" after step {begin:,}" if begin else ""
     return [
         Verdict(
-            f"Held to {path}: every step{since}{until} that it counted moved and computed the rows and bytes that it"
-            " says; the first difference would have ended the run.",
+            f"Held to {path}: every counted step{since}{until} computed the certified rows and sent the certified"
+            " bytes; the first difference would have ended the run.",
             True,
         )
     ]

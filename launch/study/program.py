@@ -28,9 +28,7 @@ class StudyArgs:
     out: str | None = option(None, "The study's folder: results/, runs/ and logs/; None means runs/study_PRESET.")
     jobs: int = option(2, "Processes at a time; each has one thread.", at_least=1)
     time_limit_minutes: float | None = option(
-        None,
-        "Stop all processes behind a checkpoint after so long; the same command goes on from there. None: no limit.",
-        above=0,
+        None, "Save and stop all processes after so long; the same command continues. None: no limit.", above=0
     )
     report: bool = option(False, "Write the page from the result files and run nothing.")
     docs: str = option("docs/study", "Folder of the page: PRESET.md with its pictures, and PRESET.json.")

@@ -86,7 +86,7 @@ def test_a_page_has_every_section_and_figure(folder):
         "Peak memory": "900 MB",
         "Bytes on the wire": f"{sum(row['wire_bytes'] for row in rows) / 40e6:.2f} MB",
     }
-    assert "Not in this run's folder" not in words(page)
+    assert "Missing in this folder" not in words(page)
 
 
 def quality(page, choice, title="Bits per symbol"):
