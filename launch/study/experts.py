@@ -30,8 +30,8 @@ def experts_section(preset: Preset, results: Results) -> page.Section:
     notes = [
         "Mean cosine similarity over all pairs of experts of a layer, mean over layers and seeds. Outputs: of all"
         f" experts for the same tokens, at most {COMPARED_TOKENS:,}, of {_sample(results)}, whoever is active; 1 would"
-        " be collapse to one expert. Weights: of the flattened parameters. An expert's hidden units can be permuted"
-        " without changing what it computes, so weights that look different do not show different experts; outputs do."
+        " be collapse to one expert. Weights: of the flattened parameters. A permutation of an expert's hidden units"
+        " does not change its output, so different weights do not prove different experts; different outputs do."
     ]
     header = ["", "outputs, start", "outputs, end", "weights, start", "weights, end"]
     return page.Section("How alike the experts are", [Table(header, rows, notes=notes)] if rows else [_nothing()])

@@ -62,9 +62,9 @@ def study_page(name: str, preset: Preset, results: Results) -> Page:
     return Page(
         title=f"Study: {name}",
         lead=(
-            "What a fixed route buys: arms that differ in how tokens find their experts, trained side by side on the"
-            " same symbols in the same order. bpc is bits per symbol of text that was not trained on; lower is better."
-            " Intervals are 95%, over seeds, of differences paired by seed."
+            "This study compares arms that route tokens to experts in different ways. All arms of a seed were trained"
+            " on the same symbols in the same order. bpc is bits per symbol of text that was not trained on; lower is"
+            " better. Intervals are 95%, over seeds, of differences paired by seed."
         ),
         sections=sections,
         figures=_figures(preset, results),
@@ -76,8 +76,8 @@ def _lead(preset: Preset, results: Results) -> list[page.Section]:
     """Return the chart of the main arms, if there is one."""
     chart = lead_chart(preset, results)
     words = (
-        "Means over seeds. A line is the same trained model at each number of active experts, from 1 on; a dense model"
-        " is a point."
+        "Points are means over seeds. A line is one trained model at each number of active experts, from 1 on; a dense"
+        " model is a point."
     )
     return [page.Section("The main arms", [*chart, words])] if chart else []
 
@@ -133,11 +133,11 @@ def _run(preset: Preset, results: Results) -> page.Section:
         [
             "What a seed sets",
             (
-                "the weights' start, dropout, a hashed router's tables, and where in the text the streams begin"
-                " (data.start); all arms of a seed read the same symbols in the same order"
+                "the initial weights, dropout, a hashed router's tables, and the place in the text where the streams"
+                " begin (data.start); all arms of a seed read the same symbols in the same order"
             ),
         ],
-        ["Checkpoint", "the last one of each run is tested: none is chosen by its score at any k"],
+        ["Checkpoint", "the last one of each run is tested; no checkpoint is chosen by its score"],
         [
             "During training",
             f"{preset.points} validations at k_max, the largest k in training, on {preset.valid_symbols or 'all':,}"
@@ -147,8 +147,8 @@ def _run(preset: Preset, results: Results) -> page.Section:
     parts: list[page.Part] = [Table([], rows, text_columns=2)]
     if gone:
         parts.append(
-            f"Not there: {len(gone)} of {len(preset.arms) * len(preset.seeds)} runs ({', '.join(gone)}). Everything"
-            " below is of the others."
+            f"Missing: {len(gone)} of {len(preset.arms) * len(preset.seeds)} runs ({', '.join(gone)}). Everything below"
+            " is about the others."
         )
     return page.Section("What was run", parts)
 
@@ -241,10 +241,10 @@ def _budgets(preset: Preset, results: Results) -> page.Section:
     header = ["", "test bpc at own k", *(f"valid, {words}" for words in AXES.values())]
     notes = [
         (
-            f"Differences are to {first}. They are bpc on the valid split at each arm's own k_max, read from the curves"
-            " by straight lines between their points."
+            f"Differences are to {first}. They are bpc on the valid split at each arm's own k_max; values between two"
+            " points of a curve are interpolated linearly."
         ),
-        "At equal FLOPs or time both arms are read where the cheaper one ended.",
+        "At equal FLOPs or time both arms are read at the point where the cheaper one ended.",
         _CUT,
     ]
     if not any(used(run, "flops") for arm in _there(preset, results) for run in results.seeds_of(arm).values()):
@@ -260,17 +260,17 @@ def _slimming(preset: Preset, results: Results) -> page.Section:
         for arm in _there(preset, results)
     ]
     notes = [
-        "One trained model per arm and seed, evaluated at every k without further training. A dense model has one"
-        " value, whatever k."
+        "One trained model per arm and seed is evaluated at every k without further training. A dense model has one"
+        " value for every k."
     ]
     counting = next(iter(next(iter(results.runs.values())).values()))["counting"]
     if counting:
         cut = counting.get("counted_symbols")
         known = f"the first {cut:,} symbols" if cut else "all"
         notes.append(
-            f"On the same test text counting gets {counting['order2_bpc']:.3f} (order 2) and"
-            f" {counting['order3_bpc']:.3f} (order 3), bzip2 -9 {counting['bzip2_bpc']:.3f}, from {known} of the"
-            " training text, whatever part of it the arms read."
+            f"On the same test text, models that count n-grams reach {counting['order2_bpc']:.3f} (order 2) and"
+            f" {counting['order3_bpc']:.3f} (order 3), and bzip2 -9 {counting['bzip2_bpc']:.3f}. They count {known} of"
+            " the training text, whatever part of it the arms read."
         )
     table = Table(["", "own k", *(f"k = {k}" for k in every_k)], rows, caption="Test bpc", notes=notes)
     return page.Section("At each number of active experts", [table, *slimming_charts(preset, results)])
@@ -322,8 +322,8 @@ def _cost(preset: Preset, results: Results) -> page.Section:
         *(f"MFLOP a symbol, k = {k}" for k in every_k),
     ]
     notes = [
-        "Seconds are those of training steps alone, on a machine that runs several arms at a time; their ratios are"
-        " paired by seed. FLOPs a symbol are those of a forward pass."
+        "Seconds are of training steps alone, on a machine that runs several arms at a time; ratios are paired by seed."
+        " FLOPs a symbol are of a forward pass."
     ]
     return page.Section("What it costs", [Table(header, rows, notes=notes)])
 
@@ -345,7 +345,7 @@ def _published(results: Results) -> page.Section:
         " steps (about 50 passes), one seed, its own evaluation protocol; taken from a secondary source that quotes the"
         " paper (arXiv 2303.01610). Ours differ in the size of model and text, in the length of training and, where the"
         " symbols are bytes, in what a symbol is. The two groups cannot be compared with each other; only differences"
-        " inside one can be looked at."
+        " inside one group mean something."
     ]
     return page.Section("Beside the published numbers", [Table(["test bpc", "k = N/2", "k = N"], rows, notes=notes)])
 
@@ -383,9 +383,9 @@ def _limits(preset: Preset, results: Results) -> page.Section:
         "Limits",
         [
             (
-                f"{len(with_interval)} differences with an interval, of reads that are fair, were computed; {excluding}"
-                " exclude 0. Of differences that are truly 0 one in twenty would do so by chance: a single one proves"
-                " little."
+                f"{len(with_interval)} fair differences with an interval were computed; {excluding} of the intervals"
+                " exclude 0. If the true difference is 0, one interval in twenty excludes it by chance, so a single one"
+                " proves little."
             ),
             (
                 "Intervals are over seeds, by Student's t. They hold for this text, this size and this length of"
@@ -393,8 +393,8 @@ def _limits(preset: Preset, results: Results) -> page.Section:
             ),
             *(
                 [
-                    f"Learning rates were tried with {', '.join(preset.kin)} alone. Every other arm took its kin's,"
-                    " which need not be its own best."
+                    f"Learning rates were tried with {', '.join(preset.kin)} alone. Every other arm took the rate of"
+                    " its kin, which can differ from its own best."
                 ]
                 if results.tuning
                 else []
@@ -403,7 +403,7 @@ def _limits(preset: Preset, results: Results) -> page.Section:
                 "An arm whose k grows is validated at k_max from the start, before it has trained at it: its curve says"
                 " little before the end."
             ),
-            "Seconds depend on what else ran on the machine at the same time.",
+            "Seconds depend on the other load of the machine.",
             *preset.limits,
         ],
     )
@@ -416,8 +416,8 @@ def _again(name: str) -> page.Section:
         [
             page.Code(command),
             (
-                "The first command goes on where it was stopped. The second writes this page from result files, or,"
-                " without any, from the JSON file beside it."
+                "The first command continues where it was stopped. The second writes this page from the result files"
+                " or, if there are none, from the JSON file beside it."
             ),
         ],
     )

@@ -298,7 +298,7 @@ def test_a_report_of_a_part_and_again_from_the_repository_alone(tmp_path):
     files = write_report("x", PRESET, folder, docs)
     assert all(path.exists() for path in files)
     text = (docs / "x.md").read_text()
-    assert "Not there: 5 of 9 runs (dense-seed3, hashed-seed3, frozen-seed1, frozen-seed2, frozen-seed3)" in text
+    assert "Missing: 5 of 9 runs (dense-seed3, hashed-seed3, frozen-seed1, frozen-seed2, frozen-seed3)" in text
     assert "Written **by hand**." in text and "No seed of both is there: hashed and frozen." in text
     for picture in docs.glob("*.svg"):
         assert f"({picture.name})" in text
