@@ -4,16 +4,15 @@ The last line is a JSON object: `tried`, `noticed`, `equivalent` (drawn and left
 """
 
 import argparse
-import json
-import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
 
+from benchmarks.harness import print_result, print_table
 from benchmarks.mutants.equivalent import read_list
 from benchmarks.mutants.pool import HEAVY, Worker, copy_tree
 from benchmarks.mutants.rooms import ROOMS
-from benchmarks.mutants.trial import Trial, Verdict
+from benchmarks.mutants.trial import Trial
 
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,19 +36,12 @@ def main() -> None:
         finally:
             for worker in workers:
                 worker.close()
-    print_table(verdicts)
-    noticed = sum(verdict.noticed for verdict in verdicts)
-    survivors = [f"{verdict.said}  [{verdict.by}]" for verdict in verdicts if not verdict.noticed]
-    summary = {"tried": len(verdicts), "noticed": noticed, "equivalent": len(left_out), "survivors": survivors}
-    sys.stdout.write(json.dumps(summary) + "\n")
-
-
-def print_table(verdicts: list[Verdict]) -> None:
-    """Print the numbers of mutants that were tried and noticed, by room."""
     tried = Counter(verdict.mutant.room for verdict in verdicts)
     noticed = Counter(verdict.mutant.room for verdict in verdicts if verdict.noticed)
-    for room, count in tried.items():
-        print(f"{room:12} {noticed[room]:4} of {count:4} noticed")
+    print_table(["room", "noticed", "of"], [[room, noticed[room], count] for room, count in tried.items()])
+    survivors = [f"{verdict.said}  [{verdict.by}]" for verdict in verdicts if not verdict.noticed]
+    summary = {"tried": len(verdicts), "noticed": noticed.total(), "equivalent": len(left_out), "survivors": survivors}
+    print_result(summary)
 
 
 if __name__ == "__main__":
