@@ -194,25 +194,25 @@ class Activations:
             found.append(term("experts' input", "{} expert rows x {} width x {} bytes", computed, width, c))
         if s.shared_out:
             found.append(term("received rows", "{} rows x {} width x {} bytes", received, width, c))
-            if s.config.model.dropout and not (s.gather and s.parts == 1):
+            if s.config.model.dropout and not (s.gather and s.chunks == 1):
                 found.append(term("received rows", "{} numbers of tokens x {} bytes", received, 8))
         return found
 
     def experts_backward(self) -> list[Term]:
         """List the tensors of one layer's experts in backward, without gradients of parameters.
 
-        With parallel.chunks a part has its share of the rows; it may have a few more.
+        A chunk has its share of the rows, and perhaps a few more.
         """
         s, moe = self.sizes, self.sizes.config.moe
         width, c = s.config.model.width, s.number
         received, computed, expert = (
-            ceil(rows / s.parts) for rows in (self.rows.received, self.rows.computed, self.rows.expert)
+            ceil(rows / s.chunks) for rows in (self.rows.received, self.rows.computed, self.rows.expert)
         )
         found = [
             term("experts' backward", "{} tokens x {} width x {} bytes", s.tokens, width, 2 * c),
             term("experts' backward", "{} rows x {} width x {} bytes", received, width, 2 * c if s.shared_out else c),
         ]
-        if s.parts > 1:  # the next part's rows, and results that wait
+        if s.chunks > 1:  # the next chunk's rows, and results that wait
             found.append(term("rows on their way", "{} rows x {} width x {} bytes", received, width, c + s.wire))
             found.append(term("rows on their way", "{} tokens x {} width x {} bytes", s.tokens, width, c))
         if s.masked:

@@ -98,8 +98,8 @@ class Sizes:
         return self.layout.gathers(self.k, self.tokens)
 
     @property
-    def parts(self) -> int:
-        """Parts of a micro-batch that are exchanged one behind the other."""
+    def chunks(self) -> int:
+        """Chunks of a micro-batch that are exchanged one after the other."""
         return min(self.config.parallel.chunks, self.tokens) if self.shared_out else 1
 
     @property

@@ -104,12 +104,12 @@ class State:
     def gradients_of_chunks(self) -> list[Term]:
         """List the buffers that add up the gradients of a layer's chunks (engine/moe/overlap.py): the sum in fp32, and
         one chunk's."""
-        if self.sizes.parts == 1:
+        if self.sizes.chunks == 1:
             return []
         each = 8 if self.sizes.number == 2 else 4
         return [
             term(
-                "gradients of parts", "{} numbers of a layer's experts x {} bytes", self.parameters.layer_experts, each
+                "gradients of chunks", "{} numbers of a layer's experts x {} bytes", self.parameters.layer_experts, each
             )
         ]
 

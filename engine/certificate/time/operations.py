@@ -74,7 +74,7 @@ def model_seconds(layout: Layout, cluster: ClusterConfig, vocab: int) -> ModelSe
 
 
 def expert_seconds(layout: Layout, cluster: ClusterConfig, k: int, computed: RowCounts, received: RowCounts) -> Seconds:
-    """Model the time of one layer's routed experts for one part of a micro-batch, forward and backward; of any shape.
+    """Model the time of one layer's routed experts for one chunk of a micro-batch, forward and backward; of any shape.
 
     Args:
         computed: expert rows (N).
@@ -107,7 +107,7 @@ def expert_seconds(layout: Layout, cluster: ClusterConfig, k: int, computed: Row
 
 def shared_seconds(layout: Layout, cluster: ClusterConfig) -> float:
     """Model the time of the shared expert of one layer for one micro-batch, forward and backward; it is never cut into
-    parts."""
+    chunks."""
     config = layout.config
     if not config.moe.shared_width:
         return 0.0
@@ -118,13 +118,13 @@ def shared_seconds(layout: Layout, cluster: ClusterConfig) -> float:
 
 
 def packing_seconds(layout: Layout, cluster: ClusterConfig, rows: RowCounts, tokens: float) -> Seconds:
-    """Model the time of packing rows for other ranks and of adding up what comes back, of one part of a layer.
+    """Model the time of packing rows for other ranks and of adding up what comes back, of one chunk of a layer.
 
     Forward and backward are both in it.
 
     Args:
         rows: received by a rank, its own included.
-        tokens: of a rank in the part.
+        tokens: of a rank in the chunk.
     """
     moved = cluster.memory_seconds(layout.item_bytes * layout.config.model.width * (5.0 * rows + tokens))
     start = cluster.scale.operations * 12 * cluster.operation_us * 1e-6

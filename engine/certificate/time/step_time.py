@@ -6,7 +6,7 @@ other in every layer, so a layer takes as long as its busiest rank, and all grou
     step = attention + experts + rest + exchange that nothing hides + gradients + optimizer
 
 Rows leave through two bottlenecks at once and the slower one counts: a rank's own port, and the link of its node for
-what goes to other nodes. With chunks, rows of one part travel while experts compute another. What DeepSpeed sends is
+what goes to other nodes. With chunks, rows of one chunk travel while experts compute another. What DeepSpeed sends is
 hidden behind nothing: so it is at ZeRO-0 to 2, where it does not overlap; at ZeRO-3 a GPU may be faster.
 
 Letters: as in engine/certificate/counts/replay.py.
@@ -119,11 +119,11 @@ def layer_times(layout: Layout, cluster: ClusterConfig, counts: StepCounts) -> L
     received = counts.received_ymgP.astype(np.float64)
     if gather:
         received = np.full_like(received, tokens * ranks)
-    parts = min(config.parallel.chunks, tokens) if ranks > 1 else 1
-    experts = parts * expert_seconds(layout, cluster, counts.k, counts.computed_ymgP / parts, received / parts)
+    chunks = min(config.parallel.chunks, tokens) if ranks > 1 else 1
+    experts = chunks * expert_seconds(layout, cluster, counts.k, counts.computed_ymgP / chunks, received / chunks)
     if ranks > 1 and not gather:
-        packing = packing_seconds(layout, cluster, received / parts, tokens / parts)
-        experts = experts + parts * packing
+        packing = packing_seconds(layout, cluster, received / chunks, tokens / chunks)
+        experts = experts + chunks * packing
     experts_ymg = experts.max(axis=3)
     shared = experts_ymg[..., 0].size * shared_seconds(layout, cluster)
     if ranks == 1:
@@ -131,14 +131,14 @@ def layer_times(layout: Layout, cluster: ClusterConfig, counts: StepCounts) -> L
     kind = "gather" if gather else "tokens"
     hops_ymgPP = hops(counts, kind, placement, tokens)
     trips = layout.trips
-    trip = _trip(layout, cluster, hops_ymgPP, gathered=tokens if gather else 0, parts=parts)
+    trip = _trip(layout, cluster, hops_ymgPP, gathered=tokens if gather else 0, chunks=chunks)
     exchange_ymg = trip.weighed(trips)
     hidden_ymg = np.zeros_like(exchange_ymg)
-    if parts > 1:
+    if chunks > 1:
         # forward and backward each hide what waits for the link, up to what their experts compute meanwhile
-        forward = np.minimum(trip.hideable(FORWARD, parts), experts_ymg / passes(config.train))
+        forward = np.minimum(trip.hideable(FORWARD, chunks), experts_ymg / passes(config.train))
         rest = Trips(trips.to_experts - 1, trips.to_tokens - 1)
-        backward = np.minimum(trip.hideable(rest, parts), experts_ymg * (1 - 1 / passes(config.train)))
+        backward = np.minimum(trip.hideable(rest, chunks), experts_ymg * (1 - 1 / passes(config.train)))
         hidden_ymg = cluster.overlap * (forward + backward)
     total_g = (experts_ymg + exchange_ymg - hidden_ymg).sum(axis=(0, 1))
     group = int(total_g.argmax())
@@ -150,7 +150,7 @@ def layer_times(layout: Layout, cluster: ClusterConfig, counts: StepCounts) -> L
 
 @dataclass(frozen=True, slots=True)
 class _Trip:
-    """Seconds of all parts' rows from tokens to experts and back, one way each [y, m, g]."""
+    """Seconds of all chunks' rows from tokens to experts and back, one way each [y, m, g]."""
 
     to_experts: NDArray[np.float64]
     to_tokens: NDArray[np.float64]
@@ -161,14 +161,14 @@ class _Trip:
         """Time of so many trips."""
         return trips.to_experts * self.to_experts + trips.to_tokens * self.to_tokens
 
-    def hideable(self, trips: Trips, parts: int) -> NDArray[np.float64]:
-        """Time that computation may hide: the first part's way there and the last one's way back have none beside
+    def hideable(self, trips: Trips, chunks: int) -> NDArray[np.float64]:
+        """Time that computation may hide: the first chunk's way there and the last one's way back have none beside
         them."""
         waiting = trips.to_experts * self.waiting_to_experts + trips.to_tokens * self.waiting_to_tokens
-        return waiting * (parts - 1) / parts
+        return waiting * (chunks - 1) / chunks
 
 
-def _trip(layout: Layout, cluster: ClusterConfig, hops_ymgPP: Counts, *, gathered: int, parts: int) -> _Trip:
+def _trip(layout: Layout, cluster: ClusterConfig, hops_ymgPP: Counts, *, gathered: int, chunks: int) -> _Trip:
     """Time the ways of one layer's rows.
 
     An all-gather goes round a ring, as NCCL's reduce-scatter does: all rows but a rank's own pass each link between
@@ -183,7 +183,7 @@ def _trip(layout: Layout, cluster: ClusterConfig, hops_ymgPP: Counts, *, gathere
     link = cluster.between if crosses else cluster.inside
     doubling = gathered and not cluster.host_copies  # NCCL's; gloo sends to each rank
     messages = ceil(log2(ranks)) if doubling else ranks - 1
-    start = parts * messages * link.message_us * 1e-6
+    start = chunks * messages * link.message_us * 1e-6
     bytes_ymgPP = hops_ymgPP * float(row_bytes)
     sent, got = bytes_ymgPP.sum(axis=4), bytes_ymgPP.sum(axis=3)
     port_s = np.maximum(sent, got).max(axis=3) / (cluster.inside.gb_per_s * 1e9)
