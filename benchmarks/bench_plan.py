@@ -76,10 +76,10 @@ class Simulated:
         """Measure one table, and its share of the keys of all."""
         batch, router = self.read(0), self.routers[0]
         ids, rows = GroupIds(batch.ids_PBQ, batch.left_PBC), router.table.key_rows
-        row_PT = rows.of_keys(ids.keys(rows))
+        row_PT = rows.narrow(ids.keys(rows))
         found = {
             "keys, once for all tables": lambda: GroupIds(batch.ids_PBQ, batch.left_PBC).keys(rows),
-            "keys to table rows": lambda: rows.of_keys(ids.keys(rows)),
+            "keys to table rows": lambda: rows.narrow(ids.keys(rows)),
             "table rows to plan": lambda: router.planner.plan(row_PT, K),
             "lookups, once for each k": lambda: self._router(router.table).planner.lookups(K),
         }

@@ -8,7 +8,7 @@ Letters: B streams, Q segment length, C ids left of a segment, at least ngram - 
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from foreroute.engine.routing.loops.hashes import hash_rows
 
 _ROW = 1  # first part of the hash: what it is for; engine/routing/tables.py and routers.py have other numbers
 _MOST_IDS = 1 << 31
+Width = TypeVar("Width", np.int32, np.int64)
 
 
 def ngram_keys(
@@ -92,10 +93,17 @@ class KeyRows:
         return ngram_keys(stream, self.vocab_size, self.ngram, marks)
 
     def of_keys(self, keys: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the row of each key: the key itself if all n-grams fit."""
+        """Return the int64 row of each key: the key itself if all n-grams fit."""
+        return self._of_keys(keys, np.int64)
+
+    def narrow(self, keys: NDArray[np.int64]) -> NDArray[np.int32]:
+        """Return the row of each key as int32, as the planner reads it."""
+        return self._of_keys(keys, np.int32)
+
+    def _of_keys(self, keys: NDArray[np.int64], dtype: type[Width]) -> NDArray[Width]:
         if self.vocab_size**self.ngram <= self.rows:
-            return keys
-        row_N = np.empty(keys.size, np.int64)
+            return keys.astype(dtype, copy=False)
+        row_N = np.empty(keys.size, dtype)
         state = np.uint64(hash64(_ROW, self.seed, self.index))
         hash_rows(state, np.ascontiguousarray(keys).reshape(-1), self.rows, row_N)
         return row_N.reshape(keys.shape)

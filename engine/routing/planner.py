@@ -77,6 +77,7 @@ def _weights(table: Orders, k: int) -> Tensor:
 class Lookups:
     """A table as one rank sees it at one k."""
 
+    order_rK: NDArray[Any]  # the active experts of each row, beside each other
     used_r: NDArray[np.uint8]  # does the row use an expert of ours?
     start_r: NDArray[np.int32]  # where its choices begin; one more, for the end of the last
     expert_c: NDArray[np.int16]  # which of our experts, numbered from 0
@@ -85,7 +86,7 @@ class Lookups:
     @property
     def nbytes(self) -> int:
         """Bytes of all of it."""
-        return sum(x.nbytes for x in (self.used_r, self.start_r, self.expert_c, self.weight_c))
+        return sum(x.nbytes for x in (self.order_rK, self.used_r, self.start_r, self.expert_c, self.weight_c))
 
 
 class TablePlanner:
@@ -100,27 +101,27 @@ class TablePlanner:
         experts = table.order_rE.shape[1]
         self.local = Mesh(rank, ranks, ranks).local_experts(experts)
         self.table, self.rank, self.ranks, self.experts = table, rank, ranks, experts
-        self._order_rE = np.ascontiguousarray(table.order_rE.numpy())
         self._lookups: dict[int, Lookups] = {}
         self._lock = threading.Lock()  # the loader's thread plans while validation does
 
-    def plan(self, row_PT: NDArray[np.int64], k: int, *, gather: bool = False, chunks: int = 1) -> Plan:
+    def plan(self, row_PT: NDArray[np.integer[Any]], k: int, *, gather: bool = False, chunks: int = 1) -> Plan:
         """Plan a micro-batch from the table rows of every rank's tokens.
 
         Args:
             gather: for the exchange in which every rank receives all rows, needed or not.
             chunks: chunks that are exchanged one behind the other; one rank has nothing to exchange and makes one.
         """
-        rows = self._order_rE.shape[0]
+        rows = self.table.order_rE.shape[0]
         if rows > row_PT.size and rows * k // self.ranks > _MOST_KEPT:
             alone = TablePlanner(self._orders_of(row_PT), rank=self.rank, ranks=self.ranks)
             row_PT = np.arange(row_PT.size).reshape(row_PT.shape)
             return alone.plan(row_PT, k, gather=gather, chunks=chunks)
-        found, row_PT = self.lookups(k), np.ascontiguousarray(row_PT)
+        found, narrow_PT = self.lookups(k), np.ascontiguousarray(row_PT, np.int32)
         spans = cut(row_PT.shape[1], chunks if self.ranks > 1 else 1)
         use_r = np.zeros(rows, np.int32)
-        found_chunks = tuple(self._chunk(found, k, row_PT, span, use_r, gather=gather) for span in spans)
-        return Plan(k, self.rank, torch.from_numpy(count_experts(self._order_rE, k, use_r)), found_chunks)
+        found_chunks = tuple(self._chunk(found, narrow_PT, span, use_r, gather=gather) for span in spans)
+        count_E = count_experts(found.order_rK, self.experts, use_r)
+        return Plan(k, self.rank, torch.from_numpy(count_E), found_chunks)
 
     def lookups(self, k: int) -> Lookups:
         """Return what is worked out once for a k."""
@@ -128,19 +129,19 @@ class TablePlanner:
             if k not in self._lookups:
                 while len(self._lookups) >= _KEPT:
                     self._lookups.pop(next(iter(self._lookups)))
-                weight_rK = _weights(self.table, k).numpy()
-                found = table_choices(self._order_rE, weight_rK, self.local.start, self.local.stop)
-                self._lookups[k] = Lookups((np.diff(found[0]) > 0).view(np.uint8), *found)
+                order_rK, weight_rK = self.table.order_rE[:, :k].contiguous().numpy(), _weights(self.table, k).numpy()
+                start_r, *found = table_choices(order_rK, weight_rK, self.local.start, self.local.stop)
+                self._lookups[k] = Lookups(order_rK, (np.diff(start_r) > 0).view(np.uint8), start_r, *found)
             return self._lookups[k]
 
-    def _orders_of(self, row_PT: NDArray[np.int64]) -> OrdersOf:
+    def _orders_of(self, row_PT: NDArray[np.integer[Any]]) -> OrdersOf:
         """Return the order of each token's row."""
         row_N, logits_rE = torch.from_numpy(row_PT).flatten(), self.table.logits_rE
         logits_NE = None if logits_rE is None else logits_rE.index_select(0, row_N)
         return OrdersOf(self.table.order_rE.index_select(0, row_N), logits_NE)
 
     def _chunk(
-        self, found: Lookups, k: int, row_PT: NDArray[np.int64], span: slice, use_r: NDArray[np.int32], *, gather: bool
+        self, found: Lookups, row_PT: NDArray[np.int32], span: slice, use_r: NDArray[np.int32], *, gather: bool
     ) -> Chunk:
         """Plan a share of every rank's tokens; add the uses of their rows to use_r."""
         all_tokens, num_tokens = row_PT.shape[1], span.stop - span.start
@@ -152,7 +153,7 @@ class TablePlanner:
             if num_tokens < all_tokens:
                 token_R = (np.arange(self.ranks)[:, None] * all_tokens + np.arange(all_tokens)[span]).reshape(-1)
         else:
-            send = self._send(k, row_PT[self.rank, span])
+            send = self._send(found, row_PT[self.rank, span])
             token_R, row_R, count_P = received_tokens(row_PT, span.start, span.stop, found.used_r, use_r)
             send_splits, recv_splits = tuple(send.counts()), tuple(count_P.tolist())
         row_c, expert_c, weight_c, start_R = row_choices(row_R, found.start_r, found.expert_c, found.weight_c)
@@ -166,9 +167,9 @@ class TablePlanner:
             recv_splits=recv_splits,
         )
 
-    def _send(self, k: int, row_t: NDArray[np.int64]) -> ExpertRows:
+    def _send(self, found: Lookups, row_t: NDArray[np.int32]) -> ExpertRows:
         """List by rank the own tokens that it needs."""
-        token_c, rank_c, start_t = rank_choices(self._order_rE, k, row_t, len(self.local), self.ranks)
+        token_c, rank_c, start_t = rank_choices(found.order_rK, row_t, len(self.local), self.ranks)
         source_S, end_P, *_ = by_thing(token_c, rank_c, np.empty(0, np.float32), self.ranks)
         return _expert_rows(source_S, end_P, slots_of(source_S, start_t), start_t)
 

@@ -113,7 +113,7 @@ class HashedRouter:
         if self.shuffled and draw is None:
             raise ValueError("shuffled keys need a draw")
         key_PT = ids.shuffled_keys(rows, draw) if self.shuffled and draw is not None else ids.keys(rows)
-        return self.planner.plan(rows.of_keys(key_PT), k, gather=gather, chunks=chunks)
+        return self.planner.plan(rows.narrow(key_PT), k, gather=gather, chunks=chunks)
 
     def identity(self) -> list[NDArray[Any]]:
         """All that its plans depend on besides ids and k, to be compared between ranks."""

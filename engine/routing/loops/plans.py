@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from foreroute.engine.routing.loops import compiled
 
 Ints = NDArray[np.int64]
+Rows = NDArray[np.int32]
 Things = NDArray[np.int16]
 Weights = NDArray[np.float32]
 
 
 @compiled
-def table_choices(order_rE: NDArray[Any], weight_rK: Weights, first: int, last: int) -> Any:
+def table_choices(order_rK: NDArray[Any], weight_rK: Weights, first: int, last: int) -> Any:
     """List the active ones of the experts first .. last - 1 of each row, ascending and numbered from 0, with weights.
 
     Returns:
@@ -33,15 +34,15 @@ def table_choices(order_rE: NDArray[Any], weight_rK: Weights, first: int, last: 
     for r in range(rows):
         before = count
         for choice in range(k):
-            count += first <= order_rE[r, choice] < last
+            count += first <= order_rK[r, choice] < last
         start_r[r + 1] = count
         most = max(most, count - before)
     expert_c, weight_c = np.zeros(count + most, np.int16), np.zeros(count + most, np.float32)
     choice_L = np.full(last - first, -1, np.int64)
     for r in range(rows):
         for choice in range(k):
-            if first <= order_rE[r, choice] < last:
-                choice_L[order_rE[r, choice] - first] = choice
+            if first <= order_rK[r, choice] < last:
+                choice_L[order_rK[r, choice] - first] = choice
         c = start_r[r]
         for expert in range(last - first):
             if choice_L[expert] >= 0:
@@ -52,7 +53,7 @@ def table_choices(order_rE: NDArray[Any], weight_rK: Weights, first: int, last: 
 
 
 @compiled
-def row_choices(row_R: Ints, start_r: NDArray[np.int32], expert_c: Things, weight_c: Weights) -> Any:
+def row_choices(row_R: Rows, start_r: NDArray[np.int32], expert_c: Things, weight_c: Weights) -> Any:
     """List the choices of table rows, found in those of all table rows.
 
     Returns:
@@ -77,21 +78,22 @@ def row_choices(row_R: Ints, start_r: NDArray[np.int32], expert_c: Things, weigh
 
 
 @compiled
-def rank_choices(order_rE: NDArray[Any], k: int, row_T: Ints, local: int, ranks: int) -> Any:
-    """List the ranks that hold one of the first k experts of each token's row, each rank once, in any order.
+def rank_choices(order_rK: NDArray[Any], row_T: Rows, local: int, ranks: int) -> Any:
+    """List the ranks that hold one of the active experts of each token's row, each rank once, in any order.
 
     Returns:
         token_c int64, thing_c int16, start_T int64.
     """
+    k = order_rK.shape[1]
     token_c, thing_c = np.empty(row_T.size * k + 1, np.int64), np.empty(row_T.size * k + 1, np.int16)
     start_T = np.empty(row_T.size, np.int64)
-    rank_E = np.arange(order_rE.shape[1]) // local
+    rank_E = np.arange(ranks * local) // local
     last_P = np.full(ranks, -1, np.int64)  # last token that uses the rank
     c = np.uint64(0)
     for t in range(row_T.size):
         start_T[t] = c
         for choice in range(k):
-            rank = np.uint64(rank_E[np.uint64(order_rE[row_T[t], choice])])
+            rank = np.uint64(rank_E[np.uint64(order_rK[np.uint64(row_T[t]), choice])])
             token_c[c], thing_c[c] = t, rank
             c += np.uint64(last_P[rank] != t)
             last_P[rank] = t
@@ -99,18 +101,18 @@ def rank_choices(order_rE: NDArray[Any], k: int, row_T: Ints, local: int, ranks:
 
 
 @compiled
-def count_rows(row_N: Ints, use_r: NDArray[np.int32]) -> None:
+def count_rows(row_N: Rows, use_r: NDArray[np.int32]) -> None:
     """Add the uses of each table row to use_r."""
     for n in range(row_N.size):
         use_r[np.uint64(row_N[n])] += 1
 
 
 @compiled
-def received_tokens(row_PT: Ints, start: int, stop: int, used_r: NDArray[np.uint8], use_r: NDArray[np.int32]) -> Any:
+def received_tokens(row_PT: Rows, start: int, stop: int, used_r: NDArray[np.uint8], use_r: NDArray[np.int32]) -> Any:
     """List tokens start .. stop - 1 of every rank whose row is used here; add the uses of all their rows to use_r.
 
     Returns:
-        token_R int64, numbers among the tokens of all ranks; row_R int64; count_P int64.
+        token_R int64, numbers among the tokens of all ranks; row_R int32; count_P int64.
     """
     ranks, tokens = row_PT.shape
     found = np.empty(ranks * (stop - start) + 1, np.int32)
@@ -124,7 +126,7 @@ def received_tokens(row_PT: Ints, start: int, stop: int, used_r: NDArray[np.uint
             end += np.uint64(used_r[row])
             use_r[row] += 1
         count_P[rank] = end - before
-    token_R, row_R = np.empty(end, np.int64), np.empty(end, np.int64)
+    token_R, row_R = np.empty(end, np.int64), np.empty(end, np.int32)
     row_N = row_PT.reshape(-1)
     for n in range(token_R.size):
         token_R[n] = found[n]
@@ -133,15 +135,15 @@ def received_tokens(row_PT: Ints, start: int, stop: int, used_r: NDArray[np.uint
 
 
 @compiled
-def count_experts(order_rE: NDArray[Any], k: int, use_r: NDArray[np.int32]) -> Any:
+def count_experts(order_rK: NDArray[Any], experts: int, use_r: NDArray[np.int32]) -> Any:
     """Count the tokens that use each expert, int64 [E], from the uses of each table row."""
-    rows, experts = order_rE.shape
+    rows, k = order_rK.shape
     count_E = np.zeros(experts, np.int64)
     for r in range(rows):
         use = use_r[r]
         if use:
             for choice in range(k):
-                count_E[np.uint64(order_rE[r, choice])] += use
+                count_E[np.uint64(order_rK[r, choice])] += use
     return count_E
 
 
