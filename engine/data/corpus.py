@@ -93,7 +93,7 @@ def prepare(config: CorpusConfig, progress: Callable[[str], None] | None = None)
     except OSError as error:
         raise UserError(f"{source.asked}: cannot be read ({error.strerror})") from error
     with _held(lock, note):
-        found = scan(source, cache, Meter(note, f"corpus {source.name}: reading", 0, source.unit))
+        found = scan(source, cache, Meter(note, f"corpus {source.name}: reading", lambda: source.expected, source.unit))
         _check(source, found)
         folder = Path(config.cache_dir) / "corpora" / _name(source, found)
         try:

@@ -12,6 +12,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
@@ -31,13 +32,14 @@ FORMAT = 3
 IDS, ENDS, META = "ids.bin", "document_ends.bin", "meta.json"
 SPLITS = tuple(Split)  # in the order of the text
 _EVERY_S = 10.0  # between lines of progress
+_LEFT_S = 3600.0  # after which an unfinished corpus counts as left behind
 Note = Callable[[str], None]
 
 
 class Meter:
     """Lines that say how far a pass over a source is, and how long it will still take."""
 
-    def __init__(self, note: Note, what: str, total: int, unit: Callable[[int], str]) -> None:
+    def __init__(self, note: Note, what: str, total: Callable[[], int], unit: Callable[[int], str]) -> None:
         self._note, self._what, self._total, self._unit = note, what, total, unit
         self._done, self._start = 0, time.monotonic()
         self._said = self._start
@@ -48,8 +50,9 @@ class Meter:
         now = time.monotonic()
         if now - self._said >= _EVERY_S and self._done:
             self._said = now
-            left = (self._total - self._done) * (now - self._start) / self._done
-            of = f" of {self._unit(self._total)}, about {max(left, 0):,.0f} s left" if self._total else ""
+            total = self._total()
+            left = (total - self._done) * (now - self._start) / self._done
+            of = f" of {self._unit(total)}, about {max(left, 0):,.0f} s left" if total else ""
             self._note(f"{self._what}: {self._unit(self._done)}{of}")
 
 
@@ -60,6 +63,7 @@ def write(folder: Path, source: Source, scan: Scan, note: Note) -> None:
         UserError: a split would be empty, the vocabulary cannot be made, the source has changed since `scan`, or the
             folder cannot be written.
     """
+    _remove_left_behind(folder)
     aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
         aside.mkdir(parents=True)
@@ -67,7 +71,7 @@ def write(folder: Path, source: Source, scan: Scan, note: Note) -> None:
         for name, content in vocab.files().items():
             (aside / name).write_bytes(content)
         with (aside / IDS).open("wb") as ids, (aside / ENDS).open("wb") as ends:
-            found = _encode(source, scan, vocab, ids, ends, Meter(note, "ids", sum(scan.units), source.unit))
+            found = _encode(source, scan, vocab, ids, ends, Meter(note, "ids", lambda: sum(scan.units), source.unit))
         require(
             vocab.size > 1, f"{source.asked}: has one symbol only; corpus.tokens=bytes takes it, with nothing to learn"
         )
@@ -98,6 +102,15 @@ def write(folder: Path, source: Source, scan: Scan, note: Note) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def _remove_left_behind(folder: Path) -> None:
+    """Delete what a process that was killed has written of this corpus, if nobody has gone on with it for an hour."""
+    for aside in folder.parent.glob(f".{folder.name}.*"):
+        with suppress(OSError):
+            newest = max(path.stat().st_mtime for path in (aside, *aside.iterdir()))
+            if time.time() - newest > _LEFT_S:
+                shutil.rmtree(aside)
+
+
 def content_sha256(source: Source, scan: Scan) -> str:
     """Return the sha256 by which a run knows its text: of the text itself, where it is cut by the usual proportions."""
     how: list[Any] = [] if len(source.parts) == 1 else [scan.units]
@@ -113,7 +126,7 @@ def _vocab(source: Source, scan: Scan, note: Note) -> Vocab:
 
     def training() -> Iterator[Piece]:
         total = scan.units[0] if source.by_split else sum(scan.units) * config.proportions[0] // sum(config.proportions)
-        meter = Meter(note, f"vocabulary ({config.tokens.name})", total, source.unit)
+        meter = Meter(note, f"vocabulary ({config.tokens.name})", lambda: total, source.unit)
         for (place, _), piece in source.splits(scan):
             if place:
                 return

@@ -206,14 +206,18 @@ def _levels(baselines: dict[str, float], first: float, last: float) -> list[Line
 def _slimming_table(run: RunData, baselines: dict[str, float]) -> Table:
     best = min(run.bpc_by_k.values())
     active, flops = (plain_dict(run.facts.get(name)) for name in ("active_parameters", "flops_per_symbol"))
+    by_byte = plain_dict(run.summary.get("bits_per_byte"))
+    others = by_byte != run.bpc_by_k and any(isfinite(number(bits)) for bits in by_byte.values())
 
     def row(label: str, bpc: float, k: str = "") -> list[str]:
         costs = [count_text(number(costs.get(k))) for costs in (active, flops)]
-        return [label, f"{bpc:.4f}", f"{100 * (bpc / best - 1):+.1f}%", *costs]
+        bits = [text(number(by_byte.get(k)), "{:.4f}")] if others else []
+        return [label, f"{bpc:.4f}", f"{100 * (bpc / best - 1):+.1f}%", *bits, *costs]
 
     rows = [row(k if k == "dense" else f"k = {k}", bpc, k) for k, bpc in run.bpc_by_k.items()]
     rows += [[], *(row(label, bpc) for label, bpc in baselines.items() if isfinite(bpc))]
-    return Table(["", "bpc", "to best", "active parameters", "FLOP per symbol"], rows)
+    heads = ["", "bpc", "to best", *(["bits per byte"] if others else []), "active parameters", "FLOP per symbol"]
+    return Table(heads, rows)
 
 
 def _health(run: RunData) -> list[Section]:

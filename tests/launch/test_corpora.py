@@ -65,6 +65,8 @@ def test_a_trained_run_speaks_text_and_measures_bits_per_byte(run, tmp_path, opt
     written = run("generate", f"run={folder}", "prompt=def f\u00e9(", "length=12", "seed=3")
     assert written.returncode == 0 and written.stdout.startswith("def f\u00e9(") and len(written.stdout) > 15
     assert run("report", f"run={folder}").returncode == 0
+    page = (folder / "report.html").read_text()
+    assert "bits per byte" in page and f"{summary['bits_per_byte']['1']:.4f}" in page
     kept = folder / "tokenizer.json"
     copy = run(
         "train",

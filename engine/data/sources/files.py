@@ -74,6 +74,12 @@ def state_of(path: Path) -> list[int]:
     return [now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino]
 
 
+def is_packed(path: Path) -> bool:
+    """Whether a file is gzip or zstd."""
+    with path.open("rb") as raw:
+        return raw.read(len(_ZSTD)).startswith((_GZIP, _ZSTD))
+
+
 def read_blocks(file: SourceFile) -> Iterator[bytes]:
     """Yield the bytes of a file in blocks, unpacked where it is gzip or zstd.
 

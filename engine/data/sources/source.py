@@ -16,7 +16,7 @@ from itertools import product, takewhile
 from pathlib import Path
 
 from foreroute.engine.config import Corpus, CorpusConfig, Tokens
-from foreroute.engine.data.sources.files import SourceFile, find_files, read_blocks, state_of
+from foreroute.engine.data.sources.files import SourceFile, find_files, is_packed, read_blocks, state_of
 from foreroute.engine.data.sources.ids import read_ids
 from foreroute.engine.data.sources.pieces import Cuts, Piece, cut
 from foreroute.engine.data.sources.text import json_field, read_json_lines, read_plain
@@ -61,6 +61,15 @@ class Source:
     def unit(self, number: int) -> str:
         """Name so many units."""
         return f"{number:,} {'bytes' if self.is_text else 'ids'}"
+
+    @property
+    def expected(self) -> int:
+        """Bytes of its files, where that is what there is to read; 0: some are packed, or hold ids."""
+        files = [file.path for part in self.parts for file in part]
+        with suppress(OSError):
+            if self.is_text and not any(is_packed(path) for path in files):
+                return sum(path.stat().st_size for path in files)
+        return 0
 
     def pieces(self, part: int) -> Pieces:
         """Yield the documents of a part.

@@ -3,6 +3,8 @@
 import gzip
 import hashlib
 import json
+import os
+import shutil
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -258,10 +260,23 @@ def test_processes_that_start_together_prepare_once(tmp_path):
     assert sum("preparing" in line for lines, _ in found for line in lines) == 1
 
 
+def test_what_a_killed_preparation_left_is_deleted_later(tmp_path):
+    folder = write_shards(tmp_path / "shards")
+    name = Path(prepare(config(tmp_path, folder)).ids.filename).parent
+    old, new = (name.with_name(f".{name.name}.{mark}") for mark in ("old", "new"))
+    for aside in (old, new):
+        shutil.copytree(name, aside)
+    shutil.rmtree(name)
+    for path in (*old.iterdir(), old):
+        os.utime(path, (time.time() - 7200,) * 2)
+    prepare(config(tmp_path, folder))
+    assert not old.exists() and new.exists() and name.exists()
+
+
 def test_progress_says_how_long_it_will_take(monkeypatch):
     now, lines = [0.0], []
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    meter = preparation.Meter(lines.append, "ids", 1000, lambda n: f"{n} bytes")
+    meter = preparation.Meter(lines.append, "ids", lambda: 1000, lambda n: f"{n} bytes")
     for _ in range(10):
         now[0] += 4
         meter(50)
