@@ -77,6 +77,31 @@ class Mixture:
         number = cycle * np.array(self.weights, np.int64)[corpus] + self._before[slot]
         return self._first[corpus] + (number * self.stretch + offset) % self._length[corpus]
 
+    def document_starts(self, ends: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return where in the mixture another document starts, ascending: also at a stretch of another corpus.
+
+        Args:
+            ends: of documents in `ids`, ascending.
+
+        Example: the corpora of the example above, with a document end after the 2 of the first: places 2, 4, 5, 7, 8,
+        10.
+        """
+        change = np.flatnonzero(self._corpus != np.roll(self._corpus, 1))
+        cycles = len(self) // (self.stretch * len(self._corpus))
+        stretch = np.arange(cycles)[:, None] * len(self._corpus) + change
+        found = [stretch.ravel() * self.stretch]
+        for corpus, (first, length, weight) in enumerate(zip(self._first, self._length, self.weights, strict=True)):
+            own = ends[slice(*np.searchsorted(ends, (first + 1, first + length)))] - first
+            own = np.concatenate([[0], own])
+            read = cycles * weight * self.stretch
+            start = (np.arange(-(-read // length))[:, None] * length + own).ravel()
+            number, offset = np.divmod(start[start < read], self.stretch)
+            cycle, before = np.divmod(number, weight)
+            slot = np.flatnonzero(self._corpus == corpus)[before]
+            found.append((cycle * len(self._corpus) + slot) * self.stretch + offset)
+        starts = np.unique(np.concatenate(found))
+        return starts[starts > 0]
+
 
 def _cycle(weights: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the corpus of each stretch of a cycle, and how many of the same are before it.

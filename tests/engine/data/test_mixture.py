@@ -53,6 +53,27 @@ def test_every_place_is_that_of_a_plain_loop(weights, stretch):
     assert set(less) != set(want)
 
 
+def test_documents_start_where_a_plain_loop_sees_another_one():
+    made = mixture([np.arange(5, dtype=np.uint8), np.array([10, 11], np.uint8)], [2, 1], 2)
+    assert made.document_starts(np.array([3, 5, 7])).tolist() == [2, 4, 5, 7, 8, 10]
+    rng = np.random.default_rng(0)
+    for weights in ([1], [3], [1, 1], [3, 1, 2]):
+        sizes = [int(size) for size in rng.integers(3, 40, len(weights))]
+        corpora = [np.arange(size) + 100 * i for i, size in enumerate(sizes)]
+        inside = [np.sort(rng.choice(np.arange(1, size), size // 3, replace=False)) for size in sizes]
+        offset = np.cumsum([0, *sizes])
+        ends = np.concatenate(
+            [[*own + start, start + size] for own, start, size in zip(inside, offset, sizes, strict=False)]
+        )
+        made = mixture(corpora, weights, 4)
+        ids, starts = made[:].tolist(), []
+        for place in range(1, len(ids)):
+            corpus, at = divmod(ids[place], 100)
+            goes_on = ids[place - 1] == ids[place] - 1 and at not in inside[corpus]
+            starts += [] if goes_on else [place]
+        assert made.document_starts(ends).tolist() == starts
+
+
 def test_streams_read_a_mixture_as_any_text():
     corpora = [np.arange(200, dtype=np.uint8), np.arange(200, 240, dtype=np.uint8)]
     made = mixture(corpora, [3, 1], 16)
