@@ -214,7 +214,7 @@ def _notes(meta: dict[str, Any]) -> list[str]:
         how = f"split {'/'.join(map(str, meta['proportions']))} in proportion"
     note = f"corpus {meta['source']}: {meta['units']:,} {meta['unit']}s {how}: {sizes} symbols"
     if Tokens[meta["tokens"]] not in BYTES:
-        note += f"; {meta['documents']:,} documents"
+        note += f"; {meta['documents']:,} document{'s' * (meta['documents'] != 1)}"
     if meta["corpus"] == Corpus.enwik8.name:
         note += "; a prefix of enwik8 does not compare with published results"
     return [note]
