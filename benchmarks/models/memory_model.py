@@ -72,15 +72,16 @@ class Case(NamedTuple):
 
     ranks: int
     changes: dict[str, dict[str, Any]]  # by section of the configuration
+    symbols: int = SYMBOLS  # of the model; the text has the first SYMBOLS of them
 
 
-def _case(ranks: int, **changes: Any) -> Case:
+def _case(ranks: int, *, symbols: int = SYMBOLS, **changes: Any) -> Case:
     """Make a case from options by their own names, which differ between sections."""
     found: dict[str, dict[str, Any]] = {}
     for name, value in changes.items():
         section, option = _SECTION[name]
         found.setdefault(section, {})[option] = value
-    return Case(ranks, found)
+    return Case(ranks, found, symbols)
 
 
 _SECTION = {
@@ -91,6 +92,8 @@ _SECTION = {
     "ngram_rows": ("model", "ngram_rows"),
     "dropout": ("model", "dropout"),
     "pre_norm": ("model", "pre_norm"),
+    "cutoffs": ("model", "cutoffs"),
+    "div_val": ("model", "div_val"),
     "attention_dropout": ("model", "attention_dropout"),
     "expert_width": ("moe", "expert_width"),
     "shared_width": ("moe", "shared_width"),
@@ -148,6 +151,11 @@ CASES = (
     _case(4, group=2, zero=2),
     _case(4, group=4),
     _case(4, group=4, zero=3),
+    *(_case(1, symbols=8192, zero=zero) for zero in (1, 2, 3)),
+    _case(1, symbols=8192, precision=_BF16, zero=2),
+    _case(2, symbols=8192, group=2, zero=1),
+    _case(1, symbols=8192, cutoffs=[1000, 3000]),
+    _case(1, symbols=8192, cutoffs=[1000, 3000], div_val=4, streams=8),
 )
 
 
@@ -181,12 +189,16 @@ def make_config(changes: dict[str, dict[str, Any]], base: dict[str, dict[str, An
     )
 
 
-def material(layout: Layout) -> tuple[NDArray[np.uint8], list[Table]]:
-    """Make a text of random symbols, skewed so that experts differ in their rows, and the tables."""
+def material(layout: Layout, symbols: int = SYMBOLS) -> tuple[NDArray[np.uint8], list[Table]]:
+    """Make a text of random symbols, skewed so that experts differ in their rows, and the tables.
+
+    Args:
+        symbols: of the model; the text has the first SYMBOLS of them.
+    """
     config = layout.config
     number = config.data.streams * (config.data.segment * (config.train.steps + 1) + 1)
     ids = (np.random.default_rng(0).random(number) ** 2 * SYMBOLS).astype(np.uint8)
-    tables = build_tables(config.moe, SYMBOLS, ids, num_tables=config.model.layers, seed=1, cache_dir=None)
+    tables = build_tables(config.moe, symbols, ids, num_tables=config.model.layers, seed=1, cache_dir=None)
     return ids, tables
 
 
@@ -196,14 +208,14 @@ def make_layout(changes: dict[str, dict[str, Any]], base: dict[str, dict[str, An
     return Layout(config, Placement(ranks, config.parallel.expert_ranks, ranks))
 
 
-def predicted(layout: Layout) -> Memory:
+def predicted(layout: Layout, symbols: int = SYMBOLS) -> Memory:
     """Predict a run's memory."""
-    return peak_memory(layout, certify(layout, *material(layout)), SYMBOLS)
+    return peak_memory(layout, certify(layout, *material(layout, symbols)), symbols)
 
 
-def measured(rank: int, layouts: Sequence[Layout]) -> list[int]:
-    """Run some layouts one after the other as one rank; return the most bytes of each."""
-    return [train(layout, rank, *material(layout), SYMBOLS) for layout in layouts]
+def measured(rank: int, runs: Sequence[tuple[Layout, int]]) -> list[int]:
+    """Run some layouts, each with its symbols, one after the other as one rank; return the most bytes of each."""
+    return [train(layout, rank, *material(layout, symbols), symbols) for layout, symbols in runs]
 
 
 def compare(cases: Sequence[Case]) -> list[Outcome]:
@@ -211,10 +223,10 @@ def compare(cases: Sequence[Case]) -> list[Outcome]:
     outcomes = []
     for ranks in sorted({case.ranks for case in cases}):
         own = [case for case in cases if case.ranks == ranks]
-        layouts = [make_layout(case.changes, SMALL, ranks) for case in own]
-        of_ranks = run_ranks(measured, ranks, layouts, seconds=900)
-        for case, layout, *found in zip(own, layouts, *of_ranks, strict=True):
-            outcomes.append(Outcome(case, predicted(layout), max(found)))
+        runs = [(make_layout(case.changes, SMALL, ranks), case.symbols) for case in own]
+        of_ranks = run_ranks(measured, ranks, runs, seconds=900)
+        for case, run, *found in zip(own, runs, *of_ranks, strict=True):
+            outcomes.append(Outcome(case, predicted(*run), max(found)))
     return outcomes
 
 
@@ -249,6 +261,8 @@ def describe(case: Case) -> str:
     changes = [
         f"{key}={getattr(value, 'name', value)}" for part in case.changes.values() for key, value in part.items()
     ]
+    if case.symbols != SYMBOLS:
+        changes.append(f"symbols={case.symbols}")
     return " ".join([f"{case.ranks} rank{'s' * (case.ranks > 1)}", *changes])
 
 

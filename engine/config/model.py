@@ -5,6 +5,7 @@ layers with which a dense model has as many parameters as the model with experts
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from foreroute.engine.config.enums import Activation, BalanceOver, Builder, Keys, Router, RouteWeights
 from foreroute.engine.config.option import check, option
@@ -31,6 +32,17 @@ class ModelConfig:
         False, "LayerNorm before each sublayer instead of after the residual sum (the published form)."
     )
     init_std: float = option(0.02, "Standard deviation of initial weights.", at_least=0)
+    cutoffs: list[int] = option(
+        [],
+        "For large vocabularies in order of frequency: ids at which they are cut into clusters, for an adaptive input "
+        "embedding and softmax. Empty: all symbols in one.",
+    )
+    div_val: int = option(
+        1, "Each cluster's embeddings are narrower than those of the one before by this factor.", at_least=1
+    )
+    proj_init_std: float = option(
+        0.01, "Standard deviation of the initial projections from and to narrower embeddings.", at_least=0
+    )
     ngram: int = option(
         0,
         "Ids in the n-grams whose learned embeddings are added to the input; 0 for none.",
@@ -51,6 +63,15 @@ class ModelConfig:
             f"model.ngram={self.ngram} with model.signatures=true: take one of them",
         )
         require(self.width % 2 == 0, f"model.width={self.width}: must be even (sine and cosine)")
+        require(
+            all(first < second for first, second in pairwise([0, *self.cutoffs])),
+            f"model.cutoffs={self.cutoffs}: must be ids above 0, each larger than the one before",
+        )
+        require(
+            self.div_val ** len(self.cutoffs) <= self.width,
+            f"model.div_val={self.div_val}: leaves the last of {len(self.cutoffs) + 1} clusters no width of"
+            f" model.width={self.width}",
+        )
 
 
 @dataclass

@@ -53,6 +53,8 @@ def rules(config: Config) -> list[Rule]:
         Rule(all_layers, "moe.layers takes in every layer", ("moe.plain_width",)),
         Rule(config.moe.weights is RouteWeights.uniform, "moe.weights=uniform", ("moe.spread",)),
         Rule(config.model.ngram == 0, "model.ngram=0", ("model.ngram_rows",)),
+        Rule(not config.model.cutoffs, "model.cutoffs=[]", ("model.div_val", "model.proj_init_std")),
+        Rule(config.model.div_val == 1, "model.div_val=1", ("model.proj_init_std",)),
         Rule(constant_k, "schedule.growth=constant", ("schedule.k_min", "schedule.steps")),
         Rule(config.optim.decay is Decay.constant, "optim.decay=constant", ("optim.final_lr",)),
         Rule(config.train.valid_every == 0, "train.valid_every=0", ("train.valid_symbols",)),

@@ -40,7 +40,7 @@ def generate(run: RunModel, prompt: Sequence[int], *, k: int, length: int, sampl
     )
 
     def sampled() -> Iterator[int]:
-        context, device = config.context, model.embedding.weight.device
+        context, device = config.context, model.u.device
         # one symbol at a time needs a longer memory to see as far as a whole segment does
         memory_len = max(config.model.memory, config.data.segment)
         history = list(prompt) or [0]
@@ -62,8 +62,9 @@ def generate(run: RunModel, prompt: Sequence[int], *, k: int, length: int, sampl
                     ids_BQ, routing = map_tensors(
                         lambda tensor: tensor.to(device), (planned.batch.ids_BQ, planned.routing)
                     )
-                    logits_BQV, memory = model.logits(ids_BQ, memory, routing, memory_len=memory_len)[:2]
+                    hidden_BQD, memory = model.hidden(ids_BQ, memory, routing, memory_len=memory_len)[:2]
                     start += len(part)
+                    logits_BQV = model.output_logits(hidden_BQD[:, -1:])
                 chosen = sample(logits_BQV[0, -1].cpu(), sampling)  # the generator is the host's
             history.append(chosen)
             yield chosen

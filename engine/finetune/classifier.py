@@ -46,7 +46,7 @@ class Classifier(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.model.embedding.weight.device
+        return self.model.u.device
 
     def forward(self, batch: SentenceBatch, k: int, seed: int = 0) -> Tensor:
         """Return the logits [B, C] at k active experts; the batch is on the host.

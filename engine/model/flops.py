@@ -4,13 +4,14 @@
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
 from foreroute.engine.config import Config
 from foreroute.engine.config.enums import Activation, Growth, Router
 from foreroute.engine.config.model import ModelConfig, MoEConfig, expert_layers, feed_forward_width, num_tables
+from foreroute.engine.model.adaptive import clusters
 from foreroute.engine.routing.k_schedule import active_experts
 
 
@@ -29,7 +30,9 @@ class Product:
         return 2 * self.rows * self.columns * self.depth
 
 
-def forward_flops(model: ModelConfig, moe: MoEConfig, *, streams: int, segment: int, vocab: int, k: int) -> float:
+def forward_flops(
+    model: ModelConfig, moe: MoEConfig, *, streams: int, segment: int, vocab: int, k: int, shares: Sequence[float] = ()
+) -> float:
     """Count the useful arithmetic of one forward pass over a step's symbols, of all ranks; backward is twice as much.
 
     Useful are the products of matrices that the model asks for, however they are computed: with the memory full, each
@@ -44,6 +47,7 @@ def forward_flops(model: ModelConfig, moe: MoEConfig, *, streams: int, segment: 
         segment: symbols of a stream in a step.
         vocab: symbols (V).
         k: active experts; ignored when dense.
+        shares: of the symbols that each cluster has (engine/model/adaptive.py); ignored without cut-offs.
     """
     tokens = streams * segment
     attention = [
@@ -52,7 +56,7 @@ def forward_flops(model: ModelConfig, moe: MoEConfig, *, streams: int, segment: 
     ]
     layers = [layer_products(model, moe, tokens, layer, k) for layer in range(model.layers)]
     at_input = num_tables(model, moe) * moe.experts if model.signatures else 0
-    ends = [Product(tokens, vocab, model.width), Product(tokens, model.width, at_input)]
+    ends = [*end_products(model, vocab, tokens, shares), Product(tokens, model.width, at_input)]
     return model.layers * _flops(attention) + _flops(chain(*layers, ends))
 
 
@@ -93,6 +97,25 @@ def layer_products(model: ModelConfig, moe: MoEConfig, rows: float, layer: int, 
     return found
 
 
+def end_products(model: ModelConfig, vocab: int, tokens: float, shares: Sequence[float] = ()) -> list[Product]:
+    """List the products of the output layer and, with narrower embeddings, of the input.
+
+    Args:
+        vocab: symbols (V).
+        shares: of the tokens that each cluster has; without them as if each one had all, which is a bound.
+    """
+    found = clusters(model, vocab)
+    shares = shares or (1.0,) * len(found)
+    head, *tails = found
+    products = [Product(tokens, head.size + len(tails), head.width)]
+    products += [Product(tokens * share, tail.size, tail.width) for share, tail in zip(shares[1:], tails, strict=True)]
+    if tails and model.div_val > 1:
+        at_output = (1.0, *shares[1:])
+        for share, out_share, cluster in zip(shares, at_output, found, strict=True):
+            products.append(Product(tokens * (share + out_share), cluster.width, model.width))
+    return products
+
+
 def _flops(products: Iterable[Product]) -> float:
     return sum(product.count * product.flops for product in products)
 
@@ -113,10 +136,11 @@ class Arithmetic:
     Args:
         vocab: symbols.
         parameters: of the whole model.
+        shares: as for forward_flops.
     """
 
-    def __init__(self, config: Config, vocab: int, parameters: int) -> None:
-        self._config, self._vocab, self._parameters = config, vocab, parameters
+    def __init__(self, config: Config, vocab: int, parameters: int, shares: Sequence[float] = ()) -> None:
+        self._config, self._vocab, self._parameters, self._shares = config, vocab, parameters, shares
         self._step_flops: dict[int, float] = {}
 
     def step_flops(self, k: int) -> float:
@@ -138,7 +162,13 @@ class Arithmetic:
     def _forward(self, k: int) -> float:
         config, data = self._config, self._config.data
         return forward_flops(
-            config.model, config.moe, streams=data.streams, segment=data.segment, vocab=self._vocab, k=k
+            config.model,
+            config.moe,
+            streams=data.streams,
+            segment=data.segment,
+            vocab=self._vocab,
+            k=k,
+            shares=self._shares,
         )
 
     def flops_before(self, step: int) -> float:

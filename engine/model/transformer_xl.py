@@ -1,8 +1,9 @@
 """Transformer-XL (arXiv 1901.02860): tied embedding, blocks with segment memory, loss in nats.
 
 As in the public code: embeddings times sqrt(D), dropout on embeddings, encoded distances and the final hidden state, u
-and v shared by all layers. A final LayerNorm is added for pre-LN. Memory is a value: it comes in and goes out.
-Parameter names are checkpoint keys.
+and v shared by all layers. A final LayerNorm is added for pre-LN. Memory is a value: it comes in and goes out. The
+logits of many symbols are never there for all tokens at once, but for routing with a second pass. Parameter names are
+checkpoint keys.
 
 Letters: B streams, Q query length, M memory length (m <= M of it filled), S = m+Q, D model width, V vocabulary,
 H heads, W head width, L expert layers here, E experts, t tables at the input.
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from foreroute.engine.config import KernelsConfig, ModelConfig, MoEConfig
+from foreroute.engine.model.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from foreroute.engine.model.attention import SharedAttention, encode_distances
 from foreroute.engine.model.block import Block, BlockOutput
 from foreroute.engine.model.input_tables import input_tables
@@ -24,6 +26,10 @@ from foreroute.engine.moe.experts import Experts
 from foreroute.engine.routing.losses import consistency_loss
 from foreroute.engine.routing.ngram_rows import KeyRows
 from foreroute.engine.routing.plan import Routing
+from foreroute.kernels.ops.linear_cross_entropy import CrossEntropy, linear_cross_entropy
+
+SMALL_VOCABULARY = 1024
+"""Symbols up to which the loss computes all logits of a micro-batch at once."""
 
 Memory = tuple[Tensor, ...]
 """Each layer's input at the newest m positions, [B, m, D], detached."""
@@ -50,7 +56,7 @@ class Output(NamedTuple):
 class Logits(NamedTuple):
     """Result of a forward pass without targets."""
 
-    logits_BQV: Tensor  # in the model's dtype
+    logits_BQV: Tensor  # in the model's dtype; by clusters, logarithms of probabilities
     memory: Memory
     auxiliary_loss: Tensor  # fp32 scalar
     count_LE: Tensor | None  # as in Output
@@ -82,8 +88,13 @@ class TransformerXL(nn.Module):
         super().__init__()
         self.config = model
         self.consistency = moe.consistency
-        self.embedding = nn.Embedding(vocab_size, model.width)
-        self.output_bias = nn.Parameter(torch.zeros(vocab_size))
+        self.embedding: nn.Embedding | AdaptiveEmbedding
+        self.output: AdaptiveSoftmax | None = None
+        if model.cutoffs:
+            self.embedding, self.output = AdaptiveEmbedding(model, vocab_size), AdaptiveSoftmax(model, vocab_size)
+        else:
+            self.embedding = nn.Embedding(vocab_size, model.width)
+            self.output_bias = nn.Parameter(torch.zeros(vocab_size))
         self.u = nn.Parameter(torch.empty(model.heads, model.head_width))
         self.v = nn.Parameter(torch.empty(model.heads, model.head_width))
         self.blocks = nn.ModuleList(Block(model, moe, kernels, i) for i in range(model.layers))
@@ -104,6 +115,8 @@ class TransformerXL(nn.Module):
         for module in self.modules():
             if isinstance(module, Experts):
                 module.init_weights(std)
+            elif isinstance(module, AdaptiveEmbedding | AdaptiveSoftmax):
+                module.init_weights()
             elif isinstance(module, nn.Linear | nn.Embedding | nn.LayerNorm):
                 mean = 1.0 if isinstance(module, nn.LayerNorm) else 0.0
                 nn.init.normal_(module.weight, mean, std)
@@ -123,23 +136,43 @@ class TransformerXL(nn.Module):
         With a second routing there is a second pass, with dropout of its own, and the loss is that of THOR (Zuo et al.,
         ICLR 2022, arXiv 2110.04260): both cross-entropies plus moe.consistency times what the passes differ in.
         """
-
-        def run(routing: Routing) -> tuple[Logits, Tensor]:
-            out = self.logits(ids_BQ, memory, routing, **options)
-            logits_TV = out.logits_BQV.float().flatten(0, 1)
-            return out, F.cross_entropy(logits_TV, targets_BQ.flatten(), reduction="none")
-
-        first, nll_T = run(routing)
-        auxiliary_loss, count_LE = first.auxiliary_loss, first.count_LE
-        loss = nll_T.mean()
         if routing.second is not None:
-            second, second_nll_T = run(routing.second)
-            differ = consistency_loss(*(out.logits_BQV.flatten(0, 1) for out in (first, second)))
-            auxiliary_loss = auxiliary_loss + second.auxiliary_loss + self.consistency * differ
-            loss = loss + second_nll_T.mean()
-            nll_T = (nll_T + second_nll_T) / 2
-            if count_LE is not None and second.count_LE is not None:
-                count_LE = count_LE + second.count_LE
+            return self._two_passes(ids_BQ, targets_BQ, memory, (routing, routing.second), options)
+        hidden_BQD, memory, auxiliary_loss, count_LE = self.hidden(ids_BQ, memory, routing, **options)
+        loss, nll_T = self._cross_entropy(hidden_BQD, targets_BQ)
+        nll_BQ = nll_T.detach().view(targets_BQ.shape)
+        return Output(loss + auxiliary_loss, auxiliary_loss.detach(), nll_BQ, memory, count_LE)
+
+    def _cross_entropy(self, hidden_BQD: Tensor, targets_BQ: Tensor) -> CrossEntropy:
+        """Mean nats of the targets, and those of each."""
+        target_T = targets_BQ.flatten()
+        if isinstance(self.embedding, AdaptiveEmbedding):
+            assert self.output is not None
+            adaptive: CrossEntropy = self.output(hidden_BQD.flatten(0, 1), target_T, self.embedding)
+            return adaptive
+        if self.embedding.num_embeddings > SMALL_VOCABULARY:
+            hidden_TD, scale = hidden_BQD.flatten(0, 1), 1 / max(1, len(target_T))
+            return linear_cross_entropy(hidden_TD, self.embedding.weight, self.output_bias, target_T, scale=scale)
+        nll_T = self._plain_nll(self.output_logits(hidden_BQD), target_T)
+        return CrossEntropy(nll_T.mean(), nll_T)
+
+    def _two_passes(
+        self,
+        ids_BQ: Tensor,
+        targets_BQ: Tensor,
+        memory: Sequence[Tensor] | None,
+        routings: tuple[Routing, Routing],
+        options: AttentionOptions,
+    ) -> Output:
+        first, second = (self.logits(ids_BQ, memory, routing, **options) for routing in routings)
+        nll_T, second_nll_T = (self._plain_nll(out.logits_BQV, targets_BQ.flatten()) for out in (first, second))
+        differ = consistency_loss(*(out.logits_BQV.flatten(0, 1) for out in (first, second)))
+        auxiliary_loss = first.auxiliary_loss + second.auxiliary_loss + self.consistency * differ
+        loss = nll_T.mean() + second_nll_T.mean()
+        nll_T = (nll_T + second_nll_T) / 2
+        count_LE = first.count_LE
+        if count_LE is not None and second.count_LE is not None:
+            count_LE = count_LE + second.count_LE
         return Output(
             loss + auxiliary_loss,
             auxiliary_loss.detach(),
@@ -148,13 +181,23 @@ class TransformerXL(nn.Module):
             count_LE,
         )
 
+    @staticmethod
+    def _plain_nll(logits_BQV: Tensor, target_T: Tensor) -> Tensor:
+        return F.cross_entropy(logits_BQV.float().flatten(0, 1), target_T, reduction="none")
+
     def logits(
         self, ids_BQ: Tensor, memory: Sequence[Tensor] | None, routing: Routing, **options: Unpack[AttentionOptions]
     ) -> Logits:
         """Compute the logits of the next id at every place; arguments as for `hidden`."""
         hidden_BQD, memory, auxiliary_loss, count_LE = self.hidden(ids_BQ, memory, routing, **options)
-        logits_BQV = F.linear(hidden_BQD, self.embedding.weight, self.output_bias)
-        return Logits(logits_BQV, memory, auxiliary_loss, count_LE)
+        return Logits(self.output_logits(hidden_BQD), memory, auxiliary_loss, count_LE)
+
+    def output_logits(self, hidden_BQD: Tensor) -> Tensor:
+        """Compute the logits, [B, Q, V], that hidden states give; by clusters, the logarithms of probabilities."""
+        if isinstance(self.embedding, AdaptiveEmbedding):
+            assert self.output is not None
+            return self.output.log_probabilities(hidden_BQD, self.embedding)
+        return F.linear(hidden_BQD, self.embedding.weight, self.output_bias)
 
     def hidden(
         self,

@@ -42,11 +42,19 @@ from foreroute.engine.routing.tables import Table, build_tables, table_from_stat
 SYMBOLS, STREAMS, SEGMENT, LAYERS, EXPERTS, K = 11, 4, 16, 2, 4, 2
 
 
-def tiny_config(stage: int = 1, *, clip: float = 0.0, dropout: float = 0.0, **train: Any) -> Config:
-    """Return the run's configuration; further options belong to the section train."""
+def tiny_config(
+    stage: int = 1, *, clip: float = 0.0, dropout: float = 0.0, model: dict[str, Any] | None = None, **train: Any
+) -> Config:
+    """Return the run's configuration.
+
+    Args:
+        stage: of ZeRO.
+        model: further options of section model.
+        train: further options of section train.
+    """
     return Config(
         data=DataConfig(streams=STREAMS, segment=SEGMENT),
-        model=ModelConfig(LAYERS, 16, heads=2, head_width=8, memory=16, dropout=dropout, init_std=0.2),
+        model=ModelConfig(LAYERS, 16, heads=2, head_width=8, memory=16, dropout=dropout, init_std=0.2, **(model or {})),
         moe=MoEConfig(experts=EXPERTS, expert_width=12, ngram=2, rows=64),
         schedule=ScheduleConfig(k_min=K, k_max=K),
         # With a smaller eps, rounding noise in a gradient that is nearly zero becomes a whole step.
@@ -67,6 +75,7 @@ class Run:
         optimizer: Callable[..., torch.optim.Optimizer] = build_optimizer,
         whole: int = 0,
         idle: bool = False,
+        symbols: int = SYMBOLS,
         **options: Any,
     ) -> None:
         """Start at step 0, in the process group of run_ranks.
@@ -74,19 +83,20 @@ class Run:
         Args:
             optimizer: replaces engine.optim.adam.build_optimizer.
             whole: replaces adapter.KEPT_WHOLE.
-            idle: leave the second half of the experts without tokens.
-            options: options for tiny_config.
+            idle: leave the second half of the experts without a token.
+            symbols: of the model; the text has the first SYMBOLS of them.
+            options: of tiny_config.
         """
         self.config, self.mesh = tiny_config(stage, **options), mesh
         vars(adapter).update(build_optimizer=optimizer, KEPT_WHOLE=whole)
         self.cpu_group = GlooGroup(dist.group.WORLD)  # type: ignore[arg-type]
         text = np.random.default_rng(0).integers(0, SYMBOLS, 2000).astype(np.uint8)
         self.streams = Streams(text, STREAMS, SEGMENT, self.config.context)
-        tables = build_tables(self.config.moe, SYMBOLS, text, num_tables=LAYERS, seed=1, cache_dir=None)
+        tables = build_tables(self.config.moe, symbols, text, num_tables=LAYERS, seed=1, cache_dir=None)
         if idle:
             tables = [replace(t, order_rE=t.order_rE.sort().values.contiguous()) for t in tables]
         self._route_by(tables)
-        self.engine = adapter.start(build_model(self.config, SYMBOLS), self.config, mesh)
+        self.engine = adapter.start(build_model(self.config, symbols), self.config, mesh)
         if stage == 3 and mesh.world > 1 and not whole:
             _assert_sharded(self.engine.module)
         torch.manual_seed(50 + mesh.rank)

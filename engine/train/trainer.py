@@ -30,6 +30,7 @@ from foreroute.engine.metrics.step_meter import StepMeter
 from foreroute.engine.metrics.step_result import StepResult
 from foreroute.engine.metrics.stragglers import StragglerDetector
 from foreroute.engine.metrics.writer import Metrics
+from foreroute.engine.model.adaptive import clusters, target_shares
 from foreroute.engine.model.build import RunModel, build_model, fill_signatures, planned_routers, router_tables
 from foreroute.engine.model.flops import Arithmetic
 from foreroute.engine.model.transformer_xl import Memory
@@ -89,7 +90,8 @@ class Trainer:
         self.model = build_model(config, corpus.vocab.size)
         fill_signatures(self.run_model)
         self.parameters = sum(p.numel() for p in self.model.parameters())  # of all ranks together
-        self.arithmetic = Arithmetic(config, corpus.vocab.size, self.parameters)
+        shares = target_shares(corpus.split(Split.train), clusters(config.model, corpus.vocab.size))
+        self.arithmetic = Arithmetic(config, corpus.vocab.size, self.parameters, shares)
         self.peak = peak_of(config.train, config.kernels, self.world.device)
         self.engine = start(self.model, config, self.world.mesh)
         self.meter = StepMeter(self.model, self.engine.device, self.engine.comm, self.world)

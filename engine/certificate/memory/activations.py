@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from math import ceil
 
 from foreroute.engine.certificate.memory.sizes import Rows, Sizes
-from foreroute.engine.certificate.memory.terms import Term, term
+from foreroute.engine.certificate.memory.terms import Term, largest, term
 from foreroute.kernels.cpu.masked_ffn import BLOCK_ROWS
+from foreroute.kernels.ops.linear_cross_entropy import chunk_tokens, largest_chunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +59,49 @@ class Activations:
             found.append(
                 term("embedding and output", "{} tokens x {} width x {} bytes", s.tokens, model.width, s.number)
             )
+        if model.cutoffs:
+            number, narrow = len(s.output_layers), model.div_val > 1
+            found.append(term("embedding and output", "{} clusters x {} tokens x {} bytes", number, s.tokens, 9))
+            if narrow:
+                widths = sum(width for _, width in s.output_layers)
+                found.append(
+                    term("embedding and output", "{} tokens x {} widths x {} bytes", s.tokens, widths, s.number)
+                )
         return found
 
     def logits(self, *, backward: bool) -> list[Term]:
-        """List the loss's tensors: logits, their fp32 copy and logarithms; in backward logarithms and two gradients."""
+        """List the loss's tensors: logits, their fp32 copy and logarithms; in backward logarithms and two gradients.
+
+        In chunks (kernels/ops/linear_cross_entropy.py) these are gradients and the logits of one chunk; in backward one
+        layer's gradients are there twice.
+        """
         s = self.sizes
+        if s.output_layers:
+            return self._chunked_loss(backward=backward)
         each = 4 + s.number + (4 if s.number == 2 else 0)
         if backward:
             each = 12 + (2 if s.number == 2 else 0)
         return [term("logits and loss", "{} tokens x {} symbols x {} bytes", s.tokens, s.vocab, each)]
+
+    def _chunked_loss(self, *, backward: bool) -> list[Term]:
+        s, c = self.sizes, self.sizes.number
+        name, weights, states = (
+            "loss in chunks",
+            "{} symbols x {} numbers x {} bytes",
+            "{} tokens x {} width x {} bytes",
+        )
+        found = []
+        for symbols, width in s.output_layers:
+            found += [term(name, weights, symbols, width + 1, c), term(name, states, s.tokens, width, c)]
+        at_once = []
+        for symbols, width in s.output_layers:
+            if backward:
+                at_once.append([term(name, weights, symbols, width + 1, c), term(name, states, s.tokens, width, c)])
+                continue
+            tokens = chunk_tokens(s.tokens, largest_chunk(width))
+            logits = term(name, "{} tokens of a chunk x {} symbols x {} bytes", tokens, symbols, 6 if c == 2 else 4)
+            at_once.append([logits, term(name, weights, symbols, width, 4 if c == 2 else 0)])
+        return [*found, *largest(*at_once)]
 
     def kept(self, layers: int, *, attention_only: bool = False) -> list[Term]:
         """List the tensors that so many layers keep for backward.

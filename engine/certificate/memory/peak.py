@@ -159,6 +159,8 @@ def _moments(sizes: Sizes, rows: Rows, parameters: Parameters) -> Iterator[tuple
     def moment(phase: Phase, progress: GradientProgress = START) -> list[Term]:
         gradients = state.gradients(phase, progress)
         running = phase in (Phase.forward, Phase.backward)
+        if phase is Phase.backward and sizes.output_layers:
+            gradients += state.gradients_of_embeddings()
         return [*always, *state.gathered(phase), *gradients, *activations.memory(new=running)]
 
     yield Phase.first_layer.value, moment(Phase.first_layer)
@@ -187,6 +189,9 @@ def _moments(sizes: Sizes, rows: Rows, parameters: Parameters) -> Iterator[tuple
                 *activations.attention_backward(),
             ],
         )
+    if sizes.output_layers:
+        progress = GradientProgress(parameters.numbers - parameters.at_input, parameters.embedding)
+        yield "backward, embedding", [*moment(Phase.backward, progress), *activations.ends()]
     if parameters.at_input:
         progress = GradientProgress(parameters.numbers - parameters.at_input, parameters.at_input)
         yield ("backward, tables at the input", [*moment(Phase.backward, progress), *activations.ends()])

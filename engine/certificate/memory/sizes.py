@@ -18,7 +18,8 @@ from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.config import Config, KernelsConfig, ModelConfig, MoEConfig
 from foreroute.engine.config.enums import Activation, Backend, SavedForBackward
-from foreroute.engine.model.transformer_xl import TransformerXL
+from foreroute.engine.model.adaptive import clusters
+from foreroute.engine.model.transformer_xl import SMALL_VOCABULARY, TransformerXL
 from foreroute.engine.optim.adam import comes_last
 from foreroute.engine.routing.exchange_choice import wire_itemsize
 from foreroute.kernels.ops.relative_attention import tile_shape
@@ -81,6 +82,14 @@ class Sizes:
         if self.config.model.dropout == 0:
             return 0
         return 1 if self.gpu else self.number
+
+    @property
+    def output_layers(self) -> tuple[tuple[int, int], ...]:
+        """Symbols and width of each layer whose logits the loss computes in chunks; none where it has all at once."""
+        head, *tails = clusters(self.config.model, self.vocab)
+        if not tails and self.vocab <= SMALL_VOCABULARY:
+            return ()
+        return (head.size + len(tails), head.width), *((tail.size, tail.width) for tail in tails)
 
     @property
     def wire(self) -> int:
@@ -222,6 +231,7 @@ class Parameters:
     layer_experts: int  # of them of experts
     at_input: int  # of tables at the input
     head: int  # outside the blocks and these tables
+    embedding: int  # of them of the symbols' embeddings
 
     @property
     def numbers(self) -> int:
@@ -244,8 +254,8 @@ def count_parameters(layout: Layout, vocab_size: int) -> Parameters:
     config, placement = layout.config, layout.placement
     dense: list[int] = []
     experts: list[int] = []
-    layer = layer_experts = at_input = 0
-    for name, numel in _numels(astuple(config.model), astuple(config.moe), vocab_size):
+    layer = layer_experts = at_input = embedding = 0
+    for name, numel in _numels(_options(config.model), _options(config.moe), vocab_size):
         is_expert = ".experts." in name
         if is_expert:
             numel //= placement.expert_ranks
@@ -254,12 +264,18 @@ def count_parameters(layout: Layout, vocab_size: int) -> Parameters:
             layer += numel
             layer_experts += numel * is_expert
         at_input += numel * name.startswith("input_tables.")
+        embedding += numel * name.startswith("embedding.")
     groups = [Group("all", _laid_out(dense), placement.world_size)]
     if experts:
         groups = [Group("without experts", _laid_out(dense), placement.world_size)]
         groups.append(Group("experts", _laid_out(experts), placement.groups))
     head = sum(group.numbers for group in groups) - config.model.layers * layer - at_input
-    return Parameters(tuple(groups), layer, layer_experts, at_input, head)
+    return Parameters(tuple(groups), layer, layer_experts, at_input, head, embedding)
+
+
+def _options(section: ModelConfig | MoEConfig) -> tuple[Any, ...]:
+    """A section's values, as a key of a cache."""
+    return tuple(tuple(value) if isinstance(value, list) else value for value in astuple(section))
 
 
 def _laid_out(numels: list[int]) -> tuple[int, ...]:

@@ -113,6 +113,12 @@ class State:
             )
         ]
 
+    def gradients_of_embeddings(self) -> list[Term]:
+        """Return the gradients that the loss gave the embeddings and that wait for those of the input."""
+        if self._stage < 2:
+            return []  # among those that are done
+        return [term("gradients of embeddings", "{} numbers x {} bytes", self.parameters.embedding, self.sizes.number)]
+
     def _between(self) -> list[Term]:
         """List the gradients that earlier micro-batches of the step leave."""
         if self.sizes.config.train.accumulation == 1:

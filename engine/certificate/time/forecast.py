@@ -19,6 +19,7 @@ from foreroute.engine.config import MoEConfig, ScheduleConfig
 from foreroute.engine.config.enums import Builder, ExchangeKind, MatmulPrecision
 from foreroute.engine.data.streams import Ids
 from foreroute.engine.errors import UserError
+from foreroute.engine.model.adaptive import clusters, target_shares
 from foreroute.engine.routing.k_schedule import active_experts
 from foreroute.engine.routing.tables import Table
 
@@ -113,6 +114,7 @@ class Forecaster:
             tables_of: builds the run's tables with other options.
         """
         self.layout, self.cluster, self.ids, self.vocab = layout, cluster, ids, vocab
+        self._shares = target_shares(ids, clusters(layout.config.model, vocab))
         self._tables_of = tables_of
         self._counts: dict[object, list[StepCounts]] = {}
 
@@ -123,7 +125,7 @@ class Forecaster:
             layout: the run with other data.streams, moe.builder, moe.pack or parallel, on its own or other ranks.
         """
         counts = self._count(layout)
-        model = StepModel(layout, self.cluster, self.vocab)
+        model = StepModel(layout, self.cluster, self.vocab, self._shares)
         by_k, total = [], 0.0
         symbols = layout.config.symbols_per_step
         for part in steps_of_k(layout):

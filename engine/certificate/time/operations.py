@@ -9,6 +9,7 @@ Letters: B streams of a rank in a micro-batch, Q segment, M memory, S = M + Q, T
 head width, I = H x W, V vocabulary, L experts of a rank, F expert width, N computed expert rows, R received rows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.time.cluster import ClusterConfig
 from foreroute.engine.config import Backend, TrainConfig
-from foreroute.engine.model.flops import Product, count_matrices, projection_products, score_products
+from foreroute.engine.model.flops import Product, count_matrices, end_products, projection_products, score_products
 from foreroute.kernels.ops.relative_attention import tile_shape
 
 Seconds = NDArray[np.float64]
@@ -41,11 +42,12 @@ def passes(train: TrainConfig) -> float:
     return 1 + _BACKWARD + (1 if train.recompute else 0)
 
 
-def model_seconds(layout: Layout, cluster: ClusterConfig, vocab: int) -> ModelSeconds:
+def model_seconds(layout: Layout, cluster: ClusterConfig, vocab: int, shares: Sequence[float] = ()) -> ModelSeconds:
     """Model the time of one micro-batch outside the experts.
 
     Args:
         vocab: symbols (V).
+        shares: of the symbols that each cluster has (engine/model/adaptive.py).
     """
     model, item, bf16 = layout.config.model, layout.item_bytes, layout.item_bytes == 2
     streams, queries, tokens = layout.streams, layout.config.data.segment, layout.tokens
@@ -63,7 +65,9 @@ def model_seconds(layout: Layout, cluster: ClusterConfig, vocab: int) -> ModelSe
     moved_bytes = item * (8 * tokens * inner + 6 * streams * keys * inner + 2 * streams * keys * width)
     attention = projections + scores + float(cluster.memory_seconds(score_bytes + moved_bytes))
     residual = float(cluster.memory_seconds(20 * item * tokens * width))
-    loss = seconds(Product(tokens, vocab, width)) + float(cluster.memory_seconds((item + 16) * tokens * vocab))
+    ends = end_products(model, vocab, tokens, shares)
+    logits = sum(product.rows * product.columns for product in ends)
+    loss = seconds(*ends) + float(cluster.memory_seconds((item + 16) * logits))
     operations = model.layers * (45 + 9 * tiles) + 25
     layers, weigh = model.layers, passes(layout.config.train)
     return ModelSeconds(

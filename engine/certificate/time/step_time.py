@@ -67,12 +67,13 @@ class StepModel:
         layout: of a hashed run; the placement's expert_ranks and ranks_per_node count, not the configuration's and the
             cluster's.
         vocab: symbols.
+        shares: of the symbols that each cluster has (engine/model/adaptive.py).
     """
 
-    def __init__(self, layout: Layout, cluster: ClusterConfig, vocab: int) -> None:
+    def __init__(self, layout: Layout, cluster: ClusterConfig, vocab: int, shares: Sequence[float] = ()) -> None:
         self.layout, self.cluster = layout, cluster
         self._parameters = count_parameters(layout, vocab)
-        self._model = model_seconds(layout, cluster, vocab)
+        self._model = model_seconds(layout, cluster, vocab, shares)
         self._gradients = gradient_seconds(layout, cluster, self._parameters)
 
     def time(self, counts: StepCounts) -> StepTime:

@@ -109,6 +109,8 @@ OTHER = {
     "moe.consistency": 3.0,
     "moe.plain_width": 20,
     "model.ngram_rows": 30,
+    "model.div_val": 2,
+    "model.proj_init_std": 0.5,
     "optim.final_lr": 1e-3,
     "train.valid_symbols": 100,
 }
@@ -152,6 +154,8 @@ USED = {
     "moe.z_loss": {"moe.router": Router.learned},
     "moe.consistency": {"moe.router": Router.stochastic},
     "moe.plain_width": {"moe.layers": 1},
+    "model.div_val": {"model.cutoffs": [99, 103]},
+    "model.proj_init_std": {"model.cutoffs": [99, 103], "model.div_val": 2},
     "schedule.k_min": {"schedule.growth": Growth.linear},
     "optim.final_lr": {},
 }
@@ -188,6 +192,8 @@ WHEN: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("moe.plain_width", {}, {"moe.layers": 1}),
     ("moe.spread", {"moe.weights": RouteWeights.uniform}, {}),
     ("model.ngram_rows", {"model.ngram": 0}, {"model.ngram": 3}),
+    ("model.div_val", {}, {"model.cutoffs": [9]}),
+    ("model.proj_init_std", {"model.cutoffs": [9]}, {"model.cutoffs": [9], "model.div_val": 2}),
     ("schedule.k_min", {"schedule.growth": Growth.constant}, {"schedule.growth": Growth.linear}),
     ("optim.final_lr", {"optim.decay": Decay.constant}, {}),
     ("train.valid_symbols", {"train.valid_every": 0}, {"train.valid_every": 1}),

@@ -36,13 +36,15 @@ def test_low_temperature_sharpens():
     assert draws(logits, 0.25, 1.0)[0] > 0.8 > draws(logits, 1.0, 1.0)[0]
 
 
-@pytest.mark.parametrize("memory", [0, 3])
-def test_symbol_by_symbol_equals_a_whole_segment(memory):
+@pytest.mark.parametrize(
+    "options", [{"memory": 0}, {"memory": 3}, {"memory": 3, "cutoffs": [2, 9], "div_val": 2}], ids=str
+)
+def test_symbol_by_symbol_equals_a_whole_segment(options):
     """Greedy sampling inside one segment must agree with the model run over the whole text at once."""
     torch.manual_seed(0)
     config = Config(
         data=DataConfig(streams=1, segment=12),
-        model=ModelConfig(layers=1, width=16, heads=2, head_width=8, memory=memory, dropout=0.0, init_std=0.5),
+        model=ModelConfig(layers=1, width=16, heads=2, head_width=8, dropout=0.0, init_std=0.5, **options),
         moe=MoEConfig(router=Router.frozen, experts=4, expert_width=8),
         eval=EvalConfig(k=[2]),
         kernels=KernelsConfig(masked_from_k=5),

@@ -42,8 +42,12 @@ def certified(changes=(), ranks=1, **more):
             Case(2, {"parallel": {"expert_ranks": 2}}),
             Case(2, {"train": {"zero_stage": 3}, "parallel": {"expert_ranks": 2}}),
         ],
+        [
+            Case(1, {"train": {"zero_stage": 3}}, 8192),
+            Case(1, {"model": {"cutoffs": [1000, 3000], "div_val": 4}, "data": {"streams": 8}}, 8192),
+        ],
     ],
-    ids=["one rank", "two ranks"],
+    ids=["one rank", "two ranks", "many symbols"],
 )
 def test_predicted_bytes_are_the_allocated_ones(cases):
     for outcome in compare(cases):

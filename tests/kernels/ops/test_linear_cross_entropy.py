@@ -1,4 +1,4 @@
-"""kernels.linear_cross_entropy against one token at a time in fp64, and PyTorch's plain way: nats and gradients."""
+"""kernels.ops.linear_cross_entropy against one token at a time in fp64, and PyTorch's plain way: nats and gradients."""
 
 import doctest
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from foreroute.kernels import linear_cross_entropy as module
-from foreroute.kernels.linear_cross_entropy import (
+from foreroute.kernels.ops import linear_cross_entropy as module
+from foreroute.kernels.ops.linear_cross_entropy import (
     chunk_tokens,
     largest_chunk,
     linear_cross_entropy,
@@ -121,14 +121,13 @@ def test_large_logits_do_not_overflow():
 
 def test_only_a_chunk_of_logits_is_held(monkeypatch):
     largest = []
-    linear = F.linear
+    of_chunk = module._of_chunk
 
-    def counted(*arguments):
-        logits = linear(*arguments)
-        largest.append(logits.shape[0])
-        return logits
+    def counted(hidden, *arguments):
+        largest.append(len(hidden))
+        return of_chunk(hidden, *arguments)
 
-    monkeypatch.setattr(module.F, "linear", counted)
+    monkeypatch.setattr(module, "_of_chunk", counted)
     tensors, target = inputs(1000, 4, 7)
     linear_cross_entropy(*tensors, target, scale=1.0)
     assert largest == [250] * 4

@@ -19,7 +19,6 @@ from math import ceil
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -135,30 +134,50 @@ def _forward(
     these are empty."""
     wide = torch.promote_types(hidden_TD.dtype, torch.float32)
     nll_T = hidden_TD.new_zeros(len(target_T), dtype=wide)
+    layer = _Layer(weight_VD, bias_V)
     empty = hidden_TD.new_empty(0)
     d_hidden_TD = torch.zeros_like(hidden_TD) if grads else empty
-    d_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if grads else empty
-    d_bias_V = torch.zeros_like(bias_V, dtype=wide) if grads else empty
+    d_layer = _Layer(*(torch.zeros_like(x, dtype=wide) for x in layer)) if grads else None
     counted_N = (target_T >= 0).nonzero().squeeze(1) if ignores else None
     for part in _chunks(len(target_T) if counted_N is None else len(counted_N), chunk):
         rows = part if counted_N is None else counted_N[part]
-        hidden_cD, target_c1 = hidden_TD[rows], target_T[rows, None]
-        logit_cV = F.linear(hidden_cD, weight_VD, bias_V).to(wide)
-        chosen_c1, top_c1 = logit_cV.gather(1, target_c1), logit_cV.amax(1, keepdim=True)
-        total_c1 = logit_cV.sub_(top_c1).exp_().sum(1, keepdim=True)
-        nll_T[rows] = (total_c1.log() + top_c1 - chosen_c1).squeeze(1)
-        if not grads:
-            continue
-        d_logit_cV = logit_cV.mul_(scale / total_c1)
-        d_logit_cV.scatter_add_(1, target_c1, torch.full_like(total_c1, -scale))
-        d_bias_V += d_logit_cV.sum(0)
-        d_logit_cV = d_logit_cV.to(hidden_TD.dtype)
-        d_hidden_TD[rows] = d_logit_cV @ weight_VD
-        if wide is hidden_TD.dtype:
-            d_weight_VD.addmm_(d_logit_cV.T, hidden_cD)
-        else:
-            d_weight_VD += d_logit_cV.T @ hidden_cD
-    return nll_T.sum() * scale, nll_T, d_hidden_TD, d_weight_VD.to(weight_VD.dtype), d_bias_V.to(bias_V.dtype)
+        nll_T[rows], d_hidden_cD = _of_chunk(hidden_TD[rows], layer, target_T[rows, None], scale, d_layer)
+        if d_hidden_cD is not None:
+            d_hidden_TD[rows] = d_hidden_cD
+    loss = nll_T.sum() * scale
+    if d_layer is None:
+        return loss, nll_T, empty, empty.clone(), empty.clone()
+    return loss, nll_T, d_hidden_TD, d_layer.weight_VD.to(weight_VD.dtype), d_layer.bias_V.to(bias_V.dtype)
+
+
+class _Layer(NamedTuple):
+    """An output layer, or its gradients."""
+
+    weight_VD: Tensor
+    bias_V: Tensor
+
+
+def _of_chunk(
+    hidden_cD: Tensor, layer: _Layer, target_c1: Tensor, scale: float, d_layer: _Layer | None
+) -> tuple[Tensor, Tensor | None]:
+    """Compute a chunk's nats and, where there are gradients to add to, those of its hidden states. Its logits are freed
+    behind it."""
+    wide = torch.promote_types(hidden_cD.dtype, torch.float32)
+    logit_cV = torch.addmm(layer.bias_V, hidden_cD, layer.weight_VD.T).to(wide)
+    chosen_c1, top_c1 = logit_cV.gather(1, target_c1), logit_cV.amax(1, keepdim=True)
+    total_c1 = logit_cV.sub_(top_c1).exp_().sum(1, keepdim=True)
+    nll_c = (total_c1.log() + top_c1 - chosen_c1).squeeze(1)
+    if d_layer is None:
+        return nll_c, None
+    d_logit_cV = logit_cV.mul_(scale / total_c1)
+    d_logit_cV.scatter_add_(1, target_c1, torch.full_like(total_c1, -scale))
+    d_layer.bias_V.add_(d_logit_cV.sum(0))
+    if wide is hidden_cD.dtype:
+        d_layer.weight_VD.addmm_(d_logit_cV.T, hidden_cD)
+    else:
+        d_logit_cV = d_logit_cV.to(hidden_cD.dtype)
+        d_layer.weight_VD.add_(d_logit_cV.T @ hidden_cD)
+    return nll_c, d_logit_cV @ layer.weight_VD
 
 
 def _fake_forward(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor, target_T: Tensor, *rest: Any) -> Any:
