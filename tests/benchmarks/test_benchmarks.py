@@ -44,6 +44,16 @@ def test_bench_kernels():
 
 
 @pytest.mark.slow
+def test_bench_loss():
+    code, out, err = run("bench_loss", "--symbols", "64", "3000", "--tokens", "300", "--width", "32", "--rounds", "2")
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert list(result) == ["time", "peak", "shape", "environment"]
+    assert result["peak"]["3000"]["plain"] == 1 and result["peak"]["3000"]["chunks"] < 1
+    assert all(ratio > 0 for ways in result["time"].values() for ratio in ways.values())
+
+
+@pytest.mark.slow
 def test_bench_host():
     code, out, err = run("bench_host", "--rounds", "1")
     assert code == 0, err

@@ -1,6 +1,6 @@
 """Seconds until all processes of a run have ended when a rank is killed before the ranks have met, by launcher.
 
-    python -m benchmarks.bench_meeting
+    python -m benchmarks.machines.bench_meeting
 
 Two ranks of experiment=debug; rank 1 kills itself (SIGKILL) before it looks for the others, or as soon as it has come
 to them. The seconds are from there to the end of the launcher and of every process of the run. `by hand` are two
