@@ -79,7 +79,9 @@ def shrink(config, text, folder):
     small = {
         "corpus": CorpusConfig(Corpus.file, str(text), cache_dir=str(folder)),
         "data": DataConfig(streams=2, segment=8),
-        "model": replace(model, width=8, heads=2, head_width=4, memory=8, ngram_rows=30),
+        "model": replace(
+            model, width=8, heads=2, head_width=4, memory=8, ngram_rows=30, cutoffs=[90, 101, 110][: len(model.cutoffs)]
+        ),
         "moe": replace(moe, expert_width=4, shared_width=min(moe.shared_width, 4), plain_width=4, rows=64),
         "optim": replace(config.optim, warmup_steps=0),
         "train": replace(config.train, steps=1, log_every=1, valid_every=0, save_every=0),
@@ -104,6 +106,15 @@ def test_a_shrunk_copy_trains_and_evaluates(tmp_path, text, name):
     k = config.schedule.k_max
     found = evaluate(trainer.run_model, split=config.eval.split, k=k)
     assert found.symbols == 40 and 0 < found.bpc < 16
+
+
+@pytest.mark.parametrize(
+    "name, numbers", [("wikitext103_dense", 151_107_538), ("wikitext103_smoe_dropout", 0), ("wikitext103_hashed", 0)]
+)
+def test_wikitext103_has_the_published_size(name, numbers):
+    """Counted by hand in tests/engine/model/test_adaptive.py; with experts at most 0.5 % more."""
+    found = count_parameters(Layout(composed(name), Placement()), 267_735).numbers
+    assert found == (numbers or pytest.approx(151_107_538, rel=0.005))
 
 
 def count(config):
