@@ -184,7 +184,7 @@ def modelled_step(layout: Layout, cluster: ClusterConfig) -> StepTime:
     corpus = prepare(config.corpus, lambda line: None)
     tables = run_tables(config, corpus)
     steps = range(WARM_STEPS, config.train.steps)
-    counts = replay(layout, corpus.split(Split.train), tables, steps)
+    counts = replay(layout, corpus.split(Split.train), tables, steps, corpus.document_starts(Split.train))
     model = StepModel(layout, cluster, corpus.vocab.size)
     return StepTime.mean([model.time(step) for step in counts])
 

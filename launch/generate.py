@@ -58,12 +58,14 @@ def generate(args: GenerateArgs) -> int:
     prompt = _prompt(args)
     device = find_device(find_place())
     saved = open_saved(folder, config, lambda line: print(line, file=sys.stderr), device)
+    ends = config.corpus.document_end, saved.corpus.vocab.document_end
     ids = sample_ids(
         saved,
         [int(i) for i in saved.corpus.vocab.encode(prompt)],
         k=k,
         length=args.length,
         sampling=Sampling(args.temperature, args.top_p, torch.Generator().manual_seed(args.seed)),
+        document_ends=[end for end in ends if end is not None],
     )
     out = sys.stdout.buffer
     out.write(prompt)

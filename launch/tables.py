@@ -64,7 +64,8 @@ def tables(args: TablesArgs) -> int:
     corpus = prepare(args.corpus, print)
     found_tables = run_tables(args, corpus)
     ids, pack = corpus.split(args.split), found_tables[0].pack
-    of_tables = [balances(table, ids, args.ranks) for table in found_tables]
+    starts = corpus.document_starts(args.split)
+    of_tables = [balances(table, ids, args.ranks, starts if len(starts) else None) for table in found_tables]
     found = [over_tables(same_k) for same_k in zip(*of_tables, strict=True)]
     print(
         f"{len(found_tables)} tables, builder {args.moe.builder.name}, blocks of {pack}, on {ids.size:,} symbols of the"

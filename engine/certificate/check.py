@@ -31,6 +31,7 @@ _ROUTES = (
     "corpus.vocab_size",
     "corpus.weights",
     "corpus.stretch",
+    "corpus.document_end",
     "data.streams",
     "data.segment",
     "data.start",
@@ -122,8 +123,9 @@ def _difference(written: Written, now: Mapping[str, Any], names: Sequence[str]) 
     certified = written.facts["options"]
     for name in names:
         section, option = name.split(".")
-        if now[section][option] != certified[section][option]:
-            return f"{name}={now[section][option]}, certified {certified[section][option]}"
+        value, before = now[section][option], certified[section].get(option)  # None in older certificates
+        if value != before:
+            return f"{name}={value}, certified {before}"
     return None
 
 

@@ -71,6 +71,12 @@ class CorpusConfig:
         at_least=2,
     )
     tokenizer: str | None = option(None, "For tokens=file: the tokenizer.json.")
+    document_end: int | None = option(
+        None,
+        "Id that is the last of each document, with tokens=bytes a byte such as 10, the newline; files and JSON lines "
+        "are documents without it. Keys of n-grams stop at document ends, and with data.reset_memory attention does.",
+        at_least=0,
+    )
 
     def __post_init__(self) -> None:
         check("corpus", self)
@@ -155,6 +161,11 @@ class DataConfig:
         "at the stream's beginning after its end.",
         at_least=0,
         below=1,
+    )
+    reset_memory: bool = option(
+        False,
+        "Let attention and memory stop at document starts: documents do not see each other. Needs a text whose "
+        "documents have a known end.",
     )
 
     def __post_init__(self) -> None:

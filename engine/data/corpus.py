@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foreroute.engine.config import Corpus, CorpusConfig, Split, Tokens
+from foreroute.engine.data.documents import Starts, cached_ends
 from foreroute.engine.data.download import ENWIK8_BYTES, ENWIK8_SHA256, enwik8_copy
 from foreroute.engine.data.mixture import Mixture
 from foreroute.engine.data.preparation import ENDS, FORMAT, IDS, META, SPLITS, Meter, content_sha256, write
@@ -56,6 +57,15 @@ class PreparedCorpus:
         if self.weights and split is Split.train:
             return cast(Ids, Mixture(self.ids[first:end], self.meta["corpora"], self.weights, self.stretch))
         return self.ids[first:end]
+
+    def document_starts(self, split: Split) -> Starts:
+        """Return the positions in a split at which a document starts after another one, ascending; empty where none is
+        known."""
+        first, end = self._bounds(split)
+        low, high = np.searchsorted(self.document_ends, (first, end))
+        found: Starts = self.document_ends[low:high] - first if first else self.document_ends[low:high]
+        text: Any = self.split(split)
+        return text.document_starts(found) if isinstance(text, Mixture) else found
 
     def previous_id(self, split: Split) -> int:
         """Return the id just before a split in the corpus; 0 for train."""
@@ -100,7 +110,7 @@ def prepare(config: CorpusConfig, progress: Callable[[str], None] | None = None)
             if not folder.is_dir():
                 note(f"corpus {source.name}: preparing {source.unit(sum(found.units))} in {folder}")
                 write(folder, source, found, note)
-            corpus = _open(folder)
+            corpus = _with_ends(_open(folder), folder, config.document_end)
             return (
                 corpus
                 if config.weights is None
@@ -111,6 +121,15 @@ def prepare(config: CorpusConfig, progress: Callable[[str], None] | None = None)
                 f"corpus.cache_dir={config.cache_dir}: {folder} cannot be read ({error.strerror}), it may belong to"
                 " another user; take another corpus.cache_dir"
             ) from error
+
+
+def _with_ends(corpus: PreparedCorpus, folder: Path, end: int | None) -> PreparedCorpus:
+    """Add the documents that end with an id."""
+    if end is None:
+        return corpus
+    size = corpus.vocab.size
+    require(end < size, f"corpus.document_end={end}: must be an id of the corpus, 0 to {size - 1}")
+    return replace(corpus, document_ends=cached_ends(folder, corpus.ids, end, corpus.document_ends))
 
 
 @contextmanager

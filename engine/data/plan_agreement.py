@@ -41,7 +41,8 @@ class Agreement:
             RunFailed: on every rank; names what differs, where, and the ranks.
         """
         ranks = self._mesh.ep_size
-        ids = _digest(group.ids_PBQ.numpy(), group.left_PBC.numpy(), group.stream_PB.numpy())
+        read = (group.ids_PBQ, group.left_PBC, group.stream_PB, group.new_document_PBX)
+        ids = _digest(*(tensor.numpy() for tensor in read if tensor is not None))
         send_Py = np.array([plan.send_splits for plan in plans or ()]).reshape(-1, ranks).T
         recv_Py = np.array([plan.recv_splits for plan in plans or ()]).reshape(-1, ranks).T
         sends, gets = ([_digest(split_y) for split_y in both] for both in (send_Py, recv_Py))

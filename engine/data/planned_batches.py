@@ -31,6 +31,7 @@ class GroupBatch:
     ids_PBQ: Tensor  # int64
     left_PBC: Tensor  # int64
     stream_PB: Tensor  # int64: global stream of each row
+    new_document_PBX: Tensor | None = None  # bool: as Batch.new_document_BX
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,22 +48,27 @@ class PlannedBatch:
 
 def group_batch(batches: Sequence[Batch], own: int = 0) -> GroupBatch:
     """Put the batches of an expert group together; `own` is this rank's number in it."""
+    marks = [mark_BX for batch in batches if (mark_BX := batch.new_document_BX) is not None]
     return GroupBatch(
         batches[own],
         torch.stack([batch.ids_BQ for batch in batches]),
         torch.stack([batch.left_BC for batch in batches]),
         torch.stack([batch.stream_B for batch in batches]),
+        torch.stack(marks) if marks else None,
     )
 
 
 def share_ids(alone: GroupBatch, cpu_group: CpuGroup) -> GroupBatch:
-    """Fill in what the other ranks of the expert group read: one exchange of ids, left contexts and stream numbers."""
+    """Fill in what the other ranks of the expert group read: one exchange of ids, left contexts, stream numbers and,
+    where documents are known, their starts."""
     own = alone.own
     parts = [own.left_BC, own.ids_BQ, own.stream_B[:, None]]
+    if alone.new_document_PBX is not None:
+        parts.append(alone.new_document_PBX[0])
     found = torch.from_numpy(cpu_group.all_gather(torch.cat(parts, dim=1).numpy().astype(np.int32)))
-    context, segment = own.left_BC.shape[1], own.ids_BQ.shape[1]
-    left_PBC, ids_PBQ, stream_PB1 = found.long().split([context, segment, 1], dim=2)
-    return GroupBatch(own, ids_PBQ.contiguous(), left_PBC.contiguous(), stream_PB1[..., 0])
+    left_PBC, ids_PBQ, stream_PB1, *marks = found.long().split([part.shape[1] for part in parts], dim=2)
+    mark_PBX = marks[0].bool() if marks else None
+    return GroupBatch(own, ids_PBQ.contiguous(), left_PBC.contiguous(), stream_PB1[..., 0], mark_PBX)
 
 
 def plan_batch(
@@ -77,6 +83,7 @@ def plan_batch(
     input_keys: Sequence[KeyRows] = (),
     dropout_seed: int = 0,
     layers: int = 0,
+    reset_memory: bool = False,
 ) -> PlannedBatch:
     """Plan the batch for each router; without routers, pass it on with its k.
 
@@ -88,15 +95,17 @@ def plan_batch(
         input_keys: of the tables at the input of the model (TransformerXL.input_keys).
         dropout_seed: of (run, step), for the experts' stateless dropout.
         layers: of the model, for their seeds of it; 0 where there is no dropout.
+        reset_memory: attention and memory stop at document starts, as keys do (data.reset_memory).
     """
     segment = group.ids_PBQ.shape[2]
     token_PT = (group.stream_PB[..., None] * segment + torch.arange(segment)).flatten(1)
     draw = Draw(token_PT.numpy(), group.own.index, held_out)
 
-    row_tBQ = [keys.of(group.own.ids_BQ, group.own.left_BC) for keys in input_keys]
+    own = group.own
+    row_tBQ = [keys.of(own.ids_BQ, own.left_BC, own.new_document_BX) for keys in input_keys]
     input_row_tBQ, token_T = torch.stack(row_tBQ) if row_tBQ else None, token_PT.flatten()
     ids = group.ids_PBQ, group.left_PBC
-    shared = GroupIds(*ids)
+    shared = GroupIds(*ids, group.new_document_PBX)
 
     def routing(number: int) -> Routing:
         plans: tuple[Plan, ...] | None = None
@@ -109,6 +118,7 @@ def plan_batch(
             token_T,
             dropout_seed=layer_seeds(dropout_seed + number * _SECOND_SEED, layers) if layers else 0,
             input_row_tBQ=input_row_tBQ,
+            position_BQ=own.position_BQ if reset_memory else None,
             second=routing(1) if number + 1 < passes else None,
         )
 
@@ -150,6 +160,7 @@ class TrainingBatches:
             input_keys=self.input_keys,
             dropout_seed=self.config.train.seed * 2**32 + group.own.index,
             layers=self.config.model.layers if self.config.model.dropout else 0,
+            reset_memory=self.config.data.reset_memory,
         )
 
     def k(self, step: int) -> int:

@@ -8,7 +8,7 @@ router or input need).
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from foreroute.engine.data.documents import NO_STARTS, Starts, document_positions, new_documents
 from foreroute.engine.errors import require
 
 Ids = NDArray[np.unsignedinteger[Any]]
@@ -31,6 +32,13 @@ class Batch:
     stream_B: Tensor  # int64: global stream of each row
     index: int  # segments since the start of training: one per optimizer step
     fresh: bool  # first segment of an epoch: memory must be dropped
+    position_BQ: Tensor | None = None  # int32: ids of the same document before each id; None where none are known
+
+    @property
+    def new_document_BX(self) -> Tensor | None:
+        """Where documents start, for keys (KeyRows.of): bool [B, C + Q], of left_BC and ids_BQ; None where none are
+        known."""
+        return None if self.position_BQ is None else new_documents(self.position_BQ, self.left_BC.shape[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +55,7 @@ class Streams:
     segment: int  # Q
     context: int  # C
     start: float = 0.0  # where in an epoch the first batch lies, as a fraction of it
+    document_starts: Starts = field(default_factory=lambda: NO_STARTS)  # positions in ids
 
     def __post_init__(self) -> None:
         need = self.streams * (self.segment + 1)
@@ -77,8 +86,12 @@ class Streams:
         position = (index + int(self.start * epoch)) % epoch
         stream_B = np.asarray(streams, dtype=np.int64)
         first_B = stream_B * self.stream_length
-        window = _window(self.ids, first_B + position * self.segment, first_B, self.segment, self.context)
-        return _to_batch(window, self.context, stream_B, index=index, fresh=position == 0)
+        start_B = first_B + position * self.segment
+        window = _window(self.ids, start_B, first_B, self.segment, self.context)
+        position_BQ = None
+        if len(self.document_starts):
+            position_BQ = document_positions(self.document_starts, start_B, self.segment)
+        return _to_batch(window, self.context, stream_B, position_BQ, index=index, fresh=position == 0)
 
     def streams_of(self, rank: int, micro: int, *, world: int, accumulation: int) -> range:
         """Return which global streams a rank runs in a micro-batch: rank by rank, micro-batch by micro-batch.
@@ -151,13 +164,16 @@ def warm_symbols(layers: int, memory: int, segment: int) -> int:
     return layers * _round_up(memory, segment)
 
 
-def eval_batches(ids: Ids, previous_id: int, shares: EvalShares, context: int) -> Iterator[tuple[Batch, Tensor]]:
+def eval_batches(
+    ids: Ids, previous_id: int, shares: EvalShares, context: int, document_starts: Starts = NO_STARTS
+) -> Iterator[tuple[Batch, Tensor]]:
     """Yield (batch, counted_BQ bool) segment by segment; `fresh` at the first only.
 
     Args:
         ids: [shares.num_symbols] the split.
         previous_id: id just before the split, the input that predicts its first symbol.
         context: C; the left context is the true one across stream starts, and 0 before previous_id.
+        document_starts: positions in ids. If the split itself starts a document, previous_id is of another one.
 
     Ids past the end of the split are 0 and never counted.
     """
@@ -172,10 +188,13 @@ def eval_batches(ids: Ids, previous_id: int, shares: EvalShares, context: int) -
         window = _window(ids, start_B - 1, np.full_like(start_B, -1), shares.segment, context)
         position = start_B[:, None] + np.arange(-context, shares.segment + 1)
         window[torch.from_numpy(position == 0)] = previous_id
+        position_BQ = None
+        if len(document_starts):  # input p is symbol p - 1 of the split
+            position_BQ = document_positions(document_starts, start_B - 1, shares.segment, text_start=-1)
         warmed_B = (stream_B == 0) | (offset >= shares.warm_up)
         inside_BQ = start_B[:, None] + offset_Q < shares.num_symbols
         counted_BQ = torch.from_numpy(warmed_B[:, None] & inside_BQ)
-        yield _to_batch(window, context, stream_B, index=index, fresh=index == 0), counted_BQ
+        yield _to_batch(window, context, stream_B, position_BQ, index=index, fresh=index == 0), counted_BQ
 
 
 def _round_up(number: int, multiple: int) -> int:
@@ -190,7 +209,9 @@ def _window(ids: Ids, start_B: NDArray[np.int64], first_B: NDArray[np.int64], se
     return torch.from_numpy(np.where(known, found, 0).astype(np.int64))
 
 
-def _to_batch(window: Tensor, context: int, stream_B: NDArray[np.int64], *, index: int, fresh: bool) -> Batch:
+def _to_batch(
+    window: Tensor, context: int, stream_B: NDArray[np.int64], position_BQ: Tensor | None, *, index: int, fresh: bool
+) -> Batch:
     return Batch(
         ids_BQ=window[:, context:-1].contiguous(),
         targets_BQ=window[:, context + 1 :].contiguous(),
@@ -198,4 +219,5 @@ def _to_batch(window: Tensor, context: int, stream_B: NDArray[np.int64], *, inde
         stream_B=torch.from_numpy(stream_B),
         index=index,
         fresh=fresh,
+        position_BQ=position_BQ,
     )

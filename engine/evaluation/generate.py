@@ -1,13 +1,15 @@
 """Sampling from a trained model: temperature, top-p, memory reused from symbol to symbol, at any k."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from foreroute.engine.config import Keys
 from foreroute.engine.data.device_copy import map_tensors
+from foreroute.engine.data.documents import document_positions, ends_at
 from foreroute.engine.data.planned_batches import group_batch, plan_batch
 from foreroute.engine.data.streams import Batch
 from foreroute.engine.errors import require
@@ -24,11 +26,15 @@ class Sampling:
     generator: torch.Generator
 
 
-def generate(run: RunModel, prompt: Sequence[int], *, k: int, length: int, sampling: Sampling) -> Iterator[int]:
+def generate(
+    run: RunModel, prompt: Sequence[int], *, k: int, length: int, sampling: Sampling, document_ends: Sequence[int] = ()
+) -> Iterator[int]:
     """Return an iterator over `length` sampled ids that continue the prompt, at k active experts.
 
     Args:
-        prompt: ids; an empty prompt starts from id 0, as ids before a stream's start do.
+        prompt: ids, the first of which starts a document; an empty prompt starts from a document's end or, where none
+            is known, from id 0, as ids before a stream's start do.
+        document_ends: ids after which another document starts.
 
     Raises:
         UserError: keys were shuffled in training, and one symbol at a time has no others to shuffle with.
@@ -43,7 +49,7 @@ def generate(run: RunModel, prompt: Sequence[int], *, k: int, length: int, sampl
         context, device = config.context, model.u.device
         # one symbol at a time needs a longer memory to see as far as a whole segment does
         memory_len = max(config.model.memory, config.data.segment)
-        history = list(prompt) or [0]
+        history = list(prompt) or [*document_ends, 0][:1]
         memory: Memory | None = None
         start = 0
         model.eval()
@@ -52,12 +58,17 @@ def generate(run: RunModel, prompt: Sequence[int], *, k: int, length: int, sampl
                 while start < len(history):
                     part = history[start : start + config.data.segment]
                     left = ([0] * context + history)[start : start + context]
+                    batch = _batch(part, left, start)
+                    if document_ends:
+                        starts = np.sort(np.concatenate([ends_at(np.array(history), end) for end in document_ends]))
+                        batch = replace(batch, position_BQ=document_positions(starts, np.array([start]), len(part)))
                     planned = plan_batch(
-                        group_batch([_batch(part, left, start)]),
+                        group_batch([batch]),
                         k,
                         run.routers,
                         held_out=True,
                         input_keys=model.input_keys,
+                        reset_memory=config.data.reset_memory,
                     )
                     ids_BQ, routing = map_tensors(
                         lambda tensor: tensor.to(device), (planned.batch.ids_BQ, planned.routing)

@@ -85,13 +85,22 @@ def evaluate(
     if progress is not None:
         progress(0, shares.num_segments)
     with torch.inference_mode():
-        for whole, whole_counted_BQ in eval_batches(ids, corpus.previous_id(split), shares, config.context):
+        cut = eval_batches(ids, corpus.previous_id(split), shares, config.context, corpus.document_starts(split))
+        for whole, whole_counted_BQ in cut:
             world.watchdog.gets_on()
             parts = [_share(whole, whole_counted_BQ, rank, world.mesh.world) for rank in ranks]
             batch, counted_BQ = parts[world.mesh.ep_rank]
             group = group_batch([part for part, _ in parts], world.mesh.ep_rank)
             gather = gathers(config, world.mesh.ep_size, k, batch.ids_BQ.numel())
-            planned = plan_batch(group, k, run.routers, gather=gather, held_out=True, input_keys=model.input_keys)
+            planned = plan_batch(
+                group,
+                k,
+                run.routers,
+                gather=gather,
+                held_out=True,
+                input_keys=model.input_keys,
+                reset_memory=config.data.reset_memory,
+            )
             batch, counted_BQ, routing = receive(*delivery.send((batch, counted_BQ, planned.routing)))
             output = model(
                 batch.ids_BQ,
@@ -128,6 +137,7 @@ def _share(whole: Batch, counted_BQ: Tensor, rank: int, ranks: int) -> tuple[Bat
         targets_BQ=whole.targets_BQ[row_B],
         left_BC=whole.left_BC[row_B],
         stream_B=whole.stream_B[row_B],
+        position_BQ=None if whole.position_BQ is None else whole.position_BQ[row_B],
     )
     return part, counted_BQ[row_B] & real_B[:, None]
 

@@ -23,6 +23,7 @@ class SharedAttention:
     u_HW: Tensor  # added to the query against the content of keys
     v_HW: Tensor  # added to the query against their distance
     window: int | None  # keys this far away or farther are hidden; None for no limit
+    first_BQ: Tensor | None = None  # int32: the first key that each query sees; None: all keys before it
 
 
 def encode_distances(count: int, width: int, *, clamp_len: int, like: Tensor) -> Tensor:
@@ -66,6 +67,7 @@ class RelativeAttention(nn.Module):
             shared.u_HW,
             shared.v_HW,
             scale=self.head_width**-0.5,
+            first_BQ=shared.first_BQ,
             window=shared.window,
             dropout=self.dropout if self.training else 0.0,
         )

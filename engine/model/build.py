@@ -28,10 +28,12 @@ class RunModel:
 
 def run_tables(config: Config, corpus: PreparedCorpus) -> list[Table]:
     """Build the tables of a run's hashed routing, or read them from the cache."""
+    starts = corpus.document_starts(Split.train)
     return build_tables(
         config.moe,
         corpus.vocab.size,
         corpus.split(Split.train),
+        documents=starts if len(starts) else None,
         num_tables=config.num_tables,
         seed=config.train.seed,
         cache_dir=Path(config.corpus.cache_dir) / "tables",

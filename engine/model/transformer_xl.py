@@ -213,6 +213,7 @@ class TransformerXL(nn.Module):
 
         Args:
             memory: of the previous segment; None or empty at the start of a text.
+            routing: with routing.position_BQ each place sees nothing before its document, neither here nor in memory.
             memory_len: positions that the returned memory holds at most (M); None means the model's own.
             clamp_len: distances beyond this count as this; 0 for no clamp.
             same_length: let each query see exactly M positions, itself included (fewer while memory fills up).
@@ -227,7 +228,8 @@ class TransformerXL(nn.Module):
             memory[0].shape[1] + ids_BQ.shape[1], self.config.width, clamp_len=clamp_len, like=x_BQD
         )
         window = limit if same_length else None
-        shared = SharedAttention(self.dropout(distance_SD), self.u, self.v, window)
+        first_BQ = None if routing.position_BQ is None else first_keys(routing.position_BQ, memory[0].shape[1])
+        shared = SharedAttention(self.dropout(distance_SD), self.u, self.v, window, first_BQ)
         new_memory, outputs = [], []
         for block, memory_BmD in zip(self.blocks, memory, strict=True):
             new_memory.append(extend_memory(memory_BmD, x_BQD, limit))
@@ -250,6 +252,19 @@ class TransformerXL(nn.Module):
         else:
             output = block(*inputs)
         return output
+
+
+def first_keys(position_BQ: Tensor, memory: int) -> Tensor:
+    """Return the first key of each query's document, int32 [B, Q], among `memory` keys and those of the Q queries.
+
+    Args:
+        position_BQ: int32, ids of the same document before each query.
+
+    Example: 2 keys of memory, and documents that start 1 id before the segment and at its third id: positions
+    [[1, 2, 0, 1]] give first keys [[1, 1, 4, 4]].
+    """
+    own_Q = torch.arange(memory, memory + position_BQ.shape[1], dtype=torch.int32, device=position_BQ.device)
+    return (own_Q - position_BQ).clamp(min=0)
 
 
 def extend_memory(memory_BmD: Tensor, x_BQD: Tensor, limit: int) -> Tensor:

@@ -104,6 +104,9 @@ class Routing:
     counts from 0."""
     dropout_seed: int | Tensor = 0  # of (run, step); or the words of each layer's own seed (layer_seeds)
     input_row_tBQ: Tensor | None = None  # int64: rows of the model's tables at the input
+    position_BQ: Tensor | None = None
+    """int32: ids of the same document before each id, where attention and memory stop at document starts; None: they do
+    not."""
     second: "Routing | None" = None  # of a second pass over the batch; None: there is one pass
 
     @property

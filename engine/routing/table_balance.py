@@ -35,8 +35,10 @@ class Balance:
     ranks: dict[int, RankBalance]  # by number of ranks
 
 
-def balances(table: Table, ids: NDArray[np.uint8], ranks: Sequence[int]) -> list[Balance]:
-    """Return the balance of a text at k = 1 .. E; ids before its first count as 0.
+def balances(
+    table: Table, ids: NDArray[np.uint8], ranks: Sequence[int], documents: NDArray[np.int64] | None = None
+) -> list[Balance]:
+    """Return the balance of a text at k = 1 .. E; ids before its first count as 0, documents as for build_tables.
 
     Example: rows [0, 1, 2, 3] and [2, 3, 0, 1], each used once, 2 ranks, pack 2. At k = 1, experts 0 and 2 have one
     expert row each: experts 2.0, blocks 1.0; a token needs one rank and sends half a row. At k = 3 it needs both and
@@ -48,7 +50,7 @@ def balances(table: Table, ids: NDArray[np.uint8], ranks: Sequence[int]) -> list
     order_rE = table.order_rE.numpy()
     experts = order_rE.shape[1]
     per_rank = {num: len(Mesh(0, num, num).local_experts(experts)) for num in ranks}
-    freq_r = row_frequency(table, ids)
+    freq_r = row_frequency(table, ids, documents)
     used_r = np.flatnonzero(freq_r)
     order_rE, freq_r = order_rE[used_r], freq_r[used_r]
     load_E = np.zeros(experts)

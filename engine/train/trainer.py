@@ -84,9 +84,14 @@ class Trainer:
         self.config, self.corpus, self.routers = config, corpus, routers
         self.world = world or World()
         self.folder, self.reporter = folder, reporter
-        self.streams = Streams(
-            corpus.split(Split.train), config.data.streams, config.data.segment, config.context, config.data.start
+        data, starts = config.data, corpus.document_starts(Split.train)
+        require(
+            not data.reset_memory or bool(starts[-1:].any()),
+            "data.reset_memory=true: needs a text whose documents are known: several files, JSON lines, or"
+            " corpus.document_end",
         )
+        ids = corpus.split(Split.train)
+        self.streams = Streams(ids, data.streams, data.segment, config.context, data.start, starts)
         self.model = build_model(config, corpus.vocab.size)
         fill_signatures(self.run_model)
         self.parameters = sum(p.numel() for p in self.model.parameters())  # of all ranks together

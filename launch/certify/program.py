@@ -110,7 +110,15 @@ def run(args: CertifyArgs) -> int:
     layout, ids = args.layout, corpus.split(Split.train)
     tables = run_tables(layout.config, corpus)
     record = Record(layout, ids, layout.counted_steps(args.steps, args.sample))
-    found = certify(layout, ids, tables, steps=args.steps, sample=args.sample, also=record.add)
+    found = certify(
+        layout,
+        ids,
+        tables,
+        document_starts=corpus.document_starts(Split.train),
+        steps=args.steps,
+        sample=args.sample,
+        also=record.add,
+    )
     memory, time = _memory(args, found, corpus), _time(args, corpus)
     plain = {
         "options": to_plain(args),
@@ -161,7 +169,8 @@ def _time(args: CertifyArgs, corpus: PreparedCorpus) -> TimePart | None:
     def tables_of(moe: MoEConfig) -> Sequence[Table]:
         return run_tables(replace(layout.config, moe=moe), corpus)
 
-    forecaster = Forecaster(layout, args.cluster, corpus.split(Split.train), corpus.vocab.size, tables_of)
+    ids, starts = corpus.split(Split.train), corpus.document_starts(Split.train)
+    forecaster = Forecaster(layout, args.cluster, ids, corpus.vocab.size, tables_of, starts)
     return time_part(forecaster, search=args.search)
 
 

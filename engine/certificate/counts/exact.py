@@ -15,6 +15,7 @@ from foreroute.engine.certificate.counts.replay import Counts, StepCounts, repla
 from foreroute.engine.certificate.counts.series import SeriesCollector, StepSeries
 from foreroute.engine.certificate.counts.tally import Spread, Tally
 from foreroute.engine.certificate.counts.traffic import KINDS, hops, leaving
+from foreroute.engine.data.documents import NO_STARTS, Starts
 from foreroute.engine.data.streams import Ids
 from foreroute.engine.routing.tables import Table
 
@@ -89,6 +90,7 @@ def certify(
     ids: Ids,
     tables: Sequence[Table],
     *,
+    document_starts: Starts = NO_STARTS,
     steps: int | None = None,
     sample: int = 1,
     also: Callable[[StepCounts], None] | None = None,
@@ -98,6 +100,7 @@ def certify(
     Args:
         ids: the training split.
         tables: of the run, one for each layer or one for all.
+        document_starts: of the training split.
         steps: count the first so many; None for train.steps.
         sample: count every so manieth only; maxima and bounds then hold for those steps alone.
         also: called with the counts of each step, such as Record.add (engine/certificate/record.py).
@@ -111,7 +114,7 @@ def certify(
     sums: dict[int, _Sums] = {}
     exchange: dict[int, str] = {}
     series = SeriesCollector()
-    for counts in replay(layout, ids, tables, chosen):
+    for counts in replay(layout, ids, tables, chosen, document_starts):
         k, left = counts.k, bytes_left(layout, counts)
         if k not in sums:
             sums[k], exchange[k] = _Sums(), layout.exchange(k)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.config import Config, Keys, Precision, Router
+from foreroute.engine.data.documents import NO_STARTS, Starts
 from foreroute.engine.data.streams import Ids, Streams
 from foreroute.engine.errors import require
 from foreroute.engine.parallel.mesh import Mesh
@@ -85,10 +86,10 @@ class Layout:
         """Return the active experts of a step."""
         return active_experts(self.config.schedule, step, self.config.schedule_steps)
 
-    def read(self, ids: Ids) -> Streams:
+    def read(self, ids: Ids, document_starts: Starts = NO_STARTS) -> Streams:
         """Lay the training split out in streams."""
         data = self.config.data
-        return Streams(ids, data.streams, data.segment, self.config.context, data.start)
+        return Streams(ids, data.streams, data.segment, self.config.context, data.start, document_starts)
 
     def counted_steps(self, steps: int | None = None, sample: int = 1) -> range:
         """Return the steps that a certificate counts.

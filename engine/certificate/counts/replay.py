@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.counts.placement import Placement
+from foreroute.engine.data.documents import NO_STARTS, Starts
 from foreroute.engine.data.streams import Ids, Streams
 from foreroute.engine.routing.tables import Table
 
@@ -74,7 +75,9 @@ class _Work(NamedTuple):
     k: int
 
 
-def replay(layout: Layout, ids: Ids, tables: Sequence[Table], steps: Sequence[int]) -> Iterator[StepCounts]:
+def replay(
+    layout: Layout, ids: Ids, tables: Sequence[Table], steps: Sequence[int], document_starts: Starts = NO_STARTS
+) -> Iterator[StepCounts]:
     """Count step after step; a step whose segments and k were counted before is not counted again (see
     StepCounts.steps).
 
@@ -82,12 +85,13 @@ def replay(layout: Layout, ids: Ids, tables: Sequence[Table], steps: Sequence[in
         ids: the training split.
         tables: of the run, one for each layer or one for all.
         steps: 0-based steps of the run, ascending.
+        document_starts: of the training split (PreparedCorpus.document_starts).
 
     Raises:
         UserError: the run cannot be laid out on these ranks, or the text is too short.
     """
     layout.check()
-    streams = layout.read(ids)
+    streams = layout.read(ids, document_starts)
     work = _distinct(layout, streams, steps)
     with ThreadPoolExecutor(_THREADS) as pool:
         for k, same_k in groupby(work, key=lambda item: item.k):
@@ -161,7 +165,8 @@ class _Counter:
         shares = place.world_size * accumulation
         found = []
         for table, word_wr in zip(self.tables, self.words, strict=True):
-            row_sT = table.rows_of(batch.ids_BQ, batch.left_BC).numpy().reshape(shares, -1)
+            row_BQ = table.rows_of(batch.ids_BQ, batch.left_BC, batch.new_document_BX)
+            row_sT = row_BQ.numpy().reshape(shares, -1)
             field_sf = _count_fields(word_wr, row_sT)
             found.append(field_sf.reshape(place.groups, place.expert_ranks, accumulation, -1))
         field_ymgPf = np.stack(found).transpose(0, 3, 1, 2, 4)

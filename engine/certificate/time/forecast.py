@@ -17,6 +17,7 @@ from foreroute.engine.certificate.time.cluster import ClusterConfig
 from foreroute.engine.certificate.time.step_time import StepModel, StepTime
 from foreroute.engine.config import MoEConfig, ScheduleConfig
 from foreroute.engine.config.enums import Builder, ExchangeKind, MatmulPrecision
+from foreroute.engine.data.documents import NO_STARTS, Starts
 from foreroute.engine.data.streams import Ids
 from foreroute.engine.errors import UserError
 from foreroute.engine.model.adaptive import clusters, target_shares
@@ -105,6 +106,7 @@ class Forecaster:
         ids: Ids,
         vocab: int,
         tables_of: Callable[[MoEConfig], Sequence[Table]],
+        document_starts: Starts = NO_STARTS,
     ) -> None:
         """Take the run.
 
@@ -112,10 +114,11 @@ class Forecaster:
             layout: the run on its own ranks.
             ids: the training split.
             tables_of: builds the run's tables with other options.
+            document_starts: of the training split.
         """
         self.layout, self.cluster, self.ids, self.vocab = layout, cluster, ids, vocab
         self._shares = target_shares(ids, clusters(layout.config.model, vocab))
-        self._tables_of = tables_of
+        self._tables_of, self._document_starts = tables_of, document_starts
         self._counts: dict[object, list[StepCounts]] = {}
 
     def forecast(self, layout: Layout) -> Forecast:
@@ -213,7 +216,8 @@ class Forecaster:
             if moe != self.layout.config.moe:  # to see what travels, one table is as good as one for each layer
                 moe = replace(moe, share_table=True)
             tables = self._tables_of(moe)
-            self._counts[key] = list(replay(Layout(one, group), self.ids, tables, steps))
+            found = replay(Layout(one, group), self.ids, tables, steps, self._document_starts)
+            self._counts[key] = list(found)
         return self._counts[key]
 
 

@@ -36,6 +36,11 @@ class ByteVocab:
         return len(self.symbols)
 
     @property
+    def document_end(self) -> None:
+        """Return None: no id stands for the end of a document."""
+        return None
+
+    @property
     def fingerprint(self) -> str:
         """sha256 of the byte values and of what is dropped."""
         return fingerprint_of(self.tokens.name, self.symbols)

@@ -19,6 +19,11 @@ class NumberVocab:
     size: int
 
     @property
+    def document_end(self) -> None:
+        """Return None: no id stands for the end of a document."""
+        return None
+
+    @property
     def fingerprint(self) -> str:
         """sha256 of the size."""
         return fingerprint_of("ids", str(self.size).encode())

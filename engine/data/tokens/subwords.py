@@ -36,7 +36,7 @@ class SubwordVocab:
     content: bytes  # of its tokenizer.json
     tokenizer: Tokenizer
     size: int
-    end: int | None  # id behind a document
+    document_end: int | None  # id behind a document
 
     @property
     def fingerprint(self) -> str:
@@ -81,7 +81,7 @@ class SubwordVocab:
         for chunk, part in zip(batch, found, strict=True):
             ids += part.ids
             if chunk.ends:
-                ids += [] if self.end is None else [self.end]
+                ids += [] if self.document_end is None else [self.document_end]
                 ends.append(len(ids))
         return Encoded(np.array(ids, ids_dtype(self.size)), np.array(ends, np.int64))
 

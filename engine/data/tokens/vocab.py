@@ -30,6 +30,10 @@ class Vocab(Protocol):
     def fingerprint(self) -> str:
         """sha256 of all that decides which ids a text has."""
 
+    @property
+    def document_end(self) -> int | None:
+        """Id that it puts at the end of each document; None if it puts none."""
+
     def encode(self, text: bytes) -> Ids:
         """Turn a text, such as a prompt, into ids.
 

@@ -38,6 +38,11 @@ class WordVocab:
         return len(self.words)
 
     @property
+    def document_end(self) -> None:
+        """Return None: no id stands for the end of a document."""
+        return None
+
+    @property
     def fingerprint(self) -> str:
         """sha256 of the words."""
         return fingerprint_of("word", self.files()[WORDS])

@@ -39,12 +39,13 @@ from foreroute.engine.config import (
     WireFormat,
     to_plain,
 )
-from foreroute.engine.config.enums import ExchangeKind
+from foreroute.engine.config.enums import ExchangeKind, PeerIds
 from foreroute.engine.data import planned_batches as batches_module
 from foreroute.engine.data.corpus import prepare
+from foreroute.engine.data.documents import NO_STARTS
 from foreroute.engine.errors import RunFailed
 from foreroute.engine.model.build import build_routers
-from foreroute.engine.parallel.cpu_group import GlooGroup
+from foreroute.engine.parallel.cpu_group import GlooGroup, expert_cpu_group
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.parallel.world import World
 from foreroute.engine.routing.exchange_choice import gathers
@@ -120,7 +121,22 @@ def with_dropout(folder):
     )
 
 
-CASES = {1: [one_rank], 2: [two_ranks, with_shared_expert, with_dropout], 4: [four_ranks, two_groups, in_parts]}
+def with_documents(folder):
+    """Keys and memory stop at each 'e'; peers tell their ids and where these lie in documents."""
+    config = two_groups(folder)
+    return replace(
+        config,
+        corpus=replace(config.corpus, document_end=ord("e")),
+        data=replace(config.data, reset_memory=True),
+        parallel=replace(config.parallel, peer_ids=PeerIds.exchange),
+    )
+
+
+CASES = {
+    1: [one_rank],
+    2: [two_ranks, with_shared_expert, with_dropout, with_documents],
+    4: [four_ranks, two_groups, in_parts],
+}
 
 
 class Recorder:
@@ -184,7 +200,8 @@ def trainer_of(make, rank, ranks, folder):
     world = World(Mesh(rank, ranks, config.parallel.expert_ranks))
     if ranks > 1:
         cpu_group, planning = GlooGroup(dist.group.WORLD), GlooGroup(dist.new_group())
-        world = replace(world, cpu_group=cpu_group, planning=planning)
+        planning_group = expert_cpu_group(world.mesh)
+        world = replace(world, cpu_group=cpu_group, planning=planning, planning_group=planning_group)
     corpus = prepare(config.corpus)
     routers = build_routers(config, corpus, world.mesh)
     trainer = Trainer(config, corpus, routers, folder / make.__name__, None, world)
@@ -198,7 +215,8 @@ def write_certificate(make, ranks, folder, **options):
     tables = [router.table for router in build_routers(config, corpus)]
     layout = Layout(config, place)
     record = Record(layout, ids, range(0, config.train.steps, options.get("sample", 1)))
-    found = certify(layout, ids, tables, also=record.add, **options)
+    starts = corpus.document_starts(Split.train)
+    found = certify(layout, ids, tables, document_starts=starts, also=record.add, **options)
     record.write(folder / f"{make.__name__} certificate", {"options": to_plain(config), **asdict(found)})
 
 
@@ -221,7 +239,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def certified(config, ranks, seed=None):
+def certified(config, ranks, seed=None, keys_stop=True):
     """The certificate of every step by itself, in the Recorder's form, with ranks as the first axis."""
     corpus = prepare(config.corpus)
     other = replace(config, train=replace(config.train, seed=seed or config.train.seed))
@@ -231,7 +249,8 @@ def certified(config, ranks, seed=None):
     found = {name: [] for name in ("received", "experts", "bytes", "sent")}
     number_bytes = 2 if config.parallel.wire is WireFormat.bf16 else 4
     for step in range(config.train.steps):
-        (counts,) = replay(layout, corpus.split(Split.train), tables, [step])
+        starts = corpus.document_starts(Split.train) if keys_stop else NO_STARTS
+        (counts,) = replay(layout, corpus.split(Split.train), tables, [step], starts)
         gather = gathers(config, place.expert_ranks, counts.k, tokens)
         received = counts.received_ymgP
         if gather:
@@ -261,6 +280,9 @@ def test_runs_do_what_their_certificates_say(ranks, folder):
                 got = getattr(answer[index], name)
                 assert got.shape == array[rank].shape and got.size >= config.train.steps
                 assert np.array_equal(got, array[rank]), (make, name, rank)
+        if make is with_documents:  # negative control: keys that do not stop
+            plain = certified(config, ranks, keys_stop=False)
+            assert not np.array_equal([answer[index].experts for answer in answers], plain["experts"])
         if index == 0:  # negative control: other tables
             another = certified(config, ranks, seed=5)
             assert not np.array_equal([answer[0].experts for answer in answers], another["experts"])

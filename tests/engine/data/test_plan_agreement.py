@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from foreroute.engine.config import MoEConfig
+from foreroute.engine.data.documents import NO_STARTS, ends_at
 from foreroute.engine.data.loader import PlannedLoader
 from foreroute.engine.data.plan_agreement import Agreement
 from foreroute.engine.data.planned_batches import group_batch, plan_batch, share_ids
@@ -28,10 +29,10 @@ def routers(mesh, seed=1):
     return [HashedRouter(t, rank=mesh.ep_rank, ranks=mesh.ep_size) for t in tables]
 
 
-def start(host, group_host=None, *, text=TEXT, k=lambda step: 2, seed=1, steps=range(9), spoil=None):
+def start(host, group_host=None, *, text=TEXT, starts=NO_STARTS, k=lambda step: 2, seed=1, steps=range(9), spoil=None):
     """A loader of one rank; with a group_host it reads its own streams only."""
     mesh = Mesh(host.rank, RANKS, GROUP)
-    streams = Streams(text, STREAMS, SEGMENT, 1)
+    streams = Streams(text, STREAMS, SEGMENT, 1, document_starts=starts)
     own_routers = routers(mesh, seed)
 
     def batch(rank, step, micro):
@@ -122,6 +123,11 @@ def test_ranks_that_close_at_different_speeds_do_not_wait_for_ever():
             {"text": TEXT[::-1].copy()},
             "step 0, micro-batch 0: the ranks differ in their token ids: rank 2 has digest",
         ),
+        (
+            2,
+            {"starts": ends_at(TEXT, 4)},
+            "step 0, micro-batch 0: the ranks differ in their token ids: rank 2 has digest",
+        ),
         (2, {"steps": range(1, 9)}, "the ranks differ in their step: rank 2 has 1, the other 3 have 0"),
     ],
 )
@@ -148,15 +154,22 @@ def test_other_splits_are_seen():
         assert "rank 3 plans to send other numbers of rows to rank 2 than that one expects" in str(problem)
 
 
-def test_ids_by_exchange_equal_ids_from_the_corpus():
+@pytest.mark.parametrize("starts", [NO_STARTS, ends_at(TEXT, 4)], ids=["one document", "documents"])
+def test_ids_by_exchange_equal_ids_from_the_corpus(starts):
 
     def exchange(host):
-        return take(host, group_host=Half(host))
+        return take(host, group_host=Half(host), starts=starts)
 
-    for by_exchange, by_corpus in zip(run_threads(exchange, RANKS), run_threads(take, RANKS), strict=True):
+    def read(host):
+        return take(host, starts=starts)
+
+    names = ("ids_PBQ", "left_PBC", "stream_PB", *["new_document_PBX"] * bool(starts.size))
+    for by_exchange, by_corpus in zip(run_threads(exchange, RANKS), run_threads(read, RANKS), strict=True):
         for a, b in zip(by_exchange, by_corpus, strict=True):
-            for name in ("ids_PBQ", "left_PBC", "stream_PB"):
-                assert (getattr(a.group, name) == getattr(b.group, name)).all()
+            assert (a.group.new_document_PBX is None) == (not starts.size)
+            for name in names:
+                got, want = getattr(a.group, name), getattr(b.group, name)
+                assert got.dtype == want.dtype and torch.equal(got, want)
             assert a.routing.plans[1].send_splits == b.routing.plans[1].send_splits
 
 

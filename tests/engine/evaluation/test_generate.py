@@ -1,5 +1,6 @@
 """Sampling: top-p keeps the fewest ids that reach p, temperature 0 is the arg max."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,7 +10,10 @@ from foreroute.engine.errors import UserError
 from foreroute.engine.evaluation.generate import Sampling, generate, sample
 from foreroute.engine.model.build import RunModel
 from foreroute.engine.model.transformer_xl import TransformerXL
+from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.plan import Routing
+from foreroute.engine.routing.routers import routers_of
+from foreroute.engine.routing.tables import build_tables
 
 
 def draws(logits, temperature, top_p, count=2000):
@@ -59,6 +63,31 @@ def test_symbol_by_symbol_equals_a_whole_segment(options):
             logits = model.logits(torch.tensor([text]), None, Routing(2)).logits_BQV
             text.append(int(logits[0, -1].argmax()))
     assert prompt + found == text
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_a_document_that_ended_is_not_seen_any_more(reset):
+    """With data.reset_memory what comes after an end is as if the prompt began there; the control sees all of it."""
+    torch.manual_seed(0)
+    moe = MoEConfig(experts=4, expert_width=8, ngram=3, rows=100)
+    config = Config(
+        data=DataConfig(streams=1, segment=12, reset_memory=reset),
+        model=ModelConfig(layers=2, width=16, heads=2, head_width=8, memory=3, dropout=0.0, init_std=0.5),
+        moe=moe,
+        eval=EvalConfig(k=[2]),
+        kernels=KernelsConfig(masked_from_k=5),
+    )
+    model = TransformerXL(config.model, moe, config.kernels, 20).eval()
+    table = build_tables(moe, 20, np.arange(20), num_tables=1, seed=1, cache_dir=None)
+    run, found = RunModel(config, None, model, routers_of(table, Mesh())), []
+    for prompt in ([3, 1, 4], [9, 2, 6, 5, 7, 3, 1, 4], [7, 7, 3, 1, 4]):
+        greedy = Sampling(0, 1.0, torch.Generator())
+        found.append(list(generate(run, prompt, k=2, length=9, sampling=greedy, document_ends=[7])))
+    assert (found[0] == found[1] == found[2]) == reset
+    first = [
+        list(generate(run, prompt, k=2, length=5, sampling=greedy, document_ends=[7])) for prompt in ([], [7], [0])
+    ]
+    assert first[0] == first[1] != first[2]  # an empty prompt starts with an end
 
 
 def test_shuffled_keys_are_refused_before_anything_is_sampled():

@@ -3,6 +3,7 @@ at once."""
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +21,7 @@ from foreroute.engine.config import (
     ScheduleConfig,
     Split,
 )
+from foreroute.engine.data.documents import NO_STARTS
 from foreroute.engine.evaluation.held_out import evaluate, slimming_curve
 from foreroute.engine.model.build import RunModel
 from foreroute.engine.model.transformer_xl import TransformerXL
@@ -29,7 +31,12 @@ from foreroute.engine.routing.plan import Routing
 
 V, LENGTH, BEFORE = 11, 43, 5
 IDS = np.random.default_rng(0).integers(0, V, LENGTH).astype(np.uint8)
-CORPUS = SimpleNamespace(split=lambda _: IDS, previous_id=lambda _: BEFORE, bytes_per_symbol=lambda _: None)
+CORPUS = SimpleNamespace(
+    split=lambda _: IDS,
+    previous_id=lambda _: BEFORE,
+    document_starts=lambda _: NO_STARTS,
+    bytes_per_symbol=lambda _: None,
+)
 
 
 def make(*, memory=100, streams=1, segment=6):
@@ -76,6 +83,38 @@ def test_each_symbol_counts_once_by_its_own_probability(segment):
     assert measured(model, config).bpc == pytest.approx(by_hand(model), rel=1e-6)
     assert measured(model, config, max_symbols=20).bpc == pytest.approx(by_hand(model, 20), rel=1e-6)
     assert abs(by_hand(model, 20) - by_hand(model)) > 1e-3  # control
+
+
+@pytest.mark.parametrize("starts", [[0, 9, 20, 21], [9, 20, 21, 41]], ids=["at the split", "before it"])
+def test_each_symbol_counts_once_where_documents_do_not_see_each_other(starts):
+    """By hand: each document of the inputs by itself. The first input is the id before the split."""
+    model, config = make(segment=6)
+    config = replace(config, data=replace(config.data, reset_memory=True))
+    found = evaluate(RunModel(config, with_documents(starts), model, None), split=Split.test, k=2)
+    text = torch.from_numpy(np.concatenate([[BEFORE], IDS]).astype(np.int64))
+    nats = 0.0
+    for first, last in pairwise([0, *(start + 1 for start in starts), LENGTH]):
+        with torch.inference_mode():
+            logits_QV = model.logits(text[None, first:last], None, Routing(2)).logits_BQV[0]
+        nats += torch.nn.functional.cross_entropy(logits_QV, text[first + 1 : last + 1], reduction="sum").item()
+    assert found.symbols == LENGTH
+    assert found.nats == pytest.approx(nats / LENGTH, rel=1e-6)
+    assert abs(measured(model, config).nats - found.nats) > 1e-4  # control: the same text as one document
+
+
+def test_documents_do_not_depend_on_the_number_of_streams():
+    model, config = make(memory=4, segment=2)
+    config = replace(config, data=replace(config.data, reset_memory=True))
+    found = []
+    for streams in (1, 4):
+        config = replace(config, eval=replace(config.eval, streams=streams))
+        found.append(evaluate(RunModel(config, with_documents([0, 9, 20, 21]), model, None), split=Split.test, k=2))
+    assert found[0].symbols == found[1].symbols == LENGTH
+    assert found[1].nats == pytest.approx(found[0].nats, rel=1e-6)
+
+
+def with_documents(starts):
+    return SimpleNamespace(**{**vars(CORPUS), "document_starts": lambda _: np.array(starts)})
 
 
 def test_progress_is_told_at_each_k_and_changes_nothing():

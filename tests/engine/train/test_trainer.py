@@ -34,7 +34,7 @@ from foreroute.engine.config import (
     WandbConfig,
 )
 from foreroute.engine.data.corpus import prepare
-from foreroute.engine.errors import RunFailed
+from foreroute.engine.errors import RunFailed, UserError
 from foreroute.engine.metrics.writer import Metrics
 from foreroute.engine.model.build import build_routers
 from foreroute.engine.parallel.cpu_group import GlooGroup
@@ -125,6 +125,7 @@ VARIANTS = {
     "accumulation": {"train": {"accumulation": 2}},
     "bf16": {"train": {"precision": Precision.bf16}},
     "recompute": {"train": {"recompute": True}},
+    "documents": {"corpus": {"document_end": 10}, "data": {"reset_memory": True}},
     "pre_norm": {"model": {"pre_norm": True}},
 }
 
@@ -150,6 +151,11 @@ def test_resume_is_bit_identical_to_never_stopping(tmp_path, text, change):
     for one, other in zip(whole.memory, second.memory, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
     assert losses(tmp_path / "whole")[-2:] == losses(tmp_path / "parts")[-2:]
+
+
+def test_a_text_without_documents_has_nothing_to_reset_memory_at(tmp_path, text):
+    with pytest.raises(UserError, match=r"data.reset_memory=true: needs a text whose documents are known"):
+        make_trainer(make_config(text, data={"reset_memory": True}), tmp_path)
 
 
 OTHER_LAYOUT = {

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from foreroute.kernels.ops import relative_attention as module
 from foreroute.kernels.ops.relative_attention import relative_attention, relative_attention_reference
@@ -242,3 +243,23 @@ def test_opcheck(dropout, first):
     first_BQ = None if first is None else torch.tensor([first] * 3, dtype=torch.int32)
     arguments = *operands, first_BQ, None, dropout, True
     torch.library.opcheck(torch.ops.foreroute.relative_attention, arguments, test_utils=tests)
+
+
+def test_documents_are_traced_whole_and_once():
+    """Other first keys need no other graph; the bits are those of the eager call."""
+
+    def call(first_BQ, *tensors):
+        return relative_attention(*tensors, scale=0.5, first_BQ=first_BQ)
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    traced = torch.compile(call, fullgraph=True, backend=counter)
+    tensors, outputs = inputs(2, 7, 5, dtype=torch.float32), []
+    for first_BQ in (document_starts(2, 7, 5), torch.zeros(2, 7, dtype=torch.int32)):
+        got, want = (
+            [out, *torch.autograd.grad(out.square().sum(), tensors)]
+            for out in (call_(first_BQ, *tensors) for call_ in (traced, call))
+        )
+        assert all(map(torch.equal, got, want))
+        outputs.append(got[0])
+    assert counter.frame_count == 1 and not torch.equal(*outputs)

@@ -34,7 +34,7 @@ def encoded(vocab, pieces):
 
 def test_training_is_the_same_each_time_and_knows_all_bytes(vocab):
     assert train_bpe([Piece(TEXT[:700], False), Piece(TEXT[700:], True)], SIZE).content == vocab.content
-    assert vocab.size == SIZE and vocab.end == 0
+    assert vocab.size == SIZE and vocab.document_end == 0
     every = bytes(range(256)).decode("latin-1").encode()
     assert vocab.decode(vocab.encode(every)) == every
 
@@ -66,7 +66,7 @@ def test_a_tokenizer_json_of_another_kind(tmp_path):
     words.pre_tokenizer = Whitespace()
     words.enable_truncation(2)
     vocab = open_tokenizer(words.to_str().encode(), "x")
-    assert (vocab.size, vocab.end) == (8, 5)
+    assert (vocab.size, vocab.document_end) == (8, 5)
     ids, ends = encoded(vocab, [Piece(b"a b z a", True), Piece(b"b", True)])
     assert ids.tolist() == [0, 7, 3, 0, 5, 7, 5] and ends == [5, 7]
     again = open_tokenizer(vocab.files()[TOKENIZER], "x")
