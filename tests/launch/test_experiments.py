@@ -13,6 +13,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from foreroute.engine.certificate.counts.layout import Layout
+from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.memory.sizes import count_parameters
 from foreroute.engine.config import Config, Corpus, CorpusConfig, DataConfig, KernelsConfig, ParallelConfig
 from foreroute.engine.config.enums import Router
