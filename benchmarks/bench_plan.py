@@ -26,7 +26,7 @@ from foreroute.engine.data.planned_batches import GroupBatch, group_batch, plan_
 from foreroute.engine.data.streams import Streams
 from foreroute.engine.routing.routers import GroupIds, HashedRouter
 from foreroute.engine.routing.tables import Table, build_tables
-from foreroute.launch.start.process import keep_freed_memory, run_and_leave
+from foreroute.launch.start.process import keep_freed_memory, leaving_at_once
 
 K, RANK, SEGMENT, TOKENS_PER_SECOND = 8, 3, 512, 15_000
 
@@ -131,4 +131,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_and_leave(main)
+    with leaving_at_once():
+        main()

@@ -43,9 +43,10 @@ from foreroute.engine.moe.feed_forward import FeedForward
 from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.optim.deepspeed_engine import Engine, start
 from foreroute.engine.parallel.mesh import Mesh
+from foreroute.engine.parallel.world import World
 from foreroute.engine.train.resolve import resolve
 from foreroute.engine.train.step import train_step
-from foreroute.launch.start.process import keep_freed_memory, run_and_leave
+from foreroute.launch.start.process import keep_freed_memory, leaving_at_once
 
 KS = (2, 4, 8, 12, 16)
 
@@ -62,7 +63,7 @@ def shapes(args: argparse.Namespace) -> Config:
             train=TrainConfig(steps=10**6, precision=Precision[args.precision]),
             eval=EvalConfig(),
         ),
-        torch.device("cpu"),
+        World(),
     )
 
 
@@ -164,4 +165,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_and_leave(main)
+    with leaving_at_once():
+        main()

@@ -6,7 +6,7 @@ summary.
 """
 
 from collections.abc import Callable
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from signal import SIGTERM
@@ -19,11 +19,12 @@ from foreroute.engine.config import Backend, Config, Router, Split, WandbMode, t
 from foreroute.engine.config.option import option
 from foreroute.engine.config.unused_options import rules, unused
 from foreroute.engine.data.corpus import PreparedCorpus, prepare
-from foreroute.engine.evaluation.held_out import slimming_curve
+from foreroute.engine.evaluation.held_out import Evaluation, slimming_curve
 from foreroute.engine.metrics.writer import Metrics
 from foreroute.engine.model.build import build_routers, router_tables
 from foreroute.engine.parallel.mesh import Mesh
-from foreroute.engine.parallel.world import World, agree, together
+from foreroute.engine.parallel.world import agree, together
+from foreroute.engine.train.resolve import resolve
 from foreroute.engine.train.trainer import Trainer
 from foreroute.launch.runs.facts import write_facts
 from foreroute.launch.runs.folder import RunFolder, open_run
@@ -34,7 +35,7 @@ from foreroute.launch.start.cli import run_program
 from foreroute.launch.start.console import Console, Stages, lasting
 from foreroute.launch.start.meeting import connected
 from foreroute.launch.start.options import command_option, given_options, in_sweep, job_name
-from foreroute.launch.start.process import StopSignal, run_and_leave, set_up
+from foreroute.launch.start.process import StopSignal, leaving_at_once, set_up
 
 
 @dataclass
@@ -51,94 +52,112 @@ class TrainArgs(Config):
 
 def train(args: TrainArgs) -> int:
     """Run a configuration on this rank; returns the exit code."""
-    config = args.alone()
+    config = _named_in_sweep(args.alone())
+    set_up(config.train.threads)
+    stop = StopSignal()
+    with lasting(), connected(config.parallel, _options(config)) as world, ExitStack() as until_end:
+        ranks, console = world.cpu_group, Console(config.train.steps, enabled=world.first)
+
+        # read what the run depends on
+        with together(ranks):
+            _check_layout(config, world.mesh)
+            certificate = _read_certificate(args.certificate, config, world.mesh)
+            if world.first:
+                _check_wandb(config)
+        with together(ranks, rank_0_first=True):
+            corpus = prepare(config.corpus, console.note)
+        agree(ranks, _facts(corpus, certificate))
+        with together(ranks):
+            if certificate is not None:
+                fits_text(certificate, corpus.sha256)
+
+        run = until_end.enter_context(closing(open_run(config, world)))
+        with run.left_unless_claimed():
+            # resolve, build, resume
+            config = resolve(config, world, run.earlier)
+            with together(ranks):
+                run.refuse_changes(config)
+            if config.train.resume and not run.resuming:
+                console.note(f"{run.path}: no run to resume, a new one starts")
+            for line in corpus.notes:
+                console.note(line)
+            with together(ranks, rank_0_first=True):
+                routers = build_routers(config, corpus, world.mesh)
+            with together(ranks, watchdog=world.watchdog):
+                trainer = Trainer(config, corpus, routers, run.path, console, world)
+            if run.earlier:
+                trainer.resume()
+                if config.train.steps != run.earlier.train.steps:
+                    console.note(other_length(run.earlier, config, trainer.step))
+            if _is_complete(run, trainer):
+                return 0
+            with together(ranks):
+                check = _check(certificate, trainer)
+            run.claim(config, corpus.vocab.files())
+
+        with run.recorded(trainer) as state:
+            _describe(console, trainer)
+            if check is not None:
+                console.note(f"held to {check.written.path}: {check.written.scope}")
+            with together(ranks):
+                metrics = _open_metrics(run, trainer, check, console.note)
+            with metrics or nullcontext():
+                # train
+                with closing(console), stop.deferred():
+                    trained = trainer.run(metrics, stop, [] if check is None else [check])
+                stopped = not trained or (stop() and ranks.ranks == 1)
+                if stopped:
+                    console.note(f"stopped at step {trainer.step}; train.resume=true goes on from there")
+                else:
+                    if check is not None:
+                        console.note(f"{check.steps:,} steps were as certified")
+                    # evaluate, summarise
+                    with closing(Stages(enabled=world.first)) as progress:
+                        curve = _evaluate(trainer, progress)
+                        with together(ranks):
+                            summary = summarise(run, trainer, curve, progress) if world.first else None
+                    if summary is not None:
+                        _show(run, summary, metrics)
+            ranks.barrier()  # rank 0 may have waited long for W&B
+            if not stopped:
+                state.complete()
+                return 0
+        return stop.exit_code if stop() else 128 + SIGTERM  # of another rank
+
+
+def _named_in_sweep(config: Config) -> Config:
+    """Name a job of a sweep after what varies, and group the sweep's runs in W&B."""
     name, group = config.train.name, config.wandb.group
     if in_sweep() and group is None:
         group = name
-    config = replace(config, train=replace(config.train, name=job_name(name)), wandb=replace(config.wandb, group=group))
-    set_up(config.train.threads)
-    stop = StopSignal()
-    with lasting(), connected(config.parallel, _options(config)) as world:
-        return _train(config, world, stop, args.certificate)
+    return replace(config, train=replace(config.train, name=job_name(name)), wandb=replace(config.wandb, group=group))
 
 
-def _train(config: Config, world: World, stop: StopSignal, certificate: str | None) -> int:
-    cpu_group = world.cpu_group
-    console = Console(config.train.steps, enabled=world.first)
-    together(cpu_group, lambda: _share_out(config, world.mesh))
-    written = together(cpu_group, lambda: _read_certificate(certificate, config, world.mesh))
-    together(cpu_group, lambda: _check_wandb(config) if world.first else None)
-    corpus = together(cpu_group, lambda: prepare(config.corpus, console.note), rank_0_first=True)
-    agree(
-        cpu_group,
-        {
-            "the text (its sha256)": corpus.sha256,
-            "the vocabulary (its sha256)": corpus.vocab.fingerprint,
-            "the certificate (its arrays' sha256)": written and written.facts["arrays_sha256"],
-        },
-    )
-    if written is not None:
-        together(cpu_group, lambda: fits_text(written, corpus.sha256))
-    with closing(open_run(config, world)) as run:
-        return _train_in(run, corpus, written, console, world, stop)
+def _facts(corpus: PreparedCorpus, certificate: Written | None) -> dict[str, Any]:
+    """What must be equal on all ranks besides the options."""
+    return {
+        "the text (its sha256)": corpus.sha256,
+        "the vocabulary (its sha256)": corpus.vocab.fingerprint,
+        "the certificate (its arrays' sha256)": certificate and certificate.facts["arrays_sha256"],
+    }
 
 
-def _train_in(
-    run: RunFolder, corpus: PreparedCorpus, written: Written | None, console: Console, world: World, stop: StopSignal
-) -> int:
-    cpu_group, config = world.cpu_group, run.config
-    with run.left_unless_claimed():
-        if config.train.resume and not run.resuming:
-            console.note(f"{run.path}: no run to resume, a new one starts")
-        for line in corpus.notes:
-            console.note(line)
-        routers = together(cpu_group, lambda: build_routers(config, corpus, world.mesh), rank_0_first=True)
-        trainer = together(
-            cpu_group, lambda: Trainer(config, corpus, routers, run.path, console, world), watchdog=world.watchdog
+def _is_complete(run: RunFolder, trainer: Trainer) -> bool:
+    """Whether nothing is left to do of a resumed run; if so, its results are shown."""
+    config, world = trainer.config, trainer.world
+    if run.earlier is None or run.earlier.eval != config.eval or trainer.step != config.train.steps:
+        return False
+    summary = world.cpu_group.broadcast(run.summary_of(trainer.step))
+    if summary is None:
+        return False
+    if world.first:
+        print(result_table(summary))
+        print(
+            f"{run.path} is complete; python -m launch.evaluate {command_option('run', run.path)} measures"
+            " it again, train.steps=STEPS train.resume=true trains it further"
         )
-        if run.earlier:
-            trainer.resume()
-            if config.train.steps != run.earlier.train.steps:
-                console.note(other_length(run.earlier, config, trainer.step))
-        if run.earlier and run.earlier.eval == config.eval and trainer.step == config.train.steps:
-            summary = cpu_group.broadcast(run.summary_of(trainer.step))
-            if summary is not None:
-                if world.first:
-                    print(result_table(summary))
-                    print(
-                        f"{run.path} is complete; python -m launch.evaluate {command_option('run', run.path)} measures"
-                        " it again, train.steps=STEPS train.resume=true trains it further"
-                    )
-                run.record("complete", trainer.step)
-                return 0
-        check = together(cpu_group, lambda: _check(written, trainer))
-        run.claim(corpus.vocab.files())
-    return run.recorded(lambda: _run(run, trainer, corpus, console, stop, check), lambda: trainer.step)
-
-
-def _run(
-    run: RunFolder, trainer: Trainer, corpus: PreparedCorpus, console: Console, stop: StopSignal, check: Check | None
-) -> int:
-    """Train and evaluate; gives the exit code."""
-    cpu_group = trainer.world.cpu_group
-    _describe(console, trainer)
-    if check is not None:
-        console.note(f"held to {check.written.path}: {check.written.scope}")
-    metrics = together(cpu_group, lambda: _open_metrics(run, trainer, check, console.note))
-    with metrics or nullcontext():
-        with closing(console), stop.deferred():
-            complete = trainer.run(metrics, stop, [] if check is None else [check])
-        stopped = not complete or (stop() and cpu_group.ranks == 1)
-        if stopped:
-            console.note(f"stopped at step {trainer.step}; train.resume=true goes on from there")
-        else:
-            if check is not None:
-                console.note(f"{check.steps:,} steps were as certified")
-            _finish(run, trainer, corpus, metrics)
-    cpu_group.barrier()  # rank 0 may have waited long for W&B
-    if not stopped:
-        return 0
-    return stop.exit_code if stop() else 128 + SIGTERM  # of another rank
+    run.record("complete", trainer.step)
+    return True
 
 
 def _read_certificate(path: str | None, config: Config, mesh: Mesh) -> Written | None:
@@ -164,7 +183,7 @@ def _check(written: Written | None, trainer: Trainer) -> Check | None:
     return Check(written, trainer.model, trainer.world.mesh.rank)
 
 
-def _share_out(config: Config, mesh: Mesh) -> None:
+def _check_layout(config: Config, mesh: Mesh) -> None:
     """Refuse streams or experts that the ranks cannot share out evenly, before any text is read."""
     config.streams_per_micro_batch(mesh.world)
     if config.moe.router is not Router.dense:
@@ -183,7 +202,7 @@ def _open_metrics(run: RunFolder, trainer: Trainer, check: Check | None, note: C
     """The run's outputs; rank 0 alone has them."""
     if not trainer.world.first:
         return None
-    config = run.config
+    config = trainer.config
     facts = write_facts(trainer, None if check is None else check.written, resuming=run.resuming)
     return Metrics(
         run.path,
@@ -223,24 +242,24 @@ def _describe(console: Console, trainer: Trainer) -> None:
         console.note(f"experts: backend {config.kernels.backend.value}{how}")
 
 
-def _finish(run: RunFolder, trainer: Trainer, corpus: PreparedCorpus, metrics: Metrics | None) -> None:
-    """Evaluate, and let rank 0 compare with counting, draw, and write summary.json; the others wait for it."""
-    config, world = run.config, trainer.world
+def _evaluate(trainer: Trainer, progress: Stages) -> dict[str, Evaluation]:
+    """Evaluate at each k; rank 0 compares the results with counting, and the other ranks wait for it."""
+    config, world = trainer.config, trainer.world
     if world.first:
         print(f"evaluating the {config.eval.split.name} split ...", flush=True)
     world.watchdog.at("the evaluation")
-    with closing(Stages(enabled=world.first)) as progress:
-        curve = slimming_curve(trainer.run_model, world, progress)
-        world.watchdog.at("the summary")
-        summary = together(
-            world.cpu_group, lambda: summarise(run, trainer, corpus, curve, progress) if world.first else None
-        )
-    if summary is not None:
-        if metrics is not None:
-            metrics.summarise(final_numbers(summary))
-        print(result_table(summary))
-        print(f"{run.path}: config.yaml facts.json metrics.jsonl checkpoints/ loss.png slimming.png summary.json")
-        print(f"python -m launch.report {command_option('run', run.path)} makes a page of it")
+    curve = slimming_curve(trainer.run_model, world, progress)
+    world.watchdog.at("the summary")
+    return curve
+
+
+def _show(run: RunFolder, summary: dict[str, Any], metrics: Metrics | None) -> None:
+    """Show a summary in W&B and on the console."""
+    if metrics is not None:
+        metrics.summarise(final_numbers(summary))
+    print(result_table(summary))
+    print(f"{run.path}: config.yaml facts.json metrics.jsonl checkpoints/ loss.png slimming.png summary.json")
+    print(f"python -m launch.report {command_option('run', run.path)} makes a page of it")
 
 
 def main() -> None:
@@ -249,4 +268,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_and_leave(main)
+    with leaving_at_once():
+        main()

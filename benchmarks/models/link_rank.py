@@ -21,7 +21,7 @@ from benchmarks.harness import slowest_seconds
 from foreroute.engine.config import Config, DataConfig, EvalConfig, ModelConfig, MoEConfig, Router
 from foreroute.engine.model.build import build_model
 from foreroute.engine.routing.plan import Routing
-from foreroute.launch.start.process import keep_freed_memory, run_and_leave
+from foreroute.launch.start.process import keep_freed_memory, leaving_at_once
 
 _ROUNDS = 12
 _SYMBOLS = 64
@@ -99,4 +99,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_and_leave(main)
+    with leaving_at_once():
+        main()

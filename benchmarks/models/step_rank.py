@@ -23,7 +23,7 @@ from foreroute.engine.parallel.world import World
 from foreroute.engine.train.trainer import Trainer
 from foreroute.launch.start.config_files import config_of
 from foreroute.launch.start.meeting import connected
-from foreroute.launch.start.process import run_and_leave, set_up
+from foreroute.launch.start.process import leaving_at_once, set_up
 
 
 class Kept(Metrics):
@@ -80,4 +80,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_and_leave(main)
+    with leaving_at_once():
+        main()

@@ -29,7 +29,7 @@ from benchmarks.systems.exchange_problem import (
 )
 from benchmarks.systems.exchange_systems import PARTS, start_deepspeed, systems
 from foreroute.kernels.testing.cases import relative_error
-from foreroute.launch.start.process import keep_freed_memory, run_and_leave
+from foreroute.launch.start.process import keep_freed_memory, leaving_at_once
 
 SAME_OUTPUT = 1e-5  # fp32, sums in another order
 # A hidden unit within rounding of 0 is active for one system and not for another, a few of the 17 million of a layer;
@@ -108,4 +108,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_and_leave(main)
+    with leaving_at_once():
+        main()

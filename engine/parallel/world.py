@@ -4,9 +4,10 @@
 started differently is named.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +17,6 @@ from foreroute.engine.parallel.collectives import all_reduce_sum
 from foreroute.engine.parallel.cpu_group import CpuGroup, odd_ones
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.parallel.watchdog import Watchdog
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,40 +53,32 @@ class World:
         return all_reduce_sum(values) if self.mesh.world > 1 else values
 
 
-def together(
-    cpu_group: CpuGroup, make: Callable[[], T], *, rank_0_first: bool = False, watchdog: Watchdog | None = None
-) -> T:
-    """Run make() on every rank and return its result; what cannot be done on one rank raises on all.
+@contextmanager
+def together(cpu_group: CpuGroup, *, rank_0_first: bool = False, watchdog: Watchdog | None = None) -> Iterator[None]:
+    """Run the block on every rank; an error that one rank raises in it ends the block on all ranks.
 
     Args:
-        rank_0_first: the others start when rank 0 is done, and find what it left on the disk.
-        watchdog: for a make() with collectives, in which the others would wait for a rank that failed: it ends them.
+        rank_0_first: the other ranks enter the block after rank 0 has left it, and find what it wrote to the disk.
+        watchdog: for a block with collectives, in which the others would wait for a rank that failed; it ends them.
 
     Raises:
         UserError, RunFailed: of the first rank that raised one (an OSError counts as UserError).
     """
     if cpu_group.ranks == 1:
-        return make()
-    made: list[T] = []
+        yield
+        return
+    if rank_0_first and cpu_group.rank > 0:
+        _raise_first([cpu_group.broadcast(None)])
     problem: list[str] | None = None
-
-    def attempt() -> None:
-        nonlocal problem
-        try:
-            made.append(make())
-        except (UserError, RunFailed, OSError) as error:
-            problem = ["failed" if isinstance(error, RunFailed) else "user", str(error)]
-            if watchdog is not None:
-                watchdog.report(str(error))
-
+    try:
+        yield
+    except (UserError, RunFailed, OSError) as error:
+        problem = ["failed" if isinstance(error, RunFailed) else "user", str(error)]
+        if watchdog is not None:
+            watchdog.report(str(error))
     if rank_0_first and cpu_group.rank == 0:
-        attempt()
-    if rank_0_first:
         _raise_first([cpu_group.broadcast(problem)])
-    if not made:
-        attempt()
     _raise_first(cpu_group.gather(problem))
-    return made[0]
 
 
 def _raise_first(problems: list[list[str] | None]) -> None:

@@ -10,8 +10,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from foreroute.engine.config import Backend, Config, MoEConfig, Router
+from foreroute.engine.config import Backend, Config, KernelsConfig, MoEConfig, Router
 from foreroute.engine.errors import require
+from foreroute.engine.parallel.world import World, together
 from foreroute.kernels import ExpertWeights, expert_rows, moe_ffn
 from foreroute.kernels.launching import is_interpreted
 
@@ -19,30 +20,49 @@ _TOKENS = 1024  # enough for stable products; a step of a small run has as many
 _ROUNDS = 3
 
 
-def resolve(config: Config, device: torch.device) -> Config:
-    """Fill in what the configuration leaves to the device and to measurement; returns a copy.
+def resolve(config: Config, world: World, earlier: Config | None = None) -> Config:
+    """Fill in what the configuration leaves to the device and to measurement; returns a copy, equal on all ranks.
+
+    Rank 0 decides, and tells the other ranks.
+
+    Args:
+        earlier: of the run that is resumed, whose choices are kept.
 
     Raises:
         UserError: the Triton kernels are asked for where they cannot run.
     """
     kernels = config.kernels
+    with together(world.cpu_group, rank_0_first=True):
+        if world.first:
+            kernels = choose(config, world.device, None if earlier is None else earlier.kernels)
+    backend, masked_from_k = world.cpu_group.broadcast([kernels.backend.value, kernels.masked_from_k])
+    return replace(config, kernels=replace(kernels, backend=Backend(backend), masked_from_k=masked_from_k))
+
+
+def choose(config: Config, device: torch.device, earlier: KernelsConfig | None = None) -> KernelsConfig:
+    """Choose the backend, and measure from which k on layers run masked, where neither is given nor was chosen before.
+
+    Raises:
+        UserError: the Triton kernels are asked for where they cannot run.
+    """
+    kernels = config.kernels
+    if earlier is not None and kernels.masked_from_k is None:
+        kernels = replace(kernels, masked_from_k=earlier.masked_from_k)
+    if earlier is not None and kernels.backend is Backend.auto:
+        kernels = replace(kernels, backend=earlier.backend)
     if kernels.backend is Backend.auto:
-        found = Backend.triton if device.type == "cuda" else Backend.cpu
-        kernels = replace(kernels, backend=found)
+        kernels = replace(kernels, backend=Backend.triton if device.type == "cuda" else Backend.cpu)
     require(
         kernels.backend is not Backend.triton or device.type == "cuda" or is_interpreted(),
         f"kernels.backend=triton: the model is on {device}; needs a GPU, or TRITON_INTERPRET=1 for tests",
     )
-    config = replace(config, kernels=kernels)
     if kernels.masked_from_k is not None:
-        return config
+        return kernels
     needless = config.moe.router is Router.dense or kernels.backend is not Backend.cpu
-    first = (
-        config.moe.experts + 1
-        if needless
-        else measure_masked_from_k(config.moe, config.model.width, config.symbols_per_step)
-    )
-    return replace(config, kernels=replace(kernels, masked_from_k=first))
+    if needless:
+        return replace(kernels, masked_from_k=config.moe.experts + 1)
+    first = measure_masked_from_k(config.moe, config.model.width, config.symbols_per_step)
+    return replace(kernels, masked_from_k=first)
 
 
 def measure_masked_from_k(moe: MoEConfig, width: int, tokens: int) -> int:

@@ -12,19 +12,16 @@ left to do.
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
-import torch
-
-from foreroute.engine.config import Backend, Config, to_plain
+from foreroute.engine.config import Config, to_plain
 from foreroute.engine.config.option import option
 from foreroute.engine.errors import UserError, require
 from foreroute.engine.parallel.world import World, together
-from foreroute.engine.train.resolve import resolve
 from foreroute.launch.start.config_files import config_of, read_config, write_config
 
 CONFIG, LOCK, STATE = "config.yaml", ".lock", "state.json"
@@ -98,7 +95,6 @@ class RunFolder:
     """An opened run folder, locked by rank 0 against other runs until `close`."""
 
     path: Path
-    config: Config  # resolved
     earlier: Config | None  # what the folder's run was started with; None for a new run
     lock: IO[str] | None  # of rank 0
 
@@ -112,29 +108,41 @@ class RunFolder:
         if self.lock is not None:
             self.lock.close()
 
-    def claim(self, vocab: Mapping[str, bytes] | None = None) -> None:
+    def refuse_changes(self, config: Config) -> None:
+        """Check that a resumed run keeps its options.
+
+        Raises:
+            UserError: an option that must stay has another value than in the folder's run.
+        """
+        before = to_plain(self.earlier or config)
+        for section, options in to_plain(config).items():
+            for name, value in options.items():
+                if value != before[section][name] and not {section, f"{section}.{name}"} & set(FREE):
+                    raise UserError(
+                        f"{section}.{name}={value}: the run in {self.path} was started with {before[section][name]}; "
+                        "a resumed run keeps its options"
+                    )
+
+    def claim(self, config: Config, vocab: Mapping[str, bytes] | None = None) -> None:
         """Write the resolved configuration: from now on the folder holds this run. Only rank 0 writes.
 
         Args:
             vocab: files of its vocabulary, by name.
         """
-        if self.lock is not None:
-            for name, content in (vocab or {}).items():
-                (self.path / name).write_bytes(content)
-            new = self.path / f".{CONFIG}.new"
-            write_config(self.config, new)
-            new.replace(self.path / CONFIG)
-            self._keep_summary()
-
-    def _keep_summary(self) -> None:
-        """Put the summary of a run that was finished, and is trained further, aside."""
-        file = self.path / SUMMARY
-        if self.earlier and self.earlier.train.steps != self.config.train.steps and file.exists():
-            steps = json.loads(file.read_text())["steps"]
-            file.replace(self.path / f"summary-{steps}.json")
+        if self.lock is None:
+            return
+        for name, content in (vocab or {}).items():
+            (self.path / name).write_bytes(content)
+        new = self.path / f".{CONFIG}.new"
+        write_config(config, new)
+        new.replace(self.path / CONFIG)
+        summary = self.path / SUMMARY
+        if self.earlier and self.earlier.train.steps != config.train.steps and summary.exists():
+            steps = json.loads(summary.read_text())["steps"]
+            summary.replace(self.path / f"summary-{steps}.json")
 
     def summary_of(self, step: int) -> dict[str, Any] | None:
-        """Give the summary of the run as it was at this step, if there is one."""
+        """Return the summary of the run as it was at this step, if there is one."""
         file = self.path / SUMMARY
         if not file.exists():
             return None
@@ -158,25 +166,39 @@ class RunFolder:
         with suppress(OSError):
             write_json(self.path / STATE, {"state": state, "step": step})
 
-    def recorded(self, act: Callable[[], int], step: Callable[[], int]) -> int:
-        """Train and evaluate by act(), with state.json kept; gives its exit code, which is 0 for a complete run.
-
-        Args:
-            step: gives the number of finished steps.
-        """
-        self.record("running", step())
-        state = "failed"
+    @contextmanager
+    def recorded(self, run: "Steps") -> Iterator["RunState"]:
+        """Train and evaluate in the block, with state.json kept; the block says when the run is complete."""
+        state = RunState()
+        self.record("running", run.step)
         try:
-            code = act()
-            state = "stopped" if code else "complete"
-            return code
+            yield state
         except SystemExit:  # a signal outside the training loop
-            state = "stopped"
-            if self.lock is not None and step() > 0:
-                print(f"stopped behind step {step()}, which is saved; train.resume=true evaluates it")
+            if self.lock is not None and run.step > 0:
+                print(f"stopped behind step {run.step}, which is saved; train.resume=true evaluates it")
+            raise
+        except BaseException:
+            state.name = "failed"
             raise
         finally:
-            self.record(state, step())
+            self.record(state.name, run.step)
+
+
+class Steps(Protocol):
+    """A run under way."""
+
+    step: int  # finished ones
+
+
+@dataclass(slots=True)
+class RunState:
+    """How a run ends, unless an error ends it."""
+
+    name: str = "stopped"
+
+    def complete(self) -> None:
+        """Note that nothing is left to do."""
+        self.name = "complete"
 
 
 @dataclass
@@ -214,43 +236,33 @@ def write_json(file: Path, value: Any) -> None:
 
 
 def open_run(config: Config, world: World | None = None) -> RunFolder:
-    """Check and lock the run's folder, and resolve the configuration; `claim` it once everything else is known good.
+    """Open and lock the run's folder; `claim` it once everything else is known good.
 
-    Rank 0 does so, and measures what is chosen by measurement; the other ranks are told.
+    Rank 0 opens it, and tells the other ranks what it found.
 
     Args:
         world: the ranks; one alone by default.
 
     Raises:
-        UserError: the folder holds a run and train.resume is false, or a run of another configuration, or something
-            else, or another process is using it.
+        UserError: the folder holds a run and train.resume is false, or something else, or another process is using it.
     """
     world = world or World()
-    cpu_group, device = world.cpu_group, world.device
-    opened = together(cpu_group, lambda: _open(config, device) if world.first else None, rank_0_first=True)
-    if cpu_group.ranks == 1:
-        assert opened is not None
-        return opened
-    told = None
-    if opened is not None:
-        told = [to_plain(opened.config), opened.earlier and to_plain(opened.earlier)]
-    now, earlier = cpu_group.broadcast(told)
     path = Path(config.train.runs_dir) / config.train.name
-    together(
-        cpu_group,
-        lambda: require(
+    opened = None
+    with together(world.cpu_group, rank_0_first=True):
+        if world.first:
+            opened = _open(config, path)
+    found = world.cpu_group.broadcast(opened and opened.earlier and to_plain(opened.earlier))
+    with together(world.cpu_group):
+        require(
             (path / LOCK).exists(),
             f"train.runs_dir={config.train.runs_dir}: {path}, which rank 0 has made, is not here: all machines must"
             " share it",
-        ),
-    )
-    if opened is not None:
-        return opened
-    return RunFolder(path, config_of(now), config_of(earlier) if earlier else None, None)
+        )
+    return opened or RunFolder(path, config_of(found) if found else None, None)
 
 
-def _open(config: Config, device: torch.device) -> RunFolder:
-    path = Path(config.train.runs_dir) / config.train.name
+def _open(config: Config, path: Path) -> RunFolder:
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(path)
@@ -259,10 +271,25 @@ def _open(config: Config, device: torch.device) -> RunFolder:
             f"train.runs_dir={config.train.runs_dir}: {path} cannot be made or written: {error.strerror}"
         ) from error
     try:
-        return _read_or_new(config, device, path, lock)
+        return RunFolder(path, _earlier(config, path), lock)
     except BaseException:
         _leave(path, lock)
         raise
+
+
+def _earlier(config: Config, path: Path) -> Config | None:
+    """The configuration of the run that the folder holds."""
+    if (path / CONFIG).exists():
+        require(
+            config.train.resume,
+            f"train.name={config.train.name}: {path} already holds a run; take another train.name, "
+            "or train.resume=true to go on with it",
+        )
+        return read_config(path / CONFIG)
+    known = (LOCK, f".{CONFIG}.new")  # also of a run that was killed early
+    foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in known)
+    require(not foreign, f"train.name={config.train.name}: {path} holds {', '.join(foreign[:3])} and is no run folder")
+    return None
 
 
 def _leave(path: Path, lock: IO[str]) -> None:
@@ -274,30 +301,6 @@ def _leave(path: Path, lock: IO[str]) -> None:
                 (path / name).unlink(missing_ok=True)
             path.rmdir()
     lock.close()
-
-
-def _read_or_new(config: Config, device: torch.device, path: Path, lock: IO[str]) -> RunFolder:
-    if not (path / CONFIG).exists():
-        known = (LOCK, f".{CONFIG}.new")  # also of a run that was killed early
-        foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in known)
-        require(
-            not foreign, f"train.name={config.train.name}: {path} holds {', '.join(foreign[:3])} and is no run folder"
-        )
-        return RunFolder(path, resolve(config, device), None, lock)
-    require(
-        config.train.resume,
-        f"train.name={config.train.name}: {path} already holds a run; take another train.name, "
-        "or train.resume=true to go on with it",
-    )
-    earlier = read_config(path / CONFIG)
-    kernels = config.kernels
-    if kernels.masked_from_k is None:
-        kernels = replace(kernels, masked_from_k=earlier.kernels.masked_from_k)
-    if kernels.backend is Backend.auto:
-        kernels = replace(kernels, backend=earlier.kernels.backend)
-    config = resolve(replace(config, kernels=kernels), device)
-    _refuse_changes(to_plain(earlier), to_plain(config), path)
-    return RunFolder(path, config, earlier, lock)
 
 
 def lock_folder(path: Path) -> IO[str]:
@@ -318,17 +321,6 @@ def lock_folder(path: Path) -> IO[str]:
             raise UserError(f"{path} is in use by another process, which is leaving it: start again")
         unless_locked.pop_all()
     return file
-
-
-def _refuse_changes(earlier: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    for section, options in now.items():
-        for name, value in options.items():
-            before = earlier[section][name]
-            if value != before and section not in FREE and f"{section}.{name}" not in FREE:
-                raise UserError(
-                    f"{section}.{name}={value}: the run in {path} was started with {before}; "
-                    "a resumed run keeps its options"
-                )
 
 
 ANALYSIS = "analysis.json"

@@ -33,18 +33,14 @@ _LAST_LINE = "flops", "peak_device_memory_bytes"  # of metrics.jsonl, for the su
 
 
 def summarise(
-    run: RunFolder,
-    trainer: Trainer,
-    corpus: PreparedCorpus,
-    curve: Mapping[str, Evaluation],
-    progress: ProgressReporter,
+    run: RunFolder, trainer: Trainer, curve: Mapping[str, Evaluation], progress: ProgressReporter
 ) -> dict[str, Any]:
     """Write summary.json and the plots; gives what is in the summary.
 
     Raises:
         RunFailed: they cannot be written.
     """
-    config, split = run.config, run.config.eval.split
+    config, corpus, split = trainer.config, trainer.corpus, trainer.config.eval.split
     start = time.perf_counter()
     baselines = counting_baselines(corpus, split, config.eval.max_symbols, progress)
     counting_seconds = time.perf_counter() - start

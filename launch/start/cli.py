@@ -33,8 +33,8 @@ from foreroute.launch.start.arguments import Known, for_flag, is_sweep, known_to
 from foreroute.launch.start.config_files import T, to_object
 from foreroute.launch.start.console import styled
 from foreroute.launch.start.help import CONF, SCREEN_COLUMNS, groups_of, help_text
-from foreroute.launch.start.jobs import Jobs, Outcome, name_rank, speak
-from foreroute.launch.start.one_line import BadOption, told
+from foreroute.launch.start.jobs import Jobs, Outcome, one_line_errors
+from foreroute.launch.start.one_line import BadOption
 from foreroute.launch.start.rank_variables import find_place
 
 _FIXED = "hydra.job.config.override_dirname.exclude_keys"
@@ -63,39 +63,46 @@ def run_program(
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter
     ConfigStore.instance().store("schema", schema)
 
-    def compose_and_run() -> int:
+    with one_line_errors():
         place = find_place()
-        encoding = "utf-8" if sys.flags.utf8_mode else locale.getencoding()
-        if codecs.lookup(encoding).name != "utf-8":  # DeepSpeed, for one, could not read its files
-            raise BadOption(
-                f"the locale's encoding is {encoding}, and must be UTF-8: start with PYTHONUTF8=1, or LC_ALL=C.UTF-8"
-            )
-        if place.ranks > 1 and not many_ranks:
-            raise BadOption(f"launch.{name} runs as one process: started as {place.ranks}")
+        _check_start(name, place.ranks, many_ranks=many_ranks)
         if {"-h", "--help", "--version"} & set(sys.argv[1:]):
-            if place.rank == 0 and "--version" in sys.argv[1:]:
-                print(f"foreroute {foreroute.__version__} (PyTorch {version('torch')})")
-            elif place.rank == 0:
-                _print_help(name, schema, sys.argv[1:])
-            return 0
+            if place.rank == 0:
+                _print_version_or_help(name, schema, sys.argv[1:])
+            sys.exit(0)
         sys.argv = [sys.argv[0], *_arguments(name, schema, sys.argv[1:])]
         with tempfile.TemporaryDirectory(prefix="foreroute-jobs-") as folder:
             jobs = Jobs(Path(folder))
 
-            def job(cfg: DictConfig) -> None:
-                jobs.run(cfg, lambda: task(to_object(cfg, schema)))
+            @hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)
+            def start(cfg: DictConfig) -> None:
+                job = jobs.begin(cfg)
+                if job is not None:
+                    with job.recorded():
+                        job.exit_code = task(to_object(cfg, schema))
 
-            start = hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)
             try:
                 with jobs.stopped_by_signals():
-                    jobs.start_all(start)
+                    while not jobs.started:
+                        with jobs.attempt():
+                            start()
             finally:
                 outcomes = jobs.outcomes()
                 if jobs.sweep and report_sweep is not None and place.rank == 0:
                     report_sweep(outcomes)
-            return max([jobs.signal_code(), *(o.exit_code or 0 for o in outcomes)])
+        code = max([jobs.signal_code(), *(o.exit_code or 0 for o in outcomes)])
+    sys.exit(code)
 
-    sys.exit(_guarded(compose_and_run))
+
+def _check_start(name: str, ranks: int, *, many_ranks: bool) -> None:
+    """Refuse an encoding that files cannot be read with, and ranks where the program has none."""
+    encoding = "utf-8" if sys.flags.utf8_mode else locale.getencoding()
+    if codecs.lookup(encoding).name != "utf-8":  # DeepSpeed, for one, could not read its files
+        raise BadOption(
+            f"the locale's encoding is {encoding}, and must be UTF-8: start with PYTHONUTF8=1, or LC_ALL=C.UTF-8"
+        )
+    if ranks > 1 and not many_ranks:
+        raise BadOption(f"launch.{name} runs as one process: started as {ranks}")
 
 
 def _arguments(name: str, schema: type, arguments: Sequence[str]) -> list[str]:
@@ -159,6 +166,13 @@ def _check_files(folder: str | None, known: Known) -> None:
             raise BadOption(f"{path}: begins with a byte-order mark; save it as UTF-8 without one")
 
 
+def _print_version_or_help(name: str, schema: type, arguments: Sequence[str]) -> None:
+    if "--version" in arguments:
+        print(f"foreroute {foreroute.__version__} (PyTorch {version('torch')})")
+    else:
+        _print_help(name, schema, arguments)
+
+
 def _print_help(name: str, schema: type, arguments: Sequence[str]) -> None:
     """Print the program's help, or that of the topics behind --help, with the options' values under the groups' choices
     of the command line."""
@@ -172,17 +186,3 @@ def _print_help(name: str, schema: type, arguments: Sequence[str]) -> None:
     for line in help_text(CONF, name, schema, values, width=width, topics=topics).splitlines():
         title = line.endswith(":") and not line.startswith(" ")
         print(styled(line, "bold", sys.stdout) if title else line)
-
-
-def _guarded(run: Callable[[], int]) -> int:
-    """Turn expected failures into one line on stderr and an exit code; anything else is a bug and keeps its
-    traceback."""
-    try:
-        return run()
-    except (Exception, KeyboardInterrupt) as error:
-        failure = told(error)
-        if failure is None:
-            name_rank(error)
-            raise
-        speak(failure)
-        return failure.exit_code

@@ -5,7 +5,7 @@ import logging
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -44,73 +44,47 @@ class Jobs:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._stop, self._sweep = folder / "stop", folder / "sweep"
+        self.started = False
 
     @property
     def sweep(self) -> bool:
         """There are jobs of a sweep."""
         return self._sweep.exists()
 
-    def start_all(self, start: Callable[[], None]) -> None:
-        """Start the jobs; where one of a sweep's processes is killed its jobs are lost, and the rest are started again.
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Start the jobs in the block, until `started`; jobs of a killed process are lost, and the rest need another.
 
         Raises:
-            RunFailed: they are killed before they begin.
+            RunFailed: a process of the sweep was killed before it began a job.
         """
-        while True:
-            try:
-                return start()
-            except BrokenExecutor as error:
-                lost = list(self._folder.glob("*.begun"))
-                if not lost:
-                    line = f"the sweep's processes are killed: {one_line(error)}"
-                    raise RunFailed(line) from error
-                for begun in lost:
-                    begun.rename(begun.with_suffix(".json"))
+        try:
+            yield
+            self.started = True
+        except BrokenExecutor as error:
+            lost = list(self._folder.glob("*.begun"))
+            if not lost:
+                raise RunFailed(f"the sweep's processes are killed: {one_line(error)}") from error
+            for begun in lost:
+                begun.rename(begun.with_suffix(".json"))
 
-    def run(self, cfg: DictConfig, task: Callable[[], int]) -> None:
-        """Run one job and leave its outcome; one that has an outcome is not run again."""
+    def begin(self, cfg: DictConfig) -> "Job | None":
+        """Begin a job; None if it has an outcome already or the sweep was stopped."""
         pass_on_warnings()
         hydra_config = HydraConfig.get()
         sweep = hydra_config.mode is RunMode.MULTIRUN
         if sweep:
             self._sweep.touch()
         number = hydra_config.job.num if sweep else 0
-        ended = self._folder / f"{number:06d}.json"
-        if ended.exists():
-            return
         plain = OmegaConf.to_container(cfg, enum_to_str=True)
-        own = own_options()
-        lost = Outcome(number, own, swept_options() if sweep else {}, plain, 1, _KILLED)
-        begun = ended.with_suffix(".begun")
-        begun.write_text(json.dumps(asdict(lost)))
-        code, reason = (None, None) if self._stop.exists() else self._exit_code(task, sweep)
-        ended.write_text(json.dumps(asdict(replace(lost, exit_code=code, reason=reason))))
-        begun.unlink()
-
-    def _exit_code(self, task: Callable[[], int], sweep: bool) -> tuple[int, str | None]:
-        """Run the task; gives its exit code, and the reason of a failure. Decides whether the sweep goes on.
-
-        A bug in a sweep is printed and counts as a failed run.
-        """
-        ranks, by_all, reason = find_place().ranks, True, None
-        try:
-            if sweep and ranks > 1:
-                _check_launcher()
-            code = task()
-        except (Exception, SystemExit, KeyboardInterrupt) as error:
-            failure = told(error)
-            if failure is None:
-                if not sweep:
-                    raise
-                name_rank(error)
-                traceback.print_exc()
-                failure = Told(1, f"a bug: {type(error).__name__}: {one_line(error)}", speaks=False)
-            code, reason = failure.exit_code, failure.line
-            speak(failure)
-            by_all = isinstance(error, BadOption) or getattr(error, "everywhere", False)
-        if code >= 128 or (code and ranks > 1 and not by_all):  # a rank that is lost stays lost
-            self._stop.touch()
-        return code, reason
+        lost = Outcome(number, own_options(), swept_options() if sweep else {}, plain, 1, _KILLED)
+        job = Job(self._folder / f"{number:06d}.json", self._stop, lost, in_sweep=sweep)
+        if job.ended:
+            return None
+        if self._stop.exists():
+            job.end(None)
+            return None
+        return job
 
     def outcomes(self) -> list[Outcome]:
         """Give the outcomes that are there, in the order of the jobs."""
@@ -143,6 +117,53 @@ class Jobs:
         return int(self._stop.read_text() or 0) if self._stop.exists() else 0
 
 
+class Job:
+    """One job under way; its outcome is in a file."""
+
+    def __init__(self, file: Path, stop: Path, lost: Outcome, *, in_sweep: bool) -> None:
+        """Take the outcome's file, the file that stops the sweep, and the outcome of a job that was killed."""
+        self._file, self._stop, self._lost, self._in_sweep = file, stop, lost, in_sweep
+        self.exit_code = 0
+
+    @property
+    def ended(self) -> bool:
+        """There is an outcome."""
+        return self._file.exists()
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Run the job in the block, which sets exit_code; record the outcome, and decide whether the sweep goes on.
+
+        An expected failure becomes one line and an exit code. A bug in a sweep is printed and counts as a failed run.
+        """
+        begun = self._file.with_suffix(".begun")
+        begun.write_text(json.dumps(asdict(self._lost)))
+        ranks, by_all, reason = find_place().ranks, True, None
+        try:
+            if self._in_sweep and ranks > 1:
+                _check_launcher()
+            yield
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
+            failure = told(error)
+            if failure is None:
+                if not self._in_sweep:
+                    raise
+                name_rank(error)
+                traceback.print_exc()
+                failure = Told(1, f"a bug: {type(error).__name__}: {one_line(error)}", speaks=False)
+            self.exit_code, reason = failure.exit_code, failure.line
+            speak(failure)
+            by_all = isinstance(error, BadOption) or getattr(error, "everywhere", False)
+        if self.exit_code >= 128 or (self.exit_code and ranks > 1 and not by_all):  # a rank that is lost stays lost
+            self._stop.touch()
+        self.end(self.exit_code, reason)
+        begun.unlink()
+
+    def end(self, exit_code: int | None, reason: str | None = None) -> None:
+        """Write the outcome; an exit code of None means that the job was not started."""
+        self._file.write_text(json.dumps(asdict(replace(self._lost, exit_code=exit_code, reason=reason))))
+
+
 def _check_launcher() -> None:
     name = HydraConfig.get().runtime.choices["hydra/launcher"]
     if name != "basic":
@@ -153,6 +174,20 @@ def speak(failure: Told) -> None:
     """Say the line of a failure, where this rank is the one to say it."""
     if failure.line is not None and failure.speaks:
         say(failure.line)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn an expected failure in the block into one line on stderr and an exit code; a bug keeps its traceback."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        failure = told(error)
+        if failure is None:
+            name_rank(error)
+            raise
+        speak(failure)
+        sys.exit(failure.exit_code)
 
 
 def name_rank(bug: BaseException) -> None:

@@ -49,7 +49,8 @@ def connected(parallel: ParallelConfig, options: Mapping[str, Any]) -> Iterator[
     with closing(watchdog), watchdog.guard(), ExitStack() as stack:
         cpu_group = stack.enter_context(closing(_group_of_all()))
         agree(cpu_group, options)
-        mesh = together(cpu_group, lambda: Mesh(place.rank, place.ranks, parallel.expert_ranks))
+        with together(cpu_group):
+            mesh = Mesh(place.rank, place.ranks, parallel.expert_ranks)
         nodes = cpu_group.gather(find_node())
         names = list(dict.fromkeys(nodes))
         planning, planning_group = _hosts_for_planning(place, mesh)

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
@@ -81,17 +81,18 @@ class StopSignal:
             os.kill(os.getpid(), number)
 
 
-def run_and_leave(main: Callable[[], object]) -> None:
-    """Run a program; one that made a process group then leaves at once, without the interpreter's end.
+@contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """Run a program in the block; if it made a process group, end the process without the interpreter's shutdown.
 
-    A thread of gloo that lets go of a tensor at that moment needs the interpreter, and would abort the process
+    During that shutdown a thread of gloo that releases a tensor needs the interpreter and would abort the process
     ("terminate called without an active exception": torch 2.13, busy cores). The threads cannot be ended before:
     PyTorch and DeepSpeed keep the groups, so destroy_process_group leaves them running. An exception, and under MPI a
     failure, ends as usual.
     """
     code = 0
     try:
-        main()
+        yield
     except SystemExit as end:
         mpi = "mpi4py.MPI" in sys.modules  # whose runner ends the other ranks when one fails
         if not _leaves_at_once() or not isinstance(end.code, int | None) or (end.code and mpi):

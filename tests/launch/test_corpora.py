@@ -15,10 +15,12 @@ import zstandard
 from foreroute.engine.testing.ranks import Program, rank_environments
 from foreroute.launch.testing.runs import last_step, read_losses, wait_until
 
-MAIN = (
-    "import foreroute.launch.train; from foreroute.launch.start.process import run_and_leave;"
-    " run_and_leave(foreroute.launch.train.main)"
-)
+MAIN = """
+import foreroute.launch.train
+from foreroute.launch.start.process import leaving_at_once
+with leaving_at_once():
+    foreroute.launch.train.main()
+"""
 SLOW = """
 import time
 import foreroute.engine.train.step

@@ -16,8 +16,8 @@ OPTIONS = ("experiment=debug", "parallel.expert_ranks=2", "parallel.timeout_s=60
 AWAKE_S = 10
 SOON = "parallel.timeout_s=20"  # for ranks that are lost
 MAIN = (
-    "import foreroute.launch.train; from foreroute.launch.start.process import run_and_leave;"
-    " run_and_leave(foreroute.launch.train.main)"
+    "import foreroute.launch.train; from foreroute.launch.start.process import leaving_at_once\n"
+    "with leaving_at_once(): foreroute.launch.train.main()"
 )
 LATE = """
 import time, foreroute.launch.train

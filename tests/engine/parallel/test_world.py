@@ -22,6 +22,12 @@ from foreroute.engine.testing.ranks import run_ranks, run_threads
 MPIRUN = shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil.which("mpirun")
 
 
+def make_together(cpu_group, make, **options):
+    with together(cpu_group, **options):
+        made = make()
+    return made
+
+
 def gloo(rank):
     host = GlooGroup(dist.group.WORLD)
     array = np.arange(6, dtype=np.int64).reshape(2, 3) + 100 * rank
@@ -50,7 +56,7 @@ def test_gloo_host():
 def test_one_rank_talks_to_itself():
     host = CpuGroup()
     assert host.gather({"a": 1}) == [{"a": 1}] and host.broadcast("x") == "x"
-    assert together(host, lambda: 5) == 5
+    assert make_together(host, lambda: 5) == 5
     agree(host, {"a": 1})
     host.barrier()
 
@@ -63,7 +69,7 @@ def test_together_gives_each_its_own_result(rank_0_first):
         seen.append(host.rank)
         return host.rank
 
-    assert run_threads(lambda h: together(h, lambda: make(h), rank_0_first=rank_0_first), 3) == [0, 1, 2]
+    assert run_threads(lambda h: make_together(h, lambda: make(h), rank_0_first=rank_0_first), 3) == [0, 1, 2]
     assert not rank_0_first or seen[0] == 0
 
 
@@ -75,7 +81,7 @@ def test_what_fails_on_one_rank_fails_on_all(bad, error, rank_0_first):
         if host.rank == bad:
             raise error
 
-    found = run_threads(lambda h: together(h, lambda: make(h), rank_0_first=rank_0_first), 3)
+    found = run_threads(lambda h: make_together(h, lambda: make(h), rank_0_first=rank_0_first), 3)
     kind = RunFailed if isinstance(error, RunFailed) else UserError
     assert [type(problem) for problem in found] == [kind] * 3
     assert {str(problem) for problem in found} == {"rank 2: no such file" if bad else "no such file"}
@@ -94,7 +100,7 @@ def test_ranks_inside_a_collective_learn_of_a_failure():
     def start(host):
         watch = Watchdog(store, host.rank, host.ranks, timeout_s=8.0, end=lambda line: told.set())
         try:
-            return together(host, lambda: make(host), watchdog=watch)
+            return make_together(host, lambda: make(host), watchdog=watch)
         finally:
             watch.close()
 
@@ -104,7 +110,7 @@ def test_ranks_inside_a_collective_learn_of_a_failure():
 
 
 def test_a_bug_is_not_caught():
-    assert isinstance(run_threads(lambda h: together(h, lambda: 1 / 0), 1)[0], ZeroDivisionError)
+    assert isinstance(run_threads(lambda h: make_together(h, lambda: 1 / 0), 1)[0], ZeroDivisionError)
 
 
 def test_a_rank_with_other_facts_is_named():

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from foreroute.engine.config import Config, to_plain
+from foreroute.engine.config import Config
 from foreroute.engine.errors import UserError
 from foreroute.engine.parallel.cpu_group import CpuGroup
 from foreroute.engine.parallel.mesh import Mesh
@@ -37,7 +37,7 @@ def test_a_machine_that_does_not_see_the_folder_is_named(tmp_path):
     config = replace(config, train=replace(config.train, runs_dir=str(tmp_path), name="x"))
 
     def second() -> World:
-        return World(Mesh(1, 2, 1), cpu_group=SecondOfTwo(None, None, [to_plain(config), None], None))
+        return World(Mesh(1, 2, 1), cpu_group=SecondOfTwo(None, None, None, None))
 
     with pytest.raises(UserError, match=r"rank 1: train\.runs_dir=.*/x, which rank 0 has made, is not here"):
         open_run(config, second())

@@ -218,7 +218,8 @@ def test_different_values_never_share_a_folder():
 def test_names_have_what_varies_alone(run, tmp_path, text, monkeypatch):
     """However many other options there are; and -m may stand anywhere."""
     seen = []
-    monkeypatch.setattr(foreroute.launch.train, "_train", lambda config, *_: seen.append(config) or 0)
+    named = foreroute.launch.train._named_in_sweep
+    monkeypatch.setattr(foreroute.launch.train, "train", lambda args: seen.append(named(args.alone())) or 0)
     monkeypatch.setattr(foreroute.launch.train, "report_sweep", lambda outcomes: None)
     base = [
         "experiment=debug",

@@ -16,8 +16,8 @@ from foreroute.launch.start.meeting import _backend
 from foreroute.launch.testing.runs import small_run, wait_until
 
 MAIN = (
-    "import foreroute.launch.train; from foreroute.launch.start.process import run_and_leave;"
-    " run_and_leave(foreroute.launch.train.main)"
+    "import foreroute.launch.train; from foreroute.launch.start.process import leaving_at_once\n"
+    "with leaving_at_once(): foreroute.launch.train.main()"
 )
 GONE = (
     "import os, foreroute.launch.start.meeting as m; m._take_place = lambda store, place, _:"

@@ -100,7 +100,7 @@ for number in STOPS:
 ENDS = """
 import atexit, os, sys
 from torch import distributed as dist
-from foreroute.launch.start.process import run_and_leave
+from foreroute.launch.start.process import leaving_at_once
 class Late:
     def __del__(self, abort=os.abort):
         abort()
@@ -111,7 +111,8 @@ def main():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     print("done")
     {end}
-run_and_leave(main)
+with leaving_at_once():
+    main()
 """
 
 
@@ -134,12 +135,13 @@ def test_a_process_with_a_group_leaves_before_the_interpreter_ends(group, end, c
 
 IN_FLIGHT = """
 import atexit, ctypes, sys, time
+from contextlib import nullcontext
 rank, store, leave = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "True"
 if rank == 0:  # the last thing before the interpreter ends; holds it, so that gloo's thread waits
     atexit.register(ctypes.PyDLL(None).usleep, 3_000_000)
 import torch
 from torch import distributed as dist
-from foreroute.launch.start.process import run_and_leave
+from foreroute.launch.start.process import leaving_at_once
 def main():
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     dist.barrier()
@@ -149,7 +151,8 @@ def main():
         time.sleep(0.3)
         dist.all_reduce(torch.zeros(9))
         time.sleep(3)
-run_and_leave(main) if leave else main()
+with leaving_at_once() if leave else nullcontext():
+    main()
 """
 
 
