@@ -22,7 +22,7 @@ from benchmarks.harness.against import parse
 from foreroute.engine.config import Split
 from foreroute.engine.data.corpus import PreparedCorpus, prepare
 from foreroute.engine.data.loader import PlannedLoader
-from foreroute.engine.data.planned_batches import GroupBatch, group_batch, plan_batch
+from foreroute.engine.data.planned_batches import GroupBatch, PlannedBatch, group_batch, plan_batch
 from foreroute.engine.data.streams import Streams
 from foreroute.engine.routing.routers import GroupIds, HashedRouter
 from foreroute.engine.routing.tables import Table, build_tables
@@ -72,6 +72,10 @@ class Simulated:
         rows = [range(rank * size, (rank + 1) * size) for rank in range(self.group.ranks)]
         return group_batch([self.streams.batch(step, streams) for streams in rows], RANK)
 
+    def planned(self, step: int, micro: int) -> PlannedBatch:
+        """Plan what every rank trains on, for all layers."""
+        return plan_batch(self.read(step, micro), K, self.routers)
+
     def times_ms(self, rounds: int) -> dict[str, float]:
         """Measure one table, and its share of the keys of all."""
         batch, router = self.read(0), self.routers[0]
@@ -88,14 +92,7 @@ class Simulated:
     def wait_fraction(self, steps: int) -> float:
         """Measure the share of time that steps wait for their plans."""
         step_s = self.group.tokens / TOKENS_PER_SECOND
-        loader = PlannedLoader(
-            self.read,
-            lambda group, k: plan_batch(group, k, self.routers),
-            lambda step: K,
-            steps=range(steps + 1),
-            accumulation=1,
-            prefetch=2,
-        )
+        loader = PlannedLoader(self, steps=range(steps + 1), accumulation=1, prefetch=2)
         waits = []
         for _ in range(steps + 1):
             waits.append(loader.next()[1])

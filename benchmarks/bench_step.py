@@ -73,14 +73,13 @@ class Arm:
     def __init__(self, run: RunModel, engine: Engine, meter: StepMeter, k: int) -> None:
         config, ids = run.config, run.corpus.split(Split.train)
         streams = Streams(ids, config.data.streams, config.data.segment, config.context, config.data.start)
-        batches = TrainingBatches(config, streams, Mesh(), run.routers)
+        at_k = replace(config, schedule=replace(config.schedule, k_min=k, k_max=k))
+        batches = TrainingBatches(at_k, streams, Mesh(), run.routers)
         self.config, self.engine, self.meter = config, engine, meter
         self.memory: list[Memory | None] = [None]
         self.step = 0
         self.times: list[StepTimes] = []
-        self.loader = PlannedLoader(
-            batches.read, batches.plan, lambda step: k, steps=range(10**6), accumulation=1, prefetch=2
-        )
+        self.loader = PlannedLoader(batches, steps=range(10**6), accumulation=1, prefetch=2)
 
     def __call__(self) -> None:
         """Run one training step."""

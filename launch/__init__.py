@@ -1,4 +1,4 @@
-"""How processes start: the programs a person runs. The only place that knows Hydra."""
+"""The programs that a person runs, and how their processes start. Only this folder uses Hydra."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys(
 
 
 def _leave(number: int, _frame: object) -> None:
-    """End a program that Ctrl-C meets while it is loaded; launch.start.cli.run_program takes over."""
+    """End a program on Ctrl-C while it is loaded; launch.start.cli.run_program takes over."""
     os.write(2, b"foreroute: stopped before it began\n")
     os._exit(128 + number)
 

@@ -1,4 +1,4 @@
-"""What a trained run's experts and routes look like: `python -m launch.analyse run=runs/NAME`.
+"""Analysis of a trained run's experts and routes: `python -m launch.analyse run=runs/NAME`.
 
 Reads the run's whole checkpoints, the newest one and those at multiples of train.save_every (not what a stop left), and
 draws its initialisation anew from the seed. Prints a summary and writes analysis.json into the run's folder: similarity
@@ -70,7 +70,7 @@ def analyse(args: AnalyseArgs) -> int:
 
 
 def measure(saved: SavedRun, folder: Path, split: Split, symbols: int) -> dict[str, Any]:
-    """Measure an opened run and its earlier checkpoints; gives what analysis.json holds."""
+    """Measure an opened run and its earlier checkpoints; returns the content of analysis.json."""
     config, k_max = saved.config, saved.config.schedule.k_max
     half = max(1, config.moe.experts // 2)
 
@@ -99,7 +99,7 @@ def measure(saved: SavedRun, folder: Path, split: Split, symbols: int) -> dict[s
 def _earlier(
     saved: SavedRun, folder: Path, look: Callable[[TransformerXL], list[LayerSeen]]
 ) -> dict[int, list[LayerSeen]]:
-    """Look at each earlier whole checkpoint of train.save_every, by its step, in a model of its own; stops left
+    """Measure each earlier whole checkpoint of train.save_every, by its step, in a model of its own; stops left
     others."""
     every = saved.config.train.save_every
     model = build_model(saved.config, saved.corpus.vocab.size).eval()
@@ -113,7 +113,7 @@ def _earlier(
 
 
 def _changes(seen: dict[int, list[LayerSeen]]) -> list[dict[str, float]]:
-    """Share of tokens whose experts differ, from each step to the next, and from the first to the last."""
+    """Compute the share of tokens whose experts differ, from each step to the next, and from the first to the last."""
     steps = sorted(seen)
     pairs = [*pairwise(steps), *([(steps[0], steps[-1])] if len(steps) > 2 else [])]
     return [{"from": a, "to": b, "share": routing_change(seen[a], seen[b])} for a, b in pairs]
@@ -128,7 +128,7 @@ def _weights(seen: list[LayerSeen]) -> float | None:
 
 
 def _mean(values: list[float]) -> float | None:
-    """Mean over layers; None where there are no pairs of experts."""
+    """Compute the mean over layers; None where there are no pairs of experts."""
     mean = sum(values) / len(values)
     return mean if math.isfinite(mean) else None
 

@@ -166,7 +166,7 @@ def load(text: str) -> Any:
 
 
 def titled(panel: Panel) -> str:
-    """The panel's title with the unit of its metrics; no unit for plain numbers."""
+    """Return the panel's title with the unit of its metrics; no unit for plain numbers."""
     unit = METRICS[panel.names[0]].unit
     return panel.title if unit == "1" else f"{panel.title} [{unit}]"
 
@@ -199,12 +199,12 @@ def _heat_map(section: str, layer: int) -> Any:
 
 
 def _id(*words: str) -> str:
-    """An id of 11 letters and digits, as W&B's own are, that is the same in every call."""
+    """Return an id of 11 letters and digits, as W&B's own are, that is the same in every call."""
     return hashlib.sha256("/".join(words).encode()).hexdigest()[:11]
 
 
 def _find(workspace: Any) -> None:
-    """Give the dashboard the id of the one that an earlier call made in the project, if there is one."""
+    """Set the dashboard's id to that of an earlier call's dashboard in the project, if there is one."""
     from wandb_workspaces.workspaces.internal import get_view_dict
 
     name = workspace._internal_name.removeprefix("nw-").removesuffix("-v")
@@ -219,7 +219,7 @@ def _find(workspace: Any) -> None:
 
 @contextmanager
 def _wandb_errors() -> Iterator[None]:
-    """Turn what wandb raises into one line. Its errors share no class that can be had without importing wandb."""
+    """Turn errors of wandb into one line. They share no class that is available without importing wandb."""
     try:
         yield
     except Exception as error:

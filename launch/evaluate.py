@@ -51,7 +51,7 @@ PUBLISHED = {"segment": 80, "memory": 2100, "clamp_len": 820, "same_length": Tru
 
 
 def evaluation_config(args: EvaluateArgs) -> Config:
-    """Read the run's configuration and put the evaluation in that was asked for (validated)."""
+    """Return the run's configuration with the requested evaluation (validated)."""
     config = read_run(Path(args.run), args.corpus)
     changes: dict[str, object] = dict(PUBLISHED) if args.protocol is Protocol.published else {}
     for each in fields(EvalConfig):

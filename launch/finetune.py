@@ -129,7 +129,7 @@ def finetune(args: FinetuneArgs) -> int:
 def _run(
     classifier: Classifier, examples: _Examples, args: FinetuneArgs, k: int, eval_k: dict[str, int], console: Console
 ) -> tuple[Selection, dict[str, Accuracy]]:
-    """Train and select at k; then look at dev, once for each name of eval_k."""
+    """Train and select at k; then evaluate on dev, once for each name of eval_k."""
     recipe = Recipe(k, args.steps, args.batch, tuple(args.lr), args.eval_every, args.seed)
     progress = _Progress(console, args.total_steps)
     found = train_and_select(classifier, examples.train, examples.held_out, recipe, progress)
@@ -138,7 +138,7 @@ def _run(
 
 
 def _config(args: FinetuneArgs) -> Config:
-    """Read the run's configuration and put fine-tuning's dropout and fp32 in.
+    """Read the run's configuration and set fine-tuning's dropout and fp32.
 
     The run's seed stays: tables at the input follow from it.
     """
@@ -172,7 +172,7 @@ def _active_experts(
 
 
 def _target(folder: Path, args: FinetuneArgs, trained_k: int | None) -> Path:
-    """The result's file, which must not be there."""
+    """Return the result's file, which must not exist."""
     start = "pretrained" if args.pretrained else "none"
     at = "" if trained_k is None else f"-k{trained_k}"
     target = folder / "finetune" / f"{args.name or f'{start}{at}-seed{args.seed}'}.json"
@@ -181,7 +181,7 @@ def _target(folder: Path, args: FinetuneArgs, trained_k: int | None) -> Path:
 
 
 def _write(target: Path, result: dict[str, Any]) -> Path:
-    """Write the result; give its place, which is another one if somebody took the name meanwhile."""
+    """Write the result; return its path, which is another one if the name was taken meanwhile."""
     target.parent.mkdir(exist_ok=True)
     while target.exists():
         target = target.with_stem(f"{target.stem}-again")
@@ -190,7 +190,7 @@ def _write(target: Path, result: dict[str, Any]) -> Path:
 
 
 def _prepare(read: dict[str, list[Example]], saved: SavedRun, args: FinetuneArgs, console: Console) -> _Examples:
-    """Hold examples out and turn all into ids."""
+    """Hold examples out and encode all as ids."""
     vocab = saved.corpus.vocab
     train, held_out = hold_out(read[TRAIN], args.held_out, args.seed)
     parts = {"train": train, "held_out": held_out, "dev": read[DEV]}
@@ -214,7 +214,7 @@ def _prepare(read: dict[str, list[Example]], saved: SavedRun, args: FinetuneArgs
 
 
 def _classifier(saved: SavedRun, args: FinetuneArgs) -> Classifier:
-    """The run's model, or a new one like it, with a new head; moved to this machine's device."""
+    """Return the run's model, or a new one like it, with a new head, on this machine's device."""
     if not args.pretrained:
         saved = replace(saved, model=build_model(saved.config, saved.corpus.vocab.size, weights_seed=args.seed))
         fill_signatures(saved)
@@ -230,7 +230,7 @@ class _Progress:
         self.step = console.step
 
     def point(self, step: int, point: Point) -> None:
-        """Show a look at the held-out examples."""
+        """Show the accuracy on the held-out examples."""
         left = (time.perf_counter() - self.start) / step * (self.total - step)
         text = f"loss {point.training_loss:.3f} held-out {100 * point.held_out.share:.1f} %"
         self.console.say(step, f"lr {point.lr:g} {text}", left)
@@ -244,7 +244,7 @@ def _heading(folder: Path, saved: SavedRun, args: FinetuneArgs, k: int) -> str:
 
 
 def _scores(scores: dict[str, Accuracy], always: Majority) -> dict[str, Any]:
-    """The result proper, for the file."""
+    """Return the scores for the file."""
     return {
         "dev": {
             name: {
@@ -261,7 +261,7 @@ def _scores(scores: dict[str, Accuracy], always: Majority) -> dict[str, Any]:
 
 
 def _report(found: Selection, scores: dict[str, Accuracy], always: Majority) -> str:
-    """What the console says at the end."""
+    """Return the lines that the console shows at the end."""
     chosen = found.chosen
     names = {name: f"k = {name}" if name.isdigit() else name for name in scores}
     rows = [

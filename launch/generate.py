@@ -77,7 +77,7 @@ def generate(args: GenerateArgs) -> int:
 
 
 def _prompt(args: GenerateArgs) -> bytes:
-    """The prompt's bytes."""
+    """Return the prompt's bytes."""
     if args.prompt_file is None:
         return os.fsencode(args.prompt)
     if args.prompt_file == "-":

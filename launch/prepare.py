@@ -18,7 +18,7 @@ class PrepareArgs:
 
 
 def prepare_corpus(args: PrepareArgs) -> int:
-    """Download if needed, tokenise, split, and say what came out; returns the exit code."""
+    """Download if needed, tokenise, split, and print the sizes; returns the exit code."""
     config = args.corpus
     if config.name is Corpus.enwik8 and config.path is None:
         with tqdm(unit="B", unit_scale=True, desc="enwik8", disable=None) as bar:

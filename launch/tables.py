@@ -1,4 +1,4 @@
-"""How evenly a run's tables load experts and ranks: `python -m launch.tables experiment=enwik8_hashed ranks=[2,4,8]`.
+"""The load of experts and ranks by a run's tables: `python -m launch.tables experiment=enwik8_hashed ranks=[2,4,8]`.
 
 Builds the tables as training would and counts them on one split of the text. Loads are max / mean (1 is perfectly even)
 of the worst table; ranks touched by a token and rows on the wire are means over the tables. Prints one line for each k,
@@ -46,7 +46,7 @@ class TablesArgs(Config):
 
 
 def over_tables(same_k: Sequence[Balance]) -> Balance:
-    """Put the balances of several tables at one k together: the worst loads, the mean of what travels."""
+    """Combine the balances of several tables at one k: the worst loads, the mean of the rows sent."""
     ranks = {
         num: RankBalance(
             load=max(found.ranks[num].load for found in same_k),

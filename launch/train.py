@@ -1,8 +1,7 @@
-"""Train, evaluate at every k, and leave a run folder behind: `python -m launch.train experiment=NAME
-[SECTION.OPTION=VALUE]`.
+"""Train, evaluate at every k, and write a run folder: `python -m launch.train experiment=NAME [SECTION.OPTION=VALUE]`.
 
-Follow one run from here: configuration -> corpus -> tables -> Trainer (engine/train/trainer.py) -> slimming curve ->
-summary.
+`train` reads from top to bottom as a run goes: configuration, corpus, folder, tables, Trainer
+(engine/train/trainer.py), slimming curve, summary.
 """
 
 from collections.abc import Callable
@@ -40,7 +39,7 @@ from foreroute.launch.start.process import StopSignal, leaving_at_once, set_up
 
 @dataclass
 class TrainArgs(Config):
-    """Options: a run's configuration, and what it is held to."""
+    """Options: a run's configuration, and the certificate that it is held to."""
 
     certificate: str | None = option(
         None,
@@ -134,7 +133,7 @@ def _named_in_sweep(config: Config) -> Config:
 
 
 def _facts(corpus: PreparedCorpus, certificate: Written | None) -> dict[str, Any]:
-    """What must be equal on all ranks besides the options."""
+    """Return the facts that must be equal on all ranks besides the options."""
     return {
         "the text (its sha256)": corpus.sha256,
         "the vocabulary (its sha256)": corpus.vocab.fingerprint,
@@ -143,7 +142,7 @@ def _facts(corpus: PreparedCorpus, certificate: Written | None) -> dict[str, Any
 
 
 def _is_complete(run: RunFolder, trainer: Trainer) -> bool:
-    """Whether nothing is left to do of a resumed run; if so, its results are shown."""
+    """Return whether a resumed run is complete; if so, show its results."""
     config, world = trainer.config, trainer.world
     if run.earlier is None or run.earlier.eval != config.eval or trainer.step != config.train.steps:
         return False
@@ -191,7 +190,7 @@ def _check_layout(config: Config, mesh: Mesh) -> None:
 
 
 def _options(config: Config) -> dict[str, Any]:
-    """Every option on which the ranks must agree, by its name; machines may have the same text in different places."""
+    """Return every option on which the ranks must agree, by name; each machine may have the text in another place."""
     plain = to_plain(config)
     found = {f"{s}.{name}": value for s, options in plain.items() for name, value in options.items()}
     own = "corpus.path", "corpus.valid_path", "corpus.test_path", "corpus.tokenizer", "corpus.cache_dir"
@@ -199,7 +198,7 @@ def _options(config: Config) -> dict[str, Any]:
 
 
 def _open_metrics(run: RunFolder, trainer: Trainer, check: Check | None, note: Callable[[str], None]) -> Metrics | None:
-    """The run's outputs; rank 0 alone has them."""
+    """Open the run's outputs; rank 0 alone has them."""
     if not trainer.world.first:
         return None
     config = trainer.config

@@ -1,7 +1,7 @@
-"""Copies to the device and back without waiting for it. On a CPU there is no way: the same tensors are handed on.
+"""Copies to the device and back without waiting for it. On a CPU nothing is copied: the same tensors are handed on.
 
-To a GPU the loader's thread copies planned batches through pinned memory on a stream of its own and records an event;
-the step makes its stream wait for that event, not the host. A HostCopy brings a step's numbers back the same way.
+To a GPU the loader's thread copies planned batches through pinned memory on a stream of its own and records an event.
+The step's stream waits for that event; the host does not. A HostCopy brings a step's numbers back the same way.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class Delivery:
 
 
 class HostCopy:
-    """A tensor on its way to the host, from construction on; it must not change on a CPU, where nothing is copied."""
+    """A copy of a tensor to the host, begun by construction. On a CPU nothing is copied: the tensor must not change."""
 
     def __init__(self, values: Tensor) -> None:
         self._values, self._copied = values, None
@@ -46,7 +46,7 @@ class HostCopy:
             self._copied = torch.cuda.current_stream().record_event()
 
     def wait(self) -> None:
-        """Block the host until the device is past the copy, and so past everything before it."""
+        """Block the host until the device has finished the copy, and so everything before it."""
         if self._copied is not None:
             self._copied.synchronize()
 
@@ -67,7 +67,7 @@ def receive(value: T, copied: torch.cuda.Event | None) -> T:
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Give a copy of nested dataclasses and tuples in which every tensor is changed."""
+    """Return a copy of nested dataclasses and tuples in which every tensor is changed."""
     if isinstance(value, Tensor):
         return change(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -2,12 +2,12 @@
 
 One thread prepares every (step, micro-batch) in order, `prefetch` steps ahead of the step. A planned batch is a pure
 function of (step, micro-batch, tables, k), so the thread cannot change a run's numbers, and planning inline
-(`plan_batch`, as evaluation does) gives the same tensors.
+(`plan_batch`, as evaluation does) returns the same tensors.
 
-With many ranks the thread is also the one that talks to the other ranks' loaders, over connections of its own and in
-the order of the steps: it asks for the peers' ids where this rank does not read them (`share_ids`), and before a plan
-may be used it compares what the ranks planned (engine/data/plan_agreement.py). How far ahead it works depends on what
-was taken alone, so when a run stops, all ranks' threads stop behind the same micro-batch and none waits for another.
+With many ranks the thread also talks to the other ranks' loaders, over connections of its own and in the order of the
+steps. It asks for the peers' ids where this rank does not read them (`share_ids`). Before a plan may be used, it
+compares the ranks' plans (engine/data/plan_agreement.py). How far ahead it works depends only on the batches taken, so
+when a run stops, all ranks' threads stop after the same micro-batch and none waits for another.
 
 Letters: P ranks of the expert group, B streams, Q segment length, C ids left of a segment.
 """
@@ -15,40 +15,44 @@ Letters: P ranks of the expert group, B streams, Q segment length, C ids left of
 import queue
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 
 from foreroute.engine.data.device_copy import Delivery, receive
 from foreroute.engine.data.plan_agreement import Agreement
-from foreroute.engine.data.planned_batches import GroupBatch, PlannedBatch
+from foreroute.engine.data.planned_batches import PlannedBatch
 from foreroute.engine.tracing import span
 
-# Of a planned batch, what the step needs on the device.
+# The fields of a planned batch that the step needs on the device.
 _MOVED = "batch", "routing"
 _CLOSE_S = 10.0  # how long `close` waits for the other ranks' threads
+
+
+class Batches(Protocol):
+    """Reads and plans batches, as TrainingBatches does (engine/data/planned_batches.py)."""
+
+    def planned(self, step: int, micro: int) -> PlannedBatch:
+        """Return a micro-batch with its plans."""
+        ...
 
 
 class PlannedLoader:
     """Prepares planned batches in a daemon thread, from construction until `close` (or the last step).
 
     Args:
-        make_batch: (step, micro) -> GroupBatch; called in the thread only.
-        plan: (GroupBatch, k) -> PlannedBatch, such as plan_batch with its routers; called in the thread only.
-        k_of_step: active experts at a step.
+        batches: used in the thread only.
         steps: the steps to prepare, such as range(first, total).
         accumulation: micro-batches per step.
         prefetch: steps prepared ahead, at least 1.
         agreement: compares the plans between the ranks; None on one rank.
-        device: where `next` gives tensors.
+        device: of the tensors that `next` returns.
     """
 
     def __init__(
         self,
-        make_batch: Callable[[int, int], GroupBatch],
-        plan: Callable[[GroupBatch, int], PlannedBatch],
-        k_of_step: Callable[[int], int],
+        batches: Batches,
         *,
         steps: range,
         accumulation: int,
@@ -56,8 +60,7 @@ class PlannedLoader:
         agreement: Agreement | None = None,
         device: torch.device | None = None,
     ) -> None:
-        self._make_batch, self._plan, self._k_of_step = make_batch, plan, k_of_step
-        self._steps, self._accumulation = steps, accumulation
+        self._batches, self._steps, self._accumulation = batches, steps, accumulation
         self._agreement = agreement
         self._delivery = Delivery(device or torch.device("cpu"))
         self._queue: queue.Queue[PlannedBatch | BaseException] = queue.Queue()
@@ -91,8 +94,8 @@ class PlannedLoader:
     def close(self) -> None:
         """End the worker and drop what was prepared; may be called twice.
 
-        With other ranks it first prepares what was still allowed, which they may wait for; if they do not answer any
-        more it is left behind.
+        With other ranks it first prepares the batches that were still allowed, since they may wait for these. If they
+        no longer answer, the thread is abandoned.
         """
         with self._change:
             self._closed = True
@@ -108,7 +111,7 @@ class PlannedLoader:
                     return
                 start = time.perf_counter()
                 with span("plan"):
-                    planned = self._plan(self._make_batch(step, micro), self._k_of_step(step))
+                    planned = self._batches.planned(step, micro)
                 planned = replace(planned, prepare_ms=1e3 * (time.perf_counter() - start))
                 if self._agreement is not None:
                     routing = planned.routing

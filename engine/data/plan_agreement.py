@@ -1,8 +1,8 @@
-"""Do all ranks plan the same? Checked for every micro-batch, ahead of its step, over host connections.
+"""Consistency check of the ranks' plans, for every micro-batch, ahead of its step, over host connections.
 
-A rank with another k, table or text would wait for rows that nobody sends, or take rows for others than they are. So
-before a plan may be used the ranks compare what it was made from, and the sizes of what they are going to send each
-other. A difference ends every rank with the name of the one that differs.
+A rank with another k, table or text would wait for rows that nobody sends, or misread the rows that it gets. So before
+a plan may be used, the ranks compare the inputs of their plans and the sizes of their messages. A difference ends every
+rank, with a message that names the rank that differs.
 
 Letters: P ranks of the expert group, y tables.
 """
@@ -30,7 +30,7 @@ class Agreement:
     """Compares plans between the ranks; used by one thread of each rank, in the order of the steps."""
 
     def __init__(self, cpu_group: CpuGroup, mesh: Mesh, routers: Sequence[PlannedRouter] | None) -> None:
-        """Take connections to all ranks that no other thread uses, and the routers whose tables must agree."""
+        """Use connections to all ranks that no other thread uses, and the routers whose tables must agree."""
         self._cpu_group, self._mesh = cpu_group, mesh
         self._tables = tables_digest(routers)
 
@@ -38,7 +38,7 @@ class Agreement:
         """Compare this micro-batch's plans, of all its passes, with the other ranks'; collective.
 
         Raises:
-            RunFailed: on every rank; names what differs, where, and the ranks.
+            RunFailed: on every rank; names the difference, its place, and the ranks.
         """
         ranks = self._mesh.ep_size
         read = (group.ids_PBQ, group.left_PBC, group.stream_PB, group.new_document_PBX)
@@ -73,7 +73,7 @@ class Agreement:
 
 
 def tables_digest(routers: Sequence[PlannedRouter] | None) -> int:
-    """A 64-bit digest of all tables, or of what routers draw from."""
+    """Return a 64-bit digest of all tables, or of what routers draw from."""
     arrays = [array for router in routers or () for array in router.identity()]
     return _digest(*arrays)
 

@@ -1,6 +1,6 @@
-"""What each step of a run trains on, with its plans: a pure function of (step, micro-batch), configuration and tables.
+"""The batches of each step with their plans: a pure function of (step, micro-batch), configuration and tables.
 
-The trainer's loader (engine/data/loader.py) calls `read` and `plan` in its thread, ahead of the step.
+The loader (engine/data/loader.py) has them read and planned in its thread, ahead of the step.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ _SECOND_SEED = 2**31  # beyond all steps: seeds of first passes are neighbours
 
 @dataclass(frozen=True, slots=True)
 class GroupBatch:
-    """A rank's own batch, and of the whole expert group what planning needs, rank by rank."""
+    """A rank's own batch, and the ids and contexts of the whole expert group, rank by rank, for planning."""
 
     own: Batch
     ids_PBQ: Tensor  # int64
@@ -47,7 +47,7 @@ class PlannedBatch:
 
 
 def group_batch(batches: Sequence[Batch], own: int = 0) -> GroupBatch:
-    """Put the batches of an expert group together; `own` is this rank's number in it."""
+    """Stack the batches of an expert group; `own` is this rank's number in it."""
     marks = [mark_BX for batch in batches if (mark_BX := batch.new_document_BX) is not None]
     return GroupBatch(
         batches[own],
@@ -59,8 +59,8 @@ def group_batch(batches: Sequence[Batch], own: int = 0) -> GroupBatch:
 
 
 def share_ids(alone: GroupBatch, cpu_group: CpuGroup) -> GroupBatch:
-    """Fill in what the other ranks of the expert group read: one exchange of ids, left contexts, stream numbers and,
-    where documents are known, their starts."""
+    """Add what the other ranks of the expert group read, by one exchange of ids, left contexts and stream numbers, and
+    of the starts of documents where they are known."""
     own = alone.own
     parts = [own.left_BC, own.ids_BQ, own.stream_B[:, None]]
     if alone.new_document_PBX is not None:
@@ -89,7 +89,7 @@ def plan_batch(
 
     Args:
         gather: for the exchange of all rows (engine/routing/exchange_choice.py says when).
-        chunks: parts that are exchanged one behind the other.
+        chunks: parts that are exchanged one after the other.
         passes: over the batch, 1 or 2, each with plans of its own.
         held_out: the batch is not trained on; what is drawn then depends on batch.index and streams alone.
         input_keys: of the tables at the input of the model (TransformerXL.input_keys).
@@ -136,8 +136,12 @@ class TrainingBatches:
     input_keys: Sequence[KeyRows] = ()  # of the tables at the input of the model
     planning_group: CpuGroup = field(default_factory=CpuGroup)  # asks the expert group for its ids
 
+    def planned(self, step: int, micro: int) -> PlannedBatch:
+        """Read a micro-batch and plan it at the k of its step."""
+        return self.plan(self.read(step, micro), self.k(step))
+
     def read(self, step: int, micro: int) -> GroupBatch:
-        """Read a micro-batch: all of the expert group's streams, or this rank's, and ask the others for theirs."""
+        """Read a micro-batch: all streams of the expert group, or this rank's and, by an exchange, the others."""
         mesh = self.mesh
         alone = mesh.ep_size == 1 or self.config.parallel.peer_ids is PeerIds.exchange
         batches = [
@@ -164,10 +168,10 @@ class TrainingBatches:
         )
 
     def k(self, step: int) -> int:
-        """Give the active experts of a step."""
+        """Return the active experts of a step."""
         return active_experts(self.config.schedule, step, self.config.schedule_steps)
 
     def streams_of(self, rank: int, micro: int) -> range:
-        """Give the global streams of a rank in a micro-batch."""
+        """Return the global streams of a rank in a micro-batch."""
         accumulation = self.config.train.accumulation
         return self.streams.streams_of(rank, micro, world=self.mesh.world, accumulation=accumulation)

@@ -1,4 +1,4 @@
-"""What this process takes of its machine's memory."""
+"""The memory of this process."""
 
 import os
 import resource
@@ -9,7 +9,7 @@ import psutil
 
 
 def memory_bytes() -> int:
-    """Give the resident memory of this process."""
+    """Return the resident memory of this process."""
     rss: int = _process(os.getpid()).memory_info().rss
     return rss
 
@@ -20,6 +20,6 @@ def _process(pid: int) -> psutil.Process:
 
 
 def peak_memory_bytes() -> int:
-    """Give the largest resident memory that this process ever had."""
+    """Return the largest resident memory that this process ever had."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # KiB except on macOS

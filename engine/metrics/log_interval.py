@@ -5,6 +5,7 @@ Letters: L layers, E experts, P ranks of the run.
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -15,7 +16,7 @@ import torch
 
 from foreroute.engine.metrics.host_memory import memory_bytes, peak_memory_bytes
 from foreroute.engine.metrics.peak_flops import Peak
-from foreroute.engine.metrics.rank_sums import COLUMN, Numbers
+from foreroute.engine.metrics.rank_sums import Numbers
 from foreroute.engine.metrics.step_result import StepResult
 from foreroute.engine.metrics.stragglers import skew
 from foreroute.engine.metrics.timers import StepTimes
@@ -38,7 +39,7 @@ class Window:
 
     def __init__(self, arithmetic: Arithmetic, *, ranks: int, device: torch.device, peak: Peak, flops: float) -> None:
         self._arithmetic = arithmetic
-        self._ranks, self._device, self._peak = ranks, device, peak
+        self._num_ranks, self._device, self._peak = ranks, device, peak
         # since the start of the run: now, and at the last close
         self._flops = self._flops_before = flops
         self._reset()
@@ -47,27 +48,28 @@ class Window:
         self._steps = self._timed = 0
         self._loss = self._auxiliary_loss = self._worst_load = self._rank_load = 0.0
         self._ms = dict.fromkeys(_TIMES, 0.0)
-        self._block_PX: Numbers | float = 0.0
+        self._ranks: defaultdict[str, Numbers | float] = defaultdict(float)
         self._sent_bytes_PG: Numbers | float = 0.0
         self._count_LE: Numbers | float = 0.0
         self._load_L: Numbers | float = 0.0
         self._last: StepResult | None = None
 
     def add(self, result: StepResult) -> None:
-        """Take in a step."""
+        """Add a step."""
         self._steps += 1
-        # of a step before: the first one of a process has none
-        self._timed += bool(result.of_ranks("own_ms").any())
+        # own_ms is of an earlier step: the first step of a process has none
+        self._timed += bool(result.ranks["own_ms"].any())
         self._loss += result.loss
         self._auxiliary_loss += result.auxiliary_loss
         for name in _TIMES:
             self._ms[name] += getattr(result.times, name)
-        self._block_PX += result.block_PX
+        for name, value_P in result.ranks.items():
+            self._ranks[name] = self._ranks[name] + value_P
         self._sent_bytes_PG += result.sent_bytes_PG
         self._flops += self._arithmetic.step_flops(result.k)
         if result.count_LE.size:
             load_L = result.count_LE.max(1) / result.count_LE.mean(1)
-            rows_P = result.of_ranks("rows")
+            rows_P = result.ranks["rows"]
             self._count_LE += result.count_LE
             self._load_L += load_L
             self._worst_load += float(load_L.max())
@@ -81,7 +83,7 @@ class Window:
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """Take in the time of metric code between steps: it belongs to the steps, to what of them is outside the model.
+        """Count the time of metric code between steps as a part of the steps outside the model.
 
         Around `close` it belongs to the next window.
         """
@@ -92,11 +94,11 @@ class Window:
             self._ms[name] += metric_ms
 
     def own_ms_P(self) -> list[float]:
-        """Each rank's mean own time."""
+        """Return each rank's mean own time."""
         return self._ranks_mean("own_ms", self._timed)
 
     def close(self, step: int) -> Values:
-        """Give the metrics of the window that ends behind so many steps of the run, and start the next."""
+        """Return the metrics of the window that ends after this step of the run, and start the next window."""
         assert self._last is not None, "a window has at least one step"
         values = {**self._training(step, self._last), **self._machine(), **self._traffic()}
         self._flops_before = self._flops
@@ -104,7 +106,7 @@ class Window:
         return values
 
     def progress(self, step: int) -> Values:
-        """Give what also stands in a validation's line."""
+        """Return the metrics that a validation's line has as well."""
         return {"tokens": step * self._arithmetic.symbols_per_step, "flops": self._flops}
 
     def _training(self, step: int, last: StepResult) -> Values:
@@ -112,7 +114,7 @@ class Window:
         step_s = self._ms["step_ms"] / steps / 1e3
         tokens_per_second = self._arithmetic.symbols_per_step / step_s
         flops_per_second = (self._flops - self._flops_before) / steps / step_s
-        peak = self._ranks * self._peak.flops
+        peak = self._num_ranks * self._peak.flops
         return {
             "loss": self._loss / steps,
             "auxiliary_loss": self._auxiliary_loss / steps,
@@ -123,12 +125,12 @@ class Window:
             "grad_norm": last.grad_norm,
             **self.progress(step),
             "tokens_per_second": tokens_per_second,
-            "tokens_per_second_per_rank": tokens_per_second / self._ranks,
+            "tokens_per_second_per_rank": tokens_per_second / self._num_ranks,
             "mfu": flops_per_second / peak if peak else 0.0,
         }
 
     def _machine(self) -> Values:
-        """Times and memory."""
+        """Compute times and memory."""
         own_ms_P = self.own_ms_P()
         slowest_rank, rank_skew = skew(own_ms_P)
         gpu = self._device.type == "cuda"
@@ -141,13 +143,13 @@ class Window:
             "rank_skew": rank_skew,
             "memory_bytes": memory_bytes(),
             "peak_memory_bytes": peak_memory_bytes(),
-            "rank_memory_bytes": self._last.of_ranks("memory_bytes").tolist() if self._last else [],
+            "rank_memory_bytes": self._last.ranks["memory_bytes"].tolist() if self._last else [],
             "device_memory_bytes": torch.cuda.memory_allocated(self._device) if gpu else 0,
             "peak_device_memory_bytes": torch.cuda.max_memory_allocated(self._device) if gpu else 0,
         }
 
     def _traffic(self) -> Values:
-        """Rows of experts and what of them travelled; empty lists when dense."""
+        """Compute the experts' rows and the bytes that were exchanged; empty lists when dense."""
         steps, moe = self._steps, isinstance(self._count_LE, np.ndarray)
         wire_bytes_P = self._ranks_mean("wire_bytes")
         wire_bytes, inside = sum(wire_bytes_P), sum(self._ranks_mean("wire_bytes_inside"))
@@ -170,8 +172,7 @@ class Window:
         }
 
     def _ranks_mean(self, name: str, steps: int | None = None) -> list[float]:
-        """Mean of what the ranks told each other; 0 where no step did."""
-        assert isinstance(self._block_PX, np.ndarray)
+        """Return the mean of a number of RankRow for each rank; 0 where no step has it."""
         steps = self._steps if steps is None else steps
-        found: list[float] = (self._block_PX[:, COLUMN[name]] / max(1, steps)).tolist()
+        found: list[float] = np.divide(self._ranks[name], max(1, steps)).tolist()
         return found

@@ -12,7 +12,7 @@ WANDB_ID = "wandb_id.txt"  # in the run's folder: the id of its W&B run and the 
 
 
 class Metric(NamedTuple):
-    """What a metric's numbers are."""
+    """The unit and meaning of a metric."""
 
     unit: str
     meaning: str

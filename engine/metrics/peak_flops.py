@@ -1,7 +1,7 @@
-"""The peak of one device's arithmetic, in the number format that a run multiplies in: what MFU is measured against.
+"""The peak FLOP/s of one device in the number format of a run's matrix products: the denominator of MFU.
 
-Said by train.peak_tflops, else looked up by the GPU's name, else unknown; it is never guessed. Figures are those of
-dense products in the makers' data sheets, which print some of them for 2:4 sparse ones, twice as much.
+It comes from train.peak_tflops, else from a table by the GPU's name, else it is unknown; it is never guessed. The table
+has the figures for dense products of the makers' data sheets, which print some of them for 2:4 sparsity, twice as much.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from foreroute.engine.config.enums import MatmulPrecision, Precision
 
 
 class Peak(NamedTuple):
-    """What a device reaches at most."""
+    """The peak FLOP/s of a device."""
 
     flops: float  # FLOP/s; 0: unknown
     source: str

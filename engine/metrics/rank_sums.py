@@ -1,13 +1,13 @@
-"""What the ranks tell each other in a step: one sum over all of them, which stays on the device.
+"""One sum over all ranks in each step, with which the ranks tell each other their numbers; it stays on the device.
 
 It carries the losses, the rows of each expert, and a block in which each rank fills the row of its own. So every rank
 knows every other's times, memory, rows and bytes, and no further collective is needed.
 
-Letters: L layers, E experts, P ranks of the run, X columns of a row, G links of a rank.
+Letters: L layers, E experts, P ranks of the run, G ranks of an expert group.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -26,46 +26,32 @@ Numbers = NDArray[np.float64]
 
 @dataclass(slots=True)
 class RankRow:
-    """A rank's row of the block; a rank that is at fault cannot say so here, it ends instead."""
+    """The numbers of a step that a rank tells the others. A rank that fails ends instead; it has no number here."""
 
     stop_asked: float = 0.0  # 1: yes
-    save_asked: float = 0.0  # likewise, for a checkpoint behind this step
+    save_asked: float = 0.0  # likewise, for a checkpoint after this step
     own_ms: float = 0.0  # of the step before (StepTimes), or on a GPU of one that it is past; 0: none
     exchange_exposed_ms: float = 0.0  # likewise
     plan_wait_ms: float = 0.0
     memory_bytes: float = 0.0  # resident memory of the process
-    wire_bytes: float = 0.0  # left this rank for others
+    wire_bytes: float = 0.0  # sent to other ranks
     wire_bytes_inside: float = 0.0  # of these, to ranks of the same node
-    rows: float = 0.0  # expert rows that the rank computed, in all layers; filled in here
+    rows: float = 0.0  # expert rows that the rank computed, in all layers; filled in by sum_over_ranks
 
 
 MOST_RANKS = 16
-"""Up to so many ranks what each link carries is told, too: the bytes grow with the square of the ranks."""
-COLUMN = {column.name: number for number, column in enumerate(fields(RankRow))}
+"""Up to so many ranks each tells what it sent to each: the bytes grow with the square of the ranks."""
+_NAMES = [field.name for field in fields(RankRow)]
 
 
 class Totals(NamedTuple):
-    """The same on every rank."""
+    """The sums of a step; the same on every rank."""
 
     loss: float  # mean nats per symbol over micro-batches and ranks, without auxiliary losses
     auxiliary_loss: float
-    block_PX: Numbers  # every rank's RankRow; COLUMN says which column is what
-    sent_bytes_PG: (
-        Numbers  # what each rank sent to each of its expert group; [P, 0] for one rank or more than MOST_RANKS
-    )
+    ranks: Mapping[str, Numbers]  # every rank's RankRow: [P] by its name
+    sent_bytes_PG: Numbers  # from each rank to each of its expert group; [P, 0] on one rank and on more than MOST_RANKS
     count_LE: Numbers  # rows of each expert over all ranks; [0, 0] when dense
-
-
-def block_of(row: RankRow, sent_bytes_G: Sequence[int], mesh: Mesh) -> Tensor:
-    """Give the block [P, X + G] in which this rank's row alone is filled.
-
-    Args:
-        sent_bytes_G: to each rank of the expert group.
-    """
-    links = list(sent_bytes_G) if 1 < mesh.world <= MOST_RANKS else []
-    block = np.zeros((mesh.world, len(COLUMN) + len(links)))
-    block[mesh.rank] = [getattr(row, name) for name in COLUMN] + links
-    return torch.from_numpy(block)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,41 +66,51 @@ class RankSum:
 
     @property
     def is_finite(self) -> Tensor:
-        """Whether the loss is, a bool scalar on the device."""
+        """Whether the loss is finite, a bool scalar on the device."""
         return self.values[:2].sum().isfinite()
 
     def split(self, values: Numbers) -> Totals:
         """Return the numbers, from `values` copied to the host."""
         (loss, auxiliary_loss), told, count_X = np.split(values, [2, 2 + math.prod(self.block_shape)])
-        block_PX, sent_bytes_PG = np.split(told.reshape(self.block_shape), [len(COLUMN)], axis=1)
+        row_PX, sent_bytes_PG = np.split(told.reshape(self.block_shape), [len(_NAMES)], axis=1)
         return Totals(
             float(loss) / self.passes,
             float(auxiliary_loss) / self.passes,
-            block_PX,
+            dict(zip(_NAMES, row_PX.T, strict=True)),
             sent_bytes_PG,
             count_X.reshape(self.counts_shape) / self.ep_size,  # each rank counts for its whole expert group
         )
 
 
-def sum_over_ranks(outputs: list[Output], world: World, block: Tensor) -> RankSum:
+def sum_over_ranks(outputs: list[Output], world: World, row: RankRow, sent_bytes_G: Sequence[int] = ()) -> RankSum:
     """Add up a step over its micro-batches and ranks; a collective. No sync with the host.
 
-    Leaves: about 16 x (2 + P x (X + G) + L x E) bytes.
+    Leaves: about 16 x (2 + P x (9 + G) + L x E) bytes.
 
     Args:
-        block: this rank's (block_of), on the host.
+        row: of this rank.
+        sent_bytes_G: by this rank to each rank of its expert group.
     """
     mesh = world.mesh
     nll = torch.stack([output.nll_BQ.mean() for output in outputs]).double().sum()
     auxiliary = torch.stack([output.auxiliary_loss for output in outputs]).double().sum()
     counts = [output.count_LE for output in outputs if output.count_LE is not None]
+    block = _block(row, sent_bytes_G, mesh)
     parts = [torch.stack((nll, auxiliary)), to_device(block.flatten(), nll.device)]
     shape: tuple[int, ...] = 0, 0
     if counts:
         count_LE = torch.stack(counts).sum(0).to(nll.device, torch.float64)
         shape = tuple(count_LE.shape)
         here = mesh.local_experts(shape[1])
-        parts[1][mesh.rank * block.shape[1] + COLUMN["rows"]] = count_LE[:, here.start : here.stop].sum()
+        parts[1][mesh.rank * block.shape[1] + _NAMES.index("rows")] = count_LE[:, here.start : here.stop].sum()
         parts.append(count_LE.flatten())
     values = world.sum(torch.cat(parts))
     return RankSum(values, len(outputs) * mesh.world, (block.shape[0], block.shape[1]), shape, mesh.ep_size)
+
+
+def _block(row: RankRow, sent_bytes_G: Sequence[int], mesh: Mesh) -> Tensor:
+    """Return a block with a row for each rank, in which this rank's alone is filled, to be added up."""
+    links = list(sent_bytes_G) if 1 < mesh.world <= MOST_RANKS else []
+    block = np.zeros((mesh.world, len(_NAMES) + len(links)))
+    block[mesh.rank] = [getattr(row, name) for name in _NAMES] + links
+    return torch.from_numpy(block)

@@ -1,10 +1,10 @@
-"""What measures the steps of one rank: a timer, and the sum over the ranks with this rank's row in it."""
+"""The measurements of one rank's steps: a timer, and the sum over the ranks, to which this rank adds its row."""
 
 import torch
 from torch import nn
 
 from foreroute.engine.metrics.host_memory import memory_bytes
-from foreroute.engine.metrics.rank_sums import RankRow, RankSum, block_of, sum_over_ranks
+from foreroute.engine.metrics.rank_sums import RankRow, RankSum, sum_over_ranks
 from foreroute.engine.metrics.timers import StepTimer, StepTimes
 from foreroute.engine.model.transformer_xl import Output
 from foreroute.engine.parallel.collectives import ExpertGroupComm
@@ -35,7 +35,7 @@ class StepMeter:
         self._sent_before_G = list(self._comm.sent_bytes_P) if self._comm else []
 
     def tell(self, times: StepTimes) -> None:
-        """Have the next step's row tell all ranks of these times, of a step before it."""
+        """Add these times, of an earlier step, to the next step's row for all ranks."""
         self._untold = times
 
     def sum_over_ranks(self, outputs: list[Output], *, stop_asked: bool = False, save_asked: bool = False) -> RankSum:
@@ -57,8 +57,7 @@ class StepMeter:
                 wire_bytes=sum(sent_G),
                 wire_bytes_inside=sum(sent for sent, near in zip(sent_G, self._near_G, strict=True) if near),
             )
-            block = block_of(row, sent_G, self._world.mesh)
-        return sum_over_ranks(outputs, self._world, block)
+        return sum_over_ranks(outputs, self._world, row, sent_G)
 
     def _sent_now_G(self) -> list[int]:
         return self._comm.sent_bytes_P if self._comm else []

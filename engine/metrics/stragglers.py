@@ -1,14 +1,13 @@
-"""Which rank is slow, seen from the ranks' own times (own_ms of engine/metrics/timers.py), which every step's sum
-carries.
+"""Straggler detection by the ranks' own times (own_ms of engine/metrics/timers.py), which every step's sum carries.
 
-A rank is called slow when in two successive windows of logged steps its own time is above 1.5 times the median rank's.
+A rank is a straggler when its own time exceeds 1.5 times the median rank's in two successive windows of logged steps.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 SLOW = 1.5
-"""Below it are the differences of equal machines: uneven numbers of rows, other programs on a node."""
+"""Equal machines differ by less: by uneven numbers of rows, or other programs on a node."""
 
 
 class Skew(NamedTuple):
@@ -29,14 +28,14 @@ def skew(own_ms_P: Sequence[float]) -> Skew:
 
 
 class StragglerDetector:
-    """What there is to say about a slow rank: when it is slow, and when it no longer is."""
+    """Reports when a rank becomes a straggler, and when it no longer is one."""
 
     def __init__(self) -> None:
         self._suspected: int | None = None  # slow in the last window
         self._named: int | None = None
 
     def lines(self, own_ms_P: Sequence[float]) -> list[str]:
-        """Take in each rank's mean own milliseconds of a window; give the lines to be said."""
+        """Add each rank's mean own milliseconds of a window; return the lines to report."""
         rank, ratio = skew(own_ms_P)
         slow = rank if ratio > SLOW else None
         lines = []

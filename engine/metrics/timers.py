@@ -1,8 +1,7 @@
-"""Where the time of a step goes: its phases; how much of the forward passes is attention and how much expert layers;
-and how much of them is this rank's own work.
+"""Times of a step: of its phases, of attention and expert layers in the forward passes, and of this rank's own work.
 
-On a CPU a mark is the host's clock. On a GPU it is an event of the computing stream: nothing waits for it, and the
-times of a step are read when the device is past the step. Backward is not split.
+On a CPU a mark reads the host's clock. On a GPU it is an event of the computing stream: nothing waits for it, and the
+times of a step are read when the device has finished the step. Backward is not split.
 """
 
 import time
@@ -57,18 +56,18 @@ _FIELDS = {name: f"{name}_ms" for name in ("forward", "backward", "optimizer", "
 
 @dataclass(slots=True)
 class TimedStep:
-    """The marks of one step, and what the host measured in it."""
+    """The marks of one step, and the host's times in it."""
 
     host: StepTimes = field(default_factory=StepTimes)
     spans: list[tuple[str, Mark, Mark]] = field(default_factory=list)  # what, begin, end
     log: HostLog | DeviceLog = field(default_factory=HostLog)  # of the exchange
 
     def times(self) -> StepTimes:
-        """Return the times, once; the device must be past the step, or the host waits for it.
+        """Return the times, once; the host waits for a device that has not finished the step.
 
         Own time is that of the forward passes without the waits for other ranks' rows. All ranks take equally long for
-        a step, for each waits for the slowest; a slow rank has more time of its own. Backward and update are left out:
-        DeepSpeed's collectives in them wait, too.
+        a step, since each waits for the slowest; a slow rank has more own time. Backward and update are left out,
+        because DeepSpeed's collectives in them wait, too.
         """
         found = self.host
         for name, begin, end in self.spans:
@@ -84,7 +83,7 @@ class TimedStep:
 
 
 class StepTimer:
-    """Marks the steps of a model in training; an evaluation between two steps is none of a step's time.
+    """Marks the steps of a model in training; an evaluation between two steps counts for neither.
 
     Args:
         model: its attention modules and its feed-forward or expert modules are timed.
@@ -112,7 +111,7 @@ class StepTimer:
         self._began = self._mark()
 
     def end(self) -> TimedStep:
-        """End the step and return its marks; the device may still be at it."""
+        """End the step and return its marks; the device may still compute it."""
         self._step.spans.append(("step", self._began, self._mark()))
         if self._comm is not None:
             self._step.log = self._comm.take_log()

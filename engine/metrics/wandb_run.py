@@ -102,18 +102,18 @@ class WandbRun:
         self._lost = False
 
     def _define(self) -> None:
-        """Say what charts begin with, and what the table of runs shows of a series."""
+        """Define the axis of charts, and the number of a series that the table of runs shows."""
         for axis in ("tokens", "flops"):
             self._run.define_metric(axis)
         for name in ("valid_loss", "valid_bpc"):
             self._run.define_metric(name, step_metric="tokens", summary="min")
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Give the values of a step to the thread; later changes to them must not be made."""
+        """Pass the values of a step to the thread; the caller must not change them afterwards."""
         self._give(lambda: self._log(step, values))
 
     def summarise(self, values: Mapping[str, float]) -> None:
-        """Put numbers into the table of runs."""
+        """Add numbers to the table of runs."""
         self._give(lambda: self._run.summary.update(dict(values)))
 
     def close(self, *, failed: bool) -> None:
@@ -134,7 +134,7 @@ class WandbRun:
             self._given.append(self._thread.submit(act))
 
     def _look(self) -> None:
-        """See whether what was given has arrived."""
+        """Check whether the values that were passed on have arrived."""
         while self._given and self._given[0].done():
             error = self._given.popleft().exception()
             if error is not None:
@@ -156,7 +156,7 @@ class WandbRun:
 
 
 def _identity(file: Path, name: str, resumed: bool) -> tuple[str, str | None]:
-    """The run's id in W&B, kept in its folder, and the name that the folder was copied from, if it was."""
+    """Return the run's id in W&B, kept in its folder, and the name that the folder was copied from, if it was."""
     copied_from = None
     if resumed and file.exists():
         kept, _, owner = file.read_text(encoding="utf-8").partition("\n")

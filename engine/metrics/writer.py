@@ -1,5 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl and Weights & Biases (engine/metrics/wandb_run.py), all under the names of
-METRICS.
+"""Outputs of a run's numbers: metrics.jsonl and Weights & Biases (engine/metrics/wandb_run.py), named as in METRICS.
 
 One process of a run (rank 0) owns a `Metrics`. metrics.jsonl has one object per call, {"step": 20, "loss": 1.25, ...},
 complete after every line; a metric with axes is a list there, or a list of lists, and a number that is not finite is
@@ -19,7 +18,7 @@ from foreroute.engine.metrics.names import JSONL, METRICS
 
 
 class Metrics:
-    """The open outputs of one run; a context manager that closes them, and calls the run failed behind an error."""
+    """The open outputs of one run; a context manager that closes them, and marks the run as failed after an error."""
 
     def __init__(
         self,
@@ -64,7 +63,7 @@ class Metrics:
         self.close(failed=kind is not None and issubclass(kind, Exception))  # else a signal
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write values under a step's number; METRICS says which are lists.
+        """Write values under a step's number; METRICS defines which are lists.
 
         Raises:
             KeyError: a name that METRICS lacks.
@@ -94,7 +93,7 @@ class Metrics:
 
 
 def _finite(value: Any) -> Any:
-    """Put None for what JSON cannot say."""
+    """Replace numbers that JSON lacks by None."""
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return value if math.isfinite(value) else None

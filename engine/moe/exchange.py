@@ -31,9 +31,8 @@ from foreroute.engine.config import ParallelConfig
 from foreroute.engine.config.enums import Backend
 from foreroute.engine.parallel.collectives import ExpertGroupComm
 from foreroute.engine.parallel.in_flight import AsyncCollective
-from foreroute.engine.routing.exchange_choice import use_gather, wire_dtype
-from foreroute.engine.routing.live_plan import build_live_plan
-from foreroute.engine.routing.plan import Chunk, Plan, Route, build_plan
+from foreroute.engine.routing.exchange_choice import wire_dtype
+from foreroute.engine.routing.plan import Chunk, Plan
 from foreroute.engine.tracing import span
 from foreroute.kernels import ExpertRows, combine, permute_rows
 
@@ -41,9 +40,7 @@ from foreroute.kernels import ExpertRows, combine, permute_rows
 class Local:
     """The exchange of a one-rank expert group: no collective, no copy, zero bytes."""
 
-    def plan(self, route: Route, num_experts: int, x_TD: Tensor) -> Plan:
-        """Build the plan of a live router's route."""
-        return build_plan(route, num_experts)
+    comm = parallel = None
 
     def dispatch(self, x_TD: Tensor, plan: Plan) -> Tensor:
         """Return the received rows [R, D], here the tokens themselves."""
@@ -94,20 +91,6 @@ class Exchange:
     def __reduce__(self) -> tuple[Any, ...]:
         """Return Local for a copy or a pickle, which has no process group and refuses plans of several ranks."""
         return Local, ()
-
-    def plan(self, route: Route, num_experts: int, x_TD: Tensor) -> Plan:
-        """Build the plan from the live routes of all ranks; a collective (engine/routing/live_plan.py)."""
-        tokens, width = x_TD.shape
-        gather = use_gather(
-            self.parallel,
-            experts=num_experts,
-            ranks=self.comm.ranks,
-            k=route.expert_TK.shape[1],
-            tokens=tokens,
-            width=width,
-            itemsize=wire_dtype(self.parallel, x_TD.dtype).itemsize,
-        )
-        return build_live_plan(route, num_experts, self.comm, gather=gather, chunks=self.parallel.chunks)
 
     def dispatch(self, x_TD: Tensor, plan: Plan) -> Tensor:
         """Return the received rows [R, D], rank by rank, in the order of the sender's tokens."""

@@ -22,6 +22,7 @@ from foreroute.engine.moe.exchange import Exchange, Local
 from foreroute.engine.moe.experts import Experts
 from foreroute.engine.moe.feed_forward import FeedForward
 from foreroute.engine.parallel.collectives import ExpertGroupComm
+from foreroute.engine.routing.live_plan import plan_live
 from foreroute.engine.routing.losses import balance_loss, chosen_counts, z_loss
 from foreroute.engine.routing.plan import Plan, Routing
 from foreroute.engine.routing.routers import FrozenRouter, LearnedRouter
@@ -111,7 +112,7 @@ class MoELayer(nn.Module):
         live = self.router(x_TD, routing.k)
         num_experts = live.logits_TE.shape[1]
         with span("plan"):
-            plan = self.exchange.plan(live.route, num_experts, x_TD)
+            plan = plan_live(live.route, num_experts, x_TD, self.exchange.comm, self.exchange.parallel)
         if isinstance(self.router, FrozenRouter):
             return plan, None
         count_E = chosen_counts(live.route.expert_TK, num_experts)

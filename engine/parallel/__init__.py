@@ -1,1 +1,1 @@
-"""What crosses ranks: the collectives that the engine uses, each with its bytes."""
+"""Communication between ranks: the collectives that the engine uses, each with its bytes."""

@@ -1,8 +1,8 @@
-"""The collectives that move rows between ranks, and a count of the bytes that leave this rank.
+"""The collectives that move rows between ranks, and a count of the bytes that this rank sends.
 
-Splits come from the Plan and are known on the host: nothing here asks another rank how much will come, and nothing is
-read back from a device. A rank's own rows stay on it and do not count. Every collective is issued at once and gives a
-AsyncCollective (engine/parallel/in_flight.py); what it brings may be used after `wait`.
+Splits come from the Plan and are known on the host: no rank asks another for sizes, and nothing is read back from a
+device. A rank's own rows stay on it and do not count. Every collective is issued at once and returned as an
+AsyncCollective (engine/parallel/in_flight.py), whose result may be used after `wait`.
 
 Letters: P ranks of the group, D columns.
 """
@@ -29,7 +29,7 @@ from foreroute.engine.parallel.in_flight import (
 
 
 class ExpertGroupComm:
-    """One process group: what this rank has sent through it and how long that took."""
+    """Communicator of one process group, mostly an expert group, with counts of its bytes and times."""
 
     def __init__(
         self,
@@ -39,17 +39,16 @@ class ExpertGroupComm:
         *,
         timed: bool = True,
     ) -> None:
-        """Take a group and the module that offers the collectives, with the functions and arguments of
-        torch.distributed.
+        """Use a group and a module with the collectives of torch.distributed, or with functions of the same names.
 
         Args:
             group: None for all ranks.
             device: of the rows; on a GPU packing and collectives get streams of their own.
-            timed: keep times, until they are taken (take_log, take_times); somebody must.
+            timed: keep times until take_log or take_times is called, which must happen.
         """
         self.group, self._ops = group, ops
         self.rank, self.ranks = ops.get_rank(group), ops.get_world_size(group)
-        self.sent_bytes_P = [0] * self.ranks  # left this rank since construction, by destination
+        self.sent_bytes_P = [0] * self.ranks  # since construction, by destination
         self.collectives = 0  # issued since construction
         self._timed = timed
         self._streams: CudaStreams | None = None
@@ -60,23 +59,23 @@ class ExpertGroupComm:
 
     @property
     def sent_bytes(self) -> int:
-        """All that left this rank since construction."""
+        """Bytes that this rank has sent since construction."""
         return sum(self.sent_bytes_P)
 
     def take_log(self) -> HostLog | DeviceLog:
-        """Return the log of the collectives since the last call, and begin another; nothing is waited for.
+        """Return the log of the collectives since the last call, and begin another; does not wait.
 
-        What is sent in torch.inference_mode is not logged.
+        Collectives in torch.inference_mode are not logged.
         """
         log, self._log = self._log, type(self._log)()
         return log
 
     def take_times(self) -> ExchangeTimes:
-        """Return exposed and hidden time since the last call (see engine/parallel/in_flight.py); waits for a GPU."""
+        """Return exposed and hidden time since the last call (engine/parallel/in_flight.py); waits for a GPU."""
         return self.take_log().take()
 
     def mark(self) -> float:
-        """Return the place where the log is now, for its exposed_ms."""
+        """Return the present position in the log, for its exposed_ms."""
         return self._log.mark()
 
     @contextlib.contextmanager
@@ -93,9 +92,9 @@ class ExpertGroupComm:
             yield
 
     def all_to_all(self, rows: Tensor, splits: tuple[int, ...], got_splits: tuple[int, ...]) -> AsyncCollective:
-        """Send rows[splits[0] + .. + splits[q-1] :][: splits[q]] to rank q; give what came, rank by rank.
+        """Send rows[splits[0] + .. + splits[q-1] :][: splits[q]] to rank q; return the received rows, rank by rank.
 
-        Expert group; [sum(splits), D] to [sum(got_splits), D]; leaves: rows to other ranks x D x item bytes. No sync
+        Expert group; [sum(splits), D] to [sum(got_splits), D]; sends: rows to other ranks x D x item bytes. No sync
         with the host.
         """
         got = rows.new_empty(sum(got_splits), rows.shape[1])
@@ -103,16 +102,16 @@ class ExpertGroupComm:
         return self._issue(self._ops.all_to_all_single, got, rows, list(got_splits), list(splits))
 
     def all_gather(self, rows: Tensor) -> AsyncCollective:
-        """Give the rows of all ranks, rank by rank: [T, D] to [P * T, D]; leaves: (P - 1) x T x D x item bytes."""
+        """Return the rows of all ranks, rank by rank: [T, D] to [P * T, D]; sends: (P - 1) x T x D x item bytes."""
         got = rows.new_empty(self.ranks * rows.shape[0], rows.shape[1])
         self._count(rows, [rows.shape[0]] * self.ranks)
         return self._issue(self._ops.all_gather_into_tensor, got, rows)
 
     def reduce_scatter(self, rows: Tensor) -> AsyncCollective:
-        """Add up the ranks' rows and keep this rank's part: [P * T, D] to [T, D]; leaves (P - 1) x T x D x item bytes.
+        """Add up the ranks' rows and return this rank's part: [P * T, D] to [T, D]; sends (P - 1) x T x D x item bytes.
 
-        On a CPU an all-to-all, added up here in rank order and fp32: gloo's own is an all-reduce, twice the bytes
-        (measured).
+        On a CPU it is an all-to-all, added up here in rank order and fp32: gloo's own reduce-scatter is an all-reduce
+        of twice the bytes (measured).
         """
         got = rows.new_empty(rows.shape[0] // self.ranks, rows.shape[1])
         self._count(rows, [got.shape[0]] * self.ranks)
@@ -122,7 +121,7 @@ class ExpertGroupComm:
         return SummedCollective(parts, self.ranks)
 
     def all_reduce(self, values: Tensor) -> Tensor:
-        """Add up the ranks' values, of any shape; leaves about 2 (P - 1) / P x item bytes each, as round a ring to the
+        """Add up the ranks' values, of any shape; sends about 2 (P - 1) / P x item bytes each, counted as a ring to the
         next rank."""
         total = values.clone()
         self.collectives += 1
@@ -156,8 +155,9 @@ class ExpertGroupComm:
 
 
 def all_reduce_sum(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Give the sum of the ranks' values. Any group, all ranks by default; leaves: about 2 x value's bytes; no sync with
-    the host."""
+    """Return the sum of the ranks' values.
+
+    Any group, all ranks by default; sends about 2 x value's bytes; no sync with the host."""
     total = value.clone()
     dist.all_reduce(total, group=group)
     return total

@@ -1,7 +1,6 @@
-"""The ranks of a run talking through host memory, beside what moves on the device: who they are, what they have, what
-went wrong.
+"""Groups of ranks that communicate through host memory, beside the device's collectives: places, facts and errors.
 
-One primitive, `all_gather`, over a gloo group, over MPI, or on one rank over nothing; the rest is made of it. Each
+The one primitive is `all_gather`, over a gloo group or over MPI; on one rank it copies. The rest is made of it. Each
 object has connections of its own, so one thread may use one while another thread trains; two threads must not share
 one.
 """
@@ -21,17 +20,17 @@ from foreroute.engine.parallel.mesh import Mesh
 
 
 class CpuGroup:
-    """A rank alone; the base of those with company."""
+    """Single-process group; base class of GlooGroup and MpiGroup."""
 
     rank = 0
     ranks = 1
 
     def all_gather(self, values: NDArray[Any]) -> NDArray[Any]:
-        """Give every rank's array, [ranks, *values.shape]; all must have the same shape and type."""
+        """Return every rank's array, [ranks, *values.shape]; all must have the same shape and type."""
         return values[None].copy()
 
     def gather(self, value: Any) -> list[Any]:
-        """Give every rank's value, which must be JSON: numbers, text, lists, dicts with text keys, None."""
+        """Return every rank's value, which must be JSON: numbers, text, lists, dicts with text keys, None."""
         text = np.frombuffer(json.dumps(value).encode(), np.uint8)
         length_P = self.all_gather(np.array([text.size]))[:, 0]
         padded = np.zeros(length_P.max(), np.uint8)
@@ -40,44 +39,43 @@ class CpuGroup:
         return [json.loads(row[:length].tobytes()) for row, length in zip(rows, length_P, strict=True)]
 
     def broadcast(self, value: Any, source: int = 0) -> Any:
-        """Give the source rank's value, which must be JSON; the other ranks' values are not looked at."""
+        """Return the source rank's value, which must be JSON; the other ranks' values are ignored."""
         return self.gather(value if self.rank == source else None)[source]
 
     def barrier(self) -> None:
-        """Return when all ranks are here."""
+        """Return when all ranks have called it."""
         self.all_gather(np.zeros(1, np.int64))
 
     def close(self) -> None:
-        """Give the connections back; nothing can be sent any more."""
+        """Release the connections; nothing can be sent afterwards."""
 
 
 class GlooGroup(CpuGroup):
-    """Over a gloo process group; errors and timeouts are gloo's, as RuntimeError."""
+    """Group over gloo; errors and timeouts are gloo's, as RuntimeError."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
 
     def all_gather(self, values: NDArray[Any]) -> NDArray[Any]:
-        """Give every rank's array, [ranks, *values.shape]."""
+        """Return every rank's array, [ranks, *values.shape]."""
         own = torch.from_numpy(np.ascontiguousarray(values).copy().reshape(-1))
         found = own.new_empty(self.ranks, own.numel())
         dist.all_gather(list(found), own, group=self.group)
         return found.numpy().reshape(self.ranks, *values.shape)
 
     def close(self) -> None:
-        """Give the connections back and wait for gloo's threads.
+        """Release the connections and wait for gloo's threads.
 
-        One of them may still hold the tensors of the last call. To let them go it needs the interpreter, and a process
-        whose interpreter is ending would abort (seen with torch 2.13 in one of ten ends on busy cores).
+        One of them may still hold the tensors of the last call. It needs the interpreter to release them, and a
+        process whose interpreter is ending would abort (seen with torch 2.13 in one of ten ends on busy cores).
         """
         dist.destroy_process_group(self.group)
         del self.group  # the last reference
 
 
 def expert_cpu_group(mesh: Mesh, timeout: timedelta | None = None) -> CpuGroup:
-    """Connect this rank to its expert group over gloo; every rank of the run calls it, as groups are made by all
-    ranks."""
+    """Connect this rank to its expert group over gloo; a collective of all ranks of the run."""
     if mesh.ep_size == 1:
         return CpuGroup()
     groups = [
@@ -88,14 +86,14 @@ def expert_cpu_group(mesh: Mesh, timeout: timedelta | None = None) -> CpuGroup:
 
 
 class MpiGroup(CpuGroup):
-    """Over a communicator of its own, a duplicate of the one given; needs MPI_THREAD_MULTIPLE beside other threads."""
+    """Group over a duplicate of an MPI communicator; needs MPI_THREAD_MULTIPLE beside other threads."""
 
     def __init__(self, comm: Any) -> None:
         self.comm = comm.Dup()
         self.rank, self.ranks = self.comm.Get_rank(), self.comm.Get_size()
 
     def all_gather(self, values: NDArray[Any]) -> NDArray[Any]:
-        """Give every rank's array, [ranks, *values.shape]."""
+        """Return every rank's array, [ranks, *values.shape]."""
         own = np.ascontiguousarray(values)
         found = np.empty((self.ranks, *own.shape), own.dtype)
         self.comm.Allgather(own, found)
@@ -115,7 +113,7 @@ def named(ranks: Sequence[int], one: str, many: str, *, most: int | None = None)
 
 
 def odd_ones(values: list[Any], has: str = "has", have: str = "have", *, first: int = 0) -> str:
-    """Say which ranks have another value than most: "rank 3 has 5, the other 7 have 4".
+    """Name the ranks that have another value than most: "rank 3 has 5, the other 7 have 4".
 
     Args:
         first: rank of the first value; the others follow it.

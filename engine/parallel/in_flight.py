@@ -1,13 +1,12 @@
-"""One collective under way, and the time that such collectives took.
+"""Asynchronous collectives, and the times that they take.
 
-Two times are kept for all collectives of a group. Total: how long at least one was under way, from its issue to its
-completion; waiting for slower ranks is part of it. Exposed: how long the computation stood still for one. The rest of
-the total was hidden behind computation.
+Two times are kept for all collectives of a group. Total: how long at least one was in flight, from its issue to its
+completion; waiting for slower ranks is part of it. Exposed: how long the computation waited for one. The rest of the
+total was hidden by computation.
 
-On a CPU both are host times: completion is when the library says so, from its own thread, and exposed is the time
-blocked in `wait`. On a GPU both are times of the device, taken with events: issue is when the rows are packed, exposed
-is how long the computing stream waited. No event is read before `take`, which waits for the last one: call it at the
-end of a step.
+On a CPU both are host times: the library's thread reports the completion, and exposed is the time blocked in `wait`.
+On a GPU both are times of the device, measured by events: issue is when the rows are packed, exposed is how long the
+computing stream waited. No event is read before `take`, which waits for the last one: call it at the end of a step.
 """
 
 import time
@@ -23,15 +22,15 @@ from foreroute.engine.tracing import record_collective, span
 class ExchangeTimes(NamedTuple):
     """Milliseconds since the last reading."""
 
-    exposed_ms: float  # the computation stood still for the exchange
-    hidden_ms: float  # exchanging behind computation
+    exposed_ms: float  # the computation waited for the exchange
+    hidden_ms: float  # the exchange ran beside computation
 
 
 class AsyncCollective(Protocol):
-    """A collective under way."""
+    """A collective in flight."""
 
     def wait(self) -> Tensor:
-        """Give what it brings, to be used from here on; once only."""
+        """Return the result, which may be used afterwards; once only."""
         ...
 
 
@@ -50,15 +49,15 @@ class HostLog:
     exposed: float = 0.0  # seconds
 
     def mark(self) -> float:
-        """Give the place where the log is now."""
+        """Return the present position in the log."""
         return self.exposed
 
     def exposed_ms(self, begin: float, end: float) -> float:
-        """Give the exposed milliseconds between two marks made since the last `take`."""
+        """Return the exposed milliseconds between two marks made since the last `take`."""
         return 1e3 * (end - begin)
 
     def take(self) -> ExchangeTimes:
-        """Give the times since the last call, of collectives that were waited for."""
+        """Return the times since the last call, of collectives that were waited for."""
         spans, exposed_ms = self.spans, 1e3 * self.exposed
         self.spans, self.exposed = [], 0.0
         return ExchangeTimes(exposed_ms, max(0.0, 1e3 * covered(spans) - exposed_ms))
@@ -71,17 +70,17 @@ class DeviceLog:
     events: list[tuple[torch.cuda.Event, ...]] = field(default_factory=list)
 
     def mark(self) -> int:
-        """Give the place where the log is now."""
+        """Return the present position in the log."""
         return len(self.events)
 
     def exposed_ms(self, begin: float, end: float) -> float:
-        """Give the exposed milliseconds between two marks made since the last `take`; the device must be past them."""
+        """Return the exposed milliseconds between two marks since the last `take`; the device must have passed both."""
         collectives = self.events[int(begin) : int(end)]
         exposed_ms: float = sum(before.elapsed_time(after) for *_, before, after in collectives)
         return exposed_ms
 
     def take(self) -> ExchangeTimes:
-        """Give the times since the last call; waits for the device."""
+        """Return the times since the last call; waits for the device."""
         events, self.events = self.events, []
         if not events:
             return ExchangeTimes(0.0, 0.0)
@@ -95,7 +94,7 @@ class DeviceLog:
 
 
 def covered(spans: list[tuple[float, float]]) -> float:
-    """Length of the union of spans (start, end).
+    """Return the length of the union of spans (start, end).
 
     Example: (0, 2), (1, 4), (6, 7) cover 5.
     """
@@ -110,7 +109,7 @@ class CpuCollective:
     """A collective of CPU tensors."""
 
     def __init__(self, work: Any, got: Tensor, log: HostLog, issued: float) -> None:
-        """Take the library's handle, the tensor that will hold the result and the time of issue."""
+        """Use the library's handle, the tensor that will hold the result and the time of issue."""
         self.work, self.got, self.log, self.issued = work, got, log, issued
         self.done: float | None = None
         work.get_future().add_done_callback(self._land)
@@ -132,13 +131,13 @@ class CpuCollective:
 
 
 class SummedCollective:
-    """A collective that brings as many rows from each of the ranks, to be added up."""
+    """A collective that receives equally many rows from each rank and adds them up."""
 
     def __init__(self, collective: AsyncCollective, ranks: int) -> None:
         self.collective, self.ranks = collective, ranks
 
     def wait(self) -> Tensor:
-        """Give the sum over the ranks."""
+        """Return the sum over the ranks."""
         got = self.collective.wait()
         with span("combine"):
             return got.view(self.ranks, -1, got.shape[1]).sum(dim=0)
@@ -150,7 +149,7 @@ class GpuCollective:
     def __init__(
         self, work: Any, got: Tensor, rows: Tensor, log: DeviceLog, streams: CudaStreams, issue: torch.cuda.Event
     ) -> None:
-        """Take the library's handle, both tensors and the event of the issue; marks the end on the watching stream."""
+        """Use the library's handle, both tensors and the event of the issue; mark the end on the watching stream."""
         self.got, self.rows, self.log, self.issue = got, rows, log, issue
         self.end = torch.cuda.Event(enable_timing=True)
         with torch.cuda.stream(streams.watch):
@@ -165,7 +164,7 @@ class GpuCollective:
             before.record(current)
             current.wait_event(self.end)
             after.record(current)
-        # Both were allocated on another stream: their memory is free again only when this one is past this place.
+        # Both were allocated on another stream: their memory may be reused only after this one has passed this point.
         self.got.record_stream(current)
         self.rows.record_stream(current)
         self.log.events.append((self.issue, self.end, before, after))

@@ -1,12 +1,12 @@
-"""The process mesh: world = data x expert groups, consecutive ranks in an expert group.
+"""The process mesh: world = expert data parallel (EDP) x expert parallel (EP); an EP group is consecutive ranks.
 
 Eight ranks in expert groups of four, 16 experts:
 
     rank                0     1     2     3      4     5     6     7
-    expert group        0     0     0     0      1     1     1     1
-    rank in the group   0     1     2     3      0     1     2     3
+    expert (EP) group   0     0     0     0      1     1     1     1
+    EP rank             0     1     2     3      0     1     2     3
     experts             0-3   4-7   8-11  12-15  0-3   4-7   8-11  12-15
-    holds the same as   4     5     6     7      0     1     2     3
+    EDP group, with     4     5     6     7      0     1     2     3
 
 Rows travel inside an expert group. The gradients of an expert are added up over the ranks that hold the same experts,
 those of everything else over all ranks. DeepSpeed forms the same groups (engine/optim/deepspeed_engine.py).
@@ -19,11 +19,11 @@ from foreroute.engine.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """Where this rank stands."""
+    """A rank's place among the ranks of a run."""
 
     rank: int = 0
     world: int = 1
-    ep_size: int = 1  # ranks of an expert group
+    ep_size: int = 1  # ranks of an expert group; parallel.expert_ranks
 
     def __post_init__(self) -> None:
         if self.world % self.ep_size:
@@ -31,27 +31,27 @@ class Mesh:
 
     @property
     def ep_rank(self) -> int:
-        """This rank's number in its expert group."""
+        """Number of this rank in its expert group."""
         return self.rank % self.ep_size
 
     @property
     def expert_dp_rank(self) -> int:
-        """The number of this rank's expert group."""
+        """Number of this rank's expert group: its rank in its expert data parallel group."""
         return self.rank // self.ep_size
 
     @property
     def ep_ranks(self) -> range:
-        """The ranks of this rank's expert group."""
+        """Ranks of this rank's expert group."""
         first = self.rank - self.ep_rank
         return range(first, first + self.ep_size)
 
     @property
     def expert_dp_ranks(self) -> range:
-        """The ranks that hold the same experts as this one."""
+        """Ranks that hold the same experts as this one: its expert data parallel group."""
         return range(self.ep_rank, self.world, self.ep_size)
 
     def local_experts(self, experts: int) -> range:
-        """Global numbers of the experts that this rank holds.
+        """Return the global numbers of the experts that this rank holds.
 
         Raises:
             UserError: the experts cannot be shared out evenly.

@@ -50,7 +50,7 @@ class _AwakeClock:
         self._lock = threading.Lock()
 
     def now(self) -> float:
-        """Give the seconds until now, from any beginning."""
+        """Return the seconds until now, from an arbitrary start."""
         with self._lock:
             now = time.monotonic()
             if now - self._looked > self._gap_s:
@@ -75,7 +75,7 @@ class _AskedStore:
         self._thread.start()
 
     def ask(self, use: Callable[[Any], Any]) -> Any:
-        """Give use(store); _GONE if whoever holds it has ended or does not answer."""
+        """Return use(store); _GONE if the process that holds the store has ended or does not answer."""
         if self._gone:
             return _GONE
         answer: Future[Any] = Future()
@@ -137,7 +137,7 @@ class Watchdog:
             self._thread.start()
 
     def at(self, place: str, *, timeouts: float | None = None) -> None:
-        """Note what the main thread is doing, such as "step 12": told when this rank keeps others waiting.
+        """Note the main thread's work, such as "step 12"; it is named when this rank keeps others waiting.
 
         Args:
             timeouts: it takes less than so many timeout_s, without it less than an hour; otherwise the ranks end, for
@@ -152,7 +152,7 @@ class Watchdog:
         self.at(self._place, timeouts=1)
 
     def close(self) -> None:
-        """Say that this rank has come to its end; nobody waits for its signs any more."""
+        """Note that this rank has come to its end, so that the others stop waiting for its signs."""
         self._closed.set()
         if self._thread.is_alive():
             self._thread.join(_CLOSE_S)
@@ -163,7 +163,7 @@ class Watchdog:
             time.sleep(2 * self._period_s)  # its store may end with it: let the others read why
 
     def report(self, message: str) -> None:
-        """Tell the other ranks why this one ends; the first report of all counts."""
+        """Report to the other ranks why this one ends; the first report of all counts."""
         self._spoken, self._reported = True, message
         self._post(message)
 
@@ -239,7 +239,7 @@ class Watchdog:
                 self._post(f"no progress for {limit_s:.0f} s: {places}")
 
     def _leave(self, fault: str) -> None:
-        """Give the main thread time to end by itself, which failed collectives make it do."""
+        """Leave the main thread time to end by itself, as failed collectives make it do."""
         self._closed.wait(self._lost_after_s / 2)
         if not self._closed.is_set() and not self._spoken:
             self._end(fault)
@@ -248,7 +248,7 @@ class Watchdog:
         self._try(lambda store: store.compare_set(_FAULT, "", f"{self._rank} {message}"))
 
     def _fault(self) -> str | None:
-        """What was reported; None if nothing was."""
+        """Return the report of a fault; None if there is none."""
         present = self._try(lambda store: store.check([_FAULT]))
         if present is False:
             return None

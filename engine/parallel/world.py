@@ -1,6 +1,6 @@
 """The ranks of a run as the rest of the engine sees them; `World()` is one rank alone.
 
-`together` and `agree` belong to start-up: what fails on one rank fails on all with the same line, and a rank that was
+`together` and `agree` belong to start-up: a failure of one rank ends all ranks with the same line, and a rank that was
 started differently is named.
 """
 
@@ -21,7 +21,7 @@ from foreroute.engine.parallel.watchdog import Watchdog
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """Where this rank stands and how it talks to the others."""
+    """This rank's place and its connections to the others."""
 
     mesh: Mesh = field(default_factory=Mesh)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -42,14 +42,14 @@ class World:
         return len(set(self.node_P)) or 1
 
     def near(self, ranks: Iterable[int]) -> list[bool]:
-        """Say of each of these ranks whether it is on this rank's node.
+        """Return for each of these ranks whether it is on this rank's node.
 
         Example: rank 1 of ranks on the nodes (0, 0, 1): ranks 0 and 2 are [True, False].
         """
         return [not self.node_P or self.node_P[rank] == self.node_P[self.mesh.rank] for rank in ranks]
 
     def sum(self, values: Tensor) -> Tensor:
-        """Give the sum of the ranks' values."""
+        """Return the sum of the ranks' values."""
         return all_reduce_sum(values) if self.mesh.world > 1 else values
 
 

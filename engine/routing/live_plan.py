@@ -16,12 +16,42 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from foreroute.engine.config import ParallelConfig
 from foreroute.engine.parallel.collectives import ExpertGroupComm
-from foreroute.engine.routing.plan import Chunk, Plan, Route, cut
+from foreroute.engine.routing.exchange_choice import use_gather, wire_dtype
+from foreroute.engine.routing.plan import Chunk, Plan, Route, build_plan, cut
 from foreroute.kernels.expert_index import ExpertRows
 
 # In a weight block: the token did not choose this expert. A weight that was chosen may be 0.
 _UNUSED = -1.0
+
+
+def plan_live(
+    route: Route,
+    num_experts: int,
+    x_TD: Tensor,
+    comm: ExpertGroupComm | None = None,
+    parallel: ParallelConfig | None = None,
+) -> Plan:
+    """Make the plan of a live router's route; on several ranks from all their routes, in a collective.
+
+    Args:
+        x_TD: the tokens, whose number, width and format decide between the exchanges.
+        comm, parallel: of the expert group; None for one rank.
+    """
+    if comm is None or parallel is None:
+        return build_plan(route, num_experts)
+    tokens, width = x_TD.shape
+    gather = use_gather(
+        parallel,
+        experts=num_experts,
+        ranks=comm.ranks,
+        k=route.expert_TK.shape[1],
+        tokens=tokens,
+        width=width,
+        itemsize=wire_dtype(parallel, x_TD.dtype).itemsize,
+    )
+    return build_live_plan(route, num_experts, comm, gather=gather, chunks=parallel.chunks)
 
 
 def build_live_plan(

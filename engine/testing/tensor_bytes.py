@@ -16,7 +16,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.data.loader import PlannedLoader
-from foreroute.engine.data.planned_batches import GroupBatch, PlannedBatch, TrainingBatches
+from foreroute.engine.data.planned_batches import PlannedBatch, TrainingBatches
 from foreroute.engine.metrics.step_meter import StepMeter
 from foreroute.engine.model.build import build_model
 from foreroute.engine.model.transformer_xl import Memory
@@ -181,6 +181,19 @@ def _train(
     loader.close()
 
 
+class _CountedBatches(NamedTuple):
+    """Batches whose plans are counted."""
+
+    batches: TrainingBatches
+    plans: PlanBytes
+
+    def planned(self, step: int, micro: int) -> PlannedBatch:
+        """Return a micro-batch with its plans."""
+        found = self.batches.planned(step, micro)
+        self.plans.add(found)
+        return found
+
+
 def _loader(
     layout: Layout,
     mesh: Mesh,
@@ -191,16 +204,8 @@ def _loader(
 ) -> PlannedLoader:
     config = layout.config
     batches = TrainingBatches(config, layout.read(ids), mesh, routers_of(tables, mesh), input_keys)
-
-    def plan(group: GroupBatch, k: int) -> PlannedBatch:
-        planned = batches.plan(group, k)
-        plans.add(planned)
-        return planned
-
     return PlannedLoader(
-        batches.read,
-        plan,
-        batches.k,
+        _CountedBatches(batches, plans),
         steps=range(config.train.steps),
         accumulation=config.train.accumulation,
         prefetch=config.data.prefetch,

@@ -1,1 +1,1 @@
-"""The loop: a step, a run's state, and what is decided at its start."""
+"""The training loop: a step, a run's state, and the choices at its start."""

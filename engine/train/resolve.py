@@ -1,6 +1,6 @@
-"""What a run decides at its start: the backend, by the device, and by measurement from which k on layers run masked.
+"""The choices at a run's start: the backend by its device, and by a measurement the k from which layers run masked.
 
-Measured once at the start of a run and written into its resolved configuration, so that a resumed run computes exactly
+The measurement is made once and written into the run's resolved configuration, so that a resumed run computes exactly
 as before: numerics must not depend on timing. Nothing else in the engine reads a clock to decide.
 """
 
@@ -23,7 +23,7 @@ _ROUNDS = 3
 def resolve(config: Config, world: World, earlier: Config | None = None) -> Config:
     """Fill in what the configuration leaves to the device and to measurement; returns a copy, equal on all ranks.
 
-    Rank 0 decides, and tells the other ranks.
+    Rank 0 chooses, and tells the other ranks.
 
     Args:
         earlier: of the run that is resumed, whose choices are kept.
@@ -79,7 +79,7 @@ def measure_masked_from_k(moe: MoEConfig, width: int, tokens: int) -> int:
 
 
 def _seconds(moe: MoEConfig, width: int, tokens: int, k: int) -> tuple[float, float]:
-    """Fastest of a few interleaved rounds of (grouped, masked)."""
+    """Return the fastest of a few interleaved rounds of (grouped, masked)."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:

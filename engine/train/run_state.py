@@ -1,4 +1,4 @@
-"""What a run's state is on other ranks than those that saved it."""
+"""A run's state on another layout of ranks than the one that saved it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from foreroute.engine.parallel.mesh import Mesh
 
 
 def not_in_rounding_alone(manifest: Mapping[str, Any], config: Config, mesh: Mesh) -> list[str]:
-    """Say what follows from the layout of ranks and micro-batches, if that of a checkpoint was another one."""
+    """List effects beyond rounding when a checkpoint is resumed under another layout of ranks or micro-batches."""
     accumulation = manifest["config"]["train"]["accumulation"]
     then = manifest.get("ranks", 1), manifest.get("expert_ranks", 1), accumulation
     if then == (mesh.world, mesh.ep_size, config.train.accumulation):
@@ -27,12 +27,12 @@ def not_in_rounding_alone(manifest: Mapping[str, Any], config: Config, mesh: Mes
 
 
 def drops_out(model: ModelConfig) -> bool:
-    """Say whether PyTorch's generators are drawn from; the experts' dropout is hashed."""
+    """Return whether the model draws from PyTorch's generators; the experts' dropout is hashed."""
     return max(model.dropout, model.attention_dropout) > 0
 
 
 def join_memory(memory: list[Memory | None]) -> Memory | None:
-    """Put the micro-batches' streams one after the other: global stream order on one rank."""
+    """Concatenate the micro-batches' streams: global stream order on one rank."""
     present = [micro for micro in memory if micro is not None]
     if len(present) < len(memory):
         return None

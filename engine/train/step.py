@@ -1,8 +1,8 @@
 """One optimizer step: forward and backward of each micro-batch, then the update.
 
-Routing is already planned when a batch arrives (engine/data/loader.py); memory goes in and comes out. The host starts
-work and never waits for a device: whether loss and gradient are finite is decided there, and the step's numbers arrive
-later (StepsUnderWay). What watches a step is attached from outside: a meter (engine/metrics/step_meter.py), observers.
+Routing is already planned when a batch arrives (engine/data/loader.py); memory goes in and comes out. The host launches
+work and never waits for a device: the device decides whether loss and gradient are finite, and the step's numbers
+arrive later (StepsUnderWay). A meter (engine/metrics/step_meter.py) and observers are attached from outside.
 """
 
 import math
@@ -24,13 +24,13 @@ from foreroute.engine.optim.deepspeed_engine import Engine
 
 
 class Observer(Protocol):
-    """Watches what the steps of this rank do."""
+    """Observes the steps of this rank."""
 
     def forward(self) -> AbstractContextManager[None]:
-        """Watch the forward pass of the step's next micro-batch, which runs inside."""
+        """Observe the forward pass of the step's next micro-batch, which runs in the block."""
 
     def compare(self, step: int) -> None:
-        """Judge the step after its backward passes; an error keeps the weights as they are."""
+        """Check the step after its backward passes; an error leaves the weights unchanged."""
 
 
 def train_step(
@@ -79,9 +79,9 @@ def train_step(
 
 
 class StepsUnderWay:
-    """Steps that were launched and whose numbers are not read: on a GPU the last one, on a CPU none.
+    """Launched steps whose numbers are not read yet: on a GPU the last one, on a CPU none.
 
-    So a GPU has a step to do while the host reads the one before it.
+    So a GPU computes a step while the host reads the one before it.
     """
 
     def __init__(self, *, on_gpu: bool) -> None:
@@ -93,11 +93,11 @@ class StepsUnderWay:
         return len(self._steps)
 
     def add(self, launched: LaunchedStep) -> None:
-        """Take in a step that was just launched."""
+        """Add a step that was just launched."""
         self._steps.append(launched)
 
     def arrived(self, *, all_of_them: bool = False) -> Iterator[LaunchedStep]:
-        """Yield the steps that are due, in order, each when the device is past it.
+        """Yield the steps that are due, in order, each when the device has finished it.
 
         Args:
             all_of_them: wait for the last one, too.

@@ -1,12 +1,13 @@
 """The training loop: steps, logged metrics, validation, checkpoints, and a clean stop.
 
-Owns the run's moving parts (engine, loader, memory, counters); says what happens through a Reporter, prints nothing.
-A stop asked for (Ctrl-C, SIGTERM) takes effect between two steps, after a checkpoint. On a GPU a step's numbers are
-read while the next one runs, and all of them before a line, a validation or a checkpoint.
+The Trainer owns the run's state (engine, loader, memory, counters). It reports through a Reporter and prints nothing.
+A requested stop (Ctrl-C, SIGTERM) takes effect between two steps, after a checkpoint. On a GPU a step's numbers are
+read while the next step runs, and all of them before a line, a validation or a checkpoint.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,20 +47,20 @@ from foreroute.engine.train.step import Observer, StepsUnderWay, read, train_ste
 
 
 class Reporter(Protocol):
-    """Where a run tells a person how it is doing."""
+    """Shows a person the progress of a run."""
 
     def note(self, line: str) -> None:
-        """Say something once."""
+        """Show a line."""
 
     def step(self, step: int) -> None:
-        """Say that so many steps are finished."""
+        """Show the number of finished steps."""
 
     def metrics(self, step: int, values: Mapping[str, Any], seconds_left: float) -> None:
         """Show the metrics of a logged step."""
 
 
 class _StopAsked(Exception):
-    """A stop was asked for during a validation."""
+    """A stop was requested during a validation."""
 
 
 class Trainer:
@@ -81,7 +82,7 @@ class Trainer:
         reporter: Reporter,
         world: World | None = None,
     ) -> None:
-        self.config, self.corpus, self.routers = config, corpus, routers
+        self.config, self.corpus = config, corpus
         self.world = world or World()
         self.folder, self.reporter = folder, reporter
         data, starts = config.data, corpus.document_starts(Split.train)
@@ -93,6 +94,9 @@ class Trainer:
         ids = corpus.split(Split.train)
         self.streams = Streams(ids, data.streams, data.segment, config.context, data.start, starts)
         self.model = build_model(config, corpus.vocab.size)
+        self.batches = TrainingBatches(
+            config, self.streams, self.world.mesh, routers, self.model.input_keys, self.world.planning_group
+        )
         fill_signatures(self.run_model)
         self.parameters = sum(p.numel() for p in self.model.parameters())  # of all ranks together
         shares = target_shares(corpus.split(Split.train), clusters(config.model, corpus.vocab.size))
@@ -104,6 +108,11 @@ class Trainer:
         self.step = 0
         self._saved_at = time.monotonic()  # or began
         self._seed_generator()
+
+    @property
+    def routers(self) -> Sequence[PlannedRouter] | None:
+        """Planned routers of all layers; None for live routers and dense."""
+        return self.batches.routers
 
     @property
     def run_model(self) -> RunModel:
@@ -119,9 +128,8 @@ class Trainer:
         """Go on from the newest whole checkpoint, if there is one; damaged ones are named and skipped.
 
         Raises:
-            UserError: on every rank: there are checkpoints, and none is whole or fits, or the newest is beyond
-                train.steps, or the
-            text has changed.
+            UserError: on every rank: no checkpoint is whole or fits, the newest is beyond train.steps, or the text has
+                changed.
         """
         try:
             self._resume()
@@ -158,9 +166,10 @@ class Trainer:
         # tables belong to the model: take the saved ones
         tables = [table_from_state(table) for table in state.tables]
         config = self.config
-        self.routers = planned_routers(
+        routers = planned_routers(
             config.moe, tables, self.world.mesh, num_tables=config.num_tables, seed=config.train.seed
         )
+        self.batches = replace(self.batches, routers=routers)
         self._restore_generators(state)
         if state.memory is not None:
             device, micros = self.engine.device, len(self.memory)
@@ -173,7 +182,7 @@ class Trainer:
             self.reporter.note("the checkpoint is of another kind of device: dropout draws new numbers")
 
     def save(self) -> Path:
-        """Write a checkpoint of this moment."""
+        """Write a checkpoint of the present state."""
         self.world.watchdog.at(f"the checkpoint of step {self.step}")
         self._saved_at = time.monotonic()
         state = checkpoint.TrainingState(
@@ -207,8 +216,8 @@ class Trainer:
 
         Args:
             metrics: where numbers go; None on all ranks but the first.
-            stop_asked: may differ between the ranks, which stop after the same step: on a GPU perhaps the one after.
-            observers: what watches every step.
+            stop_asked: may differ between the ranks, which stop after the same step, on a GPU perhaps one step later.
+            observers: of every step.
 
         Returns:
             True when all steps are done.
@@ -289,7 +298,7 @@ class Trainer:
         return self.step >= train.steps
 
     def _read(self, under_way: StepsUnderWay, window: Window, *, all_of_them: bool) -> list[StepResult]:
-        """Take in the steps that have arrived, and have the next step tell the other ranks of their times."""
+        """Read the steps that have arrived; the next step tells the other ranks their times."""
         results = []
         for arrived in under_way.arrived(all_of_them=all_of_them):
             with window.timed():
@@ -299,7 +308,7 @@ class Trainer:
         return results
 
     def _log(self, window: Window, metrics: Metrics | None) -> Values:
-        """End the window behind this step, and give and write its numbers."""
+        """End the window after this step; write and return its numbers."""
         with window.timed():
             values = window.close(self.step)
             if metrics is not None:
@@ -316,11 +325,9 @@ class Trainer:
         )
 
     def _loader(self) -> PlannedLoader:
-        config, world, batches = self.config, self.world, self._batches()
+        config, world = self.config, self.world
         return PlannedLoader(
-            batches.read,
-            batches.plan,
-            batches.k,
+            self.batches,
             steps=range(self.step, config.train.steps),
             accumulation=config.train.accumulation,
             prefetch=config.data.prefetch,
@@ -328,24 +335,19 @@ class Trainer:
             device=self.engine.device,
         )
 
-    def _batches(self) -> TrainingBatches:
-        keys, group = self.model.input_keys, self.world.planning_group
-        return TrainingBatches(self.config, self.streams, self.world.mesh, self.routers, keys, group)
-
     def _own_streams(self) -> list[int]:
-        """Global streams of this rank, micro-batch by micro-batch."""
-        batches, rank = self._batches(), self.world.mesh.rank
-        micros = range(self.config.train.accumulation)
-        return [stream for micro in micros for stream in batches.streams_of(rank, micro)]
+        """Return the global streams of this rank, micro-batch by micro-batch."""
+        micros, rank = range(self.config.train.accumulation), self.world.mesh.rank
+        return [stream for micro in micros for stream in self.batches.streams_of(rank, micro)]
 
     def _seed_generator(self) -> None:
-        """Give every rank other random numbers for dropout outside the experts; all ranks built the same model."""
+        """Seed each rank's dropout outside the experts differently; all ranks built the same model."""
         mesh, seed = self.world.mesh, self.config.train.seed
         if mesh.world > 1 or self.step > 0:
             torch.manual_seed(hash64(seed, mesh.rank, self.step).item())
 
     def _restore_generators(self, state: checkpoint.TrainingState) -> None:
-        """Go on with the saved random numbers; draw new ones where other ranks, or a CPU, saved them."""
+        """Restore the generators; seed new ones where another layout of ranks, or a CPU, saved the state."""
         if state.rng is None or (self._on_gpu and state.device_rng is None):
             self._seed_generator()
             return
@@ -358,7 +360,7 @@ class Trainer:
         return self.engine.device.type == "cuda"
 
     def _save_asked(self) -> bool:
-        """Say whether the last checkpoint is older than train.save_minutes by this rank's clock."""
+        """Return whether the last checkpoint is older than train.save_minutes by this rank's clock."""
         minutes = self.config.train.save_minutes
         return minutes > 0 and time.monotonic() - self._saved_at >= 60 * minutes
 
@@ -385,14 +387,14 @@ class Trainer:
         self.reporter.note(f"step {self.step}: valid bpc {found.bpc:.4f}")
 
     def _missed_validation(self) -> bool:
-        """Say whether the run was stopped in the validation of this step."""
+        """Return whether the run was stopped in the validation of this step."""
         every, file = self.config.train.valid_every, self.folder / JSONL
         if not every or self.step == 0 or self.step % every or not file.exists():
             return False
         return not any(row["step"] == self.step and "valid_bpc" in row for row in read_lines(file))
 
     def _last_good(self) -> str:
-        """Say which checkpoint the run can go on from; all ranks look together."""
+        """Name the checkpoint that the run can resume from; a collective."""
         self.world.watchdog.at("the search for the last good checkpoint")
         path, _ = checkpoint.find_newest(self.checkpoints, self.world.cpu_group)
         return "no checkpoint was written yet" if path is None else f"the last good checkpoint is {path}"

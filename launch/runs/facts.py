@@ -1,4 +1,4 @@
-"""facts.json in a run's folder: what does not change while it trains. For readers of its metrics, such as a report.
+"""facts.json in a run's folder: facts that do not change while it trains, for readers of its metrics, such as a report.
 
 Rank 0 writes it at each start of training; "started" keeps the times of all starts. Its contents, all of this start:
 
@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def write_facts(trainer: Trainer, written: Written | None, *, resuming: bool = False) -> dict[str, Any]:
-    """Write facts.json for a start of training; gives what is in it.
+    """Write facts.json for a start of training; returns its content.
 
     Args:
         written: the certificate that the run is held to.
@@ -104,7 +104,7 @@ def _of_certificate(written: Written) -> dict[str, Any]:
 
 
 def code() -> dict[str, Any]:
-    """Say which code this is: its version, the commit of its checkout, and whether files were changed since."""
+    """Return the version of the code, the commit of its checkout, and whether files were changed since."""
     commit, changes = (_git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no"))
     return {
         "version": foreroute.__version__,
@@ -114,7 +114,7 @@ def code() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says of the checkout; None if it is none, or there is no git."""
+    """Return git's answer about the checkout; None if it is none, or there is no git."""
     if not (ROOT / ".git").exists():  # the folder may lie in a checkout of something else
         return None
     try:

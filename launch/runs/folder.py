@@ -1,12 +1,12 @@
-"""The folder of a run, runs/<name>: what is in it, and the rule that nothing in it is ever overwritten by another run.
+"""The folder of a run, runs/<name>, with its files; another run never overwrites anything in it.
 
 config.yaml (resolved), facts.json (launch/runs/facts.py), state.json, metrics.jsonl, checkpoints/, loss.png,
 slimming.png, summary.json; tokenizer.json or words.txt, where text is cut into such symbols; trace/ of profiled steps.
 A finished run that is trained further keeps its first summary as summary-STEPS.json.
 
-state.json says how the run stands, for whoever starts it again: {"state": "stopped", "step": 400}. `running`: it is, or
-it was killed; `stopped`: by SIGTERM or Ctrl-C; `failed`: it ended with a line or a traceback; `complete`: nothing is
-left to do.
+state.json holds the state of the run, for whoever starts it again: {"state": "stopped", "step": 400}. `running`: it
+runs, or it was killed; `stopped`: by SIGTERM or Ctrl-C; `failed`: it ended with an error; `complete`: nothing is left
+to do.
 """
 
 import fcntl
@@ -27,12 +27,12 @@ from foreroute.launch.start.config_files import config_of, read_config, write_co
 CONFIG, LOCK, STATE = "config.yaml", ".lock", "state.json"
 SUMMARY, FACTS, TOKENIZER = "summary.json", "facts.json", "tokenizer.json"
 MEASURED = "kernels.masked_from_k"
-"""The option that a run sets itself, by a measurement at its start (engine/train/resolve.py)."""
+"""The option that a run sets by a measurement at its start (engine/train/resolve.py)."""
 
-# Options that may differ when a run is resumed: they change where things lie (the text is compared by its sha256), what
-# is written and shown, or on which ranks and how the same steps are computed, which is seen in the rounding alone (and
-# in what Trainer.resume then says). Another train.steps is another end of the run, which launch/runs/lengths.py and
-# facts.json tell of.
+# Options that may differ when a run is resumed: they change where files lie (the text is compared by its sha256), what
+# is written and shown, or the layout of ranks. A change of layout alters results only by floating-point rounding;
+# Trainer.resume reports anything more. Another train.steps is another end of the run, which launch/runs/lengths.py and
+# facts.json describe.
 FREE = (
     "train.steps",
     "train.resume",
@@ -87,7 +87,7 @@ OF_MACHINE = (
     "profile.operators",
     MEASURED,
 )
-"""Options in which runs differ without being other experiments: where and how the same steps are computed."""
+"""Options in which runs of one experiment may differ: where and how the same steps are computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ class RunFolder:
         return self.earlier is not None
 
     def close(self) -> None:
-        """Give up the lock."""
+        """Release the lock."""
         if self.lock is not None:
             self.lock.close()
 
@@ -142,7 +142,7 @@ class RunFolder:
             summary.replace(self.path / f"summary-{steps}.json")
 
     def summary_of(self, step: int) -> dict[str, Any] | None:
-        """Return the summary of the run as it was at this step, if there is one."""
+        """Return the summary of the run at this step, if there is one."""
         file = self.path / SUMMARY
         if not file.exists():
             return None
@@ -151,7 +151,7 @@ class RunFolder:
 
     @contextmanager
     def left_unless_claimed(self) -> Iterator[None]:
-        """Leave no folder behind that holds nothing, when the start is refused before it claims the folder."""
+        """Delete a folder that holds nothing if the start is refused before it claims the folder."""
         try:
             yield
         except BaseException:
@@ -168,7 +168,7 @@ class RunFolder:
 
     @contextmanager
     def recorded(self, run: "Steps") -> Iterator["RunState"]:
-        """Train and evaluate in the block, with state.json kept; the block says when the run is complete."""
+        """Train and evaluate in the block and keep state.json; the block calls `complete` at its end."""
         state = RunState()
         self.record("running", run.step)
         try:
@@ -185,14 +185,14 @@ class RunFolder:
 
 
 class Steps(Protocol):
-    """A run under way."""
+    """A run that counts its steps."""
 
     step: int  # finished ones
 
 
 @dataclass(slots=True)
 class RunState:
-    """How a run ends, unless an error ends it."""
+    """The end of a run, unless an error ends it."""
 
     name: str = "stopped"
 
@@ -203,7 +203,7 @@ class RunState:
 
 @dataclass
 class TextArgs:
-    """Where the run's text is now; None means where it was in training."""
+    """Place of the run's text; None means where it was in training."""
 
     path: Any = option(None, "The file that the run was trained on, or whatever its corpus.path named.")
     valid_path: Any = option(None, "Of the valid split, where it has files of its own.")
@@ -215,7 +215,7 @@ class TextArgs:
 
 
 def read_run(folder: Path, text: TextArgs) -> Config:
-    """Read the configuration of a trained run, with its text where it is now.
+    """Read the configuration of a trained run, with the present place of its text.
 
     Raises:
         UserError: there is none, it does not fit this version, or its corpus takes no path.
@@ -229,7 +229,7 @@ def read_run(folder: Path, text: TextArgs) -> Config:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Write a JSON file at once: it is whole, or it is as it was."""
+    """Write a JSON file atomically: it is whole, or it is as before."""
     new = file.with_name(f".{file.name}.new")
     new.write_text(json.dumps(value, indent=2) + "\n")
     new.replace(file)
@@ -238,7 +238,7 @@ def write_json(file: Path, value: Any) -> None:
 def open_run(config: Config, world: World | None = None) -> RunFolder:
     """Open and lock the run's folder; `claim` it once everything else is known good.
 
-    Rank 0 opens it, and tells the other ranks what it found.
+    Rank 0 opens it, and tells the other ranks which run it holds.
 
     Args:
         world: the ranks; one alone by default.
@@ -278,7 +278,7 @@ def _open(config: Config, path: Path) -> RunFolder:
 
 
 def _earlier(config: Config, path: Path) -> Config | None:
-    """The configuration of the run that the folder holds."""
+    """Return the configuration of the run that the folder holds."""
     if (path / CONFIG).exists():
         require(
             config.train.resume,
@@ -293,7 +293,7 @@ def _earlier(config: Config, path: Path) -> Config | None:
 
 
 def _leave(path: Path, lock: IO[str]) -> None:
-    """Give up the lock of a folder; delete the folder, if it has nothing else."""
+    """Release the lock of a folder; delete the folder if it has nothing else."""
     held = {entry.name for entry in path.iterdir()} <= {LOCK, f".{CONFIG}.new"}
     if held:
         with suppress(OSError):
@@ -304,7 +304,7 @@ def _leave(path: Path, lock: IO[str]) -> None:
 
 
 def lock_folder(path: Path) -> IO[str]:
-    """Take the folder's lock; it is released when the file is closed or the process ends, however it ends.
+    """Lock the folder until the file is closed or the process ends, however it ends.
 
     Raises:
         UserError: another process has it.

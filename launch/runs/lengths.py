@@ -1,4 +1,4 @@
-"""A run that is given another length than it was started with: what becomes of what is a function of train.steps."""
+"""A run that is resumed with another length: the changes of what depends on train.steps."""
 
 from foreroute.engine.config import Config, Decay, Growth, ScheduleConfig
 from foreroute.engine.optim.adam import learning_rate
@@ -6,7 +6,7 @@ from foreroute.engine.routing.k_schedule import active_experts
 
 
 def other_length(earlier: Config, now: Config, step: int) -> str:
-    """Say what a run becomes that is at a step and goes on to another train.steps.
+    """Describe how a run changes that is at a step and goes on to another train.steps.
 
     Example: a run of 100 steps that is finished and goes on to 200, with a learning rate that falls to 0 and k growing
     to 4: "train.steps=200, so far 100: step 101 has learning rate 5e-04 (so far 0e+00) and k = 3 (so far 4), as in a

@@ -1,7 +1,7 @@
-"""What a run ends with: summary.json, two plots, and a table for the console; rank 0 makes them.
+"""The results of a run: summary.json, two plots, and a table for the console; rank 0 makes them.
 
-The slimming curve comes from launch/train.py, what was logged in training from metrics.jsonl, and beside both stands
-what counting gets on the same text (engine/evaluation/ngram_baselines.py).
+The slimming curve comes from launch/train.py, the totals of training from metrics.jsonl, and the results of counting
+models on the same text from engine/evaluation/ngram_baselines.py.
 """
 
 import time
@@ -35,7 +35,7 @@ _LAST_LINE = "flops", "peak_device_memory_bytes"  # of metrics.jsonl, for the su
 def summarise(
     run: RunFolder, trainer: Trainer, curve: Mapping[str, Evaluation], progress: ProgressReporter
 ) -> dict[str, Any]:
-    """Write summary.json and the plots; gives what is in the summary.
+    """Write summary.json and the plots; returns the summary.
 
     Raises:
         RunFailed: they cannot be written.
@@ -71,7 +71,7 @@ def summarise(
 
 
 def final_numbers(summary: Mapping[str, Any]) -> dict[str, float]:
-    """Name what W&B's table of runs shows of a summary: test_bpc/k4 and the like, and evaluation_seconds."""
+    """Return a summary's numbers for W&B's table of runs: test_bpc/k4 and the like, and evaluation_seconds."""
     split = summary["split"]
     return {f"{split}_bpc/{f'k{name}' if name.isdigit() else name}": bpc for name, bpc in summary["bpc"].items()} | {
         "evaluation_seconds": summary["evaluation_seconds"]
@@ -99,10 +99,10 @@ def training_totals(metrics: Path) -> dict[str, float]:
 def counting_baselines(
     corpus: PreparedCorpus, split: Split, max_symbols: int, progress: ProgressReporter = no_progress
 ) -> dict[str, float]:
-    """Bits per symbol of counting models fitted on the training split, and of bzip2, on the same held-out text; none
-    where symbols are no bytes.
+    """Compute bits per symbol of counting models fitted on the training split, and of bzip2, on the same held-out text.
 
-    Where max_symbols shortens the fit as well, counted_symbols says how many training symbols it had.
+    The result is empty where symbols are no bytes.
+    Where max_symbols shortens the fit as well, counted_symbols is the number of its training symbols.
     """
     if not isinstance(corpus.vocab, ByteVocab):
         return {}
@@ -123,7 +123,7 @@ def counting_baselines(
 
 
 def result_table(summary: Mapping[str, Any]) -> str:
-    """Lay out held-out bpc at each k beside what counting gets, and below it what the training took."""
+    """Lay out held-out bpc at each k beside that of counting models, and below it the cost of training."""
     best = min(summary["bpc"].values())
     found = {name if name == "dense" else f"k = {name}": bpc for name, bpc in summary["bpc"].items()}
     found |= {label: summary[key] for label, key in _BASELINES.items() if key in summary}

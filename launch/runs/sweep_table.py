@@ -1,4 +1,4 @@
-"""The end of a sweep: a table of its runs in the terminal, the best on top, and the same in runs/NAME.sweep.json."""
+"""The results of a sweep: a table of its runs in the terminal, the best first, and the same in runs/NAME.sweep.json."""
 
 import json
 from pathlib import Path
@@ -11,9 +11,9 @@ from foreroute.launch.start.options import command_option, swept_name
 
 
 def report_sweep(outcomes: list[Outcome]) -> None:
-    """Print and write how each run ended and what it reached; runs without a result come last.
+    """Print and write the end and the result of each run; runs without a result come last.
 
-    Runs of earlier sweeps of the same name stay, as long as their folders are there.
+    Runs of earlier sweeps of the same name stay, as long as their folders exist.
     """
     if not outcomes:
         return
@@ -29,7 +29,7 @@ def report_sweep(outcomes: list[Outcome]) -> None:
 
 
 def _earlier(file: Path, now: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Runs of the file that are not of this sweep."""
+    """Return the runs of the file that are not of this sweep."""
     if not file.exists():
         return []
     again = {run["name"] for run in now}
@@ -42,7 +42,7 @@ def _order(bpc: float | None) -> float:
 
 
 def _run(outcome: Outcome) -> dict[str, Any]:
-    """What is known of one run."""
+    """Return the facts about one run."""
     train = outcome.config["train"]
     name = swept_name(train["name"], outcome.swept)
     summary: dict[str, Any] = {}

@@ -1,1 +1,1 @@
-"""How a program starts: options, ranks, signals, and errors of one line."""
+"""The start of a program: options, ranks, signals, and errors of one line."""

@@ -1,5 +1,4 @@
-"""What a person types, made ready for Hydra: each NAME=VALUE is written as Hydra's grammar wants it, by what the option
-takes.
+"""A person's command line, translated for Hydra: each NAME=VALUE is written in Hydra's grammar, by the option's type.
 
 Text needs no quotes: brackets, =, commas, blanks and letters of any alphabet are part of it, and what looks like a
 number stays text. One value stands for a list of one. Quotes around a whole value still work. In a sweep commas
@@ -43,7 +42,7 @@ _SHOWN = 80  # characters of a value in a line
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What a program can be given."""
+    """The options and groups of a program."""
 
     conf: Path
     options: dict[str, Any]  # full name -> type
@@ -52,12 +51,12 @@ class Known:
     needed: list[str]  # options without a default
 
     def choices(self) -> dict[str, list[str]]:
-        """The choices of each group that conf/ has."""
+        """Return the choices of each group that conf/ has."""
         return {group: list(choices_of(self.conf / group)) for group in self.groups}
 
 
 def known_to(conf: Path, program: str, schema: type) -> Known:
-    """Collect what `program` can be given."""
+    """Collect the options and groups of `program`."""
     options: dict[str, Any] = {}
     sections: list[str] = []
     for name, kind in _walk(schema, ""):
@@ -80,7 +79,7 @@ def _walk(schema: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def is_sweep(arguments: Sequence[str]) -> bool:
-    """Whether options choose a sweep without -m."""
+    """Return whether options choose a sweep without -m."""
     chosen = [a.partition("=")[2] for a in arguments if a.startswith("sweep=")]
     return any(value not in ("", "null") for value in chosen) or "hydra.mode=MULTIRUN" in arguments
 
@@ -99,7 +98,7 @@ def ready(arguments: Sequence[str], known: Known, *, sweep: bool = False) -> lis
 
 
 def swept(ready_arguments: Sequence[str]) -> set[str]:
-    """The names of those options, as `ready` gives them, that have several values."""
+    """Return the names of those options, as `ready` returns them, that have several values."""
     pairs = (argument.partition("=") for argument in ready_arguments)
     return {name for name, _, value in pairs if _SWEPT.fullmatch(value) or len(_split(value)) > 1}
 
@@ -180,7 +179,7 @@ def _value(name: str, value: str, known: Known, sweep: bool) -> str:
 
 
 def _text_of(kind: Any) -> Any:
-    """The type of an option that takes text, else None."""
+    """Return the type of an option that takes text, else None."""
     return kind if not_none(kind) in (str, Any) else None
 
 
@@ -228,7 +227,7 @@ def _scalar(name: str, whole: str, value: str, kind: Any) -> str:
 
 
 def _words(kind: Any) -> str:
-    """What an option takes, as the end of a sentence."""
+    """Describe the values that an option takes, as the end of a sentence."""
     article = "a " if not_none(kind) is int else "a finite " if not_none(kind) is float else ""
     return article + allowed(kind)
 
@@ -244,7 +243,7 @@ def _whole_number(text: str) -> tuple[str | None, str]:
 
 
 def _number(text: str) -> str | None:
-    """The text, if it is a finite number."""
+    """Return the text if it is a finite number."""
     try:
         return text if math.isfinite(float(text)) else None
     except ValueError:
@@ -258,7 +257,7 @@ def _text(value: str, known: Known) -> str:
 
 
 def _without_interpolation(text: str, known: Known) -> str:
-    """Let ${X} be text, unless X is an option or one of OmegaConf's resolvers."""
+    """Escape ${X}, unless X is an option or one of OmegaConf's resolvers."""
 
     def literal(found: re.Match[str]) -> str:
         name = found["name"]
@@ -270,13 +269,13 @@ def _without_interpolation(text: str, known: Known) -> str:
 
 
 def quote(text: str) -> str:
-    """Write a text so that Hydra reads it as one value, whatever is in it."""
+    """Quote a text so that Hydra reads it as one value, whatever is in it."""
     inside = re.sub(r"(\\*)('|\Z)", lambda m: m[1] * 2 + (r"\'" if m[2] else ""), text)
     return f"'{inside}'"
 
 
 def unquoted(value: str) -> str:
-    """The text that a value means, of one that may be quoted."""
+    """Return the text that a value stands for; the value may be quoted."""
     if not _WHOLE_QUOTED.fullmatch(value):
         return value
     mark = value[0]
@@ -305,7 +304,7 @@ def _split(value: str) -> list[str]:
 
 
 def _nameless(argument: str, following: str, known: Known) -> str:
-    """What is wrong with an argument that has no `=`."""
+    """Explain the error of an argument that has no `=`."""
     shown = _short(argument)
     for group, choices in known.choices().items():
         if argument in choices:
@@ -326,7 +325,7 @@ def _nameless(argument: str, following: str, known: Known) -> str:
 
 
 def _unknown(name: str, value: str, known: Known) -> str:
-    """What is wrong with an option that there is not."""
+    """Explain the error of an option that does not exist."""
     close = _close(name, known)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     section = name.rpartition(".")[0]
@@ -339,7 +338,7 @@ def _unknown(name: str, value: str, known: Known) -> str:
 
 
 def _close(name: str, known: Known) -> list[str]:
-    """Names of options and groups like this one: those that end with it, or the nearest by spelling."""
+    """Return names of options and groups like this one: those that end with it, or the nearest by spelling."""
     names = [*known.groups, *known.options]
     name = name.replace("-", "_")
     last = name.rpartition(".")[2]
@@ -352,7 +351,7 @@ def _close(name: str, known: Known) -> list[str]:
 
 
 def for_flag(flag: str, following: str | None, known: Known) -> str:
-    """What is wrong with a flag that there is not, such as --experiment or --lr=0.1."""
+    """Explain the error of a flag that does not exist, such as --experiment or --lr=0.1."""
     name, _, value = flag.lstrip("-").partition("=")
     value = value or (following if following and not following.startswith("-") and "=" not in following else "")
     close = _close(name, known)
@@ -366,7 +365,7 @@ def _did_you_mean(text: str, names: Any) -> str:
 
 
 def choice_hint(conf: Path, group: str, choice: str) -> str:
-    """The choice of a group that somebody may have meant, in words; "" if none is like it."""
+    """Suggest the choice of a group that was perhaps meant; "" if none is like it."""
     names = list(choices_of(conf / group)) if (conf / group).is_dir() else []
     stem = Path(choice).stem
     ends = [n for n in names if n.rpartition("/")[2] in (choice, stem)]
@@ -375,5 +374,5 @@ def choice_hint(conf: Path, group: str, choice: str) -> str:
 
 
 def _short(text: str) -> str:
-    """A value as a line shows it."""
+    """Return a value as a line shows it."""
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

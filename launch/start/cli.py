@@ -1,7 +1,7 @@
-"""Between a person's command line and the engine: Hydra composes, dataclasses validate, errors become one line.
+"""The entry of all programs: Hydra composes, dataclasses validate, errors become one line.
 
-Only this folder knows Hydra and OmegaConf. A program is `run_program("NAME", Schema, task)` with conf/NAME.yaml; the
-task receives the validated object and returns an exit code. What the user can mend ends with one line and exit code 2.
+Only this folder uses Hydra and OmegaConf. A program is `run_program("NAME", Schema, task)` with conf/NAME.yaml; its
+task receives the validated object and returns an exit code. A mistake of the user ends with one line and exit code 2.
 
 In a sweep (-m) each job leaves its Outcome in a temporary folder, for jobs may be processes of their own (joblib). One
 that fails does not stop the others; a signal does.
@@ -53,7 +53,7 @@ def run_program(
     A sweep exits with the largest code of its jobs.
 
     Args:
-        many_ranks: the task knows how to be one rank of many; otherwise a launcher's second process is refused.
+        many_ranks: the task can be one rank of many; otherwise a launcher's second process is refused.
         report_sweep: called by rank 0 at the end of a sweep, also of one that was stopped.
     """
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
@@ -95,7 +95,7 @@ def run_program(
 
 
 def _check_start(name: str, ranks: int, *, many_ranks: bool) -> None:
-    """Refuse an encoding that files cannot be read with, and ranks where the program has none."""
+    """Refuse an encoding that cannot read the files, and several ranks where the program is one process."""
     encoding = "utf-8" if sys.flags.utf8_mode else locale.getencoding()
     if codecs.lookup(encoding).name != "utf-8":  # DeepSpeed, for one, could not read its files
         raise BadOption(
@@ -106,7 +106,7 @@ def _check_start(name: str, ranks: int, *, many_ranks: bool) -> None:
 
 
 def _arguments(name: str, schema: type, arguments: Sequence[str]) -> list[str]:
-    """The command line as Hydra takes it: options first, in its grammar, then flags."""
+    """Return the command line as Hydra takes it: options first, in its grammar, then flags."""
     known = known_to(CONF, name, schema)
     parser = get_args_parser()
     parser.allow_abbrev = False
@@ -142,7 +142,7 @@ def _refuse_flag(message: str) -> NoReturn:
 
 
 def _fixed(options: Sequence[str]) -> list[str]:
-    """Tell each job of a sweep, in whatever process, which of its options do not vary: see job_name."""
+    """Pass to each job of a sweep, in whatever process, which of its options do not vary: see job_name."""
     names = [option.partition("=")[0] for option in options if option.partition("=")[0] not in swept(options)]
     names = [name for name in names if re.fullmatch(r"[\w./]+", name, re.ASCII)]
     return [f"{_FIXED}=[{','.join(names)}]"]

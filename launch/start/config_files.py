@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def to_object(cfg: DictConfig, schema: type[T]) -> T:
-    """Make the validated object of a composed configuration."""
+    """Build the validated object of a composed configuration."""
     try:
         found = OmegaConf.to_object(cfg)
         _check_numbers(found, "")
@@ -95,7 +95,7 @@ def read_options(path: Path, schema: type[T]) -> T:
 
 
 def compose_run(options: list[str]) -> Config:
-    """Give the configuration of `launch.train` with these options, from inside another program.
+    """Return the configuration of `launch.train` with these options, from inside another program.
 
     Raises:
         HydraException, OmegaConfBaseException, UserError: an option is wrong; each becomes one line at the end of a

@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: notes, a progress bar on a terminal, plain lines elsewhere, and tables.
+"""Output in the terminal: notes, a progress bar on a terminal, plain lines elsewhere, and tables.
 
 Rich makes colours and tables. Bars are tqdm's: Rich's hide the cursor, and a run that is killed would leave it hidden.
 """
@@ -25,7 +25,7 @@ _WIDEST = 10_000  # columns
 
 
 class _Lasting:
-    """A stream whose reader need not last: from what cannot be written on, all goes nowhere."""
+    """A stream whose reader may go away: after the first failed write everything is discarded."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -54,8 +54,7 @@ class _Lasting:
 
 @contextmanager
 def lasting() -> Iterator[None]:
-    """Let stdout and stderr fail without a word until the block ends: a full disk, a closed terminal or `head` ends no
-    training."""
+    """Ignore failures of stdout and stderr in the block: a full disk, a closed terminal or `head` ends no training."""
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(_Lasting, streams)
     try:
@@ -110,14 +109,14 @@ class Console:
             self.note(f"step {step}/{self._total}  {text}  left {clock(seconds_left)}")
 
     def close(self) -> None:
-        """Leave the bar as it is and go on below it."""
+        """Keep the bar as it is and continue below it."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
 
 class Stages:
-    """Progress of what goes through stages, such as an evaluation at each k: a bar on a terminal for the one under way.
+    """Progress of work in stages, such as an evaluation at each k: on a terminal a bar for the present stage.
 
     Elsewhere a line at the end of each, and every LINE_S seconds of a long one.
 
@@ -132,7 +131,7 @@ class Stages:
         self._started = self._said = 0.0
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Say that `done` of a stage's `total` parts are finished; 0 begins a stage."""
+        """Show that `done` of a stage's `total` parts are finished; 0 begins a stage."""
         if not self._enabled:
             return
         if done == 0:
@@ -163,14 +162,14 @@ class Stages:
         print(f"{stage:<8}  {done}/{total}  {end}", flush=True)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
 
 def _has_bars() -> bool:
-    """Whether stdout is a terminal with a size.
+    """Return whether stdout is a terminal with a size.
 
     mpirun gives its processes one without columns when its own output goes elsewhere; tqdm needs lines, too.
     """
@@ -191,7 +190,7 @@ def rich_console(file: TextIO | None, width: int | None = None) -> RichConsole:
 
 
 def styled(line: str, style: str, file: TextIO) -> str:
-    """Give a line in a style of Rich's, such as "bold red", for a file that may be no terminal; it is not wrapped."""
+    """Return a line in a style of Rich's, such as "bold red", for a file that may be no terminal; it is not wrapped."""
     console = rich_console(file)
     with console.capture() as written:
         console.print(Text(line, style), end="", soft_wrap=True)

@@ -28,7 +28,7 @@ _KILLED = "a process of the sweep was killed, and this run with it; train.resume
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How one job ended."""
+    """The end of one job."""
 
     number: int
     options: dict[str, str]  # its own: what the command line and the sweep gave it
@@ -53,7 +53,7 @@ class Jobs:
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
-        """Start the jobs in the block, until `started`; jobs of a killed process are lost, and the rest need another.
+        """Start the jobs in the block; repeat until `started`, since jobs after a killed process need another attempt.
 
         Raises:
             RunFailed: a process of the sweep was killed before it began a job.
@@ -87,7 +87,7 @@ class Jobs:
         return job
 
     def outcomes(self) -> list[Outcome]:
-        """Give the outcomes that are there, in the order of the jobs."""
+        """Return the outcomes so far, in the order of the jobs."""
         found = sorted(self._folder.glob("*.json"))
         return [Outcome(**json.loads(path.read_text())) for path in found]
 
@@ -113,7 +113,7 @@ class Jobs:
                 signal.signal(number, handler)
 
     def signal_code(self) -> int:
-        """128 + the number of the signal that this process got; 0 for none."""
+        """Return 128 + the number of the signal that this process received; 0 for none."""
         return int(self._stop.read_text() or 0) if self._stop.exists() else 0
 
 
@@ -121,7 +121,7 @@ class Job:
     """One job under way; its outcome is in a file."""
 
     def __init__(self, file: Path, stop: Path, lost: Outcome, *, in_sweep: bool) -> None:
-        """Take the outcome's file, the file that stops the sweep, and the outcome of a job that was killed."""
+        """Use the outcome's file, the file that stops the sweep, and the outcome in case the job is killed."""
         self._file, self._stop, self._lost, self._in_sweep = file, stop, lost, in_sweep
         self.exit_code = 0
 
@@ -171,7 +171,7 @@ def _check_launcher() -> None:
 
 
 def speak(failure: Told) -> None:
-    """Say the line of a failure, where this rank is the one to say it."""
+    """Print the line of a failure if this rank is the one to print it."""
     if failure.line is not None and failure.speaks:
         say(failure.line)
 
@@ -191,14 +191,14 @@ def one_line_errors() -> Iterator[None]:
 
 
 def name_rank(bug: BaseException) -> None:
-    """Let a traceback say whose it is, where there are many ranks."""
+    """Note the rank in a traceback, where there are many ranks."""
     place = find_place()
     if place.ranks > 1:
         bug.add_note(f"This was rank {place.rank} of {place.ranks}.")
 
 
 class _Lines(logging.Handler):
-    """Writes what is logged as the program's other lines are written."""
+    """Writes log records like the program's other lines."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line."""
@@ -206,7 +206,7 @@ class _Lines(logging.Handler):
 
 
 def pass_on_warnings() -> None:
-    """Let the engine's warnings reach the user: Hydra switches off every logger that there is when it starts a job."""
+    """Enable the engine's loggers, since Hydra disables every existing logger when it starts a job."""
     engine = logging.getLogger("foreroute")
     engine.setLevel(logging.WARNING)
     if not engine.handlers:

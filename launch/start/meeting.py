@@ -1,5 +1,4 @@
-"""How a process meets the other ranks, and is watched with them. launch/start/rank_variables.py says which rank it is,
-and where they meet."""
+"""Rendezvous of the ranks, and their watchdog. launch/start/rank_variables.py finds the rank and the address."""
 
 import os
 import threading
@@ -29,10 +28,10 @@ _stores: list[Any] = []  # of this process: kept for all jobs of a sweep
 
 @contextmanager
 def connected(parallel: ParallelConfig, options: Mapping[str, Any]) -> Iterator[World]:
-    """Meet the other ranks (if there are any), and be watched with them until the block ends.
+    """Connect to the other ranks, if there are any, with a watchdog until the block ends.
 
     Args:
-        options: every option by name; compared before anything is done that depends on them.
+        options: every option by name; the ranks compare them first.
 
     Raises:
         UserError: the others did not come, or have other options, or the expert group does not divide the ranks.
@@ -68,7 +67,7 @@ def connected(parallel: ParallelConfig, options: Mapping[str, Any]) -> Iterator[
 
 
 def _meet(place: Place, parallel: ParallelConfig) -> Any:
-    """Form the process group over which tensors travel; gives the store that all ranks share.
+    """Form the process group for tensors; returns the store that all ranks share.
 
     Raises:
         UserError: the others did not come within parallel.meet_s, or another run meets here.
@@ -89,7 +88,7 @@ def _meet(place: Place, parallel: ParallelConfig) -> Any:
 
 
 class _Meeting:
-    """Ranks come to the store of rank 0, wait there until all have come, and then connect.
+    """Ranks register at the store of rank 0, wait until all have registered, and then connect.
 
     PyTorch's calls block where no signal reaches, so a thread of their own makes them: a process that is told to end
     meanwhile does so at once, and a rank that died, or never came, is not waited for longer than parallel.meet_s.
@@ -106,7 +105,7 @@ class _Meeting:
         self._over = threading.Event()
 
     def form(self) -> Any:
-        """Give the store when all have met."""
+        """Return the store when all ranks are connected."""
         thread = threading.Thread(target=self._run, name=MEETING, daemon=True)
         thread.start()
         try:
@@ -152,7 +151,7 @@ class _Meeting:
         return store
 
     def _find_store(self) -> Any:
-        """The store of rank 0, or of torchrun's agents; nobody is waited for but its owner."""
+        """Return the store of rank 0, or of torchrun's agents; waits for its owner alone."""
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         serves = self._place.rank == 0 and not _agents_have_a_store()
         wait = timedelta(seconds=self._meet_s + 1)
@@ -162,7 +161,7 @@ class _Meeting:
 
 
 def _backend(collectives: Collectives) -> str:
-    """Name what tensors travel through, as PyTorch does."""
+    """Return PyTorch's name of the backend for tensors."""
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and collectives is Collectives.nccl else "gloo"
 
 
@@ -171,9 +170,9 @@ def _agents_have_a_store() -> bool:
 
 
 def _fresh(store: Any) -> Any:
-    """The store without what an earlier attempt left in it.
+    """Return the store without the keys of an earlier attempt.
 
-    torchrun's agents keep one store for all restarts (2.13), and count these each for itself.
+    torchrun's agents keep one store for all restarts (2.13), and each counts the restarts by itself.
 
     Raises:
         UserError: the counts of several machines would not agree.
@@ -191,8 +190,7 @@ def _fresh(store: Any) -> Any:
 
 
 def _take_place(store: Any, place: Place, address: str) -> None:
-    """Refuse to be a rank that is there already, before anything is exchanged: that would disturb a run that goes
-    well."""
+    """Refuse a rank that is registered already, before anything is exchanged, so that another run is not disturbed."""
     require(
         store.add(f"came/{place.rank}", 1) == 1,
         f"rank {place.rank} is at {address} already: another run meets there; give this one another port "
@@ -201,7 +199,7 @@ def _take_place(store: Any, place: Place, address: str) -> None:
 
 
 def _hosts_for_planning(place: Place, mesh: Mesh) -> tuple[CpuGroup, CpuGroup]:
-    """Connections of the loader's thread: all ranks, and this rank's expert group."""
+    """Return the connections of the loader's thread: all ranks, and this rank's expert group."""
     if place.mpi:
         from mpi4py import MPI
 

@@ -1,6 +1,6 @@
-"""What became of an error: the one line that a person reads, and the exit code.
+"""Errors as a person sees them: one line, and the exit code.
 
-Hydra's and OmegaConf's errors spread over lines and causes, which are joined here.
+Hydra's and OmegaConf's errors spread over several lines and causes; they are joined here.
 """
 
 import os
@@ -41,7 +41,7 @@ _NOISE = (
 
 
 class BadOption(UserError):
-    """What is wrong with a start before the ranks meet; all ranks of a machine see it alike."""
+    """An error of the start before the ranks meet; all ranks of a machine see the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +49,8 @@ class Told:
     """An expected failure."""
 
     exit_code: int
-    line: str | None = None  # None: the signal's sender knows
-    speaks: bool = True  # this rank is the one to say it
+    line: str | None = None  # None: the sender of the signal knows the reason
+    speaks: bool = True  # this rank is the one to print it
 
 
 def told(error: BaseException) -> Told | None:
@@ -88,12 +88,12 @@ def told(error: BaseException) -> Told | None:
 
 
 def say(line: str) -> None:
-    """Write in one piece: other ranks write to the same terminal."""
+    """Write a line in one piece, since other ranks write to the same terminal."""
     sys.stderr.write(styled(f"foreroute: {line}", "red", sys.stderr) + "\n")
 
 
 def one_line(error: BaseException) -> str:
-    """The message in one line: what Hydra and OmegaConf spread over lines and causes, joined, without their advice."""
+    """Return the message in one line; those of Hydra and OmegaConf are joined, without their advice."""
     if isinstance(error, OverrideParseException):
         name, _, value = error.override.partition("=")
         return f'{error.override}: Hydra\'s grammar does not take it; write "{name}={quote(value)}"'
@@ -108,7 +108,7 @@ def one_line(error: BaseException) -> str:
 
 
 def os_line(error: OSError) -> str:
-    """The path and what is the matter, without the number."""
+    """Return the path and the reason, without the number."""
     reason = error.strerror or str(error)
     return reason if error.filename is None else f"{os.fsdecode(error.filename)}: {reason}"
 
@@ -120,7 +120,7 @@ def _lines(error: BaseException) -> list[str]:
 
 
 def _with_hint(text: str) -> str:
-    """Say what to type instead, where Hydra does not."""
+    """Add what to type instead, where Hydra does not."""
     if found := re.search(r"missing mandatory value: (\w+)", text):
         schema = OmegaConf.get_type(ConfigStore.instance().load("schema.yaml").node)
         texts = {f.name: f.metadata.get("help") for f in fields(schema)} if schema is not None else {}

@@ -15,38 +15,37 @@ _LONGEST_NAME = 180  # bytes of a run's name; a file system takes 255, and files
 
 
 def job_name(name: str) -> str:
-    """The run's name; in a sweep (-m) with the options that it varies, so that every job has its own folder."""
+    """Return the run's name; in a sweep (-m) with the options that it varies, so that every job has its own folder."""
     return swept_name(name, swept_options()) if in_sweep() else name
 
 
 def own_options() -> dict[str, str]:
-    """What the command line and the sweep gave this job, as a person writes it."""
+    """Return the options of this job from the command line and the sweep, as a person writes them."""
     own = [option for option in HydraConfig.get().overrides.task if "=" in option]
     pairs = (option.split("=", 1) for option in own)
     return {name: unquoted(value) for name, value in pairs}
 
 
 def swept_options() -> dict[str, str]:
-    """Give those of the job's options that the sweep varies."""
+    """Return those of the job's options that the sweep varies."""
     fixed = HydraConfig.get().job.config.override_dirname.exclude_keys
     return {name: value for name, value in own_options().items() if name not in fixed}
 
 
 def in_sweep() -> bool:
-    """Whether this is a job of a sweep (-m)."""
+    """Return whether this is a job of a sweep (-m)."""
     return HydraConfig.get().mode is RunMode.MULTIRUN
 
 
 def given_options() -> list[str]:
-    """Full names of the options that this job was given on its command line, a sweep's own ones among them."""
+    """Return the full names of the options on this job's command line, with those of a sweep."""
     return [option.partition("=")[0].lstrip("+") for option in HydraConfig.get().overrides.task]
 
 
 def swept_name(name: str, options: Mapping[str, str]) -> str:
-    """The name of a sweep's job: the sweep's name and what is varied. Different values give different names.
+    """Return the name of a sweep's job: the sweep's name and the varied options. Different values give different names.
 
-    Signs that a folder's name is better without become _, and then, or where the name would be too long, its digest
-    ends it.
+    Characters that do not suit a folder's name become _. Such a name, or one that is too long, ends with its digest.
     """
     if not options:
         return name

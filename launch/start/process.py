@@ -1,4 +1,4 @@
-"""What a process needs before training (signals, threads, memory), and how it ends."""
+"""Signals, threads and memory of a process, and its end."""
 
 import atexit
 import ctypes
@@ -18,7 +18,7 @@ from foreroute.engine.errors import require
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # options of glibc's mallopt(3)
 GRACE_S = 3.0
-"""Seconds from a signal in which others only repeat it."""
+"""Seconds after a signal in which further signals count as repetitions of it."""
 
 MEETING = "foreroute-meeting"
 """Name of the thread in which a rank meets the others (launch/start/meeting.py)."""
@@ -30,7 +30,7 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SI
 
 
 def catchable_stops() -> list[signal.Signals]:
-    """Give STOPS, without SIGHUP where it is ignored (nohup)."""
+    """Return STOPS, without SIGHUP where it is ignored (nohup)."""
     kept = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return [number for number in STOPS if not (kept and number == signal.SIGHUP)]
 
@@ -38,8 +38,8 @@ def catchable_stops() -> list[signal.Signals]:
 class StopSignal:
     """Ends the program with 128 + number on each signal of STOPS: at once, or, while `deferred`, when the trainer asks.
 
-    So a signal in the middle of a step waits for its end and a checkpoint. Another one ends the process at once, unless
-    it comes within GRACE_S: a scheduler signals every process, and a launcher among them passes it on.
+    So after a signal in the middle of a step the step ends and a checkpoint is written. Another signal ends the process
+    at once, unless it comes within GRACE_S: a scheduler signals every process, and a launcher passes signals on.
     SIGUSR1 counts as SIGTERM: mpirun passes it on and waits, while its own end on SIGTERM leaves the ranks a second.
     SIGHUP stays ignored where it is (nohup).
     """
@@ -52,14 +52,15 @@ class StopSignal:
             signal.signal(number, self._handle)
 
     def __call__(self) -> bool:
-        """Say whether a stop was asked for."""
+        """Return whether a stop was requested."""
         return self.number != 0
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Only take note of a signal, for whoever calls this object.
+        """Only record a signal, for callers of this object.
 
-        Behind an error too: launchers send one as soon as a rank is gone, and the others have yet to say which.
+        It stays so after an error: launchers send a signal as soon as a rank is gone, and the others have yet to name
+        it.
         """
         self._deferred = True
         yield
@@ -112,8 +113,7 @@ def leaving_at_once() -> Iterator[None]:
 
 
 def _leaves_at_once() -> bool:
-    """Say whether a thread of PyTorch's may need the interpreter at its end: of a group, or one that still waits to
-    meet."""
+    """Return whether a thread of PyTorch's may need the interpreter at its end: of a group, or of the rendezvous."""
     return dist.is_initialized() or any(t.name == MEETING for t in threading.enumerate())
 
 

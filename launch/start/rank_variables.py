@@ -1,4 +1,4 @@
-"""Where a process stands among the ranks and where they meet, from the variables of whoever started it. Starts nothing.
+"""The rank of a process and the address of the rendezvous, from the variables of its launcher. Starts nothing.
 
 A launcher may start another one: Slurm or mpirun starts one torchrun on each machine, a Slurm job runs mpirun, a person
 runs torchrun in a shell of one task. So the variables of several may be there, and those of the innermost count:
@@ -34,7 +34,7 @@ _FIRST_PORT, _PORTS = 20_000, 10_000  # for Slurm: below those that systems give
 
 @dataclass(frozen=True, slots=True)
 class Launcher:
-    """Who starts processes, and the variables in which it tells each its place."""
+    """A launcher of processes, and the variables in which it tells each its place."""
 
     name: str
     rank: str
@@ -43,11 +43,11 @@ class Launcher:
     mpi: bool = False
 
     def there(self, environ: Mapping[str, str]) -> bool:
-        """Whether it left its variables; the local rank alone says nothing, DeepSpeed sets it in any process."""
+        """Return whether its variables are set; not by the local rank, which DeepSpeed sets in any process."""
         return self.rank in environ or self.ranks in environ
 
     def read(self, environ: Mapping[str, str]) -> "Place":
-        """What the variables say.
+        """Read the variables.
 
         Raises:
             UserError: one is missing or no whole number, or the rank is too high.
@@ -70,7 +70,7 @@ SLURM = Launcher("Slurm", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What the launcher told this process."""
+    """The place of this process among those that the launcher started."""
 
     rank: int = 0
     ranks: int = 1
@@ -83,12 +83,12 @@ class Place:
         return self.launcher is not None and self.launcher.mpi
 
     def same(self, other: "Place") -> bool:
-        """Whether both are the same rank of as many."""
+        """Return whether both are the same rank of equally many."""
         return (self.rank, self.ranks) == (other.rank, other.ranks)
 
 
 def find_place(environ: Mapping[str, str] = os.environ) -> Place:
-    """Read the launchers' variables; one rank alone if there are none. The table above says whose count.
+    """Read the launchers' variables; one rank alone if there are none. The table above defines whose count.
 
     Raises:
         UserError: a variable is missing or no number, or two launchers contradict each other.
@@ -111,7 +111,7 @@ def find_place(environ: Mapping[str, str] = os.environ) -> Place:
 
 
 def _started(environ: Mapping[str, str]) -> Place | None:
-    """The place by MPI or Slurm."""
+    """Return the place by MPI or Slurm."""
     if OPEN_MPI.there(environ):
         place = OPEN_MPI.read(environ)
         if MPICH.there(environ):
@@ -139,7 +139,7 @@ def _refuse_contradiction(launcher: Launcher, name: str, value: int, environ: Ma
 
 
 def find_device(place: Place, environ: Mapping[str, str] = os.environ) -> torch.device:
-    """This process's GPU, the one of its rank on its machine, or the CPU.
+    """Return this process's GPU, by its rank on its machine, or the CPU.
 
     DS_ACCELERATOR=cpu, DeepSpeed's own switch, keeps a run off the GPUs.
 
@@ -159,7 +159,7 @@ def find_device(place: Place, environ: Mapping[str, str] = os.environ) -> torch.
 
 
 def find_node() -> str:
-    """Name the machine on which this process runs: its host name and, on Linux, what the kernel drew at its boot.
+    """Return an identifier of this process's machine: its host name and, on Linux, the kernel's boot id.
 
     Machines may have the same host name; containers and network namespaces of one machine may have several, and then
     they count as machines of their own.
@@ -169,10 +169,9 @@ def find_node() -> str:
 
 
 def find_address(place: Place, environ: Mapping[str, str] = os.environ) -> tuple[str, str]:
-    """Host and port at which rank 0 waits for the others: MASTER_ADDR and MASTER_PORT, and what is missing of them from
-    the launcher.
+    """Return host and port at which rank 0 waits for the others: MASTER_ADDR and MASTER_PORT, or else the launcher's.
 
-    A collective under MPI, where rank 0's variables count.
+    It is a collective under MPI, where rank 0's variables count.
 
     Raises:
         UserError: one is missing and the launcher cannot say.
@@ -188,7 +187,7 @@ def find_address(place: Place, environ: Mapping[str, str] = os.environ) -> tuple
 
 
 def _address_by_mpi(address: str | None, port: str | None) -> tuple[str, str]:
-    """Rank 0's, or a free port of its machine, told to all ranks."""
+    """Return rank 0's address and port, or a free port of its machine, on all ranks."""
     from mpi4py import MPI
 
     name = socket.gethostname()
@@ -204,13 +203,13 @@ def _address_by_mpi(address: str | None, port: str | None) -> tuple[str, str]:
 
 
 def _own_address(name: str) -> str:
-    """This machine's address, or its name if that is all that others can use."""
+    """Return this machine's address, or its name if others can use nothing else."""
     address = socket.gethostbyname(name)
     return name if address.startswith("127.") else address
 
 
 def _first_host_of_slurm(environ: Mapping[str, str]) -> str:
-    """The machine of rank 0: the first of the step's."""
+    """Return the machine of rank 0: the first of the step's."""
     nodes = environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_JOB_NODELIST", ""))
     if environ.get("SLURM_STEP_NUM_NODES") == "1":
         return "127.0.0.1"
@@ -225,7 +224,7 @@ def _first_host_of_slurm(environ: Mapping[str, str]) -> str:
 
 
 def _port_by_slurm(environ: Mapping[str, str]) -> str:
-    """A port that every rank of a step computes alike; other jobs and steps get others, mostly."""
+    """Return a port that every rank of a step computes alike; other jobs and steps mostly get others."""
     numbers = []
     for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"):
         value = environ.get(name, "")

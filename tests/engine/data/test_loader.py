@@ -2,6 +2,7 @@ import dataclasses
 import threading
 import time
 import traceback
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,14 +40,11 @@ def make_batch(step, micro):
 
 
 def start(routers, make=make_batch, *, steps=range(2, 6), prefetch=1, accumulation=2):
-    return PlannedLoader(
-        make,
-        lambda group, k: plan_batch(group, k, routers),
-        lambda step: 1 + step % 3,
-        steps=steps,
-        accumulation=accumulation,
-        prefetch=prefetch,
-    )
+    def planned(step, micro):
+        return plan_batch(make(step, micro), 1 + step % 3, routers)
+
+    batches = SimpleNamespace(planned=planned)
+    return PlannedLoader(batches, steps=steps, accumulation=accumulation, prefetch=prefetch)
 
 
 def flatten(value):

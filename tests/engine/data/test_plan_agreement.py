@@ -1,6 +1,7 @@
 """Loaders of several ranks: what differs is named before a plan is used, and all stop behind the same micro-batch."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -43,13 +44,12 @@ def start(host, group_host=None, *, text=TEXT, starts=NO_STARTS, k=lambda step: 
             return group_batch([batch(r, step, micro) for r in mesh.ep_ranks], mesh.ep_rank)
         return share_ids(group_batch([batch(mesh.rank, step, micro)]), group_host)
 
-    def plan(group, k):
-        planned = plan_batch(group, k, own_routers)
-        return planned if spoil is None else spoil(planned)
+    def planned(step, micro):
+        batch = plan_batch(make_batch(step, micro), k(step), own_routers)
+        return batch if spoil is None else spoil(batch)
 
-    return PlannedLoader(
-        make_batch, plan, k, steps=steps, accumulation=2, prefetch=2, agreement=Agreement(host, mesh, own_routers)
-    )
+    batches, agreement = SimpleNamespace(planned=planned), Agreement(host, mesh, own_routers)
+    return PlannedLoader(batches, steps=steps, accumulation=2, prefetch=2, agreement=agreement)
 
 
 def take(host, number=6, **options):

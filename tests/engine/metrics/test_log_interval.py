@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ import torch
 
 from foreroute.engine.metrics.log_interval import Window
 from foreroute.engine.metrics.peak_flops import Peak
-from foreroute.engine.metrics.rank_sums import COLUMN
+from foreroute.engine.metrics.rank_sums import RankRow
 from foreroute.engine.metrics.step_result import StepResult
 from foreroute.engine.metrics.timers import StepTimes
 from foreroute.engine.model.flops import Arithmetic
@@ -25,18 +25,18 @@ def a_window(flops=0.0, peak=0.0, device="cpu"):
 
 def result(number, own_ms_P, *, step_ms=10.0):
     """A step whose numbers are told by its own."""
-    block_PX = np.zeros((2, len(COLUMN)))
-    block_PX[:, COLUMN["own_ms"]] = own_ms_P
-    block_PX[:, COLUMN["memory_bytes"]] = 1000 * number, 2000 * number
-    block_PX[:, COLUMN["wire_bytes"]] = 10 * number, 30 * number
-    block_PX[:, COLUMN["wire_bytes_inside"]] = 4 * number, 6 * number
-    block_PX[:, COLUMN["rows"]] = 3, 5
-    block_PX[:, COLUMN["plan_wait_ms"]] = 0.5 * number, 0.25
-    block_PX[:, COLUMN["exchange_exposed_ms"]] = 0.0 if sum(own_ms_P) == 0 else (1.0, 2.0)
+    ranks = {field.name: np.zeros(2) for field in fields(RankRow)}
+    ranks["own_ms"][:] = own_ms_P
+    ranks["memory_bytes"][:] = 1000 * number, 2000 * number
+    ranks["wire_bytes"][:] = 10 * number, 30 * number
+    ranks["wire_bytes_inside"][:] = 4 * number, 6 * number
+    ranks["rows"][:] = 3, 5
+    ranks["plan_wait_ms"][:] = 0.5 * number, 0.25
+    ranks["exchange_exposed_ms"][:] = 0.0 if sum(own_ms_P) == 0 else (1.0, 2.0)
     count_LE = np.array([[4.0, 0.0], [1.0, 3.0]])
     times = StepTimes(step_ms=step_ms, forward_ms=3.0 * number, metric_ms=0.5)
     sent_bytes_PG = np.array([[0.0, 10 * number], [30 * number, 0.0]])
-    return StepResult(float(number), number / 8, 2, 0.1 * number, 0.2, block_PX, sent_bytes_PG, count_LE, times)
+    return StepResult(float(number), number / 8, ranks, sent_bytes_PG, count_LE, 2, 0.1 * number, 0.2, times)
 
 
 def test_means_over_the_steps():

@@ -7,9 +7,9 @@ from torch import distributed as dist
 
 from foreroute.engine.config import KernelsConfig, MoEConfig, ParallelConfig
 from foreroute.engine.config.enums import ExchangeKind
-from foreroute.engine.moe import exchange as exchange_file
 from foreroute.engine.moe.exchange import Exchange, Local, build_exchange
 from foreroute.engine.moe.experts import Experts
+from foreroute.engine.routing import live_plan
 from foreroute.engine.routing.exchange_choice import use_gather
 from foreroute.engine.routing.plan import Route
 from foreroute.engine.routing.routers import HashedRouter
@@ -80,14 +80,13 @@ def test_a_rank_that_raises_is_named():
 def test_a_live_router_gathers_when_the_model_of_times_says_so(dtype, monkeypatch):
     """As loader and certificate decide, from the same sizes: 24 tokens, 6 wide, 8 experts on 2 ranks."""
     asked = []
-    monkeypatch.setattr(exchange_file, "build_live_plan", lambda *_, **how: asked.append(how))
+    monkeypatch.setattr(live_plan, "build_live_plan", lambda *_, **how: asked.append(how))
     parallel = ParallelConfig(
         exchange=ExchangeKind.auto, link_gb_per_s=1e-3, message_us=0, memory_gb_per_s=0.01, chunks=3
     )
-    exchange = build_exchange(NoWire(), parallel)
     for k in range(1, 9):
         route = Route(torch.zeros(24, k, dtype=torch.int64), torch.ones(24, k))
-        exchange.plan(route, 8, torch.zeros(24, 6, dtype=dtype))
+        live_plan.plan_live(route, 8, torch.zeros(24, 6, dtype=dtype), NoWire(), parallel)
     want = [
         use_gather(parallel, experts=8, ranks=2, k=k, tokens=24, width=6, itemsize=dtype.itemsize) for k in range(1, 9)
     ]

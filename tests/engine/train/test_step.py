@@ -18,7 +18,7 @@ from foreroute.engine.data.device_copy import map_tensors
 from foreroute.engine.data.loader import PlannedLoader
 from foreroute.engine.data.planned_batches import TrainingBatches
 from foreroute.engine.data.streams import Streams
-from foreroute.engine.metrics.rank_sums import RankRow, block_of, sum_over_ranks
+from foreroute.engine.metrics.rank_sums import RankRow, sum_over_ranks
 from foreroute.engine.metrics.step_meter import StepMeter
 from foreroute.engine.model.build import build_model
 from foreroute.engine.moe.exchange import build_exchange
@@ -105,11 +105,7 @@ class Steps:
         accumulation = self.config.train.accumulation
         steps = range(self.steps)
         loader = PlannedLoader(
-            *(self.batches.read, self.batches.plan, self.batches.k),
-            steps=steps,
-            accumulation=accumulation,
-            prefetch=1,
-            device=self.engine.device,
+            self.batches, steps=steps, accumulation=accumulation, prefetch=1, device=self.engine.device
         )
         losses = []
         for step in steps:
@@ -241,7 +237,7 @@ def without_data(ranks, read=None):
         output = model(planned.batch.ids_BQ, planned.batch.targets_BQ, None, planned.routing)
         output.loss.backward()
         assert uploads.number == 0
-        total = sum_over_ranks([output], World(), block_of(RankRow(own_ms=1.0), [], Mesh()))
+        total = sum_over_ranks([output], World(), RankRow(own_ms=1.0))
         assert uploads.number == 1  # the rank's row, pinned on a GPU
     if read is not None:
         read(total.is_finite)
