@@ -57,7 +57,7 @@ METRICS: dict[str, Metric] = {
     "attention_ms": Metric("ms", "attention, part of forward_ms"),
     "experts_ms": Metric("ms", "expert layers, part of forward_ms"),
     "exchange_exposed_ms": Metric("ms", "exchanging rows while nothing is computed; 0 on one rank"),
-    "exchange_hidden_ms": Metric("ms", "exchanging rows behind computation; 0 on one rank"),
+    "exchange_hidden_ms": Metric("ms", "exchanging rows while something is computed; 0 on one rank"),
     "own_ms": Metric(
         "ms",
         "forward passes without waiting for other ranks, part of forward_ms (on a GPU of its own time); of rank 0. The"

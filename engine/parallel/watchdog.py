@@ -1,4 +1,4 @@
-"""A hang is a message: when a rank is lost, fails or stays behind, every other rank ends with a line that says which
+"""A hang is a message: when a rank is lost, fails or falls behind, every other rank ends with a line that says which
 and why.
 
 Each rank leaves a sign of life and the place that it has reached in a store (torch.distributed's key-value store), once
@@ -29,7 +29,7 @@ from foreroute.engine.parallel.cpu_group import named, odd_ones
 _FAULT, _DONE = "fault", "done"
 FOR_EVER = timedelta(days=23)
 """For the collectives of ranks that are watched; what their clocks, of 32-bit milliseconds, can say. One that gave up
-by its own clock would do so behind a suspension."""
+by its own clock would do so after a suspension."""
 _LONG_S = 3600.0  # what no place takes, such as a checkpoint, or rank 0 that builds tables
 _CLOSE_S = 10.0  # how long `close` waits for a thread, which may wait for the store
 _MARKS = ("gloo", "Gloo", "NCCL", "Connection closed", "Connection reset", "MPI_ERR", "TCPStore")
@@ -63,7 +63,7 @@ _GONE = object()
 
 
 class _AskedStore:
-    """A store that may not answer, as behind a cut network, where some of its calls would wait for ever.
+    """A store that may not answer, as after a network failure, where some of its calls would wait for ever.
 
     A thread of its own makes the calls, one at a time. After one without an answer nothing is asked any more.
     """

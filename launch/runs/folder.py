@@ -175,7 +175,7 @@ class RunFolder:
             yield state
         except SystemExit:  # a signal outside the training loop
             if self.lock is not None and run.step > 0:
-                print(f"stopped behind step {run.step}, which is saved; train.resume=true evaluates it")
+                print(f"stopped after step {run.step}, which is saved; train.resume=true evaluates it")
             raise
         except BaseException:
             state.name = "failed"

@@ -174,7 +174,7 @@ def _print_version_or_help(name: str, schema: type, arguments: Sequence[str]) ->
 
 
 def _print_help(name: str, schema: type, arguments: Sequence[str]) -> None:
-    """Print the program's help, or that of the topics behind --help, with the options' values under the groups' choices
+    """Print the program's help, or that of the topics after --help, with the options' values under the groups' choices
     of the command line."""
     groups = groups_of(CONF / f"{name}.yaml")
     chosen = [text for text in arguments if "=" in text and text.split("=")[0] in groups and "," not in text]

@@ -225,5 +225,5 @@ def test_a_signal_in_the_evaluation(tmp_path, text, number):
                 process.kill()
         assert process.returncode == 128 + number and err == "", err
         if program == "train":
-            assert "stopped behind step 2, which is saved; train.resume=true evaluates it" in out
+            assert "stopped after step 2, which is saved; train.resume=true evaluates it" in out
             assert state(folder) == {"state": "stopped", "step": 2}
