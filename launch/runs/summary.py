@@ -19,7 +19,7 @@ from foreroute.engine.evaluation.ngram_baselines import bzip2_bpc, order_n_bpc
 from foreroute.engine.metrics.host_memory import peak_memory_bytes
 from foreroute.engine.metrics.names import JSONL, read_lines, steps_between
 from foreroute.engine.train.trainer import Trainer
-from foreroute.launch.page.words import byte_text
+from foreroute.launch.page.words import byte_text, count_text
 from foreroute.launch.runs.folder import SUMMARY, RunFolder, write_json
 from foreroute.launch.runs.plots import plot_loss, plot_slimming
 from foreroute.launch.start.console import clock, table
@@ -156,5 +156,5 @@ def _training_lines(summary: Mapping[str, Any]) -> list[str]:
     if "counted_symbols" in summary:
         found["counting"] = f"order 2 and 3 know the first {summary['counted_symbols']:,} training symbols only"
     if "flops" in summary:
-        found["compute"] = f"{summary['flops']:.3g} FLOP"
+        found["compute"] = f"{count_text(summary['flops'])}FLOP"
     return [f"{label:<10}{text}" for label, text in found.items()]

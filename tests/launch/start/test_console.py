@@ -209,7 +209,7 @@ def test_the_summary_says_what_the_training_took(tmp_path):
         "training  3 steps, 300 symbols, 12,345 parameters",
         "time      0:02, 150 symbols/s, 10.0% outside forward, backward and optimizer",
         "memory    2.50 GB at most (rank 0)",
-        "compute   1.5e+09 FLOP",
+        "compute   1.5 GFLOP",
     ]
     del summary["flops"]
     assert "FLOP" not in result_table(summary)
