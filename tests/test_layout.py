@@ -57,7 +57,6 @@ OPEN_ROOMS = {
     "engine/data",
     "engine/metrics",
     "engine/parallel",
-    "engine/routing",
     "engine/train",
     "launch",
     "launch/runs",
