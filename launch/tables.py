@@ -27,7 +27,7 @@ blocks     the same of blocks of experts, which builder packed fills one after t
 P ranks    the same of ranks, where P ranks share out the experts
 touched    ranks that hold an active expert of a token, mean
 wire rows  rows of a token that leave its rank, for each layer and direction, mean"""
-"""What the columns of the table are."""
+"""The meaning of the table's columns."""
 
 
 @dataclass

@@ -43,7 +43,7 @@ class PlannedBatch:
     routing: Routing
     copied: torch.cuda.Event | None = None  # of the copy to a GPU
     prepare_ms: float = field(default=0.0, compare=False)
-    """What the loader's thread needed to read and plan it."""
+    """The time in which the loader's thread read and planned the batch."""
 
 
 def group_batch(batches: Sequence[Batch], own: int = 0) -> GroupBatch:

@@ -23,7 +23,7 @@ from foreroute.engine.errors import require
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 SCREEN_LINES, SCREEN_COLUMNS = 30, 100
-"""What a help without a group fits in."""
+"""The largest size of a help text without a group."""
 ALL = "all"
 OPTIONS = "As they are with the choices made, and in brackets what they may be."
 FLAGS = {

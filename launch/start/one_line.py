@@ -23,7 +23,7 @@ from foreroute.launch.start.help import CONF
 from foreroute.launch.start.rank_variables import find_place
 
 _BELOW_NULL = "Unexpected type: None"
-"""What OmegaConf asserts when an option lies two levels below null, such as cluster.inside.gb_per_s without a
+"""The assertion of OmegaConf when an option lies two levels below null, such as cluster.inside.gb_per_s without a
 cluster."""
 _NO_MEMORY = re.compile(
     r"DefaultCPUAllocator|alloc_cpu|Storage size calculation overflowed|Cannot allocate memory|Unable to allocate|"

@@ -274,7 +274,7 @@ def count_parameters(layout: Layout, vocab_size: int) -> Parameters:
 
 
 def _options(section: ModelConfig | MoEConfig) -> tuple[Any, ...]:
-    """A section's values, as a key of a cache."""
+    """Return a section's values, as a key of a cache."""
     return tuple(tuple(value) if isinstance(value, list) else value for value in astuple(section))
 
 

@@ -22,7 +22,7 @@ class Piece(NamedTuple):
 
     @property
     def hashed(self) -> bytes | memoryview:
-        """What stands for it in a hash: ids in 64 bits, whatever the width in which a file has them."""
+        """The bytes that represent it in a hash: ids in 64 bits, for any width in a file."""
         return self.data if isinstance(self.data, bytes) else np.ascontiguousarray(self.data, "<i8").data
 
 

@@ -31,7 +31,7 @@ Watch = Callable[[int], None]  # is given how many bytes or ids more have been r
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """What one pass over a source finds. Units are bytes of text, or ids."""
+    """The result of one pass over a source. Units are bytes of text, or ids."""
 
     sha256: str  # of all that is read, one document after the other
     ends_sha256: str  # of the places where documents end

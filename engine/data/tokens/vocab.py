@@ -1,4 +1,4 @@
-"""What a vocabulary can do, whatever its symbols are."""
+"""The interface of a vocabulary, for all kinds of symbols."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
