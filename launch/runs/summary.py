@@ -130,7 +130,7 @@ def result_table(summary: Mapping[str, Any]) -> str:
     rows = [[label, f"{bpc:.3f}", f"{100 * (bpc / best - 1):+.1f}%"] for label, bpc in found.items()]
     heads = [f"{summary['split']} split", "bpc", "to best"]
     by_byte = summary.get("bits_per_byte", {})
-    if by_byte != summary["bpc"] and None not in by_byte.values():
+    if by_byte and by_byte != summary["bpc"] and None not in by_byte.values():
         heads.append("bits/byte")
         rows = [[*row, f"{bits:.3f}"] for row, bits in zip(rows, by_byte.values(), strict=False)] + [
             [*row, ""] for row in rows[len(by_byte) :]
