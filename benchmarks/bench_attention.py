@@ -1,9 +1,11 @@
 """Relative attention, forward and backward, against plain scaled_dot_product_attention of the same shapes.
 
-The plain one has no distance term (two thirds of the products) and gets the causal mask with memory. Last line: JSON,
-ratio = fastest relative round / fastest plain round, for each precision.
+The plain one has no distance term (two thirds of the products) and gets the causal mask with memory. A third case is
+relative attention that stops at documents. Last line: JSON, ratio = fastest relative round / fastest plain round,
+documents = fastest round that stops at documents / fastest relative round, for each precision.
 
-    python -m benchmarks.bench_attention [--streams 4] [--segment 512] [--memory 512] [--threads 2] [--rounds 15]
+    python -m benchmarks.bench_attention [--streams 4] [--segment 512] [--memory 512] [--document 200] [--threads 2]
+        [--rounds 15]
 """
 
 import argparse
@@ -20,7 +22,7 @@ HEADS, WIDTH = 8, 64
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def cases(streams: int, segment: int, memory: int, dtype: torch.dtype) -> dict[str, Case]:
+def cases(streams: int, segment: int, memory: int, document: int, dtype: torch.dtype) -> dict[str, Case]:
     keys = memory + segment
 
     def leaf(*shape: int) -> torch.Tensor:
@@ -33,15 +35,18 @@ def cases(streams: int, segment: int, memory: int, dtype: torch.dtype) -> dict[s
     d_out_by_head = d_out.transpose(1, 2).contiguous()
     visible = torch.arange(segment)[:, None] + memory >= torch.arange(keys)
 
-    def relative() -> None:
-        out = relative_attention(*inputs, scale=WIDTH**-0.5)
+    own_Q = torch.arange(memory, keys, dtype=torch.int32)
+    first_BQ = (own_Q - own_Q % document).expand(streams, -1)
+
+    def relative(first_BQ: torch.Tensor | None = None) -> None:
+        out = relative_attention(*inputs, scale=WIDTH**-0.5, first_BQ=first_BQ)
         torch.autograd.grad(out, inputs, d_out)
 
     def plain() -> None:
         out = F.scaled_dot_product_attention(by_head[0], by_head[1], by_head[2], attn_mask=visible)
         torch.autograd.grad(out, by_head, d_out_by_head)
 
-    return {"relative": relative, "plain": plain}
+    return {"relative": relative, "documents": lambda: relative(first_BQ), "plain": plain}
 
 
 def main() -> None:
@@ -49,18 +54,21 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--segment", type=int, default=512)
     parser.add_argument("--memory", type=int, default=512)
+    parser.add_argument("--document", type=int, default=200, help="ids of each document")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
     args = parse(parser)
     keep_freed_memory()  # as every program of launch/ does
     torch.set_num_threads(args.threads)
-    rows, ratio = [], {}
+    rows, ratio, documents = [], {}, {}
     for name, dtype in PRECISIONS.items():
-        best = minima_ms(interleave(cases(args.streams, args.segment, args.memory, dtype), args.rounds, 2))
+        made = cases(args.streams, args.segment, args.memory, args.document, dtype)
+        best = minima_ms(interleave(made, args.rounds, 2))
         ratio[name] = best["relative"] / best["plain"]
-        rows.append((name, best["relative"], best["plain"], ratio[name]))
-    print_table(("precision", "relative_ms", "plain_ms", "ratio"), rows)
-    print_result({"ratio": ratio, "shape": vars(args), "environment": environment()})
+        documents[name] = best["documents"] / best["relative"]
+        rows.append((name, best["relative"], best["plain"], best["documents"], ratio[name], documents[name]))
+    print_table(("precision", "relative_ms", "plain_ms", "documents_ms", "ratio", "documents"), rows)
+    print_result({"ratio": ratio, "documents": documents, "shape": vars(args), "environment": environment()})
 
 
 if __name__ == "__main__":

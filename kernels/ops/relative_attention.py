@@ -4,8 +4,9 @@
 
 A tile is one head, a few streams and a block of queries with the keys visible to them. It fits into the cache, and no
 score of a key after the block is computed. The distance term is aligned with the keys without a copy, in both
-directions (see _shifted). Keys before a query's document are masked tile by tile. The unnormalised weights are saved
-for backward, at most B*H*Q*S numbers; activation checkpointing avoids this.
+directions (see _shifted). Keys before all documents of a tile are left out; a mask hides others before a query's
+document. The unnormalised weights are saved for backward, at most B*H*Q*S numbers; activation checkpointing avoids
+this.
 
 Letters: B streams, Q query length, M memory length, S = M+Q key length, H heads, W head width, X = S+1; of a tile:
 b streams, q queries, s keys. Keys are in order of position, r in order of distance: r_SHW[0] is for the query itself.
@@ -191,6 +192,21 @@ def _tiles(operands: _Operands, window: int | None) -> list[_Tile]:
     return tiles
 
 
+def _narrowed(tiles: list[_Tile], first_BQ: Tensor | None) -> list[_Tile]:
+    """Drop from each tile the keys before the first that any of its queries sees; its numbers start where they did.
+
+    A GPU keeps them: the host would have to read first_BQ back.
+    """
+    if first_BQ is None or first_BQ.is_cuda:
+        return tiles
+    found = []
+    for tile in tiles:
+        b, q, _ = tile.shape
+        keys = slice(max(tile.keys.start, int(first_BQ[tile.streams, tile.queries].min())), tile.keys.stop)
+        found.append(tile._replace(keys=keys, shape=(b, q, keys.stop - keys.start)))
+    return found
+
+
 def _buffer(tiles: list[_Tile], like: Tensor) -> Tensor:
     """Allocate the buffer that _shifted needs for the largest tile."""
     return like.new_empty(_ALIGN + max(b * q * (s + 1) for b, q, s in (t.shape for t in tiles)))
@@ -218,14 +234,7 @@ def _shifted(buffer: Tensor, tile: _Tile) -> tuple[Tensor, Tensor]:
 
 
 def _scores(
-    operands: _Operands,
-    tile: _Tile,
-    buffer: Tensor,
-    future: Tensor,
-    *,
-    first_BQ: Tensor | None,
-    window: int | None,
-    out: Tensor,
+    operands: _Operands, tile: _Tile, buffer: Tensor, future: Tensor, *, window: int | None, out: Tensor
 ) -> None:
     """Compute a tile's scores [b, q, s] into out; masked keys get -inf; `future` is -inf above its diagonal."""
     b, q, s = tile.shape
@@ -238,9 +247,17 @@ def _scores(
     if window is not None:  # d = s-q+i-j >= window: only in the first q columns
         far = torch.full_like(future[:q, :q], float("-inf")).tril(s - q - window)
         out[..., :q].add_(far)
-    if first_BQ is not None:
-        key_s = torch.arange(tile.keys.start, tile.keys.stop, dtype=first_BQ.dtype, device=out.device)
-        out.masked_fill_(key_s < first_BQ[tile.streams, tile.queries, None], float("-inf"))
+
+
+def _hidden(tile: _Tile, first_BQ: Tensor | None) -> Tensor | None:
+    """Return the keys before each query's first one, bool [b, q, s]; None where a CPU knows that there are none."""
+    if first_BQ is None:
+        return None
+    first_bq = first_BQ[tile.streams, tile.queries]
+    if not first_bq.is_cuda and int(first_bq.max()) <= tile.keys.start:
+        return None
+    key_s = torch.arange(tile.keys.start, tile.keys.stop, dtype=first_bq.dtype, device=first_bq.device)
+    return key_s < first_bq[..., None]
 
 
 def _scores_backward(
@@ -269,17 +286,23 @@ def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     like = operands.qu_HBQW
     out_HBQW, total_HBQ1 = _results(like)
     tiles = _tiles(operands, window)
-    block = max(tile.shape[1] for tile in tiles)
+    block, count = max(tile.shape[1] for tile in tiles), _count(tiles)
     future = like.new_full((block, block), float("-inf")).triu_(1)
-    count = _count(tiles)
+    tiles = _narrowed(tiles, first_BQ)
     buffer = _buffer(tiles, like)
     # exp(score - row maximum), for all tiles or for one at a time
     weights = like.new_empty(count) if keep else _buffer(tiles, like)
     masks = like.new_empty(count if dropout else 0, dtype=torch.bool).bernoulli_(1.0 - dropout)
     for tile in tiles:
         weight = tile.of_all(weights) if keep else tile.of_scratch(weights)
-        _scores(operands, tile, buffer, future, first_BQ=first_BQ, window=window, out=weight)
-        weight.sub_(weight.amax(-1, keepdim=True)).exp_()
+        _scores(operands, tile, buffer, future, window=window, out=weight)
+        hidden = _hidden(tile, first_BQ)
+        if hidden is None:
+            weight.sub_(weight.amax(-1, keepdim=True)).exp_()
+        else:  # a query's own score in the place of -inf, whose exponential takes a CPU six times as long
+            own_bq = weight[..., -tile.shape[1] :].diagonal(dim1=1, dim2=2).clone()
+            torch.where(hidden, own_bq[..., None], weight, out=weight)
+            weight.sub_(weight.amax(-1, keepdim=True)).exp_().masked_fill_(hidden, 0.0)
         tile.of_queries(total_HBQ1).copy_(weight.sum(-1, keepdim=True, dtype=total_HBQ1.dtype))
         weight = weight * tile.of_all(masks) if dropout else weight
         tile.of_queries(out_HBQW).copy_(torch.bmm(weight, tile.of_keys(operands.value_HBSW)))
@@ -290,10 +313,11 @@ def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _backward(d_out_HBQW: Tensor, *inputs: Any) -> list[Tensor]:
     """Compute the operands' gradients.
 
-    The inputs are the output's gradient, the operands, the results of _forward, window and dropout rate. Masked keys
-    need no mask here: their weights are 0.
+    The inputs are the output's gradient, the operands, the results of _forward, the first keys, window and dropout
+    rate. Masked keys need no mask here: their weights are 0.
     """
-    operands, (out_HBQW, total_HBQ1, weights, masks, window, dropout) = _Operands(*inputs[:5]), inputs[5:]
+    operands, saved = _Operands(*inputs[:5]), inputs[5:]
+    out_HBQW, total_HBQ1, weights, masks, first_BQ, window, dropout = saved
     dtype, wide = out_HBQW.dtype, total_HBQ1.dtype
     # softmax = exp(score - maximum) / total: dividing the small tensors replaces a division of the weights.
     mean_HBQ1 = (d_out_HBQW * out_HBQW).sum(-1, keepdim=True, dtype=wide)
@@ -306,7 +330,7 @@ def _backward(d_out_HBQW: Tensor, *inputs: Any) -> list[Tensor]:
         torch.zeros_like(operands.value_HBSW),
         torch.zeros_like(operands.r_HXW, dtype=wide),
     )
-    tiles = _tiles(operands, window)
+    tiles = _narrowed(_tiles(operands, window), first_BQ)
     buffer, scratch = _buffer(tiles, d_out_HBQW), _buffer(tiles, d_out_HBQW)
     for tile in tiles:
         weight, d_weight = tile.of_all(weights), tile.of_scratch(scratch)
@@ -348,10 +372,10 @@ class _RelativeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         *arguments, run, ctx.run_backward = inputs
-        *operands, _, ctx.window, ctx.dropout, keep = arguments
+        *operands, first_BQ, ctx.window, ctx.dropout, keep = arguments
         results: tuple[Tensor, ...] = run(*arguments)
         if keep:
-            ctx.save_for_backward(*operands, *results)
+            ctx.save_for_backward(*operands, *results, first_BQ)
         ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)
         return results
@@ -385,7 +409,7 @@ _library.define(
 )
 _library.define(
     f"relative_attention_backward(Tensor d_out, {_OPERANDS}, Tensor out, Tensor total, Tensor weights, Tensor masks,"
-    " int? window, float dropout) -> Tensor[]",
+    " Tensor? first, int? window, float dropout) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.impl("relative_attention", _forward, "CompositeExplicitAutograd")

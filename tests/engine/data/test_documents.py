@@ -194,6 +194,19 @@ def test_files_are_documents_and_an_end_makes_more(tmp_path):
     assert bytes(both.ids) == whole
 
 
+def test_documents_of_a_mixture_are_where_it_reads_them(tmp_path):
+    paths = [tmp_path / f"{name}.txt" for name in "ab"]
+    for path, line in zip(paths, (b"one line\n", b"another, longer line\n"), strict=True):
+        path.write_bytes(line * 60)
+    config = CorpusConfig(Corpus.file, [str(path) for path in paths], cache_dir=str(tmp_path / "cache"))
+    made = prepare(replace(config, weights=[2, 1], stretch=16, document_end=10))
+    text, starts = made.split(Split.train)[:], made.document_starts(Split.train)
+    after_ends = np.flatnonzero(text[:-1] == 10) + 1
+    assert np.isin(after_ends, starts).all() and len(starts) > len(after_ends)
+    others = starts[~np.isin(starts, after_ends)]
+    assert (others % 16 == 0).sum() > 0  # another corpus goes on
+
+
 def test_no_starts_are_known_by_default():
     assert NO_STARTS.dtype == np.int64 and len(NO_STARTS) == 0
     assert not DataConfig().reset_memory
