@@ -34,9 +34,10 @@ def missing_from(page: Path) -> list[str]:
     for option, group in groups.items():
         for name in re.findall(rf"\b{option}=([a-z0-9_/]+)", text):
             wanted[f"{option}={name}"] = ROOT / "conf" / group / f"{name}.yaml"
-    for package, name in re.findall(r"\b(launch|benchmarks)\.([a-z_]+)", text):
-        file, folder = ROOT / package / f"{name}.py", ROOT / package / name / "__main__.py"
-        wanted[f"{package}.{name}"] = folder if folder.exists() else file
+    for name in re.findall(r"\b(?:launch|benchmarks)(?:\.[a-z_]+)+", text):
+        module = ROOT / name.replace(".", "/")
+        folder = module / "__main__.py"
+        wanted[name] = folder if folder.exists() else module.with_suffix(".py")
     return [name for name, path in wanted.items() if not path.exists()]
 
 
