@@ -1,8 +1,8 @@
-"""A certificate on the disk: certificate.json, and beside it certificate.safetensors with what each step must do on
-every rank.
+"""A certificate on the disk: certificate.json, and certificate.safetensors with each step's rows and bytes by rank.
 
-`Record` collects while the steps are counted (exact.certify's `also`) and writes; `read` is for the run that is held to
-it (engine/certificate/check.py). Steps that repeat are stored once. The JSON seals both files by checksums.
+`Record` collects while the steps are counted (exact.certify's `also`), and writes. The run that is held to the
+certificate reads it by `read` (engine/certificate/check.py). Steps that repeat are stored once. The JSON seals both
+files by checksums.
 
 Letters: s counted steps, u distinct ones, y layers, m micro-batches of a step, r ranks of the run, g expert groups and
 P ranks of one.

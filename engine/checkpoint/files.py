@@ -1,6 +1,6 @@
 """The files of checkpoints: folders step-00001234/ of safetensors shards and one manifest; names, checksums, renames.
 
-What is in them is the business of engine/checkpoint/save_load.py. The manifest is JSON with a checksum of itself and
+engine/checkpoint/save_load.py decides what is in them. The manifest is JSON with a checksum of itself and
 the size and sha256 of each shard. A checkpoint is written in a temporary folder beside the others, made durable and
 renamed, so it is whole or absent. With many ranks each has one shard; ranks talk through a CpuGroup and all come to the
 same verdict.
@@ -118,8 +118,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """Read and check a checkpoint's manifest, without touching the shards.
 
     Raises:
-        UserError: it is missing, damaged, of another format version or names files that are no shards beside it; says
-            why.
+        UserError: it is missing, damaged, of another format version or names files that are no shards beside it.
     """
     file = path / MANIFEST
     return _checked_names(file, read_sealed(file, "manifest", FORMAT))

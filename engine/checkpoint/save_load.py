@@ -3,7 +3,7 @@
 Keys, where an expert parameter (its name contains ".experts.", dim 0 = expert) is cut into one tensor per global expert
 id:
 
-    weight/<parameter>[/<expert:05d>]    fp32 master; exp_avg/... and exp_avg_sq/... likewise
+    weight/<parameter>[/<expert:05d>]    fp32 master; exp_avg/... and exp_avg_sq/... as well
     buffer/<name>    memory/<layer>/<global stream id:06d>    table/<i>/<field>    rng/torch/rank-<rank:05d>
     rng/cuda/rank-<rank:05d>
 

@@ -18,7 +18,7 @@ class Tokens(Enum):
     txl = "txl"  # without newlines, as all published Transformer-XL enwik8 numbers
     word = "word"  # between white space, as Transformer-XL's WikiText-103
     bpe = "bpe"  # byte-pair encoding, trained on the training split
-    file = "file"  # what corpus.tokenizer, a tokenizer.json, says
+    file = "file"  # by corpus.tokenizer, a tokenizer.json
     ids = "ids"  # the files hold ids already
 
 
@@ -111,7 +111,7 @@ class MatmulPrecision(Enum):
 
 
 class ExchangeKind(Enum):
-    """How rows travel between the ranks of an expert group; one rank has nothing to exchange, whatever this says."""
+    """How rows travel between the ranks of an expert group; one rank exchanges nothing."""
 
     auto = "auto"  # tokens or gather, per k, by modelled time
     tokens = "tokens"  # each token once to each rank that has one of its experts

@@ -365,7 +365,7 @@ class ParallelConfig:
     wire: WireFormat = WireFormat.model
     chunks: int = option(
         1,
-        "Parts of a micro-batch that are exchanged one behind the other, so that rows travel while experts compute. "
+        "Chunks of a micro-batch that are exchanged one after the other, so that rows travel while experts compute. "
         "1 is off.",
         at_least=1,
     )

@@ -72,7 +72,7 @@ def observe(run: RunModel, *, k: int, symbols: int, split: Split = Split.test) -
 def output_similarity(seen: LayerSeen, tokens: int = COMPARED_TOKENS) -> float:
     """Compute the mean cosine similarity of two experts' outputs for the same input, over pairs of experts and tokens.
 
-    All experts compute all tokens, whoever was chosen. 1 means that all experts point the same way (collapse); an
+    All experts compute all tokens, chosen or not. 1 means that all experts point the same way (collapse); an
     output of zeros counts as similar to nothing.
 
     Args:

@@ -64,7 +64,7 @@ def count_grams(
 ) -> GramCounts:
     """Count the (order + 1)-grams that end at each symbol.
 
-    `chunk_done` is told after each chunk how many are done.
+    `chunk_done` is called after each chunk with the number of those done.
 
     Example: ids [1, 2, 1, 2], order 1, vocab_size 10: grams 01, 12, 21, 12 -> keys [1, 12, 21], counts [1, 2, 1].
     """
@@ -123,7 +123,7 @@ def _counts_of_order(train: GramCounts, n: int, order: int, vocab_size: int) -> 
 def _discounts(counts: Keys) -> NDArray[np.float64]:
     """Return what is taken off a count of 0, 1, 2, and 3 or more, estimated from how many counts are 1, 2, 3, 4.
 
-    Where that gives no discount in (0, count], as on tiny texts, it is half the count (KenLM's fall-back).
+    Where the estimate is not in (0, count], as on tiny texts, the discount is half the count (KenLM's fall-back).
     """
     fallback = np.array([0, 0.5, 1, 1.5])
     number = np.bincount(counts[counts <= 4], minlength=5).astype(float)

@@ -1,8 +1,8 @@
 """Fine-tuning a classifier: Adam with the published cosine, and selection by held-out training examples.
 
-Several learning rates may be tried, each from the same start. Of all points looked at (learning rate, step) the one
-with the most right answers on the held-out examples is kept, of equal ones that with the smaller loss. What is reported
-as a result, such as GLUE's dev examples, is not known here.
+Several learning rates may be tried, each from the same start. Of all points (learning rate, step) the one with the most
+right answers on the held-out examples is kept; of equal ones, the one with the smaller loss. The examples of the
+reported result, such as GLUE's dev, are not used here.
 """
 
 import math
@@ -31,7 +31,7 @@ class Recipe:
     steps: int  # for each learning rate
     batch: int  # sentences per step
     lr: tuple[float, ...]  # at least one
-    eval_every: int  # steps between two looks at the held-out examples; there is one behind the last step, too
+    eval_every: int  # steps between two looks at the held-out examples; the last step has one, too
     seed: int  # of the batches and of dropout
     clip: float = 0.25  # largest gradient norm, as in pre-training
 

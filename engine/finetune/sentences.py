@@ -1,7 +1,7 @@
 """Sentences as ids, and as batches of about equal length.
 
 A sentence is its bytes and one blank, as GLUE's files have it, so every sentence ends at the same symbol. Rows of a
-batch are filled up at the right with id 0: the model is causal, so no real position sees that, and a hashed router's
+batch are filled up at the right with id 0. The model is causal, so no real position sees them, and a hashed router's
 keys look left only.
 
 Letters: B sentences, Q ids of the longest one.
@@ -35,7 +35,7 @@ class Sentence:
 class SentenceBatch:
     """Sentences side by side."""
 
-    ids_BQ: Tensor  # int64, 0 behind a sentence's end
+    ids_BQ: Tensor  # int64, 0 after a sentence's end
     length_B: Tensor  # int64: ids of each sentence
     label_B: Tensor  # int64
 

@@ -31,7 +31,7 @@ def encode_distances(count: int, width: int, *, clamp_len: int, like: Tensor) ->
 
     Args:
         clamp_len: distances beyond this are encoded as this; 0 for no clamp.
-        like: gives device and dtype of the result; computed in fp32 at least.
+        like: has the device and dtype of the result, which is computed in fp32 at least.
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
     distance_S = torch.arange(count, device=like.device, dtype=dtype)

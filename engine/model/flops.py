@@ -37,7 +37,7 @@ def forward_flops(
 
     Useful are the products of matrices that the model asks for, however they are computed: with the memory full, each
     query with the keys that it may see, k experts for each symbol. The count leaves out hidden keys of a tile, experts
-    that a masked product computes in vain, recomputation, and distances that each rank and micro-batch projects anew.
+    that a masked product computes and drops, recomputation, and distances that each rank and micro-batch projects anew.
     It also leaves out all that is no product of matrices: embedding, normalisation, softmax, weighted sums.
 
     Example: a dense feed-forward of width 3 in a model of width 2 adds 2 x 2 x 2 x 3 = 24 for each symbol and layer.

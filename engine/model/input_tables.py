@@ -1,9 +1,9 @@
 """Tables at a model's input: n-grams find their rows as in hashed routing, and the rows are added to the embedding.
 
-Dense controls ask so whether hashed routing helps by more than what its keys say. `NgramEmbedding` learns a vector for
-each row, also beside experts; `Signatures`, for dense models, has the weights that hashed routing would give each
-token's experts, in every layer, and learns one linear map of them. The loader finds the rows
-(TransformerXL.input_keys); both tables are a part of the model's state.
+Dense baselines use them to test whether hashed routing adds more than the information in its keys. `NgramEmbedding`
+learns a vector for each row, also beside experts. `Signatures`, for dense models, has the fixed weights that hashed
+routing would use for each token's experts in every layer, and learns one linear map of them. The loader finds the rows
+(TransformerXL.input_keys). Both tables are a part of the model's state.
 
 Letters: B streams, Q segment length, D width, t tables, r rows, E experts.
 """

@@ -105,7 +105,7 @@ class TransformerXL(nn.Module):
 
     @property
     def input_keys(self) -> tuple[KeyRows, ...]:
-        """How n-grams find their rows in the tables at the input; for the loader, which gives routing.input_row_tBQ."""
+        """How n-grams find their rows in the tables at the input; the loader makes routing.input_row_tBQ from them."""
         return () if self.input_tables is None else self.input_tables.keys
 
     def init_weights(self, std: float) -> None:

@@ -7,7 +7,7 @@ from foreroute.launch.page.words import byte_text
 
 
 def memory_verdict(memory: Memory) -> KeyFigure:
-    """Return whether the run fits, as far as somebody said into what."""
+    """Return whether the run fits into the device, if one was named."""
     peak, verdict = f"{byte_text(memory.peak_bytes)} at the peak ({memory.when})", memory.verdict
     if verdict is None:
         return KeyFigure("Fits", "unknown", f"{peak}; cluster=NAME or device_memory_gb=80 says it")

@@ -1,10 +1,10 @@
 """Certify a run before it starts: `python -m launch.certify experiment=NAME world_size=64 expert_group=8`.
 
-Replays the ids, tables and k of the run on this machine's CPU, without a GPU or a cluster: rows of every rank and
-expert, and bytes inside and between nodes, exactly, and the memory of a rank, by formula. With cluster=NAME also says
-whether it fits there, and models its time. Prints what a person must know, and writes all of it: with charts as
-certificate.html, as text as certificate.md, every number as certificate.json, and what each rank must do in each step
-as certificate.safetensors, to which launch.train certificate=FOLDER holds the run.
+Replays the ids, tables and k of the run on this machine's CPU, without a GPU or a cluster. Counts the rows of every
+rank and expert and the bytes inside and between nodes exactly, and the memory of a rank by formula. With cluster=NAME
+it also tests whether the run fits there, and models its time. Prints the key figures. Writes certificate.html with
+charts, certificate.md as text, certificate.json with every number, and certificate.safetensors with the rows and bytes
+of each rank in each step, to which launch.train certificate=FOLDER holds the run.
 """
 
 import math

@@ -22,7 +22,7 @@ from foreroute.engine.routing.tables import Table
 
 @dataclass(frozen=True, slots=True)
 class Idle:
-    """Steps in which somewhere (a layer, micro-batch and expert group) something gets no row at all."""
+    """Steps in which a rank, or an expert, gets no row in some layer, micro-batch and expert group."""
 
     steps: int
     first_step: int | None  # counted from 1
@@ -58,9 +58,9 @@ class StepStatistics:
     received_rows: (
         Spread  # over layers, micro-batches and ranks: rows that a rank receives by `tokens`, its own included
     )
-    computed_rows: Spread  # likewise: expert rows that a rank computes
+    computed_rows: Spread  # over the same: expert rows that a rank computes
     received_layers: Spread  # over micro-batches and ranks: received_rows, all layers added up
-    computed_layers: Spread  # likewise: computed_rows
+    computed_layers: Spread  # over the same: computed_rows
     expert_rows: Spread  # over layers, micro-batches and experts of a group: rows of an expert
     idle_rank: Idle
     idle_expert: Idle

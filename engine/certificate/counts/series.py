@@ -1,4 +1,4 @@
-"""How evenly the steps of a run are loaded and what they send, over its steps, thinned for a plot.
+"""Loads and bytes of a run over its steps, thinned for a plot.
 
 A value belongs to one step. A point holds the mean and the maximum of a run of counted steps, and the points together
 hold every counted step once: a single bad step stays visible as a maximum, however long the run is.
@@ -42,7 +42,7 @@ class StepSeries:
     computed_load: MeanAndMax  # expert rows that a rank computes
     expert_load: MeanAndMax  # rows of an expert
     busiest_rank_bytes: MeanAndMax  # that leave the rank which sends most, by the run's own exchange
-    mean_rank_bytes: MeanAndMax  # that leave a rank in the mean, likewise
+    mean_rank_bytes: MeanAndMax  # that leave a rank in the mean, by the same exchange
 
 
 class SeriesCollector:

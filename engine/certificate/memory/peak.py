@@ -1,13 +1,12 @@
-"""The memory part of a certificate: the bytes of tensors that a rank holds when it holds the most, and whether a device
-has them.
+"""The memory part of a certificate: the most bytes of tensors that a rank holds, and whether a device has them.
 
-A step is looked at where memory can be greatest: the first layer and the end of the forward pass, backward at the loss,
-in the experts and the attention of the last and of the first layer, at its end, and the optimizer step. Each of these
-moments is a list of terms, bytes with their formula; the greatest sum is the peak. Counts of rows are the exact maxima
+Memory can be greatest at these moments of a step: the first layer and the end of the forward pass; backward at the
+loss, in the experts and the attention of the last and of the first layer, and at its end; the optimizer step. Each
+moment is a list of terms, bytes with their formula. The greatest sum is the peak. Counts of rows are the exact maxima
 over the certified steps, micro-batches, layers and ranks, so no rank needs more than this for them.
 
-What is counted is tensors. The libraries' own memory (a CUDA context and NCCL's buffers, or the interpreter's and
-gloo's) and what an allocator cannot reuse is not.
+Only tensors are counted. The libraries' own memory (a CUDA context and NCCL's buffers, or the interpreter's and gloo's)
+and memory that an allocator cannot reuse are left out.
 """
 
 from collections.abc import Callable, Iterator

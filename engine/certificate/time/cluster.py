@@ -1,7 +1,7 @@
-"""A cluster as the time model sees it: a few measured or published rates. conf/cluster/ holds descriptions of real
-ones.
+"""A cluster as the time model sees it: a few rates. conf/cluster/ holds descriptions of real ones.
 
-Rates are of what a program gets, not of what a data sheet promises, where that is known; `sources` says of each which.
+A rate is the one that a program reaches, where that was measured, and otherwise the data sheet's. `sources` names the
+origin of each.
 """
 
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ class LinkConfig:
 class ScaleConfig:
     """How much longer parts of a step take than their products, bytes and operations at the rates of the cluster.
 
-    1 where nobody measured it; benchmarks/calibrate.py measures it.
+    1 where it was not measured; benchmarks/calibrate.py measures it.
     """
 
     attention: float = option(1.0, "Of attention.", at_least=0)
@@ -62,7 +62,7 @@ class ClusterConfig:
 
     name: str = "unnamed"
     ranks_per_node: int = option(8, "Ranks of a node.", at_least=1)
-    device_memory_gb: float | None = option(None, "1e9 bytes that a rank may use; None if nobody said.", above=0)
+    device_memory_gb: float | None = option(None, "1e9 bytes that a rank may use; None if unknown.", above=0)
     product_fp32: list[list[float]] = option(
         [[1.0, 1.0]],
         "Rate of matrix products by their size: pairs of GFLOP of one product and TFLOP/s (with a decimal point), "

@@ -1,7 +1,7 @@
 """The time part of a certificate: steps of a run on a cluster, how it scales, and the best way to lay it out.
 
-All of it is a model (engine/certificate/time/step_time.py) of exact counts. Counts come from a few steps of each k and
-one expert group: of the first ranks, whose streams are as long and as many as a rank of the run has.
+All of it is a model (engine/certificate/time/step_time.py) of exact counts. The counts are of a few steps of each k and
+of one expert group, the first ranks. Its ranks have as many and as long streams as any rank of the run.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -92,8 +92,8 @@ class TimePart:
     auto: list[StepsOfK]  # as exchange=auto chooses with the cluster's rates
     weak: list[ScalingPoint]  # streams of a rank stay
     strong: list[ScalingPoint]  # streams of all ranks stay
-    choices: list[LayoutChoice]  # fastest first; empty if not searched
-    left_out: list[str]  # what this run does and the model does not know
+    choices: list[LayoutChoice]  # fastest first; empty without a search
+    left_out: list[str]  # what this run does and the model leaves out
 
 
 class Forecaster:

@@ -110,8 +110,7 @@ def expert_seconds(layout: Layout, cluster: ClusterConfig, k: int, computed: Row
 
 
 def shared_seconds(layout: Layout, cluster: ClusterConfig) -> float:
-    """Model the time of the shared expert of one layer for one micro-batch, forward and backward; it is never cut into
-    chunks."""
+    """Model the time of one layer's shared expert for one micro-batch, forward and backward; it has no chunks."""
     config = layout.config
     if not config.moe.shared_width:
         return 0.0

@@ -1,13 +1,13 @@
 """A model of the time of one optimizer step, from exact counts of its rows and the rates of a cluster.
 
-Not exact, unlike the counts: benchmarks/bench_certify.py measures its error. The ranks of an expert group wait for each
-other in every layer, so a layer takes as long as its busiest rank, and all groups wait for the slowest one.
+Unlike the counts it is not exact; benchmarks/bench_certify.py measures its error. The ranks of an expert group wait for
+each other in every layer, so a layer takes as long as its busiest rank. All groups wait for the slowest one.
 
     step = attention + experts + rest + exchange that nothing hides + gradients + optimizer
 
-Rows leave through two bottlenecks at once and the slower one counts: a rank's own port, and the link of its node for
-what goes to other nodes. With chunks, rows of one chunk travel while experts compute another. What DeepSpeed sends is
-hidden behind nothing: so it is at ZeRO-0 to 2, where it does not overlap; at ZeRO-3 a GPU may be faster.
+Rows leave through two bottlenecks at once: a rank's own port, and the link of its node for rows to other nodes. The
+slower one counts. With chunks, rows of one chunk travel while experts compute another. DeepSpeed's collectives do not
+overlap with computation. That is so at ZeRO-0 to 2; at ZeRO-3 a GPU may be faster.
 
 Letters: as in engine/certificate/counts/replay.py.
 """
@@ -42,10 +42,10 @@ class StepTime:
     attention: float
     experts: float
     rest: float
-    exchange: float  # that nothing hides
+    exchange: float  # that does not overlap
     gradients: float  # summed over the ranks, and weights gathered
     optimizer: float
-    hidden: float  # exchange behind computation; not part of the sum
+    hidden: float  # exchange that overlaps with computation; not part of the sum
 
     @property
     def total(self) -> float:
