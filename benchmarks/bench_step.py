@@ -83,7 +83,15 @@ class Arm:
 
     def __call__(self) -> None:
         """Run one training step."""
-        launched = train_step(self.engine, self.loader, self.memory, self.config, step=self.step, meter=self.meter)
+        launched = train_step(
+            self.engine,
+            self.loader,
+            self.memory,
+            train=self.config.train,
+            optim=self.config.optim,
+            step=self.step,
+            meter=self.meter,
+        )
         self.times.append(launched.read().times)
         self.step += 1
 

@@ -4,7 +4,7 @@
 (engine/train/trainer.py), slimming curve, summary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,6 @@ from foreroute.engine.data.corpus import PreparedCorpus, prepare
 from foreroute.engine.evaluation.held_out import Evaluation, slimming_curve
 from foreroute.engine.metrics.writer import Metrics
 from foreroute.engine.model.build import build_routers, router_tables
-from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.parallel.world import agree, together
 from foreroute.engine.train.resolve import resolve
 from foreroute.engine.train.trainer import Trainer
@@ -51,18 +50,22 @@ class TrainArgs(Config):
 
 def train(args: TrainArgs) -> int:
     """Run a configuration on this rank; returns the exit code."""
-    config = _named_in_sweep(args.alone())
+    config = _named_in_sweep(args)
     set_up(config.train.threads)
     stop = StopSignal()
-    with lasting(), connected(config.parallel, _options(config)) as world, ExitStack() as until_end:
+    with lasting(), connected(config.parallel, _options(to_plain(config))) as world, ExitStack() as until_end:
         ranks, console = world.cpu_group, Console(config.train.steps, enabled=world.first)
 
         # read what the run depends on
         with together(ranks):
-            _check_layout(config, world.mesh)
-            certificate = _read_certificate(args.certificate, config, world.mesh)
+            config.streams_per_micro_batch(world.mesh.world)  # refused before any text is read
+            if config.moe.router is not Router.dense:
+                world.mesh.local_experts(config.moe.experts)
+            certificate = None if args.certificate is None else read(Path(args.certificate))
+            if certificate is not None:
+                fits(certificate, Layout(config, certificate.placement), world.mesh.world)
             if world.first:
-                _check_wandb(config)
+                _check_wandb(config.wandb.mode)
         with together(ranks, rank_0_first=True):
             corpus = prepare(config.corpus, console.note)
         agree(ranks, _facts(corpus, certificate))
@@ -70,12 +73,12 @@ def train(args: TrainArgs) -> int:
             if certificate is not None:
                 fits_text(certificate, corpus.sha256)
 
-        run = until_end.enter_context(closing(open_run(config, world)))
+        run = until_end.enter_context(closing(open_run(config.train, world)))
         with run.left_unless_claimed():
             # resolve, build, resume
-            config = resolve(config, world, run.earlier)
+            config = resolve(config, world, run.earlier.kernels if run.earlier else None)
             with together(ranks):
-                run.refuse_changes(config)
+                run.refuse_changes(to_plain(config))
             if config.train.resume and not run.resuming:
                 console.note(f"{run.path}: no run to resume, a new one starts")
             for line in corpus.notes:
@@ -87,7 +90,8 @@ def train(args: TrainArgs) -> int:
             if run.earlier:
                 trainer.resume()
                 if config.train.steps != run.earlier.train.steps:
-                    console.note(other_length(run.earlier, config, trainer.step))
+                    before, now = run.earlier.train.steps, config.train.steps
+                    console.note(other_length(config.optim, config.schedule, trainer.step, before=before, now=now))
             if _is_complete(run, trainer):
                 return 0
             with together(ranks):
@@ -124,8 +128,9 @@ def train(args: TrainArgs) -> int:
         return stop.exit_code if stop() else 128 + SIGTERM  # of another rank
 
 
-def _named_in_sweep(config: Config) -> Config:
+def _named_in_sweep(args: TrainArgs) -> Config:
     """Name a job of a sweep after what varies, and group the sweep's runs in W&B."""
+    config = args.alone()
     name, group = config.train.name, config.wandb.group
     if in_sweep() and group is None:
         group = name
@@ -159,19 +164,11 @@ def _is_complete(run: RunFolder, trainer: Trainer) -> bool:
     return True
 
 
-def _read_certificate(path: str | None, config: Config, mesh: Mesh) -> Written | None:
-    if path is None:
-        return None
-    written = read(Path(path))
-    fits(written, Layout(config, written.placement), mesh.world)
-    return written
-
-
-def _check_wandb(config: Config) -> None:
-    if config.wandb.mode is WandbMode.online:
+def _check_wandb(mode: WandbMode) -> None:
+    if mode is WandbMode.online:
         from foreroute.engine.metrics.wandb_run import check_key
 
-        check_key(config.wandb.mode)
+        check_key(mode)
 
 
 def _check(written: Written | None, trainer: Trainer) -> Check | None:
@@ -182,16 +179,8 @@ def _check(written: Written | None, trainer: Trainer) -> Check | None:
     return Check(written, trainer.model, trainer.world.mesh.rank)
 
 
-def _check_layout(config: Config, mesh: Mesh) -> None:
-    """Refuse streams or experts that the ranks cannot share out evenly, before any text is read."""
-    config.streams_per_micro_batch(mesh.world)
-    if config.moe.router is not Router.dense:
-        mesh.local_experts(config.moe.experts)
-
-
-def _options(config: Config) -> dict[str, Any]:
+def _options(plain: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return every option on which the ranks must agree, by name; each machine may have the text in another place."""
-    plain = to_plain(config)
     found = {f"{s}.{name}": value for s, options in plain.items() for name, value in options.items()}
     own = "corpus.path", "corpus.valid_path", "corpus.test_path", "corpus.tokenizer", "corpus.cache_dir"
     return {name: value for name, value in found.items() if name not in own}

@@ -55,7 +55,7 @@ ONLY_IN = {
 OPENINGS = {"Give", "Gives", "Say", "Says", "Tell", "Tells", "What"}  # a docstring starts with none of them
 MOST_FILES = 12  # beside each other in a folder
 MOST_LINES_OF_A_STEP = 45  # of train_step: what is measured is attached from outside
-MOST_WHOLE_CONFIGS = 30  # parameters and fields that are a whole Config: a part takes the sections that it reads
+MOST_WHOLE_CONFIGS = 15  # parameters and fields that are a whole Config: a part takes the sections that it reads
 
 
 def sources(folders=tuple(MAY_IMPORT)):

@@ -15,11 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from foreroute.engine.config import Config
 from foreroute.engine.data.corpus import prepare
 from foreroute.engine.metrics.writer import Metrics
 from foreroute.engine.model.build import build_routers
-from foreroute.engine.parallel.world import World
 from foreroute.engine.train.trainer import Trainer
 from foreroute.launch.start.config_files import config_of
 from foreroute.launch.start.meeting import connected
@@ -50,14 +48,17 @@ class Silent:
         """Print nothing."""
 
 
-def time_steps(config: Config, world: World, folder: Path) -> list[dict[str, float]]:
-    """Train a run; return the metrics of every step on rank 0, nothing elsewhere."""
-    corpus = prepare(config.corpus, lambda line: None)
-    routers = build_routers(config, corpus, world.mesh)
-    trainer = Trainer(config, corpus, routers, folder, Silent(), world)
-    kept = Kept() if world.first else None
-    trainer.run(kept, lambda: False)
-    return kept.rows if kept else []
+def time_steps(plain: Mapping[str, Any], folder: Path, number: int) -> list[dict[str, float]]:
+    """Train a case, given by its plain options; return the metrics of every step on rank 0, nothing elsewhere."""
+    config = config_of(plain)
+    config = replace(config, train=replace(config.train, log_every=1, keep=1, threads=1))
+    with connected(config.parallel, {"case": number}) as world:
+        corpus = prepare(config.corpus, lambda line: None)
+        routers = build_routers(config, corpus, world.mesh)
+        trainer = Trainer(config, corpus, routers, folder, Silent(), world)
+        kept = Kept() if world.first else None
+        trainer.run(kept, lambda: False)
+        return kept.rows if kept else []
 
 
 def main() -> None:
@@ -70,10 +71,7 @@ def main() -> None:
     set_up(threads=1)
     found = []
     for number, plain in enumerate(cases):
-        config = config_of(plain)
-        config = replace(config, train=replace(config.train, log_every=1, keep=1, threads=1))
-        with connected(config.parallel, {"case": number}) as world:
-            found.append(time_steps(config, world, args.folder / f"case-{number}"))
+        found.append(time_steps(plain, args.folder / f"case-{number}", number))
         gc.collect()
     if found[0]:
         print(json.dumps(found))

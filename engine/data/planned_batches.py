@@ -153,7 +153,16 @@ class TrainingBatches:
 
     def plan(self, group: GroupBatch, k: int) -> PlannedBatch:
         """Plan a micro-batch at k active experts, for as many passes as the step makes over it."""
-        gather = gathers(self.config, self.mesh.ep_size, k, group.own.ids_BQ.numel())
+        config, tokens = self.config, group.own.ids_BQ.numel()
+        gather = gathers(
+            config.parallel,
+            config.moe,
+            config.model.width,
+            config.train.precision,
+            ranks=self.mesh.ep_size,
+            k=k,
+            tokens=tokens,
+        )
         return plan_batch(
             group,
             k,

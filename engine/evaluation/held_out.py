@@ -91,7 +91,15 @@ def evaluate(
             parts = [_share(whole, whole_counted_BQ, rank, world.mesh.world) for rank in ranks]
             batch, counted_BQ = parts[world.mesh.ep_rank]
             group = group_batch([part for part, _ in parts], world.mesh.ep_rank)
-            gather = gathers(config, world.mesh.ep_size, k, batch.ids_BQ.numel())
+            gather = gathers(
+                config.parallel,
+                config.moe,
+                config.model.width,
+                config.train.precision,
+                ranks=world.mesh.ep_size,
+                k=k,
+                tokens=batch.ids_BQ.numel(),
+            )
             planned = plan_batch(
                 group,
                 k,

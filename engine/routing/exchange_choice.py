@@ -10,7 +10,7 @@ from math import ceil, comb, log2
 
 import torch
 
-from foreroute.engine.config import Config, ParallelConfig
+from foreroute.engine.config import MoEConfig, ParallelConfig
 from foreroute.engine.config.enums import ExchangeKind, Precision, Router, WireFormat
 
 
@@ -32,19 +32,14 @@ def use_gather(
     return gather_seconds(parallel, ranks, row_bytes) < tokens_seconds(parallel, ranks, row_bytes, routed)
 
 
-def gathers(config: Config, ranks: int, k: int, tokens: int) -> bool:
-    """Return whether the layers of a run with this configuration gather at this k; as use_gather. Dense ones do not."""
-    if config.moe.router is Router.dense:  # k may be above moe.experts
+def gathers(
+    parallel: ParallelConfig, moe: MoEConfig, width: int, precision: Precision, *, ranks: int, k: int, tokens: int
+) -> bool:
+    """Return whether the layers of a run gather at this k; as use_gather. Dense ones never do."""
+    if moe.router is Router.dense:  # k may be above moe.experts
         return False
-    return use_gather(
-        config.parallel,
-        experts=config.moe.experts,
-        ranks=ranks,
-        k=k,
-        tokens=tokens,
-        width=config.model.width,
-        itemsize=wire_itemsize(config.parallel, config.train.precision),
-    )
+    itemsize = wire_itemsize(parallel, precision)
+    return use_gather(parallel, experts=moe.experts, ranks=ranks, k=k, tokens=tokens, width=width, itemsize=itemsize)
 
 
 def wire_itemsize(parallel: ParallelConfig, precision: Precision) -> int:

@@ -177,7 +177,7 @@ def _train(
     meter = StepMeter(engine.module, engine.device, engine.comm, world)
     for step in range(config.train.steps):
         with held.marked() if held else record_function(""):
-            train_step(engine, loader, memory, config, step=step, meter=meter).read()
+            train_step(engine, loader, memory, train=config.train, optim=config.optim, step=step, meter=meter).read()
     loader.close()
 
 

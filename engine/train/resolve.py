@@ -20,7 +20,7 @@ _TOKENS = 1024  # enough for stable products; a step of a small run has as many
 _ROUNDS = 3
 
 
-def resolve(config: Config, world: World, earlier: Config | None = None) -> Config:
+def resolve(config: Config, world: World, earlier: KernelsConfig | None = None) -> Config:
     """Fill in what the configuration leaves to the device and to measurement; returns a copy, equal on all ranks.
 
     Rank 0 chooses, and tells the other ranks.
@@ -34,18 +34,22 @@ def resolve(config: Config, world: World, earlier: Config | None = None) -> Conf
     kernels = config.kernels
     with together(world.cpu_group, rank_0_first=True):
         if world.first:
-            kernels = choose(config, world.device, None if earlier is None else earlier.kernels)
+            kernels = choose_backend(kernels, world.device, earlier)
+            if kernels.masked_from_k is None:
+                first = config.moe.experts + 1
+                if config.moe.router is not Router.dense and kernels.backend is Backend.cpu:
+                    first = measure_masked_from_k(config.moe, config.model.width, config.symbols_per_step)
+                kernels = replace(kernels, masked_from_k=first)
     backend, masked_from_k = world.cpu_group.broadcast([kernels.backend.value, kernels.masked_from_k])
     return replace(config, kernels=replace(kernels, backend=Backend(backend), masked_from_k=masked_from_k))
 
 
-def choose(config: Config, device: torch.device, earlier: KernelsConfig | None = None) -> KernelsConfig:
-    """Choose the backend, and measure from which k on layers run masked, where neither is given nor was chosen before.
+def choose_backend(kernels: KernelsConfig, device: torch.device, earlier: KernelsConfig | None) -> KernelsConfig:
+    """Choose the backend by the device, unless it is given; a resumed run keeps its choices.
 
     Raises:
         UserError: the Triton kernels are asked for where they cannot run.
     """
-    kernels = config.kernels
     if earlier is not None and kernels.masked_from_k is None:
         kernels = replace(kernels, masked_from_k=earlier.masked_from_k)
     if earlier is not None and kernels.backend is Backend.auto:
@@ -56,13 +60,7 @@ def choose(config: Config, device: torch.device, earlier: KernelsConfig | None =
         kernels.backend is not Backend.triton or device.type == "cuda" or is_interpreted(),
         f"kernels.backend=triton: the model is on {device}; needs a GPU, or TRITON_INTERPRET=1 for tests",
     )
-    if kernels.masked_from_k is not None:
-        return kernels
-    needless = config.moe.router is Router.dense or kernels.backend is not Backend.cpu
-    if needless:
-        return replace(kernels, masked_from_k=config.moe.experts + 1)
-    first = measure_masked_from_k(config.moe, config.model.width, config.symbols_per_step)
-    return replace(kernels, masked_from_k=first)
+    return kernels
 
 
 def measure_masked_from_k(moe: MoEConfig, width: int, tokens: int) -> int:

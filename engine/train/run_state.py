@@ -5,22 +5,28 @@ from typing import Any
 
 import torch
 
-from foreroute.engine.config import BalanceOver, Config, Keys, ModelConfig, Router
+from foreroute.engine.config import BalanceOver, Keys, ModelConfig, MoEConfig, Router
 from foreroute.engine.model.transformer_xl import Memory
 from foreroute.engine.parallel.mesh import Mesh
 
 
-def not_in_rounding_alone(manifest: Mapping[str, Any], config: Config, mesh: Mesh) -> list[str]:
-    """List effects beyond rounding when a checkpoint is resumed under another layout of ranks or micro-batches."""
-    accumulation = manifest["config"]["train"]["accumulation"]
-    then = manifest.get("ranks", 1), manifest.get("expert_ranks", 1), accumulation
-    if then == (mesh.world, mesh.ep_size, config.train.accumulation):
+def not_in_rounding_alone(
+    manifest: Mapping[str, Any], mesh: Mesh, model: ModelConfig, moe: MoEConfig, *, accumulation: int
+) -> list[str]:
+    """List effects beyond rounding when a checkpoint is resumed under another layout of ranks or micro-batches.
+
+    Args:
+        accumulation: micro-batches of a step, now.
+    """
+    before = manifest["config"]["train"]["accumulation"]
+    then = manifest.get("ranks", 1), manifest.get("expert_ranks", 1), before
+    if then == (mesh.world, mesh.ep_size, accumulation):
         return []
-    learned = config.moe.router is Router.learned and config.moe.balance_loss > 0
-    regrouped = accumulation != config.train.accumulation or config.moe.balance_over is BalanceOver.micro
+    learned = moe.router is Router.learned and moe.balance_loss > 0
+    regrouped = before != accumulation or moe.balance_over is BalanceOver.micro
     found = {
-        "dropout draws new numbers": drops_out(config.model),
-        "keys are shuffled among other tokens": config.moe.keys is Keys.shuffled,
+        "dropout draws new numbers": drops_out(model),
+        "keys are shuffled among other tokens": moe.keys is Keys.shuffled,
         "the balance loss counts other tokens": learned and regrouped,
     }
     return [words for words, applies in found.items() if applies]

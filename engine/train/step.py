@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Protocol
 
-from foreroute.engine.config import Config
+from foreroute.engine.config import OptimConfig, TrainConfig
 from foreroute.engine.data.loader import PlannedLoader
 from foreroute.engine.data.planned_batches import PlannedBatch
 from foreroute.engine.errors import RunFailed, everywhere
@@ -37,8 +37,9 @@ def train_step(
     engine: Engine,
     loader: PlannedLoader,
     memory: list[Memory | None],
-    config: Config,
     *,
+    train: TrainConfig,
+    optim: OptimConfig,
     step: int,
     meter: StepMeter,
     observers: Sequence[Observer] = (),
@@ -56,10 +57,10 @@ def train_step(
         RunFailed: of an observer, before a weight is changed.
     """
     timer, outputs = meter.timer, list[Output]()
-    rate = learning_rate(config.optim, step, config.train.steps)
+    rate = learning_rate(optim, step, train.steps)
     meter.begin()
     engine.set_lr(rate)
-    for micro in range(config.train.accumulation):
+    for micro in range(train.accumulation):
         planned = _next(loader, timer)
         with timer.phase("forward"), ExitStack() as watched:
             for observer in observers:

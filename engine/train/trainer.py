@@ -176,7 +176,8 @@ class Trainer:
             parts = [layer.to(device).tensor_split(micros) for layer in state.memory]
             self.memory = [tuple(micro) for micro in zip(*parts, strict=True)]
         self.reporter.note(f"resumed at step {self.step} from {path}")
-        if differs := not_in_rounding_alone(manifest, self.config, self.world.mesh):
+        accumulation, mesh = config.train.accumulation, self.world.mesh
+        if differs := not_in_rounding_alone(manifest, mesh, config.model, config.moe, accumulation=accumulation):
             self.reporter.note(f"the checkpoint is of another layout of ranks and micro-batches: {', '.join(differs)}")
         elif self._on_gpu != (state.device_rng is not None) and drops_out(self.config.model):
             self.reporter.note("the checkpoint is of another kind of device: dropout draws new numbers")
@@ -244,7 +245,8 @@ class Trainer:
                     self.engine,
                     loader,
                     self.memory,
-                    self.config,
+                    train=train,
+                    optim=self.config.optim,
                     step=self.step,
                     meter=self.meter,
                     observers=observers,

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from foreroute.engine.config import Config, to_plain
+from foreroute.engine.config import Config, TrainConfig, to_plain
 from foreroute.engine.config.option import option
 from foreroute.engine.errors import UserError, require
 from foreroute.engine.parallel.world import World, together
@@ -108,14 +108,14 @@ class RunFolder:
         if self.lock is not None:
             self.lock.close()
 
-    def refuse_changes(self, config: Config) -> None:
+    def refuse_changes(self, now: Mapping[str, Mapping[str, Any]]) -> None:
         """Check that a resumed run keeps its options.
 
         Raises:
             UserError: an option that must stay has another value than in the folder's run.
         """
-        before = to_plain(self.earlier or config)
-        for section, options in to_plain(config).items():
+        before = now if self.earlier is None else to_plain(self.earlier)
+        for section, options in now.items():
             for name, value in options.items():
                 if value != before[section][name] and not {section, f"{section}.{name}"} & set(FREE):
                     raise UserError(
@@ -235,7 +235,7 @@ def write_json(file: Path, value: Any) -> None:
     new.replace(file)
 
 
-def open_run(config: Config, world: World | None = None) -> RunFolder:
+def open_run(train: TrainConfig, world: World | None = None) -> RunFolder:
     """Open and lock the run's folder; `claim` it once everything else is known good.
 
     Rank 0 opens it, and tells the other ranks which run it holds.
@@ -247,48 +247,47 @@ def open_run(config: Config, world: World | None = None) -> RunFolder:
         UserError: the folder holds a run and train.resume is false, or something else, or another process is using it.
     """
     world = world or World()
-    path = Path(config.train.runs_dir) / config.train.name
+    path = Path(train.runs_dir) / train.name
     opened = None
     with together(world.cpu_group, rank_0_first=True):
         if world.first:
-            opened = _open(config, path)
+            opened = _open(train, path)
     found = world.cpu_group.broadcast(opened and opened.earlier and to_plain(opened.earlier))
     with together(world.cpu_group):
         require(
             (path / LOCK).exists(),
-            f"train.runs_dir={config.train.runs_dir}: {path}, which rank 0 has made, is not here: all machines must"
-            " share it",
+            f"train.runs_dir={train.runs_dir}: {path}, which rank 0 has made, is not here: all machines must share it",
         )
     return opened or RunFolder(path, config_of(found) if found else None, None)
 
 
-def _open(config: Config, path: Path) -> RunFolder:
+def _open(train: TrainConfig, path: Path) -> RunFolder:
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(path)
     except OSError as error:
         raise UserError(
-            f"train.runs_dir={config.train.runs_dir}: {path} cannot be made or written: {error.strerror}"
+            f"train.runs_dir={train.runs_dir}: {path} cannot be made or written: {error.strerror}"
         ) from error
     try:
-        return RunFolder(path, _earlier(config, path), lock)
+        return RunFolder(path, _earlier(train, path), lock)
     except BaseException:
         _leave(path, lock)
         raise
 
 
-def _earlier(config: Config, path: Path) -> Config | None:
+def _earlier(train: TrainConfig, path: Path) -> Config | None:
     """Return the configuration of the run that the folder holds."""
     if (path / CONFIG).exists():
         require(
-            config.train.resume,
-            f"train.name={config.train.name}: {path} already holds a run; take another train.name, "
+            train.resume,
+            f"train.name={train.name}: {path} already holds a run; take another train.name, "
             "or train.resume=true to go on with it",
         )
         return read_config(path / CONFIG)
     known = (LOCK, f".{CONFIG}.new")  # also of a run that was killed early
     foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in known)
-    require(not foreign, f"train.name={config.train.name}: {path} holds {', '.join(foreign[:3])} and is no run folder")
+    require(not foreign, f"train.name={train.name}: {path} holds {', '.join(foreign[:3])} and is no run folder")
     return None
 
 

@@ -74,7 +74,16 @@ class Layout:
         Args:
             tokens: of a rank in a micro-batch; None for the run's.
         """
-        return gathers(self.config, self.placement.expert_ranks, k, self.tokens if tokens is None else tokens)
+        config, tokens = self.config, self.tokens if tokens is None else tokens
+        return gathers(
+            config.parallel,
+            config.moe,
+            config.model.width,
+            config.train.precision,
+            ranks=self.placement.expert_ranks,
+            k=k,
+            tokens=tokens,
+        )
 
     def exchange(self, k: int) -> str:
         """Return the exchange that the run uses at this k: tokens, gather, or local (one rank: nothing moves)."""

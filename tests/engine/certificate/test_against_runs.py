@@ -48,7 +48,6 @@ from foreroute.engine.model.build import build_routers
 from foreroute.engine.parallel.cpu_group import GlooGroup, expert_cpu_group
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.parallel.world import World
-from foreroute.engine.routing.exchange_choice import gathers
 from foreroute.engine.routing.k_schedule import active_experts
 from foreroute.engine.testing.ranks import change_certificate, run_ranks
 from foreroute.engine.train.trainer import Trainer
@@ -251,7 +250,7 @@ def certified(config, ranks, seed=None, keys_stop=True):
     for step in range(config.train.steps):
         starts = corpus.document_starts(Split.train) if keys_stop else NO_STARTS
         (counts,) = replay(layout, corpus.split(Split.train), tables, [step], starts)
-        gather = gathers(config, place.expert_ranks, counts.k, tokens)
+        gather = layout.gathers(counts.k)
         received = counts.received_ymgP
         if gather:
             received = np.full_like(received, place.expert_ranks * tokens)
@@ -291,7 +290,7 @@ def test_runs_do_what_their_certificates_say(ranks, folder):
 
 def test_the_cases_cover_what_they_say(folder):
     config = four_ranks(folder)
-    assert {gathers(config, 4, k, SEGMENT) for k in range(1, EXPERTS + 1)} == {False, True}
+    assert {Layout(config, Placement(4, 4, 4)).gathers(k, SEGMENT) for k in range(1, EXPERTS + 1)} == {False, True}
     assert [
         Layout(make(folder)).trips
         for make in (one_rank, two_ranks, with_shared_expert, with_dropout, two_groups, in_parts)

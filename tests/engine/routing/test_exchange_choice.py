@@ -7,7 +7,7 @@ from math import comb
 import pytest
 
 from foreroute.engine.config import Config, KernelsConfig, MoEConfig, ParallelConfig
-from foreroute.engine.config.enums import Backend, ExchangeKind, Router
+from foreroute.engine.config.enums import Backend, ExchangeKind, Precision, Router
 from foreroute.engine.errors import UserError
 from foreroute.engine.routing.exchange_choice import gather_seconds, gathers, rank_share, tokens_seconds, use_gather
 
@@ -99,4 +99,4 @@ def test_parts_need_a_backend_with_a_backward_pass():
 def test_a_dense_run_has_nothing_to_gather():
     """Whatever its k, which nothing reads and which may be above its experts."""
     moe = MoEConfig(router=Router.dense, experts=2)
-    assert not gathers(Config(moe=moe, parallel=AUTO), 2, k=4, tokens=100)
+    assert not gathers(AUTO, moe, 256, Precision.fp32, ranks=2, k=4, tokens=100)

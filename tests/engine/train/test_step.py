@@ -110,7 +110,15 @@ class Steps:
         losses = []
         for step in steps:
             with watch if step >= first else nullcontext():
-                launched = train_step(self.engine, loader, self.memory, self.config, step=step, meter=self.meter)
+                launched = train_step(
+                    self.engine,
+                    loader,
+                    self.memory,
+                    train=self.config.train,
+                    optim=self.config.optim,
+                    step=step,
+                    meter=self.meter,
+                )
             launched.wait()
             losses.append(launched.read().loss)
         loader.close()

@@ -40,10 +40,10 @@ def test_a_machine_that_does_not_see_the_folder_is_named(tmp_path):
         return World(Mesh(1, 2, 1), cpu_group=SecondOfTwo(None, None, None, None))
 
     with pytest.raises(UserError, match=r"rank 1: train\.runs_dir=.*/x, which rank 0 has made, is not here"):
-        open_run(config, second())
+        open_run(config.train, second())
     (tmp_path / "x").mkdir()
     (tmp_path / "x/.lock").touch()
-    assert open_run(config, second()).path == tmp_path / "x"
+    assert open_run(config.train, second()).path == tmp_path / "x"
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from foreroute.engine.config import Config, Decay, Growth, OptimConfig, ScheduleConfig, TrainConfig
+from foreroute.engine.config import Decay, Growth, OptimConfig, ScheduleConfig
 from foreroute.launch.runs.lengths import other_length
 from foreroute.launch.testing.runs import small_run
 
@@ -53,19 +53,14 @@ def test_a_length_below_what_is_done_is_refused(train, tmp_path):
 
 
 def test_what_becomes_of_the_schedules():
-    def config(total, k_steps=None):
-        return Config(
-            train=TrainConfig(steps=total),
-            optim=OptimConfig(lr=1.0, final_lr=0.0),
-            schedule=ScheduleConfig(Growth.linear, 1, 4, k_steps),
-        )
+    def becomes(k_steps=None, **optim):
+        schedule = ScheduleConfig(Growth.linear, 1, 4, k_steps)
+        return other_length(OptimConfig(lr=1.0, final_lr=0.0, **optim), schedule, 100, before=100, now=200)
 
     assert (
-        other_length(config(100), config(200), 100)
+        becomes()
         == "train.steps=200, so far 100: step 101 has learning rate 0.5 (so far 0) and k = 3 (so far 4), as in a run of"
         " 200 steps; the steps before it are those of a run of 100"
     )  # 1 + round(3 / 2), half to even
-    assert "k = 4 (so far 4)" in other_length(config(100, 50), config(200, 50), 100)
-    free = config(200, 50)
-    free.optim.decay = Decay.constant
-    assert "the same as one of 200 steps" in other_length(config(100), free, 100)
+    assert "k = 4 (so far 4)" in becomes(50)
+    assert "the same as one of 200 steps" in becomes(50, decay=Decay.constant)
