@@ -148,7 +148,7 @@ class CorpusConfig:
 
 @dataclass
 class DataConfig:
-    """How the training stream is laid out (see docs in engine/data/streams.py)."""
+    """Layout of the training stream (engine/data/streams.py)."""
 
     streams: int = option(
         22, "Contiguous streams over all ranks; = world x accumulation x streams per micro-batch.", at_least=1
@@ -340,7 +340,7 @@ class KernelsConfig:
 
 @dataclass
 class ParallelConfig:
-    """Many ranks: world = data x expert groups (engine/parallel/mesh.py)."""
+    """Many ranks: world = data x expert groups."""
 
     expert_ranks: int = option(
         1, "Ranks of an expert group: each holds moe.experts / expert_ranks experts; must divide the world.", at_least=1
