@@ -18,7 +18,7 @@ from foreroute.engine.routing.exchange_choice import gathers
 from foreroute.engine.routing.k_schedule import active_experts
 from foreroute.engine.routing.ngram_rows import KeyRows
 from foreroute.engine.routing.plan import Plan, Routing, layer_seeds
-from foreroute.engine.routing.routers import Draw, GroupIds, PlannedRouter
+from foreroute.engine.routing.routers import Draw, GroupIds, PlannedRouter, plan_all
 
 _SECOND_SEED = 2**31  # beyond all steps: seeds of first passes are neighbours
 
@@ -111,7 +111,7 @@ def plan_batch(
         plans: tuple[Plan, ...] | None = None
         if routers is not None:
             this = replace(draw, number=number)
-            plans = tuple(r.plan(*ids, k, draw=this, gather=gather, chunks=chunks, group=shared) for r in routers)
+            plans = plan_all(routers, *ids, k, draw=this, gather=gather, chunks=chunks, group=shared)
         return Routing(
             k,
             plans,

@@ -38,7 +38,7 @@ from foreroute.engine.plug_in.plans import Plans, Sequences, keep_to_texts
 from foreroute.engine.plug_in.replaceable import Replaced, side_of
 from foreroute.engine.routing.exchange_choice import use_gather, wire_dtype
 from foreroute.engine.routing.plan import Routing
-from foreroute.engine.routing.routers import GroupIds, routers_of
+from foreroute.engine.routing.routers import plan_all, routers_of
 from foreroute.engine.routing.tables import Table, table_from_state, table_state
 
 Batch = TypeVar("Batch", bound=Sequence[Any] | Mapping[Any, Any])
@@ -353,11 +353,7 @@ class PlannedExperts:
             width=self._width,
             itemsize=wire_dtype(parallel, weight.dtype).itemsize,
         )
-        shared = GroupIds(ids_PBQ, left_PBC)
-        plans = tuple(
-            router.plan(ids_PBQ, left_PBC, k, gather=gather, chunks=parallel.chunks, group=shared)
-            for router in self._routers
-        )
+        plans = plan_all(self._routers, ids_PBQ, left_PBC, k, gather=gather, chunks=parallel.chunks)
         rank = dist.get_rank() if dist.is_initialized() else 0
         token_T = (rank - mesh.ep_rank) * tokens + torch.arange(mesh.ep_size * tokens)
         if self._delivery is None or self._delivery.device != weight.device:

@@ -92,15 +92,15 @@ class KeyRows:
         marks = None if new_document_BX is None else new_document_BX[:, spare:].numpy()
         return ngram_keys(stream, self.vocab_size, self.ngram, marks)
 
-    def of_keys(self, keys: NDArray[np.int64]) -> NDArray[np.int64]:
+    def of_keys(self, keys: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
         """Return the int64 row of each key: the key itself if all n-grams fit."""
         return self._of_keys(keys, np.int64)
 
-    def narrow(self, keys: NDArray[np.int64]) -> NDArray[np.int32]:
+    def narrow(self, keys: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
         """Return the row of each key as int32, as the planner reads it."""
         return self._of_keys(keys, np.int32)
 
-    def _of_keys(self, keys: NDArray[np.int64], dtype: type[Width]) -> NDArray[Width]:
+    def _of_keys(self, keys: NDArray[np.integer[Any]], dtype: type[Width]) -> NDArray[Width]:
         if self.vocab_size**self.ngram <= self.rows:
             return keys.astype(dtype, copy=False)
         row_N = np.empty(keys.size, dtype)

@@ -9,6 +9,7 @@ width, E experts, K active experts per token, P ranks of the expert group, r row
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,6 +26,8 @@ from foreroute.engine.routing.plan import Plan, Route
 from foreroute.engine.routing.planner import OrdersOf, TablePlanner, order_dtype
 from foreroute.engine.routing.tables import Table
 
+_THREADED = 1 << 22  # tokens times tables: above, planning takes 20 ms and more
+_MOST_THREADS = 4
 _GATE_STD = 0.02  # SMoE-Dropout's public code, whatever the model's own init_std
 
 
@@ -60,17 +63,18 @@ class GroupIds:
         self.shape = ids_PBQ.shape[0], ids_PBQ[0].numel()
         marks = None if new_document_PBX is None else new_document_PBX.flatten(0, 1)
         self._ids = ids_PBQ.flatten(0, 1), left_PBC.flatten(0, 1), marks
-        self._keys: dict[tuple[int, ...], NDArray[np.int64]] = {}
+        self._keys: dict[tuple[int, ...], NDArray[np.integer[Any]]] = {}
         self._places: dict[tuple[int, ...], NDArray[np.int64]] = {}
 
-    def keys(self, rows: KeyRows) -> NDArray[np.int64]:
-        """Return the key [P, T] of each token."""
+    def keys(self, rows: KeyRows) -> NDArray[np.integer[Any]]:
+        """Return the key [P, T] of each token, int32 where all keys fit."""
         kind = rows.ngram, rows.vocab_size
         if kind not in self._keys:
-            self._keys[kind] = rows.keys(*self._ids).reshape(self.shape)
+            dtype = np.int32 if rows.vocab_size**rows.ngram < 1 << 31 else np.int64
+            self._keys[kind] = rows.keys(*self._ids).reshape(self.shape).astype(dtype, copy=False)
         return self._keys[kind]
 
-    def shuffled_keys(self, rows: KeyRows, draw: Draw) -> NDArray[np.int64]:
+    def shuffled_keys(self, rows: KeyRows, draw: Draw) -> NDArray[np.integer[Any]]:
         """Return for each token the key of another one [P, T]."""
         numbers = rows.seed, draw.held_out, draw.index, draw.number
         if numbers not in self._places:
@@ -190,6 +194,35 @@ class DrawnRouter:
 
 
 PlannedRouter = HashedRouter | DrawnRouter
+
+
+def plan_all(
+    routers: Sequence[PlannedRouter],
+    ids_PBQ: Tensor,
+    left_PBC: Tensor,
+    k: int,
+    *,
+    draw: Draw | None = None,
+    gather: bool = False,
+    chunks: int = 1,
+    group: GroupIds | None = None,
+) -> tuple[Plan, ...]:
+    """Plan a micro-batch with each of the routers; arguments as for HashedRouter.plan.
+
+    Several threads plan where there is enough to do: as many as PyTorch has, which launchers share out, up to
+    _MOST_THREADS.
+    """
+    group = group or GroupIds(ids_PBQ, left_PBC)
+    threads = min(torch.get_num_threads(), _MOST_THREADS) if ids_PBQ.numel() * len(routers) >= _THREADED else 1
+
+    def plan(router: PlannedRouter) -> Plan:
+        return router.plan(ids_PBQ, left_PBC, k, draw=draw, gather=gather, chunks=chunks, group=group)
+
+    if threads == 1:
+        return tuple(map(plan, routers))
+    first = plan(routers[0])  # makes the keys
+    with ThreadPoolExecutor(threads) as pool:
+        return first, *pool.map(plan, routers[1:])
 
 
 def routers_of(tables: Sequence[Table], mesh: Mesh, *, shuffled: bool = False) -> list[HashedRouter]:

@@ -26,7 +26,7 @@ def hash_next(state: Any, part: Any) -> Any:
 
 
 @compiled
-def hash_rows(state: Any, key_N: NDArray[np.int64], rows: int, row_N: NDArray[Any]) -> None:
+def hash_rows(state: Any, key_N: NDArray[Any], rows: int, row_N: NDArray[Any]) -> None:
     """Write hash_next(state, key) modulo rows for each key; the division is one of float64, put right."""
     modulus, inverse = U64(rows), 1.0 / rows
     if rows < _FLOAT_DIVIDES:

@@ -115,23 +115,19 @@ def received_tokens(row_PT: Rows, start: int, stop: int, used_r: NDArray[np.uint
         token_R int64, numbers among the tokens of all ranks; row_R int32; count_P int64.
     """
     ranks, tokens = row_PT.shape
-    found = np.empty(ranks * (stop - start) + 1, np.int32)
+    most = ranks * (stop - start) + 1
+    found, row_R = np.empty(most, np.int32), np.empty(most, np.int32)
     count_P = np.zeros(ranks, np.int64)
     end = np.uint64(0)
     for rank in range(ranks):
         before = end
         for t in range(start, stop):
             row = np.uint64(row_PT[rank, t])
-            found[end] = rank * tokens + t
+            found[end], row_R[end] = rank * tokens + t, row_PT[rank, t]
             end += np.uint64(used_r[row])
             use_r[row] += 1
         count_P[rank] = end - before
-    token_R, row_R = np.empty(end, np.int64), np.empty(end, np.int32)
-    row_N = row_PT.reshape(-1)
-    for n in range(token_R.size):
-        token_R[n] = found[n]
-        row_R[n] = row_N[np.uint64(found[n])]
-    return token_R, row_R, count_P
+    return found[:end].astype(np.int64), row_R[:end], count_P
 
 
 @compiled

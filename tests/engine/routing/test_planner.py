@@ -8,7 +8,7 @@ import torch
 
 from foreroute.engine.config import Builder, MoEConfig, RouteWeights
 from foreroute.engine.errors import UserError
-from foreroute.engine.routing import planner
+from foreroute.engine.routing import planner, routers
 from foreroute.engine.routing.routers import Draw, DrawnRouter, GroupIds, HashedRouter
 from foreroute.engine.routing.tables import build_tables
 
@@ -205,6 +205,19 @@ def test_routers_share_keys_and_shuffles():
             assert torch.equal(shared.chunks[0].weight_N, alone.chunks[0].weight_N)
             assert torch.equal(shared.count_E, alone.count_E)
         assert len(group._keys) == 1
+
+
+def test_threads_plan_the_same_in_the_same_order(monkeypatch):
+    ids, left = make_ids(2, 12)
+    hashed = [HashedRouter(table, rank=1, ranks=2) for table in (make_table(), make_table(16), make_table(4))] * 3
+    want = [router.plan(ids, left, 2) for router in hashed]
+    monkeypatch.setattr(routers, "_THREADED", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    found = routers.plan_all(hashed, ids, left, 2)
+    assert [plan.count_E.tolist() for plan in found] == [plan.count_E.tolist() for plan in want]
+    for one, other in zip(found, want, strict=True):
+        assert torch.equal(one.chunks[0].rows.slot_N, other.chunks[0].rows.slot_N)
+        assert torch.equal(one.chunks[0].weight_N, other.chunks[0].weight_N)
 
 
 def test_experts_that_cannot_be_shared_out_are_refused():
