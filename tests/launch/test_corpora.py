@@ -129,7 +129,7 @@ def test_a_corpus_beyond_the_memory_is_prepared_and_trains(tmp_path):
         for _ in range(times):
             file.write(block)
     corpus = ["corpus=file", f"corpus.path={tmp_path / 'text.zst'}", f"corpus.cache_dir={tmp_path / 'cache'}"]
-    small = ["moe.builder=random", "train.steps=4", "eval.max_symbols=512", f"train.runs_dir={tmp_path / 'runs'}"]
+    small = ["train.steps=4", "eval.max_symbols=512", f"train.runs_dir={tmp_path / 'runs'}"]
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
     def start(code, *arguments):

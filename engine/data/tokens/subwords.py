@@ -26,6 +26,7 @@ from foreroute.engine.errors import UserError
 
 TOKENIZER = "tokenizer.json"
 _END = "<|endoftext|>"
+_TRAINED = 1 << 16  # bytes of a chunk for training, of which the library holds 256
 _ENDS = (_END, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 
 
@@ -131,7 +132,7 @@ def train_bpe(pieces: Iterable[Piece], size: int) -> SubwordVocab:
     trainer = BpeTrainer(
         vocab_size=size, special_tokens=[_END], initial_alphabet=sorted(ByteLevel.alphabet()), show_progress=False
     )
-    tokenizer.train_from_iterator((chunk.text for chunk in chunks(pieces)), trainer)
+    tokenizer.train_from_iterator((chunk.text for chunk in chunks(pieces, _TRAINED)), trainer)
     return open_tokenizer(tokenizer.to_str(pretty=True).encode(), TOKENIZER)
 
 

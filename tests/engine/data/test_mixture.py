@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 
+from foreroute.engine.config import MoEConfig
 from foreroute.engine.data.mixture import Mixture
 from foreroute.engine.data.streams import Streams
 from foreroute.engine.errors import UserError
+from foreroute.engine.evaluation.ngram_baselines import count_grams
+from foreroute.engine.routing.tables import build_tables
 
 
 def plain(corpora, weights, stretch, cycles):
@@ -81,6 +84,16 @@ def test_streams_read_a_mixture_as_any_text():
     for index in range(40):
         a, b = lazy.batch(index, range(3)), copied.batch(index, range(3))
         assert all((getattr(a, n) == getattr(b, n)).all() for n in ("ids_BQ", "targets_BQ", "left_BC", "stream_B"))
+
+
+def test_tables_and_counts_see_a_mixture_as_any_text():
+    rng = np.random.default_rng(1)
+    made = mixture([rng.integers(0, 9, 400).astype(np.uint8), rng.integers(5, 9, 90).astype(np.uint8)], [3, 1], 16)
+    moe = MoEConfig(experts=4, ngram=2, rows=50)
+    lazy, copied = (build_tables(moe, 9, ids, num_tables=2, seed=1, cache_dir=None) for ids in (made, made[:]))
+    assert all((a.order_rE == b.order_rE).all() for a, b in zip(lazy, copied, strict=True))
+    counts = [count_grams(ids, 2, 9) for ids in (made, made[:])]
+    assert counts[0].keys.tolist() == counts[1].keys.tolist() and counts[0].counts.tolist() == counts[1].counts.tolist()
 
 
 def test_as_many_weights_as_corpora():
