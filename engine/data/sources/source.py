@@ -50,13 +50,7 @@ class Source:
     parts: list[list[SourceFile]]  # one, cut by proportion; or one for each split, or for each corpus of a mixture
     name: str  # for people
     asked: str  # the options that chose it, for error lines
-
-    @property
-    def is_text(self) -> bool:
-        """Text, and not ids."""
-        return self.config.tokens is not Tokens.ids and not (
-            self.config.tokens is Tokens.file and any(_holds_ids(f, self.config) for part in self.parts for f in part)
-        )
+    is_text: bool = True  # and not ids
 
     def unit(self, number: int) -> str:
         """Name so many units."""
@@ -161,7 +155,10 @@ def find_source(config: CorpusConfig, enwik8: Path) -> Source:
         parts = [_pairs(part) for part in parts]
     words = config.path if isinstance(config.path, str) else f"[{', '.join(config.path)}]"
     single = isinstance(config.path, str) and len(parts) == 1
-    return Source(config, parts, Path(words).name if single else words, f"corpus.path={words}")
+    is_text = config.tokens is not Tokens.ids
+    if config.tokens is Tokens.file:
+        is_text = not any(_holds_ids(file, config) for part in parts for file in part)
+    return Source(config, parts, Path(words).name if single else words, f"corpus.path={words}", is_text)
 
 
 def _pairs(files: list[SourceFile]) -> list[SourceFile]:
