@@ -81,6 +81,7 @@ def plan_batch(
     passes: int = 1,
     held_out: bool = False,
     input_keys: Sequence[KeyRows] = (),
+    cutoffs: Sequence[int] = (),
     dropout_seed: int = 0,
     layers: int = 0,
     reset_memory: bool = False,
@@ -93,6 +94,7 @@ def plan_batch(
         passes: over the batch, 1 or 2, each with plans of its own.
         held_out: the batch is not trained on; what is drawn then depends on batch.index and streams alone.
         input_keys: of the tables at the input of the model (TransformerXL.input_keys).
+        cutoffs: of the model's adaptive softmax, if it has one.
         dropout_seed: of (run, step), for the experts' stateless dropout.
         layers: of the model, for their seeds of it; 0 where there is no dropout.
         reset_memory: attention and memory stop at document starts, as keys do (data.reset_memory).
@@ -104,6 +106,7 @@ def plan_batch(
     own = group.own
     row_tBQ = [keys.of(own.ids_BQ, own.left_BC, own.new_document_BX) for keys in input_keys]
     input_row_tBQ, token_T = torch.stack(row_tBQ) if row_tBQ else None, token_PT.flatten()
+    tails = tail_tokens(group.own.targets_BQ, cutoffs)
     ids = group.ids_PBQ, group.left_PBC
     shared = GroupIds(*ids, group.new_document_PBX)
 
@@ -119,10 +122,21 @@ def plan_batch(
             dropout_seed=layer_seeds(dropout_seed + number * _SECOND_SEED, layers) if layers else 0,
             input_row_tBQ=input_row_tBQ,
             position_BQ=own.position_BQ if reset_memory else None,
+            tail_tokens=tails,
             second=routing(1) if number + 1 < passes else None,
         )
 
     return PlannedBatch(group, group.own, routing(0))
+
+
+def tail_tokens(targets_BQ: Tensor, cutoffs: Sequence[int]) -> tuple[Tensor, ...]:
+    """Return for each cluster that begins at a cut-off the tokens whose targets it has, int64, in order.
+
+    Example: targets [[0, 7, 3, 5]] and cut-offs 3 and 6 give [2, 3] and [1].
+    """
+    target_T = targets_BQ.flatten()
+    ends = zip(cutoffs, [*cutoffs[1:], torch.iinfo(torch.int64).max], strict=True) if cutoffs else ()
+    return tuple(((target_T >= first) & (target_T < stop)).nonzero().squeeze(1) for first, stop in ends)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +185,7 @@ class TrainingBatches:
             chunks=self.config.parallel.chunks,
             passes=self.config.training_passes,
             input_keys=self.input_keys,
+            cutoffs=self.config.model.cutoffs,
             dropout_seed=self.config.train.seed * 2**32 + group.own.index,
             layers=self.config.model.layers if self.config.model.dropout else 0,
             reset_memory=self.config.data.reset_memory,

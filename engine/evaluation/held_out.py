@@ -108,6 +108,7 @@ def evaluate(
                 held_out=True,
                 input_keys=model.input_keys,
                 reset_memory=config.data.reset_memory,
+                cutoffs=config.model.cutoffs,
             )
             batch, counted_BQ, routing = receive(*delivery.send((batch, counted_BQ, planned.routing)))
             output = model(

@@ -130,15 +130,17 @@ class AdaptiveSoftmax(nn.Module):
         for bias in (*self.biases, self.cluster_bias):
             nn.init.zeros_(bias)
 
-    def forward(self, hidden_TD: Tensor, target_T: Tensor, embedding: AdaptiveEmbedding) -> CrossEntropy:
+    def forward(
+        self, hidden_TD: Tensor, target_T: Tensor, embedding: AdaptiveEmbedding, tail_tokens: Sequence[Tensor] = ()
+    ) -> CrossEntropy:
         """Compute the mean nats of targets and the nats of each.
-
-        The number of targets of each cluster but the first is read back from a GPU.
 
         Args:
             hidden_TD: hidden states.
             target_T: int64 ids.
             embedding: of the input.
+            tail_tokens: int64, the tokens whose targets each tail has, as planned (Routing); without them they are
+                found here, for which the host waits for a GPU.
         """
         head, *tails = self.clusters
         cluster_T = torch.stack([target_T >= tail.first for tail in tails]).sum(0)
@@ -147,14 +149,15 @@ class AdaptiveSoftmax(nn.Module):
         loss, nll_T = linear_cross_entropy(
             self._projected(hidden_TD, 0, embedding), *self._head(embedding), head_target_T, scale=scale
         )
-        for i, tail in enumerate(tails, 1):
+        tail_tokens = tail_tokens or [(cluster_T == i).nonzero().squeeze(1) for i in range(1, len(self.clusters))]
+        for i, (tail, counted_N) in enumerate(zip(tails, tail_tokens, strict=True), 1):
             found = linear_cross_entropy(
                 self._projected(hidden_TD, i, embedding),
                 embedding.tables[i].weight,  # type: ignore[arg-type]
                 self.biases[i],
-                torch.where(cluster_T == i, target_T - tail.first, -1),
+                target_T - tail.first,
                 scale=scale,
-                ignores=True,
+                counted_N=counted_N,
             )
             loss, nll_T = loss + found.loss, nll_T + found.nll_T
         return CrossEntropy(loss, nll_T)

@@ -139,16 +139,17 @@ class TransformerXL(nn.Module):
         if routing.second is not None:
             return self._two_passes(ids_BQ, targets_BQ, memory, (routing, routing.second), options)
         hidden_BQD, memory, auxiliary_loss, count_LE = self.hidden(ids_BQ, memory, routing, **options)
-        loss, nll_T = self._cross_entropy(hidden_BQD, targets_BQ)
+        loss, nll_T = self._cross_entropy(hidden_BQD, targets_BQ, routing)
         nll_BQ = nll_T.detach().view(targets_BQ.shape)
         return Output(loss + auxiliary_loss, auxiliary_loss.detach(), nll_BQ, memory, count_LE)
 
-    def _cross_entropy(self, hidden_BQD: Tensor, targets_BQ: Tensor) -> CrossEntropy:
+    def _cross_entropy(self, hidden_BQD: Tensor, targets_BQ: Tensor, routing: Routing) -> CrossEntropy:
         """Mean nats of the targets, and those of each."""
         target_T = targets_BQ.flatten()
         if isinstance(self.embedding, AdaptiveEmbedding):
             assert self.output is not None
-            adaptive: CrossEntropy = self.output(hidden_BQD.flatten(0, 1), target_T, self.embedding)
+            hidden_TD = hidden_BQD.flatten(0, 1)
+            adaptive: CrossEntropy = self.output(hidden_TD, target_T, self.embedding, routing.tail_tokens)
             return adaptive
         if self.embedding.num_embeddings > SMALL_VOCABULARY:
             hidden_TD, scale = hidden_BQD.flatten(0, 1), 1 / max(1, len(target_T))

@@ -107,6 +107,8 @@ class Routing:
     position_BQ: Tensor | None = None
     """int32: ids of the same document before each id, where attention and memory stop at document starts; None: they do
     not."""
+    tail_tokens: tuple[Tensor, ...] = ()
+    """int64: for each tail of an adaptive softmax (engine/model/adaptive.py) the tokens whose targets it has."""
     second: "Routing | None" = None  # of a second pass over the batch; None: there is one pass
 
     @property

@@ -31,7 +31,7 @@ class CrossEntropy(NamedTuple):
     """Nats of targets."""
 
     loss: Tensor  # scalar: scale times their sum; fp32, or fp64 for fp64
-    nll_T: Tensor  # of each target, without gradient; 0 where it is ignored
+    nll_T: Tensor  # of each target, without gradient; 0 where it does not count
 
 
 def linear_cross_entropy(
@@ -41,7 +41,7 @@ def linear_cross_entropy(
     target_T: Tensor,
     *,
     scale: float,
-    ignores: bool = False,
+    counted_N: Tensor | None = None,
     chunk: int | None = None,
 ) -> CrossEntropy:
     """Compute the cross-entropy of logits hidden @ weight.T + bias, chunk by chunk of tokens.
@@ -55,8 +55,8 @@ def linear_cross_entropy(
         bias_V: a number for each symbol.
         target_T: int64, the symbol of each token.
         scale: factor of the loss, such as 1 / T for the mean.
-        ignores: negative targets count nothing, and no logits are computed for them. Reads the number of the others
-            back from a GPU.
+        counted_N: int64, the tokens that count, each once; None means all. The others have no logits, 0 nats and zeros
+            as gradients.
         chunk: tokens at once, at most; by default the larger of LEAST_CHUNK and D.
 
     Raises:
@@ -80,7 +80,7 @@ def linear_cross_entropy(
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk={chunk}: must be at least 1")
     grads = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden_TD, weight_VD, bias_V))
-    arguments = (hidden_TD, weight_VD, bias_V, target_T, scale, ignores, chunk or largest_chunk(shapes[0][1]), grads)
+    arguments = (hidden_TD, weight_VD, bias_V, target_T, scale, counted_N, chunk or largest_chunk(shapes[0][1]), grads)
     if torch.compiler.is_compiling():
         results = _operator(*arguments)
     else:
@@ -89,15 +89,22 @@ def linear_cross_entropy(
 
 
 def linear_cross_entropy_reference(
-    hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor, target_T: Tensor, *, scale: float
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor,
+    target_T: Tensor,
+    *,
+    scale: float,
+    counted_N: Tensor | None = None,
 ) -> CrossEntropy:
     """Compute linear_cross_entropy one token at a time in fp64, differentiated by autograd: the truth for tests."""
+    counted = range(len(target_T)) if counted_N is None else counted_N.tolist()
     hidden, weight, bias = hidden_TD.double(), weight_VD.double(), bias_V.double()
     nll = []
     for t, target in enumerate(target_T.tolist()):
         logit_V = weight @ hidden[t] + bias
         probability_V = logit_V.exp() / logit_V.exp().sum()
-        nll.append(-probability_V[target].log() if target >= 0 else 0 * logit_V.sum())
+        nll.append(-probability_V[target].log() if t in counted else 0 * logit_V.sum())
     nll_T = torch.stack(nll)
     return CrossEntropy(scale * nll_T.sum(), nll_T.detach())
 
@@ -126,7 +133,7 @@ def _forward(
     bias_V: Tensor,
     target_T: Tensor,
     scale: float,
-    ignores: bool,
+    counted_N: Tensor | None,
     chunk: int,
     grads: bool,
 ) -> tuple[Tensor, ...]:
@@ -138,7 +145,6 @@ def _forward(
     empty = hidden_TD.new_empty(0)
     d_hidden_TD = torch.zeros_like(hidden_TD) if grads else empty
     d_layer = _Layer(*(torch.zeros_like(x, dtype=wide) for x in layer)) if grads else None
-    counted_N = (target_T >= 0).nonzero().squeeze(1) if ignores else None
     for part in _chunks(len(target_T) if counted_N is None else len(counted_N), chunk):
         rows = part if counted_N is None else counted_N[part]
         nll_T[rows], d_hidden_cD = _of_chunk(hidden_TD[rows], layer, target_T[rows, None], scale, d_layer)
@@ -223,7 +229,7 @@ def _differentiable(*arguments: Any) -> tuple[Tensor, ...]:
 _library = torch.library.Library("foreroute", "FRAGMENT")
 _library.define(
     "linear_cross_entropy(Tensor hidden_TD, Tensor weight_VD, Tensor bias_V, Tensor target_T, float scale,"
-    " bool ignores, int chunk, bool grads) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? counted_N, int chunk, bool grads) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.impl("linear_cross_entropy", _forward, "CompositeExplicitAutograd")

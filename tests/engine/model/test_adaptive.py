@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from foreroute.engine.config import KernelsConfig, ModelConfig, MoEConfig, Router
+from foreroute.engine.data.planned_batches import tail_tokens
 from foreroute.engine.errors import UserError
 from foreroute.engine.model.adaptive import Cluster, clusters, target_shares
 from foreroute.engine.model.build import build_model
@@ -229,3 +230,18 @@ def test_wrong_options_are_refused(options, message):
 def test_a_cutoff_beyond_the_vocabulary_is_refused():
     with pytest.raises(UserError, match=r"model.cutoffs=\[5, 19\]: must be below the 19 symbols"):
         clusters(ModelConfig(cutoffs=[5, 19]), V)
+
+
+def test_planned_tails_change_nothing():
+    """And an empty one, of a cluster without targets, is as good as none."""
+    for div_val, targets in ((1, text(1)), (2, TWO_CLUSTERS)):
+        model = build(div_val)
+        tails = tail_tokens(targets, CUTOFFS)
+        flat = targets.flatten().tolist()
+        assert [tail.tolist() for tail in tails] == [
+            [t for t, word in enumerate(flat) if cluster_of(word)[0] == cluster] for cluster in (1, 2, 3)
+        ]
+        want = model(text(2), targets, None, Routing(k=1))
+        got = model(text(2), targets, None, Routing(k=1, tail_tokens=tails))
+        assert torch.equal(got.loss, want.loss) and torch.equal(got.nll_BQ, want.nll_BQ)
+    assert tail_tokens(text(1), []) == ()

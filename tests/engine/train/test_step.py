@@ -45,6 +45,8 @@ QUIET = {  # ZeRO stage, options of the run
     "ZeRO-1, clipped": (1, CLIP),
     "ZeRO-2, clipped": (2, CLIP),
     "ZeRO-2, bf16": (2, {"precision": "bf16", **CLIP}),
+    "many symbols": (1, {"symbols": 1500, **CLIP}),
+    "words": (1, {"model": {"cutoffs": [2, 9], "div_val": 2}, **CLIP}),
     "in parts": (1, {"accumulation": 2, "recompute": True, "dropout": 0.1, **CLIP}),
 }
 EXCEPTIONS = {  # ZeRO stage, options, router, who reads back and why
@@ -85,12 +87,14 @@ class Steps:
     """A tiny run's steps, one rank's part of them."""
 
     def __init__(self, mesh, stage, options, router=Router.hashed, steps=3):
+        options = dict(options)
+        symbols = options.pop("symbols", SYMBOLS)
         config = tiny_config(stage, **options)
         self.config = replace(config, moe=replace(config.moe, router=router))
         text = np.random.default_rng(0).integers(0, SYMBOLS, 2000).astype(np.uint8)
-        tables = build_tables(config.moe, SYMBOLS, text, num_tables=LAYERS, seed=1, cache_dir=None)
+        tables = build_tables(config.moe, symbols, text, num_tables=LAYERS, seed=1, cache_dir=None)
         routers = routers_of(tables, mesh) if router is Router.hashed else None
-        self.model = build_model(self.config, SYMBOLS)
+        self.model = build_model(self.config, symbols)
         self.engine = adapter.start(self.model, self.config, mesh)
         world = World(mesh, cpu_group=GlooGroup(dist.group.WORLD)) if mesh.world > 1 else World(mesh)
         self.meter = StepMeter(self.model, self.engine.device, self.engine.comm, world)
@@ -224,10 +228,10 @@ class Uploads(TorchDispatchMode):
         return result
 
 
-def without_data(ranks, read=None):
+def without_data(ranks, read=None, model=None):
     """Forward, backward and the sum over the ranks of tensors without data."""
     mesh = Mesh(0, ranks, ranks)
-    config = tiny_config(dropout=0.1)
+    config = tiny_config(dropout=0.1, model=model)
     text = np.random.default_rng(0).integers(0, SYMBOLS, 2000).astype(np.uint8)
     tables = build_tables(config.moe, SYMBOLS, text, num_tables=LAYERS, seed=1, cache_dir=None)
     streams = Streams(text, config.data.streams, config.data.segment, config.context, config.data.start)
@@ -252,9 +256,9 @@ def without_data(ranks, read=None):
     return [parameter.grad for parameter in model.parameters()], total
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_forward_and_backward_need_no_data(ranks):
-    gradients, total = without_data(ranks)
+@pytest.mark.parametrize("ranks, model", [(1, None), (2, None), (1, {"cutoffs": [2, 9], "div_val": 2})])
+def test_forward_and_backward_need_no_data(ranks, model):
+    gradients, total = without_data(ranks, model=model)
     assert all(gradient is not None and gradient.is_meta for gradient in gradients) and total.values.is_meta
 
 
