@@ -6,21 +6,25 @@ is of one table on one core, from the ids of all ranks to the plan, with its sha
 all tables. `scale_ms` is of one of the 48 tables at scale, planned together by PyTorch's threads. `lookup_mib` is what
 a table keeps for each k at scale.
 
+--build N builds N tables of 2**20 rows and 64 experts, uniform weights, and prints seconds and memory beyond them.
+
 `plan_wait_fraction`: the loader's thread reads and plans 48 tables at scale, while a step of 15,000 tokens a second and
 rank leaves the host alone; the share of the time that the step waits for its plans.
 """
 
 import argparse
+import resource
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
 import torch
 
 from benchmarks.bench_step import shapes
 from benchmarks.harness import environment, fastest, print_result, print_table
 from benchmarks.harness.against import parse
-from foreroute.engine.config import Split
+from foreroute.engine.config import RouteWeights, Split
 from foreroute.engine.data.corpus import PreparedCorpus, prepare
 from foreroute.engine.data.loader import PlannedLoader
 from foreroute.engine.data.planned_batches import GroupBatch, PlannedBatch, group_batch, plan_batch
@@ -30,6 +34,7 @@ from foreroute.engine.routing.tables import Table, build_tables
 from foreroute.launch.start.process import keep_freed_memory, leaving_at_once
 
 K, RANK, SEGMENT, TOKENS_PER_SECOND = 8, 3, 512, 15_000
+CONFIG = shapes(argparse.Namespace(dropout=0.1, precision="fp32"))
 
 
 @dataclass(frozen=True)
@@ -57,10 +62,9 @@ class Simulated:
 
     def __init__(self, group: Group, corpus: PreparedCorpus, cache_dir: Path) -> None:
         """Build the tables."""
-        config = shapes(argparse.Namespace(dropout=0.1, precision="fp32"))
         ids = corpus.split(Split.train)
-        self.group, self.streams = group, Streams(ids, group.ranks * group.streams, SEGMENT, config.context)
-        moe, size = replace(config.moe, experts=group.experts), corpus.vocab.size
+        self.group, self.streams = group, Streams(ids, group.ranks * group.streams, SEGMENT, CONFIG.context)
+        moe, size = replace(CONFIG.moe, experts=group.experts), corpus.vocab.size
         self.tables = build_tables(moe, size, ids, num_tables=group.tables, seed=1111, cache_dir=cache_dir)
         self.routers = [self._router(self.tables[layer % group.tables]) for layer in range(group.layers)]
 
@@ -108,15 +112,30 @@ class Simulated:
         return 1e3 * seconds / len(self.routers)
 
 
+def build_cost(corpus: PreparedCorpus, tables: int) -> tuple[float, float]:
+    """Build large tables; return seconds, and the most GB that this process took beyond them."""
+    moe = replace(CONFIG.moe, experts=64, rows=1 << 20, weights=RouteWeights.uniform)
+    ids, size = corpus.split(Split.train), corpus.vocab.size
+    build_tables(replace(moe, rows=64), size, ids, num_tables=1, seed=1, cache_dir=None)  # compiles
+    before, start = psutil.Process().memory_info().rss, time.perf_counter()
+    built = build_tables(moe, size, ids, num_tables=tables, seed=1, cache_dir=None)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return seconds, (peak - before - sum(table.order_rE.nbytes for table in built)) / 1e9
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--steps", type=int, default=6, help="steps for plan_wait_fraction")
+    parser.add_argument("--build", type=int, metavar="N", help="tables to build, 12 take minutes; none by default")
     args = parse(parser)
+    corpus, cache_dir = prepare(CONFIG.corpus), Path(CONFIG.corpus.cache_dir) / "tables"
+    if args.build:
+        seconds, beyond = build_cost(corpus, args.build)
+        print(f"{args.build} tables of 2**20 rows and 64 experts: {seconds:.1f} s, {beyond:.2f} GB beyond them")
     keep_freed_memory()
-    config = shapes(argparse.Namespace(dropout=0.1, precision="fp32"))
-    corpus, cache_dir = prepare(config.corpus), Path(config.corpus.cache_dir) / "tables"
     published, scale = (Simulated(group, corpus, cache_dir) for group in (PUBLISHED, SCALE))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
