@@ -115,4 +115,4 @@ def test_bzip2_counts_bits_of_the_whole_file():
     text = bytes(np.random.default_rng(0).integers(0, 256, 5000, dtype=np.uint8))
     assert bzip2_bpc([text[:999], b"", text[999:]]) == 8 * len(bz2.compress(text, compresslevel=9)) / 5000
     assert bzip2_bpc([text]) > 8
-    assert bzip2_bpc(b"a" * 5000) < 0.1
+    assert bzip2_bpc([b"a" * 5000]) < 0.1
