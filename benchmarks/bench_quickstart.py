@@ -91,7 +91,7 @@ def quickstart(steps: int, symbols: int) -> dict[str, float | str]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=positive, default=60, help="default 60; the quickstart has 1200")
+    parser.add_argument("--steps", type=positive, default=60, help="default 60; the quickstart has 1600")
     parser.add_argument("--symbols", type=int, default=60_000, help="of the test split; 0 for all of it")
     args = parse(parser)
     found = {"alone": quickstart(args.steps, args.symbols)}

@@ -136,9 +136,11 @@ def test_the_readmes_pictures_are_what_draws_them_and_show_its_table():
     pictures = _program_of("img/pictures.py")
     assert (ROOT / "docs/img/way.svg").read_text() == pictures.way()
     (table,) = pictures.RESULTS.findall((ROOT / "README.md").read_text())
-    shown = dict(re.findall(r"^ +(k = \d+|order \d) +(\d\.\d{3}) ", table, re.MULTILINE))
+    shown = dict(re.findall(r"^ +(k = \d+|dense twin|order \d) +(\d\.\d{3}) ", table, re.MULTILINE))
     curve = (ROOT / "docs/img/slimming.svg").read_text()
-    assert len(shown) == 7 and all(re.search(rf">(order \d )?{value}</text>", curve) for value in shown.values())
+    assert len(shown) == 8 and all(
+        re.search(rf">(order \d |dense twin )?{value}</text>", curve) for value in shown.values()
+    )
 
 
 def test_a_run_is_put_into_the_readme():

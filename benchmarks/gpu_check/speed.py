@@ -26,7 +26,7 @@ from benchmarks.systems.peers import Problem, Shape, make_problem, truth
 from foreroute.engine.metrics.peak_flops import SHEETS
 
 SHAPES = {
-    "quickstart": Shape(1024, 128, 256, 16, 4),
+    "quickstart": Shape(1024, 128, 128, 16, 4),
     "enwik8_smoe_dropout": Shape(11264, 256, 512, 16, 8),
     "enwik8_12l": Shape(11264, 512, 512, 16, 4),
     "coarse": Shape(8192, 1024, 4096, 8, 2),

@@ -1,5 +1,5 @@
-"""Draws the README's pictures: `python docs/img/pictures.py` the way of a token, `... pictures.py runs/quickstart` also
-the slimming curve of that run, and puts its table of results into the README.
+"""Draws the README's pictures: `python docs/img/pictures.py` the way of a token, `... pictures.py runs/quickstart
+runs/quickstart_dense` also the slimming curve of that run beside its dense twin, and puts the results into README.md.
 
 A picture's colours follow the reader's light or dark theme.
 """
@@ -135,12 +135,14 @@ def slimming(bpc: Mapping[str, float], others: Mapping[str, float]) -> str:
     return _svg(720, 340, "Bits per byte of held-out text against the number of active experts", parts)
 
 
-def results(summary: Mapping[str, Any]) -> str:
-    """Write a run's table as the program prints it, as a code block."""
+def results(summary: Mapping[str, Any], others: Mapping[str, float]) -> str:
+    """Write a run's tables as the program prints them, with what others reach, as a code block."""
     from foreroute.launch.runs.summary import result_table
 
-    table = result_table(summary).partition("\ntraining")[0]
-    return "\n".join(f"    {line}" for line in table.splitlines())
+    text = result_table({**summary, "bpc": {**summary["bpc"], **others}, "bits_per_byte": {}}).partition("\ntraining")[
+        0
+    ]
+    return "\n".join(f"    {line}" for line in text.splitlines())
 
 
 def _svg(width: int, height: int, title: str, parts: list[str]) -> str:
@@ -172,13 +174,14 @@ def _arrow(path: str) -> str:
 def main() -> None:
     """Draw what the command line asks for."""
     (HERE / "way.svg").write_text(way(), encoding="utf-8")
-    for run in sys.argv[1:]:
-        summary = json.loads((Path(run) / "summary.json").read_text(encoding="utf-8"))
-        bpc = {k: value for k, value in summary["bpc"].items() if k.isdigit()}
-        counted = {"order 2": summary["order2_bpc"], "order 3": summary["order3_bpc"]}
-        (HERE / "slimming.svg").write_text(slimming(bpc, counted), encoding="utf-8")
+    if len(sys.argv) > 1:
+        own, *dense = (json.loads((Path(run) / "summary.json").read_text(encoding="utf-8")) for run in sys.argv[1:])
+        bpc = {k: value for k, value in own["bpc"].items() if k.isdigit()}
+        others = {"dense twin": dense[0]["bpc"]["dense"]} if dense else {}
+        counted = {"order 2": own["order2_bpc"], "order 3": own["order3_bpc"]}
+        (HERE / "slimming.svg").write_text(slimming(bpc, others | counted), encoding="utf-8")
         text = README.read_text(encoding="utf-8")
-        README.write_text(RESULTS.sub(results(summary).replace("\\", r"\\"), text), encoding="utf-8")
+        README.write_text(RESULTS.sub(results(own, others).replace("\\", r"\\"), text), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -123,19 +123,22 @@ def counting_baselines(
 
 
 def result_table(summary: Mapping[str, Any]) -> str:
-    """Lay out held-out bpc at each k beside that of counting models, and below it the cost of training."""
+    """Lay out held-out bpc at each k, that of counting in a table of its own, and the cost of training."""
     best = min(summary["bpc"].values())
-    found = {name if name == "dense" else f"k = {name}": bpc for name, bpc in summary["bpc"].items()}
-    found |= {label: summary[key] for label, key in _BASELINES.items() if key in summary}
-    rows = [[label, f"{bpc:.3f}", f"{100 * (bpc / best - 1):+.1f}%"] for label, bpc in found.items()]
+
+    def row(label: str, bpc: float) -> list[str]:
+        return [label, f"{bpc:.3f}", f"{100 * (bpc / best - 1):+.1f}%"]
+
     heads = [f"{summary['split']} split", "bpc", "to best"]
+    rows = [row(f"k = {name}" if name.isdigit() else name, bpc) for name, bpc in summary["bpc"].items()]
     by_byte = summary.get("bits_per_byte", {})
     if by_byte and by_byte != summary["bpc"] and None not in by_byte.values():
         heads.append("bits/byte")
-        rows = [[*row, f"{bits:.3f}"] for row, bits in zip(rows, by_byte.values(), strict=False)] + [
-            [*row, ""] for row in rows[len(by_byte) :]
-        ]
-    return "\n".join([table(heads, rows), *_training_lines(summary)])
+        rows = [[*known, f"{bits:.3f}"] for known, bits in zip(rows, by_byte.values(), strict=True)]
+    lines = [table(heads, rows)]
+    if counted := [row(label, summary[key]) for label, key in _BASELINES.items() if key in summary]:
+        lines.append(table(["counting, no network", "bpc", "to best"], counted))
+    return "\n".join([*lines, *_training_lines(summary)])
 
 
 def _training_lines(summary: Mapping[str, Any]) -> list[str]:

@@ -205,7 +205,9 @@ def test_the_summary_says_what_the_training_took(tmp_path):
     written = result_table(summary).splitlines()
     assert written[0].split() == ["test", "split", "bpc", "to", "best"]
     assert written[1].split() == ["k", "=", "1", "3.000", "+50.0%"]
-    assert written[6:] == [
+    assert written[3].split() == ["counting,", "no", "network", "bpc", "to", "best"]
+    assert written[4].split() == ["order", "2", "4.000", "+100.0%"]
+    assert written[7:] == [
         "training  3 steps, 300 symbols, 12,345 parameters",
         "time      0:02, 150 symbols/s, 10.0% outside forward, backward and optimizer",
         "memory    2.50 GB at most (rank 0)",
@@ -213,7 +215,7 @@ def test_the_summary_says_what_the_training_took(tmp_path):
     ]
     del summary["flops"]
     assert "FLOP" not in result_table(summary)
-    assert "evaluation" not in result_table(summary) and "counting" not in result_table(summary)
+    assert "evaluation" not in result_table(summary) and "counting  " not in result_table(summary)
     summary |= {"evaluation_seconds": 65.4, "counted_symbols": 12300}
     assert "and optimizer; evaluation 1:05" in result_table(summary)
     assert "counting  order 2 and 3 know the first 12,300 training symbols only" in result_table(summary)
