@@ -305,7 +305,7 @@ def test_a_sweep_gives_each_job_a_folder_and_resumes(run, tmp_path, text):
         ("certify", ["cluster=none_such"], "dgx_h100"),
         ("certify", ["cluster.inside.gb_per_s=3"], "such as cluster=NAME"),
         ("certify", [f"out={__file__}/found"], "is not a folder"),
-        ("certify", ["sample=1201"], "sample=1201: must be from 1 to the 1200 steps"),
+        ("certify", ["sample=1601"], "sample=1601: must be from 1 to the 1600 steps"),
         ("certify", ["expert_groups=2"], "did you mean expert_group? allowed: corpus, "),
     ],
 )
