@@ -34,7 +34,8 @@ from foreroute.engine.certificate.counts.replay import StepCounts, replay
 from foreroute.engine.certificate.counts.traffic import hops, leaving
 from foreroute.engine.config import Config, DataConfig, Growth, MoEConfig, ScheduleConfig, TrainConfig
 from foreroute.engine.data.planned_batches import group_batch
-from foreroute.engine.data.streams import Ids, Streams
+from foreroute.engine.data.streams import Streams
+from foreroute.engine.data.tokens.vocab import Ids
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.planner import TablePlanner
 from foreroute.engine.routing.tables import Table, build_tables

@@ -4,6 +4,9 @@ import errno
 import hashlib
 import json
 import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,20 @@ def sealed(content: dict[str, Any]) -> dict[str, Any]:
 def checksum(manifest: dict[str, Any]) -> str:
     """Return the sha256 of a manifest's content."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path beside a file, which replaces the file at the end of the block; after an error it is removed.
+
+    Several processes may do this at once: each has a path of its own, and no reader sees a part of a file.
+    """
+    new = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        yield new
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

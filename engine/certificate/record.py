@@ -24,7 +24,7 @@ from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.counts.replay import StepCounts, first_steps
 from foreroute.engine.certificate.counts.traffic import hops, leaving
-from foreroute.engine.data.streams import Ids
+from foreroute.engine.data.tokens.vocab import Ids
 from foreroute.engine.errors import require
 from foreroute.engine.routing.tables import Table
 from foreroute.engine.sealed_files import read_sealed, sealed, sha256_of

@@ -10,7 +10,6 @@ engine/data/streams.py. This module never downloads: see engine/data/download.py
 import fcntl
 import hashlib
 import json
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -30,7 +29,7 @@ from foreroute.engine.data.sources.source import Scan, Source, find_source, scan
 from foreroute.engine.data.tokens.build import BYTES, open_vocab, tokenizer_file
 from foreroute.engine.data.tokens.vocab import Ids, Vocab
 from foreroute.engine.errors import UserError, require
-from foreroute.engine.sealed_files import read_sealed, sha256_of
+from foreroute.engine.sealed_files import read_sealed, replacing, sha256_of
 
 _VERIFIED = "verified.json"
 
@@ -218,10 +217,8 @@ def _verify(folder: Path, ids_sha256: str) -> None:
         if json.loads(mark.read_bytes()) == seen:
             return
     require(sha256_of(ids) == ids_sha256, f"the sha256 of {IDS} is not the one in {META}")
-    new = mark.with_name(f".{mark.name}.{uuid.uuid4().hex}")
-    with suppress(OSError):  # as in a cache that only another user may write
+    with suppress(OSError), replacing(mark) as new:  # as in a cache that only another user may write
         new.write_text(json.dumps(seen), encoding="ascii")
-        new.replace(mark)
 
 
 def _notes(meta: dict[str, Any]) -> list[str]:

@@ -8,7 +8,6 @@ attention does too where data.reset_memory asks for it (engine/model/transformer
 Letters: B streams, Q segment length, C ids left of a segment, X = C + Q.
 """
 
-import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from foreroute.engine.errors import require
+from foreroute.engine.sealed_files import replacing
 
 Starts = NDArray[np.int64]
 """Positions of a text at which documents start, ascending; empty where none are known."""
@@ -58,14 +58,8 @@ def cached_ends(folder: Path, ids: NDArray[Any], end: int, known: Starts = NO_ST
         f"corpus.document_end={end}: no document ends before the last id of the corpus; take an id that does",
     )
     ends = np.union1d(known, ends)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    with suppress(OSError):  # as in a cache that only another user may write
-        try:
-            with part.open("wb") as file:
-                np.save(file, ends, allow_pickle=False)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+    with suppress(OSError), replacing(path) as new, new.open("wb") as file:  # another user's cache may not be written
+        np.save(file, ends, allow_pickle=False)
     return ends
 
 

@@ -4,7 +4,6 @@ import hashlib
 import http.client
 import urllib.error
 import urllib.request
-import uuid
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from foreroute.engine.config import CorpusConfig
 from foreroute.engine.errors import UserError
+from foreroute.engine.sealed_files import replacing
 
 ENWIK8_URL = "http://mattmahoney.net/dc/enwik8.zip"
 ENWIK8_BYTES = 100_000_000
@@ -50,16 +50,12 @@ def download_enwik8(
         _fetch(url, part, progress or (lambda done, total: None))
     except (OSError, http.client.HTTPException) as error:
         raise UserError(f"{url}: download failed ({error}); run again to go on from {part}") from error
-    unzipped = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
+    with replacing(target) as unzipped:
         found = _unzip(part, unzipped)
         if found != sha256:
             part.unlink()
             raise UserError(f"{url}: SHA-256 of the unzipped file is {found}, expected {sha256}; deleted")
-        unzipped.rename(target)
-        part.unlink()
-    finally:
-        unzipped.unlink(missing_ok=True)
+    part.unlink()
 
 
 def _fetch(url: str, part: Path, progress: Callable[[int, int], None]) -> None:

@@ -136,33 +136,17 @@ def _vocab(source: Source, scan: Scan, note: Note) -> Vocab:
     return make_vocab(config, values=bytes(scan.values), largest_id=scan.largest_id, training=training)
 
 
-class _Hashes:
-    """The sha256 of each part of a source, whose pieces come in turns."""
-
-    def __init__(self, parts: int) -> None:
-        self._hashes = [hashlib.sha256() for _ in range(parts)]
-
-    def update(self, part: int, piece: Piece) -> None:
-        """Take in a piece."""
-        self._hashes[part].update(piece.hashed)
-
-    @property
-    def found(self) -> list[str]:
-        """The sha256 of each part."""
-        return [found.hexdigest() for found in self._hashes]
-
-
 def _encode(source: Source, scan: Scan, vocab: Vocab, ids: IO[bytes], ends: IO[bytes], meter: Meter) -> dict[str, Any]:
     """Write the ids and the ends of documents; returns what meta.json says of them."""
     units, symbols = [0] * len(SPLITS), [0] * len(SPLITS)
     last_end = num_ends = 0
     corpora: list[int] = []  # of a mixture: where in the training split each ends
-    ids_hash, unit_hash = hashlib.sha256(), _Hashes(len(source.parts))
+    ids_hash, part_hashes = hashlib.sha256(), [hashlib.sha256() for _ in source.parts]
 
     def counted(pieces: Iterator[tuple[tuple[int, int], Piece]]) -> Iterator[Piece]:
         for (place, part), piece in pieces:
             units[place] += len(piece.data)
-            unit_hash.update(place if source.by_split else part, piece)
+            part_hashes[place if source.by_split else part].update(piece.hashed)
             meter(len(piece.data))
             yield piece
 
@@ -177,8 +161,10 @@ def _encode(source: Source, scan: Scan, vocab: Vocab, ids: IO[bytes], ends: IO[b
             ids.write(encoded.ids.data)
             ids_hash.update(encoded.ids.data)
             symbols[place] += len(encoded.ids)
-        corpora += [] if place else [symbols[0]]
-    require(unit_hash.found == scan.parts_sha256, f"{source.asked}: has changed while it was read; run again")
+        if place == 0:
+            corpora.append(symbols[0])
+    unchanged = [found.hexdigest() for found in part_hashes] == scan.parts_sha256
+    require(unchanged, f"{source.asked}: has changed while it was read; run again")
     for place, split in enumerate(SPLITS):
         why = "in three parts" if source.by_split else "are too short for three splits"
         require(

@@ -9,7 +9,6 @@ router or input need).
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from foreroute.engine.data.documents import NO_STARTS, Starts, document_positions, new_documents
+from foreroute.engine.data.tokens.vocab import Ids
 from foreroute.engine.errors import require
-
-Ids = NDArray[np.unsignedinteger[Any]]
 
 
 @dataclass(frozen=True, slots=True)

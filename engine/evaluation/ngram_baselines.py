@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Ids = NDArray[np.unsignedinteger[Any]]
+from foreroute.engine.data.tokens.vocab import Ids
+
 Keys = NDArray[np.int64]
 
 _CHUNK = 1 << 22  # symbols counted at a time; keeps a 90M-symbol split below 1 GB

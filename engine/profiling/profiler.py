@@ -15,8 +15,8 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from foreroute.engine.parallel.cpu_group import CpuGroup
 from foreroute.engine.parallel.world import World
 from foreroute.engine.profiling.trace_events import Clock, Event, Process, collective_events, range_events, torch_events
 from foreroute.engine.profiling.trace_summary import Nested, costs, nest, overlap_ms, summary
+from foreroute.engine.sealed_files import replacing
 from foreroute.engine.tracing import InFlight, Range, Recorder, record_into, span
 
 MERGED_RANKS = 8
@@ -201,7 +202,7 @@ class Profiler:
         self._note(f"{self._folder}: the trace of {self._title}, for https://ui.perfetto.dev")
 
     def _write_together(self, text: str, num_ranks: int) -> None:
-        with _whole(self._file("txt")) as path:
+        with replacing(self._file("txt")) as path:
             path.write_text(text + "\n")
         files = [self._file(f"rank{rank}.json.gz") for rank in range(num_ranks)]
         if 2 <= num_ranks <= MERGED_RANKS and all(file.exists() for file in files):
@@ -252,18 +253,7 @@ def _wall_ns() -> int:
     return min(found)[1]
 
 
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that is renamed to the final one when the file is complete."""
-    new = path.with_name(f".{path.name}.new")
-    try:
-        yield new
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
-
-
 def _write(path: Path, events: Iterable[Event], clock: Clock, more: dict[str, Any]) -> None:
     trace = {**more, "displayTimeUnit": "ms", "baseTimeNanoseconds": clock.origin_ns, "traceEvents": list(events)}
-    with _whole(path) as new, gzip.open(new, "wt", compresslevel=3) as file:
+    with replacing(path) as new, gzip.open(new, "wt", compresslevel=3) as file:
         json.dump(trace, file)

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 Hash = NDArray[np.uint64]
 
-_GAMMA = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, the increment of splitmix64
+GAMMA = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio, the increment of splitmix64
+FIRST, SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)  # factors of its finaliser
 _MASK = 2**64 - 1
 
 
@@ -27,7 +28,7 @@ def hash64(*parts: int | NDArray[Any]) -> Hash:
     state = np.zeros((), np.uint64)
     with np.errstate(over="ignore"):  # wrapping is meant; numpy warns about it for 0-d values
         for part in parts:
-            state = _mix(state + _unsigned(part) + np.uint64(_GAMMA))
+            state = _mix(state + _unsigned(part) + GAMMA)
     return state
 
 
@@ -49,6 +50,6 @@ def _unsigned(part: int | NDArray[Any]) -> Hash:
 
 
 def _mix(z: Hash) -> Hash:
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z = (z ^ (z >> np.uint64(30))) * FIRST
+    z = (z ^ (z >> np.uint64(27))) * SECOND
     return z ^ (z >> np.uint64(31))

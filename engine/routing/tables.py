@@ -15,8 +15,6 @@ table rows, t tables, s rows seen in training.
 import hashlib
 import json
 import logging
-import os
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +32,7 @@ from foreroute.engine.routing.hashing import hash64, normal
 from foreroute.engine.routing.loops.orders import greedy
 from foreroute.engine.routing.ngram_rows import KeyRows, ngram_keys
 from foreroute.engine.routing.planner import order_dtype
+from foreroute.engine.sealed_files import replacing
 
 _FORMAT = 1  # part of the cache key; raise it when the same inputs would give another table
 # First part of each hash: what the number is for; engine/routing/ngram_rows.py has 1.
@@ -292,8 +291,5 @@ def _load(path: Path) -> dict[str, NDArray[Any]] | None:
 def _save(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
     """Write the cache file at once, so that no process sees a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        part = Path(folder) / path.name
-        with part.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-        os.replace(part, path)
+    with replacing(path) as new, new.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)

@@ -16,7 +16,7 @@ from foreroute.engine.certificate.counts.series import SeriesCollector, StepSeri
 from foreroute.engine.certificate.counts.tally import Spread, Tally
 from foreroute.engine.certificate.counts.traffic import KINDS, hops, leaving
 from foreroute.engine.data.documents import NO_STARTS, Starts
-from foreroute.engine.data.streams import Ids
+from foreroute.engine.data.tokens.vocab import Ids
 from foreroute.engine.routing.tables import Table
 
 

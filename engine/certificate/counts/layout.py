@@ -6,7 +6,8 @@ from typing import NamedTuple
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.config import Config, Keys, Precision, Router
 from foreroute.engine.data.documents import NO_STARTS, Starts
-from foreroute.engine.data.streams import Ids, Streams
+from foreroute.engine.data.streams import Streams
+from foreroute.engine.data.tokens.vocab import Ids
 from foreroute.engine.errors import require
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.exchange_choice import gathers, wire_itemsize

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.data.documents import NO_STARTS, Starts
-from foreroute.engine.data.streams import Ids, Streams
+from foreroute.engine.data.streams import Streams
+from foreroute.engine.data.tokens.vocab import Ids
 from foreroute.engine.routing.tables import Table
 
 _RUN = 255  # tokens whose fields fit in a byte

@@ -18,7 +18,7 @@ from foreroute.engine.certificate.time.step_time import StepModel, StepTime
 from foreroute.engine.config import MoEConfig, ScheduleConfig
 from foreroute.engine.config.enums import Builder, ExchangeKind, MatmulPrecision
 from foreroute.engine.data.documents import NO_STARTS, Starts
-from foreroute.engine.data.streams import Ids
+from foreroute.engine.data.tokens.vocab import Ids
 from foreroute.engine.errors import UserError
 from foreroute.engine.model.adaptive import clusters, target_shares
 from foreroute.engine.routing.k_schedule import active_experts

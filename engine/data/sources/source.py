@@ -8,7 +8,6 @@ import hashlib
 import json
 import platform
 import sysconfig
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from foreroute.engine.data.sources.pieces import Cuts, Piece, cut
 from foreroute.engine.data.sources.text import json_field, read_json_lines, read_plain
 from foreroute.engine.data.tokens.build import BYTES
 from foreroute.engine.errors import require
+from foreroute.engine.sealed_files import replacing
 
 _FORMAT = 2  # of what a pass leaves in the cache
 _NOT_STDLIB = {"test", "tests", "idlelib", "site-packages"}
@@ -195,11 +195,10 @@ def scan(source: Source, cache: Path, watch: Watch) -> Scan:
     with suppress(OSError, ValueError, TypeError):
         return Scan(**json.loads(file.read_bytes()))
     found = _read_once(source, watch)
-    new = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     with suppress(OSError):  # as in a cache that only another user may write
         file.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(json.dumps(asdict(found)), encoding="ascii")
-        new.replace(file)
+        with replacing(file) as new:
+            new.write_text(json.dumps(asdict(found)), encoding="ascii")
     return found
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from foreroute.engine.routing.hashing import FIRST, GAMMA, SECOND
 from foreroute.engine.routing.loops import compiled
 
 U64 = np.uint64
-_GAMMA, _FIRST, _SECOND = U64(0x9E3779B97F4A7C15), U64(0xBF58476D1CE4E5B9), U64(0x94D049BB133111EB)
 # From here on the quotient of a hash is so small that its float64 is off by one at most.
 _FLOAT_DIVIDES = 1 << 13
 
@@ -19,9 +19,9 @@ _FLOAT_DIVIDES = 1 << 13
 @compiled
 def hash_next(state: Any, part: Any) -> Any:
     """Hash one more part: hash64(a, b) = hash_next(hash64(a), b), all uint64."""
-    z = state + part + _GAMMA
-    z = (z ^ (z >> U64(30))) * _FIRST
-    z = (z ^ (z >> U64(27))) * _SECOND
+    z = state + part + GAMMA
+    z = (z ^ (z >> U64(30))) * FIRST
+    z = (z ^ (z >> U64(27))) * SECOND
     return z ^ (z >> U64(31))
 
 
