@@ -7,7 +7,7 @@ ranks in expert groups of 8, 64 streams of 512: 2,746 steps, all counted. The te
 `--sample N` counts one step in N.
 
 `seconds` is for building the tables and counting; `peak_bytes` is the most memory that the process held until then.
-`count_mismatches`: some steps are planned by TablePlanner for every rank, as a run does, and every number that differs
+`count_mismatches`: some steps are planned for every rank, as a run does, and every number that differs
 from the certificate's counts is one mismatch. `memory_model_error`: of the memory part, see
 benchmarks/models/memory_model.py; `--memory-cases` measures only the first so many of its cases, and no growth.
 `time_model_median_error`: of the time part, see benchmarks/models/certify_time.py, after calibrating this machine;
@@ -37,8 +37,8 @@ from foreroute.engine.data.planned_batches import group_batch
 from foreroute.engine.data.streams import Streams
 from foreroute.engine.data.tokens.vocab import Ids
 from foreroute.engine.parallel.mesh import Mesh
-from foreroute.engine.routing.planner import TablePlanner
-from foreroute.engine.routing.tables import Table, build_tables
+from foreroute.engine.routing.planned.hashed import HashedRouter
+from foreroute.engine.routing.planned_router import GroupTokens, PlannedRouter, RouterInputs
 
 SYMBOLS, STREAMS, SEGMENT, IDS = 256, 64, 512, 90_000_000
 PLACEMENT = Placement(world_size=64, expert_ranks=8, ranks_per_node=4)
@@ -63,18 +63,17 @@ def read_text(path: str | None) -> Ids:
     return np.fromfile(found, np.uint8)
 
 
-def mismatches(layout: Layout, ids: Ids, tables: Sequence[Table], steps: Sequence[int]) -> int:
+def mismatches(layout: Layout, ids: Ids, routers: Sequence[PlannedRouter], steps: Sequence[int]) -> int:
     """Plan the steps for every rank and count what differs from the certificate's counts."""
-    return sum(differing(layout, ids, tables, counts) for counts in replay(layout, ids, tables, steps))
+    return sum(differing(layout, ids, routers, counts) for counts in replay(layout, ids, routers, steps))
 
 
-def differing(layout: Layout, ids: Ids, tables: Sequence[Table], counts: StepCounts) -> int:
+def differing(layout: Layout, ids: Ids, routers: Sequence[PlannedRouter], counts: StepCounts) -> int:
     """Plan one step for every rank and count the numbers that differ."""
     streams, ranks, width = layout.read(ids), PLACEMENT.expert_ranks, layout.config.model.width
     left_ygP = leaving(hops(counts, "tokens", PLACEMENT, layout.tokens), FORWARD)[:, 0] * width * 4
     wrong = 0
-    for layer, table in enumerate(tables):
-        planners = [TablePlanner(table, rank=rank, ranks=ranks) for rank in range(ranks)]
+    for layer, router in enumerate(routers):
         for group in range(PLACEMENT.groups):
             mesh = Mesh(group * ranks, PLACEMENT.world_size, ranks)
             batches = [
@@ -82,11 +81,10 @@ def differing(layout: Layout, ids: Ids, tables: Sequence[Table], counts: StepCou
                 for rank in mesh.ep_ranks
             ]
             both = group_batch(batches)
-            rows = [table.rows_of(*pair) for pair in zip(both.ids_PBQ, both.left_PBC, strict=True)]
-            row_PT = np.stack([row_BQ.numpy().reshape(-1) for row_BQ in rows])
+            tokens = GroupTokens(both.ids_PBQ, both.left_PBC)
             sent_PP = counts.sent_ymgPP[layer, 0, group]
-            for rank, planner in enumerate(planners):
-                plan = planner.plan(row_PT, counts.k)
+            for rank in range(ranks):
+                plan = router.place(Mesh(rank, ranks, ranks)).plan(tokens, counts.k)
                 wrong += int((np.array(plan.send_splits) != sent_PP[rank]).sum())
                 wrong += int((np.array(plan.recv_splits) != sent_PP[:, rank]).sum())
                 wrong += int((plan.count_E.numpy() != counts.count_ymgE[layer, 0, group]).sum())
@@ -108,14 +106,14 @@ def main() -> None:
     config = epoch(ids)
     layout = Layout(config, PLACEMENT)
     begin = time.perf_counter()
-    tables = build_tables(config.moe, SYMBOLS, ids, num_tables=config.model.layers, seed=1, cache_dir=None)
+    routers = HashedRouter.build(config.moe, RouterInputs(SYMBOLS, 1, config.model.layers, ids))
     built, cpu = time.perf_counter(), time.process_time()
-    found = certify(layout, ids, tables, sample=args.sample)
+    found = certify(layout, ids, routers, sample=args.sample)
     done, cpu = time.perf_counter(), time.process_time() - cpu
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     last = config.train.steps - 1
     checked = sorted({round(last * i / args.checked) for i in range(1, args.checked + 1)})
-    wrong = mismatches(layout, ids, tables, checked)
+    wrong = mismatches(layout, ids, routers, checked)
     print(f"{environment()}, {found.whole.steps:,} steps, {len(checked)} of them planned as a run does")
     rows: list[list[object]] = [
         ["tables", built - begin],

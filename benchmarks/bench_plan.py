@@ -29,7 +29,10 @@ from foreroute.engine.data.corpus import PreparedCorpus, prepare
 from foreroute.engine.data.loader import PlannedLoader
 from foreroute.engine.data.planned_batches import GroupBatch, PlannedBatch, group_batch, plan_batch
 from foreroute.engine.data.streams import Streams
-from foreroute.engine.routing.routers import GroupIds, HashedRouter, plan_all
+from foreroute.engine.parallel.mesh import Mesh
+from foreroute.engine.routing.planned.hashed import HashedRouter
+from foreroute.engine.routing.planned_router import GroupTokens, plan_all
+from foreroute.engine.routing.planner import Planner
 from foreroute.engine.routing.tables import Table, build_tables
 from foreroute.launch.start.process import keep_freed_memory, leaving_at_once
 
@@ -69,7 +72,7 @@ class Simulated:
         self.routers = [self._router(self.tables[layer % group.tables]) for layer in range(group.layers)]
 
     def _router(self, table: Table) -> HashedRouter:
-        return HashedRouter(table, rank=RANK, ranks=self.group.ranks)
+        return HashedRouter(table).place(Mesh(RANK, self.group.ranks, self.group.ranks))
 
     def read(self, step: int, micro: int = 0) -> GroupBatch:
         """Read what every rank trains on."""
@@ -84,13 +87,14 @@ class Simulated:
     def times_ms(self, rounds: int) -> dict[str, float]:
         """Measure one table, and its share of the keys of all."""
         batch, router = self.read(0), self.routers[0]
-        ids, rows = GroupIds(batch.ids_PBQ, batch.left_PBC), router.table.key_rows
-        row_PT = rows.narrow(ids.keys(rows))
+        ids, rows = GroupTokens(batch.ids_PBQ, batch.left_PBC), router.table.key_rows
+        choice = router.choose(ids, K)
+        planner = Planner(router.experts, rank=RANK, ranks=self.group.ranks)
         found = {
-            "keys, once for all tables": lambda: GroupIds(batch.ids_PBQ, batch.left_PBC).keys(rows),
+            "keys, once for all tables": lambda: GroupTokens(batch.ids_PBQ, batch.left_PBC).keys(rows),
             "keys to table rows": lambda: rows.narrow(ids.keys(rows)),
-            "table rows to plan": lambda: router.planner.plan(row_PT, K),
-            "lookups, once for each k": lambda: self._router(router.table).planner.lookups(K),
+            "table rows to plan": lambda: planner.plan(choice, K),
+            "lookups, once for each k": lambda: self._router(router.table).lookups(K),
         }
         return {name: 1e3 * fastest(case, rounds) for name, case in found.items()}
 
@@ -108,7 +112,7 @@ class Simulated:
     def table_ms(self, rounds: int) -> float:
         """Measure all tables together; return the time for each."""
         batch = self.read(0)
-        seconds = fastest(lambda: plan_all(self.routers, batch.ids_PBQ, batch.left_PBC, K), rounds)
+        seconds = fastest(lambda: plan_all(self.routers, GroupTokens(batch.ids_PBQ, batch.left_PBC), K), rounds)
         return 1e3 * seconds / len(self.routers)
 
 
@@ -143,7 +147,7 @@ def main() -> None:
     totals = [each.table_ms(args.rounds) for each in (published, scale)]
     torch.set_num_threads(threads)
     scale_ms, wait = scale.table_ms(args.rounds), scale.wait_fraction(args.steps)
-    lookups = scale.routers[0].planner.lookups(K).nbytes / 2**20
+    lookups = scale.routers[0].lookups(K).nbytes / 2**20
     print(f"{environment()}, lookups of {lookups:.2f} MiB a table and k at scale, waiting {100 * wait:.3f} % of a step")
     rows = [[name, *(times[name] for times in columns)] for name in columns[0]]
     rows += [["ids to plan", *totals], [f"ids to plan, {threads} threads", "", scale_ms]]

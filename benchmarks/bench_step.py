@@ -25,7 +25,6 @@ from foreroute.engine.config import (
     MoEConfig,
     OptimConfig,
     Precision,
-    Router,
     ScheduleConfig,
     Split,
     TrainConfig,
@@ -57,7 +56,7 @@ def shapes(args: argparse.Namespace) -> Config:
         Config(
             data=DataConfig(streams=4, segment=512),
             model=ModelConfig(dropout=args.dropout),
-            moe=MoEConfig(router=Router.hashed),
+            moe=MoEConfig(router="hashed"),
             schedule=ScheduleConfig(k_min=4, k_max=16),
             optim=OptimConfig(),
             train=TrainConfig(steps=10**6, precision=Precision[args.precision]),
@@ -133,7 +132,7 @@ def main() -> None:
     keep_freed_memory()  # as every program of launch/ does
     config = shapes(args)
     corpus = prepare(config.corpus)
-    dense_config = replace(config, moe=replace(config.moe, router=Router.dense))
+    dense_config = replace(config, moe=replace(config.moe, router="dense"))
     dense, run = (
         RunModel(each, corpus, build_model(each, corpus.vocab.size), build_routers(each, corpus))
         for each in (dense_config, config)

@@ -48,7 +48,7 @@ from foreroute.engine.config import (
     to_plain,
 )
 from foreroute.engine.data.corpus import prepare
-from foreroute.engine.model.build import run_tables
+from foreroute.engine.model.build import build_routers
 from foreroute.launch.start.config_files import write_config
 
 WARM_STEPS = 4  # of every run, not counted
@@ -182,9 +182,9 @@ def modelled_step(layout: Layout, cluster: ClusterConfig) -> StepTime:
     """Model the steps that step_seconds counts; their mean."""
     config = layout.config
     corpus = prepare(config.corpus, lambda line: None)
-    tables = run_tables(config, corpus)
+    routers = build_routers(config, corpus) or []
     steps = range(WARM_STEPS, config.train.steps)
-    counts = replay(layout, corpus.split(Split.train), tables, steps, corpus.document_starts(Split.train))
+    counts = replay(layout, corpus.split(Split.train), routers, steps, corpus.document_starts(Split.train))
     model = StepModel(layout, cluster, corpus.vocab.size)
     return StepTime.mean([model.time(step) for step in counts])
 

@@ -16,7 +16,7 @@ from typing import Any
 from foreroute.engine.checkpoint.files import checkpoints
 from foreroute.engine.checkpoint.save_load import load_weights, read_manifest
 from foreroute.engine.checkpoint.trained_run import SavedRun, open_saved
-from foreroute.engine.config import Keys, Router, Split
+from foreroute.engine.config import Keys, MoEConfig, Split
 from foreroute.engine.config.option import check, option, required
 from foreroute.engine.errors import require
 from foreroute.engine.evaluation.expert_analysis import (
@@ -29,14 +29,17 @@ from foreroute.engine.evaluation.expert_analysis import (
 )
 from foreroute.engine.model.build import build_model
 from foreroute.engine.model.transformer_xl import TransformerXL
+from foreroute.engine.routing.methods import planned_method
 from foreroute.launch.runs.folder import ANALYSIS, TextArgs, read_run, write_json
 from foreroute.launch.start.cli import run_program
 from foreroute.launch.start.console import table
 from foreroute.launch.start.process import set_up
 
-_LASTING = (Router.hashed, Router.frozen, Router.learned)
-"""Routers by which a token's experts follow from the text and the weights, unless keys are shuffled; others draw them
-anew in every pass."""
+
+def _lasting(moe: MoEConfig) -> bool:
+    """Return whether a token's experts follow from the text and the weights; else they are drawn anew in every pass."""
+    planned = planned_method(moe)
+    return moe.keys is not Keys.shuffled and (planned is None or planned.of_ids)
 
 
 @dataclass
@@ -60,7 +63,7 @@ def analyse(args: AnalyseArgs) -> int:
     set_up(args.threads)
     folder = Path(args.run)
     config = read_run(folder, args.corpus)
-    require(config.moe.router is not Router.dense, f"run={folder}: a dense model has no experts")
+    require(not config.moe.dense, f"run={folder}: a dense model has no experts")
     saved = open_saved(folder, config, print)
     found = measure(saved, folder, args.split, args.symbols)
     write_json(folder / ANALYSIS, found)
@@ -81,7 +84,7 @@ def measure(saved: SavedRun, folder: Path, split: Split, symbols: int) -> dict[s
     initial = build_model(config, saved.corpus.vocab.size).eval()
     first = look(initial, k_max)
     change = None
-    if config.moe.router in _LASTING and config.moe.keys is not Keys.shuffled:
+    if _lasting(config.moe):
         steps = {0: look(initial, half), **_earlier(saved, folder, lambda model: look(model, half))}
         change = _changes({**steps, saved.step: seen[half]})
     return {

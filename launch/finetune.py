@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from foreroute.engine.checkpoint.trained_run import SavedRun, open_saved
-from foreroute.engine.config import Config, Keys, MoEConfig, Precision, Router, to_plain
+from foreroute.engine.config import Config, Keys, MoEConfig, Precision, to_plain
 from foreroute.engine.config.option import check, option
 from foreroute.engine.errors import require
 from foreroute.engine.finetune.accuracy import Accuracy, Majority, majority
@@ -95,7 +95,7 @@ def finetune(args: FinetuneArgs) -> int:
     folder = Path(args.run)
     config = _config(args)
     k, eval_k = _active_experts(args, config.moe, config.schedule.k_max, config.eval.k)
-    trained_k = None if config.moe.router is Router.dense else k
+    trained_k = None if config.moe.dense else k
     target = _target(folder, args, trained_k)
     console = Console(args.total_steps)
     read = {name: read_examples(Path(args.task.path) / name) for name in (TRAIN, DEV)}
@@ -113,7 +113,7 @@ def finetune(args: FinetuneArgs) -> int:
         **_scores(scores, always),
         "selection": asdict(found),
         "examples": examples.facts,
-        "router": config.moe.router.name,
+        "router": config.moe.router,
         "run_step": saved.step,
         "trained_k": trained_k,
         "settings": to_plain(args),
@@ -152,7 +152,7 @@ def _active_experts(
     args: FinetuneArgs, moe: MoEConfig, k_max: int, eval_k: Sequence[int]
 ) -> tuple[int, dict[str, int]]:
     """Return the k to train at, and those to report, by name; by default the run's k_max and eval_k."""
-    if moe.router is Router.dense:
+    if moe.dense:
         require(args.k is None, f"k={args.k}: run={args.run} is dense, which has no k")
         return 1, {"dense": 1}
     require(
@@ -237,8 +237,7 @@ class _Progress:
 
 
 def _heading(folder: Path, saved: SavedRun, args: FinetuneArgs, k: int) -> str:
-    router = saved.config.moe.router
-    of = "dense" if router is Router.dense else f"router {router.name}, k = {k}"
+    of = "dense" if saved.config.moe.dense else f"router {saved.config.moe.router}, k = {k}"
     start = f"at step {saved.step}" if args.pretrained else "without its weights (pretrained=false)"
     return f"{folder} {start}: {of}"
 

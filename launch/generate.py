@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from foreroute.engine.checkpoint.trained_run import open_saved
-from foreroute.engine.config import Router
 from foreroute.engine.config.option import check, option, required
 from foreroute.engine.errors import UserError, require
 from foreroute.engine.evaluation.generate import Sampling
@@ -51,7 +50,7 @@ def generate(args: GenerateArgs) -> int:
     folder = Path(args.run)
     config = read_run(folder, args.corpus)
     k = config.schedule.k_max if args.k is None else args.k
-    if config.moe.router is Router.dense:
+    if config.moe.dense:
         require(args.k is None, f"k={k}: run={folder} is dense, which has no k")
     else:
         require(1 <= k <= config.moe.experts, f"k={k}: must be 1 to moe.experts={config.moe.experts}")

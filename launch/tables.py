@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 
-from foreroute.engine.config import Config, Router, Split
+from foreroute.engine.config import Config, Split
 from foreroute.engine.config.option import option
 from foreroute.engine.data.corpus import prepare
 from foreroute.engine.errors import UserError, require
-from foreroute.engine.model.build import run_tables
+from foreroute.engine.model.build import router_inputs
+from foreroute.engine.routing.planned.hashed import HashedRouter
 from foreroute.engine.routing.table_balance import Balance, RankBalance, balances
 from foreroute.launch.runs.folder import write_json
 from foreroute.launch.start.cli import run_program
@@ -42,7 +43,7 @@ class TablesArgs(Config):
         super().__post_init__()
         bad = [num for num in self.ranks if num < 1 or self.moe.experts % num]
         require(not bad, f"ranks={bad}: must divide moe.experts={self.moe.experts}")
-        require(self.moe.router is Router.hashed, f"moe.router={self.moe.router.name}: only hashed has tables")
+        require(self.moe.router == "hashed", f"moe.router={self.moe.router}: only hashed has tables")
 
 
 def over_tables(same_k: Sequence[Balance]) -> Balance:
@@ -62,7 +63,8 @@ def over_tables(same_k: Sequence[Balance]) -> Balance:
 def tables(args: TablesArgs) -> int:
     """Build, count and print; returns the exit code."""
     corpus = prepare(args.corpus, print)
-    found_tables = run_tables(args, corpus)
+    routers = HashedRouter.build(args.moe, router_inputs(args, corpus))
+    found_tables = [router.table for router in routers]
     ids, pack = corpus.split(args.split), found_tables[0].pack
     starts = corpus.document_starts(args.split)
     of_tables = [balances(table, ids, args.ranks, starts if len(starts) else None) for table in found_tables]

@@ -14,14 +14,15 @@ from typing import Any
 from foreroute.engine.certificate.check import Check, fits, fits_tables, fits_text
 from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.record import Written, read
-from foreroute.engine.config import Backend, Config, Router, Split, WandbMode, to_plain
+from foreroute.engine.config import Backend, Config, Split, WandbMode, to_plain
 from foreroute.engine.config.option import option
 from foreroute.engine.config.unused_options import rules, unused
 from foreroute.engine.data.corpus import PreparedCorpus, prepare
 from foreroute.engine.evaluation.held_out import Evaluation, slimming_curve
 from foreroute.engine.metrics.writer import Metrics
-from foreroute.engine.model.build import build_routers, router_tables
+from foreroute.engine.model.build import build_routers
 from foreroute.engine.parallel.world import agree, together
+from foreroute.engine.routing.methods import option_uses
 from foreroute.engine.train.resolve import resolve
 from foreroute.engine.train.trainer import Trainer
 from foreroute.launch.runs.facts import write_facts
@@ -59,7 +60,7 @@ def train(args: TrainArgs) -> int:
         # read what the run depends on
         with together(ranks):
             config.streams_per_micro_batch(world.mesh.world)  # refused before any text is read
-            if config.moe.router is not Router.dense:
+            if not config.moe.dense:
                 world.mesh.local_experts(config.moe.experts)
             certificate = None if args.certificate is None else read(Path(args.certificate))
             if certificate is not None:
@@ -175,7 +176,7 @@ def _check(written: Written | None, trainer: Trainer) -> Check | None:
     """Hold the trainer's model, with the tables that it trains with, to a certificate."""
     if written is None:
         return None
-    fits_tables(written, trainer.config.train.seed, router_tables(trainer.routers))
+    fits_tables(written, trainer.config.train.seed, trainer.routers or [])
     return Check(written, trainer.model, trainer.world.mesh.rank)
 
 
@@ -205,7 +206,7 @@ def _open_metrics(run: RunFolder, trainer: Trainer, check: Check | None, note: C
 def _describe(console: Console, trainer: Trainer) -> None:
     config, corpus = trainer.config, trainer.corpus
     mesh = trainer.world.mesh
-    for name, reason in unused(rules(config), given_options()).items():
+    for name, reason in unused(rules(config, option_uses(config.moe)), given_options()).items():
         console.note(f"{name} has no effect: {reason}")
     if mesh.world > 1:
         console.note(
@@ -218,12 +219,12 @@ def _describe(console: Console, trainer: Trainer) -> None:
         f"sha256 {corpus.sha256[:16]}..., {train_symbols:,} to train on"
     )
     console.note(
-        f"model: {config.model.layers} layers, {trainer.parameters:,} parameters, router {config.moe.router.name}; "
+        f"model: {config.model.layers} layers, {trainer.parameters:,} parameters, router {config.moe.router}; "
         f"{config.symbols_per_step:,} symbols per step, {config.train.steps:,} steps, "
         f"{config.train.steps / trainer.streams.segments_per_epoch:.2f} passes over the text "
         f"(ragged tail of {trainer.streams.dropped_symbols} symbols dropped)"
     )
-    if config.moe.router is not Router.dense:
+    if not config.moe.dense:
         first = config.kernels.masked_from_k or config.moe.experts + 1
         masked = config.kernels.backend is Backend.cpu and first <= config.moe.experts
         how = f", masked products from k={first} on" if masked else ""

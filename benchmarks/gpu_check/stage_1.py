@@ -30,7 +30,8 @@ from foreroute.engine.data.device_copy import map_tensors, tensors_in
 from foreroute.engine.model.build import build_model
 from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.routing.plan import Plan, Routing, layer_seeds
-from foreroute.engine.routing.routers import HashedRouter
+from foreroute.engine.routing.planned.hashed import HashedRouter
+from foreroute.engine.routing.planned_router import GroupTokens
 from foreroute.engine.routing.tables import build_tables
 from foreroute.engine.testing.read_backs import ReadBacks
 from foreroute.kernels import Dropout, ExpertRows, combine, expert_ffn, moe_ffn, permute_rows
@@ -180,7 +181,7 @@ def _routers() -> list[HashedRouter]:
 def _plan(number: int, device: torch.device | str) -> Plan:
     """Plan 64 tokens of random ids, on the device."""
     ids = torch.randint(0, VOCAB, (1, 4, 16), generator=torch.Generator().manual_seed(number))
-    return _copy(_routers()[0].plan(ids, ids[..., :1], 2), device)
+    return _copy(_routers()[0].plan(GroupTokens(ids, ids[..., :1]), 2), device)
 
 
 def _moe() -> MoEConfig:
@@ -258,7 +259,9 @@ def _train(device: str, backend: Backend, steps: int) -> list[float]:
     for _ in range(steps):
         first = torch.randint(0, VOCAB, (4, 1), generator=generator)
         ids = (first + 5 * torch.arange(17)) % VOCAB
-        plans = tuple(_copy(router.plan(ids[None, :, :-1], ids[None, :, :1], 2), device) for router in _routers())
+        plans = tuple(
+            _copy(router.plan(GroupTokens(ids[None, :, :-1], ids[None, :, :1]), 2), device) for router in _routers()
+        )
         out = model(ids[:, :-1].to(device), ids[:, 1:].to(device), None, Routing(2, plans))
         adam.zero_grad()
         out.loss.backward()

@@ -18,7 +18,7 @@ import torch
 from torch import distributed as dist
 
 from benchmarks.harness import slowest_seconds
-from foreroute.engine.config import Config, DataConfig, EvalConfig, ModelConfig, MoEConfig, Router
+from foreroute.engine.config import Config, DataConfig, EvalConfig, ModelConfig, MoEConfig
 from foreroute.engine.model.build import build_model
 from foreroute.engine.routing.plan import Routing
 from foreroute.launch.start.process import keep_freed_memory, leaving_at_once
@@ -28,7 +28,7 @@ _SYMBOLS = 64
 SHARED = Config(
     data=DataConfig(streams=4, segment=48),
     model=ModelConfig(2, 112, heads=4, head_width=28, memory=48, dropout=0.0),
-    moe=MoEConfig(router=Router.frozen, experts=8, expert_width=144),
+    moe=MoEConfig(router="frozen", experts=8, expert_width=144),
     eval=EvalConfig(k=[1]),
 )
 """The computation of all ranks at once; no configuration that is ever predicted."""

@@ -42,7 +42,8 @@ from foreroute.engine.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from foreroute.engine.routing.tables import Table, build_tables
+from foreroute.engine.routing.planned.hashed import HashedRouter
+from foreroute.engine.routing.planned_router import RouterInputs
 from foreroute.engine.testing.ranks import run_ranks
 from foreroute.engine.testing.tensor_bytes import train
 from foreroute.launch.start.process import keep_freed_memory
@@ -189,7 +190,7 @@ def make_config(changes: dict[str, dict[str, Any]], base: dict[str, dict[str, An
     )
 
 
-def material(layout: Layout, symbols: int = SYMBOLS) -> tuple[NDArray[np.uint8], list[Table]]:
+def material(layout: Layout, symbols: int = SYMBOLS) -> tuple[NDArray[np.uint8], Sequence[HashedRouter]]:
     """Make a text of random symbols, skewed so that experts differ in their rows, and the tables.
 
     Args:
@@ -198,8 +199,7 @@ def material(layout: Layout, symbols: int = SYMBOLS) -> tuple[NDArray[np.uint8],
     config = layout.config
     number = config.data.streams * (config.data.segment * (config.train.steps + 1) + 1)
     ids = (np.random.default_rng(0).random(number) ** 2 * SYMBOLS).astype(np.uint8)
-    tables = build_tables(config.moe, symbols, ids, num_tables=config.model.layers, seed=1, cache_dir=None)
-    return ids, tables
+    return ids, HashedRouter.build(config.moe, RouterInputs(symbols, 1, config.model.layers, ids))
 
 
 def make_layout(changes: dict[str, dict[str, Any]], base: dict[str, dict[str, Any]], ranks: int) -> Layout:

@@ -16,8 +16,10 @@ from foreroute.engine.config import CorpusConfig, MoEConfig
 from foreroute.engine.config.enums import Builder, Split
 from foreroute.engine.data.corpus import prepare
 from foreroute.engine.data.streams import Streams
+from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.plan import Plan, Route
-from foreroute.engine.routing.routers import HashedRouter
+from foreroute.engine.routing.planned.hashed import HashedRouter
+from foreroute.engine.routing.planned_router import GroupTokens
 from foreroute.engine.routing.tables import Table, build_tables
 from foreroute.kernels import ExpertWeights
 
@@ -72,14 +74,17 @@ class Problem:
     @cached_property
     def routes(self) -> list[list[Route]]:
         """Route of each rank's tokens in each layer."""
-        pairs = list(zip(self.ids_PBQ, self.left_PBC, strict=True))
+        pairs = zip(self.ids_PBQ.split(1), self.left_PBC.split(1), strict=True)
+        tokens = [GroupTokens(*pair) for pair in pairs]
         routers = [HashedRouter(table) for table in self.tables]
-        return [[router.route(*pair, self.shape.k) for pair in pairs] for router in routers]
+        return [[router.route(own, self.shape.k) for own in tokens] for router in routers]
 
     def plans(self, rank: int, chunks: int = 1) -> list[Plan]:
         """Plan of each layer for one rank."""
-        routers = [HashedRouter(table, rank=rank, ranks=self.ranks) for table in self.tables]
-        return [router.plan(self.ids_PBQ, self.left_PBC, self.shape.k, chunks=chunks) for router in routers]
+        routers = [HashedRouter(table).place(Mesh(rank, self.ranks, self.ranks)) for table in self.tables]
+        return [
+            router.plan(GroupTokens(self.ids_PBQ, self.left_PBC), self.shape.k, chunks=chunks) for router in routers
+        ]
 
     def x(self, rank: int) -> Tensor:
         """Input of a rank [T, D]; seed + 1000 gives its cotangent."""

@@ -23,7 +23,7 @@ from foreroute.engine.config import to_plain
 from foreroute.engine.errors import RunFailed, require
 from foreroute.engine.moe.exchange import Exchange, Local, Moving, Transfer
 from foreroute.engine.moe.layer import MoELayer
-from foreroute.engine.routing.tables import Table
+from foreroute.engine.routing.planned_router import PlannedRouter
 
 # Options that decide which rows go to which rank and when.
 _ROUTES = (
@@ -103,13 +103,13 @@ def fits_text(written: Written, sha256: str) -> None:
     )
 
 
-def fits_tables(written: Written, seed: int, tables: Sequence[Table]) -> None:
+def fits_tables(written: Written, seed: int, routers: Sequence[PlannedRouter]) -> None:
     """Refuse a certificate of other tables, such as those of another seed.
 
     Raises:
         UserError: the tables' digest is not the certificate's.
     """
-    certified, now = written.facts["tables_sha256"], tables_sha256(tables)
+    certified, now = written.facts["tables_sha256"], tables_sha256(routers)
     difference = _difference(written, {"train": {"seed": seed}}, ["train.seed"])
     require(
         certified == now,

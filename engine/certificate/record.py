@@ -26,10 +26,10 @@ from foreroute.engine.certificate.counts.replay import StepCounts, first_steps
 from foreroute.engine.certificate.counts.traffic import hops, leaving
 from foreroute.engine.data.tokens.vocab import Ids
 from foreroute.engine.errors import require
-from foreroute.engine.routing.tables import Table
+from foreroute.engine.routing.planned_router import PlannedRouter
 from foreroute.engine.sealed_files import read_sealed, sealed, sha256_of
 
-FORMAT = 2  # raise it when something else is written, or other options are compared
+FORMAT = 3  # raise it when something else is written, or other options are compared
 JSON, ARRAYS = "certificate.json", "certificate.safetensors"
 Counts = NDArray[np.unsignedinteger[Any]]
 
@@ -162,11 +162,11 @@ def read(path: Path) -> Written:
     return Written(path, facts)
 
 
-def tables_sha256(tables: Iterable[Table]) -> str:
+def tables_sha256(routers: Iterable[PlannedRouter]) -> str:
     """Digest of what decides which experts a token uses; the weights of their mixture are not in it."""
     digest = hashlib.sha256()
-    for table in tables:
-        numbers = [table.ngram, table.vocab_size, table.seed, table.index, *table.order_rE.shape]
-        digest.update(json.dumps(numbers).encode())
-        digest.update(np.ascontiguousarray(table.order_rE.numpy()).data)
+    for router in routers:
+        for array in router.identity(weights=False):
+            digest.update(json.dumps([*array.shape]).encode())
+            digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()

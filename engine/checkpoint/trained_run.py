@@ -11,9 +11,7 @@ from foreroute.engine.config import Backend, Config, MatmulPrecision, Precision,
 from foreroute.engine.data.corpus import prepare
 from foreroute.engine.data.tokens.build import same_vocab
 from foreroute.engine.errors import UserError, require
-from foreroute.engine.model.build import RunModel, build_model, planned_routers
-from foreroute.engine.parallel.mesh import Mesh
-from foreroute.engine.routing.tables import table_from_state
+from foreroute.engine.model.build import RunModel, build_model, restore_routers
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +50,5 @@ def open_saved(
     if config.train.precision is Precision.bf16:  # as in training: buffers keep fp32
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16()
-    tables = [table_from_state(table) for table in state.tables]
-    routers = planned_routers(config.moe, tables, Mesh(), num_tables=config.num_tables, seed=config.train.seed)
+    routers = restore_routers(config, state.tables, corpus.vocab.size)
     return SavedRun(config, corpus, model.eval().to(device), routers, state.step)

@@ -22,17 +22,6 @@ class Tokens(Enum):
     ids = "ids"  # the files hold ids already
 
 
-class Router(Enum):
-    """The router, which chooses the experts."""
-
-    hashed = "hashed"  # planned: a function of token ids
-    frozen = "frozen"  # live: SMoE-Dropout's fixed random projection
-    learned = "learned"  # live: top-k with balance loss
-    fresh = "fresh"  # planned: new random experts for each token at each forward pass
-    stochastic = "stochastic"  # planned: THOR, one new random order of experts at each of two passes
-    dense = "dense"  # no router: one feed-forward of equal parameters
-
-
 class Keys(Enum):
     """The token whose key a hashed router looks up."""
 
@@ -49,10 +38,20 @@ class Builder(Enum):
 
 
 class RouteWeights(Enum):
-    """Mixing weights of the active experts of a hashed router."""
+    """Mixing weights of the active experts of a router with tables."""
 
     table = "table"  # softmax over the active prefix of fixed random logits
     uniform = "uniform"  # 1/k
+    sum = "sum"  # 1: the experts' outputs are added up
+    live = "live"  # a learned gate over the planned experts, from hidden states (moe.gate)
+
+
+class Gate(Enum):
+    """How a learned gate turns its logits over a token's planned experts into weights."""
+
+    softmax = "softmax"
+    sigmoid = "sigmoid"
+    sqrt_softplus = "sqrt_softplus"  # DeepSeek-V4's hash layers
 
 
 class Activation(Enum):

@@ -5,13 +5,18 @@ layers with which a dense model has as many parameters as the model with experts
 """
 
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
-from foreroute.engine.config.enums import Activation, BalanceOver, Builder, Keys, Router, RouteWeights
+from foreroute.engine.config.enums import Activation, BalanceOver, Builder, Gate, Keys, RouteWeights
 from foreroute.engine.config.option import check, option
 from foreroute.engine.errors import require
 
 MAX_NGRAM = 4
+MAX_EXPERTS = 512
+DENSE = "dense"
 _MOST_ENTRIES = 1 << 28  # of a table: 256 MiB of orders in bytes, and four times as much of logits
 
 
@@ -78,11 +83,29 @@ class ModelConfig:
 class MoEConfig:
     """The expert layers. With router=dense they are feed-forwards of equal parameters (see dense_width)."""
 
-    router: Router = Router.hashed
-    experts: int = option(16, "Experts of a layer (E).", at_least=1, at_most=512)
+    router: str = option(
+        "hashed",
+        "What chooses the experts: hashed, frozen, learned or another of docs/routers.md, package.module:Class for "
+        "your own, or dense for none.",
+    )
+    options: dict[str, Any] = option({}, "Options of the router's own; docs/routers.md has them.")
+    experts: int = option(16, "Experts of a layer (E).", at_least=1, at_most=MAX_EXPERTS)
     expert_width: int = option(512, "Hidden width of one expert (F).", at_least=1)
+    constant_experts: int = option(
+        0, "Experts that add a learned vector; they cost no row and no byte, but count among the k.", at_least=0
+    )
+    copy_experts: int = option(
+        0, "Experts that return their input; they cost no row and no byte, but count among the k.", at_least=0
+    )
+    null_experts: int = option(
+        0, "Experts that return nothing; they cost no row and no byte, but count among the k.", at_least=0
+    )
     shared_width: int = option(
         0, "Hidden width of the always-active shared expert with weight 1; 0 for none.", at_least=0
+    )
+    residual: bool = option(
+        False,
+        "Weigh the experts together and the shared expert by a learned softmax of the token (PR-MoE), instead of by 1.",
     )
     dense_width: int | None = option(
         None,
@@ -116,6 +139,9 @@ class MoEConfig:
     spread: float = option(
         2.0, "Standard deviation of a row's fixed logits; larger means more unequal weights.", at_least=0
     )
+    gate: Gate = Gate.softmax
+    gate_normalised: bool = option(True, "The weights of moe.weights=live are divided by their sum.")
+    gate_scale: float = option(1.0, "Factor of the weights of moe.weights=live.", above=0)
     share_table: bool = option(False, "One table for all layers instead of one for each.")
     balance_loss: float = option(0.01, "Weight of the load-balance loss of a learned router.", at_least=0)
     balance_over: BalanceOver = option(
@@ -133,14 +159,15 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         check("moe", self)
+        named = ":" in self.router or self.router in router_names()
+        require(named, f"moe.router={self.router}: must be one of {', '.join(router_names())}, or package.module:Class")
         require(
-            self.keys is Keys.own or self.router is Router.hashed,
-            f"moe.keys={self.keys.name}: needs moe.router=hashed, it is {self.router.name}",
-        )
-        require(
-            self.router is not Router.hashed or self.rows * self.experts <= _MOST_ENTRIES,
+            self.router != "hashed" or self.rows * self.columns <= _MOST_ENTRIES,
             f"moe.rows={self.rows} with moe.experts={self.experts}: must be at most {_MOST_ENTRIES} together, rows x"
             " experts, since each table is held in memory",
+        )
+        require(
+            not self.residual or self.shared_width > 0, "moe.residual=true: needs a shared expert, moe.shared_width"
         )
         require(
             (self.builder is Builder.packed) == (self.pack is not None),
@@ -150,6 +177,29 @@ class MoEConfig:
             self.pack is None or (self.pack >= 1 and self.experts % self.pack == 0),
             f"moe.pack={self.pack}: must divide moe.experts={self.experts}",
         )
+        require(
+            self.pack is None or self.columns == self.experts,
+            f"moe.pack={self.pack}: takes no constant, copy or null experts, which lie in no block",
+        )
+        require(self.columns <= MAX_EXPERTS, f"moe: has {self.columns} experts of all kinds, at most {MAX_EXPERTS}")
+
+    @property
+    def dense(self) -> bool:
+        """Whether there are no experts."""
+        return self.router == DENSE
+
+    @property
+    def columns(self) -> int:
+        """Experts of all kinds; the moe.experts with rows come first, then constants, copies and nulls."""
+        return self.experts + self.constant_experts + self.copy_experts + self.null_experts
+
+
+@cache
+def router_names() -> list[str]:
+    """List the routers that come with this program, the files in engine/routing/planned/ and live/, and dense."""
+    folder = Path(__file__).parents[1] / "routing"
+    files = [file.stem for kind in ("planned", "live") for file in (folder / kind).glob("[!_]*.py")]
+    return [*sorted(files), DENSE]
 
 
 def expert_layers(model: ModelConfig, moe: MoEConfig) -> int:

@@ -19,7 +19,6 @@ from foreroute.engine.config.enums import (
     MatmulPrecision,
     PeerIds,
     Precision,
-    Router,
     SavedForBackward,
     Split,
     Tokens,
@@ -456,10 +455,10 @@ class Config:
 
     def __post_init__(self) -> None:
         check("", self)
-        experts, k_max = self.moe.experts, self.schedule.k_max
-        if self.moe.router is not Router.dense or self.model.signatures:
+        experts, k_max = self.moe.columns, self.schedule.k_max
+        if not self.moe.dense or self.model.signatures:
             require(k_max <= experts, f"schedule.k_max={k_max}: must be at most moe.experts={experts}")
-        if self.moe.router is Router.dense:
+        if self.moe.dense:
             tf32 = self.kernels.precision is MatmulPrecision.tf32
             require(not tf32, "kernels.precision=tf32: moe.router=dense has no expert kernels")
         else:
@@ -489,10 +488,10 @@ class Config:
     def _check_input(self) -> None:
         """Check the tables at the model's input, and which layers have experts."""
         model, moe = self.model, self.moe
-        dense = moe.router is Router.dense
+        dense = moe.dense
         require(
             dense or not model.signatures,
-            f"model.signatures={model.signatures}: needs moe.router=dense, it is {moe.router.name}",
+            f"model.signatures={model.signatures}: needs moe.router=dense, it is {moe.router}",
         )
         require(
             moe.layers is None or moe.layers <= model.layers,
@@ -526,9 +525,8 @@ class Config:
 
     @property
     def context(self) -> int:
-        """Ids left of a segment that the n-grams of router and input need: n - 1 of the longer ones, or 0 without
-        any."""
-        keyed = self.moe.router is Router.hashed or self.model.signatures
+        """Ids left of a segment that the n-grams of router and input may need: n - 1 of the longer ones."""
+        keyed = not self.moe.dense or self.model.signatures
         return max(self.moe.ngram - 1 if keyed else 0, self.model.ngram - 1, 0)
 
     @property
@@ -540,11 +538,6 @@ class Config:
     def num_tables(self) -> int:
         """Tables of the run's hashed routing, or orders that a router draws at each pass."""
         return num_tables(self.model, self.moe)
-
-    @property
-    def training_passes(self) -> int:
-        """Forward and backward passes that each training symbol goes through: two for stochastic routers."""
-        return 2 if self.moe.router is Router.stochastic else 1
 
     @property
     def schedule_steps(self) -> int:

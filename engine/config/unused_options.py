@@ -4,10 +4,10 @@ launch/train.py reports those of them that were given. Each rule repeats the opt
 might expect an effect.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
-from foreroute.engine.config.enums import Decay, Growth, Router, RouteWeights
+from foreroute.engine.config.enums import Decay, Growth, RouteWeights
 from foreroute.engine.config.run import Config
 
 _DENSE = (
@@ -24,8 +24,14 @@ _DENSE = (
     "parallel.chunks",
     "parallel.expert_ranks",
 )
-_TABLE = ("moe.ngram", "moe.rows", "moe.builder", "moe.pack", "moe.weights", "moe.spread")
-_LEARNED = ("moe.balance_loss", "moe.balance_over", "moe.z_loss")
+_ROUTERS = {
+    *("ngram", "rows", "builder", "pack", "weights", "spread", "share_table", "keys", "options"),
+    *("gate", "gate_normalised", "gate_scale", "balance_loss", "balance_over", "z_loss", "consistency"),
+    *("constant_experts", "copy_experts", "null_experts"),
+}
+"""Options of the section `moe` that not all routers read."""
+_TABLE = {"ngram", "rows", "builder", "pack", "weights", "spread", "share_table"}
+_GATE = ("moe.gate", "moe.gate_normalised", "moe.gate_scale")
 _ONE_RANK = ("parallel.exchange", "parallel.wire", "parallel.chunks", "parallel.peer_ids")
 
 
@@ -37,21 +43,24 @@ class Rule(NamedTuple):
     options: tuple[str, ...]
 
 
-def rules(config: Config) -> list[Rule]:
-    """List the rules of a run."""
-    router, router_is = config.moe.router, f"moe.router={config.moe.router.name}"
-    dense, no_table = router is Router.dense, router is not Router.hashed and not config.model.signatures
+def rules(config: Config, uses: Collection[str]) -> list[Rule]:
+    """List the rules of a run.
+
+    Args:
+        uses: options of the section `moe` that its routers read (PlannedRouter.uses, LiveRouter.uses).
+    """
+    dense, router_is = config.moe.dense, f"moe.router={config.moe.router}"
+    read = {*uses, *(_TABLE if config.model.signatures else ())}
     all_layers = config.expert_layers == config.model.layers
     constant_k = config.schedule.growth is Growth.constant
     return [
         Rule(dense, router_is, _DENSE),
         Rule(dense and not config.model.signatures, router_is, ("schedule.k_max",)),
-        Rule(no_table, router_is, _TABLE),
-        Rule(no_table and router not in (Router.fresh, Router.stochastic), router_is, ("moe.share_table",)),
-        Rule(router is not Router.learned, router_is, _LEARNED),
-        Rule(router is not Router.stochastic, router_is, ("moe.consistency",)),
+        Rule(True, router_is, tuple(f"moe.{name}" for name in sorted(_ROUTERS - read))),
+        Rule(config.moe.weights is not RouteWeights.live, f"moe.weights={config.moe.weights.name}", _GATE),
         Rule(all_layers, "moe.layers takes in every layer", ("moe.plain_width",)),
-        Rule(config.moe.weights is RouteWeights.uniform, "moe.weights=uniform", ("moe.spread",)),
+        Rule(config.moe.weights is not RouteWeights.table, f"moe.weights={config.moe.weights.name}", ("moe.spread",)),
+        Rule(config.moe.shared_width == 0, "moe.shared_width=0", ("moe.residual",)),
         Rule(config.model.ngram == 0, "model.ngram=0", ("model.ngram_rows",)),
         Rule(not config.model.cutoffs, "model.cutoffs=[]", ("model.div_val", "model.proj_init_std")),
         Rule(config.model.div_val == 1, "model.div_val=1", ("model.proj_init_std",)),

@@ -18,7 +18,7 @@ from foreroute.engine.errors import RunFailed, everywhere
 from foreroute.engine.parallel.cpu_group import CpuGroup, odd_ones
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.plan import Plan
-from foreroute.engine.routing.routers import PlannedRouter
+from foreroute.engine.routing.planned_router import PlannedRouter
 
 if TYPE_CHECKING:  # the loader calls this file
     from foreroute.engine.data.planned_batches import GroupBatch

@@ -4,7 +4,7 @@ The loader (engine/data/loader.py) has them read and planned in its thread, ahea
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -16,9 +16,10 @@ from foreroute.engine.parallel.cpu_group import CpuGroup
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.exchange_choice import gathers
 from foreroute.engine.routing.k_schedule import active_experts
+from foreroute.engine.routing.methods import training_passes
 from foreroute.engine.routing.ngram_rows import KeyRows
 from foreroute.engine.routing.plan import Plan, Routing, layer_seeds
-from foreroute.engine.routing.routers import Draw, GroupIds, PlannedRouter, plan_all
+from foreroute.engine.routing.planned_router import Draw, GroupTokens, PlannedRouter, plan_all
 
 _SECOND_SEED = 2**31  # beyond all steps: seeds of first passes are neighbours
 
@@ -107,14 +108,12 @@ def plan_batch(
     row_tBQ = [keys.of(own.ids_BQ, own.left_BC, own.new_document_BX) for keys in input_keys]
     input_row_tBQ, token_T = torch.stack(row_tBQ) if row_tBQ else None, token_PT.flatten()
     tails = tail_tokens(group.own.targets_BQ, cutoffs)
-    ids = group.ids_PBQ, group.left_PBC
-    shared = GroupIds(*ids, group.new_document_PBX)
+    tokens = GroupTokens(group.ids_PBQ, group.left_PBC, group.new_document_PBX, draw)
 
     def routing(number: int) -> Routing:
         plans: tuple[Plan, ...] | None = None
         if routers is not None:
-            this = replace(draw, number=number)
-            plans = plan_all(routers, *ids, k, draw=this, gather=gather, chunks=chunks, group=shared)
+            plans = plan_all(routers, tokens.at_pass(number), k, gather=gather, chunks=chunks)
         return Routing(
             k,
             plans,
@@ -183,7 +182,7 @@ class TrainingBatches:
             self.routers,
             gather=gather,
             chunks=self.config.parallel.chunks,
-            passes=self.config.training_passes,
+            passes=training_passes(self.config.moe),
             input_keys=self.input_keys,
             cutoffs=self.config.model.cutoffs,
             dropout_seed=self.config.train.seed * 2**32 + group.own.index,

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from foreroute.engine.config import Router, Split
+from foreroute.engine.config import Split
 from foreroute.engine.data.device_copy import Delivery, receive
 from foreroute.engine.data.planned_batches import group_batch, plan_batch
 from foreroute.engine.data.streams import Batch, EvalShares, eval_batches, warm_symbols
@@ -156,7 +156,7 @@ def slimming_curve(
 ) -> dict[str, Evaluation]:
     """Evaluate eval.split at every k of eval.k; a dense model has one result, called "dense"."""
     config = run.config
-    asked = {"dense": config.moe.experts} if config.moe.router is Router.dense else {str(k): k for k in config.eval.k}
+    asked = {"dense": config.moe.experts} if config.moe.dense else {str(k): k for k in config.eval.k}
     return {
         name: evaluate(
             run,

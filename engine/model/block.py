@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from foreroute.engine.config import KernelsConfig, ModelConfig, MoEConfig, Router
+from foreroute.engine.config import KernelsConfig, ModelConfig, MoEConfig
 from foreroute.engine.config.model import expert_layers, feed_forward_width
 from foreroute.engine.model.attention import RelativeAttention, SharedAttention
 from foreroute.engine.moe.feed_forward import FeedForward
@@ -24,8 +24,9 @@ class BlockOutput(NamedTuple):
     """Result of a block."""
 
     y_BQD: Tensor
-    auxiliary_loss: Tensor | None  # scalar, already weighted; None unless the router is learned
+    auxiliary_loss: Tensor | None  # scalar, already weighted; None for routers without a loss
     count_E: Tensor | None  # int64: rows of each expert; None when dense
+    carried: Tensor | None = None  # of a live router, for that of the next expert layer
 
 
 class Block(nn.Module):
@@ -36,7 +37,7 @@ class Block(nn.Module):
         self.pre_norm = model.pre_norm
         self.attention = RelativeAttention(model)
         self.attention_norm = nn.LayerNorm(model.width)
-        self.has_experts = moe.router is not Router.dense and layer < expert_layers(model, moe)
+        self.has_experts = not moe.dense and layer < expert_layers(model, moe)
         if self.has_experts:
             self.moe = MoELayer(model.width, moe, kernels, layer, dropout=model.dropout)
         else:
@@ -45,20 +46,27 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(model.width)
         self.dropout = nn.Dropout(model.dropout)
 
-    def forward(self, x_BQD: Tensor, memory_BMD: Tensor, shared: SharedAttention, routing: Routing) -> BlockOutput:
+    def forward(
+        self,
+        x_BQD: Tensor,
+        memory_BMD: Tensor,
+        shared: SharedAttention,
+        routing: Routing,
+        carried: Tensor | None = None,
+    ) -> BlockOutput:
         """Apply the block to x."""
         x_BQD = self._attend(x_BQD, memory_BMD, shared)
         inner_BQD = self.feed_forward_norm(x_BQD) if self.pre_norm else x_BQD
         auxiliary_loss, count_E = None, None
         if self.has_experts:
-            y_TD, auxiliary_loss, count_E = self.moe(inner_BQD.flatten(0, 1), routing)
+            y_TD, auxiliary_loss, count_E, carried = self.moe(inner_BQD.flatten(0, 1), routing, carried)
             y_BQD = y_TD.view_as(x_BQD)
         else:
             y_BQD = traced("feed_forward", self.feed_forward, inner_BQD)
         y_BQD = x_BQD + self.dropout(y_BQD)
         if not self.pre_norm:
             y_BQD = self.feed_forward_norm(y_BQD)
-        return BlockOutput(y_BQD, auxiliary_loss, count_E)
+        return BlockOutput(y_BQD, auxiliary_loss, count_E, carried)
 
     def _attend(self, x_BQD: Tensor, memory_BMD: Tensor, shared: SharedAttention) -> Tensor:
         context_BSD = torch.cat((memory_BMD, x_BQD), dim=1)

@@ -1,19 +1,20 @@
 """From a configuration to the objects of a run: tables, routers, and the initialised model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from foreroute.engine.config import Config, Keys, MoEConfig, Router, Split
+from foreroute.engine.config import Config, Split
 from foreroute.engine.data.corpus import PreparedCorpus
 from foreroute.engine.model.input_tables import Signatures
 from foreroute.engine.model.transformer_xl import TransformerXL
 from foreroute.engine.parallel.mesh import Mesh
-from foreroute.engine.routing.planner import mixing_weights
-from foreroute.engine.routing.routers import DrawnRouter, HashedRouter, PlannedRouter, routers_of
-from foreroute.engine.routing.tables import Table, build_tables
+from foreroute.engine.routing.methods import planned_method
+from foreroute.engine.routing.planned.hashed import HashedRouter
+from foreroute.engine.routing.planned_router import PlannedRouter, RouterInputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,62 +27,47 @@ class RunModel:
     routers: Sequence[PlannedRouter] | None  # planned ones; None for live routers and dense
 
 
-def run_tables(config: Config, corpus: PreparedCorpus) -> list[Table]:
-    """Build the tables of a run's hashed routing, or read them from the cache."""
-    starts = corpus.document_starts(Split.train)
-    return build_tables(
-        config.moe,
-        corpus.vocab.size,
-        corpus.split(Split.train),
-        documents=starts if len(starts) else None,
-        num_tables=config.num_tables,
-        seed=config.train.seed,
-        cache_dir=Path(config.corpus.cache_dir) / "tables",
-    )
-
-
 def build_routers(config: Config, corpus: PreparedCorpus, mesh: Mesh | None = None) -> list[PlannedRouter] | None:
-    """Build the planned routers, a hashed one with its table; None for live routers and dense.
+    """Build the planned routers, those with tables from the text or the cache; None for live routers and dense.
 
     Args:
         mesh: this rank's place; one rank alone by default.
     """
-    tables = run_tables(config, corpus) if config.moe.router is Router.hashed else []
-    return planned_routers(config.moe, tables, mesh or Mesh(), num_tables=config.num_tables, seed=config.train.seed)
+    method = planned_method(config.moe)
+    return None if method is None else _placed(method.build(config.moe, router_inputs(config, corpus)), mesh)
 
 
-def planned_routers(
-    moe: MoEConfig, tables: Sequence[Table], mesh: Mesh, *, num_tables: int, seed: int
+def restore_routers(
+    config: Config, states: Sequence[Mapping[str, Tensor]], vocab_size: int, mesh: Mesh | None = None
 ) -> list[PlannedRouter] | None:
-    """Make the planned routers of one rank; None for live routers and dense.
-
-    Args:
-        tables: of hashed routing.
-        num_tables: orders that a router draws at each pass.
-        seed: of what a router draws.
-    """
-    if moe.router is Router.hashed:
-        return list(routers_of(tables, mesh, shuffled=moe.keys is Keys.shuffled))
-    if moe.router in (Router.dense, Router.frozen, Router.learned):
+    """Make the planned routers again from what router_states returned; None for live routers and dense."""
+    method = planned_method(config.moe)
+    if method is None:
         return None
-    if moe.router not in (Router.fresh, Router.stochastic):
-        raise NotImplementedError(f"planned_routers makes no router of moe.router={moe.router.name}")
-    return [
-        DrawnRouter(
-            moe.experts,
-            each_token=moe.router is Router.fresh,
-            seed=seed,
-            index=index,
-            rank=mesh.ep_rank,
-            ranks=mesh.ep_size,
-        )
-        for index in range(num_tables)
-    ]
+    inputs = RouterInputs(vocab_size, config.train.seed, config.num_tables)
+    return _placed(method.restore(config.moe, inputs, states), mesh)
 
 
-def router_tables(routers: Sequence[PlannedRouter] | None) -> list[Table]:
-    """Return the tables of planned routers, a part of the model; others have none."""
-    return [router.table for router in routers or () if isinstance(router, HashedRouter)]
+def router_states(routers: Sequence[PlannedRouter] | None) -> list[dict[str, Tensor]]:
+    """Return what of planned routers belongs to the model and is saved with it; others have none."""
+    return [state for router in routers or () if (state := router.state())]
+
+
+def router_inputs(config: Config, corpus: PreparedCorpus) -> RouterInputs:
+    """Return what the planned routers of a run are made from."""
+    starts = corpus.document_starts(Split.train)
+    return RouterInputs(
+        corpus.vocab.size,
+        config.train.seed,
+        config.num_tables,
+        corpus.split(Split.train),
+        starts if len(starts) else None,
+        Path(config.corpus.cache_dir) / "tables",
+    )
+
+
+def _placed(routers: Sequence[PlannedRouter], mesh: Mesh | None) -> list[PlannedRouter]:
+    return [router.place(mesh or Mesh()) for router in routers]
 
 
 def build_model(config: Config, vocab_size: int, *, weights_seed: int | None = None) -> TransformerXL:
@@ -99,5 +85,7 @@ def build_model(config: Config, vocab_size: int, *, weights_seed: int | None = N
 def fill_signatures(run: RunModel) -> None:
     """Fill in the signatures of the tables that hashed routing would have, if the model has signatures."""
     if isinstance(run.model.input_tables, Signatures):
-        tables = run_tables(run.config, run.corpus)
-        run.model.input_tables.fill([mixing_weights(table, run.config.schedule.k_max) for table in tables])
+        config, columns = run.config, run.config.moe.columns
+        routers = HashedRouter.build(config.moe, router_inputs(config, run.corpus))
+        sets = [router.row_sets(config.schedule.k_max) for router in routers]
+        run.model.input_tables.fill([found.dense_weights(columns) for found in sets])

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from itertools import chain
 
 from foreroute.engine.config import Config
-from foreroute.engine.config.enums import Activation, Growth, Router
+from foreroute.engine.config.enums import Activation, Growth, RouteWeights
 from foreroute.engine.config.model import ModelConfig, MoEConfig, expert_layers, feed_forward_width, num_tables
 from foreroute.engine.model.adaptive import clusters
 from foreroute.engine.routing.k_schedule import active_experts
+from foreroute.engine.routing.methods import live_method, training_passes
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +90,11 @@ def score_products(model: ModelConfig, *, segment: int, block: int, together: in
 def layer_products(model: ModelConfig, moe: MoEConfig, rows: float, layer: int, k: int) -> list[Product]:
     """List the products of a layer's router and feed-forward or active experts."""
     matrices = count_matrices(moe.activation)
-    if moe.router is Router.dense or layer >= expert_layers(model, moe):
+    if moe.dense or layer >= expert_layers(model, moe):
         return [Product(rows, feed_forward_width(model, moe, layer), model.width, matrices)]
-    found = [Product(rows, k * moe.expert_width + moe.shared_width, model.width, matrices)]
-    if moe.router in (Router.frozen, Router.learned):
+    active = k * moe.experts / moe.columns  # of k, constants, copies and nulls compute nothing
+    found = [Product(rows, active * moe.expert_width + moe.shared_width, model.width, matrices)]
+    if live_method(moe) is not None or moe.weights is RouteWeights.live:
         found.append(Product(rows, moe.experts, model.width))
     return found
 
@@ -146,7 +148,7 @@ class Arithmetic:
     def step_flops(self, k: int) -> float:
         """Count forward and backward of one optimizer step at this k, all ranks."""
         if k not in self._step_flops:
-            passes = FORWARD_AND_BACKWARD * self._config.training_passes
+            passes = FORWARD_AND_BACKWARD * training_passes(self._config.moe)
             self._step_flops[k] = passes * self._forward(k)
         return self._step_flops[k]
 
@@ -185,15 +187,15 @@ class Arithmetic:
         """
         model, moe = self._config.model, self._config.moe
         used = self._parameters - (model.ngram > 0) * (model.ngram_rows - 1) * model.width
-        if moe.router is Router.dense:
+        if moe.dense:
             return used
         expert = count_matrices(moe.activation) * moe.expert_width * model.width + moe.expert_width + model.width
-        return used - self._config.expert_layers * (moe.experts - k) * expert
+        return used - self._config.expert_layers * round((1 - k / moe.columns) * moe.experts * expert)
 
     def by_k(self) -> dict[str, int]:
         """Return each k of the schedule and of the evaluation by its name; "dense" where there are no experts."""
         config, schedule = self._config, self._config.schedule
-        if config.moe.router is Router.dense:
+        if config.moe.dense:
             return {"dense": schedule.k_max}
         first = schedule.k_max if schedule.growth is Growth.constant else schedule.k_min
         return {str(k): k for k in sorted({*config.eval.k, *range(first, schedule.k_max + 1)})}

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from foreroute.engine.config import ModelConfig, MoEConfig, Router
+from foreroute.engine.config import ModelConfig, MoEConfig
 from foreroute.engine.config.model import num_tables
+from foreroute.engine.routing.methods import planned_method
 from foreroute.engine.routing.ngram_rows import KeyRows
 
 
@@ -61,12 +62,13 @@ class Signatures(nn.Module):
 def input_tables(model: ModelConfig, moe: MoEConfig, vocab_size: int, seed: int) -> NgramEmbedding | Signatures | None:
     """Build the tables that the configuration asks for; None for models without tables at their input."""
     if model.ngram:
-        # Beside hashed routing a number that none of its tables has, so that other n-grams share rows here than there.
-        index = num_tables(model, moe) if moe.router is Router.hashed else 0
+        # Beside routers with n-grams a number that none of them has, so that other n-grams share rows here than there.
+        planned = planned_method(moe)
+        index = num_tables(model, moe) if planned is not None and "ngram" in planned.uses else 0
         keys = KeyRows(model.ngram, vocab_size, model.ngram_rows, seed, index)
         return NgramEmbedding(model.width, keys)
     if model.signatures:
         indices = range(num_tables(model, moe))
         own = [KeyRows(moe.ngram, vocab_size, moe.rows, seed, index) for index in indices]
-        return Signatures(model.width, moe.experts, own)
+        return Signatures(model.width, moe.columns, own)
     return None

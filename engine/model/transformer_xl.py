@@ -231,11 +231,11 @@ class TransformerXL(nn.Module):
         window = limit if same_length else None
         first_BQ = None if routing.position_BQ is None else first_keys(routing.position_BQ, memory[0].shape[1])
         shared = SharedAttention(self.dropout(distance_SD), self.u, self.v, window, first_BQ)
-        new_memory, outputs = [], []
+        new_memory, outputs, carried = [], list[BlockOutput](), None
         for block, memory_BmD in zip(self.blocks, memory, strict=True):
             new_memory.append(extend_memory(memory_BmD, x_BQD, limit))
-            outputs.append(self._run(block, x_BQD, memory_BmD, shared, routing))
-            x_BQD = outputs[-1].y_BQD
+            outputs.append(self._run(block, x_BQD, memory_BmD, shared, routing, carried))
+            x_BQD, carried = outputs[-1].y_BQD, outputs[-1].carried
         hidden_BQD = self.dropout(self.final_norm(x_BQD))
         losses = [out.auxiliary_loss.float() for out in outputs if out.auxiliary_loss is not None]
         counts = [out.count_E for out in outputs if out.count_E is not None]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from foreroute.engine.config import Activation, Backend, KernelsConfig, MoEConfig
 from foreroute.engine.moe.exchange import Exchange, Local, check_plan
+from foreroute.engine.moe.gate import LiveGate
 from foreroute.engine.moe.overlap import ChunkCall, run_in_chunks
 from foreroute.engine.routing.plan import Chunk, Plan
 from foreroute.engine.tracing import traced
@@ -47,7 +48,14 @@ class Experts(nn.Module):
                 nn.init.normal_(weight, 0.0, std)
 
     def forward(
-        self, rows_RD: Tensor, plan: Plan, dropout: Dropout | None, *, exchange: Exchange | Local | None = None
+        self,
+        rows_RD: Tensor,
+        plan: Plan,
+        dropout: Dropout | None,
+        *,
+        weight_N: Tensor | None = None,
+        exchange: Exchange | Local | None = None,
+        gate: LiveGate | None = None,
     ) -> Tensor:
         """Return the weighted sum of each received row's local experts.
 
@@ -56,7 +64,9 @@ class Experts(nn.Module):
 
         Args:
             dropout: with the numbers of all tokens of the expert group, rank by rank.
+            weight_N: mixing weights of a plan of one chunk; None: those of the plan.
             exchange: the exchange for a plan of several chunks.
+            gate: makes the weights of a plan of several chunks; None: those of the plan.
 
         Raises:
             ValueError: the plan is for other ranks or another number of tokens.
@@ -66,9 +76,11 @@ class Experts(nn.Module):
         if len(calls) > 1:
             assert isinstance(exchange, Exchange), "one rank has plans of one chunk"
             check_plan(rows_RD, plan, ranks=exchange.comm.ranks)
-            return run_in_chunks(rows_RD, calls, weights, exchange)
+            return run_in_chunks(rows_RD, calls, weights, exchange, gate)
         (call,) = calls
-        return traced("experts", moe_ffn, rows_RD, call.weight_N, weights, call.chunk.rows, **call.options)
+        weight_N = call.weight_N if weight_N is None else weight_N
+        assert weight_N is not None, "a plan for live weights needs a gate"
+        return traced("experts", moe_ffn, rows_RD, weight_N, weights, call.chunk.rows, **call.options)
 
     def _call(self, rows_RD: Tensor, chunk: Chunk, k: int, dropout: Dropout | None) -> ChunkCall:
         if dropout is not None and chunk.received_R is not None:
@@ -85,4 +97,4 @@ class Experts(nn.Module):
             "debug": self.kernels.debug,
         }
         wide = torch.promote_types(rows_RD.dtype, torch.float32)
-        return ChunkCall(chunk, chunk.weight_N.to(wide), options)
+        return ChunkCall(chunk, None if chunk.weight_N is None else chunk.weight_N.to(wide), options)

@@ -8,6 +8,8 @@ several chunks runs all three steps inside it. A planned router's Plan comes wit
 inside the forward pass, and builds the same kind of Plan; the rest of the layer is equal for both. No code below this
 file makes a routing decision.
 
+With moe.weights=live the gate's weights of the received rows come between dispatch and experts (engine/moe/gate.py).
+
 Letters: T local tokens, D width, R received rows, E experts.
 """
 
@@ -17,15 +19,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from foreroute.engine.config import KernelsConfig, MoEConfig, Router
+from foreroute.engine.config import KernelsConfig, MoEConfig, RouteWeights
 from foreroute.engine.moe.exchange import Exchange, Local
 from foreroute.engine.moe.experts import Experts
 from foreroute.engine.moe.feed_forward import FeedForward
+from foreroute.engine.moe.gate import LiveGate
+from foreroute.engine.moe.zero_experts import zero_experts
 from foreroute.engine.parallel.collectives import ExpertGroupComm
 from foreroute.engine.routing.live_plan import plan_live
-from foreroute.engine.routing.losses import balance_loss, chosen_counts, z_loss
+from foreroute.engine.routing.live_router import LiveRouter
+from foreroute.engine.routing.losses import chosen_counts
+from foreroute.engine.routing.methods import live_method
 from foreroute.engine.routing.plan import Plan, Routing
-from foreroute.engine.routing.routers import FrozenRouter, LearnedRouter
 from foreroute.engine.tracing import span, traced
 from foreroute.kernels import Dropout, keep_mask, row_hash, unit_hash
 
@@ -34,15 +39,18 @@ class LayerOutput(NamedTuple):
     """Result of a layer."""
 
     y_TD: Tensor
-    auxiliary_loss: Tensor | None  # fp32 scalar, already weighted; None unless the router is learned
+    auxiliary_loss: Tensor | None  # fp32 scalar, already weighted; None for routers without a loss
     count_E: Tensor  # int64: expert rows of each expert over the expert group
+    carried: Tensor | None  # of a live router, for that of the next expert layer
 
 
 class MoELayer(nn.Module):
     """The expert layer of one block."""
 
-    router: FrozenRouter | LearnedRouter | None
+    router: LiveRouter | None
+    gate: LiveGate | None
     shared: FeedForward | None
+    coefficient: nn.Linear | None
 
     def __init__(self, width: int, moe: MoEConfig, kernels: KernelsConfig, layer: int, *, dropout: float = 0.0) -> None:
         """Build the layer with all experts.
@@ -54,19 +62,18 @@ class MoELayer(nn.Module):
         """
         super().__init__()
         self.layer, self.dropout = layer, dropout
-        self.balance_weight, self.z_weight = moe.balance_loss, moe.z_loss
-        self.router = None
-        if moe.router is Router.frozen:
-            self.router = FrozenRouter(width, moe.experts)
-        elif moe.router is Router.learned:
-            self.router = LearnedRouter(width, moe.experts)
+        method = live_method(moe)
+        self.router = None if method is None else method(width, moe, layer)
+        self.gate = LiveGate(width, moe) if moe.weights is RouteWeights.live and method is None else None
         self.experts = Experts(width, moe, kernels)
+        self.zero_experts = zero_experts(width, moe)
         self.exchange: Exchange | Local = Local()
         self.balance_comm: ExpertGroupComm | None = None  # None: a learned router is balanced over this rank's tokens
         self.first_expert = 0  # global number of the first expert on this rank
         self.shared = None
         if moe.shared_width:
             self.shared = FeedForward(width, moe.shared_width, moe.activation, dropout=0.0)
+        self.coefficient = nn.Linear(width, 2) if moe.residual else None
 
     def connect(self, exchange: Exchange | Local | None = None, *, balance_comm: ExpertGroupComm | None = None) -> None:
         """Connect the layer to other ranks; None changes nothing.
@@ -84,42 +91,60 @@ class MoELayer(nn.Module):
             setattr(self.experts, name, nn.Parameter(parameter.detach()[experts.start : experts.stop].clone()))
         self.first_expert = experts.start
 
-    def forward(self, x_TD: Tensor, routing: Routing) -> LayerOutput:
+    def forward(self, x_TD: Tensor, routing: Routing, carried: Tensor | None = None) -> LayerOutput:
         """Apply the layer to the tokens x_TD.
+
+        Args:
+            carried: of the live router of the expert layer before.
 
         Raises:
             ValueError: a planned router's plan is missing, or is for another k or another number of tokens.
         """
-        plan, auxiliary_loss = self._plan(x_TD, routing)
+        plan, auxiliary_loss, carried = self._plan(x_TD, routing, carried)
         dropout = self._dropout(x_TD, routing)
         if len(plan.chunks) == 1:
             received_RD = self.exchange.dispatch(x_TD, plan)
-            partial_RD = self.experts(received_RD, plan, dropout)
+            weight_N = None if self.gate is None else self.gate(received_RD, plan.chunks[0].sets)
+            partial_RD = self.experts(received_RD, plan, dropout, weight_N=weight_N)
             y_TD = self.exchange.combine(partial_RD, plan)
         else:  # the same, chunk by chunk, in the one call around which ZeRO-3 gathers the weights
-            y_TD = self.experts(x_TD, plan, dropout, exchange=self.exchange)
+            y_TD = self.experts(x_TD, plan, dropout, exchange=self.exchange, gate=self.gate)
+        if self.zero_experts is not None:
+            y_TD = y_TD + self.zero_experts(x_TD, plan.column_weight_TJ)
         if self.shared is not None:
-            y_TD = y_TD + self._shared(self.shared, x_TD, plan, dropout)
-        return LayerOutput(y_TD, auxiliary_loss, plan.count_E)
+            y_TD = self._with_shared(y_TD, x_TD, self._shared(self.shared, x_TD, plan, dropout))
+        return LayerOutput(y_TD, auxiliary_loss, plan.count_E, carried)
 
-    def _plan(self, x_TD: Tensor, routing: Routing) -> tuple[Plan, Tensor | None]:
+    def _plan(
+        self, x_TD: Tensor, routing: Routing, carried: Tensor | None
+    ) -> tuple[Plan, Tensor | None, Tensor | None]:
         if self.router is None:
             plan = routing.plan_of(self.layer)
             if plan is None or plan.k != routing.k:
                 found = "no plan" if plan is None else f"a plan for k={plan.k}"
                 raise ValueError(f"layer {self.layer} has a planned router, k={routing.k}, and got {found}")
-            return plan, None
-        live = self.router(x_TD, routing.k)
-        num_experts = live.logits_TE.shape[1]
+            return plan, None, None
+        live = self.router(x_TD, routing.k, carried)
+        num_experts = self.router.experts
         with span("plan"):
-            plan = plan_live(live.route, num_experts, x_TD, self.exchange.comm, self.exchange.parallel)
-        if isinstance(self.router, FrozenRouter):
-            return plan, None
-        count_E = chosen_counts(live.route.expert_TK, num_experts)
+            plan = plan_live(live.route, num_experts, x_TD, routing.k, self.exchange.comm, self.exchange.parallel)
+        if live.column_weight_TJ is not None:
+            plan = replace(plan, column_weight_TJ=live.column_weight_TJ)
+        if not self.router.balances:
+            return plan, self.router.loss(live, plan.count_E), live.carried
+        count_E = chosen_counts(live.route, num_experts)
         if self.balance_comm is not None:
             count_E = self.balance_comm.all_reduce(count_E)
-        loss = self.balance_weight * balance_loss(live.logits_TE, count_E)
-        return plan, loss + self.z_weight * z_loss(live.logits_TE)
+        return plan, self.router.loss(live, count_E), live.carried
+
+    def _with_shared(self, y_TD: Tensor, x_TD: Tensor, shared_TD: Tensor) -> Tensor:
+        """Add the shared expert: c0 y + c1 shared with c = softmax(W x + b) if moe.residual (DeepSpeed-MoE's
+        PR-MoE, arXiv 2201.05596), else the plain sum."""
+        if self.coefficient is None:
+            return y_TD + shared_TD
+        c_T2 = self.coefficient(x_TD).softmax(dim=-1)
+        mixed_TD: Tensor = y_TD * c_T2[:, :1] + shared_TD * c_T2[:, 1:]
+        return mixed_TD
 
     def _shared(self, shared: FeedForward, x_TD: Tensor, plan: Plan, dropout: Dropout | None) -> Tensor:
         """Apply the shared expert; its dropout mask is that of an expert numbered after all others."""

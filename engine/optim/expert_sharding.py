@@ -8,8 +8,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from foreroute.engine.config import MoEConfig, Router
-from foreroute.engine.config.enums import BalanceOver
+from foreroute.engine.config import BalanceOver, MoEConfig
 from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.optim.adam import comes_last
 from foreroute.engine.optim.deepspeed_contract import (
@@ -20,6 +19,7 @@ from foreroute.engine.optim.deepspeed_contract import (
 )
 from foreroute.engine.parallel.collectives import ExpertGroupComm
 from foreroute.engine.parallel.mesh import Mesh
+from foreroute.engine.routing.methods import live_method
 
 
 def is_sharded(param: nn.Parameter) -> bool:
@@ -104,9 +104,9 @@ def _expert_group(mesh: Mesh) -> dist.ProcessGroup:
 
 
 def balance_over_ranks(model: nn.Module, moe: MoEConfig, mesh: Mesh) -> None:
-    """Connect learned routers to all ranks if their balance loss shall count the tokens of all ranks."""
-    everywhere = moe.balance_over is BalanceOver["global"] and mesh.world > 1
-    if moe.router is not Router.learned or not everywhere:
+    """Connect routers that balance to all ranks if their loss shall count the tokens of all ranks."""
+    method, everywhere = live_method(moe), moe.balance_over is BalanceOver["global"] and mesh.world > 1
+    if method is None or not method.balances or not everywhere:
         return
     world = ExpertGroupComm(None, deepspeed.comm)
     for layer in model.modules():

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from foreroute.engine.config import ParallelConfig
+from foreroute.engine.config import MoEConfig, ParallelConfig
 from foreroute.engine.data.device_copy import Delivery, receive
 from foreroute.engine.data.plan_agreement import tables_digest
 from foreroute.engine.errors import RunFailed, UserError, require
@@ -38,8 +38,7 @@ from foreroute.engine.plug_in.plans import Plans, Sequences, keep_to_texts
 from foreroute.engine.plug_in.replaceable import Replaced, side_of
 from foreroute.engine.routing.exchange_choice import use_gather, wire_dtype
 from foreroute.engine.routing.plan import Routing
-from foreroute.engine.routing.routers import plan_all, routers_of
-from foreroute.engine.routing.tables import Table, table_from_state, table_state
+from foreroute.engine.routing.planned_router import GroupTokens, PlannedRouter, RouterInputs, plan_all
 
 Batch = TypeVar("Batch", bound=Sequence[Any] | Mapping[Any, Any])
 
@@ -74,18 +73,20 @@ class PlannedExperts:
     def __init__(
         self,
         layers: Sequence[MoELayer],
-        tables: Sequence[Table],
+        routers: Sequence[PlannedRouter],
+        moe: MoEConfig,
         mesh: Mesh,
         parallel: ParallelConfig,
         *,
+        vocab_size: int,
         width: int,
         k: int,
         seed: int,
     ) -> None:
-        """Set the layers, numbered from 0, and one table for all or one for each; a collective over all ranks."""
+        """Set the layers, numbered from 0, and one router for all or one for each; a collective over all ranks."""
         self.layers, self._mesh, self._parallel = layers, mesh, parallel
-        self._width, self._seed = width, seed
-        self._use(tables)
+        self._moe, self._vocab_size, self._width, self._seed = moe, vocab_size, width, seed
+        self._use(routers)
         self.k = k
         self._passes = 0  # number of passes begun
         self._connections()
@@ -104,15 +105,15 @@ class PlannedExperts:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy, without threads, locks, connections and plans."""
-        names = "layers", "replaced", "_mesh", "_parallel", "_width", "_seed", "_k", "_passes"
+        names = "layers", "replaced", "_mesh", "_parallel", "_moe", "_vocab_size", "_width", "_seed", "_k", "_passes"
         kept = {name: getattr(self, name) for name in names}
-        return {**kept, "tables": [router.table for router in self._routers]}
+        return {**kept, "routers": self._routers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy."""
-        tables = state.pop("tables")
+        routers = state.pop("routers")
         self.__dict__.update(state)
-        self._use(tables)
+        self._use(routers)
         self._connections()
 
     @property
@@ -250,7 +251,7 @@ class PlannedExperts:
         if self.passes.running() is not None or backward_node() is not None:
             return  # inside `planned`, inside another attached call, or in activation checkpointing of the whole model
         side = side_of(self.replaced[0].name) if self.replaced else ""
-        sequences = told.read(call, self._routers[0].table.ngram - 1, side)
+        sequences = told.read(call, self._moe.ngram - 1, side)
         plans = self._submit(sequences).result()
         self.passes.end()
         self._begin(plans)
@@ -294,7 +295,7 @@ class PlannedExperts:
             "place": self._place(),
             "k": self.k,
             "dropout": (self._seed, self._passes),
-            "tables": [table_state(router.table) for router in self._routers],
+            "tables": [router.state() for router in self._routers],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -304,8 +305,9 @@ class PlannedExperts:
             UserError: the number of tables or experts differs; or experts are sharded, and the rank, the number of
                 ranks or the size of the expert group differs, for which the same file holds other experts.
         """
-        tables = [table_from_state(table) for table in state["tables"]]
-        shape = len(tables), tables[0].order_rE.shape[1]
+        inputs = RouterInputs(self._vocab_size, self._seed, len(self._routers))
+        routers = type(self._routers[0]).restore(self._moe, inputs, state["tables"])
+        shape = len(routers), routers[0].columns
         here = len(self._routers), self._num_experts
         require(shape == here, f"saved with (tables, experts) = {shape}: must be {here} as here")
         place, here_place = tuple(state["place"]), self._place()
@@ -313,7 +315,7 @@ class PlannedExperts:
             place == here_place,
             f"saved by (rank, of ranks, in expert groups of) = {place}: must be {here_place} as here",
         )
-        self._use(tables)
+        self._use(routers)
         self.k, (self._seed, self._passes) = state["k"], state["dropout"]
 
     @property
@@ -324,9 +326,9 @@ class PlannedExperts:
         mesh = self._mesh
         return (mesh.rank, mesh.world, mesh.ep_size) if mesh.ep_size > 1 else (0, 1, 1)
 
-    def _use(self, tables: Sequence[Table]) -> None:
-        self._routers = routers_of(tables, self._mesh)
-        self._num_experts = tables[0].order_rE.shape[1]
+    def _use(self, routers: Sequence[PlannedRouter]) -> None:
+        self._routers = [router.place(self._mesh) for router in routers]
+        self._num_experts = routers[0].columns
         self._tables = tables_digest(self._routers)
 
     def _submit(self, sequences: Sequences) -> Future[Plans]:
@@ -353,7 +355,8 @@ class PlannedExperts:
             width=self._width,
             itemsize=wire_dtype(parallel, weight.dtype).itemsize,
         )
-        plans = plan_all(self._routers, ids_PBQ, left_PBC, k, gather=gather, chunks=parallel.chunks)
+        group = GroupTokens(ids_PBQ, left_PBC)
+        plans = plan_all(self._routers, group, k, gather=gather, chunks=parallel.chunks)
         rank = dist.get_rank() if dist.is_initialized() else 0
         token_T = (rank - mesh.ep_rank) * tokens + torch.arange(mesh.ep_size * tokens)
         if self._delivery is None or self._delivery.device != weight.device:
@@ -364,7 +367,7 @@ class PlannedExperts:
 
     def _check(self, ids: Tensor, left: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return ids and left context as int64 on the host."""
-        table, ranks = self._routers[0].table, self._mesh.ep_size
+        ngram, vocab_size, ranks = self._moe.ngram, self._vocab_size, self._mesh.ep_size
         for name, given in (("ids", ids), ("left", ids if left is None else left)):
             require(isinstance(given, Tensor), f"{name} is {kind_of(given)}: must be a tensor of ids")
         require(
@@ -372,16 +375,14 @@ class PlannedExperts:
             f"ids of shape {list(ids.shape)}: must be [sequences, length] or, of all ranks of the expert group, "
             f"[{ranks}, sequences, length]",
         )
-        shape = (*ids.shape[:-1], table.ngram - 1)
+        shape = (*ids.shape[:-1], ngram - 1)
         left = ids.new_zeros(shape) if left is None else left
-        require(
-            left.shape == shape, f"left of shape {list(left.shape)}: must be {list(shape)}, as moe.ngram={table.ngram}"
-        )
+        require(left.shape == shape, f"left of shape {list(left.shape)}: must be {list(shape)}, as moe.ngram={ngram}")
         for name, values in (("ids", ids), ("left", left)):
             low, high = (int(x) for x in values.aminmax()) if values.numel() else (0, 0)
             require(
-                not values.is_floating_point() and low >= 0 and high < table.vocab_size,
-                f"{name} from {low} to {high}, {values.dtype}: must be whole numbers in 0 .. {table.vocab_size - 1},"
+                not values.is_floating_point() and low >= 0 and high < vocab_size,
+                f"{name} from {low} to {high}, {values.dtype}: must be whole numbers in 0 .. {vocab_size - 1},"
                 " the vocabulary",
             )
         return ids.cpu().long(), left.cpu().long()

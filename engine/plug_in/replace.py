@@ -50,7 +50,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from foreroute.engine.config import Builder, KernelsConfig, Keys, MoEConfig, ParallelConfig, Router
+from foreroute.engine.config import Builder, KernelsConfig, Keys, MoEConfig, ParallelConfig
 from foreroute.engine.errors import require
 from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.optim.deepspeed_engine import skip_shared_memory_op, wait_at_most
@@ -60,7 +60,8 @@ from foreroute.engine.plug_in.planned_experts import PlannedExperts
 from foreroute.engine.plug_in.planned_layer import PlannedFeedForward
 from foreroute.engine.plug_in.plans import Plans
 from foreroute.engine.plug_in.replaceable import Replaced, find_feed_forwards, replaced
-from foreroute.engine.routing.tables import Table, build_tables
+from foreroute.engine.routing.methods import planned_method
+from foreroute.engine.routing.planned_router import PlannedRouter, RouterInputs
 
 __all__ = [
     "PlannedExperts",
@@ -115,16 +116,18 @@ def replace_feed_forwards(
         UserError: the pattern matches no module, or one that is not exactly one feed-forward; or options conflict.
     """
     parallel = parallel or ParallelConfig()
+    method = planned_method(moe)
     require(
-        moe.router is Router.hashed,
-        f"moe.router={moe.router.name}: must be hashed, as its plans depend on the ids alone",
+        method is not None and method.of_ids,
+        f"moe.router={moe.router}: must be one whose plans depend on the ids alone, such as hashed",
     )
     require(moe.keys is Keys.own, f"moe.keys={moe.keys.name}: only own keys have plans that depend on the ids alone")
     require(moe.layers is None, f"moe.layers={moe.layers}: must be null, as the pattern selects the layers")
     require(0 <= dropout < 1, f"dropout={dropout}: must be in [0, 1)")
     mesh = _mesh(parallel.expert_ranks)
     names = find_feed_forwards(model, pattern, width)
-    tables = _tables(moe, vocab_size, text_ids, len(names), seed)
+    assert method is not None
+    routers = _routers(method, moe, vocab_size, text_ids, len(names), seed)
     layers = []
     with torch.random.fork_rng({p.device for p in model.parameters() if p.is_cuda}):
         torch.manual_seed(seed)
@@ -139,7 +142,7 @@ def replace_feed_forwards(
     if mesh.ep_size > 1:
         for layer in layers:
             shard_experts(layer, mesh)
-    experts = PlannedExperts(layers, tables, mesh, parallel, width=width, k=k, seed=seed)
+    experts = PlannedExperts(layers, routers, moe, mesh, parallel, vocab_size=vocab_size, width=width, k=k, seed=seed)
     experts.replaced = tuple(replaced(name, model.get_submodule(name)) for name in names)
     for name, layer in zip(names, layers, strict=True):
         replacement = PlannedFeedForward(layer, experts)
@@ -167,7 +170,9 @@ def _mesh(expert_ranks: int) -> Mesh:
     return Mesh(dist.get_rank(), dist.get_world_size(), expert_ranks) if started else Mesh()
 
 
-def _tables(moe: MoEConfig, vocab_size: int, text_ids: Text | None, layers: int, seed: int) -> list[Table]:
+def _routers(
+    method: type[PlannedRouter], moe: MoEConfig, vocab_size: int, text_ids: Text | None, layers: int, seed: int
+) -> Sequence[PlannedRouter]:
     random = moe.builder is Builder.random
     require(
         random or text_ids is not None,
@@ -179,7 +184,7 @@ def _tables(moe: MoEConfig, vocab_size: int, text_ids: Text | None, layers: int,
         f"text_ids: must be ids in 0 .. {vocab_size - 1}, at least one",
     )
     count = 1 if moe.share_table else layers
-    return build_tables(moe, vocab_size, text, num_tables=count, seed=seed, cache_dir=None)
+    return method.build(moe, RouterInputs(vocab_size, seed, count, text))
 
 
 def _on_host(text_ids: Text) -> NDArray[np.integer[Any]]:

@@ -11,7 +11,7 @@ from math import ceil, comb, log2
 import torch
 
 from foreroute.engine.config import MoEConfig, ParallelConfig
-from foreroute.engine.config.enums import ExchangeKind, Precision, Router, WireFormat
+from foreroute.engine.config.enums import ExchangeKind, Precision, WireFormat
 
 
 def use_gather(
@@ -28,7 +28,7 @@ def use_gather(
     if parallel.exchange is ExchangeKind.gather:
         return True
     row_bytes = tokens * width * itemsize
-    routed = row_bytes * ranks * rank_share(experts, ranks, k)
+    routed = row_bytes * ranks * rank_share(experts, ranks, min(k, experts))
     return gather_seconds(parallel, ranks, row_bytes) < tokens_seconds(parallel, ranks, row_bytes, routed)
 
 
@@ -36,7 +36,7 @@ def gathers(
     parallel: ParallelConfig, moe: MoEConfig, width: int, precision: Precision, *, ranks: int, k: int, tokens: int
 ) -> bool:
     """Return whether the layers of a run gather at this k; as use_gather. Dense ones never do."""
-    if moe.router is Router.dense:  # k may be above moe.experts
+    if moe.dense:  # k may be above moe.experts
         return False
     itemsize = wire_itemsize(parallel, precision)
     return use_gather(parallel, experts=moe.experts, ranks=ranks, k=k, tokens=tokens, width=width, itemsize=itemsize)

@@ -19,17 +19,27 @@ from torch.autograd.function import once_differentiable
 from foreroute.engine.config import ParallelConfig
 from foreroute.engine.parallel.collectives import ExpertGroupComm
 from foreroute.engine.routing.exchange_choice import use_gather, wire_dtype
-from foreroute.engine.routing.plan import Chunk, Plan, Route, build_plan, cut
-from foreroute.kernels.expert_index import ExpertRows
+from foreroute.engine.routing.plan import (
+    Chunk,
+    Plan,
+    Route,
+    build_plan,
+    chosen_mask,
+    cut,
+    dense_weights,
+    rows_of_mask,
+    true_places,
+)
 
-# In a weight block: the token did not choose this expert. A weight that was chosen may be 0.
-_UNUSED = -1.0
+# In a weight block: the token did not choose this expert. A weight that was chosen may be 0 or negative.
+_UNUSED = -torch.inf
 
 
 def plan_live(
     route: Route,
     num_experts: int,
     x_TD: Tensor,
+    k: int,
     comm: ExpertGroupComm | None = None,
     parallel: ParallelConfig | None = None,
 ) -> Plan:
@@ -37,50 +47,60 @@ def plan_live(
 
     Args:
         x_TD: the tokens, whose number, width and format decide between the exchanges.
+        k: active experts of a token; for routers with a number for each token their mean, as asked for.
         comm, parallel: of the expert group; None for one rank.
     """
     if comm is None or parallel is None:
-        return build_plan(route, num_experts)
+        return build_plan(route, num_experts, k)
     tokens, width = x_TD.shape
     gather = use_gather(
         parallel,
         experts=num_experts,
         ranks=comm.ranks,
-        k=route.expert_TK.shape[1],
+        k=k,
         tokens=tokens,
         width=width,
         itemsize=wire_dtype(parallel, x_TD.dtype).itemsize,
     )
-    return build_live_plan(route, num_experts, comm, gather=gather, chunks=parallel.chunks)
+    return build_live_plan(route, num_experts, comm, k, gather=gather, chunks=parallel.chunks)
 
 
 def build_live_plan(
-    route: Route, num_experts: int, comm: ExpertGroupComm, *, gather: bool = False, chunks: int = 1
+    route: Route,
+    num_experts: int,
+    comm: ExpertGroupComm,
+    k: int | None = None,
+    *,
+    gather: bool = False,
+    chunks: int = 1,
 ) -> Plan:
     """Turn the routes of all ranks of an expert group, each its own, into this rank's plan; a collective.
 
     weight_N stays connected to route.weight_TK for autograd, over the ranks.
 
     Args:
-        gather, chunks: as for planner.TablePlanner.plan; equal on all ranks.
+        k: of the plan; None: the experts that the route lists of each token.
+        gather, chunks: as for planner.Planner.plan; equal on all ranks.
 
     Raises:
         ValueError: the ranks have unequal numbers of tokens, or too many to count in the weights' number format.
     """
-    num_tokens, k = route.expert_TK.shape
+    num_tokens, listed = route.expert_TK.shape
     local, rank, ranks = num_experts // comm.ranks, comm.rank, comm.ranks
     limit = 2 ** (24 if route.weight_TK.dtype == torch.float32 else 53)
     if num_tokens * ranks > limit:
         raise ValueError(f"{ranks} ranks with {num_tokens} tokens each: must be at most {limit} together")
-    weight_TPL = _weight_blocks(route, num_experts).view(num_tokens, ranks, local)
-    chosen_TPL = weight_TPL.detach() != _UNUSED
+    chosen_TE = chosen_mask(route, num_experts)
+    weight_TE = dense_weights(route, num_experts).masked_fill(~chosen_TE, _UNUSED)
+    weight_TPL, chosen_TPL = (found_TE.view(num_tokens, ranks, local) for found_TE in (weight_TE, chosen_TE))
     used_TP = torch.ones_like(chosen_TPL[..., 0]) if gather else chosen_TPL.any(dim=2)
     spans = cut(num_tokens, chunks)
-    counts = _exchange_counts(used_TP, chosen_TPL.flatten(1), spans, comm)
-    _check_tokens(counts, num_tokens, k, ranks)
+    counts = _exchange_counts(used_TP, chosen_TE, spans, comm)
+    if len(set(counts.tokens_P)) > 1:
+        raise ValueError(f"the {ranks} ranks have {counts.tokens_P} tokens: must be equal")
 
     # rank by rank, its tokens in order
-    flat_S = _true_places(used_TP.T, int(counts.rows_PCP[rank].sum()))
+    flat_S = true_places(used_TP.T, int(counts.rows_PCP[rank].sum()))
     weight_SL = weight_TPL.transpose(0, 1).reshape(-1, local)[flat_S]
     token_S = rank * num_tokens + flat_S % max(num_tokens, 1)
     splits = counts.splits(rank, slice(None))
@@ -90,31 +110,25 @@ def build_live_plan(
         block = counts.received(rank, number)
         weight_rL, token_r = (torch.cat([x[chunk] for chunk in block]) for x in (weight_RL, token_R))
         num_rows = int(counts.experts_PCE[:, number, rank * local : (rank + 1) * local].sum())
-        rows, place_N = _expert_rows(weight_rL.detach() != _UNUSED, num_rows)
+        rows, place_N = rows_of_mask(weight_rL.detach() != _UNUSED, num_rows)
         send_splits, recv_splits = counts.splits(rank, slice(number, number + 1))
-        send = None if gather else _expert_rows(used_TP[span], sum(send_splits))[0]
+        send = None if gather else rows_of_mask(used_TP[span], sum(send_splits))[0]
         weight_N = weight_rL.T.reshape(-1)[place_N]
         found_chunks.append(Chunk(rows, weight_N, send, token_r, send_splits, recv_splits))
-    return Plan(k, rank, counts.total_E, tuple(found_chunks))
-
-
-def _weight_blocks(route: Route, num_experts: int) -> Tensor:
-    """Weight of each token and expert [T, E], _UNUSED where not chosen."""
-    shape = route.expert_TK.shape[0], num_experts
-    empty_TE = route.weight_TK.new_full(shape, _UNUSED)
-    return empty_TE.scatter(1, route.expert_TK, route.weight_TK)
+    return Plan(k or listed, rank, counts.total_E, tuple(found_chunks))
 
 
 class _Counts:
     """The numbers of rows that the ranks send each other, as all ranks know them."""
 
     def __init__(self, got: Tensor, ranks: int, chunks: int) -> None:
-        """Read the gathered counts [P * C, P + E] back."""
+        """Read the gathered counts [P * C, P + E + 1] back."""
         counts: NDArray[np.int64] = got.cpu().numpy().reshape(ranks, chunks, -1)
         self.rows_PCP = counts[..., :ranks]  # rows from a rank, in a chunk, to a rank
         # expert rows of a rank's tokens, in a chunk, for an expert
-        self.experts_PCE = counts[..., ranks:]
-        self.total_E = got[:, ranks:].sum(dim=0)
+        self.experts_PCE = counts[..., ranks:-1]
+        self.tokens_P: list[int] = counts[..., -1].sum(axis=1).tolist()
+        self.total_E = got[:, ranks:-1].sum(dim=0)
 
     def splits(self, rank: int, chunks: slice) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Rows to and from each rank."""
@@ -132,41 +146,10 @@ class _Counts:
 
 
 def _exchange_counts(used_TP: Tensor, chosen_TE: Tensor, spans: list[slice], comm: ExpertGroupComm) -> _Counts:
-    both_TX = torch.cat((used_TP, chosen_TE), dim=1).long()
+    one_T1 = used_TP.new_ones(len(used_TP), 1)
+    both_TX = torch.cat((used_TP, chosen_TE, one_T1), dim=1).long()
     sum_CX = torch.stack([both_TX[span].sum(dim=0) for span in spans])
     return _Counts(comm.all_gather(sum_CX).wait(), comm.ranks, len(spans))
-
-
-def _check_tokens(counts: _Counts, num_tokens: int, k: int, ranks: int) -> None:
-    tokens_P = counts.experts_PCE.sum(axis=(1, 2)) // k
-    if (tokens_P != num_tokens).any():
-        raise ValueError(f"the {ranks} ranks have {tokens_P.tolist()} tokens: must be equal")
-
-
-def _true_places(mask: Tensor, count: int) -> Tensor:
-    """Places of the `count` true values of a flattened mask; the host need not wait to know how many there are."""
-    return torch.nonzero_static(mask.reshape(-1), size=count).squeeze(1)
-
-
-def _expert_rows(mask_RL: Tensor, count: int) -> tuple[ExpertRows, Tensor]:
-    """List the `count` pairs of a row and something it uses, an expert or a rank.
-
-    Returns:
-        The rows, and place_N: each pair's place in the flattened transposed mask.
-
-    Example: [[1, 0], [1, 1]]: source = [0, 1, 1], offset = [2, 3], slot = [0, 1, 2], slot_offset = [0, 1] and
-    place = [0, 1, 3].
-    """
-    number_LR = (mask_RL.T.reshape(-1).cumsum(0) - 1).view(mask_RL.T.shape)
-    place_N = _true_places(mask_RL.T, count)
-    count_R = mask_RL.sum(dim=1)
-    rows = ExpertRows(
-        source_N=place_N % max(mask_RL.shape[0], 1),
-        offset_L=mask_RL.sum(dim=0).cumsum(0).to(torch.int32),
-        slot_N=number_LR.T.reshape(-1)[_true_places(mask_RL, count)],
-        slot_offset_R=count_R.cumsum(0) - count_R,
-    )
-    return rows, place_N
 
 
 class _ToExpertRanks(torch.autograd.Function):

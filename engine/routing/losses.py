@@ -6,6 +6,8 @@ Letters: T tokens, E experts, K active experts per token, V vocabulary.
 import torch
 from torch import Tensor
 
+from foreroute.engine.routing.plan import Route
+
 
 def balance_loss(logits_TE: Tensor, count_E: Tensor) -> Tensor:
     """Return E * sum_e f_e P_e (Switch Transformer, arXiv 2101.03961, eq. 4, for any K): 1 when all is even.
@@ -43,10 +45,11 @@ def consistency_loss(one_TV: Tensor, other_TV: Tensor) -> Tensor:
     return 0.5 * difference_TV.sum(-1).mean()
 
 
-def chosen_counts(expert_TK: Tensor, num_experts: int) -> Tensor:
+def chosen_counts(route: Route, num_experts: int) -> Tensor:
     """Count the tokens that chose each expert, int64 [E]; nothing is read back from a device."""
-    chosen_N = expert_TK.reshape(-1)
-    return chosen_N.new_zeros(num_experts).scatter_add_(0, chosen_N, torch.ones_like(chosen_N))
+    chosen_N = route.expert_TK.reshape(-1)
+    used_N = torch.ones_like(chosen_N) if route.used_TK is None else route.used_TK.reshape(-1).long()
+    return chosen_N.new_zeros(num_experts).scatter_add_(0, chosen_N, used_N)
 
 
 def _wide(logits_TE: Tensor) -> Tensor:

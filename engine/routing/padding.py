@@ -29,7 +29,7 @@ def pad_plan(plan: Plan, bounds: RowBounds) -> Plan:
     """Pad a plan; the plans of all ranks of its expert group must be padded alike.
 
     Raises:
-        RunFailed: the plan has more rows than a bound says; names both.
+        RunFailed: the plan has more rows than a bound says, named with it; or its weights are live.
     """
     if len(plan.chunks[0].send_splits) == 1:
         return plan
@@ -38,6 +38,8 @@ def pad_plan(plan: Plan, bounds: RowBounds) -> Plan:
 
 def _pad_chunk(chunk: Chunk, bounds: RowBounds) -> Chunk:
     rows, most = chunk.rows, bounds.expert_rows
+    if chunk.weight_N is None:
+        raise RunFailed("plans of moe.weights=live cannot be padded: their weights are made in the step")
     if rows.num_rows > most:
         raise RunFailed(f"a plan has {rows.num_rows} expert rows: its bound is {most}")
     if chunk.send is None:

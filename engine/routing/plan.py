@@ -27,7 +27,18 @@ class Route(NamedTuple):
     """A router's choice for each token, in order of preference."""
 
     expert_TK: Tensor  # int64: global expert ids, distinct within a token
-    weight_TK: Tensor  # fp32: mixing weights, each row sums to 1
+    weight_TK: Tensor  # fp32: mixing weights
+    used_TK: Tensor | None = None  # bool: which of them the token uses; None: all
+    rows: int | None = None  # how many of them all tokens use, where that is known by construction
+
+
+@dataclass(frozen=True, slots=True)
+class SetRows:
+    """The whole set of each received row, from which a gate makes the weights of this rank's experts."""
+
+    expert_RK: Tensor  # int64: global expert ids
+    used_RK: Tensor | None  # bool: which of them the row uses; None: all
+    place_N: Tensor  # int64: each expert row's place in the flattened [R, K]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +46,7 @@ class Chunk:
     """Where rows go and what each expert reads, for a share of every rank's tokens."""
 
     rows: ExpertRows  # expert-major rows over the received rows
-    weight_N: Tensor  # fp32: mixing weight of each expert row
+    weight_N: Tensor | None  # fp32: mixing weight of each expert row; None: a gate makes it from `sets`
     send: ExpertRows | None
     """Rows to send, rank by rank: "experts" are ranks, source_N the tokens of this chunk; None: all of them to all
     ranks."""
@@ -43,6 +54,7 @@ class Chunk:
     """int64: which of the group's tokens, rank by rank, each received row is; None: all, in order."""
     send_splits: tuple[int, ...]  # rows to each rank of the expert group, this one included
     recv_splits: tuple[int, ...]  # rows from each rank of the expert group
+    sets: SetRows | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -52,12 +64,14 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The routing of one table and one micro-batch on this rank."""
+    """The routing of one router and one micro-batch on this rank."""
 
-    k: int  # active experts per token
+    k: int  # active experts per token; for routers with a number for each token their mean, as asked for
     rank: int  # this rank's number in its expert group
     count_E: Tensor  # int64: rows of every expert over the expert group
     chunks: tuple[Chunk, ...]  # in the order of the tokens
+    column_weight_TJ: Tensor | None = None
+    """fp32: weights of the local tokens' experts that need no row (engine/moe/zero_experts.py)."""
 
     @property
     def num_tokens(self) -> int:
@@ -154,24 +168,70 @@ def cut(num_tokens: int, chunks: int) -> list[slice]:
     return [slice(start, end) for start, end in pairwise(ends)]
 
 
-def build_plan(route: Route, num_experts: int) -> Plan:
+def build_plan(route: Route, num_experts: int, k: int | None = None) -> Plan:
     """Turn a route into the plan of a one-rank expert group.
 
     weight_N stays connected to route.weight_TK for autograd, so that live routers learn through it.
+
+    Args:
+        k: of the plan; None: the experts that the route lists of each token.
 
     Example: two tokens, K=2, experts 0..2. Token 0 takes expert 2 (0.7) then 0 (0.3), token 1 takes 0 (0.6) then 1:
 
         source_N = [0, 1, 1, 0], offset_L = [2, 3, 4], weight_N = [0.3, 0.6, 0.4, 0.7], count_E = [2, 1, 1]
     """
-    num_tokens, k = route.expert_TK.shape
-    rows, choice_N = expert_rows(route.expert_TK, num_experts)
+    num_tokens, listed = route.expert_TK.shape
+    if route.used_TK is None:
+        rows, choice_N = expert_rows(route.expert_TK, num_experts)
+        weight_N = route.weight_TK.reshape(-1)[choice_N]
+    else:
+        chosen_TE = chosen_mask(route, num_experts)
+        count = int(chosen_TE.sum()) if route.rows is None else route.rows
+        rows, place_N = rows_of_mask(chosen_TE, count)
+        weight_N = dense_weights(route, num_experts).T.reshape(-1)[place_N]
     count_E = torch.diff(rows.offset_L.long(), prepend=rows.offset_L.new_zeros(1).long())
     chunk = Chunk(
-        rows=rows,
-        weight_N=route.weight_TK.reshape(-1)[choice_N],
-        send=None,
-        received_R=None,
-        send_splits=(num_tokens,),
-        recv_splits=(num_tokens,),
+        rows=rows, weight_N=weight_N, send=None, received_R=None, send_splits=(num_tokens,), recv_splits=(num_tokens,)
     )
-    return Plan(k, 0, count_E, (chunk,))
+    return Plan(k or listed, 0, count_E, (chunk,))
+
+
+def chosen_mask(route: Route, num_experts: int) -> Tensor:
+    """Return which experts each token uses, bool [T, E]."""
+    used_TK = torch.ones_like(route.expert_TK) if route.used_TK is None else route.used_TK.long()
+    count_TE = used_TK.new_zeros(used_TK.shape[0], num_experts).scatter_add(1, route.expert_TK, used_TK)
+    return count_TE > 0
+
+
+def dense_weights(route: Route, num_experts: int) -> Tensor:
+    """Return each token's weight of every expert [T, E], connected to route.weight_TK; 0 where it is not used."""
+    weight_TK = route.weight_TK
+    if route.used_TK is not None:
+        weight_TK = weight_TK.masked_fill(~route.used_TK, 0.0)
+    return weight_TK.new_zeros(weight_TK.shape[0], num_experts).scatter_add(1, route.expert_TK, weight_TK)
+
+
+def rows_of_mask(mask_RL: Tensor, count: int) -> tuple[ExpertRows, Tensor]:
+    """List the `count` pairs of a row and something it uses, an expert or a rank.
+
+    Returns:
+        The rows, and place_N: each pair's place in the flattened transposed mask.
+
+    Example: [[1, 0], [1, 1]]: source = [0, 1, 1], offset = [2, 3], slot = [0, 1, 2], slot_offset = [0, 1] and
+    place = [0, 1, 3].
+    """
+    number_LR = (mask_RL.T.reshape(-1).cumsum(0) - 1).view(mask_RL.T.shape)
+    place_N = true_places(mask_RL.T, count)
+    count_R = mask_RL.sum(dim=1)
+    rows = ExpertRows(
+        source_N=place_N % max(mask_RL.shape[0], 1),
+        offset_L=mask_RL.sum(dim=0).cumsum(0).to(torch.int32),
+        slot_N=number_LR.T.reshape(-1)[true_places(mask_RL, count)],
+        slot_offset_R=count_R.cumsum(0) - count_R,
+    )
+    return rows, place_N
+
+
+def true_places(mask: Tensor, count: int) -> Tensor:
+    """Return the places of the `count` true values of a flattened mask; the host need not wait to know how many."""
+    return torch.nonzero_static(mask.reshape(-1), size=count).squeeze(1)

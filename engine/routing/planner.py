@@ -1,17 +1,17 @@
-"""The planner of a planned router: one table, one rank of an expert group, a Plan for each micro-batch.
+"""The planner: the choices of one planned router, one rank of an expert group, a Plan for each micro-batch.
 
-What depends on the table, k and the rank alone is worked out once for each k: which experts of this rank a row uses,
+What depends on the row sets and the rank alone is worked out once for each k: which experts of this rank a row uses,
 with which weights. A plan then takes a few passes over the tokens of all ranks of the group (engine/routing/loops/).
 Pure functions on the host: no collective, no generator, any thread, and no lock of the interpreter in the passes.
 
 Letters: P ranks of the expert group, T tokens of a rank, t of them in a chunk, E experts, L = E / P experts of a rank,
-K active experts, R received rows, N expert rows of this rank, r table rows, c choices (engine/routing/loops/plans.py).
-Expert e lives on rank e // L.
+J columns without experts, e = E + J columns, K columns listed of a row, R received rows, N expert rows of this rank, r
+table rows, c choices (engine/routing/loops/plans.py). Expert e lives on rank e // L.
 """
 
 import threading
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +21,8 @@ from torch import Tensor
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.loops.plans import (
     by_thing,
-    count_experts,
+    column_weights,
+    count_columns,
     count_rows,
     rank_choices,
     received_tokens,
@@ -29,55 +30,21 @@ from foreroute.engine.routing.loops.plans import (
     slots_of,
     table_choices,
 )
-from foreroute.engine.routing.plan import Chunk, Plan, cut
+from foreroute.engine.routing.plan import Chunk, Plan, SetRows, cut
+from foreroute.engine.routing.row_sets import Choice, RowSets
 from foreroute.kernels.expert_index import ExpertRows
 
-_KEPT = 2  # values of k whose lookups are kept: training's and, at a change of k, the one before
+_KEPT = 2  # row sets whose lookups are kept: those of training's k and, at a change of k, the one before
 _MOST_KEPT = 1 << 20  # choices in them, 6 bytes each; above it, those of a micro-batch's tokens where they are fewer
-
-
-class Orders(Protocol):
-    """The source of a plan: a Table, or orders drawn for one forward pass."""
-
-    @property
-    def order_rE(self) -> Tensor:
-        """uint8, or int16 above 256 experts: in each row all experts, the active ones first."""
-
-    @property
-    def logits_rE(self) -> Tensor | None:
-        """fp32 in the order of order_rE; None for uniform weights."""
-
-
-class OrdersOf(NamedTuple):
-    """Orders and nothing else."""
-
-    order_rE: Tensor
-    logits_rE: Tensor | None = None
-
-
-def order_dtype(experts: int) -> type[np.uint8] | type[np.int16]:
-    """Return the number format of orders: uint8 up to 256 experts, int16 above."""
-    return np.uint8 if experts <= 256 else np.int16
-
-
-def mixing_weights(table: Orders, k: int) -> Tensor:
-    """Return the fp32 weights [r, E] of every row's first k experts: softmax of their logits, or 1/k; 0 for the
-    others."""
-    return torch.zeros(table.order_rE.shape).scatter_(1, table.order_rE[:, :k].long(), _weights(table, k))
-
-
-def _weights(table: Orders, k: int) -> Tensor:
-    """Return the weights [r, K] in the order of preference."""
-    if table.logits_rE is None:
-        return torch.full((table.order_rE.shape[0], k), 1.0 / k)
-    return table.logits_rE[:, :k].softmax(dim=1)
 
 
 @dataclass(frozen=True, slots=True)
 class Lookups:
-    """A table as one rank sees it at one k."""
+    """Row sets as one rank sees them."""
 
-    order_rK: NDArray[Any]  # the active experts of each row, beside each other
+    sets: RowSets
+    order_rK: NDArray[Any]  # the columns of each row, beside each other
+    count_r: NDArray[np.int32]  # how many of them it uses; empty: all
     used_r: NDArray[np.uint8]  # does the row use an expert of ours?
     start_r: NDArray[np.int32]  # where its choices begin; one more, for the end of the last
     expert_c: NDArray[np.int16]  # which of our experts, numbered from 0
@@ -86,59 +53,83 @@ class Lookups:
     @property
     def nbytes(self) -> int:
         """Bytes of all of it."""
-        return sum(x.nbytes for x in (self.order_rK, self.used_r, self.start_r, self.expert_c, self.weight_c))
+        arrays = self.order_rK, self.count_r, self.used_r, self.start_r, self.expert_c, self.weight_c
+        return sum(x.nbytes for x in arrays)
 
 
-class TablePlanner:
-    """Plans the micro-batches of one table for one rank."""
+class Planner:
+    """Plans the micro-batches of one router for one rank."""
 
-    def __init__(self, table: Orders, *, rank: int = 0, ranks: int = 1) -> None:
-        """Take a table and this rank's place in its expert group.
+    def __init__(self, experts: int, *, columns: int | None = None, rank: int = 0, ranks: int = 1) -> None:
+        """Take this rank's place in its expert group.
+
+        Args:
+            columns: experts and columns without one.
 
         Raises:
             UserError: the experts cannot be shared out evenly.
         """
-        experts = table.order_rE.shape[1]
         self.local = Mesh(rank, ranks, ranks).local_experts(experts)
-        self.table, self.rank, self.ranks, self.experts = table, rank, ranks, experts
-        self._lookups: dict[int, Lookups] = {}
+        self.rank, self.ranks, self.experts, self.columns = rank, ranks, experts, columns or experts
+        self._rank_e = np.minimum(np.arange(self.columns) // len(self.local), ranks)
+        self._kept: list[Lookups] = []
         self._lock = threading.Lock()  # the loader's thread plans while validation does
 
-    def plan(self, row_PT: NDArray[np.integer[Any]], k: int, *, gather: bool = False, chunks: int = 1) -> Plan:
-        """Plan a micro-batch from the table rows of every rank's tokens.
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return a planner of the same place for a copy or a pickle, without the lookups."""
+        return _planner, (self.experts, self.columns, self.rank, self.ranks)
+
+    def plan(self, choice: Choice, k: int, *, gather: bool = False, chunks: int = 1) -> Plan:
+        """Plan a micro-batch from the rows of every rank's tokens.
 
         Args:
             gather: for the exchange in which every rank receives all rows, needed or not.
             chunks: chunks that are exchanged one behind the other; one rank has nothing to exchange and makes one.
         """
-        rows = self.table.order_rE.shape[0]
-        if rows > row_PT.size and rows * k // self.ranks > _MOST_KEPT:
-            alone = TablePlanner(self._orders_of(row_PT), rank=self.rank, ranks=self.ranks)
+        row_PT, sets = choice
+        rows, listed = sets.order_rK.shape
+        if rows > row_PT.size and rows * listed // self.ranks > _MOST_KEPT:
+            sets = sets.of_rows(torch.from_numpy(np.ascontiguousarray(row_PT)).flatten())
             row_PT = np.arange(row_PT.size).reshape(row_PT.shape)
-            return alone.plan(row_PT, k, gather=gather, chunks=chunks)
-        found, narrow_PT = self.lookups(k), np.ascontiguousarray(row_PT, np.int32)
+            found = self._look_up(sets)
+        else:
+            found = self.lookups(sets)
+        narrow_PT = np.ascontiguousarray(row_PT, np.int32)
         spans = cut(row_PT.shape[1], chunks if self.ranks > 1 else 1)
-        use_r = np.zeros(rows, np.int32)
+        use_r = np.zeros(len(sets.order_rK), np.int32)
         found_chunks = tuple(self._chunk(found, narrow_PT, span, use_r, gather=gather) for span in spans)
-        count_E = count_experts(found.order_rK, self.experts, use_r)
-        return Plan(k, self.rank, torch.from_numpy(count_E), found_chunks)
+        count_e = count_columns(found.order_rK, found.count_r, self.columns, use_r)
+        return Plan(
+            k,
+            self.rank,
+            torch.from_numpy(count_e[: self.experts]),
+            found_chunks,
+            column_weight_TJ=self._column_weights(found, narrow_PT[self.rank]),
+        )
 
-    def lookups(self, k: int) -> Lookups:
-        """Return what is worked out once for a k."""
+    def lookups(self, sets: RowSets) -> Lookups:
+        """Return what is worked out once for the row sets of a k."""
         with self._lock:
-            if k not in self._lookups:
-                while len(self._lookups) >= _KEPT:
-                    self._lookups.pop(next(iter(self._lookups)))
-                order_rK, weight_rK = self.table.order_rE[:, :k].contiguous().numpy(), _weights(self.table, k).numpy()
-                start_r, *found = table_choices(order_rK, weight_rK, self.local.start, self.local.stop)
-                self._lookups[k] = Lookups(order_rK, (np.diff(start_r) > 0).view(np.uint8), start_r, *found)
-            return self._lookups[k]
+            for found in self._kept:
+                if found.sets is sets:
+                    return found
+            found = self._look_up(sets)
+            self._kept = [*self._kept[1 - _KEPT :], found]
+            return found
 
-    def _orders_of(self, row_PT: NDArray[np.integer[Any]]) -> OrdersOf:
-        """Return the order of each token's row."""
-        row_N, logits_rE = torch.from_numpy(row_PT).flatten(), self.table.logits_rE
-        logits_NE = None if logits_rE is None else logits_rE.index_select(0, row_N)
-        return OrdersOf(self.table.order_rE.index_select(0, row_N), logits_NE)
+    def _look_up(self, sets: RowSets) -> Lookups:
+        order_rK, weight_rK = sets.order_rK.contiguous().numpy(), sets.weights().numpy()
+        count_r = np.empty(0, np.int32) if sets.count_r is None else sets.count_r.numpy()
+        start_r, *found = table_choices(order_rK, count_r, weight_rK, self.local.start, self.local.stop)
+        return Lookups(sets, order_rK, count_r, (np.diff(start_r) > 0).view(np.uint8), start_r, *found)
+
+    def _column_weights(self, found: Lookups, row_T: NDArray[np.int32]) -> Tensor | None:
+        """Return the weights of the own tokens' columns without experts."""
+        if self.columns == self.experts:
+            return None
+        weight_rK = found.sets.weights().numpy()
+        arguments = found.order_rK, found.count_r, weight_rK, row_T, self.experts, self.columns
+        return torch.from_numpy(column_weights(*arguments))
 
     def _chunk(
         self, found: Lookups, row_PT: NDArray[np.int32], span: slice, use_r: NDArray[np.int32], *, gather: bool
@@ -158,20 +149,39 @@ class TablePlanner:
             send_splits, recv_splits = tuple(send.counts()), tuple(count_P.tolist())
         row_c, expert_c, weight_c, start_R = row_choices(row_R, found.start_r, found.expert_c, found.weight_c)
         source_N, end_L, weight_N, slot_N = by_thing(row_c, expert_c, weight_c, len(self.local))
+        rows = _expert_rows(source_N, end_L, slot_N, start_R)
+        live = found.sets.weigh is None
         return Chunk(
-            rows=_expert_rows(source_N, end_L, slot_N, start_R),
-            weight_N=torch.from_numpy(weight_N),
+            rows=rows,
+            weight_N=None if live else torch.from_numpy(weight_N),
             send=send,
             received_R=None if token_R is None else torch.from_numpy(token_R),
             send_splits=send_splits,
             recv_splits=recv_splits,
+            sets=self._sets(found, row_R, rows) if live else None,
         )
+
+    def _sets(self, found: Lookups, row_R: NDArray[np.int32], rows: ExpertRows) -> SetRows:
+        """Return the whole set of each received row, and where in it the expert rows of this rank are."""
+        sets = found.sets.of_rows(torch.from_numpy(row_R))
+        expert_RK, used_RK = sets.order_rK.long(), sets.used_rK
+        count_L = torch.diff(rows.offset_L.long(), prepend=rows.offset_L.new_zeros(1).long())
+        expert_N = self.local.start + torch.arange(len(self.local)).repeat_interleave(count_L)
+        found_NK = expert_RK[rows.source_N] == expert_N[:, None]
+        if used_RK is not None:
+            found_NK &= used_RK[rows.source_N]
+        column_N = found_NK.int().argmax(dim=1)
+        return SetRows(expert_RK, used_RK, rows.source_N * expert_RK.shape[1] + column_N)
 
     def _send(self, found: Lookups, row_t: NDArray[np.int32]) -> ExpertRows:
         """List by rank the own tokens that it needs."""
-        token_c, rank_c, start_t = rank_choices(found.order_rK, row_t, len(self.local), self.ranks)
+        token_c, rank_c, start_t = rank_choices(found.order_rK, found.count_r, row_t, self._rank_e, self.ranks)
         source_S, end_P, *_ = by_thing(token_c, rank_c, np.empty(0, np.float32), self.ranks)
         return _expert_rows(source_S, end_P, slots_of(source_S, start_t), start_t)
+
+
+def _planner(experts: int, columns: int, rank: int, ranks: int) -> Planner:
+    return Planner(experts, columns=columns, rank=rank, ranks=ranks)
 
 
 def _expert_rows(*arrays: NDArray[Any]) -> ExpertRows:

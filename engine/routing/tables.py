@@ -31,7 +31,7 @@ from foreroute.engine.config import Builder, MoEConfig, RouteWeights
 from foreroute.engine.routing.hashing import hash64, normal
 from foreroute.engine.routing.loops.orders import greedy
 from foreroute.engine.routing.ngram_rows import KeyRows, ngram_keys
-from foreroute.engine.routing.planner import order_dtype
+from foreroute.engine.routing.row_sets import column_dtype
 from foreroute.engine.sealed_files import replacing
 
 _FORMAT = 1  # part of the cache key; raise it when the same inputs would give another table
@@ -51,7 +51,7 @@ class Table:
     """Orderings of the experts by row, and which row an n-gram falls into."""
 
     order_rE: Tensor  # uint8, or int16 above 256 experts: each row a permutation of all experts
-    logits_rE: Tensor | None  # fp32, descending in a row; None for uniform weights
+    logits_rE: Tensor | None  # fp32, descending in a row; None for other than table weights
     ngram: int
     vocab_size: int
     seed: int
@@ -112,7 +112,7 @@ def build_tables(
             seed=seed,
             index=index,
             builder=moe.builder,
-            pack=moe.pack or moe.experts,
+            pack=moe.pack or moe.columns,
         )
         for index in range(num_tables)
     ]
@@ -201,12 +201,12 @@ class _Text:
 
 def _build(moe: MoEConfig, text: _Text, num_tables: int, seed: int) -> dict[str, NDArray[Any]]:
     """Return order uint8 or int16 [t, r, E] and, for table weights, logits fp32 [t, r, E]."""
-    order_trE = np.empty((num_tables, moe.rows, moe.experts), order_dtype(moe.experts))
-    pack, freq_tr = moe.pack or moe.experts, np.zeros((num_tables, moe.rows))
+    order_trE = np.empty((num_tables, moe.rows, moe.columns), column_dtype(moe.columns))
+    pack, freq_tr = moe.pack or moe.columns, np.zeros((num_tables, moe.rows))
     if moe.builder is not Builder.random:
         tables = range(num_tables)
         freq_tr = text.row_frequency([KeyRows(moe.ngram, text.vocab_size, moe.rows, seed, index) for index in tables])
-    logits_trE = None if moe.weights is RouteWeights.uniform else np.empty(order_trE.shape, np.float32)
+    logits_trE = np.empty(order_trE.shape, np.float32) if moe.weights is RouteWeights.table else None
 
     def build(index: int) -> None:
         _draw_orders(order_trE[index], np.flatnonzero(freq_tr[index] == 0), pack, seed, index)
@@ -269,7 +269,7 @@ def _balance(order_rE: NDArray[Any], freq_r: NDArray[np.float64], pack: int, see
 
 def _cache_key(moe: MoEConfig, text: _Text, num_tables: int, seed: int) -> str:
     digest = "" if moe.builder is Builder.random else text.digest()
-    names = ("experts", "ngram", "rows", "spread", "pack")
+    names = ("columns", "ngram", "rows", "spread", "pack")
     inputs = [_FORMAT, moe.builder.name, moe.weights.name, *(getattr(moe, name) for name in names)]
     inputs += [text.vocab_size, num_tables, seed, digest]
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:32]

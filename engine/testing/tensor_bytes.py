@@ -37,8 +37,7 @@ from foreroute.engine.parallel.cpu_group import GlooGroup
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.parallel.world import World
 from foreroute.engine.routing.ngram_rows import KeyRows
-from foreroute.engine.routing.routers import routers_of
-from foreroute.engine.routing.tables import Table
+from foreroute.engine.routing.planned.hashed import HashedRouter
 from foreroute.engine.train.step import train_step
 
 _MARK = "foreroute: counted"
@@ -143,7 +142,13 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def train(
-    layout: Layout, rank: int, ids: NDArray[np.uint8], tables: list[Table], vocab_size: int, *, counted: bool = True
+    layout: Layout,
+    rank: int,
+    ids: NDArray[np.uint8],
+    routers: Sequence[HashedRouter],
+    vocab_size: int,
+    *,
+    counted: bool = True,
 ) -> int:
     """Train train.steps steps as one rank of the run, in the present process group.
 
@@ -152,10 +157,10 @@ def train(
     """
     plans, held = PlanBytes(), TensorBytes()
     if not counted:
-        _train(layout, rank, ids, tables, vocab_size, plans, None)
+        _train(layout, rank, ids, routers, vocab_size, plans, None)
         return 0
     with held:
-        _train(layout, rank, ids, tables, vocab_size, plans, held)
+        _train(layout, rank, ids, routers, vocab_size, plans, held)
     return held.peak_bytes + plans.peak_bytes
 
 
@@ -163,7 +168,7 @@ def _train(
     layout: Layout,
     rank: int,
     ids: NDArray[np.uint8],
-    tables: list[Table],
+    routers: Sequence[HashedRouter],
     vocab_size: int,
     plans: PlanBytes,
     held: TensorBytes | None,
@@ -171,7 +176,7 @@ def _train(
     config, mesh = layout.config, Mesh(rank, layout.placement.world_size, layout.placement.expert_ranks)
     model = build_model(config, vocab_size)
     engine = adapter.start(model, config, mesh)
-    loader = _loader(layout, mesh, ids, tables, plans, model.input_keys)
+    loader = _loader(layout, mesh, ids, routers, plans, model.input_keys)
     world = World(mesh) if mesh.world == 1 else World(mesh, cpu_group=GlooGroup(dist.group.WORLD))  # type: ignore[arg-type]
     memory: list[Memory | None] = [None] * config.train.accumulation
     meter = StepMeter(engine.module, engine.device, engine.comm, world)
@@ -198,12 +203,13 @@ def _loader(
     layout: Layout,
     mesh: Mesh,
     ids: NDArray[np.uint8],
-    tables: list[Table],
+    routers: Sequence[HashedRouter],
     plans: PlanBytes,
     input_keys: Sequence[KeyRows],
 ) -> PlannedLoader:
     config = layout.config
-    batches = TrainingBatches(config, layout.read(ids), mesh, routers_of(tables, mesh), input_keys)
+    placed = [router.place(mesh) for router in routers]
+    batches = TrainingBatches(config, layout.read(ids), mesh, placed, input_keys)
     return PlannedLoader(
         _CountedBatches(batches, plans),
         steps=range(config.train.steps),

@@ -36,7 +36,7 @@ from foreroute.engine.parallel.collectives import all_reduce_sum
 from foreroute.engine.parallel.cpu_group import GlooGroup
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.plan import Routing
-from foreroute.engine.routing.routers import routers_of
+from foreroute.engine.routing.planned.hashed import HashedRouter
 from foreroute.engine.routing.tables import Table, build_tables, table_from_state, table_state
 
 SYMBOLS, STREAMS, SEGMENT, LAYERS, EXPERTS, K = 11, 4, 16, 2, 4, 2
@@ -167,7 +167,8 @@ class Run:
         return state
 
     def _route_by(self, tables: list[Table]) -> None:
-        self.tables, self.routers = tables, routers_of(tables, self.mesh)
+        self.tables = tables
+        self.routers = [router.place(self.mesh) for router in HashedRouter.of_tables(self.config.moe, tables)]
 
     def _streams_of(self, rank: int, micro: int) -> range:
         return self.streams.streams_of(rank, micro, world=self.mesh.world, accumulation=self.accumulation)

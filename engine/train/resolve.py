@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from foreroute.engine.config import Backend, Config, KernelsConfig, MoEConfig, Router
+from foreroute.engine.config import Backend, Config, KernelsConfig, MoEConfig
 from foreroute.engine.errors import require
 from foreroute.engine.parallel.world import World, together
 from foreroute.kernels import ExpertWeights, expert_rows, moe_ffn
@@ -37,7 +37,7 @@ def resolve(config: Config, world: World, earlier: KernelsConfig | None = None) 
             kernels = choose_backend(kernels, world.device, earlier)
             if kernels.masked_from_k is None:
                 first = config.moe.experts + 1
-                if config.moe.router is not Router.dense and kernels.backend is Backend.cpu:
+                if not config.moe.dense and kernels.backend is Backend.cpu:
                     first = measure_masked_from_k(config.moe, config.model.width, config.symbols_per_step)
                 kernels = replace(kernels, masked_from_k=first)
     backend, masked_from_k = world.cpu_group.broadcast([kernels.backend.value, kernels.masked_from_k])

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 
-from foreroute.engine.config import BalanceOver, Keys, ModelConfig, MoEConfig, Router
+from foreroute.engine.config import BalanceOver, Keys, ModelConfig, MoEConfig
 from foreroute.engine.model.transformer_xl import Memory
 from foreroute.engine.parallel.mesh import Mesh
+from foreroute.engine.routing.methods import live_method
 
 
 def not_in_rounding_alone(
@@ -22,7 +23,8 @@ def not_in_rounding_alone(
     then = manifest.get("ranks", 1), manifest.get("expert_ranks", 1), before
     if then == (mesh.world, mesh.ep_size, accumulation):
         return []
-    learned = moe.router is Router.learned and moe.balance_loss > 0
+    method = live_method(moe)
+    learned = method is not None and method.balances and moe.balance_loss > 0
     regrouped = before != accumulation or moe.balance_over is BalanceOver.micro
     found = {
         "dropout draws new numbers": drops_out(model),

@@ -32,15 +32,14 @@ from foreroute.engine.metrics.step_result import StepResult
 from foreroute.engine.metrics.stragglers import StragglerDetector
 from foreroute.engine.metrics.writer import Metrics
 from foreroute.engine.model.adaptive import clusters, target_shares
-from foreroute.engine.model.build import RunModel, build_model, fill_signatures, planned_routers, router_tables
+from foreroute.engine.model.build import RunModel, build_model, fill_signatures, restore_routers, router_states
 from foreroute.engine.model.flops import Arithmetic
 from foreroute.engine.model.transformer_xl import Memory
 from foreroute.engine.optim.deepspeed_engine import start
 from foreroute.engine.parallel.world import World
 from foreroute.engine.profiling.profiler import Profiler
 from foreroute.engine.routing.hashing import hash64
-from foreroute.engine.routing.routers import PlannedRouter
-from foreroute.engine.routing.tables import table_from_state, table_state
+from foreroute.engine.routing.planned_router import PlannedRouter
 from foreroute.engine.tracing import span
 from foreroute.engine.train.run_state import drops_out, join_memory, not_in_rounding_alone
 from foreroute.engine.train.step import Observer, StepsUnderWay, read, train_step
@@ -164,11 +163,8 @@ class Trainer:
         state = checkpoint.load(path, self.engine, cpu_group=cpu_group, streams=self._own_streams())
         self.step = state.step
         # tables belong to the model: take the saved ones
-        tables = [table_from_state(table) for table in state.tables]
         config = self.config
-        routers = planned_routers(
-            config.moe, tables, self.world.mesh, num_tables=config.num_tables, seed=config.train.seed
-        )
+        routers = restore_routers(config, state.tables, self.corpus.vocab.size, self.world.mesh)
         self.batches = replace(self.batches, routers=routers)
         self._restore_generators(state)
         if state.memory is not None:
@@ -193,7 +189,7 @@ class Trainer:
             device_rng=torch.cuda.get_rng_state(self.engine.device) if self._on_gpu else None,
             memory=join_memory(self.memory),
             stream_B=torch.tensor(self._own_streams()),
-            tables=[table_state(table) for table in router_tables(self.routers)],
+            tables=router_states(self.routers),
         )
         try:
             return checkpoint.save(

@@ -24,8 +24,8 @@ from foreroute.engine.config import Backend, Config, MoEConfig, Split, to_plain
 from foreroute.engine.config.option import option
 from foreroute.engine.data.corpus import PreparedCorpus, prepare
 from foreroute.engine.errors import require
-from foreroute.engine.model.build import run_tables
-from foreroute.engine.routing.tables import Table
+from foreroute.engine.model.build import build_routers
+from foreroute.engine.routing.planned_router import PlannedRouter
 from foreroute.launch.certify.counts_page import certificate_page, counts_verdict
 from foreroute.launch.certify.memory_section import memory_section, memory_verdict
 from foreroute.launch.certify.time_section import layout_verdict, time_figure, time_section
@@ -108,12 +108,13 @@ def run(args: CertifyArgs) -> int:
     _check_folder(folder)
     corpus = prepare(args.corpus, print)
     layout, ids = args.layout, corpus.split(Split.train)
-    tables = run_tables(layout.config, corpus)
+    layout.check()
+    routers = build_routers(layout.config, corpus) or []
     record = Record(layout, ids, layout.counted_steps(args.steps, args.sample))
     found = certify(
         layout,
         ids,
-        tables,
+        routers,
         document_starts=corpus.document_starts(Split.train),
         steps=args.steps,
         sample=args.sample,
@@ -123,7 +124,7 @@ def run(args: CertifyArgs) -> int:
     plain = {
         "options": to_plain(args),
         "corpus_sha256": corpus.sha256,
-        "tables_sha256": tables_sha256(tables),
+        "tables_sha256": tables_sha256(routers),
         **asdict(found),
         "memory": asdict(memory),
         "time_model": time and asdict(time),
@@ -166,11 +167,11 @@ def _time(args: CertifyArgs, corpus: PreparedCorpus) -> TimePart | None:
         return None
     layout = args.layout
 
-    def tables_of(moe: MoEConfig) -> Sequence[Table]:
-        return run_tables(replace(layout.config, moe=moe), corpus)
+    def routers_of(moe: MoEConfig) -> Sequence[PlannedRouter]:
+        return build_routers(replace(layout.config, moe=moe), corpus) or []
 
     ids, starts = corpus.split(Split.train), corpus.document_starts(Split.train)
-    forecaster = Forecaster(layout, args.cluster, ids, corpus.vocab.size, tables_of, starts)
+    forecaster = Forecaster(layout, args.cluster, ids, corpus.vocab.size, routers_of, starts)
     return time_part(forecaster, search=args.search)
 
 

@@ -84,7 +84,7 @@ def _of_run(trainer: Trainer) -> dict[str, Any]:
         "ranks": trainer.world.mesh.world,
         "expert_ranks": trainer.world.mesh.ep_size,
         "nodes": trainer.world.nodes,
-        "router": config.moe.router.name,
+        "router": config.moe.router,
         "corpus": {
             "name": config.corpus.name.name,
             "symbols": len(corpus.ids),

@@ -12,7 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from foreroute.engine.config import Config, CorpusConfig, Router, Split, to_plain
+from foreroute.engine.config import Config, CorpusConfig, Split, to_plain
 from foreroute.engine.errors import require
 from foreroute.launch.runs.folder import OF_MACHINE
 from foreroute.launch.start.arguments import quote
@@ -126,7 +126,7 @@ class Job:
     @property
     def analysed(self) -> bool:
         """Whether the run has experts that can be analysed."""
-        return self.tries is None and self.config.moe.router is not Router.dense
+        return self.tries is None and not self.config.moe.dense
 
 
 def read_preset(name: str) -> Preset:

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from foreroute.engine.config import Router
 from foreroute.engine.errors import UserError, require
 from foreroute.engine.metrics.names import JSONL, read_lines
 from foreroute.launch.runs.folder import ANALYSIS, FACTS, SUMMARY
@@ -63,9 +62,9 @@ def collect(job: Job, rate: float | None, folder: Path, wall_seconds: float | No
         "corpus": config.corpus.name.name,
         "tokens": config.corpus.tokens.name,
         "corpus_sha256": summary["corpus_sha256"],
-        "router": config.moe.router.name,
-        "experts": 0 if config.moe.router is Router.dense else config.moe.experts,
-        "k_max": None if config.moe.router is Router.dense else config.schedule.k_max,
+        "router": config.moe.router,
+        "experts": 0 if config.moe.dense else config.moe.experts,
+        "k_max": None if config.moe.dense else config.schedule.k_max,
         "parameters": summary["parameters"],
         "active_parameters": facts.get("active_parameters"),
         "code": facts.get("code"),

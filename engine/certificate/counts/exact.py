@@ -17,7 +17,7 @@ from foreroute.engine.certificate.counts.tally import Spread, Tally
 from foreroute.engine.certificate.counts.traffic import KINDS, hops, leaving
 from foreroute.engine.data.documents import NO_STARTS, Starts
 from foreroute.engine.data.tokens.vocab import Ids
-from foreroute.engine.routing.tables import Table
+from foreroute.engine.routing.planned_router import PlannedRouter
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class Certificate:
 def certify(
     layout: Layout,
     ids: Ids,
-    tables: Sequence[Table],
+    routers: Sequence[PlannedRouter],
     *,
     document_starts: Starts = NO_STARTS,
     steps: int | None = None,
@@ -99,7 +99,7 @@ def certify(
 
     Args:
         ids: the training split.
-        tables: of the run, one for each layer or one for all.
+        routers: of the run, one for each layer or one for all.
         document_starts: of the training split.
         steps: count the first so many; None for train.steps.
         sample: count every so manieth only; maxima and bounds then hold for those steps alone.
@@ -114,7 +114,7 @@ def certify(
     sums: dict[int, _Sums] = {}
     exchange: dict[int, str] = {}
     series = SeriesCollector()
-    for counts in replay(layout, ids, tables, chosen, document_starts):
+    for counts in replay(layout, ids, routers, chosen, document_starts):
         k, left = counts.k, bytes_left(layout, counts)
         if k not in sums:
             sums[k], exchange[k] = _Sums(), layout.exchange(k)

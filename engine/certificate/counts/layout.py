@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from foreroute.engine.certificate.counts.placement import Placement
-from foreroute.engine.config import Config, Keys, Precision, Router
+from foreroute.engine.config import Config, Keys, Precision
 from foreroute.engine.data.documents import NO_STARTS, Starts
 from foreroute.engine.data.streams import Streams
 from foreroute.engine.data.tokens.vocab import Ids
@@ -12,6 +12,7 @@ from foreroute.engine.errors import require
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.exchange_choice import gathers, wire_itemsize
 from foreroute.engine.routing.k_schedule import active_experts
+from foreroute.engine.routing.methods import planned_method
 
 
 class Trips(NamedTuple):
@@ -124,16 +125,15 @@ class Layout:
             UserError: experts or streams cannot be shared out evenly, or routes are not known before the run.
         """
         model, moe = self.config.model, self.config.moe
+        require(not moe.dense, "moe.router=dense: no experts and no rows that travel, so there is nothing to certify")
+        planned = planned_method(moe)
+        why = "routes are drawn at each forward pass and not replayed"
+        if planned is None:
+            why = "routes depend on hidden states, so rows and bytes are not known before the run"
         require(
-            moe.router is not Router.dense,
-            "moe.router=dense: no experts and no rows that travel, so there is nothing to certify",
+            planned is not None and planned.of_ids,
+            f"moe.router={moe.router}: {why}; only routers that follow from the ids, such as hashed, can be certified",
         )
-        why = ""
-        if moe.router in (Router.frozen, Router.learned):
-            why = "routes depend on hidden states, so rows and bytes are not known before the run; "
-        elif moe.router in (Router.fresh, Router.stochastic):
-            why = "routes are drawn at each forward pass and not replayed; "
-        require(moe.router is Router.hashed, f"moe.router={moe.router.name}: {why}only hashed can be certified")
         require(
             moe.keys is Keys.own,
             f"moe.keys={moe.keys.name}: routes are drawn at each forward pass and not replayed; only own can be"

@@ -1,7 +1,7 @@
 """Replays the routing of a run: the number of rows from rank to rank, for every step and layer.
 
-The ids come from the run's own streams (engine/data/streams.py), rows from its tables, k from its schedule. The ranks'
-plans (engine/routing/planner.py) are not built, only their counts. For each k a table row becomes fields of one byte,
+The ids come from the run's own streams (engine/data/streams.py), rows from its routers, k from its schedule. The ranks'
+plans (engine/routing/planner.py) are not built, only their counts. For each k a row's set becomes fields of one byte,
 eight to a 64-bit word: a 1 for each expert that the row uses, each rank that holds one of them, and each node that has
 such a rank. The sum of the words of at most 255 tokens then counts all fields at once. No field overflows into its
 neighbour.
@@ -14,9 +14,9 @@ a share, P ranks of an expert group, h nodes of an expert group, E experts, r ta
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,8 @@ from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.data.documents import NO_STARTS, Starts
 from foreroute.engine.data.streams import Streams
 from foreroute.engine.data.tokens.vocab import Ids
-from foreroute.engine.routing.tables import Table
+from foreroute.engine.routing.planned_router import GroupTokens, PlannedRouter
+from foreroute.engine.routing.row_sets import RowSets
 
 _RUN = 255  # tokens whose fields fit in a byte
 _THREADS = 2  # numpy lets go of the interpreter's lock in the long operations
@@ -77,14 +78,18 @@ class _Work(NamedTuple):
 
 
 def replay(
-    layout: Layout, ids: Ids, tables: Sequence[Table], steps: Sequence[int], document_starts: Starts = NO_STARTS
+    layout: Layout,
+    ids: Ids,
+    routers: Sequence[PlannedRouter],
+    steps: Sequence[int],
+    document_starts: Starts = NO_STARTS,
 ) -> Iterator[StepCounts]:
     """Count step after step; a step whose segments and k were counted before is not counted again (see
     StepCounts.steps).
 
     Args:
         ids: the training split.
-        tables: of the run, one for each layer or one for all.
+        routers: of the run, one for each layer or one for all.
         steps: 0-based steps of the run, ascending.
         document_starts: of the training split (PreparedCorpus.document_starts).
 
@@ -95,9 +100,8 @@ def replay(
     streams = layout.read(ids, document_starts)
     work = _distinct(layout, streams, steps)
     with ThreadPoolExecutor(_THREADS) as pool:
-        for k, same_k in groupby(work, key=lambda item: item.k):
-            words = [_pack(table, k, layout.placement) for table in tables]
-            counter = _Counter(layout, streams, tables, words)
+        for _, same_k in groupby(work, key=lambda item: item.k):
+            counter = _Counter(layout, streams, routers)
             yield from _in_order(pool, counter.count, same_k)
 
 
@@ -122,13 +126,14 @@ def _distinct(layout: Layout, streams: Streams, steps: Iterable[int]) -> list[_W
     return [_Work(np.array(same), k) for (_, k), same in found.items()]
 
 
-def _pack(table: Table, k: int, placement: Placement) -> NDArray[np.uint64]:
-    """Return the words [w, r] of a table at one k; fields are experts, then ranks, then nodes, then padding."""
-    order_rE = table.order_rE.numpy()
-    rows, experts = order_rE.shape
-    active_Er = np.zeros((experts, rows), np.uint8)
-    for expert_r in order_rE[:, :k].T:
-        active_Er[expert_r, np.arange(rows)] = 1
+def _pack(sets: RowSets, experts: int, columns: int, placement: Placement) -> NDArray[np.uint64]:
+    """Return the words [w, r] of row sets; fields are experts, then ranks, then nodes, then padding."""
+    rows = len(sets.order_rK)
+    used_rK = None if sets.used_rK is None else sets.used_rK.numpy()
+    active_er = np.zeros((columns, rows), np.uint8)
+    for choice, expert_r in enumerate(sets.order_rK.numpy().T):
+        active_er[expert_r, np.arange(rows)] |= True if used_rK is None else used_rK[:, choice]
+    active_Er = active_er[:experts]
     rank_Pr = active_Er.reshape(placement.expert_ranks, -1, rows).max(axis=1)
     node_hr = rank_Pr.reshape(placement.group_nodes, -1, rows).max(axis=1)
     field_fr = np.concatenate([active_Er, rank_Pr, node_hr])
@@ -136,7 +141,7 @@ def _pack(table: Table, k: int, placement: Placement) -> NDArray[np.uint64]:
     return np.ascontiguousarray(np.ascontiguousarray(field_fr.T).view(np.uint64).T)
 
 
-def _count_fields(word_wr: NDArray[np.uint64], row_sT: NDArray[np.int64]) -> Counts:
+def _count_fields(word_wr: NDArray[np.uint64], row_sT: NDArray[np.integer[Any]]) -> Counts:
     """Count the fields of every share's table rows [s, f].
 
     Example: one word, whose rows 0 and 1 have the fields 1 0 1 0 0 0 0 0 and 0 0 1 0 0 0 0 0; a share of rows [0, 1, 1]
@@ -154,21 +159,23 @@ class _Counter:
 
     layout: Layout
     streams: Streams
-    tables: Sequence[Table]
-    words: Sequence[NDArray[np.uint64]]  # of each table
+    routers: Sequence[PlannedRouter]
+    words: dict[int, tuple[RowSets, NDArray[np.uint64]]] = field(default_factory=dict)
+    """The last row sets of each router, and their words."""
 
     def count(self, work: _Work) -> StepCounts:
         """Count a step."""
         batch = self.streams.batch(int(work.steps[0]), range(self.streams.streams))
+        marks = None if batch.new_document_BX is None else batch.new_document_BX[None]
+        tokens = GroupTokens(batch.ids_BQ[None], batch.left_BC[None], marks)
         config, place = self.layout.config, self.layout.placement
         accumulation = config.train.accumulation
         # rank by rank, micro-batch by micro-batch, as Streams.streams_of
         shares = place.world_size * accumulation
         found = []
-        for table, word_wr in zip(self.tables, self.words, strict=True):
-            row_BQ = table.rows_of(batch.ids_BQ, batch.left_BC, batch.new_document_BX)
-            row_sT = row_BQ.numpy().reshape(shares, -1)
-            field_sf = _count_fields(word_wr, row_sT)
+        for number, router in enumerate(self.routers):
+            row_PT, sets = router.choose(tokens, work.k)
+            field_sf = _count_fields(self._words(number, sets), row_PT.reshape(shares, -1))
             found.append(field_sf.reshape(place.groups, place.expert_ranks, accumulation, -1))
         field_ymgPf = np.stack(found).transpose(0, 3, 1, 2, 4)
         layers = config.model.layers  # of one table, or each with its own
@@ -181,6 +188,14 @@ class _Counter:
             nodes_ymgPh=field_ymgPf[..., end : end + place.group_nodes],
             count_ymgE=field_ymgPf[..., :experts].sum(axis=3),
         )
+
+    def _words(self, number: int, sets: RowSets) -> NDArray[np.uint64]:
+        last, words = self.words.get(number, (None, None))
+        if words is None or last is not sets:
+            router = self.routers[number]
+            words = _pack(sets, router.experts, router.columns, self.layout.placement)
+            self.words[number] = sets, words
+        return words
 
 
 def _in_order(pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:

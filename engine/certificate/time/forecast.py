@@ -22,7 +22,8 @@ from foreroute.engine.data.tokens.vocab import Ids
 from foreroute.engine.errors import UserError
 from foreroute.engine.model.adaptive import clusters, target_shares
 from foreroute.engine.routing.k_schedule import active_experts
-from foreroute.engine.routing.tables import Table
+from foreroute.engine.routing.methods import planned_method
+from foreroute.engine.routing.planned_router import PlannedRouter
 
 SAMPLED = 2  # steps of each k
 MOST_RANKS = 1024  # to which scaling is modelled
@@ -105,7 +106,7 @@ class Forecaster:
         cluster: ClusterConfig,
         ids: Ids,
         vocab: int,
-        tables_of: Callable[[MoEConfig], Sequence[Table]],
+        routers_of: Callable[[MoEConfig], Sequence[PlannedRouter]],
         document_starts: Starts = NO_STARTS,
     ) -> None:
         """Take the run.
@@ -113,12 +114,12 @@ class Forecaster:
         Args:
             layout: the run on its own ranks.
             ids: the training split.
-            tables_of: builds the run's tables with other options.
+            routers_of: builds the run's routers with other options.
             document_starts: of the training split.
         """
         self.layout, self.cluster, self.ids, self.vocab = layout, cluster, ids, vocab
         self._shares = target_shares(ids, clusters(layout.config.model, vocab))
-        self._tables_of, self._document_starts = tables_of, document_starts
+        self._routers_of, self._document_starts = routers_of, document_starts
         self._counts: dict[object, list[StepCounts]] = {}
 
     def forecast(self, layout: Layout) -> Forecast:
@@ -179,6 +180,8 @@ class Forecaster:
 
     def _candidates(self) -> Iterator[Layout]:
         config, experts, world = self.layout.config, self.layout.config.moe.experts, self.layout.placement.world_size
+        method = planned_method(config.moe)
+        has_tables = method is not None and "builder" in method.uses and config.moe.columns == experts
         for ranks in range(1, min(world, experts) + 1):
             if world % ranks or experts % ranks:
                 continue
@@ -190,8 +193,12 @@ class Forecaster:
                 alone = replace(config.parallel, expert_ranks=1, chunks=1)
                 yield Layout(replace(config, parallel=alone), here)
                 continue
-            packed = replace(config.moe, builder=Builder.packed, pack=experts // ranks)
-            tables = [config.moe] if packed == config.moe else [config.moe, packed]
+            tables = [config.moe]
+            if (
+                has_tables
+                and (packed := replace(config.moe, builder=Builder.packed, pack=experts // ranks)) != config.moe
+            ):
+                tables.append(packed)
             kinds = ExchangeKind.tokens, ExchangeKind.gather, ExchangeKind.auto
             for moe, kind, chunks in product(tables, kinds, CHUNKS):
                 parallel = replace(config.parallel, expert_ranks=ranks, exchange=kind, chunks=chunks)
@@ -215,8 +222,8 @@ class Forecaster:
             moe = config.moe
             if moe != self.layout.config.moe:  # to see what travels, one table is as good as one for each layer
                 moe = replace(moe, share_table=True)
-            tables = self._tables_of(moe)
-            found = replay(Layout(one, group), self.ids, tables, steps, self._document_starts)
+            routers = self._routers_of(moe)
+            found = replay(Layout(one, group), self.ids, routers, steps, self._document_starts)
             self._counts[key] = list(found)
         return self._counts[key]
 

@@ -3,8 +3,10 @@
 A choice is a row and a thing that it uses, an expert of this rank or a rank. Choices lie one behind the other, row by
 row. Loops avoid branches that a processor cannot foresee: they write what may not count, and then move on by 0 or 1.
 
-Letters: P ranks of the expert group, T tokens of a rank, E experts, K active experts, R rows, c their choices, N = the
-rows of all things, as many; L things, r table rows.
+A row's set is the first count_r of its K columns; an empty count_r: all K. Columns from E on are no experts.
+
+Letters: P ranks of the expert group, T tokens of a rank, E experts, K columns of a row, R rows, c their choices, N =
+the rows of all things, as many; L things, J columns without experts, r table rows.
 """
 
 from typing import Any
@@ -17,11 +19,12 @@ from foreroute.engine.routing.loops import compiled
 Ints = NDArray[np.int64]
 Rows = NDArray[np.int32]
 Things = NDArray[np.int16]
+Counts = NDArray[np.int32]
 Weights = NDArray[np.float32]
 
 
 @compiled
-def table_choices(order_rK: NDArray[Any], weight_rK: Weights, first: int, last: int) -> Any:
+def table_choices(order_rK: NDArray[Any], count_r: Counts, weight_rK: Weights, first: int, last: int) -> Any:
     """List the active ones of the experts first .. last - 1 of each row, ascending and numbered from 0, with weights.
 
     Returns:
@@ -33,14 +36,14 @@ def table_choices(order_rK: NDArray[Any], weight_rK: Weights, first: int, last: 
     count, most = 0, 0
     for r in range(rows):
         before = count
-        for choice in range(k):
+        for choice in range(count_r[r] if count_r.size else k):
             count += first <= order_rK[r, choice] < last
         start_r[r + 1] = count
         most = max(most, count - before)
     expert_c, weight_c = np.zeros(count + most, np.int16), np.zeros(count + most, np.float32)
     choice_L = np.full(last - first, -1, np.int64)
     for r in range(rows):
-        for choice in range(k):
+        for choice in range(count_r[r] if count_r.size else k):
             if first <= order_rK[r, choice] < last:
                 choice_L[order_rK[r, choice] - first] = choice
         c = start_r[r]
@@ -78,8 +81,11 @@ def row_choices(row_R: Rows, start_r: NDArray[np.int32], expert_c: Things, weigh
 
 
 @compiled
-def rank_choices(order_rK: NDArray[Any], row_T: Rows, local: int, ranks: int) -> Any:
+def rank_choices(order_rK: NDArray[Any], count_r: Counts, row_T: Rows, rank_e: Ints, ranks: int) -> Any:
     """List the ranks that hold one of the active experts of each token's row, each rank once, in any order.
+
+    Args:
+        rank_e: the rank of each column; `ranks` for those that are no experts.
 
     Returns:
         token_c int64, thing_c int16, start_T int64.
@@ -87,13 +93,13 @@ def rank_choices(order_rK: NDArray[Any], row_T: Rows, local: int, ranks: int) ->
     k = order_rK.shape[1]
     token_c, thing_c = np.empty(row_T.size * k + 1, np.int64), np.empty(row_T.size * k + 1, np.int16)
     start_T = np.empty(row_T.size, np.int64)
-    rank_E = np.arange(ranks * local) // local
-    last_P = np.full(ranks, -1, np.int64)  # last token that uses the rank
+    last_P = np.full(ranks + 1, -1, np.int64)  # last token that uses the rank
     c = np.uint64(0)
     for t in range(row_T.size):
         start_T[t] = c
-        for choice in range(k):
-            rank = np.uint64(rank_E[np.uint64(order_rK[np.uint64(row_T[t]), choice])])
+        last_P[ranks] = t
+        for choice in range(count_r[np.uint64(row_T[t])] if count_r.size else k):
+            rank = np.uint64(rank_e[np.uint64(order_rK[np.uint64(row_T[t]), choice])])
             token_c[c], thing_c[c] = t, rank
             c += np.uint64(last_P[rank] != t)
             last_P[rank] = t
@@ -131,16 +137,32 @@ def received_tokens(row_PT: Rows, start: int, stop: int, used_r: NDArray[np.uint
 
 
 @compiled
-def count_experts(order_rK: NDArray[Any], experts: int, use_r: NDArray[np.int32]) -> Any:
-    """Count the tokens that use each expert, int64 [E], from the uses of each table row."""
+def count_columns(order_rK: NDArray[Any], count_r: Counts, columns: int, use_r: NDArray[np.int32]) -> Any:
+    """Count the tokens that use each column, int64 [E + J], from the uses of each table row."""
     rows, k = order_rK.shape
-    count_E = np.zeros(experts, np.int64)
+    count_e = np.zeros(columns, np.int64)
     for r in range(rows):
         use = use_r[r]
         if use:
-            for choice in range(k):
-                count_E[np.uint64(order_rK[r, choice])] += use
-    return count_E
+            for choice in range(count_r[r] if count_r.size else k):
+                count_e[np.uint64(order_rK[r, choice])] += use
+    return count_e
+
+
+@compiled
+def column_weights(
+    order_rK: NDArray[Any], count_r: Counts, weight_rK: Weights, row_T: Rows, first: int, columns: int
+) -> Any:
+    """Return the weight of each token's columns from `first` on, fp32 [T, J]; 0 where its row does not use one."""
+    k = order_rK.shape[1]
+    weight_TJ = np.zeros((row_T.size, columns - first), np.float32)
+    for t in range(row_T.size):
+        row = np.uint64(row_T[t])
+        for choice in range(count_r[row] if count_r.size else k):
+            column = np.int64(order_rK[row, choice]) - first
+            if column >= 0:
+                weight_TJ[t, column] = weight_rK[row, choice]
+    return weight_TJ
 
 
 @compiled

@@ -1,0 +1,65 @@
+"""Live weights of planned experts: a learned gate over the experts that a plan chose, from the rows that arrived.
+
+DeepSeek-V4's hash layers and the second stage of StableMoE (arXiv 2204.08396): which experts is planned, how much of
+each is learned. Each rank that has a row computes the gate of the row's whole set and keeps the weights of its own
+experts. The ranks' gradients add up to those of one process: that of the row in the exchange's own way back, that of
+the gate as any replicated parameter's. So nothing more travels than with fixed weights. All copies of a row must be
+rounded alike, which the exchange does (its own rows go through the same number format).
+
+    logits g = x W^T;  w_i = scale f(g_i) / sum over the set of f(g_j), or scale f(g_i)
+
+Letters: R received rows, D width, E experts, K experts listed of a row, N expert rows of this rank.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from foreroute.engine.config import Gate, MoEConfig
+from foreroute.engine.routing.live_router import gate_logits, gate_weight
+from foreroute.engine.routing.plan import SetRows
+
+_LOWEST = -80.0  # of a logit: below it softplus is 0 in fp32, and the gradient of its root not a number
+_EPSILON = 1e-20
+
+
+class LiveGate(nn.Module):
+    """The gate of one layer, replicated on all ranks."""
+
+    def __init__(self, width: int, moe: MoEConfig) -> None:
+        super().__init__()
+        self.kind, self.normalised, self.scale = moe.gate, moe.gate_normalised, moe.gate_scale
+        self.weight = nn.Parameter(gate_weight(width, moe.experts))
+
+    def forward(self, received_RD: Tensor, sets: SetRows) -> Tensor:
+        """Return the weight of each expert row of this rank, fp32 at least [N]."""
+        return self.weigh(received_RD, self.weight, sets)
+
+    def weigh(self, received_RD: Tensor, weight_ED: Tensor, sets: SetRows) -> Tensor:
+        """Do the same with weights that are given: without rows a gate still has a gradient, of zeros."""
+        logits_RK = gate_logits(received_RD, weight_ED).gather(1, sets.expert_RK)
+        weight_RK = self.scale * gate_weights(logits_RK, sets.used_RK, self.kind, normalised=self.normalised)
+        return weight_RK.reshape(-1).index_select(0, sets.place_N)
+
+
+def gate_weights(logits_RK: Tensor, used_RK: Tensor | None, kind: Gate, *, normalised: bool) -> Tensor:
+    """Return the weights of each row's set; 0 for what is not in it, and for a row without experts.
+
+    A softmax is always normalised.
+
+    A normalised weight of a single expert is the constant 1, and teaches the gate nothing.
+
+    Args:
+        used_RK: which of the experts are in the set; None: all.
+    """
+    used_RK = torch.ones_like(logits_RK, dtype=torch.bool) if used_RK is None else used_RK
+    if kind is Gate.softmax:
+        weight_RK = logits_RK.masked_fill(~used_RK, -torch.inf)
+        weight_RK = weight_RK.masked_fill(~used_RK.any(dim=1, keepdim=True), 0.0).softmax(dim=1)
+        return weight_RK.masked_fill(~used_RK, 0.0)
+    logits_RK = logits_RK.masked_fill(~used_RK, 0.0)
+    weight_RK = logits_RK.sigmoid() if kind is Gate.sigmoid else F.softplus(logits_RK.clamp(min=_LOWEST)).sqrt()
+    weight_RK = weight_RK.masked_fill(~used_RK, 0.0)
+    if normalised:
+        weight_RK = weight_RK / (weight_RK.sum(dim=1, keepdim=True) + _EPSILON)
+    return weight_RK

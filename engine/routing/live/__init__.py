@@ -1,0 +1,1 @@
+"""Live routers, a method in each file (engine/routing/live_router.py has their protocol)."""

@@ -1,0 +1,33 @@
+"""`moe.router=frozen`: SMoE-Dropout's router (Chen et al., ICLR 2023, arXiv 2303.01610), a random linear gate that is
+never trained. It costs no gradient and no balance loss; but its experts depend on hidden states, so counts are
+exchanged in every layer.
+"""
+
+import torch
+from torch import Tensor
+
+from foreroute.engine.config import MoEConfig
+from foreroute.engine.routing.live_router import LiveRoute, LiveRouter, gate_logits, gate_weight, top_k_route
+
+
+class FrozenRouter(LiveRouter):
+    """logits = x W^T + b with W ~ N(0, 0.02^2) and b = 0, top k, softmax over those k.
+
+    The gradient flows through the weights into x, not into W: the gate is held in buffers. It is part of the model's
+    state.
+    """
+
+    gate_weight: Tensor
+    gate_bias: Tensor
+
+    def __init__(self, width: int, moe: MoEConfig, layer: int = 0) -> None:
+        super().__init__(width, moe, layer)
+        self.register_buffer("gate_weight", gate_weight(width, moe.experts))
+        self.register_buffer("gate_bias", torch.zeros(moe.experts))
+
+    def forward(self, x_TD: Tensor, k: int, carried: Tensor | None = None) -> LiveRoute:
+        """Route hidden states [T, D] to k experts each."""
+        return top_k_route(gate_logits(x_TD, self.gate_weight, self.gate_bias), k)
+
+
+ROUTER = FrozenRouter

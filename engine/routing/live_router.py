@@ -1,0 +1,99 @@
+"""The protocol of live routers: choices that need hidden states, made inside the forward pass.
+
+A method is one file in engine/routing/live/, or a user's own class, `moe.router=package.module:Class`. It says, for
+each token, which experts with which weights. engine/routing/live_plan.py makes the same kind of plan of that which
+planned routers have from the loader.
+
+Letters: T tokens, D width, E experts, K experts listed of a token, J experts that need no row.
+"""
+
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from foreroute.engine.config import MoEConfig
+from foreroute.engine.routing.plan import Route
+
+GATE_STD = 0.02  # SMoE-Dropout's public code, whatever the model's own init_std
+
+
+class LiveRoute(NamedTuple):
+    """A live router's choice; tuples, in which ZeRO-3 finds a module's outputs."""
+
+    route: Route
+    logits_TE: Tensor  # fp32 (fp64 for fp64 x), connected to x (and to the gate, if learned): for losses
+    carried: Tensor | None = None  # [T, any]: for the router of the next expert layer
+    column_weight_TJ: Tensor | None = None  # of experts that need no row (engine/moe/zero_experts.py)
+
+
+class LiveRouter(nn.Module):
+    """A live router of one layer."""
+
+    uses: ClassVar[tuple[str, ...]] = ()
+    """Options of the section `moe` that it reads, besides those of all routers."""
+    balances: ClassVar[bool] = False
+    """Its loss needs the numbers of tokens that chose each expert, over all ranks if moe.balance_over=global."""
+
+    def __init__(self, width: int, moe: MoEConfig, layer: int) -> None:
+        """Make the router of expert layer number `layer`; `width` is that of the hidden states (D)."""
+        super().__init__()
+        self.experts = moe.experts
+
+    def forward(self, x_TD: Tensor, k: int, carried: Tensor | None = None) -> LiveRoute:
+        """Route hidden states to k experts each, on average.
+
+        Args:
+            carried: of the router of the expert layer before.
+        """
+        raise NotImplementedError
+
+    def loss(self, live: LiveRoute, count_E: Tensor) -> Tensor | None:
+        """Return the auxiliary loss of a pass, weighted, fp32 scalar.
+
+        Args:
+            count_E: int64, tokens that chose each expert; over all ranks where the router balances globally.
+        """
+        return None
+
+    def after_step(self, count_E: Tensor) -> None:
+        """Change the router's own state after an optimizer step.
+
+        Args:
+            count_E: int64, expert rows of each expert in the step, over all ranks and micro-batches.
+        """
+
+
+def gate_weight(width: int, experts: int) -> Tensor:
+    """Draw a gate's weights [E, D] from N(0, 0.02^2)."""
+    return torch.empty(experts, width).normal_(0.0, GATE_STD)
+
+
+def gate_logits(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:
+    """Return x W^T + b in fp32, also for a bf16 model and under autocast; in fp64 for fp64 x.
+
+    A module that was cast to bf16 holds the gate rounded to bf16; the product is of those rounded numbers, but exact to
+    fp32, so near-ties are not decided by bf16 sums. It is therefore a slightly different gate than the fp32 one.
+    """
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    with torch.autocast(x_TD.device.type, enabled=False):
+        return F.linear(x_TD.to(wide), weight_ED.to(wide), None if bias_E is None else bias_E.to(wide))
+
+
+def top_k_route(logits_TE: Tensor, k: int) -> LiveRoute:
+    """Take the k largest logits of each token, largest first; weights are the softmax over these k."""
+    top_TK, expert_TK = logits_TE.topk(k, dim=-1, sorted=True)
+    return LiveRoute(Route(expert_TK, top_TK.softmax(dim=-1)), logits_TE)
+
+
+def masked_route(chosen_TE: Tensor, weight_TE: Tensor, logits_TE: Tensor, rows: int | None = None) -> LiveRoute:
+    """Take any number of experts for each token, none too.
+
+    Args:
+        chosen_TE: bool.
+        weight_TE: what it has where not chosen does not matter.
+        rows: how many of them all tokens choose, where that is known by construction: the host then need not wait.
+    """
+    expert_TE = torch.arange(chosen_TE.shape[1], device=chosen_TE.device).expand(chosen_TE.shape)
+    return LiveRoute(Route(expert_TE, weight_TE, chosen_TE, rows), logits_TE)

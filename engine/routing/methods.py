@@ -1,0 +1,63 @@
+"""Routing methods by name: `moe.router=NAME` is the file of that name in engine/routing/planned/ or live/,
+`moe.router=package.module:Class` a class of the user's, and `dense` is none.
+"""
+
+from importlib import import_module
+from importlib.util import find_spec
+
+from foreroute.engine.config import MoEConfig
+from foreroute.engine.errors import UserError, require
+from foreroute.engine.routing.live_router import LiveRouter
+from foreroute.engine.routing.planned_router import PlannedRouter
+
+Method = type[PlannedRouter] | type[LiveRouter]
+
+_FOLDERS = tuple(f"{__package__}.{kind}" for kind in ("planned", "live"))
+
+
+def method_of(moe: MoEConfig) -> Method | None:
+    """Return the class of a configuration's routers; None for dense.
+
+    Raises:
+        UserError: a class of the user's cannot be imported or is no router.
+    """
+    if moe.dense:
+        return None
+    name = moe.router
+    if ":" not in name:
+        module = next(f"{folder}.{name}" for folder in _FOLDERS if find_spec(f"{folder}.{name}"))
+        built_in: Method = import_module(module).ROUTER
+        return built_in
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"moe.router={name}: cannot be imported ({error})") from error
+    is_router = isinstance(found, type) and issubclass(found, PlannedRouter | LiveRouter)
+    require(is_router, f"moe.router={name}: must be a class derived from PlannedRouter or LiveRouter")
+    router: Method = found
+    return router
+
+
+def planned_method(moe: MoEConfig) -> type[PlannedRouter] | None:
+    """Return the class of planned routers; None for live ones and dense."""
+    method = method_of(moe)
+    return method if method is not None and issubclass(method, PlannedRouter) else None
+
+
+def live_method(moe: MoEConfig) -> type[LiveRouter] | None:
+    """Return the class of live routers; None for planned ones and dense."""
+    method = method_of(moe)
+    return method if method is not None and issubclass(method, LiveRouter) else None
+
+
+def training_passes(moe: MoEConfig) -> int:
+    """Count the forward and backward passes that each training symbol goes through."""
+    planned = planned_method(moe)
+    return 1 if planned is None else planned.passes
+
+
+def option_uses(moe: MoEConfig) -> tuple[str, ...]:
+    """Return the options of the section `moe` that the run's routers read, besides those of all routers."""
+    method = method_of(moe)
+    return () if method is None else method.uses

@@ -1,0 +1,104 @@
+"""`moe.router=hashed`: the first k experts of the table row that the token's n-gram falls into.
+
+Hash Layers (Roller et al. 2021, arXiv 2106.04426) with k experts, n-grams and tables that are balanced for every k. For
+those who want expert parallelism without a router's cost: no gate, no balance loss, no counts exchange.
+
+Letters: P ranks of the expert group, T tokens of a rank.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from foreroute.engine.config import Keys, MoEConfig, RouteWeights
+from foreroute.engine.routing.planned_router import GroupTokens, PlannedRouter, RouterInputs
+from foreroute.engine.routing.row_sets import Choice, RowSets, Weigh, equal_weights, softmax_weights, unit_weights
+from foreroute.engine.routing.tables import Table, build_tables, table_from_state, table_state
+
+_WEIGH: dict[RouteWeights, Weigh | None] = {
+    RouteWeights.table: softmax_weights,
+    RouteWeights.uniform: equal_weights,
+    RouteWeights.sum: unit_weights,
+    RouteWeights.live: None,
+}
+
+
+class HashedRouter(PlannedRouter):
+    """The router of one table."""
+
+    uses = (
+        *("ngram", "rows", "builder", "pack", "spread", "share_table", "keys"),
+        *("weights", "gate", "gate_normalised", "gate_scale"),
+        *("constant_experts", "copy_experts", "null_experts"),
+    )
+
+    def __init__(
+        self, table: Table, *, weights: RouteWeights = RouteWeights.table, experts: int = 0, shuffled: bool = False
+    ) -> None:
+        """Take a table.
+
+        Args:
+            weights: `table` is `uniform` for a table without logits.
+            experts: the table's first so many columns; 0 for all.
+            shuffled: let each token have the row of another token of the group's micro-batch (moe.keys=shuffled). All
+                tables of a seed shuffle alike, so a token has the key of one other token in every layer.
+        """
+        columns = table.order_rE.shape[1]
+        super().__init__(experts or columns, columns=columns)
+        if weights is RouteWeights.table and table.logits_rE is None:
+            weights = RouteWeights.uniform
+        self.table, self.weights, self.shuffled = table, weights, shuffled
+
+    @classmethod
+    def build(cls, moe: MoEConfig, inputs: RouterInputs) -> Sequence[Self]:
+        """Build the tables, or read them from the cache."""
+        assert inputs.ids is not None, "tables are built from a text"
+        tables = build_tables(
+            moe,
+            inputs.vocab_size,
+            inputs.ids,
+            num_tables=inputs.number,
+            seed=inputs.seed,
+            cache_dir=inputs.cache_dir,
+            documents=inputs.documents,
+        )
+        return cls.of_tables(moe, tables)
+
+    @classmethod
+    def restore(cls, moe: MoEConfig, inputs: RouterInputs, states: Sequence[Mapping[str, Tensor]]) -> Sequence[Self]:
+        """Take the saved tables."""
+        return cls.of_tables(moe, [table_from_state(dict(state)) for state in states])
+
+    @classmethod
+    def of_tables(cls, moe: MoEConfig, tables: Sequence[Table]) -> list[Self]:
+        """Make a router of each table."""
+        shuffled = moe.keys is Keys.shuffled
+        return [cls(table, weights=moe.weights, experts=moe.experts, shuffled=shuffled) for table in tables]
+
+    def choose(self, tokens: GroupTokens, k: int) -> Choice:
+        """Look up each token's row."""
+        rows = self.table.key_rows
+        key_PT = tokens.shuffled_keys(rows) if self.shuffled else tokens.keys(rows)
+        return Choice(rows.narrow(key_PT), self.sets_at(k))
+
+    def row_sets(self, k: int) -> RowSets:
+        """Return the first k experts of each row."""
+        order_rE, logits_rE = self.table.order_rE, self.table.logits_rE
+        return RowSets(order_rE[:, :k], _WEIGH[self.weights], None if logits_rE is None else logits_rE[:, :k])
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the table."""
+        return table_state(self.table)
+
+    def identity(self, *, weights: bool = True) -> Sequence[NDArray[Any]]:
+        """Return the table."""
+        table = self.table
+        numbers = np.array([table.ngram, table.vocab_size, table.seed, table.index, self.shuffled])
+        logits = [] if table.logits_rE is None or not weights else [table.logits_rE.numpy()]
+        return [numbers, table.order_rE.numpy(), *logits]
+
+
+ROUTER = HashedRouter

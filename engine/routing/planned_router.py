@@ -1,0 +1,212 @@
+"""The protocol of planned routers: choices that are a function of what the loader knows before the batch arrives.
+
+A method is one file in engine/routing/planned/, or a user's own class, `moe.router=package.module:Class`
+(examples/routers/ has one). It says two things: which row each token of a micro-batch has, and which set of experts
+each row has at k (engine/routing/row_sets.py). The planner makes plans of that, and the layer, the exchange and the
+certificate follow the plans; none of them knows the method.
+
+Letters: P ranks of the expert group, T tokens of a rank (= B*Q, row-major), B streams, Q segment length, C ids left of
+a segment (at least ngram - 1), E experts.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from foreroute.engine.config import MoEConfig
+from foreroute.engine.parallel.mesh import Mesh
+from foreroute.engine.routing.hashing import hash64
+from foreroute.engine.routing.ngram_rows import KeyRows
+from foreroute.engine.routing.plan import Plan, Route
+from foreroute.engine.routing.planner import Lookups, Planner
+from foreroute.engine.routing.row_sets import Choice, RowSets
+
+_THREADED = 1 << 22  # tokens times routers: above, planning takes 20 ms and more
+_MOST_THREADS = 4
+_KEPT = 2  # values of k whose row sets are kept: training's and, at a change of k, the one before
+_SHUFFLE = 8  # first part of the hash: what the number is for; engine/routing/tables.py has 1 to 6
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """A forward pass and its tokens: with the seed all that a random choice may depend on, so every rank draws the
+    same."""
+
+    token_PT: NDArray[np.int64]
+    """Numbers of the expert group's tokens within the step: stream x Q + place in the segment."""
+    index: int  # of the step, or of the segment in an evaluation
+    held_out: bool = False  # not training: other choices, the same at every evaluation
+    number: int = 0  # of the pass over this micro-batch
+
+
+class GroupTokens:
+    """The tokens of an expert group's micro-batch, and what all routers of a run make of them once."""
+
+    def __init__(
+        self, ids_PBQ: Tensor, left_PBC: Tensor, new_document_PBX: Tensor | None = None, draw: Draw | None = None
+    ) -> None:
+        """Take the ids of the group.
+
+        Args:
+            ids_PBQ: int64, of every rank.
+            left_PBC: int64, the true ids left of each segment.
+            new_document_PBX: where in both documents begin (KeyRows.of).
+            draw: what random choices depend on; None: there must be none.
+        """
+        self.shape = ids_PBQ.shape[0], ids_PBQ[0].numel()
+        marks = None if new_document_PBX is None else new_document_PBX.flatten(0, 1)
+        self.draw = draw
+        self._ids = ids_PBQ.flatten(0, 1), left_PBC.flatten(0, 1), marks
+        self._keys: dict[tuple[int, ...], NDArray[np.integer[Any]]] = {}
+        self._places: dict[tuple[int, ...], NDArray[np.int64]] = {}
+
+    def keys(self, rows: KeyRows) -> NDArray[np.integer[Any]]:
+        """Return the key [P, T] of each token, int32 where all keys fit."""
+        kind = rows.ngram, rows.vocab_size
+        if kind not in self._keys:
+            dtype = np.int32 if rows.vocab_size**rows.ngram < 1 << 31 else np.int64
+            self._keys[kind] = rows.keys(*self._ids).reshape(self.shape).astype(dtype, copy=False)
+        return self._keys[kind]
+
+    def shuffled_keys(self, rows: KeyRows) -> NDArray[np.integer[Any]]:
+        """Return for each token the key of another one [P, T]."""
+        draw = self.needed_draw
+        numbers = rows.seed, draw.held_out, draw.index, draw.number
+        if numbers not in self._places:
+            self._places[numbers] = hash64(_SHUFFLE, *numbers, draw.token_PT).argsort(axis=None, kind="stable")
+        return self.keys(rows).take(self._places[numbers]).reshape(self.shape)
+
+    def at_pass(self, number: int) -> "GroupTokens":
+        """Return the same tokens for another pass over them."""
+        if self.draw is None or self.draw.number == number:
+            return self
+        other = GroupTokens.__new__(GroupTokens)
+        other.__dict__.update(self.__dict__, draw=replace(self.draw, number=number))
+        return other
+
+    @property
+    def needed_draw(self) -> Draw:
+        """The draw; ValueError without one."""
+        if self.draw is None:
+            raise ValueError("experts or keys that are drawn need a draw")
+        return self.draw
+
+
+@dataclass(frozen=True, slots=True)
+class RouterInputs:
+    """All that planned routers may be made from, besides their options."""
+
+    vocab_size: int
+    seed: int  # of what is drawn
+    number: int  # of routers: one for each expert layer, or one for all
+    ids: NDArray[np.integer[Any]] | None = None
+    """The training split as one stream; ids before its first count as 0. None: the routers' state is restored."""
+    documents: NDArray[np.int64] | None = None  # ascending, where in the stream documents begin; None: one document
+    cache_dir: Path | None = None  # folder of files that are safe to delete; None: no cache
+
+
+class PlannedRouter(ABC):
+    """A planned router of one layer, or of all layers."""
+
+    uses: ClassVar[tuple[str, ...]] = ()
+    """Options of the section `moe` that it reads, besides those of all routers."""
+    of_ids: ClassVar[bool] = True
+    """Its choice depends on the ids alone, so a certificate counts it, and a sentence has one."""
+    passes: ClassVar[int] = 1
+    """Forward passes over each training symbol."""
+
+    def __init__(self, experts: int, *, columns: int | None = None) -> None:
+        """Take the number of experts, and of columns with those without one."""
+        self.experts, self.columns = experts, columns or experts
+        self._planner = Planner(experts, columns=columns)
+        self._sets: dict[int, RowSets] = {}
+
+    @classmethod
+    @abstractmethod
+    def build(cls, moe: MoEConfig, inputs: RouterInputs) -> Sequence[Self]:
+        """Make the routers of a run.
+
+        Raises:
+            UserError: an option is out of range, or needs another.
+        """
+
+    @abstractmethod
+    def choose(self, tokens: GroupTokens, k: int) -> Choice:
+        """Choose the experts of each token, k of them on average. The same RowSets object is looked up only once."""
+
+    @abstractmethod
+    def identity(self, *, weights: bool = True) -> Sequence[NDArray[Any]]:
+        """Return all that choices depend on besides tokens and k; it is compared between ranks.
+
+        Args:
+            weights: with what the experts' weights alone depend on; a certificate leaves it out.
+        """
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what belongs to the model and is saved with it; empty if it follows from the options."""
+        return {}
+
+    @classmethod
+    def restore(cls, moe: MoEConfig, inputs: RouterInputs, states: Sequence[Mapping[str, Tensor]]) -> Sequence[Self]:
+        """Make the routers again from what `state` returned of each; `inputs` has no text."""
+        return cls.build(moe, inputs)
+
+    def place(self, mesh: Mesh) -> Self:
+        """Plan for this rank of its expert group from now on."""
+        self._planner = Planner(self.experts, columns=self.columns, rank=mesh.ep_rank, ranks=mesh.ep_size)
+        return self
+
+    def plan(self, tokens: GroupTokens, k: int, *, gather: bool = False, chunks: int = 1) -> Plan:
+        """Plan a micro-batch for this rank; arguments as for Planner.plan."""
+        return self._planner.plan(self.choose(tokens, k), k, gather=gather, chunks=chunks)
+
+    def route(self, tokens: GroupTokens, k: int) -> Route:
+        """Return the choice for each token of the group, rank by rank: what the plans of all ranks say together."""
+        row_PT, sets = self.choose(tokens, k)
+        sets = sets.of_rows(torch.from_numpy(np.ascontiguousarray(row_PT)).flatten())
+        return Route(sets.order_rK.long(), sets.weights(), sets.used_rK)
+
+    def sets_at(self, k: int) -> RowSets:
+        """Return row_sets(k), made once for each k in use."""
+        if k not in self._sets:
+            while len(self._sets) >= _KEPT:
+                self._sets.pop(next(iter(self._sets)), None)
+            self._sets[k] = self.row_sets(k)
+        return self._sets[k]
+
+    def lookups(self, k: int) -> Lookups:
+        """Return what is worked out once for a k; for routers whose rows are those of a table."""
+        return self._planner.lookups(self.sets_at(k))
+
+    def row_sets(self, k: int) -> RowSets:
+        """Return the sets of all rows; for routers whose rows are those of a table."""
+        raise NotImplementedError
+
+
+def plan_all(
+    routers: Sequence[PlannedRouter], tokens: GroupTokens, k: int, *, gather: bool = False, chunks: int = 1
+) -> tuple[Plan, ...]:
+    """Plan a micro-batch with each of the routers; arguments as for Planner.plan.
+
+    Several threads plan where there is enough to do: as many as PyTorch has, which launchers share out, up to
+    _MOST_THREADS.
+    """
+    size = tokens.shape[0] * tokens.shape[1] * len(routers)
+    threads = min(torch.get_num_threads(), _MOST_THREADS) if size >= _THREADED else 1
+
+    def plan(router: PlannedRouter) -> Plan:
+        return router.plan(tokens, k, gather=gather, chunks=chunks)
+
+    if threads == 1:
+        return tuple(map(plan, routers))
+    first = plan(routers[0])  # makes the keys
+    with ThreadPoolExecutor(threads) as pool:
+        return first, *pool.map(plan, routers[1:])
