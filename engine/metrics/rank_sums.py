@@ -69,6 +69,12 @@ class RankSum:
         """Whether the loss is finite, a bool scalar on the device."""
         return self.values[:2].sum().isfinite()
 
+    @property
+    def count_LE(self) -> Tensor:
+        """The rows of each layer's experts over all ranks, fp64 on the device."""
+        count_X = self.values[2 + math.prod(self.block_shape) :]
+        return count_X.view(self.counts_shape) / self.ep_size
+
     def split(self, values: Numbers) -> Totals:
         """Return the numbers, from `values` copied to the host."""
         (loss, auxiliary_loss), told, count_X = np.split(values, [2, 2 + math.prod(self.block_shape)])

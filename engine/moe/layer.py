@@ -44,6 +44,17 @@ class LayerOutput(NamedTuple):
     carried: Tensor | None  # of a live router, for that of the next expert layer
 
 
+def update_routers(model: nn.Module, count_LE: Tensor) -> None:
+    """Let live routers change their own state after an optimizer step.
+
+    Args:
+        count_LE: expert rows of each layer's experts in the step, over all ranks and micro-batches.
+    """
+    for module in model.modules():
+        if isinstance(module, MoELayer) and module.router is not None:
+            module.router.after_step(count_LE[module.layer])
+
+
 class MoELayer(nn.Module):
     """The expert layer of one block."""
 

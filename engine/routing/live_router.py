@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foreroute.engine.config import MoEConfig
+from foreroute.engine.routing.method_options import Card
 from foreroute.engine.routing.plan import Route
 
 GATE_STD = 0.02  # SMoE-Dropout's public code, whatever the model's own init_std
@@ -31,6 +32,7 @@ class LiveRoute(NamedTuple):
 class LiveRouter(nn.Module):
     """A live router of one layer."""
 
+    card: ClassVar[Card]
     uses: ClassVar[tuple[str, ...]] = ()
     """Options of the section `moe` that it reads, besides those of all routers."""
     balances: ClassVar[bool] = False
@@ -61,7 +63,7 @@ class LiveRouter(nn.Module):
         """Change the router's own state after an optimizer step.
 
         Args:
-            count_E: int64, expert rows of each expert in the step, over all ranks and micro-batches.
+            count_E: expert rows of each expert in the step, over all ranks and micro-batches, fp64 on the device.
         """
 
 

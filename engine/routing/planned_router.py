@@ -24,6 +24,7 @@ from torch import Tensor
 from foreroute.engine.config import MoEConfig
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.hashing import hash64
+from foreroute.engine.routing.method_options import Card
 from foreroute.engine.routing.ngram_rows import KeyRows
 from foreroute.engine.routing.plan import Plan, Route
 from foreroute.engine.routing.planner import Lookups, Planner
@@ -116,6 +117,7 @@ class RouterInputs:
 class PlannedRouter(ABC):
     """A planned router of one layer, or of all layers."""
 
+    card: ClassVar[Card]
     uses: ClassVar[tuple[str, ...]] = ()
     """Options of the section `moe` that it reads, besides those of all routers."""
     of_ids: ClassVar[bool] = True

@@ -19,6 +19,7 @@ from foreroute.engine.metrics.step_meter import StepMeter
 from foreroute.engine.metrics.step_result import LaunchedStep, StepResult
 from foreroute.engine.metrics.timers import StepTimer
 from foreroute.engine.model.transformer_xl import Memory, Output
+from foreroute.engine.moe.layer import update_routers
 from foreroute.engine.optim.adam import learning_rate
 from foreroute.engine.optim.deepspeed_engine import Engine
 
@@ -76,6 +77,7 @@ def train_step(
         total = meter.sum_over_ranks(outputs, stop_asked=stop_asked, save_asked=save_asked)
     with timer.phase("optimizer"):
         engine.step(unless=~total.is_finite)
+        update_routers(engine.module, total.count_LE)
     return LaunchedStep(total, engine.grad_norm, timer.end(), step=step, k=planned.routing.k, learning_rate=rate)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from foreroute.engine.config import MoEConfig
 from foreroute.engine.routing.live_router import LiveRoute, LiveRouter, gate_logits, gate_weight, top_k_route
+from foreroute.engine.routing.method_options import Card
 
 
 class FrozenRouter(LiveRouter):
@@ -17,6 +18,12 @@ class FrozenRouter(LiveRouter):
     state.
     """
 
+    card = Card(
+        "top k of a random linear gate that is never trained, softmax over those k",
+        "SMoE-Dropout, arXiv 2303.01610",
+        "the gate, one exchange of counts that the host waits for, and one of weights",
+        "SMoE-Dropout to the letter",
+    )
     gate_weight: Tensor
     gate_bias: Tensor
 

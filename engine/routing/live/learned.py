@@ -8,10 +8,18 @@ from torch import Tensor, nn
 from foreroute.engine.config import MoEConfig
 from foreroute.engine.routing.live_router import LiveRoute, LiveRouter, gate_logits, gate_weight, top_k_route
 from foreroute.engine.routing.losses import balance_loss, z_loss
+from foreroute.engine.routing.method_options import Card
 
 
 class LearnedRouter(LiveRouter):
     """The same gate as FrozenRouter's with trainable parameters."""
+
+    card = Card(
+        "top k of a trained linear gate, softmax over those k, with balance loss and z-loss",
+        "Switch Transformer, arXiv 2101.03961; ST-MoE, arXiv 2202.08906",
+        "as frozen, and the gate's gradient and losses",
+        "comparisons with what most models have",
+    )
 
     uses = ("balance_loss", "balance_over", "z_loss")
     balances = True

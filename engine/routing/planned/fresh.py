@@ -15,6 +15,7 @@ from torch import Tensor
 
 from foreroute.engine.config import MoEConfig
 from foreroute.engine.routing.hashing import hash64
+from foreroute.engine.routing.method_options import Card
 from foreroute.engine.routing.planned_router import Draw, GroupTokens, PlannedRouter, RouterInputs
 from foreroute.engine.routing.row_sets import Choice, RowSets, column_dtype, equal_weights
 
@@ -23,6 +24,13 @@ _DRAW = 7  # first part of the hash: what the number is for; engine/routing/tabl
 
 class FreshRouter(PlannedRouter):
     """Draws the order of the experts anew at each forward pass; the first k are active."""
+
+    card = Card(
+        "new random experts for each token at each forward pass, weights 1/k",
+        "SMoE-Dropout's public code (CustomRandomGate), arXiv 2303.01610",
+        "as hashed; no certificate",
+        "a control: what of a gain is the choice of experts",
+    )
 
     uses: ClassVar[tuple[str, ...]] = ("share_table",)
     of_ids = False

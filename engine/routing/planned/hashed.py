@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from foreroute.engine.config import Keys, MoEConfig, RouteWeights
+from foreroute.engine.routing.method_options import Card
 from foreroute.engine.routing.planned_router import GroupTokens, PlannedRouter, RouterInputs
 from foreroute.engine.routing.row_sets import Choice, RowSets, Weigh, equal_weights, softmax_weights, unit_weights
 from foreroute.engine.routing.tables import Table, build_tables, table_from_state, table_state
@@ -28,6 +29,13 @@ _WEIGH: dict[RouteWeights, Weigh | None] = {
 
 class HashedRouter(PlannedRouter):
     """The router of one table."""
+
+    card = Card(
+        "the first k experts of the table row that the token's n-gram falls into, weights fixed by the table",
+        "Hash Layers, arXiv 2106.04426, with k experts, n-grams and tables balanced at every k",
+        "nothing beside the experts and one exchange of rows each way",
+        "the default: the cheapest exact expert parallelism",
+    )
 
     uses = (
         *("ngram", "rows", "builder", "pack", "spread", "share_table", "keys"),
