@@ -10,6 +10,8 @@ each other before anything is timed. Ranks lie on this machine's loopback, or 2 
   collectives and, beforehand, from plans and routes; a difference ends the benchmark.
 * step: forward and backward of all layers. exchange: the step's collectives alone, one after the other. exposed: step
   less the same step without sending anything. All are times of the slowest rank, fastest of interleaved rounds.
+* live_ratio: our step over that of the same layers whose plan is made in the forward pass from the same choices: what
+  it is worth to know them ahead. Its bytes are without the counts.
 * hidden_fraction: of the smaller of exchange and computation, what 4 chunks hide at 200 Mbit/s.
 
 Simulated nodes need root and iproute2; without them their figures are null and a line says why. Most of the ten minutes
@@ -41,6 +43,7 @@ RANKS = 4
 SYSTEMS = {
     "ours": "foreroute",
     "parts": "foreroute, 4 chunks",
+    "live": "foreroute, planned in the step",
     "moe": "DeepSpeed MOELayer",
     "autoep": "DeepSpeed AutoEP",
 }
@@ -71,9 +74,11 @@ def show(setting: str, figures: Figures) -> None:
     for tables, by_system in figures.items():
         for system, found in by_system.items():
             sizes = [found["left"] / 1e6, found["crossed"] / 1e6]
-            step, compute, exchange = (found[f"{kind}_ms"] for kind in KINDS)
-            times = [step, exchange, step - compute, compute]
-            rows.append([SYSTEMS[system], tables, *(f"{x:.1f}" for x in sizes + times)])
+            times = [found["step_ms"]]
+            if system != "live":
+                step, compute, exchange = (found[f"{kind}_ms"] for kind in KINDS)
+                times += [exchange, step - compute, compute]
+            rows.append([SYSTEMS[system], tables, *(f"{x:.1f}" for x in sizes + times), *[""] * (4 - len(times))])
     print_table(header, rows)
     print(flush=True)
 
@@ -92,7 +97,7 @@ def show_eight_ranks(shape: Shape) -> None:
 
 def ratio(figures: Figures | None, tables: str, other: str, name: str) -> float | None:
     """Return one figure of ours over another system's."""
-    if figures is None:
+    if figures is None or other not in figures[tables]:
         return None
     return figures[tables]["ours"][name] / figures[tables][other][name]
 
@@ -108,6 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=positive, default=2)
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
+    parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS), help="beside ours")
     args = parse(parser)
     shape = QUICK if args.quick else PUBLISHED
     for tables in BUILDERS:
@@ -122,7 +128,9 @@ def main() -> None:
     figures: dict[str, Figures] = {}
     for setting, make in settings.items():
         with make as cluster:
-            systems = [name for name in SYSTEMS if name != "parts" or setting == "200mbit"]
+            systems = [name for name in SYSTEMS if name == "ours" or name in args.systems]
+            systems = [name for name in systems if name != "parts" or setting == "200mbit"]
+            systems = [name for name in systems if name != "live" or setting != "1gbit"]
             figures[setting] = run(cluster, systems, args)
         show(setting, figures[setting])
     show_eight_ranks(shape)
@@ -134,7 +142,8 @@ def main() -> None:
             name: ratio(figures.get(name), "spread", "moe", "step_ms") for name in ("loopback", "1gbit", "200mbit")
         }
         | {"200mbit_packed": ratio(figures.get("200mbit"), "packed", "moe", "step_ms")},
-        "hidden_fraction": hidden(slow["spread"]["parts"]) if slow else None,
+        "live_ratio": {name: ratio(figures.get(name), "spread", "live", "step_ms") for name in ("loopback", "200mbit")},
+        "hidden_fraction": hidden(slow["spread"]["parts"]) if slow and "parts" in slow["spread"] else None,
         "planned_equals_measured": True,  # exchange_rank ends with an error otherwise
     }
     print_result(result)

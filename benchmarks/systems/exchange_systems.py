@@ -1,7 +1,9 @@
-"""The same layers with the same routing in three systems, for benchmarks/bench_exchange.py.
+"""The same layers with the same routing in several systems, for benchmarks/bench_exchange.py.
 
     ours     engine/moe/layer.py with the exchange `tokens`: each row once to each rank, one row back
     parts    the same in 4 parts: while experts compute one, the rows of others travel
+    live     the same, but the plan is made in the forward pass, as of a router that reads hidden states: an exchange of
+             counts that the host waits for, and one of the rows' weights
     moe      DeepSpeed 0.19.8's MOELayer (deepspeed/moe/sharded_moe.py) without drops
     autoep   DeepSpeed 0.19.8's AutoEPMoELayer (deepspeed/module_inject/auto_ep_layer.py)
 
@@ -29,9 +31,10 @@ from benchmarks.harness import GradCase
 from benchmarks.systems.exchange_problem import Problem
 from benchmarks.systems.peers import ExpertModule, separate
 from foreroute.engine.config import KernelsConfig, MoEConfig, ParallelConfig
-from foreroute.engine.moe.exchange import build_exchange
+from foreroute.engine.moe.exchange import Exchange, build_exchange
 from foreroute.engine.moe.layer import LayerOutput, MoELayer
 from foreroute.engine.parallel.collectives import ExpertGroupComm
+from foreroute.engine.routing.live_plan import build_live_plan
 from foreroute.engine.routing.plan import Plan, Route, Routing
 from foreroute.kernels import ExpertWeights
 
@@ -53,7 +56,9 @@ def systems(problem: Problem, rank: int, names: Sequence[str]) -> dict[str, Grad
     found = {}
     for name in names:
         layers: list[Any]
-        if name in PARTS:
+        if name == "live":
+            layers = [_Live(problem, *pair) for pair in zip(weights, routes, strict=True)]
+        elif name in PARTS:
             plans = problem.plans(rank, PARTS[name])
             layers = [_Ours(problem, *pair) for pair in zip(weights, plans, strict=True)]
         else:
@@ -98,6 +103,20 @@ class _Ours:
 
     def modules_of_experts(self) -> list[nn.Module]:
         return [self.layer.experts]
+
+
+class _Live(_Ours):
+    """Our layer, whose plan is made of a route in each forward pass; choosing costs nothing."""
+
+    def __init__(self, problem: Problem, weights: ExpertWeights, route: Route) -> None:
+        super().__init__(problem, weights, problem.plans(dist.get_rank())[0])
+        self.route, self.experts = route, problem.shape.experts
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        assert isinstance(self.layer.exchange, Exchange)
+        plan = build_live_plan(self.route, self.experts, self.layer.exchange.comm)
+        output: LayerOutput = self.layer(x_TD, Routing(self.routing.k, (plan,)))
+        return output.y_TD
 
 
 class _MoE(DeepSpeedLayer):  # type: ignore[misc]
