@@ -178,11 +178,11 @@ class PlannedRouter(ABC):
 
     def sets_at(self, k: int) -> RowSets:
         """Return row_sets(k), made once for each k in use."""
-        if k not in self._sets:
-            while len(self._sets) >= _KEPT:
-                self._sets.pop(next(iter(self._sets)), None)
-            self._sets[k] = self.row_sets(k)
-        return self._sets[k]
+        kept = self._sets  # replaced as a whole: several threads plan
+        if k not in kept:
+            last = list(kept.items())[1 - _KEPT :]
+            kept = self._sets = {**dict(last), k: self.row_sets(k)}
+        return kept[k]
 
     def lookups(self, k: int) -> Lookups:
         """Return what is worked out once for a k; for routers whose rows are those of a table."""
