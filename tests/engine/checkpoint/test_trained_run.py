@@ -8,7 +8,7 @@ import torch
 
 from foreroute.engine.checkpoint import save_load as checkpoint
 from foreroute.engine.checkpoint.trained_run import open_saved
-from foreroute.engine.config import Corpus, CorpusConfig, KernelsConfig, Router, Split, Tokens
+from foreroute.engine.config import Corpus, CorpusConfig, KernelsConfig, Split, Tokens
 from foreroute.engine.config.enums import Backend, MatmulPrecision, Precision, SavedForBackward
 from foreroute.engine.data.corpus import prepare
 from foreroute.engine.errors import UserError
@@ -72,7 +72,7 @@ def test_weights_are_of_the_number_format_of_training(tmp_path):
     for name, parameter in found.model.named_parameters():
         assert torch.equal(parameter, model.get_parameter(name).bfloat16()), name
     assert {buffer.dtype for buffer in found.model.buffers() if buffer.is_floating_point()} <= {torch.float32}
-    live = replace(config, moe=replace(config.moe, router=Router.frozen))
+    live = replace(config, moe=replace(config.moe, router="frozen"))
     with pytest.raises(UserError, match="does not fit this model"):
         open_saved(tmp_path, live, print)
 

@@ -12,7 +12,7 @@ from foreroute.engine.config import MoEConfig
 from foreroute.engine.data.loader import PlannedLoader
 from foreroute.engine.data.planned_batches import group_batch, plan_batch
 from foreroute.engine.data.streams import Batch
-from foreroute.engine.routing.routers import HashedRouter
+from foreroute.engine.routing.planned.hashed import HashedRouter
 from foreroute.engine.routing.tables import build_tables
 
 EXPERTS = 4

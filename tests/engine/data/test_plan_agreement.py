@@ -16,9 +16,9 @@ from foreroute.engine.data.streams import Streams
 from foreroute.engine.errors import RunFailed
 from foreroute.engine.parallel.cpu_group import CpuGroup
 from foreroute.engine.parallel.mesh import Mesh
-from foreroute.engine.routing.routers import HashedRouter
 from foreroute.engine.routing.tables import build_tables
 from foreroute.engine.testing.ranks import run_threads
+from foreroute.engine.testing.routers import hashed, hashed_of, route_of
 
 RANKS, GROUP, STREAMS, SEGMENT, SYMBOLS = 4, 2, 8, 6, 9
 TEXT = np.random.default_rng(0).integers(0, SYMBOLS, 900).astype(np.uint8)
@@ -27,7 +27,7 @@ TEXT = np.random.default_rng(0).integers(0, SYMBOLS, 900).astype(np.uint8)
 def routers(mesh, seed=1):
     moe = MoEConfig(experts=4, ngram=2, rows=32)
     tables = build_tables(moe, SYMBOLS, TEXT, num_tables=2, seed=seed, cache_dir=None)
-    return [HashedRouter(t, rank=mesh.ep_rank, ranks=mesh.ep_size) for t in tables]
+    return hashed_of(tables, mesh)
 
 
 def start(host, group_host=None, *, text=TEXT, starts=NO_STARTS, k=lambda step: 2, seed=1, steps=range(9), spoil=None):
@@ -79,14 +79,14 @@ def test_two_ranks_with_512_experts():
         mesh = Mesh(host.rank, 2, 2)
         moe = MoEConfig(experts=512, ngram=2, rows=32)
         (table,) = build_tables(moe, SYMBOLS, TEXT, num_tables=1, seed=1, cache_dir=None)
-        router = HashedRouter(table, rank=host.rank, ranks=2)
+        router = hashed(table, rank=host.rank, ranks=2)
         streams = Streams(TEXT, STREAMS, SEGMENT, 1)
         own = streams.batch(0, streams.streams_of(host.rank, 0, world=2, accumulation=1))
         group = share_ids(group_batch([own]), host)
         planned = plan_batch(group, 3, [router])
         Agreement(host, mesh, [router]).check(0, 0, 3, group, planned.routing.plans)
         (found,) = planned.routing.plans
-        return found, torch.bincount(router.route(own.ids_BQ, own.left_BC, 3).expert_TK.flatten(), minlength=512)
+        return found, torch.bincount(route_of(router, own.ids_BQ, own.left_BC, 3).expert_TK.flatten(), minlength=512)
 
     (one, own), (other, others) = run_threads(plan, 2)
     assert one.send_splits[1] == other.recv_splits[0] and other.send_splits[0] == one.recv_splits[1]

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from foreroute.engine.config import Activation, Config, KernelsConfig, MoEConfig, Router, Split, Tokens
+from foreroute.engine.config import Activation, Config, KernelsConfig, MoEConfig, Split, Tokens
 from foreroute.engine.data.corpus import PreparedCorpus
 from foreroute.engine.data.tokens.byte_values import ByteVocab
 from foreroute.engine.evaluation import expert_analysis as analysis
 from foreroute.engine.model.build import RunModel, build_model
 from foreroute.engine.moe.experts import Experts
 from foreroute.engine.parallel.mesh import Mesh
-from foreroute.engine.routing.routers import routers_of
 from foreroute.engine.routing.tables import build_tables
+from foreroute.engine.testing.routers import hashed_of
 from foreroute.engine.testing.tiny_run import EXPERTS, LAYERS, SEGMENT, SYMBOLS, tiny_config
 
 WIDTH, COUNT, TOKENS = 6, 4, 9
@@ -133,10 +133,10 @@ def whole_config(router) -> Config:
 
 def test_a_hashed_model_is_seen_as_its_tables_say(corpus):
     """The routes that are observed are those of the table, token by token and in the order of the text."""
-    config, k = whole_config(Router.hashed), 2
+    config, k = whole_config("hashed"), 2
     train = corpus.split(Split.train)
     tables = build_tables(config.moe, SYMBOLS, train, num_tables=LAYERS, seed=1, cache_dir=None)
-    routers = routers_of(tables, Mesh())
+    routers = hashed_of(tables, Mesh())
     layers = analysis.observe(RunModel(config, corpus, build_model(config, SYMBOLS), routers), k=k, symbols=50)
     symbols = 50 // SEGMENT * SEGMENT
     inputs = corpus.ids[1099 : 1099 + symbols]  # each symbol's input is the one before it
@@ -154,7 +154,7 @@ def test_a_hashed_model_is_seen_as_its_tables_say(corpus):
 
 
 def test_a_live_router_is_seen_as_it_chooses(corpus):
-    config, k = whole_config(Router.frozen), 2
+    config, k = whole_config("frozen"), 2
     model = build_model(config, SYMBOLS)
     layers = analysis.observe(RunModel(config, corpus, model, None), k=k, symbols=64)
     for block, layer in zip(model.blocks, layers, strict=True):
@@ -172,5 +172,5 @@ def test_a_live_router_is_seen_as_it_chooses(corpus):
 
 
 def test_a_dense_model_shows_no_experts(corpus):
-    config = whole_config(Router.dense)
+    config = whole_config("dense")
     assert analysis.observe(RunModel(config, corpus, build_model(config, SYMBOLS), None), k=1, symbols=64) == []

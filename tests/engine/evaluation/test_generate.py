@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from foreroute.engine.config import Config, DataConfig, EvalConfig, KernelsConfig, ModelConfig, MoEConfig, Router
+from foreroute.engine.config import Config, DataConfig, EvalConfig, KernelsConfig, ModelConfig, MoEConfig
 from foreroute.engine.config.enums import Keys
 from foreroute.engine.errors import UserError
 from foreroute.engine.evaluation.generate import Sampling, generate, sample
@@ -12,8 +12,8 @@ from foreroute.engine.model.build import RunModel
 from foreroute.engine.model.transformer_xl import TransformerXL
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.plan import Routing
-from foreroute.engine.routing.routers import routers_of
 from foreroute.engine.routing.tables import build_tables
+from foreroute.engine.testing.routers import hashed_of
 
 
 def draws(logits, temperature, top_p, count=2000):
@@ -49,7 +49,7 @@ def test_symbol_by_symbol_equals_a_whole_segment(options):
     config = Config(
         data=DataConfig(streams=1, segment=12),
         model=ModelConfig(layers=1, width=16, heads=2, head_width=8, dropout=0.0, init_std=0.5, **options),
-        moe=MoEConfig(router=Router.frozen, experts=4, expert_width=8),
+        moe=MoEConfig(router="frozen", experts=4, expert_width=8),
         eval=EvalConfig(k=[2]),
         kernels=KernelsConfig(masked_from_k=5),
     )
@@ -79,7 +79,7 @@ def test_a_document_that_ended_is_not_seen_any_more(reset):
     )
     model = TransformerXL(config.model, moe, config.kernels, 20).eval()
     table = build_tables(moe, 20, np.arange(20), num_tables=1, seed=1, cache_dir=None)
-    run, found = RunModel(config, None, model, routers_of(table, Mesh())), []
+    run, found = RunModel(config, None, model, hashed_of(table, Mesh())), []
     for prompt in ([3, 1, 4], [9, 2, 6, 5, 7, 3, 1, 4], [7, 7, 3, 1, 4]):
         greedy = Sampling(0, 1.0, torch.Generator())
         found.append(list(generate(run, prompt, k=2, length=9, sampling=greedy, document_ends=[7])))

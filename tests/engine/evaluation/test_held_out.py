@@ -17,7 +17,6 @@ from foreroute.engine.config import (
     KernelsConfig,
     ModelConfig,
     MoEConfig,
-    Router,
     ScheduleConfig,
     Split,
 )
@@ -43,7 +42,7 @@ def make(*, memory=100, streams=1, segment=6):
     config = Config(
         data=DataConfig(streams=1, segment=segment),
         model=ModelConfig(2, 16, heads=2, head_width=8, memory=memory, dropout=0.0, init_std=0.4),
-        moe=MoEConfig(router=Router.frozen, experts=4, expert_width=8),
+        moe=MoEConfig(router="frozen", experts=4, expert_width=8),
         schedule=ScheduleConfig(k_max=2),
         eval=EvalConfig(k=[2], streams=streams),
         kernels=KernelsConfig(masked_from_k=5),

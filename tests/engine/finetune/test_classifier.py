@@ -6,20 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from foreroute.engine.config import KernelsConfig, Router
+from foreroute.engine.config import KernelsConfig
 from foreroute.engine.finetune.classifier import Classifier, predict
 from foreroute.engine.finetune.sentences import Sentence, pad
-from foreroute.engine.model.build import RunModel, build_model, planned_routers
-from foreroute.engine.parallel.mesh import Mesh
+from foreroute.engine.model.build import RunModel, build_model, restore_routers
 from foreroute.engine.routing.plan import Routing
-from foreroute.engine.routing.routers import HashedRouter
+from foreroute.engine.routing.planned.hashed import HashedRouter
 from foreroute.engine.routing.tables import build_tables
 from foreroute.engine.testing.tiny_run import EXPERTS, LAYERS, SYMBOLS, K, tiny_config
 
-ROUTERS = [Router.hashed, Router.frozen, Router.learned, Router.dense]
+ROUTERS = ["hashed", "frozen", "learned", "dense"]
 
 
-def build(router: Router, *, dropout: float = 0.0, pre_norm: bool = True) -> Classifier:
+def build(router: str, *, dropout: float = 0.0, pre_norm: bool = True) -> Classifier:
     config = tiny_config()
     config = replace(
         config,
@@ -28,7 +27,7 @@ def build(router: Router, *, dropout: float = 0.0, pre_norm: bool = True) -> Cla
         kernels=KernelsConfig(masked_from_k=EXPERTS),
     )
     routers = None
-    if router is Router.hashed:
+    if router == "hashed":
         text = np.random.default_rng(0).integers(0, SYMBOLS, 500).astype(np.uint8)
         tables = build_tables(config.moe, SYMBOLS, text, num_tables=LAYERS, seed=1, cache_dir=None)
         routers = [HashedRouter(table) for table in tables]
@@ -73,8 +72,8 @@ def test_negative_control_a_real_id_more_changes_the_logits(router):
 def test_a_router_that_draws_does_so_anew_for_each_batch_and_alike_in_every_call():
     """All sentences of a batch meet the same experts; of 200 equal ones, in two batches, two kinds of logits come
     out."""
-    config = replace(tiny_config(), moe=replace(tiny_config().moe, router=Router.stochastic))
-    routers = planned_routers(config.moe, [], Mesh(), num_tables=config.num_tables, seed=config.train.seed)
+    config = replace(tiny_config(), moe=replace(tiny_config().moe, router="stochastic"))
+    routers = restore_routers(config, [], SYMBOLS)
     classifier = Classifier(RunModel(config, None, build_model(config, SYMBOLS), routers))
     same = sentences(7) * 200
     first, again = predict(classifier, same, 1), predict(classifier, same, 1)
@@ -96,7 +95,7 @@ def test_the_order_of_sentences_does_not_matter(router):
 
 def test_negative_control_memory_would_matter():
     """The same model with the published code's memory depends on the batch before."""
-    classifier = build(Router.frozen).eval()
+    classifier = build("frozen").eval()
     first, second, other = (pad(sentences(7, 7, seed=seed)).ids_BQ for seed in range(3))
     found = []
     with torch.no_grad():
@@ -109,7 +108,7 @@ def test_negative_control_memory_would_matter():
 @pytest.mark.parametrize("pre_norm", [True, False])
 def test_the_head_reads_the_last_hidden_state(pre_norm):
     """Equal to the head's layers by hand on the hidden state that the language model's own logits come from."""
-    classifier = build(Router.frozen, pre_norm=pre_norm).eval()
+    classifier = build("frozen", pre_norm=pre_norm).eval()
     (sentence,) = sentences(9)
     weights = dict(classifier.named_parameters())
     with torch.no_grad():
@@ -122,7 +121,7 @@ def test_the_head_reads_the_last_hidden_state(pre_norm):
 
 def test_a_hashed_sentence_is_routed_by_its_own_ids():
     """The plan of a batch holds what the bare table says of each sentence, with id 0 left of it."""
-    classifier = build(Router.hashed).eval()
+    classifier = build("hashed").eval()
     (sentence,) = sentences(9)
     seen = []
     classifier.model.blocks[1].moe.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1].plan_of(1)))
@@ -139,7 +138,7 @@ def test_a_hashed_sentence_is_routed_by_its_own_ids():
 
 
 def test_dropout_is_on_in_training_only():
-    classifier = build(Router.hashed, dropout=0.3)
+    classifier = build("hashed", dropout=0.3)
     batch = pad(sentences(9, 9))
     classifier.train()
     assert not torch.equal(classifier(batch, K, 1), classifier(batch, K, 2))
@@ -149,7 +148,7 @@ def test_dropout_is_on_in_training_only():
 
 
 def test_distances_beyond_pretraining_count_as_its_longest():
-    classifier = build(Router.dense).eval()
+    classifier = build("dense").eval()
     assert classifier.clamp_len == 16 + 16 - 1  # of the segment and the memory
     short, long = sentences(31), sentences(60)
     before = [alone(classifier, s) for (s,) in (short, long)]

@@ -7,13 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from foreroute.engine.config import KernelsConfig, Router
+from foreroute.engine.config import KernelsConfig
 from foreroute.engine.errors import RunFailed
 from foreroute.engine.finetune.classifier import Classifier, predict
 from foreroute.engine.finetune.loop import Recipe, accuracy, finetune
 from foreroute.engine.finetune.sentences import Sentence
 from foreroute.engine.model.build import RunModel, build_model
-from foreroute.engine.routing.routers import HashedRouter
+from foreroute.engine.routing.planned.hashed import HashedRouter
 from foreroute.engine.routing.tables import build_tables
 from foreroute.engine.testing.tiny_run import EXPERTS, LAYERS, SYMBOLS, K, tiny_config
 
@@ -34,11 +34,11 @@ class Quiet:
         self.points.append((step, point))
 
 
-def build(router: Router, seed: int = 1) -> Classifier:
+def build(router: str, seed: int = 1) -> Classifier:
     config = tiny_config(dropout=0.1, seed=seed)
     config = replace(config, moe=replace(config.moe, router=router), kernels=KernelsConfig(masked_from_k=EXPERTS))
     routers = None
-    if router is Router.hashed:
+    if router == "hashed":
         tables = build_tables(
             config.moe, SYMBOLS, np.arange(500, dtype=np.uint8) % SYMBOLS, num_tables=LAYERS, seed=1, cache_dir=None
         )
@@ -58,7 +58,7 @@ def task(count: int, seed: int) -> list[Sentence]:
     return found
 
 
-@pytest.mark.parametrize("router", [Router.hashed, Router.frozen, Router.learned, Router.dense])
+@pytest.mark.parametrize("router", ["hashed", "frozen", "learned", "dense"])
 def test_learns_a_simple_task(router):
     classifier, unseen = build(router), task(300, seed=3)
     before = accuracy(predict(classifier, unseen, K), unseen)
@@ -72,7 +72,7 @@ def test_learns_a_simple_task(router):
 
 def test_the_best_point_is_kept():
     """A rate that ruins the model comes second and in vain; the kept weights are those of the chosen point."""
-    classifier, quiet, held_out = build(Router.hashed), Quiet(), task(100, seed=2)
+    classifier, quiet, held_out = build("hashed"), Quiet(), task(100, seed=2)
     recipe = replace(RECIPE, steps=40, lr=(0.01, 30.0))
     found = finetune(classifier, task(400, seed=1), held_out, recipe, quiet)
     assert [(point.lr, point.step) for point in found.curve] == [
@@ -95,7 +95,7 @@ def test_every_rate_starts_from_the_same_weights():
     curves = []
     for rates in ((0.003,), (0.01, 0.003)):
         recipe = replace(RECIPE, lr=rates, steps=25)
-        found = finetune(build(Router.hashed), task(300, seed=1), task(50, seed=2), recipe, Quiet())
+        found = finetune(build("hashed"), task(300, seed=1), task(50, seed=2), recipe, Quiet())
         curves.append([point for point in found.curve if point.lr == 0.003])
     assert curves[0] == curves[1] and [point.step for point in curves[0]] == [10, 20, 25]
 
@@ -103,7 +103,7 @@ def test_every_rate_starts_from_the_same_weights():
 def test_the_same_seed_gives_the_same_weights():
     kept = []
     for seed in (1, 1, 2):
-        classifier = build(Router.hashed)
+        classifier = build("hashed")
         finetune(classifier, task(300, seed=1), task(50, seed=2), replace(RECIPE, seed=seed), Quiet())
         kept.append(classifier.state_dict())
     assert all(torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
@@ -112,7 +112,7 @@ def test_the_same_seed_gives_the_same_weights():
 
 def test_the_whole_model_is_trained():
     """Everything but the language model's output bias, which a classifier does not use."""
-    classifier = build(Router.learned)
+    classifier = build("learned")
     before = {name: p.detach().clone() for name, p in classifier.named_parameters()}
     finetune(classifier, task(300, seed=1), task(50, seed=2), RECIPE, Quiet())
     unchanged = {n for n, p in classifier.named_parameters() if torch.equal(p, before[n])}
@@ -120,7 +120,7 @@ def test_the_whole_model_is_trained():
 
 
 def test_a_loss_that_is_not_finite_ends_it():
-    classifier = build(Router.dense)
+    classifier = build("dense")
     classifier.head[3].bias.data[0] = float("nan")
     with pytest.raises(RunFailed, match=r"the loss is nan at step 0, lr=0.01"):
         finetune(classifier, task(50, seed=1), task(50, seed=2), RECIPE, Quiet())

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from foreroute.engine.config import KernelsConfig, ModelConfig, MoEConfig, Router
+from foreroute.engine.config import KernelsConfig, ModelConfig, MoEConfig
 from foreroute.engine.data.planned_batches import tail_tokens
 from foreroute.engine.errors import UserError
 from foreroute.engine.model.adaptive import Cluster, clusters, target_shares
@@ -25,7 +25,7 @@ TWO_CLUSTERS = torch.tensor([[0, 4, 14, 18, 2, 3], [15, 0, 1, 1, 16, 2]])  # non
 def build(div_val: int, **options) -> TransformerXL:
     torch.manual_seed(0)
     model = ModelConfig(**SIZES, cutoffs=CUTOFFS, div_val=div_val, proj_init_std=0.4, **options)
-    return TransformerXL(model, MoEConfig(router=Router.dense, dense_width=8), KernelsConfig(), V).double()
+    return TransformerXL(model, MoEConfig(router="dense", dense_width=8), KernelsConfig(), V).double()
 
 
 def text(seed: int) -> Tensor:
@@ -161,7 +161,7 @@ def test_probabilities_are_those_of_the_loss_and_add_up_to_one(div_val):
 
 
 def test_the_plain_softmax_has_the_names_that_checkpoints_have():
-    model = TransformerXL(ModelConfig(**SIZES), MoEConfig(router=Router.dense, dense_width=8), KernelsConfig(), V)
+    model = TransformerXL(ModelConfig(**SIZES), MoEConfig(router="dense", dense_width=8), KernelsConfig(), V)
     names = [name for name, _ in model.named_parameters() if not name.startswith("blocks")]
     assert names == ["output_bias", "u", "v", "embedding.weight"]
 
@@ -172,7 +172,7 @@ def test_published_parameter_count():
     block = 5 * 410 * width + 2 * inner * width + inner + width + 4 * width
     with torch.device("meta"):
         config = ModelConfig(layers=16, width=width, heads=10, head_width=41, cutoffs=[20000, 40000, 200000])
-        model = TransformerXL(config, MoEConfig(router=Router.dense, dense_width=inner), KernelsConfig(), words)
+        model = TransformerXL(config, MoEConfig(router="dense", dense_width=inner), KernelsConfig(), words)
     found = sum(p.numel() for p in model.parameters())
     assert found == words * (width + 1) + tails * (width + 1) + 2 * 410 + 16 * block == pytest.approx(151e6, rel=0.01)
 
@@ -190,7 +190,7 @@ def test_flops_are_those_that_pytorch_counts():
 
     def counted(**model) -> tuple[float, float]:
         config = tiny_config(model=model)
-        config = replace(config, moe=MoEConfig(router=Router.dense, dense_width=8))
+        config = replace(config, moe=MoEConfig(router="dense", dense_width=8))
         symbols, tokens = 60, STREAMS * SEGMENT
         ids = torch.randint(symbols, (STREAMS, SEGMENT), generator=torch.Generator().manual_seed(0))
         shares = target_shares(ids.flatten().numpy(), clusters(config.model, symbols))

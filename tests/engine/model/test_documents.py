@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from foreroute.engine.config import Router
 from foreroute.engine.data.documents import ends_at
 from foreroute.engine.data.planned_batches import TrainingBatches, group_batch, plan_batch
 from foreroute.engine.data.streams import Batch, Streams
@@ -21,9 +20,9 @@ from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.parallel.collectives import ExpertGroupComm
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing import ngram_rows
-from foreroute.engine.routing.routers import routers_of
 from foreroute.engine.routing.tables import build_tables
 from foreroute.engine.testing.ranks import run_ranks
+from foreroute.engine.testing.routers import hashed_of
 from foreroute.engine.testing.tiny_run import LAYERS, SEGMENT, STREAMS, SYMBOLS, tiny_config
 
 END, STEPS = 0, 4
@@ -47,7 +46,7 @@ def changed_text():
     return text
 
 
-def make_config(router=Router.hashed, *, reset_memory=True, ranks=1):
+def make_config(router="hashed", *, reset_memory=True, ranks=1):
     config = tiny_config()
     return replace(
         config,
@@ -66,7 +65,7 @@ def logits_of(config, text, mesh, *, exchange=None):
             module.keep_experts(mesh.local_experts(config.moe.experts))
             module.connect(exchange)
     tables = build_tables(config.moe, SYMBOLS, TEXT, num_tables=LAYERS, seed=1, cache_dir=None)
-    routers = routers_of(tables, mesh) if config.moe.router is Router.hashed else None
+    routers = hashed_of(tables, mesh) if config.moe.router == "hashed" else None
     streams = Streams(text, STREAMS, SEGMENT, config.context, document_starts=STARTS)
     batches = TrainingBatches(config, streams, mesh, routers, model.input_keys)
     memory, found = None, []
@@ -92,7 +91,7 @@ def compare(rank, ranks, router, options):
 
 @pytest.mark.dist
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("router", [Router.hashed, Router.dense, Router.frozen], ids=lambda router: router.name)
+@pytest.mark.parametrize("router", ["hashed", "dense", "frozen"])
 def test_a_changed_document_changes_no_bit_of_another(router, ranks):
     for rank, (own, same) in enumerate(run_ranks(compare, ranks, ranks, router, {})):
         assert same[~own].all()
@@ -101,7 +100,7 @@ def test_a_changed_document_changes_no_bit_of_another(router, ranks):
 
 def test_control_attention_and_memory():
     """Without data.reset_memory keys alone stop: all that comes after the document in its stream is another number."""
-    own, same = compare(0, 1, Router.dense, {"reset_memory": False})
+    own, same = compare(0, 1, "dense", {"reset_memory": False})
     after = own.int().cummax(1).values.bool() & ~own
     assert after.any() and not same[after].any() and same[~after & ~own].all()
 
@@ -110,7 +109,7 @@ def test_control_keys(monkeypatch):
     """If keys do not stop the next document has other ones at its first ids, at the input and in routers."""
     keys = ngram_rows.ngram_keys
     monkeypatch.setattr(ngram_rows, "ngram_keys", lambda ids, vocab, ngram, marks=None: keys(ids, vocab, ngram))
-    for router in (Router.hashed, Router.dense):
+    for router in ("hashed", "dense"):
         own, same = compare(0, 1, router, {})
         assert not same[~own].all()
 
@@ -131,7 +130,7 @@ def test_each_document_is_as_if_it_were_alone():
         batch = Batch(
             ids, ids, torch.zeros(1, config.context, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), 0, True
         )
-        planned = plan_batch(group_batch([batch]), 2, routers_of(tables, Mesh()), input_keys=model.input_keys)
+        planned = plan_batch(group_batch([batch]), 2, hashed_of(tables, Mesh()), input_keys=model.input_keys)
         with torch.no_grad():
             alone = model.logits(ids, None, planned.routing).logits_BQV[0]
         torch.testing.assert_close(packed[inside[0] : inside[0] + len(alone)], alone, rtol=1e-4, atol=1e-5)
@@ -145,7 +144,7 @@ def test_first_keys_example():
 
 
 def test_recomputation_of_activations_hides_the_same_keys():
-    config = make_config(Router.dense)
+    config = make_config("dense")
     streams = Streams(TEXT, STREAMS, SEGMENT, config.context, document_starts=STARTS)
     model = build_model(config, SYMBOLS)
     batches = TrainingBatches(config, streams, Mesh(), None, model.input_keys)

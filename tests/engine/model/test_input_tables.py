@@ -14,7 +14,6 @@ from foreroute.engine.config import (
     KernelsConfig,
     ModelConfig,
     MoEConfig,
-    Router,
     ScheduleConfig,
 )
 from foreroute.engine.config.model import feed_forward_width
@@ -26,11 +25,11 @@ from foreroute.engine.model.build import RunModel
 from foreroute.engine.model.transformer_xl import TransformerXL
 from foreroute.engine.routing.ngram_rows import KeyRows
 from foreroute.engine.routing.plan import Routing
-from foreroute.engine.routing.planner import mixing_weights
-from foreroute.engine.routing.routers import HashedRouter
+from foreroute.engine.routing.planned.hashed import HashedRouter
 from foreroute.engine.routing.tables import build_tables
+from foreroute.engine.testing.routers import route_of
 
-V, K, MOE = 9, 2, MoEConfig(router=Router.dense, experts=4, expert_width=6, ngram=3, rows=50)
+V, K, MOE = 9, 2, MoEConfig(router="dense", experts=4, expert_width=6, ngram=3, rows=50)
 SIZES = ModelConfig(2, 8, heads=2, head_width=4, memory=5, dropout=0.0, init_std=0.3)
 TEXT = np.random.default_rng(0).integers(0, V, 400).astype(np.uint8)
 IDS, LEFT = (
@@ -88,7 +87,7 @@ def test_ngram_embeddings_equal_a_loop(ngram, table_rows):
 @pytest.mark.parametrize(("at_input", "of_router"), [(1, 3), (2, 3), (3, 2)])
 def test_input_and_router_read_n_grams_of_their_own(at_input, of_router):
     """From one left context, which is as long as the longer ones need."""
-    moe = replace(MOE, router=Router.hashed, ngram=of_router)
+    moe = replace(MOE, router="hashed", ngram=of_router)
     config = Config(
         model=replace(SIZES, ngram=at_input, ngram_rows=40),
         moe=moe,
@@ -122,11 +121,11 @@ def test_input_and_router_read_n_grams_of_their_own(at_input, of_router):
 def test_signatures_are_the_tables_weights_of_hashed_routing():
     model = build(signatures=True)
     tables = build_tables(MOE, V, TEXT, num_tables=2, seed=5, cache_dir=None)
-    model.input_tables.fill([mixing_weights(table, K) for table in tables])
+    model.input_tables.fill([HashedRouter(table).row_sets(K).dense_weights(4) for table in tables])
     got = hidden_at_input(model, IDS, rows(model))
     features = torch.zeros(12, 2, 4)
     for layer, table in enumerate(tables):
-        route = HashedRouter(table).route(IDS, LEFT, K)
+        route = route_of(HashedRouter(table), IDS, LEFT, K)
         for token in range(12):
             for expert, weight in zip(route.expert_TK[token].tolist(), route.weight_TK[token].tolist(), strict=True):
                 features[token, layer, expert] = weight
@@ -146,7 +145,7 @@ def test_generation_reads_the_same_rows_as_a_whole_segment(control):
     model = build(**control)
     if "signatures" in control:
         tables = build_tables(MOE, V, TEXT, num_tables=2, seed=5, cache_dir=None)
-        model.input_tables.fill([mixing_weights(table, K) for table in tables])
+        model.input_tables.fill([HashedRouter(table).row_sets(K).dense_weights(4) for table in tables])
     config = Config(model=replace(SIZES, **control), moe=MOE, eval=EvalConfig(k=[K]))
     greedy = Sampling(0, 1.0, torch.Generator())
     text = [3, 1, 4]
@@ -174,10 +173,10 @@ def test_the_first_layers_have_experts_and_the_others_are_plain():
     experts, plain = build(moe).blocks
     assert experts.has_experts and not plain.has_experts
     assert plain.feed_forward.w1.weight.shape == (7, 8)
-    wide, plain = build(replace(moe, router=Router.dense)).blocks
+    wide, plain = build(replace(moe, router="dense")).blocks
     assert wide.feed_forward.w1.weight.shape == (24, 8)
     assert plain.feed_forward.w1.weight.shape == (7, 8)
-    assert feed_forward_width(SIZES, replace(moe, router=Router.dense, dense_width=5), 0) == 5
+    assert feed_forward_width(SIZES, replace(moe, router="dense", dense_width=5), 0) == 5
 
 
 BAD = {

@@ -12,27 +12,28 @@ import torch
 from torch import distributed as dist
 
 from foreroute.engine.config import MoEConfig
-from foreroute.engine.config.enums import Keys, Router
+from foreroute.engine.config.enums import Keys
 from foreroute.engine.data.planned_batches import group_batch, plan_batch
 from foreroute.engine.data.streams import Streams
-from foreroute.engine.model.build import build_model, planned_routers
+from foreroute.engine.model.build import build_model, restore_routers
 from foreroute.engine.optim import deepspeed_engine as adapter
 from foreroute.engine.parallel.mesh import Mesh
-from foreroute.engine.routing.planner import mixing_weights
-from foreroute.engine.routing.tables import build_tables
+from foreroute.engine.routing.methods import training_passes
+from foreroute.engine.routing.planned.hashed import HashedRouter
+from foreroute.engine.routing.tables import build_tables, table_state
 from foreroute.engine.testing.ranks import run_ranks
 from foreroute.engine.testing.tiny_run import EXPERTS, SYMBOLS, tiny_config
 
 STEPS, K = 3, 2
 MOE = MoEConfig(experts=EXPERTS, expert_width=12, ngram=2, rows=64)
 ARMS: dict[str, dict[str, Any]] = {
-    "fresh": {"moe": {"router": Router.fresh}},
-    "stochastic": {"moe": {"router": Router.stochastic, "consistency": 2.0}},
+    "fresh": {"moe": {"router": "fresh"}},
+    "stochastic": {"moe": {"router": "stochastic", "consistency": 2.0}},
     "shuffled": {"moe": {"keys": Keys.shuffled}},
     "one expert layer": {"moe": {"layers": 1, "plain_width": 9}},
-    "n-grams": {"moe": {"router": Router.dense}, "model": {"ngram": 2, "ngram_rows": 30}},
+    "n-grams": {"moe": {"router": "dense"}, "model": {"ngram": 2, "ngram_rows": 30}},
     "n-grams beside experts": {"moe": {}, "model": {"ngram": 3, "ngram_rows": 30}},
-    "signatures": {"moe": {"router": Router.dense}, "model": {"signatures": True}},
+    "signatures": {"moe": {"router": "dense"}, "model": {"signatures": True}},
 }
 
 
@@ -73,8 +74,8 @@ def train(case, rank, ranks):
     tables = build_tables(MOE, SYMBOLS, text, num_tables=config.num_tables, seed=1, cache_dir=None)
     model = build_model(config, SYMBOLS)
     if config.model.signatures:
-        model.input_tables.fill([mixing_weights(table, K) for table in tables])
-    routers = planned_routers(config.moe, tables, mesh, num_tables=config.num_tables, seed=config.train.seed)
+        model.input_tables.fill([HashedRouter(table).row_sets(K).dense_weights(EXPERTS) for table in tables])
+    routers = restore_routers(config, [table_state(t) for t in tables], SYMBOLS, mesh)
     engine = adapter.start(model, config, mesh)
     streams = Streams(text, config.data.streams, config.data.segment, config.context)
     accumulation, losses = config.train.accumulation, []
@@ -89,7 +90,7 @@ def train(case, rank, ranks):
                 group_batch(batches, mesh.ep_rank),
                 K,
                 routers,
-                passes=config.training_passes,
+                passes=training_passes(config.moe),
                 input_keys=model.input_keys,
             )
             out = engine.forward(planned.batch.ids_BQ, planned.batch.targets_BQ, None, planned.routing)

@@ -13,7 +13,6 @@ import torch
 from torch import distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from foreroute.engine.config import Router
 from foreroute.engine.data.device_copy import map_tensors
 from foreroute.engine.data.loader import PlannedLoader
 from foreroute.engine.data.planned_batches import TrainingBatches
@@ -29,10 +28,10 @@ from foreroute.engine.parallel.collectives import ExpertGroupComm
 from foreroute.engine.parallel.cpu_group import GlooGroup
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.parallel.world import World
-from foreroute.engine.routing.routers import routers_of
 from foreroute.engine.routing.tables import build_tables
 from foreroute.engine.testing.ranks import run_ranks
 from foreroute.engine.testing.read_backs import HostWaits, ReadBacks
+from foreroute.engine.testing.routers import hashed_of
 from foreroute.engine.testing.tiny_run import LAYERS, SYMBOLS, K, tiny_config
 from foreroute.engine.train.step import train_step
 
@@ -51,11 +50,11 @@ QUIET = {  # ZeRO stage, options of the run
 }
 EXCEPTIONS = {  # ZeRO stage, options, router, who reads back and why
     "ZeRO-3": (
-        *(3, CLIP, Router.hashed),
+        *(3, CLIP, "hashed"),
         {"stage3.py:get_grad_norm_direct": "a constant goes to the device for each group of parameters"},
     ),
     "ZeRO-1, bf16": (
-        *(1, {"precision": "bf16", **CLIP}, Router.hashed),
+        *(1, {"precision": "bf16", **CLIP}, "hashed"),
         {
             "utils.py:clip_tensors_by_global_norm": "BF16_Optimizer compares the norm with the clip; ZeRO-2 does not",
             "utils.py:mask_nan_or_inf_with_val_inplace": "likewise, a constant for each norm",
@@ -65,14 +64,14 @@ EXCEPTIONS = {  # ZeRO stage, options, router, who reads back and why
         },
     ),
     "offload": (
-        *(2, {"offload": True, **CLIP}, Router.hashed),
+        *(2, {"offload": True, **CLIP}, "hashed"),
         {
             "stage_1_and_2.py:complete_grad_norm_calculation_for_cpu_offload": "gradients go to the host",
             "stage_1_and_2.py:update_offload_overflow_tracker": "likewise",
         },
     ),
     "a live router": (
-        *(1, CLIP, Router.learned),
+        *(1, CLIP, "learned"),
         {
             "kernels/expert_index.py:expert_rows": "its plan is made from hidden states",
             "kernels/expert_index.py:_stable_order": "likewise",
@@ -86,14 +85,14 @@ EXCEPTIONS = {  # ZeRO stage, options, router, who reads back and why
 class Steps:
     """A tiny run's steps, one rank's part of them."""
 
-    def __init__(self, mesh, stage, options, router=Router.hashed, steps=3):
+    def __init__(self, mesh, stage, options, router="hashed", steps=3):
         options = dict(options)
         symbols = options.pop("symbols", SYMBOLS)
         config = tiny_config(stage, **options)
         self.config = replace(config, moe=replace(config.moe, router=router))
         text = np.random.default_rng(0).integers(0, SYMBOLS, 2000).astype(np.uint8)
         tables = build_tables(config.moe, symbols, text, num_tables=LAYERS, seed=1, cache_dir=None)
-        routers = routers_of(tables, mesh) if router is Router.hashed else None
+        routers = hashed_of(tables, mesh) if router == "hashed" else None
         self.model = build_model(self.config, symbols)
         self.engine = adapter.start(self.model, self.config, mesh)
         world = World(mesh, cpu_group=GlooGroup(dist.group.WORLD)) if mesh.world > 1 else World(mesh)
@@ -235,7 +234,7 @@ def without_data(ranks, read=None, model=None):
     text = np.random.default_rng(0).integers(0, SYMBOLS, 2000).astype(np.uint8)
     tables = build_tables(config.moe, SYMBOLS, text, num_tables=LAYERS, seed=1, cache_dir=None)
     streams = Streams(text, config.data.streams, config.data.segment, config.context, config.data.start)
-    batches = TrainingBatches(config, streams, mesh, routers_of(tables, mesh))
+    batches = TrainingBatches(config, streams, mesh, hashed_of(tables, mesh))
     planned = map_tensors(lambda tensor: tensor.to("meta"), batches.plan(batches.read(0, 0), K))
     model = build_model(config, SYMBOLS)
     for layer in model.modules():

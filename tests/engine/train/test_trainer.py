@@ -28,11 +28,11 @@ from foreroute.engine.config import (
     MoEConfig,
     OptimConfig,
     Precision,
-    Router,
     ScheduleConfig,
     TrainConfig,
     WandbConfig,
 )
+from foreroute.engine.config.model import router_names
 from foreroute.engine.data.corpus import prepare
 from foreroute.engine.errors import RunFailed, UserError
 from foreroute.engine.metrics.writer import Metrics
@@ -113,13 +113,13 @@ def losses(folder):
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-ROUTERS = {router.name: {"moe": {"router": router}} for router in Router}
+ROUTERS = {router: {"moe": {"router": router}} for router in router_names()}
 VARIANTS = {
     **ROUTERS,
     "shuffled": {"moe": {"keys": Keys.shuffled}},
-    "stochastic, accumulation": {"moe": {"router": Router.stochastic}, "train": {"accumulation": 2}},
-    "n-grams": {"moe": {"router": Router.dense}, "model": {"ngram": 2, "ngram_rows": 300}},
-    "signatures": {"moe": {"router": Router.dense}, "model": {"signatures": True}},
+    "stochastic, accumulation": {"moe": {"router": "stochastic"}, "train": {"accumulation": 2}},
+    "n-grams": {"moe": {"router": "dense"}, "model": {"ngram": 2, "ngram_rows": 300}},
+    "signatures": {"moe": {"router": "dense"}, "model": {"signatures": True}},
     "one expert layer": {"moe": {"layers": 1, "plain_width": 20}},
     "shared": {"moe": {"shared_width": 16, "share_table": True}},
     "accumulation": {"train": {"accumulation": 2}},
@@ -165,7 +165,7 @@ OTHER_LAYOUT = {
         "keys are shuffled among other tokens",
     ),
     "learned": (
-        {"moe": {"router": Router.learned}, "model": {"dropout": 0.0, "attention_dropout": 0.0}},
+        {"moe": {"router": "learned"}, "model": {"dropout": 0.0, "attention_dropout": 0.0}},
         "the balance loss counts other tokens",
     ),
     "none": ({"model": {"dropout": 0.0, "attention_dropout": 0.0}}, None),
@@ -269,7 +269,7 @@ def test_it_learns_and_repeats(tmp_path, text):
     assert runs[0][0] > 3.0 and runs[0][-1] < 1.0  # words of 5 known kinds: log(5)/6 nats is the floor
 
 
-@pytest.mark.parametrize("router", [Router.fresh, Router.stochastic])
+@pytest.mark.parametrize("router", ["fresh", "stochastic"])
 def test_routers_that_draw_learn(tmp_path, text, router):
     """20 steps; the second half of THOR's loss is in auxiliary_loss and the other pass."""
     trainer = make_trainer(make_config(text, moe={"router": router}, model={"dropout": 0.0}), tmp_path)
@@ -289,7 +289,7 @@ def test_accumulation_equals_one_batch(tmp_path, text):
 
 
 def test_frozen_router_is_never_updated(tmp_path, text):
-    trainer = make_trainer(make_config(text, moe={"router": Router.frozen}), tmp_path)
+    trainer = make_trainer(make_config(text, moe={"router": "frozen"}), tmp_path)
     before = {name: b.clone() for name, b in trainer.model.named_buffers()}
     assert any("gate_weight" in name for name in before)
     train(trainer)

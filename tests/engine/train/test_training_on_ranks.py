@@ -21,7 +21,6 @@ from foreroute.engine.config import (
     MoEConfig,
     OptimConfig,
     ParallelConfig,
-    Router,
     ScheduleConfig,
     TrainConfig,
 )
@@ -30,15 +29,15 @@ from foreroute.engine.model.build import build_model
 from foreroute.engine.optim import deepspeed_engine as adapter
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.plan import Routing
-from foreroute.engine.routing.routers import HashedRouter
 from foreroute.engine.routing.tables import build_tables
 from foreroute.engine.testing.ranks import run_ranks
+from foreroute.engine.testing.routers import hashed_of, plan_of
 
 SYMBOLS, STREAMS, SEGMENT, STEPS, K, MARGIN = 11, 4, 8, 3, 2, 1e-5
 
 
 class Case(NamedTuple):
-    router: Router
+    router: str
     exchange: ExchangeKind = ExchangeKind.tokens
     chunks: int = 1
     recompute: bool = False
@@ -47,7 +46,7 @@ class Case(NamedTuple):
     balance_over: str = "global"
 
 
-ROUTERS = (Router.hashed, Router.frozen, Router.learned)
+ROUTERS = ("hashed", "frozen", "learned")
 FACTORS = (ROUTERS, (ExchangeKind.tokens, ExchangeKind.gather), (1, 4), (False, True), (0, 1, 2, 3))
 ALL = [Case(*levels) for levels in itertools.product(*FACTORS)]
 
@@ -67,12 +66,12 @@ def cover():
 
 
 CASES = [
-    Case(Router.hashed, chunks=3, recompute=True),
-    Case(Router.frozen, ExchangeKind.gather, 3, recompute=True, stage=2),
-    Case(Router.learned, stage=0),
-    Case(Router.learned, chunks=3, expert_ranks=1),
+    Case("hashed", chunks=3, recompute=True),
+    Case("frozen", ExchangeKind.gather, 3, recompute=True, stage=2),
+    Case("learned", stage=0),
+    Case("learned", chunks=3, expert_ranks=1),
 ]
-MICRO = Case(Router.learned, balance_over="micro")
+MICRO = Case("learned", balance_over="micro")
 
 
 def make_config(case):
@@ -105,9 +104,9 @@ def train(case, rank, ranks):
     adapter.build_optimizer = lambda params, _: torch.optim.Adam(params, 500.0, (0.0, 0.999), 1e3, fused=True)
     text = np.random.default_rng(0).integers(0, SYMBOLS, 2000).astype(np.uint8)
     routers = None
-    if case.router is Router.hashed:
+    if case.router == "hashed":
         tables = build_tables(config.moe, SYMBOLS, text, num_tables=2, seed=1, cache_dir=None)
-        routers = [HashedRouter(t, rank=mesh.ep_rank, ranks=case.expert_ranks) for t in tables]
+        routers = hashed_of(tables, mesh)
     model = build_model(config, SYMBOLS)
     watch_margins(model)
     engine = adapter.start(model, config, mesh)
@@ -121,7 +120,7 @@ def train(case, rank, ranks):
         if routers is not None:
             group = ids.view(ranks, size, SEGMENT)[list(mesh.ep_ranks)]
             gather = case.exchange is ExchangeKind.gather
-            plans = tuple(r.plan(group, group[..., :1] * 0, K, gather=gather, chunks=case.chunks) for r in routers)
+            plans = tuple(plan_of(r, group, group[..., :1] * 0, K, gather=gather, chunks=case.chunks) for r in routers)
         before = 0 if engine.comm is None else engine.comm.sent_bytes
         deepspeed.comm.configure(enabled=step == STEPS - 1, prof_all=True, verbose=False, debug=False)
         out = engine.forward(ids[here], targets[here], None, Routing(K, plans))
@@ -242,7 +241,7 @@ def test_every_combination_trains_like_one_rank(ranks, one_rank):
 def test_balance_over_each_ranks_own_tokens_is_another_loss(two_ranks, one_rank):
     """Negative control of the global loss, and the other choice."""
     for answer in two_ranks:
-        assert difference(answer[len(CASES)], one_rank[Router.learned]) > (100,)
+        assert difference(answer[len(CASES)], one_rank["learned"]) > (100,)
 
 
 @pytest.mark.dist

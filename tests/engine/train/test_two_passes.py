@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from foreroute.engine.config import KernelsConfig, ModelConfig, MoEConfig, Router
+from foreroute.engine.config import KernelsConfig, ModelConfig, MoEConfig
 from foreroute.engine.data.planned_batches import group_batch, plan_batch
 from foreroute.engine.data.streams import Batch
 from foreroute.engine.model.transformer_xl import TransformerXL
 from foreroute.engine.routing.plan import Routing
-from foreroute.engine.routing.routers import DrawnRouter
+from foreroute.engine.routing.planned.stochastic import StochasticRouter
 
 V, LAYERS, E = 7, 2, 4
 IDS = torch.from_numpy(np.random.default_rng(0).integers(0, V, (2, 6)))
@@ -21,14 +21,14 @@ TARGETS = torch.from_numpy(np.random.default_rng(1).integers(0, V, (2, 6)))
 def build(dropout=0.0, consistency=3.0):
     torch.manual_seed(0)
     sizes = ModelConfig(LAYERS, 8, heads=2, head_width=4, memory=6, dropout=dropout, init_std=0.4)
-    moe = MoEConfig(router=Router.stochastic, experts=E, expert_width=6, consistency=consistency)
+    moe = MoEConfig(router="stochastic", experts=E, expert_width=6, consistency=consistency)
     kernels = KernelsConfig(masked_from_k=E + 1)
     return TransformerXL(sizes, moe, kernels, V).double()
 
 
 def routing(passes=2, step=5):
     batch = Batch(IDS, TARGETS, IDS[:, :0], torch.arange(2), step, fresh=False)
-    routers = [DrawnRouter(E, each_token=False, seed=1, index=i) for i in range(LAYERS)]
+    routers = [StochasticRouter(E, seed=1, index=i) for i in range(LAYERS)]
     return plan_batch(group_batch([batch]), 1, routers, passes=passes, dropout_seed=4, layers=LAYERS).routing
 
 
