@@ -63,7 +63,8 @@ def over_tables(same_k: Sequence[Balance]) -> Balance:
 def tables(args: TablesArgs) -> int:
     """Build, count and print; returns the exit code."""
     corpus = prepare(args.corpus, print)
-    routers = HashedRouter.build(args.moe, router_inputs(args, corpus))
+    inputs = router_inputs(corpus, args.corpus, args.num_tables, args.train.seed)
+    routers = HashedRouter.build(args.moe, inputs)
     found_tables = [router.table for router in routers]
     ids, pack = corpus.split(args.split), found_tables[0].pack
     starts = corpus.document_starts(args.split)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from foreroute.engine.config import Config, Split
+from foreroute.engine.config import Config, CorpusConfig, Split
 from foreroute.engine.data.corpus import PreparedCorpus
 from foreroute.engine.model.input_tables import Signatures
 from foreroute.engine.model.transformer_xl import TransformerXL
@@ -34,7 +34,10 @@ def build_routers(config: Config, corpus: PreparedCorpus, mesh: Mesh | None = No
         mesh: this rank's place; one rank alone by default.
     """
     method = planned_method(config.moe)
-    return None if method is None else _placed(method.build(config.moe, router_inputs(config, corpus)), mesh)
+    if method is None:
+        return None
+    inputs = router_inputs(corpus, config.corpus, config.num_tables, config.train.seed)
+    return _placed(method.build(config.moe, inputs), mesh)
 
 
 def restore_routers(
@@ -53,16 +56,20 @@ def router_states(routers: Sequence[PlannedRouter] | None) -> list[dict[str, Ten
     return [state for router in routers or () if (state := router.state())]
 
 
-def router_inputs(config: Config, corpus: PreparedCorpus) -> RouterInputs:
-    """Return what the planned routers of a run are made from."""
+def router_inputs(corpus: PreparedCorpus, where: CorpusConfig, number: int, seed: int) -> RouterInputs:
+    """Return what the planned routers of a run are made from.
+
+    Args:
+        number: of routers.
+    """
     starts = corpus.document_starts(Split.train)
     return RouterInputs(
         corpus.vocab.size,
-        config.train.seed,
-        config.num_tables,
+        seed,
+        number,
         corpus.split(Split.train),
         starts if len(starts) else None,
-        Path(config.corpus.cache_dir) / "tables",
+        Path(where.cache_dir) / "tables",
     )
 
 
@@ -86,6 +93,7 @@ def fill_signatures(run: RunModel) -> None:
     """Fill in the signatures of the tables that hashed routing would have, if the model has signatures."""
     if isinstance(run.model.input_tables, Signatures):
         config, columns = run.config, run.config.moe.columns
-        routers = HashedRouter.build(config.moe, router_inputs(config, run.corpus))
+        inputs = router_inputs(run.corpus, config.corpus, config.num_tables, config.train.seed)
+        routers = HashedRouter.build(config.moe, inputs)
         sets = [router.row_sets(config.schedule.k_max) for router in routers]
         run.model.input_tables.fill([found.dense_weights(columns) for found in sets])

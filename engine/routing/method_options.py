@@ -1,4 +1,4 @@
-"""What a routing method says of itself: its options (`moe.options.NAME`) and its card in docs/routers.md."""
+"""A routing method's description of itself: its options (`moe.options.NAME`) and its card in docs/routers.md."""
 
 from dataclasses import fields
 from typing import NamedTuple, TypeVar
