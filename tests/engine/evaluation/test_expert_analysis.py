@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from foreroute.engine.config import Activation, Config, KernelsConfig, MoEConfig, Split, Tokens
+from foreroute.engine.config import Activation, Config, KernelsConfig, MoEConfig, RouteWeights, Split, Tokens
 from foreroute.engine.data.corpus import PreparedCorpus
 from foreroute.engine.data.tokens.byte_values import ByteVocab
 from foreroute.engine.evaluation import expert_analysis as analysis
 from foreroute.engine.model.build import RunModel, build_model
 from foreroute.engine.moe.experts import Experts
 from foreroute.engine.parallel.mesh import Mesh
+from foreroute.engine.routing.planned.hashed import HashedRouter
 from foreroute.engine.routing.tables import build_tables
 from foreroute.engine.testing.routers import hashed_of
 from foreroute.engine.testing.tiny_run import EXPERTS, LAYERS, SEGMENT, SYMBOLS, tiny_config
@@ -151,6 +152,28 @@ def test_a_hashed_model_is_seen_as_its_tables_say(corpus):
             weights = torch.softmax(table.logits_rE[row, :k], dim=0)
             assert torch.allclose(layer.weight_TE[t, chosen], weights)
             before = symbol
+
+
+def test_weights_of_a_gate_are_seen_as_it_makes_them(corpus):
+    """A softmax over the token's planned experts, of the gate's products with what the experts read."""
+    config, k = whole_config("hashed"), 2
+    config = replace(config, moe=replace(config.moe, weights=RouteWeights.live))
+    tables = build_tables(config.moe, SYMBOLS, corpus.ids, num_tables=LAYERS, seed=1, cache_dir=None)
+    model, routers = build_model(config, SYMBOLS), HashedRouter.of_tables(config.moe, tables)
+    layers = analysis.observe(RunModel(config, corpus, model, routers), k=k, symbols=64)
+    for block, layer in zip(model.blocks, layers, strict=True):
+        weight_ED = block.moe.gate.weight.detach()
+        assert layer.chosen_TE.sum(1).unique().tolist() == [k]
+        for x_D, chosen_E, weight_E in zip(layer.hidden_TD, layer.chosen_TE, layer.weight_TE, strict=True):
+            power = {e: math.exp(weight_ED[e] @ x_D) for e in chosen_E.nonzero().flatten().tolist()}
+            want = [power.get(e, 0.0) / sum(power.values()) for e in range(EXPERTS)]
+            assert weight_E.tolist() == pytest.approx(want, abs=1e-5)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.moe.gate.weight.mul_(-20)
+    other = analysis.observe(RunModel(config, corpus, model, routers), k=k, symbols=64)
+    assert analysis.routing_change(layers, other) == 0  # the plan's experts, with other weights
+    assert not torch.allclose(layers[0].weight_TE, other[0].weight_TE, atol=0.1)
 
 
 def test_a_live_router_is_seen_as_it_chooses(corpus):

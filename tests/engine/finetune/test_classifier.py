@@ -1,12 +1,13 @@
 """A sentence's logits are its own: no neighbour, no padding and no earlier batch changes them."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from foreroute.engine.config import KernelsConfig
+from foreroute.engine.config import Gate, KernelsConfig, RouteWeights
 from foreroute.engine.finetune.classifier import Classifier, predict
 from foreroute.engine.finetune.sentences import Sentence, pad
 from foreroute.engine.model.build import RunModel, build_model, restore_routers
@@ -15,7 +16,12 @@ from foreroute.engine.routing.planned.hashed import HashedRouter
 from foreroute.engine.routing.tables import build_tables
 from foreroute.engine.testing.tiny_run import EXPERTS, LAYERS, SYMBOLS, K, tiny_config
 
-ROUTERS = ["hashed", "frozen", "learned", "dense"]
+ROUTERS = ["hashed", "frozen", "learned", "dense", "gate", "experts without rows"]
+HASHED: dict[str, dict[str, Any]] = {
+    "hashed": {},
+    "gate": {"weights": RouteWeights.live, "gate": Gate.sigmoid},
+    "experts without rows": {"constant_experts": 1, "copy_experts": 1, "null_experts": 1},
+}
 
 
 def build(router: str, *, dropout: float = 0.0, pre_norm: bool = True) -> Classifier:
@@ -23,14 +29,14 @@ def build(router: str, *, dropout: float = 0.0, pre_norm: bool = True) -> Classi
     config = replace(
         config,
         model=replace(config.model, dropout=dropout, pre_norm=pre_norm),
-        moe=replace(config.moe, router=router, rows=SYMBOLS**2),  # a row for each bigram
+        moe=replace(config.moe, rows=SYMBOLS**2, **HASHED.get(router, {"router": router})),  # a row for each bigram
         kernels=KernelsConfig(masked_from_k=EXPERTS),
     )
     routers = None
-    if router == "hashed":
+    if router in HASHED:
         text = np.random.default_rng(0).integers(0, SYMBOLS, 500).astype(np.uint8)
         tables = build_tables(config.moe, SYMBOLS, text, num_tables=LAYERS, seed=1, cache_dir=None)
-        routers = [HashedRouter(table) for table in tables]
+        routers = HashedRouter.of_tables(config.moe, tables)
     return Classifier(RunModel(config, None, build_model(config, SYMBOLS), routers)).double()
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,12 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import foreroute.engine.moe.experts
 from foreroute.engine.config import MoEConfig, ScheduleConfig
-from foreroute.engine.config.enums import Activation, Growth
+from foreroute.engine.config.enums import Activation, Growth, RouteWeights
 from foreroute.engine.model.build import build_model
 from foreroute.engine.model.flops import Arithmetic, forward_flops
 from foreroute.engine.moe.experts import Experts
 from foreroute.engine.routing.k_schedule import active_experts
-from foreroute.engine.routing.plan import Route, Routing, build_plan
+from foreroute.engine.routing.plan import Routing
+from foreroute.engine.routing.planner import Planner
+from foreroute.engine.routing.row_sets import Choice, RowSets, equal_weights
 from foreroute.engine.testing.tiny_run import EXPERTS, LAYERS, SEGMENT, STREAMS, SYMBOLS, tiny_config
 
 K, TOKENS = 3, STREAMS * SEGMENT
@@ -47,8 +50,12 @@ def counted(config, monkeypatch):
     torch.manual_seed(0)
     model, width = build_model(config, SYMBOLS), config.model.width
     memory = [torch.randn(STREAMS, config.model.memory, width) for _ in range(LAYERS)]
-    route = Route(torch.rand(TOKENS, EXPERTS).argsort(1)[:, :K], torch.full((TOKENS, K), 1 / K))
-    plans = (build_plan(route, EXPERTS),) if config.moe.router == "hashed" else None
+    order_TK = torch.rand(TOKENS, EXPERTS).argsort(1)[:, :K]
+    plans = None
+    if config.moe.router == "hashed":
+        weigh = None if config.moe.weights is RouteWeights.live else equal_weights
+        sets = RowSets(order_TK.to(torch.uint8), weigh)
+        plans = (Planner(EXPERTS).plan(Choice(np.arange(TOKENS)[None], sets), K),)
     ids = torch.randint(0, SYMBOLS, (STREAMS, SEGMENT))
     with FlopCounterMode(display=False) as forward:
         output = model(ids, ids, memory, Routing(K, plans))
@@ -63,6 +70,7 @@ MODELS = {
     "gated": {"activation": Activation.swiglu, "shared_width": 5},
     "frozen": {"router": "frozen"},
     "learned": {"router": "learned"},
+    "gate": {"weights": RouteWeights.live},
 }
 
 
@@ -132,6 +140,19 @@ def test_active_parameters_are_those_of_k_experts(activation):
         assert arithmetic.active_parameters(k) == total - held_n_grams - held + held * k / EXPERTS
     dense = replace(config, moe=MoEConfig(router="dense"))
     assert Arithmetic(dense, SYMBOLS, total).active_parameters(2) == total - held_n_grams
+
+
+def test_experts_without_rows_compute_nothing():
+    """Of k experts drawn evenly from all kinds, the share with rows has products; the others' vectors count in full."""
+    config = tiny_config()
+    plain, zero = config, replace(config, moe=replace(config.moe, constant_experts=1, copy_experts=1, null_experts=2))
+    totals = [sum(p.numel() for p in build_model(each, SYMBOLS).parameters()) for each in (plain, zero)]
+    constants = LAYERS * 3 * config.model.width  # a vector, and what mixes it with the token
+    assert totals[1] == totals[0] + constants
+    for k in (2, 4):  # of 8 columns 4 have rows
+        assert useful_flops(zero, k) == useful_flops(plain, k // 2)
+        active = Arithmetic(zero, SYMBOLS, totals[1]).active_parameters(k)
+        assert active == Arithmetic(plain, SYMBOLS, totals[0]).active_parameters(k // 2) + constants
 
 
 def test_ks_are_those_of_schedule_and_evaluation():

@@ -1,4 +1,4 @@
-"""The study's routers and controls on two gloo ranks, experts shared out or not, against one rank; no dropout.
+"""Routers, weights and controls on two gloo ranks, experts shared out or not, against one rank; no dropout.
 
 The optimizer is linear in the gradient, which shows every gradient with its scale (Adam as usual would hide it).
 """
@@ -12,7 +12,7 @@ import torch
 from torch import distributed as dist
 
 from foreroute.engine.config import MoEConfig
-from foreroute.engine.config.enums import Keys
+from foreroute.engine.config.enums import Gate, Keys, RouteWeights
 from foreroute.engine.data.planned_batches import group_batch, plan_batch
 from foreroute.engine.data.streams import Streams
 from foreroute.engine.model.build import build_model, restore_routers
@@ -30,6 +30,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "fresh": {"moe": {"router": "fresh"}},
     "stochastic": {"moe": {"router": "stochastic", "consistency": 2.0}},
     "shuffled": {"moe": {"keys": Keys.shuffled}},
+    "sum": {"moe": {"weights": RouteWeights.sum}},
+    "gate": {"moe": {"weights": RouteWeights.live, "gate": Gate.sqrt_softplus, "gate_scale": 1.5}},
+    "experts without rows": {"moe": {"constant_experts": 2, "copy_experts": 1, "null_experts": 1}},
+    "residual": {"moe": {"shared_width": 7, "residual": True}},
     "one expert layer": {"moe": {"layers": 1, "plain_width": 9}},
     "n-grams": {"moe": {"router": "dense"}, "model": {"ngram": 2, "ngram_rows": 30}},
     "n-grams beside experts": {"moe": {}, "model": {"ngram": 3, "ngram_rows": 30}},
@@ -42,6 +46,7 @@ class Case(NamedTuple):
     expert_ranks: int = 1
     stage: int = 1
     options: tuple[tuple[str, Any], ...] = ()  # of section train
+    chunks: int = 1
 
 
 CASES = [
@@ -50,6 +55,12 @@ CASES = [
     Case("stochastic", 2, 3, (("recompute", True),)),
     Case("stochastic", 1, 0, (("accumulation", 2),)),
     Case("shuffled", 2, 2),
+    Case("sum", 2, 2),
+    Case("gate", 2, 3),
+    Case("gate", 2, 1, (("accumulation", 2),), chunks=3),
+    Case("gate", 1, 2, (("recompute", True),)),
+    Case("experts without rows", 2, 2, (("accumulation", 2),)),
+    Case("residual", 2, 3),
     Case("one expert layer", 2),
     Case("n-grams", 1, 3),
     Case("n-grams beside experts", 2, 2, (("accumulation", 2),)),
@@ -63,6 +74,7 @@ def configure(case):
         config,
         model=replace(config.model, **ARMS[case.arm].get("model", {})),
         moe=replace(MOE, **ARMS[case.arm]["moe"]),
+        parallel=replace(config.parallel, chunks=case.chunks),
     )
 
 
@@ -71,7 +83,7 @@ def train(case, rank, ranks):
     config, mesh = configure(case), Mesh(rank, ranks, case.expert_ranks)
     adapter.build_optimizer = lambda params, _: torch.optim.Adam(params, 500.0, (0.0, 0.999), 1e3, fused=True)
     text = np.random.default_rng(0).integers(0, SYMBOLS, 2000).astype(np.uint8)
-    tables = build_tables(MOE, SYMBOLS, text, num_tables=config.num_tables, seed=1, cache_dir=None)
+    tables = build_tables(config.moe, SYMBOLS, text, num_tables=config.num_tables, seed=1, cache_dir=None)
     model = build_model(config, SYMBOLS)
     if config.model.signatures:
         model.input_tables.fill([HashedRouter(table).row_sets(K).dense_weights(EXPERTS) for table in tables])
@@ -90,6 +102,7 @@ def train(case, rank, ranks):
                 group_batch(batches, mesh.ep_rank),
                 K,
                 routers,
+                chunks=case.chunks,
                 passes=training_passes(config.moe),
                 input_keys=model.input_keys,
             )

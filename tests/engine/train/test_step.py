@@ -4,8 +4,10 @@ Read-backs are counted on CPUs, over whole steps through DeepSpeed on one rank a
 kind: forward and backward of tensors without data (PyTorch's meta device), where nothing can be read.
 """
 
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import torch
 from torch import distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from foreroute.engine.config import RouteWeights
 from foreroute.engine.data.device_copy import map_tensors
 from foreroute.engine.data.loader import PlannedLoader
 from foreroute.engine.data.planned_batches import TrainingBatches
@@ -28,11 +31,13 @@ from foreroute.engine.parallel.collectives import ExpertGroupComm
 from foreroute.engine.parallel.cpu_group import GlooGroup
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.parallel.world import World
+from foreroute.engine.routing.live.frozen import FrozenRouter
+from foreroute.engine.routing.planned.hashed import HashedRouter
 from foreroute.engine.routing.tables import build_tables
 from foreroute.engine.testing.ranks import run_ranks
 from foreroute.engine.testing.read_backs import HostWaits, ReadBacks
 from foreroute.engine.testing.routers import hashed_of
-from foreroute.engine.testing.tiny_run import LAYERS, SYMBOLS, K, tiny_config
+from foreroute.engine.testing.tiny_run import LAYERS, SEGMENT, STREAMS, SYMBOLS, K, tiny_config
 from foreroute.engine.train.step import train_step
 
 CPU_PRODUCTS = "kernels/expert_index.py:counts"
@@ -46,6 +51,8 @@ QUIET = {  # ZeRO stage, options of the run
     "ZeRO-2, bf16": (2, {"precision": "bf16", **CLIP}),
     "many symbols": (1, {"symbols": 1500, **CLIP}),
     "words": (1, {"model": {"cutoffs": [2, 9], "div_val": 2}, **CLIP}),
+    "gate": (2, {"moe": {"weights": RouteWeights.live}, **CLIP}),
+    "experts without rows": (1, {"moe": {"constant_experts": 1, "copy_experts": 1, "null_experts": 1}, **CLIP}),
     "in parts": (1, {"accumulation": 2, "recompute": True, "dropout": 0.1, **CLIP}),
 }
 EXCEPTIONS = {  # ZeRO stage, options, router, who reads back and why
@@ -87,12 +94,14 @@ class Steps:
 
     def __init__(self, mesh, stage, options, router="hashed", steps=3):
         options = dict(options)
-        symbols = options.pop("symbols", SYMBOLS)
+        symbols, moe = options.pop("symbols", SYMBOLS), options.pop("moe", {})
         config = tiny_config(stage, **options)
-        self.config = replace(config, moe=replace(config.moe, router=router))
+        self.config = replace(config, moe=replace(config.moe, router=router, **moe))
         text = np.random.default_rng(0).integers(0, SYMBOLS, 2000).astype(np.uint8)
-        tables = build_tables(config.moe, symbols, text, num_tables=LAYERS, seed=1, cache_dir=None)
-        routers = hashed_of(tables, mesh) if router == "hashed" else None
+        routers = None
+        if router == "hashed":
+            tables = build_tables(self.config.moe, symbols, text, num_tables=LAYERS, seed=1, cache_dir=None)
+            routers = [found.place(mesh) for found in HashedRouter.of_tables(self.config.moe, tables)]
         self.model = build_model(self.config, symbols)
         self.engine = adapter.start(self.model, self.config, mesh)
         world = World(mesh, cpu_group=GlooGroup(dist.group.WORLD)) if mesh.world > 1 else World(mesh)
@@ -147,6 +156,47 @@ def noisy(rank, ranks):
         Steps(Mesh(rank, ranks, ranks), stage, options, router).run(watch, first=2)
         found[name] = {place for _, place in watch.found}
     return found
+
+
+class Counting(FrozenRouter):
+    """Counts itself which experts it chooses, and keeps what it is told after each step."""
+
+    def __init__(self, width, moe, layer):
+        super().__init__(width, moe, layer)
+        self.chosen, self.told = torch.zeros(moe.experts), []
+
+    def forward(self, x_TD, k, carried=None):
+        live = super().forward(x_TD, k, carried)
+        self.chosen += torch.bincount(live.route.expert_TK.flatten(), minlength=self.experts)
+        return live
+
+    def after_step(self, count_E):
+        self.told.append((self.chosen.clone(), count_E.clone()))
+        self.chosen.zero_()
+
+
+def told(rank, ranks, expert_ranks):
+    """Pairs of a rank's own count and what a router was told, by layer and step."""
+    sys.modules["own_routers"] = own = ModuleType("own_routers")
+    own.Counting = Counting
+    steps = Steps(Mesh(rank, ranks, expert_ranks), 1, {"accumulation": 2}, "own_routers:Counting")
+    steps.run(nullcontext())
+    return [block.moe.router.told for block in steps.model.blocks]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("ranks", "expert_ranks"), [(1, 1), (2, 1), (2, 2)])
+def test_after_a_step_a_router_is_told_the_rows_of_all_ranks_and_micro_batches(ranks, expert_ranks):
+    """A user's own class, by the name of its module; each layer has counts of its own."""
+    answers = [told(0, 1, 1)] if ranks == 1 else run_ranks(told, ranks, ranks, expert_ranks)
+    for layer in range(LAYERS):
+        for step in range(3):
+            found = [answer[layer][step] for answer in answers]
+            want = sum(own for own, _ in found)
+            assert want.sum() == STREAMS * SEGMENT * K
+            assert all(torch.equal(count_E.float(), want) for _, count_E in found)
+            assert ranks == 1 or not torch.equal(found[0][0], want)  # negative control: not its own alone
+    assert not torch.equal(answers[0][0][0][1], answers[0][1][0][1])
 
 
 def on_ranks(function, ranks):
