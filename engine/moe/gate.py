@@ -52,14 +52,20 @@ def gate_weights(logits_RK: Tensor, used_RK: Tensor | None, kind: Gate, *, norma
     Args:
         used_RK: which of the experts are in the set; None: all.
     """
-    used_RK = torch.ones_like(logits_RK, dtype=torch.bool) if used_RK is None else used_RK
-    if kind is Gate.softmax:
+    if used_RK is None:
+        weight_RK = _activated(logits_RK, kind)
+    elif kind is Gate.softmax:
         weight_RK = logits_RK.masked_fill(~used_RK, -torch.inf)
         weight_RK = weight_RK.masked_fill(~used_RK.any(dim=1, keepdim=True), 0.0).softmax(dim=1)
-        return weight_RK.masked_fill(~used_RK, 0.0)
-    logits_RK = logits_RK.masked_fill(~used_RK, 0.0)
-    weight_RK = logits_RK.sigmoid() if kind is Gate.sigmoid else F.softplus(logits_RK.clamp(min=_LOWEST)).sqrt()
-    weight_RK = weight_RK.masked_fill(~used_RK, 0.0)
-    if normalised:
+        weight_RK = weight_RK.masked_fill(~used_RK, 0.0)
+    else:
+        weight_RK = _activated(logits_RK.masked_fill(~used_RK, 0.0), kind).masked_fill(~used_RK, 0.0)
+    if normalised and kind is not Gate.softmax:
         weight_RK = weight_RK / (weight_RK.sum(dim=1, keepdim=True) + _EPSILON)
     return weight_RK
+
+
+def _activated(logits_RK: Tensor, kind: Gate) -> Tensor:
+    if kind is Gate.softmax:
+        return logits_RK.softmax(dim=1)
+    return logits_RK.sigmoid() if kind is Gate.sigmoid else F.softplus(logits_RK.clamp(min=_LOWEST)).sqrt()
