@@ -17,9 +17,9 @@ from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.parallel.collectives import ExpertGroupComm
 from foreroute.engine.routing.padding import RowBounds, pad_plan
 from foreroute.engine.routing.plan import Routing, layer_seeds
-from foreroute.engine.routing.routers import HashedRouter
 from foreroute.engine.routing.tables import build_tables
 from foreroute.engine.testing.ranks import run_ranks
+from foreroute.engine.testing.routers import hashed, plan_of
 
 EXPERTS, SYMBOLS, WIDTH, K = 8, 9, 12, 2
 STREAMS, SEGMENT, STEPS = 2, 10, 200
@@ -35,9 +35,9 @@ def make_table():
 
 
 def routing(step, *, k=K, rank=0, ranks=1, bounds=None, gather=False):
-    router = HashedRouter(make_table(), rank=rank, ranks=ranks)
+    router = hashed(make_table(), rank=rank, ranks=ranks)
     ids = torch.randint(0, SYMBOLS, (ranks, STREAMS, SEGMENT), generator=torch.Generator().manual_seed(step))
-    plan = router.plan(ids, ids[..., :1], k, gather=gather)
+    plan = plan_of(router, ids, ids[..., :1], k, gather=gather)
     if bounds is not None:
         plan = pad_plan(plan, bounds)
     return Routing(k, (plan,), torch.arange(ranks * TOKENS), layer_seeds(step, 1))

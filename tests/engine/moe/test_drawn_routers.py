@@ -8,8 +8,12 @@ import pytest
 import torch
 
 from foreroute.engine.config import MoEConfig
-from foreroute.engine.routing.routers import Draw, DrawnRouter, HashedRouter
+from foreroute.engine.parallel.mesh import Mesh
+from foreroute.engine.routing.planned.fresh import FreshRouter
+from foreroute.engine.routing.planned.stochastic import StochasticRouter
+from foreroute.engine.routing.planned_router import Draw
 from foreroute.engine.routing.tables import build_tables
+from foreroute.engine.testing.routers import hashed, plan_of
 
 E, NO_IDS = 6, torch.zeros(1, 1, 0, dtype=torch.int64)
 
@@ -29,8 +33,9 @@ def draw_of(tokens, ranks=1, **options):
     return Draw(np.arange(tokens).reshape(ranks, -1), **{"index": 3, **options})
 
 
-def router(each_token=True, **options):
-    return DrawnRouter(E, each_token=each_token, **{"seed": 9, "index": 1, **options})
+def router(each_token=True, *, seed=9, index=1, rank=0, ranks=1):
+    kind = FreshRouter if each_token else StochasticRouter
+    return kind(E, seed=seed, index=index).place(Mesh(rank, ranks, ranks))
 
 
 def rows_of_tokens(plans, tokens):
@@ -57,7 +62,8 @@ def test_plans_equal_a_plain_loop_on_one_rank_and_on_two(each_token, k):
         ]
         for ranks in (1, 2):
             draw = draw_of(tokens, ranks, held_out=held_out, number=number)
-            plans = [router(each_token, rank=r, ranks=ranks).plan(NO_IDS, NO_IDS, k, draw=draw) for r in range(ranks)]
+            routers = [router(each_token, rank=r, ranks=ranks) for r in range(ranks)]
+            plans = [plan_of(each, NO_IDS, NO_IDS, k, draw) for each in routers]
             found = rows_of_tokens(plans, tokens)
             for order, row in zip(orders, found, strict=True):
                 assert sorted(expert for expert, _ in row) == sorted(order[:k])
@@ -115,20 +121,20 @@ def test_shuffled_keys_are_the_same_keys_at_other_places(ranks):
     for table in tables():  # the same tokens lend their keys in every layer
         row_T = torch.cat([table.rows_of(ids, left).reshape(-1) for ids, left in zip(ids_PBQ, left_PBC, strict=True)])
         wanted = [table.order_rE[row_T[place], :2].tolist() for place in place_T]
-        routers = [HashedRouter(table, rank=r, ranks=ranks, shuffled=True) for r in range(ranks)]
-        plans = [r.plan(ids_PBQ, left_PBC, 2, draw=draw) for r in routers]
+        routers = [hashed(table, rank=r, ranks=ranks, shuffled=True) for r in range(ranks)]
+        plans = [plan_of(r, ids_PBQ, left_PBC, 2, draw) for r in routers]
         found = rows_of_tokens(plans, 40)
         assert [sorted(e for e, _ in row) for row in found] == [sorted(row) for row in wanted]
-        own = [HashedRouter(table, rank=r, ranks=ranks).plan(ids_PBQ, left_PBC, 2) for r in range(ranks)]
+        own = [plan_of(hashed(table, rank=r, ranks=ranks), ids_PBQ, left_PBC, 2) for r in range(ranks)]
         assert torch.equal(plans[0].count_E, own[0].count_E)
         assert rows_of_tokens(own, 40) != found
 
 
 def test_what_is_drawn_needs_a_draw():
     with pytest.raises(ValueError, match="need a draw"):
-        router().plan(NO_IDS, NO_IDS, 2)
+        plan_of(router(), NO_IDS, NO_IDS, 2)
     with pytest.raises(ValueError, match="need a draw"):
-        HashedRouter(tables()[0], shuffled=True).plan(IDS, IDS[..., :1], 2)
+        plan_of(hashed(tables()[0], shuffled=True), IDS, IDS[..., :1], 2)
 
 
 def test_plans_are_for_the_exchange_of_tokens_in_one_part_unless_asked():
@@ -136,8 +142,8 @@ def test_plans_are_for_the_exchange_of_tokens_in_one_part_unless_asked():
     table = build_tables(MoEConfig(experts=E, ngram=1, rows=9), 9, np.arange(9), num_tables=1, seed=1, cache_dir=None)[
         0
     ]
-    for planned in (router(ranks=2), HashedRouter(table, ranks=2)):
-        (chunk,) = planned.plan(ids, ids[..., :0], 2, draw=draw).chunks
+    for planned in (router(ranks=2), hashed(table, ranks=2)):
+        (chunk,) = plan_of(planned, ids, ids[..., :0], 2, draw).chunks
         assert chunk.send is not None and chunk.received_R is not None
-        (chunk,) = planned.plan(ids, ids[..., :0], 2, draw=draw, gather=True).chunks
+        (chunk,) = plan_of(planned, ids, ids[..., :0], 2, draw, gather=True).chunks
         assert chunk.send is None and chunk.received_R is None

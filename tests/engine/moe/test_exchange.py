@@ -12,9 +12,9 @@ from foreroute.engine.moe.experts import Experts
 from foreroute.engine.routing import live_plan
 from foreroute.engine.routing.exchange_choice import use_gather
 from foreroute.engine.routing.plan import Route
-from foreroute.engine.routing.routers import HashedRouter
 from foreroute.engine.routing.tables import build_tables
 from foreroute.engine.testing.ranks import run_ranks
+from foreroute.engine.testing.routers import hashed, plan_of
 
 
 class NoWire:
@@ -28,7 +28,7 @@ def make_plan(ranks, **options):
     moe = MoEConfig(experts=8, ngram=2, rows=32)
     table = build_tables(moe, 9, text, num_tables=1, seed=1, cache_dir=None)[0]
     ids = torch.randint(0, 9, (ranks, 1, 23), generator=torch.Generator().manual_seed(5))
-    return HashedRouter(table, ranks=ranks).plan(ids, ids[..., :1], 2, **options)
+    return plan_of(hashed(table, ranks=ranks), ids, ids[..., :1], 2, **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"gather": True}, {"chunks": 4}])
@@ -86,7 +86,7 @@ def test_a_live_router_gathers_when_the_model_of_times_says_so(dtype, monkeypatc
     )
     for k in range(1, 9):
         route = Route(torch.zeros(24, k, dtype=torch.int64), torch.ones(24, k))
-        live_plan.plan_live(route, 8, torch.zeros(24, 6, dtype=dtype), NoWire(), parallel)
+        live_plan.plan_live(route, 8, torch.zeros(24, 6, dtype=dtype), k, NoWire(), parallel)
     want = [
         use_gather(parallel, experts=8, ranks=2, k=k, tokens=24, width=6, itemsize=dtype.itemsize) for k in range(1, 9)
     ]

@@ -15,22 +15,25 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from foreroute.engine.config import KernelsConfig, ModelConfig, MoEConfig, ParallelConfig
-from foreroute.engine.config.enums import ExchangeKind, Router, WireFormat
+from foreroute.engine.config.enums import ExchangeKind, Gate, RouteWeights, WireFormat
 from foreroute.engine.moe.exchange import Local, build_exchange
 from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.parallel.collectives import ExpertGroupComm
 from foreroute.engine.routing.live_plan import build_live_plan
 from foreroute.engine.routing.plan import Route, Routing
-from foreroute.engine.routing.routers import HashedRouter
+from foreroute.engine.routing.planner import Planner
+from foreroute.engine.routing.row_sets import Choice, RowSets, softmax_weights
 from foreroute.engine.routing.tables import build_tables
 from foreroute.engine.testing.ranks import run_ranks
+from foreroute.engine.testing.routers import hashed, plan_of, route_of
 
 EXPERTS, SYMBOLS, WIDTH, HIDDEN = 8, 9, 12, 16
+REPLICATED = "router", "shared", "coefficient", "gate", "zero_experts"
 MARGIN = 1e-5  # between the last expert chosen and the first that is not: fp32 gates must agree
 
 
 class Case(NamedTuple):
-    router: Router
+    router: str
     exchange: ExchangeKind = ExchangeKind.tokens
     chunks: int = 1
     recompute: bool = False
@@ -41,26 +44,32 @@ class Case(NamedTuple):
     wire: WireFormat = WireFormat.model
     masked_from_k: int = EXPERTS + 1
     shared_width: int = 0
+    residual: bool = False
+    gate: Gate | None = None  # of live weights
+    zero: int = 0  # constants and copies, as many of each
 
 
 KINDS = ExchangeKind.tokens, ExchangeKind.gather
-LIVE = Router.frozen, Router.learned
-MATRIX = [
-    Case(*options) for options in itertools.product((Router.hashed, *LIVE), KINDS, (1, 4), (False, True), (0.0, 0.3))
-]
+LIVE = "frozen", "learned"
+MATRIX = [Case(*options) for options in itertools.product(("hashed", *LIVE), KINDS, (1, 4), (False, True), (0.0, 0.3))]
 OTHERS = [
     Case(router, exchange, chunks, **other)
-    for router, exchange, chunks in itertools.product((Router.hashed, *LIVE), KINDS, (1, 4))
+    for router, exchange, chunks in itertools.product(("hashed", *LIVE), KINDS, (1, 4))
     for other in ({"tokens": 3}, {"tokens": 1}, {"k": 1}, {"k": EXPERTS})
 ]
-SKEWED = [
-    Case(Router.hashed, exchange, chunks, symbols=1, k=1) for exchange, chunks in itertools.product(KINDS, (1, 4))
+SKEWED = [Case("hashed", exchange, chunks, symbols=1, k=1) for exchange, chunks in itertools.product(KINDS, (1, 4))]
+MASKED = [Case("hashed", chunks=4, masked_from_k=1), Case("frozen", chunks=4, masked_from_k=1)]
+SHARED = [Case("hashed", exchange, dropout=dropout, shared_width=10) for exchange in KINDS for dropout in (0.0, 0.3)]
+GATED = [
+    Case("hashed", *options, gate=gate)
+    for *options, gate in itertools.product(KINDS, (1, 4), (False, True), (Gate.softmax, Gate.sqrt_softplus))
 ]
-MASKED = [Case(Router.hashed, chunks=4, masked_from_k=1), Case(Router.frozen, chunks=4, masked_from_k=1)]
-SHARED = [
-    Case(Router.hashed, exchange, dropout=dropout, shared_width=10) for exchange in KINDS for dropout in (0.0, 0.3)
+MIXED = [
+    *(Case("hashed", exchange, chunks, dropout=0.3, zero=2) for exchange, chunks in itertools.product(KINDS, (1, 4))),
+    *(Case("hashed", exchange, shared_width=10, residual=True) for exchange in KINDS),
 ]
-BF16 = [Case(Router.hashed, exchange, chunks, wire=WireFormat.bf16) for exchange in KINDS for chunks in (1, 4)]
+BF16 = [Case("hashed", exchange, chunks, wire=WireFormat.bf16) for exchange in KINDS for chunks in (1, 4)]
+ALL = MATRIX + OTHERS + SKEWED + MASKED + SHARED + GATED + MIXED + BF16
 
 
 def normal(*shape, seed):
@@ -78,6 +87,10 @@ def make_layer(case):
         balance_loss=0.5,
         z_loss=0.1,
         shared_width=case.shared_width,
+        residual=case.residual,
+        constant_experts=case.zero,
+        copy_experts=case.zero,
+        **({} if case.gate is None else {"weights": RouteWeights.live, "gate": case.gate, "gate_scale": 1.5}),
     )
     model = ModelConfig(layers=1, width=WIDTH, heads=2, head_width=6)
     layer = MoELayer(
@@ -98,10 +111,15 @@ def problem(case, ranks):
 
 
 @functools.cache
-def make_table():
+def make_table(zero=0):
     text = np.random.default_rng(0).integers(0, SYMBOLS, 900).astype(np.uint8)
-    moe = MoEConfig(experts=EXPERTS, ngram=2, rows=32)
+    moe = MoEConfig(experts=EXPERTS, ngram=2, rows=32, constant_experts=zero, copy_experts=zero)
     return build_tables(moe, SYMBOLS, text, num_tables=1, seed=1, cache_dir=None)[0]
+
+
+def make_router(case, rank=0, ranks=1):
+    weights = RouteWeights.table if case.gate is None else RouteWeights.live
+    return hashed(make_table(case.zero), rank=rank, ranks=ranks, weights=weights, experts=EXPERTS)
 
 
 def run(layer, case, x, cotangent, plan, token_T, *, parts=1):
@@ -128,9 +146,10 @@ def whole(case, ranks):
     ids, left, x, cotangent = problem(case, ranks)
     layer = make_layer(case)
     plan = None
-    if case.router is Router.hashed:
-        rows = [make_table().rows_of(*pair).flatten() for pair in zip(ids, left, strict=True)]
-        plan = HashedRouter(make_table()).planner.plan(torch.cat(rows)[None].numpy(), case.k)
+    if case.router == "hashed":
+        rows = [make_table(case.zero).rows_of(*pair).flatten() for pair in zip(ids, left, strict=True)]
+        choice = Choice(torch.cat(rows)[None].numpy(), make_router(case).row_sets(case.k))
+        plan = Planner(EXPERTS, columns=EXPERTS + 2 * case.zero).plan(choice, case.k)
     else:
         top = layer.router(x, case.k).logits_TE.sort(dim=1, descending=True).values
         assert case.k == EXPERTS or (top[:, case.k - 1] - top[:, case.k]).min() > MARGIN
@@ -150,7 +169,7 @@ def share(layer, case, rank, ranks):
     layer.first_expert = rank * local
     parallel = ParallelConfig(expert_ranks=ranks, exchange=case.exchange, chunks=case.chunks, wire=case.wire)
     layer.exchange = build_exchange(ExpertGroupComm(dist.group.WORLD), parallel)
-    layer.balance_comm = ExpertGroupComm(None) if case.router is Router.learned else None
+    layer.balance_comm = ExpertGroupComm(None) if case.router == "learned" else None
     made, plan = [], layer._plan
     layer._plan = lambda *arguments: made.append(plan(*arguments)) or made[-1]
     return made
@@ -163,19 +182,19 @@ def one_case(case, rank, ranks):
     layer = make_layer(case)
     made = share(layer, case, rank, ranks)
     plan = None
-    if case.router is Router.hashed:
-        router, gather = HashedRouter(make_table(), rank=rank, ranks=ranks), case.exchange is ExchangeKind.gather
-        plan = router.plan(ids, left, case.k, gather=gather, chunks=case.chunks)
+    if case.router == "hashed":
+        gather = case.exchange is ExchangeKind.gather
+        plan = plan_of(make_router(case, rank, ranks), ids, left, case.k, gather=gather, chunks=case.chunks)
     fired = count_hooks(layer.experts)
     got, forward, out = run(layer, case, x[here], cotangent[here], plan, numbers(x), parts=ranks)
     want, _, want_out = truth(case, ranks)
     local = slice(rank * EXPERTS // ranks, (rank + 1) * EXPERTS // ranks)
     errors = {}
     for name, value in got.items():
-        if name.startswith(("router", "shared")):
+        if name.startswith(REPLICATED):
             dist.all_reduce(value)  # as data parallelism does
         expected = want[name]
-        expected = expected[local] if "experts." in name else expected
+        expected = expected[local] if name.startswith("experts.") else expected
         expected = expected[here] if name in "yx" else expected
         scale = want[name].norm()  # one rank may rightly have nothing
         errors[name] = ((value - expected).norm() / scale).item()
@@ -184,7 +203,7 @@ def one_case(case, rank, ranks):
         auxiliary = out.auxiliary_loss.detach().double().clone()
         dist.all_reduce(auxiliary)
         errors["auxiliary"] = abs(auxiliary.item() / ranks - want_out.auxiliary_loss.item())
-    (used, _), comm = made[0], layer.exchange.comm
+    (used, *_), comm = made[0], layer.exchange.comm
     return {
         "errors": errors,
         "forward": forward,
@@ -214,12 +233,12 @@ def count_hooks(module):
 def without_weights(rank, ranks):
     """The weights lie elsewhere between forward and backward, as with ZeRO-3: errors to a run in which they stay."""
     errors = []
-    for chunks in (1, 4):
-        case = Case(Router.hashed, chunks=chunks)
+    for chunks, gate in itertools.product((1, 4), (None, Gate.softmax)):
+        case = Case("hashed", chunks=chunks, gate=gate)
         ids, left, x, cotangent = problem(case, ranks)
         here = slice(rank * case.tokens, (rank + 1) * case.tokens)
-        router = HashedRouter(make_table(), rank=rank, ranks=ranks)
-        call = Routing(case.k, (router.plan(ids, left, case.k, chunks=chunks),))
+        router = make_router(case, rank, ranks)
+        call = Routing(case.k, (plan_of(router, ids, left, case.k, chunks=chunks),))
         found = []
         for away in (False, True):
             layer = make_layer(case)
@@ -236,30 +255,50 @@ def without_weights(rank, ranks):
     return errors
 
 
+def varied(ranks, tokens, k):
+    generator = torch.Generator().manual_seed(4)
+    order_rK = torch.rand(20, EXPERTS, generator=generator).argsort(dim=1)[:, :k].to(torch.uint8)
+    count_r = torch.randint(0, k + 1, (20,), generator=generator, dtype=torch.int32)
+    sets = RowSets(order_rK, softmax_weights, torch.randn(20, k, generator=generator), count_r)
+    return Choice(torch.randint(0, 20, (ranks, tokens), generator=generator).numpy(), sets)
+
+
+def same(got, want):
+    """Compare two plans of this rank; return how many chunks they have."""
+    ranks = len(want.send_splits)
+    assert (got.k, got.rank) == (want.k, want.rank)
+    assert (got.send_splits, got.recv_splits) == (want.send_splits, want.recv_splits)
+    assert torch.equal(got.count_E, want.count_E)
+    for a, b in zip(got.chunks, want.chunks, strict=True):
+        a.rows.validate()
+        pairs = list(zip(a.rows.tensors(), b.rows.tensors(), strict=True))
+        assert (a.send is None) == (b.send is None)
+        if a.send is not None:
+            pairs += zip(a.send.tensors(), b.send.tensors(), strict=True)
+        everything = torch.arange(ranks * want.num_tokens)
+        pairs.append((a.received_R, everything if b.received_R is None else b.received_R))
+        assert all(torch.equal(x, y) and x.dtype == y.dtype for x, y in pairs)
+        torch.testing.assert_close(a.weight_N, b.weight_N)
+        assert (a.send_splits, a.recv_splits) == (b.send_splits, b.recv_splits)
+    return len(want.chunks)
+
+
 def live_equals_planned(rank, ranks):
     """A live plan of the routes that a hashed router gives is the plan that it makes itself."""
-    case = Case(Router.hashed)
-    router = HashedRouter(make_table(), rank=rank, ranks=ranks)
-    checked = 0
+    case = Case("hashed")
+    router, checked = make_router(case, rank, ranks), 0
     for tokens, k, gather, chunks in itertools.product((1, 5, 23), (1, 3, 8), (False, True), (1, 4)):
         ids, left, *_ = problem(case._replace(tokens=tokens), ranks)
-        want = router.plan(ids, left, k, gather=gather, chunks=chunks)
-        route = router.route(ids[rank], left[rank], k)
-        got = build_live_plan(route, EXPERTS, ExpertGroupComm(None), gather=gather, chunks=chunks)
-        assert (got.k, got.rank, got.send_splits, got.recv_splits) == (k, rank, want.send_splits, want.recv_splits)
-        assert torch.equal(got.count_E, want.count_E)
-        for a, b in zip(got.chunks, want.chunks, strict=True):
-            a.rows.validate()
-            pairs = list(zip(a.rows.tensors(), b.rows.tensors(), strict=True))
-            assert (a.send is None) == (b.send is None) == gather
-            if not gather:
-                pairs += zip(a.send.tensors(), b.send.tensors(), strict=True)
-            everything = torch.arange(ranks * tokens)
-            pairs.append((a.received_R, everything if b.received_R is None else b.received_R))
-            assert all(torch.equal(x, y) and x.dtype == y.dtype for x, y in pairs)
-            torch.testing.assert_close(a.weight_N, b.weight_N)
-            assert (a.send_splits, a.recv_splits) == (b.send_splits, b.recv_splits)
-            checked += 1
+        want = plan_of(router, ids, left, k, gather=gather, chunks=chunks)
+        route = route_of(router, ids[rank], left[rank], k)
+        checked += same(build_live_plan(route, EXPERTS, ExpertGroupComm(None), gather=gather, chunks=chunks), want)
+        # any number of experts for each token, none too
+        choice = varied(ranks, tokens, k)
+        want = Planner(EXPERTS, rank=rank, ranks=ranks).plan(choice, k, gather=gather, chunks=chunks)
+        own = choice.sets.of_rows(torch.from_numpy(choice.row_PT[rank]))
+        route = Route(own.order_rK.long(), own.weights(), own.used_rK)
+        got = build_live_plan(route, EXPERTS, ExpertGroupComm(None), k, gather=gather, chunks=chunks)
+        checked += same(got, want)
     return checked
 
 
@@ -274,7 +313,7 @@ def unequal(rank):
 
 def everything(rank, ranks):
     return {
-        "cases": [one_case(case, rank, ranks) for case in MATRIX + OTHERS + SKEWED + MASKED + SHARED + BF16],
+        "cases": [one_case(case, rank, ranks) for case in ALL],
         "without_weights": without_weights(rank, ranks),
         "live_equals_planned": live_equals_planned(rank, ranks),
         "unequal": unequal(rank),
@@ -289,24 +328,24 @@ def group(request):
 
 def found(group, cases):
     """Of some cases, every rank's results."""
-    places = {case: place for place, case in enumerate(MATRIX + OTHERS + SKEWED + MASKED + SHARED + BF16)}
+    places = {case: place for place, case in enumerate(ALL)}
     return [(case, rank, answer["cases"][places[case]]) for case in cases for rank, answer in enumerate(group[1])]
 
 
 @pytest.mark.dist
 def test_ranks_equal_one_rank(group):
-    for case, rank, result in found(group, MATRIX + OTHERS + SKEWED + MASKED + SHARED):
+    for case, rank, result in found(group, [case for case in ALL if case not in BF16]):
         # fp64: only the order in which sums are added up differs
         for name, error in result["errors"].items():
             assert error < 1e-12, (case, rank, name)
         assert {"y", "x", "experts.w1", "experts.b1", "experts.w2", "experts.b2"} <= set(result["errors"])
-        assert (case.router is Router.learned) == ("router.gate_weight" in result["errors"])
-        assert (case.router is Router.learned) == ("auxiliary" in result["errors"])
+        assert (case.router == "learned") == ("router.gate_weight" in result["errors"])
+        assert (case.router == "learned") == ("auxiliary" in result["errors"])
 
 
 @pytest.mark.dist
 def test_every_gradient_arrives_once(group):
-    for case, rank, result in found(group, MATRIX):
+    for case, rank, result in found(group, MATRIX + GATED):
         assert len(result["fired"]) == 4
         assert all(counts == [1, 1] for counts in result["fired"].values()), (case, rank)
 
@@ -314,11 +353,11 @@ def test_every_gradient_arrives_once(group):
 def needed(case, ranks):
     """Distinct (token, other rank) pairs that need each other, by rank of the token and by the other: plain loops."""
     ids, left, *_ = problem(case, ranks)
-    router = HashedRouter(make_table())
+    router = make_router(case)
     sent, received = [0] * ranks, [0] * ranks
     for rank in range(ranks):
-        for row in router.route(ids[rank], left[rank], case.k).expert_TK.tolist():
-            for other in {expert // (EXPERTS // ranks) for expert in row} - {rank}:
+        for row in route_of(router, ids[rank], left[rank], case.k).expert_TK.tolist():
+            for other in {expert // (EXPERTS // ranks) for expert in row if expert < EXPERTS} - {rank}:
                 sent[rank] += 1
                 received[other] += 1
     return sent, received
@@ -328,7 +367,7 @@ def needed(case, ranks):
 def test_bytes_and_collectives_of_planned_layers(group):
     """Two collectives for each chunk and direction, none about counts; bytes are predicted and the least possible."""
     ranks, _ = group
-    planned = [case for case in MATRIX + OTHERS + SKEWED + BF16 if case.router is Router.hashed]
+    planned = [case for case in MATRIX + OTHERS + SKEWED + GATED + MIXED + BF16 if case.router == "hashed"]
     for case, rank, result in found(group, planned):
         parts = min(case.chunks, case.tokens)
         assert result["parts"] == parts
@@ -358,12 +397,12 @@ def test_bytes_and_collectives_of_live_layers(group):
     live = [case for case in MATRIX + OTHERS if case.router in LIVE and not case.recompute]
     for case, rank, result in found(group, live):
         parts = min(case.chunks, case.tokens)
-        counts = (ranks - 1) * parts * (ranks + EXPERTS) * 8
+        counts = (ranks - 1) * parts * (ranks + EXPERTS + 1) * 8  # and one of tokens
         weights = result["wire_rows"] * (local + 1) * 8
         assert result["forward"] == (2 + 2 * parts, result["bytes"] + counts + weights)
         back = result["back"] * local * 8
         assert result["total"] == (3 + 4 * parts, 2 * result["bytes"] + counts + weights + back), rank
-        assert (result["router"] == []) == (case.router is Router.frozen)
+        assert (result["router"] == []) == (case.router == "frozen")
 
 
 @pytest.mark.dist
@@ -376,12 +415,12 @@ def test_bf16_on_the_wire(group):
 
 @pytest.mark.dist
 def test_weights_may_lie_elsewhere_between_forward_and_backward(group):
-    assert all(answer["without_weights"] == [0.0, 0.0] for answer in group[1])
+    assert all(answer["without_weights"] == [0.0] * 4 for answer in group[1])
 
 
 @pytest.mark.dist
 def test_a_live_plan_is_the_planned_one(group):
-    assert all(answer["live_equals_planned"] == 72 for answer in group[1])
+    assert all(answer["live_equals_planned"] == 2 * 72 for answer in group[1])
 
 
 @pytest.mark.dist
@@ -392,7 +431,7 @@ def test_unequal_tokens_are_refused_and_a_weight_of_zero_is_a_choice(group):
 
 def test_the_comparison_sees_a_difference():
     """Negative control: one weight of one expert, and the place that a token's dropout comes from."""
-    case = Case(Router.frozen, dropout=0.3, tokens=5)
+    case = Case("frozen", dropout=0.3, tokens=5)
     want, *_ = truth(case, 2)
     layer = make_layer(case)
     layer.experts.w1.data[0, 0, 0] += 1e-6

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from foreroute.engine.config import KernelsConfig, MoEConfig, ParallelConfig
+from foreroute.engine.config import KernelsConfig, MoEConfig, ParallelConfig, RouteWeights
 from foreroute.engine.config.enums import Backend
 from foreroute.engine.moe.exchange import Exchange
 from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.parallel.collectives import ExpertGroupComm
-from foreroute.engine.routing.plan import Routing
-from foreroute.engine.routing.routers import HashedRouter
+from foreroute.engine.routing.plan import Routing, SetRows
 from foreroute.engine.routing.tables import build_tables
+from foreroute.engine.testing.routers import hashed, plan_of
 from foreroute.kernels import ExpertRows
 
 RANKS, RANK, EXPERTS, WIDTH, TOKENS, K = 4, 1, 8, 16, 23, 3
@@ -57,12 +57,13 @@ class Stub:
         return type("Work", (), {"get_future": lambda _: done, "wait": wait})()
 
 
-def make_plan(**options):
+def make_plan(*, weights=RouteWeights.table, **options):
     text = np.random.default_rng(0).integers(0, 9, 900).astype(np.uint8)
     moe = MoEConfig(experts=EXPERTS, ngram=2, rows=32)
     table = build_tables(moe, 9, text, num_tables=1, seed=1, cache_dir=None)[0]
     ids = torch.randint(0, 9, (RANKS, 1, TOKENS), generator=torch.Generator().manual_seed(5))
-    return HashedRouter(table, rank=RANK, ranks=RANKS).plan(ids, ids[..., :1], K, **options)
+    router = hashed(table, rank=RANK, ranks=RANKS, weights=weights)
+    return plan_of(router, ids, ids[..., :1], K, **options)
 
 
 def without_data(plan, device="cpu"):
@@ -74,6 +75,9 @@ def without_data(plan, device="cpu"):
     def rows_like(rows):
         return None if rows is None else ExpertRows(*map(like, rows.tensors()))
 
+    def sets_like(sets):
+        return None if sets is None else SetRows(like(sets.expert_RK), like(sets.used_RK), like(sets.place_N))
+
     parts = [
         replace(
             chunk,
@@ -81,6 +85,7 @@ def without_data(plan, device="cpu"):
             weight_N=like(chunk.weight_N),
             send=rows_like(chunk.send),
             received_R=like(chunk.received_R),
+            sets=sets_like(chunk.sets),
         )
         for chunk in plan.chunks
     ]
@@ -92,9 +97,10 @@ def routing(plan, device="cpu"):
     return Routing(K, (plan,), tokens, torch.empty(1, 2, dtype=torch.int32, device=device))
 
 
-def make_layer(**kernels):
+def make_layer(name="tokens", **kernels):
     """A layer that holds two of eight experts."""
-    layer = MoELayer(WIDTH, MoEConfig(experts=EXPERTS, expert_width=32), KernelsConfig(**kernels), 0, dropout=0.1)
+    moe = MoEConfig(experts=EXPERTS, expert_width=32, weights=OPTIONS[name].get("weights", RouteWeights.table))
+    layer = MoELayer(WIDTH, moe, KernelsConfig(**kernels), 0, dropout=0.1)
     for name, parameter in list(layer.experts.named_parameters()):
         setattr(layer.experts, name, nn.Parameter(torch.empty(EXPERTS // RANKS, *parameter.shape[1:])))
     layer.first_expert = RANK * EXPERTS // RANKS
@@ -102,15 +108,15 @@ def make_layer(**kernels):
     return layer
 
 
-PLANS = {
-    name: make_plan(**options)
-    for name, options in {
-        "tokens": {},
-        "gather": {"gather": True},
-        "tokens in parts": {"chunks": 4},
-        "gather in parts": {"gather": True, "chunks": 4},
-    }.items()
+OPTIONS = {
+    "tokens": {},
+    "gather": {"gather": True},
+    "tokens in parts": {"chunks": 4},
+    "gather in parts": {"gather": True, "chunks": 4},
+    "live weights": {"weights": RouteWeights.live},
+    "live weights in parts": {"weights": RouteWeights.live, "chunks": 4},
 }
+PLANS = {name: make_plan(**options) for name, options in OPTIONS.items()}
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -118,7 +124,7 @@ PLANS = {
 @pytest.mark.parametrize("name", PLANS)
 def test_a_planned_layer_reads_nothing_back(name, masked_from_k, recompute):
     with FakeTensorMode():
-        layer = make_layer(masked_from_k=masked_from_k)
+        layer = make_layer(name, masked_from_k=masked_from_k)
         x = torch.empty(TOKENS, WIDTH, requires_grad=True)
         call = routing(without_data(PLANS[name]))
         out = checkpoint(layer, x, call, use_reentrant=False) if recompute else layer(x, call)
@@ -158,7 +164,7 @@ def test_a_read_back_is_seen(where):
 def test_everything_is_on_the_device(name):
     with FakeTensorMode(), torch.no_grad():
         with torch.device("cuda"):
-            layer = make_layer(backend=Backend.triton)
+            layer = make_layer(name, backend=Backend.triton)
             x = torch.empty(TOKENS, WIDTH)
         plan = without_data(PLANS[name], "cuda")
         out = layer(x, routing(plan, "cuda"))

@@ -7,7 +7,7 @@ from math import comb
 import pytest
 
 from foreroute.engine.config import Config, KernelsConfig, MoEConfig, ParallelConfig
-from foreroute.engine.config.enums import Backend, ExchangeKind, Precision, Router
+from foreroute.engine.config.enums import Backend, ExchangeKind, Precision
 from foreroute.engine.errors import UserError
 from foreroute.engine.routing.exchange_choice import gather_seconds, gathers, rank_share, tokens_seconds, use_gather
 
@@ -98,5 +98,5 @@ def test_parts_need_a_backend_with_a_backward_pass():
 
 def test_a_dense_run_has_nothing_to_gather():
     """Whatever its k, which nothing reads and which may be above its experts."""
-    moe = MoEConfig(router=Router.dense, experts=2)
+    moe = MoEConfig(router="dense", experts=2)
     assert not gathers(AUTO, moe, 256, Precision.fp32, ranks=2, k=4, tokens=100)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from foreroute.engine.routing.live_plan import _expert_rows, build_live_plan
-from foreroute.engine.routing.plan import Route
+from foreroute.engine.routing.live_plan import build_live_plan
+from foreroute.engine.routing.plan import Route, rows_of_mask
 
 
 class Asked(Exception):
@@ -35,14 +35,14 @@ def test_token_numbers_fit_into_the_format_of_the_weights(tokens, dtype, fits):
 
 
 def test_rows_of_experts_and_of_rows_that_nobody_uses():
-    rows, place_N = _expert_rows(torch.tensor([[True, False], [True, True]]), 3)
+    rows, place_N = rows_of_mask(torch.tensor([[True, False], [True, True]]), 3)
     assert (rows.source_N.tolist(), rows.offset_L.tolist()) == ([0, 1, 1], [2, 3])
     assert (rows.slot_N.tolist(), rows.slot_offset_R.tolist()) == ([0, 1, 2], [0, 1])
     assert place_N.tolist() == [0, 1, 3]  # the docstring's
     mask = torch.tensor([[False, False, True], [False] * 3, [True, False, True], [False, False, True]])
-    rows, place_N = _expert_rows(mask, 4)
+    rows, place_N = rows_of_mask(mask, 4)
     assert (rows.source_N.tolist(), rows.offset_L.tolist()) == ([2, 0, 2, 3], [1, 1, 4])
     assert (rows.slot_N.tolist(), rows.slot_offset_R.tolist()) == ([1, 0, 2, 3], [0, 1, 1, 3])
     assert place_N.tolist() == [2, 8, 10, 11]
-    empty, _ = _expert_rows(torch.zeros(0, 2, dtype=torch.bool), 0)
+    empty, _ = rows_of_mask(torch.zeros(0, 2, dtype=torch.bool), 0)
     assert empty.source_N.tolist() == [] and empty.offset_L.tolist() == [0, 0]

@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 
+from foreroute.engine.routing.live_router import top_k_route
 from foreroute.engine.routing.losses import balance_loss, chosen_counts, consistency_loss, z_loss
-from foreroute.engine.routing.routers import top_k_route
+from foreroute.engine.routing.plan import Route
 
 
 def plain_balance(logits, experts):
@@ -56,7 +57,7 @@ def test_counts_of_all_ranks_make_the_loss_that_of_all_tokens():
     logits = 2 * torch.randn(3, 10, 5, generator=torch.Generator().manual_seed(0)).double()
     logits[1, :, 2] += 2
     chosen = logits.topk(2, dim=2).indices
-    own = [chosen_counts(expert_TK, 5) for expert_TK in chosen]
+    own = [chosen_counts(Route(expert_TK, torch.ones(10, 2)), 5) for expert_TK in chosen]
     for expert_TK, count_E in zip(chosen.tolist(), own, strict=True):
         assert count_E.tolist() == [sum(row.count(e) for row in expert_TK) for e in range(5)]
     whole = logits.flatten(0, 1).requires_grad_()
@@ -69,6 +70,12 @@ def test_counts_of_all_ranks_make_the_loss_that_of_all_tokens():
     torch.testing.assert_close(torch.cat([p.grad for p in parts]), whole.grad, rtol=1e-12, atol=0)
     alone = sum(balance_loss(part, count_E) for part, count_E in zip(parts, own, strict=True)) / 3
     assert abs(alone - want) > 1e-2
+
+
+def test_counts_leave_out_what_a_token_does_not_use():
+    used_TK = torch.tensor([[True, False], [False, False], [True, True]])
+    route = Route(torch.tensor([[2, 0], [1, 2], [0, 2]]), torch.ones(3, 2), used_TK)
+    assert chosen_counts(route, 4).tolist() == [1, 0, 2, 0]
 
 
 def plain_consistency(one, other):

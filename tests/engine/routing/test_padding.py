@@ -5,24 +5,23 @@ from itertools import pairwise
 import pytest
 import torch
 
-from foreroute.engine.config import MoEConfig
+from foreroute.engine.config import MoEConfig, RouteWeights
 from foreroute.engine.errors import RunFailed
 from foreroute.engine.routing.padding import RowBounds, pad_plan
-from foreroute.engine.routing.routers import HashedRouter
 from foreroute.engine.routing.tables import build_tables
+from foreroute.engine.testing.routers import hashed, plan_of
 
 EXPERTS, SYMBOLS, TOKENS, K, RANKS = 8, 9, 23, 3, 4
 BOUNDS = RowBounds(pair_rows=TOKENS, expert_rows=2 * RANKS * TOKENS)
 
 
-def plan(rank, *, ranks=RANKS, seed=0, **options):
+def plan(rank, *, ranks=RANKS, seed=0, weights=RouteWeights.table, **options):
     text = torch.randint(0, SYMBOLS, (900,), generator=torch.Generator().manual_seed(1)).to(torch.uint8).numpy()
     moe = MoEConfig(experts=EXPERTS, ngram=2, rows=32)
-    router = HashedRouter(
-        build_tables(moe, SYMBOLS, text, num_tables=1, seed=1, cache_dir=None)[0], rank=rank, ranks=ranks
-    )
+    (table,) = build_tables(moe, SYMBOLS, text, num_tables=1, seed=1, cache_dir=None)
+    router = hashed(table, rank=rank, ranks=ranks, weights=weights)
     ids = torch.randint(0, SYMBOLS, (ranks, 1, TOKENS), generator=torch.Generator().manual_seed(seed))
-    return router.plan(ids, ids[..., :1], K, **options)
+    return plan_of(router, ids, ids[..., :1], K, **options)
 
 
 def sums(rows, weight_N):
@@ -86,3 +85,8 @@ def test_more_rows_than_a_bound_says_are_refused():
         pad_plan(dynamic, RowBounds(most, rows - 1))
     with pytest.raises(RunFailed, match=f"a plan has {most} rows from one rank to another: its bound is {most - 1}"):
         pad_plan(dynamic, RowBounds(most - 1, rows))
+
+
+def test_live_weights_are_refused():
+    with pytest.raises(RunFailed, match=r"moe\.weights=live cannot be padded"):
+        pad_plan(plan(1, weights=RouteWeights.live), BOUNDS)

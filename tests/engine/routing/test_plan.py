@@ -3,7 +3,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from foreroute.engine.routing.plan import Plan, Route, build_plan, cut
+from foreroute.engine.routing.plan import Plan, Route, build_plan, chosen_mask, cut, dense_weights
 from foreroute.kernels.expert_index import ExpertRows, expert_rows
 
 
@@ -124,3 +124,48 @@ def test_tokens_are_cut_into_equal_parts():
         assert [t for span in spans for t in range(span.start, span.stop)] == list(range(tokens))
         sizes = [span.stop - span.start for span in spans]
         assert len(spans) == chunks and max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("rows", [True, False])
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_plan_of_any_number_of_experts_for_each_token_equals_a_plain_loop(listed, rows):
+    """Experts listed in any order, or all of them; tokens without experts; weights of unused ones do not matter."""
+    generator = torch.Generator().manual_seed(3)
+    expert_TK = (
+        torch.rand(31, 6, generator=generator).argsort(dim=1)[:, :4] if listed else torch.arange(6).repeat(31, 1)
+    )
+    used_TK = torch.rand(expert_TK.shape, generator=generator) < 0.4
+    weight_TK = torch.randn(expert_TK.shape, generator=generator)
+    weight_TK[~used_TK] = float("nan")
+    weight_TK.requires_grad_()
+    route = Route(expert_TK, weight_TK, used_TK, int(used_TK.sum()) if rows else None)
+    plan = build_plan(route, 6, 2)
+    tokens = [
+        {e: (w, n) for n, (e, w, u) in enumerate(zip(*row, strict=True)) if u}
+        for row in zip(expert_TK.tolist(), weight_TK.tolist(), used_TK.tolist(), strict=True)
+    ]
+    assert {} in tokens and plan.k == 2 and plan.num_tokens == 31
+    pairs = [(t, e) for e in range(6) for t, chosen in enumerate(tokens) if e in chosen]
+    (chunk,) = plan.chunks
+    chunk.rows.validate()
+    assert chunk.rows.source_N.tolist() == [t for t, _ in pairs]
+    assert chunk.weight_N.tolist() == [tokens[t][e][0] for t, e in pairs]
+    assert plan.count_E.tolist() == chunk.rows.counts() == [sum(e in row for row in tokens) for e in range(6)]
+    assert slots_of(chunk.rows) == [[n for n, (row, _) in enumerate(pairs) if row == t] for t in range(31)]
+    scale = torch.arange(1.0, len(pairs) + 1)
+    (chunk.weight_N * scale).sum().backward()
+    want = torch.zeros(expert_TK.shape)
+    for n, (t, e) in enumerate(pairs):
+        want[t, tokens[t][e][1]] = scale[n]
+    assert torch.equal(weight_TK.grad, want)
+
+
+def test_masks_and_weights_of_a_literal():
+    route = Route(
+        torch.tensor([[2, 0], [1, 2]]),
+        torch.tensor([[0.5, 0.25], [0.0, 1.0]]),
+        torch.tensor([[True, False], [True, True]]),
+    )
+    assert chosen_mask(route, 3).tolist() == [[False, False, True], [False, True, True]]
+    assert dense_weights(route, 3).tolist() == [[0, 0, 0.5], [0, 0, 1.0]]
+    assert chosen_mask(route._replace(used_TK=None), 3).tolist() == [[True, False, True], [False, True, True]]

@@ -9,9 +9,9 @@ import torch
 from foreroute.engine.config import MoEConfig
 from foreroute.engine.config.enums import Builder
 from foreroute.engine.errors import UserError
-from foreroute.engine.routing.routers import HashedRouter
 from foreroute.engine.routing.table_balance import balances
 from foreroute.engine.routing.tables import Table, build_tables
+from foreroute.engine.testing.routers import hashed, plan_of, route_of
 
 EXPERTS, SYMBOLS, PACK = 8, 9, 4
 
@@ -30,7 +30,7 @@ def routed(table, ids, k):
     """Chosen experts of each token of a text."""
     stream = torch.from_numpy(ids.astype(np.int64))[None]
     left = torch.zeros(1, 1, dtype=torch.int64)
-    return HashedRouter(table).route(stream, left, k).expert_TK.tolist()
+    return route_of(hashed(table), stream, left, k).expert_TK.tolist()
 
 
 def spread(chosen, size):
@@ -62,7 +62,7 @@ def test_equals_the_rows_that_plans_send():
     stream = torch.from_numpy(ids.astype(np.int64)).expand(ranks, 1, -1)
     left = torch.zeros(ranks, 1, 1, dtype=torch.int64)
     for found in balances(table, ids, (ranks,)):
-        plans = [HashedRouter(table, rank=r, ranks=ranks).plan(stream, left, found.k) for r in range(ranks)]
+        plans = [plan_of(hashed(table, rank=r, ranks=ranks), stream, left, found.k) for r in range(ranks)]
         sent = sum(plan.wire_rows for plan in plans) / (ranks * ids.size)
         assert found.ranks[ranks].wire_rows == pytest.approx(sent)
 

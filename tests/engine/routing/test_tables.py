@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from foreroute.engine.config import Builder, MoEConfig, Router, RouteWeights
+from foreroute.engine.config import Builder, MoEConfig, RouteWeights
 from foreroute.engine.errors import UserError
 from foreroute.engine.routing import tables
 from foreroute.engine.routing.hashing import hash64, uniform
@@ -441,13 +441,14 @@ def test_rows_drawn_in_chunks_and_tables_in_threads_are_the_same(weights, monkey
     monkeypatch.setattr(tables, "_threads", lambda num_tables: num_tables)
     for one, other in zip(build(moe, num_tables=3), want, strict=True):
         assert torch.equal(one.order_rE, other.order_rE)
-        assert weights is RouteWeights.uniform or torch.equal(one.logits_rE, other.logits_rE)
+        assert (one.logits_rE is None) == (other.logits_rE is None) == (weights is not RouteWeights.table)
+        assert weights is not RouteWeights.table or torch.equal(one.logits_rE, other.logits_rE)
 
 
 def test_too_large_a_table_is_refused():
     with pytest.raises(UserError, match=r"moe\.rows=524289 with moe\.experts=512: must be at most 268435456 together"):
         replace(SMALL, rows=524_289, experts=512)
     replace(SMALL, rows=524_288, experts=512)
-    replace(SMALL, rows=524_289, experts=512, router=Router.learned)  # no table
+    replace(SMALL, rows=524_289, experts=512, router="learned")  # no table
     with pytest.raises(UserError, match=r"moe\.experts=513: must be in 1 .. 512"):
         replace(SMALL, experts=513)
