@@ -8,9 +8,11 @@ from pathlib import Path
 from benchmarks.mutants.places import Place, places
 
 ROOMS: dict[str, tuple[str, ...]] = {
-    "routing": ("engine/routing/*.py",),
+    "routing": ("engine/routing/*.py", "engine/routing/planned/*.py", "engine/routing/live/*.py"),
     "layer": (
         "engine/moe/layer.py",
+        "engine/moe/gate.py",
+        "engine/moe/zero_experts.py",
         "engine/moe/experts.py",
         "engine/moe/feed_forward.py",
         "engine/routing/losses.py",

@@ -181,6 +181,10 @@ class MoEConfig:
             self.pack is None or self.columns == self.experts,
             f"moe.pack={self.pack}: takes no constant, copy or null experts, which lie in no block",
         )
+        require(
+            self.weights is not RouteWeights.live or self.columns == self.experts,
+            "moe.weights=live: takes no constant, copy or null experts, which its gate does not weigh",
+        )
         require(self.columns <= MAX_EXPERTS, f"moe: has {self.columns} experts of all kinds, at most {MAX_EXPERTS}")
 
     @property

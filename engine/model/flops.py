@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from itertools import chain
 
 from foreroute.engine.config import Config
-from foreroute.engine.config.enums import Activation, Growth, RouteWeights
+from foreroute.engine.config.enums import Activation, Growth
 from foreroute.engine.config.model import ModelConfig, MoEConfig, expert_layers, feed_forward_width, num_tables
 from foreroute.engine.model.adaptive import clusters
 from foreroute.engine.routing.k_schedule import active_experts
-from foreroute.engine.routing.methods import live_method, training_passes
+from foreroute.engine.routing.methods import has_live_gate, live_method, training_passes
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ def layer_products(model: ModelConfig, moe: MoEConfig, rows: float, layer: int, 
         return [Product(rows, feed_forward_width(model, moe, layer), model.width, matrices)]
     active = k * moe.experts / moe.columns  # of k, constants, copies and nulls compute nothing
     found = [Product(rows, active * moe.expert_width + moe.shared_width, model.width, matrices)]
-    if live_method(moe) is not None or moe.weights is RouteWeights.live:
+    if live_method(moe) is not None or has_live_gate(moe):
         found.append(Product(rows, moe.experts, model.width))
     return found
 

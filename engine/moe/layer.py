@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from foreroute.engine.config import KernelsConfig, MoEConfig, RouteWeights
+from foreroute.engine.config import KernelsConfig, MoEConfig
 from foreroute.engine.moe.exchange import Exchange, Local
 from foreroute.engine.moe.experts import Experts
 from foreroute.engine.moe.feed_forward import FeedForward
@@ -29,7 +29,7 @@ from foreroute.engine.parallel.collectives import ExpertGroupComm
 from foreroute.engine.routing.live_plan import plan_live
 from foreroute.engine.routing.live_router import LiveRouter
 from foreroute.engine.routing.losses import chosen_counts
-from foreroute.engine.routing.methods import live_method
+from foreroute.engine.routing.methods import has_live_gate, live_method
 from foreroute.engine.routing.plan import Plan, Routing
 from foreroute.engine.tracing import span, traced
 from foreroute.kernels import Dropout, keep_mask, row_hash, unit_hash
@@ -75,7 +75,7 @@ class MoELayer(nn.Module):
         self.layer, self.dropout = layer, dropout
         method = live_method(moe)
         self.router = None if method is None else method(width, moe, layer)
-        self.gate = LiveGate(width, moe) if moe.weights is RouteWeights.live and method is None else None
+        self.gate = LiveGate(width, moe) if has_live_gate(moe) else None
         self.experts = Experts(width, moe, kernels)
         self.zero_experts = zero_experts(width, moe)
         self.exchange: Exchange | Local = Local()

@@ -5,13 +5,14 @@
 from importlib import import_module
 from importlib.util import find_spec
 
-from foreroute.engine.config import MoEConfig
+from foreroute.engine.config import MoEConfig, RouteWeights
 from foreroute.engine.errors import UserError, require
 from foreroute.engine.routing.live_router import LiveRouter
 from foreroute.engine.routing.planned_router import PlannedRouter
 
 Method = type[PlannedRouter] | type[LiveRouter]
 
+_ZERO_EXPERTS = "constant_experts", "copy_experts", "null_experts"
 _FOLDERS = tuple(f"{__package__}.{kind}" for kind in ("planned", "live"))
 
 
@@ -19,11 +20,20 @@ def method_of(moe: MoEConfig) -> Method | None:
     """Return the class of a configuration's routers; None for dense.
 
     Raises:
-        UserError: a class of the user's cannot be imported or is no router.
+        UserError: a class of the user's cannot be imported or is no router, or the method has no experts without rows
+            and some are asked for.
     """
     if moe.dense:
         return None
-    name = moe.router
+    method = _method(moe.router)
+    for option in _ZERO_EXPERTS:
+        number = getattr(moe, option)
+        has_them = number == 0 or option in method.uses
+        require(has_them, f"moe.{option}={number}: must be 0 with moe.router={moe.router}, which has none")
+    return method
+
+
+def _method(name: str) -> Method:
     if ":" not in name:
         module = next(f"{folder}.{name}" for folder in _FOLDERS if find_spec(f"{folder}.{name}"))
         built_in: Method = import_module(module).ROUTER
@@ -55,6 +65,12 @@ def training_passes(moe: MoEConfig) -> int:
     """Count the forward and backward passes that each training symbol goes through."""
     planned = planned_method(moe)
     return 1 if planned is None else planned.passes
+
+
+def has_live_gate(moe: MoEConfig) -> bool:
+    """Return whether a learned gate weighs planned experts (engine/moe/gate.py)."""
+    method = planned_method(moe)
+    return method is not None and moe.weights is RouteWeights.live and "weights" in method.uses
 
 
 def option_uses(moe: MoEConfig) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from foreroute.engine.config import KernelsConfig, MoEConfig
+from foreroute.engine.config import KernelsConfig, MoEConfig, RouteWeights
 from foreroute.engine.moe.layer import MoELayer, update_routers
 from foreroute.engine.routing.live_router import LiveRouter, masked_route
 from foreroute.engine.routing.plan import Routing, layer_seeds
@@ -117,6 +117,8 @@ def test_a_learned_residual_weighs_experts_and_the_shared_expert():
 class Varied(LiveRouter):
     """Token t has experts 0 .. t mod 3 - 1 and a copy; carries a count of layers, and counts its steps' rows."""
 
+    uses = ("copy_experts",)
+
     def __init__(self, width, moe, layer):
         super().__init__(width, moe, layer)
         self.register_buffer("seen_E", torch.zeros(moe.experts, dtype=torch.float64))
@@ -149,6 +151,13 @@ def test_a_users_live_router_with_any_number_of_experts_and_one_without_rows():
     assert torch.equal(out.carried, torch.full((TOKENS, 1), 5.0))
     assert torch.equal(layer(x_TD, call()).carried, torch.ones(TOKENS, 1))
     assert a_layer("frozen")(x_TD, call()).carried is None
+
+
+def test_a_gate_is_for_planned_experts_whose_weights_a_router_leaves_to_it():
+    live = {"weights": RouteWeights.live}
+    gates = [a_layer(router, **live).gate for router in ("hashed", "fresh", "frozen")]
+    assert [gate is not None for gate in gates] == [True, False, False]
+    assert a_layer("hashed").gate is None
 
 
 def test_routers_change_their_state_by_the_counts_of_their_own_layer():

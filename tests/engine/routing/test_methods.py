@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from foreroute.engine.config import MoEConfig
+from foreroute.engine.config import MoEConfig, RouteWeights
 from foreroute.engine.config.model import router_names
 from foreroute.engine.config.option import option
 from foreroute.engine.errors import UserError
@@ -60,6 +60,17 @@ def test_a_class_of_the_users():
 def test_what_is_no_router_is_refused(name, message):
     with pytest.raises(UserError, match=rf"moe\.router={name}: {message}"):
         method_of(MoEConfig(router=name))
+
+
+@pytest.mark.parametrize("option", ["constant_experts", "copy_experts", "null_experts"])
+def test_experts_without_rows_that_a_method_does_not_have_are_refused(option):
+    message = rf"moe\.{option}=2: must be 0 with moe\.router=fresh, which has none"
+    with pytest.raises(UserError, match=message):
+        method_of(MoEConfig(router="fresh", **{option: 2}))
+    assert method_of(MoEConfig(**{option: 2})) is HashedRouter
+    assert method_of(MoEConfig(router="dense", **{option: 2})) is None
+    with pytest.raises(UserError, match=r"moe\.weights=live: takes no constant, copy or null experts"):
+        MoEConfig(weights=RouteWeights.live, **{option: 2})
 
 
 @dataclass(frozen=True)
