@@ -19,7 +19,7 @@ from foreroute.engine.errors import require
 from foreroute.engine.routing.hashing import hash64
 from foreroute.engine.routing.loops.hashes import hash_rows
 
-_ROW = 1  # first part of the hash: what it is for; engine/routing/tables.py and routers.py have other numbers
+_ROW = 1  # first part of the hash: what it is for; engine/routing/tables.py and planned_router.py have others
 _MOST_IDS = 1 << 31
 Width = TypeVar("Width", np.int32, np.int64)
 

@@ -49,11 +49,12 @@ class Lookups:
     start_r: NDArray[np.int32]  # where its choices begin; one more, for the end of the last
     expert_c: NDArray[np.int16]  # which of our experts, numbered from 0
     weight_c: NDArray[np.float32]
+    weight_rK: NDArray[np.float32]  # of all columns, where some are without experts; else empty
 
     @property
     def nbytes(self) -> int:
         """Bytes of all of it."""
-        arrays = self.order_rK, self.count_r, self.used_r, self.start_r, self.expert_c, self.weight_c
+        arrays = self.order_rK, self.count_r, self.used_r, self.start_r, self.expert_c, self.weight_c, self.weight_rK
         return sum(x.nbytes for x in arrays)
 
 
@@ -120,15 +121,17 @@ class Planner:
     def _look_up(self, sets: RowSets) -> Lookups:
         order_rK, weight_rK = sets.order_rK.contiguous().numpy(), sets.weights().numpy()
         count_r = np.empty(0, np.int32) if sets.count_r is None else sets.count_r.numpy()
-        start_r, *found = table_choices(order_rK, count_r, weight_rK, self.local.start, self.local.stop)
-        return Lookups(sets, order_rK, count_r, (np.diff(start_r) > 0).view(np.uint8), start_r, *found)
+        start_r, expert_c, weight_c = table_choices(order_rK, count_r, weight_rK, self.local.start, self.local.stop)
+        if self.columns == self.experts:
+            weight_rK = np.empty((0, 0), np.float32)
+        used_r = (np.diff(start_r) > 0).view(np.uint8)
+        return Lookups(sets, order_rK, count_r, used_r, start_r, expert_c, weight_c, weight_rK)
 
     def _column_weights(self, found: Lookups, row_T: NDArray[np.int32]) -> Tensor | None:
         """Return the weights of the own tokens' columns without experts."""
         if self.columns == self.experts:
             return None
-        weight_rK = found.sets.weights().numpy()
-        arguments = found.order_rK, found.count_r, weight_rK, row_T, self.experts, self.columns
+        arguments = found.order_rK, found.count_r, found.weight_rK, row_T, self.experts, self.columns
         return torch.from_numpy(column_weights(*arguments))
 
     def _chunk(
