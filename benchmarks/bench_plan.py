@@ -32,7 +32,7 @@ from foreroute.engine.data.streams import Streams
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.planned.hashed import HashedRouter
 from foreroute.engine.routing.planned_router import GroupTokens, plan_all
-from foreroute.engine.routing.planner import Planner
+from foreroute.engine.routing.plans.planner import Planner
 from foreroute.engine.routing.tables import Table, build_tables
 from foreroute.launch.start.process import keep_freed_memory, leaving_at_once
 

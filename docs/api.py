@@ -16,12 +16,12 @@ MODULES = {
     "foreroute.kernels": "Operations on tensors, usable alone: [kernels.md](kernels.md).",
     "foreroute.engine.moe.layer": "The layer itself, which takes a Routing made by hand as well.",
     "foreroute.engine.routing.plan": "What is known about routing before a layer runs.",
-    "foreroute.engine.routing.planner": "From a table's rows to a Plan, for one rank of a group.",
+    "foreroute.engine.routing.plans.planner": "From a table's rows to a Plan, for one rank of a group.",
     "foreroute.engine.routing.routers": "Who chooses the experts.",
     "foreroute.engine.routing.tables": "The map from n-grams to orderings of the experts.",
     "foreroute.engine.routing.table_balance": "Load and traffic of a table, counted.",
     "foreroute.engine.routing.k_schedule": "How k changes over training.",
-    "foreroute.engine.routing.padding": "Plans of equal shapes, for traced graphs: [certificate.md](certificate.md).",
+    "foreroute.engine.routing.plans.padding": "Plans of equal shapes, for graphs: [certificate.md](certificate.md).",
 }
 """The modules whose names are public, and a line about each."""
 INTRO = """# API

@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.mutants.places import Place, places
 
 ROOMS: dict[str, tuple[str, ...]] = {
-    "routing": ("engine/routing/*.py", "engine/routing/planned/*.py", "engine/routing/live/*.py"),
+    "routing": tuple(f"engine/routing/{room}*.py" for room in ("", "plans/", "planned/", "live/")),
     "layer": (
         "engine/moe/layer.py",
         "engine/moe/gate.py",
@@ -16,7 +16,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "engine/moe/experts.py",
         "engine/moe/feed_forward.py",
         "engine/routing/losses.py",
-        "engine/routing/exchange_choice.py",
+        "engine/routing/plans/exchange_choice.py",
         "engine/plug_in/*.py",
     ),
     "exchange": (

@@ -34,8 +34,8 @@ from foreroute.engine.config import KernelsConfig, MoEConfig, ParallelConfig
 from foreroute.engine.moe.exchange import Exchange, build_exchange
 from foreroute.engine.moe.layer import LayerOutput, MoELayer
 from foreroute.engine.parallel.collectives import ExpertGroupComm
-from foreroute.engine.routing.live_plan import build_live_plan
 from foreroute.engine.routing.plan import Plan, Route, Routing
+from foreroute.engine.routing.plans.live_plan import build_live_plan
 from foreroute.kernels import ExpertWeights
 
 NAMES = "w1", "b1", "w2", "b2"

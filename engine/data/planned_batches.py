@@ -14,12 +14,12 @@ from foreroute.engine.config import Config, PeerIds
 from foreroute.engine.data.streams import Batch, Streams
 from foreroute.engine.parallel.cpu_group import CpuGroup
 from foreroute.engine.parallel.mesh import Mesh
-from foreroute.engine.routing.exchange_choice import gathers
 from foreroute.engine.routing.k_schedule import active_experts
 from foreroute.engine.routing.methods import training_passes
 from foreroute.engine.routing.ngram_rows import KeyRows
 from foreroute.engine.routing.plan import Plan, Routing, layer_seeds
 from foreroute.engine.routing.planned_router import Draw, GroupTokens, PlannedRouter, plan_all
+from foreroute.engine.routing.plans.exchange_choice import gathers
 
 _SECOND_SEED = 2**31  # beyond all steps: seeds of first passes are neighbours
 
@@ -90,7 +90,7 @@ def plan_batch(
     """Plan the batch for each router; without routers, pass it on with its k.
 
     Args:
-        gather: for the exchange of all rows (engine/routing/exchange_choice.py says when).
+        gather: for the exchange of all rows (engine/routing/plans/exchange_choice.py says when).
         chunks: parts that are exchanged one after the other.
         passes: over the batch, 1 or 2, each with plans of its own.
         held_out: the batch is not trained on; what is drawn then depends on batch.index and streams alone.

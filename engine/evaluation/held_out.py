@@ -21,7 +21,7 @@ from foreroute.engine.data.streams import Batch, EvalShares, eval_batches, warm_
 from foreroute.engine.model.build import RunModel
 from foreroute.engine.model.transformer_xl import Memory
 from foreroute.engine.parallel.world import World
-from foreroute.engine.routing.exchange_choice import gathers
+from foreroute.engine.routing.plans.exchange_choice import gathers
 
 ProgressReporter = Callable[[str, int, int], None]
 """Told of a stage of an evaluation by its name, the parts that are done, and all its parts; first with 0 done."""

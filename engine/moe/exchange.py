@@ -31,8 +31,8 @@ from foreroute.engine.config import ParallelConfig
 from foreroute.engine.config.enums import Backend
 from foreroute.engine.parallel.collectives import ExpertGroupComm
 from foreroute.engine.parallel.in_flight import AsyncCollective
-from foreroute.engine.routing.exchange_choice import wire_dtype
 from foreroute.engine.routing.plan import Chunk, Plan
+from foreroute.engine.routing.plans.exchange_choice import wire_dtype
 from foreroute.engine.tracing import span
 from foreroute.kernels import ExpertRows, combine, permute_rows
 

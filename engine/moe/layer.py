@@ -26,11 +26,11 @@ from foreroute.engine.moe.feed_forward import FeedForward
 from foreroute.engine.moe.gate import LiveGate
 from foreroute.engine.moe.zero_experts import zero_experts
 from foreroute.engine.parallel.collectives import ExpertGroupComm
-from foreroute.engine.routing.live_plan import plan_live
 from foreroute.engine.routing.live_router import LiveRouter
 from foreroute.engine.routing.losses import chosen_counts
 from foreroute.engine.routing.methods import has_live_gate, live_method
 from foreroute.engine.routing.plan import Plan, Routing
+from foreroute.engine.routing.plans.live_plan import plan_live
 from foreroute.engine.tracing import span, traced
 from foreroute.kernels import Dropout, keep_mask, row_hash, unit_hash
 

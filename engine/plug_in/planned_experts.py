@@ -36,9 +36,9 @@ from foreroute.engine.plug_in.attached import After, Attachment, Before, Call, C
 from foreroute.engine.plug_in.passes import Pass, Passes, backward_node
 from foreroute.engine.plug_in.plans import Plans, Sequences, keep_to_texts
 from foreroute.engine.plug_in.replaceable import Replaced, side_of
-from foreroute.engine.routing.exchange_choice import use_gather, wire_dtype
 from foreroute.engine.routing.plan import Routing
 from foreroute.engine.routing.planned_router import GroupTokens, PlannedRouter, RouterInputs, plan_all
+from foreroute.engine.routing.plans.exchange_choice import use_gather, wire_dtype
 
 Batch = TypeVar("Batch", bound=Sequence[Any] | Mapping[Any, Any])
 

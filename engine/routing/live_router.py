@@ -1,8 +1,8 @@
 """The protocol of live routers: choices that need hidden states, made inside the forward pass.
 
 A method is one file in engine/routing/live/, or a user's own class, `moe.router=package.module:Class`. It says, for
-each token, which experts with which weights. engine/routing/live_plan.py makes the same kind of plan of that which
-planned routers have from the loader.
+each token, which experts with which weights. engine/routing/plans/live_plan.py makes the same kind of plan of that
+which planned routers have from the loader.
 
 Letters: T tokens, D width, E experts, K experts listed of a token, J experts that need no row.
 """

@@ -1,8 +1,8 @@
 """The plan: everything a layer needs to know about routing, computed before the layer runs.
 
-For planned routers engine/routing/planner.py makes it in the data loader, from the token ids of all ranks of the expert
-group. A live router's Route becomes a plan inside the forward pass: `build_plan` on one rank, where every token stays
-and the received rows are the local tokens; engine/routing/live_plan.py on several. After that all share
+For planned routers engine/routing/plans/planner.py makes it in the data loader, from the token ids of all ranks of the
+expert group. A live router's Route becomes a plan inside the forward pass: `build_plan` on one rank, where every token
+stays and the received rows are the local tokens; engine/routing/plans/live_plan.py on several. After that all share
 engine/moe/layer.py.
 
 A plan has one chunk, or several that are exchanged one behind the other (engine/moe/overlap.py). A chunk is about a

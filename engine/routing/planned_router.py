@@ -27,7 +27,7 @@ from foreroute.engine.routing.hashing import hash64
 from foreroute.engine.routing.method_options import Card
 from foreroute.engine.routing.ngram_rows import KeyRows
 from foreroute.engine.routing.plan import Plan, Route
-from foreroute.engine.routing.planner import Lookups, Planner
+from foreroute.engine.routing.plans.planner import Lookups, Planner
 from foreroute.engine.routing.row_sets import Choice, RowSets
 
 _THREADED = 1 << 22  # tokens times routers: above, planning takes 20 ms and more

@@ -1,8 +1,8 @@
 """Row sets: the experts that each row of a planned router's table uses at one k, and with which weights.
 
-This is all that a planned router has to say; engine/routing/planner.py makes plans of it. A row's set is the first
-`count` of its columns, so a number of experts for each row, none too, is a prefix of another length. Columns from E on
-are no experts: they cost no row and no byte (engine/moe/zero_experts.py).
+This is all that a planned router has to say; engine/routing/plans/planner.py makes plans of it. A row's set is the
+first `count` of its columns, so a number of experts for each row, none too, is a prefix of another length. Columns from
+E on are no experts: they cost no row and no byte (engine/moe/zero_experts.py).
 
 Example: three rows over two experts (0 and 1) and one column without expert (2):
 

@@ -10,9 +10,9 @@ from foreroute.engine.data.streams import Streams
 from foreroute.engine.data.tokens.vocab import Ids
 from foreroute.engine.errors import require
 from foreroute.engine.parallel.mesh import Mesh
-from foreroute.engine.routing.exchange_choice import gathers, wire_itemsize
 from foreroute.engine.routing.k_schedule import active_experts
 from foreroute.engine.routing.methods import planned_method
+from foreroute.engine.routing.plans.exchange_choice import gathers, wire_itemsize
 
 
 class Trips(NamedTuple):

@@ -1,10 +1,10 @@
 """Replays the routing of a run: the number of rows from rank to rank, for every step and layer.
 
 The ids come from the run's own streams (engine/data/streams.py), rows from its routers, k from its schedule. The ranks'
-plans (engine/routing/planner.py) are not built, only their counts. For each k a row's set becomes fields of one byte,
-eight to a 64-bit word: a 1 for each expert that the row uses, each rank that holds one of them, and each node that has
-such a rank. The sum of the words of at most 255 tokens then counts all fields at once. No field overflows into its
-neighbour.
+plans (engine/routing/plans/planner.py) are not built, only their counts. For each k a row's set becomes fields of one
+byte, eight to a 64-bit word: a 1 for each expert that the row uses, each rank that holds one of them, and each node
+that has such a rank. The sum of the words of at most 255 tokens then counts all fields at once. No field overflows into
+its neighbour.
 
 Letters: y layers, m micro-batches of a step, g expert groups, s shares (a rank's tokens of a micro-batch), T tokens of
 a share, P ranks of an expert group, h nodes of an expert group, E experts, r table rows, w words, f fields, c runs of

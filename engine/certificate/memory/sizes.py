@@ -21,7 +21,7 @@ from foreroute.engine.config.enums import Activation, Backend, SavedForBackward
 from foreroute.engine.model.adaptive import clusters
 from foreroute.engine.model.transformer_xl import SMALL_VOCABULARY, TransformerXL
 from foreroute.engine.optim.adam import comes_last
-from foreroute.engine.routing.exchange_choice import wire_itemsize
+from foreroute.engine.routing.plans.exchange_choice import wire_itemsize
 from foreroute.kernels.ops.relative_attention import tile_shape
 
 

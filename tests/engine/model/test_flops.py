@@ -17,7 +17,7 @@ from foreroute.engine.model.flops import Arithmetic, forward_flops
 from foreroute.engine.moe.experts import Experts
 from foreroute.engine.routing.k_schedule import active_experts
 from foreroute.engine.routing.plan import Routing
-from foreroute.engine.routing.planner import Planner
+from foreroute.engine.routing.plans.planner import Planner
 from foreroute.engine.routing.row_sets import Choice, RowSets, equal_weights
 from foreroute.engine.testing.tiny_run import EXPERTS, LAYERS, SEGMENT, STREAMS, SYMBOLS, tiny_config
 

@@ -15,8 +15,8 @@ from foreroute.engine.model.block import Block
 from foreroute.engine.moe.exchange import build_exchange
 from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.parallel.collectives import ExpertGroupComm
-from foreroute.engine.routing.padding import RowBounds, pad_plan
 from foreroute.engine.routing.plan import Routing, layer_seeds
+from foreroute.engine.routing.plans.padding import RowBounds, pad_plan
 from foreroute.engine.routing.tables import build_tables
 from foreroute.engine.testing.ranks import run_ranks
 from foreroute.engine.testing.routers import hashed, plan_of

@@ -9,9 +9,9 @@ from foreroute.engine.config import KernelsConfig, MoEConfig, ParallelConfig
 from foreroute.engine.config.enums import ExchangeKind
 from foreroute.engine.moe.exchange import Exchange, Local, build_exchange
 from foreroute.engine.moe.experts import Experts
-from foreroute.engine.routing import live_plan
-from foreroute.engine.routing.exchange_choice import use_gather
 from foreroute.engine.routing.plan import Route
+from foreroute.engine.routing.plans import live_plan
+from foreroute.engine.routing.plans.exchange_choice import use_gather
 from foreroute.engine.routing.tables import build_tables
 from foreroute.engine.testing.ranks import run_ranks
 from foreroute.engine.testing.routers import hashed, plan_of

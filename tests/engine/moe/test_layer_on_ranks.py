@@ -19,9 +19,9 @@ from foreroute.engine.config.enums import ExchangeKind, Gate, RouteWeights, Wire
 from foreroute.engine.moe.exchange import Local, build_exchange
 from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.parallel.collectives import ExpertGroupComm
-from foreroute.engine.routing.live_plan import build_live_plan
 from foreroute.engine.routing.plan import Route, Routing
-from foreroute.engine.routing.planner import Planner
+from foreroute.engine.routing.plans.live_plan import build_live_plan
+from foreroute.engine.routing.plans.planner import Planner
 from foreroute.engine.routing.row_sets import Choice, RowSets, softmax_weights
 from foreroute.engine.routing.tables import build_tables
 from foreroute.engine.testing.ranks import run_ranks

@@ -18,7 +18,6 @@ from torch.autograd.function import once_differentiable
 
 from foreroute.engine.config import ParallelConfig
 from foreroute.engine.parallel.collectives import ExpertGroupComm
-from foreroute.engine.routing.exchange_choice import use_gather, wire_dtype
 from foreroute.engine.routing.plan import (
     Chunk,
     Plan,
@@ -30,6 +29,7 @@ from foreroute.engine.routing.plan import (
     rows_of_mask,
     true_places,
 )
+from foreroute.engine.routing.plans.exchange_choice import use_gather, wire_dtype
 
 # In a weight block: the token did not choose this expert. A weight that was chosen may be 0 or negative.
 _UNUSED = -torch.inf

@@ -9,7 +9,13 @@ import pytest
 from foreroute.engine.config import Config, KernelsConfig, MoEConfig, ParallelConfig
 from foreroute.engine.config.enums import Backend, ExchangeKind, Precision
 from foreroute.engine.errors import UserError
-from foreroute.engine.routing.exchange_choice import gather_seconds, gathers, rank_share, tokens_seconds, use_gather
+from foreroute.engine.routing.plans.exchange_choice import (
+    gather_seconds,
+    gathers,
+    rank_share,
+    tokens_seconds,
+    use_gather,
+)
 
 AUTO = ParallelConfig(exchange=ExchangeKind.auto, link_gb_per_s=10, message_us=5, memory_gb_per_s=100)
 SIZES = {"experts": 16, "ranks": 8, "tokens": 4096, "width": 512, "itemsize": 2}

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from foreroute.engine.routing.live_plan import build_live_plan
 from foreroute.engine.routing.plan import Route, rows_of_mask
+from foreroute.engine.routing.plans.live_plan import build_live_plan
 
 
 class Asked(Exception):

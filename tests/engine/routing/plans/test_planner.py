@@ -11,12 +11,13 @@ import torch
 from foreroute.engine.config import Builder, MoEConfig, RouteWeights
 from foreroute.engine.errors import UserError
 from foreroute.engine.parallel.mesh import Mesh
-from foreroute.engine.routing import planned_router, planner
+from foreroute.engine.routing import planned_router
 from foreroute.engine.routing.plan import Route
 from foreroute.engine.routing.planned.fresh import FreshRouter
 from foreroute.engine.routing.planned.stochastic import StochasticRouter
 from foreroute.engine.routing.planned_router import Draw, GroupTokens, plan_all
-from foreroute.engine.routing.planner import Planner
+from foreroute.engine.routing.plans import planner
+from foreroute.engine.routing.plans.planner import Planner
 from foreroute.engine.routing.row_sets import Choice, RowSets, equal_weights, softmax_weights
 from foreroute.engine.routing.tables import build_tables
 from foreroute.engine.testing.routers import hashed, plan_of, route_of

@@ -7,7 +7,7 @@ import torch
 
 from foreroute.engine.config import MoEConfig, RouteWeights
 from foreroute.engine.errors import RunFailed
-from foreroute.engine.routing.padding import RowBounds, pad_plan
+from foreroute.engine.routing.plans.padding import RowBounds, pad_plan
 from foreroute.engine.routing.tables import build_tables
 from foreroute.engine.testing.routers import hashed, plan_of
 
