@@ -13,7 +13,8 @@ import pytest
 from benchmarks import bench_certify
 from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.counts.replay import replay
-from foreroute.engine.routing.tables import build_tables
+from foreroute.engine.routing.planned.hashed import HashedRouter
+from foreroute.engine.routing.planned_router import RouterInputs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -134,13 +135,13 @@ def test_bench_certify_sees_a_mismatch():
     """Negative control: one row too many is four numbers of two ranks that differ."""
     ids = np.resize(np.arange(97, 123, dtype=np.uint8), 40_000)
     config = bench_certify.epoch(ids)
-    tables = build_tables(config.moe, 256, ids, num_tables=4, seed=1, cache_dir=None)[:1]
-    (counts,) = replay(Layout(config, bench_certify.PLACEMENT), ids, tables * 4, [0])
-    assert bench_certify.differing(Layout(config, bench_certify.PLACEMENT), ids, tables, counts) == 0
+    routers = HashedRouter.build(config.moe, RouterInputs(256, 1, 1, ids))
+    (counts,) = replay(Layout(config, bench_certify.PLACEMENT), ids, routers * 4, [0])
+    assert bench_certify.differing(Layout(config, bench_certify.PLACEMENT), ids, routers, counts) == 0
     sent_ymgPP = counts.sent_ymgPP.copy()
     sent_ymgPP[0, 0, 5, 1, 2] += 1
     wrong = replace(counts, sent_ymgPP=sent_ymgPP)
-    assert bench_certify.differing(Layout(config, bench_certify.PLACEMENT), ids, tables, wrong) == 4
+    assert bench_certify.differing(Layout(config, bench_certify.PLACEMENT), ids, routers, wrong) == 4
 
 
 @pytest.mark.parametrize(

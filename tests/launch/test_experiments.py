@@ -16,7 +16,6 @@ from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.memory.sizes import count_parameters
 from foreroute.engine.config import Config, Corpus, CorpusConfig, DataConfig, KernelsConfig, ParallelConfig
-from foreroute.engine.config.enums import Router
 from foreroute.engine.data.corpus import prepare
 from foreroute.engine.evaluation.held_out import evaluate
 from foreroute.engine.model.build import build_routers
@@ -128,7 +127,7 @@ def enlarge(config):
     width = {"expert_width": 512}
     if config.moe.shared_width > 0:
         width = {"expert_width": 256, "shared_width": 4096}
-    elif model.ngram and config.moe.router is Router.hashed:
+    elif model.ngram and config.moe.router == "hashed":
         width = {"expert_width": 512 - 48}  # 64 experts; 48 units of each are as many as 6,144 rows
     return replace(config, model=model, moe=replace(config.moe, **width))
 
@@ -157,7 +156,7 @@ def test_the_arms_are_those_of_the_study_and_say_what_they_are():
     routers = {"thor": "stochastic", "hashed": "hashed", "dense": "dense"}
     for name, config in found.items():
         first = name.split("_")[0]
-        assert config.moe.router is Router[routers.get(first, first)], name
+        assert config.moe.router == routers.get(first, first), name
     flops = found["dense_equal_flops"].moe
     assert flops.experts * flops.expert_width == scale.schedule.k_max * scale.moe.expert_width
 
@@ -166,7 +165,7 @@ def test_the_papers_ablations_are_the_recipe_but_for_what_they_name():
     recipe = {"frozen": composed("enwik8_smoe_dropout"), "hashed": composed("enwik8_hashed")}
     for name in (name for name in FILES if name.startswith("paper/")):
         config = composed(name)
-        base = recipe[config.moe.router.name]
+        base = recipe[config.moe.router]
         assert config.corpus == recipe["frozen"].corpus, name
         for section in ("data", "optim", "kernels"):
             assert getattr(config, section) == getattr(base, section), name
@@ -174,7 +173,7 @@ def test_the_papers_ablations_are_the_recipe_but_for_what_they_name():
             assert config.model.layers == int(layers[1])
             assert config.expert_layers == (4 if layers[2] else int(layers[1]))
         if experts := re.fullmatch(r"paper/experts(\d+)_(frozen|hashed)", name):
-            assert (config.moe.experts, config.moe.router.name) == (int(experts[1]), experts[2])
+            assert (config.moe.experts, config.moe.router) == (int(experts[1]), experts[2])
             assert count(config) == pytest.approx(count(base), rel=0.005)
         if growth := re.fullmatch(r"paper/schedule_(\w+)", name):
             assert config.schedule.growth.name == growth[1]

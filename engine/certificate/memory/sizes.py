@@ -4,7 +4,8 @@ Letters: B streams, Q segment, M memory, S = M + Q, T = B * Q tokens, D width, H
 expert hidden width, L experts of a rank, N expert rows, R received rows, P ranks of an expert group.
 """
 
-from dataclasses import astuple, dataclass
+import json
+from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 from math import ceil
@@ -16,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from foreroute.engine.certificate.counts.exact import StepStatistics
 from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.counts.placement import Placement
-from foreroute.engine.config import Config, KernelsConfig, ModelConfig, MoEConfig
+from foreroute.engine.config import Config, KernelsConfig, ModelConfig, MoEConfig, to_plain
 from foreroute.engine.config.enums import Activation, Backend, SavedForBackward
 from foreroute.engine.model.adaptive import clusters
 from foreroute.engine.model.transformer_xl import SMALL_VOCABULARY, TransformerXL
@@ -255,7 +256,7 @@ def count_parameters(layout: Layout, vocab_size: int) -> Parameters:
     dense: list[int] = []
     experts: list[int] = []
     layer = layer_experts = at_input = embedding = 0
-    for name, numel in _numels(_options(config.model), _options(config.moe), vocab_size):
+    for name, numel in _numels(_key(config.model), _key(config.moe), vocab_size):
         is_expert = ".experts." in name
         if is_expert:
             numel //= placement.expert_ranks
@@ -273,9 +274,9 @@ def count_parameters(layout: Layout, vocab_size: int) -> Parameters:
     return Parameters(tuple(groups), layer, layer_experts, at_input, head, embedding)
 
 
-def _options(section: ModelConfig | MoEConfig) -> tuple[Any, ...]:
-    """Return a section's values, as a key of a cache."""
-    return tuple(tuple(value) if isinstance(value, list) else value for value in astuple(section))
+def _key(section: ModelConfig | MoEConfig) -> str:
+    """Return a section's values as a key of a cache, from which it can be made again."""
+    return json.dumps(to_plain(section))
 
 
 def _laid_out(numels: list[int]) -> tuple[int, ...]:
@@ -294,8 +295,9 @@ class _NoValues(TorchFunctionMode):
 
 
 @cache
-def _numels(model: tuple[Any, ...], moe: tuple[Any, ...], vocab_size: int) -> list[tuple[str, int]]:
+def _numels(model: str, moe: str, vocab_size: int) -> list[tuple[str, int]]:
     """List each parameter of a model of all experts by its name, with its size."""
     with torch.device("meta"), _NoValues():
-        built = TransformerXL(ModelConfig(*model), MoEConfig(*moe), KernelsConfig(), vocab_size)
+        sections = ModelConfig(**json.loads(model)), MoEConfig(**json.loads(moe))
+        built = TransformerXL(*sections, KernelsConfig(), vocab_size)
     return [(name, parameter.numel()) for name, parameter in built.named_parameters()]

@@ -211,11 +211,11 @@ def write_certificate(make, ranks, folder, **options):
     config = make(folder)
     corpus = prepare(config.corpus)
     ids, place = corpus.split(Split.train), Placement(ranks, config.parallel.expert_ranks, ranks)
-    tables = [router.table for router in build_routers(config, corpus)]
+    routers = build_routers(config, corpus)
     layout = Layout(config, place)
     record = Record(layout, ids, range(0, config.train.steps, options.get("sample", 1)))
     starts = corpus.document_starts(Split.train)
-    found = certify(layout, ids, tables, document_starts=starts, also=record.add, **options)
+    found = certify(layout, ids, routers, document_starts=starts, also=record.add, **options)
     record.write(folder / f"{make.__name__} certificate", {"options": to_plain(config), **asdict(found)})
 
 
@@ -242,14 +242,14 @@ def certified(config, ranks, seed=None, keys_stop=True):
     """The certificate of every step by itself, in the Recorder's form, with ranks as the first axis."""
     corpus = prepare(config.corpus)
     other = replace(config, train=replace(config.train, seed=seed or config.train.seed))
-    tables = [router.table for router in build_routers(other, corpus)]
+    routers = build_routers(other, corpus)
     place = Placement(ranks, config.parallel.expert_ranks, ranks)
     tokens, layout = config.streams_per_micro_batch(ranks) * SEGMENT, Layout(config, place)
     found = {name: [] for name in ("received", "experts", "bytes", "sent")}
     number_bytes = 2 if config.parallel.wire is WireFormat.bf16 else 4
     for step in range(config.train.steps):
         starts = corpus.document_starts(Split.train) if keys_stop else NO_STARTS
-        (counts,) = replay(layout, corpus.split(Split.train), tables, [step], starts)
+        (counts,) = replay(layout, corpus.split(Split.train), routers, [step], starts)
         gather = layout.gathers(counts.k)
         received = counts.received_ymgP
         if gather:

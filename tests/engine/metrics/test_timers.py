@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 def test_times_are_of_the_forward_passes_of_training_alone():
     config = tiny_config()
-    config.moe.router = config.moe.router.frozen
+    config.moe.router = "frozen"
     model = build_model(config, SYMBOLS)
     timer = StepTimer(model, CPU)
     ids_BQ = torch.zeros(STREAMS, SEGMENT, dtype=torch.int64)

@@ -33,6 +33,7 @@ from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.parallel.world import World
 from foreroute.engine.routing.k_schedule import active_experts
 from foreroute.engine.testing.ranks import run_ranks
+from foreroute.engine.testing.routers import plan_of, route_of
 from foreroute.engine.train.trainer import Trainer
 
 RANKS, STEPS, WIDTH, EXPERTS, LAYERS, SEGMENT, STREAMS = 2, 40, 8, 4, 2, 4, 4
@@ -103,8 +104,8 @@ def predictions(folder):
             ids, left = (torch.stack([getattr(b, name) for b in batches]) for name in ("ids_BQ", "left_BC"))
             for rank in range(RANKS):
                 for router in routers[rank]:
-                    planned += 2 * router.plan(ids, left, k).wire_bytes(WIDTH, 4)
-                    chosen = router.route(ids[rank], left[rank], k).expert_TK.tolist()
+                    planned += 2 * plan_of(router, ids, left, k).wire_bytes(WIDTH, 4)
+                    chosen = route_of(router, ids[rank], left[rank], k).expert_TK.tolist()
                     homes = [{expert // (EXPERTS // RANKS) for expert in row} for row in chosen]
                     pairs = sum(len(home - {rank}) for home in homes)
                     counted += 4 * pairs * WIDTH * 4  # there and back, forward and backward, fp32

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from foreroute.engine.config import Activation, Builder, MoEConfig, ParallelConfig, Router
+from foreroute.engine.config import Activation, Builder, MoEConfig, ParallelConfig
 from foreroute.engine.config.enums import ExchangeKind, Keys
 from foreroute.engine.errors import UserError
 from foreroute.engine.plug_in import PlannedFeedForward, experts_of, parameter_groups, replace_feed_forwards
@@ -136,7 +136,7 @@ def test_unsuitable_modules_are_named(pattern, fault):
     "options, fault",
     [
         ({"k": 5}, "k=5: must be in 1 .. 4"),
-        ({"moe": replace(MOE, router=Router.frozen)}, "moe.router=frozen: must be hashed"),
+        ({"moe": replace(MOE, router="frozen")}, "moe.router=frozen: must be one whose plans depend on the ids alone"),
         ({"moe": replace(MOE, keys=Keys.shuffled)}, "moe.keys=shuffled: only own"),
         ({"moe": replace(MOE, layers=1)}, "moe.layers=1: must be null"),
         ({"moe": replace(MOE, builder=Builder.balanced)}, "moe.builder=balanced: needs text_ids"),

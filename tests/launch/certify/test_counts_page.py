@@ -29,7 +29,8 @@ from foreroute.engine.config import (
 from foreroute.engine.config.enums import ExchangeKind
 from foreroute.engine.data.corpus import PreparedCorpus
 from foreroute.engine.data.tokens.byte_values import ByteVocab
-from foreroute.engine.routing.tables import build_tables
+from foreroute.engine.routing.planned.hashed import HashedRouter
+from foreroute.engine.routing.planned_router import RouterInputs
 from foreroute.launch.certify.counts_page import certificate_page, counts_verdict
 from foreroute.launch.page.html_file import html
 from foreroute.launch.page.markdown_file import markdown
@@ -53,16 +54,16 @@ def make(**changes):
     )
     config = replace(config, **changes)
     ids = np.random.default_rng(0).integers(0, SYMBOLS, STREAMS * (5 * SEGMENT + 1)).astype(np.uint8)
-    tables = build_tables(config.moe, SYMBOLS, ids, num_tables=2, seed=1, cache_dir=None)
+    routers = HashedRouter.build(config.moe, RouterInputs(SYMBOLS, 1, 2, ids))
     corpus = PreparedCorpus(
         ids, ByteVocab(Tokens.bytes, bytes(range(SYMBOLS))), "ab" * 32, [], {"cuts": [0, ids.size, ids.size, ids.size]}
     )
-    return config, corpus, tables
+    return config, corpus, routers
 
 
 def page_of(place=PLACE, further=(), sample=1, **changes):
-    config, corpus, tables = make(**changes)
-    found = certify(Layout(config, place), corpus.ids, tables, sample=sample)
+    config, corpus, routers = make(**changes)
+    found = certify(Layout(config, place), corpus.ids, routers, sample=sample)
     return found, certificate_page(found, Layout(config, place), corpus, further)
 
 
@@ -71,9 +72,9 @@ def parts(page, title, kind):
     return [part for part in section.parts if isinstance(part, kind)]
 
 
-def counted(config, corpus, tables, place=PLACE):
+def counted(config, corpus, routers, place=PLACE):
     """All steps of a run with their counts, repeated steps as often as they occur."""
-    for counts in replay(Layout(config, place), corpus.ids, tables, range(STEPS)):
+    for counts in replay(Layout(config, place), corpus.ids, routers, range(STEPS)):
         yield from [(step, counts) for step in counts.steps.tolist()]
 
 
@@ -159,8 +160,8 @@ def test_the_charts_show_the_series_and_the_means():
 
 
 def test_a_thinned_series_has_bands():
-    config, corpus, tables = make(train=TrainConfig(steps=1100, name="long"))
-    found = certify(Layout(config, PLACE), corpus.ids, tables)
+    config, corpus, routers = make(train=TrainConfig(steps=1100, name="long"))
+    found = certify(Layout(config, PLACE), corpus.ids, routers)
     (load,) = parts(certificate_page(found, Layout(config, PLACE), corpus), "Rows", Curve)
     assert load.band and len(load.lines[0].x) == 500
     assert load.lines[2].upper == found.series.expert_load.max != load.lines[2].y

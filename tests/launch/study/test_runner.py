@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 import foreroute.launch.study.runner
-from foreroute.engine.config import MoEConfig, Router
+from foreroute.engine.config import MoEConfig
 from foreroute.engine.errors import UserError
 from foreroute.engine.testing.tiny_run import tiny_config
 from foreroute.launch.runs.folder import lock_folder
@@ -28,9 +28,7 @@ STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); 
 
 def jobs_of(preset, seeds=(1,)):
     """Jobs of 10 steps."""
-    dense, hashed = (
-        replace(tiny_config(), moe=MoEConfig(router=router, experts=4)) for router in (Router.dense, Router.hashed)
-    )
+    dense, hashed = (replace(tiny_config(), moe=MoEConfig(router=router, experts=4)) for router in ("dense", "hashed"))
     tuning = [
         with_rate(Job(f"tune-{arm}-{rate}", arm, 0, dense if arm == "dense" else hashed, (), rate), rate)
         for rate in preset.learning_rates

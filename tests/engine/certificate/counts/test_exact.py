@@ -25,7 +25,6 @@ from foreroute.engine.config import (
     OptimConfig,
     ParallelConfig,
     Precision,
-    Router,
     ScheduleConfig,
     TrainConfig,
 )
@@ -33,8 +32,10 @@ from foreroute.engine.config.enums import ExchangeKind, Keys
 from foreroute.engine.data.streams import Streams
 from foreroute.engine.errors import UserError
 from foreroute.engine.routing.k_schedule import active_experts
-from foreroute.engine.routing.routers import HashedRouter
+from foreroute.engine.routing.planned.hashed import HashedRouter
+from foreroute.engine.routing.planned_router import RouterInputs
 from foreroute.engine.routing.tables import build_tables
+from foreroute.engine.testing.routers import route_of
 
 SYMBOLS, STEPS, WORLD, RANKS, PER_NODE, EXPERTS, LAYERS, WIDTH = 7, 9, 8, 4, 2, 8, 2, 6
 STREAMS, SEGMENT, MICRO = 16, 3, 2
@@ -59,12 +60,11 @@ def text(epoch_segments=5):
     return draw.astype(np.uint8)
 
 
-def tables_of(config, ids, seed=1):
-    layers = 1 if config.moe.share_table else LAYERS
-    return build_tables(config.moe, SYMBOLS, ids, num_tables=layers, seed=seed, cache_dir=None)
+def routers_of(config, ids, seed=1):
+    return HashedRouter.build(config.moe, RouterInputs(SYMBOLS, seed, config.num_tables, ids))
 
 
-def routes(config, ids, tables, step, k):
+def routes(config, ids, routers, step, k):
     """Yield (layer, micro, rank, experts of a token) of a step, token by token."""
     streams = Streams(ids, STREAMS, SEGMENT, config.context)
     for micro in range(MICRO):
@@ -72,8 +72,8 @@ def routes(config, ids, tables, step, k):
             shares = streams.streams_of(rank, micro, world=WORLD, accumulation=MICRO)
             batch = streams.batch(step, shares)
             for layer in range(LAYERS):
-                router = HashedRouter(tables[layer % len(tables)])
-                for experts in router.route(batch.ids_BQ, batch.left_BC, k).expert_TK.tolist():
+                router = routers[layer % len(routers)]
+                for experts in route_of(router, batch.ids_BQ, batch.left_BC, k).expert_TK.tolist():
                     yield layer, micro, rank, experts
 
 
@@ -91,7 +91,7 @@ def trips(kind, rank, homes):
     return [(a, b) for a, b in found if a != b]
 
 
-def loops(config, ids, tables, steps):
+def loops(config, ids, routers, steps):
     """Everything a certificate is made of, as lists of (k, step, value), by name; and sent pairs."""
     lists = {}
 
@@ -101,7 +101,7 @@ def loops(config, ids, tables, steps):
     for step in steps:
         received, computed, by_expert, pairs, sent = (Counter() for _ in range(5))
         k = active_experts(config.schedule, step, config.schedule_steps)
-        for layer, micro, rank, experts in routes(config, ids, tables, step, k):
+        for layer, micro, rank, experts in routes(config, ids, routers, step, k):
             group = rank // RANKS * RANKS
             homes = {group + expert // (EXPERTS // RANKS) for expert in experts}
             for home in homes:
@@ -212,10 +212,10 @@ def test_a_certificate_says_what_loops_count(steps, sample, share_table):
     """Nine steps of an epoch of five: some segments come twice, at the same k (one of the choices) or another."""
     config = make(moe=MoEConfig(experts=EXPERTS, ngram=2, rows=40, share_table=share_table))
     ids = text()
-    tables = tables_of(config, ids)
+    routers = routers_of(config, ids)
     place = Placement(WORLD, RANKS, PER_NODE)
-    found = certify(Layout(config, place), ids, tables, steps=steps, sample=sample)
-    lists = loops(config, ids, tables, range(0, steps or STEPS, sample))
+    found = certify(Layout(config, place), ids, routers, steps=steps, sample=sample)
+    lists = loops(config, ids, routers, range(0, steps or STEPS, sample))
     known = {"k": None, "exchange": "tokens"}
     assert asdict(found.whole) == known | section(lists)
     ks = sorted({k for k, *_ in lists["pair"]})
@@ -225,17 +225,17 @@ def test_a_certificate_says_what_loops_count(steps, sample, share_table):
         assert asdict(part) == known | {"k": part.k} | section(own)
     assert (found.tokens, found.row_bytes, found.trips) == (TOKENS, WIDTH * 4, (2, 2))
     assert found.whole.idle_expert.steps > 0  # such a small batch cannot feed all experts
-    other = certify(Layout(config, place), ids, tables_of(config, ids, seed=2), steps=steps, sample=sample)
+    other = certify(Layout(config, place), ids, routers_of(config, ids, seed=2), steps=steps, sample=sample)
     assert asdict(other.whole) != asdict(found.whole)  # negative control
     json.dumps(asdict(found))
 
 
 def test_a_run_that_starts_elsewhere_in_the_text_is_counted_from_there():
     config, place, ids = make(), Placement(WORLD, RANKS, PER_NODE), text()
-    tables = tables_of(config, ids)
+    routers = routers_of(config, ids)
     moved = replace(config, data=replace(config.data, start=0.4))  # segment 2 of the 5 of an epoch
-    (first,) = replay(Layout(moved, place), ids, tables, [0])
-    plain = list(replay(Layout(config, place), ids, tables, [0, 2]))
+    (first,) = replay(Layout(moved, place), ids, routers, [0])
+    plain = list(replay(Layout(config, place), ids, routers, [0, 2]))
     assert plain[1].step == 2 and plain[1].k == first.k
     assert (first.count_ymgE == plain[1].count_ymgE).all()
     assert not (first.count_ymgE == plain[0].count_ymgE).all()
@@ -244,12 +244,12 @@ def test_a_run_that_starts_elsewhere_in_the_text_is_counted_from_there():
 def test_repeated_steps_are_counted_once_and_weigh_their_number():
     config = make(schedule=ScheduleConfig(k_max=2), train=TrainConfig(steps=23))
     ids = text()
-    tables, place = tables_of(config, ids), Placement(WORLD, RANKS, PER_NODE)
-    found = list(replay(Layout(config, place), ids, tables, range(23)))
+    routers, place = routers_of(config, ids), Placement(WORLD, RANKS, PER_NODE)
+    found = list(replay(Layout(config, place), ids, routers, range(23)))
     assert [(counts.step, counts.times) for counts in found] == [(0, 5), (1, 5), (2, 5), (3, 4), (4, 4)]
-    (again,) = replay(Layout(config, place), ids, tables, [17])
+    (again,) = replay(Layout(config, place), ids, routers, [17])
     assert (again.count_ymgE == found[2].count_ymgE).all() and (again.sent_ymgPP == found[2].sent_ymgPP).all()
-    whole = certify(Layout(config, place), ids, tables).whole
+    whole = certify(Layout(config, place), ids, routers).whole
     weighted = sum(counts.received_ymgP.mean() * counts.times for counts in found) / 23
     assert whole.steps == 23 and whole.received_rows.mean == pytest.approx(weighted)
 
@@ -267,7 +267,7 @@ def test_more_than_255_tokens_and_many_experts():
     )
     ids = np.zeros(streams * ranks * (segment + 1), np.uint8)  # one n-gram: every token is alike
     (table,) = build_tables(config.moe, SYMBOLS, ids, num_tables=1, seed=1, cache_dir=None)
-    (counts,) = replay(Layout(config, Placement(ranks, ranks)), ids, [table], [0])
+    (counts,) = replay(Layout(config, Placement(ranks, ranks)), ids, [HashedRouter(table)], [0])
     chosen = table.order_rE[0, :20].tolist()
     tokens = streams * segment
     want = [ranks * tokens * (expert in chosen) for expert in range(experts)]
@@ -300,7 +300,7 @@ def test_a_tally_is_exact_when_it_puts_values_together(monkeypatch):
 def test_bytes_are_those_of_the_wire_format():
     bf16 = make(train=TrainConfig(steps=STEPS, accumulation=MICRO, precision=Precision.bf16))
     ids = text()
-    found = certify(Layout(bf16, Placement(WORLD, RANKS, PER_NODE)), ids, tables_of(bf16, ids))
+    found = certify(Layout(bf16, Placement(WORLD, RANKS, PER_NODE)), ids, routers_of(bf16, ids))
     assert found.row_bytes == WIDTH * 2
 
 
@@ -314,14 +314,9 @@ def test_bytes_are_those_of_the_wire_format():
         ({}, (8, 8, 0), {}, "ranks_per_node=0: must be at least 1"),
         ({}, (8, 4), {"steps": STEPS + 1}, "steps=10: must be from 1 to train.steps=9"),
         ({}, (8, 4), {"sample": 10}, "sample=10: must be from 1 to the 9 steps"),
-        ({"moe": MoEConfig(router=Router.learned)}, (8, 4), {}, "moe.router=learned: routes depend on hidden states"),
-        ({"moe": MoEConfig(router=Router.dense)}, (8, 4), {}, "moe.router=dense: no experts"),
-        (
-            {"moe": MoEConfig(router=Router.fresh)},
-            (8, 4),
-            {},
-            "moe.router=fresh: routes are drawn at each forward pass",
-        ),
+        ({"moe": MoEConfig(router="learned")}, (8, 4), {}, "moe.router=learned: routes depend on hidden states"),
+        ({"moe": MoEConfig(router="dense")}, (8, 4), {}, "moe.router=dense: no experts"),
+        ({"moe": MoEConfig(router="fresh")}, (8, 4), {}, "moe.router=fresh: routes are drawn at each forward pass"),
         (
             {"moe": MoEConfig(keys=Keys.shuffled)},
             (8, 4),
@@ -340,7 +335,7 @@ def test_bytes_are_those_of_the_wire_format():
 def test_what_is_refused(changes, place, options, words):
     ids = text()
     with pytest.raises(UserError) as error:
-        certify(Layout(make(**changes), Placement(*place)), ids, tables_of(make(), ids), **options)
+        certify(Layout(make(**changes), Placement(*place)), ids, routers_of(make(), ids), **options)
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
@@ -362,8 +357,8 @@ def test_auto_is_named_for_each_k():
     parallel = ParallelConfig(exchange=ExchangeKind.auto, link_gb_per_s=1e-3)
     config = make(schedule=ScheduleConfig(Growth.linear, 1, EXPERTS), parallel=parallel)
     ids = text()
-    tables = tables_of(config, ids)
-    found = certify(Layout(config, Placement(WORLD, RANKS, PER_NODE)), ids, tables)
+    routers = routers_of(config, ids)
+    found = certify(Layout(config, Placement(WORLD, RANKS, PER_NODE)), ids, routers)
     assert [found.by_k[0].exchange, found.by_k[-1].exchange, found.whole.exchange] == ["tokens", "gather", "mixed"]
-    alone = certify(Layout(config, Placement(WORLD, 1, PER_NODE)), ids, tables).whole
+    alone = certify(Layout(config, Placement(WORLD, 1, PER_NODE)), ids, routers).whole
     assert alone.exchange == "local" and alone.bytes["tokens"].total == 0

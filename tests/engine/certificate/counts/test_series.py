@@ -22,7 +22,8 @@ from foreroute.engine.config import (
     TrainConfig,
 )
 from foreroute.engine.config.enums import ExchangeKind
-from foreroute.engine.routing.tables import build_tables
+from foreroute.engine.routing.planned.hashed import HashedRouter
+from foreroute.engine.routing.planned_router import RouterInputs
 
 SYMBOLS, STREAMS, SEGMENT, LAYERS, EXPERTS, STEPS = 5, 8, 3, 2, 4, 23
 PLACE = Placement(world_size=4, expert_ranks=2, ranks_per_node=1)
@@ -40,8 +41,7 @@ def make(parallel, k_min, k_max):
     )
     draw = np.random.default_rng(0).integers(0, SYMBOLS, STREAMS * (5 * SEGMENT + 1))
     ids = draw.astype(np.uint8)  # 5 segments an epoch: the 23 steps come back to each of them
-    tables = build_tables(config.moe, SYMBOLS, ids, num_tables=LAYERS, seed=1, cache_dir=None)
-    return config, ids, tables
+    return config, ids, HashedRouter.build(config.moe, RouterInputs(SYMBOLS, 1, LAYERS, ids))
 
 
 def of_step(counts, kind):
@@ -77,14 +77,14 @@ def of_step(counts, kind):
 )
 @pytest.mark.parametrize("sample", [1, 4])
 def test_points_are_what_loops_over_all_steps_give(parallel, kind, sample):
-    config, ids, tables = make(parallel, 1, 3)
-    series = certify(Layout(config, PLACE), ids, tables, sample=sample).series
+    config, ids, routers = make(parallel, 1, 3)
+    series = certify(Layout(config, PLACE), ids, routers, sample=sample).series
     steps = list(range(0, STEPS, sample))
     assert (
         series.first_step == series.last_step == [step + 1 for step in steps]
     )  # fewer than 500: each a point of its own
     for i, step in enumerate(steps):
-        (counts,) = replay(Layout(config, PLACE), ids, tables, [step])
+        (counts,) = replay(Layout(config, PLACE), ids, routers, [step])
         for name, value in of_step(counts, kind).items():
             line = getattr(series, name)
             assert line.mean[i] == line.max[i] == pytest.approx(value, rel=1e-12), (name, step)
@@ -94,8 +94,8 @@ def test_points_are_what_loops_over_all_steps_give(parallel, kind, sample):
 def test_the_exchange_counted_is_the_one_used():
     """Negative control of the test above: the two kinds differ, and so must what is counted."""
     by_kind = [
-        certify(Layout(config, PLACE), ids, tables).series
-        for config, ids, tables in (
+        certify(Layout(config, PLACE), ids, routers).series
+        for config, ids, routers in (
             make(ParallelConfig(exchange=kind), 1, 3) for kind in (ExchangeKind.tokens, ExchangeKind.gather)
         )
     ]
@@ -104,8 +104,8 @@ def test_the_exchange_counted_is_the_one_used():
 
 
 def test_nothing_leaves_a_rank_that_is_alone():
-    config, ids, tables = make(ParallelConfig(), 2, 2)
-    series = certify(Layout(config, Placement(4, 1, 1)), ids, tables).series
+    config, ids, routers = make(ParallelConfig(), 2, 2)
+    series = certify(Layout(config, Placement(4, 1, 1)), ids, routers).series
     assert set(series.busiest_rank_bytes.max) == {0.0} and min(series.expert_load.max) > 1
 
 

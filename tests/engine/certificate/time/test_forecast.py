@@ -25,7 +25,8 @@ from foreroute.engine.config import (
 )
 from foreroute.engine.config.enums import Builder, ExchangeKind, Growth
 from foreroute.engine.routing.k_schedule import active_experts
-from foreroute.engine.routing.tables import Table, build_tables
+from foreroute.engine.routing.planned.hashed import HashedRouter
+from foreroute.engine.routing.planned_router import PlannedRouter, RouterInputs
 
 SYMBOLS, VOCAB = 7, 7
 TEXT = np.random.default_rng(0).integers(0, SYMBOLS, 6000).astype(np.uint8)
@@ -46,13 +47,12 @@ def config() -> Config:
     )
 
 
-def tables_of(moe: MoEConfig) -> Sequence[Table]:
-    number = 1 if moe.share_table else 2
-    return build_tables(moe, SYMBOLS, TEXT, num_tables=number, seed=1, cache_dir=None)
+def routers_of(moe: MoEConfig) -> Sequence[PlannedRouter]:
+    return HashedRouter.build(moe, RouterInputs(SYMBOLS, 1, 1 if moe.share_table else 2, TEXT))
 
 
 def forecaster(cluster: ClusterConfig = SLOW_LINK) -> Forecaster:
-    return Forecaster(Layout(config(), PLACE), cluster, TEXT, VOCAB, tables_of)
+    return Forecaster(Layout(config(), PLACE), cluster, TEXT, VOCAB, routers_of)
 
 
 def test_steps_of_each_k_are_those_of_the_schedule() -> None:
@@ -70,7 +70,7 @@ def test_a_run_is_the_sum_of_its_steps() -> None:
         steps = [part.first + part.steps // 4, part.first + part.steps * 3 // 4]
         times = [
             StepModel(Layout(config(), PLACE), SLOW_LINK, VOCAB).time(counts).total
-            for counts in replay(Layout(config(), PLACE), TEXT, tables_of(config().moe), steps)
+            for counts in replay(Layout(config(), PLACE), TEXT, routers_of(config().moe), steps)
         ]
         total += part.steps * sum(times) / len(times)
     assert found.run_s == pytest.approx(total)
@@ -145,17 +145,17 @@ def test_choices_stand_on_the_nodes_of_the_run() -> None:
         config(), data=DataConfig(streams=12, segment=16), moe=MoEConfig(experts=12, expert_width=16, ngram=2, rows=32)
     )
     cluster = replace(SLOW_LINK, ranks_per_node=8)
-    choices = Forecaster(Layout(cfg, Placement(12, 4, 2)), cluster, TEXT, VOCAB, tables_of).choices()
+    choices = Forecaster(Layout(cfg, Placement(12, 4, 2)), cluster, TEXT, VOCAB, routers_of).choices()
     groups = {int(choice.overrides[0].split("=")[1]) for choice in choices}
     assert groups == {1, 2, 4, 6, 12}  # of 3 ranks none: they would lie on two nodes in different ways
-    eights = Forecaster(Layout(cfg, Placement(12, 4, 8)), cluster, TEXT, VOCAB, tables_of).choices()
+    eights = Forecaster(Layout(cfg, Placement(12, 4, 8)), cluster, TEXT, VOCAB, routers_of).choices()
     assert {int(c.overrides[0].split("=")[1]) for c in eights} == {1, 2, 4}
 
 
 def test_scaling_has_the_runs_own_ranks_and_what_is_not_modelled_is_named() -> None:
     cfg = replace(config(), data=DataConfig(streams=12, segment=16), train=TrainConfig(steps=30, offload=True))
     place = Placement(6, 2, 2)
-    part = time_part(Forecaster(Layout(cfg, place), SLOW_LINK, TEXT, VOCAB, tables_of), search=False)
+    part = time_part(Forecaster(Layout(cfg, place), SLOW_LINK, TEXT, VOCAB, routers_of), search=False)
     assert [scale.ranks for scale in part.strong] == [1, 2, 4, 6]
     assert part.strong[-1].step_s == pytest.approx(part.forecast.run_s / 30)
     assert len(part.left_out) == 1 and part.left_out[0].startswith("train.offload:")
