@@ -22,7 +22,7 @@ from foreroute.engine.evaluation.held_out import Evaluation, slimming_curve
 from foreroute.engine.metrics.writer import Metrics
 from foreroute.engine.model.build import build_routers
 from foreroute.engine.parallel.world import agree, together
-from foreroute.engine.routing.methods import option_uses
+from foreroute.engine.routing.methods import method_of, option_uses
 from foreroute.engine.train.resolve import resolve
 from foreroute.engine.train.trainer import Trainer
 from foreroute.launch.runs.facts import write_facts
@@ -60,7 +60,7 @@ def train(args: TrainArgs) -> int:
         # read what the run depends on
         with together(ranks):
             config.streams_per_micro_batch(world.mesh.world)  # refused before any text is read
-            if not config.moe.dense:
+            if method_of(config.moe) is not None:
                 world.mesh.local_experts(config.moe.experts)
             certificate = None if args.certificate is None else read(Path(args.certificate))
             if certificate is not None:

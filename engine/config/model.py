@@ -88,7 +88,7 @@ class MoEConfig:
         "What chooses the experts: hashed, frozen, learned or another of docs/routers.md, package.module:Class for "
         "your own, or dense for none.",
     )
-    options: dict[str, Any] = option({}, "Options of the router's own; docs/routers.md has them.")
+    options: dict[str, Any] = option({}, "The router's own, each as moe.options.NAME; docs/routers.md has them.")
     experts: int = option(16, "Experts of a layer (E).", at_least=1, at_most=MAX_EXPERTS)
     expert_width: int = option(512, "Hidden width of one expert (F).", at_least=1)
     constant_experts: int = option(
@@ -159,7 +159,7 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         check("moe", self)
-        named = ":" in self.router or self.router in router_names()
+        named = isinstance(self.router, str) and (":" in self.router or self.router in router_names())
         require(named, f"moe.router={self.router}: must be one of {', '.join(router_names())}, or package.module:Class")
         require(
             self.router != "hashed" or self.rows * self.columns <= _MOST_ENTRIES,
@@ -184,6 +184,13 @@ class MoEConfig:
         require(
             self.weights is not RouteWeights.live or self.columns == self.experts,
             "moe.weights=live: takes no constant, copy or null experts, which its gate does not weigh",
+        )
+        require(
+            not self.dense or self.keys is Keys.own,
+            f"moe.keys={self.keys.name}: must be own with moe.router=dense, which looks up no keys",
+        )
+        require(
+            not self.dense or self.columns == self.experts, "moe.router=dense: takes no constant, copy or null experts"
         )
         require(self.columns <= MAX_EXPERTS, f"moe: has {self.columns} experts of all kinds, at most {MAX_EXPERTS}")
 

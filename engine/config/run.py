@@ -19,6 +19,7 @@ from foreroute.engine.config.enums import (
     MatmulPrecision,
     PeerIds,
     Precision,
+    RouteWeights,
     SavedForBackward,
     Split,
     Tokens,
@@ -492,6 +493,10 @@ class Config:
         require(
             dense or not model.signatures,
             f"model.signatures={model.signatures}: needs moe.router=dense, it is {moe.router}",
+        )
+        require(
+            not model.signatures or moe.weights is not RouteWeights.live,
+            "model.signatures=true: needs fixed weights, moe.weights is live",
         )
         require(
             moe.layers is None or moe.layers <= model.layers,

@@ -23,11 +23,11 @@ _DENSE = (
     "parallel.wire",
     "parallel.chunks",
     "parallel.expert_ranks",
+    "moe.residual",
 )
 _ROUTERS = {
-    *("ngram", "rows", "builder", "pack", "weights", "spread", "share_table", "keys", "options"),
+    *("ngram", "rows", "builder", "pack", "weights", "spread", "share_table", "options"),
     *("gate", "gate_normalised", "gate_scale", "balance_loss", "balance_over", "z_loss", "consistency"),
-    *("constant_experts", "copy_experts", "null_experts"),
 }
 """Options of the section `moe` that not all routers read."""
 _TABLE = {"ngram", "rows", "builder", "pack", "weights", "spread", "share_table"}
@@ -60,7 +60,6 @@ def rules(config: Config, uses: Collection[str]) -> list[Rule]:
         Rule(config.moe.weights is not RouteWeights.live, f"moe.weights={config.moe.weights.name}", _GATE),
         Rule(all_layers, "moe.layers takes in every layer", ("moe.plain_width",)),
         Rule(config.moe.weights is not RouteWeights.table, f"moe.weights={config.moe.weights.name}", ("moe.spread",)),
-        Rule(config.moe.shared_width == 0, "moe.shared_width=0", ("moe.residual",)),
         Rule(config.model.ngram == 0, "model.ngram=0", ("model.ngram_rows",)),
         Rule(not config.model.cutoffs, "model.cutoffs=[]", ("model.div_val", "model.proj_init_std")),
         Rule(config.model.div_val == 1, "model.div_val=1", ("model.proj_init_std",)),
@@ -71,15 +70,15 @@ def rules(config: Config, uses: Collection[str]) -> list[Rule]:
     ]
 
 
-def unused(found: Iterable[Rule], given: Iterable[str]) -> dict[str, str]:
+def unused(found: Iterable[Rule], given: Collection[str]) -> dict[str, str]:
     """Return the given options, by their full names, that a run with these rules does not use, with the first reason.
 
-    Example: of moe.spread and optim.lr a run with moe.router=learned does not use the first.
+    Example: of moe.spread and optim.lr a run with moe.router=learned does not use the first. moe.options.x is unused
+    where moe.options is.
     """
-    given = set(given)
     reasons: dict[str, str] = {}
     for rule in found:
-        for name in rule.options:
-            if rule.holds and name in given:
+        for name in given if rule.holds else ():
+            if name in rule.options or name.rpartition(".")[0] in rule.options:
                 reasons.setdefault(name, rule.reason)
     return reasons

@@ -5,7 +5,7 @@
 from importlib import import_module
 from importlib.util import find_spec
 
-from foreroute.engine.config import MoEConfig, RouteWeights
+from foreroute.engine.config import Keys, MoEConfig, RouteWeights
 from foreroute.engine.errors import UserError, require
 from foreroute.engine.routing.live_router import LiveRouter
 from foreroute.engine.routing.planned_router import PlannedRouter
@@ -21,7 +21,7 @@ def method_of(moe: MoEConfig) -> Method | None:
 
     Raises:
         UserError: a class of the user's cannot be imported or is no router, or the method has no experts without rows
-            and some are asked for.
+            or no keys to shuffle, and these are asked for.
     """
     if moe.dense:
         return None
@@ -30,6 +30,8 @@ def method_of(moe: MoEConfig) -> Method | None:
         number = getattr(moe, option)
         has_them = number == 0 or option in method.uses
         require(has_them, f"moe.{option}={number}: must be 0 with moe.router={moe.router}, which has none")
+    is_keyed = moe.keys is Keys.own or "keys" in method.uses
+    require(is_keyed, f"moe.keys={moe.keys.name}: must be own with moe.router={moe.router}, which looks up no keys")
     return method
 
 

@@ -5,14 +5,14 @@ import math
 
 import pytest
 
-from foreroute.engine.config import Builder, MoEConfig, ParallelConfig, Router
+from foreroute.engine.config import Builder, MoEConfig, ParallelConfig
 from foreroute.engine.config.enums import ExchangeKind
 from foreroute.engine.config.option import check, option, required
 from foreroute.engine.errors import UserError
 
 
 def test_a_choice_may_be_given_by_its_name():
-    assert MoEConfig(router="frozen") == MoEConfig(router=Router.frozen) != MoEConfig()
+    assert MoEConfig(builder="random") == MoEConfig(builder=Builder.random) != MoEConfig()
     assert MoEConfig(builder="random").builder is Builder.random
     assert ParallelConfig(exchange="gather").exchange is ExchangeKind.gather
 
