@@ -99,7 +99,7 @@ def ready(arguments: Sequence[str], known: Known, *, sweep: bool = False) -> lis
 
 def swept(ready_arguments: Sequence[str]) -> set[str]:
     """Return the names of those options, as `ready` returns them, that have several values."""
-    pairs = (argument.partition("=") for argument in ready_arguments)
+    pairs = (argument.lstrip("+").partition("=") for argument in ready_arguments)
     return {name for name, _, value in pairs if _SWEPT.fullmatch(value) or len(_split(value)) > 1}
 
 
@@ -122,12 +122,15 @@ def _ready(argument: str, following: str, known: Known, sweep: bool) -> str:
         options = ", ".join(o for o in known.options if o.startswith(f"{name}."))
         require(value.startswith("{"), f"{name}={_short(value)}: is a section; its options are {options}")
         return argument
+    if get_origin(known.options.get(name.rpartition(".")[0])) is dict:
+        return f"++{name}={_of_any_type(name, value, known, sweep)}"  # the router's own; only it knows their names
     if name not in known.options:
         raise UserError(_unknown(name, value, known))
     if _SWEPT.fullmatch(value) and (sweep or _text_of(known.options[name]) is None):
         require(sweep, f"{name}={_short(value)}: several values need -m, which runs each")
         return f"{name}={value}"
-    return f"{name}={_value(name, value, known, sweep)}"
+    adds = "++" if get_origin(known.options[name]) is dict else ""
+    return f"{adds}{name}={_value(name, value, known, sweep)}"
 
 
 def _choice(name: str, value: str, sweep: bool) -> str:
@@ -176,6 +179,23 @@ def _value(name: str, value: str, known: Known, sweep: bool) -> str:
     if len(value_parts) > 1 and not sweep:
         raise UserError(f"{name}={_short(value)}: must be {_words(kind)}; several values need -m, which runs each")
     return ",".join("null" if nullable and _is_null(p) else one(p) for p in value_parts)
+
+
+def _of_any_type(name: str, value: str, known: Known, sweep: bool) -> str:
+    """Write a value whose type is not known here: a number, true, false, null or a list as that, all else as text."""
+    if _SWEPT.fullmatch(value) and sweep:
+        return value
+    parts = _split(value)
+    require(
+        sweep or len(parts) == 1, f"{name}={_short(value)}: takes one value; several values need -m, which runs each"
+    )
+    return ",".join(part if _is_typed(part) else _text(part, known) for part in parts)
+
+
+def _is_typed(value: str) -> bool:
+    text = value.strip()
+    is_list = text.startswith("[") and text.endswith("]")
+    return is_list or text.lower() in ("true", "false", "null") or _number(text) is not None
 
 
 def _text_of(kind: Any) -> Any:

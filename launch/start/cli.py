@@ -143,8 +143,8 @@ def _refuse_flag(message: str) -> NoReturn:
 
 def _fixed(options: Sequence[str]) -> list[str]:
     """Pass to each job of a sweep, in whatever process, which of its options do not vary: see job_name."""
-    names = [option.partition("=")[0] for option in options if option.partition("=")[0] not in swept(options)]
-    names = [name for name in names if re.fullmatch(r"[\w./]+", name, re.ASCII)]
+    names = [option.lstrip("+").partition("=")[0] for option in options]
+    names = [name for name in names if name not in swept(options) and re.fullmatch(r"[\w./]+", name, re.ASCII)]
     return [f"{_FIXED}=[{','.join(names)}]"]
 
 

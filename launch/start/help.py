@@ -236,6 +236,8 @@ def allowed(kind: Any) -> str:
         return f"{text} | null" if " | " in text else f"{text} or null"
     if get_origin(kind) is list:
         return f"list of {allowed(get_args(kind)[0])}s"
+    if get_origin(kind) is dict:
+        return "values by name"
     if _is_enum(kind):
         return " | ".join(kind.__members__)
     return "a choice of the group" if is_dataclass(kind) else _TYPES.get(kind, "any value")
@@ -248,5 +250,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(_shown(item) for item in value)}]"
     if isinstance(value, dict):
-        return str(value.get("name", "..."))
+        return (
+            str(value["name"]) if "name" in value else f"{{{', '.join(f'{k}: {_shown(v)}' for k, v in value.items())}}}"
+        )
     return "" if value == _NEEDED else str(value) or "''"

@@ -21,7 +21,7 @@ def job_name(name: str) -> str:
 
 def own_options() -> dict[str, str]:
     """Return the options of this job from the command line and the sweep, as a person writes them."""
-    own = [option for option in HydraConfig.get().overrides.task if "=" in option]
+    own = [option.lstrip("+") for option in HydraConfig.get().overrides.task if "=" in option]
     pairs = (option.split("=", 1) for option in own)
     return {name: unquoted(value) for name, value in pairs}
 

@@ -3,6 +3,7 @@
 import random
 from contextlib import suppress
 from dataclasses import dataclass, field, make_dataclass
+from typing import Any
 
 import hydra
 import pytest
@@ -10,7 +11,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from foreroute.engine.config import Router
+from foreroute.engine.config import Decay
 from foreroute.engine.errors import UserError
 from foreroute.launch.start.arguments import known_to, quote, ready, swept, unquoted
 from foreroute.launch.start.cli import CONF
@@ -75,7 +76,8 @@ class Options:
     maybe: list[int] | None = None
     steps: int = 1
     flag: bool = False
-    router: Router = Router.hashed
+    decay: Decay = Decay.cosine
+    own: dict[str, Any] = field(default_factory=dict)
     inner: Inner = field(default_factory=Inner)
 
 
@@ -132,7 +134,15 @@ def test_values_that_work_as_they_did(composed):
     assert composed("inner.rate=5").inner.rate == 5
     assert composed("flag=Yes").flag is True
     assert composed("+inner={rate: 2}").inner.rate == 2
-    assert composed("router=dense").router is Router.dense
+    assert composed("decay=constant").decay is Decay.constant
+
+
+def test_options_whose_names_only_the_router_knows(composed, known):
+    assert composed("own.a=3", "own.b=true", "own.c=1e-2").own == {"a": 3, "b": True, "c": 0.01}
+    assert composed("own.a=null", "own.b=[1,2]", "own.c='3'").own == {"a": None, "b": [1, 2], "c": "3"}
+    assert composed("own.file=a b/{c}=1.npy", "+own.d=x").own == {"file": "a b/{c}=1.npy", "d": "x"}
+    assert composed("own={a: 1}").own == {"a": 1}
+    assert swept(ready(["own.a=1,2", "own.b=3", "steps=4,5"], known, sweep=True)) == {"own.a", "steps"}
 
 
 def test_one_value_stands_for_a_list_of_one(composed):
@@ -156,11 +166,12 @@ def test_one_value_stands_for_a_list_of_one(composed):
         ("inner.rate=inf", "inner.rate=inf: must be a finite number"),
         ("inner.rate=nan", "inner.rate=nan: must be"),
         ("flag=maybe", "flag=maybe: must be true | false"),
-        ("router=Dense", "did you mean dense?"),
+        ("decay=Constant", "did you mean constant?"),
         ("rate=1", "rate=1: no such option; did you mean inner.rate? allowed: "),
         ("inner.rat=1", "inner.rat=1: no such option; did you mean inner.rate? allowed: rate, path"),
         ("inner=1", "inner=1: is a section; its options are inner.rate, inner.path"),
         ("steps", "steps: has no value; write steps=VALUE, without blanks"),
+        ("own.a=1,2", "own.a=1,2: takes one value; several values need -m, which runs each"),
         ("=5", "=5: "),
         (f"steps={'9' * 5000}", "999...: must be"),
     ],
