@@ -182,10 +182,6 @@ class MoEConfig:
             f"moe.pack={self.pack}: takes no constant, copy or null experts, which lie in no block",
         )
         require(
-            self.weights is not RouteWeights.live or self.columns == self.experts,
-            "moe.weights=live: takes no constant, copy or null experts, which its gate does not weigh",
-        )
-        require(
             not self.dense or self.keys is Keys.own,
             f"moe.keys={self.keys.name}: must be own with moe.router=dense, which looks up no keys",
         )

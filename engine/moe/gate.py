@@ -8,7 +8,11 @@ rounded alike, which the exchange does (its own rows go through the same number 
 
     logits g = x W^T;  w_i = scale f(g_i) / sum over the set of f(g_j), or scale f(g_i)
 
-Letters: R received rows, D width, E experts, K experts listed of a row, N expert rows of this rank.
+Constants, copies and nulls (engine/moe/zero_experts.py) are columns of the gate too. Their weights are made where the
+token is, from the row as the exchange rounds it, so that the weights of a set are of one copy.
+
+Letters: R received rows, T tokens, D width, E experts, J columns without experts, e = E + J columns, K columns listed
+of a row, N expert rows of this rank.
 """
 
 import torch
@@ -29,25 +33,36 @@ class LiveGate(nn.Module):
     def __init__(self, width: int, moe: MoEConfig) -> None:
         super().__init__()
         self.kind, self.normalised, self.scale = moe.gate, moe.gate_normalised, moe.gate_scale
-        self.weight = nn.Parameter(gate_weight(width, moe.experts))
+        self.experts = moe.experts
+        self.weight = nn.Parameter(gate_weight(width, moe.columns))
 
-    def forward(self, received_RD: Tensor, sets: SetRows) -> Tensor:
-        """Return the weight of each expert row of this rank, fp32 at least [N]."""
-        return self.weigh(received_RD, self.weight, sets)
+    def forward(self, x_RD: Tensor, sets: SetRows) -> Tensor:
+        """Return the weights of rows, fp32 at least.
 
-    def weigh(self, received_RD: Tensor, weight_ED: Tensor, sets: SetRows) -> Tensor:
-        """Do the same with weights that are given: without rows a gate still has a gradient, of zeros."""
-        logits_RK = gate_logits(received_RD, weight_ED).gather(1, sets.expert_RK)
+        Args:
+            x_RD: the received rows; or the local tokens, rounded as the exchange rounds them.
+
+        Returns:
+            The weight of each expert row of this rank [N]. Of local tokens those of all columns without experts [T, J],
+            0 where a token does not use one.
+        """
+        return self.weigh(x_RD, self.weight, sets)
+
+    def weigh(self, x_RD: Tensor, weight_eD: Tensor, sets: SetRows) -> Tensor:
+        """Do the same with a weight that is given. Without rows it still has a gradient, of zeros."""
+        logits_RK = gate_logits(x_RD, weight_eD).gather(1, sets.expert_RK)
         weight_RK = self.scale * gate_weights(logits_RK, sets.used_RK, self.kind, normalised=self.normalised)
-        return weight_RK.reshape(-1).index_select(0, sets.place_N)
+        if sets.place_N is not None:
+            return weight_RK.reshape(-1).index_select(0, sets.place_N)
+        weight_Te = weight_RK.new_zeros(len(x_RD), len(weight_eD)).scatter_add(1, sets.expert_RK, weight_RK)
+        return weight_Te[:, self.experts :]
 
 
 def gate_weights(logits_RK: Tensor, used_RK: Tensor | None, kind: Gate, *, normalised: bool) -> Tensor:
     """Return the weights of each row's set; 0 for what is not in it, and for a row without experts.
 
-    A softmax is always normalised.
-
-    A normalised weight of a single expert is the constant 1, and teaches the gate nothing.
+    A softmax is always normalised. A normalised weight of a single expert is the constant 1, and teaches the gate
+    nothing.
 
     Args:
         used_RK: which of the experts are in the set; None: all.

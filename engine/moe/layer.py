@@ -30,6 +30,7 @@ from foreroute.engine.routing.live_router import LiveRouter
 from foreroute.engine.routing.losses import chosen_counts
 from foreroute.engine.routing.methods import has_live_gate, live_method
 from foreroute.engine.routing.plan import Plan, Routing
+from foreroute.engine.routing.plans.exchange_choice import wire_dtype
 from foreroute.engine.routing.plans.live_plan import plan_live
 from foreroute.engine.tracing import span, traced
 from foreroute.kernels import Dropout, keep_mask, row_hash, unit_hash
@@ -121,7 +122,7 @@ class MoELayer(nn.Module):
         else:  # the same, chunk by chunk, in the one call around which ZeRO-3 gathers the weights
             y_TD = self.experts(x_TD, plan, dropout, exchange=self.exchange, gate=self.gate)
         if self.zero_experts is not None:
-            y_TD = y_TD + self.zero_experts(x_TD, plan.column_weight_TJ)
+            y_TD = y_TD + self.zero_experts(x_TD, self._column_weights(x_TD, plan))
         if self.shared is not None:
             y_TD = self._with_shared(y_TD, x_TD, self._shared(self.shared, x_TD, plan, dropout))
         return LayerOutput(y_TD, auxiliary_loss, plan.count_E, carried)
@@ -147,6 +148,16 @@ class MoELayer(nn.Module):
         if self.balance_comm is not None:
             count_E = self.balance_comm.all_reduce(count_E)
         return plan, self.router.loss(live, count_E), live.carried
+
+    def _column_weights(self, x_TD: Tensor, plan: Plan) -> Tensor:
+        """Return the weights of the tokens' experts that need no row [T, J]."""
+        if self.gate is None or plan.own_sets is None:
+            assert plan.column_weight_TJ is not None, "a plan with weights of experts that need no row"
+            return plan.column_weight_TJ
+        if self.exchange.parallel is not None:
+            x_TD = x_TD.to(wire_dtype(self.exchange.parallel, x_TD.dtype)).to(x_TD.dtype)
+        weight_TJ: Tensor = self.gate(x_TD, plan.own_sets)
+        return weight_TJ
 
     def _with_shared(self, y_TD: Tensor, x_TD: Tensor, shared_TD: Tensor) -> Tensor:
         """Add the shared expert: c0 y + c1 shared with c = softmax(W x + b) if moe.residual (DeepSpeed-MoE's

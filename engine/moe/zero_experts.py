@@ -44,5 +44,5 @@ class ZeroExperts(nn.Module):
 
 
 def zero_experts(width: int, moe: MoEConfig) -> ZeroExperts | None:
-    """Build them; None where there are none."""
-    return ZeroExperts(width, moe) if moe.columns > moe.experts else None
+    """Build them; None where no column computes anything."""
+    return ZeroExperts(width, moe) if moe.constant_experts or moe.copy_experts else None

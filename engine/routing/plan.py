@@ -36,9 +36,11 @@ class Route(NamedTuple):
 class SetRows:
     """The whole set of each received row, from which a gate makes the weights of this rank's experts."""
 
-    expert_RK: Tensor  # int64: global expert ids
+    expert_RK: Tensor  # int64: global expert ids, and columns without experts
     used_RK: Tensor | None  # bool: which of them the row uses; None: all
-    place_N: Tensor  # int64: each expert row's place in the flattened [R, K]
+    place_N: Tensor | None
+    """int64: each expert row's place in the flattened [R, K]; None: rows are local tokens, for columns without
+    experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,8 @@ class Plan:
     chunks: tuple[Chunk, ...]  # in the order of the tokens
     column_weight_TJ: Tensor | None = None
     """fp32: weights of the local tokens' experts that need no row (engine/moe/zero_experts.py)."""
+    own_sets: SetRows | None = None
+    """The sets of the local tokens, from which a gate makes those weights instead."""
 
     @property
     def num_tokens(self) -> int:

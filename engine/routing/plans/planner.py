@@ -10,7 +10,7 @@ table rows, c choices (engine/routing/loops/plans.py). Expert e lives on rank e 
 """
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -100,13 +100,13 @@ class Planner:
         use_r = np.zeros(len(sets.order_rK), np.int32)
         found_chunks = tuple(self._chunk(found, narrow_PT, span, use_r, gather=gather) for span in spans)
         count_e = count_columns(found.order_rK, found.count_r, self.columns, use_r)
-        return Plan(
-            k,
-            self.rank,
-            torch.from_numpy(count_e[: self.experts]),
-            found_chunks,
-            column_weight_TJ=self._column_weights(found, narrow_PT[self.rank]),
-        )
+        plan = Plan(k, self.rank, torch.from_numpy(count_e[: self.experts]), found_chunks)
+        if self.columns == self.experts:
+            return plan
+        own_T = narrow_PT[self.rank]
+        if sets.weigh is None:
+            return replace(plan, own_sets=_own_sets(sets, own_T))
+        return replace(plan, column_weight_TJ=self._column_weights(found, own_T))
 
     def lookups(self, sets: RowSets) -> Lookups:
         """Return what is worked out once for the row sets of a k."""
@@ -127,10 +127,8 @@ class Planner:
         used_r = (np.diff(start_r) > 0).view(np.uint8)
         return Lookups(sets, order_rK, count_r, used_r, start_r, expert_c, weight_c, weight_rK)
 
-    def _column_weights(self, found: Lookups, row_T: NDArray[np.int32]) -> Tensor | None:
+    def _column_weights(self, found: Lookups, row_T: NDArray[np.int32]) -> Tensor:
         """Return the weights of the own tokens' columns without experts."""
-        if self.columns == self.experts:
-            return None
         arguments = found.order_rK, found.count_r, found.weight_rK, row_T, self.experts, self.columns
         return torch.from_numpy(column_weights(*arguments))
 
@@ -181,6 +179,12 @@ class Planner:
         token_c, rank_c, start_t = rank_choices(found.order_rK, found.count_r, row_t, self._rank_e, self.ranks)
         source_S, end_P, *_ = by_thing(token_c, rank_c, np.empty(0, np.float32), self.ranks)
         return _expert_rows(source_S, end_P, slots_of(source_S, start_t), start_t)
+
+
+def _own_sets(sets: RowSets, row_T: NDArray[np.int32]) -> SetRows:
+    """Return the sets of the own tokens, for the weights of their columns without experts."""
+    own = sets.of_rows(torch.from_numpy(row_T))
+    return SetRows(own.order_rK.long(), own.used_rK, None)
 
 
 def _planner(experts: int, columns: int, rank: int, ranks: int) -> Planner:
