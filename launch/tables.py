@@ -2,7 +2,9 @@
 
 Builds the tables as training would and counts them on one split of the text. Loads are max / mean (1 is perfectly even)
 of the worst table; ranks touched by a token and rows on the wire are means over the tables. Prints one line for each k,
-and below them what the columns are; `json=FILE` writes the same numbers.
+and below them what the columns are; `json=FILE` writes the same numbers. `export=FILE` writes the tables themselves,
+the first schedule.k_max experts of each row, as moe.router=token_table reads them; with moe.ngram=1 that is tid2eid
+[ids, k] of DeepSeek-V4's hash layers.
 """
 
 from collections.abc import Sequence
@@ -10,13 +12,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 
+from torch import Tensor
+
 from foreroute.engine.config import Config, Split
 from foreroute.engine.config.option import option
 from foreroute.engine.data.corpus import prepare
 from foreroute.engine.errors import UserError, require
 from foreroute.engine.model.build import router_inputs
 from foreroute.engine.routing.planned.hashed import HashedRouter
+from foreroute.engine.routing.planned.token_table import write_tables
 from foreroute.engine.routing.table_balance import Balance, RankBalance, balances
+from foreroute.engine.routing.tables import Table
 from foreroute.launch.runs.folder import write_json
 from foreroute.launch.start.cli import run_program
 from foreroute.launch.start.console import table
@@ -38,6 +44,11 @@ class TablesArgs(Config):
     ranks: list[int] = option([2, 4, 8], "Sizes of the expert group.")
     split: Split = option(Split.valid, "Part of the corpus that is counted.")
     json: str | None = option(None, "File for the numbers as JSON; one that is there is replaced.")
+    export: str | None = option(
+        None,
+        "File for the tables, .npy or .safetensors: the first schedule.k_max experts of each row, as"
+        " moe.router=token_table reads them; one that is there is replaced.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,7 +103,15 @@ def tables(args: TablesArgs) -> int:
         except OSError as error:
             raise UserError(f"json={args.json}: cannot be written ({error.strerror})") from error
         print(f"written: {args.json}")
+    if args.export is not None:
+        write_tables(Path(args.export), [used_rows(each)[:, : args.schedule.k_max] for each in found_tables])
+        print(f"written: {args.export}")
     return 0
+
+
+def used_rows(found: Table) -> Tensor:
+    """Return the rows of a table that n-grams can have: all where they are hashed, else one for each n-gram."""
+    return found.order_rE[: found.vocab_size**found.ngram]
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from foreroute.engine.config import Config, CorpusConfig, Split
 from foreroute.engine.data.corpus import PreparedCorpus
+from foreroute.engine.errors import require
 from foreroute.engine.model.input_tables import Signatures
 from foreroute.engine.model.transformer_xl import TransformerXL
 from foreroute.engine.parallel.mesh import Mesh
@@ -37,7 +38,7 @@ def build_routers(config: Config, corpus: PreparedCorpus, mesh: Mesh | None = No
     if method is None:
         return None
     inputs = router_inputs(corpus, config.corpus, config.num_tables, config.train.seed)
-    return _placed(method.build(config.moe, inputs), mesh)
+    return _placed(config, method.build(config.moe, inputs), mesh)
 
 
 def restore_routers(
@@ -48,7 +49,7 @@ def restore_routers(
     if method is None:
         return None
     inputs = RouterInputs(vocab_size, config.train.seed, config.num_tables)
-    return _placed(method.restore(config.moe, inputs, states), mesh)
+    return _placed(config, method.restore(config.moe, inputs, states), mesh)
 
 
 def router_states(routers: Sequence[PlannedRouter] | None) -> list[dict[str, Tensor]]:
@@ -73,7 +74,11 @@ def router_inputs(corpus: PreparedCorpus, where: CorpusConfig, number: int, seed
     )
 
 
-def _placed(routers: Sequence[PlannedRouter], mesh: Mesh | None) -> list[PlannedRouter]:
+def _placed(config: Config, routers: Sequence[PlannedRouter], mesh: Mesh | None) -> list[PlannedRouter]:
+    most = min(router.most_k for router in routers)
+    asked = {"schedule.k_max": config.schedule.k_max, "eval.k": max(config.eval.k, default=0)}
+    for name, k in asked.items():
+        require(k <= most, f"{name}={k}: must be at most {most} with these routers of moe.router={config.moe.router}")
     return [router.place(mesh or Mesh()) for router in routers]
 
 

@@ -128,7 +128,8 @@ class PlannedExperts:
 
     @k.setter
     def k(self, k: int) -> None:
-        require(1 <= k <= self._num_experts, f"k={k}: must be in 1 .. {self._num_experts}, the number of experts")
+        most = min(router.most_k for router in self._routers)
+        require(1 <= k <= most, f"k={k}: must be in 1 .. {most}, the number of experts")
         self._k = k
 
     # Plans.

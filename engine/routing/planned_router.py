@@ -152,6 +152,11 @@ class PlannedRouter(ABC):
             weights: with what the experts' weights alone depend on; a certificate leaves it out.
         """
 
+    @property
+    def most_k(self) -> int:
+        """The largest k that it can be asked for."""
+        return self.columns
+
     def state(self) -> dict[str, Tensor]:
         """Return what belongs to the model and is saved with it; empty if it follows from the options."""
         return {}
