@@ -95,7 +95,11 @@ def layer_products(model: ModelConfig, moe: MoEConfig, rows: float, layer: int, 
     active = k * moe.experts / moe.columns  # of k, constants, copies and nulls compute nothing
     found = [Product(rows, active * moe.expert_width + moe.shared_width, model.width, matrices)]
     if live_method(moe) is not None or has_live_gate(moe):
-        found.append(Product(rows, moe.experts, model.width))
+        found.append(Product(rows, moe.columns, model.width))
+    if moe.constant_experts:  # what mixes them with the token, and their vectors
+        found.append(Product(rows, moe.constant_experts, model.width, 3))
+    if moe.residual:
+        found.append(Product(rows, 2, model.width))
     return found
 
 

@@ -68,6 +68,7 @@ class Layout:
             return Trips(2, 2)
         model, moe = self.config.model, self.config.moe
         kept_after = not model.pre_norm or model.dropout > 0 or moe.shared_width > 0
+        kept_after = kept_after or moe.constant_experts + moe.copy_experts > 0
         return Trips(3, 3 if kept_after or min(self.config.parallel.chunks, self.tokens) > 1 else 2)
 
     def gathers(self, k: int, tokens: int | None = None) -> bool:

@@ -12,6 +12,7 @@ from math import ceil
 
 from foreroute.engine.certificate.memory.sizes import Rows, Sizes
 from foreroute.engine.certificate.memory.terms import Term, largest, term
+from foreroute.engine.config.enums import Gate
 from foreroute.kernels.cpu.masked_ffn import BLOCK_ROWS
 from foreroute.kernels.ops.linear_cross_entropy import chunk_tokens, largest_chunk
 
@@ -182,7 +183,7 @@ class Activations:
         width, c, shared = config.model.width, s.number, config.moe.shared_width
         after = s.mask if config.model.pre_norm else c + s.mask
         found = [term("residual sums", "{} layers x {} tokens x {} width x {} bytes", layers, s.tokens, width, after)]
-        if not s.shared_out or shared:
+        if not s.shared_out or shared or s.zero_experts:
             found.append(
                 term("experts' input", "{} layers x {} tokens x {} width x {} bytes", layers, s.tokens, width, c)
             )
@@ -199,6 +200,28 @@ class Activations:
                     each,
                 )
             )
+        if config.moe.residual:  # what both are multiplied by their coefficients
+            found.append(
+                term("residual", "{} layers x {} tokens x {} width x {} bytes", layers, s.tokens, width, 2 * c)
+            )
+        if s.zero_experts:
+            wide = 4 if c == 2 and config.moe.constant_experts else 0
+            words = "{} layers x {} tokens x {} width x {} bytes"
+            found.append(term("experts without rows", words, layers, s.tokens, width, wide))
+            words = "{} layers x {} tokens x {} constants x {} bytes"
+            found.append(term("experts without rows", words, layers, s.tokens, config.moe.constant_experts, 20))
+        return found
+
+    def _gate(self, received: int, computed: int) -> list[Term]:
+        """List the tensors of live weights; in chunks they are made again in backward."""
+        s = self.sizes
+        found = [term("gate", "{} expert rows x {} bytes", computed, 4)]
+        if s.chunks > 1:
+            return found
+        each = 4 if s.config.moe.gate is Gate.softmax else 16
+        found.append(term("gate", "{} rows x {} experts of a set x {} bytes", received, s.k, each))
+        if s.number == 2:
+            found.append(term("gate", "{} rows x {} width x {} bytes", received, s.config.model.width, 4))
         return found
 
     def _experts(self, layers: int) -> list[Term]:
@@ -231,7 +254,7 @@ class Activations:
             found.append(term("received rows", "{} rows x {} width x {} bytes", received, width, c))
             if s.config.model.dropout and not (s.gather and s.chunks == 1):
                 found.append(term("received rows", "{} numbers of tokens x {} bytes", received, 8))
-        return found
+        return [*found, *self._gate(received, computed)] if s.gate else found
 
     def experts_backward(self) -> list[Term]:
         """List the tensors of one layer's experts in backward, without gradients of parameters.
@@ -250,6 +273,9 @@ class Activations:
         if s.chunks > 1:  # the next chunk's rows, and results that wait
             found.append(term("rows on their way", "{} rows x {} width x {} bytes", received, width, c + s.wire))
             found.append(term("rows on their way", "{} tokens x {} width x {} bytes", s.tokens, width, c))
+            if s.gate:
+                found.append(term("gate", "{} rows x {} width x {} bytes", received, width, 8 if c == 2 else c))
+                found.append(term("gate", "{} rows x {} experts x {} bytes", received, moe.columns, 8))
         if s.masked:
             units = s.local_experts * moe.expert_width
             copies = 3 if s.gated else 1

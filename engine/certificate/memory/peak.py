@@ -199,15 +199,24 @@ def _moments(sizes: Sizes, rows: Rows, parameters: Parameters) -> Iterator[tuple
 
 
 def _plans(sizes: Sizes, rows: Rows) -> list[Term]:
-    """Plans of this micro-batch and of those planned ahead: indices of 8 bytes and weights of 4."""
+    """Plans of this micro-batch and of those planned ahead: indices of 8 bytes and weights of 4, or the sets that a
+    gate weighs."""
     config, tokens = sizes.config, sizes.tokens
     ahead = config.data.prefetch * config.train.accumulation + 1
     tables = 1 if config.moe.share_table else config.model.layers
     words = "{} plans x {} tables x {} expert rows x {} bytes"
     found = [
-        term("plans", words, ahead, tables, rows.computed, 20),
+        term("plans", words, ahead, tables, rows.computed, 24 if sizes.gate else 20),
         term("plans", "{} plans x {} tables x {} rows x {} bytes", ahead, tables, rows.received, 8),
     ]
+    if sizes.gate:
+        listed = rows.received + (tokens if config.moe.columns > config.moe.experts else 0)
+        words_of_sets = "{} plans x {} tables x {} rows x {} experts of a set x {} bytes"
+        found.append(term("plans", words_of_sets, ahead, tables, listed, sizes.k, 8))
+    elif config.moe.columns > config.moe.experts:
+        columns = config.moe.columns - config.moe.experts
+        words_of_columns = "{} plans x {} tables x {} tokens x {} experts without rows x {} bytes"
+        found.append(term("plans", words_of_columns, ahead, tables, tokens, columns, 4))
     if sizes.shared_out and not sizes.gather:
         ranks = min(sizes.placement.expert_ranks, sizes.k)
         words = "{} plans x {} tables x {} rows to send x {} bytes"

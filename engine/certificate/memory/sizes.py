@@ -22,6 +22,7 @@ from foreroute.engine.config.enums import Activation, Backend, SavedForBackward
 from foreroute.engine.model.adaptive import clusters
 from foreroute.engine.model.transformer_xl import SMALL_VOCABULARY, TransformerXL
 from foreroute.engine.optim.adam import comes_last
+from foreroute.engine.routing.methods import has_live_gate
 from foreroute.engine.routing.plans.exchange_choice import wire_itemsize
 from foreroute.kernels.ops.relative_attention import tile_shape
 
@@ -130,6 +131,16 @@ class Sizes:
     def fast(self) -> bool:
         """Whether the gathered token rows are kept."""
         return not self.gpu and not self.masked and self.config.kernels.mode is SavedForBackward.fast
+
+    @property
+    def gate(self) -> bool:
+        """Whether a learned gate weighs the planned experts."""
+        return has_live_gate(self.config.moe)
+
+    @property
+    def zero_experts(self) -> bool:
+        """Whether there are experts that compute without a row."""
+        return self.config.moe.constant_experts + self.config.moe.copy_experts > 0
 
     @property
     def local_experts(self) -> int:
