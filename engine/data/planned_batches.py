@@ -33,6 +33,7 @@ class GroupBatch:
     left_PBC: Tensor  # int64
     stream_PB: Tensor  # int64: global stream of each row
     new_document_PBX: Tensor | None = None  # bool: as Batch.new_document_BX
+    real_PBQ: Tensor | None = None  # bool: as Batch.real_BQ; all batches of a group have one, or none has
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +51,20 @@ class PlannedBatch:
 def group_batch(batches: Sequence[Batch], own: int = 0) -> GroupBatch:
     """Stack the batches of an expert group; `own` is this rank's number in it."""
     marks = [mark_BX for batch in batches if (mark_BX := batch.new_document_BX) is not None]
+    real = [batch.real_BQ for batch in batches if batch.real_BQ is not None]
     return GroupBatch(
         batches[own],
         torch.stack([batch.ids_BQ for batch in batches]),
         torch.stack([batch.left_BC for batch in batches]),
         torch.stack([batch.stream_B for batch in batches]),
         torch.stack(marks) if marks else None,
+        torch.stack(real) if real else None,
     )
 
 
 def share_ids(alone: GroupBatch, cpu_group: CpuGroup) -> GroupBatch:
     """Add what the other ranks of the expert group read, by one exchange of ids, left contexts and stream numbers, and
-    of the starts of documents where they are known."""
+    of the starts of documents where they are known; streams have no padding."""
     own = alone.own
     parts = [own.left_BC, own.ids_BQ, own.stream_B[:, None]]
     if alone.new_document_PBX is not None:
@@ -108,7 +111,7 @@ def plan_batch(
     row_tBQ = [keys.of(own.ids_BQ, own.left_BC, own.new_document_BX) for keys in input_keys]
     input_row_tBQ, token_T = torch.stack(row_tBQ) if row_tBQ else None, token_PT.flatten()
     tails = tail_tokens(group.own.targets_BQ, cutoffs)
-    tokens = GroupTokens(group.ids_PBQ, group.left_PBC, group.new_document_PBX, draw)
+    tokens = GroupTokens(group.ids_PBQ, group.left_PBC, group.new_document_PBX, draw, real_PBQ=group.real_PBQ)
 
     def routing(number: int) -> Routing:
         plans: tuple[Plan, ...] | None = None
@@ -122,6 +125,7 @@ def plan_batch(
             input_row_tBQ=input_row_tBQ,
             position_BQ=own.position_BQ if reset_memory else None,
             tail_tokens=tails,
+            real_T=None if own.real_BQ is None else own.real_BQ.flatten(),
             second=routing(1) if number + 1 < passes else None,
         )
 

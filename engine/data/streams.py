@@ -31,6 +31,7 @@ class Batch:
     index: int  # segments since the start of training: one per optimizer step
     fresh: bool  # first segment of an epoch: memory must be dropped
     position_BQ: Tensor | None = None  # int32: ids of the same document before each id; None where none are known
+    real_BQ: Tensor | None = None  # bool: false for padding, which has no expert; None: there is none
 
     @property
     def new_document_BX(self) -> Tensor | None:

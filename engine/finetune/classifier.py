@@ -51,13 +51,13 @@ class Classifier(nn.Module):
     def forward(self, batch: SentenceBatch, k: int, seed: int = 0) -> Tensor:
         """Return the logits [B, C] at k active experts; the batch is on the host.
 
-        The balance loss of a learned router is left out: it would count padding.
+        Padding has no expert. The balance loss of a learned router is left out.
 
         Args:
             seed: of (run, step), for the experts' stateless dropout and for routers that draw.
         """
         planned = plan_batch(
-            group_batch([self._unplanned(batch.ids_BQ, seed)]),
+            group_batch([self._unplanned(batch, seed)]),
             k,
             self.routers,
             held_out=not self.training,
@@ -71,11 +71,12 @@ class Classifier(nn.Module):
         logits_BC: Tensor = self.head(hidden_BQD[row_B, batch.length_B - 1])
         return logits_BC
 
-    def _unplanned(self, ids_BQ: Tensor, index: int) -> Batch:
+    def _unplanned(self, batch: SentenceBatch, index: int) -> Batch:
         """Make a batch that routers take: the ids left of a sentence count as 0."""
-        rows = ids_BQ.shape[0]
+        ids_BQ, (rows, length) = batch.ids_BQ, batch.ids_BQ.shape
         left_BC = torch.zeros(rows, self.context, dtype=torch.int64)
-        return Batch(ids_BQ, ids_BQ, left_BC, torch.arange(rows), index, fresh=True)
+        real_BQ = torch.arange(length) < batch.length_B[:, None]
+        return Batch(ids_BQ, ids_BQ, left_BC, torch.arange(rows), index, fresh=True, real_BQ=real_BQ)
 
 
 def predict(classifier: Classifier, sentences: Sequence[Sentence], k: int) -> Tensor:

@@ -26,7 +26,7 @@ from foreroute.engine.moe.feed_forward import FeedForward
 from foreroute.engine.moe.gate import LiveGate
 from foreroute.engine.moe.zero_experts import zero_experts
 from foreroute.engine.parallel.collectives import ExpertGroupComm
-from foreroute.engine.routing.live_router import LiveRouter
+from foreroute.engine.routing.live_router import LiveRouter, without_padding
 from foreroute.engine.routing.losses import chosen_counts
 from foreroute.engine.routing.methods import has_live_gate, live_method
 from foreroute.engine.routing.plan import Plan, Routing
@@ -137,6 +137,8 @@ class MoELayer(nn.Module):
                 raise ValueError(f"layer {self.layer} has a planned router, k={routing.k}, and got {found}")
             return plan, None, None
         live = self.router(x_TD, routing.k, carried)
+        if routing.real_T is not None:
+            live = without_padding(live, routing.real_T)
         num_experts = self.router.experts
         with span("plan"):
             plan = plan_live(live.route, num_experts, x_TD, routing.k, self.exchange.comm, self.exchange.parallel)

@@ -34,7 +34,7 @@ from foreroute.engine.parallel.cpu_group import CpuGroup, expert_cpu_group, odd_
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.plug_in.attached import After, Attachment, Before, Call, CallArguments, Layout, Place, kind_of
 from foreroute.engine.plug_in.passes import Pass, Passes, backward_node
-from foreroute.engine.plug_in.plans import Plans, Sequences, keep_to_texts
+from foreroute.engine.plug_in.plans import Plans, Sequences, keep_to_texts, real_ids
 from foreroute.engine.plug_in.replaceable import Replaced, side_of
 from foreroute.engine.routing.plan import Routing
 from foreroute.engine.routing.planned_router import GroupTokens, PlannedRouter, RouterInputs, plan_all
@@ -43,6 +43,7 @@ from foreroute.engine.routing.plans.exchange_choice import use_gather, wire_dtyp
 Batch = TypeVar("Batch", bound=Sequence[Any] | Mapping[Any, Any])
 
 
+_PADDING = -1  # in place of an id, also between ranks
 _forks = 0
 """The number of forks between the process that imported this file and this process."""
 
@@ -147,7 +148,8 @@ class PlannedExperts:
             ids: int [B, Q] of this rank; or [P, B, Q] of all ranks of the expert group, and then nothing is exchanged.
             left: as ids with C for Q, the ids left of each sequence. By default they count as 0, as at the start of a
                 text.
-            mask: as ids, 0 for padding, left or right of a sequence; ids after left padding begin a text.
+            mask: as ids, 0 for padding, left or right of a sequence; ids after left padding begin a text. Padding has
+                no expert: it costs no row, and the experts' sum for it is 0.
             documents: int as ids; a change of number begins a text. Left context belongs to the first document.
 
         Raises:
@@ -344,7 +346,11 @@ class PlannedExperts:
         ids, left = self._check(sequences.ids, sequences.left)
         shape = tuple(ids.shape[-2:])
         ids, left = keep_to_texts(sequences, ids, left)
+        real = real_ids(sequences)
+        if real is not None:
+            ids = ids.masked_fill(~real, _PADDING)
         ids_PBQ, left_PBC = (ids, left) if ids.dim() == 3 else self._share(ids, left, k)
+        real_PBQ = ids_PBQ != _PADDING
         mesh, parallel, weight = self._mesh, self._parallel, self.layers[0].experts.w1
         tokens = shape[0] * shape[1]
         gather = use_gather(
@@ -356,7 +362,7 @@ class PlannedExperts:
             width=self._width,
             itemsize=wire_dtype(parallel, weight.dtype).itemsize,
         )
-        group = GroupTokens(ids_PBQ, left_PBC)
+        group = GroupTokens(ids_PBQ.clamp(min=0), left_PBC, real_PBQ=None if real_PBQ.all() else real_PBQ)
         plans = plan_all(self._routers, group, k, gather=gather, chunks=parallel.chunks)
         rank = dist.get_rank() if dist.is_initialized() else 0
         token_T = (rank - mesh.ep_rank) * tokens + torch.arange(mesh.ep_size * tokens)

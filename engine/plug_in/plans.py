@@ -76,6 +76,18 @@ def keep_to_texts(sequences: Sequences, ids: Tensor, left: Tensor) -> tuple[Tens
     return window[..., -1:].contiguous(), window[..., :-1].contiguous()
 
 
+def real_ids(sequences: Sequences) -> Tensor | None:
+    """Return which ids are no padding, in the order of the ids that keep_to_texts returns; None: all are."""
+    if sequences.mask is None:
+        return None
+    real = sequences.mask.cpu() != 0
+    if sequences.documents is None and not sequences.sequence_first:
+        return real
+    if sequences.sequence_first:
+        real = real.transpose(-1, -2)
+    return real.flatten(-2)[..., None]
+
+
 def _without_padding(ids: Tensor, left: Tensor, real: Tensor) -> Tensor:
     starts = (real[..., 1:] & ~real[..., :-1]).sum(-1) + real[..., 0]
     require(

@@ -29,6 +29,27 @@ class LiveRoute(NamedTuple):
     column_weight_TJ: Tensor | None = None  # of experts that need no row (engine/moe/zero_experts.py)
 
 
+def without_padding(live: LiveRoute, real_T: Tensor) -> LiveRoute:
+    """Return a choice in which padding has no expert and no part in losses; the host waits for its number of tokens.
+
+    A router that compares tokens has chosen among all of them, padding too.
+
+    Args:
+        real_T: bool, false for padding; true at least once, or the mean of a loss over tokens is of none.
+    """
+    route, column_weight_TJ = live.route, live.column_weight_TJ
+    used_TK = real_T[:, None].expand_as(route.expert_TK)
+    if route.used_TK is not None:
+        used_TK = used_TK & route.used_TK
+    if column_weight_TJ is not None:
+        column_weight_TJ = column_weight_TJ.masked_fill(~real_T[:, None], 0.0)
+    return live._replace(
+        route=Route(route.expert_TK, route.weight_TK, used_TK),
+        logits_TE=live.logits_TE[real_T],
+        column_weight_TJ=column_weight_TJ,
+    )
+
+
 class LiveRouter(nn.Module):
     """A live router of one layer."""
 

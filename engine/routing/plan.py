@@ -127,6 +127,9 @@ class Routing:
     not."""
     tail_tokens: tuple[Tensor, ...] = ()
     """int64: for each tail of an adaptive softmax (engine/model/adaptive.py) the tokens whose targets it has."""
+    real_T: Tensor | None = None
+    """bool: false for padding, which live routers leave without experts; planned routers' plans have none of it. None:
+    there is none."""
     second: "Routing | None" = None  # of a second pass over the batch; None: there is one pass
 
     @property

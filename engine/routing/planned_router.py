@@ -52,7 +52,13 @@ class GroupTokens:
     """The tokens of an expert group's micro-batch, and what all routers of a run make of them once."""
 
     def __init__(
-        self, ids_PBQ: Tensor, left_PBC: Tensor, new_document_PBX: Tensor | None = None, draw: Draw | None = None
+        self,
+        ids_PBQ: Tensor,
+        left_PBC: Tensor,
+        new_document_PBX: Tensor | None = None,
+        draw: Draw | None = None,
+        *,
+        real_PBQ: Tensor | None = None,
     ) -> None:
         """Take the ids of the group.
 
@@ -61,10 +67,12 @@ class GroupTokens:
             left_PBC: int64, the true ids left of each segment.
             new_document_PBX: where in both documents begin (KeyRows.of).
             draw: what random choices depend on; None: there must be none.
+            real_PBQ: bool, false for padding, which has no expert; None: there is none.
         """
         self.shape = ids_PBQ.shape[0], ids_PBQ[0].numel()
         marks = None if new_document_PBX is None else new_document_PBX.flatten(0, 1)
         self.draw = draw
+        self.real_PT = None if real_PBQ is None else real_PBQ.reshape(self.shape).numpy()
         self._ids = ids_PBQ.flatten(0, 1), left_PBC.flatten(0, 1), marks
         self._keys: dict[tuple[int, ...], NDArray[np.integer[Any]]] = {}
         self._places: dict[tuple[int, ...], NDArray[np.int64]] = {}
@@ -142,7 +150,10 @@ class PlannedRouter(ABC):
 
     @abstractmethod
     def choose(self, tokens: GroupTokens, k: int) -> Choice:
-        """Choose the experts of each token, k of them on average. The same RowSets object is looked up only once."""
+        """Choose the experts of each token, k of them on average; also of padding, whose choice is dropped.
+
+        The same RowSets object is looked up only once.
+        """
 
     @abstractmethod
     def identity(self, *, weights: bool = True) -> Sequence[NDArray[Any]]:
@@ -173,13 +184,17 @@ class PlannedRouter(ABC):
 
     def plan(self, tokens: GroupTokens, k: int, *, gather: bool = False, chunks: int = 1) -> Plan:
         """Plan a micro-batch for this rank; arguments as for Planner.plan."""
-        return self._planner.plan(self.choose(tokens, k), k, gather=gather, chunks=chunks)
+        return self._planner.plan(self._choose(tokens, k), k, gather=gather, chunks=chunks)
 
     def route(self, tokens: GroupTokens, k: int) -> Route:
         """Return the choice for each token of the group, rank by rank: what the plans of all ranks say together."""
-        row_PT, sets = self.choose(tokens, k)
+        row_PT, sets = self._choose(tokens, k)
         sets = sets.of_rows(torch.from_numpy(np.ascontiguousarray(row_PT)).flatten())
         return Route(sets.order_rK.long(), sets.weights(), sets.used_rK)
+
+    def _choose(self, tokens: GroupTokens, k: int) -> Choice:
+        choice = self.choose(tokens, k)
+        return choice if tokens.real_PT is None else choice.of_real(tokens.real_PT)
 
     def sets_at(self, k: int) -> RowSets:
         """Return row_sets(k), made once for each k in use."""

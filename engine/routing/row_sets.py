@@ -71,6 +71,15 @@ class Choice(NamedTuple):
     row_PT: NDArray[np.integer[Any]]  # a row for each token of each rank
     sets: RowSets
 
+    def of_real(self, real_PT: NDArray[np.bool_]) -> "Choice":
+        """Return the choice with an empty set for each token that is padding; then each token has a row of its own."""
+        sets = self.sets.of_rows(torch.from_numpy(np.ascontiguousarray(self.row_PT)).flatten())
+        count_r = sets.count_r
+        if count_r is None:
+            count_r = torch.full((real_PT.size,), sets.order_rK.shape[1], dtype=torch.int32)
+        count_r = count_r.where(torch.from_numpy(real_PT.reshape(-1)), 0)
+        return Choice(np.arange(real_PT.size).reshape(real_PT.shape), sets._replace(count_r=count_r))
+
 
 def softmax_weights(sets: RowSets) -> Tensor:
     """Return the softmax of each row's scores over its set."""
