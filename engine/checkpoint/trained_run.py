@@ -50,5 +50,5 @@ def open_saved(
     if config.train.precision is Precision.bf16:  # as in training: buffers keep fp32
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16()
-    routers = restore_routers(config, state.tables, corpus.vocab.size)
+    routers = restore_routers(config, state.tables, corpus.vocab.size, corpus=corpus)
     return SavedRun(config, corpus, model.eval().to(device), routers, state.step)

@@ -41,7 +41,7 @@ class Agreement:
             RunFailed: on every rank; names the difference, its place, and the ranks.
         """
         ranks = self._mesh.ep_size
-        read = (group.ids_PBQ, group.left_PBC, group.stream_PB, group.new_document_PBX)
+        read = (group.ids_PBQ, group.left_PBC, group.stream_PB, group.new_document_PBX, group.place_PB)
         ids = _digest(*(tensor.numpy() for tensor in read if tensor is not None))
         send_Py = np.array([plan.send_splits for plan in plans or ()]).reshape(-1, ranks).T
         recv_Py = np.array([plan.recv_splits for plan in plans or ()]).reshape(-1, ranks).T

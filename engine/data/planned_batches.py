@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foreroute.engine.config import Config, PeerIds
+from foreroute.engine.config import Config, PeerIds, Split
 from foreroute.engine.data.streams import Batch, Streams
 from foreroute.engine.parallel.cpu_group import CpuGroup
 from foreroute.engine.parallel.mesh import Mesh
@@ -18,7 +18,7 @@ from foreroute.engine.routing.k_schedule import active_experts
 from foreroute.engine.routing.methods import training_passes
 from foreroute.engine.routing.ngram_rows import KeyRows
 from foreroute.engine.routing.plan import Plan, Routing, layer_seeds
-from foreroute.engine.routing.planned_router import Draw, GroupTokens, PlannedRouter, plan_all
+from foreroute.engine.routing.planned_router import Draw, GroupTokens, Places, PlannedRouter, plan_all
 from foreroute.engine.routing.plans.exchange_choice import gathers
 
 _SECOND_SEED = 2**31  # beyond all steps: seeds of first passes are neighbours
@@ -33,6 +33,7 @@ class GroupBatch:
     left_PBC: Tensor  # int64
     stream_PB: Tensor  # int64: global stream of each row
     new_document_PBX: Tensor | None = None  # bool: as Batch.new_document_BX
+    place_PB: Tensor | None = None  # int64: as Batch.place_B
     real_PBQ: Tensor | None = None  # bool: as Batch.real_BQ; all batches of a group have one, or none has
 
 
@@ -51,6 +52,7 @@ class PlannedBatch:
 def group_batch(batches: Sequence[Batch], own: int = 0) -> GroupBatch:
     """Stack the batches of an expert group; `own` is this rank's number in it."""
     marks = [mark_BX for batch in batches if (mark_BX := batch.new_document_BX) is not None]
+    places = [batch.place_B for batch in batches if batch.place_B is not None]
     real = [batch.real_BQ for batch in batches if batch.real_BQ is not None]
     return GroupBatch(
         batches[own],
@@ -58,21 +60,28 @@ def group_batch(batches: Sequence[Batch], own: int = 0) -> GroupBatch:
         torch.stack([batch.left_BC for batch in batches]),
         torch.stack([batch.stream_B for batch in batches]),
         torch.stack(marks) if marks else None,
+        torch.stack(places) if places else None,
         torch.stack(real) if real else None,
     )
 
 
 def share_ids(alone: GroupBatch, cpu_group: CpuGroup) -> GroupBatch:
-    """Add what the other ranks of the expert group read, by one exchange of ids, left contexts and stream numbers, and
-    of the starts of documents where they are known; streams have no padding."""
-    own = alone.own
+    """Add what the other ranks of the expert group read, by one exchange of ids, left contexts, stream numbers and
+    places, and of the starts of documents where they are known; streams have no padding."""
+    own, mark_PBX, place_PB = alone.own, alone.new_document_PBX, alone.place_PB
     parts = [own.left_BC, own.ids_BQ, own.stream_B[:, None]]
-    if alone.new_document_PBX is not None:
-        parts.append(alone.new_document_PBX[0])
+    if place_PB is not None:
+        parts.append(place_PB[0, :, None].view(torch.int32))
+    if mark_PBX is not None:
+        parts.append(mark_PBX[0])
     found = torch.from_numpy(cpu_group.all_gather(torch.cat(parts, dim=1).numpy().astype(np.int32)))
-    left_PBC, ids_PBQ, stream_PB1, *marks = found.long().split([part.shape[1] for part in parts], dim=2)
-    mark_PBX = marks[0].bool() if marks else None
-    return GroupBatch(own, ids_PBQ.contiguous(), left_PBC.contiguous(), stream_PB1[..., 0], mark_PBX)
+    split = iter(found.split([part.shape[1] for part in parts], dim=2))
+    left_PBC, ids_PBQ, stream_PB1 = (next(split).long().contiguous() for _ in range(3))
+    if place_PB is not None:
+        place_PB = next(split).contiguous().view(torch.int64)[..., 0]
+    if mark_PBX is not None:
+        mark_PBX = next(split).bool()
+    return GroupBatch(own, ids_PBQ, left_PBC, stream_PB1[..., 0], mark_PBX, place_PB)
 
 
 def plan_batch(
@@ -83,6 +92,7 @@ def plan_batch(
     gather: bool = False,
     chunks: int = 1,
     passes: int = 1,
+    split: Split = Split.train,
     held_out: bool = False,
     input_keys: Sequence[KeyRows] = (),
     cutoffs: Sequence[int] = (),
@@ -96,6 +106,7 @@ def plan_batch(
         gather: for the exchange of all rows (engine/routing/plans/exchange_choice.py says when).
         chunks: parts that are exchanged one after the other.
         passes: over the batch, 1 or 2, each with plans of its own.
+        split: of which the group's places are.
         held_out: the batch is not trained on; what is drawn then depends on batch.index and streams alone.
         input_keys: of the tables at the input of the model (TransformerXL.input_keys).
         cutoffs: of the model's adaptive softmax, if it has one.
@@ -111,7 +122,10 @@ def plan_batch(
     row_tBQ = [keys.of(own.ids_BQ, own.left_BC, own.new_document_BX) for keys in input_keys]
     input_row_tBQ, token_T = torch.stack(row_tBQ) if row_tBQ else None, token_PT.flatten()
     tails = tail_tokens(group.own.targets_BQ, cutoffs)
-    tokens = GroupTokens(group.ids_PBQ, group.left_PBC, group.new_document_PBX, draw, real_PBQ=group.real_PBQ)
+    places = None if group.place_PB is None else Places(split, group.place_PB)
+    tokens = GroupTokens(
+        group.ids_PBQ, group.left_PBC, group.new_document_PBX, draw, places=places, real_PBQ=group.real_PBQ
+    )
 
     def routing(number: int) -> Routing:
         plans: tuple[Plan, ...] | None = None

@@ -31,6 +31,8 @@ class Batch:
     index: int  # segments since the start of training: one per optimizer step
     fresh: bool  # first segment of an epoch: memory must be dropped
     position_BQ: Tensor | None = None  # int32: ids of the same document before each id; None where none are known
+    place_B: Tensor | None = None
+    """int64: where each segment begins in the ids of the split, -1 at the id before them; None: it is of no split."""
     real_BQ: Tensor | None = None  # bool: false for padding, which has no expert; None: there is none
 
     @property
@@ -90,7 +92,7 @@ class Streams:
         position_BQ = None
         if len(self.document_starts):
             position_BQ = document_positions(self.document_starts, start_B, self.segment)
-        return _to_batch(window, self.context, stream_B, position_BQ, index=index, fresh=position == 0)
+        return _to_batch(window, self.context, stream_B, start_B, position_BQ, index=index, fresh=position == 0)
 
     def streams_of(self, rank: int, micro: int, *, world: int, accumulation: int) -> range:
         """Return which global streams a rank runs in a micro-batch: rank by rank, micro-batch by micro-batch.
@@ -193,7 +195,8 @@ def eval_batches(
         warmed_B = (stream_B == 0) | (offset >= shares.warm_up)
         inside_BQ = start_B[:, None] + offset_Q < shares.num_symbols
         counted_BQ = torch.from_numpy(warmed_B[:, None] & inside_BQ)
-        yield _to_batch(window, context, stream_B, position_BQ, index=index, fresh=index == 0), counted_BQ
+        batch = _to_batch(window, context, stream_B, start_B - 1, position_BQ, index=index, fresh=index == 0)
+        yield batch, counted_BQ
 
 
 def _round_up(number: int, multiple: int) -> int:
@@ -209,7 +212,14 @@ def _window(ids: Ids, start_B: NDArray[np.int64], first_B: NDArray[np.int64], se
 
 
 def _to_batch(
-    window: Tensor, context: int, stream_B: NDArray[np.int64], position_BQ: Tensor | None, *, index: int, fresh: bool
+    window: Tensor,
+    context: int,
+    stream_B: NDArray[np.int64],
+    place_B: NDArray[np.int64],
+    position_BQ: Tensor | None,
+    *,
+    index: int,
+    fresh: bool,
 ) -> Batch:
     return Batch(
         ids_BQ=window[:, context:-1].contiguous(),
@@ -219,4 +229,5 @@ def _to_batch(
         index=index,
         fresh=fresh,
         position_BQ=position_BQ,
+        place_B=torch.from_numpy(place_B),
     )

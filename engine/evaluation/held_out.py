@@ -21,6 +21,7 @@ from foreroute.engine.data.streams import Batch, EvalShares, eval_batches, warm_
 from foreroute.engine.model.build import RunModel
 from foreroute.engine.model.transformer_xl import Memory
 from foreroute.engine.parallel.world import World
+from foreroute.engine.routing.planned_router import check_use
 from foreroute.engine.routing.plans.exchange_choice import gathers
 
 ProgressReporter = Callable[[str, int, int], None]
@@ -59,6 +60,7 @@ def evaluate(
     progress: Callable[[int, int], None] | None = None,
     world: World | None = None,
     max_symbols: int = 0,
+    after_pass: Callable[[Batch, Tensor], None] | None = None,
 ) -> Evaluation:
     """Measure the split at k active experts.
 
@@ -67,8 +69,13 @@ def evaluate(
             alike.
         world: the ranks, which share the streams; every rank gets the whole result.
         max_symbols: only the first so many of the split; 0 means config.eval.max_symbols, which 0 means all.
+        after_pass: called after each forward pass with this rank's batch and the positions that count, bool [B, Q].
+
+    Raises:
+        UserError: the routers have no routes for the split, or for k.
     """
     config, corpus, model = run.config, run.corpus, run.model
+    check_use(run.routers, split, k)
     world = world or World()
     start = time.perf_counter()
     ids = corpus.split(split)
@@ -105,6 +112,7 @@ def evaluate(
                 k,
                 run.routers,
                 gather=gather,
+                split=split,
                 held_out=True,
                 input_keys=model.input_keys,
                 reset_memory=config.data.reset_memory,
@@ -121,6 +129,8 @@ def evaluate(
                 same_length=config.eval.same_length,
             )
             memory = output.memory
+            if after_pass is not None:
+                after_pass(batch, counted_BQ)
             nats += output.nll_BQ[counted_BQ].double().sum().item()
             symbols += int(counted_BQ.sum())
             if progress is not None:
@@ -147,6 +157,7 @@ def _share(whole: Batch, counted_BQ: Tensor, rank: int, ranks: int) -> tuple[Bat
         left_BC=whole.left_BC[row_B],
         stream_B=whole.stream_B[row_B],
         position_BQ=None if whole.position_BQ is None else whole.position_BQ[row_B],
+        place_B=None if whole.place_B is None else whole.place_B[row_B],
     )
     return part, counted_BQ[row_B] & real_B[:, None]
 

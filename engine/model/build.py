@@ -42,13 +42,23 @@ def build_routers(config: Config, corpus: PreparedCorpus, mesh: Mesh | None = No
 
 
 def restore_routers(
-    config: Config, states: Sequence[Mapping[str, Tensor]], vocab_size: int, mesh: Mesh | None = None
+    config: Config,
+    states: Sequence[Mapping[str, Tensor]],
+    vocab_size: int,
+    mesh: Mesh | None = None,
+    *,
+    corpus: PreparedCorpus | None = None,
 ) -> list[PlannedRouter] | None:
-    """Make the planned routers again from what router_states returned; None for live routers and dense."""
+    """Make the planned routers again from what router_states returned; None for live routers and dense.
+
+    Args:
+        corpus: of the run, for routers whose routes belong to its text.
+    """
     method = planned_method(config.moe)
     if method is None:
         return None
-    inputs = RouterInputs(vocab_size, config.train.seed, config.num_tables)
+    splits = None if corpus is None else corpus.split
+    inputs = RouterInputs(vocab_size, config.train.seed, config.num_tables, splits=splits)
     return _placed(config, method.restore(config.moe, inputs, states), mesh)
 
 
@@ -71,6 +81,7 @@ def router_inputs(corpus: PreparedCorpus, where: CorpusConfig, number: int, seed
         corpus.split(Split.train),
         starts if len(starts) else None,
         Path(where.cache_dir) / "tables",
+        corpus.split,
     )
 
 

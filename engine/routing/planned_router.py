@@ -10,7 +10,7 @@ a segment (at least ngram - 1), E experts.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from foreroute.engine.config import MoEConfig
+from foreroute.engine.config import MoEConfig, Split
+from foreroute.engine.errors import require
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.hashing import hash64
 from foreroute.engine.routing.method_options import Card
@@ -48,6 +49,14 @@ class Draw:
     number: int = 0  # of the pass over this micro-batch
 
 
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where in a text the segments of an expert group's micro-batch begin."""
+
+    split: Split
+    first_PB: Tensor  # int64: the place of each segment's first id in the ids of the split; -1: the id before them
+
+
 class GroupTokens:
     """The tokens of an expert group's micro-batch, and what all routers of a run make of them once."""
 
@@ -58,6 +67,7 @@ class GroupTokens:
         new_document_PBX: Tensor | None = None,
         draw: Draw | None = None,
         *,
+        places: Places | None = None,
         real_PBQ: Tensor | None = None,
     ) -> None:
         """Take the ids of the group.
@@ -67,11 +77,12 @@ class GroupTokens:
             left_PBC: int64, the true ids left of each segment.
             new_document_PBX: where in both documents begin (KeyRows.of).
             draw: what random choices depend on; None: there must be none.
+            places: of the ids in a run's text; None: they are of none.
             real_PBQ: bool, false for padding, which has no expert; None: there is none.
         """
         self.shape = ids_PBQ.shape[0], ids_PBQ[0].numel()
         marks = None if new_document_PBX is None else new_document_PBX.flatten(0, 1)
-        self.draw = draw
+        self.draw, self.places = draw, places
         self.real_PT = None if real_PBQ is None else real_PBQ.reshape(self.shape).numpy()
         self._ids = ids_PBQ.flatten(0, 1), left_PBC.flatten(0, 1), marks
         self._keys: dict[tuple[int, ...], NDArray[np.integer[Any]]] = {}
@@ -92,6 +103,15 @@ class GroupTokens:
         if numbers not in self._places:
             self._places[numbers] = hash64(_SHUFFLE, *numbers, draw.token_PT).argsort(axis=None, kind="stable")
         return self.keys(rows).take(self._places[numbers]).reshape(self.shape)
+
+    def token_places(self) -> tuple[Split, NDArray[np.int64]] | None:
+        """Return of which split the tokens are, and each token's place in its ids [P, T]; None: of no split."""
+        if self.places is None:
+            return None
+        first_PB = self.places.first_PB.numpy()
+        segment = self.shape[1] // first_PB.shape[1]
+        place_PBQ = first_PB[..., None] + np.arange(segment)
+        return self.places.split, place_PBQ.reshape(self.shape)
 
     def at_pass(self, number: int) -> "GroupTokens":
         """Return the same tokens for another pass over them."""
@@ -120,6 +140,8 @@ class RouterInputs:
     """The training split as one stream; ids before its first count as 0. None: the routers' state is restored."""
     documents: NDArray[np.int64] | None = None  # ascending, where in the stream documents begin; None: one document
     cache_dir: Path | None = None  # folder of files that are safe to delete; None: no cache
+    splits: Callable[[Split], NDArray[np.integer[Any]]] | None = None
+    """Returns the ids of a split of the run's text, also of a restored one; None: there is no such text."""
 
 
 class PlannedRouter(ABC):
@@ -130,6 +152,8 @@ class PlannedRouter(ABC):
     """Options of the section `moe` that it reads, besides those of all routers."""
     of_ids: ClassVar[bool] = True
     """Its choice depends on the ids alone, so a certificate counts it, and a sentence has one."""
+    of_places: ClassVar[bool] = False
+    """Its choice depends on the ids and their places in the run's text alone, so a certificate counts it."""
     passes: ClassVar[int] = 1
     """Forward passes over each training symbol."""
 
@@ -168,13 +192,17 @@ class PlannedRouter(ABC):
         """The largest k that it can be asked for."""
         return self.columns
 
+    def refusal(self, split: Split, k: int) -> str | None:
+        """Return why there are no routes of k experts for a split of the run's text, as a line; None: there are."""
+        return None
+
     def state(self) -> dict[str, Tensor]:
         """Return what belongs to the model and is saved with it; empty if it follows from the options."""
         return {}
 
     @classmethod
     def restore(cls, moe: MoEConfig, inputs: RouterInputs, states: Sequence[Mapping[str, Tensor]]) -> Sequence[Self]:
-        """Make the routers again from what `state` returned of each; `inputs` has no text."""
+        """Make the routers again from what `state` returned of each; `inputs` has no training split."""
         return cls.build(moe, inputs)
 
     def place(self, mesh: Mesh) -> Self:
@@ -211,6 +239,17 @@ class PlannedRouter(ABC):
     def row_sets(self, k: int) -> RowSets:
         """Return the sets of all rows; for routers whose rows are those of a table."""
         raise NotImplementedError
+
+
+def check_use(routers: Sequence[PlannedRouter] | None, split: Split, k: int) -> None:
+    """Check that a run's planned routers have routes of k experts for a split of its text.
+
+    Raises:
+        UserError: one has none.
+    """
+    for router in routers or ():
+        line = router.refusal(split, k)
+        require(line is None, line or "")
 
 
 def plan_all(

@@ -15,7 +15,7 @@ import torch
 
 from foreroute.engine.checkpoint import save_load as checkpoint
 from foreroute.engine.checkpoint.files import step_of
-from foreroute.engine.config import Config, Split, to_plain
+from foreroute.engine.config import Config, EvalConfig, ScheduleConfig, Split, to_plain
 from foreroute.engine.data.corpus import PreparedCorpus
 from foreroute.engine.data.loader import PlannedLoader
 from foreroute.engine.data.plan_agreement import Agreement
@@ -39,7 +39,7 @@ from foreroute.engine.optim.deepspeed_engine import start
 from foreroute.engine.parallel.world import World
 from foreroute.engine.profiling.profiler import Profiler
 from foreroute.engine.routing.hashing import hash64
-from foreroute.engine.routing.planned_router import PlannedRouter
+from foreroute.engine.routing.planned_router import PlannedRouter, check_use
 from foreroute.engine.tracing import span
 from foreroute.engine.train.run_state import drops_out, join_memory, not_in_rounding_alone
 from foreroute.engine.train.step import Observer, StepsUnderWay, read, train_step
@@ -56,6 +56,12 @@ class Reporter(Protocol):
 
     def metrics(self, step: int, values: Mapping[str, Any], seconds_left: float) -> None:
         """Show the metrics of a logged step."""
+
+
+def _uses(schedule: ScheduleConfig, evaluation: EvalConfig, valid_every: int) -> list[tuple[Split, int]]:
+    """List the splits that a run's planned routers route, and with how many experts at the most."""
+    found = [(Split.train, schedule.k_max), (evaluation.split, max(evaluation.k, default=1))]
+    return [*found, (Split.valid, schedule.k_max)] if valid_every else found
 
 
 class _StopAsked(Exception):
@@ -90,6 +96,8 @@ class Trainer:
             "data.reset_memory=true: needs a text whose documents are known: several files, JSON lines, or"
             " corpus.document_end",
         )
+        for split, k in _uses(config.schedule, config.eval, config.train.valid_every):
+            check_use(routers, split, k)
         ids = corpus.split(Split.train)
         self.streams = Streams(ids, data.streams, data.segment, config.context, data.start, starts)
         self.model = build_model(config, corpus.vocab.size)
@@ -164,7 +172,8 @@ class Trainer:
         self.step = state.step
         # tables belong to the model: take the saved ones
         config = self.config
-        routers = restore_routers(config, state.tables, self.corpus.vocab.size, self.world.mesh)
+        vocab_size, mesh = self.corpus.vocab.size, self.world.mesh
+        routers = restore_routers(config, state.tables, vocab_size, mesh, corpus=self.corpus)
         self.batches = replace(self.batches, routers=routers)
         self._restore_generators(state)
         if state.memory is not None:
@@ -172,7 +181,7 @@ class Trainer:
             parts = [layer.to(device).tensor_split(micros) for layer in state.memory]
             self.memory = [tuple(micro) for micro in zip(*parts, strict=True)]
         self.reporter.note(f"resumed at step {self.step} from {path}")
-        accumulation, mesh = config.train.accumulation, self.world.mesh
+        accumulation = config.train.accumulation
         if differs := not_in_rounding_alone(manifest, mesh, config.model, config.moe, accumulation=accumulation):
             self.reporter.note(f"the checkpoint is of another layout of ranks and micro-batches: {', '.join(differs)}")
         elif self._on_gpu != (state.device_rng is not None) and drops_out(self.config.model):

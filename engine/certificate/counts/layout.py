@@ -132,7 +132,7 @@ class Layout:
         if planned is None:
             why = "routes depend on hidden states, so rows and bytes are not known before the run"
         require(
-            planned is not None and planned.of_ids,
+            planned is not None and (planned.of_ids or planned.of_places),
             f"moe.router={moe.router}: {why}; only routers that follow from the ids, such as hashed, can be certified",
         )
         require(

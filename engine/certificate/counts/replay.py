@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 
 from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.counts.placement import Placement
+from foreroute.engine.config import Split
 from foreroute.engine.data.documents import NO_STARTS, Starts
 from foreroute.engine.data.streams import Streams
 from foreroute.engine.data.tokens.vocab import Ids
-from foreroute.engine.routing.planned_router import GroupTokens, PlannedRouter
+from foreroute.engine.routing.planned_router import GroupTokens, Places, PlannedRouter
 from foreroute.engine.routing.row_sets import RowSets
 
 _RUN = 255  # tokens whose fields fit in a byte
@@ -167,7 +168,9 @@ class _Counter:
         """Count a step."""
         batch = self.streams.batch(int(work.steps[0]), range(self.streams.streams))
         marks = None if batch.new_document_BX is None else batch.new_document_BX[None]
-        tokens = GroupTokens(batch.ids_BQ[None], batch.left_BC[None], marks)
+        assert batch.place_B is not None
+        places = Places(Split.train, batch.place_B[None])
+        tokens = GroupTokens(batch.ids_BQ[None], batch.left_BC[None], marks, places=places)
         config, place = self.layout.config, self.layout.placement
         accumulation = config.train.accumulation
         # rank by rank, micro-batch by micro-batch, as Streams.streams_of
