@@ -39,6 +39,7 @@ FLOORS: dict[str, list[set[str]]] = {  # from the ground up; rooms of one floor 
             "finetune",
             "generate",
             "prepare",
+            "record",
             "tables",
             "train",
         },

@@ -1,12 +1,18 @@
-"""Short forms of planned routers for tests."""
+"""Short forms of planned routers for tests, and files for those that need some."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
+from foreroute.engine.config import MoEConfig, Split
+from foreroute.engine.data.corpus import PreparedCorpus
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.plan import Plan, Route
+from foreroute.engine.routing.planned.given import create_routes, finish_routes
 from foreroute.engine.routing.planned.hashed import HashedRouter
 from foreroute.engine.routing.planned_router import Draw, GroupTokens, PlannedRouter
 from foreroute.engine.routing.tables import Table
@@ -32,3 +38,21 @@ def plan_of(
 def route_of(router: PlannedRouter, ids_BQ: Tensor, left_BC: Tensor, k: int) -> Route:
     """Route the ids of one rank."""
     return router.route(GroupTokens(ids_BQ[None], left_BC[None]), k)
+
+
+def with_files(moe: MoEConfig, corpus: PreparedCorpus, folder: Path, layers: int) -> MoEConfig:
+    """Return the section with files of random routes in a folder if moe.router=given needs them."""
+    if moe.router != "given":
+        return moe
+    files = {}
+    for split in Split:
+        path = folder / f"given-{split.name}.npy"
+        files["file" if split is Split.train else f"{split.name}_file"] = str(path)
+        if path.with_suffix(".json").exists():  # perhaps mapped by another run
+            continue
+        ids = corpus.split(split)
+        found, weights = create_routes(path, (len(ids), layers, moe.experts))
+        drawn = np.random.default_rng(0).random(found.shape)
+        found[:], weights[:] = drawn.argsort(axis=2), 1.0 / moe.experts
+        finish_routes(path, ids, moe.experts)
+    return replace(moe, options=files)

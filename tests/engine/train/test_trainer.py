@@ -7,6 +7,7 @@ import time
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -43,6 +44,7 @@ from foreroute.engine.parallel.cpu_group import GlooGroup
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.parallel.world import World
 from foreroute.engine.testing.ranks import run_ranks
+from foreroute.engine.testing.routers import with_files
 from foreroute.engine.train.step import StepsUnderWay
 from foreroute.engine.train.trainer import Trainer
 
@@ -89,6 +91,8 @@ def make_config(text, **sections):
 def make_trainer(config, folder):
     corpus = prepare(config.corpus)
     folder.mkdir(parents=True, exist_ok=True)
+    moe = with_files(config.moe, corpus, Path(config.corpus.cache_dir), config.num_tables)
+    config = replace(config, moe=moe)
     return Trainer(config, corpus, build_routers(config, corpus), folder, Silent())
 
 
