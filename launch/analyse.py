@@ -4,6 +4,9 @@ Reads the run's whole checkpoints, the newest one and those at multiples of trai
 draws its initialisation anew from the seed. Prints a summary and writes analysis.json into the run's folder: similarity
 of the experts' outputs and weights at the start and the end, load and mixing weights at each k, and how many tokens
 changed their experts from checkpoint to checkpoint (engine/evaluation/expert_analysis.py).
+
+Of a live router it also tells how far its choices are a function of the last ids, and `table=FILE` writes the table
+that does the same, for moe.router=token_table (engine/evaluation/ngram_routes.py).
 """
 
 import math
@@ -13,12 +16,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from foreroute.engine.checkpoint.files import checkpoints
 from foreroute.engine.checkpoint.save_load import load_weights, read_manifest
 from foreroute.engine.checkpoint.trained_run import SavedRun, open_saved
 from foreroute.engine.config import Keys, MoEConfig, Split
+from foreroute.engine.config.model import MAX_NGRAM
 from foreroute.engine.config.option import check, option, required
-from foreroute.engine.errors import require
+from foreroute.engine.errors import UserError, require
 from foreroute.engine.evaluation.expert_analysis import (
     LayerSeen,
     observe,
@@ -27,13 +34,20 @@ from foreroute.engine.evaluation.expert_analysis import (
     routing_change,
     weight_similarity,
 )
+from foreroute.engine.evaluation.ngram_routes import Experts, agreement, input_keys, table_of
+from foreroute.engine.evaluation.route_record import record
 from foreroute.engine.model.build import build_model
 from foreroute.engine.model.transformer_xl import TransformerXL
-from foreroute.engine.routing.methods import planned_method
+from foreroute.engine.routing.methods import live_method, planned_method
+from foreroute.engine.routing.ngram_rows import KeyRows
+from foreroute.engine.sealed_files import replacing
 from foreroute.launch.runs.folder import ANALYSIS, TextArgs, read_run, write_json
 from foreroute.launch.start.cli import run_program
 from foreroute.launch.start.console import table
 from foreroute.launch.start.process import set_up
+
+NGRAMS = 1, 2, 3
+"""Ids in the keys with which a live router's choices are compared."""
 
 
 def _lasting(moe: MoEConfig) -> bool:
@@ -51,6 +65,21 @@ class AnalyseArgs:
     symbols: int = option(
         4096, "Text that is looked at: the first so many symbols of the split, in whole segments.", at_least=1
     )
+    counted: int = option(
+        65536,
+        "Of a live router: the first so many symbols of the training split, on which is counted what each n-gram"
+        " chooses.",
+        at_least=1,
+    )
+    table: str | None = option(
+        None, "Of a live router: .npy file for the table of each layer that these counts make, [layers, rows, experts]."
+    )
+    table_ngram: int = option(1, "Ids in the keys of that table.", at_least=1, at_most=MAX_NGRAM)
+    table_rows: int = option(
+        65536,
+        "Its rows for longer keys than one id; keys beyond them share rows by hash, as in a run of the same seed.",
+        at_least=1,
+    )
     threads: int = option(0, "CPU threads of PyTorch; 0 leaves its default.")
     corpus: TextArgs = field(default_factory=TextArgs)
 
@@ -65,10 +94,22 @@ def analyse(args: AnalyseArgs) -> int:
     config = read_run(folder, args.corpus)
     require(not config.moe.dense, f"run={folder}: a dense model has no experts")
     saved = open_saved(folder, config, print)
+    require(
+        args.table is None or (is_live(saved) and args.table.endswith(".npy")),
+        f"table={args.table}: must be a .npy file, and moe.router={config.moe.router} a live router",
+    )
     found = measure(saved, folder, args.split, args.symbols)
+    found["ngrams"] = None
+    if is_live(saved):
+        seen = counted_routes(saved, args.counted)
+        found["ngrams"] = ngrams(saved, seen, args.split, args.symbols)
+        if args.table is not None:
+            write_table(Path(args.table), saved, seen, args.table_ngram, args.table_rows)
     write_json(folder / ANALYSIS, found)
     print(_summary(found))
     print(f"written: {folder / ANALYSIS}")
+    if args.table is not None:
+        print(f"written: {args.table}")
     return 0
 
 
@@ -97,6 +138,60 @@ def measure(saved: SavedRun, folder: Path, split: Split, symbols: int) -> dict[s
         "weight_similarity": {"start": _weights(first), "end": _weights(seen[k_max])},
         "routing_change": {"k": half, "between": change},
     }
+
+
+def is_live(saved: SavedRun) -> bool:
+    """Return whether a run has a live router whose routes can be counted."""
+    moe = saved.config.moe
+    return live_method(moe) is not None and moe.columns == moe.experts
+
+
+def counted_routes(saved: SavedRun, symbols: int) -> Experts:
+    """Return the experts [n, layers, k] of the first symbols of the training split, at schedule.k_max."""
+    return _experts(saved, Split.train, symbols)
+
+
+def ngrams(saved: SavedRun, counted: Experts, split: Split, symbols: int) -> dict[str, Any]:
+    """Compare the routes of the first symbols of a split with what n-grams chose in those counted, layer by layer."""
+    corpus, vocab_size, experts = saved.corpus, saved.corpus.vocab.size, saved.config.moe.experts
+    held_out = _experts(saved, split, symbols)
+    layers: list[dict[str, Any]] = [{} for _ in range(counted.shape[1])]
+    for ngram in NGRAMS:
+        rows = KeyRows(ngram, vocab_size, 1, 0, 0)
+        keys = input_keys(corpus, Split.train, len(counted), rows), input_keys(corpus, split, len(held_out), rows)
+        for layer, found in enumerate(layers):
+            of_layer = agreement(keys[0], counted[:, layer], keys[1], held_out[:, layer], experts)
+            found[str(ngram)] = asdict(of_layer)
+    return {"counted": len(counted), "held_out": len(held_out), "layers": layers}
+
+
+def write_table(path: Path, saved: SavedRun, counted: Experts, ngram: int, rows: int) -> None:
+    """Write the tables of all layers as an array [layers, rows, experts].
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    config, vocab_size = saved.config, saved.corpus.vocab.size
+    found = []
+    for layer in range(counted.shape[1]):
+        key_rows = KeyRows(ngram, vocab_size, vocab_size if ngram == 1 else rows, config.train.seed, layer)
+        key_N = input_keys(saved.corpus, Split.train, len(counted), key_rows)
+        found.append(table_of(key_N, counted[:, layer], key_rows, config.moe.experts))
+    try:
+        with replacing(path) as new, new.open("wb") as file:
+            np.save(file, np.stack(found), allow_pickle=False)
+    except OSError as error:
+        raise UserError(f"table={path}: cannot be written ({error.strerror})") from error
+
+
+def _experts(saved: SavedRun, split: Split, symbols: int) -> Experts:
+    count = min(symbols, len(saved.corpus.split(split)))
+
+    def make(layers: int, columns: int) -> tuple[Experts, NDArray[np.float32]]:
+        shape = count, layers, columns
+        return np.empty(shape, np.uint16), np.empty(shape, np.float32)
+
+    return record(saved, split, saved.config.schedule.k_max, make, max_symbols=count)[0][0]
 
 
 def _earlier(
@@ -159,7 +254,22 @@ def _summary(found: dict[str, Any]) -> str:
             f"step {change['from']} to {change['to']}: {change['share']:.1%} of tokens changed their"
             f" {found['routing_change']['k']} experts"
         )
+    if found["ngrams"] is not None:
+        lines += _ngram_lines(found["ngrams"])
     return "\n".join(lines)
+
+
+def _ngram_lines(found: dict[str, Any]) -> list[str]:
+    rows = [
+        [str(layer), *(f"{shares[str(ngram)][name]:.1%}" for ngram in NGRAMS for name in ("sets", "seen"))]
+        for layer, shares in enumerate(found["layers"])
+    ]
+    header = ["layer", *(text for ngram in NGRAMS for text in (f"n = {ngram}", "seen"))]
+    return [
+        f"tokens with the modal experts of their last n ids, on {found['held_out']:,} symbols, and with ids seen in the"
+        f" {found['counted']:,} that were counted:",
+        table(header, rows),
+    ]
 
 
 def main() -> None:

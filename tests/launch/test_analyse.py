@@ -3,6 +3,7 @@ order."""
 
 import json
 
+import numpy as np
 import pytest
 
 
@@ -90,3 +91,24 @@ def test_a_dense_run_has_no_experts(run, tmp_path, text):
     folder = trained(run, tmp_path, text, "dense", "moe.router=dense")
     done = run("analyse", f"run={folder}")
     assert done.returncode == 2 and "a dense model has no experts" in done.stderr
+
+
+def test_a_live_router_is_compared_with_its_n_grams_and_distilled(run, tmp_path, text):
+    folder = trained(run, tmp_path, text, "learned", "moe.router=learned", "schedule.k_max=2")
+    file = tmp_path / "table.npy"
+    done = run("analyse", f"run={folder}", "symbols=64", "counted=3000", f"table={file}")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((folder / "analysis.json").read_text())["ngrams"]
+    assert (found["counted"], found["held_out"]) == (3000, 64)
+    assert all(set(layer) == {"1", "2", "3"} for layer in found["layers"])
+    assert f"{found['layers'][0]['2']['sets']:.1%}" in done.stdout and f"written: {file}" in done.stdout
+    config = (folder / "config.yaml").read_text()
+    experts = int(config.split("experts: ")[1].split()[0])
+    table = np.load(file)
+    assert table.shape[0] == len(found["layers"]) and table.shape[2] == experts
+    assert (np.sort(table, axis=2) == np.arange(experts)).all()
+
+    planned = trained(run, tmp_path, text, "planned")
+    assert analysed(run, planned)[0]["ngrams"] is None
+    refused = run("analyse", f"run={planned}", f"table={file}")
+    assert refused.returncode == 2 and "moe.router=hashed a live router" in refused.stderr
