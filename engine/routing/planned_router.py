@@ -154,6 +154,8 @@ class PlannedRouter(ABC):
     """Its choice depends on the ids alone, so a certificate counts it, and a sentence has one."""
     of_places: ClassVar[bool] = False
     """Its choice depends on the ids and their places in the run's text alone, so a certificate counts it."""
+    needs_file: ClassVar[bool] = False
+    """It cannot be built without a file that one of its options names."""
     passes: ClassVar[int] = 1
     """Forward passes over each training symbol."""
 

@@ -9,13 +9,20 @@ import numpy as np
 from torch import Tensor
 
 from foreroute.engine.config import MoEConfig, Split
+from foreroute.engine.config.model import router_names
 from foreroute.engine.data.corpus import PreparedCorpus
 from foreroute.engine.parallel.mesh import Mesh
+from foreroute.engine.routing.methods import method_of
 from foreroute.engine.routing.plan import Plan, Route
 from foreroute.engine.routing.planned.given import create_routes, finish_routes
 from foreroute.engine.routing.planned.hashed import HashedRouter
 from foreroute.engine.routing.planned_router import Draw, GroupTokens, PlannedRouter
 from foreroute.engine.routing.tables import Table
+
+
+def routers_without_files() -> list[str]:
+    """List the routers that come with this program and need no file; dense is one of them."""
+    return [name for name in router_names() if not getattr(method_of(MoEConfig(router=name)), "needs_file", False)]
 
 
 def hashed(table: Table, *, rank: int = 0, ranks: int = 1, **options: Any) -> HashedRouter:

@@ -105,6 +105,7 @@ class GivenRouter(PlannedRouter):
         "as hashed; the files are read along with the text",
         "replaying routes of another engine, or of a learned router, without an exchange of counts",
     )
+    needs_file = True
     uses = (
         *("options", "share_table", "weights", "gate", "gate_normalised", "gate_scale"),
         *("constant_experts", "copy_experts", "null_experts"),

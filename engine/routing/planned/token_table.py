@@ -65,6 +65,7 @@ class TokenTableRouter(PlannedRouter):
         "going on with a model with hash layers, or with a table made elsewhere",
     )
 
+    needs_file = True
     uses = (
         *("ngram", "share_table", "options"),
         *("weights", "gate", "gate_normalised", "gate_scale"),

@@ -32,11 +32,11 @@ from foreroute.engine.config import (
     WireFormat,
     to_plain,
 )
-from foreroute.engine.config.model import router_names
 from foreroute.engine.config.unused_options import Rule, rules, unused
 from foreroute.engine.data.corpus import prepare
 from foreroute.engine.model.build import build_routers
 from foreroute.engine.routing.methods import option_uses
+from foreroute.engine.testing.routers import routers_without_files
 from foreroute.engine.train.trainer import Trainer
 
 
@@ -128,7 +128,7 @@ OTHER = {
 """Another value of each option that a rule names, but of parallel.expert_ranks, which needs ranks."""
 
 CASES: dict[str, dict[str, Any]] = {
-    **{router: {"moe.router": router} for router in router_names()},
+    **{router: {"moe.router": router} for router in routers_without_files()},
     "dense": {"moe.router": "dense", "moe.shared_width": 8},
     "signatures": {"moe.router": "dense", "moe.shared_width": 8, "model.signatures": True},
     "uniform": {"moe.weights": RouteWeights.uniform},

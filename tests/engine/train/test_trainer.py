@@ -35,7 +35,6 @@ from foreroute.engine.config import (
     TrainConfig,
     WandbConfig,
 )
-from foreroute.engine.config.model import router_names
 from foreroute.engine.data.corpus import prepare
 from foreroute.engine.errors import RunFailed, UserError
 from foreroute.engine.metrics.writer import Metrics
@@ -44,7 +43,7 @@ from foreroute.engine.parallel.cpu_group import GlooGroup
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.parallel.world import World
 from foreroute.engine.testing.ranks import run_ranks
-from foreroute.engine.testing.routers import with_files
+from foreroute.engine.testing.routers import routers_without_files, with_files
 from foreroute.engine.train.step import StepsUnderWay
 from foreroute.engine.train.trainer import Trainer
 
@@ -119,7 +118,7 @@ def losses(folder):
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-ROUTERS = {router: {"moe": {"router": router}} for router in router_names()}
+ROUTERS = {router: {"moe": {"router": router}} for router in routers_without_files()}
 VARIANTS = {
     **ROUTERS,
     "shuffled": {"moe": {"keys": Keys.shuffled}},
