@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from foreroute.engine.config import Config, CorpusConfig, Split
+from foreroute.engine.config import Config, CorpusConfig, EvalConfig, ScheduleConfig, Split
 from foreroute.engine.data.corpus import PreparedCorpus
 from foreroute.engine.errors import require
 from foreroute.engine.model.input_tables import Signatures
@@ -38,7 +38,7 @@ def build_routers(config: Config, corpus: PreparedCorpus, mesh: Mesh | None = No
     if method is None:
         return None
     inputs = router_inputs(corpus, config.corpus, config.num_tables, config.train.seed)
-    return _placed(config, method.build(config.moe, inputs), mesh)
+    return _placed(method.build(config.moe, inputs), mesh, _asked(config.schedule, config.eval))
 
 
 def restore_routers(
@@ -59,7 +59,7 @@ def restore_routers(
         return None
     splits = None if corpus is None else corpus.split
     inputs = RouterInputs(vocab_size, config.train.seed, config.num_tables, splits=splits)
-    return _placed(config, method.restore(config.moe, inputs, states), mesh)
+    return _placed(method.restore(config.moe, inputs, states), mesh, _asked(config.schedule, config.eval))
 
 
 def router_states(routers: Sequence[PlannedRouter] | None) -> list[dict[str, Tensor]]:
@@ -85,11 +85,15 @@ def router_inputs(corpus: PreparedCorpus, where: CorpusConfig, number: int, seed
     )
 
 
-def _placed(config: Config, routers: Sequence[PlannedRouter], mesh: Mesh | None) -> list[PlannedRouter]:
+def _asked(schedule: ScheduleConfig, evaluation: EvalConfig) -> dict[str, int]:
+    """Return the largest k of training and of evaluation, by the options that ask for them."""
+    return {"schedule.k_max": schedule.k_max, "eval.k": max(evaluation.k, default=0)}
+
+
+def _placed(routers: Sequence[PlannedRouter], mesh: Mesh | None, asked: Mapping[str, int]) -> list[PlannedRouter]:
     most = min(router.most_k for router in routers)
-    asked = {"schedule.k_max": config.schedule.k_max, "eval.k": max(config.eval.k, default=0)}
     for name, k in asked.items():
-        require(k <= most, f"{name}={k}: must be at most {most} with these routers of moe.router={config.moe.router}")
+        require(k <= most, f"{name}={k}: must be at most {most} with these routers")
     return [router.place(mesh or Mesh()) for router in routers]
 
 
