@@ -162,7 +162,7 @@ class MoEConfig:
         named = isinstance(self.router, str) and (":" in self.router or self.router in router_names())
         require(named, f"moe.router={self.router}: must be one of {', '.join(router_names())}, or package.module:Class")
         require(
-            self.router != "hashed" or self.rows * self.columns <= _MOST_ENTRIES,
+            self.rows * self.columns <= _MOST_ENTRIES,
             f"moe.rows={self.rows} with moe.experts={self.experts}: must be at most {_MOST_ENTRIES} together, rows x"
             " experts, since each table is held in memory",
         )

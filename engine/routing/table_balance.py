@@ -8,6 +8,7 @@ Letters: E experts, G blocks of experts, K active experts, P ranks of the expert
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +39,7 @@ class Balance:
 def balances(
     table: Table, ids: NDArray[np.uint8], ranks: Sequence[int], documents: NDArray[np.int64] | None = None
 ) -> list[Balance]:
-    """Return the balance of a text at k = 1 .. E; ids before its first count as 0, documents as for build_tables.
+    """Return the balance of a text at each k, 1 to E; ids before its first count as 0, documents as for build_tables.
 
     Example: rows [0, 1, 2, 3] and [2, 3, 0, 1], each used once, 2 ranks, pack 2. At k = 1, experts 0 and 2 have one
     expert row each: experts 2.0, blocks 1.0; a token needs one rank and sends half a row. At k = 3 it needs both and
@@ -47,24 +48,46 @@ def balances(
     Raises:
         UserError: the experts cannot be shared out evenly over one of the numbers of ranks.
     """
-    order_rE = table.order_rE.numpy()
-    experts = order_rE.shape[1]
+    experts = table.order_rE.shape[1]
     per_rank = {num: len(Mesh(0, num, num).local_experts(experts)) for num in ranks}
     freq_r = row_frequency(table, ids, documents)
     used_r = np.flatnonzero(freq_r)
-    order_rE, freq_r = order_rE[used_r], freq_r[used_r]
-    load_E = np.zeros(experts)
-    touched_rP = {num: np.zeros((used_r.size, num), bool) for num in ranks}
+    order_rE, freq_r = table.order_rE.numpy()[used_r], freq_r[used_r]
+    level_rE = np.broadcast_to(np.arange(experts), order_rE.shape)
+    if table.first_rE is not None:
+        level_rE = table.first_rE.numpy()[used_r].astype(np.int64) - 1
+    load_kE = _up_to_k(level_rE, order_rE, freq_r, (experts, experts))
+    touched_k = {num: _touched(level_rE, order_rE // size, freq_r, num) for num, size in per_rank.items()}
     found = []
-    for choice, expert_r in enumerate(order_rE.T):
-        load_E += np.bincount(expert_r, weights=freq_r, minlength=experts)
+    for level, load_E in enumerate(load_kE):
         on_ranks = {}
         for num, size in per_rank.items():
-            touched_rP[num][np.arange(used_r.size), expert_r // size] = True
-            touched = float(touched_rP[num].sum(axis=1) @ freq_r / freq_r.sum())
+            touched = float(touched_k[num][level] / freq_r.sum())
             on_ranks[num] = RankBalance(_load(load_E, size), touched, touched * (num - 1) / num)
-        found.append(Balance(choice + 1, _load(load_E, 1), _load(load_E, table.pack), on_ranks))
+        found.append(Balance(level + 1, _load(load_E, 1), _load(load_E, table.pack), on_ranks))
     return found
+
+
+def _up_to_k(
+    level_rX: NDArray[np.int64], thing_rX: NDArray[np.integer[Any]], freq_r: NDArray[np.float64], shape: tuple[int, int]
+) -> NDArray[np.float64]:
+    """Add up the rows' frequencies by thing at each k [k, things]; a row has its thing number x from level_rX on."""
+    levels, things = shape
+    weight_rX = np.broadcast_to(freq_r[:, None], level_rX.shape).ravel()
+    load_n = np.bincount((level_rX * things + thing_rX).ravel(), weight_rX, levels * things)
+    load_kX: NDArray[np.float64] = load_n.reshape(shape).cumsum(axis=0)
+    return load_kX
+
+
+def _touched(
+    level_rE: NDArray[np.int64], rank_rE: NDArray[np.integer[Any]], freq_r: NDArray[np.float64], ranks: int
+) -> NDArray[np.float64]:
+    """Count the ranks that the rows touch, by their frequencies, at each k."""
+    rows, experts = rank_rE.shape
+    first_rP = np.empty((rows, ranks), np.int64)
+    for choice in reversed(range(experts)):
+        first_rP[np.arange(rows), rank_rE[:, choice]] = level_rE[:, choice]
+    return _up_to_k(first_rP, np.zeros_like(first_rP), freq_r, (experts, 1))[:, 0]
 
 
 def _load(load_E: NDArray[np.float64], size: int) -> float:

@@ -8,6 +8,9 @@ the model: `table_state` turns it into tensors for a checkpoint. All randomness 
 A row is an ordering of blocks of `pack` neighbouring experts, and inside each block an ordering of its experts; without
 packing all experts are one block. So the first k experts lie in ceil(k / pack) blocks.
 
+A rule (engine/routing/row_counts.py) may give each row a number of experts of its own, k on average. They are made
+first, since they do not depend on which expert is where; the orders are then balanced at these numbers.
+
 Letters: E experts, G blocks of experts, B streams, Q segment length, C ids left of a segment (at least ngram - 1), r
 table rows, t tables, s rows seen in training.
 """
@@ -31,6 +34,7 @@ from foreroute.engine.config import Builder, MoEConfig, RouteWeights
 from foreroute.engine.routing.hashing import hash64, normal
 from foreroute.engine.routing.loops.orders import greedy
 from foreroute.engine.routing.ngram_rows import KeyRows, ngram_keys
+from foreroute.engine.routing.row_counts import CountRule, first_k
 from foreroute.engine.routing.row_sets import column_dtype
 from foreroute.engine.sealed_files import replacing
 
@@ -38,6 +42,7 @@ _FORMAT = 1  # part of the cache key; raise it when the same inputs would give a
 # First part of each hash: what the number is for; engine/routing/ngram_rows.py has 1.
 _ORDER, _TIE, _LOGIT, _BLOCK_ORDER, _BLOCK_TIE = range(2, 7)
 _NUMBERS = ("ngram", "vocab_size", "seed", "index", "pack")
+_ARRAYS = ("order_rE", "logits_rE", "first_rE")
 # Symbols counted, and entries of tables drawn at a time, to bound memory; these fit in a cache.
 _CHUNK, _DRAWN = 1 << 22, 1 << 18
 # n-grams that may have a counter each (256 MiB); beyond it each occurrence finds its row
@@ -58,6 +63,11 @@ class Table:
     index: int  # number of the table within the run
     builder: Builder
     pack: int  # experts of a block: a row uses up one block before it touches the next; E without packing
+    first_rE: Tensor | None = None  # int16: the first k at which a row uses each of its choices; None: 1 .. E
+
+    def count_r(self, k: int) -> Tensor | None:
+        """Return how many experts each row uses at k, int32; None: all use k."""
+        return None if self.first_rE is None else (self.first_rE <= k).sum(dim=1, dtype=torch.int32)
 
     @property
     def key_rows(self) -> KeyRows:
@@ -79,30 +89,33 @@ def build_tables(
     seed: int,
     cache_dir: Path | None,
     documents: NDArray[np.int64] | None = None,
+    counts: CountRule | None = None,
 ) -> list[Table]:
     """Build tables 0 .. num_tables - 1 of a run, or load them from the cache.
 
-    A table depends on its number but not on num_tables. Builder `random` does not read the training ids.
+    A table depends on its number but not on num_tables. Builder `random` reads the training ids for `counts` alone.
 
     Args:
         train_ids: the training split as one stream; ids before its first count as 0.
         cache_dir: folder of .npz files, safe to delete; None for no cache.
         documents: ascending, where in the stream documents begin, at which keys stop; None: one document.
+        counts: how many experts each row uses; None: k.
     """
     text = _Text(train_ids, vocab_size, moe.ngram, documents)
     if cache_dir is None:
-        arrays = _build(moe, text, num_tables, seed)
+        arrays = _build(moe, text, num_tables, seed, counts)
     else:
-        key = _cache_key(moe, text, num_tables, seed)
+        key = _cache_key(moe, text, num_tables, seed, counts)
         path = cache_dir / f"tables-{key}.npz"
-        arrays = _load(path) or _build(moe, text, num_tables, seed)
+        arrays = _load(path) or _build(moe, text, num_tables, seed, counts)
         if not path.exists():
             try:
                 _save(path, arrays)
             except OSError as error:
                 _log.warning("the tables are not cached: %s", error)
-    order_trE = torch.from_numpy(arrays["order"])
-    logits_trE = torch.from_numpy(arrays["logits"]) if "logits" in arrays else None
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    order_trE, logits_trE, first_trE = (tensors.get(name) for name in ("order", "logits", "first"))
+    assert order_trE is not None
     return [
         Table(
             order_rE=order_trE[index],
@@ -113,6 +126,7 @@ def build_tables(
             index=index,
             builder=moe.builder,
             pack=moe.pack or moe.columns,
+            first_rE=None if first_trE is None else first_trE[index],
         )
         for index in range(num_tables)
     ]
@@ -130,9 +144,9 @@ def table_state(table: Table) -> dict[str, Tensor]:
     """Turn a table into tensors for a checkpoint; table_from_state is the inverse."""
     state = {name: torch.tensor(getattr(table, name)) for name in _NUMBERS}
     state["builder"] = torch.tensor(list(table.builder.name.encode()), dtype=torch.uint8)
-    state["order_rE"] = table.order_rE.contiguous()
-    if table.logits_rE is not None:
-        state["logits_rE"] = table.logits_rE.contiguous()
+    for name in _ARRAYS:
+        if (array := getattr(table, name)) is not None:
+            state[name] = array.contiguous()
     return state
 
 
@@ -143,6 +157,7 @@ def table_from_state(state: dict[str, Tensor]) -> Table:
         order_rE=state["order_rE"],
         logits_rE=state.get("logits_rE"),
         builder=Builder[bytes(state["builder"].tolist()).decode()],
+        first_rE=state.get("first_rE"),
         **{name: int(state[name]) for name in _NUMBERS},
     )
 
@@ -199,24 +214,38 @@ class _Text:
             yield ngram_keys(part[None], self.vocab_size, self.ngram, begins)[0]
 
 
-def _build(moe: MoEConfig, text: _Text, num_tables: int, seed: int) -> dict[str, NDArray[Any]]:
-    """Return order uint8 or int16 [t, r, E] and, for table weights, logits fp32 [t, r, E]."""
+def _build(
+    moe: MoEConfig, text: _Text, num_tables: int, seed: int, counts: CountRule | None
+) -> dict[str, NDArray[Any]]:
+    """Return order uint8 or int16 [t, r, E]; for table weights logits fp32 and with `counts` first int16, both
+    [t, r, E]."""
     order_trE = np.empty((num_tables, moe.rows, moe.columns), column_dtype(moe.columns))
     pack, freq_tr = moe.pack or moe.columns, np.zeros((num_tables, moe.rows))
-    if moe.builder is not Builder.random:
+    if moe.builder is not Builder.random or counts is not None:
         tables = range(num_tables)
         freq_tr = text.row_frequency([KeyRows(moe.ngram, text.vocab_size, moe.rows, seed, index) for index in tables])
-    logits_trE = np.empty(order_trE.shape, np.float32) if moe.weights is RouteWeights.table else None
+    found = {"order": order_trE}
+    if moe.weights is RouteWeights.table:
+        found["logits"] = np.empty(order_trE.shape, np.float32)
+    if counts is not None:
+        found["first"] = np.empty(order_trE.shape, np.int16)
 
     def build(index: int) -> None:
-        _draw_orders(order_trE[index], np.flatnonzero(freq_tr[index] == 0), pack, seed, index)
-        _balance(order_trE[index], freq_tr[index], pack, seed, index)
-        if logits_trE is not None:
-            _draw_logits(logits_trE[index], moe.spread, seed, index)
+        use_r, first_rE = freq_tr[index].astype(np.int64), np.empty((0, 0), np.int16)
+        if "logits" in found or counts is not None:
+            logits_rE = _draw_logits(moe, seed, index)
+        if "logits" in found:
+            found["logits"][index] = logits_rE
+        if counts is not None:
+            found["first"][index] = first_rE = first_k(counts, logits_rE, use_r, seed=seed, index=index)
+        if moe.builder is Builder.random:
+            use_r = np.zeros_like(use_r)
+        _draw_orders(order_trE[index], np.flatnonzero(use_r == 0), pack, seed, index)
+        _balance(order_trE[index], use_r, first_rE, pack, seed, index)
 
     with ThreadPoolExecutor(_threads(num_tables)) as pool:
         list(pool.map(build, range(num_tables)))
-    return {"order": order_trE} if logits_trE is None else {"order": order_trE, "logits": logits_trE}
+    return found
 
 
 def _threads(num_tables: int) -> int:
@@ -241,15 +270,18 @@ def _draw_orders(order_rE: NDArray[Any], row_r: NDArray[np.int64], pack: int, se
         order_rE[row_s] = order_sGp.reshape(-1, experts)
 
 
-def _draw_logits(logits_rE: NDArray[np.float32], spread: float, seed: int, index: int) -> None:
-    """Overwrite with normal logits, descending in each row."""
-    rows, experts = logits_rE.shape
-    for row_s in _chunks(np.arange(rows), experts):
-        draw_sE = spread * normal(hash64(_LOGIT, seed, index, row_s[:, None], np.arange(experts)))
+def _draw_logits(moe: MoEConfig, seed: int, index: int) -> NDArray[np.float32]:
+    """Return normal logits [r, E], descending in each row."""
+    logits_rE = np.empty((moe.rows, moe.columns), np.float32)
+    for row_s in _chunks(np.arange(moe.rows), moe.columns):
+        draw_sE = moe.spread * normal(hash64(_LOGIT, seed, index, row_s[:, None], np.arange(moe.columns)))
         logits_rE[row_s] = -np.sort(-draw_sE, axis=1)
+    return logits_rE
 
 
-def _balance(order_rE: NDArray[Any], freq_r: NDArray[np.float64], pack: int, seed: int, index: int) -> None:
+def _balance(
+    order_rE: NDArray[Any], use_r: NDArray[np.int64], first_rE: NDArray[np.int16], pack: int, seed: int, index: int
+) -> None:
     """Overwrite the orderings of rows seen in training so that the load is even at every k.
 
     One greedy rule orders the blocks of each row and then, block by block, the experts inside. For each row in
@@ -257,21 +289,26 @@ def _balance(order_rE: NDArray[Any], freq_r: NDArray[np.float64], pack: int, see
     in turn) that the row has not used, those whose load_c is within the row's frequency of the lightest are candidates;
     a hash of (seed, table, row, c) takes one; then load_c grows by the frequency for every thing among the row's first
     c + 1 choices.
+
+    Where first_rE is not empty, load_c is that at the first k at which the row has choice c, and the row's first c + 1
+    choices weigh on the loads of all k at which they are its set.
     """
     rows, experts = order_rE.shape
-    row_s = np.argsort(-freq_r, kind="stable")[: np.count_nonzero(freq_r)]
-    use_s = freq_r[row_s].astype(np.int64)
+    row_s = np.argsort(-use_r, kind="stable")[: np.count_nonzero(use_r)]
+    use_s = use_r[row_s]
     block_rG = np.zeros((rows, experts // pack), order_rE.dtype)
-    if block_rG.shape[1] > 1:
-        greedy(row_s, use_s, np.uint64(hash64(_BLOCK_TIE, seed, index)), np.zeros((rows, 1), order_rE.dtype), block_rG)
-    greedy(row_s, use_s, np.uint64(hash64(_TIE, seed, index)), block_rG, order_rE)
+    if (blocks := block_rG.shape[1]) > 1:
+        state, whole_r1 = np.uint64(hash64(_BLOCK_TIE, seed, index)), np.zeros((rows, 1), order_rE.dtype)
+        first_rG = np.ascontiguousarray(first_rE[:, ::pack])
+        greedy(row_s, use_s, state, whole_r1, block_rG, first_rG, experts if first_rG.size else blocks)
+    greedy(row_s, use_s, np.uint64(hash64(_TIE, seed, index)), block_rG, order_rE, first_rE, experts)
 
 
-def _cache_key(moe: MoEConfig, text: _Text, num_tables: int, seed: int) -> str:
-    digest = "" if moe.builder is Builder.random else text.digest()
+def _cache_key(moe: MoEConfig, text: _Text, num_tables: int, seed: int, counts: CountRule | None) -> str:
+    digest = "" if moe.builder is Builder.random and counts is None else text.digest()
     names = ("columns", "ngram", "rows", "spread", "pack")
     inputs = [_FORMAT, moe.builder.name, moe.weights.name, *(getattr(moe, name) for name in names)]
-    inputs += [text.vocab_size, num_tables, seed, digest]
+    inputs += [text.vocab_size, num_tables, seed, digest, *([] if counts is None else [counts.key])]
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:32]
 
 

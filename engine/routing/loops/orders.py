@@ -1,6 +1,6 @@
 """The greedy choice of builders `balanced` and `packed`; engine/routing/tables.py says the rule.
 
-Letters: G blocks, E things, s rows in the order in which they choose.
+Letters: G blocks, E things, k levels, s rows in the order in which they choose.
 """
 
 from typing import Any
@@ -16,17 +16,26 @@ _USED = np.int64(1 << 62)  # beyond every load
 
 @compiled
 def greedy(
-    row_s: NDArray[np.int64], use_s: NDArray[np.int64], state: Any, block_rG: NDArray[Any], order_rE: NDArray[Any]
+    row_s: NDArray[np.int64],
+    use_s: NDArray[np.int64],
+    state: Any,
+    block_rG: NDArray[Any],
+    order_rE: NDArray[Any],
+    first_rE: NDArray[np.int16],
+    levels: int,
 ) -> None:
     """Write the order of each row's things; choice c is from the row's block number c // pack, pack = E / G.
 
     Args:
         use_s: how often the text uses the rows.
         state: hash of all that the choice among candidates depends on besides row and choice.
+        first_rE: the first level, from 1, at which each row has each choice; empty: 1 .. E.
+        levels: how many there are.
     """
     things = order_rE.shape[1]
     pack = things // block_rG.shape[1]
-    load_EE = np.zeros((things, things), np.int64)  # [choice, thing]
+    load_kE = np.zeros((levels, things), np.int64)
+    counted = first_rE.size > 0
     used_E, taken_E = np.zeros(things, np.int64), np.zeros(things, np.int64)
     candidate_E = np.zeros(things, np.int64)
     for s in range(row_s.size):
@@ -36,7 +45,11 @@ def greedy(
         taken_E[:] = 0
         for choice in range(things):
             first = np.int64(block_rG[row, choice // pack]) * pack
-            load_E = load_EE[choice]
+            level, after = np.int64(choice), np.int64(choice + 1)  # the row's set is this one below level `after`
+            if counted:
+                level = np.int64(first_rE[row, choice]) - 1
+                after = np.int64(first_rE[row, choice + 1]) - 1 if choice + 1 < things else np.int64(levels)
+            load_E = load_kE[level]
             lightest = np.int64(_USED)
             for e in range(first, first + pack):
                 lightest = min(lightest, load_E[e] | used_E[e])
@@ -55,6 +68,7 @@ def greedy(
                 chosen += 1
             used_E[chosen] = _USED
             taken_E[chosen] = use
-            for e in range(things):
-                load_E[e] += taken_E[e]
+            for same in range(level, after):
+                for e in range(things):
+                    load_kE[same, e] += taken_E[e]
             order_rE[row, choice] = chosen

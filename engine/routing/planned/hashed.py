@@ -7,7 +7,7 @@ Letters: P ranks of the expert group, T tokens of a rank.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from torch import Tensor
 from foreroute.engine.config import Keys, MoEConfig, RouteWeights
 from foreroute.engine.routing.method_options import Card
 from foreroute.engine.routing.planned_router import GroupTokens, PlannedRouter, RouterInputs
+from foreroute.engine.routing.row_counts import CountRule
 from foreroute.engine.routing.row_sets import Choice, RowSets, Weigh, equal_weights, softmax_weights, unit_weights
 from foreroute.engine.routing.tables import Table, build_tables, table_from_state, table_state
 
@@ -37,7 +38,7 @@ class HashedRouter(PlannedRouter):
         "the default: the cheapest exact expert parallelism",
     )
 
-    uses = (
+    uses: ClassVar[tuple[str, ...]] = (
         *("ngram", "rows", "builder", "pack", "spread", "share_table", "keys"),
         *("weights", "gate", "gate_normalised", "gate_scale"),
         *("constant_experts", "copy_experts", "null_experts"),
@@ -72,8 +73,14 @@ class HashedRouter(PlannedRouter):
             seed=inputs.seed,
             cache_dir=inputs.cache_dir,
             documents=inputs.documents,
+            counts=cls.count_rule(moe, inputs),
         )
         return cls.of_tables(moe, tables)
+
+    @classmethod
+    def count_rule(cls, moe: MoEConfig, inputs: RouterInputs) -> CountRule | None:
+        """Return what decides how many experts each row uses; None: k."""
+        return None
 
     @classmethod
     def restore(cls, moe: MoEConfig, inputs: RouterInputs, states: Sequence[Mapping[str, Tensor]]) -> Sequence[Self]:
@@ -93,9 +100,11 @@ class HashedRouter(PlannedRouter):
         return Choice(rows.narrow(key_PT), self.sets_at(k))
 
     def row_sets(self, k: int) -> RowSets:
-        """Return the first k experts of each row."""
-        order_rE, logits_rE = self.table.order_rE, self.table.logits_rE
-        return RowSets(order_rE[:, :k], _WEIGH[self.weights], None if logits_rE is None else logits_rE[:, :k])
+        """Return the first experts of each row: k, or as many as the table says."""
+        order_rE, logits_rE, count_r = self.table.order_rE, self.table.logits_rE, self.table.count_r(k)
+        most = k if count_r is None else int(count_r.max())
+        scores_rK = None if logits_rE is None else logits_rE[:, :most]
+        return RowSets(order_rE[:, :most], _WEIGH[self.weights], scores_rK, count_r)
 
     def state(self) -> dict[str, Tensor]:
         """Return the table."""
@@ -106,7 +115,8 @@ class HashedRouter(PlannedRouter):
         table = self.table
         numbers = np.array([table.ngram, table.vocab_size, table.seed, table.index, self.shuffled])
         logits = [] if table.logits_rE is None or not weights else [table.logits_rE.numpy()]
-        return [numbers, table.order_rE.numpy(), *logits]
+        firsts = [] if table.first_rE is None else [table.first_rE.numpy()]
+        return [numbers, table.order_rE.numpy(), *firsts, *logits]
 
 
 ROUTER = HashedRouter
