@@ -156,6 +156,8 @@ class PlannedRouter(ABC):
     """Its choice depends on the ids and their places in the run's text alone, so a certificate counts it."""
     needs_file: ClassVar[bool] = False
     """It cannot be built without a file that one of its options names."""
+    at_most_k: ClassVar[bool] = False
+    """No token has more than k experts; otherwise k is their mean, and one may have all."""
     passes: ClassVar[int] = 1
     """Forward passes over each training symbol."""
 

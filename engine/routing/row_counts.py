@@ -30,7 +30,7 @@ choices; those of a row must not descend."""
 
 
 class CountRule(NamedTuple):
-    """What decides how many experts each row of a table uses."""
+    """A rule for the number of experts of each row of a table."""
 
     key: tuple[Any, ...]  # all that `value` and the fields below depend on, as JSON has it: part of a cache's key
     value: Value

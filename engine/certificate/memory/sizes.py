@@ -22,7 +22,7 @@ from foreroute.engine.config.enums import Activation, Backend, SavedForBackward
 from foreroute.engine.model.adaptive import clusters
 from foreroute.engine.model.transformer_xl import SMALL_VOCABULARY, TransformerXL
 from foreroute.engine.optim.adam import comes_last
-from foreroute.engine.routing.methods import has_live_gate
+from foreroute.engine.routing.methods import has_live_gate, planned_method
 from foreroute.engine.routing.plans.exchange_choice import wire_itemsize
 from foreroute.kernels.ops.relative_attention import tile_shape
 
@@ -188,7 +188,9 @@ def bounded_rows(known: Rows, sizes: Sizes, known_streams: int) -> Rows:
     """Bound the rows at another number of streams (see engine/certificate/memory/peak.py)."""
     times = ceil(sizes.streams / known_streams)
     layers, group = sizes.config.model.layers, sizes.placement.expert_ranks * sizes.tokens
-    chosen = group * min(sizes.k, sizes.local_experts)
+    planned = planned_method(sizes.config.moe)
+    most = sizes.k if planned is not None and planned.at_most_k else sizes.local_experts
+    chosen = group * min(most, sizes.local_experts)
     received = min(times * known.received, group)
     if sizes.gather or not sizes.shared_out:
         received = group

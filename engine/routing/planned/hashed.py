@@ -38,6 +38,7 @@ class HashedRouter(PlannedRouter):
         "the default: the cheapest exact expert parallelism",
     )
 
+    at_most_k = True
     uses: ClassVar[tuple[str, ...]] = (
         *("ngram", "rows", "builder", "pack", "spread", "share_table", "keys"),
         *("weights", "gate", "gate_normalised", "gate_scale"),
@@ -79,7 +80,7 @@ class HashedRouter(PlannedRouter):
 
     @classmethod
     def count_rule(cls, moe: MoEConfig, inputs: RouterInputs) -> CountRule | None:
-        """Return what decides how many experts each row uses; None: k."""
+        """Return the rule for the number of experts of each row; None: all use k."""
         return None
 
     @classmethod
