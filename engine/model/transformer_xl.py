@@ -22,6 +22,7 @@ from foreroute.engine.model.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from foreroute.engine.model.attention import SharedAttention, encode_distances
 from foreroute.engine.model.block import Block, BlockOutput
 from foreroute.engine.model.input_tables import input_tables
+from foreroute.engine.moe import kept_plans
 from foreroute.engine.moe.experts import Experts
 from foreroute.engine.routing.losses import consistency_loss
 from foreroute.engine.routing.ngram_rows import KeyRows
@@ -249,7 +250,7 @@ class TransformerXL(nn.Module):
     def _run(self, block: nn.Module, *inputs: object) -> BlockOutput:
         output: BlockOutput
         if self.recompute and torch.is_grad_enabled():
-            output = checkpoint(block, *inputs, use_reentrant=False)
+            output = checkpoint(block, *inputs, use_reentrant=False, context_fn=kept_plans.contexts)
         else:
             output = block(*inputs)
         return output

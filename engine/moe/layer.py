@@ -24,10 +24,10 @@ from foreroute.engine.moe.exchange import Exchange, Local
 from foreroute.engine.moe.experts import Experts
 from foreroute.engine.moe.feed_forward import FeedForward
 from foreroute.engine.moe.gate import LiveGate
+from foreroute.engine.moe.kept_plans import once
 from foreroute.engine.moe.zero_experts import zero_experts
 from foreroute.engine.parallel.collectives import ExpertGroupComm
 from foreroute.engine.routing.live_router import LiveRouter, without_padding
-from foreroute.engine.routing.losses import chosen_counts
 from foreroute.engine.routing.methods import has_live_gate, live_method
 from foreroute.engine.routing.plan import Plan, Routing
 from foreroute.engine.routing.plans.exchange_choice import wire_dtype
@@ -136,20 +136,25 @@ class MoELayer(nn.Module):
                 found = "no plan" if plan is None else f"a plan for k={plan.k}"
                 raise ValueError(f"layer {self.layer} has a planned router, k={routing.k}, and got {found}")
             return plan, None, None
-        live = self.router(x_TD, routing.k, carried)
+        router = self.router
+        return once(lambda: self._plan_live(router, x_TD, routing, carried))
+
+    def _plan_live(
+        self, router: LiveRouter, x_TD: Tensor, routing: Routing, carried: Tensor | None
+    ) -> tuple[Plan, Tensor | None, Tensor | None]:
+        live = router(x_TD, routing.k, carried)
         if routing.real_T is not None:
             live = without_padding(live, routing.real_T)
-        num_experts = self.router.experts
         with span("plan"):
-            plan = plan_live(live.route, num_experts, x_TD, routing.k, self.exchange.comm, self.exchange.parallel)
+            plan = plan_live(live.route, router.experts, x_TD, routing.k, self.exchange.comm, self.exchange.parallel)
         if live.column_weight_TJ is not None:
             plan = replace(plan, column_weight_TJ=live.column_weight_TJ)
-        if not self.router.balances:
-            return plan, self.router.loss(live, plan.count_E), live.carried
-        count_E = chosen_counts(live.route, num_experts)
+        if not router.balances:
+            return plan, router.loss(live, plan.count_E), live.carried
+        count_X = router.counts(live)
         if self.balance_comm is not None:
-            count_E = self.balance_comm.all_reduce(count_E)
-        return plan, self.router.loss(live, count_E), live.carried
+            count_X = self.balance_comm.all_reduce(count_X)
+        return plan, router.loss(live, count_X), live.carried
 
     def _column_weights(self, x_TD: Tensor, plan: Plan) -> Tensor:
         """Return the weights of the tokens' experts that need no row [T, J]."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foreroute.engine.config import MoEConfig
+from foreroute.engine.routing.losses import chosen_counts
 from foreroute.engine.routing.method_options import Card
 from foreroute.engine.routing.plan import Route
 
@@ -57,7 +58,7 @@ class LiveRouter(nn.Module):
     uses: ClassVar[tuple[str, ...]] = ()
     """Options of the section `moe` that it reads, besides those of all routers."""
     balances: ClassVar[bool] = False
-    """Its loss needs the numbers of tokens that chose each expert, over all ranks if moe.balance_over=global."""
+    """Its loss needs `counts`, over all ranks if moe.balance_over=global."""
 
     def __init__(self, width: int, moe: MoEConfig, layer: int) -> None:
         """Make the router of expert layer number `layer`; `width` is that of the hidden states (D)."""
@@ -72,11 +73,19 @@ class LiveRouter(nn.Module):
         """
         raise NotImplementedError
 
+    def counts(self, live: LiveRoute) -> Tensor:
+        """Count what the loss of a router that `balances` needs of all ranks' tokens, int64.
+
+        By default the tokens that chose each expert [E].
+        """
+        return chosen_counts(live.route, self.experts)
+
     def loss(self, live: LiveRoute, count_E: Tensor) -> Tensor | None:
         """Return the auxiliary loss of a pass, weighted, fp32 scalar.
 
         Args:
-            count_E: int64, tokens that chose each expert; over all ranks where the router balances globally.
+            count_E: `counts`, over all ranks where the router balances globally; of a router that does not balance the
+                rows of each expert over the expert group.
         """
         return None
 
@@ -108,6 +117,11 @@ def top_k_route(logits_TE: Tensor, k: int) -> LiveRoute:
     """Take the k largest logits of each token, largest first; weights are the softmax over these k."""
     top_TK, expert_TK = logits_TE.topk(k, dim=-1, sorted=True)
     return LiveRoute(Route(expert_TK, top_TK.softmax(dim=-1)), logits_TE)
+
+
+def top_k_mask(logits_TX: Tensor, k: int) -> Tensor:
+    """Return which columns the k largest logits of each token are in, bool [T, X]."""
+    return torch.zeros_like(logits_TX, dtype=torch.bool).scatter(1, logits_TX.topk(k, dim=1).indices, True)
 
 
 def masked_route(chosen_TE: Tensor, weight_TE: Tensor, logits_TE: Tensor, rows: int | None = None) -> LiveRoute:

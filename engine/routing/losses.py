@@ -9,7 +9,7 @@ from torch import Tensor
 from foreroute.engine.routing.plan import Route
 
 
-def balance_loss(logits_TE: Tensor, count_E: Tensor) -> Tensor:
+def balance_loss(logits_TE: Tensor, count_E: Tensor, total: Tensor | None = None) -> Tensor:
     """Return E * sum_e f_e P_e (Switch Transformer, arXiv 2101.03961, eq. 4, for any K): 1 when all is even.
 
     f_e is the fraction of the T*K expert rows that went to expert e (a constant), P_e the mean over tokens of the
@@ -20,9 +20,11 @@ def balance_loss(logits_TE: Tensor, count_E: Tensor) -> Tensor:
         count_E: expert rows of each expert, from chosen_counts. Added up over the ranks of a run with equal numbers of
             tokens, they make the mean over ranks of this loss, and of its gradient, those of the ranks' tokens
             together.
+        total: scalar, the number that counts are fractions of, such as that of the tokens; None: all expert rows.
     """
     logits_TE = _wide(logits_TE)
-    fraction_E = count_E.to(logits_TE.device, logits_TE.dtype) / count_E.sum()
+    total = count_E.sum() if total is None else total
+    fraction_E = count_E.to(logits_TE.device, logits_TE.dtype) / total.clamp(min=1)
     mean_probability_E = logits_TE.softmax(dim=-1).mean(dim=0)
     return logits_TE.shape[-1] * torch.dot(fraction_E, mean_probability_E)
 
