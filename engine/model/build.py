@@ -13,6 +13,7 @@ from foreroute.engine.errors import require
 from foreroute.engine.model.input_tables import Signatures
 from foreroute.engine.model.transformer_xl import TransformerXL
 from foreroute.engine.parallel.mesh import Mesh
+from foreroute.engine.routing.live_router import LiveRouter
 from foreroute.engine.routing.methods import planned_method
 from foreroute.engine.routing.planned.hashed import HashedRouter
 from foreroute.engine.routing.planned_router import PlannedRouter, RouterInputs
@@ -102,10 +103,16 @@ def build_model(config: Config, vocab_size: int, *, weights_seed: int | None = N
 
     Args:
         weights_seed: of the weights alone, instead of train.seed; the keys at the input are always those of train.seed.
+
+    Raises:
+        UserError: the live router takes fewer experts of a token than training or evaluation ask for.
     """
     torch.manual_seed(config.train.seed if weights_seed is None else weights_seed)
     model = TransformerXL(config.model, config.moe, config.kernels, vocab_size, seed=config.train.seed)
     model.recompute = config.train.recompute
+    for router in (module for module in model.modules() if isinstance(module, LiveRouter)):
+        for name, k in (("schedule.k_max", config.schedule.k_max), ("eval.k", max(config.eval.k))):
+            require(k <= router.most, f"{name}={k}: must be at most {router.most} for moe.router={config.moe.router}")
     return model
 
 

@@ -64,6 +64,7 @@ class LiveRouter(nn.Module):
         """Make the router of expert layer number `layer`; `width` is that of the hidden states (D)."""
         super().__init__()
         self.experts = moe.experts
+        self.most = moe.columns  # the largest k that it takes
 
     def forward(self, x_TD: Tensor, k: int, carried: Tensor | None = None) -> LiveRoute:
         """Route hidden states to k experts each, on average.

@@ -50,7 +50,7 @@ class BaseRouter(LiveRouter):
 
     def __init__(self, width: int, moe: MoEConfig, layer: int = 0) -> None:
         super().__init__(width, moe, layer)
-        self.options = read_options(moe, Options)
+        self.options, self.most = read_options(moe, Options), 1
         self.centroids = nn.Parameter(nn.init.orthogonal_(torch.empty(moe.experts, width), gain=0.1))
 
     def forward(self, x_TD: Tensor, k: int, carried: Tensor | None = None) -> LiveRoute:
@@ -59,7 +59,7 @@ class BaseRouter(LiveRouter):
         Raises:
             UserError: k is not 1.
         """
-        require(k == 1, f"k={k}: moe.router=base has one expert for each token; set schedule.k_max=1 and eval.k=[1]")
+        require(k == 1, f"k={k}: must be 1 for moe.router=base")
         logits_TE = gate_logits(x_TD, self.centroids)
         scores_TE = logits_TE.detach()
         expert_T = assign(scores_TE, self.options.tolerance) if self.training else scores_TE.argmax(dim=1)

@@ -60,6 +60,7 @@ class SigmoidBiasRouter(LiveRouter):
         groups, limit = self.options.groups, self.options.group_limit
         require(moe.experts % groups == 0, f"moe.options.groups={groups}: must divide moe.experts={moe.experts}")
         require(limit <= groups, f"moe.options.group_limit={limit}: must be at most moe.options.groups={groups}")
+        self.most = limit * (moe.experts // groups)
         self.gate_weight = nn.Parameter(gate_weight(width, moe.experts))
         self.register_buffer("bias", torch.zeros(moe.experts))
 
@@ -81,11 +82,8 @@ class SigmoidBiasRouter(LiveRouter):
         groups, limit = self.options.groups, self.options.group_limit
         if groups == limit:
             return score_TE
+        require(k <= self.most, f"k={k}: must be at most {self.most}, the experts of moe.options.group_limit={limit}")
         size = self.experts // groups
-        require(
-            k <= limit * size,
-            f"k={k}: must be at most {limit * size}, the experts of moe.options.group_limit={limit} groups of {size}",
-        )
         score_TGe = score_TE.view(len(score_TE), groups, size)
         best_TG = score_TGe.topk(min(2, size), dim=2).values.sum(dim=2)
         kept_TG = torch.zeros_like(best_TG, dtype=torch.bool).scatter(1, best_TG.topk(limit, dim=1).indices, True)

@@ -5,8 +5,10 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from foreroute.engine.config import MoEConfig
+from foreroute.engine.config import Config, EvalConfig, MoEConfig, ScheduleConfig
+from foreroute.engine.config.enums import Growth
 from foreroute.engine.errors import UserError
+from foreroute.engine.model.build import build_model
 from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.routing.live.base import BaseRouter, assign
 from foreroute.engine.routing.plan import Routing
@@ -99,7 +101,12 @@ def test_a_layer_equals_plain_loops_with_every_gradient(training):
 
 
 def test_one_expert_for_a_token():
-    with pytest.raises(UserError, match=r"k=2: moe.router=base has one expert for each token; set schedule.k_max=1"):
+    with pytest.raises(UserError, match=r"k=2: must be 1 for moe.router=base"):
         BaseRouter(WIDTH, config())(torch.zeros(4, WIDTH), 2)
+    for name, k_max, eval_k in (("schedule.k_max", 2, [1]), ("eval.k", 1, [1, 4])):
+        schedule = ScheduleConfig(growth=Growth.constant, k_min=1, k_max=k_max)
+        run = Config(moe=config(), schedule=schedule, eval=EvalConfig(k=eval_k))
+        with pytest.raises(UserError, match=rf"{name}=\d: must be at most 1 for moe.router=base"):
+            build_model(run, 9)
     with pytest.raises(UserError, match=r"moe.options.tolerance=0: must be above 0"):
         BaseRouter(WIDTH, config(tolerance=0))

@@ -120,7 +120,7 @@ def test_a_skewed_input_becomes_balanced():
     [
         ({"groups": 3}, 1, "moe.options.groups=3: must divide moe.experts=8"),
         ({"groups": 2, "group_limit": 3}, 1, "moe.options.group_limit=3: must be at most moe.options.groups=2"),
-        ({"groups": 4, "group_limit": 1}, 3, "k=3: must be at most 2, the experts of moe.options.group_limit=1 groups"),
+        ({"groups": 4, "group_limit": 1}, 3, "k=3: must be at most 2, the experts of moe.options.group_limit=1"),
         ({"scale": 0}, 1, "moe.options.scale=0: must be above 0"),
         ({"bias": 1}, 1, "moe.options.bias: no such option of moe.router=sigmoid_bias"),
     ],
