@@ -125,13 +125,15 @@ def top_k_mask(logits_TX: Tensor, k: int) -> Tensor:
     return torch.zeros_like(logits_TX, dtype=torch.bool).scatter(1, logits_TX.topk(k, dim=1).indices, True)
 
 
-def masked_route(chosen_TE: Tensor, weight_TE: Tensor, logits_TE: Tensor, rows: int | None = None) -> LiveRoute:
+def masked_route(
+    chosen_TE: Tensor, weight_TE: Tensor, logits_TE: Tensor, rows: int | None = None, *, even: bool = False
+) -> LiveRoute:
     """Take any number of experts for each token, none too.
 
     Args:
         chosen_TE: bool.
         weight_TE: what it has where not chosen does not matter.
-        rows: how many of them all tokens choose, where that is known by construction: the host then need not wait.
+        rows, even: as in Route, where they are known by construction: the host then need not wait.
     """
     expert_TE = torch.arange(chosen_TE.shape[1], device=chosen_TE.device).expand(chosen_TE.shape)
-    return LiveRoute(Route(expert_TE, weight_TE, chosen_TE, rows), logits_TE)
+    return LiveRoute(Route(expert_TE, weight_TE, chosen_TE, rows, even), logits_TE)

@@ -30,6 +30,7 @@ class Route(NamedTuple):
     weight_TK: Tensor  # fp32: mixing weights
     used_TK: Tensor | None = None  # bool: which of them the token uses; None: all
     rows: int | None = None  # how many of them all tokens use, where that is known by construction
+    even: bool = False  # equally many of `rows` are of each expert, and so on all ranks
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ class BaseRouter(LiveRouter):
     card = Card(
         "in training the assignment of largest score with equally many tokens for each expert, then the best expert",
         "BASE layers, arXiv 2103.16716",
-        "as frozen, and an auction, whose rounds the host waits for",
+        "as frozen without its counts, and an auction, whose rounds the host waits for",
         "comparisons with exact balance; one expert for a token",
     )
     uses = ("options",)
@@ -63,7 +63,9 @@ class BaseRouter(LiveRouter):
         logits_TE = gate_logits(x_TD, self.centroids)
         scores_TE = logits_TE.detach()
         expert_T = assign(scores_TE, self.options.tolerance) if self.training else scores_TE.argmax(dim=1)
-        return LiveRoute(Route(expert_T[:, None], logits_TE.gather(1, expert_T[:, None]).sigmoid()), logits_TE)
+        weight_T1 = logits_TE.gather(1, expert_T[:, None]).sigmoid()
+        even = self.training and len(x_TD) % self.experts == 0
+        return LiveRoute(Route(expert_T[:, None], weight_T1, rows=len(x_TD), even=even), logits_TE)
 
 
 def assign(scores_TE: Tensor, tolerance: float) -> Tensor:

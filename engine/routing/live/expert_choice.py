@@ -26,7 +26,7 @@ class ExpertChoiceRouter(LiveRouter):
     card = Card(
         "each expert takes the T k / E tokens of a rank with its largest softmax probability, which is the weight",
         "Zhou et al., arXiv 2202.09368",
-        "as frozen, and the gate's gradient; no loss; one rank need not wait for counts",
+        "as frozen, and the gate's gradient; no loss; no counts on one rank, or where all rows go to all ranks",
         "exact balance where the order of tokens does not matter; not causal",
     )
 
@@ -42,7 +42,7 @@ class ExpertChoiceRouter(LiveRouter):
         capacity = min(max(tokens * k // self.experts, 1), tokens)
         token_CE = share_TE.detach().topk(capacity, dim=0).indices
         chosen_TE = torch.zeros_like(share_TE, dtype=torch.bool).scatter(0, token_CE, True)
-        return masked_route(chosen_TE, share_TE, logits_TE, rows=capacity * self.experts)
+        return masked_route(chosen_TE, share_TE, logits_TE, rows=capacity * self.experts, even=True)
 
 
 ROUTER = ExpertChoiceRouter

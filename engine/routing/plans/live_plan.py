@@ -1,8 +1,8 @@
 """The plan of a live router on several ranks, built in the forward pass: what planned routers never pay for.
 
-Per layer: one all-gather of counts, which the host reads back once, and one all-to-all that takes each row's weights to
-the rank of its experts; in backward the gradient of the weights comes the same way back, to route.weight_TK. After that
-a layer's exchange and experts are those of a planned router.
+Per layer: one all-gather of counts, which the host reads back once, unless they are known by construction; and one
+all-to-all that takes each row's weights to the rank of its experts. In backward the gradient of the weights comes the
+same way back, to route.weight_TK. After that a layer's exchange and experts are those of a planned router.
 
 Letters: T local tokens, K active experts, E experts, L = E / P experts of a rank, P ranks of the expert group, S sent
 and R received rows, N expert rows of this rank, C chunks; small t, s, r: of one chunk. Expert e lives on rank e // L.
@@ -95,7 +95,8 @@ def build_live_plan(
     weight_TPL, chosen_TPL = (found_TE.view(num_tokens, ranks, local) for found_TE in (weight_TE, chosen_TE))
     used_TP = torch.ones_like(chosen_TPL[..., 0]) if gather else chosen_TPL.any(dim=2)
     spans = cut(num_tokens, chunks)
-    counts = _exchange_counts(used_TP, chosen_TE, spans, comm)
+    counts = _known_counts(route, num_experts, comm, gather=gather, chunks=len(spans))
+    counts = counts or _exchange_counts(used_TP, chosen_TE, spans, comm)
     if len(set(counts.tokens_P)) > 1:
         raise ValueError(f"the {ranks} ranks have {counts.tokens_P} tokens: must be equal")
 
@@ -121,14 +122,14 @@ def build_live_plan(
 class _Counts:
     """The numbers of rows that the ranks send each other, as all ranks know them."""
 
-    def __init__(self, got: Tensor, ranks: int, chunks: int) -> None:
-        """Read the gathered counts [P * C, P + E + 1] back."""
-        counts: NDArray[np.int64] = got.cpu().numpy().reshape(ranks, chunks, -1)
+    def __init__(self, counts: NDArray[np.int64], total_E: Tensor) -> None:
+        """Take the counts [P, C, P + E + 1], and the expert rows of the group on the device."""
+        ranks = len(counts)
         self.rows_PCP = counts[..., :ranks]  # rows from a rank, in a chunk, to a rank
         # expert rows of a rank's tokens, in a chunk, for an expert
         self.experts_PCE = counts[..., ranks:-1]
         self.tokens_P: list[int] = counts[..., -1].sum(axis=1).tolist()
-        self.total_E = got[:, ranks:-1].sum(dim=0)
+        self.total_E = total_E
 
     def splits(self, rank: int, chunks: slice) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Rows to and from each rank."""
@@ -145,11 +146,30 @@ class _Counts:
         return [slice(ends[place] - int(rows_N[place]), ends[place]) for place in places]
 
 
+def _known_counts(
+    route: Route, num_experts: int, comm: ExpertGroupComm, *, gather: bool, chunks: int
+) -> _Counts | None:
+    """Return the counts where they are known by construction, or None.
+
+    Experts have equally many rows, and a rank gets as many token rows as its experts have expert rows, since tokens
+    have one expert each, or all tokens.
+    """
+    tokens, listed = route.expert_TK.shape
+    if route.rows is None or not route.even or chunks > 1 or (listed > 1 and not gather):
+        return None
+    each, ranks = route.rows // num_experts, comm.ranks
+    row_X = [tokens if gather else each * num_experts // ranks] * ranks + [each] * num_experts + [tokens]
+    total_E = route.expert_TK.new_full((num_experts,), each * ranks)
+    return _Counts(np.tile(np.array(row_X), (ranks, 1, 1)), total_E)
+
+
 def _exchange_counts(used_TP: Tensor, chosen_TE: Tensor, spans: list[slice], comm: ExpertGroupComm) -> _Counts:
     one_T1 = used_TP.new_ones(len(used_TP), 1)
     both_TX = torch.cat((used_TP, chosen_TE, one_T1), dim=1).long()
     sum_CX = torch.stack([both_TX[span].sum(dim=0) for span in spans])
-    return _Counts(comm.all_gather(sum_CX).wait(), comm.ranks, len(spans))
+    got = comm.all_gather(sum_CX).wait()
+    counts = got.cpu().numpy().reshape(comm.ranks, len(spans), -1)
+    return _Counts(counts, got[:, comm.ranks : -1].sum(dim=0))
 
 
 class _ToExpertRanks(torch.autograd.Function):

@@ -108,9 +108,10 @@ def run(layer, case, x_TD, cotangent_TD, *, parts=1):
     else:
         out = layer(x_TD, call)
     loss = torch.zeros(()) if out.auxiliary_loss is None else out.auxiliary_loss
+    sent = None if layer.exchange.comm is None else layer.exchange.comm.collectives
     ((out.y_TD * cotangent_TD).sum() + loss / parts).backward()
     gradients = {name: p.grad for name, p in layer.named_parameters()}
-    return {"y": out.y_TD.detach(), "x": x_TD.grad, "loss": loss.detach() / parts, **gradients}, out.count_E
+    return {"y": out.y_TD.detach(), "x": x_TD.grad, "loss": loss.detach() / parts, **gradients}, out.count_E, sent
 
 
 def truth(case, ranks):
@@ -121,12 +122,12 @@ def truth(case, ranks):
         return run(layer, case, x_TD, cotangent_TD)
     pairs = zip(x_TD.split(TOKENS), cotangent_TD.split(TOKENS), strict=True)
     found = [run(layer, case, *pair) for pair in pairs]  # gradients of parameters add up
-    joined = {name: torch.cat([one[name] for one, _ in found]) for name in "yx"}
-    return {**found[-1][0], **joined}, sum(count_E for _, count_E in found)
+    joined = {name: torch.cat([one[name] for one, *_ in found]) for name in "yx"}
+    return {**found[-1][0], **joined}, sum(count_E for _, count_E, _ in found), None
 
 
 def one_case(case, rank, ranks):
-    """Largest errors, rows that this rank's experts had, and collectives of forward and of all."""
+    """Largest errors, and the collectives of the forward pass."""
     x_TD, cotangent_TD = problem(case, ranks)
     here = slice(rank * TOKENS, (rank + 1) * TOKENS)
     local = range(rank * EXPERTS // ranks, (rank + 1) * EXPERTS // ranks)
@@ -135,8 +136,8 @@ def one_case(case, rank, ranks):
     comm = ExpertGroupComm(dist.group.WORLD)
     parallel = ParallelConfig(expert_ranks=ranks, exchange=case.exchange, chunks=case.chunks)
     layer.connect(build_exchange(comm, parallel), balance_comm=ExpertGroupComm(dist.group.WORLD))
-    got, count_E = run(layer, case, x_TD[here], cotangent_TD[here], parts=ranks)
-    want, want_E = truth(case, ranks)
+    got, count_E, sent = run(layer, case, x_TD[here], cotangent_TD[here], parts=ranks)
+    want, want_E, _ = truth(case, ranks)
     assert torch.equal(count_E, want_E), (case, count_E, want_E)
     errors = {}
     for name, value in got.items():
@@ -148,7 +149,7 @@ def one_case(case, rank, ranks):
         else:
             dist.all_reduce(value)  # as data parallelism does
         errors[name] = (value - expected).abs().max().item()
-    return errors, int(count_E[local.start : local.stop].sum())
+    return errors, sent
 
 
 def everything(rank, ranks):
@@ -172,6 +173,17 @@ def test_ranks_equal_one_process(group):
                 assert error < 1e-10, (case, rank, name, error)
 
 
+@pytest.mark.dist
+def test_counts_that_are_known_by_construction_are_not_exchanged(group):
+    """Two collectives of rows for each chunk, one of weights, and one of counts where they are not known."""
+    ranks, answers = group
+    for rank in range(ranks):
+        for case, (_, sent) in zip(CASES, answers[rank], strict=True):
+            gather = case.exchange is ExchangeKind.gather
+            known = case.chunks == 1 and (case.router == "base" or (case.router == "expert_choice" and gather))
+            assert sent == 2 * case.chunks + 1 + (not known), (case, rank)
+
+
 def test_the_cases_are_what_they_say():
     """Tokens with no expert and with several, ranks with none; weights of all signs; the truth is not all zero."""
     for empty in ("tokens", "rank", "all"):
@@ -184,7 +196,7 @@ def test_the_cases_are_what_they_say():
         if empty != "all":
             weights = route.weight_TK[route.used_TK]
             assert count_T.max() > 2 and weights.min() < 0 < weights.max() and (weights == 0).any()
-        want, count_E = truth(case, 2)
+        want, count_E, _ = truth(case, 2)
         assert (want["y"].abs().max() > 0) == (count_E.sum() > 0) == (empty != "all")
 
 
@@ -193,9 +205,9 @@ def test_a_changed_weight_is_seen():
     case = Case("masks")
     x_TD, cotangent_TD = problem(case, 2)
     layer = make_layer(case)
-    want, _ = run(layer, case, x_TD, cotangent_TD)
+    want, *_ = run(layer, case, x_TD, cotangent_TD)
     layer.router.gate_weight.data[0] *= 1 + 1e-6
-    got, _ = run(layer, case, x_TD, cotangent_TD)
+    got, *_ = run(layer, case, x_TD, cotangent_TD)
     assert (got["y"] - want["y"]).abs().max() > 1e-10
 
 
