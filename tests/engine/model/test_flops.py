@@ -15,6 +15,7 @@ from foreroute.engine.config.enums import Activation, Growth, RouteWeights
 from foreroute.engine.model.build import build_model
 from foreroute.engine.model.flops import Arithmetic, forward_flops
 from foreroute.engine.moe.experts import Experts
+from foreroute.engine.moe.zero_experts import zero_experts
 from foreroute.engine.routing.k_schedule import active_experts
 from foreroute.engine.routing.plan import Routing
 from foreroute.engine.routing.plans.planner import Planner
@@ -71,6 +72,7 @@ MODELS = {
     "frozen": {"router": "frozen"},
     "learned": {"router": "learned"},
     "gate": {"weights": RouteWeights.live},
+    "residual": {"shared_width": 5, "residual": True},
 }
 
 
@@ -142,15 +144,18 @@ def test_active_parameters_are_those_of_k_experts(activation):
     assert Arithmetic(dense, SYMBOLS, total).active_parameters(2) == total - held_n_grams
 
 
-def test_experts_without_rows_compute_nothing():
-    """Of k experts drawn evenly from all kinds, the share with rows has products; the others' vectors count in full."""
+def test_of_experts_without_rows_only_constants_compute():
+    """Of k experts drawn evenly from all kinds, the share with rows has products, and all constants have theirs; the
+    others' vectors count in full."""
     config = tiny_config()
     plain, zero = config, replace(config, moe=replace(config.moe, constant_experts=1, copy_experts=1, null_experts=2))
     totals = [sum(p.numel() for p in build_model(each, SYMBOLS).parameters()) for each in (plain, zero)]
     constants = LAYERS * 3 * config.model.width  # a vector, and what mixes it with the token
     assert totals[1] == totals[0] + constants
+    with FlopCounterMode(display=False) as counter:
+        zero_experts(config.model.width, zero.moe)(torch.randn(TOKENS, config.model.width), torch.rand(TOKENS, 4))
     for k in (2, 4):  # of 8 columns 4 have rows
-        assert useful_flops(zero, k) == useful_flops(plain, k // 2)
+        assert useful_flops(zero, k) == useful_flops(plain, k // 2) + LAYERS * counter.get_total_flops()
         active = Arithmetic(zero, SYMBOLS, totals[1]).active_parameters(k)
         assert active == Arithmetic(plain, SYMBOLS, totals[0]).active_parameters(k // 2) + constants
 
