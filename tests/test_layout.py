@@ -55,6 +55,19 @@ ONLY_IN = {
     "wandb_workspaces": ("launch/dashboard.py",),
 }
 OPENINGS = {"Give", "Gives", "Say", "Says", "Tell", "Tells", "What"}  # a docstring starts with none of them
+PROTOCOL = {  # of engine/routing/: what examples/routers/ may use
+    *(
+        "planned_router",
+        "live_router",
+        "row_sets",
+        "plan",
+        "method_options",
+        "losses",
+        "tables",
+        "ngram_rows",
+        "hashing",
+    )
+}
 MOST_FILES = 12  # beside each other in a folder
 OF_METHODS = {"engine/routing/planned", "engine/routing/live"}  # which have a file for each method
 MOST_LINES_OF_A_STEP = 45  # of train_step: what is measured is attached from outside
@@ -263,8 +276,24 @@ def test_the_root_has_links_to_the_folders(name):
     assert link.is_symlink() and not link.readlink().is_absolute() and link.resolve() == ROOT / name
 
 
+def beyond_the_protocol(source):
+    """What a router of the examples imports of the program besides the protocol, options and errors."""
+    rooms = "config", "errors", *(f"routing.{name}" for name in PROTOCOL)
+    public = tuple(f"foreroute.engine.{room}." for room in rooms)
+    return [module for module in imports(source) if module.startswith("foreroute") and not module.startswith(public)]
+
+
+def test_routers_of_the_examples_use_the_protocol_alone():
+    found = {path.name: beyond_the_protocol(path.read_text()) for path in (ROOT / "examples/routers").glob("*.py")}
+    assert len(found) > 2 and not any(found.values()), found
+    planted = (
+        "import numpy\nfrom foreroute.engine.errors import require\nfrom foreroute.engine.moe.layer import MoELayer"
+    )
+    assert beyond_the_protocol(planted) == ["foreroute.engine.moe.layer.MoELayer"]
+
+
 def test_nothing_has_bare_imports():
     """Each module would be loaded twice, and its operators registered twice."""
-    for path in [*ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmarks/**/*.py")]:
+    for path in (path for folder in ("tests", "benchmarks", "examples") for path in ROOT.glob(f"{folder}/**/*.py")):
         bare = [module for module in imports(path.read_text()) if module.split(".")[0] in MAY_IMPORT]
         assert bare == [], path

@@ -1,0 +1,1 @@
+"""Examples on foreroute's public protocols; each is a test, too (tests/examples/)."""
