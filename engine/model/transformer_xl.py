@@ -24,6 +24,7 @@ from foreroute.engine.model.block import Block, BlockOutput
 from foreroute.engine.model.input_tables import input_tables
 from foreroute.engine.moe import kept_plans
 from foreroute.engine.moe.experts import Experts
+from foreroute.engine.moe.layer import share_routers
 from foreroute.engine.routing.losses import consistency_loss
 from foreroute.engine.routing.ngram_rows import KeyRows
 from foreroute.engine.routing.plan import Routing
@@ -99,6 +100,7 @@ class TransformerXL(nn.Module):
         self.u = nn.Parameter(torch.empty(model.heads, model.head_width))
         self.v = nn.Parameter(torch.empty(model.heads, model.head_width))
         self.blocks = nn.ModuleList(Block(model, moe, kernels, i) for i in range(model.layers))
+        share_routers(self)
         self.final_norm = nn.LayerNorm(model.width) if model.pre_norm else nn.Identity()
         self.input_tables = input_tables(model, moe, vocab_size, seed)
         self.dropout = nn.Dropout(model.dropout)

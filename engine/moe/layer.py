@@ -45,6 +45,14 @@ class LayerOutput(NamedTuple):
     carried: Tensor | None  # of a live router, for that of the next expert layer
 
 
+def share_routers(model: nn.Module) -> None:
+    """Let live routers take what all layers share from that of the first expert layer, once the model is built."""
+    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+    routers = [layer.router for layer in layers if layer.router is not None]
+    for router in routers[1:]:
+        router.share(routers[0])
+
+
 def update_routers(model: nn.Module, count_LE: Tensor) -> None:
     """Let live routers change their own state after an optimizer step.
 

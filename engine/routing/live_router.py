@@ -7,7 +7,7 @@ which planned routers have from the loader.
 Letters: T tokens, D width, E experts, K experts listed of a token, J experts that need no row.
 """
 
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -80,6 +80,13 @@ class LiveRouter(nn.Module):
         By default the tokens that chose each expert [E].
         """
         return chosen_counts(live.route, self.experts)
+
+    def share(self, first: Self) -> None:
+        """Take what all layers share from the router of the first expert layer, which owns it.
+
+        Hold a shared module where nn.Module does not see it, as in a tuple, and call it as a module: so it is one
+        module of the model, and ZeRO-3 gathers its weights at each call.
+        """
 
     def loss(self, live: LiveRoute, count_E: Tensor) -> Tensor | None:
         """Return the auxiliary loss of a pass, weighted, fp32 scalar.
