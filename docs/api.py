@@ -23,7 +23,7 @@ MODULES = {
     "foreroute.engine.routing.method_options": "A method's own options, and its card.",
     "foreroute.engine.routing.plans.planner": "From a planned router's choice to a Plan, for one rank of a group.",
     "foreroute.engine.routing.tables": "The map from n-grams to orderings of the experts.",
-    "foreroute.engine.routing.table_balance": "Load and traffic of a table, counted.",
+    "foreroute.engine.evaluation.table_balance": "Load and traffic of a table, counted.",
     "foreroute.engine.routing.k_schedule": "How k changes over training.",
     "foreroute.engine.routing.plans.padding": "Plans of equal shapes, for graphs: [certificate.md](certificate.md).",
 }

@@ -14,21 +14,22 @@ from statistics import fmean
 
 from torch import Tensor
 
-from foreroute.engine.config import Config, Split
+from foreroute.engine.config import Config, MoEConfig, Split
 from foreroute.engine.config.option import option
 from foreroute.engine.data.corpus import prepare
 from foreroute.engine.errors import UserError, require
+from foreroute.engine.evaluation.table_balance import Balance, RankBalance, balances
 from foreroute.engine.model.build import router_inputs
+from foreroute.engine.routing.methods import method_of
 from foreroute.engine.routing.planned.hashed import HashedRouter
 from foreroute.engine.routing.planned.token_table import write_tables
-from foreroute.engine.routing.table_balance import Balance, RankBalance, balances
 from foreroute.engine.routing.tables import Table
 from foreroute.launch.runs.folder import write_json
 from foreroute.launch.start.cli import run_program
 from foreroute.launch.start.console import table
 
 COLUMNS = """\
-k          active experts of each token
+k          active experts of each token, or their mean
 experts    expert rows of the busiest expert to the mean of all: 1 is perfectly even; the worst table
 blocks     the same of blocks of experts, which builder packed fills one after the other
 P ranks    the same of ranks, where P ranks share out the experts
@@ -54,7 +55,17 @@ class TablesArgs(Config):
         super().__post_init__()
         bad = [num for num in self.ranks if num < 1 or self.moe.experts % num]
         require(not bad, f"ranks={bad}: must divide moe.experts={self.moe.experts}")
-        require(self.moe.router == "hashed", f"moe.router={self.moe.router}: only hashed has tables")
+        require(table_method(self.moe) is not None, f"moe.router={self.moe.router}: has no tables, as hashed has")
+        require(
+            self.export is None or self.moe.router == "hashed",
+            f"export={self.export} with moe.router={self.moe.router}: only tables of hashed are exported",
+        )
+
+
+def table_method(moe: MoEConfig) -> type[HashedRouter] | None:
+    """Return the class of routers with tables; None for others."""
+    method = method_of(moe)
+    return method if method is not None and issubclass(method, HashedRouter) else None
 
 
 def over_tables(same_k: Sequence[Balance]) -> Balance:
@@ -75,11 +86,15 @@ def tables(args: TablesArgs) -> int:
     """Build, count and print; returns the exit code."""
     corpus = prepare(args.corpus, print)
     inputs = router_inputs(corpus, args.corpus, args.num_tables, args.train.seed)
-    routers = HashedRouter.build(args.moe, inputs)
-    found_tables = [router.table for router in routers]
+    method = table_method(args.moe)
+    assert method is not None
+    found_tables = [router.table for router in method.build(args.moe, inputs)]
     ids, pack = corpus.split(args.split), found_tables[0].pack
     starts = corpus.document_starts(args.split)
-    of_tables = [balances(table, ids, args.ranks, starts if len(starts) else None) for table in found_tables]
+    of_tables = [
+        balances(table, ids, args.ranks, starts if len(starts) else None, experts=args.moe.experts)
+        for table in found_tables
+    ]
     found = [over_tables(same_k) for same_k in zip(*of_tables, strict=True)]
     print(
         f"{len(found_tables)} tables, builder {args.moe.builder.name}, blocks of {pack}, on {ids.size:,} symbols of the"

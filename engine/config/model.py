@@ -161,11 +161,8 @@ class MoEConfig:
         check("moe", self)
         named = isinstance(self.router, str) and (":" in self.router or self.router in router_names())
         require(named, f"moe.router={self.router}: must be one of {', '.join(router_names())}, or package.module:Class")
-        require(
-            self.rows * self.columns <= _MOST_ENTRIES,
-            f"moe.rows={self.rows} with moe.experts={self.experts}: must be at most {_MOST_ENTRIES} together, rows x"
-            " experts, since each table is held in memory",
-        )
+        if self.router == "hashed":
+            self.check_table()
         require(
             not self.residual or self.shared_width > 0, "moe.residual=true: needs a shared expert, moe.shared_width"
         )
@@ -189,6 +186,14 @@ class MoEConfig:
             not self.dense or self.columns == self.experts, "moe.router=dense: takes no constant, copy or null experts"
         )
         require(self.columns <= MAX_EXPERTS, f"moe: has {self.columns} experts of all kinds, at most {MAX_EXPERTS}")
+
+    def check_table(self) -> None:
+        """Raise UserError if a table would be too large."""
+        require(
+            self.rows * self.columns <= _MOST_ENTRIES,
+            f"moe.rows={self.rows} with moe.experts={self.experts}: must be at most {_MOST_ENTRIES} together, rows x"
+            " experts, since each table is held in memory",
+        )
 
     @property
     def dense(self) -> bool:

@@ -100,7 +100,11 @@ def build_tables(
         cache_dir: folder of .npz files, safe to delete; None for no cache.
         documents: ascending, where in the stream documents begin, at which keys stop; None: one document.
         counts: how many experts each row uses; None: k.
+
+    Raises:
+        UserError: the tables would be too large.
     """
+    moe.check_table()
     text = _Text(train_ids, vocab_size, moe.ngram, documents)
     if cache_dir is None:
         arrays = _build(moe, text, num_tables, seed, counts)

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from foreroute.engine.config import Builder, MoEConfig, RouteWeights
+from foreroute.engine.evaluation.table_balance import balances
 from foreroute.engine.routing.hashing import hash64, uniform
 from foreroute.engine.routing.planned.hashed import HashedRouter
 from foreroute.engine.routing.row_counts import CountRule, first_k, solve
-from foreroute.engine.routing.table_balance import balances
 from foreroute.engine.routing.tables import build_tables, row_frequency, table_from_state, table_state
 from tests.references.row_counts import balanced_orders, counts_at
 
@@ -147,15 +147,17 @@ def test_orders_made_for_the_numbers_are_even_and_others_are_not():
     assert max(found.experts for found in balances(fixed, ids, ())) > 1.02
 
 
+@pytest.mark.parametrize("columns", [6, 9])
 @pytest.mark.parametrize("rule", [None, RULE, RULE._replace(least=0)])
-def test_balances_equal_plain_loops(rule):
-    (table,) = build(rule=rule, num_tables=1)
+def test_balances_equal_plain_loops(rule, columns):
+    """Of 6 experts; columns after them cost no row."""
+    (table,) = build(replace(MOE, copy_experts=columns - 6), rule, num_tables=1)
     uses = row_frequency(table, text()).astype(int).tolist()
-    for found in balances(table, text(), (1, 2, 3)):
+    for found in balances(table, text(), (1, 2, 3), experts=6):
         counts = [found.k] * 23 if rule is None else counts_of(table, found.k)
         load, touched = Counter(), Counter()
         for row, use in enumerate(uses):
-            chosen = table.order_rE[row, : counts[row]].tolist()
+            chosen = [expert for expert in table.order_rE[row, : counts[row]].tolist() if expert < 6]
             load.update(dict.fromkeys(chosen, use))
             for ranks in (1, 2, 3):
                 touched[ranks] += use * len({expert // (6 // ranks) for expert in chosen})

@@ -10,9 +10,9 @@ import torch
 
 from foreroute.engine.config import Builder, MoEConfig, RouteWeights
 from foreroute.engine.errors import UserError
+from foreroute.engine.evaluation.table_balance import balances
 from foreroute.engine.routing import tables
 from foreroute.engine.routing.hashing import hash64, uniform
-from foreroute.engine.routing.table_balance import balances
 from foreroute.engine.routing.tables import Table, build_tables, table_from_state, table_state
 
 VOCAB = 8
@@ -449,6 +449,8 @@ def test_too_large_a_table_is_refused():
     with pytest.raises(UserError, match=r"moe\.rows=524289 with moe\.experts=512: must be at most 268435456 together"):
         replace(SMALL, rows=524_289, experts=512)
     replace(SMALL, rows=524_288, experts=512)
-    replace(SMALL, rows=524_289, experts=512, router="learned")  # no table
+    other = replace(SMALL, rows=524_289, experts=512, router="learned")  # no table
+    with pytest.raises(UserError, match=r"moe\.rows=524289 with"):
+        build(other)
     with pytest.raises(UserError, match=r"moe\.experts=513: must be in 1 .. 512"):
         replace(SMALL, experts=513)

@@ -19,7 +19,7 @@ import torch
 from foreroute.engine.checkpoint.trained_run import open_saved
 from foreroute.engine.config import Split
 from foreroute.engine.errors import UserError
-from foreroute.engine.routing.table_balance import balances
+from foreroute.engine.evaluation.table_balance import balances
 from foreroute.launch.generate import GenerateArgs, _prompt
 from foreroute.launch.start.config_files import read_config
 from foreroute.launch.start.one_line import told
@@ -296,7 +296,7 @@ def test_a_sweep_gives_each_job_a_folder_and_resumes(run, tmp_path, text):
         ("train", ["moe.router=nothing.there:Router"], "moe.router=nothing.there:Router: cannot be imported"),
         ("train", ["moe.router=frozen", "moe.copy_experts=1"], "moe.copy_experts=1: must be 0"),
         ("tables", ["ranks=[2,3]"], "ranks=[3]: must divide moe.experts=16"),
-        ("tables", ["moe.router=frozen"], "moe.router=frozen: only hashed has tables"),
+        ("tables", ["moe.router=frozen"], "moe.router=frozen: has no tables, as hashed has"),
         ("certify", ["world_size=3"], "data.streams=16: must be a multiple of world"),
         ("certify", ["world_size=8", "expert_group=3"], "expert_ranks=3: must divide the number of ranks, 8"),
         ("certify", ["world_size=0"], "world_size=0: must be at least 1"),

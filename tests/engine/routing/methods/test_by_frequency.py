@@ -14,10 +14,10 @@ from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.counts.replay import replay
 from foreroute.engine.config import Config, DataConfig, EvalConfig, ModelConfig, MoEConfig, ScheduleConfig, TrainConfig
 from foreroute.engine.errors import UserError
+from foreroute.engine.evaluation.table_balance import balances
 from foreroute.engine.routing.planned.by_frequency import ByFrequencyRouter
 from foreroute.engine.routing.planned.hashed import HashedRouter
 from foreroute.engine.routing.planned_router import RouterInputs
-from foreroute.engine.routing.table_balance import balances
 from foreroute.engine.routing.tables import row_frequency
 from foreroute.engine.testing.planned import planned_counts
 from tests.references.webster import shares

@@ -25,10 +25,10 @@ from foreroute.engine.config import (
     TrainConfig,
 )
 from foreroute.engine.errors import UserError
+from foreroute.engine.evaluation.table_balance import balances
 from foreroute.engine.model.flops import forward_flops
 from foreroute.engine.routing.planned.top_p import TopPRouter
 from foreroute.engine.routing.planned_router import GroupTokens, RouterInputs
-from foreroute.engine.routing.table_balance import balances
 from foreroute.engine.routing.tables import row_frequency
 from foreroute.engine.testing.planned import planned_counts, planned_weights, plans_of
 from foreroute.engine.testing.ranks import Program, rank_environments

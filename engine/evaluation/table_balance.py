@@ -37,9 +37,18 @@ class Balance:
 
 
 def balances(
-    table: Table, ids: NDArray[np.uint8], ranks: Sequence[int], documents: NDArray[np.int64] | None = None
+    table: Table,
+    ids: NDArray[np.uint8],
+    ranks: Sequence[int],
+    documents: NDArray[np.int64] | None = None,
+    *,
+    experts: int | None = None,
 ) -> list[Balance]:
-    """Return the balance of a text at each k, 1 to E; ids before its first count as 0, documents as for build_tables.
+    """Return the balance of a text at each k, 1 to the table's columns; ids before its first count as 0, documents as
+    for build_tables.
+
+    Args:
+        experts: the table's first so many columns; the others cost no row. None: all.
 
     Example: rows [0, 1, 2, 3] and [2, 3, 0, 1], each used once, 2 ranks, pack 2. At k = 1, experts 0 and 2 have one
     expert row each: experts 2.0, blocks 1.0; a token needs one rank and sends half a row. At k = 3 it needs both and
@@ -48,23 +57,26 @@ def balances(
     Raises:
         UserError: the experts cannot be shared out evenly over one of the numbers of ranks.
     """
-    experts = table.order_rE.shape[1]
+    columns = table.order_rE.shape[1]
+    experts = experts or columns
     per_rank = {num: len(Mesh(0, num, num).local_experts(experts)) for num in ranks}
     freq_r = row_frequency(table, ids, documents)
     used_r = np.flatnonzero(freq_r)
     order_rE, freq_r = table.order_rE.numpy()[used_r], freq_r[used_r]
-    level_rE = np.broadcast_to(np.arange(experts), order_rE.shape)
+    level_rE = np.broadcast_to(np.arange(columns), order_rE.shape)
     if table.first_rE is not None:
         level_rE = table.first_rE.numpy()[used_r].astype(np.int64) - 1
-    load_kE = _up_to_k(level_rE, order_rE, freq_r, (experts, experts))
-    touched_k = {num: _touched(level_rE, order_rE // size, freq_r, num) for num, size in per_rank.items()}
+    load_kE = _up_to_k(level_rE, order_rE, freq_r, (columns, columns))[:, :experts]
+    touched_k = {
+        num: _touched(level_rE, np.minimum(order_rE // size, num), freq_r, num) for num, size in per_rank.items()
+    }
     found = []
     for level, load_E in enumerate(load_kE):
         on_ranks = {}
         for num, size in per_rank.items():
             touched = float(touched_k[num][level] / freq_r.sum())
             on_ranks[num] = RankBalance(_load(load_E, size), touched, touched * (num - 1) / num)
-        found.append(Balance(level + 1, _load(load_E, 1), _load(load_E, table.pack), on_ranks))
+        found.append(Balance(level + 1, _load(load_E, 1), _load(load_E, min(table.pack, experts)), on_ranks))
     return found
 
 
@@ -82,12 +94,13 @@ def _up_to_k(
 def _touched(
     level_rE: NDArray[np.int64], rank_rE: NDArray[np.integer[Any]], freq_r: NDArray[np.float64], ranks: int
 ) -> NDArray[np.float64]:
-    """Count the ranks that the rows touch, by their frequencies, at each k."""
-    rows, experts = rank_rE.shape
-    first_rP = np.empty((rows, ranks), np.int64)
-    for choice in reversed(range(experts)):
+    """Count the ranks that the rows touch, by their frequencies, at each k; a column on rank number `ranks` is none."""
+    rows, columns = rank_rE.shape
+    first_rP = np.empty((rows, ranks + 1), np.int64)
+    for choice in reversed(range(columns)):
         first_rP[np.arange(rows), rank_rE[:, choice]] = level_rE[:, choice]
-    return _up_to_k(first_rP, np.zeros_like(first_rP), freq_r, (experts, 1))[:, 0]
+    first_rP = first_rP[:, :ranks]
+    return _up_to_k(first_rP, np.zeros_like(first_rP), freq_r, (columns, 1))[:, 0]
 
 
 def _load(load_E: NDArray[np.float64], size: int) -> float:

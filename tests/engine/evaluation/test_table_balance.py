@@ -9,7 +9,7 @@ import torch
 from foreroute.engine.config import MoEConfig
 from foreroute.engine.config.enums import Builder
 from foreroute.engine.errors import UserError
-from foreroute.engine.routing.table_balance import balances
+from foreroute.engine.evaluation.table_balance import balances
 from foreroute.engine.routing.tables import Table, build_tables
 from foreroute.engine.testing.routers import hashed, plan_of, route_of
 
