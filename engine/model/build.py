@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from foreroute.engine.config import Config, CorpusConfig, EvalConfig, ScheduleConfig, Split
+from foreroute.engine.config import Config, CorpusConfig, Split
 from foreroute.engine.data.corpus import PreparedCorpus
-from foreroute.engine.errors import require
 from foreroute.engine.model.input_tables import Signatures
 from foreroute.engine.model.transformer_xl import TransformerXL
 from foreroute.engine.parallel.mesh import Mesh
@@ -39,7 +38,7 @@ def build_routers(config: Config, corpus: PreparedCorpus, mesh: Mesh | None = No
     if method is None:
         return None
     inputs = router_inputs(corpus, config.corpus, config.num_tables, config.train.seed)
-    return _placed(method.build(config.moe, inputs), mesh, _asked(config.schedule, config.eval))
+    return _placed(method.build(config.moe, inputs), mesh)
 
 
 def restore_routers(
@@ -60,7 +59,7 @@ def restore_routers(
         return None
     splits = None if corpus is None else corpus.split
     inputs = RouterInputs(vocab_size, config.train.seed, config.num_tables, splits=splits)
-    return _placed(method.restore(config.moe, inputs, states), mesh, _asked(config.schedule, config.eval))
+    return _placed(method.restore(config.moe, inputs, states), mesh)
 
 
 def router_states(routers: Sequence[PlannedRouter] | None) -> list[dict[str, Tensor]]:
@@ -86,15 +85,7 @@ def router_inputs(corpus: PreparedCorpus, where: CorpusConfig, number: int, seed
     )
 
 
-def _asked(schedule: ScheduleConfig, evaluation: EvalConfig) -> dict[str, int]:
-    """Return the largest k of training and of evaluation, by the options that ask for them."""
-    return {"schedule.k_max": schedule.k_max, "eval.k": max(evaluation.k, default=0)}
-
-
-def _placed(routers: Sequence[PlannedRouter], mesh: Mesh | None, asked: Mapping[str, int]) -> list[PlannedRouter]:
-    most = min(router.most_k for router in routers)
-    for name, k in asked.items():
-        require(k <= most, f"{name}={k}: must be at most {most} with these routers")
+def _placed(routers: Sequence[PlannedRouter], mesh: Mesh | None) -> list[PlannedRouter]:
     return [router.place(mesh or Mesh()) for router in routers]
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from foreroute.engine.config import MoEConfig, ParallelConfig
+from foreroute.engine.config import MoEConfig, ParallelConfig, Split
 from foreroute.engine.data.device_copy import Delivery, receive
 from foreroute.engine.data.plan_agreement import tables_digest
 from foreroute.engine.errors import RunFailed, UserError, require
@@ -37,7 +37,7 @@ from foreroute.engine.plug_in.passes import Pass, Passes, backward_node
 from foreroute.engine.plug_in.plans import Plans, Sequences, keep_to_texts, real_ids
 from foreroute.engine.plug_in.replaceable import Replaced, side_of
 from foreroute.engine.routing.plan import Routing
-from foreroute.engine.routing.planned_router import GroupTokens, PlannedRouter, RouterInputs, plan_all
+from foreroute.engine.routing.planned_router import GroupTokens, PlannedRouter, RouterInputs, check_use, plan_all
 from foreroute.engine.routing.plans.exchange_choice import use_gather, wire_dtype
 
 Batch = TypeVar("Batch", bound=Sequence[Any] | Mapping[Any, Any])
@@ -129,8 +129,8 @@ class PlannedExperts:
 
     @k.setter
     def k(self, k: int) -> None:
-        most = min(router.most_k for router in self._routers)
-        require(1 <= k <= most, f"k={k}: must be in 1 .. {most}, the number of experts")
+        require(1 <= k <= self._num_experts, f"k={k}: must be in 1 .. {self._num_experts}, the number of experts")
+        check_use(self._routers, Split.train, k)
         self._k = k
 
     # Plans.

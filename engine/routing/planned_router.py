@@ -191,11 +191,6 @@ class PlannedRouter(ABC):
             weights: with what the experts' weights alone depend on; a certificate leaves it out.
         """
 
-    @property
-    def most_k(self) -> int:
-        """The largest k that it can be asked for."""
-        return self.columns
-
     def refusal(self, split: Split, k: int) -> str | None:
         """Return why there are no routes of k experts for a split of the run's text, as a line; None: there are."""
         return None

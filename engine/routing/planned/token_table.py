@@ -25,12 +25,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from foreroute.engine.config import MoEConfig, RouteWeights
+from foreroute.engine.config import MoEConfig, RouteWeights, Split
 from foreroute.engine.config.option import option
 from foreroute.engine.errors import UserError, require
 from foreroute.engine.routing.method_options import Card, read_options
 from foreroute.engine.routing.ngram_rows import KeyRows
-from foreroute.engine.routing.planned_router import GroupTokens, PlannedRouter, RouterInputs
+from foreroute.engine.routing.planned_router import GroupTokens, PlannedRouter, RouterInputs, check_use
 from foreroute.engine.routing.row_sets import Choice, RowSets, Weigh, column_dtype, equal_weights, unit_weights
 from foreroute.engine.sealed_files import replacing
 
@@ -122,10 +122,12 @@ class TokenTableRouter(PlannedRouter):
             for ngram, vocab_size, seed, index in [state["numbers"].tolist()]
         ]
 
-    @property
-    def most_k(self) -> int:
-        """The number of experts that the file lists."""
-        return self.order_rK.shape[1]
+    def refusal(self, split: Split, k: int) -> str | None:
+        """Refuse more experts than the table lists."""
+        listed = self.order_rK.shape[1]
+        return (
+            None if k <= listed else f"k={k}: the table of moe.router=token_table lists {listed} experts for each row"
+        )
 
     def choose(self, tokens: GroupTokens, k: int) -> Choice:
         """Look up each token's row."""
@@ -133,7 +135,7 @@ class TokenTableRouter(PlannedRouter):
 
     def row_sets(self, k: int) -> RowSets:
         """Return the first k experts of each row."""
-        require(k <= self.most_k, f"k={k}: the table lists {self.most_k} experts for each row")
+        check_use([self], Split.train, k)
         return RowSets(self.order_rK[:, :k], _WEIGH[self.weights])
 
     def state(self) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from safetensors.numpy import save_file
 from torch import distributed as dist
 
-from foreroute.engine.config import KernelsConfig, MoEConfig, ParallelConfig
+from foreroute.engine.config import KernelsConfig, MoEConfig, ParallelConfig, Split
 from foreroute.engine.errors import UserError
 from foreroute.engine.moe.exchange import build_exchange
 from foreroute.engine.moe.layer import MoELayer
@@ -191,10 +191,10 @@ def test_a_wider_table_is_used_up_to_k_and_a_larger_k_is_refused(tmp_path):
     wide = a_table(columns=6)
     np.save(tmp_path / "wide.npy", wide)
     (router,) = build(tmp_path / "wide.npy")
-    assert router.most_k == 6
+    assert router.refusal(Split.train, 6) is None and router.refusal(Split.train, 7) is not None
     for k in (1, 4, 6):
         assert np.array_equal(experts_of(router, k), wide[:, :k])
-    with pytest.raises(UserError, match=r"^k=7: the table lists 6 experts for each row$"):
+    with pytest.raises(UserError, match=r"^k=7: the table of moe\.router=token_table lists 6 experts for each row$"):
         experts_of(router, 7)
 
 
