@@ -7,7 +7,8 @@ previous one are sent.
 One autograd function computes all chunks, so it sums a parameter's gradient over the chunks, in fp32 at least, and
 returns it once. It saves the same tensors for backward as separate chunks would. These include the parameters
 themselves, not views or copies, which would be empty under ZeRO-3. All are saved by save_for_backward, so activation
-checkpointing drops them. A gate weighs the rows of a chunk when they have arrived, and again in backward.
+checkpointing drops them. A gate weighs the rows of a chunk when they have arrived, and again in backward. Its weight
+belongs to another module: DeepSpeed sees it read in this call, and gathers it around the call as around its own.
 
 Letters: T local tokens (t: of one chunk), D width, R received rows, N expert rows, of one chunk.
 """

@@ -43,19 +43,26 @@ SYMBOLS, STREAMS, SEGMENT, LAYERS, EXPERTS, K = 11, 4, 16, 2, 4, 2
 
 
 def tiny_config(
-    stage: int = 1, *, clip: float = 0.0, dropout: float = 0.0, model: dict[str, Any] | None = None, **train: Any
+    stage: int = 1,
+    *,
+    clip: float = 0.0,
+    dropout: float = 0.0,
+    model: dict[str, Any] | None = None,
+    moe: dict[str, Any] | None = None,
+    **train: Any,
 ) -> Config:
     """Return the run's configuration.
 
     Args:
         stage: of ZeRO.
         model: further options of section model.
+        moe: further options of section moe.
         train: further options of section train.
     """
     return Config(
         data=DataConfig(streams=STREAMS, segment=SEGMENT),
         model=ModelConfig(LAYERS, 16, heads=2, head_width=8, memory=16, dropout=dropout, init_std=0.2, **(model or {})),
-        moe=MoEConfig(experts=EXPERTS, expert_width=12, ngram=2, rows=64),
+        moe=MoEConfig(experts=EXPERTS, expert_width=12, ngram=2, rows=64, **(moe or {})),
         schedule=ScheduleConfig(k_min=K, k_max=K),
         # With a smaller eps, rounding noise in a gradient that is nearly zero becomes a whole step.
         optim=OptimConfig(lr=0.002, clip=clip, eps=1e-6),

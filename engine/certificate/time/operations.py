@@ -20,6 +20,7 @@ from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.time.cluster import ClusterConfig
 from foreroute.engine.config import Backend, TrainConfig
 from foreroute.engine.model.flops import Product, count_matrices, end_products, projection_products, score_products
+from foreroute.engine.routing.methods import has_live_gate
 from foreroute.kernels.ops.relative_attention import tile_shape
 
 Seconds = NDArray[np.float64]
@@ -103,6 +104,8 @@ def expert_seconds(layout: Layout, cluster: ClusterConfig, k: int, computed: Row
         row_bytes = item * width * (6 * computed + 2 * received)
         operations = 12 if grouped else 10 + 9 * local
     seconds = matrices * products * cluster.product_seconds(flops / products, bf16=item == 2)
+    if has_live_gate(moe):
+        seconds = seconds + cluster.product_seconds(2.0 * received * width * moe.columns, bf16=False)
     seconds = seconds + cluster.memory_seconds(hidden_bytes + row_bytes)
     start = cluster.scale.operations * operations * cluster.operation_us * 1e-6
     found: Seconds = passes(layout.config.train) * (cluster.scale.experts * seconds + start)

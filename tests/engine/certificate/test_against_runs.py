@@ -33,6 +33,7 @@ from foreroute.engine.config import (
     MoEConfig,
     OptimConfig,
     ParallelConfig,
+    RouteWeights,
     ScheduleConfig,
     Split,
     TrainConfig,
@@ -120,6 +121,19 @@ def with_dropout(folder):
     )
 
 
+def with_a_gate(folder):
+    """Live weights and experts that return nothing: no byte more, and the way back is left out."""
+    config = two_groups(folder)
+    moe = replace(config.moe, builder=Builder.balanced, pack=None, weights=RouteWeights.live, null_experts=2)
+    return replace(config, moe=moe, schedule=ScheduleConfig(Growth.linear, 1, EXPERTS + 2))
+
+
+def with_copies(folder):
+    """What they multiply is kept after the way back."""
+    config = with_a_gate(folder)
+    return replace(config, moe=replace(config.moe, null_experts=0, constant_experts=1, copy_experts=1))
+
+
 def with_documents(folder):
     """Keys and memory stop at each 'e'; peers tell their ids and where these lie in documents."""
     config = two_groups(folder)
@@ -133,7 +147,7 @@ def with_documents(folder):
 
 CASES = {
     1: [one_rank],
-    2: [two_ranks, with_shared_expert, with_dropout, with_documents],
+    2: [two_ranks, with_shared_expert, with_dropout, with_a_gate, with_copies, with_documents],
     4: [four_ranks, two_groups, in_parts],
 }
 
@@ -293,8 +307,17 @@ def test_the_cases_cover_what_they_say(folder):
     assert {Layout(config, Placement(4, 4, 4)).gathers(k, SEGMENT) for k in range(1, EXPERTS + 1)} == {False, True}
     assert [
         Layout(make(folder)).trips
-        for make in (one_rank, two_ranks, with_shared_expert, with_dropout, two_groups, in_parts)
-    ] == [(2, 2), (3, 3), (3, 3), (3, 3), (3, 2), (3, 3)]
+        for make in (
+            one_rank,
+            two_ranks,
+            with_shared_expert,
+            with_dropout,
+            two_groups,
+            in_parts,
+            with_a_gate,
+            with_copies,
+        )
+    ] == [(2, 2), (3, 3), (3, 3), (3, 3), (3, 2), (3, 3), (3, 2), (3, 3)]
 
 
 CHANGES = {  # array -> micro-batch or none

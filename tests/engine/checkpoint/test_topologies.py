@@ -11,14 +11,19 @@ from foreroute.engine.testing.ranks import run_ranks
 from foreroute.engine.testing.tiny_run import Run
 
 HALF = {"precision": Precision.bf16, "dropout": 0.1}
+GATES = {"moe": {"weights": "live", "constant_experts": 1, "copy_experts": 1, "shared_width": 6, "residual": True}}
 SAVED = {  # folder: world, expert ranks, ZeRO stage, options
     "ranks4-experts2-zero1": (4, 2, 1, {}),
     "ranks4-experts2-zero3": (4, 2, 3, {}),
     "half-precision": (4, 2, 3, HALF),
+    "gates": (4, 2, 3, GATES),
 }
 CONTINUED = [  # folder, world, expert ranks, ZeRO stage, options
     ("ranks4-experts2-zero1", 4, 2, 1, {}),  # the same topology: bit for bit
     ("half-precision", 4, 2, 3, HALF),
+    ("gates", 4, 2, 3, GATES),
+    ("gates", 2, 2, 1, GATES),
+    ("gates", 1, 1, 2, GATES),
     ("ranks4-experts2-zero1", 4, 4, 1, {}),
     ("ranks4-experts2-zero1", 4, 2, 3, {}),
     ("ranks4-experts2-zero1", 2, 2, 2, {}),

@@ -62,10 +62,14 @@ class Theirs(nn.Module):
         return nn.functional.cross_entropy(self.head(x).flatten(0, 1), targets.flatten())
 
 
-def make(dropout=0.0, seed=0, **parallel):
+GATE = {"weights": "live", "gate": "sigmoid", "gate_normalised": False, "copy_experts": 1}
+
+
+def make(dropout=0.0, seed=0, gate=False, **parallel):
     torch.manual_seed(seed)
     model = Theirs()
-    moe = MoEConfig(experts=EXPERTS, expert_width=12, ngram=2, rows=64, builder=Builder.random)
+    options = GATE if gate else {}
+    moe = MoEConfig(experts=EXPERTS, expert_width=12, ngram=2, rows=64, builder=Builder.random, **options)
     experts = replace_feed_forwards(
         model,
         r"layers\.\d+\.mlp",
@@ -87,9 +91,9 @@ def batch(step):
     return drawn[:, :1], drawn[:, 1:-1], drawn[:, 2:]
 
 
-def one_rank(dropout=0.0, left=False):
+def one_rank(dropout=0.0, left=False, gate=False):
     """Plain PyTorch, no DeepSpeed: losses, and the weights after three steps, of experts each by itself."""
-    model, experts = make(dropout)
+    model, experts = make(dropout, gate=gate)
     adam = torch.optim.Adam(model.parameters(), **ADAM)
     losses = []
     for step, k in enumerate(KS):
@@ -132,7 +136,7 @@ def initialize(model, stage, accumulation=1, optimizer="client", bf16=False):
 def train(rank, case):
     """Three steps of one case on this rank; says what `one_rank` says."""
     stage, options = case["stage"], case.get("options", {})
-    model, experts = make(case.get("dropout", 0.0), **options)
+    model, experts = make(case.get("dropout", 0.0), gate=case.get("gate", False), **options)
     model.recompute = case.get("recompute", False)
     accumulation, how = case.get("accumulation", 1), case.get("how", "with")
     engine = initialize(model, stage, accumulation, case.get("optimizer", "client"))
@@ -189,6 +193,8 @@ CASES = {
         {"stage": 3, "options": {**SHARED, "chunks": 3}, "dropout": 0.3},
         {"stage": 3, "options": SHARED, "recompute": True, "accumulation": 2, "how": "hook"},
         {"stage": 3},
+        {"stage": 3, "options": {**SHARED, "chunks": 3}, "gate": True, "recompute": True},
+        {"stage": 1, "options": SHARED, "gate": True, "how": "hook"},
     ],
     4: [{"stage": 1, "options": SHARED, "dropout": 0.3}, {"stage": 3, "options": SHARED, "left": True, "how": "given"}],
 }
@@ -233,7 +239,8 @@ def work(rank, cases):
 
 @pytest.fixture(scope="module")
 def truth():
-    return {(dropout, left): one_rank(dropout, left) for dropout, left in ((0.0, False), (0.3, False), (0.0, True))}
+    options = (0.0, False, False), (0.3, False, False), (0.0, True, False), (0.0, False, True)
+    return {each: one_rank(*each) for each in options}
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +258,7 @@ def compare(got, want):
 
 def check(answers, cases, truth):
     for index, case in enumerate(cases):
-        want = truth[case.get("dropout", 0.0), case.get("left", False)]
+        want = truth[case.get("dropout", 0.0), case.get("left", False), case.get("gate", False)]
         for answer in answers:
             compare(answer[1][index], want)
         assert {name for answer in answers for name in answer[1][index].weights} == set(want.weights)
@@ -267,7 +274,8 @@ def test_two_ranks_train_like_plain_pytorch(on_two_ranks, truth):
     steps = len(KS) * per_pass
     # Two micro-batches; once more each layer's rows to the experts, but not back, which backward does not need.
     recomputed = 2 * len(KS) * (per_pass + 2)
-    assert exchanges == [steps, steps, steps, recomputed, steps, 3 * steps, recomputed, None]
+    gated = [3 * (steps + len(KS) * 2 * 2), steps]  # as with fixed weights; chunks repeat both directions
+    assert exchanges == [steps, steps, steps, recomputed, steps, 3 * steps, recomputed, None, *gated]
 
 
 @pytest.mark.dist

@@ -27,6 +27,9 @@ _BLOCK_DENSE = _ATTENTION + 2 * 128  # and the other LayerNorm
 _HEAD = 64 * 128 + 64 + 2 * 128  # embedding, output bias, u and v
 
 
+MIXED = {"constant_experts": 1, "copy_experts": 1, "shared_width": 128, "residual": True}
+
+
 def certified(changes=(), ranks=1, **more):
     layout = make_layout(dict(changes), SMALL, ranks)
     layout = replace(layout, config=replace(layout.config, **more))
@@ -42,12 +45,13 @@ def certified(changes=(), ranks=1, **more):
             Case(2, {"parallel": {"expert_ranks": 2}}),
             Case(2, {"train": {"zero_stage": 3}, "parallel": {"expert_ranks": 2}}),
         ],
+        [Case(2, {"moe": {"weights": "live", "gate": "sqrt_softplus", **MIXED}, "parallel": {"expert_ranks": 2}})],
         [
             Case(1, {"train": {"zero_stage": 3}}, 8192),
             Case(1, {"model": {"cutoffs": [1000, 3000], "div_val": 4}, "data": {"streams": 8}}, 8192),
         ],
     ],
-    ids=["one rank", "two ranks", "many symbols"],
+    ids=["one rank", "two ranks", "gates", "many symbols"],
 )
 def test_predicted_bytes_are_the_allocated_ones(cases):
     for outcome in compare(cases):
