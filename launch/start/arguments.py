@@ -141,6 +141,8 @@ def _choice(name: str, value: str, sweep: bool) -> str:
     given = unquoted(value)
     is_path = name == "corpus" and Path(given).is_absolute() | Path(given).exists()
     require(not is_path, f"corpus={_short(given)}: takes a choice; write corpus=file corpus.path={given}")
+    is_class = name == "router" and ":" in given
+    require(not is_class, f"router={_short(given)}: takes a choice; write moe.router={given}")
     require(not value.startswith("["), f"{name}={_short(value)}: takes one choice, without brackets")
     require(sweep or len(parts) == 1, f"{name}={_short(value)}: takes one choice; -m runs each")
     return ",".join(p if _PLAIN.fullmatch(p) or _WHOLE_QUOTED.fullmatch(p) else quote(p) for p in parts)

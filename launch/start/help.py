@@ -24,6 +24,7 @@ from foreroute.engine.errors import require
 CONF = Path(__file__).resolve().parents[2] / "conf"
 SCREEN_LINES, SCREEN_COLUMNS = 30, 100
 """The largest size of a help text without a group."""
+_OVERVIEW_LINES = 2  # of a group in it
 ALL = "all"
 OPTIONS = "As they are with the choices made, and in brackets what they may be."
 FLAGS = {
@@ -110,7 +111,14 @@ def _overview(parts: Sequence[_Part], width: int) -> str:
     lines = [_wrapped("groups: --help GROUP shows one, --help all everything", width)]
     for name, texts in found.items():
         text = re.sub(r"\bNone\b", "null", " ".join(texts))
-        wrapped = textwrap.wrap(text, max(width - column, 12), break_long_words=False, break_on_hyphens=False)
+        wrapped = textwrap.wrap(
+            text,
+            max(width - column, 12),
+            break_long_words=False,
+            break_on_hyphens=False,
+            max_lines=_OVERVIEW_LINES,
+            placeholder=" ...",
+        )
         lines += [f"  {name}".ljust(column) + wrapped[0], *(" " * column + line for line in wrapped[1:])]
     return "\n".join([*lines, ""])
 
