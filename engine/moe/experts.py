@@ -7,6 +7,7 @@ hidden unit, so that all experts together are one dense feed-forward, seen as [L
 Letters: L experts on this rank, D width, F expert hidden width, R received rows, T local tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -25,8 +26,15 @@ class Experts(nn.Module):
     """E_i(x) = W2_i Dropout(act(W1_i x + b1_i)) + b2_i for the local experts i."""
 
     w3: nn.Parameter | None
+    first_L1: Tensor | None
 
-    def __init__(self, width: int, moe: MoEConfig, kernels: KernelsConfig) -> None:
+    def __init__(self, width: int, moe: MoEConfig, kernels: KernelsConfig, slices: Sequence[int] = ()) -> None:
+        """Build all experts.
+
+        Args:
+            slices: of how many neighbouring experts each wider one consists (PlannedRouter.slices). The first has its
+                output bias; those of the others stay zero.
+        """
         super().__init__()
         shape = (moe.experts, moe.expert_width, width)
         self.w1 = nn.Parameter(torch.empty(shape))
@@ -35,6 +43,9 @@ class Experts(nn.Module):
         self.b2 = nn.Parameter(torch.zeros(moe.experts, width))
         gated = moe.activation is Activation.swiglu
         self.register_parameter("w3", nn.Parameter(torch.empty(shape)) if gated else None)
+        first = [place == 0 for size in slices for place in range(size)]
+        bias_of = None if all(first) else torch.tensor(first).float()[:, None]
+        self.register_buffer("first_L1", bias_of, persistent=False)
         self.kernels = kernels
         self.masked_from_k = moe.experts + 1
         if kernels.masked_from_k is not None:
@@ -46,6 +57,13 @@ class Experts(nn.Module):
         for weight in (self.w1, self.w2, self.w3):
             if weight is not None:
                 nn.init.normal_(weight, 0.0, std)
+
+    def keep(self, experts: range) -> None:
+        """Keep these experts and drop the others."""
+        for name, parameter in list(self.named_parameters()):
+            setattr(self, name, nn.Parameter(parameter.detach()[experts.start : experts.stop].clone()))
+        if self.first_L1 is not None:
+            self.first_L1 = self.first_L1[experts.start : experts.stop].clone()
 
     def forward(
         self,
@@ -71,7 +89,8 @@ class Experts(nn.Module):
         Raises:
             ValueError: the plan is for other ranks or another number of tokens.
         """
-        weights = ExpertWeights(self.w1, self.b1, self.w2, self.b2, self.w3)
+        b2 = self.b2 if self.first_L1 is None else self.b2 * self.first_L1.to(self.b2.dtype)
+        weights = ExpertWeights(self.w1, self.b1, self.w2, b2, self.w3)
         calls = [self._call(rows_RD, chunk, plan.k, dropout) for chunk in plan.chunks]
         if len(calls) > 1:
             assert isinstance(exchange, Exchange), "one rank has plans of one chunk"

@@ -28,7 +28,7 @@ from foreroute.engine.moe.kept_plans import once
 from foreroute.engine.moe.zero_experts import zero_experts
 from foreroute.engine.parallel.collectives import ExpertGroupComm
 from foreroute.engine.routing.live_router import LiveRouter, without_padding
-from foreroute.engine.routing.methods import has_live_gate, live_method
+from foreroute.engine.routing.methods import expert_slices, has_live_gate, live_method
 from foreroute.engine.routing.plan import Plan, Routing
 from foreroute.engine.routing.plans.exchange_choice import wire_dtype
 from foreroute.engine.routing.plans.live_plan import plan_live
@@ -85,7 +85,7 @@ class MoELayer(nn.Module):
         method = live_method(moe)
         self.router = None if method is None else method(width, moe, layer)
         self.gate = LiveGate(width, moe) if has_live_gate(moe) else None
-        self.experts = Experts(width, moe, kernels)
+        self.experts = Experts(width, moe, kernels, expert_slices(moe))
         self.zero_experts = zero_experts(width, moe)
         self.exchange: Exchange | Local = Local()
         self.balance_comm: ExpertGroupComm | None = None  # None: a learned router is balanced over this rank's tokens
@@ -107,8 +107,7 @@ class MoELayer(nn.Module):
 
     def keep_experts(self, experts: range) -> None:
         """Keep these experts and drop the others, which other ranks hold."""
-        for name, parameter in list(self.experts.named_parameters()):
-            setattr(self.experts, name, nn.Parameter(parameter.detach()[experts.start : experts.stop].clone()))
+        self.experts.keep(experts)
         self.first_expert = experts.start
 
     def forward(self, x_TD: Tensor, routing: Routing, carried: Tensor | None = None) -> LayerOutput:

@@ -2,6 +2,7 @@
 `moe.router=package.module:Class` a class of the user's, and `dense` is none.
 """
 
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -73,6 +74,12 @@ def has_live_gate(moe: MoEConfig) -> bool:
     """Return whether a learned gate weighs planned experts (engine/moe/gate.py)."""
     method = planned_method(moe)
     return method is not None and moe.weights is RouteWeights.live and "weights" in method.uses
+
+
+def expert_slices(moe: MoEConfig) -> Sequence[int]:
+    """Return of how many of moe.experts each expert consists (PlannedRouter.slices)."""
+    planned = planned_method(moe)
+    return [1] * moe.experts if planned is None else planned.slices(moe)
 
 
 def option_uses(moe: MoEConfig) -> tuple[str, ...]:

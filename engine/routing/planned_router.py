@@ -176,6 +176,12 @@ class PlannedRouter(ABC):
             UserError: an option is out of range, or needs another.
         """
 
+    @classmethod
+    def slices(cls, moe: MoEConfig) -> Sequence[int]:
+        """Return of how many neighbouring moe.experts each expert consists, which are always active together with the
+        same weight: parts of a wider one, with one output bias. All ones by default."""
+        return [1] * moe.experts
+
     @abstractmethod
     def choose(self, tokens: GroupTokens, k: int) -> Choice:
         """Choose the experts of each token, k of them on average; also of padding, whose choice is dropped.
