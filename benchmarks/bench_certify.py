@@ -106,7 +106,7 @@ def main() -> None:
     config = epoch(ids)
     layout = Layout(config, PLACEMENT)
     begin = time.perf_counter()
-    routers = HashedRouter.build(config.moe, RouterInputs(SYMBOLS, 1, config.model.layers, ids))
+    routers = HashedRouter.build(config.moe, RouterInputs(SYMBOLS, 1, config.num_tables, ids))
     built, cpu = time.perf_counter(), time.process_time()
     found = certify(layout, ids, routers, sample=args.sample)
     done, cpu = time.perf_counter(), time.process_time() - cpu

@@ -209,7 +209,7 @@ def material(layout: Layout, symbols: int = SYMBOLS) -> tuple[NDArray[np.uint8],
     config = layout.config
     number = config.data.streams * (config.data.segment * (config.train.steps + 1) + 1)
     ids = (np.random.default_rng(0).random(number) ** 2 * SYMBOLS).astype(np.uint8)
-    return ids, HashedRouter.build(config.moe, RouterInputs(symbols, 1, config.model.layers, ids))
+    return ids, HashedRouter.build(config.moe, RouterInputs(symbols, 1, config.num_tables, ids))
 
 
 def make_layout(changes: dict[str, dict[str, Any]], base: dict[str, dict[str, Any]], ranks: int) -> Layout:

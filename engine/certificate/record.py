@@ -50,7 +50,7 @@ class Record:
         self._place_s = place_s.astype(np.min_scalar_type(self._first_u.size))
         group_tokens = placement.expert_ranks * layout.tokens
         micro, trips = config.train.accumulation, sum(layout.trips)
-        shape = self._first_u.size, config.model.layers, placement.world_size
+        shape = self._first_u.size, config.expert_layers, placement.world_size
 
         def zeros(largest: int, *more: int) -> Counts:
             return np.zeros((*shape, *more), np.min_scalar_type(largest))

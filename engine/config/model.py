@@ -4,6 +4,7 @@ Each help text has the unit of its option and the effect of a larger value. `fee
 layers with which a dense model has as many parameters as the model with experts that it is compared with.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -113,10 +114,10 @@ class MoEConfig:
         "model.signatures take, for equal parameters up to the experts' output biases and the router.",
         at_least=1,
     )
-    layers: int | None = option(
+    layers: Any = option(
         None,
-        "Layers, the first ones, that have experts; the others are dense of width plain_width. None: all.",
-        at_least=1,
+        "Layers that have experts: how many of the first ones, or a list of their numbers from 0, such as [2,3]; the"
+        " others are dense of width plain_width. None: all.",
     )
     plain_width: int = option(512, "Hidden width of layers without experts, also with router=dense.", at_least=1)
     activation: Activation = Activation.relu
@@ -159,6 +160,7 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         check("moe", self)
+        self.layers = _checked_layers(self.layers)
         named = isinstance(self.router, str) and (":" in self.router or self.router in router_names())
         require(named, f"moe.router={self.router}: must be one of {', '.join(router_names())}, or package.module:Class")
         if self.router == "hashed":
@@ -214,14 +216,32 @@ def router_names() -> list[str]:
     return [*sorted(files), DENSE]
 
 
-def expert_layers(model: ModelConfig, moe: MoEConfig) -> int:
-    """Count the layers that have experts or, with router=dense, are as wide."""
-    return model.layers if moe.layers is None else min(moe.layers, model.layers)
+def _checked_layers(value: Any) -> int | list[int] | None:
+    """Return moe.layers with numbers that are text, as on a command line, as numbers."""
+    items = value if isinstance(value, list) else [value]
+    numbers = [int(item) if isinstance(item, str) and item.isdecimal() else item for item in items]
+    if numbers in ([None], ["null"]):
+        return None
+    least = 0 if isinstance(value, list) else 1
+    whole = all(type(number) is int and number >= least for number in numbers)
+    require(
+        whole and len(numbers) > 0 and all(first < second for first, second in pairwise(numbers)),
+        f"moe.layers={value}: must be how many of the first layers have experts, at least 1, or an ascending list of"
+        " their numbers from 0, such as [2,3]",
+    )
+    return numbers if isinstance(value, list) else numbers[0]
+
+
+def expert_layers(model: ModelConfig, moe: MoEConfig) -> Sequence[int]:
+    """Return the numbers of the layers that have experts or, with router=dense, are as wide."""
+    if isinstance(moe.layers, list):
+        return moe.layers
+    return range(model.layers if moe.layers is None else min(moe.layers, model.layers))
 
 
 def num_tables(model: ModelConfig, moe: MoEConfig) -> int:
     """Count the tables of a hashed router, or the orders of one that draws them."""
-    return 1 if moe.share_table else expert_layers(model, moe)
+    return 1 if moe.share_table else len(expert_layers(model, moe))
 
 
 def feed_forward_width(model: ModelConfig, moe: MoEConfig, layer: int) -> int:
@@ -235,7 +255,7 @@ def feed_forward_width(model: ModelConfig, moe: MoEConfig, layer: int) -> int:
         UserError: nothing is left beside the parameters at the input.
     """
     layers = expert_layers(model, moe)
-    if layer >= layers:
+    if layer not in layers:
         return moe.plain_width
     if moe.dense_width is not None:
         return moe.dense_width
@@ -245,7 +265,7 @@ def feed_forward_width(model: ModelConfig, moe: MoEConfig, layer: int) -> int:
     at_input = model.ngram_rows * model.width if model.ngram else 0
     if model.signatures:
         at_input = (num_tables(model, moe) * moe.experts + 1) * model.width
-    width = whole - round(at_input / (layers * (matrices * model.width + 1)))
+    width = whole - round(at_input / (len(layers) * (matrices * model.width + 1)))
     cause = "model.signatures=true" if model.signatures else f"model.ngram_rows={model.ngram_rows}"
     require(
         width >= 1,

@@ -498,12 +498,15 @@ class Config:
             not model.signatures or moe.weights is not RouteWeights.live,
             "model.signatures=true: needs fixed weights, moe.weights is live",
         )
-        require(
-            moe.layers is None or moe.layers <= model.layers,
-            f"moe.layers={moe.layers}: must be at most model.layers={model.layers}",
-        )
+        if isinstance(moe.layers, list):
+            require(
+                moe.layers[-1] < model.layers,
+                f"moe.layers={moe.layers}: must be below model.layers={model.layers}, since they count from 0",
+            )
+        elif moe.layers is not None:
+            require(moe.layers <= model.layers, f"moe.layers={moe.layers}: must be at most model.layers={model.layers}")
         if dense:
-            feed_forward_width(model, moe, 0)
+            feed_forward_width(model, moe, expert_layers(model, moe)[0])
 
     def streams_per_micro_batch(self, world: int) -> int:
         """Count the streams that one rank runs in one forward pass.
@@ -536,8 +539,8 @@ class Config:
 
     @property
     def expert_layers(self) -> int:
-        """Layers that have experts or, with router=dense, are as wide."""
-        return expert_layers(self.model, self.moe)
+        """How many layers have experts or, with router=dense, are as wide."""
+        return len(expert_layers(self.model, self.moe))
 
     @property
     def num_tables(self) -> int:

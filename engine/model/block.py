@@ -37,9 +37,10 @@ class Block(nn.Module):
         self.pre_norm = model.pre_norm
         self.attention = RelativeAttention(model)
         self.attention_norm = nn.LayerNorm(model.width)
-        self.has_experts = not moe.dense and layer < expert_layers(model, moe)
+        layers = expert_layers(model, moe)
+        self.has_experts = not moe.dense and layer in layers
         if self.has_experts:
-            self.moe = MoELayer(model.width, moe, kernels, layer, dropout=model.dropout)
+            self.moe = MoELayer(model.width, moe, kernels, layers.index(layer), dropout=model.dropout)
         else:
             inner = feed_forward_width(model, moe, layer)
             self.feed_forward = FeedForward(model.width, inner, moe.activation, model.dropout)

@@ -90,7 +90,7 @@ def score_products(model: ModelConfig, *, segment: int, block: int, together: in
 def layer_products(model: ModelConfig, moe: MoEConfig, rows: float, layer: int, k: int) -> list[Product]:
     """List the products of a layer's router and feed-forward or active experts."""
     matrices = count_matrices(moe.activation)
-    if moe.dense or layer >= expert_layers(model, moe):
+    if moe.dense or layer not in expert_layers(model, moe):
         return [Product(rows, feed_forward_width(model, moe, layer), model.width, matrices)]
     active = k * moe.experts / moe.columns  # of k, constants, copies and nulls compute nothing
     found = [Product(rows, active * moe.expert_width + moe.shared_width, model.width, matrices)]

@@ -127,7 +127,7 @@ def certify(
         placement=layout.placement,
         steps=chosen.stop,
         sample=sample,
-        layers=layout.config.model.layers,
+        layers=layout.config.expert_layers,
         experts=layout.config.moe.experts,
         tokens=layout.tokens,
         row_bytes=layout.row_bytes,

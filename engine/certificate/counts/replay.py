@@ -181,7 +181,7 @@ class _Counter:
             field_sf = _count_fields(self._words(number, sets), row_PT.reshape(shares, -1))
             found.append(field_sf.reshape(place.groups, place.expert_ranks, accumulation, -1))
         field_ymgPf = np.stack(found).transpose(0, 3, 1, 2, 4)
-        layers = config.model.layers  # of one table, or each with its own
+        layers = config.expert_layers  # of one table, or each with its own
         field_ymgPf = np.broadcast_to(field_ymgPf, (layers, *field_ymgPf.shape[1:]))
         experts, ranks = config.moe.experts, place.expert_ranks
         end = experts + ranks

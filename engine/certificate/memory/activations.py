@@ -13,6 +13,7 @@ from math import ceil
 from foreroute.engine.certificate.memory.sizes import Rows, Sizes
 from foreroute.engine.certificate.memory.terms import Term, largest, term
 from foreroute.engine.config.enums import Gate
+from foreroute.engine.config.model import expert_layers
 from foreroute.kernels.cpu.masked_ffn import BLOCK_ROWS
 from foreroute.kernels.ops.linear_cross_entropy import chunk_tokens, largest_chunk
 
@@ -111,13 +112,52 @@ class Activations:
             attention_only: of the last of them, the experts' part is gone.
         """
         if self.sizes.config.train.recompute:
-            return [*self._inputs(layers), *self._recomputed(attention_only)]
-        own = layers - attention_only
-        return [*self._inputs(layers), *self._attention(layers), *self._around_experts(own), *self._experts(own)]
+            return [*self._inputs(layers), *self._recomputed(layers, attention_only)]
+        own = range(layers - attention_only)
+        return [*self._inputs(layers), *self._attention(layers), *self._after_attention(own)]
 
-    def _recomputed(self, attention_only: bool) -> list[Term]:
-        experts = [] if attention_only else [*self._around_experts(1), *self._experts(1)]
-        return [*self._attention(1), *experts]
+    def _recomputed(self, layers: int, attention_only: bool) -> list[Term]:
+        own = range(layers, layers) if attention_only else range(layers - 1, layers)
+        return [*self._attention(1), *self._after_attention(own)]
+
+    def _after_attention(self, layers: range) -> list[Term]:
+        """List the tensors of these layers' feed-forwards, with experts and without."""
+        model, moe = self.sizes.config.model, self.sizes.config.moe
+        experts = len(set(layers).intersection(expert_layers(model, moe)))
+        return [
+            *self._residual(len(layers)),
+            *(self._around_experts(experts) if experts else []),
+            *(self._experts(experts) if experts else []),
+            *(self._feed_forward(len(layers) - experts) if experts < len(layers) else []),
+        ]
+
+    def _residual(self, layers: int) -> list[Term]:
+        s, model = self.sizes, self.sizes.config.model
+        after = s.mask if model.pre_norm else s.number + s.mask
+        words = "{} layers x {} tokens x {} width x {} bytes"
+        return [term("residual sums", words, layers, s.tokens, model.width, after)]
+
+    def _feed_forward(self, layers: int) -> list[Term]:
+        """List the tensors of dense feed-forwards (engine/moe/feed_forward.py)."""
+        s, config = self.sizes, self.sizes.config
+        each = 4 * s.number + s.mask if s.gated else s.number + (s.number + s.mask if s.mask else 0)
+        name, rows = "feed-forward", "{} layers x {} tokens x "
+        return [
+            term(name, rows + "{} width x {} bytes", layers, s.tokens, config.model.width, s.number),
+            term(name, rows + "{} hidden units x {} bytes", layers, s.tokens, config.moe.plain_width, each),
+        ]
+
+    def feed_forward_backward(self) -> list[Term]:
+        """List the tensors of one dense feed-forward in backward, without gradients of parameters.
+
+        With dropout, what it kept is gone before the second gradient of the hidden units is there.
+        """
+        s, config = self.sizes, self.sizes.config
+        name, copies = "feed-forward's backward", 1 if s.mask else 2
+        return [
+            term(name, "{} tokens x {} width x {} bytes", s.tokens, config.model.width, 2 * s.number),
+            term(name, "{} tokens x {} hidden units x {} bytes", s.tokens, config.moe.plain_width, copies * s.number),
+        ]
 
     def _inputs(self, layers: int) -> list[Term]:
         """List the inputs of blocks, if they are not there as memory."""
@@ -178,11 +218,10 @@ class Activations:
         return found
 
     def _around_experts(self, layers: int) -> list[Term]:
-        """List the tensors of the dense parts of the expert layer and of what follows it."""
+        """List the tensors of the dense parts of the expert layer."""
         s, config = self.sizes, self.sizes.config
         width, c, shared = config.model.width, s.number, config.moe.shared_width
-        after = s.mask if config.model.pre_norm else c + s.mask
-        found = [term("residual sums", "{} layers x {} tokens x {} width x {} bytes", layers, s.tokens, width, after)]
+        found = list[Term]()
         if not s.shared_out or shared or s.zero_experts:
             found.append(
                 term("experts' input", "{} layers x {} tokens x {} width x {} bytes", layers, s.tokens, width, c)

@@ -26,6 +26,7 @@ from foreroute.engine.certificate.memory.sizes import (
 )
 from foreroute.engine.certificate.memory.state import START, GradientProgress, Phase, State
 from foreroute.engine.certificate.memory.terms import Term, merged, term, total
+from foreroute.engine.config.model import expert_layers
 from foreroute.engine.errors import require
 
 
@@ -152,7 +153,8 @@ def _peak(sizes: Sizes, rows: Rows, parameters: Parameters) -> Memory:
 def _moments(sizes: Sizes, rows: Rows, parameters: Parameters) -> Iterator[tuple[str, list[Term]]]:
     """Yield the terms of every moment at which memory can be greatest."""
     state, activations = State(sizes, parameters), Activations(sizes, rows)
-    layers, layer = sizes.config.model.layers, parameters.layer
+    layers = sizes.config.model.layers
+    with_experts = expert_layers(sizes.config.model, sizes.config.moe)
     always = [*state.held(), *_plans(sizes, rows)]
 
     def moment(phase: Phase, progress: GradientProgress = START) -> list[Term]:
@@ -167,22 +169,26 @@ def _moments(sizes: Sizes, rows: Rows, parameters: Parameters) -> Iterator[tuple
     for name, phase in (("forward, end", Phase.forward), ("backward, loss", Phase.forward)):
         logits = activations.logits(backward=name.startswith("backward"))
         yield name, [*moment(phase), *kept, *activations.ends(), *logits]
-    for number, name in ((layers, "last"), (1, "first")):
-        done = parameters.head + (layers - number) * layer
+    looked_at = {layers: "last", 1: "first"}
+    for number, name in ((with_experts[-1] + 1, "last"), (with_experts[0] + 1, "first")):
+        looked_at.setdefault(number, f"{name} expert")
+    for number, name in looked_at.items():
+        done, inner = parameters.head + sum(parameters.blocks[number:]), parameters.inner[number - 1]
+        has_experts = number - 1 in with_experts
         yield (
-            f"backward, experts of the {name} layer",
+            f"backward, {'experts' if has_experts else 'feed-forward'} of the {name} layer",
             [
-                *moment(Phase.backward, GradientProgress(done, parameters.layer_experts)),
+                *moment(Phase.backward, GradientProgress(done, inner)),
                 *activations.ends(),
                 *activations.kept(number),
-                *activations.experts_backward(),
-                *state.gradients_of_chunks(),
+                *(activations.experts_backward() if has_experts else activations.feed_forward_backward()),
+                *(state.gradients_of_chunks() if has_experts else []),
             ],
         )
         yield (
             f"backward, attention of the {name} layer",
             [
-                *moment(Phase.backward, GradientProgress(done + parameters.layer_experts)),
+                *moment(Phase.backward, GradientProgress(done + inner)),
                 *activations.ends(),
                 *activations.kept(number, attention_only=True),
                 *activations.attention_backward(),
@@ -203,7 +209,7 @@ def _plans(sizes: Sizes, rows: Rows) -> list[Term]:
     gate weighs."""
     config, tokens = sizes.config, sizes.tokens
     ahead = config.data.prefetch * config.train.accumulation + 1
-    tables = 1 if config.moe.share_table else config.model.layers
+    tables = config.num_tables
     words = "{} plans x {} tables x {} expert rows x {} bytes"
     found = [
         term("plans", words, ahead, tables, rows.computed, 24 if sizes.gate else 20),

@@ -19,6 +19,7 @@ from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.config import Config, KernelsConfig, ModelConfig, MoEConfig, to_plain
 from foreroute.engine.config.enums import Activation, Backend, SavedForBackward
+from foreroute.engine.config.model import expert_layers
 from foreroute.engine.model.adaptive import clusters
 from foreroute.engine.model.transformer_xl import SMALL_VOCABULARY, TransformerXL
 from foreroute.engine.optim.adam import comes_last
@@ -174,7 +175,7 @@ def exact_rows(of_k: StepStatistics, sizes: Sizes) -> Rows:
     received, all_layers = of_k.received_rows.max, of_k.received_layers.max
     if sizes.gather or not sizes.shared_out:
         received = sizes.placement.expert_ranks * sizes.tokens
-        all_layers = sizes.config.model.layers * received
+        all_layers = sizes.config.expert_layers * received
     return Rows(
         received=received,
         computed=of_k.computed_rows.max,
@@ -187,7 +188,7 @@ def exact_rows(of_k: StepStatistics, sizes: Sizes) -> Rows:
 def bounded_rows(known: Rows, sizes: Sizes, known_streams: int) -> Rows:
     """Bound the rows at another number of streams (see engine/certificate/memory/peak.py)."""
     times = ceil(sizes.streams / known_streams)
-    layers, group = sizes.config.model.layers, sizes.placement.expert_ranks * sizes.tokens
+    layers, group = sizes.config.expert_layers, sizes.placement.expert_ranks * sizes.tokens
     planned = planned_method(sizes.config.moe)
     most = sizes.k if planned is not None and planned.at_most_k else sizes.local_experts
     chosen = group * min(most, sizes.local_experts)
@@ -241,8 +242,9 @@ class Parameters:
     """The parameters that a rank holds."""
 
     groups: tuple[Group, ...]  # all, or without experts and experts
-    layer: int  # numbers of one block
-    layer_experts: int  # of them of experts
+    blocks: tuple[int, ...]  # numbers of each block
+    inner: tuple[int, ...]  # of them of its experts, or of its dense feed-forward
+    layer_experts: int  # of the experts of a layer
     at_input: int  # of tables at the input
     head: int  # outside the blocks and these tables
     embedding: int  # of them of the symbols' embeddings
@@ -251,6 +253,11 @@ class Parameters:
     def numbers(self) -> int:
         """All of them."""
         return sum(group.numbers for group in self.groups)
+
+    @property
+    def layer(self) -> int:
+        """Numbers of the largest block."""
+        return max(self.blocks)
 
     @property
     def part(self) -> int:
@@ -268,23 +275,26 @@ def count_parameters(layout: Layout, vocab_size: int) -> Parameters:
     config, placement = layout.config, layout.placement
     dense: list[int] = []
     experts: list[int] = []
-    layer = layer_experts = at_input = embedding = 0
+    blocks, inner = [0] * config.model.layers, [0] * config.model.layers
+    layer_experts = at_input = embedding = 0
     for name, numel in _numels(_key(config.model), _key(config.moe), vocab_size):
         is_expert = ".experts." in name
         if is_expert:
             numel //= placement.expert_ranks
         (experts if is_expert and placement.expert_ranks > 1 else dense).append(numel)
-        if name.startswith("blocks.0."):
-            layer += numel
-            layer_experts += numel * is_expert
+        if name.startswith("blocks."):
+            number = int(name.split(".")[1])
+            blocks[number] += numel
+            inner[number] += numel * (is_expert or ".feed_forward." in name)
+            layer_experts += numel * (is_expert and number == expert_layers(config.model, config.moe)[0])
         at_input += numel * name.startswith("input_tables.")
         embedding += numel * name.startswith("embedding.")
     groups = [Group("all", _laid_out(dense), placement.world_size)]
     if experts:
         groups = [Group("without experts", _laid_out(dense), placement.world_size)]
         groups.append(Group("experts", _laid_out(experts), placement.groups))
-    head = sum(group.numbers for group in groups) - config.model.layers * layer - at_input
-    return Parameters(tuple(groups), layer, layer_experts, at_input, head, embedding)
+    head = sum(group.numbers for group in groups) - sum(blocks) - at_input
+    return Parameters(tuple(groups), tuple(blocks), tuple(inner), layer_experts, at_input, head, embedding)
 
 
 def _key(section: ModelConfig | MoEConfig) -> str:

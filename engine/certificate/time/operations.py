@@ -65,6 +65,8 @@ def model_seconds(layout: Layout, cluster: ClusterConfig, vocab: int, shares: Se
     score_bytes = 6 * item * streams * model.heads * queries * score_product.columns
     moved_bytes = item * (8 * tokens * inner + 6 * streams * keys * inner + 2 * streams * keys * width)
     attention = projections + scores + float(cluster.memory_seconds(score_bytes + moved_bytes))
+    plain = Product(tokens, layout.config.moe.plain_width, width, count_matrices(layout.config.moe.activation))
+    dense = (model.layers - layout.config.expert_layers) * seconds(plain)
     residual = float(cluster.memory_seconds(20 * item * tokens * width))
     ends = end_products(model, vocab, tokens, shares)
     logits = sum(product.rows * product.columns for product in ends)
@@ -73,7 +75,7 @@ def model_seconds(layout: Layout, cluster: ClusterConfig, vocab: int, shares: Se
     layers, weigh = model.layers, passes(layout.config.train)
     return ModelSeconds(
         attention=cluster.scale.attention * weigh * layers * attention,
-        rest=cluster.scale.rest * (weigh * layers * residual + (1 + _BACKWARD) * loss),
+        rest=cluster.scale.rest * (weigh * (layers * residual + dense) + (1 + _BACKWARD) * loss),
         operations=cluster.scale.operations * weigh * operations * cluster.operation_us * 1e-6,
     )
 

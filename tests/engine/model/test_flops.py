@@ -68,6 +68,7 @@ def counted(config, monkeypatch):
 MODELS = {
     "dense": {"router": "dense"},
     "hashed": {"router": "hashed"},
+    "experts in the last layer": {"router": "hashed", "layers": [1], "plain_width": 7},
     "gated": {"activation": Activation.swiglu, "shared_width": 5},
     "frozen": {"router": "frozen"},
     "learned": {"router": "learned"},

@@ -323,12 +323,6 @@ def test_bytes_are_those_of_the_wire_format():
             {},
             "moe.keys=shuffled: routes are drawn at each forward pass",
         ),
-        (
-            {"moe": MoEConfig(layers=1)},
-            (8, 4),
-            {},
-            "moe.layers=1 of model.layers=2: only models with experts in every layer",
-        ),
         ({"data": DataConfig(16, 9000)}, (8, 4), {}, "need a training split of at least"),
     ],
 )

@@ -46,12 +46,13 @@ def certified(changes=(), ranks=1, **more):
             Case(2, {"train": {"zero_stage": 3}, "parallel": {"expert_ranks": 2}}),
         ],
         [Case(2, {"moe": {"weights": "live", "gate": "sqrt_softplus", **MIXED}, "parallel": {"expert_ranks": 2}})],
+        [Case(1, {"model": {"layers": 3}, "moe": {"layers": [1], "plain_width": 1024}})],
         [
             Case(1, {"train": {"zero_stage": 3}}, 8192),
             Case(1, {"model": {"cutoffs": [1000, 3000], "div_val": 4}, "data": {"streams": 8}}, 8192),
         ],
     ],
-    ids=["one rank", "two ranks", "gates", "many symbols"],
+    ids=["one rank", "two ranks", "gates", "experts in one layer", "many symbols"],
 )
 def test_predicted_bytes_are_the_allocated_ones(cases):
     for outcome in compare(cases):
@@ -71,6 +72,10 @@ def test_parameters_are_those_counted_by_hand():
     assert [group.ranks for group in alone.groups] == [1]
     assert alone.numbers == _HEAD + 2 * (_BLOCK_DENSE + 8 * _EXPERT) == alone.part
     assert (alone.head, alone.layer) == (_HEAD, _BLOCK_DENSE + 8 * _EXPERT)
+    one = count_parameters(Layout(make_config({"moe": {"layers": [1], "plain_width": 64}}, SMALL)), SYMBOLS)
+    plain = 2 * 64 * 128 + 64 + 128
+    assert one.blocks == (_BLOCK_DENSE + plain, alone.layer) and one.inner == (plain, 8 * _EXPERT)
+    assert (one.head, one.layer, one.layer_experts) == (_HEAD, alone.layer, 8 * _EXPERT)
     told = count_parameters(Layout(make_config({"model": {"ngram": 2, "ngram_rows": 100}}, SMALL)), SYMBOLS)
     assert (told.head, told.at_input, told.numbers) == (_HEAD, 100 * 128, alone.numbers + 100 * 128)
     shared = count_parameters(Layout(config, Placement(4, 2)), SYMBOLS)
