@@ -9,6 +9,7 @@ from torch import Tensor
 
 from foreroute.engine.config import Config, CorpusConfig, Split
 from foreroute.engine.data.corpus import PreparedCorpus
+from foreroute.engine.errors import require
 from foreroute.engine.model.input_tables import Signatures
 from foreroute.engine.model.transformer_xl import TransformerXL
 from foreroute.engine.parallel.mesh import Mesh
@@ -102,7 +103,7 @@ def build_model(config: Config, vocab_size: int, *, weights_seed: int | None = N
     model = TransformerXL(config.model, config.moe, config.kernels, vocab_size, seed=config.train.seed)
     model.recompute = config.train.recompute
     for router in (module for module in model.modules() if isinstance(module, LiveRouter)):
-        for name, k in (("schedule.k_max", config.schedule.k_max), ("eval.k", max(config.eval.k))):
+        for name, k in (("schedule.k_max", config.schedule.k_max), ("eval.k", max(config.eval.k, default=0))):
             require(k <= router.most, f"{name}={k}: must be at most {router.most} for moe.router={config.moe.router}")
     return model
 
