@@ -22,8 +22,6 @@ _TIE = 9  # first part of the hash: what the number is for; engine/routing/table
 
 Values = NDArray[np.int64]
 Firsts = NDArray[np.int16]
-
-
 Value = Callable[[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]], Values]
 """From rows [s], their fixed logits in descending order [s, E] and uses in the text [s] to the values [s, E] of their
 choices; those of a row must not descend."""

@@ -6,6 +6,11 @@ lowest of these are taken until the mean over the text is k. power < 0 gives fre
 ones more, power > 0 the other way round; 0 is `hashed`. Rows that the text does not have use k. Ours: a control beside
 `top_p` of what the choice of the number is worth, and for those whose text is dominated by easy, frequent n-grams.
 
+Numbers that depend on the frequency have another mean on other text, where other rows are frequent: with 16 experts,
+trigrams of the first 4 MB of enwik8 and k = 2 the mean on the last tenth is 0.6% above k at the default power, 1.5%
+above it at -0.25, 0.5% below it at 0.5. Far above 0 the load is less even, since rare rows have no choices left that
+could even it out: busiest expert / mean is 1.012 at power 0.5, k = 2 and bigrams.
+
 `counts_file` has numbers of the user's own, of any origin, in the place of u ** power: each n-gram's row has experts in
 proportion to its number; exactly so many where their mean over the text is k. With experts without rows as in `top_p`.
 
