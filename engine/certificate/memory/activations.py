@@ -258,7 +258,7 @@ class Activations:
         if s.chunks > 1:
             return found
         each = 4 if s.config.moe.gate is Gate.softmax else 16
-        found.append(term("gate", "{} rows x {} experts of a set x {} bytes", received, s.k, each))
+        found.append(term("gate", "{} rows x {} experts of a set x {} bytes", received, s.listed, each))
         if s.number == 2:
             found.append(term("gate", "{} rows x {} width x {} bytes", received, s.config.model.width, 4))
         return found

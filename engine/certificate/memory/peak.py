@@ -218,13 +218,13 @@ def _plans(sizes: Sizes, rows: Rows) -> list[Term]:
     if sizes.gate:
         listed = rows.received + (tokens if config.moe.columns > config.moe.experts else 0)
         words_of_sets = "{} plans x {} tables x {} rows x {} experts of a set x {} bytes"
-        found.append(term("plans", words_of_sets, ahead, tables, listed, sizes.k, 8))
+        found.append(term("plans", words_of_sets, ahead, tables, listed, sizes.listed, 8))
     elif config.moe.columns > config.moe.experts:
         columns = config.moe.columns - config.moe.experts
         words_of_columns = "{} plans x {} tables x {} tokens x {} experts without rows x {} bytes"
         found.append(term("plans", words_of_columns, ahead, tables, tokens, columns, 4))
     if sizes.shared_out and not sizes.gather:
-        ranks = min(sizes.placement.expert_ranks, sizes.k)
+        ranks = min(sizes.placement.expert_ranks, sizes.listed)
         words = "{} plans x {} tables x {} rows to send x {} bytes"
         found += [
             term("plans", words, ahead, tables, tokens * ranks, 16),

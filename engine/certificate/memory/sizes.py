@@ -139,6 +139,12 @@ class Sizes:
         return has_live_gate(self.config.moe)
 
     @property
+    def listed(self) -> int:
+        """Experts of a token, at most, of all kinds."""
+        planned = planned_method(self.config.moe)
+        return self.k if planned is not None and planned.at_most_k else self.config.moe.columns
+
+    @property
     def zero_experts(self) -> bool:
         """Whether there are experts that compute without a row."""
         return self.config.moe.constant_experts + self.config.moe.copy_experts > 0
@@ -189,9 +195,7 @@ def bounded_rows(known: Rows, sizes: Sizes, known_streams: int) -> Rows:
     """Bound the rows at another number of streams (see engine/certificate/memory/peak.py)."""
     times = ceil(sizes.streams / known_streams)
     layers, group = sizes.config.expert_layers, sizes.placement.expert_ranks * sizes.tokens
-    planned = planned_method(sizes.config.moe)
-    most = sizes.k if planned is not None and planned.at_most_k else sizes.local_experts
-    chosen = group * min(most, sizes.local_experts)
+    chosen = group * min(sizes.listed, sizes.local_experts)
     received = min(times * known.received, group)
     if sizes.gather or not sizes.shared_out:
         received = group

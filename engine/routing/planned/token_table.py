@@ -71,6 +71,7 @@ class TokenTableRouter(PlannedRouter):
         *("weights", "gate", "gate_normalised", "gate_scale"),
         *("constant_experts", "copy_experts", "null_experts"),
     )
+    at_most_k = True
 
     def __init__(self, order_rK: Tensor, key_rows: KeyRows, moe: MoEConfig) -> None:
         """Take a table.
