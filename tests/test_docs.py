@@ -63,13 +63,24 @@ def _program_options(program: str) -> set[str]:
     return {*_options(schema), *groups, "hydra/launcher", "hydra.launcher.n_jobs"}
 
 
+def _router_options() -> set[str]:
+    """The options of all routers' own."""
+    modules = [
+        importlib.import_module(f"foreroute.engine.routing.{path.parent.name}.{path.stem}")
+        for kind in ("planned", "live")
+        for path in (ROOT / "engine/routing" / kind).glob("[!_]*.py")
+    ]
+    own = [value for module in modules for value in vars(module).values() if dataclasses.is_dataclass(value)]
+    return {f"moe.options.{item.name}" for kind in own for item in dataclasses.fields(kind) if "help" in item.metadata}
+
+
 def unknown_options(text: str) -> list[str]:
     """Options that a page gives to a program that does not have them, or names in its text and no run has."""
     found = []
     for line in re.sub(r"\\\n\s*", "", text).splitlines():
         if (command := re.search(r"^ {4}.*?\blaunch\.([a-z_]+) (.*)", line)) and "=" in command[2]:
             given = re.findall(r"(?:^|\s)([a-z_./]+)=", re.split(r"\s#", command[2])[0])
-            known = _program_options(command[1])
+            known = _program_options(command[1]) | _router_options()
             found += [f"launch.{command[1]} {name}" for name in given if name not in known]
     sections = {field.name for field in dataclasses.fields(Config)}
     for section, name in re.findall(r"`([a-z]+)\.([a-z_]+)(?:=[^`]*)?`", text):
@@ -85,9 +96,15 @@ def test_the_options_in_its_commands_and_sentences_exist(page):
 
 def test_a_wrong_option_is_found():
     text = """    $P -m launch.train experiment=debug moe.pak=8 train.name=x   # moe.pack=8
+    $P -m launch.train moe.options.file=x moe.options.fil=x
     $P -m launch.report run=x k=3
 `moe.spred=2` and `train.steps`"""
-    assert unknown_options(text) == ["launch.train moe.pak", "launch.report k", "moe.spred"]
+    assert unknown_options(text) == [
+        "launch.train moe.pak",
+        "launch.train moe.options.fil",
+        "launch.report k",
+        "moe.spred",
+    ]
 
 
 def test_a_wrong_name_is_found(tmp_path):

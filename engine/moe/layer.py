@@ -27,7 +27,7 @@ from foreroute.engine.moe.gate import LiveGate
 from foreroute.engine.moe.kept_plans import once
 from foreroute.engine.moe.zero_experts import zero_experts
 from foreroute.engine.parallel.collectives import ExpertGroupComm
-from foreroute.engine.routing.live_router import LiveRouter, without_padding
+from foreroute.engine.routing.live_router import LiveRouter, of_real, without_padding
 from foreroute.engine.routing.methods import expert_slices, has_live_gate, live_method
 from foreroute.engine.routing.plan import Plan, Routing
 from foreroute.engine.routing.plans.exchange_choice import wire_dtype
@@ -149,19 +149,19 @@ class MoELayer(nn.Module):
     def _plan_live(
         self, router: LiveRouter, x_TD: Tensor, routing: Routing, carried: Tensor | None
     ) -> tuple[Plan, Tensor | None, Tensor | None]:
-        live = router(x_TD, routing.k, carried)
+        live = seen = router(x_TD, routing.k, carried)  # `seen` by counts and losses
         if routing.real_T is not None:
-            live = without_padding(live, routing.real_T)
+            seen, live = of_real(live, routing.real_T), without_padding(live, routing.real_T)
         with span("plan"):
             plan = plan_live(live.route, router.experts, x_TD, routing.k, self.exchange.comm, self.exchange.parallel)
         if live.column_weight_TJ is not None:
             plan = replace(plan, column_weight_TJ=live.column_weight_TJ)
         if not router.balances:
-            return plan, router.loss(live, plan.count_E), live.carried
-        count_X = router.counts(live)
+            return plan, router.loss(seen, plan.count_E), live.carried
+        count_X = router.counts(seen)
         if self.balance_comm is not None:
             count_X = self.balance_comm.all_reduce(count_X)
-        return plan, router.loss(live, count_X), live.carried
+        return plan, router.loss(seen, count_X), live.carried
 
     def _column_weights(self, x_TD: Tensor, plan: Plan) -> Tensor:
         """Return the weights of the tokens' experts that need no row [T, J]."""

@@ -31,12 +31,12 @@ class LiveRoute(NamedTuple):
 
 
 def without_padding(live: LiveRoute, real_T: Tensor) -> LiveRoute:
-    """Return a choice in which padding has no expert and no part in losses; the host waits for its number of tokens.
+    """Return a choice in which padding has no expert; the host waits for the number of rows.
 
     A router that compares tokens has chosen among all of them, padding too.
 
     Args:
-        real_T: bool, false for padding; true at least once, or the mean of a loss over tokens is of none.
+        real_T: bool, false for padding.
     """
     route, column_weight_TJ = live.route, live.column_weight_TJ
     used_TK = real_T[:, None].expand_as(route.expert_TK)
@@ -44,10 +44,19 @@ def without_padding(live: LiveRoute, real_T: Tensor) -> LiveRoute:
         used_TK = used_TK & route.used_TK
     if column_weight_TJ is not None:
         column_weight_TJ = column_weight_TJ.masked_fill(~real_T[:, None], 0.0)
-    return live._replace(
-        route=Route(route.expert_TK, route.weight_TK, used_TK),
-        logits_TE=live.logits_TE[real_T],
-        column_weight_TJ=column_weight_TJ,
+    return live._replace(route=Route(route.expert_TK, route.weight_TK, used_TK), column_weight_TJ=column_weight_TJ)
+
+
+def of_real(live: LiveRoute, real_T: Tensor) -> LiveRoute:
+    """Return the choices of the tokens that are no padding alone, for counts and losses; the host waits for their
+    number, which must not be 0."""
+    route, column_weight_TJ = live.route, live.column_weight_TJ
+    used_TK = None if route.used_TK is None else route.used_TK[real_T]
+    return LiveRoute(
+        Route(route.expert_TK[real_T], route.weight_TK[real_T], used_TK),
+        live.logits_TE[real_T],
+        live.carried,
+        None if column_weight_TJ is None else column_weight_TJ[real_T],
     )
 
 
