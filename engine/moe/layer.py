@@ -26,7 +26,7 @@ from foreroute.engine.moe.feed_forward import FeedForward
 from foreroute.engine.moe.gate import LiveGate
 from foreroute.engine.moe.kept_plans import once
 from foreroute.engine.moe.zero_experts import zero_experts
-from foreroute.engine.parallel.collectives import ExpertGroupComm
+from foreroute.engine.parallel.collectives import ExpertGroupComm, all_reduce_sum
 from foreroute.engine.routing.live_router import LiveRouter, of_real, without_padding
 from foreroute.engine.routing.methods import expert_slices, has_live_gate, live_method
 from foreroute.engine.routing.plan import Plan, Routing
@@ -60,8 +60,11 @@ def update_routers(model: nn.Module, count_LE: Tensor) -> None:
         count_LE: expert rows of each layer's experts in the step, over all ranks and micro-batches.
     """
     for module in model.modules():
-        if isinstance(module, MoELayer) and module.router is not None:
-            module.router.after_step(count_LE[module.layer])
+        if isinstance(module, MoELayer) and (router := module.router) is not None:
+            for name in router.summed:
+                buffer = router.get_buffer(name)
+                buffer.copy_(all_reduce_sum(buffer))
+            router.after_step(count_LE[module.layer])
 
 
 class MoELayer(nn.Module):

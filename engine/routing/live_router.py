@@ -68,6 +68,8 @@ class LiveRouter(nn.Module):
     """Options of the section `moe` that it reads, besides those of all routers."""
     balances: ClassVar[bool] = False
     """Its loss needs `counts`, over all ranks if moe.balance_over=global."""
+    summed: ClassVar[tuple[str, ...]] = ()
+    """Names of buffers that are added up over all ranks before `after_step`, such as sums over a rank's tokens."""
 
     def __init__(self, width: int, moe: MoEConfig, layer: int) -> None:
         """Make the router of expert layer number `layer`; `width` is that of the hidden states (D)."""
