@@ -88,6 +88,11 @@ class GroupTokens:
         self._keys: dict[tuple[int, ...], NDArray[np.integer[Any]]] = {}
         self._places: dict[tuple[int, ...], NDArray[np.int64]] = {}
 
+    @property
+    def ids(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The ids [P * B, Q], those left of them [P * B, C], and where in both documents begin, rank by rank."""
+        return self._ids
+
     def keys(self, rows: KeyRows) -> NDArray[np.integer[Any]]:
         """Return the key [P, T] of each token, int32 where all keys fit."""
         kind = rows.ngram, rows.vocab_size
