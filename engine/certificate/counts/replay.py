@@ -185,9 +185,12 @@ class _Counter:
         field_ymgPf = np.broadcast_to(field_ymgPf, (layers, *field_ymgPf.shape[1:]))
         experts, ranks = config.moe.experts, place.expert_ranks
         end = experts + ranks
+        sent_ymgPP = field_ymgPf[..., experts:end]
+        if ranks == 1:  # it does not send, and keeps tokens without an expert as well
+            sent_ymgPP = np.full_like(sent_ymgPP, self.layout.tokens)
         return StepCounts(
             *work,
-            sent_ymgPP=field_ymgPf[..., experts:end],
+            sent_ymgPP=sent_ymgPP,
             nodes_ymgPh=field_ymgPf[..., end : end + place.group_nodes],
             count_ymgE=field_ymgPf[..., :experts].sum(axis=3),
         )
