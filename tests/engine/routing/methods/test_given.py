@@ -119,7 +119,7 @@ def test_each_token_has_the_experts_of_its_place(tmp_path, ranks, peer_ids):
 
 
 @pytest.mark.method
-@pytest.mark.parametrize("router", ["learned", "frozen"])
+@pytest.mark.parametrize("router", ["learned", "frozen", "sigmoid_bias", "dynamic_top_p"])
 @pytest.mark.parametrize("streams", [1, 3])
 def test_a_replay_has_the_loss_of_the_live_router(tmp_path, router, streams):
     """Recorded with three streams; memory, several segments, a split that is no multiple of them."""
