@@ -1,6 +1,7 @@
 """One traced graph for all plans: no graph break, one compilation, and the bits of the eager layer."""
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
-from foreroute.engine.config import KernelsConfig, ModelConfig, MoEConfig, ParallelConfig
+from foreroute.engine.config import KernelsConfig, ModelConfig, MoEConfig, ParallelConfig, RouteWeights
 from foreroute.engine.config.enums import ExchangeKind
 from foreroute.engine.model.attention import SharedAttention
 from foreroute.engine.model.block import Block
@@ -34,8 +35,8 @@ def make_table():
     return build_tables(MOE, SYMBOLS, text, num_tables=1, seed=1, cache_dir=None)[0]
 
 
-def routing(step, *, k=K, rank=0, ranks=1, bounds=None, gather=False):
-    router = hashed(make_table(), rank=rank, ranks=ranks)
+def routing(step, *, k=K, rank=0, ranks=1, bounds=None, gather=False, weights=RouteWeights.table):
+    router = hashed(make_table(), rank=rank, ranks=ranks, weights=weights)
     ids = torch.randint(0, SYMBOLS, (ranks, STREAMS, SEGMENT), generator=torch.Generator().manual_seed(step))
     plan = plan_of(router, ids, ids[..., :1], k, gather=gather)
     if bounds is not None:
@@ -65,19 +66,21 @@ def differ(module, traced, leaves, inputs_of, steps=STEPS):
     ]
 
 
-def test_a_layer_is_compiled_once_for_each_k():
+@pytest.mark.parametrize("weights", [RouteWeights.table, RouteWeights.live])
+def test_a_layer_is_compiled_once_for_each_k(weights):
     torch.manual_seed(0)
-    layer = MoELayer(WIDTH, MOE, KERNELS, 0, dropout=0.2)
+    layer = MoELayer(WIDTH, replace(MOE, weights=weights), KERNELS, 0, dropout=0.2)
+    planned = functools.partial(routing, weights=weights)
     traced, counter = compiled(layer)
     x_TD = torch.randn(TOKENS, WIDTH, requires_grad=True)
     leaves = [x_TD, *layer.parameters()]
-    assert differ(layer, traced, leaves, lambda step: (x_TD, routing(step))) == []
+    assert differ(layer, traced, leaves, lambda step: (x_TD, planned(step))) == []
     assert counter.frame_count == 1 and not counters["graph_break"]
     for k in (1, 3, 1, 3):
-        assert differ(layer, traced, leaves, lambda step, k=k: (x_TD, routing(step, k=k)), steps=3) == []
+        assert differ(layer, traced, leaves, lambda step, k=k: (x_TD, planned(step, k=k)), steps=3) == []
     assert counter.frame_count <= 3
     # other routes give other outputs: what was compared is not one plan kept in the graph
-    assert not torch.equal(traced(x_TD, routing(0)).y_TD, traced(x_TD, routing(1)).y_TD)
+    assert not torch.equal(traced(x_TD, planned(0)).y_TD, traced(x_TD, planned(1)).y_TD)
 
 
 @pytest.mark.slow
