@@ -68,7 +68,6 @@ def test_experts_without_rows_that_a_method_does_not_have_are_refused(option):
     with pytest.raises(UserError, match=message):
         method_of(MoEConfig(router="fresh", **{option: 2}))
     assert method_of(MoEConfig(**{option: 2})) is HashedRouter
-    assert method_of(MoEConfig(router="dense", **{option: 2})) is None
     assert method_of(MoEConfig(weights=RouteWeights.live, **{option: 2})) is HashedRouter
 
 
