@@ -6,8 +6,9 @@ a cubic from 0 to 1 of width gamma and exactly 0 or 1 beyond, so most leaves get
 made up their minds. Until then a token has many experts. A leaf also has a score a(x), linear. Weights are the softmax
 of a + log p over the leaves of all trees, added up over the trees. A loss on the entropy of p makes shares exact.
 
-The trees used are the first k of moe.options.trees. The published gate also learns a permutation of the experts for
-each tree, which is left out. The example shows a mask: any number of experts for a token.
+The trees used are the first k of moe.options.trees, so k is at most their number. The published gate also learns a
+permutation of the experts for each tree, which is left out. The example shows a mask: any number of experts for a
+token.
 
 Letters: T tokens, D width, J trees, I inner nodes (E - 1) in order of their level, E experts, k trees used.
 """
@@ -50,6 +51,7 @@ class TreeRouter(LiveRouter):
     def __init__(self, width: int, moe: MoEConfig, layer: int = 0) -> None:
         super().__init__(width, moe, layer)
         self.options = read_options(moe, Options)
+        self.most = self.options.trees
         experts, gamma = moe.experts, self.options.gamma
         require(
             experts >= 2 and experts & (experts - 1) == 0,

@@ -20,6 +20,7 @@ class MyRouter(PlannedRouter):
     """Has a row for each token id, and in it an order of all experts."""
 
     card = Card("experts i, i + 1, ... of token id i", "ours", "as hashed", "a first router of your own")
+    at_most_k = True
 
     def __init__(self, experts: int, vocab_size: int) -> None:
         super().__init__(experts)

@@ -70,6 +70,7 @@ class NetworkRouter(PlannedRouter):
     )
     uses = ("options",)
     of_ids = False  # alone, but no table has the choices
+    at_most_k = True
 
     def __init__(self, network: Mapping[str, Integers]) -> None:
         """Take the network's weights in units of 1 / ONE."""

@@ -37,6 +37,7 @@ class SliceRouter(PlannedRouter):
         "a dense feed-forward cut into slices",
     )
     uses = ("ngram", "rows", "builder", "pack", "share_table")
+    at_most_k = True
 
     def __init__(self, table: Table) -> None:
         super().__init__(table.order_rE.shape[1])
