@@ -13,7 +13,8 @@ All ranks of an expert group choose for all of its tokens, and must choose alike
 between machines, and near-ties turn. So this one is computed in integers, which are exact in any order: weights and
 states are multiples of 1/64, and exp is a table. It needs no exchange of choices.
 
-The example shows a choice for each token instead of rows of a table. It sees a segment alone, not the documents in it.
+The example shows a choice for each token instead of rows of a table. It sees a segment alone: no ids left of it, nor
+the documents in it. Generation goes id by id, so it has other choices than training there.
 
 Letters: N streams of the group, Q segment length, H width of the network, V vocabulary, E experts, T tokens of a rank,
 P ranks.
@@ -65,11 +66,10 @@ class NetworkRouter(PlannedRouter):
     card = Card(
         "the k largest logits of a small causal network on the ids, once for all layers, weights 1/k",
         "Read-ME, arXiv 2410.19123",
-        "as hashed, and the network in the loader; no certificate",
+        "as hashed, and the network in the loader",
         "routers that are trained apart from the model",
     )
     uses = ("options",)
-    of_ids = False  # alone, but no table has the choices
     at_most_k = True
 
     def __init__(self, network: Mapping[str, Integers]) -> None:

@@ -37,8 +37,13 @@ def test_two_ranks_train_like_one(router):
     assert_two_ranks_train_like_one(router)
 
 
-def test_a_run_from_the_command_line(run, tmp_path, monkeypatch):  # noqa: F811
-    options = [f"train.runs_dir={tmp_path}", "train.steps=10", "eval.max_symbols=500", "eval.k=[1,4]"]
-    done = run("train", "experiment=debug", "moe.router=examples.routers.my_router:MyRouter", *options)
+@pytest.mark.parametrize("router", ["my_router:MyRouter", "read_me:NetworkRouter"])
+def test_a_run_from_the_command_line_is_as_certified(run, tmp_path, router):  # noqa: F811
+    options = "experiment=debug", "train.steps=10", f"moe.router=examples.routers.{router}"
+    done = run("certify", *options, "world_size=1", f"out={tmp_path / 'certificate'}")
     assert done.returncode == 0, done.stderr
+    evaluation = "eval.max_symbols=500", "eval.k=[1,4]"
+    done = run("train", *options, *evaluation, f"train.runs_dir={tmp_path}", f"certificate={tmp_path / 'certificate'}")
+    assert done.returncode == 0, done.stderr
+    assert "10 steps were as certified" in done.stdout + done.stderr
     assert (tmp_path / "debug" / "summary.json").exists()
