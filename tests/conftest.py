@@ -10,6 +10,7 @@ import foreroute.launch  # noqa: F401  (puts the checkout behind other packages 
 
 ROOT = Path(__file__).parent
 LONG_FIRST = [  # files of more than ten seconds, so that no process is left alone with one of them in the end
+    "engine/train/test_composition.py",
     "launch/test_ranks.py",
     "launch/start/test_cli.py",
     "engine/train/test_trainer.py",
