@@ -9,8 +9,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
 
 from foreroute.engine.config import Config
+from foreroute.launch.start.config_files import compose_run
 from foreroute.launch.start.help import groups_of
 from foreroute.launch.testing.runs import program_module
 
@@ -30,9 +34,9 @@ def missing_from(page: Path) -> list[str]:
     """Name what a page links to or calls and the repository does not have."""
     text = page.read_text()
     wanted = {link: page.parent / link.partition("#")[0] for link in _links(page)}
-    groups = {"experiment": "experiment", "preset": "study", "sweep": "sweep", "recipe": "recipe"}
+    groups = {name: name for name in ("experiment", "sweep", "recipe", "router")} | {"preset": "study"}
     for option, group in groups.items():
-        for name in re.findall(rf"\b{option}=([a-z0-9_/]+)", text):
+        for name in re.findall(rf"(?<![.\w]){option}=([a-z0-9_/]+)", text):
             wanted[f"{option}={name}"] = ROOT / "conf" / group / f"{name}.yaml"
     for name in re.findall(r"\b(?:launch|benchmarks)(?:\.[a-z_]+)+", text):
         module = ROOT / name.replace(".", "/")
@@ -60,7 +64,9 @@ def _program_options(program: str) -> set[str]:
     module = program_module(program)
     (schema,) = (value for name, value in vars(module).items() if name.lower() == f"{program}args")
     groups = groups_of(ROOT / "conf" / f"{program}.yaml")
-    return {*_options(schema), *groups, "hydra/launcher", "hydra.launcher.n_jobs"}
+    routers = [yaml.safe_load(path.read_text()) for path in (ROOT / "conf/router").glob("*.yaml")]
+    own = {f"moe.options.{name}" for router in routers for name in router.get("options", {})}
+    return {*_options(schema), *groups, *own, "hydra/launcher", "hydra.launcher.n_jobs"}
 
 
 def _router_options() -> set[str]:
@@ -147,6 +153,19 @@ def test_a_name_that_is_new_or_gone_changes_the_api_page():
     assert api.public_names(module) == ["Door", "open_it"]
     module.__all__ = ["NUMBER", "__version__"]
     assert api.public_names(module) == ["NUMBER"]
+
+
+def test_the_routers_page_has_every_router():
+    routers = _program_of("routers.py")
+    assert (ROOT / "docs/routers.md").read_text() == routers.page(), "python docs/routers.py writes it anew"
+
+
+def test_works_that_are_combinations_are_runs():
+    """Their options compose."""
+    ConfigStore.instance().store("schema", Config)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        for work in _program_of("routers.py").WORKS:
+            compose_run(["experiment=quickstart", *work.options.split()])
 
 
 def test_the_readmes_pictures_are_what_draws_them_and_show_its_table():

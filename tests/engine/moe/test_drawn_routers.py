@@ -51,6 +51,7 @@ def rows_of_tokens(plans, tokens):
     return found
 
 
+@pytest.mark.method
 @pytest.mark.parametrize("k", [1, 4, E])
 @pytest.mark.parametrize("each_token", [True, False])
 def test_plans_equal_a_plain_loop_on_one_rank_and_on_two(each_token, k):
@@ -71,6 +72,7 @@ def test_plans_equal_a_plain_loop_on_one_rank_and_on_two(each_token, k):
             assert all(plan.count_E.sum() == tokens * k for plan in plans)
 
 
+@pytest.mark.method
 def test_fresh_is_uniform_and_new_each_time():
     tokens, k = 6000, 2
     draw = draw_of(tokens)
@@ -95,6 +97,7 @@ def test_a_biased_draw_is_seen():
     assert len(counts) == 1
 
 
+@pytest.mark.method
 def test_stochastic_draws_one_order_for_all_and_every_expert_in_turn():
     first = [router(False).order(draw_of(8, index=step))[:, 0] for step in range(3000)]
     assert all(len(order) == 1 for order in first)

@@ -19,6 +19,7 @@ def plain_balance(logits, experts):
     return num_experts * total
 
 
+@pytest.mark.method
 @pytest.mark.parametrize("k", [1, 3, 6])
 def test_losses_equal_plain_loops(k):
     logits = 3 * torch.randn(40, 6, generator=torch.Generator().manual_seed(k))
@@ -90,6 +91,7 @@ def plain_consistency(one, other):
     return total / len(one)
 
 
+@pytest.mark.method
 def test_consistency_equals_a_plain_loop():
     one, other = 2 * torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(2))
     want = plain_consistency(one.double().tolist(), other.double().tolist())

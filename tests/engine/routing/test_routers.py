@@ -30,6 +30,7 @@ def live_router(kind, width, experts, seed=0):
     return kind(width, MoEConfig(experts=experts), 0)
 
 
+@pytest.mark.method
 @pytest.mark.parametrize("k", range(1, 7))
 def test_hashed_reads_the_rows_of_its_table(k):
     router = hashed()
@@ -52,6 +53,7 @@ def test_hashed_sets_are_nested_and_uniform_weights_are_one_over_k():
         assert torch.equal(route.weight_TK, torch.full((6, k), 1 / k))
 
 
+@pytest.mark.method
 @pytest.mark.parametrize("k", [1, 2, 5])
 @pytest.mark.parametrize("kind", [FrozenRouter, LearnedRouter])
 def test_live_routers_equal_plain_loops(kind, k):
@@ -70,6 +72,7 @@ def test_live_routers_equal_plain_loops(kind, k):
         assert live.route.weight_TK[token].tolist() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.method
 def test_frozen_gate_is_published_initialisation_and_never_trained():
     router = live_router(FrozenRouter, 512, 64)
     assert list(router.parameters()) == []

@@ -48,6 +48,7 @@ def gradients(model, loss):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.method
 def test_loss_and_gradients_equal_two_separate_passes():
     model, both = build(), routing()
     out = model(IDS, TARGETS, None, both)
