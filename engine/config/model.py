@@ -119,6 +119,12 @@ class MoEConfig:
         "Layers that have experts: how many of the first ones, or a list of their numbers from 0, such as [2,3]; the"
         " others are dense of width plain_width. None: all.",
     )
+    strata: int = option(
+        1,
+        "Expert layers one behind the other in a layer, each with experts, norm and residual sum of its own; router"
+        " strata says how many of them a token passes through, k on average.",
+        at_least=1,
+    )
     plain_width: int = option(512, "Hidden width of layers without experts, also with router=dense.", at_least=1)
     activation: Activation = Activation.relu
     ngram: int = option(
@@ -241,7 +247,7 @@ def expert_layers(model: ModelConfig, moe: MoEConfig) -> Sequence[int]:
 
 def num_tables(model: ModelConfig, moe: MoEConfig) -> int:
     """Count the tables of a hashed router, or the orders of one that draws them."""
-    return 1 if moe.share_table else len(expert_layers(model, moe))
+    return 1 if moe.share_table else len(expert_layers(model, moe)) * moe.strata
 
 
 def feed_forward_width(model: ModelConfig, moe: MoEConfig, layer: int) -> int:
@@ -259,7 +265,7 @@ def feed_forward_width(model: ModelConfig, moe: MoEConfig, layer: int) -> int:
         return moe.plain_width
     if moe.dense_width is not None:
         return moe.dense_width
-    whole, matrices = moe.experts * moe.expert_width + moe.shared_width, 2
+    whole, matrices = moe.strata * (moe.experts * moe.expert_width + moe.shared_width), 2
     if moe.activation is Activation.swiglu:
         matrices = 3
     at_input = model.ngram_rows * model.width if model.ngram else 0

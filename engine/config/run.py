@@ -456,15 +456,18 @@ class Config:
 
     def __post_init__(self) -> None:
         check("", self)
-        experts, k_max = self.moe.columns, self.schedule.k_max
+        experts, k_max, name = self.moe.columns, self.schedule.k_max, "moe.experts"
+        if self.moe.strata > 1:  # a token has one expert in each
+            experts, name = self.moe.strata, "moe.strata"
+            require(self.model.pre_norm, f"moe.strata={experts}: needs model.pre_norm=true")
         if not self.moe.dense or self.model.signatures:
-            require(k_max <= experts, f"schedule.k_max={k_max}: must be at most moe.experts={experts}")
+            require(k_max <= experts, f"schedule.k_max={k_max}: must be at most {name}={experts}")
         if self.moe.dense:
             tf32 = self.kernels.precision is MatmulPrecision.tf32
             require(not tf32, "kernels.precision=tf32: moe.router=dense has no expert kernels")
         else:
             too_big = [k for k in self.eval.k if k > experts]
-            require(not too_big, f"eval.k={too_big}: must be at most moe.experts={experts}")
+            require(not too_big, f"eval.k={too_big}: must be at most {name}={experts}")
         require(
             self.optim.warmup_steps <= self.train.steps,
             f"optim.warmup_steps={self.optim.warmup_steps}: must be at most train.steps={self.train.steps}; "
@@ -539,8 +542,8 @@ class Config:
 
     @property
     def expert_layers(self) -> int:
-        """How many layers have experts or, with router=dense, are as wide."""
-        return len(expert_layers(self.model, self.moe))
+        """How many expert layers there are or, with router=dense, layers that are as wide; each stratum is one."""
+        return len(expert_layers(self.model, self.moe)) * self.moe.strata
 
     @property
     def num_tables(self) -> int:

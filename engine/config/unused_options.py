@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from foreroute.engine.config.enums import Decay, Growth, RouteWeights
+from foreroute.engine.config.model import expert_layers
 from foreroute.engine.config.run import Config
 
 _DENSE = (
@@ -51,7 +52,7 @@ def rules(config: Config, uses: Collection[str]) -> list[Rule]:
     """
     dense, router_is = config.moe.dense, f"moe.router={config.moe.router}"
     read = {*uses, *(_TABLE if config.model.signatures else ())}
-    all_layers = config.expert_layers == config.model.layers
+    all_layers = len(expert_layers(config.model, config.moe)) == config.model.layers
     constant_k = config.schedule.growth is Growth.constant
     return [
         Rule(dense, router_is, _DENSE),

@@ -111,7 +111,7 @@ def plan_batch(
         input_keys: of the tables at the input of the model (TransformerXL.input_keys).
         cutoffs: of the model's adaptive softmax, if it has one.
         dropout_seed: of (run, step), for the experts' stateless dropout.
-        layers: of the model, for their seeds of it; 0 where there is no dropout.
+        layers: expert layers, which have a seed of it each; 0 where there is no dropout.
         reset_memory: attention and memory stop at document starts, as keys do (data.reset_memory).
     """
     segment = group.ids_PBQ.shape[2]
@@ -204,7 +204,7 @@ class TrainingBatches:
             input_keys=self.input_keys,
             cutoffs=self.config.model.cutoffs,
             dropout_seed=self.config.train.seed * 2**32 + group.own.index,
-            layers=self.config.model.layers if self.config.model.dropout else 0,
+            layers=self.config.expert_layers if self.config.model.dropout else 0,
             reset_memory=self.config.data.reset_memory,
         )
 

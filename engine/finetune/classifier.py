@@ -18,6 +18,7 @@ from foreroute.engine.data.streams import Batch
 from foreroute.engine.finetune.glue import LABELS
 from foreroute.engine.finetune.sentences import Sentence, SentenceBatch, by_length, pad
 from foreroute.engine.model.build import RunModel
+from foreroute.engine.moe.layer import MoELayer
 
 _PREDICTED = 64  # sentences in a batch without gradients
 
@@ -63,7 +64,7 @@ class Classifier(nn.Module):
             held_out=not self.training,
             input_keys=self.model.input_keys,
             dropout_seed=seed,
-            layers=len(self.model.blocks),
+            layers=sum(isinstance(module, MoELayer) for module in self.model.modules()),
         )
         batch, routing = map_tensors(lambda tensor: tensor.to(self.device), (batch, planned.routing))
         hidden_BQD = self.model.hidden(batch.ids_BQ, None, routing, memory_len=0, clamp_len=self.clamp_len).hidden_BQD

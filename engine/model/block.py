@@ -3,7 +3,8 @@
 post-LN (published): h = LN(x + Dropout(f(x)));  pre-LN: h = x + Dropout(f(LN(x))), where memory is normalised too.
 
 Letters: B streams, Q query length, M memory length, S = M+Q, D model width, T = B*Q tokens (row-major: b, then q),
-E experts.
+E experts, S strata (expert layers one behind
+the other, 1 unless said otherwise).
 """
 
 from typing import NamedTuple
@@ -25,7 +26,7 @@ class BlockOutput(NamedTuple):
 
     y_BQD: Tensor
     auxiliary_loss: Tensor | None  # scalar, already weighted; None for routers without a loss
-    count_E: Tensor | None  # int64: rows of each expert; None when dense
+    count_SE: Tensor | None  # int64: rows of each stratum's experts; None when dense
     carried: Tensor | None = None  # of a live router, for that of the next expert layer
 
 
@@ -40,7 +41,13 @@ class Block(nn.Module):
         layers = expert_layers(model, moe)
         self.has_experts = not moe.dense and layer in layers
         if self.has_experts:
-            self.moe = MoELayer(model.width, moe, kernels, layers.index(layer), dropout=model.dropout)
+            first = layers.index(layer) * moe.strata
+            self.moe, *deeper = (
+                MoELayer(model.width, moe, kernels, first + stratum, dropout=model.dropout)
+                for stratum in range(moe.strata)
+            )
+            self.strata = nn.ModuleList(deeper)  # behind the first; a token without experts there stays as it is
+            self.strata_norms = nn.ModuleList(nn.LayerNorm(model.width) for _ in deeper)
         else:
             inner = feed_forward_width(model, moe, layer)
             self.feed_forward = FeedForward(model.width, inner, moe.activation, model.dropout)
@@ -58,16 +65,27 @@ class Block(nn.Module):
         """Apply the block to x."""
         x_BQD = self._attend(x_BQD, memory_BMD, shared)
         inner_BQD = self.feed_forward_norm(x_BQD) if self.pre_norm else x_BQD
-        auxiliary_loss, count_E = None, None
+        auxiliary_loss, count_SE = None, None
         if self.has_experts:
             y_TD, auxiliary_loss, count_E, carried = self.moe(inner_BQD.flatten(0, 1), routing, carried)
-            y_BQD = y_TD.view_as(x_BQD)
+            y_BQD, count_SE = y_TD.view_as(x_BQD), count_E[None]
         else:
             y_BQD = traced("feed_forward", self.feed_forward, inner_BQD)
         y_BQD = x_BQD + self.dropout(y_BQD)
         if not self.pre_norm:
             y_BQD = self.feed_forward_norm(y_BQD)
-        return BlockOutput(y_BQD, auxiliary_loss, count_E, carried)
+        if count_SE is not None and len(self.strata) > 0:
+            y_BQD, count_SE = self._pass_through_strata(y_BQD, routing, count_SE)
+        return BlockOutput(y_BQD, auxiliary_loss, count_SE, carried)
+
+    def _pass_through_strata(self, x_BQD: Tensor, routing: Routing, count_1E: Tensor) -> tuple[Tensor, Tensor]:
+        """Apply the strata behind the first, h = x + Dropout(f(LN(x))) each; return the counts of all."""
+        counts = [count_1E]
+        for norm, stratum in zip(self.strata_norms, self.strata, strict=True):
+            found = stratum(norm(x_BQD).flatten(0, 1), routing)
+            x_BQD = x_BQD + self.dropout(found.y_TD.view_as(x_BQD))
+            counts.append(found.count_E[None])
+        return x_BQD, torch.cat(counts)
 
     def _attend(self, x_BQD: Tensor, memory_BMD: Tensor, shared: SharedAttention) -> Tensor:
         context_BSD = torch.cat((memory_BMD, x_BQD), dim=1)

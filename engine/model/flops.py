@@ -93,7 +93,7 @@ def layer_products(model: ModelConfig, moe: MoEConfig, rows: float, layer: int, 
     if moe.dense or layer not in expert_layers(model, moe):
         return [Product(rows, feed_forward_width(model, moe, layer), model.width, matrices)]
     active = k * moe.experts / moe.columns  # of k, constants, copies and nulls compute nothing
-    found = [Product(rows, active * moe.expert_width + moe.shared_width, model.width, matrices)]
+    found = [Product(rows, active * moe.expert_width + moe.strata * moe.shared_width, model.width, matrices)]
     if live_method(moe) is not None or has_live_gate(moe):
         found.append(Product(rows, moe.columns, model.width))
     if moe.constant_experts:  # what mixes them with the token, and their vectors
@@ -194,7 +194,8 @@ class Arithmetic:
         if moe.dense:
             return used
         expert = count_matrices(moe.activation) * moe.expert_width * model.width + moe.expert_width + model.width
-        return used - self._config.expert_layers * round((1 - k / moe.columns) * moe.experts * expert)
+        layers = len(expert_layers(model, moe))
+        return used - layers * round((moe.strata - k / moe.columns) * moe.experts * expert)
 
     def by_k(self) -> dict[str, int]:
         """Return each k of the schedule and of the evaluation by its name; "dense" where there are no experts."""

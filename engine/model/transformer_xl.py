@@ -241,12 +241,12 @@ class TransformerXL(nn.Module):
             x_BQD, carried = outputs[-1].y_BQD, outputs[-1].carried
         hidden_BQD = self.dropout(self.final_norm(x_BQD))
         losses = [out.auxiliary_loss.float() for out in outputs if out.auxiliary_loss is not None]
-        counts = [out.count_E for out in outputs if out.count_E is not None]
+        counts = [out.count_SE for out in outputs if out.count_SE is not None]
         return Hidden(
             hidden_BQD,
             tuple(new_memory),
             torch.stack(losses).sum() if losses else hidden_BQD.new_zeros((), dtype=torch.float32),
-            torch.stack(counts) if counts else None,
+            torch.cat(counts) if counts else None,
         )
 
     def _run(self, block: nn.Module, *inputs: object) -> BlockOutput:

@@ -21,8 +21,8 @@ def method_of(moe: MoEConfig) -> Method | None:
     """Return the class of a configuration's routers; None for dense.
 
     Raises:
-        UserError: a class of the user's cannot be imported or is no router, or the method has no experts without rows
-            or no keys to shuffle, and these are asked for.
+        UserError: a class of the user's cannot be imported or is no router, or the method has no experts without rows,
+            no strata or no keys to shuffle, and these are asked for.
     """
     if moe.dense:
         return None
@@ -31,6 +31,8 @@ def method_of(moe: MoEConfig) -> Method | None:
         number = getattr(moe, option)
         has_them = number == 0 or option in method.uses
         require(has_them, f"moe.{option}={number}: must be 0 with moe.router={moe.router}, which has none")
+    has_strata = moe.strata == 1 or "strata" in method.uses
+    require(has_strata, f"moe.strata={moe.strata}: must be 1 with moe.router={moe.router}, which has one")
     is_keyed = moe.keys is Keys.own or "keys" in method.uses
     require(is_keyed, f"moe.keys={moe.keys.name}: must be own with moe.router={moe.router}, which looks up no keys")
     return method

@@ -123,12 +123,15 @@ class Activations:
     def _after_attention(self, layers: range) -> list[Term]:
         """List the tensors of these layers' feed-forwards, with experts and without."""
         model, moe = self.sizes.config.model, self.sizes.config.moe
-        experts = len(set(layers).intersection(expert_layers(model, moe)))
+        blocks = len(set(layers).intersection(expert_layers(model, moe)))
+        experts, strata = blocks * moe.strata, blocks * (moe.strata - 1)
+        words = "{} strata x {} tokens x {} width x {} bytes"
         return [
-            *self._residual(len(layers)),
+            *self._residual(len(layers) + strata),
+            *([term("strata", words, strata, self.sizes.tokens, model.width, self.sizes.number)] if strata else []),
             *(self._around_experts(experts) if experts else []),
             *(self._experts(experts) if experts else []),
-            *(self._feed_forward(len(layers) - experts) if experts < len(layers) else []),
+            *(self._feed_forward(len(layers) - blocks) if blocks < len(layers) else []),
         ]
 
     def _residual(self, layers: int) -> list[Term]:

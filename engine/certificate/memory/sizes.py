@@ -297,6 +297,7 @@ def count_parameters(layout: Layout, vocab_size: int) -> Parameters:
     if experts:
         groups = [Group("without experts", _laid_out(dense), placement.world_size)]
         groups.append(Group("experts", _laid_out(experts), placement.groups))
+    layer_experts //= config.moe.strata
     head = sum(group.numbers for group in groups) - sum(blocks) - at_input
     return Parameters(tuple(groups), tuple(blocks), tuple(inner), layer_experts, at_input, head, embedding)
 
