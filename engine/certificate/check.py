@@ -49,6 +49,7 @@ _ROUTES = (
     "moe.share_table",
     "moe.keys",
     "moe.layers",
+    "moe.strata",
     "schedule.growth",
     "schedule.k_min",
     "schedule.k_max",

@@ -247,7 +247,7 @@ def expert_layers(model: ModelConfig, moe: MoEConfig) -> Sequence[int]:
 
 def num_tables(model: ModelConfig, moe: MoEConfig) -> int:
     """Count the tables of a hashed router, or the orders of one that draws them."""
-    return 1 if moe.share_table else len(expert_layers(model, moe)) * moe.strata
+    return moe.strata * (1 if moe.share_table else len(expert_layers(model, moe)))
 
 
 def feed_forward_width(model: ModelConfig, moe: MoEConfig, layer: int) -> int:

@@ -142,7 +142,7 @@ class Routing:
         """Return the plan of a layer; None for live routers."""
         if self.plans is None:
             return None
-        return self.plans[layer if len(self.plans) > 1 else 0]
+        return self.plans[layer % len(self.plans)]
 
     def seed_of(self, layer: int) -> int | Tensor:
         """Return the seed of a layer's dropout, as kernels.Dropout takes it."""

@@ -182,7 +182,7 @@ class _Counter:
             found.append(field_sf.reshape(place.groups, place.expert_ranks, accumulation, -1))
         field_ymgPf = np.stack(found).transpose(0, 3, 1, 2, 4)
         layers = config.expert_layers  # of one table, or each with its own
-        field_ymgPf = np.broadcast_to(field_ymgPf, (layers, *field_ymgPf.shape[1:]))
+        field_ymgPf = field_ymgPf[np.arange(layers) % len(field_ymgPf)]
         experts, ranks = config.moe.experts, place.expert_ranks
         end = experts + ranks
         sent_ymgPP = field_ymgPf[..., experts:end]

@@ -29,7 +29,6 @@ from torch import Tensor
 
 from foreroute.engine.config import Builder, MoEConfig, RouteWeights
 from foreroute.engine.config.option import option
-from foreroute.engine.errors import require
 from foreroute.engine.routing.hashing import hash64
 from foreroute.engine.routing.loops.strata_experts import lightest_experts
 from foreroute.engine.routing.method_options import Card, read_options
@@ -65,7 +64,7 @@ class StrataRouter(PlannedRouter):
         "an exchange each way for each stratum; tokens beyond their depth send nothing",
         "tokens that are computed for longer than others",
     )
-    uses = ("ngram", "rows", "strata", "options")
+    uses = ("ngram", "rows", "share_table", "strata", "options")
 
     def __init__(self, table: Table, experts: int) -> None:
         """Take a table of one choice: the expert of each row, and the first k at which the row has it."""
@@ -76,10 +75,9 @@ class StrataRouter(PlannedRouter):
     def build(cls, moe: MoEConfig, inputs: RouterInputs) -> Sequence[Self]:
         """Build the tables; they are not in the cache."""
         assert inputs.ids is not None, "tables are built from a text"
-        require(not moe.share_table, "moe.share_table=true: must be false with moe.router=strata")
         deep = read_options(moe, StrataOptions).deep
         plain = replace(
-            moe, router="hashed", options={}, experts=1, strata=1, builder=Builder.random, weights=RouteWeights.sum
+            moe, router="hashed", options={}, experts=1, builder=Builder.random, pack=None, weights=RouteWeights.sum
         )
         rows = build_tables(
             plain,

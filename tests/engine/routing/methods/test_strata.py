@@ -161,15 +161,17 @@ def test_depths_are_k_on_average_nested_and_evenly_loaded(deep):
             assert (rare > frequent) == (deep == "rare")
 
 
-def test_a_certificate_counts_each_stratum():
-    k, tables = 2, routers(2)
-    run = run_config(k, data=DataConfig(streams=4, segment=SEGMENT))
+@pytest.mark.parametrize("share_table", [False, True])
+def test_a_certificate_counts_each_stratum(share_table):
+    k, tables = 2, routers(1 if share_table else 2)
+    run = run_config(k, data=DataConfig(streams=4, segment=SEGMENT), moe=moe(share_table=share_table))
+    assert run.num_tables == len(tables)
     streams = Streams(TEXT, 4, SEGMENT, run.context)
     for counts in replay(Layout(run, Placement(2, 2, 2)), TEXT, tables, range(3)):
-        assert counts.count_ymgE.shape[0] == 2 * STRATA == run.num_tables == run.expert_layers
+        assert counts.count_ymgE.shape[0] == 2 * STRATA == run.expert_layers
         batch = streams.batch(counts.step, range(4))
         for layer in range(2):
-            found = tables[layer * STRATA : (layer + 1) * STRATA]
+            found = tables[:STRATA] if share_table else tables[layer * STRATA :][:STRATA]
             want, sent = np.zeros((STRATA, EXPERTS), int), np.zeros((STRATA, 2, 2), int)
             for stream, row_Q in enumerate(found[0].table.rows_of(batch.ids_BQ, batch.left_BC).tolist()):
                 for row in row_Q:
@@ -211,8 +213,6 @@ def test_state_is_restored():
 def test_what_is_refused():
     with pytest.raises(UserError, match=r"moe.strata=2: must be 1 with moe.router=hashed"):
         method_of(MoEConfig(strata=2))
-    with pytest.raises(UserError, match=r"moe.share_table=true: must be false"):
-        StrataRouter.build(moe(share_table=True), RouterInputs(SYMBOLS, 3, STRATA, TEXT))
     with pytest.raises(UserError, match=r"schedule.k_max=4: must be at most moe.strata=3"):
         run_config(4)
     with pytest.raises(UserError, match=r"moe.strata=3: needs model.pre_norm=true"):
