@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from foreroute.engine.metrics.host_memory import memory_bytes, peak_memory_bytes
 from foreroute.engine.metrics.peak_flops import Peak
@@ -68,12 +69,12 @@ class Window:
         self._sent_bytes_PG += result.sent_bytes_PG
         self._flops += self._arithmetic.step_flops(result.k)
         if result.count_LE.size:
-            load_L = result.count_LE.max(1) / result.count_LE.mean(1)
+            load_L = _load(result.count_LE)
             rows_P = result.ranks["rows"]
             self._count_LE += result.count_LE
             self._load_L += load_L
             self._worst_load += float(load_L.max())
-            self._rank_load += float(rows_P.max() / rows_P.mean())
+            self._rank_load += float(_load(rows_P))
         self._last = result
 
     @property
@@ -176,3 +177,10 @@ class Window:
         steps = self._steps if steps is None else steps
         found: list[float] = np.divide(self._ranks[name], max(1, steps)).tolist()
         return found
+
+
+def _load(rows: NDArray[Any]) -> NDArray[np.float64]:
+    """Return the largest over the mean in the last dimension; 1 where there is no row."""
+    mean = rows.mean(-1)
+    load: NDArray[np.float64] = np.where(mean > 0, rows.max(-1) / np.where(mean > 0, mean, 1), 1)
+    return load

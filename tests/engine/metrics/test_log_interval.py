@@ -58,6 +58,15 @@ def test_means_over_the_steps():
     assert window.close(4)["loss"] == 1.0  # nothing is left of the steps before
 
 
+def test_a_layer_without_rows_has_even_load():
+    """Warnings are errors here: nothing is divided by zero."""
+    window, found = a_window(), result(1, (1.0, 1.0))
+    found.ranks["rows"][:] = 0
+    window.add(replace(found, count_LE=np.array([[0.0, 0.0], [1.0, 3.0]])))
+    values = window.close(1)
+    assert values["layer_load"] == [1.0, 1.5] and values["rank_load_max_over_mean"] == 1.0
+
+
 def test_what_a_window_says_of_training():
     """By hand: steps of 64 symbols that take 10, 20 and 30 ms."""
     window = a_window(peak=1e6)
