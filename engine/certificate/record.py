@@ -49,7 +49,7 @@ class Record:
         self._first_u, place_s = np.unique(first_s, return_inverse=True)
         self._place_s = place_s.astype(np.min_scalar_type(self._first_u.size))
         group_tokens = placement.expert_ranks * layout.tokens
-        micro, trips = config.train.accumulation, sum(layout.trips)
+        micro, trips = config.train.accumulation, max(map(sum, layout.layer_trips))
         shape = self._first_u.size, config.expert_layers, placement.world_size
 
         def zeros(largest: int, *more: int) -> Counts:
@@ -67,7 +67,7 @@ class Record:
         if gather:
             received_ymgP = np.full_like(received_ymgP, layout.placement.expert_ranks * layout.tokens)
         hops_ymgPP = hops(counts, "gather" if gather else "tokens", layout.placement, layout.tokens)
-        rows_ygP = leaving(hops_ymgPP, layout.trips).sum(axis=1)
+        rows_ygP = leaving(hops_ymgPP, layout.layer_trips).sum(axis=1)
         place = int(np.searchsorted(self._first_u, counts.step))
         for to_uyrm, rows_ymgP in ((self._received_uyrm, received_ymgP), (self._computed_uyrm, counts.computed_ymgP)):
             to_uyrm[place] = np.moveaxis(rows_ymgP, 1, 3).reshape(-1, world, rows_ymgP.shape[1])

@@ -158,7 +158,8 @@ def bytes_left(layout: Layout, counts: StepCounts) -> dict[str, _Left]:
     for kind in KINDS:
         hops_ymgPP = hops(counts, kind, layout.placement, layout.tokens)
         all_gP, inside_gP = (
-            leaving(hops_ymgPP, layout.trips, near).sum(axis=(0, 1)) * layout.row_bytes for near in (None, near_PP)
+            leaving(hops_ymgPP, layout.layer_trips, near).sum(axis=(0, 1)) * layout.row_bytes
+            for near in (None, near_PP)
         )
         found[kind] = _Left(all_gP, inside_gP)
     return found

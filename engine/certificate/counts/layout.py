@@ -71,6 +71,13 @@ class Layout:
         kept_after = kept_after or moe.constant_experts + moe.copy_experts > 0
         return Trips(3, 3 if kept_after or min(self.config.parallel.chunks, self.tokens) > 1 else 2)
 
+    @property
+    def layer_trips(self) -> list[Trips]:
+        """Trips of each layer's rows: `trips`, but results of a stratum come back for the norm of the next one."""
+        strata, trips = self.config.moe.strata, self.trips
+        before = Trips(trips.to_experts, trips.to_experts)
+        return [trips if (y + 1) % strata == 0 else before for y in range(self.config.expert_layers)]
+
     def gathers(self, k: int, tokens: int | None = None) -> bool:
         """Return whether all rows go to all ranks at this k.
 

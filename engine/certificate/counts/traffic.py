@@ -13,6 +13,7 @@ Letters: y layers, m micro-batches, g expert groups, P ranks of a group, h nodes
 node.
 """
 
+from collections.abc import Sequence
 from itertools import permutations
 
 import numpy as np
@@ -41,15 +42,19 @@ def hops(counts: StepCounts, kind: str, placement: Placement, tokens: int) -> Co
     return hops_ymgPP * ~np.eye(placement.expert_ranks, dtype=bool)
 
 
-def leaving(hops_ymgPP: Counts, trips: Trips, near_PP: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
+def leaving(
+    hops_ymgPP: Counts, trips: Trips | Sequence[Trips], near_PP: NDArray[np.bool_] | None = None
+) -> NDArray[np.int64]:
     """Count the rows that leave each rank [y, m, g, P] in so many trips.
 
     Args:
+        trips: of all layers, or of each.
         near_PP: count between these ranks only.
     """
     if near_PP is not None:
         hops_ymgPP = hops_ymgPP * near_PP
-    found: Counts = trips.to_experts * hops_ymgPP.sum(4) + trips.to_tokens * hops_ymgPP.sum(3)
+    to_experts, to_tokens = np.array(trips).reshape(-1, 2).T[..., None, None, None]
+    found: Counts = to_experts * hops_ymgPP.sum(4) + to_tokens * hops_ymgPP.sum(3)
     return found
 
 
