@@ -79,6 +79,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hashed, residual": {"shared_width": 6, "residual": True},
 }
 ONE_EXPERT = {"base"}  # they have k = 1
+PRE_NORM = {"strata"}  # they need it
 OF_A_MICRO_BATCH = {"base", "expert_choice"}  # a token's experts depend on the other tokens of the rank's micro-batch
 
 
@@ -250,7 +251,16 @@ def configure(cell: Cell, folder: Path) -> Config:
     return Config(
         corpus=CorpusConfig(Corpus.file, str(folder / "text.txt"), cache_dir=str(folder / "cache")),
         data=DataConfig(streams=8, segment=6),
-        model=ModelConfig(layers=LAYERS, width=8, heads=1, head_width=8, memory=6, dropout=0.0, init_std=0.3),
+        model=ModelConfig(
+            layers=LAYERS,
+            width=8,
+            heads=1,
+            head_width=8,
+            memory=6,
+            dropout=0.0,
+            init_std=0.3,
+            pre_norm=cell.kind in PRE_NORM,
+        ),
         moe=MoEConfig(**moe | settings(cell.kind, folder)),
         schedule=ScheduleConfig(k_min=k, k_max=k),
         # the update is 0.5 times the gradient
