@@ -78,7 +78,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hashed, shared expert": {"shared_width": 6},
     "hashed, residual": {"shared_width": 6, "residual": True},
 }
-ONE_EXPERT = {"base"}  # they have k = 1
+OTHER_K = {"base": 1, "strata": 3}  # with 2 of 4 strata no token reaches the last one
 PRE_NORM = {"strata"}  # they need it
 OF_A_MICRO_BATCH = {"base", "expert_choice"}  # a token's experts depend on the other tokens of the rank's micro-batch
 
@@ -239,7 +239,7 @@ FILES = {"given": write_routes, "token_table": write_token_table}  # of methods 
 
 
 def configure(cell: Cell, folder: Path) -> Config:
-    k = 1 if cell.kind in ONE_EXPERT else K
+    k = OTHER_K.get(cell.kind, K)
     moe = {
         "experts": EXPERTS,
         "expert_width": 6,
