@@ -83,7 +83,7 @@ EXCEPTIONS = {  # ZeRO stage, options, router, who reads back and why
             "kernels/expert_index.py:expert_rows": "its plan is made from hidden states",
             "kernels/expert_index.py:_stable_order": "likewise",
             "kernels/expert_index.py:_counts": "likewise",
-            "routing/plans/live_plan.py:__init__": "likewise, one table of counts",
+            "plans/live_plan.py:_exchange_counts": "likewise, one table of counts",
         },
     ),
 }

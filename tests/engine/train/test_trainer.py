@@ -119,6 +119,9 @@ def losses(folder):
 
 
 ROUTERS = {router: {"moe": {"router": router}} for router in routers_without_files()}
+ROUTERS["adamoe"]["moe"]["null_experts"] = 2
+ROUTERS["moe_plus_plus"]["moe"] |= {"constant_experts": 1, "copy_experts": 1, "null_experts": 1}
+ROUTERS["base"] |= {"schedule": {"k_min": 1, "k_max": 1}, "eval": {"k": [1]}}
 VARIANTS = {
     **ROUTERS,
     "shuffled": {"moe": {"keys": Keys.shuffled}},
