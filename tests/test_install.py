@@ -91,7 +91,11 @@ def test_what_lies_beside_us_does_no_harm(tmp_path):
 
 @pytest.mark.parametrize(
     "start",
-    [["-m", "launch.prepare", "--help"], ["-m", "benchmarks.bench_plan", "--help"], ["-c", "import foreroute.launch"]],
+    [
+        ["-m", "launch.prepare", "--help"],
+        pytest.param(["-m", "benchmarks.bench_plan", "--help"], marks=pytest.mark.slow),
+        ["-c", "import foreroute.launch"],
+    ],
     ids=" ".join,
 )
 def test_our_folders_stand_for_no_other_package(tmp_path, start):

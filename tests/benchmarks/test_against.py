@@ -90,6 +90,7 @@ def test_what_is_no_revision_is_refused(repository, rev):
     assert len(worktrees(repository)) == 1
 
 
+@pytest.mark.slow
 def test_a_benchmarks_own_option_ends_with_one_line_and_code_2():
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.bench_plan", "--against", "nope", "--rounds", "1"],

@@ -103,7 +103,7 @@ def test_bad_options():
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("stage", "recompute"), [(1, False), (3, True)])
+@pytest.mark.parametrize(("stage", "recompute"), [(1, False), pytest.param(3, True, marks=pytest.mark.slow)])
 def test_two_ranks_train_like_one(stage, recompute):
     """Experts come for tokens of both ranks; without the loss, which is that of a rank's micro-batch."""
     options = {"start": 1, "interval": 3}

@@ -65,7 +65,7 @@ def test_bad_options():
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("stage", "recompute"), [(1, False), (3, True)])
+@pytest.mark.parametrize(("stage", "recompute"), [(1, False), pytest.param(3, True, marks=pytest.mark.slow)])
 def test_two_ranks_train_like_one_with_one_cell(stage, recompute):
     names = assert_two_ranks_train_like_one(
         "rmoe:RecurrentRouter", stage=stage, recompute=recompute, options={"hidden": 6}, z_loss=0.1

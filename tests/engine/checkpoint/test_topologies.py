@@ -94,7 +94,7 @@ def saved(tmp_path_factory):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_checkpoint_goes_on_anywhere(ranks, saved):
     folder, wanted = saved
     cases = [case for case in CONTINUED if case[1] == ranks]

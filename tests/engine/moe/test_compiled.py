@@ -66,7 +66,7 @@ def differ(module, traced, leaves, inputs_of, steps=STEPS):
     ]
 
 
-@pytest.mark.parametrize("weights", [RouteWeights.table, RouteWeights.live])
+@pytest.mark.parametrize("weights", [RouteWeights.table, pytest.param(RouteWeights.live, marks=pytest.mark.slow)])
 def test_a_layer_is_compiled_once_for_each_k(weights):
     torch.manual_seed(0)
     layer = MoELayer(WIDTH, replace(MOE, weights=weights), KERNELS, 0, dropout=0.2)

@@ -320,7 +320,7 @@ def everything(rank, ranks):
     }
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def group(request):
     """(ranks, what each rank found)."""
     return request.param, run_ranks(everything, request.param, request.param)

@@ -156,7 +156,7 @@ def everything(rank, ranks):
     return [one_case(case, rank, ranks) for case in CASES]
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def group(request):
     """(ranks, what each rank found)."""
     return request.param, run_ranks(everything, request.param, request.param)

@@ -245,7 +245,7 @@ def found(ranks):
 
 @pytest.mark.dist
 @pytest.mark.method
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_output_and_every_gradient_are_those_of_plain_loops(ranks):
     for rank, answer in enumerate(found(ranks)):
         for case, result in zip(CASES, answer["cases"], strict=True):

@@ -129,7 +129,7 @@ def count_in(ranges, outer_name):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("name,parts", [("parts", 2), ("whole", 1)])
+@pytest.mark.parametrize("name,parts", [pytest.param("parts", 2, marks=pytest.mark.slow), ("whole", 1)])
 def test_every_rank_has_all_ranges_where_they_belong(two_ranks, name, parts):
     folder, _ = two_ranks
     per_pass = LAYERS * MICRO * TRACED

@@ -138,6 +138,7 @@ def one_rank():
     return dict(zip(ARMS, answers, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_two_ranks_train_like_one(one_rank):
     answers = run_ranks(several, 2, 2, CASES)

@@ -67,7 +67,9 @@ def compare(got, want):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [*list(MODELS)[:1], *(pytest.param(name, marks=pytest.mark.slow) for name in list(MODELS)[1:])]
+)
 def test_chunks_and_clusters_train_on_ranks_like_on_one(name, one_rank):
     want, *others = one_rank[name]
     for got in others:

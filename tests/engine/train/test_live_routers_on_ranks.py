@@ -164,6 +164,7 @@ def check(cases, answers, one_rank):
             assert (case.router == "sigmoid_bias") == any(name.endswith("router.bias") for name in got_buffers)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_two_ranks_train_like_one_and_are_resumed(one_rank, tmp_path):
     answers = run_ranks(several, 2, 2, TWO, tmp_path)

@@ -212,6 +212,7 @@ def test_the_cover_is_one():
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_two_ranks_train_like_one(two_ranks, one_rank):
     check(CASES, two_ranks, one_rank)
     check(cover(), [answer[len(CASES) + 1 :] for answer in two_ranks], one_rank)
@@ -238,6 +239,7 @@ def test_every_combination_trains_like_one_rank(ranks, one_rank):
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_balance_over_each_ranks_own_tokens_is_another_loss(two_ranks, one_rank):
     """Negative control of the global loss, and the other choice."""
     for answer in two_ranks:
@@ -245,6 +247,7 @@ def test_balance_over_each_ranks_own_tokens_is_another_loss(two_ranks, one_rank)
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_deepspeeds_logger_sees_the_exchange_and_the_wire_counts_it(two_ranks):
     for answer in two_ranks:
         _, _, (sent, predicted), logged, times = answer[0]

@@ -407,6 +407,7 @@ def test_a_certificate_is_printed_and_written(run, monkeypatch, tmp_path, text):
     assert json.loads(path.read_text())["whole"]["steps"] == 2
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_ends_likewise(tmp_path, text):
     """The same through a real process: exit code 2, one line, no traceback."""
     process = spawn("train", *small(tmp_path, text, "moe.experts=many"))

@@ -27,6 +27,7 @@ def total(scores_TE, expert_T):
     return scores_TE.gather(1, expert_T[:, None]).sum().item()
 
 
+@pytest.mark.slow
 @pytest.mark.method
 def test_assignments_cost_what_scipys_do():
     """200 problems of 64 tokens and 64 experts, to the tolerance."""
