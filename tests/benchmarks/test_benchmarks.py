@@ -99,8 +99,9 @@ def test_bench_exchange():
     code, out, err = run("bench_exchange", "--quick", "--rounds", "1")
     assert code == 0, err
     result = json.loads(out.splitlines()[-1])
-    assert list(result) == ["bytes_ratio", "step_ratio", "hidden_fraction", "planned_equals_measured"]
+    assert list(result) == ["bytes_ratio", "step_ratio", "live_ratio", "hidden_fraction", "planned_equals_measured"]
     assert list(result["step_ratio"]) == ["loopback", "1gbit", "200mbit", "200mbit_packed"]
+    assert result["live_ratio"]["loopback"] > 0
     assert result["bytes_ratio"]["spread"] <= 0.49 and result["bytes_ratio"]["packed"] <= 0.26
     assert ("NOT MEASURED: 2 nodes" in out) == (result["hidden_fraction"] is None)
 
