@@ -64,5 +64,5 @@ def planned_counts(
                 assert plan is not None
                 at = layer, micro, rank // place.expert_ranks
                 sent_ymgPP[*at, mesh.ep_rank] = plan.send_splits
-                count_ymgE[at] = plan.count_E
+                count_ymgE[at] = plan.count_E.numpy()
     return sent_ymgPP, count_ymgE
