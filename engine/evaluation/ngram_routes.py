@@ -16,12 +16,10 @@ from numpy.typing import NDArray
 
 from foreroute.engine.config import Split
 from foreroute.engine.data.corpus import PreparedCorpus
-from foreroute.engine.routing.hashing import hash64, uniform
+from foreroute.engine.routing.hashing import Purpose, hash64, uniform
 from foreroute.engine.routing.ngram_rows import KeyRows
 from foreroute.engine.routing.planned.given import NONE
 from foreroute.engine.routing.row_sets import column_dtype
-
-_TIE = 9  # first part of the hash: what the number is for; engine/routing has the others
 
 Experts = NDArray[np.uint16]
 Keys = NDArray[np.int64]
@@ -88,7 +86,9 @@ def table_of(key_N: Keys, expert_NK: Experts, rows: KeyRows, num_experts: int) -
     Ties are drawn, so rows that were not seen are spread evenly over the experts.
     """
     count_rE = _counts(rows.of_keys(key_N), expert_NK, rows.rows, num_experts)
-    tie_rE = uniform(hash64(_TIE, rows.seed, rows.index, np.arange(rows.rows)[:, None], np.arange(num_experts)))
+    tie_rE = uniform(
+        hash64(Purpose.distilled_tie, rows.seed, rows.index, np.arange(rows.rows)[:, None], np.arange(num_experts))
+    )
     order_rE = np.argsort(tie_rE - count_rE, axis=1)
     return order_rE.astype(column_dtype(num_experts))
 

@@ -8,12 +8,34 @@ splitmix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number gen
 hash64(1234567) = 6457827717110365317.
 """
 
+from enum import IntEnum, unique
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Hash = NDArray[np.uint64]
+
+
+@unique
+class Purpose(IntEnum):
+    """First part of each hash: what the number is for, so that no two uses of the same seed draw the same numbers."""
+
+    row = 1  # of an n-gram
+    order = 2  # of a row's experts in a block
+    tie = 3
+    logit = 4
+    block_order = 5
+    block_tie = 6
+    drawn_order = 7  # of experts, anew in each pass
+    shuffle = 8  # of keys
+    count_tie = 9
+    distilled_tie = 10
+    sized_tie = 12
+    sized_count_tie = 13
+    strata_count_tie = 14
+    strata_tie = 15
+
 
 GAMMA = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio, the increment of splitmix64
 FIRST, SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)  # factors of its finaliser

@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from foreroute.engine.errors import require
-from foreroute.engine.routing.hashing import hash64
+from foreroute.engine.routing.hashing import Purpose, hash64
 from foreroute.engine.routing.loops.hashes import hash_rows
 
-_ROW = 1  # first part of the hash: what it is for; engine/routing/tables.py and planned_router.py have others
 _MOST_IDS = 1 << 31
 Width = TypeVar("Width", np.int32, np.int64)
 
@@ -104,6 +103,6 @@ class KeyRows:
         if self.vocab_size**self.ngram <= self.rows:
             return keys.astype(dtype, copy=False)
         row_N = np.empty(keys.size, dtype)
-        state = np.uint64(hash64(_ROW, self.seed, self.index))
+        state = np.uint64(hash64(Purpose.row, self.seed, self.index))
         hash_rows(state, np.ascontiguousarray(keys).reshape(-1), self.rows, row_N)
         return row_N.reshape(keys.shape)

@@ -24,7 +24,7 @@ from torch import Tensor
 from foreroute.engine.config import MoEConfig, Split
 from foreroute.engine.errors import require
 from foreroute.engine.parallel.mesh import Mesh
-from foreroute.engine.routing.hashing import hash64
+from foreroute.engine.routing.hashing import Purpose, hash64
 from foreroute.engine.routing.method_options import Card
 from foreroute.engine.routing.ngram_rows import KeyRows
 from foreroute.engine.routing.plan import Plan, Route
@@ -34,7 +34,6 @@ from foreroute.engine.routing.row_sets import Choice, RowSets
 _THREADED = 1 << 22  # tokens times routers: above, planning takes 20 ms and more
 _MOST_THREADS = 4
 _KEPT = 2  # values of k whose row sets are kept: training's and, at a change of k, the one before
-_SHUFFLE = 8  # first part of the hash: what the number is for; engine/routing/tables.py has 1 to 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +105,7 @@ class GroupTokens:
         draw = self.needed_draw
         numbers = rows.seed, draw.held_out, draw.index, draw.number
         if numbers not in self._places:
-            self._places[numbers] = hash64(_SHUFFLE, *numbers, draw.token_PT).argsort(axis=None, kind="stable")
+            self._places[numbers] = hash64(Purpose.shuffle, *numbers, draw.token_PT).argsort(axis=None, kind="stable")
         return self.keys(rows).take(self._places[numbers]).reshape(self.shape)
 
     def token_places(self) -> tuple[Split, NDArray[np.int64]] | None:

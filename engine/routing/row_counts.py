@@ -16,9 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from foreroute.engine.routing.hashing import Hash, hash64
-
-_TIE = 9  # first part of the hash: what the number is for; engine/routing/tables.py has 2 to 6
+from foreroute.engine.routing.hashing import Hash, Purpose, hash64
 
 Values = NDArray[np.int64]
 Firsts = NDArray[np.int16]
@@ -50,7 +48,7 @@ def first_k(
     first_rE = np.broadcast_to(np.arange(1, most + 1, dtype=np.int16), (rows, most)).copy()
     row_s = np.arange(rows) if rule.unseen else np.flatnonzero(use_r)
     if row_s.size:
-        tie_sE = hash64(_TIE, seed, index, row_s[:, None], np.arange(most))
+        tie_sE = hash64(Purpose.count_tie, seed, index, row_s[:, None], np.arange(most))
         value_sE = rule.value(row_s, logits_rE[row_s].astype(np.float64), use_r[row_s])
         first_rE[row_s] = solve(value_sE, use_r[row_s], tie_sE, least=rule.least)
     return first_rE

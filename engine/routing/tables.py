@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from foreroute.engine.config import Builder, MoEConfig, RouteWeights
-from foreroute.engine.routing.hashing import hash64, normal
+from foreroute.engine.routing.hashing import Purpose, hash64, normal
 from foreroute.engine.routing.loops.orders import greedy
 from foreroute.engine.routing.ngram_rows import KeyRows, ngram_keys
 from foreroute.engine.routing.row_counts import CountRule, first_k
@@ -39,8 +39,6 @@ from foreroute.engine.routing.row_sets import column_dtype
 from foreroute.engine.sealed_files import replacing
 
 _FORMAT = 1  # part of the cache key; raise it when the same inputs would give another table
-# First part of each hash: what the number is for; engine/routing/ngram_rows.py has 1.
-_ORDER, _TIE, _LOGIT, _BLOCK_ORDER, _BLOCK_TIE = range(2, 7)
 _NUMBERS = ("ngram", "vocab_size", "seed", "index", "pack")
 _ARRAYS = ("order_rE", "logits_rE", "first_rE")
 # Symbols counted, and entries of tables drawn at a time, to bound memory; these fit in a cache.
@@ -266,10 +264,10 @@ def _draw_orders(order_rE: NDArray[Any], row_r: NDArray[np.int64], pack: int, se
     experts = order_rE.shape[1]
     blocks = experts // pack
     for row_s in _chunks(row_r, experts):
-        draw_sE = hash64(_ORDER, seed, index, row_s[:, None], np.arange(experts))
+        draw_sE = hash64(Purpose.order, seed, index, row_s[:, None], np.arange(experts))
         inner_sGp = draw_sE.reshape(-1, blocks, pack).argsort(axis=2)
         inner_sGp += pack * np.arange(blocks)[:, None]
-        block_sG = hash64(_BLOCK_ORDER, seed, index, row_s[:, None], np.arange(blocks)).argsort(axis=1)
+        block_sG = hash64(Purpose.block_order, seed, index, row_s[:, None], np.arange(blocks)).argsort(axis=1)
         order_sGp = np.take_along_axis(inner_sGp, block_sG[:, :, None], axis=1)
         order_rE[row_s] = order_sGp.reshape(-1, experts)
 
@@ -278,7 +276,7 @@ def _draw_logits(moe: MoEConfig, seed: int, index: int) -> NDArray[np.float32]:
     """Return normal logits [r, E], descending in each row."""
     logits_rE = np.empty((moe.rows, moe.columns), np.float32)
     for row_s in _chunks(np.arange(moe.rows), moe.columns):
-        draw_sE = moe.spread * normal(hash64(_LOGIT, seed, index, row_s[:, None], np.arange(moe.columns)))
+        draw_sE = moe.spread * normal(hash64(Purpose.logit, seed, index, row_s[:, None], np.arange(moe.columns)))
         logits_rE[row_s] = -np.sort(-draw_sE, axis=1)
     return logits_rE
 
@@ -302,10 +300,10 @@ def _balance(
     use_s = use_r[row_s]
     block_rG = np.zeros((rows, experts // pack), order_rE.dtype)
     if (blocks := block_rG.shape[1]) > 1:
-        state, whole_r1 = np.uint64(hash64(_BLOCK_TIE, seed, index)), np.zeros((rows, 1), order_rE.dtype)
+        state, whole_r1 = np.uint64(hash64(Purpose.block_tie, seed, index)), np.zeros((rows, 1), order_rE.dtype)
         first_rG = np.ascontiguousarray(first_rE[:, ::pack])
         greedy(row_s, use_s, state, whole_r1, block_rG, first_rG, experts if first_rG.size else blocks)
-    greedy(row_s, use_s, np.uint64(hash64(_TIE, seed, index)), block_rG, order_rE, first_rE, experts)
+    greedy(row_s, use_s, np.uint64(hash64(Purpose.tie, seed, index)), block_rG, order_rE, first_rE, experts)
 
 
 def _cache_key(moe: MoEConfig, text: _Text, num_tables: int, seed: int, counts: CountRule | None) -> str:

@@ -14,12 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from foreroute.engine.config import MoEConfig
-from foreroute.engine.routing.hashing import hash64
+from foreroute.engine.routing.hashing import Purpose, hash64
 from foreroute.engine.routing.method_options import Card
 from foreroute.engine.routing.planned_router import Draw, GroupTokens, PlannedRouter, RouterInputs
 from foreroute.engine.routing.row_sets import Choice, RowSets, column_dtype, equal_weights
-
-_DRAW = 7  # first part of the hash: what the number is for; engine/routing/tables.py has 1 to 6
 
 
 class FreshRouter(PlannedRouter):
@@ -62,7 +60,7 @@ class FreshRouter(PlannedRouter):
         """Draw the experts' order: uint8, or int16 above 256 experts, [P*T, E], or [1, E] for all tokens."""
         token_r1 = draw.token_PT.reshape(-1, 1) if self.each_token else np.zeros((1, 1), np.int64)
         numbers = self.seed, self.index, draw.held_out, draw.index, draw.number
-        hash_rE = hash64(_DRAW, *numbers, token_r1, np.arange(self.experts))
+        hash_rE = hash64(Purpose.drawn_order, *numbers, token_r1, np.arange(self.experts))
         return torch.from_numpy(hash_rE.argsort(axis=1, kind="stable").astype(column_dtype(self.experts)))
 
     def identity(self, *, weights: bool = True) -> Sequence[NDArray[Any]]:

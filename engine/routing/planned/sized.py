@@ -33,15 +33,13 @@ from foreroute.engine.config import Builder, MoEConfig, RouteWeights
 from foreroute.engine.config.option import option
 from foreroute.engine.errors import require
 from foreroute.engine.parallel.mesh import Mesh
-from foreroute.engine.routing.hashing import hash64
+from foreroute.engine.routing.hashing import Purpose, hash64
 from foreroute.engine.routing.loops.sized_orders import greedy_sized
 from foreroute.engine.routing.method_options import Card, read_options
 from foreroute.engine.routing.planned_router import GroupTokens, PlannedRouter, RouterInputs
 from foreroute.engine.routing.row_counts import solve
 from foreroute.engine.routing.row_sets import Choice, RowSets, Weigh, column_dtype, unit_weights
 from foreroute.engine.routing.tables import Table, build_tables, row_frequency, table_from_state, table_state
-
-_TIE, _EVENT = 12, 13  # first part of the hash: what the number is for
 
 
 @dataclass
@@ -192,7 +190,7 @@ def _balanced(table: Table, use_r: NDArray[np.int64], size_G: NDArray[np.int64],
     """Return the table's orders with those of rows that the text uses chosen anew, the most frequent first."""
     order_rG = table.order_rE.numpy().copy()
     row_s = np.argsort(-use_r, kind="stable")[: np.count_nonzero(use_r)]
-    state = np.uint64(hash64(_TIE, table.seed, table.index))
+    state = np.uint64(hash64(Purpose.sized_tie, table.seed, table.index))
     greedy_sized(row_s, use_r[row_s], state, size_G, small_first, order_rG)
     return order_rG
 
@@ -202,7 +200,7 @@ def _first_k(
 ) -> NDArray[np.int16]:
     size_rG = size_G[order_rG]
     rows, experts = order_rG.shape
-    tie_rG = hash64(_EVENT, table.seed, table.index, np.arange(rows)[:, None], np.arange(experts))
+    tie_rG = hash64(Purpose.sized_count_tie, table.seed, table.index, np.arange(rows)[:, None], np.arange(experts))
     use_r = use_r if use_r.any() else np.ones_like(use_r)
     return solve(size_rG.cumsum(axis=1) - size_rG, use_r, tie_rG, least=least, size_sE=size_rG)
 

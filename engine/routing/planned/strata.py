@@ -29,7 +29,7 @@ from torch import Tensor
 
 from foreroute.engine.config import Builder, MoEConfig, RouteWeights
 from foreroute.engine.config.option import option
-from foreroute.engine.routing.hashing import hash64
+from foreroute.engine.routing.hashing import Purpose, hash64
 from foreroute.engine.routing.loops.strata_experts import lightest_experts
 from foreroute.engine.routing.method_options import Card, read_options
 from foreroute.engine.routing.planned_router import GroupTokens, PlannedRouter, RouterInputs
@@ -37,7 +37,6 @@ from foreroute.engine.routing.row_counts import solve
 from foreroute.engine.routing.row_sets import Choice, RowSets, column_dtype, unit_weights
 from foreroute.engine.routing.tables import Table, build_tables, row_frequency, table_from_state, table_state
 
-_EVENT, _TIE = 14, 15  # first part of the hash: what the number is for
 _UNIT = 1 << 32
 
 
@@ -131,7 +130,7 @@ def _first_k(use_r: NDArray[np.int64], strata: int, deep: Deep, seed: int, index
     share_r[order_r] = (use_r[order_r].cumsum() - use_r[order_r] / 2) / use_r.sum()
     weight_r = 0.5 + (share_r if deep is Deep.rare else 1 - share_r)
     value_rS = (np.arange(1, strata + 1) / weight_r[:, None] * _UNIT).astype(np.int64)
-    tie_rS = hash64(_EVENT, seed, index, np.arange(use_r.size)[:, None], np.arange(strata))
+    tie_rS = hash64(Purpose.strata_count_tie, seed, index, np.arange(use_r.size)[:, None], np.arange(strata))
     return solve(value_rS, use_r, tie_rS, least=1)
 
 
@@ -141,7 +140,7 @@ def _experts(
     """Return the expert of each row in a stratum; rows that the text does not use choose last."""
     row_s = np.argsort(-use_r, kind="stable")
     expert_r = np.empty(use_r.size, column_dtype(moe.experts))
-    state = np.uint64(hash64(_TIE, table.seed, table.index, stratum))
+    state = np.uint64(hash64(Purpose.strata_tie, table.seed, table.index, stratum))
     use_s = np.maximum(use_r[row_s], 1)
     lightest_experts(row_s, use_s, np.ascontiguousarray(first_r[row_s]), moe.strata, moe.experts, state, expert_r)
     return expert_r
