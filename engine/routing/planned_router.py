@@ -169,7 +169,6 @@ class PlannedRouter(ABC):
         """Take the number of experts, and of columns with those without one."""
         self.experts, self.columns = experts, columns or experts
         self._planner = Planner(experts, columns=columns)
-        self._sets: dict[int, RowSets] = {}
 
     @classmethod
     @abstractmethod
@@ -233,6 +232,28 @@ class PlannedRouter(ABC):
         choice = self.choose(tokens, k)
         return choice if tokens.real_PT is None else choice.of_real(tokens.real_PT)
 
+
+class TableRouter(PlannedRouter):
+    """A planned router whose rows are those of a table, into which n-grams fall."""
+
+    def __init__(self, experts: int, key_rows: KeyRows, *, columns: int | None = None) -> None:
+        """Take the map from n-grams to rows; the numbers as for PlannedRouter."""
+        super().__init__(experts, columns=columns)
+        self.key_rows = key_rows
+        self._sets: dict[int, RowSets] = {}
+
+    @abstractmethod
+    def row_sets(self, k: int) -> RowSets:
+        """Return the sets of all rows at k."""
+
+    def choose(self, tokens: GroupTokens, k: int) -> Choice:
+        """Look up each token's row."""
+        return Choice(self.key_rows.narrow(self.keys(tokens)), self.sets_at(k))
+
+    def keys(self, tokens: GroupTokens) -> NDArray[np.integer[Any]]:
+        """Return the key that each token looks up [P, T]: that of its n-gram."""
+        return tokens.keys(self.key_rows)
+
     def sets_at(self, k: int) -> RowSets:
         """Return row_sets(k), made once for each k in use."""
         kept = self._sets  # replaced as a whole: several threads plan
@@ -242,12 +263,8 @@ class PlannedRouter(ABC):
         return kept[k]
 
     def lookups(self, k: int) -> Lookups:
-        """Return what is worked out once for a k; for routers whose rows are those of a table."""
+        """Return what is worked out once for a k."""
         return self._planner.lookups(self.sets_at(k))
-
-    def row_sets(self, k: int) -> RowSets:
-        """Return the sets of all rows; for routers whose rows are those of a table."""
-        raise NotImplementedError
 
 
 def check_use(routers: Sequence[PlannedRouter] | None, split: Split, k: int) -> None:

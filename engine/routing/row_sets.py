@@ -22,6 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from foreroute.engine.config import RouteWeights
+
 
 class RowSets(NamedTuple):
     """The set of each row, the wanted first."""
@@ -102,6 +104,15 @@ def equal_weights(sets: RowSets) -> Tensor:
 def unit_weights(sets: RowSets) -> Tensor:
     """Return 1 for each expert: their outputs are added up."""
     return torch.ones(sets.order_rK.shape)
+
+
+WEIGH: dict[RouteWeights, Weigh | None] = {
+    RouteWeights.table: softmax_weights,
+    RouteWeights.uniform: equal_weights,
+    RouteWeights.sum: unit_weights,
+    RouteWeights.live: None,
+}
+"""Makers of the weights by moe.weights, for a router with fixed logits."""
 
 
 def column_dtype(columns: int) -> type[np.uint8] | type[np.int16]:

@@ -19,7 +19,7 @@ import hashlib
 import json
 import logging
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ from foreroute.engine.config import Builder, MoEConfig, RouteWeights
 from foreroute.engine.routing.hashing import Purpose, hash64, normal
 from foreroute.engine.routing.loops.orders import greedy
 from foreroute.engine.routing.ngram_rows import KeyRows, ngram_keys
+from foreroute.engine.routing.planned_router import RouterInputs
 from foreroute.engine.routing.row_counts import CountRule, first_k
 from foreroute.engine.routing.row_sets import column_dtype
 from foreroute.engine.sealed_files import replacing
@@ -62,6 +63,12 @@ class Table:
     builder: Builder
     pack: int  # experts of a block: a row uses up one block before it touches the next; E without packing
     first_rE: Tensor | None = None  # int16: the first k at which a row uses each of its choices; None: 1 .. E
+
+    def identity(self, *more: int, weights: bool = True) -> list[NDArray[Any]]:
+        """Return all that choices from it depend on, as PlannedRouter.identity; `more` are the router's own numbers."""
+        numbers = np.array([self.ngram, self.vocab_size, self.seed, self.index, *more])
+        tensors = self.order_rE, self.first_rE, self.logits_rE if weights else None
+        return [numbers, *(tensor.numpy() for tensor in tensors if tensor is not None)]
 
     def count_r(self, k: int) -> Tensor | None:
         """Return how many experts each row uses at k, int32; None: all use k."""
@@ -132,6 +139,28 @@ def build_tables(
         )
         for index in range(num_tables)
     ]
+
+
+def tables_of(moe: MoEConfig, inputs: RouterInputs, *, number: int, counts: CountRule | None = None) -> list[Table]:
+    """Build so many tables from what planned routers are made from, or load them from the cache; as build_tables."""
+    assert inputs.ids is not None, "tables are built from a text"
+    return build_tables(
+        moe,
+        inputs.vocab_size,
+        inputs.ids,
+        num_tables=number,
+        seed=inputs.seed,
+        cache_dir=inputs.cache_dir,
+        documents=inputs.documents,
+        counts=counts,
+    )
+
+
+def row_uses(tables: Sequence[Table], inputs: RouterInputs) -> NDArray[np.int64]:
+    """Return how often the training text uses each row of each of a run's tables [t, r], reading it once."""
+    assert inputs.ids is not None, "uses are counted in a text"
+    text = _Text(inputs.ids, inputs.vocab_size, tables[0].ngram, inputs.documents)
+    return text.row_frequency([table.key_rows for table in tables]).astype(np.int64)
 
 
 def row_frequency(

@@ -12,19 +12,18 @@ from numpy.typing import NDArray
 from foreroute.engine.config import MoEConfig
 from foreroute.engine.routing.method_options import Card
 from foreroute.engine.routing.ngram_rows import KeyRows
-from foreroute.engine.routing.planned_router import GroupTokens, PlannedRouter, RouterInputs
-from foreroute.engine.routing.row_sets import Choice, RowSets, column_dtype, equal_weights
+from foreroute.engine.routing.planned_router import RouterInputs, TableRouter
+from foreroute.engine.routing.row_sets import RowSets, column_dtype, equal_weights
 
 
-class MyRouter(PlannedRouter):
+class MyRouter(TableRouter):
     """Has a row for each token id, and in it an order of all experts."""
 
     card = Card("experts i, i + 1, ... of token id i", "ours", "as hashed", "a first router of your own")
     at_most_k = True
 
     def __init__(self, experts: int, vocab_size: int) -> None:
-        super().__init__(experts)
-        self.rows = KeyRows(ngram=1, vocab_size=vocab_size, rows=vocab_size, seed=0, index=0)
+        super().__init__(experts, KeyRows(ngram=1, vocab_size=vocab_size, rows=vocab_size, seed=0, index=0))
         order_rE = (torch.arange(vocab_size)[:, None] + torch.arange(experts)) % experts
         self.order_rE = torch.from_numpy(order_rE.numpy().astype(column_dtype(experts)))
 
@@ -32,10 +31,6 @@ class MyRouter(PlannedRouter):
     def build(cls, moe: MoEConfig, inputs: RouterInputs) -> Sequence[Self]:
         """Make one router for each expert layer."""
         return [cls(moe.experts, inputs.vocab_size) for _ in range(inputs.number)]
-
-    def choose(self, tokens: GroupTokens, k: int) -> Choice:
-        """Look up the row of each token."""
-        return Choice(self.rows.narrow(tokens.keys(self.rows)), self.sets_at(k))
 
     def row_sets(self, k: int) -> RowSets:
         """Return the first k experts of each row."""

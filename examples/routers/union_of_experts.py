@@ -14,7 +14,6 @@ Letters: D width, E experts, F their hidden width.
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -22,12 +21,12 @@ from torch import Tensor
 from foreroute.engine.config import MoEConfig
 from foreroute.engine.errors import require
 from foreroute.engine.routing.method_options import Card
-from foreroute.engine.routing.planned_router import GroupTokens, PlannedRouter, RouterInputs
-from foreroute.engine.routing.row_sets import Choice, RowSets, unit_weights
-from foreroute.engine.routing.tables import Table, build_tables, table_from_state, table_state
+from foreroute.engine.routing.planned_router import RouterInputs, TableRouter
+from foreroute.engine.routing.row_sets import RowSets, unit_weights
+from foreroute.engine.routing.tables import Table, table_from_state, table_state, tables_of
 
 
-class SliceRouter(PlannedRouter):
+class SliceRouter(TableRouter):
     """The router of one table, which adds slices up."""
 
     card = Card(
@@ -40,33 +39,18 @@ class SliceRouter(PlannedRouter):
     at_most_k = True
 
     def __init__(self, table: Table) -> None:
-        super().__init__(table.order_rE.shape[1])
+        super().__init__(table.order_rE.shape[1], table.key_rows)
         self.table = table
 
     @classmethod
     def build(cls, moe: MoEConfig, inputs: RouterInputs) -> Sequence[Self]:
         """Build the tables, or read them from the cache."""
-        assert inputs.ids is not None, "tables are built from a text"
-        tables = build_tables(
-            moe,
-            inputs.vocab_size,
-            inputs.ids,
-            num_tables=inputs.number,
-            seed=inputs.seed,
-            cache_dir=inputs.cache_dir,
-            documents=inputs.documents,
-        )
-        return [cls(table) for table in tables]
+        return [cls(table) for table in tables_of(moe, inputs, number=inputs.number)]
 
     @classmethod
     def restore(cls, moe: MoEConfig, inputs: RouterInputs, states: Sequence[Mapping[str, Tensor]]) -> Sequence[Self]:
         """Take the saved tables."""
         return [cls(table_from_state(dict(state))) for state in states]
-
-    def choose(self, tokens: GroupTokens, k: int) -> Choice:
-        """Look up each token's row."""
-        rows = self.table.key_rows
-        return Choice(rows.narrow(tokens.keys(rows)), self.sets_at(k))
 
     def row_sets(self, k: int) -> RowSets:
         """Return the first k slices of each row."""
@@ -78,8 +62,7 @@ class SliceRouter(PlannedRouter):
 
     def identity(self, *, weights: bool = True) -> Sequence[NDArray[Any]]:
         """Return the table."""
-        table = self.table
-        return [np.array([table.ngram, table.vocab_size, table.seed, table.index]), table.order_rE.numpy()]
+        return self.table.identity(weights=weights)
 
 
 def slices_of(weights: Mapping[str, Tensor], experts: int) -> dict[str, Tensor]:

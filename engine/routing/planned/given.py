@@ -36,7 +36,7 @@ from foreroute.engine.config.option import option
 from foreroute.engine.errors import UserError, require
 from foreroute.engine.routing.method_options import Card, read_options
 from foreroute.engine.routing.planned_router import GroupTokens, PlannedRouter, RouterInputs, check_use
-from foreroute.engine.routing.row_sets import Choice, RowSets, Weigh, column_dtype, equal_weights, unit_weights
+from foreroute.engine.routing.row_sets import WEIGH, Choice, RowSets, column_dtype
 
 NONE = 65535
 """In place of an expert: the token has no more."""
@@ -88,12 +88,7 @@ def _recorded_weights(sets: RowSets) -> Tensor:
     return sets.score_rK
 
 
-_WEIGH: dict[RouteWeights, Weigh | None] = {
-    RouteWeights.table: _recorded_weights,
-    RouteWeights.uniform: equal_weights,
-    RouteWeights.sum: unit_weights,
-    RouteWeights.live: None,
-}
+_WEIGH = {**WEIGH, RouteWeights.table: _recorded_weights}
 
 
 class GivenRouter(PlannedRouter):

@@ -15,20 +15,13 @@ from torch import Tensor
 
 from foreroute.engine.config import Keys, MoEConfig, RouteWeights
 from foreroute.engine.routing.method_options import Card
-from foreroute.engine.routing.planned_router import GroupTokens, PlannedRouter, RouterInputs
+from foreroute.engine.routing.planned_router import GroupTokens, RouterInputs, TableRouter
 from foreroute.engine.routing.row_counts import CountRule
-from foreroute.engine.routing.row_sets import Choice, RowSets, Weigh, equal_weights, softmax_weights, unit_weights
-from foreroute.engine.routing.tables import Table, build_tables, table_from_state, table_state
-
-_WEIGH: dict[RouteWeights, Weigh | None] = {
-    RouteWeights.table: softmax_weights,
-    RouteWeights.uniform: equal_weights,
-    RouteWeights.sum: unit_weights,
-    RouteWeights.live: None,
-}
+from foreroute.engine.routing.row_sets import WEIGH, RowSets
+from foreroute.engine.routing.tables import Table, table_from_state, table_state, tables_of
 
 
-class HashedRouter(PlannedRouter):
+class HashedRouter(TableRouter):
     """The router of one table."""
 
     card = Card(
@@ -57,7 +50,7 @@ class HashedRouter(PlannedRouter):
                 tables of a seed shuffle alike, so a token has the key of one other token in every layer.
         """
         columns = table.order_rE.shape[1]
-        super().__init__(experts or columns, columns=columns)
+        super().__init__(experts or columns, table.key_rows, columns=columns)
         if weights is RouteWeights.table and table.logits_rE is None:
             weights = RouteWeights.uniform
         self.table, self.weights, self.shuffled = table, weights, shuffled
@@ -65,17 +58,7 @@ class HashedRouter(PlannedRouter):
     @classmethod
     def build(cls, moe: MoEConfig, inputs: RouterInputs) -> Sequence[Self]:
         """Build the tables, or read them from the cache."""
-        assert inputs.ids is not None, "tables are built from a text"
-        tables = build_tables(
-            moe,
-            inputs.vocab_size,
-            inputs.ids,
-            num_tables=inputs.number,
-            seed=inputs.seed,
-            cache_dir=inputs.cache_dir,
-            documents=inputs.documents,
-            counts=cls.count_rule(moe, inputs),
-        )
+        tables = tables_of(moe, inputs, number=inputs.number, counts=cls.count_rule(moe, inputs))
         return cls.of_tables(moe, tables)
 
     @classmethod
@@ -94,18 +77,16 @@ class HashedRouter(PlannedRouter):
         shuffled = moe.keys is Keys.shuffled
         return [cls(table, weights=moe.weights, experts=moe.experts, shuffled=shuffled) for table in tables]
 
-    def choose(self, tokens: GroupTokens, k: int) -> Choice:
-        """Look up each token's row."""
-        rows = self.table.key_rows
-        key_PT = tokens.shuffled_keys(rows) if self.shuffled else tokens.keys(rows)
-        return Choice(rows.narrow(key_PT), self.sets_at(k))
+    def keys(self, tokens: GroupTokens) -> NDArray[np.integer[Any]]:
+        """Return the key that each token looks up [P, T]: its own, or with shuffled keys another token's."""
+        return tokens.shuffled_keys(self.key_rows) if self.shuffled else tokens.keys(self.key_rows)
 
     def row_sets(self, k: int) -> RowSets:
         """Return the first experts of each row: k, or as many as the table says."""
         order_rE, logits_rE, count_r = self.table.order_rE, self.table.logits_rE, self.table.count_r(k)
         most = k if count_r is None else int(count_r.max())
         scores_rK = None if logits_rE is None else logits_rE[:, :most]
-        return RowSets(order_rE[:, :most], _WEIGH[self.weights], scores_rK, count_r)
+        return RowSets(order_rE[:, :most], WEIGH[self.weights], scores_rK, count_r)
 
     def state(self) -> dict[str, Tensor]:
         """Return the table."""
@@ -113,11 +94,7 @@ class HashedRouter(PlannedRouter):
 
     def identity(self, *, weights: bool = True) -> Sequence[NDArray[Any]]:
         """Return the table."""
-        table = self.table
-        numbers = np.array([table.ngram, table.vocab_size, table.seed, table.index, self.shuffled])
-        logits = [] if table.logits_rE is None or not weights else [table.logits_rE.numpy()]
-        firsts = [] if table.first_rE is None else [table.first_rE.numpy()]
-        return [numbers, table.order_rE.numpy(), *firsts, *logits]
+        return self.table.identity(self.shuffled, weights=weights)
 
 
 ROUTER = HashedRouter

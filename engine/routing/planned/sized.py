@@ -36,10 +36,10 @@ from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.hashing import Purpose, hash64
 from foreroute.engine.routing.loops.sized_orders import greedy_sized
 from foreroute.engine.routing.method_options import Card, read_options
-from foreroute.engine.routing.planned_router import GroupTokens, PlannedRouter, RouterInputs
+from foreroute.engine.routing.planned_router import RouterInputs, TableRouter
 from foreroute.engine.routing.row_counts import solve
-from foreroute.engine.routing.row_sets import Choice, RowSets, Weigh, column_dtype, unit_weights
-from foreroute.engine.routing.tables import Table, build_tables, row_frequency, table_from_state, table_state
+from foreroute.engine.routing.row_sets import RowSets, Weigh, column_dtype, unit_weights
+from foreroute.engine.routing.tables import Table, row_uses, table_from_state, table_state, tables_of
 
 
 @dataclass
@@ -58,7 +58,7 @@ class SizedOptions:
     small_first: bool = option(False, "The most frequent rows have a small expert as their first choice.")
 
 
-class SizedRouter(PlannedRouter):
+class SizedRouter(TableRouter):
     """The router of one table over experts of unequal width."""
 
     card = Card(
@@ -76,7 +76,7 @@ class SizedRouter(PlannedRouter):
             table: its orders are of the G experts, and its first_rE those k at which rows use their choices.
             size_G: slices of each expert.
         """
-        super().__init__(int(size_G.sum()))
+        super().__init__(int(size_G.sum()), table.key_rows)
         self.table, self.size_G = table, size_G
         self._weigh: Weigh = unit_weights if weights is RouteWeights.sum else self._of_experts
         self._place_E = torch.from_numpy(np.concatenate([np.arange(size) for size in size_G]))  # within its expert
@@ -99,22 +99,13 @@ class SizedRouter(PlannedRouter):
     @classmethod
     def build(cls, moe: MoEConfig, inputs: RouterInputs) -> Sequence[Self]:
         """Build the tables; they are not in the cache."""
-        assert inputs.ids is not None, "tables are built from a text"
         require(moe.columns == moe.experts, "moe.router=sized: takes no constant, copy or null experts")
         require(moe.weights is not RouteWeights.live, "moe.router=sized: moe.weights=live would weigh slices alone")
         size_G, options = np.array(cls.slices(moe)), read_options(moe, SizedOptions)
-        drawn = build_tables(
-            replace(moe, router="hashed", options={}, experts=size_G.size, builder=Builder.random, pack=None),
-            inputs.vocab_size,
-            inputs.ids,
-            num_tables=inputs.number,
-            seed=inputs.seed,
-            cache_dir=None,
-            documents=inputs.documents,
-        )
+        plain = replace(moe, router="hashed", options={}, experts=size_G.size, builder=Builder.random, pack=None)
+        drawn = tables_of(plain, replace(inputs, cache_dir=None), number=inputs.number)
         routers = []
-        for table in drawn:
-            use_r = row_frequency(table, inputs.ids, inputs.documents).astype(np.int64)
+        for table, use_r in zip(drawn, row_uses(drawn, inputs), strict=True):
             order_rG = _balanced(table, use_r, size_G, small_first=options.small_first)
             first_rG = _first_k(table, order_rG, use_r, size_G, least=options.least)
             table = replace(table, order_rE=torch.from_numpy(order_rG), first_rE=torch.from_numpy(first_rG))
@@ -146,11 +137,6 @@ class SizedRouter(PlannedRouter):
         )
         return super().place(mesh)
 
-    def choose(self, tokens: GroupTokens, k: int) -> Choice:
-        """Look up each token's row."""
-        rows = self.table.key_rows
-        return Choice(rows.narrow(tokens.keys(rows)), self.sets_at(k))
-
     def row_sets(self, k: int) -> RowSets:
         """Return the slices of each row's experts, those of an expert beside each other."""
         assert self.table.first_rE is not None
@@ -179,11 +165,7 @@ class SizedRouter(PlannedRouter):
 
     def identity(self, *, weights: bool = True) -> Sequence[NDArray[Any]]:
         """Return the table, the sizes and what each row uses at each k."""
-        table = self.table
-        assert table.first_rE is not None
-        numbers = np.array([table.ngram, table.vocab_size, table.seed, table.index])
-        logits = [] if table.logits_rE is None or not weights else [table.logits_rE.numpy()]
-        return [numbers, self.size_G, table.order_rE.numpy(), table.first_rE.numpy(), *logits]
+        return [self.size_G, *self.table.identity(weights=weights)]
 
 
 def _balanced(table: Table, use_r: NDArray[np.int64], size_G: NDArray[np.int64], *, small_first: bool) -> NDArray[Any]:

@@ -32,10 +32,10 @@ from foreroute.engine.config.option import option
 from foreroute.engine.routing.hashing import Purpose, hash64
 from foreroute.engine.routing.loops.strata_experts import lightest_experts
 from foreroute.engine.routing.method_options import Card, read_options
-from foreroute.engine.routing.planned_router import GroupTokens, PlannedRouter, RouterInputs
+from foreroute.engine.routing.planned_router import RouterInputs, TableRouter
 from foreroute.engine.routing.row_counts import solve
-from foreroute.engine.routing.row_sets import Choice, RowSets, column_dtype, unit_weights
-from foreroute.engine.routing.tables import Table, build_tables, row_frequency, table_from_state, table_state
+from foreroute.engine.routing.row_sets import RowSets, column_dtype, unit_weights
+from foreroute.engine.routing.tables import Table, row_uses, table_from_state, table_state, tables_of
 
 _UNIT = 1 << 32
 
@@ -54,7 +54,7 @@ class StrataOptions:
     deep: Deep = option(Deep.rare, "Rows that pass through more strata: rare or frequent n-grams.")
 
 
-class StrataRouter(PlannedRouter):
+class StrataRouter(TableRouter):
     """The router of one stratum of one layer."""
 
     card = Card(
@@ -67,28 +67,19 @@ class StrataRouter(PlannedRouter):
 
     def __init__(self, table: Table, experts: int) -> None:
         """Take a table of one choice: the expert of each row, and the first k at which the row has it."""
-        super().__init__(experts)
+        super().__init__(experts, table.key_rows)
         self.table = table
 
     @classmethod
     def build(cls, moe: MoEConfig, inputs: RouterInputs) -> Sequence[Self]:
         """Build the tables; they are not in the cache."""
-        assert inputs.ids is not None, "tables are built from a text"
         deep = read_options(moe, StrataOptions).deep
         plain = replace(
             moe, router="hashed", options={}, experts=1, builder=Builder.random, pack=None, weights=RouteWeights.sum
         )
-        rows = build_tables(
-            plain,
-            inputs.vocab_size,
-            inputs.ids,
-            num_tables=inputs.number // moe.strata,
-            seed=inputs.seed,
-            cache_dir=None,
-        )
+        rows = tables_of(plain, replace(inputs, cache_dir=None), number=inputs.number // moe.strata)
         found = []
-        for table in rows:
-            use_r = row_frequency(table, inputs.ids, inputs.documents).astype(np.int64)
+        for table, use_r in zip(rows, row_uses(rows, inputs), strict=True):
             first_rS = _first_k(use_r, moe.strata, deep, table.seed, table.index)
             for stratum, first_r in enumerate(first_rS.T):
                 expert_r = _experts(use_r, first_r, moe, table, stratum)
@@ -105,21 +96,13 @@ class StrataRouter(PlannedRouter):
         """Return the table."""
         return table_state(self.table)
 
-    def choose(self, tokens: GroupTokens, k: int) -> Choice:
-        """Look up each token's row."""
-        rows = self.table.key_rows
-        return Choice(rows.narrow(tokens.keys(rows)), self.sets_at(k))
-
     def row_sets(self, k: int) -> RowSets:
         """Return each row's expert, where the row is deep enough."""
         return RowSets(self.table.order_rE, unit_weights, None, self.table.count_r(k))
 
     def identity(self, *, weights: bool = True) -> Sequence[NDArray[Any]]:
         """Return the table."""
-        table = self.table
-        assert table.first_rE is not None
-        numbers = np.array([table.ngram, table.vocab_size, table.seed, table.index, self.experts])
-        return [numbers, table.order_rE.numpy(), table.first_rE.numpy()]
+        return self.table.identity(self.experts, weights=weights)
 
 
 def _first_k(use_r: NDArray[np.int64], strata: int, deep: Deep, seed: int, index: int) -> NDArray[np.int16]:

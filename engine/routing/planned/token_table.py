@@ -30,16 +30,11 @@ from foreroute.engine.config.option import option
 from foreroute.engine.errors import UserError, require
 from foreroute.engine.routing.method_options import Card, read_options
 from foreroute.engine.routing.ngram_rows import KeyRows
-from foreroute.engine.routing.planned_router import GroupTokens, PlannedRouter, RouterInputs, check_use
-from foreroute.engine.routing.row_sets import Choice, RowSets, Weigh, column_dtype, equal_weights, unit_weights
+from foreroute.engine.routing.planned_router import RouterInputs, TableRouter, check_use
+from foreroute.engine.routing.row_sets import WEIGH, RowSets, column_dtype, equal_weights
 from foreroute.engine.sealed_files import replacing
 
-_WEIGH: dict[RouteWeights, Weigh | None] = {
-    RouteWeights.table: equal_weights,  # the file has no weights
-    RouteWeights.uniform: equal_weights,
-    RouteWeights.sum: unit_weights,
-    RouteWeights.live: None,
-}
+_WEIGH = {**WEIGH, RouteWeights.table: equal_weights}  # the file has no weights
 _LAYER = "{layer}"
 
 
@@ -55,7 +50,7 @@ class Options:
     )
 
 
-class TokenTableRouter(PlannedRouter):
+class TokenTableRouter(TableRouter):
     """The router of one table from a file."""
 
     card = Card(
@@ -80,8 +75,8 @@ class TokenTableRouter(PlannedRouter):
             order_rK: uint8, or int16 above 256 columns.
             key_rows: the map from n-grams to its rows.
         """
-        super().__init__(moe.experts, columns=moe.columns)
-        self.order_rK, self.key_rows, self.weights = order_rK, key_rows, moe.weights
+        super().__init__(moe.experts, key_rows, columns=moe.columns)
+        self.order_rK, self.weights = order_rK, moe.weights
 
     @classmethod
     def build(cls, moe: MoEConfig, inputs: RouterInputs) -> Sequence[Self]:
@@ -129,10 +124,6 @@ class TokenTableRouter(PlannedRouter):
         return (
             None if k <= listed else f"k={k}: the table of moe.router=token_table lists {listed} experts for each row"
         )
-
-    def choose(self, tokens: GroupTokens, k: int) -> Choice:
-        """Look up each token's row."""
-        return Choice(self.key_rows.narrow(tokens.keys(self.key_rows)), self.sets_at(k))
 
     def row_sets(self, k: int) -> RowSets:
         """Return the first k experts of each row."""
