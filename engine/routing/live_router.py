@@ -116,6 +116,15 @@ class LiveRouter(nn.Module):
         """
 
 
+def count_all(live: LiveRoute, experts: int) -> Tensor:
+    """Count the tokens that chose each expert of any kind, and all tokens, int64 [X + 1]; for `LiveRouter.counts`."""
+    count_E = chosen_counts(live.route, experts)
+    parts = [count_E, count_E.new_full((1,), len(live.logits_TE))]
+    if live.column_weight_TJ is not None:
+        parts.insert(1, (live.column_weight_TJ > 0).sum(dim=0))
+    return torch.cat(parts)
+
+
 def gate_weight(width: int, experts: int) -> Tensor:
     """Draw a gate's weights [E, D] from N(0, 0.02^2)."""
     return torch.empty(experts, width).normal_(0.0, GATE_STD)

@@ -13,6 +13,7 @@ from foreroute.engine.errors import require
 from foreroute.engine.routing.live_router import (
     LiveRoute,
     LiveRouter,
+    count_all,
     gate_logits,
     gate_weight,
     masked_route,
@@ -65,10 +66,7 @@ class AdaMoERouter(LiveRouter):
 
     def counts(self, live: LiveRoute) -> Tensor:
         """Count the tokens that chose each of all experts, and all tokens, int64 [X + 1]."""
-        chosen_TE, null_TJ = live.route.used_TK, live.column_weight_TJ
-        assert chosen_TE is not None and null_TJ is not None
-        count_X = torch.cat((chosen_TE, null_TJ > 0), dim=1).sum(dim=0)
-        return torch.cat((count_X, count_X.new_full((1,), len(live.logits_TE))))
+        return count_all(live, self.experts)
 
     def loss(self, live: LiveRoute, count_E: Tensor) -> Tensor:
         """Return the balance loss and the z-loss."""

@@ -17,8 +17,15 @@ from torch import Tensor, nn
 
 from foreroute.engine.config import MoEConfig
 from foreroute.engine.config.option import option
-from foreroute.engine.routing.live_router import LiveRoute, LiveRouter, gate_logits, gate_weight, masked_route
-from foreroute.engine.routing.losses import balance_loss, chosen_counts, z_loss
+from foreroute.engine.routing.live_router import (
+    LiveRoute,
+    LiveRouter,
+    count_all,
+    gate_logits,
+    gate_weight,
+    masked_route,
+)
+from foreroute.engine.routing.losses import balance_loss, z_loss
 from foreroute.engine.routing.method_options import Card, read_options
 
 
@@ -69,8 +76,7 @@ class DynamicTopPRouter(LiveRouter):
 
     def counts(self, live: LiveRoute) -> Tensor:
         """Count the tokens that chose each expert, and all of them, int64 [E + 1]."""
-        count_E = chosen_counts(live.route, self.experts)
-        return torch.cat((count_E, count_E.new_full((1,), len(live.logits_TE))))
+        return count_all(live, self.experts)
 
     def loss(self, live: LiveRoute, count_E: Tensor) -> Tensor:
         """Return the balance loss, the entropy and the z-loss, each times its weight."""
