@@ -26,9 +26,9 @@ from foreroute.engine.config import (
     ScheduleConfig,
 )
 from foreroute.engine.config.enums import Backend
-from foreroute.engine.data.device_copy import map_tensors, tensors_in
 from foreroute.engine.model.build import build_model
 from foreroute.engine.moe.layer import MoELayer
+from foreroute.engine.nested import map_tensors, tensors_in
 from foreroute.engine.routing.plan import Plan, Routing, layer_seeds
 from foreroute.engine.routing.planned.hashed import HashedRouter
 from foreroute.engine.routing.planned_router import GroupTokens

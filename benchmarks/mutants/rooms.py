@@ -38,6 +38,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "engine/data/loader.py",
         "engine/data/planned_batches.py",
         "engine/data/device_copy.py",
+        "engine/nested.py",
         "engine/data/plan_agreement.py",
     ),
     "checkpoint": ("engine/checkpoint/*.py", "engine/sealed_files.py"),

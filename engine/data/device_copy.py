@@ -4,14 +4,13 @@ To a GPU the loader's thread copies planned batches through pinned memory on a s
 The step's stream waits for that event; the host does not. A HostCopy brings a step's numbers back the same way.
 """
 
-import dataclasses
-from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from foreroute.engine.nested import map_tensors, tensors_in
 from foreroute.kernels.launching import to_device
 
 T = TypeVar("T")
@@ -64,27 +63,3 @@ def receive(value: T, copied: torch.cuda.Event | None) -> T:
         for tensor in tensors_in(value):
             tensor.record_stream(stream)
     return value
-
-
-def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Return a copy of nested dataclasses and tuples in which every tensor is changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        return type(value)(**{name: map_tensors(change, field) for name, field in fields.items()})
-    if isinstance(value, tuple):
-        return tuple(map_tensors(change, item) for item in value)
-    return value
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield every tensor of nested dataclasses and tuples."""
-    if isinstance(value, Tensor):
-        yield value
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            yield from tensors_in(getattr(value, field.name))
-    elif isinstance(value, tuple):
-        for item in value:
-            yield from tensors_in(item)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from foreroute.engine.config import Keys
-from foreroute.engine.data.device_copy import map_tensors
 from foreroute.engine.data.documents import document_positions, ends_at
 from foreroute.engine.data.planned_batches import group_batch, plan_batch
 from foreroute.engine.data.streams import Batch
 from foreroute.engine.errors import require
 from foreroute.engine.model.build import RunModel
 from foreroute.engine.model.transformer_xl import Memory
+from foreroute.engine.nested import map_tensors
 
 
 @dataclass(frozen=True, slots=True)

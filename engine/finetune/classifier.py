@@ -12,13 +12,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from foreroute.engine.data.device_copy import map_tensors
 from foreroute.engine.data.planned_batches import group_batch, plan_batch
 from foreroute.engine.data.streams import Batch
 from foreroute.engine.finetune.glue import LABELS
 from foreroute.engine.finetune.sentences import Sentence, SentenceBatch, by_length, pad
 from foreroute.engine.model.build import RunModel
 from foreroute.engine.moe.layer import MoELayer
+from foreroute.engine.nested import map_tensors
 
 _PREDICTED = 64  # sentences in a batch without gradients
 

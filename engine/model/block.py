@@ -3,8 +3,7 @@
 post-LN (published): h = LN(x + Dropout(f(x)));  pre-LN: h = x + Dropout(f(LN(x))), where memory is normalised too.
 
 Letters: B streams, Q query length, M memory length, S = M+Q, D model width, T = B*Q tokens (row-major: b, then q),
-E experts, S strata (expert layers one behind
-the other, 1 unless said otherwise).
+E experts, S strata (expert layers one behind the other, 1 unless said otherwise).
 """
 
 from typing import NamedTuple

@@ -10,12 +10,14 @@ is the largest.
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+
+from foreroute.engine.nested import map_tensors
 
 T = TypeVar("T")
 
@@ -73,16 +75,10 @@ class _Within(AbstractContextManager[None]):
         _pass.reset(self._token)
 
 
-def _without_graph(value: Any) -> Any:
+def _without_graph(value: T) -> T:
     """Return a value whose tensors need gradients as before, but have no history."""
-    if isinstance(value, Tensor):
-        return value.detach().requires_grad_() if value.requires_grad else value
-    if isinstance(value, tuple):
-        items = [_without_graph(item) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{item.name: _without_graph(getattr(value, item.name)) for item in fields(value)})
-    return value
+    found: T = map_tensors(lambda x: x.detach().requires_grad_() if x.requires_grad else x, value)
+    return found
 
 
 def _random_states() -> list[Tensor]:

@@ -3,6 +3,7 @@
 """
 
 from collections.abc import Sequence
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -38,6 +39,7 @@ def method_of(moe: MoEConfig) -> Method | None:
     return method
 
 
+@cache
 def _method(name: str) -> Method:
     if ":" not in name:
         module = next(f"{folder}.{name}" for folder in _FOLDERS if find_spec(f"{folder}.{name}"))

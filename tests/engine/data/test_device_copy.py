@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from foreroute.engine.data.device_copy import Delivery, map_tensors, receive, tensors_in
+from foreroute.engine.data.device_copy import Delivery, receive
+from foreroute.engine.nested import map_tensors, tensors_in
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from foreroute.engine.config import Builder, MoEConfig, ParallelConfig
 from foreroute.engine.config.enums import ExchangeKind
-from foreroute.engine.data.device_copy import tensors_in
+from foreroute.engine.nested import tensors_in
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.plug_in import experts_of, parameter_groups, replace_feed_forwards
 from foreroute.engine.testing.ranks import run_ranks

@@ -16,7 +16,6 @@ from torch import distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from foreroute.engine.config import RouteWeights
-from foreroute.engine.data.device_copy import map_tensors
 from foreroute.engine.data.loader import PlannedLoader
 from foreroute.engine.data.planned_batches import TrainingBatches
 from foreroute.engine.data.streams import Streams
@@ -25,6 +24,7 @@ from foreroute.engine.metrics.step_meter import StepMeter
 from foreroute.engine.model.build import build_model
 from foreroute.engine.moe.exchange import build_exchange
 from foreroute.engine.moe.layer import MoELayer
+from foreroute.engine.nested import map_tensors
 from foreroute.engine.optim import deepspeed_engine as adapter
 from foreroute.engine.optim.expert_sharding import shard_experts
 from foreroute.engine.parallel.collectives import ExpertGroupComm
