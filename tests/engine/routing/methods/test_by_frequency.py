@@ -14,12 +14,12 @@ from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.counts.replay import replay
 from foreroute.engine.config import Config, DataConfig, EvalConfig, ModelConfig, MoEConfig, ScheduleConfig, TrainConfig
 from foreroute.engine.errors import UserError
-from foreroute.engine.evaluation.table_balance import balances
 from foreroute.engine.routing.planned.by_frequency import ByFrequencyRouter
 from foreroute.engine.routing.planned.hashed import HashedRouter
 from foreroute.engine.routing.planned_router import RouterInputs
 from foreroute.engine.routing.tables import row_frequency
 from foreroute.engine.testing.planned import planned_counts
+from tests.engine.routing.methods.test_top_p import check_numbers
 from tests.references.webster import shares
 
 VOCAB = 30
@@ -73,20 +73,6 @@ def test_power_0_is_hashed_but_for_a_few_ties():
     (router,) = build(power=0)
     for k in range(1, 9):
         assert (router.table.count_r(k) == k).float().mean() > 0.99
-
-
-def check_numbers(router, train, held_out):
-    """The mean on both texts, nested numbers, and an even load."""
-    use_r, other_r = row_frequency(router.table, train), row_frequency(router.table, held_out)
-    before_r = 0
-    for k in range(1, router.columns + 1):
-        count_r = router.table.count_r(k).numpy()
-        assert abs(count_r @ use_r / use_r.sum() - k) <= use_r.max() / use_r.sum() / 2 + 1e-12
-        assert count_r @ other_r / other_r.sum() == pytest.approx(k, rel=0.01)
-        assert (count_r >= before_r).all() and (count_r[use_r == 0] == k).all()
-        before_r = count_r
-    load = {found.k: found.experts for found in balances(router.table, train, ())}
-    assert max(load[k] for k in (1, 2, 4, 8)) < 1.01
 
 
 @pytest.mark.method
