@@ -35,16 +35,19 @@ def _lead(memory: Memory) -> str:
 
 
 def _terms(memory: Memory) -> Table:
-    """List the terms, the largest first; a term whose formula is a sum goes on in the next rows."""
-    rows = []
+    """List the terms, the largest first; a term whose formula is a sum goes on in the next rows. A column says where
+    each one is, if any is on the host."""
+    header, rows = ["what", "where", "formula", "MB (1e6)"], []
     for term in sorted(memory.terms, key=lambda term: -term.bytes):
         first, *others = term.formula.split(" + ")
-        where = "host" if term.host else ""
-        rows.append([term.name, where, first, f"{term.bytes / 1e6:,.2f}"])
+        rows.append([term.name, "host" if term.host else "device", first, f"{term.bytes / 1e6:,.2f}"])
         rows += [["", "", f"+ {part}", ""] for part in others]
     total = sum(term.bytes for term in memory.terms)
     rows.append(["all", "", "", f"{total / 1e6:,.2f}"])
-    return Table(["what", "where", "formula", "MB (1e6)"], rows, text_columns=3)
+    if not any(term.host for term in memory.terms):
+        for row in (header, *rows):
+            del row[1]
+    return Table(header, rows, text_columns=len(header) - 1)
 
 
 def _verdict(memory: Memory) -> page.Part:

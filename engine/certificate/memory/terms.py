@@ -1,5 +1,6 @@
 """A term of memory: bytes with the formula that they come from, in words and numbers."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
@@ -18,9 +19,17 @@ class Term:
 def term(name: str, formula: str, *numbers: int, host: bool = False) -> Term:
     """Make a term from a formula with a {} for each factor.
 
+    A noun after 1 is in the singular.
+
     Example: term("logits", "{} tokens x {} symbols x {} bytes", 8, 64, 4) has 2048 bytes.
     """
-    return Term(name, prod(numbers), formula.format(*(f"{number:,}" for number in numbers)), host)
+    text = formula.format(*(f"{number:,}" for number in numbers))
+    return Term(name, prod(numbers), re.sub(r"(?<![\w,])1 ([a-z-]+?)(ies|(?<=ch)es|s)\b", _singular, text), host)
+
+
+def _singular(found: re.Match[str]) -> str:
+    noun, ending = found.groups()
+    return f"1 {noun}{'y' if ending == 'ies' else ''}"
 
 
 def total(terms: Iterable[Term], *, host: bool | None = None) -> int:

@@ -22,12 +22,14 @@ def test_rows_are_sorted_split_and_summed_up():
     lead, table, _ = memory_section(memory()).parts
     assert table.header == ["what", "where", "formula", "MB (1e6)"]
     assert table.rows == [
-        ["attention", "", "a", "9.00"],
+        ["attention", "device", "a", "9.00"],
         ["", "", "+ b", ""],
         ["Adam moments", "host", "2 moments x 1,000,000 numbers x 4 bytes", "8.00"],
-        ["weights", "", "1,000,000 numbers x 4 bytes", "4.00"],
+        ["weights", "device", "1,000,000 numbers x 4 bytes", "4.00"],
         ["all", "", "", "21.00"],
     ]
+    table = memory_section(replace(memory(), terms=TERMS[1:2])).parts[1]  # nothing is on the host
+    assert (table.header, table.rows[0]) == (["what", "formula", "MB (1e6)"], ["attention", "a", "9.00"])
     assert "on a GPU" in lead and "optimizer step, k = 3, 4 streams" in lead
 
 
