@@ -63,7 +63,7 @@ def hook_us() -> float:
     return (fastest(call_in_step) - fastest(lambda: call(bare))) / CALLS * 1e6
 
 
-def train(folder: Path, ranks: int, log_every: int, wandb: str, steps: int) -> list[dict[str, Any]]:
+def train(folder: Path, experiment: str, ranks: int, log_every: int, wandb: str, steps: int) -> list[dict[str, Any]]:
     """Train; return the lines of training.
 
     Raises:
@@ -72,7 +72,7 @@ def train(folder: Path, ranks: int, log_every: int, wandb: str, steps: int) -> l
     name = f"{ranks}-{log_every}-{wandb}"
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     options = [
-        "experiment=quickstart",
+        f"experiment={experiment}",
         f"train.name={name}",
         f"train.runs_dir={folder}",
         f"train.steps={steps}",
@@ -124,13 +124,14 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=positive, default=100, help="of each run; a multiple of 20, at least 60")
+    parser.add_argument("--experiment", default="quickstart", help="of conf/experiment")
     args = parse(parser)
     if args.steps % 20 or args.steps < 60:
         parser.error(f"--steps {args.steps}: must be a multiple of 20 and at least 60 (the warm-up has 50)")
     rows, found = [], {}
     with tempfile.TemporaryDirectory() as folder:
         for ranks, log_every, wandb in product((1, 2), (20, 1), ("disabled", "offline")):
-            lines = train(Path(folder), ranks, log_every, wandb, args.steps)
+            lines = train(Path(folder), args.experiment, ranks, log_every, wandb, args.steps)
             one = found[f"{ranks} ranks, log_every {log_every}, {wandb}"] = cost(lines)
             rows.append(
                 [ranks, log_every, wandb, one.metric_ms, one.step_ms, f"{one.share:.3%}", f"{one.median_share:.3%}"]

@@ -65,7 +65,7 @@ def test_bench_host():
 
 @pytest.mark.slow
 def test_bench_metrics():
-    code, out, err = run("bench_metrics", "--steps", "60")
+    code, out, err = run("bench_metrics", "--steps", "60", "--experiment", "debug")
     assert code == 0, err
     result = json.loads(out.splitlines()[-1])
     assert list(result) == ["metric_share", "median_share", "most", "hook_us"]

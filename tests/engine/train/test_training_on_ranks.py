@@ -232,10 +232,8 @@ def test_four_ranks_train_like_one(one_rank):
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_every_combination_trains_like_one_rank(ranks, one_rank):
-    cases = ALL if ranks == 2 else on_four_ranks(ALL)
-    check(cases, run_ranks(several, ranks, ranks, cases, seconds=3600), one_rank)
+def test_every_combination_trains_like_one_rank(one_rank):
+    check(ALL, run_ranks(several, 2, 2, ALL, seconds=3600), one_rank)
 
 
 @pytest.mark.dist
