@@ -2,7 +2,8 @@
 
 Builds the tables as training would and counts them on one split of the text. Loads are max / mean (1 is perfectly even)
 of the worst table; ranks touched by a token and rows on the wire are means over the tables. Prints one line for each k,
-and below them what the columns are; `json=FILE` writes the same numbers. `export=FILE` writes the tables themselves,
+and below them what the columns are, and how many distinct n-grams the tokens of a micro-batch have in training.
+`json=FILE` writes the same numbers. `export=FILE` writes the tables themselves,
 the first schedule.k_max experts of each row, as moe.router=token_table reads them; with moe.ngram=1 that is tid2eid
 [ids, k] of DeepSeek-V4's hash layers.
 """
@@ -17,8 +18,9 @@ from torch import Tensor
 from foreroute.engine.config import Config, MoEConfig, Split
 from foreroute.engine.config.option import option
 from foreroute.engine.data.corpus import prepare
+from foreroute.engine.data.streams import Streams
 from foreroute.engine.errors import UserError, require
-from foreroute.engine.evaluation.table_balance import Balance, RankBalance, balances
+from foreroute.engine.evaluation.table_balance import Balance, RankBalance, balances, unique_ngrams
 from foreroute.engine.model.build import router_inputs
 from foreroute.engine.routing.methods import method_of
 from foreroute.engine.routing.planned.hashed import HashedRouter
@@ -36,6 +38,7 @@ P ranks    the same of ranks, where P ranks share out the experts
 touched    ranks that hold an active expert of a token, mean
 wire rows  rows of a token that leave its rank, for each layer and direction, mean"""
 """The meaning of the table's columns."""
+_ORDERS = 1, 2, 3  # of n-grams whose distinct ones are counted
 
 
 @dataclass
@@ -111,8 +114,25 @@ def tables(args: TablesArgs) -> int:
         rows.append([str(line.k), *(f"{value:.3f}" for value in values)])
     print(table(header, rows))
     print(COLUMNS)
+    unique = unique_ngrams(
+        Streams(
+            corpus.split(Split.train),
+            args.data.streams,
+            args.data.segment,
+            max(_ORDERS) - 1,
+            document_starts=corpus.document_starts(Split.train),
+        ),
+        corpus.vocab.size,
+        _ORDERS,
+        accumulation=args.train.accumulation,
+    )
+    print(
+        f"distinct n-grams of a micro-batch of {args.symbols_per_step // args.train.accumulation:,} tokens, for each"
+        " token: " + ", ".join(f"{value:.3f} (n = {n})" for n, value in unique.items())
+    )
     if args.json is not None:
-        written = {"split": args.split.name, "pack": pack, "k": [asdict(line) for line in found]}
+        lines = [asdict(line) for line in found]
+        written = {"split": args.split.name, "pack": pack, "k": lines, "unique_ngrams": unique}
         try:
             write_json(Path(args.json), written)
         except OSError as error:

@@ -1,7 +1,7 @@
 """How evenly a text would load experts, blocks of experts and ranks, and how many rows it would put on the wire.
 
 Counted from a table and a text alone, exactly, for every number of active experts; no model and no ranks are needed.
-Expert e lives on rank e // (E / P). launch/tables.py prints it.
+Expert e lives on rank e // (E / P). launch/tables.py prints it, and how many distinct n-grams a micro-batch has.
 
 Letters: E experts, G blocks of experts, K active experts, P ranks of the expert group, r table rows.
 """
@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from foreroute.engine.data.streams import Streams
 from foreroute.engine.parallel.mesh import Mesh
+from foreroute.engine.routing.ngram_rows import KeyRows
 from foreroute.engine.routing.tables import Table, row_frequency
 
 
@@ -107,3 +109,30 @@ def _load(load_E: NDArray[np.float64], size: int) -> float:
     """Max / mean over neighbours of `size` experts."""
     parts = load_E.reshape(-1, size).sum(axis=1)
     return float(parts.max() / parts.mean())
+
+
+def unique_ngrams(
+    streams: Streams, vocab_size: int, orders: Sequence[int], *, accumulation: int = 1, most: int = 1000
+) -> dict[int, float]:
+    """Return the distinct n-grams of a micro-batch divided by its tokens, by n: the mean over an epoch's micro-batches
+    on one rank, or over `most` of them, evenly spaced.
+
+    Args:
+        streams: with a context of at least n - 1 ids.
+        orders: each n.
+        accumulation: micro-batches of a step.
+
+    Example: streams 0 1 0 and 1 0 1 in one micro-batch: 2 of 6 for n = 1. For n = 2 the ids before them are 0: 0 0,
+    0 1, 1 0 and 0 1, 1 0, 0 1 are 3 of 6.
+    """
+    steps = streams.segments_per_epoch
+    batches = [
+        streams.batch(step, streams.streams_of(0, number % accumulation, world=1, accumulation=accumulation))
+        for number, step in enumerate(np.unique(np.linspace(0, steps - 1, min(most, steps)).astype(int)).tolist())
+    ]
+    keys = {n: KeyRows(n, vocab_size, rows=1, seed=0, index=0) for n in orders}
+    found = {
+        n: [np.unique(key.keys(batch.ids_BQ, batch.left_BC, batch.new_document_BX)).size for batch in batches]
+        for n, key in keys.items()
+    }
+    return {n: float(np.mean(counts)) / batches[0].ids_BQ.numel() for n, counts in found.items()}

@@ -1,5 +1,6 @@
 """Tables that launch.tables exports are those of a run's hashed routing, as moe.router=token_table reads them."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -53,6 +54,17 @@ def test_exported_tables_route_as_those_of_the_run(args, ngram, share, ending, t
     assert capsys.readouterr().out.splitlines()[-1] == f"written: {file}"
     assert len(found) == (1 if share else args.model.layers)
     assert all(not torch.equal(found[0], other) for other in found[1:])
+
+
+def test_distinct_ngrams_of_a_micro_batch_are_printed_and_written(args, tmp_path, capsys):
+    file = tmp_path / "found.json"
+    assert tables(replace(args, json=str(file))) == 0
+    unique = json.loads(file.read_text())["unique_ngrams"]
+    said = ", ".join(f"{unique[n]:.3f} (n = {n})" for n in "123")
+    tokens = args.data.streams * args.data.segment
+    line = f"distinct n-grams of a micro-batch of {tokens:,} tokens, for each token: {said}"
+    assert line in capsys.readouterr().out.splitlines()
+    assert unique["1"] <= 64 / tokens and 0 < unique["1"] < unique["2"] < unique["3"] < 1
 
 
 def test_with_one_id_as_the_key_it_is_tid2eid(args, tmp_path):

@@ -8,8 +8,9 @@ import torch
 
 from foreroute.engine.config import MoEConfig
 from foreroute.engine.config.enums import Builder
+from foreroute.engine.data.streams import Streams
 from foreroute.engine.errors import UserError
-from foreroute.engine.evaluation.table_balance import balances
+from foreroute.engine.evaluation.table_balance import balances, unique_ngrams
 from foreroute.engine.routing.tables import Table, build_tables
 from foreroute.engine.testing.routers import hashed, plan_of, route_of
 
@@ -79,3 +80,25 @@ def test_worked_example():
 def test_ranks_that_cannot_share_the_experts_are_refused():
     with pytest.raises(UserError, match=r"moe\.experts=8: must be a multiple of parallel\.expert_ranks=3"):
         balances(make(), text(), (3,))
+
+
+@pytest.mark.parametrize(("starts", "accumulation"), [([], 1), ([3, 40, 41, 77], 1), ([], 2)])
+def test_distinct_ngrams_equal_sets_of_tuples(starts, accumulation):
+    """A stream's first ids have 0 before them, and so has a document's."""
+    ids, streams, segment = text(101), 4, 5
+    cut = Streams(ids, streams, segment, 2, document_starts=np.array(starts, np.int64))
+    found = unique_ngrams(cut, SYMBOLS, (1, 2, 3), accumulation=accumulation)
+    length, own = len(ids) // streams, streams // accumulation
+    for n in (1, 2, 3):
+        shares = []
+        for step in range((length - 1) // segment):
+            first = step % accumulation * own
+            grams = []
+            for stream in range(first, first + own):
+                for place in range(stream * length + step * segment, stream * length + (step + 1) * segment):
+                    low = max([stream * length, *(start for start in starts if start <= place)])
+                    grams.append(tuple(int(ids[at]) if at >= low else 0 for at in range(place - n + 1, place + 1)))
+            shares.append(len(set(grams)) / len(grams))
+        assert found[n] == pytest.approx(np.mean(shares), abs=1e-12)
+    assert found[1] < found[2] < found[3] < 1
+    assert unique_ngrams(cut, SYMBOLS, (2,), accumulation=accumulation, most=1) != pytest.approx({2: found[2]})
