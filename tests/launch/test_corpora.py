@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -84,30 +85,56 @@ def test_a_trained_run_speaks_text_and_measures_bits_per_byte(run, tmp_path, opt
     assert refused.returncode == 2 and "another vocabulary" in refused.stderr
 
 
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory, options):
+    """Of the same run on a mixture of two corpora, for any of 1, 2, 3 and 6 ranks."""
+    folder = tmp_path_factory.mktemp("mixture")
+    lines = [json.dumps({"body": path.read_text()}) + "\n" for path in sorted((ROOT / "launch").rglob("*.py"))[:20]]
+    for shard in range(2):
+        (folder / f"{shard}.jsonl.zst").write_bytes(zstandard.compress("".join(lines[shard::2]).encode()))
+    (one,) = [option.removeprefix("corpus.path=") for option in options if option.startswith("corpus.path=")]
+    return [
+        *(option for option in options if not option.startswith(("corpus.path=", "eval."))),
+        *(f"corpus.path=[{one},{folder}]", "corpus.weights=[2,1]", "corpus.stretch=96"),
+        *("data.streams=6", "moe.experts=6", "schedule.k_max=4", "eval.k=[2]", "eval.max_symbols=256"),
+        *("train.log_every=1", "train.save_every=5", "parallel.timeout_s=60"),
+    ]
+
+
+def held_to(run, folder, options, ranks):
+    """Options of a run on so many ranks, held to its certificate."""
+    options = [*options, f"parallel.expert_ranks={ranks}"]
+    certified = run("certify", *options, f"world_size={ranks}", f"out={folder}")
+    assert certified.returncode == 0, certified.stderr
+    return [*options, f"certificate={folder}"]
+
+
 @pytest.mark.slow
 @pytest.mark.dist
-def test_a_run_that_is_killed_goes_on_with_other_ranks_as_if_it_never_was(run, tmp_path, options):
-    options = [*options, "train.log_every=1", "train.save_every=5", "parallel.timeout_s=60"]
-    done = run("train", *options, f"train.runs_dir={tmp_path / 'alone'}")
+def test_a_rank_is_killed_and_the_run_goes_on_with_other_ranks_as_if_it_never_was(run, tmp_path, mixture):
+    """A mixture of two corpora, from 2 ranks to 3; both runs do what their certificates say."""
+    done = run("train", *mixture, f"train.runs_dir={tmp_path / 'alone'}")
     assert done.returncode == 0, done.stderr
-    two = [*options, f"train.runs_dir={tmp_path / 'two'}", "parallel.expert_ranks=2"]
-    certified = run("certify", *two, "world_size=2", f"out={tmp_path / 'certificate'}")
-    assert certified.returncode == 0, certified.stderr
-    two.append(f"certificate={tmp_path / 'certificate'}")
-    ranks = [Program(f"{SLOW}\n{MAIN}", two, environ) for environ in rank_environments(2)]
-    try:
-        wait_until(lambda: last_step(tmp_path / "two") > 7)
-        for rank in ranks:
-            rank.send_signal(signal.SIGKILL)
-    finally:
-        for rank in ranks:
-            rank.__exit__()
-    one = [option for option in two if not option.startswith(("certificate=", "parallel.expert_ranks="))]
-    with Program(MAIN, [*one, "train.resume=true"], os.environ) as program:
-        code, out, err = program.wait()
-    assert code == 0 and "resumed at step 5" in out, err
+    mixture = [*mixture, f"train.runs_dir={tmp_path / 'ranks'}"]
+    two, three = (held_to(run, tmp_path / f"of_{ranks}", mixture, ranks) for ranks in (2, 3))
+    with ExitStack() as stack:
+        programs = [Program(f"{SLOW}\n{MAIN}", two, environ) for environ in rank_environments(2)]
+        for program in programs:
+            stack.push(program)
+        wait_until(lambda: last_step(tmp_path / "ranks") > 7)
+        programs[1].send_signal(signal.SIGKILL)
+        code, _, err = programs[0].wait()
+    assert code not in (0, None) and "foreroute: " in err and last_step(tmp_path / "ranks") < 20
+    with ExitStack() as stack:
+        started = [Program(MAIN, [*three, "train.resume=true"], environ) for environ in rank_environments(3)]
+        programs = [stack.enter_context(program) for program in started]
+        (code, out, err), *others = [program.wait() for program in programs]
+    assert [code, *(other[0] for other in others)] == [0, 0, 0], err
+    assert "resumed at step 5" in out and "15 steps were as certified" in out
     alone = read_losses(tmp_path / "alone")
-    assert read_losses(tmp_path / "two") == pytest.approx(alone, rel=1e-5) and len(alone) == 20
+    assert read_losses(tmp_path / "ranks") == pytest.approx(alone, rel=1e-5) and len(alone) == 20
+    other = run("train", *mixture, "corpus.stretch=97", f"train.runs_dir={tmp_path / 'other'}")  # control
+    assert other.returncode == 0 and read_losses(tmp_path / "other") != pytest.approx(alone, rel=1e-3)
 
 
 LIMIT = 1_000_000_000
