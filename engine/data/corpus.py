@@ -71,14 +71,21 @@ class PreparedCorpus:
         first, _ = self._bounds(split)
         return int(self.ids[first - 1]) if first else 0
 
-    def bytes_per_symbol(self, split: Split) -> float | None:
-        """Return how many bytes of the source a symbol of the split stands for, dropped ones too; None where the source
-        is ids."""
+    def bits_per_byte(self, split: Split, bits_per_symbol: float) -> float | None:
+        """Return the bits per byte of the source, dropped bytes too; None where the source is ids.
+
+        The code that they measure spells out what became the unknown symbol: 8 bits for each byte of it and for a byte
+        that ends it.
+
+        Example: 100 bytes are 20 symbols, three of them unknown words of 5 letters. At 6 bits per symbol that is
+        (20 x 6 + 3 x 6 x 8) / 100 = 2.64 bits per byte.
+        """
         if self.meta.get("unit") != "byte":
             return None
         first, end = self._bounds(split)
-        place = SPLITS.index(split)
-        return float((self.meta["unit_cuts"][place + 1] - self.meta["unit_cuts"][place]) / (end - first))
+        place, symbols = SPLITS.index(split), end - first
+        bytes_per_symbol = (self.meta["unit_cuts"][place + 1] - self.meta["unit_cuts"][place]) / symbols
+        return float((bits_per_symbol + 8 * self.meta["spelled"][place] / symbols) / bytes_per_symbol)
 
     def _bounds(self, split: Split) -> tuple[int, int]:
         cuts = self.meta["cuts"]

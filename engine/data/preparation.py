@@ -27,7 +27,7 @@ from foreroute.engine.data.tokens.vocab import Vocab, ids_dtype
 from foreroute.engine.errors import UserError, require
 from foreroute.engine.sealed_files import sealed, sync
 
-FORMAT = 3
+FORMAT = 4
 """Of a prepared corpus; part of its folder's name, so that another version makes its own."""
 IDS, ENDS, META = "ids.bin", "document_ends.bin", "meta.json"
 SPLITS = tuple(Split)  # in the order of the text
@@ -138,7 +138,7 @@ def _vocab(source: Source, scan: Scan, note: Note) -> Vocab:
 
 def _encode(source: Source, scan: Scan, vocab: Vocab, ids: IO[bytes], ends: IO[bytes], meter: Meter) -> dict[str, Any]:
     """Write the ids and the ends of documents; returns what meta.json says of them."""
-    units, symbols = [0] * len(SPLITS), [0] * len(SPLITS)
+    units, symbols, spelled = ([0] * len(SPLITS) for _ in range(3))
     last_end = num_ends = 0
     corpora: list[int] = []  # of a mixture: where in the training split each ends
     ids_hash, part_hashes = hashlib.sha256(), [hashlib.sha256() for _ in source.parts]
@@ -161,6 +161,7 @@ def _encode(source: Source, scan: Scan, vocab: Vocab, ids: IO[bytes], ends: IO[b
             ids.write(encoded.ids.data)
             ids_hash.update(encoded.ids.data)
             symbols[place] += len(encoded.ids)
+            spelled[place] += encoded.spelled
         if place == 0:
             corpora.append(symbols[0])
     unchanged = [found.hexdigest() for found in part_hashes] == scan.parts_sha256
@@ -179,5 +180,6 @@ def _encode(source: Source, scan: Scan, vocab: Vocab, ids: IO[bytes], ends: IO[b
         "units": sum(units),
         "cuts": np.cumsum([0, *symbols]).tolist(),  # ids where the splits begin, and the end
         "unit_cuts": np.cumsum([0, *units]).tolist(),
+        "spelled": spelled,
         "corpora": corpora,
     }

@@ -39,7 +39,7 @@ class Evaluation:
     bpc: float  # bits per symbol
     symbols: int  # counted symbols
     seconds: float
-    bits_per_byte: float | None = None  # of the source, by the split's mean bytes per symbol; None: the source is ids
+    bits_per_byte: float | None = None  # of the source, by the whole split's bytes per symbol; None: the source is ids
 
     @property
     def nats(self) -> float:
@@ -138,9 +138,8 @@ def evaluate(
     model.train(was_training)
     total = world.sum(torch.tensor([nats, symbols], dtype=torch.float64))
     nats, symbols = total[0].item(), int(total[1])
-    bpc, bytes_per_symbol = nats / symbols / math.log(2), corpus.bytes_per_symbol(split)
-    bits_per_byte = None if bytes_per_symbol is None else bpc / bytes_per_symbol
-    return Evaluation(bpc, symbols, time.perf_counter() - start, bits_per_byte)
+    bpc = nats / symbols / math.log(2)
+    return Evaluation(bpc, symbols, time.perf_counter() - start, corpus.bits_per_byte(split, bpc))
 
 
 def _share(whole: Batch, counted_BQ: Tensor, rank: int, ranks: int) -> tuple[Batch, Tensor]:

@@ -21,7 +21,7 @@ from tokenizers.trainers import BpeTrainer
 from foreroute.engine.data.sources.pieces import Piece
 from foreroute.engine.data.tokens.chunks import CHUNK, Chunk, chunks
 from foreroute.engine.data.tokens.numbers import pass_on
-from foreroute.engine.data.tokens.vocab import Encoded, Ids, fingerprint_of, ids_dtype
+from foreroute.engine.data.tokens.vocab import Encoded, Ids, fingerprint_of, ids_dtype, spelled_bytes
 from foreroute.engine.errors import UserError
 
 TOKENIZER = "tokenizer.json"
@@ -38,6 +38,7 @@ class SubwordVocab:
     tokenizer: Tokenizer
     size: int
     document_end: int | None  # id behind a document
+    unknown: int | None = None  # id of all that has none of its own
 
     @property
     def fingerprint(self) -> str:
@@ -78,13 +79,21 @@ class SubwordVocab:
     def _encode_batch(self, batch: list[Chunk]) -> Encoded:
         found = self.tokenizer.encode_batch_fast([chunk.text for chunk in batch], add_special_tokens=False)
         ids: list[int] = []
-        ends = []
+        ends, spelled = [], 0
         for chunk, part in zip(batch, found, strict=True):
             ids += part.ids
+            if self.unknown in part.ids:
+                spelled += spelled_bytes(self._unknown_parts(chunk.text))
             if chunk.ends:
                 ids += [] if self.document_end is None else [self.document_end]
                 ends.append(len(ids))
-        return Encoded(np.array(ids, ids_dtype(self.size)), np.array(ends, np.int64))
+        return Encoded(np.array(ids, ids_dtype(self.size)), np.array(ends, np.int64), spelled)
+
+    def _unknown_parts(self, text: str) -> Iterator[str]:
+        found = self.tokenizer.encode(text, add_special_tokens=False)
+        for i, (start, end) in zip(found.ids, found.offsets, strict=True):
+            if i == self.unknown:
+                yield text[start:end]
 
     def known(self, text: bytes) -> bytes:
         """Return the text, in which what is not UTF-8 is replaced."""
@@ -143,7 +152,7 @@ def open_tokenizer(content: bytes, name: str) -> SubwordVocab:
         UserError: it is none; `name` is that of the option or file.
     """
     try:
-        json.loads(content)
+        model = json.loads(content)["model"]
         tokenizer = Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises Exception itself
         raise UserError(f"{name}: not a tokenizer.json ({str(error)[:200]})") from None
@@ -152,5 +161,6 @@ def open_tokenizer(content: bytes, name: str) -> SubwordVocab:
     known = tokenizer.get_vocab(with_added_tokens=True)
     if not known:
         raise UserError(f"{name}: a tokenizer.json without symbols")
+    unknown = known.get(model.get("unk_token"), model.get("unk_id"))  # unk_id: of Unigram
     end = next((known[token] for token in _ENDS if token in known), None)
-    return SubwordVocab(content, tokenizer, max(known.values()) + 1, end)
+    return SubwordVocab(content, tokenizer, max(known.values()) + 1, end, unknown)

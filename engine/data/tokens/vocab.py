@@ -17,6 +17,7 @@ class Encoded(NamedTuple):
 
     ids: Ids
     ends: NDArray[np.int64]  # where documents end among them, ascending: the place behind their last id
+    spelled: int = 0  # see spelled_bytes
 
 
 class Vocab(Protocol):
@@ -69,6 +70,11 @@ def ids_dtype(size: int) -> DTypeLike:
 def fingerprint_of(kind: str, content: bytes) -> str:
     """Return the sha256 of a vocabulary."""
     return hashlib.sha256(kind.encode() + b"\0" + content).hexdigest()
+
+
+def spelled_bytes(unknown: Iterable[str]) -> int:
+    """Return the bytes that spell out parts of a text that have no id of their own, each with a byte that ends it."""
+    return sum(len(part.encode()) + 1 for part in unknown)
 
 
 def no_ends() -> NDArray[np.int64]:

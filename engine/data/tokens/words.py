@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from foreroute.engine.data.sources.pieces import Piece
 from foreroute.engine.data.tokens.chunks import chunks
-from foreroute.engine.data.tokens.vocab import Encoded, Ids, fingerprint_of, ids_dtype, no_ends
+from foreroute.engine.data.tokens.vocab import Encoded, Ids, fingerprint_of, ids_dtype, no_ends, spelled_bytes
 from foreroute.engine.errors import UserError
 
 WORDS = "words.txt"
@@ -83,7 +83,8 @@ class WordVocab:
         """Turn documents into ids."""
         for text, ends in chunks(pieces):
             ids = self._encode(text, ends=ends)
-            yield Encoded(ids, np.array([len(ids)]) if ends else no_ends())
+            spelled = spelled_bytes(word for word in text.split() if word not in self._ids)
+            yield Encoded(ids, np.array([len(ids)]) if ends else no_ends(), spelled)
 
     def known(self, text: bytes) -> bytes:
         """Return the text: every word has an id."""

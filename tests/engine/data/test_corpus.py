@@ -362,6 +362,6 @@ def test_meta_json_is_plain(tmp_path):
     (path,) = (tmp_path / "cache" / "corpora").glob("*/meta.json")
     meta = json.loads(path.read_text())
     assert meta["cuts"] == meta["unit_cuts"] == [0, len(TEXT) * 90 // 100, len(TEXT) * 95 // 100, len(TEXT)]
-    assert (meta["format"], meta["dtype"]) == (3, "uint8")
+    assert (meta["format"], meta["dtype"]) == (4, "uint8")
     assert meta["ids_sha256"] == hashlib.sha256(TEXT).hexdigest()
     assert (meta["corpus"], meta["tokens"], meta["source"]) == ("file", "bytes", "text.txt")

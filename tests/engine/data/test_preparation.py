@@ -51,7 +51,7 @@ def test_bytes_of_json_lines_are_cut_exactly_and_documents_end_at_lines(tmp_path
     assert made.meta["cuts"] == [0, len(text) * 90 // 100, len(text) * 95 // 100, len(text)]
     assert made.document_ends.tolist() == np.cumsum([len(document) for document in documents]).tolist()
     assert made.sha256 == hashlib.sha256(text).hexdigest()
-    assert {made.bytes_per_symbol(split) for split in Split} == {1.0}
+    assert {made.bits_per_byte(split, 2.1) for split in Split} == {2.1}
 
 
 @pytest.mark.parametrize("tokens", [Tokens.word, Tokens.bpe])
@@ -72,7 +72,10 @@ def test_other_symbols_are_cut_at_documents_and_learned_from_the_training_split(
         assert [made.vocab.decode(made.split(split)) for split in Split] == [b"".join(part) for part in parts]
     for split, ids, part in zip(Split, want, parts, strict=True):
         assert made.split(split).tolist() == ids
-        assert made.bytes_per_symbol(split) == pytest.approx(sum(map(len, part)) / len(ids))
+        unknown = [w for w in b" ".join(part).decode().split() if w not in known and tokens is Tokens.word]
+        spelled = sum(len(word.encode()) + 1 for word in unknown)
+        assert bool(spelled) == (tokens is Tokens.word and split is not Split.train)
+        assert made.bits_per_byte(split, 3) == pytest.approx((3 * len(ids) + 8 * spelled) / sum(map(len, part)))
     assert len(made.document_ends) == len(TEXTS) and made.document_ends[-1] == len(made.ids)
     assert set(made.meta["cuts"][1:]) <= set(made.document_ends.tolist())
     again = prepare(config(tmp_path, str(tmp_path / "shards"), tokens=tokens, vocab_size=size))
@@ -181,7 +184,7 @@ def test_ids_of_any_width(tmp_path, largest, dtype):
     made = prepare(config(tmp_path, str(tmp_path / "ids.npy"), tokens=Tokens.ids))
     assert made.ids.dtype == dtype and made.ids.tolist() == ids.tolist() and made.vocab.size == largest + 1
     assert [len(made.split(split)) for split in Split] == [4500, 250, 250]
-    assert made.bytes_per_symbol(Split.test) is None and "5,000 ids" in made.notes[0]
+    assert made.bits_per_byte(Split.test, 3) is None and "5,000 ids" in made.notes[0]
     raw = prepare(config(tmp_path, str(tmp_path / "ids.bin"), tokens=Tokens.ids, dtype="uint32", vocab_size=70_000))
     assert raw.ids.dtype == np.uint32 and raw.ids.tolist() == ids.tolist() and raw.vocab.size == 70_000
     assert raw.sha256 == made.sha256

@@ -34,7 +34,7 @@ CORPUS = SimpleNamespace(
     split=lambda _: IDS,
     previous_id=lambda _: BEFORE,
     document_starts=lambda _: NO_STARTS,
-    bytes_per_symbol=lambda _: None,
+    bits_per_byte=lambda split, bpc: None,
 )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers.models import BPE, Unigram, WordLevel, WordPiece
 from tokenizers.pre_tokenizers import Whitespace
 
 from foreroute.engine.data.sources.pieces import Piece
@@ -73,6 +73,25 @@ def test_a_tokenizer_json_of_another_kind(tmp_path):
     assert again.fingerprint == vocab.fingerprint
     ids, ends = encoded(vocab, [Piece(np.array([1, 7]), True)])  # ids of a file are taken as they are
     assert ids.tolist() == [1, 7] and ends == [2]
+
+
+UNKNOWN = [
+    (WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"), (2 + 1) + (3 + 1)),
+    (WordPiece({"a": 0, "[UNK]": 1, "##b": 2}, unk_token="[UNK]"), 3 + 1),
+    (Unigram([("a", -1.0), ("<unk>", -9.0), ("b", -1.0)], unk_id=1), 3 + 1),
+    (BPE({"a": 0, "b": 1, "[UNK]": 2}, [], unk_token="[UNK]"), 3 + 1),
+    (BPE({"a": 0, "b": 1}, []), 0),  # knows no unknown symbol
+]
+
+
+@pytest.mark.parametrize(("model", "spelled"), UNKNOWN)
+def test_what_has_no_id_is_counted_in_bytes(model, spelled):
+    """Each part with a byte that ends it: of words all of ab, elsewhere the sign of three bytes alone."""
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = Whitespace()
+    vocab = open_tokenizer(tokenizer.to_str().encode(), "x")
+    found = list(vocab.encode_pieces([Piece("a ab \u4e2d a".encode(), True), Piece(b"a", True)]))
+    assert sum(part.spelled for part in found) == spelled
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"no JSON", b'{"model": 3}', b"\xff"])

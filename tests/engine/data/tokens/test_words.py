@@ -44,6 +44,18 @@ def test_words_and_ids_are_those_of_the_published_rules(text, most):
     assert encoded(vocab, text, HELD_OUT) == ids + plain(TRAIN, HELD_OUT, most)[1]
 
 
+@pytest.mark.parametrize("size", [1 << 20, 12])
+def test_words_without_an_id_are_counted_in_bytes(monkeypatch, size):
+    """Each with a byte that ends it; <unk> itself has an id."""
+    real = module.chunks
+    monkeypatch.setattr(module, "chunks", lambda pieces: real(pieces, size))
+    vocab = count_words([Piece(TRAIN, True)], None)
+    text = "the b\u00efrd sat\non  \u4e2d\u4e2d <unk>\n".encode()
+    found = list(vocab.encode_pieces([Piece(text, True), Piece(TRAIN, True)]))
+    assert sum(part.spelled for part in found) == (5 + 1) + (6 + 1)
+    assert sum((part.ids == vocab.words.index("<unk>")).sum() for part in found) == 3
+
+
 def test_a_text_may_have_its_own_unknown_word():
     train = b"<unk> a a b <unk> <unk>"
     vocab = count_words([Piece(train, True)], None)

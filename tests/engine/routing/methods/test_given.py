@@ -42,7 +42,7 @@ class Corpus:
     def document_starts(self, split):
         return np.empty(0, np.int64)
 
-    def bytes_per_symbol(self, split):
+    def bits_per_byte(self, split, bits_per_symbol):
         return None
 
 
