@@ -5,6 +5,7 @@ is learned from its training split, and once to turn it into ids; nothing holds 
 is written aside, made durable and then renamed, so that nobody sees a part of it.
 """
 
+import fcntl
 import hashlib
 import json
 import platform
@@ -64,35 +65,14 @@ def write(folder: Path, source: Source, scan: Scan, note: Note) -> None:
             folder cannot be written.
     """
     _remove_left_behind(folder)
-    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    aside = folder.with_name(f"{_aside(folder)}{uuid.uuid4().hex}")
     try:
         aside.mkdir(parents=True)
-        vocab = _vocab(source, scan, note)
-        for name, content in vocab.files().items():
-            (aside / name).write_bytes(content)
-        with (aside / IDS).open("wb") as ids, (aside / ENDS).open("wb") as ends:
-            found = _encode(source, scan, vocab, ids, ends, Meter(note, "ids", lambda: sum(scan.units), source.unit))
-        require(
-            vocab.size > 1, f"{source.asked}: has one symbol only; corpus.tokens=bytes takes it, with nothing to learn"
-        )
-        meta = {
-            "format": FORMAT,
-            "dtype": np.dtype(ids_dtype(vocab.size)).name,
-            "source": source.name,
-            "corpus": source.config.name.name,
-            "tokens": source.config.tokens.name,
-            **stated(vocab),
-            "sha256": content_sha256(source, scan),
-            "documents": scan.documents,
-            "python": platform.python_version() if source.config.name is Corpus.stdlib else None,
-            "unit": "byte" if source.is_text else "id",
-            "proportions": None if source.by_split else source.config.proportions,
-            **found,
-        }
-        (aside / META).write_text(json.dumps(sealed(meta)), encoding="ascii")
-        for path in (*sorted(aside.iterdir()), aside):
-            sync(path)
-        aside.rename(folder)
+        with (aside / IDS).open("wb") as ids:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(ids, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _write(aside, source, scan, ids, note)
+            aside.rename(folder)
     except OSError as error:
         if not folder.is_dir():
             raise UserError(
@@ -102,13 +82,60 @@ def write(folder: Path, source: Source, scan: Scan, note: Note) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def _write(aside: Path, source: Source, scan: Scan, ids: IO[bytes], note: Note) -> None:
+    vocab = _vocab(source, scan, note)
+    for name, content in vocab.files().items():
+        (aside / name).write_bytes(content)
+    with (aside / ENDS).open("wb") as ends:
+        found = _encode(source, scan, vocab, ids, ends, Meter(note, "ids", lambda: sum(scan.units), source.unit))
+    ids.flush()
+    require(vocab.size > 1, f"{source.asked}: has one symbol only; corpus.tokens=bytes takes it, with nothing to learn")
+    meta = {
+        "format": FORMAT,
+        "dtype": np.dtype(ids_dtype(vocab.size)).name,
+        "source": source.name,
+        "corpus": source.config.name.name,
+        "tokens": source.config.tokens.name,
+        **stated(vocab),
+        "sha256": content_sha256(source, scan),
+        "documents": scan.documents,
+        "python": platform.python_version() if source.config.name is Corpus.stdlib else None,
+        "unit": "byte" if source.is_text else "id",
+        "proportions": None if source.by_split else source.config.proportions,
+        **found,
+    }
+    (aside / META).write_text(json.dumps(sealed(meta)), encoding="ascii")
+    for path in (*sorted(aside.iterdir()), aside):
+        sync(path)
+
+
+def _aside(folder: Path) -> str:
+    """Return how the name of a folder begins in which this machine writes a corpus."""
+    return f".{folder.name}.{platform.node()}."
+
+
 def _remove_left_behind(folder: Path) -> None:
-    """Delete what a process that was killed has written of this corpus, if nobody has gone on with it for an hour."""
+    """Delete what a process that was killed has written of this corpus."""
     for aside in folder.parent.glob(f".{folder.name}.*"):
         with suppress(OSError):
-            newest = max(path.stat().st_mtime for path in (aside, *aside.iterdir()))
-            if time.time() - newest > _LEFT_S:
+            if _left_behind(aside, aside.name.startswith(_aside(folder))):
                 shutil.rmtree(aside)
+
+
+def _left_behind(aside: Path, of_this_machine: bool) -> bool:
+    """Return whether nobody writes in a folder: its lock is free or, where that cannot be known, nothing in it has
+    changed for an hour."""
+    if of_this_machine:
+        try:
+            with (aside / IDS).open("r+b") as ids:
+                fcntl.flock(ids, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks
+            pass
+    newest = max(path.stat().st_mtime for path in (aside, *aside.iterdir()))
+    return time.time() - newest > _LEFT_S
 
 
 def content_sha256(source: Source, scan: Scan) -> str:

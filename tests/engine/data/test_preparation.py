@@ -1,5 +1,6 @@
 """Corpora of many files, of any vocabulary and of ids, against what plain code makes of the same files in memory."""
 
+import fcntl
 import gzip
 import hashlib
 import json
@@ -274,6 +275,30 @@ def test_what_a_killed_preparation_left_is_deleted_later(tmp_path):
         os.utime(path, (time.time() - 7200,) * 2)
     prepare(config(tmp_path, folder))
     assert not old.exists() and new.exists() and name.exists()
+
+
+def test_what_a_killed_preparation_left_is_deleted_by_the_next_one(tmp_path, monkeypatch):
+    """The lock of a process that still writes is held, that of a killed one is free."""
+    folder, locked = write_shards(tmp_path / "shards"), []
+    write = preparation._write
+
+    def watched(aside, *rest):
+        with (aside / "ids.bin").open("r+b") as ids, pytest.raises(BlockingIOError):
+            fcntl.flock(ids, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locked.append(aside.name)
+        write(aside, *rest)
+
+    monkeypatch.setattr(preparation, "_write", watched)
+    name = Path(prepare(config(tmp_path, folder)).ids.filename).parent
+    (ours,) = locked
+    killed, writing = (name.with_name(f"{ours[:-32]}{mark}") for mark in ("killed", "writing"))
+    for aside in (killed, writing):
+        shutil.copytree(name, aside)
+    shutil.rmtree(name)
+    with (writing / "ids.bin").open("rb") as ids:
+        fcntl.flock(ids, fcntl.LOCK_EX)
+        prepare(config(tmp_path, folder))
+    assert not killed.exists() and writing.exists() and name.exists()
 
 
 def test_progress_says_how_long_it_will_take(monkeypatch):
