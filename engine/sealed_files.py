@@ -43,9 +43,9 @@ def sealed(content: dict[str, Any]) -> dict[str, Any]:
     return {**plain, "checksum": checksum(plain)}
 
 
-def checksum(manifest: dict[str, Any]) -> str:
-    """Return the sha256 of a manifest's content."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+def checksum(plain: Any) -> str:
+    """Return the sha256 of what JSON can write, such as a manifest, for any order of keys."""
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from foreroute.engine.data.sources.source import Scan, Source, find_source, scan
 from foreroute.engine.data.tokens.build import BYTES, open_vocab, tokenizer_file
 from foreroute.engine.data.tokens.vocab import Ids, Vocab
 from foreroute.engine.errors import UserError, require
-from foreroute.engine.sealed_files import read_sealed, replacing, sha256_of
+from foreroute.engine.sealed_files import checksum, read_sealed, replacing, sha256_of
 
 _VERIFIED = "verified.json"
 
@@ -169,7 +169,7 @@ def _name(source: Source, found: Scan) -> str:
         parts.append(hashlib.sha256(tokenizer_file(config)).hexdigest())
     sha256 = content_sha256(source, found)
     if parts:
-        sha256 = hashlib.sha256(json.dumps([sha256, *parts]).encode()).hexdigest()
+        sha256 = checksum([sha256, *parts])
     return f"{config.name.name}-{config.tokens.name}-{sha256[:16]}-v{FORMAT}"
 
 

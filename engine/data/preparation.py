@@ -26,7 +26,7 @@ from foreroute.engine.data.sources.source import Scan, Source
 from foreroute.engine.data.tokens.build import make_vocab, stated
 from foreroute.engine.data.tokens.vocab import Vocab, ids_dtype
 from foreroute.engine.errors import UserError, require
-from foreroute.engine.sealed_files import sealed, sync
+from foreroute.engine.sealed_files import checksum, sealed, sync
 
 FORMAT = 4
 """Of a prepared corpus; part of its folder's name, so that another version makes its own."""
@@ -145,7 +145,7 @@ def content_sha256(source: Source, scan: Scan) -> str:
         how.append(source.config.proportions)
     if len(source.parts) > 1 and not source.by_split:
         how.append("mixture")
-    return hashlib.sha256(json.dumps([scan.sha256, *how]).encode()).hexdigest() if how else scan.sha256
+    return checksum([scan.sha256, *how]) if how else scan.sha256
 
 
 def _vocab(source: Source, scan: Scan, note: Note) -> Vocab:

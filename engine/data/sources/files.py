@@ -8,6 +8,7 @@ import glob
 import gzip
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -87,15 +88,26 @@ def read_blocks(file: SourceFile) -> Iterator[bytes]:
         UserError: it cannot be read, is another archive, is broken, or changes meanwhile.
     """
     done = 0
-    try:
-        before = state_of(file.path)
-        with file.path.open("rb") as raw:
+    with reading(file), file.path.open("rb") as raw:
+        try:
             for block in _unpacked(raw, file):
                 done += len(block)
                 yield block
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise UserError(f"{file.label}: is damaged after {done:,} bytes of text ({error})") from error
+
+
+@contextmanager
+def reading(file: SourceFile) -> Iterator[None]:
+    """Watch a file that is read in the block.
+
+    Raises:
+        UserError: it cannot be read, or has changed meanwhile.
+    """
+    try:
+        before = state_of(file.path)
+        yield
         require(state_of(file.path) == before, f"{file.label}: has changed while it was read; run again")
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{file.label}: is damaged after {done:,} bytes of text ({error})") from error
     except OSError as error:
         raise UserError(f"{file.label}: cannot be read ({error.strerror})") from error
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from foreroute.engine.data.sources.files import SourceFile, state_of
+from foreroute.engine.data.sources.files import SourceFile, reading
 from foreroute.engine.data.sources.pieces import Piece
 from foreroute.engine.errors import UserError, require
 
@@ -35,8 +35,7 @@ def read_ids(file: SourceFile, dtype: str | None) -> Iterator[Piece]:
         UserError: the file cannot be read or is none of these; an id is negative or beyond 2**31 - 1.
     """
     path, done = file.path, 0
-    try:
-        before = state_of(path)
+    with reading(file):
         if path.suffix == ".npy":
             documents = iter([_npy(file)])
         elif dtype is None and path.with_suffix(".idx").is_file():
@@ -50,9 +49,6 @@ def read_ids(file: SourceFile, dtype: str | None) -> Iterator[Piece]:
                 _check(part, done + start, file)
                 yield Piece(part, start + _CHUNK >= len(ids))
             done += len(ids)
-        require(state_of(path) == before, f"{file.label}: has changed while it was read; run again")
-    except OSError as error:
-        raise UserError(f"{file.label}: cannot be read ({error.strerror})") from error
 
 
 def _check(ids: NDArray[np.integer[Any]], position: int, file: SourceFile) -> None:

@@ -21,7 +21,7 @@ from foreroute.engine.data.sources.pieces import Cuts, Piece, cut
 from foreroute.engine.data.sources.text import json_field, read_json_lines, read_plain
 from foreroute.engine.data.tokens.build import BYTES
 from foreroute.engine.errors import require
-from foreroute.engine.sealed_files import replacing
+from foreroute.engine.sealed_files import checksum, replacing
 
 _FORMAT = 2  # of what a pass leaves in the cache
 _NOT_STDLIB = {"test", "tests", "idlelib", "site-packages"}
@@ -122,7 +122,7 @@ class Source:
         if not self.is_text:
             files += [[("", *state_of(_index(f))) for f in part if _index(f).is_file()] for part in self.parts]
         reading = [config.name.name, config.field, config.dtype, self.is_text, config.tokens in BYTES]
-        return hashlib.sha256(json.dumps([_FORMAT, reading, files]).encode()).hexdigest()[:32]
+        return checksum([_FORMAT, reading, files])[:32]
 
 
 def find_source(config: CorpusConfig, enwik8: Path) -> Source:

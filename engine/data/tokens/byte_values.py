@@ -7,7 +7,7 @@ because its tokeniser splits on line ends. The two are not comparable.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,16 +29,12 @@ class ByteVocab:
 
     tokens: Tokens
     symbols: bytes  # sorted distinct byte values; a value's position is its id
+    document_end: ClassVar[None] = None  # no id stands for it
 
     @property
     def size(self) -> int:
         """Number of ids."""
         return len(self.symbols)
-
-    @property
-    def document_end(self) -> None:
-        """Return None: no id stands for the end of a document."""
-        return None
 
     @property
     def fingerprint(self) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +17,7 @@ class NumberVocab:
     """Ids from 0 to size - 1."""
 
     size: int
-
-    @property
-    def document_end(self) -> None:
-        """Return None: no id stands for the end of a document."""
-        return None
+    document_end: ClassVar[None] = None  # no id stands for it
 
     @property
     def fingerprint(self) -> str:

@@ -7,6 +7,7 @@ ends with the id of the end-of-text token, where the tokeniser has one.
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from tokenizers.trainers import BpeTrainer
 from foreroute.engine.data.sources.pieces import Piece
 from foreroute.engine.data.tokens.chunks import CHUNK, Chunk, chunks
 from foreroute.engine.data.tokens.numbers import pass_on
-from foreroute.engine.data.tokens.vocab import Encoded, Ids, fingerprint_of, ids_dtype, spelled_bytes
+from foreroute.engine.data.tokens.vocab import Encoded, Ids, characters, fingerprint_of, ids_dtype, spelled_bytes
 from foreroute.engine.errors import UserError
 
 TOKENIZER = "tokenizer.json"
@@ -51,10 +52,7 @@ class SubwordVocab:
         Raises:
             UserError: it is not UTF-8.
         """
-        try:
-            found = self.tokenizer.encode(text.decode(), add_special_tokens=False).ids
-        except UnicodeDecodeError as error:
-            raise UserError(f"byte {error.start:,} of the text is not UTF-8 ({error.reason})") from None
+        found = self.tokenizer.encode(characters(text), add_special_tokens=False).ids
         return np.array(found, ids_dtype(self.size))
 
     def decode(self, ids: NDArray[np.integer[Any]]) -> bytes:
@@ -69,11 +67,12 @@ class SubwordVocab:
 
     def encode_pieces(self, pieces: Iterable[Piece]) -> Iterator[Encoded]:
         """Turn documents of text into ids, each with its end; documents of ids are taken as they are."""
-        first, pieces = _peek(pieces)
-        if first is not None and not isinstance(first.data, bytes):
-            yield from pass_on(pieces, self.size)
+        rest = iter(pieces)
+        first = list(islice(rest, 1))
+        if first and not isinstance(first[0].data, bytes):
+            yield from pass_on(chain(first, rest), self.size)
             return
-        for batch in _batches(chunks(pieces)):
+        for batch in _batches(chunks(chain(first, rest))):
             yield self._encode_batch(batch)
 
     def _encode_batch(self, batch: list[Chunk]) -> Encoded:
@@ -102,18 +101,6 @@ class SubwordVocab:
     def files(self) -> dict[str, bytes]:
         """Return the tokenizer.json."""
         return {TOKENIZER: self.content}
-
-
-def _peek(pieces: Iterable[Piece]) -> tuple[Piece | None, Iterator[Piece]]:
-    rest = iter(pieces)
-    first = next(rest, None)
-
-    def all_of_them() -> Iterator[Piece]:
-        if first is not None:
-            yield first
-        yield from rest
-
-    return first, all_of_them()
 
 
 def _batches(found: Iterable[Chunk]) -> Iterator[list[Chunk]]:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from foreroute.engine.data.sources.pieces import Piece
+from foreroute.engine.errors import UserError
 
 Ids = NDArray[np.unsignedinteger[Any]]
 
@@ -70,6 +71,18 @@ def ids_dtype(size: int) -> DTypeLike:
 def fingerprint_of(kind: str, content: bytes) -> str:
     """Return the sha256 of a vocabulary."""
     return hashlib.sha256(kind.encode() + b"\0" + content).hexdigest()
+
+
+def characters(text: bytes) -> str:
+    """Return a text, such as a prompt, as characters.
+
+    Raises:
+        UserError: it is not UTF-8.
+    """
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"byte {error.start:,} of the text is not UTF-8 ({error.reason})") from None
 
 
 def spelled_bytes(unknown: Iterable[str]) -> int:

@@ -8,15 +8,22 @@ the training split lacks is <unk>, which is the last id where the text has no su
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from foreroute.engine.data.sources.pieces import Piece
 from foreroute.engine.data.tokens.chunks import chunks
-from foreroute.engine.data.tokens.vocab import Encoded, Ids, fingerprint_of, ids_dtype, no_ends, spelled_bytes
-from foreroute.engine.errors import UserError
+from foreroute.engine.data.tokens.vocab import (
+    Encoded,
+    Ids,
+    characters,
+    fingerprint_of,
+    ids_dtype,
+    no_ends,
+    spelled_bytes,
+)
 
 WORDS = "words.txt"
 _EOS, _UNKNOWN = "<eos>", "<unk>"
@@ -28,6 +35,7 @@ class WordVocab:
 
     words: list[str]  # by id
     _ids: dict[str, int] = field(init=False, repr=False, compare=False)
+    document_end: ClassVar[None] = None  # no id stands for it
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_ids", {word: i for i, word in enumerate(self.words)})
@@ -36,11 +44,6 @@ class WordVocab:
     def size(self) -> int:
         """Number of ids."""
         return len(self.words)
-
-    @property
-    def document_end(self) -> None:
-        """Return None: no id stands for the end of a document."""
-        return None
 
     @property
     def fingerprint(self) -> str:
@@ -53,10 +56,7 @@ class WordVocab:
         Raises:
             UserError: it is not UTF-8.
         """
-        try:
-            return self._encode(text.decode(), ends=False)
-        except UnicodeDecodeError as error:
-            raise UserError(f"byte {error.start:,} of the text is not UTF-8 ({error.reason})") from None
+        return self._encode(characters(text), ends=False)
 
     def _encode(self, text: str, *, ends: bool) -> Ids:
         """Turn text into ids; `ends`: its last line ends, too."""
