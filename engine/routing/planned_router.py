@@ -33,6 +33,8 @@ from foreroute.engine.routing.row_sets import Choice, RowSets
 
 _THREADED = 1 << 22  # tokens times routers: above, planning takes 20 ms and more
 _MOST_THREADS = 4
+NO_EXPERT = 65535
+"""In routes, in place of an expert: the token has no more."""
 _KEPT = 2  # values of k whose row sets are kept: training's and, at a change of k, the one before
 
 
@@ -56,6 +58,15 @@ class Places:
     first_PB: Tensor  # int64: the place of each segment's first id in the ids of the split; -1: the id before them
 
 
+@dataclass(frozen=True, slots=True)
+class BatchRoutes:
+    """Routes that come with a micro-batch, of every rank of the expert group, of padding too."""
+
+    expert_PTyK: NDArray[np.uint16]
+    """Experts of each token in each of y layers, the most wanted first; NO_EXPERT after the last."""
+    weight_PTyK: NDArray[np.float32] | None = None  # their weights
+
+
 class GroupTokens:
     """The tokens of an expert group's micro-batch, and what all routers of a run make of them once."""
 
@@ -68,6 +79,7 @@ class GroupTokens:
         *,
         places: Places | None = None,
         real_PBQ: Tensor | None = None,
+        routes: BatchRoutes | None = None,
     ) -> None:
         """Take the ids of the group.
 
@@ -78,10 +90,11 @@ class GroupTokens:
             draw: what random choices depend on; None: there must be none.
             places: of the ids in a run's text; None: they are of none.
             real_PBQ: bool, false for padding, which has no expert; None: there is none.
+            routes: of the tokens, where they come with the batch.
         """
         self.shape = ids_PBQ.shape[0], ids_PBQ[0].numel()
         marks = None if new_document_PBX is None else new_document_PBX.flatten(0, 1)
-        self.draw, self.places = draw, places
+        self.draw, self.places, self.routes = draw, places, routes
         self.real_PT = None if real_PBQ is None else real_PBQ.reshape(self.shape).numpy()
         self._ids = ids_PBQ.flatten(0, 1), left_PBC.flatten(0, 1), marks
         self._keys: dict[tuple[int, ...], NDArray[np.integer[Any]]] = {}

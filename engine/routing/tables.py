@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from foreroute.engine.config import Builder, MoEConfig, RouteWeights
+from foreroute.engine.errors import require
 from foreroute.engine.routing.hashing import Purpose, hash64, normal
 from foreroute.engine.routing.loops.orders import greedy
 from foreroute.engine.routing.ngram_rows import KeyRows, ngram_keys
@@ -142,12 +143,20 @@ def build_tables(
 
 
 def tables_of(moe: MoEConfig, inputs: RouterInputs, *, number: int, counts: CountRule | None = None) -> list[Table]:
-    """Build so many tables from what planned routers are made from, or load them from the cache; as build_tables."""
-    assert inputs.ids is not None, "tables are built from a text"
+    """Build so many tables from what planned routers are made from, or load them from the cache; as build_tables.
+
+    Raises:
+        UserError: they are made from a text, and there is none.
+    """
+    text = inputs.ids
+    if text is None:
+        of_text = moe.builder is not Builder.random or counts is not None
+        require(not of_text, f"moe.router={moe.router}: its tables are made from a text; there is none")
+        text = np.zeros(0, np.int64)
     return build_tables(
         moe,
         inputs.vocab_size,
-        inputs.ids,
+        text,
         num_tables=number,
         seed=inputs.seed,
         cache_dir=inputs.cache_dir,
@@ -157,8 +166,13 @@ def tables_of(moe: MoEConfig, inputs: RouterInputs, *, number: int, counts: Coun
 
 
 def row_uses(tables: Sequence[Table], inputs: RouterInputs) -> NDArray[np.int64]:
-    """Return how often the training text uses each row of each of a run's tables [t, r], reading it once."""
-    assert inputs.ids is not None, "uses are counted in a text"
+    """Return how often the training text uses each row of each of a run's tables [t, r], reading it once.
+
+    Raises:
+        UserError: there is no text.
+    """
+    require(inputs.ids is not None, "the router counts how often a text uses each row; there is no text")
+    assert inputs.ids is not None
     text = _Text(inputs.ids, inputs.vocab_size, tables[0].ngram, inputs.documents)
     return text.row_frequency([table.key_rows for table in tables]).astype(np.int64)
 

@@ -14,6 +14,9 @@ Routes are plain files, which `python -m launch.record` writes for a run with a 
 Row i has the routes of the input from which the model predicts id i of the split: the id before it. So there are as
 many rows as ids, and row 0 is of the id just before the split (0 before the training split).
 
+Where there is no text of a run, as in a model of the user's own, routes may come with each batch instead
+(GroupTokens.routes); then no file is needed.
+
 Letters: P ranks of the expert group, T tokens of a rank, y layers, K experts recorded of a token, r tokens of the group
 as rows.
 """
@@ -35,11 +38,17 @@ from foreroute.engine.config import MoEConfig, RouteWeights, Split
 from foreroute.engine.config.option import option
 from foreroute.engine.errors import UserError, require
 from foreroute.engine.routing.method_options import Card, read_options
-from foreroute.engine.routing.planned_router import GroupTokens, PlannedRouter, RouterInputs, check_use
+from foreroute.engine.routing.planned_router import (
+    NO_EXPERT,
+    BatchRoutes,
+    GroupTokens,
+    PlannedRouter,
+    RouterInputs,
+    check_use,
+)
 from foreroute.engine.routing.row_sets import WEIGH, Choice, RowSets, column_dtype
 
-NONE = 65535
-"""In place of an expert: the token has no more."""
+NONE = NO_EXPERT
 _CHUNK = 1 << 20  # tokens checked and ids hashed at a time
 
 
@@ -117,8 +126,10 @@ class GivenRouter(PlannedRouter):
 
     @classmethod
     def build(cls, moe: MoEConfig, inputs: RouterInputs) -> Sequence[Self]:
-        """Open the files and check them."""
+        """Open the files and check them. Without a file and without a text, routes come with each batch."""
         options = read_options(moe, GivenOptions)
+        if options == GivenOptions() and inputs.splits is None:
+            return [cls(moe.experts, {}, layer, moe.weights, columns=moe.columns) for layer in range(inputs.number)]
         require(options.file is not None, "moe.options.file is missing: moe.router=given needs it, such as routes.npy")
         require(
             inputs.splits is not None, "moe.router=given: routes belong to the splits of a run's text; there is none"
@@ -142,47 +153,79 @@ class GivenRouter(PlannedRouter):
 
     def refusal(self, split: Split, k: int) -> str | None:
         """Return why a split, or k, has no routes."""
+        if not self.routes:
+            return None  # they come with the batch
         if split not in self.routes:
             name = _option_of(split)
             return f"moe.options.{name} is missing: moe.router=given needs the routes of the {split.name} split here"
         return self.routes[split].refusal(k)
 
     def choose(self, tokens: GroupTokens, k: int) -> Choice:
-        """Read the rows of the tokens; ids past the end of a split have those of its last id."""
+        """Take the routes of the batch, or read the rows of the tokens; ids past the end of a split have those of its
+        last id."""
+        if tokens.routes is not None:
+            expert_rK, weight_rK = self._of_batch(tokens.routes, k)
+            used_PT = np.ones(tokens.shape, bool) if tokens.real_PT is None else tokens.real_PT
+            varies = bool((expert_rK[used_PT.reshape(-1)] == NONE).any())
+        else:
+            expert_rK, weight_rK, varies = self._of_text(tokens, k)
+        count_r = None
+        if varies:
+            count_r = torch.from_numpy((expert_rK != NONE).sum(axis=1, dtype=np.int32))
+        elif k < expert_rK.shape[1]:
+            expert_rK = expert_rK[:, :k]
+            weight_rK = None if weight_rK is None else _first(weight_rK, k)
+        expert_rK = np.where(expert_rK == NONE, 0, expert_rK)
+        order_rK = torch.from_numpy(expert_rK.astype(column_dtype(self.columns)))
+        score_rK = None if weight_rK is None else torch.from_numpy(weight_rK)
+        sets = RowSets(order_rK, _WEIGH[self.weights], score_rK, count_r)
+        return Choice(np.arange(len(order_rK)).reshape(tokens.shape), sets)
+
+    def _of_batch(self, routes: BatchRoutes, k: int) -> tuple[NDArray[np.uint16], NDArray[np.float32] | None]:
+        """Return the experts [r, K] and, for moe.weights=table, their weights, of routes that came with the batch."""
+        layers, listed = routes.expert_PTyK.shape[2:]
+        require(
+            self.layer < layers and k <= listed,
+            f"routes of {layers} layers and {listed} experts of a token: must be of all {self.layer + 1} or more layers"
+            f" and of at least k={k} experts",
+        )
+        expert_rK = routes.expert_PTyK[:, :, self.layer].reshape(-1, listed)
+        _check("routes", expert_rK[:, None], 0, self.columns, layer=self.layer)
+        if self.weights is not RouteWeights.table:
+            return expert_rK, None
+        require(
+            routes.weight_PTyK is not None,
+            "moe.weights=table: routes come without weights; give weights, or take uniform, sum or live",
+        )
+        assert routes.weight_PTyK is not None
+        return expert_rK, routes.weight_PTyK[:, :, self.layer].reshape(-1, listed)
+
+    def _of_text(self, tokens: GroupTokens, k: int) -> tuple[NDArray[np.uint16], NDArray[np.float32] | None, bool]:
+        """Return the experts [r, K] of tokens of the run's text, their weights as _of_batch does, and whether they are
+        unequal in number."""
         found = tokens.token_places()
-        require(found is not None, "moe.router=given: routes are known of the splits of the run's text alone")
+        require(
+            found is not None and bool(self.routes),
+            "moe.router=given: routes are known of the splits of the run's text alone, or come with the batch",
+        )
         assert found is not None
         split, place_PT = found
         check_use([self], split, k)
         routes = self.routes[split]
         row_r = np.minimum(place_PT.reshape(-1) + 1, len(routes.expert_TyK) - 1)
-        expert_rK = self._read(routes.expert_TyK, row_r)
         weight_rK = None
         if self.weights is RouteWeights.table:
             assert routes.weight_TyK is not None
             weight_rK = self._read(routes.weight_TyK, row_r)
-        count_r = None
-        if routes.varies:
-            used_rK = expert_rK != NONE
-            count_r = torch.from_numpy(used_rK.sum(axis=1, dtype=np.int32))
-            expert_rK = np.where(used_rK, expert_rK, 0)
-        elif k < expert_rK.shape[1]:
-            expert_rK = expert_rK[:, :k]
-            weight_rK = None if weight_rK is None else _first(weight_rK, k)
-        order_rK = torch.from_numpy(expert_rK.astype(column_dtype(self.columns)))
-        score_rK = None if weight_rK is None else torch.from_numpy(weight_rK)
-        sets = RowSets(order_rK, _WEIGH[self.weights], score_rK, count_r)
-        return Choice(np.arange(place_PT.size).reshape(place_PT.shape), sets)
+        return self._read(routes.expert_TyK, row_r), weight_rK, routes.varies
 
     def _read(self, values_TyK: NDArray[Any], row_r: NDArray[np.int64]) -> NDArray[Any]:
         return np.ascontiguousarray(values_TyK[row_r, self.layer])
 
     def identity(self, *, weights: bool = True) -> Sequence[NDArray[Any]]:
         """Return the digest of the training split's routes."""
-        return [
-            np.array([self.layer, self.experts, self.columns]),
-            np.frombuffer(self.routes[Split.train].digest, "u1"),
-        ]
+        digests = [np.frombuffer(self.routes[Split.train].digest, "u1")] if self.routes else []
+        return [np.array([self.layer, self.experts, self.columns]), *digests]
 
 
 def _first(weight_rK: NDArray[np.float32], k: int) -> NDArray[np.float32]:
@@ -274,18 +317,19 @@ def open_routes(path: Path, ids: Any, *, layers: int, columns: int) -> RecordedR
     return RecordedRoutes(path, experts, weights, k, varies, digest.digest())
 
 
-def _check(path: Path, part: NDArray[np.uint16], start: int, columns: int) -> None:
-    """Check tokens from number `start` on: ids in range, each once, those that are there before NONE."""
+def _check(name: str | Path, part: NDArray[np.uint16], start: int, columns: int, layer: int = 0) -> None:
+    """Check tokens from number `start` on, and layers from `layer` on: ids in range, each once, those that are there
+    before NONE."""
     used = part != NONE
     wrong = used & (part >= columns)
     wrong[..., 1:] |= used[..., 1:] & ~used[..., :-1]
     for back in range(1, part.shape[2]):
         wrong[..., back:] |= used[..., back:] & (part[..., back:] == part[..., :-back])
     if wrong.any():
-        token, layer, _ = (int(number) for number in np.argwhere(wrong)[0])
-        experts = part[token, layer].tolist()
+        token, row, _ = (int(number) for number in np.argwhere(wrong)[0])
+        experts = part[token, row].tolist()
         raise UserError(
-            f"{path}: token {start + token} has the experts {experts} in layer {layer}; must be distinct, in 0 .."
+            f"{name}: token {start + token} has the experts {experts} in layer {layer + row}; must be distinct, in 0 .."
             f" {columns - 1}, and {NONE} only after them"
         )
 

@@ -20,7 +20,8 @@ from foreroute.engine.evaluation.route_record import record_to
 from foreroute.engine.model.build import RunModel, build_model
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.planned.given import NONE, GivenRouter, create_routes, finish_routes, open_routes
-from foreroute.engine.routing.planned_router import GroupTokens, Places, RouterInputs, check_use
+from foreroute.engine.routing.planned_router import BatchRoutes, GroupTokens, Places, RouterInputs, check_use
+from foreroute.engine.testing.planned import plans_of
 from foreroute.engine.testing.ranks import run_threads
 from foreroute.engine.testing.tiny_run import EXPERTS, LAYERS, SEGMENT, STREAMS, SYMBOLS, K, tiny_config
 
@@ -169,6 +170,26 @@ def test_unequal_numbers_of_experts(tmp_path):
     assert plan.count_E.tolist() == np.bincount(want, minlength=EXPERTS).tolist()
     with pytest.raises(UserError, match="so k must be 2, as recorded"):
         check_use([router], Split.train, 1)
+
+
+def test_routes_that_come_with_the_batch():
+    """Without a file and a text: the first k, and all where real tokens have unequal numbers."""
+    moe = MoEConfig(experts=EXPERTS, weights=RouteWeights.uniform, router="given")
+    routers = GivenRouter.build(moe, RouterInputs(100, 0, LAYERS))
+    ids = torch.zeros(2, 1, 10, dtype=torch.int64)
+    experts = drawn(20).astype(np.uint16)
+    real = torch.ones(2, 1, 10, dtype=torch.bool)
+    real[1, 0, 7:] = False
+    for varies in (False, True):
+        experts[17:] = NONE  # padding
+        if varies:
+            experts[3, 1, 1:] = NONE
+        routes = BatchRoutes(experts.reshape(2, 10, LAYERS, 3))
+        tokens = GroupTokens(ids, ids[..., :0], routes=routes, real_PBQ=real)
+        plan = plans_of(routers[1], tokens, 2)[0]
+        kept = experts[:17, 1] if varies else experts[:17, 1, :2]
+        want = np.bincount([expert for row in kept for expert in row if expert != NONE], minlength=EXPERTS)
+        assert plan.k == 2 and plan.count_E.tolist() == want.tolist()
 
 
 def test_routes_of_a_mixture_are_in_its_order(tmp_path):
