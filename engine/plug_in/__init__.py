@@ -1,6 +1,7 @@
 """Expert layers inside a model and training loop of the user's own. Import from here."""
 
+from foreroute.engine.plug_in.losses import mean_over_ranks
 from foreroute.engine.plug_in.planned_layer import PlannedFeedForward
 from foreroute.engine.plug_in.replace import experts_of, parameter_groups, replace_feed_forwards
 
-__all__ = ["PlannedFeedForward", "experts_of", "parameter_groups", "replace_feed_forwards"]
+__all__ = ["PlannedFeedForward", "experts_of", "mean_over_ranks", "parameter_groups", "replace_feed_forwards"]

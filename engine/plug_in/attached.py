@@ -47,6 +47,9 @@ class CallArguments:
     positions: Place | None = None
     documents: Place | None = None
     layout: Layout | None = None
+    routes: Place | None = None
+    route_weights: Place | None = None
+    places: Place | None = None
 
     def __post_init__(self) -> None:
         require(self.layout in (None, *_LAYOUTS), f"layout={self.layout!r}: must be one of {', '.join(_LAYOUTS)}")
@@ -92,7 +95,16 @@ class CallArguments:
             " context of 0",
         )
         first = self.layout in ("QB", "BQ->QB")
-        return Sequences(ids, left, real, documents, sequence_first=first)
+        routes, weights = (
+            None if place is None else self._routes(call, name, place)
+            for name, place in (("routes", self.routes), ("route_weights", self.route_weights))
+        )
+        places = None if self.places is None else call.tensor(self.places, "places")
+        return Sequences(ids, left, real, documents, first, routes, weights, places)
+
+    def _routes(self, call: "Call", name: str, place: Place) -> Tensor:
+        value = call.tensor(place, name)
+        return value.transpose(0, 1) if self.layout == "QB" and value.dim() >= 2 else value
 
     def _under_mask(self, call: "Call", mask: Tensor, left: Tensor | None, length: int, context: int) -> Tensor | None:
         """Return the left context with its padding set to 0; the mask may be [B, M + Q] and cover it."""

@@ -14,10 +14,10 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -30,20 +30,20 @@ from foreroute.engine.moe.exchange import build_exchange
 from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.optim.expert_sharding import expert_group_comm
 from foreroute.engine.parallel.collectives import ExpertGroupComm
-from foreroute.engine.parallel.cpu_group import CpuGroup, expert_cpu_group, odd_ones
+from foreroute.engine.parallel.cpu_group import CpuGroup, expert_cpu_group
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.plug_in.attached import After, Attachment, Before, Call, CallArguments, Layout, Place, kind_of
 from foreroute.engine.plug_in.passes import Pass, Passes, backward_node
-from foreroute.engine.plug_in.plans import Plans, Sequences, keep_to_texts, real_ids
+from foreroute.engine.plug_in.plan_inputs import PlanInputs, plan_inputs, share
+from foreroute.engine.plug_in.plans import Context, Plans, Sequences
 from foreroute.engine.plug_in.replaceable import Replaced, side_of
 from foreroute.engine.routing.plan import Routing
-from foreroute.engine.routing.planned_router import GroupTokens, PlannedRouter, RouterInputs, check_use, plan_all
+from foreroute.engine.routing.planned_router import Draw, PlannedRouter, RouterInputs, check_use, plan_all
 from foreroute.engine.routing.plans.exchange_choice import use_gather, wire_dtype
 
 Batch = TypeVar("Batch", bound=Sequence[Any] | Mapping[Any, Any])
 
 
-_PADDING = -1  # in place of an id, also between ranks
 _forks = 0
 """The number of forks between the process that imported this file and this process."""
 
@@ -79,17 +79,21 @@ class PlannedExperts:
         mesh: Mesh,
         parallel: ParallelConfig,
         *,
-        vocab_size: int,
+        inputs: RouterInputs,
         width: int,
         k: int,
-        seed: int,
     ) -> None:
-        """Set the layers, numbered from 0, and one router for all or one for each; a collective over all ranks."""
+        """Set the layers, numbered from 0, and one router for all or one for each; a collective over all ranks.
+
+        Args:
+            inputs: those of the routers, without the text.
+        """
         self.layers, self._mesh, self._parallel = layers, mesh, parallel
-        self._moe, self._vocab_size, self._width, self._seed = moe, vocab_size, width, seed
+        self._moe, self._inputs, self._width, self._seed = moe, inputs, width, inputs.seed
         self._use(routers)
         self.k = k
         self._passes = 0  # number of passes begun
+        self._draws = 0  # number of training plans up to the last that was used
         self._connections()
         self._cpu_group = expert_cpu_group(mesh, self._timeout)
 
@@ -99,6 +103,8 @@ class PlannedExperts:
         # makes all plans, in the order of the requests
         self._thread = ThreadPoolExecutor(1, "foreroute-planner")
         self._cpu_group = None
+        # plans requested in training, and in evaluation since then
+        self._requested, self._held_out = self._draws, 0
         self._delivery: Delivery | None = None
         self.passes = Passes()
         self._lock = threading.Lock()
@@ -106,8 +112,8 @@ class PlannedExperts:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy, without threads, locks, connections and plans."""
-        names = "layers", "replaced", "_mesh", "_parallel", "_moe", "_vocab_size", "_width", "_seed", "_k", "_passes"
-        kept = {name: getattr(self, name) for name in names}
+        names = "layers", "replaced", "_mesh", "_parallel", "_moe", "_inputs", "_width", "_seed", "_k", "_passes"
+        kept = {name: getattr(self, name) for name in (*names, "_draws")}
         return {**kept, "routers": self._routers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -135,14 +141,16 @@ class PlannedExperts:
 
     # Plans.
 
-    def plan(
-        self, ids: Tensor, left: Tensor | None = None, *, mask: Tensor | None = None, documents: Tensor | None = None
-    ) -> Plans:
+    def plan(self, ids: Tensor, left: Tensor | None = None, **context: Unpack[Context]) -> Plans:
         """Plan a batch for one forward pass, in the training process, not in a loader's worker.
 
         A plan can be made as soon as the ids are known. With several ranks in an expert group, each rank needs the ids
         of all. They are exchanged between the hosts, unless given. So all ranks must request plans, by this and every
-        other method, in the same order, and all with documents or all without.
+        other method, in the same order. Their numbers of sequences and lengths may differ.
+
+        What a router draws (fresh, stochastic, shuffled keys) follows from the seed, the number of the plan and that of
+        the token: rank x the group's most tokens of a rank + its place in the batch, row by row. Plans requested while
+        the model is in training mode are numbered by themselves, and those in evaluation begin with 0 each time.
 
         Args:
             ids: int [B, Q] of this rank; or [P, B, Q] of all ranks of the expert group, and then nothing is exchanged.
@@ -151,14 +159,20 @@ class PlannedExperts:
             mask: as ids, 0 for padding, left or right of a sequence; ids after left padding begin a text. Padding has
                 no expert: it costs no row, and the experts' sum for it is 0.
             documents: int as ids; a change of number begins a text. Left context belongs to the first document.
+            routes: with moe.router=given, int [B, Q, y, K], the experts of each token in each of y layers (1 with
+                moe.share_table), -1 after its last one. The first k are active; if tokens have unequal numbers, all.
+            route_weights: as routes, fp32; for moe.weights=table.
+            places: with moe.router=given and a file, int [B], the place of each sequence's first id in text_ids.
 
         Raises:
             UserError: an id is not in the vocabulary, or an argument has a wrong shape.
-            RunFailed: the ranks of the expert group differ in B, Q, k or their tables.
+            RunFailed: the ranks of the expert group differ in k, in their tables or in the arguments that they give.
         """
-        return self._submit(Sequences(ids, left, mask, documents)).result()
+        return self._submit(Sequences(ids, left, **context)).result()
 
-    def ahead(self, batches: Iterable[Batch], depth: int = 2, *, ids: Any = 0) -> Iterator[tuple[Plans, Batch]]:
+    def ahead(
+        self, batches: Iterable[Batch], depth: int = 2, *, ids: Any = 0, **context: Any
+    ) -> Iterator[tuple[Plans, Batch]]:
         """Yield each batch with its plans, which a thread makes while earlier batches train.
 
             for plans, (ids, targets) in experts.ahead(loader):
@@ -170,17 +184,12 @@ class PlannedExperts:
 
         Args:
             ids: the position of the ids in a batch, or their key in a mapping.
+            context: likewise of other arguments of `plan`, such as mask="attention_mask".
         """
         waiting: deque[tuple[Future[Plans], Batch]] = deque()
         for batch in batches:
-            try:
-                found = batch[ids]
-            except (LookupError, TypeError):
-                raise UserError(
-                    f"a batch is {kind_of(batch)}, without ids={ids!r}: ahead(batches, ids=..) must be the position or"
-                    " key of the ids"
-                ) from None
-            waiting.append((self._submit(Sequences(found)), batch))
+            found = {name: _item(batch, name, place) for name, place in {"ids": ids, **context}.items()}
+            waiting.append((self._submit(Sequences(**found)), batch))
             if len(waiting) > depth:
                 plans, batch = waiting.popleft()
                 yield plans.result(), batch
@@ -190,14 +199,7 @@ class PlannedExperts:
     # Forward passes.
 
     @contextlib.contextmanager
-    def planned(
-        self,
-        ids: Tensor | Plans,
-        left: Tensor | None = None,
-        *,
-        mask: Tensor | None = None,
-        documents: Tensor | None = None,
-    ) -> Iterator[Plans]:
+    def planned(self, ids: Tensor | Plans, left: Tensor | None = None, **context: Unpack[Context]) -> Iterator[Plans]:
         """Run one forward pass of the model inside, in this thread, with these plans or with plans of these ids.
 
         Activation checkpointing runs the layers again in backward, which then also belongs inside.
@@ -206,7 +208,7 @@ class PlannedExperts:
             raise RuntimeError("planned() inside planned(): one forward pass at a time")
         plans = ids
         if not isinstance(plans, Plans):
-            plans = self.plan(plans, left, mask=mask, documents=documents)
+            plans = self.plan(plans, left, **context)
         running = self._begin(plans)
         try:
             yield plans
@@ -224,6 +226,7 @@ class PlannedExperts:
         positions: Place | None = None,
         documents: Place | None = None,
         layout: Layout | None = None,
+        **context: Place,
     ) -> Attachment:
         """Make each call of the model, or of a DeepSpeed engine, plan from its own arguments, except inside `planned`.
 
@@ -242,8 +245,9 @@ class PlannedExperts:
             documents: document numbers [B, Q]; a text begins where they change.
             layout: "BQ", the default if sizes differ; "QB" if all of these and the hidden states are [Q, B]; "BQ->QB"
                 if only the hidden states are.
+            context: routes, route_weights and places, as for `plan`.
         """
-        told = CallArguments(ids, left, mask, positions, documents, layout)
+        told = CallArguments(ids, left, mask, positions, documents, layout, **context)
         before = model.register_forward_pre_hook(Before(self, told), with_kwargs=True)
         after = model.register_forward_hook(After(self), always_call=True)
         return Attachment((before, after))
@@ -298,6 +302,7 @@ class PlannedExperts:
             "place": self._place(),
             "k": self.k,
             "dropout": (self._seed, self._passes),
+            "draws": self._draws,
             "tables": [router.state() for router in self._routers],
         }
 
@@ -308,7 +313,7 @@ class PlannedExperts:
             UserError: the number of tables or experts differs; or experts are sharded, and the rank, the number of
                 ranks or the size of the expert group differs, for which the same file holds other experts.
         """
-        inputs = RouterInputs(self._vocab_size, self._seed, len(self._routers))
+        inputs = replace(self._inputs, seed=state["dropout"][0])
         routers = type(self._routers[0]).restore(self._moe, inputs, state["tables"])
         shape = len(routers), routers[0].columns
         here = len(self._routers), self._num_experts
@@ -320,6 +325,7 @@ class PlannedExperts:
         )
         self._use(routers)
         self.k, (self._seed, self._passes) = state["k"], state["dropout"]
+        self._draws = self._requested = state.get("draws", self._passes)
 
     @property
     def _timeout(self) -> timedelta:
@@ -340,41 +346,46 @@ class PlannedExperts:
                 "planning in a forked process, such as a DataLoader's worker: must be in the training process;"
                 " ahead(loader) plans in a thread of it"
             )
-        return self._thread.submit(self._plan, sequences, self.k)
+        training = self.layers[0].training
+        with self._lock:
+            number = self._requested if training else self._held_out
+            self._requested, self._held_out = self._requested + training, 0 if training else number + 1
+        return self._thread.submit(self._plan, sequences, self.k, number, held_out=not training)
 
-    def _plan(self, sequences: Sequences, k: int) -> Plans:
-        ids, left = self._check(sequences.ids, sequences.left)
+    def _plan(self, sequences: Sequences, k: int, number: int, *, held_out: bool) -> Plans:
+        ids, left = self._check(sequences)
         shape = tuple(ids.shape[-2:])
-        ids, left = keep_to_texts(sequences, ids, left)
-        real = real_ids(sequences)
-        if real is not None:
-            ids = ids.masked_fill(~real, _PADDING)
-        ids_PBQ, left_PBC = (ids, left) if ids.dim() == 3 else self._share(ids, left, k)
-        real_PBQ = ids_PBQ != _PADDING
+        inputs = plan_inputs(sequences, ids, left)
+        if ids.dim() == 2:
+            inputs = self._share(inputs, {"k": k, "tables": self._tables, "evaluation": held_out, "plans": number})
         mesh, parallel, weight = self._mesh, self._parallel, self.layers[0].experts.w1
-        tokens = shape[0] * shape[1]
+        tokens = inputs.num_tokens
         gather = use_gather(
             parallel,
-            experts=self._num_experts,
+            experts=self._moe.experts,
             ranks=mesh.ep_size,
             k=k,
             tokens=tokens,
             width=self._width,
             itemsize=wire_dtype(parallel, weight.dtype).itemsize,
         )
-        group = GroupTokens(ids_PBQ.clamp(min=0), left_PBC, real_PBQ=None if real_PBQ.all() else real_PBQ)
-        plans = plan_all(self._routers, group, k, gather=gather, chunks=parallel.chunks)
         rank = dist.get_rank() if dist.is_initialized() else 0
         token_T = (rank - mesh.ep_rank) * tokens + torch.arange(mesh.ep_size * tokens)
+        draw = Draw(token_T.view(mesh.ep_size, tokens).numpy(), number, held_out)
+        plans = plan_all(self._routers, inputs.tokens(draw), k, gather=gather, chunks=parallel.chunks)
         if self._delivery is None or self._delivery.device != weight.device:
             self._delivery = Delivery(weight.device)
         (plans, token_T), copied = self._delivery.send((plans, token_T))
         shape = shape[::-1] if sequences.sequence_first else shape
-        return Plans(k, shape, self._tables, plans, token_T, copied)
+        return Plans(k, shape, self._tables, plans, token_T, copied, 0 if held_out else number + 1)
 
-    def _check(self, ids: Tensor, left: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _check(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
         """Return ids and left context as int64 on the host."""
-        ngram, vocab_size, ranks = self._moe.ngram, self._vocab_size, self._mesh.ep_size
+        ids, left = sequences.ids, sequences.left
+        ngram, vocab_size, ranks = self._moe.ngram, self._inputs.vocab_size, self._mesh.ep_size
+        for name in ("routes", "places"):
+            unused = getattr(sequences, name) is None or self._routers[0].of_places
+            require(unused, f"{name}: must be None with moe.router={self._moe.router}; given takes them")
         for name, given in (("ids", ids), ("left", ids if left is None else left)):
             require(isinstance(given, Tensor), f"{name} is {kind_of(given)}: must be a tensor of ids")
         require(
@@ -394,26 +405,19 @@ class PlannedExperts:
             )
         return ids.cpu().long(), left.cpu().long()
 
-    def _share(self, ids_BQ: Tensor, left_BC: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Gather ids and left context over the expert group: first the sizes, then [B, C + Q] numbers of 4 bytes."""
-        names = "sequences", "length", "k", "tables"
+    def _share(self, own: PlanInputs, facts: dict[str, int]) -> PlanInputs:
+        """Gather the inputs of all ranks of the expert group, which must agree in the facts."""
         cpu_group = self._cpu_group = self._cpu_group or self._reconnect()
         try:
-            found = cpu_group.all_gather(np.array([*ids_BQ.shape, k, self._tables], np.int64))
+            return share(own, cpu_group, facts, first_rank=self._mesh.ep_ranks.start)
+        except RunFailed:
+            raise
         except RuntimeError as error:
             raise RunFailed(
                 f"rank {self._mesh.rank} planned a forward pass, and not all ranks of its expert group did so within"
                 f" {self._timeout.total_seconds():g} s: all must run each forward pass, evaluation too"
                 f" ({str(error).splitlines()[0]})"
             ) from error
-        for name, value_P in zip(names, found.T.tolist(), strict=True):
-            if len(set(value_P)) > 1:
-                odd = odd_ones(value_P, first=self._mesh.ep_ranks.start)
-                raise RunFailed(f"the ranks of an expert group differ in their {name}: {odd}")
-        both_BS = torch.cat((left_BC, ids_BQ), dim=1).numpy().astype(np.int32)
-        both_PBS = torch.from_numpy(cpu_group.all_gather(both_BS)).long()
-        context = left_BC.shape[1]
-        return both_PBS[..., context:].contiguous(), both_PBS[..., :context].contiguous()
 
     def _reconnect(self) -> CpuGroup:
         """Connect a copy to the other ranks of its expert group; a collective over all ranks."""
@@ -432,6 +436,7 @@ class PlannedExperts:
         with self._lock:
             seed = self._seed * 2**32 + self._passes
             self._passes += 1
+            self._draws = max(self._draws, plans.draws)
         running = Pass(plans, seed, torch.autograd._get_sequence_nr())
         self.passes.begin(running)
         return running
@@ -444,3 +449,14 @@ class PlannedExperts:
         for layer in self.layers:
             backend = layer.experts.kernels.backend
             layer.connect(build_exchange(self.comm, self._parallel, backend))
+
+
+def _item(batch: Any, name: str, place: Any) -> Any:
+    """Return an argument of `plan` from a batch."""
+    try:
+        return batch[place]
+    except (LookupError, TypeError):
+        raise UserError(
+            f"a batch is {kind_of(batch)}, without {name}={place!r}: ahead(batches, {name}=..) must be the position or"
+            f" key of the {name}"
+        ) from None

@@ -7,6 +7,7 @@ Letters: B sequences, Q ids of each, C = ngram - 1 ids left of them.
 """
 
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -25,12 +26,23 @@ class Plans:
     plans: tuple[Plan, ...]  # one for all layers, or one for each
     token_T: Tensor  # int64: numbers of the expert group's tokens among those of all ranks
     copied: torch.cuda.Event | None  # the end of the copy to a GPU
+    draws: int = 0  # number of training plans up to this one; 0 in evaluation
     used: set[int] = field(default_factory=set)  # layers that have run with it
+
+
+class Context(TypedDict, total=False):
+    """The keywords of PlannedExperts.plan and planned, of which Sequences says the shapes."""
+
+    mask: Tensor | None
+    documents: Tensor | None
+    routes: Tensor | None
+    route_weights: Tensor | None
+    places: Tensor | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sequences:
-    """Ids and the context that determines their n-grams.
+    """Ids and the context that determines their n-grams, and where their routes come from elsewhere, these.
 
     Shapes may be [P, B, ..], of all ranks of the expert group, in place of [B, ..].
     """
@@ -40,6 +52,9 @@ class Sequences:
     mask: Tensor | None = None  # [B, Q]: 0 for padding, left or right of a sequence
     documents: Tensor | None = None  # int [B, Q]: a change of number begins a text
     sequence_first: bool = False  # hidden states are [Q, B, D]
+    routes: Tensor | None = None  # int [B, Q, y, K]: experts in each of y layers, -1 after the last; of router given
+    route_weights: Tensor | None = None  # float [B, Q, y, K]: their weights
+    places: Tensor | None = None  # int [B]: the place of each sequence's first id in text_ids; of router given
 
 
 def keep_to_texts(sequences: Sequences, ids: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,16 +91,16 @@ def keep_to_texts(sequences: Sequences, ids: Tensor, left: Tensor) -> tuple[Tens
     return window[..., -1:].contiguous(), window[..., :-1].contiguous()
 
 
-def real_ids(sequences: Sequences) -> Tensor | None:
-    """Return which ids are no padding, in the order of the ids that keep_to_texts returns; None: all are."""
-    if sequences.mask is None:
-        return None
-    real = sequences.mask.cpu() != 0
-    if sequences.documents is None and not sequences.sequence_first:
-        return real
+def in_order(sequences: Sequences, value: Tensor, dims: int = 0) -> Tensor:
+    """Return a value of each token [.., B, Q, *] as [.., T, *], in the order of the hidden states.
+
+    Args:
+        dims: number of dimensions after Q.
+    """
+    at = value.dim() - dims
     if sequences.sequence_first:
-        real = real.transpose(-1, -2)
-    return real.flatten(-2)[..., None]
+        value = value.transpose(at - 1, at - 2)
+    return value.flatten(at - 2, at - 1)
 
 
 def _without_padding(ids: Tensor, left: Tensor, real: Tensor) -> Tensor:

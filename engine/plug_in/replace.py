@@ -11,11 +11,11 @@
             engine.backward(loss)
             engine.step()
 
-Hashed routers only. Every forward pass needs a plan of its own ids, and a plan is used once; a pass without a plan
-raises. `planned` makes the plan when it is entered. `ahead` and `plan` make it before the step. After `attach(model)`
-each call of the model plans from its ids. On one rank DeepSpeed is not needed. On several ranks it is: a group of
-`parallel.expert_ranks` neighbouring ranks shards the experts; DeepSpeed creates the groups and reduces the gradients,
-at ZeRO 0 to 3.
+Any planned router works (docs/routers.md); moe.strata must be 1. Every forward pass needs a plan of its own ids, and a
+plan is used once; a pass without a plan raises. `planned` makes the plan when it is entered. `ahead` and `plan` make it
+before the step. After `attach(model)` each call of the model plans from its ids. On one rank DeepSpeed is not needed.
+On several ranks it is: a group of `parallel.expert_ranks` neighbouring ranks shards the experts; DeepSpeed creates the
+groups and reduces the gradients, at ZeRO 0 to 3. The ranks of a group may have unequal numbers of tokens.
 
 Limits of DeepSpeed 0.19.8 with sharded experts, which foreroute cannot remove:
 
@@ -40,8 +40,10 @@ Letters: B sequences, Q ids of each, C = ngram - 1 ids left of them, D width, T 
 group.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -50,7 +52,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from foreroute.engine.config import Builder, KernelsConfig, Keys, MoEConfig, ParallelConfig
+from foreroute.engine.config import Builder, KernelsConfig, MoEConfig, ParallelConfig, Split
 from foreroute.engine.errors import require
 from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.optim.deepspeed_engine import skip_shared_memory_op, wait_at_most
@@ -104,8 +106,8 @@ def replace_feed_forwards(
             hold the parameters of one feed-forward and no others: a block with attention or a norm is refused.
         width: width of the hidden states (D).
         k: initial number of active experts; set experts.k to change it.
-        text_ids: training text as one stream of ids, from which the builders balanced and packed make their tables;
-            None for builder random.
+        text_ids: training text as one stream of ids, from which tables are made, and to which the routes in a file of
+            router given belong; None for tables of builder random and routers without tables.
         seed: seed of weights, tables and the experts' dropout.
         dropout: rate on the hidden units of the experts and the shared expert.
         init_std: standard deviation of the experts' initial weights; their biases are 0.
@@ -117,17 +119,15 @@ def replace_feed_forwards(
     """
     parallel = parallel or ParallelConfig()
     method = planned_method(moe)
-    require(
-        method is not None and method.of_ids,
-        f"moe.router={moe.router}: must be one whose plans depend on the ids alone, such as hashed",
-    )
-    require(moe.keys is Keys.own, f"moe.keys={moe.keys.name}: only own keys have plans that depend on the ids alone")
+    require(method is not None, f"moe.router={moe.router}: must be a planned router, such as hashed")
+    require(moe.strata == 1, f"moe.strata={moe.strata}: must be 1, as a feed-forward is replaced by one expert layer")
     require(moe.layers is None, f"moe.layers={moe.layers}: must be null, as the pattern selects the layers")
     require(0 <= dropout < 1, f"dropout={dropout}: must be in [0, 1)")
     mesh = _mesh(parallel.expert_ranks)
     names = find_feed_forwards(model, pattern, width)
     assert method is not None
-    routers = _routers(method, moe, vocab_size, text_ids, len(names), seed)
+    inputs = _router_inputs(method, moe, vocab_size, text_ids, len(names), seed)
+    routers = method.build(moe, inputs)
     layers = []
     with torch.random.fork_rng({p.device for p in model.parameters() if p.is_cuda}):
         torch.manual_seed(seed)
@@ -142,7 +142,8 @@ def replace_feed_forwards(
     if mesh.ep_size > 1:
         for layer in layers:
             shard_experts(layer, mesh)
-    experts = PlannedExperts(layers, routers, moe, mesh, parallel, vocab_size=vocab_size, width=width, k=k, seed=seed)
+    inputs = dataclasses.replace(inputs, ids=None)
+    experts = PlannedExperts(layers, routers, moe, mesh, parallel, inputs=inputs, width=width, k=k)
     experts.replaced = tuple(replaced(name, model.get_submodule(name)) for name in names)
     for name, layer in zip(names, layers, strict=True):
         replacement = PlannedFeedForward(layer, experts)
@@ -170,21 +171,32 @@ def _mesh(expert_ranks: int) -> Mesh:
     return Mesh(dist.get_rank(), dist.get_world_size(), expert_ranks) if started else Mesh()
 
 
-def _routers(
+def _router_inputs(
     method: type[PlannedRouter], moe: MoEConfig, vocab_size: int, text_ids: Text | None, layers: int, seed: int
-) -> Sequence[PlannedRouter]:
-    random = moe.builder is Builder.random
+) -> RouterInputs:
+    random = moe.builder is Builder.random or "builder" not in method.uses
     require(
         random or text_ids is not None,
         f"moe.builder={moe.builder.name}: needs text_ids; without a text use moe.builder=random",
     )
-    text = np.zeros(1, np.int64) if text_ids is None else _on_host(text_ids)
+    inputs = RouterInputs(vocab_size, seed, 1 if moe.share_table else layers)
+    if text_ids is None:
+        return inputs
+    text = _on_host(text_ids)
     require(
         text.size > 0 and text.min() >= 0 and text.max() < vocab_size,
         f"text_ids: must be ids in 0 .. {vocab_size - 1}, at least one",
     )
-    count = 1 if moe.share_table else layers
-    return method.build(moe, RouterInputs(vocab_size, seed, count, text))
+    # kept with the model only for routers that need it again
+    splits = partial(_training_split, text) if method.of_places else None
+    return dataclasses.replace(inputs, ids=text, splits=splits)
+
+
+def _training_split(text: NDArray[np.integer[Any]], split: Split) -> NDArray[np.integer[Any]]:
+    require(
+        split is Split.train, f"routes of the {split.name} split: text_ids is the training split; there is no other"
+    )
+    return text
 
 
 def _on_host(text_ids: Text) -> NDArray[np.integer[Any]]:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from foreroute.engine.config import Activation, Builder, MoEConfig, ParallelConfig
-from foreroute.engine.config.enums import ExchangeKind, Keys
+from foreroute.engine.config.enums import ExchangeKind
 from foreroute.engine.errors import UserError
 from foreroute.engine.plug_in import PlannedFeedForward, experts_of, parameter_groups, replace_feed_forwards
 
@@ -136,8 +136,10 @@ def test_unsuitable_modules_are_named(pattern, fault):
     "options, fault",
     [
         ({"k": 5}, "k=5: must be in 1 .. 4"),
-        ({"moe": replace(MOE, router="frozen")}, "moe.router=frozen: must be one whose plans depend on the ids alone"),
-        ({"moe": replace(MOE, keys=Keys.shuffled)}, "moe.keys=shuffled: only own"),
+        ({"moe": replace(MOE, router="frozen")}, "moe.router=frozen: must be a planned router"),
+        ({"moe": replace(MOE, router="strata", strata=2)}, "moe.strata=2: must be 1"),
+        ({"moe": replace(MOE, router="sized", options={"sizes": [1, 1, 2]})}, "there is no text"),
+        ({"moe": replace(MOE, router="top_p")}, "moe.router=top_p: its tables are made from a text"),
         ({"moe": replace(MOE, layers=1)}, "moe.layers=1: must be null"),
         ({"moe": replace(MOE, builder=Builder.balanced)}, "moe.builder=balanced: needs text_ids"),
         ({"text_ids": [3, 11]}, "text_ids: must be ids in 0 .. 10"),
