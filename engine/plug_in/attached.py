@@ -8,12 +8,11 @@ Letters: B sequences, Q ids of each, C = ngram - 1 ids left of them.
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from foreroute.engine.errors import require
 from foreroute.engine.plug_in.plans import Sequences
@@ -22,6 +21,7 @@ Place = int | str
 """An argument of a call: its position among the positional arguments, or its keyword."""
 Layout = Literal["BQ", "QB", "BQ->QB"]
 
+_PREPARE = "prepare_inputs_for_generation"  # of a model of transformers
 _LAYOUTS = ("BQ", "QB", "BQ->QB")
 _POSITIONS = ("position_ids", "positions", "cache_position", "input_pos")
 _DOCUMENTS = ("documents", "document_ids", "doc_ids", "seq_idx")
@@ -122,7 +122,7 @@ class CallArguments:
 
     def _beside(self, call: "Call", name: str, place: Place | None, ids: Tensor) -> Tensor | None:
         """Return a declared argument as [B, Q], a mask that covers a cache as [B, M + Q]; None if not declared."""
-        if place is None:
+        if place is None or (name == "mask" and call.find(place) is None):  # a call without a mask has no padding
             return None
         value = self._turned(call, name, place)
         if value.dim() == 1 or (value.dim() == 2 and value.shape[0] == 1):
@@ -155,21 +155,25 @@ class Call:
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self.args, self.kwargs = args, kwargs
+        self._given: dict[Place, Any] = dict(enumerate(args))
+        self._given.update(kwargs)
         self.by_name = {**dict(zip(_argument_names(model), args, strict=False)), **kwargs}
 
     def name(self, place: Place | None) -> str:
         """Return an argument's name for messages."""
         return f"argument {place!r} of the model's call"
 
+    def find(self, place: Place) -> Any:
+        """Return an argument's value; None if it is not given."""
+        return self._given.get(place)
+
     def value(self, place: Place, what: str) -> Any:
         """Return an argument's value."""
-        given: dict[Place, Any] = dict(enumerate(self.args))
-        given.update(self.kwargs)
-        if place not in given:
+        if place not in self._given:
             raise RuntimeError(
                 f"the model was called without argument {place!r}, which must hold the {what}: see attach"
             )
-        return given[place]
+        return self._given[place]
 
     def tensor(self, place: Place, what: str) -> Tensor:
         """Return an argument that must be a tensor."""
@@ -309,16 +313,69 @@ def kind_of(value: Any) -> str:
     return "None" if value is None else f"a {type(value).__name__}"
 
 
+class GeneratedIds:
+    """Stands in for a model's prepare_inputs_for_generation, and keeps all ids so far for the call that follows.
+
+    transformers' generate calls it before each forward pass with the whole texts, of which the model then gets the ids
+    that its cache does not have; also where it has reordered or cropped the cache.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.attached = model, 0
+        self.ids: Any = None
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The signature of the model's own method, which generate reads."""
+        own = inspect.signature(getattr(type(self.model), _PREPARE))
+        return own.replace(parameters=list(own.parameters.values())[1:])
+
+    def __call__(self, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        """Keep the ids and call the model's own method."""
+        self.ids = input_ids
+        return getattr(type(self.model), _PREPARE)(self.model, input_ids, *args, **kwargs)
+
+    def complete(self, told: CallArguments, call: Call) -> CallArguments:
+        """Return the arguments with the ids left of the call's, if the ids kept are those of this call."""
+        ids, kept = call.find(told.ids), self.ids
+        if told.left is not None or not isinstance(ids, Tensor) or not isinstance(kept, Tensor):
+            return told
+        length = ids.shape[-1]
+        if ids.dim() != 2 or kept.dim() != 2 or not torch.equal(kept[:, -length:], ids):
+            return told
+        return replace(told, left=lambda *_, **__: kept[:, : kept.shape[1] - length])
+
+    def remove(self) -> None:
+        """Restore the model's own method when the last attachment is removed."""
+        self.attached -= 1
+        if not self.attached:
+            self.model.__dict__.pop(_PREPARE, None)
+
+
+def generated_ids(model: nn.Module) -> GeneratedIds | None:
+    """Make a model keep its ids in generation; None for a model that does not generate as transformers does."""
+    found = model.__dict__.get(_PREPARE)
+    if not isinstance(found, GeneratedIds):
+        if found is not None or not hasattr(type(model), _PREPARE):
+            return None
+        found = model.__dict__[_PREPARE] = GeneratedIds(model)
+    found.attached += 1
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Before:
     """The hook before a call; an object, so that in a copy of the model it plans for the copy."""
 
     experts: Planner
     told: CallArguments
+    generated: GeneratedIds | None = None
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Plan the call."""
-        self.experts.begin_call(self.told, Call(model, args, kwargs))
+        call = Call(model, args, kwargs)
+        told = self.told if self.generated is None else self.generated.complete(self.told, call)
+        self.experts.begin_call(told, call)
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,17 +383,27 @@ class After:
     """The hook after a call, also after one that raised."""
 
     experts: Planner
+    generated: GeneratedIds | None = None
 
     def __call__(self, _: nn.Module, __: Any, outputs: Any) -> None:
         """End the pass."""
+        if self.generated is not None:
+            self.generated.ids = None
         self.experts.end_call(outputs)
+
+
+class Removable(Protocol):
+    """Something that attach has changed in a model."""
+
+    def remove(self) -> None:
+        """Undo it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Attachment:
     """The hooks that attach has registered on a model."""
 
-    hooks: tuple[RemovableHandle, ...]
+    hooks: tuple[Removable, ...]
 
     def remove(self) -> None:
         """Remove the hooks."""

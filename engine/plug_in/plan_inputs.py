@@ -19,6 +19,7 @@ from torch import Tensor
 from foreroute.engine.config import Split
 from foreroute.engine.errors import RunFailed, require
 from foreroute.engine.parallel.cpu_group import CpuGroup, odd_ones
+from foreroute.engine.plug_in.attached import kind_of
 from foreroute.engine.plug_in.plans import Sequences, in_order, keep_to_texts
 from foreroute.engine.routing.planned_router import NO_EXPERT, BatchRoutes, Draw, GroupTokens, Places
 
@@ -60,6 +61,33 @@ class PlanInputs:
             real_PBQ=None if real.all() else real,
             routes=routes,
         )
+
+
+def checked_ids(sequences: Sequences, *, ngram: int, vocab_size: int, ranks: int) -> tuple[Tensor, Tensor]:
+    """Return ids and left context as int64 on the host; the latter zeros if there is none.
+
+    Raises:
+        UserError: an id is not in the vocabulary, or one of them has a wrong shape.
+    """
+    ids, left = sequences.ids, sequences.left
+    for name, given in (("ids", ids), ("left", ids if left is None else left)):
+        require(isinstance(given, Tensor), f"{name} is {kind_of(given)}: must be a tensor of ids")
+    require(
+        ids.dim() == 2 or (ids.dim() == 3 and ids.shape[0] == ranks),
+        f"ids of shape {list(ids.shape)}: must be [sequences, length] or, of all ranks of the expert group, "
+        f"[{ranks}, sequences, length]",
+    )
+    shape = (*ids.shape[:-1], ngram - 1)
+    left = ids.new_zeros(shape) if left is None else left
+    require(left.shape == shape, f"left of shape {list(left.shape)}: must be {list(shape)}, as moe.ngram={ngram}")
+    for name, values in (("ids", ids), ("left", left)):
+        low, high = (int(x) for x in values.aminmax()) if values.numel() else (0, 0)
+        require(
+            not values.is_floating_point() and low >= 0 and high < vocab_size,
+            f"{name} from {low} to {high}, {values.dtype}: must be whole numbers in 0 .. {vocab_size - 1},"
+            " the vocabulary",
+        )
+    return ids.cpu().long(), left.cpu().long()
 
 
 def plan_inputs(sequences: Sequences, ids: Tensor, left: Tensor) -> PlanInputs:

@@ -32,9 +32,19 @@ from foreroute.engine.optim.expert_sharding import expert_group_comm
 from foreroute.engine.parallel.collectives import ExpertGroupComm
 from foreroute.engine.parallel.cpu_group import CpuGroup, expert_cpu_group
 from foreroute.engine.parallel.mesh import Mesh
-from foreroute.engine.plug_in.attached import After, Attachment, Before, Call, CallArguments, Layout, Place, kind_of
+from foreroute.engine.plug_in.attached import (
+    After,
+    Attachment,
+    Before,
+    Call,
+    CallArguments,
+    Layout,
+    Place,
+    generated_ids,
+    kind_of,
+)
 from foreroute.engine.plug_in.passes import Pass, Passes, backward_node
-from foreroute.engine.plug_in.plan_inputs import PlanInputs, plan_inputs, share
+from foreroute.engine.plug_in.plan_inputs import PlanInputs, checked_ids, plan_inputs, share
 from foreroute.engine.plug_in.plans import Context, Plans, Sequences
 from foreroute.engine.plug_in.replaceable import Replaced, side_of
 from foreroute.engine.routing.plan import Routing
@@ -234,7 +244,8 @@ class PlannedExperts:
         keyword. A call is refused if the named arguments do not determine its n-grams. Without `left`, that is a call
         shorter than an n-gram, with a cache, or with positions that do not begin with 0. It is also a call with an
         attention mask, several documents or equal sizes that no argument here names. A continued text that no argument
-        of the call shows (chunked prefill without positions) is not detected.
+        of the call shows (chunked prefill without positions) is not detected. Each step of transformers' generate plans
+        from all ids so far: for a model that generates by it nothing needs to be named for its cache.
 
         Args:
             ids: the ids [B, Q].
@@ -248,9 +259,10 @@ class PlannedExperts:
             context: routes, route_weights and places, as for `plan`.
         """
         told = CallArguments(ids, left, mask, positions, documents, layout, **context)
-        before = model.register_forward_pre_hook(Before(self, told), with_kwargs=True)
-        after = model.register_forward_hook(After(self), always_call=True)
-        return Attachment((before, after))
+        generated = generated_ids(model)
+        before = model.register_forward_pre_hook(Before(self, told, generated), with_kwargs=True)
+        after = model.register_forward_hook(After(self, generated), always_call=True)
+        return Attachment((before, after, *([] if generated is None else [generated])))
 
     def begin_call(self, told: CallArguments, call: Call) -> None:
         """Plan a call of an attached model that has no plan; its hook calls this."""
@@ -353,7 +365,12 @@ class PlannedExperts:
         return self._thread.submit(self._plan, sequences, self.k, number, held_out=not training)
 
     def _plan(self, sequences: Sequences, k: int, number: int, *, held_out: bool) -> Plans:
-        ids, left = self._check(sequences)
+        for name in ("routes", "places"):
+            unused = getattr(sequences, name) is None or self._routers[0].of_places
+            require(unused, f"{name}: must be None with moe.router={self._moe.router}; given takes them")
+        ids, left = checked_ids(
+            sequences, ngram=self._moe.ngram, vocab_size=self._inputs.vocab_size, ranks=self._mesh.ep_size
+        )
         shape = tuple(ids.shape[-2:])
         inputs = plan_inputs(sequences, ids, left)
         if ids.dim() == 2:
@@ -378,32 +395,6 @@ class PlannedExperts:
         (plans, token_T), copied = self._delivery.send((plans, token_T))
         shape = shape[::-1] if sequences.sequence_first else shape
         return Plans(k, shape, self._tables, plans, token_T, copied, 0 if held_out else number + 1)
-
-    def _check(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
-        """Return ids and left context as int64 on the host."""
-        ids, left = sequences.ids, sequences.left
-        ngram, vocab_size, ranks = self._moe.ngram, self._inputs.vocab_size, self._mesh.ep_size
-        for name in ("routes", "places"):
-            unused = getattr(sequences, name) is None or self._routers[0].of_places
-            require(unused, f"{name}: must be None with moe.router={self._moe.router}; given takes them")
-        for name, given in (("ids", ids), ("left", ids if left is None else left)):
-            require(isinstance(given, Tensor), f"{name} is {kind_of(given)}: must be a tensor of ids")
-        require(
-            ids.dim() == 2 or (ids.dim() == 3 and ids.shape[0] == ranks),
-            f"ids of shape {list(ids.shape)}: must be [sequences, length] or, of all ranks of the expert group, "
-            f"[{ranks}, sequences, length]",
-        )
-        shape = (*ids.shape[:-1], ngram - 1)
-        left = ids.new_zeros(shape) if left is None else left
-        require(left.shape == shape, f"left of shape {list(left.shape)}: must be {list(shape)}, as moe.ngram={ngram}")
-        for name, values in (("ids", ids), ("left", left)):
-            low, high = (int(x) for x in values.aminmax()) if values.numel() else (0, 0)
-            require(
-                not values.is_floating_point() and low >= 0 and high < vocab_size,
-                f"{name} from {low} to {high}, {values.dtype}: must be whole numbers in 0 .. {vocab_size - 1},"
-                " the vocabulary",
-            )
-        return ids.cpu().long(), left.cpu().long()
 
     def _share(self, own: PlanInputs, facts: dict[str, int]) -> PlanInputs:
         """Gather the inputs of all ranks of the expert group, which must agree in the facts."""
