@@ -147,7 +147,11 @@ class MoEConfig:
         2.0, "Standard deviation of a row's fixed logits; larger means more unequal weights.", at_least=0
     )
     gate: Gate = Gate.softmax
-    gate_normalised: bool = option(True, "The weights of moe.weights=live are divided by their sum.")
+    gate_normalised: bool = option(
+        True,
+        "The weights of moe.weights=live are divided by their sum; if not, those of a softmax are its probabilities "
+        "among all experts.",
+    )
     gate_scale: float = option(1.0, "Factor of the weights of moe.weights=live.", above=0)
     share_table: bool = option(False, "One table for all layers instead of one for each.")
     balance_loss: float = option(0.01, "Weight of the load-balance loss of a learned router.", at_least=0)

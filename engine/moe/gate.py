@@ -8,6 +8,9 @@ rounded alike, which the exchange does (its own rows go through the same number 
 
     logits g = x W^T;  w_i = scale f(g_i) / sum over the set of f(g_j), or scale f(g_i)
 
+For a softmax f(g_i) is exp(g_i) / sum over all columns of exp(g_j): not normalised over the set, the weights are those
+of a top-k router that keeps its probabilities as they are (Switch Transformer, OLMoE).
+
 Constants, copies and nulls (engine/moe/zero_experts.py) are columns of the gate too. Their weights are made where the
 token is, from the row as the exchange rounds it, so that the weights of a set are of one copy.
 
@@ -50,8 +53,14 @@ class LiveGate(nn.Module):
 
     def weigh(self, x_RD: Tensor, weight_eD: Tensor, sets: SetRows) -> Tensor:
         """Do the same with a weight that is given. Without rows it still has a gradient, of zeros."""
-        logits_RK = gate_logits(x_RD, weight_eD).gather(1, sets.expert_RK)
-        weight_RK = self.scale * gate_weights(logits_RK, sets.used_RK, self.kind, normalised=self.normalised)
+        logits_Re = gate_logits(x_RD, weight_eD)
+        if self.kind is Gate.softmax and not self.normalised:
+            weight_RK = logits_Re.softmax(dim=1).gather(1, sets.expert_RK)
+            weight_RK = weight_RK if sets.used_RK is None else weight_RK.masked_fill(~sets.used_RK, 0.0)
+        else:
+            logits_RK = logits_Re.gather(1, sets.expert_RK)
+            weight_RK = gate_weights(logits_RK, sets.used_RK, self.kind, normalised=self.normalised)
+        weight_RK = self.scale * weight_RK
         if sets.place_N is not None:
             return weight_RK.reshape(-1).index_select(0, sets.place_N)
         weight_Te = weight_RK.new_zeros(len(x_RD), len(weight_eD)).scatter_add(1, sets.expert_RK, weight_RK)
@@ -61,8 +70,8 @@ class LiveGate(nn.Module):
 def gate_weights(logits_RK: Tensor, used_RK: Tensor | None, kind: Gate, *, normalised: bool) -> Tensor:
     """Return the weights of each row's set; 0 for what is not in it, and for a row without experts.
 
-    A softmax is always normalised. A normalised weight of a single expert is the constant 1, and teaches the gate
-    nothing.
+    A softmax over the set is normalised anyway. A normalised weight of a single expert is the constant 1, and teaches
+    the gate nothing.
 
     Args:
         used_RK: which of the experts are in the set; None: all.

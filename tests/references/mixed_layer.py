@@ -1,6 +1,7 @@
 """An expert layer token by token: a given set of experts, weights by a learned gate, experts without rows, a residual.
 
-    w_i = scale f(g_i) / (sum over the set of f(g_j) + 1e-20), g = W x; without the division if not normalised
+    w_i = scale f(g_i) / (sum over the set of f(g_j) + 1e-20), g = W x; without the division if not normalised, where
+    a softmax is over all columns instead of the set
     experts 0 .. E - 1     w (W2 relu(W1 x + b1) + b2)
     the next, constants    w (a1 x + a2 v), (a1, a2) = softmax(Wc x)   (MoE++, arXiv 2410.07348)
     the next, copies       w x
@@ -50,7 +51,11 @@ def layer(x_TD, chosen_T, tensors, kind, normalised=True, scale=1.0, copies=0, f
     """All tokens; `tensors` by the names of the layer's parameters, `fixed_T` weights instead of the gate's."""
     y_T = []
     for token, (x, chosen) in enumerate(zip(x_TD, chosen_T, strict=True)):
-        if fixed_T is None:
+        if fixed_T is None and kind == "softmax" and not normalised:
+            logits = tensors["gate.weight"] @ x
+            found = (logits - logits.max()).exp()
+            weights = scale * found[chosen] / found.sum()
+        elif fixed_T is None:
             weights = set_weights(tensors["gate.weight"][chosen] @ x, kind, normalised, scale)
         else:
             weights = fixed_T[token]

@@ -45,7 +45,7 @@ class Case(NamedTuple):
 
 
 FORMULAS = [("softmax", True, 1.0), ("sigmoid", True, 1.0), ("sigmoid", False, 1.0), ("sqrt_softplus", True, 1.5)]
-FORMULAS += [("sqrt_softplus", False, 2.5), ("softmax", True, 0.5)]
+FORMULAS += [("sqrt_softplus", False, 2.5), ("softmax", True, 0.5), ("softmax", False, 1.5)]
 TRIPS = list(itertools.product(KINDS, (1, 3), (False, True)))  # exchange, chunks, recompute
 MATRIX = [
     Case(*formula, *trip)
@@ -64,6 +64,7 @@ COLUMNS = [
     for place, columns in enumerate(((2, 1, 2), (0, 2, 0), (1, 0, 0), (0, 0, 3)))
     for trip in TRIPS[(number + place) % 4 :: 4]
 ]
+COLUMNS += [Case("softmax", False, 1.0, *trip, columns=(2, 1, 2)) for trip in TRIPS[::4]]
 RESIDUAL = [Case(gate, True, 1.0, *trip, residual=True) for gate in (None, "softmax") for trip in TRIPS[::2]]
 CASES = MATRIX + OTHERS + COLUMNS + RESIDUAL
 
