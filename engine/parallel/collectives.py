@@ -155,9 +155,10 @@ class ExpertGroupComm:
 
 
 def all_reduce_sum(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Return the sum of the ranks' values.
+    """Return the sum of the ranks' values; without process groups that of one rank.
 
     Any group, all ranks by default; sends about 2 x value's bytes; no sync with the host."""
     total = value.clone()
-    dist.all_reduce(total, group=group)
+    if dist.is_initialized():
+        dist.all_reduce(total, group=group)
     return total

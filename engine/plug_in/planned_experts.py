@@ -304,7 +304,7 @@ class PlannedExperts:
             raise ValueError(f"x is {list(x.shape)}: the plan is for ids {list(plans.shape)}, sequences first")
         self._connect(x.device)
         plans.used.add(layer)
-        return Routing(plans.k, plans.plans, plans.token_T, running.dropout_seed), running
+        return Routing(plans.k, plans.plans, plans.token_T, running.dropout_seed, real_T=plans.real_T), running
 
     # State.
 
@@ -423,7 +423,7 @@ class PlannedExperts:
 
     def _begin(self, plans: Plans) -> Pass:
         require(plans.tables == self._tables, "these plans are of other tables than the model's")
-        receive((plans.plans, plans.token_T), plans.copied)
+        receive((plans.plans, plans.token_T, plans.real_T), plans.copied)
         with self._lock:
             seed = self._seed * 2**32 + self._passes
             self._passes += 1

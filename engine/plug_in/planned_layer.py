@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from foreroute.engine.errors import require
 from foreroute.engine.moe.layer import LayerOutput, MoELayer
+from foreroute.engine.plug_in.passes import Pass
+from foreroute.engine.routing.plan import Routing
 
 if TYPE_CHECKING:
     from foreroute.engine.plug_in.planned_experts import PlannedExperts
@@ -36,10 +38,13 @@ class PlannedFeedForward(nn.Module):
         plan, tokens = routing.plan_of(self.moe.layer), len(x_TD)
         if plan is not None and plan.num_tokens > tokens:  # another rank of the expert group has more
             x_TD = torch.cat((x_TD, x_TD.new_zeros(plan.num_tokens - tokens, x_TD.shape[1])))
-        output: LayerOutput = self.moe(x_TD, routing)
-        y = output.y_TD[:tokens].to(x.dtype).view_as(x)
+        y = self._run(x_TD, routing, running).y_TD[:tokens].to(x.dtype).view_as(x)
         self._experts.passes.note(y, running)
         return y
+
+    def _run(self, x_TD: Tensor, routing: Routing, running: Pass) -> LayerOutput:
+        output: LayerOutput = self.moe(x_TD, routing)
+        return output
 
     @property
     def experts(self) -> "PlannedExperts":

@@ -23,11 +23,13 @@ class Plans:
     k: int  # active experts
     shape: tuple[int, ...]  # B, Q; or Q, B for hidden states [Q, B, D]
     tables: int  # digest of the tables
-    plans: tuple[Plan, ...]  # one for all layers, or one for each
+    plans: tuple[Plan, ...] | None  # one for all layers, or one for each; None for live routers
     token_T: Tensor  # int64: numbers of the expert group's tokens among those of all ranks
     copied: torch.cuda.Event | None  # the end of the copy to a GPU
     draws: int = 0  # number of training plans up to this one; 0 in evaluation
     used: set[int] = field(default_factory=set)  # layers that have run with it
+    real_T: Tensor | None = None
+    """bool, of this rank's tokens: false for padding, for live routers; None: there is none."""
 
 
 class Context(TypedDict, total=False):

@@ -11,11 +11,12 @@
             engine.backward(loss)
             engine.step()
 
-Any planned router works (docs/routers.md); moe.strata must be 1. Every forward pass needs a plan of its own ids, and a
-plan is used once; a pass without a plan raises. `planned` makes the plan when it is entered. `ahead` and `plan` make it
-before the step. After `attach(model)` each call of the model plans from its ids. On one rank DeepSpeed is not needed.
-On several ranks it is: a group of `parallel.expert_ranks` neighbouring ranks shards the experts; DeepSpeed creates the
-groups and reduces the gradients, at ZeRO 0 to 3. The ranks of a group may have unequal numbers of tokens.
+Any planned router works (docs/routers.md); moe.strata must be 1. Live routers need no plan
+(engine/plug_in/live_experts.py). With planned ones every forward pass needs a plan of its own ids, and a plan is used
+once; a pass without a plan raises. `planned` makes the plan when it is entered. `ahead` and `plan` make it before the
+step. After `attach(model)` each call of the model plans from its ids. On one rank DeepSpeed is not needed. On several
+ranks it is: a group of `parallel.expert_ranks` neighbouring ranks shards the experts; DeepSpeed creates the groups and
+reduces the gradients, at ZeRO 0 to 3. The ranks of a group may have unequal numbers of tokens.
 
 Limits of DeepSpeed 0.19.8 with sharded experts, which foreroute cannot remove:
 
@@ -58,11 +59,12 @@ from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.optim.deepspeed_engine import skip_shared_memory_op, wait_at_most
 from foreroute.engine.optim.expert_sharding import parameter_groups, shard_experts
 from foreroute.engine.parallel.mesh import Mesh
+from foreroute.engine.plug_in.live_experts import LiveExperts, LiveFeedForward
 from foreroute.engine.plug_in.planned_experts import PlannedExperts
 from foreroute.engine.plug_in.planned_layer import PlannedFeedForward
 from foreroute.engine.plug_in.plans import Plans
 from foreroute.engine.plug_in.replaceable import Replaced, find_feed_forwards, replaced
-from foreroute.engine.routing.methods import planned_method
+from foreroute.engine.routing.methods import live_method, planned_method
 from foreroute.engine.routing.planned_router import PlannedRouter, RouterInputs
 
 __all__ = [
@@ -119,15 +121,16 @@ def replace_feed_forwards(
     """
     parallel = parallel or ParallelConfig()
     method = planned_method(moe)
-    require(method is not None, f"moe.router={moe.router}: must be a planned router, such as hashed")
+    require(
+        method is not None or live_method(moe) is not None, f"moe.router={moe.router}: must be a router, such as hashed"
+    )
     require(moe.strata == 1, f"moe.strata={moe.strata}: must be 1, as a feed-forward is replaced by one expert layer")
     require(moe.layers is None, f"moe.layers={moe.layers}: must be null, as the pattern selects the layers")
     require(0 <= dropout < 1, f"dropout={dropout}: must be in [0, 1)")
     mesh = _mesh(parallel.expert_ranks)
     names = find_feed_forwards(model, pattern, width)
-    assert method is not None
     inputs = _router_inputs(method, moe, vocab_size, text_ids, len(names), seed)
-    routers = method.build(moe, inputs)
+    routers = None if method is None else method.build(moe, inputs)
     layers = []
     with torch.random.fork_rng({p.device for p in model.parameters() if p.is_cuda}):
         torch.manual_seed(seed)
@@ -143,10 +146,14 @@ def replace_feed_forwards(
         for layer in layers:
             shard_experts(layer, mesh)
     inputs = dataclasses.replace(inputs, ids=None)
-    experts = PlannedExperts(layers, routers, moe, mesh, parallel, inputs=inputs, width=width, k=k)
+    experts: PlannedExperts
+    if routers is None:
+        experts = LiveExperts(layers, moe, mesh, parallel, inputs=inputs, width=width, k=k)
+    else:
+        experts = PlannedExperts(layers, routers, moe, mesh, parallel, inputs=inputs, width=width, k=k)
     experts.replaced = tuple(replaced(name, model.get_submodule(name)) for name in names)
     for name, layer in zip(names, layers, strict=True):
-        replacement = PlannedFeedForward(layer, experts)
+        replacement = (LiveFeedForward if routers is None else PlannedFeedForward)(layer, experts)
         model.set_submodule(name, replacement.train(model.get_submodule(name).training))
     return experts
 
@@ -172,8 +179,10 @@ def _mesh(expert_ranks: int) -> Mesh:
 
 
 def _router_inputs(
-    method: type[PlannedRouter], moe: MoEConfig, vocab_size: int, text_ids: Text | None, layers: int, seed: int
+    method: type[PlannedRouter] | None, moe: MoEConfig, vocab_size: int, text_ids: Text | None, layers: int, seed: int
 ) -> RouterInputs:
+    if method is None:
+        return RouterInputs(vocab_size, seed, layers)
     random = moe.builder is Builder.random or "builder" not in method.uses
     require(
         random or text_ids is not None,

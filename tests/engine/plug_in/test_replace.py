@@ -136,7 +136,7 @@ def test_unsuitable_modules_are_named(pattern, fault):
     "options, fault",
     [
         ({"k": 5}, "k=5: must be in 1 .. 4"),
-        ({"moe": replace(MOE, router="frozen")}, "moe.router=frozen: must be a planned router"),
+        ({"moe": replace(MOE, router="dense")}, "moe.router=dense: must be a router"),
         ({"moe": replace(MOE, router="strata", strata=2)}, "moe.strata=2: must be 1"),
         ({"moe": replace(MOE, router="sized", options={"sizes": [1, 1, 2]})}, "there is no text"),
         ({"moe": replace(MOE, router="top_p")}, "moe.router=top_p: its tables are made from a text"),

@@ -1,0 +1,200 @@
+"""Expert layers of the user's model whose routers are live: their choices need hidden states, so nothing is planned.
+
+Such a layer needs no plan, but the number of active experts, numbers of tokens for dropout, and which ids are padding.
+It therefore also runs outside of `planned` and without `attach`; then no id is padding. A live router may have a loss,
+a state that changes after a step, and values for the router of the next layer; LiveExperts keeps them.
+
+Letters: B sequences, Q ids of each, T = B*Q tokens of this rank, L expert layers, E experts.
+"""
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foreroute.engine.config import MoEConfig, ParallelConfig
+from foreroute.engine.errors import require
+from foreroute.engine.moe.layer import LayerOutput, MoELayer, share_routers, update_routers
+from foreroute.engine.optim.expert_sharding import balance_over_ranks
+from foreroute.engine.parallel.collectives import all_reduce_sum
+from foreroute.engine.parallel.mesh import Mesh
+from foreroute.engine.plug_in.attached import Call, CallArguments
+from foreroute.engine.plug_in.passes import Pass, backward_node
+from foreroute.engine.plug_in.plan_inputs import plan_inputs
+from foreroute.engine.plug_in.planned_experts import PlannedExperts
+from foreroute.engine.plug_in.planned_layer import PlannedFeedForward
+from foreroute.engine.plug_in.plans import Plans, Sequences, in_order
+from foreroute.engine.routing.plan import Routing
+from foreroute.engine.routing.planned_router import PlannedRouter, RouterInputs
+
+
+class LiveExperts(PlannedExperts):
+    """The expert layers of a model with live routers, and what these leave behind in a pass.
+
+    `planned`, `plan`, `ahead` and `attach` work as for planned routers, though they only say which ids are padding;
+    ids left of a text and documents make no difference. Losses are those of the last pass: call a model in one thread.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[MoELayer],
+        moe: MoEConfig,
+        mesh: Mesh,
+        parallel: ParallelConfig,
+        *,
+        inputs: RouterInputs,
+        width: int,
+        k: int,
+    ) -> None:
+        """Set the layers, numbered from 0; a collective over all ranks. Of `inputs` vocabulary and seed matter."""
+        super().__init__(layers, (), moe, mesh, parallel, inputs=inputs, width=width, k=k)
+        share_routers(nn.ModuleList(layers))
+
+    def _connections(self) -> None:
+        super()._connections()
+        self._of_thread = threading.local()
+        self._balanced = False
+        self._last: Pass | None = None
+        self._losses: dict[int, Tensor] = {}
+        self._carried: Tensor | None = None
+        self._carries = False
+        self._count_LE: Tensor | None = None
+
+    def _use(self, routers: Sequence[PlannedRouter]) -> None:
+        self._routers, self._tables = [], 0
+        self._num_experts = self._moe.columns
+
+    # What the routers leave behind.
+
+    def auxiliary_loss(self) -> Tensor:
+        """Return the sum of the routers' losses in the last forward pass, weighted by moe.balance_loss and the like.
+
+        Add it to the loss before backward. It is fp32, a scalar, 0 for routers without a loss, and the mean over ranks
+        of it is the loss of all tokens. It holds the graph of the pass until the next one.
+        """
+        device = self.layers[0].experts.w1.device
+        return sum(self._losses.values(), torch.zeros((), device=device))
+
+    def after_step(self) -> None:
+        """Let routers change their own state after an optimizer step, such as the bias of sigmoid_bias.
+
+        It adds up the experts' rows over all ranks, and of all forward passes in training since the last call: a
+        collective over all ranks.
+        """
+        count_LE, self._count_LE = self._count_LE, None
+        if count_LE is None:
+            return
+        total_LE = all_reduce_sum(count_LE).double() / self._mesh.ep_size  # each rank has the counts of its group
+        with torch.no_grad():
+            update_routers(nn.ModuleList(self.layers), total_LE)
+
+    def carried(self, running: Pass, layer: int) -> Tensor | None:
+        """Return what the router of the layer before passes on; the layers call this."""
+        if backward_node() is not None:
+            if self._carries and layer > 0:
+                raise RuntimeError(
+                    "an expert layer is recomputed in backward, but its router needs values of the layer before: use no"
+                    f" activation checkpointing with moe.router={self._moe.router}"
+                )
+            return None
+        return self._carried if running is self._last else None
+
+    def keep(self, running: Pass, layer: int, output: LayerOutput) -> None:
+        """Keep what a layer's router leaves behind; the layers call this."""
+        if backward_node() is not None:
+            return  # a recomputation of what was kept
+        if running is not self._last:
+            self._last, self._losses = running, {}
+        self._carried, self._carries = output.carried, self._carries or output.carried is not None
+        if output.auxiliary_loss is not None:
+            self._losses[layer] = output.auxiliary_loss
+        if self.layers[layer].training and torch.is_grad_enabled():
+            count_E = output.count_E.detach()
+            if self._count_LE is None:
+                self._count_LE = count_E.new_zeros(len(self.layers), count_E.numel())
+            self._count_LE[layer] += count_E
+
+    # Forward passes.
+
+    def begin_call(self, told: CallArguments, call: Call) -> None:
+        """Begin a pass of an attached model; ids left of the call make no difference."""
+        super().begin_call(replace(told, left=told.left or _no_ids), call)
+
+    def call(self, layer: int, x: Tensor) -> tuple[Routing, Pass]:
+        """Return the routing of a layer for x, and its pass, which begins here outside of any other."""
+        tokens = x.shape[:-1].numel()
+        if backward_node() is not None:
+            return super().call(layer, x.reshape(tokens, -1))
+        if self.passes.running() is not None:
+            return super().call(layer, x)
+        own: Pass | None = getattr(self._of_thread, "own", None)
+        if own is None or layer in own.plans.used or own.plans.shape != (tokens, 1):
+            own = self._begin(self._no_plans((tokens, 1), self.k, None))
+            self._of_thread.own = own
+        else:
+            self.passes.begin(own)
+        try:
+            return super().call(layer, x.reshape(tokens, -1))
+        finally:
+            self.passes.end()
+
+    def _plan(self, sequences: Sequences, k: int, number: int, *, held_out: bool) -> Plans:
+        planned = sequences.routes is not None or sequences.places is not None
+        require(not planned, f"routes and places: must be None with moe.router={self._moe.router}; given takes them")
+        ids, left = self._check(sequences)
+        plan_inputs(sequences, ids, left)  # checks the rest
+        real = None
+        if sequences.mask is not None:
+            real = in_order(sequences, sequences.mask.cpu() != 0)
+            real = real[self._mesh.ep_rank] if ids.dim() == 3 else real
+        shape = tuple(ids.shape[-2:])
+        return self._no_plans(shape[::-1] if sequences.sequence_first else shape, k, real)
+
+    def _no_plans(self, shape: tuple[int, ...], k: int, real: Tensor | None) -> Plans:
+        mesh, device = self._mesh, self.layers[0].experts.w1.device
+        tokens = shape[0] * shape[1]
+        first = (mesh.rank - mesh.ep_rank) * tokens
+        token_T = torch.arange(first, first + mesh.ep_size * tokens, device=device)
+        real_T = None if real is None else real.reshape(-1).to(device)
+        return Plans(k, shape, self._tables, None, token_T, None, real_T=real_T)
+
+    def _connect(self, device: torch.device) -> None:
+        super()._connect(device)
+        if not self._balanced:
+            self._balanced = True
+            balance_over_ranks(nn.ModuleList(self.layers), self._moe, self._mesh)
+
+    # State.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return k, the number of passes, and the rank to which the state belongs; routers are part of the model's."""
+        return {"place": self._place(), "k": self.k, "dropout": (self._seed, self._passes)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the result of state_dict.
+
+        Raises:
+            UserError: experts are sharded, and the rank, the number of ranks or the size of the expert group differs.
+        """
+        place, here = tuple(state["place"]), self._place()
+        require(place == here, f"saved by (rank, of ranks, in expert groups of) = {place}: must be {here} as here")
+        self.k, (self._seed, self._passes) = state["k"], state["dropout"]
+
+
+class LiveFeedForward(PlannedFeedForward):
+    """An expert layer with a live router that replaces a feed-forward: x [..., D] to [..., D]."""
+
+    _experts: LiveExperts
+
+    def _run(self, x_TD: Tensor, routing: Routing, running: Pass) -> LayerOutput:
+        layer = self.moe.layer
+        output: LayerOutput = self.moe(x_TD, routing, self._experts.carried(running, layer))
+        self._experts.keep(running, layer, output)
+        return output
+
+
+def _no_ids(*_: Any, **__: Any) -> None:
+    """Return no ids left of a call."""
