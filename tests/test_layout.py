@@ -21,7 +21,7 @@ FLOORS: dict[str, list[set[str]]] = {  # from the ground up; rooms of one floor 
         {"model"},
         {"optim"},
         {"metrics", "evaluation", "checkpoint", "finetune", "plug_in"},
-        {"profiling"},
+        {"profiling", "hugging_face"},
         {"certificate", "train"},
         {"testing"},
     ],
@@ -51,6 +51,7 @@ ONLY_IN = {
     "hydra": ("launch/start/",),
     "omegaconf": ("launch/start/",),
     "deepspeed": ("engine/optim/",),
+    "transformers": ("engine/hugging_face/",),
     "wandb": ("engine/metrics/wandb_run.py", "launch/testing/"),
     "wandb_workspaces": ("launch/dashboard.py",),
 }

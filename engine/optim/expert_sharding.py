@@ -5,8 +5,8 @@ from typing import Any
 
 import deepspeed
 import torch
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 
 from foreroute.engine.config import BalanceOver, MoEConfig
 from foreroute.engine.moe.layer import MoELayer
@@ -58,6 +58,25 @@ def expert_group_comm(mesh: Mesh, device: torch.device, *, timed: bool = True) -
             f"experts are sharded over {mesh.ep_size} ranks that have no group yet: "
             "call deepspeed.initialize with the model before you run it"
         ) from error
+
+
+@torch.no_grad()
+def whole_weight(parameter: Tensor, comm: ExpertGroupComm | None) -> Tensor:
+    """Return a copy of a parameter or buffer on the host, whole: at ZeRO-3 from all shards, of sharded experts from all
+    ranks of their group. A collective over all ranks.
+
+    Args:
+        comm: of the expert group; None: experts are not sharded.
+    """
+    if hasattr(parameter, "ds_id"):
+        with deepspeed.zero.GatheredParameters([parameter]):
+            value = parameter.detach().clone()
+    else:
+        value = parameter.detach()
+    if comm is not None and isinstance(parameter, nn.Parameter) and is_sharded(parameter):
+        rows = comm.all_gather(value.flatten(1).contiguous()).wait()
+        value = rows.view(-1, *value.shape[1:])
+    return value.cpu().clone()
 
 
 def aligned_first(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:

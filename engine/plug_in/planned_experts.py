@@ -432,6 +432,15 @@ class PlannedExperts:
         self.passes.begin(running)
         return running
 
+    def connect(self) -> ExpertGroupComm | None:
+        """Connect the layers to their expert group now instead of in the first pass, and return its communicator.
+
+        Raises:
+            RuntimeError: DeepSpeed has not created the group yet.
+        """
+        self._connect(self.layers[0].experts.w1.device)
+        return self.comm
+
     def _connect(self, device: torch.device) -> None:
         """Connect the layers to the expert group, after DeepSpeed has created it."""
         if self.comm is not None or self._mesh.ep_size == 1:

@@ -42,7 +42,7 @@ group.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -127,7 +127,6 @@ def replace_feed_forwards(
     require(moe.strata == 1, f"moe.strata={moe.strata}: must be 1, as a feed-forward is replaced by one expert layer")
     require(moe.layers is None, f"moe.layers={moe.layers}: must be null, as the pattern selects the layers")
     require(0 <= dropout < 1, f"dropout={dropout}: must be in [0, 1)")
-    mesh = _mesh(parallel.expert_ranks)
     names = find_feed_forwards(model, pattern, width)
     inputs = _router_inputs(method, moe, vocab_size, text_ids, len(names), seed)
     routers = None if method is None else method.build(moe, inputs)
@@ -140,6 +139,31 @@ def replace_feed_forwards(
                 layer = MoELayer(width, moe, kernels or KernelsConfig(), number, dropout=dropout)
             layer.experts.init_weights(init_std)
             layers.append(layer.to(like.dtype))
+    return insert_layers(
+        model, dict(zip(names, layers, strict=True)), routers, moe, parallel, inputs=inputs, width=width, k=k
+    )
+
+
+def insert_layers(
+    model: nn.Module,
+    layer_of: Mapping[str, MoELayer],
+    routers: Sequence[PlannedRouter] | None,
+    moe: MoEConfig,
+    parallel: ParallelConfig,
+    *,
+    inputs: RouterInputs,
+    width: int,
+    k: int,
+) -> PlannedExperts:
+    """Put layers with all experts in the place of modules of a model, sharded over the ranks.
+
+    Args:
+        layer_of: layers numbered from 0, by the names of the modules that they replace.
+        routers: planned routers; None: the layers have live ones.
+        inputs: those of planned routers; of live ones the vocabulary and the seed alone matter.
+    """
+    names, layers = list(layer_of), list(layer_of.values())
+    mesh = _mesh(parallel.expert_ranks)
     skip_shared_memory_op()
     wait_at_most(timedelta(seconds=parallel.timeout_s))
     if mesh.ep_size > 1:
@@ -152,7 +176,7 @@ def replace_feed_forwards(
     else:
         experts = PlannedExperts(layers, routers, moe, mesh, parallel, inputs=inputs, width=width, k=k)
     experts.replaced = tuple(replaced(name, model.get_submodule(name)) for name in names)
-    for name, layer in zip(names, layers, strict=True):
+    for name, layer in layer_of.items():
         replacement = (LiveFeedForward if routers is None else PlannedFeedForward)(layer, experts)
         model.set_submodule(name, replacement.train(model.get_submodule(name).training))
     return experts

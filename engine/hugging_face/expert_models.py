@@ -1,0 +1,157 @@
+"""Expert models of transformers on foreroute's exchange and kernels: Qwen3-MoE, OLMoE, Mixtral.
+
+    model = Qwen3MoeForCausalLM(config)                                       # or from_pretrained
+    experts = replace_experts(model, parallel=ParallelConfig(expert_ranks=2))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=Adam(parameter_groups(model.parameters())), config=..)
+    loss = engine(input_ids=ids, labels=ids).loss
+    ...
+    export_pretrained(model, folder)                                          # as their save_pretrained
+
+Blocks are replaced as modules. transformers has an interface for the computation of experts alone
+(ALL_EXPERTS_FUNCTIONS), but it does not hold what is needed here: a registered function gets the experts after the
+router's choice, so replayed routes could not skip the router; and the module around it keeps all experts, in their
+layout, as parameters that are not sharded, so DeepSpeed would reduce and partition them like any other, and a copy in
+our layout would be made in every pass. Their router module stays what it is (host_router.py).
+
+Routes recorded elsewhere, such as by the engine that generated a text, are replayed with `replayed=True`: their router
+does not choose, and its gate weighs the recorded experts only. No counts are exchanged then.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from foreroute.engine.config import Activation, KernelsConfig, MoEConfig, ParallelConfig, RouteWeights
+from foreroute.engine.errors import require
+from foreroute.engine.hugging_face.families import (
+    Shape,
+    find_blocks,
+    import_experts,
+    remove_biases,
+    shape_of,
+    their_weights,
+)
+from foreroute.engine.hugging_face.host_router import HostRouter
+from foreroute.engine.moe.layer import MoELayer
+from foreroute.engine.optim.expert_sharding import whole_weight
+from foreroute.engine.plug_in import experts_of
+from foreroute.engine.plug_in.planned_experts import PlannedExperts
+from foreroute.engine.plug_in.replace import insert_layers
+from foreroute.engine.routing.methods import planned_method
+from foreroute.engine.routing.planned_router import RouterInputs
+
+_HOST = f"{HostRouter.__module__}:{HostRouter.__qualname__}"
+
+
+def replace_experts(
+    model: Any, *, replayed: bool = False, parallel: ParallelConfig | None = None, kernels: KernelsConfig | None = None
+) -> PlannedExperts:
+    """Replace each expert block of a model of transformers by foreroute's expert layer with the same weights.
+
+    Call it before DeepSpeed or an optimizer takes the model's parameters, on every rank with the same weights. The
+    model's outputs stay the same. With its own routers it is called as before (LiveExperts). With replayed routes every
+    pass needs those of its batch, `with experts.planned(ids, routes=routes):`, int [B, Q, layers, k].
+
+    Args:
+        replayed: routes come with each batch; the router's gate makes the weights of these experts.
+        parallel: expert_ranks above 1 shards the experts over that many neighbouring ranks and requires an initialized
+            process group. By default each rank has all experts.
+
+    Raises:
+        UserError: the model has no such blocks, or they have something that the layer has not.
+    """
+    parallel = parallel or ParallelConfig()
+    blocks = find_blocks(model)
+    shapes = {name: shape_of(name, block) for name, block in blocks.items()}
+    shape, *others = set(shapes.values())
+    require(not others, f"expert blocks differ: {shape} and {others[:1]}; must be equal")
+    _refuse_router_logits(model, replayed)
+    moe = _config(shape, replayed)
+    layers = {
+        name: _layer(block, number, shape, moe, kernels or KernelsConfig())
+        for number, (name, block) in enumerate(blocks.items())
+    }
+    embeddings: nn.Module = model.get_input_embeddings()
+    inputs = RouterInputs(embeddings.get_parameter("weight").shape[0], 0, len(layers))
+    method = planned_method(moe)
+    routers = None if method is None else method.build(moe, inputs)
+    experts = insert_layers(model, layers, routers, moe, parallel, inputs=inputs, width=shape.width, k=shape.k)
+    for layer in experts.layers:
+        remove_biases(layer.experts)
+    return experts
+
+
+def _config(shape: Shape, replayed: bool) -> MoEConfig:
+    return MoEConfig(
+        router="given" if replayed else _HOST,
+        experts=shape.experts,
+        expert_width=shape.expert_width,
+        activation=Activation.swiglu,
+        weights=RouteWeights.live if replayed else RouteWeights.table,
+        gate_normalised=shape.normalised,
+    )
+
+
+def _layer(block: nn.Module, number: int, shape: Shape, moe: MoEConfig, kernels: KernelsConfig) -> MoELayer:
+    with torch.device("meta"):
+        layer = MoELayer(shape.width, moe, kernels, number)
+    weight = block.get_parameter("gate.weight")
+    layer.experts.to_empty(device=weight.device).to(shape.dtype)
+    import_experts(layer.experts, block)
+    if layer.gate is not None:
+        layer.gate.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    else:
+        assert isinstance(layer.router, HostRouter)
+        layer.router.gate = block.get_submodule("gate")
+    return layer
+
+
+def _refuse_router_logits(model: Any, replayed: bool) -> None:
+    """Refuse a model's own balance loss where its routers do not run."""
+    if not replayed:
+        return
+    line = "output_router_logits=True: must be False with replayed routes, for which no router runs"
+
+    def check(_: nn.Module, __: object, options: dict[str, object]) -> None:
+        wanted = options.get("output_router_logits")
+        require(not (model.config.output_router_logits if wanted is None else wanted), line)
+
+    require(not model.config.output_router_logits, line)
+    model.register_forward_pre_hook(check, with_kwargs=True)
+
+
+def export_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return the model's state under the names of transformers, whole and on the host.
+
+    It is a collective over all ranks, which all return the same. Values are those with which the model computes, in its
+    number format. They are the imported ones bit for bit where nothing was trained.
+
+    Raises:
+        RuntimeError: experts are sharded, and DeepSpeed has not created their group yet.
+    """
+    experts = experts_of(model)
+    comm, names = experts.connect(), [one.name for one in experts.replaced]
+    state: dict[str, Tensor] = {}
+    of_layer: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+    for key, value in model.state_dict(keep_vars=True).items():
+        name = next((name for name in names if key.startswith(f"{name}.")), None)
+        if name is None:
+            state[key] = whole_weight(value, comm)
+        elif key.startswith(f"{name}.moe."):
+            of_layer[name][key.removeprefix(f"{name}.moe.")] = whole_weight(value, comm)
+    for name, ours in of_layer.items():
+        state |= their_weights(name, ours)
+    return state
+
+
+def export_pretrained(model: Any, folder: Path | str) -> None:
+    """Write a folder as the model's own save_pretrained does; it is read by from_pretrained without foreroute.
+
+    A collective over all ranks; rank 0 writes.
+    """
+    state = export_state_dict(model)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        model.save_pretrained(folder, state_dict=state)
