@@ -27,6 +27,7 @@ from torch import distributed as dist
 from foreroute.engine.config import Activation, KernelsConfig, MoEConfig, ParallelConfig, RouteWeights
 from foreroute.engine.errors import require
 from foreroute.engine.hugging_face.families import (
+    ROUTERS,
     Shape,
     find_blocks,
     import_experts,
@@ -121,6 +122,34 @@ def _refuse_router_logits(model: Any, replayed: bool) -> None:
 
     require(not model.config.output_router_logits, line)
     model.register_forward_pre_hook(check, with_kwargs=True)
+
+
+@torch.no_grad()
+def record_routes(model: nn.Module, *args: Any, **options: Any) -> Tensor:
+    """Run a model of transformers and return its routers' choices, int64 [B, Q, layers, k] on the host.
+
+    The model is one before replace_experts, or one with its own routers after it.
+
+    Args:
+        args, options: of the model's call.
+
+    Raises:
+        UserError: no router ran.
+    """
+    found: list[Tensor] = []
+
+    def note(_: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        found.append(output[2].cpu())
+
+    gates = [module for module in model.modules() if type(module).__name__ in ROUTERS]
+    hooks = [gate.register_forward_hook(note) for gate in gates]
+    try:
+        batch: tuple[int, int] = model(*args, **options).logits.shape[:2]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    require(len(found) > 0, f"{type(model).__name__}: no router of transformers ran; must have {', '.join(ROUTERS)}")
+    return torch.stack(found, dim=1).view(*batch, len(found), -1)
 
 
 def export_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -23,7 +23,8 @@ from foreroute.engine.errors import require
 from foreroute.engine.moe.experts import Experts
 
 BLOCKS = ("Qwen3MoeSparseMoeBlock", "OlmoeSparseMoeBlock", "MixtralSparseMoeBlock")
-_ROUTERS = ("gate", "router.gate")  # of our layer: with planned routes, with the live router
+ROUTERS = ("Qwen3MoeTopKRouter", "OlmoeTopKRouter", "MixtralTopKRouter")
+_GATES = ("gate", "router.gate")  # in our layer: with planned routes, with the live router
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,7 @@ def their_weights(name: str, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name: of the block in the model.
         ours: weights of the layer in its place, whole, by their names in that layer (MoELayer).
     """
-    (router,) = (ours[f"{place}.weight"] for place in _ROUTERS if f"{place}.weight" in ours)
+    (router,) = (ours[f"{place}.weight"] for place in _GATES if f"{place}.weight" in ours)
     return {
         f"{name}.gate.weight": router,
         f"{name}.experts.gate_up_proj": torch.cat((ours["experts.w1"], ours["experts.w3"]), dim=1),

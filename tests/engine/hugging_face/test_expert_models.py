@@ -5,6 +5,7 @@ every gradient with its scale.
 """
 
 import copy
+from contextlib import nullcontext
 
 import deepspeed
 import pytest
@@ -14,7 +15,12 @@ from torch.nn.functional import cross_entropy
 
 from foreroute.engine.config import ParallelConfig
 from foreroute.engine.errors import UserError
-from foreroute.engine.hugging_face.expert_models import export_pretrained, export_state_dict, replace_experts
+from foreroute.engine.hugging_face.expert_models import (
+    export_pretrained,
+    export_state_dict,
+    record_routes,
+    replace_experts,
+)
 from foreroute.engine.plug_in import experts_of, parameter_groups
 from foreroute.engine.testing.ranks import run_ranks
 
@@ -111,6 +117,62 @@ def test_a_model_goes_home_bit_for_bit(family, tmp_path):
     assert changed == ["model.layers.1.mlp.experts.gate_up_proj"]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replayed_routes_give_their_outputs_and_gradients(family):
+    """Of the model that recorded them; other routes give others."""
+    want_model = theirs(family)
+    model = copy.deepcopy(want_model)
+    ids, targets = batch()
+    routes = record_routes(want_model, input_ids=ids)
+    assert routes.shape == (ROWS, LENGTH, LAYERS, K) and routes.max() < EXPERTS
+    experts = replace_experts(model, replayed=True)
+    want_loss, want_logits = forward(want_model, ids, targets)
+    want_loss.backward()
+    with experts.planned(ids, routes=routes):
+        loss, logits = forward(model, ids, targets)
+        loss.backward()
+    assert error(logits, want_logits) < 1e-5
+    gradients = {name: p.grad for name, p in want_model.named_parameters()}
+    for number, layer in enumerate(experts.layers):
+        assert error(layer.gate.weight.grad, gradients[f"model.layers.{number}.mlp.gate.weight"]) < 1e-5
+    state = export_state_dict(model)
+    assert all(torch.equal(state[name], value) for name, value in want_model.state_dict().items())
+    with experts.planned(ids, routes=(routes + 1) % EXPERTS):
+        assert error(forward(model, ids, targets)[1], want_logits) > 1e-2
+
+
+def test_routes_are_recorded_of_a_replaced_model_too():
+    model = theirs("olmoe")
+    ids, _ = batch()
+    want = record_routes(model, input_ids=ids)
+    replace_experts(model)
+    assert torch.equal(record_routes(model, input_ids=ids), want)
+    with pytest.raises(UserError, match="NoRouters: no router of transformers ran; must have Qwen3MoeTopKRouter"):
+        record_routes(NoRouters(), ids)
+
+
+class NoRouters(torch.nn.Linear):
+    """A model without routers."""
+
+    def __init__(self):
+        super().__init__(1, 1)
+
+    def forward(self, ids):
+        return transformers.modeling_outputs.CausalLMOutput(logits=ids[..., None])
+
+
+def test_their_balance_loss_is_refused_for_replayed_routes():
+    line = "output_router_logits=True: must be False with replayed routes, for which no router runs"
+    with pytest.raises(UserError, match=line):
+        replace_experts(theirs("qwen", output_router_logits=True), replayed=True)
+    model = theirs("qwen")
+    experts = replace_experts(model, replayed=True)
+    ids, _ = batch()
+    routes = torch.arange(K).expand(ROWS, LENGTH, LAYERS, K)
+    with experts.planned(ids, routes=routes), pytest.raises(UserError, match=line):
+        model(input_ids=ids, output_router_logits=True)
+
+
 def test_bf16_has_their_choices():
     """Their arithmetic decides near-ties; experts differ by bf16 alone."""
     want_model = theirs("qwen").bfloat16().eval()
@@ -189,25 +251,27 @@ def initialize(model, stage):
     return deepspeed.initialize(model=model, optimizer=adam, config=config)[0]
 
 
-def step(rank, family, stage, options):
+def step(rank, family, stage, options, *, replayed=False):
     """Errors of one case on this rank against their model in one process, and the collectives of a layer."""
     ids, targets = batch()
     want_model = theirs(family)
     start = {name: value.clone() for name, value in want_model.state_dict().items()}
     model = copy.deepcopy(want_model)
-    experts = replace_experts(model, parallel=ParallelConfig(**options))
+    experts = replace_experts(model, replayed=replayed, parallel=ParallelConfig(**options))
     engine = initialize(model, stage)
     exported = export_state_dict(engine.module)
     same = exported.keys() == start.keys() and all(torch.equal(v, start[name]) for name, v in exported.items())
     before = 0 if experts.comm is None else experts.comm.collectives
 
+    routes = record_routes(want_model, input_ids=ids)
     adam = torch.optim.Adam(want_model.parameters(), **ADAM)
     want_loss, want_logits = forward(want_model, ids, targets)
     want_loss.backward()
     adam.step()
-    here = [part.chunk(dist.get_world_size())[rank] for part in (ids, targets, want_logits)]
-    loss, logits = forward(engine, *here[:2])
-    engine.backward(loss)
+    here = [part.chunk(dist.get_world_size())[rank] for part in (ids, targets, want_logits, routes)]
+    with experts.planned(here[0], routes=here[3]) if replayed else nullcontext():
+        loss, logits = forward(engine, *here[:2])
+        engine.backward(loss)
     engine.step()
     collectives = None if experts.comm is None else (experts.comm.collectives - before) / LAYERS
     errors = {"logits": error(logits, here[2])}
@@ -217,31 +281,41 @@ def step(rank, family, stage, options):
     return same, errors, collectives
 
 
+TWO = {"expert_ranks": 2}
 CASES = {
     2: [
-        ("qwen", 1, {"expert_ranks": 2}),
-        ("olmoe", 3, {"expert_ranks": 2}),
-        ("mixtral", 3, {"expert_ranks": 2, "chunks": 2}),
-        ("mixtral", 1, {}),
+        (("qwen", 1, TWO), False),
+        (("olmoe", 3, TWO), False),
+        (("mixtral", 3, {**TWO, "chunks": 2}), False),
+        (("mixtral", 1, {}), False),
+        (("olmoe", 3, TWO), True),
+        (("qwen", 1, {**TWO, "chunks": 2}), True),
     ],
-    4: [(family, stage, {"expert_ranks": size}) for family in FAMILIES for stage, size in ((1, 4), (3, 2), (3, 4))],
+    4: [
+        ((family, stage, {"expert_ranks": size}), replayed)
+        for family in FAMILIES
+        for stage, size in ((1, 4), (3, 2), (3, 4))
+        for replayed in (False, True)
+    ],
 }
 
 
 def work(rank, cases):
     deepspeed.utils.logging.logger.setLevel("ERROR")
-    return [step(rank, *case) for case in cases]
+    return [step(rank, *case, replayed=replayed) for case, replayed in cases]
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_train_like_their_model_in_one_process(ranks):
     answers = run_ranks(work, ranks, CASES[ranks])
-    for number, case in enumerate(CASES[ranks]):
+    for number, (case, replayed) in enumerate(CASES[ranks]):
         for answer in answers:
             same, errors, collectives = answer[number]
             assert same, case
             assert max(errors.values()) < 1e-5, (case, max(errors, key=errors.get), max(errors.values()))
-            # rows there and back, in either direction; for each chunk; counts and weights, and the weights' gradient
-            want = 4 * case[2].get("chunks", 1) + 3
+            # rows there and back, in either direction, for each chunk
+            want = 4 * case[2].get("chunks", 1)
+            # counts and weights, and the weights' gradient
+            want += 0 if replayed else 3
             assert collectives == (None if case[2] == {} else want)
