@@ -64,6 +64,10 @@ LINK_NAMES = ("_lazy_init_hp_params_optimizer_state", "_hp_optimizer_states_link
 """Of the optimizers of ZeRO-1 and 2: link each parameter to its slice of the flat Adam state."""
 FLATS_NAME = "fp32_partitioned_groups_flat"
 """Of the optimizer of ZeRO-3: the flat fp32 tensors that Adam updates."""
+PARAMETERS_NAMES = ("bit16_groups", "bf16_groups")
+"""Of the optimizers of ZeRO-1 and 2, one of them: the parameters of each flat tensor."""
+SUB_GROUPS_NAMES = ("fp16_groups", "sub_group_to_group_id")
+"""Of the optimizer of ZeRO-3: the parameters of each flat tensor, and the number of its group in Adam."""
 REGATHER_NAMES = ("checkpoint_event_prologue", "checkpoint_event_epilogue")
 """Of the optimizer of ZeRO-3: release all gathered weights; gather the persistent ones again."""
 SHARD_NAMES = ("ds_shape", "ds_tensor", "ds_zero_partition_rank", "ds_zero_partition_world_size")

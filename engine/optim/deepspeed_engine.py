@@ -11,7 +11,7 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -28,24 +28,13 @@ from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.optim.adam import build_optimizer
 from foreroute.engine.optim.deepspeed_contract import (
     COMPATIBLE_OPS,
-    FLATS_NAME,
-    LINK_NAMES,
     NEW_GROUP_NAME,
     NORM_CHECK_NAME,
     NORM_CHECKERS,
     NORM_MASK_NAME,
     OVERFLOW_NAME,
-    REGATHER_NAMES,
-    SHARD_NAMES,
     SHARED_MEMORY_OP,
     TorchBackend,
-    require_names,
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
     stage_1_and_2,
 )
 from foreroute.engine.optim.expert_sharding import (
@@ -56,6 +45,7 @@ from foreroute.engine.optim.expert_sharding import (
     parameter_groups,
     shard_experts,
 )
+from foreroute.engine.optim.model_state import ModelState
 from foreroute.engine.optim.zero_defaults import KEPT_WHOLE, MAX_BUCKET
 from foreroute.engine.parallel.collectives import ExpertGroupComm, all_reduce_sum
 from foreroute.engine.parallel.mesh import Mesh
@@ -67,29 +57,24 @@ warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", F
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class Engine:
+class Engine(ModelState):
     """A model in training: the part of a DeepSpeed engine that foreroute uses."""
 
     def __init__(self, engine: Any, accumulation: int, mesh: Mesh, comm: ExpertGroupComm | None) -> None:
         """Set a DeepSpeed engine, and the communicator of the expert group; None if experts are not sharded."""
-        self.mesh, self.comm = mesh, comm
+        stage = int(engine.zero_optimization_stage())
+        self._adam = engine.optimizer.optimizer if stage else engine.optimizer
+        super().__init__(engine.module, self._adam, mesh, zero=engine.optimizer if stage else None, stage=stage)
+        self.comm = comm
         self._engine = engine
-        self._stage = int(engine.zero_optimization_stage())
-        self._adam = engine.optimizer.optimizer if self._stage else engine.optimizer
         self._accumulation = accumulation
         self._micro_batches = 0  # since the last optimizer step
         self._grad_norm = torch.tensor(float("nan"))
         self._unless: Tensor | None = None
         if self._stage in (1, 2):
             setattr(engine.optimizer, OVERFLOW_NAME, lambda **_: None)
-        self._check_contract()
-        self._create_adam_state()
-
-    @property
-    def module(self) -> nn.Module:
-        """The model, with the compute copy of the weights."""
-        module: nn.Module = self._engine.module
-        return module
+        # As Adam's first step would, so that its state can be read and written at any time.
+        self.create(MOMENTS, {name: {"step": 0.0} for name in self.parts()})
 
     @property
     def device(self) -> torch.device:
@@ -148,7 +133,7 @@ class Engine:
         dropped = ~self._grad_norm.isfinite()
         if self._unless is not None:
             dropped = dropped | self._unless.to(dropped.device)
-        adam_device = next(self._flats()).device  # with train.offload, the host
+        adam_device = next(self.flats()).device  # with train.offload, the host
         self._adam.found_inf = dropped.to(adam_device, torch.float32)
         return False
 
@@ -159,20 +144,15 @@ class Engine:
 
     def adam_step(self) -> int:
         """Return the number of updates that Adam has made, which its bias correction uses."""
-        steps = {int(self._adam.state[flat]["step"]) for flat in self._flats()}
+        steps = {int(self._adam.state[flat]["step"]) for flat in self.flats()}
         if len(steps) != 1:
             raise RuntimeError(f"parameter groups differ in their Adam step: {sorted(steps)}")
         return steps.pop()
 
     def set_adam_step(self, step: int) -> None:
         """Set the number of updates that Adam has made."""
-        for flat in self._flats():
+        for flat in self.flats():
             self._adam.state[flat]["step"].fill_(step)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return each parameter's name and shape on this rank; an expert parameter has this rank's experts."""
-        parameters = self.module.named_parameters()
-        return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters}
 
     def num_parameters(self) -> int:
         """Return the number of parameters of the whole model, including the experts of other ranks."""
@@ -181,48 +161,6 @@ class Engine:
             shared_out = is_sharded(self.module.get_parameter(name))
             total += math.prod(shape) * (self.mesh.ep_size if shared_out else 1)
         return total
-
-    def read_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Yield (parameter name, {"weight", "exp_avg", "exp_avg_sq"}): fp32, in the shapes of shapes().
-
-        "weight" is the master weight. This is a collective over the ranks that shard the parameter's state: every rank
-        must read to the end. Values may alias the live state.
-        """
-        for name, param in self.module.named_parameters():
-            if self._stage:
-                state = {key: safe_get_full_optimizer_state(param, key) for key in MOMENTS}
-                yield name, {"weight": safe_get_full_fp32_param(param), **state}
-            else:
-                state = {key: self._adam.state[param][key] for key in MOMENTS}
-                yield name, {"weight": param.detach(), **state}
-
-    @torch.no_grad()
-    def write_state(self, name: str, state: Mapping[str, Tensor]) -> None:
-        """Overwrite a parameter's master weight, compute copies and Adam moments with values as from read_state."""
-        self._leave_inference()
-        param = self.module.get_parameter(name)
-        weight = state["weight"]
-        if param.shape == weight.shape:  # DeepSpeed's setters below change the master only
-            param.copy_(weight)
-        if self._stage == 3:
-            safe_set_local_fp32_param(param, _shard(weight, param))
-            param.ds_tensor.data.copy_(_shard(weight, param))  # type: ignore[attr-defined]
-        elif self._stage:
-            safe_set_full_fp32_param(param, weight)
-        for key in MOMENTS:
-            if self._stage == 3:
-                safe_set_local_optimizer_state(param, _shard(state[key], param), key)
-            elif self._stage:
-                safe_set_full_optimizer_state(param, state[key], key)
-            else:
-                self._adam.state[param][key].copy_(state[key])
-
-    def _leave_inference(self) -> None:
-        """Release weights that ZeRO-3 gathered in torch.inference_mode(), which autograd cannot use."""
-        parameters = self.module.parameters()
-        if self._stage == 3 and any(p.is_inference() and p.numel() for p in parameters):
-            for name in REGATHER_NAMES:
-                getattr(self._engine.optimizer, name)()
 
     def _plain_grad_norm(self) -> Tensor:
         """Compute the norm of all gradients at ZeRO-0; a collective over the expert group if experts are sharded."""
@@ -234,39 +172,6 @@ class Engine:
         if self.comm is not None:
             experts = all_reduce_sum(experts**2, self.comm.group).sqrt()
         return torch.hypot(dense, experts)
-
-    def _flats(self) -> Iterator[Tensor]:
-        """Yield the tensors that Adam updates: with ZeRO flat fp32 partitions, else the parameters."""
-        if self._stage == 3:  # Adam's own groups are empty between steps
-            yield from getattr(self._engine.optimizer, FLATS_NAME)
-            return
-        for group in self._adam.param_groups:
-            yield from group["params"]
-
-    def _check_contract(self) -> None:
-        """Raise UserError if DeepSpeed's objects lack attributes that this class uses."""
-        if self._stage == 3:
-            require_names(self._engine.optimizer, FLATS_NAME, *REGATHER_NAMES)
-            for param in self.module.parameters():
-                require_names(param, *SHARD_NAMES)
-        elif self._stage:
-            require_names(self._engine.optimizer, *LINK_NAMES)
-
-    def _create_adam_state(self) -> None:
-        """Create Adam's state as its first step would, so that it can be read and written at any time.
-
-        DeepSpeed links parameters to their moments once, at the first step of the first group. The other groups have no
-        moments by then and would stay unlinked. Here all groups have a state when the link is made.
-        """
-        for flat in self._flats():
-            self._adam.state[flat] = {
-                "step": torch.zeros((), dtype=torch.float32, device=flat.device),
-                **{key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS},
-            }
-        if self._stage in (1, 2):
-            link, linked = LINK_NAMES
-            setattr(self._engine.optimizer, linked, False)
-            getattr(self._engine.optimizer, link)()
 
 
 @contextlib.contextmanager
@@ -287,15 +192,6 @@ def _norm_checked_by(check: Callable[[Tensor | float], bool]) -> Iterator[None]:
 def _mask_norm(norm: Tensor, device: Any = None, val: float = -1.0) -> None:
     """Replace DeepSpeed's function of the same purpose, without its copy from the host."""
     norm.masked_fill_(~norm.isfinite(), val)
-
-
-def _shard(value: Tensor, param: nn.Parameter) -> Tensor:
-    """Return this rank's shard of a parameter-shaped value at ZeRO-3; shards are equal, the last padded with zeros."""
-    shard: Any = param
-    numel = shard.ds_tensor.numel()
-    padding = numel * shard.ds_zero_partition_world_size - value.numel()
-    padded = nn.functional.pad(value.flatten(), (0, padding))
-    return padded.narrow(0, numel * shard.ds_zero_partition_rank, numel)
 
 
 def start(model: nn.Module, config: Config, mesh: Mesh | None = None) -> Engine:
