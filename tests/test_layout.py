@@ -20,9 +20,9 @@ FLOORS: dict[str, list[set[str]]] = {  # from the ground up; rooms of one floor 
         {"data"},
         {"model"},
         {"optim"},
-        {"metrics", "evaluation", "checkpoint", "finetune", "plug_in"},
-        {"profiling", "hugging_face"},
-        {"certificate", "train"},
+        {"metrics", "evaluation", "checkpoint", "finetune"},
+        {"profiling", "plug_in"},
+        {"certificate", "train", "hugging_face"},
         {"testing"},
     ],
     "launch": [

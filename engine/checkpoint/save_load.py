@@ -1,11 +1,8 @@
 """Checkpoints that hold the model, not the cluster: saved by any number of ranks, loaded by any other.
 
-Keys, where an expert parameter (its name contains ".experts.", dim 0 = expert) is cut into one tensor per global expert
-id:
+Keys beside those of parameters and buffers (engine/checkpoint/parameters.py):
 
-    weight/<parameter>[/<expert:05d>]    fp32 master; exp_avg/... and exp_avg_sq/... as well
-    buffer/<name>    memory/<layer>/<global stream id:06d>    table/<i>/<field>    rng/torch/rank-<rank:05d>
-    rng/cuda/rank-<rank:05d>
+    memory/<layer>/<global stream id:06d>    table/<i>/<field>    rng/torch/rank-<rank:05d>    rng/cuda/rank-<rank:05d>
 
 Each rank writes one shard: the experts that it holds, shared with the ranks that hold the same ones, its share of all
 other parameters, and its own memory and random state. Nothing is gathered on one rank but the manifest, which has all
@@ -13,17 +10,17 @@ that is no tensor (engine/checkpoint/files.py). Nothing is pickled. Inverse of `
 """
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from foreroute.engine.checkpoint import files
 from foreroute.engine.checkpoint.files import read_manifest
+from foreroute.engine.checkpoint.parameters import Reader, buffers, local_experts, own_state
 from foreroute.engine.errors import UserError, require
 from foreroute.engine.parallel.cpu_group import CpuGroup
 from foreroute.engine.parallel.mesh import Mesh
@@ -33,7 +30,6 @@ if TYPE_CHECKING:  # evaluation loads weights without DeepSpeed
 
 __all__ = ["TrainingState", "find_newest", "load", "load_weights", "read_manifest", "save"]
 STATE_KEYS = ("weight", "exp_avg", "exp_avg_sq")
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass
@@ -76,37 +72,19 @@ def save(
     """
     cpu_group = _checked(cpu_group, engine.mesh)
     target = folder / f"step-{state.step:08d}"
-    temporary = folder / cpu_group.broadcast(files.temporary_name(state.step))
-    new = temporary / "new"
-
-    def begin() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        files.remove_leftovers(folder)
-        new.mkdir(parents=True)
-
-    def write() -> dict[str, Any]:
-        return files.write_shard(new / files.shard_name(cpu_group.rank), _tensors(engine, state))
-
-    def finish() -> None:
-        files.write_manifest(new, _header(engine, state, facts), shards)
-        files.publish(new, target)
 
     def remove_older() -> None:
         older = [path for path in files.checkpoints(folder) if files.step_of(path) <= state.step]
         for path in older[keep:]:
             shutil.rmtree(path)
 
-    try:
-        files.on_ranks(cpu_group, begin, only=0)
-        described = files.on_ranks(cpu_group, write)
-        shards = {files.shard_name(rank): shard for rank, shard in enumerate(described)}
-        _check_disjoint(shards)
-        files.on_ranks(cpu_group, finish, only=0)
-    except OSError as error:
-        raise OSError(f"checkpoint {target} could not be written: {error}") from error
-    finally:
-        if cpu_group.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+    files.write_whole(
+        target,
+        cpu_group,
+        lambda: _tensors(engine, state),
+        lambda _: _header(engine, state, facts),
+        temporary=files.temporary_name(state.step),
+    )
     files.on_ranks(cpu_group, remove_older, only=0)
     return target
 
@@ -149,7 +127,7 @@ def load(
     missing = [stream for rank in cpu_group.gather(reader.missing(streams)) for stream in rank]
     require(not missing, f"{path}: holds no memory of streams {missing}")
     for name, shape in shapes.items():
-        experts = _experts(name, shape, engine.mesh)
+        experts = local_experts(name, shape, engine.mesh)
         engine.write_state(name, {kind: reader.parameter(kind, name, experts) for kind in STATE_KEYS})
     engine.set_adam_step(reader.manifest["adam_step"])
     reader.load_buffers(engine.module)
@@ -165,52 +143,13 @@ def load_weights(path: Path, module: nn.Module) -> TrainingState:
     shapes = {name: tuple(param.shape) for name, param in module.named_parameters()}
     reader.check_fits(module, shapes, STATE_KEYS[:1], ep_size=1)
     for name, param in module.named_parameters():
-        param.data.copy_(reader.parameter("weight", name, _experts(name, param.shape, Mesh())))
+        param.data.copy_(reader.parameter("weight", name, local_experts(name, param.shape, Mesh())))
     reader.load_buffers(module)
     return reader.training_state(None, [])
 
 
-class _Reader:
-    """An opened checkpoint whose checksums agree; tensors are read one by one."""
-
-    def __init__(self, path: Path, cpu_group: CpuGroup) -> None:
-        self.path = path
-        self.manifest = files.verify(path, cpu_group)
-        self._keys = self.manifest["tensors"]
-        self._open: dict[str, Any] = {}
-
-    def get(self, key: str) -> Tensor:
-        name = self._keys[key]["file"]
-        if name not in self._open:
-            self._open[name] = safe_open(self.path / name, "pt")
-        value: Tensor = self._open[name].get_tensor(key)
-        return value
-
-    def parameter(self, kind: str, name: str, experts: range | None) -> Tensor:
-        """Read a parameter's value; the experts asked for are put together."""
-        parts = [self.get(key) for key in _keys(kind, name, experts)]
-        return parts[0] if experts is None else torch.stack(parts)
-
-    def load_buffers(self, module: nn.Module) -> None:
-        for name, buffer in _buffers(module).items():
-            buffer.copy_(self.get(f"buffer/{name}"))
-
-    def check_fits(self, module: nn.Module, shapes: Shapes, kinds: tuple[str, ...], ep_size: int) -> None:
-        """Compare names and shapes of the whole model, all its experts included, with the stored ones."""
-        wanted = {f"buffer/{name}": list(b.shape) for name, b in _buffers(module).items()}
-        for kind in kinds:
-            for name, shape in shapes.items():
-                experts = range(shape[0] * ep_size) if _is_expert(name) else None
-                part = list(shape if experts is None else shape[1:])
-                wanted.update((key, part) for key in _keys(kind, name, experts))
-        prefixes = tuple(f"{kind}/" for kind in (*kinds, "buffer"))
-        stored = {k: v["shape"] for k, v in self._keys.items() if k.startswith(prefixes)}
-        for key in dict.fromkeys([*wanted, *stored]):
-            if wanted.get(key) != stored.get(key):
-                raise UserError(
-                    f"{self.path} does not fit this model: {key} has shape "
-                    f"{stored.get(key, 'none')} in the checkpoint, {wanted.get(key, 'none')} here"
-                )
+class _Reader(Reader):
+    """A checkpoint of a run."""
 
     def missing(self, streams: Sequence[int] | None) -> list[int]:
         """Return the streams whose memory is not here, though there is some."""
@@ -220,7 +159,7 @@ class _Reader:
     def training_state(self, mesh: Mesh | None, streams: Sequence[int] | None) -> TrainingState:
         """Read the state that is not in the engine; the random state only if as many ranks in equal groups saved it."""
         tables: list[dict[str, Tensor]] = [{} for _ in range(self.manifest["tables"])]
-        for key in self._keys:
+        for key in self.keys:
             kind, *rest = key.split("/")
             if kind == "table":
                 tables[int(rest[0])][rest[1]] = self.get(key)
@@ -228,7 +167,7 @@ class _Reader:
         rng = device_rng = None
         if mesh is not None and saved_by == (mesh.world, mesh.ep_size):
             rng, device_key = self.get(_rng(mesh.rank)), _rng(mesh.rank, "cuda")
-            device_rng = self.get(device_key) if device_key in self._keys else None
+            device_rng = self.get(device_key) if device_key in self.keys else None
         memory = None
         saved = self._streams()
         wanted = sorted(saved) if streams is None else list(streams)
@@ -247,7 +186,7 @@ class _Reader:
     def _streams(self) -> dict[int, list[int]]:
         """List the layers whose memory is here, by stream."""
         found: dict[int, list[int]] = {}
-        for key in self._keys:
+        for key in self.keys:
             kind, *rest = key.split("/")
             if kind == "memory":
                 found.setdefault(int(rest[1]), []).append(int(rest[0]))
@@ -267,50 +206,19 @@ def _checked(cpu_group: CpuGroup | None, mesh: Mesh) -> CpuGroup:
     return cpu_group
 
 
-def _check_disjoint(shards: dict[str, dict[str, Any]]) -> None:
-    """Refuse a tensor that two ranks wrote, such as a stream that both claim; every rank sees the same."""
-    seen: dict[str, str] = {}
-    for name, shard in shards.items():
-        for key in shard["tensors"]:
-            if key in seen:
-                raise RuntimeError(f"{key} is in {seen[key]} and in {name}")
-            seen[key] = name
-
-
 def _rng(rank: int, kind: str = "torch") -> str:
     return f"rng/{kind}/rank-{rank:05d}"
 
 
-def _is_expert(name: str) -> bool:
-    return ".experts." in name
-
-
-def _experts(name: str, shape: Sequence[int], mesh: Mesh) -> range | None:
-    """Return the global ids of the experts of this rank's parameter; None if it is not one of experts."""
-    return mesh.local_experts(shape[0] * mesh.ep_size) if _is_expert(name) else None
-
-
-def _keys(kind: str, name: str, experts: range | None) -> list[str]:
-    """Return the keys that a parameter is stored under: one, or one for each expert."""
-    key = f"{kind}/{name}"
-    return [key] if experts is None else [f"{key}/{expert:05d}" for expert in experts]
-
-
-def _buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Return the persistent buffers."""
-    persistent = module.state_dict(keep_vars=True)
-    return {name: buffer for name, buffer in module.named_buffers() if name in persistent}
-
-
 def _tensors(engine: "Engine", state: TrainingState) -> dict[str, Tensor]:
     """Return the tensors that this rank writes, on the host, perhaps aliases of live ones; a collective."""
-    result = dict(_own_state(engine))
+    result = dict(own_state(engine.read_state(), engine.mesh))
     assert state.rng is not None
     result[_rng(engine.mesh.rank)] = state.rng
     if state.device_rng is not None:
         result[_rng(engine.mesh.rank, "cuda")] = state.device_rng
     if engine.mesh.rank == 0:
-        for name, buffer in _buffers(engine.module).items():
+        for name, buffer in buffers(engine.module).items():
             result[f"buffer/{name}"] = buffer
         for index, table in enumerate(state.tables):
             result.update((f"table/{index}/{name}", value) for name, value in table.items())
@@ -320,28 +228,6 @@ def _tensors(engine: "Engine", state: TrainingState) -> dict[str, Tensor]:
             for stream, memory_MD in zip(state.stream_B.tolist(), memory_BMD, strict=True):
                 result[f"memory/{layer}/{stream:06d}"] = memory_MD
     return {key: value.detach().cpu().contiguous() for key, value in result.items()}
-
-
-def _own_state(engine: "Engine") -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters' state that this rank writes, each on the host before the next is read.
-
-    A GPU has room for one, not for all.
-
-    Of R ranks that hold the same experts, the r-th takes the experts r, r + R, ... of those; of all W ranks the w-th
-    takes the other parameters w, w + W, ...
-    """
-    mesh = engine.mesh
-    replicas, replica = mesh.world // mesh.ep_size, mesh.rank // mesh.ep_size
-    for number, (name, values) in enumerate(engine.read_state()):
-        experts = _experts(name, values["weight"].shape, mesh)
-        for kind in STATE_KEYS:
-            keys = _keys(kind, name, experts)
-            if experts is not None:
-                for row in range(replica, len(keys), replicas):
-                    value = values[kind][row]  # a slice, which would keep the whole
-                    yield keys[row], value.cpu() if value.is_cuda else value.clone()
-            elif number % mesh.world == mesh.rank:
-                yield keys[0], values[kind].cpu()
 
 
 def _header(engine: "Engine", state: TrainingState, facts: dict[str, Any]) -> dict[str, Any]:

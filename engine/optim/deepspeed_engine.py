@@ -74,7 +74,7 @@ class Engine(ModelState):
         if self._stage in (1, 2):
             setattr(engine.optimizer, OVERFLOW_NAME, lambda **_: None)
         # As Adam's first step would, so that its state can be read and written at any time.
-        self.create(MOMENTS, {name: {"step": 0.0} for name in self.parts()})
+        self.create(dict.fromkeys(self.parts(), MOMENTS), {name: {"step": 0.0} for name in self.parts()})
 
     @property
     def device(self) -> torch.device:

@@ -4,7 +4,7 @@ Checkpoints read and write through it (engine/checkpoint/). ZeRO keeps fp32 weig
 tensors, each of many parameters, and shards them over ranks. Here every parameter has its own, whole.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ from foreroute.engine.parallel.mesh import Mesh
 
 WEIGHT = "weight"
 _STEP = "step"  # a number even where a parameter has no dimensions either
+_NUMBERS, _OPTIONS = "numbers of optimizer steps", "options of the optimizer, such as its learning rate"
 _OF_A_MACHINE = {"params", "name", "foreach", "fused", "capturable", "differentiable", "moe"}
 """Options of an optimizer's group that belong to this machine and topology; the others are saved."""
 _WRAPPERS = deepspeed.DeepSpeedEngine, nn.parallel.DistributedDataParallel, OptimizedModule
@@ -124,11 +125,18 @@ class ModelState:
         """Yield the tensors that the optimizer updates: with ZeRO flat fp32 partitions, else the parameters."""
         yield from (part.flat for part in dict.fromkeys(self.parts().values()))
 
+    @property
+    def optimizer_name(self) -> str:
+        """The class of the optimizer."""
+        return type(self._optimizer).__name__
+
     def groups(self) -> list[dict[str, Any]]:
         """Return the optimizer's groups: the names of their "parameters", and the "options" that are numbers."""
         if self._optimizer is None:
             return []
-        found = [{"options": _options(group), "parameters": []} for group in self._optimizer.param_groups]
+        found: list[dict[str, Any]] = [
+            {"options": _options(group), "parameters": []} for group in self._optimizer.param_groups
+        ]
         for name, part in self.parts().items():
             found[part.group]["parameters"].append(name)
         return found
@@ -139,9 +147,9 @@ class ModelState:
         Raises:
             UserError: a group has parameters with different options.
         """
-        for group, here in zip(self.groups(), self._optimizer.param_groups if self._optimizer else (), strict=True):
-            found = _one(of_parameter, group["parameters"], "options of the optimizer, such as its learning rate")
-            for key, value in found.items():
+        found = [_one(of_parameter, group["parameters"], _OPTIONS) for group in self.groups()]
+        for options, here in zip(found, self._optimizer.param_groups if self._optimizer else (), strict=True):
+            for key, value in options.items():
                 if isinstance(here.get(key), Tensor):
                     here[key].fill_(value)
                 else:
@@ -170,25 +178,36 @@ class ModelState:
                 found[key] = None
         return list(found)
 
-    def create(self, kinds: Sequence[str], numbers: Mapping[str, Mapping[str, float]]) -> None:
+    def check(self, numbers: Mapping[str, Mapping[str, float]], options: Mapping[str, Mapping[str, Any]]) -> None:
+        """Raise UserError unless `create` and `set_options` can take these numbers and options of parameters."""
+        for part in dict.fromkeys(self.parts().values()):
+            _one(numbers, part.names, _NUMBERS)
+        for group in self.groups():
+            _one(options, group["parameters"], _OPTIONS)
+
+    def create(self, kinds: Mapping[str, Iterable[str]], numbers: Mapping[str, Mapping[str, float]]) -> None:
         """Create the optimizer's state as its first step would, where there is none, and set its numbers.
 
         DeepSpeed links parameters to their state once, at the first step of the first group. The other groups have no
         state by then and would stay unlinked. Here all groups have one when the link is made.
 
         Args:
-            kinds: names of the tensors.
-            numbers: of each parameter that has a state, as from `numbers`; others get none.
+            kinds: of each parameter, the names of its tensors.
+            numbers: of each parameter, as from `numbers`.
 
         Raises:
             UserError: parameters in one flat tensor of ZeRO have different numbers.
         """
+        every = dict.fromkeys(kind for of_one in kinds.values() for kind in of_one)
+        none = dict.fromkeys((key for of_one in numbers.values() for key in of_one), 0.0)
         for part in dict.fromkeys(self.parts().values()):
-            found = _one(numbers, [name for name in part.names if numbers.get(name)], "numbers of optimizer steps")
-            self._create(part, kinds if any(name in numbers for name in part.names) else (), found)
+            found = _one(numbers, part.names, _NUMBERS)
+            own = dict.fromkeys(kind for name in part.names for kind in kinds.get(name, ()))
+            # with ZeRO all parameters step together, or none
+            self._create(part, (every if self._stage else own), found or (none if self._stage else {}))
         self.link()
 
-    def _create(self, part: Part, kinds: Sequence[str], numbers: Mapping[str, float]) -> None:
+    def _create(self, part: Part, kinds: Iterable[str], numbers: Mapping[str, float]) -> None:
         assert self._optimizer is not None
         group, state = self._optimizer.param_groups[part.group], dict(self._state(part))
         for key, value in numbers.items():
@@ -210,12 +229,13 @@ class ModelState:
 
     def link(self) -> None:
         """Link parameters to their state in ZeRO's flat tensors, so that it can be read and written by parameter."""
-        if self._stage in (1, 2) and all(self._state(part) for part in self.parts().values()):
+        parts = self.parts().values()
+        if self._stage in (1, 2) and parts and all(self._state(part) for part in parts):
             link, linked = LINK_NAMES
             setattr(self._zero, linked, False)
             getattr(self._zero, link)()
 
-    def read_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    def read_state(self, *, weights_only: bool = False) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Yield (parameter name, {"weight": .., "exp_avg": .., ..}) in the shapes of shapes().
 
         "weight" is the fp32 master weight, or that of the module where the optimizer has none. This is a collective
@@ -225,13 +245,13 @@ class ModelState:
         parts = self.parts()
         for name, param in self._module.named_parameters():
             part = parts.get(name)
-            kinds = [] if part is None else [k for k, v in self._state(part).items() if not _is_number(k, v)]
+            kept = {} if part is None or weights_only else self._state(part)
+            kinds = [kind for kind, value in kept.items() if not _is_number(kind, value)]
             if part is not None and self._stage:
                 state = {kind: safe_get_full_optimizer_state(param, kind) for kind in kinds}
                 yield name, {WEIGHT: safe_get_full_fp32_param(param), **state}
             else:
-                state = {} if part is None else {kind: self._state(part)[kind] for kind in kinds}
-                yield name, {WEIGHT: _whole(param), **state}
+                yield name, {WEIGHT: _whole(param), **{kind: kept[kind] for kind in kinds}}
 
     @torch.no_grad()
     def write_state(self, name: str, state: Mapping[str, Tensor]) -> None:
@@ -298,7 +318,9 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer | None, mesh: Me
         " between optimizer steps",
     )
     inner = getattr(theirs, "optimizer", None) if stage else theirs
-    return ModelState(model.module, inner, mesh, zero=theirs if stage else None, stage=stage)
+    state = ModelState(model.module, inner, mesh, zero=theirs if stage else None, stage=stage)
+    state.link()
+    return state
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -341,7 +363,7 @@ def _one(of_parameter: Mapping[str, Mapping[str, Any]], names: Sequence[str], wh
     Raises:
         UserError: they differ.
     """
-    known = [name for name in names if name in of_parameter]
+    known = [name for name in names if of_parameter.get(name)]
     for name in known[1:]:
         first, other = of_parameter[known[0]], of_parameter[name]
         require(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from foreroute.engine.checkpoint import files
 from foreroute.engine.checkpoint import save_load as checkpoint
+from foreroute.engine.checkpoint.parameters import parameter_keys
 from foreroute.engine.checkpoint.save_load import TrainingState
 from foreroute.engine.config import Config, DataConfig, OptimConfig, Precision, TrainConfig, to_plain
 from foreroute.engine.errors import UserError
@@ -300,7 +301,7 @@ def test_a_gpu_holds_one_parameter_more_at_a_time(monkeypatch: pytest.MonkeyPatc
     assert 0 < most <= 4  # three of the parameter before and one slice, until the next is read
     for name, values in whole:
         for kind, value in values.items():
-            stored = [written[key] for key in checkpoint._keys(kind, name, range(3) if ".experts." in name else None)]
+            stored = [written[key] for key in parameter_keys(kind, name, range(3) if ".experts." in name else None)]
             assert torch.equal(torch.stack(stored) if ".experts." in name else stored[0], value)
 
 
