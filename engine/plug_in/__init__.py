@@ -3,5 +3,14 @@
 from foreroute.engine.plug_in.losses import mean_over_ranks
 from foreroute.engine.plug_in.planned_layer import PlannedFeedForward
 from foreroute.engine.plug_in.replace import experts_of, parameter_groups, replace_feed_forwards
+from foreroute.engine.plug_in.saved import load_pretrained, save_pretrained
 
-__all__ = ["PlannedFeedForward", "experts_of", "mean_over_ranks", "parameter_groups", "replace_feed_forwards"]
+__all__ = [
+    "PlannedFeedForward",
+    "experts_of",
+    "load_pretrained",
+    "mean_over_ranks",
+    "parameter_groups",
+    "replace_feed_forwards",
+    "save_pretrained",
+]

@@ -105,7 +105,7 @@ class PlannedExperts:
         self._passes = 0  # number of passes begun
         self._draws = 0  # number of training plans up to the last that was used
         self._connections()
-        self._cpu_group = expert_cpu_group(mesh, self._timeout)
+        self._cpu_group = expert_cpu_group(mesh, self.timeout)
 
     def _connections(self) -> None:
         """Create the state that a copy does not share."""
@@ -132,6 +132,21 @@ class PlannedExperts:
         self.__dict__.update(state)
         self._use(routers)
         self._connections()
+
+    @property
+    def moe(self) -> MoEConfig:
+        """The options of the layers."""
+        return self._moe
+
+    @property
+    def mesh(self) -> Mesh:
+        """The place of this rank among those that shard the experts."""
+        return self._mesh
+
+    @property
+    def timeout(self) -> timedelta:
+        """How long a rank waits for others."""
+        return timedelta(seconds=self._parallel.timeout_s)
 
     @property
     def tables(self) -> int:
@@ -339,10 +354,6 @@ class PlannedExperts:
         self.k, (self._seed, self._passes) = state["k"], state["dropout"]
         self._draws = self._requested = state.get("draws", self._passes)
 
-    @property
-    def _timeout(self) -> timedelta:
-        return timedelta(seconds=self._parallel.timeout_s)
-
     def _place(self) -> tuple[int, int, int]:
         mesh = self._mesh
         return (mesh.rank, mesh.world, mesh.ep_size) if mesh.ep_size > 1 else (0, 1, 1)
@@ -406,7 +417,7 @@ class PlannedExperts:
         except RuntimeError as error:
             raise RunFailed(
                 f"rank {self._mesh.rank} planned a forward pass, and not all ranks of its expert group did so within"
-                f" {self._timeout.total_seconds():g} s: all must run each forward pass, evaluation too"
+                f" {self.timeout.total_seconds():g} s: all must run each forward pass, evaluation too"
                 f" ({str(error).splitlines()[0]})"
             ) from error
 
@@ -419,7 +430,7 @@ class PlannedExperts:
                 place == (mesh.rank, mesh.world),
                 f"copied on (rank, of ranks) = {mesh.rank, mesh.world}, which holds other experts: must be used there",
             )
-        return expert_cpu_group(mesh, self._timeout)
+        return expert_cpu_group(mesh, self.timeout)
 
     def _begin(self, plans: Plans) -> Pass:
         require(plans.tables == self._tables, "these plans are of other tables than the model's")
