@@ -155,6 +155,11 @@ class ModelState:
                 else:
                     here[key] = tuple(value) if isinstance(value, list) else value
 
+    @property
+    def shares_numbers(self) -> bool:
+        """Whether the parameters of a group step together, as with ZeRO."""
+        return self._stage > 0
+
     def numbers(self) -> dict[str, dict[str, float]]:
         """Return the numbers in the optimizer's state of each parameter, such as Adam's "step"."""
         return {name: _numbers(self._state(part)) for name, part in self.parts().items()}

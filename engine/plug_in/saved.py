@@ -144,6 +144,8 @@ def load_pretrained(
     if here.trains and not weights_only:
         training = reader.manifest["training"]
         require(training is not None, f"{path}: was saved without an optimizer: load it with weights_only=True")
+        if here.state.shares_numbers:
+            _forget_idle(reader, training)
     kinds = training["kinds"] if training else []
     reader.check_fits(here.module, here.state.shapes(), [WEIGHT], here.mesh.ep_size, optional=kinds)
     scheduler = scheduler or _scheduler_of(model)
@@ -369,8 +371,26 @@ def _schedule(path: Path, training: dict[str, Any] | None, here: _Model, schedul
     state = training["scheduler"]
     require(state is not None, f"{path}: was saved without a scheduler: save it with scheduler=..")
     group_of = {name: i for i, group in enumerate(training["optimizer"]["groups"]) for name in group["parameters"]}
-    picks = [group_of[group["parameters"][0]] for group in here.state.groups()]
+    picks = []
+    for group in here.state.groups():
+        known = [name for name in group["parameters"] if name in group_of]
+        require(bool(known), f"{path}: the optimizer had none of {_words(group['parameters'])} when it was saved")
+        picks.append(group_of[known[0]])
     return _regrouped(_from_plain(state), picks, scheduler)
+
+
+def _forget_idle(reader: Reader, training: dict[str, Any]) -> None:
+    """Drop the odd numbers of parameters that have had no gradient yet, which ZeRO steps with the others."""
+    numbers = training["optimizer"]["numbers"]
+    (common, _), *others = Counter(str(found) for found in numbers.values() if found).most_common() or [("", 0)]
+    odd = {name for name, found in numbers.items() if str(found) != common} if others else set()
+    stepped = set()
+    for key in reader.keys:
+        kind, _, place = key.partition("/")
+        name = next((name for name in (place, place.rpartition("/")[0]) if name in odd), None)
+        if kind in training["kinds"] and name is not None and reader.get(key).any():
+            stepped.add(name)
+    training["optimizer"]["numbers"] = {name: n for name, n in numbers.items() if name not in odd - stepped}
 
 
 def _options(training: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -65,8 +65,8 @@ def batch(step):
 class Training:
     """A model with its optimizer and scheduler in plain PyTorch."""
 
-    def __init__(self, seed=0, optimizer=torch.optim.Adam, groups=1, **options):
-        self.model = make(seed, **options)
+    def __init__(self, seed=0, optimizer=torch.optim.Adam, groups=1, maker=make, **options):
+        self.model = maker(seed, **options)
         params = list(self.model.parameters())
         split = [params[:3], params[3:]] if groups == 2 else [params]
         adam = {} if optimizer is torch.optim.SGD else {k: v for k, v in ADAM.items() if k != "lr"}
