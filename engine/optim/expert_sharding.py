@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from foreroute.engine.config import BalanceOver, MoEConfig
+from foreroute.engine.errors import UserError
 from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.optim.adam import comes_last
 from foreroute.engine.optim.deepspeed_contract import (
@@ -39,6 +40,18 @@ class _ShardedLayer(MoELayer, AutoEPMoELayer):  # type: ignore[misc]
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         for parameter in self.experts.parameters():
             _tag(parameter, state["ep_group_name"])
+
+    @property
+    def num_local_experts(self) -> int:
+        """Refuse DeepSpeed's checkpoints, which alone ask for it: they would lose the biases, and need equal ranks.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            "save_checkpoint and load_checkpoint of DeepSpeed: take no sharded expert layers; call"
+            " foreroute.engine.plug_in.save_pretrained(engine, folder) and load_pretrained on all ranks"
+        )
 
 
 # The next three functions and shard_experts also serve models of users' own (engine/plug_in/replace.py).
@@ -148,7 +161,6 @@ def shard_experts(layer: MoELayer, mesh: Mesh) -> None:
         _tag(parameter, group_name)
     contract = {
         "num_experts": len(experts) * mesh.ep_size,
-        "num_local_experts": len(experts),
         "ep_size": mesh.ep_size,
         "ep_rank": mesh.ep_rank,
         "ep_group_name": group_name,

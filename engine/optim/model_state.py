@@ -191,7 +191,7 @@ class ModelState:
             _one(options, group["parameters"], _OPTIONS)
 
     def create(self, kinds: Mapping[str, Iterable[str]], numbers: Mapping[str, Mapping[str, float]]) -> None:
-        """Create the optimizer's state as its first step would, where there is none, and set its numbers.
+        """Create the optimizer's state as its first step would, where there is none, and set its numbers, others to 0.
 
         DeepSpeed links parameters to their state once, at the first step of the first group. The other groups have no
         state by then and would stay unlinked. Here all groups have one when the link is made.
@@ -215,7 +215,7 @@ class ModelState:
     def _create(self, part: Part, kinds: Iterable[str], numbers: Mapping[str, float]) -> None:
         assert self._optimizer is not None
         group, state = self._optimizer.param_groups[part.group], dict(self._state(part))
-        for key, value in numbers.items():
+        for key, value in {**dict.fromkeys(_numbers(state), 0), **numbers}.items():
             there = state.get(key)
             if isinstance(there, Tensor):
                 there.fill_(value)

@@ -273,8 +273,7 @@ def _load_parameters(reader: Reader, here: _Model, training: dict[str, Any] | No
     names = {name: local_experts(name, shape, here.mesh, here.is_expert) for name, shape in here.state.shapes().items()}
     every = training["kinds"] if training else []
     kinds = {name: [kind for kind in every if reader.holds(kind, name, experts)] for name, experts in names.items()}
-    numbers = {name: dict.fromkeys(found, 0.0) for name, found in here.state.numbers().items()}
-    here.state.create(kinds, training["optimizer"]["numbers"] if training else numbers)
+    here.state.create(kinds, training["optimizer"]["numbers"] if training else {})
     for name, experts in names.items():
         state = {kind: reader.parameter(kind, name, experts) for kind in (WEIGHT, *kinds[name])}
         here.state.write_state(name, state)

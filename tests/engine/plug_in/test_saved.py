@@ -1,13 +1,17 @@
 """A user's model with expert layers, saved and loaded: training goes on as if it had never stopped."""
 
 import copy
+import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from foreroute.engine.config import Builder, MoEConfig
+from foreroute.engine.config import Builder, MoEConfig, RouteWeights
+from foreroute.engine.errors import UserError
 from foreroute.engine.plug_in import experts_of, load_pretrained, replace_feed_forwards, save_pretrained
 
 SYMBOLS, WIDTH, EXPERTS, K, ROWS, LENGTH = 11, 16, 6, 2, 6, 9
@@ -69,8 +73,9 @@ class Training:
         self.model = maker(seed, **options)
         params = list(self.model.parameters())
         split = [params[:3], params[3:]] if groups == 2 else [params]
-        adam = {} if optimizer is torch.optim.SGD else {k: v for k, v in ADAM.items() if k != "lr"}
-        self.optimizer = optimizer([{"params": part} for part in split], lr=0.01, **adam)
+        options = {"momentum": 0.9, "lr": 0.01} if optimizer is torch.optim.SGD else {"lr": 0.01}
+        options = ADAM if optimizer in (torch.optim.Adam, torch.optim.AdamW) else options
+        self.optimizer = optimizer([{"params": part} for part in split], **options)
         self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, [2, 4], gamma=0.5)
 
     def steps(self, first, last):
@@ -154,3 +159,184 @@ def test_other_groups_of_the_optimizer_take_the_same_state(saved):
     training = Training(seed=9, groups=2)
     training.load(path)
     assert training.steps(3, 6) == losses and same(training.weights(), weights)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad])
+def test_other_optimizers_go_on(optimizer, tmp_path):
+    training = Training(optimizer=optimizer)
+    training.steps(0, 2)
+    training.save(tmp_path / "model")
+    want = training.steps(2, 4)
+    again = Training(seed=9, optimizer=optimizer)
+    again.load(tmp_path / "model")
+    assert again.steps(2, 4) == want and same(again.weights(), training.weights())
+
+
+def test_a_stepped_training_goes_back(saved, tmp_path):
+    """Into an optimizer that has a state already; and before the first step there is none."""
+    path, _, losses, weights = saved
+    training = Training(seed=9)
+    training.save(tmp_path / "first")
+    want = training.steps(0, 2)
+    training.load(path)
+    assert training.steps(3, 6) == losses and same(training.weights(), weights)
+    training.load(tmp_path / "first")
+    assert training.steps(0, 2) == want
+
+
+def test_weights_alone(saved, tmp_path):
+    path, at_save, *_ = saved
+    training = Training(seed=9)
+    training.steps(0, 2)
+    training.load(path, weights_only=True)
+    assert same(training.weights(), at_save) and training.scheduler.last_epoch == 2
+    assert all(not state["exp_avg"].any() and state["step"] == 0 for state in training.optimizer.state.values())
+    evaluated = make(seed=9)
+    load_pretrained(evaluated, path)
+    assert same(dict(evaluated.named_parameters()), at_save)
+    training.save(tmp_path / "small", weights_only=True)
+    stored = load_file(tmp_path / "small/foreroute-00000.safetensors")
+    assert {key.split("/")[0] for key in stored} == {"weight", "buffer", "experts"}
+    with pytest.raises(UserError, match=r"small: was saved without an optimizer: load it with weights_only=True"):
+        training.load(tmp_path / "small")
+
+
+def test_the_models_own_parameters_are_a_file_for_others(saved):
+    path, at_save, *_ = saved
+    own = load_file(path / "model.safetensors")
+    theirs = Theirs()
+    missing, unexpected = theirs.load_state_dict(own, strict=False)
+    assert unexpected == []
+    assert [name for name in missing if ".mlp." not in name] == ["head.weight"]  # tied to embed.weight
+    assert set(own) == {name for name in [*at_save, "calls"] if ".mlp." not in name}
+    assert all(torch.equal(own[name], at_save[name]) for name in own if name != "calls") and own["calls"] == 3
+
+
+class WithFiles(Theirs):
+    """A model that writes its own files, as those of transformers."""
+
+    def save_pretrained(self, folder, state_dict):
+        assert state_dict["head.weight"] is state_dict["embed.weight"]
+        (folder / "config.json").write_text(json.dumps({"names": list(state_dict)}))
+        torch.save(None, folder / "theirs.bin")
+
+
+def test_a_model_writes_its_own_files(tmp_path):
+    model = make(kind=WithFiles)
+    save_pretrained(model, tmp_path / "model")
+    (tmp_path / "model/config.json").write_text("{}")  # only files of weights have a checksum
+    load_pretrained(make(seed=9, kind=WithFiles), tmp_path / "model")
+    assert sorted(file.name for file in (tmp_path / "model").iterdir()) == [
+        "config.json",
+        "foreroute-00000.safetensors",
+        "foreroute.json",
+        "theirs.bin",
+    ]
+    save_pretrained(model, tmp_path / "model")
+    names = json.loads((tmp_path / "model/config.json").read_text())["names"]
+    assert names == [name for name in model.state_dict() if ".mlp." not in name]
+
+
+def test_a_folder_is_replaced_and_keeps_files_of_others(folder):
+    (folder / "tokenizer.json").write_text("theirs")
+    (folder / "runs").mkdir()
+    (folder / "runs/log").write_text("theirs too")
+    save_pretrained(make(kind=WithFiles), folder)
+    assert (folder / "tokenizer.json").read_text() == "theirs" and (folder / "runs/log").exists()
+    assert not (folder / "model.safetensors").exists()  # ours before, and not written now
+    load_pretrained(make(seed=9, kind=WithFiles), folder)
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years")
+    with pytest.raises(UserError, match=r"holds other files and no foreroute.json: must be a new folder"):
+        save_pretrained(make(), tmp_path)
+    with pytest.raises(UserError, match=r"thesis.tex: is a file: must be a folder"):
+        save_pretrained(make(), tmp_path / "thesis.tex")
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_failed_save_leaves_the_folder_before(folder, monkeypatch):
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("foreroute.engine.checkpoint.files.write_manifest", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_pretrained(make(), folder)
+    monkeypatch.undo()
+    Training(seed=9).load(folder)
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut, flip, lambda file: file.unlink()])
+@pytest.mark.parametrize("name", ["foreroute.json", "foreroute-00000.safetensors", "model.safetensors"])
+def test_a_damaged_file_is_named_and_nothing_is_loaded(name, damage, folder):
+    damage(folder / name)
+    training = Training(seed=9)
+    before = training.weights()
+    with pytest.raises(UserError, match=rf"^{folder / name}: [^\n]+$"):
+        training.load(folder)
+    assert same(training.weights(), before) and not training.optimizer.state
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"moe": replace(MOE, experts=4)}, "was saved with moe.experts=6: must be so here, not 4"),
+        ({"moe": replace(MOE, ngram=3)}, "was saved with moe.ngram=2: must be so here, not 3"),
+        ({"moe": replace(MOE, weights=RouteWeights.live)}, "moe.weights=table: must be so here, not live"),
+        ({"pattern": r"layers\.1\.mlp"}, r"has expert layers layers.0.mlp, layers.1.mlp: must be those of this model"),
+        ({"optimizer": torch.optim.SGD}, "saved with the optimizer Adam: must be so here, not SGD"),
+    ],
+)
+def test_another_model_is_refused_in_one_line(options, line, saved):
+    training = Training(seed=9, **options)
+    before = training.weights()
+    with pytest.raises(UserError, match=rf"^{saved[0]}: [^\n]*{line}"):
+        training.load(saved[0])
+    assert same(training.weights(), before)
+
+
+def test_other_mistakes_are_named(saved, tmp_path):
+    with pytest.raises(UserError, match="the model has no expert layers: call replace_feed_forwards first"):
+        save_pretrained(Theirs(), tmp_path / "model")
+    with pytest.raises(UserError, match=r"nowhere/foreroute.json: No such file or directory"):
+        load_pretrained(make(), tmp_path / "nowhere")
+    model = make()
+    with pytest.raises(UserError, match="optimizer: 1 of its parameters are not the model's"):
+        save_pretrained(model, tmp_path / "model", optimizer=torch.optim.Adam([nn.Parameter(torch.ones(2))]))
+    model.head = nn.Linear(WIDTH, SYMBOLS + 1)
+    with pytest.raises(UserError, match=r"does not fit this model: weight/head.weight has shape none in the check"):
+        load_pretrained(model, saved[0])
+    unscheduled = Training()
+    unscheduled.scheduler = None
+    unscheduled.save(tmp_path / "model")
+    with pytest.raises(UserError, match=r"was saved without a scheduler: save it with scheduler="):
+        Training(seed=9).load(tmp_path / "model")
+
+
+def test_several_calls_of_replace_feed_forwards(tmp_path):
+    """As of an encoder and a decoder: two planners in one model."""
+
+    def two(seed):
+        model = make(seed, pattern=r"layers\.0\.mlp")
+        options = {"width": WIDTH, "vocab_size": SYMBOLS, "k": 1, "seed": seed + 5}
+        second = replace_feed_forwards(model, r"layers\.1\.mlp", moe=replace(MOE, experts=4), **options)
+        return model, second
+
+    model, second = two(0)
+    save_pretrained(model, tmp_path / "model")
+    again, loaded = two(9)
+    load_pretrained(again, tmp_path / "model")
+    assert same(again.state_dict(), model.state_dict()) and loaded.tables == second.tables

@@ -12,6 +12,7 @@ from torch import distributed as dist
 from torch import nn
 
 from foreroute.engine.config import ParallelConfig
+from foreroute.engine.errors import UserError
 from foreroute.engine.optim.model_state import state_of
 from foreroute.engine.plug_in import experts_of, load_pretrained, parameter_groups, save_pretrained
 from foreroute.engine.testing.ranks import run_ranks
@@ -195,3 +196,48 @@ def test_forgotten_moments_are_noticed(what, truth, tmp_path):
     chain = [*SHORT[:2], (3, 1, 3, {"forget": what})]
     with pytest.raises(AssertionError):
         compare(chain, run_chain(chain, tmp_path), truth)
+
+
+# DeepSpeed's own checkpoints, and mistakes.
+
+
+def message(function):
+    try:
+        function()
+    except UserError as error:
+        return str(error)
+    return "nothing"
+
+
+def deepspeeds_own(rank, folder):
+    """What save_checkpoint says of sharded experts, whether training goes on; and losses with whole experts."""
+    deepspeed.utils.logging.logger.setLevel("ERROR")
+    sharded = Training(3, 2, seed=0)
+    sharded.steps(0, 1)
+    said = [message(lambda: sharded.model.save_checkpoint(folder / "sharded"))]
+    sharded.steps(1, 2)
+    said.append(message(lambda: save_pretrained(sharded.model, folder / f"rank {rank}")))
+    sharded.save(folder / "saved")
+    whole = Training(1, 1, seed=0)
+    whole.steps(0, 2)
+    whole.model.save_checkpoint(folder / "whole")
+    want = whole.steps(2, 4)
+    said.append(message(lambda: sharded.model.load_checkpoint(folder / "whole", load_optimizer_states=False)))
+    again = Training(1, 1, seed=0)
+    again.model.load_checkpoint(folder / "whole")
+    if rank == 0:
+        (folder / "saved/foreroute-00001.safetensors").unlink()
+    dist.barrier()
+    said.append(message(lambda: load_pretrained(sharded.model, folder / "saved")))
+    return said, want, again.steps(2, 4)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_deepspeeds_checkpoints_take_whole_experts_and_refuse_sharded_ones(tmp_path):
+    for (saving, folders, loading, missing), want, got in run_ranks(deepspeeds_own, 2, tmp_path):
+        assert saving == loading and "\n" not in saving
+        assert "call foreroute.engine.plug_in.save_pretrained(engine, folder) and load_pretrained" in saving
+        assert got == want
+        assert folders.startswith("the ranks save to different folders: ") and "rank 0, " in folders
+        assert missing == f"{tmp_path}/saved/foreroute-00001.safetensors: missing"
