@@ -23,7 +23,7 @@ from foreroute.engine.parallel.collectives import all_reduce_sum
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.plug_in.attached import Call, CallArguments
 from foreroute.engine.plug_in.passes import Pass, backward_node
-from foreroute.engine.plug_in.plan_inputs import plan_inputs
+from foreroute.engine.plug_in.plan_inputs import checked_ids, plan_inputs
 from foreroute.engine.plug_in.planned_experts import PlannedExperts
 from foreroute.engine.plug_in.planned_layer import PlannedFeedForward
 from foreroute.engine.plug_in.plans import Plans, Sequences, in_order
@@ -144,7 +144,9 @@ class LiveExperts(PlannedExperts):
     def _plan(self, sequences: Sequences, k: int, number: int, *, held_out: bool) -> Plans:
         planned = sequences.routes is not None or sequences.places is not None
         require(not planned, f"routes and places: must be None with moe.router={self._moe.router}; given takes them")
-        ids, left = self._check(sequences)
+        ids, left = checked_ids(
+            sequences, ngram=self._moe.ngram, vocab_size=self._inputs.vocab_size, ranks=self._mesh.ep_size
+        )
         plan_inputs(sequences, ids, left)  # checks the rest
         real = None
         if sequences.mask is not None:
