@@ -54,12 +54,13 @@ class CallArguments:
     def __post_init__(self) -> None:
         require(self.layout in (None, *_LAYOUTS), f"layout={self.layout!r}: must be one of {', '.join(_LAYOUTS)}")
 
-    def read(self, call: "Call", context: int, side: str = "") -> Sequences:
+    def read(self, call: "Call", context: int, side: str = "", *, parts: bool = False) -> Sequences:
         """Return the ids of a call and their context.
 
         Args:
             context: number of ids left of each sequence (C).
             side: "encoder" or "decoder" if the layers are in one.
+            parts: the sequences are parts, of which other ranks know the ids left of them.
 
         Raises:
             RuntimeError: the call lacks a named argument.
@@ -80,7 +81,12 @@ class CallArguments:
         left = self._left(call, ids, context)
         _refuse_other_side(self, call, side)
         real = None if mask is None else mask[..., -length:] != 0
-        _refuse_undeclared(self, call, torch.ones_like(ids) > 0 if real is None else real)
+        known = self.left is not None or parts
+        _refuse_undeclared(self, call, torch.ones_like(ids) > 0 if real is None else real, left=known)
+        require(
+            not parts or positions is None,
+            f"{call.name(self.positions)} of parts of sequences: attach(model, documents=..) must name their documents",
+        )
         if mask is not None:
             left = self._under_mask(call, mask, left, length, context)
         if positions is not None:
@@ -89,7 +95,7 @@ class CallArguments:
         # Undeclared positions, already checked, show the start of a text.
         at_start = positions is not None or (real is None and any(call.named(_POSITIONS)))
         require(
-            left is not None or length > context or at_start,
+            left is not None or length > context or at_start or parts,
             f"{call.name(self.ids)} has {length} ids per sequence, fewer than an n-gram of {context + 1}: if they"
             " continue a text, attach(model, left=..) must name the ids left of them; if not, pass positions or a left"
             " context of 0",
@@ -213,16 +219,17 @@ def _refuse_other_side(told: CallArguments, call: Call, side: str) -> None:
     )
 
 
-def _refuse_undeclared(told: CallArguments, call: Call, real: Tensor) -> None:
+def _refuse_undeclared(told: CallArguments, call: Call, real: Tensor, *, left: bool) -> None:
     """Refuse a call with arguments that change n-grams and that attach does not name.
 
     Args:
         real: bool [B, Q], False for padding.
+        left: the ids left of the sequences are known.
     """
     for name, value in call.by_name.items():
         cache = ("past" in name or "cache" in name) and not isinstance(value, Tensor | bool | int | str)
         require(
-            not cache or told.left is not None or _is_empty(value),
+            not cache or left or _is_empty(value),
             f"argument {name!r} of the model's call holds a cache of earlier ids, so ids continue a text: "
             "attach(model, left=..) must name the ids left of them",
         )
@@ -247,7 +254,7 @@ def _refuse_undeclared(told: CallArguments, call: Call, real: Tensor) -> None:
     for name, value in () if known else call.named(_POSITIONS):
         rows = value.T if told.layout == "QB" and value.dim() == 2 else value
         if rows.shape[-1] == real.shape[-1] and rows.dim() <= real.dim():
-            _refuse_positions(name, rows.expand_as(real), real, left=told.left is not None)
+            _refuse_positions(name, rows.expand_as(real), real, left=left)
 
 
 def _refuse_positions(name: str, positions: Tensor, real: Tensor, *, left: bool) -> None:

@@ -20,7 +20,7 @@ from foreroute.engine.config import Split
 from foreroute.engine.errors import RunFailed, require
 from foreroute.engine.parallel.cpu_group import CpuGroup, odd_ones
 from foreroute.engine.plug_in.attached import kind_of
-from foreroute.engine.plug_in.plans import Sequences, in_order, keep_to_texts
+from foreroute.engine.plug_in.plans import Sequences, check_shapes, in_order, keep_to_texts
 from foreroute.engine.routing.planned_router import NO_EXPERT, BatchRoutes, Draw, GroupTokens, Places
 
 _PADDING = -1  # in place of an id
@@ -88,6 +88,46 @@ def checked_ids(sequences: Sequences, *, ngram: int, vocab_size: int, ranks: int
             " the vocabulary",
         )
     return ids.cpu().long(), left.cpu().long()
+
+
+def left_of_part(sequences: Sequences, ids_BQ: Tensor, context: int, group: CpuGroup) -> Tensor:
+    """Return the left context [B, C] of parts of sequences, from the ranks that hold the parts left of them.
+
+    Ids of another document, and those before padding, are 0. One exchange of sizes and one of [B, C, 2] numbers.
+
+    Args:
+        group: the ranks with the parts of the same sequences, from left to right; the parts may be unequal in length.
+
+    Raises:
+        UserError: left context is given, or an argument has a wrong shape.
+        RunFailed: the ranks differ in their number of sequences.
+    """
+    require(
+        sequences.left is None and ids_BQ.dim() == 2, "parts of sequences: take ids [B, Q] of this rank, and no left"
+    )
+    check_shapes(sequences, ids_BQ)
+    rows, length = ids_BQ.shape
+    last = min(context, length)
+    found = group.all_gather(np.array([rows, last]))
+    rows_P, last_P = found[:, 0].tolist(), found[:, 1].tolist()
+    if len(set(rows_P)) > 1:
+        raise RunFailed(f"the parts of a sequence differ in their number of sequences: {rows_P}, from left to right")
+    real_BQ = torch.ones_like(ids_BQ) if sequences.mask is None else (sequences.mask.cpu() != 0).long()
+    document_BQ = torch.zeros_like(ids_BQ) if sequences.documents is None else sequences.documents.cpu().long()
+    both_BQ2 = torch.stack((ids_BQ.where(real_BQ > 0, _PADDING), document_BQ), dim=-1)
+    own_BC2 = torch.full((rows, context, 2), _PADDING)
+    own_BC2[:, context - last :] = both_BQ2[:, length - last :]
+    parts = torch.from_numpy(group.all_gather(own_BC2.numpy()))
+    left = [part[:, context - size :] for part, size in zip(parts[: group.rank], last_P, strict=False)]
+    whole = torch.cat((torch.full_like(own_BC2, _PADDING), *left, both_BQ2[:, :1]), dim=1)
+    # up to the first id of this part; whatever is beyond another text is not of its text
+    whole = whole[:, whole.shape[1] - context - min(length, 1) :]
+    if not length:
+        return torch.zeros(rows, context, dtype=torch.int64)
+    id_BX, document_BX = whole.unbind(-1)
+    inside_BC = (document_BX[:, :-1] == document_BX[:, 1:]) & (id_BX[:, :-1] >= 0) & (id_BX[:, 1:] >= 0)
+    inside_BC = inside_BC.flip(1).long().cumprod(1).flip(1)
+    return id_BX[:, :-1] * inside_BC
 
 
 def plan_inputs(sequences: Sequences, ids: Tensor, left: Tensor) -> PlanInputs:

@@ -30,7 +30,7 @@ from foreroute.engine.moe.exchange import build_exchange
 from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.optim.expert_sharding import expert_group_comm
 from foreroute.engine.parallel.collectives import ExpertGroupComm
-from foreroute.engine.parallel.cpu_group import CpuGroup, expert_cpu_group
+from foreroute.engine.parallel.cpu_group import CpuGroup, GlooGroup, expert_cpu_group
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.plug_in.attached import (
     After,
@@ -44,7 +44,7 @@ from foreroute.engine.plug_in.attached import (
     kind_of,
 )
 from foreroute.engine.plug_in.passes import Pass, Passes, backward_node
-from foreroute.engine.plug_in.plan_inputs import PlanInputs, checked_ids, plan_inputs, share
+from foreroute.engine.plug_in.plan_inputs import checked_ids, left_of_part, plan_inputs, share
 from foreroute.engine.plug_in.plans import Context, Plans, Sequences
 from foreroute.engine.plug_in.replaceable import Replaced, side_of
 from foreroute.engine.routing.plan import Routing
@@ -103,6 +103,7 @@ class PlannedExperts:
         self._use(routers)
         self.k = k
         self._passes = 0  # number of passes begun
+        self._in_parts = False  # shard_sequences was called
         self._draws = 0  # number of training plans up to the last that was used
         self._connections()
         self._cpu_group = expert_cpu_group(mesh, self.timeout)
@@ -113,6 +114,7 @@ class PlannedExperts:
         # makes all plans, in the order of the requests
         self._thread = ThreadPoolExecutor(1, "foreroute-planner")
         self._cpu_group = None
+        self._part_group: CpuGroup | None = None
         # plans requested in training, and in evaluation since then
         self._requested, self._held_out = self._draws, 0
         self._delivery: Delivery | None = None
@@ -123,7 +125,7 @@ class PlannedExperts:
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy, without threads, locks, connections and plans."""
         names = "layers", "replaced", "_mesh", "_parallel", "_moe", "_inputs", "_width", "_seed", "_k", "_passes"
-        kept = {name: getattr(self, name) for name in (*names, "_draws")}
+        kept = {name: getattr(self, name) for name in (*names, "_draws", "_in_parts")}
         return {**kept, "routers": self._routers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -163,6 +165,24 @@ class PlannedExperts:
         require(1 <= k <= self._num_experts, f"k={k}: must be in 1 .. {self._num_experts}, the number of experts")
         check_use(self._routers, Split.train, k)
         self._k = k
+
+    def shard_sequences(self, group: dist.ProcessGroup) -> None:
+        """Take parts of sequences from now on, as context parallelism has them: each rank of a group the next part.
+
+        Every plan then gets the ids left of its part from the ranks before, in an exchange between the hosts. So each
+        rank of the group must request plans in the same order, with the same number of sequences; the parts may be
+        unequal in length. A copy of the model has no group: call it there, too.
+
+        Args:
+            group: a gloo group of its own, which nothing else uses (torch.distributed.new_group(ranks,
+                backend="gloo")), whose ranks hold the parts from left to right.
+
+        Raises:
+            UserError: the group is of another backend.
+        """
+        backend = dist.get_backend(group)
+        require(backend == "gloo", f"shard_sequences with a group of backend {backend}: must be gloo")
+        self._part_group, self._in_parts = GlooGroup(group), True
 
     # Plans.
 
@@ -285,7 +305,7 @@ class PlannedExperts:
         if self.passes.running() is not None or backward_node() is not None:
             return  # inside `planned`, inside another attached call, or in activation checkpointing of the whole model
         side = side_of(self.replaced[0].name) if self.replaced else ""
-        sequences = told.read(call, self._moe.ngram - 1, side)
+        sequences = told.read(call, self._moe.ngram - 1, side, parts=self._in_parts)
         plans = self._submit(sequences).result()
         self.passes.end()
         self._begin(plans)
@@ -382,10 +402,18 @@ class PlannedExperts:
         ids, left = checked_ids(
             sequences, ngram=self._moe.ngram, vocab_size=self._inputs.vocab_size, ranks=self._mesh.ep_size
         )
+        if self._in_parts:
+            require(self._part_group is not None, "a copy of a model with parts of sequences: call shard_sequences")
+            assert self._part_group is not None
+            with self._together("the group of its sequences"):
+                left = left_of_part(sequences, ids, self._moe.ngram - 1, self._part_group)
         shape = tuple(ids.shape[-2:])
         inputs = plan_inputs(sequences, ids, left)
         if ids.dim() == 2:
-            inputs = self._share(inputs, {"k": k, "tables": self._tables, "evaluation": held_out, "plans": number})
+            cpu_group = self._cpu_group = self._cpu_group or self._reconnect()
+            facts = {"k": k, "tables": self._tables, "evaluation": held_out, "plans": number}
+            with self._together("its expert group"):
+                inputs = share(inputs, cpu_group, facts, first_rank=self._mesh.ep_ranks.start)
         mesh, parallel, weight = self._mesh, self._parallel, self.layers[0].experts.w1
         tokens = inputs.num_tokens
         gather = use_gather(
@@ -407,16 +435,16 @@ class PlannedExperts:
         shape = shape[::-1] if sequences.sequence_first else shape
         return Plans(k, shape, self._tables, plans, token_T, copied, 0 if held_out else number + 1)
 
-    def _share(self, own: PlanInputs, facts: dict[str, int]) -> PlanInputs:
-        """Gather the inputs of all ranks of the expert group, which must agree in the facts."""
-        cpu_group = self._cpu_group = self._cpu_group or self._reconnect()
+    @contextlib.contextmanager
+    def _together(self, ranks: str) -> Iterator[None]:
+        """Exchange something with other ranks inside."""
         try:
-            return share(own, cpu_group, facts, first_rank=self._mesh.ep_ranks.start)
+            yield
         except RunFailed:
             raise
         except RuntimeError as error:
             raise RunFailed(
-                f"rank {self._mesh.rank} planned a forward pass, and not all ranks of its expert group did so within"
+                f"rank {self._mesh.rank} planned a forward pass, and not all ranks of {ranks} did so within"
                 f" {self.timeout.total_seconds():g} s: all must run each forward pass, evaluation too"
                 f" ({str(error).splitlines()[0]})"
             ) from error

@@ -72,12 +72,9 @@ def keep_to_texts(sequences: Sequences, ids: Tensor, left: Tensor) -> tuple[Tens
     Raises:
         UserError: mask or documents have a wrong shape, or padding is within a sequence or directly after left context.
     """
-    for name in ("mask", "documents"):
-        value = getattr(sequences, name)
-        require(
-            value is None or value.shape == ids.shape,
-            f"{name} of shape {value is not None and list(value.shape)}: must be {list(ids.shape)} as ids",
-        )
+    check_shapes(sequences, ids)
+    if not ids.numel():
+        return ids, left
     if sequences.mask is not None:
         ids = _without_padding(ids, left, sequences.mask.cpu() != 0)
     if sequences.documents is None and not sequences.sequence_first:
@@ -91,6 +88,20 @@ def keep_to_texts(sequences: Sequences, ids: Tensor, left: Tensor) -> tuple[Tens
         window = window.transpose(-2, -3)
     window = window.flatten(-3, -2)
     return window[..., -1:].contiguous(), window[..., :-1].contiguous()
+
+
+def check_shapes(sequences: Sequences, ids: Tensor) -> None:
+    """Check that mask and documents are as ids.
+
+    Raises:
+        UserError: one has another shape.
+    """
+    for name in ("mask", "documents"):
+        value = getattr(sequences, name)
+        require(
+            value is None or value.shape == ids.shape,
+            f"{name} of shape {value is not None and list(value.shape)}: must be {list(ids.shape)} as ids",
+        )
 
 
 def in_order(sequences: Sequences, value: Tensor, dims: int = 0) -> Tensor:

@@ -27,14 +27,17 @@ METHODS = {
     "fresh": {"router": "fresh"},
     "shuffled": {"builder": Builder.random, "keys": "shuffled"},
     "top_p": {"router": "top_p", "constant_experts": 1, "copy_experts": 1, "shared_width": 6, "weights": "live"},
+    "long": {"builder": Builder.random, "ngram": 4},
     "given": {"router": "given", "weights": "live", "gate": "softmax"},
 }
 UNEQUAL = [3, 5], [9, 6]  # sequences and length of the two ranks
+PARTS = [ROWS, ROWS], [7, 2]  # each rank has a part of each sequence
 CASES = [
     {"method": "hashed", "sizes": UNEQUAL},
     {"method": "fresh"},
     {"method": "given", "sizes": UNEQUAL, "how": "attached"},
     {"method": "top_p", "sizes": UNEQUAL, "stage": 3, "chunks": 3},
+    {"method": "long", "sizes": PARTS},
 ]
 MORE_CASES = [
     {"method": "shuffled", "stage": 3},
@@ -42,6 +45,7 @@ MORE_CASES = [
     {"method": "top_p", "stage": 3, "chunks": 2},
     {"method": "top_p", "sizes": UNEQUAL, "exchange": ExchangeKind.gather},
     {"method": "hashed", "sizes": ([8, 0], [9, 9])},
+    {"method": "long", "sizes": PARTS, "how": "attached"},
 ]
 
 
@@ -57,7 +61,9 @@ class Block(nn.Module):
 
 
 class Theirs(nn.Module):
-    """Returns the sum of the losses of all ids that have a target."""
+    """Returns the sum of the losses of all ids that have a target; `mixes` ids of a sequence."""
+
+    mixes = True
 
     def __init__(self):
         super().__init__()
@@ -68,7 +74,7 @@ class Theirs(nn.Module):
     def forward(self, ids, targets, mask=None, routes=None):
         x = self.embed(ids)
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x) if self.mixes else x + layer.mlp(x)
         return F.cross_entropy(self.head(x).flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=NO_TARGET)
 
 
@@ -76,7 +82,8 @@ def make(method, **parallel):
     torch.manual_seed(0)
     model = Theirs()
     text = torch.randint(0, SYMBOLS, (300,), generator=torch.Generator().manual_seed(9))
-    moe = MoEConfig(experts=EXPERTS, expert_width=12, ngram=2, rows=64, **METHODS[method])
+    rows = {"experts": EXPERTS, "expert_width": 12, "ngram": 2, "rows": 64}
+    moe = MoEConfig(**rows | METHODS[method])
     experts = replace_feed_forwards(
         model,
         r"layers\.\d+\.mlp",
@@ -97,7 +104,9 @@ def batch(step, sizes, method):
     ids, targets = (torch.from_numpy(draw.integers(0, SYMBOLS, (ROWS, LENGTH))) for _ in range(2))
     mask = torch.ones(ROWS, LENGTH, dtype=torch.int64)
     mask[1, 5:] = 0
-    if sizes:
+    if sizes == PARTS:
+        mask[2, :8] = 0
+    elif sizes:
         mask[sizes[0][0] :, sizes[1][1] :] = 0
     has_target = torch.from_numpy(draw.random((ROWS, LENGTH)) < np.linspace(0.2, 0.9, ROWS)[:, None])
     targets[(mask == 0) | ~has_target] = NO_TARGET
@@ -110,6 +119,9 @@ def batch(step, sizes, method):
 
 def part(found, rank, sizes):
     """What a rank has of a batch."""
+    if sizes == PARTS:
+        place = slice(0, 7) if rank == 0 else slice(7, None)
+        return {name: value[:, place] for name, value in found.items()}
     rows, lengths = sizes or ([ROWS // 2] * 2, [LENGTH] * 2)
     first = sum(rows[:rank])
     return {name: value[first : first + rows[rank], : lengths[rank]] for name, value in found.items()}
@@ -133,6 +145,7 @@ def by_expert(parameters, experts):
 
 def one_rank(case):
     model, experts = make(case["method"])
+    model.mixes = case.get("sizes") != PARTS
     adam = torch.optim.Adam(model.parameters(), **ADAM)
     losses = []
     for step in range(STEPS):
@@ -149,6 +162,9 @@ def train(rank, case, mean=mean_over_ranks):
     stage, how, sizes = case.get("stage", 1), case.get("how", "planned"), case.get("sizes")
     parallel = {name: case[name] for name in ("chunks", "exchange") if name in case}
     model, experts = make(case["method"], expert_ranks=2, **parallel)
+    model.mixes = sizes != PARTS
+    if sizes == PARTS:
+        experts.shard_sequences(dist.new_group([0, 1], backend="gloo"))
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
@@ -158,7 +174,7 @@ def train(rank, case, mean=mean_over_ranks):
     adam = torch.optim.Adam(parameter_groups(model.parameters()), **ADAM)
     engine = deepspeed.initialize(model=model, optimizer=adam, config=config)[0]
     if how == "attached":
-        experts.attach(engine, mask="mask", routes="routes")
+        experts.attach(engine, mask="mask", **({"routes": "routes"} if case["method"] == "given" else {}))
     losses = []
     for step in range(STEPS):
         given = part(batch(step, sizes, case["method"]), rank, sizes)
