@@ -90,6 +90,19 @@ def checked_ids(sequences: Sequences, *, ngram: int, vocab_size: int, ranks: int
     return ids.cpu().long(), left.cpu().long()
 
 
+def check_places(places: Tensor, length: int, text_length: int) -> None:
+    """Check that sequences of so many ids at these places are in a text of so many ids.
+
+    Raises:
+        UserError: one is not.
+    """
+    low, high = (int(x) for x in places.aminmax()) if places.numel() else (0, 0)
+    require(
+        not places.is_floating_point() and low >= -1 and high + length <= text_length,
+        f"places from {low} to {high}, of {length} ids each: must be in the text of {text_length} ids",
+    )
+
+
 def left_of_part(sequences: Sequences, ids_BQ: Tensor, context: int, group: CpuGroup) -> Tensor:
     """Return the left context [B, C] of parts of sequences, from the ranks that hold the parts left of them.
 

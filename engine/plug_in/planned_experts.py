@@ -44,7 +44,7 @@ from foreroute.engine.plug_in.attached import (
     kind_of,
 )
 from foreroute.engine.plug_in.passes import Pass, Passes, backward_node
-from foreroute.engine.plug_in.plan_inputs import checked_ids, left_of_part, plan_inputs, share
+from foreroute.engine.plug_in.plan_inputs import check_places, checked_ids, left_of_part, plan_inputs, share
 from foreroute.engine.plug_in.plans import Context, Plans, Sequences
 from foreroute.engine.plug_in.replaceable import Replaced, side_of
 from foreroute.engine.routing.plan import Routing
@@ -399,6 +399,9 @@ class PlannedExperts:
         for name in ("routes", "places"):
             unused = getattr(sequences, name) is None or self._routers[0].of_places
             require(unused, f"{name}: must be None with moe.router={self._moe.router}; given takes them")
+        if sequences.places is not None and isinstance(sequences.ids, Tensor):
+            text = () if self._inputs.splits is None else self._inputs.splits(Split.train)
+            check_places(sequences.places, sequences.ids.shape[-1], len(text))
         ids, left = checked_ids(
             sequences, ngram=self._moe.ngram, vocab_size=self._inputs.vocab_size, ranks=self._mesh.ep_size
         )

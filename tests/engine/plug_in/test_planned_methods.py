@@ -323,11 +323,22 @@ def test_routes_that_do_not_fit_are_named(folder, text):
             {"routes": high, "route_weights": weights},
             r"routes: token 11 has .* in layer 0; must be distinct, in 0 .. 3",
         ),
-        ({"places": torch.zeros(2)}, r"places of shape \[2\]: must be \[3\]"),
+        (
+            {"places": torch.zeros(3, dtype=torch.int64)},
+            "places from 0 to 0, of 9 ids each: must be in the text of 0 ids",
+        ),
     ):
         with pytest.raises((UserError, RunFailed), match=fault) as error:
             experts.plan(ids, **given)
         assert "\n" not in str(error.value)
+    of_text = make("given", folder, text)[1]
+    with pytest.raises(UserError, match=r"places of shape \[2\]: must be \[3\]"):
+        of_text.plan(ids, places=torch.zeros(2, dtype=torch.int64))
+    for place in (-2, 592):
+        with pytest.raises(
+            UserError, match=f"places from {place} to {place}, of 9 ids each: must be in the text of 600"
+        ):
+            of_text.plan(ids, places=torch.full((3,), place))
     with pytest.raises(UserError, match=r"routes: must be None with moe.router=hashed; given takes them"):
         make("hashed", folder, text)[1].plan(ids, routes=routes)
     moe = replace(config_of("given", folder), options={"file": str(folder / "given.npy"), "valid_file": "other.npy"})
