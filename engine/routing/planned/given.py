@@ -117,19 +117,18 @@ class GivenRouter(PlannedRouter):
     of_ids = False
     of_places = True
 
-    def __init__(
-        self, experts: int, routes: Mapping[Split, RecordedRoutes], layer: int, weights: RouteWeights, *, columns: int
-    ) -> None:
-        """Take the routes of each split, and the layer whose routes they are."""
-        super().__init__(experts, columns=columns)
-        self.routes, self.layer, self.weights = routes, layer, weights
+    def __init__(self, moe: MoEConfig, routes: Mapping[Split, RecordedRoutes], *, layer: int, layers: int) -> None:
+        """Take the routes of each split, and the layer whose routes they are, of so many."""
+        super().__init__(moe.experts, columns=moe.columns)
+        self.routes, self.weights = routes, moe.weights
+        self.layer, self.layers = layer, layers
 
     @classmethod
     def build(cls, moe: MoEConfig, inputs: RouterInputs) -> Sequence[Self]:
         """Open the files and check them. Without a file and without a text, routes come with each batch."""
         options = read_options(moe, GivenOptions)
         if options == GivenOptions() and inputs.splits is None:
-            return [cls(moe.experts, {}, layer, moe.weights, columns=moe.columns) for layer in range(inputs.number)]
+            return [cls(moe, {}, layer=layer, layers=inputs.number) for layer in range(inputs.number)]
         require(options.file is not None, "moe.options.file is missing: moe.router=given needs it, such as routes.npy")
         require(
             inputs.splits is not None, "moe.router=given: routes belong to the splits of a run's text; there is none"
@@ -149,7 +148,7 @@ class GivenRouter(PlannedRouter):
             moe.weights is not RouteWeights.table or not without,
             f"moe.weights=table: there are no weights beside {without[:1]}; take uniform, sum or live",
         )
-        return [cls(moe.experts, routes, layer, moe.weights, columns=moe.columns) for layer in range(inputs.number)]
+        return [cls(moe, routes, layer=layer, layers=inputs.number) for layer in range(inputs.number)]
 
     def refusal(self, split: Split, k: int) -> str | None:
         """Return why a split, or k, has no routes."""
@@ -185,9 +184,9 @@ class GivenRouter(PlannedRouter):
         """Return the experts [r, K] and, for moe.weights=table, their weights, of routes that came with the batch."""
         layers, listed = routes.expert_PTyK.shape[2:]
         require(
-            self.layer < layers and k <= listed,
-            f"routes of {layers} layers and {listed} experts of a token: must be of all {self.layer + 1} or more layers"
-            f" and of at least k={k} experts",
+            layers == self.layers and k <= listed,
+            f"routes of {layers} layers and {listed} experts of a token: must be of {self.layers} layers and at least"
+            f" k={k} experts",
         )
         expert_rK = routes.expert_PTyK[:, :, self.layer].reshape(-1, listed)
         _check("routes", expert_rK[:, None], 0, self.columns, layer=self.layer)

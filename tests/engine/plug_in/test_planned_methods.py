@@ -317,7 +317,7 @@ def test_routes_that_do_not_fit_are_named(folder, text):
         ({"routes": routes - 2}, "routes from -2 to 1: must be numbers of experts, and -1 after"),
         ({"routes": routes, "route_weights": weights[..., :2]}, r"route_weights of shape \[3, 9, 2, 2\]: must be that"),
         ({"routes": routes[:, :, :1], "route_weights": weights[:, :, :1]}, "routes of 1 layers and 3 experts"),
-        ({"routes": routes[..., :1], "route_weights": weights[..., :1]}, "at least k=2 experts"),
+        ({"routes": routes[..., :1], "route_weights": weights[..., :1]}, "must be of 2 layers and at least k=2"),
         ({"routes": twice, "route_weights": weights}, r"routes: token 1 has the experts \[2, 2, 2\] in layer 1"),
         (
             {"routes": high, "route_weights": weights},

@@ -30,7 +30,8 @@ METHODS = {
     "long": {"builder": Builder.random, "ngram": 4},
     "given": {"router": "given", "weights": "live", "gate": "softmax"},
 }
-UNEQUAL = [3, 5], [9, 6]  # sequences and length of the two ranks
+UNEQUAL = [3, 5], [9, 6]  # sequences and length of the ranks
+OF_FOUR = [1, 3, 2, 2], [9, 4, 6, 7]
 PARTS = [ROWS, ROWS], [7, 2]  # each rank has a part of each sequence
 CASES = [
     {"method": "hashed", "sizes": UNEQUAL},
@@ -47,6 +48,7 @@ MORE_CASES = [
     {"method": "hashed", "sizes": ([8, 0], [9, 9])},
     {"method": "long", "sizes": PARTS, "how": "attached"},
 ]
+CASES_OF_FOUR = [{"method": "given", "sizes": OF_FOUR}, {"method": "hashed", "sizes": OF_FOUR, "stage": 3}]
 
 
 class Block(nn.Module):
@@ -107,7 +109,10 @@ def batch(step, sizes, method):
     if sizes == PARTS:
         mask[2, :8] = 0
     elif sizes:
-        mask[sizes[0][0] :, sizes[1][1] :] = 0
+        for rank, length in enumerate(sizes[1]):
+            mask[sum(sizes[0][:rank]) :, length:] = 0
+            mask[sum(sizes[0][: rank + 1]) :] = 1
+        mask[1, 5:] = 0
     has_target = torch.from_numpy(draw.random((ROWS, LENGTH)) < np.linspace(0.2, 0.9, ROWS)[:, None])
     targets[(mask == 0) | ~has_target] = NO_TARGET
     found = {"ids": ids, "targets": targets, "mask": mask}
@@ -183,10 +188,10 @@ def train(rank, case, mean=mean_over_ranks):
         engine.step()
         total = loss.detach().clone()
         dist.all_reduce(total)
-        losses.append(total.item() / 2)
+        losses.append(total.item() / dist.get_world_size())
     weights = {name: safe_get_full_fp32_param(p) for name, p in engine.module.named_parameters()}
-    local = EXPERTS // 2
-    return SimpleNamespace(losses=losses, weights=by_expert(weights, range(rank * local, (rank + 1) * local)))
+    first = rank % 2 * EXPERTS // 2
+    return SimpleNamespace(losses=losses, weights=by_expert(weights, range(first, first + EXPERTS // 2)))
 
 
 def own_mean(loss_sum, count):
@@ -217,7 +222,7 @@ def faults(got, want):
 def check(answers, cases):
     for number, case in enumerate(cases):
         want = one_rank(case)
-        assert [faults(answer[number], want) for answer, _ in answers] == [[], []], case
+        assert [faults(answer[number], want) for answer, _ in answers] == [[]] * len(answers), case
         assert {name for answer, _ in answers for name in answer[number].weights} == set(want.weights)
 
 
@@ -230,6 +235,12 @@ def test_two_ranks_train_like_plain_pytorch(on_two_ranks):
 @pytest.mark.slow
 def test_more_cases_on_two_ranks():
     check(run_ranks(work, 2, MORE_CASES, []), MORE_CASES)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_four_ranks_in_two_groups():
+    check(run_ranks(work, 4, CASES_OF_FOUR, []), CASES_OF_FOUR)
 
 
 @pytest.mark.dist
