@@ -350,6 +350,9 @@ class GeneratedIds:
         length = ids.shape[-1]
         if ids.dim() != 2 or kept.dim() != 2 or not torch.equal(kept[:, -length:], ids):
             return told
+        caches = [value for value in call.by_name.values() if hasattr(value, "get_seq_length")]
+        if any(int(cache.get_seq_length()) != kept.shape[1] - length for cache in caches):
+            return told  # a chunk of a prompt, without the ids before it
         return replace(told, left=lambda *_, **__: kept[:, : kept.shape[1] - length])
 
     def remove(self) -> None:

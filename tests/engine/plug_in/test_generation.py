@@ -147,13 +147,16 @@ def test_a_model_of_transformers(llama, left, how):
 
 
 def test_a_call_by_hand_with_a_cache_is_refused(llama):
-    """After generation nothing is left of its ids."""
+    """After generation nothing is left of its ids. Chunks of a prompt come without the ids before them."""
     model, experts = llama
     ids, mask = prompts(False)
     attached = experts.attach(model, "input_ids", mask="attention_mask")
     model.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False, pad_token_id=0)
     first = model(input_ids=ids, attention_mask=mask, use_cache=True)
     cache = {name: value for name, value in first.items() if hasattr(value, "get_seq_length")}
+    assert len(cache) == 1
     with pytest.raises(UserError, match="so ids continue a text: attach"):
         model(input_ids=ids[:, :1], **cache)
+    with pytest.raises(UserError, match="so ids continue a text: attach"):
+        model.generate(ids, attention_mask=mask, max_new_tokens=2, prefill_chunk_size=5, pad_token_id=0)
     attached.remove()
