@@ -3,12 +3,13 @@
 # make test-cluster   tests on simulated machines and on a real Slurm; as root it installs what they need (Debian, Ubuntu)
 # make test-gpu   on a machine with a GPU: all tests of the kernels, natively
 # make gpu-wheels PYTHON=python3.12   packages for benchmarks.gpu_check on a machine without a network
+# make hf      set everything up with transformers and Accelerate (docs/hugging_face.md)
 # make lint    style, types and spelling (.pre-commit-config.yaml)
 PYTHON ?= python3.11
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train test test-all test-cluster test-gpu gpu-wheels lint clean
+.PHONY: train test test-all test-cluster test-gpu gpu-wheels hf lint clean
 # Tests are shared out over JOBS processes and one for the Triton kernels (tests/README.md), more than there are cores since some
 # wait; JOBS=0 keeps them in one, for a debugger.
 JOBS ?= 3
@@ -46,6 +47,11 @@ gpu-wheels:
 	DS_BUILD_OPS=0 $(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps -c constraints.txt \
 		-r benchmarks/gpu_check/packages.txt -w $(WHEELS)
 	@du -sm $(WHEELS) | awk '{print $$2 ": " $$1 " MiB"; exit $$1 > 50}'
+
+# After PyTorch, which the extra asks for: alone it would pull another build of several GB.
+hf: $(VENV)/ready
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[hf]"
+	$(RUN) -m pip check
 
 lint: $(VENV)/ready
 	$(VENV)/bin/pre-commit run --all-files

@@ -1,1 +1,1 @@
-"""Models and training loops of Hugging Face on the expert layer; needs transformers (docs/hugging_face.md)."""
+"""Models and training loops of Hugging Face on foreroute's expert layers (docs/hugging_face.md)."""

@@ -1,0 +1,45 @@
+"""The example of expert models of transformers, run as its page says."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+pytest.importorskip("transformers")
+
+
+def run(ranks, *arguments):
+    """The lines of a run, as columns."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, *launcher, "examples/hugging_face/train_moe.py", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert done.returncode == 0, done.stderr
+    return [line.split() for line in done.stdout.splitlines() if line.endswith(("yes", "no"))]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("ranks", "arguments", "sent"),
+    [
+        (1, ["--families", "Qwen3Moe"], {"live": "0", "replayed": "0"}),
+        pytest.param(2, ["--stage", "3"], {"live": "4", "replayed": "2"}, marks=pytest.mark.slow),
+    ],
+)
+def test_logits_are_theirs_and_training_learns(ranks, arguments, sent):
+    """A live router's counts and weights are two collectives of a layer more."""
+    lines = run(ranks, *arguments)
+    assert len(lines) == (2 if ranks == 1 else 6)
+    for _, routes, error, collectives, bytes_sent, first, last, same in lines:
+        assert float(error) < 1e-5 and collectives == sent[routes] and same == "yes"
+        assert float(last) < float(first.rstrip(",")) - 1
+        assert (bytes_sent != "0") == (ranks > 1)
