@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from foreroute.kernels.activations import ACTIVATIONS
 from foreroute.kernels.dropout import Dropout
 from foreroute.kernels.expert_index import ExpertRows
 from foreroute.kernels.launching import MAX_ROWS, is_interpreted
@@ -20,7 +21,7 @@ _ALIGNMENT = 16  # bytes: the widest access of a GPU thread
 
 
 class ExpertWeights(NamedTuple):
-    """Stacked parameters of the local experts; w3 (the gate) only for SwiGLU."""
+    """Stacked parameters of the local experts; w3 only with a gate."""
 
     w1_LFD: Tensor
     b1_LF: Tensor
@@ -32,8 +33,8 @@ class ExpertWeights(NamedTuple):
 class Saved(NamedTuple):
     """The tensors that the forward pass saves for backward besides its inputs; unused ones are empty."""
 
-    hidden_NF: Tensor  # hidden units after activation and dropout; for SwiGLU the pre-activation
-    gate_NF: Tensor  # SwiGLU: input of the gate
+    hidden_NF: Tensor  # the pre-activation; for ReLU without a gate the hidden units after activation and dropout
+    gate_NF: Tensor  # with a gate: its input w3 x
     x_ND: Tensor  # mode "fast": the gathered token rows
     tile_map: Tensor  # "triton", if backward may follow: int32 [tiles, 2], expert and first expert row of each tile
 
@@ -68,6 +69,18 @@ def resolve_options(x: Tensor, backend: str | None, mode: str, precision: str) -
     if precision == "tf32" and backend != "triton":
         raise ValueError(f"precision='tf32': backend {backend!r} has only 'ieee'")
     return Options(backend, mode, precision)
+
+
+def resolve_activation(activation: str | None, weights: ExpertWeights) -> str:
+    """Return the caller's activation, by default SwiGLU's with a gate and ReLU without.
+
+    Raises:
+        ValueError: the activation is unknown.
+    """
+    if activation is None:
+        return "relu" if weights.w3_LFD is None else "silu"
+    check_choice("activation", activation, tuple(ACTIVATIONS))
+    return activation
 
 
 def resolve_backend(x: Tensor, backend: str | None) -> str:

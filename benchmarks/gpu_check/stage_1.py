@@ -35,6 +35,7 @@ from foreroute.engine.routing.planned_router import GroupTokens
 from foreroute.engine.routing.tables import build_tables
 from foreroute.engine.testing.read_backs import ReadBacks
 from foreroute.kernels import Dropout, ExpertRows, combine, expert_ffn, moe_ffn, permute_rows
+from foreroute.kernels.activations import ACTIVATIONS
 from foreroute.kernels.testing.cases import make_case, run_layer, run_with_gradients, worst_error
 from foreroute.kernels.testing.interpreter import bf16_semantics
 
@@ -53,6 +54,7 @@ class Job(NamedTuple):
     name: str  # key of DTYPES
     gated: bool
     rate: float  # of dropout
+    activation: str | None = None  # as for kernels.moe_ffn
 
 
 def kernels(setting: Setting) -> dict[str, Any]:
@@ -62,6 +64,8 @@ def kernels(setting: Setting) -> dict[str, Any]:
     jobs = [Job(shape, name, gated, rate) for rate, gated, shape, name in cases]
     if setting.dry_run:  # the interpreter has no tf32, and is slow
         jobs = [job for job in jobs if job.name != "tf32" and (job.shape != SMALL[0] or job.gated == bool(job.rate))]
+    others = [(gated, name) for name in ACTIVATIONS for gated in (False, True) if name != ("silu" if gated else "relu")]
+    jobs += [Job(SMALL[1] if setting.dry_run else LARGE[0], "fp32", gated, 0.3, name) for gated, name in others]
     found = in_processes(partial(compare, device=setting.device), jobs, setting.seconds)
     worst: dict[str, float] = {}
     failed = []
@@ -86,8 +90,9 @@ def compare(job: Job, *, device: str) -> dict[str, tuple[float, str]]:
     with ExitStack() as stack:
         if device == "cpu" and dtype is torch.bfloat16:
             stack.enter_context(bf16_semantics())
-        want = run_layer(moe_ffn, case, torch.float64, backend="reference", **_dropout(job.rate, tokens, "cpu"))
-        options = {"backend": "triton", "precision": precision, **_dropout(job.rate, tokens, device)}
+        options: dict[str, Any] = {"activation": job.activation, **_dropout(job.rate, tokens, "cpu")}
+        want = run_layer(moe_ffn, case, torch.float64, backend="reference", **options)
+        options |= {"backend": "triton", "precision": precision, **_dropout(job.rate, tokens, device)}
         found = {"moe_ffn": (run_layer(moe_ffn, case, dtype, device=device, **options), want)}
         if not job.rate and tokens > 0:
             found |= _steps_of_the_layer(case, dtype, device, precision)

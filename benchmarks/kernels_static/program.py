@@ -1,8 +1,9 @@
 """Compile every Triton kernel for four architectures and count the bytes it moves, all without a GPU.
 
 The real launchers are driven with tensors on the meta device, so the compiled launches are those that a GPU would get:
-every dtype and tile size, with and without gate, dropout and the mixing weights' gradient. Then the bytes that the
-launches of five named model shapes move are counted, against the least that fused kernels must move. Nothing is timed.
+every dtype and tile size, with and without gate, dropout and the mixing weights' gradient, ReLU and SwiGLU; the other
+activations in bf16 alone. Then the bytes that the launches of five named model shapes move are counted, against the
+least that fused kernels must move. Nothing is timed.
 
 `python -m benchmarks.kernels_static` compiles all, `--quick` the selection that the tests compile. The exit code is 1
 if anything fails.
@@ -24,6 +25,7 @@ from torch import Tensor
 from benchmarks.harness import positive, print_result, print_table
 from benchmarks.kernels_static import aot
 from foreroute.kernels import Dropout, ExpertRows, ExpertWeights
+from foreroute.kernels.activations import ACTIVATIONS
 from foreroute.kernels.gpu.combine_permute import (
     add_rows_triton,
     combine_backward_triton,
@@ -32,6 +34,7 @@ from foreroute.kernels.gpu.combine_permute import (
 )
 from foreroute.kernels.gpu.expert_ffn import ffn_backward_triton, ffn_forward_triton
 from foreroute.kernels.launching import Launch, recording
+from foreroute.kernels.operands import resolve_activation
 from foreroute.kernels.testing.byte_counts import accesses
 
 
@@ -72,6 +75,7 @@ class Layer:
     dropout: bool = False
     dweight: bool = False  # the mixing weights want a gradient
     alone: bool = False  # expert_ffn without combine
+    activation: str | None = None  # as for kernels.moe_ffn
 
 
 class Build(NamedTuple):
@@ -116,8 +120,9 @@ def record_layer(layer: Layer, arch: str) -> tuple[list[Launch], list[Launch]]:
     x_RD, weights = empty_operands(layer.shape, dtype, layer.gated)
     weight_N = None if layer.alone else empty(rows.num_rows, dtype=torch.float32)
     dropout = Dropout(0.1, 1, empty(layer.shape.tokens)) if layer.dropout else None
+    options = {"activation": resolve_activation(layer.activation, weights), "precision": precision}
     with recording(run=False, arch=arch) as forward:
-        y_ND, saved = ffn_forward_triton(x_RD, weights, rows, dropout, save=True, precision=precision)
+        y_ND, saved = ffn_forward_triton(x_RD, weights, rows, dropout, save=True, **options)
         if weight_N is not None:
             combine_triton(y_ND, weight_N, rows)
     with recording(run=False, arch=arch) as backward:
@@ -130,7 +135,7 @@ def record_layer(layer: Layer, arch: str) -> tuple[list[Launch], list[Launch]]:
             saved,
             weight_N=weight_N,
             dweight=layer.dweight,
-            precision=precision,
+            **options,
         )
     return forward.launches, backward.launches
 
@@ -138,9 +143,10 @@ def record_layer(layer: Layer, arch: str) -> tuple[list[Launch], list[Launch]]:
 def record_inference(layer: Layer, arch: str) -> list[Launch]:
     """Record the launches of a layer's forward pass that keeps nothing for backward."""
     dtype, precision = ARITHMETIC[layer.arithmetic]
-    operands = empty_operands(layer.shape, dtype, layer.gated)
+    x_RD, weights = empty_operands(layer.shape, dtype, layer.gated)
+    options = {"activation": resolve_activation(layer.activation, weights), "precision": precision}
     with recording(run=False, arch=arch) as forward:
-        ffn_forward_triton(*operands, empty_rows(layer.shape), None, save=False, precision=precision)
+        ffn_forward_triton(x_RD, weights, empty_rows(layer.shape), None, save=False, **options)
     return forward.launches
 
 
@@ -164,10 +170,10 @@ def record_rows(shape: Shape, dtype: torch.dtype, arch: str) -> list[Launch]:
 
 
 def quick_builds(arch: str) -> list[Build]:
-    """Return one configuration of every kernel, plain and gated: bf16, many rows for each expert."""
+    """Return one configuration of every kernel, plain and gated, and gated GELU: bf16, many rows for each expert."""
     launches: list[Launch] = []
-    for gated in (False, True):
-        layer = Layer(MANY_ROWS, "bf16", gated, dropout=gated, dweight=gated)
+    for gated, activation in ((False, "relu"), (True, "silu"), (True, "gelu")):
+        layer = Layer(MANY_ROWS, "bf16", gated, dropout=gated, dweight=gated, activation=activation)
         forward, backward = record_layer(layer, arch)
         launches += forward + backward
     return distinct([*launches, *record_rows(MANY_ROWS, torch.bfloat16, arch)[:4]], arch)
@@ -183,6 +189,9 @@ def full_builds(arch: str) -> list[Build]:
                 launches += itertools.chain(*record_layer(layer, arch))
         launches += record_inference(Layer(shape, arithmetic, gated=True), arch)
         launches += record_rows(shape, ARITHMETIC[arithmetic][0], arch)
+    for activation, gated in itertools.product(ACTIVATIONS, (False, True)):
+        layer = Layer(MANY_ROWS, "bf16", gated, dropout=True, dweight=True, activation=activation)
+        launches += itertools.chain(*record_layer(layer, arch))
     return distinct(launches, arch)
 
 

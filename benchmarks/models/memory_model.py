@@ -134,6 +134,7 @@ CASES = (
     _case(1, k=8),
     _case(1, mode=SavedForBackward.fast),
     _case(1, activation=Activation.swiglu),
+    _case(1, activation=Activation.gelu),
     _case(1, shared_width=128, pre_norm=True),
     _case(1, shared_width=128, residual=True),
     _case(1, constant_experts=2, copy_experts=1),

@@ -55,10 +55,29 @@ class Gate(Enum):
 
 
 class Activation(Enum):
-    """Non-linearity of an expert."""
+    """Non-linearity of an expert, and of a dense feed-forward: act(W1 x + b1), gated act(W1 x + b1) * (W3 x)."""
 
     relu = "relu"
-    swiglu = "swiglu"
+    silu = "silu"
+    gelu = "gelu"  # with erf
+    gelu_tanh = "gelu_tanh"  # the approximation with tanh
+    reglu = "reglu"  # gated relu
+    swiglu = "swiglu"  # gated silu
+    geglu = "geglu"  # gated gelu
+    geglu_tanh = "geglu_tanh"  # gated gelu_tanh
+
+    @property
+    def gated(self) -> bool:
+        """Whether the hidden units are multiplied by W3 x."""
+        return self.value in _GATED
+
+    @property
+    def function(self) -> str:
+        """The name of act in kernels/activations.py."""
+        return _GATED.get(self.value, self.value)
+
+
+_GATED = {"reglu": "relu", "swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
 
 
 class Growth(Enum):

@@ -126,7 +126,11 @@ class MoEConfig:
         at_least=1,
     )
     plain_width: int = option(512, "Hidden width of layers without experts, also with router=dense.", at_least=1)
-    activation: Activation = Activation.relu
+    activation: Activation = option(
+        Activation.relu,
+        "Non-linearity of experts and dense feed-forwards. reglu, swiglu, geglu and geglu_tanh are relu, silu, gelu and"
+        " gelu_tanh with a gate: a third matrix.",
+    )
     ngram: int = option(
         3, "Ids in a hashed router's key: the n-gram that ends at the token.", at_least=1, at_most=MAX_NGRAM
     )
@@ -270,7 +274,7 @@ def feed_forward_width(model: ModelConfig, moe: MoEConfig, layer: int) -> int:
     if moe.dense_width is not None:
         return moe.dense_width
     whole, matrices = moe.strata * (moe.experts * moe.expert_width + moe.shared_width), 2
-    if moe.activation is Activation.swiglu:
+    if moe.activation.gated:
         matrices = 3
     at_input = model.ngram_rows * model.width if model.ngram else 0
     if model.signatures:

@@ -94,7 +94,8 @@ def output_similarity(seen: LayerSeen, tokens: int = COMPARED_TOKENS) -> float:
     rows, _ = expert_rows(everyone_TE, num_experts)
     weights = ExpertWeights(experts.w1, experts.b1, experts.w2, experts.b2, experts.w3)
     with torch.inference_mode():
-        y_ND = expert_ffn(x_TD, weights, rows, backend=Backend.cpu.value)
+        act = experts.activation.function
+        y_ND = expert_ffn(x_TD, weights, rows, activation=act, backend=Backend.cpu.value)
         return _mean_of_pairs(y_ND.view(num_experts, len(x_TD), -1))
 
 

@@ -128,7 +128,7 @@ def _flops(products: Iterable[Product]) -> float:
 
 def count_matrices(activation: Activation) -> int:
     """Count the products of an expert in a forward pass."""
-    return 3 if activation is Activation.swiglu else 2
+    return 3 if activation.gated else 2
 
 
 FORWARD_AND_BACKWARD = 3

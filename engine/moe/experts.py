@@ -1,7 +1,7 @@
 """The experts of one layer on this rank: stacked parameters and the call of kernels.moe_ffn.
 
 The names and shapes of the parameters determine checkpoint keys and satisfy DeepSpeed's expert-parallel contract: w1,
-w2 and, for SwiGLU, w3, each [L, F, D], and the biases b1 [L, F], b2 [L, D]. Every matrix, w2 too, has one row per
+w2 and, with a gate, w3, each [L, F, D], and the biases b1 [L, F], b2 [L, D]. Every matrix, w2 too, has one row per
 hidden unit, so that all experts together are one dense feed-forward, seen as [L*F, D].
 
 Letters: L experts on this rank, D width, F expert hidden width, R received rows, T local tokens.
@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from foreroute.engine.config import Activation, Backend, KernelsConfig, MoEConfig
+from foreroute.engine.config import Backend, KernelsConfig, MoEConfig
 from foreroute.engine.moe.exchange import Exchange, Local, check_plan
 from foreroute.engine.moe.gate import LiveGate
 from foreroute.engine.moe.overlap import ChunkCall, run_in_chunks
@@ -23,7 +23,7 @@ from foreroute.kernels import Dropout, ExpertWeights, moe_ffn
 
 
 class Experts(nn.Module):
-    """E_i(x) = W2_i Dropout(act(W1_i x + b1_i)) + b2_i for the local experts i."""
+    """E_i(x) = W2_i Dropout(act(W1_i x + b1_i)) + b2_i for the local experts i; with a gate act(.) * (W3_i x)."""
 
     w3: nn.Parameter | None
     first_L1: Tensor | None
@@ -41,8 +41,8 @@ class Experts(nn.Module):
         self.b1 = nn.Parameter(torch.zeros(shape[:2]))
         self.w2 = nn.Parameter(torch.empty(shape))
         self.b2 = nn.Parameter(torch.zeros(moe.experts, width))
-        gated = moe.activation is Activation.swiglu
-        self.register_parameter("w3", nn.Parameter(torch.empty(shape)) if gated else None)
+        self.activation = moe.activation
+        self.register_parameter("w3", nn.Parameter(torch.empty(shape)) if moe.activation.gated else None)
         first = [place == 0 for size in slices for place in range(size)]
         bias_of = None if all(first) else torch.tensor(first).float()[:, None]
         self.register_buffer("first_L1", bias_of, persistent=False)
@@ -108,6 +108,7 @@ class Experts(nn.Module):
         if self.kernels.backend is Backend.auto:
             backend = "triton" if rows_RD.is_cuda else "cpu"
         options = {
+            "activation": self.activation.function,
             "dropout": dropout,
             "masked": backend == "cpu" and k >= self.masked_from_k,
             "backend": backend,

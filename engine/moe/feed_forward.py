@@ -1,16 +1,16 @@
-"""The dense feed-forward of dense blocks and the shared expert: linear, ReLU or SwiGLU, dropout, linear, with biases.
+"""The dense feed-forward of dense blocks and the shared expert: linear, activation, dropout, linear, with biases.
 
 Letters: D model width, F hidden width.
 """
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foreroute.engine.config import Activation
+from foreroute.kernels.activations import ACTIVATIONS
 
 
 class FeedForward(nn.Module):
-    """W2 Dropout(act(W1 x + b1)) + b2; for SwiGLU act(z) is silu(z) * (W3 x), as in the experts."""
+    """W2 Dropout(act(W1 x + b1)) + b2; with a gate act(W1 x + b1) * (W3 x), as in the experts."""
 
     w3: nn.Linear | None
 
@@ -18,8 +18,8 @@ class FeedForward(nn.Module):
         super().__init__()
         self.w1 = nn.Linear(width, inner)
         self.w2 = nn.Linear(inner, width)
-        gated = activation is Activation.swiglu
-        self.w3 = nn.Linear(width, inner, bias=False) if gated else None
+        self.w3 = nn.Linear(width, inner, bias=False) if activation.gated else None
+        self.activation = ACTIVATIONS[activation.function]
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_D: Tensor, keep_F: Tensor | None = None, scale: float = 1.0) -> Tensor:
@@ -29,8 +29,9 @@ class FeedForward(nn.Module):
             keep_F: bool, shape of the hidden units: replaces random dropout; units that are kept are multiplied by
                 scale.
         """
-        z_F = self.w1(x_D)
-        hidden_F = F.relu(z_F) if self.w3 is None else F.silu(z_F) * self.w3(x_D)
+        hidden_F = self.activation.apply(self.w1(x_D))
+        if self.w3 is not None:
+            hidden_F = hidden_F * self.w3(x_D)
         hidden_F = self.dropout(hidden_F) if keep_F is None else hidden_F * keep_F * scale
         y_D: Tensor = self.w2(hidden_F)
         return y_D

@@ -1,8 +1,9 @@
 """Backend "cpu" of the expert feed-forward: one matrix product per expert, by PyTorch's matrix library.
 
 Token rows are gathered for all experts at once. Then each expert runs alone, so that its hidden units stay in the cache
-between its two products. Hidden units are activated in place and saved so; for ReLU they also show which units were
-active and which were dropped. Mode "fast" saves the gathered token rows for backward, "lean" gathers them again.
+between its two products. ReLU's hidden units are activated in place and saved so: they show which units were active and
+which were dropped. Other activations and gates save the pre-activation, and backward activates it again. Mode "fast"
+saves the gathered token rows for backward, "lean" gathers them again.
 
 The library compiles a bf16 product for each new number of rows, which takes as long as the product itself, and the
 numbers change with every batch. So in half precision each product also takes the next few expert rows, up to a multiple
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from foreroute.kernels.activations import ACTIVATIONS, saves_pre
 from foreroute.kernels.cpu.combine_permute import combine_cpu, take_rows
 from foreroute.kernels.dropout import Dropout, keep_mask, row_hash, unit_hash
 from foreroute.kernels.expert_index import ExpertRows
@@ -29,11 +31,18 @@ _MULTIPLE = 8  # expert rows; the fastest of 1 to 64 when every batch has a new 
 
 @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
 def ffn_forward_cpu(
-    x_RD: Tensor, weights: ExpertWeights, rows: ExpertRows, dropout: Dropout | None, *, save: bool, mode: str
+    x_RD: Tensor,
+    weights: ExpertWeights,
+    rows: ExpertRows,
+    dropout: Dropout | None,
+    *,
+    activation: str,
+    save: bool,
+    mode: str,
 ) -> tuple[Tensor, Saved]:
     """Compute the unweighted output y_ND of every expert row, and the tensors saved for backward."""
     num_rows, width_F = rows.num_rows, weights.w1_LFD.shape[1]
-    masks = Masks(dropout, width_F, x_RD.device)
+    masks, pre = Masks(dropout, width_F, x_RD.device), saves_pre(activation, gated=weights.w3_LFD is not None)
     segments = _segments(rows, x_RD.dtype)
     x_MD = _gathered(x_RD, rows, segments)
     y_MD = torch.empty_like(x_MD)
@@ -43,13 +52,13 @@ def ffn_forward_cpu(
         expert, x_mD = segment.expert, x_MD[segment.wide]
         hidden_mF, gate_mF = segment.output(hidden_NF), None
         torch.addmm(weights.b1_LF[expert], x_mD, weights.w1_LFD[expert].T, out=hidden_mF)
-        if weights.w3_LFD is None:
-            hidden_mF.relu_()
-        else:
+        if weights.w3_LFD is not None:
             gate_mF = torch.mm(x_mD, weights.w3_LFD[expert].T, out=segment.output(gate_NF))
+        if not pre:
+            hidden_mF.relu_()
         keep_nF = masks.keep(expert, rows.source_N[segment.own])
-        a_mF = hidden_units(hidden_mF, gate_mF, None)
-        if keep_nF is not None:  # for ReLU this is also the saved tensor
+        a_mF = hidden_units(activation, hidden_mF, gate_mF, None)
+        if keep_nF is not None:  # without pre this is also the saved tensor
             a_mF[: segment.count].mul_(keep_nF)
         second = weights.b2_LD[expert], a_mF, weights.w2_LFD[expert]
         torch.addmm(*second, alpha=masks.scale, out=y_MD[segment.wide])
@@ -69,11 +78,13 @@ def ffn_backward_cpu(
     dropout: Dropout | None,
     saved: Saved,
     *,
+    activation: str,
     weight_N: Tensor | None,
     dweight: bool,
 ) -> FfnGradients:
     """Compute every gradient of the feed-forward; arguments as for kernels/gpu/expert_ffn.py."""
     masks = Masks(dropout, weights.w1_LFD.shape[1], x_RD.device)
+    pre = saves_pre(activation, gated=weights.w3_LFD is not None)
     segments = _segments(rows, x_RD.dtype)
     x_MD = _gathered(x_RD, rows, segments, saved.x_ND)
     dy_ND = dout if weight_N is None else take_rows(dout, rows.source_N, weight_N)
@@ -85,8 +96,8 @@ def ffn_backward_cpu(
         expert, own, scale = segment.expert, segment.own, masks.scale
         hidden_mF = segment.with_next(saved.hidden_NF)
         gate_mF = None if weights.w3_LFD is None else segment.with_next(saved.gate_NF)
-        keep_nF = None if gate_mF is None else masks.keep(expert, rows.source_N[own])
-        a_mF = hidden_units(hidden_mF, gate_mF, keep_nF)
+        keep_nF = masks.keep(expert, rows.source_N[own]) if pre else None
+        a_mF = hidden_units(activation, hidden_mF, gate_mF, keep_nF)
         if dweight_N is not None and plain_ND is not None:
             weight_gradient(weights, expert, plain_ND[own], a_mF[: segment.count], scale, out=dweight_N[own])
         dy_mD, dw2_FD = segment.with_zeros(dy_ND), grads.w2_LFD[expert]
@@ -95,34 +106,33 @@ def ffn_backward_cpu(
         da_mF = dy_mD @ weights.w2_LFD[expert].T
         if scale != 1.0:
             da_mF.mul_(scale)
-        dz_mF, du_mF = activate_backward(da_mF, hidden_mF, gate_mF, keep_nF)
+        dz_mF, du_mF = activate_backward(activation, da_mF, hidden_mF, gate_mF, keep_nF)
         input_gradients(weights, grads, expert, x_MD[segment.wide], dz_mF, du_mF, out=dx_MD[segment.wide])
     return FfnGradients(combine_cpu(dx_MD[: rows.num_rows], None, rows), grads, dweight_N)
 
 
-def hidden_units(hidden_mF: Tensor, gate_mF: Tensor | None, keep_nF: Tensor | None) -> Tensor:
-    """Compute the hidden units after activation and dropout from the saved tensors; for ReLU they are saved."""
-    if gate_mF is None:
+def hidden_units(activation: str, hidden_mF: Tensor, gate_mF: Tensor | None, keep_nF: Tensor | None) -> Tensor:
+    """Compute the hidden units after activation and dropout from the saved tensors, which may be the hidden units."""
+    if not saves_pre(activation, gated=gate_mF is not None):
         return hidden_mF
-    a_mF = F.silu(hidden_mF).mul_(gate_mF)
+    a_mF = ACTIVATIONS[activation].apply(hidden_mF)
+    if gate_mF is not None:
+        a_mF.mul_(gate_mF)
     if keep_nF is not None:
         a_mF[: keep_nF.shape[0]].mul_(keep_nF)
     return a_mF
 
 
 def activate_backward(
-    da_mF: Tensor, hidden_mF: Tensor, gate_mF: Tensor | None, keep_nF: Tensor | None
+    activation: str, da_mF: Tensor, hidden_mF: Tensor, gate_mF: Tensor | None, keep_nF: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute the gradients of the pre-activation (for ReLU in place of da_mF) and of the gate's input."""
-    if gate_mF is None:
-        if da_mF.numel():  # PyTorch's out variant refuses empty tensors
-            threshold = torch.ops.aten.threshold_backward.grad_input
-            threshold(da_mF, hidden_mF, 0, grad_input=da_mF)
-        return da_mF, None
+    """Compute the gradients of the pre-activation (without a gate in place of da_mF) and of the gate's input."""
     if keep_nF is not None:
         da_mF[: keep_nF.shape[0]].mul_(keep_nF)
-    dz_mF = torch.ops.aten.silu_backward(da_mF * gate_mF, hidden_mF)
-    return dz_mF, F.silu(hidden_mF).mul_(da_mF)
+    dz_mF = da_mF if gate_mF is None else da_mF * gate_mF
+    if dz_mF.numel():  # PyTorch's out variants refuse empty tensors
+        ACTIVATIONS[activation].backward_(dz_mF, hidden_mF)
+    return dz_mF, None if gate_mF is None else ACTIVATIONS[activation].apply(hidden_mF).mul_(da_mF)
 
 
 def input_gradients(

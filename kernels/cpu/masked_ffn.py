@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from foreroute.kernels.activations import saves_pre
 from foreroute.kernels.cpu.expert_ffn import activate_backward, hidden_units
 from foreroute.kernels.dropout import Dropout, keep_mask, row_hash, unit_hash
 from foreroute.kernels.expert_index import ExpertRows
@@ -25,7 +26,14 @@ BLOCK_ROWS = 2048
 
 @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
 def masked_forward(
-    x_RD: Tensor, weight_N: Tensor, weights: ExpertWeights, rows: ExpertRows, dropout: Dropout | None, *, dweight: bool
+    x_RD: Tensor,
+    weight_N: Tensor,
+    weights: ExpertWeights,
+    rows: ExpertRows,
+    dropout: Dropout | None,
+    *,
+    activation: str,
+    dweight: bool,
 ) -> tuple[Tensor, Saved]:
     """Compute the weighted sum out_RD, and the tensors saved for backward.
 
@@ -38,16 +46,17 @@ def masked_forward(
     hidden_RH = x_RD.new_empty(num_inputs, width_H)
     gate_RH = x_RD.new_empty(0 if weights.w3_LFD is None else num_inputs, width_H)
     out_RD = torch.empty_like(x_RD)
-    kept = _keeps_weighted(weight_N, weights, dweight)
+    pre = saves_pre(activation, gated=weights.w3_LFD is not None)
+    kept = not pre and _keeps_weighted(weight_N, x_RD.dtype, dweight)
     for block in _blocks(num_inputs):
         x_rD, weight_rL = x_RD[block], weight_RL[block]
         torch.addmm(weights.b1_LF.flatten(), x_rD, w1_HD.T, out=hidden_RH[block])
         gate_rH = None
-        if weights.w3_LFD is None:
-            hidden_RH[block].relu_()
-        else:
+        if weights.w3_LFD is not None:
             gate_rH = torch.mm(x_rD, weights.w3_LFD.flatten(0, 1).T, out=gate_RH[block])
-        a_rH = hidden_units(hidden_RH[block], gate_rH, None)
+        if not pre:
+            hidden_RH[block].relu_()
+        a_rH = hidden_units(activation, hidden_RH[block], gate_rH, None)
         _drop(a_rH, dropout, block, weights)
         if kept:
             a_rH.unflatten(1, weights.b1_LF.shape).mul_(weight_rL[..., None])
@@ -68,13 +77,15 @@ def masked_backward(
     dropout: Dropout | None,
     saved: Saved,
     *,
+    activation: str,
     dweight: bool,
 ) -> FfnGradients:
     """Compute every gradient; an expert that was not chosen has weight 0 and so a gradient of 0."""
     w1_HD, w2_HD = weights.w1_LFD.flatten(0, 1), weights.w2_LFD.flatten(0, 1)
     weight_RL = _spread(weight_N, rows, x_RD.dtype)
     scale = 1.0 if dropout is None else dropout.scale
-    kept = _keeps_weighted(weight_N, weights, dweight)
+    pre = saves_pre(activation, gated=weights.w3_LFD is not None)
+    kept = not pre and _keeps_weighted(weight_N, x_RD.dtype, dweight)
     weighted_RH = saved.hidden_NF if kept else torch.empty_like(saved.hidden_NF)
     dz_RH, du_RH = torch.empty_like(saved.hidden_NF), torch.empty_like(saved.gate_NF)
     dweight_RL = torch.empty_like(weight_RL, dtype=weight_N.dtype) if dweight else None
@@ -84,8 +95,8 @@ def masked_backward(
         gate_rH = None if weights.w3_LFD is None else saved.gate_NF[block]
         torch.mm(dout_rD, w2_HD.T, out=da_rH)
         if not kept:
-            a_rH = hidden_units(hidden_rH, gate_rH, None)
-            if gate_rH is not None:
+            a_rH = hidden_units(activation, hidden_rH, gate_rH, None)
+            if pre:
                 _drop(a_rH, dropout, block, weights)
             weighted_RH[block] = _weighted(a_rH, weight_rL)
             if dweight_RL is not None:
@@ -93,9 +104,9 @@ def masked_backward(
                 hidden_rL = product_rLF.sum(-1, dtype=weight_N.dtype)
                 torch.add(dout_rD @ weights.b2_LD.T, hidden_rL, alpha=scale, out=dweight_RL[block])
         da_rH.unflatten(1, weights.b1_LF.shape).mul_(weight_rL[..., None] * scale)
-        if gate_rH is not None:
+        if pre:
             _drop(da_rH, dropout, block, weights)
-        dz_rH, du_rH = activate_backward(da_rH, hidden_rH, gate_rH, None)
+        dz_rH, du_rH = activate_backward(activation, da_rH, hidden_rH, gate_rH, None)
         if du_rH is not None:
             dz_RH[block], du_RH[block] = dz_rH, du_rH
     dx_RD = dz_RH @ w1_HD
@@ -118,12 +129,12 @@ def masked_backward(
     return FfnGradients(dx_RD, grads, dweight_N)
 
 
-def _keeps_weighted(weight_N: Tensor, weights: ExpertWeights, dweight: bool) -> bool:
+def _keeps_weighted(weight_N: Tensor, dtype: torch.dtype, dweight: bool) -> bool:
     """Return whether ReLU's hidden units are saved multiplied by their mixing weight.
 
     The products still show the active units if no weight is negative and no product underflows, which excludes fp16.
     """
-    if weights.w3_LFD is not None or dweight or weights.w1_LFD.dtype == torch.float16:
+    if dweight or dtype == torch.float16:
         return False
     return bool((weight_N >= 0).all())
 

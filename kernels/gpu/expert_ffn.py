@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from triton import cdiv
 
+from foreroute.kernels.activations import saves_pre
 from foreroute.kernels.dropout import Dropout
 from foreroute.kernels.expert_index import ExpertRows
 from foreroute.kernels.gpu import expert_ffn_backward_kernels as backward
@@ -25,15 +26,23 @@ from foreroute.kernels.tiles import Tile, Tiles, ffn_tiles, power_of_two
 
 
 def ffn_forward_triton(
-    x_RD: Tensor, weights: ExpertWeights, rows: ExpertRows, dropout: Dropout | None, *, save: bool, precision: str
+    x_RD: Tensor,
+    weights: ExpertWeights,
+    rows: ExpertRows,
+    dropout: Dropout | None,
+    *,
+    activation: str,
+    save: bool,
+    precision: str,
 ) -> tuple[Tensor, Saved]:
     """Compute the unweighted output y_ND of every expert row, and the tensors saved for backward."""
     width_F, gated = weights.w1_LFD.shape[1], weights.w3_LFD is not None
+    pre = saves_pre(activation, gated=gated)
     tiles = _tiles(x_RD, weights, rows, precision)
     tile_map = _tile_map(rows, tiles.up.rows)
     shared = _shared_arguments(weights, rows, tile_map, precision)
     a_NF = x_RD.new_empty(rows.num_rows, width_F)
-    z_NF, u_NF = (torch.empty_like(a_NF) if gated and save else a_NF.new_empty(0) for _ in range(2))
+    z_NF, u_NF = (torch.empty_like(a_NF) if needed and save else a_NF.new_empty(0) for needed in (pre, gated))
     launch(
         forward._up_kernel,
         tile_map.shape[0] * cdiv(width_F, tiles.up.columns),
@@ -46,6 +55,7 @@ def ffn_forward_triton(
         a_ptr=a_NF,
         z_ptr=z_NF,
         u_ptr=u_NF,
+        ACTIVATION=activation,
         GATED=gated,
         SAVE=save,
         **shared,
@@ -53,7 +63,7 @@ def ffn_forward_triton(
         **_blocks(tiles.up),
     )
     y_ND = _product(a_NF, weights.w2_LFD, tiles.down, shared, bias_LD=weights.b2_LD)
-    return y_ND, Saved(z_NF if gated else a_NF, u_NF, a_NF.new_empty(0), tile_map if save else tile_map.new_empty(0, 2))
+    return y_ND, Saved(z_NF if pre else a_NF, u_NF, a_NF.new_empty(0), tile_map if save else tile_map.new_empty(0, 2))
 
 
 def ffn_backward_triton(
@@ -64,6 +74,7 @@ def ffn_backward_triton(
     dropout: Dropout | None,
     saved: Saved,
     *,
+    activation: str,
     weight_N: Tensor | None,
     dweight: bool,
     precision: str,
@@ -72,13 +83,23 @@ def ffn_backward_triton(
 
     Args:
         dout: [N, D], gradient of y_ND; with weight_N [R, D], gradient of the weighted sum, read through the index.
+        activation: a key of kernels.activations.ACTIVATIONS.
         weight_N: mixing weights, if the operation includes the weighted sum.
         dweight: whether to compute the gradient of weight_N.
     """
     tiles = _tiles(x_RD, weights, rows, precision)
     shared = _shared_arguments(weights, rows, saved.tile_map, precision)
     hidden = _hidden_gradients(
-        dout, weights, rows, dropout, saved, shared, tiles.down_backward, weight_N=weight_N, dweight=dweight
+        dout,
+        weights,
+        rows,
+        dropout,
+        saved,
+        shared,
+        tiles.down_backward,
+        activation=activation,
+        weight_N=weight_N,
+        dweight=dweight,
     )
     dweight_N = None
     if hidden.partial is not None:
@@ -121,6 +142,7 @@ def _hidden_gradients(
     shared: dict[str, Any],
     tile: Tile,
     *,
+    activation: str,
     weight_N: Tensor | None,
     dweight: bool,
 ) -> _HiddenGradients:
@@ -129,7 +151,8 @@ def _hidden_gradients(
     columns = cdiv(shared["F"], tile.columns)
     dz_NF = torch.empty_like(saved.hidden_NF)
     du_NF = torch.empty_like(dz_NF) if gated else None
-    ga_NF = torch.empty_like(dz_NF) if gated or weighted else saved.hidden_NF
+    made = weighted or saves_pre(activation, gated=gated)
+    ga_NF = torch.empty_like(dz_NF) if made else saved.hidden_NF
     partial = dz_NF.new_empty(rows.num_rows, columns, dtype=torch.float32) if dweight else None
     launch(
         backward._down_backward_kernel,
@@ -145,6 +168,7 @@ def _hidden_gradients(
         du_ptr=du_NF,
         ga_ptr=ga_NF,
         partial_ptr=partial,
+        ACTIVATION=activation,
         GATED=gated,
         GATHER=weighted,
         WEIGHTED=weighted,

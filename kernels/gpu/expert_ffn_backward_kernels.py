@@ -10,6 +10,7 @@ Letters: M expert rows of a tile, N expert rows, D width, F expert hidden width,
 import triton
 import triton.language as tl
 
+from foreroute.kernels.gpu.activation_kernels import activation_and_slope
 from foreroute.kernels.gpu.expert_ffn_forward_kernels import CHANGING, keep_mask_of, product_of, rows_of_tile, swizzle
 
 
@@ -21,13 +22,13 @@ def _down_backward_kernel(
     source_ptr,  # [N] int64, only if GATHER or DROPOUT
     offset_ptr,  # [L] int32
     tile_ptr,  # [num_tiles, 2] int32
-    token_ptr,  # [R] int64, only if GATED and DROPOUT
-    seed_ptr,  # [2] int32, only if GATED and DROPOUT
-    hidden_ptr,  # [N, F]: a, or z if GATED
+    token_ptr,  # [R] int64, only if PRE and DROPOUT
+    seed_ptr,  # [2] int32, only if PRE and DROPOUT
+    hidden_ptr,  # [N, F]: a, or z if PRE
     u_ptr,  # [N, F], only if GATED
     dz_ptr,  # [N, F], output
     du_ptr,  # [N, F], output if GATED
-    ga_ptr,  # [N, F], output if WEIGHTED or GATED: hidden units times the mixing weight
+    ga_ptr,  # [N, F], output if WEIGHTED or PRE: hidden units times the mixing weight
     partial_ptr,  # [N, COLUMNS] fp32, output if DWEIGHT: part of the mixing weight's gradient
     num_tiles,
     first_expert,
@@ -35,6 +36,7 @@ def _down_backward_kernel(
     keep_scale,
     D: tl.constexpr,
     F: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # key of kernels.activations.ACTIVATIONS
     GATED: tl.constexpr,
     GATHER: tl.constexpr,
     WEIGHTED: tl.constexpr,
@@ -47,13 +49,16 @@ def _down_backward_kernel(
 ):
     """Compute the gradients of an expert row's hidden units and pre-activation from the output's gradient.
 
-    da[n] = w2[e] dout[source[n]]; dz = weight * da where a > 0; with a gate dz and du follow from silu(z) u. The
-    gradient of the mixing weight, <dout, y> = <dout, w2[e]^T a + b2[e]> = <da, a> + <dout, b2[e]>, needs no saved y.
-    Its first term is stored as one partial sum for each block of hidden units.
+    da[n] = w2[e] dout[source[n]]; dz = weight * da where a > 0. Otherwise (PRE) a and dz follow from the pre-activation
+    z, with a gate also du: a = act(z) u, dz = weight * da act'(z) u, du = weight * da act(z).
 
-    Example: dout = [[1, 2]], w2 = [[[3, 4], [5, 6]]], weight = [0.5], source = [0], a = [[0, 7]]:
+    The gradient of the mixing weight, <dout, y> = <dout, w2[e]^T a + b2[e]> = <da, a> + <dout, b2[e]>, needs no saved
+    y. Its first term is stored as one partial sum for each block of hidden units.
+
+    Example, with ReLU: dout = [[1, 2]], w2 = [[[3, 4], [5, 6]]], weight = [0.5], source = [0], a = [[0, 7]]:
     da = [[11, 17]], dz = [[0, 8.5]], ga = [[0, 3.5]], partial = [[119]].
     """
+    PRE: tl.constexpr = GATED or ACTIVATION != "relu"  # kernels.activations.saves_pre
     COLUMNS: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     EVEN_N: tl.constexpr = F % BLOCK_N == 0
     tile, column = swizzle(tl.program_id(0), num_tiles, COLUMNS, 8)
@@ -72,19 +77,20 @@ def _down_backward_kernel(
     spot = row_M.to(tl.int64)[:, None] * F + n[None, :]
     inside = in_M[:, None] & in_N[None, :]
     hidden = tl.load(hidden_ptr + spot, mask=inside, other=0.0).to(tl.float32)
-    if GATED:
-        u = tl.load(u_ptr + spot, mask=inside, other=0.0).to(tl.float32)
-        sigmoid = tl.sigmoid(hidden)
-        silu = hidden * sigmoid
-        a = silu * u
-        factor = sigmoid * (1.0 + hidden * (1.0 - sigmoid)) * u
+    if PRE:
+        act, factor = activation_and_slope(hidden, ACTIVATION)
+        a = act
+        if GATED:
+            u = tl.load(u_ptr + spot, mask=inside, other=0.0).to(tl.float32)
+            a = act * u
+            factor = factor * u
         if DROPOUT:
             token_source_M = tl.load(source_ptr + row_M, mask=in_M, other=0)
             token_M = tl.load(token_ptr + token_source_M, mask=in_M, other=0)
             keep = keep_mask_of(token_M, first_expert + expert, n, seed_ptr, threshold)
             a = tl.where(keep, a * keep_scale, 0.0)
             factor = tl.where(keep, factor * keep_scale, 0.0)
-            silu = tl.where(keep, silu * keep_scale, 0.0)
+            act = tl.where(keep, act * keep_scale, 0.0)
     else:
         a = hidden
         factor = tl.where(a <= 0.0, 0.0, keep_scale)
@@ -97,8 +103,8 @@ def _down_backward_kernel(
         a = a * weight_M[:, None]
     tl.store(dz_ptr + spot, (da * factor).to(dz_ptr.dtype.element_ty), mask=inside)
     if GATED:
-        tl.store(du_ptr + spot, (da * silu).to(du_ptr.dtype.element_ty), mask=inside)
-    if WEIGHTED or GATED:
+        tl.store(du_ptr + spot, (da * act).to(du_ptr.dtype.element_ty), mask=inside)
+    if WEIGHTED or PRE:
         tl.store(ga_ptr + spot, a.to(ga_ptr.dtype.element_ty), mask=inside)
 
 
@@ -159,7 +165,7 @@ def _weights_kernel(
 ):
     """Compute dw[e] = left^T right over the rows of expert e; right is read through the index if GATHER.
 
-    PAIR: also dw2[e] = left2^T right, with the right rows read once (w1 and w3 of SwiGLU).
+    PAIR: also dw2[e] = left2^T right, with the right rows read once (w1 and w3).
     BIAS "left": db[e] is the sum of the left rows (b1: the gradient of the pre-activation). BIAS "right": db[e] is the
     sum of the right rows times their mixing weight (b2). The gradients of an expert without rows are zero.
 

@@ -11,6 +11,8 @@ Letters: M expert rows of a tile, N expert rows, D width, F expert hidden width,
 import triton
 import triton.language as tl
 
+from foreroute.kernels.gpu.activation_kernels import activation_of
+
 # Numbers that change from step to step: a kernel must not be compiled again when one is 1 or a multiple of 16.
 CHANGING = ["num_tiles", "first_expert", "threshold"]
 
@@ -128,7 +130,7 @@ def _up_kernel(
     token_ptr,  # [R] int64, only if DROPOUT
     seed_ptr,  # [2] int32, only if DROPOUT
     a_ptr,  # [N, F], output: hidden units after activation and dropout
-    z_ptr,  # [N, F], output if GATED and SAVE: pre-activation
+    z_ptr,  # [N, F], output if PRE and SAVE: pre-activation
     u_ptr,  # [N, F], output if GATED and SAVE: gate input
     num_tiles,
     first_expert,
@@ -136,6 +138,7 @@ def _up_kernel(
     keep_scale,
     D: tl.constexpr,
     F: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # key of kernels.activations.ACTIVATIONS
     GATED: tl.constexpr,
     SAVE: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -144,11 +147,12 @@ def _up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Compute a[n] = dropout(act(w1[e] x[source[n]] + b1[e])): ReLU, or silu(.) times (w3[e] x[source[n]]) if GATED.
+    """Compute a[n] = dropout(act(w1[e] x[source[n]] + b1[e])), if GATED times (w3[e] x[source[n]]) before dropout.
 
     Example: x = [[1, 2], [3, 4]], w1 = [[[1, 1]], [[1, -1]]], b1 = [[10], [20]], source = [1, 0, 1], offset = [1, 3]:
-    expert 0 reads row 1, expert 1 rows 0 and 1, so a = [[3+4+10], [1-2+20], [3-4+20]] = [[17], [19], [19]].
+    expert 0 reads row 1, expert 1 rows 0 and 1, so with ReLU a = [[3+4+10], [1-2+20], [3-4+20]] = [[17], [19], [19]].
     """
+    PRE: tl.constexpr = GATED or ACTIVATION != "relu"  # kernels.activations.saves_pre
     COLUMNS: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     EVEN_N: tl.constexpr = F % BLOCK_N == 0
     tile, column = swizzle(tl.program_id(0), num_tiles, COLUMNS, 8)
@@ -187,13 +191,13 @@ def _up_kernel(
     acc += tl.load(b1_ptr + expert * F + n, mask=in_N, other=0.0).to(tl.float32)[None, :]
     out = row_M.to(tl.int64)[:, None] * F + n[None, :]
     inside = in_M[:, None] & in_N[None, :]
+    if PRE and SAVE:
+        tl.store(z_ptr + out, acc.to(z_ptr.dtype.element_ty), mask=inside)
+    hidden = activation_of(acc, ACTIVATION)
     if GATED:
         if SAVE:
-            tl.store(z_ptr + out, acc.to(z_ptr.dtype.element_ty), mask=inside)
             tl.store(u_ptr + out, gate.to(u_ptr.dtype.element_ty), mask=inside)
-        hidden = acc * tl.sigmoid(acc) * gate
-    else:
-        hidden = tl.where(acc < 0.0, 0.0, acc)  # a GPU's max would turn NaN into 0
+        hidden = hidden * gate
     if DROPOUT:
         token_M = tl.load(token_ptr + source_M, mask=in_M, other=0)
         keep = keep_mask_of(token_M, first_expert + expert, n, seed_ptr, threshold)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
+from foreroute.kernels.activations import saves_pre
 from foreroute.kernels.cpu.combine_permute import combine_cpu
 from foreroute.kernels.cpu.expert_ffn import ffn_backward_cpu, ffn_forward_cpu
 from foreroute.kernels.cpu.masked_ffn import masked_backward, masked_forward
@@ -39,6 +40,7 @@ class FfnCall(NamedTuple):
     save: bool  # backward may follow
     dweight: bool  # backward computes the gradient of the mixing weights
     masked: bool
+    activation: str
     backend: str
     mode: str
     precision: str
@@ -114,16 +116,20 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     operands, call = _whole(arguments)
     x_RD, weight_N = operands.x_RD, operands.weight_N
     experts, index = ExpertWeights(*operands.weights), ExpertRows(*operands.rows)
+    dropout, activation = operands.dropout, call.activation
     if call.backend == "triton":
         out, saved = ffn_forward_triton(
-            x_RD, experts, index, operands.dropout, save=call.save, precision=call.precision
+            x_RD, experts, index, dropout, activation=activation, save=call.save, precision=call.precision
         )
         if weight_N is not None:
             out = combine_triton(out, weight_N, index)
     elif call.masked and weight_N is not None:
-        out, saved = masked_forward(x_RD, weight_N, experts, index, operands.dropout, dweight=call.dweight)
+        whole = x_RD, weight_N, experts, index, dropout
+        out, saved = masked_forward(*whole, activation=activation, dweight=call.dweight)
     else:
-        out, saved = ffn_forward_cpu(x_RD, experts, index, operands.dropout, save=call.save, mode=call.mode)
+        out, saved = ffn_forward_cpu(
+            x_RD, experts, index, dropout, activation=activation, save=call.save, mode=call.mode
+        )
         if weight_N is not None:
             out = combine_cpu(out, weight_N, index)
     return out, *saved
@@ -133,14 +139,17 @@ def _backward(dout: Tensor, saved: list[Tensor], *arguments: Any) -> list[Tensor
     operands, call = _whole(arguments)
     x_RD, weight_N = operands.x_RD, operands.weight_N
     experts, index = ExpertWeights(*operands.weights), ExpertRows(*operands.rows)
-    kept, dweight = Saved(*saved), call.dweight
-    whole = dout, x_RD, experts, index, operands.dropout, kept
+    whole = dout, x_RD, experts, index, operands.dropout, Saved(*saved)
+    activation, dweight = call.activation, call.dweight
     if call.backend == "triton":
-        found = ffn_backward_triton(*whole, weight_N=weight_N, dweight=dweight, precision=call.precision)
+        found = ffn_backward_triton(
+            *whole, activation=activation, weight_N=weight_N, dweight=dweight, precision=call.precision
+        )
     elif call.masked and weight_N is not None:
-        found = masked_backward(dout, x_RD, weight_N, experts, index, operands.dropout, kept, dweight=dweight)
+        masked = dout, x_RD, weight_N, *whole[2:]
+        found = masked_backward(*masked, activation=activation, dweight=dweight)
     else:
-        found = ffn_backward_cpu(*whole, weight_N=weight_N, dweight=dweight)
+        found = ffn_backward_cpu(*whole, activation=activation, weight_N=weight_N, dweight=dweight)
     dweight_N = x_RD.new_empty(0) if found.weight_N is None else found.weight_N
     return [found.x_RD, dweight_N, *pack_weights(found.weights)]
 
@@ -168,7 +177,8 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     if call.backend == "cpu":
         x_ND = x_RD.new_empty(num_rows, width_D) if call.mode == "fast" and call.save else nothing(0)
         return out, x_RD.new_empty(hidden), x_RD.new_empty(hidden if gated else (0, width_F)), x_ND, tile_map
-    pre_NF = x_RD.new_empty(hidden) if call.save or not gated else nothing(0)
+    empty_pre = not call.save and saves_pre(call.activation, gated=gated)
+    pre_NF = nothing(0) if empty_pre else x_RD.new_empty(hidden)
     gate_NF = x_RD.new_empty(hidden) if call.save and gated else nothing(0)
     if call.save:
         block = row_block(
@@ -232,7 +242,7 @@ _OPERANDS = (
     "Tensor x_RD, Tensor? weight_N, Tensor[] weights, Tensor[] rows, Tensor? token_R, Tensor? seed, float rate,"
     " int first_expert"
 )
-_CALL = "bool save, bool dweight, bool masked, str backend, str mode, str precision"
+_CALL = "bool save, bool dweight, bool masked, str activation, str backend, str mode, str precision"
 _library = torch.library.Library("foreroute", "FRAGMENT")
 _traceable = {"tags": (torch.Tag.pt2_compliant_tag,)}
 _library.define(f"ffn({_OPERANDS}, {_CALL}) -> ({', '.join(['Tensor'] * (1 + _NUM_SAVED))})", **_traceable)

@@ -24,6 +24,7 @@ from foreroute.kernels.operands import (
     check_rows,
     check_tensor,
     check_weights,
+    resolve_activation,
     resolve_options,
     wants_grad,
 )
@@ -38,6 +39,7 @@ def moe_ffn(
     weights: ExpertWeights,
     rows: ExpertRows,
     *,
+    activation: str | None = None,
     dropout: Dropout | None = None,
     masked: bool = False,
     backend: str | None = None,
@@ -54,7 +56,7 @@ def moe_ffn(
         masked: on the CPU, multiply all token rows by all experts instead of only the chosen ones. Saves R * L * F
             numbers in either mode. An expert that overflows also affects token rows that did not choose it. A token row
             must not choose an expert twice (debug checks this).
-        weights, rows, dropout, backend, mode, precision, debug: see kernels.expert_ffn.
+        weights, rows, activation, dropout, backend, mode, precision, debug: see kernels.expert_ffn.
 
     Returns:
         out_RD, dtype of x. A token row without expert rows is zero.
@@ -77,11 +79,13 @@ def moe_ffn(
     """
     options = resolve_options(x_RD, backend, mode, precision)
     _check(x_RD, weight_N, weights, rows, dropout, options, masked=masked, debug=debug)
+    activation = resolve_activation(activation, weights)
     if options.backend == "reference":
-        y_ND = expert_ffn_reference(x_RD, weights, rows, dropout)
+        y_ND = expert_ffn_reference(x_RD, weights, rows, activation, dropout)
         return combine_reference(y_ND, weight_N, rows)
     save, dweight = wants_grad(x_RD, weight_N, *weights), wants_grad(weight_N)
-    out_RD, _ = ffn(x_RD, weight_N, weights, rows, dropout, FfnCall(save, dweight, masked, *options))
+    call = FfnCall(save, dweight, masked, activation, *options)
+    out_RD, _ = ffn(x_RD, weight_N, weights, rows, dropout, call)
     return out_RD
 
 
@@ -93,6 +97,7 @@ def moe_ffn_forward(
     *,
     save: bool,
     dweight: bool,
+    activation: str | None = None,
     dropout: Dropout | None = None,
     masked: bool = False,
     backend: str | None = None,
@@ -114,8 +119,9 @@ def moe_ffn_forward(
     _check(x_RD, weight_N, weights, rows, dropout, options, masked=masked, debug=debug)
     if options.backend == "reference":
         raise ValueError("backend='reference': has no backward pass of its own; use moe_ffn")
+    call = FfnCall(save, dweight, masked, resolve_activation(activation, weights), *options)
     with torch.no_grad():
-        return ffn(x_RD, weight_N, weights, rows, dropout, FfnCall(save, dweight, masked, *options))
+        return ffn(x_RD, weight_N, weights, rows, dropout, call)
 
 
 def moe_ffn_backward(
@@ -127,6 +133,7 @@ def moe_ffn_backward(
     saved: Saved,
     *,
     dweight: bool,
+    activation: str | None = None,
     dropout: Dropout | None = None,
     masked: bool = False,
     backend: str | None = None,
@@ -143,7 +150,7 @@ def moe_ffn_backward(
     """
     options = resolve_options(x_RD, backend, mode, precision)
     check_tensor("dout_RD", dout_RD, tuple(x_RD.shape), x_RD)
-    call = FfnCall(True, dweight, masked, *options)
+    call = FfnCall(True, dweight, masked, resolve_activation(activation, weights), *options)
     with torch.no_grad():
         return ffn_backward(dout_RD, x_RD, weight_N, weights, rows, saved, dropout, call)
 

@@ -15,6 +15,7 @@ from typing import Any
 import triton
 from torch import Tensor
 
+from foreroute.kernels.activations import saves_pre
 from foreroute.kernels.launching import Launch
 
 _INDEX = 8  # bytes of a row index or a token number
@@ -135,7 +136,8 @@ def _down(a: _Arguments) -> list[Access]:
 def _down_backward(a: _Arguments) -> list[Access]:
     columns = triton.cdiv(a.hidden, a["BLOCK_N"])
     row_reads = columns * a.rows("hidden")
-    masked_again = a["GATED"] and a["DROPOUT"]
+    pre = saves_pre(a["ACTIVATION"], gated=a["GATED"])
+    masked_again = pre and a["DROPOUT"]
     source_reads = row_reads * _INDEX * (a["GATHER"] + masked_again)
     tile_rows = a.tiles * a["BLOCK_M"] * a.width * a.item("dout")
     return [
@@ -149,7 +151,7 @@ def _down_backward(a: _Arguments) -> list[Access]:
         a.whole("hidden"),
         a.whole("u"),
         *(a.write(name) for name in ("dz", "du", "partial")),
-        *([a.write("ga")] if a["WEIGHTED"] or a["GATED"] else []),
+        *([a.write("ga")] if a["WEIGHTED"] or pre else []),
     ]
 
 

@@ -143,7 +143,7 @@ class Activations:
     def _feed_forward(self, layers: int) -> list[Term]:
         """List the tensors of dense feed-forwards (engine/moe/feed_forward.py)."""
         s, config = self.sizes, self.sizes.config
-        each = 4 * s.number + s.mask if s.gated else s.number + (s.number + s.mask if s.mask else 0)
+        each = s.dense_numbers(dropout=bool(s.mask)) * s.number + s.mask
         name, rows = "feed-forward", "{} layers x {} tokens x "
         return [
             term(name, rows + "{} width x {} bytes", layers, s.tokens, config.model.width, s.number),
@@ -230,8 +230,7 @@ class Activations:
                 term("experts' input", "{} layers x {} tokens x {} width x {} bytes", layers, s.tokens, width, c)
             )
         if shared:
-            dropped = c + 1 if s.mask else 0  # its mask is ours: a byte anywhere
-            each = (4 if s.gated else 1) * c + dropped
+            each = s.dense_numbers(dropout=bool(s.mask)) * c + bool(s.mask)  # its mask is ours: a byte anywhere
             found.append(
                 term(
                     "shared expert",
@@ -320,12 +319,13 @@ class Activations:
                 found.append(term("gate", "{} rows x {} experts x {} bytes", received, moe.columns, 8))
         if s.masked:
             units = s.local_experts * moe.expert_width
-            copies = 3 if s.gated else 1
+            copies = 3 if s.gated else 1 + s.saves_pre
             found.append(term("experts' backward", "{} rows x {} hidden units x {} bytes", received, units, copies * c))
             block = min(received, BLOCK_ROWS)
-            if s.gated:
+            if s.saves_pre:
+                each = (3 if s.gated else 2) * c
                 found.append(
-                    term("experts' backward", "{} rows of a block x {} hidden units x {} bytes", block, units, 3 * c)
+                    term("experts' backward", "{} rows of a block x {} hidden units x {} bytes", block, units, each)
                 )
         elif s.gpu:
             copies = 3 if s.gated else 2
@@ -346,7 +346,7 @@ class Activations:
                     "{} rows of an expert x {} hidden units x {} bytes",
                     expert,
                     moe.expert_width,
-                    4 * c if s.gated else c,
+                    4 * c if s.gated else (1 + s.saves_pre) * c,
                 )
             )
             found.append(

@@ -18,13 +18,14 @@ from foreroute.engine.certificate.counts.exact import StepStatistics
 from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.config import Config, KernelsConfig, ModelConfig, MoEConfig, to_plain
-from foreroute.engine.config.enums import Activation, Backend, SavedForBackward
+from foreroute.engine.config.enums import Backend, SavedForBackward
 from foreroute.engine.config.model import expert_layers
 from foreroute.engine.model.adaptive import clusters
 from foreroute.engine.model.transformer_xl import SMALL_VOCABULARY, TransformerXL
 from foreroute.engine.optim.adam import comes_last
 from foreroute.engine.routing.methods import has_live_gate, planned_method
 from foreroute.engine.routing.plans.exchange_choice import wire_itemsize
+from foreroute.kernels.activations import saves_pre
 from foreroute.kernels.ops.relative_attention import tile_shape
 
 
@@ -116,8 +117,24 @@ class Sizes:
 
     @property
     def gated(self) -> bool:
-        """Whether experts are SwiGLU."""
-        return self.config.moe.activation is Activation.swiglu
+        """Whether experts have a gate."""
+        return self.config.moe.activation.gated
+
+    @property
+    def saves_pre(self) -> bool:
+        """Whether experts save the pre-activation, and make the hidden units again in backward."""
+        return saves_pre(self.config.moe.activation.function, gated=self.gated)
+
+    def dense_numbers(self, *, dropout: bool) -> int:
+        """Numbers that a dense feed-forward keeps of each hidden unit, besides a mask.
+
+        These are the hidden units, for a gate both factors, and z unless ReLU keeps its result instead. Dropout's
+        result is kept in place of the hidden units, but for ReLU's own.
+        """
+        relu = self.config.moe.activation.function == "relu"
+        if self.gated:
+            return 3 if relu else 4
+        return 1 if relu and not dropout else 2
 
     @property
     def masked(self) -> bool:

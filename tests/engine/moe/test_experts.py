@@ -15,11 +15,11 @@ def plan(k, tokens=5):
     return build_plan(Route(expert_TK, torch.full((tokens, k), 1 / k)), 4)
 
 
-def options(monkeypatch, kernels, k, dtype=torch.float32):
+def options(monkeypatch, kernels, k, dtype=torch.float32, **moe):
     """What reaches kernels.moe_ffn."""
     found = {}
     monkeypatch.setattr(module, "moe_ffn", lambda x, *_, **how: found.update(how) or x)
-    experts = Experts(6, MoEConfig(experts=4, expert_width=3), kernels).to(dtype)
+    experts = Experts(6, MoEConfig(experts=4, expert_width=3, **moe), kernels).to(dtype)
     experts(torch.zeros(5, 6, dtype=dtype), plan(k), None)
     return found
 
@@ -51,12 +51,19 @@ def test_the_other_options_are_those_of_the_configuration(monkeypatch):
     assert options(monkeypatch, tf32, 2)["precision"] == "tf32"
 
 
+@pytest.mark.parametrize(
+    ("name", "function"), {"relu": "relu", "silu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}.items()
+)
+def test_the_activation_is_that_of_the_configuration(name, function, monkeypatch):
+    assert options(monkeypatch, KernelsConfig(), 2, activation=Activation[name])["activation"] == function
+
+
 @pytest.mark.parametrize("activation", list(Activation))
 def test_weights_begin_as_drawn(activation):
     torch.manual_seed(0)
     moe = MoEConfig(experts=4, expert_width=48, activation=activation)
     experts = Experts(32, moe, KernelsConfig())
-    gated = activation is Activation.swiglu
+    gated = activation.name.endswith(("glu", "glu_tanh"))
     matrices = [experts.w1, experts.w2, *([experts.w3] if gated else [])]
     assert (experts.w3 is not None) == gated
     for std in (0.02, 0.3):

@@ -295,7 +295,7 @@ def test_operator_and_compilation(device):
     x, weight, *weights = (v.requires_grad_() for v in layer_inputs(case, torch.float32, device).values())
     rows = [t.to(device) for t in case.rows.tensors()]
     words = torch.tensor([7, -3], dtype=torch.int32, device=device)
-    how = (torch.arange(13, device=device), words, 0.3, 0, True, True, False, "triton", "lean", "ieee")
+    how = (torch.arange(13, device=device), words, 0.3, 0, True, True, False, "gelu", "triton", "lean", "ieee")
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.foreroute.ffn, (x, weight, weights, rows, *how), test_utils=tests)
 

@@ -63,6 +63,14 @@ def test_layer(gated, dweight, rate, watched):
     compare(recorder, watched, case.rows)
 
 
+@pytest.mark.parametrize("gated", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["gelu", "geglu"])
+def test_a_layer_that_saves_its_pre_activation(gated, watched):
+    case, options = layer_case(gated), {"activation": "gelu", "dropout": Dropout(0.3, 5, torch.arange(37))}
+    with recording() as recorder:
+        run_layer(moe_ffn, case, torch.float16, backend="triton", **options)
+    compare(recorder, watched, case.rows)
+
+
 def test_parts(watched):
     case = layer_case(True)
     weights = case.weights._make(w.float().requires_grad_() for w in case.weights)

@@ -135,15 +135,19 @@ def operator_arguments(*, gated=True, grad=True):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # PyTorch 2.14's
-@pytest.mark.parametrize("gated", [False, True], ids=["relu", "swiglu"])
-def test_opcheck(gated):
+@pytest.mark.parametrize(
+    ("activation", "gated"), [("relu", False), ("silu", True), pytest.param("gelu", False, marks=pytest.mark.slow)]
+)
+def test_opcheck(activation, gated):
     """PyTorch's own test of operators: schema, fakes, autograd registration, tracing with symbolic shapes."""
     x, weight, weights, rows = operator_arguments(gated=gated)
     dropout = torch.arange(13), torch.tensor([7, -3], dtype=torch.int32), 0.3, 0
     ops = torch.ops.foreroute
-    how = "cpu", "lean", "ieee"
+    how = activation, "cpu", "lean", "ieee"
     torch.library.opcheck(ops.ffn, (x, None, weights, rows, *dropout, True, False, False, *how))
-    torch.library.opcheck(ops.ffn, (x, None, weights, rows, *dropout, True, False, False, "cpu", "fast", "ieee"))
+    torch.library.opcheck(
+        ops.ffn, (x, None, weights, rows, *dropout, True, False, False, activation, "cpu", "fast", "ieee")
+    )
     for masked in (False, True):
         torch.library.opcheck(ops.ffn, (x, weight, weights, rows, *dropout, True, True, masked, *how))
     y = torch.randn(26, 8, requires_grad=True)
@@ -205,7 +209,7 @@ def compiled_and_eager(function, *inputs):
     return results
 
 
-@pytest.mark.parametrize("options", [{}, {"mode": "fast"}, {"masked": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"mode": "fast", "activation": "gelu"}, {"masked": True}], ids=str)
 def test_compiled_layer_equals_eager(options):
     x, weight, weights, rows = operator_arguments(gated=False)
     dropout = Dropout(0.2, 5, torch.arange(13))
@@ -255,9 +259,10 @@ def test_the_triton_launchers_read_nothing_back(gated):
     x, weight, weights = case.x_TD.float().to("meta"), case.weight_N.float().to("meta"), ExpertWeights._make(meta)
     dropout = Dropout(0.1, 1, torch.empty(13, dtype=torch.int64, device="meta"))
     with recording(run=False, arch="sm_90") as recorder:
-        y, saved = expert_ffn_launch.ffn_forward_triton(x, weights, rows, dropout, save=True, precision="ieee")
+        options = {"activation": "gelu", "precision": "ieee"}
+        y, saved = expert_ffn_launch.ffn_forward_triton(x, weights, rows, dropout, save=True, **options)
         grads = expert_ffn_launch.ffn_backward_triton(
-            x, x, weights, rows, dropout, saved, weight_N=weight, dweight=True, precision="ieee"
+            x, x, weights, rows, dropout, saved, weight_N=weight, dweight=True, **options
         )
     assert y.shape == (26, 8) and grads.weight_N.shape == (26,) and len(recorder.launches) == 9
 
