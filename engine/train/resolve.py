@@ -84,7 +84,8 @@ def _seconds(moe: MoEConfig, width: int, tokens: int, k: int) -> tuple[float, fl
         return torch.randn(shape, generator=generator).requires_grad_()
 
     shape = (moe.experts, moe.expert_width, width)
-    weights = ExpertWeights(normal(*shape), normal(*shape[:2]), normal(*shape), normal(shape[0], width))
+    gate_LFD = normal(*shape) if moe.activation.gated else None
+    weights = ExpertWeights(normal(*shape), normal(*shape[:2]), normal(*shape), normal(shape[0], width), gate_LFD)
     x_TD = normal(tokens, width)
     expert_TK = torch.rand(tokens, moe.experts, generator=generator).topk(k, dim=1).indices
     rows, _ = expert_rows(expert_TK, moe.experts)
@@ -93,7 +94,8 @@ def _seconds(moe: MoEConfig, width: int, tokens: int, k: int) -> tuple[float, fl
 
     def run(masked: bool) -> float:
         start = time.perf_counter()
-        moe_ffn(x_TD, weight_N, weights, rows, masked=masked).backward(cotangent_TD)
+        y_TD = moe_ffn(x_TD, weight_N, weights, rows, activation=moe.activation.function, masked=masked)
+        y_TD.backward(cotangent_TD)
         return time.perf_counter() - start
 
     rounds = [(run(False), run(True)) for _ in range(_ROUNDS)]

@@ -1,6 +1,7 @@
 """The static gate on one configuration of every kernel and architecture, and on launches that it must refuse."""
 
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 
@@ -35,6 +36,16 @@ def test_every_kernel_passes(arch):
     assert len({build.launch.name for build in builds}) == 9
     wrong = {f"{launch.name} {describe(launch)}": found for _, launch in builds if (found := failures(launch, arch))}
     assert not wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", aot.CHIPS)
+def test_gelu_with_a_gate_passes(arch):
+    """The whole gate compiles the other activations."""
+    passes = record_layer(Layer(MANY_ROWS, "bf16", gated=True, dropout=True, dweight=True, activation="gelu"), arch)
+    launches = [launch for launch in chain(*passes) if "ACTIVATION" in launch.arguments]
+    assert [launch.name for launch in launches] == ["_up_kernel", "_down_backward_kernel"]
+    assert not [found for launch in launches for found in failures(launch, arch)]
 
 
 def test_reports_spills():

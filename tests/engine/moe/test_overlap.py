@@ -40,12 +40,13 @@ def problem(dtype):
     return route, leaves, normal(TOKENS, WIDTH)
 
 
-def run(dtype, chunks, *, live=False):
+def run(dtype, chunks, *, live=False, activation="relu"):
     """Output and gradients, of a live router's weights too; one chunk by kernels.moe_ffn."""
     route, leaves, cotangent = problem(dtype)
     asked = [*leaves, route.weight_TK.requires_grad_()] if live else leaves
     weights, wide = ExpertWeights(*leaves[1:]), torch.promote_types(dtype, torch.float32)
-    options = {"dropout": None, "masked": False, "backend": "cpu", "mode": "lean", "precision": "ieee", "debug": False}
+    options = {"activation": activation, "dropout": None, "masked": False, "backend": "cpu", "mode": "lean"}
+    options |= {"precision": "ieee", "debug": False}
     calls = []
     for span in cut(TOKENS, chunks):
         chunk = build_plan(Route(route.expert_TK[span], route.weight_TK[span]), EXPERTS).chunks[0]
@@ -67,6 +68,11 @@ def test_parts_equal_the_whole(chunks, live):
     got, want = run(torch.float64, chunks, live=live), run(torch.float64, 1, live=live)
     assert len(got) == 6 + live and max(errors(got[:6], want[:6])) < 1e-14
     assert max(errors(got[6:], want[6:]), default=0) < 1e-6  # the weights are fp32
+
+
+def test_parts_have_the_activation_of_the_whole():
+    got, want = (run(torch.float64, chunks, activation="gelu") for chunks in (3, 1))
+    assert max(errors(got, want)) < 1e-14 < 1e-3 < max(errors(got, run(torch.float64, 1)))
 
 
 def test_parts_of_bf16_are_added_up_in_fp32():

@@ -51,8 +51,15 @@ def certified(changes=(), ranks=1, **more):
             Case(1, {"train": {"zero_stage": 3}}, 8192),
             Case(1, {"model": {"cutoffs": [1000, 3000], "div_val": 4}, "data": {"streams": 8}}, 8192),
         ],
+        pytest.param(
+            [
+                Case(1, {"moe": {"activation": "gelu", "shared_width": 512}}),
+                Case(1, {"moe": {"activation": "reglu"}, "kernels": {"masked_from_k": 1}}),
+            ],
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["one rank", "two ranks", "gates", "experts in one layer", "many symbols"],
+    ids=["one rank", "two ranks", "gates", "experts in one layer", "many symbols", "activations"],
 )
 def test_predicted_bytes_are_the_allocated_ones(cases):
     for outcome in compare(cases):
