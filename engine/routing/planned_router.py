@@ -114,11 +114,15 @@ class GroupTokens:
         return self._keys[kind]
 
     def shuffled_keys(self, rows: KeyRows) -> NDArray[np.integer[Any]]:
-        """Return for each token the key of another one [P, T]."""
+        """Return for each token the key of another one [P, T]; padding keeps its own."""
         draw = self.needed_draw
         numbers = rows.seed, draw.held_out, draw.index, draw.number
         if numbers not in self._places:
-            self._places[numbers] = hash64(Purpose.shuffle, *numbers, draw.token_PT).argsort(axis=None, kind="stable")
+            hash_N = hash64(Purpose.shuffle, *numbers, draw.token_PT).reshape(-1)
+            real_N = np.arange(hash_N.size) if self.real_PT is None else np.flatnonzero(self.real_PT)
+            place_N = np.arange(hash_N.size)
+            place_N[real_N] = real_N[hash_N[real_N].argsort(kind="stable")]
+            self._places[numbers] = place_N
         return self.keys(rows).take(self._places[numbers]).reshape(self.shape)
 
     def token_places(self) -> tuple[Split, NDArray[np.int64]] | None:

@@ -292,6 +292,20 @@ def test_routers_share_keys_and_shuffles():
         assert len(group._keys) == 1
 
 
+def test_padding_is_not_shuffled():
+    """Real tokens have the keys of real tokens, each once; without padding nothing changes."""
+    ids, left = make_ids(2, 12)
+    draw, rows = Draw(np.arange(24).reshape(2, 12), 5), make_table().key_rows
+    real = torch.rand(2, 1, 12, generator=torch.Generator().manual_seed(0)) < 0.6
+    real = real.view_as(ids)
+    tokens = GroupTokens(ids, left, draw=draw, real_PBQ=real)
+    own, shuffled, real_PT = tokens.keys(rows), tokens.shuffled_keys(rows), tokens.real_PT
+    assert sorted(shuffled[real_PT]) == sorted(own[real_PT]) and (shuffled[~real_PT] == own[~real_PT]).all()
+    assert 5 < real_PT.sum() < 20 and (shuffled != own)[real_PT].sum() > 3
+    whole = GroupTokens(ids, left, draw=draw).shuffled_keys(rows)
+    assert (GroupTokens(ids, left, draw=draw, real_PBQ=real | True).shuffled_keys(rows) == whole).all()
+
+
 def test_threads_plan_the_same_in_the_same_order(monkeypatch):
     ids, left = make_ids(2, 12)
     routers = [hashed(table, rank=1, ranks=2) for table in (make_table(), make_table(16), make_table(4))] * 3
