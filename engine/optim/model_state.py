@@ -300,6 +300,11 @@ class ModelState:
                 getattr(self._zero, name)()
 
 
+def is_engine(model: nn.Module) -> bool:
+    """Return whether a model is a DeepSpeed engine."""
+    return isinstance(model, deepspeed.DeepSpeedEngine)
+
+
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer | None, mesh: Mesh) -> ModelState:
     """Return the state of a user's model: a DeepSpeed engine, or a module with its optimizer.
 

@@ -3,7 +3,7 @@
 from foreroute.engine.plug_in.losses import mean_over_ranks
 from foreroute.engine.plug_in.planned_layer import PlannedFeedForward
 from foreroute.engine.plug_in.replace import experts_of, parameter_groups, replace_feed_forwards
-from foreroute.engine.plug_in.saved import load_pretrained, save_pretrained
+from foreroute.engine.plug_in.saved.pretrained import load_pretrained, save_pretrained
 
 __all__ = [
     "PlannedFeedForward",

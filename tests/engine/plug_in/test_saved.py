@@ -340,3 +340,33 @@ def test_several_calls_of_replace_feed_forwards(tmp_path):
     again, loaded = two(9)
     load_pretrained(again, tmp_path / "model")
     assert same(again.state_dict(), model.state_dict()) and loaded.tables == second.tables
+
+
+def test_a_model_of_transformers_has_its_own_files(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}
+    config = transformers.LlamaConfig(vocab_size=SYMBOLS, hidden_size=WIDTH, intermediate_size=32, **sizes)
+
+    def replaced(model, seed):
+        options = {"width": WIDTH, "vocab_size": SYMBOLS, "k": K, "seed": seed}
+        experts = replace_feed_forwards(model, r"model\.layers\.\d\.mlp", moe=MOE, **options)
+        experts.attach(model, "input_ids", layout="BQ")
+        return model, torch.optim.Adam(model.parameters(), **ADAM)
+
+    def step(model, adam):
+        loss = model(input_ids=batch(0)[0], labels=batch(0)[0]).loss
+        loss.backward()
+        adam.step()
+        adam.zero_grad()
+        return loss.item()
+
+    model, adam = replaced(transformers.LlamaForCausalLM(config), 0)
+    step(model, adam)
+    save_pretrained(model, tmp_path / "model", optimizer=adam)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    own = {name: p for name, p in model.named_parameters() if ".mlp." not in name}
+    assert all(torch.equal(theirs.get_parameter(name), value) for name, value in own.items())
+    want = step(model, adam), step(model, adam)
+    again, other = replaced(theirs, 9)
+    load_pretrained(again, tmp_path / "model", optimizer=other)
+    assert (step(again, other), step(again, other)) == want

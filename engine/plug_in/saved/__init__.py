@@ -1,0 +1,1 @@
+"""A user's model with expert layers on disk."""
