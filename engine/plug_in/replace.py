@@ -25,17 +25,8 @@ Limits of DeepSpeed 0.19.8 with sharded experts, which foreroute cannot remove:
 * ZeRO 1 and 2 refuse a client optimizer without `parameter_groups`.
 * A model built inside deepspeed.zero.Init is refused here; use_data_before_expert_parallelism is refused at the first
   forward pass.
-* save_checkpoint refuses the layers. Each rank can save its own state instead. Training resumes from it bit for bit
-  with the same number of ranks, size of expert groups and ZeRO stage; with other ranks or groups, load_state_dict of
-  the experts raises:
-
-      state = {"optimizer": engine.optimizer.state_dict(), "experts": experts.state_dict()}
-      state["module"] = engine.module.state_dict()                           # ZeRO 0 to 2
-      torch.save(state, f"rank{rank}.pt")                                    # later: state = torch.load(..)
-      experts.load_state_dict(state["experts"])
-      engine.module.load_state_dict(state["module"])                         # ZeRO 0 to 2
-      engine.optimizer.load_state_dict([state["optimizer"]] * ranks, load_from_fp32_weights=True)  # ZeRO-0: the state
-      alone
+* save_checkpoint refuses the layers: call save_pretrained and load_pretrained (engine/plug_in/saved/pretrained.py), for
+  any number of ranks and ZeRO stage.
 
 Letters: B sequences, Q ids of each, C = ngram - 1 ids left of them, D width, T = B*Q tokens, P ranks of the expert
 group.

@@ -353,7 +353,7 @@ def test_mistakes_are_named_on_every_rank(on_two_ranks):
     )
 
 
-# Going on from what each rank has saved, as engine/plug_in/replace.py says.
+# Going on from what each rank has saved by itself, on as many ranks.
 
 
 def resume(rank):
@@ -465,7 +465,8 @@ def test_the_example_learns(ranks):
     assert len(losses) == 5 and losses[-1] < losses[0] - 0.7
 
 
-def test_the_documentation_shows_the_example():
-    example = (ROOT / "tests/examples/plug_in.py").read_text()
+@pytest.mark.parametrize("name", ["plug_in", "save_and_load"])
+def test_the_documentation_shows_the_example(name):
+    example = (ROOT / f"tests/examples/{name}.py").read_text()
     shown = "".join(f"    {line}".rstrip() + "\n" for line in example.splitlines())
     assert shown in (ROOT / "docs/plug_in.md").read_text()

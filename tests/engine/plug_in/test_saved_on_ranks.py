@@ -1,5 +1,10 @@
 """A user's model saved on some ranks at one ZeRO stage goes on on others as one process that never stopped."""
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import deepspeed
@@ -18,6 +23,7 @@ from foreroute.engine.plug_in import experts_of, load_pretrained, parameter_grou
 from foreroute.engine.testing.ranks import run_ranks
 from tests.engine.plug_in import test_saved as case
 
+ROOT = Path(__file__).resolve().parents[3]
 PER_LINK = 2  # steps of each topology
 
 
@@ -220,10 +226,11 @@ def deepspeeds_own(rank, folder):
     sharded.save(folder / "saved")
     whole = Training(1, 1, seed=0)
     whole.steps(0, 2)
-    whole.model.save_checkpoint(folder / "whole")
+    whole.model.save_checkpoint(folder / "whole", client_state={"experts": experts_of(whole.model).state_dict()})
     want = whole.steps(2, 4)
     again = Training(1, 1, seed=0)
-    again.model.load_checkpoint(folder / "whole")
+    _, state = again.model.load_checkpoint(folder / "whole")
+    experts_of(again.model).load_state_dict(state["experts"])
     if rank == 0:
         (folder / "saved/foreroute-00001.safetensors").unlink()
     dist.barrier()
@@ -240,3 +247,30 @@ def test_deepspeeds_checkpoints_take_whole_experts_and_refuse_sharded_ones(tmp_p
         assert got == want
         assert folders.startswith("the ranks save to different folders: ") and "rank 0, " in folders
         assert missing == f"{tmp_path}/saved/foreroute-00001.safetensors: missing"
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_the_example_prints_what_the_page_shows(tmp_path):
+    """Two ranks, one and three, and one rank three times."""
+    page = (ROOT / "docs/plug_in.md").read_text()
+    shown = re.findall(r"^    (step \d+ loss \d\.\d{4})$", page, re.MULTILINE)
+    for chain in ([(2, 3), (1, 1), (3, 2)], [(1, 1)] * 3):
+        lines = [_example(ranks, tmp_path / str(len(set(chain))), stage) for ranks, stage in chain]
+        assert [line.split()[:2] for line in lines] == [["step", "20"], ["step", "40"], ["step", "60"]]
+        for line, want in zip(lines, shown, strict=True):
+            assert float(line.split()[-1]) == pytest.approx(float(want.split()[-1]), rel=1e-3)
+
+
+def _example(ranks, folder, stage):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    done = subprocess.run(
+        [sys.executable, *launcher, "tests/examples/save_and_load.py", str(folder), str(stage)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    return next(line for line in done.stdout.splitlines() if line.startswith("step"))
