@@ -43,6 +43,11 @@ class PlacedModel:
         """The learning-rate scheduler of a DeepSpeed engine."""
         return None if self.engine is None else self.engine.lr_scheduler
 
+    @property
+    def scaler(self) -> Any:
+        """The loss scale of a DeepSpeed engine."""
+        return None if self.engine is None else getattr(self.engine.optimizer, "loss_scaler", None)
+
     def counters(self) -> dict[str, int]:
         """Return the counters of a DeepSpeed engine."""
         return {} if self.engine is None else {name: int(getattr(self.engine, name)) for name in _COUNTERS}

@@ -35,6 +35,7 @@ from foreroute.engine.plug_in.saved.training import (
     options_of,
     random_state,
     restore_random_state,
+    set_loss_scale,
     training_state,
 )
 from foreroute.engine.sealed_files import sync
@@ -144,6 +145,7 @@ def load_pretrained(
     if training is not None:
         here.state.set_options(options_of(training))
         here.set_counters(training["counters"])
+        set_loss_scale(here.scaler, training["loss_scale"])
         restore_random_state(reader, here.mesh)
     if schedule is not None:
         scheduler.load_state_dict(schedule)

@@ -20,6 +20,8 @@ from foreroute.engine.plug_in.saved.model import PlacedModel
 
 _BY_GROUP = "base_lrs", "_last_lr", "lr_lambdas", "max_lrs", "min_lrs"
 """Of a scheduler's state: lists with a value for each group of the optimizer."""
+_SCALE = "cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"
+"""Of DeepSpeed's dynamic loss scaler."""
 
 
 def training_state(saved: PlacedModel, scheduler: Any) -> dict[str, Any]:
@@ -34,6 +36,7 @@ def training_state(saved: PlacedModel, scheduler: Any) -> dict[str, Any]:
         "kinds": state.kinds(),
         "optimizer": {"class": state.optimizer_name, "groups": state.groups(), "numbers": state.numbers()},
         "counters": saved.counters(),
+        "loss_scale": loss_scale(saved.scaler),
         "scheduler": schedule,
     }
 
@@ -127,6 +130,17 @@ def _from_plain(value: Any) -> Any:
             return {key: _from_plain(item) for key, item in value[""]}
         return {key: _from_plain(item) for key, item in value.items()}
     return [_from_plain(item) for item in value] if isinstance(value, list) else value
+
+
+def loss_scale(scaler: Any) -> dict[str, float]:
+    """Return the state of DeepSpeed's dynamic loss scale, for fp16; empty for a static one."""
+    return {name: getattr(scaler, name) for name in _SCALE} if getattr(scaler, "dynamic", False) else {}
+
+
+def set_loss_scale(scaler: Any, state: Mapping[str, float]) -> None:
+    """Set a dynamic loss scale to what `loss_scale` returned; a static one stays."""
+    for name, value in state.items() if getattr(scaler, "dynamic", False) else ():
+        setattr(scaler, name, value)
 
 
 def random_state(rank: int) -> dict[str, Tensor]:

@@ -7,12 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from safetensors.torch import load_file
 from torch import nn
 
-from foreroute.engine.config import Builder, MoEConfig, RouteWeights
+from foreroute.engine.config import Builder, Keys, MoEConfig, RouteWeights
 from foreroute.engine.errors import UserError
 from foreroute.engine.plug_in import experts_of, load_pretrained, replace_feed_forwards, save_pretrained
+from foreroute.engine.plug_in.live_experts import LiveExperts
+from foreroute.engine.plug_in.saved.training import loss_scale, set_loss_scale
 
 SYMBOLS, WIDTH, EXPERTS, K, ROWS, LENGTH = 11, 16, 6, 2, 6, 9
 MOE = MoEConfig(experts=EXPERTS, expert_width=12, ngram=2, rows=64, builder=Builder.random, shared_width=8)
@@ -170,6 +173,46 @@ def test_other_optimizers_go_on(optimizer, tmp_path):
     again = Training(seed=9, optimizer=optimizer)
     again.load(tmp_path / "model")
     assert again.steps(2, 4) == want and same(again.weights(), training.weights())
+
+
+ROUTERS = [
+    {"router": "learned", "balance_loss": 0.5},
+    {"router": "sigmoid_bias"},
+    {"router": "fresh"},
+    {"keys": Keys.shuffled},
+    {"weights": RouteWeights.live, "copy_experts": 1, "constant_experts": 1},
+]
+
+
+@pytest.mark.parametrize("options", ROUTERS, ids=lambda options: "-".join(map(str, options.values())))
+def test_every_kind_of_router_goes_on(options, tmp_path):
+    """Live ones with a state of their own, planned ones that draw, and gates."""
+
+    def steps(training, first, last):
+        experts, losses = experts_of(training.model), []
+        live = isinstance(experts, LiveExperts)
+        for step in range(first, last):
+            ids, targets = batch(step)
+            with experts.planned(ids):
+                loss = training.model(ids, targets)
+            (loss + experts.auxiliary_loss() if live else loss).backward()
+            training.optimizer.step()
+            training.optimizer.zero_grad()
+            losses.append(loss.item())
+            if live:
+                experts.after_step()
+        return losses
+
+    moe = replace(MOE, **options)
+    training = Training(moe=moe)
+    steps(training, 0, 3)
+    training.save(tmp_path / "model")
+    want = steps(training, 3, 6)
+    again = Training(seed=9, moe=moe)
+    again.load(tmp_path / "model")
+    assert steps(again, 3, 6) == want
+    assert same(again.weights(), training.weights())
+    assert same(dict(again.model.named_buffers()), dict(training.model.named_buffers()))
 
 
 def test_a_stepped_training_goes_back(saved, tmp_path):
@@ -370,3 +413,17 @@ def test_a_model_of_transformers_has_its_own_files(tmp_path):
     again, other = replaced(theirs, 9)
     load_pretrained(again, tmp_path / "model", optimizer=other)
     assert (step(again, other), step(again, other)) == want
+
+
+def test_a_dynamic_loss_scale_goes_on():
+    """As of DeepSpeed with fp16."""
+    options = {"scale_window": 10, "min_scale": 1, "delayed_shift": 2, "consecutive_hysteresis": False}
+    scaler = DynamicLossScaler(init_scale=2**16, **options)
+    scaler.cur_scale, scaler.cur_hysteresis, scaler.last_overflow_iter = 2**15, 1, 3
+    scaler.update_scale(False)
+    again, static = DynamicLossScaler(init_scale=2**16, **options), LossScaler(1)
+    set_loss_scale(again, loss_scale(scaler))
+    assert vars(again) == vars(scaler) and (again.cur_scale, again.cur_iter) == (2**15, 1)
+    set_loss_scale(static, loss_scale(scaler))
+    set_loss_scale(again, loss_scale(static))
+    assert static.cur_scale == 1 and again.cur_scale == 2**15
