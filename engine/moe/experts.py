@@ -52,6 +52,11 @@ class Experts(nn.Module):
             self.masked_from_k = kernels.masked_from_k
         self.init_weights(0.02)
 
+    @property
+    def first_weight(self) -> Tensor:
+        """A parameter, for its device and format; ZeRO-3 gathers one that is read by its name during a forward pass."""
+        return next(self.parameters())
+
     def init_weights(self, std: float) -> None:
         """Draw each expert's matrices from N(0, std^2); biases are zero."""
         for weight in (self.w1, self.w2, self.w3):

@@ -417,7 +417,7 @@ class PlannedExperts:
             facts = {"k": k, "tables": self._tables, "evaluation": held_out, "plans": number}
             with self._together("its expert group"):
                 inputs = share(inputs, cpu_group, facts, first_rank=self._mesh.ep_ranks.start)
-        mesh, parallel, weight = self._mesh, self._parallel, self.layers[0].experts.w1
+        mesh, parallel, weight = self._mesh, self._parallel, self.layers[0].experts.first_weight
         tokens = inputs.num_tokens
         gather = use_gather(
             parallel,

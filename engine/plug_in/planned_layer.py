@@ -34,7 +34,7 @@ class PlannedFeedForward(nn.Module):
         """
         _refuse_tracing(x)
         routing, running = self._experts.call(self.moe.layer, x)
-        x_TD = x.reshape(-1, x.shape[-1]).to(self.moe.experts.w1.dtype)
+        x_TD = x.reshape(-1, x.shape[-1]).to(self.moe.experts.first_weight.dtype)
         plan, tokens = routing.plan_of(self.moe.layer), len(x_TD)
         if plan is not None and plan.num_tokens > tokens:  # another rank of the expert group has more
             x_TD = torch.cat((x_TD, x_TD.new_zeros(plan.num_tokens - tokens, x_TD.shape[1])))
