@@ -44,10 +44,11 @@ from foreroute.engine.optim.expert_sharding import (
     is_sharded,
     parameter_groups,
     shard_experts,
+    total_grad_norm,
 )
 from foreroute.engine.optim.model_state import ModelState
 from foreroute.engine.optim.zero_defaults import KEPT_WHOLE, MAX_BUCKET
-from foreroute.engine.parallel.collectives import ExpertGroupComm, all_reduce_sum
+from foreroute.engine.parallel.collectives import ExpertGroupComm
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.parallel.watchdog import FOR_EVER
 
@@ -112,7 +113,7 @@ class Engine(ModelState):
         self._micro_batches, self._unless = 0, unless
         self._adam.found_inf = None
         if self._stage == 0:  # without clipping DeepSpeed computes no norm
-            self._drop_unless_finite(self._plain_grad_norm())
+            self._drop_unless_finite(total_grad_norm(self.module.parameters(), self.comm))
         with _norm_checked_by(self._drop_unless_finite):
             self._engine.step()
         if self._adam.found_inf is None:
@@ -161,17 +162,6 @@ class Engine(ModelState):
             shared_out = is_sharded(self.module.get_parameter(name))
             total += math.prod(shape) * (self.mesh.ep_size if shared_out else 1)
         return total
-
-    def _plain_grad_norm(self) -> Tensor:
-        """Compute the norm of all gradients at ZeRO-0; a collective over the expert group if experts are sharded."""
-        gradients: dict[bool, list[Tensor]] = {False: [], True: []}
-        for param in self.module.parameters():
-            if param.grad is not None:
-                gradients[is_sharded(param)].append(param.grad)
-        dense, experts = (nn.utils.get_total_norm(part) for part in gradients.values())
-        if self.comm is not None:
-            experts = all_reduce_sum(experts**2, self.comm.group).sqrt()
-        return torch.hypot(dense, experts)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from foreroute.engine.optim.deepspeed_contract import (
     groups,
     split_params_into_different_moe_groups_for_optimizer,
 )
-from foreroute.engine.parallel.collectives import ExpertGroupComm
+from foreroute.engine.parallel.collectives import ExpertGroupComm, all_reduce_sum
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.methods import live_method
 
@@ -133,6 +133,22 @@ def _expert_group(mesh: Mesh) -> dist.ProcessGroup:
         if found != list(ranks):
             raise RuntimeError(f"{what} of rank {mesh.rank}: DeepSpeed has {found}, the mesh {list(ranks)}")
     return exchanging
+
+
+def total_grad_norm(parameters: Iterable[nn.Parameter], comm: ExpertGroupComm | None) -> Tensor:
+    """Compute the norm of all gradients of the whole model at ZeRO-0; a collective over the expert group.
+
+    Args:
+        comm: communicator of the expert group; None if experts are not sharded.
+    """
+    gradients: dict[bool, list[Tensor]] = {False: [], True: []}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            gradients[is_sharded(parameter)].append(parameter.grad)
+    dense, experts = (nn.utils.get_total_norm(part) for part in gradients.values())
+    if comm is not None:
+        experts = all_reduce_sum(experts**2, comm.group).sqrt()
+    return torch.hypot(dense, experts)
 
 
 def balance_over_ranks(model: nn.Module, moe: MoEConfig, mesh: Mesh) -> None:

@@ -215,6 +215,11 @@ class PlannedExperts:
         """
         return self._submit(Sequences(ids, left, **context)).result()
 
+    def request(self, told: CallArguments, call: Call) -> Future[Plans]:
+        """Begin to plan a call in the planner's thread, from its own arguments; the ranks' order is as for `plan`."""
+        side = side_of(self.replaced[0].name) if self.replaced else ""
+        return self._submit(told.read(call, self._moe.ngram - 1, side, parts=self._in_parts))
+
     def ahead(
         self, batches: Iterable[Batch], depth: int = 2, *, ids: Any = 0, **context: Any
     ) -> Iterator[tuple[Plans, Batch]]:
@@ -293,7 +298,10 @@ class PlannedExperts:
                 if only the hidden states are.
             context: routes, route_weights and places, as for `plan`.
         """
-        told = CallArguments(ids, left, mask, positions, documents, layout, **context)
+        return self.attach_by(model, CallArguments(ids, left, mask, positions, documents, layout, **context))
+
+    def attach_by(self, model: nn.Module, told: CallArguments) -> Attachment:
+        """Make each call of the model plan from its arguments, as `attach` does."""
         generated = generated_ids(model)
         before = model.register_forward_pre_hook(Before(self, told, generated), with_kwargs=True)
         after = model.register_forward_hook(After(self, generated), always_call=True)
@@ -304,9 +312,7 @@ class PlannedExperts:
         self.passes.begin(None)  # end_call always removes one
         if self.passes.running() is not None or backward_node() is not None:
             return  # inside `planned`, inside another attached call, or in activation checkpointing of the whole model
-        side = side_of(self.replaced[0].name) if self.replaced else ""
-        sequences = told.read(call, self._moe.ngram - 1, side, parts=self._in_parts)
-        plans = self._submit(sequences).result()
+        plans = self.request(told, call).result()
         self.passes.end()
         self._begin(plans)
 
