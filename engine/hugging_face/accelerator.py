@@ -32,6 +32,7 @@ from foreroute.engine.plug_in.planned_experts import PlannedExperts
 from foreroute.engine.plug_in.plans import Plans
 
 Batch = Mapping[str, Any]
+_HANDLES = "foreroute_handles"  # on an accelerator: the hooks of use_experts
 
 
 def use_experts(accelerator: Any, experts: PlannedExperts) -> None:
@@ -39,7 +40,7 @@ def use_experts(accelerator: Any, experts: PlannedExperts) -> None:
 
     prepare separates sharded experts from other parameters in the optimizer, and adapts the DeepSpeed engine
     (engine/hugging_face/engines.py). save_state and load_state also hold the experts' tables, k and number of passes.
-    Call it before prepare.
+    Call it before prepare; a second call, after free_memory, is for another model.
 
     Raises:
         UserError: experts are sharded, and the accelerator does not use DeepSpeed.
@@ -49,6 +50,9 @@ def use_experts(accelerator: Any, experts: PlannedExperts) -> None:
         kind == "DEEPSPEED" or not has_sharded_experts(experts),
         f"parallel.expert_ranks above 1 with distributed_type={kind}: needs DeepSpeed",
     )
+    for handle in accelerator.__dict__.pop(_HANDLES, ()):
+        handle.remove()
+    accelerator.__dict__.pop("prepare", None)
     theirs = accelerator.prepare
 
     def prepare(*objects: Any, **options: Any) -> Any:
@@ -69,8 +73,11 @@ def use_experts(accelerator: Any, experts: PlannedExperts) -> None:
         if accelerator.is_main_process:
             save_experts(folder, experts)
 
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(lambda _, folder: load_experts(folder, experts))
+    handles = (
+        accelerator.register_save_state_pre_hook(save),
+        accelerator.register_load_state_pre_hook(lambda _, folder: load_experts(folder, experts)),
+    )
+    setattr(accelerator, _HANDLES, handles)
 
 
 def save_experts(folder: str | Path, experts: PlannedExperts) -> None:

@@ -22,9 +22,7 @@ class Watched(OrderedDict):
 
 def test_only_the_experts_themselves_read_their_parameters():
     ids = torch.arange(12).view(2, 6)
-    model = nn.Sequential(
-        nn.Embedding(12, WIDTH), nn.Sequential(nn.Linear(WIDTH, 16), nn.ReLU(), nn.Linear(16, WIDTH))
-    )
+    model = nn.Sequential(nn.Embedding(12, WIDTH), nn.Sequential(nn.Linear(WIDTH, 16), nn.ReLU(), nn.Linear(16, WIDTH)))
     moe = MoEConfig(experts=2, expert_width=8, ngram=2, rows=16, builder=Builder.random)
     experts = replace_feed_forwards(model, "1", width=WIDTH, vocab_size=12, moe=moe, k=1)
     module = experts.layers[0].experts
