@@ -24,14 +24,17 @@ from torch import nn
 
 from foreroute.engine.errors import UserError, require
 from foreroute.engine.hugging_face.arguments import arguments_of
-from foreroute.engine.hugging_face.engines import adapt_engine, has_sharded_experts, is_engine
-from foreroute.engine.hugging_face.rank_state import read_rank_state, write_rank_state
+from foreroute.engine.hugging_face.engines import adapt_engine, is_engine
 from foreroute.engine.optim.expert_sharding import is_sharded, parameter_groups
+from foreroute.engine.plug_in import load_pretrained, save_pretrained
 from foreroute.engine.plug_in.attached import Call
 from foreroute.engine.plug_in.planned_experts import PlannedExperts
+from foreroute.engine.plug_in.planned_layer import PlannedFeedForward
 from foreroute.engine.plug_in.plans import Plans
 
 Batch = Mapping[str, Any]
+FOLDER = "foreroute"
+"""Of a checkpoint without DeepSpeed: the folder in it with the model."""
 _HANDLES = "foreroute_handles"  # on an accelerator: the hooks of use_experts
 
 
@@ -39,7 +42,7 @@ def use_experts(accelerator: Any, experts: PlannedExperts) -> None:
     """Make prepare, save_state and load_state of an Accelerator right for a model with expert layers.
 
     prepare separates sharded experts from other parameters in the optimizer, and adapts the DeepSpeed engine
-    (engine/hugging_face/engines.py). save_state and load_state also hold the experts' tables, k and number of passes.
+    (engine/hugging_face/engines.py). save_state writes the model, with its tables, as save_pretrained does.
     Call it before prepare; a second call, after free_memory, is for another model.
 
     Raises:
@@ -47,7 +50,7 @@ def use_experts(accelerator: Any, experts: PlannedExperts) -> None:
     """
     kind = getattr(accelerator.distributed_type, "value", accelerator.distributed_type)
     require(
-        kind == "DEEPSPEED" or not has_sharded_experts(experts),
+        kind == "DEEPSPEED" or experts.mesh.ep_size == 1,
         f"parallel.expert_ranks above 1 with distributed_type={kind}: needs DeepSpeed",
     )
     for handle in accelerator.__dict__.pop(_HANDLES, ()):
@@ -69,25 +72,30 @@ def use_experts(accelerator: Any, experts: PlannedExperts) -> None:
     if kind == "DEEPSPEED":
         return  # its engine saves the experts
 
-    def save(_: Any, __: Any, folder: str) -> None:
-        if accelerator.is_main_process:
-            save_experts(folder, experts)
+    def save(models: list[nn.Module], weights: list[Any], folder: str) -> None:
+        for place in _with_experts(models):
+            save_pretrained(_inner(models[place]), Path(folder) / FOLDER, weights_only=True)
+            del weights[place]
 
-    handles = (
-        accelerator.register_save_state_pre_hook(save),
-        accelerator.register_load_state_pre_hook(lambda _, folder: load_experts(folder, experts)),
-    )
+    def load(models: list[nn.Module], folder: str) -> None:
+        for place in _with_experts(models):
+            load_pretrained(_inner(models[place]), Path(folder) / FOLDER)
+            del models[place]
+
+    handles = (accelerator.register_save_state_pre_hook(save), accelerator.register_load_state_pre_hook(load))
     setattr(accelerator, _HANDLES, handles)
 
 
-def save_experts(folder: str | Path, experts: PlannedExperts) -> None:
-    """Write the experts' tables, k and number of passes into a folder with a model's weights; experts not sharded."""
-    write_rank_state(Path(folder), {"experts": experts.state_dict()})
+def _with_experts(models: list[nn.Module]) -> list[int]:
+    """Return the place of the model with expert layers in a list; there may be one."""
+    found = [any(isinstance(m, PlannedFeedForward) for m in model.modules()) for model in models]
+    return [place for place, has in enumerate(found) if has][:1]
 
 
-def load_experts(folder: str | Path, experts: PlannedExperts) -> None:
-    """Restore what save_experts wrote; before the weights, which are checked against the tables."""
-    experts.load_state_dict(read_rank_state(Path(folder))["experts"])
+def _inner(model: nn.Module) -> nn.Module:
+    """Return the model inside of DistributedDataParallel or an engine."""
+    inner = getattr(model, "module", model)
+    return inner if isinstance(inner, nn.Module) else model
 
 
 def separate_experts(optimizer: torch.optim.Optimizer) -> None:
@@ -164,7 +172,7 @@ def planned_batches(
     """
     state, shown = accelerator.gradient_state, _Shown(loader)
     keep_on_host(loader)
-    batches = PlannedBatches(loader, experts, getattr(model, "module", model), depth)
+    batches = PlannedBatches(loader, experts, _inner(model), depth)
     try:
         for number, (future, batch) in enumerate(batches):
             if number == 0:  # after the loader, which is asked ahead, has shown itself

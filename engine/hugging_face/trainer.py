@@ -21,16 +21,9 @@ import torch
 from torch import nn
 
 from foreroute.engine.errors import require
-from foreroute.engine.hugging_face.accelerator import (
-    Batch,
-    PlannedBatches,
-    keep_on_host,
-    load_experts,
-    save_experts,
-    use_experts,
-)
+from foreroute.engine.hugging_face.accelerator import FOLDER, Batch, PlannedBatches, keep_on_host, use_experts
 from foreroute.engine.hugging_face.arguments import arguments_of
-from foreroute.engine.hugging_face.engines import has_sharded_experts
+from foreroute.engine.plug_in import load_pretrained, save_pretrained
 from foreroute.engine.plug_in.attached import Attachment
 from foreroute.engine.plug_in.planned_experts import PlannedExperts
 from foreroute.engine.plug_in.plans import Plans
@@ -52,8 +45,8 @@ class PlannedTrainer(_Trainer):
 
     Beside planning it changes what is wrong otherwise. The optimizer's groups separate sharded experts. max_grad_norm
     applies if the DeepSpeed config has no gradient_clipping, and is right at ZeRO-0. Biases of experts have no weight
-    decay. Checkpoints hold the experts. With sharded experts they are files of each rank without model.safetensors, and
-    resume bit for bit on the same number of ranks, size of expert groups and ZeRO stage.
+    decay. Checkpoints hold the model as save_pretrained of engine.plug_in writes it: with DeepSpeed in global_step<N>,
+    with the optimizer, otherwise in foreroute, beside Trainer's optimizer.pt.
 
     All ranks must have equally many batches, as with Trainer's default samplers.
     """
@@ -124,28 +117,19 @@ class PlannedTrainer(_Trainer):
     # Checkpoints.
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model; with sharded experts the configuration and, unless a whole checkpoint follows, rank files."""
-        if not has_sharded_experts(self.experts):
-            super().save_model(output_dir, _internal_call)
-            return
-        output_dir = output_dir or self.args.output_dir
-        if self.args.should_save:
-            self.model.config.save_pretrained(output_dir)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(output_dir)
-        if not _internal_call or self.args.save_only_model:
-            self.model_wrapped.save_checkpoint(output_dir)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            save_experts(output_dir or self.args.output_dir, self.experts)
+        """Save the model with save_pretrained of engine.plug_in, unless the engine saves it next."""
+        folder = Path(output_dir or self.args.output_dir)
+        if not (self.is_deepspeed_enabled and _internal_call and not self.args.save_only_model):
+            model = self.model_wrapped if self.is_deepspeed_enabled else self.model
+            save_pretrained(model, folder / FOLDER, weights_only=True)
+        if self.args.should_save and self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_experts(resume_from_checkpoint, self.experts)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_pretrained(self.model if model is None else model, Path(resume_from_checkpoint) / FOLDER)
 
     def _load_best_model(self) -> None:
-        if not self.is_deepspeed_enabled:  # its engine loads them
-            load_experts(Path(self.state.best_model_checkpoint), self.experts)
-        super()._load_best_model()
+        if self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)

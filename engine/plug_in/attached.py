@@ -162,7 +162,8 @@ class Call:
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self.args, self.kwargs = args, kwargs
         self.by_name = {**dict(zip(_argument_names(model), args, strict=False)), **kwargs}
-        self._given: dict[Place, Any] = {**dict(enumerate(args)), **self.by_name}
+        self._given: dict[Place, Any] = dict(enumerate(args))
+        self._given.update(self.by_name)
 
     def name(self, place: Place | None) -> str:
         """Return an argument's name for messages."""

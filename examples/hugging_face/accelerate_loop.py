@@ -9,6 +9,7 @@ import argparse
 import gc
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, PartialState
@@ -39,9 +40,9 @@ def train(accelerator: Accelerator, folder: Path, *, resume: bool) -> list[float
     experts = experts_of(model)
     use_experts(accelerator, experts)
     optimizer = torch.optim.AdamW(parameter_groups(model.parameters()), lr=0.003)
-    data = texts(8 * ACCUMULATION * STEPS)
+    data: Any = texts(8 * ACCUMULATION * STEPS)
     # A loader with a generator of its own leaves PyTorch's, which draws dropout, as the checkpoint has it.
-    loader = torch.utils.data.DataLoader(
+    loader: Any = torch.utils.data.DataLoader(
         data, size, shuffle=True, collate_fn=collate, drop_last=True, generator=torch.Generator().manual_seed(0)
     )
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
