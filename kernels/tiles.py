@@ -163,9 +163,21 @@ _TABLE = {
     "gfx942": {"half": (_AMD_HALF_MANY, _AMD_HALF_FEW), "tf32": (_AMD_IEEE, _AMD_IEEE), "ieee": (_AMD_IEEE, _AMD_IEEE)},
 }
 
+# SiLU and GELU without a gate have the tiles of a gate here: in wider ones their epilogues spill.
+_TILES_OF_A_GATE = ("sm_100",)
+
 
 def ffn_tiles(
-    arch: str, dtype: torch.dtype, precision: str, *, gated: bool, rows: int, experts: int, width: int, hidden: int
+    arch: str,
+    dtype: torch.dtype,
+    precision: str,
+    *,
+    gated: bool,
+    rows: int,
+    experts: int,
+    width: int,
+    hidden: int,
+    pre: bool = False,
 ) -> Tiles:
     """Return the tiles of an expert feed-forward, narrowed to its widths.
 
@@ -173,7 +185,9 @@ def ffn_tiles(
         arch: a name from kernels.launching.arch_of; an architecture without entries uses those of a similar chip.
         precision: "ieee" or "tf32", the arithmetic for fp32 operands.
         rows: number of expert rows of all experts together.
+        pre: kernels.activations.saves_pre.
     """
+    gated = gated or (pre and _like(arch) in _TILES_OF_A_GATE)
     return _ffn_tiles(arch, dtype, precision, gated, _few(rows, experts), width, hidden)
 
 

@@ -38,7 +38,7 @@ def ffn_forward_triton(
     """Compute the unweighted output y_ND of every expert row, and the tensors saved for backward."""
     width_F, gated = weights.w1_LFD.shape[1], weights.w3_LFD is not None
     pre = saves_pre(activation, gated=gated)
-    tiles = _tiles(x_RD, weights, rows, precision)
+    tiles = _tiles(x_RD, weights, rows, precision, pre=pre)
     tile_map = _tile_map(rows, tiles.up.rows)
     shared = _shared_arguments(weights, rows, tile_map, precision)
     a_NF = x_RD.new_empty(rows.num_rows, width_F)
@@ -87,7 +87,8 @@ def ffn_backward_triton(
         weight_N: mixing weights, if the operation includes the weighted sum.
         dweight: whether to compute the gradient of weight_N.
     """
-    tiles = _tiles(x_RD, weights, rows, precision)
+    pre = saves_pre(activation, gated=weights.w3_LFD is not None)
+    tiles = _tiles(x_RD, weights, rows, precision, pre=pre)
     shared = _shared_arguments(weights, rows, saved.tile_map, precision)
     hidden = _hidden_gradients(
         dout,
@@ -309,7 +310,7 @@ def _tile_map(rows: ExpertRows, block: int) -> Tensor:
     return tile_map
 
 
-def _tiles(x_RD: Tensor, weights: ExpertWeights, rows: ExpertRows, precision: str) -> Tiles:
+def _tiles(x_RD: Tensor, weights: ExpertWeights, rows: ExpertRows, precision: str, *, pre: bool) -> Tiles:
     return ffn_tiles(
         arch_of(x_RD),
         x_RD.dtype,
@@ -319,6 +320,7 @@ def _tiles(x_RD: Tensor, weights: ExpertWeights, rows: ExpertRows, precision: st
         experts=rows.num_experts,
         width=x_RD.shape[1],
         hidden=weights.w1_LFD.shape[1],
+        pre=pre,
     )
 
 

@@ -17,10 +17,9 @@ ENTRIES = {
 }
 
 
-def find(
-    arch="sm_80", dtype=torch.bfloat16, *, precision="ieee", gated=False, rows=10**6, experts=4, width=512, hidden=512
-):
-    return ffn_tiles(arch, dtype, precision, gated=gated, rows=rows, experts=experts, width=width, hidden=hidden)
+def find(arch="sm_80", dtype=torch.bfloat16, *, precision="ieee", gated=False, rows=10**6, experts=4, **more):
+    sizes = {"width": 512, "hidden": 512} | more
+    return ffn_tiles(arch, dtype, precision, gated=gated, rows=rows, experts=experts, **sizes)
 
 
 @pytest.mark.parametrize("name", ENTRIES)
@@ -34,6 +33,13 @@ def test_an_entry_can_be_compiled(name):
         assert 1 <= tile.num_warps <= 8 and 1 <= tile.num_stages <= 3
     # one map of row tiles serves the four products over expert rows
     assert len({tile.rows for tile in entry[:4]}) == 1
+
+
+@pytest.mark.parametrize("arch", tiles._TABLE)
+def test_activations_that_need_more_registers_get_narrower_tiles(arch):
+    plain, gated = find(arch), find(arch, gated=True)
+    assert plain != gated and find(arch, gated=True, pre=True) == gated
+    assert find(arch, pre=True) == (gated if arch == "sm_100" else plain)
 
 
 def test_few_rows_get_low_tiles():
