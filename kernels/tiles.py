@@ -164,7 +164,7 @@ _TABLE = {
 }
 
 # SiLU and GELU without a gate have the tiles of a gate here: in wider ones their epilogues spill.
-_TILES_OF_A_GATE = ("sm_100",)
+_TILES_OF_A_GATE = {("sm_100", "half")}
 
 
 def ffn_tiles(
@@ -187,7 +187,7 @@ def ffn_tiles(
         rows: number of expert rows of all experts together.
         pre: kernels.activations.saves_pre.
     """
-    gated = gated or (pre and _like(arch) in _TILES_OF_A_GATE)
+    gated = gated or (pre and (_like(arch), _arithmetic(dtype, precision)) in _TILES_OF_A_GATE)
     return _ffn_tiles(arch, dtype, precision, gated, _few(rows, experts), width, hidden)
 
 
@@ -201,8 +201,11 @@ def _few(rows: int, experts: int) -> bool:
 
 
 def _entry(arch: str, dtype: torch.dtype, precision: str, gated: bool, few: bool) -> Tiles:
-    arithmetic = precision if dtype == torch.float32 else "half"
-    return entry_of(arch, arithmetic, few=few).tiles(gated=gated)
+    return entry_of(arch, _arithmetic(dtype, precision), few=few).tiles(gated=gated)
+
+
+def _arithmetic(dtype: torch.dtype, precision: str) -> str:
+    return precision if dtype == torch.float32 else "half"
 
 
 @cache

@@ -40,6 +40,10 @@ def test_activations_that_need_more_registers_get_narrower_tiles(arch):
     plain, gated = find(arch), find(arch, gated=True)
     assert plain != gated and find(arch, gated=True, pre=True) == gated
     assert find(arch, pre=True) == (gated if arch == "sm_100" else plain)
+    for precision in ("ieee", "tf32"):
+        assert find(arch, torch.float32, precision=precision, pre=True) == find(
+            arch, torch.float32, precision=precision
+        )
 
 
 def test_few_rows_get_low_tiles():
