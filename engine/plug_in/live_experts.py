@@ -23,10 +23,9 @@ from foreroute.engine.parallel.collectives import all_reduce_sum
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.plug_in.attached import Call, CallArguments
 from foreroute.engine.plug_in.passes import Pass, backward_node
-from foreroute.engine.plug_in.plan_inputs import checked_ids, plan_inputs
 from foreroute.engine.plug_in.planned_experts import PlannedExperts
 from foreroute.engine.plug_in.planned_layer import PlannedFeedForward
-from foreroute.engine.plug_in.plans import Plans, Sequences, in_order
+from foreroute.engine.plug_in.plans import Plans, Sequences
 from foreroute.engine.routing.plan import Routing
 from foreroute.engine.routing.planned_router import PlannedRouter, RouterInputs
 
@@ -34,8 +33,10 @@ from foreroute.engine.routing.planned_router import PlannedRouter, RouterInputs
 class LiveExperts(PlannedExperts):
     """The expert layers of a model with live routers, and what these leave behind in a pass.
 
-    `planned`, `plan`, `ahead` and `attach` work as for planned routers, though they only say which ids are padding;
-    ids left of a text and documents make no difference. Losses are those of the last pass: call a model in one thread.
+    `planned`, `plan`, `ahead` and `attach` work as for planned routers, though they only say which ids are padding, and
+    how many tokens the ranks of the expert group have, which may be unequal then, but not 0; without them they must be
+    equal. Ids left of a text and documents make no difference. Losses are those of the last pass: call a model in one
+    thread.
     """
 
     def __init__(
@@ -63,6 +64,11 @@ class LiveExperts(PlannedExperts):
         self._carries = False
         self._count_LE: Tensor | None = None
 
+    @property
+    def _device(self) -> torch.device:
+        # ZeRO-3 gathers a parameter that is read by its name during a forward pass
+        return next(self.layers[0].experts.parameters()).device
+
     def _use(self, routers: Sequence[PlannedRouter]) -> None:
         self._routers, self._tables = [], 0
         self._num_experts = self._moe.columns
@@ -75,8 +81,7 @@ class LiveExperts(PlannedExperts):
         Add it to the loss before backward. It is fp32, a scalar, 0 for routers without a loss, and the mean over ranks
         of it is the loss of all tokens. It holds the graph of the pass until the next one.
         """
-        device = self.layers[0].experts.w1.device
-        return sum(self._losses.values(), torch.zeros((), device=device))
+        return sum(self._losses.values(), torch.zeros((), device=self._device))
 
     def after_step(self) -> None:
         """Let routers change their own state after an optimizer step, such as the bias of sigmoid_bias.
@@ -132,7 +137,7 @@ class LiveExperts(PlannedExperts):
             return super().call(layer, x)
         own: Pass | None = getattr(self._of_thread, "own", None)
         if own is None or layer in own.plans.used or own.plans.shape != (tokens, 1):
-            own = self._begin(self._no_plans((tokens, 1), self.k, None))
+            own = self._begin(self._no_plans((tokens, 1), self.k, tokens, None))
             self._of_thread.own = own
         else:
             self.passes.begin(own)
@@ -144,23 +149,20 @@ class LiveExperts(PlannedExperts):
     def _plan(self, sequences: Sequences, k: int, number: int, *, held_out: bool) -> Plans:
         planned = sequences.routes is not None or sequences.places is not None
         require(not planned, f"routes and places: must be None with moe.router={self._moe.router}; given takes them")
-        ids, left = checked_ids(
-            sequences, ngram=self._moe.ngram, vocab_size=self._inputs.vocab_size, ranks=self._mesh.ep_size
-        )
-        plan_inputs(sequences, ids, left)  # checks the rest
-        real = None
-        if sequences.mask is not None:
-            real = in_order(sequences, sequences.mask.cpu() != 0)
-            real = real[self._mesh.ep_rank] if ids.dim() == 3 else real
-        shape = tuple(ids.shape[-2:])
-        return self._no_plans(shape[::-1] if sequences.sequence_first else shape, k, real)
+        shape, inputs = self._group_inputs(sequences, k, number, held_out=held_out)
+        real_PT = inputs.real_SX.flatten(1)
+        return self._no_plans(shape, k, inputs.num_tokens, None if real_PT.all() else real_PT[self._mesh.ep_rank])
 
-    def _no_plans(self, shape: tuple[int, ...], k: int, real: Tensor | None) -> Plans:
-        mesh, device = self._mesh, self.layers[0].experts.w1.device
-        tokens = shape[0] * shape[1]
+    def _no_plans(self, shape: tuple[int, ...], k: int, tokens: int, real_T: Tensor | None) -> Plans:
+        """Return what live routers need in place of plans.
+
+        Args:
+            tokens: the largest number of tokens of a rank of the expert group.
+        """
+        mesh, device = self._mesh, self._device
         first = (mesh.rank - mesh.ep_rank) * tokens
         token_T = torch.arange(first, first + mesh.ep_size * tokens, device=device)
-        real_T = None if real is None else real.reshape(-1).to(device)
+        real_T = None if real_T is None else real_T.to(device)
         return Plans(k, shape, self._tables, None, token_T, None, real_T=real_T)
 
     def _connect(self, device: torch.device) -> None:

@@ -41,6 +41,11 @@ class PlanInputs:
         """Tokens of a rank (T)."""
         return self.id_SX.shape[-2] * self.id_SX.shape[-1]
 
+    @property
+    def real_SX(self) -> Tensor:
+        """Which ids are no padding, bool."""
+        return self.id_SX != _PADDING
+
     def items(self) -> list[tuple[str, Tensor]]:
         """List what there is."""
         found = [(one.name, getattr(self, one.name)) for one in fields(self)]
@@ -48,7 +53,7 @@ class PlanInputs:
 
     def tokens(self, draw: Draw) -> GroupTokens:
         """Return them as routers read them; only those of a group."""
-        real = self.id_SX != _PADDING
+        real = self.real_SX
         routes = None
         if self.route_TyK is not None:
             weights = None if self.weight_TyK is None else self.weight_TyK.numpy()

@@ -44,7 +44,7 @@ from foreroute.engine.plug_in.attached import (
     kind_of,
 )
 from foreroute.engine.plug_in.passes import Pass, Passes, backward_node
-from foreroute.engine.plug_in.plan_inputs import check_places, checked_ids, left_of_part, plan_inputs, share
+from foreroute.engine.plug_in.plan_inputs import PlanInputs, check_places, checked_ids, left_of_part, plan_inputs, share
 from foreroute.engine.plug_in.plans import Context, Plans, Sequences
 from foreroute.engine.plug_in.replaceable import Replaced, side_of
 from foreroute.engine.routing.plan import Routing
@@ -408,21 +408,7 @@ class PlannedExperts:
         if sequences.places is not None and isinstance(sequences.ids, Tensor):
             text = () if self._inputs.splits is None else self._inputs.splits(Split.train)
             check_places(sequences.places, sequences.ids.shape[-1], len(text))
-        ids, left = checked_ids(
-            sequences, ngram=self._moe.ngram, vocab_size=self._inputs.vocab_size, ranks=self._mesh.ep_size
-        )
-        if self._in_parts:
-            require(self._part_group is not None, "a copy of a model with parts of sequences: call shard_sequences")
-            assert self._part_group is not None
-            with self._together("the group of its sequences"):
-                left = left_of_part(sequences, ids, self._moe.ngram - 1, self._part_group)
-        shape = tuple(ids.shape[-2:])
-        inputs = plan_inputs(sequences, ids, left)
-        if ids.dim() == 2:
-            cpu_group = self._cpu_group = self._cpu_group or self._reconnect()
-            facts = {"k": k, "tables": self._tables, "evaluation": held_out, "plans": number}
-            with self._together("its expert group"):
-                inputs = share(inputs, cpu_group, facts, first_rank=self._mesh.ep_ranks.start)
+        shape, inputs = self._group_inputs(sequences, k, number, held_out=held_out)
         mesh, parallel, weight = self._mesh, self._parallel, self.layers[0].experts.first_weight
         tokens = inputs.num_tokens
         gather = use_gather(
@@ -441,8 +427,28 @@ class PlannedExperts:
         if self._delivery is None or self._delivery.device != weight.device:
             self._delivery = Delivery(weight.device)
         (plans, token_T), copied = self._delivery.send((plans, token_T))
-        shape = shape[::-1] if sequences.sequence_first else shape
         return Plans(k, shape, self._tables, plans, token_T, copied, 0 if held_out else number + 1)
+
+    def _group_inputs(
+        self, sequences: Sequences, k: int, number: int, *, held_out: bool
+    ) -> tuple[tuple[int, ...], PlanInputs]:
+        """Return the shape of this rank's hidden states but for D, and the inputs of all ranks of the expert group."""
+        ids, left = checked_ids(
+            sequences, ngram=self._moe.ngram, vocab_size=self._inputs.vocab_size, ranks=self._mesh.ep_size
+        )
+        if self._in_parts:
+            require(self._part_group is not None, "a copy of a model with parts of sequences: call shard_sequences")
+            assert self._part_group is not None
+            with self._together("the group of its sequences"):
+                left = left_of_part(sequences, ids, self._moe.ngram - 1, self._part_group)
+        shape = tuple(ids.shape[-2:])
+        inputs = plan_inputs(sequences, ids, left)
+        if ids.dim() == 2:
+            cpu_group = self._cpu_group = self._cpu_group or self._reconnect()
+            facts = {"k": k, "tables": self._tables, "evaluation": held_out, "plans": number}
+            with self._together("its expert group"):
+                inputs = share(inputs, cpu_group, facts, first_rank=self._mesh.ep_ranks.start)
+        return shape[::-1] if sequences.sequence_first else shape, inputs
 
     @contextlib.contextmanager
     def _together(self, ranks: str) -> Iterator[None]:

@@ -36,8 +36,9 @@ class PlannedFeedForward(nn.Module):
         routing, running = self._experts.call(self.moe.layer, x)
         x_TD = x.reshape(-1, x.shape[-1]).to(self.moe.experts.first_weight.dtype)
         plan, tokens = routing.plan_of(self.moe.layer), len(x_TD)
-        if plan is not None and plan.num_tokens > tokens:  # another rank of the expert group has more
-            x_TD = torch.cat((x_TD, x_TD.new_zeros(plan.num_tokens - tokens, x_TD.shape[1])))
+        most = plan.num_tokens if plan is not None else tokens if routing.real_T is None else len(routing.real_T)
+        if most > tokens:  # another rank of the expert group has more
+            x_TD = torch.cat((x_TD, x_TD.new_zeros(most - tokens, x_TD.shape[1])))
         y = self._run(x_TD, routing, running).y_TD[:tokens].to(x.dtype).view_as(x)
         self._experts.passes.note(y, running)
         return y

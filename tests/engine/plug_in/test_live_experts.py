@@ -1,5 +1,6 @@
 """Live routers inside a model that is not ours: against plain loops on one rank, and on 2 ranks against one."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import deepspeed
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from foreroute.engine.config import MoEConfig, ParallelConfig
-from foreroute.engine.plug_in import experts_of, replace_feed_forwards
+from foreroute.engine.plug_in import experts_of, mean_over_ranks, replace_feed_forwards
 from foreroute.engine.testing.ranks import run_ranks
 from tests.engine.plug_in import test_plug_in_on_ranks as plain_case
 
@@ -217,14 +218,17 @@ def state(model, read=nn.Parameter.detach):
 
 
 def train(rank, case):
-    stage, moe, options = case
+    stage, moe, options, unequal = case
     model, experts = make(0.3, moe, **options)
     engine = plain_case.initialize(model, stage)
     ranks, losses = dist.get_world_size(), []
     for step in range(2):
-        _, ids, targets = (part.chunk(ranks)[rank] for part in plain_case.batch(step))
-        loss = engine(ids, targets) + experts.auxiliary_loss()
-        engine.backward(loss)
+        sizes = (5, 3) if unequal else (4, 4)
+        _, ids, targets = (part.split(sizes)[rank] for part in plain_case.batch(step))
+        with experts.planned(ids) if unequal else nullcontext():
+            loss = engine(ids, targets)
+            loss = mean_over_ranks(loss * len(ids), len(ids)) + experts.auxiliary_loss()
+            engine.backward(loss)
         engine.step()
         experts.after_step()
         total = loss.detach().clone()
@@ -237,7 +241,12 @@ def train(rank, case):
 
 
 BIASED = {"router": "sigmoid_bias", "options": {"update": 0.25}}
-CASES = [(1, LEARNED, {"expert_ranks": 2}), (3, LEARNED, {}), (3, BIASED, {"expert_ranks": 2, "chunks": 2})]
+CASES = [
+    (1, LEARNED, {"expert_ranks": 2}, False),
+    (3, LEARNED, {}, False),
+    (3, BIASED, {"expert_ranks": 2, "chunks": 2}, False),
+    (1, BIASED, {"expert_ranks": 2}, True),
+]
 
 
 def work(rank):
@@ -248,7 +257,7 @@ def work(rank):
 @pytest.mark.dist
 def test_two_ranks_train_like_one():
     answers = run_ranks(work, 2)
-    for number, (_, moe, _) in enumerate(CASES):
+    for number, (_, moe, *_) in enumerate(CASES):
         losses, weights = one_rank(moe)
         for answer in answers:
             plain_case.compare(
