@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from foreroute.engine.config import Activation, KernelsConfig, MoEConfig, ParallelConfig, RouteWeights
+from foreroute.engine.config import KernelsConfig, MoEConfig, ParallelConfig, RouteWeights
 from foreroute.engine.errors import require
 from foreroute.engine.hugging_face.families import (
     ROUTERS,
@@ -90,7 +90,7 @@ def _config(shape: Shape, replayed: bool) -> MoEConfig:
         router="given" if replayed else _HOST,
         experts=shape.experts,
         expert_width=shape.expert_width,
-        activation=Activation.swiglu,
+        activation=shape.activation,
         weights=RouteWeights.live if replayed else RouteWeights.table,
         gate_normalised=shape.normalised,
     )

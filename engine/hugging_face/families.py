@@ -4,7 +4,7 @@ The blocks of Qwen3-MoE, OLMoE and Mixtral are equal but for their classes and f
 experts are divided by their sum:
 
     gate.weight            [E, D]     of the router
-    experts.gate_up_proj   [E, 2F, D] ours: w1 over w3 (SwiGLU: silu(w1 x) * (w3 x))
+    experts.gate_up_proj   [E, 2F, D] ours: w1 over w3, act(w1 x) * (w3 x)
     experts.down_proj      [E, D, F]  ours: w2, transposed
 
 There are no biases. Transposing and cutting is exact, so weights come back bit for bit.
@@ -19,11 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foreroute.engine.config import Activation
 from foreroute.engine.errors import require
 from foreroute.engine.moe.experts import Experts
 
 BLOCKS = ("Qwen3MoeSparseMoeBlock", "OlmoeSparseMoeBlock", "MixtralSparseMoeBlock")
 ROUTERS = ("Qwen3MoeTopKRouter", "OlmoeTopKRouter", "MixtralTopKRouter")
+_ACTIVATIONS = {  # by the classes of transformers' hidden_act
+    "ReLU": Activation.reglu,
+    "SiLU": Activation.swiglu,
+    "SiLUActivation": Activation.swiglu,
+    "GELUActivation": Activation.geglu,
+    "GELUTanh": Activation.geglu_tanh,
+    "NewGELUActivation": Activation.geglu_tanh,
+}
 _GATES = ("gate", "router.gate")  # in our layer: with planned routes, with the live router
 
 
@@ -35,6 +44,7 @@ class Shape:
     experts: int  # E
     expert_width: int  # F
     k: int
+    activation: Activation
     normalised: bool  # the weights of a token's experts are divided by their sum
     dtype: torch.dtype
 
@@ -61,9 +71,10 @@ def shape_of(name: str, block: nn.Module) -> Shape:
     experts: Any = block.get_submodule("experts")
     gate: Any = block.get_submodule("gate")
     up, down = experts.get_parameter("gate_up_proj"), experts.get_parameter("down_proj")
+    activation = type(experts.act_fn).__name__
     require(
-        isinstance(experts.act_fn, nn.SiLU) or type(experts.act_fn).__name__.startswith("SiLU"),
-        f"{name}: experts with activation {type(experts.act_fn).__name__}; must be silu (hidden_act)",
+        activation in _ACTIVATIONS,
+        f"{name}: hidden_act of class {activation}; must be one of {', '.join(_ACTIVATIONS)}",
     )
     noise = getattr(block, "jitter_noise", 0.0)
     require(noise == 0.0, f"{name}: router_jitter_noise={noise}; must be 0")
@@ -72,7 +83,8 @@ def shape_of(name: str, block: nn.Module) -> Shape:
     others = {n for n, _ in block.named_parameters()} - {"gate.weight", "experts.gate_up_proj", "experts.down_proj"}
     require(not others, f"{name}: has {', '.join(sorted(others))} besides router and experts")
     normalised = bool(getattr(gate, "norm_topk_prob", True))
-    return Shape(down.shape[1], down.shape[0], down.shape[2], int(gate.top_k), normalised, up.dtype)
+    sizes = down.shape[1], down.shape[0], down.shape[2]
+    return Shape(*sizes, int(gate.top_k), _ACTIVATIONS[activation], normalised, up.dtype)
 
 
 def import_experts(experts: Experts, block: nn.Module) -> None:

@@ -97,6 +97,19 @@ def test_outputs_and_gradients_are_theirs(family):
         assert {name for name, _ in layer.experts.named_parameters()} == {"w1", "w2", "w3"}
 
 
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_new", "gelu_pytorch_tanh"])
+def test_other_activations_are_theirs(activation):
+    want_model = theirs("qwen", hidden_act=activation)
+    model = copy.deepcopy(want_model)
+    replace_experts(model)
+    outputs = []
+    for one in (model, want_model):
+        loss, logits = forward(one, *batch())
+        loss.backward()
+        outputs.append((logits, one.get_input_embeddings().weight.grad))
+    assert all(error(got, want) < 1e-5 for got, want in zip(*outputs, strict=True))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_goes_home_bit_for_bit(family, tmp_path):
     model = theirs(family)
@@ -227,7 +240,7 @@ def test_generation_with_a_cache_is_theirs():
 @pytest.mark.parametrize(
     ("family", "options", "line"),
     [
-        ("qwen", {"hidden_act": "gelu"}, "model.layers.0.mlp: experts with activation GELUActivation; must be silu"),
+        ("qwen", {"hidden_act": "mish"}, "model.layers.0.mlp: hidden_act of class MishActivation; must be one of ReLU"),
         ("mixtral", {"router_jitter_noise": 0.1}, "model.layers.0.mlp: router_jitter_noise=0.1; must be 0"),
         ("qwen", {"mlp_only_layers": [0, 1]}, "Qwen3MoeForCausalLM: has no expert block of transformers"),
     ],
