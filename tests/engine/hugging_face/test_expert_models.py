@@ -21,7 +21,7 @@ from foreroute.engine.hugging_face.expert_models import (
     record_routes,
     replace_experts,
 )
-from foreroute.engine.plug_in import experts_of, parameter_groups
+from foreroute.engine.plug_in import experts_of, load_pretrained, parameter_groups, save_pretrained
 from foreroute.engine.testing.ranks import run_ranks
 
 transformers = pytest.importorskip("transformers")
@@ -184,6 +184,37 @@ def test_their_balance_loss_is_refused_for_replayed_routes():
     routes = torch.arange(K).expand(ROWS, LENGTH, LAYERS, K)
     with experts.planned(ids, routes=routes), pytest.raises(UserError, match=line):
         model(input_ids=ids, output_router_logits=True)
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+def test_training_goes_on_from_a_saved_model(replayed, tmp_path):
+    ids, targets = batch()
+    routes = record_routes(theirs("qwen"), input_ids=ids)
+
+    def begin():
+        model = theirs("qwen")
+        replace_experts(model, replayed=replayed)
+        return model, torch.optim.Adam(model.parameters(), lr=0.01)
+
+    def train(model, adam):
+        losses = []
+        for _ in range(2):
+            with experts_of(model).planned(ids, routes=routes if replayed else None):
+                loss, _ = forward(model, ids, targets)
+            loss.backward()
+            adam.step()
+            adam.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    model, adam = begin()
+    train(model, adam)
+    save_pretrained(model, tmp_path / "saved", optimizer=adam)
+    want = train(model, adam)
+    model, adam = begin()
+    load_pretrained(model, tmp_path / "saved", optimizer=adam)
+    assert train(model, adam) == want
+    assert train(*begin()) != want  # negative control
 
 
 def test_bf16_has_their_choices():
