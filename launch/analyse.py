@@ -93,6 +93,7 @@ def analyse(args: AnalyseArgs) -> int:
     folder = Path(args.run)
     config = read_run(folder, args.corpus)
     require(not config.moe.dense, f"run={folder}: a dense model has no experts")
+    require(not config.moe.by_layer, f"run={folder}: has moe.by_layer; only layers of equal options are analysed")
     saved = open_saved(folder, config, print)
     require(
         args.table is None or (is_live(saved) and args.table.endswith(".npy")),

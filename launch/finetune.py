@@ -160,7 +160,7 @@ def _active_experts(
         f"moe.keys={moe.keys.name}: a control that cannot be fine-tuned: a sentence's experts would follow from"
         " its neighbours",
     )
-    experts = moe.experts
+    experts = moe.fewest_experts
     k = k_max if args.k is None else args.k
     require(1 <= k <= experts, f"k={k}: must be 1 to moe.experts={experts}")
     asked = [*eval_k, k] if args.eval_k is None else args.eval_k

@@ -53,7 +53,8 @@ def generate(args: GenerateArgs) -> int:
     if config.moe.dense:
         require(args.k is None, f"k={k}: run={folder} is dense, which has no k")
     else:
-        require(1 <= k <= config.moe.experts, f"k={k}: must be 1 to moe.experts={config.moe.experts}")
+        experts = config.moe.fewest_experts
+        require(1 <= k <= experts, f"k={k}: must be 1 to moe.experts={experts}")
     prompt = _prompt(args)
     device = find_device(find_place())
     saved = open_saved(folder, config, lambda line: print(line, file=sys.stderr), device)

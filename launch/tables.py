@@ -56,6 +56,7 @@ class TablesArgs(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(not self.moe.by_layer, "moe.by_layer: must be empty; tables of other options are built one run each")
         bad = [num for num in self.ranks if num < 1 or self.moe.experts % num]
         require(not bad, f"ranks={bad}: must divide moe.experts={self.moe.experts}")
         require(table_method(self.moe) is not None, f"moe.router={self.moe.router}: has no tables, as hashed has")

@@ -60,8 +60,9 @@ def train(args: TrainArgs) -> int:
         # read what the run depends on
         with together(ranks):
             config.streams_per_micro_batch(world.mesh.world)  # refused before any text is read
-            if method_of(config.moe) is not None:
-                world.mesh.local_experts(config.moe.experts)
+            for section in config.expert_sections:
+                if method_of(section) is not None:
+                    world.mesh.local_experts(section.experts)
             certificate = None if args.certificate is None else read(Path(args.certificate))
             if certificate is not None:
                 fits(certificate, Layout(config, certificate.placement), world.mesh.world)
@@ -206,7 +207,7 @@ def _open_metrics(run: RunFolder, trainer: Trainer, check: Check | None, note: C
 def _describe(console: Console, trainer: Trainer) -> None:
     config, corpus = trainer.config, trainer.corpus
     mesh = trainer.world.mesh
-    for name, reason in unused(rules(config, option_uses(config.moe)), given_options()).items():
+    for name, reason in unused(rules(config, option_uses(config.model, config.moe)), given_options()).items():
         console.note(f"{name} has no effect: {reason}")
     if mesh.world > 1:
         console.note(

@@ -50,6 +50,7 @@ _ROUTES = (
     "moe.keys",
     "moe.layers",
     "moe.strata",
+    "moe.by_layer",
     "schedule.growth",
     "schedule.k_min",
     "schedule.k_max",

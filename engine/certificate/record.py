@@ -29,7 +29,7 @@ from foreroute.engine.errors import require
 from foreroute.engine.routing.planned_router import PlannedRouter
 from foreroute.engine.sealed_files import read_sealed, sealed, sha256_of
 
-FORMAT = 3  # raise it when something else is written, or other options are compared
+FORMAT = 4  # raise it when something else is written, or other options are compared
 JSON, ARRAYS = "certificate.json", "certificate.safetensors"
 Counts = NDArray[np.unsignedinteger[Any]]
 

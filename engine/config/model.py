@@ -5,7 +5,7 @@ layers with which a dense model has as many parameters as the model with experts
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -13,11 +13,17 @@ from typing import Any
 
 from foreroute.engine.config.enums import Activation, BalanceOver, Builder, Gate, Keys, RouteWeights
 from foreroute.engine.config.option import check, option
-from foreroute.engine.errors import require
+from foreroute.engine.errors import UserError, require
 
 MAX_NGRAM = 4
 MAX_EXPERTS = 512
 DENSE = "dense"
+_BY_LAYER = {
+    "router": (str, "a router's name"),
+    "options": (dict, "values by name"),
+    "experts": (int, "a whole number"),
+    "ngram": (int, "a whole number"),
+}
 _MOST_ENTRIES = 1 << 28  # of a table: 256 MiB of orders in bytes, and four times as much of logits
 
 
@@ -119,6 +125,11 @@ class MoEConfig:
         "Layers that have experts: how many of the first ones, or a list of their numbers from 0, such as [2,3]; the"
         " others are dense of width plain_width. None: all.",
     )
+    by_layer: dict[Any, Any] = option(
+        {},
+        "What single layers have instead, by their numbers from 0: router, options, experts and ngram, such as"
+        " {0: {ngram: 1}, 2: {router: frozen, experts: 32}}. Another router begins with its own options.",
+    )
     strata: int = option(
         1,
         "Expert layers one behind the other in a layer, each with experts, norm and residual sum of its own; router"
@@ -202,6 +213,37 @@ class MoEConfig:
             not self.dense or self.columns == self.experts, "moe.router=dense: takes no constant, copy or null experts"
         )
         require(self.columns <= MAX_EXPERTS, f"moe: has {self.columns} experts of all kinds, at most {MAX_EXPERTS}")
+        self._check_by_layer()
+
+    def _check_by_layer(self) -> None:
+        """Check what single layers have, and sort it by their numbers, as text."""
+        self.by_layer = _checked_by_layer(self.by_layer)
+        if not self.by_layer:
+            return
+        require(not self.dense, "moe.by_layer: must be empty with moe.router=dense")
+        require(self.strata == 1, f"moe.by_layer with moe.strata={self.strata}: takes one expert layer in each layer")
+        require(not self.share_table, "moe.by_layer with moe.share_table=true: each layer has a router of its own")
+        for layer in self.by_layer:
+            try:
+                section = self.at_layer(int(layer))
+            except UserError as error:
+                raise UserError(f"moe.by_layer.{layer}: {error}") from error
+            words = f"moe.by_layer.{layer}.router=dense: must have experts; moe.layers lists the layers that have"
+            require(not section.dense, words)
+
+    def at_layer(self, layer: int) -> "MoEConfig":
+        """Return the section as it is for layer number `layer` of the model."""
+        own = self.by_layer.get(str(layer))
+        if own is None:
+            return self
+        if "router" in own:
+            own = {"options": {}, **own}
+        return replace(self, by_layer={}, **own)
+
+    @property
+    def fewest_experts(self) -> int:
+        """Experts of the layer that has the fewest."""
+        return min(section.experts for section in (self, *map(self.at_layer, map(int, self.by_layer))))
 
     def check_table(self) -> None:
         """Raise UserError if a table would be too large."""
@@ -246,11 +288,34 @@ def _checked_layers(value: Any) -> int | list[int] | None:
     return numbers if isinstance(value, list) else numbers[0]
 
 
+def _checked_by_layer(value: Any) -> dict[str, dict[str, Any]]:
+    """Return moe.by_layer by ascending numbers as text, whether they were given as numbers or as text."""
+    found: dict[str, dict[str, Any]] = {}
+    for layer, own in value.items():
+        require(
+            str(layer).isdecimal() and isinstance(own, dict),
+            f"moe.by_layer.{layer}={own}: must be options by the number of a layer from 0, such as {{2: {{ngram: 1}}}}",
+        )
+        for name, choice in own.items():
+            words = f"moe.by_layer.{layer}.{name}: must be one of {', '.join(_BY_LAYER)}, which layers may differ in"
+            require(name in _BY_LAYER, words)
+            kind, of_kind = _BY_LAYER[name]
+            require(type(choice) is kind, f"moe.by_layer.{layer}.{name}={choice}: must be {of_kind}")
+        key = str(int(layer))
+        found[key] = {**found.get(key, {}), **own}
+    return {layer: found[layer] for layer in sorted(found, key=int)}
+
+
 def expert_layers(model: ModelConfig, moe: MoEConfig) -> Sequence[int]:
     """Return the numbers of the layers that have experts or, with router=dense, are as wide."""
     if isinstance(moe.layers, list):
         return moe.layers
     return range(model.layers if moe.layers is None else min(moe.layers, model.layers))
+
+
+def expert_sections(model: ModelConfig, moe: MoEConfig) -> list[MoEConfig]:
+    """List the section `moe` of each expert layer; of all strata of a layer the same."""
+    return [moe.at_layer(layer) for layer in expert_layers(model, moe) for _ in range(moe.strata)]
 
 
 def num_tables(model: ModelConfig, moe: MoEConfig) -> int:

@@ -26,7 +26,14 @@ from foreroute.engine.config.enums import (
     WandbMode,
     WireFormat,
 )
-from foreroute.engine.config.model import ModelConfig, MoEConfig, expert_layers, feed_forward_width, num_tables
+from foreroute.engine.config.model import (
+    ModelConfig,
+    MoEConfig,
+    expert_layers,
+    expert_sections,
+    feed_forward_width,
+    num_tables,
+)
 from foreroute.engine.config.option import check, option
 from foreroute.engine.errors import require
 
@@ -456,7 +463,11 @@ class Config:
 
     def __post_init__(self) -> None:
         check("", self)
-        experts, k_max, name = self.moe.columns, self.schedule.k_max, "moe.experts"
+        k_max = self.schedule.k_max
+        experts, layer = min((moe.columns, layer) for layer, moe in enumerate(self.expert_sections))
+        name = "moe.experts"
+        if self.moe.by_layer:
+            name = f"moe.by_layer.{expert_layers(self.model, self.moe)[layer]}.experts"
         if self.moe.strata > 1:  # a token has one expert in each
             experts, name = self.moe.strata, "moe.strata"
             require(self.model.pre_norm, f"moe.strata={experts}: needs model.pre_norm=true")
@@ -508,6 +519,9 @@ class Config:
             )
         elif moe.layers is not None:
             require(moe.layers <= model.layers, f"moe.layers={moe.layers}: must be at most model.layers={model.layers}")
+        for layer in moe.by_layer:
+            words = f"moe.by_layer.{layer}: must be one of the layers that have experts, from 0 to {model.layers - 1}"
+            require(int(layer) in expert_layers(model, moe), words)
         if dense:
             feed_forward_width(model, moe, expert_layers(model, moe)[0])
 
@@ -538,12 +552,18 @@ class Config:
     def context(self) -> int:
         """Ids left of a segment that the n-grams of router and input may need: n - 1 of the longer ones."""
         keyed = not self.moe.dense or self.model.signatures
-        return max(self.moe.ngram - 1 if keyed else 0, self.model.ngram - 1, 0)
+        ngrams = [section.ngram for section in self.expert_sections] if keyed else []
+        return max([self.model.ngram, 1, *ngrams]) - 1
 
     @property
     def expert_layers(self) -> int:
         """How many expert layers there are or, with router=dense, layers that are as wide; each stratum is one."""
         return len(expert_layers(self.model, self.moe)) * self.moe.strata
+
+    @property
+    def expert_sections(self) -> list[MoEConfig]:
+        """The section `moe` of each expert layer."""
+        return expert_sections(self.model, self.moe)
 
     @property
     def num_tables(self) -> int:

@@ -200,7 +200,7 @@ class TrainingBatches:
             self.routers,
             gather=gather,
             chunks=self.config.parallel.chunks,
-            passes=training_passes(self.config.moe),
+            passes=training_passes(self.config.model, self.config.moe),
             input_keys=self.input_keys,
             cutoffs=self.config.model.cutoffs,
             dropout_seed=self.config.train.seed * 2**32 + group.own.index,

@@ -95,6 +95,7 @@ def record(
         bool(layers) and all(layer.router is not None for layer in layers),
         f"moe.router={moe.router}: only a live router, such as learned or frozen, has routes to record",
     )
+    require(not moe.by_layer, "moe.by_layer: routes of layers that differ cannot be recorded")
     require(
         moe.columns == moe.experts, "moe: routes to constant, copy and null experts cannot be recorded, only to experts"
     )

@@ -161,7 +161,9 @@ class Window:
             "rank_rows": self._ranks_mean("rows"),
             # rounded: there are many of them in a line
             "layer_load": np.round(np.divide(self._load_L, steps), 6).tolist(),
-            "expert_rows": np.round(np.divide(self._count_LE, steps), 3).tolist(),
+            "expert_rows": [
+                np.round(row_E[~np.isnan(row_E)] / steps, 3).tolist() for row_E in np.atleast_2d(self._count_LE)
+            ],
         }
         return {
             "wire_bytes": wire_bytes,
@@ -180,7 +182,7 @@ class Window:
 
 
 def _load(rows: NDArray[Any]) -> NDArray[np.float64]:
-    """Return the largest over the mean in the last dimension; 1 where there is no row."""
-    mean = rows.mean(-1)
-    load: NDArray[np.float64] = np.where(mean > 0, rows.max(-1) / np.where(mean > 0, mean, 1), 1)
+    """Return the largest over the mean in the last dimension, nan apart; 1 where there is no row."""
+    mean = np.nanmean(rows, -1)
+    load: NDArray[np.float64] = np.where(mean > 0, np.nanmax(rows, -1) / np.where(mean > 0, mean, 1), 1)
     return load

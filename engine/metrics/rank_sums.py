@@ -51,7 +51,9 @@ class Totals(NamedTuple):
     auxiliary_loss: float
     ranks: Mapping[str, Numbers]  # every rank's RankRow: [P] by its name
     sent_bytes_PG: Numbers  # from each rank to each of its expert group; [P, 0] on one rank and on more than MOST_RANKS
-    count_LE: Numbers  # rows of each expert over all ranks; [0, 0] when dense
+    count_LE: Numbers
+    """Rows of each expert over all ranks, and nan after the last of a layer that has fewer than others; [0, 0] when
+    dense."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ class RankSum:
     values: Tensor  # fp64: nats, auxiliary loss, block, rows of each expert, one after the other
     passes: int  # micro-batches of all ranks
     block_shape: tuple[int, int]
-    counts_shape: tuple[int, ...]
+    experts_L: tuple[int, ...]
     ep_size: int
 
     @property
@@ -71,9 +73,10 @@ class RankSum:
 
     @property
     def count_LE(self) -> Tensor:
-        """The rows of each layer's experts over all ranks, fp64 on the device."""
+        """The rows of each layer's experts over all ranks, fp64 on the device; 0 after the last of a layer that has
+        fewer than others."""
         count_X = self.values[2 + math.prod(self.block_shape) :]
-        return count_X.view(self.counts_shape) / self.ep_size
+        return count_X.view(self._counts_shape) / self.ep_size
 
     def split(self, values: Numbers) -> Totals:
         """Return the numbers, from `values` copied to the host."""
@@ -84,11 +87,22 @@ class RankSum:
             float(auxiliary_loss) / self.passes,
             dict(zip(_NAMES, row_PX.T, strict=True)),
             sent_bytes_PG,
-            count_X.reshape(self.counts_shape) / self.ep_size,  # each rank counts for its whole expert group
+            self._without_padding(count_X.reshape(self._counts_shape) / self.ep_size),
         )
 
+    @property
+    def _counts_shape(self) -> tuple[int, int]:
+        return len(self.experts_L), max(self.experts_L, default=0)
 
-def sum_over_ranks(outputs: list[Output], world: World, row: RankRow, sent_bytes_G: Sequence[int] = ()) -> RankSum:
+    def _without_padding(self, count_LE: Numbers) -> Numbers:
+        is_expert_LE = np.arange(count_LE.shape[1]) < np.array(self.experts_L).reshape(-1, 1)
+        found: Numbers = np.where(is_expert_LE, count_LE, np.nan)
+        return found
+
+
+def sum_over_ranks(
+    outputs: list[Output], world: World, row: RankRow, sent_bytes_G: Sequence[int] = (), experts_L: Sequence[int] = ()
+) -> RankSum:
     """Add up a step over its micro-batches and ranks; a collective. No sync with the host.
 
     Leaves: about 16 x (2 + P x (9 + G) + L x E) bytes.
@@ -96,6 +110,7 @@ def sum_over_ranks(outputs: list[Output], world: World, row: RankRow, sent_bytes
     Args:
         row: of this rank.
         sent_bytes_G: by this rank to each rank of its expert group.
+        experts_L: experts of each layer; empty: as many as are counted.
     """
     mesh = world.mesh
     nll = torch.stack([output.nll_BQ.mean() for output in outputs]).double().sum()
@@ -103,15 +118,22 @@ def sum_over_ranks(outputs: list[Output], world: World, row: RankRow, sent_bytes
     counts = [output.count_LE for output in outputs if output.count_LE is not None]
     block = _block(row, sent_bytes_G, mesh)
     parts = [torch.stack((nll, auxiliary)), to_device(block.flatten(), nll.device)]
-    shape: tuple[int, ...] = 0, 0
     if counts:
         count_LE = torch.stack(counts).sum(0).to(nll.device, torch.float64)
-        shape = tuple(count_LE.shape)
-        here = mesh.local_experts(shape[1])
-        parts[1][mesh.rank * block.shape[1] + _NAMES.index("rows")] = count_LE[:, here.start : here.stop].sum()
+        experts_L = experts_L or [count_LE.shape[1]] * count_LE.shape[0]
+        parts[1][mesh.rank * block.shape[1] + _NAMES.index("rows")] = _local_rows(count_LE, experts_L, mesh)
         parts.append(count_LE.flatten())
     values = world.sum(torch.cat(parts))
-    return RankSum(values, len(outputs) * mesh.world, (block.shape[0], block.shape[1]), shape, mesh.ep_size)
+    shape = block.shape[0], block.shape[1]
+    return RankSum(values, len(outputs) * mesh.world, shape, tuple(experts_L), mesh.ep_size)
+
+
+def _local_rows(count_LE: Tensor, experts_L: Sequence[int], mesh: Mesh) -> Tensor:
+    """Add up the rows of this rank's experts."""
+    here_L = [mesh.local_experts(experts) for experts in experts_L]
+    if len(set(experts_L)) == 1:
+        return count_LE[:, here_L[0].start : here_L[0].stop].sum()
+    return torch.stack([count_LE[y, here.start : here.stop].sum() for y, here in enumerate(here_L)]).sum()
 
 
 def _block(row: RankRow, sent_bytes_G: Sequence[int], mesh: Mesh) -> Tensor:

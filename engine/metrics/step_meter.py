@@ -7,6 +7,7 @@ from foreroute.engine.metrics.host_memory import memory_bytes
 from foreroute.engine.metrics.rank_sums import RankRow, RankSum, sum_over_ranks
 from foreroute.engine.metrics.timers import StepTimer, StepTimes
 from foreroute.engine.model.transformer_xl import Output
+from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.parallel.collectives import ExpertGroupComm
 from foreroute.engine.parallel.world import World
 
@@ -25,6 +26,7 @@ class StepMeter:
     ) -> None:
         self.timer = StepTimer(model, device, comm)
         self._comm, self._world = comm, world or World()
+        self._experts_L = [layer.num_experts for layer in model.modules() if isinstance(layer, MoELayer)]
         self._near_G = self._world.near(self._world.mesh.ep_ranks) if comm else []
         self._sent_before_G: list[int] = []
         self._untold = StepTimes()
@@ -57,7 +59,7 @@ class StepMeter:
                 wire_bytes=sum(sent_G),
                 wire_bytes_inside=sum(sent for sent, near in zip(sent_G, self._near_G, strict=True) if near),
             )
-        return sum_over_ranks(outputs, self._world, row, sent_G)
+        return sum_over_ranks(outputs, self._world, row, sent_G, self._experts_L)
 
     def _sent_now_G(self) -> list[int]:
         return self._comm.sent_bytes_P if self._comm else []

@@ -19,7 +19,7 @@ class StepResult:
     auxiliary_loss: float
     ranks: Mapping[str, Numbers]  # what each rank told the others: [P] by the names of RankRow
     sent_bytes_PG: Numbers  # from each rank to each of its expert group
-    count_LE: Numbers  # rows of each expert over all ranks; [0, 0] when dense
+    count_LE: Numbers  # as Totals.count_LE
     k: int
     learning_rate: float
     grad_norm: float

@@ -16,6 +16,7 @@ from foreroute.engine.config.model import expert_layers, feed_forward_width
 from foreroute.engine.model.attention import RelativeAttention, SharedAttention
 from foreroute.engine.moe.feed_forward import FeedForward
 from foreroute.engine.moe.layer import MoELayer
+from foreroute.engine.routing.methods import live_method
 from foreroute.engine.routing.plan import Routing
 from foreroute.engine.tracing import traced
 
@@ -40,10 +41,11 @@ class Block(nn.Module):
         layers = expert_layers(model, moe)
         self.has_experts = not moe.dense and layer in layers
         if self.has_experts:
-            first = layers.index(layer) * moe.strata
+            first, section = layers.index(layer) * moe.strata, moe.at_layer(layer)
+            live_before = sum(live_method(moe.at_layer(before)) is not None for before in layers if before < layer)
             self.moe, *deeper = (
-                MoELayer(model.width, moe, kernels, first + stratum, dropout=model.dropout)
-                for stratum in range(moe.strata)
+                MoELayer(model.width, section, kernels, number, plan=number - live_before, dropout=model.dropout)
+                for number in range(first, first + moe.strata)
             )
             self.strata = nn.ModuleList(deeper)  # behind the first; a token without experts there stays as it is
             self.strata_norms = nn.ModuleList(nn.LayerNorm(model.width) for _ in deeper)

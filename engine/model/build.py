@@ -1,13 +1,14 @@
 """From a configuration to the objects of a run: tables, routers, and the initialised model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from foreroute.engine.config import Config, CorpusConfig, Split
+from foreroute.engine.config import Config, CorpusConfig, ModelConfig, MoEConfig, Split
+from foreroute.engine.config.model import expert_sections
 from foreroute.engine.data.corpus import PreparedCorpus
 from foreroute.engine.errors import require
 from foreroute.engine.model.input_tables import Signatures
@@ -35,11 +36,8 @@ def build_routers(config: Config, corpus: PreparedCorpus, mesh: Mesh | None = No
     Args:
         mesh: this rank's place; one rank alone by default.
     """
-    method = planned_method(config.moe)
-    if method is None:
-        return None
     inputs = router_inputs(corpus, config.corpus, config.num_tables, config.train.seed)
-    return _placed(method.build(config.moe, inputs), mesh)
+    return _placed(config.model, config.moe, mesh, lambda method, own, _: method.build(own, inputs))
 
 
 def restore_routers(
@@ -55,17 +53,20 @@ def restore_routers(
     Args:
         corpus: of the run, for routers whose routes belong to its text.
     """
-    method = planned_method(config.moe)
-    if method is None:
-        return None
     splits = None if corpus is None else corpus.split
     inputs = RouterInputs(vocab_size, config.train.seed, config.num_tables, splits=splits)
-    return _placed(method.restore(config.moe, inputs, states), mesh)
+
+    def restored(method: type[PlannedRouter], moe: MoEConfig, numbers: Sequence[int] | None) -> Sequence[PlannedRouter]:
+        own = states if numbers is None else [states[number] for number in numbers if states]
+        return method.restore(moe, inputs, [state for state in own if state])
+
+    return _placed(config.model, config.moe, mesh, restored)
 
 
 def router_states(routers: Sequence[PlannedRouter] | None) -> list[dict[str, Tensor]]:
-    """Return what of planned routers belongs to the model and is saved with it; others have none."""
-    return [state for router in routers or () if (state := router.state())]
+    """Return what of each planned router belongs to the model and is saved with it; empty if no router has any."""
+    states = [router.state() for router in routers or ()]
+    return states if any(states) else []
 
 
 def router_inputs(corpus: PreparedCorpus, where: CorpusConfig, number: int, seed: int) -> RouterInputs:
@@ -86,8 +87,36 @@ def router_inputs(corpus: PreparedCorpus, where: CorpusConfig, number: int, seed
     )
 
 
-def _placed(routers: Sequence[PlannedRouter], mesh: Mesh | None) -> list[PlannedRouter]:
-    return [router.place(mesh or Mesh()) for router in routers]
+_Make = Callable[[type[PlannedRouter], MoEConfig, Sequence[int] | None], Sequence[PlannedRouter]]
+
+
+def _placed(model: ModelConfig, moe: MoEConfig, mesh: Mesh | None, make: _Make) -> list[PlannedRouter] | None:
+    """Make the planned routers of all expert layers, or the one that they share, and let them plan for a rank.
+
+    Layers of the same section `moe` are made together, as if all layers had it: a layer's router then is the one that
+    it would have in such a run.
+
+    Args:
+        make: returns the routers of a class: those of these numbers among all planned ones, or those of all layers,
+            which it also returns for None.
+    """
+    if not moe.by_layer:
+        method = planned_method(moe)
+        routers = [] if method is None else make(method, moe, None)
+        return None if method is None else [router.place(mesh or Mesh()) for router in routers]
+    sections = expert_sections(model, moe)
+    layers = [layer for layer, section in enumerate(sections) if planned_method(section) is not None]
+    found: dict[int, PlannedRouter] = {}
+    for number, layer in enumerate(layers):
+        if number in found:
+            continue
+        same = [other for other, at in enumerate(layers) if sections[at] == sections[layer]]
+        method = planned_method(sections[layer])
+        assert method is not None
+        routers = make(method, sections[layer], same)
+        places = range(len(same)) if len(routers) == len(same) else [layers[other] for other in same]
+        found |= {other: routers[place] for other, place in zip(same, places, strict=True)}
+    return [found[number].place(mesh or Mesh()) for number in range(len(layers))] or None
 
 
 def build_model(config: Config, vocab_size: int, *, weights_seed: int | None = None) -> TransformerXL:

@@ -89,7 +89,7 @@ def score_products(model: ModelConfig, *, segment: int, block: int, together: in
 
 def layer_products(model: ModelConfig, moe: MoEConfig, rows: float, layer: int, k: int) -> list[Product]:
     """List the products of a layer's router and feed-forward or active experts."""
-    matrices = count_matrices(moe.activation)
+    moe, matrices = moe.at_layer(layer), count_matrices(moe.activation)
     if moe.dense or layer not in expert_layers(model, moe):
         return [Product(rows, feed_forward_width(model, moe, layer), model.width, matrices)]
     active = k * moe.experts / moe.columns  # of k, constants, copies and nulls compute nothing
@@ -152,7 +152,7 @@ class Arithmetic:
     def step_flops(self, k: int) -> float:
         """Count forward and backward of one optimizer step at this k, all ranks."""
         if k not in self._step_flops:
-            passes = FORWARD_AND_BACKWARD * training_passes(self._config.moe)
+            passes = FORWARD_AND_BACKWARD * training_passes(self._config.model, self._config.moe)
             self._step_flops[k] = passes * self._forward(k)
         return self._step_flops[k]
 
@@ -194,8 +194,8 @@ class Arithmetic:
         if moe.dense:
             return used
         expert = count_matrices(moe.activation) * moe.expert_width * model.width + moe.expert_width + model.width
-        layers = len(expert_layers(model, moe))
-        return used - layers * round((moe.strata - k / moe.columns) * moe.experts * expert)
+        sections = [moe.at_layer(layer) for layer in expert_layers(model, moe)]
+        return used - sum(round((moe.strata - k / own.columns) * own.experts * expert) for own in sections)
 
     def by_k(self) -> dict[str, int]:
         """Return each k of the schedule and of the evaluation by its name; "dense" where there are no experts."""

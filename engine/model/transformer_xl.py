@@ -52,7 +52,9 @@ class Output(NamedTuple):
     auxiliary_loss: Tensor  # fp32 scalar, detached: the part of the loss that is not nats
     nll_BQ: Tensor  # fp32, detached: nats of each target, of two passes their mean
     memory: Memory  # for the next segment; of two passes the first one's
-    count_LE: Tensor | None  # int64: rows of each layer's experts, of all passes; None when dense
+    count_LE: Tensor | None
+    """int64: rows of each layer's experts, of all passes, and 0 after the last of a layer that has fewer than others;
+    None when dense."""
 
 
 class Logits(NamedTuple):
@@ -246,7 +248,7 @@ class TransformerXL(nn.Module):
             hidden_BQD,
             tuple(new_memory),
             torch.stack(losses).sum() if losses else hidden_BQD.new_zeros((), dtype=torch.float32),
-            torch.cat(counts) if counts else None,
+            _joined(counts) if counts else None,
         )
 
     def _run(self, block: nn.Module, *inputs: object) -> BlockOutput:
@@ -256,6 +258,12 @@ class TransformerXL(nn.Module):
         else:
             output = block(*inputs)
         return output
+
+
+def _joined(counts: Sequence[Tensor]) -> Tensor:
+    """Concatenate the layers' counts, and add zeros where a layer has fewer experts."""
+    most = max(count_SE.shape[1] for count_SE in counts)
+    return torch.cat([F.pad(count_SE, (0, most - count_SE.shape[1])) for count_SE in counts])
 
 
 def first_keys(position_BQ: Tensor, memory: int) -> Tensor:

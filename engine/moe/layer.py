@@ -46,25 +46,28 @@ class LayerOutput(NamedTuple):
 
 
 def share_routers(model: nn.Module) -> None:
-    """Let live routers take what all layers share from that of the first expert layer, once the model is built."""
+    """Let live routers take what all layers share from the first of their class, once the model is built."""
     layers = [module for module in model.modules() if isinstance(module, MoELayer)]
     routers = [layer.router for layer in layers if layer.router is not None]
-    for router in routers[1:]:
-        router.share(routers[0])
+    first: dict[type[LiveRouter], LiveRouter] = {}
+    for router in routers:
+        if (owner := first.setdefault(type(router), router)) is not router:
+            router.share(owner)
 
 
 def update_routers(model: nn.Module, count_LE: Tensor) -> None:
     """Let live routers change their own state after an optimizer step.
 
     Args:
-        count_LE: expert rows of each layer's experts in the step, over all ranks and micro-batches.
+        count_LE: expert rows of each layer's experts in the step, over all ranks and micro-batches; as many as the
+            layer with the most has.
     """
     for module in model.modules():
         if isinstance(module, MoELayer) and (router := module.router) is not None:
             for name in router.summed:
                 buffer = router.get_buffer(name)
                 buffer.copy_(all_reduce_sum(buffer))
-            router.after_step(count_LE[module.layer])
+            router.after_step(count_LE[module.layer, : module.num_experts])
 
 
 class MoELayer(nn.Module):
@@ -75,16 +78,28 @@ class MoELayer(nn.Module):
     shared: FeedForward | None
     coefficient: nn.Linear | None
 
-    def __init__(self, width: int, moe: MoEConfig, kernels: KernelsConfig, layer: int, *, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        width: int,
+        moe: MoEConfig,
+        kernels: KernelsConfig,
+        layer: int,
+        *,
+        plan: int | None = None,
+        dropout: float = 0.0,
+    ) -> None:
         """Build the layer with all experts.
 
         Args:
             width: width of the hidden states (D).
+            moe: the section as it is for this layer (MoEConfig.at_layer).
             layer: number of the layer among the model's expert layers.
+            plan: number of its router among the planned ones; None: that of the layer.
             dropout: rate on the hidden units of the experts and the shared expert in training.
         """
         super().__init__()
-        self.layer, self.dropout = layer, dropout
+        self.layer, self.plan, self.dropout = layer, layer if plan is None else plan, dropout
+        self.num_experts = moe.experts  # of all ranks
         method = live_method(moe)
         self.router = None if method is None else method(width, moe, layer)
         self.gate = LiveGate(width, moe) if has_live_gate(moe) else None
@@ -141,7 +156,7 @@ class MoELayer(nn.Module):
         self, x_TD: Tensor, routing: Routing, carried: Tensor | None
     ) -> tuple[Plan, Tensor | None, Tensor | None]:
         if self.router is None:
-            plan = routing.plan_of(self.layer)
+            plan = routing.plan_of(self.plan)
             if plan is None or plan.k != routing.k:
                 found = "no plan" if plan is None else f"a plan for k={plan.k}"
                 raise ValueError(f"layer {self.layer} has a planned router, k={routing.k}, and got {found}")

@@ -20,7 +20,6 @@ from foreroute.engine.optim.deepspeed_contract import (
 )
 from foreroute.engine.parallel.collectives import ExpertGroupComm, all_reduce_sum
 from foreroute.engine.parallel.mesh import Mesh
-from foreroute.engine.routing.methods import live_method
 
 
 def is_sharded(param: nn.Parameter) -> bool:
@@ -153,12 +152,11 @@ def total_grad_norm(parameters: Iterable[nn.Parameter], comm: ExpertGroupComm | 
 
 def balance_over_ranks(model: nn.Module, moe: MoEConfig, mesh: Mesh) -> None:
     """Connect routers that balance to all ranks if their loss shall count the tokens of all ranks."""
-    method, everywhere = live_method(moe), moe.balance_over is BalanceOver["global"] and mesh.world > 1
-    if method is None or not method.balances or not everywhere:
+    if moe.balance_over is not BalanceOver["global"] or mesh.world == 1:
         return
     world = ExpertGroupComm(None, deepspeed.comm)
     for layer in model.modules():
-        if isinstance(layer, MoELayer):
+        if isinstance(layer, MoELayer) and layer.router is not None and layer.router.balances:
             layer.connect(balance_comm=world)
 
 

@@ -116,6 +116,7 @@ def replace_feed_forwards(
         method is not None or live_method(moe) is not None, f"moe.router={moe.router}: must be a router, such as hashed"
     )
     require(moe.strata == 1, f"moe.strata={moe.strata}: must be 1, as a feed-forward is replaced by one expert layer")
+    require(not moe.by_layer, "moe.by_layer: must be empty, as the pattern selects the layers")
     require(moe.layers is None, f"moe.layers={moe.layers}: must be null, as the pattern selects the layers")
     require(0 <= dropout < 1, f"dropout={dropout}: must be in [0, 1)")
     names = find_feed_forwards(model, pattern, width)

@@ -93,7 +93,7 @@ class LiveRouter(nn.Module):
         return chosen_counts(live.route, self.experts)
 
     def share(self, first: Self) -> None:
-        """Take what all layers share from the router of the first expert layer, which owns it.
+        """Take what all layers share from the first expert layer's router of this class, which owns it.
 
         Hold a shared module where nn.Module does not see it, as in a tuple, and call it as a module: so it is one
         module of the model, and ZeRO-3 gathers its weights at each call.

@@ -7,7 +7,8 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 
-from foreroute.engine.config import Keys, MoEConfig, RouteWeights
+from foreroute.engine.config import Keys, ModelConfig, MoEConfig, RouteWeights
+from foreroute.engine.config.model import expert_sections
 from foreroute.engine.errors import UserError, require
 from foreroute.engine.routing.live_router import LiveRouter
 from foreroute.engine.routing.planned_router import PlannedRouter
@@ -68,10 +69,19 @@ def live_method(moe: MoEConfig) -> type[LiveRouter] | None:
     return method if method is not None and issubclass(method, LiveRouter) else None
 
 
-def training_passes(moe: MoEConfig) -> int:
+def planned_methods(model: ModelConfig, moe: MoEConfig) -> list[type[PlannedRouter]]:
+    """List the classes of the run's planned routers, one for each expert layer that has one."""
+    return [method for method in map(planned_method, expert_sections(model, moe)) if method is not None]
+
+
+def live_methods(model: ModelConfig, moe: MoEConfig) -> list[type[LiveRouter]]:
+    """List the classes of the run's live routers, one for each expert layer that has one."""
+    return [method for method in map(live_method, expert_sections(model, moe)) if method is not None]
+
+
+def training_passes(model: ModelConfig, moe: MoEConfig) -> int:
     """Count the forward and backward passes that each training symbol goes through."""
-    planned = planned_method(moe)
-    return 1 if planned is None else planned.passes
+    return max([1, *(method.passes for method in planned_methods(model, moe))])
 
 
 def has_live_gate(moe: MoEConfig) -> bool:
@@ -86,7 +96,7 @@ def expert_slices(moe: MoEConfig) -> Sequence[int]:
     return [1] * moe.experts if planned is None else planned.slices(moe)
 
 
-def option_uses(moe: MoEConfig) -> tuple[str, ...]:
+def option_uses(model: ModelConfig, moe: MoEConfig) -> set[str]:
     """Return the options of the section `moe` that the run's routers read, besides those of all routers."""
-    method = method_of(moe)
-    return () if method is None else method.uses
+    methods: list[Method] = [*planned_methods(model, moe), *live_methods(model, moe)]
+    return {name for method in methods for name in method.uses}

@@ -117,7 +117,8 @@ class Routing:
     """All that was planned ahead of one forward pass, from the loader down to the layers; a dense model ignores it."""
 
     k: int  # active experts
-    plans: tuple[Plan, ...] | None = None  # one for all layers, or one each; None for live routers
+    plans: tuple[Plan, ...] | None = None
+    """One for all layers, or one for each that has a planned router; None: all have live ones."""
     token_T: Tensor | None = None
     """int64: global numbers of the tokens of the expert group, rank by rank, for the experts' stateless dropout; None
     counts from 0."""
@@ -138,11 +139,11 @@ class Routing:
         """The plans of all passes."""
         return (self.plans or ()) + (self.second.all_plans if self.second is not None else ())
 
-    def plan_of(self, layer: int) -> Plan | None:
-        """Return the plan of a layer; None for live routers."""
+    def plan_of(self, number: int) -> Plan | None:
+        """Return the plan of a planned router, by its number among those of all layers; None: there are none."""
         if self.plans is None:
             return None
-        return self.plans[layer % len(self.plans)]
+        return self.plans[number % len(self.plans)]
 
     def seed_of(self, layer: int) -> int | Tensor:
         """Return the seed of a layer's dropout, as kernels.Dropout takes it."""

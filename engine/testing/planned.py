@@ -48,7 +48,7 @@ def planned_counts(
     streams, k = layout.read(ids), layout.k(step)
     sizes = layout.config.model.layers, accumulation, place.groups, place.expert_ranks
     sent_ymgPP = np.zeros((*sizes, place.expert_ranks), np.int64)
-    count_ymgE = np.zeros((*sizes[:3], layout.config.moe.experts), np.int64)
+    count_ymgPL = np.full((*sizes, layout.local_experts), -1, np.int64)
     for micro in range(accumulation):
         for rank in range(place.world_size):
             mesh = Mesh(rank, place.world_size, place.expert_ranks)
@@ -64,5 +64,6 @@ def planned_counts(
                 assert plan is not None
                 at = layer, micro, rank // place.expert_ranks
                 sent_ymgPP[*at, mesh.ep_rank] = plan.send_splits
-                count_ymgE[at] = plan.count_E.numpy()
-    return sent_ymgPP, count_ymgE
+                count_PL = plan.count_E.numpy().reshape(place.expert_ranks, -1)
+                count_ymgPL[*at, :, : count_PL.shape[1]] = count_PL
+    return sent_ymgPP, count_ymgPL.reshape(*sizes[:3], -1)

@@ -8,7 +8,7 @@ import torch
 from foreroute.engine.config import BalanceOver, Keys, ModelConfig, MoEConfig
 from foreroute.engine.model.transformer_xl import Memory
 from foreroute.engine.parallel.mesh import Mesh
-from foreroute.engine.routing.methods import live_method
+from foreroute.engine.routing.methods import live_methods
 
 
 def not_in_rounding_alone(
@@ -23,8 +23,7 @@ def not_in_rounding_alone(
     then = manifest.get("ranks", 1), manifest.get("expert_ranks", 1), before
     if then == (mesh.world, mesh.ep_size, accumulation):
         return []
-    method = live_method(moe)
-    learned = method is not None and method.balances and moe.balance_loss > 0
+    learned = moe.balance_loss > 0 and any(method.balances for method in live_methods(model, moe))
     regrouped = before != accumulation or moe.balance_over is BalanceOver.micro
     found = {
         "dropout draws new numbers": drops_out(model),

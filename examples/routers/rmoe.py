@@ -58,14 +58,14 @@ class RecurrentRouter(LiveRouter):
         hidden = read_options(moe, Options).hidden
         self.project_weight = nn.Parameter(torch.empty(hidden, width).normal_(0.0, width**-0.5))
         self.gate_weight = nn.Parameter(gate_weight(hidden, moe.experts))
-        self.cell = Cell(hidden, hidden) if layer == 0 else None
+        self.cell: Cell | None = Cell(hidden, hidden)
         self._cells: tuple[Cell, ...] = ()  # of the first layer
         self.balance_weight, self.z_weight = moe.balance_loss, moe.z_loss
 
     def share(self, first: Self) -> None:
         """Use the cell of the first layer."""
         assert first.cell is not None
-        self._cells = (first.cell,)
+        self.cell, self._cells = None, (first.cell,)
 
     def forward(self, x_TD: Tensor, k: int, carried: Tensor | None = None) -> LiveRoute:
         """Route hidden states [T, D] to k experts each; `carried` is the state [T, H] of the layer below."""

@@ -72,6 +72,8 @@ class CertifyArgs(Config):
             memory_gb is None or (memory_gb * 1e9 >= 1 and math.isfinite(memory_gb)),
             f"device_memory_gb={memory_gb}: must be above 0, at least one byte, and finite",
         )
+        different = self.cluster is not None and self.moe.by_layer
+        require(not different, "moe.by_layer with cluster: the time of layers that differ is not modelled")
         self._check_backend()
 
     def _check_backend(self) -> None:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from math import isfinite
 
+import numpy as np
+
 from foreroute.launch.page.parts import COLOURS, Areas, Chart, Curve, HeatMap, Line, Part, Section, Table, Verdict
 from foreroute.launch.report.run_data import MetricSeries, RunData, metric_grid, metric_series
 
@@ -79,11 +81,13 @@ def by_place(
 def expert_maps(run: RunData) -> list[Chart]:
     """Return a heat map for each layer: token rows of each expert over the mean, over steps."""
     found = metric_grid(run, "expert_rows", axes=2)
-    if not found:
+    known = ~np.isnan(found.values)
+    if not known.any():
         return []
-    over = found.values / found.values.mean(axis=2, keepdims=True).clip(min=1e-30)
-    names = [str(expert) for expert in range(over.shape[2])]
-    ends = float(over.min()), float(over.max())  # one scale, so that layers can be compared
+    mean = np.nansum(found.values, axis=2, keepdims=True) / known.sum(axis=2, keepdims=True).clip(min=1)
+    over = found.values / mean.clip(min=1e-30)
+    experts = known.any(axis=0).sum(axis=1).tolist()  # of each layer
+    ends = float(over[known].min()), float(over[known].max())  # one scale, so that layers can be compared
     return [
         HeatMap(
             f"Layer {layer}: load of the experts",
@@ -91,12 +95,12 @@ def expert_maps(run: RunData) -> list[Chart]:
             "expert",
             "rows over the mean",
             found.steps,
-            names,
-            over[:, layer].T.tolist(),
+            [str(expert) for expert in range(number)],
+            over[:, layer, :number].T.tolist(),
             middle=1.0,
             ends=ends,
         )
-        for layer in range(over.shape[1])
+        for layer, number in enumerate(experts)
     ]
 
 

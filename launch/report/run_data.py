@@ -171,10 +171,11 @@ class MetricGrid:
 def metric_grid(run: RunData, name: str, axes: int) -> MetricGrid:
     """Return a metric with axes, thinned by means to the resolution of a heat map; empty if the metric is missing.
 
-    Lines of another shape than the last line's are left out: the run was resumed on other ranks.
+    Lines of another shape than the last line's are left out: the run was resumed on other ranks. Of two axes the lists
+    may be of unequal lengths; what a shorter one lacks is nan.
     """
     found = [
-        (number(line.get("step")), np.array(line[name], np.float32))
+        (number(line.get("step")), np.array(_filled(line[name], axes), np.float32))
         for line in run.lines
         if _is_regular(line.get(name), axes)
     ]
@@ -188,14 +189,21 @@ def metric_grid(run: RunData, name: str, axes: int) -> MetricGrid:
     return MetricGrid(steps, np.stack([np.mean([value for _, value in group], 0) for group in groups]))
 
 
+def _filled(value: list[Any], axes: int) -> list[Any]:
+    """Return two axes with lists of equal lengths."""
+    if axes == 1:
+        return value
+    most = max(map(len, value))
+    return [[*part, *(most - len(part)) * [None]] for part in value]
+
+
 def _is_regular(value: Any, axes: int) -> bool:
-    """Check for lists within lists of equal lengths, of numbers or null."""
+    """Check for lists within lists, of numbers or null."""
     if not isinstance(value, list) or not value:
         return False
     if axes == 1:
         return all(part is None or isinstance(part, int | float) for part in value)
-    first = value[0]
-    return all(isinstance(part, list) and len(part) == len(first) and _is_regular(part, axes - 1) for part in value)
+    return all(isinstance(part, list) and _is_regular(part, axes - 1) for part in value)
 
 
 def _read_lines(file: Path, missing: list[str]) -> list[dict[str, Any]]:

@@ -76,7 +76,7 @@ class Certificate:
     steps: int  # the first so many of the run
     sample: int  # every so manieth of them was counted; 1: all
     layers: int
-    experts: int
+    experts: int  # of the layer that has the most
     tokens: int  # of a rank in a micro-batch
     row_bytes: int  # of one row on the wire
     trips: Trips  # of a layer's rows in one micro-batch
@@ -128,7 +128,7 @@ def certify(
         steps=chosen.stop,
         sample=sample,
         layers=layout.config.expert_layers,
-        experts=layout.config.moe.experts,
+        experts=max(layout.experts_y),
         tokens=layout.tokens,
         row_bytes=layout.row_bytes,
         trips=layout.trips,
@@ -179,7 +179,7 @@ class _Sums:
         rows = {
             "received": counts.received_ymgP,
             "computed": counts.computed_ymgP,
-            "expert": counts.count_ymgE,
+            "expert": counts.experts,
             "pair": counts.sent_ymgPP,
         }
         for name in ("received", "computed"):

@@ -44,8 +44,13 @@ class Layout:
 
     @property
     def local_experts(self) -> int:
-        """Experts of a rank."""
-        return self.config.moe.experts // self.placement.expert_ranks
+        """Experts of a rank, in the layer that has the most."""
+        return max(self.experts_y) // self.placement.expert_ranks
+
+    @property
+    def experts_y(self) -> list[int]:
+        """Experts of each layer."""
+        return [section.experts for section in self.config.expert_sections]
 
     @property
     def item_bytes(self) -> int:
@@ -134,18 +139,21 @@ class Layout:
         """
         moe = self.config.moe
         require(not moe.dense, "moe.router=dense: no experts and no rows that travel, so there is nothing to certify")
-        planned = planned_method(moe)
-        why = "routes are drawn at each forward pass and not replayed"
-        if planned is None:
-            why = "routes depend on hidden states, so rows and bytes are not known before the run"
-        require(
-            planned is not None and (planned.of_ids or planned.of_places),
-            f"moe.router={moe.router}: {why}; only routers that follow from the ids, such as hashed, can be certified",
-        )
+        for section in self.config.expert_sections:
+            planned = planned_method(section)
+            why = "routes are drawn at each forward pass and not replayed"
+            if planned is None:
+                why = "routes depend on hidden states, so rows and bytes are not known before the run"
+            require(
+                planned is not None and (planned.of_ids or planned.of_places),
+                f"moe.router={section.router}: {why}; only routers that follow from the ids, such as hashed, can be"
+                " certified",
+            )
         require(
             moe.keys is Keys.own,
             f"moe.keys={moe.keys.name}: routes are drawn at each forward pass and not replayed; only own can be"
             " certified",
         )
-        Mesh(0, self.placement.world_size, self.placement.expert_ranks).local_experts(moe.experts)
+        for experts in self.experts_y:
+            Mesh(0, self.placement.world_size, self.placement.expert_ranks).local_experts(experts)
         self.config.streams_per_micro_batch(self.placement.world_size)

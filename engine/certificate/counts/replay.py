@@ -8,7 +8,7 @@ its neighbour.
 
 Letters: y layers, m micro-batches of a step, g expert groups, s shares (a rank's tokens of a micro-batch), T tokens of
 a share, P ranks of an expert group, h nodes of an expert group, E experts, r table rows, w words, f fields, c runs of
-255 tokens.
+255 tokens, L experts of a rank.
 """
 
 from collections import deque
@@ -47,7 +47,8 @@ class StepCounts:
     k: int
     sent_ymgPP: Counts  # by source, then destination: each token once to each rank that has one of its experts
     nodes_ymgPh: Counts  # by source, then node of the group: each token once to each node that has one of its experts
-    count_ymgE: Counts  # rows of each expert
+    count_ymgE: Counts
+    """Rows of each expert; -1 after the last of each rank in a layer that has fewer than others."""
 
     @property
     def step(self) -> int:
@@ -68,9 +69,14 @@ class StepCounts:
     @property
     def computed_ymgP(self) -> Counts:
         """Expert rows that a rank computes."""
-        ranks = self.sent_ymgPP.shape[-1]
-        computed_ymgP: Counts = self.count_ymgE.reshape(*self.count_ymgE.shape[:3], ranks, -1).sum(axis=4)
+        ranks, count_ymgE = self.sent_ymgPP.shape[-1], self.count_ymgE.clip(min=0)
+        computed_ymgP: Counts = count_ymgE.reshape(*count_ymgE.shape[:3], ranks, -1).sum(axis=4)
         return computed_ymgP
+
+    @property
+    def experts(self) -> Counts:
+        """The rows of every expert of every layer, micro-batch and group, in one dimension."""
+        return self.count_ymgE[self.count_ymgE >= 0]
 
 
 class _Work(NamedTuple):
@@ -179,21 +185,24 @@ class _Counter:
         for number, router in enumerate(self.routers):
             row_PT, sets = router.choose(tokens, work.k)
             field_sf = _count_fields(self._words(number, sets), row_PT.reshape(shares, -1))
-            found.append(field_sf.reshape(place.groups, place.expert_ranks, accumulation, -1))
-        field_ymgPf = np.stack(found).transpose(0, 3, 1, 2, 4)
-        layers = config.expert_layers  # of one table, or each with its own
-        field_ymgPf = field_ymgPf[np.arange(layers) % len(field_ymgPf)]
-        experts, ranks = config.moe.experts, place.expert_ranks
-        end = experts + ranks
-        sent_ymgPP = field_ymgPf[..., experts:end]
-        if ranks == 1:  # it does not send, and keeps tokens without an expert as well
+            field_mgPf = field_sf.reshape(place.groups, place.expert_ranks, accumulation, -1).transpose(2, 0, 1, 3)
+            found.append(self._split(field_mgPf, router.experts))
+        layers = np.arange(config.expert_layers) % len(found)  # of one table, or each with its own
+        sent_ymgPP, nodes_ymgPh, count_ymgE = (np.stack(parts)[layers] for parts in zip(*found, strict=True))
+        if place.expert_ranks == 1:  # it does not send, and keeps tokens without an expert as well
             sent_ymgPP = np.full_like(sent_ymgPP, self.layout.tokens)
-        return StepCounts(
-            *work,
-            sent_ymgPP=sent_ymgPP,
-            nodes_ymgPh=field_ymgPf[..., end : end + place.group_nodes],
-            count_ymgE=field_ymgPf[..., :experts].sum(axis=3),
-        )
+        return StepCounts(*work, sent_ymgPP=sent_ymgPP, nodes_ymgPh=nodes_ymgPh, count_ymgE=count_ymgE)
+
+    def _split(self, field_mgPf: Counts, experts: int) -> tuple[Counts, Counts, Counts]:
+        """Return a layer's rows to ranks, to nodes and of experts."""
+        place = self.layout.placement
+        sent, nodes = experts + place.expert_ranks, experts + place.expert_ranks + place.group_nodes
+        count_mgE = field_mgPf[..., :experts].sum(axis=2)
+        count_mgPL = count_mgE.reshape(*count_mgE.shape[:2], place.expert_ranks, -1)
+        missing = self.layout.local_experts - count_mgPL.shape[3]
+        count_mgPL = np.pad(count_mgPL, [(0, 0)] * 3 + [(0, missing)], constant_values=-1)
+        count_mgE = count_mgPL.reshape(*count_mgE.shape[:2], -1)
+        return field_mgPf[..., experts:sent], field_mgPf[..., sent:nodes], count_mgE
 
     def _words(self, number: int, sets: RowSets) -> NDArray[np.uint64]:
         last, words = self.words.get(number, (None, None))

@@ -54,7 +54,7 @@ class SeriesCollector:
 
     def add(self, counts: StepCounts, left_bytes_gP: Counts) -> None:
         """Take in a step, with the bytes that leave each rank in it."""
-        rows = counts.received_ymgP, counts.computed_ymgP, counts.count_ymgE
+        rows = counts.received_ymgP, counts.computed_ymgP, counts.experts
         loads = [float(values.max() / values.mean()) for values in rows]
         sent = float(left_bytes_gP.max()), float(left_bytes_gP.mean())
         self._steps.append(counts.steps)

@@ -316,7 +316,7 @@ class Activations:
             found.append(term("rows on their way", "{} tokens x {} width x {} bytes", s.tokens, width, c))
             if s.gate:
                 found.append(term("gate", "{} rows x {} width x {} bytes", received, width, 8 if c == 2 else c))
-                found.append(term("gate", "{} rows x {} experts x {} bytes", received, moe.columns, 8))
+                found.append(term("gate", "{} rows x {} experts x {} bytes", received, s.columns, 8))
         if s.masked:
             units = s.local_experts * moe.expert_width
             copies = 3 if s.gated else 1 + s.saves_pre

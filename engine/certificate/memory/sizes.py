@@ -19,11 +19,10 @@ from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.config import Config, KernelsConfig, ModelConfig, MoEConfig, to_plain
 from foreroute.engine.config.enums import Backend, SavedForBackward
-from foreroute.engine.config.model import expert_layers
 from foreroute.engine.model.adaptive import clusters
 from foreroute.engine.model.transformer_xl import SMALL_VOCABULARY, TransformerXL
 from foreroute.engine.optim.adam import comes_last
-from foreroute.engine.routing.methods import has_live_gate, planned_method
+from foreroute.engine.routing.methods import has_live_gate, planned_methods
 from foreroute.engine.routing.plans.exchange_choice import wire_itemsize
 from foreroute.kernels.activations import saves_pre
 from foreroute.kernels.ops.relative_attention import tile_shape
@@ -152,14 +151,19 @@ class Sizes:
 
     @property
     def gate(self) -> bool:
-        """Whether a learned gate weighs the planned experts."""
-        return has_live_gate(self.config.moe)
+        """Whether a learned gate weighs the planned experts, in any layer."""
+        return any(map(has_live_gate, self.config.expert_sections))
 
     @property
     def listed(self) -> int:
         """Experts of a token, at most, of all kinds."""
-        planned = planned_method(self.config.moe)
-        return self.k if planned is not None and planned.at_most_k else self.config.moe.columns
+        at_most_k = all(method.at_most_k for method in planned_methods(self.config.model, self.config.moe))
+        return self.k if at_most_k else self.columns
+
+    @property
+    def columns(self) -> int:
+        """Experts of all kinds of the layer that has the most."""
+        return max(section.columns for section in self.config.expert_sections)
 
     @property
     def zero_experts(self) -> bool:
@@ -265,7 +269,7 @@ class Parameters:
     groups: tuple[Group, ...]  # all, or without experts and experts
     blocks: tuple[int, ...]  # numbers of each block
     inner: tuple[int, ...]  # of them of its experts, or of its dense feed-forward
-    layer_experts: int  # of the experts of a layer
+    layer_experts: int  # of the experts of the layer that has the most
     at_input: int  # of tables at the input
     head: int  # outside the blocks and these tables
     embedding: int  # of them of the symbols' embeddings
@@ -297,7 +301,7 @@ def count_parameters(layout: Layout, vocab_size: int) -> Parameters:
     dense: list[int] = []
     experts: list[int] = []
     blocks, inner = [0] * config.model.layers, [0] * config.model.layers
-    layer_experts = at_input = embedding = 0
+    layer_experts, at_input, embedding = [0] * config.model.layers, 0, 0
     for name, numel in _numels(_key(config.model), _key(config.moe), vocab_size):
         is_expert = ".experts." in name
         if is_expert:
@@ -307,16 +311,16 @@ def count_parameters(layout: Layout, vocab_size: int) -> Parameters:
             number = int(name.split(".")[1])
             blocks[number] += numel
             inner[number] += numel * (is_expert or ".feed_forward." in name)
-            layer_experts += numel * (is_expert and number == expert_layers(config.model, config.moe)[0])
+            layer_experts[number] += numel * is_expert
         at_input += numel * name.startswith("input_tables.")
         embedding += numel * name.startswith("embedding.")
     groups = [Group("all", _laid_out(dense), placement.world_size)]
     if experts:
         groups = [Group("without experts", _laid_out(dense), placement.world_size)]
         groups.append(Group("experts", _laid_out(experts), placement.groups))
-    layer_experts //= config.moe.strata
+    most_experts = max(layer_experts) // config.moe.strata
     head = sum(group.numbers for group in groups) - sum(blocks) - at_input
-    return Parameters(tuple(groups), tuple(blocks), tuple(inner), layer_experts, at_input, head, embedding)
+    return Parameters(tuple(groups), tuple(blocks), tuple(inner), most_experts, at_input, head, embedding)
 
 
 def _key(section: ModelConfig | MoEConfig) -> str:

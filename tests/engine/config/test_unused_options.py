@@ -78,7 +78,7 @@ def small(text: Any, **options: Any) -> Config:
 
 
 def rules_of(config: Config) -> list[Rule]:
-    return rules(config, option_uses(config.moe))
+    return rules(config, option_uses(config.model, config.moe))
 
 
 def weights(config: Config, folder: Any) -> list[torch.Tensor]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from foreroute.engine.config import MoEConfig, RouteWeights
+from foreroute.engine.config import ModelConfig, MoEConfig, RouteWeights
 from foreroute.engine.config.model import router_names
 from foreroute.engine.config.option import option
 from foreroute.engine.errors import UserError
@@ -27,19 +27,20 @@ def test_each_method_says_what_it_is(name):
     assert (planned_method(moe) is method) == issubclass(method, PlannedRouter)
     assert (live_method(moe) is method) == issubclass(method, LiveRouter)
     assert isinstance(method.card, Card) and all(method.card)
-    assert option_uses(moe) == method.uses and all(hasattr(moe, option) for option in method.uses)
-    assert training_passes(moe) == getattr(method, "passes", 1)
+    assert all(hasattr(moe, option) for option in method.uses)
+    assert option_uses(ModelConfig(), moe) == set(method.uses)
+    assert training_passes(ModelConfig(), moe) == getattr(method, "passes", 1)
 
 
 def test_dense_has_no_method():
     moe = MoEConfig(router="dense")
     assert method_of(moe) is planned_method(moe) is live_method(moe) is None
-    assert option_uses(moe) == () and training_passes(moe) == 1
+    assert option_uses(ModelConfig(), moe) == set() and training_passes(ModelConfig(), moe) == 1
 
 
 def test_there_are_planned_and_live_methods_and_one_with_two_passes():
     assert planned_method(MoEConfig()) is HashedRouter and live_method(MoEConfig(router="frozen")) is FrozenRouter
-    assert training_passes(MoEConfig(router="stochastic")) == 2
+    assert training_passes(ModelConfig(), MoEConfig(router="stochastic")) == 2
 
 
 def test_a_class_of_the_users():

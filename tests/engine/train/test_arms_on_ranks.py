@@ -107,7 +107,7 @@ def train(case, rank, ranks):
                 K,
                 routers,
                 chunks=case.chunks,
-                passes=training_passes(config.moe),
+                passes=training_passes(config.model, config.moe),
                 input_keys=model.input_keys,
             )
             out = engine.forward(planned.batch.ids_BQ, planned.batch.targets_BQ, None, planned.routing)

@@ -77,7 +77,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hashed, experts without rows": {"constant_experts": 1, "copy_experts": 1, "null_experts": 1},
     "hashed, shared expert": {"shared_width": 6},
     "hashed, residual": {"shared_width": 6, "residual": True},
+    "hashed, layers that differ": {"by_layer": {1: {"router": "by_frequency", "experts": 2 * EXPERTS, "ngram": 1}}},
+    "hashed, a live layer": {"by_layer": {0: {"router": "frozen", "experts": 2 * EXPERTS}}},
 }
+LIVE = {"hashed, a live layer": "frozen"}  # a kind of several methods has the limits of this one
 OTHER_K = {"base": 1, "strata": 3}  # with 2 of 4 strata no token reaches the last one
 PRE_NORM = {"strata"}  # they need it
 OF_A_MICRO_BATCH = {"base", "expert_choice"}  # a token's experts depend on the other tokens of the rank's micro-batch
@@ -115,7 +118,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 
 
 def method_of_kind(kind: str) -> Any:
-    return method_of(MoEConfig(router=kind.partition(",")[0]))
+    return method_of(MoEConfig(router=LIVE.get(kind, kind.partition(",")[0])))
 
 
 def is_live(kind: str) -> bool:
@@ -291,13 +294,13 @@ class Notes:
         self.norms: list[float] = []
         self.rows: dict[int, Any] = {}
         self._on, self._layers = False, [module for module in model.modules() if isinstance(module, MoELayer)]
-        self._rows_yE = np.zeros((len(self._layers), EXPERTS), np.int64)
+        self._rows_yE = np.zeros((len(self._layers), 2 * EXPERTS), np.int64)
         for number, layer in enumerate(self._layers):
             layer.register_forward_hook(lambda _m, _i, output, number=number: self._add(number, output.count_E))
 
     def _add(self, layer: int, count_E: torch.Tensor) -> None:
         if self._on:  # not while backward computes again
-            self._rows_yE[layer] += count_E.numpy()[:EXPERTS]
+            self._rows_yE[layer, : len(count_E)] += count_E.numpy()
 
     @contextmanager
     def forward(self) -> Any:
@@ -367,7 +370,7 @@ def train(cell: Cell, rank: int, folder: Path) -> Any:
     for name, state in trainer.engine.read_state():
         value = state["weight"].float().numpy().copy()
         if ".experts." in name:
-            experts = world.mesh.local_experts(EXPERTS)
+            experts = world.mesh.local_experts(len(value) * world.mesh.ep_size)
             weights |= {f"{name}@{e}": part for e, part in zip(experts, value, strict=True)}
         else:
             weights[name] = value
