@@ -22,7 +22,7 @@ from foreroute.engine.evaluation.held_out import Evaluation, slimming_curve
 from foreroute.engine.metrics.writer import Metrics
 from foreroute.engine.model.build import build_routers
 from foreroute.engine.parallel.world import agree, together
-from foreroute.engine.routing.methods import method_of, option_uses
+from foreroute.engine.routing.methods import idle_options, method_of, option_uses
 from foreroute.engine.train.resolve import resolve
 from foreroute.engine.train.trainer import Trainer
 from foreroute.launch.runs.facts import write_facts
@@ -207,7 +207,9 @@ def _open_metrics(run: RunFolder, trainer: Trainer, check: Check | None, note: C
 def _describe(console: Console, trainer: Trainer) -> None:
     config, corpus = trainer.config, trainer.corpus
     mesh = trainer.world.mesh
-    for name, reason in unused(rules(config, option_uses(config.model, config.moe)), given_options()).items():
+    sections = config.model, config.moe
+    found = rules(config, option_uses(*sections), idle_options(*sections))
+    for name, reason in unused(found, given_options()).items():
         console.note(f"{name} has no effect: {reason}")
     if mesh.world > 1:
         console.note(

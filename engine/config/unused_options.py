@@ -4,10 +4,10 @@ launch/train.py reports those of them that were given. Each rule repeats the opt
 might expect an effect.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
-from foreroute.engine.config.enums import Decay, Growth, RouteWeights
+from foreroute.engine.config.enums import Decay, Growth
 from foreroute.engine.config.model import expert_layers
 from foreroute.engine.config.run import Config
 
@@ -31,8 +31,6 @@ _ROUTERS = {
     *("gate", "gate_normalised", "gate_scale", "balance_loss", "balance_over", "z_loss", "consistency"),
 }
 """Options of the section `moe` that not all routers read."""
-_TABLE = {"ngram", "rows", "builder", "pack", "weights", "spread", "share_table"}
-_GATE = ("moe.gate", "moe.gate_normalised", "moe.gate_scale")
 _ONE_RANK = ("parallel.exchange", "parallel.wire", "parallel.chunks", "parallel.peer_ids")
 
 
@@ -44,23 +42,22 @@ class Rule(NamedTuple):
     options: tuple[str, ...]
 
 
-def rules(config: Config, uses: Collection[str]) -> list[Rule]:
+def rules(config: Config, uses: Collection[str], idle: Mapping[str, str]) -> list[Rule]:
     """List the rules of a run.
 
     Args:
         uses: options of the section `moe` that its routers read (PlannedRouter.uses, LiveRouter.uses).
+        idle: those of them that have no effect in this configuration, and why (engine.routing.methods.idle_options).
     """
     dense, router_is = config.moe.dense, f"moe.router={config.moe.router}"
-    read = {*uses, *(_TABLE if config.model.signatures else ())}
     all_layers = len(expert_layers(config.model, config.moe)) == config.model.layers
     constant_k = config.schedule.growth is Growth.constant
     return [
         Rule(dense, router_is, _DENSE),
         Rule(dense and not config.model.signatures, router_is, ("schedule.k_max",)),
-        Rule(True, router_is, tuple(f"moe.{name}" for name in sorted(_ROUTERS - read))),
-        Rule(config.moe.weights is not RouteWeights.live, f"moe.weights={config.moe.weights.name}", _GATE),
+        Rule(True, router_is, tuple(f"moe.{name}" for name in sorted(_ROUTERS.difference(uses)))),
+        *(Rule(True, reason, (f"moe.{name}",)) for name, reason in idle.items()),
         Rule(all_layers, "moe.layers takes in every layer", ("moe.plain_width",)),
-        Rule(config.moe.weights is not RouteWeights.table, f"moe.weights={config.moe.weights.name}", ("moe.spread",)),
         Rule(config.model.ngram == 0, "model.ngram=0", ("model.ngram_rows",)),
         Rule(not config.model.cutoffs, "model.cutoffs=[]", ("model.div_val", "model.proj_init_std")),
         Rule(config.model.div_val == 1, "model.div_val=1", ("model.proj_init_std",)),

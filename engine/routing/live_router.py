@@ -7,6 +7,8 @@ which planned routers have from the loader.
 Letters: T tokens, D width, E experts, K experts listed of a token, J experts that need no row.
 """
 
+from collections.abc import Mapping
+from enum import Enum
 from typing import ClassVar, NamedTuple, Self
 
 import torch
@@ -66,6 +68,8 @@ class LiveRouter(nn.Module):
     card: ClassVar[Card]
     uses: ClassVar[tuple[str, ...]] = ()
     """Options of the section `moe` that it reads, besides those of all routers."""
+    only_with: ClassVar[Mapping[str, tuple[str, Enum]]] = {}
+    """Those of them that it reads only if another option of the section has this value."""
     balances: ClassVar[bool] = False
     """Its loss needs `counts`, over all ranks if moe.balance_over=global."""
     summed: ClassVar[tuple[str, ...]] = ()

@@ -97,6 +97,26 @@ def expert_slices(moe: MoEConfig) -> Sequence[int]:
 
 
 def option_uses(model: ModelConfig, moe: MoEConfig) -> set[str]:
-    """Return the options of the section `moe` that the run's routers read, besides those of all routers."""
-    methods: list[Method] = [*planned_methods(model, moe), *live_methods(model, moe)]
-    return {name for method in methods for name in method.uses}
+    """Return the options of the section `moe` that the run's routers read, or that its tables at the input are made
+    with, besides those of all routers."""
+    return {name for method in _methods(model, moe) for name in method.uses}
+
+
+def idle_options(model: ModelConfig, moe: MoEConfig) -> dict[str, str]:
+    """Return those of them that no router reads as another option is set, with this option and its value.
+
+    Example: moe.weights=uniform leaves {"spread": "moe.weights=uniform", ...} of hashed, but not of top_p, whose
+    numbers of experts depend on it.
+    """
+    found = {}
+    for name in option_uses(model, moe):
+        needs = [method.only_with.get(name) for method in _methods(model, moe) if name in method.uses]
+        unmet = [need for need in needs if need is not None and getattr(moe, need[0]) is not need[1]]
+        if len(unmet) == len(needs):
+            found[name] = f"moe.{unmet[0][0]}={getattr(moe, unmet[0][0]).name}"
+    return found
+
+
+def _methods(model: ModelConfig, moe: MoEConfig) -> list[Method]:
+    tables: list[Method] = [_method("hashed")] if model.signatures else []
+    return [*planned_methods(model, moe), *live_methods(model, moe), *tables]

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -21,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from foreroute.engine.config import MoEConfig, Split
+from foreroute.engine.config import MoEConfig, RouteWeights, Split
 from foreroute.engine.errors import require
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.hashing import Purpose, hash64
@@ -171,6 +172,11 @@ class PlannedRouter(ABC):
     card: ClassVar[Card]
     uses: ClassVar[tuple[str, ...]] = ()
     """Options of the section `moe` that it reads, besides those of all routers."""
+    only_with: ClassVar[Mapping[str, tuple[str, Enum]]] = {
+        "spread": ("weights", RouteWeights.table),
+        **dict.fromkeys(("gate", "gate_normalised", "gate_scale"), ("weights", RouteWeights.live)),
+    }
+    """Those of them that it reads only if another option of the section has this value."""
     of_ids: ClassVar[bool] = True
     """Its choice depends on the ids alone, so a certificate counts it, and a sentence has one."""
     of_places: ClassVar[bool] = False

@@ -95,7 +95,7 @@ def test_what_cannot_be_meant_is_one_line(option, line):
 def test_own_options_of_a_router_without_any_are_reported():
     config = Config(moe=MoEConfig(router="hashed", options={"least": 1}))
     assert config.schedule.growth is Growth.constant
-    found = unused(rules(config, method_of(config.moe).uses), ["moe.options.least", "moe.rows"])
+    found = unused(rules(config, method_of(config.moe).uses, {}), ["moe.options.least", "moe.rows"])
     assert found == {"moe.options.least": "moe.router=hashed"}
 
 

@@ -16,7 +16,7 @@ Letters: r rows, E columns.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +63,7 @@ class TopPRouter(HashedRouter):
 
     at_most_k = False
     uses = (*HashedRouter.uses, "options")
+    only_with: ClassVar = {name: need for name, need in HashedRouter.only_with.items() if name != "spread"}
     raw = False
 
     @classmethod

@@ -35,7 +35,7 @@ from foreroute.engine.config import (
 from foreroute.engine.config.unused_options import Rule, rules, unused
 from foreroute.engine.data.corpus import prepare
 from foreroute.engine.model.build import build_routers
-from foreroute.engine.routing.methods import option_uses
+from foreroute.engine.routing.methods import idle_options, option_uses
 from foreroute.engine.testing.routers import routers_without_files
 from foreroute.engine.train.trainer import Trainer
 
@@ -78,7 +78,7 @@ def small(text: Any, **options: Any) -> Config:
 
 
 def rules_of(config: Config) -> list[Rule]:
-    return rules(config, option_uses(config.model, config.moe))
+    return rules(config, option_uses(config.model, config.moe), idle_options(config.model, config.moe))
 
 
 def weights(config: Config, folder: Any) -> list[torch.Tensor]:
@@ -141,6 +141,14 @@ CASES: dict[str, dict[str, Any]] = {
     "signatures": {"moe.router": "dense", "moe.shared_width": 8, "model.signatures": True},
     "uniform": {"moe.weights": RouteWeights.uniform},
     "live": {"moe.weights": RouteWeights.live},
+    "uniform by_frequency": {"moe.router": "by_frequency", "moe.weights": RouteWeights.uniform},
+    "uniform sized": {"moe.router": "sized", "moe.weights": RouteWeights.uniform},
+    "uniform signatures": {
+        "moe.router": "dense",
+        "moe.weights": RouteWeights.uniform,
+        "moe.shared_width": 8,
+        "model.signatures": True,
+    },
     "growing": {"schedule.growth": Growth.linear, "schedule.k_min": 1},
     "constant": {"optim.decay": Decay.constant},
     "one expert layer": {"moe.layers": 1},
@@ -148,7 +156,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def test_every_option_of_a_rule_is_tried():
-    named = {name for rule in rules(Config(), ()) for name in rule.options}
+    named = {name for rule in rules(Config(), (), {}) for name in rule.options}
     assert named == {*OTHER, "parallel.expert_ranks"}
     plain = to_plain(Config())
     assert all(name.split(".")[1] in plain[name.split(".")[0]] for name in named)
@@ -169,7 +177,7 @@ def test_what_is_unused_changes_nothing(case, text, tmp_path):
 
 
 USED = {
-    "moe.spread": {},
+    "moe.spread": {"moe.router": "top_p", "moe.weights": RouteWeights.uniform},
     "moe.ngram": {},
     "moe.weights": {},
     "moe.share_table": {},
@@ -224,6 +232,11 @@ WHEN: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("moe.plain_width", {}, {"moe.layers": 1}),
     ("moe.spread", {"moe.weights": RouteWeights.uniform}, {}),
     ("moe.spread", {"moe.weights": RouteWeights.sum}, {}),
+    (
+        "moe.spread",
+        {"moe.router": "sized", "moe.weights": RouteWeights.uniform},
+        {"moe.router": "top_p", "moe.weights": RouteWeights.live},
+    ),
     ("model.ngram_rows", {"model.ngram": 0}, {"model.ngram": 3}),
     ("model.div_val", {}, {"model.cutoffs": [9]}),
     ("model.proj_init_std", {"model.cutoffs": [9]}, {"model.cutoffs": [9], "model.div_val": 2}),
