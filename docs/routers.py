@@ -69,9 +69,9 @@ WORKS = [
         "many small experts and a shared one",
     ),
     Work(
-        "PR-MoE's residual (DeepSpeed-MoE, arXiv 2201.05596)",
-        "moe.shared_width=128 moe.residual=true",
-        "experts and a dense part, weighed by a learned softmax; its pyramid is not here",
+        "PR-MoE (DeepSpeed-MoE, arXiv 2201.05596)",
+        "moe.shared_width=128 moe.residual=true moe.by_layer={2:{experts:32}}",
+        "experts and a dense part, weighed by a learned softmax; more experts in deeper layers",
     ),
     Work(
         "hash layers of DeepSeek-V4 with tables from the text",

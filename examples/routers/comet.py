@@ -7,8 +7,8 @@ made up their minds. Until then a token has many experts. A leaf also has a scor
 of a + log p over the leaves of all trees, added up over the trees. A loss on the entropy of p makes shares exact.
 
 The trees used are the first k of moe.options.trees, so k is at most their number. The published gate also learns a
-permutation of the experts for each tree, which is left out. The example shows a mask: any number of experts for a
-token.
+permutation of the experts for each tree, which is left out (permuted.py searches those of tables). The example shows a
+mask: any number of experts for a token.
 
 Letters: T tokens, D width, J trees, I inner nodes (E - 1) in order of their level, E experts, k trees used.
 """
