@@ -492,7 +492,7 @@ class PlannedExperts:
         Raises:
             RuntimeError: DeepSpeed has not created the group yet.
         """
-        self._connect(self.layers[0].experts.w1.device)
+        self._connect(self.layers[0].experts.first_weight.device)
         return self.comm
 
     def _connect(self, device: torch.device) -> None:
