@@ -321,9 +321,12 @@ def test_the_hook_plans_like_with():
     with pytest.raises(RuntimeError, match="without argument 0"):
         model(ids=ids, targets=targets)
     handle.remove()
-    experts.attach(model, "ids")
+    handle = experts.attach(model, "ids")
     assert model(targets=targets, ids=ids).item() == want
-    with pytest.raises(RuntimeError, match="without argument 'ids'"):
+    assert model(ids, targets).item() == want  # a name counts also where the call has places
+    handle.remove()
+    experts.attach(model, "tokens")
+    with pytest.raises(RuntimeError, match="without argument 'tokens'"):
         model(ids, targets)
 
 
