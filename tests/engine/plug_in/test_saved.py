@@ -17,7 +17,7 @@ from foreroute.engine.plug_in import experts_of, load_pretrained, replace_feed_f
 from foreroute.engine.plug_in.live_experts import LiveExperts
 from foreroute.engine.plug_in.saved.training import loss_scale, set_loss_scale
 
-SYMBOLS, WIDTH, EXPERTS, K, ROWS, LENGTH = 11, 16, 6, 2, 6, 9
+SYMBOLS, WIDTH, EXPERTS, K, ROWS, LENGTH = 11, 16, 6, 2, 12, 9
 MOE = MoEConfig(experts=EXPERTS, expert_width=12, ngram=2, rows=64, builder=Builder.random, shared_width=8)
 ADAM = {"lr": 0.01, "betas": (0.8, 0.99), "eps": 1e-3}  # a smaller eps makes rounding noise whole steps
 
