@@ -235,18 +235,27 @@ def deepspeeds_own(rank, folder):
         (folder / "saved/foreroute-00001.safetensors").unlink()
     dist.barrier()
     said.append(message(lambda: load_pretrained(sharded.model, folder / "saved")))
-    return said, want, again.steps(2, 4)
+    losses = again.steps(2, 4)
+    said.append(message(lambda: Training(0, 1, seed=0, bf16=True).save(folder / "half")))
+    said.append(message(lambda: save_pretrained(again.model, folder / "own", optimizer=object())))
+    again.model.gradient_accumulation_steps = lambda: 4  # of the next step two have run
+    again.model.micro_steps = 6
+    said.append(message(lambda: again.save(folder / "early")))
+    return said, want, losses
 
 
 @pytest.mark.dist
 @pytest.mark.slow
 def test_deepspeeds_checkpoints_take_whole_experts_and_refuse_sharded_ones(tmp_path):
-    for (saving, folders, missing), want, got in run_ranks(deepspeeds_own, 2, tmp_path):
+    for (saving, folders, missing, half, own, early), want, got in run_ranks(deepspeeds_own, 2, tmp_path):
         assert "\n" not in saving
         assert "call foreroute.engine.plug_in.save_pretrained(engine, folder) and load_pretrained" in saving
         assert got == want
         assert folders.startswith("the ranks save to different folders: ") and "rank 0, " in folders
         assert missing == f"{tmp_path}/saved/foreroute-00001.safetensors: missing"
+        assert half.endswith(" at ZeRO-0 cannot be read: fp16 and bf16 need ZeRO 1, 2 or 3")
+        assert own == "optimizer: must be left out, as a DeepSpeed engine has its own"
+        assert early == "2 of 4 micro-batches have run after step 1: must be between optimizer steps"
 
 
 @pytest.mark.dist
