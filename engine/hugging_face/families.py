@@ -32,6 +32,7 @@ _ACTIVATIONS = {  # by the classes of transformers' hidden_act
     "GELUActivation": Activation.geglu,
     "GELUTanh": Activation.geglu_tanh,
     "NewGELUActivation": Activation.geglu_tanh,
+    "FastGELUActivation": Activation.geglu_tanh,
 }
 _GATES = ("gate", "router.gate")  # in our layer: with planned routes, with the live router
 
