@@ -107,6 +107,16 @@ def test_bench_exchange():
 
 
 @pytest.mark.slow
+def test_bench_hugging_face():
+    pytest.importorskip("transformers")
+    code, out, err = run("bench_hugging_face", "--quick", "--rounds", "1", "--systems", "replayed", "own")
+    assert code == 0, err
+    (name,) = result = json.loads(out.splitlines()[-1])
+    assert name == "step_ratio" and list(result[name]["loopback"]) == ["replayed", "live", "own"]
+    assert ("NOT MEASURED: 2 nodes" in out) == ("200mbit" not in result[name])
+
+
+@pytest.mark.slow
 def test_bench_certify(tmp_path):
     text = tmp_path / "text.txt"
     text.write_bytes(b"the quick brown fox jumps over the lazy dog. " * 50)
