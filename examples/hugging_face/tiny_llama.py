@@ -35,7 +35,7 @@ def collate(items: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": (ids != PAD).long(), "labels": ids.masked_fill(ids == PAD, -100)}
 
 
-def make_model(ranks: int, **moe: Any) -> LlamaForCausalLM:
+def make_model(ranks: int, dropout: float = 0.1, **moe: Any) -> LlamaForCausalLM:
     """Build the model, its experts sharded over the ranks, which have a process group."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -48,7 +48,7 @@ def make_model(ranks: int, **moe: Any) -> LlamaForCausalLM:
         pad_token_id=PAD,
         bos_token_id=None,
         eos_token_id=None,
-        attention_dropout=0.1,
+        attention_dropout=dropout,
     )
     model = LlamaForCausalLM(config)
     options = {"experts": 4, "expert_width": 32, "rows": 512, "builder": Builder.random, **moe}
@@ -59,7 +59,7 @@ def make_model(ranks: int, **moe: Any) -> LlamaForCausalLM:
         vocab_size=VOCABULARY,
         moe=MoEConfig(activation=Activation.swiglu, **options),
         k=2,
-        dropout=0.1,
+        dropout=dropout,
         parallel=ParallelConfig(expert_ranks=ranks),
     )
     return model

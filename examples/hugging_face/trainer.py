@@ -53,7 +53,7 @@ def make_trainer(folder: Path, options: argparse.Namespace) -> ExpertTrainer:
         dataloader_num_workers=options.workers,
     )
     return ExpertTrainer(
-        make_model(ranks), args, train_dataset=texts(48), eval_dataset=texts(16), data_collator=collate
+        make_model(ranks, options.dropout), args, train_dataset=texts(48), eval_dataset=texts(16), data_collator=collate
     )
 
 
@@ -67,6 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Trainer with expert layers")
     parser.add_argument("--zero", type=int, help="ZeRO stage; by default 1 on several ranks, no DeepSpeed on one")
     parser.add_argument("--workers", type=int, default=0, help="workers of the data loader")
+    parser.add_argument("--dropout", type=float, default=0.1, help="rate in attention and experts")
     options = parser.parse_args()
     gc.freeze()  # exempts imports from the collections of ZeRO-3
     dist.init_process_group()
