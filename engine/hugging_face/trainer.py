@@ -11,6 +11,7 @@ So collators and workers of the loader only handle ids, and the model sees no ar
 training step (evaluation, generation, or one of the user's own) plans from its arguments when it runs.
 """
 
+import contextlib
 import re
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -25,6 +26,7 @@ from foreroute.engine.hugging_face.accelerator import FOLDER, Batch, PlannedBatc
 from foreroute.engine.hugging_face.arguments import arguments_of
 from foreroute.engine.plug_in import load_pretrained, save_pretrained
 from foreroute.engine.plug_in.attached import Attachment
+from foreroute.engine.plug_in.live_experts import LiveExperts
 from foreroute.engine.plug_in.planned_experts import PlannedExperts
 from foreroute.engine.plug_in.plans import Plans
 from foreroute.engine.plug_in.replace import experts_of
@@ -109,10 +111,24 @@ class PlannedTrainer(_Trainer):
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Any:
         """Run a micro-batch forward and backward with its plans."""
         plans = next((plans for plans, batch in self._taken if batch is inputs), None)
-        if plans is None:  # not planned ahead, or changed by a subclass: its calls plan
-            return super().training_step(model, inputs, *args, **options)
-        with self.experts.planned(plans.result()):
-            return super().training_step(model, inputs, *args, **options)
+        # Without plans it was not planned ahead, or a subclass has changed it: its calls plan.
+        with contextlib.nullcontext() if plans is None else self.experts.planned(plans.result()):
+            loss = super().training_step(model, inputs, *args, **options)
+        if isinstance(self.experts, LiveExperts) and self.accelerator.sync_gradients:
+            self.experts.after_step()
+        return loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the loss of a micro-batch, in training with the losses of live routers (moe.balance_loss)."""
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not isinstance(self.experts, LiveExperts) or not model.training:
+            return found
+        own = self.experts.auxiliary_loss()
+        if num_items_in_batch is not None:  # otherwise training_step divides the whole
+            own = own / self.current_gradient_accumulation_steps
+        return (found[0] + own, found[1]) if return_outputs else found + own
 
     # Checkpoints.
 

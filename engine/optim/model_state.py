@@ -322,8 +322,9 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer | None, mesh: Me
     )
     require(not model.zero_nvme_offload_optimizer(), "DeepSpeed's optimizer state is on NVMe: must be in memory")
     steps, micro_batches = divmod(model.micro_steps, model.gradient_accumulation_steps())
+    ended = model._is_gradient_accumulation_boundary  # set by callers that count themselves, such as Accelerate
     require(
-        micro_batches == 0,
+        micro_batches == 0 if ended is None else ended,
         f"{micro_batches} of {model.gradient_accumulation_steps()} micro-batches have run after step {steps}: must be"
         " between optimizer steps",
     )

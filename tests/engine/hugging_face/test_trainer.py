@@ -3,6 +3,7 @@
 tests/examples/test_hugging_face_loops.py runs it on ranks, with DeepSpeed.
 """
 
+import copy
 import re
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from foreroute.engine.errors import UserError
 from foreroute.engine.hugging_face.arguments import arguments_of
+from foreroute.engine.hugging_face.expert_models import replace_experts
 from foreroute.engine.hugging_face.trainer import PlannedTrainer
 from foreroute.engine.plug_in import experts_of
 from foreroute.engine.plug_in.attached import Call
@@ -23,11 +25,15 @@ from examples.hugging_face.tiny_llama import PAD, collate, make_model, texts  # 
 STEPS, ROWS, ACCUMULATION, LR, CLIP, DECAY = 3, 4, 2, 0.01, 0.05, 0.1
 
 
-class InOrder(PlannedTrainer, transformers.Trainer):
+class Theirs(transformers.Trainer):
     """A trainer that takes the texts in their order."""
 
     def _get_train_sampler(self, *_):
         return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+class InOrder(PlannedTrainer, Theirs):
+    """The same with plans."""
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +42,7 @@ def _fresh_state():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def make_trainer(folder, model=None, data=None, collator=collate, **options):
+def make_trainer(folder, model=None, data=None, collator=collate, kind=InOrder, **options):
     args = transformers.TrainingArguments(
         output_dir=str(folder),
         **{
@@ -57,7 +63,7 @@ def make_trainer(folder, model=None, data=None, collator=collate, **options):
         },
     )
     data = texts(STEPS * ACCUMULATION * ROWS) if data is None else data
-    return InOrder(model or make_model(1), args, train_dataset=data, eval_dataset=data[:4], data_collator=collator)
+    return kind(model or make_model(1), args, train_dataset=data, eval_dataset=data[:4], data_collator=collator)
 
 
 def losses(trainer):
@@ -154,6 +160,46 @@ def test_planning_ahead_changes_no_loss(tmp_path):
         found.append((losses(trainer), asked))
     assert found[0][0] == found[1][0]
     assert found[0][1] == [0, 0, 0, 0, 1, 1] and found[1][1] == [0, 0, 1, 1, 2, 2]
+
+
+def test_an_expert_model_trains_like_itself(tmp_path):
+    """Qwen3-MoE with its own live router and balance loss, in Trainer as it is and on our layers."""
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=257, hidden_size=16, intermediate_size=16, moe_intermediate_size=8, num_experts=4,
+        num_experts_per_tok=2, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+        pad_token_id=PAD, bos_token_id=None, eos_token_id=None, output_router_logits=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = transformers.Qwen3MoeForCausalLM(config)
+    ours = copy.deepcopy(theirs)
+    replace_experts(ours)
+    found = []
+    for kind, model in ((Theirs, theirs), (InOrder, ours)):
+        trainer = make_trainer(tmp_path, model, kind=kind)
+        trainer.train()
+        found.append(losses(trainer))
+    assert found[1] == pytest.approx(found[0], rel=1e-5) and len(set(found[0])) == STEPS
+
+
+def test_losses_and_state_of_live_routers(tmp_path):
+    """The loss of a step has the mean balance loss of its micro-batches; a bias moves after each step."""
+    data, found = texts(STEPS * ACCUMULATION * ROWS), []
+    for weight in (0.5, 0.0):
+        trainer = make_trainer(tmp_path, make_model(1, 0.0, router="learned", balance_loss=weight), data)
+        trainer.train()
+        found.append(losses(trainer)[0])
+    model, balance = make_model(1, 0.0, router="learned", balance_loss=0.5), 0.0
+    experts = experts_of(model)
+    for start in (0, ROWS):
+        batch = collate(data[start : start + ROWS])
+        with experts.planned(batch["input_ids"], mask=batch["attention_mask"]):
+            model.train()(**batch)
+        balance += experts.auxiliary_loss().item() / ACCUMULATION
+    assert balance > 0.1 and found[0] - found[1] == pytest.approx(balance, rel=1e-4)
+    trainer = make_trainer(tmp_path, make_model(1, 0.0, router="sigmoid_bias"), data)
+    trainer.train()
+    biases = [value for name, value in trainer.model.named_buffers() if name.endswith(".router.bias")]
+    assert biases and all(value.any() for value in biases)
 
 
 # Mistakes.
