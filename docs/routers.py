@@ -110,7 +110,10 @@ WORKS = [
     ),
 ]
 OUT_OF_SCOPE = [
-    ("MH-MoE (arXiv 2404.15045)", "parts of tokens, routed one by one; a router chooses for whole tokens"),
+    (
+        "MH-MoE (arXiv 2404.15045)",
+        "parts of tokens, routed one by one: a layer of its own, for your model, in examples/mh_moe.py",
+    ),
     ("Soft MoE; DSelect-k", "Soft MoE mixes all tokens, without routes; DSelect-k's smooth steps are in COMET's gate"),
     (
         "Tutel, FSMoE, SE-MoE, ExFlow, MoETuner, ExpertFlow",
