@@ -50,6 +50,7 @@ _ROUTES = (
     "moe.keys",
     "moe.layers",
     "moe.strata",
+    "moe.strata_experts",
     "moe.by_layer",
     "schedule.growth",
     "schedule.k_min",

@@ -136,6 +136,9 @@ class MoEConfig:
         " strata says how many of them a token passes through, k on average.",
         at_least=1,
     )
+    strata_experts: list[int] = option(
+        [], "Experts of each stratum, such as [4,8,16] for strata that grow. Empty: moe.experts in each."
+    )
     plain_width: int = option(512, "Hidden width of layers without experts, also with router=dense.", at_least=1)
     activation: Activation = option(
         Activation.relu,
@@ -213,6 +216,12 @@ class MoEConfig:
             not self.dense or self.columns == self.experts, "moe.router=dense: takes no constant, copy or null experts"
         )
         require(self.columns <= MAX_EXPERTS, f"moe: has {self.columns} experts of all kinds, at most {MAX_EXPERTS}")
+        whole = all(type(number) is int and 1 <= number <= MAX_EXPERTS for number in self.strata_experts)
+        require(
+            not self.strata_experts or (whole and len(self.strata_experts) == self.strata > 1),
+            f"moe.strata_experts={self.strata_experts}: must be whole numbers in 1 .. {MAX_EXPERTS}, one for each of"
+            f" moe.strata={self.strata}, which must be at least 2",
+        )
         self._check_by_layer()
 
     def _check_by_layer(self) -> None:
@@ -239,6 +248,17 @@ class MoEConfig:
         if "router" in own:
             own = {"options": {}, **own}
         return replace(self, by_layer={}, **own)
+
+    def at_stratum(self, stratum: int) -> "MoEConfig":
+        """Return the section as it is for a stratum, the first being 0."""
+        if not self.strata_experts:
+            return self
+        return replace(self, experts=self.strata_experts[stratum], strata_experts=[])
+
+    @property
+    def layer_experts(self) -> int:
+        """Experts of all strata of a layer."""
+        return sum(self.strata_experts) or self.strata * self.experts
 
     @property
     def fewest_experts(self) -> int:
@@ -314,8 +334,9 @@ def expert_layers(model: ModelConfig, moe: MoEConfig) -> Sequence[int]:
 
 
 def expert_sections(model: ModelConfig, moe: MoEConfig) -> list[MoEConfig]:
-    """List the section `moe` of each expert layer; of all strata of a layer the same."""
-    return [moe.at_layer(layer) for layer in expert_layers(model, moe) for _ in range(moe.strata)]
+    """List the section `moe` of each expert layer; each stratum is one."""
+    layers = [moe.at_layer(layer) for layer in expert_layers(model, moe)]
+    return [section.at_stratum(stratum) for section in layers for stratum in range(moe.strata)]
 
 
 def num_tables(model: ModelConfig, moe: MoEConfig) -> int:
@@ -338,7 +359,7 @@ def feed_forward_width(model: ModelConfig, moe: MoEConfig, layer: int) -> int:
         return moe.plain_width
     if moe.dense_width is not None:
         return moe.dense_width
-    whole, matrices = moe.strata * (moe.experts * moe.expert_width + moe.shared_width), 2
+    whole, matrices = moe.layer_experts * moe.expert_width + moe.strata * moe.shared_width, 2
     if moe.activation.gated:
         matrices = 3
     at_input = model.ngram_rows * model.width if model.ngram else 0

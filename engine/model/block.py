@@ -6,9 +6,11 @@ Letters: B streams, Q query length, M memory length, S = M+Q, D model width, T =
 E experts, S strata (expert layers one behind the other, 1 unless said otherwise).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foreroute.engine.config import KernelsConfig, ModelConfig, MoEConfig
@@ -26,8 +28,14 @@ class BlockOutput(NamedTuple):
 
     y_BQD: Tensor
     auxiliary_loss: Tensor | None  # scalar, already weighted; None for routers without a loss
-    count_SE: Tensor | None  # int64: rows of each stratum's experts; None when dense
+    count_SE: Tensor | None  # int64: rows of each stratum's experts, 0 where one has fewer than others; None when dense
     carried: Tensor | None = None  # of a live router, for that of the next expert layer
+
+
+def join_counts(counts: Sequence[Tensor]) -> Tensor:
+    """Concatenate the counts of layers [any, E], and add zeros where a layer has fewer experts than another."""
+    most = max(count_SE.shape[1] for count_SE in counts)
+    return torch.cat([F.pad(count_SE, (0, most - count_SE.shape[1])) for count_SE in counts])
 
 
 class Block(nn.Module):
@@ -44,8 +52,15 @@ class Block(nn.Module):
             first, section = layers.index(layer) * moe.strata, moe.at_layer(layer)
             live_before = sum(live_method(moe.at_layer(before)) is not None for before in layers if before < layer)
             self.moe, *deeper = (
-                MoELayer(model.width, section, kernels, number, plan=number - live_before, dropout=model.dropout)
-                for number in range(first, first + moe.strata)
+                MoELayer(
+                    model.width,
+                    section.at_stratum(stratum),
+                    kernels,
+                    first + stratum,
+                    plan=first + stratum - live_before,
+                    dropout=model.dropout,
+                )
+                for stratum in range(moe.strata)
             )
             self.strata = nn.ModuleList(deeper)  # behind the first; a token without experts there stays as it is
             self.strata_norms = nn.ModuleList(nn.LayerNorm(model.width) for _ in deeper)
@@ -86,7 +101,7 @@ class Block(nn.Module):
             found = stratum(norm(x_BQD).flatten(0, 1), routing)
             x_BQD = x_BQD + self.dropout(found.y_TD.view_as(x_BQD))
             counts.append(found.count_E[None])
-        return x_BQD, torch.cat(counts)
+        return x_BQD, join_counts(counts)
 
     def _attend(self, x_BQD: Tensor, memory_BMD: Tensor, shared: SharedAttention) -> Tensor:
         context_BSD = torch.cat((memory_BMD, x_BQD), dim=1)

@@ -195,7 +195,7 @@ class Arithmetic:
             return used
         expert = count_matrices(moe.activation) * moe.expert_width * model.width + moe.expert_width + model.width
         sections = [moe.at_layer(layer) for layer in expert_layers(model, moe)]
-        return used - sum(round((moe.strata - k / own.columns) * own.experts * expert) for own in sections)
+        return used - sum(round((own.layer_experts - k * own.experts / own.columns) * expert) for own in sections)
 
     def by_k(self) -> dict[str, int]:
         """Return each k of the schedule and of the evaluation by its name; "dense" where there are no experts."""

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from foreroute.engine.config import KernelsConfig, ModelConfig, MoEConfig
 from foreroute.engine.model.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from foreroute.engine.model.attention import SharedAttention, encode_distances
-from foreroute.engine.model.block import Block, BlockOutput
+from foreroute.engine.model.block import Block, BlockOutput, join_counts
 from foreroute.engine.model.input_tables import input_tables
 from foreroute.engine.moe import kept_plans
 from foreroute.engine.moe.experts import Experts
@@ -248,7 +248,7 @@ class TransformerXL(nn.Module):
             hidden_BQD,
             tuple(new_memory),
             torch.stack(losses).sum() if losses else hidden_BQD.new_zeros((), dtype=torch.float32),
-            _joined(counts) if counts else None,
+            join_counts(counts) if counts else None,
         )
 
     def _run(self, block: nn.Module, *inputs: object) -> BlockOutput:
@@ -258,12 +258,6 @@ class TransformerXL(nn.Module):
         else:
             output = block(*inputs)
         return output
-
-
-def _joined(counts: Sequence[Tensor]) -> Tensor:
-    """Concatenate the layers' counts, and add zeros where a layer has fewer experts."""
-    most = max(count_SE.shape[1] for count_SE in counts)
-    return torch.cat([F.pad(count_SE, (0, most - count_SE.shape[1])) for count_SE in counts])
 
 
 def first_keys(position_BQ: Tensor, memory: int) -> Tensor:

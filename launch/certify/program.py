@@ -72,8 +72,9 @@ class CertifyArgs(Config):
             memory_gb is None or (memory_gb * 1e9 >= 1 and math.isfinite(memory_gb)),
             f"device_memory_gb={memory_gb}: must be above 0, at least one byte, and finite",
         )
-        different = self.cluster is not None and self.moe.by_layer
-        require(not different, "moe.by_layer with cluster: the time of layers that differ is not modelled")
+        for name in ("by_layer", "strata_experts") if self.cluster is not None else ():
+            words = f"moe.{name} with cluster: the time of layers that differ is not modelled"
+            require(not getattr(self.moe, name), words)
         self._check_backend()
 
     def _check_backend(self) -> None:

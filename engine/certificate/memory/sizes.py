@@ -5,6 +5,7 @@ expert hidden width, L experts of a rank, N expert rows, R received rows, P rank
 """
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
@@ -301,7 +302,7 @@ def count_parameters(layout: Layout, vocab_size: int) -> Parameters:
     dense: list[int] = []
     experts: list[int] = []
     blocks, inner = [0] * config.model.layers, [0] * config.model.layers
-    layer_experts, at_input, embedding = [0] * config.model.layers, 0, 0
+    layer_experts, at_input, embedding = Counter[str](), 0, 0
     for name, numel in _numels(_key(config.model), _key(config.moe), vocab_size):
         is_expert = ".experts." in name
         if is_expert:
@@ -311,14 +312,14 @@ def count_parameters(layout: Layout, vocab_size: int) -> Parameters:
             number = int(name.split(".")[1])
             blocks[number] += numel
             inner[number] += numel * (is_expert or ".feed_forward." in name)
-            layer_experts[number] += numel * is_expert
+            layer_experts[name.partition(".experts.")[0]] += numel * is_expert
         at_input += numel * name.startswith("input_tables.")
         embedding += numel * name.startswith("embedding.")
     groups = [Group("all", _laid_out(dense), placement.world_size)]
     if experts:
         groups = [Group("without experts", _laid_out(dense), placement.world_size)]
         groups.append(Group("experts", _laid_out(experts), placement.groups))
-    most_experts = max(layer_experts) // config.moe.strata
+    most_experts = max(layer_experts.values())
     head = sum(group.numbers for group in groups) - sum(blocks) - at_input
     return Parameters(tuple(groups), tuple(blocks), tuple(inner), most_experts, at_input, head, embedding)
 

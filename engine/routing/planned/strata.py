@@ -9,7 +9,8 @@ those who want hard tokens to be computed for longer than others.
 
     h_1 = h + E_1(LN(h)), h_2 = h_1 + E_2(LN_2(h_1)), ... up to the row's depth; one expert of each stratum, weight 1
 
-All strata have moe.experts experts of equal width. The depth of a row at k is the largest d with d <= t w, at least 1,
+All strata have moe.experts experts of equal width, or each a number of its own, moe.strata_experts: published are
+strata that grow. The depth of a row at k is the largest d with d <= t w, at least 1,
 with t solved so that the mean over the training text is k (engine/routing/row_counts.py), and w from 1/2, for rows of
 the most frequent n-grams, to 3/2, for the rarest; with moe.options.deep=frequent the other way round. Each stratum's
 experts are balanced over the rows that reach it.
@@ -82,15 +83,17 @@ class StrataRouter(TableRouter):
         for table, use_r in zip(rows, row_uses(rows, inputs), strict=True):
             first_rS = _first_k(use_r, moe.strata, deep, table.seed, table.index)
             for stratum, first_r in enumerate(first_rS.T):
-                expert_r = _experts(use_r, first_r, moe, table, stratum)
+                own = moe.at_stratum(stratum)
+                expert_r = _experts(use_r, first_r, own, table, stratum)
                 one = replace(table, order_rE=torch.from_numpy(expert_r)[:, None].clone())
-                found.append(cls(replace(one, first_rE=torch.from_numpy(first_r.copy())[:, None]), moe.experts))
+                found.append(cls(replace(one, first_rE=torch.from_numpy(first_r.copy())[:, None]), own.experts))
         return found
 
     @classmethod
     def restore(cls, moe: MoEConfig, inputs: RouterInputs, states: Sequence[Mapping[str, Tensor]]) -> Sequence[Self]:
         """Take the saved tables."""
-        return [cls(table_from_state(dict(state)), moe.experts) for state in states]
+        experts = [moe.at_stratum(number % moe.strata).experts for number in range(len(states))]
+        return [cls(table_from_state(dict(state)), own) for state, own in zip(states, experts, strict=True)]
 
     def state(self) -> dict[str, Tensor]:
         """Return the table."""

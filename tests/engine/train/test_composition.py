@@ -78,6 +78,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hashed, shared expert": {"shared_width": 6},
     "hashed, residual": {"shared_width": 6, "residual": True},
     "hashed, layers that differ": {"by_layer": {1: {"router": "by_frequency", "experts": 2 * EXPERTS, "ngram": 1}}},
+    "strata, growing": {"strata_experts": [EXPERTS, EXPERTS, 2 * EXPERTS, 2 * EXPERTS]},
     "hashed, a live layer": {"by_layer": {0: {"router": "frozen", "experts": 2 * EXPERTS}}},
 }
 LIVE = {"hashed, a live layer": "frozen"}  # a kind of several methods has the limits of this one
@@ -242,7 +243,7 @@ FILES = {"given": write_routes, "token_table": write_token_table}  # of methods 
 
 
 def configure(cell: Cell, folder: Path) -> Config:
-    k = OTHER_K.get(cell.kind, K)
+    k = OTHER_K.get(cell.kind.partition(",")[0], K)
     moe = {
         "experts": EXPERTS,
         "expert_width": 6,
@@ -262,7 +263,7 @@ def configure(cell: Cell, folder: Path) -> Config:
             memory=6,
             dropout=0.0,
             init_std=0.3,
-            pre_norm=cell.kind in PRE_NORM,
+            pre_norm=cell.kind.partition(",")[0] in PRE_NORM,
         ),
         moe=MoEConfig(**moe | settings(cell.kind, folder)),
         schedule=ScheduleConfig(k_min=k, k_max=k),

@@ -74,9 +74,9 @@ def path_of(chain_of_routers, row, k):
     return [int(table.order_rE[row, 0]) for table in tables if int(table.first_rE[row, 0]) <= k]
 
 
-def block_of(strata=STRATA):
+def block_of(strata=STRATA, **options):
     torch.manual_seed(0)
-    block = Block(SIZES, moe(strata), KernelsConfig(), 0).double()
+    block = Block(SIZES, moe(strata, **options), KernelsConfig(), 0).double()
     for index, parameter in enumerate(block.parameters()):
         generator = torch.Generator().manual_seed(index)
         parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -159,6 +159,43 @@ def test_depths_are_k_on_average_nested_and_evenly_loaded(deep):
             half = np.argsort(-use_r, kind="stable")[: np.count_nonzero(use_r) // 4]
             frequent, rare = depth_r[half].mean(), np.delete(depth_r, half)[np.delete(use_r, half) > 0].mean()
             assert (rare > frequent) == (deep == "rare")
+
+
+GROWING = {"strata_experts": [2, 4, 6]}
+
+
+def test_strata_that_grow_have_experts_of_their_own():
+    """A block is a loop over tokens and strata, and each stratum is balanced over its own experts."""
+    run = moe(**GROWING)
+    found = StrataRouter.build(run, RouterInputs(SYMBOLS, 3, STRATA, TEXT))
+    block, (ids, left), k = block_of(**GROWING), ids_of(), 2
+    assert [router.experts for router in found] == [len(s.experts.w1) for s in (block.moe, *block.strata)] == [2, 4, 6]
+    inputs, h = inputs_of(block)
+    out = block(*inputs, Routing(k, plan_all(found, GroupTokens(ids, left), k)))
+    path = [path_of(found, row, k) for row in found[0].table.rows_of(ids[0], left[0]).flatten().tolist()]
+    norms, layers = [block.feed_forward_norm, *block.strata_norms], [block.moe, *block.strata]
+    strata = [
+        (norm.weight, norm.bias, e.w1, e.b1, e.w2, e.b2)
+        for norm, e in zip(norms, [layer.experts for layer in layers], strict=True)
+    ]
+    torch.testing.assert_close(out.y_BQD.flatten(0, 1), chain(h.flatten(0, 1), strata, path), rtol=0, atol=1e-10)
+    counts = [Counter(experts[s] for experts in path if len(experts) > s) for s in range(STRATA)]
+    assert out.count_SE.tolist() == [[count[e] for e in range(6)] for count in counts]
+    row_r = found[0].table.rows_of(torch.from_numpy(TEXT[None].astype(np.int64)), torch.zeros(1, 1, dtype=torch.int64))
+    for router, experts in zip(found, (2, 4, 6), strict=True):
+        reach = (router.table.first_rE[:, 0] <= k)[row_r]
+        load_E = np.bincount(router.table.order_rE[:, 0][row_r][reach].numpy(), minlength=experts)
+        assert len(load_E) == experts and load_E.max() <= 1.05 * load_E.mean()
+    again = StrataRouter.restore(run, RouterInputs(SYMBOLS, 3, STRATA), [router.state() for router in found])
+    assert [router.experts for router in again] == [2, 4, 6]
+
+
+@pytest.mark.parametrize("experts", [[2, 4], [2, 0, 4], [2, "4", 4]])
+def test_numbers_of_experts_that_do_not_fit_the_strata_are_refused(experts):
+    with pytest.raises(UserError, match=r"moe\.strata_experts=.*: must be whole numbers in 1 \.\. 512, one for each"):
+        moe(strata_experts=experts)
+    with pytest.raises(UserError, match=r"moe\.strata_experts=\[2\]: .* moe\.strata=1, which must be at least 2"):
+        MoEConfig(strata_experts=[2])
 
 
 @pytest.mark.parametrize("share_table", [False, True])
