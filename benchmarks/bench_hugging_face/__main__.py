@@ -36,7 +36,7 @@ def run(cluster: Cluster, args: argparse.Namespace) -> Figures:
     """Run the systems on 4 ranks of a cluster."""
     per_node = RANKS // len(cluster.nodes)
     names = [name for name in SYSTEMS if name == "live" or name in args.systems]
-    arguments = ["-m", "benchmarks.systems.hugging_face_rank", "--rounds", str(args.rounds)]
+    arguments = ["-m", "benchmarks.bench_hugging_face.rank", "--rounds", str(args.rounds)]
     arguments += ["--quick"] * args.quick + ["--systems", *names]
     done = cluster.run_ranks(
         arguments, per_node=per_node, seconds=LIMIT_S, env={"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}

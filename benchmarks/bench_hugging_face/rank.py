@@ -1,4 +1,4 @@
-"""One rank of benchmarks/bench_hugging_face.py: makes all systems, compares their losses, times their steps in turn.
+"""One rank of benchmarks/bench_hugging_face: makes all systems, compares their losses, times their steps in turn.
 
 Rank 0 prints one JSON object: milliseconds of each system's step, on the slowest rank, fastest of the rounds; and the
 bytes that this rank's exchange of token rows, counts and weights sent in a step of ours.

@@ -1,0 +1,1 @@
+"""A Qwen3-MoE on foreroute's experts against transformers' own."""
