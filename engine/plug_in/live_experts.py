@@ -9,6 +9,7 @@ Letters: B sequences, Q ids of each, T = B*Q tokens of this rank, L expert layer
 
 import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
@@ -66,8 +67,7 @@ class LiveExperts(PlannedExperts):
 
     @property
     def _device(self) -> torch.device:
-        # ZeRO-3 gathers a parameter that is read by its name during a forward pass
-        return next(self.layers[0].experts.parameters()).device
+        return self.layers[0].experts.first_weight.device
 
     def _use(self, routers: Sequence[PlannedRouter]) -> None:
         self._routers, self._tables = [], 0
@@ -124,9 +124,9 @@ class LiveExperts(PlannedExperts):
 
     # Forward passes.
 
-    def begin_call(self, told: CallArguments, call: Call) -> None:
-        """Begin a pass of an attached model; ids left of the call make no difference."""
-        super().begin_call(replace(told, left=told.left or _no_ids), call)
+    def request(self, told: CallArguments, call: Call) -> Future[Plans]:
+        """Read which ids of a call are padding; ids left of it make no difference."""
+        return super().request(replace(told, left=told.left or _no_ids), call)
 
     def call(self, layer: int, x: Tensor) -> tuple[Routing, Pass]:
         """Return the routing of a layer for x, and its pass, which begins here outside of any other."""
