@@ -15,6 +15,7 @@ from foreroute.engine.hugging_face.expert_models import replace_experts
 from foreroute.engine.hugging_face.trainer import PlannedTrainer
 from foreroute.engine.plug_in import experts_of
 from foreroute.engine.plug_in.attached import Call
+from foreroute.engine.testing.ranks import run_ranks
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -200,6 +201,29 @@ def test_losses_and_state_of_live_routers(tmp_path):
     trainer.train()
     biases = [value for name, value in trainer.model.named_buffers() if name.endswith(".router.bias")]
     assert biases and all(value.any() for value in biases)
+
+
+def clipping_of(_, folder):
+    """The norm to which DeepSpeed clips, and which groups the optimizer has."""
+    found = []
+    for given in ({}, {"gradient_clipping": "auto"}, {"gradient_clipping": CLIP}):
+        deepspeed = {
+            **given,
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "zero_optimization": {"stage": 1},
+        }
+        trainer = make_trainer(folder, deepspeed=deepspeed, max_steps=1)
+        trainer.train()
+        found.append(trainer.deepspeed.gradient_clipping())
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return found
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_max_grad_norm_is_that_of_deepspeed(tmp_path):
+    assert run_ranks(clipping_of, 1, str(tmp_path)) == [[CLIP] * 3]
 
 
 # Mistakes.
