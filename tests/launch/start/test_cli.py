@@ -344,7 +344,8 @@ def test_the_balance_of_packed_tables(run, tmp_path, text):
     lines = done.stdout.strip().splitlines()
     (head,) = (place for place, line in enumerate(lines) if line.split()[:3] == ["k", "experts", "blocks"])
     assert "builder packed, blocks of 2" in lines[head - 1] and lines[-1] == f"written: {out}"
-    explained = [re.split(r"  +", line)[0] for line in lines[head + 5 : -1]]
+    assert lines[-2].startswith("distinct n-grams of a micro-batch of 128 tokens, for each token: ")
+    explained = [re.split(r"  +", line)[0] for line in lines[head + 5 : -2]]
     assert {re.sub(r"\b[24] ranks", "P ranks", name) for name in re.split(r"  +", lines[head])} == set(explained)
     found = json.loads(out.read_text())
     assert found["pack"] == 2 and [line["k"] for line in found["k"]] == [1, 2, 3, 4]
