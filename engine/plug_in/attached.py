@@ -27,7 +27,7 @@ _POSITIONS = ("position_ids", "positions", "cache_position", "input_pos")
 _DOCUMENTS = ("documents", "document_ids", "doc_ids", "seq_idx")
 
 
-class Planner(Protocol):
+class CallHandler(Protocol):
     """The interface of PlannedExperts that the hooks of a model call."""
 
     def begin_call(self, told: "CallArguments", call: "Call") -> None:
@@ -377,7 +377,7 @@ def generated_ids(model: nn.Module) -> GeneratedIds | None:
 class Before:
     """The hook before a call; an object, so that in a copy of the model it plans for the copy."""
 
-    experts: Planner
+    experts: CallHandler
     told: CallArguments
     generated: GeneratedIds | None = None
 
@@ -392,7 +392,7 @@ class Before:
 class After:
     """The hook after a call, also after one that raised."""
 
-    experts: Planner
+    experts: CallHandler
     generated: GeneratedIds | None = None
 
     def __call__(self, _: nn.Module, __: Any, outputs: Any) -> None:

@@ -16,19 +16,60 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foreroute.engine.config import MoEConfig, ParallelConfig
 from foreroute.engine.errors import require
 from foreroute.engine.moe.layer import LayerOutput, MoELayer, share_routers, update_routers
 from foreroute.engine.optim.expert_sharding import balance_over_ranks
-from foreroute.engine.parallel.collectives import all_reduce_sum
-from foreroute.engine.parallel.mesh import Mesh
+from foreroute.engine.parallel.collectives import ExpertGroupComm, all_reduce_sum
 from foreroute.engine.plug_in.attached import Call, CallArguments
+from foreroute.engine.plug_in.batch_planner import BatchPlanner
 from foreroute.engine.plug_in.passes import Pass, backward_node
+from foreroute.engine.plug_in.plan_inputs import PlanInputs
 from foreroute.engine.plug_in.planned_experts import PlannedExperts
 from foreroute.engine.plug_in.planned_layer import PlannedFeedForward
 from foreroute.engine.plug_in.plans import Plans, Sequences
 from foreroute.engine.routing.plan import Routing
-from foreroute.engine.routing.planned_router import PlannedRouter, RouterInputs
+
+
+class LivePlanner(BatchPlanner):
+    """The planner of live routers: it finds which ids are padding, and how many tokens the ranks of a group have."""
+
+    @property
+    def columns(self) -> int:
+        """The number of experts."""
+        return self.moe.columns
+
+    @property
+    def tables(self) -> int:
+        """0: there are no tables."""
+        return 0
+
+    def check_sequences(self, sequences: Sequences) -> None:
+        """Raise UserError for routes and places, which live routers do not take."""
+        planned = sequences.routes is not None or sequences.places is not None
+        require(not planned, f"routes and places: must be None with moe.router={self.moe.router}; given takes them")
+
+    def make(self, shape: tuple[int, ...], inputs: PlanInputs, k: int, number: int, *, held_out: bool) -> Plans:
+        """Return the padding of a batch, and the numbers of its tokens."""
+        real_PT = inputs.real_SX.flatten(1)
+        return self.unplanned(shape, k, inputs.num_tokens, None if real_PT.all() else real_PT[self.mesh.ep_rank])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the routers are part of the model's state."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore nothing."""
+
+    def unplanned(self, shape: tuple[int, ...], k: int, tokens: int, real_T: Tensor | None = None) -> Plans:
+        """Return what live routers need in place of plans.
+
+        Args:
+            tokens: the largest number of tokens of a rank of the expert group.
+            real_T: bool, false for padding; None: there is none.
+        """
+        device = self._layer.experts.first_weight.device
+        token_T = self._token_T(tokens, self.mesh.rank, device)
+        return Plans(k, shape, 0, None, token_T, None, real_T=None if real_T is None else real_T.to(device))
 
 
 class LiveExperts(PlannedExperts):
@@ -40,19 +81,11 @@ class LiveExperts(PlannedExperts):
     thread.
     """
 
-    def __init__(
-        self,
-        layers: Sequence[MoELayer],
-        moe: MoEConfig,
-        mesh: Mesh,
-        parallel: ParallelConfig,
-        *,
-        inputs: RouterInputs,
-        width: int,
-        k: int,
-    ) -> None:
-        """Set the layers, numbered from 0; a collective over all ranks. Of `inputs` vocabulary and seed matter."""
-        super().__init__(layers, (), moe, mesh, parallel, inputs=inputs, width=width, k=k)
+    planner: LivePlanner
+
+    def __init__(self, layers: Sequence[MoELayer], planner: LivePlanner, *, seed: int, k: int) -> None:
+        """Set the layers, numbered from 0, and their planner."""
+        super().__init__(layers, planner, seed=seed, k=k)
         share_routers(nn.ModuleList(layers))
 
     def _connections(self) -> None:
@@ -65,14 +98,6 @@ class LiveExperts(PlannedExperts):
         self._carries = False
         self._count_LE: Tensor | None = None
 
-    @property
-    def _device(self) -> torch.device:
-        return self.layers[0].experts.first_weight.device
-
-    def _use(self, routers: Sequence[PlannedRouter]) -> None:
-        self._routers, self._tables = [], 0
-        self._num_experts = self._moe.columns
-
     # What the routers leave behind.
 
     def auxiliary_loss(self) -> Tensor:
@@ -81,7 +106,7 @@ class LiveExperts(PlannedExperts):
         Add it to the loss before backward. It is fp32, a scalar, 0 for routers without a loss, and the mean over ranks
         of it is the loss of all tokens. It holds the graph of the pass until the next one.
         """
-        return sum(self._losses.values(), torch.zeros((), device=self._device))
+        return sum(self._losses.values(), torch.zeros((), device=self.layers[0].experts.first_weight.device))
 
     def after_step(self) -> None:
         """Let routers change their own state after an optimizer step, such as the bias of sigmoid_bias.
@@ -92,7 +117,7 @@ class LiveExperts(PlannedExperts):
         count_LE, self._count_LE = self._count_LE, None
         if count_LE is None:
             return
-        total_LE = all_reduce_sum(count_LE).double() / self._mesh.ep_size  # each rank has the counts of its group
+        total_LE = all_reduce_sum(count_LE).double() / self.mesh.ep_size  # each rank has the counts of its group
         with torch.no_grad():
             update_routers(nn.ModuleList(self.layers), total_LE)
 
@@ -102,7 +127,7 @@ class LiveExperts(PlannedExperts):
             if self._carries and layer > 0:
                 raise RuntimeError(
                     "an expert layer is recomputed in backward, but its router needs values of the layer before: use no"
-                    f" activation checkpointing with moe.router={self._moe.router}"
+                    f" activation checkpointing with moe.router={self.moe.router}"
                 )
             return None
         return self._carried if running is self._last else None
@@ -137,7 +162,7 @@ class LiveExperts(PlannedExperts):
             return super().call(layer, x)
         own: Pass | None = getattr(self._of_thread, "own", None)
         if own is None or layer in own.plans.used or own.plans.shape != (tokens, 1):
-            own = self._begin(self._no_plans((tokens, 1), self.k, tokens, None))
+            own = self._begin(self.planner.unplanned((tokens, 1), self.k, tokens))
             self._of_thread.own = own
         else:
             self.passes.begin(own)
@@ -146,46 +171,13 @@ class LiveExperts(PlannedExperts):
         finally:
             self.passes.end()
 
-    def _plan(self, sequences: Sequences, k: int, number: int, *, held_out: bool) -> Plans:
-        planned = sequences.routes is not None or sequences.places is not None
-        require(not planned, f"routes and places: must be None with moe.router={self._moe.router}; given takes them")
-        shape, inputs = self._group_inputs(sequences, k, number, held_out=held_out)
-        real_PT = inputs.real_SX.flatten(1)
-        return self._no_plans(shape, k, inputs.num_tokens, None if real_PT.all() else real_PT[self._mesh.ep_rank])
-
-    def _no_plans(self, shape: tuple[int, ...], k: int, tokens: int, real_T: Tensor | None) -> Plans:
-        """Return what live routers need in place of plans.
-
-        Args:
-            tokens: the largest number of tokens of a rank of the expert group.
-        """
-        mesh, device = self._mesh, self._device
-        first = (mesh.rank - mesh.ep_rank) * tokens
-        token_T = torch.arange(first, first + mesh.ep_size * tokens, device=device)
-        real_T = None if real_T is None else real_T.to(device)
-        return Plans(k, shape, self._tables, None, token_T, None, real_T=real_T)
-
-    def _connect(self, device: torch.device) -> None:
-        super()._connect(device)
+    def connect(self, device: torch.device | None = None) -> ExpertGroupComm | None:
+        """Connect the layers to their expert group, and let routers balance over all ranks, before the first pass."""
+        comm = super().connect(device)
         if not self._balanced:
             self._balanced = True
-            balance_over_ranks(nn.ModuleList(self.layers), self._moe, self._mesh)
-
-    # State.
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return k, the number of passes, and the rank to which the state belongs; routers are part of the model's."""
-        return {"place": self._place(), "k": self.k, "dropout": (self._seed, self._passes)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the result of state_dict.
-
-        Raises:
-            UserError: experts are sharded, and the rank, the number of ranks or the size of the expert group differs.
-        """
-        place, here = tuple(state["place"]), self._place()
-        require(place == here, f"saved by (rank, of ranks, in expert groups of) = {place}: must be {here} as here")
-        self.k, (self._seed, self._passes) = state["k"], state["dropout"]
+            balance_over_ranks(nn.ModuleList(self.layers), self.moe, self.mesh)
+        return comm
 
 
 class LiveFeedForward(PlannedFeedForward):

@@ -49,7 +49,7 @@ class PlannedFeedForward(nn.Module):
 
     @property
     def experts(self) -> "PlannedExperts":
-        """The planner of this layer; a copy of the model has its own."""
+        """The expert layers of the model; a copy of the model has its own."""
         return self._experts
 
     def get_extra_state(self) -> Tensor:

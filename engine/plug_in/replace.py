@@ -50,7 +50,8 @@ from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.optim.deepspeed_engine import skip_shared_memory_op, wait_at_most
 from foreroute.engine.optim.expert_sharding import parameter_groups, shard_experts
 from foreroute.engine.parallel.mesh import Mesh
-from foreroute.engine.plug_in.live_experts import LiveExperts, LiveFeedForward
+from foreroute.engine.plug_in.batch_planner import RoutePlanner
+from foreroute.engine.plug_in.live_experts import LiveExperts, LiveFeedForward, LivePlanner
 from foreroute.engine.plug_in.planned_experts import PlannedExperts
 from foreroute.engine.plug_in.planned_layer import PlannedFeedForward
 from foreroute.engine.plug_in.plans import Plans
@@ -164,9 +165,11 @@ def insert_layers(
     inputs = dataclasses.replace(inputs, ids=None)
     experts: PlannedExperts
     if routers is None:
-        experts = LiveExperts(layers, moe, mesh, parallel, inputs=inputs, width=width, k=k)
+        live_planner = LivePlanner(layers[0], moe, mesh, parallel, inputs)
+        experts = LiveExperts(layers, live_planner, seed=inputs.seed, k=k)
     else:
-        experts = PlannedExperts(layers, routers, moe, mesh, parallel, inputs=inputs, width=width, k=k)
+        planner = RoutePlanner(layers[0], routers, moe, mesh, parallel, inputs=inputs, width=width)
+        experts = PlannedExperts(layers, planner, seed=inputs.seed, k=k)
     experts.replaced = tuple(replaced(name, model.get_submodule(name)) for name in names)
     for name, layer in layer_of.items():
         replacement = (LiveFeedForward if routers is None else PlannedFeedForward)(layer, experts)
@@ -175,7 +178,7 @@ def insert_layers(
 
 
 def experts_of(model: nn.Module) -> PlannedExperts:
-    """Return the planner of a model whose feed-forwards were replaced; a copy of such a model has its own.
+    """Return the PlannedExperts of a model whose feed-forwards were replaced; a copy of such a model has its own.
 
     Raises:
         UserError: the model has no expert layers, or layers of several calls of replace_feed_forwards.

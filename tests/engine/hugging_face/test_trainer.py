@@ -152,8 +152,8 @@ def test_planning_ahead_changes_no_loss(tmp_path):
         trainer = make_trainer(tmp_path)
         trainer.__class__ = kind
         asked = []
-        plan = trainer.experts._submit
-        trainer.experts._submit = lambda *a, plan=plan, asked=asked, t=trainer, **k: (
+        plan = trainer.experts.planner.submit
+        trainer.experts.planner.submit = lambda *a, plan=plan, asked=asked, t=trainer, **k: (
             asked.append(t.state.global_step),
             plan(*a, **k),
         )[1]

@@ -403,7 +403,7 @@ def copies(rank):
     names = "allreduce", "group_name", "ds_zero_placement_family", "ds_zero_partition_group_name"
     tags = [[getattr(p, name, None) for p in twin.parameters() for name in names] for twin in twins]
     moved = experts_of(copy.deepcopy(model))
-    moved._mesh = Mesh(1 - rank, 2, 2)
+    moved.planner.mesh = Mesh(1 - rank, 2, 2)
     return losses, tags, message(lambda: moved.plan(ids))
 
 
