@@ -13,7 +13,7 @@ from foreroute.engine.finetune.sentences import Sentence, pad
 from foreroute.engine.model.build import RunModel, build_model
 from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.parallel.mesh import Mesh
-from foreroute.engine.plug_in.plans import Sequences, keep_to_texts, real_ids
+from foreroute.engine.plug_in.plans import Sequences, in_order, keep_to_texts
 from foreroute.engine.plug_in.replace import replace_feed_forwards
 from foreroute.engine.routing.methods import planned_method
 from foreroute.engine.routing.plan import Routing
@@ -146,7 +146,8 @@ def test_real_ids_are_in_the_order_of_the_ids(first, documents):
     numbers = torch.zeros_like(ids) if documents else None
     sequences = Sequences(ids, None, mask, numbers, first)
     kept, _ = keep_to_texts(sequences, ids, torch.zeros(3, 1, dtype=torch.int64))
-    assert torch.equal(real_ids(sequences), kept != 0) and int(real_ids(sequences).sum()) == 10
+    real_T = in_order(sequences, mask != 0)
+    assert torch.equal(real_T.view(kept.shape), kept != 0) and int(real_T.sum()) == 10
 
 
 def test_a_plug_in_model_routes_no_padding():
