@@ -95,7 +95,8 @@ def main() -> None:
     distributed.init_process_group()
     first = distributed.get_rank() == 0
     if first:
-        print(f"{distributed.get_world_size()} ranks, ZeRO-{options.stage}; forward pass of {LAYERS} expert layers")
+        ranks = distributed.get_world_size()
+        print(f"{ranks} rank{'s' * (ranks > 1)}, ZeRO-{options.stage}; forward pass of {LAYERS} expert layers")
         print("model     routes    logits differ  collectives/layer  bytes sent  loss, first and last  export = import")
     for family in options.families:
         for replayed in (False, True):
