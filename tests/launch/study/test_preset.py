@@ -132,7 +132,13 @@ def test_a_preset_that_is_not_there_names_those_that_are():
         read_preset("/none/such.yaml")
 
 
-PRESETS = {"small": "dense", "overnight": "dense", "paper": "dense", "routing": "hashed"}
+PRESETS = {
+    "small": "dense",
+    "overnight": "dense",
+    "paper": "dense",
+    "routing": "hashed",
+    "counts_and_weights": "hashed",
+}
 
 
 @pytest.mark.parametrize(("name", "first"), PRESETS.items())
