@@ -92,7 +92,7 @@ def test_what_lies_beside_us_does_no_harm(tmp_path):
 @pytest.mark.parametrize(
     "start",
     [
-        ["-m", "launch.prepare", "--help"],
+        pytest.param(["-m", "launch.prepare", "--help"], marks=pytest.mark.slow),
         pytest.param(["-m", "benchmarks.bench_plan", "--help"], marks=pytest.mark.slow),
         ["-c", "import foreroute.launch"],
     ],

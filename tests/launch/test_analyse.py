@@ -34,6 +34,7 @@ def analysed(run, folder):
     return json.loads((folder / "analysis.json").read_text()), done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_that_learns_nothing_ends_as_it_starts(run, tmp_path, text):
     """With a learning rate of 0 the initialisation that is drawn anew must equal the checkpoints, bit for bit."""
     still, _ = analysed(run, trained(run, tmp_path, text, "still", "moe.router=frozen", "optim.lr=0"))
@@ -57,6 +58,7 @@ def test_hashed_routes_do_not_change_with_training(run, tmp_path, text):
     assert found["weight_similarity"]["start"] != found["weight_similarity"]["end"]
 
 
+@pytest.mark.slow
 def test_what_a_stop_left_changes_nothing(run, tmp_path, text):
     """Checkpoints of steps 1 and 3 lie between those of train.save_every=2, as after two stops."""
     folder = trained(

@@ -54,6 +54,7 @@ def small_disk(tmp_path):
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_keeps_what_is_good(run, tmp_path, text, small_disk):
     assert run("train", *options(tmp_path, text, "train.name=whole")).returncode == 0
     wanted = tmp_path / "runs/whole/checkpoints/step-00000008"

@@ -127,7 +127,8 @@ def on_ranks(rank, ranks, gather):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("gather", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["tokens", "gather"])
+@pytest.mark.slow
+@pytest.mark.parametrize("gather", [False, True], ids=["tokens", "gather"])
 def test_padded_plans_of_two_ranks_share_one_graph(gather):
     """Outputs and gradients are those of the plans without padding, run eagerly. Negative control: without padding the
     layer is compiled again."""

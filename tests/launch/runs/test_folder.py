@@ -57,6 +57,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
         lock_folder(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_and_its_text_may_move(run, tmp_path):
     """Resumed, evaluated and sampled from where they are now; another text is refused."""
     options = [*small_run(tmp_path), "train.steps=4", "train.save_every=2", f"train.runs_dir={tmp_path / 'runs'}"]

@@ -47,6 +47,7 @@ def cells(runs, *names):
     return [tuple(run["options"][name] for name in names) for run in runs]
 
 
+@pytest.mark.slow
 def test_the_example_grid_with_failures(run, tmp_path, text, monkeypatch):
     """A wrong option in some runs, a bug in others: all of the rest are trained."""
     original = foreroute.launch.train.build_routers
@@ -106,6 +107,7 @@ def test_the_example_grid_is_whole():
         assert line in done.stdout
 
 
+@pytest.mark.slow
 def test_a_signal_stops_the_sweep(run, tmp_path, text, monkeypatch):
     monkeypatch.setattr(foreroute.launch.train, "slimming_curve", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     done = run("train", *options(tmp_path, text, "moe.router=hashed", "schedule.k_max=2,4"))

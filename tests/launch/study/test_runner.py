@@ -237,6 +237,7 @@ def test_an_arm_keeps_its_learning_rate(study, tmp_path):
         study(preset, jobs)
 
 
+@pytest.mark.slow
 def test_children_end_with_the_study(tmp_path):
     """A process that asks for it gets SIGTERM when its parent is killed."""
     code = (
