@@ -126,7 +126,9 @@ def test_a_wrong_preset_is_refused(composing, tmp_path, changes, words):
 
 
 def test_a_preset_that_is_not_there_names_those_that_are():
-    with pytest.raises(UserError, match="preset=none_such: must be one of overnight, paper, routing, small"):
+    with pytest.raises(
+        UserError, match="preset=none_such: must be one of counts_and_weights, overnight, paper, routing, small"
+    ):
         read_preset("none_such")
     with pytest.raises(UserError, match="no such file"):
         read_preset("/none/such.yaml")
