@@ -117,6 +117,9 @@ def prepare(config: CorpusConfig, progress: Callable[[str], None] | None = None)
                 note(f"corpus {source.name}: preparing {source.unit(sum(found.units))} in {folder}")
                 write(folder, source, found, note)
             corpus = _with_ends(_open(folder), folder, config.document_end)
+            if source.is_packed:
+                line = f"corpus {source.name}: compressed (gzip or zstd), and unpacked as it is read"
+                corpus = replace(corpus, notes=[*corpus.notes, line])
             return (
                 corpus
                 if config.weights is None

@@ -57,12 +57,18 @@ class Source:
         return f"{number:,} {'bytes' if self.is_text else 'ids'}"
 
     @property
+    def is_packed(self) -> bool:
+        """Whether a file of text is gzip or zstd, as far as the files can be read."""
+        with suppress(OSError):
+            return self.is_text and any(is_packed(file.path) for part in self.parts for file in part)
+        return False
+
+    @property
     def expected(self) -> int:
         """Bytes of its files, where that is what there is to read; 0: some are packed, or hold ids."""
-        files = [file.path for part in self.parts for file in part]
         with suppress(OSError):
-            if self.is_text and not any(is_packed(path) for path in files):
-                return sum(path.stat().st_size for path in files)
+            if self.is_text and not self.is_packed:
+                return sum(file.path.stat().st_size for part in self.parts for file in part)
         return 0
 
     def pieces(self, part: int) -> Pieces:

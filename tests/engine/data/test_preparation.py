@@ -94,6 +94,7 @@ def test_the_same_text_in_other_files_is_the_same_corpus(tmp_path):
     plain = prepare(config(tmp_path, str(tmp_path / "a.txt")), lines.append)
     packed = prepare(config(tmp_path, str(tmp_path / "a.gz")), lines.append)
     assert len(lines) == 1 and packed.ids.filename == plain.ids.filename
+    assert packed.notes == [*plain.notes, "corpus a.gz: compressed (gzip or zstd), and unpacked as it is read"]
     parts = prepare(config(tmp_path, str(tmp_path / "parts" / "*.txt")))
     listed = prepare(config(tmp_path, [str(tmp_path / "parts" / f"{i}.txt") for i in range(2)]))
     assert bytes(parts.ids) == bytes(listed.ids) == text and parts.sha256 == listed.sha256 == plain.sha256
