@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS: dict[str, list[set[str]]] = {  # from the ground up; rooms of one floor do not import each other
     "engine": [
         {"errors", "tracing"},
-        {"sealed_files", "nested"},
+        {"sealed_files", "nested", "ahead"},
         {"config"},
         {"parallel"},
         {"routing"},

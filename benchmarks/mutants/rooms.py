@@ -39,6 +39,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "engine/data/planned_batches.py",
         "engine/data/device_copy.py",
         "engine/nested.py",
+        "engine/ahead.py",
         "engine/data/plan_agreement.py",
     ),
     "checkpoint": ("engine/checkpoint/*.py", "engine/sealed_files.py"),

@@ -13,7 +13,6 @@
 Plans are made in a thread of the training process while earlier batches train; workers of the loader only read ids.
 """
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from foreroute.engine.ahead import Ahead
 from foreroute.engine.errors import UserError, require
 from foreroute.engine.hugging_face.arguments import arguments_of
 from foreroute.engine.hugging_face.engines import adapt_engine, is_engine
@@ -120,38 +120,29 @@ def _is_marked(group: Mapping[str, Any]) -> bool:
     return bool(group.get("moe")) or not any(is_sharded(p) for p in group["params"])
 
 
-class PlannedBatches(Iterator[tuple[Future[Plans], Batch]]):
+class PlannedBatches(Ahead[tuple[Future[Plans], Batch]]):
     """The batches of a loader with their plans, requested `depth` batches ahead."""
 
     def __init__(self, batches: Iterable[Batch], experts: PlannedExperts, model: nn.Module, depth: int = 2) -> None:
         require(depth >= 1, f"depth={depth}: must be 1 batch or more")
-        self._batches, self._experts, self._model = iter(batches), experts, model
-        self._told, self._depth = arguments_of(model), depth
-        self._waiting: deque[tuple[Future[Plans], Batch]] = deque()
-        self._ended = False
+        super().__init__(_requests(batches, experts, model), depth)
 
-    def __next__(self) -> tuple[Future[Plans], Batch]:
-        while not self._ended and len(self._waiting) <= self._depth:
-            self._request()
-        if not self._waiting:
-            raise StopIteration
-        return self._waiting.popleft()
 
-    @property
-    def last(self) -> bool:
-        """Whether no batch follows those that were taken."""
-        return self._ended and not self._waiting
+def _requests(
+    batches: Iterable[Batch], experts: PlannedExperts, model: nn.Module
+) -> Iterator[tuple[Future[Plans], Batch]]:
+    told = arguments_of(model)
+    for batch in _read(batches):
+        found = isinstance(batch, Mapping)
+        require(found, f"a batch is a {type(batch).__name__}: must be a mapping with input_ids")
+        yield experts.request(told, Call(model, (), batch)), batch
 
-    def _request(self) -> None:
-        try:
-            batch = next(self._batches)
-        except StopIteration:
-            self._ended = True
-            return
-        except UserError as error:  # from a worker, with its traceback in the message
-            raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from error
-        require(isinstance(batch, Mapping), f"a batch is a {type(batch).__name__}: must be a mapping with input_ids")
-        self._waiting.append((self._experts.request(self._told, Call(self._model, (), batch)), batch))
+
+def _read(batches: Iterable[Batch]) -> Iterator[Batch]:
+    try:
+        yield from batches
+    except UserError as error:  # from a worker, with its traceback in the message
+        raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from error
 
 
 def planned_batches(

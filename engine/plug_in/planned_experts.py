@@ -10,7 +10,6 @@ group.
 
 import contextlib
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from foreroute.engine.ahead import Ahead
 from foreroute.engine.config import MoEConfig
 from foreroute.engine.data.device_copy import receive
 from foreroute.engine.errors import UserError, require
@@ -187,15 +187,13 @@ class PlannedExperts:
             ids: the position of the ids in a batch, or their key in a mapping.
             context: likewise of other arguments of `plan`, such as mask="attention_mask".
         """
-        waiting: deque[tuple[Future[Plans], Batch]] = deque()
-        for batch in batches:
-            found = {name: _item(batch, name, place) for name, place in {"ids": ids, **context}.items()}
-            waiting.append((self.planner.submit(Sequences(**found), self.k), batch))
-            if len(waiting) > depth:
-                plans, batch = waiting.popleft()
-                yield plans.result(), batch
-        for plans, batch in waiting:
+        requests = ((self._requested(batch, {"ids": ids, **context}), batch) for batch in batches)
+        for plans, batch in Ahead(requests, depth):
             yield plans.result(), batch
+
+    def _requested(self, batch: Any, places: dict[str, Any]) -> Future[Plans]:
+        found = {name: _item(batch, name, place) for name, place in places.items()}
+        return self.planner.submit(Sequences(**found), self.k)
 
     # Forward passes.
 

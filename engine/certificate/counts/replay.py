@@ -11,16 +11,16 @@ a share, P ranks of an expert group, h nodes of an expert group, E experts, r ta
 255 tokens, L experts of a rank.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from foreroute.engine.ahead import Ahead
 from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.config import Split
@@ -35,8 +35,6 @@ _THREADS = 2  # numpy lets go of the interpreter's lock in the long operations
 _AHEAD = 4  # steps counted ahead of the one that is asked for
 
 Counts = NDArray[np.int64]
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +107,8 @@ def replay(
     with ThreadPoolExecutor(_THREADS) as pool:
         for _, same_k in groupby(work, key=lambda item: item.k):
             counter = _Counter(layout, streams, routers)
-            yield from _in_order(pool, counter.count, same_k)
+            counts = Ahead((pool.submit(counter.count, item) for item in same_k), _AHEAD)
+            yield from (count.result() for count in counts)
 
 
 def first_steps(layout: Layout, ids: Ids, steps: Sequence[int]) -> list[int]:
@@ -211,14 +210,3 @@ class _Counter:
             words = _pack(sets, router.experts, router.columns, self.layout.placement)
             self.words[number] = sets, words
         return words
-
-
-def _in_order(pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Map in the pool; results come in the order of the items, and few are made ahead."""
-    coming: deque[Future[Result]] = deque()
-    for item in items:
-        coming.append(pool.submit(function, item))
-        if len(coming) > _AHEAD:
-            yield coming.popleft().result()
-    while coming:
-        yield coming.popleft().result()
