@@ -27,7 +27,7 @@ from foreroute.engine.hugging_face.arguments import arguments_of
 from foreroute.engine.hugging_face.engines import adapt_engine, is_engine
 from foreroute.engine.optim.expert_sharding import is_sharded, parameter_groups
 from foreroute.engine.plug_in import load_pretrained, save_pretrained
-from foreroute.engine.plug_in.attached import Call
+from foreroute.engine.plug_in.call_arguments import Call
 from foreroute.engine.plug_in.planned_experts import PlannedExperts
 from foreroute.engine.plug_in.planned_layer import PlannedFeedForward
 from foreroute.engine.plug_in.plans import Plans

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foreroute.engine.errors import UserError, require
-from foreroute.engine.plug_in.attached import Call, CallArguments
+from foreroute.engine.plug_in.call_arguments import Call, CallArguments
 from foreroute.engine.plug_in.plans import Sequences
 
 

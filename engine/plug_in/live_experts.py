@@ -20,8 +20,8 @@ from foreroute.engine.errors import require
 from foreroute.engine.moe.layer import LayerOutput, MoELayer, share_routers, update_routers
 from foreroute.engine.optim.expert_sharding import balance_over_ranks
 from foreroute.engine.parallel.collectives import ExpertGroupComm, all_reduce_sum
-from foreroute.engine.plug_in.attached import Call, CallArguments
 from foreroute.engine.plug_in.batch_planner import BatchPlanner
+from foreroute.engine.plug_in.call_arguments import Call, CallArguments
 from foreroute.engine.plug_in.passes import Pass, backward_node
 from foreroute.engine.plug_in.plan_inputs import PlanInputs
 from foreroute.engine.plug_in.planned_experts import PlannedExperts

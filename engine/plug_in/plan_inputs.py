@@ -19,7 +19,7 @@ from torch import Tensor
 from foreroute.engine.config import Split
 from foreroute.engine.errors import RunFailed, require
 from foreroute.engine.parallel.cpu_group import CpuGroup, odd_ones
-from foreroute.engine.plug_in.attached import kind_of
+from foreroute.engine.plug_in.call_arguments import kind_of
 from foreroute.engine.plug_in.plans import Sequences, check_shapes, in_order, keep_to_texts
 from foreroute.engine.routing.planned_router import NO_EXPERT, BatchRoutes, Draw, GroupTokens, Places
 

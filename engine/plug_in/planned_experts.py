@@ -28,18 +28,9 @@ from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.optim.expert_sharding import expert_group_comm
 from foreroute.engine.parallel.collectives import ExpertGroupComm
 from foreroute.engine.parallel.mesh import Mesh
-from foreroute.engine.plug_in.attached import (
-    After,
-    Attachment,
-    Before,
-    Call,
-    CallArguments,
-    Layout,
-    Place,
-    generated_ids,
-    kind_of,
-)
+from foreroute.engine.plug_in.attached import After, Attachment, Before, generated_ids
 from foreroute.engine.plug_in.batch_planner import BatchPlanner
+from foreroute.engine.plug_in.call_arguments import Call, CallArguments, Layout, Place, kind_of
 from foreroute.engine.plug_in.passes import Pass, Passes, backward_node
 from foreroute.engine.plug_in.plans import Context, Plans, Sequences
 from foreroute.engine.plug_in.replaceable import Replaced, side_of

@@ -131,7 +131,7 @@ def test_bench_certify(tmp_path):
         "--memory-cases",
         "1",
         "--time-ways",
-        "2",
+        "1",
     )
     assert code == 0, err
     result = json.loads(out.splitlines()[-1])

@@ -14,7 +14,7 @@ from foreroute.engine.hugging_face.arguments import arguments_of
 from foreroute.engine.hugging_face.expert_models import replace_experts
 from foreroute.engine.hugging_face.trainer import PlannedTrainer
 from foreroute.engine.plug_in import experts_of
-from foreroute.engine.plug_in.attached import Call
+from foreroute.engine.plug_in.call_arguments import Call
 from foreroute.engine.testing.ranks import run_ranks
 
 transformers = pytest.importorskip("transformers")

@@ -90,10 +90,17 @@ def test_layer_equals_reference(shape, gated, rate, dtype, device):
     check_layer(shape, dtype, device, gated=gated, rate=rate)
 
 
+def large_layers():
+    """Yield six of twelve cases: every pair of shape, activation and precision is among them."""
+    for index, (name, shape) in enumerate(LARGE.items()):
+        for number, gated in enumerate((False, True)):
+            dtype = (torch.float32, torch.float16)[(index + number) % 2]
+            kind = str(dtype).removeprefix("torch.")
+            yield pytest.param(shape, gated, dtype, id=f"{kind}-{'swiglu' if gated else 'relu'}-{name}")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", LARGE.values(), ids=LARGE.keys())
-@pytest.mark.parametrize("gated", [False, True], ids=["relu", "swiglu"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize(("shape", "gated", "dtype"), list(large_layers()))
 def test_large_layer_equals_reference(shape, gated, dtype, device):
     check_layer(shape, dtype, device, gated=gated, rate=0.2)
 
