@@ -107,6 +107,7 @@ def test_bench_exchange():
 
 
 @pytest.mark.slow
+@pytest.mark.transformers
 def test_bench_hugging_face():
     pytest.importorskip("transformers")
     code, out, err = run("bench_hugging_face", "--quick", "--rounds", "1", "--systems", "replayed", "own")

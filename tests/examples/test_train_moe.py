@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 pytest.importorskip("transformers")
+pytestmark = pytest.mark.transformers
 
 
 def run(ranks, *arguments):

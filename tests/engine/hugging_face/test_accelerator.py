@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState  # noqa: E402
 
 from examples.hugging_face.tiny_llama import collate, make_model, texts  # noqa: E402
 
+pytestmark = pytest.mark.transformers
 ACCUMULATION = 2
 
 

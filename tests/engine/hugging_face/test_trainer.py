@@ -23,6 +23,7 @@ from accelerate.state import AcceleratorState  # noqa: E402
 
 from examples.hugging_face.tiny_llama import PAD, collate, make_model, texts  # noqa: E402
 
+pytestmark = pytest.mark.transformers
 STEPS, ROWS, ACCUMULATION, LR, CLIP, DECAY = 3, 4, 2, 0.01, 0.05, 0.1
 
 

@@ -121,6 +121,7 @@ def llama():
     return model, experts
 
 
+@pytest.mark.transformers
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"do_sample": True}])
 @pytest.mark.parametrize("left", [False, True])
 def test_a_model_of_transformers(llama, left, how):
@@ -146,6 +147,7 @@ def test_a_model_of_transformers(llama, left, how):
     starts.remove()
 
 
+@pytest.mark.transformers
 def test_a_call_by_hand_with_a_cache_is_refused(llama):
     """After generation nothing is left of its ids. Chunks of a prompt come without the ids before them."""
     model, experts = llama

@@ -385,6 +385,7 @@ def test_several_calls_of_replace_feed_forwards(tmp_path):
     assert same(again.state_dict(), model.state_dict()) and loaded.tables == second.tables
 
 
+@pytest.mark.transformers
 def test_a_model_of_transformers_has_its_own_files(tmp_path):
     transformers = pytest.importorskip("transformers")
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}

@@ -141,6 +141,7 @@ def from_transformers(of):
 
 @pytest.mark.dist
 @pytest.mark.method
+@pytest.mark.transformers
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_a_hash_layer_is_that_of_transformers(ranks, tmp_path):
     """With the table of its checkpoint, in fp32; its experts have no biases, ours are 0."""
