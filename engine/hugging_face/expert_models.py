@@ -26,15 +26,7 @@ from torch import distributed as dist
 
 from foreroute.engine.config import KernelsConfig, MoEConfig, ParallelConfig, RouteWeights
 from foreroute.engine.errors import require
-from foreroute.engine.hugging_face.families import (
-    ROUTERS,
-    Shape,
-    find_blocks,
-    import_experts,
-    remove_biases,
-    shape_of,
-    their_weights,
-)
+from foreroute.engine.hugging_face.families import ROUTERS, Shape, find_blocks, import_experts, shape_of, their_weights
 from foreroute.engine.hugging_face.host_router import HostRouter
 from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.optim.expert_sharding import whole_weight
@@ -79,10 +71,7 @@ def replace_experts(
     inputs = RouterInputs(embeddings.get_parameter("weight").shape[0], 0, len(layers))
     method = planned_method(moe)
     routers = None if method is None else method.build(moe, inputs)
-    experts = insert_layers(model, layers, routers, moe, parallel, inputs=inputs, width=shape.width, k=shape.k)
-    for layer in experts.layers:
-        remove_biases(layer.experts)
-    return experts
+    return insert_layers(model, layers, routers, moe, parallel, inputs=inputs, width=shape.width, k=shape.k)
 
 
 def _config(shape: Shape, replayed: bool) -> MoEConfig:
@@ -102,6 +91,7 @@ def _layer(block: nn.Module, number: int, shape: Shape, moe: MoEConfig, kernels:
     weight = block.get_parameter("gate.weight")
     layer.experts.to_empty(device=weight.device).to(shape.dtype)
     import_experts(layer.experts, block)
+    layer.experts.without_biases()
     if layer.gate is not None:
         layer.gate.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
     else:

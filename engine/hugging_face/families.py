@@ -98,13 +98,6 @@ def import_experts(experts: Experts, block: nn.Module) -> None:
         setattr(experts, name, nn.Parameter(value, requires_grad=source.requires_grad))
 
 
-def remove_biases(experts: Experts) -> None:
-    """Make the biases of this rank's experts zeros that are neither trained nor saved."""
-    for name, sizes in (("b1", experts.w1.shape[:2]), ("b2", (experts.w1.shape[0], experts.w1.shape[2]))):
-        delattr(experts, name)
-        experts.register_buffer(name, experts.w1.new_zeros(sizes), persistent=False)
-
-
 def their_weights(name: str, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights of one block under their names.
 

@@ -7,7 +7,7 @@ hidden unit, so that all experts together are one dense feed-forward, seen as [L
 Letters: L experts on this rank, D width, F expert hidden width, R received rows, T local tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -67,8 +67,15 @@ class Experts(nn.Module):
         """Keep these experts and drop the others."""
         for name, parameter in list(self.named_parameters()):
             setattr(self, name, nn.Parameter(parameter.detach()[experts.start : experts.stop].clone()))
-        if self.first_L1 is not None:
-            self.first_L1 = self.first_L1[experts.start : experts.stop].clone()
+        for name, buffer in list(self.named_buffers()):
+            setattr(self, name, buffer[experts.start : experts.stop].clone())
+
+    def without_biases(self, names: Iterable[str] = ("b1", "b2")) -> None:
+        """Make biases zeros that are neither trained nor saved."""
+        for name in names:
+            zeros = torch.zeros_like(self.get_parameter(name), requires_grad=False)
+            delattr(self, name)
+            self.register_buffer(name, zeros, persistent=False)
 
     def forward(
         self,
