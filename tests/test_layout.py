@@ -20,7 +20,7 @@ FLOORS: dict[str, list[set[str]]] = {  # from the ground up; rooms of one floor 
         {"data"},
         {"model"},
         {"optim"},
-        {"metrics", "evaluation", "checkpoint", "finetune"},
+        {"metrics", "evaluation", "checkpoint", "finetune", "convert"},
         {"profiling", "plug_in"},
         {"certificate", "train", "hugging_face"},
         {"testing"},

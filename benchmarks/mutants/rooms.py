@@ -18,6 +18,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "engine/routing/losses.py",
         "engine/routing/plans/exchange_choice.py",
         "engine/plug_in/*.py",
+        "engine/convert/*.py",
     ),
     "exchange": (
         "engine/moe/exchange.py",

@@ -45,6 +45,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from foreroute.engine.config import Builder, KernelsConfig, MoEConfig, ParallelConfig, Split
+from foreroute.engine.convert.start import Start, begin, put_around
 from foreroute.engine.errors import require
 from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.optim.deepspeed_engine import skip_shared_memory_op, wait_at_most
@@ -85,6 +86,7 @@ def replace_feed_forwards(
     seed: int = 0,
     dropout: float = 0.0,
     init_std: float = 0.02,
+    start: Start | None = None,
     parallel: ParallelConfig | None = None,
     kernels: KernelsConfig | None = None,
 ) -> PlannedExperts:
@@ -105,6 +107,8 @@ def replace_feed_forwards(
         seed: seed of weights, tables and the experts' dropout.
         dropout: rate on the hidden units of the experts and the shared expert.
         init_std: standard deviation of the experts' initial weights; their biases are 0.
+        start: makes the experts of the feed-forwards that they replace (engine/convert/): Copies(), Slices() or
+            Adapters(). moe.expert_width and moe.activation then follow from them. None: the experts are drawn.
         parallel: expert_ranks above 1 shards the experts over that many neighbouring ranks and requires an initialized
             process group; exchange, wire and chunks configure the exchange. By default each rank has all experts.
 
@@ -121,20 +125,29 @@ def replace_feed_forwards(
     require(moe.layers is None, f"moe.layers={moe.layers}: must be null, as the pattern selects the layers")
     require(0 <= dropout < 1, f"dropout={dropout}: must be in [0, 1)")
     names = find_feed_forwards(model, pattern, width)
+    begun = None if start is None else begin(start, model, names, moe, width)
+    moe = moe if begun is None else begun.moe
     inputs = _router_inputs(method, moe, vocab_size, text_ids, len(names), seed)
     routers = None if method is None else method.build(moe, inputs)
-    layers = []
+    layers, around = [], {}
     with torch.random.fork_rng({p.device for p in model.parameters() if p.is_cuda}):
         torch.manual_seed(seed)
         for number, name in enumerate(names):
             like = next(model.get_submodule(name).parameters())
             with torch.device(like.device):
                 layer = MoELayer(width, moe, kernels or KernelsConfig(), number, dropout=dropout)
-            layer.experts.init_weights(init_std)
+            if begun is None:
+                layer.experts.init_weights(init_std)
             layers.append(layer.to(like.dtype))
-    return insert_layers(
+            if begun is not None:
+                around[name] = begun.fill(name, layer, seed)
+    experts = insert_layers(
         model, dict(zip(names, layers, strict=True)), routers, moe, parallel, inputs=inputs, width=width, k=k
     )
+    for name, outer in around.items():
+        if outer is not None:
+            put_around(model, name, outer)
+    return experts
 
 
 def insert_layers(

@@ -1,0 +1,58 @@
+"""Adapters as experts over a frozen model (PESC, Wu et al. 2024, arXiv 2401.02731).
+
+    y = FFN(x);  out = y + scale * sum_i w_i e_i(y),   e_i(y) = W_up gelu(W_down y)
+
+FFN is the dense feed-forward, frozen with the rest of the model: gradients reach the adapters and, if it is live, their
+router alone. W_up begins with zeros, so before training the outputs are those of the model bit for bit. A token's
+weights sum to 1, so that sum_i w_i (y + e_i(y)) of the paper is the sum above. The paper's live router reads x; ours
+reads what its experts read, y.
+
+Letters: D width, F hidden width of an adapter, E experts.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from foreroute.engine.config import Activation, MoEConfig
+from foreroute.engine.convert.dense import Dense
+from foreroute.engine.convert.start import Converted, Start
+from foreroute.engine.errors import require
+
+
+class AdaptedFeedForward(nn.Module):
+    """A frozen feed-forward and experts that read its output."""
+
+    def __init__(self, base: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.base, self.scale = base, scale
+        self.experts: nn.Module = nn.Identity()  # set later: the expert layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to x [..., D]."""
+        y: Tensor = self.base(x)
+        y = y + self.scale * self.experts(y)
+        return y
+
+
+@dataclass(frozen=True)
+class Adapters(Start):
+    """Adapters of `width` hidden units; `scale` multiplies their sum."""
+
+    width: int = 64
+    scale: float = 1.0
+    freezes = True
+
+    def __post_init__(self) -> None:
+        require(self.width >= 1, f"width={self.width}: must be at least 1")
+
+    def section(self, moe: MoEConfig, dense: Dense) -> MoEConfig:
+        """Return the options with experts that are adapters."""
+        return replace(moe, expert_width=self.width, activation=Activation.gelu)
+
+    def convert(self, dense: Dense, moe: MoEConfig, module: nn.Module, generator: torch.Generator) -> Converted:
+        """Draw W_down from N(0, 1/D) and set W_up to zeros."""
+        width = dense.weights["w1"].shape[1]
+        down = torch.randn(moe.experts, self.width, width, generator=generator) * width**-0.5
+        return Converted({"w1": down, "w2": torch.zeros_like(down)}, AdaptedFeedForward(module, self.scale))
