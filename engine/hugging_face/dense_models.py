@@ -1,0 +1,84 @@
+"""Dense models of transformers whose feed-forwards become experts: GPT-2, Llama, Qwen, Mistral, BERT, RoBERTa.
+
+    model = BertModel.from_pretrained(folder)
+    moe = MoEConfig(experts=8, ngram=1, rows=30522, weights=RouteWeights.sum, builder=Builder.random)
+    experts = convert_model(model, Slices(), moe=moe, k=4)
+    experts.attach(model, ids="input_ids", mask="attention_mask", layout="BQ")
+
+The table says where a family's feed-forwards are; what they compute is read from their parameters
+(engine/convert/dense.py). In BERT and RoBERTa one is two modules: the first matrix with its activation, and the second
+matrix inside a module with the norm. They are joined in the place of the first, and the model computes what it did.
+
+Dropout inside a replaced module goes with it (GPT-2's resid_pdrop after the feed-forward); `dropout` of
+replace_feed_forwards drops hidden units of experts instead.
+"""
+
+import re
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from foreroute.engine.convert.start import Start
+from foreroute.engine.errors import require
+from foreroute.engine.plug_in.planned_experts import PlannedExperts
+from foreroute.engine.plug_in.replace import replace_feed_forwards
+
+
+class Family(NamedTuple):
+    """Where the feed-forwards of a family are."""
+
+    pattern: str  # whole names of their modules
+    second: str = ""  # the module of the second matrix, from the block around; empty: inside the first
+
+
+_LAYERS = Family(r"(.*\.)?layers\.\d+\.mlp")
+_ENCODER = Family(r"(.*\.)?encoder\.layer\.\d+\.intermediate", "output.dense")
+FAMILIES = {
+    "gpt2": Family(r"(.*\.)?h\.\d+\.mlp"),
+    **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral"), _LAYERS),
+    **dict.fromkeys(("bert", "roberta"), _ENCODER),
+}
+"""By the `model_type` of a configuration of transformers."""
+
+
+def convert_model(model: Any, start: Start | None, **options: Any) -> PlannedExperts:
+    """Turn the feed-forwards of a model of transformers into experts.
+
+    Args:
+        start: as for replace_feed_forwards.
+        options: of replace_feed_forwards, without pattern, width and vocab_size.
+
+    Raises:
+        UserError: the family is not in the table, or a feed-forward computes something that experts do not.
+    """
+    family = family_of(model)
+    join_feed_forwards(model, family)
+    embeddings: nn.Module = model.get_input_embeddings()
+    rows, width = embeddings.get_parameter("weight").shape
+    return replace_feed_forwards(model, family.pattern, width=width, vocab_size=rows, start=start, **options)
+
+
+def family_of(model: Any) -> Family:
+    """Return the family of a model of transformers.
+
+    Raises:
+        UserError: it is not in the table.
+    """
+    kind = model.config.model_type
+    require(
+        kind in FAMILIES,
+        f"model_type={kind}: must be one of {', '.join(FAMILIES)}; others take replace_feed_forwards with a pattern",
+    )
+    return FAMILIES[kind]
+
+
+def join_feed_forwards(model: nn.Module, family: Family) -> None:
+    """Make each feed-forward that is two modules one module, in the place of the first."""
+    if not family.second:
+        return
+    for name in [name for name, _ in model.named_modules() if re.fullmatch(family.pattern, name)]:
+        second = f"{name.rpartition('.')[0]}.{family.second}"
+        if isinstance(model.get_submodule(second), nn.Identity):
+            continue  # joined before
+        model.set_submodule(name, nn.Sequential(model.get_submodule(name), model.get_submodule(second)))
+        model.set_submodule(second, nn.Identity())
