@@ -219,7 +219,7 @@ def test_training_goes_on_from_a_saved_model(replayed, tmp_path):
 
 
 def test_bf16_has_their_choices():
-    """Their arithmetic decides near-ties; experts differ by bf16 alone. In a second layer that would turn a near-tie."""
+    """Their arithmetic decides near-ties; experts differ by bf16 alone. One layer: in a second it turns near-ties."""
     want_model = theirs("qwen", num_hidden_layers=1).bfloat16().eval()
     model = copy.deepcopy(want_model)
     replace_experts(model)
