@@ -32,44 +32,26 @@ class Activations:
         """
         s, config = self.sizes, self.sizes.config
         positions = config.data.segment if self._memory_is_view else config.model.memory
-        shape = s.streams, positions, config.model.width, s.number
-        times = config.train.accumulation
-        words = "{} micro-batches x {} layers x {} streams x {} positions x {} width x {} bytes"
-        found = [term("memory", words, times, config.model.layers, *shape)]
-        if new:
-            found.append(
-                term(
-                    "memory",
-                    "{} new layers x {} streams x {} positions x {} width x {} bytes",
-                    config.model.layers,
-                    *shape,
-                )
-            )
-        return found
+        layers, micro = config.model.layers, config.train.accumulation
+        shape = f"{s.streams} streams x {positions} positions x {config.model.width} width x {s.number} bytes"
+        found = [term("memory", f"{micro} micro-batches x {layers} layers x {shape}")]
+        return [*found, term("memory", f"{layers} new layers x {shape}")] if new else found
 
     def ends(self) -> list[Term]:
         """List the tensors that are kept outside the blocks."""
         s, model = self.sizes, self.sizes.config.model
-        masked = s.number + s.mask
-        found = [
-            term(
-                "embedding and output", "{} tokens x {} width x {} bytes", s.tokens, model.width, s.number + 2 * s.mask
-            ),
-            term("embedding and output", "{} distances x {} width x {} bytes", s.keys, model.width, masked),
+        formulas = [
+            f"{s.tokens} tokens x {model.width} width x {s.number + 2 * s.mask} bytes",
+            f"{s.keys} distances x {model.width} width x {s.number + s.mask} bytes",
         ]
         if model.pre_norm:
-            found.append(
-                term("embedding and output", "{} tokens x {} width x {} bytes", s.tokens, model.width, s.number)
-            )
+            formulas.append(f"{s.tokens} tokens x {model.width} width x {s.number} bytes")
         if model.cutoffs:
-            number, narrow = len(s.output_layers), model.div_val > 1
-            found.append(term("embedding and output", "{} clusters x {} tokens x {} bytes", number, s.tokens, 9))
-            if narrow:
-                widths = sum(width for _, width in s.output_layers)
-                found.append(
-                    term("embedding and output", "{} tokens x {} widths x {} bytes", s.tokens, widths, s.number)
-                )
-        return found
+            formulas.append(f"{len(s.output_layers)} clusters x {s.tokens} tokens x 9 bytes")
+        if model.cutoffs and model.div_val > 1:
+            widths = sum(width for _, width in s.output_layers)
+            formulas.append(f"{s.tokens} tokens x {widths} widths x {s.number} bytes")
+        return [term("embedding and output", formula) for formula in formulas]
 
     def logits(self, *, backward: bool) -> list[Term]:
         """List the loss's tensors: logits, their fp32 copy and logarithms; in backward logarithms and two gradients.
@@ -83,26 +65,24 @@ class Activations:
         each = 4 + s.number + (4 if s.number == 2 else 0)
         if backward:
             each = 12 + (2 if s.number == 2 else 0)
-        return [term("logits and loss", "{} tokens x {} symbols x {} bytes", s.tokens, s.vocab, each)]
+        return [term("logits and loss", f"{s.tokens} tokens x {s.vocab} symbols x {each} bytes")]
 
     def _chunked_loss(self, *, backward: bool) -> list[Term]:
         s, c = self.sizes, self.sizes.number
-        name, weights, states = (
-            "loss in chunks",
-            "{} symbols x {} numbers x {} bytes",
-            "{} tokens x {} width x {} bytes",
-        )
-        found = []
-        for symbols, width in s.output_layers:
-            found += [term(name, weights, symbols, width + 1, c), term(name, states, s.tokens, width, c)]
+        found: list[Term] = []
         at_once = []
         for symbols, width in s.output_layers:
-            if backward:
-                at_once.append([term(name, weights, symbols, width + 1, c), term(name, states, s.tokens, width, c)])
-                continue
-            tokens = chunk_tokens(s.tokens, largest_chunk(width))
-            logits = term(name, "{} tokens of a chunk x {} symbols x {} bytes", tokens, symbols, 6 if c == 2 else 4)
-            at_once.append([logits, term(name, weights, symbols, width, 4 if c == 2 else 0)])
+            gradients = [
+                term("loss in chunks", f"{symbols} symbols x {width + 1} numbers x {c} bytes"),
+                term("loss in chunks", f"{s.tokens} tokens x {width} width x {c} bytes"),
+            ]
+            found += gradients
+            tokens, wide = chunk_tokens(s.tokens, largest_chunk(width)), c == 2
+            one_chunk = [
+                term("loss in chunks", f"{tokens} tokens of a chunk x {symbols} symbols x {6 if wide else 4} bytes"),
+                term("loss in chunks", f"{symbols} symbols x {width} numbers x {4 if wide else 0} bytes"),
+            ]
+            at_once.append(gradients if backward else one_chunk)
         return [*found, *largest(*at_once)]
 
     def kept(self, layers: int, *, attention_only: bool = False) -> list[Term]:
@@ -111,43 +91,33 @@ class Activations:
         Args:
             attention_only: of the last of them, the experts' part is gone.
         """
-        if self.sizes.config.train.recompute:
-            return [*self._inputs(layers), *self._recomputed(layers, attention_only)]
         own = range(layers - attention_only)
+        if self.sizes.config.train.recompute:  # of the last layer alone
+            return [*self._inputs(layers), *self._attention(1), *self._after_attention(own[layers - 1 :])]
         return [*self._inputs(layers), *self._attention(layers), *self._after_attention(own)]
-
-    def _recomputed(self, layers: int, attention_only: bool) -> list[Term]:
-        own = range(layers, layers) if attention_only else range(layers - 1, layers)
-        return [*self._attention(1), *self._after_attention(own)]
 
     def _after_attention(self, layers: range) -> list[Term]:
         """List the tensors of these layers' feed-forwards, with experts and without."""
-        model, moe = self.sizes.config.model, self.sizes.config.moe
+        s, model, moe = self.sizes, self.sizes.config.model, self.sizes.config.moe
         blocks = len(set(layers).intersection(expert_layers(model, moe)))
         experts, strata = blocks * moe.strata, blocks * (moe.strata - 1)
-        words = "{} strata x {} tokens x {} width x {} bytes"
+        kept = s.mask if model.pre_norm else s.number + s.mask
+        rows = f"{s.tokens} tokens x {model.width} width"
         return [
-            *self._residual(len(layers) + strata),
-            *([term("strata", words, strata, self.sizes.tokens, model.width, self.sizes.number)] if strata else []),
+            term("residual sums", f"{len(layers) + strata} layers x {rows} x {kept} bytes"),
+            *([term("strata", f"{strata} strata x {rows} x {s.number} bytes")] if strata else []),
             *(self._around_experts(experts) if experts else []),
             *(self._experts(experts) if experts else []),
             *(self._feed_forward(len(layers) - blocks) if blocks < len(layers) else []),
         ]
 
-    def _residual(self, layers: int) -> list[Term]:
-        s, model = self.sizes, self.sizes.config.model
-        after = s.mask if model.pre_norm else s.number + s.mask
-        words = "{} layers x {} tokens x {} width x {} bytes"
-        return [term("residual sums", words, layers, s.tokens, model.width, after)]
-
     def _feed_forward(self, layers: int) -> list[Term]:
         """List the tensors of dense feed-forwards (engine/moe/feed_forward.py)."""
         s, config = self.sizes, self.sizes.config
-        each = s.dense_numbers(dropout=bool(s.mask)) * s.number + s.mask
-        name, rows = "feed-forward", "{} layers x {} tokens x "
+        each, rows = s.dense_numbers(dropout=bool(s.mask)) * s.number + s.mask, f"{layers} layers x {s.tokens} tokens"
         return [
-            term(name, rows + "{} width x {} bytes", layers, s.tokens, config.model.width, s.number),
-            term(name, rows + "{} hidden units x {} bytes", layers, s.tokens, config.moe.plain_width, each),
+            term("feed-forward", f"{rows} x {config.model.width} width x {s.number} bytes"),
+            term("feed-forward", f"{rows} x {config.moe.plain_width} hidden units x {each} bytes"),
         ]
 
     def feed_forward_backward(self) -> list[Term]:
@@ -158,8 +128,8 @@ class Activations:
         s, config = self.sizes, self.sizes.config
         name, copies = "feed-forward's backward", 1 if s.mask else 2
         return [
-            term(name, "{} tokens x {} width x {} bytes", s.tokens, config.model.width, 2 * s.number),
-            term(name, "{} tokens x {} hidden units x {} bytes", s.tokens, config.moe.plain_width, copies * s.number),
+            term(name, f"{s.tokens} tokens x {config.model.width} width x {2 * s.number} bytes"),
+            term(name, f"{s.tokens} tokens x {config.moe.plain_width} hidden units x {copies * s.number} bytes"),
         ]
 
     def _inputs(self, layers: int) -> list[Term]:
@@ -167,102 +137,56 @@ class Activations:
         s = self.sizes
         if self._memory_is_view or (s.config.model.pre_norm and not s.config.train.recompute):
             return []
-        return [
-            term(
-                "inputs of layers",
-                "{} layers x {} tokens x {} width x {} bytes",
-                layers,
-                s.tokens,
-                s.config.model.width,
-                s.number,
-            )
-        ]
+        formula = f"{layers} layers x {s.tokens} tokens x {s.config.model.width} width x {s.number} bytes"
+        return [term("inputs of layers", formula)]
 
     def _attention(self, layers: int) -> list[Term]:
-        s, model = self.sizes, self.sizes.config.model
-        positions, c = s.streams * s.keys, s.number
-        found = [
-            term(
-                "attention weights",
-                "{} layers x {} streams x {} heads x {} query-key pairs x {} bytes",
-                layers,
-                s.streams,
-                model.heads,
-                s.pairs,
-                c + (model.attention_dropout > 0),
-            ),
-            term("attention", "{} layers x {} tokens x {} head widths x {} bytes", layers, s.tokens, s.inner, 3 * c),
-            term(
-                "attention", "{} layers x {} positions x {} head widths x {} bytes", layers, positions, s.inner, 2 * c
-            ),
-            term("attention", "{} layers x {} distances x {} head widths x {} bytes", layers, s.keys + 1, s.inner, c),
-            term("attention", "{} layers x {} tokens x {} heads x {} bytes", layers, s.tokens, model.heads, 4),
-            term(
-                "attention",
-                "{} layers x {} positions x {} width x {} bytes",
-                layers,
-                positions,
-                model.width,
-                2 * c if model.pre_norm else c,
-            ),
-            term(
-                "residual sums",
-                "{} layers x {} tokens x {} width x {} bytes",
-                layers,
-                s.tokens,
-                model.width,
-                c + s.mask,
-            ),
+        s, model, c = self.sizes, self.sizes.config.model, self.sizes.number
+        positions, each_pair = s.streams * s.keys, c + (model.attention_dropout > 0)
+        weights = f"{s.streams} streams x {model.heads} heads x {s.pairs} query-key pairs x {each_pair} bytes"
+        formulas = [
+            f"{s.tokens} tokens x {s.inner} head widths x {3 * c} bytes",
+            f"{positions} positions x {s.inner} head widths x {2 * c} bytes",
+            f"{s.keys + 1} distances x {s.inner} head widths x {c} bytes",
+            f"{s.tokens} tokens x {model.heads} heads x 4 bytes",
+            f"{positions} positions x {model.width} width x {2 * c if model.pre_norm else c} bytes",
+            *([f"{s.tokens} tokens x {model.width} width x {c} bytes"] if model.pre_norm else []),
         ]
-        if model.pre_norm:
-            found.append(
-                term("attention", "{} layers x {} tokens x {} width x {} bytes", layers, s.tokens, model.width, c)
-            )
-        return found
+        return [
+            term("attention weights", f"{layers} layers x {weights}"),
+            *(term("attention", f"{layers} layers x {formula}") for formula in formulas),
+            term("residual sums", f"{layers} layers x {s.tokens} tokens x {model.width} width x {c + s.mask} bytes"),
+        ]
 
     def _around_experts(self, layers: int) -> list[Term]:
         """List the tensors of the dense parts of the expert layer."""
         s, config = self.sizes, self.sizes.config
-        width, c, shared = config.model.width, s.number, config.moe.shared_width
-        found = list[Term]()
+        width, c, shared, constants = config.model.width, s.number, config.moe.shared_width, config.moe.constant_experts
+        rows = f"{layers} layers x {s.tokens} tokens"
+        found: list[Term] = []
         if not s.shared_out or shared or s.zero_experts:
-            found.append(
-                term("experts' input", "{} layers x {} tokens x {} width x {} bytes", layers, s.tokens, width, c)
-            )
+            found.append(term("experts' input", f"{rows} x {width} width x {c} bytes"))
         if shared:
             each = s.dense_numbers(dropout=bool(s.mask)) * c + bool(s.mask)  # its mask is ours: a byte anywhere
-            found.append(
-                term(
-                    "shared expert",
-                    "{} layers x {} tokens x {} hidden units x {} bytes",
-                    layers,
-                    s.tokens,
-                    shared,
-                    each,
-                )
-            )
+            found.append(term("shared expert", f"{rows} x {shared} hidden units x {each} bytes"))
         if config.moe.residual:  # what both are multiplied by their coefficients
-            found.append(
-                term("residual", "{} layers x {} tokens x {} width x {} bytes", layers, s.tokens, width, 2 * c)
-            )
+            found.append(term("residual", f"{rows} x {width} width x {2 * c} bytes"))
         if s.zero_experts:
-            wide = 4 if c == 2 and config.moe.constant_experts else 0
-            words = "{} layers x {} tokens x {} width x {} bytes"
-            found.append(term("experts without rows", words, layers, s.tokens, width, wide))
-            words = "{} layers x {} tokens x {} constants x {} bytes"
-            found.append(term("experts without rows", words, layers, s.tokens, config.moe.constant_experts, 20))
+            wide = 4 if c == 2 and constants else 0
+            found.append(term("experts without rows", f"{rows} x {width} width x {wide} bytes"))
+            found.append(term("experts without rows", f"{rows} x {constants} constants x 20 bytes"))
         return found
 
     def _gate(self, received: int, computed: int) -> list[Term]:
         """List the tensors of live weights; in chunks they are made again in backward."""
         s = self.sizes
-        found = [term("gate", "{} expert rows x {} bytes", computed, 4)]
+        found = [term("gate", f"{computed} expert rows x 4 bytes")]
         if s.chunks > 1:
             return found
         each = 4 if s.config.moe.gate is Gate.softmax else 16
-        found.append(term("gate", "{} rows x {} experts of a set x {} bytes", received, s.listed, each))
+        found.append(term("gate", f"{received} rows x {s.listed} experts of a set x {each} bytes"))
         if s.number == 2:
-            found.append(term("gate", "{} rows x {} width x {} bytes", received, s.config.model.width, 4))
+            found.append(term("gate", f"{received} rows x {s.config.model.width} width x 4 bytes"))
         return found
 
     def _experts(self, layers: int) -> list[Term]:
@@ -270,31 +194,15 @@ class Activations:
         width, c = s.config.model.width, s.number
         received = min(layers * rows.received, rows.received_all)
         computed = min(layers * rows.computed, rows.computed_all)
-        products = 2 if s.gated else 1
-        if s.masked:
-            hidden = term(
-                "experts' hidden units",
-                "{} rows x {} experts x {} hidden units x {} bytes",
-                received,
-                s.local_experts,
-                moe.expert_width,
-                products * c,
-            )
-        else:
-            hidden = term(
-                "experts' hidden units",
-                "{} expert rows x {} hidden units x {} bytes",
-                computed,
-                moe.expert_width,
-                products * c,
-            )
-        found = [hidden]
+        through = f"{received} rows x {s.local_experts} experts" if s.masked else f"{computed} expert rows"
+        each = 2 * c if s.gated else c
+        found = [term("experts' hidden units", f"{through} x {moe.expert_width} hidden units x {each} bytes")]
         if s.fast:
-            found.append(term("experts' input", "{} expert rows x {} width x {} bytes", computed, width, c))
+            found.append(term("experts' input", f"{computed} expert rows x {width} width x {c} bytes"))
         if s.shared_out:
-            found.append(term("received rows", "{} rows x {} width x {} bytes", received, width, c))
+            found.append(term("received rows", f"{received} rows x {width} width x {c} bytes"))
             if s.config.model.dropout and not (s.gather and s.chunks == 1):
-                found.append(term("received rows", "{} numbers of tokens x {} bytes", received, 8))
+                found.append(term("received rows", f"{received} numbers of tokens x 8 bytes"))
         return [*found, *self._gate(received, computed)] if s.gate else found
 
     def experts_backward(self) -> list[Term]:
@@ -307,58 +215,32 @@ class Activations:
         received, computed, expert = (
             ceil(rows / s.chunks) for rows in (self.rows.received, self.rows.computed, self.rows.expert)
         )
-        found = [
-            term("experts' backward", "{} tokens x {} width x {} bytes", s.tokens, width, 2 * c),
-            term("experts' backward", "{} rows x {} width x {} bytes", received, width, 2 * c if s.shared_out else c),
+        rows = [
+            f"{s.tokens} tokens x {width} width x {2 * c} bytes",
+            f"{received} rows x {width} width x {2 * c if s.shared_out else c} bytes",
         ]
-        if s.chunks > 1:  # the next chunk's rows, and results that wait
-            found.append(term("rows on their way", "{} rows x {} width x {} bytes", received, width, c + s.wire))
-            found.append(term("rows on their way", "{} tokens x {} width x {} bytes", s.tokens, width, c))
-            if s.gate:
-                found.append(term("gate", "{} rows x {} width x {} bytes", received, width, 8 if c == 2 else c))
-                found.append(term("gate", "{} rows x {} experts x {} bytes", received, s.columns, 8))
+        units = moe.expert_width
         if s.masked:
-            units = s.local_experts * moe.expert_width
-            copies = 3 if s.gated else 1 + s.saves_pre
-            found.append(term("experts' backward", "{} rows x {} hidden units x {} bytes", received, units, copies * c))
-            block = min(received, BLOCK_ROWS)
+            units *= s.local_experts
+            rows.append(f"{received} rows x {units} hidden units x {(3 if s.gated else 1 + s.saves_pre) * c} bytes")
             if s.saves_pre:
-                each = (3 if s.gated else 2) * c
-                found.append(
-                    term("experts' backward", "{} rows of a block x {} hidden units x {} bytes", block, units, each)
-                )
+                block, each = min(received, BLOCK_ROWS), (3 if s.gated else 2) * c
+                rows.append(f"{block} rows of a block x {units} hidden units x {each} bytes")
         elif s.gpu:
-            copies = 3 if s.gated else 2
-            found.append(
-                term(
-                    "experts' backward",
-                    "{} expert rows x {} hidden units x {} bytes",
-                    computed,
-                    moe.expert_width,
-                    copies * c,
-                )
-            )
-            found.append(term("experts' backward", "{} expert rows x {} width x {} bytes", computed, width, c))
+            rows.append(f"{computed} expert rows x {units} hidden units x {(3 if s.gated else 2) * c} bytes")
+            rows.append(f"{computed} expert rows x {width} width x {c} bytes")
         else:
-            found.append(
-                term(
-                    "experts' backward",
-                    "{} rows of an expert x {} hidden units x {} bytes",
-                    expert,
-                    moe.expert_width,
-                    4 * c if s.gated else (1 + s.saves_pre) * c,
-                )
-            )
-            found.append(
-                term(
-                    "experts' backward",
-                    "{} expert rows x {} width x {} bytes",
-                    computed,
-                    width,
-                    (2 if s.fast else 3) * c,
-                )
-            )
-            found.append(term("experts' backward", "{} expert rows x {} bytes of indices", computed, 24))
+            each = (4 if s.gated else 1 + s.saves_pre) * c
+            rows.append(f"{expert} rows of an expert x {units} hidden units x {each} bytes")
+            rows.append(f"{computed} expert rows x {width} width x {(2 if s.fast else 3) * c} bytes")
+            rows.append(f"{computed} expert rows x 24 bytes of indices")
+        found = [term("experts' backward", formula) for formula in rows]
+        if s.chunks > 1:  # the next chunk's rows, and results that wait
+            found.append(term("rows on their way", f"{received} rows x {width} width x {c + s.wire} bytes"))
+            found.append(term("rows on their way", f"{s.tokens} tokens x {width} width x {c} bytes"))
+        if s.chunks > 1 and s.gate:
+            found.append(term("gate", f"{received} rows x {width} width x {8 if c == 2 else c} bytes"))
+            found.append(term("gate", f"{received} rows x {s.columns} experts x 8 bytes"))
         return found
 
     def attention_backward(self) -> list[Term]:
@@ -366,21 +248,14 @@ class Activations:
         s = self.sizes
         positions, c = s.streams * s.keys, s.number
         together, queries = s.tile
-        return [
-            term("attention's backward", "{} tokens x {} width x {} bytes", s.tokens, s.config.model.width, 2 * c),
-            term("attention's backward", "{} tokens x {} head widths x {} bytes", s.tokens, s.inner, 4 * c),
-            term("attention's backward", "{} positions x {} head widths x {} bytes", positions, s.inner, 2 * c),
-            term("attention's backward", "{} distances x {} head widths x {} bytes", s.keys + 1, s.inner, 4),
-            term(
-                "attention's backward",
-                "{} tiles x {} streams x {} queries x {} keys x {} bytes",
-                2,
-                together,
-                queries,
-                s.keys + 1,
-                c,
-            ),
+        formulas = [
+            f"{s.tokens} tokens x {s.config.model.width} width x {2 * c} bytes",
+            f"{s.tokens} tokens x {s.inner} head widths x {4 * c} bytes",
+            f"{positions} positions x {s.inner} head widths x {2 * c} bytes",
+            f"{s.keys + 1} distances x {s.inner} head widths x 4 bytes",
+            f"2 tiles x {together} streams x {queries} queries x {s.keys + 1} keys x {c} bytes",
         ]
+        return [term("attention's backward", formula) for formula in formulas]
 
     @property
     def _memory_is_view(self) -> bool:

@@ -209,32 +209,14 @@ def _plans(sizes: Sizes, rows: Rows) -> list[Term]:
     gate weighs."""
     config, tokens = sizes.config, sizes.tokens
     ahead = config.data.prefetch * config.train.accumulation + 1
-    tables = config.num_tables
-    words = "{} plans x {} tables x {} expert rows x {} bytes"
-    found = [
-        term("plans", words, ahead, tables, rows.computed, 24 if sizes.gate else 20),
-        term("plans", "{} plans x {} tables x {} rows x {} bytes", ahead, tables, rows.received, 8),
-    ]
+    found = [f"{rows.computed} expert rows x {24 if sizes.gate else 20} bytes", f"{rows.received} rows x 8 bytes"]
+    more_columns = config.moe.columns - config.moe.experts
     if sizes.gate:
-        listed = rows.received + (tokens if config.moe.columns > config.moe.experts else 0)
-        words_of_sets = "{} plans x {} tables x {} rows x {} experts of a set x {} bytes"
-        found.append(term("plans", words_of_sets, ahead, tables, listed, sizes.listed, 8))
-    elif config.moe.columns > config.moe.experts:
-        columns = config.moe.columns - config.moe.experts
-        words_of_columns = "{} plans x {} tables x {} tokens x {} experts without rows x {} bytes"
-        found.append(term("plans", words_of_columns, ahead, tables, tokens, columns, 4))
+        listed = rows.received + (tokens if more_columns else 0)
+        found.append(f"{listed} rows x {sizes.listed} experts of a set x 8 bytes")
+    elif more_columns:
+        found.append(f"{tokens} tokens x {more_columns} experts without rows x 4 bytes")
     if sizes.shared_out and not sizes.gather:
-        ranks = min(sizes.placement.expert_ranks, sizes.listed)
-        words = "{} plans x {} tables x {} rows to send x {} bytes"
-        found += [
-            term("plans", words, ahead, tables, tokens * ranks, 16),
-            term(
-                "plans",
-                "{} plans x {} tables x {} received rows and tokens x {} bytes",
-                ahead,
-                tables,
-                rows.received + tokens,
-                8,
-            ),
-        ]
-    return found
+        found.append(f"{tokens * min(sizes.placement.expert_ranks, sizes.listed)} rows to send x 16 bytes")
+        found.append(f"{rows.received + tokens} received rows and tokens x 8 bytes")
+    return [term("plans", f"{ahead} plans x {config.num_tables} tables x {formula}") for formula in found]

@@ -291,6 +291,11 @@ class Parameters:
         return sum(group.part for group in self.groups)
 
     @property
+    def touched(self) -> int:
+        """Numbers of the parameters of which the rank's part has a piece, of the rank with the most."""
+        return sum(group.touched for group in self.groups)
+
+    @property
     def largest(self) -> int:
         """Numbers of the largest parameter."""
         return max(max(group.numels) for group in self.groups)

@@ -50,35 +50,35 @@ class State:
         numbers, part = self.parameters.numbers, self.parameters.part
         if stage == 0:
             return [
-                term("weights", "{} numbers x {} bytes", numbers, c),
-                term("Adam moments", "{} moments x {} numbers x {} bytes", 2, numbers, 4),
+                term("weights", f"{numbers} numbers x {c} bytes"),
+                term("Adam moments", f"2 moments x {numbers} numbers x 4 bytes"),
             ]
         found = [
-            term("weights", "{} numbers x {} bytes", part if stage == 3 else numbers, c),
-            term("fp32 weights", "{} numbers of this rank's part x {} bytes", part, 4, host=host),
-            term("Adam moments", "{} moments x {} numbers of this rank's part x {} bytes", 2, part, 4, host=host),
+            term("weights", f"{part if stage == 3 else numbers} numbers x {c} bytes"),
+            term("fp32 weights", f"{part} numbers of this rank's part x 4 bytes", host=host),
+            term("Adam moments", f"2 moments x {part} numbers of this rank's part x 4 bytes", host=host),
         ]
         if self._bf16_optimizer:
-            found.append(term("gradients", "{} fp32 numbers x {} bytes", numbers, 4))
+            found.append(term("gradients", f"{numbers} fp32 numbers x 4 bytes"))
         if stage == 3:
             found += [
-                term("gradients", "{} fp32 numbers of this rank's part x {} bytes", part, 4, host=host),
-                term("gradient bucket", "{} fp32 numbers x {} bytes", self._bucket, 4),
-                term("gathered weights", "{} numbers of small parameters x {} bytes", self._spread(small=True), c),
+                term("gradients", f"{part} fp32 numbers of this rank's part x 4 bytes", host=host),
+                term("gradient bucket", f"{self._bucket} fp32 numbers x 4 bytes"),
+                term("gathered weights", f"{self._spread(small=True)} numbers of small parameters x {c} bytes"),
             ]
         return [*found, *self._offloaded()] if host else found
 
     def _offloaded(self) -> list[Term]:
         """List the buffers that move gradients to the host and weights back."""
         c, part, one = self.sizes.number, self.parameters.part, self.parameters.largest
-        found = [term("gradients on the host", "{} fp32 numbers of this rank's part x {} bytes", part, 4, host=True)]
+        found = [term("gradients on the host", f"{part} fp32 numbers of this rank's part x 4 bytes", host=True)]
         if self._stage == 3:
             return found
         return [
             *found,
-            term("weights on their way", "{} numbers of this rank's part x {} bytes", part, c, host=True),
-            term("gradients on their way", "{} numbers of a parameter x {} bytes", one, c),
-            term("gradients on the host", "{} numbers of a parameter x {} bytes", one, c, host=True),
+            term("weights on their way", f"{part} numbers of this rank's part x {c} bytes", host=True),
+            term("gradients on their way", f"{one} numbers of a parameter x {c} bytes"),
+            term("gradients on the host", f"{one} numbers of a parameter x {c} bytes", host=True),
         ]
 
     def gathered(self, phase: Phase) -> list[Term]:
@@ -87,10 +87,10 @@ class State:
             return []
         numbers, c = self._spread(small=False), self.sizes.number
         live = min(numbers, _LIVE + self.parameters.layer)
-        found = [term("gathered weights", "{} numbers of large parameters x {} bytes", live, c)]
+        found = [term("gathered weights", f"{live} numbers of large parameters x {c} bytes")]
         if phase is Phase.first_layer:
             fetched = min(numbers, _FETCHED + self.parameters.layer)
-            found.append(term("gathered weights", "{} numbers on their way x {} bytes", fetched, c))
+            found.append(term("gathered weights", f"{fetched} numbers on their way x {c} bytes"))
         return found
 
     def gradients(self, phase: Phase, progress: GradientProgress = START) -> list[Term]:
@@ -108,41 +108,27 @@ class State:
             return []
         each = 8 if self.sizes.number == 2 else 4
         return [
-            term(
-                "gradients of chunks", "{} numbers of a layer's experts x {} bytes", self.parameters.layer_experts, each
-            )
+            term("gradients of chunks", f"{self.parameters.layer_experts} numbers of a layer's experts x {each} bytes")
         ]
 
     def gradients_of_embeddings(self) -> list[Term]:
         """Return the gradients that the loss gave the embeddings and that wait for those of the input."""
         if self._stage < 2:
             return []  # among those that are done
-        return [term("gradients of embeddings", "{} numbers x {} bytes", self.parameters.embedding, self.sizes.number)]
+        return [term("gradients of embeddings", f"{self.parameters.embedding} numbers x {self.sizes.number} bytes")]
 
     def _between(self) -> list[Term]:
-        """List the gradients that earlier micro-batches of the step leave."""
+        """List the gradients that earlier micro-batches of the step leave until the optimizer step."""
         if self.sizes.config.train.accumulation == 1:
             return []
-        return self._kept()
-
-    def _kept(self) -> list[Term]:
-        """List the gradients that stay until the optimizer step."""
         numbers, c = self.parameters.numbers, self.sizes.number
         if self._stage < 2:
-            found = [term("gradients", "{} numbers x {} bytes", numbers, c)]
+            found = [term("gradients", f"{numbers} numbers x {c} bytes")]
             plain = self._stage == 0 or self._bf16_optimizer
             return found if plain else [*found, self._bucket_term()]
         if self._stage == 2 and self.sizes.config.train.offload:
-            touched = sum(group.touched for group in self.parameters.groups)
-            return [
-                term(
-                    "gradients on the host",
-                    "{} numbers of parameters in this rank's part x {} bytes",
-                    touched,
-                    c,
-                    host=True,
-                )
-            ]
+            formula = f"{self.parameters.touched} numbers of parameters in this rank's part x {c} bytes"
+            return [term("gradients on the host", formula, host=True)]
         return self._own() if self._stage == 2 else []
 
     def _own(self) -> list[Term]:
@@ -150,17 +136,16 @@ class State:
         if self.sizes.config.train.offload and self.sizes.number == 4:
             return []
         if self.sizes.number == 2:
-            return [term("gradients", "{} fp32 numbers of this rank's part x {} bytes", self.parameters.part, 4)]
-        touched = sum(group.touched for group in self.parameters.groups)
-        return [term("gradients", "{} numbers of parameters in this rank's part x {} bytes", touched, 4)]
+            return [term("gradients", f"{self.parameters.part} fp32 numbers of this rank's part x 4 bytes")]
+        return [term("gradients", f"{self.parameters.touched} numbers of parameters in this rank's part x 4 bytes")]
 
     def _during(self, progress: GradientProgress) -> list[Term]:
         c, before = self.sizes.number, self._between()
-        new = term("gradients", "{} numbers just made x {} bytes", progress.new, c)
+        new = term("gradients", f"{progress.new} numbers just made x {c} bytes")
         if self._stage < 2:
             if before:
                 return [*before, new]
-            done = term("gradients", "{} numbers x {} bytes", progress.done, c)
+            done = term("gradients", f"{progress.done} numbers x {c} bytes")
             plain = self._stage == 0 or self._bf16_optimizer
             return [done, new] if plain else [done, new, self._bucket_term()]
         if self._stage == 2:
@@ -173,34 +158,34 @@ class State:
     def _at_end(self) -> list[Term]:
         c, numbers = self.sizes.number, self.parameters.numbers
         largest_group = max(group.numbers for group in self.parameters.groups)
-        copy = [term("gradients added up", "{} numbers x {} bytes", largest_group, 4)]
+        copy = [term("gradients added up", f"{largest_group} numbers x 4 bytes")]
         if self._stage == 0:
-            return [term("gradients", "{} numbers x {} bytes", numbers, c), *copy]
+            return [term("gradients", f"{numbers} numbers x {c} bytes"), *copy]
         if self._bf16_optimizer:
-            one = term("gradients added up", "{} fp32 numbers of a parameter x {} bytes", self.parameters.largest, 4)
-            return [term("gradients", "{} numbers x {} bytes", numbers, c), one]
+            one = term("gradients added up", f"{self.parameters.largest} fp32 numbers of a parameter x 4 bytes")
+            return [term("gradients", f"{numbers} numbers x {c} bytes"), one]
         if self._stage == 3:
             return self._added_up(largest_group)
         bucket = self._bucket_term()
         if c == 2:
             half = 0 if self._stage == 1 else largest_group
-            return [bucket, *self._own(), term("gradients added up", "{} numbers x {} bytes", half, 2), *copy]
+            return [bucket, *self._own(), term("gradients added up", f"{half} numbers x 2 bytes"), *copy]
         if self._stage == 1:
-            apart = [term("gradients", "{} numbers x {} bytes", numbers, c), bucket]
+            apart = [term("gradients", f"{numbers} numbers x {c} bytes"), bucket]
             return largest(apart, [bucket, *copy], [bucket, *self._own()])
         return [bucket, *self._between(), *largest(copy, self._own())]
 
     def _in_step(self) -> list[Term]:
         c, part = self.sizes.number, max(group.part for group in self.parameters.groups)
-        copy = [term("gradients in the step", "{} numbers of this rank's part x {} bytes", part, 4)]
+        copy = [term("gradients in the step", f"{part} numbers of this rank's part x 4 bytes")]
         if self._stage == 0:
-            return [term("gradients", "{} numbers x {} bytes", self.parameters.numbers, c)]
+            return [term("gradients", f"{self.parameters.numbers} numbers x {c} bytes")]
         if self._stage == 3:
             return [] if self.sizes.config.train.offload else copy
         if self._bf16_optimizer:
-            return [term("gradients", "{} numbers x {} bytes", self.parameters.numbers, c), *self._gathering()]
+            return [term("gradients", f"{self.parameters.numbers} numbers x {c} bytes"), *self._gathering()]
         piece = min(self.parameters.largest, part)
-        norm = [term("gradients in the step", "{} fp64 numbers for the norm x {} bytes", piece, 8)]
+        norm = [term("gradients in the step", f"{piece} fp64 numbers for the norm x 8 bytes")]
         if c == 2:
             return largest([*self._own(), *norm], self._gathering())
         if self.sizes.config.train.offload:
@@ -211,12 +196,12 @@ class State:
         """List the copy of the weights that gloo gathers after the update."""
         groups = [group.numbers for group in self.parameters.groups if group.ranks > 1]
         numbers = 0 if self.sizes.gpu else max(groups, default=0)
-        return [term("weights on their way", "{} numbers x {} bytes", numbers, self.sizes.number)]
+        return [term("weights on their way", f"{numbers} numbers x {self.sizes.number} bytes")]
 
     def _added_up(self, numbers: int) -> list[Term]:
         """List the gradients that ZeRO-3 adds up over the ranks at once."""
         copies = 1 if self.sizes.gpu else 2
-        return [term("gradients added up", "{} copies x {} fp32 numbers x {} bytes", copies, numbers, 4)]
+        return [term("gradients added up", f"{copies} copies x {numbers} fp32 numbers x 4 bytes")]
 
     @property
     def _stage(self) -> int:
@@ -234,7 +219,7 @@ class State:
 
     def _bucket_term(self) -> Term:
         each = 4 if self._stage == 1 else self.sizes.number
-        return term("gradient bucket", "{} numbers x {} bytes", self._bucket, each)
+        return term("gradient bucket", f"{self._bucket} numbers x {each} bytes")
 
     def _spread(self, *, small: bool) -> int:
         """Count the numbers of parameters that ZeRO-3 cuts up over ranks: those that stay gathered, or the others."""

@@ -16,15 +16,17 @@ class Term:
     host: bool = False  # lies in the host's memory (train.offload)
 
 
-def term(name: str, formula: str, *numbers: int, host: bool = False) -> Term:
-    """Make a term from a formula with a {} for each factor.
+def term(name: str, formula: str, *, host: bool = False) -> Term:
+    """Make a term from its formula: factors with " x " between them, each a number and its noun.
 
-    A noun after 1 is in the singular.
+    Numbers get commas, and a noun after 1 is in the singular.
 
-    Example: term("logits", "{} tokens x {} symbols x {} bytes", 8, 64, 4) has 2048 bytes.
+    Example: term("logits", "8 tokens x 64 symbols x 4 bytes") has 2048 bytes.
     """
-    text = formula.format(*(f"{number:,}" for number in numbers))
-    return Term(name, prod(numbers), re.sub(r"(?<![\w,])1 ([a-z-]+?)(ies|(?<=ch)es|s)\b", _singular, text), host)
+    factors = [factor.split(" ", 1) for factor in formula.split(" x ")]
+    text = " x ".join(f"{int(number):,} {noun}" for number, noun in factors)
+    text = re.sub(r"(?<![\w,])1 ([a-z-]+?)(ies|(?<=ch)es|s)\b", _singular, text)
+    return Term(name, prod(int(number) for number, _ in factors), text, host)
 
 
 def _singular(found: re.Match[str]) -> str:

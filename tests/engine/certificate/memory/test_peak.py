@@ -130,9 +130,9 @@ def test_whole_parameters_that_a_part_touches():
 
 
 def test_a_term_is_its_formula():
-    one = term("x", "{} rows x {} bytes", 1000, 4)
+    one = term("x", "1000 rows x 4 bytes")
     assert (one.bytes, one.formula) == (4000, "1,000 rows x 4 bytes")
-    (both,) = merged([one, term("x", "{} bytes", 7), term("nothing", "{} bytes", 0)])
+    (both,) = merged([one, term("x", "7 bytes"), term("nothing", "0 bytes")])
     assert (both.bytes, both.formula) == (4007, "1,000 rows x 4 bytes + 7 bytes")
 
 
