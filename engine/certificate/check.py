@@ -20,45 +20,24 @@ from torch import Tensor, nn
 from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.record import Written, tables_sha256
 from foreroute.engine.config import to_plain
+from foreroute.engine.config.option import option_names
 from foreroute.engine.errors import RunFailed, require
 from foreroute.engine.moe.exchange import Exchange, Local, Moving, Transfer
 from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.routing.planned_router import PlannedRouter
 
 # Options that decide which rows go to which rank and when.
-_ROUTES = (
-    "corpus.tokens",
-    "corpus.vocab_size",
-    "corpus.weights",
-    "corpus.stretch",
-    "corpus.document_end",
-    "data.streams",
-    "data.segment",
-    "data.start",
-    "model.layers",
-    "moe.router",
-    "moe.options",
-    "moe.experts",
-    "moe.constant_experts",
-    "moe.copy_experts",
-    "moe.null_experts",
-    "moe.ngram",
-    "moe.rows",
-    "moe.builder",
-    "moe.pack",
-    "moe.share_table",
-    "moe.keys",
-    "moe.layers",
-    "moe.strata",
-    "moe.strata_experts",
-    "moe.by_layer",
-    "schedule.growth",
-    "schedule.k_min",
-    "schedule.k_max",
-    "schedule.steps",
-    "train.steps",
-    "train.accumulation",
-    "parallel.expert_ranks",
+_ROUTES = option_names(
+    corpus=("tokens", "vocab_size", "weights", "stretch", "document_end"),
+    data=("streams", "segment", "start"),
+    model=("layers",),
+    moe=(
+        *("router", "options", "experts", "constant_experts", "copy_experts", "null_experts", "ngram", "rows"),
+        *("builder", "pack", "share_table", "keys", "layers", "strata", "strata_experts", "by_layer"),
+    ),
+    schedule=("growth", "k_min", "k_max", "steps"),
+    train=("steps", "accumulation"),
+    parallel=("expert_ranks",),
 )
 # Options that may decide what a row weighs, how often it travels and by which exchange.
 _ROW = ("model.width", "train.precision", "parallel.wire")

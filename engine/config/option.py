@@ -4,6 +4,7 @@ They are metadata of the dataclass field, under "help" as in other command lines
 below a field exists in the source alone.
 """
 
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
@@ -68,6 +69,11 @@ def option(default: T, text: str, **bounds: float) -> T:
 def required(text: str) -> Any:
     """Return a dataclass field without a default."""
     return field(default=MISSING, metadata={"help": text})
+
+
+def option_names(**names_by_section: Sequence[str]) -> tuple[str, ...]:
+    """Return the full names of options: data=("start",) gives "data.start"."""
+    return tuple(f"{section}.{name}" for section, names in names_by_section.items() for name in names)
 
 
 def check(section: str, config: Any) -> None:

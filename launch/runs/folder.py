@@ -19,72 +19,40 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from foreroute.engine.config import Config, TrainConfig, to_plain
-from foreroute.engine.config.option import option
+from foreroute.engine.config.option import option, option_names
 from foreroute.engine.errors import UserError, require
 from foreroute.engine.parallel.world import World, together
+from foreroute.engine.sealed_files import replacing
 from foreroute.launch.start.config_files import config_of, read_config, write_config
 
 CONFIG, LOCK, STATE = "config.yaml", ".lock", "state.json"
-SUMMARY, FACTS, TOKENIZER = "summary.json", "facts.json", "tokenizer.json"
+SUMMARY, FACTS, TOKENIZER, ANALYSIS = "summary.json", "facts.json", "tokenizer.json", "analysis.json"
+_NEW_CONFIG = f".{CONFIG}.new"
+_BEFORE_A_RUN = _NEW_CONFIG, LOCK  # files of a run that was killed before it claimed its folder
 MEASURED = "kernels.masked_from_k"
 """The option that a run sets by a measurement at its start (engine/train/resolve.py)."""
 
-# Options that may differ when a run is resumed: they change where files lie (the text is compared by its sha256), what
-# is written and shown, or the layout of ranks. A change of layout alters results only by floating-point rounding;
-# Trainer.resume reports anything more. Another train.steps is another end of the run, which launch/runs/lengths.py and
-# facts.json describe.
-FREE = (
-    "train.steps",
-    "train.resume",
-    "train.log_every",
-    "train.valid_every",
-    "train.valid_symbols",
-    "train.save_every",
-    "train.save_minutes",
-    "train.keep",
-    "train.threads",
-    "train.peak_tflops",
-    "train.runs_dir",
-    "train.name",
-    "data.prefetch",
-    "corpus.path",
-    "corpus.valid_path",
-    "corpus.test_path",
-    "corpus.tokenizer",
-    "corpus.cache_dir",
-    "eval",
-    "wandb",
-    "profile",
-    "parallel",
-    "train.zero_stage",
-    "train.offload",
-    "train.accumulation",
-    "train.recompute",
+_PLACES = option_names(
+    corpus=("path", "valid_path", "test_path", "tokenizer", "cache_dir"),
+    data=("prefetch",),
+    train=("name", "runs_dir", "resume", "threads", "keep", "save_every", "save_minutes", "log_every", "peak_tflops"),
 )
+FREE = (
+    *_PLACES,
+    *option_names(
+        train=("steps", "valid_every", "valid_symbols", "zero_stage", "offload", "accumulation", "recompute")
+    ),
+    *("eval", "wandb", "profile", "parallel"),
+)
+"""Options, or whole sections, that may differ when a run is resumed.
+
+They change where files lie (the text is compared by its sha256), what is written and shown, or the layout of ranks. A
+change of layout alters results only by floating-point rounding; Trainer.resume reports anything more. Another
+train.steps is another end of the run, which launch/runs/lengths.py and facts.json describe.
+"""
 OF_MACHINE = (
-    "corpus.path",
-    "corpus.valid_path",
-    "corpus.test_path",
-    "corpus.tokenizer",
-    "corpus.cache_dir",
-    "train.name",
-    "train.runs_dir",
-    "train.resume",
-    "train.threads",
-    "train.keep",
-    "train.save_every",
-    "train.save_minutes",
-    "train.log_every",
-    "data.prefetch",
-    "wandb.mode",
-    "wandb.project",
-    "wandb.group",
-    "wandb.job_type",
-    "wandb.tags",
-    "wandb.notes",
-    "train.peak_tflops",
-    "profile.steps",
-    "profile.operators",
+    *_PLACES,
+    *option_names(profile=("steps", "operators"), wandb=("mode", "project", "group", "job_type", "tags", "notes")),
     MEASURED,
 )
 """Options in which runs of one experiment may differ: where and how the same steps are computed."""
@@ -133,7 +101,7 @@ class RunFolder:
             return
         for name, content in (vocab or {}).items():
             (self.path / name).write_bytes(content)
-        new = self.path / f".{CONFIG}.new"
+        new = self.path / _NEW_CONFIG
         write_config(config, new)
         new.replace(self.path / CONFIG)
         summary = self.path / SUMMARY
@@ -230,9 +198,8 @@ def read_run(folder: Path, text: TextArgs) -> Config:
 
 def write_json(file: Path, value: Any) -> None:
     """Write a JSON file atomically: it is whole, or it is as before."""
-    new = file.with_name(f".{file.name}.new")
-    new.write_text(json.dumps(value, indent=2) + "\n")
-    new.replace(file)
+    with replacing(file) as new:
+        new.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def open_run(train: TrainConfig, world: World | None = None) -> RunFolder:
@@ -285,18 +252,16 @@ def _earlier(train: TrainConfig, path: Path) -> Config | None:
             "or train.resume=true to go on with it",
         )
         return read_config(path / CONFIG)
-    known = (LOCK, f".{CONFIG}.new")  # also of a run that was killed early
-    foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in known)
+    foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in _BEFORE_A_RUN)
     require(not foreign, f"train.name={train.name}: {path} holds {', '.join(foreign[:3])} and is no run folder")
     return None
 
 
 def _leave(path: Path, lock: IO[str]) -> None:
     """Release the lock of a folder; delete the folder if it has nothing else."""
-    held = {entry.name for entry in path.iterdir()} <= {LOCK, f".{CONFIG}.new"}
-    if held:
+    if {entry.name for entry in path.iterdir()} <= set(_BEFORE_A_RUN):
         with suppress(OSError):
-            for name in (f".{CONFIG}.new", LOCK):
+            for name in _BEFORE_A_RUN:
                 (path / name).unlink(missing_ok=True)
             path.rmdir()
     lock.close()
@@ -320,6 +285,3 @@ def lock_folder(path: Path) -> IO[str]:
             raise UserError(f"{path} is in use by another process, which is leaving it: start again")
         unless_locked.pop_all()
     return file
-
-
-ANALYSIS = "analysis.json"
