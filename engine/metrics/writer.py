@@ -15,6 +15,7 @@ from typing import Any
 from foreroute.engine.config import WandbConfig, WandbMode
 from foreroute.engine.errors import RunFailed
 from foreroute.engine.metrics.names import JSONL, METRICS
+from foreroute.engine.sealed_files import replacing
 
 
 class Metrics:
@@ -118,6 +119,5 @@ def _drop_lines_after(file: Path, step: int) -> None:
                 kept.append(line)
         except ValueError:
             continue
-    new = file.with_name(file.name + ".new")
-    new.write_text("".join(kept))
-    new.replace(file)
+    with replacing(file) as new:
+        new.write_text("".join(kept))

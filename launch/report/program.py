@@ -15,6 +15,7 @@ from typing import Any
 
 from foreroute.engine.config.option import option, required
 from foreroute.engine.errors import UserError, require
+from foreroute.engine.sealed_files import replacing
 from foreroute.launch.page.html_file import html
 from foreroute.launch.page.parts import Page
 from foreroute.launch.report.one_run import run_page
@@ -67,8 +68,10 @@ def report(args: ReportArgs) -> int:
         out = asked[0].absolute().parent / "report.html"
     out = Path(args.out) if args.out else out
     _check_target(out)
-    size = _write(out, page)
-    print(f"written: {out} ({size / 1e6:.1f} MB)")
+    text = html(page, _GENERATOR)
+    with replacing(out) as new:
+        new.write_text(text, encoding="ascii")
+    print(f"written: {out} ({len(text) / 1e6:.1f} MB)")
     if args.open:
         webbrowser.open(out.resolve().as_uri())
     return 0
@@ -115,15 +118,6 @@ def _check_target(out: Path) -> None:
         with out.open(errors="replace") as file:
             start = file.read(4096)
         require(f'content="{_GENERATOR}"' in start, f"out={out}: exists, and is no report that launch.report wrote")
-
-
-def _write(out: Path, page: Page) -> int:
-    """Write the file in one move; return its size in bytes."""
-    text = html(page, _GENERATOR)
-    new = out.with_name(f".{out.name}.new")
-    new.write_text(text, encoding="ascii")
-    new.replace(out)
-    return len(text)
 
 
 def main() -> None:
