@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from foreroute.launch.page.parts import COLOURS, Curve, Line, Part
-from foreroute.launch.study.comparisons import evaluated_k, mean_curve, reference_arm, seeds_mean
+from foreroute.launch.study.comparisons import arms_of, evaluated_k, mean_curve, reference_arm, seeds_mean
 from foreroute.launch.study.preset import Preset
 from foreroute.launch.study.results import Results
 
@@ -22,7 +22,7 @@ def lead_chart(preset: Preset, results: Results) -> list[Part]:
     """Chart test bpc of the preset's main arms over the arithmetic of a forward pass, or over k if an arm does not know
     it."""
     names = preset.lead or ({arm: arm for arm in preset.arms} if len(preset.arms) <= COLOURS else {})
-    there = {arm: next(iter(results.seeds_of(arm).values())) for arm in names if results.seeds_of(arm)}
+    there = {arm: results.first_of(arm) for arm in names if results.seeds_of(arm)}
     every_k = evaluated_k(results)
     flops = {arm: run["flops_per_symbol"] or {} for arm, run in there.items()}
     known = all(flops.values())
@@ -63,7 +63,7 @@ def slimming_charts(preset: Preset, results: Results) -> list[Part]:
     if not every_k:
         return []
     found: list[Part] = []
-    groups = _groups(preset, [arm for arm in preset.arms if results.seeds_of(arm)])
+    groups = _groups(preset, arms_of(preset, results))
     for title, arms in _titled("Test bpc over active experts", groups):
         lines = []
         for arm in arms:

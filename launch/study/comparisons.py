@@ -6,7 +6,6 @@ seconds, both arms are read at the point where the cheaper arm ended. The other 
 learning rate schedule, and no claim is made about the difference.
 """
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -49,13 +48,21 @@ def reference_arm(preset: Preset) -> str:
     return next(iter(preset.arms))
 
 
+def arms_of(preset: Preset, results: Results) -> list[str]:
+    """Return the arms that have a run."""
+    return [arm for arm in preset.arms if results.seeds_of(arm)]
+
+
 def pairs_of(preset: Preset, results: Results) -> list[tuple[str, str]]:
     """Return every arm with the first, then the preset's own pairs, as far as both arms have a run."""
-    first = reference_arm(preset)
-    wanted = [(arm, first) for arm in preset.arms if arm != first]
-    wanted += [(a, b) for a, b in preset.pairs]
-    there = [pair for pair in wanted if all(results.seeds_of(arm) for arm in pair)]
-    return list(dict.fromkeys(there))
+    first, there = reference_arm(preset), arms_of(preset, results)
+    wanted = [(arm, first) for arm in preset.arms if arm != first] + own_pairs(preset)
+    return list(dict.fromkeys((a, b) for a, b in wanted if a in there and b in there))
+
+
+def own_pairs(preset: Preset) -> list[tuple[str, str]]:
+    """Return the pairs that the preset names."""
+    return [(a, b) for a, b in preset.pairs]
 
 
 def seeds_mean(results: Results, arm: str, k: int | None) -> Estimate | None:
@@ -95,13 +102,9 @@ def compare_along(results: Results, a: str, b: str, axis: str, share: float = 1.
     where = AXES[axis] if share == 1 else f"{share:.0%} of {AXES[axis]}"
     compared = _compare(a, b, f"valid, {where}", values_a, values_b)
     # of the seed that was read earliest
-    early = {arm: min(found) for arm, found in read.items() if found}
-    early = {arm: part for arm, part in early.items() if part < share * _WHOLE[axis]}
-    if compared is None or not early:
-        return compared
-    return replace(
-        compared, cut=" and ".join(f"{arm} was read at {part:.0%} of its training" for arm, part in early.items())
-    )
+    early = {arm: part for arm, found in read.items() if (part := min(found, default=1)) < share * _WHOLE[axis]}
+    cut = " and ".join(f"{arm} was read at {part:.0%} of its training" for arm, part in early.items())
+    return compared and replace(compared, cut=cut)
 
 
 def ratio(results: Results, a: str, b: str, axis: str) -> Estimate | None:
@@ -159,26 +162,20 @@ def evaluated_k(results: Results) -> list[int]:
 def comparisons(preset: Preset, results: Results) -> list[Comparison]:
     """Return every comparison of the page and the JSON file."""
     pairs = pairs_of(preset, results)
-    found = [c for a, b in pairs for c in _comparisons_of(results, a, b)]
+    found: list[Comparison | None] = []
+    for a, b in pairs:
+        found += [compare_on_test(results, a, b, k) for k in compared_k(results)]
+        found += [compare_along(results, a, b, axis, share) for axis in AXES for share in POINTS]
     return [c for c in found if c is not None]
-
-
-def _comparisons_of(results: Results, a: str, b: str) -> Iterator[Comparison | None]:
-    for k in compared_k(results):
-        yield compare_on_test(results, a, b, k)
-    for axis in AXES:
-        for share in POINTS:
-            yield compare_along(results, a, b, axis, share)
 
 
 def as_json(name: str, preset: Preset, results: Results) -> dict[str, Any]:
     """Return the contents of docs/study/NAME.json: the numbers of the page, and every result file."""
     arms: dict[str, Any] = {}
-    for arm in preset.arms:
-        if results.seeds_of(arm):
-            at_k = {str(k): seeds_mean(results, arm, k) for k in evaluated_k(results)}
-            bpc = {"own k": seeds_mean(results, arm, None), **at_k}
-            arms[arm] = {k: asdict(found) for k, found in bpc.items() if found is not None}
+    for arm in arms_of(preset, results):
+        at_k = {str(k): seeds_mean(results, arm, k) for k in evaluated_k(results)}
+        bpc = {"own k": seeds_mean(results, arm, None), **at_k}
+        arms[arm] = {k: asdict(found) for k, found in bpc.items() if found is not None}
     return {
         "study": name,
         "arms": arms,

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from foreroute.launch.runs.folder import write_json
 from foreroute.launch.study.preset import Job, Preset, with_steps
 from foreroute.launch.study.results import Result
 
@@ -27,11 +26,6 @@ def read_steps(out: Path) -> dict[str, int]:
     path = out / STEPS
     found: dict[str, int] = json.loads(path.read_text()) if path.exists() else {}
     return found
-
-
-def keep_steps(out: Path, steps: Mapping[str, int]) -> None:
-    """Write the steps to the study's folder, for a study that is resumed."""
-    write_json(out / STEPS, dict(steps))
 
 
 def take_steps(preset: Preset, jobs: Sequence[Job], steps: Mapping[str, int]) -> list[Job]:

@@ -9,7 +9,7 @@ from typing import Any
 from foreroute.engine.evaluation.expert_analysis import COMPARED_TOKENS
 from foreroute.launch.page import parts as page
 from foreroute.launch.page.parts import Table
-from foreroute.launch.study.comparisons import all_runs, experts_of
+from foreroute.launch.study.comparisons import all_runs, arms_of, experts_of
 from foreroute.launch.study.intervals import estimate
 from foreroute.launch.study.preset import Preset
 from foreroute.launch.study.results import Results
@@ -19,14 +19,11 @@ _NONE = "-"
 
 def experts_section(preset: Preset, results: Results) -> page.Section:
     """Tabulate the similarity of the experts' outputs and weights, at the start and at the end."""
-    rows = []
-    for arm, found in _analyses(preset, results).items():
-        cells = [
-            _mean([a[kind][when] for a in found])
-            for kind in ("output_similarity", "weight_similarity")
-            for when in ("start", "end")
-        ]
-        rows.append([arm, *cells])
+    kinds = [(kind, when) for kind in ("output_similarity", "weight_similarity") for when in ("start", "end")]
+    rows = [
+        [arm, *(_mean([a[kind][when] for a in found]) for kind, when in kinds)]
+        for arm, found in _analyses(preset, results).items()
+    ]
     notes = [
         "Mean cosine similarity over all pairs of experts of a layer, mean over layers and seeds. Outputs: of all"
         f" experts for the same tokens, at most {COMPARED_TOKENS:,}, of {_sample(results)}, whoever is active; 1 would"
@@ -40,29 +37,20 @@ def experts_section(preset: Preset, results: Results) -> page.Section:
 def routes_section(preset: Preset, results: Results) -> page.Section:
     """Tabulate load, mixing weights and routing change."""
     half = str(max(1, experts_of(results) // 2))
-    stochastic = [
-        arm for arm in preset.arms if any(run["router"] == "stochastic" for run in results.seeds_of(arm).values())
-    ]
+    stochastic = [arm for arm in arms_of(preset, results) if results.first_of(arm)["router"] == "stochastic"]
     load, changes = [], []
     for arm, found in _analyses(preset, results).items():
         own = str(found[0]["k_max"])
         loads = [
-            _mean([a["routes"].get(k, {}).get(name) for a in found])
+            _NONE if arm in stochastic else _mean([a["routes"].get(k, {}).get(name) for a in found])
             for k in (half, own)
             for name in ("load_max_over_mean", "load_entropy")
         ]
-        load.append(
-            [
-                arm,
-                *([_NONE] * len(loads) if arm in stochastic else loads),
-                _mean([math.exp(a["routes"][own]["weight_entropy"]) for a in found]),
-                own,
-            ]
-        )
+        load.append([arm, *loads, _mean([math.exp(a["routes"][own]["weight_entropy"]) for a in found]), own])
         between = [a["routing_change"]["between"] for a in found]
         if all(between):
             whole, last = ([b[-1]["share"] for b in between], [b[-2 if len(b) > 1 else -1]["share"] for b in between])
-            changes.append([arm, f"{estimate(whole).mean:.1%}", f"{estimate(last).mean:.1%}"])
+            changes.append([arm, *(f"{estimate(shares).mean:.1%}" for shares in (whole, last))])
     if not load:
         return page.Section("Load and routes", [_nothing()])
     header = [
@@ -74,16 +62,14 @@ def routes_section(preset: Preset, results: Results) -> page.Section:
         "experts by weight, own k",
         "own k",
     ]
+    drawn = (
+        f" {', '.join(stochastic)} sends all tokens of a pass to the same experts: a load of so few passes would say"
+        " nothing."
+    )
     notes = [
         f"On {_sample(results)}, means over layers and seeds. Entropy is that of the experts' shares of the rows over"
         " log E: 1 is even, and so it is at k = E whatever the router. Experts by weight: e to the entropy of a"
-        " token's mixing weights; k for equal weights."
-        + (
-            f" {', '.join(stochastic)} sends all tokens of a pass to the same experts: a load of so few passes would"
-            " say nothing."
-            if stochastic
-            else ""
-        )
+        f" token's mixing weights; k for equal weights.{drawn if stochastic else ''}"
     ]
     parts: list[page.Part] = [Table(header, load, notes=notes)]
     if changes:

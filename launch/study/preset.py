@@ -161,7 +161,8 @@ def _start_of(preset: Preset, corpus: CorpusConfig, out: Path, arm: str) -> Job:
         *preset.options,
         *chosen.options,
     ]
-    job = Job(arm, arm, TUNING_SEED, compose_run([*options, *_corpus_options(corpus)]), tuple(options))
+    path = [] if corpus.path is None else [f"corpus.path={quote(corpus.path)}"]  # composing needs it
+    job = Job(arm, arm, TUNING_SEED, compose_run([*options, *path]), tuple(options))
     return with_changes(
         job,
         {
@@ -172,11 +173,6 @@ def _start_of(preset: Preset, corpus: CorpusConfig, out: Path, arm: str) -> Job:
             "train.resume": True,
         },
     )
-
-
-def _corpus_options(corpus: CorpusConfig) -> list[str]:
-    """Return the corpus options that composing needs; a file's path is needed from the first."""
-    return [] if corpus.path is None else [f"corpus.path={quote(corpus.path)}"]
 
 
 def _tuning_jobs(preset: Preset, started: Mapping[str, Job]) -> Iterator[Job]:

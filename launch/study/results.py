@@ -40,6 +40,10 @@ class Results:
         """Return the runs of an arm by seed."""
         return self.runs.get(arm, {})
 
+    def first_of(self, arm: str) -> Result:
+        """Return one run of an arm that has any."""
+        return next(iter(self.runs[arm].values()))
+
 
 def collect(job: Job, rate: float | None, folder: Path, wall_seconds: float | None) -> Result:
     """Make the result of a finished run from its folder.

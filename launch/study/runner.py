@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import IO
@@ -24,7 +24,7 @@ from foreroute.engine.metrics.names import JSONL, read_lines
 from foreroute.launch.runs.folder import write_json
 from foreroute.launch.start.arguments import quote
 from foreroute.launch.start.console import clock
-from foreroute.launch.study.equal_time import equal_time_steps, keep_steps, read_steps, take_steps, waits_for
+from foreroute.launch.study.equal_time import STEPS, equal_time_steps, read_steps, take_steps, waits_for
 from foreroute.launch.study.preset import Job, Preset, difference, with_rate
 from foreroute.launch.study.results import Result, best_rate, check_alike, collect, own_bpc, read_result
 
@@ -124,7 +124,8 @@ class Runner:
                 break
             if time.monotonic() - told > _STATUS_S:
                 told = time.monotonic()
-                self._say(f"{self._place()} {self._where()}; left {self._left()}")
+                at = ", ".join(f"{r.job.name} {self._share(r.job):.0%}" for r in self._running)
+                self._say(f"{self._place()} {at}; left {self._left()}")
             time.sleep(_POLL_S)
         self._stop()
         return self._ended(code)
@@ -135,8 +136,7 @@ class Runner:
         open_jobs = [job for job in self._jobs if job.name not in self._done]
         if not open_jobs:
             return 0
-        waiting = [job for job in open_jobs if job.name not in self._failed and self._may_run(job)]
-        if code == 0 and waiting:
+        if code == 0 and any(job.name not in self._failed and self._may_run(job) for job in open_jobs):
             code = TIME_IS_UP
         what = "stopped" if code else "ended"
         self._say(f"{what} with {len(open_jobs)} of {len(self._jobs)} runs to do; the same command goes on from here")
@@ -159,17 +159,13 @@ class Runner:
         if job.tries is not None or not self._preset.learning_rates:
             return True
         for kin in waits_for(self._preset, job.arm):
-            trying = self._trying(kin)
+            trying = [job for job in self._jobs if job.tries is not None and job.arm == kin]
             if any(j.name not in self._done and j.name not in self._failed for j in trying):
                 return False
             if all(j.name in self._failed for j in trying):
                 self._failed[job.name] = f"no learning rate: every run of {kin} that tried one failed"
                 return False
         return True
-
-    def _trying(self, kin: str) -> list[Job]:
-        """Return the jobs that try rates with an arm."""
-        return [job for job in self._jobs if job.tries is not None and job.arm == kin]
 
     def _settle_steps(self) -> None:
         """Compute the steps of arms that train as long as another one, as soon as the runs are done that determine
@@ -182,7 +178,7 @@ class Runner:
                 continue
             tuning = [r for r in self._done.values() if r["tries"] is not None]
             self._steps[arm] = equal_time_steps(self._preset, self._jobs, arm, tuning)
-            keep_steps(self._out, self._steps)
+            write_json(self._out / STEPS, self._steps)
             self._jobs = take_steps(self._preset, self._jobs, self._steps)
             self._say(f"{arm}: {self._steps[arm]} steps, as long as {chosen.same_time_as}")
 
@@ -226,15 +222,12 @@ class Runner:
             if code != 0:
                 self._fail(running.job, code)
             elif running.program == "train" and running.job.analysed:
-                self._analyse(running)
+                folder = self._out / "runs" / running.job.name
+                options = [f"run={quote(str(folder))}", f"symbols={self._preset.analysed_symbols}", "threads=1"]
+                process = self._spawn(running.job, "analyse", options)
+                self._running.append(replace(running, process=process, program="analyse"))
             else:
                 self._finish(running)
-
-    def _analyse(self, running: _Running) -> None:
-        folder = self._out / "runs" / running.job.name
-        options = [f"run={quote(str(folder))}", f"symbols={self._preset.analysed_symbols}", "threads=1"]
-        process = self._spawn(running.job, "analyse", options)
-        self._running.append(_Running(running.job, running.rate, process, "analyse", running.started, running.whole))
 
     def _finish(self, running: _Running) -> None:
         job, folder = running.job, self._out / "runs" / running.job.name
@@ -272,10 +265,6 @@ class Runner:
 
     def _place(self) -> str:
         return f"[{len(self._done)}/{len(self._jobs)}]"
-
-    def _where(self) -> str:
-        """Describe the progress of the running jobs."""
-        return ", ".join(f"{r.job.name} {self._share(r.job):.0%}" for r in self._running)
 
     def _share(self, job: Job) -> float:
         """Return the share of a run's steps that are logged."""

@@ -4,8 +4,6 @@ Every number is computed from the result files. Their meaning is written by hand
 page names the runs that are missing.
 """
 
-from typing import Any
-
 from foreroute.launch.page import parts as page
 from foreroute.launch.page.parts import KeyFigure, Page, Table
 from foreroute.launch.study.charts import curve_charts, lead_chart, slimming_charts
@@ -14,6 +12,7 @@ from foreroute.launch.study.comparisons import (
     POINTS,
     Comparison,
     all_runs,
+    arms_of,
     compare_along,
     compare_on_test,
     compared_k,
@@ -21,6 +20,7 @@ from foreroute.launch.study.comparisons import (
     evaluated_k,
     experts_of,
     missing,
+    own_pairs,
     pairs_of,
     ratio,
     reference_arm,
@@ -47,7 +47,7 @@ def study_page(name: str, preset: Preset, results: Results) -> Page:
     """Describe a study, finished or not."""
     sections = [_run(preset, results)]
     if results.runs:
-        sections[:0] = _lead(preset, results)
+        sections = [*_lead(preset, results), *sections]
         sections += [
             _claims(preset, results),
             _budgets(preset, results),
@@ -99,16 +99,11 @@ def change(found: Comparison | None) -> str:
 
 def _figures(preset: Preset, results: Results) -> list[KeyFigure]:
     """Return key figures of the first fair pair at equal tokens, FLOPs and time."""
-    wanted = [(a, b) for a, b in preset.pairs] or pairs_of(preset, results)
-    wanted = [pair for pair in wanted if all(results.seeds_of(arm) for arm in pair)]
-    found = [
-        KeyFigure(
-            "Runs",
-            f"{sum(map(len, results.runs.values()))} of {len(preset.arms) * len(preset.seeds)}",
-            "arms times seeds, done",
-        )
-    ]
-    return [*found, *(_figure(results, wanted, axis) for axis in AXES)] if wanted else found
+    runs = f"{sum(map(len, results.runs.values()))} of {len(preset.arms) * len(preset.seeds)}"
+    wanted = own_pairs(preset) or pairs_of(preset, results)
+    pairs = [pair for pair in wanted if all(results.seeds_of(arm) for arm in pair)]
+    axes = AXES if pairs else ()
+    return [KeyFigure("Runs", runs, "arms times seeds, done"), *(_figure(results, pairs, axis) for axis in axes)]
 
 
 def _figure(results: Results, pairs: list[tuple[str, str]], axis: str) -> KeyFigure:
@@ -126,25 +121,18 @@ def _figure(results: Results, pairs: list[tuple[str, str]], axis: str) -> KeyFig
 def _run(preset: Preset, results: Results) -> page.Section:
     runs = all_runs(results)
     gone = missing(preset, results)
-    rows = [["Arms", ", ".join(preset.arms)], ["Seeds", ", ".join(str(seed) for seed in preset.seeds)]]
-    if runs:
-        rows += _protocol(runs)
-    rows += [
-        [
-            "What a seed sets",
-            (
-                "the initial weights, dropout, a hashed router's tables, and the place in the text where the streams"
-                " begin (data.start); all arms of a seed read the same symbols in the same order"
-            ),
-        ],
-        ["Checkpoint", "the last one of each run is tested; no checkpoint is chosen by its score"],
-        [
-            "During training",
-            f"{preset.points} validations at k_max, the largest k in training, on {preset.valid_symbols or 'all':,}"
-            " symbols of the valid split".replace("all,", "all"),
-        ],
-    ]
-    parts: list[page.Part] = [Table([], rows, text_columns=2)]
+    symbols = f"{preset.valid_symbols:,}" if preset.valid_symbols else "all"
+    rows = {
+        "Arms": ", ".join(preset.arms),
+        "Seeds": ", ".join(map(str, preset.seeds)),
+        **(_protocol(runs) if runs else {}),
+        "What a seed sets": "the initial weights, dropout, a hashed router's tables, and the place in the text where"
+        " the streams begin (data.start); all arms of a seed read the same symbols in the same order",
+        "Checkpoint": "the last one of each run is tested; no checkpoint is chosen by its score",
+        "During training": f"{preset.points} validations at k_max, the largest k in training, on {symbols} symbols of"
+        " the valid split",
+    }
+    parts: list[page.Part] = [Table([], list(rows.items()), text_columns=2)]
     if gone:
         parts.append(
             f"Missing: {len(gone)} of {len(preset.arms) * len(preset.seeds)} runs ({', '.join(gone)}). Everything below"
@@ -153,7 +141,7 @@ def _run(preset: Preset, results: Results) -> page.Section:
     return page.Section("What was run", parts)
 
 
-def _protocol(runs: list[Result]) -> list[list[str]]:
+def _protocol(runs: list[Result]) -> dict[str, str]:
     """Return table rows about text, model and training of the first run; the arms' differences are in their
     experiments."""
     first, o = runs[0], runs[0]["options"]
@@ -162,57 +150,46 @@ def _protocol(runs: list[Result]) -> list[list[str]]:
         if first["tokens"] == "bytes"
         else "without newlines, as published Transformer-XL numbers; not comparable to bits per byte"
     )
-    shape = [
-        f"{o[key]} {words}"
-        for key, words in (
-            ("model.layers", "layers"),
-            ("model.width", "wide"),
-            ("data.segment", "symbols a segment"),
-            ("data.streams", "streams"),
-            ("model.memory", "memory"),
+    shape = {
+        "model.layers": "layers",
+        "model.width": "wide",
+        "data.segment": "symbols a segment",
+        "data.streams": "streams",
+        "model.memory": "memory",
+    }
+    shown = ", ".join(f"{o[key]} {words}" for key, words in shape.items() if key in o)
+    lengths, steps, cores = (
+        " or ".join(f"{n:,}" for n in sorted(set(found)))
+        for found in (
+            (run["steps"] * run["symbols_per_step"] for run in runs),
+            (run["steps"] for run in runs),
+            (run["measured"]["cores"] for run in runs),
         )
-        if key in o
-    ]
-    cores = sorted({run["measured"]["cores"] for run in runs})
-    lengths = sorted({run["steps"] * run["symbols_per_step"] for run in runs})
-    parameters = sorted(run["parameters"] for run in runs)
-    return [
-        [
-            "Text",
-            f"{first['corpus']}, sha256 {first['corpus_sha256'][:16]}..., {first['test_symbols']:,} symbols tested",
-        ],
-        ["Symbols", f"{tokens}"],
-        ["Model", f"{', '.join(shape)}; {parameters[0]:,} to {parameters[-1]:,} parameters"],
-        [
-            "Training",
-            (
-                f"{' or '.join(f'{length:,}' for length in lengths)} symbols in"
-                f" {' or '.join(f'{n:,}' for n in sorted({run['steps'] for run in runs}))} steps"
-            ),
-        ],
-        ["Code", _commits(runs)],
-        ["Machine", f"processes of one thread on {' or '.join(str(n) for n in cores)} cores"],
-    ]
+    )
+    parameters = [run["parameters"] for run in runs]
+    return {
+        "Text": f"{first['corpus']}, sha256 {first['corpus_sha256'][:16]}..., {first['test_symbols']:,} symbols tested",
+        "Symbols": tokens,
+        "Model": f"{shown}; {min(parameters):,} to {max(parameters):,} parameters",
+        "Training": f"{lengths} symbols in {steps} steps",
+        "Code": _commits(runs),
+        "Machine": f"processes of one thread on {cores} cores",
+    }
 
 
 def _commits(runs: list[Result]) -> str:
     """List the commits that the runs were made with, each once."""
-    codes = [run.get("code") or {} for run in runs]
-    found = {
-        (
-            f"{code['commit'][:12]}{', with files changed since' if code['changed'] else ''}"
-            if code.get("commit")
-            else "commit unknown"
-        )
-        for code in codes
-    }
+    found = set()
+    for code in (run.get("code") or {} for run in runs):
+        changed = ", with files changed since" if code.get("changed") else ""
+        found.add(f"{code['commit'][:12]}{changed}" if code.get("commit") else "commit unknown")
     return f"{len(found)} commits: {'; '.join(sorted(found))}" if len(found) > 1 else found.pop()
 
 
 def _claims(preset: Preset, results: Results) -> page.Section:
     """Tabulate claims about the preset's own pairs (every arm and the first one, if it has none)."""
     rows, apart = [], []
-    for a, b in [(a, b) for a, b in preset.pairs] or pairs_of(preset, results):
+    for a, b in own_pairs(preset) or pairs_of(preset, results):
         tested = compare_on_test(results, a, b, None)
         if tested is None:
             apart.append(f"{a} and {b}")
@@ -235,7 +212,7 @@ def _claims(preset: Preset, results: Results) -> page.Section:
 def _budgets(preset: Preset, results: Results) -> page.Section:
     first = reference_arm(preset)
     rows = []
-    for arm in _there(preset, results):
+    for arm in arms_of(preset, results):
         compared = [compare_along(results, arm, first, axis) for axis in AXES] if arm != first else [None] * len(AXES)
         rows.append([arm, interval_text(seeds_mean(results, arm, None)), *(change(c) for c in compared)])
     header = ["", "test bpc at own k", *(f"valid, {words}" for words in AXES.values())]
@@ -247,7 +224,7 @@ def _budgets(preset: Preset, results: Results) -> page.Section:
         "At equal FLOPs or time both arms are read at the point where the cheaper one ended.",
         _CUT,
     ]
-    if not any(used(run, "flops") for arm in _there(preset, results) for run in results.seeds_of(arm).values()):
+    if not any(used(run, "flops") for arm in arms_of(preset, results) for run in results.seeds_of(arm).values()):
         notes.append("The runs did not record FLOPs.")
     charts = curve_charts(preset, results)
     return page.Section("At equal tokens, FLOPs and time", [Table(header, rows, notes=notes), *charts])
@@ -256,14 +233,18 @@ def _budgets(preset: Preset, results: Results) -> page.Section:
 def _slimming(preset: Preset, results: Results) -> page.Section:
     every_k = evaluated_k(results)
     rows = [
-        [arm, _own_k(results, arm), *(interval_text(seeds_mean(results, arm, k)) for k in every_k)]
-        for arm in _there(preset, results)
+        [
+            arm,
+            str(results.first_of(arm)["k_max"] or NONE),
+            *(interval_text(seeds_mean(results, arm, k)) for k in every_k),
+        ]
+        for arm in arms_of(preset, results)
     ]
     notes = [
         "One trained model per arm and seed is evaluated at every k without further training. A dense model has one"
         " value for every k."
     ]
-    counting = next(iter(next(iter(results.runs.values())).values()))["counting"]
+    counting = results.first_of(next(iter(results.runs)))["counting"]
     if counting:
         cut = counting.get("counted_symbols")
         known = f"the first {cut:,} symbols" if cut else "all"
@@ -295,14 +276,13 @@ def _pairs(preset: Preset, results: Results) -> page.Section:
 
 
 def _cost(preset: Preset, results: Results) -> page.Section:
-    first = reference_arm(preset)
-    rows = []
-    known = any(_flops_per_symbol(results, arm) for arm in _there(preset, results))
-    every_k = evaluated_k(results) if known else []
-    for arm in _there(preset, results):
-        flops, runs = _flops_per_symbol(results, arm), list(results.seeds_of(arm).values())
+    first, rows = reference_arm(preset), []
+    flops_of = {arm: results.first_of(arm)["flops_per_symbol"] or {} for arm in arms_of(preset, results)}
+    every_k = evaluated_k(results) if any(flops_of.values()) else []
+    for arm, flops in flops_of.items():
+        runs = list(results.seeds_of(arm).values())
         seconds = estimate([run["measured"]["training_seconds"] for run in runs])
-        inference = [_million(flops.get(str(k), flops.get("dense"))) for k in every_k]
+        inference = [flops.get(str(k), flops.get("dense")) for k in every_k]
         rows.append(
             [
                 arm,
@@ -310,7 +290,7 @@ def _cost(preset: Preset, results: Results) -> page.Section:
                 interval_text(ratio(results, arm, first, "flops"), 3),
                 f"{seconds.mean:,.0f}",
                 interval_text(ratio(results, arm, first, "seconds"), 2),
-                *inference,
+                *(NONE if each is None else f"{each / 1e6:.2f}" for each in inference),
             ]
         )
     header = [
@@ -331,11 +311,7 @@ def _cost(preset: Preset, results: Results) -> page.Section:
 def _published(results: Results) -> page.Section:
     experts = experts_of(results)
     ours = [
-        [
-            f"{arm} (here)",
-            interval_text(seeds_mean(results, arm, experts // 2)),
-            interval_text(seeds_mean(results, arm, experts)),
-        ]
+        [f"{arm} (here)", *(interval_text(seeds_mean(results, arm, k)) for k in (experts // 2, experts))]
         for arm in ("frozen_growing", "hashed_growing")
         if results.seeds_of(arm)
     ]
@@ -379,63 +355,31 @@ def _limits(preset: Preset, results: Results) -> page.Section:
     found = comparisons(preset, results)
     with_interval = [c for c in found if c.difference.low is not None and not c.cut]
     excluding = sum(c.difference.sign != 0 for c in with_interval)
-    return page.Section(
-        "Limits",
-        [
-            (
-                f"{len(with_interval)} fair differences with an interval were computed; {excluding} of the intervals"
-                " exclude 0. If the true difference is 0, one interval in twenty excludes it by chance, so a single one"
-                " proves little."
-            ),
-            (
-                "Intervals are over seeds, by Student's t. They hold for this text, this size and this length of"
-                " training, and say nothing about others."
-            ),
-            *(
-                [
-                    f"Learning rates were tried with {', '.join(preset.kin)} alone. Every other arm took the rate of"
-                    " its kin, which can differ from its own best."
-                ]
-                if results.tuning
-                else []
-            ),
-            (
-                "An arm whose k grows is validated at k_max from the start, before it has trained at it: its curve says"
-                " little before the end."
-            ),
-            "Seconds depend on the other load of the machine.",
-            *preset.limits,
-        ],
+    rates = (
+        f"Learning rates were tried with {', '.join(preset.kin)} alone. Every other arm took the rate of its kin, which"
+        " can differ from its own best."
     )
+    counted = (
+        f"{len(with_interval)} fair differences with an interval were computed; {excluding} of the intervals exclude 0."
+        " If the true difference is 0, one interval in twenty excludes it by chance, so a single one proves little."
+    )
+    texts = [
+        counted,
+        "Intervals are over seeds, by Student's t. They hold for this text, this size and this length of training, and"
+        " say nothing about others.",
+        *([rates] if results.tuning else []),
+        "An arm whose k grows is validated at k_max from the start, before it has trained at it: its curve says little"
+        " before the end.",
+        "Seconds depend on the other load of the machine.",
+        *preset.limits,
+    ]
+    return page.Section("Limits", texts)
 
 
 def _again(name: str) -> page.Section:
     command = f"python -m launch.study preset={name} corpus.path=FILE\npython -m launch.study preset={name} report=true"
-    return page.Section(
-        "Run it again",
-        [
-            page.Code(command),
-            (
-                "The first command continues where it was stopped. The second writes this page from the result files"
-                " or, if there are none, from the JSON file beside it."
-            ),
-        ],
+    words = (
+        "The first command continues where it was stopped. The second writes this page from the result files or, if"
+        " there are none, from the JSON file beside it."
     )
-
-
-def _there(preset: Preset, results: Results) -> list[str]:
-    return [arm for arm in preset.arms if results.seeds_of(arm)]
-
-
-def _own_k(results: Results, arm: str) -> str:
-    k = next(iter(results.seeds_of(arm).values()))["k_max"]
-    return NONE if k is None else str(k)
-
-
-def _flops_per_symbol(results: Results, arm: str) -> dict[str, float]:
-    found: Any = next(iter(results.seeds_of(arm).values()))["flops_per_symbol"]
-    return found or {}
-
-
-def _million(flops: float | None) -> str:
-    return NONE if flops is None else f"{flops / 1e6:.2f}"
+    return page.Section("Run it again", [page.Code(command), words])
