@@ -32,9 +32,11 @@ _BASELINES = {"order 2": "order2_bpc", "order 3": "order3_bpc", "bzip2 -9": "bzi
 
 def run_page(run: RunData) -> Page:
     """Describe one run."""
+    steps = steps_of(run)
+    of = f" of {steps:,.0f}" if isfinite(steps) else ""
     return Page(
         title=f"Run {run.name}",
-        lead=f"{_state(run)} {LEAD}",
+        lead=f"State: {state_of(run)}, after step {step_of(run):,}{of}. {LEAD}",
         figures=_figures(run),
         sections=[
             *_slimming(run),
@@ -43,7 +45,7 @@ def run_page(run: RunData) -> Page:
             *time(run),
             *exchange(run),
             *_health(run),
-            *_about(run),
+            *section("The run", _missing(run), _facts(run), _changed_options(run)),
         ],
         footer="Written by python -m launch.report from the files in the run's folder.",
     )
@@ -71,14 +73,9 @@ def parameters_of(run: RunData) -> float:
     return number(run.facts.get("parameters", run.summary.get("parameters")))
 
 
-def seconds_of(run: RunData) -> float:
-    """Return the seconds of training steps, without starts, validations and pauses; nan if unknown."""
-    return run.last("seconds")
-
-
 def tokens_per_second_of(run: RunData) -> float:
     """Return the mean speed over all ranks; nan if unknown."""
-    seconds = seconds_of(run)
+    seconds = run.last("seconds")
     return run.last("tokens") / seconds if seconds > 0 else run.mean("tokens_per_second")
 
 
@@ -101,12 +98,6 @@ def by_k(run: RunData) -> list[tuple[int, float]]:
     return sorted((int(k), bpc) for k, bpc in run.bpc_by_k.items() if k.isdigit())
 
 
-def _state(run: RunData) -> str:
-    steps = steps_of(run)
-    of = f" of {steps:,.0f}" if isfinite(steps) else ""
-    return f"State: {state_of(run)}, after step {step_of(run):,}{of}."
-
-
 def _figures(run: RunData) -> list[KeyFigure]:
     quality = run.quality
     state = state_of(run)
@@ -119,22 +110,14 @@ def _figures(run: RunData) -> list[KeyFigure]:
         KeyFigure("State", state, f"{steps}; {note}" if note else steps),
         KeyFigure("Bits per symbol", text(quality.bpc, "{:.3f}"), quality.source),
         KeyFigure("Symbols per second", text(tokens_per_second_of(run)), "of training, over all ranks; mean"),
-        KeyFigure("Training time", duration(seconds_of(run)), "of steps alone"),
+        KeyFigure("Training time", duration(run.last("seconds")), "of steps alone"),
     ]
     if isfinite(k) and run.options.get("moe.router") != "dense":
-        found.append(
-            KeyFigure(
-                "Active experts k", f"{k:.0f}", f"of {run.options.get('moe.experts', '?')}, in the last step logged"
-            )
-        )
+        note = f"of {run.options.get('moe.experts', '?')}, in the last step logged"
+        found.append(KeyFigure("Active experts k", f"{k:.0f}", note))
     if isfinite(flops):
-        found.append(
-            KeyFigure(
-                "Training arithmetic",
-                f"{count_text(flops)}FLOP",
-                "forward and backward, all ranks; recomputation not counted",
-            )
-        )
+        note = "forward and backward, all ranks; recomputation not counted"
+        found.append(KeyFigure("Training arithmetic", f"{count_text(flops)}FLOP", note))
     if mfu > 0:
         found.append(KeyFigure("Model FLOPs utilisation", f"{mfu:.1%}", str(run.facts.get("peak_source", ""))))
     if device > 0:
@@ -186,11 +169,8 @@ def _slimming(run: RunData) -> list[Section]:
     if len(arithmetic) > 1:
         flops = [flops for flops, _ in arithmetic]
         lines = [Line("model", flops, [bpc for _, bpc in arithmetic]), *_levels(baselines, flops[0], flops[-1])]
-        charts.append(
-            Curve(
-                "Bits per symbol over inference arithmetic", "FLOP per symbol, forward pass", "bits per symbol", lines
-            )
-        )
+        x_label = "FLOP per symbol, forward pass"
+        charts.append(Curve("Bits per symbol over inference arithmetic", x_label, "bits per symbol", lines))
     symbols = number(run.summary.get("symbols"))
     words = (
         f"Held-out {run.summary.get('split', '')} split, {text(symbols)} symbols. Every k is the same trained model."
@@ -221,36 +201,22 @@ def _slimming_table(run: RunData, baselines: dict[str, float]) -> Table:
 
 
 def _health(run: RunData) -> list[Section]:
+    memory = {
+        "process": "memory_bytes",
+        "process, peak": "peak_memory_bytes",
+        "device": "device_memory_bytes",
+        "device, peak": "peak_device_memory_bytes",
+    }
+    norm, skew = {"gradient norm": "grad_norm"}, {"skew": "rank_skew"}
+    slowest = curve(run, "Slowest rank over the median", "own time, slowest / median", skew, upper=True)
     return section(
         "Health",
-        curve(
-            run, "Gradient norm", "global norm before clipping", {"gradient norm": "grad_norm"}, upper=True, y_log=True
-        ),
+        curve(run, "Gradient norm", "global norm before clipping", norm, upper=True, y_log=True),
         curve(run, "Auxiliary loss", "nats per symbol", {"balance and z-loss": "auxiliary_loss"}),
         curve(run, "Learning rate", "learning rate", {"learning rate": "learning_rate"}, y_from=0),
-        curve(
-            run,
-            "Memory of rank 0",
-            "GB (1e9 bytes)",
-            {
-                "process": "memory_bytes",
-                "process, peak": "peak_memory_bytes",
-                "device": "device_memory_bytes",
-                "device, peak": "peak_device_memory_bytes",
-            },
-            factor=1e-9,
-            y_from=0,
-        ),
-        (
-            curve(run, "Slowest rank over the median", "own time, slowest / median", {"skew": "rank_skew"}, upper=True)
-            if run.most("rank_skew") > 1
-            else []
-        ),
+        curve(run, "Memory of rank 0", "GB (1e9 bytes)", memory, factor=1e-9, y_from=0),
+        slowest if run.most("rank_skew") > 1 else [],
     )
-
-
-def _about(run: RunData) -> list[Section]:
-    return section("The run", _missing(run), _facts(run), _changed_options(run))
 
 
 def _missing(run: RunData) -> str:
@@ -270,17 +236,15 @@ def _facts(run: RunData) -> Table:
     commit = str(code.get("commit") or "")[:12] + (", with changes" if code.get("changed") else "")
     nodes, started = number(facts.get("nodes")), facts.get("started")
     ranks = f"{facts['ranks']}, expert groups of {facts.get('expert_ranks', '?')}" if "ranks" in facts else ""
+    first, num_experts = number(options.get(MEASURED)), number(options.get("moe.experts"))
+    name = corpus.get("name", options.get("corpus.name", ""))
     known = {
         "router": facts.get("router", options.get("moe.router")),
         "parameters": text(parameters) if isfinite(parameters) else "",
         "ranks": f"{ranks}, on {nodes:.0f} node{'s' if nodes > 1 else ''}" if ranks and isfinite(nodes) else ranks,
         "device": facts.get("device"),
-        "measured at the start": _measured(run),
-        "text": (
-            f"{corpus.get('name', options.get('corpus.name', ''))}, sha256 {sha256}..."
-            if sha256
-            else options.get("corpus.name")
-        ),
+        "measured at the start": f"masked products from k = {first:.0f} on" if first <= num_experts else "",
+        "text": f"{name}, sha256 {sha256}..." if sha256 else options.get("corpus.name"),
         "version": code.get("version"),
         "commit": commit,
         "libraries": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
@@ -289,11 +253,6 @@ def _facts(run: RunData) -> Table:
     }
     rows = [[name, str(value)] for name, value in known.items() if value]
     return Table([], rows, text_columns=2)
-
-
-def _measured(run: RunData) -> str:
-    first, experts = number(run.options.get(MEASURED)), number(run.options.get("moe.experts"))
-    return f"masked products from k = {first:.0f} on" if first <= experts else ""
 
 
 def changed_options(run: RunData) -> dict[str, tuple[Any, Any]]:

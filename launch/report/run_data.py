@@ -53,7 +53,7 @@ class RunData:
         """Return the mean of a metric over all steps; nan if there is none."""
         found = [
             (steps, value)
-            for steps, line in zip(self.steps_of_lines, self.lines, strict=True)
+            for steps, line in zip(steps_between(self.lines), self.lines, strict=True)
             if isfinite(value := number(line.get(name)))
         ]
         total = sum(steps for steps, _ in found)
@@ -62,11 +62,6 @@ class RunData:
     def most(self, name: str) -> float:
         """Return the largest value of a metric; nan if there is none."""
         return max((value for line in self.lines if isfinite(value := number(line.get(name)))), default=nan)
-
-    @property
-    def steps_of_lines(self) -> list[int]:
-        """The steps of each line, counted since the line before."""
-        return steps_between(self.lines)
 
     @property
     def bpc_by_k(self) -> dict[str, float]:

@@ -16,7 +16,6 @@ from foreroute.launch.report.one_run import (
     by_k,
     option_text,
     parameters_of,
-    seconds_of,
     state_of,
     step_of,
     tokens_per_second_of,
@@ -51,16 +50,15 @@ def several_page(title: str, runs: Sequence[RunData], absent: Sequence[Absent] =
     charts."""
     runs = sorted(runs, key=lambda run: run.quality)
     differing = differing_options(runs)
-    labels = labels_of(runs)
+    names = [run.name for run in runs]
+    labels = names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
     drawn = [_Drawn(hue, *of_run) for hue, of_run in enumerate(zip(labels, runs, strict=True))][:COLOURS]
-    left_out = ""
-    if len(runs) > COLOURS:
-        left_out = f" Charts show the best {COLOURS} of {len(runs)}, the table all."
+    cut = f" Charts show the best {COLOURS} of {len(runs)}, the table all." if len(runs) > COLOURS else ""
     states = [state_of(run) for run in runs] + [run.state for run in absent]
     counted = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     return Page(
         title=title,
-        lead=f"{len(states)} runs: {counted}.{left_out} {LEAD}",
+        lead=f"{len(states)} runs: {counted}.{cut} {LEAD}",
         figures=_figures(runs[0], labels[0]) if runs else [],
         sections=[
             *section("Runs", *_words(runs), _table(labels, runs, differing, absent)),
@@ -86,44 +84,44 @@ def differing_options(runs: Sequence[RunData]) -> list[str]:
     ]
 
 
-def labels_of(runs: Sequence[RunData]) -> list[str]:
-    """Return the runs' names, or their folders if two names are equal."""
-    names = [run.name for run in runs]
-    return names if len(set(names)) == len(runs) else [str(run.folder) for run in runs]
-
-
 def _figures(best: RunData, label: str) -> list[KeyFigure]:
     quality = best.quality
     return [
         KeyFigure("Best bits per symbol", text(quality.bpc, "{:.3f}"), f"{label}: {quality.source}"),
         KeyFigure("Its symbols per second", text(tokens_per_second_of(best)), "of training, over all ranks; mean"),
-        KeyFigure("Its training time", duration(seconds_of(best)), "of steps alone"),
+        KeyFigure("Its training time", duration(best.last("seconds")), "of steps alone"),
     ]
 
 
 def _words(runs: Sequence[RunData]) -> list[str]:
     texts = {str(run.summary["corpus_sha256"]) for run in runs if "corpus_sha256" in run.summary}
-    cut = {option_text(run.options.get(name)) for run in runs if run.options for name in ("corpus.tokens",)}
-    if len(texts) > 1 or len(cut) > 1:
-        return [
-            "These runs read different texts, or cut them into symbols differently: their bits per symbol are not"
-            " comparable."
-        ]
-    return []
+    cut = {option_text(run.options.get("corpus.tokens")) for run in runs if run.options}
+    words = (
+        "These runs read different texts, or cut them into symbols differently: their bits per symbol are not"
+        " comparable."
+    )
+    return [words] if len(texts) > 1 or len(cut) > 1 else []
 
 
 def _table(
     labels: Sequence[str], runs: Sequence[RunData], differing: Sequence[str], absent: Sequence[Absent]
 ) -> list[Table]:
     ks = sorted({k for run in runs for k, _ in by_k(run)})
-    options = {name: partial(_option, name=name) for name in differing}
+
+    def option_cell(run: RunData, name: str) -> str:
+        return option_text(run.options[name]) if name in run.options else "-"
+
+    def bpc_cell(run: RunData, k: int) -> str:
+        return text(dict(by_k(run)).get(k, nan), "{:.3f}")
+
+    options = {name: partial(option_cell, name=name) for name in differing}
     few = len(differing) <= _FEW  # many would push results out of sight
     columns: dict[str, Callable[[RunData], str]] = {
         "bpc": lambda run: text(run.quality.bpc, "{:.3f}"),
         **(options if few else {}),
-        **{f"k = {k}": partial(_bpc_at, k=k) for k in ks},
+        **{f"k = {k}": partial(bpc_cell, k=k) for k in ks},
         "symbols/s": lambda run: text(tokens_per_second_of(run)),
-        "time": lambda run: duration(seconds_of(run)),
+        "time": lambda run: duration(run.last("seconds")),
         "FLOP": lambda run: count_text(run.last("flops")),
         "parameters": lambda run: count_text(parameters_of(run)),
         "active": lambda run: count_text(_active_parameters(run)),
@@ -142,14 +140,6 @@ def _table(
         " parameters used at the last k."
     ]
     return [Table(header, rows, notes=notes)] if rows else []
-
-
-def _option(run: RunData, name: str) -> str:
-    return option_text(run.options[name]) if name in run.options else "-"
-
-
-def _bpc_at(run: RunData, k: int) -> str:
-    return text(dict(by_k(run)).get(k, nan), "{:.3f}")
 
 
 def _state(run: RunData) -> str:
@@ -181,16 +171,11 @@ def _slimming(drawn: Sequence[_Drawn]) -> list[Chart]:
         if (points := by_arithmetic(each.run))
     ]
     flops = [x for line in over_flops for x in line.x]
+    wide = bool(flops) and max(flops) > _WIDE * min(flops)
+    over, of_k, title = "FLOP per symbol, forward pass", "active experts k", "Bits per symbol over"
     return [
-        *_chart("Bits per symbol over k", "active experts k", "bits per symbol", over_k, x_log=True),
-        *_chart(
-            "Bits per symbol over inference arithmetic",
-            "FLOP per symbol, forward pass",
-            "bits per symbol",
-            over_flops,
-            x_log=bool(flops) and max(flops) > _WIDE * min(flops),
-            x_base=10,
-        ),
+        *_chart(f"{title} k", of_k, "bits per symbol", over_k, x_log=True),
+        *_chart(f"{title} inference arithmetic", over, "bits per symbol", over_flops, x_log=wide, x_base=10),
     ]
 
 

@@ -92,14 +92,8 @@ def _parts_over_steps(run: RunData) -> tuple[list[float], dict[str, list[float]]
         # a validation's forward passes may be among the two, which are otherwise parts of forward
         attention = min(attention, ms["forward"])
         of_experts = min(of_experts, ms["forward"] - attention)
-        values = (
-            attention,
-            of_experts,
-            ms["forward"] - attention - of_experts,
-            ms["backward"],
-            ms["optimizer"],
-            ms["outside"],
-        )
+        rest = ms.pop("forward") - attention - of_experts
+        values = attention, of_experts, rest, *ms.values()
         lines.append({"step": line["step"], **dict(zip(_PARTS, values, strict=True))})
     found = {name: metric_series(lines, name) for name in _PARTS}
     return found[_PARTS[0]].x, {name: points.mean for name, points in found.items()}
@@ -110,23 +104,6 @@ def _time_table(run: RunData, x: list[float], parts: dict[str, list[float]]) -> 
         return []
     whole = run.mean("step_ms")
     rows = [["whole step", text(whole, "{:,.2f}"), "100.0%"]]
-    means = {
-        name: run.mean(f"{name}_ms")
-        for name in (
-            "forward",
-            "attention",
-            "experts",
-            "backward",
-            "optimizer",
-            "outside",
-            "plan_wait",
-            "metric",
-            "exchange_exposed",
-            "exchange_hidden",
-            "own",
-            "data",
-        )
-    }
     labels = {
         "forward": "forward",
         "attention": "forward, attention",
@@ -142,6 +119,7 @@ def _time_table(run: RunData, x: list[float], parts: dict[str, list[float]]) -> 
         "data": "background: reading and planning",
     }
     alone = number(run.facts.get("ranks")) == 1  # no exchange, and no other ranks to wait for
+    means = {name: run.mean(f"{name}_ms") for name in labels}
     rows += [
         [label, text(means[name], "{:,.2f}"), percent(means[name], whole)]
         for name, label in labels.items()
@@ -161,11 +139,8 @@ def _rank_table(run: RunData) -> list[Table]:
         "sent, MB": ("rank_wire_bytes", 1e-6),
         "rows computed": ("rank_rows", 1.0),
     }
-    found = {
-        label: factor * metric_grid(run, name, 1).values.mean(0)
-        for label, (name, factor) in names.items()
-        if metric_grid(run, name, 1)
-    }
+    grids = {label: (metric_grid(run, name, 1), factor) for label, (name, factor) in names.items()}
+    found = {label: factor * grid.values.mean(0) for label, (grid, factor) in grids.items() if grid}
     ranks = max((len(values) for values in found.values()), default=0)
     if ranks < 2 or any(len(values) != ranks for values in found.values()):
         return []
@@ -173,12 +148,12 @@ def _rank_table(run: RunData) -> list[Table]:
     if ranks <= _RANKS:
         rows = [[str(i), *(number_text(float(values[i])) for values in found.values())] for i in range(ranks)]
         return [Table(header, rows, "Means of each rank, in one step")]
+    sums = {"least": "min", "mean": "mean", "most": "max"}
     rows = [
-        ["least", *(number_text(float(values.min())) for values in found.values())],
-        ["mean", *(number_text(float(values.mean())) for values in found.values())],
-        ["most", *(number_text(float(values.max())) for values in found.values())],
-        ["rank with the most", *(str(int(values.argmax())) for values in found.values())],
+        [label, *(number_text(float(getattr(values, name)())) for values in found.values())]
+        for label, name in sums.items()
     ]
+    rows.append(["rank with the most", *(str(int(values.argmax())) for values in found.values())])
     return [Table(header, rows, f"Means of {ranks:,} ranks, in one step")]
 
 
@@ -189,21 +164,16 @@ def _verdict(run: RunData) -> list[Verdict]:
         return []
     path, state = certificate.get("path", "a certificate"), run.state.get("state")
     if state == "failed":
-        return [
-            Verdict(
-                f"Held to {path}; the run failed, and its terminal output tells whether it differed from that.", False
-            )
-        ]
+        words = f"Held to {path}; the run failed, and its terminal output tells whether it differed from that."
+        return [Verdict(words, False)]
     until = "" if state == "complete" else " so far"
     begin = certificate.get("from_step") or 0
     since = f" after step {begin:,}" if begin else ""
-    return [
-        Verdict(
-            f"Held to {path}: every counted step{since}{until} computed the certified rows and sent the certified"
-            " bytes; the first difference would have ended the run.",
-            True,
-        )
-    ]
+    words = (
+        f"Held to {path}: every counted step{since}{until} computed the certified rows and sent the certified bytes;"
+        " the first difference would have ended the run."
+    )
+    return [Verdict(words, True)]
 
 
 def _link_table(run: RunData) -> list[Table]:
@@ -232,10 +202,8 @@ def _bars(means: dict[str, tuple[int, float]], certified: dict[str, Any]) -> lis
     ks = [k for k in means if isfinite(number(certified.get(k)))]
     if not ks:
         return []
-    bars = [
-        Bar("logged", [[means[k][1] / 1e6 for k in ks]]),
-        Bar("certified", [[number(certified[k]) / 1e6 for k in ks]]),
-    ]
+    logged, said = [means[k][1] / 1e6 for k in ks], [number(certified[k]) / 1e6 for k in ks]
+    bars = [Bar("logged", [logged]), Bar("certified", [said])]
     return [Bars("Bytes against the certificate", "active experts k", "MB in a step, all ranks", ks, bars, ["mean"])]
 
 
@@ -246,9 +214,7 @@ def _bytes_table(means: dict[str, tuple[int, float]], certified: dict[str, Any])
         return Table(header, rows, text_columns=0)
     for row, (k, (_, mean)) in zip(rows, means.items(), strict=True):
         said = number(certified.get(k, nan))
-        row += (
-            ["-", "-"] if not isfinite(said) else [byte_text(said), f"{100 * (mean / said - 1):+.2f}%" if said else "-"]
-        )
+        row += [byte_text(said) if isfinite(said) else "-", f"{100 * (mean / said - 1):+.2f}%" if said > 0 else "-"]
     note = (
         "Certified is the mean over all counted steps of that k; logged is the mean over the lines of metrics.jsonl,"
         " which need not have all of these steps, or those of one k alone: a difference here is no fault. Held to a"
