@@ -95,29 +95,19 @@ def _figures(found: Certificate) -> list[KeyFigure]:
     kinds = " or ".join(sorted({part.exchange for part in found.by_k}))
     load = max(part.computed_rows.max / part.computed_rows.mean for part in found.by_k)
     of_k = "" if len(found.by_k) == 1 else " of the same k"
-    mean, most = _used(found, "rank")
-    far_mean, far_most = _used(found, "between")
+    rows = f"in one layer and micro-batch; at most {load:.2f} x the mean{of_k}"
+    (mean, most), (far_mean, far_most) = (_used(found, values) for values in ("rank", "between"))
+    sent = f"of a rank in a step; at most {byte_text(most)}, exchange {kinds}"
+    far = f"of a rank in a step; at most {byte_text(far_most)}"
+    idle = f"of {whole.steps:,}: a rank gets no row in some layer and micro-batch"
+    padding = "of rows, if all steps sent equally many to each rank"
     return [
-        KeyFigure(
-            "Rows of the busiest rank",
-            f"{whole.computed_rows.max:,}",
-            f"in one layer and micro-batch; at most {load:.2f} x the mean{of_k}",
-        ),
-        KeyFigure(
-            "Bytes a rank sends", byte_text(mean), f"of a rank in a step; at most {byte_text(most)}, exchange {kinds}"
-        ),
-        KeyFigure("Bytes between nodes", byte_text(far_mean), f"of a rank in a step; at most {byte_text(far_most)}"),
-        KeyFigure(
-            "Steps with an idle rank",
-            f"{whole.idle_rank.steps:,}",
-            f"of {whole.steps:,}: a rank gets no row in some layer and micro-batch",
-        ),
+        KeyFigure("Rows of the busiest rank", f"{whole.computed_rows.max:,}", rows),
+        KeyFigure("Bytes a rank sends", byte_text(mean), sent),
+        KeyFigure("Bytes between nodes", byte_text(far_mean), far),
+        KeyFigure("Steps with an idle rank", f"{whole.idle_rank.steps:,}", idle),
         idle_expert,
-        KeyFigure(
-            "Padding of fixed shapes",
-            f"{whole.static.pair_padding:.1%}",
-            "of rows, if all steps sent equally many to each rank",
-        ),
+        KeyFigure("Padding of fixed shapes", f"{whole.static.pair_padding:.1%}", padding),
     ]
 
 
@@ -143,41 +133,21 @@ def _run(found: Certificate, layout: Layout, corpus: PreparedCorpus) -> page.Sec
     source = f"{config.corpus.path} ({config.corpus.name.name})" if config.corpus.path else config.corpus.name.name
     symbols = len(corpus.split(Split.train))
     scope = "all counted" if found.sample == 1 else f"{found.whole.steps:,} of them counted, one in {found.sample}"
-    rows = [
-        [
-            "ranks",
-            (
-                f"{place.world_size}, {min(place.ranks_per_node, place.world_size)} on a node, in {groups} of"
-                f" {place.expert_ranks}, each on {nodes}"
-            ),
-        ],
-        ["experts", f"{found.experts}, {found.experts // place.expert_ranks} on a rank; active for a token: {grown}"],
-        ["a rank's share", f"{found.tokens:,} tokens in a micro-batch, {micro} in a step; {found.layers} layers"],
-        [
-            "exchange",
-            (
-                f"{_exchanges(found)}; {found.row_bytes:,} bytes a row; in a step and layer rows go to experts"
-                f" {found.trips.to_experts} times and results come back {found.trips.to_tokens} times"
-            ),
-        ],
-        [
-            "tables",
-            (
-                f"{moe.ngram}-gram keys, {moe.rows:,} rows, builder {moe.builder.name}{pack},"
-                f" {'one for all layers' if moe.share_table else 'one for each layer'}"
-            ),
-        ],
-        ["text", f"{source}: {symbols:,} symbols to train on, sha256 {corpus.sha256[:16]}..."],
-        ["steps", f"the first {found.steps:,}, {scope}"],
-    ]
-    return page.Section("The run", [Table([], rows, text_columns=2)])
-
-
-def _exchanges(found: Certificate) -> str:
     kinds = {part.exchange for part in found.by_k}
-    if len(kinds) == 1:
-        return kinds.pop()
-    return ", ".join(f"{part.exchange} at k = {part.k}" for part in found.by_k)
+    exchange = ", ".join(f"{part.exchange} at k = {part.k}" for part in found.by_k) if len(kinds) > 1 else kinds.pop()
+    tables = "one for all layers" if moe.share_table else "one for each layer"
+    rows = {
+        "ranks": f"{place.world_size}, {min(place.ranks_per_node, place.world_size)} on a node, in {groups} of"
+        f" {place.expert_ranks}, each on {nodes}",
+        "experts": f"{found.experts}, {found.experts // place.expert_ranks} on a rank; active for a token: {grown}",
+        "a rank's share": f"{found.tokens:,} tokens in a micro-batch, {micro} in a step; {found.layers} layers",
+        "exchange": f"{exchange}; {found.row_bytes:,} bytes a row; in a step and layer rows go to experts"
+        f" {found.trips.to_experts} times and results come back {found.trips.to_tokens} times",
+        "tables": f"{moe.ngram}-gram keys, {moe.rows:,} rows, builder {moe.builder.name}{pack}, {tables}",
+        "text": f"{source}: {symbols:,} symbols to train on, sha256 {corpus.sha256[:16]}...",
+        "steps": f"the first {found.steps:,}, {scope}",
+    }
+    return page.Section("The run", [Table([], list(rows.items()), text_columns=2)])
 
 
 def _rows(found: Certificate, parts: Sequence[StepStatistics]) -> page.Section:
@@ -191,29 +161,21 @@ def _rows(found: Certificate, parts: Sequence[StepStatistics]) -> page.Section:
             mean, p99, most, worst = _spread(spread, "{:,.0f}")
             rows.append([what, _k(part), f"{part.steps:,}", mean, p99, most, load, worst])
     notes = [
-        (
-            "received: tokens that a rank gets by exchange=tokens, its own included, each once however many of its"
-            " experts it uses. computed: rows that go through a rank's experts, k for each token."
-        ),
-        ("p99: 99 % of all values do not exceed it. load: max / mean. worst step: the first step with the maximum."),
+        "received: tokens that a rank gets by exchange=tokens, its own included, each once however many of its"
+        " experts it uses. computed: rows that go through a rank's experts, k for each token.",
+        "p99: 99 % of all values do not exceed it. load: max / mean. worst step: the first step with the maximum.",
     ]
     idle = [_idle_row("an expert gets no row", found.whole.idle_expert, found.whole.steps)]
     if _alone(found):
         del notes[0]
     else:
         idle.insert(0, _idle_row("a rank receives no row", found.whole.idle_rank, found.whole.steps))
-    return page.Section(
-        "Rows",
-        [
-            (
-                "How many rows ranks and experts work on in one layer and micro-batch, over all layers, micro-batches,"
-                " ranks (or experts of a group) and counted steps."
-            ),
-            _load_over_steps(found),
-            Table(header, rows, notes=notes),
-            Table(["steps in which", "steps", "of", "first step"], idle),
-        ],
+    words = (
+        "How many rows ranks and experts work on in one layer and micro-batch, over all layers, micro-batches, ranks"
+        " (or experts of a group) and counted steps."
     )
+    tables = [Table(header, rows, notes=notes), Table(["steps in which", "steps", "of", "first step"], idle)]
+    return page.Section("Rows", [words, _load_over_steps(found), *tables])
 
 
 def _idle_row(what: str, idle: Idle, steps: int) -> list[str]:
@@ -229,7 +191,7 @@ def _bytes(found: Certificate, parts: Sequence[StepStatistics]) -> page.Section:
         for part in parts:
             sent = part.bytes[kind]
             mark = "*" if kind == part.exchange else ""
-            near = [_megabytes(value) for value in (sent.inside.mean, sent.between.mean, sent.between.max)]
+            near = [f"{value / 1e6:,.3f}" for value in (sent.inside.mean, sent.between.mean, sent.between.max)]
             rows.append([kind + mark, _k(part), *_spread(sent.rank, "{:,.3f}", 1e-6), *near])
     notes = [
         "* the exchange that the run uses. tokens: each token once to each rank that has one of its experts. gather:"
@@ -237,19 +199,13 @@ def _bytes(found: Certificate, parts: Sequence[StepStatistics]) -> page.Section:
         " two_level: each token once to each other node, and from there to that node's ranks; the engine does not run"
         " it, the count says what it would send."
     ]
-    return page.Section(
-        "Bytes",
-        [
-            (
-                "What leaves a rank in one step, in MB (1e6 bytes): rows of experts' inputs and results and of their"
-                " gradients, all layers, micro-batches and directions added up. What data parallelism, checkpoints and"
-                " planning send is not in it."
-            ),
-            _bytes_over_k(found),
-            _bytes_over_steps(found),
-            Table(header, rows, notes=notes),
-        ],
+    words = (
+        "What leaves a rank in one step, in MB (1e6 bytes): rows of experts' inputs and results and of their gradients,"
+        " all layers, micro-batches and directions added up. What data parallelism, checkpoints and planning send is"
+        " not in it."
     )
+    table = Table(header, rows, notes=notes)
+    return page.Section("Bytes", [words, _bytes_over_k(found), _bytes_over_steps(found), table])
 
 
 def _fixed_shapes(found: Certificate, parts: Sequence[StepStatistics]) -> page.Section:
@@ -264,64 +220,37 @@ def _fixed_shapes(found: Certificate, parts: Sequence[StepStatistics]) -> page.S
         del columns[1:3]
     header = [name for name, _ in columns]
     rows = [[cell(part) for _, cell in columns] for part in parts]
-    return page.Section(
-        "Fixed shapes",
-        [
-            (
-                "The fewest rows of a layer and micro-batch that would never overflow if all steps had the same shapes,"
-                " and the share of such rows that would be padding. The run itself pads nothing."
-            ),
-            Table(header, rows),
-        ],
+    words = (
+        "The fewest rows of a layer and micro-batch that would never overflow if all steps had the same shapes, and the"
+        " share of such rows that would be padding. The run itself pads nothing."
     )
+    return page.Section("Fixed shapes", [words, Table(header, rows)])
 
 
 def _load_over_steps(found: Certificate) -> Curve:
     series = found.series
-    lines = [
-        ("busiest rank, received", series.received_load),
-        ("busiest rank, computed", series.computed_load),
-        ("busiest expert", series.expert_load),
-    ]
-    return Curve(
-        "Load over steps",
-        "step",
-        "rows, maximum / mean",
-        [_over_steps(found, name, line) for name, line in (lines[2:] if _alone(found) else lines)],
-        y_from=1,
-        band=_band(found),
-    )
+    lines = {"busiest expert": series.expert_load}
+    if not _alone(found):
+        ranks = {"busiest rank, received": series.received_load, "busiest rank, computed": series.computed_load}
+        lines = ranks | lines
+    return _over_steps(found, "Load over steps", "rows, maximum / mean", lines, y_from=1)
 
 
 def _bytes_over_steps(found: Certificate) -> Curve:
-    series = found.series
-    lines = [("busiest rank", series.busiest_rank_bytes), ("mean rank", series.mean_rank_bytes)]
-    return Curve(
-        "Bytes over steps",
-        "step",
-        "MB that leave a rank in a step",
-        [_over_steps(found, name, line, 1e-6) for name, line in lines],
-        y_from=0,
-        band=_band(found),
-    )
+    lines = {"busiest rank": found.series.busiest_rank_bytes, "mean rank": found.series.mean_rank_bytes}
+    return _over_steps(found, "Bytes over steps", "MB that leave a rank in a step", lines, factor=1e-6, y_from=0)
 
 
-def _band(found: Certificate) -> str:
-    """Describe the bands of a chart over steps, if it has any."""
-    return "up to the worst step nearby" if _thinned(found) else ""
-
-
-def _thinned(found: Certificate) -> bool:
-    return found.series.first_step != found.series.last_step
-
-
-def _over_steps(found: Certificate, name: str, line: MeanAndMax, factor: float = 1) -> Line:
-    return Line(
-        name,
-        found.series.first_step,
-        [factor * value for value in line.mean],
-        [factor * value for value in line.max] if _thinned(found) else None,
-    )
+def _over_steps(
+    found: Certificate, title: str, y_label: str, series: dict[str, MeanAndMax], *, y_from: float, factor: float = 1
+) -> Curve:
+    """Draw means over steps, with a band up to the maximum where a point stands for several steps."""
+    thinned = found.series.first_step != found.series.last_step
+    lines = []
+    for name, values in series.items():
+        mean, most = ([factor * value for value in each] for each in (values.mean, values.max))
+        lines.append(Line(name, found.series.first_step, mean, most if thinned else None))
+    return Curve(title, "step", y_label, lines, y_from=y_from, band="up to the worst step nearby" if thinned else "")
 
 
 def _bytes_over_k(found: Certificate) -> Bars:
@@ -345,10 +274,6 @@ def _bytes_over_k(found: Certificate) -> Bars:
 
 def _k(part: StepStatistics) -> str:
     return "all" if part.k is None else str(part.k)
-
-
-def _megabytes(value: float) -> str:
-    return f"{value / 1e6:,.3f}"
 
 
 def _spread(spread: Spread, form: str, factor: float = 1) -> list[str]:

@@ -1,6 +1,7 @@
 """The time section of a certificate's page: a model, and said to be one."""
 
 from collections.abc import Sequence
+from itertools import groupby
 
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.time.cluster import ClusterConfig
@@ -59,32 +60,11 @@ def time_section(found: TimePart, cluster: ClusterConfig, placement: Placement) 
 
 
 def _steps(found: TimePart) -> Table:
-    header = [
-        "k",
-        "steps",
-        "attention",
-        "experts",
-        "rest",
-        "exchange",
-        "gradients",
-        "optimizer",
-        "step",
-        "hidden",
-        "tokens/s",
-    ]
+    parts = ["attention", "experts", "rest", "exchange", "gradients", "optimizer"]
+    header = ["k", "steps", *parts, "step", "hidden", "tokens/s"]
     rows = []
     for part in found.forecast.by_k:
-        time = part.time
-        values = [
-            time.attention,
-            time.experts,
-            time.rest,
-            time.exchange,
-            time.gradients,
-            time.optimizer,
-            part.step_s,
-            time.hidden,
-        ]
+        values = [*(getattr(part.time, name) for name in parts), part.step_s, part.time.hidden]
         cells = [f"{1e3 * value:,.2f}" for value in values]
         rows.append([str(part.k), f"{part.steps:,}", *cells, f"{part.tokens_per_s:,.0f}"])
     return Table(
@@ -102,29 +82,22 @@ def _exchanges(found: TimePart) -> list[page.Part]:
     """Describe where the exchange changes with k, as configured and as auto would choose on this cluster."""
     if {part.exchange for part in found.exchanges} == {"local"}:
         return ["Exchange: local, as an expert group is one rank; auto changes nothing."]
-    lines = []
-    for name, parts in (("as configured", found.exchanges), ("auto, with the rates of this cluster", found.auto)):
-        lines.append(f"{name}: {_changes(parts)}")
-    return ["Exchange " + "; ".join(lines) + "."]
+    kinds = {"as configured": found.exchanges, "auto, with the rates of this cluster": found.auto}
+    return ["Exchange " + "; ".join(f"{name}: {_changes(parts)}" for name, parts in kinds.items()) + "."]
 
 
 def _changes(parts: Sequence[StepsOfK]) -> str:
-    words: list[str] = []
-    last = ""
-    for part in parts:
-        if part.exchange != last:
-            from_here = f" from step {part.first + 1:,} (k = {part.k})" if words else ""
-            words.append(part.exchange + from_here)
-            last = part.exchange
-    return ", ".join(words)
+    first, *others = (next(group) for _, group in groupby(parts, lambda part: part.exchange))
+    return ", ".join([first.exchange, *(f"{p.exchange} from step {p.first + 1:,} (k = {p.k})" for p in others)])
 
 
 def _scaling(found: TimePart, placement: Placement) -> list[page.Part]:
     if not found.weak and not found.strong:
         return []
+    both = {"weak": found.weak, "strong": found.strong}
     header = ["scaling", "ranks", "expert group", "streams", "step ms", "tokens/s", "efficiency"]
     rows: list[list[str]] = []
-    for name, scales in (("weak", found.weak), ("strong", found.strong)):
+    for name, scales in both.items():
         rows += [[]] if rows and scales else []
         rows += [[name, *_scale(scale)] for scale in scales]
     table = Table(
@@ -139,14 +112,13 @@ def _scaling(found: TimePart, placement: Placement) -> list[page.Part]:
     )
     lines = [
         Line(name, [s.ranks for s in scales], [s.tokens_per_s for s in scales])
-        for name, scales in (("weak", found.weak), ("strong", found.strong))
+        for name, scales in both.items()
         if len(scales) > 1
     ]
     if not lines:
         return [table]
     first = (found.weak or found.strong)[0]
-    most = max(s.ranks for s in [*found.weak, *found.strong])
-    ideal = [first.ranks, most]
+    ideal = [first.ranks, max(s.ranks for s in [*found.weak, *found.strong])]
     each = first.tokens_per_s / first.ranks
     lines.append(Line("ideal", ideal, [each * ranks for ranks in ideal], dashed=True))
     curve = Curve("Scaling (model)", "ranks", "tokens per second, all ranks", lines, x_log=True, y_log=True)
@@ -192,28 +164,21 @@ def _choices(found: TimePart, placement: Placement) -> list[page.Part]:
         ]
         for choice in shown
     ]
-    table = Table(
-        ["options", "tables", "step ms", "to this run"],
-        rows,
-        caption=(
-            f"The fastest of {len(found.choices)} layouts on {placement.world_size} ranks: expert group, exchange,"
-            " chunks, tables"
-        ),
-        text_columns=2,
-        notes=[
-            "other tables are other routes, and so another model: packed ones send less",
-            (
-                "memory is not looked at: certify a layout to know whether it fits, without expert_group=, which"
-                " overrides parallel.expert_ranks="
-            ),
-        ],
+    caption = (
+        f"The fastest of {len(found.choices)} layouts on {placement.world_size} ranks: expert group, exchange, chunks,"
+        " tables"
     )
+    notes = [
+        "other tables are other routes, and so another model: packed ones send less",
+        "memory is not looked at: certify a layout to know whether it fits, without expert_group=, which overrides"
+        " parallel.expert_ranks=",
+    ]
+    table = Table(["options", "tables", "step ms", "to this run"], rows, caption, text_columns=2, notes=notes)
     best = own or found.choices[0]
     return [table, "Options of the fastest layout with this run's tables:", Code(" ".join(best.overrides))]
 
 
 def _cluster(cluster: ClusterConfig) -> Table:
-    curve = "product_fp32", "product_bf16"
     plain: dict[str, str] = {
         "ranks on": "CPUs" if cluster.host_copies else "GPUs",
         "ranks_per_node": str(cluster.ranks_per_node),
@@ -221,26 +186,15 @@ def _cluster(cluster: ClusterConfig) -> Table:
         "memory_gb_per_s": f"{cluster.memory_gb_per_s:g}",
         "operation_us": f"{cluster.operation_us:g}",
     }
-    for name in curve:
+    for name in ("product_fp32", "product_bf16"):
         points = getattr(cluster, name)
         plain[name] = f"{points[0][1]:g} to {max(rate for _, rate in points):g} TFLOP/s"
+    known = dict(cluster.sources)
     for level in ("inside", "between"):
-        link = getattr(cluster, level)
-        plain[f"{level}.gb_per_s"] = f"{link.gb_per_s:g}"
-        plain[f"{level}.message_us"] = f"{link.message_us:g}"
-    known = {**cluster.sources, **_of_links(cluster.sources)}
-    described = "ranks on", "ranks_per_node"
-    rows = [
-        [name, value, known.get(name, "" if name in described else "no source given")] for name, value in plain.items()
-    ]
+        for figure in ("gb_per_s", "message_us"):
+            plain[f"{level}.{figure}"] = f"{getattr(getattr(cluster, level), figure):g}"
+            if level in known:  # the source of a whole link
+                known[f"{level}.{figure}"] = known[level]
+    known = {"ranks on": "", "ranks_per_node": "", **known}
+    rows = [[name, value, known.get(name, "no source given")] for name, value in plain.items()]
     return Table(["figure", "value", "source"], rows, caption="The cluster", text_columns=3)
-
-
-def _of_links(sources: dict[str, str]) -> dict[str, str]:
-    """Name the source of a whole link at both its figures."""
-    return {
-        f"{level}.{figure}": sources[level]
-        for level in ("inside", "between")
-        for figure in ("gb_per_s", "message_us")
-        if level in sources
-    }
