@@ -11,7 +11,7 @@ grammar.
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
@@ -25,18 +25,8 @@ _WHOLE_QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
 _SWEPT = re.compile(r"(choice|range|interval|glob|sort|shuffle|tag)\(.*\)", re.DOTALL)
 _CAST = re.compile(r"(int|float|str|bool)\(.*\)", re.DOTALL)
 _PLAIN = re.compile(r"[\w./-]+", re.ASCII)
-_BOOLS = {
-    "true": True,
-    "yes": True,
-    "on": True,
-    "y": True,
-    "1": True,
-    "false": False,
-    "no": False,
-    "off": False,
-    "n": False,
-    "0": False,
-}
+_BOOLS = dict.fromkeys(("true", "yes", "on", "y", "1"), "true")
+_BOOLS |= dict.fromkeys(("false", "no", "off", "n", "0"), "false")
 _SHOWN = 80  # characters of a value in a line
 
 
@@ -126,7 +116,7 @@ def _ready(argument: str, following: str, known: Known, sweep: bool) -> str:
         return f"++{name}={_of_any_type(name, value, known, sweep)}"  # the router's own; only it knows their names
     if name not in known.options:
         raise UserError(_unknown(name, value, known))
-    if _SWEPT.fullmatch(value) and (sweep or _text_of(known.options[name]) is None):
+    if _SWEPT.fullmatch(value) and (sweep or not _takes_text(known.options[name])):
         require(sweep, f"{name}={_short(value)}: several values need -m, which runs each")
         return f"{name}={value}"
     adds = "++" if get_origin(known.options[name]) is dict else ""
@@ -151,36 +141,33 @@ def _choice(name: str, value: str, sweep: bool) -> str:
 def _value(name: str, value: str, known: Known, sweep: bool) -> str:
     kind = known.options[name]
     inner = not_none(kind)
-    nullable = inner is not kind
+    is_list = get_origin(inner) is list
+    item = get_args(inner)[0] if is_list else kind
 
-    def text(part: str) -> str:
-        return _text(part, known)
+    def one(part: str) -> str:
+        if inner is not kind and _is_null(part):
+            return "null"
+        inside = part.strip()
+        bare = not (inside.startswith("[") and inside.endswith("]"))
+        if bare or not (is_list or inner is Any):
+            return f"[{scalar(part)}]" if is_list else scalar(part)
+        parts = _split(inside[1:-1]) if inside[1:-1].strip() else []
+        return f"[{','.join(map(scalar, parts))}]"
 
-    def scalar(item: Any) -> Callable[[str], str]:
-        return lambda part: _scalar(name, value, part, item)
+    def scalar(part: str) -> str:
+        return _text(part, known) if _takes_text(item) else _scalar(name, value, part, item)
 
-    one: Callable[[str], str]
-    if inner is str:
-        one = text
-    elif inner is Any:
-        one = _list(text, single=True)
-    elif get_origin(inner) is list:
-        (item,) = get_args(inner)
-        one = _list(text if item is str else scalar(item))
-    else:
-        one = scalar(kind)
-    lists = get_origin(inner) is list
-    if lists and value.count("[") != value.count("]"):
+    if is_list and value.count("[") != value.count("]"):
         raise UserError(f"{name}={_short(value)}: a bracket is missing; must be a {allowed(kind)}, such as [1,2]")
-    if lists and not sweep and not value.strip().startswith("["):
+    if is_list and not sweep and not value.strip().startswith("["):
         value_parts = [value] if _is_null(value) else [f"[{value}]"]
-    elif sweep or _text_of(kind) is None:
+    elif sweep or not _takes_text(kind):
         value_parts = _split(value)
     else:
         value_parts = [value]
     if len(value_parts) > 1 and not sweep:
         raise UserError(f"{name}={_short(value)}: must be {_words(kind)}; several values need -m, which runs each")
-    return ",".join("null" if nullable and _is_null(p) else one(p) for p in value_parts)
+    return ",".join(map(one, value_parts))
 
 
 def _of_any_type(name: str, value: str, known: Known, sweep: bool) -> str:
@@ -200,26 +187,12 @@ def _is_typed(value: str) -> bool:
     return is_list or text.lower() in ("true", "false", "null") or _number(text) is not None
 
 
-def _text_of(kind: Any) -> Any:
-    """Return the type of an option that takes text, else None."""
-    return kind if not_none(kind) in (str, Any) else None
+def _takes_text(kind: Any) -> bool:
+    return not_none(kind) in (str, Any)
 
 
 def _is_null(value: str) -> bool:
     return value.strip().lower() == "null"
-
-
-def _list(one: Callable[[str], str], *, single: bool = False) -> Callable[[str], str]:
-    """Write a list; with `single` a value that has no brackets is none."""
-
-    def write(value: str) -> str:
-        inside = value.strip()
-        if not (inside.startswith("[") and inside.endswith("]")):
-            return one(value) if single else f"[{one(value)}]"
-        parts = _split(inside[1:-1]) if inside[1:-1].strip() else []
-        return f"[{','.join(one(part) for part in parts)}]"
-
-    return write
 
 
 def _scalar(name: str, whole: str, value: str, kind: Any) -> str:
@@ -236,10 +209,11 @@ def _scalar(name: str, whole: str, value: str, kind: Any) -> str:
     elif inner is float:
         found = _number(plain)
     elif inner is bool:
-        found = {True: "true", False: "false", None: None}[_BOOLS.get(plain.lower())]
+        found = _BOOLS.get(plain.lower())
     elif isinstance(inner, type) and issubclass(inner, Enum):
         found = plain if plain in inner.__members__ else None
-        hint = _did_you_mean(plain, inner.__members__)
+        close = get_close_matches(plain.lower(), inner.__members__, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
     else:
         return value
     if found is None:
@@ -300,9 +274,7 @@ def unquoted(value: str) -> str:
     """Return the text that a value stands for; the value may be quoted."""
     if not _WHOLE_QUOTED.fullmatch(value):
         return value
-    mark = value[0]
-    inside = re.sub(rf"(\\*)({mark}|\Z)", lambda m: m[1][: len(m[1]) // 2] + m[2], value[1:-1])
-    return inside
+    return re.sub(rf"(\\*)({value[0]}|\Z)", lambda m: m[1][: len(m[1]) // 2] + m[2], value[1:-1])
 
 
 def _split(value: str) -> list[str]:
@@ -351,9 +323,7 @@ def _unknown(name: str, value: str, known: Known) -> str:
     close = _close(name, known)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     section = name.rpartition(".")[0]
-    if section not in known.sections:
-        section = ""
-    start = f"{section}." if section else ""
+    start = f"{section}." if section in known.sections else ""
     inside = [o.removeprefix(start) for o in (*known.groups, *known.sections, *known.options) if o.startswith(start)]
     own = dict.fromkeys(o for o in inside if "." not in o)
     return f"{name}={_short(value)}: no such option; {hint}allowed: {', '.join(own)}"
@@ -379,11 +349,6 @@ def for_flag(flag: str, following: str | None, known: Known) -> str:
     close = _close(name, known)
     hint = f"; did you mean {close[0]}={value or 'VALUE'}?" if close else ""
     return f"{flag}: no such flag; options are NAME=VALUE, and --help lists them{hint}"
-
-
-def _did_you_mean(text: str, names: Any) -> str:
-    found = get_close_matches(text.lower(), list(names), n=1)
-    return f"; did you mean {found[0]}?" if found else ""
 
 
 def choice_hint(conf: Path, group: str, choice: str) -> str:

@@ -68,7 +68,7 @@ def run_program(
         _check_start(name, place.ranks, many_ranks=many_ranks)
         if {"-h", "--help", "--version"} & set(sys.argv[1:]):
             if place.rank == 0:
-                _print_version_or_help(name, schema, sys.argv[1:])
+                _print_help(name, schema, sys.argv[1:])
             sys.exit(0)
         sys.argv = [sys.argv[0], *_arguments(name, schema, sys.argv[1:])]
         with tempfile.TemporaryDirectory(prefix="foreroute-jobs-") as folder:
@@ -153,10 +153,8 @@ def _check_files(folder: str | None, known: Known) -> None:
     their head."""
     if folder is None:
         return
-    files = [
-        *Path(folder).glob("*.yaml"),
-        *(f for group in known.groups for f in (Path(folder) / group).rglob("*.yaml")),
-    ]
+    folders = [Path(folder) / group for group in known.groups]
+    files = [*Path(folder).glob("*.yaml"), *(file for inner in folders for file in inner.rglob("*.yaml"))]
     for path in files:
         try:
             text = path.read_text(encoding="utf-8")
@@ -166,16 +164,12 @@ def _check_files(folder: str | None, known: Known) -> None:
             raise BadOption(f"{path}: begins with a byte-order mark; save it as UTF-8 without one")
 
 
-def _print_version_or_help(name: str, schema: type, arguments: Sequence[str]) -> None:
+def _print_help(name: str, schema: type, arguments: Sequence[str]) -> None:
+    """Print the versions, or the program's help, or that of the topics after --help, with the options' values under the
+    groups' choices of the command line."""
     if "--version" in arguments:
         print(f"foreroute {foreroute.__version__} (PyTorch {version('torch')})")
-    else:
-        _print_help(name, schema, arguments)
-
-
-def _print_help(name: str, schema: type, arguments: Sequence[str]) -> None:
-    """Print the program's help, or that of the topics after --help, with the options' values under the groups' choices
-    of the command line."""
+        return
     groups = groups_of(CONF / f"{name}.yaml")
     chosen = [text for text in arguments if "=" in text and text.split("=")[0] in groups and "," not in text]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):

@@ -92,7 +92,9 @@ def _written(parts: Sequence[_Part], width: int) -> str:
         formatter_class=lambda prog: HelpFormatter(prog, max_help_position=32, width=width),
     )
     for part in parts:
-        _add(parser, part.title, part.meaning, part.lines)
+        group = parser.add_argument_group(part.title, _escaped(part.meaning) or None)
+        for label, text in part.lines.items():
+            group.add_argument(label.replace("-", "_"), metavar=label, help=_escaped(text))
     return parser.format_help().lstrip()
 
 
@@ -101,7 +103,9 @@ def _overview(parts: Sequence[_Part], width: int) -> str:
     found: dict[str, list[str]] = {}
     for part in parts:
         if part.has_choices:
-            text = f"{', '.join(_short_names(part.lines))}."
+            folders = Counter(name.rpartition("/")[0] for name in part.lines if "/" in name)
+            alone = [name for name in part.lines if "/" not in name]
+            text = f"{', '.join([*alone, *(f'{folder}/ ({num})' for folder, num in folders.items())])}."
         elif part.name == "options" or not part.meaning:
             text = ", ".join(label.partition("=")[0] for label in part.lines)
         else:
@@ -121,13 +125,6 @@ def _overview(parts: Sequence[_Part], width: int) -> str:
         )
         lines += [f"  {name}".ljust(column) + wrapped[0], *(" " * column + line for line in wrapped[1:])]
     return "\n".join([*lines, ""])
-
-
-def _short_names(choices: Mapping[str, str]) -> list[str]:
-    """Names of choices, those in a folder as its name and how many they are."""
-    folders = Counter(name.rpartition("/")[0] for name in choices)
-    alone = [name for name in choices if "/" not in name]
-    return [*alone, *(f"{folder}/ ({num})" for folder, num in folders.items() if folder)]
 
 
 def _about(topic: str, parts: Sequence[_Part]) -> list[_Part]:
@@ -195,18 +192,13 @@ def sections(schema: type, values: Mapping[str, Any], name: str = "") -> Iterato
             continue
         bounds = field.metadata.get("bounds")
         notes = [allowed(kind), bounds.words if bounds else "", "needed" if value == _NEEDED else ""]
-        meaning = field.metadata.get("help") or _enum_doc(kind)
+        plain = not_none(kind)
+        meaning = field.metadata.get("help") or (_is_enum(plain) and inspect.getdoc(plain)) or ""
         prefix = f"{name}." if name else ""
         own[f"{prefix}{field.name}={_shown(value)}"] = f"{meaning} [{', '.join(filter(None, notes))}]".strip()
     yield name, inspect.getdoc(schema) or "", own
     for section, kind, value in inner:
         yield from sections(kind, value, section)
-
-
-def _add(parser: ArgumentParser, title: str, meaning: str, lines: Mapping[str, str]) -> None:
-    group = parser.add_argument_group(title, _escaped(meaning) or None)
-    for label, text in lines.items():
-        group.add_argument(label.replace("-", "_"), metavar=label, help=_escaped(text))
 
 
 def _escaped(text: str) -> str:
@@ -232,11 +224,6 @@ def not_none(kind: Any) -> Any:
     return found
 
 
-def _enum_doc(kind: Any) -> str:
-    inner = not_none(kind)
-    return inspect.getdoc(inner) or "" if _is_enum(inner) else ""
-
-
 def allowed(kind: Any) -> str:
     """Return the values of a type, in words."""
     if isinstance(kind, UnionType):
@@ -258,7 +245,6 @@ def _shown(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(_shown(item) for item in value)}]"
     if isinstance(value, dict):
-        return (
-            str(value["name"]) if "name" in value else f"{{{', '.join(f'{k}: {_shown(v)}' for k, v in value.items())}}}"
-        )
+        inside = ", ".join(f"{name}: {_shown(inner)}" for name, inner in value.items())
+        return str(value.get("name", f"{{{inside}}}"))
     return "" if value == _NEEDED else str(value) or "''"

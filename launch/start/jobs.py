@@ -140,8 +140,9 @@ class Job:
         begun.write_text(json.dumps(asdict(self._lost)))
         ranks, by_all, reason = find_place().ranks, True, None
         try:
-            if self._in_sweep and ranks > 1:
-                _check_launcher()
+            choices = HydraConfig.get().runtime.choices
+            if self._in_sweep and ranks > 1 and (launcher := choices["hydra/launcher"]) != "basic":
+                raise BadOption(f"hydra/launcher={launcher}: many ranks run a sweep's jobs one by one; leave it out")
             yield
         except (Exception, SystemExit, KeyboardInterrupt) as error:
             failure = told(error)
@@ -162,12 +163,6 @@ class Job:
     def end(self, exit_code: int | None, reason: str | None = None) -> None:
         """Write the outcome; an exit code of None means that the job was not started."""
         self._file.write_text(json.dumps(asdict(replace(self._lost, exit_code=exit_code, reason=reason))))
-
-
-def _check_launcher() -> None:
-    name = HydraConfig.get().runtime.choices["hydra/launcher"]
-    if name != "basic":
-        raise BadOption(f"hydra/launcher={name}: many ranks run a sweep's jobs one by one; leave it out")
 
 
 def speak(failure: Told) -> None:

@@ -64,17 +64,17 @@ def told(error: BaseException) -> Told | None:
         code = 2 if isinstance(error, UserError) else 1
         return Told(code, one_line(error), not error.everywhere or find_place().rank == 0)
     if isinstance(error, torch.OutOfMemoryError):
-        return Told(
-            1,
+        line = (
             f"{one_line(error).partition('. ')[0]}: needs fewer data.streams, more train.accumulation or"
-            " train.recompute=true; launch.certify device_memory_gb=GB says beforehand what fits",
+            " train.recompute=true; launch.certify device_memory_gb=GB says beforehand what fits"
         )
+        return Told(1, line)
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
-        return Told(
-            1,
+        line = (
             f"this machine's memory does not hold it ({_asked_bytes(error)}): needs a smaller model, fewer data.streams"
-            " or a shorter data.segment; launch.certify says beforehand what a run takes",
+            " or a shorter data.segment; launch.certify says beforehand what a run takes"
         )
+        return Told(1, line)
     if isinstance(error, BrokenPipeError):  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return Told(128 + signal.SIGPIPE)

@@ -5,10 +5,10 @@ runs torchrun in a shell of one task. So the variables of several may be there, 
 
 | variables there | whose place counts |
 |---|---|
-| none | one rank alone; so too in a Slurm batch script outside srun, which has SLURM_PROCID but no SLURM_STEP_NUM_TASKS
-| | RANK, with TORCHELASTIC_RUN_ID (torchrun) or CROSS_SIZE (deepspeed) | torchrun's, deepspeed's; whatever else is
-there belongs to who started it | | OMPI_COMM_WORLD_RANK | Open MPI's, whatever Slurm says: mpirun starts its daemons by
-srun | | PMI_RANK, Slurm's the same | Slurm's: srun --mpi=pmi2 |
+| none | one rank alone; so too in a Slurm batch script outside srun: SLURM_PROCID without SLURM_STEP_NUM_TASKS |
+| RANK, with TORCHELASTIC_RUN_ID (torchrun) or CROSS_SIZE (deepspeed) | theirs; all else belongs to who started them |
+| OMPI_COMM_WORLD_RANK | Open MPI's, whatever Slurm says: mpirun starts its daemons by srun |
+| PMI_RANK, Slurm's the same | Slurm's: srun --mpi=pmi2 |
 | PMI_RANK, Slurm's another | MPICH's or Intel MPI's: mpiexec starts its daemons by srun |
 | SLURM_PROCID and SLURM_STEP_NUM_TASKS | Slurm's: srun |
 | RANK by hand, alone | these; LOCAL_RANK must be there too |
@@ -82,10 +82,6 @@ class Place:
         """The ranks can talk by MPI."""
         return self.launcher is not None and self.launcher.mpi
 
-    def same(self, other: "Place") -> bool:
-        """Return whether both are the same rank of equally many."""
-        return (self.rank, self.ranks) == (other.rank, other.ranks)
-
 
 def find_place(environ: Mapping[str, str] = os.environ) -> Place:
     """Read the launchers' variables; one rank alone if there are none. The table above defines whose count.
@@ -101,10 +97,8 @@ def find_place(environ: Mapping[str, str] = os.environ) -> Place:
         return TORCH.read(environ)
     if found is None:
         return Place()
-    assert found.launcher is not None
     if by_hand:
-        for name, value in (("RANK", found.rank), ("WORLD_SIZE", found.ranks)):
-            _refuse_contradiction(found.launcher, name, value, environ)
+        _refuse_contradiction(found, TORCH, environ)
         if environ.get("LOCAL_RANK", "").isdecimal():
             return replace(found, local_rank=int(environ["LOCAL_RANK"]))
     return found
@@ -115,27 +109,29 @@ def _started(environ: Mapping[str, str]) -> Place | None:
     if OPEN_MPI.there(environ):
         place = OPEN_MPI.read(environ)
         if MPICH.there(environ):
-            for name, value in ((MPICH.rank, place.rank), (MPICH.ranks, place.ranks)):
-                _refuse_contradiction(OPEN_MPI, name, value, environ)
+            _refuse_contradiction(place, MPICH, environ)
         return place
     by_slurm = SLURM.read(environ) if SLURM.ranks in environ else None
     if not MPICH.there(environ):
         return by_slurm
     if by_slurm is not None:
         place = MPICH.read({MPICH.local_rank: "0", **environ})
-        if place.same(by_slurm):
+        if (place.rank, place.ranks) == (by_slurm.rank, by_slurm.ranks):
             return by_slurm
     alone = {MPICH.local_rank: "0"} if environ.get(MPICH.ranks) == "1" else {}
     return MPICH.read({**alone, **environ})
 
 
-def _refuse_contradiction(launcher: Launcher, name: str, value: int, environ: Mapping[str, str]) -> None:
-    said = environ.get(name)
-    require(
-        said is None or said == str(value),
-        f"{name}={said}: {launcher.name} started this process as rank {environ[launcher.rank]} of "
-        f"{environ[launcher.ranks]}; unset {name}, which something else left behind",
-    )
+def _refuse_contradiction(place: Place, other: Launcher, environ: Mapping[str, str]) -> None:
+    """Refuse variables of another launcher that contradict a place."""
+    launcher = place.launcher
+    assert launcher is not None
+    for name, value in ((other.rank, place.rank), (other.ranks, place.ranks)):
+        require(
+            environ.get(name) in (None, str(value)),
+            f"{name}={environ.get(name)}: {launcher.name} started this process as rank {environ[launcher.rank]} of "
+            f"{environ[launcher.ranks]}; unset {name}, which something else left behind",
+        )
 
 
 def find_device(place: Place, environ: Mapping[str, str] = os.environ) -> torch.device:
