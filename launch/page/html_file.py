@@ -55,7 +55,7 @@ def html(page: Page, generator: str = "foreroute") -> str:
     allowed = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts)
     env = environment()
     env.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
-    env.filters["unbroken"] = _unbroken
+    env.filters["unbroken"] = lambda text: text.replace(" = ", "\u00a0=\u00a0")  # keeps k = 4 on one line
     env.globals |= {
         "blocks": blocks,
         "legend": legend,
@@ -131,11 +131,6 @@ def legend(chart: Chart) -> list[LegendKey]:
 
 def _with_faint(palette: dict[str, str]) -> dict[str, str]:
     return palette | {f"c{i}-faint": palette[f"c{i}"] + _FAINT for i in range(COLOURS)}
-
-
-def _unbroken(text: str) -> str:
-    """Keep equations such as k = 4 on one line."""
-    return text.replace(" = ", "\u00a0=\u00a0")
 
 
 def _ascii_script(script: str) -> str:

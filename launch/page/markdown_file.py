@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 
 from foreroute.launch.page.html_file import environment
-from foreroute.launch.page.parts import Curve, KeyFigure, Page, Part
+from foreroute.launch.page.parts import Curve, Page, Part
 
 _SPECIAL = str.maketrans({c: f"\\{c}" for c in "\\`*_[]<>|#"})
 
@@ -29,7 +29,8 @@ def markdown(page: Page, prefix: str = "", *, opening: str = "") -> tuple[str, d
         return name
 
     env = environment(trim=True)
-    env.globals |= {"lines": _lines, "cells_of": _cells_of, "picture_of": picture_of}
+    env.globals |= {"lines": _lines, "picture_of": picture_of}
+    env.globals["cells_of"] = lambda figures: [[figure.label, figure.value, figure.note] for figure in figures]
     env.filters["plain"] = plain
     text = env.get_template("page.md").render(page=page, opening=opening.strip())
     return text.rstrip() + "\n", pictures
@@ -38,10 +39,6 @@ def markdown(page: Page, prefix: str = "", *, opening: str = "") -> tuple[str, d
 def plain(text: str) -> str:
     """Escape the characters that Markdown would interpret."""
     return text.translate(_SPECIAL)
-
-
-def _cells_of(figures: Sequence[KeyFigure]) -> list[list[str]]:
-    return [[figure.label, figure.value, figure.note] for figure in figures]
 
 
 def _lines(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int) -> Iterator[list[str]]:

@@ -27,6 +27,7 @@ def figure_of(chart: Chart) -> go.Figure:
     else:
         traces, layout = _heat_map(chart)
     axis = {"gridcolor": "var(--rule)", "linecolor": "var(--muted)", "zeroline": False, "automargin": True}
+    ink = {"color": "var(--ink)"}
     figure = go.Figure(traces)
     figure.update_layout(
         template="none",
@@ -36,12 +37,7 @@ def figure_of(chart: Chart) -> go.Figure:
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "system-ui, sans-serif", "size": 12, "color": "var(--muted)"},
-        hoverlabel={
-            "bgcolor": "var(--card)",
-            "bordercolor": "var(--rule)",
-            "font": {"color": "var(--ink)"},
-            "namelength": -1,
-        },
+        hoverlabel={"bgcolor": "var(--card)", "bordercolor": "var(--rule)", "font": ink, "namelength": -1},
         xaxis={**axis, "title": {"text": escape(chart.x_label), "standoff": 8}, "ticks": ""},
         yaxis={**axis, "title": {"text": escape(chart.y_label), "standoff": 8}, "ticks": ""},
     )
@@ -128,16 +124,13 @@ def _bars(chart: Bars) -> tuple[list[Any], dict[str, Any]]:
             )
             base = [low + value for low, value in zip(base, values, strict=True)]
         if bar.mark is not None:
-            line = {"width": 2, "color": "var(--muted)"}
-            zeros = [0.0] * len(bar.mark)
-            name = escape(f"{bar.name}, {chart.mark}")
             traces.append(
                 go.Bar(
                     **common,
-                    y=zeros,
+                    y=[0.0] * len(bar.mark),
                     base=_short(bar.mark),
-                    name=name,
-                    marker={"line": line},
+                    name=escape(f"{bar.name}, {chart.mark}"),
+                    marker={"line": {"width": 2, "color": "var(--muted)"}},
                     hovertemplate="%{base:,.5~g}",
                 )
             )

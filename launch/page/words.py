@@ -82,26 +82,21 @@ def _numbers_of_heat_map(chart: HeatMap) -> Table:
             spread = [min(known), median(known), max(known)] if known else [float("nan")] * 3
             cells = [*(_cell(value) for value in spread), most]
         rows.append([place_text(chart.x[i]), *cells])
-    few = len(chart.rows) <= _COLUMNS
-    names = (
-        [f"{chart.y_label} {row}" for row in chart.rows]
-        if few
-        else ["least", "median", "most", f"{chart.y_label} with the most"]
-    )
+    names = ["least", "median", "most", f"{chart.y_label} with the most"]
+    if len(chart.rows) <= _COLUMNS:
+        names = [f"{chart.y_label} {row}" for row in chart.rows]
     return Table([chart.x_label, *names], rows, text_columns=0, notes=_note(len(chart.x)))
 
 
 def _numbers_of_bars(chart: Bars) -> Table:
-    header, columns = [chart.x_label], []
+    columns: dict[str, Sequence[float]] = {}
     for bar in chart.bars:
         for name, part in zip(chart.stack, bar.parts, strict=True):
-            header.append(f"{bar.name}, {name}" if len(chart.stack) > 1 else bar.name)
-            columns.append(part)
+            columns[f"{bar.name}, {name}" if len(chart.stack) > 1 else bar.name] = part
         if bar.mark is not None:
-            header.append(f"{bar.name}, {chart.mark}")
-            columns.append(bar.mark)
-    rows = [[group, *(_cell(column[i]) for column in columns)] for i, group in enumerate(chart.groups)]
-    return Table(header, rows)
+            columns[f"{bar.name}, {chart.mark}"] = bar.mark
+    rows = [[group, *(_cell(column[i]) for column in columns.values())] for i, group in enumerate(chart.groups)]
+    return Table([chart.x_label, *columns], rows)
 
 
 def _some(count: int) -> list[int]:
@@ -144,9 +139,6 @@ def byte_text(value: float) -> str:
     return f"{value:.{digits}f} {units[place]}"
 
 
-_PREFIXES = ["", "k", "M", "G", "T", "P", "E", "Z"]
-
-
 def percent(part: float, whole: float) -> str:
     """Write a part of a whole as a percentage."""
     return f"{part / whole:.1%}" if whole and isfinite(part) else "-"
@@ -168,9 +160,10 @@ def duration(seconds: float) -> str:
 
 def count_text(value: float) -> str:
     """Write a large count with three digits and a decimal prefix: 3444992 is 3.44 M."""
+    prefixes = ["", "k", "M", "G", "T", "P", "E", "Z"]
     if not isfinite(value):
         return "-"
     value, place = float(f"{value:.3g}"), 0
-    while abs(value) >= 1000 and place < len(_PREFIXES) - 1:
+    while abs(value) >= 1000 and place < len(prefixes) - 1:
         value, place = value / 1000, place + 1
-    return f"{value:.3g} {_PREFIXES[place]}".strip()
+    return f"{value:.3g} {prefixes[place]}".strip()
