@@ -54,7 +54,11 @@ def peak_of(train: TrainConfig, kernels: KernelsConfig, device: torch.device) ->
         return Peak(train.peak_tflops * 1e12, "train.peak_tflops")
     if device.type != "cuda":
         return Peak(0.0, "unknown: python -m benchmarks.calibrate measures a CPU; set train.peak_tflops")
-    return _from_sheet(torch.cuda.get_device_name(device), number_format(train.precision, kernels.precision))
+    name = torch.cuda.get_device_name(device)
+    if name not in SHEETS:
+        return Peak(0.0, f"unknown: no figure for {name}; set train.peak_tflops")
+    sheet, number = SHEETS[name], number_format(train.precision, kernels.precision)
+    return Peak(getattr(sheet, number) * 1e12, f"{sheet.sheet}, dense {number}")
 
 
 def number_format(precision: Precision, matmul: MatmulPrecision) -> str:
@@ -62,10 +66,3 @@ def number_format(precision: Precision, matmul: MatmulPrecision) -> str:
     if precision is Precision.bf16:
         return "bf16"
     return "tf32" if matmul is MatmulPrecision.tf32 else "fp32"
-
-
-def _from_sheet(name: str, number: str) -> Peak:
-    found = SHEETS.get(name)
-    if found is None:
-        return Peak(0.0, f"unknown: no figure for {name}; set train.peak_tflops")
-    return Peak(getattr(found, number) * 1e12, f"{found.sheet}, dense {number}")

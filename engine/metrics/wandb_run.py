@@ -96,17 +96,13 @@ class WandbRun:
             )
         except wandb.Error as error:
             raise UserError(f"wandb.mode={config.mode.value}: {error}") from error
-        self._define()
+        for axis in ("tokens", "flops"):
+            self._run.define_metric(axis)
+        for loss in ("valid_loss", "valid_bpc"):  # of which the table of runs shows the least
+            self._run.define_metric(loss, step_metric="tokens", summary="min")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="foreroute-wandb")
         self._given: deque[Future[None]] = deque()
         self._lost = False
-
-    def _define(self) -> None:
-        """Define the axis of charts, and the number of a series that the table of runs shows."""
-        for axis in ("tokens", "flops"):
-            self._run.define_metric(axis)
-        for name in ("valid_loss", "valid_bpc"):
-            self._run.define_metric(name, step_metric="tokens", summary="min")
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Pass the values of a step to the thread; the caller must not change them afterwards."""
@@ -179,12 +175,11 @@ def _drawn(name: str, value: Any) -> dict[str, Any]:
     if axes == ("rank",) and len(value) > MOST_RANKS:
         return {f"{name}/{of.__name__}": of(value) for of in (min, statistics.median, max)}
     if axes == ("layer", "expert"):
-        return {f"{name}/{layer}": _histogram(rows_E) for layer, rows_E in enumerate(value)}
+        return {
+            f"{name}/{layer}": wandb.Histogram(np_histogram=(rows_E, list(range(len(rows_E) + 1))))
+            for layer, rows_E in enumerate(value)
+        }
     if axes == ("rank", "peer"):
         links = ((rank, peer) for rank, to in enumerate(value) for peer in range(len(to)))
         return {f"{name}/{rank}/{peer}": value[rank][peer] for rank, peer in links}
     return {f"{name}/{place}": number for place, number in enumerate(value)}
-
-
-def _histogram(rows_E: list[float]) -> wandb.Histogram:
-    return wandb.Histogram(np_histogram=(rows_E, list(range(len(rows_E) + 1))))

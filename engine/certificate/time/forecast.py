@@ -333,14 +333,7 @@ def _overrides(before: Layout, after: Layout) -> list[str]:
         for f in fields(old):
             value = getattr(new, f.name)
             if value != getattr(old, f.name) and f.name != "expert_ranks":
-                text = (
-                    value.name
-                    if hasattr(value, "name")
-                    else "null"
-                    if value is None
-                    else f"{value:g}"
-                    if isinstance(value, float)
-                    else value
-                )
+                text = "null" if value is None else f"{value:g}" if isinstance(value, float) else value
+                text = getattr(value, "name", text)
                 found.append(f"{section}.{f.name}={text}")
     return found
