@@ -15,7 +15,7 @@ from foreroute.engine.certificate.check import Check, fits, fits_tables, fits_te
 from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.record import Written, read
 from foreroute.engine.config import Backend, Config, Split, WandbMode, to_plain
-from foreroute.engine.config.option import option
+from foreroute.engine.config.option import by_full_name, option
 from foreroute.engine.config.unused_options import rules, unused
 from foreroute.engine.data.corpus import PreparedCorpus, prepare
 from foreroute.engine.evaluation.held_out import Evaluation, slimming_curve
@@ -26,7 +26,7 @@ from foreroute.engine.routing.methods import idle_options, method_of, option_use
 from foreroute.engine.train.resolve import resolve
 from foreroute.engine.train.trainer import Trainer
 from foreroute.launch.runs.facts import write_facts
-from foreroute.launch.runs.folder import RunFolder, open_run
+from foreroute.launch.runs.folder import TEXT_PLACES, RunFolder, open_run
 from foreroute.launch.runs.lengths import other_length
 from foreroute.launch.runs.summary import final_numbers, result_table, summarise
 from foreroute.launch.runs.sweep_table import report_sweep
@@ -183,9 +183,7 @@ def _check(written: Written | None, trainer: Trainer) -> Check | None:
 
 def _options(plain: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return every option on which the ranks must agree, by name; each machine may have the text in another place."""
-    found = {f"{s}.{name}": value for s, options in plain.items() for name, value in options.items()}
-    own = "corpus.path", "corpus.valid_path", "corpus.test_path", "corpus.tokenizer", "corpus.cache_dir"
-    return {name: value for name, value in found.items() if name not in own}
+    return {name: value for name, value in by_full_name(plain).items() if name not in TEXT_PLACES}
 
 
 def _open_metrics(run: RunFolder, trainer: Trainer, check: Check | None, note: Callable[[str], None]) -> Metrics | None:

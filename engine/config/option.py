@@ -4,7 +4,7 @@ They are metadata of the dataclass field, under "help" as in other command lines
 below a field exists in the source alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
@@ -74,6 +74,11 @@ def required(text: str) -> Any:
 def option_names(**names_by_section: Sequence[str]) -> tuple[str, ...]:
     """Return the full names of options: data=("start",) gives "data.start"."""
     return tuple(f"{section}.{name}" for section, names in names_by_section.items() for name in names)
+
+
+def by_full_name(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return options by their full names: {"data": {"start": 0.5}} gives {"data.start": 0.5}."""
+    return {f"{section}.{name}": value for section, options in sections.items() for name, value in options.items()}
 
 
 def check(section: str, config: Any) -> None:

@@ -9,22 +9,15 @@ from typing import NamedTuple
 
 from foreroute.engine.config.enums import Decay, Growth
 from foreroute.engine.config.model import expert_layers
+from foreroute.engine.config.option import option_names
 from foreroute.engine.config.run import Config
 
-_DENSE = (
-    "schedule.growth",
-    "schedule.k_min",
-    "schedule.steps",
-    "eval.k",
-    "kernels.backend",
-    "kernels.mode",
-    "kernels.debug",
-    "kernels.masked_from_k",
-    "parallel.exchange",
-    "parallel.wire",
-    "parallel.chunks",
-    "parallel.expert_ranks",
-    "moe.residual",
+_DENSE = option_names(
+    schedule=("growth", "k_min", "steps"),
+    eval=("k",),
+    kernels=("backend", "mode", "debug", "masked_from_k"),
+    parallel=("exchange", "wire", "chunks", "expert_ranks"),
+    moe=("residual",),
 )
 _ROUTERS = {
     *("ngram", "rows", "builder", "pack", "weights", "spread", "share_table", "options"),

@@ -8,12 +8,15 @@ from math import isfinite
 from typing import Any
 
 from foreroute.engine.config import Config, to_plain
+from foreroute.engine.config.option import by_full_name
 from foreroute.launch.page.parts import Chart, Curve, KeyFigure, Line, Page, Section, Table
 from foreroute.launch.page.words import byte_text, count_text, duration
 from foreroute.launch.report.charts import QUALITY_OVER, X_LABELS, curve, line_of, section, text
 from foreroute.launch.report.run_data import POINTS, RunData, metric_series, number, plain_dict
 from foreroute.launch.report.steps import exchange, experts, time
 from foreroute.launch.runs.folder import MEASURED, OF_MACHINE
+from foreroute.launch.runs.plots import BASELINES
+from foreroute.launch.start.help import value_text
 
 LEAD = (
     "Drag in a chart to zoom, double-click to go back. Press a name above a chart to hide its line. A table beneath "
@@ -27,7 +30,6 @@ _STATES = {
 }
 HIDDEN = {*OF_MACHINE, "kernels.backend"}
 """Options that say where the steps are computed; the backend that a run writes follows from its device."""
-_BASELINES = {"order 2": "order2_bpc", "order 3": "order3_bpc", "bzip2 -9": "bzip2_bpc"}
 
 
 def run_page(run: RunData) -> Page:
@@ -161,7 +163,7 @@ def _slimming(run: RunData) -> list[Section]:
         return []
     charts: list[Chart] = []
     points, arithmetic = by_k(run), by_arithmetic(run)
-    baselines = {label: number(run.summary.get(name)) for label, name in _BASELINES.items()}
+    baselines = {label: number(run.summary.get(name)) for label, name in BASELINES.items()}
     if points:
         k = [float(k) for k, _ in points]
         lines = [Line("model", k, [bpc for _, bpc in points]), *_levels(baselines, k[0], k[-1])]
@@ -258,9 +260,7 @@ def _facts(run: RunData) -> Table:
 def changed_options(run: RunData) -> dict[str, tuple[Any, Any]]:
     """Return the options of the experiment that differ from the defaults, as pairs of the run's value and the default;
     the default is None for an option that does not exist."""
-    defaults = {
-        f"{section}.{name}": value for section, options in to_plain(Config()).items() for name, value in options.items()
-    }
+    defaults = by_full_name(to_plain(Config()))
     return {
         name: (value, defaults.get(name))
         for name, value in run.options.items()
@@ -269,15 +269,6 @@ def changed_options(run: RunData) -> dict[str, tuple[Any, Any]]:
 
 
 def _changed_options(run: RunData) -> list[Table]:
-    rows = [[name, option_text(value), option_text(default)] for name, (value, default) in changed_options(run).items()]
+    rows = [[name, value_text(value), value_text(default)] for name, (value, default) in changed_options(run).items()]
     caption = "Options that differ from the defaults"
     return [Table(["option", "this run", "default"], rows, caption, text_columns=3)] if rows else []
-
-
-def option_text(value: Any) -> str:
-    """Write an option's value as the command line has it."""
-    if value is None or isinstance(value, bool):
-        return str(value).lower().replace("none", "null")
-    if isinstance(value, list):
-        return f"[{','.join(map(option_text, value))}]"
-    return str(value)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from foreroute.engine.config.option import by_full_name
 from foreroute.engine.errors import UserError
 from foreroute.engine.metrics.names import JSONL, read_lines, steps_between
 from foreroute.launch.runs.folder import CONFIG, FACTS, STATE, SUMMARY
@@ -232,9 +233,7 @@ def _read_options(file: Path, missing: list[str]) -> dict[str, Any]:
     except UserError:
         missing.append(file.name)
         return {}
-    return {
-        f"{section}.{name}": value for section, options in plain.items() for name, value in plain_dict(options).items()
-    }
+    return by_full_name({section: plain_dict(options) for section, options in plain.items()})
 
 
 def _add_seconds(lines: list[dict[str, Any]]) -> None:

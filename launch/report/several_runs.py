@@ -14,13 +14,13 @@ from foreroute.launch.report.one_run import (
     LEAD,
     by_arithmetic,
     by_k,
-    option_text,
     parameters_of,
     state_of,
     step_of,
     tokens_per_second_of,
 )
 from foreroute.launch.report.run_data import RunData, metric_series, number, plain_dict
+from foreroute.launch.start.help import value_text
 
 _OWN = {*HIDDEN, "train.valid_every"}
 _FEW = 3  # options
@@ -80,7 +80,7 @@ def differing_options(runs: Sequence[RunData]) -> list[str]:
     known = [run.options for run in runs if run.options]
     names = dict.fromkeys(name for options in known for name in options)
     return [
-        name for name in names if name not in _OWN and len({option_text(options.get(name)) for options in known}) > 1
+        name for name in names if name not in _OWN and len({value_text(options.get(name)) for options in known}) > 1
     ]
 
 
@@ -95,7 +95,7 @@ def _figures(best: RunData, label: str) -> list[KeyFigure]:
 
 def _words(runs: Sequence[RunData]) -> list[str]:
     texts = {str(run.summary["corpus_sha256"]) for run in runs if "corpus_sha256" in run.summary}
-    cut = {option_text(run.options.get("corpus.tokens")) for run in runs if run.options}
+    cut = {value_text(run.options.get("corpus.tokens")) for run in runs if run.options}
     words = (
         "These runs read different texts, or cut them into symbols differently: their bits per symbol are not"
         " comparable."
@@ -109,7 +109,7 @@ def _table(
     ks = sorted({k for run in runs for k, _ in by_k(run)})
 
     def option_cell(run: RunData, name: str) -> str:
-        return option_text(run.options[name]) if name in run.options else "-"
+        return value_text(run.options[name]) if name in run.options else "-"
 
     def bpc_cell(run: RunData, k: int) -> str:
         return text(dict(by_k(run)).get(k, nan), "{:.3f}")
@@ -172,10 +172,10 @@ def _slimming(drawn: Sequence[_Drawn]) -> list[Chart]:
     ]
     flops = [x for line in over_flops for x in line.x]
     wide = bool(flops) and max(flops) > _WIDE * min(flops)
-    over, of_k, title = "FLOP per symbol, forward pass", "active experts k", "Bits per symbol over"
+    title, x_label = "Bits per symbol over inference arithmetic", "FLOP per symbol, forward pass"
     return [
-        *_chart(f"{title} k", of_k, "bits per symbol", over_k, x_log=True),
-        *_chart(f"{title} inference arithmetic", over, "bits per symbol", over_flops, x_log=wide, x_base=10),
+        *_chart("Bits per symbol over k", "active experts k", "bits per symbol", over_k, x_log=True),
+        *_chart(title, x_label, "bits per symbol", over_flops, x_log=wide, x_base=10),
     ]
 
 

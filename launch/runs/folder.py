@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from foreroute.engine.config import Config, TrainConfig, to_plain
-from foreroute.engine.config.option import option, option_names
+from foreroute.engine.config.option import by_full_name, option, option_names
 from foreroute.engine.errors import UserError, require
 from foreroute.engine.parallel.world import World, together
 from foreroute.engine.sealed_files import replacing
@@ -32,8 +32,9 @@ _BEFORE_A_RUN = _NEW_CONFIG, LOCK  # files of a run that was killed before it cl
 MEASURED = "kernels.masked_from_k"
 """The option that a run sets by a measurement at its start (engine/train/resolve.py)."""
 
-_PLACES = option_names(
-    corpus=("path", "valid_path", "test_path", "tokenizer", "cache_dir"),
+TEXT_PLACES = option_names(corpus=("path", "valid_path", "test_path", "tokenizer", "cache_dir"))
+"""Options that say where the text lies, which each machine may have in another place."""
+_PLACES = TEXT_PLACES + option_names(
     data=("prefetch",),
     train=("name", "runs_dir", "resume", "threads", "keep", "save_every", "save_minutes", "log_every", "peak_tflops"),
 )
@@ -82,14 +83,13 @@ class RunFolder:
         Raises:
             UserError: an option that must stay has another value than in the folder's run.
         """
-        before = now if self.earlier is None else to_plain(self.earlier)
-        for section, options in now.items():
-            for name, value in options.items():
-                if value != before[section][name] and not {section, f"{section}.{name}"} & set(FREE):
-                    raise UserError(
-                        f"{section}.{name}={value}: the run in {self.path} was started with {before[section][name]}; "
-                        "a resumed run keeps its options"
-                    )
+        before = by_full_name(now if self.earlier is None else to_plain(self.earlier))
+        for name, value in by_full_name(now).items():
+            if value != before[name] and not {name.partition(".")[0], name} & set(FREE):
+                raise UserError(
+                    f"{name}={value}: the run in {self.path} was started with {before[name]}; a resumed run keeps its"
+                    " options"
+                )
 
     def claim(self, config: Config, vocab: Mapping[str, bytes] | None = None) -> None:
         """Write the resolved configuration: from now on the folder holds this run. Only rank 0 writes.

@@ -7,6 +7,9 @@ from foreroute.engine.metrics.names import read_lines
 from foreroute.launch.page.parts import Curve, Line
 from foreroute.launch.page.pictures import save_picture
 
+BASELINES = {"order 2": "order2_bpc", "order 3": "order3_bpc", "bzip2 -9": "bzip2_bpc"}
+"""Models that count, by their names in charts and tables, and where a run's summary has their bits per symbol."""
+
 
 def plot_loss(metrics: Path, target: Path) -> None:
     """Draw training and validation bpc over symbols from a metrics.jsonl."""

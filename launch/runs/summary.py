@@ -21,13 +21,12 @@ from foreroute.engine.metrics.names import JSONL, read_lines, steps_between
 from foreroute.engine.train.trainer import Trainer
 from foreroute.launch.page.words import byte_text, count_text
 from foreroute.launch.runs.folder import SUMMARY, RunFolder, write_json
-from foreroute.launch.runs.plots import plot_loss, plot_slimming
+from foreroute.launch.runs.plots import BASELINES, plot_loss, plot_slimming
 from foreroute.launch.start.console import clock, table
 
 COUNTED_PER_SYMBOL, COUNTED_AT_LEAST = 100, 16_000_000
 """Training symbols that counting models are fitted on, at most, where eval.max_symbols is set: seconds of a long
 corpus."""
-_BASELINES = {"order 2": "order2_bpc", "order 3": "order3_bpc", "bzip2 -9": "bzip2_bpc"}
 _CHUNK = 1 << 22  # symbols turned into text at a time
 _LAST_LINE = "flops", "peak_device_memory_bytes"  # of metrics.jsonl, for the summary
 
@@ -60,7 +59,7 @@ def summarise(
         "corpus_sha256": corpus.sha256,
         "vocab_sha256": corpus.vocab.fingerprint,
     }
-    lines = {label: baselines[key] for label, key in _BASELINES.items() if key in baselines and label != "order 2"}
+    lines = {label: baselines[key] for label, key in BASELINES.items() if key in baselines and label != "order 2"}
     try:
         plot_loss(run.path / JSONL, run.path / "loss.png")
         plot_slimming(bpc, lines, run.path / "slimming.png")
@@ -136,7 +135,7 @@ def result_table(summary: Mapping[str, Any]) -> str:
         heads.append("bits/byte")
         rows = [[*known, f"{bits:.3f}"] for known, bits in zip(rows, by_byte.values(), strict=True)]
     lines = [table(heads, rows)]
-    if counted := [row(label, summary[key]) for label, key in _BASELINES.items() if key in summary]:
+    if counted := [row(label, summary[key]) for label, key in BASELINES.items() if key in summary]:
         lines.append(table(["counting, no network", "bpc", "to best"], counted))
     return "\n".join([*lines, *_training_lines(summary)])
 

@@ -195,7 +195,7 @@ def sections(schema: type, values: Mapping[str, Any], name: str = "") -> Iterato
         plain = not_none(kind)
         meaning = field.metadata.get("help") or (_is_enum(plain) and inspect.getdoc(plain)) or ""
         prefix = f"{name}." if name else ""
-        own[f"{prefix}{field.name}={_shown(value)}"] = f"{meaning} [{', '.join(filter(None, notes))}]".strip()
+        own[f"{prefix}{field.name}={value_text(value)}"] = f"{meaning} [{', '.join(filter(None, notes))}]".strip()
     yield name, inspect.getdoc(schema) or "", own
     for section, kind, value in inner:
         yield from sections(kind, value, section)
@@ -238,13 +238,13 @@ def allowed(kind: Any) -> str:
     return "a choice of the group" if is_dataclass(kind) else _TYPES.get(kind, "any value")
 
 
-def _shown(value: Any) -> str:
-    """Write a value as on a command line."""
+def value_text(value: Any) -> str:
+    """Write an option's value as a command line has it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list):
-        return f"[{','.join(_shown(item) for item in value)}]"
+        return f"[{','.join(value_text(item) for item in value)}]"
     if isinstance(value, dict):
-        inside = ", ".join(f"{name}: {_shown(inner)}" for name, inner in value.items())
+        inside = ", ".join(f"{name}: {value_text(inner)}" for name, inner in value.items())
         return str(value.get("name", f"{{{inside}}}"))
     return "" if value == _NEEDED else str(value) or "''"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from foreroute.engine.config import Config, CorpusConfig, Split, to_plain
+from foreroute.engine.config.option import by_full_name
 from foreroute.engine.errors import require
 from foreroute.launch.runs.folder import OF_MACHINE
 from foreroute.launch.start.arguments import quote
@@ -115,13 +116,8 @@ class Job:
     @property
     def chosen_options(self) -> dict[str, Any]:
         """Options that are not the default's, but for those of where and how the same steps are computed."""
-        defaults = to_plain(Config())
-        return {
-            f"{section}.{name}": value
-            for section, options in to_plain(self.config).items()
-            for name, value in options.items()
-            if value != defaults[section][name] and f"{section}.{name}" not in OF_MACHINE
-        }
+        defaults, own = by_full_name(to_plain(Config())), by_full_name(to_plain(self.config))
+        return {name: value for name, value in own.items() if value != defaults[name] and name not in OF_MACHINE}
 
     @property
     def analysed(self) -> bool:
