@@ -74,7 +74,8 @@ def peak_memory(
     )
     gpu = runs_on_gpu(layout.config.kernels.backend, device_memory_bytes)
     memory = peak_memory_at(layout, found, vocab_size, gpu=gpu)
-    memory = replace(memory, uncounted_k=_uncounted_k(layout, found))
+    ks = {layout.k(step) for step in range(layout.config.train.steps)} - {of_k.k for of_k in found.by_k}
+    memory = replace(memory, uncounted_k=tuple(sorted(ks)))
     if device_memory_bytes is None:
         return memory
 
@@ -112,11 +113,6 @@ def peak_memory_at(
             rows = bounded_rows(rows, sizes, known_streams)
         candidates.append(_peak(sizes, rows, parameters))
     return max(candidates, key=lambda memory: memory.peak_bytes)
-
-
-def _uncounted_k(layout: Layout, found: Certificate) -> tuple[int, ...]:
-    ks = {layout.k(step) for step in range(layout.config.train.steps)}
-    return tuple(sorted(ks - {of_k.k for of_k in found.by_k if of_k.k is not None}))
 
 
 def largest_number(fits: Callable[[int], bool]) -> int:

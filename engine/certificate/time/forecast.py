@@ -218,12 +218,16 @@ class Forecaster:
         key = (group, streams, config.moe.builder, config.moe.pack)
         if key not in self._counts:
             one = replace(config, data=replace(config.data, streams=streams))
-            steps = sorted(step for part in steps_of_k(layout) for step in _sampled(part))
+            steps = [  # spread over those of each k; k grows and never shrinks
+                part.first + part.steps * (2 * i + 1) // (2 * SAMPLED)
+                for part in steps_of_k(layout)
+                for i in range(SAMPLED)
+            ]
             moe = config.moe
             if moe != self.layout.config.moe:  # to see what travels, one table is as good as one for each layer
                 moe = replace(moe, share_table=True)
             routers = self._routers_of(moe)
-            found = replay(Layout(one, group), self.ids, routers, steps, self._document_starts)
+            found = replay(Layout(one, group), self.ids, routers, sorted(set(steps)), self._document_starts)
             self._counts[key] = list(found)
         return self._counts[key]
 
@@ -318,11 +322,6 @@ def with_rates(layout: Layout, cluster: ClusterConfig) -> Layout:
         memory_gb_per_s=cluster.memory_gb_per_s,
     )
     return replace(layout, config=replace(layout.config, parallel=parallel))
-
-
-def _sampled(part: StepsOfK) -> set[int]:
-    """Choose steps of one k, spread over them; k grows and never shrinks."""
-    return {part.first + part.steps * (2 * i + 1) // (2 * SAMPLED) for i in range(SAMPLED)}
 
 
 def _overrides(before: Layout, after: Layout) -> list[str]:

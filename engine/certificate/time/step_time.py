@@ -217,13 +217,12 @@ def gradient_seconds(layout: Layout, cluster: ClusterConfig, parameters: Paramet
         ring = _Ring(cluster, placement, group.ranks, placement.expert_ranks if number else 1)
         gradient, weights = 4.0 * group.numbers, float(layout.item_bytes * group.numbers)
         if stage < 3:
-            total += (accumulation if stage == 2 else 1) * ring.all_reduce(gradient)
-            total += ring.all_gather(weights) if stage else 0.0
+            total += (accumulation if stage == 2 else 1) * 2 * ring.half(gradient)
+            total += ring.half(weights) if stage else 0.0
         else:
             times = 3 if config.train.recompute else 2
-            reduce = ring.all_reduce if cluster.host_copies else ring.reduce_scatter  # gloo's is one
-            gathered = times * ring.all_gather(weights, len(group.numels))
-            total += accumulation * (reduce(gradient) + gathered)
+            reduce = (2 if cluster.host_copies else 1) * ring.half(gradient)  # gloo's is an all-reduce
+            total += accumulation * (reduce + times * ring.half(weights, len(group.numels)))
     return total
 
 
@@ -236,37 +235,20 @@ class _Ring:
     size: int
     stride: int
 
-    @property
-    def _crosses(self) -> bool:
-        return (self.size - 1) * self.stride >= min(self.placement.ranks_per_node, self.placement.world_size)
+    def half(self, num_bytes: float, messages: int = 1) -> float:
+        """Time a reduce-scatter or an all-gather, each half of an all-reduce: round a ring, or by a tree when that is
+        faster.
 
-    @property
-    def _bytes_per_s(self) -> float:
-        """Of the narrowest place of the ring; rings of ranks between these share the nodes' links."""
-        port = self.cluster.inside.gb_per_s * 1e9
-        if not self._crosses:
-            return port
-        beside = min(self.stride, self.placement.ranks_per_node)
-        return min(port, self.cluster.between.gb_per_s * 1e9 / beside)
-
-    @property
-    def _message_s(self) -> float:
-        link = self.cluster.between if self._crosses else self.cluster.inside
-        return link.message_us * 1e-6
-
-    def all_reduce(self, num_bytes: float) -> float:
-        """Time twice round a ring, or up and down a tree when that is faster."""
-        return 2 * self._best(num_bytes)
-
-    def reduce_scatter(self, num_bytes: float) -> float:
-        """Time half of an all-reduce."""
-        return self._best(num_bytes)
-
-    def all_gather(self, num_bytes: float, messages: int = 1) -> float:
-        """Time the other half; messages: tensors that are gathered one by one."""
-        return self._best(num_bytes) + (messages - 1) * ceil(log2(self.size)) * self._message_s
-
-    def _best(self, num_bytes: float) -> float:
-        ring = (self.size - 1) * self._message_s + (self.size - 1) / self.size * num_bytes / self._bytes_per_s
-        tree = ceil(log2(self.size)) * self._message_s + num_bytes / self._bytes_per_s
-        return min(ring, tree)
+        Args:
+            messages: tensors that are gathered one by one.
+        """
+        inside, between, node = self.cluster.inside, self.cluster.between, self.placement.ranks_per_node
+        crosses = (self.size - 1) * self.stride >= min(node, self.placement.world_size)
+        message_s = (between if crosses else inside).message_us * 1e-6
+        bytes_per_s = inside.gb_per_s * 1e9
+        if crosses:  # rings of the ranks between these share the nodes' links
+            bytes_per_s = min(bytes_per_s, between.gb_per_s * 1e9 / min(self.stride, node))
+        steps = ceil(log2(self.size))
+        ring = (self.size - 1) * message_s + (self.size - 1) / self.size * num_bytes / bytes_per_s
+        tree = steps * message_s + num_bytes / bytes_per_s
+        return min(ring, tree) + (messages - 1) * steps * message_s
