@@ -71,84 +71,70 @@ def run_ranks(function: Callable[..., Any], ranks: int, *arguments: Any, seconds
         RuntimeError: a rank raised (its traceback is in the message), died or did not answer; no process remains.
     """
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        task = _Task(
-            function=(inspect.getfile(function), function.__name__),
-            arguments=arguments,
-            ranks=ranks,
-            store=str(Path(folder) / "store"),
-            seconds=seconds,
-            environ=dict(os.environ),
-        )
-        workers = [_start(task, rank, stack) for rank in range(ranks)]
-        return _collect(workers, seconds)
+        waiting = {}
+        for rank in range(ranks):
+            task = _Task(
+                function=(inspect.getfile(function), function.__name__),
+                arguments=arguments,
+                rank=rank,
+                ranks=ranks,
+                store=str(Path(folder) / "store"),
+                seconds=seconds,
+                environ={**os.environ, "LOCAL_RANK": str(rank)},  # as launchers do
+            )
+            here, there = _SERVER.Pipe(duplex=False)
+            process = _SERVER.Process(target=_work, args=(task, there))
+            process.start()
+            there.close()  # so that the pipe ends with the process
+            for end in (here.close, process.join, process.kill):
+                stack.callback(end)
+            waiting[here] = rank, process
+        return _collect(waiting, seconds)
 
 
 @dataclass(frozen=True)
 class _Task:
     function: tuple[str, str]  # file, name
     arguments: tuple[Any, ...]
+    rank: int
     ranks: int
     store: str
     seconds: float
     environ: dict[str, str]
 
 
-@dataclass(frozen=True)
-class _Worker:
-    process: ForkServerProcess
-    answer: "Connection[Any, Any]"
-
-
-def _start(task: _Task, rank: int, stack: contextlib.ExitStack) -> _Worker:
-    """Start a rank, which the stack ends."""
-    here, there = _SERVER.Pipe(duplex=False)
-    process = _SERVER.Process(target=_work, args=(task, rank, there))
-    process.start()
-    there.close()  # so that the pipe ends with the process
-    stack.callback(here.close)
-    stack.callback(process.join)
-    stack.callback(process.kill)
-    return _Worker(process, here)
-
-
-def _collect(workers: list[_Worker], seconds: float) -> list[Any]:
-    end = time.monotonic() + seconds
+def _collect(waiting: dict[Any, tuple[int, ForkServerProcess]], seconds: float) -> list[Any]:
+    """Return the results that ranks send through their pipes, in the order of the ranks."""
+    end, ranks = time.monotonic() + seconds, len(waiting)
     results: dict[int, Any] = {}
-    waiting = {worker.answer: rank for rank, worker in enumerate(workers)}
     while waiting:
         found = connection.wait(list(waiting), timeout=max(0, end - time.monotonic()))
         if not found:
-            missing = ", ".join(map(str, waiting.values()))
-            raise RuntimeError(f"no answer of rank {missing} of {len(workers)} in {seconds} s")
+            missing = ", ".join(str(rank) for rank, _ in waiting.values())
+            raise RuntimeError(f"no answer of rank {missing} of {ranks} in {seconds} s")
         for pipe in found:
-            rank = waiting.pop(cast("Connection[Any, Any]", pipe))
-            results[rank] = _answer(workers, rank)
-    return [results[rank] for rank in range(len(workers))]
+            rank, process = waiting.pop(pipe)
+            try:
+                fine, results[rank] = cast("Connection[Any, Any]", pipe).recv()
+            except EOFError:
+                process.join()
+                raise RuntimeError(f"rank {rank} of {ranks} died, exit code {process.exitcode}") from None
+            if not fine:
+                raise RuntimeError(f"rank {rank} of {ranks}:\n{results[rank]}")
+    return [results[rank] for rank in range(ranks)]
 
 
-def _answer(workers: list[_Worker], rank: int) -> Any:
+def _work(task: _Task, answer: "Connection[Any, Any]") -> None:
     try:
-        fine, result = workers[rank].answer.recv()
-    except EOFError:
-        workers[rank].process.join()
-        code = workers[rank].process.exitcode
-        raise RuntimeError(f"rank {rank} of {len(workers)} died, exit code {code}") from None
-    if not fine:
-        raise RuntimeError(f"rank {rank} of {len(workers)}:\n{result}")
-    return result
-
-
-def _work(task: _Task, rank: int, answer: "Connection[Any, Any]") -> None:
-    try:
-        found = True, _call(task, rank)
+        found = True, _call(task)
     except BaseException:
         found = False, traceback.format_exc()
     answer.send(found)
     time.sleep(task.seconds)  # others may still communicate with this rank: it is killed when all have answered
 
 
-def _call(task: _Task, rank: int) -> Any:
-    _begin({**task.environ, "LOCAL_RANK": str(rank)})  # as launchers do
+def _call(task: _Task) -> Any:
+    _begin(task.environ)
     torch.set_num_threads(1)
     file, name = task.function
     spec = importlib.util.spec_from_file_location("foreroute_ranks", file)
@@ -158,11 +144,11 @@ def _call(task: _Task, rank: int) -> Any:
     dist.init_process_group(
         "gloo",
         store=dist.FileStore(task.store, task.ranks),
-        rank=rank,
+        rank=task.rank,
         world_size=task.ranks,
         timeout=timedelta(seconds=task.seconds),
     )
-    return getattr(module, name)(rank, *task.arguments)
+    return getattr(module, name)(task.rank, *task.arguments)
 
 
 def _begin(environ: dict[str, str]) -> None:

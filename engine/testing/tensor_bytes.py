@@ -10,18 +10,17 @@ released them. If that is not enough, the block counts as freed when its address
 would count it for ever.
 """
 
-import dataclasses
 import gc
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 from torch import distributed as dist
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -32,11 +31,11 @@ from foreroute.engine.data.planned_batches import PlannedBatch, TrainingBatches
 from foreroute.engine.metrics.step_meter import StepMeter
 from foreroute.engine.model.build import build_model
 from foreroute.engine.model.transformer_xl import Memory
+from foreroute.engine.nested import tensors_in
 from foreroute.engine.optim import deepspeed_engine as adapter
 from foreroute.engine.parallel.cpu_group import GlooGroup
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.parallel.world import World
-from foreroute.engine.routing.ngram_rows import KeyRows
 from foreroute.engine.routing.planned.hashed import HashedRouter
 from foreroute.engine.train.step import train_step
 
@@ -121,24 +120,13 @@ class PlanBytes:
         """Count a batch's plans until they are freed."""
         plans = planned.routing.plans
         assert plans is not None
-        held = sum(tensor.nbytes for tensor in _tensors(plans))
+        held = sum(tensor.nbytes for tensor in tensors_in(plans))
         self._alive += held
         self.peak_bytes = max(self.peak_bytes, self._alive)
         weakref.finalize(plans[0].count_E, self._drop, held)
 
     def _drop(self, held: int) -> None:
         self._alive -= held
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple):
-        for item in value:
-            yield from _tensors(item)
-    elif dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            yield from _tensors(getattr(value, field.name))
 
 
 def train(
@@ -156,34 +144,27 @@ def train(
         The largest number of bytes of tensors and plans held in a step; 0 unless counted.
     """
     plans, held = PlanBytes(), TensorBytes()
-    if not counted:
-        _train(layout, rank, ids, routers, vocab_size, plans, None)
-        return 0
-    with held:
-        _train(layout, rank, ids, routers, vocab_size, plans, held)
-    return held.peak_bytes + plans.peak_bytes
-
-
-def _train(
-    layout: Layout,
-    rank: int,
-    ids: NDArray[np.uint8],
-    routers: Sequence[HashedRouter],
-    vocab_size: int,
-    plans: PlanBytes,
-    held: TensorBytes | None,
-) -> None:
     config, mesh = layout.config, Mesh(rank, layout.placement.world_size, layout.placement.expert_ranks)
-    model = build_model(config, vocab_size)
-    engine = adapter.start(model, config, mesh)
-    loader = _loader(layout, mesh, ids, routers, plans, model.input_keys)
-    world = World(mesh) if mesh.world == 1 else World(mesh, cpu_group=GlooGroup(dist.group.WORLD))  # type: ignore[arg-type]
-    memory: list[Memory | None] = [None] * config.train.accumulation
-    meter = StepMeter(engine.module, engine.device, engine.comm, world)
-    for step in range(config.train.steps):
-        with held.marked() if held else record_function(""):
-            train_step(engine, loader, memory, train=config.train, optim=config.optim, step=step, meter=meter).read()
-    loader.close()
+    with held if counted else nullcontext():
+        model = build_model(config, vocab_size)
+        engine = adapter.start(model, config, mesh)
+        placed = [router.place(mesh) for router in routers]
+        loader = PlannedLoader(
+            _CountedBatches(TrainingBatches(config, layout.read(ids), mesh, placed, model.input_keys), plans),
+            steps=range(config.train.steps),
+            accumulation=config.train.accumulation,
+            prefetch=config.data.prefetch,
+        )
+        world = World(mesh) if mesh.world == 1 else World(mesh, cpu_group=GlooGroup(dist.group.WORLD))  # type: ignore[arg-type]
+        memory: list[Memory | None] = [None] * config.train.accumulation
+        meter = StepMeter(engine.module, engine.device, engine.comm, world)
+        for step in range(config.train.steps):
+            with held.marked():
+                train_step(
+                    engine, loader, memory, train=config.train, optim=config.optim, step=step, meter=meter
+                ).read()
+        loader.close()
+    return held.peak_bytes + plans.peak_bytes if counted else 0
 
 
 class _CountedBatches(NamedTuple):
@@ -197,22 +178,3 @@ class _CountedBatches(NamedTuple):
         found = self.batches.planned(step, micro)
         self.plans.add(found)
         return found
-
-
-def _loader(
-    layout: Layout,
-    mesh: Mesh,
-    ids: NDArray[np.uint8],
-    routers: Sequence[HashedRouter],
-    plans: PlanBytes,
-    input_keys: Sequence[KeyRows],
-) -> PlannedLoader:
-    config = layout.config
-    placed = [router.place(mesh) for router in routers]
-    batches = TrainingBatches(config, layout.read(ids), mesh, placed, input_keys)
-    return PlannedLoader(
-        _CountedBatches(batches, plans),
-        steps=range(config.train.steps),
-        accumulation=config.train.accumulation,
-        prefetch=config.data.prefetch,
-    )
