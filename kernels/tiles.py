@@ -69,22 +69,9 @@ _SM80_HALF = Entry(
     weights=Tile(128, 128, 32, 8, 3),
     pair=Tile(128, 64, 32, 8, 3),
 )
-_SM90_HALF = Entry(
-    up=Tile(128, 128, 64, 8, 3),
-    gated_up=Tile(128, 64, 64, 8, 3),
-    down=Tile(128, 128, 64, 8, 3),
-    backward=Tile(128, 64, 64, 8, 3),
-    gated_backward=Tile(128, 64, 64, 8, 3),
-    weights=Tile(128, 128, 32, 8, 3),
-    pair=Tile(128, 64, 32, 8, 3),
-)
-_SM100_HALF = Entry(
-    up=Tile(128, 128, 64, 8, 3),
-    gated_up=Tile(128, 64, 64, 8, 3),
-    down=Tile(128, 128, 64, 8, 3),
+_SM90_HALF = _SM80_HALF._replace(gated_backward=Tile(128, 64, 64, 8, 3))
+_SM100_HALF = _SM90_HALF._replace(
     backward=Tile(128, 128, 64, 8, 3),
-    gated_backward=Tile(128, 64, 64, 8, 3),
-    weights=Tile(128, 128, 32, 8, 3),
     pair=Tile(128, 64, 64, 8, 3),  # depth 32 spills one register
 )
 _HALF_FEW = Entry(
