@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from foreroute.engine.evaluation.held_out import evaluate
 from foreroute.engine.model.build import RunModel
 from foreroute.engine.moe.experts import Experts
 from foreroute.engine.routing.plan import Plan
-from foreroute.kernels import ExpertRows, ExpertWeights, expert_ffn, expert_rows
+from foreroute.kernels import ExpertWeights, expert_ffn, expert_rows
 
 COMPARED_TOKENS = 1024
 """Tokens, at most, for which the outputs of all experts are compared."""
@@ -46,14 +46,6 @@ class RouteStatistics:
     weight_entropy: float  # of a token's mixing weights in nats, mean over tokens; at most log k
 
 
-class _Pass(NamedTuple):
-    """A call of a layer's experts."""
-
-    x_TD: Tensor
-    rows: ExpertRows
-    weight_N: Tensor
-
-
 def observe(run: RunModel, *, k: int, symbols: int, split: Split = Split.test) -> list[LayerSeen]:
     """Run the first symbols of a split at k active experts; return what each expert layer was given (nothing if dense).
 
@@ -64,7 +56,7 @@ def observe(run: RunModel, *, k: int, symbols: int, split: Split = Split.test) -
     segment = config.eval.segment or config.data.segment
     whole = max(1, min(symbols, len(run.corpus.split(split))) // segment) * segment
     one_stream = replace(config, eval=replace(config.eval, streams=1, max_symbols=whole))
-    found: dict[Experts, list[_Pass]] = {}
+    found: dict[Experts, list[LayerSeen]] = {}
     hooks = []
     for module in run.model.modules():
         if isinstance(module, Experts):
@@ -75,7 +67,15 @@ def observe(run: RunModel, *, k: int, symbols: int, split: Split = Split.test) -
     finally:
         for hook in hooks:
             hook.remove()
-    return [_layer_seen(experts, passes) for experts, passes in found.items()]
+    return [
+        LayerSeen(
+            experts,
+            torch.cat([seen.hidden_TD for seen in passes]),
+            torch.cat([seen.weight_TE for seen in passes]),
+            torch.cat([seen.chosen_TE for seen in passes]),
+        )
+        for experts, passes in found.items()
+    ]
 
 
 def output_similarity(seen: LayerSeen, tokens: int = COMPARED_TOKENS) -> float:
@@ -128,35 +128,19 @@ def routing_change(before: Sequence[LayerSeen], after: Sequence[LayerSeen]) -> f
     return _mean([(a.chosen_TE != b.chosen_TE).any(dim=1).double().mean().item() for a, b in pairs])
 
 
-def _note(seen: list[_Pass], module: nn.Module, inputs: tuple[object, ...], named: dict[str, Any]) -> None:
-    """Keep the arguments of a layer's experts."""
+def _note(seen: list[LayerSeen], experts: nn.Module, inputs: tuple[object, ...], named: dict[str, Any]) -> None:
+    """Keep the inputs and routes of one call of a layer's experts. On one rank received rows are tokens."""
     rows_RD, plan = inputs[:2]
-    assert isinstance(rows_RD, Tensor) and isinstance(plan, Plan)
+    assert isinstance(experts, Experts) and isinstance(rows_RD, Tensor) and isinstance(plan, Plan)
     (chunk,) = plan.chunks
     weight_N = chunk.weight_N if named["weight_N"] is None else named["weight_N"]
     assert weight_N is not None
-    seen.append(_Pass(rows_RD.detach(), chunk.rows, weight_N.detach()))
-
-
-def _layer_seen(experts: Experts, passes: list[_Pass]) -> LayerSeen:
-    num_experts = experts.w1.shape[0]
-    routes = [_route_of(seen, num_experts) for seen in passes]
-    return LayerSeen(
-        experts,
-        torch.cat([seen.x_TD for seen in passes]),
-        torch.cat([weight_TE for weight_TE, _ in routes]),
-        torch.cat([chosen_TE for _, chosen_TE in routes]),
-    )
-
-
-def _route_of(seen: _Pass, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Spread expert rows out over [T, E]: the mixing weights, and who was chosen. On one rank received rows are
-    tokens."""
-    tokens, expert_N, token_N = len(seen.x_TD), seen.rows.expert_N(), seen.rows.source_N.long()
-    weight_TE, chosen_TE = torch.zeros(tokens, num_experts), torch.zeros(tokens, num_experts).bool()
-    weight_TE[token_N, expert_N] = seen.weight_N.float()
+    expert_N, token_N = chunk.rows.expert_N(), chunk.rows.source_N.long()
+    weight_TE = torch.zeros(len(rows_RD), experts.w1.shape[0])
+    chosen_TE = torch.zeros_like(weight_TE, dtype=torch.bool)
+    weight_TE[token_N, expert_N] = weight_N.detach().float()
     chosen_TE[token_N, expert_N] = True
-    return weight_TE, chosen_TE
+    seen.append(LayerSeen(experts, rows_RD.detach(), weight_TE, chosen_TE))
 
 
 def _mean_of_pairs(value_ETD: Tensor) -> float:
