@@ -102,7 +102,7 @@ def analyse(args: AnalyseArgs) -> int:
     found = measure(saved, folder, args.split, args.symbols)
     found["ngrams"] = None
     if is_live(saved):
-        seen = counted_routes(saved, args.counted)
+        seen = _experts(saved, Split.train, args.counted)
         found["ngrams"] = ngrams(saved, seen, args.split, args.symbols)
         if args.table is not None:
             write_table(Path(args.table), saved, seen, args.table_ngram, args.table_rows)
@@ -122,6 +122,12 @@ def measure(saved: SavedRun, folder: Path, split: Split, symbols: int) -> dict[s
     def look(model: TransformerXL, k: int) -> list[LayerSeen]:
         return observe(replace(saved, model=model), k=k, symbols=symbols, split=split)
 
+    def outputs(of: list[LayerSeen]) -> float | None:
+        return _mean([output_similarity(layer) for layer in of])
+
+    def weights(of: list[LayerSeen]) -> float | None:
+        return _mean([weight_similarity(layer.experts) for layer in of])
+
     seen = {k: look(saved.model, k) for k in sorted({*config.eval.k, k_max, half})}
     initial = build_model(config, saved.corpus.vocab.size).eval()
     first = look(initial, k_max)
@@ -135,8 +141,8 @@ def measure(saved: SavedRun, folder: Path, split: Split, symbols: int) -> dict[s
         "symbols": len(first[0].hidden_TD),
         "k_max": k_max,
         "routes": {str(k): asdict(route_statistics(layers)) for k, layers in seen.items()},
-        "output_similarity": {"start": _outputs(first), "end": _outputs(seen[k_max])},
-        "weight_similarity": {"start": _weights(first), "end": _weights(seen[k_max])},
+        "output_similarity": {"start": outputs(first), "end": outputs(seen[k_max])},
+        "weight_similarity": {"start": weights(first), "end": weights(seen[k_max])},
         "routing_change": {"k": half, "between": change},
     }
 
@@ -145,11 +151,6 @@ def is_live(saved: SavedRun) -> bool:
     """Return whether a run has a live router whose routes can be counted."""
     moe = saved.config.moe
     return live_method(moe) is not None and moe.columns == moe.experts
-
-
-def counted_routes(saved: SavedRun, symbols: int) -> Experts:
-    """Return the experts [n, layers, k] of the first symbols of the training split, at schedule.k_max."""
-    return _experts(saved, Split.train, symbols)
 
 
 def ngrams(saved: SavedRun, counted: Experts, split: Split, symbols: int) -> dict[str, Any]:
@@ -186,6 +187,7 @@ def write_table(path: Path, saved: SavedRun, counted: Experts, ngram: int, rows:
 
 
 def _experts(saved: SavedRun, split: Split, symbols: int) -> Experts:
+    """Return the experts [n, layers, k] of the first symbols of a split, at schedule.k_max."""
     count = min(symbols, len(saved.corpus.split(split)))
 
     def make(layers: int, columns: int) -> tuple[Experts, NDArray[np.float32]]:
@@ -218,14 +220,6 @@ def _changes(seen: dict[int, list[LayerSeen]]) -> list[dict[str, float]]:
     return [{"from": a, "to": b, "share": routing_change(seen[a], seen[b])} for a, b in pairs]
 
 
-def _outputs(seen: list[LayerSeen]) -> float | None:
-    return _mean([output_similarity(layer) for layer in seen])
-
-
-def _weights(seen: list[LayerSeen]) -> float | None:
-    return _mean([weight_similarity(layer.experts) for layer in seen])
-
-
 def _mean(values: list[float]) -> float | None:
     """Compute the mean over layers; None where there are no pairs of experts."""
     mean = sum(values) / len(values)
@@ -234,22 +228,16 @@ def _mean(values: list[float]) -> float | None:
 
 def _summary(found: dict[str, Any]) -> str:
     """Lay out what was measured for the terminal."""
-    rows = [
-        [
-            f"k = {k}",
-            f"{s['load_max_over_mean']:.3f}",
-            f"{s['load_entropy']:.4f}",
-            f"{math.exp(s['weight_entropy']):.2f}",
-        ]
-        for k, s in found["routes"].items()
-    ]
+    rows = []
+    for k, found_k in found["routes"].items():
+        load, entropy, weights = (found_k[name] for name in ("load_max_over_mean", "load_entropy", "weight_entropy"))
+        rows.append([f"k = {k}", f"{load:.3f}", f"{entropy:.4f}", f"{math.exp(weights):.2f}"])
     lines = [table(["", "busiest expert / mean", "load entropy / log E", "experts by weight"], rows)]
     for name in ("output_similarity", "weight_similarity"):
         start, end = found[name]["start"], found[name]["end"]
         if end is not None:
-            lines.append(
-                f"{name.replace('_', ' ')} of experts: {start:.3f} at the start, {end:.3f} at step {found['step']}"
-            )
+            what = name.replace("_", " ")
+            lines.append(f"{what} of experts: {start:.3f} at the start, {end:.3f} at step {found['step']}")
     for change in found["routing_change"]["between"] or []:
         lines.append(
             f"step {change['from']} to {change['to']}: {change['share']:.1%} of tokens changed their"

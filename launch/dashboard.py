@@ -157,14 +157,6 @@ def specification(workspace: Any) -> str:
     return str(workspace._to_model().model_dump_json(by_alias=True, exclude_none=True, indent=2)) + "\n"
 
 
-def load(text: str) -> Any:
-    """Read a dashboard from what `specification` wrote."""
-    import wandb_workspaces.workspaces as ws
-    from wandb_workspaces.workspaces.internal import View
-
-    return ws.Workspace._from_model(View.model_validate_json(text))
-
-
 def titled(panel: Panel) -> str:
     """Return the panel's title with the unit of its metrics; no unit for plain numbers."""
     unit = METRICS[panel.names[0]].unit

@@ -51,8 +51,11 @@ def html(page: Page, generator: str = "foreroute") -> str:
     """
     palettes = {"light": _with_faint(LIGHT), "dark": _with_faint(DARK)}
     own = (_TEMPLATES / "charts.js").read_text()
-    scripts = [_ascii_script(get_plotlyjs()), f"const PALETTES = {json.dumps(palettes)};\n{own}"]
-    allowed = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts)
+    # plotly.js has other characters in strings and patterns only, where an escape means the same
+    plotly = re.sub(r"[^\x00-\x7f]", lambda found: f"\\u{ord(found[0]):04x}", get_plotlyjs())
+    scripts = [plotly, f"const PALETTES = {json.dumps(palettes)};\n{own}"]
+    digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
     env = environment()
     env.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     env.filters["unbroken"] = lambda text: text.replace(" = ", "\u00a0=\u00a0")  # keeps k = 4 on one line
@@ -131,13 +134,3 @@ def legend(chart: Chart) -> list[LegendKey]:
 
 def _with_faint(palette: dict[str, str]) -> dict[str, str]:
     return palette | {f"c{i}-faint": palette[f"c{i}"] + _FAINT for i in range(COLOURS)}
-
-
-def _ascii_script(script: str) -> str:
-    """Write other characters as escapes. plotly.js has them in strings and patterns only, where an escape means the
-    same."""
-    return re.sub(r"[^\x00-\x7f]", lambda found: f"\\u{ord(found[0]):04x}", script)
-
-
-def _sha256(script: str) -> str:
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

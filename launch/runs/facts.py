@@ -95,12 +95,11 @@ def _of_run(trainer: Trainer) -> dict[str, Any]:
 
 
 def _of_certificate(written: Written) -> dict[str, Any]:
-    sections = written.facts["by_k"]
-    totals = {part["k"]: part["bytes"][counted_kind(part["exchange"])]["total"] for part in sections}
-    return {
-        "path": str(written.path),
-        "wire_bytes_by_k": {str(part["k"]): totals[part["k"]] / part["steps"] for part in sections},
+    mean_bytes = {
+        str(part["k"]): part["bytes"][counted_kind(part["exchange"])]["total"] / part["steps"]
+        for part in written.facts["by_k"]
     }
+    return {"path": str(written.path), "wire_bytes_by_k": mean_bytes}
 
 
 def code() -> dict[str, Any]:

@@ -20,7 +20,7 @@ def report_sweep(outcomes: list[Outcome]) -> None:
     train = outcomes[0].config["train"]
     file = Path(train["runs_dir"]) / f"{train['name']}.sweep.json"
     now = [_run(outcome) for outcome in outcomes]
-    runs = sorted([*now, *_earlier(file, now)], key=lambda run: _order(run["best_bpc"]))
+    runs = sorted([*now, *_earlier(file, now)], key=lambda run: run["best_bpc"] or float("inf"))
     print(sweep_table(runs))
     write_json(file, {"runs": runs})
     print(f"{len(runs)} runs, {sum(run['state'] == 'complete' for run in runs)} complete: {file}")
@@ -35,10 +35,6 @@ def _earlier(file: Path, now: list[dict[str, Any]]) -> list[dict[str, Any]]:
     again = {run["name"] for run in now}
     found: list[dict[str, Any]] = json.loads(file.read_text())["runs"]
     return [run for run in found if run["name"] not in again and (file.parent / run["name"]).is_dir()]
-
-
-def _order(bpc: float | None) -> float:
-    return float("inf") if bpc is None else bpc
 
 
 def _run(outcome: Outcome) -> dict[str, Any]:
