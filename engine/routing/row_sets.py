@@ -83,6 +83,36 @@ class Choice(NamedTuple):
         return Choice(np.arange(real_PT.size).reshape(real_PT.shape), sets._replace(count_r=count_r))
 
 
+def joined(sets: RowSets, columns: int) -> RowSets:
+    """Return the sets with each column once, where it is first; a row's weights of a column add up.
+
+    Rows that list a column several times are those of merged experts (engine/compress/).
+
+    Args:
+        columns: how many there are.
+
+    Example: a row 1, 0, 1 with weights 0.5, 0.3, 0.2 becomes 1, 0 with weights 0.7, 0.3.
+    """
+    assert sets.weigh is not None, "a gate weighs each column once"
+    order_rK, used_rK = sets.order_rK.long(), sets.used_rK
+    listed = order_rK.shape[1]
+    place_rK = torch.arange(listed, dtype=torch.int16).expand(order_rK.shape)
+    if used_rK is not None:
+        place_rK = place_rK.masked_fill(~used_rK, listed)
+    place_re = torch.full((len(order_rK), columns), listed, dtype=torch.int16)
+    place_re = place_re.scatter_reduce_(1, order_rK, place_rK, "amin")
+    count_r = (place_re < listed).sum(dim=1, dtype=torch.int32)
+    order_rJ = place_re.argsort(dim=1, stable=True)[:, : int(count_r.max())]
+    weight_rJ = sets.dense_weights(columns).gather(1, order_rJ)
+    return RowSets(order_rJ.to(sets.order_rK.dtype), recorded_weights, weight_rJ, count_r)
+
+
+def recorded_weights(sets: RowSets) -> Tensor:
+    """Return the scores, which are weights already."""
+    assert sets.score_rK is not None
+    return sets.score_rK
+
+
 def softmax_weights(sets: RowSets) -> Tensor:
     """Return the softmax of each row's scores over its set."""
     assert sets.score_rK is not None

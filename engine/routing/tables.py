@@ -55,7 +55,7 @@ _log = logging.getLogger(__name__)
 class Table:
     """Orderings of the experts by row, and which row an n-gram falls into."""
 
-    order_rE: Tensor  # uint8, or int16 above 256 experts: each row a permutation of all experts
+    order_rE: Tensor  # uint8, or int16 above 256 experts: each row a permutation of all experts, or of merged ones
     logits_rE: Tensor | None  # fp32, descending in a row; None for other than table weights
     ngram: int
     vocab_size: int

@@ -32,7 +32,6 @@ import numpy as np
 import torch
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
-from torch import Tensor
 
 from foreroute.engine.config import MoEConfig, RouteWeights, Split
 from foreroute.engine.config.option import option
@@ -46,7 +45,7 @@ from foreroute.engine.routing.planned_router import (
     RouterInputs,
     check_use,
 )
-from foreroute.engine.routing.row_sets import WEIGH, Choice, RowSets, column_dtype
+from foreroute.engine.routing.row_sets import WEIGH, Choice, RowSets, column_dtype, recorded_weights
 
 NONE = NO_EXPERT
 _CHUNK = 1 << 20  # tokens checked and ids hashed at a time
@@ -91,13 +90,7 @@ def _option_of(split: Split) -> str:
     return "file" if split is Split.train else f"{split.name}_file"
 
 
-def _recorded_weights(sets: RowSets) -> Tensor:
-    """Return the weights that the files have."""
-    assert sets.score_rK is not None
-    return sets.score_rK
-
-
-_WEIGH = {**WEIGH, RouteWeights.table: _recorded_weights}
+_WEIGH = {**WEIGH, RouteWeights.table: recorded_weights}  # those that the files have
 
 
 class GivenRouter(PlannedRouter):

@@ -17,7 +17,7 @@ from foreroute.engine.config import Keys, MoEConfig, RouteWeights
 from foreroute.engine.routing.method_options import Card
 from foreroute.engine.routing.planned_router import GroupTokens, RouterInputs, TableRouter
 from foreroute.engine.routing.row_counts import CountRule
-from foreroute.engine.routing.row_sets import WEIGH, RowSets
+from foreroute.engine.routing.row_sets import WEIGH, RowSets, joined
 from foreroute.engine.routing.tables import Table, table_from_state, table_state, tables_of
 
 
@@ -39,17 +39,25 @@ class HashedRouter(TableRouter):
     )
 
     def __init__(
-        self, table: Table, *, weights: RouteWeights = RouteWeights.table, experts: int = 0, shuffled: bool = False
+        self,
+        table: Table,
+        *,
+        weights: RouteWeights = RouteWeights.table,
+        experts: int = 0,
+        columns: int = 0,
+        shuffled: bool = False,
     ) -> None:
         """Take a table.
 
         Args:
             weights: `table` is `uniform` for a table without logits.
             experts: the table's first so many columns; 0 for all.
+            columns: how many there are; 0 for as many as a row lists. A row that lists more, as after experts were
+                merged, has some of them several times.
             shuffled: let each token have the row of another token of the group's micro-batch (moe.keys=shuffled). All
                 tables of a seed shuffle alike, so a token has the key of one other token in every layer.
         """
-        columns = table.order_rE.shape[1]
+        columns = columns or table.order_rE.shape[1]
         super().__init__(experts or columns, table.key_rows, columns=columns)
         if weights is RouteWeights.table and table.logits_rE is None:
             weights = RouteWeights.uniform
@@ -75,14 +83,20 @@ class HashedRouter(TableRouter):
     def of_tables(cls, moe: MoEConfig, tables: Sequence[Table]) -> list[Self]:
         """Make a router of each table."""
         shuffled = moe.keys is Keys.shuffled
-        return [cls(table, weights=moe.weights, experts=moe.experts, shuffled=shuffled) for table in tables]
+        numbers = {"experts": moe.experts, "columns": moe.columns}
+        return [cls(table, weights=moe.weights, **numbers, shuffled=shuffled) for table in tables]
 
     def keys(self, tokens: GroupTokens) -> NDArray[np.integer[Any]]:
         """Return the key that each token looks up [P, T]: its own, or with shuffled keys another token's."""
         return tokens.shuffled_keys(self.key_rows) if self.shuffled else tokens.keys(self.key_rows)
 
     def row_sets(self, k: int) -> RowSets:
-        """Return the first experts of each row: k, or as many as the table says."""
+        """Return the first experts of each row: k, or as many as the table says; each once."""
+        sets = self.listed(k)
+        return sets if self.table.order_rE.shape[1] == self.columns else joined(sets, self.columns)
+
+    def listed(self, k: int) -> RowSets:
+        """Return the first entries of each row: k, or as many as the table says."""
         order_rE, logits_rE, count_r = self.table.order_rE, self.table.logits_rE, self.table.count_r(k)
         most = k if count_r is None else int(count_r.max())
         scores_rK = None if logits_rE is None else logits_rE[:, :most]

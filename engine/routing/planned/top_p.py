@@ -85,9 +85,9 @@ class TopPRouter(HashedRouter):
             router.raw = raw
         return routers
 
-    def row_sets(self, k: int) -> RowSets:
-        """Return the first experts of each row, as many as the table says."""
-        sets = super().row_sets(k)
+    def listed(self, k: int) -> RowSets:
+        """Return the first entries of each row, as many as the table says."""
+        sets = super().listed(k)
         if not self.raw:
             return sets
         assert self.table.logits_rE is not None

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from foreroute.engine.routing.row_sets import RowSets, column_dtype, equal_weights, softmax_weights, unit_weights
+from foreroute.engine.routing.row_sets import (
+    RowSets,
+    column_dtype,
+    equal_weights,
+    joined,
+    softmax_weights,
+    unit_weights,
+)
 
 PLAIN = {
     softmax_weights: lambda scores: [math.exp(x) / sum(map(math.exp, scores)) for x in scores],
@@ -51,3 +58,29 @@ def test_sets_of_some_rows():
 
 def test_number_formats_of_columns():
     assert [column_dtype(columns) for columns in (1, 256, 257, 512)] == [np.uint8, np.uint8, np.int16, np.int16]
+
+
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("weigh", [weigh for weigh in PLAIN if weigh], ids=lambda weigh: weigh.__name__)
+def test_columns_that_a_row_lists_again_are_joined(weigh, counted):
+    """Six columns become three."""
+    sets = sets_of(weigh, counted=counted)
+    sets = sets._replace(order_rK=torch.tensor([2, 0, 1, 0, 2, 2], dtype=torch.uint8)[sets.order_rK.long()])
+    found = joined(sets, 3)
+    weight_rJ = found.weights()
+    assert found.order_rK.dtype == torch.uint8
+    for row, listed in enumerate(sets.order_rK.tolist()):
+        size = row % 5 if counted else 4
+        want, weights = {}, PLAIN[weigh](sets.score_rK[row, :size].tolist()) if size else []
+        for column, weight in zip(listed[:size], weights, strict=True):
+            want[column] = want.get(column, 0.0) + weight
+        count = int(found.count_r[row])
+        assert found.order_rK[row, :count].tolist() == list(want)
+        assert weight_rJ[row, :count].tolist() == pytest.approx(list(want.values()), rel=1e-6)
+
+
+def test_the_example_of_joined_columns():
+    sets = RowSets(torch.tensor([[1, 0, 1]]), lambda sets: sets.score_rK, torch.tensor([[0.5, 0.3, 0.2]]))
+    found = joined(sets, 2)
+    assert found.order_rK.tolist() == [[1, 0]]
+    torch.testing.assert_close(found.weights(), torch.tensor([[0.7, 0.3]]))
