@@ -3,6 +3,7 @@
 Keys beside those of parameters and buffers (engine/checkpoint/parameters.py):
 
     memory/<layer>/<global stream id:06d>    table/<i>/<field>    rng/torch/rank-<rank:05d>    rng/cuda/rank-<rank:05d>
+    int8/<parameter>/<expert:05d>    scale/<parameter>/<expert:05d>    instead of its weight, for evaluation alone
 
 Each rank writes one shard: the experts that it holds, shared with the ranks that hold the same ones, its share of all
 other parameters, and its own memory and random state. Nothing is gathered on one rank but the manifest, which has all
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 
 from foreroute.engine.checkpoint import files
 from foreroute.engine.checkpoint.files import read_manifest
-from foreroute.engine.checkpoint.parameters import Reader, buffers, local_experts, own_state
+from foreroute.engine.checkpoint.parameters import Reader, Shapes, buffers, local_experts, own_state
 from foreroute.engine.errors import UserError, require
+from foreroute.engine.moe.int8_weights import hold_int8
 from foreroute.engine.parallel.cpu_group import CpuGroup
 from foreroute.engine.parallel.mesh import Mesh
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:  # evaluation loads weights without DeepSpeed
 
 __all__ = ["TrainingState", "find_newest", "load", "load_weights", "read_manifest", "save"]
 STATE_KEYS = ("weight", "exp_avg", "exp_avg_sq")
+INT8, SCALE = "int8", "scale"
 
 
 @dataclass
@@ -123,6 +126,9 @@ def load(
     """
     cpu_group = _checked(cpu_group, engine.mesh)
     reader, shapes = _Reader(path, cpu_group), engine.shapes()
+    require(
+        not reader.in_int8(shapes), f"{path}: has int8 weights, for evaluation alone; resume the run it was made of"
+    )
     reader.check_fits(engine.module, shapes, STATE_KEYS, engine.mesh.ep_size)
     missing = [stream for rank in cpu_group.gather(reader.missing(streams)) for stream in rank]
     require(not missing, f"{path}: holds no memory of streams {missing}")
@@ -137,14 +143,22 @@ def load(
 def load_weights(path: Path, module: nn.Module) -> TrainingState:
     """Load the fp32 master weights and buffers into a plain module, for evaluation; raises as `load`.
 
-    Memory and random state are not read.
+    Matrices that were saved as int8 are held so (engine/moe/int8_weights.py). Memory and random state are not read.
     """
     reader = _Reader(path, CpuGroup())
     shapes = {name: tuple(param.shape) for name, param in module.named_parameters()}
-    reader.check_fits(module, shapes, STATE_KEYS[:1], ep_size=1)
-    for name, param in module.named_parameters():
-        param.data.copy_(reader.parameter("weight", name, local_experts(name, param.shape, Mesh())))
+    in_int8 = reader.in_int8(shapes)
+    reader.check_fits(module, {n: shape for n, shape in shapes.items() if n not in in_int8}, STATE_KEYS[:1], ep_size=1)
+    reader.check_fits(module, in_int8, [INT8], ep_size=1)
     reader.load_buffers(module)
+    for name, shape in shapes.items():
+        experts = local_experts(name, shape, Mesh())
+        if name in in_int8:
+            of, _, matrix = name.rpartition(".")
+            value, scale = (reader.parameter(kind, name, experts) for kind in (INT8, SCALE))
+            hold_int8(module.get_submodule(of), matrix, value, scale)
+        else:
+            module.get_parameter(name).data.copy_(reader.parameter("weight", name, experts))
     return reader.training_state(None, [])
 
 
@@ -155,6 +169,10 @@ class _Reader(Reader):
         """Return the streams whose memory is not here, though there is some."""
         saved = self._streams()
         return [stream for stream in streams or [] if stream not in saved] if saved else []
+
+    def in_int8(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+        """Return those parameters of experts whose first expert is here as int8, with their shapes."""
+        return {name: shape for name, shape in shapes.items() if self.holds(INT8, name, range(1))}
 
     def training_state(self, mesh: Mesh | None, streams: Sequence[int] | None) -> TrainingState:
         """Read the state that is not in the engine; the random state only if as many ranks in equal groups saved it."""

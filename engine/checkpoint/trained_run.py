@@ -12,6 +12,7 @@ from foreroute.engine.data.corpus import prepare
 from foreroute.engine.data.tokens.build import same_vocab
 from foreroute.engine.errors import UserError, require
 from foreroute.engine.model.build import RunModel, build_model, restore_routers
+from foreroute.engine.moe.int8_weights import Int8
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,5 +51,8 @@ def open_saved(
     if config.train.precision is Precision.bf16:  # as in training: buffers keep fp32
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16()
+        for module in model.modules():
+            if isinstance(module, Int8):
+                module.dtype = torch.bfloat16
     routers = restore_routers(config, state.tables, corpus.vocab.size, corpus=corpus)
     return SavedRun(config, corpus, model.eval().to(device), routers, state.step)

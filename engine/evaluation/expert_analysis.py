@@ -87,6 +87,11 @@ def output_similarity(seen: LayerSeen, tokens: int = COMPARED_TOKENS) -> float:
     Args:
         tokens: the first so many are taken.
     """
+    return _mean_of_pairs(outputs_of_all(seen, tokens))
+
+
+def outputs_of_all(seen: LayerSeen, tokens: int = COMPARED_TOKENS) -> Tensor:
+    """Compute the outputs of all experts for the first tokens, chosen or not [E, T, D]."""
     x_TD = seen.hidden_TD[:tokens].contiguous()
     experts = seen.experts
     num_experts = experts.w1.shape[0]
@@ -96,7 +101,7 @@ def output_similarity(seen: LayerSeen, tokens: int = COMPARED_TOKENS) -> float:
     with torch.inference_mode():
         act = experts.activation.function
         y_ND = expert_ffn(x_TD, weights, rows, activation=act, backend=Backend.cpu.value)
-        return _mean_of_pairs(y_ND.view(num_experts, len(x_TD), -1))
+        return y_ND.view(num_experts, len(x_TD), -1)
 
 
 def weight_similarity(experts: Experts) -> float:
@@ -105,7 +110,8 @@ def weight_similarity(experts: Experts) -> float:
     Hidden units can be permuted without changing what an expert computes, so a value near 0 does not show that two
     experts compute different things. A value far from 0 shows that they share more than they began with.
     """
-    flat_EN = torch.cat([p.detach().flatten(1).float() for p in experts.parameters()], dim=1)
+    values = (experts.w1, experts.b1, experts.w2, experts.b2, experts.w3)
+    flat_EN = torch.cat([value.detach().flatten(1).float() for value in values if value is not None], dim=1)
     return _mean_of_pairs(flat_EN[:, None])
 
 

@@ -1,20 +1,19 @@
 """A run opened for evaluation: what is in its checkpoint, and what has changed since."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from foreroute.engine.checkpoint import save_load as checkpoint
 from foreroute.engine.checkpoint.trained_run import open_saved
 from foreroute.engine.config import Corpus, CorpusConfig, KernelsConfig, Split, Tokens
 from foreroute.engine.config.enums import Backend, MatmulPrecision, Precision, SavedForBackward
 from foreroute.engine.data.corpus import prepare
 from foreroute.engine.errors import UserError
-from foreroute.engine.model.build import build_model
-from foreroute.engine.parallel.mesh import Mesh
-from foreroute.engine.routing.tables import build_tables, table_state
+from foreroute.engine.model.build import RunModel, build_model
+from foreroute.engine.routing.planned.hashed import HashedRouter
+from foreroute.engine.routing.tables import build_tables
+from foreroute.engine.testing.saved_run import save_model
 from foreroute.engine.testing.tiny_run import LAYERS, tiny_config
 
 TEXT = b"the cat sat on the mat and ate the hat\n" * 40
@@ -33,17 +32,7 @@ def save(folder, config, step=3):
     tables = build_tables(
         config.moe, corpus.vocab.size, corpus.split(Split.train), num_tables=LAYERS, seed=1, cache_dir=None
     )
-    engine = SimpleNamespace(
-        mesh=Mesh(),
-        module=model,
-        adam_step=lambda: step,
-        read_state=lambda: (
-            (name, {key: p.detach().clone() for key in checkpoint.STATE_KEYS}) for name, p in model.named_parameters()
-        ),
-    )
-    state = checkpoint.TrainingState(step, step, torch.get_rng_state(), tables=[table_state(t) for t in tables])
-    facts = {"corpus_sha256": corpus.sha256, "symbols": corpus.vocab.symbols.hex()}
-    checkpoint.save(folder / "checkpoints", engine, state, facts=facts, keep=9)
+    save_model(folder, RunModel(config, corpus, model, HashedRouter.of_tables(config.moe, tables)), step)
     return model, tables
 
 
