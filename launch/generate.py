@@ -1,4 +1,7 @@
-"""Sample from a trained run at any k: `python -m launch.generate run=runs/NAME prompt="def " k=8 length=400`."""
+"""Sample from a trained run at any k: `python -m launch.generate run=runs/NAME prompt="def " k=8 length=400`.
+
+`contrast=1` draws away from the same model's logits at that smaller k (SCMoE, arXiv 2405.14507).
+"""
 
 import os
 import sys
@@ -10,7 +13,7 @@ import torch
 from foreroute.engine.checkpoint.trained_run import open_saved
 from foreroute.engine.config.option import check, option, required
 from foreroute.engine.errors import UserError, require
-from foreroute.engine.evaluation.generate import Sampling
+from foreroute.engine.evaluation.generate import Contrast, Sampling
 from foreroute.engine.evaluation.generate import generate as sample_ids
 from foreroute.launch.runs.folder import TextArgs, read_run
 from foreroute.launch.start.cli import run_program
@@ -31,6 +34,17 @@ class GenerateArgs:
         0.8, "Divides the logits: larger is more varied, 0 takes the likeliest symbol.", at_least=0
     )
     top_p: float = option(0.95, "Sample among the likeliest symbols that make up this probability.", above=0, at_most=1)
+    contrast: int | None = option(
+        None, "A smaller number of active experts, away from whose logits symbols are drawn; None is off.", at_least=1
+    )
+    contrast_beta: float = option(0.5, "How far away: larger differs more from k alone, 0 not at all.", at_least=0)
+    contrast_alpha: float = option(
+        0.1,
+        "With contrast, symbols with less than this share of the likeliest one's probability are left out; 0 leaves"
+        " all, 1 the likeliest alone.",
+        at_least=0,
+        at_most=1,
+    )
     seed: int = option(1, "Of the sample.")
     threads: int = option(0, "CPU threads of PyTorch; 0 leaves its default.")
     corpus: TextArgs = field(default_factory=TextArgs)
@@ -55,6 +69,10 @@ def generate(args: GenerateArgs) -> int:
     else:
         experts = config.moe.fewest_experts
         require(1 <= k <= experts, f"k={k}: must be 1 to moe.experts={experts}")
+    require(
+        args.contrast is None or (not config.moe.dense and args.contrast < k),
+        f"contrast={args.contrast}: must be less than k={k}, of a run with experts",
+    )
     prompt = _prompt(args)
     device = find_device(find_place())
     saved = open_saved(folder, config, lambda line: print(line, file=sys.stderr), device)
@@ -66,6 +84,7 @@ def generate(args: GenerateArgs) -> int:
         length=args.length,
         sampling=Sampling(args.temperature, args.top_p, torch.Generator().manual_seed(args.seed)),
         document_ends=[end for end in ends if end is not None],
+        contrast=_contrast(args),
     )
     out = sys.stdout.buffer
     out.write(prompt)
@@ -74,6 +93,10 @@ def generate(args: GenerateArgs) -> int:
         out.flush()
     out.write(b"\n")
     return 0
+
+
+def _contrast(args: GenerateArgs) -> Contrast | None:
+    return None if args.contrast is None else Contrast(args.contrast, args.contrast_beta, args.contrast_alpha)
 
 
 def _prompt(args: GenerateArgs) -> bytes:

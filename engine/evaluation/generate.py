@@ -1,5 +1,8 @@
-"""Sampling from a trained model: temperature, top-p, memory reused from symbol to symbol, at any k."""
+"""Sampling from a trained model: temperature, top-p, memory reused from symbol to symbol, at any k, or at two of them
+in contrast.
+"""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -26,8 +29,24 @@ class Sampling:
     generator: torch.Generator
 
 
+@dataclass(frozen=True, slots=True)
+class Contrast:
+    """A second pass at a smaller k, away from which ids are drawn (SCMoE, Shi et al. 2024, arXiv 2405.14507)."""
+
+    k: int
+    beta: float = 0.5  # how far away; 0: not at all
+    alpha: float = 0.1  # ids with less than this share of the largest probability are left out
+
+
 def generate(
-    run: RunModel, prompt: Sequence[int], *, k: int, length: int, sampling: Sampling, document_ends: Sequence[int] = ()
+    run: RunModel,
+    prompt: Sequence[int],
+    *,
+    k: int,
+    length: int,
+    sampling: Sampling,
+    document_ends: Sequence[int] = (),
+    contrast: Contrast | None = None,
 ) -> Iterator[int]:
     """Return an iterator over `length` sampled ids that continue the prompt, at k active experts.
 
@@ -39,48 +58,70 @@ def generate(
     Raises:
         UserError: keys were shuffled in training, and one symbol at a time has no others to shuffle with.
     """
-    config, model = run.config, run.model
-    require(
-        config.moe.keys is Keys.own,
-        f"moe.keys={config.moe.keys.name}: a control that cannot generate; only moe.keys=own can",
-    )
+    keys = run.config.moe.keys
+    require(keys is Keys.own, f"moe.keys={keys.name}: a control that cannot generate; only moe.keys=own can")
 
     def sampled() -> Iterator[int]:
-        context, device = config.context, model.u.device
-        # one symbol at a time needs a longer memory to see as far as a whole segment does
-        memory_len = max(config.model.memory, config.data.segment)
         history = list(prompt) or [*document_ends, 0][:1]
-        memory: Memory | None = None
-        start = 0
-        model.eval()
+        reader = _Reader(run, k, document_ends)
+        weak = None if contrast is None else _Reader(run, contrast.k, document_ends)
         for _ in range(length):
-            with torch.inference_mode():
-                while start < len(history):
-                    part = history[start : start + config.data.segment]
-                    left = ([0] * context + history)[start : start + context]
-                    batch = _batch(part, left, start)
-                    if document_ends:
-                        starts = np.sort(np.concatenate([ends_at(np.array(history), end) for end in document_ends]))
-                        batch = replace(batch, position_BQ=document_positions(starts, np.array([start]), len(part)))
-                    planned = plan_batch(
-                        group_batch([batch]),
-                        k,
-                        run.routers,
-                        held_out=True,
-                        input_keys=model.input_keys,
-                        reset_memory=config.data.reset_memory,
-                    )
-                    ids_BQ, routing = map_tensors(
-                        lambda tensor: tensor.to(device), (planned.batch.ids_BQ, planned.routing)
-                    )
-                    hidden_BQD, memory = model.hidden(ids_BQ, memory, routing, memory_len=memory_len)[:2]
-                    start += len(part)
-                    logits_BQV = model.output_logits(hidden_BQD[:, -1:])
-                chosen = sample(logits_BQV[0, -1].cpu(), sampling)  # the generator is the host's
+            logits_V = reader.next_logits(history)
+            if weak is not None and contrast is not None:
+                logits_V = contrasted(logits_V, weak.next_logits(history), contrast)
+            chosen = sample(logits_V, sampling)  # the generator is the host's
             history.append(chosen)
             yield chosen
 
     return sampled()
+
+
+class _Reader:
+    """Reads a growing text at one k, with a memory of its own."""
+
+    def __init__(self, run: RunModel, k: int, document_ends: Sequence[int]) -> None:
+        self.run, self.k, self.document_ends = run, k, document_ends
+        # one symbol at a time needs a longer memory to see as far as a whole segment does
+        self.memory_len = max(run.config.model.memory, run.config.data.segment)
+        self.memory: Memory | None = None
+        self.start = 0
+        run.model.eval()
+
+    @torch.inference_mode()
+    def next_logits(self, history: Sequence[int]) -> Tensor:
+        """Read what is new of the text; return the logits of the id after it, on the host."""
+        config, model, device = self.run.config, self.run.model, self.run.model.u.device
+        while self.start < len(history):
+            part = list(history[self.start : self.start + config.data.segment])
+            left = ([0] * config.context + list(history))[self.start : self.start + config.context]
+            batch = _batch(part, left, self.start)
+            if self.document_ends:
+                starts = np.sort(np.concatenate([ends_at(np.array(history), end) for end in self.document_ends]))
+                positions = document_positions(starts, np.array([self.start]), len(part))
+                batch = replace(batch, position_BQ=positions)
+            planned = plan_batch(
+                group_batch([batch]),
+                self.k,
+                self.run.routers,
+                held_out=True,
+                input_keys=model.input_keys,
+                reset_memory=config.data.reset_memory,
+            )
+            ids_BQ, routing = map_tensors(lambda tensor: tensor.to(device), (planned.batch.ids_BQ, planned.routing))
+            hidden_BQD, self.memory = model.hidden(ids_BQ, self.memory, routing, memory_len=self.memory_len)[:2]
+            self.start += len(part)
+            logits_BQV = model.output_logits(hidden_BQD[:, -1:])
+        return logits_BQV[0, -1].cpu()
+
+
+def contrasted(strong_V: Tensor, weak_V: Tensor, contrast: Contrast) -> Tensor:
+    """Return (1 + beta) strong - beta weak, and -inf for ids that are strongly less likely than alpha of the best.
+
+    Example: logits log 0.6, log 0.36, log 0.04, weak ones all equal, and alpha 0.1: the third id is left out.
+    """
+    contrast_V = (1 + contrast.beta) * strong_V - contrast.beta * weak_V
+    least = strong_V.max() + math.log(contrast.alpha) if contrast.alpha else -torch.inf
+    return contrast_V.masked_fill(strong_V < least, -torch.inf)
 
 
 def _batch(ids: list[int], left: list[int], index: int) -> Batch:

@@ -1,5 +1,7 @@
 """Sampling: top-p keeps the fewest ids that reach p, temperature 0 is the arg max."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from foreroute.engine.config import Config, DataConfig, EvalConfig, KernelsConfig, ModelConfig, MoEConfig
 from foreroute.engine.config.enums import Keys
 from foreroute.engine.errors import UserError
-from foreroute.engine.evaluation.generate import Sampling, generate, sample
+from foreroute.engine.evaluation.generate import Contrast, Sampling, contrasted, generate, sample
 from foreroute.engine.model.build import RunModel
 from foreroute.engine.model.transformer_xl import TransformerXL
 from foreroute.engine.parallel.mesh import Mesh
@@ -95,3 +97,33 @@ def test_shuffled_keys_are_refused_before_anything_is_sampled():
     model = TransformerXL(ModelConfig(1, 8, 1, 8), MoEConfig(experts=2, expert_width=4), config.kernels, 20)
     with pytest.raises(UserError, match=r"moe\.keys=shuffled: a control that cannot generate"):
         generate(RunModel(config, None, model, None), [1], k=1, length=1, sampling=Sampling(0, 1.0, torch.Generator()))
+
+
+@pytest.mark.parametrize(("beta", "alpha"), [(0.5, 0.1), (2.0, 0.0), (0.0, 0.3), (0.5, 1.0)])
+def test_contrasted_logits_equal_a_plain_loop(beta, alpha):
+    strong, weak = torch.randn(2, 9, generator=torch.Generator().manual_seed(3)).mul(2).unbind()
+    found = contrasted(strong, weak, Contrast(1, beta, alpha)).tolist()
+    best = max(strong.tolist())
+    for one, other, z in zip(strong.tolist(), weak.tolist(), found, strict=True):
+        kept = math.exp(one - best) >= alpha
+        assert z == (pytest.approx((1 + beta) * one - beta * other, rel=1e-5, abs=1e-6) if kept else -math.inf)
+    assert (sum(z > -math.inf for z in found) == 1) == (alpha == 1)
+
+
+def test_contrast_of_nothing_is_plain_sampling_and_of_one_symbol_greedy():
+    torch.manual_seed(0)
+    config = Config(
+        data=DataConfig(streams=1, segment=12),
+        model=ModelConfig(layers=1, width=16, heads=2, head_width=8, memory=12, dropout=0.0, init_std=0.5),
+        moe=MoEConfig(router="frozen", experts=4, expert_width=8),
+        eval=EvalConfig(k=[2]),
+        kernels=KernelsConfig(masked_from_k=5),
+    )
+    run = RunModel(config, None, TransformerXL(config.model, config.moe, config.kernels, 20).eval(), None)
+
+    def text(contrast, temperature=1.0):
+        sampling = Sampling(temperature, 1.0, torch.Generator().manual_seed(1))
+        return list(generate(run, [3, 1, 4], k=3, length=20, sampling=sampling, contrast=contrast))
+
+    assert text(Contrast(1, beta=0.0, alpha=0.0)) == text(None) != text(Contrast(1, beta=2.0, alpha=0.0))
+    assert text(Contrast(1, beta=0.5, alpha=1.0)) == text(None, temperature=0.0) != text(None)
