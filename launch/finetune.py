@@ -26,6 +26,7 @@ from foreroute.engine.finetune.loop import Point, Recipe, Selection, accuracy
 from foreroute.engine.finetune.loop import finetune as train_and_select
 from foreroute.engine.finetune.sentences import Sentence, encode, foreign_bytes
 from foreroute.engine.model.build import build_model, fill_signatures
+from foreroute.engine.moe.int8_weights import holds_int8
 from foreroute.launch.runs.folder import TextArgs, read_run, write_json
 from foreroute.launch.start.cli import run_program
 from foreroute.launch.start.console import Console, table
@@ -100,6 +101,10 @@ def finetune(args: FinetuneArgs) -> int:
     console = Console(args.total_steps)
     read = {name: read_examples(Path(args.task.path) / name) for name in (TRAIN, DEV)}
     saved = open_saved(folder, config, console.note)
+    require(
+        not holds_int8(saved.model),
+        f"run={folder}: has int8 weights, for evaluation alone; take the run it was made of",
+    )
     examples = _prepare(read, saved, args, console)
     console.note(_heading(folder, saved, args, k))
     try:
