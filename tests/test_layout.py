@@ -16,6 +16,7 @@ FLOORS: dict[str, list[set[str]]] = {  # from the ground up; rooms of one floor 
         {"config"},
         {"parallel"},
         {"routing"},
+        {"ngram_tables"},
         {"moe"},
         {"data"},
         {"model"},

@@ -16,6 +16,8 @@ from foreroute.engine.config.enums import (
     PeerIds,
     Precision,
     RouteWeights,
+    RowMoments,
+    RowUpdates,
     SavedForBackward,
     Split,
     Tokens,

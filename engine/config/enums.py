@@ -179,3 +179,17 @@ class Split(Enum):
     train = "train"
     valid = "valid"
     test = "test"
+
+
+class RowUpdates(Enum):
+    """The number of updates in the bias correction of a table row's Adam."""
+
+    count = "count"  # the row's own: torch's Adam on the row's own gradients alone
+    step = "step"  # the table's: torch's SparseAdam
+
+
+class RowMoments(Enum):
+    """The second moments that Adam keeps of a table's rows."""
+
+    element = "element"  # one of each number
+    row = "row"  # one of each row, of the mean of its squared gradients

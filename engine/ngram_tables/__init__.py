@@ -1,0 +1,1 @@
+"""Tables of n-grams whose rows are shared out over all ranks and move as planned."""

@@ -1,0 +1,98 @@
+"""The rows of one table that this rank holds, with the optimizer's state.
+
+Row r of a table belongs to rank r % world of all ranks, as its local row r // world. The rows are no nn.Parameter, so
+neither ZeRO nor autograd sees them: a step reads copies, and gives the gradients of distinct rows back.
+
+Letters: L local rows, S rows to read, U distinct rows, W width of a row.
+"""
+
+import torch
+from torch import Tensor
+
+from foreroute.engine.ngram_tables.initial_rows import initial_rows, parts_of
+from foreroute.engine.ngram_tables.row_rules import VALUE, Block, RowRule
+
+
+class RowStore:
+    """This rank's rows of one table, in the memory of one device.
+
+    Args:
+        rows: of the whole table.
+        width: numbers in a row.
+        rank, world: of all ranks, which share the rows out.
+        seed: of the run.
+        index: number of the table within the run; with the seed and a row's global number it decides the row's initial
+            values.
+        scale: standard deviation of the initial values.
+        rule: how a step changes the rows.
+        device: whose memory holds them.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        width: int,
+        *,
+        rank: int,
+        world: int,
+        seed: int,
+        index: int,
+        scale: float,
+        rule: RowRule,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.rows, self.width, self.rule, self.index = rows, width, rule, index
+        self.owned = range(rank, rows, world)
+        """Global numbers of the local rows, in order."""
+        self.state: Block = {VALUE: torch.empty(self.local_rows, width, dtype=dtype, device=device)}
+        """By name, dim 0 = local row: "value" [L, W], and the state of the rule."""
+        for name, kind in rule.state(width).items():
+            shape = self.local_rows, *kind.shape
+            self.state[name] = torch.zeros(shape, dtype=kind.dtype or dtype, device=device)
+        for part, value in initial_rows(seed, index, self.owned, width, scale):
+            self.state[VALUE][part].copy_(value)
+
+    @property
+    def local_rows(self) -> int:
+        """Number of this rank's rows L."""
+        return len(self.owned)
+
+    def read(self, local_S: Tensor) -> Tensor:
+        """Return copies of the values [S, W] of local rows (int64), which may repeat."""
+        return self.state[VALUE].index_select(0, local_S)
+
+    def update(
+        self, local_U: Tensor, grad_UW: Tensor, *, step: int | Tensor, lr: float, keep: Tensor | None = None
+    ) -> None:
+        """Update the values and the state of these rows and of no others, a million numbers at a time.
+
+        Args:
+            local_U: distinct local rows, int64.
+            grad_UW: the sum of each row's gradients in this step.
+            step: number of this update, from 1; an int or a scalar on the device.
+            lr: learning rate of the table.
+            keep: bool scalar on the device; where it is false no row changes, and the host need not know. None: true.
+        """
+        for part in parts_of(local_U.shape[0], self.width):
+            local = local_U[part]
+            new = updated_rows(self.rule, self.block(local), grad_UW[part], step=step, lr=lr, keep=keep)
+            self.write(local, new)
+
+    def block(self, local_U: Tensor) -> Block:
+        """Return copies of values and state of local rows."""
+        return {name: kept.index_select(0, local_U) for name, kept in self.state.items()}
+
+    def write(self, local_U: Tensor, block: Block) -> None:
+        """Overwrite values and state of distinct local rows."""
+        for name, kept in self.state.items():
+            kept.index_copy_(0, local_U, block[name])
+
+
+@torch.no_grad()
+def updated_rows(
+    rule: RowRule, block: Block, grad_UW: Tensor, *, step: int | Tensor, lr: float, keep: Tensor | None
+) -> Block:
+    """Return the new block of some rows, or the old one where `keep` is false; arguments as for RowStore.update."""
+    new = rule.updated(block, grad_UW, step=step, lr=lr)
+    return new if keep is None else {name: torch.where(keep, value, block[name]) for name, value in new.items()}
