@@ -78,7 +78,7 @@ def share_ids(alone: GroupBatch, cpu_group: CpuGroup) -> GroupBatch:
     split = iter(found.split([part.shape[1] for part in parts], dim=2))
     left_PBC, ids_PBQ, stream_PB1 = (next(split).long().contiguous() for _ in range(3))
     if place_PB is not None:
-        place_PB = next(split).contiguous().view(torch.int64)[..., 0]
+        place_PB = next(split).clone(memory_format=torch.contiguous_format).view(torch.int64)[..., 0]
     if mark_PBX is not None:
         mark_PBX = next(split).bool()
     return GroupBatch(own, ids_PBQ, left_PBC, stream_PB1[..., 0], mark_PBX, place_PB)

@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from foreroute.engine.config import ScheduleConfig
 from foreroute.engine.config.enums import Growth, PeerIds
-from foreroute.engine.data.planned_batches import TrainingBatches
+from foreroute.engine.data.planned_batches import TrainingBatches, group_batch, share_ids
 from foreroute.engine.data.streams import Streams
 from foreroute.engine.parallel.cpu_group import CpuGroup
 from foreroute.engine.parallel.mesh import Mesh
@@ -67,3 +68,11 @@ def test_streams_are_those_of_rank_and_micro_batch():
     config = replace(tiny_config(), train=replace(tiny_config().train, accumulation=2))
     batches = TrainingBatches(config, Reads(), Mesh(0, 2, 1), None)
     assert [list(batches.streams_of(rank, micro)) for rank in (0, 1) for micro in (0, 1)] == [[0], [1], [2], [3]]
+
+
+def test_a_single_stream_of_an_odd_length_is_shared():
+    """Its left ids, ids and number are 19 numbers, so places of two numbers each begin at an odd one."""
+    own = group_batch([Streams(TEXT, STREAMS, 16, 2).batch(3, range(1, 2))])
+    found = share_ids(own, CpuGroup())
+    for name in ("ids_PBQ", "left_PBC", "stream_PB", "place_PB"):
+        assert torch.equal(getattr(found, name), getattr(own, name)), name
