@@ -25,6 +25,7 @@ from foreroute.engine.config.enums import (
     WireFormat,
 )
 from foreroute.engine.config.model import ModelConfig, MoEConfig
+from foreroute.engine.config.ngram_tables import NgramTablesConfig
 from foreroute.engine.config.run import (
     Config,
     CorpusConfig,

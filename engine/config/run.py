@@ -34,6 +34,7 @@ from foreroute.engine.config.model import (
     feed_forward_width,
     num_tables,
 )
+from foreroute.engine.config.ngram_tables import NgramTablesConfig
 from foreroute.engine.config.option import check, option
 from foreroute.engine.errors import require
 
@@ -452,6 +453,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
+    ngram_tables: NgramTablesConfig = field(default_factory=NgramTablesConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -522,6 +524,12 @@ class Config:
         for layer in moe.by_layer:
             words = f"moe.by_layer.{layer}: must be one of the layers that have experts, from 0 to {model.layers - 1}"
             require(int(layer) in expert_layers(model, moe), words)
+        deepest = max(self.ngram_tables.layers, default=0)
+        require(
+            deepest < model.layers,
+            f"ngram_tables.layers={self.ngram_tables.layers}: must be below model.layers={model.layers}, since they"
+            " count from 0",
+        )
         if dense:
             feed_forward_width(model, moe, expert_layers(model, moe)[0])
 
@@ -553,7 +561,7 @@ class Config:
         """Ids left of a segment that the n-grams of router and input may need: n - 1 of the longer ones."""
         keyed = not self.moe.dense or self.model.signatures
         ngrams = [section.ngram for section in self.expert_sections] if keyed else []
-        return max([self.model.ngram, 1, *ngrams]) - 1
+        return max(max([self.model.ngram, 1, *ngrams]) - 1, self.ngram_tables.context)
 
     @property
     def expert_layers(self) -> int:

@@ -5,10 +5,12 @@ might expect an effect.
 """
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import fields
 from typing import NamedTuple
 
 from foreroute.engine.config.enums import Decay, Growth
 from foreroute.engine.config.model import expert_layers
+from foreroute.engine.config.ngram_tables import NgramTablesConfig
 from foreroute.engine.config.option import option_names
 from foreroute.engine.config.run import Config
 
@@ -24,6 +26,7 @@ _ROUTERS = {
     *("gate", "gate_normalised", "gate_scale", "balance_loss", "balance_over", "z_loss", "consistency"),
 }
 """Options of the section `moe` that not all routers read."""
+_TABLES = tuple(f"ngram_tables.{item.name}" for item in fields(NgramTablesConfig) if item.name != "rows")
 _ONE_RANK = ("parallel.exchange", "parallel.wire", "parallel.chunks", "parallel.peer_ids")
 
 
@@ -51,6 +54,7 @@ def rules(config: Config, uses: Collection[str], idle: Mapping[str, str]) -> lis
         Rule(True, router_is, tuple(f"moe.{name}" for name in sorted(_ROUTERS.difference(uses)))),
         *(Rule(True, reason, (f"moe.{name}",)) for name, reason in idle.items()),
         Rule(all_layers, "moe.layers takes in every layer", ("moe.plain_width",)),
+        Rule(config.ngram_tables.rows == 0, "ngram_tables.rows=0", _TABLES),
         Rule(config.model.ngram == 0, "model.ngram=0", ("model.ngram_rows",)),
         Rule(not config.model.cutoffs, "model.cutoffs=[]", ("model.div_val", "model.proj_init_std")),
         Rule(config.model.div_val == 1, "model.div_val=1", ("model.proj_init_std",)),

@@ -20,6 +20,7 @@ from foreroute.engine.routing.ngram_rows import KeyRows
 from foreroute.engine.routing.plan import Plan, Routing, layer_seeds
 from foreroute.engine.routing.planned_router import Draw, GroupTokens, Places, PlannedRouter, plan_all
 from foreroute.engine.routing.plans.exchange_choice import gathers
+from foreroute.engine.routing.plans.row_plan import NO_ROWS, TableKeys, TableRows, plan_rows
 
 _SECOND_SEED = 2**31  # beyond all steps: seeds of first passes are neighbours
 
@@ -99,6 +100,7 @@ def plan_batch(
     dropout_seed: int = 0,
     layers: int = 0,
     reset_memory: bool = False,
+    table_rows: TableRows = NO_ROWS,
 ) -> PlannedBatch:
     """Plan the batch for each router; without routers, pass it on with its k.
 
@@ -113,6 +115,7 @@ def plan_batch(
         dropout_seed: of (run, step), for the experts' stateless dropout.
         layers: expert layers, which have a seed of it each; 0 where there is no dropout.
         reset_memory: attention and memory stop at document starts, as keys do (data.reset_memory).
+        table_rows: of the batch, as plan_rows finds them.
     """
     segment = group.ids_PBQ.shape[2]
     token_PT = (group.stream_PB[..., None] * segment + torch.arange(segment)).flatten(1)
@@ -140,6 +143,8 @@ def plan_batch(
             position_BQ=own.position_BQ if reset_memory else None,
             tail_tokens=tails,
             real_T=None if own.real_BQ is None else own.real_BQ.flatten(),
+            row_plans=table_rows.plans if number == 0 else (),
+            landed_BQH=table_rows.landed_BQH,
             second=routing(1) if number + 1 < passes else None,
         )
 
@@ -166,10 +171,13 @@ class TrainingBatches:
     routers: Sequence[PlannedRouter] | None  # planned ones; None for live routers and dense
     input_keys: Sequence[KeyRows] = ()  # of the tables at the input of the model
     planning_group: CpuGroup = field(default_factory=CpuGroup)  # asks the expert group for its ids
+    table_keys: Sequence[TableKeys] = ()  # of the n-gram tables
+    planning: CpuGroup = field(default_factory=CpuGroup)  # tells all ranks which rows of the tables are read
+    rows_of_step: dict[int, list[TableRows]] = field(default_factory=dict)  # of the last step that was planned
 
     def planned(self, step: int, micro: int) -> PlannedBatch:
         """Read a micro-batch and plan it at the k of its step."""
-        return self.plan(self.read(step, micro), self.k(step))
+        return self.plan(self.read(step, micro), self.k(step), self._table_rows(step, micro))
 
     def read(self, step: int, micro: int) -> GroupBatch:
         """Read a micro-batch: all streams of the expert group, or this rank's and, by an exchange, the others."""
@@ -182,7 +190,16 @@ class TrainingBatches:
             return share_ids(group_batch(batches), self.planning_group)
         return group_batch(batches, mesh.ep_rank)
 
-    def plan(self, group: GroupBatch, k: int) -> PlannedBatch:
+    def _table_rows(self, step: int, micro: int) -> TableRows:
+        """Plan the rows of all micro-batches of a step with its first one."""
+        if self.table_keys and step not in self.rows_of_step:
+            micros, rank = range(self.config.train.accumulation), self.mesh.rank
+            own = [self.streams.batch(step, self.streams_of(rank, other)) for other in micros]
+            self.rows_of_step.clear()
+            self.rows_of_step[step] = plan_rows(self.table_keys, own, self.planning)
+        return self.rows_of_step[step][micro] if self.table_keys else NO_ROWS
+
+    def plan(self, group: GroupBatch, k: int, table_rows: TableRows = NO_ROWS) -> PlannedBatch:
         """Plan a micro-batch at k active experts, for as many passes as the step makes over it."""
         config, tokens = self.config, group.own.ids_BQ.numel()
         gather = gathers(
@@ -206,6 +223,7 @@ class TrainingBatches:
             dropout_seed=self.config.train.seed * 2**32 + group.own.index,
             layers=self.config.expert_layers if self.config.model.dropout else 0,
             reset_memory=self.config.data.reset_memory,
+            table_rows=table_rows,
         )
 
     def k(self, step: int) -> int:

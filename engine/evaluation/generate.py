@@ -18,6 +18,8 @@ from foreroute.engine.errors import require
 from foreroute.engine.model.build import RunModel
 from foreroute.engine.model.transformer_xl import Memory
 from foreroute.engine.nested import map_tensors
+from foreroute.engine.parallel.cpu_group import CpuGroup
+from foreroute.engine.routing.plans.row_plan import plan_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,7 @@ class _Reader:
                 held_out=True,
                 input_keys=model.input_keys,
                 reset_memory=config.data.reset_memory,
+                table_rows=plan_rows(model.table_keys, [batch], CpuGroup())[0],
             )
             ids_BQ, routing = map_tensors(lambda tensor: tensor.to(device), (planned.batch.ids_BQ, planned.routing))
             hidden_BQD, self.memory = model.hidden(ids_BQ, self.memory, routing, memory_len=self.memory_len)[:2]

@@ -23,6 +23,7 @@ from foreroute.engine.model.transformer_xl import Memory
 from foreroute.engine.parallel.world import World
 from foreroute.engine.routing.planned_router import check_use
 from foreroute.engine.routing.plans.exchange_choice import gathers
+from foreroute.engine.routing.plans.row_plan import plan_rows
 
 ProgressReporter = Callable[[str, int, int], None]
 """Told of a stage of an evaluation by its name, the parts that are done, and all its parts; first with 0 done."""
@@ -117,6 +118,7 @@ def evaluate(
                 input_keys=model.input_keys,
                 reset_memory=config.data.reset_memory,
                 cutoffs=config.model.cutoffs,
+                table_rows=plan_rows(model.table_keys, [batch], world.cpu_group)[0],
             )
             batch, counted_BQ, routing = receive(*delivery.send((batch, counted_BQ, planned.routing)))
             output = model(

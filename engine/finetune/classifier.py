@@ -19,6 +19,8 @@ from foreroute.engine.finetune.sentences import Sentence, SentenceBatch, by_leng
 from foreroute.engine.model.build import RunModel
 from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.nested import map_tensors
+from foreroute.engine.parallel.cpu_group import CpuGroup
+from foreroute.engine.routing.plans.row_plan import plan_rows
 
 _PREDICTED = 64  # sentences in a batch without gradients
 
@@ -57,14 +59,16 @@ class Classifier(nn.Module):
         Args:
             seed: of (run, step), for the experts' stateless dropout and for routers that draw.
         """
+        unplanned = self._unplanned(batch, seed)
         planned = plan_batch(
-            group_batch([self._unplanned(batch, seed)]),
+            group_batch([unplanned]),
             k,
             self.routers,
             held_out=not self.training,
             input_keys=self.model.input_keys,
             dropout_seed=seed,
             layers=sum(isinstance(module, MoELayer) for module in self.model.modules()),
+            table_rows=plan_rows(self.model.table_keys, [unplanned], CpuGroup())[0],
         )
         batch, routing = map_tensors(lambda tensor: tensor.to(self.device), (batch, planned.routing))
         hidden_BQD = self.model.hidden(batch.ids_BQ, None, routing, memory_len=0, clamp_len=self.clamp_len).hidden_BQD

@@ -129,7 +129,9 @@ def build_model(config: Config, vocab_size: int, *, weights_seed: int | None = N
         UserError: the live router takes fewer experts of a token than training or evaluation ask for.
     """
     torch.manual_seed(config.train.seed if weights_seed is None else weights_seed)
-    model = TransformerXL(config.model, config.moe, config.kernels, vocab_size, seed=config.train.seed)
+    model = TransformerXL(
+        config.model, config.moe, config.kernels, vocab_size, seed=config.train.seed, ngram_tables=config.ngram_tables
+    )
     model.recompute = config.train.recompute
     for router in (module for module in model.modules() if isinstance(module, LiveRouter)):
         for name, k in (("schedule.k_max", config.schedule.k_max), ("eval.k", max(config.eval.k, default=0))):

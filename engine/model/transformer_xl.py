@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from foreroute.engine.config import KernelsConfig, ModelConfig, MoEConfig
+from foreroute.engine.config import KernelsConfig, ModelConfig, MoEConfig, NgramTablesConfig
 from foreroute.engine.model.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from foreroute.engine.model.attention import SharedAttention, encode_distances
 from foreroute.engine.model.block import Block, BlockOutput, join_counts
@@ -25,9 +25,11 @@ from foreroute.engine.model.input_tables import input_tables
 from foreroute.engine.moe import kept_plans
 from foreroute.engine.moe.experts import Experts
 from foreroute.engine.moe.layer import share_routers
+from foreroute.engine.ngram_tables.tables import NgramTables
 from foreroute.engine.routing.losses import consistency_loss
 from foreroute.engine.routing.ngram_rows import KeyRows
 from foreroute.engine.routing.plan import Routing
+from foreroute.engine.routing.plans.row_plan import TableKeys
 from foreroute.kernels.ops.linear_cross_entropy import CrossEntropy, linear_cross_entropy
 
 SMALL_VOCABULARY = 1024
@@ -82,12 +84,20 @@ class TransformerXL(nn.Module):
     """Activation checkpointing: keep one tensor per block, compute the rest again in backward."""
 
     def __init__(
-        self, model: ModelConfig, moe: MoEConfig, kernels: KernelsConfig, vocab_size: int, *, seed: int = 0
+        self,
+        model: ModelConfig,
+        moe: MoEConfig,
+        kernels: KernelsConfig,
+        vocab_size: int,
+        *,
+        seed: int = 0,
+        ngram_tables: NgramTablesConfig | None = None,
     ) -> None:
         """Build the model with random weights.
 
         Args:
-            seed: of the tables, for models that read table rows at their input.
+            seed: of the tables, for models that read table rows.
+            ngram_tables: large tables of n-grams, if the model has any.
         """
         super().__init__()
         self.config = model
@@ -105,6 +115,11 @@ class TransformerXL(nn.Module):
         share_routers(self)
         self.final_norm = nn.LayerNorm(model.width) if model.pre_norm else nn.Identity()
         self.input_tables = input_tables(model, moe, vocab_size, seed)
+        self.ngram_tables: NgramTables | None = None
+        if ngram_tables is not None and ngram_tables.rows:
+            self.ngram_tables = NgramTables(
+                ngram_tables, width=model.width, vocab_size=vocab_size, seed=seed, init_std=model.init_std
+            )
         self.dropout = nn.Dropout(model.dropout)
         self.init_weights(model.init_std)
 
@@ -112,6 +127,11 @@ class TransformerXL(nn.Module):
     def input_keys(self) -> tuple[KeyRows, ...]:
         """How n-grams find their rows in the tables at the input; the loader makes routing.input_row_tBQ from them."""
         return () if self.input_tables is None else self.input_tables.keys
+
+    @property
+    def table_keys(self) -> tuple[TableKeys, ...]:
+        """How n-grams find their rows in the n-gram tables; plan_rows makes the routing's row plans from them."""
+        return () if self.ngram_tables is None else self.ngram_tables.keys
 
     def init_weights(self, std: float) -> None:
         """Draw weights, u and v from N(0, std^2), LayerNorm gains from N(1, std^2); biases are zero."""
@@ -225,9 +245,12 @@ class TransformerXL(nn.Module):
             same_length: let each query see exactly M positions, itself included (fewer while memory fills up).
         """
         limit = self.config.memory if memory_len is None else memory_len
+        if self.ngram_tables is not None:
+            self.ngram_tables.fetch(routing.row_plans)
         x_BQD = self.embedding(ids_BQ)
         if self.input_tables is not None:
             x_BQD = x_BQD + self.input_tables(routing.input_row_tBQ)
+        x_BQD = self._enter(None, x_BQD, routing)
         x_BQD = self.dropout(x_BQD * self.config.width**0.5)
         memory = memory or (x_BQD.new_empty(x_BQD.shape[0], 0, x_BQD.shape[2]),) * len(self.blocks)
         distance_SD = encode_distances(
@@ -237,7 +260,8 @@ class TransformerXL(nn.Module):
         first_BQ = None if routing.position_BQ is None else first_keys(routing.position_BQ, memory[0].shape[1])
         shared = SharedAttention(self.dropout(distance_SD), self.u, self.v, window, first_BQ)
         new_memory, outputs, carried = [], list[BlockOutput](), None
-        for block, memory_BmD in zip(self.blocks, memory, strict=True):
+        for layer, (block, memory_BmD) in enumerate(zip(self.blocks, memory, strict=True)):
+            x_BQD = self._enter(layer, x_BQD, routing)
             new_memory.append(extend_memory(memory_BmD, x_BQD, limit))
             outputs.append(self._run(block, x_BQD, memory_BmD, shared, routing, carried))
             x_BQD, carried = outputs[-1].y_BQD, outputs[-1].carried
@@ -250,6 +274,10 @@ class TransformerXL(nn.Module):
             torch.stack(losses).sum() if losses else hidden_BQD.new_zeros((), dtype=torch.float32),
             join_counts(counts) if counts else None,
         )
+
+    def _enter(self, place: int | None, x_BQD: Tensor, routing: Routing) -> Tensor:
+        """Add the rows of the n-gram table at the model's input (None) or at a layer's, which memory then holds."""
+        return x_BQD if self.ngram_tables is None else self.ngram_tables.enter(place, x_BQD, routing)
 
     def _run(self, block: nn.Module, *inputs: object) -> BlockOutput:
         output: BlockOutput

@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from foreroute.engine.config import Config, Precision, TrainConfig
+from foreroute.engine.config import Config, NgramTablesConfig, OptimConfig, Precision, TrainConfig
 from foreroute.engine.errors import require
 from foreroute.engine.moe.exchange import build_exchange
 from foreroute.engine.moe.layer import MoELayer
+from foreroute.engine.ngram_tables.row_rules import RowAdam
+from foreroute.engine.ngram_tables.tables import NgramTables
 from foreroute.engine.optim.adam import build_optimizer
 from foreroute.engine.optim.deepspeed_contract import (
     COMPATIBLE_OPS,
@@ -67,6 +69,7 @@ class Engine(ModelState):
         self._adam = engine.optimizer.optimizer if stage else engine.optimizer
         super().__init__(engine.module, self._adam, mesh, zero=engine.optimizer if stage else None, stage=stage)
         self.comm = comm
+        self.beside = [module for module in self.module.modules() if isinstance(module, NgramTables)]
         self._engine = engine
         self._accumulation = accumulation
         self._micro_batches = 0  # since the last optimizer step
@@ -112,6 +115,9 @@ class Engine(ModelState):
             raise RuntimeError(f"step() after {self._micro_batches} of {self._accumulation} micro-batches")
         self._micro_batches, self._unless = 0, unless
         self._adam.found_inf = None
+        norms = [part.grad_norm() for part in self.beside]
+        if norms and self._unless is not None:
+            self._unless = self._unless | ~torch.stack(norms).isfinite().all()
         if self._stage == 0:  # without clipping DeepSpeed computes no norm
             self._drop_unless_finite(total_grad_norm(self.module.parameters(), self.comm))
         with _norm_checked_by(self._drop_unless_finite):
@@ -119,6 +125,8 @@ class Engine(ModelState):
         if self._adam.found_inf is None:
             raise RuntimeError("DeepSpeed has not checked whether the gradient norm is finite")
         updated: Tensor = self._adam.found_inf == 0
+        for part in self.beside:
+            part.update(lr=self._adam.param_groups[0]["lr"], scale=1.0, keep=updated)
         return updated
 
     @property
@@ -218,7 +226,23 @@ def start(model: nn.Module, config: Config, mesh: Mesh | None = None) -> Engine:
         assert comm is not None
         layer.connect(build_exchange(comm, config.parallel, config.kernels.backend))
     balance_over_ranks(model, config.moe, mesh)
+    _hold_tables(model, config.ngram_tables, config.optim, mesh, torch.device(engine.device))
     return Engine(engine, config.train.accumulation, mesh, comm)
+
+
+def _hold_tables(
+    model: nn.Module, config: NgramTablesConfig, optim: OptimConfig, mesh: Mesh, device: torch.device
+) -> None:
+    """Make this rank's rows of the model's n-gram tables, whose collectives have a process group of their own."""
+    require(
+        optim.clip == 0 or not config.rows, f"optim.clip={optim.clip}: must be 0 with ngram_tables.rows={config.rows}"
+    )
+    rule = RowAdam(optim.beta1, optim.beta2, optim.eps, config.updates, config.moments)
+    for tables in (module for module in model.modules() if isinstance(module, NgramTables)):
+        comm = None
+        if mesh.world > 1:
+            comm = ExpertGroupComm(dist.new_group(timeout=FOR_EVER), device=device)
+        tables.hold(mesh, rule, comm, device=device)
 
 
 def _deepspeed_config(train: TrainConfig, clip: float, *, streams: int, num_params: int) -> dict[str, Any]:

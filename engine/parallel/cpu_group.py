@@ -1,8 +1,8 @@
 """Groups of ranks that communicate through host memory, beside the device's collectives: places, facts and errors.
 
-The one primitive is `all_gather`, over a gloo group or over MPI; on one rank it copies. The rest is made of it. Each
-object has connections of its own, so one thread may use one while another thread trains; two threads must not share
-one.
+The one primitive is `all_gather`, over a gloo group or over MPI; on one rank it copies. The rest is made of it, but for
+`all_to_all`, in which a rank is sent no more than is meant for it. Each object has connections of its own, so one
+thread may use one while another thread trains; two threads must not share one.
 """
 
 import json
@@ -28,6 +28,20 @@ class CpuGroup:
     def all_gather(self, values: NDArray[Any]) -> NDArray[Any]:
         """Return every rank's array, [ranks, *values.shape]; all must have the same shape and type."""
         return values[None].copy()
+
+    def all_to_all(self, parts: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        """Send parts[q] to rank q; return what each rank sent to this one. 1-D arrays of one type, of any lengths."""
+        length_PP = self.all_gather(np.array([part.size for part in parts]))
+        found = self._exchange(np.concatenate(parts), length_PP)
+        return np.split(found, np.cumsum(length_PP[:, self.rank])[:-1])
+
+    def _exchange(self, values: NDArray[Any], length_PP: NDArray[np.int64]) -> NDArray[Any]:
+        """Send length_PP[p, q] values from rank p to rank q, rank by rank; here all of them to all ranks."""
+        padded = np.zeros(length_PP.sum(axis=1).max(), values.dtype)
+        padded[: values.size] = values
+        begin_P = length_PP[:, : self.rank].sum(axis=1)
+        rows = zip(self.all_gather(padded), begin_P, length_PP[:, self.rank], strict=True)
+        return np.concatenate([row[begin : begin + length] for row, begin, length in rows])
 
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's value, which must be JSON: numbers, text, lists, dicts with text keys, None."""
@@ -64,6 +78,13 @@ class GlooGroup(CpuGroup):
         dist.all_gather(list(found), own, group=self.group)
         return found.numpy().reshape(self.ranks, *values.shape)
 
+    def _exchange(self, values: NDArray[Any], length_PP: NDArray[np.int64]) -> NDArray[Any]:
+        send_P, recv_P = length_PP[self.rank].tolist(), length_PP[:, self.rank].tolist()
+        own = torch.from_numpy(values)
+        found = own.new_empty(sum(recv_P))
+        dist.all_to_all_single(found, own, recv_P, send_P, group=self.group)
+        return found.numpy()
+
     def close(self) -> None:
         """Release the connections and wait for gloo's threads.
 
@@ -97,6 +118,12 @@ class MpiGroup(CpuGroup):
         own = np.ascontiguousarray(values)
         found = np.empty((self.ranks, *own.shape), own.dtype)
         self.comm.Allgather(own, found)
+        return found
+
+    def _exchange(self, values: NDArray[Any], length_PP: NDArray[np.int64]) -> NDArray[Any]:
+        send_P, recv_P = length_PP[self.rank].tolist(), length_PP[:, self.rank].tolist()
+        found = np.empty(sum(recv_P), values.dtype)
+        self.comm.Alltoallv([values, send_P], [found, recv_P])
         return found
 
 

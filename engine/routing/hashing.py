@@ -36,6 +36,7 @@ class Purpose(IntEnum):
     strata_count_tie = 14
     strata_tie = 15
     initial_row = 16  # of an n-gram table
+    table_row = 17  # of an n-gram, in an n-gram table
 
 
 GAMMA = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio, the increment of splitmix64

@@ -64,6 +64,7 @@ class KeyRows:
     rows: int
     seed: int
     index: int  # number of the table within the run
+    purpose: Purpose = Purpose.row
 
     def of(self, ids_BQ: Tensor, left_BC: Tensor, new_document_BX: Tensor | None = None) -> Tensor:
         """Return the int64 row [B, Q] of each id, given the true ids left of each segment, of which the last ngram - 1
@@ -103,6 +104,6 @@ class KeyRows:
         if self.vocab_size**self.ngram <= self.rows:
             return keys.astype(dtype, copy=False)
         row_N = np.empty(keys.size, dtype)
-        state = np.uint64(hash64(Purpose.row, self.seed, self.index))
+        state = np.uint64(hash64(self.purpose, self.seed, self.index))
         hash_rows(state, np.ascontiguousarray(keys).reshape(-1), self.rows, row_N)
         return row_N.reshape(keys.shape)

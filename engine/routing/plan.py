@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from foreroute.engine.routing.plans.row_plan import RowsPlan
 from foreroute.kernels.dropout import seed_words
 from foreroute.kernels.expert_index import ExpertRows, expert_rows
 
@@ -132,6 +133,9 @@ class Routing:
     real_T: Tensor | None = None
     """bool: false for padding, which live routers leave without experts; planned routers' plans have none of it. None:
     there is none."""
+    row_plans: tuple[RowsPlan, ...] = ()
+    """Of each n-gram table, the rows of the step that begins with this pass; empty: they have landed before."""
+    landed_BQH: tuple[Tensor, ...] = ()  # int64: of each n-gram table, which landed row each head of each id reads
     second: "Routing | None" = None  # of a second pass over the batch; None: there is one pass
 
     @property

@@ -102,7 +102,14 @@ class Trainer:
         self.streams = Streams(ids, data.streams, data.segment, config.context, data.start, starts)
         self.model = build_model(config, corpus.vocab.size)
         self.batches = TrainingBatches(
-            config, self.streams, self.world.mesh, routers, self.model.input_keys, self.world.planning_group
+            config,
+            self.streams,
+            self.world.mesh,
+            routers,
+            self.model.input_keys,
+            self.world.planning_group,
+            self.model.table_keys,
+            self.world.planning,
         )
         fill_signatures(self.run_model)
         self.parameters = sum(p.numel() for p in self.model.parameters())  # of all ranks together

@@ -1,0 +1,77 @@
+"""The section `ngram_tables` of a run's configuration: large tables of n-grams, shared out over all ranks."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from foreroute.engine.config.enums import RowMoments, RowUpdates, WireFormat
+from foreroute.engine.config.model import MAX_NGRAM
+from foreroute.engine.config.option import check, option
+from foreroute.engine.errors import require
+
+_MOST_ROWS = 1 << 31  # of a table: the hosts tell each other 32-bit numbers
+
+
+@dataclass
+class NgramTablesConfig:
+    """Tables of learned vectors for n-grams; each rank holds a part of the rows, and only rows that a step reads move.
+
+    Each place that reads a table has one of its own: the input, or each layer of `layers`.
+    """
+
+    rows: int = option(
+        0,
+        "Rows of each head; n-grams beyond them share rows by hash. A table has orders x heads as many. 0: no tables.",
+        at_least=0,
+    )
+    orders: list[int] = option([2, 3], "Ids in the n-grams that are looked up, such as [2,3] for pairs and triples.")
+    heads: int = option(
+        4,
+        "Rows of each order that a token reads, each by a hash of its own: fewer n-grams collide in all of them.",
+        at_least=1,
+    )
+    width: int = option(
+        32,
+        "Numbers in a row. The rows of all orders and heads are concatenated, and projected to model.width where"
+        " they are not as wide.",
+        at_least=1,
+    )
+    layers: list[int] = option(
+        [], "Layers, by their numbers from 0, to whose inputs the rows of a table are added. Empty: the model's input."
+    )
+    updates: RowUpdates = RowUpdates.count
+    moments: RowMoments = RowMoments.element
+    lr_factor: float = option(1.0, "Learning rate of rows, as a multiple of that of optim.", above=0)
+    wire: WireFormat = option(WireFormat.model, "Number format in which rows and their gradients travel; model: fp32.")
+
+    def __post_init__(self) -> None:
+        check("ngram_tables", self)
+        orders = self.orders
+        require(
+            len(orders) > 0 and orders[0] >= 1 and orders[-1] <= MAX_NGRAM and _ascending(orders),
+            f"ngram_tables.orders={orders}: must be ascending numbers in 1 .. {MAX_NGRAM}, such as [2,3]",
+        )
+        require(
+            _ascending(self.layers) and min(self.layers, default=0) >= 0,
+            f"ngram_tables.layers={self.layers}: must be ascending numbers of layers from 0, such as [1,3]",
+        )
+        require(
+            self.rows * len(orders) * self.heads < _MOST_ROWS,
+            f"ngram_tables.rows={self.rows} with {len(orders)} orders of {self.heads} heads: must be below {_MOST_ROWS}"
+            " together",
+        )
+
+    @property
+    def context(self) -> int:
+        """Ids left of a segment that the n-grams reach."""
+        return max(self.orders) - 1 if self.rows else 0
+
+    @property
+    def places(self) -> list[int | None]:
+        """The layers that read a table; None is the model's input."""
+        if not self.rows:
+            return []
+        return [*self.layers] or [None]
+
+
+def _ascending(numbers: list[int]) -> bool:
+    return all(first < second for first, second in pairwise(numbers))

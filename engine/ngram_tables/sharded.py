@@ -1,0 +1,88 @@
+"""One table in a step: its rows go to the ranks that read them, and their gradients come back to their owners.
+
+The plan (engine/routing/plans/row_plan.py) says which. So each way is one all-to-all, no counts are exchanged and the
+host never waits for a device. The rows that land are a leaf of autograd: modules read them by index, in any number of
+passes and again in a recomputation, and their gradients add up in one tensor. An owner adds the ranks' gradients up in
+the order of the ranks.
+
+Letters: S rows that this rank sends, R rows that land, U distinct rows of its own that any rank reads, W
+width of a row.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from foreroute.engine.ngram_tables.row_rules import VALUE
+from foreroute.engine.ngram_tables.store import RowStore
+from foreroute.engine.parallel.collectives import ExpertGroupComm
+from foreroute.engine.parallel.in_flight import AsyncCollective
+from foreroute.engine.routing.plans.row_plan import RowsPlan
+from foreroute.engine.tracing import span
+
+
+class ShardedTable:
+    """This rank's rows of one table, and the rows of the step that have landed here.
+
+    Args:
+        comm: all ranks; None: this rank alone.
+        wire: number format of rows and gradients between ranks; one rank alone rounds to it as well.
+    """
+
+    def __init__(self, store: RowStore, comm: ExpertGroupComm | None, wire: torch.dtype | None = None) -> None:
+        self.store, self.comm = store, comm
+        self._dtype = store.state[VALUE].dtype
+        self._wire = wire or self._dtype
+        self._plan: RowsPlan | None = None
+        self._moving: AsyncCollective | Tensor | None = None  # rows, later gradients
+        self._landed_RW: Tensor | None = None
+
+    def fetch(self, plan: RowsPlan) -> None:
+        """Send the rows of a step to the ranks that read them; the transfer goes on beside what follows."""
+        self._plan, self._landed_RW = plan, None
+        with span("rows"):
+            self._moving = self._send(self.store.read(plan.send_S), plan.send_splits, plan.recv_splits)
+
+    def landed(self) -> Tensor:
+        """Return the rows that have landed, [R, W], a leaf of autograd; waits for them the first time."""
+        if self._landed_RW is None:
+            self._landed_RW = self._arrived().requires_grad_(torch.is_grad_enabled())
+        return self._landed_RW
+
+    def return_gradients(self) -> None:
+        """Send the gradients of the landed rows to the rows' owners, once in a step and after its backward passes."""
+        landed_RW, plan = self.landed(), self._need_plan()
+        grad_RW = torch.zeros_like(landed_RW) if landed_RW.grad is None else landed_RW.grad
+        with span("rows"):
+            self._moving = self._send(grad_RW, plan.recv_splits, plan.send_splits)
+        self._landed_RW = None
+
+    def summed_gradients(self) -> Tensor:
+        """Return the sum over the ranks of the gradients that came back: [U, W], of plan.touched_U."""
+        plan, grad_SW = self._need_plan(), self._arrived()
+        if grad_SW.shape[0] == 0:
+            return grad_SW
+        return F.embedding_bag(plan.order_S, grad_SW, plan.offset_U, mode="sum")
+
+    def update(self, grad_UW: Tensor, *, step: int | Tensor, lr: float, keep: Tensor) -> None:
+        """Change the rows of the step by their gradients; arguments as for RowStore.update."""
+        self.store.update(self._need_plan().touched_U, grad_UW, step=step, lr=lr, keep=keep)
+
+    def _need_plan(self) -> RowsPlan:
+        if self._plan is None:
+            raise RuntimeError("no rows of the table were fetched")
+        return self._plan
+
+    def _send(self, rows: Tensor, splits: tuple[int, ...], got_splits: tuple[int, ...]) -> AsyncCollective | Tensor:
+        if self.comm is None:
+            return rows.to(self._wire)
+        with self.comm.aside(rows):
+            # All ranks, [S, W] to [R, W], or gradients back.
+            return self.comm.all_to_all(rows.to(self._wire), splits, got_splits)
+
+    def _arrived(self) -> Tensor:
+        moving, self._moving = self._moving, None
+        if moving is None:
+            raise RuntimeError("no rows of the table are on their way")
+        rows = moving if isinstance(moving, Tensor) else moving.wait()
+        return rows.to(self._dtype)

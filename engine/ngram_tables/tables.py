@@ -1,0 +1,152 @@
+"""All n-gram tables of a model: the rows that its input or its layers read, and their part of the optimizer step.
+
+The model holds an NgramTables, whose learned projections are parameters like others. The rows are none: they are shared
+out over all ranks (engine/ngram_tables/store.py) and change beside DeepSpeed's step, by `grad_norm` and `update`, which
+the engine calls (engine/optim/deepspeed_engine.py).
+
+Letters: B streams, Q segment length, H heads of a table, W width of a row, D model width.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from foreroute.engine.config import NgramTablesConfig, WireFormat
+from foreroute.engine.ngram_tables.hash_keys import HashKeys
+from foreroute.engine.ngram_tables.row_rules import RowRule, RowSGD
+from foreroute.engine.ngram_tables.sharded import ShardedTable
+from foreroute.engine.ngram_tables.store import RowStore
+from foreroute.engine.parallel.collectives import ExpertGroupComm
+from foreroute.engine.parallel.mesh import Mesh
+from foreroute.engine.routing.plan import Routing
+from foreroute.engine.routing.plans.row_plan import RowsPlan, TableKeys
+
+
+class AddedRows(nn.Module):
+    """A token's rows, concatenated and, where that is not as wide as the model, projected."""
+
+    def __init__(self, rows_width: int, width: int) -> None:
+        super().__init__()
+        self.project = nn.Identity() if rows_width == width else nn.Linear(rows_width, width, bias=False)
+
+    def forward(self, rows_BQHW: Tensor) -> Tensor:
+        """Return the vectors to add, [B, Q, D]."""
+        added_BQD: Tensor = self.project(rows_BQHW.flatten(2))
+        return added_BQD
+
+
+class NgramTables(nn.Module):
+    """The tables of a model, in the order of the places that read them.
+
+    Args:
+        width: of the model (D).
+        seed: of the run.
+        init_std: standard deviation of the rows' initial values.
+    """
+
+    def __init__(self, config: NgramTablesConfig, *, width: int, vocab_size: int, seed: int, init_std: float) -> None:
+        super().__init__()
+        self.config, self._seed, self._scale = config, seed, init_std
+        self.keys: tuple[TableKeys, ...] = tuple(
+            HashKeys(tuple(config.orders), config.heads, config.rows, vocab_size, seed, table)
+            for table in range(len(config.places))
+        )
+        self.entries = nn.ModuleList(AddedRows(keys.heads * config.width, width) for keys in self.keys)
+        self.tables: tuple[ShardedTable, ...] = ()
+        self.updates: int | Tensor = 0
+        """Updates that the rows had, of the whole run; those that were refused do not count."""
+        self._grads: list[Tensor] = []
+
+    def hold(
+        self,
+        mesh: Mesh,
+        rule: RowRule,
+        comm: ExpertGroupComm | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Make this rank's rows, with their initial values.
+
+        Args:
+            rule: how a step changes them.
+            comm: all ranks; None for one rank alone.
+        """
+        wire = {WireFormat.fp32: torch.float32, WireFormat.bf16: torch.bfloat16}.get(self.config.wire)
+        self.tables = tuple(
+            ShardedTable(
+                RowStore(
+                    keys.rows,
+                    self.config.width,
+                    rank=mesh.rank,
+                    world=mesh.world,
+                    seed=self._seed,
+                    index=table,
+                    scale=self._scale,
+                    rule=rule,
+                    device=device,
+                    dtype=dtype,
+                ),
+                comm,
+                wire,
+            )
+            for table, keys in enumerate(self.keys)
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all tables, on all ranks."""
+        return sum(keys.rows for keys in self.keys)
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in the rows of all tables, on all ranks."""
+        return self.num_rows * self.config.width
+
+    def fetch(self, plans: Sequence[RowsPlan]) -> None:
+        """Send the rows of the step that begins to the ranks that read them; without plans they have landed before."""
+        if plans and not self.tables:  # a model that is not in training
+            self.hold(Mesh(), RowSGD(), device=plans[0].send_S.device)
+        for table, plan in zip(self.tables, plans, strict=bool(plans)):
+            table.fetch(plan)
+
+    def enter(self, place: int | None, x_BQD: Tensor, routing: Routing) -> Tensor:
+        """Add what the table of a place says of each token.
+
+        Args:
+            place: number of a layer, whose input x is; None: the model's input.
+        """
+        if place not in self.config.places:
+            return x_BQD
+        table = self.config.places.index(place)
+        rows_BQHW = F.embedding(routing.landed_BQH[table], self.tables[table].landed())
+        added_BQD: Tensor = self.entries[table](rows_BQHW.to(x_BQD.dtype))
+        return x_BQD + added_BQD
+
+    def grad_norm(self) -> Tensor:
+        """Bring the gradients of a step to the rows' owners and return their norm over all tables and ranks.
+
+        A collective of all ranks, after the last backward pass of the step.
+        """
+        for table in self.tables:
+            table.return_gradients()
+        comm = self.tables[0].comm
+        ranks = 1 if comm is None else comm.ranks
+        self._grads = [table.summed_gradients() / ranks for table in self.tables]
+        square = torch.stack([grad_UW.double().square().sum() for grad_UW in self._grads]).sum()
+        return (square if comm is None else comm.all_reduce(square)).sqrt()
+
+    def update(self, *, lr: float, scale: Tensor | float, keep: Tensor) -> None:
+        """Change the rows by the gradients that `grad_norm` brought.
+
+        Args:
+            lr: of the model's other parameters.
+            scale: factor of the gradients, for clipping.
+            keep: bool scalar on the device; where it is false no row changes.
+        """
+        step = self.updates + 1
+        for table, grad_UW in zip(self.tables, self._grads, strict=True):
+            table.update(grad_UW * scale, step=step, lr=lr * self.config.lr_factor, keep=keep)
+        self.updates, self._grads = self.updates + keep.long(), []
