@@ -58,6 +58,11 @@ class RowStore:
         """Number of this rank's rows L."""
         return len(self.owned)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the values."""
+        return self.state[VALUE].dtype
+
     def read(self, local_S: Tensor) -> Tensor:
         """Return copies of the values [S, W] of local rows (int64), which may repeat."""
         return self.state[VALUE].index_select(0, local_S)

@@ -40,6 +40,7 @@ except ImportError as error:
 __all__ = [
     "AutoEPMoELayer",
     "TorchBackend",
+    "bf16_optimizer",
     "groups",
     "safe_get_full_fp32_param",
     "safe_get_full_optimizer_state",
@@ -57,7 +58,11 @@ SHARED_MEMORY_OP = "deepspeed_shm_comm"
 GROUP_NAMES = ("_get_expert_parallel_group", "_get_expert_data_parallel_group")
 """Of deepspeed.utils.groups: the expert-parallel group of this rank, and the ranks that hold the same experts."""
 NORMS_NAME = "combine_grad_norm_groups"
-"""Of deepspeed.runtime.utils since 0.19.8: versions without it step on gradients that are not finite."""
+"""Of deepspeed.runtime.utils since 0.19.8: versions without it step on gradients that are not finite. Of ZERO_STEPS as
+well: combines the norms of the parameter groups into the global norm, by which the step clips."""
+ZERO_STEPS = (stage_1_and_2, stage3)
+BF16_NORM_NAME = "get_global_norm_of_tensors"
+"""Of bf16_optimizer: the norm of all gradients but those of experts, which are added to it."""
 NEW_GROUP_NAME = "new_group"
 """Of TorchBackend: creates every group from its ranks."""
 LINK_NAMES = ("_lazy_init_hp_params_optimizer_state", "_hp_optimizer_states_linked")
@@ -101,4 +106,7 @@ require_names(groups, *GROUP_NAMES)
 require_names(deepspeed.runtime.utils, NORMS_NAME)
 for _module in NORM_CHECKERS:
     require_names(_module, NORM_CHECK_NAME)
+for _module in ZERO_STEPS:
+    require_names(_module, NORMS_NAME)
+require_names(bf16_optimizer, BF16_NORM_NAME)
 require_names(stage_1_and_2, NORM_MASK_NAME)

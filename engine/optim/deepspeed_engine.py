@@ -11,9 +11,9 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import deepspeed
 import deepspeed.ops
@@ -31,13 +31,9 @@ from foreroute.engine.optim.adam import build_optimizer
 from foreroute.engine.optim.deepspeed_contract import (
     COMPATIBLE_OPS,
     NEW_GROUP_NAME,
-    NORM_CHECK_NAME,
-    NORM_CHECKERS,
-    NORM_MASK_NAME,
     OVERFLOW_NAME,
     SHARED_MEMORY_OP,
     TorchBackend,
-    stage_1_and_2,
 )
 from foreroute.engine.optim.expert_sharding import (
     aligned_first,
@@ -48,6 +44,7 @@ from foreroute.engine.optim.expert_sharding import (
     shard_experts,
     total_grad_norm,
 )
+from foreroute.engine.optim.grad_norm import clip_factor, joint_norm, norm_checked_by
 from foreroute.engine.optim.model_state import ModelState
 from foreroute.engine.optim.zero_defaults import KEPT_WHOLE, MAX_BUCKET
 from foreroute.engine.parallel.collectives import ExpertGroupComm
@@ -60,6 +57,22 @@ warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", F
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+class Beside(Protocol):
+    """Parameters in training beside the module's: ZeRO does not see them, and they are updated after its step."""
+
+    def grad_norm(self) -> Tensor:
+        """Compute the norm of their gradients, a scalar on the device, equal on all ranks; a collective."""
+
+    def update(self, *, lr: float, scale: Tensor, keep: Tensor) -> None:
+        """Update them by their gradients times `scale`, and begin the next step.
+
+        Args:
+            lr: learning rate of the step.
+            scale: scalar on the device, by which clipping shortens all gradients of the step.
+            keep: bool scalar on the device; where it is false nothing may change.
+        """
+
+
 class Engine(ModelState):
     """A model in training: the part of a DeepSpeed engine that foreroute uses."""
 
@@ -69,7 +82,8 @@ class Engine(ModelState):
         self._adam = engine.optimizer.optimizer if stage else engine.optimizer
         super().__init__(engine.module, self._adam, mesh, zero=engine.optimizer if stage else None, stage=stage)
         self.comm = comm
-        self.beside = [module for module in self.module.modules() if isinstance(module, NgramTables)]
+        self.beside: Sequence[Beside] = [module for module in self.module.modules() if isinstance(module, NgramTables)]
+        """Further parameters; the norm, its check, clipping and the update of a step include them."""
         self._engine = engine
         self._accumulation = accumulation
         self._micro_batches = 0  # since the last optimizer step
@@ -115,18 +129,20 @@ class Engine(ModelState):
             raise RuntimeError(f"step() after {self._micro_batches} of {self._accumulation} micro-batches")
         self._micro_batches, self._unless = 0, unless
         self._adam.found_inf = None
-        norms = [part.grad_norm() for part in self.beside]
-        if norms and self._unless is not None:
-            self._unless = self._unless | ~torch.stack(norms).isfinite().all()
+        others = [part.grad_norm() for part in self.beside]
         if self._stage == 0:  # without clipping DeepSpeed computes no norm
-            self._drop_unless_finite(total_grad_norm(self.module.parameters(), self.comm))
-        with _norm_checked_by(self._drop_unless_finite):
+            self._drop_unless_finite(joint_norm(total_grad_norm(self.module.parameters(), self.comm), others))
+        with norm_checked_by(self._drop_unless_finite, others):
             self._engine.step()
         if self._adam.found_inf is None:
             raise RuntimeError("DeepSpeed has not checked whether the gradient norm is finite")
         updated: Tensor = self._adam.found_inf == 0
         for part in self.beside:
-            part.update(lr=self._adam.param_groups[0]["lr"], scale=1.0, keep=updated)
+            part.update(
+                lr=self._adam.param_groups[0]["lr"],
+                scale=clip_factor(self._grad_norm, self._engine.gradient_clipping()),
+                keep=updated,
+            )
         return updated
 
     @property
@@ -170,26 +186,6 @@ class Engine(ModelState):
             shared_out = is_sharded(self.module.get_parameter(name))
             total += math.prod(shape) * (self.mesh.ep_size if shared_out else 1)
         return total
-
-
-@contextlib.contextmanager
-def _norm_checked_by(check: Callable[[Tensor | float], bool]) -> Iterator[None]:
-    """Inside the block, make DeepSpeed's optimizers check the norm with `check`, and keep the norm on the device."""
-    replaced: list[tuple[Any, str, Any]] = [(module, NORM_CHECK_NAME, check) for module in NORM_CHECKERS]
-    replaced.append((stage_1_and_2, NORM_MASK_NAME, _mask_norm))
-    theirs = [getattr(module, name) for module, name, _ in replaced]
-    try:
-        for module, name, ours in replaced:
-            setattr(module, name, ours)
-        yield
-    finally:
-        for (module, name, _), function in zip(replaced, theirs, strict=True):
-            setattr(module, name, function)
-
-
-def _mask_norm(norm: Tensor, device: Any = None, val: float = -1.0) -> None:
-    """Replace DeepSpeed's function of the same purpose, without its copy from the host."""
-    norm.masked_fill_(~norm.isfinite(), val)
 
 
 def start(model: nn.Module, config: Config, mesh: Mesh | None = None) -> Engine:

@@ -25,7 +25,7 @@ from foreroute.engine.errors import UserError
 from foreroute.engine.model.build import build_model
 from foreroute.engine.optim import deepspeed_contract as contract
 from foreroute.engine.optim import deepspeed_engine as adapter
-from foreroute.engine.optim import expert_sharding
+from foreroute.engine.optim import expert_sharding, grad_norm
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.parallel.watchdog import FOR_EVER
 from foreroute.engine.testing.tiny_run import SYMBOLS, tiny_config
@@ -142,14 +142,14 @@ def test_how_long_deepspeeds_groups_wait() -> None:
 @pytest.mark.parametrize("norm", [0.0, 2.5, math.inf, -math.inf, math.nan])
 def test_a_norm_is_masked_as_deepspeed_does(norm: float) -> None:
     ours, theirs = torch.tensor(norm), torch.tensor(norm)
-    adapter._mask_norm(ours)
+    grad_norm.mask_norm(ours)
     getattr(contract.stage_1_and_2, contract.NORM_MASK_NAME)(theirs)
     assert ours.equal(theirs)
 
 
 def test_an_optimizer_that_asks_about_no_norm_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the question an update that is not finite would be made; afterwards DeepSpeed has its own names again."""
-    monkeypatch.setattr(adapter, "NORM_CHECKERS", ())
+    monkeypatch.setattr(grad_norm, "NORM_CHECKERS", ())
     setup = tiny_config()
     engine = adapter.start(nn.Linear(2, 1), setup)
     theirs = getattr(contract.stage_1_and_2, contract.NORM_CHECK_NAME)
