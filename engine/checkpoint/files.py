@@ -19,9 +19,9 @@ from typing import Any
 
 import psutil
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from foreroute.engine.checkpoint.tensor_file import save_tensors
 from foreroute.engine.errors import UserError, require
 from foreroute.engine.parallel.cpu_group import CpuGroup
 from foreroute.engine.sealed_files import read_sealed, refuse_link, sealed, sha256_of, sync
@@ -96,7 +96,7 @@ def on_ranks(cpu_group: CpuGroup, act: Callable[[], Any], *, only: int | None = 
 
 def write_shard(file: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Write a shard and wait until it is on the disk; return its size and sha256, and type and shape of each tensor."""
-    save_file(tensors, file)
+    save_tensors(tensors, file)
     sync(file)
     return {
         "bytes": file.stat().st_size,
