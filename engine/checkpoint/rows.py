@@ -14,16 +14,49 @@ from math import gcd
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from foreroute.engine.checkpoint.parameters import Reader
 from foreroute.engine.errors import require
-from foreroute.engine.ngram_tables.row_rules import VALUE
+from foreroute.engine.ngram_tables.row_rules import VALUE, RowSGD
 from foreroute.engine.ngram_tables.store import RowStore
+from foreroute.engine.ngram_tables.tables import NgramTables
+from foreroute.engine.parallel.mesh import Mesh
 
 TABLES = "ngram_tables"
-"""Of a manifest: what describes each table; absent where a model has none."""
+"""Of a manifest: what describes each table; absent in those that were written before there were tables."""
+UPDATES = "row_updates"
+"""Of a manifest: the updates that the rows had, of the whole run."""
 _MOST_NUMBERS = 1 << 24  # of all ranks in a part: 64 MiB of fp32
+
+
+def describe_tables(module: nn.Module) -> dict[str, Any]:
+    """Return what the manifest says of a model's tables."""
+    updates = [int(tables.updates) for tables in _tables_in(module)]
+    return {TABLES: describe_rows(row_stores(module)), UPDATES: max(updates, default=0)}
+
+
+def load_tables(reader: Reader, module: nn.Module) -> None:
+    """Overwrite values and state of this rank's rows of a model in training.
+
+    Raises:
+        UserError: the tables differ from those here; names the first difference.
+    """
+    load_rows(reader, row_stores(module))
+    for tables in _tables_in(module):
+        tables.updates = reader.manifest[UPDATES]
+
+
+def load_table_values(reader: Reader, module: nn.Module) -> None:
+    """Give a model that is not in training all rows of its tables; raises as load_tables."""
+    for tables in _tables_in(module):
+        tables.hold(Mesh(), RowSGD())
+    load_values(reader, row_stores(module))
+
+
+def row_stores(module: nn.Module) -> list[RowStore]:
+    """Return this rank's rows of all tables of a model."""
+    return [table.store for tables in _tables_in(module) for table in tables.tables]
 
 
 def describe_rows(stores: Sequence[RowStore]) -> list[dict[str, Any]]:
@@ -112,3 +145,7 @@ def _local(owned: range, first: int, part: int) -> slice:
 
 def _key(table: int, kind: str, first: int, rank: int) -> str:
     return f"ngram_rows/{table}/{kind}/{first:012d}/{rank:05d}"
+
+
+def _tables_in(module: nn.Module) -> list[NgramTables]:
+    return [part for part in module.modules() if isinstance(part, NgramTables)]

@@ -5,6 +5,7 @@ Keys beside those of parameters and buffers (engine/checkpoint/parameters.py):
     memory/<layer>/<global stream id:06d>    table/<i>/<field>    rng/torch/rank-<rank:05d>    rng/cuda/rank-<rank:05d>
     int8/<parameter>/<expert:05d>    scale/<parameter>/<expert:05d>    instead of its weight, for evaluation alone
 
+and those of the rows of n-gram tables (engine/checkpoint/rows.py).
 Each rank writes one shard: the experts that it holds, shared with the ranks that hold the same ones, its share of all
 other parameters, and its own memory and random state. Nothing is gathered on one rank but the manifest, which has all
 that is no tensor (engine/checkpoint/files.py). Nothing is pickled. Inverse of `save`: `load`, or `load_weights`.
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from foreroute.engine.checkpoint import files
 from foreroute.engine.checkpoint.files import read_manifest
 from foreroute.engine.checkpoint.parameters import Reader, Shapes, buffers, local_experts, own_state
+from foreroute.engine.checkpoint.rows import describe_tables, load_table_values, load_tables, own_rows, row_stores
 from foreroute.engine.errors import UserError, require
 from foreroute.engine.moe.int8_weights import hold_int8
 from foreroute.engine.parallel.cpu_group import CpuGroup
@@ -137,6 +139,7 @@ def load(
         engine.write_state(name, {kind: reader.parameter(kind, name, experts) for kind in STATE_KEYS})
     engine.set_adam_step(reader.manifest["adam_step"])
     reader.load_buffers(engine.module)
+    load_tables(reader, engine.module)
     return reader.training_state(engine.mesh, streams)
 
 
@@ -151,6 +154,7 @@ def load_weights(path: Path, module: nn.Module) -> TrainingState:
     reader.check_fits(module, {n: shape for n, shape in shapes.items() if n not in in_int8}, STATE_KEYS[:1], ep_size=1)
     reader.check_fits(module, in_int8, [INT8], ep_size=1)
     reader.load_buffers(module)
+    load_table_values(reader, module)
     for name, shape in shapes.items():
         experts = local_experts(name, shape, Mesh())
         if name in in_int8:
@@ -229,7 +233,8 @@ def _rng(rank: int, kind: str = "torch") -> str:
 
 
 def _tensors(engine: "Engine", state: TrainingState) -> dict[str, Tensor]:
-    """Return the tensors that this rank writes, on the host, perhaps aliases of live ones; a collective."""
+    """Return the tensors that this rank writes, perhaps aliases of live ones; a collective. All but rows are on the
+    host."""
     result = dict(own_state(engine.read_state(), engine.mesh))
     assert state.rng is not None
     result[_rng(engine.mesh.rank)] = state.rng
@@ -245,7 +250,8 @@ def _tensors(engine: "Engine", state: TrainingState) -> dict[str, Tensor]:
         for layer, memory_BMD in enumerate(state.memory):
             for stream, memory_MD in zip(state.stream_B.tolist(), memory_BMD, strict=True):
                 result[f"memory/{layer}/{stream:06d}"] = memory_MD
-    return {key: value.detach().cpu().contiguous() for key, value in result.items()}
+    on_host = {key: value.detach().cpu().contiguous() for key, value in result.items()}
+    return {**on_host, **dict(own_rows(row_stores(engine.module)))}
 
 
 def _header(engine: "Engine", state: TrainingState, facts: dict[str, Any]) -> dict[str, Any]:
@@ -257,5 +263,6 @@ def _header(engine: "Engine", state: TrainingState, facts: dict[str, Any]) -> di
         "adam_step": engine.adam_step(),
         "cursor": state.cursor,
         "tables": len(state.tables),
+        **describe_tables(engine.module),
         **facts,
     }

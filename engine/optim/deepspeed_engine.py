@@ -230,9 +230,6 @@ def _hold_tables(
     model: nn.Module, config: NgramTablesConfig, optim: OptimConfig, mesh: Mesh, device: torch.device
 ) -> None:
     """Make this rank's rows of the model's n-gram tables, whose collectives have a process group of their own."""
-    require(
-        optim.clip == 0 or not config.rows, f"optim.clip={optim.clip}: must be 0 with ngram_tables.rows={config.rows}"
-    )
     rule = RowAdam(optim.beta1, optim.beta2, optim.eps, config.updates, config.moments)
     for tables in (module for module in model.modules() if isinstance(module, NgramTables)):
         comm = None
