@@ -80,6 +80,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         _panel("Time of the exchange", "exchange_exposed_ms", "exchange_hidden_ms"),
         _panel("Sent in a step, all ranks", "wire_bytes", "wire_bytes_inside", "wire_bytes_between"),
         _panel("Sent in a step, by rank", "rank_wire_bytes"),
+        _panel("Sent in a step for n-gram tables", "table_bytes"),
         _panel("Sent in a step, by link", "link_bytes"),
         _panel("Exposed exchange, by rank", "rank_exchange_exposed_ms"),
     ),

@@ -169,6 +169,7 @@ class Window:
             "wire_bytes": wire_bytes,
             "wire_bytes_inside": inside,
             "wire_bytes_between": wire_bytes - inside,
+            "table_bytes": sum(self._ranks_mean("table_bytes")),
             "load_max_over_mean": self._worst_load / steps,
             "rank_load_max_over_mean": self._rank_load / steps,
             **{name: found if moe else [] for name, found in lists.items()},

@@ -69,6 +69,11 @@ METRICS: dict[str, Metric] = {
     "wire_bytes": Metric("bytes", "sent to other ranks in one step for the experts' sake, over all ranks and layers"),
     "wire_bytes_inside": Metric("bytes", "of wire_bytes, between ranks of one node"),
     "wire_bytes_between": Metric("bytes", "of wire_bytes, between ranks of different nodes"),
+    "table_bytes": Metric(
+        "bytes",
+        "sent to other ranks in one step for n-gram tables, over all ranks: rows, their gradients, and the row"
+        " numbers that hosts exchange ahead",
+    ),
     "load_max_over_mean": Metric("1", "rows of the busiest expert over the mean, worst layer; 0 when dense"),
     "rank_load_max_over_mean": Metric("1", "expert rows computed by the busiest rank over the mean rank; 0 when dense"),
     "memory_bytes": Metric("bytes", "resident memory of this process now"),

@@ -36,6 +36,7 @@ class RankRow:
     memory_bytes: float = 0.0  # resident memory of the process
     wire_bytes: float = 0.0  # sent to other ranks
     wire_bytes_inside: float = 0.0  # of these, to ranks of the same node
+    table_bytes: float = 0.0  # sent to other ranks for n-gram tables
     rows: float = 0.0  # expert rows that the rank computed, in all layers; filled in by sum_over_ranks
 
 
@@ -105,7 +106,7 @@ def sum_over_ranks(
 ) -> RankSum:
     """Add up a step over its micro-batches and ranks; a collective. No sync with the host.
 
-    Leaves: about 16 x (2 + P x (9 + G) + L x E) bytes.
+    Leaves: about 16 x (2 + P x (10 + G) + L x E) bytes.
 
     Args:
         row: of this rank.

@@ -8,6 +8,7 @@ from foreroute.engine.metrics.rank_sums import RankRow, RankSum, sum_over_ranks
 from foreroute.engine.metrics.timers import StepTimer, StepTimes
 from foreroute.engine.model.transformer_xl import Output
 from foreroute.engine.moe.layer import MoELayer
+from foreroute.engine.ngram_tables.tables import NgramTables
 from foreroute.engine.parallel.collectives import ExpertGroupComm
 from foreroute.engine.parallel.world import World
 
@@ -24,17 +25,20 @@ class StepMeter:
     def __init__(
         self, model: nn.Module, device: torch.device, comm: ExpertGroupComm | None = None, world: World | None = None
     ) -> None:
-        self.timer = StepTimer(model, device, comm)
+        self._tables = [module for module in model.modules() if isinstance(module, NgramTables)]
+        self.timer = StepTimer(model, device, comm, *(tables.comm for tables in self._tables))
         self._comm, self._world = comm, world or World()
         self._experts_L = [layer.num_experts for layer in model.modules() if isinstance(layer, MoELayer)]
         self._near_G = self._world.near(self._world.mesh.ep_ranks) if comm else []
         self._sent_before_G: list[int] = []
+        self._tables_sent_before = 0
         self._untold = StepTimes()
 
     def begin(self) -> None:
         """Begin a step."""
         self.timer.begin()
         self._sent_before_G = list(self._comm.sent_bytes_P) if self._comm else []
+        self._tables_sent_before = self._tables_sent_now()
 
     def tell(self, times: StepTimes) -> None:
         """Add these times, of an earlier step, to the next step's row for all ranks."""
@@ -57,9 +61,13 @@ class StepMeter:
                 plan_wait_ms=self.timer.host.plan_wait_ms,
                 memory_bytes=memory_bytes(),
                 wire_bytes=sum(sent_G),
+                table_bytes=self._tables_sent_now() - self._tables_sent_before,
                 wire_bytes_inside=sum(sent for sent, near in zip(sent_G, self._near_G, strict=True) if near),
             )
         return sum_over_ranks(outputs, self._world, row, sent_G, self._experts_L)
 
     def _sent_now_G(self) -> list[int]:
         return self._comm.sent_bytes_P if self._comm else []
+
+    def _tables_sent_now(self) -> int:
+        return sum(tables.sent_bytes for tables in self._tables)

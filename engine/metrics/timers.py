@@ -48,7 +48,7 @@ class Mark(NamedTuple):
     """A moment."""
 
     at: Any  # seconds of the host's clock, or an event of the device
-    log: float  # where the log of the exchange is
+    logs: tuple[float, ...]  # where the logs of the exchanges are
 
 
 _FIELDS = {name: f"{name}_ms" for name in ("forward", "backward", "optimizer", "attention", "experts")}
@@ -60,7 +60,7 @@ class TimedStep:
 
     host: StepTimes = field(default_factory=StepTimes)
     spans: list[tuple[str, Mark, Mark]] = field(default_factory=list)  # what, begin, end
-    log: HostLog | DeviceLog = field(default_factory=HostLog)  # of the exchange
+    logs: list[HostLog | DeviceLog] = field(default_factory=list)  # of the exchanges
 
     def times(self) -> StepTimes:
         """Return the times, once; the host waits for a device that has not finished the step.
@@ -77,8 +77,12 @@ class TimedStep:
             elif name in _FIELDS:
                 setattr(found, _FIELDS[name], getattr(found, _FIELDS[name]) + ms)
             if name == "forward":
-                found.own_ms += ms - self.log.exposed_ms(begin.log, end.log)
-        found.exchange_exposed_ms, found.exchange_hidden_ms = self.log.take()
+                waits = zip(self.logs, begin.logs, end.logs, strict=True)
+                found.own_ms += ms - sum(log.exposed_ms(before, after) for log, before, after in waits)
+        for log in self.logs:
+            taken = log.take()
+            found.exchange_exposed_ms += taken.exposed_ms
+            found.exchange_hidden_ms += taken.hidden_ms
         return found
 
 
@@ -88,11 +92,11 @@ class StepTimer:
     Args:
         model: its attention modules and its feed-forward or expert modules are timed.
         device: where it lives.
-        comm: through which its layers exchange rows; None if experts are not shared out.
+        comms: through which its layers exchange rows and its tables theirs; None for what is not shared out.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, comm: ExpertGroupComm | None = None) -> None:
-        self._cuda, self._comm = device.type == "cuda", comm
+    def __init__(self, model: nn.Module, device: torch.device, *comms: ExpertGroupComm | None) -> None:
+        self._cuda, self._comms = device.type == "cuda", [comm for comm in comms if comm is not None]
         self._step, self._phase = TimedStep(), ""
         for name, module in model.named_modules():
             if isinstance(module, RelativeAttention):
@@ -113,8 +117,7 @@ class StepTimer:
     def end(self) -> TimedStep:
         """End the step and return its marks; the device may still compute it."""
         self._step.spans.append(("step", self._began, self._mark()))
-        if self._comm is not None:
-            self._step.log = self._comm.take_log()
+        self._step.logs = [comm.take_log() for comm in self._comms]
         return self._step
 
     @contextmanager
@@ -148,12 +151,12 @@ class StepTimer:
         module.register_forward_hook(timed(lambda: self._step.spans.append((kind, begin.pop(), self._mark()))))
 
     def _mark(self) -> Mark:
-        log = 0.0 if self._comm is None else self._comm.mark()
+        logs = tuple(comm.mark() for comm in self._comms)
         if not self._cuda:
-            return Mark(time.perf_counter(), log)
+            return Mark(time.perf_counter(), logs)
         event = torch.cuda.Event(enable_timing=True)
         event.record()
-        return Mark(event, log)
+        return Mark(event, logs)
 
 
 def _elapsed_ms(begin: Mark, end: Mark) -> float:

@@ -18,7 +18,7 @@ from foreroute.engine.ngram_tables.hash_keys import HashKeys
 from foreroute.engine.ngram_tables.row_rules import RowRule, RowSGD
 from foreroute.engine.ngram_tables.sharded import ShardedTable
 from foreroute.engine.ngram_tables.store import RowStore
-from foreroute.engine.parallel.collectives import ExpertGroupComm
+from foreroute.engine.parallel.collectives import ExpertGroupComm, all_reduce_sum
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.plan import Routing
 from foreroute.engine.routing.plans.row_plan import RowsPlan, TableKeys
@@ -57,6 +57,8 @@ class NgramTables(nn.Module):
         self.tables: tuple[ShardedTable, ...] = ()
         self.updates: int | Tensor = 0
         """Updates that the rows had, of the whole run; those that were refused do not count."""
+        self.comm: ExpertGroupComm | None = None  # all ranks; None: this rank alone
+        self._mesh, self._id_bytes = Mesh(), 0
         self._grads: list[Tensor] = []
 
     def hold(
@@ -74,6 +76,7 @@ class NgramTables(nn.Module):
             rule: how a step changes them.
             comm: all ranks; None for one rank alone.
         """
+        self.comm, self._mesh = comm, mesh
         wire = {WireFormat.fp32: torch.float32, WireFormat.bf16: torch.bfloat16}.get(self.config.wire)
         self.tables = tuple(
             ShardedTable(
@@ -105,12 +108,18 @@ class NgramTables(nn.Module):
         """Numbers in the rows of all tables, on all ranks."""
         return self.num_rows * self.config.width
 
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that this rank has sent: rows, gradients, and the row numbers that its host sent for them."""
+        return self._id_bytes + (0 if self.comm is None else self.comm.sent_bytes)
+
     def fetch(self, plans: Sequence[RowsPlan]) -> None:
         """Send the rows of the step that begins to the ranks that read them; without plans they have landed before."""
         if plans and not self.tables:  # a model that is not in training
             self.hold(Mesh(), RowSGD(), device=plans[0].send_S.device)
         for table, plan in zip(self.tables, plans, strict=bool(plans)):
             table.fetch(plan)
+            self._id_bytes += sum(plan.id_bytes_P) - plan.id_bytes_P[self._mesh.rank]
 
     def enter(self, place: int | None, x_BQD: Tensor, routing: Routing) -> Tensor:
         """Add what the table of a place says of each token.
@@ -125,18 +134,16 @@ class NgramTables(nn.Module):
         added_BQD: Tensor = self.entries[table](rows_BQHW.to(x_BQD.dtype))
         return x_BQD + added_BQD
 
-    def grad_norm(self) -> Tensor:
-        """Bring the gradients of a step to the rows' owners and return their norm over all tables and ranks.
-
-        A collective of all ranks, after the last backward pass of the step.
-        """
+    def return_gradients(self) -> None:
+        """Send the gradients of a step to the rows' owners, after its last backward pass; a collective of all ranks."""
         for table in self.tables:
             table.return_gradients()
-        comm = self.tables[0].comm
-        ranks = 1 if comm is None else comm.ranks
-        self._grads = [table.summed_gradients() / ranks for table in self.tables]
+
+    def grad_norm(self) -> Tensor:
+        """Add the returned gradients up and compute their norm over all tables and ranks; a collective."""
+        self._grads = [table.summed_gradients() / self._mesh.world for table in self.tables]
         square = torch.stack([grad_UW.double().square().sum() for grad_UW in self._grads]).sum()
-        return (square if comm is None else comm.all_reduce(square)).sqrt()
+        return (square if self.comm is None else all_reduce_sum(square, self.comm.group)).sqrt()
 
     def update(self, *, lr: float, scale: Tensor | float, keep: Tensor) -> None:
         """Change the rows by the gradients that `grad_norm` brought.

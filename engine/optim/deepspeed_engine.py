@@ -60,6 +60,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class Beside(Protocol):
     """Parameters in training beside the module's: ZeRO does not see them, and they are updated after its step."""
 
+    def return_gradients(self) -> None:
+        """Send the gradients to the ranks that hold the parameters, after the last backward pass of a step."""
+
     def grad_norm(self) -> Tensor:
         """Compute the norm of their gradients, a scalar on the device, equal on all ranks; a collective."""
 
@@ -112,6 +115,9 @@ class Engine(ModelState):
         self._micro_batches += 1
         if self._micro_batches < self._accumulation:
             self._engine.step()  # before the last micro-batch this only counts
+            return
+        for part in self.beside:
+            part.return_gradients()
 
     def step(self, *, unless: Tensor | None = None) -> Tensor:
         """Clip the gradients and update the weights, after the last micro-batch of an accumulation.

@@ -144,6 +144,7 @@ def _line(
         "wire_bytes": wire,
         "wire_bytes_inside": 0.25 * wire,
         "wire_bytes_between": 0.75 * wire,
+        "table_bytes": 0.1 * wire,
         "active_parameters": 400_000 * k,
         "load_max_over_mean": float((rows.max(1) / rows.mean(1)).max()),
         "rank_load_max_over_mean": 1.05,

@@ -45,8 +45,13 @@ class TableKeys(Protocol):
 class Ids(Protocol):
     """The ids of one pass, as a Batch of engine/data/streams.py has them."""
 
-    ids_BQ: Tensor
-    left_BC: Tensor
+    @property
+    def ids_BQ(self) -> Tensor:
+        """Int64 ids."""
+
+    @property
+    def left_BC(self) -> Tensor:
+        """Int64 ids left of each segment."""
 
     @property
     def new_document_BX(self) -> Tensor | None:
@@ -64,6 +69,11 @@ class RowsPlan:
     order_S: Tensor
     """int64: places in send_S, sorted by row and for the same row by rank: the order in which gradients are added."""
     offset_U: Tensor  # int64: where in order_S each row of touched_U begins
+
+    @property
+    def id_bytes_P(self) -> list[int]:
+        """Bytes by which this rank's host asks each rank for the table's rows: their numbers, and how many they are."""
+        return [ID_BYTES * (rows + 1) for rows in self.recv_splits]
 
 
 class TableRows(NamedTuple):

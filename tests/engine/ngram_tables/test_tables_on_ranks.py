@@ -80,6 +80,7 @@ def train(rank: int, ranks: int, case: Case, wire: WireFormat = WireFormat.model
             loss = loss_of(model, planned) / case.accumulation
             loss.backward()
             total += loss.detach()
+        tables.return_gradients()
         norms.append(tables.grad_norm().item())
         tables.update(lr=RATE, scale=1.0, keep=torch.tensor(True))
         for parameter in model.parameters():
