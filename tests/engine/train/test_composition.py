@@ -45,6 +45,7 @@ from foreroute.engine.config import (
     KernelsConfig,
     ModelConfig,
     MoEConfig,
+    NgramTablesConfig,
     OptimConfig,
     ParallelConfig,
     Precision,
@@ -59,6 +60,7 @@ from foreroute.engine.data.corpus import prepare
 from foreroute.engine.errors import RunFailed, UserError
 from foreroute.engine.model.build import build_model, build_routers
 from foreroute.engine.moe.layer import MoELayer
+from foreroute.engine.ngram_tables.row_rules import RowSGD
 from foreroute.engine.parallel.cpu_group import GlooGroup, expert_cpu_group
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.parallel.world import World
@@ -71,6 +73,11 @@ from foreroute.engine.train.trainer import Trainer
 from foreroute.launch.start.help import CONF
 
 STEPS, SAVED, LAYERS, EXPERTS, K = 3, 2, 2, 4, 2
+TABLES = {  # options of section ngram_tables
+    "hashed, n-gram tables": {"rows": 90, "heads": 2, "width": 3},
+    "dense, n-gram tables": {"rows": 50, "orders": [2], "heads": 2, "width": 4, "layers": [0, 1]},
+    "stochastic, n-gram tables": {"rows": 70, "orders": [1, 3], "heads": 1, "width": 2, "layers": [1]},
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "hashed, weights sum": {"weights": "sum"},
     "hashed, live weights": {"weights": "live", "gate": "sqrt_softplus", "gate_scale": 1.5},
@@ -80,6 +87,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hashed, layers that differ": {"by_layer": {1: {"router": "by_frequency", "experts": 2 * EXPERTS, "ngram": 1}}},
     "strata, growing": {"strata_experts": [EXPERTS, EXPERTS, 2 * EXPERTS, 2 * EXPERTS]},
     "hashed, a live layer": {"by_layer": {0: {"router": "frozen", "experts": 2 * EXPERTS}}},
+    **{kind: {} for kind in TABLES},
 }
 LIVE = {"hashed, a live layer": "frozen"}  # a kind of several methods has the limits of this one
 OTHER_K = {"base": 1, "strata": 3}  # with 2 of 4 strata no token reaches the last one
@@ -132,13 +140,17 @@ def is_certified(kind: str) -> bool:
     return method is not None and issubclass(method, PlannedRouter) and (method.of_ids or method.of_places)
 
 
+def is_dense(values: dict[str, Any]) -> bool:
+    return values.get("kind", "").partition(",")[0] == "dense"
+
+
 class Refusal(NamedTuple):
     line: str  # a part of it
     applies: Callable[[dict[str, Any]], bool]  # to values of some factors
 
 
 REFUSALS = [
-    Refusal("nothing to certify", lambda values: values.get("certified", False) and values.get("kind") == "dense"),
+    Refusal("nothing to certify", lambda values: values.get("certified", False) and is_dense(values)),
     Refusal(
         "only routers that follow from the ids, such as hashed, can be certified",
         lambda values: values.get("certified", False) and "kind" in values and not is_certified(values["kind"]),
@@ -266,6 +278,7 @@ def configure(cell: Cell, folder: Path) -> Config:
             pre_norm=cell.kind.partition(",")[0] in PRE_NORM,
         ),
         moe=MoEConfig(**moe | settings(cell.kind, folder)),
+        ngram_tables=NgramTablesConfig(**TABLES.get(cell.kind, {})),
         schedule=ScheduleConfig(k_min=k, k_max=k),
         # the update is 0.5 times the gradient
         optim=OptimConfig(lr=500.0, beta1=0.0, eps=1e3, clip=0.0, decay=Decay.constant),
@@ -367,7 +380,7 @@ def train(cell: Cell, rank: int, folder: Path) -> Any:
         assert trainer.run(None, lambda: False, [notes, *checks])
     except (UserError, RunFailed) as error:
         return str(error)
-    weights = {}
+    weights = rows_of_tables(trainer.model)
     for name, state in trainer.engine.read_state():
         value = state["weight"].float().numpy().copy()
         if ".experts." in name:
@@ -376,6 +389,16 @@ def train(cell: Cell, rank: int, folder: Path) -> Any:
         else:
             weights[name] = value
     return SimpleNamespace(losses=notes.losses, norms=notes.norms, rows=notes.rows, weights=weights)
+
+
+def rows_of_tables(model: torch.nn.Module) -> dict[str, Any]:
+    """This rank's rows of n-gram tables, "table 0@<row>"."""
+    tables = [] if model.ngram_tables is None else model.ngram_tables.tables
+    return {
+        f"table {number}@{row}": value.numpy().copy()
+        for number, table in enumerate(tables)
+        for row, value in zip(table.store.owned, table.store.state["value"], strict=True)
+    }
 
 
 def several(rank: int, ranks: int, cells: list[Cell], folder: Path) -> list[Any]:
@@ -509,12 +532,17 @@ def test_a_plain_run_moves_every_parameter(found, folder):
             continue
         assert len(plain.losses) == STEPS and len(set(plain.losses.values())) == STEPS, cell
         config = configure(cell, folder)
-        before = build_model(config, prepare(config.corpus).vocab.size).state_dict()
+        model = build_model(config, prepare(config.corpus).vocab.size)
+        before = model.state_dict()
+        if model.ngram_tables is not None:
+            model.ngram_tables.hold(Mesh(), RowSGD())
+            rows = rows_of_tables(model)
+            before |= {f"table {y}": [rows[name] for name in rows if name.startswith(f"table {y}@")] for y in (0, 1)}
         moved = set()
         for name, value in plain.weights.items():
             tensor, _, expert = name.partition("@")
             begin = before[tensor][int(expert)] if expert else before[tensor]
-            moved |= {tensor} if np.abs(value - begin.numpy()).max() > 1e-6 else set()
+            moved |= {tensor} if np.abs(value - np.asarray(begin)).max() > 1e-6 else set()
         assert moved == {name.partition("@")[0] for name in plain.weights}, cell
 
 
