@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from foreroute.engine.errors import RunFailed, everywhere
@@ -19,6 +20,7 @@ from foreroute.engine.parallel.cpu_group import CpuGroup, odd_ones
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.plan import Plan
 from foreroute.engine.routing.planned_router import PlannedRouter
+from foreroute.engine.routing.plans.row_plan import TableKeys
 
 if TYPE_CHECKING:  # the loader calls this file
     from foreroute.engine.data.planned_batches import GroupBatch
@@ -29,10 +31,21 @@ _FIELDS = ("step", "micro-batch", "number of active experts k", "tables", "token
 class Agreement:
     """Compares plans between the ranks; used by one thread of each rank, in the order of the steps."""
 
-    def __init__(self, cpu_group: CpuGroup, mesh: Mesh, routers: Sequence[PlannedRouter] | None) -> None:
-        """Use connections to all ranks that no other thread uses, and the routers whose tables must agree."""
+    def __init__(
+        self,
+        cpu_group: CpuGroup,
+        mesh: Mesh,
+        routers: Sequence[PlannedRouter] | None,
+        table_keys: Sequence[TableKeys] = (),
+    ) -> None:
+        """Use connections to all ranks that no other thread uses.
+
+        Args:
+            routers: whose tables must agree.
+            table_keys: of the n-gram tables, in which the same ids must have the same rows.
+        """
         self._cpu_group, self._mesh = cpu_group, mesh
-        self._tables = tables_digest(routers)
+        self._tables = tables_digest(routers, table_keys)
 
     def check(self, step: int, micro: int, k: int, group: "GroupBatch", plans: tuple[Plan, ...] | None) -> None:
         """Compare this micro-batch's plans, of all its passes, with the other ranks'; collective.
@@ -72,10 +85,17 @@ class Agreement:
             raise everywhere(RunFailed(f"{where}: {what}"))
 
 
-def tables_digest(routers: Sequence[PlannedRouter] | None) -> int:
-    """Return a 64-bit digest of all tables, or of what routers draw from."""
+def tables_digest(routers: Sequence[PlannedRouter] | None, table_keys: Sequence[TableKeys] = ()) -> int:
+    """Return a 64-bit digest of all tables, or of what routers draw from, and of the rows of some n-grams."""
     arrays = [array for router in routers or () for array in router.identity()]
-    return _digest(*arrays)
+    return _digest(*arrays, *map(_some_rows, table_keys))
+
+
+def _some_rows(keys: TableKeys) -> NDArray[np.int64]:
+    """Return the rows of a few n-grams of the ids 0 and 1, of which every vocabulary has some."""
+    ids_BQ = torch.tensor([[0, 1, 1, 0, 1, 0, 0, 1]])
+    found = keys.rows_of(ids_BQ, torch.zeros(1, keys.context, dtype=torch.int64))
+    return np.append(found.numpy().reshape(-1), keys.rows)
 
 
 def _digest(*arrays: NDArray[np.generic]) -> int:

@@ -11,6 +11,7 @@ from itertools import chain
 from foreroute.engine.config import Config
 from foreroute.engine.config.enums import Activation, Growth
 from foreroute.engine.config.model import ModelConfig, MoEConfig, expert_layers, feed_forward_width, num_tables
+from foreroute.engine.config.ngram_tables import NgramTablesConfig
 from foreroute.engine.model.adaptive import clusters
 from foreroute.engine.routing.k_schedule import active_experts
 from foreroute.engine.routing.methods import has_live_gate, live_method, training_passes
@@ -32,7 +33,15 @@ class Product:
 
 
 def forward_flops(
-    model: ModelConfig, moe: MoEConfig, *, streams: int, segment: int, vocab: int, k: int, shares: Sequence[float] = ()
+    model: ModelConfig,
+    moe: MoEConfig,
+    *,
+    streams: int,
+    segment: int,
+    vocab: int,
+    k: int,
+    shares: Sequence[float] = (),
+    tables: NgramTablesConfig | None = None,
 ) -> float:
     """Count the useful arithmetic of one forward pass over a step's symbols, of all ranks; backward is twice as much.
 
@@ -49,6 +58,7 @@ def forward_flops(
         vocab: symbols (V).
         k: active experts; ignored when dense.
         shares: of the symbols that each cluster has (engine/model/adaptive.py); ignored without cut-offs.
+        tables: of n-grams; None: there are none.
     """
     tokens = streams * segment
     attention = [
@@ -58,6 +68,8 @@ def forward_flops(
     layers = [layer_products(model, moe, tokens, layer, k) for layer in range(model.layers)]
     at_input = num_tables(model, moe) * moe.experts if model.signatures else 0
     ends = [*end_products(model, vocab, tokens, shares), Product(tokens, model.width, at_input)]
+    if tables is not None:
+        ends += table_products(tables, model.width, tokens)
     return model.layers * _flops(attention) + _flops(chain(*layers, ends))
 
 
@@ -122,6 +134,12 @@ def end_products(model: ModelConfig, vocab: int, tokens: float, shares: Sequence
     return products
 
 
+def table_products(tables: NgramTablesConfig, width: int, rows: float) -> list[Product]:
+    """List the products that project rows of n-gram tables to the width of the model, at all places."""
+    read = len(tables.orders) * tables.heads * tables.width
+    return [] if read == width else [Product(rows, width, read, len(tables.places))]
+
+
 def _flops(products: Iterable[Product]) -> float:
     return sum(product.count * product.flops for product in products)
 
@@ -141,7 +159,7 @@ class Arithmetic:
 
     Args:
         vocab: symbols.
-        parameters: of the whole model.
+        parameters: of the whole model, but of its n-gram tables only the rows that a symbol reads.
         shares: as for forward_flops.
     """
 
@@ -175,6 +193,7 @@ class Arithmetic:
             vocab=self._vocab,
             k=k,
             shares=self._shares,
+            tables=config.ngram_tables,
         )
 
     def flops_before(self, step: int) -> float:

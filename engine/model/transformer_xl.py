@@ -133,6 +133,12 @@ class TransformerXL(nn.Module):
         """How n-grams find their rows in the n-gram tables; plan_rows makes the routing's row plans from them."""
         return () if self.ngram_tables is None else self.ngram_tables.keys
 
+    @property
+    def num_parameters(self) -> int:
+        """Parameters, those of all experts here and the rows of n-gram tables on all ranks among them."""
+        rows = 0 if self.ngram_tables is None else self.ngram_tables.num_parameters
+        return rows + sum(parameter.numel() for parameter in self.parameters())
+
     def init_weights(self, std: float) -> None:
         """Draw weights, u and v from N(0, std^2), LayerNorm gains from N(1, std^2); biases are zero."""
         nn.init.normal_(self.u, 0.0, std)

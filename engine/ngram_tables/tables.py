@@ -24,6 +24,14 @@ from foreroute.engine.routing.plan import Routing
 from foreroute.engine.routing.plans.row_plan import RowsPlan, TableKeys
 
 
+def table_keys(config: NgramTablesConfig, vocab_size: int, seed: int) -> tuple[TableKeys, ...]:
+    """Return how n-grams find their rows in each table of a run."""
+    return tuple(
+        HashKeys(tuple(config.orders), config.heads, config.rows, vocab_size, seed, table)
+        for table in range(len(config.places))
+    )
+
+
 class AddedRows(nn.Module):
     """A token's rows, concatenated and, where that is not as wide as the model, projected."""
 
@@ -49,10 +57,7 @@ class NgramTables(nn.Module):
     def __init__(self, config: NgramTablesConfig, *, width: int, vocab_size: int, seed: int, init_std: float) -> None:
         super().__init__()
         self.config, self._seed, self._scale = config, seed, init_std
-        self.keys: tuple[TableKeys, ...] = tuple(
-            HashKeys(tuple(config.orders), config.heads, config.rows, vocab_size, seed, table)
-            for table in range(len(config.places))
-        )
+        self.keys = table_keys(config, vocab_size, seed)
         self.entries = nn.ModuleList(AddedRows(keys.heads * config.width, width) for keys in self.keys)
         self.tables: tuple[ShardedTable, ...] = ()
         self.updates: int | Tensor = 0
@@ -107,6 +112,11 @@ class NgramTables(nn.Module):
     def num_parameters(self) -> int:
         """Numbers in the rows of all tables, on all ranks."""
         return self.num_rows * self.config.width
+
+    @property
+    def num_unread(self) -> int:
+        """Of these numbers, those that a symbol does not read."""
+        return self.num_parameters - self.config.width * sum(keys.heads for keys in self.keys)
 
     @property
     def sent_bytes(self) -> int:

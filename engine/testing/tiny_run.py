@@ -22,6 +22,7 @@ from foreroute.engine.config import (
     EvalConfig,
     ModelConfig,
     MoEConfig,
+    NgramTablesConfig,
     OptimConfig,
     ScheduleConfig,
     TrainConfig,
@@ -37,6 +38,7 @@ from foreroute.engine.parallel.cpu_group import GlooGroup
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.plan import Routing
 from foreroute.engine.routing.planned.hashed import HashedRouter
+from foreroute.engine.routing.plans.row_plan import TableRows, plan_rows
 from foreroute.engine.routing.tables import Table, build_tables, table_from_state, table_state
 
 SYMBOLS, STREAMS, SEGMENT, LAYERS, EXPERTS, K = 11, 4, 16, 2, 4, 2
@@ -49,6 +51,7 @@ def tiny_config(
     dropout: float = 0.0,
     model: dict[str, Any] | None = None,
     moe: dict[str, Any] | None = None,
+    tables: dict[str, Any] | None = None,
     **train: Any,
 ) -> Config:
     """Return the run's configuration.
@@ -57,12 +60,14 @@ def tiny_config(
         stage: of ZeRO.
         model: further options of section model.
         moe: further options of section moe.
+        tables: options of section ngram_tables.
         train: further options of section train.
     """
     return Config(
         data=DataConfig(streams=STREAMS, segment=SEGMENT),
         model=ModelConfig(LAYERS, 16, heads=2, head_width=8, memory=16, dropout=dropout, init_std=0.2, **(model or {})),
         moe=MoEConfig(experts=EXPERTS, expert_width=12, ngram=2, rows=64, **(moe or {})),
+        ngram_tables=NgramTablesConfig(**(tables or {})),
         schedule=ScheduleConfig(k_min=K, k_max=K),
         # With a smaller eps, rounding noise in a gradient that is nearly zero becomes a whole step.
         optim=OptimConfig(lr=0.002, clip=clip, eps=1e-6),
@@ -146,6 +151,15 @@ class Run:
                     found[full] = value.numpy().copy()
         return found
 
+    def rows(self) -> dict[tuple[int, int], NDArray[np.float32]]:
+        """Return the values of this rank's rows of n-gram tables, by (table, row)."""
+        tables = self.engine.module.ngram_tables
+        return {
+            (number, row): value.numpy().copy()
+            for number, table in enumerate([] if tables is None else tables.tables)
+            for row, value in zip(table.store.owned, table.store.state["value"], strict=True)
+        }
+
     def save(self, folder: Path) -> Path:
         """Write a checkpoint."""
         layers = zip(*[micro for micro in self.memory if micro is not None], strict=True)
@@ -189,8 +203,17 @@ class Run:
         ranks = self.mesh.ep_ranks
         batches = [self.streams.batch(self.index, self._streams_of(r, micro)) for r in ranks]
         group = group_batch(batches, self.mesh.ep_rank)
-        planned = plan_batch(group, K, self.routers, dropout_seed=self.index, layers=LAYERS)
+        planned = plan_batch(
+            group, K, self.routers, dropout_seed=self.index, layers=LAYERS, table_rows=self._table_rows(micro)
+        )
         return planned.batch.ids_BQ, planned.batch.targets_BQ, self.memory[micro], planned.routing
+
+    def _table_rows(self, micro: int) -> TableRows:
+        if micro == 0:
+            own = range(self.accumulation)
+            passes = [self.streams.batch(self.index, self._streams_of(self.mesh.rank, other)) for other in own]
+            self.table_rows = plan_rows(self.engine.module.table_keys, passes, self.cpu_group)
+        return self.table_rows[micro]
 
 
 def _assert_sharded(model: nn.Module) -> None:

@@ -112,9 +112,10 @@ class Trainer:
             self.world.planning,
         )
         fill_signatures(self.run_model)
-        self.parameters = sum(p.numel() for p in self.model.parameters())  # of all ranks together
+        self.parameters = self.model.num_parameters  # of all ranks together
         shares = target_shares(corpus.split(Split.train), clusters(config.model, corpus.vocab.size))
-        self.arithmetic = Arithmetic(config, corpus.vocab.size, self.parameters, shares)
+        unread = 0 if self.model.ngram_tables is None else self.model.ngram_tables.num_unread
+        self.arithmetic = Arithmetic(config, corpus.vocab.size, self.parameters - unread, shares)
         self.peak = peak_of(config.train, config.kernels, self.world.device)
         self.engine = start(self.model, config, self.world.mesh)
         self.meter = StepMeter(self.model, self.engine.device, self.engine.comm, self.world)
@@ -345,9 +346,12 @@ class Trainer:
             steps=range(self.step, config.train.steps),
             accumulation=config.train.accumulation,
             prefetch=config.data.prefetch,
-            agreement=Agreement(world.planning, world.mesh, self.routers) if world.mesh.world > 1 else None,
+            agreement=self._agreement() if world.mesh.world > 1 else None,
             device=self.engine.device,
         )
+
+    def _agreement(self) -> Agreement:
+        return Agreement(self.world.planning, self.world.mesh, self.routers, self.model.table_keys)
 
     def _own_streams(self) -> list[int]:
         """Return the global streams of this rank, micro-batch by micro-batch."""
