@@ -13,6 +13,8 @@ from foreroute.engine.config.enums import (
     Growth,
     Keys,
     MatmulPrecision,
+    NgramEntry,
+    NgramKeys,
     PeerIds,
     Precision,
     RouteWeights,

@@ -151,6 +151,23 @@ class WireFormat(Enum):
     bf16 = "bf16"
 
 
+class NgramEntry(Enum):
+    """How the rows of an n-gram table enter a layer (engine/ngram_tables/entries.py)."""
+
+    add = "add"  # to its input
+    gate = "gate"  # to its input, by Engram's gate and short convolution
+    per_layer = "per_layer"  # the same in the form of Qwen's qwen4_exp, without biases
+    values = "values"  # to its attention's values
+
+
+class NgramKeys(Enum):
+    """How n-grams find the rows of a table."""
+
+    hash = "hash"  # by this program's hash
+    engram = "engram"  # as DeepSeek's Engram: multiply, XOR, remainder of a prime
+    qwen = "qwen"  # as Qwen's qwen4_exp: the same with other multipliers
+
+
 BalanceOver = Enum("BalanceOver", {"global": "global", "micro": "micro"})
 """Whose tokens a learned router's balance loss counts: those of all ranks in a forward pass, or each rank's own.
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from itertools import pairwise
 
-from foreroute.engine.config.enums import RowMoments, RowUpdates, WireFormat
+from foreroute.engine.config.enums import NgramEntry, NgramKeys, RowMoments, RowUpdates, WireFormat
 from foreroute.engine.config.model import MAX_NGRAM
 from foreroute.engine.config.option import check, option
 from foreroute.engine.errors import require
@@ -36,8 +36,11 @@ class NgramTablesConfig:
         at_least=1,
     )
     layers: list[int] = option(
-        [], "Layers, by their numbers from 0, to whose inputs the rows of a table are added. Empty: the model's input."
+        [],
+        "Layers, by their numbers from 0, that read a table each. Empty: the model's input, to which rows are added.",
     )
+    entry: NgramEntry = NgramEntry.add
+    keys: NgramKeys = NgramKeys.hash
     updates: RowUpdates = RowUpdates.count
     moments: RowMoments = RowMoments.element
     lr_factor: float = option(1.0, "Learning rate of rows, as a multiple of that of optim.", above=0)
@@ -53,6 +56,10 @@ class NgramTablesConfig:
         require(
             _ascending(self.layers) and min(self.layers, default=0) >= 0,
             f"ngram_tables.layers={self.layers}: must be ascending numbers of layers from 0, such as [1,3]",
+        )
+        require(
+            self.entry is NgramEntry.add or bool(self.layers),
+            f"ngram_tables.entry={self.entry.name}: needs ngram_tables.layers; the model's input takes entry=add alone",
         )
         require(
             self.rows * len(orders) * self.heads < _MOST_ROWS,

@@ -55,10 +55,18 @@ class RelativeAttention(nn.Module):
         self.output = nn.Linear(inner, model.width, bias=False)
         self.dropout = model.attention_dropout
 
-    def forward(self, x_BQD: Tensor, context_BSD: Tensor, shared: SharedAttention) -> Tensor:
-        """Attend from x to the context, which is memory followed by x; return [B, Q, D]."""
+    def forward(
+        self, x_BQD: Tensor, context_BSD: Tensor, shared: SharedAttention, value_BSI: Tensor | None = None
+    ) -> Tensor:
+        """Attend from x to the context, which is memory followed by x; return [B, Q, D].
+
+        Args:
+            value_BSI: to be added to the context's values, heads side by side; None: nothing.
+        """
         heads = self.heads, self.head_width
         key, value = self.key_value(context_BSD).unflatten(-1, (2, *heads)).unbind(2)
+        if value_BSI is not None:
+            value = value + value_BSI.unflatten(-1, heads)
         out_BQHW = relative_attention(
             self.query(x_BQD).unflatten(-1, heads),
             key,

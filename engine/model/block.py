@@ -77,9 +77,10 @@ class Block(nn.Module):
         shared: SharedAttention,
         routing: Routing,
         carried: Tensor | None = None,
+        value_BSI: Tensor | None = None,
     ) -> BlockOutput:
-        """Apply the block to x."""
-        x_BQD = self._attend(x_BQD, memory_BMD, shared)
+        """Apply the block to x; value_BSI as for RelativeAttention."""
+        x_BQD = self._attend(x_BQD, memory_BMD, shared, value_BSI)
         inner_BQD = self.feed_forward_norm(x_BQD) if self.pre_norm else x_BQD
         auxiliary_loss, count_SE = None, None
         if self.has_experts:
@@ -103,13 +104,13 @@ class Block(nn.Module):
             counts.append(found.count_E[None])
         return x_BQD, join_counts(counts)
 
-    def _attend(self, x_BQD: Tensor, memory_BMD: Tensor, shared: SharedAttention) -> Tensor:
+    def _attend(self, x_BQD: Tensor, memory_BMD: Tensor, shared: SharedAttention, value_BSI: Tensor | None) -> Tensor:
         context_BSD = torch.cat((memory_BMD, x_BQD), dim=1)
         if self.pre_norm:
             context_BSD = self.attention_norm(context_BSD)
             query_BQD = context_BSD[:, memory_BMD.shape[1] :]
-            y_BQD: Tensor = self.dropout(traced("attention", self.attention, query_BQD, context_BSD, shared))
+            y_BQD: Tensor = self.dropout(traced("attention", self.attention, query_BQD, context_BSD, shared, value_BSI))
             return x_BQD + y_BQD
-        y_BQD = traced("attention", self.attention, x_BQD, context_BSD, shared)
+        y_BQD = traced("attention", self.attention, x_BQD, context_BSD, shared, value_BSI)
         y_BQD = self.attention_norm(x_BQD + self.dropout(y_BQD))
         return y_BQD

@@ -25,6 +25,7 @@ from foreroute.engine.model.input_tables import input_tables
 from foreroute.engine.moe import kept_plans
 from foreroute.engine.moe.experts import Experts
 from foreroute.engine.moe.layer import share_routers
+from foreroute.engine.ngram_tables.entries import EntryOutput
 from foreroute.engine.ngram_tables.tables import NgramTables
 from foreroute.engine.routing.losses import consistency_loss
 from foreroute.engine.routing.ngram_rows import KeyRows
@@ -36,7 +37,7 @@ SMALL_VOCABULARY = 1024
 """Symbols up to which the loss computes all logits of a micro-batch at once."""
 
 Memory = tuple[Tensor, ...]
-"""Each layer's input at the newest m positions, [B, m, D], detached."""
+"""Each layer's input at the newest m positions, [B, m, D], detached; then what the entry of each n-gram table keeps."""
 
 
 class AttentionOptions(TypedDict, total=False):
@@ -118,7 +119,12 @@ class TransformerXL(nn.Module):
         self.ngram_tables: NgramTables | None = None
         if ngram_tables is not None and ngram_tables.rows:
             self.ngram_tables = NgramTables(
-                ngram_tables, width=model.width, vocab_size=vocab_size, seed=seed, init_std=model.init_std
+                ngram_tables,
+                width=model.width,
+                inner=model.heads * model.head_width,
+                vocab_size=vocab_size,
+                seed=seed,
+                init_std=model.init_std,
             )
         self.dropout = nn.Dropout(model.dropout)
         self.init_weights(model.init_std)
@@ -256,34 +262,42 @@ class TransformerXL(nn.Module):
         x_BQD = self.embedding(ids_BQ)
         if self.input_tables is not None:
             x_BQD = x_BQD + self.input_tables(routing.input_row_tBQ)
-        x_BQD = self._enter(None, x_BQD, routing)
+        number = len(self.blocks)
+        kept = (memory or ())[number:]
+        x_BQD = self._enter(None, x_BQD, routing, kept, limit).x_BQD
         x_BQD = self.dropout(x_BQD * self.config.width**0.5)
-        memory = memory or (x_BQD.new_empty(x_BQD.shape[0], 0, x_BQD.shape[2]),) * len(self.blocks)
+        memory = (memory or (x_BQD.new_empty(x_BQD.shape[0], 0, x_BQD.shape[2]),) * number)[:number]
         distance_SD = encode_distances(
             memory[0].shape[1] + ids_BQ.shape[1], self.config.width, clamp_len=clamp_len, like=x_BQD
         )
         window = limit if same_length else None
         first_BQ = None if routing.position_BQ is None else first_keys(routing.position_BQ, memory[0].shape[1])
         shared = SharedAttention(self.dropout(distance_SD), self.u, self.v, window, first_BQ)
-        new_memory, outputs, carried = [], list[BlockOutput](), None
+        new_memory, new_kept, outputs, carried = list[Tensor](), list[Tensor](), list[BlockOutput](), None
         for layer, (block, memory_BmD) in enumerate(zip(self.blocks, memory, strict=True)):
-            x_BQD = self._enter(layer, x_BQD, routing)
-            new_memory.append(extend_memory(memory_BmD, x_BQD, limit))
-            outputs.append(self._run(block, x_BQD, memory_BmD, shared, routing, carried))
+            entered = self._enter(layer, x_BQD, routing, kept, limit)
+            new_kept += [] if entered.kept is None else [entered.kept]
+            new_memory.append(extend_memory(memory_BmD, entered.x_BQD, limit))
+            inputs = entered.x_BQD, memory_BmD, shared, routing, carried, entered.value_BSI
+            outputs.append(self._run(block, *inputs))
             x_BQD, carried = outputs[-1].y_BQD, outputs[-1].carried
         hidden_BQD = self.dropout(self.final_norm(x_BQD))
         losses = [out.auxiliary_loss.float() for out in outputs if out.auxiliary_loss is not None]
         counts = [out.count_SE for out in outputs if out.count_SE is not None]
         return Hidden(
             hidden_BQD,
-            tuple(new_memory),
+            (*new_memory, *new_kept),
             torch.stack(losses).sum() if losses else hidden_BQD.new_zeros((), dtype=torch.float32),
             join_counts(counts) if counts else None,
         )
 
-    def _enter(self, place: int | None, x_BQD: Tensor, routing: Routing) -> Tensor:
-        """Add the rows of the n-gram table at the model's input (None) or at a layer's, which memory then holds."""
-        return x_BQD if self.ngram_tables is None else self.ngram_tables.enter(place, x_BQD, routing)
+    def _enter(
+        self, place: int | None, x_BQD: Tensor, routing: Routing, kept: Sequence[Tensor], limit: int
+    ) -> EntryOutput:
+        """Let the rows of the n-gram table at the model's input (None) or a layer's enter; memory then holds both."""
+        if self.ngram_tables is None:
+            return EntryOutput(x_BQD)
+        return self.ngram_tables.enter(place, x_BQD, routing, kept, limit)
 
     def _run(self, block: nn.Module, *inputs: object) -> BlockOutput:
         output: BlockOutput

@@ -23,25 +23,21 @@ class EntryOutput(NamedTuple):
 
     x_BQD: Tensor  # the layer's input with what the rows add
     value_BSI: Tensor | None = None  # to be added to attention's values, of memory and segment
-    kept_BQK: Tensor | None = None  # of each position, for the next segment
+    kept: Tensor | None = None  # of earlier positions, for the next segment, [B, positions, any]; detached
 
 
 class Added(nn.Module):
     """x + A e, of a token's vectors e; A is 1 where they are as wide as the model."""
 
-    kept_width = 0
-
     def __init__(self, inputs: int, width: int) -> None:
         super().__init__()
-        self.map = nn.Identity() if inputs == width else nn.Linear(inputs, width, bias=False)
+        self.project = nn.Identity() if inputs == width else nn.Linear(inputs, width, bias=False)
 
-    def reach(self, memory: int) -> int:
-        """Return how many earlier positions it needs."""
-        return 0
-
-    def forward(self, row_BQHW: Tensor, x_BQD: Tensor, kept: Tensor, position_BQ: Tensor | None = None) -> EntryOutput:
+    def forward(
+        self, row_BQHW: Tensor, x_BQD: Tensor, kept: Tensor | None, *, memory: int, position_BQ: Tensor | None = None
+    ) -> EntryOutput:
         """Add the vectors to x."""
-        return EntryOutput(x_BQD + self.map(row_BQHW.flatten(2).to(x_BQD.dtype)))
+        return EntryOutput(x_BQD + self.project(row_BQHW.flatten(2)))
 
 
 class IntoValues(nn.Module):
@@ -52,17 +48,22 @@ class IntoValues(nn.Module):
 
     def __init__(self, inputs: int, inner: int) -> None:
         super().__init__()
-        self.kept_width = inputs
-        self.map = nn.Identity() if inputs == inner else nn.Linear(inputs, inner, bias=False)
+        self.project = nn.Identity() if inputs == inner else nn.Linear(inputs, inner, bias=False)
 
-    def reach(self, memory: int) -> int:
-        """Return how many earlier positions it needs: those that attention sees."""
-        return memory
+    def forward(
+        self, row_BQHW: Tensor, x_BQD: Tensor, kept: Tensor | None, *, memory: int, position_BQ: Tensor | None = None
+    ) -> EntryOutput:
+        """Map the vectors of memory and segment; x stays as it is.
 
-    def forward(self, row_BQHW: Tensor, x_BQD: Tensor, kept: Tensor, position_BQ: Tensor | None = None) -> EntryOutput:
-        """Map the vectors of memory, [B, m, X], and segment; x stays as it is."""
-        row_BQX = row_BQHW.flatten(2).to(x_BQD.dtype)
-        return EntryOutput(x_BQD, self.map(torch.cat((kept, row_BQX), dim=1)), row_BQX)
+        Args:
+            kept: vectors of the positions in attention's memory, [B, m, X]; None: there are none.
+            memory: positions that attention's memory will hold at most.
+        """
+        row_BSX = row_BQHW.flatten(2)
+        if kept is not None:
+            row_BSX = torch.cat((kept, row_BSX), dim=1)
+        newest_BmX = row_BSX[:, max(0, row_BSX.shape[1] - memory) :].detach()
+        return EntryOutput(x_BQD, self.project(row_BSX), newest_BmX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,36 +103,36 @@ class Gated(nn.Module):
         self.convolution_norm = nn.RMSNorm(width, eps=form.convolution_eps)
         self.convolution = nn.Parameter(torch.zeros(width, taps))  # the last tap is of the position itself
         self.distances = tuple(dilation * back for back in reversed(range(taps)))
-        self.kept_width = width
 
-    def reach(self, memory: int) -> int:
-        """Return how many earlier positions it needs, whatever attention sees."""
-        return self.distances[0]
-
-    def forward(self, row_BQHW: Tensor, x_BQD: Tensor, kept: Tensor, position_BQ: Tensor | None = None) -> EntryOutput:
+    def forward(
+        self, row_BQHW: Tensor, x_BQD: Tensor, kept: Tensor | None, *, memory: int, position_BQ: Tensor | None = None
+    ) -> EntryOutput:
         """Add gated vectors to x.
 
         Args:
-            kept: of the newest positions before the segment, [B, at most reach, D].
+            kept: RMSNorm(v) of as many positions before the segment as the convolution reaches; None: zeros.
             position_BQ: ids of the same document before each id, where the convolution stops at documents.
         """
-        row_BQX = row_BQHW.flatten(2).to(x_BQD.dtype)
+        row_BQX = row_BQHW.flatten(2)
         key_BQD, value_BQD = self.key_norm(self.key(row_BQX)), self.value(row_BQX)
         s_BQ1 = (key_BQD * self.x_norm(x_BQD)).sum(dim=-1, keepdim=True) * x_BQD.shape[-1] ** -0.5
         gate_BQ1 = torch.sigmoid(s_BQ1.abs().clamp_min(1e-6).sqrt() * s_BQ1.sign())
         v_BQD = gate_BQ1 * value_BQD
-        own_BQD = self.convolution_norm(v_BQD)
-        mixed_BQD = F.silu(self._convolve(own_BQD, kept, position_BQ))
-        return EntryOutput(x_BQD + v_BQD + mixed_BQD, None, own_BQD)
+        reach, own_BQD = self.distances[0], self.convolution_norm(v_BQD)
+        before = own_BQD.new_zeros(own_BQD.shape[0], reach, own_BQD.shape[2]) if kept is None else kept
+        both = torch.cat((before, own_BQD), dim=1)
+        mixed_BQD = F.silu(self._convolve(both, position_BQ))
+        return EntryOutput(x_BQD + v_BQD + mixed_BQD, None, both[:, both.shape[1] - reach :].detach())
 
-    def _convolve(self, own_BQD: Tensor, kept: Tensor, position_BQ: Tensor | None) -> Tensor:
-        segment, reach = own_BQD.shape[1], self.distances[0]
-        missing = reach - kept.shape[1]  # at the start of a text
-        whole = F.pad(torch.cat((kept, own_BQD), dim=1), (0, 0, missing, 0))
-        total_BQD = torch.zeros_like(own_BQD)
+    def _convolve(self, both: Tensor, position_BQ: Tensor | None) -> Tensor:
+        """Convolve the segment at the end of `both`, before which are as many positions as the convolution reaches."""
+        reach, parts = self.distances[0], list[Tensor]()
         for weight_D, distance in zip(self.convolution.T, self.distances, strict=True):
-            part_BQD = whole[:, reach - distance :][:, :segment]
+            part_BQD = both[:, reach - distance : both.shape[1] - distance]
             if position_BQ is not None:
                 part_BQD = part_BQD * (position_BQ >= distance)[..., None]
-            total_BQD = total_BQD + weight_D * part_BQD
-        return total_BQD
+            parts.append(weight_D * part_BQD)
+        return torch.stack(parts).sum(dim=0)
+
+
+Entry = Added | IntoValues | Gated

@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from foreroute.engine.config import NgramTablesConfig, WireFormat
+from foreroute.engine.config import NgramEntry, NgramKeys, NgramTablesConfig, WireFormat
+from foreroute.engine.ngram_tables.entries import ENGRAM, PER_LAYER, Added, Entry, EntryOutput, Gated, IntoValues
 from foreroute.engine.ngram_tables.hash_keys import HashKeys
+from foreroute.engine.ngram_tables.public_keys import engram_keys, qwen_keys
 from foreroute.engine.ngram_tables.row_rules import RowRule, RowSGD
 from foreroute.engine.ngram_tables.sharded import ShardedTable
 from foreroute.engine.ngram_tables.store import RowStore
@@ -26,23 +28,17 @@ from foreroute.engine.routing.plans.row_plan import RowsPlan, TableKeys
 
 def table_keys(config: NgramTablesConfig, vocab_size: int, seed: int) -> tuple[TableKeys, ...]:
     """Return how n-grams find their rows in each table of a run."""
-    return tuple(
-        HashKeys(tuple(config.orders), config.heads, config.rows, vocab_size, seed, table)
-        for table in range(len(config.places))
-    )
+    return tuple(_keys(config, table, vocab_size, seed) for table in range(len(config.places)))
 
 
-class AddedRows(nn.Module):
-    """A token's rows, concatenated and, where that is not as wide as the model, projected."""
-
-    def __init__(self, rows_width: int, width: int) -> None:
-        super().__init__()
-        self.project = nn.Identity() if rows_width == width else nn.Linear(rows_width, width, bias=False)
-
-    def forward(self, rows_BQHW: Tensor) -> Tensor:
-        """Return the vectors to add, [B, Q, D]."""
-        added_BQD: Tensor = self.project(rows_BQHW.flatten(2))
-        return added_BQD
+def _keys(config: NgramTablesConfig, table: int, vocab_size: int, seed: int) -> TableKeys:
+    orders, layers = tuple(config.orders), config.layers or [0]
+    if config.keys is NgramKeys.hash:
+        return HashKeys(orders, config.heads, config.rows, vocab_size, seed, table)
+    if config.keys is NgramKeys.qwen:
+        return qwen_keys(vocab_size, table, orders=orders, rows=config.rows, heads=config.heads, seed=seed)
+    rows = [config.rows] * len(orders)
+    return engram_keys(vocab_size, layers, layers[table], orders=orders, rows=rows, heads=config.heads, seed=seed)
 
 
 class NgramTables(nn.Module):
@@ -50,15 +46,18 @@ class NgramTables(nn.Module):
 
     Args:
         width: of the model (D).
+        inner: of attention's values, all heads together.
         seed: of the run.
         init_std: standard deviation of the rows' initial values.
     """
 
-    def __init__(self, config: NgramTablesConfig, *, width: int, vocab_size: int, seed: int, init_std: float) -> None:
+    def __init__(
+        self, config: NgramTablesConfig, *, width: int, inner: int, vocab_size: int, seed: int, init_std: float
+    ) -> None:
         super().__init__()
         self.config, self._seed, self._scale = config, seed, init_std
         self.keys = table_keys(config, vocab_size, seed)
-        self.entries = nn.ModuleList(AddedRows(keys.heads * config.width, width) for keys in self.keys)
+        self.entries = nn.ModuleList(_entry(config, keys.heads * config.width, width, inner) for keys in self.keys)
         self.tables: tuple[ShardedTable, ...] = ()
         self.updates: int | Tensor = 0
         """Updates that the rows had, of the whole run; those that were refused do not count."""
@@ -131,18 +130,27 @@ class NgramTables(nn.Module):
             table.fetch(plan)
             self._id_bytes += sum(plan.id_bytes_P) - plan.id_bytes_P[self._mesh.rank]
 
-    def enter(self, place: int | None, x_BQD: Tensor, routing: Routing) -> Tensor:
-        """Add what the table of a place says of each token.
+    def enter(
+        self, place: int | None, x_BQD: Tensor, routing: Routing, kept: Sequence[Tensor], memory: int
+    ) -> EntryOutput:
+        """Let the rows of a place's table enter its layer.
 
         Args:
             place: number of a layer, whose input x is; None: the model's input.
+            kept: of each table what `kept` of its last output was; empty at the start of a text.
+            memory: positions that attention will see of this segment and those before.
+
+        Returns:
+            In `kept` all that the next segment needs.
         """
         if place not in self.config.places:
-            return x_BQD
+            return EntryOutput(x_BQD)
         table = self.config.places.index(place)
-        rows_BQHW = F.embedding(routing.landed_BQH[table], self.tables[table].landed())
-        added_BQD: Tensor = self.entries[table](rows_BQHW.to(x_BQD.dtype))
-        return x_BQD + added_BQD
+        row_BQHW = F.embedding(routing.landed_BQH[table], self.tables[table].landed()).to(x_BQD.dtype)
+        output: EntryOutput = self.entries[table](
+            row_BQHW, x_BQD, kept[table] if kept else None, memory=memory, position_BQ=routing.position_BQ
+        )
+        return output
 
     def return_gradients(self) -> None:
         """Send the gradients of a step to the rows' owners, after its last backward pass; a collective of all ranks."""
@@ -167,3 +175,13 @@ class NgramTables(nn.Module):
         for table, grad_UW in zip(self.tables, self._grads, strict=True):
             table.update(grad_UW * scale, step=step, lr=lr * self.config.lr_factor, keep=keep)
         self.updates, self._grads = self.updates + keep.long(), []
+
+
+def _entry(config: NgramTablesConfig, inputs: int, width: int, inner: int) -> Entry:
+    """Make an entry for vectors of `inputs` numbers."""
+    if config.entry is NgramEntry.add:
+        return Added(inputs, width)
+    if config.entry is NgramEntry.values:
+        return IntoValues(inputs, inner)
+    form = PER_LAYER if config.entry is NgramEntry.per_layer else ENGRAM
+    return Gated(inputs, width, dilation=max(config.orders), form=form)

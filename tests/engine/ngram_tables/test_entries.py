@@ -37,19 +37,17 @@ def inputs(length, seed=1):
 
 def by_segments(entry, row_BQHW, x_BQD, lengths, *, memory=0, position_BQ=None):
     """Outputs of a text in segments, with what the entry keeps; and the values of each segment's positions."""
-    kept = x_BQD.new_empty(STREAMS, 0, entry.kept_width)
-    outputs, values, first = [], [], 0
+    kept, outputs, values, first = None, [], [], 0
     for length in lengths:
         here = slice(first, first + length)
         positions = None if position_BQ is None else position_BQ[:, here]
-        output = entry(row_BQHW[:, here], x_BQD[:, here], kept, positions)
+        output = entry(row_BQHW[:, here], x_BQD[:, here], kept, memory=memory, position_BQ=positions)
         outputs.append(output.x_BQD)
         if output.value_BSI is not None:
-            assert output.value_BSI.shape[1] == kept.shape[1] + length
+            assert output.value_BSI.shape[1] == (0 if kept is None else kept.shape[1]) + length
             values.append(output.value_BSI)
-        if output.kept_BQK is not None:
-            both = torch.cat((kept, output.kept_BQK), dim=1)
-            kept = both[:, max(0, both.shape[1] - entry.reach(memory)) :].detach()
+        kept = output.kept
+        assert kept is None or not kept.requires_grad
         first += length
     return torch.cat(outputs, dim=1), values
 
@@ -81,7 +79,7 @@ def test_gate_equals_plain_loops(form, dilation):
     """Forward and every gradient; and another form is another result."""
     entry, (row_BQHW, x_BQD) = make(form, dilation=dilation), inputs(12)
     cotangent = torch.randn(x_BQD.shape, dtype=torch.float64)
-    y = entry(row_BQHW, x_BQD, x_BQD.new_empty(STREAMS, 0, D)).x_BQD
+    y = entry(row_BQHW, x_BQD, None, memory=0).x_BQD
     want = loop(entry, form, row_BQHW, x_BQD, dilation)
     assert relative_error(y, want) < 1e-13
     got = gradients(y, cotangent, entry, row_BQHW, x_BQD)
@@ -97,7 +95,7 @@ def test_a_small_product_still_opens_half():
     """The gate's root is cut at 1e-6: without rows it is 1/2, and its gradient there is zero, not infinite."""
     entry, (row_BQHW, x_BQD) = make(PER_LAYER), inputs(4)
     zero = torch.zeros_like(row_BQHW, requires_grad=True)
-    y = entry(zero, x_BQD, x_BQD.new_empty(STREAMS, 0, D)).x_BQD
+    y = entry(zero, x_BQD, None, memory=0).x_BQD
     assert torch.equal(y, x_BQD)
     (gradient,) = torch.autograd.grad(y.sum(), zero)
     assert gradient.isfinite().all() and gradient.abs().max() > 0
@@ -169,7 +167,7 @@ def test_added(width):
     for b in range(STREAMS):
         for q in range(7):
             e_X = torch.cat(list(row_BQHW[b, q]))
-            added_D = e_X if width == HEADS * WIDTH else torch.stack([w_X @ e_X for w_X in entry.map.weight])
+            added_D = e_X if width == HEADS * WIDTH else torch.stack([w_X @ e_X for w_X in entry.project.weight])
             assert relative_error(y[b, q], x_BQD[b, q] + added_D) < 1e-14
 
 
@@ -181,6 +179,6 @@ def test_values_of_memory_and_segment(inner, memory):
     entry, (row_BQHW, x_BQD) = IntoValues(HEADS * WIDTH, inner).double(), inputs(12)
     y, values = by_segments(entry, row_BQHW, x_BQD, (5, 4, 3), memory=memory)
     assert torch.equal(y, x_BQD)
-    all_BSI = entry.map(row_BQHW.flatten(2))
+    all_BSI = entry.project(row_BQHW.flatten(2))
     for value_BSI, first, end in zip(values, (0, 5, 9), (5, 9, 12), strict=True):
         assert relative_error(value_BSI, all_BSI[:, max(0, first - memory) : end]) < 1e-14
