@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from foreroute.engine.config import Config
-from foreroute.engine.config.enums import Activation, Growth
+from foreroute.engine.config.enums import Activation, Growth, NgramEntry
 from foreroute.engine.config.model import ModelConfig, MoEConfig, expert_layers, feed_forward_width, num_tables
 from foreroute.engine.config.ngram_tables import NgramTablesConfig
 from foreroute.engine.model.adaptive import clusters
@@ -69,7 +69,7 @@ def forward_flops(
     at_input = num_tables(model, moe) * moe.experts if model.signatures else 0
     ends = [*end_products(model, vocab, tokens, shares), Product(tokens, model.width, at_input)]
     if tables is not None:
-        ends += table_products(tables, model.width, tokens)
+        ends += table_products(tables, model, streams=streams, segment=segment)
     return model.layers * _flops(attention) + _flops(chain(*layers, ends))
 
 
@@ -134,10 +134,14 @@ def end_products(model: ModelConfig, vocab: int, tokens: float, shares: Sequence
     return products
 
 
-def table_products(tables: NgramTablesConfig, width: int, rows: float) -> list[Product]:
-    """List the products that project rows of n-gram tables to the width of the model, at all places."""
-    read = len(tables.orders) * tables.heads * tables.width
-    return [] if read == width else [Product(rows, width, read, len(tables.places))]
+def table_products(tables: NgramTablesConfig, model: ModelConfig, *, streams: int, segment: int) -> list[Product]:
+    """List the products that project rows of n-gram tables, at all places; into attention's values of memory too."""
+    read, places = len(tables.orders) * tables.heads * tables.width, len(tables.places)
+    if tables.entry in (NgramEntry.gate, NgramEntry.per_layer):
+        return [Product(streams * segment, model.width, read, 2 * places)]
+    into_values, inner = tables.entry is NgramEntry.values, model.heads * model.head_width
+    wanted, positions = (inner, segment + model.memory) if into_values else (model.width, segment)
+    return [] if read == wanted else [Product(streams * positions, wanted, read, places)]
 
 
 def _flops(products: Iterable[Product]) -> float:

@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import foreroute.engine.moe.experts
-from foreroute.engine.config import MoEConfig, ScheduleConfig
-from foreroute.engine.config.enums import Activation, Growth, RouteWeights
+from foreroute.engine.config import MoEConfig, NgramTablesConfig, ScheduleConfig
+from foreroute.engine.config.enums import Activation, Growth, NgramEntry, RouteWeights
 from foreroute.engine.model.build import build_model
 from foreroute.engine.model.flops import Arithmetic, forward_flops
 from foreroute.engine.moe.experts import Experts
 from foreroute.engine.moe.zero_experts import zero_experts
+from foreroute.engine.ngram_tables.row_rules import RowSGD
+from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.k_schedule import active_experts
 from foreroute.engine.routing.plan import Routing
 from foreroute.engine.routing.plans.planner import Planner
@@ -179,3 +181,29 @@ def test_a_symbol_is_one_forward_pass_of_the_step_shared_out(k):
     step = arithmetic.step_flops(k)
     assert arithmetic.flops_per_symbol(k) == pytest.approx(step / 3 / TOKENS)
     assert step == 3 * useful_flops(tiny_config(), k)
+
+
+@pytest.mark.parametrize("layers", [[0, 1], [1]], ids=str)
+@pytest.mark.parametrize("entry", NgramEntry, ids=lambda entry: entry.name)
+def test_entries_of_tables(entry, layers):
+    """Beyond the model without tables, with the memory full; vectors that are as wide as they must be cost nothing."""
+    for width in (3, 4):  # 4 heads of 4 are as wide as the model and its values
+        tables = NgramTablesConfig(rows=9, heads=2, width=width, layers=layers, entry=entry)
+        config = replace(tiny_config(moe={"router": "dense"}), ngram_tables=tables)
+        model, memory = build_model(config, SYMBOLS), config.model.memory
+        model.ngram_tables.hold(Mesh(), RowSGD())
+        for table in model.ngram_tables.tables:
+            table._landed_RW = torch.zeros(1, width)
+        kept = {"values": (memory, 4 * width), "gate": (9, 16), "per_layer": (9, 16)}.get(entry.name)
+        held = [torch.zeros(STREAMS, memory, 16) for _ in range(LAYERS)]
+        both = [*held, *(torch.zeros(STREAMS, *kept) for _ in layers if kept is not None)]
+        ids, landed = torch.zeros(STREAMS, SEGMENT).long(), torch.zeros(STREAMS, SEGMENT, 4).long()
+        with FlopCounterMode(display=False) as with_tables, torch.no_grad():
+            model(ids, ids, both, Routing(K, None, landed_BQH=(landed,) * len(layers)))
+        model.ngram_tables = None
+        with FlopCounterMode(display=False) as without, torch.no_grad():
+            model(ids, ids, held, Routing(K, None))
+        sizes = {"streams": STREAMS, "segment": SEGMENT, "vocab": SYMBOLS, "k": K}
+        more = forward_flops(config.model, config.moe, **sizes, tables=tables) - useful_flops(config, K)
+        assert more == with_tables.get_total_flops() - without.get_total_flops()
+        assert (more == 0) == (width == 4 and entry.name in ("add", "values"))

@@ -139,6 +139,7 @@ def test_planned_rows_are_those_of_whole_tables(entry, recompute):
         memory = result.memory
         loss = F.cross_entropy(result.logits_BQV.flatten(0, 1), planned.batch.targets_BQ.flatten())
         loss.backward()
+        tables.return_gradients()
         tables.grad_norm()
         for total, plan, gradient in zip(found, planned.routing.row_plans, tables._grads, strict=True):
             total.index_add_(0, plan.touched_U, gradient)
