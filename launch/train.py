@@ -177,7 +177,7 @@ def _check(written: Written | None, trainer: Trainer) -> Check | None:
     """Hold the trainer's model, with the tables that it trains with, to a certificate."""
     if written is None:
         return None
-    fits_tables(written, trainer.config.train.seed, trainer.routers or [])
+    fits_tables(written, trainer.config.train.seed, trainer.routers or [], trainer.model.table_keys)
     return Check(written, trainer.model, trainer.world.mesh.rank)
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from foreroute.engine.certificate.counts.layout import Layout
@@ -24,7 +25,9 @@ from foreroute.engine.config.option import option_names
 from foreroute.engine.errors import RunFailed, require
 from foreroute.engine.moe.exchange import Exchange, Local, Moving, Transfer
 from foreroute.engine.moe.layer import MoELayer
+from foreroute.engine.ngram_tables.tables import NgramTables
 from foreroute.engine.routing.planned_router import PlannedRouter
+from foreroute.engine.routing.plans.row_plan import TableKeys
 
 # Options that decide which rows go to which rank and when.
 _ROUTES = option_names(
@@ -38,6 +41,7 @@ _ROUTES = option_names(
     schedule=("growth", "k_min", "k_max", "steps"),
     train=("steps", "accumulation"),
     parallel=("expert_ranks",),
+    ngram_tables=("rows", "orders", "heads", "width", "layers", "keys", "wire"),
 )
 # Options that may decide what a row weighs, how often it travels and by which exchange.
 _ROW = ("model.width", "train.precision", "parallel.wire")
@@ -89,13 +93,15 @@ def fits_text(written: Written, sha256: str) -> None:
     )
 
 
-def fits_tables(written: Written, seed: int, routers: Sequence[PlannedRouter]) -> None:
+def fits_tables(
+    written: Written, seed: int, routers: Sequence[PlannedRouter], table_keys: Sequence[TableKeys] = ()
+) -> None:
     """Refuse a certificate of other tables, such as those of another seed.
 
     Raises:
         UserError: the tables' digest is not the certificate's.
     """
-    certified, now = written.facts["tables_sha256"], tables_sha256(routers)
+    certified, now = written.facts["tables_sha256"], tables_sha256(routers, table_keys)
     difference = _difference(written, {"train": {"seed": seed}}, ["train.seed"])
     require(
         certified == now,
@@ -186,6 +192,8 @@ class Check:
         self._done_y = [_watch(layer) for layer in layers]
         self._sent_before_y: list[int] = []
         self._rows_my: list[list[tuple[int, int]]] = []  # of this step: received and computed
+        self._tables = [module for module in model.modules() if isinstance(module, NgramTables)]
+        self._tables_before = self._tables_now()
         self.steps = 0  # compared so far
 
     @contextmanager
@@ -193,6 +201,7 @@ class Check:
         """Count the forward pass of the step's next micro-batch, which runs inside."""
         if not self._rows_my:
             self._sent_before_y = [done.sent_bytes for done in self._done_y]
+            self._tables_before = self._tables_now()
         before_y = [(done.received_rows, done.computed_rows) for done in self._done_y]
         yield
         self._rows_my.append(
@@ -210,11 +219,13 @@ class Check:
         """
         rows_2ym = np.array(self._rows_my).transpose(2, 1, 0)
         bytes_y = np.array([done.sent_bytes for done in self._done_y]) - self._sent_before_y
+        tables = [now - before for now, before in zip(self._tables_now(), self._tables_before, strict=True)]
         self._rows_my = []
         found = self._expected.find(step)
         if found is None:
             return
         self.steps += 1
+        self._compare_tables(step, found, tables)
         for what, certified, seen in (
             ("rows received", self._expected.received_uym[found], rows_2ym[0]),
             ("expert rows computed", self._expected.computed_uym[found], rows_2ym[1]),
@@ -228,3 +239,21 @@ class Check:
                 f"rank {self._rank} differs from its certificate at step {step + 1}, layer {place[0]}{micro}: "
                 f"{what} {seen[place]}, certified {certified[place]}"
             )
+
+    def _tables_now(self) -> list[NDArray[np.int64]]:
+        """Return the rows that landed, the rows that were sent, and the bytes that were, since the start."""
+        tables = [table for module in self._tables for table in module.tables]
+        landed_t, sent_t = ([getattr(table, name) for table in tables] for name in ("landed_rows", "sent_rows"))
+        total = sum(module.sent_bytes for module in self._tables)
+        return [np.array(values, np.int64) for values in (landed_t, sent_t, [total])]
+
+    def _compare_tables(self, step: int, found: int, seen: Sequence[NDArray[np.int64]]) -> None:
+        expected = self._expected
+        certified = expected.landed_ut[found], expected.sent_ut[found], expected.table_bytes_u[found : found + 1]
+        for what, wanted, got in zip(("rows landed", "rows sent", "bytes sent"), certified, seen, strict=True):
+            for number in np.flatnonzero(wanted != got):
+                where = "n-gram tables" if what == "bytes sent" else f"n-gram table {number}"
+                raise RunFailed(
+                    f"rank {self._rank} differs from its certificate at step {step + 1}, {where}: "
+                    f"{what} {got[number]}, certified {wanted[number]}"
+                )

@@ -4,8 +4,8 @@
 certificate reads it by `read` (engine/certificate/check.py). Steps that repeat are stored once. The JSON seals both
 files by checksums.
 
-Letters: s counted steps, u distinct ones, y layers, m micro-batches of a step, r ranks of the run, g expert groups and
-P ranks of one.
+Letters: t n-gram tables, s counted steps, u distinct ones, y layers, m micro-batches of a step, r ranks of the run, g
+expert groups and P ranks of one.
 """
 
 import hashlib
@@ -23,13 +23,15 @@ from safetensors.numpy import save
 from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.counts.replay import StepCounts, first_steps
+from foreroute.engine.certificate.counts.table_rows import TableCounts
 from foreroute.engine.certificate.counts.traffic import hops, leaving
 from foreroute.engine.data.tokens.vocab import Ids
 from foreroute.engine.errors import require
 from foreroute.engine.routing.planned_router import PlannedRouter
+from foreroute.engine.routing.plans.row_plan import TableKeys, some_rows
 from foreroute.engine.sealed_files import read_sealed, sealed, sha256_of
 
-FORMAT = 4  # raise it when something else is written, or other options are compared
+FORMAT = 5  # raise it when something else is written, or other options are compared
 JSON, ARRAYS = "certificate.json", "certificate.safetensors"
 Counts = NDArray[np.unsignedinteger[Any]]
 
@@ -58,9 +60,13 @@ class Record:
         self._received_uyrm = zeros(group_tokens, micro)
         self._computed_uyrm = zeros(group_tokens * layout.local_experts, micro)
         self._bytes_uyr = zeros(micro * trips * group_tokens * layout.row_bytes)
+        tables = len(config.ngram_tables.places)
+        shape_utr = self._first_u.size, tables, placement.world_size
+        self._landed_utr, self._sent_utr = np.zeros(shape_utr, np.uint32), np.zeros(shape_utr, np.uint32)
+        self._table_bytes_ur = np.zeros((self._first_u.size, placement.world_size), np.uint64)
 
-    def add(self, counts: StepCounts) -> None:
-        """Take in a step."""
+    def add(self, counts: StepCounts, rows: TableCounts | None = None) -> None:
+        """Take in a step, with the rows of its n-gram tables."""
         layout, world = self._layout, self._layout.placement.world_size
         gather = layout.exchange(counts.k) == "gather"
         received_ymgP = counts.received_ymgP
@@ -72,6 +78,9 @@ class Record:
         for to_uyrm, rows_ymgP in ((self._received_uyrm, received_ymgP), (self._computed_uyrm, counts.computed_ymgP)):
             to_uyrm[place] = np.moveaxis(rows_ymgP, 1, 3).reshape(-1, world, rows_ymgP.shape[1])
         self._bytes_uyr[place] = rows_ygP.reshape(-1, world) * layout.row_bytes
+        if rows is not None:
+            self._landed_utr[place], self._sent_utr[place] = rows.landed_tP, rows.sent_tP
+            self._table_bytes_ur[place] = rows.link_bytes_PP(layout.table_row_bytes).sum(axis=1)
 
     def write(self, folder: Path, facts: dict[str, Any]) -> int:
         """Write both files and return the bytes of the arrays.
@@ -85,6 +94,9 @@ class Record:
             "received_uyrm": self._received_uyrm,
             "computed_uyrm": self._computed_uyrm,
             "bytes_uyr": self._bytes_uyr,
+            "landed_utr": self._landed_utr,
+            "sent_utr": self._sent_utr,
+            "table_bytes_ur": self._table_bytes_ur,
         }
         return write(folder, facts, arrays)
 
@@ -128,6 +140,9 @@ class Written:
                 file.get_slice("received_uyrm")[:, :, rank],
                 file.get_slice("computed_uyrm")[:, :, rank],
                 file.get_slice("bytes_uyr")[:, :, rank],
+                file.get_tensor("landed_utr")[:, :, rank],
+                file.get_tensor("sent_utr")[:, :, rank],
+                file.get_slice("table_bytes_ur")[:, rank],
             )
 
 
@@ -140,6 +155,9 @@ class Expected:
     received_uym: Counts  # rows that arrive at the rank's experts in a forward pass, the rank's own included
     computed_uym: Counts  # expert rows of a forward pass
     bytes_uy: Counts  # that leave the rank in a step: forward, backward, and what recomputation repeats
+    landed_ut: Counts  # rows of n-gram tables that land on the rank in a step, its own included
+    sent_ut: Counts  # rows of n-gram tables that the rank sends in a step, to itself included
+    table_bytes_u: Counts  # that leave the rank in a step for n-gram tables
 
     def find(self, step: int) -> int | None:
         """Return a step's number among the distinct ones; None if it is not known."""
@@ -162,11 +180,11 @@ def read(path: Path) -> Written:
     return Written(path, facts)
 
 
-def tables_sha256(routers: Iterable[PlannedRouter]) -> str:
-    """Digest of what decides which experts a token uses; the weights of their mixture are not in it."""
+def tables_sha256(routers: Iterable[PlannedRouter], table_keys: Iterable[TableKeys] = ()) -> str:
+    """Digest of what decides which experts a token uses, and which rows of n-gram tables; weights are not in it."""
     digest = hashlib.sha256()
-    for router in routers:
-        for array in router.identity(weights=False):
-            digest.update(json.dumps([*array.shape]).encode())
-            digest.update(np.ascontiguousarray(array).data)
+    arrays = [array for router in routers for array in router.identity(weights=False)]
+    for array in (*arrays, *map(some_rows, table_keys)):
+        digest.update(json.dumps([*array.shape]).encode())
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()

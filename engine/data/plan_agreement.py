@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from foreroute.engine.errors import RunFailed, everywhere
@@ -20,7 +19,7 @@ from foreroute.engine.parallel.cpu_group import CpuGroup, odd_ones
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.plan import Plan
 from foreroute.engine.routing.planned_router import PlannedRouter
-from foreroute.engine.routing.plans.row_plan import TableKeys
+from foreroute.engine.routing.plans.row_plan import TableKeys, some_rows
 
 if TYPE_CHECKING:  # the loader calls this file
     from foreroute.engine.data.planned_batches import GroupBatch
@@ -88,14 +87,7 @@ class Agreement:
 def tables_digest(routers: Sequence[PlannedRouter] | None, table_keys: Sequence[TableKeys] = ()) -> int:
     """Return a 64-bit digest of all tables, or of what routers draw from, and of the rows of some n-grams."""
     arrays = [array for router in routers or () for array in router.identity()]
-    return _digest(*arrays, *map(_some_rows, table_keys))
-
-
-def _some_rows(keys: TableKeys) -> NDArray[np.int64]:
-    """Return the rows of a few n-grams of the ids 0 and 1, of which every vocabulary has some."""
-    ids_BQ = torch.tensor([[0, 1, 1, 0, 1, 0, 0, 1]])
-    found = keys.rows_of(ids_BQ, torch.zeros(1, keys.context, dtype=torch.int64))
-    return np.append(found.numpy().reshape(-1), keys.rows)
+    return _digest(*arrays, *map(some_rows, table_keys))
 
 
 def _digest(*arrays: NDArray[np.generic]) -> int:

@@ -33,6 +33,8 @@ class ShardedTable:
         self.store, self.comm = store, comm
         self._dtype = store.state[VALUE].dtype
         self._wire = wire or self._dtype
+        self.landed_rows = self.sent_rows = 0
+        """Rows that landed here and rows that were sent since construction, on this rank itself included."""
         self._plan: RowsPlan | None = None
         self._moving: AsyncCollective | Tensor | None = None  # rows, later gradients
         self._landed_RW: Tensor | None = None
@@ -41,12 +43,15 @@ class ShardedTable:
         """Send the rows of a step to the ranks that read them; the transfer goes on beside what follows."""
         self._plan, self._landed_RW = plan, None
         with span("rows"):
-            self._moving = self._send(self.store.read(plan.send_S), plan.send_splits, plan.recv_splits)
+            rows_SW = self.store.read(plan.send_S)
+            self.sent_rows += rows_SW.shape[0]
+            self._moving = self._send(rows_SW, plan.send_splits, plan.recv_splits)
 
     def landed(self) -> Tensor:
         """Return the rows that have landed, [R, W], a leaf of autograd; waits for them the first time."""
         if self._landed_RW is None:
             self._landed_RW = self._arrived().requires_grad_(torch.is_grad_enabled())
+            self.landed_rows += self._landed_RW.shape[0]
         return self._landed_RW
 
     def return_gradients(self) -> None:

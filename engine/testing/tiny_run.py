@@ -31,6 +31,7 @@ from foreroute.engine.data.planned_batches import group_batch, plan_batch
 from foreroute.engine.data.streams import Streams
 from foreroute.engine.model.build import build_model
 from foreroute.engine.model.transformer_xl import Memory
+from foreroute.engine.ngram_tables.tables import NgramTables
 from foreroute.engine.optim import deepspeed_engine as adapter
 from foreroute.engine.optim.adam import build_optimizer
 from foreroute.engine.parallel.collectives import all_reduce_sum
@@ -38,7 +39,7 @@ from foreroute.engine.parallel.cpu_group import GlooGroup
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.plan import Routing
 from foreroute.engine.routing.planned.hashed import HashedRouter
-from foreroute.engine.routing.plans.row_plan import TableRows, plan_rows
+from foreroute.engine.routing.plans.row_plan import NO_ROWS, TableRows, plan_rows
 from foreroute.engine.routing.tables import Table, build_tables, table_from_state, table_state
 
 SYMBOLS, STREAMS, SEGMENT, LAYERS, EXPERTS, K = 11, 4, 16, 2, 4, 2
@@ -153,12 +154,16 @@ class Run:
 
     def rows(self) -> dict[tuple[int, int], NDArray[np.float32]]:
         """Return the values of this rank's rows of n-gram tables, by (table, row)."""
-        tables = self.engine.module.ngram_tables
         return {
             (number, row): value.numpy().copy()
-            for number, table in enumerate([] if tables is None else tables.tables)
+            for number, table in enumerate(self.tables_of_model.tables)
             for row, value in zip(table.store.owned, table.store.state["value"], strict=True)
         }
+
+    @property
+    def tables_of_model(self) -> NgramTables:
+        """The n-gram tables of the model, which has some."""
+        return next(module for module in self.engine.module.modules() if isinstance(module, NgramTables))
 
     def save(self, folder: Path) -> Path:
         """Write a checkpoint."""
@@ -209,10 +214,12 @@ class Run:
         return planned.batch.ids_BQ, planned.batch.targets_BQ, self.memory[micro], planned.routing
 
     def _table_rows(self, micro: int) -> TableRows:
+        if not self.config.ngram_tables.rows:
+            return NO_ROWS
         if micro == 0:
             own = range(self.accumulation)
             passes = [self.streams.batch(self.index, self._streams_of(self.mesh.rank, other)) for other in own]
-            self.table_rows = plan_rows(self.engine.module.table_keys, passes, self.cpu_group)
+            self.table_rows = plan_rows(self.tables_of_model.keys, passes, self.cpu_group)
         return self.table_rows[micro]
 
 

@@ -25,6 +25,7 @@ from foreroute.engine.config.option import option
 from foreroute.engine.data.corpus import PreparedCorpus, prepare
 from foreroute.engine.errors import require
 from foreroute.engine.model.build import build_routers
+from foreroute.engine.ngram_tables.tables import table_keys
 from foreroute.engine.routing.planned_router import PlannedRouter
 from foreroute.launch.certify.counts_page import certificate_page, counts_verdict
 from foreroute.launch.certify.memory_section import memory_section, memory_verdict
@@ -113,6 +114,7 @@ def run(args: CertifyArgs) -> int:
     layout, ids = args.layout, corpus.split(Split.train)
     layout.check()
     routers = build_routers(layout.config, corpus) or []
+    keys = table_keys(args.ngram_tables, corpus.vocab.size, args.train.seed)
     record = Record(layout, ids, layout.counted_steps(args.steps, args.sample))
     found = certify(
         layout,
@@ -121,13 +123,14 @@ def run(args: CertifyArgs) -> int:
         document_starts=corpus.document_starts(Split.train),
         steps=args.steps,
         sample=args.sample,
+        table_keys=keys,
         also=record.add,
     )
     memory, time = _memory(args, found, corpus), _time(args, corpus)
     plain = {
         "options": to_plain(args),
         "corpus_sha256": corpus.sha256,
-        "tables_sha256": tables_sha256(routers),
+        "tables_sha256": tables_sha256(routers, keys),
         **asdict(found),
         "memory": asdict(memory),
         "time_model": time and asdict(time),

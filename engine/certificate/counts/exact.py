@@ -1,7 +1,8 @@
 """The exact part of a certificate: rows and bytes of a run's steps, summed up for each k and for all.
 
 Counts are exact, whatever the ranks' speed: no model of time is in them. Bytes are of rows of experts' inputs and
-results and of their gradients; what data parallelism, checkpoints and planning send is not in them.
+results and of their gradients, and apart from them those of n-gram tables; what data parallelism, checkpoints and
+planning send is not in them.
 
 Letters: as in engine/certificate/counts/replay.py.
 """
@@ -13,11 +14,13 @@ from foreroute.engine.certificate.counts.layout import Layout, Trips
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.counts.replay import Counts, StepCounts, replay
 from foreroute.engine.certificate.counts.series import SeriesCollector, StepSeries
+from foreroute.engine.certificate.counts.table_rows import RowCounter, TableCounts, TableStatistics, TableTally
 from foreroute.engine.certificate.counts.tally import Spread, Tally
 from foreroute.engine.certificate.counts.traffic import KINDS, hops, leaving
 from foreroute.engine.data.documents import NO_STARTS, Starts
 from foreroute.engine.data.tokens.vocab import Ids
 from foreroute.engine.routing.planned_router import PlannedRouter
+from foreroute.engine.routing.plans.row_plan import TableKeys
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,7 @@ class Certificate:
     whole: StepStatistics
     by_k: list[StepStatistics]
     series: StepSeries  # over the counted steps
+    tables: TableStatistics | None = None  # None: there are no n-gram tables
 
 
 def certify(
@@ -93,7 +97,8 @@ def certify(
     document_starts: Starts = NO_STARTS,
     steps: int | None = None,
     sample: int = 1,
-    also: Callable[[StepCounts], None] | None = None,
+    table_keys: Sequence[TableKeys] = (),
+    also: Callable[[StepCounts, TableCounts | None], None] | None = None,
 ) -> Certificate:
     """Count what a run does on its ranks; a pure function of its arguments.
 
@@ -103,6 +108,7 @@ def certify(
         document_starts: of the training split.
         steps: count the first so many; None for train.steps.
         sample: count every so manieth only; maxima and bounds then hold for those steps alone.
+        table_keys: of the run's n-gram tables.
         also: called with the counts of each step, such as Record.add (engine/certificate/record.py).
 
     Raises:
@@ -114,14 +120,19 @@ def certify(
     sums: dict[int, _Sums] = {}
     exchange: dict[int, str] = {}
     series = SeriesCollector()
+    counter = RowCounter(layout, table_keys, layout.read(ids, document_starts))
+    tally, rows = TableTally(layout, table_keys), None
     for counts in replay(layout, ids, routers, chosen, document_starts):
         k, left = counts.k, bytes_left(layout, counts)
         if k not in sums:
             sums[k], exchange[k] = _Sums(), layout.exchange(k)
         sums[k].add(counts, left)
         series.add(counts, left[counted_kind(exchange[k])].all_gP)
+        if table_keys:
+            rows = counter.count(counts.step)
+            tally.add(rows, counts.step, counts.times)
         if also is not None:
-            also(counts)
+            also(counts, rows)
     mixed = exchange[min(sums)] if len(set(exchange.values())) == 1 else "mixed"
     return Certificate(
         placement=layout.placement,
@@ -135,6 +146,7 @@ def certify(
         whole=_statistics(None, mixed, list(sums.values())),
         by_k=[_statistics(k, exchange[k], [found]) for k, found in sorted(sums.items())],
         series=series.series(),
+        tables=tally.statistics() if table_keys else None,
     )
 
 

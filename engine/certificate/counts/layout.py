@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from foreroute.engine.certificate.counts.placement import Placement
-from foreroute.engine.config import Config, Keys, Precision
+from foreroute.engine.config import Config, Keys, Precision, WireFormat
 from foreroute.engine.data.documents import NO_STARTS, Starts
 from foreroute.engine.data.streams import Streams
 from foreroute.engine.data.tokens.vocab import Ids
@@ -61,6 +61,12 @@ class Layout:
     def row_bytes(self) -> int:
         """Bytes of one row between ranks."""
         return self.config.model.width * wire_itemsize(self.config.parallel, self.config.train.precision)
+
+    @property
+    def table_row_bytes(self) -> int:
+        """Bytes of a row of an n-gram table between ranks."""
+        tables = self.config.ngram_tables
+        return tables.width * (2 if tables.wire is WireFormat.bf16 else 4)
 
     @property
     def trips(self) -> Trips:

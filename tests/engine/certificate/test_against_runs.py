@@ -31,6 +31,7 @@ from foreroute.engine.config import (
     KernelsConfig,
     ModelConfig,
     MoEConfig,
+    NgramTablesConfig,
     OptimConfig,
     ParallelConfig,
     RouteWeights,
@@ -46,6 +47,7 @@ from foreroute.engine.data.corpus import prepare
 from foreroute.engine.data.documents import NO_STARTS
 from foreroute.engine.errors import RunFailed
 from foreroute.engine.model.build import build_routers
+from foreroute.engine.ngram_tables.tables import table_keys
 from foreroute.engine.parallel.cpu_group import GlooGroup, expert_cpu_group
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.parallel.world import World
@@ -76,9 +78,10 @@ def one_rank(folder):
 
 
 def two_ranks(folder):
-    """Micro-batches; recomputation that repeats the whole exchange."""
+    """Micro-batches; recomputation that repeats the whole exchange, but for n-gram tables."""
     config = plain(folder, 2)
-    return replace(config, train=replace(config.train, accumulation=2, recompute=True))
+    tables = NgramTablesConfig(rows=40, heads=2, width=4, layers=[0, 1], wire=WireFormat.bf16)
+    return replace(config, train=replace(config.train, accumulation=2, recompute=True), ngram_tables=tables)
 
 
 def four_ranks(folder):
@@ -229,7 +232,8 @@ def write_certificate(make, ranks, folder, **options):
     layout = Layout(config, place)
     record = Record(layout, ids, range(0, config.train.steps, options.get("sample", 1)))
     starts = corpus.document_starts(Split.train)
-    found = certify(layout, ids, routers, document_starts=starts, also=record.add, **options)
+    keys = table_keys(config.ngram_tables, corpus.vocab.size, config.train.seed)
+    found = certify(layout, ids, routers, document_starts=starts, table_keys=keys, also=record.add, **options)
     record.write(folder / f"{make.__name__} certificate", {"options": to_plain(config), **asdict(found)})
 
 
@@ -320,12 +324,15 @@ def test_the_cases_cover_what_they_say(folder):
     ] == [(2, 2), (3, 3), (3, 3), (3, 3), (3, 2), (3, 3), (3, 2), (3, 3)]
 
 
-CHANGES = {  # array -> micro-batch or none
-    "received_uyrm": (1,),
-    "computed_uyrm": (0,),
-    "bytes_uyr": (),
-}
 STEP, LAYER = 11, 1
+CHANGES = {  # array -> where one of its numbers is changed, but for the rank
+    "received_uyrm": lambda rank: (STEP, LAYER, rank, 1),
+    "computed_uyrm": lambda rank: (STEP, LAYER, rank, 0),
+    "bytes_uyr": lambda rank: (STEP, LAYER, rank),
+    "landed_utr": lambda rank: (STEP, 1, rank),
+    "sent_utr": lambda rank: (STEP, 0, rank),
+    "table_bytes_ur": lambda rank: (STEP, rank),
+}
 
 
 def two_short(folder):
@@ -357,19 +364,23 @@ def test_a_step_that_differs_ends_the_run(folder):
     """Each of the numbers that are compared, at exactly its step, layer, micro-batch and rank."""
     write_certificate(two_short, 2, folder)
     before = {}
-    for name, micro in CHANGES.items():
+    for name, place in CHANGES.items():
         shutil.copytree(folder / "two_short certificate", folder / name)
         for rank in (0, 1):
-            before[name, rank] = change_certificate(folder / name, name, (STEP, LAYER, rank, *micro))
+            before[name, rank] = change_certificate(folder / name, name, place(rank))
     for rank, lines in enumerate(run_ranks(differ, 2, 2, folder)):
-        where = f"rank {rank} differs from its certificate at step {STEP + 1}, layer "
+        here = f"rank {rank} differs from its certificate at step {STEP + 1}, "
+        where = f"{here}layer "
         numbers = [before[name, rank] for name in CHANGES]
-        assert lines[:3] == [
+        assert lines[:6] == [
             f"{where}{LAYER}, micro-batch 1: rows received {numbers[0]}, certified {numbers[0] + 1}",
             f"{where}{LAYER}, micro-batch 0: expert rows computed {numbers[1]}, certified {numbers[1] + 1}",
             f"{where}{LAYER}: bytes sent {numbers[2]}, certified {numbers[2] + 1}",
+            f"{here}n-gram table 1: rows landed {numbers[3]}, certified {numbers[3] + 1}",
+            f"{here}n-gram table 0: rows sent {numbers[4]}, certified {numbers[4] + 1}",
+            f"{here}n-gram tables: bytes sent {numbers[5]}, certified {numbers[5] + 1}",
         ]
-        assert lines[3].startswith(f"{where}0, micro-batch 0: ")
+        assert lines[6].startswith(f"{where}0, micro-batch 0: ")
 
 
 def test_a_sampled_certificate_checks_its_steps_alone(folder):

@@ -61,6 +61,7 @@ from foreroute.engine.errors import RunFailed, UserError
 from foreroute.engine.model.build import build_model, build_routers
 from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.ngram_tables.row_rules import RowSGD
+from foreroute.engine.ngram_tables.tables import table_keys
 from foreroute.engine.parallel.cpu_group import GlooGroup, expert_cpu_group
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.parallel.world import World
@@ -355,7 +356,8 @@ def certificate(cell: Cell, config: Config, folder: Path, rank: int) -> Any:
     layout, ids = Layout(config, place), corpus.split(Split.train)
     layout.check()
     record = Record(layout, ids, range(STEPS))
-    found = certify(layout, ids, build_routers(config, corpus), also=record.add)
+    keys = table_keys(config.ngram_tables, corpus.vocab.size, config.train.seed)
+    found = certify(layout, ids, build_routers(config, corpus), table_keys=keys, also=record.add)
     path = folder / "certificates" / f"{name_of(cell)}, {rank}"
     facts = {"corpus_sha256": corpus.sha256, "tables_sha256": "", "options": to_plain(config)}
     record.write(path, {**facts, **asdict(found)})
