@@ -48,14 +48,16 @@ def load_tables(reader: Reader, module: nn.Module) -> None:
 
 
 def load_table_values(reader: Reader, module: nn.Module) -> None:
-    """Give a model that is not in training all rows of its tables; raises as load_tables."""
+    """Make all rows of the tables of a model that is not in training; raises as load_tables."""
     for tables in _tables_in(module):
         tables.hold(Mesh(), RowSGD())
     load_values(reader, row_stores(module))
 
 
 def row_stores(module: nn.Module) -> list[RowStore]:
-    """Return this rank's rows of all tables of a model."""
+    """Return this rank's rows of all tables of a model, as the last step left them."""
+    for tables in _tables_in(module):
+        tables.settle()
     return [table.store for tables in _tables_in(module) for table in tables.tables]
 
 

@@ -205,6 +205,13 @@ class RowUpdates(Enum):
     step = "step"  # the table's: torch's SparseAdam
 
 
+class RowPlace(Enum):
+    """The memory in which the rows of tables lie, with the optimizer's state."""
+
+    device = "device"
+    host = "host"  # the rows of a step are fetched ahead of it; training is the same, bit for bit
+
+
 class RowMoments(Enum):
     """The second moments that Adam keeps of a table's rows."""
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from itertools import pairwise
 
-from foreroute.engine.config.enums import NgramEntry, NgramKeys, RowMoments, RowUpdates, WireFormat
+from foreroute.engine.config.enums import NgramEntry, NgramKeys, RowMoments, RowPlace, RowUpdates, WireFormat
 from foreroute.engine.config.model import MAX_NGRAM
 from foreroute.engine.config.option import check, option
 from foreroute.engine.errors import require
@@ -45,6 +45,8 @@ class NgramTablesConfig:
     moments: RowMoments = RowMoments.element
     lr_factor: float = option(1.0, "Learning rate of rows, as a multiple of that of optim.", above=0)
     wire: WireFormat = option(WireFormat.model, "Number format in which rows and their gradients travel; model: fp32.")
+
+    place: RowPlace = RowPlace.device
 
     def __post_init__(self) -> None:
         check("ngram_tables", self)

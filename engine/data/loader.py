@@ -15,6 +15,7 @@ Letters: P ranks of the expert group, B streams, Q segment length, C ids left of
 import queue
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
@@ -23,6 +24,7 @@ import torch
 from foreroute.engine.data.device_copy import Delivery, receive
 from foreroute.engine.data.plan_agreement import Agreement
 from foreroute.engine.data.planned_batches import PlannedBatch
+from foreroute.engine.routing.plan import Routing
 from foreroute.engine.tracing import span
 
 # The fields of a planned batch that the step needs on the device.
@@ -48,6 +50,7 @@ class PlannedLoader:
         prefetch: steps prepared ahead, at least 1.
         agreement: compares the plans between the ranks; None on one rank.
         device: of the tensors that `next` returns.
+        ahead: fetches what a step needs before it begins, such as rows from host memory.
     """
 
     def __init__(
@@ -59,7 +62,9 @@ class PlannedLoader:
         prefetch: int,
         agreement: Agreement | None = None,
         device: torch.device | None = None,
+        ahead: Callable[[Routing], Routing] | None = None,
     ) -> None:
+        self._ahead = ahead or (lambda routing: routing)
         self._batches, self._steps, self._accumulation = batches, steps, accumulation
         self._agreement = agreement
         self._delivery = Delivery(device or torch.device("cpu"))
@@ -117,7 +122,7 @@ class PlannedLoader:
                     routing = planned.routing
                     with span("agree"):
                         self._agreement.check(step, micro, routing.k, planned.group, routing.all_plans)
-                self._queue.put(self._deliver(planned))
+                self._queue.put(self._deliver(replace(planned, routing=self._ahead(planned.routing))))
             self._queue.put(RuntimeError("no batch left: all steps are done"))
         except BaseException as error:  # handed to the consumer, which re-raises it
             self._queue.put(error)

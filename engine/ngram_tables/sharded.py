@@ -9,15 +9,18 @@ Letters: S rows that this rank sends, R rows that land, U distinct rows of its o
 width of a row.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from foreroute.engine.ngram_tables.host_rows import HostRows
 from foreroute.engine.ngram_tables.row_rules import VALUE
 from foreroute.engine.ngram_tables.store import RowStore
 from foreroute.engine.parallel.collectives import ExpertGroupComm
 from foreroute.engine.parallel.in_flight import AsyncCollective
-from foreroute.engine.routing.plans.row_plan import RowsPlan
+from foreroute.engine.routing.plans.row_plan import RowSource, RowsPlan
 from foreroute.engine.tracing import span
 
 
@@ -25,12 +28,22 @@ class ShardedTable:
     """This rank's rows of one table, and the rows of the step that have landed here.
 
     Args:
+        store: this rank's rows.
         comm: all ranks; None: this rank alone.
         wire: number format of rows and gradients between ranks; one rank alone rounds to it as well.
+        device: on which steps run, where the rows lie in host memory; None: the rows are on the device.
     """
 
-    def __init__(self, store: RowStore, comm: ExpertGroupComm | None, wire: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        store: RowStore,
+        comm: ExpertGroupComm | None,
+        wire: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
         self.store, self.comm = store, comm
+        self._host = None if device is None else HostRows(store, device)
+        self._rows: RowSource = self._host or store  # of the step
         self._dtype = store.state[VALUE].dtype
         self._wire = wire or self._dtype
         self.landed_rows = self.sent_rows = 0
@@ -42,8 +55,9 @@ class ShardedTable:
     def fetch(self, plan: RowsPlan) -> None:
         """Send the rows of a step to the ranks that read them; the transfer goes on beside what follows."""
         self._plan, self._landed_RW = plan, None
+        self._rows = plan.ahead or self._host or self.store
         with span("rows"):
-            rows_SW = self.store.read(plan.send_S)
+            rows_SW = self._rows.read(plan.send_S)
             self.sent_rows += rows_SW.shape[0]
             self._moving = self._send(rows_SW, plan.send_splits, plan.recv_splits)
 
@@ -71,7 +85,20 @@ class ShardedTable:
 
     def update(self, grad_UW: Tensor, *, step: int | Tensor, lr: float, keep: Tensor) -> None:
         """Change the rows of the step by their gradients; arguments as for RowStore.update."""
-        self.store.update(self._need_plan().touched_U, grad_UW, step=step, lr=lr, keep=keep)
+        self._rows.update(self._need_plan().touched_U, grad_UW, step=step, lr=lr, keep=keep)
+
+    def ahead(self, plan: RowsPlan) -> RowsPlan:
+        """Fetch the rows of a coming step from host memory, in the loader's thread and the order of the steps."""
+        return plan if self._host is None else replace(plan, ahead=self._host.ahead(plan.touched_U))
+
+    def settle(self, *, restart: bool = False) -> None:
+        """Bring the store up to date with the last step.
+
+        Args:
+            restart: forget the steps that were fetched and have not begun.
+        """
+        if self._host is not None:
+            self._host.settle(restart=restart)
 
     def _need_plan(self) -> RowsPlan:
         if self._plan is None:

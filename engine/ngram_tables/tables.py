@@ -8,12 +8,13 @@ Letters: B streams, Q segment length, H heads of a table, W width of a row, D mo
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from foreroute.engine.config import NgramEntry, NgramKeys, NgramTablesConfig, WireFormat
+from foreroute.engine.config import NgramEntry, NgramKeys, NgramTablesConfig, RowPlace, WireFormat
 from foreroute.engine.ngram_tables.entries import ENGRAM, PER_LAYER, Added, Entry, EntryOutput, Gated, IntoValues
 from foreroute.engine.ngram_tables.hash_keys import HashKeys
 from foreroute.engine.ngram_tables.public_keys import engram_keys, qwen_keys
@@ -81,6 +82,7 @@ class NgramTables(nn.Module):
             comm: all ranks; None for one rank alone.
         """
         self.comm, self._mesh = comm, mesh
+        on_host = self.config.place is RowPlace.host
         wire = {WireFormat.fp32: torch.float32, WireFormat.bf16: torch.bfloat16}.get(self.config.wire)
         self.tables = tuple(
             ShardedTable(
@@ -93,11 +95,12 @@ class NgramTables(nn.Module):
                     index=table,
                     scale=self._scale,
                     rule=rule,
-                    device=device,
+                    device="cpu" if on_host else device,
                     dtype=dtype,
                 ),
                 comm,
                 wire,
+                device if on_host else None,
             )
             for table, keys in enumerate(self.keys)
         )
@@ -129,6 +132,23 @@ class NgramTables(nn.Module):
         for table, plan in zip(self.tables, plans, strict=bool(plans)):
             table.fetch(plan)
             self._id_bytes += sum(plan.id_bytes_P) - plan.id_bytes_P[self._mesh.rank]
+
+    def ahead(self, routing: Routing) -> Routing:
+        """Fetch from host memory the rows of the step that begins with this pass; in the loader's thread and the order
+        of the steps."""
+        if not routing.row_plans:
+            return routing
+        plans = tuple(table.ahead(plan) for table, plan in zip(self.tables, routing.row_plans, strict=True))
+        return replace(routing, row_plans=plans)
+
+    def settle(self, *, restart: bool = False) -> None:
+        """Bring the stores up to date with the last step, before anything else reads them.
+
+        Args:
+            restart: forget the steps whose rows were fetched ahead and have not begun.
+        """
+        for table in self.tables:
+            table.settle(restart=restart)
 
     def enter(
         self, place: int | None, x_BQD: Tensor, routing: Routing, kept: Sequence[Tensor], memory: int

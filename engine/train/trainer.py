@@ -340,7 +340,9 @@ class Trainer:
         )
 
     def _loader(self) -> PlannedLoader:
-        config, world = self.config, self.world
+        config, world, tables = self.config, self.world, self.model.ngram_tables
+        if tables is not None:
+            tables.settle(restart=True)
         return PlannedLoader(
             self.batches,
             steps=range(self.step, config.train.steps),
@@ -348,6 +350,7 @@ class Trainer:
             prefetch=config.data.prefetch,
             agreement=self._agreement() if world.mesh.world > 1 else None,
             device=self.engine.device,
+            ahead=None if tables is None else tables.ahead,
         )
 
     def _agreement(self) -> Agreement:

@@ -58,6 +58,18 @@ class Ids(Protocol):
         """Whether a document begins at an id, of those left of the segment and its own."""
 
 
+class RowSource(Protocol):
+    """A rank's rows of one table, as a step uses them (engine/ngram_tables/)."""
+
+    def read(self, local_S: Tensor) -> Tensor:
+        """Return the values [S, W] of local rows."""
+
+    def update(
+        self, local_U: Tensor, grad_UW: Tensor, *, step: int | Tensor, lr: float, keep: Tensor | None = None
+    ) -> None:
+        """Change distinct local rows by their gradients."""
+
+
 @dataclass(frozen=True, slots=True)
 class RowsPlan:
     """The rows of one table in one step, on one rank."""
@@ -69,6 +81,7 @@ class RowsPlan:
     order_S: Tensor
     """int64: places in send_S, sorted by row and for the same row by rank: the order in which gradients are added."""
     offset_U: Tensor  # int64: where in order_S each row of touched_U begins
+    ahead: RowSource | None = None  # the rows of touched_U, fetched from host memory; None: they are where they lie
 
     @property
     def id_bytes_P(self) -> list[int]:

@@ -77,7 +77,7 @@ STEPS, SAVED, LAYERS, EXPERTS, K = 3, 2, 2, 4, 2
 TABLES = {  # options of section ngram_tables
     "hashed, n-gram tables": {"rows": 90, "heads": 2, "width": 3},
     "dense, n-gram tables": {"rows": 50, "orders": [2], "heads": 2, "width": 4, "layers": [0, 1]},
-    "stochastic, n-gram tables": {"rows": 70, "orders": [1, 3], "heads": 1, "width": 2, "layers": [1]},
+    "stochastic, n-gram tables": {"rows": 70, "orders": [1, 3], "heads": 1, "width": 2, "layers": [1], "place": "host"},
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "hashed, weights sum": {"weights": "sum"},
@@ -396,6 +396,8 @@ def train(cell: Cell, rank: int, folder: Path) -> Any:
 def rows_of_tables(model: torch.nn.Module) -> dict[str, Any]:
     """This rank's rows of n-gram tables, "table 0@<row>"."""
     tables = [] if model.ngram_tables is None else model.ngram_tables.tables
+    for table in tables:
+        table.settle()
     return {
         f"table {number}@{row}": value.numpy().copy()
         for number, table in enumerate(tables)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import distributed as dist
 
 import foreroute.engine.train.trainer
@@ -127,6 +128,8 @@ VARIANTS = {
     "shuffled": {"moe": {"keys": Keys.shuffled}},
     "stochastic, accumulation": {"moe": {"router": "stochastic"}, "train": {"accumulation": 2}},
     "n-grams": {"moe": {"router": "dense"}, "model": {"ngram": 2, "ngram_rows": 300}},
+    "n-gram tables": {"ngram_tables": {"rows": 60, "width": 8}},
+    "n-gram tables on the host": {"ngram_tables": {"rows": 60, "width": 8, "place": "host"}},
     "signatures": {"moe": {"router": "dense"}, "model": {"signatures": True}},
     "gate": {"moe": {"weights": RouteWeights.live, "gate": Gate.sqrt_softplus}},
     "experts without rows": {"moe": {"constant_experts": 1, "copy_experts": 1, "null_experts": 1}},
@@ -433,6 +436,30 @@ def test_a_step_read_later_that_is_not_finite(tmp_path, text, behind, bad):
     assert trainer.step == 15 and saved_steps(trainer) == [8]
     assert launched == list(range(16))  # a checkpoint is due behind step 15: it is read first
     assert [bool(applied) for applied in updated] == [True] * 15 + [False]
+
+
+def test_tables_in_host_memory_train_as_on_the_device(tmp_path, text):
+    """With micro-batches, validations and a checkpoint between the steps: equal losses, and equal rows on disk."""
+    found = {}
+    for place in ("device", "host"):
+        tables = {"rows": 60, "width": 8, "place": place}
+        config = make_config(
+            text,
+            ngram_tables=tables,
+            data={"prefetch": 3},
+            train={"steps": 12, "log_every": 1, "accumulation": 2, "valid_every": 5, "save_every": 7},
+        )
+        trainer = make_trainer(config, tmp_path / place)
+        assert train(trainer)
+        lines = [json.loads(line) for line in (tmp_path / place / "metrics.jsonl").read_text().splitlines()]
+        shards = [load_file(path / "shard-00000.safetensors") for path in sorted(trainer.checkpoints.iterdir())]
+        rows = [{key: value for key, value in shard.items() if key.startswith("ngram_rows")} for shard in shards]
+        found[place] = [(line.get("loss"), line.get("valid_loss")) for line in lines], rows
+    (losses_there, rows_there), (losses_here, rows_here) = found["device"], found["host"]
+    assert losses_here == losses_there and len(losses_here) == 14
+    assert len(rows_here) == 2 and all(len(rows) == 4 for rows in rows_here)
+    for here, there in zip(rows_here, rows_there, strict=True):
+        assert here.keys() == there.keys() and all(torch.equal(here[key], there[key]) for key in here)
 
 
 def stopped_by_one(rank, ranks, config, folder):
