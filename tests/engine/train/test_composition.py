@@ -76,8 +76,11 @@ from foreroute.launch.start.help import CONF
 STEPS, SAVED, LAYERS, EXPERTS, K = 3, 2, 2, 4, 2
 TABLES = {  # options of section ngram_tables
     "hashed, n-gram tables": {"rows": 90, "heads": 2, "width": 3},
-    "dense, n-gram tables": {"rows": 50, "orders": [2], "heads": 2, "width": 4, "layers": [0, 1]},
-    "stochastic, n-gram tables": {"rows": 70, "orders": [1, 3], "heads": 1, "width": 2, "layers": [1], "place": "host"},
+    "dense, n-gram tables": {"rows": 50, "orders": [2], "heads": 2, "width": 4, "layers": [0, 1], "entry": "per_layer"},
+    "stochastic, n-gram tables": {
+        **{"rows": 70, "orders": [1, 3], "heads": 1, "width": 2, "layers": [1]},
+        **{"entry": "values", "keys": "qwen", "place": "host"},
+    },
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "hashed, weights sum": {"weights": "sum"},
