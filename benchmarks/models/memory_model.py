@@ -35,6 +35,7 @@ from foreroute.engine.config import (
     KernelsConfig,
     ModelConfig,
     MoEConfig,
+    NgramTablesConfig,
     OptimConfig,
     ParallelConfig,
     Precision,
@@ -42,6 +43,7 @@ from foreroute.engine.config import (
     ScheduleConfig,
     TrainConfig,
 )
+from foreroute.engine.ngram_tables.tables import table_keys
 from foreroute.engine.routing.planned.hashed import HashedRouter
 from foreroute.engine.routing.planned_router import RouterInputs
 from foreroute.engine.testing.ranks import run_ranks
@@ -104,6 +106,9 @@ _SECTION = {
     "constant_experts": ("moe", "constant_experts"),
     "copy_experts": ("moe", "copy_experts"),
     "residual": ("moe", "residual"),
+    "rows": ("ngram_tables", "rows"),
+    "layers_of_rows": ("ngram_tables", "layers"),
+    "moments": ("ngram_tables", "moments"),
     "k": ("schedule", "k_max"),
     "zero": ("train", "zero_stage"),
     "precision": ("train", "precision"),
@@ -141,6 +146,8 @@ CASES = (
     _case(1, memory=256),
     _case(1, ngram=2),
     _case(1, ngram=2, ngram_rows=30_000, accumulation=2),
+    _case(1, rows=20_000),
+    _case(2, rows=20_000, layers_of_rows=[0, 1], moments="row", accumulation=2),
     _case(1, memory=64, streams=8, layers=6, expert_width=64),
     _case(1, offload=True),
     _case(1, offload=True, precision=_BF16, zero=2),
@@ -192,6 +199,7 @@ def make_config(changes: dict[str, dict[str, Any]], base: dict[str, dict[str, An
         data=DataConfig(**merged["data"]),
         model=ModelConfig(**merged["model"]),
         moe=MoEConfig(**merged["moe"]),
+        ngram_tables=NgramTablesConfig(**merged.get("ngram_tables", {})),
         schedule=ScheduleConfig(**merged["schedule"]),
         optim=OptimConfig(clip=0.25 if train.zero_stage else 0.0),
         train=train,
@@ -221,7 +229,8 @@ def make_layout(changes: dict[str, dict[str, Any]], base: dict[str, dict[str, An
 
 def predicted(layout: Layout, symbols: int = SYMBOLS) -> Memory:
     """Predict a run's memory."""
-    return peak_memory(layout, certify(layout, *material(layout, symbols)), symbols)
+    keys = table_keys(layout.config.ngram_tables, symbols, layout.config.train.seed)
+    return peak_memory(layout, certify(layout, *material(layout, symbols), table_keys=keys), symbols)
 
 
 def measured(rank: int, runs: Sequence[tuple[Layout, int]]) -> list[int]:

@@ -33,7 +33,7 @@ from foreroute.engine.model.build import build_model
 from foreroute.engine.model.transformer_xl import Memory
 from foreroute.engine.nested import tensors_in
 from foreroute.engine.optim import deepspeed_engine as adapter
-from foreroute.engine.parallel.cpu_group import GlooGroup
+from foreroute.engine.parallel.cpu_group import CpuGroup, GlooGroup
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.parallel.world import World
 from foreroute.engine.routing.planned.hashed import HashedRouter
@@ -120,7 +120,8 @@ class PlanBytes:
         """Count a batch's plans until they are freed."""
         plans = planned.routing.plans
         assert plans is not None
-        held = sum(tensor.nbytes for tensor in tensors_in(plans))
+        of_tables = planned.routing.row_plans, planned.routing.landed_BQH
+        held = sum(tensor.nbytes for tensor in tensors_in((plans, *of_tables)))
         self._alive += held
         self.peak_bytes = max(self.peak_bytes, self._alive)
         weakref.finalize(plans[0].count_E, self._drop, held)
@@ -148,9 +149,17 @@ def train(
     with held if counted else nullcontext():
         model = build_model(config, vocab_size)
         engine = adapter.start(model, config, mesh)
-        placed = [router.place(mesh) for router in routers]
+        batches = TrainingBatches(
+            config,
+            layout.read(ids),
+            mesh,
+            [router.place(mesh) for router in routers],
+            model.input_keys,
+            table_keys=model.table_keys,
+            planning=CpuGroup() if mesh.world == 1 else GlooGroup(dist.new_group()),
+        )
         loader = PlannedLoader(
-            _CountedBatches(TrainingBatches(config, layout.read(ids), mesh, placed, model.input_keys), plans),
+            _CountedBatches(batches, plans),
             steps=range(config.train.steps),
             accumulation=config.train.accumulation,
             prefetch=config.data.prefetch,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from foreroute.engine.certificate.counts.exact import Bytes, Certificate, Idle, StepStatistics, counted_kind
 from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.counts.series import MeanAndMax
+from foreroute.engine.certificate.counts.table_rows import TableStatistics
 from foreroute.engine.certificate.counts.tally import Spread
 from foreroute.engine.certificate.counts.traffic import KINDS
 from foreroute.engine.config import Split
@@ -49,6 +50,7 @@ def certificate_page(
             _run(found, layout, corpus),
             _rows(found, parts),
             *([] if _alone(found) else [_bytes(found, parts)]),
+            *([] if found.tables is None else [_table_rows(found.tables)]),
             _fixed_shapes(found, parts),
             *further,
         ],
@@ -206,6 +208,38 @@ def _bytes(found: Certificate, parts: Sequence[StepStatistics]) -> page.Section:
     )
     table = Table(header, rows, notes=notes)
     return page.Section("Bytes", [words, _bytes_over_k(found), _bytes_over_steps(found), table])
+
+
+def _table_rows(tables: TableStatistics) -> page.Section:
+    """Describe the rows of n-gram tables."""
+    header = ["table at", "rows", "heads", "read: mean", "p99", "max", "worst step", "changed: mean", "max"]
+    rows = []
+    for table in tables.tables:
+        changed = [f"{table.touched.mean:,.0f}", f"{table.touched.max:,}"]
+        read = _spread(table.landed, "{:,.0f}")
+        rows.append([table.place, f"{table.rows:,}", f"{table.heads}", *read, *changed])
+    sent = [
+        [what, *_spread(spread, "{:,.3f}", 1e-6)]
+        for what, spread in (
+            ("leaves a rank", tables.rank),
+            ("of it to other nodes", tables.between),
+            ("of it row numbers, between hosts", tables.ids),
+            ("from one rank to another", tables.link),
+        )
+    ]
+    return page.Section(
+        "N-gram tables",
+        [
+            (
+                "Distinct rows that a rank reads in one step, and rows of a rank that one step changes. Each travels"
+                f" once from its owner to each rank that reads it, and its gradient back: {tables.row_bytes:,} bytes"
+                f" each, of {tables.width} numbers."
+            ),
+            Table(header, rows),
+            "Bytes of one step for n-gram tables, in MB (1e6 bytes); those of the experts are not among them.",
+            Table(["bytes", "mean", "p99", "max", "worst step"], sent),
+        ],
+    )
 
 
 def _fixed_shapes(found: Certificate, parts: Sequence[StepStatistics]) -> page.Section:

@@ -25,6 +25,7 @@ from foreroute.engine.certificate.memory.sizes import (
     runs_on_gpu,
 )
 from foreroute.engine.certificate.memory.state import START, GradientProgress, Phase, State
+from foreroute.engine.certificate.memory.table_memory import TableMemory
 from foreroute.engine.certificate.memory.terms import Term, merged, term, total
 from foreroute.engine.config.model import expert_layers
 from foreroute.engine.errors import require
@@ -111,7 +112,7 @@ def peak_memory_at(
         if streams is not None:
             sizes = replace(sizes, streams=streams)
             rows = bounded_rows(rows, sizes, known_streams)
-        candidates.append(_peak(sizes, rows, parameters))
+        candidates.append(_peak(sizes, rows, parameters, TableMemory(sizes, found.tables)))
     return max(candidates, key=lambda memory: memory.peak_bytes)
 
 
@@ -128,8 +129,8 @@ def largest_number(fits: Callable[[int], bool]) -> int:
     return low
 
 
-def _peak(sizes: Sizes, rows: Rows, parameters: Parameters) -> Memory:
-    moments = {name: merged(terms) for name, terms in _moments(sizes, rows, parameters)}
+def _peak(sizes: Sizes, rows: Rows, parameters: Parameters, tables: TableMemory) -> Memory:
+    moments = {name: merged(terms) for name, terms in _moments(sizes, rows, parameters, tables)}
     # a CPU's device is the host
     needed = {name: total(terms, host=False if sizes.gpu else None) for name, terms in moments.items()}
     when = max(needed, key=lambda name: needed[name])
@@ -146,19 +147,21 @@ def _peak(sizes: Sizes, rows: Rows, parameters: Parameters) -> Memory:
     )
 
 
-def _moments(sizes: Sizes, rows: Rows, parameters: Parameters) -> Iterator[tuple[str, list[Term]]]:
+def _moments(sizes: Sizes, rows: Rows, parameters: Parameters, tables: TableMemory) -> Iterator[tuple[str, list[Term]]]:
     """Yield the terms of every moment at which memory can be greatest."""
     state, activations = State(sizes, parameters), Activations(sizes, rows)
     layers = sizes.config.model.layers
     with_experts = expert_layers(sizes.config.model, sizes.config.moe)
-    always = [*state.held(), *_plans(sizes, rows)]
+    always = [*state.held(), *_plans(sizes, rows), *tables.held()]
 
     def moment(phase: Phase, progress: GradientProgress = START) -> list[Term]:
         gradients = state.gradients(phase, progress)
         running = phase in (Phase.forward, Phase.backward)
         if phase is Phase.backward and sizes.output_layers:
             gradients += state.gradients_of_embeddings()
-        return [*always, *state.gathered(phase), *gradients, *activations.memory(new=running)]
+        kept = tables.entries() if running else []
+        own = [*tables.moment(phase), *kept]
+        return [*always, *state.gathered(phase), *gradients, *activations.memory(new=running), *own]
 
     yield Phase.first_layer.value, moment(Phase.first_layer)
     kept = activations.kept(layers)

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from foreroute.engine.certificate.counts.exact import StepStatistics
 from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.counts.placement import Placement
-from foreroute.engine.config import Config, KernelsConfig, ModelConfig, MoEConfig, to_plain
+from foreroute.engine.config import Config, KernelsConfig, ModelConfig, MoEConfig, NgramTablesConfig, to_plain
 from foreroute.engine.config.enums import Backend, SavedForBackward
 from foreroute.engine.model.adaptive import clusters
 from foreroute.engine.model.transformer_xl import SMALL_VOCABULARY, TransformerXL
@@ -308,7 +308,8 @@ def count_parameters(layout: Layout, vocab_size: int) -> Parameters:
     experts: list[int] = []
     blocks, inner = [0] * config.model.layers, [0] * config.model.layers
     layer_experts, at_input, embedding = Counter[str](), 0, 0
-    for name, numel in _numels(_key(config.model), _key(config.moe), vocab_size):
+    sections = (_key(section) for section in (config.model, config.moe, config.ngram_tables))
+    for name, numel in _numels(*sections, vocab_size):
         is_expert = ".experts." in name
         if is_expert:
             numel //= placement.expert_ranks
@@ -329,7 +330,7 @@ def count_parameters(layout: Layout, vocab_size: int) -> Parameters:
     return Parameters(tuple(groups), tuple(blocks), tuple(inner), most_experts, at_input, head, embedding)
 
 
-def _key(section: ModelConfig | MoEConfig) -> str:
+def _key(section: ModelConfig | MoEConfig | NgramTablesConfig) -> str:
     """Return a section's values as a key of a cache, from which it can be made again."""
     return json.dumps(to_plain(section))
 
@@ -350,9 +351,10 @@ class _NoValues(TorchFunctionMode):
 
 
 @cache
-def _numels(model: str, moe: str, vocab_size: int) -> list[tuple[str, int]]:
+def _numels(model: str, moe: str, tables: str, vocab_size: int) -> list[tuple[str, int]]:
     """List each parameter of a model of all experts by its name, with its size."""
     with torch.device("meta"), _NoValues():
         sections = ModelConfig(**json.loads(model)), MoEConfig(**json.loads(moe))
-        built = TransformerXL(*sections, KernelsConfig(), vocab_size)
+        ngram_tables = NgramTablesConfig(**json.loads(tables))
+        built = TransformerXL(*sections, KernelsConfig(), vocab_size, ngram_tables=ngram_tables)
     return [(name, parameter.numel()) for name, parameter in built.named_parameters()]

@@ -21,6 +21,7 @@ from foreroute.engine.config import (
     Growth,
     ModelConfig,
     MoEConfig,
+    NgramTablesConfig,
     ParallelConfig,
     ScheduleConfig,
     Tokens,
@@ -29,6 +30,7 @@ from foreroute.engine.config import (
 from foreroute.engine.config.enums import ExchangeKind
 from foreroute.engine.data.corpus import PreparedCorpus
 from foreroute.engine.data.tokens.byte_values import ByteVocab
+from foreroute.engine.ngram_tables.tables import table_keys
 from foreroute.engine.routing.planned.hashed import HashedRouter
 from foreroute.engine.routing.planned_router import RouterInputs
 from foreroute.launch.certify.counts_page import certificate_page, counts_verdict
@@ -230,3 +232,26 @@ def test_a_terminal_gets_what_a_person_must_know():
     assert "not in the terminal" not in file.getvalue()
     for figure in page.figures:
         assert any(line.startswith(figure.label) and f"  {figure.value} " in line for line in lines)
+
+
+def test_rows_of_n_gram_tables_have_a_section():
+    tables = NgramTablesConfig(rows=30, orders=[2], heads=2, width=3, layers=[1])
+    config, corpus, routers = make(ngram_tables=tables)
+    layout, kept = Layout(config, PLACE), []
+    found = certify(
+        layout,
+        corpus.ids,
+        routers,
+        table_keys=table_keys(tables, SYMBOLS, config.train.seed),
+        also=lambda counts, rows: kept.extend([rows] * counts.times),
+    )
+    rows, sent = parts(certificate_page(found, layout, corpus), "N-gram tables", Table)
+    landed = sorted(np.stack([counts.landed_tP for counts in kept]).ravel().tolist())
+    (line,) = rows.rows
+    assert line[:3] == ["layer 1", "60", "2"] and line[5] == f"{landed[-1]:,}"
+    assert line[3] == f"{sum(landed) / len(landed):,.0f}"
+    leaves = [counts.link_bytes_PP(12).sum(axis=1) for counts in kept]
+    assert sent.rows[0][:2] == ["leaves a rank", f"{np.mean(leaves) / 1e6:,.3f}"]
+    # without tables there is none
+    _, plain = page_of()
+    assert "N-gram tables" not in [section.title for section in plain.sections]
