@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from foreroute.engine.ngram_tables.row_rules import VALUE, Block, RowRule
-from foreroute.engine.ngram_tables.store import RowStore, updated_rows
+from foreroute.engine.ngram_tables.store import RowStore
 from foreroute.kernels.launching import to_device
 
 
@@ -51,8 +51,9 @@ class StepRows:
         self, local_U: Tensor, grad_UW: Tensor, *, step: int | Tensor, lr: float, keep: Tensor | None = None
     ) -> None:
         """Update all rows of the step; arguments as for RowStore.update."""
-        self.left = updated_rows(self.rule, self.fetched, grad_UW, step=step, lr=lr, keep=keep)
-        self.fetched = {}
+        places_U = torch.arange(local_U.shape[0], device=local_U.device)
+        self.rule.apply(self.fetched, places_U, grad_UW, step=step, lr=lr, keep=keep)
+        self.left = self.fetched
 
 
 class HostRows:

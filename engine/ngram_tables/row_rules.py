@@ -8,17 +8,22 @@ Letters: U distinct rows, W width of a row.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from foreroute.engine.config import RowMoments, RowUpdates
+from foreroute.engine.ngram_tables.initial_rows import parts_of
+from foreroute.engine.ngram_tables.row_loops import adam_rows
 
 Block = dict[str, Tensor]
 """Of some rows, dim 0 = row: "value" [U, W], and the rule's state by name."""
 VALUE = "value"
+_COMPILED = torch.float32, torch.float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +41,18 @@ class RowRule(Protocol):
         """Return what the rule keeps of each row; all of it begins as zeros."""
         ...
 
-    def updated(self, block: Block, grad_UW: Tensor, *, step: int | Tensor, lr: float) -> Block:
-        """Return the rows' new block; the old one does not change.
+    def apply(
+        self, state: Block, local_U: Tensor, grad_UW: Tensor, *, step: int | Tensor, lr: float, keep: Tensor | None
+    ) -> None:
+        """Change rows in place.
 
         Args:
+            state: of all local rows.
+            local_U: distinct local rows, int64.
+            grad_UW: the sum of each row's gradients in this step.
             step: number of this update of the table, from 1; an int or a scalar on the device.
             lr: learning rate of the table.
+            keep: bool scalar on the device; where it is false no row changes, and the host need not know. None: true.
         """
         ...
 
@@ -73,8 +84,17 @@ class RowAdam:
             kinds["count"] = StateKind((1,), torch.int32)
         return kinds
 
+    def apply(
+        self, state: Block, local_U: Tensor, grad_UW: Tensor, *, step: int | Tensor, lr: float, keep: Tensor | None
+    ) -> None:
+        """Change rows in place: on a CPU by a compiled loop, otherwise by PyTorch's operators."""
+        if state[VALUE].device.type != "cpu" or state[VALUE].dtype not in _COMPILED:
+            by_operators(self.updated, state, local_U, grad_UW, step=step, lr=lr, keep=keep)
+        elif keep is None or bool(keep):
+            self._by_loop(state, local_U, grad_UW, int(step), lr)
+
     def updated(self, block: Block, grad_UW: Tensor, *, step: int | Tensor, lr: float) -> Block:
-        """Return the rows' new block.
+        """Return the rows' new block; the old one does not change.
 
         Operations are separate, so a row's result does not depend on its place among the others.
         """
@@ -95,6 +115,24 @@ class RowAdam:
         new[VALUE] = block[VALUE] - (lr / first).to(grad_UW.dtype) * mean / root
         return new
 
+    def _by_loop(self, state: Block, local_U: Tensor, grad_UW: Tensor, step: int, lr: float) -> None:
+        value_LW = state[VALUE].numpy()
+        betas = self.beta1, 1 - self.beta1, self.beta2, 1 - self.beta2
+        count = state["count"].numpy() if "count" in state else np.zeros((0, 1), np.int32)
+        adam_rows(
+            value_LW,
+            state["exp_avg"].numpy(),
+            state["exp_avg_sq"].numpy(),
+            count,
+            local_U.numpy(),
+            grad_UW.contiguous().numpy(),
+            np.array([*betas, self.eps, value_LW.shape[1], 0], value_LW.dtype),
+            step,
+            _log(self.beta1),
+            _log(self.beta2),
+            float(lr),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class RowSGD:
@@ -104,14 +142,43 @@ class RowSGD:
         """Return nothing: there is no state."""
         return {}
 
+    def apply(
+        self, state: Block, local_U: Tensor, grad_UW: Tensor, *, step: int | Tensor, lr: float, keep: Tensor | None
+    ) -> None:
+        """Change rows in place."""
+        by_operators(self.updated, state, local_U, grad_UW, step=step, lr=lr, keep=keep)
+
     def updated(self, block: Block, grad_UW: Tensor, *, step: int | Tensor, lr: float) -> Block:
         """Return the rows' new block."""
         return {VALUE: block[VALUE] - lr * grad_UW}
 
 
+@torch.no_grad()
+def by_operators(
+    updated: Callable[..., Block],
+    state: Block,
+    local_U: Tensor,
+    grad_UW: Tensor,
+    *,
+    step: int | Tensor,
+    lr: float,
+    keep: Tensor | None,
+) -> None:
+    """Change rows in place by a function from their block to the new one, a million numbers at a time."""
+    for part in parts_of(local_U.shape[0], grad_UW.shape[1]):
+        local = local_U[part]
+        old = {name: kept.index_select(0, local) for name, kept in state.items()}
+        for name, new in updated(old, grad_UW[part], step=step, lr=lr).items():
+            state[name].index_copy_(0, local, new if keep is None else torch.where(keep, new, old[name]))
+
+
 def _correction(beta: float, updates: Tensor) -> Tensor:
     """Return 1 - beta**updates in fp64; the difference itself would lose digits."""
-    return -torch.expm1(updates.double() * (math.log(beta) if beta else -math.inf))
+    return -torch.expm1(updates.double() * _log(beta))
+
+
+def _log(beta: float) -> float:
+    return math.log(beta) if beta else -math.inf
 
 
 def _scalar(number: int | Tensor, device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ Letters: L local rows, S rows to read, U distinct rows, W width of a row.
 import torch
 from torch import Tensor
 
-from foreroute.engine.ngram_tables.initial_rows import initial_rows, parts_of
+from foreroute.engine.ngram_tables.initial_rows import initial_rows
 from foreroute.engine.ngram_tables.row_rules import VALUE, Block, RowRule
 
 
@@ -70,19 +70,8 @@ class RowStore:
     def update(
         self, local_U: Tensor, grad_UW: Tensor, *, step: int | Tensor, lr: float, keep: Tensor | None = None
     ) -> None:
-        """Update the values and the state of these rows and of no others, a million numbers at a time.
-
-        Args:
-            local_U: distinct local rows, int64.
-            grad_UW: the sum of each row's gradients in this step.
-            step: number of this update, from 1; an int or a scalar on the device.
-            lr: learning rate of the table.
-            keep: bool scalar on the device; where it is false no row changes, and the host need not know. None: true.
-        """
-        for part in parts_of(local_U.shape[0], self.width):
-            local = local_U[part]
-            new = updated_rows(self.rule, self.block(local), grad_UW[part], step=step, lr=lr, keep=keep)
-            self.write(local, new)
+        """Update the values and the state of these rows and of no others; arguments as for RowRule.apply."""
+        self.rule.apply(self.state, local_U, grad_UW, step=step, lr=lr, keep=keep)
 
     def block(self, local_U: Tensor) -> Block:
         """Return copies of values and state of local rows."""
@@ -92,12 +81,3 @@ class RowStore:
         """Overwrite values and state of distinct local rows."""
         for name, kept in self.state.items():
             kept.index_copy_(0, local_U, block[name])
-
-
-@torch.no_grad()
-def updated_rows(
-    rule: RowRule, block: Block, grad_UW: Tensor, *, step: int | Tensor, lr: float, keep: Tensor | None
-) -> Block:
-    """Return the new block of some rows, or the old one where `keep` is false; arguments as for RowStore.update."""
-    new = rule.updated(block, grad_UW, step=step, lr=lr)
-    return new if keep is None else {name: torch.where(keep, value, block[name]) for name, value in new.items()}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from foreroute.engine.config import RowMoments, RowUpdates
-from foreroute.engine.ngram_tables import initial_rows
+from foreroute.engine.ngram_tables import initial_rows, row_rules
 from foreroute.engine.ngram_tables.row_rules import RowAdam, RowRule, RowSGD
 from foreroute.engine.ngram_tables.store import RowStore
 from foreroute.engine.routing.hashing import Purpose, hash64, normal
@@ -67,9 +67,20 @@ def by_loop(*, by_step: bool, one_moment: bool) -> Tensor:
     return torch.tensor(found, dtype=torch.float64)
 
 
+@pytest.fixture
+def operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's operators, as on a GPU."""
+    monkeypatch.setattr(row_rules, "_COMPILED", ())
+
+
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("updates", RowUpdates)
 @pytest.mark.parametrize("moments", RowMoments)
-def test_rules_are_a_plain_loops(updates: RowUpdates, moments: RowMoments) -> None:
+def test_rules_are_a_plain_loops(
+    updates: RowUpdates, moments: RowMoments, compiled: bool, request: pytest.FixtureRequest
+) -> None:
+    if not compiled:
+        request.getfixturevalue("operators")
     rule = RowAdam(**BETAS, updates=updates, moments=moments)
     by_step, one_moment = updates is RowUpdates.step, moments is RowMoments.row
     want = by_loop(by_step=by_step, one_moment=one_moment)
@@ -149,7 +160,10 @@ def test_other_rows_keep_every_bit(updates: RowUpdates) -> None:
     assert moved != weight[1]
 
 
-def test_a_step_that_is_not_kept_changes_nothing() -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_step_that_is_not_kept_changes_nothing(compiled: bool, request: pytest.FixtureRequest) -> None:
+    if not compiled:
+        request.getfixturevalue("operators")
     table = trained(RowAdam(), dtype=torch.float32)
     before = {name: kept.clone() for name, kept in table.state.items()}
     row_U, grad_UW = steps()[0]
@@ -205,6 +219,7 @@ def test_initial_values() -> None:
     assert not store(RowSGD(), scale=0.0).state["value"].any()
 
 
+@pytest.mark.usefixtures("operators")
 def test_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 4 rows each: the bits are those of all at once."""
     whole = trained(RowAdam(moments=RowMoments.row), dtype=torch.float32)
