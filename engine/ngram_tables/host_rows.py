@@ -63,7 +63,8 @@ class HostRows:
     """
 
     def __init__(self, store: RowStore, device: torch.device | str) -> None:
-        self._store, self._device = store, torch.device(device)
+        self._store = store
+        self._device = torch.device(device)
         self._lock = threading.Lock()  # of the store, and of the list of steps
         self._steps: list[StepRows] = []  # fetched and not written back
 
@@ -92,6 +93,10 @@ class HostRows:
             self._write_back()
             if restart:
                 self._steps.clear()
+
+    def to(self, device: torch.device | str) -> None:
+        """Serve another device; nothing may have been fetched."""
+        self._device = torch.device(device)
 
     def read(self, local_S: Tensor) -> Tensor:
         """Return the values [S, W] of local rows that were not fetched ahead, such as those of an evaluation."""

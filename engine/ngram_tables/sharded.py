@@ -52,6 +52,10 @@ class ShardedTable:
         self._moving: AsyncCollective | Tensor | None = None  # rows, later gradients
         self._landed_RW: Tensor | None = None
 
+    def to(self, device: torch.device | str) -> None:
+        """Let another device read the rows; in host memory they stay there."""
+        (self._host or self.store).to(device)
+
     def fetch(self, plan: RowsPlan) -> None:
         """Send the rows of a step to the ranks that read them; the transfer goes on beside what follows."""
         self._plan, self._landed_RW = plan, None

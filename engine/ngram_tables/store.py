@@ -73,6 +73,10 @@ class RowStore:
         """Update the values and the state of these rows and of no others; arguments as for RowRule.apply."""
         self.rule.apply(self.state, local_U, grad_UW, step=step, lr=lr, keep=keep)
 
+    def to(self, device: torch.device | str) -> None:
+        """Move values and state to the memory of a device."""
+        self.state = {name: kept.to(device) for name, kept in self.state.items()}
+
     def block(self, local_U: Tensor) -> Block:
         """Return copies of values and state of local rows."""
         return {name: kept.index_select(0, local_U) for name, kept in self.state.items()}

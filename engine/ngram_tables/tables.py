@@ -7,8 +7,9 @@ the engine calls (engine/optim/deepspeed_engine.py).
 Letters: B streams, Q segment length, H heads of a table, W width of a row, D model width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -104,6 +105,13 @@ class NgramTables(nn.Module):
             )
             for table, keys in enumerate(self.keys)
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the rows with the module's parameters, as for `.to(device)`; their type stays."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for table in self.tables:
+            table.to(fn(torch.empty(0)).device)
+        return self
 
     @property
     def num_rows(self) -> int:

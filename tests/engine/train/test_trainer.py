@@ -39,7 +39,7 @@ from foreroute.engine.config import (
 from foreroute.engine.data.corpus import prepare
 from foreroute.engine.errors import RunFailed, UserError
 from foreroute.engine.metrics.writer import Metrics
-from foreroute.engine.model.build import build_routers
+from foreroute.engine.model.build import build_model, build_routers
 from foreroute.engine.parallel.cpu_group import GlooGroup
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.parallel.world import World
@@ -455,6 +455,10 @@ def test_tables_in_host_memory_train_as_on_the_device(tmp_path, text):
         shards = [load_file(path / "shard-00000.safetensors") for path in sorted(trainer.checkpoints.iterdir())]
         rows = [{key: value for key, value in shard.items() if key.startswith("ngram_rows")} for shard in shards]
         found[place] = [(line.get("loss"), line.get("valid_loss")) for line in lines], rows
+        loaded = build_model(config, trainer.corpus.vocab.size)
+        checkpoint.load_weights(checkpoint.find_newest(trainer.checkpoints)[0], loaded)
+        here, there = (model.ngram_tables.tables[0].store.state["value"] for model in (loaded, trainer.model))
+        assert torch.equal(here, there)  # an evaluation has all rows, also without DeepSpeed
     (losses_there, rows_there), (losses_here, rows_here) = found["device"], found["host"]
     assert losses_here == losses_there and len(losses_here) == 14
     assert len(rows_here) == 2 and all(len(rows) == 4 for rows in rows_here)
