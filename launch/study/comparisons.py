@@ -139,7 +139,7 @@ def mean_curve(results: Results, arm: str, axis: str) -> list[tuple[float, float
 
 def missing(preset: Preset, results: Results) -> list[str]:
     """Name the runs of the preset that have no result file."""
-    return [f"{arm}-seed{seed}" for arm in preset.arms for seed in preset.seeds if seed not in results.seeds_of(arm)]
+    return [f"{arm}-seed{seed}" for arm, seed in preset.runs if seed not in results.seeds_of(arm)]
 
 
 def experts_of(results: Results) -> int:

@@ -40,6 +40,8 @@ class ArmConfig:
     runs."""
     core: bool = True
     """Core arms run first, with all their seeds."""
+    seeds: list[int] = field(default_factory=list)
+    """Of this arm; empty: the study's."""
 
 
 @dataclass
@@ -77,10 +79,12 @@ class Preset:
 
     def __post_init__(self) -> None:
         require(len(self.arms) > 0, "arms: a study needs at least one")
-        require(len(self.seeds) == len(set(self.seeds)) > 0, f"seeds={self.seeds}: needs different seeds")
-        require(
-            TUNING_SEED not in self.seeds, f"seeds={self.seeds}: {TUNING_SEED} is the seed of the learning rate's runs"
-        )
+        require(len(self.seeds) > 0, f"seeds={self.seeds}: needs different seeds")
+        own = {f"arms.{name}.seeds": arm.seeds for name, arm in self.arms.items()}
+        for option, seeds in ({"seeds": self.seeds} | own).items():
+            require(len(seeds) == len(set(seeds)), f"{option}={seeds}: needs different seeds")
+            tuning = f"{TUNING_SEED} is the seed of the learning rate's runs"
+            require(TUNING_SEED not in seeds, f"{option}={seeds}: {tuning}")
         require(self.points >= 1 and self.checkpoints >= 1, "points and checkpoints: must be at least 1")
         for name, arm in self.arms.items():
             require(
@@ -95,6 +99,15 @@ class Preset:
             )
         for pair in self.pairs:
             require(len(pair) == 2, f"pairs={pair}: must be two arms")
+
+    def seeds_of(self, arm: str) -> list[int]:
+        """Return the seeds that an arm runs with."""
+        return self.arms[arm].seeds or self.seeds
+
+    @property
+    def runs(self) -> list[tuple[str, int]]:
+        """The arm and seed of each run, but for those that try rates."""
+        return [(arm, seed) for arm in self.arms for seed in self.seeds_of(arm)]
 
     @property
     def kin(self) -> list[str]:
@@ -191,8 +204,8 @@ def _arm_jobs(preset: Preset, started: Mapping[str, Job]) -> Iterator[Job]:
     """List core arms, seed by seed, then the others likewise; every other seed in reverse, so that no arm is always
     early."""
     for core in (True, False):
-        arms = [name for name, arm in preset.arms.items() if arm.core is core]
-        for number, seed in enumerate(preset.seeds):
+        for number, seed in enumerate(dict.fromkeys([*preset.seeds, *(seed for _, seed in preset.runs)])):
+            arms = [arm for arm in preset.arms if preset.arms[arm].core is core and seed in preset.seeds_of(arm)]
             for arm in arms if number % 2 == 0 else reversed(arms):
                 job = replace(started[arm], name=f"{arm}-seed{seed}", seed=seed)
                 ks = sorted({*preset.k, job.config.schedule.k_max})

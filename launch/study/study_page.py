@@ -99,7 +99,7 @@ def change(found: Comparison | None) -> str:
 
 def _figures(preset: Preset, results: Results) -> list[KeyFigure]:
     """Return key figures of the first fair pair at equal tokens, FLOPs and time."""
-    runs = f"{sum(map(len, results.runs.values()))} of {len(preset.arms) * len(preset.seeds)}"
+    runs = f"{sum(map(len, results.runs.values()))} of {len(preset.runs)}"
     wanted = own_pairs(preset) or pairs_of(preset, results)
     pairs = [pair for pair in wanted if all(results.seeds_of(arm) for arm in pair)]
     axes = AXES if pairs else ()
@@ -122,9 +122,11 @@ def _run(preset: Preset, results: Results) -> page.Section:
     runs = all_runs(results)
     gone = missing(preset, results)
     symbols = f"{preset.valid_symbols:,}" if preset.valid_symbols else "all"
+    own = {f"of {arm} ": preset.arms[arm].seeds for arm in preset.arms if preset.arms[arm].seeds}
+    seeds = [words + ", ".join(map(str, numbers)) for words, numbers in ({"": preset.seeds} | own).items()]
     rows = {
         "Arms": ", ".join(preset.arms),
-        "Seeds": ", ".join(map(str, preset.seeds)),
+        "Seeds": "; ".join(seeds),
         **(_protocol(runs) if runs else {}),
         "What a seed sets": "the initial weights, dropout, a hashed router's tables, and the place in the text where"
         " the streams begin (data.start); all arms of a seed read the same symbols in the same order",
@@ -135,7 +137,7 @@ def _run(preset: Preset, results: Results) -> page.Section:
     parts: list[page.Part] = [Table([], list(rows.items()), text_columns=2)]
     if gone:
         parts.append(
-            f"Missing: {len(gone)} of {len(preset.arms) * len(preset.seeds)} runs ({', '.join(gone)}). Everything below"
+            f"Missing: {len(gone)} of {len(preset.runs)} runs ({', '.join(gone)}). Everything below"
             " is about the others."
         )
     return page.Section("What was run", parts)

@@ -1,5 +1,7 @@
 """Which runs a preset makes, in which order, with which options; and what is refused before anything runs."""
 
+from dataclasses import replace
+
 import hydra
 import pytest
 import yaml
@@ -7,11 +9,13 @@ from hydra.core.config_store import ConfigStore
 
 from foreroute.engine.config import Corpus, CorpusConfig
 from foreroute.engine.errors import UserError
+from foreroute.engine.model.build import build_model
 from foreroute.launch.start.cli import CONF
 from foreroute.launch.start.config_files import compose_run
 from foreroute.launch.study.preset import difference, plan_jobs, read_preset, with_rate
 from foreroute.launch.study.program import StudyArgs
 
+FILE = CorpusConfig(Corpus.file, path="x")
 TINY = {
     "arms": {
         "dense": {"experiment": "debug", "options": ["moe.router=dense"], "kin": "dense"},
@@ -61,6 +65,16 @@ def test_the_order_is_good_when_it_is_cut_short(composing, tmp_path):
     assert untuned[:2] == ["dense-seed1", "hashed-seed1"] and len(untuned) == 6
 
 
+def test_arms_may_have_seeds_of_their_own(composing, tmp_path):
+    """More for one arm, after those of all."""
+    arms = {**TINY["arms"], "dense": {**TINY["arms"]["dense"], "seeds": [1, 2, 5]}}
+    jobs = plan(tmp_path, arms=arms, learning_rates=[])
+    assert [job.name for job in jobs] == [
+        *("dense-seed1", "hashed-seed1", "hashed-seed2", "dense-seed2", "dense-seed5"),
+        *("more-seed1", "more-seed2"),
+    ]
+
+
 def test_what_a_run_is_given(composing, tmp_path):
     jobs = {job.name: job for job in plan(tmp_path)}
     for seed in (1, 2):  # arms of a seed read the same text in the same order
@@ -104,6 +118,8 @@ def test_other_options_are_told_apart(composing, tmp_path):
         ({"arms": {}}, "arms: a study needs at least one"),
         ({"seeds": [1, 1]}, "seeds=[1, 1]"),
         ({"seeds": [0, 1]}, "seeds=[0, 1]: 0 is the seed"),
+        ({"arms": {"hashed": {"seeds": [0]}}}, "arms.hashed.seeds=[0]: 0 is the seed"),
+        ({"arms": {"hashed": {"seeds": [2, 3, 2]}}}, "arms.hashed.seeds=[2, 3, 2]: needs different seeds"),
         ({"points": 5}, "points=5: must divide train.steps=8"),
         ({"pairs": [["hashed"]]}, "pairs=['hashed']"),
         ({"arms": {"hashed": {"experiment": "debug", "kin": "dense"}}}, "arms.hashed.kin=dense: must be one of hashed"),
@@ -127,7 +143,9 @@ def test_a_wrong_preset_is_refused(composing, tmp_path, changes, words):
 
 def test_a_preset_that_is_not_there_names_those_that_are():
     with pytest.raises(
-        UserError, match="preset=none_such: must be one of counts_and_weights, overnight, paper, routing, small"
+        UserError,
+        match="preset=none_such: must be one of counts_and_weights, overnight, paper, routing, small, tables_share,"
+        " tables_share_half",
     ):
         read_preset("none_such")
     with pytest.raises(UserError, match="no such file"):
@@ -140,7 +158,10 @@ PRESETS = {
     "paper": "dense",
     "routing": "hashed",
     "counts_and_weights": "hashed",
+    "tables_share": "hashed",
+    "tables_share_half": "hashed",
 }
+SLOW = "overnight", "small", "tables_share", "tables_share_half"  # to compose
 
 
 @pytest.mark.parametrize(("name", "first"), PRESETS.items())
@@ -152,6 +173,29 @@ def test_presets_are_whole(name, first):
         assert a in preset.arms and b in preset.arms and a != b
 
 
+def test_tables_share_takes_parameters_from_experts(composing, tmp_path):
+    """All arms have those of `hashed`, but for routers' tables; and half a pass is nothing else."""
+    whole, half = read_preset("tables_share"), read_preset("tables_share_half")
+    assert half.options == ["train.steps=1820", *whole.options[1:]] and whole.options[0] == "train.steps=3640"
+    assert replace(half, options=whole.options) == whole
+    jobs = plan_jobs(replace(whole, seeds=[1], learning_rates=[], arms=timeless(whole)), FILE, tmp_path)
+    sizes = {}
+    for job in jobs:
+        model = build_model(job.config, 256)
+        rows = 0 if model.ngram_tables is None else model.ngram_tables.num_parameters
+        sizes[job.arm] = rows + sum(parameter.numel() for parameter in model.parameters())
+    assert sizes.keys() == whole.arms.keys()
+    assert all(
+        abs(size - sizes["hashed"]) <= 2e-4 * sizes["hashed"] for arm, size in sizes.items() if arm != "dense"
+    ), sizes
+    assert abs(sizes["dense"] - sizes["hashed"]) <= 4e-3 * sizes["hashed"]  # no biases of 15 experts
+    assert build_model(jobs[0].config, 256).ngram_tables is None
+
+
+def timeless(preset):
+    return {name: replace(arm, same_time_as=None) for name, arm in preset.arms.items()}
+
+
 def test_routing_changes_small_in_nothing_else():
     """So that its runs may be compared with those of small, whose best rate it takes."""
     small, routing = read_preset("small"), read_preset("routing")
@@ -160,10 +204,8 @@ def test_routing_changes_small_in_nothing_else():
         assert getattr(routing, name) == getattr(small, name)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ("overnight", "small"))) for n in PRESETS]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in PRESETS])
 def test_presets_compose(composing, tmp_path, name):
     preset = read_preset(name)
-    jobs = plan_jobs(preset, CorpusConfig(Corpus.file, path="x"), tmp_path)
+    jobs = plan_jobs(preset, FILE, tmp_path)
     assert {job.arm for job in jobs} == set(preset.arms)
