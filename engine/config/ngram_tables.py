@@ -45,7 +45,6 @@ class NgramTablesConfig:
     moments: RowMoments = RowMoments.element
     lr_factor: float = option(1.0, "Learning rate of rows, as a multiple of that of optim.", above=0)
     wire: WireFormat = option(WireFormat.model, "Number format in which rows and their gradients travel; model: fp32.")
-
     place: RowPlace = RowPlace.device
 
     def __post_init__(self) -> None:

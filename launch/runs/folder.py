@@ -36,6 +36,7 @@ TEXT_PLACES = option_names(corpus=("path", "valid_path", "test_path", "tokenizer
 """Options that say where the text lies, which each machine may have in another place."""
 _PLACES = TEXT_PLACES + option_names(
     data=("prefetch",),
+    ngram_tables=("place",),
     train=("name", "runs_dir", "resume", "threads", "keep", "save_every", "save_minutes", "log_every", "peak_tflops"),
 )
 FREE = (
