@@ -154,7 +154,6 @@ def load_weights(path: Path, module: nn.Module) -> TrainingState:
     reader.check_fits(module, {n: shape for n, shape in shapes.items() if n not in in_int8}, STATE_KEYS[:1], ep_size=1)
     reader.check_fits(module, in_int8, [INT8], ep_size=1)
     reader.load_buffers(module)
-    load_table_values(reader, module)
     for name, shape in shapes.items():
         experts = local_experts(name, shape, Mesh())
         if name in in_int8:
@@ -163,6 +162,7 @@ def load_weights(path: Path, module: nn.Module) -> TrainingState:
             hold_int8(module.get_submodule(of), matrix, value, scale)
         else:
             module.get_parameter(name).data.copy_(reader.parameter("weight", name, experts))
+    load_table_values(reader, module)
     return reader.training_state(None, [])
 
 
