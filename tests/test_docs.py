@@ -3,6 +3,7 @@ commands."""
 
 import dataclasses
 import importlib.util
+import json
 import re
 import typing
 from pathlib import Path
@@ -158,6 +159,15 @@ def test_a_name_that_is_new_or_gone_changes_the_api_page():
 def test_the_routers_page_has_every_router():
     routers = _program_of("routers.py")
     assert (ROOT / "docs/routers.md").read_text() == routers.page(), "python docs/routers.py writes it anew"
+
+
+def test_the_page_of_smaller_models_has_the_measured_numbers():
+    compress = _program_of("compress.py")
+    found = json.loads(compress.KEPT.read_text())
+    assert compress.PAGE.read_text() == compress.page(found), "python docs/compress.py writes it anew"
+    found["bpc"]["whole"]["1"] += 0.001
+    assert compress.PAGE.read_text() != compress.page(found)
+    assert next(line.y[0] for line in compress.picture(found).lines) == found["bpc"]["whole"]["1"]
 
 
 def test_works_that_are_combinations_are_runs():

@@ -44,6 +44,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "engine/data/plan_agreement.py",
     ),
     "checkpoint": ("engine/checkpoint/*.py", "engine/sealed_files.py"),
+    "compress": ("engine/compress/*.py", "engine/moe/int8_weights.py"),
     "metrics": ("engine/metrics/*.py", "engine/model/flops.py"),
     "optimizer": ("engine/optim/*.py", "engine/config/unused_options.py"),
     "kernels": (
