@@ -34,7 +34,7 @@ class Method(Enum):
 class By(Enum):
     """The number by which experts are merged or pruned."""
 
-    outputs = "outputs"  # merged: the cosine of two experts' outputs for the same hidden states
+    outputs = "outputs"  # merged: the distance between two experts' outputs for the same hidden states
     use = "use"  # merged: the share of tokens that use both; pruned: the tokens that use an expert
     random = "random"  # a control
 
@@ -54,7 +54,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The groups of the experts that a table routes to, and their use; layers that share a table have the same."""
+    """What becomes of the experts that a table routes to; layers that share a table have the same groups."""
 
     groups: Groups
     use_E: NDArray[np.float64]  # tokens of the text that use each expert

@@ -1,8 +1,9 @@
 """Which experts of a layer become one, or are dropped: by use and likeness, or at random as a control.
 
 Merging follows M-SMoE (Li et al. 2024, "Merge, Then Compress", arXiv 2310.01334, section 3.1): the most used experts
-lead, and each other expert joins the leader that it is most like. There likeness is that of router logits. A table has
+lead, and the others join the leaders that they are most like. There likeness is that of router logits. A table has
 none, so likeness here is that of the experts' outputs for the same hidden states, or the share of tokens that use both.
+Groups are of equal size here, as near as can be, so that a balanced load stays so.
 
 Letters: E experts, G groups, T tokens, D width, r table rows.
 """
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from foreroute.engine.routing.planned.hashed import HashedRouter
@@ -53,20 +55,33 @@ def shared_use(router: HashedRouter, freq_r: NDArray[np.float64], k: int) -> NDA
 
 
 def output_likeness(y_ETD: Tensor) -> NDArray[np.float64]:
-    """Return the cosine between each two experts' outputs for the same tokens, all tokens as one vector [E, E]."""
-    unit_EN = torch.nn.functional.normalize(y_ETD.double().flatten(1), dim=1)
-    found: NDArray[np.float64] = (unit_EN @ unit_EN.T).numpy()
+    """Return minus the squared distance between each two experts' outputs for the same tokens [E, E].
+
+    A cosine would join experts of large outputs, whose common part is large as well, and whose mean costs most.
+    """
+    flat_EN = y_ETD.double().flatten(1)
+    inner_EE = flat_EN @ flat_EN.T
+    square_E = inner_EE.diagonal()
+    found: NDArray[np.float64] = (2 * inner_EE - square_E[:, None] - square_E).numpy()
     return found
 
 
 def merged(use_E: NDArray[np.float64], like_EE: NDArray[np.float64], number: int) -> Groups:
-    """Let the most used experts lead and each other one join the leader that it is most like; ties by number.
+    """Let the most used experts lead, ties by number, and the others join them so that all are most alike together.
 
-    Example: uses 5, 1, 4, 2 and two groups: experts 0 and 2 lead; expert 1 joins expert 0 if like_EE[1, 0] is at least
-    like_EE[1, 2].
+    A group has at most E / G experts, rounded up. Without this limit, experts of small outputs would gather in one
+    group, which would then have most of the load.
+
+    Example: uses 5, 1, 4, 2 and two groups: experts 0 and 2 lead and take one each; expert 1 joins expert 0 if
+    like_EE[1, 0] + like_EE[3, 2] is larger than like_EE[1, 2] + like_EE[3, 0].
     """
-    leader_G = _most_used(use_E, number)
-    return _joined(leader_G, like_EE[:, leader_G].argmax(axis=1))
+    leader_G, experts = _most_used(use_E, number), len(use_E)
+    others = np.setdiff1d(np.arange(experts), leader_G)
+    place = np.repeat(np.arange(number), -(-experts // number) - 1)
+    taker, taken = linear_sum_assignment(like_EE[np.ix_(others, leader_G[place])], maximize=True)
+    group_E = np.full(experts, DROPPED)
+    group_E[others[taker]] = place[taken]
+    return _joined(leader_G, group_E)
 
 
 def kept(use_E: NDArray[np.float64], number: int) -> Groups:

@@ -1,6 +1,7 @@
 """launch.compress makes a run's folder that evaluates, generates and trains on, on one rank and on two."""
 
 import json
+from contextlib import ExitStack
 
 import pytest
 
@@ -72,6 +73,17 @@ def test_a_wrong_option_is_one_line(run, folder, arguments, line):
     assert not (folder.parent / "none").exists()
 
 
+def test_two_k_in_contrast(run, folder):
+    plain = [f"run={folder}", "threads=1", "length=8", "prompt=abc", "k=2", "temperature=0"]
+    texts = {done(run, "generate", *plain, "contrast=1", f"contrast_beta={beta}") for beta in (0, 9)}
+    assert done(run, "generate", *plain) in texts and len(texts) == 2
+    refused = run("generate", *plain, "contrast=2")
+    assert (
+        refused.returncode == 2
+        and refused.stderr == "foreroute: contrast=2: must be less than k=2, of a run with experts\n"
+    )
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     return tmp_path_factory.mktemp("trained")
@@ -102,8 +114,9 @@ def test_it_trains_on_alone_and_on_two_ranks(run, runs, options, method, experts
             assert "resumed at step 4" in done(run, "train", *more)
         else:
             main = "import foreroute.launch.train; foreroute.launch.train.main()"
-            programs = [Program(main, [*more, "parallel.expert_ranks=2"], own) for own in rank_environments(2)]
-            answers = [program.wait() for program in programs]
+            with ExitStack() as stack:
+                both = [Program(main, [*more, "parallel.expert_ranks=2"], own) for own in rank_environments(2)]
+                answers = [stack.enter_context(program).wait() for program in both]
             assert [code for code, *_ in answers] == [0, 0], answers
         found[ranks] = losses(out)
         summary = json.loads((out / "summary.json").read_text())

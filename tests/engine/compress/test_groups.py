@@ -1,5 +1,8 @@
 """Use and likeness of experts against plain loops over a text, and the groups that follow."""
 
+import itertools
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -44,24 +47,36 @@ def test_shared_use_is_that_of_the_tokens(router):
             assert found[a, b] == pytest.approx(both / either)
 
 
-def test_outputs_are_compared_as_one_vector():
+def test_outputs_are_compared_by_their_distance():
     y_ETD = torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(0))
     found = groups.output_likeness(y_ETD)
     for a in range(3):
         for b in range(3):
-            one, other = y_ETD[a].flatten().tolist(), y_ETD[b].flatten().tolist()
-            dot = sum(x * y for x, y in zip(one, other, strict=True))
-            sizes = sum(x * x for x in one) * sum(y * y for y in other)
-            assert found[a, b] == pytest.approx(dot / sizes**0.5, rel=1e-6)
+            pairs = zip(y_ETD[a].flatten().tolist(), y_ETD[b].flatten().tolist(), strict=True)
+            assert found[a, b] == pytest.approx(-sum((x - y) ** 2 for x, y in pairs), rel=1e-6, abs=1e-9)
 
 
-@pytest.mark.parametrize(("likeness", "group"), [([0.9, 0.1], [0, 0, 1, 1]), ([0.1, 0.9], [0, 1, 1, 1])])
+@pytest.mark.parametrize(("likeness", "group"), [([0.9, 0.1], [0, 0, 1, 1]), ([0.1, 0.9], [0, 1, 1, 0])])
 def test_the_example(likeness, group):
     like_EE = np.eye(4)
     like_EE[1, [0, 2]], like_EE[3, [0, 2]] = likeness, [0.2, 0.3]
     found = groups.merged(np.array([5.0, 1, 4, 2]), like_EE, 2)
     assert found.leader_G.tolist() == [0, 2] and found.group_E.tolist() == group
-    assert found.sizes == [group.count(0), group.count(1)]
+    assert found.sizes == [2, 2]
+
+
+@pytest.mark.parametrize("number", [2, 3, 5])
+def test_of_all_groups_of_limited_size_the_most_alike_are_found(number):
+    random = np.random.default_rng(number)
+    use_E, like_EE = random.random(7), random.random((7, 7))
+    found = groups.merged(use_E, like_EE, number)
+    leaders = sorted(sorted(range(7), key=lambda e: -use_E[e])[:number])
+    others = [e for e in range(7) if e not in leaders]
+    most = math.ceil(7 / number) - 1
+    ways = (way for way in itertools.product(range(number), repeat=len(others)) if max(map(way.count, way)) <= most)
+    best = max(ways, key=lambda way: sum(like_EE[e, leaders[g]] for e, g in zip(others, way, strict=True)))
+    assert found.leader_G.tolist() == leaders and found.group_E[others].tolist() == list(best)
+    assert found.group_E[leaders].tolist() == list(range(number))
 
 
 def test_the_most_used_are_kept():
