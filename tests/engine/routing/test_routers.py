@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from foreroute.engine.config import MoEConfig, RouteWeights
+from foreroute.engine.errors import UserError
 from foreroute.engine.routing.live.frozen import FrozenRouter
 from foreroute.engine.routing.live.learned import LearnedRouter
 from foreroute.engine.routing.live_router import masked_route, top_k_route
@@ -80,6 +81,19 @@ def test_frozen_gate_is_published_initialisation_and_never_trained():
     assert abs(router.gate_weight.std() - 0.02) < 3e-4 and abs(router.gate_weight.mean()) < 3e-4
     assert (router.gate_bias == 0).all()
     assert not torch.equal(router.gate_weight, live_router(FrozenRouter, 512, 64, seed=1).gate_weight)
+
+
+def test_a_frozen_gate_may_count_each_expert_as_1():
+    """The same experts as with the softmax, whose weights are others."""
+    x_TD = torch.randn(9, 4, generator=torch.Generator().manual_seed(1))
+    routes = []
+    for options in ({}, {"sum": True}):
+        torch.manual_seed(0)
+        routes.append(FrozenRouter(4, MoEConfig(router="frozen", experts=3, options=options))(x_TD, 2).route)
+    assert torch.equal(routes[0].expert_TK, routes[1].expert_TK)
+    assert (routes[1].weight_TK == 1).all() and not (routes[0].weight_TK == 1).any()
+    with pytest.raises(UserError, match=r"moe.options.sum=1: must be true or false"):
+        FrozenRouter(4, MoEConfig(router="frozen", options={"sum": 1}))
 
 
 @pytest.mark.parametrize("kind", [FrozenRouter, LearnedRouter])
