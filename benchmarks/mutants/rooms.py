@@ -32,7 +32,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "engine/data/*.py",
         "engine/data/sources/*.py",
         "engine/data/tokens/*.py",
+        "engine/finetune/choices.py",
         "engine/finetune/glue.py",
+        "engine/finetune/masking.py",
         "engine/finetune/sentences.py",
     ),
     "loader": (
