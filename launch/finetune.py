@@ -20,9 +20,9 @@ from foreroute.engine.config import Config, Keys, MoEConfig, Precision, to_plain
 from foreroute.engine.config.option import check, option
 from foreroute.engine.errors import require
 from foreroute.engine.finetune.accuracy import Accuracy, Majority, majority
-from foreroute.engine.finetune.classifier import Classifier, predict
+from foreroute.engine.finetune.classifier import Classifier
 from foreroute.engine.finetune.glue import Example, hold_out, read_examples
-from foreroute.engine.finetune.loop import Point, Recipe, Selection, accuracy
+from foreroute.engine.finetune.loop import Point, Recipe, Selection
 from foreroute.engine.finetune.loop import finetune as train_and_select
 from foreroute.engine.finetune.sentences import Sentence, encode, foreign_bytes
 from foreroute.engine.model.build import build_model, fill_signatures
@@ -138,8 +138,7 @@ def _run(
     recipe = Recipe(k, args.steps, args.batch, tuple(args.lr), args.eval_every, args.seed)
     progress = _Progress(console, args.total_steps)
     found = train_and_select(classifier, examples.train, examples.held_out, recipe, progress)
-    dev = examples.dev
-    return found, {name: accuracy(predict(classifier, dev, k), dev) for name, k in eval_k.items()}
+    return found, {name: classifier.evaluate(examples.dev, k).accuracy for name, k in eval_k.items()}
 
 
 def _config(args: FinetuneArgs) -> Config:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from scipy.stats import binomtest
+from torch import Tensor
 
 CONFIDENCE = 0.95
 
@@ -44,6 +45,11 @@ class Accuracy:
     def beats(self, share: float) -> bool:
         """Return whether the whole interval lies above a share that is reached without looking."""
         return self.interval.low > share
+
+
+def right_answers(logits_BA: Tensor, label_B: Tensor) -> Accuracy:
+    """Count the examples whose largest logit is that of their label."""
+    return Accuracy(int((logits_BA.argmax(dim=1) == label_B).sum()), len(label_B))
 
 
 def wilson(correct: int, examples: int, confidence: float = CONFIDENCE) -> Interval:

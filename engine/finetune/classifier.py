@@ -7,15 +7,18 @@ to the next: a sentence is one segment that starts with an empty memory.
 Letters: B sentences, Q ids of the longest one, D width, C classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foreroute.engine.data.planned_batches import group_batch, plan_batch
 from foreroute.engine.data.streams import Batch
+from foreroute.engine.finetune.accuracy import right_answers
 from foreroute.engine.finetune.glue import LABELS
-from foreroute.engine.finetune.sentences import Sentence, SentenceBatch, by_length, pad
+from foreroute.engine.finetune.sentences import Sentence, SentenceBatch, by_length, pad, training_batches
+from foreroute.engine.finetune.trainee import Evaluation, Trainee
 from foreroute.engine.model.build import RunModel
 from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.nested import map_tensors
@@ -25,7 +28,7 @@ from foreroute.engine.routing.plans.row_plan import plan_rows
 _PREDICTED = 64  # sentences in a batch without gradients
 
 
-class Classifier(nn.Module):
+class Classifier(Trainee):
     """The model with its head, and the routers that plan for it.
 
     Args:
@@ -76,6 +79,20 @@ class Classifier(nn.Module):
         logits_BC: Tensor = self.head(hidden_BQD[row_B, batch.length_B - 1])
         return logits_BC
 
+    def batches(self, examples: Sequence[Sentence], batch: int, seed: int) -> Iterator[SentenceBatch]:
+        """Yield training batches without end."""
+        return training_batches(examples, batch, seed)
+
+    def loss(self, batch: SentenceBatch, k: int, seed: int) -> Tensor:
+        """Return the mean loss of the sentences in nats."""
+        logits_BC = self(batch, k, seed=seed)
+        return F.cross_entropy(logits_BC.float(), batch.label_B.to(logits_BC.device))
+
+    def evaluate(self, examples: Sequence[Sentence], k: int) -> Evaluation:
+        """Evaluate sentences at k active experts."""
+        logits_BC, label_B = predict(self, examples, k), torch.tensor([sentence.label for sentence in examples])
+        return Evaluation(right_answers(logits_BC, label_B), F.cross_entropy(logits_BC, label_B).item())
+
     def _unplanned(self, batch: SentenceBatch, index: int) -> Batch:
         """Make a batch that routers take: the ids left of a sentence count as 0."""
         ids_BQ, (rows, length) = batch.ids_BQ, batch.ids_BQ.shape
@@ -93,7 +110,8 @@ def predict(classifier: Classifier, sentences: Sequence[Sentence], k: int) -> Te
     classifier.eval()
     logits = torch.empty(len(sentences), len(LABELS))
     with torch.inference_mode():
-        for number, places in enumerate(by_length(sentences, range(len(sentences)), _PREDICTED)):
+        lengths = [len(sentence.ids) for sentence in sentences]
+        for number, places in enumerate(by_length(lengths, range(len(sentences)), _PREDICTED)):
             batch = pad([sentences[i] for i in places])
             logits[places] = classifier(batch, k, seed=number).float().cpu()
     classifier.train(was_training)

@@ -39,6 +39,10 @@ class SentenceBatch:
     length_B: Tensor  # int64: ids of each sentence
     label_B: Tensor  # int64
 
+    def __len__(self) -> int:
+        """Return the number of sentences."""
+        return len(self.label_B)
+
 
 def encode(examples: Sequence[Example], vocab: Vocab) -> list[Sentence]:
     """Turn examples into ids; bytes that have none are left out (`foreign_bytes` counts them).
@@ -73,22 +77,29 @@ def pad(sentences: Sequence[Sentence]) -> SentenceBatch:
 
 
 def training_batches(sentences: Sequence[Sentence], batch: int, seed: int) -> Iterator[SentenceBatch]:
-    """Yield batches without end, epoch after epoch, each in a new order.
+    """Yield batches without end; see `training_places`."""
+    lengths = [len(sentence.ids) for sentence in sentences]
+    for places in training_places(lengths, batch, seed):
+        yield pad([sentences[i] for i in places])
 
-    An epoch takes every sentence once. Its order is random, but for pools of batches that are sorted by length; then
+
+def training_places(lengths: Sequence[int], batch: int, seed: int) -> Iterator[list[int]]:
+    """Yield the places of the examples of each batch without end, epoch after epoch, each in a new order.
+
+    An epoch takes every example once. Its order is random, but for pools of batches that are sorted by length; then
     the batches of a pool are shuffled.
     """
     generator = np.random.default_rng(seed)
     pool = batch * _POOL
     while True:
-        order = generator.permutation(len(sentences)).tolist()
+        order = generator.permutation(len(lengths)).tolist()
         for start in range(0, len(order), pool):
-            cuts = by_length(sentences, order[start : start + pool], batch)
+            cuts = by_length(lengths, order[start : start + pool], batch)
             for place in generator.permutation(len(cuts)).tolist():
-                yield pad([sentences[i] for i in cuts[place]])
+                yield cuts[place]
 
 
-def by_length(sentences: Sequence[Sentence], places: Sequence[int], batch: int) -> list[list[int]]:
-    """Cut places of sentences into batches, the shortest first; the last one may be smaller."""
-    order = sorted(places, key=lambda i: len(sentences[i].ids))
+def by_length(lengths: Sequence[int], places: Sequence[int], batch: int) -> list[list[int]]:
+    """Cut places of examples into batches, the shortest first; the last one may be smaller."""
+    order = sorted(places, key=lambda i: lengths[i])
     return [order[start : start + batch] for start in range(0, len(order), batch)]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from foreroute.engine.config import KernelsConfig
 from foreroute.engine.errors import RunFailed
 from foreroute.engine.finetune.classifier import Classifier, predict
-from foreroute.engine.finetune.loop import Recipe, accuracy, finetune
+from foreroute.engine.finetune.loop import Recipe, finetune
 from foreroute.engine.finetune.sentences import Sentence
 from foreroute.engine.model.build import RunModel, build_model
 from foreroute.engine.routing.planned.hashed import HashedRouter
@@ -61,13 +61,13 @@ def task(count: int, seed: int) -> list[Sentence]:
 @pytest.mark.parametrize("router", ["hashed", "frozen", "learned", "dense"])
 def test_learns_a_simple_task(router):
     classifier, unseen = build(router), task(300, seed=3)
-    before = accuracy(predict(classifier, unseen, K), unseen)
+    before = classifier.evaluate(unseen, K).accuracy
     recipe = replace(RECIPE, steps=60, batch=16, eval_every=20)
     finetune(classifier, task(1000, seed=1), task(200, seed=2), recipe, Quiet())
-    after = accuracy(predict(classifier, unseen, K), unseen)
+    after = classifier.evaluate(unseen, K).accuracy
     assert before.share < 0.7 and after.share > 0.9
     by_chance = [replace(s, label=i % 3 % 2) for i, s in enumerate(unseen)]
-    assert accuracy(predict(classifier, by_chance, K), by_chance).share < 0.7  # negative control
+    assert classifier.evaluate(by_chance, K).accuracy.share < 0.7  # negative control
 
 
 def test_the_best_point_is_kept():
@@ -83,8 +83,9 @@ def test_the_best_point_is_kept():
     equal = [p.held_out_loss for p in found.curve if p.held_out.correct == best]
     assert found.chosen.held_out_loss == min(equal)
     logits = predict(classifier, held_out, K)
-    assert accuracy(logits, held_out) == found.chosen.held_out
     label = torch.tensor([s.label for s in held_out])
+    assert int((logits.argmax(1) == label).sum()) == found.chosen.held_out.correct
+    assert classifier.evaluate(held_out, K).accuracy == found.chosen.held_out
     assert F.cross_entropy(logits, label).item() == pytest.approx(found.chosen.held_out_loss)
     assert found.curve[-1].held_out != found.chosen.held_out
     assert quiet.steps == list(range(1, 81)) and [s for s, _ in quiet.points] == list(range(10, 81, 10))
@@ -124,3 +125,15 @@ def test_a_loss_that_is_not_finite_ends_it():
     classifier.head[3].bias.data[0] = float("nan")
     with pytest.raises(RunFailed, match=r"the loss is nan at step 0, lr=0.01"):
         finetune(classifier, task(50, seed=1), task(50, seed=2), RECIPE, Quiet())
+
+
+def test_the_number_of_active_experts_grows():
+    """From k_min to k in equal parts, by the published formula; evaluation is at k."""
+    classifier, seen = build("hashed"), []
+    recipe = replace(RECIPE, k=EXPERTS, k_min=EXPERTS // 2, steps=8, eval_every=8)
+    theirs = classifier.loss
+    classifier.loss = lambda batch, k, seed: seen.append(k) or theirs(batch, k, seed)
+    finetune(classifier, task(100, seed=1), task(50, seed=2), recipe, Quiet())
+    half = EXPERTS // 2
+    assert seen == [round(half * step / 8) + half for step in range(8)] and seen[0] < seen[-1]
+    assert [RECIPE.k_at(step) for step in (0, 19)] == [K, K]
