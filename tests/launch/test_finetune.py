@@ -16,13 +16,16 @@ from safetensors import safe_open
 
 from foreroute.engine.checkpoint.trained_run import open_saved
 from foreroute.engine.model.build import build_model
-from foreroute.launch import finetune as program
+from foreroute.launch.finetune import program
+from foreroute.launch.finetune.args import FinetuneArgs, TaskArgs
+from foreroute.launch.finetune.of_run import classifier_of, config_of
+from foreroute.launch.finetune.report import write_result
 from foreroute.launch.start.config_files import read_config
 from foreroute.launch.testing.runs import small_run
 
 ROOT = Path(__file__).resolve().parents[2]
 SST2 = Path(os.environ.get("FOREROUTE_DATA", "")) / "sst2"
-TASK = program.TaskArgs("unread")
+TASK = TaskArgs("unread")
 SHORT = ["steps=6", "eval_every=3", "held_out=20", "threads=1"]
 
 
@@ -154,11 +157,11 @@ def test_fine_tuning_starts_from_the_checkpoint(runs, router):
     weights."""
     folder = runs / router
     stored, tables = read_checkpoint(folder)
-    args = program.FinetuneArgs(run=str(folder), task=TASK, seed=7)
-    saved = open_saved(folder, program._config(args), print)
+    args = FinetuneArgs(run=str(folder), task=TASK, seed=7)
+    saved = open_saved(folder, config_of(args), print)
 
     def start(pretrained):
-        state = program._classifier(saved, replace(args, pretrained=pretrained)).state_dict()
+        state = classifier_of(saved, replace(args, pretrained=pretrained)).state_dict()
         return {name.removeprefix("model."): value for name, value in state.items()}
 
     reused, new = start(True), start(False)
@@ -183,9 +186,9 @@ def test_tables_at_the_input_stay_the_runs(runs, kind):
     ids_BQ, left_BC = torch.arange(40).reshape(2, 20), torch.zeros(2, 1, dtype=torch.int64)
 
     def start(seed, pretrained):
-        args = program.FinetuneArgs(run=str(folder), task=TASK, seed=seed, pretrained=pretrained)
-        saved = open_saved(folder, program._config(args), lambda _: None)
-        return program._classifier(saved, args).model
+        args = FinetuneArgs(run=str(folder), task=TASK, seed=seed, pretrained=pretrained)
+        saved = open_saved(folder, config_of(args), lambda _: None)
+        return classifier_of(saved, args).model
 
     def rows(model):
         return [keys.of(ids_BQ, left_BC).tolist() for keys in model.input_tables.keys]
@@ -237,7 +240,7 @@ def test_a_result_is_not_overwritten(run, runs, tmp_path, task):
     assert again.stderr.count("\n") == 1 and path.read_bytes() == before
     assert run("finetune", *options, "pretrained=false").returncode == 0
     assert (folder / "finetune/none-k2-seed5.json").exists()
-    meanwhile = program._write(path, {"of": "another process"})
+    meanwhile = write_result(path, {"of": "another process"})
     assert meanwhile.name == "pretrained-k2-seed5-again.json" and path.read_bytes() == before
 
 
