@@ -1,0 +1,1 @@
+"""SMoE-Dropout on a pre-trained encoder, arm by arm."""
