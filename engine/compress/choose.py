@@ -54,7 +54,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What becomes of the experts that a table routes to; layers that share a table have the same groups."""
+    """The groups of the experts that a table routes to, and their use; layers that share a table have the same."""
 
     groups: Groups
     use_E: NDArray[np.float64]  # tokens of the text that use each expert
