@@ -1,1 +1,1 @@
-"""Bits per character of the quickstart with experts merged, pruned or as int8: `python -m benchmarks.bench_compress RUN`."""
+"""The quickstart with fewer or smaller experts: bits per character and bytes."""
