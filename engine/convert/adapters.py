@@ -51,8 +51,9 @@ class Adapters(Start):
         """Return the options with experts that are adapters."""
         return replace(moe, expert_width=self.width, activation=Activation.gelu)
 
-    def convert(self, dense: Dense, moe: MoEConfig, module: nn.Module, generator: torch.Generator) -> Converted:
+    def convert(self, dense: Dense, moe: MoEConfig, module: nn.Module, seed: int) -> Converted:
         """Draw W_down from N(0, 1/D) and set W_up to zeros."""
+        generator = torch.Generator().manual_seed(seed)
         width = dense.weights["w1"].shape[1]
         down = torch.randn(moe.experts, self.width, width, generator=generator) * width**-0.5
         return Converted({"w1": down, "w2": torch.zeros_like(down)}, AdaptedFeedForward(module, self.scale))

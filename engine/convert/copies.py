@@ -34,8 +34,9 @@ class Copies(Start):
         """Return the options with experts as wide as the feed-forward."""
         return replace(moe, expert_width=dense.hidden, activation=dense.activation)
 
-    def convert(self, dense: Dense, moe: MoEConfig, module: nn.Module, generator: torch.Generator) -> Converted:
+    def convert(self, dense: Dense, moe: MoEConfig, module: nn.Module, seed: int) -> Converted:
         """Copy the weights."""
+        generator = torch.Generator().manual_seed(seed)
         weights = {key: value for key, value in dense.weights.items() if key != "b3"}
         return Converted({key: self._copied(value, moe.experts, generator) for key, value in weights.items()})
 

@@ -61,12 +61,17 @@ class Slices(Start):
         )
         return replace(moe, expert_width=dense.hidden // moe.experts, activation=dense.activation)
 
-    def convert(self, dense: Dense, moe: MoEConfig, module: nn.Module, generator: torch.Generator) -> Converted:
+    def convert(self, dense: Dense, moe: MoEConfig, module: nn.Module, seed: int) -> Converted:
         """Cluster the hidden units and cut the weights."""
-        rows_FD = dense.weights["w1"]
-        order_F = balanced_clusters(rows_FD, moe.experts, rounds=self.rounds, generator=generator).to(rows_FD.device)
+        order_F = self.order_of(dense, moe, seed)
         experts = cut(dense.weights, order_F, moe.experts)
         return Converted(experts, SlicedFeedForward(order_F, dense.weights.get("b2")))
+
+    def order_of(self, dense: Dense, moe: MoEConfig, seed: int) -> Tensor:
+        """Return the hidden units, slice by slice, int64 [F]."""
+        rows_FD = dense.weights["w1"]
+        generator = torch.Generator().manual_seed(seed)
+        return balanced_clusters(rows_FD, moe.experts, rounds=self.rounds, generator=generator).to(rows_FD.device)
 
 
 def cut(weights: Mapping[str, Tensor], order_F: Tensor, experts: int) -> dict[str, Tensor]:

@@ -50,13 +50,13 @@ class Start(ABC):
         """
 
     @abstractmethod
-    def convert(self, dense: Dense, moe: MoEConfig, module: nn.Module, generator: torch.Generator) -> Converted:
+    def convert(self, dense: Dense, moe: MoEConfig, module: nn.Module, seed: int) -> Converted:
         """Make the experts of one feed-forward.
 
         Args:
             dense: the feed-forward that `module` computes.
             moe: options of the layers, as `section` returned them.
-            generator: on the CPU, of what is drawn.
+            seed: of what is drawn.
         """
 
 
@@ -73,10 +73,10 @@ class Beginning:
         """Set a layer's experts to those of a feed-forward; return the module around it.
 
         Args:
-            seed: of what is drawn for the model; the layer's number is added.
+            seed: of what is drawn for the model.
         """
-        generator = torch.Generator().manual_seed(seed * 4096 + layer.layer)
-        converted = self.start.convert(self.dense[name], self.moe, self.modules[name], generator)
+        drawn = number_seed(seed, layer.layer)
+        converted = self.start.convert(self.dense[name], self.moe, self.modules[name], drawn)
         experts = layer.experts
         with torch.no_grad():
             for key, value in converted.experts.items():
@@ -86,6 +86,11 @@ class Beginning:
             width = self.dense[name].weights["w1"].shape[1]
             _check_live(layer.router, self.start, self.moe.router, width)
         return converted.around
+
+
+def number_seed(seed: int, layer: int) -> int:
+    """Return the seed of what is drawn for one layer."""
+    return seed * 4096 + layer
 
 
 def begin(start: Start, model: nn.Module, names: list[str], moe: MoEConfig, width: int) -> Beginning:
