@@ -10,7 +10,7 @@ Letters: D width, F hidden width, T rows of x.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import permutations, product
 
@@ -39,10 +39,6 @@ class Dense:
     def hidden(self) -> int:
         """The hidden width (F)."""
         return len(self.weights["w1"])
-
-    def parameters_of(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return weights by role as the module holds them, by its names."""
-        return {name: _turn(weights[role], role in self.turned) for role, name in self.names.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +88,11 @@ def read_dense(name: str, module: nn.Module, width: int) -> Dense:
         f"{name}: {found.names.get('b3')} is not zero: must be, since experts have no bias of the matrix W3",
     )
     return Dense(found.activation, found.names, found.turned, weights)
+
+
+def as_held(weights: Mapping[str, Tensor], names: Mapping[str, str], turned: Collection[str]) -> dict[str, Tensor]:
+    """Return weights by role as their module holds them, by its names; the other arguments are those of Dense."""
+    return {name: _turn(weights[role], role in turned) for role, name in names.items()}
 
 
 def hidden_units(x_TD: Tensor, weights: Mapping[str, Tensor], activation: Activation) -> Tensor:

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from foreroute.engine.config import MoEConfig
 from foreroute.engine.convert.clusters import balanced_clusters
-from foreroute.engine.convert.dense import Dense
+from foreroute.engine.convert.dense import Dense, as_held
 from foreroute.engine.convert.start import Converted, Start
 from foreroute.engine.errors import require
+
+_EXPERTS = "experts.moe.experts"  # of the expert layer, inside the module around it
 
 
 class SlicedFeedForward(nn.Module):
@@ -28,9 +30,11 @@ class SlicedFeedForward(nn.Module):
     order_F: Tensor
     """int64: the dense feed-forward's hidden units in the order of the experts that have them."""
 
-    def __init__(self, order_F: Tensor, bias_D: Tensor | None) -> None:
+    def __init__(self, dense: Dense, order_F: Tensor) -> None:
         super().__init__()
+        self.names, self.turned = dense.names, dense.turned
         self.experts: nn.Module = nn.Identity()  # set later: the expert layer
+        bias_D = dense.weights.get("b2")
         self.register_parameter("bias", None if bias_D is None else nn.Parameter(bias_D.clone()))
         self.register_buffer("order_F", order_F)
 
@@ -38,6 +42,19 @@ class SlicedFeedForward(nn.Module):
         """Apply the layer to x [..., D]."""
         y: Tensor = self.experts(x)
         return y if self.bias is None else y + self.bias
+
+    def dense_parameters(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the parameters of the dense feed-forward, under its names.
+
+        Args:
+            own: this module's state with all experts, by its names.
+        """
+        place_F = own["order_F"].argsort()
+        weights = {"b2": own["bias"]} if "bias" in own else {}
+        for role in self.names.keys() & {"w1", "b1", "w2", "w3"}:
+            weights[role] = own[f"{_EXPERTS}.{role}"].flatten(0, 1)[place_F]
+        weights |= {"b3": torch.zeros_like(weights["w1"][:, 0])} if "b3" in self.names else {}
+        return as_held(weights, self.names, self.turned)
 
 
 @dataclass(frozen=True)
@@ -65,7 +82,7 @@ class Slices(Start):
         """Cluster the hidden units and cut the weights."""
         order_F = self.order_of(dense, moe, seed)
         experts = cut(dense.weights, order_F, moe.experts)
-        return Converted(experts, SlicedFeedForward(order_F, dense.weights.get("b2")))
+        return Converted(experts, SlicedFeedForward(dense, order_F))
 
     def order_of(self, dense: Dense, moe: MoEConfig, seed: int) -> Tensor:
         """Return the hidden units, slice by slice, int64 [F]."""
@@ -81,9 +98,3 @@ def cut(weights: Mapping[str, Tensor], order_F: Tensor, experts: int) -> dict[st
     """
     of_units = {key: value for key, value in weights.items() if key in ("w1", "b1", "w2", "w3")}
     return {key: value[order_F].unflatten(0, (experts, -1)) for key, value in of_units.items()}
-
-
-def joined(experts: Mapping[str, Tensor], order_F: Tensor) -> dict[str, Tensor]:
-    """Put the weights of all experts back into the order of the dense hidden units: the inverse of `cut`."""
-    place_F = order_F.argsort()
-    return {key: experts[key].flatten(0, 1)[place_F.to(experts[key].device)] for key in experts if key != "b2"}

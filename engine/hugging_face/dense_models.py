@@ -14,14 +14,18 @@ replace_feed_forwards drops hidden units of experts instead.
 """
 
 import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
+from torch import distributed as dist
 
 from foreroute.engine.convert.start import Start
 from foreroute.engine.errors import require
 from foreroute.engine.plug_in.planned_experts import PlannedExperts
 from foreroute.engine.plug_in.replace import replace_feed_forwards
+from foreroute.engine.plug_in.saved.dense import dense_state_dict
 
 
 class Family(NamedTuple):
@@ -56,6 +60,31 @@ def convert_model(model: Any, start: Start | None, **options: Any) -> PlannedExp
     embeddings: nn.Module = model.get_input_embeddings()
     rows, width = embeddings.get_parameter("weight").shape
     return replace_feed_forwards(model, family.pattern, width=width, vocab_size=rows, start=start, **options)
+
+
+def export_dense(model: Any, folder: Path | str) -> None:
+    """Write a model whose feed-forwards are slices as the dense model, which from_pretrained reads without foreroute.
+
+    A collective over all ranks; rank 0 writes.
+
+    Raises:
+        UserError: a layer is no slices.
+    """
+    state = separated(dense_state_dict(model), family_of(model))
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        model.save_pretrained(folder, state_dict=state)
+
+
+def separated(state: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
+    """Return a state with the names from before `join_feed_forwards`."""
+    found = {}
+    for key, value in state.items():
+        joined = re.fullmatch(rf"((?:{family.pattern}))\.([01])\.(.+)", key) if family.second else None
+        if joined is not None:
+            name, part, inner = joined.group(1), *joined.groups()[-2:]
+            key = f"{name}.{inner}" if part == "0" else f"{name.rpartition('.')[0]}.{family.second}.{inner}"
+        found[key] = value
+    return found
 
 
 def family_of(model: Any) -> Family:

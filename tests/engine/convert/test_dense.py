@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from foreroute.engine.config import Activation
-from foreroute.engine.convert.dense import read_dense
+from foreroute.engine.convert.dense import as_held, read_dense
 from foreroute.engine.errors import UserError
 
 
@@ -55,7 +55,7 @@ def test_weights_go_back_under_their_names():
     for parameter in module.parameters():
         nn.init.normal_(parameter)
     dense = read_dense("mlp", module, 4)
-    back = dense.parameters_of(dense.weights)
+    back = as_held(dense.weights, dense.names, dense.turned)
     assert back.keys() == dict(module.named_parameters()).keys()
     assert all(torch.equal(back[name], p) for name, p in module.named_parameters())
 

@@ -9,7 +9,7 @@ transformers = pytest.importorskip("transformers")
 
 from foreroute.engine.config import Builder, MoEConfig, RouteWeights  # noqa: E402
 from foreroute.engine.convert import Adapters, Copies, Slices  # noqa: E402
-from foreroute.engine.hugging_face.dense_models import convert_model  # noqa: E402
+from foreroute.engine.hugging_face.dense_models import convert_model, export_dense  # noqa: E402
 
 VOCABULARY, EXPERTS = 50, 4
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -59,7 +59,7 @@ def apart(model, theirs):
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_outputs_are_theirs(name):
+def test_outputs_are_theirs(name, tmp_path):
     """Copies at every k, slices and adapters with all; fewer slices differ, which shows that they are experts."""
     theirs = their_model(name)
     model = copy.deepcopy(theirs)
@@ -73,6 +73,11 @@ def test_outputs_are_theirs(name):
     assert apart(model, theirs) < 1e-5
     experts.k = 1
     assert apart(model, theirs) > 1e-3
+    export_dense(model, tmp_path)
+    again = type(theirs).from_pretrained(tmp_path)
+    state = again.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in theirs.state_dict().items())
+    assert not {name for name, _ in again.named_modules()} ^ {name for name, _ in theirs.named_modules()}
     model = copy.deepcopy(theirs)
     convert(model, Adapters(), 2)
     assert apart(model, theirs) == 0.0
