@@ -32,6 +32,7 @@ FLOORS: dict[str, list[set[str]]] = {  # from the ground up; rooms of one floor 
         {"runs"},
         {
             "certify",
+            "convert",
             "report",
             "study",
             "analyse",

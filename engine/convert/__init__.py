@@ -3,8 +3,7 @@
 from foreroute.engine.convert.adapters import Adapters
 from foreroute.engine.convert.copies import Copies
 from foreroute.engine.convert.selection import plan_slices, train_slice_routers
-from foreroute.engine.convert.slice_router import SLICE_ROUTER
 from foreroute.engine.convert.split import Slices
 from foreroute.engine.convert.start import Start
 
-__all__ = ["SLICE_ROUTER", "Adapters", "Copies", "Slices", "Start", "plan_slices", "train_slice_routers"]
+__all__ = ["Adapters", "Copies", "Slices", "Start", "plan_slices", "train_slice_routers"]

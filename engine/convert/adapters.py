@@ -40,9 +40,10 @@ class AdaptedFeedForward(nn.Module):
 class Adapters(Start):
     """Adapters of `width` hidden units; `scale` multiplies their sum."""
 
+    kind = "adapters"
+    freezes = True
     width: int = 64
     scale: float = 1.0
-    freezes = True
 
     def __post_init__(self) -> None:
         require(self.width >= 1, f"width={self.width}: must be at least 1")

@@ -25,6 +25,7 @@ class Copies(Start):
     none.
     """
 
+    kind = "copy"
     noise: float = 0.0
 
     def __post_init__(self) -> None:

@@ -28,7 +28,7 @@ from foreroute.engine.routing.ngram_rows import KeyRows
 from foreroute.engine.routing.planned.token_table import write_tables
 
 Batches = Iterable[Mapping[str, Any]]
-"""Batches of keyword arguments of a model's call, ids [B, Q] among them."""
+"""Keyword arguments of a model's call, ids [B, Q] among them."""
 _PRIOR = 1.0  # tokens of the mean over all that each key begins with
 
 
@@ -42,7 +42,8 @@ def slice_mass(
         order_F: its hidden units, slice by slice.
     """
     hidden_TF = hidden_units(x_TD, weights, activation)[:, order_F].abs()
-    return hidden_TF.unflatten(1, (slices, -1)).sum(dim=2)
+    mass_TE: Tensor = hidden_TF.unflatten(1, (slices, -1)).sum(dim=2)
+    return mass_TE
 
 
 def kept_share(mass_TE: Tensor, expert_TK: Tensor) -> float:
@@ -87,7 +88,7 @@ def plan_slices(
     rows = vocab_size if moe.ngram == 1 else moe.rows
     keys = [KeyRows(moe.ngram, vocab_size, rows, seed, number) for number in range(len(names))]
     sums = [_Means(rows, moe.experts) for _ in names]
-    for batch, inputs in _run(model, begun.modules, batches):
+    for batch, inputs in layer_inputs(model, begun.modules, batches):
         real = _real(batch, ids, mask)
         left = batch[ids].new_zeros(len(batch[ids]), moe.ngram - 1).cpu()
         for name, key_rows, means in zip(names, keys, sums, strict=True):
@@ -117,24 +118,38 @@ def train_slice_routers(
     Raises:
         UserError: there is no batch, the model has no such routers, or its experts are sharded.
     """
-    found = {name: m for name, m in model.named_modules() if isinstance(m, SlicedFeedForward)}
-    layers = {name: next(m for m in module.modules() if isinstance(m, MoELayer)) for name, module in found.items()}
+    layers = sliced_layers(model)
     live = bool(layers) and all(isinstance(layer.router, SliceRouter) for layer in layers.values())
     require(live, f"the model has no slices with moe.router={SLICE_ROUTER}")
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}
-    for batch, inputs in _run(model, found, batches):
+    for batch, inputs in layer_inputs(model, {name: model.get_submodule(name) for name in layers}, batches):
         real = _real(batch, ids, mask)
         for name in layers:
             seen[name].append(inputs[name][real])
     for name, layer in layers.items():
-        experts, router = layer.experts, layer.router
-        require(len(experts.w1) == layer.num_experts, "experts are sharded: train the routers before, on one rank")
-        assert isinstance(router, SliceRouter)
-        weights = {role: value.flatten(0, 1) for role, value in experts.named_parameters()}
-        x_TD, order_F = torch.cat(seen[name]), torch.arange(experts.b1.numel(), device=experts.b1.device)
-        with torch.no_grad():
-            mass_TE = slice_mass(x_TD, weights, experts.activation, order_F, layer.num_experts)
-        router.train_on(x_TD, mass_TE, experts.w1.detach(), epochs=epochs, seed=seed)
+        assert isinstance(layer.router, SliceRouter)
+        x_TD = torch.cat(seen[name])
+        layer.router.train_on(x_TD, mass_of(layer, x_TD), layer.experts.w1.detach(), epochs=epochs, seed=seed)
+
+
+def sliced_layers(model: nn.Module) -> dict[str, MoELayer]:
+    """Return the expert layers of a converted model whose experts are slices, by the names of the feed-forwards."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, SlicedFeedForward)}
+    return {name: next(m for m in module.modules() if isinstance(m, MoELayer)) for name, module in found.items()}
+
+
+@torch.no_grad()
+def mass_of(layer: MoELayer, x_TD: Tensor) -> Tensor:
+    """Return what each slice of a layer is activated by each token [T, E].
+
+    Raises:
+        UserError: experts are sharded.
+    """
+    experts = layer.experts
+    require(len(experts.w1) == layer.num_experts, "experts are sharded: must all be on this rank")
+    weights = {role: value.flatten(0, 1) for role, value in experts.named_parameters()}
+    order_F = torch.arange(experts.b1.numel(), device=experts.b1.device)
+    return slice_mass(x_TD, weights, experts.activation, order_F, layer.num_experts)
 
 
 class _Means:
@@ -157,7 +172,7 @@ class _Means:
 
 
 @torch.no_grad()
-def _run(
+def layer_inputs(
     model: nn.Module, modules: Mapping[str, nn.Module], batches: Batches
 ) -> Iterator[tuple[Mapping[str, Any], dict[str, Tensor]]]:
     """Call a model with each batch in evaluation mode; yield the batch and the first argument of each module."""

@@ -85,7 +85,7 @@ class SliceRouter(LiveRouter):
                     rows = rows.to(x_TD.device)
                     loss = F.binary_cross_entropy_with_logits(_logits(x_TD[rows], network), target_TE[rows].float())
                     adam.zero_grad()
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    loss.backward()
                     adam.step()
         for name, value in zip(("inner_ED", "inner_E", "outer_EE", "outer_E"), network, strict=True):
             self.get_buffer(name).copy_(value.detach())

@@ -64,8 +64,9 @@ class Slices(Start):
     `rounds`: the most rounds of the clustering; 0 leaves units in their order.
     """
 
-    rounds: int = 20
+    kind = "split"
     sums_to_1 = False
+    rounds: int = 20
 
     def __post_init__(self) -> None:
         require(self.rounds >= 0, f"rounds={self.rounds}: must be at least 0")

@@ -8,6 +8,7 @@ Letters: D width, F hidden width of the dense feed-forward, E experts, T tokens,
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +37,11 @@ class Converted:
 class Start(ABC):
     """The origin of the experts' weights."""
 
-    sums_to_1: bool = True
+    kind: ClassVar[str]
+    """Its name in messages, on command lines and on disk."""
+    sums_to_1: ClassVar[bool] = True
     """A token's weights must sum to 1 at every k; else each must be 1."""
-    freezes: bool = False
+    freezes: ClassVar[bool] = False
     """The model is frozen but for its expert layers."""
 
     @abstractmethod
@@ -126,7 +129,7 @@ def put_around(model: nn.Module, name: str, outer: nn.Module) -> None:
 
 
 def _check_section(moe: MoEConfig, start: Start) -> None:
-    kind = type(start).__name__.lower()
+    kind = start.kind
     require(moe.columns == moe.experts, f"moe: constant, copy and null experts must be 0 with start={kind}")
     require(moe.shared_width == 0, f"moe.shared_width={moe.shared_width}: must be 0 with start={kind}")
     require(set(expert_slices(moe)) == {1}, f"moe.router={moe.router}: must have experts of one width, start={kind}")
@@ -146,7 +149,7 @@ def _check_section(moe: MoEConfig, start: Start) -> None:
 @torch.no_grad()
 def _check_live(router: LiveRouter, start: Start, name: str, width: int) -> None:
     """Raise UserError unless a live router's weights are what the start needs, for drawn x."""
-    kind = type(start).__name__.lower()
+    kind = start.kind
     generator = torch.Generator().manual_seed(0)
     like = next(iter([*router.parameters(), *router.buffers()]), torch.empty(0))
     x_TD = torch.randn(_PROBES, width, generator=generator).to(like)

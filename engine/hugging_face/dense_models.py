@@ -15,17 +15,24 @@ replace_feed_forwards drops hidden units of experts instead.
 
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from foreroute.engine.convert.start import Start
+from foreroute.engine.config import MoEConfig, to_plain
+from foreroute.engine.convert import Adapters, Copies, Slices
+from foreroute.engine.convert.selection import Batches, plan_slices
 from foreroute.engine.errors import require
 from foreroute.engine.plug_in.planned_experts import PlannedExperts
 from foreroute.engine.plug_in.replace import replace_feed_forwards
 from foreroute.engine.plug_in.saved.dense import dense_state_dict
+
+NOTED = "foreroute"
+"""The entry of a configuration of transformers that says how the model was converted."""
+AnyStart = Copies | Slices | Adapters
 
 
 class Family(NamedTuple):
@@ -45,21 +52,42 @@ FAMILIES = {
 """By the `model_type` of a configuration of transformers."""
 
 
-def convert_model(model: Any, start: Start | None, **options: Any) -> PlannedExperts:
-    """Turn the feed-forwards of a model of transformers into experts.
+def convert_model(model: Any, start: AnyStart, **options: Any) -> PlannedExperts:
+    """Turn the feed-forwards of a model of transformers into experts, and note in its configuration how.
 
     Args:
-        start: as for replace_feed_forwards.
+        start: as for replace_feed_forwards, which describes it.
         options: of replace_feed_forwards, without pattern, width and vocab_size.
 
     Raises:
         UserError: the family is not in the table, or a feed-forward computes something that experts do not.
     """
+    experts = replace_feed_forwards(model, **_place(model), start=start, **options)
+    noted = {"start": start.kind, "options": asdict(start), "moe": to_plain(experts.moe), "k": experts.k}
+    setattr(model.config, NOTED, noted)
+    return experts
+
+
+def plan_family_slices(model: Any, batches: Batches, **options: Any) -> MoEConfig:
+    """Plan the slices of a model of transformers on a calibration text, before it is converted.
+
+    Args:
+        batches: keyword arguments of the model's call.
+        options: of plan_slices, without pattern, width and vocab_size.
+
+    Raises:
+        UserError: as for convert_model and plan_slices.
+    """
+    return plan_slices(model, batches=batches, **_place(model), **options)
+
+
+def _place(model: Any) -> dict[str, Any]:
+    """Return where a model's feed-forwards are and their width, after joining them; and the number of ids."""
     family = family_of(model)
     join_feed_forwards(model, family)
     embeddings: nn.Module = model.get_input_embeddings()
     rows, width = embeddings.get_parameter("weight").shape
-    return replace_feed_forwards(model, family.pattern, width=width, vocab_size=rows, start=start, **options)
+    return {"pattern": family.pattern, "width": width, "vocab_size": rows}
 
 
 def export_dense(model: Any, folder: Path | str) -> None:
@@ -72,7 +100,11 @@ def export_dense(model: Any, folder: Path | str) -> None:
     """
     state = separated(dense_state_dict(model), family_of(model))
     if not dist.is_initialized() or dist.get_rank() == 0:
-        model.save_pretrained(folder, state_dict=state)
+        noted = model.config.__dict__.pop(NOTED, None)
+        try:
+            model.save_pretrained(folder, state_dict=state)
+        finally:
+            setattr(model.config, NOTED, noted)
 
 
 def separated(state: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:

@@ -224,13 +224,13 @@ def test_what_must_differ_differs():
 @pytest.mark.parametrize(
     ("start", "options", "fault"),
     [
-        (Copies(), {"weights": RouteWeights.sum}, "moe.weights=sum: must be table, uniform, live with start=copies"),
-        (Slices(), {"weights": RouteWeights.table}, "moe.weights=table: must be sum with start=slices"),
+        (Copies(), {"weights": RouteWeights.sum}, "moe.weights=sum: must be table, uniform, live with start=copy"),
+        (Slices(), {"weights": RouteWeights.table}, "moe.weights=table: must be sum with start=split"),
         (Slices(), {"experts": 3}, "moe.experts=3: must divide the hidden width 8 of the feed-forwards"),
-        (Copies(), {"null_experts": 1}, "moe: constant, copy and null experts must be 0 with start=copies"),
-        (Copies(), {"shared_width": 8}, "moe.shared_width=8: must be 0 with start=copies"),
-        (Copies(), {"router": "sized"}, "moe.router=sized: must have experts of one width, start=copies"),
-        (Slices(), {"router": "learned"}, "moe.router=learned: must have weights that are 1 with start=slices"),
+        (Copies(), {"null_experts": 1}, "moe: constant, copy and null experts must be 0 with start=copy"),
+        (Copies(), {"shared_width": 8}, "moe.shared_width=8: must be 0 with start=copy"),
+        (Copies(), {"router": "sized"}, "moe.router=sized: must have experts of one width, start=copy"),
+        (Slices(), {"router": "learned"}, "moe.router=learned: must have weights that are 1 with start=split"),
         (Copies(), {"router": "dynamic_top_p"}, "moe.router=dynamic_top_p: must have weights that sum to 1"),
     ],
 )

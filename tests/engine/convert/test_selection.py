@@ -7,9 +7,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from foreroute.engine.config import MoEConfig, RouteWeights
-from foreroute.engine.convert import SLICE_ROUTER, Slices, plan_slices, train_slice_routers
+from foreroute.engine.convert import Slices, plan_slices, train_slice_routers
 from foreroute.engine.convert.clusters import balanced_clusters, unit_rows
 from foreroute.engine.convert.selection import kept_share
+from foreroute.engine.convert.slice_router import SLICE_ROUTER
 from foreroute.engine.errors import UserError
 from foreroute.engine.plug_in import replace_feed_forwards
 
