@@ -1,4 +1,4 @@
-"""What slices keep of all-MiniLM-L6-v2: activation, embeddings before and after a short training, and time.
+"""The slices of all-MiniLM-L6-v2: kept activation, embeddings before and after a short training, and time.
 
 The feed-forwards are cut into 8 slices each. Which k of them a token gets is chosen by a table of its id, by a live
 router that was trained for it, or at random by its id. The calibration text, on which tables and routers are made and
