@@ -13,6 +13,7 @@ PAGE = HERE / "api.md"
 MODULES = {
     "foreroute": "The names that most need; each is loaded when it is asked for.",
     "foreroute.engine.plug_in": "The expert layer in a model of yours: [plug_in.md](plug_in.md).",
+    "foreroute.engine.convert": "Experts from a dense feed-forward: [convert.md](convert.md).",
     "foreroute.kernels": "Operations on tensors, usable alone: [kernels.md](kernels.md).",
     "foreroute.engine.moe.layer": "The layer itself, which takes a Routing made by hand as well.",
     "foreroute.engine.routing.plan": "What is known about routing before a layer runs.",
