@@ -10,16 +10,23 @@ a table keeps for each k at scale.
 
 `plan_wait_fraction`: the loader's thread reads and plans 48 tables at scale, while a step of 15,000 tokens a second and
 rank leaves the host alone; the share of the time that the step waits for its plans.
+
+`rows_ms` is of one n-gram table of 16 heads (pairs and triples, 2**20 rows each) with the published batch: one rank's
+distinct rows, and the order of what it sends, beside hosts that answer at once with lists as long as its own.
+`rows_wait_fraction` is as plan_wait_fraction, of that table and the published batch.
 """
 
 import argparse
 import resource
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
+from numpy.typing import NDArray
 
 from benchmarks.bench_step import shapes
 from benchmarks.harness import environment, fastest, print_result, print_table
@@ -29,14 +36,18 @@ from foreroute.engine.data.corpus import PreparedCorpus, prepare
 from foreroute.engine.data.loader import PlannedLoader
 from foreroute.engine.data.planned_batches import GroupBatch, PlannedBatch, group_batch, plan_batch
 from foreroute.engine.data.streams import Streams
+from foreroute.engine.ngram_tables.hash_keys import HashKeys
+from foreroute.engine.parallel.cpu_group import CpuGroup
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.planned.hashed import HashedRouter
 from foreroute.engine.routing.planned_router import GroupTokens, plan_all
 from foreroute.engine.routing.plans.planner import Planner
+from foreroute.engine.routing.plans.row_plan import TableRows, plan_rows
 from foreroute.engine.routing.tables import Table, build_tables
 from foreroute.launch.start.process import keep_freed_memory, leaving_at_once
 
 K, RANK, SEGMENT, TOKENS_PER_SECOND = 8, 3, 512, 15_000
+ROWS = HashKeys((2, 3), 8, 1 << 20, vocab_size=256, seed=1111, table=0)
 CONFIG = shapes(argparse.Namespace(dropout=0.1, precision="fp32"))
 
 
@@ -58,6 +69,16 @@ class Group:
 
 PUBLISHED = Group(ranks=8, streams=22, experts=16, layers=4, tables=1)
 SCALE = Group(ranks=64, streams=16, experts=128, layers=48, tables=6)
+
+
+class Echo(CpuGroup):
+    """Hosts that ask each rank for what it asks of them."""
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks = ranks
+
+    def all_to_all(self, parts: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        return list(parts)
 
 
 class Simulated:
@@ -98,10 +119,15 @@ class Simulated:
         }
         return {name: 1e3 * fastest(case, rounds) for name, case in found.items()}
 
-    def wait_fraction(self, steps: int) -> float:
-        """Measure the share of time that steps wait for their plans."""
+    def wait_fraction(self, steps: int, *, rows: bool = False) -> float:
+        """Measure the share of time that steps wait for their plans.
+
+        Args:
+            rows: of the n-gram table instead of the experts' tables.
+        """
         step_s = self.group.tokens / TOKENS_PER_SECOND
-        loader = PlannedLoader(self, steps=range(steps + 1), accumulation=1, prefetch=2)
+        batches = Rows(self) if rows else self
+        loader = PlannedLoader(batches, steps=range(steps + 1), accumulation=1, prefetch=2)
         waits = []
         for _ in range(steps + 1):
             waits.append(loader.next()[1])
@@ -109,11 +135,27 @@ class Simulated:
         loader.close()
         return sum(waits[1:]) / (sum(waits[1:]) + steps * step_s)
 
+    def rows_of(self, step: int) -> list[TableRows]:
+        """Plan the rows of one rank's n-gram table."""
+        own = self.streams.batch(step, range(RANK * self.group.streams, (RANK + 1) * self.group.streams))
+        return plan_rows([ROWS], [own], Echo(self.group.ranks))
+
     def table_ms(self, rounds: int) -> float:
         """Measure all tables together; return the time for each."""
         batch = self.read(0)
         seconds = fastest(lambda: plan_all(self.routers, GroupTokens(batch.ids_PBQ, batch.left_PBC), K), rounds)
         return 1e3 * seconds / len(self.routers)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The batches of one rank with the rows of its n-gram table alone."""
+
+    of: Simulated
+
+    def planned(self, step: int, micro: int) -> PlannedBatch:
+        """Read a batch and plan its rows."""
+        return plan_batch(self.of.read(step), K, None, table_rows=self.of.rows_of(step)[micro])
 
 
 def build_cost(corpus: PreparedCorpus, tables: int) -> tuple[float, float]:
@@ -147,12 +189,18 @@ def main() -> None:
     totals = [each.table_ms(args.rounds) for each in (published, scale)]
     torch.set_num_threads(threads)
     scale_ms, wait = scale.table_ms(args.rounds), scale.wait_fraction(args.steps)
+    rows_ms = 1e3 * fastest(lambda: published.rows_of(0), args.rounds)
+    rows_wait = published.wait_fraction(args.steps, rows=True)
     lookups = scale.routers[0].lookups(K).nbytes / 2**20
     print(f"{environment()}, lookups of {lookups:.2f} MiB a table and k at scale, waiting {100 * wait:.3f} % of a step")
     rows = [[name, *(times[name] for times in columns)] for name in columns[0]]
     rows += [["ids to plan", *totals], [f"ids to plan, {threads} threads", "", scale_ms]]
     print_table(["one table, one core, ms", "8 ranks", "64 ranks"], rows)
-    print_result({"plan_ms": totals[0], "scale_ms": scale_ms, "lookup_mib": lookups, "plan_wait_fraction": wait})
+    print(
+        f"rows of one n-gram table of {ROWS.heads} heads: {rows_ms:.1f} ms, waiting {100 * rows_wait:.3f} % of a step"
+    )
+    result = {"plan_ms": totals[0], "scale_ms": scale_ms, "lookup_mib": lookups, "plan_wait_fraction": wait}
+    print_result({**result, "rows_ms": rows_ms, "rows_wait_fraction": rows_wait})
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "engine/parallel/cpu_group.py",
         "engine/parallel/mesh.py",
     ),
+    "tables": ("engine/ngram_tables/*.py", "engine/routing/plans/row_plan.py"),
     "data": (
         "engine/data/*.py",
         "engine/data/sources/*.py",

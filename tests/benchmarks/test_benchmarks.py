@@ -92,7 +92,8 @@ def test_bench_plan():
     code, out, err = run("bench_plan", "--rounds", "2", "--steps", "1")
     assert code == 0, err
     result = json.loads(out.splitlines()[-1])
-    assert list(result) == ["plan_ms", "scale_ms", "lookup_mib", "plan_wait_fraction"]
+    rows = ["rows_ms", "rows_wait_fraction"]
+    assert list(result) == ["plan_ms", "scale_ms", "lookup_mib", "plan_wait_fraction", *rows]
     assert result["lookup_mib"] < 8 and all(value >= 0 for value in result.values())
 
 
