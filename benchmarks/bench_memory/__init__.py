@@ -1,0 +1,1 @@
+"""One large n-gram table with planned rows against the public ways to train one."""
