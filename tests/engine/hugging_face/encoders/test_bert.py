@@ -17,6 +17,7 @@ from foreroute.engine.hugging_face.encoders.texts import WordPieces
 from foreroute.engine.testing.tiny_words import SPECIAL, write_tokenizer
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.transformers
 WORDS = [f"w{i}" for i in range(20)]
 SIZE, EXPERTS = len(SPECIAL) + len(WORDS), 4
 
