@@ -1,12 +1,13 @@
 """SMoE-Dropout on a pre-trained encoder: `python -m benchmarks.bench_encoders --data FOLDER --into docs/encoders.json`.
 
-MiniLM is fine-tuned for SST-2 and CommonsenseQA (FOLDER/sst2, FOLDER/csqa) in four arms, with several seeds, and
+MiniLM is fine-tuned for SST-2 and CommonsenseQA (FOLDER/sst2, FOLDER/csqa) in five arms, with several seeds, and
 evaluated on dev at all, half and a quarter of its experts (docs/encoders.md has the question and the settings):
 
 * dense: transformers' BERT as it is;
 * frozen_growing: slices, a random router that is never trained, k grows from half of them to all (SMoE-Dropout);
 * hashed_growing: the same with the word piece as the key of a table;
-* hashed_half: hashed with half of the slices throughout.
+* hashed_half: hashed with half of the slices throughout;
+* hashed_all: hashed with all of them throughout, which is dense training, so that fewer slices are seen untrained.
 
 A mean over seeds has Student's interval, which tells of training; Wilson's, of one run with this accuracy, tells of
 dev's number of examples, which are the same for all seeds.
@@ -48,7 +49,7 @@ class Setting:
 
 SETTINGS = {"sst2": Setting(150, 16, 2e-4, 872), "csqa": Setting(80, 16, 5e-5, 400)}
 ARMS = {"dense": ("dense", None, None), "frozen_growing": ("frozen", 4, 8), "hashed_growing": ("hashed", 4, 8)}
-ARMS |= {"hashed_half": ("hashed", None, 4)}
+ARMS |= {"hashed_half": ("hashed", None, 4), "hashed_all": ("hashed", None, 8)}
 """Router, and active experts of the first and of the last step."""
 EVALUATED = (8, 4, 2)
 Found = dict[str, Any]
