@@ -10,9 +10,9 @@ Letters: y layers, m micro-batches of a step.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -178,23 +178,31 @@ def _watch(layer: MoELayer) -> _Done:
     return done
 
 
-class Check:
-    """Compares the steps of one rank with its certificate.
+class StepRows(NamedTuple):
+    """Rows and bytes of one step of one rank."""
+
+    received_ym: NDArray[np.int64]  # rows that arrived at the rank's experts in the forward passes
+    computed_ym: NDArray[np.int64]  # expert rows of the forward passes
+    bytes_y: NDArray[np.int64]  # that left the rank
+    landed_t: NDArray[np.int64]  # rows of each n-gram table that arrived
+    sent_t: NDArray[np.int64]  # rows of each n-gram table that left
+    table_bytes_1: NDArray[np.int64]  # of all n-gram tables, that left the rank
+
+
+class RowCounts:
+    """Counts the rows and bytes of one rank's steps, where the rows are.
 
     Args:
         model: as it trains, its experts shared out over the ranks.
     """
 
-    def __init__(self, written: Written, model: nn.Module, rank: int) -> None:
-        self.written = written
-        self._rank, self._expected = rank, written.of_rank(rank)
+    def __init__(self, model: nn.Module) -> None:
         layers = [module for module in model.modules() if isinstance(module, MoELayer)]
         self._done_y = [_watch(layer) for layer in layers]
         self._sent_before_y: list[int] = []
         self._rows_my: list[list[tuple[int, int]]] = []  # of this step: received and computed
         self._tables = [module for module in model.modules() if isinstance(module, NgramTables)]
         self._tables_before = self._tables_now()
-        self.steps = 0  # compared so far
 
     @contextmanager
     def forward(self) -> Iterator[None]:
@@ -211,25 +219,55 @@ class Check:
             ]
         )
 
+    def take(self) -> StepRows:
+        """Return the counts since the step's first forward pass; call it after the last backward pass."""
+        rows_2ym = np.array(self._rows_my).transpose(2, 1, 0)
+        bytes_y = np.array([done.sent_bytes for done in self._done_y]) - self._sent_before_y
+        tables = [now - before for now, before in zip(self._tables_now(), self._tables_before, strict=True)]
+        self._rows_my = []
+        return StepRows(rows_2ym[0], rows_2ym[1], bytes_y, *tables)
+
+    def _tables_now(self) -> list[NDArray[np.int64]]:
+        """Return the rows that landed, the rows that were sent, and the bytes that were, since the start."""
+        tables = [table for module in self._tables for table in module.tables]
+        landed_t, sent_t = ([getattr(table, name) for table in tables] for name in ("landed_rows", "sent_rows"))
+        total = sum(module.sent_bytes for module in self._tables)
+        return [np.array(values, np.int64) for values in (landed_t, sent_t, [total])]
+
+
+class Check:
+    """Compares the steps of one rank with its certificate.
+
+    Args:
+        model: as for RowCounts.
+    """
+
+    def __init__(self, written: Written, model: nn.Module, rank: int) -> None:
+        self.written = written
+        self._rank, self._expected = rank, written.of_rank(rank)
+        self._counts = RowCounts(model)
+        self.steps = 0  # compared so far
+
+    def forward(self) -> AbstractContextManager[None]:
+        """Count the forward pass of the step's next micro-batch, which runs inside."""
+        return self._counts.forward()
+
     def compare(self, step: int) -> None:
         """Compare the counts since the step's first forward pass.
 
         Raises:
             RunFailed: on this rank; names the first difference, by layer and micro-batch.
         """
-        rows_2ym = np.array(self._rows_my).transpose(2, 1, 0)
-        bytes_y = np.array([done.sent_bytes for done in self._done_y]) - self._sent_before_y
-        tables = [now - before for now, before in zip(self._tables_now(), self._tables_before, strict=True)]
-        self._rows_my = []
+        rows = self._counts.take()
         found = self._expected.find(step)
         if found is None:
             return
         self.steps += 1
-        self._compare_tables(step, found, tables)
+        self._compare_tables(step, found, rows)
         for what, certified, seen in (
-            ("rows received", self._expected.received_uym[found], rows_2ym[0]),
-            ("expert rows computed", self._expected.computed_uym[found], rows_2ym[1]),
-            ("bytes sent", self._expected.bytes_uy[found], bytes_y),
+            ("rows received", self._expected.received_uym[found], rows.received_ym),
+            ("expert rows computed", self._expected.computed_uym[found], rows.computed_ym),
+            ("bytes sent", self._expected.bytes_uy[found], rows.bytes_y),
         ):
             if np.array_equal(certified, seen):
                 continue
@@ -240,16 +278,10 @@ class Check:
                 f"{what} {seen[place]}, certified {certified[place]}"
             )
 
-    def _tables_now(self) -> list[NDArray[np.int64]]:
-        """Return the rows that landed, the rows that were sent, and the bytes that were, since the start."""
-        tables = [table for module in self._tables for table in module.tables]
-        landed_t, sent_t = ([getattr(table, name) for table in tables] for name in ("landed_rows", "sent_rows"))
-        total = sum(module.sent_bytes for module in self._tables)
-        return [np.array(values, np.int64) for values in (landed_t, sent_t, [total])]
-
-    def _compare_tables(self, step: int, found: int, seen: Sequence[NDArray[np.int64]]) -> None:
+    def _compare_tables(self, step: int, found: int, rows: StepRows) -> None:
         expected = self._expected
         certified = expected.landed_ut[found], expected.sent_ut[found], expected.table_bytes_u[found : found + 1]
+        seen = rows.landed_t, rows.sent_t, rows.table_bytes_1
         for what, wanted, got in zip(("rows landed", "rows sent", "bytes sent"), certified, seen, strict=True):
             for number in np.flatnonzero(wanted != got):
                 where = "n-gram tables" if what == "bytes sent" else f"n-gram table {number}"

@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,30 @@ from foreroute.engine.sealed_files import read_sealed, sealed, sha256_of
 
 FORMAT = 5  # raise it when something else is written, or other options are compared
 JSON, ARRAYS = "certificate.json", "certificate.safetensors"
-Counts = NDArray[np.unsignedinteger[Any]]
+Counts = NDArray[np.integer[Any]]
+
+
+class RankCounts(NamedTuple):
+    """Rows and bytes of a step by rank, by the exchange that the run uses."""
+
+    received_yrm: Counts
+    computed_yrm: Counts
+    bytes_yr: Counts  # that leave the rank
+
+
+def rank_counts(layout: Layout, counts: StepCounts) -> RankCounts:
+    """Return a step's rows and bytes by rank of the run."""
+    world, gather = layout.placement.world_size, layout.exchange(counts.k) == "gather"
+    received_ymgP = counts.received_ymgP
+    if gather:
+        received_ymgP = np.full_like(received_ymgP, layout.placement.expert_ranks * layout.tokens)
+    hops_ymgPP = hops(counts, "gather" if gather else "tokens", layout.placement, layout.tokens)
+    rows_ygP = leaving(hops_ymgPP, layout.layer_trips).sum(axis=1)
+    received_yrm, computed_yrm = (
+        np.moveaxis(rows_ymgP, 1, 3).reshape(-1, world, rows_ymgP.shape[1])
+        for rows_ymgP in (received_ymgP, counts.computed_ymgP)
+    )
+    return RankCounts(received_yrm, computed_yrm, rows_ygP.reshape(-1, world) * layout.row_bytes)
 
 
 class Record:
@@ -67,20 +90,13 @@ class Record:
 
     def add(self, counts: StepCounts, rows: TableCounts | None = None) -> None:
         """Take in a step, with the rows of its n-gram tables."""
-        layout, world = self._layout, self._layout.placement.world_size
-        gather = layout.exchange(counts.k) == "gather"
-        received_ymgP = counts.received_ymgP
-        if gather:
-            received_ymgP = np.full_like(received_ymgP, layout.placement.expert_ranks * layout.tokens)
-        hops_ymgPP = hops(counts, "gather" if gather else "tokens", layout.placement, layout.tokens)
-        rows_ygP = leaving(hops_ymgPP, layout.layer_trips).sum(axis=1)
         place = int(np.searchsorted(self._first_u, counts.step))
-        for to_uyrm, rows_ymgP in ((self._received_uyrm, received_ymgP), (self._computed_uyrm, counts.computed_ymgP)):
-            to_uyrm[place] = np.moveaxis(rows_ymgP, 1, 3).reshape(-1, world, rows_ymgP.shape[1])
-        self._bytes_uyr[place] = rows_ygP.reshape(-1, world) * layout.row_bytes
+        found = rank_counts(self._layout, counts)
+        self._received_uyrm[place], self._computed_uyrm[place] = found.received_yrm, found.computed_yrm
+        self._bytes_uyr[place] = found.bytes_yr
         if rows is not None:
             self._landed_utr[place], self._sent_utr[place] = rows.landed_tP, rows.sent_tP
-            self._table_bytes_ur[place] = rows.link_bytes_PP(layout.table_row_bytes).sum(axis=1)
+            self._table_bytes_ur[place] = rows.link_bytes_PP(self._layout.table_row_bytes).sum(axis=1)
 
     def write(self, folder: Path, facts: dict[str, Any]) -> int:
         """Write both files and return the bytes of the arrays.
