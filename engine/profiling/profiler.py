@@ -35,7 +35,7 @@ from foreroute.engine.tracing import InFlight, Range, Recorder, record_into, spa
 MERGED_RANKS = 8
 """The largest number of ranks whose traces are merged into one file."""
 _CLOCK_ROUNDS = 8
-_QUIET = "6"
+QUIET = "6"
 """Above the log level at which PyTorch's profiler reports its start and stop on stderr."""
 
 
@@ -116,7 +116,7 @@ class Profiler:
     def _start(self) -> None:
         self._clock = agree_on_clock(self._world.cpu_group)
         if self._operators:
-            os.environ.setdefault("KINETO_LOG_LEVEL", _QUIET)
+            os.environ.setdefault("KINETO_LOG_LEVEL", QUIET)
             self._torch = torch.profiler.profile(activities=torch.profiler.supported_activities())
             self._torch.start()
         self._recorder = Recorder(annotate=self._operators)

@@ -1,8 +1,8 @@
 """Bytes of tensors while a rank trains, counted by PyTorch's allocator: the reference for
 engine/certificate/memory/peak.py.
 
-`TensorBytes` counts every block that PyTorch allocates on the CPU inside its context, also inside operators, from the
-events of PyTorch's profiler. It does not count numpy arrays, so plans are counted when they are made.
+`TensorBytes` counts every block that PyTorch allocates on the CPU inside its context, also inside operators
+(engine/profiling/tensor_bytes.py). It does not count numpy arrays, so plans are counted when they are made.
 
 The profiler does not see frees by threads that it does not profile, such as gloo's. So the last reference to sent rows
 must be ours: inside the context every wait for a collective takes a little longer (`_GLOO_S`), until gloo's thread has
@@ -12,9 +12,8 @@ would count it for ever.
 
 import gc
 import time
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any, NamedTuple
 from unittest import mock
@@ -22,7 +21,6 @@ from unittest import mock
 import numpy as np
 from numpy.typing import NDArray
 from torch import distributed as dist
-from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from foreroute.engine.certificate.counts.layout import Layout
@@ -31,11 +29,11 @@ from foreroute.engine.data.planned_batches import PlannedBatch, TrainingBatches
 from foreroute.engine.metrics.step_meter import StepMeter
 from foreroute.engine.model.build import build_model
 from foreroute.engine.model.transformer_xl import Memory
-from foreroute.engine.nested import tensors_in
 from foreroute.engine.optim import deepspeed_engine as adapter
 from foreroute.engine.parallel.cpu_group import CpuGroup, GlooGroup
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.parallel.world import World
+from foreroute.engine.profiling.tensor_bytes import PlanBytes, blocks, peaks
 from foreroute.engine.routing.planned.hashed import HashedRouter
 from foreroute.engine.train.step import train_step
 
@@ -50,13 +48,13 @@ class TensorBytes:
     """The largest number of bytes inside marked() that were allocated in the block and not yet freed."""
 
     def __init__(self) -> None:
-        self._slow_wait = mock.patch.object(dist.Work, "wait", _slowly(dist.Work.wait))
+        self._slow_wait = slow_waits()
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
 
     def __enter__(self) -> "TensorBytes":
         gc.collect()
         gc.freeze()  # present objects are not freed in the block
-        self._slow_wait.start()
+        self._slow_wait.__enter__()
         self._profile.__enter__()
         return self
 
@@ -68,10 +66,15 @@ class TensorBytes:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._profile.__exit__(kind, error, trace)
-        self._slow_wait.stop()
+        self._slow_wait.__exit__(None, None, None)
         gc.unfreeze()
         if error is None:
-            self.peak_bytes = _peak(sorted(_blocks(self._profile)))
+            self.peak_bytes = peaks(blocks(self._profile, [_MARK])).get(_MARK, 0)
+
+
+def slow_waits() -> AbstractContextManager[Any]:
+    """Make every wait for a collective a little longer, in the block."""
+    return mock.patch.object(dist.Work, "wait", _slowly(dist.Work.wait))
 
 
 def _slowly(wait: Callable[..., Any]) -> Callable[..., Any]:
@@ -81,53 +84,6 @@ def _slowly(wait: Callable[..., Any]) -> Callable[..., Any]:
         return found
 
     return slow
-
-
-def _peak(blocks: Iterable[tuple[int, int, int, bool]]) -> int:
-    """Return the largest number of bytes held in a mark; the blocks are in the order of time."""
-    alive: dict[int, int] = {}
-    held = peak = 0
-    for _, address, size, marked in blocks:
-        held -= alive.pop(address, 0)
-        if size > 0:
-            alive[address] = size
-            held += size
-        if marked:
-            peak = max(peak, held)
-    return peak
-
-
-def _blocks(found: Any) -> Iterator[tuple[int, int, int, bool]]:
-    """Yield (time, address, bytes (negative for a free), whether inside a mark) of every allocation and free."""
-    left = [(node, False) for node in found.profiler.kineto_results.experimental_event_tree()]
-    while left:
-        node, marked = left.pop()
-        if node.tag == _EventType.Allocation:
-            block = node.extra_fields
-            yield node.start_time_ns, block.ptr, block.alloc_size, marked
-        else:
-            marked = marked or node.name == _MARK
-            left += [(child, marked) for child in node.children]
-
-
-class PlanBytes:
-    """Counts the bytes of live plans."""
-
-    def __init__(self) -> None:
-        self.peak_bytes = self._alive = 0
-
-    def add(self, planned: PlannedBatch) -> None:
-        """Count a batch's plans until they are freed."""
-        plans = planned.routing.plans
-        assert plans is not None
-        of_tables = planned.routing.row_plans, planned.routing.landed_BQH
-        held = sum(tensor.nbytes for tensor in tensors_in((plans, *of_tables)))
-        self._alive += held
-        self.peak_bytes = max(self.peak_bytes, self._alive)
-        weakref.finalize(plans[0].count_E, self._drop, held)
-
-    def _drop(self, held: int) -> None:
-        self._alive -= held
 
 
 def train(
