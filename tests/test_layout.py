@@ -24,6 +24,7 @@ FLOORS: dict[str, list[set[str]]] = {  # from the ground up; rooms of one floor 
         {"metrics", "evaluation", "checkpoint", "finetune", "convert"},
         {"profiling", "plug_in", "compress"},
         {"certificate", "train", "hugging_face"},
+        {"replay"},
         {"testing"},
     ],
     "launch": [

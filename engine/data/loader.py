@@ -15,7 +15,7 @@ Letters: P ranks of the expert group, B streams, Q segment length, C ids left of
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Protocol
 
@@ -45,7 +45,7 @@ class PlannedLoader:
 
     Args:
         batches: used in the thread only.
-        steps: the steps to prepare, such as range(first, total).
+        steps: the steps to prepare, in order, such as range(first, total).
         accumulation: micro-batches per step.
         prefetch: steps prepared ahead, at least 1.
         agreement: compares the plans between the ranks; None on one rank.
@@ -57,7 +57,7 @@ class PlannedLoader:
         self,
         batches: Batches,
         *,
-        steps: range,
+        steps: Iterable[int],
         accumulation: int,
         prefetch: int,
         agreement: Agreement | None = None,

@@ -20,6 +20,7 @@ try:
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
     from deepspeed.runtime import bf16_optimizer
     from deepspeed.runtime.zero import stage3, stage_1_and_2
+    from deepspeed.runtime.zero import utils as zero_utils
     from deepspeed.utils import (
         groups,
         safe_get_full_fp32_param,
@@ -50,6 +51,7 @@ __all__ = [
     "safe_set_local_optimizer_state",
     "split_params_into_different_moe_groups_for_optimizer",
     "stage_1_and_2",
+    "zero_utils",
 ]
 
 COMPATIBLE_OPS = "__compatible_ops__"
@@ -87,6 +89,8 @@ NORM_MASK_NAME = "mask_nan_or_inf_with_val_inplace"
 """Of stage_1_and_2: sets a norm that is not finite to -1, with a copy from the host."""
 OVERFLOW_NAME = "check_overflow"
 """Of the optimizers of ZeRO-1 and 2: checks, with bf16, whether a gradient is not finite; the norm shows the same."""
+COMM_NAME = "dist"
+"""Of zero_utils: DeepSpeed's communication, by whose get_rank its checks know whether they run on rank 0."""
 
 
 def require_names(owner: Any, *names: str) -> None:
@@ -110,3 +114,4 @@ for _module in ZERO_STEPS:
     require_names(_module, NORMS_NAME)
 require_names(bf16_optimizer, BF16_NORM_NAME)
 require_names(stage_1_and_2, NORM_MASK_NAME)
+require_names(zero_utils, COMM_NAME)

@@ -112,6 +112,10 @@ class Layout:
             return "local"
         return "gather" if self.gathers(k) else "tokens"
 
+    def mesh(self, rank: int) -> Mesh:
+        """Return the place of a rank."""
+        return Mesh(rank, self.placement.world_size, self.placement.expert_ranks)
+
     def k(self, step: int) -> int:
         """Return the active experts of a step."""
         return active_experts(self.config.schedule, step, self.config.schedule_steps)

@@ -116,6 +116,16 @@ def peak_memory_at(
     return max(candidates, key=lambda memory: memory.peak_bytes)
 
 
+def memory_of_rows(layout: Layout, vocab_size: int, k: int, rows: Rows, *, gpu: bool) -> Memory:
+    """Predict the memory of a rank that has these rows in a step, at k active experts.
+
+    Args:
+        gpu: count for a GPU and the Triton kernels, otherwise for a CPU.
+    """
+    sizes = Sizes(layout, vocab_size, layout.streams, k, gpu)
+    return _peak(sizes, rows, count_parameters(layout, vocab_size))
+
+
 def largest_number(fits: Callable[[int], bool]) -> int:
     """Return the largest number for which `fits` is true, 0 if it is false for 1; above it `fits` must be false."""
     if not fits(1):
