@@ -44,6 +44,7 @@ FLOORS: dict[str, list[set[str]]] = {  # from the ground up; rooms of one floor 
             "generate",
             "prepare",
             "record",
+            "replay",
             "tables",
             "train",
         },

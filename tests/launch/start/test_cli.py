@@ -309,6 +309,10 @@ def test_a_sweep_gives_each_job_a_folder_and_resumes(run, tmp_path, text):
         ("certify", ["cluster.inside.gb_per_s=3"], "such as cluster=NAME"),
         ("certify", [f"out={__file__}/found"], "is not a folder"),
         ("certify", ["sample=1601"], "sample=1601: must be from 1 to the 1600 steps"),
+        ("replay", ["rank=3"], "rank=3: must be below world_size=1"),
+        ("replay", ["step=9:3"], "step=9:3: must be worst, median, a number or FIRST:LAST, from 1 to train.steps=1600"),
+        ("replay", ["find=batch"], "find=batch: needs device_memory_gb=GB"),
+        ("replay", ["trace=x.json"], "trace=x.json: must be a file that ends in .csv or .csv.gz"),
         ("certify", ["expert_groups=2"], "did you mean expert_group? allowed: corpus, "),
     ],
 )

@@ -1,0 +1,1 @@
+"""`python -m launch.replay`: one rank of a run on many, run alone on this machine and measured."""
