@@ -1,0 +1,1 @@
+"""`python -m benchmarks.bench_replay`: a replayed rank against real ones over gloo."""

@@ -1,0 +1,92 @@
+"""A replayed rank against real ones, and how long a replay takes: `python -m benchmarks.bench_replay`.
+
+Runs of 2 and 4 ranks over gloo, at ZeRO-1 and 3, in chunks, with accumulation and a growing k; each rank is also
+replayed alone, all of them side by side as the real ones ran. `differences` are calls that are not the same: an
+operator, the shapes of its tensors, the values of its indices, a collective. `memory_error` is the largest relative
+difference of the allocator's peak in a step, `time_error` the largest over the ranks of the median over the steps of
+the main thread's time in this rank's own work. Then runs that differ in k, tables, text or placement are replayed,
+which must show. `--steps` and `--cases` make it shorter.
+
+`seconds_512`: one of 512 ranks at the published size of SMoE-Dropout with 64 experts, in expert groups of 64: the place
+with most rows found and replayed. `--places N`: the certificate's memory against a replay at N random places of a run
+on 64 ranks. Both are left out with `--compare-only`.
+"""
+
+import argparse
+import random
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.bench_replay.calls import differing
+from benchmarks.bench_replay.compare import WAYS, case_of, compare, planted, replay_beside_each_other
+from benchmarks.bench_replay.large import memory_errors, one_of_512
+from benchmarks.harness import environment, positive, print_result, print_table
+
+
+def _text(folder: Path) -> Path:
+    path = folder / "text"
+    path.write_bytes((np.random.default_rng(0).random(400_000) ** 2 * 64).astype(np.uint8).tobytes())
+    return path
+
+
+def _compare(text: Path, steps: int, cases: int) -> tuple[int, float, float]:
+    rows, differences, memory_error, time_error = [], 0, 0.0, 0.0
+    for ways in WAYS[:cases]:
+        for rank, found in enumerate(compare(case_of(ways, text, text.parent / "cache", steps))):
+            errors = f"{found.memory_error:.3%}", f"{found.time_error:+.1%}"
+            rows.append([str(ways), rank, f"{found.calls:,}", found.differences, *errors])
+            differences += found.differences
+            memory_error = max(memory_error, found.memory_error)
+            time_error = max(time_error, abs(found.time_error))
+    print_table(["run", "rank", "calls", "differences", "memory", "time"], rows)
+    return differences, memory_error, time_error
+
+
+def _planted(text: Path) -> None:
+    case = case_of(WAYS[0], text, text.parent / "cache", 3)
+    (before,) = replay_beside_each_other(case, [0])
+    rows = []
+    for name, layout, rank in planted(case, 0):
+        (after,) = replay_beside_each_other(replace(case, layout=layout), [rank])
+        number = sum(differing(a, b) for a, b in zip(after.calls, before.calls, strict=True))
+        rows.append([name, f"{number:,}"])
+        if number == 0:
+            raise RuntimeError(f"another {name} does not show")
+    print_table(["planted change", "calls that differ"], rows)
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=positive, default=100, help="steps that are compared")
+    parser.add_argument("--cases", type=positive, default=len(WAYS), help="compare only the first so many runs")
+    parser.add_argument("--places", type=positive, default=20, help="random places of a run on 64 ranks")
+    parser.add_argument("--compare-only", action="store_true", help="leave the 512 and the 64 ranks out")
+    args = parser.parse_args()
+    print(environment())
+    with tempfile.TemporaryDirectory() as folder:
+        text = _text(Path(folder))
+        differences, memory_error, time_error = _compare(text, args.steps, args.cases)
+        _planted(text)
+        figures = {"differences": differences, "memory_error": memory_error, "time_error": time_error}
+        if not args.compare_only:
+            begin = time.perf_counter()
+            large = one_of_512(text)
+            held = f"{large.apart.process_bytes / 2**30:.2f} GiB"
+            print(f"512 ranks: place found in {large.found_s:.0f} s, replayed in {large.apart.seconds:.0f} s, {held}")
+            figures["seconds_512"] = time.perf_counter() - begin
+            errors = memory_errors(text, args.places, random.Random(0))
+            middle, most = statistics.median(map(abs, errors)), max(map(abs, errors))
+            print(
+                f"64 ranks, {len(errors)} random places: certificate's memory off by {middle:.1%}, at most {most:.1%}"
+            )
+    print_result(figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Every call of a step as text: PyTorch's operators with the shapes of their tensors, and the collectives.
+
+Numbers of a replayed rank are not those of the run, so floats are left out. Indices are the plan itself: of tensors of
+whole numbers a digest of the values is part of the call. What runs inside a collective is the group's own and no part.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_COLLECTIVES = (
+    "all_reduce",
+    "reduce",
+    "broadcast",
+    "barrier",
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_single",
+    "reduce_scatter_tensor",
+    "reduce_scatter_single",
+    "reduce_scatter",
+    "all_to_all_single",
+)
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool)
+
+
+class Calls(TorchDispatchMode):
+    """Lists the calls of this thread while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self._entered = self._inside = False
+
+    def __enter__(self) -> "Calls":
+        self.found, self._entered = [], True
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered = False
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not self._inside:
+            name, at_birth = str(func), "empty" in str(func)  # whose values are whatever was there
+            self.found.append(f"{name}({_text(args)}{_text(kwargs)}) {_text(result, values=not at_birth)}")
+        return result
+
+    @contextmanager
+    def collectives(self) -> Iterator[None]:
+        """List collectives too, in the block; enter it before DeepSpeed starts."""
+        with mock.patch.multiple(dist, **{name: self._listed(getattr(dist, name)) for name in _COLLECTIVES}):
+            yield
+
+    def _listed(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def listed(*args: Any, **kwargs: Any) -> Any:
+            if not self._entered or self._inside:
+                return call(*args, **kwargs)
+            group = kwargs.get("group")
+            ranks = "" if isinstance(group, str) else f" of {dist.get_world_size(group)}"
+            self.found.append(f"{call.__name__}({_text(args, values=False)}{_text(kwargs, values=False)}){ranks}")
+            self._inside = True
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self._inside = False
+
+        return listed
+
+
+def _text(value: Any, *, values: bool = True) -> str:
+    if isinstance(value, Tensor):
+        shape = f"{value.dtype}{list(value.shape)}{list(value.stride())}"
+        if not values or value.dtype not in _WHOLE or value.device.type != "cpu":
+            return shape
+        raw = value.detach().contiguous().numpy().tobytes()
+        return f"{shape}:{hashlib.blake2b(raw, digest_size=6).hexdigest()}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(_text(item, values=values) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{name}={_text(item, values=values)}" for name, item in value.items()) + "}"
+    return str(value) if isinstance(value, int | str | torch.dtype) else ""
+
+
+def differing(found: list[str], expected: list[str]) -> int:
+    """Count the places at which two lists of calls differ, and those that only one of them has."""
+    both = zip(found, expected, strict=False)
+    return sum(a != b for a, b in both) + abs(len(found) - len(expected))
