@@ -72,7 +72,7 @@ class AnsweringGroup(dist.ProcessGroup):
         with _answering():
             for tensor in tensors:
                 self._sum(tensor, opts)
-        return _done(tensors)
+        return _done(*tensors)
 
     def reduce(self, tensors: Sequence[Tensor], opts: Any = None) -> Any:
         """Add up, as allreduce does: a rank that is not the root has no use for the result."""
@@ -80,11 +80,11 @@ class AnsweringGroup(dist.ProcessGroup):
 
     def broadcast(self, tensors: Sequence[Tensor], opts: Any = None) -> Any:
         """Keep what is there: all ranks of a run begin with the same numbers."""
-        return _done(tensors)
+        return _done(*tensors)
 
     def barrier(self, opts: Any = None) -> Any:
         """Return at once."""
-        return _done([])
+        return _done()
 
     def allgather(self, got: Sequence[Sequence[Tensor]], sent: Sequence[Tensor], opts: Any = None) -> Any:
         """Gather [..] of each rank into P tensors of the same shape."""
@@ -94,7 +94,7 @@ class AnsweringGroup(dist.ProcessGroup):
                 for part in parts:
                     if part.data_ptr() != own.data_ptr():
                         part.copy_(own)
-        return _done(got[0])
+        return _done(*got[0], *sent)
 
     def all_gather_single(self, got: Tensor, sent: Tensor, opts: Any = None) -> Any:
         """Gather n numbers of each rank into P * n."""
@@ -106,7 +106,7 @@ class AnsweringGroup(dist.ProcessGroup):
             if self._fills or not part:
                 got_Pn[: self._rank].copy_(sent.view(1, -1))
                 got_Pn[self._rank + 1 :].copy_(sent.view(1, -1))
-        return _done([got])
+        return _done(got, sent)
 
     def reduce_scatter_single(self, got: Tensor, sent: Tensor, opts: Any = None) -> Any:
         """Add up P * n numbers of each rank and keep the n of this one."""
@@ -114,7 +114,7 @@ class AnsweringGroup(dist.ProcessGroup):
             _as_gloo(sent, 1)
             got.view(-1).copy_(sent.reshape(self._size, -1)[self._rank])
             self._sum(got, opts)
-        return _done([got])
+        return _done(got, sent)
 
     def all_to_all_single(
         self, got: Tensor, sent: Tensor, got_splits: Sequence[int], sent_splits: Sequence[int], opts: Any = None
@@ -123,7 +123,7 @@ class AnsweringGroup(dist.ProcessGroup):
         with _answering():
             rows = got.shape[0] // self._size
             fill(got, sent, got_splits or [rows] * self._size, sent_splits or [rows] * self._size, self._rank)
-        return _done([got])
+        return _done(got, sent)
 
     # as torch before 2.13 calls them
     _allgather_base = all_gather_single
@@ -169,9 +169,10 @@ def _is_part(part: Tensor, whole: Tensor) -> bool:
     return part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
 
 
-def _done(result: Any) -> Any:
-    future: torch.futures.Future[Any] = torch.futures.Future()
-    future.set_result(result)
+def _done(*tensors: Tensor) -> Any:
+    """Return a finished collective, which keeps its tensors for as long as it is kept, as gloo's and NCCL's do."""
+    future: torch.futures.Future[list[Tensor]] = torch.futures.Future()
+    future.set_result(list(tensors))
     return torch._C._distributed_c10d._create_work_from_future(future)
 
 
