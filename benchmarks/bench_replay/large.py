@@ -2,6 +2,7 @@
 
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,14 +91,17 @@ def memory_errors(text: Path, number: int, draw: random.Random) -> list[float]:
     layout = _layout(text, config, 64)
     corpus = prepare(layout.config.corpus, lambda _: None)
     routers = build_routers(layout.config, corpus) or []
-    errors = []
-    for _ in range(number):
-        place = Place(draw.randrange(config.train.steps), draw.randrange(64))
+
+    def error(place: Place) -> float:
         expected = expected_at(layout, corpus.split(Split.train), routers, place, vocab=corpus.vocab.size, gpu=False)
         (held,) = replay_apart(layout, place.rank, StepPlan([place.step], rounds=0)).rank.held
-        errors.append(expected.memory.peak_bytes / held.most - 1)
-        print(f"rank {place.rank}, step {place.step + 1}: {held.most:,} bytes, {errors[-1]:+.2%}", flush=True)
-    return errors
+        found = expected.memory.peak_bytes / held.most - 1
+        print(f"rank {place.rank}, step {place.step + 1}: {held.most:,} bytes, {found:+.2%}", flush=True)
+        return found
+
+    places = [Place(draw.randrange(config.train.steps), draw.randrange(64)) for _ in range(number)]
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(error, places))
 
 
 def _repeated(text: Path, size: int) -> Path:

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
 
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.tracing import span
@@ -36,7 +37,10 @@ ANSWER = "answer"
 _FOUND = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # where DeepSpeed looks for a place
 
 
-class AnsweringGroup(dist.ProcessGroup):
+_Group: Any = dist.ProcessGroup  # whose methods have several signatures, of which torch.distributed uses one
+
+
+class AnsweringGroup(_Group):  # type: ignore[misc]
     """A group whose other ranks answer at once.
 
     Its methods have the names by which torch.distributed calls a group.
@@ -173,7 +177,7 @@ def _done(*tensors: Tensor) -> Any:
     """Return a finished collective, which keeps its tensors for as long as it is kept, as gloo's and NCCL's do."""
     future: torch.futures.Future[list[Tensor]] = torch.futures.Future()
     future.set_result(list(tensors))
-    return torch._C._distributed_c10d._create_work_from_future(future)
+    return _create_work_from_future(future)
 
 
 @dataclass(slots=True)

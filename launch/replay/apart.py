@@ -41,12 +41,9 @@ def replay_apart(layout: Layout, rank: int, plan: StepPlan) -> Apart:
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(there, layout, rank, plan), daemon=True)
-    before = {name: os.environ.get(name) for name in _QUIET}
-    os.environ |= {name: os.environ.get(name, value) for name, value in _QUIET.items()}
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     process.start()
-    for name, value in before.items():
-        if value is None:
-            del os.environ[name]
     there.close()
     try:
         kind, found = here.recv()
