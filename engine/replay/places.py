@@ -9,7 +9,7 @@ Letters: s distinct steps, y layers, m micro-batches, r ranks of the run.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -154,9 +154,9 @@ class Expected:
     """The certificate of one place."""
 
     k: int
-    received_ym: NDArray[np.int64]
-    computed_ym: NDArray[np.int64]
-    bytes_y: NDArray[np.int64]
+    received_ym: NDArray[np.integer[Any]]
+    computed_ym: NDArray[np.integer[Any]]
+    bytes_y: NDArray[np.integer[Any]]
     memory: Memory  # of a rank with these rows
     counts: StepCounts  # of all ranks
 

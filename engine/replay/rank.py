@@ -10,7 +10,7 @@ Letters: y layers, m micro-batches of a step, P ranks of the expert group.
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
@@ -327,13 +327,13 @@ class _DeviceMoments:
         self.peak_bytes: dict[str, int] = {}
         torch.cuda.reset_peak_memory_stats(device)
 
-    def forward(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def forward(self) -> Iterator[None]:
         """End what comes before a forward pass, and the pass itself."""
-        stack = ExitStack()
         if self.peak_bytes:
             self.end("backward")
-        stack.callback(self.end, "forward")
-        return stack
+        yield
+        self.end("forward")
 
     def compare(self, step: int) -> None:
         """End the last backward pass."""
