@@ -110,20 +110,27 @@ class _Run:
     routers: Sequence[PlannedRouter]
     gpu: bool  # memory is predicted for a GPU
 
-    def places(self, layout: Layout | None = None) -> list[Chosen]:
-        """Count the named steps and choose places among the named ranks."""
-        args, corpus, layout = self.args, self.corpus, layout or self.layout
-        ranks = [int(args.rank)] if args.rank.isdecimal() else None
-        found = Places(layout, corpus.vocab.size, self.gpu, ranks)
+    def counted(self, layout: Layout) -> list[Chosen]:
+        """Count the named steps and choose places among the named ranks, for all reasons."""
+        args, corpus = self.args, self.corpus
+        found = Places(layout, corpus.vocab.size, self.gpu, self._ranks)
         starts = corpus.document_starts(Split.train)
         for counts in replay(layout, corpus.split(Split.train), self.routers, args.given_steps, starts):
             found.add(counts)
-        chosen = found.choose()
+        return found.choose()
+
+    def places(self) -> list[Chosen]:
+        """Return the places that were asked for."""
+        args, chosen = self.args, self.counted(self.layout)
         if MEDIAN in (args.rank, args.step):
             chosen = [place for place in chosen if MEDIAN in place.why]
-        if ranks is not None and len(args.given_steps) == 1:
+        if self._ranks is not None and len(args.given_steps) == 1:
             chosen = [Chosen("as asked", chosen[0].place)]
         return chosen
+
+    @property
+    def _ranks(self) -> list[int] | None:
+        return [int(self.args.rank)] if self.args.rank.isdecimal() else None
 
     def outcome(self, chosen: Chosen) -> Outcome:
         """Run a place."""
@@ -214,7 +221,7 @@ def _find_batch(run: _Run) -> int:
     def fits(streams: int) -> bool:
         layout = with_streams(run.layout, streams)
         try:
-            chosen = next(place for place in run.places(layout) if "most memory" in place.why)
+            chosen = next(place for place in run.counted(layout) if "most memory" in place.why)
         except UserError as error:
             print(f"{streams} streams: {error}")
             return False
