@@ -59,6 +59,8 @@ class ReplayArgs(OnRanks):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        rows = self.ngram_tables.rows
+        require(rows == 0, f"ngram_tables.rows={rows}: must be 0, since nobody here has the rows of the other ranks")
         if self.rank.isdecimal():
             require(int(self.rank) < self.world_size, f"rank={self.rank}: must be below world_size={self.world_size}")
         else:

@@ -117,13 +117,13 @@ def peak_memory_at(
 
 
 def memory_of_rows(layout: Layout, vocab_size: int, k: int, rows: Rows, *, gpu: bool) -> Memory:
-    """Predict the memory of a rank that has these rows in a step, at k active experts.
+    """Predict the memory of a rank that has these rows in a step, at k active experts, without n-gram tables.
 
     Args:
         gpu: count for a GPU and the Triton kernels, otherwise for a CPU.
     """
     sizes = Sizes(layout, vocab_size, layout.streams, k, gpu)
-    return _peak(sizes, rows, count_parameters(layout, vocab_size))
+    return _peak(sizes, rows, count_parameters(layout, vocab_size), TableMemory(sizes, None))
 
 
 def largest_number(fits: Callable[[int], bool]) -> int:
