@@ -5,6 +5,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.counts.placement import Placement
@@ -32,10 +33,15 @@ from foreroute.engine.replay.rank import StepPlan
 from foreroute.launch.replay.apart import Apart, replay_apart
 
 
-def _layout(text: Path, config: Config, world: int) -> Layout:
-    corpus = CorpusConfig(name=Corpus.file, path=str(text), cache_dir=str(text.parent / "cache"))
-    config.corpus = corpus
-    return Layout(config, Placement(world, config.parallel.expert_ranks, 8))
+def _layout(text: Path, world: int, group: int, **sections: Any) -> Layout:
+    config = Config(
+        corpus=CorpusConfig(name=Corpus.file, path=str(text), cache_dir=str(text.parent / "cache")),
+        parallel=ParallelConfig(expert_ranks=group),
+        kernels=KernelsConfig(backend=Backend.cpu, masked_from_k=65),
+        eval=EvalConfig(k=[1]),
+        **sections,
+    )
+    return Layout(config, Placement(world, group, 8))
 
 
 @dataclass(frozen=True)
@@ -52,17 +58,16 @@ def one_of_512(text: Path) -> Large:
 
     One stream of 512 on each rank, 64 experts of 512 hidden units, one of them on each rank of a group; k from 4 to 8.
     """
-    config = Config(
+    layout = _layout(
+        _repeated(text, 512 * 513 * 12),
+        512,
+        64,
         data=DataConfig(streams=512, segment=512),
         model=ModelConfig(layers=4, width=256, heads=8, head_width=64, memory=512, dropout=0.1),
         moe=MoEConfig(experts=64, expert_width=512),
         schedule=ScheduleConfig(growth=Growth.linear, k_min=4, k_max=8),
         train=TrainConfig(steps=200, zero_stage=1, threads=1),
-        parallel=ParallelConfig(expert_ranks=64),
-        kernels=KernelsConfig(backend=Backend.cpu, masked_from_k=65),
-        eval=EvalConfig(k=[1]),
     )
-    layout = _layout(_repeated(text, 512 * 513 * 12), config, 512)
     begin = time.perf_counter()
     corpus = prepare(layout.config.corpus, lambda _: None)
     routers = build_routers(layout.config, corpus) or []
@@ -78,17 +83,16 @@ def one_of_512(text: Path) -> Large:
 def memory_errors(text: Path, number: int, draw: random.Random) -> list[float]:
     """Compare the certificate's memory with a replay's at random places of a run on 64 ranks; return the relative
     errors."""
-    config = Config(
+    layout = _layout(
+        text,
+        64,
+        16,
         data=DataConfig(streams=128, segment=128),
         model=ModelConfig(layers=2, width=128, heads=4, head_width=32, memory=128),
         moe=MoEConfig(experts=64, expert_width=256, ngram=2, rows=4096),
         schedule=ScheduleConfig(growth=Growth.linear, k_min=2, k_max=6),
         train=TrainConfig(steps=20, zero_stage=1, threads=1),
-        parallel=ParallelConfig(expert_ranks=16),
-        kernels=KernelsConfig(backend=Backend.cpu, masked_from_k=65),
-        eval=EvalConfig(k=[1]),
     )
-    layout = _layout(text, config, 64)
     corpus = prepare(layout.config.corpus, lambda _: None)
     routers = build_routers(layout.config, corpus) or []
 
@@ -99,7 +103,7 @@ def memory_errors(text: Path, number: int, draw: random.Random) -> list[float]:
         print(f"rank {place.rank}, step {place.step + 1}: {held.most:,} bytes, {found:+.2%}", flush=True)
         return found
 
-    places = [Place(draw.randrange(config.train.steps), draw.randrange(64)) for _ in range(number)]
+    places = [Place(draw.randrange(layout.config.train.steps), draw.randrange(64)) for _ in range(number)]
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(error, places))
 

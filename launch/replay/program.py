@@ -65,8 +65,7 @@ class ReplayArgs(OnRanks):
             require(int(self.rank) < self.world_size, f"rank={self.rank}: must be below world_size={self.world_size}")
         else:
             require(self.rank in (WORST, MEDIAN), f"rank={self.rank}: must be a number, {WORST} or {MEDIAN}")
-        if self.step not in (WORST, MEDIAN):
-            _, _ = self.given_steps[0], self.given_steps[-1]
+        _ = self.given_steps  # refuses a wrong step
         require(self.find in (None, "batch"), f"find={self.find}: must be batch")
         require(
             self.find is None or self.device_memory_bytes is not None or torch.cuda.is_available(),
