@@ -1,4 +1,4 @@
-"""What a table costs a small model in training, for benchmarks/bench_memory: host memory, and numbers of rows.
+"""Measure a table in the training of a small model, for benchmarks/bench_memory: host memory, and numbers of rows.
 
 A run is one process of benchmarks/models/step_rank.py on one rank.
 """
@@ -42,11 +42,11 @@ class HostFigures(NamedTuple):
     equals_device: bool
 
 
-def case(text: str | None, rows: int, steps: int, **table: Any) -> Config:
-    """Return a run of the study's size with a table of about so many rows in all."""
+def case(text: str | None, rows: int, steps: int, **table: Any) -> dict[str, Any]:
+    """Return the plain options of a run of the study's size with a table of about so many rows in all."""
     found = text or Path(os.environ.get("FOREROUTE_DATA", "")) / PREFIX
     known = Path(found).exists()
-    return Config(
+    config = Config(
         corpus=CorpusConfig(Corpus.file, str(found)) if known else CorpusConfig(),
         data=DataConfig(streams=16, segment=64),
         model=MODEL,
@@ -57,13 +57,15 @@ def case(text: str | None, rows: int, steps: int, **table: Any) -> Config:
         train=TrainConfig(steps=steps, valid_every=0, save_every=0),
         eval=EvalConfig(k=[1]),
     )
+    plain: dict[str, Any] = to_plain(config)
+    return plain
 
 
-def run(config: Config) -> Steps:
+def run(plain: dict[str, Any]) -> Steps:
     """Train in a process of its own; return the metrics of each step."""
     with tempfile.TemporaryDirectory() as folder:
         cases = Path(folder) / "cases.json"
-        cases.write_text(json.dumps([to_plain(config)]))
+        cases.write_text(json.dumps([plain]))
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks.models.step_rank", str(cases), folder],
             env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
