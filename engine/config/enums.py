@@ -152,7 +152,7 @@ class WireFormat(Enum):
 
 
 class NgramEntry(Enum):
-    """How the rows of an n-gram table enter a layer (engine/ngram_tables/entries.py)."""
+    """How the rows of an n-gram table enter a layer."""
 
     add = "add"  # to its input
     gate = "gate"  # to its input, by Engram's gate and short convolution

@@ -13,9 +13,10 @@ _MOST_ROWS = 1 << 31  # of a table: the hosts tell each other 32-bit numbers
 
 @dataclass
 class NgramTablesConfig:
-    """Tables of learned vectors for n-grams; each rank holds a part of the rows, and only rows that a step reads move.
+    """Learned vectors of n-grams, whose rows all ranks share out.
 
-    Each place that reads a table has one of its own: the input, or each layer of `layers`.
+    Only rows that a step reads move. Each place that reads a table has one of its own: the input, or each layer of
+    `layers`.
     """
 
     rows: int = option(

@@ -104,7 +104,9 @@ class Block(nn.Module):
             counts.append(found.count_E[None])
         return x_BQD, join_counts(counts)
 
-    def _attend(self, x_BQD: Tensor, memory_BMD: Tensor, shared: SharedAttention, value_BSI: Tensor | None) -> Tensor:
+    def _attend(
+        self, x_BQD: Tensor, memory_BMD: Tensor, shared: SharedAttention, value_BSI: Tensor | None = None
+    ) -> Tensor:
         context_BSD = torch.cat((memory_BMD, x_BQD), dim=1)
         if self.pre_norm:
             context_BSD = self.attention_norm(context_BSD)

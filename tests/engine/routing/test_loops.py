@@ -71,4 +71,5 @@ def test_code_is_compiled_also_where_it_cannot_be_kept(writable, monkeypatch):
 
     monkeypatch.setattr(loops, "njit", njit)
     assert loops.compiled(max) is max
-    assert asked == [{"nogil": True, "cache": True}] + [{"nogil": True}] * (not writable)
+    options = {"nogil": True, "error_model": "python"}
+    assert asked == [options | {"cache": True}] + [options] * (not writable)

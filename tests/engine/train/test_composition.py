@@ -458,6 +458,7 @@ def faults(cell: Cell, got: Any, want: Any) -> list[str]:
         found.append(f"losses {got.losses}, norms {got.norms}")
         return found
     exact = cell.ranks == 1 and not cell.bf16 and reference(cell).accumulation == cell.accumulation
+    exact = exact and not (cell.stage == 3 and "n-gram tables" in cell.kind)  # DeepSpeed's linear adds its bias apart
     for step in steps:
         bound = 0 if exact else 0.03 if cell.bf16 else 1e-6
         if not abs(got.losses[step + 1] - want.losses[step + 1]) <= bound * want.losses[step + 1]:

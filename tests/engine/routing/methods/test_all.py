@@ -13,7 +13,7 @@ from foreroute.engine.routing.methods import method_of
 ROOT = Path(__file__).resolve().parents[4]
 METHODS = [name for name in router_names() if name != DENSE]
 ALLOWED = {"torch", "numpy"}  # of a reference, besides the standard library
-STANDARD = {"collections", "dataclasses", "fractions", "functools", "itertools", "math", "typing"}
+STANDARD = {"collections", "dataclasses", "fractions", "functools", "itertools", "math", "typing", "unicodedata"}
 
 
 def imports(source):
