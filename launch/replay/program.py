@@ -233,11 +233,11 @@ def _find_batch(run: _Run) -> int:
             print(f"{streams} streams: rank {rank}, step {step + 1}: {error}")
             return False
         most = max(one.most for one in held)
-        print(f"{streams} streams: rank {rank}, step {step + 1}: {most / 1e9:.3f} GB at the peak", flush=True)
+        print(f"{streams} streams: rank {rank}, step {step + 1}: {most / 1e9:.4g} GB at the peak", flush=True)
         return most <= allowed
 
     found = largest_batch(fits, run.layout.streams)
-    print(f"at most {found} streams of a rank in a micro-batch fit into {allowed / 1e9:.3f} GB")
+    print(f"at most {found} streams of a rank in a micro-batch fit into {allowed / 1e9:.4g} GB")
     return 0
 
 
