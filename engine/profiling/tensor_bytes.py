@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch._C._profiler import _EventType
 
+from foreroute.engine.data.loader import Batches
 from foreroute.engine.data.planned_batches import PlannedBatch
 from foreroute.engine.nested import tensors_in
 
@@ -119,3 +120,16 @@ class PlanBytes:
     def _drop(self, number: int, held: int) -> None:
         self._held -= held
         del self._addresses[number]
+
+
+class CountedBatches(NamedTuple):
+    """Batches whose plans are counted."""
+
+    batches: Batches
+    plans: PlanBytes
+
+    def planned(self, step: int, micro: int) -> PlannedBatch:
+        """Return a micro-batch with its plans."""
+        found = self.batches.planned(step, micro)
+        self.plans.add(found)
+        return found

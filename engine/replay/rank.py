@@ -24,7 +24,6 @@ from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.config import PeerIds
 from foreroute.engine.data.corpus import PreparedCorpus
 from foreroute.engine.data.loader import PlannedLoader
-from foreroute.engine.data.planned_batches import PlannedBatch, TrainingBatches
 from foreroute.engine.metrics.step_result import LaunchedStep
 from foreroute.engine.metrics.timers import StepTimes
 from foreroute.engine.model.build import build_routers
@@ -32,7 +31,7 @@ from foreroute.engine.optim.lone_rank import agreeing_with_itself, fill_padding
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.parallel.world import World
 from foreroute.engine.profiling.profiler import QUIET
-from foreroute.engine.profiling.tensor_bytes import PlanBytes, blocks, peaks, storages
+from foreroute.engine.profiling.tensor_bytes import CountedBatches, PlanBytes, blocks, peaks, storages
 from foreroute.engine.profiling.trace_summary import MAIN, nest
 from foreroute.engine.replay.answers import ANSWER, alone_as, spent
 from foreroute.engine.tracing import Recorder, record_into, span
@@ -147,19 +146,6 @@ class _Silent:
         """Show nothing."""
 
 
-class _CountedBatches(NamedTuple):
-    """Batches whose plans are counted."""
-
-    batches: TrainingBatches
-    plans: PlanBytes
-
-    def planned(self, step: int, micro: int) -> PlannedBatch:
-        """Return a micro-batch with its plans."""
-        found = self.batches.planned(step, micro)
-        self.plans.add(found)
-        return found
-
-
 class RankSteps:
     """Steps of one rank, measured; the other ranks may be there or answer alone.
 
@@ -179,7 +165,7 @@ class RankSteps:
         """Plan the batches of these steps, in this order, until the block ends."""
         config = self.trainer.config
         loader = PlannedLoader(
-            _CountedBatches(self.trainer.batches, self._plans),
+            CountedBatches(self.trainer.batches, self._plans),
             steps=steps,
             accumulation=config.train.accumulation,
             prefetch=config.data.prefetch,

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.data.loader import PlannedLoader
-from foreroute.engine.data.planned_batches import PlannedBatch, TrainingBatches
+from foreroute.engine.data.planned_batches import TrainingBatches
 from foreroute.engine.metrics.step_meter import StepMeter
 from foreroute.engine.model.build import build_model
 from foreroute.engine.model.transformer_xl import Memory
@@ -33,7 +33,7 @@ from foreroute.engine.optim import deepspeed_engine as adapter
 from foreroute.engine.parallel.cpu_group import CpuGroup, GlooGroup
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.parallel.world import World
-from foreroute.engine.profiling.tensor_bytes import PlanBytes, blocks, peaks
+from foreroute.engine.profiling.tensor_bytes import CountedBatches, PlanBytes, blocks, peaks
 from foreroute.engine.routing.planned.hashed import HashedRouter
 from foreroute.engine.train.step import train_step
 
@@ -115,7 +115,7 @@ def train(
             planning=CpuGroup() if mesh.world == 1 else GlooGroup(dist.new_group()),
         )
         loader = PlannedLoader(
-            _CountedBatches(batches, plans),
+            CountedBatches(batches, plans),
             steps=range(config.train.steps),
             accumulation=config.train.accumulation,
             prefetch=config.data.prefetch,
@@ -130,16 +130,3 @@ def train(
                 ).read()
         loader.close()
     return held.peak_bytes + plans.peak_bytes if counted else 0
-
-
-class _CountedBatches(NamedTuple):
-    """Batches whose plans are counted."""
-
-    batches: TrainingBatches
-    plans: PlanBytes
-
-    def planned(self, step: int, micro: int) -> PlannedBatch:
-        """Return a micro-batch with its plans."""
-        found = self.batches.planned(step, micro)
-        self.plans.add(found)
-        return found

@@ -8,7 +8,7 @@ figures and writes replay.html and replay.json, measured numbers beside those th
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import torch
 
 from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.counts.replay import replay
+from foreroute.engine.certificate.memory.peak import largest_number
 from foreroute.engine.certificate.memory.sizes import runs_on_gpu
 from foreroute.engine.certificate.time.step_time import StepModel
 from foreroute.engine.config import Split
@@ -236,23 +237,9 @@ def _find_batch(run: _Run) -> int:
         print(f"{streams} streams: rank {rank}, step {step + 1}: {most / 1e9:.4g} GB at the peak", flush=True)
         return most <= allowed
 
-    found = largest_batch(fits, run.layout.streams)
+    found = largest_number(fits, run.layout.streams)  # a question is a run
     print(f"at most {found} streams of a rank in a micro-batch fit into {allowed / 1e9:.4g} GB")
     return 0
-
-
-def largest_batch(fits: Callable[[int], bool], first: int) -> int:
-    """Return the largest number for which `fits` is true, 0 if it is false for 1; above it `fits` must be false.
-
-    Begins at `first` and doubles or halves, since a question is a run.
-    """
-    low, high = 0, first
-    while fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
 
 
 def main() -> None:

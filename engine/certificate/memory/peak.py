@@ -126,11 +126,12 @@ def memory_of_rows(layout: Layout, vocab_size: int, k: int, rows: Rows, *, gpu: 
     return _peak(sizes, rows, count_parameters(layout, vocab_size), TableMemory(sizes, None))
 
 
-def largest_number(fits: Callable[[int], bool]) -> int:
-    """Return the largest number for which `fits` is true, 0 if it is false for 1; above it `fits` must be false."""
-    if not fits(1):
-        return 0
-    low, high = 1, 2
+def largest_number(fits: Callable[[int], bool], first: int = 1) -> int:
+    """Return the largest number for which `fits` is true, 0 if it is false for 1; above it `fits` must be false.
+
+    Begins at `first` and doubles or halves; asks about no number twice.
+    """
+    low, high = 0, first
     while fits(high):
         low, high = high, 2 * high
     while high - low > 1:

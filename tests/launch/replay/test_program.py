@@ -1,23 +1,8 @@
-"""`launch.replay` as a person starts it, and the search for a batch."""
+"""`launch.replay` as a person starts it."""
 
 import json
 
 import pytest
-
-from foreroute.launch.replay.program import largest_batch
-
-
-@pytest.mark.parametrize("most", [0, 1, 2, 3, 5, 8, 13])
-@pytest.mark.parametrize("first", [1, 2, 8])
-def test_the_largest_batch_is_found(most, first):
-    asked = []
-
-    def fits(streams):
-        asked.append(streams)
-        return streams <= most
-
-    assert largest_batch(fits, first) == most
-    assert len(asked) == len(set(asked)) and 0 not in asked
 
 
 def options(tmp_path, *more):

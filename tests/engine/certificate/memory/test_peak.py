@@ -191,6 +191,19 @@ def test_largest_number(most):
     assert largest_number(lambda number: number <= most) == most
 
 
+@pytest.mark.parametrize("most", [0, 1, 2, 3, 5, 8, 13])
+@pytest.mark.parametrize("first", [1, 2, 8])
+def test_largest_number_asks_no_question_twice(most, first):
+    asked = []
+
+    def fits(streams):
+        asked.append(streams)
+        return streams <= most
+
+    assert largest_number(fits, first) == most
+    assert len(asked) == len(set(asked)) and 0 not in asked
+
+
 def test_rows_at_other_micro_batches_are_never_below_the_truth():
     """The same streams of a step in fewer micro-batches, or more."""
     shapes = {"data": {"streams": 16}, "parallel": {"expert_ranks": 2}}
