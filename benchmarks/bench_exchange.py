@@ -19,13 +19,12 @@ that it takes are the slow link's.
 """
 
 import argparse
-import json
-import sys
 from contextlib import AbstractContextManager
 from typing import Any
 
 from benchmarks.harness import environment, positive, print_result, print_table
 from benchmarks.harness.against import parse
+from benchmarks.harness.ranks import run_measuring
 from benchmarks.machines.cluster import Cluster, one_node, two_nodes, why_not
 from benchmarks.models.traffic import KINDS
 from benchmarks.systems.exchange_problem import (
@@ -56,13 +55,7 @@ def run(cluster: Cluster, systems: list[str], args: argparse.Namespace) -> Figur
     per_node = RANKS // len(cluster.nodes)
     arguments = ["-m", "benchmarks.systems.exchange_rank", "--rounds", str(args.rounds), "--per-node", str(per_node)]
     arguments += ["--quick"] * args.quick + ["--systems", *systems]
-    done = cluster.run_ranks(
-        arguments, per_node=per_node, seconds=LIMIT_S, env={"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    )
-    for rank, process in enumerate(done):
-        if process.code != 0:
-            sys.exit(f"bench_exchange: rank {rank} ended with {process.code}:\n{process.err[-2000:]}")
-    found: Figures = json.loads(done[0].out.splitlines()[-1])
+    found: Figures = run_measuring(cluster, "bench_exchange", arguments, ranks=RANKS, seconds=LIMIT_S)
     return found
 
 

@@ -13,13 +13,12 @@ rounds. It needs `make hf`.
 """
 
 import argparse
-import json
-import sys
 from contextlib import AbstractContextManager
 from typing import Any
 
 from benchmarks.harness import environment, positive, print_result, print_table
 from benchmarks.harness.against import parse
+from benchmarks.harness.ranks import run_measuring
 from benchmarks.machines.cluster import Cluster, one_node, two_nodes, why_not
 
 RANKS, LIMIT_S = 4, 1500
@@ -34,17 +33,10 @@ Figures = dict[str, dict[str, float | None]]
 
 def run(cluster: Cluster, args: argparse.Namespace) -> Figures:
     """Run the systems on 4 ranks of a cluster."""
-    per_node = RANKS // len(cluster.nodes)
     names = [name for name in SYSTEMS if name == "live" or name in args.systems]
     arguments = ["-m", "benchmarks.bench_hugging_face.rank", "--rounds", str(args.rounds)]
     arguments += ["--quick"] * args.quick + ["--systems", *names]
-    done = cluster.run_ranks(
-        arguments, per_node=per_node, seconds=LIMIT_S, env={"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    )
-    for rank, process in enumerate(done):
-        if process.code != 0:
-            sys.exit(f"bench_hugging_face: rank {rank} ended with {process.code}:\n{process.err[-2000:]}")
-    found: Figures = json.loads(done[0].out.splitlines()[-1])
+    found: Figures = run_measuring(cluster, "bench_hugging_face", arguments, ranks=RANKS, seconds=LIMIT_S)
     return found
 
 

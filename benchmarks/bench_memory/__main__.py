@@ -19,8 +19,6 @@ Python's own sources where there is none. Times are of the fastest round, on the
 
 import argparse
 import importlib.util
-import json
-import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -30,6 +28,7 @@ from benchmarks.bench_memory.systems import SYSTEMS
 from benchmarks.bench_memory.training import host_figures, rows_flatness
 from benchmarks.harness import environment, positive, print_result, print_table
 from benchmarks.harness.against import parse
+from benchmarks.harness.ranks import run_measuring
 from benchmarks.machines.cluster import Cluster, one_node, two_nodes, why_not
 
 RANKS, SIMULATED = 4, 8
@@ -69,17 +68,10 @@ def show_bytes(path: str | None) -> dict[str, float]:
 
 def run(cluster: Cluster, tables: list[Table], systems: list[str], args: argparse.Namespace) -> Figures:
     """Time systems on 4 ranks of a cluster."""
-    per_node = RANKS // len(cluster.nodes)
     arguments = ["-m", "benchmarks.bench_memory.rank", "--rounds", str(args.rounds), "--systems", *systems]
     arguments += ["--tables", *(",".join(map(str, table)) for table in tables), "--texts", *TEXTS]
     arguments += [] if args.text is None else ["--text", args.text]
-    done = cluster.run_ranks(
-        arguments, per_node=per_node, seconds=LIMIT_S, env={"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    )
-    for rank, process in enumerate(done):
-        if process.code != 0:
-            sys.exit(f"bench_memory: rank {rank} ended with {process.code}:\n{process.err[-2000:]}")
-    found: Figures = json.loads(done[0].out.splitlines()[-1])
+    found: Figures = run_measuring(cluster, "bench_memory", arguments, ranks=RANKS, seconds=LIMIT_S)
     return found
 
 
