@@ -1,6 +1,7 @@
 """Which tests run, and in which order (tests/README.md)."""
 
 import gc
+import os
 from pathlib import Path
 
 import pytest
@@ -42,11 +43,15 @@ LINEAR = torch.nn.functional.linear
 @pytest.fixture(autouse=True)
 def as_before():
     """A program that runs in this process may set PyTorch's threads, which would slow the tests after it; DeepSpeed at
-    ZeRO-3 replaces a function of PyTorch's by one that cannot be compiled."""
-    threads = torch.get_num_threads()
+    ZeRO-3 replaces a function of PyTorch's by one that cannot be compiled. Programs and libraries set environment variables:
+    a process that a later test starts would take RANK for its place in a job."""
+    threads, environ = torch.get_num_threads(), dict(os.environ)
     yield
     torch.set_num_threads(threads)
     torch.nn.functional.linear = LINEAR
+    for name in os.environ.keys() - environ.keys() - {"PYTEST_CURRENT_TEST"}:
+        del os.environ[name]
+    os.environ.update(environ)
 
 
 def pytest_collection_finish():

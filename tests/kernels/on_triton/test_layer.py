@@ -40,10 +40,10 @@ SHAPES = {  # tokens, width, hidden, experts, active: nothing divides by anythin
     "T9-D4-F4-L1-K1": (9, 4, 4, 1, 1),
     "T0-D4-F4-L3-K2": (0, 4, 4, 3, 2),
 }
-LARGE = {
-    "T150-D72-F100-L6-K2": (150, 72, 100, 6, 2),
-    "T130-D64-F96-L17-K1": (130, 64, 96, 17, 1),
-    "T64-D48-F130-L8-K8": (64, 48, 130, 8, 8),
+LARGE = {  # every expert and every dimension has several tiles of the interpreter, the last one in part
+    "T60-D36-F50-L4-K2": (60, 36, 50, 4, 2),
+    "T130-D33-F48-L5-K1": (130, 33, 48, 5, 1),
+    "T22-D34-F66-L6-K6": (22, 34, 66, 6, 6),
 }
 # fp32: 2^-24 times a few dozen additions and three products. Half types: inputs are rounded before, so what remains is
 # the rounding of hidden units, outputs and gradients, each 2^-12 (fp16) or 2^-9 (bf16) at most, a few in a row; with

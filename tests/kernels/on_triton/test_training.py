@@ -51,8 +51,9 @@ def run(monkeypatch, tmp_path, backend, *more):
     "more",
     [
         pytest.param((), id="hashed"),
-        pytest.param(("moe.router=learned", "moe.activation=swiglu"), id="learned", marks=pytest.mark.slow),
-        pytest.param(("moe.activation=geglu", "moe.shared_width=8"), id="geglu", marks=pytest.mark.slow),
+        pytest.param(
+            ("moe.router=learned", "moe.activation=geglu", "moe.shared_width=8"), id="learned", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_training_equals_the_cpu_backend(monkeypatch, tmp_path, more):
