@@ -11,7 +11,7 @@ ranks in expert groups of 8, 64 streams of 512: 2,746 steps, all counted. The te
 from the certificate's counts is one mismatch. `memory_model_error`: of the memory part, see
 benchmarks/models/memory_model.py; `--memory-cases` measures only the first so many of its cases, and no growth.
 `time_model_median_error`: of the time part, see benchmarks/models/certify_time.py, after calibrating this machine;
-`--time-ways` measures only the first so many ways to train, on one speed of the link.
+`--time-ways` measures only the first so many ways to train, on two ranks and one speed of the link.
 """
 
 import argparse

@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PLANS = ("0", "tests/engine/routing", "-m", "not slow and not gpu")
+PLANS = (
+    "0",
+    *(f"tests/engine/routing/{name}.py" for name in ("test_plan", "test_tables")),
+    "-m",
+    "not slow and not gpu",
+)
 KERNELS = ("1", *(f"tests/kernels/on_triton/{name}.py" for name in ("test_examples", "test_interpreter")))
 COMPILED = ("0", "tests/kernels/test_static_gate.py", "-k", "sm_80 or lines_alone")
 

@@ -103,16 +103,16 @@ def time_model_error(limit: int | None = None) -> float | None:
     """Calibrate, compare on all clusters and print; return the median error, None where nodes cannot be simulated.
 
     Args:
-        limit: try so many ways on each cluster, on the fastest link only.
+        limit: try so many ways on the smaller cluster, on its fastest link only.
     """
     if (reason := why_not()) is not None:
         print(f"the time model was not measured: {reason}")
         return None
-    cluster, rows = calibrate()
+    per_nodes, rates = ((1, 2), RATES) if limit is None else ((1,), RATES[-1:])
+    cluster, rows = calibrate([NODES * per_node for per_node in per_nodes])
     print("one-rank runs that the scales are fitted to; by the others: each left out of the fit")
     print_table(["run", "ms", "fitted", "by the others"], rows)
-    rates = RATES if limit is None else RATES[-1:]
-    found = [one for per_node in (1, 2) for one in compare(cluster, per_node, rates, limit)]
+    found = [one for per_node in per_nodes for one in compare(cluster, per_node, rates, limit)]
     print_table(*table(found))
     for name, regret in regrets(found).items():
         print(f"{name}: the recommended way takes {regret:.1%} longer than the fastest one measured")
