@@ -43,8 +43,8 @@ LINEAR = torch.nn.functional.linear
 @pytest.fixture(autouse=True)
 def as_before():
     """A program that runs in this process may set PyTorch's threads, which would slow the tests after it; DeepSpeed at
-    ZeRO-3 replaces a function of PyTorch's by one that cannot be compiled. Programs and libraries set environment variables:
-    a process that a later test starts would take RANK for its place in a job."""
+    ZeRO-3 replaces a function of PyTorch's by one that cannot be compiled. Programs and libraries set variables of the
+    environment: a process that a later test starts would take RANK for its place in a job."""
     threads, environ = torch.get_num_threads(), dict(os.environ)
     yield
     torch.set_num_threads(threads)
