@@ -29,7 +29,7 @@ from foreroute.engine.errors import require
 from foreroute.engine.hugging_face.families import ROUTERS, Shape, find_blocks, import_experts, shape_of, their_weights
 from foreroute.engine.hugging_face.host_router import HostRouter
 from foreroute.engine.moe.layer import MoELayer
-from foreroute.engine.optim.expert_sharding import whole_weight
+from foreroute.engine.optim.expert_sharding import whole_state
 from foreroute.engine.plug_in import experts_of
 from foreroute.engine.plug_in.planned_experts import PlannedExperts
 from foreroute.engine.plug_in.replace import insert_layers
@@ -152,17 +152,10 @@ def export_state_dict(model: nn.Module) -> dict[str, Tensor]:
         RuntimeError: experts are sharded, and DeepSpeed has not created their group yet.
     """
     experts = experts_of(model)
-    comm, names = experts.connect(), [one.name for one in experts.replaced]
-    state: dict[str, Tensor] = {}
-    of_layer: dict[str, dict[str, Tensor]] = {name: {} for name in names}
-    for key, value in model.state_dict(keep_vars=True).items():
-        name = next((name for name in names if key.startswith(f"{name}.")), None)
-        if name is None:
-            state[key] = whole_weight(value, comm)
-        elif key.startswith(f"{name}.moe."):
-            of_layer[name][key.removeprefix(f"{name}.moe.")] = whole_weight(value, comm)
+    state, of_layer = whole_state(model, [one.name for one in experts.replaced], experts.connect())
     for name, ours in of_layer.items():
-        state |= their_weights(name, ours)
+        moe = {key.removeprefix("moe."): value for key, value in ours.items() if key.startswith("moe.")}
+        state |= their_weights(name, moe)
     return state
 
 

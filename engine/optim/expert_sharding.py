@@ -91,6 +91,21 @@ def whole_weight(parameter: Tensor, comm: ExpertGroupComm | None) -> Tensor:
     return value.cpu().clone()
 
 
+def whole_state(
+    model: nn.Module, layers: Iterable[str], comm: ExpertGroupComm | None
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """Return the model's state as whole_weight has it: that outside the named layers, and of each its own, under the
+    layer's own names. A collective over all ranks.
+    """
+    outside: dict[str, Tensor] = {}
+    inside: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
+    for key, value in model.state_dict(keep_vars=True).items():
+        layer = next((name for name in inside if key.startswith(f"{name}.")), None)
+        state, name = (outside, key) if layer is None else (inside[layer], key.removeprefix(f"{layer}."))
+        state[name] = whole_weight(value, comm)
+    return outside, inside
+
+
 def aligned_first(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     """Sort parameters into their order in ZeRO's flat buffers (comes_last in engine/optim/adam.py)."""
     return sorted(parameters, key=lambda p: comes_last(p.numel()))

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from foreroute.engine.convert.split import SlicedFeedForward
 from foreroute.engine.errors import require
-from foreroute.engine.optim.expert_sharding import whole_weight
+from foreroute.engine.optim.expert_sharding import whole_state
 from foreroute.engine.plug_in.planned_layer import PlannedFeedForward
 from foreroute.engine.plug_in.replace import experts_of
 
@@ -24,14 +24,7 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     layers = [name for name, module in model.named_modules() if isinstance(module, PlannedFeedForward)]
     others = [name for name in layers if not any(name == f"{outer}.experts" for outer in sliced)]
     require(not others, f"{', '.join(others)}: must be slices; only they have a dense form. save_pretrained has all")
-    state: dict[str, Tensor] = {}
-    of_layer: dict[str, dict[str, Tensor]] = {name: {} for name in sliced}
-    for key, value in model.state_dict(keep_vars=True).items():
-        name = next((name for name in sliced if key.startswith(f"{name}.")), None)
-        if name is None:
-            state[key] = whole_weight(value, comm)
-        elif not key.endswith("_extra_state"):
-            of_layer[name][key.removeprefix(f"{name}.")] = whole_weight(value, comm)
+    state, of_layer = whole_state(model, sliced, comm)
     for name, module in sliced.items():
         state |= {f"{name}.{key}": value for key, value in module.dense_parameters(of_layer[name]).items()}
     return state
