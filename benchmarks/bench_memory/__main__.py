@@ -1,4 +1,5 @@
-"""One large n-gram table with planned rows against the public ways to train one: `python -m benchmarks.bench_memory`.
+"""One large n-gram table with planned rows against the public ways to train one: `python -m benchmarks.bench_memory`;
+about ten minutes on two quiet cores, at most 10 GB of memory.
 
 * bytes_ratio: what 8 simulated ranks of 2,048 tokens send in a step, over what the public protocol sends on the same
   batches: a request for each token, duplicates included, counts and ids. Planned: distinct rows, their gradients, and
@@ -7,7 +8,9 @@
   other systems (benchmarks/bench_memory/systems.py): on loopback, and 2 and 2 ranks on simulated nodes whose link has
   200 Mbit/s (benchmarks/machines/cluster.py; as root). The largest ratio of two sizes of table, n = 2 and 3, on bytes;
   step_ratio_bpe8k is the same on byte pairs. All systems are checked against each other first. TorchRec takes part
-  where it is installed with fbgemm-gpu-cpu.
+  where PYTHONPATH has the folder of `pip install --no-deps --target FOLDER torchrec==1.8.* fbgemm-gpu-cpu==1.8.*
+  torchmetrics lightning-utilities tensordict cloudpickle pyvers importlib-metadata zipp pyre-extensions
+  typing-inspect mypy-extensions`.
 * host_wait_fraction, host_equals_device: 200 steps of a small model with its table in host memory, one rank: the share
   of step time in which it waits for its batch, and whether losses and gradient norms are bit for bit those of
   place=device.
@@ -25,7 +28,7 @@ from typing import Any
 
 from benchmarks.bench_memory.problem import SEGMENT, STREAMS, TEXTS, Bytes, Table, count_bytes, read_text
 from benchmarks.bench_memory.systems import SYSTEMS
-from benchmarks.bench_memory.training import host_figures, rows_flatness
+from benchmarks.bench_memory.training import STEPS, host_figures, rows_flatness
 from benchmarks.harness import environment, positive, print_result, print_table
 from benchmarks.harness.against import parse
 from benchmarks.harness.ranks import run_measuring
@@ -99,7 +102,7 @@ def largest(figures: Figures | None, kind: str) -> float | None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=positive, default=6)
+    parser.add_argument("--rounds", type=positive, default=20)
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
     parser.add_argument("--text", help="a file of text")
     args = parse(parser)
@@ -122,13 +125,14 @@ def main() -> None:
         show(setting, figures[setting], systems)
 
     host = host_figures(args.text, steps=20 if args.quick else 200)
+    numbers, steps = ([10**4, 10**5], 12) if args.quick else ([10**4, 10**5, 10**6, 2 * 10**7], STEPS)
     result: dict[str, Any] = {
         "bytes_ratio": bytes_ratio,
         "step_ratio": {name: largest(figures.get(name), "bytes") for name in ("200mbit", "loopback")},
         "step_ratio_bpe8k": {name: largest(figures.get(name), "bpe8k") for name in ("200mbit", "loopback")},
         "host_wait_fraction": host.wait_fraction,
         "host_equals_device": host.equals_device,
-        "rows_flatness": rows_flatness(args.text, [10**4, 10**5] if args.quick else [10**4, 10**5, 10**6, 2 * 10**7]),
+        "rows_flatness": rows_flatness(args.text, numbers, steps=steps),
     }
     print_result(result)
 

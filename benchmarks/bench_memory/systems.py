@@ -92,8 +92,10 @@ class Replicated:
     """The whole table on every rank."""
 
     def __init__(self, case: Case, *, sparse: bool = False) -> None:
-        self.embedding = nn.Embedding.from_pretrained(initial(case.table).state["value"], freeze=False, sparse=sparse)
+        self.embedding = nn.Embedding(case.table.rows, case.table.width, sparse=sparse)
         weight, self.case = self.embedding.weight, case
+        if case.plain:  # otherwise its own initial values do
+            weight.data.copy_(initial(case.table).state["value"])
         self.optimizer: torch.optim.Optimizer
         if case.plain:
             self.optimizer = torch.optim.SGD([weight], lr=RATE)
@@ -145,7 +147,7 @@ class TorchRec:
             sharders=[sharder],
         )
         (weight,) = self.model.state_dict().values()
-        for shard in weight.local_shards() if case.plain else ():  # otherwise its own initial values do
+        for shard in weight.local_shards() if case.plain else ():
             first, size = shard.metadata.shard_offsets[0], shard.metadata.shard_sizes[0]
             shard.tensor.copy_(initial(table).state["value"][first : first + size])
         self.row_T, self.distinct, self.features = case.rows(), distinct, torchrec.KeyedJaggedTensor

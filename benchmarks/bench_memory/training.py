@@ -1,6 +1,6 @@
 """Measure a table in the training of a small model, for benchmarks/bench_memory: host memory, and numbers of rows.
 
-A run is one process of benchmarks/models/step_rank.py on one rank.
+Runs follow each other in one process of benchmarks/models/step_rank.py on one rank.
 """
 
 import json
@@ -30,7 +30,7 @@ from foreroute.engine.config import (
 
 LIMIT_S = 1200
 HEADS = 2  # of each of two orders
-STEPS = 30  # of a run whose fastest step counts
+STEPS = 60  # of a run whose fastest step counts
 MODEL = ModelConfig(3, 128, heads=4, head_width=32, memory=64, dropout=0.0, pre_norm=True)
 Steps = list[dict[str, float]]
 
@@ -61,13 +61,13 @@ def case(text: str | None, rows: int, steps: int, **table: Any) -> dict[str, Any
     return plain
 
 
-def run(plain: dict[str, Any]) -> Steps:
-    """Train in a process of its own; return the metrics of each step."""
+def run(cases: list[dict[str, Any]]) -> list[Steps]:
+    """Train one case after the other in a process of their own; return the metrics of each one's steps."""
     with tempfile.TemporaryDirectory() as folder:
-        cases = Path(folder) / "cases.json"
-        cases.write_text(json.dumps([plain]))
+        path = Path(folder) / "cases.json"
+        path.write_text(json.dumps(cases))
         done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.models.step_rank", str(cases), folder],
+            [sys.executable, "-m", "benchmarks.models.step_rank", str(path), folder],
             env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
             capture_output=True,
             text=True,
@@ -75,23 +75,28 @@ def run(plain: dict[str, Any]) -> Steps:
             check=False,
         )
     if done.returncode != 0:
-        sys.exit(f"bench_memory: a run ended with {done.returncode}:\n{done.stderr[-2000:]}")
-    (found,) = json.loads(done.stdout.splitlines()[-1])
-    steps: Steps = found
-    return steps
+        sys.exit(f"bench_memory: runs ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    found: list[Steps] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def host_figures(text: str | None, *, steps: int) -> HostFigures:
     """Train with a table of 10^5 rows in host memory and on the device."""
-    device, host = (run(case(text, 10**5, steps, place=place)) for place in ("device", "host"))
+    device, host = run([case(text, 10**5, steps, place=place) for place in ("device", "host")])
     waited, total = (sum(step[name] for step in host[1:]) for name in ("plan_wait_ms", "step_ms"))
     same = all(a[name] == b[name] for a, b in zip(device, host, strict=True) for name in ("loss", "grad_norm"))
     return HostFigures(waited / total, same)
 
 
-def rows_flatness(text: str | None, numbers: list[int]) -> float:
-    """Return the longest over the shortest step among numbers of rows, each the fastest of its run."""
-    times = [min(step["step_ms"] for step in run(case(text, rows, STEPS))[3:]) for rows in numbers]
+def rows_flatness(text: str | None, numbers: list[int], *, steps: int) -> float:
+    """Return the longest over the shortest step among numbers of rows, each the fastest of a process of its own.
+
+    The memory of one process would not hold two of the largest tables.
+    """
+    times = []
+    for rows in numbers:
+        (found,) = run([case(text, rows, steps)])
+        times.append(min(step["step_ms"] for step in found[3:]))
     print_table(["rows", "step ms"], [[rows, ms] for rows, ms in zip(numbers, times, strict=True)])
     print(flush=True)
     return max(times) / min(times)

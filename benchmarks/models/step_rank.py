@@ -4,7 +4,8 @@
 
 CASES.json is a list of configurations as engine.config.to_plain returns them. The program is started alone or by
 benchmarks/machines/cluster.py with the launcher variables. Rank 0 prints one JSON list: for each case the metrics of
-every step (engine/train/trainer.py). FOLDER takes checkpoints and caches.
+every step (engine/train/trainer.py). FOLDER takes caches. No checkpoint is written: of a large table it would take
+longer than the steps.
 """
 
 import argparse
@@ -48,6 +49,14 @@ class Silent:
         """Print nothing."""
 
 
+class Unsaved(Trainer):
+    """A Trainer that writes no checkpoint."""
+
+    def save(self) -> Path:
+        """Write nothing; return the folder of checkpoints."""
+        return self.checkpoints
+
+
 def time_steps(plain: Mapping[str, Any], folder: Path, number: int) -> list[dict[str, float]]:
     """Train a case, given by its plain options; return the metrics of every step on rank 0, nothing elsewhere."""
     config = config_of(plain)
@@ -55,7 +64,7 @@ def time_steps(plain: Mapping[str, Any], folder: Path, number: int) -> list[dict
     with connected(config.parallel, {"case": number}) as world:
         corpus = prepare(config.corpus, lambda line: None)
         routers = build_routers(config, corpus, world.mesh)
-        trainer = Trainer(config, corpus, routers, folder, Silent(), world)
+        trainer = Unsaved(config, corpus, routers, folder, Silent(), world)
         kept = Kept() if world.first else None
         trainer.run(kept, lambda: False)
         return kept.rows if kept else []

@@ -92,7 +92,7 @@ def test_bench_plan():
     code, out, err = run("bench_plan", "--rounds", "2", "--steps", "1")
     assert code == 0, err
     result = json.loads(out.splitlines()[-1])
-    rows = ["rows_ms", "rows_wait_fraction"]
+    rows = ["rows_ms", "rows_of_all_ms", "rows_wait_fraction"]
     assert list(result) == ["plan_ms", "scale_ms", "lookup_mib", "plan_wait_fraction", *rows]
     assert result["lookup_mib"] < 8 and all(value >= 0 for value in result.values())
 
@@ -107,6 +107,19 @@ def test_bench_exchange():
     assert result["live_ratio"]["loopback"] > 0
     assert result["bytes_ratio"]["spread"] <= 0.49 and result["bytes_ratio"]["packed"] <= 0.26
     assert ("NOT MEASURED: 2 nodes" in out) == (result["hidden_fraction"] is None)
+
+
+@pytest.mark.slow
+def test_bench_memory():
+    code, out, err = run("bench_memory", "--quick", "--rounds", "1")
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    host, steps = ["host_wait_fraction", "host_equals_device"], ["step_ratio", "step_ratio_bpe8k"]
+    assert list(result) == ["bytes_ratio", *steps, *host, "rows_flatness"]
+    assert 0.2 < result["bytes_ratio"]["bytes"] < result["bytes_ratio"]["bpe8k"] < 1
+    assert result["host_equals_device"] is True and result["rows_flatness"] >= 1
+    assert ("NOT MEASURED: 2 nodes" in out) == (result["step_ratio"]["200mbit"] is None)
+    assert result["step_ratio"]["loopback"] > 0
 
 
 @pytest.mark.slow
