@@ -26,6 +26,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+from benchmarks.bench_memory.homes import show_homes
 from benchmarks.bench_memory.problem import SEGMENT, STREAMS, TEXTS, Bytes, Table, count_bytes, read_text
 from benchmarks.bench_memory.systems import SYSTEMS
 from benchmarks.bench_memory.training import STEPS, host_figures, rows_flatness
@@ -104,8 +105,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=positive, default=20)
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
+    parser.add_argument("--homes", action="store_true", help="count moving homes of rows, and nothing else")
     parser.add_argument("--text", help="a file of text")
     args = parse(parser)
+    if args.homes:
+        print_result(show_homes(args.text))
+        return
     print(f"{environment()}, {RANKS} ranks with one thread each, {STREAMS * SEGMENT} tokens a rank\n", flush=True)
     bytes_ratio = show_bytes(args.text)
 

@@ -22,6 +22,7 @@ from foreroute.engine.routing.plans.row_plan import ID_BYTES, distinct_rows
 
 PREFIX = "enwik8_prefix/enwik8.first4154394"
 TEXTS = {"bytes": Tokens.bytes, "bpe8k": Tokens.bpe}
+WORDS = {"words": Tokens.word}  # that only count
 STREAMS, SEGMENT = 4, 512  # of a rank
 REQUEST_BYTES, COUNT_BYTES = 8, 8  # of the public protocol's int64
 BATCHES = 4  # that a measurement takes turns with
@@ -58,14 +59,16 @@ class Text:
 
 
 def read_text(kind: str, path: str | None) -> Text:
-    """Read a text as bytes or byte pairs.
+    """Read a text as bytes, byte pairs or words.
 
     Args:
         path: None: the prefix of enwik8 in the folder FOREROUTE_DATA, or without it Python's own sources.
     """
     found = path or Path(os.environ.get("FOREROUTE_DATA", "")) / PREFIX
     known = Path(found).exists()
-    config = CorpusConfig(Corpus.file if known else Corpus.stdlib, str(found) if known else None, TEXTS[kind])
+    config = CorpusConfig(
+        Corpus.file if known else Corpus.stdlib, str(found) if known else None, {**TEXTS, **WORDS}[kind]
+    )
     corpus = prepare(config)
     return Text(corpus.split(Split.train), corpus.vocab.size)
 
