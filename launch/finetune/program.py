@@ -1,5 +1,6 @@
 """Fine-tune a trained run on SST-2: `python -m launch.finetune run=runs/NAME task.path=FOLDER [k=8]
-[pretrained=false]`; or a pre-trained encoder: `task=sst2|csqa|mlm task.path=FOLDER encoder.path=minilm`.
+[pretrained=false]`; or a pre-trained encoder: `task=sst2|csqa|mlm|asdiv|mawps|svamp task.path=FOLDER
+encoder.path=minilm`.
 
 Weights are selected by a held-out part of train; dev is looked at once, at the end, at every k of eval_k. Prints a
 table and writes RUN/finetune/NAME.json, or encoder.results/NAME.json.

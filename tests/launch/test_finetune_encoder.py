@@ -43,6 +43,8 @@ def task(tmp_path):
             for i in range(count)
         ]
         (folder / f"{name}_rand_split.jsonl").write_text("\n".join(lines) + "\n")
+        rows = [f"film {i} number0 bad number1,{i} 7,+ number0 number1,{i + 7}" for i in range(count)]
+        (folder / f"{name}.csv").write_text("\n".join(["Question,Numbers,Equation,Answer", *rows]) + "\n")
         (folder / f"{name}.txt").write_text("\n".join(f"a film of the plot {i} ends" for i in range(count)) + "\n")
     return folder
 
@@ -55,6 +57,7 @@ def task(tmp_path):
         ("sst2", ["encoder.router=dense"], {"dense"}),
         ("csqa", ["k_min=2", "encoder.experts=4"], {"1", "2", "4"}),
         ("mlm", ["encoder.router=hashed", "encoder.start=copy", "k=2", "eval_k=[2]"], {"2"}),
+        ("mawps", ["encoder.router=hashed", "k_min=4"], {"2", "4", "8"}),
     ],
 )
 def test_the_whole_way(run, encoder, tmp_path, task, name, options, ks):
@@ -67,7 +70,7 @@ def test_the_whole_way(run, encoder, tmp_path, task, name, options, ks):
     found = json.loads(path.read_text())
     assert path.name.startswith(f"{name}-") and set(found["dev"]) == ks
     assert found["settings"]["task"]["name"] == name
-    count = {"sst2": 12, "csqa": 12}.get(name)
+    count = {"mlm": None}.get(name, 12)
     assert all(score["examples"] == (count or score["examples"]) for score in found["dev"].values())
     assert [point["step"] for point in found["selection"]["curve"]] == [2, 4]
     again = run("finetune", *line, *SHORT, *options)
@@ -79,6 +82,8 @@ def test_the_whole_way(run, encoder, tmp_path, task, name, options, ks):
     [
         (["task=csqa", "task.path=x", "run=y"], "task=csqa: must be sst2 with run=y; the others need encoder.path"),
         (["task=other", "task.path=x"], "task/other"),
+        (["task=svamp", "encoder.path=E"], "task.path is missing: the folder of train.csv and dev.csv"),
+        (["task=asdiv", "task.path=x", "run=y"], "task=asdiv: must be sst2 with run=y; the others need encoder.path"),
         (["task.path=x"], "run is missing: the folder of a trained run; or encoder.path"),
         (["task=mlm", "encoder.path=E"], "task.path is missing: the folder of train.txt and dev.txt"),
         (["task.path=x", "run=y", "encoder.path=E"], "run=y and encoder.path=E: must be one of them"),
@@ -94,6 +99,27 @@ def test_bad_options_are_one_line(run, tmp_path, options, words):
     done = run("finetune", *options, f"encoder.results={tmp_path}")
     assert done.returncode == 2 and words in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (None, "train.csv: cannot be read (No such file or directory)"),
+        ("Question,Numbers,Answer", "train.csv: has no column Equation, it must be as SVAMP's"),
+        (
+            "Question,Numbers,Equation,Answer\nwho ?,3,+ number0,3",
+            "train.csv, line 2: Equation is '+ number0', it must be",
+        ),
+        ("Question,Numbers,Equation,Answer\nwho ?,3,number0,3", "held_out=1000: must be below the number of training"),
+    ],
+)
+def test_bad_problems_are_one_line(run, encoder, tmp_path, line, words):
+    if line is not None:
+        (tmp_path / "train.csv").write_text(line + "\n")
+    options = [f"task.path={tmp_path}", f"encoder.path={encoder}", f"encoder.results={tmp_path / 'r'}"]
+    done = run("finetune", "task=svamp", *options)
+    assert done.returncode == 2 and words in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "r").exists()
 
 
 @pytest.mark.skipif(find_spec("transformers") is not None, reason="transformers is installed")

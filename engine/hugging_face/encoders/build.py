@@ -9,7 +9,7 @@ from foreroute.engine.config.model import DENSE
 from foreroute.engine.finetune.trainee import Trainee
 from foreroute.engine.hugging_face.encoders.bert import open_bert
 from foreroute.engine.hugging_face.encoders.experts import as_experts, stream_of
-from foreroute.engine.hugging_face.encoders.models import AnswerModel, ChoiceHead, Encoder, LabelHead, MaskedModel
+from foreroute.engine.hugging_face.encoders.models import Encoder
 from foreroute.engine.hugging_face.encoders.tasks import Parts
 from foreroute.engine.hugging_face.encoders.texts import WordPieces
 
@@ -43,9 +43,5 @@ def build_encoder(folder: Path, words: WordPieces, parts: Parts, options: Encode
         ids = stream_of(parts.train_sequences)
         experts = as_experts(found.model, options.router, options.experts, ids, split=options.split, seed=options.seed)
     encoder = Encoder(found.model, experts)
-    if found.head is not None:
-        return MaskedModel(encoder, words, found.head)
     torch.manual_seed(options.seed)
-    labels = parts.labels
-    head = ChoiceHead() if labels is None else LabelHead(found.width, labels, options.dropout)
-    return AnswerModel(encoder, words, head)
+    return parts.add_head(encoder, words, found, options.dropout)

@@ -27,7 +27,9 @@ from foreroute.engine.hugging_face.encoders.texts import TokenBatch, TokenSequen
 from foreroute.engine.plug_in import mean_over_ranks
 from foreroute.engine.plug_in.planned_experts import PlannedExperts
 
-_EVALUATED = 64  # sequences in a batch without gradients
+EVALUATED = 64
+"""Sequences in a batch without gradients."""
+
 _INIT_STD, _SCALE = 0.02, 20.0
 
 
@@ -38,6 +40,11 @@ class Item:
     text: TokenSequence
     label: int
     choices: tuple[TokenSequence, ...] = ()
+
+    @property
+    def sequences(self) -> tuple[TokenSequence, ...]:
+        """All that the encoder reads."""
+        return (self.text, *self.choices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +166,7 @@ class AnswerModel(Trainee):
     def evaluate(self, examples: Sequence[Item], k: int) -> Evaluation:
         """Count the right answers at k active experts."""
         logits, places = [], []
-        for cut in by_length([len(item.text.ids) for item in examples], range(len(examples)), _EVALUATED):
+        for cut in by_length([len(item.text.ids) for item in examples], range(len(examples)), EVALUATED):
             logits.append(_without_gradients(self, self._batch([examples[i] for i in cut]), k))
             places += cut
         logits_BA, label_B = torch.cat(logits), torch.tensor([examples[i].label for i in places])
@@ -218,7 +225,7 @@ class MaskedModel(Trainee):
         generator = torch.Generator().manual_seed(0)
         right = count = 0
         loss = 0.0
-        for cut in by_length([len(one.ids) for one in examples], range(len(examples)), _EVALUATED):
+        for cut in by_length([len(one.ids) for one in examples], range(len(examples)), EVALUATED):
             batch = self.masked([examples[i] for i in cut], generator)
             logits_NV, label_N = _without_gradients(self, batch, k), batch.label_BQ[batch.label_BQ != NOT_ASKED]
             right += int((logits_NV.argmax(dim=1) == label_N).sum())

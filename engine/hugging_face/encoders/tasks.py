@@ -5,7 +5,7 @@ CommonsenseQA    the right one of five answers: a sequence of the question and t
 masked language  the ids under the masks: one sequence for each line of a text
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,28 +15,34 @@ import numpy as np
 
 from foreroute.engine.errors import UserError, require
 from foreroute.engine.finetune.accuracy import Majority, majority
-from foreroute.engine.finetune.choices import CHOICES, Question, hold_out_questions, read_questions
+from foreroute.engine.finetune.choices import CHOICES, Question, read_questions
 from foreroute.engine.finetune.glue import LABELS, Example, hold_out, read_examples
-from foreroute.engine.hugging_face.encoders.models import Item
+from foreroute.engine.finetune.held_out import hold_out_texts
+from foreroute.engine.finetune.trainee import Trainee
+from foreroute.engine.hugging_face.encoders.bert import Pretrained
+from foreroute.engine.hugging_face.encoders.models import AnswerModel, ChoiceHead, Encoder, Item, LabelHead, MaskedModel
 from foreroute.engine.hugging_face.encoders.texts import TokenSequence, WordPieces
+
+AddHead = Callable[[Encoder, WordPieces, Pretrained, float], Trainee]
+"""Returns the model of a task: an encoder, here with what it was made of, and a head with dropout."""
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
     """The examples of a task."""
 
-    train: Sequence[Any]  # Item, or TokenSequence of the masked-language task
+    train: Sequence[Any]  # each with `sequences`, all that the encoder reads of it
     held_out: Sequence[Any]
     dev: Sequence[Any]
     always: Majority  # dev's most frequent answer
-    labels: int | None = None  # of an example with one sequence; None: examples are questions with choices
-    masked: bool = False  # the answers are ids under masks
+    add_head: AddHead
+    masked: bool = False  # the encoder is read with its head for masked ids
 
     @property
     def train_sequences(self) -> Iterator[TokenSequence]:
         """Yield the sequences to train on."""
         for one in self.train:
-            yield from (one.text, *one.choices) if isinstance(one, Item) else (one,)
+            yield from one.sequences
 
 
 def sentence_parts(train: Path, dev: Path, words: WordPieces, count: int, seed: int) -> Parts:
@@ -49,7 +55,11 @@ def sentence_parts(train: Path, dev: Path, words: WordPieces, count: int, seed: 
     reported = read_examples(dev)
     always = majority([example.label for example in reported])
     train_items, held_out_items, dev_items = (_of_sentences(part, words) for part in (rest, held_out, reported))
-    return Parts(train_items, held_out_items, dev_items, always, labels=len(LABELS))
+    return Parts(train_items, held_out_items, dev_items, always, _add_label_head)
+
+
+def _add_label_head(encoder: Encoder, words: WordPieces, found: Pretrained, dropout: float) -> AnswerModel:
+    return AnswerModel(encoder, words, LabelHead(found.width, len(LABELS), dropout))
 
 
 def _of_sentences(examples: Sequence[Example], words: WordPieces) -> list[Item]:
@@ -63,11 +73,15 @@ def question_parts(train: Path, dev: Path, words: WordPieces, count: int, seed: 
     Raises:
         UserError: a file is not as it must be, or has too few questions.
     """
-    rest, held_out = hold_out_questions(read_questions(train), count, seed)
+    rest, held_out = hold_out_texts(read_questions(train), lambda question: question.text, count, seed)
     reported = read_questions(dev)
     always = majority([question.label for question in reported])
     train_items, held_out_items, dev_items = (_of_questions(part, words) for part in (rest, held_out, reported))
-    return Parts(train_items, held_out_items, dev_items, always)
+    return Parts(train_items, held_out_items, dev_items, always, _add_choice_head)
+
+
+def _add_choice_head(encoder: Encoder, words: WordPieces, found: Pretrained, dropout: float) -> AnswerModel:
+    return AnswerModel(encoder, words, ChoiceHead())
 
 
 def _of_questions(questions: Sequence[Question], words: WordPieces) -> list[Item]:
@@ -81,15 +95,14 @@ def line_parts(train: Path, dev: Path, words: WordPieces, count: int, seed: int)
     Raises:
         UserError: a file cannot be read, or has too few lines.
     """
-    lines = read_lines(train)
-    require(count < len(lines), f"held_out={count}: must be below the number of training examples, {len(lines)}")
-    drawn = set(np.random.default_rng(seed).choice(len(lines), count, replace=False).tolist())
-    held_out = [line for i, line in enumerate(lines) if i in drawn]
-    texts = set(held_out)
-    rest = [line for line in lines if line not in texts]
-    require(len(rest) > 0, f"held_out={count}: leaves nothing to train on")
+    rest, held_out = hold_out_texts(read_lines(train), str, count, seed)
     train_ids, held_out_ids, dev_ids = (words.encode(part) for part in (rest, held_out, read_lines(dev)))
-    return Parts(train_ids, held_out_ids, dev_ids, _most_frequent(dev_ids, words), masked=True)
+    return Parts(train_ids, held_out_ids, dev_ids, _most_frequent(dev_ids, words), _add_masked_head, masked=True)
+
+
+def _add_masked_head(encoder: Encoder, words: WordPieces, found: Pretrained, dropout: float) -> MaskedModel:
+    assert found.head is not None, "it was read with its head"
+    return MaskedModel(encoder, words, found.head)
 
 
 def read_lines(path: Path) -> list[str]:

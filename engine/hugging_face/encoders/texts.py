@@ -27,6 +27,12 @@ class TokenSequence(NamedTuple):
     """A text with the special ids around it."""
 
     ids: NDArray[np.int64]
+    end: NDArray[np.int64]  # of each id: where its piece ends in the text, in characters; 0 for special ids
+
+    @property
+    def sequences(self) -> tuple["TokenSequence", ...]:
+        """Itself, as an example that is one sequence."""
+        return (self,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +74,10 @@ class WordPieces:
 
     def encode(self, texts: Sequence[str]) -> list[TokenSequence]:
         """Encode texts."""
-        return [TokenSequence(np.array(one.ids, np.int64)) for one in self._tokenizer.encode_batch(list(texts))]
+        return [
+            TokenSequence(np.array(one.ids, np.int64), np.array([end for _, end in one.offsets], np.int64))
+            for one in self._tokenizer.encode_batch(list(texts))
+        ]
 
     def pad(self, sequences: Sequence[TokenSequence]) -> TokenBatch:
         """Put sequences side by side.
@@ -77,7 +86,7 @@ class WordPieces:
         """
         shape = len(sequences), max(len(sequence.ids) for sequence in sequences)
         ids_BQ, mask_BQ = torch.full(shape, self.padding), torch.zeros(shape, dtype=torch.int64)
-        for row, (ids,) in enumerate(sequences):
-            ids_BQ[row, : len(ids)] = torch.from_numpy(ids)
-            mask_BQ[row, : len(ids)] = 1
+        for row, sequence in enumerate(sequences):
+            ids_BQ[row, : len(sequence.ids)] = torch.from_numpy(sequence.ids)
+            mask_BQ[row, : len(sequence.ids)] = 1
         return TokenBatch(ids_BQ, mask_BQ)

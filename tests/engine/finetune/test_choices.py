@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from foreroute.engine.errors import UserError
-from foreroute.engine.finetune.choices import Question, hold_out_questions, read_questions
+from foreroute.engine.finetune.choices import Question, read_questions
 
 CSQA = Path(os.environ.get("FOREROUTE_DATA", "")) / "csqa"
 
@@ -57,16 +57,6 @@ def test_a_file_that_cannot_be_read(tmp_path):
     (tmp_path / "latin").write_bytes(b"\xe9")
     with pytest.raises(UserError, match="is not UTF-8"):
         read_questions(tmp_path / "latin")
-
-
-def test_held_out_questions_are_not_trained_on():
-    many = [Question(f"q{i // 2}", tuple("abcde"), i % 5) for i in range(40)]  # each text twice
-    rest, held_out = hold_out_questions(many, 10, seed=3)
-    assert len(held_out) == 10 and not {q.text for q in rest} & {q.text for q in held_out}
-    assert {q.text for q in rest} | {q.text for q in held_out} == {q.text for q in many}
-    assert hold_out_questions(many, 10, seed=3) == (rest, held_out) != hold_out_questions(many, 10, seed=4)
-    with pytest.raises(UserError, match="held_out=40: must be below the number of training examples, 40"):
-        hold_out_questions(many, 40, seed=3)
 
 
 @pytest.mark.skipif(not CSQA.is_dir(), reason="FOREROUTE_DATA has no csqa")

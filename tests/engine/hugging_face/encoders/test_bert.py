@@ -12,7 +12,7 @@ from foreroute.engine.hugging_face.encoders.bert import encoder_folder, open_ber
 from foreroute.engine.hugging_face.encoders.build import EncoderOptions, build_encoder
 from foreroute.engine.hugging_face.encoders.experts import as_experts
 from foreroute.engine.hugging_face.encoders.models import Encoder, MaskedModel
-from foreroute.engine.hugging_face.encoders.tasks import line_parts, question_parts, sentence_parts
+from foreroute.engine.hugging_face.encoders.registry import Task, read_parts
 from foreroute.engine.hugging_face.encoders.texts import WordPieces
 from foreroute.engine.testing.tiny_words import SPECIAL, write_tokenizer
 
@@ -125,25 +125,23 @@ def write_files(folder, task):
                 question = {"stem": f"w{10 + i % 5} w{i % 20}", "choices": choices}
                 rows.append(json.dumps({"answerKey": "ABCDE"[i % 5], "question": question}))
             (folder / f"{name}_rand_split.jsonl").write_text("\n".join(rows) + "\n")
+        elif task == "svamp":
+            rows = [
+                f"w{i} number0 w{i % 2} number1,{i} 7,{'+-'[i % 2]} number0 number1,{i - 7 if i % 2 else i + 7}"
+                for i in range(count)
+            ]
+            (folder / f"{name}.csv").write_text("\n".join(["Question,Numbers,Equation,Answer", *rows]) + "\n")
         else:
             rows = [" ".join(f"w{(i + j) % 20}" for j in range(8)) for i in range(count)]
             (folder / f"{name}.txt").write_text("\n\n".join(rows) + "\n")
 
 
-READERS = {
-    "sst2": (sentence_parts, "train.tsv", "dev.tsv"),
-    "csqa": (question_parts, "train_rand_split.jsonl", "dev_rand_split.jsonl"),
-    "mlm": (line_parts, "train.txt", "dev.txt"),
-}
-
-
-@pytest.mark.parametrize("task", list(READERS))
+@pytest.mark.parametrize("task", ["sst2", "csqa", "mlm", "svamp"])
 @pytest.mark.parametrize("router", ["dense", "frozen", "hashed"])
 def test_each_task_is_learnt(folder, words, tmp_path, task, router):
     """The loss falls, and every weight but the pooler's changes; k grows."""
     write_files(tmp_path, task)
-    read, train, dev = READERS[task]
-    parts = read(tmp_path / train, tmp_path / dev, words, 10, 1)
+    parts = read_parts(Task(task), tmp_path, words, 10, 1)
     assert len(parts.dev) == 20
     model = build_encoder(folder, words, parts, EncoderOptions(router, EXPERTS, dropout=0.0))
     k, k_min = (1, None) if router == "dense" else (EXPERTS, 2)
