@@ -8,6 +8,7 @@ the same layers are made again and loaded. Nothing is clustered and no table is 
 """
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from foreroute.engine.routing.planned.token_table import write_tables
 
 STARTS: dict[str, type[AnyStart]] = {kind.kind: kind for kind in (Copies, Slices, Adapters)}
 """Ways to convert, by their names on the command line and on disk."""
+
+_EARLIER: dict[str, dict[str, Any]] = {"adapters": {"router_reads_input": False}}
+"""Options that folders of earlier versions do not name."""
 
 
 def open_dense(folder: Path | str) -> Any:
@@ -53,7 +57,8 @@ def open_converted(folder: Path | str, **options: Any) -> tuple[Any, PlannedExpe
     require(isinstance(noted, dict), f"{folder}: is no converted model: its config.json has no entry {NOTED}")
     assert isinstance(noted, dict)
     model = getattr(transformers, config.architectures[0])(config)
-    start = STARTS[noted["start"]](**{**noted["options"], **({"rounds": 0} if noted["start"] == "split" else {})})
+    start = STARTS[noted["start"]](**{**_EARLIER.get(noted["start"], {}), **noted["options"]})
+    start = replace(start, rounds=0) if isinstance(start, Slices) else start
     moe = MoEConfig(**{**noted["moe"], "builder": Builder.random, "pack": None})
     with tempfile.TemporaryDirectory() as place:
         if moe.router == "token_table":

@@ -128,16 +128,19 @@ class MoELayer(nn.Module):
         self.experts.keep(experts)
         self.first_expert = experts.start
 
-    def forward(self, x_TD: Tensor, routing: Routing, carried: Tensor | None = None) -> LayerOutput:
+    def forward(
+        self, x_TD: Tensor, routing: Routing, carried: Tensor | None = None, seen_TD: Tensor | None = None
+    ) -> LayerOutput:
         """Apply the layer to the tokens x_TD.
 
         Args:
             carried: of the live router of the expert layer before.
+            seen_TD: read by a live router in place of x_TD, of the same shape and format.
 
         Raises:
             ValueError: a planned router's plan is missing, or is for another k or another number of tokens.
         """
-        plan, auxiliary_loss, carried = self._plan(x_TD, routing, carried)
+        plan, auxiliary_loss, carried = self._plan(x_TD if seen_TD is None else seen_TD, routing, carried)
         dropout = self._dropout(x_TD, routing)
         if len(plan.chunks) == 1:
             received_RD = self.exchange.dispatch(x_TD, plan)

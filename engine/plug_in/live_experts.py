@@ -185,9 +185,9 @@ class LiveFeedForward(PlannedFeedForward):
 
     _experts: LiveExperts
 
-    def _run(self, x_TD: Tensor, routing: Routing, running: Pass) -> LayerOutput:
+    def _run(self, x_TD: Tensor, routing: Routing, running: Pass, seen_TD: Tensor | None) -> LayerOutput:
         layer = self.moe.layer
-        output: LayerOutput = self.moe(x_TD, routing, self._experts.carried(running, layer))
+        output: LayerOutput = self.moe(x_TD, routing, self._experts.carried(running, layer), seen_TD)
         self._experts.keep(running, layer, output)
         return output
 

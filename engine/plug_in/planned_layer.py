@@ -25,8 +25,11 @@ class PlannedFeedForward(nn.Module):
         self.moe = moe
         self._experts = experts
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
         """Apply the layer to x [B, Q, D], or to the same tokens flattened, [T, D].
+
+        Args:
+            seen: read by a live router in place of x, of its shape.
 
         Raises:
             RuntimeError: there is no plan for this forward pass, or the model is traced or exported.
@@ -34,16 +37,19 @@ class PlannedFeedForward(nn.Module):
         """
         _refuse_tracing(x)
         routing, running = self._experts.call(self.moe.layer, x)
-        x_TD = x.reshape(-1, x.shape[-1]).to(self.moe.experts.first_weight.dtype)
-        plan, tokens = routing.plan_of(self.moe.layer), len(x_TD)
+        plan, tokens = routing.plan_of(self.moe.layer), x.numel() // x.shape[-1]
         most = plan.num_tokens if plan is not None else tokens if routing.real_T is None else len(routing.real_T)
-        if most > tokens:  # another rank of the expert group has more
-            x_TD = torch.cat((x_TD, x_TD.new_zeros(most - tokens, x_TD.shape[1])))
-        y = self._run(x_TD, routing, running).y_TD[:tokens].to(x.dtype).view_as(x)
+        seen_TD = None if seen is None else self._rows(seen, most)
+        y = self._run(self._rows(x, most), routing, running, seen_TD).y_TD[:tokens].to(x.dtype).view_as(x)
         self._experts.passes.note(y, running)
         return y
 
-    def _run(self, x_TD: Tensor, routing: Routing, running: Pass) -> LayerOutput:
+    def _rows(self, x: Tensor, most: int) -> Tensor:
+        """Return x as rows in the format of the experts, with zeros where another rank of the expert group has more."""
+        x_TD = x.reshape(-1, x.shape[-1]).to(self.moe.experts.first_weight.dtype)
+        return x_TD if most <= len(x_TD) else torch.cat((x_TD, x_TD.new_zeros(most - len(x_TD), x_TD.shape[1])))
+
+    def _run(self, x_TD: Tensor, routing: Routing, running: Pass, seen_TD: Tensor | None) -> LayerOutput:
         output: LayerOutput = self.moe(x_TD, routing)
         return output
 

@@ -1,14 +1,22 @@
 """The program that turns a dense model of transformers into one with experts."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from foreroute.engine.convert.adapters import AdaptedFeedForward
 from foreroute.engine.errors import UserError
 from foreroute.launch.convert import Choose, ConvertArgs, convert
 
-CASES = (("split", Choose.table, 8), ("split", Choose.live, 8), ("copy", Choose.live, 2), ("adapters", None, 3))
+CASES = (
+    ("split", Choose.table, 8),
+    ("split", Choose.live, 8),
+    ("copy", Choose.live, 2),
+    ("adapters", None, 3),
+    ("adapters", Choose.live, 2),
+)
 WIDTHS = {"copy": 32, "split": 4, "adapters": 64}
 
 
@@ -45,6 +53,10 @@ def dense(tmp_path):
     return SimpleNamespace(model=tmp_path / "dense", text=tmp_path / "lines.txt")
 
 
+def adapted(model):
+    return [module for module in model.modules() if isinstance(module, AdaptedFeedForward)]
+
+
 @pytest.mark.transformers
 def test_written_models_compute_what_was_converted(dense, tmp_path, capsys):
     """Each start and choice; k=8 of 8 slices, any k of copies and adapters equal the dense model."""
@@ -67,6 +79,11 @@ def test_written_models_compute_what_was_converted(dense, tmp_path, capsys):
         if start == "split":
             experts.k = 1
             assert (model(**batch)[0][real] - want).norm() > 1e-3 * want.norm()
+    assert [found.router_reads_input for found in adapted(model)] == [True] * 2
+    noted = json.loads((out / "config.json").read_text())
+    del noted["foreroute"]["options"]["router_reads_input"]  # as in a folder of an earlier version
+    (out / "config.json").write_text(json.dumps(noted))
+    assert [found.router_reads_input for found in adapted(open_converted(out)[0])] == [False] * 2
     with pytest.raises(UserError, match=r"is no converted model: its config\.json has no entry foreroute"):
         open_converted(dense.model)
     with pytest.raises(UserError, match=r"has no config\.json: must be a model of transformers"):

@@ -193,6 +193,40 @@ def test_adapters(kind, act, bias, backend):
     assert trained == {"mlp.experts.moe.experts.w1", "mlp.experts.moe.experts.w2"}
 
 
+@pytest.mark.parametrize("reads_input", [True, False])
+def test_a_live_router_of_adapters_reads_the_input(reads_input):
+    """As PESC's: its choices, weights and gradient are those of x, otherwise those of the feed-forward's output."""
+    dense, k = Host("plain", "gelu", True), 2
+    model = copy.deepcopy(dense)
+    moe = MoEConfig(router="learned", experts=EXPERTS)
+    options = {"width": WIDTH, "vocab_size": SYMBOLS, "moe": moe, "k": k, "seed": 4}
+    replace_feed_forwards(model, "mlp", start=Adapters(width=5, router_reads_input=reads_input), **options)
+    assert torch.equal(model(tokens()[None])[0], dense(tokens()))
+    layer = model.mlp.experts.moe
+    with torch.no_grad():
+        layer.experts.w2.normal_()
+        for parameter in layer.router.parameters():
+            parameter.normal_()
+    x = tokens()
+    y = model(x[None])[0]
+    backward(y)
+    x_ref, leaf, router = tokens(), dense.dense(), copy.deepcopy(layer.router)
+    router.zero_grad()
+    found = {}
+    for read in (True, False):
+        route = router(x_ref if read else dense(x_ref), k).route
+        weights = layer.experts.w1.detach(), layer.experts.w2.detach()
+        found[read] = reference.adapters(
+            x_ref, route.expert_TK.tolist(), route.weight_TK, leaf, dense.act, *weights, 1.0
+        )
+    close(y, found[reads_input])
+    assert (y - found[not reads_input]).norm() > 0.01 * y.norm()
+    backward(found[reads_input])
+    close(x.grad, x_ref.grad)
+    for own, theirs in zip(layer.router.parameters(), router.parameters(), strict=True):
+        close(own.grad, theirs.grad)
+
+
 def test_what_must_differ_differs():
     """Weights that do not sum to 1, noise, slices in another order, and fewer slices."""
     dense, x = Host(), tokens()
