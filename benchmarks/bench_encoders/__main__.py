@@ -60,9 +60,9 @@ _MATH = "math/data"
 SETTINGS = {
     "sst2": Setting(150, 16, 2e-4, 872),
     "csqa": Setting(80, 16, 5e-5, 400),
-    "svamp": Setting(40, 16, 2e-4, 1000, 96, f"{_MATH}/mawps-asdiv-a_svamp"),
-    "mawps": Setting(40, 16, 2e-4, 384, 96, f"{_MATH}/cv_mawps/fold0"),
-    "asdiv": Setting(40, 16, 2e-4, 238, 96, f"{_MATH}/cv_asdiv-a/fold0"),
+    "svamp": Setting(80, 16, 2e-4, 1000, 96, f"{_MATH}/mawps-asdiv-a_svamp"),
+    "mawps": Setting(80, 16, 2e-4, 384, 96, f"{_MATH}/cv_mawps/fold0"),
+    "asdiv": Setting(80, 16, 2e-4, 238, 96, f"{_MATH}/cv_asdiv-a/fold0"),
 }
 ARMS = {"dense": ("dense", None, None), "frozen_growing": ("frozen", 4, 8), "hashed_growing": ("hashed", 4, 8)}
 ARMS |= {"hashed_half": ("hashed", None, 4), "hashed_all": ("hashed", None, 8)}

@@ -108,14 +108,9 @@ class EquationDecoder(nn.Module):
 
     def __init__(self, width: int, fixed: int, dropout: float) -> None:
         super().__init__()
+        heads = 1 if width % _HEAD_WIDTH else width // _HEAD_WIDTH
         layer = nn.TransformerDecoderLayer(
-            width,
-            max(1, width // _HEAD_WIDTH),
-            2 * width,
-            dropout,
-            activation="gelu",
-            batch_first=True,
-            norm_first=True,
+            width, heads, 2 * width, dropout, activation="gelu", batch_first=True, norm_first=True
         )
         self.layers = nn.TransformerDecoder(layer, _LAYERS, nn.LayerNorm(width))
         self.fixed_CD = nn.Parameter(torch.randn(fixed, width))
