@@ -2,10 +2,13 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
 from benchmarks.bench_encoders.__main__ import read_file, settings, summary, write_file
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 def one(arm, seed, **correct):
@@ -42,3 +45,21 @@ def test_a_stopped_measurement_goes_on_only_with_the_same_settings(tmp_path):
     assert read_file(path, 1) == RUNS[:2] and json.loads(path.read_text())["settings"] == settings(1)
     with pytest.raises(SystemExit, match="has other settings"):
         read_file(path, 2)
+
+
+def test_a_file_may_lack_tasks_that_came_later(tmp_path):
+    path = tmp_path / "found.json"
+    write_file(path, RUNS[:2], 1)
+    found = json.loads(path.read_text())
+    del found["settings"]["tasks"]["svamp"]
+    path.write_text(json.dumps(found))
+    assert read_file(path, 1) == RUNS[:2]
+    found["settings"]["tasks"]["sst2"]["steps"] = 1
+    path.write_text(json.dumps(found))
+    with pytest.raises(SystemExit, match="has other settings"):
+        read_file(path, 1)
+
+
+def test_the_published_files_are_of_these_settings():
+    """Another measurement would go on with them."""
+    assert len(read_file(DOCS / "encoders.json", 1)) > 20 and read_file(DOCS / "encoders_longer.json", 4)
