@@ -37,7 +37,7 @@ from foreroute.engine.data.corpus import PreparedCorpus, prepare
 from foreroute.engine.data.loader import PlannedLoader
 from foreroute.engine.data.planned_batches import GroupBatch, PlannedBatch, group_batch, plan_batch
 from foreroute.engine.data.streams import Streams
-from foreroute.engine.ngram_tables.hash_keys import HashKeys
+from foreroute.engine.ngram_tables.hash_keys import hash_keys
 from foreroute.engine.parallel.cpu_group import CpuGroup
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.planned.hashed import HashedRouter
@@ -48,7 +48,7 @@ from foreroute.engine.routing.tables import Table, build_tables
 from foreroute.launch.start.process import keep_freed_memory, leaving_at_once
 
 K, RANK, SEGMENT, TOKENS_PER_SECOND = 8, 3, 512, 15_000
-ROWS = HashKeys((2, 3), 8, 1 << 20, vocab_size=256, seed=1111, table=0)
+ROWS = hash_keys((2, 3), 8, 1 << 20, vocab_size=256, seed=1111, table=0)
 CONFIG = shapes(argparse.Namespace(dropout=0.1, precision="fp32"))
 
 

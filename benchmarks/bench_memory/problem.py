@@ -17,7 +17,7 @@ from foreroute.engine.config import Corpus, CorpusConfig, Split, Tokens
 from foreroute.engine.data.corpus import prepare
 from foreroute.engine.data.streams import Batch, Streams
 from foreroute.engine.data.tokens.vocab import Ids
-from foreroute.engine.ngram_tables.hash_keys import HashKeys
+from foreroute.engine.ngram_tables.hash_keys import HashKeys, hash_keys
 from foreroute.engine.routing.plans.row_plan import ID_BYTES, distinct_rows
 
 PREFIX = "enwik8_prefix/enwik8.first4154394"
@@ -45,7 +45,7 @@ class Text:
 
     def keys(self, table: Table) -> HashKeys:
         """Return how n-grams find their rows."""
-        return HashKeys((table.ngram,), 1, table.rows, self.vocab_size, seed=1, table=0)
+        return hash_keys((table.ngram,), 1, table.rows, vocab_size=self.vocab_size, seed=1, table=0)
 
     def batch(self, table: Table, rank: int, ranks: int, number: int) -> Batch:
         """Return a rank's part of a batch out of the middle of the text."""

@@ -41,7 +41,7 @@ _ROUTES = option_names(
     schedule=("growth", "k_min", "k_max", "steps"),
     train=("steps", "accumulation"),
     parallel=("expert_ranks",),
-    ngram_tables=("rows", "orders", "heads", "width", "layers", "keys", "wire"),
+    ngram_tables=("rows", "orders", "heads", "width", "layers", "keys", "optimizer", "wire"),
 )
 # Options that may decide what a row weighs, how often it travels and by which exchange.
 _ROW = ("model.width", "train.precision", "parallel.wire")

@@ -197,10 +197,12 @@ def read(path: Path) -> Written:
 
 
 def tables_sha256(routers: Iterable[PlannedRouter], table_keys: Iterable[TableKeys] = ()) -> str:
-    """Digest of what decides which experts a token uses, and which rows of n-gram tables; weights are not in it."""
+    """Digest of what decides which experts a token uses, and which shared rows of n-gram tables; weights are not in
+    it."""
     digest = hashlib.sha256()
     arrays = [array for router in routers for array in router.identity(weights=False)]
-    for array in (*arrays, *map(some_rows, table_keys)):
+    shared = (keys for keys in table_keys if not keys.whole)
+    for array in (*arrays, *map(some_rows, shared)):
         digest.update(json.dumps([*array.shape]).encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()

@@ -19,6 +19,7 @@ from foreroute.engine.config.enums import (
     Precision,
     RouteWeights,
     RowMoments,
+    RowOptimizer,
     RowPlace,
     RowUpdates,
     SavedForBackward,

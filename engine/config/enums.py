@@ -198,6 +198,13 @@ class Split(Enum):
     test = "test"
 
 
+class RowOptimizer(Enum):
+    """Who trains the rows of n-gram tables, and where they lie."""
+
+    sparse = "sparse"  # ranks share the rows out, and a step changes those that it read
+    dense = "dense"  # each rank has all rows, in an ordinary parameter at the model's input, for small tables
+
+
 class RowUpdates(Enum):
     """The number of updates in the bias correction of a table row's Adam."""
 

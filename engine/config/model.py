@@ -57,11 +57,11 @@ class ModelConfig:
     )
     ngram: int = option(
         0,
-        "Ids in the n-grams whose learned embeddings are added to the input; 0 for none.",
+        "Ids in the n-grams of a dense table at the input, as ngram_tables.optimizer=dense has; 0 for none.",
         at_least=0,
         at_most=MAX_NGRAM,
     )
-    ngram_rows: int = option(4096, "Rows of that embedding; n-grams beyond them share rows by hash.", at_least=1)
+    ngram_rows: int = option(4096, "Rows of that table; n-grams beyond them share rows by hash.", at_least=1)
     signatures: bool = option(
         False,
         "Of a dense model: feed it at the input what hashed routing would be told, the fixed weights of each token's "

@@ -3,8 +3,16 @@
 from dataclasses import dataclass
 from itertools import pairwise
 
-from foreroute.engine.config.enums import NgramEntry, NgramKeys, RowMoments, RowPlace, RowUpdates, WireFormat
-from foreroute.engine.config.model import MAX_NGRAM
+from foreroute.engine.config.enums import (
+    NgramEntry,
+    NgramKeys,
+    RowMoments,
+    RowOptimizer,
+    RowPlace,
+    RowUpdates,
+    WireFormat,
+)
+from foreroute.engine.config.model import MAX_NGRAM, ModelConfig
 from foreroute.engine.config.option import check, option
 from foreroute.engine.errors import require
 
@@ -42,6 +50,7 @@ class NgramTablesConfig:
     )
     entry: NgramEntry = NgramEntry.add
     keys: NgramKeys = NgramKeys.hash
+    optimizer: RowOptimizer = RowOptimizer.sparse
     updates: RowUpdates = RowUpdates.count
     moments: RowMoments = RowMoments.element
     lr_factor: float = option(1.0, "Learning rate of rows, as a multiple of that of optim.", above=0)
@@ -63,8 +72,14 @@ class NgramTablesConfig:
             self.entry is NgramEntry.add or bool(self.layers),
             f"ngram_tables.entry={self.entry.name}: needs ngram_tables.layers; the model's input takes entry=add alone",
         )
+        for name, given in (("layers", self.layers), ("place", self.place is RowPlace.host and "host")):
+            require(
+                not (given and self.rows and self.dense),
+                f"ngram_tables.{name}={given}: needs ngram_tables.optimizer=sparse; a dense table is an ordinary"
+                " parameter at the model's input",
+            )
         require(
-            self.rows * len(orders) * self.heads < _MOST_ROWS,
+            self.rows * self.heads_read < _MOST_ROWS,
             f"ngram_tables.rows={self.rows} with {len(orders)} orders of {self.heads} heads: must be below {_MOST_ROWS}"
             " together",
         )
@@ -75,11 +90,40 @@ class NgramTablesConfig:
         return max(self.orders) - 1 if self.rows else 0
 
     @property
+    def dense(self) -> bool:
+        """Whether each rank has the whole table in an ordinary parameter."""
+        return self.optimizer is RowOptimizer.dense
+
+    @property
+    def heads_read(self) -> int:
+        """Rows of a table that a token reads."""
+        return len(self.orders) * self.heads
+
+    @property
     def places(self) -> list[int | None]:
-        """The layers that read a table; None is the model's input."""
-        if not self.rows:
+        """The layers that read a table whose rows the ranks share out; None is the model's input."""
+        if not self.rows or self.dense:
             return []
         return [*self.layers] or [None]
+
+
+def dense_table(model: ModelConfig, tables: NgramTablesConfig) -> NgramTablesConfig | None:
+    """Return the section of the dense table at the model's input, whichever name it has; None: there is none.
+
+    Raises:
+        UserError: there is another table at the input.
+    """
+    if tables.rows and tables.dense:
+        other = f"model.ngram={model.ngram}" if model.ngram else "model.signatures=true"
+        require(
+            not model.ngram and not model.signatures, f"{other} with ngram_tables.optimizer=dense: take one of them"
+        )
+        return tables
+    if not model.ngram:
+        return None
+    return NgramTablesConfig(
+        rows=model.ngram_rows, orders=[model.ngram], heads=1, width=model.width, optimizer=RowOptimizer.dense
+    )
 
 
 def _ascending(numbers: list[int]) -> bool:

@@ -34,7 +34,7 @@ from foreroute.engine.config.model import (
     feed_forward_width,
     num_tables,
 )
-from foreroute.engine.config.ngram_tables import NgramTablesConfig
+from foreroute.engine.config.ngram_tables import NgramTablesConfig, dense_table
 from foreroute.engine.config.option import check, option
 from foreroute.engine.errors import require
 
@@ -505,6 +505,7 @@ class Config:
     def _check_input(self) -> None:
         """Check the tables at the model's input, and which layers have experts."""
         model, moe = self.model, self.moe
+        dense_table(model, self.ngram_tables)  # refuses two tables there
         dense = moe.dense
         require(
             dense or not model.signatures,
@@ -562,6 +563,11 @@ class Config:
         keyed = not self.moe.dense or self.model.signatures
         ngrams = [section.ngram for section in self.expert_sections] if keyed else []
         return max(max([self.model.ngram, 1, *ngrams]) - 1, self.ngram_tables.context)
+
+    @property
+    def dense_table(self) -> NgramTablesConfig | None:
+        """The section of the dense n-gram table at the model's input; None: there is none."""
+        return dense_table(self.model, self.ngram_tables)
 
     @property
     def expert_layers(self) -> int:

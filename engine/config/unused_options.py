@@ -27,6 +27,7 @@ _ROUTERS = {
 }
 """Options of the section `moe` that not all routers read."""
 _TABLES = tuple(f"ngram_tables.{item.name}" for item in fields(NgramTablesConfig) if item.name != "rows")
+_SPARSE = option_names(ngram_tables=("updates", "moments", "lr_factor", "wire"))
 _ONE_RANK = ("parallel.exchange", "parallel.wire", "parallel.chunks", "parallel.peer_ids")
 
 
@@ -55,6 +56,7 @@ def rules(config: Config, uses: Collection[str], idle: Mapping[str, str]) -> lis
         *(Rule(True, reason, (f"moe.{name}",)) for name, reason in idle.items()),
         Rule(all_layers, "moe.layers takes in every layer", ("moe.plain_width",)),
         Rule(config.ngram_tables.rows == 0, "ngram_tables.rows=0", _TABLES),
+        Rule(config.ngram_tables.dense, "ngram_tables.optimizer=dense", _SPARSE),
         Rule(config.model.ngram == 0, "model.ngram=0", ("model.ngram_rows",)),
         Rule(not config.model.cutoffs, "model.cutoffs=[]", ("model.div_val", "model.proj_init_std")),
         Rule(config.model.div_val == 1, "model.div_val=1", ("model.proj_init_std",)),

@@ -16,7 +16,6 @@ from foreroute.engine.parallel.cpu_group import CpuGroup
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.k_schedule import active_experts
 from foreroute.engine.routing.methods import training_passes
-from foreroute.engine.routing.ngram_rows import KeyRows
 from foreroute.engine.routing.plan import Plan, Routing, layer_seeds
 from foreroute.engine.routing.planned_router import Draw, GroupTokens, Places, PlannedRouter, plan_all
 from foreroute.engine.routing.plans.exchange_choice import gathers
@@ -95,7 +94,6 @@ def plan_batch(
     passes: int = 1,
     split: Split = Split.train,
     held_out: bool = False,
-    input_keys: Sequence[KeyRows] = (),
     cutoffs: Sequence[int] = (),
     dropout_seed: int = 0,
     layers: int = 0,
@@ -110,7 +108,6 @@ def plan_batch(
         passes: over the batch, 1 or 2, each with plans of its own.
         split: of which the group's places are.
         held_out: the batch is not trained on; what is drawn then depends on batch.index and streams alone.
-        input_keys: of the tables at the input of the model (TransformerXL.input_keys).
         cutoffs: of the model's adaptive softmax, if it has one.
         dropout_seed: of (run, step), for the experts' stateless dropout.
         layers: expert layers, which have a seed of it each; 0 where there is no dropout.
@@ -122,8 +119,7 @@ def plan_batch(
     draw = Draw(token_PT.numpy(), group.own.index, held_out)
 
     own = group.own
-    row_tBQ = [keys.of(own.ids_BQ, own.left_BC, own.new_document_BX) for keys in input_keys]
-    input_row_tBQ, token_T = torch.stack(row_tBQ) if row_tBQ else None, token_PT.flatten()
+    token_T = token_PT.flatten()
     tails = tail_tokens(group.own.targets_BQ, cutoffs)
     places = None if group.place_PB is None else Places(split, group.place_PB)
     tokens = GroupTokens(
@@ -139,7 +135,6 @@ def plan_batch(
             plans,
             token_T,
             dropout_seed=layer_seeds(dropout_seed + number * _SECOND_SEED, layers) if layers else 0,
-            input_row_tBQ=input_row_tBQ,
             position_BQ=own.position_BQ if reset_memory else None,
             tail_tokens=tails,
             real_T=None if own.real_BQ is None else own.real_BQ.flatten(),
@@ -169,9 +164,8 @@ class TrainingBatches:
     streams: Streams
     mesh: Mesh
     routers: Sequence[PlannedRouter] | None  # planned ones; None for live routers and dense
-    input_keys: Sequence[KeyRows] = ()  # of the tables at the input of the model
     planning_group: CpuGroup = field(default_factory=CpuGroup)  # asks the expert group for its ids
-    table_keys: Sequence[TableKeys] = ()  # of the n-gram tables
+    table_keys: Sequence[TableKeys] = ()  # of the model
     planning: CpuGroup = field(default_factory=CpuGroup)  # tells all ranks which rows of the tables are read
     rows_of_step: dict[int, list[TableRows]] = field(default_factory=dict)  # of the last step that was planned
 
@@ -218,7 +212,6 @@ class TrainingBatches:
             gather=gather,
             chunks=self.config.parallel.chunks,
             passes=training_passes(self.config.model, self.config.moe),
-            input_keys=self.input_keys,
             cutoffs=self.config.model.cutoffs,
             dropout_seed=self.config.train.seed * 2**32 + group.own.index,
             layers=self.config.expert_layers if self.config.model.dropout else 0,

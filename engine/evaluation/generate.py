@@ -106,7 +106,6 @@ class _Reader:
                 self.k,
                 self.run.routers,
                 held_out=True,
-                input_keys=model.input_keys,
                 reset_memory=config.data.reset_memory,
                 table_rows=plan_rows(model.table_keys, [batch], CpuGroup())[0],
             )

@@ -115,7 +115,6 @@ def evaluate(
                 gather=gather,
                 split=split,
                 held_out=True,
-                input_keys=model.input_keys,
                 reset_memory=config.data.reset_memory,
                 cutoffs=config.model.cutoffs,
                 table_rows=plan_rows(model.table_keys, [batch], world.cpu_group)[0],

@@ -68,7 +68,6 @@ class Classifier(Trainee):
             k,
             self.routers,
             held_out=not self.training,
-            input_keys=self.model.input_keys,
             dropout_seed=seed,
             layers=sum(isinstance(module, MoELayer) for module in self.model.modules()),
             table_rows=plan_rows(self.model.table_keys, [unplanned], CpuGroup())[0],

@@ -135,8 +135,9 @@ def end_products(model: ModelConfig, vocab: int, tokens: float, shares: Sequence
 
 
 def table_products(tables: NgramTablesConfig, model: ModelConfig, *, streams: int, segment: int) -> list[Product]:
-    """List the products that project rows of n-gram tables, at all places; into attention's values of memory too."""
-    read, places = len(tables.orders) * tables.heads * tables.width, len(tables.places)
+    """List the products that project rows of n-gram tables, at all places, of which a dense table has one; into
+    attention's values of memory too."""
+    read, places = tables.heads_read * tables.width, len(tables.places) or int(tables.rows > 0)
     if tables.entry in (NgramEntry.gate, NgramEntry.per_layer):
         return [Product(streams * segment, model.width, read, 2 * places)]
     into_values, inner = tables.entry is NgramEntry.values, model.heads * model.head_width
@@ -207,18 +208,18 @@ class Arithmetic:
         return sum(times * self.step_flops(k) for k, times in steps.items())
 
     def active_parameters(self, k: int) -> int:
-        """Count the parameters that a symbol uses: all but those of experts and n-gram embeddings that it does not.
+        """Count the parameters that a symbol uses: all but those of experts and table rows that it does not.
 
         Example: experts of 10 parameters each, 4 in each of 3 layers: at k = 1 a model of 500 uses 500 - 3 x 3 x 10 =
         410.
         """
         model, moe = self._config.model, self._config.moe
-        used = self._parameters - (model.ngram > 0) * (model.ngram_rows - 1) * model.width
         if moe.dense:
-            return used
+            return self._parameters
         expert = count_matrices(moe.activation) * moe.expert_width * model.width + moe.expert_width + model.width
         sections = [moe.at_layer(layer) for layer in expert_layers(model, moe)]
-        return used - sum(round((own.layer_experts - k * own.experts / own.columns) * expert) for own in sections)
+        unused = sum(round((own.layer_experts - k * own.experts / own.columns) * expert) for own in sections)
+        return self._parameters - unused
 
     def by_k(self) -> dict[str, int]:
         """Return each k of the schedule and of the evaluation by its name; "dense" where there are no experts."""

@@ -28,7 +28,6 @@ from foreroute.engine.moe.layer import share_routers
 from foreroute.engine.ngram_tables.entries import EntryOutput
 from foreroute.engine.ngram_tables.tables import NgramTables
 from foreroute.engine.routing.losses import consistency_loss
-from foreroute.engine.routing.ngram_rows import KeyRows
 from foreroute.engine.routing.plan import Routing
 from foreroute.engine.routing.plans.row_plan import TableKeys
 from foreroute.kernels.ops.linear_cross_entropy import CrossEntropy, linear_cross_entropy
@@ -98,7 +97,7 @@ class TransformerXL(nn.Module):
 
         Args:
             seed: of the tables, for models that read table rows.
-            ngram_tables: large tables of n-grams, if the model has any.
+            ngram_tables: tables of n-grams, if the model has any.
         """
         super().__init__()
         self.config = model
@@ -115,9 +114,10 @@ class TransformerXL(nn.Module):
         self.blocks = nn.ModuleList(Block(model, moe, kernels, i) for i in range(model.layers))
         share_routers(self)
         self.final_norm = nn.LayerNorm(model.width) if model.pre_norm else nn.Identity()
-        self.input_tables = input_tables(model, moe, vocab_size, seed)
+        ngram_tables = ngram_tables or NgramTablesConfig()
+        self.input_tables = input_tables(model, moe, ngram_tables, vocab_size, seed)
         self.ngram_tables: NgramTables | None = None
-        if ngram_tables is not None and ngram_tables.rows:
+        if ngram_tables.places:
             self.ngram_tables = NgramTables(
                 ngram_tables,
                 width=model.width,
@@ -130,20 +130,21 @@ class TransformerXL(nn.Module):
         self.init_weights(model.init_std)
 
     @property
-    def input_keys(self) -> tuple[KeyRows, ...]:
-        """How n-grams find their rows in the tables at the input; the loader makes routing.input_row_tBQ from them."""
-        return () if self.input_tables is None else self.input_tables.keys
-
-    @property
     def table_keys(self) -> tuple[TableKeys, ...]:
-        """How n-grams find their rows in the n-gram tables; plan_rows makes the routing's row plans from them."""
-        return () if self.ngram_tables is None else self.ngram_tables.keys
+        """How n-grams find their rows in all tables, the whole one at the input last, for plan_rows."""
+        shared = () if self.ngram_tables is None else self.ngram_tables.keys
+        return shared if self.input_tables is None else (*shared, self.input_tables.keys)
 
     @property
     def num_parameters(self) -> int:
         """Parameters, those of all experts here and the rows of n-gram tables on all ranks among them."""
         rows = 0 if self.ngram_tables is None else self.ngram_tables.num_parameters
         return rows + sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def num_unread(self) -> int:
+        """Of these, numbers in n-gram tables that a symbol does not read."""
+        return sum(tables.num_unread for tables in (self.ngram_tables, self.input_tables) if tables is not None)
 
     def init_weights(self, std: float) -> None:
         """Draw weights, u and v from N(0, std^2), LayerNorm gains from N(1, std^2); biases are zero."""
@@ -261,7 +262,7 @@ class TransformerXL(nn.Module):
             self.ngram_tables.fetch(routing.row_plans)
         x_BQD = self.embedding(ids_BQ)
         if self.input_tables is not None:
-            x_BQD = x_BQD + self.input_tables(routing.input_row_tBQ)
+            x_BQD = self.input_tables(x_BQD, routing.landed_BQH[-1])
         number = len(self.blocks)
         kept = (memory or ())[number:]
         x_BQD = self._enter(None, x_BQD, routing, kept, limit).x_BQD

@@ -40,6 +40,7 @@ class MultiplyXorKeys:
     missing: int = 0  # in place of an id of another document, after new_ids
     document_end: int | None = None  # id after which n-grams begin anew, before new_ids
     new_ids: Tensor | None = None  # int64 [V]: what each id is mixed as; None: as itself
+    whole: bool = False
 
     @property
     def context(self) -> int:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from foreroute.engine.config import NgramEntry, NgramKeys, NgramTablesConfig, RowPlace, WireFormat
 from foreroute.engine.ngram_tables.entries import ENGRAM, PER_LAYER, Added, Entry, EntryOutput, Gated, IntoValues
-from foreroute.engine.ngram_tables.hash_keys import HashKeys
-from foreroute.engine.ngram_tables.public_keys import engram_keys, qwen_keys
+from foreroute.engine.ngram_tables.hash_keys import HashKeys, hash_keys
+from foreroute.engine.ngram_tables.public_keys import MultiplyXorKeys, engram_keys, qwen_keys
 from foreroute.engine.ngram_tables.row_rules import RowRule, RowSGD
 from foreroute.engine.ngram_tables.sharded import ShardedTable
 from foreroute.engine.ngram_tables.store import RowStore
@@ -29,14 +29,15 @@ from foreroute.engine.routing.plans.row_plan import RowsPlan, TableKeys
 
 
 def table_keys(config: NgramTablesConfig, vocab_size: int, seed: int) -> tuple[TableKeys, ...]:
-    """Return how n-grams find their rows in each table of a run."""
-    return tuple(_keys(config, table, vocab_size, seed) for table in range(len(config.places)))
+    """Return how n-grams find their rows in each table of a run whose rows the ranks share out."""
+    return tuple(keys_of_table(config, table, vocab_size, seed) for table in range(len(config.places)))
 
 
-def _keys(config: NgramTablesConfig, table: int, vocab_size: int, seed: int) -> TableKeys:
+def keys_of_table(config: NgramTablesConfig, table: int, vocab_size: int, seed: int) -> HashKeys | MultiplyXorKeys:
+    """Return how n-grams find their rows in the table of this number."""
     orders, layers = tuple(config.orders), config.layers or [0]
     if config.keys is NgramKeys.hash:
-        return HashKeys(orders, config.heads, config.rows, vocab_size, seed, table)
+        return hash_keys(orders, config.heads, config.rows, vocab_size=vocab_size, seed=seed, table=table)
     if config.keys is NgramKeys.qwen:
         return qwen_keys(vocab_size, table, orders=orders, rows=config.rows, heads=config.heads, seed=seed)
     rows = [config.rows] * len(orders)

@@ -124,7 +124,6 @@ class Routing:
     """int64: global numbers of the tokens of the expert group, rank by rank, for the experts' stateless dropout; None
     counts from 0."""
     dropout_seed: int | Tensor = 0  # of (run, step); or the words of each layer's own seed (layer_seeds)
-    input_row_tBQ: Tensor | None = None  # int64: rows of the model's tables at the input
     position_BQ: Tensor | None = None
     """int32: ids of the same document before each id, where attention and memory stop at document starts; None: they do
     not."""
@@ -134,8 +133,9 @@ class Routing:
     """bool: false for padding, which live routers leave without experts; planned routers' plans have none of it. None:
     there is none."""
     row_plans: tuple[RowsPlan, ...] = ()
-    """Of each n-gram table, the rows of the step that begins with this pass; empty: they have landed before."""
-    landed_BQH: tuple[Tensor, ...] = ()  # int64: of each n-gram table, which landed row each head of each id reads
+    """Of each n-gram table that ranks share, the rows of the step that begins with this pass; empty: they have landed
+    before."""
+    landed_BQH: tuple[Tensor, ...] = ()  # int64: as TableRows.landed_BQH, the table at the input last
     second: "Routing | None" = None  # of a second pass over the batch; None: there is one pass
 
     @property

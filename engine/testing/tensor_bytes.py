@@ -110,7 +110,6 @@ def train(
             layout.read(ids),
             mesh,
             [router.place(mesh) for router in routers],
-            model.input_keys,
             table_keys=model.table_keys,
             planning=CpuGroup() if mesh.world == 1 else GlooGroup(dist.new_group()),
         )

@@ -3,7 +3,7 @@
 Four streams of random text are divided over ranks and micro-batches. All results are numbered by global expert.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +39,7 @@ from foreroute.engine.parallel.cpu_group import GlooGroup
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.plan import Routing
 from foreroute.engine.routing.planned.hashed import HashedRouter
-from foreroute.engine.routing.plans.row_plan import NO_ROWS, TableRows, plan_rows
+from foreroute.engine.routing.plans.row_plan import NO_ROWS, TableKeys, TableRows, plan_rows
 from foreroute.engine.routing.tables import Table, build_tables, table_from_state, table_state
 
 SYMBOLS, STREAMS, SEGMENT, LAYERS, EXPERTS, K = 11, 4, 16, 2, 4, 2
@@ -214,12 +214,13 @@ class Run:
         return planned.batch.ids_BQ, planned.batch.targets_BQ, self.memory[micro], planned.routing
 
     def _table_rows(self, micro: int) -> TableRows:
-        if not self.config.ngram_tables.rows:
+        keys: Sequence[TableKeys] = self.engine.module.table_keys  # type: ignore[assignment]
+        if not keys:
             return NO_ROWS
         if micro == 0:
             own = range(self.accumulation)
             passes = [self.streams.batch(self.index, self._streams_of(self.mesh.rank, other)) for other in own]
-            self.table_rows = plan_rows(self.tables_of_model.keys, passes, self.cpu_group)
+            self.table_rows = plan_rows(keys, passes, self.cpu_group)
         return self.table_rows[micro]
 
 

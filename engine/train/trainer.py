@@ -106,7 +106,6 @@ class Trainer:
             self.streams,
             self.world.mesh,
             routers,
-            self.model.input_keys,
             self.world.planning_group,
             self.model.table_keys,
             self.world.planning,
@@ -114,8 +113,7 @@ class Trainer:
         fill_signatures(self.run_model)
         self.parameters = self.model.num_parameters  # of all ranks together
         shares = target_shares(corpus.split(Split.train), clusters(config.model, corpus.vocab.size))
-        unread = 0 if self.model.ngram_tables is None else self.model.ngram_tables.num_unread
-        self.arithmetic = Arithmetic(config, corpus.vocab.size, self.parameters - unread, shares)
+        self.arithmetic = Arithmetic(config, corpus.vocab.size, self.parameters - self.model.num_unread, shares)
         self.peak = peak_of(config.train, config.kernels, self.world.device)
         self.engine = start(self.model, config, self.world.mesh)
         self.meter = StepMeter(self.model, self.engine.device, self.engine.comm, self.world)

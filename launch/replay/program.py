@@ -60,8 +60,11 @@ class ReplayArgs(OnRanks):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rows = self.ngram_tables.rows
-        require(rows == 0, f"ngram_tables.rows={rows}: must be 0, since nobody here has the rows of the other ranks")
+        require(
+            not self.ngram_tables.places,
+            f"ngram_tables.rows={self.ngram_tables.rows}: must be 0 or dense, since nobody here has the rows of other"
+            " ranks",
+        )
         if self.rank.isdecimal():
             require(int(self.rank) < self.world_size, f"rank={self.rank}: must be below world_size={self.world_size}")
         else:

@@ -191,7 +191,7 @@ def test_tables_at_the_input_stay_the_runs(runs, kind):
         return classifier_of(saved, args).model
 
     def rows(model):
-        return [keys.of(ids_BQ, left_BC).tolist() for keys in model.input_tables.keys]
+        return model.input_tables.keys.rows_of(ids_BQ, left_BC).tolist()
 
     vocab_size = len(start(7, True).embedding.weight)
     own = rows(build_model(trained, vocab_size))

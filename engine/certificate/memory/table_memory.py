@@ -67,6 +67,10 @@ class TableMemory:
                 found.append(term("entries of rows", words))
             if config.entry is NgramEntry.values:
                 found.append(term("entries of rows", f"{positions} positions x {target} numbers x {s.number} bytes"))
+        dense = s.config.dense_table
+        if dense is not None and dense.heads_read * dense.width != s.config.model.width:
+            words = f"{s.tokens} tokens x {dense.heads_read} heads x {dense.width} width x {s.number} bytes"
+            found.append(term("entries of rows", words))
         return found
 
     @property
@@ -85,10 +89,11 @@ class TableMemory:
     def _plans(self) -> list[Term]:
         """List the plans of this step and of those planned ahead: where each token reads, and what is sent."""
         s, train = self.sizes, self.sizes.config.train
-        found = []
+        found, dense = list[Term](), s.config.dense_table
+        heads = [table.heads for table in self._tables] + ([] if dense is None else [dense.heads_read])
+        passes = (s.config.data.prefetch + 1) * train.accumulation
+        found += [term("plans", f"{passes} plans x {s.tokens} tokens x {each} heads x 8 bytes") for each in heads]
         for table in self._tables:
-            passes = (s.config.data.prefetch + 1) * train.accumulation
-            found.append(term("plans", f"{passes} plans x {s.tokens} tokens x {table.heads} heads x 8 bytes"))
             words = f"{s.config.data.prefetch + 1} plans x {table.landed.max + table.touched.max} rows x 16 bytes"
             found.append(term("plans", words))
         return found

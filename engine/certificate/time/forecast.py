@@ -274,8 +274,8 @@ def _left_out(layout: Layout, cluster: ClusterConfig) -> list[str]:
         "train.zero_stage=3: DeepSpeed sends weights and gradients beside computation, here nothing hides them": (
             train.zero_stage == 3 and not on_cpu
         ),
-        f"model.ngram={config.model.ngram}: looking up the input's rows and writing their gradient takes no time": (
-            config.model.ngram > 0
+        "a dense n-gram table: looking up its rows and writing their gradient takes no time": (
+            config.dense_table is not None
         ),
         f"kernels.precision={kernels.precision.value}: products run at the rate of product_fp32": (
             kernels.precision is not MatmulPrecision.ieee

@@ -38,6 +38,10 @@ class TableKeys(Protocol):
     def heads(self) -> int:
         """Rows that each token reads (H)."""
 
+    @property
+    def whole(self) -> bool:
+        """Whether each rank has the whole table in its model, so that no row travels."""
+
     def rows_of(self, ids_BQ: Tensor, left_BC: Tensor, new_document_BX: Tensor | None = None) -> Tensor:
         """Return the rows that each id reads, int64 [B, Q, H], each below `rows`."""
 
@@ -93,7 +97,8 @@ class TableRows(NamedTuple):
     """The rows of all tables that one pass reads."""
 
     plans: tuple[RowsPlan, ...]  # of the step that begins with this pass; empty: the rows have landed before
-    landed_BQH: tuple[Tensor, ...]  # int64: of each table, which landed row each head of each token reads
+    landed_BQH: tuple[Tensor, ...]
+    """int64: of each table, which landed row each head of each token reads; which row, of a whole table."""
 
 
 NO_ROWS = TableRows((), ())
@@ -127,21 +132,24 @@ def distinct_rows(rows: NDArray[np.int64], size: int, ranks: int) -> Distinct:
 
 
 def plan_rows(tables: Sequence[TableKeys], passes: Sequence[Ids], hosts: CpuGroup) -> list[TableRows]:
-    """Plan the rows of one step for each of its passes, one micro-batch after the other; a collective of all ranks.
+    """Plan the rows of one step for each of its passes, one micro-batch after the other; a collective of all ranks if a
+    table's rows are shared out.
 
-    Leaves: 4 bytes for each distinct row and table, to the host of its owner, and 4 for each table and host.
+    Leaves: 4 bytes for each distinct row and shared table, to the host of its owner, and 4 for each table and host.
 
     Args:
         hosts: all ranks of the run.
     """
     if not tables:
         return [NO_ROWS] * len(passes)
-    found = []
+    found, landed = list[Distinct](), list[Sequence[Tensor]]()
     for keys in tables:
-        rows = [keys.rows_of(ids.ids_BQ, ids.left_BC, ids.new_document_BX).numpy() for ids in passes]
-        found.append(distinct_rows(np.stack(rows), keys.rows, hosts.ranks))
-    plans = _exchange(found, hosts)
-    landed = [torch.from_numpy(distinct.place) for distinct in found]
+        rows = [keys.rows_of(ids.ids_BQ, ids.left_BC, ids.new_document_BX) for ids in passes]
+        if not keys.whole:
+            found.append(distinct_rows(torch.stack(rows).numpy(), keys.rows, hosts.ranks))
+            rows = list(torch.from_numpy(found[-1].place))
+        landed.append(rows)
+    plans = _exchange(found, hosts) if found else ()
     return [
         TableRows(plans if number == 0 else (), tuple(places[number] for places in landed))
         for number in range(len(passes))

@@ -18,8 +18,10 @@ from foreroute.engine.model.transformer_xl import first_keys
 from foreroute.engine.moe.exchange import build_exchange
 from foreroute.engine.moe.layer import MoELayer
 from foreroute.engine.parallel.collectives import ExpertGroupComm
+from foreroute.engine.parallel.cpu_group import CpuGroup
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing import ngram_rows
+from foreroute.engine.routing.plans.row_plan import plan_rows
 from foreroute.engine.routing.tables import build_tables
 from foreroute.engine.testing.ranks import run_ranks
 from foreroute.engine.testing.routers import hashed_of
@@ -67,11 +69,11 @@ def logits_of(config, text, mesh, *, exchange=None):
     tables = build_tables(config.moe, SYMBOLS, TEXT, num_tables=LAYERS, seed=1, cache_dir=None)
     routers = hashed_of(tables, mesh) if config.moe.router == "hashed" else None
     streams = Streams(text, STREAMS, SEGMENT, config.context, document_starts=STARTS)
-    batches = TrainingBatches(config, streams, mesh, routers, model.input_keys)
+    batches = TrainingBatches(config, streams, mesh, routers, table_keys=model.table_keys)
     memory, found = None, []
     with torch.no_grad():
         for step in range(STEPS):
-            planned = batches.plan(batches.read(step, 0), 2)
+            planned = batches.planned(step, 0)
             out = model.logits(planned.batch.ids_BQ, memory, planned.routing)
             memory = out.memory
             found.append(out.logits_BQV)
@@ -130,7 +132,8 @@ def test_each_document_is_as_if_it_were_alone():
         batch = Batch(
             ids, ids, torch.zeros(1, config.context, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), 0, True
         )
-        planned = plan_batch(group_batch([batch]), 2, hashed_of(tables, Mesh()), input_keys=model.input_keys)
+        (rows,) = plan_rows(model.table_keys, [batch], CpuGroup())
+        planned = plan_batch(group_batch([batch]), 2, hashed_of(tables, Mesh()), table_rows=rows)
         with torch.no_grad():
             alone = model.logits(ids, None, planned.routing).logits_BQV[0]
         torch.testing.assert_close(packed[inside[0] : inside[0] + len(alone)], alone, rtol=1e-4, atol=1e-5)
@@ -147,12 +150,12 @@ def test_recomputation_of_activations_hides_the_same_keys():
     config = make_config("dense")
     streams = Streams(TEXT, STREAMS, SEGMENT, config.context, document_starts=STARTS)
     model = build_model(config, SYMBOLS)
-    batches = TrainingBatches(config, streams, Mesh(), None, model.input_keys)
+    batches = TrainingBatches(config, streams, Mesh(), None, table_keys=model.table_keys)
     grads = []
     for model.recompute in (False, True):
         memory = None
         for step in range(2):
-            planned = batches.plan(batches.read(step, 0), 2)
+            planned = batches.planned(step, 0)
             out = model(planned.batch.ids_BQ, planned.batch.targets_BQ, memory, planned.routing)
             memory = out.memory
         grads.append(torch.autograd.grad(out.loss, list(model.parameters())))

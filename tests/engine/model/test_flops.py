@@ -140,11 +140,11 @@ def test_active_parameters_are_those_of_k_experts(activation):
     experts = [m for m in model.modules() if isinstance(m, Experts)]
     held = sum(p.numel() for layer in experts for p in layer.parameters())
     held_n_grams = 29 * config.model.width
-    arithmetic = Arithmetic(config, SYMBOLS, total)
+    arithmetic = Arithmetic(config, SYMBOLS, total - model.num_unread)
     for k in range(1, EXPERTS + 1):
         assert arithmetic.active_parameters(k) == total - held_n_grams - held + held * k / EXPERTS
     dense = replace(config, moe=MoEConfig(router="dense"))
-    assert Arithmetic(dense, SYMBOLS, total).active_parameters(2) == total - held_n_grams
+    assert Arithmetic(dense, SYMBOLS, total - model.num_unread).active_parameters(2) == total - held_n_grams
 
 
 def test_of_experts_without_rows_only_constants_compute():

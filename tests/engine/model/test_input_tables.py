@@ -14,6 +14,7 @@ from foreroute.engine.config import (
     KernelsConfig,
     ModelConfig,
     MoEConfig,
+    NgramTablesConfig,
     ScheduleConfig,
 )
 from foreroute.engine.config.model import feed_forward_width
@@ -23,9 +24,12 @@ from foreroute.engine.errors import UserError
 from foreroute.engine.evaluation.generate import Sampling, generate
 from foreroute.engine.model.build import RunModel
 from foreroute.engine.model.transformer_xl import TransformerXL
+from foreroute.engine.ngram_tables.public_keys import qwen_keys
+from foreroute.engine.parallel.cpu_group import CpuGroup
 from foreroute.engine.routing.ngram_rows import KeyRows
 from foreroute.engine.routing.plan import Routing
 from foreroute.engine.routing.planned.hashed import HashedRouter
+from foreroute.engine.routing.plans.row_plan import plan_rows
 from foreroute.engine.routing.tables import build_tables
 from foreroute.engine.testing.routers import route_of
 
@@ -38,23 +42,22 @@ IDS, LEFT = (
 )
 
 
-def build(moe=MOE, **options):
+def build(moe=MOE, tables=None, **options):
     torch.manual_seed(0)
     sizes = replace(SIZES, **options)
-    return TransformerXL(sizes, moe, KernelsConfig(), V, seed=5).eval()
+    return TransformerXL(sizes, moe, KernelsConfig(), V, seed=5, ngram_tables=tables).eval()
 
 
 def rows(model, ids=IDS, left=LEFT):
     batch = Batch(ids, ids, left, torch.arange(len(ids)), 0, fresh=False)
-    planned = plan_batch(group_batch([batch]), K, None, input_keys=model.input_keys)
-    return planned.routing.input_row_tBQ
+    return plan_rows(model.table_keys, [batch], CpuGroup())[0].landed_BQH
 
 
-def hidden_at_input(model, ids, row_tBQ):
+def hidden_at_input(model, ids, row_BQH):
     """What the first block is given."""
     seen = []
     handle = model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    model.logits(ids, None, Routing(K, input_row_tBQ=row_tBQ))
+    model.logits(ids, None, Routing(K, landed_BQH=row_BQH))
     handle.remove()
     return seen[0]
 
@@ -81,7 +84,62 @@ def test_ngram_embeddings_equal_a_loop(ngram, table_rows):
             want = (model.embedding.weight[IDS[b, q]] + weight[row]) * 8**0.5
             assert torch.allclose(got[b, q], want, atol=1e-6)
     assert weight.std().item() == pytest.approx(0.3, rel=0.2)
-    assert rows(model, left=left).unique().numel() > 5
+    assert rows(model, left=left)[0].unique().numel() > 5
+
+
+OLD_ROWS = [[27, 18, 17, 32, 12, 35], [1, 36, 27, 16, 20, 36]]
+OLD_ROWS_BESIDE_EXPERTS = [[32, 35, 10, 25, 35, 9], [5, 10, 3, 16, 0, 6]]
+
+
+def dense(**options):
+    return NgramTablesConfig(**{"rows": 40, "orders": [3], "heads": 1, "width": 8, "optimizer": "dense", **options})
+
+
+@pytest.mark.parametrize("router", ["hashed", "dense"])
+def test_one_order_and_head_as_wide_as_the_model_is_what_model_ngram_has(router):
+    """The same parameters, values and rows; layers that are dense in each are as wide by an option of their own."""
+    moe = replace(MOE, router=router, dense_width=20)
+    old, new = build(moe, ngram=3, ngram_rows=40), build(moe, dense())
+    assert old.state_dict().keys() == new.state_dict().keys() >= {"input_tables.embedding.weight"}
+    assert all(map(torch.equal, old.state_dict().values(), new.state_dict().values()))
+    landed = rows(old)
+    assert torch.equal(landed[0], rows(new)[0])
+    x_BQD = old.embedding(IDS)
+    assert torch.equal(*(model.input_tables(x_BQD, landed[0]) for model in (old, new)))
+    assert old.num_unread == new.num_unread == 39 * 8
+
+
+def test_rows_of_model_ngram_stay_where_checkpoints_have_them():
+    """As they were when a module of its own held them: V**3 n-grams in 40 rows, by the first hash beside no router."""
+    assert rows(build(ngram=3, ngram_rows=40))[0][..., 0].tolist() == OLD_ROWS
+    experts = replace(MOE, router="hashed")
+    assert rows(build(experts, ngram=3, ngram_rows=40))[0][..., 0].tolist() == OLD_ROWS_BESIDE_EXPERTS
+
+
+def test_heads_of_several_orders_equal_a_loop():
+    model = build(tables=dense(orders=[1, 3], heads=2, rows=20, width=3))
+    weight, project = model.input_tables.embedding.weight, model.input_tables.entry.project.weight
+    assert weight.shape == (80, 3) and project.shape == (8, 12)
+    got = hidden_at_input(model, IDS, rows(model))
+    for b in range(2):
+        for q in range(6):
+            found = []
+            for number, (order, head) in enumerate([(1, 0), (1, 1), (3, 0), (3, 1)]):
+                key = sum(symbol * V**i for i, symbol in enumerate(reversed(grams(order)[b][q])))
+                row = int(KeyRows(order, V, 20, seed=5, index=head).of_keys(np.array([key]))[0])
+                found.append(weight[20 * number + row])
+            want = (model.embedding.weight[IDS[b, q]] + project @ torch.cat(found)) * 8**0.5
+            assert torch.allclose(got[b, q], want, atol=1e-6)
+
+
+def test_published_keys_find_rows_of_a_dense_table():
+    model = build(tables=dense(keys="qwen", rows=11, heads=2, width=4, orders=[2, 3]))
+    (keys,) = model.table_keys
+    want = qwen_keys(V, 0, orders=[2, 3], rows=11, heads=2, seed=5)
+    assert keys.whole and not want.whole
+    assert (
+        torch.equal(rows(model)[0], want.rows_of(IDS, LEFT)) and len(model.input_tables.embedding.weight) == want.rows
+    )
 
 
 @pytest.mark.parametrize(("at_input", "of_router"), [(1, 3), (2, 3), (3, 2)])
@@ -101,16 +159,17 @@ def test_input_and_router_read_n_grams_of_their_own(at_input, of_router):
     def planned(context, routers, keys):
         left = LEFT[:, 2 - context :]
         batch = Batch(IDS, IDS, left, torch.arange(len(IDS)), 0, fresh=False)
-        return plan_batch(group_batch([batch]), K, routers, input_keys=keys).routing
+        (rows,) = plan_rows(keys, [batch], CpuGroup())
+        return plan_batch(group_batch([batch]), K, routers, table_rows=rows).routing
 
-    both = planned(config.context, routers, model.input_keys)
-    assert torch.equal(both.input_row_tBQ, planned(at_input - 1, None, model.input_keys).input_row_tBQ)
+    both = planned(config.context, routers, model.table_keys)
+    assert torch.equal(both.landed_BQH[0], planned(at_input - 1, None, model.table_keys).landed_BQH[0])
     for got, want in zip(both.plans, planned(of_router - 1, routers, ()).plans, strict=True):
         assert torch.equal(got.chunks[0].rows.source_N, want.chunks[0].rows.source_N)
         assert torch.equal(got.count_E, want.count_E)
     # with as many rows for the same n-grams the input has collisions of its own, too
-    (keys,) = build(moe, ngram=of_router, ngram_rows=moe.rows).input_keys
-    assert all(not torch.equal(keys.of(IDS, LEFT), r.table.rows_of(IDS, LEFT)) for r in routers)
+    (keys,) = build(moe, ngram=of_router, ngram_rows=moe.rows).table_keys
+    assert all(not torch.equal(keys.rows_of(IDS, LEFT)[..., 0], r.table.rows_of(IDS, LEFT)) for r in routers)
     # negative control: another text is routed otherwise
     other = plan_batch(
         group_batch([Batch(IDS.flip(1), IDS, LEFT, torch.arange(2), 0, fresh=False)]), K, routers
@@ -151,8 +210,8 @@ def test_generation_reads_the_same_rows_as_a_whole_segment(control):
     text = [3, 1, 4]
     text += generate(RunModel(config, None, model, None), text, k=K, length=6, sampling=greedy)
     ids = torch.tensor([text[:-1]])
-    row_tBQ = rows(model, ids, torch.zeros(1, 2, dtype=torch.int64))
-    logits_BQV = model.logits(ids, None, Routing(K, input_row_tBQ=row_tBQ)).logits_BQV
+    landed = rows(model, ids, torch.zeros(1, 2, dtype=torch.int64))
+    logits_BQV = model.logits(ids, None, Routing(K, landed_BQH=landed)).logits_BQV
     assert logits_BQV[0, 2:].argmax(-1).tolist() == text[3:]
 
 
@@ -180,6 +239,14 @@ def test_the_first_layers_have_experts_and_the_others_are_plain():
 
 
 BAD = {
+    "two dense tables": (
+        {"model": ModelConfig(ngram=2), "ngram_tables": dense()},
+        "model.ngram=2 with ngram_tables.optimizer=dense: take one of them",
+    ),
+    "signatures and a dense table": (
+        {"model": ModelConfig(signatures=True), "moe": MOE, "ngram_tables": dense()},
+        "model.signatures=true with ngram_tables.optimizer=dense",
+    ),
     "hashed has signatures": ({"model": ModelConfig(signatures=True)}, "model.signatures=True: needs moe.router=dense"),
     "layers": ({"moe": MoEConfig(layers=5)}, "moe.layers=5: must be at most model.layers=4"),
     "signatures of more experts than there are": (
@@ -204,3 +271,6 @@ def test_sections_refuse_alone():
         ModelConfig(ngram=5)
     with pytest.raises(UserError, match="take one of them"):
         ModelConfig(ngram=2, signatures=True)
+    for options in ({"layers": [1]}, {"layers": [1], "entry": "gate"}, {"place": "host"}):
+        with pytest.raises(UserError, match=r"ngram_tables\.(layers|place)=.*: needs ngram_tables.optimizer=sparse"):
+            dense(**options)

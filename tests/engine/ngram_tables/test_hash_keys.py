@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from foreroute.engine.ngram_tables.hash_keys import HashKeys
+from foreroute.engine.ngram_tables.hash_keys import hash_keys
 from foreroute.engine.routing.hashing import Purpose, hash64
 
-KEYS = HashKeys((1, 3), 2, 50, vocab_size=12, seed=9, table=1)
+KEYS = hash_keys((1, 3), 2, 50, vocab_size=12, seed=9, table=1)
 IDS, LEFT = torch.tensor([[5, 11, 0, 3], [2, 2, 2, 7]]), torch.tensor([[1, 4, 8], [9, 9, 10]])
 
 
@@ -44,15 +44,15 @@ def test_rows_equal_loops():
 
 
 def test_the_example():
-    keys = HashKeys((1, 2), 1, 100, vocab_size=10, seed=0, table=0)
+    keys = hash_keys((1, 2), 1, 100, vocab_size=10, seed=0, table=0)
     assert keys.rows_of(torch.tensor([[3, 4]]), torch.tensor([[7]])).tolist() == [[[3, 173], [4, 134]]]
 
 
 def test_heads_and_tables_have_hashes_of_their_own():
     ids, left = torch.arange(300)[None] % 12, torch.zeros(1, 2, dtype=torch.int64)
-    keys = HashKeys((3,), 2, 1000, 12, 9, 0)
+    keys = hash_keys((3,), 2, 1000, vocab_size=12, seed=9, table=0)
     first, second = keys.rows_of(ids, left)[0].T
-    other = HashKeys((3,), 2, 1000, 12, 9, 1).rows_of(ids, left)[0].T
+    other = hash_keys((3,), 2, 1000, vocab_size=12, seed=9, table=1).rows_of(ids, left)[0].T
     for a, b in ((first, second - 1000), (first, other[0]), (second, other[1])):
         assert (a == b).float().mean() < 0.1
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from foreroute.engine.config import RowMoments, RowUpdates
 from foreroute.engine.ngram_tables import host_rows
-from foreroute.engine.ngram_tables.hash_keys import HashKeys
+from foreroute.engine.ngram_tables.hash_keys import hash_keys
 from foreroute.engine.ngram_tables.host_rows import HostRows
 from foreroute.engine.ngram_tables.row_rules import RowAdam, RowRule
 from foreroute.engine.ngram_tables.sharded import ShardedTable
@@ -32,7 +32,7 @@ def plans(ngram: int) -> list[TableRows]:
     """Of each step; ids are so skewed that consecutive steps share n-grams."""
     share = 1 / np.arange(1, VOCAB + 1)
     ids = np.random.default_rng(0).choice(VOCAB, (STREAMS, STEPS * SEGMENT + 2), p=share / share.sum())
-    keys = HashKeys((ngram,), 1, ROWS, VOCAB, seed=5, table=0)
+    keys = hash_keys((ngram,), 1, ROWS, vocab_size=VOCAB, seed=5, table=0)
     found = []
     for first in range(2, ids.shape[1], SEGMENT):
         own = torch.from_numpy(ids[:, first : first + SEGMENT])

@@ -70,7 +70,7 @@ def train(rank: int, ranks: int, case: Case, wire: WireFormat = WireFormat.model
     comm = ExpertGroupComm(None, timed=False) if ranks > 1 else None
     tables.hold(mesh, RowSGD(), comm, dtype=torch.float64)
     streams = Streams(TEXT, STREAMS, SEGMENT, config.context)
-    batches = TrainingBatches(config, streams, mesh, None, (), CpuGroup(), tables.keys, hosts)
+    batches = TrainingBatches(config, streams, mesh, None, CpuGroup(), tables.keys, hosts)
     losses, norms = [], []
     for step in range(STEPS):
         model.zero_grad()

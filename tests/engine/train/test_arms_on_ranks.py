@@ -11,15 +11,17 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from foreroute.engine.config import MoEConfig
+from foreroute.engine.config import MoEConfig, NgramTablesConfig
 from foreroute.engine.config.enums import Gate, Keys, RouteWeights
 from foreroute.engine.data.planned_batches import group_batch, plan_batch
 from foreroute.engine.data.streams import Streams
 from foreroute.engine.model.build import build_model, restore_routers
 from foreroute.engine.optim import deepspeed_engine as adapter
+from foreroute.engine.parallel.cpu_group import CpuGroup
 from foreroute.engine.parallel.mesh import Mesh
 from foreroute.engine.routing.methods import training_passes
 from foreroute.engine.routing.planned.hashed import HashedRouter
+from foreroute.engine.routing.plans.row_plan import plan_rows
 from foreroute.engine.routing.tables import build_tables, table_state
 from foreroute.engine.testing.ranks import run_ranks
 from foreroute.engine.testing.tiny_run import EXPERTS, SYMBOLS, tiny_config
@@ -38,6 +40,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "one expert layer": {"moe": {"layers": 1, "plain_width": 9}},
     "n-grams": {"moe": {"router": "dense"}, "model": {"ngram": 2, "ngram_rows": 30}},
     "n-grams beside experts": {"moe": {}, "model": {"ngram": 3, "ngram_rows": 30}},
+    "a dense table": {
+        "moe": {},
+        "tables": {"rows": 30, "orders": [1, 3], "heads": 2, "width": 5, "optimizer": "dense"},
+    },
     "signatures": {"moe": {"router": "dense"}, "model": {"signatures": True}},
 }
 
@@ -66,6 +72,7 @@ CASES = [
     Case("residual", 2, 3),
     Case("one expert layer", 2),
     Case("n-grams", 1, 3),
+    Case("a dense table", 2, 3, (("accumulation", 2),)),
     Case("n-grams beside experts", 2, 2, (("accumulation", 2),)),
     Case("signatures", 1),
 ]
@@ -77,6 +84,7 @@ def configure(case):
         config,
         model=replace(config.model, **ARMS[case.arm].get("model", {})),
         moe=replace(MOE, **ARMS[case.arm]["moe"]),
+        ngram_tables=NgramTablesConfig(**ARMS[case.arm].get("tables", {})),
         parallel=replace(config.parallel, chunks=case.chunks),
     )
 
@@ -108,7 +116,7 @@ def train(case, rank, ranks):
                 routers,
                 chunks=case.chunks,
                 passes=training_passes(config.model, config.moe),
-                input_keys=model.input_keys,
+                table_rows=plan_rows(model.table_keys, [batches[mesh.ep_rank]], CpuGroup())[0],
             )
             out = engine.forward(planned.batch.ids_BQ, planned.batch.targets_BQ, None, planned.routing)
             engine.backward(out.loss)

@@ -22,6 +22,7 @@ class Squares:
     rows: int
     heads: int
     context: int = 0
+    whole: bool = False
 
     def rows_of(self, ids_BQ: Tensor, left_BC: Tensor, new_document_BX: Tensor | None = None) -> Tensor:
         return (ids_BQ[..., None] ** 2 + torch.arange(self.heads)) % self.rows
