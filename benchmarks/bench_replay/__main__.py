@@ -2,14 +2,15 @@
 
 Runs of 2 and 4 ranks over gloo, at ZeRO-1 and 3, in chunks, with accumulation and a growing k; each rank is also
 replayed alone, all of them side by side as the real ones ran. `differences` are calls that are not the same: an
-operator, the shapes of its tensors, the values of its indices, a collective. `memory_error` is the largest relative
-difference of the allocator's peak in a step, `time_error` the largest over the ranks of the median over the steps of
-the main thread's time in this rank's own work. Then runs that differ in k, tables, text or placement are replayed,
-which must show. `--steps` and `--cases` make it shorter.
+operator, the shapes of its tensors, the values of its indices, a collective; also the bytes sent to each rank.
+`memory_error` is the largest relative difference of the allocator's peak in a step, `time_error` the largest over the
+ranks of the median over the steps of the main thread's processor time in this rank's own work; real and replayed ranks
+take turns, five steps each. Then runs that differ in k, tables, text or placement are replayed, which must show.
 
 `seconds_512`: one of 512 ranks at the published size of SMoE-Dropout with 64 experts, in expert groups of 64: the place
-with most rows found and replayed. `--places N`: the certificate's memory against a replay at N random places of a run
-on 64 ranks. Both are left out with `--compare-only`.
+with most rows of 200 steps found and replayed. `--places N`: the certificate's memory against a replay at N random
+places of a run on 64 ranks. Both are left out with `--compare-only`. `--steps`, `--cases`, `--counted` and `--places`
+make it shorter; whole it takes about 15 minutes on two idle cores.
 """
 
 import argparse
@@ -17,13 +18,13 @@ import random
 import statistics
 import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.bench_replay.calls import differing
-from benchmarks.bench_replay.compare import WAYS, case_of, compare, planted, replay_beside_each_other
+from benchmarks.bench_replay.compare import WAYS, case_of, compare, planted
 from benchmarks.bench_replay.large import memory_errors, one_of_512
 from benchmarks.harness import environment, positive, print_result, print_table
 
@@ -48,16 +49,18 @@ def _compare(text: Path, steps: int, cases: int) -> tuple[int, float, float]:
 
 
 def _planted(text: Path) -> None:
-    case = case_of(WAYS[0], text, text.parent / "cache", 3)
-    (before,) = replay_beside_each_other(case, [0])
-    rows = []
-    for name, layout, rank in planted(case, 0):
-        (after,) = replay_beside_each_other(replace(case, layout=layout), [rank])
-        number = sum(differing(a, b) for a, b in zip(after.calls, before.calls, strict=True))
-        rows.append([name, f"{number:,}"])
+    found = planted(case_of(WAYS[0], text, text.parent / "cache", 3), 0)
+    print_table(["planted change", "calls that differ"], [[name, f"{number:,}"] for name, number in found.items()])
+    for name, number in found.items():
         if number == 0:
             raise RuntimeError(f"another {name} does not show")
-    print_table(["planted change", "calls that differ"], rows)
+
+
+@contextmanager
+def _lasting(part: str) -> Iterator[None]:
+    begin = time.perf_counter()
+    yield
+    print(f"{part}: {time.perf_counter() - begin:.0f} s", flush=True)
 
 
 def main() -> None:
@@ -65,22 +68,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=positive, default=100, help="steps that are compared")
     parser.add_argument("--cases", type=positive, default=len(WAYS), help="compare only the first so many runs")
+    parser.add_argument("--counted", type=positive, default=200, help="steps of 512 ranks in which to look for a place")
     parser.add_argument("--places", type=positive, default=20, help="random places of a run on 64 ranks")
     parser.add_argument("--compare-only", action="store_true", help="leave the 512 and the 64 ranks out")
     args = parser.parse_args()
     print(environment())
     with tempfile.TemporaryDirectory() as folder:
         text = _text(Path(folder))
-        differences, memory_error, time_error = _compare(text, args.steps, args.cases)
-        _planted(text)
+        with _lasting("compared"):
+            differences, memory_error, time_error = _compare(text, args.steps, args.cases)
+        with _lasting("planted"):
+            _planted(text)
         figures = {"differences": differences, "memory_error": memory_error, "time_error": time_error}
         if not args.compare_only:
             begin = time.perf_counter()
-            large = one_of_512(text)
+            large = one_of_512(text, args.counted)
             held = f"{large.apart.process_bytes / 2**30:.2f} GiB"
             print(f"512 ranks: place found in {large.found_s:.0f} s, replayed in {large.apart.seconds:.0f} s, {held}")
             figures["seconds_512"] = time.perf_counter() - begin
-            errors = memory_errors(text, args.places, random.Random(0))
+            with _lasting(f"{args.places} places"):
+                errors = memory_errors(text, args.places, random.Random(0))
             middle, most = statistics.median(map(abs, errors)), max(map(abs, errors))
             print(
                 f"64 ranks, {len(errors)} random places: certificate's memory off by {middle:.1%}, at most {most:.1%}"

@@ -2,16 +2,20 @@
 
 Numbers of a replayed rank are not those of the run, so floats are left out. Indices are the plan itself: of tensors of
 whole numbers a digest of the values is part of the call. What runs inside a collective is the group's own and no part.
+A digest of each text is kept, 8 bytes, so that hundreds of steps fit into memory.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch import distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,11 +41,11 @@ class Calls(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.found: list[str] = []
+        self._digests = array("Q")
         self._entered = self._inside = False
 
     def __enter__(self) -> "Calls":
-        self.found, self._entered = [], True
+        self._digests, self._entered = array("Q"), True
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -49,11 +53,19 @@ class Calls(TorchDispatchMode):
         self._entered = False
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
+    @property
+    def found(self) -> NDArray[np.uint64]:
+        """A digest of each call, in order."""
+        return np.array(self._digests, np.uint64)
+
+    def _add(self, text: str) -> None:
+        self._digests.append(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little"))
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if not self._inside:
             name, at_birth = str(func), "empty" in str(func)  # whose values are whatever was there
-            self.found.append(f"{name}({_text(args)}{_text(kwargs)}) {_text(result, values=not at_birth)}")
+            self._add(f"{name}({_text(args)}{_text(kwargs)}) {_text(result, values=not at_birth)}")
         return result
 
     @contextmanager
@@ -70,7 +82,7 @@ class Calls(TorchDispatchMode):
                 return call(*args, **kwargs)
             group = kwargs.get("group")
             ranks = "" if isinstance(group, str) else f" of {dist.get_world_size(group)}"
-            self.found.append(f"{call.__name__}({_text(args, values=False)}{_text(kwargs, values=False)}){ranks}")
+            self._add(f"{call.__name__}({_text(args, values=False)}{_text(kwargs, values=False)}){ranks}")
             self._inside = True
             try:
                 return call(*args, **kwargs)
@@ -94,7 +106,7 @@ def _text(value: Any, *, values: bool = True) -> str:
     return str(value) if isinstance(value, int | str | torch.dtype) else ""
 
 
-def differing(found: list[str], expected: list[str]) -> int:
+def differing(found: Sequence[Any] | NDArray[Any], expected: Sequence[Any] | NDArray[Any]) -> int:
     """Count the places at which two lists of calls differ, and those that only one of them has."""
     both = zip(found, expected, strict=False)
-    return sum(a != b for a, b in both) + abs(len(found) - len(expected))
+    return sum(bool(a != b) for a, b in both) + abs(len(found) - len(expected))

@@ -53,8 +53,9 @@ class Large:
     apart: Apart
 
 
-def one_of_512(text: Path) -> Large:
-    """Find the place with most rows of the first 200 steps of SMoE-Dropout's recipe on 512 ranks, and replay it.
+def one_of_512(text: Path, steps: int) -> Large:
+    """Find the place with most rows of the first steps, at most 200, of SMoE-Dropout's recipe on 512 ranks, and replay
+    it.
 
     One stream of 512 on each rank, 64 experts of 512 hidden units, one of them on each rank of a group; k from 4 to 8.
     """
@@ -72,7 +73,7 @@ def one_of_512(text: Path) -> Large:
     corpus = prepare(layout.config.corpus, lambda _: None)
     routers = build_routers(layout.config, corpus) or []
     places = Places(layout, corpus.vocab.size, gpu=False)
-    for counts in replay(layout, corpus.split(Split.train), routers, range(layout.config.train.steps)):
+    for counts in replay(layout, corpus.split(Split.train), routers, range(steps)):
         places.add(counts)
     chosen = places.choose()[0]
     found_s = time.perf_counter() - begin
