@@ -1,16 +1,17 @@
 """A replayed rank against real ones, and how long a replay takes: `python -m benchmarks.bench_replay`.
 
-Runs of 2 and 4 ranks over gloo, at ZeRO-1 and 3, in chunks, with accumulation and a growing k; each rank is also
-replayed alone, all of them side by side as the real ones ran. `differences` are calls that are not the same: an
+Runs of 2 and 4 ranks over gloo, at ZeRO-1 and 3, in chunks, with accumulation, n-gram tables and a growing k; each rank
+is also replayed alone, all of them side by side as the real ones ran. `differences` are calls that are not the same: an
 operator, the shapes of its tensors, the values of its indices, a collective; also the bytes sent to each rank.
-`memory_error` is the largest relative difference of the allocator's peak in a step, `time_error` the largest over the
-ranks of the median over the steps of the main thread's processor time in this rank's own work; real and replayed ranks
-take turns, five steps each. Then runs that differ in k, tables, text or placement are replayed, which must show.
+`memory_error` is the largest relative difference of the allocator's peak in a step. `time_error` is the largest over
+the ranks of the median over the steps of the main thread's processor time in this rank's own work; these are longer
+steps, in processes of their own, and real and replayed ranks take turns, five steps each. Then runs that differ in k,
+tables, text or placement are replayed, which must show.
 
 `seconds_512`: one of 512 ranks at the published size of SMoE-Dropout with 64 experts, in expert groups of 64: the place
 with most rows of 200 steps found and replayed. `--places N`: the certificate's memory against a replay at N random
-places of a run on 64 ranks. Both are left out with `--compare-only`. `--steps`, `--cases`, `--counted` and `--places`
-make it shorter; whole it takes about 15 minutes on two idle cores.
+places of a run on 64 ranks. Both are left out with `--compare-only`. `--steps`, `--timed`, `--cases`, `--counted` and
+`--places` make it shorter; whole it takes about 15 minutes on two idle cores.
 """
 
 import argparse
@@ -20,11 +21,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.bench_replay.compare import WAYS, case_of, compare, planted
+from benchmarks.bench_replay.compare import WAYS, Compared, case_of, compare, planted
 from benchmarks.bench_replay.large import memory_errors, one_of_512
 from benchmarks.harness import environment, positive, print_result, print_table
 
@@ -35,17 +37,22 @@ def _text(folder: Path) -> Path:
     return path
 
 
-def _compare(text: Path, steps: int, cases: int) -> tuple[int, float, float]:
-    rows, differences, memory_error, time_error = [], 0, 0.0, 0.0
+def _compare(text: Path, steps: int, timed: int, cases: int) -> tuple[int, float, float]:
+    rows, found = [], list[Compared]()
     for ways in WAYS[:cases]:
-        for rank, found in enumerate(compare(case_of(ways, text, text.parent / "cache", steps))):
-            errors = f"{found.memory_error:.3%}", f"{found.time_error:+.1%}"
-            rows.append([str(ways), rank, f"{found.calls:,}", found.differences, *errors])
-            differences += found.differences
-            memory_error = max(memory_error, found.memory_error)
-            time_error = max(time_error, abs(found.time_error))
+        made = partial(case_of, ways, text, text.parent / "cache")
+        both = compare(made(steps)), compare(made(timed, timed=True))
+        for rank, (listed, other) in enumerate(zip(*both, strict=True)):
+            errors = f"{listed.memory_error:.3%}", f"{other.time_error:+.1%}"
+            rows.append([str(ways), rank, f"{listed.calls:,}", listed.differences + other.differences, *errors])
+            found += [listed, other]
+        print(f"{ways}: {sum(one.differences for one in found)} differences so far", flush=True)
     print_table(["run", "rank", "calls", "differences", "memory", "time"], rows)
-    return differences, memory_error, time_error
+    return (
+        sum(one.differences for one in found),
+        max(one.memory_error for one in found),
+        max(abs(one.time_error) for one in found),
+    )
 
 
 def _planted(text: Path) -> None:
@@ -67,6 +74,7 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=positive, default=100, help="steps that are compared")
+    parser.add_argument("--timed", type=positive, default=25, help="longer steps that are timed")
     parser.add_argument("--cases", type=positive, default=len(WAYS), help="compare only the first so many runs")
     parser.add_argument("--counted", type=positive, default=200, help="steps of 512 ranks in which to look for a place")
     parser.add_argument("--places", type=positive, default=20, help="random places of a run on 64 ranks")
@@ -76,7 +84,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         text = _text(Path(folder))
         with _lasting("compared"):
-            differences, memory_error, time_error = _compare(text, args.steps, args.cases)
+            differences, memory_error, time_error = _compare(text, args.steps, args.timed, args.cases)
         with _lasting("planted"):
             _planted(text)
         figures = {"differences": differences, "memory_error": memory_error, "time_error": time_error}

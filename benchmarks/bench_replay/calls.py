@@ -10,13 +10,15 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import count
+from threading import get_ident
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -36,21 +38,38 @@ _COLLECTIVES = (
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool)
 
 
+@contextmanager
+def numbered_parameters() -> Iterator[None]:
+    """Make sets of parameters iterate by numbers, in the block, instead of by address: DeepSpeed releases the
+    parameters of a module in the order of such a set, which is another one in every process."""
+    numbers = count()
+
+    def number(parameter: nn.Parameter) -> int:
+        own = vars(parameter)
+        if "number" not in own:
+            own["number"] = next(numbers)
+        return int(own["number"])
+
+    with mock.patch.object(nn.Parameter, "__hash__", number):
+        yield
+
+
 class Calls(TorchDispatchMode):
     """Lists the calls of this thread while it is entered."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._digests = array("Q")
-        self._entered = self._inside = False
+        self._thread: int | None = None  # that entered
+        self._inside = False
 
     def __enter__(self) -> "Calls":
-        self._digests, self._entered = array("Q"), True
+        self._digests, self._thread = array("Q"), get_ident()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._entered = False
+        self._thread = None
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     @property
@@ -78,7 +97,7 @@ class Calls(TorchDispatchMode):
 
     def _listed(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def listed(*args: Any, **kwargs: Any) -> Any:
-            if not self._entered or self._inside:
+            if self._thread != get_ident() or self._inside:
                 return call(*args, **kwargs)
             group = kwargs.get("group")
             ranks = "" if isinstance(group, str) else f" of {dist.get_world_size(group)}"

@@ -21,7 +21,10 @@ from foreroute.engine.config import (
     KernelsConfig,
     ModelConfig,
     MoEConfig,
+    NgramEntry,
+    NgramTablesConfig,
     ParallelConfig,
+    RowPlace,
     ScheduleConfig,
     TrainConfig,
 )
@@ -37,29 +40,44 @@ class Ways:
     zero: int
     chunks: int = 1
     accumulation: int = 1
+    tables: RowPlace | None = None  # where rows of n-gram tables lie; None: there are none
 
 
 _SECONDS = 1800  # that a comparison may take
-_HELD = 8  # steps whose memory is compared
 
-WAYS = (Ways(2, 2, 1), Ways(2, 2, 3, chunks=3, accumulation=2), Ways(4, 2, 1, chunks=2), Ways(4, 4, 3))
+WAYS = (
+    Ways(2, 2, 1),
+    Ways(2, 2, 3, chunks=3, accumulation=2),
+    Ways(4, 2, 1, chunks=2, tables=RowPlace.device),
+    Ways(4, 4, 3),
+    Ways(2, 2, 1, accumulation=2, tables=RowPlace.host),
+)
 
 
-def case_of(ways: Ways, text: Path, cache: Path, steps: int) -> Case:
-    """Return a small run whose k grows from 1 to 4; every other step is timed."""
+def case_of(ways: Ways, text: Path, cache: Path, steps: int, *, timed: bool = False) -> Case:
+    """Return a small run whose k grows from 1 to 4, for its calls and memory.
+
+    Args:
+        timed: one for its times, with steps so long that a wait for others costs little: it empties the caches.
+    """
+    segment, width = (256, 256) if timed else (64, 128)
+    tables = NgramTablesConfig()
+    if ways.tables is not None:
+        tables = NgramTablesConfig(rows=1024, heads=2, layers=[0, 1], entry=NgramEntry.gate, place=ways.tables)
     config = Config(
         corpus=CorpusConfig(name=Corpus.file, path=str(text), cache_dir=str(cache)),
-        data=DataConfig(streams=2 * ways.ranks * ways.accumulation, segment=64),
-        model=ModelConfig(layers=2, width=256, heads=4, head_width=64, memory=64, dropout=0.1),
-        moe=MoEConfig(experts=8, expert_width=256, rows=1024, ngram=2),
+        data=DataConfig(streams=2 * ways.ranks * ways.accumulation, segment=segment),
+        model=ModelConfig(layers=2, width=width, heads=4, head_width=width // 4, memory=64, dropout=0.1),
+        moe=MoEConfig(experts=8, expert_width=width, rows=1024, ngram=2),
         schedule=ScheduleConfig(growth=Growth.linear, k_min=1, k_max=4),
         eval=EvalConfig(k=[1]),
         train=TrainConfig(steps=steps, zero_stage=ways.zero, accumulation=ways.accumulation),
         parallel=ParallelConfig(expert_ranks=ways.group, chunks=ways.chunks),
         kernels=KernelsConfig(masked_from_k=9),
+        ngram_tables=tables,
     )
     layout = Layout(config, Placement(ways.ranks, ways.group, ways.ranks))
-    return Case(layout, range(steps), range(0, steps, 2), range(steps - 1, -1, -max(1, steps // _HELD))[::-1])
+    return Case(layout, range(steps), listed=not timed)
 
 
 def planted(case: Case, rank: int) -> dict[str, int]:
@@ -90,21 +108,22 @@ class Compared:
 
     calls: int  # of the real rank
     differences: int
-    memory_error: float  # the largest over the steps
-    time_error: float  # of the median over the steps
+    memory_error: float  # the largest over the steps; 0 of a case that is timed
+    time_error: float  # of the median over the steps; 0 of a case whose calls are listed
 
 
 def compare(case: Case, *, ranks: Sequence[int] | None = None) -> list[Compared]:
-    """Run all ranks over gloo, and some of them or all alone, side by side as the real ones; both sides take turns."""
+    """Run all ranks over gloo, and some of them or all alone, side by side as the real ones; timed sides take turns."""
     world = case.layout.placement.world_size
     wanted = range(world) if ranks is None else ranks
-    turns = Turns(world + len(wanted))
+    turns = None if case.listed else Turns(world + len(wanted))
     with ThreadPoolExecutor(1 + len(wanted)) as pool:
         real_ones = pool.submit(run_ranks, _real, world, case, turns, seconds=_SECONDS)
         alone = [pool.submit(run_ranks, _alone, 1, case, rank, turns, seconds=_SECONDS) for rank in wanted]
         for done in as_completed((real_ones, *alone)):
             if error := done.exception():
-                turns.abort()
+                if turns is not None:
+                    turns.abort()
                 raise error
     of_ranks: list[Ran] = real_ones.result()
     return [_compared(one.result()[0], of_ranks[rank]) for rank, one in zip(wanted, alone, strict=True)]
@@ -117,7 +136,7 @@ def replay_beside_each_other(places: Sequence[tuple[Case, int]]) -> list[Ran]:
         return [found for (found,) in alone]
 
 
-def _real(rank: int, case: Case, turns: Turns) -> Ran:
+def _real(rank: int, case: Case, turns: Turns | None) -> Ran:
     return real(rank, case, turns)
 
 
@@ -130,4 +149,9 @@ def _compared(found: Ran, expected: Ran) -> Compared:
     differences += differing(found.sent, expected.sent)
     memory = [max(a.values()) / max(b.values()) - 1 for a, b in zip(found.peak_bytes, expected.peak_bytes, strict=True)]
     times = [a / b for a, b in zip(found.compute_ms, expected.compute_ms, strict=True)]
-    return Compared(sum(map(len, expected.calls)), differences, max(map(abs, memory)), statistics.median(times) - 1)
+    return Compared(
+        calls=sum(map(len, expected.calls)),
+        differences=differences,
+        memory_error=max(map(abs, memory), default=0.0),
+        time_error=statistics.median(times) - 1 if times else 0.0,
+    )

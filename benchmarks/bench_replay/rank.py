@@ -3,20 +3,24 @@
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import distributed as dist
 
-from benchmarks.bench_replay.calls import Calls
+from benchmarks.bench_replay.calls import Calls, numbered_parameters
 from benchmarks.bench_replay.turns import Turns
 from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.data.corpus import PreparedCorpus, prepare
 from foreroute.engine.parallel.cpu_group import GlooGroup
 from foreroute.engine.parallel.world import World
-from foreroute.engine.replay.rank import RankSteps, ReplayedStep, lone_rank, steps_around
+from foreroute.engine.replay.rank import HeldStep, RankSteps, ReplayedStep, lone_rank, steps_around
 from foreroute.engine.testing.tensor_bytes import slow_waits
+
+_HELD = 8  # steps whose memory is counted
+_GLOO_S = 0.02  # in which gloo's thread releases its tensors, on busy cores too
 
 
 @dataclass(frozen=True)
@@ -24,42 +28,42 @@ class Case:
     """A run, and the steps of it that are compared."""
 
     layout: Layout  # resolved
-    steps: range
-    timed: Sequence[int]
-    held: Sequence[int]  # whose memory is counted
+    steps: range  # that are run, at least one
+    listed: bool  # their calls and the memory of some are recorded; otherwise they are timed
 
 
 @dataclass(frozen=True)
 class Ran:
     """The results of a rank."""
 
-    calls: list[NDArray[np.uint64]]  # of each step
+    calls: list[NDArray[np.uint64]]  # of each listed step
     sent: list[list[int]]  # of each timed step, bytes to each rank
     compute_ms: list[float]  # of each timed step
     peak_bytes: list[dict[str, int]]  # of each held step, by moment
 
 
-def real(rank: int, case: Case, turns: Turns) -> Ran:
-    """Run as one of the ranks of the present process group."""
+def real(rank: int, case: Case, turns: Turns | None) -> Ran:
+    """Run as one of the ranks of the present process group; turns as for replayed."""
     mesh = case.layout.mesh(rank)
-    group = GlooGroup(dist.group.WORLD)  # type: ignore[arg-type]
+    group, planning = (GlooGroup(dist.new_group()) for _ in range(2))
     calls = Calls()
-    with calls.collectives():
-        steps = RankSteps(case.layout, _corpus(case), World(mesh, cpu_group=group))
-        return _run(case, steps, calls, slow_waits, turns.blocks(case.timed, replayed=False))
+    blocks = () if turns is None else turns.blocks(case.steps, replayed=False)
+    with numbered_parameters(), calls.collectives():
+        steps = RankSteps(case.layout, _corpus(case), World(mesh, cpu_group=group, planning=planning))
+        return _run(case, steps, calls, partial(slow_waits, _GLOO_S), blocks)
 
 
 def replayed(case: Case, rank: int, turns: Turns | None) -> Ran:
     """Run alone, as one of the ranks.
 
     Args:
-        turns: None: not timed.
+        turns: of a case that is timed.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
     calls = Calls()
-    blocks = () if turns is None else turns.blocks(case.timed, replayed=True)
-    with calls.collectives(), lone_rank(case.layout, _corpus(case), rank) as steps:
+    blocks = () if turns is None else turns.blocks(case.steps, replayed=True)
+    with numbered_parameters(), calls.collectives(), lone_rank(case.layout, _corpus(case), rank) as steps:
         return _run(case, steps, calls, nullcontext, blocks)
 
 
@@ -71,19 +75,19 @@ def _run(
     case: Case, steps: RankSteps, calls: Calls, around_memory: Callable[[], Any], blocks: Iterable[Sequence[int]]
 ) -> Ran:
     before, after = steps_around(case.layout, case.steps)
-    timed = [] if blocks == () else case.timed
-    order = [*before, *timed, *case.steps, case.held[0], *case.held, *after]
-    found, times = list[NDArray[np.uint64]](), list[ReplayedStep]()
-    with steps.loading(order) as loader:
+    some = case.steps[:: -max(1, len(case.steps) // _HELD)][::-1] if case.listed else range(0)
+    found, times, held = list[NDArray[np.uint64]](), list[ReplayedStep](), list[HeldStep]()
+    with steps.loading([*before, *case.steps, *some[:1], *some, *after]) as loader:
         for step in before:
             steps.step(loader, step)
         for block in blocks:
             times += [steps.timed(loader, step) for step in block]
-        for step in case.steps:
+        for step in case.steps if case.listed else ():
             with calls:
                 steps.step(loader, step)
             found.append(calls.found)
-        with around_memory():
-            held = steps.held(loader, case.held)
+        if some:
+            with around_memory():
+                held = steps.held(loader, some)
     sent, compute_ms = [step.sent_bytes_P for step in times], [step.cpu_ms for step in times]
     return Ran(found, sent, compute_ms, [step.peak_bytes for step in held])

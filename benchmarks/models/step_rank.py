@@ -19,6 +19,7 @@ from typing import Any
 from foreroute.engine.data.corpus import prepare
 from foreroute.engine.metrics.writer import Metrics
 from foreroute.engine.model.build import build_routers
+from foreroute.engine.replay.rank import Silent
 from foreroute.engine.train.trainer import Trainer
 from foreroute.launch.start.config_files import config_of
 from foreroute.launch.start.meeting import connected
@@ -34,19 +35,6 @@ class Kept(Metrics):
     def log(self, step: int, values: Mapping[str, float | None]) -> None:
         """Keep the metrics of a step."""
         self.rows.append({name: value for name, value in values.items() if value is not None})
-
-
-class Silent:
-    """A Reporter that prints nothing."""
-
-    def note(self, line: str) -> None:
-        """Print nothing."""
-
-    def step(self, step: int) -> None:
-        """Print nothing."""
-
-    def metrics(self, step: int, values: Mapping[str, float], seconds_left: float) -> None:
-        """Print nothing."""
 
 
 class Unsaved(Trainer):

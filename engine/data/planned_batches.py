@@ -187,11 +187,19 @@ class TrainingBatches:
     def _table_rows(self, step: int, micro: int) -> TableRows:
         """Plan the rows of all micro-batches of a step with its first one."""
         if self.table_keys and step not in self.rows_of_step:
-            micros, rank = range(self.config.train.accumulation), self.mesh.rank
-            own = [self.streams.batch(step, self.streams_of(rank, other)) for other in micros]
+            own = self.passes(step, self.mesh.rank)
             self.rows_of_step.clear()
-            self.rows_of_step[step] = plan_rows(self.table_keys, own, self.planning)
+            self.rows_of_step[step] = plan_rows(self.table_keys, own, self.hosts(step))
         return self.rows_of_step[step][micro] if self.table_keys else NO_ROWS
+
+    def hosts(self, step: int) -> CpuGroup:
+        """Return all ranks' hosts, who ask each other for the rows of a step."""
+        return self.planning
+
+    def passes(self, step: int, rank: int) -> list[Batch]:
+        """Read all micro-batches of a rank in a step."""
+        micros = range(self.config.train.accumulation)
+        return [self.streams.batch(step, self.streams_of(rank, micro)) for micro in micros]
 
     def plan(self, group: GroupBatch, k: int, table_rows: TableRows = NO_ROWS) -> PlannedBatch:
         """Plan a micro-batch at k active experts, for as many passes as the step makes over it."""

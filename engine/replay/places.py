@@ -2,7 +2,7 @@
 
 Every place is counted before (engine/certificate/counts/). Memory of a place is the certificate's formula with the
 rows of that place instead of the largest of all. It is computed for the few places of each k that a linear estimate
-puts first, since it grows with every one of these rows.
+puts first, since it grows with every one of these rows. Rows of n-gram tables are not looked at in the choice.
 
 Letters: s distinct steps, y layers, m micro-batches, r ranks of the run.
 """
@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 
 from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.counts.replay import StepCounts, replay
+from foreroute.engine.certificate.counts.table_rows import OfTable, RowCounter, tables_of_rank
 from foreroute.engine.certificate.memory.peak import Memory, memory_of_rows
 from foreroute.engine.certificate.memory.sizes import Rows
 from foreroute.engine.certificate.record import RankCounts, rank_counts
 from foreroute.engine.data.documents import NO_STARTS, Starts
 from foreroute.engine.data.tokens.vocab import Ids
 from foreroute.engine.routing.planned_router import PlannedRouter
+from foreroute.engine.routing.plans.row_plan import TableKeys
 
 _LOOKED_AT = 8  # places of each k whose memory is computed
 
@@ -149,6 +151,14 @@ def rows_of(layout: Layout, counts: StepCounts, found: RankCounts, rank: int) ->
     )
 
 
+class StepTables(NamedTuple):
+    """The rows of n-gram tables in one place, as StepRows has them (engine/certificate/check.py)."""
+
+    landed_t: NDArray[np.int64]
+    sent_t: NDArray[np.int64]
+    table_bytes_1: NDArray[np.int64]
+
+
 @dataclass(frozen=True, slots=True)
 class Expected:
     """The certificate of one place."""
@@ -159,6 +169,7 @@ class Expected:
     bytes_y: NDArray[np.integer[Any]]
     memory: Memory  # of a rank with these rows
     counts: StepCounts  # of all ranks
+    tables: StepTables | None  # rows of n-gram tables; None: there are none
 
 
 def expected_at(
@@ -170,11 +181,21 @@ def expected_at(
     vocab: int,
     gpu: bool,
     document_starts: Starts = NO_STARTS,
+    table_keys: Sequence[TableKeys] = (),
 ) -> Expected:
     """Count one place again; arguments as for certify (engine/certificate/counts/exact.py) and Places."""
     (counts,) = replay(layout, ids, routers, [place.step], document_starts)
     found = rank_counts(layout, counts)
-    memory = memory_of_rows(layout, vocab, counts.k, rows_of(layout, counts, found, place.rank), gpu=gpu)
+    tables, of_rank = None, list[OfTable]()
+    if table_keys:
+        rows = RowCounter(layout, table_keys, layout.read(ids, document_starts)).count(place.step)
+        of_rank = tables_of_rank(layout, table_keys, rows, place.rank, place.step)
+        bytes_P = rows.link_bytes_PP(layout.table_row_bytes)[place.rank]
+        landed_t, sent_t = rows.landed_tP[:, place.rank], rows.sent_tP[:, place.rank]
+        tables = StepTables(landed_t, sent_t, bytes_P.sum(keepdims=True))
+    memory = memory_of_rows(
+        layout, vocab, counts.k, rows_of(layout, counts, found, place.rank), gpu=gpu, tables=of_rank
+    )
     return Expected(
         counts.k,
         found.received_yrm[:, place.rank],
@@ -182,6 +203,7 @@ def expected_at(
         found.bytes_yr[:, place.rank],
         memory,
         counts,
+        tables,
     )
 
 

@@ -9,7 +9,7 @@ Letters: y layers, m micro-batches of a step, P ranks of the expert group.
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from math import ceil
@@ -34,6 +34,7 @@ from foreroute.engine.profiling.profiler import QUIET
 from foreroute.engine.profiling.tensor_bytes import CountedBatches, PlanBytes, blocks, peaks, storages
 from foreroute.engine.profiling.trace_summary import MAIN, nest
 from foreroute.engine.replay.answers import ANSWER, alone_as, spent
+from foreroute.engine.replay.row_requests import without_others
 from foreroute.engine.tracing import Recorder, record_into, span
 from foreroute.engine.train.step import Observer, read, train_step
 from foreroute.engine.train.trainer import Trainer
@@ -113,6 +114,7 @@ def lone_rank(layout: Layout, corpus: PreparedCorpus, rank: int) -> Iterator["Ra
     layout = replace(layout, config=replace(config, parallel=replace(config.parallel, peer_ids=PeerIds.corpus)))
     with alone_as(mesh, config.train.zero_stage), agreeing_with_itself():
         steps = RankSteps(layout, corpus, World(mesh, device))
+        steps.trainer.batches = without_others(steps.trainer.batches)
         fill_padding(steps.trainer.model)
         yield steps
 
@@ -133,7 +135,7 @@ def _replay(rank: "RankSteps", plan: StepPlan) -> ReplayedRank:
     return ReplayedRank(trainer.world.mesh, name, steps, held, sum(p.numel() for p in trainer.model.parameters()))
 
 
-class _Silent:
+class Silent:
     """A reporter to nobody."""
 
     def note(self, line: str) -> None:
@@ -142,7 +144,7 @@ class _Silent:
     def step(self, step: int) -> None:
         """Show nothing."""
 
-    def metrics(self, step: int, values: Any, seconds_left: float) -> None:
+    def metrics(self, step: int, values: Mapping[str, Any], seconds_left: float) -> None:
         """Show nothing."""
 
 
@@ -157,19 +159,22 @@ class RankSteps:
     def __init__(self, layout: Layout, corpus: PreparedCorpus, world: World) -> None:
         self.layout = layout
         routers = build_routers(layout.config, corpus, world.mesh)
-        self.trainer = Trainer(layout.config, corpus, routers, Path(), _Silent(), world)
+        self.trainer = Trainer(layout.config, corpus, routers, Path(), Silent(), world)
         self._counts, self._plans = _Counts(RowCounts(self.trainer.model)), PlanBytes()
 
     @contextmanager
     def loading(self, steps: Sequence[int]) -> Iterator[PlannedLoader]:
         """Plan the batches of these steps, in this order, until the block ends."""
-        config = self.trainer.config
+        config, tables = self.trainer.config, self.trainer.model.ngram_tables
+        if tables is not None:
+            tables.settle(restart=True)
         loader = PlannedLoader(
             CountedBatches(self.trainer.batches, self._plans),
             steps=steps,
             accumulation=config.train.accumulation,
             prefetch=config.data.prefetch,
             device=self.trainer.engine.device,
+            ahead=None if tables is None else tables.ahead,
         )
         try:
             yield loader

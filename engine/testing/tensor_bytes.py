@@ -72,15 +72,15 @@ class TensorBytes:
             self.peak_bytes = peaks(blocks(self._profile, [_MARK])).get(_MARK, 0)
 
 
-def slow_waits() -> AbstractContextManager[Any]:
-    """Make every wait for a collective a little longer, in the block."""
-    return mock.patch.object(dist.Work, "wait", _slowly(dist.Work.wait))
+def slow_waits(seconds: float = _GLOO_S) -> AbstractContextManager[Any]:
+    """Make every wait for a collective so much longer, in the block."""
+    return mock.patch.object(dist.Work, "wait", _slowly(dist.Work.wait, seconds))
 
 
-def _slowly(wait: Callable[..., Any]) -> Callable[..., Any]:
+def _slowly(wait: Callable[..., Any], seconds: float) -> Callable[..., Any]:
     def slow(*arguments: Any, **options: Any) -> Any:
         found = wait(*arguments, **options)
-        time.sleep(_GLOO_S)
+        time.sleep(seconds)
         return found
 
     return slow

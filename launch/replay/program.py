@@ -25,6 +25,7 @@ from foreroute.engine.data.corpus import PreparedCorpus, prepare
 from foreroute.engine.errors import UserError, require
 from foreroute.engine.model.adaptive import clusters, target_shares
 from foreroute.engine.model.build import build_routers
+from foreroute.engine.ngram_tables.tables import table_keys
 from foreroute.engine.parallel.world import World
 from foreroute.engine.replay.places import Chosen, Place, Places, expected_at, with_streams
 from foreroute.engine.replay.rank import StepPlan
@@ -60,11 +61,6 @@ class ReplayArgs(OnRanks):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            not self.ngram_tables.places,
-            f"ngram_tables.rows={self.ngram_tables.rows}: must be 0 or dense, since nobody here has the rows of other"
-            " ranks",
-        )
         if self.rank.isdecimal():
             require(int(self.rank) < self.world_size, f"rank={self.rank}: must be below world_size={self.world_size}")
         else:
@@ -144,6 +140,7 @@ class _Run:
         print(f"rank {place.rank} of {args.world_size:,}, step {_named(steps)}: {chosen.why} ...", flush=True)
         rounds = 1 if args.many else _ROUNDS
         apart = replay_apart(self.layout, place.rank, StepPlan(list(steps), rounds))
+        keys = table_keys(args.ngram_tables, self.corpus.vocab.size, args.train.seed)
         expected = [
             expected_at(
                 self.layout,
@@ -153,6 +150,7 @@ class _Run:
                 vocab=self.corpus.vocab.size,
                 gpu=self.gpu,
                 document_starts=self.corpus.document_starts(Split.train),
+                table_keys=keys,
             )
             for step in steps
         ]

@@ -77,6 +77,7 @@ class Outcome:
                     "received_ym": one.received_ym.tolist(),
                     "computed_ym": one.computed_ym.tolist(),
                     "bytes_y": one.bytes_y.tolist(),
+                    **({} if one.tables is None else {name: x.tolist() for name, x in one.tables._asdict().items()}),
                     "memory": asdict(one.memory),
                 }
                 for step, one in zip(self.steps, self.expected, strict=True)
@@ -87,11 +88,13 @@ class Outcome:
 
 def _same(step: ReplayedStep, expected: Expected) -> bool:
     rows = step.rows
-    pairs = (
+    pairs = [
         (rows.received_ym, expected.received_ym),
         (rows.computed_ym, expected.computed_ym),
         (rows.bytes_y, expected.bytes_y),
-    )
+    ]
+    if expected.tables is not None:
+        pairs += [(getattr(rows, name), certified) for name, certified in expected.tables._asdict().items()]
     return all(np.array_equal(found, certified) for found, certified in pairs)
 
 

@@ -15,7 +15,7 @@ def text(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3))])
+@pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3, 4))])
 def test_a_replayed_rank_does_what_the_real_one_does(text, number):
     case = case_of(WAYS[number], text, text.parent / "cache", 4)
     (found,) = compare(case, ranks=[1])

@@ -89,6 +89,30 @@ class OfTable:
     touched: Spread  # distinct rows of an owner that a step changes
 
 
+def of_tables(
+    layout: Layout, keys: Sequence[TableKeys], landed: Sequence[Tally], touched: Sequence[Tally]
+) -> list[OfTable]:
+    """Describe each table by what was collected of its rows."""
+    places = ["input" if place is None else f"layer {place}" for place in layout.config.ngram_tables.places]
+    return [
+        OfTable(place, of_keys.rows, of_keys.heads, Tally.spread([landed]), Tally.spread([touched]))
+        for place, of_keys, landed, touched in zip(places, keys, landed, touched, strict=True)
+    ]
+
+
+def tables_of_rank(
+    layout: Layout, keys: Sequence[TableKeys], counts: TableCounts, rank: int, step: int
+) -> list[OfTable]:
+    """Describe each table by the rows of one rank in one step."""
+    found = []
+    for rows_tP in (counts.landed_tP, counts.touched_tP):
+        tallies = [Tally() for _ in keys]
+        for tally, rows_P in zip(tallies, rows_tP, strict=True):
+            tally.add(rows_P[rank : rank + 1], step, 1)
+        found.append(tallies)
+    return of_tables(layout, keys, *found)
+
+
 @dataclass(frozen=True, slots=True)
 class TableStatistics:
     """The rows of all tables in the counted steps, and the bytes that they send; ranks and steps are places."""
@@ -132,15 +156,9 @@ class TableTally:
 
     def statistics(self) -> TableStatistics:
         """Describe all steps."""
-        config = self._layout.config.ngram_tables
-        places = ["input" if place is None else f"layer {place}" for place in config.places]
-        tables = [
-            OfTable(place, keys.rows, keys.heads, Tally.spread([landed]), Tally.spread([touched]))
-            for place, keys, landed, touched in zip(places, self._keys, self._landed, self._touched, strict=True)
-        ]
         return TableStatistics(
-            tables,
-            config.width,
+            of_tables(self._layout, self._keys, self._landed, self._touched),
+            self._layout.config.ngram_tables.width,
             self._layout.table_row_bytes,
             **{name: Tally.spread([tally]) for name, tally in self._bytes.items()},
             total=Tally.total([self._bytes["rank"]]),

@@ -9,11 +9,12 @@ Only tensors are counted. The libraries' own memory (a CUDA context and NCCL's b
 and memory that an allocator cannot reuse are left out.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from foreroute.engine.certificate.counts.exact import Certificate
 from foreroute.engine.certificate.counts.layout import Layout
+from foreroute.engine.certificate.counts.table_rows import OfTable
 from foreroute.engine.certificate.memory.activations import Activations
 from foreroute.engine.certificate.memory.sizes import (
     Parameters,
@@ -112,18 +113,23 @@ def peak_memory_at(
         if streams is not None:
             sizes = replace(sizes, streams=streams)
             rows = bounded_rows(rows, sizes, known_streams)
-        candidates.append(_peak(sizes, rows, parameters, TableMemory(sizes, found.tables)))
+        candidates.append(
+            _peak(sizes, rows, parameters, TableMemory(sizes, found.tables.tables if found.tables else ()))
+        )
     return max(candidates, key=lambda memory: memory.peak_bytes)
 
 
-def memory_of_rows(layout: Layout, vocab_size: int, k: int, rows: Rows, *, gpu: bool) -> Memory:
-    """Predict the memory of a rank that has these rows in a step, at k active experts, without n-gram tables.
+def memory_of_rows(
+    layout: Layout, vocab_size: int, k: int, rows: Rows, *, gpu: bool, tables: Sequence[OfTable] = ()
+) -> Memory:
+    """Predict the memory of a rank that has these rows in a step, at k active experts.
 
     Args:
+        tables: n-gram tables with the rank's rows.
         gpu: count for a GPU and the Triton kernels, otherwise for a CPU.
     """
     sizes = Sizes(layout, vocab_size, layout.streams, k, gpu)
-    return _peak(sizes, rows, count_parameters(layout, vocab_size), TableMemory(sizes, None))
+    return _peak(sizes, rows, count_parameters(layout, vocab_size), TableMemory(sizes, tables))
 
 
 def largest_number(fits: Callable[[int], bool], first: int = 1) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from foreroute.engine.certificate.counts.table_rows import OfTable, TableStatistics
+from foreroute.engine.certificate.counts.table_rows import OfTable
 from foreroute.engine.certificate.memory.sizes import Sizes
 from foreroute.engine.certificate.memory.state import Phase
 from foreroute.engine.certificate.memory.terms import Term, term
@@ -22,13 +22,13 @@ class TableMemory:
     """The tables of a run on one rank."""
 
     sizes: Sizes
-    tables: TableStatistics | None  # None: there are none
+    tables: Sequence[OfTable]
 
     def held(self) -> list[Term]:
         """List what is held all the time."""
         config, found = self.sizes.config.ngram_tables, list[Term]()
         host = config.place is RowPlace.host
-        for number, table in enumerate(self._tables):
+        for number, table in enumerate(self.tables):
             name, local = f"n-gram table {number}", ceil(table.rows / self.sizes.placement.world_size)
             found.append(term(name, f"{local} rows x {config.width} width x 4 bytes", host=host))
             found += [term(f"{name}, Adam's state", f"{local} rows x {each}", host=host) for each in self._state]
@@ -43,7 +43,7 @@ class TableMemory:
         width, accumulated = self.sizes.config.ngram_tables.width, self.sizes.config.train.accumulation > 1
         found, landed = list[Term](), phase is not Phase.step
         gradients = phase is Phase.backward_end or (phase is Phase.backward and accumulated)
-        for table in self._tables:
+        for table in self.tables:
             rows = f"{table.landed.max} rows x {width} width x 4 bytes"
             found += [term("rows of n-gram tables", rows)] if landed else []
             found += [term("gradients of rows", rows)] if gradients else []
@@ -56,7 +56,7 @@ class TableMemory:
         """List what the entries of rows keep for backward."""
         s, config = self.sizes, self.sizes.config.ngram_tables
         found = list[Term]()
-        for table in self._tables:
+        for table in self.tables:
             read = table.heads * config.width
             positions = s.streams * s.keys if config.entry is NgramEntry.values else s.tokens
             target = s.inner if config.entry is NgramEntry.values else s.config.model.width
@@ -74,10 +74,6 @@ class TableMemory:
         return found
 
     @property
-    def _tables(self) -> Sequence[OfTable]:
-        return [] if self.tables is None else self.tables.tables
-
-    @property
     def _state(self) -> list[str]:
         """List the state of a row by its formulas."""
         config = self.sizes.config.ngram_tables
@@ -90,10 +86,10 @@ class TableMemory:
         """List the plans of this step and of those planned ahead: where each token reads, and what is sent."""
         s, train = self.sizes, self.sizes.config.train
         found, dense = list[Term](), s.config.dense_table
-        heads = [table.heads for table in self._tables] + ([] if dense is None else [dense.heads_read])
+        heads = [table.heads for table in self.tables] + ([] if dense is None else [dense.heads_read])
         passes = (s.config.data.prefetch + 1) * train.accumulation
         found += [term("plans", f"{passes} plans x {s.tokens} tokens x {each} heads x 8 bytes") for each in heads]
-        for table in self._tables:
+        for table in self.tables:
             words = f"{s.config.data.prefetch + 1} plans x {table.landed.max + table.touched.max} rows x 16 bytes"
             found.append(term("plans", words))
         return found

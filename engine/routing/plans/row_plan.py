@@ -142,27 +142,43 @@ def plan_rows(tables: Sequence[TableKeys], passes: Sequence[Ids], hosts: CpuGrou
     """
     if not tables:
         return [NO_ROWS] * len(passes)
-    found, landed = list[Distinct](), list[Sequence[Tensor]]()
+    found, landed = list[Distinct](), list[Tensor]()
     for keys in tables:
-        rows = [keys.rows_of(ids.ids_BQ, ids.left_BC, ids.new_document_BX) for ids in passes]
-        if not keys.whole:
-            found.append(distinct_rows(torch.stack(rows).numpy(), keys.rows, hosts.ranks))
-            rows = list(torch.from_numpy(found[-1].place))
-        landed.append(rows)
-    plans = _exchange(found, hosts) if found else ()
+        row_MBQH = _read(keys, passes)
+        if keys.whole:
+            landed.append(row_MBQH)
+        else:
+            found.append(distinct_rows(row_MBQH.numpy(), keys.rows, hosts.ranks))
+            landed.append(torch.from_numpy(found[-1].place))
+    plans = _planned(found, hosts.all_to_all(_requests(found, hosts.ranks))) if found else ()
     return [
         TableRows(plans if number == 0 else (), tuple(places[number] for places in landed))
         for number in range(len(passes))
     ]
 
 
-def _exchange(found: Sequence[Distinct], hosts: CpuGroup) -> tuple[RowsPlan, ...]:
-    """Ask each owner for the rows that this rank reads; a message has the number of each table's rows, then these."""
-    parts: list[list[NDArray[np.int64]]] = [[np.array([d.splits[rank] for d in found])] for rank in range(hosts.ranks)]
+def row_requests(tables: Sequence[TableKeys], passes: Sequence[Ids], ranks: int) -> list[NDArray[np.int32]]:
+    """Return what a rank that reads these passes sends to each of the ranks in plan_rows."""
+    shared = (keys for keys in tables if not keys.whole)
+    return _requests([distinct_rows(_read(keys, passes).numpy(), keys.rows, ranks) for keys in shared], ranks)
+
+
+def _read(keys: TableKeys, passes: Sequence[Ids]) -> Tensor:
+    """Return the rows that a rank reads in a step, int64 [M, B, Q, H] for M passes."""
+    return torch.stack([keys.rows_of(ids.ids_BQ, ids.left_BC, ids.new_document_BX) for ids in passes])
+
+
+def _requests(found: Sequence[Distinct], ranks: int) -> list[NDArray[np.int32]]:
+    """Return the message to each owner: the number of each table's rows, then these."""
+    parts: list[list[NDArray[np.int64]]] = [[np.array([d.splits[rank] for d in found])] for rank in range(ranks)]
     for distinct in found:
         for part, local in zip(parts, np.split(distinct.local_R, np.cumsum(distinct.splits)[:-1]), strict=True):
             part.append(local)
-    asked = hosts.all_to_all([np.concatenate(part).astype(np.int32) for part in parts])
+    return [np.concatenate(part).astype(np.int32) for part in parts]
+
+
+def _planned(found: Sequence[Distinct], asked: Sequence[NDArray[np.int32]]) -> tuple[RowsPlan, ...]:
+    """Plan what this rank sends from the message of each rank."""
     count_Py = np.stack([message[: len(found)] for message in asked]).astype(np.int64)
     lists = [
         np.split(message[len(found) :], np.cumsum(count_y)[:-1])

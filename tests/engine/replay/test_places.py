@@ -1,5 +1,7 @@
 """The places that are chosen, against all places looked at one by one."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,9 @@ from foreroute.engine.certificate.counts.exact import certify
 from foreroute.engine.certificate.counts.replay import replay
 from foreroute.engine.certificate.memory.peak import memory_of_rows, peak_memory_at
 from foreroute.engine.certificate.memory.sizes import Rows
+from foreroute.engine.config import NgramTablesConfig
 from foreroute.engine.config.enums import ExchangeKind
+from foreroute.engine.ngram_tables.tables import table_keys
 from foreroute.engine.replay.places import Place, Places, expected_at, with_streams
 from tests.engine.replay.small_run import EXPERTS, MICRO, RANKS, STEPS, SYMBOLS, WORLD, make
 
@@ -75,3 +79,17 @@ def test_streams_are_of_each_rank(material):
     layout = material[0]
     assert with_streams(layout, 3).streams == 3
     assert np.array_equal(with_streams(layout, layout.streams).config.data.streams, layout.config.data.streams)
+
+
+def test_a_place_has_its_own_rows_of_tables():
+    layout, ids, routers = make(exchange=ExchangeKind.tokens)
+    layout = replace(layout, config=replace(layout.config, ngram_tables=NgramTablesConfig(rows=9, layers=[0, 1])))
+    keys, rows = table_keys(layout.config.ngram_tables, SYMBOLS, 1), {}
+    whole = certify(layout, ids, routers, table_keys=keys, also=lambda counts, found: rows.update({counts.step: found}))
+    found = expected_at(layout, ids, routers, Place(2, 5), vocab=SYMBOLS, gpu=False, table_keys=keys)
+    assert found.tables.landed_t.tolist() == rows[2].landed_tP[:, 5].tolist()
+    assert found.tables.sent_t.tolist() == rows[2].sent_tP[:, 5].tolist()
+    assert found.tables.table_bytes_1 == rows[2].link_bytes_PP(layout.table_row_bytes)[5].sum()
+    without = expected_at(layout, ids, routers, Place(2, 5), vocab=SYMBOLS, gpu=False)
+    most = peak_memory_at(layout, whole, SYMBOLS, gpu=False).peak_bytes
+    assert without.memory.peak_bytes < found.memory.peak_bytes <= most

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+TABLES = "ngram_tables.rows=50", "ngram_tables.width=4", "ngram_tables.place=host"
+
 
 def options(tmp_path, *more):
     text = tmp_path / "text"
@@ -23,7 +25,9 @@ def options(tmp_path, *more):
 
 @pytest.mark.slow
 def test_places_are_run_and_written(run, tmp_path):
-    done = run("replay", *options(tmp_path, "step=3:4", "cluster=cpu_2_cores", f"trace={tmp_path / 't.csv.gz'}"))
+    done = run(
+        "replay", *options(tmp_path, "step=3:4", "cluster=cpu_2_cores", *TABLES, f"trace={tmp_path / 't.csv.gz'}")
+    )
     assert done.returncode == 0, done.stderr
     assert "Rows and bytes as certified" in done.stdout
     found = json.loads((tmp_path / "out" / "replay.json").read_text())
@@ -33,6 +37,8 @@ def test_places_are_run_and_written(run, tmp_path):
         for step, certified in zip(place["steps"], place["certified"], strict=True):
             assert step["computed_ym"] == certified["computed_ym"] and step["bytes_y"] == certified["bytes_y"]
             assert sum(step["sent_bytes_P"]) == sum(step["bytes_y"])
+            assert step["landed_t"] == certified["landed_t"] and step["sent_t"] == certified["sent_t"]
+            assert step["table_bytes_1"] == certified["table_bytes_1"] and step["table_bytes_1"] > [0]
         assert all(size > 0 for held in place["memory"] for size in held["peak_bytes"].values())
     page = (tmp_path / "out" / "replay.html").read_text()
     assert "What it is not" in page and "a model of cpu_2_cores" in page
