@@ -61,6 +61,7 @@ def time_section(found: TimePart, cluster: ClusterConfig, placement: Placement) 
 
 def _steps(found: TimePart) -> Table:
     parts = ["attention", "experts", "rest", "exchange", "gradients", "optimizer"]
+    parts += ["tables"] if any(part.time.tables for part in found.forecast.by_k) else []
     header = ["k", "steps", *parts, "step", "hidden", "tokens/s"]
     rows = []
     for part in found.forecast.by_k:
@@ -74,6 +75,7 @@ def _steps(found: TimePart) -> Table:
         notes=[
             "exchange: what nothing hides; hidden: what travels while experts compute, not part of the step",
             "gradients: summed over the ranks, and weights gathered (ZeRO)",
+            *(["tables: rows of n-gram tables, sent, read and changed"] if "tables" in parts else []),
         ],
     )
 

@@ -77,6 +77,11 @@ class RowCounter:
             touched.append(distinct_rows(rows_PN, keys.rows, ranks).splits)
         return TableCounts(np.array(read), np.array(touched))
 
+    def landed(self, step: int) -> list[float]:
+        """Count for each table the distinct rows that a rank reads in a step, the mean of the ranks."""
+        found: list[float] = self.count(step).landed_tP.mean(axis=1).tolist() if self.keys else []
+        return found
+
 
 @dataclass(frozen=True, slots=True)
 class OfTable:

@@ -8,19 +8,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from functools import cache
 from itertools import groupby, product
-from typing import Any
+from typing import Any, NamedTuple
 
 from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.counts.replay import StepCounts, replay
+from foreroute.engine.certificate.counts.table_rows import RowCounter
 from foreroute.engine.certificate.time.cluster import ClusterConfig
+from foreroute.engine.certificate.time.left_out import left_out
 from foreroute.engine.certificate.time.step_time import StepModel, StepTime
 from foreroute.engine.config import MoEConfig, ScheduleConfig
-from foreroute.engine.config.enums import Builder, ExchangeKind, MatmulPrecision
+from foreroute.engine.config.enums import Builder, ExchangeKind
 from foreroute.engine.data.documents import NO_STARTS, Starts
 from foreroute.engine.data.tokens.vocab import Ids
 from foreroute.engine.errors import UserError
 from foreroute.engine.model.adaptive import clusters, target_shares
+from foreroute.engine.ngram_tables.tables import table_keys
 from foreroute.engine.routing.k_schedule import active_experts
 from foreroute.engine.routing.methods import planned_method
 from foreroute.engine.routing.planned_router import PlannedRouter
@@ -97,6 +100,13 @@ class TimePart:
     left_out: list[str]  # what this run does and the model leaves out
 
 
+class _Counted(NamedTuple):
+    """One step of one expert group."""
+
+    counts: StepCounts
+    landed: list[float]  # of each n-gram table, the distinct rows that a rank reads, on the mean
+
+
 class Forecaster:
     """Models layouts of one run on one cluster."""
 
@@ -120,7 +130,8 @@ class Forecaster:
         self.layout, self.cluster, self.ids, self.vocab = layout, cluster, ids, vocab
         self._shares = target_shares(ids, clusters(layout.config.model, vocab))
         self._routers_of, self._document_starts = routers_of, document_starts
-        self._counts: dict[object, list[StepCounts]] = {}
+        self._table_keys = table_keys(layout.config.ngram_tables, vocab, layout.config.train.seed)
+        self._counts: dict[object, list[_Counted]] = {}
 
     def forecast(self, layout: Layout) -> Forecast:
         """Model all steps of a layout.
@@ -133,7 +144,7 @@ class Forecaster:
         by_k, total = [], 0.0
         symbols = layout.config.symbols_per_step
         for part in steps_of_k(layout):
-            time = StepTime.mean([model.time(step) for step in counts if step.k == part.k])
+            time = StepTime.mean([model.time(step, landed) for step, landed in counts if step.k == part.k])
             total += part.steps * time.total
             by_k.append(TimeOfK(part.k, part.steps, part.exchange, time, time.total, symbols / time.total))
         return Forecast(by_k, total, symbols * layout.config.train.steps / total)
@@ -210,7 +221,7 @@ class Forecaster:
                         continue
                 yield found
 
-    def _count(self, layout: Layout) -> list[StepCounts]:
+    def _count(self, layout: Layout) -> list[_Counted]:
         """Count a few steps of each k, of one expert group."""
         config, placement = layout.config, layout.placement
         group = replace(placement, world_size=placement.expert_ranks)
@@ -227,8 +238,10 @@ class Forecaster:
             if moe != self.layout.config.moe:  # to see what travels, one table is as good as one for each layer
                 moe = replace(moe, share_table=True)
             routers = self._routers_of(moe)
-            found = replay(Layout(one, group), self.ids, routers, sorted(set(steps)), self._document_starts)
-            self._counts[key] = list(found)
+            here = Layout(one, group)
+            found = replay(here, self.ids, routers, sorted(set(steps)), self._document_starts)
+            rows = RowCounter(here, self._table_keys, here.read(self.ids, self._document_starts))
+            self._counts[key] = [_Counted(counts, rows.landed(counts.step)) for counts in found]
         return self._counts[key]
 
 
@@ -248,7 +261,7 @@ def time_part(forecaster: Forecaster, *, search: bool = True) -> TimePart:
         weak=forecaster.weak(),
         strong=forecaster.strong(),
         choices=forecaster.choices() if search else [],
-        left_out=_left_out(layout, forecaster.cluster),
+        left_out=left_out(layout, forecaster.cluster),
     )
 
 
@@ -261,30 +274,6 @@ def worlds(placement: Placement) -> list[int]:
     first = 1 if ranks.bit_count() == 1 else ranks
     doubled = {first << i for i in range(MOST_RANKS.bit_length()) if first << i <= MOST_RANKS}
     return sorted({1, placement.world_size, *doubled})
-
-
-def _left_out(layout: Layout, cluster: ClusterConfig) -> list[str]:
-    """List what the run does and engine/certificate/time/step_time.py does not model."""
-    config = layout.config
-    train, kernels, on_cpu = config.train, config.kernels, cluster.host_copies
-    lines = {
-        "train.offload: weights are updated as if on the device, and nothing travels between host and device": (
-            train.offload
-        ),
-        "train.zero_stage=3: DeepSpeed sends weights and gradients beside computation, here nothing hides them": (
-            train.zero_stage == 3 and not on_cpu
-        ),
-        "a dense n-gram table: looking up its rows and writing their gradient takes no time": (
-            config.dense_table is not None
-        ),
-        f"kernels.precision={kernels.precision.value}: products run at the rate of product_fp32": (
-            kernels.precision is not MatmulPrecision.ieee
-        ),
-        "kernels.masked_from_k: a run measures it at its start; here all experts are grouped, as below it": (
-            on_cpu and kernels.masked_from_k is None
-        ),
-    }
-    return [line for line, true in lines.items() if true]
 
 
 def steps_of_k(layout: Layout) -> list[StepsOfK]:

@@ -3,7 +3,7 @@
 Unlike the counts it is not exact; benchmarks/bench_certify.py measures its error. The ranks of an expert group wait for
 each other in every layer, so a layer takes as long as its busiest rank. All groups wait for the slowest one.
 
-    step = attention + experts + rest + exchange that nothing hides + gradients + optimizer
+    step = attention + experts + rest + exchange that nothing hides + gradients + optimizer + n-gram tables
 
 Rows leave through two bottlenecks at once: a rank's own port, and the link of its node for rows to other nodes. The
 slower one counts. With chunks, rows of one chunk travel while experts compute another. DeepSpeed's collectives do not
@@ -33,6 +33,7 @@ from foreroute.engine.certificate.time.operations import (
     passes,
     shared_seconds,
 )
+from foreroute.engine.certificate.time.table_time import table_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class StepTime:
     gradients: float  # summed over the ranks, and weights gathered
     optimizer: float
     hidden: float  # exchange that overlaps with computation; not part of the sum
+    tables: float = 0.0  # n-gram tables: their rows' exchange, reading and update
 
     @property
     def total(self) -> float:
@@ -76,11 +78,12 @@ class StepModel:
         self._model = model_seconds(layout, cluster, vocab, shares)
         self._gradients = gradient_seconds(layout, cluster, self._parameters)
 
-    def time(self, counts: StepCounts) -> StepTime:
+    def time(self, counts: StepCounts, landed: Sequence[float] = ()) -> StepTime:
         """Model one step.
 
         Args:
             counts: of a step of this layout, or of one expert group of it.
+            landed: of each n-gram table, distinct rows that a rank reads in the step.
         """
         train, cluster, place, model = self.layout.config.train, self.cluster, self.layout.placement, self._model
         accumulation = train.accumulation
@@ -99,6 +102,7 @@ class StepModel:
             gradients=self._gradients,
             optimizer=slower * optimizer,
             hidden=layers.hidden,
+            tables=table_seconds(self.layout, cluster, landed) if landed else 0.0,
         )
 
 

@@ -13,12 +13,14 @@ from foreroute.engine.certificate.counts.replay import replay
 from foreroute.engine.certificate.time.cluster import ClusterConfig, LinkConfig
 from foreroute.engine.certificate.time.forecast import Forecaster, StepsOfK, steps_of_k, time_part, worlds
 from foreroute.engine.certificate.time.step_time import StepModel
+from foreroute.engine.certificate.time.table_time import table_seconds
 from foreroute.engine.config import (
     Config,
     DataConfig,
     EvalConfig,
     ModelConfig,
     MoEConfig,
+    NgramTablesConfig,
     ParallelConfig,
     ScheduleConfig,
     TrainConfig,
@@ -60,6 +62,36 @@ def test_steps_of_each_k_are_those_of_the_schedule() -> None:
     ks = [active_experts(cfg.schedule, step, 30) for step in range(30)]
     assert steps_of_k(Layout(cfg, PLACE)) == [StepsOfK(k, ks.index(k), ks.count(k), "tokens") for k in sorted(set(ks))]
     assert {part.exchange for part in steps_of_k(Layout(cfg, Placement(4, 1, 2)))} == {"local"}
+
+
+def test_tables_add_their_rows_to_each_step() -> None:
+    """Distinct rows by plain sets of bigrams; everything else of a step stays as it is without tables."""
+    tables = NgramTablesConfig(rows=1000, orders=[2], heads=1, width=16)
+    layout = Layout(replace(config(), ngram_tables=tables), PLACE)
+    without = forecaster().forecast(Layout(config(), PLACE))
+    found = Forecaster(layout, SLOW_LINK, TEXT, VOCAB, routers_of).forecast(layout)
+    streams = len(TEXT) // 8
+    for one, other in zip(found.by_k, without.by_k, strict=True):
+        assert replace(one.time, tables=0.0) == other.time
+        part = next(part for part in steps_of_k(layout) if part.k == one.k)
+        expected = []
+        for step in (part.first + part.steps // 4, part.first + part.steps * 3 // 4):
+            read = [set(), set(), set(), set()]
+            for stream in range(8):
+                start = stream * streams + 16 * step
+                for place in range(start, start + 16):
+                    left = TEXT[place - 1] if place else 0
+                    read[stream // 2].add((left, TEXT[place]))
+            expected.append(sum(map(len, read)) / 4)
+        rows = sum(expected) / 2
+        assert one.time.tables == pytest.approx(table_seconds(layout, SLOW_LINK, [rows]))
+    assert found.run_s > without.run_s
+    projected = replace(layout, config=replace(layout.config, ngram_tables=replace(tables, width=4)))
+    left_out = [
+        time_part(Forecaster(each, SLOW_LINK, TEXT, VOCAB, routers_of), search=False).left_out
+        for each in (layout, projected)
+    ]
+    assert [[line.split(":")[0] for line in lines] for lines in left_out] == [[], ["ngram_tables"]]
 
 
 def test_a_run_is_the_sum_of_its_steps() -> None:

@@ -10,6 +10,7 @@ from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.counts.replay import StepCounts
 from foreroute.engine.certificate.time.cluster import ClusterConfig, LinkConfig, ScaleConfig, SharingConfig
 from foreroute.engine.certificate.time.step_time import StepModel, layer_times
+from foreroute.engine.certificate.time.table_time import table_seconds
 from foreroute.engine.config import (
     Config,
     DataConfig,
@@ -17,9 +18,11 @@ from foreroute.engine.config import (
     KernelsConfig,
     ModelConfig,
     MoEConfig,
+    NgramTablesConfig,
     ParallelConfig,
     ScheduleConfig,
     TrainConfig,
+    WireFormat,
 )
 from foreroute.engine.config.enums import ExchangeKind
 from foreroute.engine.errors import UserError
@@ -90,6 +93,24 @@ def test_rows_between_nodes_share_the_link_of_their_node() -> None:
     slower = layer_times(Layout(cfg, Placement(4, 4, 2)), narrow, step)
     # rank 1 sends 10 rows at 0.2 MB/s
     assert slower.exchange == pytest.approx(4 * (3 * 500e-6 + 10 * 64 / 0.2e6))
+
+
+def test_rows_of_tables_leave_as_those_of_experts_and_are_changed() -> None:
+    tables = NgramTablesConfig(rows=50, orders=[2], heads=2, width=4, layers=[0, 1])
+    cfg = config(data=DataConfig(streams=8, segment=8), ngram_tables=tables)
+    landed = [30.0, 10.0]
+    # One way: 2 tables x 3 messages; node 0 reads 80 rows of 16 bytes, half of them of the other node, at 0.5 MB/s.
+    across = table_seconds(Layout(cfg, Placement(4, 4, 2)), PLAIN, landed)
+    assert across == pytest.approx(2 * (2 * 3 * 500e-6 + 40 * 16 / 0.5e6))
+    inside = table_seconds(Layout(cfg, Placement(4, 4, 4)), PLAIN, landed)  # 3 of 4 rows of 40, through a port
+    assert inside == pytest.approx(2 * (2 * 3 * 100e-6 + 30 * 16 / 1e6))
+    half = replace(cfg, ngram_tables=replace(tables, wire=WireFormat.bf16))
+    found = table_seconds(Layout(half, Placement(4, 4, 4)), PLAIN, landed)
+    assert found == pytest.approx(2 * (2 * 3 * 100e-6 + 30 * 8 / 1e6))
+    # Alone, nothing moves; 40 rows of 16 bytes in 16 passes, and what 64 tokens read, 2 tables x 2 heads, in 6.
+    memory = replace(PLAIN, memory_gb_per_s=1e-3, operation_us=1.0)
+    alone = table_seconds(Layout(cfg, Placement(1, 1, 1)), memory, landed)
+    assert alone == pytest.approx(16 * (16 * 40 + 6 * 64 * 4) / 1e6 + 2 * 30 * 1e-6)
 
 
 def test_the_slowest_group_counts_with_its_busiest_rank() -> None:
