@@ -35,7 +35,7 @@ def missing_from(page: Path) -> list[str]:
     """Name what a page links to or calls and the repository does not have."""
     text = page.read_text()
     wanted = {link: page.parent / link.partition("#")[0] for link in _links(page)}
-    groups = {name: name for name in ("experiment", "sweep", "recipe", "router")} | {"preset": "study"}
+    groups = {name: name for name in ("experiment", "sweep", "recipe", "router", "ngram_tables")} | {"preset": "study"}
     for option, group in groups.items():
         for name in re.findall(rf"(?<![.\w]){option}=([a-z0-9_/]+)", text):
             wanted[f"{option}={name}"] = ROOT / "conf" / group / f"{name}.yaml"

@@ -57,7 +57,7 @@ class ModelConfig:
     )
     ngram: int = option(
         0,
-        "Ids in the n-grams of a dense table at the input, as ngram_tables.optimizer=dense has; 0 for none.",
+        "Ids in the n-grams of a dense table at the input, of one head; 0 for none. Its general form: ngram_tables.",
         at_least=0,
         at_most=MAX_NGRAM,
     )

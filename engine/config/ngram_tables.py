@@ -21,10 +21,10 @@ _MOST_ROWS = 1 << 31  # of a table: the hosts tell each other 32-bit numbers
 
 @dataclass
 class NgramTablesConfig:
-    """Learned vectors of n-grams, whose rows all ranks share out.
+    """Learned vectors of n-grams.
 
-    Only rows that a step reads move. Each place that reads a table has one of its own: the input, or each layer of
-    `layers`.
+    All ranks share out their rows, and only those that a step reads move. Each place that reads a table has one of its
+    own: the input, or each layer of `layers`.
     """
 
     rows: int = option(
