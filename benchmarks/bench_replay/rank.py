@@ -14,6 +14,7 @@ from benchmarks.bench_replay.calls import Calls, numbered_parameters
 from benchmarks.bench_replay.turns import Turns
 from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.data.corpus import PreparedCorpus, prepare
+from foreroute.engine.optim.lone_rank import agreeing_with_itself
 from foreroute.engine.parallel.cpu_group import GlooGroup
 from foreroute.engine.parallel.world import World
 from foreroute.engine.replay.rank import HeldStep, RankSteps, ReplayedStep, lone_rank, steps_around
@@ -43,12 +44,15 @@ class Ran:
 
 
 def real(rank: int, case: Case, turns: Turns | None) -> Ran:
-    """Run as one of the ranks of the present process group; turns as for replayed."""
+    """Run as one of the ranks of the present process group; turns as for replayed.
+
+    In ZeRO-3's comparisons with rank 0 each rank gives numbers of its own, which are overwritten, as a lone rank does.
+    """
     mesh = case.layout.mesh(rank)
     group, planning = (GlooGroup(dist.new_group()) for _ in range(2))
     calls = Calls()
     blocks = () if turns is None else turns.blocks(case.steps, replayed=False)
-    with numbered_parameters(), calls.collectives():
+    with numbered_parameters(), calls.collectives(), agreeing_with_itself():
         steps = RankSteps(case.layout, _corpus(case), World(mesh, cpu_group=group, planning=planning))
         return _run(case, steps, calls, partial(slow_waits, _GLOO_S), blocks)
 
