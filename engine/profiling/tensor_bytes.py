@@ -8,6 +8,7 @@ numpy arrays is not among them: plans are counted when they are made.
 import gc
 import weakref
 from collections.abc import Collection, Iterable, Mapping
+from threading import Lock
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -72,7 +73,8 @@ def storages() -> dict[int, int]:
     """Return the bytes of each block of CPU memory that PyTorch allocated and a tensor of this process uses, by
     address.
 
-    Tensors on numpy arrays or files are left out, and tensors that gc.freeze has set aside.
+    Tensors on numpy arrays or files are left out, and tensors that gc.freeze has set aside. Other threads must be idle
+    (PlanBytes.planning): CPython's tuple(generator) raises SystemError where gc.get_objects sees the unfinished tuple.
     """
     found: dict[int, int] = {}
     for thing in gc.get_objects():
@@ -89,9 +91,13 @@ def storages() -> dict[int, int]:
 
 
 class PlanBytes:
-    """Counts the bytes of live plans."""
+    """Counts the bytes of live plans.
+
+    `planning` is held while a plan is made.
+    """
 
     def __init__(self) -> None:
+        self.planning = Lock()
         self.peak_bytes = self._held = 0
         self._addresses: dict[int, list[int]] = {}  # of the live plans' tensors, by number of the batch
         self._batches = 0
@@ -130,6 +136,7 @@ class CountedBatches(NamedTuple):
 
     def planned(self, step: int, micro: int) -> PlannedBatch:
         """Return a micro-batch with its plans."""
-        found = self.batches.planned(step, micro)
-        self.plans.add(found)
+        with self.plans.planning:
+            found = self.batches.planned(step, micro)
+            self.plans.add(found)
         return found

@@ -252,7 +252,8 @@ class RankSteps:
         return HeldStep(step, moments.peak_bytes, self._plans.peak_bytes)
 
     def _storages(self) -> dict[int, int]:
-        here = storages()
+        with self._plans.planning:
+            here = storages()
         for address in self._plans.addresses():
             here.pop(address, None)
         return here
