@@ -1,13 +1,26 @@
 """A part of the examples held out of training, to select by."""
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from foreroute.engine.errors import require
 
 _Example = TypeVar("_Example")
+_Read = TypeVar("_Read")
+
+
+class SplitExamples(NamedTuple, Generic[_Example]):
+    """The examples of a task."""
+
+    train: Sequence[_Example]
+    held_out: Sequence[_Example]  # of the training file, to select by
+    dev: Sequence[_Example]  # to report
+
+    def each(self, read: Callable[[Sequence[_Example]], Sequence[_Read]]) -> "SplitExamples[_Read]":
+        """Return the parts as `read` returns each of them."""
+        return SplitExamples(*map(read, self))
 
 
 def hold_out_texts(

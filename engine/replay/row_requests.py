@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from foreroute.engine.data.planned_batches import TrainingBatches
 from foreroute.engine.parallel.cpu_group import CpuGroup
 from foreroute.engine.parallel.mesh import Mesh
-from foreroute.engine.routing.plans.row_plan import row_requests
+from foreroute.engine.routing.plans.row_plan import row_request
 
 
 class _Asking(CpuGroup):
@@ -39,7 +39,7 @@ class LoneBatches(TrainingBatches):
         mesh = self.mesh
 
         def request_of(rank: int) -> NDArray[np.int32]:
-            return row_requests(self.table_keys, self.passes(step, rank), mesh.world)[mesh.rank]
+            return row_request(self.table_keys, self.passes(step, rank), mesh.world, mesh.rank)
 
         return _Asking(mesh, request_of)
 

@@ -10,7 +10,7 @@ def left_out(layout: Layout, cluster: ClusterConfig) -> list[str]:
     config = layout.config
     train, kernels, on_cpu = config.train, config.kernels, cluster.host_copies
     tables = config.ngram_tables
-    inputs = len(tables.orders) * tables.heads * tables.width
+    inputs = tables.heads_read * tables.width
     lines = {
         "train.offload: weights are updated as if on the device, and nothing travels between host and device": (
             train.offload

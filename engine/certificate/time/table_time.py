@@ -23,9 +23,8 @@ def table_seconds(layout: Layout, cluster: ClusterConfig, landed: Sequence[float
         landed: of each table, distinct rows that a rank reads in a step.
     """
     config, place = layout.config, layout.placement
-    heads = len(config.ngram_tables.orders) * config.ngram_tables.heads
     row_bytes = 4.0 * config.ngram_tables.width
-    read = len(landed) * heads * layout.tokens * config.train.accumulation
+    read = len(landed) * config.ngram_tables.heads_read * layout.tokens * config.train.accumulation
     moved = row_bytes * ((_SENT + _ADDED + _UPDATED) * sum(landed) + _READ * read)
     starts = cluster.scale.operations * len(landed) * _OPERATIONS * cluster.operation_us * 1e-6
     own = cluster.scale.rest * float(cluster.memory_seconds(moved)) + starts

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from foreroute.engine.finetune.accuracy import Accuracy, Majority
 from foreroute.engine.finetune.equations import MOST_SYMBOLS, OPERATORS, Problem, number_of, read_problems, slot
-from foreroute.engine.finetune.held_out import hold_out_texts
+from foreroute.engine.finetune.held_out import SplitExamples, hold_out_texts
 from foreroute.engine.finetune.masking import NOT_ASKED
 from foreroute.engine.finetune.sentences import by_length, training_places
 from foreroute.engine.finetune.trainee import Evaluation, Trainee
@@ -222,11 +223,10 @@ def problem_parts(train: Path, dev: Path, words: WordPieces, count: int, seed: i
     Raises:
         UserError: a file is not as it must be, or has too few problems.
     """
-    rest, held_out = hold_out_texts(read_problems(train), lambda problem: problem.text, count, seed)
-    reported = read_problems(dev)
-    symbols = Symbols([problem.equation for problem in rest])
-    train_items, held_out_items, dev_items = (_of_problems(part, words) for part in (rest, held_out, reported))
-    return Parts(train_items, held_out_items, dev_items, best_equation(reported), partial(_add_decoder, symbols))
+    found = SplitExamples(*hold_out_texts(read_problems(train), attrgetter("text"), count, seed), read_problems(dev))
+    symbols = Symbols([problem.equation for problem in found.train])
+    items = found.each(lambda part: _of_problems(part, words))
+    return Parts(*items, best_equation(found.dev), partial(_add_decoder, symbols))
 
 
 def _add_decoder(

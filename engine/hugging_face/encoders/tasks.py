@@ -8,6 +8,7 @@ masked language  the ids under the masks: one sequence for each line of a text
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from foreroute.engine.errors import UserError, require
 from foreroute.engine.finetune.accuracy import Majority, majority
 from foreroute.engine.finetune.choices import CHOICES, Question, read_questions
 from foreroute.engine.finetune.glue import LABELS, Example, hold_out, read_examples
-from foreroute.engine.finetune.held_out import hold_out_texts
+from foreroute.engine.finetune.held_out import SplitExamples, hold_out_texts
 from foreroute.engine.finetune.trainee import Trainee
 from foreroute.engine.hugging_face.encoders.bert import Pretrained
 from foreroute.engine.hugging_face.encoders.models import AnswerModel, ChoiceHead, Encoder, Item, LabelHead, MaskedModel
@@ -51,11 +52,9 @@ def sentence_parts(train: Path, dev: Path, words: WordPieces, count: int, seed: 
     Raises:
         UserError: a file is not as it must be, or has too few sentences.
     """
-    rest, held_out = hold_out(read_examples(train), count, seed)
-    reported = read_examples(dev)
-    always = majority([example.label for example in reported])
-    train_items, held_out_items, dev_items = (_of_sentences(part, words) for part in (rest, held_out, reported))
-    return Parts(train_items, held_out_items, dev_items, always, _add_label_head)
+    found = SplitExamples(*hold_out(read_examples(train), count, seed), read_examples(dev))
+    always = majority([example.label for example in found.dev])
+    return Parts(*found.each(lambda part: _of_sentences(part, words)), always, _add_label_head)
 
 
 def _add_label_head(encoder: Encoder, words: WordPieces, found: Pretrained, dropout: float) -> AnswerModel:
@@ -73,11 +72,9 @@ def question_parts(train: Path, dev: Path, words: WordPieces, count: int, seed: 
     Raises:
         UserError: a file is not as it must be, or has too few questions.
     """
-    rest, held_out = hold_out_texts(read_questions(train), lambda question: question.text, count, seed)
-    reported = read_questions(dev)
-    always = majority([question.label for question in reported])
-    train_items, held_out_items, dev_items = (_of_questions(part, words) for part in (rest, held_out, reported))
-    return Parts(train_items, held_out_items, dev_items, always, _add_choice_head)
+    found = SplitExamples(*hold_out_texts(read_questions(train), attrgetter("text"), count, seed), read_questions(dev))
+    always = majority([question.label for question in found.dev])
+    return Parts(*found.each(lambda part: _of_questions(part, words)), always, _add_choice_head)
 
 
 def _add_choice_head(encoder: Encoder, words: WordPieces, found: Pretrained, dropout: float) -> AnswerModel:
@@ -95,9 +92,8 @@ def line_parts(train: Path, dev: Path, words: WordPieces, count: int, seed: int)
     Raises:
         UserError: a file cannot be read, or has too few lines.
     """
-    rest, held_out = hold_out_texts(read_lines(train), str, count, seed)
-    train_ids, held_out_ids, dev_ids = (words.encode(part) for part in (rest, held_out, read_lines(dev)))
-    return Parts(train_ids, held_out_ids, dev_ids, _most_frequent(dev_ids, words), _add_masked_head, masked=True)
+    found = SplitExamples(*hold_out_texts(read_lines(train), str, count, seed), read_lines(dev)).each(words.encode)
+    return Parts(*found, _most_frequent(found.dev, words), _add_masked_head, masked=True)
 
 
 def _add_masked_head(encoder: Encoder, words: WordPieces, found: Pretrained, dropout: float) -> MaskedModel:

@@ -157,10 +157,13 @@ def plan_rows(tables: Sequence[TableKeys], passes: Sequence[Ids], hosts: CpuGrou
     ]
 
 
-def row_requests(tables: Sequence[TableKeys], passes: Sequence[Ids], ranks: int) -> list[NDArray[np.int32]]:
-    """Return what a rank that reads these passes sends to each of the ranks in plan_rows."""
-    shared = (keys for keys in tables if not keys.whole)
-    return _requests([distinct_rows(_read(keys, passes).numpy(), keys.rows, ranks) for keys in shared], ranks)
+def row_request(tables: Sequence[TableKeys], passes: Sequence[Ids], ranks: int, owner: int) -> NDArray[np.int32]:
+    """Return what a rank that reads these passes sends to one of the ranks in plan_rows."""
+    found = [distinct_rows(_read(keys, passes).numpy(), keys.rows, ranks) for keys in tables if not keys.whole]
+    counts, begins = [d.splits[owner] for d in found], [sum(d.splits[:owner]) for d in found]
+    return _request(
+        counts, [d.local_R[begin : begin + count] for d, begin, count in zip(found, begins, counts, strict=True)]
+    )
 
 
 def _read(keys: TableKeys, passes: Sequence[Ids]) -> Tensor:
@@ -169,12 +172,14 @@ def _read(keys: TableKeys, passes: Sequence[Ids]) -> Tensor:
 
 
 def _requests(found: Sequence[Distinct], ranks: int) -> list[NDArray[np.int32]]:
-    """Return the message to each owner: the number of each table's rows, then these."""
-    parts: list[list[NDArray[np.int64]]] = [[np.array([d.splits[rank] for d in found])] for rank in range(ranks)]
-    for distinct in found:
-        for part, local in zip(parts, np.split(distinct.local_R, np.cumsum(distinct.splits)[:-1]), strict=True):
-            part.append(local)
-    return [np.concatenate(part).astype(np.int32) for part in parts]
+    """Return the message to each owner."""
+    of_tables = [np.split(d.local_R, np.cumsum(d.splits)[:-1]) for d in found]
+    return [_request([d.splits[rank] for d in found], [rows[rank] for rows in of_tables]) for rank in range(ranks)]
+
+
+def _request(counts: Sequence[int], rows: Sequence[NDArray[np.int64]]) -> NDArray[np.int32]:
+    """Return a message to an owner: the number of each table's rows, then these."""
+    return np.concatenate([np.array(counts), *rows]).astype(np.int32)
 
 
 def _planned(found: Sequence[Distinct], asked: Sequence[NDArray[np.int32]]) -> tuple[RowsPlan, ...]:
