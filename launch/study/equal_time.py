@@ -7,7 +7,6 @@ The steps are computed once and kept in steps.json of the study's folder, so tha
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 
 from foreroute.launch.study.preset import Job, Preset, with_steps
 from foreroute.launch.study.results import Result
@@ -36,13 +35,15 @@ def take_steps(preset: Preset, jobs: Sequence[Job], steps: Mapping[str, int]) ->
 def equal_time_steps(preset: Preset, jobs: Sequence[Job], arm: str, tuning: Sequence[Result]) -> int:
     """Compute how many steps of an arm take as long as all steps of the arm that it names, in whole validations.
 
+    The fastest of the runs that tried rates counts: they do equal work, and other work of the machine only slows a run.
+
     Args:
         tuning: results of the runs that tried rates with this arm's kin and with the arm that it names.
     """
     mine, other = waits_for(preset, arm)
     whole = next(job.config.train.steps for job in jobs if job.arm == other and job.tries is None)
     seconds = {
-        name: fmean([r["measured"]["training_seconds"] / r["steps"] for r in tuning if r["arm"] == name])
+        name: min(r["measured"]["training_seconds"] / r["steps"] for r in tuning if r["arm"] == name)
         for name in (mine, other)
     }
     return max(1, round(whole * seconds[other] / seconds[mine] / preset.points)) * preset.points
