@@ -210,7 +210,7 @@ def make_config(changes: dict[str, dict[str, Any]], base: dict[str, dict[str, An
 
 
 def material(layout: Layout, symbols: int = SYMBOLS) -> tuple[NDArray[np.uint8], Sequence[HashedRouter]]:
-    """Make a text of random symbols, skewed so that experts differ in their rows, and the tables.
+    """Make a text of random symbols, skewed so that experts differ in their rows, and the tables; none if it is dense.
 
     Args:
         symbols: of the model; the text has the first SYMBOLS of them.
@@ -218,7 +218,10 @@ def material(layout: Layout, symbols: int = SYMBOLS) -> tuple[NDArray[np.uint8],
     config = layout.config
     number = config.data.streams * (config.data.segment * (config.train.steps + 1) + 1)
     ids = (np.random.default_rng(0).random(number) ** 2 * SYMBOLS).astype(np.uint8)
-    return ids, HashedRouter.build(config.moe, RouterInputs(symbols, 1, config.num_tables, ids))
+    routers = (
+        [] if config.moe.dense else HashedRouter.build(config.moe, RouterInputs(symbols, 1, config.num_tables, ids))
+    )
+    return ids, routers
 
 
 def make_layout(changes: dict[str, dict[str, Any]], base: dict[str, dict[str, Any]], ranks: int) -> Layout:

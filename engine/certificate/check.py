@@ -221,7 +221,8 @@ class RowCounts:
 
     def take(self) -> StepRows:
         """Return the counts since the step's first forward pass; call it after the last backward pass."""
-        rows_2ym = np.array(self._rows_my).transpose(2, 1, 0)
+        shape = len(self._rows_my), len(self._done_y), 2
+        rows_2ym = np.array(self._rows_my, np.int64).reshape(shape).transpose(2, 1, 0)
         sent_y = np.array([done.sent_bytes for done in self._done_y], np.int64)
         bytes_y = sent_y - np.array(self._sent_before_y, np.int64)
         tables = [now - before for now, before in zip(self._tables_now(), self._tables_before, strict=True)]

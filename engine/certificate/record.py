@@ -74,8 +74,8 @@ class Record:
         self._first_u, place_s = np.unique(first_s, return_inverse=True)
         self._place_s = place_s.astype(np.min_scalar_type(self._first_u.size))
         group_tokens = placement.expert_ranks * layout.tokens
-        micro, trips = config.train.accumulation, max(map(sum, layout.layer_trips))
-        shape = self._first_u.size, config.expert_layers, placement.world_size
+        micro, trips = config.train.accumulation, max(map(sum, layout.layer_trips), default=0)
+        shape = self._first_u.size, layout.expert_layers, placement.world_size
 
         def zeros(largest: int, *more: int) -> Counts:
             return np.zeros((*shape, *more), np.min_scalar_type(largest))
@@ -150,12 +150,18 @@ class Written:
     def of_rank(self, rank: int) -> "Expected":
         """Read the rows and bytes of one rank."""
         with safe_open(self.path.with_name(ARRAYS), "numpy") as file:
+
+            def of_layers(name: str) -> Counts:
+                whole = not self.facts["layers"]  # nothing: safetensors refuses a slice of it
+                of_rank: Counts = (file.get_tensor(name) if whole else file.get_slice(name))[:, :, rank]
+                return of_rank
+
             return Expected(
                 self.facts["sample"],
                 file.get_tensor("place_s"),
-                file.get_slice("received_uyrm")[:, :, rank],
-                file.get_slice("computed_uyrm")[:, :, rank],
-                file.get_slice("bytes_uyr")[:, :, rank],
+                of_layers("received_uyrm"),
+                of_layers("computed_uyrm"),
+                of_layers("bytes_uyr"),
                 file.get_tensor("landed_utr")[:, :, rank],
                 file.get_tensor("sent_utr")[:, :, rank],
                 file.get_slice("table_bytes_ur")[:, rank],

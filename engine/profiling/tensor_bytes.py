@@ -108,12 +108,14 @@ class PlanBytes:
         assert plans is not None
         of_tables = planned.routing.row_plans, planned.routing.landed_BQH
         found = list(tensors_in((plans, *of_tables)))
+        if not found:  # a dense run without tables
+            return
         held, number = sum(tensor.nbytes for tensor in found), self._batches
         self._batches += 1
         self._addresses[number] = [tensor.untyped_storage().data_ptr() for tensor in found]
         self._held += held
         self.peak_bytes = max(self.peak_bytes, self._held)
-        weakref.finalize(plans[0].count_E, self._drop, number, held)
+        weakref.finalize(plans[0].count_E if plans else found[0], self._drop, number, held)
 
     def restart(self) -> None:
         """Begin a new peak."""

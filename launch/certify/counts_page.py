@@ -48,10 +48,10 @@ def certificate_page(
         verdicts=verdicts,
         sections=[
             _run(found, layout, corpus),
-            _rows(found, parts),
-            *([] if _alone(found) else [_bytes(found, parts)]),
+            *([_rows(found, parts)] if found.layers else []),
+            *([_bytes(found, parts)] if found.layers and not _alone(found) else []),
             *([] if found.tables is None else [_table_rows(found.tables)]),
-            _fixed_shapes(found, parts),
+            *([_fixed_shapes(found, parts)] if found.layers else []),
             *further,
         ],
         footer="Written by python -m launch.certify; certificate.json beside it holds every number and option.",
@@ -85,6 +85,8 @@ def _alone(found: Certificate) -> bool:
 
 def _figures(found: Certificate) -> list[KeyFigure]:
     whole = found.whole
+    if not found.layers:
+        return _table_figures(found)
     idle_expert = KeyFigure(
         "Steps with an idle expert",
         f"{whole.idle_expert.steps:,}",
@@ -113,6 +115,23 @@ def _figures(found: Certificate) -> list[KeyFigure]:
     ]
 
 
+def _table_figures(found: Certificate) -> list[KeyFigure]:
+    """Return the key figures of a dense run."""
+    tables = found.tables
+    assert tables is not None  # or there would be nothing to certify
+    rows = f"distinct rows of a step, of all tables; at most {sum(table.landed.max for table in tables.tables):,}"
+    read = KeyFigure("Rows a rank reads", f"{sum(table.landed.mean for table in tables.tables):,.0f}", rows)
+    if found.placement.world_size == 1:
+        return [read]
+    sent = f"for n-gram tables, of a rank in a step; at most {byte_text(tables.rank.max)}"
+    far = f"of a rank in a step; at most {byte_text(tables.between.max)}"
+    return [
+        read,
+        KeyFigure("Bytes a rank sends", byte_text(tables.rank.mean), sent),
+        KeyFigure("Bytes between nodes", byte_text(tables.between.mean), far),
+    ]
+
+
 def _used(found: Certificate, values: str) -> tuple[float, int]:
     """Return mean and maximum over steps and ranks of a field of Bytes, by the exchange of the run at each k."""
     total, most = 0.0, 0
@@ -137,15 +156,19 @@ def _run(found: Certificate, layout: Layout, corpus: PreparedCorpus) -> page.Sec
     scope = "all counted" if found.sample == 1 else f"{found.whole.steps:,} of them counted, one in {found.sample}"
     kinds = {part.exchange for part in found.by_k}
     exchange = ", ".join(f"{part.exchange} at k = {part.k}" for part in found.by_k) if len(kinds) > 1 else kinds.pop()
+    layers = f"{found.layers} layers" if found.layers else "dense layers"
     tables = "one for all layers" if moe.share_table else "one for each layer"
-    rows = {
-        "ranks": f"{place.world_size}, {min(place.ranks_per_node, place.world_size)} on a node, in {groups} of"
-        f" {place.expert_ranks}, each on {nodes}",
+    experts = {
         "experts": f"{found.experts}, {found.experts // place.expert_ranks} on a rank; active for a token: {grown}",
-        "a rank's share": f"{found.tokens:,} tokens in a micro-batch, {micro} in a step; {found.layers} layers",
         "exchange": f"{exchange}; {found.row_bytes:,} bytes a row; in a step and layer rows go to experts"
         f" {found.trips.to_experts} times and results come back {found.trips.to_tokens} times",
         "tables": f"{moe.ngram}-gram keys, {moe.rows:,} rows, builder {moe.builder.name}{pack}, {tables}",
+    }
+    rows = {
+        "ranks": f"{place.world_size}, {min(place.ranks_per_node, place.world_size)} on a node, in {groups} of"
+        f" {place.expert_ranks}, each on {nodes}",
+        "a rank's share": f"{found.tokens:,} tokens in a micro-batch, {micro} in a step; {layers}",
+        **(experts if found.layers else {}),
         "text": f"{source}: {symbols:,} symbols to train on, sha256 {corpus.sha256[:16]}...",
         "steps": f"the first {found.steps:,}, {scope}",
     }

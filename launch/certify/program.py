@@ -78,7 +78,7 @@ def run(args: CertifyArgs) -> int:
     if time is not None and args.cluster is not None:
         figures.append(time_figure(time))
         further.append(time_section(time, args.cluster, layout.placement))
-    verdicts = [memory_verdict(memory), counts_verdict(found), layout_verdict(time)]
+    verdicts = [memory_verdict(memory), counts_verdict(found), *([layout_verdict(time)] if found.layers else [])]
     described = certificate_page(found, layout, corpus, further, figures, verdicts)
     (folder / HTML).write_text(html(described), encoding="ascii")
     (folder / TEXT).write_text(markdown(described)[0])

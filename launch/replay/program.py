@@ -61,6 +61,7 @@ class ReplayArgs(OnRanks):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(not self.moe.dense, "moe.router=dense: launch.replay picks its places by expert rows")
         if self.rank.isdecimal():
             require(int(self.rank) < self.world_size, f"rank={self.rank}: must be below world_size={self.world_size}")
         else:

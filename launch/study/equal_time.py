@@ -42,7 +42,7 @@ def equal_time_steps(preset: Preset, jobs: Sequence[Job], arm: str, tuning: Sequ
     """
     mine, other = waits_for(preset, arm)
     whole = next(job.config.train.steps for job in jobs if job.arm == other and job.tries is None)
-    seconds = {
+    seconds: dict[str, float] = {
         name: min(r["measured"]["training_seconds"] / r["steps"] for r in tuning if r["arm"] == name)
         for name in (mine, other)
     }

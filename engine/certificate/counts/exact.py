@@ -78,7 +78,7 @@ class Certificate:
     placement: Placement
     steps: int  # the first so many of the run
     sample: int  # every so manieth of them was counted; 1: all
-    layers: int
+    layers: int  # with experts; 0 in a dense run, whose rows are those of n-gram tables alone
     experts: int  # of the layer that has the most
     tokens: int  # of a rank in a micro-batch
     row_bytes: int  # of one row on the wire
@@ -104,7 +104,7 @@ def certify(
 
     Args:
         ids: the training split.
-        routers: of the run, one for each layer or one for all.
+        routers: of the run, one for each layer or one for all; none in a dense run.
         document_starts: of the training split.
         steps: count the first so many; None for train.steps.
         sample: count every so manieth only; maxima and bounds then hold for those steps alone.
@@ -138,8 +138,8 @@ def certify(
         placement=layout.placement,
         steps=chosen.stop,
         sample=sample,
-        layers=layout.config.expert_layers,
-        experts=max(layout.experts_y),
+        layers=layout.expert_layers,
+        experts=max(layout.experts_y, default=0),
         tokens=layout.tokens,
         row_bytes=layout.row_bytes,
         trips=layout.trips,
@@ -200,7 +200,7 @@ class _Sums:
             self._tally(name).add(values, counts.step, counts.times)
         for name in ("received", "expert"):
             before = self.idle.get(name, Idle(0, None))
-            if rows[name].min() == 0:
+            if rows[name].size and rows[name].min() == 0:
                 first = counts.step + 1 if before.first_step is None else before.first_step
                 before = Idle(before.steps + counts.times, first)
             self.idle[name] = before
@@ -230,9 +230,9 @@ def _statistics(k: int | None, exchange: str, sums: Sequence[_Sums]) -> StepStat
         idle_expert=_idle([part.idle["expert"] for part in sums]),
         static=Static(
             pair_rows=spreads["pair"].max,
-            pair_padding=1 - spreads["pair"].mean / spreads["pair"].max,
+            pair_padding=_padding(spreads["pair"]),
             expert_rows=spreads["expert"].max,
-            expert_padding=1 - spreads["expert"].mean / spreads["expert"].max,
+            expert_padding=_padding(spreads["expert"]),
         ),
         bytes={
             kind: Bytes(
@@ -244,6 +244,11 @@ def _statistics(k: int | None, exchange: str, sums: Sequence[_Sums]) -> StepStat
             for kind in KINDS
         },
     )
+
+
+def _padding(rows: Spread) -> float:
+    """Return the share of padding if every place had as many rows as the one with the most."""
+    return 1 - rows.mean / rows.max if rows.max else 0.0
 
 
 def _idle(parts: Sequence[Idle]) -> Idle:

@@ -1,10 +1,12 @@
 """A run laid out on its ranks: the sizes that all of its steps share."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.config import Config, Keys, Precision, WireFormat
+from foreroute.engine.config.model import expert_layers
 from foreroute.engine.data.documents import NO_STARTS, Starts
 from foreroute.engine.data.streams import Streams
 from foreroute.engine.data.tokens.vocab import Ids
@@ -45,12 +47,22 @@ class Layout:
     @property
     def local_experts(self) -> int:
         """Experts of a rank, in the layer that has the most."""
-        return max(self.experts_y) // self.placement.expert_ranks
+        return max(self.experts_y, default=0) // self.placement.expert_ranks
+
+    @property
+    def blocks_with_experts(self) -> Sequence[int]:
+        """The numbers of the blocks that have experts; none in a dense run."""
+        return () if self.config.moe.dense else expert_layers(self.config.model, self.config.moe)
+
+    @property
+    def expert_layers(self) -> int:
+        """Expert layers; each stratum is one."""
+        return len(self.blocks_with_experts) * self.config.moe.strata
 
     @property
     def experts_y(self) -> list[int]:
-        """Experts of each layer."""
-        return [section.experts for section in self.config.expert_sections]
+        """Experts of each expert layer."""
+        return [] if self.config.moe.dense else [section.experts for section in self.config.expert_sections]
 
     @property
     def item_bytes(self) -> int:
@@ -87,7 +99,7 @@ class Layout:
         """Trips of each layer's rows: `trips`, but results of a stratum come back for the norm of the next one."""
         strata, trips = self.config.moe.strata, self.trips
         before = Trips(trips.to_experts, trips.to_experts)
-        return [trips if (y + 1) % strata == 0 else before for y in range(self.config.expert_layers)]
+        return [trips if (y + 1) % strata == 0 else before for y in range(self.expert_layers)]
 
     def gathers(self, k: int, tokens: int | None = None) -> bool:
         """Return whether all rows go to all ranks at this k.
@@ -117,7 +129,9 @@ class Layout:
         return Mesh(rank, self.placement.world_size, self.placement.expert_ranks)
 
     def k(self, step: int) -> int:
-        """Return the active experts of a step."""
+        """Return the active experts of a step; of a dense run the same at all steps, since nothing depends on it."""
+        if self.config.moe.dense:
+            return self.config.schedule.k_max
         return active_experts(self.config.schedule, step, self.config.schedule_steps)
 
     def read(self, ids: Ids, document_starts: Starts = NO_STARTS) -> Streams:
@@ -148,8 +162,10 @@ class Layout:
             UserError: experts or streams cannot be shared out evenly, or routes are not known before the run.
         """
         moe = self.config.moe
-        require(not moe.dense, "moe.router=dense: no experts and no rows that travel, so there is nothing to certify")
-        for section in self.config.expert_sections:
+        nothing = moe.dense and not self.config.ngram_tables.places
+        words = "moe.router=dense without n-gram tables that ranks share out: no rows travel, nothing to certify"
+        require(not nothing, words)
+        for section in [] if moe.dense else self.config.expert_sections:
             planned = planned_method(section)
             why = "routes are drawn at each forward pass and not replayed"
             if planned is None:

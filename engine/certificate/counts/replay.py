@@ -68,7 +68,8 @@ class StepCounts:
     def computed_ymgP(self) -> Counts:
         """Expert rows that a rank computes."""
         ranks, count_ymgE = self.sent_ymgPP.shape[-1], self.count_ymgE.clip(min=0)
-        computed_ymgP: Counts = count_ymgE.reshape(*count_ymgE.shape[:3], ranks, -1).sum(axis=4)
+        local = count_ymgE.shape[3] // ranks
+        computed_ymgP: Counts = count_ymgE.reshape(*count_ymgE.shape[:3], ranks, local).sum(axis=4)
         return computed_ymgP
 
     @property
@@ -94,7 +95,7 @@ def replay(
 
     Args:
         ids: the training split.
-        routers: of the run, one for each layer or one for all.
+        routers: of the run, one for each layer or one for all; none in a dense run.
         steps: 0-based steps of the run, ascending.
         document_starts: of the training split (PreparedCorpus.document_starts).
 
@@ -171,6 +172,8 @@ class _Counter:
 
     def count(self, work: _Work) -> StepCounts:
         """Count a step."""
+        if not self.routers:
+            return self._without_experts(work)
         batch = self.streams.batch(int(work.steps[0]), range(self.streams.streams))
         marks = None if batch.new_document_BX is None else batch.new_document_BX[None]
         assert batch.place_B is not None
@@ -186,11 +189,20 @@ class _Counter:
             field_sf = _count_fields(self._words(number, sets), row_PT.reshape(shares, -1))
             field_mgPf = field_sf.reshape(place.groups, place.expert_ranks, accumulation, -1).transpose(2, 0, 1, 3)
             found.append(self._split(field_mgPf, router.experts))
-        layers = np.arange(config.expert_layers) % len(found)  # of one table, or each with its own
+        layers = np.arange(self.layout.expert_layers) % len(found)  # of one table, or each with its own
         sent_ymgPP, nodes_ymgPh, count_ymgE = (np.stack(parts)[layers] for parts in zip(*found, strict=True))
         if place.expert_ranks == 1:  # it does not send, and keeps tokens without an expert as well
             sent_ymgPP = np.full_like(sent_ymgPP, self.layout.tokens)
         return StepCounts(*work, sent_ymgPP=sent_ymgPP, nodes_ymgPh=nodes_ymgPh, count_ymgE=count_ymgE)
+
+    def _without_experts(self, work: _Work) -> StepCounts:
+        """Count a step of a dense run: no layers."""
+        place = self.layout.placement
+        shape, ranks = (0, self.layout.config.train.accumulation, place.groups), place.expert_ranks
+        sent, nodes, counts = (
+            np.zeros((*shape, *more), np.int64) for more in ((ranks, ranks), (ranks, place.group_nodes), (0,))
+        )
+        return StepCounts(*work, sent_ymgPP=sent, nodes_ymgPh=nodes, count_ymgE=counts)
 
     def _split(self, field_mgPf: Counts, experts: int) -> tuple[Counts, Counts, Counts]:
         """Return a layer's rows to ranks, to nodes and of experts."""

@@ -32,7 +32,8 @@ class StepSeries:
     """The steps of each point, with their loads and bytes.
 
     A load is the maximum over a step's layers, micro-batches and ranks (or experts of a group), over the mean of the
-    same numbers; 1 is perfectly even. Bytes are of a whole step: all layers, micro-batches and directions added up.
+    same numbers; 1 is perfectly even, and a dense run has 0. Bytes are of a whole step: all layers, micro-batches and
+    directions added up.
     """
 
     first_step: list[int]  # of each point, counted from 1
@@ -55,7 +56,7 @@ class SeriesCollector:
     def add(self, counts: StepCounts, left_bytes_gP: Counts) -> None:
         """Take in a step, with the bytes that leave each rank in it."""
         rows = counts.received_ymgP, counts.computed_ymgP, counts.experts
-        loads = [float(values.max() / values.mean()) for values in rows]
+        loads = [float(values.max() / values.mean()) if values.size else 0.0 for values in rows]
         sent = float(left_bytes_gP.max()), float(left_bytes_gP.mean())
         self._steps.append(counts.steps)
         self._values.extend((counts.k, *loads, *sent))

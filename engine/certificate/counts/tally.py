@@ -18,7 +18,7 @@ class Spread:
     mean: float
     p99: int  # the smallest value that 99 % of all do not exceed
     max: int
-    worst_step: int  # the first one with the maximum, counted from 1
+    worst_step: int  # the first one with the maximum, counted from 1; 0: there are no values
 
 
 class Tally:
@@ -32,6 +32,8 @@ class Tally:
 
     def add(self, values: NDArray[np.int64], step: int, times: int) -> None:
         """Take in values >= 0 of a step that occurs so many times; steps come in ascending order."""
+        if not values.size:
+            return
         found, number = np.unique(values, return_counts=True)
         self._values.append(found)
         self._times.append(number * times)
@@ -44,8 +46,10 @@ class Tally:
 
     @staticmethod
     def spread(tallies: Sequence["Tally"]) -> Spread:
-        """Describe the distribution of all tallies together."""
+        """Describe the distribution of all tallies together; zeros if there are no values, as in a dense run."""
         value, number = _put_together(tallies)
+        if not value.size:
+            return Spread(0.0, 0, 0, 0)
         end = np.cumsum(number)
         worst = max(tallies, key=lambda tally: (tally._max, -tally._worst_step))
         return Spread(
@@ -64,8 +68,9 @@ class Tally:
 
 def _put_together(tallies: Sequence[Tally]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the distinct values, ascending, and how often each occurs."""
-    values = np.concatenate([part for tally in tallies for part in tally._values])
-    times = np.concatenate([part for tally in tallies for part in tally._times])
+    none = np.zeros(0, np.int64)
+    values = np.concatenate([none, *(part for tally in tallies for part in tally._values)])
+    times = np.concatenate([none, *(part for tally in tallies for part in tally._times)])
     value, place = np.unique(values, return_inverse=True)
     number = np.zeros(value.size, np.int64)
     np.add.at(number, place, times)

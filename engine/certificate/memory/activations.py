@@ -7,13 +7,15 @@ Sums over layers are exact maxima (engine/certificate/counts/exact.py), so they 
 Letters: as in engine/certificate/memory/sizes.py.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
 from foreroute.engine.certificate.memory.sizes import Rows, Sizes
 from foreroute.engine.certificate.memory.terms import Term, largest, term
 from foreroute.engine.config.enums import Gate
-from foreroute.engine.config.model import expert_layers
+from foreroute.engine.config.model import feed_forward_width
 from foreroute.kernels.cpu.masked_ffn import BLOCK_ROWS
 from foreroute.kernels.ops.linear_cross_entropy import chunk_tokens, largest_chunk
 
@@ -99,7 +101,8 @@ class Activations:
     def _after_attention(self, layers: range) -> list[Term]:
         """List the tensors of these layers' feed-forwards, with experts and without."""
         s, model, moe = self.sizes, self.sizes.config.model, self.sizes.config.moe
-        blocks = len(set(layers).intersection(expert_layers(model, moe)))
+        dense = sorted(set(layers).difference(s.layout.blocks_with_experts))
+        blocks = len(layers) - len(dense)
         experts, strata = blocks * moe.strata, blocks * (moe.strata - 1)
         kept = s.mask if model.pre_norm else s.number + s.mask
         rows = f"{s.tokens} tokens x {model.width} width"
@@ -108,20 +111,25 @@ class Activations:
             *([term("strata", f"{strata} strata x {rows} x {s.number} bytes")] if strata else []),
             *(self._around_experts(experts) if experts else []),
             *(self._experts(experts) if experts else []),
-            *(self._feed_forward(len(layers) - blocks) if blocks < len(layers) else []),
+            *(self._feed_forward(dense) if dense else []),
         ]
 
-    def _feed_forward(self, layers: int) -> list[Term]:
-        """List the tensors of dense feed-forwards (engine/moe/feed_forward.py)."""
-        s, config = self.sizes, self.sizes.config
-        each, rows = s.dense_numbers(dropout=bool(s.mask)) * s.number + s.mask, f"{layers} layers x {s.tokens} tokens"
-        return [
-            term("feed-forward", f"{rows} x {config.model.width} width x {s.number} bytes"),
-            term("feed-forward", f"{rows} x {config.moe.plain_width} hidden units x {each} bytes"),
-        ]
+    def _feed_forward(self, layers: Sequence[int]) -> list[Term]:
+        """List the tensors of the dense feed-forwards of these layers (engine/moe/feed_forward.py)."""
+        s, each = self.sizes, self.sizes.dense_numbers(dropout=bool(self.sizes.mask)) * self.sizes.number
+        inputs = f"{len(layers)} layers x {s.tokens} tokens x {s.config.model.width} width x {s.number} bytes"
+        found = [term("feed-forward", inputs)]
+        for units, number in Counter(map(self._hidden_units, layers)).items():
+            rows = f"{number} layers x {s.tokens} tokens"
+            found.append(term("feed-forward", f"{rows} x {units} hidden units x {each + s.mask} bytes"))
+        return found
 
-    def feed_forward_backward(self) -> list[Term]:
-        """List the tensors of one dense feed-forward in backward, without gradients of parameters.
+    def _hidden_units(self, layer: int) -> int:
+        """Return the width of a layer's dense feed-forward."""
+        return feed_forward_width(self.sizes.config.model, self.sizes.config.moe, layer)
+
+    def feed_forward_backward(self, layer: int) -> list[Term]:
+        """List the tensors of a layer's dense feed-forward in backward, without gradients of parameters.
 
         With dropout, what it kept is gone before the second gradient of the hidden units is there.
         """
@@ -129,7 +137,7 @@ class Activations:
         name, copies = "feed-forward's backward", 1 if s.mask else 2
         return [
             term(name, f"{s.tokens} tokens x {config.model.width} width x {2 * s.number} bytes"),
-            term(name, f"{s.tokens} tokens x {config.moe.plain_width} hidden units x {copies * s.number} bytes"),
+            term(name, f"{s.tokens} tokens x {self._hidden_units(layer)} hidden units x {copies * s.number} bytes"),
         ]
 
     def _inputs(self, layers: int) -> list[Term]:

@@ -28,7 +28,6 @@ from foreroute.engine.certificate.memory.sizes import (
 from foreroute.engine.certificate.memory.state import START, GradientProgress, Phase, State
 from foreroute.engine.certificate.memory.table_memory import TableMemory
 from foreroute.engine.certificate.memory.terms import Term, merged, term, total
-from foreroute.engine.config.model import expert_layers
 from foreroute.engine.errors import require
 
 
@@ -168,7 +167,7 @@ def _moments(sizes: Sizes, rows: Rows, parameters: Parameters, tables: TableMemo
     """Yield the terms of every moment at which memory can be greatest."""
     state, activations = State(sizes, parameters), Activations(sizes, rows)
     layers = sizes.config.model.layers
-    with_experts = expert_layers(sizes.config.model, sizes.config.moe)
+    with_experts = sizes.layout.blocks_with_experts
     always = [*state.held(), *_plans(sizes, rows), *tables.held()]
 
     def moment(phase: Phase, progress: GradientProgress = START) -> list[Term]:
@@ -186,8 +185,8 @@ def _moments(sizes: Sizes, rows: Rows, parameters: Parameters, tables: TableMemo
         logits = activations.logits(backward=name.startswith("backward"))
         yield name, [*moment(phase), *kept, *activations.ends(), *logits]
     looked_at = {layers: "last", 1: "first"}
-    for number, name in ((with_experts[-1] + 1, "last"), (with_experts[0] + 1, "first")):
-        looked_at.setdefault(number, f"{name} expert")
+    for place, name in ((-1, "last"), (0, "first")) if with_experts else ():
+        looked_at.setdefault(with_experts[place] + 1, f"{name} expert")
     for number, name in looked_at.items():
         done, inner = parameters.head + sum(parameters.blocks[number:]), parameters.inner[number - 1]
         has_experts = number - 1 in with_experts
@@ -197,7 +196,7 @@ def _moments(sizes: Sizes, rows: Rows, parameters: Parameters, tables: TableMemo
                 *moment(Phase.backward, GradientProgress(done, inner)),
                 *activations.ends(),
                 *activations.kept(number),
-                *(activations.experts_backward() if has_experts else activations.feed_forward_backward()),
+                *(activations.experts_backward() if has_experts else activations.feed_forward_backward(number - 1)),
                 *(state.gradients_of_chunks() if has_experts else []),
             ],
         )
@@ -223,6 +222,8 @@ def _moments(sizes: Sizes, rows: Rows, parameters: Parameters, tables: TableMemo
 def _plans(sizes: Sizes, rows: Rows) -> list[Term]:
     """Plans of this micro-batch and of those planned ahead: indices of 8 bytes and weights of 4, or the sets that a
     gate weighs."""
+    if not sizes.layout.expert_layers:
+        return []
     config, tokens = sizes.config, sizes.tokens
     ahead = config.data.prefetch * config.train.accumulation + 1
     found = [f"{rows.computed} expert rows x {24 if sizes.gate else 20} bytes", f"{rows.received} rows x 8 bytes"]

@@ -200,10 +200,12 @@ def runs_on_gpu(backend: Backend, device_memory_bytes: int | None) -> bool:
 
 def exact_rows(of_k: StepStatistics, sizes: Sizes) -> Rows:
     """Take the exact maxima of one k."""
+    if not sizes.layout.expert_layers:
+        return Rows(0, 0, 0, 0, 0)
     received, all_layers = of_k.received_rows.max, of_k.received_layers.max
     if sizes.gather or not sizes.shared_out:
         received = sizes.placement.expert_ranks * sizes.tokens
-        all_layers = sizes.config.expert_layers * received
+        all_layers = sizes.layout.expert_layers * received
     return Rows(
         received=received,
         computed=of_k.computed_rows.max,
@@ -215,8 +217,10 @@ def exact_rows(of_k: StepStatistics, sizes: Sizes) -> Rows:
 
 def bounded_rows(known: Rows, sizes: Sizes, known_streams: int) -> Rows:
     """Bound the rows at another number of streams (see engine/certificate/memory/peak.py)."""
+    if not sizes.layout.expert_layers:
+        return known
     times = ceil(sizes.streams / known_streams)
-    layers, group = sizes.config.expert_layers, sizes.placement.expert_ranks * sizes.tokens
+    layers, group = sizes.layout.expert_layers, sizes.placement.expert_ranks * sizes.tokens
     chosen = group * min(sizes.listed, sizes.local_experts)
     received = min(times * known.received, group)
     if sizes.gather or not sizes.shared_out:

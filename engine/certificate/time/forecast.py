@@ -191,6 +191,8 @@ class Forecaster:
 
     def _candidates(self) -> Iterator[Layout]:
         config, experts, world = self.layout.config, self.layout.config.moe.experts, self.layout.placement.world_size
+        if not self.layout.expert_layers:
+            return
         method = planned_method(config.moe)
         has_tables = method is not None and "builder" in method.uses and config.moe.columns == experts
         for ranks in range(1, min(world, experts) + 1):

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.time.cluster import ClusterConfig
 from foreroute.engine.config import Backend, TrainConfig
+from foreroute.engine.config.model import feed_forward_width
 from foreroute.engine.model.flops import Product, count_matrices, end_products, projection_products, score_products
 from foreroute.engine.routing.methods import has_live_gate
 from foreroute.kernels.ops.relative_attention import tile_shape
@@ -65,8 +66,13 @@ def model_seconds(layout: Layout, cluster: ClusterConfig, vocab: int, shares: Se
     score_bytes = 6 * item * streams * model.heads * queries * score_product.columns
     moved_bytes = item * (8 * tokens * inner + 6 * streams * keys * inner + 2 * streams * keys * width)
     attention = projections + scores + float(cluster.memory_seconds(score_bytes + moved_bytes))
-    plain = Product(tokens, layout.config.moe.plain_width, width, count_matrices(layout.config.moe.activation))
-    dense = (model.layers - layout.config.expert_layers) * seconds(plain)
+    moe = layout.config.moe
+    without_experts = set(range(model.layers)).difference(layout.blocks_with_experts)
+    widths, matrices = (
+        [feed_forward_width(model, moe, layer) for layer in without_experts],
+        count_matrices(moe.activation),
+    )
+    dense = sum(seconds(Product(tokens, hidden, width, matrices)) for hidden in widths)
     residual = float(cluster.memory_seconds(20 * item * tokens * width))
     ends = end_products(model, vocab, tokens, shares)
     logits = sum(product.rows * product.columns for product in ends)

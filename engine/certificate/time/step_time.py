@@ -119,6 +119,8 @@ def layer_times(layout: Layout, cluster: ClusterConfig, counts: StepCounts) -> L
     """Model the expert layers of a step: arguments as for StepModel, experts' time without the ranks' sharing of
     cores."""
     config, placement, tokens = layout.config, layout.placement, layout.tokens
+    if not layout.expert_layers:
+        return LayerTimes(0.0, 0.0, 0.0)
     ranks = placement.expert_ranks
     gather = layout.exchange(counts.k) == "gather"
     received = counts.received_ymgP.astype(np.float64)

@@ -154,10 +154,18 @@ class Refusal(NamedTuple):
 
 
 REFUSALS = [
-    Refusal("nothing to certify", lambda values: values.get("certified", False) and is_dense(values)),
+    Refusal(
+        "nothing to certify",
+        lambda values: values.get("certified", False) and is_dense(values) and values["kind"] not in TABLES,
+    ),
     Refusal(
         "only routers that follow from the ids, such as hashed, can be certified",
-        lambda values: values.get("certified", False) and "kind" in values and not is_certified(values["kind"]),
+        lambda values: (
+            values.get("certified", False)
+            and "kind" in values
+            and not is_dense(values)
+            and not is_certified(values["kind"])
+        ),
     ),
     Refusal(
         "moe.options.sizes: expert [2] of [2] slices would lie on several of the 4 ranks",
@@ -227,7 +235,10 @@ def ordinary() -> list[Cell]:
 @cache
 def others() -> list[Cell]:
     """Choose cells for the pairs that the ordinary ones leave out."""
-    covered = set().union(*(pairs_of(cell._asdict()) for cell in ordinary()))
+    covered = set[Pair]()
+    for cell in ordinary():
+        pairs, refused = pairs_of(cell._asdict()), refusal(cell._asdict())
+        covered |= {pair for pair in pairs if refusal(dict(pair))} if refused else pairs
     return cover(wanted(FACTORS, ordinary=False) - covered, FACTORS, seed=1)
 
 

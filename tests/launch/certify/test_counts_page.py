@@ -255,3 +255,22 @@ def test_rows_of_n_gram_tables_have_a_section():
     # without tables there is none
     _, plain = page_of()
     assert "N-gram tables" not in [section.title for section in plain.sections]
+
+
+def test_a_dense_run_has_its_rows_of_n_gram_tables_alone():
+    tables = NgramTablesConfig(rows=30, orders=[2], heads=2, width=3)
+    config, corpus, _ = make(moe=MoEConfig(router="dense"), ngram_tables=tables)
+    layout, keys = Layout(config, PLACE), table_keys(tables, SYMBOLS, config.train.seed)
+    found = certify(layout, corpus.ids, [], table_keys=keys)
+    page = certificate_page(found, layout, corpus)
+    assert [section.title for section in page.sections] == ["The run", "N-gram tables"]
+    assert [figure.label for figure in page.figures] == [
+        "Rows a rank reads",
+        "Bytes a rank sends",
+        "Bytes between nodes",
+    ]
+    # the tables' rows do not depend on experts
+    with_experts, _, routers = make(ngram_tables=tables)
+    beside = certify(Layout(with_experts, PLACE), corpus.ids, routers, table_keys=keys)
+    assert found.tables == beside.tables and found.layers == 0 < beside.layers
+    assert html(page) and markdown(page)

@@ -4,6 +4,10 @@ import json
 
 import pytest
 
+from foreroute.engine.config import MoEConfig, NgramTablesConfig
+from foreroute.engine.errors import UserError
+from foreroute.launch.replay.program import ReplayArgs
+
 TABLES = "ngram_tables.rows=50", "ngram_tables.width=4", "ngram_tables.place=host"
 
 
@@ -21,6 +25,11 @@ def options(tmp_path, *more):
         "expert_group=4",
         *more,
     ]
+
+
+def test_a_dense_run_is_refused():
+    with pytest.raises(UserError, match=r"moe\.router=dense: launch.replay picks its places by expert rows"):
+        ReplayArgs(moe=MoEConfig(router="dense"), ngram_tables=NgramTablesConfig(rows=50))
 
 
 @pytest.mark.slow

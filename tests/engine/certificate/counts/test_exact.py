@@ -315,7 +315,7 @@ def test_bytes_are_those_of_the_wire_format():
         ({}, (8, 4), {"steps": STEPS + 1}, "steps=10: must be from 1 to train.steps=9"),
         ({}, (8, 4), {"sample": 10}, "sample=10: must be from 1 to the 9 steps"),
         ({"moe": MoEConfig(router="learned")}, (8, 4), {}, "moe.router=learned: routes depend on hidden states"),
-        ({"moe": MoEConfig(router="dense")}, (8, 4), {}, "moe.router=dense: no experts"),
+        ({"moe": MoEConfig(router="dense")}, (8, 4), {}, "moe.router=dense without n-gram tables"),
         ({"moe": MoEConfig(router="fresh")}, (8, 4), {}, "moe.router=fresh: routes are drawn at each forward pass"),
         (
             {"moe": MoEConfig(keys=Keys.shuffled)},

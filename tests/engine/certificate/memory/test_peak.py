@@ -47,7 +47,10 @@ def certified(changes=(), ranks=1, **more):
         ],
         [Case(2, {"moe": {"weights": "live", "gate": "sqrt_softplus", **MIXED}, "parallel": {"expert_ranks": 2}})],
         [Case(1, {"model": {"layers": 3}, "moe": {"layers": [1], "plain_width": 1024}})],
-        [Case(1, {"ngram_tables": {"rows": 5000, "heads": 2, "layers": [0, 1]}})],
+        [
+            Case(1, {"ngram_tables": {"rows": 5000, "heads": 2, "layers": [0, 1]}}),
+            Case(1, {"moe": {"router": "dense", "dense_width": 700}, "ngram_tables": {"rows": 5000, "heads": 2}}),
+        ],
         [
             Case(1, {"train": {"zero_stage": 3}}, 8192),
             Case(1, {"model": {"cutoffs": [1000, 3000], "div_val": 4}, "data": {"streams": 8}}, 8192),
