@@ -10,7 +10,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
-from benchmarks.calibrate import calibrate, inside_link, measure_links, modelled_step, small_run, step_seconds
+from benchmarks.calibrate import (
+    calibrate,
+    inside_link,
+    measure_links,
+    modelled_step,
+    print_fit,
+    small_run,
+    step_seconds,
+)
 from benchmarks.harness import print_table
 from benchmarks.machines.cluster import Cluster, one_node, two_nodes, why_not
 from foreroute.engine.certificate.counts.layout import Layout
@@ -110,8 +118,8 @@ def time_model_error(limit: int | None = None) -> float | None:
         return None
     per_nodes, rates = ((1, 2), RATES) if limit is None else ((1,), RATES[-1:])
     cluster, rows = calibrate([NODES * per_node for per_node in per_nodes])
-    print("one-rank runs that the scales are fitted to; by the others: each left out of the fit")
-    print_table(["run", "ms", "fitted", "by the others"], rows)
+    print("steps that the scales are fitted to; by the others: each left out of the fit")
+    print_fit(rows)
     found = [one for per_node in per_nodes for one in compare(cluster, per_node, rates, limit)]
     print_table(*table(found))
     for name, regret in regrets(found).items():

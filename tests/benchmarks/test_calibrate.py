@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from benchmarks import calibrate
-from benchmarks.calibrate import RUNS, fit, inside_link
+from benchmarks.calibrate import REPLAYED, RUNS, Fitted, error_lines, fit, inside_link
 from benchmarks.models.certify_time import Compared, median_error, regrets, ways
+from benchmarks.models.replayed_ranks import all_like_rank_0
+from foreroute.engine.certificate.counts.replay import StepCounts
 from foreroute.engine.certificate.time.step_time import StepTime
 
 
@@ -31,10 +33,33 @@ def test_a_link_is_what_all_to_alls_took() -> None:
     assert (link.gb_per_s, link.message_us) == (3 * 1e6 / 0.01 / 1e9, 50.0)
 
 
+def test_replayed_ranks_are_predicted_with_and_without_each_other() -> None:
+    runs = [Fitted("run", 10.0, 10.0, 10.0, 99.0)] * len(RUNS)
+    ranks = [Fitted("rank", 10.0, 10.0, 11.0, 8.0), Fitted("rank", 10.0, 10.0, 10.0, 13.0)]
+    alone, others = error_lines([*runs, *ranks])
+    assert alone == "replayed ranks by one-rank runs alone: median error 25.0%, largest 30.0%"
+    assert others == "replayed ranks by all others: median error 5.0%, largest 10.0%"
+
+
+def test_a_replayed_rank_is_modelled_by_its_own_rows() -> None:
+    """Of a step of two ranks, of which the other one has more rows."""
+    counts = StepCounts(
+        np.array([0]),
+        1,
+        sent_ymgPP=np.array([[[[[3, 5], [2, 9]]]]]),
+        nodes_ymgPh=np.zeros((1, 1, 1, 2, 1), np.int64),
+        count_ymgE=np.array([[[[4, 1, 8, 6]]]]),
+    )
+    own = all_like_rank_0(counts)
+    assert own.received_ymgP.tolist() == [[[[5, 5]]]] and own.computed_ymgP.tolist() == [[[[5, 5]]]]
+    assert counts.received_ymgP.tolist() == [[[[5, 14]]]] and counts.computed_ymgP.tolist() == [[[[5, 14]]]]
+
+
 def test_no_calibrating_run_has_the_shape_of_a_predicted_one() -> None:
     predicted = [config for ranks in (2, 4) for _, config in ways(ranks)]
     assert len(predicted) == 5 + 9
-    shapes = [(c.data, c.model, c.moe.experts, c.moe.expert_width) for c in RUNS]
+    configs = [*RUNS, *(layout.config for layout in REPLAYED)]
+    shapes = [(c.data, c.model, c.moe.experts, c.moe.expert_width) for c in configs]
     assert not any((c.data, c.model, c.moe.experts, c.moe.expert_width) in shapes for c in predicted)
 
 
