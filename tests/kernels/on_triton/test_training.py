@@ -16,7 +16,7 @@ def interpreted(watched):
 
 
 def run(monkeypatch, tmp_path, backend, *more):
-    """Three steps of experiment=debug on two streams; gives the final checkpoint's weights."""
+    """Return the final checkpoint's weights: experiment=debug on two streams, three steps unless `more` has others."""
     text = tmp_path / "text.txt"
     text.write_bytes(b"the quick brown fox jumps over the lazy dog. " * 400)
     arguments = [
@@ -52,7 +52,13 @@ def run(monkeypatch, tmp_path, backend, *more):
     [
         pytest.param((), id="hashed"),
         pytest.param(
-            ("moe.router=learned", "moe.activation=geglu", "moe.shared_width=8"), id="learned", marks=pytest.mark.slow
+            # two steps: the second one trains with weights that the first one's gradients have moved
+            (
+                *("moe.router=learned", "moe.activation=geglu", "moe.shared_width=8", "moe.expert_width=20"),
+                *("train.steps=2", "data.segment=8", "model.memory=8", "model.width=16", "model.head_width=8"),
+            ),
+            id="learned",
+            marks=pytest.mark.slow,
         ),
     ],
 )
