@@ -50,6 +50,9 @@ _PRELOADED = [  # modules that ranks import, some at their first step; none of t
     "deepspeed.ops.op_builder.all_ops",
     "deepspeed.runtime.superoffload.superoffload_stage3",
     "deepspeed.runtime.zero.muon.original_muon",
+    "transformers.trainer",  # where it is installed
+    "transformers.models.llama.modeling_llama",
+    "accelerate",
 ]
 _SERVER.set_forkserver_preload(_PRELOADED)
 # What numba imports at the first call of a compiled loop: 0.4 s, in the server instead of in each rank.
@@ -60,7 +63,7 @@ cpu_target.target_context.refresh()
 def run_ranks(function: Callable[..., Any], ranks: int, *arguments: Any, seconds: float = 600) -> list[Any]:
     """Call function(rank, *arguments) in each of `ranks` new processes of one gloo group; return their results.
 
-    The processes are forks of one that has only imported PyTorch, DeepSpeed and Triton (tests/README.md), so each call
+    The processes are forks of one that has only imported modules (tests/README.md), so each call
     starts from a clean state within a fraction of a second. They inherit the present environment of this process.
 
     Args:

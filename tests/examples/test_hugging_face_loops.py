@@ -1,13 +1,9 @@
-"""The examples of Trainer and Accelerate, run as their page says, on 1 and 2 ranks."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""The examples of Trainer and Accelerate on 1 and 2 ranks."""
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.examples.programs import run_program
+
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.transformers]
@@ -15,18 +11,8 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.transformers]
 
 def run(name, ranks, *arguments):
     """The losses of a run that never stopped, and of one that was resumed."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", f"examples.hugging_face.{name}", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    lines = [line.partition(":") for line in done.stdout.splitlines()]
+    printed = run_program(f"examples.hugging_face.{name}", ranks, *arguments)
+    lines = [line.partition(":") for line in printed.splitlines()]
     found = {head: text.split() for head, _, text in lines if head in ("never stopped", "resumed", "equal")}
     assert found["equal"] == ["True"]
     whole, resumed = ([float(number) for number in found[key]] for key in ("never stopped", "resumed"))

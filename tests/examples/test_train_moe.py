@@ -1,31 +1,17 @@
-"""The example of expert models of transformers, run as its page says."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""The example of expert models of transformers."""
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.examples.programs import run_program
+
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.transformers
 
 
 def run(ranks, *arguments):
     """The lines of a run, as columns."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, *launcher, "examples/hugging_face/train_moe.py", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "PYTHONPATH": path},
-    )
-    assert done.returncode == 0, done.stderr
-    return [line.split() for line in done.stdout.splitlines() if line.endswith(("yes", "no"))]
+    printed = run_program("examples/hugging_face/train_moe.py", ranks, *arguments)
+    return [line.split() for line in printed.splitlines() if line.endswith(("yes", "no"))]
 
 
 @pytest.mark.dist

@@ -1,9 +1,6 @@
 """A user's model saved on some ranks at one ZeRO stage goes on on others as one process that never stopped."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +19,7 @@ from foreroute.engine.optim.model_state import state_of
 from foreroute.engine.plug_in import experts_of, load_pretrained, parameter_groups, save_pretrained
 from foreroute.engine.testing.ranks import run_ranks
 from tests.engine.plug_in import test_saved as case
+from tests.examples.programs import run_program
 
 ROOT = Path(__file__).resolve().parents[3]
 PER_LINK = 2  # steps of each topology
@@ -272,14 +270,5 @@ def test_the_example_prints_what_the_page_shows(tmp_path):
 
 
 def _example(ranks, folder, stage):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    done = subprocess.run(
-        [sys.executable, *launcher, "tests/examples/save_and_load.py", str(folder), str(stage)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr
-    return next(line for line in done.stdout.splitlines() if line.startswith("step"))
+    printed = run_program("tests/examples/save_and_load.py", ranks, folder, stage)
+    return next(line for line in printed.splitlines() if line.startswith("step"))
