@@ -6,24 +6,21 @@ killed.
 Two ranks of experiment=debug with a checkpoint every few steps. A trial kills a random rank with SIGKILL: in the middle
 of training, inside the writing of a checkpoint, or in training and again while the restart starts up. Then it resumes.
 Every tensor of the last checkpoint (weights, moments, memories, random state) must equal the uninterrupted run's, bit
-for bit. Some runs are also stopped with SIGTERM. `end` is the time from the signal until all ranks have ended; `lost`
+for bit. Some runs are also stopped with SIGTERM. Ranks are copies of a process that has imported what they need, so starts
+are short (benchmarks/harness/programs.py). `end` is the time from the signal until all ranks have ended; `lost`
 is that and the time from the restart until the step in which the run was killed is done again: a start and steps done
 twice. `inside` counts kills while a checkpoint's temporary folder was there.
 """
 
 import argparse
 import json
-import os
 import random
 import signal
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -32,11 +29,13 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.harness import environment, positive, print_result, print_table
-from benchmarks.machines.cluster import ROOT
+from benchmarks.harness.programs import start_training
+from foreroute.engine.testing.ranks import Program, rank_environments
 
 RANKS, SAVE_EVERY, TIMEOUT_S = 2, 5, 120
 PATIENCE_S = 1500.0  # for a start, a whole run or an end, on a machine that is busy with other things
 KINDS = ("training", "checkpoint", "restart")
+QUICK_KINDS = ("checkpoint", "restart")  # a restart begins with a kill in training
 _LONGEST_WRITE_S = 0.02  # of a checkpoint here, on quiet cores
 
 
@@ -74,7 +73,8 @@ class Job:
 
     def __init__(self, folder: Path, steps: int) -> None:
         self.folder, self.steps = folder, steps
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[Program] = []
+        self.last_words: list[str] = []
         folder.mkdir()
 
     @property
@@ -101,27 +101,11 @@ class Job:
             "eval.k=[1]",
             "eval.max_symbols=256",
         ]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        shared = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-        with (self.folder / "log.txt").open("ab") as log:
+        with ExitStack() as until_end:
             self.processes = [
-                subprocess.Popen(
-                    [sys.executable, "-m", "launch.train", *options],
-                    cwd=ROOT,
-                    stdout=log,
-                    stderr=log,
-                    env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                )
-                for rank in range(RANKS)
+                until_end.enter_context(start_training(options, environ)) for environ in rank_environments(RANKS)
             ]
-        try:
             yield
-        finally:
-            for process in self.processes:
-                process.kill()
-                process.wait()
 
     def finished_steps(self) -> int:
         """Count the steps in metrics.jsonl."""
@@ -149,11 +133,11 @@ class Job:
         """
         deadline = time.monotonic() + PATIENCE_S
         while not reached():
-            if any(process.poll() is not None for process in self.processes):
+            if not all(process.runs for process in self.processes):
                 raise TrialFailed("a rank ended before it was killed")
             if time.monotonic() > deadline:
                 raise TrialFailed(f"not reached in {PATIENCE_S:.0f} s")
-            time.sleep(0.001)
+            time.sleep(0.002)
 
     def ended(self) -> list[int]:
         """Wait for all ranks and return their exit codes.
@@ -162,9 +146,11 @@ class Job:
             TrialFailed: a rank hangs.
         """
         try:
-            return [process.wait(PATIENCE_S) for process in self.processes]
-        except subprocess.TimeoutExpired:
+            found = [process.wait(PATIENCE_S) for process in self.processes]
+        except TimeoutError:
             raise TrialFailed(f"a rank goes on {PATIENCE_S:.0f} s later") from None
+        self.last_words = [line for _, out, err in found for line in f"{out}{err}".splitlines()[-3:]]
+        return [code for code, _, _ in found]
 
     def go_to_the_end(self, step: int = 0) -> float:
         """Start the run and let it finish; return the seconds until `step` steps were done (again).
@@ -178,8 +164,7 @@ class Job:
             seconds = time.monotonic() - begun
             codes = self.ended()
         if codes != [0] * RANKS:
-            log = (self.folder / "log.txt").read_text(errors="replace").splitlines()
-            raise TrialFailed(f"exit codes {codes}: {' / '.join(log[-3:])}")
+            raise TrialFailed(f"exit codes {codes}: {' / '.join(self.last_words)}")
         return seconds
 
     def result(self) -> dict[str, torch.Tensor]:
@@ -249,18 +234,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--trials", type=positive, default=20)
     parser.add_argument("--stops", type=int, default=3, help="further runs, stopped with SIGTERM")
     parser.add_argument("--seed", type=int, default=0, help="chooses ranks and moments")
-    parser.add_argument("--quick", action="store_true", help="three trials, one stop, few steps")
+    parser.add_argument("--quick", action="store_true", help="two trials, one stop, few steps")
     args = parser.parse_args(arguments)
-    trials, stops, steps = (3, 1, 20) if args.quick else (args.trials, args.stops, 40)
+    trials, stops, steps = (len(QUICK_KINDS), 1, 20) if args.quick else (args.trials, args.stops, 40)
     chance = random.Random(args.seed)
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         folder = Path(name)
-        Job(folder / "first", steps).go_to_the_end()  # fills the caches
+        if not args.quick:
+            Job(folder / "first", steps).go_to_the_end()  # fills the caches, so that the time of a start is without
         whole = Job(folder / "whole", steps)
         start_s = whole.go_to_the_end(1)
         wanted = whole.result()
         print(f"{environment()}; a start takes {start_s:.1f} s until the first step", flush=True)
-        kinds = [kind for _, kind in zip(range(trials), cycle(KINDS), strict=False)]
+        kinds = [kind for _, kind in zip(range(trials), cycle(QUICK_KINDS if args.quick else KINDS), strict=False)]
         done = []
         for number, kind in enumerate([*kinds, *["SIGTERM"] * stops]):
             trial = attempt(kind, Job(folder / f"{number}", steps), wanted, start_s, chance)

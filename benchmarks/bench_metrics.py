@@ -4,7 +4,7 @@
     log_every  20, as the quickstart has it, and 1
     wandb      disabled and offline
 
-Each run is a process of its own (two ranks: torchrun), with one thread a rank. Reported for each: the share of the
+Each rank is a process of its own with one thread (benchmarks/harness/programs.py). Reported for each: the share of the
 steps' time that the metrics' own code takes on rank 0, which the run measures itself (metric_ms over step_ms). The
 first line is left out, since it holds the start of kernels and threads. The time of writing a line counts to the line
 after it. The hooks around modules that take the times of a step's parts are not in that share: they are timed here, on
@@ -14,9 +14,8 @@ empty modules. W&B's service is a process of its own and is not counted.
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -28,9 +27,10 @@ from torch import nn
 
 from benchmarks.harness import environment, fastest, positive, print_result, print_table
 from benchmarks.harness.against import parse
-from benchmarks.machines.cluster import ROOT
+from benchmarks.harness.programs import start_training
 from foreroute.engine.metrics.timers import StepTimer
 from foreroute.engine.model.attention import RelativeAttention
+from foreroute.engine.testing.ranks import rank_environments
 
 CALLS = 10_000  # of an empty module, to time its hooks
 
@@ -70,7 +70,6 @@ def train(folder: Path, experiment: str, ranks: int, log_every: int, wandb: str,
         SystemExit: the run failed.
     """
     name = f"{ranks}-{log_every}-{wandb}"
-    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     options = [
         f"experiment={experiment}",
         f"train.name={name}",
@@ -80,20 +79,17 @@ def train(folder: Path, experiment: str, ranks: int, log_every: int, wandb: str,
         "train.threads=1",
         f"parallel.expert_ranks={ranks}",
         f"wandb.mode={wandb}",
+        f"optim.warmup_steps={min(50, steps - 1)}",
         "kernels.masked_from_k=16",
         "eval.k=[4]",
         "eval.max_symbols=1024",
     ]
-    done = subprocess.run(
-        [sys.executable, *start, "-m", "launch.train", *options],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise SystemExit(f"{name} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    environments = rank_environments(ranks) if ranks > 1 else [{**os.environ, "OMP_NUM_THREADS": "1"}]
+    with ExitStack() as until_end:
+        programs = [until_end.enter_context(start_training(options, each)) for each in environments]
+        for code, _, err in [program.wait() for program in programs]:
+            if code != 0:
+                raise SystemExit(f"{name} ended with {code}:\n{err[-2000:]}")
     return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -123,11 +119,11 @@ def cost(lines: list[dict[str, Any]]) -> Cost:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=positive, default=100, help="of each run; a multiple of 20, at least 60")
+    parser.add_argument("--steps", type=positive, default=100, help="of each run; a multiple of 20, at least 40")
     parser.add_argument("--experiment", default="quickstart", help="of conf/experiment")
     args = parse(parser)
-    if args.steps % 20 or args.steps < 60:
-        parser.error(f"--steps {args.steps}: must be a multiple of 20 and at least 60 (the warm-up has 50)")
+    if args.steps % 20 or args.steps < 40:
+        parser.error(f"--steps {args.steps}: must be a multiple of 20 and at least 40 (the first line is left out)")
     rows, found = [], {}
     with tempfile.TemporaryDirectory() as folder:
         for ranks, log_every, wandb in product((1, 2), (20, 1), ("disabled", "offline")):

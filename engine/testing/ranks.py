@@ -172,6 +172,8 @@ class Program:
         """
         self._folder = tempfile.TemporaryDirectory()
         self._texts = [Path(self._folder.name) / name for name in ("out", "err")]
+        for path in self._texts:
+            path.touch()  # it may be killed before it opens them
         arguments = ["-c", *arguments]
         self._process = _SERVER.Process(target=_run, args=(code, arguments, dict(environ), self._texts))
         self._process.start()

@@ -67,7 +67,7 @@ def test_bench_host():
 
 @pytest.mark.slow
 def test_bench_metrics():
-    code, out, err = run("bench_metrics", "--steps", "60", "--experiment", "debug")
+    code, out, err = run("bench_metrics", "--steps", "40", "--experiment", "debug")
     assert code == 0, err
     result = json.loads(out.splitlines()[-1])
     assert list(result) == ["metric_share", "median_share", "most", "hook_us"]
@@ -204,7 +204,7 @@ def test_bench_faults():
     code, out, err = run("bench_faults", "--quick")
     assert code == 0, err
     result = json.loads(out.splitlines()[-1])
-    assert (result["trials"], result["identical"]) == (3, 3), out
-    assert 0 <= result["inside_checkpoint"] <= 3  # a write may be over before the signal comes
+    assert (result["trials"], result["identical"]) == (2, 2), out
+    assert 0 <= result["inside_checkpoint"] <= 2  # a write may be over before the signal comes
     assert (result["stops"], result["stops_identical"]) == (1, 1), out
     assert result["sigterm_seconds_median"] > 0 and result["end_seconds_median"] > 0
