@@ -38,7 +38,7 @@ from benchmarks.systems.exchange_problem import (
     planned_bytes,
 )
 
-RANKS = 4
+RANKS, QUICK_RANKS = 4, 2
 SYSTEMS = {
     "ours": "foreroute",
     "parts": "foreroute, 4 chunks",
@@ -51,11 +51,15 @@ Figures = dict[str, dict[str, dict[str, float]]]  # by tables, system and name
 
 
 def run(cluster: Cluster, systems: list[str], args: argparse.Namespace) -> Figures:
-    """Run systems on 4 ranks of a cluster."""
-    per_node = RANKS // len(cluster.nodes)
-    arguments = ["-m", "benchmarks.systems.exchange_rank", "--rounds", str(args.rounds), "--per-node", str(per_node)]
+    """Run systems on the ranks of a cluster."""
+    nodes = len(cluster.nodes)
+    ranks = QUICK_RANKS if args.quick and nodes > 1 else RANKS
+    per_node = ranks // nodes
+    arguments = ["benchmarks.systems.exchange_rank", "--rounds", str(args.rounds), "--per-node", str(per_node)]
     arguments += ["--quick"] * args.quick + ["--systems", *systems]
-    found: Figures = run_measuring(cluster, "bench_exchange", arguments, ranks=RANKS, seconds=LIMIT_S)
+    found: Figures = run_measuring(
+        cluster, "bench_exchange", arguments, ranks=ranks, seconds=LIMIT_S, warmed=args.quick
+    )
     return found
 
 
@@ -105,7 +109,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=positive, default=2)
-    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="small sizes and one link, to see that it runs")
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS), help="beside ours")
     args = parse(parser)
     shape = QUICK if args.quick else PUBLISHED
@@ -117,12 +121,12 @@ def main() -> None:
     if reason := why_not():
         print(f"NOT MEASURED: 2 nodes x 2 ranks: {reason}\n")
     else:
-        settings |= {"1gbit": two_nodes("1gbit"), "200mbit": two_nodes("200mbit")}
+        settings |= {rate: two_nodes(rate) for rate in ("1gbit", "200mbit")[args.quick :]}
     figures: dict[str, Figures] = {}
     for setting, make in settings.items():
         with make as cluster:
             systems = [name for name in SYSTEMS if name == "ours" or name in args.systems]
-            systems = [name for name in systems if name != "parts" or setting == "200mbit"]
+            systems = [name for name in systems if name != "parts" or args.quick or setting == "200mbit"]
             systems = [name for name in systems if name != "live" or setting != "1gbit"]
             figures[setting] = run(cluster, systems, args)
         show(setting, figures[setting])

@@ -6,8 +6,8 @@ killed.
 Two ranks of experiment=debug with a checkpoint every few steps. A trial kills a random rank with SIGKILL: in the middle
 of training, inside the writing of a checkpoint, or in training and again while the restart starts up. Then it resumes.
 Every tensor of the last checkpoint (weights, moments, memories, random state) must equal the uninterrupted run's, bit
-for bit. Some runs are also stopped with SIGTERM. Ranks are copies of a process that has imported what they need, so starts
-are short (benchmarks/harness/programs.py). `end` is the time from the signal until all ranks have ended; `lost`
+for bit. Some runs are also stopped with SIGTERM. Ranks are copies of a process that has imported what they need, so
+starts are short (benchmarks/harness/programs.py). `end` is the time from the signal until all ranks have ended; `lost`
 is that and the time from the restart until the step in which the run was killed is done again: a start and steps done
 twice. `inside` counts kills while a checkpoint's temporary folder was there.
 """

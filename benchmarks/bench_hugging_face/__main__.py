@@ -21,7 +21,7 @@ from benchmarks.harness.against import parse
 from benchmarks.harness.ranks import run_measuring
 from benchmarks.machines.cluster import Cluster, one_node, two_nodes, why_not
 
-RANKS, LIMIT_S = 4, 1500
+RANKS, QUICK_RANKS, LIMIT_S = 4, 2, 1500
 SYSTEMS = {
     "replayed": "foreroute, replayed routes",
     "live": "foreroute, their routers",
@@ -32,11 +32,14 @@ Figures = dict[str, dict[str, float | None]]
 
 
 def run(cluster: Cluster, args: argparse.Namespace) -> Figures:
-    """Run the systems on 4 ranks of a cluster."""
+    """Run the systems on the ranks of a cluster."""
     names = [name for name in SYSTEMS if name == "live" or name in args.systems]
-    arguments = ["-m", "benchmarks.bench_hugging_face.rank", "--rounds", str(args.rounds)]
+    arguments = ["benchmarks.bench_hugging_face.rank", "--rounds", str(args.rounds)]
     arguments += ["--quick"] * args.quick + ["--systems", *names]
-    found: Figures = run_measuring(cluster, "bench_hugging_face", arguments, ranks=RANKS, seconds=LIMIT_S)
+    ranks = QUICK_RANKS if args.quick else RANKS
+    found: Figures = run_measuring(
+        cluster, "bench_hugging_face", arguments, ranks=ranks, seconds=LIMIT_S, warmed=args.quick
+    )
     return found
 
 
@@ -44,10 +47,11 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=positive, default=5)
-    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="small sizes and 2 ranks, to see that it runs")
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS), help="beside live")
     args = parse(parser)
-    print(f"{environment()}, {RANKS} ranks with one thread each\n", flush=True)
+    ranks = QUICK_RANKS if args.quick else RANKS
+    print(f"{environment()}, {ranks} ranks with one thread each\n", flush=True)
     settings: dict[str, AbstractContextManager[Cluster]] = {"loopback": one_node()}
     if reason := why_not():
         print(f"NOT MEASURED: 2 nodes x 2 ranks: {reason}\n")

@@ -35,7 +35,7 @@ from benchmarks.harness.against import parse
 from benchmarks.harness.ranks import run_measuring
 from benchmarks.machines.cluster import Cluster, one_node, two_nodes, why_not
 
-RANKS, SIMULATED = 4, 8
+RANKS, QUICK_RANKS, SIMULATED = 4, 2, 8
 TABLES = [Table(1 << 16, 128, n) for n in (2, 3)] + [Table(1 << 20, 64, n) for n in (2, 3)]
 QUICK_TABLES = [Table(1 << 12, 16, 2)]
 COUNTED = {"bytes": 3, "bpe8k": 2}  # ids in the n-grams whose bytes are reported
@@ -71,11 +71,12 @@ def show_bytes(path: str | None) -> dict[str, float]:
 
 
 def run(cluster: Cluster, tables: list[Table], systems: list[str], args: argparse.Namespace) -> Figures:
-    """Time systems on 4 ranks of a cluster."""
-    arguments = ["-m", "benchmarks.bench_memory.rank", "--rounds", str(args.rounds), "--systems", *systems]
+    """Time systems on the ranks of a cluster."""
+    arguments = ["benchmarks.bench_memory.rank", "--rounds", str(args.rounds), "--systems", *systems]
     arguments += ["--tables", *(",".join(map(str, table)) for table in tables), "--texts", *TEXTS]
     arguments += [] if args.text is None else ["--text", args.text]
-    found: Figures = run_measuring(cluster, "bench_memory", arguments, ranks=RANKS, seconds=LIMIT_S)
+    ranks = QUICK_RANKS if args.quick else RANKS
+    found: Figures = run_measuring(cluster, "bench_memory", arguments, ranks=ranks, seconds=LIMIT_S, warmed=args.quick)
     return found
 
 
@@ -104,14 +105,15 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=positive, default=20)
-    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="small sizes and 2 ranks, to see that it runs")
     parser.add_argument("--homes", action="store_true", help="count moving homes of rows, and nothing else")
     parser.add_argument("--text", help="a file of text")
     args = parse(parser)
     if args.homes:
         print_result(show_homes(args.text))
         return
-    print(f"{environment()}, {RANKS} ranks with one thread each, {STREAMS * SEGMENT} tokens a rank\n", flush=True)
+    ranks = QUICK_RANKS if args.quick else RANKS
+    print(f"{environment()}, {ranks} ranks with one thread each, {STREAMS * SEGMENT} tokens a rank\n", flush=True)
     bytes_ratio = show_bytes(args.text)
 
     systems = list(SYSTEMS)

@@ -1,13 +1,10 @@
 """What bench_exchange rests on: bytes by plain counting, the meter, and systems that compute the same."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from torch import distributed as dist
 
-from benchmarks.machines.cluster import one_node
 from benchmarks.models.traffic import Meter
 from benchmarks.systems import exchange_rank
 from benchmarks.systems.exchange_problem import BUILDERS, QUICK, Problem, autoep_bytes, moe_bytes, planned_bytes
@@ -117,18 +114,3 @@ def test_a_difference_between_systems_is_refused():
         wrong[key][row] += 0.1 * torch.randn(8)
         with pytest.raises(RuntimeError, match=rf"NOT TIMED: moe differs from ours in {key} by"):
             exchange_rank.check({"ours": truth, "moe": wrong})
-
-
-@pytest.mark.dist
-@pytest.mark.slow
-def test_all_systems_compute_the_same_and_send_what_was_counted():
-    """exchange_rank ends with an error where results or bytes differ."""
-    options = ["--rounds", "1", "--per-node", "2", "--quick", "--systems", "ours", "parts", "moe", "autoep"]
-    env = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    with one_node() as node:
-        done = node.run_ranks(["-m", "benchmarks.systems.exchange_rank", *options], per_node=2, seconds=100, env=env)
-    assert [process.code for process in done] == [0, 0], done[0].err
-    figures = json.loads(done[0].out.splitlines()[-1])
-    for by_system in figures.values():
-        assert by_system["parts"]["left"] == by_system["ours"]["left"]
-        assert by_system["ours"]["left"] < by_system["autoep"]["left"] < by_system["moe"]["left"]
