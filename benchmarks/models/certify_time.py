@@ -11,16 +11,17 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from benchmarks.calibrate import (
+    RUNS,
+    Calibrated,
     calibrate,
+    counted,
     inside_link,
     measure_links,
-    modelled_step,
-    print_fit,
     small_run,
     step_seconds,
 )
 from benchmarks.harness import print_table
-from benchmarks.machines.cluster import Cluster, one_node, two_nodes, why_not
+from benchmarks.machines.cluster import Cluster, two_nodes, why_not
 from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.time.cluster import ClusterConfig, LinkConfig, SharingConfig
@@ -77,18 +78,17 @@ def linked(cluster: ClusterConfig, nodes: Cluster, *, per_node: int) -> ClusterC
     return replace(cluster, between=link, overlap=found["overlap"])
 
 
-def compare(cluster: ClusterConfig, per_node: int, rates: Sequence[str], limit: int | None = None) -> list[Compared]:
+def compare(machine: Calibrated, per_node: int, rates: Sequence[str], limit: int | None = None) -> list[Compared]:
     """Predict and measure on two nodes of so many ranks, at each speed of their link.
 
     Args:
-        cluster: this machine, one thread; its links are measured anew for these ranks.
+        machine: this one, with the links of as many ranks; that between the nodes is measured here.
         limit: try so many ways only.
     """
     ranks = NODES * per_node
-    with one_node() as node:
-        found = measure_links(node, per_node=ranks)
+    found = machine.links[ranks]
     shared = [SharingConfig(per_node, found["slowdown"])]  # simulated nodes share the cores
-    described = replace(cluster, ranks_per_node=per_node, inside=inside_link(found, ranks), sharing=shared)
+    described = replace(machine.cluster, ranks_per_node=per_node, inside=inside_link(found, ranks), sharing=shared)
     chosen = list(ways(ranks))[:limit]
     configs = [config for _, config in chosen]
     results = []
@@ -96,7 +96,7 @@ def compare(cluster: ClusterConfig, per_node: int, rates: Sequence[str], limit: 
         with two_nodes(rate) as nodes:
             here = linked(described, nodes, per_node=per_node)
             predicted = [
-                modelled_step(Layout(config, Placement(ranks, config.parallel.expert_ranks, per_node)), here)
+                counted(Layout(config, Placement(ranks, config.parallel.expert_ranks, per_node))).time(here)
                 for config in configs
             ]
             measured = step_seconds(configs, nodes, per_node=per_node)
@@ -111,16 +111,16 @@ def time_model_error(limit: int | None = None) -> float | None:
     """Calibrate, compare on all clusters and print; return the median error, None where nodes cannot be simulated.
 
     Args:
-        limit: try so many ways on the smaller cluster, on its fastest link only.
+        limit: try so many ways on the smaller cluster, on its fastest link only, after calibrating by half of the runs.
     """
     if (reason := why_not()) is not None:
         print(f"the time model was not measured: {reason}")
         return None
     per_nodes, rates = ((1, 2), RATES) if limit is None else ((1,), RATES[-1:])
-    cluster, rows = calibrate([NODES * per_node for per_node in per_nodes])
-    print("steps that the scales are fitted to; by the others: each left out of the fit")
-    print_fit(rows)
-    found = [one for per_node in per_nodes for one in compare(cluster, per_node, rates, limit)]
+    machine = calibrate([NODES * per_node for per_node in per_nodes], RUNS if limit is None else RUNS[::2])
+    print("one-rank runs that the scales are fitted to; by the others: each left out of the fit")
+    print_table(["run", "ms", "fitted", "by the others"], machine.rows)
+    found = [one for per_node in per_nodes for one in compare(machine, per_node, rates, limit)]
     print_table(*table(found))
     for name, regret in regrets(found).items():
         print(f"{name}: the recommended way takes {regret:.1%} longer than the fastest one measured")
