@@ -6,6 +6,7 @@ again at the start of every run.
 
 import hashlib
 import json
+import os
 import platform
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -183,9 +184,11 @@ def _index(file: SourceFile) -> Path:
 
 
 def _stdlib_files(root: Path) -> list[Path]:
-    relative = [path.relative_to(root) for path in root.rglob("*.py") if path.is_file()]
-    kept = [path for path in relative if not _NOT_STDLIB.intersection(path.parts)]
-    return [root / path for path in sorted(kept, key=Path.as_posix)]
+    found = []
+    for folder, below, names in os.walk(root):
+        below[:] = [name for name in below if name not in _NOT_STDLIB]  # site-packages may hold most of the files
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted((path for path in found if path.is_file()), key=lambda path: path.relative_to(root).as_posix())
 
 
 def scan(source: Source, cache: Path, watch: Watch) -> Scan:
