@@ -101,11 +101,13 @@ RUNS: list[Config] = [
 ]
 """Runs that the scales are fitted to."""
 
+SIZES = 16, 32, 64, 128, 256, 512, 1024
 
-def product_rates(dtype: torch.dtype) -> list[list[float]]:
+
+def product_rates(dtype: torch.dtype, sizes: Sequence[int] = SIZES) -> list[list[float]]:
     """Measure products of square matrices; return pairs of GFLOP and TFLOP/s."""
     curve = []
-    for size in (16, 32, 64, 128, 256, 512, 1024):
+    for size in sizes:
         a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
         repeats = max(1, 2**20 // size**2 // 4)
 
@@ -135,8 +137,12 @@ def peak_lines() -> list[str]:
     return lines
 
 
-def device() -> ClusterConfig:
-    """Measure the rates of one thread."""
+def device(sizes: Sequence[int] = SIZES) -> ClusterConfig:
+    """Measure the rates of one thread.
+
+    Args:
+        sizes: of matrices.
+    """
     torch.set_num_threads(1)
     large, other, tiny = torch.zeros(8 << 20), torch.zeros(8 << 20), torch.zeros(1)
 
@@ -148,8 +154,8 @@ def device() -> ClusterConfig:
         name=f"this machine: {psutil.cpu_count()} cores",
         ranks_per_node=psutil.cpu_count() or 1,
         device_memory_gb=round(psutil.virtual_memory().total / (psutil.cpu_count() or 1) / 1e9, 1),
-        product_fp32=product_rates(torch.float32),
-        product_bf16=product_rates(torch.bfloat16),
+        product_fp32=product_rates(torch.float32, sizes),
+        product_bf16=product_rates(torch.bfloat16, sizes),
         memory_gb_per_s=round(3 * large.nbytes / fastest(lambda: large.add_(other)) / 1e9, 2),
         operation_us=round(fastest(start_operations) * 1e3, 3),
         host_copies=True,
@@ -255,13 +261,14 @@ class Calibrated(NamedTuple):
     links: dict[int, dict[str, float]]  # by the number of ranks
 
 
-def calibrate(rank_numbers: Sequence[int] = (2, 4), runs: Sequence[Config] = RUNS) -> Calibrated:
+def calibrate(rank_numbers: Sequence[int] = (2, 4), *, quick: bool = False) -> Calibrated:
     """Measure this machine.
 
     Args:
-        runs: that its scales are fitted to.
+        quick: by half of the runs and small products.
     """
-    cluster = device()
+    runs = RUNS[::2] if quick else RUNS
+    cluster = device(SIZES[:4] if quick else SIZES)
     with one_node() as node:
         measured = step_seconds(runs, node, per_node=1)
         links = {ranks: measure_links(node, per_node=ranks) for ranks in rank_numbers}

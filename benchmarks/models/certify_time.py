@@ -10,16 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
-from benchmarks.calibrate import (
-    RUNS,
-    Calibrated,
-    calibrate,
-    counted,
-    inside_link,
-    measure_links,
-    small_run,
-    step_seconds,
-)
+from benchmarks.calibrate import Calibrated, calibrate, counted, inside_link, measure_links, small_run, step_seconds
 from benchmarks.harness import print_table
 from benchmarks.machines.cluster import Cluster, two_nodes, why_not
 from foreroute.engine.certificate.counts.layout import Layout
@@ -111,13 +102,13 @@ def time_model_error(limit: int | None = None) -> float | None:
     """Calibrate, compare on all clusters and print; return the median error, None where nodes cannot be simulated.
 
     Args:
-        limit: try so many ways on the smaller cluster, on its fastest link only, after calibrating by half of the runs.
+        limit: try so many ways on the smaller cluster, on its fastest link only, after a quick calibration.
     """
     if (reason := why_not()) is not None:
         print(f"the time model was not measured: {reason}")
         return None
     per_nodes, rates = ((1, 2), RATES) if limit is None else ((1,), RATES[-1:])
-    machine = calibrate([NODES * per_node for per_node in per_nodes], RUNS if limit is None else RUNS[::2])
+    machine = calibrate([NODES * per_node for per_node in per_nodes], quick=limit is not None)
     print("one-rank runs that the scales are fitted to; by the others: each left out of the fit")
     print_table(["run", "ms", "fitted", "by the others"], machine.rows)
     found = [one for per_node in per_nodes for one in compare(machine, per_node, rates, limit)]
