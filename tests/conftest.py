@@ -11,6 +11,12 @@ import foreroute.launch  # noqa: F401  (puts the checkout behind other packages 
 
 ROOT = Path(__file__).parent
 LONG_FIRST = [  # files of more than ten seconds, so that no process is left alone with one of them in the end
+    "benchmarks/test_gpu_check.py",
+    "benchmarks/test_bench_certify.py",
+    "benchmarks/test_bench_faults.py",
+    "benchmarks/test_bench_metrics.py",
+    "benchmarks/test_memory.py",
+    "benchmarks/test_exchange.py",
     "engine/train/test_composition.py",
     "launch/test_ranks.py",
     "launch/start/test_cli.py",

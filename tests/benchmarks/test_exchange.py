@@ -1,5 +1,7 @@
 """What bench_exchange rests on: bytes by plain counting, the meter, and systems that compute the same."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -114,3 +116,15 @@ def test_a_difference_between_systems_is_refused():
         wrong[key][row] += 0.1 * torch.randn(8)
         with pytest.raises(RuntimeError, match=rf"NOT TIMED: moe differs from ours in {key} by"):
             exchange_rank.check({"ours": truth, "moe": wrong})
+
+
+@pytest.mark.slow
+def test_bench_exchange(run):
+    code, out, err = run("bench_exchange", "--quick", "--rounds", "1")
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert list(result) == ["bytes_ratio", "step_ratio", "live_ratio", "hidden_fraction", "planned_equals_measured"]
+    assert list(result["step_ratio"]) == ["loopback", "1gbit", "200mbit", "200mbit_packed"]
+    assert result["live_ratio"]["loopback"] > 0
+    assert result["bytes_ratio"]["spread"] <= 0.49 and result["bytes_ratio"]["packed"] <= 0.26
+    assert ("NOT MEASURED: 2 nodes" in out) == (result["hidden_fraction"] is None)

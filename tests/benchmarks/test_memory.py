@@ -1,7 +1,10 @@
 """What bench_memory rests on: bytes by plain counting, and systems that compute the same."""
 
 import itertools
+import json
 import math
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -133,3 +136,18 @@ class _Still:
 def test_systems_compute_the_same(wrong):
     found = run_ranks(checked, 2, 2, wrong)
     assert all(("NOT TIMED: replicated differs" in error) if wrong else error is None for error in found), found
+
+
+@pytest.mark.slow
+def test_bench_memory(run, tmp_path):
+    text = tmp_path / "sources"
+    text.write_bytes(b"".join(path.read_bytes() for path in sorted(Path(os.__file__).parent.glob("*.py")))[:1_500_000])
+    code, out, err = run("bench_memory", "--quick", "--rounds", "1", "--text", str(text))
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    host, steps = ["host_wait_fraction", "host_equals_device"], ["step_ratio", "step_ratio_bpe8k"]
+    assert list(result) == ["bytes_ratio", *steps, *host, "rows_flatness"]
+    assert 0.2 < result["bytes_ratio"]["bytes"] < result["bytes_ratio"]["bpe8k"] < 1
+    assert result["host_equals_device"] is True and result["rows_flatness"] >= 1
+    assert ("NOT MEASURED: 2 nodes" in out) == (result["step_ratio"]["200mbit"] is None)
+    assert result["step_ratio"]["loopback"] > 0
