@@ -186,7 +186,7 @@ def step_seconds(configs: Sequence[Config], cluster: Cluster, *, per_node: int, 
 
 
 class Counted(NamedTuple):
-    """What the steps that step_seconds counts move and compute."""
+    """The moves and work of the steps that step_seconds counts."""
 
     layout: Layout
     steps: list[StepCounts]

@@ -7,7 +7,7 @@ import pytest
 
 @pytest.mark.slow
 def test_bench_plan(run):
-    code, out, err = run("bench_plan", "--rounds", "2", "--steps", "1")
+    code, out, err = run("bench_plan", "--rounds", "1", "--steps", "1")
     assert code == 0, err
     result = json.loads(out.splitlines()[-1])
     rows = ["rows_ms", "rows_of_all_ms", "rows_wait_fraction"]
