@@ -2,12 +2,13 @@
 
     product_*       products of square matrices from 16 to 1,024 rows, one thread
     memory, start   adding two arrays of 32 MB, and of one number
-    scale           steps of small one-rank runs through the engine, fitted by non-negative least squares on relative
-    errors inside          all-to-alls between ranks of this machine, all at once (benchmarks/models/link_rank.py)
+    scale           steps of small one-rank runs through the engine, and of single ranks of larger runs, replayed
+                    (benchmarks/models/replayed_ranks.py), fitted by non-negative least squares on relative errors
+    inside          all-to-alls between ranks of this machine, all at once (benchmarks/models/link_rank.py)
     sharing         a computation on 1, 2 and 4 ranks at once
 
-Its last lines say what to set train.peak_tflops to on this machine, for the metric mfu: the rate of the fastest
-product.
+It prints how well the one-rank runs alone predict the replayed ranks, and how well all other steps do. Its last lines
+say what to set train.peak_tflops to on this machine, for the metric mfu: the rate of the fastest product.
 
 None of the runs has the shape of one whose time benchmarks/bench_certify.py predicts. The link between nodes is not
 measured, as there is one machine: it is written as this machine's own; edit it, or take it from a preset.
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from datetime import date
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -30,10 +32,10 @@ from scipy.optimize import nnls
 
 from benchmarks.harness import fastest, print_table
 from benchmarks.machines.cluster import ROOT, Cluster, Finished, one_node
+from benchmarks.models.replayed_ranks import CountedSteps, count_steps, of_rank_0, replayed_seconds
 from foreroute.engine.certificate.counts.layout import Layout
-from foreroute.engine.certificate.counts.replay import StepCounts, replay
+from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.time.cluster import ClusterConfig, LinkConfig, ScaleConfig, SharingConfig
-from foreroute.engine.certificate.time.step_time import StepModel, StepTime
 from foreroute.engine.config import (
     Config,
     CorpusConfig,
@@ -44,12 +46,9 @@ from foreroute.engine.config import (
     MoEConfig,
     OptimConfig,
     ScheduleConfig,
-    Split,
     TrainConfig,
     to_plain,
 )
-from foreroute.engine.data.corpus import prepare
-from foreroute.engine.model.build import build_routers
 from foreroute.launch.start.config_files import write_config
 
 WARM_STEPS = 4  # of every run, not counted
@@ -99,7 +98,14 @@ RUNS: list[Config] = [
     small_run(layers=1, width=256, heads=8, expert_width=512),
     small_run(layers=2, streams=6, segment=128, memory=128, width=96, heads=6),
 ]
-"""Runs that the scales are fitted to."""
+"""Runs on one rank that the scales are fitted to."""
+REPLAYED: list[Layout] = [
+    Layout(small_run(streams=32, experts=16), Placement(8, 8)),
+    Layout(small_run(streams=16, width=192, heads=6, experts=16, expert_width=256, k=4), Placement(4, 4)),
+    Layout(small_run(streams=64, segment=32, layers=1, width=256, heads=8, k=1), Placement(16, 8)),
+    Layout(small_run(streams=16, segment=96, width=96, experts=32, expert_width=64, k=6), Placement(8, 4)),
+]
+"""Runs of which rank 0 is replayed."""
 
 SIZES = 16, 32, 64, 128, 256, 512, 1024
 
@@ -185,32 +191,9 @@ def step_seconds(configs: Sequence[Config], cluster: Cluster, *, per_node: int, 
     return [min(row["step_ms"] for row in rows[WARM_STEPS:]) / 1e3 for rows in found]
 
 
-class Counted(NamedTuple):
-    """The moves and work of the steps that step_seconds counts."""
-
-    layout: Layout
-    steps: list[StepCounts]
-    symbols: int
-
-    def time(self, cluster: ClusterConfig) -> StepTime:
-        """Model their mean on a cluster."""
-        model = StepModel(self.layout, cluster, self.symbols)
-        return StepTime.mean([model.time(step) for step in self.steps])
-
-
-def counted(layout: Layout) -> Counted:
-    """Count the steps of a run."""
-    config = layout.config
-    corpus = prepare(config.corpus, lambda line: None)
-    routers = build_routers(config, corpus) or []
-    steps = range(WARM_STEPS, config.train.steps)
-    counts = replay(layout, corpus.split(Split.train), routers, steps, corpus.document_starts(Split.train))
-    return Counted(layout, list(counts), corpus.vocab.size)
-
-
-def parts_of(layout: Layout, cluster: ClusterConfig) -> NDArray[np.float64]:
+def parts_of(steps: CountedSteps, cluster: ClusterConfig) -> NDArray[np.float64]:
     """Model the seconds of a step that each scale multiplies."""
-    names, steps = [f.name for f in fields(ScaleConfig)], counted(layout)
+    names = [f.name for f in fields(ScaleConfig)]
     zero = dict.fromkeys(names, 0.0)
     return np.array([steps.time(replace(cluster, scale=ScaleConfig(**{**zero, name: 1.0}))).total for name in names])
 
@@ -221,20 +204,53 @@ def fit(parts: NDArray[np.float64], measured: NDArray[np.float64]) -> NDArray[np
     return np.asarray(found)
 
 
+class Fitted(NamedTuple):
+    """A step that the scales were fitted to, in milliseconds."""
+
+    ranks: int  # of the run
+    replayed: bool
+    measured: float
+    fitted: float
+    by_others: float  # by scales that were fitted without it
+    by_runs: float  # by scales that were fitted to the other runs on one rank alone
+
+
 def scales(
-    cluster: ClusterConfig, runs: Sequence[Config], measured: Sequence[float]
-) -> tuple[ScaleConfig, list[list[object]]]:
-    """Fit the scales; return them and a table of the runs."""
-    parts = np.stack([parts_of(Layout(config), cluster) for config in runs])
-    found = fit(parts, np.array(measured))
+    cluster: ClusterConfig, steps: Sequence[CountedSteps], measured: Sequence[float]
+) -> tuple[ScaleConfig, list[Fitted]]:
+    """Fit the scales to measured seconds; return them and each step."""
+    parts, seconds = np.stack([parts_of(one, cluster) for one in steps]), np.array(measured)
+
+    def fitted_to(chosen: list[int]) -> NDArray[np.float64]:
+        return fit(parts[chosen], seconds[chosen])
+
+    everything = list(range(len(steps)))
+    on_one_rank = [number for number in everything if steps[number].network]
+    found = fitted_to(everything)
+    rows = []
+    for number, one in enumerate(steps):
+        others = [fitted_to([i for i in some if i != number]) for some in (everything, on_one_rank)]
+        times = [1e3 * float(s) for s in (seconds[number], *(parts[number] @ x for x in (found, *others)))]
+        rows.append(Fitted(one.layout.placement.world_size, not one.network, *times))
     names = [f.name for f in fields(ScaleConfig)]
-    rows: list[list[object]] = []
-    for number, (part, seconds) in enumerate(zip(parts, measured, strict=True)):
-        others = [i for i in range(len(runs)) if i != number]
-        left_out = fit(parts[others], np.array(measured)[others])
-        rows.append([number, 1e3 * seconds, 1e3 * part @ found, 1e3 * part @ left_out])
-    values = {name: round(float(value), 4) for name, value in zip(names, found, strict=True)}
-    return ScaleConfig(**values), rows
+    return ScaleConfig(**{name: round(float(value), 4) for name, value in zip(names, found, strict=True)}), rows
+
+
+def print_fit(steps: Sequence[Fitted]) -> None:
+    """Print the steps, and how well the replayed ranks are predicted without and with other replayed ranks."""
+    print_table(
+        ["ranks", "replayed", "ms", "fitted", "by the others", "by one-rank runs"], [list(one) for one in steps]
+    )
+    print("\n".join(error_lines(steps)))
+
+
+def error_lines(steps: Sequence[Fitted]) -> list[str]:
+    """Return a line for each way to predict the replayed ranks: by which steps, and the errors."""
+    replayed, lines = [one for one in steps if one.replayed], []
+    for words, name in (("one-rank runs alone", "by_runs"), ("all others", "by_others")):
+        errors = [abs(getattr(one, name) / one.measured - 1) for one in replayed]
+        lines.append(f"replayed ranks by {words}: median error {median(errors):.1%}, largest {max(errors):.1%}")
+    return lines
 
 
 def measure_links(cluster: Cluster, *, per_node: int) -> dict[str, float]:
@@ -257,7 +273,7 @@ class Calibrated(NamedTuple):
     """This machine as measured."""
 
     cluster: ClusterConfig
-    rows: list[list[object]]  # a table of the runs that its scales were fitted to
+    steps: list[Fitted]  # that its scales were fitted to
     links: dict[int, dict[str, float]]  # by the number of ranks
 
 
@@ -265,14 +281,16 @@ def calibrate(rank_numbers: Sequence[int] = (2, 4), *, quick: bool = False) -> C
     """Measure this machine.
 
     Args:
-        quick: by half of the runs and small products.
+        quick: by half of the runs, one replayed rank and small products.
     """
     runs = RUNS[::2] if quick else RUNS
     cluster = device(SIZES[:4] if quick else SIZES)
     with one_node() as node:
         measured = step_seconds(runs, node, per_node=1)
         links = {ranks: measure_links(node, per_node=ranks) for ranks in rank_numbers}
-    scale, rows = scales(cluster, runs, measured)
+    replayed = REPLAYED[:1] if quick else REPLAYED
+    steps = [*(count_steps(Layout(config), WARM_STEPS) for config in runs), *map(of_rank_0, replayed)]
+    scale, fitted = scales(cluster, steps, [*measured, *replayed_seconds(replayed)])
     shared = [SharingConfig(ranks, round(found["slowdown"], 3)) for ranks, found in links.items()]
     first = rank_numbers[0]
     link = inside_link(links[first], first)
@@ -284,7 +302,7 @@ def calibrate(rank_numbers: Sequence[int] = (2, 4), *, quick: bool = False) -> C
     found = replace(
         cluster, scale=scale, inside=link, between=link, sharing=[SharingConfig(1, 1.0), *shared], sources=sources
     )
-    return Calibrated(found, rows, links)
+    return Calibrated(found, fitted, links)
 
 
 def main() -> None:
@@ -293,8 +311,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=TARGET, help="file to write")
     args = parser.parse_args()
     peaks = peak_lines()
-    cluster, rows, _ = calibrate()
-    print_table(["run", "ms", "fitted", "by the others"], rows)
+    cluster, steps, _ = calibrate()
+    print_fit(steps)
     write_config(cluster, args.out)
     print("\n".join(peaks))
     print(f"written to {args.out}: cluster={args.out.stem}")

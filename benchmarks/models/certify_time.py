@@ -10,9 +10,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
-from benchmarks.calibrate import Calibrated, calibrate, counted, inside_link, measure_links, small_run, step_seconds
+from benchmarks.calibrate import (
+    WARM_STEPS,
+    Calibrated,
+    calibrate,
+    inside_link,
+    measure_links,
+    print_fit,
+    small_run,
+    step_seconds,
+)
 from benchmarks.harness import print_table
 from benchmarks.machines.cluster import Cluster, two_nodes, why_not
+from benchmarks.models.replayed_ranks import count_steps
 from foreroute.engine.certificate.counts.layout import Layout
 from foreroute.engine.certificate.counts.placement import Placement
 from foreroute.engine.certificate.time.cluster import ClusterConfig, LinkConfig, SharingConfig
@@ -87,7 +97,9 @@ def compare(machine: Calibrated, per_node: int, rates: Sequence[str], limit: int
         with two_nodes(rate) as nodes:
             here = linked(described, nodes, per_node=per_node)
             predicted = [
-                counted(Layout(config, Placement(ranks, config.parallel.expert_ranks, per_node))).time(here)
+                count_steps(Layout(config, Placement(ranks, config.parallel.expert_ranks, per_node)), WARM_STEPS).time(
+                    here
+                )
                 for config in configs
             ]
             measured = step_seconds(configs, nodes, per_node=per_node)
@@ -109,8 +121,8 @@ def time_model_error(limit: int | None = None) -> float | None:
         return None
     per_nodes, rates = ((1, 2), RATES) if limit is None else ((1,), RATES[-1:])
     machine = calibrate([NODES * per_node for per_node in per_nodes], quick=limit is not None)
-    print("one-rank runs that the scales are fitted to; by the others: each left out of the fit")
-    print_table(["run", "ms", "fitted", "by the others"], machine.rows)
+    print("steps that the scales are fitted to; by the others: each left out of the fit")
+    print_fit(machine.steps)
     found = [one for per_node in per_nodes for one in compare(machine, per_node, rates, limit)]
     print_table(*table(found))
     for name, regret in regrets(found).items():

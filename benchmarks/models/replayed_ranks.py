@@ -36,21 +36,13 @@ def replayed_seconds(layouts: Sequence[Layout]) -> list[float]:
 
 
 @dataclass(frozen=True, slots=True)
-class Counted:
+class CountedSteps:
     """Counted steps of a run, for its time on any cluster."""
 
     layout: Layout
     vocab: int
     counts: Sequence[StepCounts]
     network: bool = True  # is modelled, and ranks that share cores
-
-    @staticmethod
-    def of(layout: Layout, steps: range) -> "Counted":
-        """Count steps of a run."""
-        corpus = prepare(layout.config.corpus, lambda line: None)
-        routers = build_routers(layout.config, corpus) or []
-        counts = replay(layout, corpus.split(Split.train), routers, steps, corpus.document_starts(Split.train))
-        return Counted(layout, corpus.vocab.size, list(counts))
 
     def time(self, cluster: ClusterConfig) -> StepTime:
         """Model the steps; return their mean."""
@@ -60,9 +52,17 @@ class Counted:
         return StepTime.mean([model.time(step) for step in self.counts])
 
 
-def of_rank_0(layout: Layout) -> Counted:
+def count_steps(layout: Layout, first: int, last: int | None = None) -> CountedSteps:
+    """Count the steps of a run from the first on, 0-based, before the last; None: to its end."""
+    corpus = prepare(layout.config.corpus, lambda line: None)
+    routers, steps = build_routers(layout.config, corpus) or [], range(first, last or layout.config.train.steps)
+    counts = replay(layout, corpus.split(Split.train), routers, steps, corpus.document_starts(Split.train))
+    return CountedSteps(layout, corpus.vocab.size, list(counts))
+
+
+def of_rank_0(layout: Layout) -> CountedSteps:
     """Count the steps that replayed_seconds runs, as if all ranks had the rows of rank 0."""
-    counted = Counted.of(layout, STEPS)
+    counted = count_steps(layout, STEPS.start, STEPS.stop)
     return replace(counted, counts=list(map(all_like_rank_0, counted.counts)), network=False)
 
 

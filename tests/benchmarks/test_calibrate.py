@@ -34,8 +34,8 @@ def test_a_link_is_what_all_to_alls_took() -> None:
 
 
 def test_replayed_ranks_are_predicted_with_and_without_each_other() -> None:
-    runs = [Fitted("run", 10.0, 10.0, 10.0, 99.0)] * len(RUNS)
-    ranks = [Fitted("rank", 10.0, 10.0, 11.0, 8.0), Fitted("rank", 10.0, 10.0, 10.0, 13.0)]
+    runs = [Fitted(1, False, 10.0, 10.0, 10.0, 99.0)] * 3
+    ranks = [Fitted(8, True, 10.0, 10.0, 11.0, 8.0), Fitted(4, True, 10.0, 10.0, 10.0, 13.0)]
     alone, others = error_lines([*runs, *ranks])
     assert alone == "replayed ranks by one-rank runs alone: median error 25.0%, largest 30.0%"
     assert others == "replayed ranks by all others: median error 5.0%, largest 10.0%"
