@@ -174,7 +174,7 @@ def test_secrets_of_the_environment_are_written_nowhere(tmp_path, text):
 @pytest.mark.slow
 def test_the_end_of_wandbs_service_does_not_end_the_run(tmp_path, text):
     """Its process is killed in the middle, as by the system when memory is short."""
-    more = "wandb.mode=offline", "train.steps=400", "train.log_every=1"
+    more = "wandb.mode=offline", "train.steps=60", "train.log_every=1"
     command = [sys.executable, "-m", "launch.train", *options(tmp_path, text, *more)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as train:
         try:
@@ -188,7 +188,7 @@ def test_the_end_of_wandbs_service_does_not_end_the_run(tmp_path, text):
             train.kill()
     assert train.returncode == 0 and "Traceback" not in err, err
     assert out.count("W&B is lost (") == 1
-    assert last_step(tmp_path / "runs") == 400 and state(tmp_path / "runs/debug")["state"] == "complete"
+    assert last_step(tmp_path / "runs") == 60 and state(tmp_path / "runs/debug")["state"] == "complete"
 
 
 SLOW = """
