@@ -1,11 +1,18 @@
 """The experiments for 8 and 2 x 8 GPUs, rehearsed as that many processes with shrunk widths."""
 
 import json
-import os
-import subprocess
-import sys
+from contextlib import ExitStack
 
 import pytest
+
+from foreroute.engine.testing.ranks import Program, rank_environments
+
+MAIN = """
+import foreroute.launch.train
+from foreroute.launch.start.process import leaving_at_once
+with leaving_at_once():
+    foreroute.launch.train.main()
+"""
 
 SHRUNK = (
     "corpus=stdlib",
@@ -34,23 +41,12 @@ SHRUNK = (
 @pytest.mark.slow
 @pytest.mark.parametrize("name,ranks", [("enwik8_hashed_8gpu", 8), ("enwik8_hashed_2x8gpu", 16)])
 def test_rehearsal(tmp_path, name, ranks):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={ranks}",
-        "-m",
-        "launch.train",
-        f"experiment={name}",
-        f"train.runs_dir={tmp_path}",
-        *SHRUNK,
-    ]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"ranks: {ranks}, in expert groups of 8; ZeRO stage 1" in done.stdout
+    options = [f"experiment={name}", f"train.runs_dir={tmp_path}", *SHRUNK]
+    with ExitStack() as stack:
+        programs = [stack.enter_context(Program(MAIN, options, environ)) for environ in rank_environments(ranks)]
+        (code, out, err), *others = [program.wait() for program in programs]
+    assert [code, *(other[0] for other in others)] == [0] * ranks, err[-3000:]
+    assert f"ranks: {ranks}, in expert groups of 8; ZeRO stage 1" in out
     rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 3 and all(row["wire_bytes"] > 0 for row in rows)
     assert (tmp_path / name / "summary.json").exists()
