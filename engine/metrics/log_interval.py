@@ -88,9 +88,10 @@ class Window:
 
         Around `close` it belongs to the next window.
         """
-        start = time.perf_counter()
+        start, processor_s = time.perf_counter(), time.thread_time()
         yield
         metric_ms = 1e3 * (time.perf_counter() - start)
+        self._ms["processor_ms"] += 1e3 * (time.thread_time() - processor_s)
         for name in ("metric_ms", "step_ms", "outside_ms"):
             self._ms[name] += metric_ms
 

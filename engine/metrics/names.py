@@ -48,6 +48,11 @@ METRICS: dict[str, Metric] = {
     "step_ms": Metric(
         "ms", "one optimizer step; the parts below too. On a GPU the device's time, waits for the host in it"
     ),
+    "processor_ms": Metric(
+        "ms",
+        "processor time of the thread that trains in step_ms, of rank 0: without waits, and without the time that"
+        " other programs have its core",
+    ),
     "plan_wait_ms": Metric("ms", "waiting for a batch and its plans"),
     "forward_ms": Metric("ms", "forward passes; on a GPU of its own time, as its parts"),
     "backward_ms": Metric("ms", "backward passes; on a GPU of its own time"),

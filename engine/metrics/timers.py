@@ -26,6 +26,7 @@ class StepTimes:
     """Milliseconds of one step; `outside` of forward, backward and optimizer is step_ms minus these three."""
 
     step_ms: float = 0.0
+    processor_ms: float = 0.0  # of the host's thread that trains
     plan_wait_ms: float = 0.0  # of the host
     forward_ms: float = 0.0
     attention_ms: float = 0.0  # part of forward_ms
@@ -112,11 +113,12 @@ class StepTimer:
     def begin(self) -> None:
         """Begin a step."""
         self._step = TimedStep()
-        self._began = self._mark()
+        self._began, self._processor_s = self._mark(), time.thread_time()
 
     def end(self) -> TimedStep:
         """End the step and return its marks; the device may still compute it."""
         self._step.spans.append(("step", self._began, self._mark()))
+        self.host.processor_ms = 1e3 * (time.thread_time() - self._processor_s)
         self._step.logs = [comm.take_log() for comm in self._comms]
         return self._step
 

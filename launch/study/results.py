@@ -8,13 +8,14 @@ stopped.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from foreroute.engine.errors import UserError, require
 from foreroute.engine.metrics.names import JSONL, read_lines
@@ -55,7 +56,7 @@ def collect(job: Job, rate: float | None, folder: Path, wall_seconds: float | No
     tuned = with_rate(job, rate)
     config = tuned.config
     summary, facts = _json(folder / SUMMARY), _json(folder / FACTS)
-    points = curve(folder / JSONL)
+    rows = read_lines(folder / JSONL)
     return {
         "format": FORMAT,
         "arm": job.arm,
@@ -75,14 +76,14 @@ def collect(job: Job, rate: float | None, folder: Path, wall_seconds: float | No
         "flops_per_symbol": facts.get("flops_per_symbol"),
         "steps": summary["steps"],
         "symbols_per_step": config.symbols_per_step,
-        "curve": points,
+        "curve": curve(rows),
         "split": summary["split"],
         "bpc": summary["bpc"],
         "test_symbols": summary["symbols"],
         "counting": {name: summary[name] for name in _COUNTING if name in summary},
         "analysis": _json(folder / ANALYSIS) or None,
         "measured": {
-            "training_seconds": summary["training_seconds"],
+            "training_seconds": float(training_seconds(rows)[1][-1]),
             "tokens_per_second": summary["tokens_per_second"],
             "peak_memory_bytes": summary["peak_memory_bytes"],
             "wall_seconds": wall_seconds,
@@ -92,17 +93,15 @@ def collect(job: Job, rate: float | None, folder: Path, wall_seconds: float | No
     }
 
 
-def curve(metrics: Path) -> list[dict[str, float | None]]:
+def curve(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, float | None]]:
     """Return the validations of a run: bpc at k_max, with symbols, FLOPs and seconds of training up to each.
 
-    Seconds are the sum of step_ms over the steps: validations, checkpoints and work that a kill lost are not in them.
     FLOPs are None if the run did not record them.
+
+    Args:
+        rows: the lines of the run's metrics.jsonl.
     """
-    rows = read_lines(metrics)
-    logged = [row for row in rows if "step_ms" in row]
-    steps = np.array([0, *(row["step"] for row in logged)])
-    milliseconds = np.diff(steps) * np.array([row["step_ms"] for row in logged])
-    seconds = np.concatenate([[0.0], np.cumsum(milliseconds)]) / 1e3
+    steps, seconds = training_seconds(rows)
     return [
         {
             "step": row["step"],
@@ -114,6 +113,20 @@ def curve(metrics: Path) -> list[dict[str, float | None]]:
         for row in rows
         if row.get("valid_bpc") is not None
     ]
+
+
+def training_seconds(rows: Sequence[Mapping[str, Any]]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return logged steps, the start among them, and the seconds of training up to each.
+
+    Seconds are the sum of processor_ms over the steps, which other work of the machine hardly changes; of step_ms on a
+    GPU, whose time is not the processor's, and in runs without processor_ms. Validations, checkpoints and work that a
+    kill lost are not in them.
+    """
+    logged = [row for row in rows if "step_ms" in row]
+    of_processor = all("processor_ms" in row and not row.get("peak_device_memory_bytes") for row in logged)
+    steps = np.array([0, *(row["step"] for row in logged)])
+    milliseconds = np.diff(steps) * np.array([row["processor_ms" if of_processor else "step_ms"] for row in logged])
+    return steps, np.concatenate([[0.0], np.cumsum(milliseconds)]) / 1e3
 
 
 def read_results(folder: Path) -> list[Result]:

@@ -131,6 +131,7 @@ def _line(
         "flops": 3e9 * steps * k,
         **parts,
         "step_ms": step_ms,
+        "processor_ms": 0.9 * step_ms,
         "tokens_per_second": 1e3 * STREAM_SYMBOLS / step_ms,
         "tokens_per_second_per_rank": 1e3 * STREAM_SYMBOLS / step_ms / ranks,
         "plan_wait_ms": 0.05,

@@ -87,6 +87,17 @@ def test_a_step_by_a_clock_of_the_test(monkeypatch, waits):
         assert times.exchange_exposed_ms == pytest.approx(2300 * waits)
 
 
+def test_processor_time_is_without_waits():
+    timer = StepTimer(nn.Identity(), CPU)
+    timer.begin()
+    time.sleep(0.05)
+    begun = time.thread_time()
+    while time.thread_time() < begun + 0.02:
+        pass
+    times = timer.end().times()
+    assert 20 <= times.processor_ms <= times.step_ms - 45
+
+
 class Device:
     """A device whose clock the host may not read: events are recorded now and happen when the device gets there."""
 

@@ -268,19 +268,30 @@ def test_the_best_rate_is_that_of_the_lowest_bpc_on_the_valid_split():
     assert best_rate(results, "frozen") is None
 
 
-def test_a_curve_from_a_metrics_file(tmp_path):
-    """Seconds are step_ms times the steps since the last line; a validation between two lines is read between them."""
+@pytest.mark.parametrize(
+    ("more", "seconds"),
+    [
+        ({}, (2.5, 3.0)),
+        ({"processor_ms": 100.0}, (0.3, 0.4)),
+        ({"processor_ms": 100.0, "peak_device_memory_bytes": 0}, (0.3, 0.4)),
+        ({"processor_ms": 100.0, "peak_device_memory_bytes": 7}, (2.5, 3.0)),  # on a GPU
+    ],
+)
+def test_a_curve_from_the_lines_of_a_run(more, seconds):
+    """Seconds are milliseconds times the steps since the last line; a validation between two lines is read between
+    them."""
     rows = [
-        {"step": 2, "step_ms": 1000.0, "tokens": 20},
+        {"step": 2, "step_ms": 1000.0, "tokens": 20, **more},
         {"step": 3, "valid_bpc": 5.0, "tokens": 30, "flops": 7.0, "k": 2},
-        {"step": 4, "step_ms": 500.0, "tokens": 40},
+        {"step": 4, "step_ms": 500.0, "tokens": 40, **more},
         {"step": 4, "valid_bpc": 4.0, "tokens": 40, "flops": 9.0, "k": 2},
         {"step": 5, "valid_bpc": None, "tokens": 50},
     ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert curve(tmp_path / "metrics.jsonl") == [
-        {"step": 3, "symbols": 30, "flops": 7.0, "seconds": 2.5, "valid_bpc": 5.0},
-        {"step": 4, "symbols": 40, "flops": 9.0, "seconds": 3.0, "valid_bpc": 4.0},
+    found = curve(rows)
+    assert [point.pop("seconds") for point in found] == pytest.approx(seconds)
+    assert found == [
+        {"step": 3, "symbols": 30, "flops": 7.0, "valid_bpc": 5.0},
+        {"step": 4, "symbols": 40, "flops": 9.0, "valid_bpc": 4.0},
     ]
 
 
