@@ -75,6 +75,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         _panel("Step and its parts", "step_ms", "forward_ms", "backward_ms", "optimizer_ms", "outside_ms"),
         _panel("Inside the forward pass", "forward_ms", "attention_ms", "experts_ms"),
         _panel("Outside the model", "outside_ms", "plan_wait_ms", "metric_ms", "data_ms"),
+        _panel("Step and its processor time", "step_ms", "processor_ms"),
     ),
     "Exchange": (
         _panel("Time of the exchange", "exchange_exposed_ms", "exchange_hidden_ms"),
