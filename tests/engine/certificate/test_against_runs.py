@@ -326,7 +326,7 @@ def test_the_cases_cover_what_they_say(folder):
     ] == [(2, 2), (3, 3), (3, 3), (3, 3), (3, 2), (3, 3), (3, 2), (3, 3)]
 
 
-STEP, LAYER = 11, 1
+STEP, LAYER = 4, 1
 CHANGES = {  # array -> where one of its numbers is changed, but for the rank
     "received_uyrm": lambda rank: (STEP, LAYER, rank, 1),
     "computed_uyrm": lambda rank: (STEP, LAYER, rank, 0),

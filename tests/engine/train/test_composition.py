@@ -9,8 +9,8 @@ certificate.
 
 Kinds are found: a new method in engine/routing/ is in these tests as soon as it has a file in conf/router/. Cells are
 made. They cover each pair of values of two factors; all combinations would be tens of thousands. Those of the ordinary
-set cover each pair on one rank and on two, but for a kind with ZeRO 0 and a kind whose experts are not shared out;
-those of the slow set cover the other pairs. Of four ranks, each kind has one group or two of them, by turns.
+set cover, on one rank and on two, each pair of options, each kind on two ranks that share its experts, and what is
+refused; those of the slow set cover the other pairs. Of four ranks, each kind has one group or two of them, by turns.
 """
 
 import random
@@ -193,10 +193,10 @@ def pairs_of(values: dict[str, Any]) -> set[Pair]:
 
 
 def wanted(factors: Factors, *, ordinary: bool) -> set[Pair]:
-    """Each pair of values of two factors, but a kind with the other groups of four ranks. Ordinary: without those of a
-    kind that does not share out its experts, or that has ZeRO 0."""
+    """Each pair of values of two factors, but a kind with the other groups of four ranks. Ordinary: of a kind's pairs
+    only that with SHARED, and those that are refused."""
     found = {((a, x), (b, y)) for a, b in combinations(factors, 2) for x in factors[a] for y in factors[b]}
-    rare = {pair for pair in found if ordinary and pair[0][0] == "kind" and pair[1] in RARE}
+    rare = {p for p in found if ordinary and p[0][0] == "kind" and p[1] != SHARED and not refusal(dict(p))}
     groups = zip(FACTORS["kind"], cycle([(4, 2), (4, 4)]))
     other = {(("kind", kind), ("topology", topology)) for kind, topology in groups if kind != "sized"}  # one is refused
     return found - rare - other
@@ -225,7 +225,7 @@ def cover(missing: set[Pair], factors: Factors, seed: int) -> list[Cell]:
     return sorted(found, key=repr)
 
 
-RARE = {("topology", (2, 1)), ("stage", 0)}
+SHARED = "topology", (2, 2)
 UP_TO_2_RANKS = {**FACTORS, "topology": FACTORS["topology"][:3]}
 
 
