@@ -372,7 +372,8 @@ def _limits(preset: Preset, results: Results) -> page.Section:
         *([rates] if results.tuning else []),
         "An arm whose k grows is validated at k_max from the start, before it has trained at it: its curve says little"
         " before the end.",
-        "Seconds depend on the other load of the machine.",
+        "Seconds are processor time of the thread that trains, which other work on the machine changes little; on a GPU"
+        " they are elapsed time.",
         *preset.limits,
     ]
     return page.Section("Limits", texts)
