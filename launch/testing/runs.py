@@ -14,6 +14,14 @@ from typing import Any
 
 import psutil
 
+TRAIN_CODE = """
+import foreroute.launch.train
+from foreroute.launch.start.process import leaving_at_once
+with leaving_at_once():
+    foreroute.launch.train.main()
+"""
+"""launch.train as code of a `Program` (engine/testing/ranks.py)."""
+
 
 def program_module(name: str) -> ModuleType:
     """Return the module of a program, which has its options and main(); for a package, its program.py."""

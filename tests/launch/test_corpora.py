@@ -14,14 +14,8 @@ import pytest
 import zstandard
 
 from foreroute.engine.testing.ranks import Program, rank_environments
-from foreroute.launch.testing.runs import last_step, read_losses, wait_until
+from foreroute.launch.testing.runs import TRAIN_CODE, last_step, read_losses, wait_until
 
-MAIN = """
-import foreroute.launch.train
-from foreroute.launch.start.process import leaving_at_once
-with leaving_at_once():
-    foreroute.launch.train.main()
-"""
 SLOW = """
 import time
 import foreroute.engine.train.step
@@ -118,7 +112,7 @@ def test_a_rank_is_killed_and_the_run_goes_on_with_other_ranks_as_if_it_never_wa
     mixture = [*mixture, f"train.runs_dir={tmp_path / 'ranks'}"]
     two, three = (held_to(run, tmp_path / f"of_{ranks}", mixture, ranks) for ranks in (2, 3))
     with ExitStack() as stack:
-        programs = [Program(f"{SLOW}\n{MAIN}", two, environ) for environ in rank_environments(2)]
+        programs = [Program(f"{SLOW}\n{TRAIN_CODE}", two, environ) for environ in rank_environments(2)]
         for program in programs:
             stack.push(program)
         wait_until(lambda: last_step(tmp_path / "ranks") > 7)
@@ -126,7 +120,7 @@ def test_a_rank_is_killed_and_the_run_goes_on_with_other_ranks_as_if_it_never_wa
         code, _, err = programs[0].wait()
     assert code not in (0, None) and "foreroute: " in err and last_step(tmp_path / "ranks") < 20
     with ExitStack() as stack:
-        started = [Program(MAIN, [*three, "train.resume=true"], environ) for environ in rank_environments(3)]
+        started = [Program(TRAIN_CODE, [*three, "train.resume=true"], environ) for environ in rank_environments(3)]
         programs = [stack.enter_context(program) for program in started]
         (code, out, err), *others = [program.wait() for program in programs]
     assert [code, *(other[0] for other in others)] == [0, 0, 0], err

@@ -6,13 +6,7 @@ from contextlib import ExitStack
 import pytest
 
 from foreroute.engine.testing.ranks import Program, rank_environments
-
-MAIN = """
-import foreroute.launch.train
-from foreroute.launch.start.process import leaving_at_once
-with leaving_at_once():
-    foreroute.launch.train.main()
-"""
+from foreroute.launch.testing.runs import TRAIN_CODE
 
 SHRUNK = (
     "corpus=stdlib",
@@ -43,7 +37,7 @@ SHRUNK = (
 def test_rehearsal(tmp_path, name, ranks):
     options = [f"experiment={name}", f"train.runs_dir={tmp_path}", *SHRUNK]
     with ExitStack() as stack:
-        programs = [stack.enter_context(Program(MAIN, options, environ)) for environ in rank_environments(ranks)]
+        programs = [stack.enter_context(Program(TRAIN_CODE, options, environ)) for environ in rank_environments(ranks)]
         (code, out, err), *others = [program.wait() for program in programs]
     assert [code, *(other[0] for other in others)] == [0] * ranks, err[-3000:]
     assert f"ranks: {ranks}, in expert groups of 8; ZeRO stage 1" in out

@@ -10,15 +10,11 @@ import pytest
 
 import foreroute.launch.certify.program
 from foreroute.engine.testing.ranks import Program, change_certificate, rank_environments
-from foreroute.launch.testing.runs import last_step, wait_until
+from foreroute.launch.testing.runs import TRAIN_CODE, last_step, wait_until
 
 OPTIONS = ("experiment=debug", "parallel.expert_ranks=2", "parallel.timeout_s=600", "train.threads=1")
 AWAKE_S = 10
 SOON = "parallel.timeout_s=20"  # for ranks that are lost
-MAIN = (
-    "import foreroute.launch.train; from foreroute.launch.start.process import leaving_at_once\n"
-    "with leaving_at_once(): foreroute.launch.train.main()"
-)
 LATE = """
 import time, foreroute.launch.train
 from pathlib import Path
@@ -50,7 +46,7 @@ class Ranks:
         self.folder = folder
         environments = rank_environments(len(own_options))
         self.processes = [
-            Program(f"{before}\n{MAIN}", [*OPTIONS, f"train.runs_dir={folder}", *options, *own], environ)
+            Program(f"{before}\n{TRAIN_CODE}", [*OPTIONS, f"train.runs_dir={folder}", *options, *own], environ)
             for own, before, environ in zip(own_options, code, environments, strict=True)
         ]
 
@@ -100,7 +96,7 @@ def alone(tmp_path_factory):
     """The same run as one process, without expert groups."""
     folder = tmp_path_factory.mktemp("alone")
     options = ["experiment=debug", "model.dropout=0", f"train.runs_dir={folder}"]
-    with Program(MAIN, options, os.environ) as program:
+    with Program(TRAIN_CODE, options, os.environ) as program:
         assert program.wait()[0] == 0
     return losses(folder), json.loads((folder / "debug/summary.json").read_text())
 
@@ -136,7 +132,7 @@ def test_a_run_goes_on_with_other_ranks(tmp_path, alone):
     shutil.rmtree(tmp_path / "debug/checkpoints/step-00000020")
     changed = ["train.zero_stage=2", "train.accumulation=2", "train.resume=true"]
     one = ["experiment=debug", *options[:2], *changed, f"train.runs_dir={tmp_path}"]
-    with Program(MAIN, one, os.environ) as program:
+    with Program(TRAIN_CODE, one, os.environ) as program:
         code, out, err = program.wait()
     assert code == 0 and "resumed at step 10" in out, err
     assert losses(tmp_path) == pytest.approx(alone[0], rel=1e-5)

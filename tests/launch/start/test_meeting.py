@@ -13,12 +13,8 @@ import pytest
 from foreroute.engine.config import Collectives
 from foreroute.engine.testing.ranks import Program, rank_environments
 from foreroute.launch.start.meeting import _backend
-from foreroute.launch.testing.runs import small_run, wait_until
+from foreroute.launch.testing.runs import TRAIN_CODE, small_run, wait_until
 
-MAIN = (
-    "import foreroute.launch.train; from foreroute.launch.start.process import leaving_at_once\n"
-    "with leaving_at_once(): foreroute.launch.train.main()"
-)
 GONE = (
     "import os, foreroute.launch.start.meeting as m; m._take_place = lambda store, place, _:"
     " (store.add(f'came/{place.rank}', 1), os._exit(9))"
@@ -31,7 +27,9 @@ def ranks(tmp_path, *code, of=None, meet_s=3, start=Program):
     """As many ranks as there is code to run before them, of a world that may have more."""
     environments = rank_environments(of or len(code))[: len(code)]
     options = [*small_run(tmp_path), f"train.runs_dir={tmp_path}", f"parallel.meet_s={meet_s}"]
-    found = [start(f"{before}\n{MAIN}", options, environ) for before, environ in zip(code, environments, strict=True)]
+    found = [
+        start(f"{before}\n{TRAIN_CODE}", options, environ) for before, environ in zip(code, environments, strict=True)
+    ]
     try:
         yield found
     finally:
@@ -108,7 +106,7 @@ def test_a_signal_ends_the_wait_at_once(tmp_path, number):
     """Inside PyTorch's calls no handler would run until they give up."""
     environ = rank_environments(2)[0]
     port = int(environ["MASTER_PORT"])
-    code = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n{MAIN}"
+    code = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n{TRAIN_CODE}"
     command = [sys.executable, "-c", code, *small_run(tmp_path), f"train.runs_dir={tmp_path}", "parallel.meet_s=100000"]
 
     def listens():

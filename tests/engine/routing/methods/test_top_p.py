@@ -32,7 +32,7 @@ from foreroute.engine.routing.planned_router import GroupTokens, RouterInputs
 from foreroute.engine.routing.tables import row_frequency
 from foreroute.engine.testing.planned import planned_counts, planned_weights, plans_of
 from foreroute.engine.testing.ranks import Program, rank_environments
-from foreroute.launch.testing.runs import read_losses, small_run
+from foreroute.launch.testing.runs import TRAIN_CODE, read_losses, small_run
 from tests.references.planned_sets import plain_plans
 from tests.references.top_p import below_threshold, dynamic_top_p, mean_number, softmax, solve_threshold
 
@@ -40,10 +40,6 @@ VOCAB = 30
 MOE = MoEConfig(router="top_p", experts=8, ngram=2, rows=300)
 COPIES = replace(MOE, constant_experts=1, copy_experts=2, null_experts=1)
 LEAST_0 = replace(MOE, options={"least": 0})
-MAIN = (
-    "import foreroute.launch.train; from foreroute.launch.start.process import leaving_at_once\n"
-    "with leaving_at_once(): foreroute.launch.train.main()"
-)
 KINDS = pytest.mark.parametrize("moe", [MOE, LEAST_0, COPIES], ids=["least 1", "least 0", "copies"])
 
 
@@ -257,7 +253,7 @@ def train(folder, ranks, *options):
     kind = ["moe.router=top_p", "moe.copy_experts=2", "moe.null_experts=1"]
     whole = [*small_run(folder), *kind, f"train.runs_dir={folder}", f"parallel.expert_ranks={ranks}", *options]
     whole += ["train.log_every=1", "train.save_every=10", "schedule.k_max=5"]
-    programs = [Program(MAIN, whole, environment) for environment in rank_environments(ranks)]
+    programs = [Program(TRAIN_CODE, whole, environment) for environment in rank_environments(ranks)]
     try:
         found = [program.wait() for program in programs]
     finally:
