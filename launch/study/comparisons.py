@@ -15,7 +15,7 @@ from foreroute.launch.study.results import Result, Results, bpc_at, own_bpc
 
 POINTS = (0.25, 0.5, 1.0)  # of training, at which differences are given
 _WHOLE = {"symbols": 0.97, "flops": 0.97, "seconds": 0.95}
-"""Share of an arm's training from which on it counts as read at its end; seconds are those of a busy machine."""
+"""Share of an arm's training from which on it counts as read at its end; seconds vary with other work."""
 AXES = {"symbols": "equal tokens", "flops": "equal training FLOPs", "seconds": "equal training time"}
 
 

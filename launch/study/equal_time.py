@@ -35,8 +35,7 @@ def take_steps(preset: Preset, jobs: Sequence[Job], steps: Mapping[str, int]) ->
 def equal_time_steps(preset: Preset, jobs: Sequence[Job], arm: str, tuning: Sequence[Result]) -> int:
     """Compute how many steps of an arm take as long as all steps of the arm that it names, in whole validations.
 
-    The fastest of the runs that tried rates counts: they do equal work, and other work of the machine only slows a run,
-    if little in processor time.
+    The fastest of the runs that tried rates counts: they do equal work, and other work of the machine only slows a run.
 
     Args:
         tuning: results of the runs that tried rates with this arm's kin and with the arm that it names.

@@ -118,7 +118,7 @@ def curve(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, float | None]]:
 def training_seconds(rows: Sequence[Mapping[str, Any]]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return logged steps, the start among them, and the seconds of training up to each.
 
-    Seconds are the sum of processor_ms over the steps, which other work of the machine hardly changes; of step_ms on a
+    Seconds are the sum of processor_ms over the steps, which other work of the machine changes less; of step_ms on a
     GPU, whose time is not the processor's, and in runs without processor_ms. Validations, checkpoints and work that a
     kill lost are not in them.
     """

@@ -372,7 +372,7 @@ def _limits(preset: Preset, results: Results) -> page.Section:
         *([rates] if results.tuning else []),
         "An arm whose k grows is validated at k_max from the start, before it has trained at it: its curve says little"
         " before the end.",
-        "Seconds are processor time of the thread that trains, which other work on the machine changes little; on a GPU"
+        "Seconds are processor time of the thread that trains, which other work on the machine changes less; on a GPU"
         " they are elapsed time.",
         *preset.limits,
     ]
